@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slot storage of one cache layer: keys and values that may be dropped, and what each slot still stands for.
+
+A cache that simply shrinks loses three things: how many tokens were seen (so the next token gets a wrong position and
+``generate`` feeds tokens again), which column of the attention mask a slot belongs to (so padding masks the wrong
+keys), and the order of tokens. Slots keep all three:
+
+- ``seen``: the logical length, which never shrinks.
+- ``index [B, Hs, N]`` int32: the column of the whole sequence that a slot holds, -1 for an empty slot. None as long as
+  nothing was dropped: then slot j is column j and no byte is spent on it.
+- ``extra [B, Hs | Hkv, N, e]``: what a policy remembers of each slot (hashes); its owner appends to it.
+- ``valid [B, seen]`` bool: columns that hold a token and not padding. None as long as no mask was ever given.
+
+Hs is the number of heads *stored*: Hkv, or 1 for latent caches (MLA). Every head drops its own slots.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .reference import repeat_kv
+
+__all__ = ["Slots", "nbytes"]
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of the storages that ``tensors`` keep alive, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def _gather(x: Tensor, slots: Tensor) -> Tensor:
+    """``x [B, Hs, N, d]`` at ``slots [B, Hs, M]`` -> ``[B, Hs, M, d]``."""
+    return x.gather(2, slots[..., None].expand(*slots.shape, x.shape[-1]))
+
+
+@dataclass(slots=True)
+class Slots:
+    """Keys ``[B, Hs, N, dk]`` and values ``[B, Hs, N, dv]`` of N slots, in the order of their columns."""
+
+    keys: Tensor
+    values: Tensor
+    seen: int
+    index: Tensor | None = None
+    valid: Tensor | None = None
+    extra: Tensor | None = None
+
+    @classmethod
+    def empty(cls, k: Tensor, v: Tensor) -> "Slots":
+        """No slots yet, with the batch, heads, dtype and device of ``k`` and ``v``."""
+        return cls(*(x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (k, v)), seen=0)
+
+    @property
+    def size(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add the next T columns. k ``[B, Hs, T, dk]``, v ``[B, Hs, T, dv]``."""
+        batch, heads, new = k.shape[:3]
+        if self.index is not None:
+            columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=k.device)
+            self.index = torch.cat([self.index, columns.expand(batch, heads, new)], 2)
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, self.valid.new_ones(batch, new)], 1)
+        self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        self.seen += new
+
+    def mark(self, valid: Tensor) -> None:
+        """Say which of the last T columns hold tokens: ``valid [B, T]`` bool."""
+        if self.valid is None:
+            self.valid = torch.ones(self.keys.shape[0], self.seen, dtype=torch.bool, device=self.keys.device)
+        self.valid = torch.cat([self.valid[:, : self.seen - valid.shape[1]], valid], 1)
+
+    def columns(self) -> Tensor:
+        """Column of each slot ``[B, Hs, N]`` (int64), -1 where a slot is empty or holds padding."""
+        batch, heads = self.keys.shape[:2]
+        if self.index is None:
+            columns = torch.arange(self.size, device=self.keys.device).expand(batch, heads, -1)
+        else:
+            columns = self.index.long()
+        if self.valid is None:
+            return columns
+        return columns.masked_fill(~self._at(self.valid, columns), -1)
+
+    def _at(self, table: Tensor, columns: Tensor) -> Tensor:
+        """Look up ``table [B, seen]`` at ``columns [B, Hs, N]``; empty slots read False or 0."""
+        batch, heads, size = columns.shape
+        found = table.gather(1, columns.clamp(min=0).reshape(batch, heads * size)).view(batch, heads, size)
+        return found * (columns >= 0) if found.dtype != torch.bool else found & (columns >= 0)
+
+    def positions(self) -> Tensor:
+        """Position of each slot within its own row ``[B, Hs, N]``: padding is not counted; -1 where empty."""
+        columns = self.columns()
+        if self.valid is None:
+            return columns
+        rank = self.valid.long().cumsum(1) - 1
+        return torch.where(columns >= 0, self._at(rank, columns), -1)
+
+    def counts(self) -> Tensor:
+        """Tokens seen per row ``[B]`` int64, padding not counted."""
+        if self.valid is None:
+            return torch.full((self.keys.shape[0],), self.seen, device=self.keys.device)
+        return self.valid.sum(1)
+
+    def visible(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
+        """Mask of the slots for the last T queries, ``[B, Hs | H, T, N]``, from the model's mask over all columns.
+
+        Args:
+            mask: ``[B, 1 | H, T, W]`` bool as the model built it for the last W columns of the logical sequence
+                (W = seen, or less under a sliding window), or None for "causal, nothing else".
+            num_queries: T.
+
+        Returns:
+            ``mask`` itself while nothing was dropped: attention then is bit for bit that of an ordinary cache.
+        """
+        if self.index is None:
+            return mask
+        columns = self.columns()
+        if mask is None:
+            queries = torch.arange(self.seen - num_queries, self.seen, device=columns.device)[:, None]
+            return (columns[:, :, None, :] >= 0) & (columns[:, :, None, :] <= queries)
+        columns = repeat_kv(columns, max(mask.shape[1], columns.shape[1])) - (self.seen - mask.shape[-1])
+        whole = mask.expand(columns.shape[0], columns.shape[1], -1, -1)
+        picked = whole.gather(3, columns.clamp(min=0)[:, :, None, :].expand(-1, -1, num_queries, -1))
+        return picked & (columns >= 0)[:, :, None, :]
+
+    def keep(self, slots: Tensor, kept: Tensor) -> None:
+        """Keep ``slots [B, Hs, M]`` where ``kept [B, Hs, M]`` is True, and empty the other of the M places."""
+        columns = self.columns().gather(2, slots)
+        self.index = torch.where(kept, columns, -1).int()
+        self.keys, self.values = _gather(self.keys, slots), _gather(self.values, slots)
+        if self.extra is not None:
+            self.extra = _gather(self.extra, slots.expand(-1, self.extra.shape[1], -1))
+
+    def narrow(self, start: int, size: int) -> None:
+        """Keep ``size`` slots from ``start`` on, the same for every head, and free the others."""
+        if self.index is None:
+            columns = torch.arange(self.size, dtype=torch.int32, device=self.keys.device)
+            self.index = columns.expand(*self.keys.shape[:2], -1)
+        self.index = self.index.narrow(2, start, size).clone()
+        self.keys, self.values = (x.narrow(2, start, size).clone() for x in (self.keys, self.values))
+        self.extra = None if self.extra is None else self.extra.narrow(2, start, size).clone()
+
+    def select(self, rows: Tensor) -> None:
+        """Take batch rows (beam search, expansion): ``rows`` int64 ``[B']``."""
+        rows = rows.to(self.keys.device)
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.index = None if self.index is None else self.index[rows]
+        self.valid = None if self.valid is None else self.valid[rows]
+        self.extra = None if self.extra is None else self.extra[rows]
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` columns; only while nothing was dropped can this restore what was before."""
+        if self.index is not None:
+            raise RuntimeError("a cache that has dropped tokens cannot be cropped: what it dropped is gone")
+        self.keys, self.values = self.keys[:, :, : self.size - count], self.values[:, :, : self.size - count]
+        self.valid = None if self.valid is None else self.valid[:, : self.seen - count]
+        self.seen -= count
+
+    def copy(self) -> "Slots":
+        """A second set of slots over the same tensors; no operation here writes into a tensor in place."""
+        return replace(self)
+
+    def nbytes(self) -> int:
+        """Bytes held: keys, values and bookkeeping."""
+        return nbytes(self.keys, self.values, self.index, self.valid, self.extra)

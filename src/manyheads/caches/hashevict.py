@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache of fixed size whose next victim is found before attention, by locality-sensitive hashing.
+
+Liu et al., "HashEvict: A Pre-Attention KV Cache Eviction Strategy using Locality-Sensitive Hashing", arXiv 2412.16187.
+A vector is hashed to the signs of ``num_bits`` random projections, h(x) = [xR >= 0]. Two hashes differ in a bit with
+probability angle(x, y) / pi, so the Hamming distance between the hash of a probe and those of the cached keys says
+which key points furthest from the probe, and would get the least attention, without computing attention. That key's
+slot is overwritten by the new token, and only then the model attends. The first ``num_global`` tokens and the last
+``num_recent`` before the new one are never victims. Every key/value head picks its own victim.
+
+Paper and released code differ in the probe. ``probe="query"`` (paper) hashes the current query; with grouped queries
+the distances of a group are summed (our choice: the paper does not say). ``probe="key"`` (released code) hashes the
+current key. A prompt longer than the cache keeps its global and most recent tokens (released code's default).
+
+Budget: the cache holds N slots per head, N = ``budget`` if that is a whole number, else
+ceil(budget * (prompt + reserve)) fixed at the first forward; the released code reserves max_new_tokens there. While
+decoding one slot more is allocated, in which the new token waits for its victim.
+
+Bits are packed eight to a byte (released code: one byte a bit): num_bits / 8 bytes per slot and head.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..attention import reference
+from ..attention.bits import hamming, pack_signs
+from ..attention.budget import keep_counts, keep_limit
+from ..attention.slots import Slots
+from ..call import AttentionCall, Site
+from ..errors import UserError
+from ._policy import CachePolicy, Schedule
+from ._store import PolicyStore, View
+
+__all__ = ["HashEvict"]
+
+_UNBOUNDED = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashEvict(CachePolicy):
+    """Overwrite the key whose hash is furthest from the probe's.
+
+    Attributes:
+        probe: what is hashed to find the victim, ``query`` (paper) or ``key`` (released code).
+        num_bits: random projections per hash.
+        num_global: first tokens that are never victims.
+        num_recent: last tokens before the new one that are never victims.
+        reserve: tokens expected beyond the prompt, counted into a fractional budget.
+        seed: of the projections; each layer draws its own, shared by its heads.
+    """
+
+    probe: Literal["query", "key"] = field(default="query", metadata={"help": "query (paper) or key (released code)"})
+    num_bits: int = field(default=16, metadata={"help": "random projections per hash"})
+    num_global: int = field(default=4, metadata={"help": "first tokens that are never victims"})
+    num_recent: int = field(default=10, metadata={"help": "last tokens that are never victims"})
+    reserve: int = field(default=0, metadata={"help": "tokens expected beyond the prompt, for a fractional budget"})
+    seed: int = field(default=0, metadata={"help": "seed of the projections"})
+    schedule: Schedule = field(default="step", metadata={"help": "always step"})
+
+    def __post_init__(self) -> None:
+        if self.schedule != "step":
+            raise UserError("hashevict replaces a slot at every step: its schedule is step")
+        if self.num_bits < 1 or self.reserve < 0 or self.num_global < 0 or self.num_recent < 0:
+            raise UserError("hashevict: num_bits is at least 1; num_global, num_recent and reserve are not negative")
+        super().__post_init__()
+
+    @property
+    def protected(self) -> int:
+        return self.num_global + self.num_recent + 1  # and the slot that the new token takes
+
+    def store(self, site: Site) -> "HashStore":
+        return HashStore(self, site)
+
+    def score(self, view: View) -> Tensor:
+        """The prompt keeps its global and most recent tokens."""
+        return view.positions.float().masked_fill(view.positions < self.num_global, torch.inf)
+
+    def projections(self, head_dim: int, layer: int, device: torch.device) -> Tensor:
+        """R ``[d, num_bits]``, the same on every device."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
+        return torch.randn(head_dim, self.num_bits, generator=generator).to(device)
+
+
+class HashStore(PolicyStore):
+    """Slots with packed key hashes ``[B, Hkv, N, bytes]``, overwritten in place once the cache is full.
+
+    While full and decoding, the slots have one place more than the capacity, at the end: there the new token waits
+    (``append``), is attended to while its victim is hidden (``admit``), and moves into the victim's place (``settle``).
+    """
+
+    policy: HashEvict
+
+    def reset(self) -> None:
+        super().reset()
+        self._projections: Tensor | None = None
+        self._capacity = 0
+        self._caps: Tensor | None = None  # [B], the capacity of each row
+        self._died: Tensor | None = None  # [B, Hs, S], which of the T new tokens took a slot's place; T = none
+        self._waiting_place = False
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self.slots
+        if self._waiting_place and slots is not None and slots.index is not None:
+            if k.shape[2] == 1 and not k.requires_grad:
+                slots.keys[:, :, -1:], slots.values[:, :, -1:], slots.index[:, :, -1] = k, v, slots.seen
+                if slots.valid is not None:
+                    slots.valid = torch.nn.functional.pad(slots.valid, (0, 1), value=True)
+                slots.seen += 1
+                return slots.keys, slots.values
+            slots.narrow(0, self._capacity)
+            self._waiting_place = False
+        return super().append(k, v)
+
+    def admit(self, call: AttentionCall) -> AttentionCall:
+        """Choose the victims of the T new tokens one after the other, and hide each from its own query on."""
+        hidden = super().admit(call)
+        if self._forwards == 0:
+            return hidden
+        slots, new = self._slots(), call.q.shape[2]
+        fresh = self._hash(call.k[:, :, -new:])
+        if self._waiting_place and slots.extra is not None:
+            slots.extra[:, :, -1:] = fresh
+        else:
+            slots.extra = fresh if slots.extra is None else torch.cat([slots.extra, fresh], 2)
+        even = slots.valid is None or self._capacity == _UNBOUNDED
+        if slots.index is None and slots.seen <= self._capacity and even:
+            return hidden  # no row was ever full
+        self._died = self._victims(self._hash(call.q) if self.policy.probe == "query" else fresh)
+        alive = self._died[:, :, None, :] > torch.arange(new, device=call.q.device)[:, None]
+        seen = hidden.allowed()
+        if seen is not None:
+            alive = alive & seen if alive.shape[1] >= seen.shape[1] else seen & reference.repeat_kv(alive, seen.shape[1])
+        return hidden.replace(mask=alive, is_causal=False)
+
+    def settle(self, call: AttentionCall) -> None:
+        if self._forwards == 0:
+            super().settle(call)
+            return
+        self._forwards += 1
+        slots, new, died = self._slots(), call.q.shape[2], self._died
+        self._died = None
+        if died is None:
+            return
+        if self._waiting_place:
+            self._move_in(slots, died)
+        else:
+            kept = (died == new) & (slots.columns() >= 0)
+            order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : self._capacity]
+            slots.keep(order, kept.gather(2, order))
+            if slots.size == self._capacity and not slots.keys.requires_grad:
+                self._make_waiting_place(slots)
+        if self.site.window is not None and not self._waiting_place:
+            self._leave_window(self.site.window)
+
+    def compress(self, view: View) -> None:
+        """Fix the capacity, hash the prompt's keys, keep its global and most recent tokens."""
+        slots, budget = self._slots(), self.policy.budget
+        if isinstance(budget, int) or budget == 1.0:
+            self._capacity = budget if isinstance(budget, int) else _UNBOUNDED
+            self._caps = torch.full_like(view.counts, self._capacity)
+        else:
+            self._capacity = keep_limit(budget, slots.seen + self.policy.reserve)
+            self._caps = keep_counts(budget, view.counts + self.policy.reserve)
+        self.policy.check(self._capacity)
+        slots.extra = self._hash(view.k)
+        super().compress(view)
+
+    def _limit(self) -> int:
+        return self._capacity
+
+    def _limits(self, counts: Tensor) -> Tensor:
+        return counts if self._caps is None else self._caps
+
+    def _hash(self, x: Tensor) -> Tensor:
+        if self._projections is None:
+            self._projections = self.policy.projections(x.shape[-1], self.site.layer or 0, x.device)
+        return pack_signs(x.float() @ self._projections)
+
+    def _victims(self, probes: Tensor) -> Tensor:
+        """Which of the T new tokens takes each slot's place: ``probes [B, H | Hkv, T, bytes] -> [B, Hs, S]``."""
+        slots, policy, new = self._slots(), self.policy, probes.shape[2]
+        positions, caps = slots.positions(), self._limits(slots.counts())
+        heads, size = positions.shape[1], positions.shape[2]
+        assert slots.extra is not None
+        hashes = reference.repeat_kv(slots.extra, probes.shape[1])
+        alive = positions >= 0
+        alive[..., size - new :] = False
+        died = torch.full_like(positions, new)
+        for t in range(new):
+            distance = hamming(probes[:, :, t, None], hashes).unflatten(1, (heads, -1)).sum(2)
+            mine = positions[..., size - new + t, None]  # also the number of tokens before it
+            spared = (positions < policy.num_global) | (positions >= mine - policy.num_recent)
+            age = slots.seen - positions  # among equals the oldest goes
+            rank = torch.where(alive & ~spared, distance.long() * (2 * slots.seen) + age, -1)
+            victim = rank.argmax(-1, keepdim=True)
+            full = (alive.sum(-1, keepdim=True) >= caps[:, None, None]) & (mine >= 0)
+            goes = torch.zeros_like(alive).scatter(2, victim, full)
+            died = died.masked_fill(goes, t)
+            alive = alive & ~goes
+            alive[..., size - new + t] = mine[..., 0] >= 0
+        return died
+
+    def _make_waiting_place(self, slots: Slots) -> None:
+        slots.keys, slots.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (slots.keys, slots.values))
+        assert slots.index is not None and slots.extra is not None
+        slots.index = torch.nn.functional.pad(slots.index, (0, 1), value=-1)
+        slots.extra = torch.cat([slots.extra, slots.extra[:, :, -1:]], 2)
+        self._waiting_place = True
+
+    def _move_in(self, slots: Slots, died: Tensor) -> None:
+        """The waiting token overwrites its victim, or an empty slot of a row that is not full."""
+        assert slots.index is not None and slots.extra is not None
+        columns = slots.columns()
+        place = ((died[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
+        arrived = columns[..., -1:] >= 0  # False where the new token is padding
+        slots.index.scatter_(2, place, torch.where(arrived, slots.index[..., -1:], slots.index.gather(2, place)))
+        slots.index[..., -1] = -1
+        for x in (slots.keys, slots.values, slots.extra):
+            at = place.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[3])
+            came = arrived.expand(-1, x.shape[1], -1)[..., None]
+            x.scatter_(2, at, torch.where(came, x[:, :, -1:], x.gather(2, at)))

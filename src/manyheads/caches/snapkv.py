@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep what the end of the prompt attends to.
+
+Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. The last ``window``
+queries of the prompt vote: their attention weights are summed per key, pooled over neighbours so that runs of tokens
+stay together, and the best keys stay beside the window itself. With grouped queries the votes of a group are averaged,
+so that a key/value head keeps one set of tokens (the released code repeats the heads instead and saves nothing).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..attention import reference
+from ..errors import UserError
+from ._policy import CachePolicy
+from ._store import View
+
+__all__ = ["SnapKV"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(CachePolicy):
+    """Keys that the last ``window_size`` queries attend to most.
+
+    Attributes:
+        window_size: queries that vote; their own keys are never dropped.
+        kernel_size: width of the average pool over neighbouring tokens, odd.
+    """
+
+    window_size: int = field(default=32, metadata={"help": "last queries that vote, kept themselves"})
+    kernel_size: int = field(default=7, metadata={"help": "tokens pooled together, odd"})
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UserError("snapkv: window_size is at least 1 and kernel_size a positive odd number")
+        object.__setattr__(self, "recent", max(self.recent, self.window_size))
+        super().__post_init__()
+
+    @property
+    def window(self) -> int:
+        return self.window_size
+
+    def score(self, view: View) -> Tensor:
+        assert view.queries is not None and view.query_positions is not None
+        x = reference.logits(view.queries.float(), view.k.float(), scale=view.scale, softcap=view.softcap)
+        positions = view.positions[:, :, None, :]
+        mask = (positions >= 0) & (positions <= view.query_positions[:, None, :, None])
+        mask = mask.repeat_interleave(x.shape[1] // mask.shape[1], 1)
+        votes = reference.softmax(x, mask, view.sinks).sum(2)  # [B, H, N]
+        votes = torch.nn.functional.avg_pool1d(votes, self.kernel_size, 1, self.kernel_size // 2)
+        return votes.unflatten(1, (view.k.shape[1], -1)).mean(2)

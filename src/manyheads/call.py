@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one value that passes through the port: an attention computation of a model, and the place where it happens."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .attention import reference
+
+__all__ = ["AttentionCall", "Site", "Store"]
+
+Kind = Literal["self", "cross", "joint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in a model where attention is computed.
+
+    Attributes:
+        name: module path, e.g. ``model.layers.3.self_attn``.
+        index: order among the attention modules of the model.
+        layer: layer index that the model's cache uses, None where the module has none.
+        kind: ``self``, ``cross`` or ``joint``.
+        causal: True for decoder self-attention, the only kind that a cache strategy can store.
+        num_heads: query heads, None where neither the module nor its config says.
+        num_kv_heads: key/value heads, likewise.
+        window: sliding-window length in tokens, None for full attention.
+    """
+
+    name: str
+    index: int
+    layer: int | None
+    kind: Kind
+    causal: bool
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    window: int | None = None
+
+
+class Store(Protocol):
+    """What a site remembers between steps: made by ``Strategy.store``, driven by the port.
+
+    One forward of one layer is ``append`` (the cache takes the new keys and values), ``admit`` (before attention: mask
+    and positions of the slots), ``settle`` (after attention: observe, evict).
+    """
+
+    seen: int
+    keys: Tensor | None
+    values: Tensor | None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def admit(self, call: "AttentionCall") -> "AttentionCall": ...
+    def settle(self, call: "AttentionCall") -> None: ...
+    def select(self, rows: Tensor) -> None: ...
+    def crop(self, count: int) -> None: ...
+    def reset(self) -> None: ...
+    def nbytes(self) -> int: ...
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """One attention computation, after norms and rotary positions. Edit it with :meth:`replace`.
+
+    Attributes:
+        site: where it happens.
+        q: queries ``[B, H, T, d]``.
+        k: keys ``[B, Hkv, S, d]``; with a cache, the keys of all slots.
+        v: values ``[B, Hkv, S, dv]``.
+        scale: factor on ``q k^T``.
+        mask: boolean, broadcastable to ``[B, H, T, S]``, True = attend; None = no restriction beyond ``is_causal``.
+        bias: additive logits, broadcastable to ``[B, H, T, S]`` (T5's position bias, a user's float mask).
+        is_causal: the causal mask, anchored at the bottom right, applies on top of ``mask``.
+        softcap: tanh cap on the logits (Gemma 2).
+        sinks: ``[H]`` learned sink logits (gpt-oss).
+        dropout: probability on the weights, 0 outside training.
+        positions: ``[B, T]`` rotary position ids where the model passes them on.
+        step: tokens seen at this site before this call; 0 without a cache.
+        cache: the site's store, if a strategy made one.
+        memory: scratch of the strategy at hand at this site, kept while its ``use`` is open.
+    """
+
+    site: Site
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    is_causal: bool = False
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+    positions: Tensor | None = None
+    step: int = 0
+    cache: Store | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> "AttentionCall":
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    def allowed(self) -> Tensor | None:
+        """``mask`` and ``is_causal`` as one boolean mask, None when everything may be attended to."""
+        if not self.is_causal:
+            return self.mask
+        causal = reference.causal_mask(self.q.shape[2], self.k.shape[2], self.q.device)
+        return causal if self.mask is None else self.mask & causal
+
+    def attend(self) -> Tensor:
+        """Dense reference attention in the dtype of the inputs, ``[B, T, H, dv]``, without dropout."""
+        return reference.attention(
+            self.q, self.k, self.v, scale=self.scale, mask=self.allowed(), bias=self.bias, softcap=self.softcap,
+            sinks=self.sinks,
+        )  # fmt: skip
+
+    def lse(self, block: int = 512) -> Tensor:
+        """Row log-sum-exp ``[B, H, T]`` in float32, computed ``block`` queries at a time on demand.
+
+        With it any single weight is ``exp(scale * q_t . k_s + bias - lse_t)``, without a ``T x S`` map.
+        """
+        allowed = self.allowed()
+        rows = []
+        for t in range(0, self.q.shape[2], block):
+            cut = slice(t, t + block)
+
+            def rows_of(x: Tensor | None, cut: slice = cut) -> Tensor | None:
+                return x if x is None or x.shape[-2] == 1 else x[..., cut, :]
+
+            x = reference.logits(
+                self.q[:, :, cut].float(), self.k.float(), scale=self.scale, bias=rows_of(self.bias),
+                softcap=self.softcap,
+            )  # fmt: skip
+            rows.append(reference.logsumexp(x, rows_of(allowed), self.sinks))
+        return torch.cat(rows, -1)

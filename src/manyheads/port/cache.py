@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store of ours as a layer of transformers' cache: what the model and ``generate`` see of it."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..call import Site, Store
+from ..errors import UserError
+
+__all__ = ["SlotCache", "StoreLayer", "install"]
+
+
+class ForkableStore(Store, Protocol):
+    """A store that can start another policy from the same tensors."""
+
+    def fork(self, policy: Any) -> Store: ...
+
+
+class StoreLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Adapter from :class:`manyheads.call.Store` to transformers' cache layer.
+
+    It answers with the *logical* length, so positions, masks and ``generate`` go on as if nothing was dropped.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, store: Store, site: Site, module: torch.nn.Module) -> None:
+        self.store = store
+        self.site = site
+        self.is_sliding = site.window is not None
+        self._module = weakref.ref(module)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.store.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.store.values
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.store.seen > 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store takes shape with its first tokens."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        module = self._module()
+        if module is None or "_manyheads" not in module.__dict__:
+            raise UserError(
+                f"this cache drops tokens at {self.site.name} and needs its port: "
+                "run the model inside `with manyheads.use(model):`"
+            )
+        return self.store.append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.store.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        seen = self.store.seen
+        if self.site.window is None:
+            return seen + query_length, 0
+        reach = min(seen, self.site.window - 1)
+        return reach + query_length, seen - reach
+
+    def reset(self) -> None:
+        self.store.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.store.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.store.select(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        keys = self.store.keys
+        if keys is not None:
+            self.store.select(torch.arange(keys.shape[0]).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.store.crop(abs(tokens_to_remove))
+
+    def offload(self) -> None:
+        raise UserError("a cache that drops tokens cannot be offloaded: turn offloading off")
+
+    prefetch = offload
+
+
+class SlotCache(DynamicCache):  # type: ignore[misc]
+    """A transformers cache whose layers are stores of ours; pass it as ``past_key_values`` while the port is open."""
+
+    def fork(self, policy: Any) -> "SlotCache":
+        """The cache that ``policy`` would have after the same forwards; this one is unchanged and shares its tensors.
+
+        Exact for strategies with ``dense_prefill``. Raises UserError when this cache dropped something or was made
+        without ``record``.
+        """
+        layers = []
+        for layer in self.layers:
+            if not isinstance(layer, StoreLayer) or (module := layer._module()) is None:
+                raise UserError("this cache cannot be forked: not all of its layers are ours")
+            store = cast("ForkableStore", layer.store).fork(policy)
+            layers.append(StoreLayer(store, layer.site, module))
+        twin = SlotCache()
+        twin.layers, twin.layer_class_to_replicate = layers, None
+        return twin
+
+    def bytes(self) -> int:
+        """Bytes really held by all layers: storages of keys, values and bookkeeping."""
+        return sum(layer.store.nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
+
+
+def install(
+    cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], name: str
+) -> None:
+    """Put stores into the empty layers of ``cache`` that belong to ``sites``.
+
+    Raises:
+        UserError: a layer already holds tokens, or is of a kind that cannot be replaced.
+    """
+    for site, module in sites:
+        assert site.layer is not None
+        while len(cache.layers) <= site.layer and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if site.layer >= len(cache.layers):
+            raise UserError(f"{name}: the cache has {len(cache.layers)} layers, none for {site.name}")
+        layer = cache.layers[site.layer]
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
+            raise UserError(
+                f"{name} replaces transformers' dynamic cache and found {type(layer).__name__} at {site.name}; "
+                "leave cache_implementation at its default"
+            )
+        if layer.get_seq_length() > 0:
+            raise UserError(
+                f"{name} must see a sequence from its first token, but the cache passed to {site.name} already holds "
+                f"{layer.get_seq_length()} tokens; start with a fresh cache"
+            )
+        cache.layers[site.layer] = StoreLayer(make(site), site, module)

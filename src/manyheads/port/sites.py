@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention modules of a transformers model, and what an open port does at each."""
+
+import functools
+import inspect
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..attention.reference import repeat_kv
+from ..call import AttentionCall, Site, Store
+from ..errors import UserError
+from ..strategy import Strategy, overrides
+from .cache import StoreLayer, install
+from .configs import EAGER, SDPA
+
+__all__ = ["Entry", "SiteState", "architectures", "find_sites", "is_eager"]
+
+_STATE = "_manyheads"
+_DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
+_CROSS = re.compile(r"cross|enc_?dec_?attention|encoder_attn", re.IGNORECASE)
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """Names of the model folders of the installed transformers whose attention the port can enter."""
+    root = Path(transformers.__file__).parent / "models"
+    files = root.glob("*/modeling_*.py")
+    return tuple(sorted({f.parent.name for f in files if f"{_DISPATCHER}." in f.read_text(encoding="utf-8")}))
+
+
+def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
+    """Attention modules of ``model`` whose forward dispatches through transformers' AttentionInterface."""
+    found = []
+    for name, module in model.named_modules():
+        forward = inspect.unwrap(type(module).forward)
+        if _DISPATCHER in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            found.append((_site(name, len(found), module), module))
+    return found
+
+
+def _first(owners: tuple[Any, ...], names: tuple[str, ...]) -> Any:
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _site(name: str, index: int, module: nn.Module) -> Site:
+    config = getattr(module, "config", None)
+    cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name.rpartition(".")[2]))
+    cross = cross or "cross" in type(module).__name__.lower()
+    layer = getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    slides = types is None or layer is None or layer >= len(types) or types[layer] == "sliding_attention"
+    heads = _first((module, config), ("num_heads", "num_attention_heads", "n_heads", "n_head"))
+    return Site(
+        name=name,
+        index=index,
+        layer=layer,
+        kind="cross" if cross else "self",
+        causal=not cross and bool(getattr(module, "is_causal", False)),
+        num_heads=heads,
+        num_kv_heads=_first((module, config), ("num_key_value_heads",)) or heads,
+        window=_first((module, config), ("sliding_window",)) if slides else None,
+    )
+
+
+def is_eager(module: nn.Module) -> bool:
+    """Whether the (already switched) config of an attention module asks for the model's own eager function."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == EAGER
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One strategy of one open ``use`` at one site."""
+
+    owner: Any
+    strategy: Strategy
+    memory: dict[str, Any] = field(default_factory=dict)
+    called: bool = False
+    stored: bool = False
+
+
+class SiteState:
+    """What the open ports of a model keep on one attention module."""
+
+    def __init__(self, site: Site, module: nn.Module, eager: bool) -> None:
+        self.site = site
+        self.base = sdpa_attention_forward
+        self.eager = eager
+        if eager:
+            scope = inspect.unwrap(type(module).forward).__globals__
+            if "eager_attention_forward" not in scope or getattr(module, "reorder_and_upcast_attn", False):
+                raise UserError(
+                    f"{type(module).__name__} computes eager attention in its own way, which the port cannot call; "
+                    'load the model with attn_implementation="sdpa"'
+                )
+            self.base = scope["eager_attention_forward"]
+        self.ports = 0
+        self.store: Store | None = None
+        self.entries: list[Entry] = []
+        self.handle = module.register_forward_pre_hook(self._take_cache, with_kwargs=True)
+        self._sort()
+
+    @staticmethod
+    def attach(site: Site, module: nn.Module, eager: bool) -> "SiteState":
+        """The state on ``module``, made if this is the first open port there."""
+        state: SiteState | None = module.__dict__.get(_STATE)
+        if state is None:
+            state = module.__dict__[_STATE] = SiteState(site, module, eager)
+        state.ports += 1
+        return state
+
+    @staticmethod
+    def detach(module: nn.Module) -> None:
+        """Take one open port off; the last one leaves no trace."""
+        state: SiteState = module.__dict__[_STATE]
+        state.ports -= 1
+        if state.ports == 0:
+            state.handle.remove()
+            del module.__dict__[_STATE]
+
+    @staticmethod
+    def claims(module: nn.Module, method: str) -> list[Strategy]:
+        """Strategies of open ports that implement ``method`` at ``module``."""
+        state: SiteState | None = module.__dict__.get(_STATE)
+        return [] if state is None else [e.strategy for e in state.entries if overrides(e.strategy, method)]
+
+    def add(self, entries: list[Entry]) -> None:
+        self.entries = self.entries + entries
+        self._sort()
+
+    def remove(self, owner: Any) -> None:
+        self.entries = [entry for entry in self.entries if entry.owner is not owner]
+        self._sort()
+
+    def _sort(self) -> None:
+        """Find once which entries do what, so that a call asks no questions."""
+        having = {m: [e for e in self.entries if overrides(e.strategy, m)] for m in ("edit", "attend", "store")}
+        self._editors = having["edit"]
+        self._attender = having["attend"][-1] if having["attend"] else None
+        self._keeper = having["store"][-1] if having["store"] else None
+        self._after = [
+            (e, overrides(e.strategy, "patch"), overrides(e.strategy, "watch"))
+            for e in self.entries
+            if overrides(e.strategy, "patch") or overrides(e.strategy, "watch")
+        ]
+
+    def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the module runs: see which cache it will use, and give an empty one our stores."""
+        self.store = None
+        if self.site.layer is None or not self.site.causal:
+            return
+        cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is None:
+            return
+        keeper = self._keeper
+        if keeper is not None and not self._ours(cache):
+            install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
+        if self._ours(cache):
+            self.store = cache.layers[self.site.layer].store
+            if keeper is not None:
+                keeper.stored = True
+
+    def _ours(self, cache: Cache) -> bool:
+        layer = self.site.layer
+        return layer is not None and layer < len(cache.layers) and isinstance(cache.layers[layer], StoreLayer)
+
+    def run(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
+        original = call = self._read(module, q, k, v, mask, kwargs)
+        for entry in self.entries:
+            entry.called = True
+        if self.store is not None:
+            call = self.store.admit(call)
+        for entry in self._editors:
+            call = entry.strategy.edit(call.replace(memory=entry.memory))
+        weights: Tensor | None = None
+        if self._attender is not None:
+            out = self._attender.strategy.attend(call.replace(memory=self._attender.memory))
+        elif call is original:
+            if mask is not None and mask.dtype == torch.bool and self.eager:
+                mask = _additive(mask, q.dtype)
+            out, weights = self.base(module, q, k, v, mask, **kwargs)
+        else:
+            out, weights = self._attend(module, call, original, kwargs)
+        for entry, patches, watches in self._after:
+            seen = call.replace(memory=entry.memory)
+            if patches:
+                out = entry.strategy.patch(seen, out)
+            if watches:
+                entry.strategy.watch(seen, out)
+        if self.store is not None:
+            self.store.settle(call)
+        return out, weights
+
+    def _read(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> AttentionCall:
+        """The AttentionCall that the model's arguments mean under its own attention function."""
+        bias = kwargs.get("position_bias")
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        is_causal = bool(causal) and mask is None and q.shape[2] > 1 and not self.eager
+        if mask is not None and mask.dtype != torch.bool:  # a user's own additive mask
+            bias, mask = mask if bias is None else bias + mask, None
+        if is_causal and k.shape[2] > q.shape[2]:  # SDPA reads a longer static cache from its start
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        scale = kwargs.get("scaling")
+        return AttentionCall(
+            site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
+            is_causal=is_causal, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+            dropout=kwargs.get("dropout", 0.0), positions=kwargs.get("position_ids"),
+            step=k.shape[2] - q.shape[2] if self.store is None else self.store.seen - q.shape[2], cache=self.store,
+        )  # fmt: skip
+
+    def _attend(
+        self, module: nn.Module, call: AttentionCall, original: AttentionCall, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention function on a call that was changed."""
+        if call.sinks is not original.sinks or call.softcap != original.softcap:
+            return call.attend(), None  # eager functions read sinks from the module, SDPA has no cap
+        kwargs = {**kwargs, "scaling": call.scale, "dropout": call.dropout, "is_causal": call.is_causal}
+        mask = call.mask
+        if mask is not None and mask.shape[1] not in (1, call.q.shape[1]):
+            mask = repeat_kv(mask, call.q.shape[1])
+        if call.bias is not None:
+            allowed = call.replace(mask=mask).allowed()
+            floor = torch.finfo(call.q.dtype).min
+            mask = call.bias if allowed is None else torch.where(allowed, call.bias, floor)
+            kwargs.pop("position_bias", None)
+            kwargs["is_causal"] = False
+        elif self.eager:
+            allowed = call.replace(mask=mask).allowed()
+            mask = None if allowed is None else _additive(allowed, call.q.dtype)
+        out, weights = self.base(module, call.q, call.k, call.v, mask, **kwargs)
+        return out, weights
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean mask -> 0 where attended, the dtype's least number elsewhere."""
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What the model calls as its attention function while a port is open."""
+    state: SiteState | None = module.__dict__.get(_STATE)
+    if state is None:
+        raise RuntimeError(f"{type(module).__name__} was copied from a model while its port was open; copy it before")
+    return state.run(module, query, key, value, attention_mask, kwargs)
+
+
+def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """SDPA's boolean mask, never left out where it is causal: eager functions do not infer causality."""
+    kwargs["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+for _name, _mask in ((SDPA, sdpa_mask), (EAGER, _whole_mask)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _mask)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The port of transformers models: attention seen through the library's own AttentionInterface.
+
+Two attention functions are registered under names of ours, each with its mask function (a name without one would lose
+the padding mask in silence): ``manyheads`` goes on to SDPA, ``manyheads_eager`` to the model's own eager function.
+While a ``use`` is open, the configs of the model are replaced by copies that name ours; the originals come back at the
+end, untouched, so that another model sharing a config notices nothing. All state sits on the modules of the model.
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from ..call import Site, Store
+from ..errors import UserError
+from ..strategy import Strategy, overrides
+from .cache import SlotCache, install
+from .configs import switch_configs
+from .sites import Entry, SiteState, architectures, find_sites, is_eager
+
+__all__ = ["Port", "architectures", "find_sites", "new_cache"]
+
+_METHODS = ("edit", "attend", "watch", "patch", "store")
+_EXCLUSIVE = ("attend", "store")
+
+
+class Port:
+    """An open or closed way into a model; made by :func:`manyheads.use`, opened by ``with``."""
+
+    def __init__(self, model: nn.Module, strategies: tuple[Strategy, ...]) -> None:
+        self.model = model
+        self.strategies = strategies
+        self._entries: list[tuple[Site, nn.Module, Entry]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Self:
+        if self._undo:
+            raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
+        sites = find_sites(self.model)
+        if not sites:
+            raise UserError(_refusal(self.model))
+        chosen = self._choose(sites)
+        self._entries = []
+        try:
+            self._undo.append(switch_configs(self.model))
+            for site, module in sites:
+                state = SiteState.attach(site, module, is_eager(module))
+                self._undo.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
+                entries = [Entry(self, s) for s, at in chosen if site.index in at]
+                self._undo.append(lambda s=state: s.remove(self))  # type: ignore[misc]
+                state.add(entries)
+                self._entries += [(site, module, entry) for entry in entries]
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+        if kind is None:
+            self._check_called()
+
+    def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
+        """What ``strategy`` kept in ``call.memory``, by site name; readable after closing too."""
+        return {site.name: entry.memory for site, _, entry in self._entries if entry.strategy is strategy}
+
+    def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:
+        """Sites of each strategy; refuses empty selections and two claims on one site."""
+        chosen = []
+        for strategy in self.strategies:
+            if not any(overrides(strategy, method) for method in _METHODS):
+                raise UserError(f"{strategy.slug} changes a model for good and cannot be used for a while: convert with it")
+            at = {site.index for site, _ in sites if strategy.selects(site)}
+            if not at:
+                there = ", ".join(sorted({f"{s.kind}{' causal' if s.causal else ''}" for s, _ in sites}))
+                raise UserError(
+                    f"{strategy.spec} finds no attention to act on in {type(self.model).__name__}: it has "
+                    f"{len(sites)} sites ({there}), layers {sorted({s.layer for s, _ in sites if s.layer is not None})}"
+                )
+            chosen.append((strategy, at))
+        for site, module in sites:
+            for method in _EXCLUSIVE:
+                claims = [s for s, at in chosen if site.index in at and overrides(s, method)]
+                claims = SiteState.claims(module, method) + claims
+                if len(claims) > 1:
+                    what = "computes the output" if method == "attend" else "keeps the cache"
+                    raise UserError(f"{claims[0].spec} and {claims[1].spec} cannot hold together: each {what} of {site.name}")
+        return chosen
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _check_called(self) -> None:
+        for site, _, entry in self._entries:
+            if not entry.called:
+                raise UserError(
+                    f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it inside "
+                    "the block; narrow the strategy with layers=..., or run the model"
+                )
+        idle = {id(e.strategy): e.strategy for _, _, e in self._entries if overrides(e.strategy, "store")}
+        for _, _, entry in self._entries:
+            if entry.stored:
+                idle.pop(id(entry.strategy), None)
+        for strategy in idle.values():
+            raise UserError(f"{strategy.spec} keeps the cache, but the model ran without one: pass use_cache=True")
+
+
+def new_cache(model: nn.Module, strategy: Strategy, record: int = 0) -> SlotCache:
+    """A fresh cache of ``strategy`` for ``model``, to be passed as ``past_key_values`` while its port is open.
+
+    Args:
+        model: a decoder-only transformers model.
+        strategy: one with ``store``.
+        record: keep the last ``record`` queries and the evidence of the last forward, so that the cache can be forked.
+
+    Raises:
+        UserError: the strategy keeps no cache, or finds no site in the model.
+    """
+    if not overrides(strategy, "store"):
+        raise UserError(f"{strategy.slug} keeps no cache; choose one of the caches wing: `manyheads list --wing caches`")
+    sites = [(site, module) for site, module in find_sites(model) if strategy.selects(site)]
+    if not sites:
+        raise UserError(f"{strategy.spec} finds no decoder self-attention in {type(model).__name__}")
+
+    def make(site: Site) -> Store:
+        store = strategy.store(site)
+        if record:
+            store.record = record
+        return store
+
+    cache = SlotCache(config=model.config)
+    install(cache, sites, make, strategy.slug)
+    return cache
+
+
+def _refusal(model: nn.Module) -> str:
+    """Why ``model`` cannot be entered, and the way out, in one line."""
+    can = architectures()
+    some = ", ".join(name for name in ("llama", "qwen3", "mistral", "gemma2", "gpt2", "bert", "whisper") if name in can)
+    return (
+        f"{type(model).__name__} does not dispatch its attention through transformers' AttentionInterface, so the port "
+        f"cannot enter it; {len(can)} architectures do ({some}, ...; all: manyheads.port.transformers.architectures())"
+    )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a strategy is, and the one-line text that names it: ``slug:field=value,field=value``."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .call import AttentionCall, Site, Store
+
+__all__ = ["Layers", "Strategy", "overrides", "parse"]
+
+
+def _as_layers(value: object) -> object:
+    """``"0-3+7"`` -> ``(0, 1, 2, 3, 7)``: commas already part the fields of a spec."""
+    if not isinstance(value, str):
+        return value
+    layers: list[int] = []
+    for part in value.split("+"):
+        first, _, last = part.partition("-")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return tuple(layers)
+
+
+Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_as_layers)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """Base of every strategy: a frozen dataclass whose fields are the paper's hyperparameters.
+
+    A subclass overrides the methods it needs; the port calls no others. Shapes are those of ``AttentionCall``.
+
+    Attributes:
+        layers: layers to act on, None for all. In a spec: ``layers=0-3+7``.
+    """
+
+    slug: ClassVar[str] = ""
+    kinds: ClassVar[frozenset[str]] = frozenset({"self", "cross", "joint"})
+
+    layers: Layers = field(default=None, metadata={"help": "layers to act on, as 0-3+7; all when not given"})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.slug = cls.__module__.rpartition(".")[2]
+
+    def selects(self, site: "Site") -> bool:
+        """Whether this strategy acts at ``site``."""
+        return site.kind in self.kinds and (self.layers is None or site.layer in self.layers)
+
+    def edit(self, call: "AttentionCall") -> "AttentionCall":
+        """Transform q, k, v, bias or mask before attention."""
+        raise NotImplementedError
+
+    def attend(self, call: "AttentionCall") -> "Tensor":
+        """Compute the output ``[B, T, H, dv]`` another way. At most one strategy per site."""
+        raise NotImplementedError
+
+    def watch(self, call: "AttentionCall", out: "Tensor") -> None:
+        """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.memory``."""
+        raise NotImplementedError
+
+    def patch(self, call: "AttentionCall", out: "Tensor") -> "Tensor":
+        """Change the per-head outputs ``[B, T, H, dv]``."""
+        raise NotImplementedError
+
+    def store(self, site: "Site") -> "Store":
+        """What ``site`` remembers between steps. At most one strategy per site."""
+        raise NotImplementedError
+
+    def convert(self, model: "torch.nn.Module", data: Any) -> "torch.nn.Module":
+        """A permanent change of the model that survives ``save_pretrained``."""
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> str:
+        """The text that :func:`parse` reads back into this strategy; fields at their defaults are left out."""
+        changed = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                changed.append(f"{f.name}={text}")
+        return self.slug + (":" + ",".join(changed) if changed else "")
+
+
+def overrides(strategy: Strategy, method: str) -> bool:
+    """Whether ``strategy`` implements ``method`` of :class:`Strategy`."""
+    return getattr(type(strategy), method) is not getattr(Strategy, method)
+
+
+def parse(spec: "str | Strategy") -> Strategy:
+    """Build a strategy from ``slug:field=value,field=value``; a strategy is returned as it is.
+
+    Raises:
+        UserError: unknown slug or field (with the nearest names), or a value that the field refuses.
+    """
+    if isinstance(spec, Strategy):
+        return spec
+    from . import catalog
+
+    slug, _, rest = spec.strip().partition(":")
+    cls = catalog.load(slug.strip())
+    hints = get_type_hints(cls, include_extras=True)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        name, equals, text = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise UserError(f"{spec!r}: write {item!r} as field=value")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"{slug} has no field {name!r}; {hint}it has {', '.join(sorted(fields))}")
+        if name in values:
+            raise UserError(f"{spec!r}: {name!r} is given twice")
+        try:
+            values[name] = TypeAdapter(hints[name]).validate_python(text)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UserError(f"{slug}: {name}={text}: {reason}") from None
+        except ValueError as error:
+            raise UserError(f"{slug}: {name}={text}: {error}") from None
+    return cls(**values)
