@@ -11,7 +11,8 @@ def pack_signs(x: Tensor) -> Tensor:
     """``[..., b] -> uint8 [..., ceil(b / 8)]``: bit i is ``x[i] >= 0``; unused bits of the last byte are 0."""
     bits = torch.nn.functional.pad((x >= 0).to(torch.uint8), (0, -x.shape[-1] % 8))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
-    return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def hamming(a: Tensor, b: Tensor) -> Tensor:

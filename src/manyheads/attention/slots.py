@@ -49,7 +49,7 @@ class Slots:
     @classmethod
     def empty(cls, k: Tensor, v: Tensor) -> "Slots":
         """No slots yet, with the batch, heads, dtype and device of ``k`` and ``v``."""
-        return cls(*(x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (k, v)), seen=0)
+        return cls(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), 0)
 
     @property
     def size(self) -> int:

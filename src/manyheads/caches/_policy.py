@@ -51,7 +51,9 @@ class CachePolicy(Strategy):
         if self.schedule not in ("prefill", "chunk", "step") and not (
             isinstance(self.schedule, int) and self.schedule > 0
         ):
-            raise UserError(f"{self.slug}: schedule is prefill, chunk, step or a number of tokens, not {self.schedule!r}")
+            raise UserError(
+                f"{self.slug}: schedule is prefill, chunk, step or a number, not {self.schedule!r}"
+            )
         if self.sinks < 0 or self.recent < 0:
             raise UserError(f"{self.slug}: sinks and recent count tokens and cannot be negative")
         if isinstance(self.budget, int):

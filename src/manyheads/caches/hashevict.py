@@ -132,7 +132,9 @@ class HashStore(PolicyStore):
         alive = self._died[:, :, None, :] > torch.arange(new, device=call.q.device)[:, None]
         seen = hidden.allowed()
         if seen is not None:
-            alive = alive & seen if alive.shape[1] >= seen.shape[1] else seen & reference.repeat_kv(alive, seen.shape[1])
+            alive = (
+                alive & seen if alive.shape[1] >= seen.shape[1] else seen & reference.repeat_kv(alive, seen.shape[1])
+            )
         return hidden.replace(mask=alive, is_causal=False)
 
     def settle(self, call: AttentionCall) -> None:

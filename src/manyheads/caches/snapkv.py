@@ -50,4 +50,5 @@ class SnapKV(CachePolicy):
         mask = mask.repeat_interleave(x.shape[1] // mask.shape[1], 1)
         votes = reference.softmax(x, mask, view.sinks).sum(2)  # [B, H, N]
         votes = torch.nn.functional.avg_pool1d(votes, self.kernel_size, 1, self.kernel_size // 2)
-        return votes.unflatten(1, (view.k.shape[1], -1)).mean(2)
+        grouped: Tensor = votes.unflatten(1, (view.k.shape[1], -1))
+        return grouped.mean(2)

@@ -16,12 +16,18 @@ __all__ = ["SlotCache", "StoreLayer", "install"]
 
 
 class ForkableStore(Store, Protocol):
-    """A store that can start another policy from the same tensors."""
+    """A store that can start another policy from the same tensors.
+
+    Attributes:
+        record: how many of the last queries to keep for that.
+    """
+
+    record: int
 
     def fork(self, policy: Any) -> Store: ...
 
 
-class StoreLayer(CacheLayerMixin):  # type: ignore[misc]
+class StoreLayer(CacheLayerMixin):
     """Adapter from :class:`manyheads.call.Store` to transformers' cache layer.
 
     It answers with the *logical* length, so positions, masks and ``generate`` go on as if nothing was dropped.
@@ -38,15 +44,15 @@ class StoreLayer(CacheLayerMixin):  # type: ignore[misc]
         self._module = weakref.ref(module)
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         return self.store.keys
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         return self.store.values
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]
         return self.store.seen > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -98,7 +104,7 @@ class StoreLayer(CacheLayerMixin):  # type: ignore[misc]
     prefetch = offload
 
 
-class SlotCache(DynamicCache):  # type: ignore[misc]
+class SlotCache(DynamicCache):
     """A transformers cache whose layers are stores of ours; pass it as ``past_key_values`` while the port is open."""
 
     def fork(self, policy: Any) -> "SlotCache":
@@ -107,14 +113,13 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
         Exact for strategies with ``dense_prefill``. Raises UserError when this cache dropped something or was made
         without ``record``.
         """
-        layers = []
+        twin = SlotCache()
+        twin.layer_class_to_replicate = None
         for layer in self.layers:
             if not isinstance(layer, StoreLayer) or (module := layer._module()) is None:
                 raise UserError("this cache cannot be forked: not all of its layers are ours")
             store = cast("ForkableStore", layer.store).fork(policy)
-            layers.append(StoreLayer(store, layer.site, module))
-        twin = SlotCache()
-        twin.layers, twin.layer_class_to_replicate = layers, None
+            twin.layers.append(StoreLayer(store, layer.site, module))
         return twin
 
     def bytes(self) -> int:
@@ -122,9 +127,7 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
         return sum(layer.store.nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
 
 
-def install(
-    cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], name: str
-) -> None:
+def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], name: str) -> None:
     """Put stores into the empty layers of ``cache`` that belong to ``sites``.
 
     Raises:
@@ -142,6 +145,7 @@ def install(
                 f"{name} replaces transformers' dynamic cache and found {type(layer).__name__} at {site.name}; "
                 "leave cache_implementation at its default"
             )
+        assert isinstance(layer, DynamicLayer)
         if layer.get_seq_length() > 0:
             raise UserError(
                 f"{name} must see a sequence from its first token, but the cache passed to {site.name} already holds "

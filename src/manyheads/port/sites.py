@@ -40,7 +40,7 @@ def architectures() -> tuple[str, ...]:
 
 def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
     """Attention modules of ``model`` whose forward dispatches through transformers' AttentionInterface."""
-    found = []
+    found: list[tuple[Site, nn.Module]] = []
     for name, module in model.named_modules():
         forward = inspect.unwrap(type(module).forward)
         if _DISPATCHER in getattr(getattr(forward, "__code__", None), "co_names", ()):
@@ -165,16 +165,16 @@ class SiteState:
         if cache is None:
             return
         keeper = self._keeper
-        if keeper is not None and not self._ours(cache):
+        if keeper is not None and self._ours(cache) is None:
             install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
-        if self._ours(cache):
-            self.store = cache.layers[self.site.layer].store
-            if keeper is not None:
-                keeper.stored = True
+        self.store = self._ours(cache)
+        if self.store is not None and keeper is not None:
+            keeper.stored = True
 
-    def _ours(self, cache: Cache) -> bool:
-        layer = self.site.layer
-        return layer is not None and layer < len(cache.layers) and isinstance(cache.layers[layer], StoreLayer)
+    def _ours(self, cache: Cache) -> Store | None:
+        index = self.site.layer
+        layer = cache.layers[index] if index is not None and index < len(cache.layers) else None
+        return layer.store if isinstance(layer, StoreLayer) else None
 
     def run(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]

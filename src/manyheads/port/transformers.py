@@ -9,15 +9,15 @@ end, untouched, so that another model sharing a config notices nothing. All stat
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers import PreTrainedConfig
 
 from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Strategy, overrides
-from .cache import SlotCache, install
+from .cache import ForkableStore, SlotCache, install
 from .configs import switch_configs
 from .sites import Entry, SiteState, architectures, find_sites, is_eager
 
@@ -58,7 +58,9 @@ class Port:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._restore()
         if kind is None:
             self._check_called()
@@ -72,7 +74,9 @@ class Port:
         chosen = []
         for strategy in self.strategies:
             if not any(overrides(strategy, method) for method in _METHODS):
-                raise UserError(f"{strategy.slug} changes a model for good and cannot be used for a while: convert with it")
+                raise UserError(
+                    f"{strategy.slug} changes a model for good and cannot be used for a while: convert with it"
+                )
             at = {site.index for site, _ in sites if strategy.selects(site)}
             if not at:
                 there = ", ".join(sorted({f"{s.kind}{' causal' if s.causal else ''}" for s, _ in sites}))
@@ -87,7 +91,9 @@ class Port:
                 claims = SiteState.claims(module, method) + claims
                 if len(claims) > 1:
                     what = "computes the output" if method == "attend" else "keeps the cache"
-                    raise UserError(f"{claims[0].spec} and {claims[1].spec} cannot hold together: each {what} of {site.name}")
+                    raise UserError(
+                        f"{claims[0].spec} and {claims[1].spec} cannot hold together: each {what} of {site.name}"
+                    )
         return chosen
 
     def _restore(self) -> None:
@@ -98,8 +104,8 @@ class Port:
         for site, _, entry in self._entries:
             if not entry.called:
                 raise UserError(
-                    f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it inside "
-                    "the block; narrow the strategy with layers=..., or run the model"
+                    f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it in "
+                    "the block; narrow it with layers=..., or run the model"
                 )
         idle = {id(e.strategy): e.strategy for _, _, e in self._entries if overrides(e.strategy, "store")}
         for _, _, entry in self._entries:
@@ -121,7 +127,9 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0) -> SlotCach
         UserError: the strategy keeps no cache, or finds no site in the model.
     """
     if not overrides(strategy, "store"):
-        raise UserError(f"{strategy.slug} keeps no cache; choose one of the caches wing: `manyheads list --wing caches`")
+        raise UserError(
+            f"{strategy.slug} keeps no cache; choose one of the caches wing: `manyheads list --wing caches`"
+        )
     sites = [(site, module) for site, module in find_sites(model) if strategy.selects(site)]
     if not sites:
         raise UserError(f"{strategy.spec} finds no decoder self-attention in {type(model).__name__}")
@@ -129,10 +137,10 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0) -> SlotCach
     def make(site: Site) -> Store:
         store = strategy.store(site)
         if record:
-            store.record = record
+            cast("ForkableStore", store).record = record
         return store
 
-    cache = SlotCache(config=model.config)
+    cache = SlotCache(config=cast("PreTrainedConfig", model.config))
     install(cache, sites, make, strategy.slug)
     return cache
 
