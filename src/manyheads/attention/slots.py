@@ -14,7 +14,7 @@ keys), and the order of tokens. Slots keep all three:
 Hs is the number of heads *stored*: Hkv, or 1 for latent caches (MLA). Every head drops its own slots.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,9 +35,18 @@ def _gather(x: Tensor, slots: Tensor) -> Tensor:
     return x.gather(2, slots[..., None].expand(*slots.shape, x.shape[-1]))
 
 
+def _look_up(table: Tensor, columns: Tensor) -> Tensor:
+    """``table [B, seen]`` at ``columns [B, Hs, N]``; what an empty slot (-1) reads means nothing."""
+    batch, heads, size = columns.shape
+    return table.gather(1, columns.clamp(min=0).reshape(batch, heads * size)).view(batch, heads, size)
+
+
 @dataclass(slots=True)
 class Slots:
-    """Keys ``[B, Hs, N, dk]`` and values ``[B, Hs, N, dv]`` of N slots, in the order of their columns."""
+    """Keys ``[B, Hs, N, dk]`` and values ``[B, Hs, N, dv]`` of N slots.
+
+    No method writes into a tensor in place, so a ``dataclasses.replace`` of slots is a second, independent set.
+    """
 
     keys: Tensor
     values: Tensor
@@ -81,13 +90,7 @@ class Slots:
             columns = self.index.long()
         if self.valid is None:
             return columns
-        return columns.masked_fill(~self._at(self.valid, columns), -1)
-
-    def _at(self, table: Tensor, columns: Tensor) -> Tensor:
-        """Look up ``table [B, seen]`` at ``columns [B, Hs, N]``; empty slots read False or 0."""
-        batch, heads, size = columns.shape
-        found = table.gather(1, columns.clamp(min=0).reshape(batch, heads * size)).view(batch, heads, size)
-        return found * (columns >= 0) if found.dtype != torch.bool else found & (columns >= 0)
+        return columns.masked_fill((columns < 0) | ~_look_up(self.valid, columns), -1)
 
     def positions(self) -> Tensor:
         """Position of each slot within its own row ``[B, Hs, N]``: padding is not counted; -1 where empty."""
@@ -95,7 +98,7 @@ class Slots:
         if self.valid is None:
             return columns
         rank = self.valid.long().cumsum(1) - 1
-        return torch.where(columns >= 0, self._at(rank, columns), -1)
+        return torch.where(columns >= 0, _look_up(rank, columns), -1)
 
     def counts(self) -> Tensor:
         """Tokens seen per row ``[B]`` int64, padding not counted."""
@@ -157,10 +160,6 @@ class Slots:
         self.keys, self.values = self.keys[:, :, : self.size - count], self.values[:, :, : self.size - count]
         self.valid = None if self.valid is None else self.valid[:, : self.seen - count]
         self.seen -= count
-
-    def copy(self) -> "Slots":
-        """A second set of slots over the same tensors; no operation here writes into a tensor in place."""
-        return replace(self)
 
     def nbytes(self) -> int:
         """Bytes held: keys, values and bookkeeping."""

@@ -51,9 +51,7 @@ class CachePolicy(Strategy):
         if self.schedule not in ("prefill", "chunk", "step") and not (
             isinstance(self.schedule, int) and self.schedule > 0
         ):
-            raise UserError(
-                f"{self.slug}: schedule is prefill, chunk, step or a number, not {self.schedule!r}"
-            )
+            raise UserError(f"{self.slug}: schedule is prefill, chunk, step or a number, not {self.schedule!r}")
         if self.sinks < 0 or self.recent < 0:
             raise UserError(f"{self.slug}: sinks and recent count tokens and cannot be negative")
         if isinstance(self.budget, int):
@@ -76,6 +74,12 @@ class CachePolicy(Strategy):
     def window(self) -> int:
         """How many of the last queries :meth:`score` needs; 0 for none."""
         return 0
+
+    def due(self, forwards: int, new: int, since: int) -> bool:
+        """Whether to evict after forward number ``forwards`` of ``new`` tokens, ``since`` tokens after the last time."""
+        if forwards == 1 or self.schedule == "step":
+            return True
+        return (self.schedule == "chunk" and new > 1) or (isinstance(self.schedule, int) and since >= self.schedule)
 
     def selects(self, site: Site) -> bool:
         return Strategy.selects(self, site) and site.causal and site.layer is not None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The store behind every eviction policy: append, attend, observe, evict."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,39 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ._policy import CachePolicy
 
-__all__ = ["PolicyStore", "View"]
+__all__ = ["PolicyStore", "QueryWindow", "View"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryWindow:
+    """The last queries of each row after rotary positions: ``q [B, H, W, d]`` at ``positions [B, W]``, -1 = none."""
+
+    q: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, slots: Slots) -> "QueryWindow":
+        """The queries ``[B, H, T, d]`` of the last T columns of ``slots``."""
+        new = q.shape[2]
+        if slots.valid is None:
+            return cls(q, torch.arange(slots.seen - new, slots.seen, device=q.device).expand(q.shape[0], -1))
+        rank = slots.valid.long().cumsum(1) - 1
+        return cls(q, torch.where(slots.valid, rank, -1)[:, -new:])
+
+    def join(self, later: "QueryWindow") -> "QueryWindow":
+        return QueryWindow(torch.cat([self.q, later.q], 2), torch.cat([self.positions, later.positions], 1))
+
+    def last(self, window: int) -> "QueryWindow":
+        """The ``window`` last queries of each row by position: the rows of a padded batch end apart."""
+        if self.positions.shape[1] <= window:
+            return self
+        at = self.positions.topk(window, 1).indices.sort(1).values
+        q = self.q.gather(2, at[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3]))
+        return QueryWindow(q, self.positions.gather(1, at))
+
+    def select(self, rows: Tensor) -> "QueryWindow":
+        rows = rows.to(self.q.device)
+        return QueryWindow(self.q[rows], self.positions[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +58,7 @@ class View:
         k, v: ``[B, Hkv, N, d]`` as attention used them.
         positions: ``[B, Hs, N]`` position within the row, padding not counted; -1 = empty slot or padding.
         counts: ``[B]`` tokens seen per row.
-        queries: the last W queries after rotary positions ``[B, H, W, d]``, None unless the policy asks for a window.
-        query_positions: ``[B, W]``, -1 = no query there.
+        queries: the last W queries of each row, None unless the policy asks for a window.
         scale, softcap, sinks: of the attention call.
         site: the place in the model.
     """
@@ -36,8 +67,7 @@ class View:
     v: Tensor
     positions: Tensor
     counts: Tensor
-    queries: Tensor | None
-    query_positions: Tensor | None
+    queries: QueryWindow | None
     scale: float
     softcap: float | None
     sinks: Tensor | None
@@ -63,8 +93,7 @@ class PolicyStore:
     def reset(self) -> None:
         """Forget everything."""
         self.slots: Slots | None = None
-        self._queries: Tensor | None = None
-        self._query_positions: Tensor | None = None
+        self._queries: QueryWindow | None = None
         self._evidence: View | None = None
         self._since = 0  # tokens since the last eviction
         self._forwards = 0
@@ -107,14 +136,15 @@ class PolicyStore:
         slots, new = self._slots(), call.q.shape[2]
         self._forwards += 1
         self._since += new
-        due = self._due(new)
-        window = max(self.record, self.policy.window if self._wants_queries(due) else 0)
+        due = self.policy.due(self._forwards, new, self._since)
+        window = max(self.record, self.policy.window if due or self.policy.schedule != "prefill" else 0)
         if window:
-            self._remember(call.q, window)
+            latest = QueryWindow.of(call.q, slots)
+            self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
         if due or self.record:
             view = View(
-                call.k, call.v, slots.positions(), slots.counts(), self._queries, self._query_positions,
-                call.scale, call.softcap, call.sinks, self.site,
+                call.k, call.v, slots.positions(), slots.counts(), self._queries, call.scale, call.softcap, call.sinks,
+                self.site,
             )  # fmt: skip
             if due:
                 self.compress(view)
@@ -133,24 +163,21 @@ class PolicyStore:
         if policy.window > self.record:
             raise UserError(f"{policy.slug} needs the last {policy.window} queries; make the cache with that record")
         twin = policy.store(self.site)
-        twin.slots = self.slots.copy()
+        twin.slots = replace(self.slots)
         twin._forwards = self._forwards
-        view = self._evidence
-        if view.queries is not None and view.query_positions is not None and policy.window:
-            view = View(
-                view.k, view.v, view.positions, view.counts, view.queries[:, :, -policy.window :],
-                view.query_positions[:, -policy.window :], view.scale, view.softcap, view.sinks, view.site,
-            )  # fmt: skip
-        twin.compress(view)
+        queries = self._evidence.queries
+        if queries is not None and policy.window:
+            twin._queries = queries.last(policy.window)
+        twin.compress(replace(self._evidence, queries=twin._queries))
         return twin
 
     def compress(self, view: View) -> None:
         """Drop all but the best-scored slots of each row and head."""
         slots, policy = self._slots(), self.policy
         self._since = 0
-        if policy.schedule == "prefill":
-            self._queries = self._query_positions = None
-        limit = self._limit()
+        if policy.schedule == "prefill" and not self.record:
+            self._queries = None
+        counts, limit = self._limits(view.counts)
         if limit >= slots.seen:
             return
         policy.check(limit)
@@ -158,7 +185,7 @@ class PolicyStore:
         heads = slots.keys.shape[1]
         if scores.shape[1] != heads:
             scores = scores.unflatten(1, (heads, -1)).mean(2)
-        budgets = self._limits(view.counts)[:, None].expand(-1, heads)
+        budgets = counts[:, None].expand(-1, heads)
         uneven = policy.allocate(view, scores, budgets)
         if uneven is not None:
             budgets, limit = uneven, int(uneven.max())
@@ -176,44 +203,14 @@ class PolicyStore:
             slots.keys, slots.values = merged
         slots.keep(order, kept)
 
-    def _limit(self) -> int:
-        """Most slots that any row may keep now."""
-        return keep_limit(self.policy.budget, self.seen)
-
-    def _limits(self, counts: Tensor) -> Tensor:
-        """Slots that each row may keep ``[B]``."""
-        return keep_counts(self.policy.budget, counts)
+    def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
+        """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
+        return keep_counts(self.policy.budget, counts), keep_limit(self.policy.budget, self.seen)
 
     def _slots(self) -> Slots:
         if self.slots is None:
             raise RuntimeError(f"{self.site.name}: attention ran before its cache was written")
         return self.slots
-
-    def _wants_queries(self, due: bool) -> bool:
-        return due or self.policy.schedule != "prefill"
-
-    def _due(self, new: int) -> bool:
-        schedule = self.policy.schedule
-        if self._forwards == 1 or schedule == "step":
-            return True
-        return (schedule == "chunk" and new > 1) or (isinstance(schedule, int) and self._since >= schedule)
-
-    def _remember(self, q: Tensor, window: int) -> None:
-        """Keep the last ``window`` queries of each row, by position: the rows of a padded batch end apart."""
-        slots, new = self._slots(), q.shape[2]
-        if slots.valid is None:
-            positions = torch.arange(slots.seen - new, slots.seen, device=q.device).expand(q.shape[0], -1)
-        else:
-            rank = slots.valid.long().cumsum(1) - 1
-            positions = torch.where(slots.valid, rank, -1)[:, -new:]
-        if self._queries is not None and self._query_positions is not None:
-            q = torch.cat([self._queries, q], 2)
-            positions = torch.cat([self._query_positions, positions], 1)
-        if positions.shape[1] > window:
-            last = positions.topk(window, 1).indices.sort(1).values
-            q = q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-            positions = positions.gather(1, last)
-        self._queries, self._query_positions = q, positions
 
     def _leave_window(self, window: int) -> None:
         """Drop what no later query of a sliding-window layer can see: the same slots that an ordinary cache drops."""
@@ -232,9 +229,8 @@ class PolicyStore:
         self._evidence = None
         if self.slots is not None:
             self.slots.select(rows)
-        if self._queries is not None and self._query_positions is not None:
-            rows = rows.to(self._queries.device)
-            self._queries, self._query_positions = self._queries[rows], self._query_positions[rows]
+        if self._queries is not None:
+            self._queries = self._queries.select(rows)
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens; refused once something was dropped."""

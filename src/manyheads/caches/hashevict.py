@@ -170,11 +170,8 @@ class HashStore(PolicyStore):
         slots.extra = self._hash(view.k)
         super().compress(view)
 
-    def _limit(self) -> int:
-        return self._capacity
-
-    def _limits(self, counts: Tensor) -> Tensor:
-        return counts if self._caps is None else self._caps
+    def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
+        return counts if self._caps is None else self._caps, self._capacity
 
     def _hash(self, x: Tensor) -> Tensor:
         if self._projections is None:
@@ -184,7 +181,7 @@ class HashStore(PolicyStore):
     def _victims(self, probes: Tensor) -> Tensor:
         """Which of the T new tokens takes each slot's place: ``probes [B, H | Hkv, T, bytes] -> [B, Hs, S]``."""
         slots, policy, new = self._slots(), self.policy, probes.shape[2]
-        positions, caps = slots.positions(), self._limits(slots.counts())
+        positions, (caps, _) = slots.positions(), self._limits(slots.counts())
         heads, size = positions.shape[1], positions.shape[2]
         assert slots.extra is not None
         hashes = reference.repeat_kv(slots.extra, probes.shape[1])

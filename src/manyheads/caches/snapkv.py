@@ -43,10 +43,10 @@ class SnapKV(CachePolicy):
         return self.window_size
 
     def score(self, view: View) -> Tensor:
-        assert view.queries is not None and view.query_positions is not None
-        x = reference.logits(view.queries.float(), view.k.float(), scale=view.scale, softcap=view.softcap)
+        assert view.queries is not None
+        x = reference.logits(view.queries.q.float(), view.k.float(), scale=view.scale, softcap=view.softcap)
         positions = view.positions[:, :, None, :]
-        mask = (positions >= 0) & (positions <= view.query_positions[:, None, :, None])
+        mask = (positions >= 0) & (positions <= view.queries.positions[:, None, :, None])
         mask = mask.repeat_interleave(x.shape[1] // mask.shape[1], 1)
         votes = reference.softmax(x, mask, view.sinks).sum(2)  # [B, H, N]
         votes = torch.nn.functional.avg_pool1d(votes, self.kernel_size, 1, self.kernel_size // 2)

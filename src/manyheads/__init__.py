@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention strategies of many papers, side by side on your own model.
+
+    import manyheads
+
+    with manyheads.use(model, "hashevict:budget=0.5"):
+        model.generate(**inputs)
+
+Importing the package loads no torch and no strategy: every public name is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manyheads.call import AttentionCall, Site
+    from manyheads.catalog import Paper, baselines, find, get, load, papers
+    from manyheads.errors import UserError
+    from manyheads.port import use
+    from manyheads.strategy import Strategy, parse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionCall",
+    "Paper",
+    "Site",
+    "Strategy",
+    "UserError",
+    "baselines",
+    "find",
+    "get",
+    "load",
+    "papers",
+    "parse",
+    "use",
+]
+
+_HOMES = {
+    "manyheads.call": ("AttentionCall", "Site"),
+    "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
+    "manyheads.errors": ("UserError",),
+    "manyheads.port": ("use",),
+    "manyheads.strategy": ("Strategy", "parse"),
+}
+_PARTS = ("attention", "call", "catalog", "claims", "compare", "errors", "models", "port", "strategy")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or submodule on first use; a wrong name is answered with the nearest ones."""
+    if name in _PARTS:
+        return import_module(f"manyheads.{name}")
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    if name.startswith("__"):
+        raise AttributeError(f"module 'manyheads' has no attribute {name!r}")
+    from difflib import get_close_matches
+
+    known = [*__all__, *_PARTS]
+    nearest = ", ".join(get_close_matches(name, known, n=3, cutoff=0.5)) or ", ".join(known)
+    raise AttributeError(f"module 'manyheads' has no attribute {name!r}; nearest: {nearest}")
+
+
+def __dir__() -> list[str]:
+    """Return every public name, loaded or not."""
+    return sorted({*globals(), *__all__, *_PARTS})

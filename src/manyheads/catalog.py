@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue of papers: what there is, what stands, and the strategy behind a slug.
+
+`papers.toml` says what a paper is; files say what stands. The slug names all four of them: ``<wing>/<slug>.py`` (the
+strategy), ``claims/<slug>.py`` (its claim), ``claims/<slug>.json`` (the claim's results) and, in a checkout,
+``tests/<wing>/test_<slug>.py``. Nothing here imports a strategy except `load`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from manyheads.errors import UserError
+
+if TYPE_CHECKING:
+    from manyheads.strategy import Strategy
+
+PACKAGE = Path(__file__).resolve().parent
+
+Training = Literal["none", "calibration", "required"]
+State = Literal["planned", "untested", "strategy", "claim", "holds", "does not hold here", "not testable here"]
+STATES: tuple[State, ...] = get_args(State)
+
+# What a search may find for a paper's `training`: words, so that "without training" ranks what needs none.
+_TRAINING_WORDS = {
+    "none": "training-free, without training, no training",
+    "calibration": "needs a calibration pass",
+    "required": "needs training",
+}
+_WEIGHTS = (8.0, 4.0, 4.0, 2.0, 1.0, 2.0)  # bm25 weights of slug, title, tags, summary, wing, training
+_STOP_WORDS = frozenset(
+    "a an and any are as at be by can do does for from has have how i in into is it its me my of on or our that the "
+    "their them these this those to use using we what when where which while who why will with you your".split()
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """One row of the catalogue: a paper, or a baseline (`id` is None) that papers are measured against."""
+
+    id: int | None = None
+    slug: str
+    wing: str  # folder of the strategy, may be nested: "domains/vision"
+    title: str
+    summary: str  # one line: what it changes, what it needs or gives
+    tags: tuple[str, ...]
+    training: Training
+    arxiv: str | None = None
+
+    @property
+    def baseline(self) -> bool:
+        """Whether this is a method to measure against rather than a paper of the catalogue."""
+        return self.id is None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds, or will hold, the strategy."""
+        return f"manyheads.{self.wing.replace('/', '.')}.{self.slug}"
+
+    @property
+    def state(self) -> State:
+        """What stands of this paper, read from the files (see `state_in`)."""
+        return state_in(PACKAGE, self.wing, self.slug)
+
+    def row(self) -> dict[str, object]:
+        """Return what ``--json`` prints of this paper."""
+        return {
+            "id": self.id,
+            "slug": self.slug,
+            "wing": self.wing,
+            "title": self.title,
+            "state": self.state,
+            "training": self.training,
+            "tags": list(self.tags),
+            "summary": self.summary,
+            "arxiv": self.arxiv,
+        }
+
+
+def state_in(package: Path, wing: str, slug: str) -> State:
+    """Derive a state from the files under `package`, the folder of the installed package.
+
+    "planned": no strategy file. "untested": a strategy without ``test_<slug>.py``; tests are looked for in a checkout
+    only, they are not installed. "strategy": no claim yet. "claim": a claim that has not been run. After that the
+    verdict of the stored run.
+    """
+    if not (package / wing / f"{slug}.py").is_file():
+        return "planned"
+    tests = package.parents[1] / "tests"
+    in_checkout = tests.is_dir() and (package.parents[1] / "pyproject.toml").is_file()
+    test = f"test_{slug}.py"
+    if in_checkout and not (tests / wing / test).is_file() and not any(tests.rglob(test)):
+        return "untested"
+    if not (package / "claims" / f"{slug}.py").is_file():
+        return "strategy"
+    from manyheads.claims import stored
+
+    record = stored(slug, package / "claims")
+    return record.verdict if record and record.verdict else "claim"
+
+
+@cache
+def _rows() -> tuple[Paper, ...]:
+    """Read papers.toml once: papers in the order of their numbers, then baselines."""
+    with (PACKAGE / "papers.toml").open("rb") as file:
+        tables = tomllib.load(file)
+    return tuple(Paper(**{**row, "tags": tuple(row["tags"])}) for row in [*tables["paper"], *tables["baseline"]])
+
+
+def papers() -> list[Paper]:
+    """Return the papers of the catalogue, by number."""
+    return [row for row in _rows() if not row.baseline]
+
+
+def baselines() -> list[Paper]:
+    """Return the methods that papers are measured against."""
+    return [row for row in _rows() if row.baseline]
+
+
+def names() -> list[str]:
+    """Return every slug, papers first."""
+    return [row.slug for row in _rows()]
+
+
+def wings() -> list[str]:
+    """Return every wing, sorted."""
+    return sorted({row.wing for row in _rows()})
+
+
+def nearest(name: str, among: list[str] | None = None) -> list[str]:
+    """Return up to three names that `name` may have meant: those that contain it, then those spelled like it."""
+    from difflib import get_close_matches
+
+    known = names() if among is None else among
+    wanted = name.strip().lower().replace("-", "_")
+    containing = [slug for slug in known if wanted and wanted in slug]
+    return list(dict.fromkeys([*containing, *get_close_matches(wanted, known, n=3, cutoff=0.5)]))[:3]
+
+
+def get(slug: str) -> Paper:
+    """Return the row named `slug`.
+
+    Raises:
+        UserError: there is none; the message holds the nearest names.
+    """
+    for row in _rows():
+        if row.slug == slug:
+            return row
+    close = nearest(slug)
+    hint = f"did you mean {', '.join(close)}?" if close else "`manyheads list` shows all names"
+    raise UserError(f"unknown strategy {slug!r}: {hint}")
+
+
+def load(slug: str) -> type[Strategy]:
+    """Import the strategy named `slug` and return its class: the one `Strategy` that its file defines.
+
+    Raises:
+        UserError: the name is unknown, or the paper has no strategy yet.
+        TypeError: the file does not define exactly one strategy.
+    """
+    paper = get(slug)
+    if not (PACKAGE / paper.wing / f"{slug}.py").is_file():
+        standing = ", ".join(row.slug for row in _rows() if row.state != "planned") or "none yet"
+        raise UserError(f"{slug} is in the catalogue but has no strategy yet; these stand: {standing}")
+    from manyheads.strategy import Strategy
+
+    module = import_module(paper.module)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Strategy) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"{paper.module} must define exactly one Strategy, not {[c.__name__ for c in found]}")
+    return found[0]
+
+
+def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
+    """Rank papers and baselines by how well they match any of `words`.
+
+    Full-text search over slug, title, tags, summary, wing and need of training: words are reduced to their stems
+    (Porter) and weighed by their rarity (bm25).
+
+    Args:
+        words: what is looked for, as one would say it.
+        limit: the most rows to return.
+
+    Returns:
+        Rows with their score, best first; the score is positive and only comparable within one search.
+        Empty when nothing matches or `words` says nothing.
+    """
+    import re
+    import sqlite3
+    from contextlib import closing
+
+    terms = [word for word in re.findall(r"[^\W_]+", words.lower()) if word not in _STOP_WORDS]
+    if not terms:
+        return []
+    query = " OR ".join(f'"{term}"' for term in terms)
+    with closing(sqlite3.connect(":memory:")) as table:
+        columns = "slug, title, tags, summary, wing, training"
+        table.execute(f"CREATE VIRTUAL TABLE row USING fts5({columns}, tokenize='porter unicode61')")
+        texts = ((r.slug, r.title, " ".join(r.tags), r.summary, r.wing, _TRAINING_WORDS[r.training]) for r in _rows())
+        table.executemany("INSERT INTO row VALUES (?, ?, ?, ?, ?, ?)", texts)
+        ranked = table.execute(
+            f"SELECT rowid, bm25(row, {', '.join('?' * len(_WEIGHTS))}) AS cost FROM row WHERE row MATCH ? "
+            "ORDER BY cost, rowid LIMIT ?",
+            (*_WEIGHTS, query, limit),
+        ).fetchall()
+    return [(_rows()[rowid - 1], -cost) for rowid, cost in ranked]

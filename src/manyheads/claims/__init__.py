@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: the headline of each paper, checked at the scale of the machine at hand.
+
+``claims/<slug>.py`` exposes ``claim: Claim``; its results are stored beside it in ``claims/<slug>.json``, one for each
+device and size of run. A claim file imports torch inside its `run` only, so that listing claims stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import import_module
+from math import isfinite
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, get_args
+
+from manyheads.errors import UserError
+from manyheads.files import write_atomically
+
+FOLDER = Path(__file__).resolve().parent
+
+Verdict = Literal["holds", "does not hold here", "not testable here"]
+Device = Literal["cpu", "cuda"]
+
+
+def _silent(message: str, done: float) -> None:
+    """Report no progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How large a run may be.
+
+    Quick runs stay under 30 seconds on two CPU cores, full ones under 10 minutes.
+    """
+
+    device: Device = "cpu"
+    quick: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+    progress: Callable[[str, float], None] = field(default=_silent, compare=False)  # (what is done now, share done)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A measured value: of `n` samples, with the bounds of its 95 % interval where it has one."""
+
+    name: str
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number: a figure that could not be measured is left out."""
+        if not all(isfinite(bound) for bound in (self.value, self.low, self.high) if bound is not None):
+            raise ValueError(f"the figure {self.name!r} is not finite: {self.value} [{self.low}, {self.high}]")
+
+    def __str__(self) -> str:
+        """Return "name 0.412 nats [0.4, 0.43], n=64"."""
+        unit = f" {self.unit}" if self.unit else ""
+        interval = f" [{self.low:.4g}, {self.high:.4g}]" if self.low is not None and self.high is not None else ""
+        return f"{self.name} {self.value:.4g}{unit}{interval}, n={self.n}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run found: its verdict, why in one or two sentences, and the figures that it rests on."""
+
+    verdict: Verdict
+    reason: str
+    figures: tuple[Figure, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a verdict that is none of the three, and one that rests on nothing."""
+        if self.verdict not in get_args(Verdict):
+            raise ValueError(f"verdict {self.verdict!r} is none of {', '.join(get_args(Verdict))}")
+        if not self.figures and self.verdict != "not testable here":
+            raise ValueError(f"the verdict {self.verdict!r} needs figures")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One paper's headline claim and how to check it.
+
+    Args:
+        slug: the paper's name in the catalogue.
+        statement: the claim in one sentence, as it is checked here.
+        paper_figure: the figure that the paper gives, with its setting.
+        run: measures strategy and baselines under equal budget and judges.
+    """
+
+    slug: str
+    statement: str
+    paper_figure: str
+    run: Callable[[Setting], Outcome]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One stored run of a claim."""
+
+    device: Device
+    quick: bool
+    verdict: Verdict
+    reason: str
+    figures: tuple[Figure, ...]
+    seeds: tuple[int, ...]
+    seconds: float
+    date: str  # ISO 8601, UTC
+    command: str
+    environment: dict[str, str | int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Everything stored of one claim: at most one result for each device and size of run."""
+
+    slug: str
+    statement: str
+    paper_figure: str
+    results: tuple[Result, ...] = ()
+
+    @property
+    def deciding(self) -> Result | None:
+        """The newest full run or, where there is none, the newest quick one."""
+        return max(self.results, key=lambda result: (not result.quick, result.date), default=None)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the deciding result says."""
+        return self.deciding.verdict if self.deciding else None
+
+    def row(self) -> dict[str, object]:
+        """Return what ``--json`` prints of this claim; the last four are None before the first run."""
+        result = self.deciding
+        return {
+            "slug": self.slug,
+            "statement": self.statement,
+            "paper_figure": self.paper_figure,
+            "verdict": result.verdict if result else None,
+            "reason": result.reason if result else None,
+            "quick": result.quick if result else None,
+            "device": result.device if result else None,
+            "figures": [asdict(figure) for figure in result.figures] if result else [],
+            "environment": result.environment if result else None,
+            "date": result.date if result else None,
+            "command": result.command if result else None,
+        }
+
+
+def slugs() -> list[str]:
+    """Return the slugs that have a claim, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+
+
+def load(slug: str) -> Claim:
+    """Import the claim of `slug`.
+
+    Raises:
+        UserError: there is none; the message names those that there are.
+    """
+    if slug not in slugs():
+        raise UserError(f"{slug} has no claim yet; claims stand for: {', '.join(slugs()) or 'none yet'}")
+    claim = import_module(f"{__name__}.{slug}").claim
+    if not isinstance(claim, Claim) or claim.slug != slug:
+        raise TypeError(f"claims/{slug}.py must expose `claim`, a Claim with slug {slug!r}")
+    return claim
+
+
+def stored(slug: str, folder: Path | None = None) -> Record | None:
+    """Read what is stored of the claim of `slug`, None when it was never run.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = (folder or FOLDER) / f"{slug}.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        results = tuple(
+            Result(
+                **{
+                    **result,
+                    "figures": tuple(Figure(**figure) for figure in result["figures"]),
+                    "seeds": tuple(result["seeds"]),
+                }
+            )
+            for result in data["results"]
+        )
+        return Record(data["slug"], data["statement"], data["paper_figure"], results)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a claim record ({error}); delete it and run the claim again") from error
+
+
+def store(claim: Claim, result: Result, folder: Path | None = None) -> Path:
+    """Add `result` to the record of `claim`, in place of an earlier one of the same device and size; atomic.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    earlier = stored(claim.slug, folder)
+    others = [
+        other
+        for other in (earlier.results if earlier else ())
+        if (other.device, other.quick) != (result.device, result.quick)
+    ]
+    results = tuple(sorted([*others, result], key=lambda item: (item.device, item.quick)))
+    record = Record(claim.slug, claim.statement, claim.paper_figure, results)
+    path = (folder or FOLDER) / f"{claim.slug}.json"
+    text = json.dumps(asdict(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"the result could not be stored: {error.strerror}: {path}") from error
+    return path
+
+
+def run(slug: str, setting: Setting | None = None) -> Result:
+    """Run the claim of `slug`; nothing is stored.
+
+    Raises:
+        UserError: there is no such claim, or no GPU where one was asked for.
+    """
+    from manyheads.environment import environment
+
+    claim = load(slug)
+    setting = setting or Setting()
+    if setting.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("no CUDA device was found; run the claim with --device cpu")
+    if setting.quick:
+        setting = replace(setting, seeds=setting.seeds[:1])
+    start = perf_counter()
+    outcome = claim.run(setting)
+    flags = f"{' --quick' if setting.quick else ''}{' --device cuda' if setting.device == 'cuda' else ''}"
+    return Result(
+        device=setting.device,
+        quick=setting.quick,
+        verdict=outcome.verdict,
+        reason=outcome.reason,
+        figures=outcome.figures,
+        seeds=setting.seeds,
+        seconds=round(perf_counter() - start, 1),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=f"manyheads claims run {slug}{flags}",
+        environment=environment(),
+    )
+
+
+def records() -> list[Record]:
+    """Return every claim with what is stored of it, by slug; a claim that was never run has no results."""
+    found = []
+    for slug in slugs():
+        record = stored(slug)
+        if record is None:
+            claim = load(slug)
+            record = Record(slug, claim.statement, claim.paper_figure)
+        found.append(record)
+    return found

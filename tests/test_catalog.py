@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue: its rows are whole, its search finds, and the state of a paper follows from files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyheads import catalog
+from manyheads.errors import UserError
+
+ROWS = [*catalog.papers(), *catalog.baselines()]
+
+
+def test_all_papers_are_there():
+    assert [paper.id for paper in catalog.papers()] == list(range(1, 120))
+    assert {row.slug for row in catalog.baselines()} == {"full", "random", "streaming_llm", "snapkv", "keydiff"}
+    assert all(row.baseline for row in catalog.baselines())
+    assert len(set(catalog.names())) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.slug)
+def test_row_is_whole(row):
+    assert row.slug.isidentifier() and row.slug == row.slug.lower()
+    assert all(part.isidentifier() for part in row.wing.split("/"))
+    assert row.title == row.title.strip() != ""
+    assert 20 <= len(row.summary) <= 140 and "\n" not in row.summary and not row.summary.endswith(".")
+    assert 2 <= len(row.tags) <= 6 and all(tag == tag.strip().lower() for tag in row.tags)
+    assert row.training in ("none", "calibration", "required")
+    assert row.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", row.arxiv)
+    assert row.state in catalog.STATES
+    assert json.loads(json.dumps(row.row()))["slug"] == row.slug
+
+
+def test_no_two_papers_share_an_arxiv_id_or_summary():
+    ids = [row.arxiv for row in ROWS if row.arxiv]
+    assert len(ids) == len(set(ids)) and len({row.summary for row in ROWS}) == len(ROWS)
+
+
+def test_get_answers_a_wrong_name_with_the_nearest():
+    assert catalog.get("hashevict").id == 24
+    with pytest.raises(UserError, match="did you mean hashevict"):
+        catalog.get("hashevct")
+    with pytest.raises(UserError, match="snapkv"):
+        catalog.get("SnapKV")
+    with pytest.raises(UserError, match="manyheads list"):
+        catalog.get("zzzzzzzz")
+    assert catalog.nearest("kv")[0] in catalog.names() and catalog.nearest("") == []
+
+
+def test_load_gives_the_one_strategy_of_a_file():
+    from manyheads.strategy import Strategy
+
+    strategy = catalog.load("hashevict")
+    assert issubclass(strategy, Strategy) and strategy.__module__ == "manyheads.caches.hashevict"
+
+
+def test_load_refuses_what_does_not_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path)  # nothing stands there
+    assert catalog.get("hashevict").state == "planned"
+    with pytest.raises(UserError, match="no strategy yet"):
+        catalog.load("hashevict")
+
+
+def ranks(words: str) -> list[str]:
+    return [paper.slug for paper, _ in catalog.find(words, limit=len(ROWS))]
+
+
+def test_find_the_sentence_of_a_user():
+    assert "hashevict" in ranks("shrink the cache without training")[:3]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("hallucination in vision language models", {"conscious_gaze", "concentric_attention"}),
+        ("KV-cache quantization", {"fireq", "hcattention"}),
+        ("attention sinks", {"active_dormant", "streaming_llm"}),
+        ("diffusion guidance", {"sag", "headhunter"}),
+        ("HashEvict", {"hashevict"}),
+        ("prune heads", {"amp"}),
+        ("pruning of head", {"amp"}),
+        ("minitron", {"minitron"}),
+    ],
+)
+def test_find_ranks_the_obvious_first(words, expected):
+    assert expected <= set(ranks(words)[: len(expected) + 2])
+
+
+def test_find_scores_fall_and_the_limit_holds():
+    found = catalog.find("kv cache", limit=4)
+    scores = [score for _, score in found]
+    assert len(found) == 4 and scores == sorted(scores, reverse=True) and scores[-1] > 0
+
+
+@pytest.mark.parametrize("words", ["", "   ", '"', "* OR *", "OR(zq, zx", "slug:", "-- ;", "xyzzyplugh"])
+def test_find_nothing(words):
+    assert catalog.find(words) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=40))
+def test_find_takes_any_text(words):
+    assert all(paper in ROWS for paper, _ in catalog.find(words))
+
+
+def touch(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def record(verdict: str, quick: bool = False) -> str:
+    result = {
+        "device": "cpu",
+        "quick": quick,
+        "verdict": verdict,
+        "reason": "measured",
+        "figures": [],
+        "seeds": [0],
+        "seconds": 1.0,
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": "manyheads claims run foo",
+        "environment": {},
+    }
+    return json.dumps({"slug": "foo", "statement": "s", "paper_figure": "p", "results": [result]})
+
+
+def test_state_follows_the_files(tmp_path):
+    package = tmp_path / "src" / "manyheads"
+
+    def state() -> str:
+        return catalog.state_in(package, "domains/vision", "foo")
+
+    assert state() == "planned"
+    touch(package / "domains/vision/foo.py")
+    assert state() == "strategy"  # installed: there are no tests to look for
+    touch(tmp_path / "pyproject.toml")
+    touch(tmp_path / "tests/test_bar.py")
+    assert state() == "untested"
+    touch(tmp_path / "tests/elsewhere/test_foo.py")
+    assert state() == "strategy"
+    touch(package / "claims/foo.py")
+    assert state() == "claim"
+    for verdict in ("holds", "does not hold here", "not testable here"):
+        touch(package / "claims/foo.json", record(verdict))
+        assert state() == verdict
+    (package / "domains/vision/foo.py").unlink()
+    assert state() == "planned"

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importing manyheads is quick, loads little and changes nothing in another library."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import manyheads
+
+HEAVY = {"torch", "transformers", "triton", "numpy", "pydantic", "matplotlib", "typer", "rich"}
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def quickest(code: str, runs: int = 5) -> float:
+    """Seconds of the fastest of several runs: the least disturbed by whatever else the machine does."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        python(code)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_import_is_quick():
+    bare = quickest("pass")
+    assert quickest("import manyheads") - bare <= 0.2
+    help_page = (
+        "import sys; sys.argv[1:] = ['--help']\nfrom manyheads.cli import main\ntry: main()\nexcept SystemExit: pass"
+    )
+    assert quickest(help_page) - bare <= 0.5
+
+
+def loaded(code: str) -> set[str]:
+    return set(python(f"{code}\nimport sys; print('\\n' + ' '.join(sys.modules))").splitlines()[-1].split())
+
+
+def test_import_loads_little():
+    modules = loaded("import manyheads")
+    assert not HEAVY & modules
+    assert {name for name in modules if name.startswith("manyheads")} == {"manyheads"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "--json"], ["find", "cache"], ["claims", "--help"], ["--help"]]
+)
+def test_cheap_commands_load_no_torch(arguments):
+    code = f"import sys\nfrom manyheads.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass"
+    modules = loaded(code)
+    strategies = {row.module for row in [*manyheads.papers(), *manyheads.baselines()]}
+    assert not ({"torch", "transformers", "triton", "numpy", "matplotlib"} | strategies) & modules
+    assert ("manyheads.compare" in modules) <= (arguments == ["--help"])
+
+
+SNAPSHOT = """
+import importlib, sys
+names = ["torch", "torch.nn", "torch.nn.functional", "torch.Tensor", "torch.nn.Module", "transformers.cache_utils",
+         "transformers.masking_utils", "transformers.modeling_utils", "transformers.models.llama.modeling_llama"]
+def resolve(name):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        home, _, attribute = name.rpartition(".")
+        return getattr(importlib.import_module(home), attribute)
+places = {name: resolve(name) for name in names}
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+registries = {"attention": ALL_ATTENTION_FUNCTIONS, "masks": ALL_MASK_ATTENTION_FUNCTIONS}
+def snapshot():
+    seen = {(place, name): id(value) for place, owner in places.items() for name, value in list(vars(owner).items())}
+    return seen | {(place, name): id(registry[name]) for place, registry in registries.items() for name in registry}
+def changed(before, after):
+    new = [key for key in after if key not in before and key[0] in registries]
+    return new + [key for key, value in before.items() if after.get(key) != value]
+"""
+
+
+def test_import_changes_no_foreign_object():
+    """A compression library replaces all attention functions of transformers when imported; this one must not."""
+    out = python(
+        SNAPSHOT
+        + """
+before = snapshot()
+import manyheads, manyheads.catalog, manyheads.claims, manyheads.cli, manyheads.strategy
+for row in [*manyheads.papers(), *manyheads.baselines()]:
+    if row.state != "planned":
+        manyheads.load(row.slug)
+print("changed by manyheads", changed(before, snapshot()))
+name = next(iter(ALL_ATTENTION_FUNCTIONS))
+original = ALL_ATTENTION_FUNCTIONS[name]
+ALL_ATTENTION_FUNCTIONS[name] = lambda *args, **kwargs: original(*args, **kwargs)
+print("changed by the control", changed(before, snapshot()) == [("attention", name)])
+"""
+    )
+    assert out.splitlines()[-2:] == ["changed by manyheads []", "changed by the control True"]
+
+
+def test_public_names_resolve_lazily():
+    from manyheads import catalog
+    from manyheads.errors import UserError
+
+    assert manyheads.load is catalog.load and manyheads.UserError is UserError and manyheads.catalog is catalog
+    assert set(manyheads.__all__) <= set(dir(manyheads))
+    assert callable(manyheads.parse) and callable(manyheads.use)
+
+
+@pytest.mark.parametrize(("wrong", "nearest"), [("ues", "use"), ("Stratgy", "Strategy"), ("zzz", "parse")])
+def test_wrong_name_is_answered_with_the_nearest(wrong, nearest):
+    with pytest.raises(AttributeError, match=rf"no attribute '{wrong}'; nearest: .*\b{nearest}\b"):
+        getattr(manyheads, wrong)
+    assert not hasattr(manyheads, "__wrapped__")

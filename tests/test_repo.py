@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the house, read off the source tree; each rule also meets a source that breaks it."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "manyheads"
+WINGS = {"mixers", "caches", "lenses", "guides", "convert", "parallel", "domains"}
+# What the parts of the package may not import (a wing: also no other wing).
+FORBIDDEN = {
+    **{wing: {"port", "compare", "claims", "recipes", "models", "cli"} for wing in WINGS},
+    **{part: WINGS | {"port", "compare", "claims", "cli"} for part in ("kernels", "attention", "call", "strategy")},
+    "port": WINGS | {"compare", "claims", "cli"},
+    "compare": WINGS,
+}
+UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Calls of builtins by their bare name; `model.eval()` is an attribute and no matter here.
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+@dataclass
+class Source:
+    """One Python file: its dotted name, its text and its syntax tree."""
+
+    module: str
+    text: str
+    package: bool = False  # an __init__.py: relative imports start at the module itself
+
+    def __post_init__(self):
+        self.tree = ast.parse(self.text)
+        self.part = [*self.module.split("."), ""][1]
+
+    def imports(self) -> Iterator[tuple[int, str]]:
+        """Yield line and full dotted name of everything imported; `from a import b` gives `a.b`."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    parents = self.module.split(".")[: None if self.package and node.level == 1 else -node.level]
+                    if self.package and node.level > 1:
+                        parents = self.module.split(".")[: 1 - node.level]
+                    base = ".".join(filter(None, [*parents, base]))
+                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def read(path: Path) -> Source:
+    parts = path.relative_to(ROOT / "src").with_suffix("").parts
+    package = parts[-1] == "__init__"
+    return Source(".".join(parts[:-1] if package else parts), path.read_text(encoding="utf-8"), package)
+
+
+def lines(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+def acts(node: ast.AST) -> bool:
+    """Whether a part of a class is a method that does something: the constructor and properties do not count."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    names = {ast.unparse(decorator) for decorator in node.decorator_list}
+    return node.name != "__init__" and not names & {"property", "cached_property"}
+
+
+def sizes(source: Source) -> Iterator[str]:
+    if (count := len(source.text.splitlines())) > 400:
+        yield f"file of {count} lines, 400 are allowed"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines(node) > 100:
+            yield f"{node.lineno}: function {node.name} of {lines(node)} lines, 100 are allowed"
+        if isinstance(node, ast.ClassDef):
+            methods = sum(acts(part) for part in node.body)
+            if lines(node) > 250:
+                yield f"{node.lineno}: class {node.name} of {lines(node)} lines, 250 are allowed"
+            if methods > 12:
+                yield f"{node.lineno}: class {node.name} with {methods} methods, 12 are allowed"
+
+
+def global_state(source: Source) -> Iterator[str]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Global):
+            yield f"{node.lineno}: global {', '.join(node.names)}"
+
+
+def safety(source: Source) -> Iterator[str]:
+    for line, name in source.imports():
+        if name.split(".")[0] in UNSAFE_MODULES:
+            yield f"{line}: imports {name}"
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in UNSAFE_CALLS:
+            yield f"{node.lineno}: calls {node.func.id}"
+        if ast.unparse(node.func) in ("torch.load", "torch.save", "np.load", "numpy.load"):
+            yield f"{node.lineno}: calls {ast.unparse(node.func)}, which pickles; use safetensors"
+        for keyword in node.keywords:
+            refused = {"trust_remote_code": False, "weights_only": True, "allow_pickle": False}
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            if keyword.arg in refused and value is not refused[keyword.arg]:
+                yield f"{node.lineno}: passes {keyword.arg}={ast.unparse(keyword.value)}"
+
+
+def licence(source: Source) -> Iterator[str]:
+    if not source.text.startswith("# SPDX-License-Identifier: Apache-2.0\n"):
+        yield "the first line is not the SPDX line"
+
+
+def triton_in_kernels_only(source: Source) -> Iterator[str]:
+    for line, name in source.imports():
+        if name.split(".")[0] == "triton" and source.part != "kernels":
+            yield f"{line}: imports triton outside kernels/"
+
+
+def arrows_point_down(source: Source) -> Iterator[str]:
+    refused = FORBIDDEN.get(source.part, set()) | (WINGS - {source.part} if source.part in WINGS else set())
+    for line, name in source.imports():
+        target = [*name.split("."), "", ""][:2]
+        if target[0] == "manyheads" and target[1] in refused:
+            yield f"{line}: {source.part} imports {name}"
+
+
+def papers_stand_alone(source: Source) -> Iterator[str]:
+    """A strategy file imports no other strategy, not even of its own wing; what they share has a leading underscore."""
+    from manyheads import catalog
+
+    strategies = {row.module for row in [*catalog.papers(), *catalog.baselines()]}
+    for line, name in source.imports():
+        for target in (name, name.rpartition(".")[0]):
+            if target in strategies and target != source.module:
+                yield f"{line}: {source.module} imports the strategy {target}"
+
+
+RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
+    sizes: [
+        Source("manyheads.a", "\n" * 401),
+        Source("manyheads.a", "def f():\n" + "    pass\n" * 100),
+        Source("manyheads.a", "class A:\n" + "    x = 1\n" * 250),
+        Source("manyheads.a", "class A:\n" + "".join(f"    def f{i}(self): pass\n" for i in range(13))),
+    ],
+    global_state: [Source("manyheads.a", "def f():\n    global x\n    x = 1\n")],
+    safety: [
+        Source("manyheads.a", text)
+        for text in (
+            "import pickle",
+            "from pickle import loads",
+            "eval('1')",
+            "exec('1')",
+            "torch.load('x')",
+            "load('x', weights_only=False)",
+            "from_pretrained('x', trust_remote_code=True)",
+            "from_pretrained('x', trust_remote_code=flag)",
+            "load('x', allow_pickle=True)",
+        )
+    ],
+    licence: [Source("manyheads.a", '"""A module."""\n')],
+    triton_in_kernels_only: [
+        Source("manyheads.attention.a", "def f():\n    import triton.language as tl\n"),
+        Source("manyheads.a", "from triton import jit\n"),
+    ],
+    arrows_point_down: [
+        Source("manyheads.caches.a", "from manyheads.port import use"),
+        Source("manyheads.caches.a", "from ..compare.stats import bootstrap"),
+        Source("manyheads.caches.a", "def f():\n    from manyheads import port\n"),
+        Source("manyheads.caches.a", "import manyheads.mixers.b"),
+        Source("manyheads.domains.vision.a", "from ...caches import b"),
+        Source("manyheads.caches", "from ..port import use", package=True),
+        Source("manyheads.attention.a", "from ..caches.b import c"),
+        Source("manyheads.port.transformers", "from ..caches.snapkv import SnapKV"),
+        Source("manyheads.compare.arms", "from ..caches import snapkv"),
+    ],
+    papers_stand_alone: [
+        Source("manyheads.caches.hashevict", "from .snapkv import SnapKV"),
+        Source("manyheads.caches.hashevict", "from . import snapkv"),
+        Source("manyheads.caches", "from . import snapkv", package=True),
+    ],
+}
+ALLOWED = [
+    Source("manyheads.caches.a", "from ..attention import merge\nfrom ._policy import Policy\nfrom . import _store\n"),
+    Source("manyheads.caches", "from ._policy import Policy\nfrom ..call import Site\n", package=True),
+    Source("manyheads.kernels.a", "import triton\n"),
+    Source("manyheads.a", "model.eval()\nre.compile('x')\nload('x', trust_remote_code=False, weights_only=True)\n"),
+]
+SOURCES = [read(path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(rule):
+    assert not [f"{source.module}: {fault}" for source in SOURCES for fault in rule(source)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "bad"), [(rule, bad) for rule, examples in RULES.items() for bad in examples], ids=lambda value: ""
+)
+def test_the_rule_catches_what_breaks_it(rule, bad):
+    assert list(rule(bad)), bad.text
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule is not licence], ids=lambda rule: rule.__name__)
+def test_the_rule_allows_what_is_right(rule):
+    assert not [fault for source in ALLOWED for fault in rule(source)]
+
+
+def environment_names(sources: list[Source]) -> set[str]:
+    """Names of environment variables read or set; a name that is computed counts as "?"."""
+    names = set()
+    for source in sources:
+        for node in ast.walk(source.tree):
+            key = None
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("os.environ", "environ"):
+                key = node.slice
+            elif isinstance(node, ast.Call) and node.args:
+                called = ast.unparse(node.func)
+                if re.fullmatch(r"(os\.)?(environ\.(get|pop|setdefault)|getenv|putenv|unsetenv)", called):
+                    key = node.args[0]
+            if key is not None:
+                names.add(key.value if isinstance(key, ast.Constant) else "?")
+    return names
+
+
+def test_at_most_three_environment_variables():
+    names = environment_names(SOURCES)
+    assert len(names) <= 3 and "?" not in names, names
+    text = "import os\nos.environ['A']\nos.environ.get('B')\nos.getenv('C', '')\nos.environ[x] = '1'\n"
+    assert environment_names([Source("manyheads.a", text)]) == {"A", "B", "C", "?"}
+
+
+def repeated_share(sources: list[Source], window: int = 6) -> float:
+    """Share of code lines in a run of `window` lines that occurs elsewhere too; imports do not count."""
+    runs: Counter[tuple[str, ...]] = Counter()
+    placed = []
+    for source in sources:
+        statements = [line.strip() for line in source.text.splitlines()]
+        code = [line for line in statements if line and not re.match(r"#|from |import |[)\]}]+$", line)]
+        windows = [tuple(code[i : i + window]) for i in range(len(code) - window + 1)]
+        runs.update(windows)
+        placed.append((len(code), windows))
+    repeated = 0
+    for _, windows in placed:
+        covered = {i + offset for i, run in enumerate(windows) if runs[run] > 1 for offset in range(window)}
+        repeated += len(covered)
+    return repeated / max(1, sum(count for count, _ in placed))
+
+
+def test_little_is_written_twice():
+    assert repeated_share(SOURCES) <= 0.02
+    body = "".join(f"x{i} = {i}\n" for i in range(10))
+    assert repeated_share([Source("manyheads.a", body), Source("manyheads.b", body)]) == 1
+
+
+def test_tests_carry_the_licence_too():
+    paths = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert not [
+        str(path) for path in paths if not path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    ]
+
+
+def test_every_strategy_and_claim_has_its_row():
+    """A file in a wing is named by a slug of the catalogue, or starts with an underscore; so is a claim."""
+    from manyheads import catalog
+
+    rows = {row.module for row in [*catalog.papers(), *catalog.baselines()]}
+    modules = {s.module for s in SOURCES if s.part in WINGS and not s.package and "._" not in s.module}
+    assert modules <= rows
+    slugs = {s.module.rpartition(".")[2] for s in SOURCES if s.part == "claims" and not s.package}
+    assert slugs <= set(catalog.names())
+
+
+def test_data_files_are_packaged():
+    """The wheel holds the whole package folder, so what the code reads must lie there and under version control."""
+    assert (PACKAGE / "papers.toml").is_file() and (PACKAGE / "py.typed").is_file()
+    assert 'packages = ["src/manyheads"]' in (ROOT / "pyproject.toml").read_text()
