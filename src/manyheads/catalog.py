@@ -213,3 +213,18 @@ def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
             (*_WEIGHTS, query, limit),
         ).fetchall()
     return [(_rows()[rowid - 1], -cost) for rowid, cost in ranked]
+
+
+def markdown(rows: list[Paper]) -> str:
+    """Return the table of the README: what stands, and folded below it what is planned, by wing."""
+
+    def line(paper: Paper) -> str:
+        title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
+        number = paper.id if paper.id is not None else "baseline"
+        return f"| `{paper.slug}` | {number} | {paper.wing} | {title} | {paper.summary} | {paper.state} |"
+
+    head = ["| strategy | paper | wing | title | what it does | state |", "|---|---|---|---|---|---|"]
+    stands = [paper for paper in rows if paper.state != "planned"]
+    planned = sorted((paper for paper in rows if paper.state == "planned"), key=lambda paper: paper.wing)
+    folded = ["<details>", f"<summary>{len(planned)} papers that are planned</summary>", "", *head]
+    return "\n".join([*head, *map(line, stands), "", *folded, *map(line, planned), "", "</details>"])

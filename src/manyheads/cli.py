@@ -79,9 +79,13 @@ def list_papers(
     wing: Wing = None,
     state: State = None,
     as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
 ) -> None:
     """List the papers and what stands of each."""
     papers = _select(catalog.papers(), wing, state)
+    if markdown:
+        typer.echo(catalog.markdown(papers + _select(catalog.baselines(), wing, state)))
+        return
     if as_json:
         _print_json([paper.row() for paper in papers])
         return
