@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the models that ship with the package, or any causal language model, with an answer in one line when it fails.
+
+Weights are read from safetensors alone, and no code of a checkpoint's own is ever run.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyheads.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def default_path() -> Path:
+    """Folder of the default model: 19 million parameters, Python source, made by ``recipes/default_model.py``."""
+    return Path(__file__).parent / "default"
+
+
+def recall_path() -> Path:
+    """Folder of the RECALL fixture: recalls 100 key-value pairs, made by ``recipes/recall.py``."""
+    return Path(__file__).parent / "recall"
+
+
+def load_default(
+    device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the default model and its tokenizer; arguments as in ``load``."""
+    return load(default_path(), device, dtype)
+
+
+def load_recall(device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+    """Load the RECALL fixture (token ids are its language, so it has no tokenizer); arguments as in ``load``."""
+    return _load_model(str(recall_path()), *_place(device, dtype))
+
+
+def load(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    ``path_or_name``: a folder with config.json and safetensors weights, or a name on the Hugging Face hub.
+    ``dtype``: float32 on a CPU and bfloat16 on a GPU when not given.
+    Raises UserError, in one line with what to do next, when that cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    place = _place(device, dtype)
+    name = _source(path_or_name)
+    model = _load_model(name, *place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"{name} has no tokenizer that can be read ({_line(error)}); put tokenizer.json beside its weights"
+        ) from error
+    return model, tokenizer
+
+
+def _place(device: "str | torch.device", dtype: "torch.dtype | None") -> "tuple[torch.device, torch.dtype]":
+    """Device and dtype to load to, checked."""
+    import torch
+
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {str(device)!r}; use cpu, cuda or cuda:0") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU; use cpu, or a torch built for your GPU")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no {place}; this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0"
+        )
+    return place, dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+
+
+def _source(path_or_name: str | Path) -> str:
+    """The folder or hub name as transformers takes it; a missing or unfit folder is answered here."""
+    path = Path(path_or_name).expanduser()
+    name = str(path_or_name)
+    if not path.exists():
+        if isinstance(path_or_name, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(
+                f"no such folder: {name}; give a folder that holds config.json, or a hub name like owner/model"
+            )
+        return name
+    if not path.is_dir():
+        raise UserError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name} holds no config.json, so it is no model; give a folder written by save_pretrained")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{name} holds no safetensors weights; write them with save_pretrained(folder)")
+    return str(path)
+
+
+def _load_model(name: str, place: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    _check_architecture(name)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(f"{name} does not load: {_line(error)}; check that its files are complete") from error
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise UserError(
+            f"the weights of {name} lack {len(missing)} tensors, {missing[0]} first; fetch or save it again"
+        )
+    model: PreTrainedModel = loaded[0].to(place).eval()
+    return model
+
+
+def _check_architecture(name: str) -> None:
+    """Raise UserError unless the configuration is that of a causal language model built into transformers."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
+    except Exception as error:
+        if Path(name).is_dir():
+            raise UserError(f"config.json of {name} is no JSON ({_line(error)}); fetch or save it again") from error
+        raise UserError(
+            f"no model {name}: it is no folder here and cannot be had from the hub ({_line(error)}); "
+            "check the spelling and the network, or give a local folder"
+        ) from error
+    kind = str(config.get("model_type") or "")
+    classes = config.get("architectures") or []
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.get("auto_map"):
+        raise UserError(
+            f"{name} needs code from its own folder, which is never run; use a model built into transformers"
+        )
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (classes and not causal.intersection(classes)):
+        what = ", ".join(classes) or f"of type {kind or 'unknown'}"
+        raise UserError(
+            f"{name} is no causal language model ({what}); give one that generates text, such as a Llama or GPT-2"
+        )
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of an error's text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")[:160]

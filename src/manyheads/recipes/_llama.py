@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama written to be trained fast, and its optimiser.
+
+The weights of one kind are one stack over the layers, so that Muon orthogonalises all layers in one batched product
+(a loop over 70 small matrices costs more than the forward pass of a model this small), and nothing but a causal SDPA
+stands between the projections. ``to_transformers`` gives the same function as a ``LlamaForCausalLM``.
+Shapes: B batch, T tokens, L layers, D hidden, F feed-forward, H heads, K key/value heads, d head_dim, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+_STACKS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
+
+
+class Llama(nn.Module):
+    """Float32 parameters, arithmetic in ``dtype``; initialised from ``config`` (output projections at zero)."""
+
+    cos: Tensor  # [positions, 1, d/2]
+    sin: Tensor
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype = torch.float32, zero_output: bool = True) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        layers, hidden, mlp = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads or 1))
+
+        def normal(*shape: int, std: float = config.initializer_range) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape) * std)
+
+        out_std = 0.0 if zero_output else config.initializer_range
+        self.embed = normal(config.vocab_size, hidden)
+        self.head = self.embed if config.tie_word_embeddings else normal(config.vocab_size, hidden)
+        self.q, self.k, self.v = (normal(layers, width, hidden) for width in (queries, keys, keys))
+        self.o = normal(layers, hidden, queries, std=out_std)
+        self.gate, self.up = normal(layers, mlp, hidden), normal(layers, mlp, hidden)
+        self.down = normal(layers, hidden, mlp, std=out_std)
+        self.attention_norm = nn.Parameter(torch.ones(layers, hidden))
+        self.mlp_norm = nn.Parameter(torch.ones(layers, hidden))
+        self.norm = nn.Parameter(torch.ones(hidden))
+        theta: float = dict(config.rope_parameters or {})["rope_theta"]
+        frequencies = theta ** -(torch.arange(0, self.head_dim, 2) / self.head_dim)
+        angles = torch.outer(torch.arange(config.max_position_embeddings), frequencies)
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] in ``dtype`` for token ids [B, T] of any integer type."""
+        eps = self.config.rms_norm_eps
+        x = F.embedding(tokens.long(), self.embed).to(self.dtype)  # [B, T, D]
+        cos, sin = (table[: tokens.shape[1]] for table in (self.cos, self.sin))
+        stacks = [getattr(self, name).to(self.dtype).unbind() for name in _STACKS]
+        for q, k, v, o, gate, up, down, attention_norm, mlp_norm in zip(*stacks, strict=True):
+            h = F.rms_norm(x, x.shape[-1:], attention_norm, eps)
+            heads = [F.linear(h, w).unflatten(-1, (-1, self.head_dim)) for w in (q, k, v)]  # [B, T, H or K, d]
+            heads[:2] = [_rotate(head, cos, sin) for head in heads[:2]]
+            q, k, v = (head.transpose(1, 2) for head in heads)
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [B, H, T, d]
+            x = x + F.linear(a.transpose(1, 2).flatten(2), o)
+            h = F.rms_norm(x, x.shape[-1:], mlp_norm, eps)
+            x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+        return F.linear(F.rms_norm(x, x.shape[-1:], self.norm.to(self.dtype), eps), self.head.to(self.dtype))
+
+    def to_transformers(self, dtype: torch.dtype) -> LlamaForCausalLM:
+        """The same weights, rounded to ``dtype``, as a transformers model on the CPU."""
+        state = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm, "lm_head.weight": self.head}
+        for name, home in _STACKS.items():
+            for layer, weight in enumerate(getattr(self, name)):
+                state[f"model.layers.{layer}.{home}.weight"] = weight
+        model: Any = LlamaForCausalLM(self.config)
+        model.load_state_dict({name: weight.detach().cpu() for name, weight in state.items()})
+        result: LlamaForCausalLM = model.to(dtype).eval()
+        return result
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of x [B, T, H, d], in float32, the two halves of a head being the two coordinates."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood (nats, float32 scalar) of tokens[:, 1:] given all that stands before each."""
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long())
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon for stacks [L, rows, columns]: the same update, all layers of a kind in one batched product.
+
+    Momentum 0.95 with Nesterov, five quintic Newton-Schulz steps in bfloat16, decoupled weight decay, and the learning
+    rate scaled by 0.2 sqrt(max(rows, columns)) so that an update has the size of AdamW's (arXiv 2502.16982).
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                update = orthogonalise(p.grad.lerp(momentum, 0.95))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+
+
+def orthogonalise(g: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T in g [L, rows, columns]: singular values end near 1, in bfloat16."""
+    x = g.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def schedule(progress: float, hold: float = 0.25) -> float:
+    """Share of the peak learning rate at ``progress`` in [0, 1]: flat until ``hold``, then linear to zero."""
+    return min(1.0, max(0.0, (1 - progress) / (1 - hold)))

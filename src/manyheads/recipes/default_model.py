@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that ships with manyheads: a Llama of 19 million parameters that has read the packages installed here.
+
+    python -m manyheads.recipes.default_model --out DIR --minutes 6.5 [--data DIR ...] [--smoke]
+
+Trains on one GPU for a given time: Muon on the matrices, AdamW on the rest, contexts of 2,048, then 4,096, then 8,192
+tokens, a third of the sequences with planted constants. The weights depend on how many steps the time allows, all else
+on the seed. DIR appears, complete, when the model stands measured; until then the work is in DIR.partial, which holds
+loadable weights from the end of the training on.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from manyheads.recipes import _card
+from manyheads.recipes._corpus import END, Corpus, build, site_packages
+from manyheads.recipes._evaluate import evaluate
+from manyheads.recipes._llama import Llama, Muon, next_token_loss, schedule
+from manyheads.recipes._planted import Ids, Planter
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of the training; the defaults made the model in the package."""
+
+    vocab_size: int = 8192
+    hidden: int = 384
+    mlp: int = 1024
+    layers: int = 10
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    theta: float = 1e5
+    positions: int = 8192
+    phases: tuple[tuple[int, float], ...] = (
+        (2048, 0.45),
+        (4096, 0.92),
+        (8192, 1.0),
+    )  # context, end as share of the time
+    batch_tokens: int = 65_536
+    lr: float = 4e-3
+    warmup: int = 200  # steps
+    weight_decay: float = 0.1  # of the matrices
+    planted: float = 0.3  # share of sequences with planted constants
+    flatten: float = 0.6  # a package of n tokens is drawn with weight n ** flatten
+    files: int | None = None  # read only so many
+    seed: int = 0
+
+    def config(self) -> LlamaConfig:
+        """Return the architecture in transformers' terms."""
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden,
+            intermediate_size=self.mlp,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.positions,
+            rope_parameters={"rope_type": "default", "rope_theta": self.theta},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+
+
+SMOKE = Recipe(
+    vocab_size=512, hidden=64, mlp=128, layers=2, heads=2, kv_heads=1, head_dim=32, positions=256,
+    phases=((128, 0.6), (256, 1.0)), batch_tokens=1024, warmup=5, files=120,
+)  # fmt: skip
+
+
+SUMMARY = "Train the default model on the Python packages installed here and measure it on the standard library."
+
+
+class Sequences(Dataset[Ids]):
+    """The sequences of one phase: number ``i`` is the same tokens in every run, whichever process makes it."""
+
+    def __init__(self, corpus: Corpus, planter: Planter, length: int, recipe: Recipe) -> None:
+        self.corpus, self.planter, self.length, self.recipe = corpus, planter, length, recipe
+        sizes = np.diff(corpus.bounds)[:, 0]
+        weights = np.where(sizes > 0, sizes, 0) ** recipe.flatten
+        self.edges = np.cumsum(weights / weights.sum())
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, i: int) -> Ids:
+        rng = np.random.default_rng((self.recipe.seed, self.length, i))
+        if rng.random() < self.recipe.planted:
+            return self.planter.training(lambda size: self.take(size, rng), self.length + 1, rng)
+        return self.take(self.length + 1, rng)
+
+    def take(self, size: int, rng: Generator) -> Ids:
+        """Return ``size`` tokens from a random place of a random package on, files in the order of their paths."""
+        begin, end = self.corpus.bounds[np.searchsorted(self.edges, rng.random() * self.edges[-1])]
+        start = min(int(rng.integers(begin, max(begin + 1, end - size // 2))), len(self.corpus.tokens) - size)
+        return self.corpus.tokens[start : start + size].astype(np.int32)
+
+
+def batches(data: Sequences, rows: int, device: str) -> Iterator[torch.Tensor]:
+    """Endless batches [rows, length + 1] on ``device``, made ahead by worker processes when it is a GPU."""
+    workers = min(12, (os.cpu_count() or 2) - 2) if device == "cuda" else 0
+    ahead: dict[str, Any] = {"prefetch_factor": 8, "multiprocessing_context": "fork"} if workers else {}
+    loader = DataLoader(data, batch_size=rows, num_workers=workers, pin_memory=device == "cuda", **ahead)
+    for batch in loader:
+        yield batch.to(device, non_blocking=True)
+
+
+def train(corpus: Corpus, recipe: Recipe, seconds: float, device: str) -> tuple[Llama, list[dict[str, float]]]:
+    """Train for ``seconds`` (compiling not counted); return the model and its curve, a row every 50 steps."""
+    torch.manual_seed(recipe.seed)
+    torch.set_float32_matmul_precision("high")
+    model = Llama(recipe.config(), torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    matrices = [p for p in model.parameters() if p.ndim == 3]
+    others = [p for p in model.parameters() if p.ndim < 3]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, recipe.lr, recipe.weight_decay),
+        torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    loss_of = torch.compile(next_token_loss, dynamic=False, fullgraph=True) if device == "cuda" else next_token_loss
+    planter = Planter.build(corpus.tokenizer, corpus.words[:3000:2], recipe.seed)  # the other half is for measuring
+    lengths = [length for length, _ in recipe.phases]
+    rows = [max(1, recipe.batch_tokens // length) for length in lengths]
+    for length, count in zip(lengths, rows, strict=True):  # compile before the clock starts
+        loss_of(model, torch.zeros(count, length + 1, dtype=torch.int32, device=device)).backward()
+        model.zero_grad(set_to_none=True)
+    data = [Sequences(corpus, planter, length, recipe) for length in lengths]
+    sources = [batches(*of_phase, device) for of_phase in zip(data, rows, strict=True)]
+    curve: list[dict[str, float]] = []
+    recent = torch.zeros((), device=device)
+    step = tokens = 0
+    start = time.perf_counter()
+    while (progress := (time.perf_counter() - start) / seconds) < 1:
+        phase = next(i for i, (_, end) in enumerate(recipe.phases) if progress < end)
+        loss = loss_of(model, next(sources[phase]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        step, tokens, recent = step + 1, tokens + rows[phase] * lengths[phase], recent + loss.detach()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = recipe.lr * schedule(progress) * min(1, step / recipe.warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            curve.append({
+                "steps": step, "tokens": tokens, "seconds": round(time.perf_counter() - start, 2),
+                "context": lengths[phase], "loss": round(recent.item() / 50, 4),
+            })  # fmt: skip
+            recent.zero_()
+            if not np.isfinite(curve[-1]["loss"]):
+                raise FloatingPointError(f"the loss is not finite at step {step}; train with a smaller --lr")
+            if step % 500 == 0:
+                report(f"step {step} context {lengths[phase]} loss {curve[-1]['loss']:.3f} "
+                       f"{tokens / curve[-1]['seconds'] / 1e6:.2f} Mtok/s")  # fmt: skip
+    report(f"trained {step} steps, {tokens / 1e6:.0f} M tokens")
+    return model, curve
+
+
+def report(line: str) -> None:
+    """Print one line of progress, with the time of day."""
+    print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
+
+
+def save(model: Llama, corpus: Corpus, out: Path) -> None:
+    """Write weights (bfloat16, shards under 14 MB), configuration and tokenizer as transformers reads them."""
+    model.to_transformers(torch.bfloat16).save_pretrained(out, max_shard_size="14MB")
+    PreTrainedTokenizerFast(
+        tokenizer_object=corpus.tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=model.config.max_position_embeddings,
+    ).save_pretrained(out)
+
+
+def make(out: Path, minutes: float, roots: list[Path], recipe: Recipe, quick: bool) -> dict[str, Any]:
+    """Run the whole recipe; return what results.json holds. ``out`` must not exist yet."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said outright, tokenizers does not warn at every fork
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    begun = time.perf_counter()
+    corpus = build(roots, recipe.vocab_size, recipe.seed, recipe.files, sample_mb=1 if quick else 48)
+    report(
+        f"{len(corpus.tokens) / 1e6:.1f} M tokens, {len(corpus.packages)} packages, files left out: {corpus.skipped}"
+    )
+    model, curve = train(corpus, recipe, minutes * 60, device)
+    staging = out.with_name(f"{out.name}.partial")
+    staging.mkdir(parents=True, exist_ok=True)
+    save(model, corpus, staging)
+    (staging / "curves.json").write_text(json.dumps(curve))
+    report("measuring on the standard library")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shipped: Any = AutoModelForCausalLM.from_pretrained(staging, dtype=dtype)
+    shipped.to(device)
+    measured = evaluate(shipped, corpus.tokenizer, corpus.words[1:3000:2], recipe.seed + 1, quick)
+    results = {
+        "parameters": sum(p.numel() for p in shipped.parameters()),
+        "recipe": {name: value for name, value in vars(recipe).items() if name != "files"},
+        "training": {
+            "minutes": minutes, **{name: curve[-1][name] for name in ("steps", "tokens", "loss")},
+            "whole_minutes": (time.perf_counter() - begun) / 60,
+        },
+        "data": {"tokens": len(corpus.tokens), "packages": corpus.packages, "files_left_out": corpus.skipped},
+        "environment": _card.environment(device),
+        "measured": measured,
+    }  # fmt: skip
+    rows = [
+        [r["steps"], f"{r['tokens'] / 1e6:.0f}", r["context"], f"{r['loss']:.3f}"]
+        for r in curve[:: -(len(curve) // 12 + 1)]
+    ]
+    (staging / "results.json").write_text(json.dumps(results, indent=1))
+    (staging / "README.md").write_text(_card.render("default_model", results, curve_rows=rows[::-1]))
+    staging.rename(out)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the command line."""
+    parser = argparse.ArgumentParser("python -m manyheads.recipes.default_model", description=SUMMARY)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--minutes", type=float, default=6.5, help="of training; compiling, measuring not counted")
+    parser.add_argument("--data", type=Path, nargs="+", default=site_packages(), help="folders of packages")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of one step")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="the whole path at toy size, in under a minute on a CPU")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        parser.error(f"{args.out} exists; name a new folder")
+    if missing := [str(folder) for folder in args.data if not folder.is_dir()]:
+        parser.error(f"no such folder: {', '.join(missing)}")
+    changes = {name: value for name in ("batch_tokens", "lr", "seed") if (value := getattr(args, name)) is not None}
+    recipe = replace(SMOKE if args.smoke else Recipe(), **changes)
+    make(args.out, 0.1 if args.smoke else args.minutes, args.data, recipe, args.smoke)
+    report(f"done: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped models load and do what their cards say; whatever cannot be loaded is answered in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from manyheads import UserError, models
+from manyheads.recipes import recall as recall_recipe
+from manyheads.recipes._evaluate import context_curve, losses, recall, stdlib_tokens
+from manyheads.recipes._planted import Planter
+
+NAMES = ("alpha", "budget", "depth", "gamma", "limit", "needle", "ratio", "secret", "timeout", "window")
+
+
+@pytest.fixture(scope="module")
+def default() -> tuple[Any, Any]:
+    return models.load_default()
+
+
+@pytest.fixture(scope="module")
+def text(default: tuple[Any, Any]) -> dict[str, Any]:
+    return stdlib_tokens(default[1].backend_tokenizer, 4096, files=10)
+
+
+def card(path: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((path / "results.json").read_text())
+    return results
+
+
+def figure(name: str, length: int) -> dict[str, Any]:
+    rows = card(models.default_path())["measured"]["figures"]
+    return next(row for row in rows if (row["name"], row["length"]) == (name, length))
+
+
+def test_default_model_loads_as_any_other(default: tuple[Any, Any]) -> None:
+    model, tokenizer = default
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert 15e6 < sum(p.numel() for p in model.parameters()) < 25e6
+    assert sum(p.stat().st_size for p in models.default_path().glob("*.safetensors")) < 40e6
+    source = "def area(self, width=12):\n\treturn 'ß' * width\n"
+    assert tokenizer.decode(tokenizer(source).input_ids) == source
+    plain = AutoModelForCausalLM.from_pretrained(models.default_path())
+    assert plain.dtype == torch.bfloat16
+    assert len(AutoTokenizer.from_pretrained(models.default_path())) == plain.config.vocab_size == 8192
+
+
+@pytest.mark.parametrize(("kind", "least"), [("one", 0.95), ("several", 0.9)])
+def test_planted_constants_are_recalled(
+    default: tuple[Any, Any], text: dict[str, Any], kind: str, least: float
+) -> None:
+    model, tokenizer = default
+    planter = Planter.build(tokenizer.backend_tokenizer, NAMES, seed=1, names=300)
+    measured = recall(model, planter, text, 1024, kind, 20, np.random.default_rng(0))
+    assert measured.value >= least
+
+
+def test_loss_is_the_cards_and_falls_with_context(default: tuple[Any, Any], text: dict[str, Any]) -> None:
+    rows = context_curve(default[0], text, (256, 1024), 1, np.random.default_rng(0))
+    for row in rows[:2]:
+        spread = figure("loss", row.length)["error"] * figure("loss", row.length)["n"] ** 0.5
+        assert abs(row.value - figure("loss", row.length)["value"]) < 3 * spread / row.n**0.5
+    assert rows[2].value > 2 * rows[2].error > 0
+
+
+def test_losses_are_those_of_single_rows(default: tuple[Any, Any], text: dict[str, Any]) -> None:
+    rows = [ids[:300] for ids in list(text.values())[:2]]
+    together = losses(default[0], rows, 200)
+    assert together.shape == (2, 200)
+    torch.testing.assert_close(together[1:], losses(default[0], rows[1:], 200), atol=1e-4, rtol=1e-4)
+
+
+def test_recall_fixture_recalls() -> None:
+    model = models.load_recall()
+    assert sum(p.stat().st_size for p in models.recall_path().glob("*.safetensors")) < 1.4e6
+    measured = recall_recipe.accuracy(model, 100, 20, seed=3)  # type: ignore[arg-type]
+    assert measured >= 0.99
+    assert abs(measured - card(models.recall_path())["recalled"]) < 0.005
+
+
+def llama(folder: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def edit(folder: Path, **changes: object) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def bert(folder: Path) -> Path:
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def written(folder: Path, name: str, content: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
+    return folder
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda f: f / "nothing", "no such folder"),
+    "a file": (lambda f: written(f, "x.txt", "") / "x.txt", "is a file"),
+    "empty": (lambda f: written(f, "x.txt", ""), "no config.json"),
+    "not json": (lambda f: written(llama(f), "config.json", "{"), "no JSON"),
+    "no weights": (lambda f: without(llama(f), "model.safetensors"), "no safetensors weights"),
+    "cut weights": (lambda f: written(llama(f), "model.safetensors", "x" * 40), "does not load"),
+    "too few weights": (lambda f: edit(llama(f), num_hidden_layers=2), "lack 9 tensors"),
+    "an encoder": (bert, "no causal language model (BertModel)"),
+    "own code": (
+        lambda f: edit(llama(f), model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}),
+        "needs code from its own folder",
+    ),
+    "no tokenizer": (llama, "no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_loaded_is_answered_in_one_line(case: str, tmp_path: Path) -> None:
+    make, says = BAD[case]
+    path = make(tmp_path / "model")
+    with pytest.raises(UserError) as caught:
+        models.load(path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "; " in str(caught.value), "it says what to do next"
+
+
+def test_unknown_hub_name_is_answered_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"no model nobody/nothing: .*; check") as caught:
+        models.load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "says"), [("cuda", "sees no GPU"), ("gpu", "unknown device"), ("cuda:99", "sees no GPU")]
+)
+def test_devices_that_are_not_there(device: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=says):
+        models.load_recall(device)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes run from end to end at toy size, and their parts do what the cards say."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from manyheads.models import load
+from manyheads.recipes import _corpus, recall
+from manyheads.recipes._llama import Llama, Muon, schedule
+from manyheads.recipes._planted import Planter
+from manyheads.recipes.default_model import SMOKE
+
+WORDS = ("alpha", "budget", "depth", "gamma", "limit", "needle", "ratio", "secret")
+CODE = "import os\n\n\ndef area(width, height):\n    return width * height\n\n\nprint(area(3, 14))\n"
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"manyheads.recipes.{module}", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return _corpus.train_tokenizer([CODE * 5, " ".join(w.upper() for w in WORDS) * 5], 512)
+
+
+def test_default_model_from_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    done = run("default_model", "--out", str(out), "--smoke")
+    assert done.returncode == 0, done.stderr
+    assert not out.with_name("model.partial").exists()
+    model, tokenizer = load(out)
+    assert tokenizer(" = 12345").input_ids == tokenizer(" =").input_ids + tokenizer(" 12345").input_ids
+    assert model.config.num_hidden_layers == SMOKE.layers
+    losses = [row["loss"] for row in json.loads((out / "curves.json").read_text())]
+    assert losses[-1] < losses[0] < 6.3  # ln 512: it learns
+    names = {row["name"] for row in json.loads((out / "results.json").read_text())["measured"]["figures"]}
+    assert names >= {"loss", "recall: one", "recall: chained"}
+    assert "standard library" in (out / "README.md").read_text()
+    again = run("default_model", "--out", str(out), "--smoke")
+    assert again.returncode == 2
+    assert "name a new folder" in again.stderr
+
+
+def test_recall_from_end_to_end(tmp_path: Path) -> None:
+    done = run("recall", "--out", str(tmp_path / "recall"), "--smoke")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "recall").iterdir()) == [
+        "README.md", "config.json", "curves.json", "generation_config.json", "model.safetensors", "results.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [SMOKE.config(), recall.config()], ids=["tied", "untied"])
+def test_training_model_is_the_llama_of_transformers(config: object) -> None:
+    torch.manual_seed(0)
+    model = Llama(config, zero_output=False)  # type: ignore[arg-type]
+    tokens = torch.randint(8, 256, (2, 70))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.to_transformers(torch.float32)(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 10), (3, 10, 24)])
+def test_stacked_muon_is_the_muon_of_torch(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    stack = torch.nn.Parameter(start.clone())
+    single = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    ours = Muon([stack], 1e-2, 0.1)
+    theirs = torch.optim.Muon(single, 1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        stack.grad = torch.randn(shape)
+        for p, g in zip(single, stack.grad, strict=True):
+            p.grad = g.clone()
+        ours.step()
+        theirs.step()
+    assert (stack - start).abs().max() > 0.01
+    torch.testing.assert_close(stack.data, torch.stack([p.data for p in single]))
+
+
+def test_schedule_holds_then_falls_to_zero() -> None:
+    assert [schedule(p) for p in (0.0, 0.25, 0.625, 1.0, 1.2)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+
+
+def test_standard_library_is_recognised_in_disguise() -> None:
+    files = [p for p in _corpus.standard_library() if p.parent.name != "test"][:400]
+    overlap = _corpus.Overlap(files)
+    original = next(p for p in files if p.name == "argparse.py").read_text()
+    lines = original.splitlines()
+    assert overlap("argparse.py", original)
+    assert overlap("other.py", original.replace("    ", "\t"))
+    assert overlap("other.py", "\n".join(lines[: len(lines) // 3]))
+    assert not overlap("argparse.py", CODE)
+    assert not overlap("_llama.py", Path(sys.modules[Llama.__module__].__file__ or "").read_text())
+
+
+def test_planted_tokens_are_those_of_the_text(tokenizer: Tokenizer) -> None:
+    planter = Planter.build(tokenizer, WORDS, seed=0, names=50)
+    ids = np.array(tokenizer.encode(CODE * 40).ids, np.int32)
+    rng = np.random.default_rng(0)
+    for kind in ("one", "several", "chained", "reversed"):
+        row, answer = planter.question(lambda n: ids[:n], 800, kind, rng)
+        text = tokenizer.decode(row.tolist())
+        assert len(row) == 800
+        assert tokenizer.encode(text).ids == row.tolist()
+        name, *links, value = text.splitlines()[-1].removeprefix("assert ").split(" == ")
+        assert tokenizer.decode(row[-answer:].tolist()).strip() == " == ".join([*links, value])
+        said = dict(line.split(" = ") for line in text.splitlines() if line.split(" = ")[0].isupper())
+        assert [said[key] for key in (name, *links)] == [*links, value]
+        assert len(links) == (kind in ("chained", "reversed"))
+
+
+def test_planted_training_sequences_can_be_answered(tokenizer: Tokenizer) -> None:
+    planter = Planter.build(tokenizer, WORDS, seed=0, names=200)
+    ids = np.array(tokenizer.encode(CODE * 400).ids, np.int32)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lines = tokenizer.decode(planter.training(lambda n: ids[:n], 4097, rng).tolist()).splitlines()
+        said = dict(line.split(" = ") for line in lines if line.split(" = ")[0].isupper())
+        asked = [line.removeprefix("assert ").split(" == ") for line in lines if line.startswith("assert ")]
+        assert asked
+        assert all(said[name] == value for chain in asked for name, value in pairwise(chain))
+
+
+def test_recall_sequences_ask_each_pair_once() -> None:
+    tokens, judged = recall.pairs(3, 100, torch.Generator().manual_seed(0), "cpu")
+    first, second = (half.unflatten(1, (-1, 2)) for half in tokens.chunk(2, 1))
+    for a, b in zip(first.tolist(), second.tolist(), strict=True):
+        assert sorted(a) == sorted(b)
+        assert a != b
+        assert len({key for key, _ in a}) == 100
+    assert judged.sum(1).tolist() == [100] * 3
+    assert (tokens[judged] >= recall.FIRST_VALUE).all()
