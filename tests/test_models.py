@@ -52,13 +52,15 @@ def test_default_model_loads_as_any_other(default: tuple[Any, Any]) -> None:
     assert len(AutoTokenizer.from_pretrained(models.default_path())) == plain.config.vocab_size == 8192
 
 
-@pytest.mark.parametrize(("kind", "least"), [("one", 0.95), ("several", 0.9)])
+@pytest.mark.parametrize(
+    ("kind", "length", "least"), [("one", 1024, 0.95), ("several", 512, 0.9), ("chained", 512, 0.6)]
+)
 def test_planted_constants_are_recalled(
-    default: tuple[Any, Any], text: dict[str, Any], kind: str, least: float
+    default: tuple[Any, Any], text: dict[str, Any], kind: str, length: int, least: float
 ) -> None:
     model, tokenizer = default
     planter = Planter.build(tokenizer.backend_tokenizer, NAMES, seed=1, names=300)
-    measured = recall(model, planter, text, 1024, kind, 20, np.random.default_rng(0))
+    measured = recall(model, planter, text, length, kind, 20, np.random.default_rng(0))
     assert measured.value >= least
 
 

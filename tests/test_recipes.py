@@ -43,10 +43,13 @@ def test_default_model_from_end_to_end(tmp_path: Path) -> None:
     assert tokenizer(" = 12345").input_ids == tokenizer(" =").input_ids + tokenizer(" 12345").input_ids
     assert model.config.num_hidden_layers == SMOKE.layers
     losses = [row["loss"] for row in json.loads((out / "curves.json").read_text())]
-    assert losses[-1] < losses[0] < 6.3  # ln 512: it learns
+    assert losses[-1] < 5.8  # ln 512 is 6.24: it learns, on a busy machine too
     names = {row["name"] for row in json.loads((out / "results.json").read_text())["measured"]["figures"]}
     assert names >= {"loss", "recall: one", "recall: chained"}
     assert "standard library" in (out / "README.md").read_text()
+    second = run("default_model", "--out", str(tmp_path / "second"), "--start", str(out), "--smoke")
+    assert second.returncode == 0, second.stderr
+    assert "--start FIRST" in (tmp_path / "second" / "README.md").read_text()
     again = run("default_model", "--out", str(out), "--smoke")
     assert again.returncode == 2
     assert "name a new folder" in again.stderr

@@ -109,7 +109,7 @@ class AttentionCall:
         """``mask`` and ``is_causal`` as one boolean mask, None when everything may be attended to."""
         if not self.is_causal:
             return self.mask
-        causal = reference.causal_mask(self.q.shape[2], self.k.shape[2], self.q.device)
+        causal = reference.causal_mask(self.q.shape[2], self.k.shape[2], self.q.device)[None, None]
         return causal if self.mask is None else self.mask & causal
 
     def attend(self) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .reference import repeat_kv
 
 __all__ = ["Slots", "nbytes"]
@@ -156,11 +157,11 @@ class Slots:
     def crop(self, count: int) -> None:
         """Forget the last ``count`` columns; only while nothing was dropped can this restore what was before."""
         if self.index is not None:
-            raise RuntimeError("a cache that has dropped tokens cannot be cropped: what it dropped is gone")
+            raise UserError(
+                "a cache that has dropped tokens cannot be cropped, what it dropped is gone: generate without an "
+                "assistant or prompt lookup, or keep everything"
+            )
         self.keys, self.values = self.keys[:, :, : self.size - count], self.values[:, :, : self.size - count]
+        self.extra = None if self.extra is None else self.extra[:, :, : self.size]
         self.valid = None if self.valid is None else self.valid[:, : self.seen - count]
         self.seen -= count
-
-    def nbytes(self) -> int:
-        """Bytes held: keys, values and bookkeeping."""
-        return nbytes(self.keys, self.values, self.index, self.valid, self.extra)

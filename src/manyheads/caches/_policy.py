@@ -40,6 +40,7 @@ class CachePolicy(Strategy):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"self"})
     dense_prefill: ClassVar[bool] = True  # the first forward attends to everything, so one prefill can serve many arms
+    exact_chunks: ClassVar[bool] = False  # when evicting at every step: several tokens at once give what one by one does
 
     budget: Budget = field(default=0.5, metadata={"help": "fraction (0, 1] of the tokens seen, or a number of slots"})
     schedule: Schedule = field(default="prefill", metadata={"help": "prefill, chunk, step, or every that many tokens"})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.budget import keep_counts, keep_limit
-from ..attention.slots import Slots
+from ..attention.slots import Slots, nbytes
 from ..call import AttentionCall, Site
 from ..errors import UserError
 
@@ -235,9 +235,23 @@ class PolicyStore:
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens; refused once something was dropped."""
         self._evidence = None
-        if count and self.slots is not None:
-            self.slots.crop(count)
+        if not count or self.slots is None:
+            return
+        if self._queries is not None and self.policy.window:
+            raise UserError(
+                f"a cache of {self.policy.slug} cannot be cropped, the queries before its window are gone: generate "
+                "without an assistant or prompt lookup"
+            )
+        self.slots.crop(count)
+        self._queries = None
+        self._since = max(0, self._since - count)
 
     def nbytes(self) -> int:
-        """Bytes that this layer really holds: storages of keys, values and bookkeeping."""
-        return 0 if self.slots is None else self.slots.nbytes()
+        """Bytes that this layer really holds: storages of keys, values, remembered queries and bookkeeping."""
+        return nbytes(*self._held())
+
+    def _held(self) -> list[Tensor | None]:
+        """Every tensor kept between steps."""
+        slots, queries = self.slots, self._queries
+        kept = [] if slots is None else [slots.keys, slots.values, slots.index, slots.valid, slots.extra]
+        return kept if queries is None else [*kept, queries.q, queries.positions]

@@ -20,7 +20,7 @@ Bits are packed eight to a byte (released code: one byte a bit): num_bits / 8 by
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class HashEvict(CachePolicy):
         reserve: tokens expected beyond the prompt, counted into a fractional budget.
         seed: of the projections; each layer draws its own, shared by its heads.
     """
+
+    exact_chunks: ClassVar[bool] = True
 
     probe: Literal["query", "key"] = field(default="query", metadata={"help": "query (paper) or key (released code)"})
     num_bits: int = field(default=16, metadata={"help": "random projections per hash"})
@@ -125,9 +127,8 @@ class HashStore(PolicyStore):
             slots.extra[:, :, -1:] = fresh
         else:
             slots.extra = fresh if slots.extra is None else torch.cat([slots.extra, fresh], 2)
-        even = slots.valid is None or self._capacity == _UNBOUNDED
-        if slots.index is None and slots.seen <= self._capacity and even:
-            return hidden  # no row was ever full
+        if slots.index is None and slots.seen <= self._capacity:
+            return hidden  # the longest row was never full, and no other fills before it
         self._died = self._victims(self._hash(call.q) if self.policy.probe == "query" else fresh)
         alive = self._died[:, :, None, :] > torch.arange(new, device=call.q.device)[:, None]
         seen = hidden.allowed()
@@ -169,6 +170,13 @@ class HashStore(PolicyStore):
         self.policy.check(self._capacity)
         slots.extra = self._hash(view.k)
         super().compress(view)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self._caps = None if self._caps is None else self._caps[rows.to(self._caps.device)]
+
+    def _held(self) -> list[Tensor | None]:
+        return [*super()._held(), self._projections, self._caps]
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         return counts if self._caps is None else self._caps, self._capacity

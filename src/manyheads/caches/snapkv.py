@@ -49,6 +49,10 @@ class SnapKV(CachePolicy):
         mask = (positions >= 0) & (positions <= view.queries.positions[:, None, :, None])
         mask = mask.repeat_interleave(x.shape[1] // mask.shape[1], 1)
         votes = reference.softmax(x, mask, view.sinks).sum(2)  # [B, H, N]
-        votes = torch.nn.functional.avg_pool1d(votes, self.kernel_size, 1, self.kernel_size // 2)
+        # Neighbours are neighbours in the row: slots in the order of positions, empty ones last.
+        order = view.positions.masked_fill(view.positions < 0, torch.iinfo(torch.int64).max).argsort(-1)
+        order = reference.repeat_kv(order[..., None], votes.shape[1])[..., 0]
+        pooled = torch.nn.functional.avg_pool1d(votes.gather(2, order), self.kernel_size, 1, self.kernel_size // 2)
+        votes = torch.empty_like(votes).scatter(2, order, pooled)
         grouped: Tensor = votes.unflatten(1, (view.k.shape[1], -1))
         return grouped.mean(2)

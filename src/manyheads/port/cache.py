@@ -96,7 +96,9 @@ class StoreLayer(CacheLayerMixin):
             self.store.select(torch.arange(keys.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.store.crop(abs(tokens_to_remove))
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes minus the number of tokens to remove")
+        self.store.crop(-tokens_to_remove)
 
     def offload(self) -> None:
         raise UserError("a cache that drops tokens cannot be offloaded: turn offloading off")

@@ -110,6 +110,9 @@ class SiteState:
         self.handle = module.register_forward_pre_hook(self._take_cache, with_kwargs=True)
         self._sort()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SiteState":
+        raise UserError("a model cannot be copied while its port is open: copy it before `manyheads.use`, or after")
+
     @staticmethod
     def attach(site: Site, module: nn.Module, eager: bool) -> "SiteState":
         """The state on ``module``, made if this is the first open port there."""
@@ -185,6 +188,8 @@ class SiteState:
             entry.called = True
         if self.store is not None:
             call = self.store.admit(call)
+            if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
+                call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         for entry in self._editors:
             call = entry.strategy.edit(call.replace(memory=entry.memory))
         weights: Tensor | None = None
@@ -204,6 +209,7 @@ class SiteState:
                 entry.strategy.watch(seen, out)
         if self.store is not None:
             self.store.settle(call)
+            self.store = None  # an open port does not keep a cache alive
         return out, weights
 
     def _read(
@@ -234,16 +240,14 @@ class SiteState:
             return call.attend(), None  # eager functions read sinks from the module, SDPA has no cap
         kwargs = {**kwargs, "scaling": call.scale, "dropout": call.dropout, "is_causal": call.is_causal}
         mask = call.mask
-        if mask is not None and mask.shape[1] not in (1, call.q.shape[1]):
-            mask = repeat_kv(mask, call.q.shape[1])
         if call.bias is not None:
-            allowed = call.replace(mask=mask).allowed()
+            allowed = call.allowed()
             floor = torch.finfo(call.q.dtype).min
             mask = call.bias if allowed is None else torch.where(allowed, call.bias, floor)
             kwargs.pop("position_bias", None)
             kwargs["is_causal"] = False
         elif self.eager:
-            allowed = call.replace(mask=mask).allowed()
+            allowed = call.allowed()
             mask = None if allowed is None else _additive(allowed, call.q.dtype)
         out, weights = self.base(module, call.q, call.k, call.v, mask, **kwargs)
         return out, weights

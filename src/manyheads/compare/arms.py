@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arms of a comparison: a strategy at a budget, and how its cache comes to be and is fed."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.budget import as_budget, keep_limit
+from ..errors import UserError
+from ..port import use
+from ..port.transformers import new_cache
+from ..strategy import Strategy, overrides, parse
+
+__all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
+
+BASELINE = "full"
+_LEAST_RECORD = 64  # queries that a dense prefill keeps for the strategies forked from it
+_SLACK = 50  # a query of a chunk sees at most one slot in this many beyond the budget
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A strategy with its budget. ``key`` names it in rows and is unique in a run.
+
+    Attributes:
+        strategy: what is compared.
+        label: the spec without its budget, common to all budgets of one strategy.
+    """
+
+    strategy: Strategy
+    label: str
+
+    @property
+    def key(self) -> str:
+        if self.slug == BASELINE or not hasattr(self.strategy, "budget"):
+            return self.label
+        return f"{self.label}{',' if ':' in self.label else ':'}budget={self.budget}"
+
+    @property
+    def slug(self) -> str:
+        return self.strategy.slug
+
+    @property
+    def budget(self) -> int | float:
+        """Slots, or the fraction of the tokens, that the arm keeps; 1.0 where the strategy has no budget."""
+        value: int | float = getattr(self.strategy, "budget", 1.0)
+        return value
+
+    @property
+    def forks(self) -> bool:
+        """Whether a dense prefill that others share serves this arm too."""
+        return self.stores and bool(getattr(self.strategy, "dense_prefill", False))
+
+    @property
+    def stores(self) -> bool:
+        return overrides(self.strategy, "store")
+
+    @property
+    def window(self) -> int:
+        """Last queries of the prefill that the strategy needs."""
+        return int(getattr(self.strategy, "window", 0))
+
+    def stride(self, slots: int) -> int | None:
+        """Most tokens to feed at once so that each is seen as in decoding, None for any number.
+
+        Exact for strategies that evict at the prefill only, that say so (``exact_chunks``), or that evict every m
+        tokens (m at once). Those that evict at every step get chunks so short that no query sees more than one slot
+        in fifty beyond the budget.
+        """
+        schedule = getattr(self.strategy, "schedule", "prefill")
+        if isinstance(schedule, int):
+            return schedule
+        if schedule != "step" or getattr(self.strategy, "exact_chunks", False) or self.budget == 1.0:
+            return None
+        return 1 + slots // _SLACK
+
+
+def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | str], shortest: int) -> list[Arm]:
+    """Arms of every spec at every budget, ``full`` first, each once; a spec that names its budget is one arm.
+
+    Args:
+        specs: strategies or their specs.
+        budgets: fractions in (0, 1] or whole numbers of slots.
+        shortest: tokens of the shortest context, which every budget has to fit.
+
+    Raises:
+        UserError: unknown strategy or field, a budget that is none or cannot hold the protected tokens.
+    """
+    values = [as_budget(budget) for budget in budgets]
+    arms = [Arm(parse(BASELINE), BASELINE)]
+    for given in specs:
+        strategy = parse(given)
+        fields = {f.name: f for f in dataclasses.fields(strategy)}
+        own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
+        if strategy.slug == BASELINE:
+            continue
+        if "budget" not in fields:
+            arms.append(Arm(strategy, strategy.spec))
+            continue
+        label = _label(given, strategy)
+        if own:
+            arms.append(Arm(strategy, label))
+            continue
+        if not values:
+            raise UserError("no budget is given; write for instance --budgets 0.5,0.25")
+        arms += [Arm(_with_budget(strategy, value), label) for value in values]
+    unique = list({arm.key: arm for arm in arms}.values())
+    for arm in unique:
+        check = getattr(arm.strategy, "check", None)
+        if check and (isinstance(arm.budget, int) or arm.budget < 1):
+            check(keep_limit(arm.budget, shortest))
+    return unique
+
+
+def _with_budget(strategy: Any, budget: int | float) -> Strategy:
+    changed: Strategy = dataclasses.replace(strategy, budget=budget)
+    return changed
+
+
+def _label(given: str | Strategy, strategy: Strategy) -> str:
+    """The fields that were set, without the budget, in the order of the class."""
+    if isinstance(given, str):
+        named = set(re.findall(r"(\w+)\s*=", given))
+    else:
+        plain = type(strategy)()
+        named = {f.name for f in dataclasses.fields(strategy) if getattr(strategy, f.name) != getattr(plain, f.name)}
+    items = [
+        f"{f.name}={getattr(strategy, f.name)}" for f in dataclasses.fields(strategy) if f.name in named - {"budget"}
+    ]
+    return strategy.slug + (":" + ",".join(items) if items else "")
+
+
+class Prefix:
+    """Tokens ``[B, L]`` that a model has read, and the caches that the arms have of them.
+
+    One dense prefill serves every arm that compresses after it; the others read the tokens by themselves. The port of
+    the model must be open.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, arms: Iterable[Arm]) -> None:
+        self.model = model
+        self.ids = ids
+        record = max([_LEAST_RECORD, *(arm.window for arm in arms if arm.forks)])
+        self._dense = new_cache(model, parse(BASELINE), record=record)
+        _forward(model, ids, self._dense, 1)
+
+    def extend(self, ids: Tensor) -> None:
+        """Read on: ``ids [B, T]``."""
+        self.ids = torch.cat([self.ids, ids], 1)
+        _forward(self.model, ids, self._dense, 1)
+
+    @contextmanager
+    def open(self, arm: Arm) -> Iterator[Any]:
+        """The cache of ``arm`` after these tokens, to be fed while the block lasts."""
+        if arm.forks:
+            yield self._dense.fork(arm.strategy)
+        elif arm.stores:
+            cache = new_cache(self.model, arm.strategy)
+            _forward(self.model, self.ids, cache, 1)
+            yield cache
+        else:
+            with use(self.model, arm.strategy):
+                cache = new_cache(self.model, parse(BASELINE))
+                _forward(self.model, self.ids, cache, 1)
+                yield cache
+
+
+def feed(model: nn.Module, cache: Any, ids: Tensor, keep: int, stride: int | None = None) -> Tensor:
+    """Continue ``cache`` with ``ids [B, T]``, ``stride`` at a time: float32 logits ``[B, keep, V]`` of the last."""
+    size = stride or ids.shape[1]
+    outputs = []
+    for start in range(0, ids.shape[1], size):
+        piece = ids[:, start : start + size]
+        wanted = min(piece.shape[1], start + piece.shape[1] - (ids.shape[1] - keep))
+        logits = _forward(model, piece, cache, max(1, wanted))
+        if wanted > 0:
+            outputs.append(logits[:, -wanted:].float())
+    return torch.cat(outputs, 1)
+
+
+def _forward(model: nn.Module, ids: Tensor, cache: Any, keep: int) -> Tensor:
+    more = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+    return logits[:, -keep:]

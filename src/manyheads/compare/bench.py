@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tasks of one run share: model, contexts, arms."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..port.transformers import new_cache
+from ..strategy import parse
+from .arms import BASELINE, Arm, feed
+from .contexts import Contexts
+from .corpus import Ids
+
+__all__ = ["TARGET", "Bench", "Row", "Unit"]
+
+Row = dict[str, Any]
+
+TARGET = 64  # tokens that the loss of a context is judged on
+_CACHE_LIMIT = 2**30  # bytes of dense cache that one batch may hold
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is measured and written at once: contexts ``first`` to ``first + count`` of a task at a length."""
+
+    task: str
+    length: int
+    first: int = 0
+    count: int = 1
+    cost: float = 1.0  # tokens through the model, for the progress display
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.length}/{self.first}"
+
+
+@dataclass
+class Bench:
+    """Model, contexts and arms of a run; ``tick`` hears of work done."""
+
+    model: nn.Module
+    contexts: Contexts
+    arms: list[Arm]
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    tick: Callable[[float], None] = lambda done: None
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+
+    def bytes_per_token(self) -> float:
+        """Bytes of dense cache that a token takes; the port must be open. Raises UserError for a model without one."""
+        cache = new_cache(self.model, parse(BASELINE))
+        ids = torch.zeros(1, 8, dtype=torch.long, device=self.device)
+        feed(self.model, cache, ids, 1)
+        if not cache.bytes():
+            raise UserError(f"{type(self.model).__name__} keeps no key/value cache, so there is nothing to compare")
+        return cache.bytes() / 8
+
+    def rows_at_once(self, length: int, per_token: float) -> int:
+        """Sequences of ``length`` tokens whose dense caches are held at once."""
+        return max(1, int(_CACHE_LIMIT // (length * per_token)))
+
+    def tensor(self, rows: Sequence[Sequence[int] | Ids]) -> Tensor:
+        return torch.from_numpy(np.stack([np.asarray(row, np.int64) for row in rows])).to(self.device)
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that a clock read next is right."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

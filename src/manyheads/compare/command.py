@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs ``manyheads compare`` and ``manyheads report``. What they need is imported when they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyheads.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .results import Results
+    from .runner import Progress
+
+_TASKS = "loss,needle,several,chained,speed,memory"
+_QUICK: dict[str, Any] = {"lengths": [512], "budgets": ["0.25"], "samples": 3, "rounds": 1}
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
+
+
+def compare(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a causal LM. [default: the shipped one]")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="File or folder of text or code; may repeat. [default: the standard library]"),
+    ] = None,
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Specs such as snapkv or snapkv:window_size=16,kernel_size=5. "
+            "[default: full,random,streaming_llm,snapkv,keydiff,hashevict]"
+        ),
+    ] = None,
+    budgets: Annotated[
+        list[str] | None, typer.Option(help="Fractions of the tokens (0.25) or slots (128). [default: 0.5,0.25,0.1]")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help=f"Some of {_TASKS}. [default: all]")] = None,
+    lengths: Annotated[list[str] | None, typer.Option(help="Tokens of a context. [default: 1024,2048]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Contexts per task and length. [default: 6]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all draws. [default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cpu]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. [default: manyheads-report, or the next free one]")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder; needs no other option.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small run: one length, one budget, few samples.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare strategies on a model and text: quality, memory and speed, each with its uncertainty.
+
+    Without options: the shipped model reads the source of Python's standard library, in under two minutes on two cores.
+    The results go to a folder with a report page. A run that was cut off goes on when it is given the same options and
+    --out, or with --resume.
+    """
+    given: dict[str, Any] = {
+        "model": model and _place(model),
+        "text": text and [_place(path) for path in text],
+        "strategies": _specs(strategies),
+        "budgets": _items(budgets),
+        "tasks": _items(tasks),
+        "lengths": [_whole(length) for length in _items(lengths) or []] or None,
+        "samples": samples,
+        "seed": seed,
+        "device": device,
+        "quick": quick or None,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if resume is not None:
+        options = _resumed(resume, options)
+        if out is not None and out.resolve() != resume.resolve():
+            raise UserError("--resume goes on in its own folder; leave --out away")
+        out = resume
+    _show(_run(options, out, as_json), as_json)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `manyheads compare` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Build the report page of a run again from its rows, and print the table."""
+    from .results import Results
+
+    _show(Results.read(folder), as_json)
+
+
+def _run(options: dict[str, Any], out: Path | None, as_json: bool) -> Results:
+    """Check everything that can be checked without the model, load it, compare."""
+    # Threads that wait for one another by spinning make a busy machine several times slower. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .results import Results, folder_for
+
+    folder, finished = folder_for(out, options)
+    if finished:
+        return Results.read(folder)
+    chosen = {**(_QUICK if options.get("quick") else {}), **options}
+    from manyheads.data.texts import read
+
+    from . import runner
+
+    texts = read(options["text"]) if "text" in options else None
+    passed = ("strategies", "budgets", "tasks", "lengths", "samples", "rounds", "seed")
+    arguments = {name: value for name, value in chosen.items() if name in passed}
+    runner.check(**{k: v for k, v in arguments.items() if k in ("strategies", "budgets", "tasks", "lengths")})
+    model, tokenizer = _load(options)
+    with _progress(as_json) as progress:
+        return runner.compare(
+            model, tokenizer, texts, out=folder, origin=options.get("model", "the shipped model"),
+            command=["manyheads", *(a for a in sys.argv[1:] if a != "--debug")], options=options, progress=progress,
+            **arguments,
+        )  # fmt: skip
+
+
+def _load(options: dict[str, Any]) -> Any:
+    from transformers.utils import logging
+
+    from manyheads import models
+
+    logging.disable_progress_bar()
+    device = options.get("device", "cpu")
+    if "model" not in options:
+        return models.load_default(device)
+    model, tokenizer = models.load(options["model"], device)
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{options['model']} reads with an encoder; give a decoder-only language model")
+    return model, tokenizer
+
+
+def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run in ``folder``; UserError if others are ``given``."""
+    from .results import read_run
+
+    options: dict[str, Any] = read_run(folder)["options"]
+    if other := [name for name, value in given.items() if options.get(name) != value]:
+        raise UserError(
+            f"--resume goes on with the options of the run in {folder}; leave --{' and --'.join(other)} away"
+        )
+    return options
+
+
+def _show(results: Results, as_json: bool) -> None:
+    """Write the report page and print the figures."""
+    import json
+
+    from .report import write_report
+    from .summary import summarise
+
+    summary = summarise(results)
+    write_report(summary)
+    if as_json:
+        typer.echo(json.dumps(summary.document(), indent=2))
+        return
+    from rich.console import Console
+
+    from .table import print_summary
+
+    console = Console(highlight=False)
+    print_summary(summary, console if console.is_terminal else Console(highlight=False, width=150))
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """A live display on stderr; one line for each task where that is no terminal; nothing if ``quiet``."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True, highlight=False)
+    if quiet or not console.is_terminal:
+        said: list[str] = []
+
+        def say(done: float, total: float, message: str) -> None:
+            if message and not quiet and said[-1:] != [message]:
+                said.append(message)
+                console.print(f"{done / total:4.0%} {message}", markup=False)
+
+        yield say
+        return
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as display:
+        bar = display.add_task("", total=None)
+        yield lambda done, total, message: display.update(bar, completed=done, total=total, description=message)
+
+
+def _items(values: list[str] | None) -> list[str] | None:
+    """The pieces of comma-separated options, None if none was given."""
+    return None if values is None else [item.strip() for value in values for item in value.split(",") if item.strip()]
+
+
+def _specs(values: list[str] | None) -> list[str] | None:
+    from .specs import split_specs
+
+    return None if values is None else [spec for value in values for spec in split_specs(value)]
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"a length is a number of tokens, not {text!r}; write for instance --lengths 1024,2048")
+    return int(text)
+
+
+def _place(path: str) -> str:
+    """An existing path made absolute, so that a run can go on from another folder; a hub name as it is."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path

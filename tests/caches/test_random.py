@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random: a uniform draw of positions that depends on nothing else in the batch."""
+
+import pytest
+import torch
+
+from caches.formula import drive, sequences
+from manyheads import parse
+
+
+def kept(spec, length=200, batch=1, seed=0):
+    q, k, v = sequences(batch, 4, length, seed)
+    return drive(parse(spec), q, k, v, [length])[1][0]
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.5, 17])
+def test_keeps_the_budget_and_the_protected(budget):
+    positions = kept(f"random:budget={budget},sinks=2,recent=3")
+    count = budget if isinstance(budget, int) else int(budget * 200)
+    assert positions.shape == (1, 2, count)
+    for head in positions[0].tolist():
+        assert sorted(set(head)) == head and {0, 1, 197, 198, 199} <= set(head) <= set(range(200))
+
+
+def test_draws_depend_on_seed_head_and_layer_alone():
+    base = kept("random:budget=0.5")
+    assert torch.equal(kept("random:budget=0.5", seed=9), base)  # other tensors, same draw
+    assert torch.equal(kept("random:budget=0.5", batch=3)[2], base[0])
+    assert not torch.equal(kept("random:budget=0.5,seed=1"), base)
+    assert base[0, 0].tolist() != base[0, 1].tolist()
+
+
+def test_smaller_budgets_keep_subsets():
+    """One draw orders all tokens: whatever survives a small budget survives a larger one."""
+    small, large = kept("random:budget=0.2")[0], kept("random:budget=0.6")[0]
+    assert all(set(s) < set(x) for s, x in zip(small.tolist(), large.tolist(), strict=True))
+
+
+def test_every_position_is_as_likely():
+    """Counts over 400 seeds are binomial: mean and spread within four standard errors."""
+    n, seeds = 50, 400
+    counts = torch.zeros(n)
+    for seed in range(seeds):
+        counts[kept(f"random:budget=0.5,seed={seed}", length=n)[0, 0]] += 1
+    spread = (seeds * 0.25) ** 0.5
+    assert float((counts - seeds / 2).abs().max()) < 4.5 * spread
+    assert 0.6 * spread < float(counts.std()) < 1.5 * spread

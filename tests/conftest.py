@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread, fixed seeds, and the proof that no test changed a model that the session shares."""
+
+import hashlib
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    from hypothesis import HealthCheck, settings
+
+    slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=slow)
+    settings.register_profile("fuzz", deadline=None, max_examples=1000, suppress_health_check=slow)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet(request):
+    """Fixed seeds and one thread for tests that use torch, at no cost for those that do not."""
+    import sys
+
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+    return
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_models_unchanged():
+    yield
+    import sys
+
+    if "oracles.models" not in sys.modules:
+        return
+    from oracles.models import build, built
+
+    def digest(model):
+        parts = (t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    for name, model in built().items():
+        assert digest(model) == digest(build(name)), f"a test changed the shared {name}"
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), f"hooks left on {name}"

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strategies that do nothing, each in its own way, and strategies that are wrong on purpose."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyheads.caches._policy import CachePolicy
+from manyheads.caches._store import PolicyStore, View
+from manyheads.call import AttentionCall
+from manyheads.strategy import Strategy
+
+
+class Watch(Strategy):
+    """Reads and counts."""
+
+    def watch(self, call: AttentionCall, out: Tensor) -> None:
+        call.memory["calls"] = call.memory.get("calls", 0) + 1
+        call.memory["norm"] = out.norm()
+
+
+class NoEdit(Strategy):
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        return call
+
+
+class CopyEdit(Strategy):
+    """The same call with other tensors in it."""
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        return call.replace(q=call.q.clone(), k=call.k.clone(), v=call.v.clone(), memory={})
+
+
+class NoPatch(Strategy):
+    def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
+        return out
+
+
+class Attend(Strategy):
+    """The reference attention in place of the model's own."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        return call.attend()
+
+
+class Sharpen(Strategy):
+    """A real edit."""
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        return call.replace(scale=call.scale * 1.5)
+
+
+class Mute(Strategy):
+    """A real patch: head 0 off."""
+
+    def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(out[:, :, :1]), out[:, :, 1:]], 2)
+
+
+class Meddle(Strategy):
+    """A wrong watch: it changes what it reads, by little."""
+
+    def watch(self, call: AttentionCall, out: Tensor) -> None:
+        out.mul_(1 + 1e-6)
+
+
+class DropMask(Strategy):
+    """A wrong attend: no mask."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        return call.replace(mask=None, is_causal=False).attend()
+
+
+class DropScale(Strategy):
+    """A wrong attend: its own scale."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        return call.replace(scale=1.0).attend()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(CachePolicy):
+    """A right policy written from its formula: keep the least values. (Key norms are all equal under QK norm.)"""
+
+    def score(self, view: View) -> Tensor:
+        return -view.v.float().norm(dim=-1)
+
+
+class Unmarked(PolicyStore):
+    """Wrong: takes padding for tokens."""
+
+    def admit(self, call: AttentionCall) -> AttentionCall:
+        slots, new = self._slots(), call.q.shape[2]
+        if slots.index is None:
+            return call
+        return call.replace(mask=slots.visible(call.mask, new), is_causal=False)
+
+
+class MaskedOnly(PolicyStore):
+    """Wrong: hides what it drops and frees nothing."""
+
+    def compress(self, view: View) -> None:
+        slots, keys, values = self._slots(), self._slots().keys, self._slots().values
+        super().compress(view)
+        if slots.index is not None and slots.size < keys.shape[2]:
+            gap = keys.shape[2] - slots.size
+            slots.index = torch.nn.functional.pad(slots.index, (0, gap), value=-1)
+            slots.keys = torch.cat([slots.keys, keys[:, :, :gap]], 2)
+            slots.values = torch.cat([slots.values, values[:, :, :gap]], 2)
+
+    def nbytes(self) -> int:
+        return super().nbytes() // 2
+
+
+class Blind(PolicyStore):
+    """Wrong: keeps tokens that no query sees."""
+
+    def admit(self, call: AttentionCall) -> AttentionCall:
+        changed = super().admit(call)
+        if changed is call or changed.mask is None:
+            return changed
+        mask = changed.mask.clone()
+        mask[..., 0] = False
+        return changed.replace(mask=mask)
+
+
+class Forgetful(PolicyStore):
+    """Wrong: its logical length is what is left."""
+
+    @property
+    def seen(self) -> int:
+        return 0 if self.slots is None else self.slots.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrong(Norm):
+    """``Norm`` in a wrong store."""
+
+    how: type[PolicyStore] = PolicyStore
+
+    def store(self, site: object) -> PolicyStore:
+        return self.how(self, site)  # type: ignore[arg-type]

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every cache strategy, under several schedules and budgets, has the properties of a cache."""
+
+import pytest
+
+import manyheads
+from oracles import caches, models
+from oracles.strategies import Blind, Forgetful, MaskedOnly, Norm, Unmarked, Wrong
+
+EVICTING = {
+    "norm": Norm(budget=0.5),
+    "norm-step": Norm(budget=7, schedule="step", recent=2),
+    "random": "random:budget=0.5",
+    "random-every-3": "random:budget=5,schedule=3",
+    "streaming_llm": "streaming_llm:budget=0.6,sinks=2",
+    "streaming_llm-slots": "streaming_llm:budget=6,sinks=2",
+    "snapkv": "snapkv:budget=0.75,window_size=3,kernel_size=3",
+    "snapkv-step": "snapkv:budget=5,window_size=3,kernel_size=3,schedule=step",
+    "snapkv-every-2": "snapkv:budget=0.6,window_size=2,kernel_size=5,schedule=2,sinks=1",
+    "keydiff": "keydiff:budget=0.5",
+    "keydiff-chunk": "keydiff:budget=6,schedule=chunk",
+    "hashevict": "hashevict:budget=6,num_global=2,num_recent=2",
+    "hashevict-fraction": "hashevict:budget=0.8,num_global=1,num_recent=1,probe=key",
+    "hashevict-reserve": "hashevict:budget=0.6,num_global=1,num_recent=1,reserve=4",
+}
+# The six that stand for the rest where a property is dear: one-shot and per step, key-only and with queries, in place.
+FEW = ("norm", "random-every-3", "streaming_llm-slots", "snapkv-step", "keydiff-chunk", "hashevict")
+each = pytest.mark.parametrize("strategy", EVICTING.values(), ids=EVICTING)
+few = pytest.mark.parametrize("strategy", [EVICTING[name] for name in FEW], ids=FEW)
+GROUPS = {f"group of {4 // n}": {"num_key_value_heads": n} for n in (4, 2, 1)}
+_models = {}
+
+
+@pytest.fixture(params=GROUPS)
+def grouped(request):
+    """Llama with query groups of 1, 2 and 4."""
+    if request.param not in _models:
+        _models[request.param] = models.build("llama", **GROUPS[request.param])
+    return _models[request.param]
+
+
+@pytest.fixture
+def llama():
+    return models.tiny("llama")
+
+
+@each
+def test_batch_equals_singles_padded_left(grouped, strategy):
+    caches.batch_equals_singles_padded_left(grouped, strategy)
+
+
+@each
+def test_batch_equals_singles_padded_right(grouped, strategy):
+    caches.batch_equals_singles_padded_right(grouped, strategy)
+
+
+@few
+@pytest.mark.parametrize("name", [name for name in models.DECODERS if name != "llama"])
+def test_batch_equals_singles_in_every_architecture(name, strategy):
+    caches.batch_equals_singles_padded_left(models.tiny(name), strategy)
+
+
+@each
+def test_beams_equal_singles(llama, strategy):
+    caches.beams_equal_singles(llama, strategy)
+
+
+@each
+def test_padding_is_never_read(llama, strategy):
+    caches.padding_is_never_read(llama, strategy)
+
+
+@few
+def test_every_kept_slot_matters(llama, strategy):
+    caches.every_kept_slot_matters(llama, strategy, replaces_first="hashevict" in str(strategy))
+
+
+@pytest.mark.parametrize("name", models.DECODERS)
+def test_off_means_off(name):
+    plain = ("full", "random", "streaming_llm", "keydiff", "snapkv", "hashevict")
+    specs = [f"{slug}:budget={budget}" for slug in plain for budget in ((1.0,) if slug == "full" else (1.0, 1000))]
+    caches.off_means_off(models.tiny(name), *specs, "snapkv:budget=1.0,schedule=step", "keydiff:budget=1000,schedule=2")
+
+
+@each
+def test_on_means_on(llama, strategy):
+    caches.on_means_on(llama, strategy)
+
+
+@each
+def test_bytes_are_real(llama, strategy):
+    caches.bytes_are_real(llama, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["full", "keydiff:budget=1.0", "random:budget=40"])
+def test_a_window_frees_what_it_leaves(strategy):
+    """A sliding-window layer holds the window and no byte more, already after the prompt."""
+    model = models.tiny("mistral")
+    with manyheads.use(model):
+        cache = caches.prefilled(model, strategy, models.tokens(2, 60))
+        for store in caches.stores(cache):
+            assert store.keys.shape[2] == models.WINDOW - 1
+            assert store.keys.untyped_storage().nbytes() == store.keys.numel() * 4
+        assert cache.bytes() == caches.held(cache)
+
+
+@each
+def test_slot_order_is_free(llama, strategy):
+    caches.slot_order_is_free(llama, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["full", *EVICTING.values()], ids=["full", *EVICTING])
+def test_rows_can_be_rearranged(llama, strategy):
+    caches.rows_can_be_rearranged(llama, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["full", *EVICTING.values()], ids=["full", *EVICTING])
+def test_two_conversations(llama, strategy):
+    caches.two_conversations(llama, strategy)
+
+
+ROOMY = ("full", "snapkv:budget=30,window_size=4,schedule=step", "hashevict:budget=30", "random:budget=30,schedule=2")
+
+
+@pytest.mark.parametrize("strategy", [*ROOMY, *EVICTING.values()], ids=[*ROOMY, *EVICTING])
+def test_crops_or_refuses(llama, strategy):
+    caches.crops_or_refuses(llama, strategy)
+
+
+@few
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_continues_where_it_was(name, strategy):
+    caches.continues_where_it_was(models.build(name), strategy)
+
+
+CONTROLS = [
+    (caches.batch_equals_singles_padded_left, Unmarked),
+    (caches.batch_equals_singles_padded_right, Unmarked),
+    (caches.beams_equal_singles, Unmarked),
+    (caches.padding_is_never_read, Unmarked),
+    (caches.every_kept_slot_matters, Blind),
+    (caches.slot_order_is_free, Blind),
+    (caches.bytes_are_real, MaskedOnly),
+    (caches.continues_where_it_was, Forgetful),
+]
+
+
+@pytest.mark.parametrize(("oracle", "how"), CONTROLS, ids=[f"{o.__name__}-{h.__name__}" for o, h in CONTROLS])
+def test_control(llama, oracle, how):
+    oracle(models.build("llama"), Wrong(budget=0.5))
+    with pytest.raises(AssertionError):
+        oracle(models.build("llama"), Wrong(budget=0.5, how=how))
+
+
+def test_control_of_off_and_on(llama):
+    with pytest.raises(AssertionError):
+        caches.off_means_off(llama, "random:budget=0.5")
+    with pytest.raises(AssertionError):
+        caches.on_means_on(llama, "random:budget=1000")

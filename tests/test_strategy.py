@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A strategy is a frozen dataclass and one line of text; either gives the other back."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import manyheads
+from manyheads import UserError, parse
+from manyheads.strategy import Strategy, overrides
+
+SLUGS = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hashevict")
+SPECS = [
+    *SLUGS, "random:seed=3", "keydiff:budget=64", "keydiff:schedule=8", "keydiff:schedule=chunk,layers=0+1+2+7",
+    "hashevict:budget=0.25,probe=key,num_bits=8,num_global=2", "snapkv:budget=0.1,window_size=16,kernel_size=5",
+    "streaming_llm:sinks=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_round_trip(spec):
+    strategy = parse(spec)
+    assert parse(strategy.spec) == strategy and hash(parse(strategy.spec)) == hash(strategy)
+    given_ = {p.partition("=")[0] for p in spec.partition(":")[2].split(",") if p}
+    assert given_ <= {p.partition("=")[0] for p in strategy.spec.partition(":")[2].split(",")}
+    assert parse(strategy) is strategy
+
+
+@given(
+    slug=st.sampled_from(SLUGS[1:]), budget=st.one_of(st.integers(50, 10**6), st.floats(1e-6, 1.0)),
+    layers=st.one_of(st.none(), st.lists(st.integers(0, 99), min_size=1, max_size=5).map(tuple)),
+    recent=st.integers(0, 9),
+)  # fmt: skip
+def test_round_trip_of_any_fields(slug, budget, layers, recent):
+    cls = type(parse(slug))
+    strategy = cls(budget=budget, layers=layers, recent=recent)
+    again = parse(strategy.spec)
+    assert again == strategy and type(again.budget) is type(strategy.budget)
+
+
+def test_spaces_and_ranges():
+    strategy = parse(" keydiff : budget = 0.5 , layers = 0-3+7 ")
+    assert strategy.budget == 0.5 and strategy.layers == (0, 1, 2, 3, 7)
+    assert parse("keydiff:") == parse("keydiff") == type(strategy)()
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("snapkw", "snapkv"),
+        ("hash-evict:budget=0.5", "hashevict"),
+        ("snapkv:windowsize=8", "snapkv has no field 'windowsize'; did you mean 'window_size'"),
+        ("keydiff:quux=1", "keydiff has no field 'quux'; it has budget, layers"),
+        ("keydiff:budget", "write 'budget' as field=value"),
+        ("keydiff:budget=1,budget=2", "'budget' is given twice"),
+        ("keydiff:budget=0", "keydiff: budget=0: budget must be above 0"),
+        ("keydiff:budget=1.5", "a fractional budget is at most 1.0"),
+        ("keydiff:budget=many", "not 'many'"),
+        ("hashevict:num_bits=8.5", "hashevict: num_bits=8.5: .*integer"),
+        ("hashevict:probe=both", "hashevict: probe=both: .*'query' or 'key'"),
+        ("keydiff:layers=a-b", "keydiff: layers=a-b"),
+        ("keydiff:schedule=often", "schedule is prefill, chunk, step or a number"),
+        ("keydiff:schedule=0", "schedule is prefill"),
+        ("keydiff:sinks=-1", "cannot be negative"),
+        ("keydiff:budget=4,sinks=3,recent=2", "a budget of 4 slots cannot hold its 5 protected tokens"),
+        ("", "."),
+        (":budget=1", "."),
+    ],
+)
+def test_refusals_are_one_line_that_helps(spec, says):
+    with pytest.raises(UserError, match=says) as refusal:
+        parse(spec)
+    assert "\n" not in str(refusal.value) and refusal.value.__cause__ is None
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
+    strategy = parse(slug)
+    assert strategy.slug == slug and isinstance(strategy, Strategy) and overrides(strategy, "store")
+    assert not any(overrides(strategy, method) for method in ("edit", "attend", "watch", "patch", "convert"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        strategy.budget = 1
+    assert all(f.metadata.get("help") for f in dataclasses.fields(strategy))
+    with pytest.raises(TypeError):
+        type(strategy)(0.5)
+
+
+@pytest.mark.parametrize("method", ["edit", "attend", "watch", "patch", "store", "convert"])
+def test_a_method_that_is_not_there(method):
+    """The base does nothing by accident: the port asks ``overrides`` first."""
+    strategy = Strategy()
+    assert not overrides(strategy, method)
+    with pytest.raises(NotImplementedError):
+        getattr(strategy, method)(*[None] * (1 if method in ("edit", "attend", "store") else 2))
+
+
+def test_use_takes_specs_and_strategies():
+    port = manyheads.use(None, "keydiff:budget=8", parse("full"))
+    assert [s.spec for s in port.strategies] == ["keydiff:budget=8", "full"]
+    with pytest.raises(UserError):
+        manyheads.use(None, "keydif:budget=8")
