@@ -40,7 +40,7 @@ class CachePolicy(Strategy):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"self"})
     dense_prefill: ClassVar[bool] = True  # the first forward attends to everything, so one prefill can serve many arms
-    exact_chunks: ClassVar[bool] = False  # when evicting at every step: several tokens at once give what one by one does
+    exact_chunks: ClassVar[bool] = False  # if evicting at every step: many tokens at once give what one by one does
 
     budget: Budget = field(default=0.5, metadata={"help": "fraction (0, 1] of the tokens seen, or a number of slots"})
     schedule: Schedule = field(default="prefill", metadata={"help": "prefill, chunk, step, or every that many tokens"})
@@ -77,7 +77,7 @@ class CachePolicy(Strategy):
         return 0
 
     def due(self, forwards: int, new: int, since: int) -> bool:
-        """Whether to evict after forward number ``forwards`` of ``new`` tokens, ``since`` tokens after the last time."""
+        """Whether to evict after forward number ``forwards`` of ``new`` tokens, ``since`` tokens after the last one."""
         if forwards == 1 or self.schedule == "step":
             return True
         return (self.schedule == "chunk" and new > 1) or (isinstance(self.schedule, int) and since >= self.schedule)

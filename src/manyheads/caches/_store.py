@@ -74,6 +74,19 @@ class View:
     site: Site
 
 
+def leave_window(slots: Slots, window: int) -> None:
+    """Drop what no later query of a sliding-window layer can see: the same slots that an ordinary cache drops."""
+    reach = window - 1
+    if slots.size <= reach:
+        return
+    if slots.index is None:
+        slots.narrow(slots.size - reach, reach)
+    else:
+        gone = slots.columns() <= slots.seen - window
+        order = gone.int().argsort(dim=-1, stable=True)[..., :reach]
+        slots.keep(order, ~gone.gather(2, order))
+
+
 class PolicyStore:
     """What one layer remembers under a :class:`CachePolicy`. See ``manyheads.call.Store`` for the order of calls.
 
@@ -151,7 +164,7 @@ class PolicyStore:
             if self.record:
                 self._evidence = view
         if self.site.window is not None:
-            self._leave_window(self.site.window)
+            leave_window(slots, self.site.window)
 
     def fork(self, policy: "CachePolicy") -> "PolicyStore":
         """The store that ``policy`` would have after the same forwards, over the same tensors; self is unchanged.
@@ -211,18 +224,6 @@ class PolicyStore:
         if self.slots is None:
             raise RuntimeError(f"{self.site.name}: attention ran before its cache was written")
         return self.slots
-
-    def _leave_window(self, window: int) -> None:
-        """Drop what no later query of a sliding-window layer can see: the same slots that an ordinary cache drops."""
-        slots, reach = self._slots(), window - 1
-        if slots.size <= reach:
-            return
-        if slots.index is None:
-            slots.narrow(slots.size - reach, reach)
-        else:
-            gone = slots.columns() <= slots.seen - window
-            order = gone.int().argsort(dim=-1, stable=True)[..., :reach]
-            slots.keep(order, ~gone.gather(2, order))
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows ``[B']`` of everything remembered."""

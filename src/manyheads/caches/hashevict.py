@@ -32,7 +32,7 @@ from ..attention.slots import Slots
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ._policy import CachePolicy, Schedule
-from ._store import PolicyStore, View
+from ._store import PolicyStore, View, leave_window
 
 __all__ = ["HashEvict"]
 
@@ -156,7 +156,7 @@ class HashStore(PolicyStore):
             if slots.size == self._capacity and not slots.keys.requires_grad:
                 self._make_waiting_place(slots)
         if self.site.window is not None and not self._waiting_place:
-            self._leave_window(self.site.window)
+            leave_window(slots, self.site.window)
 
     def compress(self, view: View) -> None:
         """Fix the capacity, hash the prompt's keys, keep its global and most recent tokens."""

@@ -145,7 +145,7 @@ class Contexts:
             for c, depth in zip(constants, depths[:CONSTANTS], strict=True)
         ]
         questions += [
-            Question("chained", *planter.ask(name, target.value), depth)
+            Question("chained", *planter.ask(name, f"{target.name} == {target.value}"), depth)
             for (name, target), depth in zip(aliases, depths[CONSTANTS:], strict=True)
         ]
         return lines, depths, questions

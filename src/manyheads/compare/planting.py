@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Constants planted in text and asked for at its end, in the tokens of the model at hand.
 
-``NAME = 12345`` stands on a line of its own; ``assert NAME == `` asks for it. Names and values are drawn so that all
+``NAME = 12345`` stands on a line of its own; ``assert NAME == `` asks for it. An alias, ``OTHER = NAME``, is asked for
+link by link: the answer to ``assert OTHER == `` is ``NAME == 12345``. Names and values are drawn so that all
 questions of a run have the same number of tokens: they go through the model as one batch, without padding.
 """
 
@@ -85,9 +86,10 @@ class Planter:
         return (len(question), len(answer)) == (self.question_size, self.answer_size)
 
     def ask(self, name: str, value: str) -> tuple[list[int], list[int]]:
-        """Tokens of the question and of its answer, as the finished line has them.
+        """Tokens of the question ``assert NAME == `` and of its answer, as the finished line has them.
 
-        A token that holds the end of one and the beginning of the other (" 12" after "==") belongs to the answer.
+        For an alias ``value`` is ``NAME == 12345``: it is asserted link by link, which small models can learn. A token
+        that holds the end of one and the beginning of the other (" 12" after "==") belongs to the answer.
         """
         whole = encode(self.tokenizer, f"\nassert {name} == {value}")
         stem = encode(self.tokenizer, f"\nassert {name} == ")

@@ -12,7 +12,7 @@ loss     nats    mean negative log-likelihood of ``TARGET`` tokens of the text t
 needle   unseen  1 if all tokens of the answer are the likeliest, 0 else; asked after compression
 needle   seen    the same with the question read before compression
 several  unseen  one of several constants
-chained  unseen  an alias of a constant: two lines have to be found
+chained  unseen  an alias of a constant, asserted link by link: two lines have to be found
 speed    prefill seconds of the dense prefill and this arm's compression of it
 speed    decode  milliseconds of a token, one row each
 memory   cache   bytes held after compression, per sequence
@@ -32,7 +32,7 @@ from torch import Tensor
 from ..attention.budget import keep_limit
 from .arms import Arm, Prefix, feed
 from .bench import TARGET, Bench, Row, Unit
-from .contexts import ALIASES, CONSTANTS
+from .contexts import ALIASES, CONSTANTS, Question
 
 __all__ = ["TASKS", "measure", "misfit", "plan"]
 
@@ -160,28 +160,28 @@ def _needle(bench: Bench, unit: Unit) -> Iterator[Row]:
 
 
 def _several(bench: Bench, unit: Unit) -> Iterator[Row]:
-    """Questions about several constants and their aliases; all of a context's go through as one batch."""
+    """Questions about several constants and their aliases; all of one size go through as one batch."""
     contexts = bench.contexts.crowded(unit.length)[unit.first : unit.first + unit.count]
     prefix = Prefix(bench.model, bench.tensor([c.ids for c in contexts]), bench.arms)
-    wanted = [i for i, q in enumerate(contexts[0].questions) if q.task in bench.tasks]
-    size = max(1, bench.rows_at_once(unit.length, bench.bytes_per_token()) // len(contexts))
-    groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    rows = bench.rows_at_once(unit.length, bench.bytes_per_token())
+    sizes: dict[tuple[int, int], list[tuple[int, Question]]] = {}  # one batch holds questions of one size
+    for i, context in enumerate(contexts):
+        for question in (q for q in context.questions if q.task in bench.tasks):
+            sizes.setdefault((len(question.question), len(question.answer)), []).append((i, question))
+    groups = [group[i : i + rows] for group in sizes.values() for i in range(0, len(group), rows)]
     for arm in bench.arms:
         for group in groups:
             with prefix.open(arm) as cache:
                 held = cache.bytes() / len(contexts)
-                if len(group) > 1:
-                    cache.batch_repeat_interleave(len(group))
-                asked = [
-                    (f"several-{unit.first + i}", c, c.questions[g]) for i, c in enumerate(contexts) for g in group
-                ]
-                fed = bench.tensor([question.question for _, _, question in asked])
-                answers = bench.tensor([question.answer for _, _, question in asked])
+                cache.batch_select_indices(torch.tensor([i for i, _ in group], device=bench.device))
+                fed = bench.tensor([question.question for _, question in group])
+                answers = bench.tensor([question.answer for _, question in group])
                 right, nats = _answers(bench, cache, fed, answers, _stride(arm, unit.length))
-            for (name, context, question), value, cost in zip(asked, right, nats, strict=True):
+            for (i, question), value, cost in zip(group, right, nats, strict=True):
+                context = contexts[i]
                 yield _row(
-                    unit, arm, "unseen", name, unit.length, float(value), nats=cost, depth=question.depth, bytes=held,
-                    text=context.text, overlaps=context.overlaps,
+                    unit, arm, "unseen", f"several-{unit.first + i}", unit.length, float(value), nats=cost,
+                    depth=question.depth, bytes=held, text=context.text, overlaps=context.overlaps,
                 ) | {"task": question.task, "question": context.questions.index(question)}  # fmt: skip
         bench.tick(unit.cost / len(bench.arms))
 

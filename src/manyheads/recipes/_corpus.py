@@ -175,8 +175,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def build(roots: Sequence[Path], vocab_size: int, seed: int, limit: int | None = None, sample_mb: int = 48) -> Corpus:
-    """Read, judge, tokenise. The vocabulary is trained on ``sample_mb`` megabytes of files drawn at random."""
+def build(
+    roots: Sequence[Path],
+    vocab_size: int,
+    seed: int,
+    limit: int | None = None,
+    sample_mb: int = 48,
+    tokenizer: Tokenizer | None = None,
+) -> Corpus:
+    """Read, judge, tokenise; without a tokenizer, train one on ``sample_mb`` megabytes of files drawn at random."""
     packages, skipped = read_files(roots, limit, seed)
     sizes = {name: sum(Path(f).stat().st_size for f in files) for name, files in packages.items()}
     drawn = list(chain.from_iterable(packages.values()))
@@ -185,7 +192,7 @@ def build(roots: Sequence[Path], vocab_size: int, seed: int, limit: int | None =
     Random(seed).shuffle(drawn)
     room = np.cumsum([Path(file).stat().st_size for file in drawn]) <= sample_mb * 1_000_000
     sample = [_read(Path(file)) or "" for file, fits in zip(drawn, room, strict=True) if fits]
-    tokenizer = train_tokenizer(sample, vocab_size)
+    tokenizer = tokenizer or train_tokenizer(sample, vocab_size)
     words = Counter(w for text in sample[:2000] for w in text.split() if w.isascii() and w.isalpha() and w.islower())
     files = list(chain.from_iterable(packages.values()))
     encoded = _map(_Worker.encode, files, _Worker.start_encoding, tokenizer.to_str())

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, L layers, D hidden, F feed-forward, H heads, K key/va
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ class Llama(nn.Module):
             h = F.rms_norm(x, x.shape[-1:], mlp_norm, eps)
             x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
         return F.linear(F.rms_norm(x, x.shape[-1:], self.norm.to(self.dtype), eps), self.head.to(self.dtype))
+
+    @classmethod
+    def from_transformers(cls, folder: Path, dtype: torch.dtype) -> "Llama":
+        """The model that ``to_transformers`` wrote to ``folder``, to be trained on."""
+        source: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        state, model = source.state_dict(), cls(source.config, dtype)
+        with torch.no_grad():
+            model.embed.copy_(state["model.embed_tokens.weight"])
+            model.head.copy_(state["lm_head.weight"])
+            model.norm.copy_(state["model.norm.weight"])
+            for name, home in _STACKS.items():
+                stack = getattr(model, name)
+                stack.copy_(torch.stack([state[f"model.layers.{i}.{home}.weight"] for i in range(len(stack))]))
+        return model
 
     def to_transformers(self, dtype: torch.dtype) -> LlamaForCausalLM:
         """The same weights, rounded to ``dtype``, as a transformers model on the CPU."""

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model that ships with manyheads: a Llama of 19 million parameters that has read the packages installed here.
 
-    python -m manyheads.recipes.default_model --out DIR --minutes 6.5 [--data DIR ...] [--smoke]
+    python -m manyheads.recipes.default_model --out FIRST --minutes 6.5
+    python -m manyheads.recipes.default_model --out DIR --minutes 2.6 --start FIRST
 
 Trains on one GPU for a given time: Muon on the matrices, AdamW on the rest, contexts of 2,048, then 4,096, then 8,192
-tokens, a third of the sequences with planted constants. The weights depend on how many steps the time allows, all else
-on the seed. DIR appears, complete, when the model stands measured; until then the work is in DIR.partial, which holds
-loadable weights from the end of the training on.
+tokens, a third of the sequences with planted constants. The first stage draws small packages far more often than their
+size would have it, which teaches fast and ends in learning them by heart; the second starts from the first, draws
+packages by their size, at a context of 4,096 tokens, and undoes that. The weights depend on how many steps the time
+allows, all else on the seed. DIR appears, complete, when the model stands measured; until then the work is in
+DIR.partial, which holds loadable weights from the end of the training on.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random import Generator
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -84,6 +88,8 @@ SMOKE = Recipe(
 )  # fmt: skip
 
 
+SECOND = Recipe(phases=((4096, 1.0),), lr=2e-3, flatten=1.0)
+
 SUMMARY = "Train the default model on the Python packages installed here and measure it on the standard library."
 
 
@@ -121,11 +127,15 @@ def batches(data: Sequences, rows: int, device: str) -> Iterator[torch.Tensor]:
         yield batch.to(device, non_blocking=True)
 
 
-def train(corpus: Corpus, recipe: Recipe, seconds: float, device: str) -> tuple[Llama, list[dict[str, float]]]:
+def train(
+    corpus: Corpus, recipe: Recipe, seconds: float, device: str, start_from: Path | None = None
+) -> tuple[Llama, list[dict[str, float]]]:
     """Train for ``seconds`` (compiling not counted); return the model and its curve, a row every 50 steps."""
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
-    model = Llama(recipe.config(), torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = Llama.from_transformers(start_from, dtype) if start_from else Llama(recipe.config(), dtype)
+    model.to(device)
     matrices = [p for p in model.parameters() if p.ndim == 3]
     others = [p for p in model.parameters() if p.ndim < 3]
     optimizers: list[torch.optim.Optimizer] = [
@@ -188,16 +198,19 @@ def save(model: Llama, corpus: Corpus, out: Path) -> None:
     ).save_pretrained(out)
 
 
-def make(out: Path, minutes: float, roots: list[Path], recipe: Recipe, quick: bool) -> dict[str, Any]:
-    """Run the whole recipe; return what results.json holds. ``out`` must not exist yet."""
+def make(
+    out: Path, minutes: float, roots: list[Path], recipe: Recipe, quick: bool, start: Path | None = None
+) -> dict[str, Any]:
+    """Run one stage of the recipe; return what results.json holds. ``out`` must not exist yet."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said outright, tokenizers does not warn at every fork
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begun = time.perf_counter()
-    corpus = build(roots, recipe.vocab_size, recipe.seed, recipe.files, sample_mb=1 if quick else 48)
+    tokenizer = Tokenizer.from_file(str(start / "tokenizer.json")) if start else None
+    corpus = build(roots, recipe.vocab_size, recipe.seed, recipe.files, 1 if quick else 48, tokenizer)
     report(
         f"{len(corpus.tokens) / 1e6:.1f} M tokens, {len(corpus.packages)} packages, files left out: {corpus.skipped}"
     )
-    model, curve = train(corpus, recipe, minutes * 60, device)
+    model, curve = train(corpus, recipe, minutes * 60, device, start)
     staging = out.with_name(f"{out.name}.partial")
     staging.mkdir(parents=True, exist_ok=True)
     save(model, corpus, staging)
@@ -207,6 +220,7 @@ def make(out: Path, minutes: float, roots: list[Path], recipe: Recipe, quick: bo
     shipped: Any = AutoModelForCausalLM.from_pretrained(staging, dtype=dtype)
     shipped.to(device)
     measured = evaluate(shipped, corpus.tokenizer, corpus.words[1:3000:2], recipe.seed + 1, quick)
+    first = json.loads((start / "results.json").read_text()) if start else None
     results = {
         "parameters": sum(p.numel() for p in shipped.parameters()),
         "recipe": {name: value for name, value in vars(recipe).items() if name != "files"},
@@ -214,6 +228,7 @@ def make(out: Path, minutes: float, roots: list[Path], recipe: Recipe, quick: bo
             "minutes": minutes, **{name: curve[-1][name] for name in ("steps", "tokens", "loss")},
             "whole_minutes": (time.perf_counter() - begun) / 60,
         },
+        "first_stage": first and {name: first[name] for name in ("recipe", "training", "environment")},
         "data": {"tokens": len(corpus.tokens), "packages": corpus.packages, "files_left_out": corpus.skipped},
         "environment": _card.environment(device),
         "measured": measured,
@@ -234,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--minutes", type=float, default=6.5, help="of training; compiling, measuring not counted")
     parser.add_argument("--data", type=Path, nargs="+", default=site_packages(), help="folders of packages")
+    parser.add_argument("--start", type=Path, help="folder that the first stage made; trains the second")
     parser.add_argument("--batch-tokens", type=int, help="tokens of one step")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -244,8 +260,10 @@ def main(argv: list[str] | None = None) -> int:
     if missing := [str(folder) for folder in args.data if not folder.is_dir()]:
         parser.error(f"no such folder: {', '.join(missing)}")
     changes = {name: value for name in ("batch_tokens", "lr", "seed") if (value := getattr(args, name)) is not None}
-    recipe = replace(SMOKE if args.smoke else Recipe(), **changes)
-    make(args.out, 0.1 if args.smoke else args.minutes, args.data, recipe, args.smoke)
+    if args.start and not (args.start / "results.json").is_file():
+        parser.error(f"{args.start} holds no finished first stage")
+    recipe = replace(SMOKE if args.smoke else SECOND if args.start else Recipe(), **changes)
+    make(args.out, 0.1 if args.smoke else args.minutes, args.data, recipe, args.smoke, args.start)
     report(f"done: {args.out}")
     return 0
 
