@@ -84,14 +84,17 @@ class Slots:
 
     def columns(self) -> Tensor:
         """Column of each slot ``[B, Hs, N]`` (int64), -1 where a slot is empty or holds padding."""
-        batch, heads = self.keys.shape[:2]
-        if self.index is None:
-            columns = torch.arange(self.size, device=self.keys.device).expand(batch, heads, -1)
-        else:
-            columns = self.index.long()
+        columns = self._raw().long()
         if self.valid is None:
             return columns
         return columns.masked_fill((columns < 0) | ~_look_up(self.valid, columns), -1)
+
+    def _raw(self) -> Tensor:
+        """``index``, also while nothing was dropped: int32 ``[B, Hs, N]``, columns of padding included."""
+        if self.index is not None:
+            return self.index
+        columns = torch.arange(self.size, dtype=torch.int32, device=self.keys.device)
+        return columns.expand(*self.keys.shape[:2], -1)
 
     def positions(self) -> Tensor:
         """Position of each slot within its own row ``[B, Hs, N]``: padding is not counted; -1 where empty."""
@@ -131,18 +134,14 @@ class Slots:
 
     def keep(self, slots: Tensor, kept: Tensor) -> None:
         """Keep ``slots [B, Hs, M]`` where ``kept [B, Hs, M]`` is True, and empty the other of the M places."""
-        columns = self.columns().gather(2, slots)
-        self.index = torch.where(kept, columns, -1).int()
+        self.index = torch.where(kept, self._raw().gather(2, slots), -1).int()
         self.keys, self.values = _gather(self.keys, slots), _gather(self.values, slots)
         if self.extra is not None:
             self.extra = _gather(self.extra, slots.expand(-1, self.extra.shape[1], -1))
 
     def narrow(self, start: int, size: int) -> None:
         """Keep ``size`` slots from ``start`` on, the same for every head, and free the others."""
-        if self.index is None:
-            columns = torch.arange(self.size, dtype=torch.int32, device=self.keys.device)
-            self.index = columns.expand(*self.keys.shape[:2], -1)
-        self.index = self.index.narrow(2, start, size).clone()
+        self.index = self._raw().narrow(2, start, size).clone()
         self.keys, self.values = (x.narrow(2, start, size).clone() for x in (self.keys, self.values))
         self.extra = None if self.extra is None else self.extra.narrow(2, start, size).clone()
 

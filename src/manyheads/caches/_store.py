@@ -82,7 +82,7 @@ def leave_window(slots: Slots, window: int) -> None:
     if slots.index is None:
         slots.narrow(slots.size - reach, reach)
     else:
-        gone = slots.columns() <= slots.seen - window
+        gone = slots.index <= slots.seen - window
         order = gone.int().argsort(dim=-1, stable=True)[..., :reach]
         slots.keep(order, ~gone.gather(2, order))
 

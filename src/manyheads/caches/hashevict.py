@@ -127,7 +127,7 @@ class HashStore(PolicyStore):
             slots.extra[:, :, -1:] = fresh
         else:
             slots.extra = fresh if slots.extra is None else torch.cat([slots.extra, fresh], 2)
-        if slots.index is None and slots.seen <= self._capacity:
+        if slots.seen <= self._capacity:
             return hidden  # the longest row was never full, and no other fills before it
         self._died = self._victims(self._hash(call.q) if self.policy.probe == "query" else fresh)
         alive = self._died[:, :, None, :] > torch.arange(new, device=call.q.device)[:, None]
@@ -145,11 +145,9 @@ class HashStore(PolicyStore):
         self._forwards += 1
         slots, new, died = self._slots(), call.q.shape[2], self._died
         self._died = None
-        if died is None:
-            return
-        if self._waiting_place:
+        if died is not None and self._waiting_place:
             self._move_in(slots, died)
-        else:
+        elif died is not None:
             kept = (died == new) & (slots.columns() >= 0)
             order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : self._capacity]
             slots.keep(order, kept.gather(2, order))

@@ -227,7 +227,8 @@ class SiteState:
         scale = kwargs.get("scaling")
         return AttentionCall(
             site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
-            is_causal=is_causal, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+            is_causal=is_causal, softcap=kwargs.get("softcap") if self.eager else None,  # SDPA reads neither
+            sinks=kwargs.get("s_aux") if self.eager else None,
             dropout=kwargs.get("dropout", 0.0), positions=kwargs.get("position_ids"),
             step=k.shape[2] - q.shape[2] if self.store is None else self.store.seen - q.shape[2], cache=self.store,
         )  # fmt: skip

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last step of the default model: average the weights of its two training stages.
 
-    python -m manyheads.recipes.average --first FIRST --second SECOND --out DIR [--share 0.2]
+    python -m manyheads.recipes.average --first FIRST --second SECOND --out DIR [--share 0.35]
 
-The second stage, trained at 4,096 tokens, forgets what lies beyond them; a fifth of the first stage's weights brings it
+The second stage, trained at 4,096 tokens, forgets what lies beyond them; a third of the first stage's weights brings it
 back and costs nothing within. Both stages share a start, so the line between them is passable (arXiv 2109.01903).
 """
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m manyheads.recipes.average", description="Average the two stages.")
     for name in ("first", "second", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--share", type=float, default=0.2, help="of the first stage in the average")
+    parser.add_argument("--share", type=float, default=0.35, help="of the first stage in the average")
     parser.add_argument("--files", type=int, default=10, help="standard-library files to measure the loss on")
     parser.add_argument("--questions", type=int, default=20, help="planted constants of each kind and length")
     args = parser.parse_args(argv)
