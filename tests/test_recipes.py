@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from manyheads.models import load
 from manyheads.recipes import _corpus, recall
 from manyheads.recipes._llama import Llama, Muon, schedule
 from manyheads.recipes._planted import Planter
+from manyheads.recipes.average import average
 from manyheads.recipes.default_model import SMOKE
 
 WORDS = ("alpha", "budget", "depth", "gamma", "limit", "needle", "ratio", "secret")
@@ -145,3 +147,20 @@ def test_recall_sequences_ask_each_pair_once() -> None:
         assert len({key for key, _ in a}) == 100
     assert judged.sum(1).tolist() == [100] * 3
     assert (tokens[judged] >= recall.FIRST_VALUE).all()
+
+
+def test_average_lies_between_its_stages(tmp_path: Path) -> None:
+    config = SMOKE.config()
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        model = Llama(config, zero_output=False).to_transformers(torch.float32)
+        model.save_pretrained(tmp_path / name)
+    first, second = (load_weights(tmp_path / name) for name in ("first", "second"))
+    for share in (0.0, 0.25, 1.0):
+        mixed = average(tmp_path / "first", tmp_path / "second", share).state_dict()
+        for name, weight in mixed.items():
+            torch.testing.assert_close(weight, (1 - share) * second[name] + share * first[name])
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()

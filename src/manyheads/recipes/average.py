@@ -34,7 +34,7 @@ def average(first: Path, second: Path, share: float) -> Any:
     models: list[Any] = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (first, second)]
     weights = models[0].state_dict()
     with torch.no_grad():
-        for name, weight in models[1].state_dict().items():
+        for name, weight in models[1].named_parameters():  # tied ones once
             weight.lerp_(weights[name], share)
     return models[1].eval()
 
