@@ -60,7 +60,7 @@ class Scale:
 def scale(setting: Setting) -> Scale:
     """The size of a run: quick in 30 s on two cores, full in ten minutes, more on a GPU."""
     if setting.quick:
-        return Scale(length=512, texts=4, pairs=100, sequences=32, chunk=32, prefill=512, repeats=3)
+        return Scale(length=256, texts=4, pairs=100, sequences=8, chunk=32, prefill=1024, repeats=3)
     if setting.device == "cpu":
         return Scale(length=1024, texts=12, pairs=100, sequences=256, chunk=32, prefill=2048, repeats=5)
     return Scale(length=2048, texts=48, pairs=100, sequences=1024, chunk=32, prefill=8192, repeats=9)
