@@ -31,7 +31,7 @@ STRATEGIES = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hashevict
 BUDGETS: tuple[float, ...] = (0.5, 0.25, 0.1)
 LENGTHS = (1024, 2048)
 SAMPLES = 6
-ROUNDS = 3
+ROUNDS = 2
 _SHORTEST = 32  # tokens of a context
 
 
