@@ -4,7 +4,7 @@
     python -m manyheads.recipes.average --first FIRST --second SECOND --out DIR [--share 0.35]
 
 The second stage, trained at 4,096 tokens, forgets what lies beyond them; a third of the first stage's weights brings it
-back and costs nothing within. Both stages share a start, so the line between them is passable (arXiv 2109.01903).
+back and costs little within. Both stages share a start, so the line between them is passable (arXiv 2109.01903).
 """
 
 import argparse
