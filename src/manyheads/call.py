@@ -2,6 +2,7 @@
 """The one value that passes through the port: an attention computation of a model, and the place where it happens."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -10,9 +11,28 @@ from torch import Tensor
 
 from .attention import reference
 
-__all__ = ["AttentionCall", "Site", "Store"]
+__all__ = ["AttentionCall", "Latent", "Site", "Store"]
 
 Kind = Literal["self", "cross", "joint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """How a module whose cache holds latents (MLA) makes keys and values of them.
+
+    Attributes:
+        rank: channels r of a latent.
+        nope_dim, rope_dim, v_dim: channels per head of a key without and with rotary positions, and of a value.
+        num_heads: query heads.
+        weight: gives the up-projection ``[num_heads * (nope_dim + v_dim), rank]``, per head the key's rows first.
+    """
+
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    num_heads: int
+    weight: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +48,8 @@ class Site:
         num_heads: query heads, None where neither the module nor its config says.
         num_kv_heads: key/value heads, likewise.
         window: sliding-window length in tokens, None for full attention.
+        peers: layer indices of all causal self-attention of the model, ascending.
+        latent: how keys and values come from cached latents, None where the cache holds them themselves.
     """
 
     name: str
@@ -38,6 +60,8 @@ class Site:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     window: int | None = None
+    peers: tuple[int, ...] = ()
+    latent: Latent | None = field(default=None, compare=False, repr=False)
 
 
 class Store(Protocol):
@@ -45,10 +69,14 @@ class Store(Protocol):
 
     One forward of one layer is ``append`` (the cache takes the new keys and values), ``admit`` (before attention: mask
     and positions of the slots), ``settle`` (after attention: observe, evict).
+
+    A store that keeps its tokens in a form of its own (packed, ragged, latent) may also have ``attend``: when no other
+    strategy acts at the site, the port asks ``attend(call) -> [B, T, H, dv] | None`` between append and settle, and
+    calls ``admit`` and the model's own attention only if the answer is None.
     """
 
     @property
-    def seen(self) -> int: ...
+    def seen(self) -> int | Tensor: ...
     @property
     def keys(self) -> Tensor | None: ...
     @property
@@ -80,7 +108,8 @@ class AttentionCall:
         sinks: ``[H]`` learned sink logits (gpt-oss).
         dropout: probability on the weights, 0 outside training.
         positions: ``[B, T]`` rotary position ids where the model passes them on.
-        step: tokens seen at this site before this call; 0 without a cache.
+        rotary: cosines and sines ``[B, T, rotary_dim]`` of those positions, where the model passes them on.
+        step: tokens seen at this site before this call, a tensor in compiled decoding; 0 without a cache.
         cache: the site's store, if a strategy made one.
         memory: scratch of the strategy at hand at this site, kept while its ``use`` is open.
     """
@@ -97,7 +126,8 @@ class AttentionCall:
     sinks: Tensor | None = None
     dropout: float = 0.0
     positions: Tensor | None = None
-    step: int = 0
+    rotary: tuple[Tensor, Tensor] | None = None
+    step: int | Tensor = 0
     cache: Store | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from .call import AttentionCall, Site, Store
 
-__all__ = ["Layers", "Strategy", "overrides", "parse"]
+__all__ = ["Layers", "Strategy", "overrides", "parse", "split_outside"]
 
 
 def _as_layers(value: object) -> object:
@@ -92,6 +93,26 @@ class Strategy:
         return self.slug + (":" + ",".join(changed) if changed else "")
 
 
+def split_outside(text: str) -> list[str]:
+    """Pieces of ``text`` between commas that stand outside parentheses, stripped, empty ones left out.
+
+    Raises:
+        UserError: parentheses that do not match.
+    """
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    if depth:
+        raise UserError(f"{text!r}: parentheses do not match")
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
 def overrides(strategy: Strategy, method: str) -> bool:
     """Whether ``strategy`` implements ``method`` of :class:`Strategy`."""
     return getattr(type(strategy), method) is not getattr(Strategy, method)
@@ -100,6 +121,9 @@ def overrides(strategy: Strategy, method: str) -> bool:
 def parse(spec: "str | Strategy") -> Strategy:
     """Build a strategy from ``slug:field=value,field=value``; a strategy is returned as it is.
 
+    ``slug(field=value,field=value)`` means the same, so that a spec can be the value of a field:
+    ``graphkv:base=snapkv(window_size=16),budget=0.25``.
+
     Raises:
         UserError: unknown slug or field (with the nearest names), or a value that the field refuses.
     """
@@ -107,12 +131,15 @@ def parse(spec: "str | Strategy") -> Strategy:
         return spec
     from . import catalog
 
-    slug, _, rest = spec.strip().partition(":")
-    cls = catalog.load(slug.strip())
+    match = re.fullmatch(r"\s*([^:(]*)(?:\((.*)\)|:(.*))?\s*", spec, re.DOTALL)
+    if match is None:
+        raise UserError(f"{spec!r} is no spec: write slug:field=value,field=value")
+    slug, rest = match[1].strip(), match[2] or match[3] or ""
+    cls = catalog.load(slug)
     hints = get_type_hints(cls, include_extras=True)
     fields = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    for item in split_outside(rest):
         name, equals, text = (part.strip() for part in item.partition("="))
         if not equals:
             raise UserError(f"{spec!r}: write {item!r} as field=value")

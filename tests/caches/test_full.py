@@ -15,9 +15,12 @@ def test_against_loops(heads, padding):
 
 def test_keeps_everything_in_order_without_bookkeeping():
     q, k, v = sequences(1, 4, 9)
+    _, kept, store = drive(parse("full"), q, k, v, [9])
+    assert store.nbytes() == 2 * k.numel() * 4
     _, kept, store = drive(parse("full"), q, k, v, [5, 1, 3])
     assert kept[-1].tolist() == [[list(range(9))] * 2]
-    assert store.nbytes() == 2 * k.numel() * 4 and store.keys.equal(k) and store.values.equal(v)
+    assert store.nbytes() <= 2 * 4 * (k.numel() // 9) * (9 + 17)  # with the room for tokens to come
+    assert store.keys.equal(k) and store.values.equal(v)
 
 
 @pytest.mark.parametrize("budget", [0.5, 1, 64])

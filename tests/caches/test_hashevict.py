@@ -192,7 +192,8 @@ def test_hashes_take_an_eighth_of_a_byte_per_bit():
     q, k, v = sequences(1, 4, 20)
     for bits in (8, 16, 20):
         store = drive(parse(f"hashevict:budget=10,num_global=1,num_recent=2,num_bits={bits}"), q, k, v, [12, 1, 1])[2]
-        assert store.slots.extra.dtype == torch.uint8 and store.slots.extra.shape == (1, 2, 11, -(-bits // 8))
+        hashes = store.slots.extras["hash"]
+        assert hashes.dtype == torch.uint8 and hashes.shape == (1, 2, 11, -(-bits // 8))
 
 
 @pytest.mark.parametrize(

@@ -188,18 +188,19 @@ def bytes_are_real(model: Any, strategy: Any) -> None:
     ids = tokens(2, 60)
     with manyheads.use(model):
         cache, full = prefilled(model, strategy, ids), prefilled(model, "full", ids)
+        parts = [
+            sum(x.untyped_storage().nbytes() for s in stores(c) for x in (s.keys, s.values)) for c in (cache, full)
+        ]
+        slots = [sum(s.keys.shape[2] for s in stores(c)) for c in (cache, full)]
+        assert abs(parts[0] / parts[1] - slots[0] / slots[1]) <= BYTES
         for t in range(4):
             assert abs(cache.bytes() - held(cache)) <= BYTES * held(cache), (
                 f"{cache.bytes()} of {held(cache)} after {t}"
             )
             step(model, tokens(2, 1, seed=t), cache)
             step(model, tokens(2, 1, seed=t), full)
-        parts = [
-            sum(x.untyped_storage().nbytes() for s in stores(c) for x in (s.keys, s.values)) for c in (cache, full)
-        ]
         slots = [sum(s.keys.shape[2] for s in stores(c)) for c in (cache, full)]
         assert slots[0] < 0.8 * slots[1] and cache.bytes() < 0.9 * full.bytes()
-        assert abs(parts[0] / parts[1] - slots[0] / slots[1]) <= BYTES
 
 
 def slot_order_is_free(model: Any, strategy: Any) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from manyheads.caches._policy import CachePolicy
-from manyheads.caches._store import PolicyStore, View
+from manyheads.caches._store import PolicyStore
+from manyheads.caches._view import View
 from manyheads.call import AttentionCall
 from manyheads.strategy import Strategy
 
@@ -91,7 +92,7 @@ class Unmarked(PolicyStore):
     """Wrong: takes padding for tokens."""
 
     def admit(self, call: AttentionCall) -> AttentionCall:
-        slots, new = self._slots(), call.q.shape[2]
+        slots, new = self.live, call.q.shape[2]
         if slots.index is None:
             return call
         return call.replace(mask=slots.visible(call.mask, new), is_causal=False)
@@ -100,8 +101,8 @@ class Unmarked(PolicyStore):
 class MaskedOnly(PolicyStore):
     """Wrong: hides what it drops and frees nothing."""
 
-    def compress(self, view: View) -> None:
-        slots, keys, values = self._slots(), self._slots().keys, self._slots().values
+    def compress(self, view: View, share: object = None) -> None:
+        slots, keys, values = self.live, self.live.keys, self.live.values
         super().compress(view)
         if slots.index is not None and slots.size < keys.shape[2]:
             gap = keys.shape[2] - slots.size

@@ -8,13 +8,16 @@ keys), and the order of tokens. Slots keep all three:
 - ``seen``: the logical length, which never shrinks.
 - ``index [B, Hs, N]`` int32: the column of the whole sequence that a slot holds, -1 for an empty slot. None as long as
   nothing was dropped: then slot j is column j and no byte is spent on it.
-- ``extra [B, Hs | Hkv, N, e]``: what a policy remembers of each slot (hashes); its owner appends to it.
+- ``extras``: by name, what a policy remembers of each slot ``[B, Hs | Hkv, N, e]`` (hashes, attention mass, codes);
+  a new slot starts with zeros.
 - ``valid [B, seen]`` bool: columns that hold a token and not padding. None as long as no mask was ever given.
 
 Hs is the number of heads *stored*: Hkv, or 1 for latent caches (MLA). Every head drops its own slots.
+
+Decoding appends into room reserved an eighth ahead, so that a token does not copy the cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +26,8 @@ from ..errors import UserError
 from .reference import repeat_kv
 
 __all__ = ["Slots", "nbytes"]
+
+_FEW = 16  # fewer new tokens than this are decoding: they get room ahead
 
 
 def nbytes(*tensors: Tensor | None) -> int:
@@ -36,6 +41,13 @@ def _gather(x: Tensor, slots: Tensor) -> Tensor:
     return x.gather(2, slots[..., None].expand(*slots.shape, x.shape[-1]))
 
 
+def _reserve(x: Tensor, more: int) -> Tensor:
+    """A tensor that begins with ``x [B, Hs, N, d]`` and has ``more`` slots after it."""
+    room = x.new_empty(*x.shape[:2], x.shape[2] + more, x.shape[3])
+    room[:, :, : x.shape[2]] = x
+    return room
+
+
 def _look_up(table: Tensor, columns: Tensor) -> Tensor:
     """``table [B, seen]`` at ``columns [B, Hs, N]``; what an empty slot (-1) reads means nothing."""
     batch, heads, size = columns.shape
@@ -46,7 +58,8 @@ def _look_up(table: Tensor, columns: Tensor) -> Tensor:
 class Slots:
     """Keys ``[B, Hs, N, dk]`` and values ``[B, Hs, N, dv]`` of N slots.
 
-    No method writes into a tensor in place, so a ``dataclasses.replace`` of slots is a second, independent set.
+    ``even`` says that every head of every row holds the same number of tokens, in order, and no slot is empty: then a
+    causal mask is all the mask there is.
     """
 
     keys: Tensor
@@ -54,7 +67,9 @@ class Slots:
     seen: int
     index: Tensor | None = None
     valid: Tensor | None = None
-    extra: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    even: bool = True
+    _room: tuple[Tensor, Tensor] | None = None  # tensors of which keys and values are the beginning
 
     @classmethod
     def empty(cls, k: Tensor, v: Tensor) -> "Slots":
@@ -65,6 +80,14 @@ class Slots:
     def size(self) -> int:
         return self.keys.shape[2]
 
+    def twin(self) -> "Slots":
+        """A second, independent set over the same tensors: what is appended to one does not reach the other."""
+        return replace(self, extras=dict(self.extras), _room=None)
+
+    def tensors(self) -> list[Tensor | None]:
+        """Everything held."""
+        return [self.keys, self.values, self.index, self.valid, *self.extras.values()]
+
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add the next T columns. k ``[B, Hs, T, dk]``, v ``[B, Hs, T, dv]``."""
         batch, heads, new = k.shape[:3]
@@ -73,11 +96,27 @@ class Slots:
             self.index = torch.cat([self.index, columns.expand(batch, heads, new)], 2)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, self.valid.new_ones(batch, new)], 1)
-        self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        for name, x in self.extras.items():
+            self.extras[name] = torch.cat([x, x.new_zeros(batch, x.shape[1], new, x.shape[3])], 2)
+        self._extend(k, v)
         self.seen += new
+
+    def _extend(self, k: Tensor, v: Tensor) -> None:
+        size, new = self.size, k.shape[2]
+        if new >= _FEW or not size or k.requires_grad or self.keys.requires_grad:
+            self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+            self._room = None
+            return
+        if self._room is None or self._room[0].shape[2] < size + new:
+            more = new + max(_FEW, size // 8)
+            self._room = (_reserve(self.keys, more), _reserve(self.values, more))
+        room_k, room_v = self._room
+        room_k[:, :, size : size + new], room_v[:, :, size : size + new] = k, v
+        self.keys, self.values = room_k[:, :, : size + new], room_v[:, :, : size + new]
 
     def mark(self, valid: Tensor) -> None:
         """Say which of the last T columns hold tokens: ``valid [B, T]`` bool."""
+        self.even = False
         if self.valid is None:
             self.valid = torch.ones(self.keys.shape[0], self.seen, dtype=torch.bool, device=self.keys.device)
         self.valid = torch.cat([self.valid[:, : self.seen - valid.shape[1]], valid], 1)
@@ -110,18 +149,19 @@ class Slots:
             return torch.full((self.keys.shape[0],), self.seen, device=self.keys.device)
         return self.valid.sum(1)
 
-    def visible(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
+    def visible(self, mask: Tensor | None, num_queries: int, older: bool = False) -> Tensor | None:
         """Mask of the slots for the last T queries, ``[B, Hs | H, T, N]``, from the model's mask over all columns.
 
         Args:
-            mask: ``[B, 1 | H, T, W]`` bool as the model built it for the last W columns of the logical sequence
-                (W = seen, or less under a sliding window), or None for "causal, nothing else".
+            mask: ``[B, 1 | H, T, W]`` bool as the model built it for the last W columns of the logical sequence, or None
+                for "causal, nothing else".
             num_queries: T.
+            older: whether tokens before the W columns are visible; under a sliding window they are not.
 
         Returns:
             ``mask`` itself while nothing was dropped: attention then is bit for bit that of an ordinary cache.
         """
-        if self.index is None:
+        if self.index is None and (mask is None or mask.shape[-1] == self.size):
             return mask
         columns = self.columns()
         if mask is None:
@@ -130,20 +170,28 @@ class Slots:
         columns = repeat_kv(columns, max(mask.shape[1], columns.shape[1])) - (self.seen - mask.shape[-1])
         whole = mask.expand(columns.shape[0], columns.shape[1], -1, -1)
         picked = whole.gather(3, columns.clamp(min=0)[:, :, None, :].expand(-1, -1, num_queries, -1))
-        return picked & (columns >= 0)[:, :, None, :]
+        if not older:
+            return picked & (columns >= 0)[:, :, None, :]
+        held = repeat_kv((self.columns() >= 0)[..., None], columns.shape[1])[..., 0]
+        return (picked | (columns < 0)[:, :, None, :]) & held[:, :, None, :]
 
-    def keep(self, slots: Tensor, kept: Tensor) -> None:
-        """Keep ``slots [B, Hs, M]`` where ``kept [B, Hs, M]`` is True, and empty the other of the M places."""
+    def keep(self, slots: Tensor, kept: Tensor, whole: bool = False) -> None:
+        """Keep ``slots [B, Hs, M]`` where ``kept [B, Hs, M]`` is True, and empty the other of the M places.
+
+        ``whole`` says that ``kept`` is True everywhere and ``slots`` ascend, which is not looked up in the tensors.
+        """
+        self.even = self.even and whole
+        self._room = None
         self.index = torch.where(kept, self._raw().gather(2, slots), -1).int()
         self.keys, self.values = _gather(self.keys, slots), _gather(self.values, slots)
-        if self.extra is not None:
-            self.extra = _gather(self.extra, slots.expand(-1, self.extra.shape[1], -1))
+        self.extras = {name: _gather(x, slots.expand(-1, x.shape[1], -1)) for name, x in self.extras.items()}
 
     def narrow(self, start: int, size: int) -> None:
         """Keep ``size`` slots from ``start`` on, the same for every head, and free the others."""
         self.index = self._raw().narrow(2, start, size).clone()
         self.keys, self.values = (x.narrow(2, start, size).clone() for x in (self.keys, self.values))
-        self.extra = None if self.extra is None else self.extra.narrow(2, start, size).clone()
+        self.extras = {name: x.narrow(2, start, size).clone() for name, x in self.extras.items()}
+        self._room = None
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows (beam search, expansion): ``rows`` int64 ``[B']``."""
@@ -151,7 +199,8 @@ class Slots:
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.index = None if self.index is None else self.index[rows]
         self.valid = None if self.valid is None else self.valid[rows]
-        self.extra = None if self.extra is None else self.extra[rows]
+        self.extras = {name: x[rows] for name, x in self.extras.items()}
+        self._room = None
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` columns; only while nothing was dropped can this restore what was before."""
@@ -161,6 +210,7 @@ class Slots:
                 "assistant or prompt lookup, or keep everything"
             )
         self.keys, self.values = self.keys[:, :, : self.size - count], self.values[:, :, : self.size - count]
-        self.extra = None if self.extra is None else self.extra[:, :, : self.size]
+        self.extras = {name: x[:, :, : self.size] for name, x in self.extras.items()}
+        self._room = None
         self.valid = None if self.valid is None else self.valid[:, : self.seen - count]
         self.seen -= count

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The protocol of an eviction strategy: which tokens matter (score), which may never go, how many stay, and when."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -8,12 +9,14 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ..attention.budget import Budget, as_budget
-from ..call import Site
+from ..attention.codec import Codec
+from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Strategy
-from ._store import PolicyStore, View
+from ._store import PolicyStore
+from ._view import QueryWindow, View
 
-__all__ = ["CachePolicy", "View"]
+__all__ = ["CachePolicy", "Schedule", "View"]
 
 
 def _as_schedule(value: object) -> object:
@@ -27,8 +30,9 @@ Schedule = Annotated[str | int, BeforeValidator(_as_schedule)]
 class CachePolicy(Strategy):
     """Base of the cache strategies: keep the best-scored tokens of each head within a budget, drop the rest.
 
-    A policy overrides :meth:`score`, and where its paper does so :meth:`protect`, :meth:`allocate` or :meth:`merge`.
-    Kept keys keep their rotary positions. Ties go to the newer token.
+    A policy overrides :meth:`score`, and where its paper does so :meth:`protect`, :meth:`allocate`, :meth:`merge`,
+    :meth:`layer_shares` or the storage (:attr:`codec`). Kept keys keep their rotary positions. Ties go to the newer
+    token.
 
     Attributes:
         budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head.
@@ -41,6 +45,10 @@ class CachePolicy(Strategy):
     kinds: ClassVar[frozenset[str]] = frozenset({"self"})
     dense_prefill: ClassVar[bool] = True  # the first forward attends to everything, so one prefill can serve many arms
     exact_chunks: ClassVar[bool] = False  # if evicting at every step: many tokens at once give what one by one does
+    sized: ClassVar[bool] = True  # the budget means something
+    mass: ClassVar[bool] = False  # view.mass is wanted
+    observes: ClassVar[bool] = False  # observe() is to be called
+    together: ClassVar[bool] = False  # evicts when all layers have run, by the shares of layer_shares()
 
     budget: Budget = field(default=0.5, metadata={"help": "fraction (0, 1] of the tokens seen, or a number of slots"})
     schedule: Schedule = field(default="prefill", metadata={"help": "prefill, chunk, step, or every that many tokens"})
@@ -76,6 +84,26 @@ class CachePolicy(Strategy):
         """How many of the last queries :meth:`score` needs; 0 for none."""
         return 0
 
+    @property
+    def record(self) -> int:
+        """Queries of a shared prefill that :meth:`PolicyStore.fork` needs: the window, or all of them."""
+        return 2**31 if self.mass or self.observes else self.window
+
+    @property
+    def codec(self) -> Codec | None:
+        """How tokens are stored once they have left the last :attr:`codec_window`; None for the model's own dtype."""
+        return None
+
+    @property
+    def codec_window(self) -> int:
+        """Last tokens that stay in the model's dtype where there is a codec."""
+        return 0
+
+    def key_scale(self, view: View) -> Tensor | None:
+        """Positive factors ``[B, Hkv, d]`` on the keys before they are encoded, from the first forward; None for 1."""
+        del view
+        return None
+
     def due(self, forwards: int, new: int, since: int) -> bool:
         """Whether to evict after forward number ``forwards`` of ``new`` tokens, ``since`` tokens after the last one."""
         if forwards == 1 or self.schedule == "step":
@@ -96,6 +124,14 @@ class CachePolicy(Strategy):
         """Slots that must stay, bool ``[B, Hs, N]``: the first ``sinks`` and last ``recent`` tokens of each row."""
         late = view.positions >= (view.counts - self.recent)[:, None, None]
         return (view.positions >= 0) & ((view.positions < self.sinks) | late)
+
+    def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
+        """Gather statistics of the queries of a forward into ``state``, whose tensors have the batch first."""
+        raise NotImplementedError
+
+    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+        """Factors on the equal budget of each layer, scalar or ``[B]``, from the views of all layers."""
+        raise NotImplementedError
 
     def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
         """Other budgets ``[B, Hs]`` than the equal ``budgets [B, Hs]``; None to keep them equal."""

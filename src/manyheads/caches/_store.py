@@ -1,77 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The store behind every eviction policy: append, attend, observe, evict."""
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..attention.budget import keep_counts, keep_limit
-from ..attention.slots import Slots, nbytes
+from ..attention.mass import column_mass
+from ..attention.slots import Slots
 from ..call import AttentionCall, Site
 from ..errors import UserError
+from ._evict import evict
+from ._tokens import Tokens
+from ._view import QueryWindow, View
 
 if TYPE_CHECKING:
     from ._policy import CachePolicy
 
-__all__ = ["PolicyStore", "QueryWindow", "View"]
-
-
-@dataclass(frozen=True, slots=True)
-class QueryWindow:
-    """The last queries of each row after rotary positions: ``q [B, H, W, d]`` at ``positions [B, W]``, -1 = none."""
-
-    q: Tensor
-    positions: Tensor
-
-    @classmethod
-    def of(cls, q: Tensor, slots: Slots) -> "QueryWindow":
-        """The queries ``[B, H, T, d]`` of the last T columns of ``slots``."""
-        new = q.shape[2]
-        if slots.valid is None:
-            return cls(q, torch.arange(slots.seen - new, slots.seen, device=q.device).expand(q.shape[0], -1))
-        rank = slots.valid.long().cumsum(1) - 1
-        return cls(q, torch.where(slots.valid, rank, -1)[:, -new:])
-
-    def join(self, later: "QueryWindow") -> "QueryWindow":
-        return QueryWindow(torch.cat([self.q, later.q], 2), torch.cat([self.positions, later.positions], 1))
-
-    def last(self, window: int) -> "QueryWindow":
-        """The ``window`` last queries of each row by position: the rows of a padded batch end apart."""
-        if self.positions.shape[1] <= window:
-            return self
-        at = self.positions.topk(window, 1).indices.sort(1).values
-        q = self.q.gather(2, at[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3]))
-        return QueryWindow(q, self.positions.gather(1, at))
-
-    def select(self, rows: Tensor) -> "QueryWindow":
-        rows = rows.to(self.q.device)
-        return QueryWindow(self.q[rows], self.positions[rows])
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a policy sees of one layer. N slots, Hkv key/value heads, Hs stored heads (Hkv, or 1 for latent caches).
-
-    Attributes:
-        k, v: ``[B, Hkv, N, d]`` as attention used them.
-        positions: ``[B, Hs, N]`` position within the row, padding not counted; -1 = empty slot or padding.
-        counts: ``[B]`` tokens seen per row.
-        queries: the last W queries of each row, None unless the policy asks for a window.
-        scale, softcap, sinks: of the attention call.
-        site: the place in the model.
-    """
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-    counts: Tensor
-    queries: QueryWindow | None
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
-    site: Site
+__all__ = ["PolicyStore", "leave_window"]
 
 
 def leave_window(slots: Slots, window: int) -> None:
@@ -90,6 +37,9 @@ def leave_window(slots: Slots, window: int) -> None:
 class PolicyStore:
     """What one layer remembers under a :class:`CachePolicy`. See ``manyheads.call.Store`` for the order of calls.
 
+    Between forwards a layer rests in flat storage where its heads keep unequal numbers, where its policy has a codec,
+    or where it is made for compiled decoding (``room``).
+
     Args:
         policy: what to keep.
         site: the place in the model.
@@ -101,158 +51,252 @@ class PolicyStore:
         self.policy = policy
         self.site = site
         self.record = record
+        self.room = 0  # tokens that can be decoded without the host
+        self.group: dict[int, PolicyStore] = {}  # the stores of one cache by layer; the port shares one among them
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.slots: Slots | None = None
+        self.tokens = Tokens(self.policy.codec, self.policy.codec_window, self.room)
+        self.state: dict[str, Tensor] = {}
         self._queries: QueryWindow | None = None
         self._evidence: View | None = None
+        self._waiting: View | None = None  # until the other layers have run
+        self._ragged = False  # heads or rows keep unequal numbers
         self._since = 0  # tokens since the last eviction
         self._forwards = 0
 
     @property
-    def seen(self) -> int:
-        return 0 if self.slots is None else self.slots.seen
+    def slots(self) -> Slots | None:
+        return self.tokens.slots
+
+    @property
+    def live(self) -> Slots:
+        """The slots, brought back from flat storage."""
+        self.tokens.thaw()
+        return self.tokens.live
+
+    @property
+    def seen(self) -> int | Tensor:
+        return self.tokens.seen
+
+    @property
+    def dropped(self) -> bool:
+        """Whether slots no longer stand for the columns one by one."""
+        return self.tokens.flat is not None or (self.slots is not None and self.slots.index is not None)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether decoding can be compiled."""
+        return self.room > 0
 
     @property
     def keys(self) -> Tensor | None:
-        return None if self.slots is None else self.slots.keys
+        return None if self.slots is None and self.tokens.flat is None else self._copy.keys
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.slots is None else self.slots.values
+        return None if self.slots is None and self.tokens.flat is None else self._copy.values
+
+    @property
+    def _copy(self) -> Slots:
+        return self.tokens.live if self.tokens.flat is None else self.tokens.flat.thaw()
+
+    @property
+    def held(self) -> list[Tensor | None]:
+        """Every tensor kept between steps."""
+        queries = [] if self._queries is None else [self._queries.q, self._queries.positions]
+        return [*self.tokens.held, *queries, *self.state.values()]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the next T tokens ``[B, Hs, T, d]``; return all slots, the new ones last."""
-        if self.slots is None:
-            self.slots = Slots.empty(k, v)
-        self.slots.append(k, v)
-        return self.slots.keys, self.slots.values
+        """Take the next T tokens ``[B, Hs, T, d]``; return all slots, the new ones last, or a single new one alone."""
+        return self.tokens.append(k, v)
+
+    def attend(self, call: AttentionCall) -> Tensor | None:
+        """Decode one token over flat storage, ``[B, 1, H, d]``; None where slots are needed."""
+        flat, policy = self.tokens.flat, self.policy
+        if flat is None or not self.tokens.takes(call):
+            return None
+        if flat.fixed:
+            return self.tokens.decode(call)
+        if policy.due(self._forwards + 1, 1, self._since + 1):
+            return None
+        if policy.schedule != "prefill":
+            if policy.mass or policy.observes:
+                return None
+            if policy.window and self._queries is not None:
+                self._queries = self._queries.join(QueryWindow(call.q, flat.counts[:, None].clone())).last(policy.window)
+        self._forwards += 1
+        self._since += 1
+        return self.tokens.decode(call)
 
     def admit(self, call: AttentionCall) -> AttentionCall:
         """Note which new columns hold tokens, and give the call the mask of its slots."""
-        slots, new = self._slots(), call.q.shape[2]
+        if self.tokens.flat is not None:
+            call = call.replace(k=self.live.keys, v=self.live.values)
+        slots, new = self.live, call.q.shape[2]
         if call.mask is not None:
             slots.mark(call.mask[:, :, :, -new:].any(2).any(1).expand(call.q.shape[0], -1))
-        if slots.index is None:
+        if slots.index is None and (call.mask is None or call.mask.shape[-1] == slots.size):
             return call
         if call.bias is not None:
             raise UserError(
                 f"{self.policy.slug} cannot evict at {self.site.name}: the model adds a position bias computed from "
                 "cache columns; use a model with rotary or absolute positions"
             )
-        return call.replace(mask=slots.visible(call.mask, new), is_causal=False)
+        if call.mask is None and slots.even and self.site.window is None:
+            return call.replace(is_causal=new > 1)
+        return call.replace(mask=slots.visible(call.mask, new, self.site.window is None), is_causal=False)
 
     def settle(self, call: AttentionCall) -> None:
         """Observe the attention call, and evict if the schedule says so."""
-        slots, new = self._slots(), call.q.shape[2]
+        slots, new, policy = self.live, call.q.shape[2], self.policy
         self._forwards += 1
         self._since += new
-        due = self.policy.due(self._forwards, new, self._since)
-        window = max(self.record, self.policy.window if due or self.policy.schedule != "prefill" else 0)
-        if window:
+        due = policy.due(self._forwards, new, self._since)
+        window = max(self.record, policy.window if due or policy.schedule != "prefill" else 0)
+        if window or policy.mass or policy.observes:
             latest = QueryWindow.of(call.q, slots)
-            self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
-        if due or self.record:
-            view = View(
-                call.k, call.v, slots.positions(), slots.counts(), self._queries, call.scale, call.softcap, call.sinks,
-                self.site,
-            )  # fmt: skip
-            if due:
-                self.compress(view)
-            if self.record:
-                self._evidence = view
+            if window:
+                self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
+            self._gather(call, latest)
+        view = self._look(call)
+        if self.tokens.codec is not None and self._forwards == 1:
+            self.tokens.key_scale = policy.key_scale(view)
+        if due:
+            self.compress(view)
+        if self.record:
+            self._evidence = view
         if self.site.window is not None:
             leave_window(slots, self.site.window)
+        if self._waiting is None:
+            _rest(self, call.k, call.v)
 
-    def fork(self, policy: "CachePolicy") -> "PolicyStore":
+    def fork(self, policy: "CachePolicy", group: "dict[int, PolicyStore] | None" = None) -> "PolicyStore":
         """The store that ``policy`` would have after the same forwards, over the same tensors; self is unchanged.
 
-        Exact for policies with ``dense_prefill``, as long as this store has dropped nothing.
+        Exact for policies with ``dense_prefill``, as long as this store has dropped nothing. ``group`` gathers the
+        forked layers of one cache.
         """
-        if self._evidence is None or self.slots is None or self.slots.index is not None:
+        evidence, slots = self._evidence, self.slots
+        if evidence is None or slots is None or slots.index is not None:
             raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
-        if policy.window > self.record:
-            raise UserError(f"{policy.slug} needs the last {policy.window} queries; make the cache with that record")
+        if policy.record > self.record:
+            raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
         twin = policy.store(self.site)
-        twin.slots = replace(self.slots)
+        twin.group = {} if group is None else group
+        twin.group[self.site.layer or 0] = twin
+        twin.tokens.slots = slots.twin()
         twin._forwards = self._forwards
-        queries = self._evidence.queries
-        if queries is not None and policy.window:
-            twin._queries = queries.last(policy.window)
-        twin.compress(replace(self._evidence, queries=twin._queries))
+        queries = evidence.queries
+        call = AttentionCall(
+            self.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
+            softcap=evidence.softcap, sinks=evidence.sinks, rotary=evidence.rotary,
+        )  # fmt: skip
+        if queries is not None:
+            if policy.window:
+                twin._queries = queries.last(policy.window)
+            twin._gather(call, queries)
+        view = twin._look(call)
+        if twin.tokens.codec is not None:
+            twin.tokens.key_scale = policy.key_scale(view)
+        twin.compress(view)
+        if twin._waiting is None:
+            _rest(twin, call.k, call.v)
         return twin
 
-    def compress(self, view: View) -> None:
-        """Drop all but the best-scored slots of each row and head."""
-        slots, policy = self._slots(), self.policy
+    def _gather(self, call: AttentionCall, latest: QueryWindow) -> None:
+        """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them."""
+        slots = self.live
+        if self.policy.mass:
+            mass = column_mass(
+                latest.q, call.k, latest.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
+                sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
+            )  # fmt: skip
+            mass = mass.unflatten(1, (slots.keys.shape[1], -1)).sum(2)[..., None]
+            slots.extras["mass"] = slots.extras["mass"] + mass if "mass" in slots.extras else mass
+        if self.policy.observes:
+            self.policy.observe(call, latest, self.state)
+
+    def _look(self, call: AttentionCall) -> View:
+        slots = self.live
+        return View(
+            call.k, call.v, slots.positions(), slots.counts(), self._queries, call.scale, call.softcap, call.sinks,
+            self.site, slots.extras["mass"][..., 0] if "mass" in slots.extras else None, call.rotary, self.state,
+        )  # fmt: skip
+
+    def compress(self, view: View, share: Tensor | float | None = None) -> None:
+        """Drop all but the best-scored slots of each row and head.
+
+        ``share`` is the factor of this layer on the equal budget; a policy whose layers share one budget waits for
+        the last of them to give it.
+        """
+        slots, policy = self.live, self.policy
         self._since = 0
+        counts, limit = self._limits(view.counts)
+        if limit < slots.seen:
+            policy.check(limit)
+            if policy.together and share is None:
+                self._waiting = view
+                _together(self)
+                return
+            self._ragged |= evict(policy, view, slots, counts, limit, 1.0 if share is None else share)
         if policy.schedule == "prefill" and not self.record:
             self._queries = None
-        counts, limit = self._limits(view.counts)
-        if limit >= slots.seen:
-            return
-        policy.check(limit)
-        scores = policy.score(view).float()
-        heads = slots.keys.shape[1]
-        if scores.shape[1] != heads:
-            scores = scores.unflatten(1, (heads, -1)).mean(2)
-        budgets = counts[:, None].expand(-1, heads)
-        uneven = policy.allocate(view, scores, budgets)
-        if uneven is not None:
-            budgets, limit = uneven, int(uneven.max())
-        scores = scores.masked_fill(policy.protect(view), torch.inf).masked_fill(view.positions < 0, -torch.inf)
-        # Flipped, so that the stable sort puts the newer of two equal slots first.
-        order = slots.size - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-        order = order[..., :limit]
-        kept = torch.arange(order.shape[2], device=order.device) < budgets[..., None]
-        kept = kept & (view.positions.gather(2, order) >= 0)
-        rank = torch.where(kept, order, slots.size).argsort(dim=-1, stable=True)
-        order, kept = order.gather(2, rank), kept.gather(2, rank)
-        stays = torch.zeros_like(scores, dtype=torch.bool).scatter(2, order, kept)
-        merged = policy.merge(view, stays)
-        if merged is not None:
-            slots.keys, slots.values = merged
-        slots.keep(order, kept)
+            slots.extras.pop("mass", None)
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
-        return keep_counts(self.policy.budget, counts), keep_limit(self.policy.budget, self.seen)
-
-    def _slots(self) -> Slots:
-        if self.slots is None:
-            raise RuntimeError(f"{self.site.name}: attention ran before its cache was written")
-        return self.slots
+        return keep_counts(self.policy.budget, counts), keep_limit(self.policy.budget, self.live.seen)
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows ``[B']`` of everything remembered."""
         self._evidence = None
-        if self.slots is not None:
-            self.slots.select(rows)
+        self.tokens.select(rows)
+        self.state = {name: x[rows.to(x.device)] for name, x in self.state.items()}
         if self._queries is not None:
             self._queries = self._queries.select(rows)
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens; refused once something was dropped."""
         self._evidence = None
-        if not count or self.slots is None:
+        if not count or (self.slots is None and self.tokens.flat is None):
             return
-        if self._queries is not None and self.policy.window:
+        if (self._queries is not None and self.policy.window) or self.policy.mass or self.policy.observes:
             raise UserError(
-                f"a cache of {self.policy.slug} cannot be cropped, the queries before its window are gone: generate "
-                "without an assistant or prompt lookup"
+                f"a cache of {self.policy.slug} cannot be cropped, what it learned from the queries cannot be unlearned: "
+                "generate without an assistant or prompt lookup"
             )
-        self.slots.crop(count)
+        self.tokens.crop(count)
         self._queries = None
         self._since = max(0, self._since - count)
 
     def nbytes(self) -> int:
         """Bytes that this layer really holds: storages of keys, values, remembered queries and bookkeeping."""
-        return nbytes(*self._held())
+        return self.tokens.nbytes(*self.held)
 
-    def _held(self) -> list[Tensor | None]:
-        """Every tensor kept between steps."""
-        slots, queries = self.slots, self._queries
-        kept = [] if slots is None else [slots.keys, slots.values, slots.index, slots.valid, slots.extra]
-        return kept if queries is None else [*kept, queries.q, queries.positions]
+
+def _together(last: PolicyStore) -> None:
+    """Evict in all layers of a cache, once the last of them has run."""
+    policy = last.policy
+    mine = [layer for layer in last.site.peers if policy.layers is None or layer in policy.layers]
+    if mine and last.site.layer != mine[-1]:
+        return
+    waiting = {n: (s, s._waiting) for n, s in sorted((last.group or {0: last}).items()) if s._waiting is not None}
+    shares = policy.layer_shares({n: view for n, (_, view) in waiting.items()})
+    for n, (store, view) in waiting.items():
+        store._waiting = None
+        store.compress(view, shares[n])
+        _rest(store, view.k, view.v)
+
+
+def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
+    """Move a layer into flat storage where that is smaller or asked for, ``k, v`` being what attention used."""
+    tokens, policy = store.tokens, store.policy
+    slots = tokens.slots
+    if slots is None or store.site.window is not None or store.site.latent is not None or k.requires_grad:
+        return
+    if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
+        return  # the cache holds something else than keys and values
+    if tokens.codec is not None or tokens.room or (store._ragged and policy.schedule != "step"):
+        tokens.freeze()

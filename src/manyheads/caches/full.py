@@ -5,6 +5,7 @@ Sliding-window layers still drop what no later query can see, as the model's own
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..attention.budget import Budget
 from ..errors import UserError
@@ -16,6 +17,8 @@ __all__ = ["Full"]
 @dataclass(frozen=True, kw_only=True)
 class Full(CachePolicy):
     """Keep every token."""
+
+    sized: ClassVar[bool] = False
 
     budget: Budget = field(default=1.0, metadata={"help": "always 1.0"})
 

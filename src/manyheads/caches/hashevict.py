@@ -32,7 +32,8 @@ from ..attention.slots import Slots
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ._policy import CachePolicy, Schedule
-from ._store import PolicyStore, View, leave_window
+from ._store import PolicyStore, leave_window
+from ._view import View
 
 __all__ = ["HashEvict"]
 
@@ -121,12 +122,9 @@ class HashStore(PolicyStore):
         hidden = super().admit(call)
         if self._forwards == 0:
             return hidden
-        slots, new = self._slots(), call.q.shape[2]
+        slots, new = self.live, call.q.shape[2]
         fresh = self._hash(call.k[:, :, -new:])
-        if self._waiting_place and slots.extra is not None:
-            slots.extra[:, :, -1:] = fresh
-        else:
-            slots.extra = fresh if slots.extra is None else torch.cat([slots.extra, fresh], 2)
+        slots.extras["hash"][:, :, -new:] = fresh
         if slots.seen <= self._capacity:
             return hidden  # the longest row was never full, and no other fills before it
         self._died = self._victims(self._hash(call.q) if self.policy.probe == "query" else fresh)
@@ -143,7 +141,7 @@ class HashStore(PolicyStore):
             super().settle(call)
             return
         self._forwards += 1
-        slots, new, died = self._slots(), call.q.shape[2], self._died
+        slots, new, died = self.live, call.q.shape[2], self._died
         self._died = None
         if died is not None and self._waiting_place:
             self._move_in(slots, died)
@@ -156,9 +154,9 @@ class HashStore(PolicyStore):
         if self.site.window is not None and not self._waiting_place:
             leave_window(slots, self.site.window)
 
-    def compress(self, view: View) -> None:
+    def compress(self, view: View, share: Tensor | float | None = None) -> None:
         """Fix the capacity, hash the prompt's keys, keep its global and most recent tokens."""
-        slots, budget = self._slots(), self.policy.budget
+        slots, budget = self.live, self.policy.budget
         if isinstance(budget, int) or budget == 1.0:
             self._capacity = budget if isinstance(budget, int) else _UNBOUNDED
             self._caps = torch.full_like(view.counts, self._capacity)
@@ -166,15 +164,16 @@ class HashStore(PolicyStore):
             self._capacity = keep_limit(budget, slots.seen + self.policy.reserve)
             self._caps = keep_counts(budget, view.counts + self.policy.reserve)
         self.policy.check(self._capacity)
-        slots.extra = self._hash(view.k)
-        super().compress(view)
+        slots.extras = {"hash": self._hash(view.k)}
+        super().compress(view, share)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
         self._caps = None if self._caps is None else self._caps[rows.to(self._caps.device)]
 
-    def _held(self) -> list[Tensor | None]:
-        return [*super()._held(), self._projections, self._caps]
+    @property
+    def held(self) -> list[Tensor | None]:
+        return [*super().held, self._projections, self._caps]
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         return counts if self._caps is None else self._caps, self._capacity
@@ -186,11 +185,10 @@ class HashStore(PolicyStore):
 
     def _victims(self, probes: Tensor) -> Tensor:
         """Which of the T new tokens takes each slot's place: ``probes [B, H | Hkv, T, bytes] -> [B, Hs, S]``."""
-        slots, policy, new = self._slots(), self.policy, probes.shape[2]
+        slots, policy, new = self.live, self.policy, probes.shape[2]
         positions, (caps, _) = slots.positions(), self._limits(slots.counts())
         heads, size = positions.shape[1], positions.shape[2]
-        assert slots.extra is not None
-        hashes = reference.repeat_kv(slots.extra, probes.shape[1])
+        hashes = reference.repeat_kv(slots.extras["hash"], probes.shape[1])
         alive = positions >= 0
         alive[..., size - new :] = False
         died = torch.full_like(positions, new)
@@ -210,20 +208,21 @@ class HashStore(PolicyStore):
 
     def _make_waiting_place(self, slots: Slots) -> None:
         slots.keys, slots.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (slots.keys, slots.values))
-        assert slots.index is not None and slots.extra is not None
+        assert slots.index is not None
         slots.index = torch.nn.functional.pad(slots.index, (0, 1), value=-1)
-        slots.extra = torch.cat([slots.extra, slots.extra[:, :, -1:]], 2)
+        hashes = slots.extras["hash"]
+        slots.extras = {"hash": torch.cat([hashes, hashes[:, :, -1:]], 2)}
         self._waiting_place = True
 
     def _move_in(self, slots: Slots, died: Tensor) -> None:
         """The waiting token overwrites its victim, or an empty slot of a row that is not full."""
-        assert slots.index is not None and slots.extra is not None
+        assert slots.index is not None
         columns = slots.columns()
         place = ((died[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
         arrived = columns[..., -1:] >= 0  # False where the new token is padding
         slots.index.scatter_(2, place, torch.where(arrived, slots.index[..., -1:], slots.index.gather(2, place)))
         slots.index[..., -1] = -1
-        for x in (slots.keys, slots.values, slots.extra):
+        for x in (slots.keys, slots.values, slots.extras["hash"]):
             at = place.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[3])
             came = arrived.expand(-1, x.shape[1], -1)[..., None]
             x.scatter_(2, at, torch.where(came, x[:, :, -1:], x.gather(2, at)))

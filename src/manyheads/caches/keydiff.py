@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._policy import CachePolicy
-from ._store import View
+from ._view import View
 
 __all__ = ["KeyDiff"]
 

@@ -3,7 +3,7 @@
 
 Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. The last ``window``
 queries of the prompt vote: their attention weights are summed per key, pooled over neighbours so that runs of tokens
-stay together, and the best keys stay beside the window itself. With grouped queries the votes of a group are averaged,
+stay together, and the best keys stay beside the window itself. With grouped queries the votes of a group are summed,
 so that a key/value head keeps one set of tokens (the released code repeats the heads instead and saves nothing).
 """
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
+from ..attention.mass import column_mass
 from ..errors import UserError
 from ._policy import CachePolicy
-from ._store import View
+from ._view import View
 
 __all__ = ["SnapKV"]
 
@@ -44,15 +45,12 @@ class SnapKV(CachePolicy):
 
     def score(self, view: View) -> Tensor:
         assert view.queries is not None
-        x = reference.logits(view.queries.q.float(), view.k.float(), scale=view.scale, softcap=view.softcap)
-        positions = view.positions[:, :, None, :]
-        mask = (positions >= 0) & (positions <= view.queries.positions[:, None, :, None])
-        mask = mask.repeat_interleave(x.shape[1] // mask.shape[1], 1)
-        votes = reference.softmax(x, mask, view.sinks).sum(2)  # [B, H, N]
+        votes = column_mass(
+            view.queries.q, view.k, view.queries.positions, view.positions, scale=view.scale, softcap=view.softcap,
+            sinks=view.sinks,
+        )  # fmt: skip
         # Neighbours are neighbours in the row: slots in the order of positions, empty ones last.
         order = view.positions.masked_fill(view.positions < 0, torch.iinfo(torch.int64).max).argsort(-1)
         order = reference.repeat_kv(order[..., None], votes.shape[1])[..., 0]
         pooled = torch.nn.functional.avg_pool1d(votes.gather(2, order), self.kernel_size, 1, self.kernel_size // 2)
-        votes = torch.empty_like(votes).scatter(2, order, pooled)
-        grouped: Tensor = votes.unflatten(1, (view.k.shape[1], -1))
-        return grouped.mean(2)
+        return torch.empty_like(votes).scatter(2, order, pooled)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ._policy import CachePolicy, Schedule
-from ._store import View
+from ._view import View
 
 __all__ = ["StreamingLLM"]
 

@@ -63,9 +63,9 @@ class Arm:
         return overrides(self.strategy, "store")
 
     @property
-    def window(self) -> int:
+    def record(self) -> int:
         """Last queries of the prefill that the strategy needs."""
-        return int(getattr(self.strategy, "window", 0))
+        return int(getattr(self.strategy, "record", 0))
 
     def stride(self, slots: int) -> int | None:
         """Most tokens to feed at once so that each is seen as in decoding, None for any number.
@@ -147,7 +147,7 @@ class Prefix:
     def __init__(self, model: nn.Module, ids: Tensor, arms: Iterable[Arm]) -> None:
         self.model = model
         self.ids = ids
-        record = max([_LEAST_RECORD, *(arm.window for arm in arms if arm.forks)])
+        record = max([_LEAST_RECORD, *(arm.record for arm in arms if arm.forks)])
         self._dense = new_cache(model, parse(BASELINE), record=record)
         _forward(model, ids, self._dense, 1)
 

@@ -3,13 +3,15 @@
 
 import re
 
+from ..strategy import split_outside
+
 __all__ = ["split_specs"]
 
 
 def split_specs(text: str) -> list[str]:
     """Split ``a,b:x=1,y=2,c`` into specs: a piece that reads ``name=value`` goes on with the spec before it."""
     specs: list[str] = []
-    for piece in filter(None, (part.strip() for part in text.split(","))):
+    for piece in split_outside(text):
         if specs and re.match(r"\w+\s*=", piece):
             specs[-1] += ("," if ":" in specs[-1] else ":") + piece
         else:

@@ -24,7 +24,7 @@ class ForkableStore(Store, Protocol):
 
     record: int
 
-    def fork(self, policy: Any) -> Store: ...
+    def fork(self, policy: Any, group: dict[int, Any]) -> Store: ...
 
 
 class StoreLayer(CacheLayerMixin):
@@ -33,13 +33,13 @@ class StoreLayer(CacheLayerMixin):
     It answers with the *logical* length, so positions, masks and ``generate`` go on as if nothing was dropped.
     """
 
-    is_compileable = False
     is_croppable = False
     supports_early_init = False
 
     def __init__(self, store: Store, site: Site, module: torch.nn.Module) -> None:
         self.store = store
         self.site = site
+        self.is_compileable = bool(getattr(store, "fixed", False))
         self.is_sliding = site.window is not None
         self._module = weakref.ref(module)
 
@@ -53,7 +53,7 @@ class StoreLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        return self.store.seen > 0
+        return bool(self.store.seen > 0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store takes shape with its first tokens."""
@@ -68,17 +68,24 @@ class StoreLayer(CacheLayerMixin):
         return self.store.append(key_states, value_states)
 
     def get_seq_length(self) -> int:
-        return self.store.seen
+        return cast("int", self.store.seen)  # a tensor while only the device counts, as in transformers' static cache
 
     def get_max_length(self) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        seen = self.store.seen
+        if self.site.window is None and getattr(self.store, "dropped", False) and self._whole:
+            return query_length, self.get_seq_length()  # the slots know what is visible of the past
+        seen = self.get_seq_length()
         if self.site.window is None:
             return seen + query_length, 0
         reach = min(seen, self.site.window - 1)
         return reach + query_length, seen - reach
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all layers of the cache are ours, which share one mask."""
+        return len(getattr(self.store, "group", ())) == len(self.site.peers) > 0
 
     def reset(self) -> None:
         self.store.reset()
@@ -117,10 +124,11 @@ class SlotCache(DynamicCache):
         """
         twin = SlotCache()
         twin.layer_class_to_replicate = None
+        group: dict[int, Any] = {}
         for layer in self.layers:
             if not isinstance(layer, StoreLayer) or (module := layer._module()) is None:
                 raise UserError("this cache cannot be forked: not all of its layers are ours")
-            store = cast("ForkableStore", layer.store).fork(policy)
+            store = cast("ForkableStore", layer.store).fork(policy, group)
             twin.layers.append(StoreLayer(store, layer.site, module))
         return twin
 
@@ -153,4 +161,8 @@ def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Calla
                 f"{name} must see a sequence from its first token, but the cache passed to {site.name} already holds "
                 f"{layer.get_seq_length()} tokens; start with a fresh cache"
             )
-        cache.layers[site.layer] = StoreLayer(make(site), site, module)
+        store: Any = make(site)
+        if hasattr(store, "group"):
+            store.group = cache.__dict__.setdefault("_manyheads", {})
+            store.group[site.layer] = store
+        cache.layers[site.layer] = StoreLayer(store, site, module)

@@ -4,7 +4,7 @@
 import functools
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..attention.causal import causal_tail
 from ..attention.reference import repeat_kv
 from ..call import AttentionCall, Site, Store
 from ..errors import UserError
@@ -45,7 +46,8 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
         forward = inspect.unwrap(type(module).forward)
         if _DISPATCHER in getattr(getattr(forward, "__code__", None), "co_names", ()):
             found.append((_site(name, len(found), module), module))
-    return found
+    peers = tuple(sorted({site.layer for site, _ in found if site.causal and site.layer is not None}))
+    return [(replace(site, peers=peers), module) for site, module in found]
 
 
 def _first(owners: tuple[Any, ...], names: tuple[str, ...]) -> Any:
@@ -106,6 +108,7 @@ class SiteState:
             self.base = scope["eager_attention_forward"]
         self.ports = 0
         self.store: Store | None = None
+        self.rotary: tuple[Tensor, Tensor] | None = None
         self.entries: list[Entry] = []
         self.handle = module.register_forward_pre_hook(self._take_cache, with_kwargs=True)
         self._sort()
@@ -156,10 +159,14 @@ class SiteState:
             for e in self.entries
             if overrides(e.strategy, "patch") or overrides(e.strategy, "watch")
         ]
+        # Nobody but the keeper of the cache looks at the call, so that a store may answer it in its own way.
+        self._alone = not (self._editors or self._attender or self._after)
 
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the module runs: see which cache it will use, and give an empty one our stores."""
+        """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
         self.store = None
+        rotary = kwargs.get("position_embeddings")
+        self.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
         if self.site.layer is None or not self.site.causal:
             return
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
@@ -171,7 +178,7 @@ class SiteState:
         if keeper is not None and self._ours(cache) is None:
             install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
         self.store = self._ours(cache)
-        if self.store is not None and keeper is not None:
+        if self.store is not None and keeper is not None and not keeper.stored:
             keeper.stored = True
 
     def _ours(self, cache: Cache) -> Store | None:
@@ -185,8 +192,13 @@ class SiteState:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
         original = call = self._read(module, q, k, v, mask, kwargs)
         for entry in self.entries:
-            entry.called = True
+            if not entry.called:
+                entry.called = True
         if self.store is not None:
+            answer = getattr(self.store, "attend", None) if self._alone else None
+            if answer is not None and (answered := answer(call)) is not None:
+                self.store = None
+                return answered, None
             call = self.store.admit(call)
             if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
                 call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
@@ -195,7 +207,7 @@ class SiteState:
         weights: Tensor | None = None
         if self._attender is not None:
             out = self._attender.strategy.attend(call.replace(memory=self._attender.memory))
-        elif call is original:
+        elif call is original and not (call.is_causal and q.shape[2] < k.shape[2]):
             if mask is not None and mask.dtype == torch.bool and self.eager:
                 mask = _additive(mask, q.dtype)
             out, weights = self.base(module, q, k, v, mask, **kwargs)
@@ -209,7 +221,7 @@ class SiteState:
                 entry.strategy.watch(seen, out)
         if self.store is not None:
             self.store.settle(call)
-            self.store = None  # an open port does not keep a cache alive
+            self.store = self.rotary = None  # an open port does not keep a cache alive
         return out, weights
 
     def _read(
@@ -222,7 +234,7 @@ class SiteState:
         is_causal = bool(causal) and mask is None and q.shape[2] > 1 and not self.eager
         if mask is not None and mask.dtype != torch.bool:  # a user's own additive mask
             bias, mask = mask if bias is None else bias + mask, None
-        if is_causal and k.shape[2] > q.shape[2]:  # SDPA reads a longer static cache from its start
+        if is_causal and k.shape[2] > q.shape[2] and self.store is None:  # SDPA reads a longer static cache from its start
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
         scale = kwargs.get("scaling")
         return AttentionCall(
@@ -230,6 +242,7 @@ class SiteState:
             is_causal=is_causal, softcap=kwargs.get("softcap") if self.eager else None,  # SDPA reads neither
             sinks=kwargs.get("s_aux") if self.eager else None,
             dropout=kwargs.get("dropout", 0.0), positions=kwargs.get("position_ids"),
+            rotary=self.rotary,
             step=k.shape[2] - q.shape[2] if self.store is None else self.store.seen - q.shape[2], cache=self.store,
         )  # fmt: skip
 
@@ -250,6 +263,8 @@ class SiteState:
         elif self.eager:
             allowed = call.allowed()
             mask = None if allowed is None else _additive(allowed, call.q.dtype)
+        elif call.is_causal and mask is None and call.q.shape[2] < call.k.shape[2]:  # SDPA anchors at the top left
+            return causal_tail(call.q, call.k, call.v, call.scale, call.dropout), None
         out, weights = self.base(module, call.q, call.k, call.v, mask, **kwargs)
         return out, weights
 

@@ -115,16 +115,18 @@ class Port:
             raise UserError(f"{strategy.spec} keeps the cache, but the model ran without one: pass use_cache=True")
 
 
-def new_cache(model: nn.Module, strategy: Strategy, record: int = 0) -> SlotCache:
+def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int = 0) -> SlotCache:
     """A fresh cache of ``strategy`` for ``model``, to be passed as ``past_key_values`` while its port is open.
 
     Args:
         model: a decoder-only transformers model.
         strategy: one with ``store``.
         record: keep the last ``record`` queries and the evidence of the last forward, so that the cache can be forked.
+        room: tokens that will be decoded at most. The storage then has a fixed size after each forward of more than
+            one token, and decoding can be compiled: on a GPU ``generate`` runs it as a CUDA graph.
 
     Raises:
-        UserError: the strategy keeps no cache, or finds no site in the model.
+        UserError: the strategy keeps no cache, finds no site in the model, or cannot be compiled as ``room`` asks.
     """
     if not overrides(strategy, "store"):
         raise UserError(
@@ -138,11 +140,25 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0) -> SlotCach
         store = strategy.store(site)
         if record:
             cast("ForkableStore", store).record = record
+        if room:
+            _reserve(store, strategy, site, room)
         return store
 
     cache = SlotCache(config=cast("PreTrainedConfig", model.config))
     install(cache, sites, make, strategy.slug)
     return cache
+
+
+def _reserve(store: Any, strategy: Strategy, site: Site, room: int) -> None:
+    """Make ``store`` keep room for compiled decoding. Raises UserError where it cannot."""
+    if not hasattr(store, "room") or getattr(strategy, "schedule", "prefill") not in ("prefill", "chunk"):
+        raise UserError(
+            f"{strategy.spec} evicts while it decodes, which cannot be compiled; leave room away or write schedule=chunk"
+        )
+    if site.window is not None or site.latent is not None:
+        raise UserError(f"{site.name} has a sliding window or latents and cannot be compiled; leave room away")
+    store.room = room
+    store.reset()
 
 
 def _refusal(model: nn.Module) -> str:

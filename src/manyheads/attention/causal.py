@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention of the last queries over a longer run of keys, by the fastest way that torch has."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from .reference import repeat_kv
+
+__all__ = ["causal_tail"]
+
+
+def causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """Attention anchored at the bottom right: query t of T sees the keys up to ``S - T + t``.
+
+    Args:
+        q: ``[B, H, T, d]``.
+        k, v: ``[B, Hkv, S, d]`` with S >= T.
+        scale: factor on ``q k^T``.
+        dropout: probability on the weights.
+
+    Returns:
+        ``[B, T, H, dv]``.
+    """
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+    bias = causal_lower_right(q.shape[2], k.shape[2])
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+    return out.transpose(1, 2)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of what stays: scores, protection and budgets of a policy made into slots to keep."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention.slots import Slots
+from ._view import View
+
+if TYPE_CHECKING:
+    from ._policy import CachePolicy
+
+__all__ = ["evict"]
+
+
+def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit: int, share: Tensor | float) -> bool:
+    """Keep the best-scored slots of each row and head.
+
+    Args:
+        policy: scores, protects, allocates, merges.
+        view: what it sees of ``slots``.
+        slots: changed in place.
+        counts: slots that each row may keep, ``[B]``.
+        limit: the largest of them, as a host number.
+        share: factor on ``counts`` for this layer, scalar or ``[B]``.
+
+    Returns:
+        Whether heads or rows keep unequal numbers by the will of the policy.
+    """
+    scores = policy.score(view).float()
+    heads = slots.keys.shape[1]
+    if scores.shape[1] != heads:
+        scores = scores.unflatten(1, (heads, -1)).mean(2)
+    budgets = counts[:, None].expand(-1, heads)
+    whole = slots.valid is None
+    if not (isinstance(share, float) and share == 1.0):
+        budgets = (budgets * torch.as_tensor(share, device=counts.device).reshape(-1, 1)).round().long()
+    scores = scores.masked_fill(policy.protect(view), torch.inf).masked_fill(view.positions < 0, -torch.inf)
+    uneven = policy.allocate(view, scores, budgets)
+    if uneven is not None or not (isinstance(share, float) and share == 1.0):
+        budgets = budgets if uneven is None else uneven
+        most = view.counts[:, None]
+        budgets = torch.minimum(budgets.clamp(min=policy.protected), most)
+        limit, whole = int(budgets.max()), False
+    # Flipped, so that the stable sort puts the newer of two equal slots first.
+    order = slots.size - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    order = order[..., :limit]
+    kept = torch.arange(order.shape[2], device=order.device) < budgets[..., None]
+    kept = kept & (view.positions.gather(2, order) >= 0)
+    rank = torch.where(kept, order, slots.size).argsort(dim=-1, stable=True)
+    order, kept = order.gather(2, rank), kept.gather(2, rank)
+    stays = torch.zeros_like(scores, dtype=torch.bool).scatter(2, order, kept)
+    merged = policy.merge(view, stays)
+    if merged is not None:
+        slots.keys, slots.values = merged
+    slots.keep(order, kept, whole and slots.even)
+    return uneven is not None

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy sees of one layer when it decides what stays."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..attention.slots import Slots
+from ..call import Site
+
+__all__ = ["QueryWindow", "View"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryWindow:
+    """The last queries of each row after rotary positions: ``q [B, H, W, d]`` at ``positions [B, W]``, -1 = none."""
+
+    q: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, slots: Slots) -> "QueryWindow":
+        """The queries ``[B, H, T, d]`` of the last T columns of ``slots``."""
+        new = q.shape[2]
+        if slots.valid is None:
+            return cls(q, torch.arange(slots.seen - new, slots.seen, device=q.device).expand(q.shape[0], -1))
+        rank = slots.valid.long().cumsum(1) - 1
+        return cls(q, torch.where(slots.valid, rank, -1)[:, -new:])
+
+    def join(self, later: "QueryWindow") -> "QueryWindow":
+        return QueryWindow(torch.cat([self.q, later.q], 2), torch.cat([self.positions, later.positions], 1))
+
+    def last(self, window: int) -> "QueryWindow":
+        """The ``window`` last queries of each row by position: the rows of a padded batch end apart."""
+        if self.positions.shape[1] <= window:
+            return self
+        at = self.positions.topk(window, 1).indices.sort(1).values
+        q = self.q.gather(2, at[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3]))
+        return QueryWindow(q, self.positions.gather(1, at))
+
+    def select(self, rows: Tensor) -> "QueryWindow":
+        rows = rows.to(self.q.device)
+        return QueryWindow(self.q[rows], self.positions[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a policy sees of one layer. N slots, Hkv key/value heads, Hs stored heads (Hkv, or 1 for latent caches).
+
+    Attributes:
+        k, v: ``[B, Hkv, N, d]`` as attention used them.
+        positions: ``[B, Hs, N]`` position within the row, padding not counted; -1 = empty slot or padding.
+        counts: ``[B]`` tokens seen per row.
+        queries: the last W queries of each row, None unless the policy asks for a window.
+        scale, softcap, sinks: of the attention call.
+        site: the place in the model.
+        mass: attention that each slot received since it came, summed over queries and over the query heads of its
+            group, ``[B, Hs, N]`` float32; None unless the policy asks for it.
+        rotary: cosines and sines ``[B, T, rotary_dim]`` of the latest forward, None where the model passes none on.
+        state: what the policy wrote here at earlier evictions of this layer; tensors with the batch first.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    counts: Tensor
+    queries: QueryWindow | None
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    site: Site
+    mass: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache strategy that changes one thing about another: its scores, its budgets, or how its tokens are stored."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..attention.codec import Codec
+from ..call import AttentionCall
+from ..errors import UserError
+from ..strategy import parse
+from ._policy import CachePolicy, Schedule
+from ._view import QueryWindow, View
+
+__all__ = ["Wrapper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(CachePolicy):
+    """Base of strategies around another: everything is the base's, except what a subclass overrides.
+
+    Attributes:
+        base: spec of the strategy inside, ``snapkv`` or ``snapkv(window_size=16)``; budget, schedule, sinks and recent
+            are given outside.
+        schedule: the base's own unless given.
+    """
+
+    base: str = field(default="snapkv", metadata={"help": "strategy inside: snapkv, or snapkv(window_size=16)"})
+    schedule: Schedule = field(default="base", metadata={"help": "prefill, chunk, step, a number; the base's if not given"})
+
+    def __post_init__(self) -> None:
+        slug, colon, fields = self.base.partition(":")
+        if colon:
+            object.__setattr__(self, "base", f"{slug}({fields})")
+        inside = parse(self.base)
+        if not isinstance(inside, CachePolicy) or type(inside).store is not CachePolicy.store:
+            raise UserError(f"{self.slug} cannot stand around {inside.slug}, which keeps its cache in a way of its own")
+        plain = {f.name: f.default for f in dataclasses.fields(inside)}
+        if inside.budget != plain["budget"]:
+            raise UserError(f"{self.slug}: give the budget outside, {self.slug}:base={inside.slug},budget=...")
+        if self.schedule == "base":
+            object.__setattr__(self, "schedule", inside.schedule)
+        for name in ("sinks", "recent"):
+            object.__setattr__(self, name, max(getattr(self, name), getattr(inside, name)))
+        super().__post_init__()
+        _ = self.inner  # refuses now what the base cannot do with this budget
+
+    @functools.cached_property
+    def inner(self) -> CachePolicy:
+        """The base, with the budget and protection of this strategy."""
+        inside = parse(self.base)
+        assert isinstance(inside, CachePolicy)
+        if not inside.sized:
+            if self.budget != 1.0:
+                raise UserError(
+                    f"{inside.slug} keeps every token, so {self.slug} around it has no budget; "
+                    f"choose another base, as {self.slug}:base=snapkv,budget={self.budget}"
+                )
+            return inside
+        return dataclasses.replace(
+            inside, budget=self.budget, schedule=self.schedule, sinks=self.sinks, recent=self.recent, layers=self.layers
+        )
+
+    @property
+    def sized(self) -> bool:  # type: ignore[override]
+        return self.inner.sized
+
+    @property
+    def protected(self) -> int:
+        return self.inner.protected
+
+    @property
+    def window(self) -> int:
+        return self.inner.window
+
+    @property
+    def mass(self) -> bool:  # type: ignore[override]
+        return self.inner.mass
+
+    @property
+    def together(self) -> bool:  # type: ignore[override]
+        return self.inner.together
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.inner.observes
+
+    @property
+    def codec(self) -> Codec | None:
+        return self.inner.codec
+
+    @property
+    def codec_window(self) -> int:
+        return self.inner.codec_window
+
+    def key_scale(self, view: View) -> Tensor | None:
+        return self.inner.key_scale(view)
+
+    def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
+        self.inner.observe(call, queries, state)
+
+    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+        return self.inner.layer_shares(views)
+
+    def score(self, view: View) -> Tensor:
+        return self.inner.score(view)
+
+    def protect(self, view: View) -> Tensor:
+        return self.inner.protect(view)
+
+    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
+        return self.inner.allocate(view, scores, budgets)
+
+    def merge(self, view: View, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.inner.merge(view, kept)
