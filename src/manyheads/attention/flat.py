@@ -233,13 +233,15 @@ class Flat:
         valid = None
         if self.valid is not None:
             valid = torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], made)], 1)
-        order = torch.where(index < 0, torch.iinfo(torch.int32).max, index).argsort(dim=-1, stable=True)
-        order = order[..., : int((index >= 0).sum(-1).max())]
         slots = Slots(keys.to(self.dtype), values.to(self.dtype), self.seen + made, index, valid, extras)
-        slots.keep(order, index.gather(2, order) >= 0)
+        order = at.expand_as(index) if self.ring_k is None else torch.where(index < 0, _LAST, index).argsort(dim=-1)
+        held = (index >= 0).sum(-1)
+        fewest, most = torch.stack([held.min(), held.max()]).tolist()
+        slots.keep(order[..., :most], index.gather(2, order[..., :most]) >= 0, fewest == most and valid is None)
         return slots
 
 
+_LAST = torch.iinfo(torch.int32).max
 _CODED = ("k_codes", "k_scale", "v_codes", "v_scale")  # a k_scale above 0 tells that a slot has codes
 
 
@@ -274,7 +276,9 @@ def freeze(
     positions, device = slots.positions(), columns.device
     packed = columns >= 0
     ring_k = ring_v = ring_index = None
-    if codec is not None:
+    if codec is None and slots.even:
+        return _regular(slots, counts, room)
+    if codec is not None and window:
         late = packed & (positions >= (counts - window)[:, None, None])
         packed = packed & ~late
         # A slot goes to place p mod W; slots that do not belong there go to a place W more, cut off again.
@@ -306,6 +310,25 @@ def freeze(
         flat(_bits(k)).view(k.dtype), flat(_bits(v)).view(v.dtype), k_scale, v_scale, flat(columns.int()),
         offsets, lengths.int(), ends, counts.clone(), torch.tensor(slots.seen, device=device), ring_k, ring_v,
         ring_index, key_scale, slots.valid, codec, slots.keys.dtype, capacity, room, slots.seen,
+    )  # fmt: skip
+
+
+def _regular(slots: Slots, counts: Tensor, room: int) -> Flat:
+    """Flat storage of slots of which none is empty: a copy, nothing to be found out."""
+    batch, heads, size, _ = slots.keys.shape
+    each = size + room
+    ends = (torch.arange(1, batch * heads + 1, device=counts.device) * each).view(batch, heads)
+
+    def flat(x: Tensor) -> Tensor:
+        run = x.new_zeros(batch, heads, each, *x.shape[3:])
+        run[:, :, :size] = x
+        return run.flatten(0, 2)
+
+    lengths = torch.full_like(ends, size, dtype=torch.int32)
+    return Flat(
+        flat(slots.keys), flat(slots.values), None, None, flat(slots.columns().int()), ends - each, lengths, ends,
+        counts.clone(), torch.tensor(slots.seen, device=counts.device), None, None, None, None, slots.valid, None,
+        slots.keys.dtype, each, room, slots.seen,
     )  # fmt: skip
 
 

@@ -49,7 +49,9 @@ def column_mass(
     block = max(1, _BLOCK // (batch * heads * size))
     for start in range(0, length, block):
         cut = slice(start, start + block)
-        x = reference.logits(q[:, :, cut].float(), k.float(), scale=scale, softcap=softcap)
+        grouped = q[:, :, cut].float().unflatten(1, (kv_heads, -1)).flatten(2, 3)  # keys are not repeated
+        x = reference.logits(grouped, k.float(), scale=scale, softcap=softcap).unflatten(2, (heads // kv_heads, -1))
+        x = x.flatten(1, 2)
         mask = (k_positions >= 0)[:, :, None] & (k_positions[:, :, None] <= q_positions[:, None, cut, None])
         weights = reference.softmax(x, reference.repeat_kv(mask, heads), sinks)
         total += weights.sum(2).unflatten(1, (kv_heads, -1)).sum(2)

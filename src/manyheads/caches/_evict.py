@@ -29,6 +29,7 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
     Returns:
         Whether heads or rows keep unequal numbers by the will of the policy.
     """
+    ragged = False
     scores = policy.score(view).float()
     heads = slots.keys.shape[1]
     if scores.shape[1] != heads:
@@ -44,6 +45,7 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
         most = view.counts[:, None]
         budgets = torch.minimum(budgets.clamp(min=policy.protected), most)
         limit, whole = int(budgets.max()), False
+        ragged = int(budgets.min()) < limit
     # Flipped, so that the stable sort puts the newer of two equal slots first.
     order = slots.size - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
     order = order[..., :limit]
@@ -56,4 +58,4 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
     if merged is not None:
         slots.keys, slots.values = merged
     slots.keep(order, kept, whole and slots.even)
-    return uneven is not None
+    return ragged

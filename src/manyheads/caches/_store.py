@@ -52,6 +52,7 @@ class PolicyStore:
         self.site = site
         self.record = record
         self.room = 0  # tokens that can be decoded without the host
+        self.reading = False  # more tokens will come many at a time
         self.group: dict[int, PolicyStore] = {}  # the stores of one cache by layer; the port shares one among them
         self.reset()
 
@@ -298,5 +299,7 @@ def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         return
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values
-    if tokens.codec is not None or tokens.room or (store._ragged and policy.schedule != "step"):
+    if tokens.codec is not None or (tokens.room and not store.reading) or (
+        store._ragged and policy.schedule != "step"
+    ):
         tokens.freeze()

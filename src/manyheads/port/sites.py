@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .cache import StoreLayer, install
 from .configs import EAGER, SDPA
+from .latent import latent_of
 
 __all__ = ["Entry", "SiteState", "architectures", "find_sites", "is_eager"]
 
@@ -72,6 +73,7 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
         num_heads=heads,
         num_kv_heads=_first((module, config), ("num_key_value_heads",)) or heads,
         window=_first((module, config), ("sliding_window",)) if slides else None,
+        latent=latent_of(module),
     )
 
 

@@ -7,11 +7,13 @@ While a ``use`` is open, the configs of the model are replaced by copies that na
 end, untouched, so that another model sharing a config notices nothing. All state sits on the modules of the model.
 """
 
+import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..call import Site, Store
@@ -21,7 +23,7 @@ from .cache import ForkableStore, SlotCache, install
 from .configs import switch_configs
 from .sites import Entry, SiteState, architectures, find_sites, is_eager
 
-__all__ = ["Port", "architectures", "find_sites", "new_cache"]
+__all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
 
 _METHODS = ("edit", "attend", "watch", "patch", "store")
 _EXCLUSIVE = ("attend", "store")
@@ -147,6 +149,35 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
     cache = SlotCache(config=cast("PreTrainedConfig", model.config))
     install(cache, sites, make, strategy.slug)
     return cache
+
+
+def prefill(
+    model: nn.Module, ids: Tensor, cache: SlotCache, chunk: int = 4096, progress: Callable[[int], None] | None = None
+) -> None:
+    """Read all of ``ids [B, L]`` but the last token into ``cache``, ``chunk`` tokens at a time.
+
+    With a strategy that evicts after every chunk (``schedule=chunk``) no more than its budget and a chunk are ever
+    held. ``model.generate(ids, past_key_values=cache)`` goes on from there. The port of the model must be open; rows
+    must not be padded.
+
+    Args:
+        model: a decoder-only transformers model.
+        ids: the prompt; a cache that has seen its beginning goes on after that.
+        cache: from :func:`new_cache`.
+        chunk: tokens at a time.
+        progress: is told how many tokens were read, after every chunk.
+    """
+    stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
+    more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    start, last = int(cache.get_seq_length()), ids.shape[1] - 1
+    for at in range(start, last, chunk):
+        piece = ids[:, at : min(at + chunk, last)]
+        for store in stores:
+            cast("Any", store).reading = at + chunk < last
+        with torch.no_grad():
+            model(input_ids=piece, past_key_values=cache, use_cache=True, **more)
+        if progress is not None:
+            progress(piece.shape[1])
 
 
 def _reserve(store: Any, strategy: Strategy, site: Site, room: int) -> None:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flat storage against slots: the same tokens, the same attention, whatever the lengths, the padding and the codec."""
+
+import copy
+
+import pytest
+import torch
+
+from manyheads import UserError
+from manyheads.attention import reference
+from manyheads.attention.codec import FP8, INT4
+from manyheads.attention.flat import Flat, freeze
+from manyheads.attention.slots import Slots
+from tolerance import SAME, assert_close
+
+B, HEADS, D = 2, 2, 8
+CODECS = {"raw": (None, 0), "int4": (INT4, 4), "fp8": (FP8, 4), "int4 without a ring": (INT4, 0)}
+codecs = pytest.mark.parametrize(("codec", "window"), CODECS.values(), ids=CODECS)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slots(length=12, padding=(0, 3), ragged=True, seed=0):
+    """Slots of two rows, one of them padded on the left, whose heads have dropped different tokens."""
+    k, v = random(B, HEADS, length, D, seed=seed), random(B, HEADS, length, D, seed=seed + 1)
+    made = Slots.empty(k, v)
+    made.append(k, v)
+    if any(padding):
+        made.mark(torch.arange(length) >= torch.tensor(padding)[:, None])
+    if ragged:
+        kept = random(B, HEADS, length, seed=seed + 2) > -0.2
+        kept[..., -4:] = True
+        order = torch.where(kept, torch.arange(length), length).argsort(dim=-1, stable=True)
+        made.keep(order, kept.gather(2, order))
+    return made
+
+
+def quantised(x, codec):
+    return x if codec is None else codec.decode(*codec.encode(x), x.dtype)
+
+
+def expected(held, q, codec, window, key_scale=None):
+    """Attention of ``q [B, H, d]`` over slots, all but the last ``window`` of each row as the codec gives them back."""
+    positions, counts = held.positions(), held.counts()
+    old = ((positions < (counts - window)[:, None, None]) & (positions >= 0))[..., None]
+    factor = 1.0 if key_scale is None else key_scale[:, :, None]
+    k = torch.where(old, quantised(held.keys * factor, codec) / factor, held.keys)
+    v = torch.where(old, quantised(held.values, codec), held.values)
+    mask = reference.repeat_kv((positions >= 0)[:, :, None], q.shape[1])
+    return reference.attention(q[:, :, None].double(), k.double(), v.double(), scale=0.3, mask=mask)
+
+
+@codecs
+@pytest.mark.parametrize("heads", [2, 4, 8])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 3)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_attends_as_slots_do(codec, window, heads, padding, scaled):
+    held, q = slots(padding=padding), random(B, heads, 1, D, seed=5)
+    factors = random(B, HEADS, D, seed=6).exp() if scaled and codec else None
+    want = expected(held, q[:, :, 0], codec, window, factors)
+    flat = freeze(held, codec=codec, window=window, key_scale=factors, room=3)
+    assert_close(flat.attend(q, 0.3), want, 10 * SAME)
+
+
+@codecs
+def test_control_of_attending(codec, window):
+    held, q = slots(), random(B, 4, 1, D, seed=5)
+    want = expected(held, q[:, :, 0], codec, window)
+    flat = freeze(held, codec=codec, window=window)
+    flat.lengths -= 1
+    with pytest.raises(AssertionError):
+        assert_close(flat.attend(q, 0.3), want, 10 * SAME)
+
+
+@codecs
+@pytest.mark.parametrize("ragged", [False, True])
+def test_decoding_equals_slots(codec, window, ragged):
+    """Twelve tokens one by one, a padding token among them; then the same back in slots."""
+    held = slots(ragged=ragged, padding=(0, 3) if ragged else (0, 0))
+    flat = freeze(copy.deepcopy(held), codec=codec, window=window, room=12)
+    for t in range(12):
+        k, v, q = (random(B, n, 1, D, seed=20 + 3 * t + i) for i, n in enumerate((HEADS, HEADS, 4)))
+        real = torch.tensor([True, t != 5]) if ragged else None
+        held.append(k, v)
+        if real is not None:
+            held.mark(real[:, None])
+        flat.append(k, v, real)
+        assert_close(flat.attend(q, 0.3), expected(held, q[:, :, 0], codec, window), 20 * SAME)
+    assert flat.room == 0
+    back = flat.thaw()
+    assert back.seen == held.seen
+    for row in range(B):
+        for head in range(HEADS):
+            columns = held.columns()[row, head]
+            want = columns[columns >= 0]
+            got = back._raw()[row, head]
+            assert got[got >= 0].tolist() == want.tolist()
+            assert_close(
+                quantised(back.values[row, head][got >= 0], codec), quantised(held.values[row, head][columns >= 0], codec)
+            )
+
+
+def test_past_its_end_fixed_storage_raises():
+    flat = freeze(slots(padding=(0, 0), ragged=False), room=2)
+    flat.fix()
+    k = random(B, HEADS, 1, D)
+    flat.append(k, k, None)
+    flat.append(k, k, None)
+    with pytest.raises(IndexError):
+        flat.append(k, k, None)
+
+
+@pytest.mark.parametrize("codec", [INT4, FP8], ids=["int4", "fp8"])
+def test_codes_are_made_once(codec):
+    """Old codes are the same bytes after many more tokens, and after going back to slots and into storage again."""
+    held = slots(length=20, padding=(0, 0), ragged=False)
+    flat = freeze(held, codec=codec, window=4, room=40)
+    first = [flat.k.view(torch.uint8)[:16].clone(), flat.k_scale[:16].clone(), flat.v.view(torch.uint8)[:16].clone()]
+
+    def old(storage: Flat):
+        return [storage.k.view(torch.uint8)[:16], storage.k_scale[:16], storage.v.view(torch.uint8)[:16]]
+
+    for t in range(30):
+        flat.append(random(B, HEADS, 1, D, seed=t), random(B, HEADS, 1, D, seed=99 + t), None)
+        if t % 10 == 9:
+            flat = freeze(flat.thaw(), codec=codec, window=4, room=40)
+    assert all(torch.equal(x, y) for x, y in zip(old(flat), first, strict=True))
+    # Control: made from what the codes gave back in bfloat16 and under another factor they would differ.
+    again = codec.encode((codec.decode(flat.k[:16], flat.k_scale[:16], torch.float32) * 1.3).bfloat16())[1]
+    assert not torch.equal(again, first[1])
+
+
+def test_bytes_fall_with_every_token_that_goes():
+    even, uneven = slots(length=40, padding=(0, 0), ragged=False), slots(length=40, padding=(0, 0))
+    filled = int((uneven.columns() >= 0).sum())
+    for held, tokens in ((even, B * HEADS * 40), (uneven, filled)):
+        flat = freeze(held, room=1)
+        planes = flat.k.untyped_storage().nbytes() + flat.v.untyped_storage().nbytes()
+        assert planes == (tokens + B * HEADS) * 2 * D * 4
+    packed = freeze(slots(length=40, padding=(0, 0), ragged=False), codec=INT4, window=4, room=1)
+    assert packed.k.nbytes + packed.v.nbytes == B * HEADS * (36 + 1) * D
+    assert packed.k_scale.nbytes + packed.v_scale.nbytes == B * HEADS * (36 + 1) * 4
+
+
+def test_the_window_has_to_be_whole():
+    held = slots(length=12, padding=(0, 0), ragged=False)
+    order = torch.arange(11).expand(B, HEADS, -1)
+    held.keep(order, torch.ones_like(order, dtype=torch.bool))
+    with pytest.raises(UserError, match="recent=4"):
+        freeze(held, codec=INT4, window=4)
+
+
+def test_poison_outside_of_the_lengths_is_never_read():
+    held, q = slots(), random(B, 4, 1, D, seed=5)
+    flat = freeze(held, room=5)
+    want = flat.attend(q, 0.3)
+    used = torch.zeros(flat.k.shape[0], dtype=torch.bool)
+    for start, length in zip(flat.offsets.flatten().tolist(), flat.lengths.flatten().tolist(), strict=True):
+        used[start : start + length] = True
+    flat.k[~used], flat.v[~used] = torch.nan, torch.nan
+    assert torch.equal(flat.attend(q, 0.3), want)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels under Triton's interpreter, on the CPU. Collected in a process of its own by test_interpreter.py.
+
+The interpreter computes bfloat16 wrongly, so float32 and float16 only.
+"""
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+import tolerance
+from kernels.cases import agrees, build, errors, mass_truth, poisoned
+from manyheads import UserError
+from manyheads.kernels.decode import decode_attention
+from manyheads.kernels.mass import attention_mass, lse
+
+CODECS = ["plain", "int4", "fp8"]
+HALVES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _scalars(monkeypatch):
+    """NumPy 2.4 gives no Python number for an array of one element, which Triton 3.6 still asks for as a loop bound."""
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("lengths", [[[0]], [[1]], [[63]], [[64]], [[65]], [[200]], [[0, 200], [65, 1], [64, 130]]])
+def test_ragged_lengths(codec, dtype, lengths):
+    assert agrees(build(codec, dtype, lengths))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("group", "dim"), [(1, 32), (2, 128), (3, 32), (4, 64), (8, 128), (20, 32)])
+def test_groups_and_dims(codec, group, dim):
+    assert agrees(build(codec, torch.float16, [[70, 5]], group=group, dim=dim))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("recent", [[0], [7], [12, 0]])
+def test_recent_tokens(codec, dtype, recent):
+    assert agrees(build(codec, dtype, [[70, 0], [0, 130]], recent=recent))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_capacity_is_only_a_bound(codec):
+    """Many more programs than there are blocks: most of them find nothing to do."""
+    case = build(codec, torch.float32, [[0, 65]], capacity=5000)
+    assert agrees(case)
+    assert agrees(case.but(capacity=65))
+    assert agrees(case.but(capacity=0))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_large_logits(codec):
+    """Logits in the hundreds: the weights are one-hot, nothing overflows."""
+    out, lse_ = errors(build(codec, torch.float32, [[130]], spread=200.0))
+    assert out <= 1e-4 and lse_ <= 1e-6
+
+
+def test_wrong_variants_fail():
+    case = build("int4", torch.float32, [[70, 5]], recent=[7])
+    given = case.given
+    assert agrees(case)
+    swapped = (given["k"] >> 4) | (given["k"] << 4)
+    wrong = [
+        {"k": swapped},
+        {"v": (given["v"] >> 4) | (given["v"] << 4)},
+        {"k_scale": given["v_scale"]},
+        {"v_scale": given["k_scale"]},
+        {"lengths": given["lengths"] - 1},
+        {"lengths": given["lengths"] + 1},  # reads poison
+        {"offsets": given["offsets"] - 1},
+        {"recent_length": given["recent_length"] - 1},
+        {"recent_k": None, "recent_v": None, "recent_length": None},
+        {"scale": 1.0},
+    ]
+    for change in wrong:
+        assert not agrees(case.but(**change)), change
+    case.keys, case.values = ([row[::-1] for row in x] for x in (case.keys, case.values))
+    assert not agrees(case)  # the heads the wrong way round
+
+
+def test_strangers_are_refused():
+    case = build("fp8", torch.float32, [[5, 6]])
+    given = case.given
+    for change in (
+        {"k_scale": None},
+        {"lengths": given["lengths"].long()},
+        {"offsets": given["offsets"][:, :1]},
+        {"v": given["v"][:, :32]},
+        {"k": given["k"].float()},
+        {"recent_k": case.q},
+    ):
+        with pytest.raises(UserError, match="decode_attention"):
+            decode_attention(case.q, **case.but(**change).given)
+    with pytest.raises(UserError, match="32, 64, 128 or 256"):
+        decode_attention(case.q[..., :48], **given)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("length", "size", "group", "dim"),
+    [
+        (1, 1, 1, 32),
+        (1, 300, 4, 64),
+        (5, 5, 2, 24),
+        (64, 200, 2, 32),
+        (130, 130, 1, 64),
+        (40, 170, 3, 128),
+        (3, 1, 2, 32),
+    ],
+)
+def test_mass(dtype, length, size, group, dim):
+    q = torch.randn(2, length, 2 * group, dim).to(dtype).transpose(1, 2)
+    k = torch.randn(2, 2, size, dim).to(dtype)
+    mass, sums = mass_truth(q, k, dim**-0.5)
+    got = poisoned(attention_mass, q, k, scale=dim**-0.5)
+    assert got.dtype == torch.float32
+    limit = 1e-5  # float16 products are exact in float32
+    assert tolerance.error(got, mass) <= limit
+    assert tolerance.error(poisoned(lse, q, k, scale=dim**-0.5), sums) <= limit
+    if length > 1 < size:
+        for wrong in (mass_truth(q, k, 1.0), mass_truth(q.roll(1, 1), k, dim**-0.5), mass_truth(q, k, dim**-0.5, -1)):
+            assert tolerance.error(got, wrong[0]) > 100 * limit
+
+
+def test_mass_refuses():
+    q, k = torch.randn(1, 4, 3, 32), torch.randn(1, 3, 3, 32)
+    with pytest.raises(UserError, match="attention mass"):
+        attention_mass(q, k, scale=1.0)
+    with pytest.raises(UserError, match="attention mass"):
+        lse(q, k[:, :2], scale=-1.0)
