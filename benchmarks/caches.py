@@ -69,7 +69,7 @@ def build() -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device="cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
     model.generation_config.eos_token_id = None
     return model
 
@@ -155,8 +155,9 @@ def ours(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
     with manyheads.use(model):
         cache = new_cache(model, manyheads.parse(spec), room=NEW + 32)
         _, seconds = timed(lambda: prefill(model, ids, cache, CHUNK))
-        size = cache.bytes()
-        return {"prefill_s": seconds, "cache_bytes": size, "ms_per_token": generated(model, ids, cache)}
+        size, peak = cache.bytes(), torch.cuda.max_memory_allocated() / 2**30
+        return {"prefill_s": seconds, "prefill_peak_gib": peak, "cache_bytes": size,
+                "ms_per_token": generated(model, ids, cache)}  # fmt: skip
 
 
 def full(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:

@@ -42,8 +42,10 @@ def quantised(x, codec):
 
 
 def expected(held, q, codec, window, key_scale=None):
-    """Attention of ``q [B, H, d]`` over slots, all but the last ``window`` of each row as the codec gives them back."""
-    positions, counts = held.positions(), held.counts()
+    """Attention of ``q [B, H, d]`` over slots, all but the newest and ``window`` before it as the codec gives
+    them back.
+    """
+    positions, counts = held.positions(), held.counts() - 1
     old = ((positions < (counts - window)[:, None, None]) & (positions >= 0))[..., None]
     factor = 1.0 if key_scale is None else key_scale[:, :, None]
     k = torch.where(old, quantised(held.keys * factor, codec) / factor, held.keys)
@@ -52,26 +54,31 @@ def expected(held, q, codec, window, key_scale=None):
     return reference.attention(q[:, :, None].double(), k.double(), v.double(), scale=0.3, mask=mask)
 
 
+def token(heads=4, seed=5):
+    """q, k and v of one token."""
+    return tuple(random(B, n, 1, D, seed=seed + i) for i, n in enumerate((heads, HEADS, HEADS)))
+
+
 @codecs
 @pytest.mark.parametrize("heads", [2, 4, 8])
 @pytest.mark.parametrize("padding", [(0, 0), (0, 3)])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_attends_as_slots_do(codec, window, heads, padding, scaled):
-    held, q = slots(padding=padding), random(B, heads, 1, D, seed=5)
-    factors = random(B, HEADS, D, seed=6).exp() if scaled and codec else None
-    want = expected(held, q[:, :, 0], codec, window, factors)
-    flat = freeze(held, codec=codec, window=window, key_scale=factors, room=3)
-    assert_close(flat.attend(q, 0.3), want, 10 * SAME)
+    held, (q, k, v) = slots(padding=padding), token(heads)
+    factors = random(B, HEADS, D, seed=9).exp() if scaled and codec else None
+    flat = freeze(copy.deepcopy(held), codec=codec, window=window, key_scale=factors, room=3)
+    held.append(k, v)
+    assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window, factors), 10 * SAME)
 
 
 @codecs
 def test_control_of_attending(codec, window):
-    held, q = slots(), random(B, 4, 1, D, seed=5)
-    want = expected(held, q[:, :, 0], codec, window)
-    flat = freeze(held, codec=codec, window=window)
+    held, (q, k, v) = slots(), token()
+    flat = freeze(copy.deepcopy(held), codec=codec, window=window)
+    held.append(k, v)
     flat.lengths -= 1
     with pytest.raises(AssertionError):
-        assert_close(flat.attend(q, 0.3), want, 10 * SAME)
+        assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window), 10 * SAME)
 
 
 @codecs
@@ -81,13 +88,14 @@ def test_decoding_equals_slots(codec, window, ragged):
     held = slots(ragged=ragged, padding=(0, 3) if ragged else (0, 0))
     flat = freeze(copy.deepcopy(held), codec=codec, window=window, room=12)
     for t in range(12):
-        k, v, q = (random(B, n, 1, D, seed=20 + 3 * t + i) for i, n in enumerate((HEADS, HEADS, 4)))
+        q, k, v = token(seed=20 + 3 * t)
         real = torch.tensor([True, t != 5]) if ragged else None
         held.append(k, v)
         if real is not None:
             held.mark(real[:, None])
-        flat.append(k, v, real)
-        assert_close(flat.attend(q, 0.3), expected(held, q[:, :, 0], codec, window), 20 * SAME)
+        here = slice(None) if real is None else real  # what a padding token sees means nothing
+        want = expected(held, q[:, :, 0], codec, window)[here]
+        assert_close(flat.decode(q, k, v, 0.3, real)[here], want, 20 * SAME)
     assert flat.room == 0
     back = flat.thaw()
     assert back.seen == held.seen
@@ -95,21 +103,21 @@ def test_decoding_equals_slots(codec, window, ragged):
         for head in range(HEADS):
             columns = held.columns()[row, head]
             want = columns[columns >= 0]
-            got = back._raw()[row, head]
+            got = back._raw[row, head]
             assert got[got >= 0].tolist() == want.tolist()
             assert_close(
-                quantised(back.values[row, head][got >= 0], codec), quantised(held.values[row, head][columns >= 0], codec)
+                quantised(back.values[row, head][got >= 0], codec),
+                quantised(held.values[row, head][columns >= 0], codec),
             )
 
 
 def test_past_its_end_fixed_storage_raises():
     flat = freeze(slots(padding=(0, 0), ragged=False), room=2)
     flat.fix()
-    k = random(B, HEADS, 1, D)
-    flat.append(k, k, None)
-    flat.append(k, k, None)
+    flat.decode(*token(), 0.3)
+    flat.decode(*token(), 0.3)
     with pytest.raises(IndexError):
-        flat.append(k, k, None)
+        flat.decode(*token(), 0.3)
 
 
 @pytest.mark.parametrize("codec", [INT4, FP8], ids=["int4", "fp8"])
@@ -123,7 +131,7 @@ def test_codes_are_made_once(codec):
         return [storage.k.view(torch.uint8)[:16], storage.k_scale[:16], storage.v.view(torch.uint8)[:16]]
 
     for t in range(30):
-        flat.append(random(B, HEADS, 1, D, seed=t), random(B, HEADS, 1, D, seed=99 + t), None)
+        flat.decode(*token(seed=t), 0.3)
         if t % 10 == 9:
             flat = freeze(flat.thaw(), codec=codec, window=4, room=40)
     assert all(torch.equal(x, y) for x, y in zip(old(flat), first, strict=True))
@@ -153,11 +161,9 @@ def test_the_window_has_to_be_whole():
 
 
 def test_poison_outside_of_the_lengths_is_never_read():
-    held, q = slots(), random(B, 4, 1, D, seed=5)
-    flat = freeze(held, room=5)
-    want = flat.attend(q, 0.3)
+    flat, other = freeze(slots(), room=5), freeze(slots(), room=5)
     used = torch.zeros(flat.k.shape[0], dtype=torch.bool)
     for start, length in zip(flat.offsets.flatten().tolist(), flat.lengths.flatten().tolist(), strict=True):
         used[start : start + length] = True
     flat.k[~used], flat.v[~used] = torch.nan, torch.nan
-    assert torch.equal(flat.attend(q, 0.3), want)
+    assert torch.equal(flat.decode(*token(), 0.3), other.decode(*token(), 0.3))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row of a cache in float64 and loops, for scores that need more than `formula` gives, and heads of unequal size."""
+"""One row of a cache in float64 and loops, for scores that need more than `formula` gives and heads of unequal size."""
 
 import copy
 import math

@@ -79,6 +79,14 @@ def test_around_another_base(budget, schedule, padding):
     agrees(policy, norms, 4, padding, rooms=share(0.2, lambda s, seen: s < 1))
 
 
+@pytest.mark.parametrize("schedule", ["prefill", "step", "chunk", 3])
+def test_around_attention_mass(schedule):
+    """What the base remembers of each slot outlives ragged storage."""
+    policy = parse(f"adakv:base=h2o(recent_share=0),budget=6,alpha=0.1,schedule={schedule}")
+    mass = lambda row, h: [row.mass[h][s] for s in row.held[h]]  # noqa: E731
+    agrees(policy, mass, 4, (0, 3), rooms=share(0.1, lambda s, seen: False))
+
+
 def test_control_of_the_loops():
     policy = parse("adakv:base=knorm,budget=5,alpha=0.2")
     agrees(policy, norms, rooms=share(0.2, lambda s, seen: False))

@@ -101,9 +101,8 @@ def test_constant_channels_are_no_division_by_zero():
     row = Row(k[0].double(), k[0].double(), v[0].double(), 30, [list(range(30))] * 2)
     for h in range(2):
         want = formula(2, 6)(row, h)
-        judged = slice(2, 20)
-        assert bool(scores[0, h].isfinite().all())
-        assert (scores[0, h, judged] * 6).round().tolist() == [round(6 * x) for x in want[judged]]
+        assert bool(scores[0, h].isfinite().all()) and not any(map(math.isnan, want))
+        assert scores[0, h, 2:].argsort().tolist() == sorted(range(28), key=lambda i: (want[2 + i], i))
 
 
 def test_slots_may_lie_in_any_order_and_some_be_empty():

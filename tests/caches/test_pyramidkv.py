@@ -140,6 +140,11 @@ def test_the_line_is_that_of_the_layers_it_acts_on():
     assert [int((held >= 0).sum(-1)[0, 0]) for held in kept] == [18, 10, 2]
 
 
+def test_no_layer_is_left_empty():
+    made = budgets(parse("pyramidkv:base=knorm,budget=0.5,beta=20"), 4, [40, 4, 1], [20, 2, 1])
+    assert made.tolist() == [[39, 3, 1], [26, 2, 1], [14, 2, 1], [1, 1, 1]]
+
+
 def test_around_budgets_of_heads():
     """The layer's budget goes to the base, which shares it among heads."""
     q, k, v = sequences(1, 4, 30, seed=4)

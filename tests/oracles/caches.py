@@ -105,9 +105,9 @@ def padding_is_never_read(model: Any, strategy: Any) -> None:
         cache = prefilled(model, strategy, ids, attention_mask=mask)
         poisoned = copy.deepcopy(cache)
         for store in stores(poisoned):
-            empty = store.slots.positions() < 0
+            empty = store.live.positions() < 0
             assert bool(empty.any())
-            store.slots.keys[empty], store.slots.values[empty] = HUGE, HUGE
+            store.live.keys[empty], store.live.values[empty] = HUGE, HUGE
         last = tokens(len(ids), 1, seed=5)
         assert_close(step(model, last, poisoned, attention_mask=more), step(model, last, cache, attention_mask=more))
 
@@ -125,15 +125,15 @@ def every_kept_slot_matters(model: Any, strategy: Any, replaces_first: bool = Fa
         after = copy.deepcopy(cache)
         plain = step(model, last, after, attention_mask=more)
         for layer, store in enumerate(stores(cache)):
-            positions = store.slots.positions()
+            positions = store.live.positions()
             filled = positions >= 0
             if replaces_first:
-                left = stores(after)[layer].slots.positions()
+                left = stores(after)[layer].live.positions()
                 filled = filled & (positions[..., None] == left[:, :, None]).any(-1)
             assert bool(filled.any(-1).all()), "a row keeps nothing"
             for row, head, slot in filled.nonzero().tolist():
                 changed = copy.deepcopy(cache)
-                stores(changed)[layer].slots.values[row, head, slot] += HUGE
+                stores(changed)[layer].live.values[row, head, slot] += HUGE
                 moved = (step(model, last, changed, attention_mask=more) - plain).abs().amax((1, 2))
                 others = [i for i in range(len(ids)) if i != row]
                 assert moved[row] > 1e-3 and bool((moved[others] < 1e-3).all()), f"slot {slot} of head {head}: {moved}"
@@ -210,7 +210,7 @@ def slot_order_is_free(model: Any, strategy: Any) -> None:
         cache = prefilled(model, strategy, ids)
         shuffled = copy.deepcopy(cache)
         for store in stores(shuffled):
-            s = store.slots
+            s = store.live
             order = torch.stack([torch.randperm(s.size) for _ in range(2 * s.keys.shape[1])]).view(2, -1, s.size)
             s.keep(order, torch.ones_like(order, dtype=torch.bool))
         for t in range(3):
@@ -259,9 +259,9 @@ def crops_or_refuses(model: Any, strategy: Any) -> None:
     ids = tokens(2, 24)
     with manyheads.use(model):
         cache = prefilled(model, strategy, ids)
-        whole = all(s.slots.index is None for s in stores(cache))
+        whole = all(s.live.index is None for s in stores(cache))
         step(model, tokens(2, 3, seed=3), cache)
-        if not whole or any(s.slots.index is not None or s.policy.window for s in stores(cache)):
+        if not whole or any(s.live.index is not None or s.policy.window for s in stores(cache)):
             before = [s.keys.clone() for s in stores(cache)]
             try:
                 cache.crop(-3)

@@ -22,6 +22,17 @@ EVICTING = {
     "hashevict": "hashevict:budget=6,num_global=2,num_recent=2",
     "hashevict-fraction": "hashevict:budget=0.8,num_global=1,num_recent=1,probe=key",
     "hashevict-reserve": "hashevict:budget=0.6,num_global=1,num_recent=1,reserve=4",
+    "knorm": "knorm:budget=0.5",
+    "h2o": "h2o:budget=6",
+    "h2o-prefill": "h2o:budget=0.5,schedule=prefill",
+    "tova": "tova:budget=6",
+    "lagkv": "lagkv:budget=0.6,sinks=1,lag_size=3",
+    "pyramidkv": "pyramidkv:base=snapkv(window_size=2,kernel_size=3),budget=0.5,beta=4",
+    "adakv": "adakv:base=snapkv(window_size=2,kernel_size=3),budget=0.5",
+    "adakv-chunk": "adakv:base=keydiff,budget=6,schedule=chunk",
+    "d2o": "d2o:budget=0.7,sinks=1",
+    "graphkv": "graphkv:base=snapkv(window_size=2,kernel_size=3),budget=0.5",
+    "fireq": "fireq:base=keydiff,budget=0.7,window_tokens=2",
 }
 # The six that stand for the rest where a property is dear: one-shot and per step, key-only and with queries, in place.
 FEW = ("norm", "random-every-3", "streaming_llm-slots", "snapkv-step", "keydiff-chunk", "hashevict")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ragged and packed storage of one cache layer: every row and head has as many slots as it holds tokens.
 
-All tokens of a layer lie in one run of P slots, row after row and head after head; ``offsets`` and ``lengths`` say where
-those of a head begin and how many they are. No slot is empty, so decoding needs no mask and reads no byte in vain.
-Each head has ``room`` for tokens to come. With a codec the tokens are stored as codes, but for the last W of each
-row, which stay in the model's dtype in a ring (position p at place p mod W) and are encoded once, when they leave it.
+All tokens of a layer lie in one run of P slots, row after row and head after head; ``offsets`` and ``lengths`` say
+where those of a head begin and how many they are. No slot is empty, so decoding needs no mask and reads no byte in
+vain. Each head has ``room`` for tokens to come. With a codec the tokens are stored as codes, but for the last W of each
+row, which stay in the model's dtype in a ring of W + 1 places (position p at place p mod (W + 1), one place for the
+token that comes) and are encoded once, when they leave it.
 
 Appending and attending touch host numbers only to know when the room ends; ``fixed`` storage does not even that:
 all shapes stand still and all counters are on the device, so that a step can be compiled and replayed as a CUDA graph.
@@ -72,14 +73,15 @@ def decode_attention(
     keys, values = (x.masked_fill(~mask[..., None], 0.0) for x in (keys, values))  # what lies there may be NaN
     every = reference.repeat_kv(mask, q.shape[1])[:, :, None]
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, None], reference.repeat_kv(keys, q.shape[1]), reference.repeat_kv(values, q.shape[1]), every, scale=scale
+        q[:, :, None], reference.repeat_kv(keys, q.shape[1]), reference.repeat_kv(values, q.shape[1]), every,
+        scale=scale,
     )  # fmt: skip
     return out[:, :, 0].masked_fill(~every.any(-1), 0.0)
 
 
 @dataclass(slots=True)
 class Flat:
-    """Tokens of one layer. P slots, Hs heads, W places of the ring, d channels (w bytes as codes).
+    """Tokens of one layer. P slots, Hs heads, W tokens in the ring, d channels (w bytes as codes).
 
     Attributes:
         k, v: ``[P, d]``, or codes ``[P, w]``.
@@ -88,13 +90,14 @@ class Flat:
         offsets: ``[B, Hs]`` int64; lengths: ``[B, Hs]`` int32; ends: ``[B, Hs]`` int64, where the room of a head ends.
         counts: tokens seen per row ``[B]`` int64, padding not counted.
         clock: columns seen, ``[]`` int64.
-        ring_k, ring_v: ``[B, Hs, W, d]``, keys multiplied by ``key_scale``; ring_index: ``[B, W]`` int32.
+        ring_k, ring_v: ``[B, Hs, W + 1, d]``, keys multiplied by ``key_scale``; ring_index: ``[B, W + 1]`` int32.
         key_scale: ``[B, Hs, d]`` factors on the keys before they are encoded, 1 where None.
         valid: columns that hold tokens, as in Slots, up to the time of freezing.
         codec: of the codes.
         dtype: of keys and values as attention uses them.
         capacity: most slots of a head; room: tokens that still fit, as the host knows.
         seen: columns at the time of freezing.
+        kernel: whether the GPU kernel attends.
         made: columns since then, as the host knows; -1 where only the device does (``fixed``).
     """
 
@@ -118,6 +121,7 @@ class Flat:
     capacity: int
     room: int
     seen: int
+    kernel: bool
     made: int = 0
 
     @property
@@ -127,10 +131,11 @@ class Flat:
     def fix(self) -> None:
         """From now on count on the device only. The room can then not grow: a step past its end raises."""
         self.made = -1
-        for x in self.tensors():
+        for x in self.tensors:
             if x is not None:
                 torch._dynamo.mark_static_address(x)
 
+    @property
     def tensors(self) -> list[Tensor | None]:
         """Everything held."""
         return [
@@ -138,38 +143,56 @@ class Flat:
             self.clock, self.ring_k, self.ring_v, self.ring_index, self.key_scale, self.valid,
         ]  # fmt: skip
 
-    def append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
-        """Take the next token of each row.
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
+        """Take the next token of each row and attend to everything held.
+
+        With a codec the token that leaves the ring is encoded after it was attended to.
 
         Args:
+            q: ``[B, H, 1, d]``.
             k, v: ``[B, Hs, 1, d]``.
+            scale: factor on ``q k^T``.
             real: ``[B]`` bool, False where the token is padding; None for all.
+
+        Returns:
+            ``[B, 1, H, d]``.
         """
         one = torch.ones_like(self.counts) if real is None else real.to(self.counts.dtype)
         column = self.clock.int()
         if self.ring_k is None or self.ring_v is None or self.ring_index is None:
             self._push(k[:, :, 0], v[:, :, 0], column.expand(self.counts.shape[0]), one)
+            self.counts.add_(one)
+            out = self._attend(q, scale, None)
         else:
             if self.key_scale is not None:
                 k = (k * self.key_scale[:, :, None]).to(k.dtype)
-            width = self.ring_k.shape[2]
-            place = (self.counts % width)[:, None]
-            at = place[:, None, :, None].expand(-1, self.ring_k.shape[1], -1, self.ring_k.shape[3])
-            leaves = one * (self.counts >= width)
-            left = self.ring_index.gather(1, place)
-            self._push(self.ring_k.gather(2, at)[:, :, 0], self.ring_v.gather(2, at)[:, :, 0], left[:, 0], leaves)
+            places = self.ring_k.shape[2]
+            place, at = self._place(self.counts)
             came = one.bool()[:, None]
-            self.ring_index.scatter_(1, place, torch.where(came, column, left))
+            self.ring_index.scatter_(1, place, torch.where(came, column, self.ring_index.gather(1, place)))
             for ring, x in ((self.ring_k, k), (self.ring_v, v)):
                 ring.scatter_(2, at, torch.where(came[:, None, :, None], x.to(ring.dtype), ring.gather(2, at)))
-        self.counts.add_(one)
+            self.counts.add_(one)
+            out = self._attend(q, scale, self.counts.clamp(max=places).int())
+            place, at = self._place(self.counts)  # of the oldest, which the next token will take
+            self._push(
+                self.ring_k.gather(2, at)[:, :, 0], self.ring_v.gather(2, at)[:, :, 0],
+                self.ring_index.gather(1, place)[:, 0], one * (self.counts >= places),
+            )  # fmt: skip
         self.clock.add_(1)
         if not self.fixed:
             self.made += 1
             self.room -= 1
+        return out
+
+    def _place(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Where ``position [B]`` stands in the ring: ``[B, 1]``, and for every head and channel ``[B, Hs, 1, d]``."""
+        assert self.ring_k is not None
+        place = (position % self.ring_k.shape[2])[:, None]
+        return place, place[:, None, :, None].expand(-1, self.ring_k.shape[1], -1, self.ring_k.shape[3])
 
     def _push(self, k: Tensor, v: Tensor, column: Tensor, one: Tensor) -> None:
-        """Put ``k, v [B, Hs, d]`` behind the last slot of each head; rows where ``one`` is 0 stay as long as they are."""
+        """Put ``k, v [B, Hs, d]`` behind the last slot of each head, but for rows where ``one`` is 0."""
         to = (self.offsets + self.lengths).where(self.offsets + self.lengths < self.ends, self.k.shape[0]).flatten()
         self.index.index_copy_(0, to, column[:, None].expand(-1, k.shape[1]).flatten())
         for plane, factor, x in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
@@ -181,17 +204,16 @@ class Flat:
             factor.index_copy_(0, to, scale)
         self.lengths.add_(one[:, None].int())
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
-        """Attention of ``q [B, H, 1, d]`` over everything held, ``[B, 1, H, d]``."""
+    def _attend(self, q: Tensor, scale: float, recent: Tensor | None) -> Tensor:
+        """Attention of ``q [B, H, 1, d]``, ``[B, 1, H, d]``; ``recent [B]`` places of the ring are filled."""
         x = q[:, :, 0]
         if self.key_scale is not None:
             x = (x / self.key_scale.repeat_interleave(x.shape[1] // self.key_scale.shape[1], 1)).to(q.dtype)
-        recent = None if self.ring_k is None else self.counts.clamp(max=self.ring_k.shape[2]).int()
         out: Tensor
-        if q.is_cuda and _kernel_takes(q.shape[-1]):
-            from ..kernels.decode import decode_attention as kernel
+        if self.kernel:
+            from ..kernels import decode
 
-            out = kernel(
+            out = decode.decode_attention(
                 x, self.k, self.v, self.offsets, self.lengths, scale=scale, k_scale=self.k_scale, v_scale=self.v_scale,
                 recent_k=self.ring_k, recent_v=self.ring_v, recent_length=recent, capacity=self.capacity,
             )[0]  # fmt: skip
@@ -204,7 +226,7 @@ class Flat:
         return out[:, None]
 
     def thaw(self) -> Slots:
-        """The same tokens as slots ``[B, Hs, N, d]``, in the order of columns; codes go along and are not made again."""
+        """The same tokens as slots ``[B, Hs, N, d]``, in the order of columns; codes go along unchanged."""
         made = int(self.clock) - self.seen if self.fixed else self.made
         at = torch.arange(self.capacity, device=self.k.device)
         where = (self.offsets[..., None] + at).clamp(max=max(0, self.k.shape[0] - 1))
@@ -220,7 +242,8 @@ class Flat:
             extras = dict(zip(_CODED, (k, k_scale[..., None], v, v_scale[..., None]), strict=True))
         if self.ring_k is not None and self.ring_v is not None and self.ring_index is not None:
             width = self.ring_k.shape[2]
-            held = torch.arange(width, device=self.k.device) < self.counts[:, None]
+            places, free = torch.arange(width, device=self.k.device), (self.counts % width)[:, None]
+            held = (places < self.counts[:, None]) & (places != free)  # what the next token will take was encoded
             late = torch.where(held, self.ring_index, -1)[:, None].expand(-1, index.shape[1], -1)
             index = torch.cat([index, late], 2)
             keys = torch.cat([keys, self.ring_k.to(keys.dtype)], 2)
@@ -250,10 +273,10 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def _kernel_takes(head_dim: int) -> bool:
+def _kernel_takes(keys: Tensor) -> bool:
     from .. import kernels
 
-    return kernels.available() and head_dim in (32, 64, 128, 256)
+    return keys.is_cuda and keys.shape[-1] in (32, 64, 128, 256) and kernels.available()
 
 
 def freeze(
@@ -278,16 +301,19 @@ def freeze(
     ring_k = ring_v = ring_index = None
     if codec is None and slots.even:
         return _regular(slots, counts, room)
-    if codec is not None and window:
+    if codec is not None:
         late = packed & (positions >= (counts - window)[:, None, None])
         packed = packed & ~late
-        # A slot goes to place p mod W; slots that do not belong there go to a place W more, cut off again.
-        place = torch.where(late, positions % window, window)
+        # Slots that do not belong into the ring go to a place behind it, cut off again.
+        places = window + 1
+        place = torch.where(late, positions % places, places)
         scaled = slots.keys if key_scale is None else slots.keys * key_scale[:, :, None]
-        ring_k, ring_v = (_scatter(x.to(slots.keys.dtype), place, window) for x in (scaled, slots.values))
-        ring_index = columns.new_zeros(batch, heads, window + 1).scatter(2, place, columns)[:, 0, :window].int()
+        ring_k, ring_v = (_scatter(x.to(slots.keys.dtype), place, places) for x in (scaled, slots.values))
+        ring_index = columns.new_zeros(batch, heads, places + 1).scatter(2, place, columns)[:, 0, :places].int()
         if not torch.equal(late.sum(-1), counts.clamp(max=window)[:, None].expand(-1, heads)):
-            raise UserError(f"a packed cache needs the last {window} tokens of every row: protect them by recent={window}")
+            raise UserError(
+                f"a packed cache needs the last {window} tokens of every row: protect them by recent={window}"
+            )
     order = torch.where(packed, torch.arange(size, device=device), size).argsort(dim=-1, stable=True)
     lengths = packed.sum(-1)
     ends = (lengths + room).flatten().cumsum(0).view(batch, heads)
@@ -310,6 +336,7 @@ def freeze(
         flat(_bits(k)).view(k.dtype), flat(_bits(v)).view(v.dtype), k_scale, v_scale, flat(columns.int()),
         offsets, lengths.int(), ends, counts.clone(), torch.tensor(slots.seen, device=device), ring_k, ring_v,
         ring_index, key_scale, slots.valid, codec, slots.keys.dtype, capacity, room, slots.seen,
+        _kernel_takes(slots.keys),
     )  # fmt: skip
 
 
@@ -328,14 +355,14 @@ def _regular(slots: Slots, counts: Tensor, room: int) -> Flat:
     return Flat(
         flat(slots.keys), flat(slots.values), None, None, flat(slots.columns().int()), ends - each, lengths, ends,
         counts.clone(), torch.tensor(slots.seen, device=counts.device), None, None, None, None, slots.valid, None,
-        slots.keys.dtype, each, room, slots.seen,
+        slots.keys.dtype, each, room, slots.seen, _kernel_takes(slots.keys),
     )  # fmt: skip
 
 
-def _scatter(x: Tensor, place: Tensor, window: int) -> Tensor:
-    """``x [B, Hs, N, d]`` at ``place [B, Hs, N]`` of W places; what goes to place W is left out."""
-    ring = x.new_zeros(*x.shape[:2], window + 1, x.shape[3])
-    return ring.scatter(2, place[..., None].expand(-1, -1, -1, x.shape[3]), x)[:, :, :window].contiguous()
+def _scatter(x: Tensor, place: Tensor, places: int) -> Tensor:
+    """``x [B, Hs, N, d]`` at ``place [B, Hs, N]`` of so many places; what goes beyond them is left out."""
+    ring = x.new_zeros(*x.shape[:2], places + 1, x.shape[3])
+    return ring.scatter(2, place[..., None].expand(-1, -1, -1, x.shape[3]), x)[:, :, :places].contiguous()
 
 
 def _encoded(slots: Slots, codec: Codec, key_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -347,5 +374,7 @@ def _encoded(slots: Slots, codec: Codec, key_scale: Tensor | None) -> tuple[Tens
         old_k, old_ks, old_v, old_vs = (slots.extras[name] for name in _CODED)
         coded = old_ks > 0
         k, v = (torch.where(coded, old, _bits(x)).view(x.dtype) for old, x in ((old_k, k), (old_v, v)))
-        k_scale, v_scale = (torch.where(coded, a, b[..., None])[..., 0] for a, b in ((old_ks, k_scale), (old_vs, v_scale)))
+        k_scale, v_scale = (
+            torch.where(coded, a, b[..., None])[..., 0] for a, b in ((old_ks, k_scale), (old_vs, v_scale))
+        )
     return k, k_scale, v, v_scale

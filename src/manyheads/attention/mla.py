@@ -62,7 +62,9 @@ def keys_values(cache: Tensor, up: Tensor, dims: Dims) -> tuple[Tensor, Tensor]:
     latents, rope = cache.split([dims.rank, dims.rope_dim], -1)
     both = functional.linear(latents[:, 0], up.flatten(0, 1)).unflatten(-1, up.shape[:2]).transpose(1, 2)
     nope, v = both.split([dims.nope_dim, dims.v_dim], -1)
-    return torch.cat([nope, rope.expand(-1, dims.num_heads, -1, -1)], -1), v
+    k = both.new_empty(*nope.shape[:3], dims.nope_dim + dims.rope_dim)  # on a GPU torch.cat is slower than two copies
+    k[..., : dims.nope_dim], k[..., dims.nope_dim :] = nope, rope
+    return k, v
 
 
 def expand(q: Tensor, cache: Tensor, up: Tensor, dims: Dims, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -73,12 +75,12 @@ def expand(q: Tensor, cache: Tensor, up: Tensor, dims: Dims, *, scale: float, ma
 
 def absorb(
     q: Tensor, cache: Tensor, up: Tensor, dims: Dims, *, scale: float, mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None, seen: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention in latent space: q ``[B, H, T, dn + dr]`` -> ``[B, T, H, dv]``; mask, bias as in an AttentionCall."""
+    """Attention in latent space: q ``[B, H, T, dn + dr]`` -> ``[B, T, H, dv]``; for the rest see latent_attention."""
     nope, rope = q.split([dims.nope_dim, dims.rope_dim], -1)
-    latent = _per_head(nope, up[:, : dims.nope_dim])
-    return latent_attention(torch.cat([latent, rope], -1), cache, up[:, dims.nope_dim :], scale, mask, bias)
+    rows = torch.cat([_per_head(nope, up[:, : dims.nope_dim], scale), rope * scale], -1)
+    return latent_attention(rows, cache, up[:, dims.nope_dim :], mask, bias, seen)
 
 
 def merge(uq: Tensor, up: Tensor, dims: Dims) -> Tensor:
@@ -111,12 +113,14 @@ def mla(
     if schedule == "recompute" or merged is None:
         merged = merge(uq, up, dims)
     latent = (c_q.flatten(0, 1) @ merged).unflatten(1, c_q.shape[:2]).transpose(0, 1)
-    return latent_attention(torch.cat([latent, q_rope], -1), cache, up[:, dims.nope_dim :], scale, mask)
+    rows = torch.cat([latent, q_rope], -1) * scale
+    return latent_attention(rows, cache, up[:, dims.nope_dim :], mask)
 
 
 def latent_attention(
-    q: Tensor, cache: Tensor, uv: Tensor, scale: float, mask: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+    q: Tensor, cache: Tensor, uv: Tensor, mask: Tensor | None = None, bias: Tensor | None = None,
+    seen: int | None = None,
+) -> Tensor:  # fmt: skip
     """H heads attend to one set of latents; rows that may attend to nothing give 0.
 
     With one key head the queries of all heads are rows of one matrix product per batch row, so every latent is read
@@ -124,28 +128,30 @@ def latent_attention(
     most 2^26 logits are held at once.
 
     Args:
-        q: absorbed queries ``[B, H, T, r + dr]``.
-        cache: ``[B, 1, S, r + dr]``.
+        q: absorbed queries ``[B, H, T, r + dr]``, scale included.
+        cache: ``[B, 1, N, r + dr]``.
         uv: value up-projection ``[H, dv, r]``.
-        scale: factor on the logits.
         mask, bias: broadcastable to ``[B, H, T, S]``.
+        seen: S, the tokens that count, all N if not given; what follows them must be finite. Rows of N logits are read
+            by a GPU twice as fast where they begin at multiples of 16 bytes.
 
     Returns:
         ``[B, T, H, dv]``.
     """
     batch, heads, new, _ = q.shape
     held = cache[:, 0]
+    seen = held.shape[1] if seen is None else seen
     block = max(1, _BLOCK // (batch * heads * held.shape[1]))
     outputs = []
     for t in range(0, new, block):
         cut = slice(t, t + block)
-        rows = q[:, :, cut].flatten(1, 2)
-        x = _logits(rows, held, scale).unflatten(1, (heads, -1))
-        here = None if mask is None else mask[:, :, cut] if mask.shape[2] > 1 else mask
+        x = _logits(q[:, :, cut].flatten(1, 2), held).unflatten(1, (heads, -1))
+        x[..., seen:] = -torch.inf
         if bias is not None:
-            x = x + (bias[:, :, cut] if bias.shape[2] > 1 else bias)
+            x[..., :seen] += bias[:, :, cut] if bias.shape[2] > 1 else bias
+        here = None if mask is None else mask[:, :, cut] if mask.shape[2] > 1 else mask
         if here is not None:
-            x = x.masked_fill_(~here, torch.finfo(x.dtype).min)
+            x[..., :seen].masked_fill_(~here, torch.finfo(x.dtype).min)
         weights = x.softmax(-1).to(held.dtype).flatten(1, 2)
         mixed = (weights @ held[..., : uv.shape[2]]).unflatten(1, (heads, -1))
         outputs.append(mixed if here is None else mixed * here.any(-1, keepdim=True))
@@ -153,21 +159,21 @@ def latent_attention(
     return _per_head(mixed, uv.transpose(1, 2)).transpose(1, 2)
 
 
-def _per_head(x: Tensor, weights: Tensor) -> Tensor:
-    """``x [B, H, T, m]`` times ``weights [H, m, n]`` -> ``[B, H, T, n]``, one product per head."""
-    batch = x.shape[0]
-    made: Tensor = (x.transpose(0, 1).flatten(1, 2) @ weights).unflatten(1, (batch, -1))
-    return made.transpose(0, 1)
+def _per_head(x: Tensor, weights: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor`` times ``x [B, H, T, m]`` times ``weights [H, m, n]`` -> ``[B, H, T, n]``, one product per head."""
+    rows = x.transpose(0, 1).flatten(1, 2)
+    made = torch.baddbmm(rows.new_empty(1, 1, 1), rows, weights, beta=0, alpha=factor)
+    per_head: Tensor = made.unflatten(1, (x.shape[0], -1))
+    return per_head.transpose(0, 1)
 
 
-def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``scale * q k^T`` of ``[B, R, d]`` and ``[B, S, d]``, in float32 where they are of half precision."""
-    start = q.new_empty(1, 1, 1)
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    """``q k^T`` of ``[B, R, d]`` and ``[B, N, d]``, in float32 where they are of half precision."""
     if q.element_size() >= 4:
-        return torch.baddbmm(start, q, k.transpose(1, 2), beta=0, alpha=scale)
+        return q @ k.transpose(1, 2)
     if q.is_cuda and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        return torch.bmm(q * scale, k.transpose(1, 2), out_dtype=torch.float32)
-    return torch.baddbmm(start.float(), q.float(), k.float().transpose(1, 2), beta=0, alpha=scale)
+        return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
+    return q.float() @ k.float().transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +184,15 @@ class Platform:
         peak_flops: FLOP/s of matrix products in the dtype at hand.
         bandwidth: bytes/s of main memory.
         overhead: seconds that a stage takes beside its work (launching it).
+        fused_heads: whether torch's attention keeps logits on the chip where keys are wider than values. On CUDA it
+            does, on a CPU it does not.
         flop_energy, byte_energy: joules per FLOP and per byte moved, 0 where unknown.
     """
 
     peak_flops: float
     bandwidth: float
     overhead: float = 0.0
+    fused_heads: bool = True
     flop_energy: float = 0.0
     byte_energy: float = 0.0
 
@@ -202,7 +211,7 @@ def platform_of(name: str, itemsize: int = 2) -> Platform:
     """The platform whose key in :data:`PLATFORMS` stands in a device's ``name``; an unknown GPU counts as an A100."""
     if name == "cpu":
         half, full, bandwidth = PLATFORMS["cpu"]
-        return Platform(half if itemsize < 4 else full, bandwidth, 5e-6)
+        return Platform(half if itemsize < 4 else full, bandwidth, 5e-6, fused_heads=False)
     key = next((key for key in PLATFORMS if key in name), "A100")
     half, full, bandwidth = PLATFORMS[key]
     return Platform(half if itemsize < 4 else full, bandwidth, 3e-6)
@@ -243,17 +252,30 @@ def _product(name: str, batch: int, m: int, k: int, n: int, itemsize: int, share
 
 
 def heads_cost(
-    batch: int, q_len: int, seq_len: int, num_heads: int, num_kv_heads: int, k_dim: int, v_dim: int, itemsize: int = 2
-) -> tuple[Stage, ...]:
-    """Fused attention with its own keys and values per head (MHA), per group (GQA) or for all (MQA)."""
-    rows, held = batch * num_heads * q_len, batch * num_kv_heads * seq_len
-    flops = 2 * rows * seq_len * (k_dim + v_dim)
-    return (Stage("attention", flops, itemsize * (rows + held) * (k_dim + v_dim)),)
+    batch: int, q_len: int, seq_len: int, num_heads: int, num_kv_heads: int, k_dim: int, v_dim: int, itemsize: int = 2,
+    fused: bool = True,
+) -> tuple[Stage, ...]:  # fmt: skip
+    """Attention with its own keys and values per head (MHA), per group (GQA) or for all (MQA)."""
+    if fused:
+        rows, held = batch * num_heads * q_len, batch * num_kv_heads * seq_len
+        flops = 2 * rows * seq_len * (k_dim + v_dim)
+        return (Stage("attention", flops, itemsize * (rows + held) * (k_dim + v_dim)),)
+    each, shared = batch * num_heads, num_heads // num_kv_heads
+    logits = _product("logits", each, q_len, k_dim, seq_len, itemsize, shared, max(itemsize, 4))
+    mix = _product("mix", each, q_len, seq_len, v_dim, itemsize, shared)
+    return logits, _softmax(each * q_len * seq_len, itemsize), mix
+
+
+def _softmax(count: int, itemsize: int) -> Stage:
+    """Logits, of 4 bytes at least, are read and weights written; narrower weights are made in a pass of their own."""
+    wide = max(itemsize, 4)
+    return Stage("softmax", 0, count * (2 * wide + (0 if itemsize == wide else wide + itemsize)))
 
 
 def mla_cost(
-    schedule: Schedule, dims: Dims, batch: int, q_len: int, seq_len: int, itemsize: int = 2, fused: bool = False
-) -> tuple[Stage, ...]:
+    schedule: Schedule, dims: Dims, batch: int, q_len: int, seq_len: int, itemsize: int = 2, fused: bool = False,
+    fused_heads: bool = True,
+) -> tuple[Stage, ...]:  # fmt: skip
     """The stages of a schedule as :func:`mla` runs them, or with ``q_rank`` 0 as :func:`expand` and :func:`absorb` do.
 
     Args:
@@ -262,19 +284,20 @@ def mla_cost(
         batch, q_len, seq_len: rows, queries per row, tokens held per row (the queries' own among them).
         itemsize: bytes per element of weights, activations and cache; logits have 4 at least.
         fused: whether making the absorbed query is one stage, and attention in latent space another, so that neither
-            parts nor logits leave the chip. In :func:`mla` they do; attention over expanded keys is fused always.
+            parts nor logits leave the chip. In :func:`mla` they do.
+        fused_heads: likewise for the logits over expanded keys, as in :class:`Platform`.
     """
     h, r, dn, dr, dv, rq = dims.num_heads, dims.rank, dims.nope_dim, dims.rope_dim, dims.v_dim, dims.q_rank
     if schedule in ("reuse", "recompute") and not rq:
         raise ValueError(f"{schedule} acts on query latents: give dims with a q_rank")
-    tokens, wide = batch * q_len, max(itemsize, 4)
+    tokens = batch * q_len
     queries = _product("queries", 1, tokens, rq, h * dn, itemsize)
     if schedule == "expand":
         made = batch * seq_len * h
         stages = [queries] if rq else []
         stages.append(_product("keys, values", 1, batch * seq_len, r, h * (dn + dv), itemsize))
         stages.append(Stage("join keys", 0, itemsize * (made * (2 * dn + dr) + batch * seq_len * dr)))
-        return (*stages, *heads_cost(batch, q_len, seq_len, h, h, dn + dr, dv, itemsize))
+        return (*stages, *heads_cost(batch, q_len, seq_len, h, h, dn + dr, dv, itemsize, fused_heads))
     inner = dn if schedule == "absorb" else rq
     stages, between = [_product("absorb", h, tokens, inner, r, itemsize)], 0
     if schedule == "absorb" and rq:
@@ -286,14 +309,13 @@ def mla_cost(
     if fused:  # what lies between is neither written nor read
         moved = sum(stage.bytes for stage in stages) - 2 * itemsize * between
         stages = [Stage("absorb", sum(stage.flops for stage in stages), moved)]
-    logits = _product("logits", batch, h * q_len, r + dr, seq_len, itemsize, out=wide)
+    logits = _product("logits", batch, h * q_len, r + dr, seq_len, itemsize, out=max(itemsize, 4))
     mix = _product("mix", batch, h * q_len, seq_len, r, itemsize)
     if fused:
         moved = itemsize * (h * tokens * (2 * r + dr) + batch * seq_len * (r + dr))
         stages.append(Stage("attention", logits.flops + mix.flops, moved))
     else:
-        cast = 0 if itemsize == wide else itemsize + wide
-        stages += [logits, Stage("softmax", 0, h * tokens * seq_len * (2 * wide + cast)), mix]
+        stages += [logits, _softmax(h * tokens * seq_len, itemsize), mix]
     return (*stages, _product("values", h, tokens, r, dv, itemsize))
 
 
@@ -303,7 +325,12 @@ def choose(
     among: tuple[Schedule, ...] = ("absorb", "expand"),
 ) -> Schedule:  # fmt: skip
     """The schedule with the least predicted time; the first of equals."""
-    return min(among, key=lambda way: seconds(mla_cost(way, dims, batch, q_len, seq_len, itemsize, fused), platform))
+
+    def predicted(way: Schedule) -> float:
+        stages = mla_cost(way, dims, batch, q_len, seq_len, itemsize, fused, platform.fused_heads)
+        return seconds(stages, platform)
+
+    return min(among, key=predicted)
 
 
 def crossover(dims: Dims, seq_len: float = inf) -> float:

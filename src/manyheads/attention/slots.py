@@ -54,6 +54,21 @@ def _look_up(table: Tensor, columns: Tensor) -> Tensor:
     return table.gather(1, columns.clamp(min=0).reshape(batch, heads * size)).view(batch, heads, size)
 
 
+def _extend(slots: "Slots", k: Tensor, v: Tensor) -> None:
+    """Add keys and values, in room reserved ahead while decoding."""
+    size, new = slots.size, k.shape[2]
+    if new >= _FEW or not size or k.requires_grad or slots.keys.requires_grad:
+        slots.keys, slots.values = torch.cat([slots.keys, k], 2), torch.cat([slots.values, v], 2)
+        slots._room = None
+        return
+    if slots._room is None or slots._room[0].shape[2] < size + new:
+        more = new + max(_FEW, size // 8)
+        slots._room = (_reserve(slots.keys, more), _reserve(slots.values, more))
+    room_k, room_v = slots._room
+    room_k[:, :, size : size + new], room_v[:, :, size : size + new] = k, v
+    slots.keys, slots.values = room_k[:, :, : size + new], room_v[:, :, : size + new]
+
+
 @dataclass(slots=True)
 class Slots:
     """Keys ``[B, Hs, N, dk]`` and values ``[B, Hs, N, dv]`` of N slots.
@@ -84,6 +99,7 @@ class Slots:
         """A second, independent set over the same tensors: what is appended to one does not reach the other."""
         return replace(self, extras=dict(self.extras), _room=None)
 
+    @property
     def tensors(self) -> list[Tensor | None]:
         """Everything held."""
         return [self.keys, self.values, self.index, self.valid, *self.extras.values()]
@@ -98,21 +114,8 @@ class Slots:
             self.valid = torch.cat([self.valid, self.valid.new_ones(batch, new)], 1)
         for name, x in self.extras.items():
             self.extras[name] = torch.cat([x, x.new_zeros(batch, x.shape[1], new, x.shape[3])], 2)
-        self._extend(k, v)
+        _extend(self, k, v)
         self.seen += new
-
-    def _extend(self, k: Tensor, v: Tensor) -> None:
-        size, new = self.size, k.shape[2]
-        if new >= _FEW or not size or k.requires_grad or self.keys.requires_grad:
-            self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-            self._room = None
-            return
-        if self._room is None or self._room[0].shape[2] < size + new:
-            more = new + max(_FEW, size // 8)
-            self._room = (_reserve(self.keys, more), _reserve(self.values, more))
-        room_k, room_v = self._room
-        room_k[:, :, size : size + new], room_v[:, :, size : size + new] = k, v
-        self.keys, self.values = room_k[:, :, : size + new], room_v[:, :, : size + new]
 
     def mark(self, valid: Tensor) -> None:
         """Say which of the last T columns hold tokens: ``valid [B, T]`` bool."""
@@ -123,11 +126,12 @@ class Slots:
 
     def columns(self) -> Tensor:
         """Column of each slot ``[B, Hs, N]`` (int64), -1 where a slot is empty or holds padding."""
-        columns = self._raw().long()
+        columns = self._raw.long()
         if self.valid is None:
             return columns
         return columns.masked_fill((columns < 0) | ~_look_up(self.valid, columns), -1)
 
+    @property
     def _raw(self) -> Tensor:
         """``index``, also while nothing was dropped: int32 ``[B, Hs, N]``, columns of padding included."""
         if self.index is not None:
@@ -153,7 +157,7 @@ class Slots:
         """Mask of the slots for the last T queries, ``[B, Hs | H, T, N]``, from the model's mask over all columns.
 
         Args:
-            mask: ``[B, 1 | H, T, W]`` bool as the model built it for the last W columns of the logical sequence, or None
+            mask: ``[B, 1 | H, T, W]`` bool as the model built it for the last W columns of the whole sequence, or None
                 for "causal, nothing else".
             num_queries: T.
             older: whether tokens before the W columns are visible; under a sliding window they are not.
@@ -182,13 +186,13 @@ class Slots:
         """
         self.even = self.even and whole
         self._room = None
-        self.index = torch.where(kept, self._raw().gather(2, slots), -1).int()
+        self.index = torch.where(kept, self._raw.gather(2, slots), -1).int()
         self.keys, self.values = _gather(self.keys, slots), _gather(self.values, slots)
         self.extras = {name: _gather(x, slots.expand(-1, x.shape[1], -1)) for name, x in self.extras.items()}
 
     def narrow(self, start: int, size: int) -> None:
         """Keep ``size`` slots from ``start`` on, the same for every head, and free the others."""
-        self.index = self._raw().narrow(2, start, size).clone()
+        self.index = self._raw.narrow(2, start, size).clone()
         self.keys, self.values = (x.narrow(2, start, size).clone() for x in (self.keys, self.values))
         self.extras = {name: x.narrow(2, start, size).clone() for name, x in self.extras.items()}
         self._room = None

@@ -3,7 +3,6 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..attention.budget import keep_counts, keep_limit
@@ -18,16 +17,15 @@ from ._view import QueryWindow, View
 if TYPE_CHECKING:
     from ._policy import CachePolicy
 
-__all__ = ["PolicyStore", "leave_window"]
+__all__ = ["PolicyStore", "leave_window", "look"]
 
 
 def leave_window(slots: Slots, window: int) -> None:
     """Drop what no later query of a sliding-window layer can see: the same slots that an ordinary cache drops."""
     reach = window - 1
-    if slots.size <= reach:
-        return
     if slots.index is None:
-        slots.narrow(slots.size - reach, reach)
+        if slots.size > reach:
+            slots.narrow(slots.size - reach, reach)
     else:
         gone = slots.index <= slots.seen - window
         order = gone.int().argsort(dim=-1, stable=True)[..., :reach]
@@ -126,7 +124,9 @@ class PolicyStore:
             if policy.mass or policy.observes:
                 return None
             if policy.window and self._queries is not None:
-                self._queries = self._queries.join(QueryWindow(call.q, flat.counts[:, None].clone())).last(policy.window)
+                self._queries = self._queries.join(QueryWindow(call.q, flat.counts[:, None].clone())).last(
+                    policy.window
+                )
         self._forwards += 1
         self._since += 1
         return self.tokens.decode(call)
@@ -161,15 +161,13 @@ class PolicyStore:
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
             self._gather(call, latest)
-        view = self._look(call)
+        view = look(self, call)
         if self.tokens.codec is not None and self._forwards == 1:
             self.tokens.key_scale = policy.key_scale(view)
         if due:
             self.compress(view)
         if self.record:
             self._evidence = view
-        if self.site.window is not None:
-            leave_window(slots, self.site.window)
         if self._waiting is None:
             _rest(self, call.k, call.v)
 
@@ -189,7 +187,9 @@ class PolicyStore:
         twin.group[self.site.layer or 0] = twin
         twin.tokens.slots = slots.twin()
         twin._forwards = self._forwards
-        queries = evidence.queries
+        queries, rotary = evidence.queries, evidence.rotary
+        if policy.observes and queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]:
+            raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
         call = AttentionCall(
             self.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
             softcap=evidence.softcap, sinks=evidence.sinks, rotary=evidence.rotary,
@@ -198,7 +198,7 @@ class PolicyStore:
             if policy.window:
                 twin._queries = queries.last(policy.window)
             twin._gather(call, queries)
-        view = twin._look(call)
+        view = look(twin, call)
         if twin.tokens.codec is not None:
             twin.tokens.key_scale = policy.key_scale(view)
         twin.compress(view)
@@ -218,13 +218,6 @@ class PolicyStore:
             slots.extras["mass"] = slots.extras["mass"] + mass if "mass" in slots.extras else mass
         if self.policy.observes:
             self.policy.observe(call, latest, self.state)
-
-    def _look(self, call: AttentionCall) -> View:
-        slots = self.live
-        return View(
-            call.k, call.v, slots.positions(), slots.counts(), self._queries, call.scale, call.softcap, call.sinks,
-            self.site, slots.extras["mass"][..., 0] if "mass" in slots.extras else None, call.rotary, self.state,
-        )  # fmt: skip
 
     def compress(self, view: View, share: Tensor | float | None = None) -> None:
         """Drop all but the best-scored slots of each row and head.
@@ -265,7 +258,7 @@ class PolicyStore:
             return
         if (self._queries is not None and self.policy.window) or self.policy.mass or self.policy.observes:
             raise UserError(
-                f"a cache of {self.policy.slug} cannot be cropped, what it learned from the queries cannot be unlearned: "
+                f"a cache of {self.policy.slug} cannot be cropped, what it learned of queries cannot be unlearned: "
                 "generate without an assistant or prompt lookup"
             )
         self.tokens.crop(count)
@@ -275,6 +268,16 @@ class PolicyStore:
     def nbytes(self) -> int:
         """Bytes that this layer really holds: storages of keys, values, remembered queries and bookkeeping."""
         return self.tokens.nbytes(*self.held)
+
+
+def look(store: PolicyStore, call: AttentionCall) -> View:
+    """What the policy of ``store`` sees after ``call``."""
+    slots = store.live
+    mass = slots.extras["mass"][..., 0] if "mass" in slots.extras else None
+    return View(
+        call.k, call.v, slots.positions(), slots.counts(), store._queries, call.scale, call.softcap, call.sinks,
+        store.site, mass, call.rotary, store.state,
+    )  # fmt: skip
 
 
 def _together(last: PolicyStore) -> None:
@@ -292,14 +295,19 @@ def _together(last: PolicyStore) -> None:
 
 
 def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
-    """Move a layer into flat storage where that is smaller or asked for, ``k, v`` being what attention used."""
+    """After a forward that used ``k, v``: leave the sliding window, or rest in flat storage where that is smaller."""
     tokens, policy = store.tokens, store.policy
-    slots = tokens.slots
-    if slots is None or store.site.window is not None or store.site.latent is not None or k.requires_grad:
+    if tokens.flat is not None:
+        return  # it rests already
+    slots = tokens.live
+    if store.site.window is not None:
+        leave_window(slots, store.site.window)
+        return
+    if store.site.latent is not None or k.requires_grad:
         return
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values
-    if tokens.codec is not None or (tokens.room and not store.reading) or (
-        store._ragged and policy.schedule != "step"
-    ):
+    accrues = policy.mass and policy.schedule != "prefill"  # and only slots keep attention mass
+    ragged = store._ragged and policy.schedule != "step" and not accrues
+    if tokens.codec is not None or (tokens.room and not store.reading) or ragged:
         tokens.freeze()

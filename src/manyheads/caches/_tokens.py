@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens of one cache layer: slots while many come at a time, flat storage while one comes after the other."""
 
-import torch
 from torch import Tensor
 
 from ..attention.codec import Codec
@@ -50,7 +49,7 @@ class Tokens:
     def held(self) -> list[Tensor | None]:
         """Every tensor kept."""
         store = self.slots if self.flat is None else self.flat
-        return [self.key_scale] if store is None else [*store.tensors(), self.key_scale]
+        return [self.key_scale] if store is None else [*store.tensors, self.key_scale]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take ``k, v [B, Hs, T, d]``; return all slots, the new ones last, or a single new token alone."""
@@ -78,8 +77,8 @@ class Tokens:
                 self.flat.thaw(), codec=self.codec, window=self.window, key_scale=self.key_scale, room=more
             )
         (k, v), self._incoming = self._incoming, None
-        self.flat.append(k, v, None if call.mask is None else call.mask[:, :, 0, 0].any(1).expand(k.shape[0]))
-        return self.flat.attend(call.q, call.scale)
+        real = None if call.mask is None else call.mask[:, :, 0, 0].any(1).expand(k.shape[0])
+        return self.flat.decode(call.q, k, v, call.scale, real)
 
     def thaw(self) -> None:
         """Bring the tokens back into slots, with the one that came last."""

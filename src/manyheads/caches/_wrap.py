@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,7 +30,9 @@ class Wrapper(CachePolicy):
     """
 
     base: str = field(default="snapkv", metadata={"help": "strategy inside: snapkv, or snapkv(window_size=16)"})
-    schedule: Schedule = field(default="base", metadata={"help": "prefill, chunk, step, a number; the base's if not given"})
+    schedule: Schedule = field(
+        default="base", metadata={"help": "prefill, chunk, step, a number; the base's if not given"}
+    )
 
     def __post_init__(self) -> None:
         slug, colon, fields = self.base.partition(":")
@@ -38,11 +41,14 @@ class Wrapper(CachePolicy):
         inside = parse(self.base)
         if not isinstance(inside, CachePolicy) or type(inside).store is not CachePolicy.store:
             raise UserError(f"{self.slug} cannot stand around {inside.slug}, which keeps its cache in a way of its own")
-        plain = {f.name: f.default for f in dataclasses.fields(inside)}
-        if inside.budget != plain["budget"]:
+        if re.search(r"\bbudget\s*=", self.base):
             raise UserError(f"{self.slug}: give the budget outside, {self.slug}:base={inside.slug},budget=...")
         if self.schedule == "base":
             object.__setattr__(self, "schedule", inside.schedule)
+        if self.codec is not None and inside.mass and self.schedule != "prefill":
+            raise UserError(
+                f"{self.slug} packs its tokens, and {inside.slug} adds up attention: use schedule=prefill"
+            )
         for name in ("sinks", "recent"):
             object.__setattr__(self, name, max(getattr(self, name), getattr(inside, name)))
         super().__post_init__()

@@ -39,7 +39,7 @@ class Arm:
 
     @property
     def key(self) -> str:
-        if self.slug == BASELINE or not hasattr(self.strategy, "budget"):
+        if not getattr(self.strategy, "sized", hasattr(self.strategy, "budget")):
             return self.label
         return f"{self.label}{',' if ':' in self.label else ':'}budget={self.budget}"
 
@@ -105,7 +105,7 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
             arms.append(Arm(strategy, strategy.spec))
             continue
         label = _label(given, strategy)
-        if own:
+        if own or not getattr(strategy, "sized", True):
             arms.append(Arm(strategy, label))
             continue
         if not values:
@@ -147,14 +147,17 @@ class Prefix:
     def __init__(self, model: nn.Module, ids: Tensor, arms: Iterable[Arm]) -> None:
         self.model = model
         self.ids = ids
-        record = max([_LEAST_RECORD, *(arm.record for arm in arms if arm.forks)])
-        self._dense = new_cache(model, parse(BASELINE), record=record)
-        _forward(model, ids, self._dense, 1)
+        self._record = max([_LEAST_RECORD, *(arm.record for arm in arms if arm.forks)])
+        self._read()
+
+    def _read(self) -> None:
+        self._dense = new_cache(self.model, parse(BASELINE), record=self._record)
+        _forward(self.model, self.ids, self._dense, 1)
 
     def extend(self, ids: Tensor) -> None:
-        """Read on: ``ids [B, T]``."""
+        """Read on: ``ids [B, T]``. All in one forward, whose evidence is what a strategy would have of the prompt."""
         self.ids = torch.cat([self.ids, ids], 1)
-        _forward(self.model, ids, self._dense, 1)
+        self._read()
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:

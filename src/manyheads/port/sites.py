@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..attention.causal import causal_tail
 from ..attention.reference import repeat_kv
+from ..attention.rope import copies
 from ..call import AttentionCall, Site, Store
 from ..errors import UserError
 from ..strategy import Strategy, overrides
@@ -111,6 +112,7 @@ class SiteState:
         self.ports = 0
         self.store: Store | None = None
         self.rotary: tuple[Tensor, Tensor] | None = None
+        self.copies: int | None = None  # of the model's rotary tables, to be in the half-split layout; 0 for never
         self.entries: list[Entry] = []
         self.handle = module.register_forward_pre_hook(self._take_cache, with_kwargs=True)
         self._sort()
@@ -167,8 +169,7 @@ class SiteState:
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
         self.store = None
-        rotary = kwargs.get("position_embeddings")
-        self.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
+        self.rotary = _tables(kwargs.get("position_embeddings"))
         if self.site.layer is None or not self.site.causal:
             return
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
@@ -197,9 +198,11 @@ class SiteState:
             if not entry.called:
                 entry.called = True
         if self.store is not None:
-            answer = getattr(self.store, "attend", None) if self._alone else None
+            answer = (
+                getattr(self.store, "attend", None) if self._alone and not kwargs.get("output_attentions") else None
+            )
             if answer is not None and (answered := answer(call)) is not None:
-                self.store = None
+                self.store = self.rotary = None
                 return answered, None
             call = self.store.admit(call)
             if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
@@ -236,7 +239,7 @@ class SiteState:
         is_causal = bool(causal) and mask is None and q.shape[2] > 1 and not self.eager
         if mask is not None and mask.dtype != torch.bool:  # a user's own additive mask
             bias, mask = mask if bias is None else bias + mask, None
-        if is_causal and k.shape[2] > q.shape[2] and self.store is None:  # SDPA reads a longer static cache from its start
+        if is_causal and k.shape[2] > q.shape[2] and self.store is None:  # SDPA reads a static cache from its start
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
         scale = kwargs.get("scaling")
         return AttentionCall(
@@ -244,7 +247,7 @@ class SiteState:
             is_causal=is_causal, softcap=kwargs.get("softcap") if self.eager else None,  # SDPA reads neither
             sinks=kwargs.get("s_aux") if self.eager else None,
             dropout=kwargs.get("dropout", 0.0), positions=kwargs.get("position_ids"),
-            rotary=self.rotary,
+            rotary=_halves(self, module, q.shape[-1]),
             step=k.shape[2] - q.shape[2] if self.store is None else self.store.seen - q.shape[2], cache=self.store,
         )  # fmt: skip
 
@@ -269,6 +272,27 @@ class SiteState:
             return causal_tail(call.q, call.k, call.v, call.scale, call.dropout), None
         out, weights = self.base(module, call.q, call.k, call.v, mask, **kwargs)
         return out, weights
+
+
+def _halves(state: SiteState, module: nn.Module, head_dim: int) -> tuple[Tensor, Tensor] | None:
+    """The rotary tables of the latest forward in half-split layout, where the model's rotation has one."""
+    if state.rotary is None or state.site.latent is not None:
+        return None
+    if state.copies is None:
+        apply = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
+        state.copies = 0 if apply is None else copies(apply, state.rotary[0].shape[-1], head_dim)
+    if state.copies < 2:
+        return state.rotary if state.copies else None
+    cos, sin = state.rotary
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+
+
+def _tables(given: Any) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines ``[B, T, rotary_dim]`` among the arguments of an attention module."""
+    if not isinstance(given, tuple) or len(given) != 2:
+        return None
+    cos, sin = given
+    return (cos, sin) if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.ndim == sin.ndim == 3 else None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

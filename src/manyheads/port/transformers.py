@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Strategy, overrides
-from .cache import ForkableStore, SlotCache, install
+from .cache import ForkableStore, SlotCache, StoreLayer, install
 from .configs import switch_configs
 from .sites import Entry, SiteState, architectures, find_sites, is_eager
 
@@ -184,8 +184,10 @@ def _reserve(store: Any, strategy: Strategy, site: Site, room: int) -> None:
     """Make ``store`` keep room for compiled decoding. Raises UserError where it cannot."""
     if not hasattr(store, "room") or getattr(strategy, "schedule", "prefill") not in ("prefill", "chunk"):
         raise UserError(
-            f"{strategy.spec} evicts while it decodes, which cannot be compiled; leave room away or write schedule=chunk"
+            f"{strategy.spec} evicts while it decodes, which cannot be compiled; leave room away or use schedule=chunk"
         )
+    if getattr(strategy, "mass", False) and getattr(strategy, "schedule", "prefill") == "chunk":
+        raise UserError(f"{strategy.spec} goes on adding up attention while it decodes; use schedule=prefill")
     if site.window is not None or site.latent is not None:
         raise UserError(f"{site.name} has a sliding window or latents and cannot be compiled; leave room away")
     store.room = room

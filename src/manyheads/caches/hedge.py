@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep what the text is about to use, and what any question could ask for, in 4 bits, wherever in the model it is.
+
+Ours, not a paper's. A cache is compressed before it is known what comes next, and the strategies it stands on each bet
+on one future. Scores from the prompt's own queries (SnapKV, arXiv 2404.14469) expect the text to go on as it went, and
+lose what only a later question will need. Key diversity (KeyDiff, arXiv 2504.15364) keeps what stands out, whatever may
+be asked, and loses what ordinary text lives on. This one hedges, in four parts:
+
+- **Distinctness** for the unknown question: -cos(key, mean of unit keys) as in KeyDiff, but with the rotation of the
+  position undone. Rotated keys differ because they stand apart; these differ only by what they say.
+- **Foresight** for the text that goes on: the last ``window_size`` queries are turned on to the next position, as if
+  asked again there, and attend to all keys at once beside the tokens near their own place, which new text will have of
+  its own. Where p_tj are the weights, a token counts by the root mean square of what it adds to the output,
+  sqrt(mean_t p_tj^2) * |v_j|: the square root of the squared error that dropping it alone would bring. (Expected
+  attention, arXiv 2510.00636, turns a Gaussian of the queries on and takes the mean.)
+- **One ranking over the model.** All tokens of all heads and layers are ranked by either score, and a token stands
+  where the better of its places, p_distinct / ``distinct`` and p_foresight / (1 - ``distinct``), puts it; the best
+  stay. Both scores mean the same in every head, so a head whose keys are all alike, or that looks at its neighbours
+  only, leaves its bytes to the few that look things up (Ada-KV, arXiv 2407.11550, does so among the heads of a layer).
+- **Four bits.** What stays is stored as INT4 with keys scaled by rotary pair (FireQ, arXiv 2505.20839, "pre"), but for
+  the ``recent`` last tokens: about 3.5 tokens in the bytes of one.
+
+So ``budget`` counts bytes: a fraction of what the whole cache takes in 16 bits, or the bytes of so many 16-bit tokens
+per head. Codes, scales, positions, the recent tokens and places for 16 tokens to come are counted. 1.0 keeps everything
+as it is. With ``bits=none`` the budget counts tokens, as everywhere else.
+
+The rotation per position is read off the model's cosines and sines, of the longest forward that evicted. Where the
+model passes none on in halves, or caches latents, keys and queries are taken as they are. Latent caches and
+sliding-window layers are not packed; a sliding-window layer has a ranking and a budget of its own, in tokens.
+
+Evicting waits until the last layer has read the prompt, so the peak of a prompt read at once is that of a full cache.
+Tokens that come after it are packed and kept (``schedule=prefill``); with ``chunk`` they are ranked anew whenever many
+come at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..attention import reference, rope
+from ..attention.budget import keep_counts
+from ..attention.codec import Codec, codec
+from ..errors import UserError
+from ._policy import CachePolicy
+from ._view import View
+
+__all__ = ["Hedge"]
+
+_NEAR = 32  # tokens around a query that new text will have of its own
+_TO_COME = 16  # tokens that packed storage has places for from the beginning
+_FLOOR = 1e-3  # of the largest pair of a head, the least that a pair counts as
+_BLOCK = 2**24  # weights held at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hedge(CachePolicy):
+    """Distinct keys and what the prompt would look up next, ranked over all layers, stored in 4 bits.
+
+    Attributes:
+        budget: bytes, as a fraction of the 16-bit cache or as so many of its tokens per head; tokens if not packed.
+        sinks: first tokens that are never dropped.
+        recent: last tokens that are never dropped, and stay in the model's dtype.
+        distinct: part of the ranking that goes by distinctness, between 0 and 1; the rest goes by foresight.
+        window_size: last queries that are asked again.
+        bits: ``int4``, ``fp8``, or ``none`` for the model's own dtype.
+    """
+
+    together: ClassVar[bool] = True
+
+    sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
+    recent: int = field(default=16, metadata={"help": "last tokens that are never dropped and stay in 16 bits"})
+    distinct: float = field(default=0.35, metadata={"help": "part of the ranking that goes by distinctness, 0 to 1"})
+    window_size: int = field(default=512, metadata={"help": "last queries that are asked again"})
+    bits: Literal["int4", "fp8", "none"] = field(default="int4", metadata={"help": "int4, fp8, or none: 16 bits"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.distinct < 1:
+            raise UserError(f"hedge: distinct is a part between 0 and 1, not {self.distinct}")
+        if self.window_size < 1:
+            raise UserError("hedge: window_size counts queries and is at least 1")
+        if self.schedule not in ("prefill", "chunk"):
+            raise UserError(f"hedge ranks the whole model at once: schedule is prefill or chunk, not {self.schedule}")
+        super().__post_init__()
+
+    @property
+    def window(self) -> int:
+        return self.window_size
+
+    @property
+    def codec(self) -> Codec | None:
+        whole = isinstance(self.budget, float) and self.budget == 1.0
+        return None if self.bits == "none" or whole else codec(self.bits)
+
+    @property
+    def codec_window(self) -> int:
+        return self.recent
+
+    def key_scale(self, view: View) -> Tensor | None:
+        """1 / the largest norm of each rotary pair, or the largest size of each channel where pairs are unknown."""
+        empty = (view.positions[:, 0] < 0)[..., None]
+        tops = []
+        for k in view.k.unbind(1):
+            sizes = k.float().abs() if view.rotary is None else rope.pair_norms(k.float(), view.rotary[0].shape[-1])
+            tops.append(sizes.masked_fill(empty, 0.0).amax(1))
+        top = torch.stack(tops, 1)
+        most = top.amax(-1, keepdim=True)
+        return torch.where(most > 0, 1 / top.maximum(_FLOOR * most), 1.0)
+
+    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+        """Rank the tokens of all layers together, and note in each layer's state what it keeps."""
+        whole = [view for view in views.values() if view.site.window is None]
+        for pool in [whole, *([view] for view in views.values() if view.site.window is not None)]:
+            if pool:
+                self._rank(pool)
+        shares = {}
+        for layer, view in views.items():
+            equal = keep_counts(self.budget, view.counts).clamp(min=1)
+            shares[layer] = view.state["kept"].float().mean(1) / equal
+        return shares
+
+    def score(self, view: View) -> Tensor:
+        if "ranking" not in view.state:
+            self._rank([view])
+        return view.state.pop("ranking")
+
+    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
+        del scores, budgets
+        return view.state["kept"]
+
+    def _rank(self, views: list[View]) -> None:
+        """Write the joint ranking ``[B, Hs, N]`` and how many of it stay ``[B, Hs]`` into the state of each view."""
+        places = [
+            _places([score(view) for view in views]) for score in (distinctness, foresight)
+        ]  # of each score and layer
+        ranks, total = [], torch.zeros_like(views[0].counts)
+        for view, by_key, by_use in zip(views, *places, strict=True):
+            rank = -torch.minimum(by_key / self.distinct, by_use / (1 - self.distinct))
+            ranks.append(rank.masked_fill(view.positions < 0, -torch.inf))
+            view.state["ranking"] = ranks[-1]
+            total = total + self.room(view) * view.positions.shape[1]
+        fixed = [r.masked_fill(self.protect(view), torch.inf) for r, view in zip(ranks, views, strict=True)]
+        order = _places(fixed)
+        for view, place, rank in zip(views, order, fixed, strict=True):
+            view.state["kept"] = ((place <= total[:, None, None]) & (rank > -torch.inf)).sum(-1)
+
+    def room(self, view: View) -> Tensor:
+        """Tokens of a head that the budget's bytes hold on average, ``[B]``."""
+        slots = keep_counts(self.budget, view.counts)
+        packing, (key, value) = self.codec, (view.k.shape[-1], view.v.shape[-1])
+        if packing is None or view.site.window is not None or view.site.latent is not None or key != value:
+            return slots
+        vector = packing.encode(view.k.new_zeros(key))[0].nbytes + 2  # and its scale
+        token = 2 * vector + 4  # and its position
+        rest = (self.recent + 1) * (4 * key + 4) + 6 * key + 72  # recent tokens, key factors and angles, counters
+        packed = (slots * (4 * key) - rest - _TO_COME * token).div(token, rounding_mode="floor")
+        packed = (packed + self.recent).clamp(min=self.protected)
+        return torch.where(slots < view.counts, packed.minimum(view.counts), view.counts)
+
+
+def _places(scores: list[Tensor]) -> list[Tensor]:
+    """Place of each of ``[B, Hs, N]`` among all of its row, 1 for the best; of equals the newer, then the first."""
+    flat = torch.cat([x.flip(-1).flatten(1) for x in scores], 1)
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=torch.float64)
+    ranked = torch.empty_like(place.expand_as(flat)).scatter(1, order, place.expand_as(flat))
+    pieces = ranked.split([x.shape[1] * x.shape[2] for x in scores], 1)
+    return [piece.view(x.shape).flip(-1) for piece, x in zip(pieces, scores, strict=True)]
+
+
+def _stored(x: Tensor, view: View) -> Tensor:
+    """``[B, Hkv, N]`` averaged to the heads as stored, -inf where there is no token, or none that later queries see."""
+    out: Tensor = x.unflatten(1, (view.positions.shape[1], -1)).mean(2)
+    return out.masked_fill(~_seen(view), -torch.inf)
+
+
+def _seen(view: View) -> Tensor:
+    """Slots that hold a token which the next query sees, bool ``[B, Hs, N]``."""
+    held = view.positions >= 0
+    if view.site.window is None:
+        return held
+    return held & (view.positions > (view.counts - view.site.window)[:, None, None])
+
+
+def _angles(view: View) -> Tensor | None:
+    """Angle per position of each rotary pair ``[B, r / 2]``, as the longest forward showed it; None where unknown."""
+    state = view.state
+    if view.rotary is None or view.rotary[0].shape[1] < 2:
+        return state.get("angle_step")
+    cos, sin = (x.expand(view.positions.shape[0], -1, -1) for x in view.rotary)
+    at = view.positions[:, 0, -cos.shape[1] :]
+    step, span = rope.angle_step((cos, sin), at), (at >= 0).sum(1)
+    if "angle_step" in state:
+        longer = span > state["angle_span"]
+        step, span = torch.where(longer[:, None], step, state["angle_step"]), span.maximum(state["angle_span"])
+    state["angle_step"], state["angle_span"] = step, span
+    return step
+
+
+def _turned(x: Tensor, by: Tensor, step: Tensor | None) -> Tensor:
+    """``x [B, H, T, d]`` turned on by ``by [B, T]`` positions."""
+    if step is None:
+        return x
+    angles = by[..., None] * step[:, None]
+    angles = torch.cat([angles, angles], -1)
+    return rope.rotate(x, (angles.cos(), angles.sin()))
+
+
+def distinctness(view: View) -> Tensor:
+    """How little each key has in common with the others of its head, positions aside: ``[B, Hs, N]``."""
+    step, scores = _angles(view), []
+    positions = view.positions.repeat_interleave(view.k.shape[1] // view.positions.shape[1], 1)
+    for k, at in zip(view.k.unbind(1), positions.unbind(1), strict=True):  # a head at a time: float32 copies are large
+        k = _turned(k.float()[:, None], -at.float(), step)[:, 0]
+        k = torch.nn.functional.normalize(k, dim=-1).masked_fill((at < 0)[..., None], 0.0)
+        scores.append(-torch.nn.functional.cosine_similarity(k, k.sum(1, keepdim=True), dim=-1))
+    return _stored(torch.stack(scores, 1), view)
+
+
+def foresight(view: View) -> Tensor:
+    """Root mean square of what each token adds to the output when the last queries are asked again: ``[B, Hs, N]``."""
+    assert view.queries is not None
+    asked, heads, cap = view.queries.positions, view.queries.q.shape[1], view.softcap
+    step, k, size = _angles(view), view.k.float(), view.k.shape[2]
+    hidden = ~reference.repeat_kv(_seen(view), heads)[:, :, None]
+    # The tokens near a query are among the latest: one slot a position.
+    late = reference.repeat_kv(view.positions, k.shape[1]).topk(min(size, asked.shape[1] + _NEAR), -1)
+    beside = k.gather(2, late.indices[..., None].expand(-1, -1, -1, k.shape[3]))
+    places = reference.repeat_kv(late.values, heads)[:, :, None]
+    total = k.new_zeros(k.shape[0], heads, size)
+    block = max(1, _BLOCK // total.numel())
+    for q, at in zip(view.queries.q.float().split(block, 2), asked.split(block, 1), strict=True):
+        again, at = _turned(q, (view.counts[:, None] - at).float(), step), at[:, None, :, None]
+        new = reference.logits(again, k, scale=view.scale, softcap=cap).masked_fill_(hidden, -torch.inf)
+        old = reference.logits(q, beside, scale=view.scale, softcap=cap)
+        near = (places >= 0) & (places <= at) & (places > at - _NEAR)
+        whole = torch.logaddexp(new.logsumexp(-1), reference.logsumexp(old, near, view.sinks))[..., None]
+        weights = new.sub_(whole.masked_fill(whole == -torch.inf, torch.inf)).exp_()
+        total += weights.masked_fill_(at < 0, 0.0).square_().sum(2)
+    mean = total / (asked >= 0).sum(1).clamp(min=1)[:, None, None]
+    used = mean.unflatten(1, (k.shape[1], -1)).mean(2).sqrt() * torch.linalg.vector_norm(view.v.float(), dim=-1)
+    return _stored(used, view)

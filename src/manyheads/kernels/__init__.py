@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hand-written GPU kernels. Only the submodules import Triton, so this package is imported anywhere at no cost.
+
+Each kernel has a twin in plain torch, which says what it computes: ``decode`` -> ``attention.flat``, ``mass`` ->
+``attention.mass``. The kernels are taken where :func:`available` says so.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+__all__ = ["available"]
+
+
+def available() -> bool:
+    """Whether the kernels can run: Triton is installed and there is a CUDA device."""
+    return torch.cuda.is_available() and find_spec("triton") is not None

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
+"""The Triton kernels of :mod:`manyheads.kernels.decode`, where their method stands.
+
+Constants of a launch: G query heads share a key/value head and fill ROWS rows of a matrix fragment; D channels; BLOCK
+tokens a step; CODEC ``plain``, ``int4`` or ``fp8``, in PIECES; ASM: turn codes into numbers by PTX, not by Triton's own
+operations; LAST: there is one part, so the partial result is the result; PDL: a kernel may start before its
+predecessor has ended, and waits for it itself.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["combine", "partial"]
+
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.constexpr_function
+def _asm(codec: str, piece: int) -> str:
+    """PTX that turns two 16-bit elements of codes into two float16, those of piece ``piece``."""
+    byte, high = divmod(piece, 2)
+    if codec == "int4":
+        # The nibble goes into the mantissa of 1024, where it counts 1 (low) or 16 (high); fma(t, 1, -1032) or
+        # fma(t, 1/16, -72) is the code.
+        move = "shr.u32 t, $1, 8;" if byte else "mov.b32 t, $1;"
+        mask, times, minus = (
+            ("0x00F000F0", "0x2C002C00", "0xD480D480") if high else ("0x000F000F", "0x3C003C00", "0xE408E408")
+        )
+        work = f"{move} lop3.b32 t, t, {mask}, 0x64006400, 0xEA; mov.b32 u, {times}; mov.b32 v, {minus};"
+        return f"{{.reg .b32 t, u, v; {work} fma.rn.f16x2 $0, t, u, v;}}"
+    # An e4m3 number has the bits of a float16 of another bias, 2^8 times too small: sign to bit 15, the rest to 13..7.
+    move = "mov.b32 s, $1; shr.u32 t, $1, 1;" if piece else "shl.b32 s, $1, 8; shl.b32 t, $1, 7;"
+    return f"{{.reg .b32 s, t; {move} and.b32 s, s, 0x80008000; lop3.b32 $0, t, 0x3F803F80, s, 0xEA;}}"
+
+
+@triton.jit
+def _numbers(x, like, PIECE: tl.constexpr, CODEC: tl.constexpr, ASM: tl.constexpr):
+    """Piece ``PIECE`` of the elements ``x`` as numbers of the dtype of ``like``: codes, those of FP8 divided by 256."""
+    if CODEC == "plain":
+        y = x
+    elif ASM:
+        asm: tl.constexpr = _asm(CODEC, PIECE)
+        y = tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    elif CODEC == "int4":
+        y = (((x >> (4 * PIECE)) & 15) - 8).to(like.dtype)
+    else:
+        x = x >> (8 * PIECE)
+        y = (((x & 0x80) << 8) | ((x & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True).to(like.dtype)
+    return y
+
+
+@triton.jit
+def _queries(q_ptr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, CODEC: tl.constexpr):
+    """The pieces of the queries, and a power of two that they were divided by.
+
+    Codes are float16 where the queries have 16 bits. The largest magnitude of a query is brought to 1 .. 2 for that:
+    bfloat16 has fewer mantissa bits than float16 but a wider range.
+    """
+    g = tl.arange(0, ROWS)
+    queries = ()
+    for i in tl.static_range(PIECES):
+        at = g[:, None] * D + _channels(i, PIECES, CODEC, D)[None, :]
+        queries += (tl.load(q_ptr + at, mask=(g < G)[:, None], other=0.0),)
+    unit = 1.0
+    if CODEC != "plain" and queries[0].dtype != tl.float32:
+        most = tl.abs(queries[0].to(tl.float32))
+        for i in tl.static_range(1, PIECES):
+            most = tl.maximum(most, tl.abs(queries[i].to(tl.float32)))
+        most = tl.max(most)
+        unit = tl.exp2(tl.floor(tl.log2(tl.where(most == 0.0, 1.0, most))))
+        small = ()
+        for i in tl.static_range(PIECES):
+            small += ((queries[i].to(tl.float32) / unit).to(tl.float16),)
+        queries = small
+    return queries, unit
+
+
+@triton.jit
+def _channels(PIECE: tl.constexpr, PIECES: tl.constexpr, CODEC: tl.constexpr, D: tl.constexpr):
+    """Channels of piece ``PIECE``, one for each element of a row."""
+    c = tl.arange(0, D // PIECES)
+    if CODEC == "int4":  # byte b of an element holds two channels, D / 2 apart
+        c = c * (PIECES // 2) + PIECE // 2 + (PIECE % 2) * (D // 2)
+    elif CODEC == "fp8":
+        c = c * PIECES + PIECE
+    return c
+
+
+@triton.jit
+def _scales(k_scale, v_scale, held, factor, FULL: tl.constexpr, ASM: tl.constexpr):
+    """Factor and summand of the logits of a block.
+
+    The summand, the logarithm of the value's scale, makes the exponential of a logit the weight times that scale, so
+    that the value needs none; the sum of the weights takes it back. It hides tokens that are not held.
+    """
+    v_scale = v_scale.to(tl.float32) * FULL
+    if ASM:
+        log: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        lift = tl.inline_asm_elementwise(log, "=f,f", [v_scale], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        lift = tl.log2(v_scale)
+    lift = tl.where(lift < -100.0, -100.0, lift)
+    return tl.where(held, k_scale.to(tl.float32) * factor, 0.0), tl.where(held, lift, float("-inf"))
+
+
+@triton.jit
+def _span(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, lead, start, stop, factor,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PIECES: tl.constexpr, CODEC: tl.constexpr, ASM: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Attention of the G queries at ``q_ptr`` over the rows ``start .. stop`` of one head, but not those below ``lead``."""
+    WIDTH: tl.constexpr = D // PIECES
+    g = tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK)
+    queries, unit = _queries(q_ptr, G, ROWS, D, PIECES, CODEC)
+    acc = ()
+    for _ in tl.static_range(PIECES):
+        acc += (tl.zeros([ROWS, WIDTH], tl.float32),)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    # Float16 weights reach up to 2^15, so that those far below the largest do not vanish.
+    ROOM: tl.constexpr = 15.0 if queries[0].dtype == tl.float16 else 0.0
+    FULL: tl.constexpr = 256.0 if CODEC == "fp8" else 1.0
+    factor *= unit * FULL
+    k_ptr += start.to(tl.int64) * WIDTH
+    v_ptr += start.to(tl.int64) * WIDTH
+    cells = n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    k_scale_ptr += start
+    v_scale_ptr += start
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
+        held = n < stop - first
+        if CODEC != "plain":
+            # Eight scales fill a vector of memory, and a vector is read as a whole: rows around the held ones too.
+            read = n < tl.cdiv(stop - first, 8) * 8
+            k_scale = tl.load(k_scale_ptr + n, mask=read, other=0.0)
+            v_scale = tl.load(v_scale_ptr + n, mask=read, other=1.0)
+            held &= n >= lead - first
+            k_scale, lift = _scales(k_scale, v_scale, held, factor, FULL, ASM)
+        keys = tl.load(k_ptr + cells, mask=held[:, None], other=0)
+        values = tl.load(v_ptr + cells, mask=held[:, None], other=0)
+        x = tl.zeros([ROWS, BLOCK], tl.float32)
+        for i in tl.static_range(PIECES):
+            y = _numbers(keys, queries[i], i, CODEC, ASM)
+            x = tl.dot(queries[i], tl.trans(y), x, input_precision="tf32x3")
+        if CODEC == "plain":
+            x = tl.where(held[None, :], x * factor, float("-inf"))
+        else:
+            x = x * k_scale[None, :] + lift[None, :]
+        new = tl.maximum(top, tl.max(x, 1))
+        base = tl.where(new == float("-inf"), 0.0, new) - ROOM
+        shrink = tl.exp2(top - ROOM - base)
+        p = tl.exp2(x - base[:, None])
+        if CODEC == "plain":
+            total = total * shrink[:, None] + p
+        else:
+            total = total * shrink[:, None] + p * tl.exp2(-tl.maximum(lift, -100.0))[None, :]
+        top = new
+        p = p.to(queries[0].dtype)
+        grown = ()
+        for i in tl.static_range(PIECES):
+            y = _numbers(values, queries[i], i, CODEC, ASM)
+            grown += (tl.dot(p, y, acc[i] * shrink[:, None], input_precision="tf32x3"),)
+        acc = grown
+        k_ptr += BLOCK * WIDTH
+        v_ptr += BLOCK * WIDTH
+        k_scale_ptr += BLOCK
+        v_scale_ptr += BLOCK
+    sums = tl.sum(total, 1)
+    share = 1.0 / tl.where(sums == 0.0, 1.0, sums)
+    for i in tl.static_range(PIECES):
+        at = g[:, None] * D + _channels(i, PIECES, CODEC, D)[None, :]
+        tl.store(out_ptr + at, acc[i] * share[:, None], mask=(g < G)[:, None])
+    lse = tl.where(sums == 0.0, float("-inf"), top - ROOM + tl.log2(sums))
+    tl.store(lse_ptr + g, lse * _LN2 if LAST else lse, mask=g < G)
+
+
+@triton.jit(do_not_specialize=["splits", "recent_size"])
+def partial(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, recent_k_ptr, recent_v_ptr, recent_length_ptr, offset_ptr,
+    length_ptr, out_ptr, lse_ptr, factor, splits, recent_size, recent_stride,
+    HEADS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PIECES: tl.constexpr, CODEC: tl.constexpr, RECENT: tl.constexpr, ASM: tl.constexpr,
+    LAST: tl.constexpr, PDL: tl.constexpr, RECENT_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (pair, split): a share of the tokens of a (row, key/value head); the recent ones are the last split."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    slot = pair * tl.num_programs(1) + split
+    q_ptr += pair * G * D
+    out_ptr += slot * G * D
+    lse_ptr += slot * G
+    if split < splits:
+        length = tl.load(length_ptr + pair)
+        first = tl.load(offset_ptr + pair)
+        lead = length * 0
+        if CODEC != "plain":  # rows are counted from the vector of scales that the first one lies in
+            lead = (first % 8).to(tl.int32)
+            first = first // 8 * 8
+            length = tl.where(length > 0, length + lead, 0)
+        share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+        start = split * share
+        stop = tl.minimum(start + share, length)
+        _span(
+            q_ptr, k_ptr + first * (D // PIECES), v_ptr + first * (D // PIECES), k_scale_ptr + first,
+            v_scale_ptr + first, out_ptr, lse_ptr, lead, start, stop, factor,
+            G, ROWS, D, BLOCK, STAGES, PIECES, CODEC, ASM, LAST,
+        )  # fmt: skip
+    elif RECENT:
+        length = tl.load(recent_length_ptr + pair // HEADS * recent_stride)
+        at = pair * recent_size * D
+        _span(
+            q_ptr, recent_k_ptr + at, recent_v_ptr + at, q_ptr, q_ptr, out_ptr, lse_ptr, 0, length * 0, length, factor,
+            G, ROWS, D, RECENT_BLOCK, STAGES, 1, "plain", False, LAST,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["parts"])
+def combine(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, parts,
+    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (head, columns): the partial outputs of a query head, each by its share of the exponentials."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    head = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, PARTS)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    slots = (head // G * parts + s) * G + head % G
+    lse = tl.load(part_lse_ptr + slots, mask=s < parts, other=float("-inf"))
+    part = tl.load(part_ptr + slots[:, None] * D + c[None, :], mask=(s < parts)[:, None], other=0.0)
+    top = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + head * D + c, out)
+    tl.store(lse_ptr + head, (top + tl.log2(total)) * _LN2)
