@@ -11,8 +11,8 @@ kvpress 0.5.5 needs transformers below 5.3, which manyheads does not run on: giv
 
     python benchmarks/caches.py --peer peer --json benchmarks/caches.json
 
-Decoding is greedy. Arms that compile (ours, StaticCache) go through ``generate``, its own overhead included; the others
-run the bare model in a loop without waiting for a token, which favours them.
+Decoding is greedy. Ours goes through ``manyheads.port.decoding.decode``, StaticCache through ``generate``, which
+compiles it, its own overhead included; the others run the bare model in a loop without waiting for a token.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 SLOTS = 8192  # 12.5 % of 65,536
-NEW = 64  # tokens decoded
-WARM = 16  # of them not timed: compilation and capture
+NEW = 96  # tokens decoded
+WARM = 32  # of them not timed: compilation and capture
 CHUNK = 4096
 KEPT = ("snapkv", "fireq+snapkv")
 
@@ -148,6 +148,7 @@ def held(cache: Any) -> int:
 def ours(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
     """A budget of slots, evicted chunk by chunk; compiled decoding."""
     import manyheads
+    from manyheads.port.decoding import decode
     from manyheads.port.transformers import new_cache, prefill
 
     budget = f"budget={case.slots},schedule=chunk"
@@ -156,8 +157,15 @@ def ours(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
         cache = new_cache(model, manyheads.parse(spec), room=NEW + 32)
         _, seconds = timed(lambda: prefill(model, ids, cache, CHUNK))
         size, peak = cache.bytes(), torch.cuda.max_memory_allocated() / 2**30
-        return {"prefill_s": seconds, "prefill_peak_gib": peak, "cache_bytes": size,
-                "ms_per_token": generated(model, ids, cache)}  # fmt: skip
+        looks: list[float] = []
+
+        def look(_: int) -> None:
+            torch.cuda.synchronize()
+            looks.append(perf_counter())
+
+        decode(model, ids, cache, NEW, progress=look)
+        per_token = 1e3 * (looks[-1] - looks[0]) / (NEW - WARM)
+        return {"prefill_s": seconds, "prefill_peak_gib": peak, "cache_bytes": size, "ms_per_token": per_token}
 
 
 def full(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
@@ -219,7 +227,6 @@ def cases(arms: list[str], contexts: list[int], batches: list[int]) -> list[Case
 
 def measure(model: Any, case: Case) -> dict[str, Any]:
     """The row of one case; an arm that does not fit in memory says so."""
-    torch._dynamo.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator(device="cuda").manual_seed(case.context)
@@ -235,8 +242,10 @@ def measure(model: Any, case: Case) -> dict[str, Any]:
     return row
 
 
-def run(arms: list[str], contexts: list[int], batches: list[int], path: Path | None) -> list[dict[str, Any]]:
-    """Measure, print and store row by row."""
+def run(
+    arms: list[str], contexts: list[int], batches: list[int], keep: Callable[[list[dict[str, Any]]], Any]
+) -> list[dict[str, Any]]:
+    """Measure and print; ``keep`` is given the rows so far after each."""
     import transformers
 
     model = build()
@@ -252,8 +261,7 @@ def run(arms: list[str], contexts: list[int], batches: list[int], path: Path | N
         row["copy_bandwidth_gbs"] = bandwidth / 1e9
         rows.append(row)
         print(json.dumps(row), flush=True)
-        if path is not None:
-            path.write_text(json.dumps(rows))
+        keep(rows)
     return rows
 
 
@@ -288,19 +296,20 @@ def main() -> None:
     arms, contexts = given.arms.split(","), [int(n) for n in given.contexts.split(",")]
     batches = [int(n) for n in given.batches.split(",")]
     if given.rows:
-        run(arms, contexts, batches, given.rows)
+        run(arms, contexts, batches, lambda rows: given.rows.write_text(json.dumps(rows)))
         return
-    rows = run([arm for arm in arms if arm != "kvpress"], contexts, batches, None)
+    mine = [arm for arm in arms if arm != "kvpress"]
+    if mine:
+        run(mine, contexts, batches, lambda rows: given.json and store(rows, given.json))
     if given.peer and "kvpress" in arms:
         torch.cuda.empty_cache()
         answer = given.json.with_suffix(".peer.json") if given.json else Path("peer.json")
         command = [sys.executable, __file__, "--arms", "kvpress", "--contexts", given.contexts, "--batches",
                    given.batches, "--rows", str(answer)]  # fmt: skip
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(given.peer)})
-        rows += json.loads(answer.read_text())
+        if given.json:
+            store(json.loads(answer.read_text()), given.json)
         answer.unlink()
-    if given.json:
-        store(rows, given.json)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class PolicyStore:
         slots, new = self.live, call.q.shape[2]
         if call.mask is not None:
             slots.mark(call.mask[:, :, :, -new:].any(2).any(1).expand(call.q.shape[0], -1))
-        if slots.index is None and (call.mask is None or call.mask.shape[-1] == slots.size):
+        if slots.index is None and (slots.valid is None if call.mask is None else call.mask.shape[-1] == slots.size):
             return call
         if call.bias is not None:
             raise UserError(

@@ -46,9 +46,7 @@ class Wrapper(CachePolicy):
         if self.schedule == "base":
             object.__setattr__(self, "schedule", inside.schedule)
         if self.codec is not None and inside.mass and self.schedule != "prefill":
-            raise UserError(
-                f"{self.slug} packs its tokens, and {inside.slug} adds up attention: use schedule=prefill"
-            )
+            raise UserError(f"{self.slug} packs its tokens, and {inside.slug} adds up attention: use schedule=prefill")
         for name in ("sinks", "recent"):
             object.__setattr__(self, name, max(getattr(self, name), getattr(inside, name)))
         super().__post_init__()

@@ -53,7 +53,8 @@ class StoreLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        return bool(self.store.seen > 0)
+        seen = self.store.seen
+        return isinstance(seen, Tensor) or seen > 0  # only the device knows a number, once there is one
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store takes shape with its first tokens."""
@@ -74,9 +75,9 @@ class StoreLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.site.window is None and getattr(self.store, "dropped", False) and self._whole:
-            return query_length, self.get_seq_length()  # the slots know what is visible of the past
         seen = self.get_seq_length()
+        if self.site.window is None and self.is_initialized and self._whole:
+            return query_length, seen  # the stores know what is visible of the past
         if self.site.window is None:
             return seen + query_length, 0
         reach = min(seen, self.site.window - 1)
