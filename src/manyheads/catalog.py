@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manyheads.strategy import Strategy
 
 PACKAGE = Path(__file__).resolve().parent
+RECOMMENDED = "hedge"  # what the spec "auto" stands for
 
 Training = Literal["none", "calibration", "required"]
 State = Literal["planned", "untested", "strategy", "claim", "holds", "does not hold here", "not testable here"]

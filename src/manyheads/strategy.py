@@ -122,7 +122,8 @@ def parse(spec: "str | Strategy") -> Strategy:
     """Build a strategy from ``slug:field=value,field=value``; a strategy is returned as it is.
 
     ``slug(field=value,field=value)`` means the same, so that a spec can be the value of a field:
-    ``graphkv:base=snapkv(window_size=16),budget=0.25``.
+    ``graphkv:base=snapkv(window_size=16),budget=0.25``. The slug ``auto`` stands for the
+    cache strategy that we recommend.
 
     Raises:
         UserError: unknown slug or field (with the nearest names), or a value that the field refuses.
@@ -135,6 +136,7 @@ def parse(spec: "str | Strategy") -> Strategy:
     if match is None:
         raise UserError(f"{spec!r} is no spec: write slug:field=value,field=value")
     slug, rest = match[1].strip(), match[2] or match[3] or ""
+    slug = catalog.RECOMMENDED if slug == "auto" else slug
     cls = catalog.load(slug)
     hints = get_type_hints(cls, include_extras=True)
     fields = {f.name for f in dataclasses.fields(cls)}

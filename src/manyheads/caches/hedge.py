@@ -132,11 +132,9 @@ class Hedge(CachePolicy):
 
     def _rank(self, views: list[View]) -> None:
         """Write the joint ranking ``[B, Hs, N]`` and how many of it stay ``[B, Hs]`` into the state of each view."""
-        places = [
-            _places([score(view) for view in views]) for score in (distinctness, foresight)
-        ]  # of each score and layer
+        keys, uses = (_places([score(view) for view in views]) for score in (distinctness, foresight))
         ranks, total = [], torch.zeros_like(views[0].counts)
-        for view, by_key, by_use in zip(views, *places, strict=True):
+        for view, by_key, by_use in zip(views, keys, uses, strict=True):
             rank = -torch.minimum(by_key / self.distinct, by_use / (1 - self.distinct))
             ranks.append(rank.masked_fill(view.positions < 0, -torch.inf))
             view.state["ranking"] = ranks[-1]

@@ -88,29 +88,23 @@ def _channels(PIECE: tl.constexpr, PIECES: tl.constexpr, CODEC: tl.constexpr, D:
 
 
 @triton.jit
-def _scales(k_scale, v_scale, held, factor, FULL: tl.constexpr, ASM: tl.constexpr):
+def _scales(k_scale, v_scale, held, factor, FULL: tl.constexpr):
     """Factor and summand of the logits of a block.
 
     The summand, the logarithm of the value's scale, makes the exponential of a logit the weight times that scale, so
     that the value needs none; the sum of the weights takes it back. It hides tokens that are not held.
     """
-    v_scale = v_scale.to(tl.float32) * FULL
-    if ASM:
-        log: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
-        lift = tl.inline_asm_elementwise(log, "=f,f", [v_scale], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        lift = tl.log2(v_scale)
-    lift = tl.where(lift < -100.0, -100.0, lift)
-    return tl.where(held, k_scale.to(tl.float32) * factor, 0.0), tl.where(held, lift, float("-inf"))
+    lift = tl.log2(v_scale.to(tl.float32) * FULL)
+    return k_scale.to(tl.float32) * factor, tl.where(held, tl.where(lift < -100.0, -100.0, lift), float("-inf"))
 
 
 @triton.jit
 def _span(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, lead, start, stop, factor,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, start, stop, factor,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     PIECES: tl.constexpr, CODEC: tl.constexpr, ASM: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the G queries at ``q_ptr`` over the rows ``start .. stop`` of one head, but not those below ``lead``."""
+    """Attention of the G queries at ``q_ptr`` over the tokens ``start .. stop`` of one head."""
     WIDTH: tl.constexpr = D // PIECES
     g = tl.arange(0, ROWS)
     n = tl.arange(0, BLOCK)
@@ -127,19 +121,23 @@ def _span(
     k_ptr += start.to(tl.int64) * WIDTH
     v_ptr += start.to(tl.int64) * WIDTH
     cells = n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    k_scale_ptr += start
-    v_scale_ptr += start
+    if CODEC != "plain":  # scales are too narrow for the pipeline of the loop: fetched one block ahead by hand
+        k_scale_ptr += start
+        v_scale_ptr += start
+        left = n < stop - start
+        k_scale = tl.load(k_scale_ptr + n, mask=left, other=0.0)
+        v_scale = tl.load(v_scale_ptr + n, mask=left, other=1.0)
+        k_scale, lift = _scales(k_scale, v_scale, left, factor, FULL)
     for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         held = n < stop - first
-        if CODEC != "plain":
-            # Eight scales fill a vector of memory, and a vector is read as a whole: rows around the held ones too.
-            read = n < tl.cdiv(stop - first, 8) * 8
-            k_scale = tl.load(k_scale_ptr + n, mask=read, other=0.0)
-            v_scale = tl.load(v_scale_ptr + n, mask=read, other=1.0)
-            held &= n >= lead - first
-            k_scale, lift = _scales(k_scale, v_scale, held, factor, FULL, ASM)
         keys = tl.load(k_ptr + cells, mask=held[:, None], other=0)
         values = tl.load(v_ptr + cells, mask=held[:, None], other=0)
+        if CODEC != "plain":
+            k_scale_ptr += BLOCK
+            v_scale_ptr += BLOCK
+            left = n < stop - first - BLOCK
+            next_k_scale = tl.load(k_scale_ptr + n, mask=left, other=0.0)
+            next_v_scale = tl.load(v_scale_ptr + n, mask=left, other=1.0)
         x = tl.zeros([ROWS, BLOCK], tl.float32)
         for i in tl.static_range(PIECES):
             y = _numbers(keys, queries[i], i, CODEC, ASM)
@@ -165,8 +163,8 @@ def _span(
         acc = grown
         k_ptr += BLOCK * WIDTH
         v_ptr += BLOCK * WIDTH
-        k_scale_ptr += BLOCK
-        v_scale_ptr += BLOCK
+        if CODEC != "plain":
+            k_scale, lift = _scales(next_k_scale, next_v_scale, left, factor, FULL)
     sums = tl.sum(total, 1)
     share = 1.0 / tl.where(sums == 0.0, 1.0, sums)
     for i in tl.static_range(PIECES):
@@ -196,25 +194,19 @@ def partial(
     lse_ptr += slot * G
     if split < splits:
         length = tl.load(length_ptr + pair)
-        first = tl.load(offset_ptr + pair)
-        lead = length * 0
-        if CODEC != "plain":  # rows are counted from the vector of scales that the first one lies in
-            lead = (first % 8).to(tl.int32)
-            first = first // 8 * 8
-            length = tl.where(length > 0, length + lead, 0)
+        offset = tl.load(offset_ptr + pair)
         share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-        start = split * share
-        stop = tl.minimum(start + share, length)
+        start = tl.minimum(split * share, length)
         _span(
-            q_ptr, k_ptr + first * (D // PIECES), v_ptr + first * (D // PIECES), k_scale_ptr + first,
-            v_scale_ptr + first, out_ptr, lse_ptr, lead, start, stop, factor,
+            q_ptr, k_ptr + offset * (D // PIECES), v_ptr + offset * (D // PIECES), k_scale_ptr + offset,
+            v_scale_ptr + offset, out_ptr, lse_ptr, start, tl.minimum(start + share, length), factor,
             G, ROWS, D, BLOCK, STAGES, PIECES, CODEC, ASM, LAST,
         )  # fmt: skip
     elif RECENT:
         length = tl.load(recent_length_ptr + pair // HEADS * recent_stride)
         at = pair * recent_size * D
         _span(
-            q_ptr, recent_k_ptr + at, recent_v_ptr + at, q_ptr, q_ptr, out_ptr, lse_ptr, 0, length * 0, length, factor,
+            q_ptr, recent_k_ptr + at, recent_v_ptr + at, q_ptr, q_ptr, out_ptr, lse_ptr, length * 0, length, factor,
             G, ROWS, D, RECENT_BLOCK, STAGES, 1, "plain", False, LAST,
         )  # fmt: skip
 

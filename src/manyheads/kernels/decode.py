@@ -47,13 +47,22 @@ class _Config(NamedTuple):
     programs: int
 
 
-def _config(codec: str, dim: int, itemsize: int) -> _Config:
-    """Fixed, so that no first call spends its time on tuning. ``itemsize``: bytes of a channel of the query."""
-    if itemsize == 4:
-        return _Config(32, 4, 2, 2)
-    if codec == "plain":
-        return _Config(64 if dim <= 128 else 32, 4, 3, 2)
-    return _Config(128 if dim <= 128 else 64, 4, 3, 2)
+# Measured on an H100, groups of 4. Fixed, so that no first call spends its time on tuning.
+_CONFIGS = {
+    ("plain", 32): _Config(128, 4, 3, 2),
+    ("plain", 64): _Config(64, 4, 3, 2),
+    ("plain", 128): _Config(64, 4, 3, 2),
+    ("plain", 256): _Config(32, 4, 3, 2),
+    ("int4", 32): _Config(64, 1, 3, 6),
+    ("int4", 64): _Config(32, 1, 3, 6),
+    ("int4", 128): _Config(128, 4, 3, 3),
+    ("int4", 256): _Config(64, 8, 3, 2),
+    ("fp8", 32): _Config(128, 2, 3, 4),
+    ("fp8", 64): _Config(128, 4, 3, 3),
+    ("fp8", 128): _Config(64, 2, 3, 4),
+    ("fp8", 256): _Config(64, 8, 3, 2),
+}
+_FLOAT32 = _Config(32, 4, 2, 2)
 
 
 def _splits(pairs: int, capacity: int, config: _Config, processors: int, recent: bool) -> int:
@@ -88,7 +97,8 @@ def _decode(
         codec, pieces, view = ("int4", 4, torch.int16) if dim >= 64 else ("int4", 2, torch.int8)
     elif k.dtype == torch.float8_e4m3fn:
         codec, pieces, view = "fp8", 2, torch.int16
-    config = _config(codec, dim, q.element_size())
+    wide = q.element_size() == 4
+    config = _FLOAT32 if wide else _CONFIGS[codec, dim]
     nvidia = q.is_cuda and torch.version.hip is None
     pdl = nvidia and torch.cuda.get_device_capability(q.device) >= (9, 0)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
@@ -99,15 +109,15 @@ def _decode(
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(q):
         partial[(pairs, parts)](
-            q, k.view(view), v.view(view), q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+            q, k.view(view), v.view(view),
+            q if k_scale is None else k_scale.contiguous(), q if v_scale is None else v_scale.contiguous(),
             q if recent_k is None else recent_k, q if recent_v is None else recent_v,
             lengths if recent_length is None else recent_length, offsets, lengths, part, part_lse,
             scale * _LOG2E, splits, 0 if recent_k is None else recent_k.shape[2],
             0 if recent_length is None or recent_length.dim() == 0 else recent_length.stride(0),
             HEADS=kv_heads, G=group, ROWS=16 if group <= 16 else 32, D=dim, BLOCK=config.block, STAGES=config.stages,
-            PIECES=pieces, CODEC=codec, RECENT=recent_k is not None,
-            ASM=nvidia and pieces > 1 and q.element_size() == 2 and view == torch.int16,
-            LAST=parts == 1, PDL=pdl, RECENT_BLOCK=_config("plain", dim, q.element_size()).block,
+            PIECES=pieces, CODEC=codec, RECENT=recent_k is not None, ASM=nvidia and not wide and view == torch.int16,
+            LAST=parts == 1, PDL=pdl, RECENT_BLOCK=min(config.block, 64 if dim <= 128 else 32),
             num_warps=config.warps, **options,
         )  # fmt: skip
         if parts > 1:

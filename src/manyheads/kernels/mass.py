@@ -141,9 +141,9 @@ def _config(kind: str, dim: int, itemsize: int) -> _Config:
     """Fixed, so that no first call spends its time on tuning. ``kind``: ``lse`` or ``mass``."""
     if itemsize == 4:
         return _Config(64 if dim <= 128 else 32, 32, 4, 2)
-    if dim > 128:
-        return _Config(128, 64, 8, 2) if kind == "lse" else _Config(64, 128, 8, 2)
-    return _Config(128, 128, 8, 3)
+    if kind == "lse":
+        return _Config(128, 128 if dim <= 128 else 64, 8, 2)
+    return _Config(128, 64, 4, 3) if dim <= 128 else _Config(64, 128, 8, 2)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

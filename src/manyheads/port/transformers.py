@@ -44,6 +44,11 @@ class Port:
         sites = find_sites(self.model)
         if not sites:
             raise UserError(_refusal(self.model))
+        if sparse := [name for name, module in self.model.named_modules() if hasattr(module, "indexer")]:
+            raise UserError(
+                f"{type(self.model).__name__} chooses its keys by an indexer ({sparse[0]}), whose mask the port cannot "
+                "pass on; use a model with ordinary attention"
+            )
         chosen = self._choose(sites)
         self._entries = []
         try:
