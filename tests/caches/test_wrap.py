@@ -14,7 +14,7 @@ from tolerance import assert_close
 def test_nested_specs():
     outer = parse("fireq:base=graphkv(base=snapkv(window_size=16,kernel_size=5),rounds=2),budget=0.25,window_tokens=8")
     middle = outer.inner
-    assert (middle.slug, middle.rounds, middle.budget, middle.recent) == ("graphkv", 2, 0.25, 8)
+    assert (middle.slug, middle.rounds, middle.budget, middle.recent) == ("graphkv", 2, 0.25, 16)
     assert (middle.inner.slug, middle.inner.window_size, middle.inner.kernel_size) == ("snapkv", 16, 5)
     assert outer.window == 16 and parse(outer.spec) == outer
     assert parse("adakv(base=keydiff,budget=64)") == parse("adakv:base=keydiff,budget=64")
