@@ -11,11 +11,14 @@ kvpress 0.5.5 needs transformers below 5.3, which manyheads does not run on: giv
 
     python benchmarks/caches.py --peer peer --json benchmarks/caches.json
 
-Decoding is greedy. Ours goes through ``manyheads.port.decoding.decode``, StaticCache through ``generate``, which
-compiles it, its own overhead included; the others run the bare model in a loop without waiting for a token.
+Decoding is greedy. Ours goes through ``manyheads.port.decoding.decode`` (``compiled`` says whether its step was
+compiled before it was captured; that takes a minute a row), StaticCache through ``generate``, which compiles it, its
+own overhead included; the others run the bare model in a loop without waiting for a token, and without cuDNN's
+attention, which would prepare itself anew for every length (76 ms per token instead of 29 for kvpress on an H100).
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -44,6 +47,7 @@ class Case:
     arm: str
     context: int
     batch: int
+    compiled: bool = True
 
     @property
     def slots(self) -> int:
@@ -134,9 +138,13 @@ def looped(model: Any, ids: torch.Tensor, cache: Any) -> float:
             logits = model(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True).logits
             token, place = logits[:, -1:].argmax(-1), place + 1
 
-    with torch.no_grad():
-        run(WARM)
-        return 1e3 * timed(lambda: run(NEW - WARM))[1] / (NEW - WARM)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with torch.no_grad():
+            run(WARM)
+            return 1e3 * timed(lambda: run(NEW - WARM))[1] / (NEW - WARM)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def held(cache: Any) -> int:
@@ -145,7 +153,7 @@ def held(cache: Any) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def ours(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
+def ours(model: Any, case: Case, ids: torch.Tensor) -> dict[str, Any]:
     """A budget of slots, evicted chunk by chunk; compiled decoding."""
     import manyheads
     from manyheads.port.decoding import decode
@@ -163,9 +171,10 @@ def ours(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
             torch.cuda.synchronize()
             looks.append(perf_counter())
 
-        decode(model, ids, cache, NEW, progress=look)
+        decode(model, ids, cache, NEW, progress=look, compiled=case.compiled)
         per_token = 1e3 * (looks[-1] - looks[0]) / (NEW - WARM)
-        return {"prefill_s": seconds, "prefill_peak_gib": peak, "cache_bytes": size, "ms_per_token": per_token}
+        return {"prefill_s": seconds, "prefill_peak_gib": peak, "cache_bytes": size, "ms_per_token": per_token,
+                "compiled": case.compiled}  # fmt: skip
 
 
 def full(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
@@ -206,12 +215,12 @@ def kvpress(model: Any, case: Case, ids: torch.Tensor) -> dict[str, float]:
     return {"prefill_s": seconds, "cache_bytes": size, "ms_per_token": looped(model, ids, cache)}
 
 
-ARMS: dict[str, Callable[[Any, Case, torch.Tensor], dict[str, float]]] = {
+ARMS: dict[str, Callable[[Any, Case, torch.Tensor], dict[str, Any]]] = {
     "snapkv": ours, "fireq+snapkv": ours, "transformers full": full, "transformers static": static, "kvpress": kvpress,
 }  # fmt: skip
 
 
-def cases(arms: list[str], contexts: list[int], batches: list[int]) -> list[Case]:
+def cases(arms: list[str], contexts: list[int], batches: list[int], compiled: bool) -> list[Case]:
     """Every arm at every context and batch; the longest contexts at batch 1, and a million with a budget only."""
     found = []
     for batch in batches:
@@ -221,12 +230,13 @@ def cases(arms: list[str], contexts: list[int], batches: list[int]) -> list[Case
                     continue
                 if arm == "transformers static" and (batch > 1 or context not in (8192, 65_536)):
                     continue
-                found.append(Case(arm, context, batch))
+                found.append(Case(arm, context, batch, compiled))
     return found
 
 
 def measure(model: Any, case: Case) -> dict[str, Any]:
     """The row of one case; an arm that does not fit in memory says so."""
+    gc.collect()  # the caches and graphs of the row before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator(device="cuda").manual_seed(case.context)
@@ -242,9 +252,7 @@ def measure(model: Any, case: Case) -> dict[str, Any]:
     return row
 
 
-def run(
-    arms: list[str], contexts: list[int], batches: list[int], keep: Callable[[list[dict[str, Any]]], Any]
-) -> list[dict[str, Any]]:
+def run(todo: list[Case], keep: Callable[[list[dict[str, Any]]], Any]) -> list[dict[str, Any]]:
     """Measure and print; ``keep`` is given the rows so far after each."""
     import transformers
 
@@ -254,7 +262,7 @@ def run(
     )  # looked up, not read
     bandwidth = copy_bandwidth()
     rows = []
-    for case in cases(arms, contexts, batches):
+    for case in todo:
         row = measure(model, case) | {"transformers": transformers.__version__}
         if "ms_per_token" in row:
             row["limit_ms"] = 1e3 * (weights + row["cache_bytes"]) / bandwidth
@@ -287,6 +295,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help=f"some of {', '.join(ARMS)}")
     parser.add_argument("--contexts", default="8192,32768,65536,131072", help="tokens of a prompt")
     parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--uncompiled", action="store_true", help="capture ours without compiling them")
     parser.add_argument("--peer", type=Path, help="folder that holds kvpress and its transformers")
     parser.add_argument("--json", type=Path, help="file to add the rows to")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # where the process of the peer writes
@@ -296,11 +305,11 @@ def main() -> None:
     arms, contexts = given.arms.split(","), [int(n) for n in given.contexts.split(",")]
     batches = [int(n) for n in given.batches.split(",")]
     if given.rows:
-        run(arms, contexts, batches, lambda rows: given.rows.write_text(json.dumps(rows)))
+        run(cases(arms, contexts, batches, False), lambda rows: given.rows.write_text(json.dumps(rows)))
         return
-    mine = [arm for arm in arms if arm != "kvpress"]
+    mine = cases([arm for arm in arms if arm != "kvpress"], contexts, batches, not given.uncompiled)
     if mine:
-        run(mine, contexts, batches, lambda rows: given.json and store(rows, given.json))
+        run(mine, lambda rows: given.json and store(rows, given.json))
     if given.peer and "kvpress" in arms:
         torch.cuda.empty_cache()
         answer = given.json.with_suffix(".peer.json") if given.json else Path("peer.json")

@@ -153,5 +153,6 @@ def test_quick_is_small(cli, folder, tmp_path):
     assert code == 0 and settings["lengths"] == [512] and settings["samples"] == 3
     assert settings["strategies"] == [
         "full",
-        *(f"{s}:budget=0.25" for s in ("random", "streaming_llm", "snapkv", "keydiff", "hashevict")),
+        *(f"{s}:budget=0.25" for s in ("random", "streaming_llm", "snapkv", "keydiff")),
+        "hedge:window_size=128,budget=0.25",
     ]

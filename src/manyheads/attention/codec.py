@@ -40,8 +40,18 @@ class Codec(Protocol):
 
 def _scale(x: Tensor, top: float) -> Tensor:
     """Scale ``[...]`` bfloat16 that takes the largest magnitude of ``x [..., d]`` float32 to ``top``; 1 for zeros."""
-    scale = (x.abs().amax(-1) / top).bfloat16()
+    scale = _rounded(x.abs().amax(-1) / top).bfloat16()
     return torch.where(scale == 0, 1.0, scale)  # also where the quotient is too small for bfloat16
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Numbers ``x >= 0`` float32 rounded to what bfloat16 holds, by their bits.
+
+    A cast there and back would do, but a compiler that fuses it with what comes after leaves it out.
+    """
+    bits = x.view(torch.int32)
+    even = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+    return torch.where(x.isfinite(), even.view(torch.float32), x)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The store behind every eviction policy: append, attend, observe, evict."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -167,6 +168,9 @@ class PolicyStore:
         if due:
             self.compress(view)
         if self.record:
+            earlier = {} if self._evidence is None else self._evidence.shared
+            view.shared.update({name: x for name, x in earlier.items() if name.startswith("angle_")})
+            replace(view, state=view.shared).angle_step()  # forks look at the latest forward only
             self._evidence = view
         if self._waiting is None:
             _rest(self, call.k, call.v)
@@ -197,8 +201,8 @@ class PolicyStore:
         if queries is not None:
             if policy.window:
                 twin._queries = queries.last(policy.window)
-            twin._gather(call, queries)
-        view = look(twin, call)
+            twin._gather(call, queries, evidence)
+        view = look(twin, call, evidence.shared)
         if twin.tokens.codec is not None:
             twin.tokens.key_scale = policy.key_scale(view)
         twin.compress(view)
@@ -206,15 +210,23 @@ class PolicyStore:
             _rest(twin, call.k, call.v)
         return twin
 
-    def _gather(self, call: AttentionCall, latest: QueryWindow) -> None:
-        """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them."""
+    def _gather(self, call: AttentionCall, latest: QueryWindow, source: View | None = None) -> None:
+        """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
+
+        ``source`` is what the forks of one cache share, None where there are none.
+        """
         slots = self.live
-        if self.policy.mass:
+
+        def received(_: View | None) -> Tensor:
             mass = column_mass(
                 latest.q, call.k, latest.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
                 sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
             )  # fmt: skip
-            mass = mass.unflatten(1, (slots.keys.shape[1], -1)).sum(2)[..., None]
+            by_head: Tensor = mass.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
+            return by_head[..., None]
+
+        if self.policy.mass:
+            mass = received(None) if source is None else source.once("mass", received)
             slots.extras["mass"] = slots.extras["mass"] + mass if "mass" in slots.extras else mass
         if self.policy.observes:
             self.policy.observe(call, latest, self.state)
@@ -270,13 +282,13 @@ class PolicyStore:
         return self.tokens.nbytes(*self.held)
 
 
-def look(store: PolicyStore, call: AttentionCall) -> View:
-    """What the policy of ``store`` sees after ``call``."""
+def look(store: PolicyStore, call: AttentionCall, shared: dict[str, Tensor] | None = None) -> View:
+    """What the policy of ``store`` sees after ``call``; ``shared`` by all that look at the same tensors."""
     slots = store.live
     mass = slots.extras["mass"][..., 0] if "mass" in slots.extras else None
     return View(
         call.k, call.v, slots.positions(), slots.counts(), store._queries, call.scale, call.softcap, call.sinks,
-        store.site, mass, call.rotary, store.state,
+        store.site, mass, call.rotary, store.state, {} if shared is None else shared,
     )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy sees of one layer when it decides what stays."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..attention import rope
 from ..attention.slots import Slots
 from ..call import Site
 
@@ -59,6 +61,7 @@ class View:
             group, ``[B, Hs, N]`` float32; None unless the policy asks for it.
         rotary: cosines and sines ``[B, T, rotary_dim]`` of the latest forward, None where the model passes none on.
         state: what the policy wrote here at earlier evictions of this layer; tensors with the batch first.
+        shared: what was computed once for all views of the same tensors, see :meth:`once`.
     """
 
     k: Tensor
@@ -73,3 +76,27 @@ class View:
     mass: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[["View"], Tensor]) -> Tensor:
+        """``make(self)``, computed once for all caches that are forked from one: it may not depend on a budget."""
+        if name not in self.shared:
+            self.shared[name] = make(self)
+        return self.shared[name]
+
+    def angle_step(self) -> Tensor | None:
+        """Angle per position of each rotary pair ``[B, r / 2]``, as the longest forward showed it; None where unknown.
+
+        Noted in ``state``.
+        """
+        known = self.state if "angle_step" in self.state else self.shared
+        if self.rotary is None or self.rotary[0].shape[1] < 2:
+            return known.get("angle_step")
+        cos, sin = (x.expand(self.positions.shape[0], -1, -1) for x in self.rotary)
+        at = self.positions[:, 0, -cos.shape[1] :]
+        step, span = rope.angle_step((cos, sin), at), (at >= 0).sum(1)
+        if "angle_step" in known:
+            longer = span > known["angle_span"]
+            step, span = torch.where(longer[:, None], step, known["angle_step"]), span.maximum(known["angle_span"])
+        self.state["angle_step"], self.state["angle_span"] = step, span
+        return step

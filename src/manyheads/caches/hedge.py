@@ -132,7 +132,10 @@ class Hedge(CachePolicy):
 
     def _rank(self, views: list[View]) -> None:
         """Write the joint ranking ``[B, Hs, N]`` and how many of it stay ``[B, Hs]`` into the state of each view."""
-        keys, uses = (_places([score(view) for view in views]) for score in (distinctness, foresight))
+        for view in views:
+            view.angle_step()  # noted in its state
+        keys = _places([view.once("distinctness", distinctness) for view in views])
+        uses = _places([view.once(f"foresight {self.window_size}", foresight) for view in views])
         ranks, total = [], torch.zeros_like(views[0].counts)
         for view, by_key, by_use in zip(views, keys, uses, strict=True):
             rank = -torch.minimum(by_key / self.distinct, by_use / (1 - self.distinct))
@@ -182,21 +185,6 @@ def _seen(view: View) -> Tensor:
     return held & (view.positions > (view.counts - view.site.window)[:, None, None])
 
 
-def _angles(view: View) -> Tensor | None:
-    """Angle per position of each rotary pair ``[B, r / 2]``, as the longest forward showed it; None where unknown."""
-    state = view.state
-    if view.rotary is None or view.rotary[0].shape[1] < 2:
-        return state.get("angle_step")
-    cos, sin = (x.expand(view.positions.shape[0], -1, -1) for x in view.rotary)
-    at = view.positions[:, 0, -cos.shape[1] :]
-    step, span = rope.angle_step((cos, sin), at), (at >= 0).sum(1)
-    if "angle_step" in state:
-        longer = span > state["angle_span"]
-        step, span = torch.where(longer[:, None], step, state["angle_step"]), span.maximum(state["angle_span"])
-    state["angle_step"], state["angle_span"] = step, span
-    return step
-
-
 def _turned(x: Tensor, by: Tensor, step: Tensor | None) -> Tensor:
     """``x [B, H, T, d]`` turned on by ``by [B, T]`` positions."""
     if step is None:
@@ -208,7 +196,7 @@ def _turned(x: Tensor, by: Tensor, step: Tensor | None) -> Tensor:
 
 def distinctness(view: View) -> Tensor:
     """How little each key has in common with the others of its head, positions aside: ``[B, Hs, N]``."""
-    step, scores = _angles(view), []
+    step, scores = view.angle_step(), []
     positions = view.positions.repeat_interleave(view.k.shape[1] // view.positions.shape[1], 1)
     for k, at in zip(view.k.unbind(1), positions.unbind(1), strict=True):  # a head at a time: float32 copies are large
         k = _turned(k.float()[:, None], -at.float(), step)[:, 0]
@@ -221,7 +209,7 @@ def foresight(view: View) -> Tensor:
     """Root mean square of what each token adds to the output when the last queries are asked again: ``[B, Hs, N]``."""
     assert view.queries is not None
     asked, heads, cap = view.queries.positions, view.queries.q.shape[1], view.softcap
-    step, k, size = _angles(view), view.k.float(), view.k.shape[2]
+    step, k, size = view.angle_step(), view.k.float(), view.k.shape[2]
     hidden = ~reference.repeat_kv(_seen(view), heads)[:, :, None]
     # The tokens near a query are among the latest: one slot a position.
     late = reference.repeat_kv(view.positions, k.shape[1]).topk(min(size, asked.shape[1] + _NEAR), -1)
@@ -234,9 +222,12 @@ def foresight(view: View) -> Tensor:
         new = reference.logits(again, k, scale=view.scale, softcap=cap).masked_fill_(hidden, -torch.inf)
         old = reference.logits(q, beside, scale=view.scale, softcap=cap)
         near = (places >= 0) & (places <= at) & (places > at - _NEAR)
-        whole = torch.logaddexp(new.logsumexp(-1), reference.logsumexp(old, near, view.sinks))[..., None]
-        weights = new.sub_(whole.masked_fill(whole == -torch.inf, torch.inf)).exp_()
-        total += weights.masked_fill_(at < 0, 0.0).square_().sum(2)
+        top = new.amax(-1, keepdim=True).clamp(min=torch.finfo(new.dtype).min)  # finite where nothing is seen
+        new = new.sub_(top).exp_()
+        beside_them = reference.logsumexp(old, near, view.sinks)[..., None]
+        whole = torch.logaddexp(top + new.sum(-1, keepdim=True).log(), beside_them)
+        share = (top - whole).exp().masked_fill((at < 0) | (whole == -torch.inf), 0.0)  # of weight 1 at the top
+        total += (share.square().transpose(2, 3) @ new.square_())[:, :, 0]
     mean = total / (asked >= 0).sum(1).clamp(min=1)[:, None, None]
     used = mean.unflatten(1, (k.shape[1], -1)).mean(2).sqrt() * torch.linalg.vector_norm(view.v.float(), dim=-1)
     return _stored(used, view)

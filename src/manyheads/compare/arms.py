@@ -147,17 +147,20 @@ class Prefix:
     def __init__(self, model: nn.Module, ids: Tensor, arms: Iterable[Arm]) -> None:
         self.model = model
         self.ids = ids
-        self._record = max([_LEAST_RECORD, *(arm.record for arm in arms if arm.forks)])
-        self._read()
+        forked = [arm for arm in arms if arm.forks]
+        self._record = max([_LEAST_RECORD, *(arm.record for arm in forked)])
+        self._whole = any(getattr(arm.strategy, "observes", False) for arm in forked)  # see a prompt in one forward
+        self._read(ids, anew=True)
 
-    def _read(self) -> None:
-        self._dense = new_cache(self.model, parse(BASELINE), record=self._record)
-        _forward(self.model, self.ids, self._dense, 1)
+    def _read(self, ids: Tensor, anew: bool) -> None:
+        if anew:
+            self._dense = new_cache(self.model, parse(BASELINE), record=self._record)
+        _forward(self.model, ids, self._dense, 1)
 
     def extend(self, ids: Tensor) -> None:
-        """Read on: ``ids [B, T]``. All in one forward, whose evidence is what a strategy would have of the prompt."""
+        """Read on: ``ids [B, T]``, after what was read or, where a strategy has to see all queries, with it anew."""
         self.ids = torch.cat([self.ids, ids], 1)
-        self._read()
+        self._read(self.ids if self._whole else ids, anew=self._whole)
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:

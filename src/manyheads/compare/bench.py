@@ -22,6 +22,7 @@ Row = dict[str, Any]
 
 TARGET = 64  # tokens that the loss of a context is judged on
 _CACHE_LIMIT = 2**30  # bytes of dense cache that one batch may hold
+_CACHE_SHARE = 32  # on a GPU: this part of its memory
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ class Bench:
 
     def rows_at_once(self, length: int, per_token: float) -> int:
         """Sequences of ``length`` tokens whose dense caches are held at once."""
-        return max(1, int(_CACHE_LIMIT // (length * per_token)))
+        limit = _CACHE_LIMIT
+        if self.device.type == "cuda":
+            limit = torch.cuda.get_device_properties(self.device).total_memory // _CACHE_SHARE
+        return max(1, int(limit // (length * per_token)))
 
     def tensor(self, rows: Sequence[Sequence[int] | Ids]) -> Tensor:
         return torch.from_numpy(np.stack([np.asarray(row, np.int64) for row in rows])).to(self.device)
