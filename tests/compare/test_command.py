@@ -154,5 +154,5 @@ def test_quick_is_small(cli, folder, tmp_path):
     assert settings["strategies"] == [
         "full",
         *(f"{s}:budget=0.25" for s in ("random", "streaming_llm", "snapkv", "keydiff")),
-        "hedge:window_size=128,budget=0.25",
+        "hedge:window_size=128,budget=0.1",
     ]
