@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import reference
 
-__all__ = ["AttentionCall", "Latent", "Site", "Store"]
+__all__ = ["AttentionCall", "Latent", "MixerShape", "Site", "Store"]
 
 Kind = Literal["self", "cross", "joint"]
 
@@ -62,6 +62,27 @@ class Site:
     window: int | None = None
     peers: tuple[int, ...] = ()
     latent: Latent | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class MixerShape:
+    """What a mixer needs to know of the model it is part of.
+
+    Attributes:
+        dim: channels of the residual stream.
+        num_heads, num_kv_heads: query heads and key/value heads.
+        head_dim: channels of a head.
+        layer, num_layers: which layer of how many.
+        length: tokens of the longest training context.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer: int
+    num_layers: int
+    length: int
 
 
 class Store(Protocol):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, Site, Store
+    from .call import AttentionCall, MixerShape, Site, Store
 
 __all__ = ["Layers", "Strategy", "overrides", "parse", "split_outside"]
 
@@ -75,6 +75,10 @@ class Strategy:
 
     def store(self, site: "Site") -> "Store":
         """What ``site`` remembers between steps. At most one strategy per site."""
+        raise NotImplementedError
+
+    def mix(self, shape: "MixerShape") -> "torch.nn.Module":
+        """The token mixer of one layer of a model that is trained from scratch, see :mod:`manyheads.mixers._mixer`."""
         raise NotImplementedError
 
     def convert(self, model: "torch.nn.Module", data: Any) -> "torch.nn.Module":

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Positions as softmax attention is told of them: rotary tables, ALiBi's slopes, T5's buckets.
+
+- Rotary positions: Su et al., RoFormer, arXiv 2104.09864; half-split layout as in :mod:`manyheads.attention.rope`.
+- Dynamic NTK scaling: the base grows with the length L past the trained one, L_0:
+  ``base * (factor * L / L_0 - (factor - 1)) ** (d / (d - 2))`` (as transformers' ``dynamic`` rope type).
+- ALiBi: Press et al., arXiv 2108.12409.
+- T5's relative buckets: Raffel et al., arXiv 1910.10683.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .rope import Rotary
+
+__all__ = ["alibi_bias", "alibi_slopes", "dynamic_ntk", "rope_tables", "t5_buckets"]
+
+
+def rope_tables(positions: Tensor, dim: int, theta: float | Tensor = 10_000.0) -> Rotary:
+    """Cosines and sines, each float32 ``[B, T, dim]``, of ``positions [B, T]``; ``theta`` a number or ``[B]``."""
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    base = torch.as_tensor(theta, dtype=torch.float64, device=positions.device)
+    angles = positions.double()[..., None] * (base.reshape(-1, 1) ** -exponents)[:, None]
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def dynamic_ntk(theta: float, dim: int, length: Tensor | int, trained: int, factor: float) -> Tensor:
+    """Base of the rotation for sequences of ``length`` tokens; ``theta`` itself up to ``trained`` tokens."""
+    ratio = torch.as_tensor(length, dtype=torch.float64) / trained
+    grown = theta * (factor * ratio - (factor - 1)).clamp(min=1.0) ** (dim / (dim - 2))
+    return torch.where(ratio > 1, grown, torch.full_like(grown, theta))
+
+
+def alibi_slopes(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """``2^(-8 h / H)`` for h = 1..H, float32 ``[H]``."""
+    return 2.0 ** (-8.0 / num_heads * torch.arange(1, num_heads + 1, device=device))
+
+
+def alibi_bias(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
+    """``-slope * (t - s)`` float32 ``[B, H, T, S]`` of positions ``[B, T]`` and ``[B, S]``."""
+    apart = (queries[:, :, None] - keys[:, None]).float()
+    return -alibi_slopes(num_heads, queries.device)[None, :, None, None] * apart[:, None]
+
+
+def t5_buckets(apart: Tensor, num_buckets: int = 32, furthest: int = 128, causal: bool = True) -> Tensor:
+    """Bucket 0..num_buckets - 1 of ``apart = key position - query position``: exact when near, logarithmic beyond.
+
+    A causal model has one side and half of its buckets are exact; a bidirectional one halves them between the sides.
+    """
+    side = torch.zeros_like(apart)
+    if causal:
+        apart = (-apart).clamp(min=0)
+    else:
+        num_buckets //= 2
+        side = (apart > 0).long() * num_buckets
+        apart = apart.abs()
+    exact = num_buckets // 2
+    far = (apart.clamp(min=1).double() / exact).log() / math.log(furthest / exact) * (num_buckets - exact)
+    return side + torch.where(apart < exact, apart, (exact + far.long()).clamp(max=num_buckets - 1))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a token mixer is told, what softmax mixers share, and what they remember.
+
+A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=None) -> (y [B, T, dim], state)``.
+``mask [B, T]`` marks real tokens. The state returned is what the next call goes on from: ``mixer(x)`` equals
+``mixer(x[:, :a])`` and then ``mixer(x[:, a:], state=...)``. ``cu_seqlens [N + 1]`` packs N sequences in one row.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.masks import MaskSpec, hide, masked_attention
+from ..call import MixerShape
+
+__all__ = ["KVState", "SoftmaxMixer", "State", "positions_of", "split_heads"]
+
+
+class State(Protocol):
+    """What a mixer remembers between calls."""
+
+    def reorder(self, rows: Tensor) -> Any: ...
+    def detach(self) -> Any: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KVState:
+    """Keys and values of what came before.
+
+    Attributes:
+        k, v: ``[B, Hkv, S, d]`` as attention uses them.
+        positions: ``[B, S]`` of the keys, -1 for padding.
+        seen: ``[B]`` tokens so far.
+        padded: whether padding may stand among them.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    seen: Tensor
+    padded: bool = False
+
+    def reorder(self, rows: Tensor) -> "KVState":
+        return KVState(self.k[rows], self.v[rows], self.positions[rows], self.seen[rows], self.padded)
+
+    def detach(self) -> "KVState":
+        return KVState(self.k.detach(), self.v.detach(), self.positions, self.seen, self.padded)
+
+    def last(self, count: int) -> "KVState":
+        """The last ``count`` columns."""
+        return KVState(self.k[:, :, -count:], self.v[:, :, -count:], self.positions[:, -count:], self.seen, self.padded)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.k, self.v, self.positions, self.seen))
+
+
+def positions_of(
+    batch: int, length: int, device: torch.device, mask: Tensor | None, seen: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Position of each token in its sequence ``[B, T]``, -1 for padding; ``seen [B]`` tokens came before."""
+    if cu_seqlens is not None:
+        columns = torch.arange(length, device=device)
+        at = columns - cu_seqlens[torch.searchsorted(cu_seqlens, columns, right=True) - 1]
+        return at[None]
+    first = torch.zeros(batch, dtype=torch.long, device=device) if seen is None else seen
+    counted = torch.arange(length, device=device).expand(batch, -1) if mask is None else mask.long().cumsum(1) - 1
+    at = first[:, None] + counted
+    return at if mask is None else at.masked_fill(~mask, -1)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[B, T, H * d] -> [B, H, T, d]``."""
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    return heads.transpose(1, 2)
+
+
+class SoftmaxMixer(nn.Module):
+    """Causal softmax attention whose positions are a transform of q and of k, or a bias; the base of its variants.
+
+    A variant overrides :meth:`transform_q` and :meth:`transform_k`, so that attention itself stays SDPA and the cache
+    holds what it reads, or :meth:`bias`.
+    """
+
+    def __init__(self, shape: MixerShape, *, window: int | None = None, scale: float | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.scale = shape.head_dim**-0.5 if scale is None else scale
+        self.spec = MaskSpec(window=window)
+        wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(shape.dim, width, bias=False) for width in (wide, narrow, narrow)
+        )
+        self.out_proj = nn.Linear(wide, shape.dim, bias=False)
+
+    def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+        """``q [B, H, T, d]`` at ``positions [B, T]`` of sequences that are ``length [B]`` tokens long so far."""
+        return q
+
+    def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+        """``k [B, Hkv, T, d]``, likewise; what it gives is kept."""
+        return k
+
+    def bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+        """Additive logits ``[B or 1, H, T, S]`` for positions ``[B, T]`` and ``[B, S]``."""
+        return None
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, state: KVState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, KVState]:
+        batch, length = x.shape[:2]
+        x = hide(x, mask)
+        at = positions_of(batch, length, x.device, mask, None if state is None else state.seen, cu_seqlens)
+        seen = at.amax(1) + 1 if state is None else torch.maximum(at.amax(1) + 1, state.seen)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = self.transform_q(split_heads(q, self.shape.num_heads), at, seen)
+        k = self.transform_k(split_heads(k, self.shape.num_kv_heads), at, seen)
+        v = split_heads(v, self.shape.num_kv_heads)
+        if cu_seqlens is not None:
+            return self._packed(q, k, v, at, cu_seqlens)
+        keys = at
+        if state is not None:
+            k, v, keys = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), torch.cat([state.positions, at], 1)
+        padded = mask is not None or (state is not None and state.padded)
+        given: dict[str, Any] = {}
+        if padded or (self.spec.window is not None and state is not None):  # columns are not positions
+            given = {"positions": (at, keys), "real": keys >= 0}
+        out = masked_attention(q, k, v, self.spec, scale=self.scale, bias=self.bias(at, keys), **given)
+        after = KVState(k, v, keys, seen, padded)
+        y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return y, after if padded or self.spec.window is None else after.last(self.spec.window)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, KVState]:
+        """N sequences in one row; their states stand in N rows, padded on the left."""
+        document = torch.cumsum(at[0] == 0, 0)[None]
+        spec = MaskSpec(window=self.spec.window, documents=document)
+        bias = self.bias(at, at)
+        out = masked_attention(q, k, v, spec, scale=self.scale, bias=bias, positions=(at, at))
+        bounds = list(pairwise(cu_seqlens.tolist()))
+        longest = max(b - a for a, b in bounds)
+        fill = torch.nn.functional.pad
+        ks, vs = (torch.cat([fill(x[:, :, a:b], (0, 0, longest - b + a, 0)) for a, b in bounds]) for x in (k, v))
+        places = torch.cat([fill(at[:, a:b], (longest - b + a, 0), value=-1) for a, b in bounds])
+        return self.out_proj(out.transpose(1, 2).flatten(2)), KVState(ks, vs, places, cu_seqlens.diff(), True)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small causal language model around any token mixer, the same for all of them but for the mixer.
+
+Pre-norm blocks as in Llama: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` with RMSNorm and SwiGLU, tied embeddings,
+no dropout. A mixer that belongs to an architecture with blocks of its own says so by attributes, all optional:
+``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
+post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01).
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..attention.masks import hide
+from ..call import MixerShape
+from ..errors import UserError
+from ..strategy import Strategy, overrides, parse
+
+__all__ = ["Decoder", "DecoderConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Size of a decoder.
+
+    Attributes:
+        vocab: tokens.
+        dim, layers, heads, kv_heads: of the model; ``kv_heads`` None means ``heads``.
+        hidden: channels within the feed-forward network; None means ``8 / 3 * dim``.
+        length: tokens of the longest training context.
+    """
+
+    vocab: int
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    hidden: int | None = None
+    length: int = 256
+
+    @property
+    def width(self) -> int:
+        """Channels within the feed-forward network."""
+        return self.hidden or 8 * round(self.dim / 3)
+
+    def shape(self, layer: int) -> MixerShape:
+        if self.dim % self.heads:
+            raise UserError(f"{self.dim} channels do not part into {self.heads} heads")
+        heads = self.kv_heads or self.heads
+        return MixerShape(self.dim, self.heads, heads, self.dim // self.heads, layer, self.layers, self.length)
+
+
+class SwiGLU(nn.Module):
+    """``(silu(x W_g) * x W_u) W_d``."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class Block(nn.Module):
+    """One layer: a token mixer and a channel mixer."""
+
+    def __init__(self, mixer: nn.Module, dim: int, hidden: int) -> None:
+        super().__init__()
+        norm: Callable[[int], nn.Module] = getattr(mixer, "norm", None) or _rms_norm
+        ffn: Callable[[int, int], nn.Module] = getattr(mixer, "channel_mixer", None) or SwiGLU
+        self.residual: tuple[float, float] | None = getattr(mixer, "residual", None)
+        self.mixer, self.ffn = mixer, ffn(dim, hidden)
+        self.mixer_norm, self.ffn_norm = norm(dim), norm(dim)
+
+    def forward(self, x: Tensor, state: Any, **given: Any) -> tuple[Tensor, Any]:
+        normed = self.mixer_norm(x)
+        mixed, state = self.mixer(normed, state=state, **given)
+        if self.residual is None:
+            x = x + mixed
+            return x + self.ffn(self.ffn_norm(x)), state
+        alpha, beta = self.residual
+        x = self.ffn_norm(alpha * normed + beta * mixed)
+        return alpha * x + beta * self.ffn(x), state
+
+
+def _rms_norm(dim: int) -> nn.Module:
+    return nn.RMSNorm(dim, eps=1e-6)
+
+
+class Decoder(nn.Module):
+    """A causal language model of blocks with the mixer of ``strategy``."""
+
+    def __init__(self, strategy: Strategy | str, config: DecoderConfig) -> None:
+        super().__init__()
+        self.strategy, self.config = parse(strategy), config
+        if not overrides(self.strategy, "mix"):
+            raise UserError(f"{self.strategy.slug} is no token mixer: it acts on models as they are, by manyheads.use")
+        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.blocks = nn.ModuleList(
+            Block(self.strategy.mix(config.shape(i)), config.dim, config.width) for i in range(config.layers)
+        )
+        last = self.blocks[-1].mixer
+        self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)
+        self._start()
+
+    def _start(self) -> None:
+        """Normal weights of 0.02, those that write to the residual stream scaled by depth, as in GPT-2."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not hasattr(module, "own_start")):
+                deep = name.endswith(("out_proj", "down"))
+                nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * self.config.layers) if deep else 1.0))
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @classmethod
+    def matched(cls, strategy: Strategy | str, config: DecoderConfig, parameters: int) -> "Decoder":
+        """The decoder whose feed-forward width brings it closest to so many ``parameters``.
+
+        Raises:
+            UserError: the mixer alone has more, or the match is off by more than 2 %.
+        """
+        with torch.device("meta"):
+            sizes = [cls(strategy, replace(config, hidden=hidden)).parameters_held for hidden in (8, 16)]
+        each = (sizes[1] - sizes[0]) / 8
+        hidden = round((parameters - sizes[0]) / each) + 8
+        if hidden < 8 or abs(sizes[0] + each * (hidden - 8) - parameters) > 0.02 * parameters:
+            raise UserError(f"{parse(strategy).slug} cannot be brought to {parameters:,} parameters within 2 %")
+        return cls(strategy, replace(config, hidden=hidden))
+
+    @property
+    def parameters_held(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self, ids: Tensor, *, mask: Tensor | None = None, state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, list[Any]]:  # fmt: skip
+        """Logits ``[B, T, vocab]`` of ``ids [B, T]``, and the states of all layers after them.
+
+        Args:
+            ids: tokens.
+            mask: ``[B, T]``, True for tokens, False for padding.
+            state: what an earlier call returned.
+            cu_seqlens: ``[N + 1]`` bounds of N sequences packed in one row.
+        """
+        x = hide(self.embed(ids), mask)
+        after = []
+        for i, block in enumerate(self.blocks):
+            x, kept = block(x, None if state is None else state[i], mask=mask, cu_seqlens=cu_seqlens)
+            after.append(kept)
+        return self.norm(x) @ self.embed.weight.T, after
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, count: int) -> Tensor:
+        """The likeliest ``count`` tokens after ``ids [B, T]``: ``[B, count]``."""
+        logits, state = self(ids)
+        made = [logits[:, -1].argmax(-1, keepdim=True)]
+        while len(made) < count:
+            logits, state = self(made[-1], state=state)
+            made.append(logits[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(made, 1)
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"strategy": self.strategy.spec, **asdict(self.config)}, indent=1)
+        (place / "config.json").write_text(text + "\n", encoding="utf-8")
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, place / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "cpu") -> "Decoder":
+        """What :meth:`save` wrote."""
+        place = Path(folder)
+        try:
+            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            model = cls(config.pop("strategy"), DecoderConfig(**config))
+            model.load_state_dict(load_file(place / "model.safetensors", device=device))
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} holds no decoder: {Path(error.filename or '').name} is missing") from error
+        return model.to(device).eval()
