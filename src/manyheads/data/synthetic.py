@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences made by a rule, on which a mixer shows what it can remember."""
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+__all__ = ["associative_recall"]
+
+
+def associative_recall(
+    batch: int, length: int, pairs: int, vocab: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then the keys again.
+
+    The first ``2 * pairs`` tokens are keys and their values in turn; then all keys come again in random order, each
+    followed by its value, with filler 0 at random places between them. A value can be predicted only by looking it up.
+
+    Args:
+        batch: B sequences.
+        length: T tokens to predict from; at least ``4 * pairs``.
+        pairs: key-value pairs; no key stands twice.
+        vocab: tokens; 0 is filler, the lower half of the rest are keys, the upper half values.
+        generator: of all draws; its device is that of the result.
+
+    Returns:
+        ``ids [B, T + 1]`` and ``judged`` bool ``[B, T]``, True where the next token is a value asked for.
+
+    Raises:
+        UserError: more pairs than keys, or than the length holds.
+    """
+    keys = (vocab - 1) // 2
+    if pairs > keys or 4 * pairs > length + 1:
+        raise UserError(f"{pairs} pairs need {2 * pairs + 1} tokens of vocabulary and {4 * pairs - 1} of length")
+    device = generator.device
+
+    def shuffled(count: int, of: int) -> Tensor:
+        return torch.rand(batch, of, generator=generator, device=device).argsort(1)[:, :count]
+
+    key = 1 + shuffled(pairs, keys)
+    value = 1 + keys + torch.randint(vocab - 1 - keys, (batch, pairs), generator=generator, device=device)
+    ids = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+    judged = torch.zeros(batch, length + 1, dtype=torch.bool, device=device)
+    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = key, value
+    places = (length + 1 - 2 * pairs) // 2  # of two tokens each
+    at = 2 * pairs + 2 * shuffled(pairs, places)
+    order = shuffled(pairs, pairs)
+    ids.scatter_(1, at, key.gather(1, order))
+    ids.scatter_(1, at + 1, value.gather(1, order))
+    judged.scatter_(1, at, True)
+    return ids, judged[:, :-1]
