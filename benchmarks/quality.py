@@ -11,6 +11,7 @@ half of the standard library's files whose names have an odd CRC-32: on the othe
 import argparse
 import json
 import multiprocessing
+import re
 import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,7 +46,9 @@ def strategies(share: float, length: int) -> list[str]:
     return found
 
 
-def measure(length: int, share: float, samples: int, seed: int, device: str) -> list[dict[str, Any]]:
+def measure(
+    length: int, share: float, samples: int, seed: int, device: str, only: list[str] | None
+) -> list[dict[str, Any]]:
     """Figures of every arm at one length and share of the bytes."""
     from manyheads.compare import compare, summarise
     from manyheads.data.texts import standard_library
@@ -54,13 +57,13 @@ def measure(length: int, share: float, samples: int, seed: int, device: str) -> 
     model, tokenizer = load_default(device)
     texts = [text for text in standard_library() if zlib.crc32(text.name.encode()) % 2]
     with tempfile.TemporaryDirectory() as folder:
-        specs = strategies(share, length)
+        specs = [s for s in strategies(share, length) if only is None or re.split("[:,]budget", s)[0] in only]
         results = compare(model, tokenizer, texts, specs, [], TASKS, lengths=[length], samples=samples, seed=seed,
                           out=folder)  # fmt: skip
         arms = summarise(results).document()["arms"]
     keys = ("arm", "kept", "figures")
-    return [{"length": length, "share": share, "samples": samples, "seed": seed} | {k: arm[k] for k in keys}
-            for arm in arms]  # fmt: skip
+    case = {"length": length, "share": share, "samples": samples, "seed": seed, "device": device}
+    return [case | {k: arm[k] for k in keys} for arm in arms]
 
 
 def store(rows: list[dict[str, Any]], path: Path) -> None:
@@ -91,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="2048", help="tokens of a context")
     parser.add_argument("--shares", default="0.5,0.25,0.1,0.05", help="of the bytes of the 16-bit cache")
+    parser.add_argument("--only", help="some of the strategies, without their budgets, parted by semicolons")
     parser.add_argument("--samples", type=int, default=24, help="contexts per task and length")
     parser.add_argument("--seed", type=int, default=8001)
     parser.add_argument("--device", default="cpu")
@@ -99,11 +103,12 @@ def main() -> None:
     given = parser.parse_args()
     lengths = [int(length) for length in given.lengths.split(",")]
     jobs = [(length, float(share)) for share in given.shares.split(",") for length in lengths]
+    only = given.only.split(";") if given.only else None
     rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     with Progress() as bar, ProcessPoolExecutor(given.processes, mp_context=context) as pool:
         todo = bar.add_task("lengths and shares", total=len(jobs))
-        running = [pool.submit(measure, *job, given.samples, given.seed, given.device) for job in jobs]
+        running = [pool.submit(measure, *job, given.samples, given.seed, given.device, only) for job in jobs]
         for done in as_completed(running):
             rows += done.result()
             bar.advance(todo)

@@ -28,6 +28,26 @@ class State(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Room:
+    """Storage with places for tokens to come, shared by states: the one that ends where it is filled may add to it."""
+
+    def __init__(self, k: Tensor, v: Tensor, positions: Tensor, more: int) -> None:
+        more += k.shape[2] // 8 + 64
+        self.k, self.v = (torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (k, v))
+        self.positions = torch.cat([positions, positions.new_full((positions.shape[0], more), -1)], 1)
+        self.used = k.shape[2]
+
+    def add(self, k: Tensor, v: Tensor, positions: Tensor) -> bool:
+        """Write tokens behind those that are there; False where they do not fit."""
+        end = self.used + k.shape[2]
+        if end > self.k.shape[2]:
+            return False
+        self.k[:, :, self.used : end], self.v[:, :, self.used : end] = k, v
+        self.positions[:, self.used : end] = positions
+        self.used = end
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class KVState:
     """Keys and values of what came before.
@@ -44,6 +64,7 @@ class KVState:
     positions: Tensor
     seen: Tensor
     padded: bool = False
+    _room: Room | None = None
 
     def reorder(self, rows: Tensor) -> "KVState":
         return KVState(self.k[rows], self.v[rows], self.positions[rows], self.seen[rows], self.padded)
@@ -51,12 +72,28 @@ class KVState:
     def detach(self) -> "KVState":
         return KVState(self.k.detach(), self.v.detach(), self.positions, self.seen, self.padded)
 
+    def join(self, k: Tensor, v: Tensor, positions: Tensor, seen: Tensor, padded: bool) -> "KVState":
+        """This state with ``k, v [B, Hkv, T, d]`` at ``positions [B, T]`` behind it; this one stays as it is."""
+        if k.requires_grad or self.k.requires_grad:
+            parts = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), torch.cat([self.positions, positions], 1)
+            return KVState(*parts, seen, padded)
+        room = self._room
+        if room is None or room.used != self.k.shape[2] or not room.add(k, v, positions):
+            room = Room(self.k, self.v, self.positions, more=k.shape[2])
+            room.add(k, v, positions)
+        end = room.used
+        return KVState(room.k[:, :, :end], room.v[:, :, :end], room.positions[:, :end], seen, padded, room)
+
     def last(self, count: int) -> "KVState":
         """The last ``count`` columns."""
-        return KVState(self.k[:, :, -count:], self.v[:, :, -count:], self.positions[:, -count:], self.seen, self.padded)
+        if self.k.shape[2] <= count:
+            return self
+        k, v = (x[:, :, -count:].contiguous() for x in (self.k, self.v))
+        return KVState(k, v, self.positions[:, -count:].contiguous(), self.seen, self.padded)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of what is remembered; places for tokens to come are not counted."""
         return sum(x.nbytes for x in (self.k, self.v, self.positions, self.seen))
 
 
@@ -123,15 +160,13 @@ class SoftmaxMixer(nn.Module):
         v = split_heads(v, self.shape.num_kv_heads)
         if cu_seqlens is not None:
             return self._packed(q, k, v, at, cu_seqlens)
-        keys = at
-        if state is not None:
-            k, v, keys = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), torch.cat([state.positions, at], 1)
         padded = mask is not None or (state is not None and state.padded)
+        after = KVState(k, v, at, seen, padded) if state is None else state.join(k, v, at, seen, padded)
         given: dict[str, Any] = {}
         if padded or (self.spec.window is not None and state is not None):  # columns are not positions
-            given = {"positions": (at, keys), "real": keys >= 0}
-        out = masked_attention(q, k, v, self.spec, scale=self.scale, bias=self.bias(at, keys), **given)
-        after = KVState(k, v, keys, seen, padded)
+            given = {"positions": (at, after.positions), "real": after.positions >= 0}
+        bias = self.bias(at, after.positions)
+        out = masked_attention(q, after.k, after.v, self.spec, scale=self.scale, bias=bias, **given)
         y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return y, after if padded or self.spec.window is None else after.last(self.spec.window)
 
