@@ -46,12 +46,11 @@ def strategies(share: float, length: int) -> list[str]:
     return found
 
 
-def measure(
-    length: int, share: float, samples: int, seed: int, device: str, only: list[str] | None
-) -> list[dict[str, Any]]:
+def measure(length: int, share: float, samples: int, seed: int, device: str, only: list[str] | None) -> dict[str, Any]:
     """Figures of every arm at one length and share of the bytes."""
     from manyheads.compare import compare, summarise
     from manyheads.data.texts import standard_library
+    from manyheads.environment import environment
     from manyheads.models import load_default
 
     model, tokenizer = load_default(device)
@@ -62,30 +61,31 @@ def measure(
                           out=folder)  # fmt: skip
         arms = summarise(results).document()["arms"]
     keys = ("arm", "kept", "figures")
-    case = {"length": length, "share": share, "samples": samples, "seed": seed, "device": device}
-    return [case | {k: arm[k] for k in keys} for arm in arms]
+    return {"length": length, "share": share, "samples": samples, "seed": seed, "device": device,
+            "environment": environment(), "arms": [{k: arm[k] for k in keys} for arm in arms]}  # fmt: skip
 
 
-def store(rows: list[dict[str, Any]], path: Path) -> None:
-    """Add rows to the file, in place of earlier ones of the same length and share."""
-    from manyheads.environment import environment
+def store(run: dict[str, Any], path: Path) -> None:
+    """Add a run to the file, in place of an earlier one of the same length, share and device."""
     from manyheads.files import write_atomically
 
-    fresh = {(row["length"], row["share"]) for row in rows}
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in old if (row["length"], row["share"]) not in fresh]
-    document = {"environment": environment(), "rows": sorted([*kept, *rows], key=lambda r: (r["length"], -r["share"]))}
-    write_atomically(path, json.dumps(document, indent=1) + "\n")
+    def case(run: dict[str, Any]) -> tuple[Any, ...]:
+        return run["length"], -run["share"], run["device"]
+
+    old = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = sorted([run, *(r for r in old if case(r) != case(run))], key=case)
+    write_atomically(path, json.dumps({"runs": runs}, indent=1) + "\n")
 
 
-def table(rows: list[dict[str, Any]], length: int) -> str:
+def table(runs: list[dict[str, Any]], length: int) -> str:
     """The figures of one length in Markdown, an arm to a line."""
     names = ("needle_unseen", "needle_seen", "several", "chained", "loss")
     lines = ["| arm | bytes | unseen | seen | several | chained | loss |", "|---|---|---|---|---|---|---|"]
-    for row in (row for row in rows if row["length"] == length):
-        found = [row["figures"].get(name, {"value": float("nan")})["value"] for name in names]
-        cells = [f"{value:.{3 if name == 'loss' else 2}f}" for name, value in zip(names, found, strict=True)]
-        lines.append(f"| {row['arm']} | {row['kept']:.3f} | {' | '.join(cells)} |")
+    for run in sorted((run for run in runs if run["length"] == length), key=lambda run: -run["share"]):
+        for arm in run["arms"]:
+            found = [arm["figures"].get(name, {"value": float("nan")})["value"] for name in names]
+            cells = [f"{value:.{3 if name == 'loss' else 2}f}" for name, value in zip(names, found, strict=True)]
+            lines.append(f"| {arm['arm']} | {arm['kept']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -104,18 +104,18 @@ def main() -> None:
     lengths = [int(length) for length in given.lengths.split(",")]
     jobs = [(length, float(share)) for share in given.shares.split(",") for length in lengths]
     only = given.only.split(";") if given.only else None
-    rows: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     with Progress() as bar, ProcessPoolExecutor(given.processes, mp_context=context) as pool:
         todo = bar.add_task("lengths and shares", total=len(jobs))
         running = [pool.submit(measure, *job, given.samples, given.seed, given.device, only) for job in jobs]
         for done in as_completed(running):
-            rows += done.result()
+            runs.append(done.result())
             bar.advance(todo)
             if given.json:
                 store(done.result(), given.json)
     for length in lengths:
-        print(f"\n{length} tokens\n\n{table(sorted(rows, key=lambda r: -r['share']), length)}")
+        print(f"\n{length} tokens\n\n{table(runs, length)}")
 
 
 if __name__ == "__main__":
