@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .attention import reference
 
-__all__ = ["AttentionCall", "Latent", "MixerShape", "Site", "Store"]
+__all__ = ["AttentionCall", "Latent", "MixerShape", "Recurrence", "Site", "Store"]
 
-Kind = Literal["self", "cross", "joint"]
+Kind = Literal["self", "cross", "joint", "linear"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class Site:
         name: module path, e.g. ``model.layers.3.self_attn``.
         index: order among the attention modules of the model.
         layer: layer index that the model's cache uses, None where the module has none.
-        kind: ``self``, ``cross`` or ``joint``.
+        kind: ``self``, ``cross`` or ``joint``; ``linear`` for linear attention with decay, which has no softmax: only
+            strategies that ask for it and implement ``attend`` act there.
         causal: True for decoder self-attention, the only kind that a cache strategy can store.
         num_heads: query heads, None where neither the module nor its config says.
         num_kv_heads: key/value heads, likewise.
@@ -62,6 +63,19 @@ class Site:
     window: int | None = None
     peers: tuple[int, ...] = ()
     latent: Latent | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(slots=True)
+class Recurrence:
+    """What a call at a site of kind ``linear`` has beyond q, k and v.
+
+    Attributes:
+        decay: log decay per token, ``[H]``.
+        state: ``[B, H, K, V]`` sum of ``k v^T`` before the call, None at the start; ``attend`` leaves the next here.
+    """
+
+    decay: Tensor
+    state: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +146,7 @@ class AttentionCall:
         rotary: cosines and sines ``[B, T, rotary_dim]`` of those positions, where the model passes them on.
         step: tokens seen at this site before this call, a tensor in compiled decoding; 0 without a cache.
         cache: the site's store, if a strategy made one.
+        recurrence: decay and state at a site of kind ``linear``, None elsewhere.
         memory: scratch of the strategy at hand at this site, kept while its ``use`` is open.
     """
 
@@ -150,6 +165,7 @@ class AttentionCall:
     rotary: tuple[Tensor, Tensor] | None = None
     step: int | Tensor = 0
     cache: Store | None = None
+    recurrence: Recurrence | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "AttentionCall":

@@ -30,7 +30,7 @@ class MaskSpec:
         window: keys less than so many positions from their query (before it; if not causal, on either side).
         chunk: only keys of the query's own chunk of so many positions.
         prefix: the first so many positions are seen by all, whatever ``causal``, ``window`` and ``chunk`` say.
-        documents: ``[B, S]`` number of each token's document; pairs of two documents are not allowed.
+        documents: ``[B or 1, S]`` number of each token's document; pairs of two documents are not allowed.
         blocks: bool ``[B or 1, H or 1, T / block, S / block]`` of allowed blocks of ``block`` columns.
         block: columns of a block.
     """
@@ -99,11 +99,12 @@ class MaskSpec:
             query = t + shift
             allowed = self.allows(query - s, query, s)
             if self.documents is not None:
-                allowed = allowed & (self.documents[b, query] == self.documents[b, s])
+                row = b if self.documents.shape[0] > 1 else b * 0
+                allowed = allowed & (self.documents[row, query] == self.documents[row, s])
             if self.blocks is not None:
-                of = self.blocks.expand(self.blocks.shape[0], self.blocks.shape[1], -1, -1)
-                row, head = (b if of.shape[0] > 1 else b * 0), (h if of.shape[1] > 1 else h * 0)
-                allowed = allowed & of[row, head, t // self.block, s // self.block]
+                row = b if self.blocks.shape[0] > 1 else b * 0
+                head = h if self.blocks.shape[1] > 1 else h * 0
+                allowed = allowed & self.blocks[row, head, t // self.block, s // self.block]
             return allowed
 
         return mask_mod
@@ -140,9 +141,8 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, causal
     allowed = (apart < window) & (apart >= 0 if causal else apart > -window)
     allowed = allowed & (keys >= 0)[:, None] & (keys < length)[:, None]
     allowed = allowed | (at >= length)[:, :, None]  # rows of padding see anything, and are cut off
-    mask = allowed[None].expand(batch * heads, -1, -1, -1).reshape(batch * heads * count, 1, window, -1)
-    q, k, v = (x.reshape(batch * heads * count, 1, x.shape[3], -1) for x in (q, beside(k), beside(v)))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    q, k, v = (x.flatten(0, 1) for x in (q, beside(k), beside(v)))  # [B * H, n, w or more, d]: blocks are SDPA's heads
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed[None], scale=scale)
     return out.reshape(batch, heads, count * window, -1)[:, :, :length]
 
 

@@ -18,13 +18,15 @@ from .rope import Rotary
 __all__ = ["alibi_bias", "alibi_slopes", "dynamic_ntk", "rope_tables", "t5_buckets"]
 
 
-def rope_tables(positions: Tensor, dim: int, theta: float | Tensor = 10_000.0) -> Rotary:
-    """Cosines and sines, each float32 ``[B, T, dim]``, of ``positions [B, T]``; ``theta`` a number or ``[B]``."""
+def rope_tables(
+    positions: Tensor, dim: int, theta: float | Tensor = 10_000.0, dtype: torch.dtype = torch.float32
+) -> Rotary:
+    """Cosines and sines, each ``[B, T, dim]``, of ``positions [B, T]``; ``theta`` a number or ``[B]``."""
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
     base = torch.as_tensor(theta, dtype=torch.float64, device=positions.device)
     angles = positions.double()[..., None] * (base.reshape(-1, 1) ** -exponents)[:, None]
     angles = torch.cat([angles, angles], -1)
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def dynamic_ntk(theta: float, dim: int, length: Tensor | int, trained: int, factor: float) -> Tensor:

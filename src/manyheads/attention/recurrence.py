@@ -84,7 +84,8 @@ def decay_attention(
     """
     _check(q, k, v, g, norm, floor, state, cu_seqlens)
     if impl == "auto":
-        impl = "triton" if q.is_cuda and q.dtype != torch.float64 and kernels.available() else "torch"
+        held = q.is_cuda and q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256
+        impl = "triton" if held and kernels.available() else "torch"
     if impl == "triton":
         from ..kernels import recurrence
 
@@ -220,7 +221,9 @@ def _prepared(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if state is None:
         state = DecayState(k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]))
-    if norm is not None and state.k is None:
+    if norm is None:
+        state = replace(state, k=None)
+    elif state.k is None:
         state = replace(state, k=k.new_zeros(*k.shape[:2], k.shape[3]))
     return q, k, v, _gates(k, g).cumsum(-1), state
 
@@ -233,7 +236,7 @@ def _decay(rows: Tensor, columns: Tensor) -> Tensor:
 
 def _after(k: Tensor, v: Tensor, total: Tensor, state: DecayState) -> DecayState:
     """The state after all tokens."""
-    last = total[..., -1:]
+    last = total[..., -1:] if total.shape[-1] else total.new_zeros(*total.shape[:-1], 1)  # a sequence may be empty
     left = k * (last - total).exp()[..., None]
     kv = state.kv * last.exp()[..., None] + left.transpose(-1, -2) @ v
     return DecayState(kv, None if state.k is None else state.k * last.exp() + left.sum(2))

@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from .results import Results
     from .runner import compare
     from .summary import summarise
+    from .train.run import compare_trained
 
-__all__ = ["Results", "compare", "summarise"]
+__all__ = ["Results", "compare", "compare_trained", "summarise"]
 
-_HOMES = {"Results": "results", "compare": "runner", "summarise": "summary"}
+_HOMES = {"Results": "results", "compare": "runner", "compare_trained": "train.run", "summarise": "summary"}
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,11 @@ class Unit:
     def name(self) -> str:
         return f"{self.task}/{self.length}/{self.first}"
 
+    @property
+    def label(self) -> str:
+        """What the progress display says."""
+        return f"{self.task}, {self.length} tokens"
+
 
 @dataclass
 class Bench:

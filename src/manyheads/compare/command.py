@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,11 +56,22 @@ def compare(
         Path | None, typer.Option(help="Go on with the run in this folder; needs no other option.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small run: one length, one budget, few samples.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train a small model for each strategy that is a token mixer, and compare.")
+    ] = False,
+    budget: Annotated[
+        str | None, typer.Option(help="With --train: tokens that each arm is trained on, such as 2M. [default: 600k]")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="With --train: about so long in all, in place of --budget. [cuda: 8]")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --train: trainings of each arm. [default: 3]")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare strategies on a model and text: quality, memory and speed, each with its uncertainty.
 
     Without options: the shipped model reads the source of Python's standard library, in under two minutes on two cores.
+    With --train: small models are trained from scratch, one token mixer each, all on one budget.
     The results go to a folder with a report page. A run that was cut off goes on when it is given the same options and
     --out, or with --resume.
     """
@@ -74,6 +86,10 @@ def compare(
         "seed": seed,
         "device": device,
         "quick": quick or None,
+        "train": train or None,
+        "budget": budget,
+        "minutes": minutes,
+        "seeds": seeds,
     }
     options = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
@@ -81,6 +97,9 @@ def compare(
         if out is not None and out.resolve() != resume.resolve():
             raise UserError("--resume goes on in its own folder; leave --out away")
         out = resume
+    from .train.command import refuse
+
+    refuse(options)
     _show(_run(options, out, as_json), as_json)
 
 
@@ -103,6 +122,11 @@ def _run(options: dict[str, Any], out: Path | None, as_json: bool) -> Results:
     folder, finished = folder_for(out, options)
     if finished:
         return Results.read(folder)
+    if options.get("train"):
+        from .train.command import run
+
+        with _progress(as_json) as progress:
+            return run(options, folder, progress)
     chosen = {**(_QUICK if options.get("quick") else {}), **options}
     from manyheads.data.texts import read
 
@@ -152,20 +176,18 @@ def _show(results: Results, as_json: bool) -> None:
     """Write the report page and print the figures."""
     import json
 
-    from .report import write_report
-    from .summary import summarise
-
-    summary = summarise(results)
-    write_report(summary)
-    if as_json:
-        typer.echo(json.dumps(summary.document(), indent=2))
-        return
     from rich.console import Console
 
-    from .table import print_summary
-
     console = Console(highlight=False)
-    print_summary(summary, console if console.is_terminal else Console(highlight=False, width=150))
+    console = console if console.is_terminal else Console(highlight=False, width=150)
+    home = f"{__package__}.train" if results.run.get("kind") == "train" else __package__
+    report, summary, table = (import_module(f"{home}.{name}") for name in ("report", "summary", "table"))
+    found = summary.summarise(results)
+    report.write_report(found)
+    if as_json:
+        typer.echo(json.dumps(found.document(), indent=2))
+    else:
+        table.print_summary(found, console)
 
 
 @contextmanager

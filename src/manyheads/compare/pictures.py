@@ -1,39 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of the report, as SVG text. Colours follow the page: ink and paper are CSS variables of it."""
 
-import io
-import math
-import re
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
-import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from .bench import Row
+from .drawing import COLOURS, FAINT, INK, PAPER, legend, limit, line, svg
 from .stats import Estimate
 from .summary import FIGURES, ArmSummary, Summary
 from .table import budget_text
 
 __all__ = ["loss_by_budget", "pareto", "recall_maps", "speed_and_memory"]
-
-# Okabe and Ito's palette, told apart with any kind of colour vision; markers and dashes say the same again.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-_INK, _PAPER, _FAINT = "#010203", "#fdfcfb", "#c0c1c2"  # stand-ins, replaced by CSS variables
-_STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "manyheads", "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "text.color": _INK, "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True, "grid.color": _FAINT, "grid.linewidth": 0.5, "grid.alpha": 0.7, "axes.axisbelow": True,
-    "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
-}  # fmt: skip
 
 
 def pareto(summary: Summary) -> str | None:
@@ -46,14 +26,14 @@ def pareto(summary: Summary) -> str | None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, name in zip(axes, panels, strict=True):
             _against_bytes(axis, summary, name)
-        _legend(figure, axes[0], summary)
+        legend(figure, axes[0])
 
     alt = "; ".join(
         f"{arm.key}: {100 * (arm.kept or 0):.0f} % of the bytes, "
         + ", ".join(_say(arm, name) for name in panels if name in arm.figures)
         for arm in summary.arms
     )
-    return _svg(draw, 10.4 if len(panels) == 2 else 6.2, 4.6, f"Quality against bytes held. {alt}.")
+    return svg(draw, 10.4 if len(panels) == 2 else 6.2, 4.6, f"Quality against bytes held. {alt}.")
 
 
 def _against_bytes(axis: Axes, summary: Summary, name: str) -> None:
@@ -65,19 +45,19 @@ def _against_bytes(axis: Axes, summary: Summary, name: str) -> None:
         # Arms of one budget hold nearly the same bytes: a small step apart, so that their intervals can be read.
         x = [100 * (arm.kept or 0) * 1.035 ** (i - (len(groups) - 1) / 2) for arm in known]
         factor = 100 if kind.share else 1
-        _line(axis, x, shown, factor, i, label)
+        line(axis, x, shown, factor, i, label)
     if kind.share:
         base = full.figures[name]
-        axis.axhspan(100 * base.low, 100 * base.high, color=_FAINT, alpha=0.35, linewidth=0)
-        axis.axhline(100 * base.value, color=_INK, linewidth=1.2)
+        axis.axhspan(100 * base.low, 100 * base.high, color=FAINT, alpha=0.35, linewidth=0)
+        axis.axhline(100 * base.value, color=INK, linewidth=1.2)
         axis.set_ylim(-4, 104)
         axis.set_ylabel("right answers, %")
         axis.set_title("recall of planted constants\n(higher is better)")
     else:
-        axis.axhline(0, color=_INK, linewidth=1.2)
+        axis.axhline(0, color=INK, linewidth=1.2)
         axis.set_ylabel("loss more than full, nats/token")
         axis.set_title("loss on the text that follows\n(lower is better)")
-        _limit(axis, [arm.deltas[name] for arm in summary.arms[1:] if name in arm.deltas])
+        limit(axis, [arm.deltas[name] for arm in summary.arms[1:] if name in arm.deltas])
     kept = sorted({round(100 * arm.kept, 1) for arm in summary.arms[1:] if arm.kept})
     axis.set_xscale("log")
     axis.set_xticks(_apart(kept), [f"{k:g}" for k in _apart(kept)])
@@ -94,29 +74,6 @@ def _apart(values: Sequence[float]) -> list[float]:
         if not shown or value / shown[-1] > 1.25:
             shown.append(value)
     return shown
-
-
-def _line(axis: Axes, x: Sequence[float], shown: Sequence[Estimate], factor: float, i: int, label: str) -> None:
-    y = np.array([e.value for e in shown]) * factor
-    low, high = (np.array([getattr(e, side) for e in shown]) * factor for side in ("low", "high"))
-    finite = np.isfinite(low)
-    reach = [np.where(finite, np.abs(y - np.where(finite, bound, y)), 0) for bound in (low, high)]
-    axis.errorbar(
-        x, y, yerr=reach, label=label, color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
-        linestyle=_DASHES[i % len(_DASHES)], markersize=7, linewidth=1.6, elinewidth=1, capsize=2.5,
-        markeredgecolor=_PAPER,
-    )  # fmt: skip
-
-
-def _limit(axis: Axes, shown: Sequence[Estimate]) -> None:
-    """Room for every value and for intervals as long as they do not drown the values; those run out of the picture."""
-    values = [e.value for e in shown]
-    if not values:
-        return
-    reach = max(max(map(abs, values)), 1e-3)
-    highs = [e.high for e in shown if math.isfinite(e.high)] or values
-    lows = [e.low for e in shown if math.isfinite(e.low)] or values
-    axis.set_ylim(max(min([0.0, *lows]), -0.6 * reach) - 0.06 * reach, min(max(highs), 1.8 * reach) + 0.06 * reach)
 
 
 def loss_by_budget(summary: Summary) -> str | None:
@@ -136,7 +93,7 @@ def loss_by_budget(summary: Summary) -> str | None:
                 known = [(a, e) for a, e in found if e is not None]
                 every += [e for _, e in known]
                 step = 1.035 ** (i - (len(groups) - 1) / 2)
-                _line(
+                line(
                     axis,
                     [100 * _fraction(a.budget, length) * step for a, _ in known],
                     [e for _, e in known],
@@ -145,19 +102,19 @@ def loss_by_budget(summary: Summary) -> str | None:
                     label,
                 )
             base = summary.part(summary.full.key, "loss", _at(length=length))
-            axis.axhline(0, color=_INK, linewidth=1.2)
+            axis.axhline(0, color=INK, linewidth=1.2)
             axis.set_title(f"{length} tokens" + (f" (full: {base.value:.2f} nats/token)" if base else ""))
             marks = _apart(sorted({100 * _fraction(a.budget, length) for a in summary.arms[1:]}))
             axis.set_xscale("log")
             axis.set_xticks(marks, [f"{m:.3g}" for m in marks])
             axis.set_xticks([], minor=True)
             axis.set_xlabel("budget, % of the tokens (log scale)")
-            _limit(axis, every)
+            limit(axis, every)
         axes[0].set_ylabel("loss more than full, nats/token")
-        _legend(figure, axes[0], summary)
+        legend(figure, axes[0])
 
     lines = "; ".join(f"{arm.key} {arm.deltas['loss'].value:+.2f}" for arm in summary.arms[1:] if "loss" in arm.deltas)
-    return _svg(draw, max(6.2, 5.2 * len(lengths)), 4.2, f"Loss more than full, in nats per token, by budget. {lines}.")
+    return svg(draw, max(6.2, 5.2 * len(lengths)), 4.2, f"Loss more than full, in nats per token, by budget. {lines}.")
 
 
 def recall_maps(summary: Summary) -> str | None:
@@ -193,7 +150,7 @@ def recall_maps(summary: Summary) -> str | None:
 
     said = "; ".join(_say(arm, "needle_unseen", arm.key) for arm in arms)
     cell = 0.3 * len(depths) + 0.75
-    return _svg(
+    return svg(
         draw,
         max(3.2, 2.0 + 0.75 * len(lengths)) * columns,
         cell * (len(groups) + 1) + 0.3,
@@ -220,7 +177,7 @@ def _map(axis: Axes, summary: Summary, arm: ArmSummary, depths: list[float], len
                 ha="center",
                 va="center",
                 fontsize=9,
-                color="#ffffff" if part > 0.5 else _INK,
+                color="#ffffff" if part > 0.5 else INK,
             )
     axis.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
     axis.set_xticks([j + 0.5 for j in range(len(lengths))], [str(n) for n in lengths], fontsize=9)
@@ -232,7 +189,7 @@ def _map(axis: Axes, summary: Summary, arm: ArmSummary, depths: list[float], len
 def _cell(x: int, y: int, part: float) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x, y), 1, 1, facecolor=_COLOURS[0], alpha=part, edgecolor=_PAPER, linewidth=1.5)
+    return Rectangle((x, y), 1, 1, facecolor=COLOURS[0], alpha=part, edgecolor=PAPER, linewidth=1.5)
 
 
 def speed_and_memory(summary: Summary) -> str | None:
@@ -251,7 +208,7 @@ def speed_and_memory(summary: Summary) -> str | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(_groups(summary))}
+        colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(_groups(summary))}
         for axis, (title, read) in zip(axes, panels, strict=True):
             base = read(full)
             values = [read(arm) for arm in summary.arms]
@@ -261,11 +218,11 @@ def speed_and_memory(summary: Summary) -> str | None:
                     continue
                 axis.barh(y, value.value, height=0.72, color=colours.get(arm.label, "#7F7F7F"), alpha=0.85)
                 if value.high > value.low:
-                    axis.plot([value.low, value.high], [y, y], color=_INK, linewidth=1.2, solid_capstyle="butt")
+                    axis.plot([value.low, value.high], [y, y], color=INK, linewidth=1.2, solid_capstyle="butt")
                 note = f"{value.value:.3g}" if arm.full else f"{value.value:.3g}  ×{value.value / base.value:.2f}"
                 axis.text(1.6 * top, y, note, ha="right", va="center", fontsize=9)
             if base is not None:
-                axis.axvline(base.value, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
+                axis.axvline(base.value, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
             axis.set(xlim=(0, 1.6 * top), title=title)
             axis.grid(axis="y", visible=False)
             axis.locator_params(axis="x", nbins=4)
@@ -276,7 +233,7 @@ def speed_and_memory(summary: Summary) -> str | None:
         f"{arm.key}: " + ", ".join(f"{title} {e.value:.3g}" for title, read in panels if (e := read(arm)) is not None)
         for arm in summary.arms
     )
-    return _svg(draw, 3.3 * len(panels) + 1.6, 0.3 * len(summary.arms) + 1.0, f"Speed and memory. {said}.")
+    return svg(draw, 3.3 * len(panels) + 1.6, 0.3 * len(summary.arms) + 1.0, f"Speed and memory. {said}.")
 
 
 def _at(**wanted: Any) -> Callable[[Row], bool]:
@@ -304,36 +261,7 @@ def _fraction(budget: int | float, length: int) -> float:
     return min(1.0, budget / length) if isinstance(budget, int) else budget
 
 
-def _legend(figure: Figure, axis: Axes, summary: Summary) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=10)
-
-
 def _say(arm: ArmSummary, name: str, who: str = "") -> str:
     figure = arm.figures[name]
     text = f"{100 * figure.value:.0f} %" if FIGURES[name].share else f"{figure.value:.2f} nats per token"
     return f"{who or FIGURES[name].title} {text}"
-
-
-def _svg(draw: Callable[[Figure], None], width: float, height: float, alt: str) -> str:
-    """Draw and return an ``<svg>`` element that scales with the page and names what it shows."""
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(figure)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for colour, variable in ((_INK, "ink"), (_PAPER, "paper"), (_FAINT, "faint")):
-        svg = svg.replace(colour, f"var(--{variable})")
-    box = re.search(r'viewBox="([^"]+)"', svg)
-    assert box is not None
-    label = escape(alt)
-    opening = (
-        f'<svg viewBox="{box[1]}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'role="img" style="--width: {width:.1f}in" aria-label="{label}"><title>{label}</title>'
-    )
-    return opening + svg[svg.index(">") + 1 :]

@@ -12,7 +12,7 @@ from .stats import Estimate
 from .summary import FIGURES, ArmSummary, Summary
 from .table import budget_text, size_text
 
-__all__ = ["caveats", "headlines", "render", "write_report"]
+__all__ = ["caveats", "headlines", "page", "render", "write_report"]
 
 _TABLE = ("loss", "needle_unseen", "needle_seen", "several", "chained")
 
@@ -26,6 +26,29 @@ def write_report(summary: Summary) -> Path:
 
 def render(summary: Summary) -> str:
     """The page as HTML. Names and texts are escaped: they come from anywhere."""
+    run = summary.results.run
+    drawn = {
+        "pareto": pictures.pareto(summary),
+        "recall": pictures.recall_maps(summary),
+        "loss": pictures.loss_by_budget(summary),
+        "costs": pictures.speed_and_memory(summary),
+    }
+    return page(
+        "report.html.j2",
+        run,
+        drawn,
+        headlines=headlines(summary),
+        columns=[FIGURES[name].title for name in _TABLE if name in summary.full.figures],
+        counts=[_count(summary, name) for name in _TABLE if name in summary.full.figures],
+        rows=[_row(summary, arm) for arm in summary.arms],
+        timed=summary.full.decode is not None,
+        caveats=caveats(summary),
+        short=_short(run),
+    )
+
+
+def page(template: str, run: dict[str, Any], drawn: dict[str, str | None], **given: Any) -> str:
+    """``template`` filled with what is known of ``run``, with pictures and all else that is ``given``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -36,26 +59,12 @@ def render(summary: Summary) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    run = summary.results.run
-    drawn = {
-        "pareto": pictures.pareto(summary),
-        "recall": pictures.recall_maps(summary),
-        "loss": pictures.loss_by_budget(summary),
-        "costs": pictures.speed_and_memory(summary),
-    }
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        finished=summary.results.finished,
+    return environment.get_template(template).render(
+        run={"seconds": None, "sources": [], "peak_rss_bytes": None} | run,  # what an unfinished run lacks
         pictures={name: Markup(svg) if svg else None for name, svg in drawn.items()},
-        headlines=headlines(summary),
-        columns=[FIGURES[name].title for name in _TABLE if name in summary.full.figures],
-        counts=[_count(summary, name) for name in _TABLE if name in summary.full.figures],
-        rows=[_row(summary, arm) for arm in summary.arms],
-        timed=summary.full.decode is not None,
-        caveats=caveats(summary),
-        command=shlex.join(run["command"]) if run["command"] else "made through manyheads.compare.compare",
+        command=shlex.join(run["command"]) if run["command"] else "made through manyheads.compare",
         size_text=size_text,
-        short=_short(run),
+        **given,
     )
 
 

@@ -5,7 +5,7 @@ import datetime
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,13 +19,13 @@ from ..errors import UserError
 from ..port import use
 from ..strategy import Strategy
 from .arms import Arm, make_arms
-from .bench import TARGET, Bench
+from .bench import TARGET, Bench, Row
 from .contexts import Contexts
 from .corpus import Corpus
 from .results import FOLDER, Journal, Results
 from .tasks import TASKS, measure, misfit, plan
 
-__all__ = ["BUDGETS", "FOLDER", "LENGTHS", "SAMPLES", "STRATEGIES", "Progress", "check", "compare"]
+__all__ = ["BUDGETS", "FOLDER", "LENGTHS", "SAMPLES", "STRATEGIES", "Progress", "check", "compare", "work"]
 
 # hedge at one budget, and asking a quarter of its queries again: on a CPU they are what it costs.
 STRATEGIES = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hedge:window_size=128,budget=0.1")
@@ -123,7 +123,8 @@ def compare(
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
         journal = Journal(Path(out), run)
-        return _work(bench, journal, units, progress or (lambda done, total, message: None))
+        said = progress or (lambda done, total, message: None)
+        return work(bench, journal, units, measure, said, read)
 
 
 def check(
@@ -137,27 +138,39 @@ def check(
     make_arms(strategies, budgets, _sorted(lengths)[0])
 
 
-def _work(bench: Bench, journal: Journal, units: list[Any], progress: Progress) -> Results:
+def work(
+    bench: Any, journal: Journal, units: Sequence[Any], measure: Callable[[Any, Any], list[Row]], progress: Progress,
+    texts: Sequence[Text],
+) -> Results:  # fmt: skip
+    """Measure the ``units`` that the journal does not hold yet; ``bench.tick`` gets a listener to the work done.
+
+    Args:
+        bench: what ``measure`` gets with each unit; it calls ``bench.tick`` with units of ``unit.cost``.
+        journal: takes the rows.
+        units: with ``name``, ``label`` and ``cost``.
+        measure: gives the rows of a unit.
+        progress: hears how far the run is.
+        texts: those of them that rows name are listed in ``run.json``.
+    """
     start, total = time.perf_counter(), sum(unit.cost for unit in units)
     done = 0.0
     for unit in units:
         if unit.name not in journal.done:
-            message = f"{unit.task}, {unit.length} tokens"
             gone = done
 
-            def tick(step: float, message: str = message) -> None:
+            def tick(step: float, message: str = unit.label) -> None:
                 nonlocal gone
                 gone += step
                 progress(gone, total, message)
 
-            progress(done, total, message)
+            progress(done, total, unit.label)
             bench.tick = tick
             journal.add(measure(bench, unit))
         done += unit.cost
         progress(done, total, "")
     seconds = journal.run.get("seconds", 0.0) + time.perf_counter() - start
     used = {row["text"] for row in journal.rows if "text" in row}
-    sources = [{"name": t.name, "sha256": t.sha256} for t in bench.contexts.corpus.texts if t.name in used]
+    sources = [{"name": t.name, "sha256": t.sha256} for t in texts if t.name in used]
     return journal.finish(seconds=round(seconds, 2), peak_rss_bytes=_peak_memory(), sources=sources)
 
 

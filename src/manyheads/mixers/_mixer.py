@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attention.masks import MaskSpec, hide, masked_attention
 from ..call import MixerShape
+from ..errors import UserError
 
 __all__ = ["KVState", "SoftmaxMixer", "State", "positions_of", "split_heads"]
 
@@ -103,8 +104,9 @@ def positions_of(
     """Position of each token in its sequence ``[B, T]``, -1 for padding; ``seen [B]`` tokens came before."""
     if cu_seqlens is not None:
         columns = torch.arange(length, device=device)
-        at = columns - cu_seqlens[torch.searchsorted(cu_seqlens, columns, right=True) - 1]
-        return at[None]
+        which = torch.searchsorted(cu_seqlens, columns, right=True) - 1
+        at = columns - cu_seqlens[which]
+        return (at if seen is None else at + seen[which])[None]
     first = torch.zeros(batch, dtype=torch.long, device=device) if seen is None else seen
     counted = torch.arange(length, device=device).expand(batch, -1) if mask is None else mask.long().cumsum(1) - 1
     at = first[:, None] + counted
@@ -159,6 +161,8 @@ class SoftmaxMixer(nn.Module):
         k = self.transform_k(split_heads(k, self.shape.num_kv_heads), at, seen)
         v = split_heads(v, self.shape.num_kv_heads)
         if cu_seqlens is not None:
+            if state is not None:
+                raise UserError("softmax mixers take packed sequences from their start: no state with cu_seqlens")
             return self._packed(q, k, v, at, cu_seqlens)
         padded = mask is not None or (state is not None and state.padded)
         after = KVState(k, v, at, seen, padded) if state is None else state.join(k, v, at, seen, padded)

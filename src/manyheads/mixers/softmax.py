@@ -3,12 +3,15 @@
 
 Scaled dot-product attention (Vaswani et al., arXiv 1706.03762), causal, with grouped queries and optionally a sliding
 window, and one of: rotary positions (arXiv 2104.09864; ``ntk`` grows their base beyond the trained length), ALiBi
-(arXiv 2108.12409), T5's learned bias by bucket (arXiv 1910.10683), or none.
+(arXiv 2108.12409), T5's learned bias by bucket (arXiv 1910.10683), or none. The attention can be given a temperature,
+which divides all logits, content and bias alike: ``t5_attention_alignment`` does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import rope
@@ -52,11 +55,16 @@ class Softmax(Strategy):
 
 
 class Attention(SoftmaxMixer):
-    """Multi-head attention with the positions of ``strategy``."""
+    """Multi-head attention with the positions of ``strategy``.
+
+    Attributes:
+        temperature: of each row by the number of keys it sees, ``[B, T] -> [B, 1 or H, T, 1]``; None: 1.
+    """
 
     def __init__(self, shape: MixerShape, strategy: Softmax) -> None:
         super().__init__(shape, window=strategy.window)
         self.strategy = strategy
+        self.temperature: Callable[[Tensor], Tensor] | None = None
         self.buckets = nn.Embedding(32, shape.num_heads) if strategy.position == "t5" else None
 
     def _turned(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
@@ -67,16 +75,24 @@ class Attention(SoftmaxMixer):
             theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.shape.length, self.strategy.ntk)
         return rope.rotate(x, rope_tables(positions, x.shape[-1], theta)).to(x.dtype)
 
+    def _cooled(self, x: Tensor, queries: Tensor) -> Tensor:
+        """``x [B, H, T, ...]`` over the temperature of its rows at positions ``queries [B, T]``."""
+        if self.temperature is None:
+            return x
+        seen = queries + 1
+        tau = self.temperature(seen if self.spec.window is None else seen.clamp(max=self.spec.window))
+        return (x / tau.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._turned(q, positions, length)
+        return self._cooled(self._turned(q, positions, length), positions)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         return self._turned(k, positions, length)
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         if self.strategy.position == "alibi":
-            return alibi_bias(queries, keys, self.shape.num_heads)
+            return self._cooled(alibi_bias(queries, keys, self.shape.num_heads), queries)
         if self.buckets is None:
             return None
         bias: Tensor = self.buckets(t5_buckets(keys[:, None] - queries[:, :, None]))
-        return bias.permute(0, 3, 1, 2)
+        return self._cooled(bias.permute(0, 3, 1, 2), queries)

@@ -113,13 +113,23 @@ class Decoder(nn.Module):
         self._start()
 
     def _start(self) -> None:
-        """Normal weights of 0.02, those that write to the residual stream scaled by depth, as in GPT-2."""
+        """Normal weights of 0.02, those that write to the residual stream scaled by depth, as in GPT-2.
+
+        In post-norm blocks the residual stream is of size 1, beside which that is nothing: there Xavier's size, times
+        ``(8 L)^(-1/4)`` where they write to the stream, as in DeepNorm (arXiv 2203.00555).
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not hasattr(module, "own_start")):
                 deep = name.endswith(("out_proj", "down"))
                 nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * self.config.layers) if deep else 1.0))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+        post_norm = [block for block in self.blocks if getattr(block, "residual", None) is not None]
+        for block in post_norm:
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear) and not hasattr(module, "own_start"):
+                    deep = name.endswith(("out_proj", "down"))
+                    nn.init.xavier_normal_(module.weight, (8 * self.config.layers) ** -0.25 if deep else 1.0)
 
     @classmethod
     def matched(cls, strategy: Strategy | str, config: DecoderConfig, parameters: int) -> "Decoder":
@@ -167,7 +177,7 @@ class Decoder(nn.Module):
         while len(made) < count:
             logits, state = self(made[-1], state=state)
             made.append(logits[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(made, 1)
+        return torch.cat(made, 1)[:, :count]
 
     def save(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors``."""

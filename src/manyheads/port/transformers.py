@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .cache import ForkableStore, SlotCache, StoreLayer, install
 from .configs import switch_configs
+from .linear import LinearState, find_linear
 from .sites import Entry, SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
@@ -42,14 +43,15 @@ class Port:
         if self._undo:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
         sites = find_sites(self.model)
-        if not sites:
+        linear = find_linear(self.model, len(sites))
+        if not sites and not linear:
             raise UserError(_refusal(self.model))
         if sparse := [name for name, module in self.model.named_modules() if hasattr(module, "indexer")]:
             raise UserError(
                 f"{type(self.model).__name__} chooses its keys by an indexer ({sparse[0]}), whose mask the port cannot "
                 "pass on; use a model with ordinary attention"
             )
-        chosen = self._choose(sites)
+        chosen = self._choose(sites + linear)
         self._entries = []
         try:
             self._undo.append(switch_configs(self.model))
@@ -60,6 +62,11 @@ class Port:
                 self._undo.append(lambda s=state: s.remove(self))  # type: ignore[misc]
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
+            for site, module in linear:
+                for strategy in (s for s, at in chosen if site.index in at):
+                    entry = Entry(self, strategy)
+                    self._undo.append(LinearState(site, module, entry).detach)
+                    self._entries.append((site, module, entry))
         except BaseException:
             self._restore()
             raise

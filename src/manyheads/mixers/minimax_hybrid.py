@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiniMax-01's hybrid: seven layers of lightning attention, then one of softmax attention, again and again.
+
+MiniMax, "MiniMax-01: Scaling Foundation Models with Lightning Attention", arXiv 2501.08313. Linear attention keeps a
+state of fixed size and cannot look up what it has blurred; one softmax layer in eight can, and its cache is all that
+grows:
+
+    lightning:  q, k, v = silu(x W_qkv)     S_t = lambda S_{t-1} + k_t v_t^T     y = (sigmoid(x W_g) * RMSNorm(q S)) W_o
+    softmax:    grouped queries, rotary positions on half of each head
+    block:      h = norm(h); h = alpha h + beta sublayer(h), with alpha = (2 L)^(1/4) of L layers and beta = 1
+
+alpha is the released 3.5565588200778455 for their 80 layers. Decay is the ALiBi table of
+:mod:`manyheads.attention.decay`, not TransNormerLLM's. The norm is over all heads together and has a weight. The
+mixture of experts is no part of this: the channel mixer is the decoder's own. ``theta`` is 10,000 here, for short
+contexts; the released long-context model has 10^7. ``window`` makes the paper's rival, sliding-window attention in
+place of lightning.
+
+The state is an explicit argument and result, float32, and can be reordered by row: kept in a layer or in 16 bits it
+goes wrong in servers. In :func:`manyheads.use` the strategy computes the lightning layers of transformers' own MiniMax
+models: in chunks also where a cache goes on, with a float32 state in the model's own cache, where transformers steps
+from token to token in Python with a state in the model's dtype. There padding in the middle is skipped; transformers
+decays over it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import rope
+from ..attention.decay import lightning_attention, log_decay
+from ..attention.masks import hide
+from ..attention.positions import rope_tables
+from ..attention.recurrence import DecayState
+from ..call import AttentionCall, MixerShape
+from ..errors import UserError
+from ..strategy import Strategy
+from ._mixer import SoftmaxMixer
+
+__all__ = ["HalfRotary", "MiniMaxHybrid", "MiniMaxLightning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniMaxHybrid(Strategy):
+    """Lightning attention with a softmax layer at the end of every group.
+
+    Attributes:
+        every: layers of a group; 1 is softmax throughout, 0 lightning throughout.
+        rotary: part of a head's channels that rotary positions turn, in softmax layers.
+        theta: base of the rotation.
+        alpha: factor on the residual; ``(2 L)^(1/4)`` when None.
+        window: sliding-window attention over so many keys in place of lightning; None for lightning.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    every: int = field(default=8, metadata={"help": "layers of a group; the last of each is softmax, 0: none is"})
+    rotary: float = field(default=0.5, metadata={"help": "part of a head that rotary positions turn"})
+    theta: float = field(default=10_000.0, metadata={"help": "base of the rotation"})
+    alpha: float | None = field(default=None, metadata={"help": "factor on the residual; (2 L)^(1/4) when not given"})
+    window: int | None = field(
+        default=None, metadata={"help": "sliding-window attention over so many keys in place of lightning"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise UserError(f"minimax_hybrid: every counts layers and is at least 0, not {self.every}")
+        if not 0 <= self.rotary <= 1:
+            raise UserError(f"minimax_hybrid: rotary is a part of a head, from 0 to 1, not {self.rotary}")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"minimax_hybrid: window counts keys and is at least 1, not {self.window}")
+
+    def mix(self, shape: MixerShape) -> nn.Module:
+        mixer: MiniMaxLightning | HalfRotary
+        if self.every and (shape.layer + 1) % self.every == 0:
+            mixer = HalfRotary(shape, self, None)
+        else:
+            mixer = MiniMaxLightning(shape) if self.window is None else HalfRotary(shape, self, self.window)
+        mixer.residual = ((2 * shape.num_layers) ** 0.25 if self.alpha is None else self.alpha, 1.0)
+        return mixer
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The lightning layers of a transformers model."""
+        assert call.recurrence is not None
+        mask = None if call.mask is None else call.mask[:, 0, 0]
+        kv = call.recurrence.state
+        before = None if kv is None else DecayState(kv)
+        out, after = lightning_attention(call.q, call.k, call.v, call.recurrence.decay, mask=mask, state=before)
+        call.recurrence.state = after.kv
+        return out.transpose(1, 2)
+
+
+class MiniMaxLightning(nn.Module):
+    """MiniMax-01's lightning mixer; key/value heads are as many as query heads."""
+
+    residual: tuple[float, float] | None = None
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__()
+        self.shape = shape
+        wide = shape.num_heads * shape.head_dim
+        self.qkv_proj = nn.Linear(shape.dim, 3 * wide, bias=False)  # per head q, k and v
+        self.gate = nn.Linear(shape.dim, wide, bias=False)
+        self.out_norm = nn.RMSNorm(wide, eps=1e-6)
+        self.out_proj = nn.Linear(wide, shape.dim, bias=False)
+        self.decay: Tensor
+        table = log_decay("alibi", shape.num_heads, shape.layer, shape.num_layers)
+        self.register_buffer("decay", table, persistent=False)
+
+    @classmethod
+    def from_transformers(cls, module: Any, length: int = 0) -> "MiniMaxLightning":
+        """The mixer with the weights of a ``MiniMaxLightningAttention``."""
+        heads, dim = module.num_attention_heads, module.qkv_proj.in_features
+        shape = MixerShape(dim, heads, heads, module.head_dim, module.layer_idx, module.num_hidden_layers, length)
+        mixer = cls(shape).to(module.qkv_proj.weight)
+        with torch.no_grad():
+            for mine, other in (
+                (mixer.qkv_proj, module.qkv_proj), (mixer.gate, module.output_gate), (mixer.out_norm, module.norm),
+                (mixer.out_proj, module.out_proj),
+            ):  # fmt: skip
+                mine.weight.copy_(other.weight)
+        return mixer
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, state: DecayState | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, DecayState]:  # fmt: skip
+        """``x [B, T, dim] -> [B, T, dim]``, see :mod:`manyheads.mixers._mixer`."""
+        x = hide(x, mask)
+        heads = nn.functional.silu(self.qkv_proj(x)).unflatten(-1, (self.shape.num_heads, -1)).transpose(1, 2)
+        q, k, v = heads.chunk(3, -1)
+        out, after = lightning_attention(q, k, v, self.decay, mask=mask, state=state, cu_seqlens=cu_seqlens)
+        out = self.out_norm(out.transpose(1, 2).flatten(2)) * self.gate(x).sigmoid()
+        y: Tensor = self.out_proj(out)
+        return y, after
+
+
+class HalfRotary(SoftmaxMixer):
+    """Softmax attention whose rotary positions turn the first channels of each head."""
+
+    residual: tuple[float, float] | None = None
+
+    def __init__(self, shape: MixerShape, strategy: MiniMaxHybrid, window: int | None) -> None:
+        super().__init__(shape, window=window)
+        self.turned, self.theta = 2 * round(strategy.rotary * shape.head_dim / 2), strategy.theta
+
+    def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+        if not self.turned:
+            return q
+        return rope.rotate(q, rope_tables(positions, self.turned, self.theta)).to(q.dtype)
+
+    def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+        return self.transform_q(k, positions, length)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decay attention's kernels under Triton's interpreter, on the CPU. Collected in a process of its own by
+test_recurrence.py. Float32 and float16 only: the interpreter computes bfloat16 wrongly.
+"""
+
+import pytest
+import torch
+
+from kernels.decay_cases import build, errors, kernel, worst, wrong_variants
+from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
+from manyheads import UserError
+from manyheads.attention.recurrence import DecayState, decay_attention
+from manyheads.kernels import recurrence
+
+CASES = [
+    {"length": 1, "norm": "mlstm"},
+    {"length": 2, "gate": "none", "norm": "sum"},
+    {"length": 63, "gate": "head", "width": 48, "columns": 16, "dtype": torch.float16},
+    {"length": 64, "gate": "none", "heads": 1, "columns": 48, "final": False},
+    {"length": 65, "norm": "mlstm", "batch": 2, "dtype": torch.float16},
+    {"length": 35, "norm": "sum", "gate": "head", "batch": 2, "heads": 4, "kv_heads": 2},
+    {"length": 70, "norm": "mlstm", "width": 24, "columns": 40, "start": False},
+    {"length": 40, "width": 64, "columns": 128, "norm": "mlstm", "dtype": torch.float16},
+    {"length": 30, "width": 128, "columns": 64, "heads": 1},
+    {"length": 20, "width": 200, "columns": 16, "heads": 1, "norm": "sum", "dtype": torch.float16},
+    {"packed": [0, 5, 6, 75, 75, 110], "norm": "mlstm"},
+    {"packed": [0, 64, 129, 130], "norm": "sum", "gate": "head", "heads": 3, "dtype": torch.float16},
+]
+
+
+@pytest.mark.parametrize("given", CASES, ids=str)
+def test_four_ways(given):
+    """The definition in float64, torch in chunks and the kernels; both within the limits of the definition."""
+    case = build(**given)
+    got = kernel(case)
+    assert worst(case, got) <= 1, errors(case, got)
+    assert got["out"].dtype == got["dq"].dtype == case.dtype and got["state"].dtype == torch.float32
+    if case.dtype == torch.float32:
+        assert worst(case, case.run("torch")) <= 1
+
+
+@pytest.mark.parametrize(("processors", "segments"), [(4, 2), (8, 4)])
+def test_segments(processors, segments, monkeypatch):
+    """One, two and more segments of several chunks, the last of them short."""
+    monkeypatch.setattr(recurrence, "_processors", lambda x: processors)
+    monkeypatch.setattr(recurrence, "_PROGRAMS", 1)
+    case = build(length=200, heads=2, norm="mlstm")
+    plan = recurrence._Plan.of(*(case.given[name] for name in "qkv"), None, "mlstm")
+    assert plan.segments == segments and plan.length % 32 == 0
+    got = kernel(case)
+    assert worst(case, got) <= 1, errors(case, got)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"length": 40, "batch": 2, "norm": "mlstm", "columns": 32},
+        {"packed": [0, 7, 40], "norm": "sum", "heads": 1, "dtype": torch.float16},
+    ],
+    ids=["mlstm", "packed"],
+)
+def test_wrong_variants_fail(given):
+    case = build(**given)
+    got = kernel(case)
+    assert worst(case, got) <= 1
+    for name, wrong in wrong_variants(case).items():
+        assert worst(wrong, got) > 5, name
+
+
+@pytest.mark.parametrize("norm", [None, "sum", "mlstm"])
+def test_step(norm):
+    """One token goes through its own kernel where no gradient is wanted."""
+    case = build(length=1, batch=2, heads=4, kv_heads=2, norm=norm, width=24, columns=40)
+    q, k, v, g, floor, kv, n = case.given.values()
+    given = {"scale": case.scale, "norm": norm, "floor": floor}
+    out, after = decay_attention(q, k, v, g, state=DecayState(kv, n), impl="triton", **given)
+    want = case.run("quadratic", torch.float64)
+    torch.testing.assert_close(out.double(), want["out"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.kv.double(), want["state"], atol=1e-5, rtol=1e-5)
+    assert norm is None or torch.allclose(after.k.double(), want["vector"], atol=1e-5)
+    other, _ = decay_attention(q, k, v, g, state=DecayState(kv.flip(0), n), impl="triton", **given)
+    assert not torch.allclose(other.double(), want["out"], atol=1e-2)
+
+
+def test_strong_decay_forgets_exactly():
+    """Gates of -inf, and others so low that a total of them would overflow if it were ever divided by."""
+    case = build(length=70, heads=1, start=False)
+    q, k, v, *_ = case.given.values()
+    for g in (torch.full((1, 1, 70), -torch.inf), torch.full((1,), -1e4)):
+        out, _ = decay_attention(q, k, v, g, impl="triton")
+        torch.testing.assert_close(out, (q * k).sum(-1, keepdim=True) * v, atol=1e-5, rtol=1e-5)
+
+
+def test_large_states_in_half_precision():
+    """Sums above 65504, the largest float16, in the state."""
+    q, k = torch.full((1, 1, 130, 16), 2.0**-10), torch.full((1, 1, 130, 16), 60.0)
+    v = torch.full((1, 1, 130, 16), 60.0)
+    out, after = decay_attention(*(x.half() for x in (q, k, v)), impl="triton")
+    want, _ = decay_attention(q.double(), k.double(), v.double(), impl="quadratic")
+    assert after.kv.max() > 4e5
+    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=0)
+
+
+def test_the_operator_is_well_formed():
+    """Schema, shapes and strides of the fake, autograd; sizes may be symbolic."""
+    case = build(norm="mlstm", batch=2, length=9)
+    q, k, v, g, floor, kv, n = (x.requires_grad_() for x in case.given.values())
+    q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    torch.library.opcheck(recurrence._forward, (q, k, v, g, floor, kv, n, None, 0.5, "mlstm"))
+
+
+def test_strangers_are_refused():
+    q = torch.randn(1, 1, 3, 16)
+    for x in (q.double(), torch.randn(1, 1, 3, 300)):
+        with pytest.raises(UserError, match="impl=torch"):
+            decay_attention(x, x, x, impl="triton")
