@@ -33,7 +33,7 @@ def load_default(
 
 def load_recall(device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
     """Load the RECALL fixture (token ids are its language, so it has no tokenizer); arguments as in ``load``."""
-    return _load_model(str(recall_path()), *_place(device, dtype))
+    return _load_model(str(recall_path()), *placed(device, dtype))
 
 
 def load(
@@ -47,7 +47,7 @@ def load(
     """
     from transformers import AutoTokenizer
 
-    place = _place(device, dtype)
+    place = placed(device, dtype)
     name = _source(path_or_name)
     model = _load_model(name, *place)
     try:
@@ -59,7 +59,7 @@ def load(
     return model, tokenizer
 
 
-def _place(device: "str | torch.device", dtype: "torch.dtype | None") -> "tuple[torch.device, torch.dtype]":
+def placed(device: "str | torch.device", dtype: "torch.dtype | None") -> "tuple[torch.device, torch.dtype]":
     """Device and dtype to load to, checked."""
     import torch
 

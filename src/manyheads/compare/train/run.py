@@ -13,7 +13,7 @@ import torch
 from ... import environment
 from ...data.texts import Text, digest, standard_library
 from ...errors import UserError
-from ...models import _place
+from ...models import placed
 from ...models.decoder import Decoder
 from ...strategy import Strategy
 from ..contexts import Contexts
@@ -84,7 +84,7 @@ def compare_trained(
     Raises:
         UserError: anything that the caller can mend, before any training; a mixer that sees the future among it.
     """
-    place = torch.device(_place(device, None)[0])
+    place = torch.device(placed(device, None)[0])
     if minutes is not None and minutes <= 0:
         raise UserError("--minutes is a time above 0")
     size = size or size_for(device)
