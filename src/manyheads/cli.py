@@ -280,7 +280,8 @@ def _print_record(console: Console, record: claims.Record) -> None:
             console.print(f"  {figure}", markup=False)
         machine = result.environment.get("gpu") if result.device == "cuda" else result.environment.get("cpu")
         size = "quick run" if result.quick else "full run"
-        console.print(f"{size}, {result.seconds:.0f} s on {machine}, {result.date}: {result.command}", style="dim")
+        took = "" if result.seconds is None else f"{result.seconds:.0f} s "
+        console.print(f"{size}, {took}on {machine}, {result.date}: {result.command}", style="dim")
 
 
 def _print_json(value: object) -> None:

@@ -89,7 +89,9 @@ def decay_attention(
     if impl == "triton":
         from ..kernels import recurrence
 
-        return recurrence.decay_attention(q, k, v, g, scale, norm, floor, state, cu_seqlens)
+        kv, n = (None, None) if state is None else (state.kv, state.k)
+        out, kv, n = recurrence.decay_attention(q, k, v, g, scale, norm, floor, kv, n, cu_seqlens)
+        return out, DecayState(kv, n)
     form = quadratic if impl == "quadratic" else step if q.shape[2] == 1 and cu_seqlens is None else chunk
     if cu_seqlens is None:
         return form(q, k, v, g, scale=scale, norm=norm, floor=floor, state=state)

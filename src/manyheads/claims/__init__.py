@@ -109,7 +109,7 @@ class Result:
     reason: str
     figures: tuple[Figure, ...]
     seeds: tuple[int, ...]
-    seconds: float
+    seconds: float | None  # None where it was not kept
     date: str  # ISO 8601, UTC
     command: str
     environment: dict[str, str | int | None]
@@ -135,7 +135,7 @@ class Record:
         return self.deciding.verdict if self.deciding else None
 
     def row(self) -> dict[str, object]:
-        """Return what ``--json`` prints of this claim; the last four are None before the first run."""
+        """Return what ``--json`` prints of this claim; what a run gives is None or empty before the first."""
         result = self.deciding
         return {
             "slug": self.slug,
@@ -146,6 +146,8 @@ class Record:
             "quick": result.quick if result else None,
             "device": result.device if result else None,
             "figures": [asdict(figure) for figure in result.figures] if result else [],
+            "seeds": list(result.seeds) if result else [],
+            "seconds": result.seconds if result else None,
             "environment": result.environment if result else None,
             "date": result.date if result else None,
             "command": result.command if result else None,

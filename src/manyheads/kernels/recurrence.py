@@ -31,7 +31,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..attention.recurrence import DecayState
 from ..errors import UserError
 from ._recurrence import chunks
 from ._states import delta, gate, scan, step
@@ -328,8 +327,8 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 def decay_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, norm: str | None, floor: Tensor | None,
-    state: DecayState | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, DecayState]:  # fmt: skip
+    kv: Tensor | None, n: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """:func:`manyheads.attention.recurrence.decay_attention` on a GPU, with its gradients; no wait for the device.
 
     Args:
@@ -338,11 +337,11 @@ def decay_attention(
         g: log decay ``[Hkv]`` or ``[B, Hkv, T]``, at most 0; None for no decay.
         scale: factor on q.
         norm: None, ``sum`` or ``mlstm``, the latter with ``floor [B, H, T]``.
-        state: what came before; its vector is taken only with a norm.
+        kv, n: ``[N, Hkv, K, V]`` and ``[N, Hkv, K]``, what came before; the vector is taken only with a norm.
         cu_seqlens: ``[N + 1]`` integers, bounds of sequences packed in one row.
 
     Returns:
-        Output ``[B, H, T, V]`` and the state after the last token, float32.
+        Output ``[B, H, T, V]``, and after the last token the state and, with a norm, the vector, both float32.
 
     Raises:
         UserError: a dtype or a width that the kernels do not have.
@@ -355,8 +354,8 @@ def decay_attention(
     q, k, v = _dense(q), _dense(k.to(q.dtype)), _dense(v.to(q.dtype))
     g = None if g is None else g.to(torch.float32)
     floor = None if floor is None else floor.to(torch.float32).contiguous()
-    kv = None if state is None else state.kv.to(torch.float32).contiguous()
-    n = None if state is None or state.k is None or norm is None else state.k.to(torch.float32).contiguous()
+    kv = None if kv is None else kv.to(torch.float32).contiguous()
+    n = None if n is None or norm is None else n.to(torch.float32).contiguous()
     inputs = [x for x in (q, k, v, g, floor, kv, n) if x is not None]
     if q.shape[2] == 1 and cu_seqlens is None and not (
         torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -364,4 +363,4 @@ def decay_attention(
         out, after, after_n = _step(q, k, v, g, floor, kv, n, scale, norm or "")
     else:
         out, after, after_n, *_ = _forward(q, k, v, g, floor, kv, n, cu_seqlens, scale, norm or "")
-    return out, DecayState(after, after_n if norm else None)
+    return out, after, after_n if norm else None
