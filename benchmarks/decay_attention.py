@@ -295,13 +295,13 @@ def tune() -> None:
     config = recurrence._Config
     leaves = inputs(4, 2**13)
     grad = torch.randn(4, HEADS, 2**13, DIM, device="cuda", dtype=torch.bfloat16)
-    out, state = known(DIM, 2, True), known(DIM, 2, False)
+    out, state = known(DIM, torch.bfloat16, True), known(DIM, torch.bfloat16, False)
     cases = [(aim, out, state) for aim in (2, 3, 4, 6, 8)]
     cases += [(programs, config(*other), state) for other in ((64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2))]
     cases += [(programs, out, config(*other)) for other in ((64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 3))]
     for aim, out, state in cases:
         recurrence._PROGRAMS = aim
-        recurrence._config = lambda x, size, wants, out=out, state=state: out if wants else state
+        recurrence._config = lambda x, dtype, wants, out=out, state=state: out if wants else state
         times = []
         for call in (lightning, mlstm):
             try:

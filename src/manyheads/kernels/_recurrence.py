@@ -84,17 +84,6 @@ def _times_state(x, state, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _columns(x, WIDTH: tl.constexpr):
-    """A float32 vector as the first two columns of a matrix ``[len(x), WIDTH]``: what 8 bits hold of it, and the rest.
-
-    A product with it is on the tensor cores and as exact as in float32.
-    """
-    c = tl.arange(0, WIDTH)[None, :]
-    high = x.to(tl.bfloat16).to(tl.float32)
-    return tl.where(c == 0, high[:, None], tl.where(c == 1, (x - high)[:, None], 0.0))
-
-
-@triton.jit
 def _carried(x, state, sums, row_r, row_c, enter, ROLE: tl.constexpr, EXACT: tl.constexpr):
     """What rows take from the state, and from its vector where that is their denominator."""
     acc = _times_state(x, state, EXACT)
@@ -104,7 +93,7 @@ def _carried(x, state, sums, row_r, row_c, enter, ROLE: tl.constexpr, EXACT: tl.
     if ROLE == "dk":
         acc += sums[None, :]
     if ROLE == "out":
-        below = tl.sum(_times_state(x, _columns(tl.sum(sums, 1), 16), False), 1) * enter
+        below = tl.sum(x.to(tl.float32) * sums[None, :], 1) * enter
     return acc * enter[:, None], below
 
 
@@ -145,10 +134,8 @@ def _grown(
     else:
         state = _dot(tl.trans(y), z.to(tl.float32) * weight[:, None], state, EXACT)
     if NORM:
-        if OF_Z:
-            sums += tl.sum(z.to(tl.float32) * counted[:, None], 0)
-        else:
-            sums = _dot(tl.trans(y), _columns(counted, 16), sums, False)
+        source = z if OF_Z else y
+        sums += tl.sum(source.to(tl.float32) * counted[:, None], 0)
     return state, sums
 
 
@@ -212,8 +199,6 @@ def chunks(
     x_ptr += b * x_b + head * x_h
     out_ptr += b * o_b + head * o_h
     state, sums = _start(spot, cells, inside, vector, held, X * Z, OUT, NORM)
-    if not OF_Z:
-        sums = _columns(sums, 16)
     steady = 0.0
     if GATE == "head":
         steady = tl.maximum(tl.load(g_ptr) * _LOG2E, _LEAST)
@@ -275,5 +260,5 @@ def chunks(
         tl.store(spot + cells, state, mask=inside)
         if tile == 0:
             if NORM:
-                tl.store(spot + X * Z + vector, tl.sum(sums, 1), mask=held)
+                tl.store(spot + X * Z + vector, sums, mask=held)
             tl.store(decay_ptr + s.to(tl.int64) * HEADS + h, faded)

@@ -37,7 +37,7 @@ from ._states import delta, gate, scan, step
 
 __all__ = ["decay_attention"]
 
-_PROGRAMS = 4  # aimed at per multiprocessor
+_PROGRAMS = 2  # of a multiprocessor at once
 _LONGEST = 4096  # tokens of a segment
 
 
@@ -50,17 +50,20 @@ class _Config(NamedTuple):
     stages: int
 
 
-def _config(x: int, itemsize: int, out: bool) -> _Config:
+def _config(x: int, dtype: torch.dtype, out: bool) -> _Config:
     """By the width of x, padded; fixed, so that no first call spends its time on tuning."""
-    if itemsize == 4:
+    if dtype == torch.float32:
         return _Config(32, 32, 8, 1) if x <= 64 else _Config(16, 16, 8, 1)
+    if x <= 128:
+        return _Config(64, 64, 4, 3)
     if not out:
-        return _Config(64, 128 if x <= 128 else 64, 8 if x > 64 else 4, 3 if x <= 128 else 2)
-    return _Config(64, 64 if x <= 128 else 32, 4, 2)
+        return _Config(64, 64, 4, 2)
+    return _Config(64, 64, 8, 2 if dtype == torch.bfloat16 else 1)  # float16 holds its state in shared memory too
 
 
-def _padded(width: int) -> int:
-    return max(16, int(triton.next_power_of_2(width)))
+def _padded(width: int, itemsize: int = 4) -> int:
+    """Triton 3.6 and 3.7 read past operands of a product on Hopper that are narrower than 128 bytes (its issue 11366)."""
+    return max(16 if itemsize == 4 else 64, int(triton.next_power_of_2(width)))
 
 
 def _processors(x: Tensor) -> int:
@@ -92,19 +95,19 @@ class _Plan(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, norm: str) -> "_Plan":
-        """Segments long enough to make states cheap, short enough to fill the device. Symbolic sizes stay symbolic."""
+        """As few segments as fill the device, or fill it some times over. Symbolic sizes stay symbolic."""
         (batch, heads, tokens, width), columns = q.shape, v.shape[3]
-        config = _config(_padded(width), q.element_size(), True)
+        config = _config(_padded(width, q.element_size()), q.dtype, True)
         programs = batch * heads * -(-columns // config.columns)
         unit = config.chunk
-        length = -(-tokens * programs // (_PROGRAMS * _processors(q) * unit)) * unit
-        length = torch.sym_max(unit, torch.sym_min(length, _LONGEST))
+        fill = torch.sym_max(1, _PROGRAMS * _processors(q) // programs)
+        per = fill * torch.sym_max(1, -(-tokens // (fill * _LONGEST)))
+        length = torch.sym_max(unit, -(-tokens // (per * unit)) * unit)
         size = width * columns + (width if norm else 0)
         if cu_seqlens is not None:
             count = cu_seqlens.shape[0] - 1
             return cls(length, 1, tokens // length + count, count, size)
         per = torch.sym_max(1, -(-tokens // length))
-        length = torch.sym_max(unit, -(-tokens // (per * unit)) * unit)  # segments of about one length
         return cls(length, per, batch * per, batch, size)
 
 
@@ -156,8 +159,9 @@ class _Pass:
     ) -> None:  # fmt: skip
         """``role``: state, out, dq, dstate, dk or dv; ``w`` asks for the sums of its rows times those of ``out``."""
         width, columns, plan = y.shape[3], z.shape[3], self.plan
-        config = _config(_padded(width), x.element_size(), out is not None)
-        block = min(config.columns, _padded(columns))
+        padded = _padded(width, x.element_size())
+        config = _config(padded, x.dtype, out is not None)
+        block = min(config.columns, _padded(columns, x.element_size()))
         programs = self.heads * self.group if role in ("out", "dq") else self.heads
         turned = role in ("dq", "dk")
         with torch.cuda.device_of(x):
@@ -168,7 +172,7 @@ class _Pass:
                 self.owner, self.first, self.cu, *_strides(x), *_strides(y), *_strides(z),
                 *_strides(x if w is None else w), *self.gate_strides, *_strides(x if out is None else out),
                 self.length, plan.length, plan.per, plan.sequences, 1 if turned else columns, width if turned else 1,
-                self.scale, HEADS=self.heads, G=self.group, X=width, Z=columns, C=config.chunk, BX=_padded(width),
+                self.scale, HEADS=self.heads, G=self.group, X=width, Z=columns, C=config.chunk, BX=padded,
                 BZ=block, GATE=self.gate, OUT=out is not None, REVERSE=role in ("dstate", "dk", "dv"),
                 ROLE=role if self.norm else "", MLSTM=self.norm == "mlstm" and role == "out", DG=w is not None,
                 PACKED=self.packed, SIZE=plan.size, num_warps=config.warps, num_stages=config.stages,
@@ -230,7 +234,9 @@ def _backward(
             )  # fmt: skip
     dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, columns)
     before, before_n = _states(k, v, back.plan.sequences, norm)
-    tiles = triton.cdiv(k.shape[3], min(_config(_padded(columns), q.element_size(), True).columns, _padded(k.shape[3])))
+    size = q.element_size()
+    block = min(_config(_padded(columns, size), q.dtype, True).columns, _padded(k.shape[3], size))
+    tiles = triton.cdiv(k.shape[3], block)
     sums = [q.new_empty(tiles, *x.shape[:3], dtype=torch.float32) if need_dg else None for x in (q, k)]
     dg = q.new_empty(k.shape[:3] if need_dg else (0,), dtype=torch.float32)
     back.chunks("dstate", q, q, dout, r=r, c=c)
