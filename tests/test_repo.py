@@ -14,11 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "manyheads"
 WINGS = {"mixers", "caches", "lenses", "guides", "convert", "parallel", "domains"}
 # What the parts of the package may not import (a wing: also no other wing).
+GROUND = ("kernels", "attention", "call", "heads", "lens", "strategy")
 FORBIDDEN = {
-    **{wing: {"port", "compare", "claims", "recipes", "models", "cli"} for wing in WINGS},
-    **{part: WINGS | {"port", "compare", "claims", "cli"} for part in ("kernels", "attention", "call", "strategy")},
-    "port": WINGS | {"compare", "claims", "cli"},
+    **{wing: {"port", "compare", "probe", "claims", "recipes", "models", "cli"} for wing in WINGS},
+    **{part: WINGS | {"port", "compare", "probe", "claims", "cli"} for part in GROUND},
+    "port": WINGS | {"compare", "probe", "claims", "cli"},
     "compare": WINGS,
+    "probe": WINGS,
 }
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Calls of builtins by their bare name; `model.eval()` is an attribute and no matter here.

@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     from manyheads.call import AttentionCall, Site
     from manyheads.catalog import Paper, baselines, find, get, load, papers
     from manyheads.errors import UserError
+    from manyheads.heads import HeadTable
+    from manyheads.lens import Roles
     from manyheads.port import use
+    from manyheads.probe import watch
     from manyheads.strategy import Strategy, parse
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionCall",
+    "HeadTable",
     "Paper",
+    "Roles",
     "Site",
     "Strategy",
     "UserError",
@@ -34,16 +39,20 @@ __all__ = [
     "papers",
     "parse",
     "use",
+    "watch",
 ]
 
 _HOMES = {
     "manyheads.call": ("AttentionCall", "Site"),
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),
+    "manyheads.heads": ("HeadTable",),
+    "manyheads.lens": ("Roles",),
     "manyheads.port": ("use",),
+    "manyheads.probe": ("watch",),
     "manyheads.strategy": ("Strategy", "parse"),
 }
-_PARTS = ("attention", "call", "catalog", "claims", "compare", "errors", "models", "port", "strategy")
+_PARTS = ("attention", "call", "catalog", "claims", "compare", "errors", "models", "port", "probe", "strategy")
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,8 @@ class Site:
         window: sliding-window length in tokens, None for full attention.
         peers: layer indices of all causal self-attention of the model, ascending.
         latent: how keys and values come from cached latents, None where the cache holds them themselves.
+        output: gives the weight ``[D, H * dv]`` of the linear layer that takes the heads' outputs, None where it is not
+            known.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Site:
     window: int | None = None
     peers: tuple[int, ...] = ()
     latent: Latent | None = field(default=None, compare=False, repr=False)
+    output: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)

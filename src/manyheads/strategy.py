@@ -73,6 +73,13 @@ class Strategy:
         """Change the per-head outputs ``[B, T, H, dv]``."""
         raise NotImplementedError
 
+    def residual(self, site: "Site", hidden: "Tensor", memory: dict[str, Any]) -> "Tensor":
+        """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``memory`` as in a call.
+
+        A block with several sites asks once, after the last of them, for the first that is selected.
+        """
+        raise NotImplementedError
+
     def store(self, site: "Site") -> "Store":
         """What ``site`` remembers between steps. At most one strategy per site."""
         raise NotImplementedError

@@ -22,6 +22,7 @@ from ..attention.rope import copies
 from ..call import AttentionCall, Site, Store
 from ..errors import UserError
 from ..strategy import Strategy, overrides
+from .blocks import output_of
 from .cache import StoreLayer, install
 from .configs import EAGER, SDPA
 from .latent import latent_of
@@ -47,7 +48,7 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
     for name, module in model.named_modules():
         forward = inspect.unwrap(type(module).forward)
         if _DISPATCHER in getattr(getattr(forward, "__code__", None), "co_names", ()):
-            found.append((_site(name, len(found), module), module))
+            found.append((replace(_site(name, len(found), module), output=output_of(model, name)), module))
     peers = tuple(sorted({site.layer for site, _ in found if site.causal and site.layer is not None}))
     return [(replace(site, peers=peers), module) for site, module in found]
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Strategy, overrides
+from .blocks import watch_blocks
 from .cache import ForkableStore, SlotCache, StoreLayer, install
 from .configs import switch_configs
 from .linear import LinearState, find_linear
@@ -26,7 +27,7 @@ from .sites import Entry, SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
 
-_METHODS = ("edit", "attend", "watch", "patch", "store")
+_METHODS = ("edit", "attend", "watch", "patch", "residual", "store")
 _EXCLUSIVE = ("attend", "store")
 
 
@@ -62,6 +63,7 @@ class Port:
                 self._undo.append(lambda s=state: s.remove(self))  # type: ignore[misc]
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
+            self._undo.append(watch_blocks(self.model, self._entries))
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     entry = Entry(self, strategy)
@@ -81,7 +83,11 @@ class Port:
 
     def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
         """What ``strategy`` kept in ``call.memory``, by site name; readable after closing too."""
-        return {site.name: entry.memory for site, _, entry in self._entries if entry.strategy is strategy}
+        return {site.name: memory for site, memory in self.kept(strategy)}
+
+    def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
+        """The same with the sites themselves, in the order of the model."""
+        return [(site, entry.memory) for site, _, entry in self._entries if entry.strategy is strategy]
 
     def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:
         """Sites of each strategy; refuses empty selections and two claims on one site."""

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact statistics of attention weights at any length: rows of weights are made a block at a time and never kept.
+
+A :class:`Statistic` says what it wants of the weights ``A [B, H, T, S]`` of a call (after mask, cap and learned sinks,
+so rows may sum to less than 1); :func:`measure` makes the weights once for all of them. Whatever is linear in a row is
+an :class:`Expectation`: the mass on a role is that of its indicator, the mean position that of the column's number.
+
+Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. Query ``t`` stands at column ``S - T + t``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..call import AttentionCall
+from . import reference
+
+__all__ = ["Band", "Columns", "Entropy", "Expectation", "Pooled", "Received", "Statistic", "measure", "weights"]
+
+_BLOCK = {"cpu": 2**21, "cuda": 2**26}  # weights held at once
+
+
+class Statistic(Protocol):
+    """What is kept of the weights. ``update`` is given rows ``[B, H, t, S]`` in order, and where they start."""
+
+    def update(self, rows: Tensor, start: int, length: int) -> None: ...
+    def result(self) -> Any: ...
+
+
+@dataclass
+class _Rows:
+    """A statistic that has a value for each row: the blocks are put together."""
+
+    made: list[Tensor] = field(default_factory=list, init=False)
+
+    def result(self) -> Tensor:
+        return torch.cat(self.made, 2)
+
+
+@dataclass
+class Expectation(_Rows):
+    """Sum over s of ``A[t, s] features[s]``: ``[B, H, T, F]``.
+
+    Attributes:
+        features: ``[B or 1, S, F]``.
+    """
+
+    features: Tensor
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        self.made.append(rows @ self.features[:, None].to(rows.dtype))
+
+
+@dataclass
+class Columns(_Rows):
+    """The weights on a few columns: ``[B, H, T, C]``.
+
+    Attributes:
+        index: ``[C]`` columns.
+    """
+
+    index: Tensor
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        self.made.append(rows[..., self.index])
+
+
+@dataclass
+class Entropy(_Rows):
+    """``-sum A log A`` of each row in nats, ``[B, H, T]``."""
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        self.made.append(torch.special.entr(rows).sum(-1))
+
+
+@dataclass
+class Received:
+    """Sum over t of ``rows[t] A[t, s]``: ``[B, H, S, R]``.
+
+    Attributes:
+        weight: ``[B or 1, T, R]`` weights of the rows.
+    """
+
+    weight: Tensor
+    total: Tensor | None = field(default=None, init=False)
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        mine = self.weight[:, None, start : start + rows.shape[2]].to(rows.dtype)
+        part = rows.transpose(-1, -2) @ mine
+        self.total = part if self.total is None else self.total + part
+
+    def result(self) -> Tensor:
+        assert self.total is not None
+        return self.total
+
+
+@dataclass
+class Band:
+    """Weights near the diagonal, by how far back they reach: with ``f = profile``,
+
+        rows    ``sum over j of f[j] A[t, t - j]``,  ``[B, H, T]``
+        columns ``sum over j of f[j] A[s + j, s]``,  ``[B, H, S]``.
+
+    Attributes:
+        profile: ``[W]`` weights of the distances 0 to W - 1.
+        queries: ``[B, T]``, rows that count for ``columns``; None for all.
+    """
+
+    profile: Tensor
+    queries: Tensor | None = None
+    rows: list[Tensor] = field(default_factory=list, init=False)
+    columns: Tensor | None = field(default=None, init=False)
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        size, width = rows.shape[3], len(self.profile)
+        low = max(0, size - length + start - width + 1)  # the least column within reach of these rows
+        high = size - length + start + rows.shape[2]
+        near = rows[..., low:high]
+        t = size - length + start + torch.arange(rows.shape[2], device=rows.device)
+        back = t[:, None] - torch.arange(low, high, device=rows.device)
+        inside = (back >= 0) & (back < width)
+        near = near * torch.where(inside, self.profile.to(rows)[back.clamp(0, width - 1)], 0.0)
+        self.rows.append(near.sum(-1))
+        if self.columns is None:
+            self.columns = rows.new_zeros(*rows.shape[:2], size)
+        if self.queries is not None:
+            near = near * self.queries[:, None, start : start + rows.shape[2], None]
+        self.columns[..., low:high] += near.sum(2)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        assert self.columns is not None
+        return torch.cat(self.rows, 2), self.columns
+
+
+@dataclass
+class Pooled:
+    """The map in at most ``size x size`` cells, each the mean of its weights: ``[B, H, R, C]``.
+
+    Attributes:
+        size: the most rows and columns of the picture.
+    """
+
+    size: int = 256
+    made: list[Tensor] = field(default_factory=list, init=False)
+    shape: tuple[int, int] = field(default=(0, 0), init=False)
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        size = rows.shape[3]
+        self.shape = (-(-length // self.size), -(-size // self.size))
+        high, wide = self.shape
+        x = pad(rows, (0, -size % wide)).unflatten(-1, (-1, wide)).sum(-1)  # [B, H, t, C]
+        cell = (start + torch.arange(rows.shape[2], device=rows.device)) // high
+        total = x.new_zeros(*x.shape[:2], -(-length // high), x.shape[3])
+        self.made.append(total.index_add_(2, cell, x))
+
+    def result(self) -> Tensor:
+        return torch.stack(self.made).sum(0) / (self.shape[0] * self.shape[1])
+
+
+def weights(call: AttentionCall, block: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Rows of the softmax weights ``[B, H, t, S]``, a block at a time, with the number of the first row.
+
+    In float32 (float64 where the call is); rows that may attend to nothing are 0. Nothing here tracks gradients.
+
+    Args:
+        call: the attention computation.
+        block: rows at a time; as many as a few megabytes hold when not given.
+    """
+    q, k = call.q.detach(), call.k.detach()
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (batch, heads, length, _), (_, kv_heads, size, _) = q.shape, k.shape
+    k = k.to(dtype)
+    block = block or max(1, _BLOCK.get(q.device.type, 2**21) // max(1, batch * heads * size))
+    column = torch.arange(size, device=q.device)
+    for start in range(0, length, block):
+        cut = slice(start, min(start + block, length))
+        grouped = q[:, :, cut].to(dtype).unflatten(1, (kv_heads, -1))  # keys are not repeated
+        x = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
+        x *= call.scale
+        if call.softcap is not None:
+            x = torch.tanh(x / call.softcap) * call.softcap
+        if call.bias is not None:
+            x = x + _cut(call.bias.detach(), cut)
+        seen = None if call.mask is None else _cut(call.mask, cut)
+        if call.is_causal:
+            row = torch.arange(cut.start, cut.stop, device=q.device) + (size - length)
+            causal = column <= row[:, None]
+            seen = causal if seen is None else seen & causal
+        sinks = None if call.sinks is None else call.sinks.detach()
+        yield start, reference.softmax(x, seen, sinks)
+
+
+def _cut(x: Tensor, rows: slice) -> Tensor:
+    return x if x.shape[-2] == 1 else x[..., rows, :]
+
+
+def measure(call: AttentionCall, statistics: Sequence[Statistic], block: int | None = None) -> list[Any]:
+    """The results of all ``statistics`` of one call, in one pass over its weights.
+
+    Args:
+        call: the attention computation.
+        statistics: fresh ones; a statistic keeps what it was given.
+        block: rows at a time; as many as a few megabytes hold when not given.
+    """
+    if not statistics:
+        return []
+    with torch.no_grad():
+        for start, rows in weights(call, block):
+            for statistic in statistics:
+                statistic.update(rows, start, call.q.shape[2])
+    return [statistic.result() for statistic in statistics]

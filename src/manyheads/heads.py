@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One number for each head of a model: ranked, compared, and kept with what it was measured on.
+
+Needs numpy only. A table without heads (one number a layer) has a single column.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+__all__ = ["Head", "HeadTable", "same_layers"]
+
+Head = tuple[int, int]  # row of the table (a site), head
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """A score of each head, for one or more prompts.
+
+    Attributes:
+        name: of the score, with its unit in words where it has one.
+        sites: module paths, one a row.
+        values: ``[N, L, H]`` scores of N prompts; NaN where a site has no such head, or nothing was measured.
+        about: what it was measured on: model, lens, seed, settings.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    values: Array
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take ``[L, H]`` for one prompt, and refuse other shapes."""
+        values = np.asarray(self.values, dtype=float)
+        values = values[None] if values.ndim == 2 else values
+        if values.ndim != 3 or values.shape[1] != len(self.sites):
+            raise UserError(f"{self.name}: values {values.shape} do not fit {len(self.sites)} sites")
+        object.__setattr__(self, "values", values)
+
+    @property
+    def mean(self) -> Array:
+        """Mean over prompts, ``[L, H]``."""
+        counted = np.isfinite(self.values).sum(0)
+        total = np.nansum(self.values, 0)
+        return np.where(counted > 0, total / np.maximum(counted, 1), np.nan)
+
+    def interval(self, seed: int = 0, draws: int = 2000) -> tuple[Array, Array]:
+        """Bounds ``[L, H]`` of the 95 % interval over prompts (bootstrap); infinite with a single prompt."""
+        if len(self.values) < 2:
+            wide = np.full(self.mean.shape, math.inf)
+            return -wide, wide
+        picked = np.random.default_rng(seed).integers(0, len(self.values), (draws, len(self.values)))
+        counts = np.stack([np.bincount(row, minlength=len(self.values)) for row in picked]).astype(float)
+        known = np.isfinite(self.values)
+        total = np.tensordot(counts, np.nan_to_num(self.values), 1)
+        means = total / np.maximum(np.tensordot(counts, known.astype(float), 1), 1e-9)
+        low, high = np.quantile(means, [0.025, 0.975], axis=0)
+        stretch = math.sqrt(len(self.values) / (len(self.values) - 1))  # a bootstrap of few is too narrow
+        return self.mean + stretch * (low - self.mean), self.mean + stretch * (high - self.mean)
+
+    def top(self, count: int, least: bool = False) -> list[Head]:
+        """The heads with the greatest (or least) mean, best first; ties in the order of the table."""
+        mean = self.mean if least else -self.mean
+        order = np.argsort(np.where(np.isnan(mean), np.inf, mean), axis=None, kind="stable")
+        known = int(np.isfinite(mean).sum())
+        return [(int(i // mean.shape[1]), int(i % mean.shape[1])) for i in order[: min(count, known)]]
+
+    def ranks(self) -> Array:
+        """Rank of each head by its mean, 1 the greatest, ties shared; NaN where there is no score."""
+        flat = -self.mean.ravel()
+        ranks = np.full(flat.shape, np.nan)
+        known = np.flatnonzero(np.isfinite(flat))
+        _, group, counts = np.unique(flat[known], return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)
+        ranks[known] = (last - (counts - 1) / 2)[group]
+        return ranks.reshape(self.mean.shape)
+
+    def correlation(self, other: HeadTable) -> float:
+        """Spearman's rank correlation with ``other`` over the heads that both know; NaN below three of them."""
+        self._fits(other)
+        both = np.isfinite(self.mean) & np.isfinite(other.mean)
+        if both.sum() < 3:
+            return math.nan
+        mine, theirs = (
+            HeadTable("", ("",), np.where(both, table.mean, np.nan).reshape(1, -1)).ranks()[0][both.ravel()]
+            for table in (self, other)
+        )
+        if mine.std() == 0 or theirs.std() == 0:
+            return math.nan
+        return float(np.corrcoef(mine, theirs)[0, 1])
+
+    def overlap(self, other: HeadTable, count: int) -> tuple[int, float]:
+        """How many of both tables' ``count`` greatest heads are the same, and the chance of as many or more.
+
+        The chance is that of a hypergeometric draw: ``count`` heads picked blindly.
+        """
+        self._fits(other)
+        heads = int((np.isfinite(self.mean) & np.isfinite(other.mean)).sum())
+        shared = len(set(self.top(count)) & set(other.top(count)))
+        ways = sum(
+            math.comb(count, i) * math.comb(heads - count, count - i)
+            for i in range(shared, count + 1)
+            if count - i <= heads - count
+        )
+        return shared, ways / math.comb(heads, count)
+
+    def minus(self, other: HeadTable) -> HeadTable:
+        """Differences; prompt by prompt where both have as many, of the means otherwise."""
+        self._fits(other)
+        paired = len(self.values) == len(other.values)
+        values = self.values - other.values if paired else (self.mean - other.mean)[None]
+        return HeadTable(f"{self.name}, difference", self.sites, values, {**self.about, "minus": other.about})
+
+    def _fits(self, other: HeadTable) -> None:
+        if self.values.shape[1:] != other.values.shape[1:]:
+            raise UserError(
+                f"{self.name} has {self.values.shape[1:]} layers and heads, {other.name} {other.values.shape[1:]}"
+            )
+
+    def document(self) -> dict[str, Any]:
+        """What :meth:`read` takes, fit for JSON: NaN becomes null."""
+        values = np.where(np.isfinite(self.values), self.values, None).tolist()  # type: ignore[call-overload]
+        return {"name": self.name, "sites": list(self.sites), "values": values, "about": self.about}
+
+    def dumps(self) -> str:
+        """The table as JSON."""
+        return json.dumps(self.document(), allow_nan=False)
+
+    @staticmethod
+    def read(document: dict[str, Any]) -> HeadTable:
+        """The table of a :meth:`document`."""
+        values = np.array(document["values"], dtype=float)
+        return HeadTable(document["name"], tuple(document["sites"]), values, document["about"])
+
+
+def same_layers(heads: Sequence[Head], num_heads: int, seed: int, avoid: Sequence[Head] = ()) -> list[Head]:
+    """As many heads drawn at random from the same layers: the control of every ablation.
+
+    Args:
+        heads: the heads that are ablated.
+        num_heads: of a layer.
+        seed: of the draw.
+        avoid: heads never drawn; they give way where a layer has too few others.
+
+    Returns:
+        One head for each of ``heads``, of the same row, none twice.
+    """
+    source = np.random.default_rng(seed)
+    drawn: list[Head] = []
+    for row in sorted({row for row, _ in heads}):
+        count = sum(row == other for other, _ in heads)
+        order = [int(h) for h in source.permutation(num_heads)]
+        order.sort(key=lambda h, row=row: (row, h) in set(avoid))  # type: ignore[misc]
+        drawn += [(row, h) for h in order[:count]]
+    return drawn

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lenses: strategies that look. They say what they want of the weights, get it exact, and sum it up over prompts.
+
+Any number of lenses share one forward: the weights of a call are made once, a block of rows at a time, for all of them
+(:mod:`manyheads.attention.statistics`). A lens changes no bit of what the model computes.
+
+    with manyheads.watch(model, "active_dormant", "strategy_attention", roles=Roles({"system": [[(0, 12)]]})) as seen:
+        model(**inputs)
+    seen.findings("active_dormant").tables["sink"].top(5)
+
+A forward without earlier tokens starts new prompts; tokens decoded after it go on with them, row by row, so that
+decoding with a cache and one forward over the whole give the same findings. Beam search, which reorders rows, does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention.statistics import Statistic, measure
+from .errors import UserError
+from .heads import HeadTable
+from .strategy import Strategy, overrides
+
+if TYPE_CHECKING:
+    from .call import AttentionCall, Site
+
+__all__ = ["Bundle", "Findings", "Lens", "Memory", "Roles", "Series", "Tally", "View"]
+
+Memory = dict[str, Any]
+Span = tuple[int, int]
+_SHARED = "shared"  # where the lenses of one site keep what they share
+
+
+class Roles:
+    """Which tokens play which part: ``bos``, ``system``, ``response``, ``image``, ... for each row of a batch.
+
+    ``bos`` is the first token of every row where it is not given, ``response`` holds every token past the known ones
+    where it is not given: what is generated.
+
+    Args:
+        spans: for each role, for each row, its spans ``(start, stop)`` among all columns, padding counted. One row
+            stands for every row of a batch.
+        source: likewise for the keys of cross-attention.
+    """
+
+    def __init__(
+        self,
+        spans: Mapping[str, Sequence[Sequence[Span]]] | None = None,
+        source: Mapping[str, Sequence[Sequence[Span]]] | None = None,
+    ) -> None:
+        self.spans, self.source = dict(spans or {}), dict(source or {})
+
+    def mask(self, role: str, columns: Tensor, batch: int, cross: bool = False) -> Tensor:
+        """``[B, N]``, True where the token at position ``columns [N]`` has the role.
+
+        Raises:
+            UserError: the role is not known.
+        """
+        spans = self.source if cross else self.spans
+        if role not in spans:
+            if role == "response" and not cross:
+                known = max((stop for rows in spans.values() for row in rows for _, stop in row), default=0)
+                return (columns >= known)[None].expand(batch, -1)
+            raise UserError(f"no token has the role {role!r}; known are {', '.join(sorted(spans)) or 'none'}")
+        rows = spans[role]
+        if len(rows) not in (1, batch):
+            raise UserError(f"the role {role!r} is given for {len(rows)} rows, and the batch has {batch}")
+        made = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=columns.device)
+        for row, pieces in enumerate(rows):
+            for start, stop in pieces:
+                made[row] |= (columns >= start) & (columns < stop)
+        return made.expand(batch, -1)
+
+
+@dataclass
+class View:
+    """One attention computation as a lens sees it.
+
+    Attributes:
+        call, out: of the port.
+        memory: what this lens keeps at this site.
+        roles: the parts of the tokens.
+        valid: ``[B, T]``, queries that are tokens, not padding.
+        keys: ``[B, S]``, keys that are tokens.
+        start: tokens of each row, padding counted, before the first query.
+        fresh: nothing came before: new prompts.
+    """
+
+    call: AttentionCall
+    out: Tensor
+    memory: Memory
+    roles: Roles
+    valid: Tensor
+    keys: Tensor
+    start: int
+    fresh: bool
+
+    @property
+    def _end(self) -> int:
+        return self.start + self.call.q.shape[2]
+
+    @property
+    def cross(self) -> bool:
+        """Whether the keys are of another sequence than the queries."""
+        return self.call.site.kind == "cross"
+
+    @property
+    def query_positions(self) -> Tensor:
+        """``[T]`` places of the queries in their row, padding counted."""
+        return torch.arange(self.start, self._end, device=self.call.q.device)
+
+    @property
+    def key_positions(self) -> Tensor:
+        """``[S]`` places of the keys in their row, padding counted."""
+        size = self.call.k.shape[2]
+        first = 0 if self.cross else self._end - size  # a sliding-window cache holds the last keys only
+        return torch.arange(first, first + size, device=self.call.q.device)
+
+    def first(self) -> Tensor:
+        """``[B, S]``, True at the first token of each row; all False where a sliding cache holds it no more."""
+        behind = self.keys.long().cumsum(1)
+        first = self.keys & (behind == 1)
+        return first & self.memory[_SHARED]["whole"] if not self.cross else first
+
+    def columns(self, role: str) -> Tensor:
+        """``[B, S]``, True for keys with the role that are no padding."""
+        if role == "bos" and role not in (self.roles.source if self.cross else self.roles.spans):
+            return self.first()
+        return self.roles.mask(role, self.key_positions, self.keys.shape[0], self.cross) & self.keys
+
+    def rows(self, role: str) -> Tensor:
+        """``[B, T]``, True for queries with the role that are no padding."""
+        return self.roles.mask(role, self.query_positions, self.valid.shape[0]) & self.valid
+
+
+class Tally:
+    """Sums and counts of each prompt, ``[N, ...]`` in all; decoded tokens go on with the prompts they belong to."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, total: Tensor, count: Tensor, fresh: bool) -> None:
+        """Add ``total [B, ...]`` of ``count`` (broadcastable) things."""
+        total = total.detach()
+        count = count.to(total.dtype).expand_as(total)
+        if fresh or not self.parts:
+            self.parts.append((total, count))
+        else:
+            before, counted = self.parts[-1]
+            self.parts[-1] = (before + total, counted + count)
+
+    def mean(self) -> Any:
+        """``[N, ...]`` float64; NaN where nothing was counted."""
+        if not self.parts:
+            return np.zeros((0,))
+        total, count = (torch.cat([part[i].double().cpu() for part in self.parts]) for i in (0, 1))
+        return (total / count.masked_fill(count == 0, torch.nan)).numpy()
+
+
+class Series:
+    """A value for each token of each prompt; NaN for padding. Decoded tokens are put behind their prompts."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def add(self, values: Tensor, fresh: bool) -> None:
+        """Add ``values [B, T, ...]``."""
+        if fresh or not self.parts:
+            self.parts.append(values.detach())
+        else:
+            self.parts[-1] = torch.cat([self.parts[-1], values.detach()], 1)
+
+    def rows(self) -> list[Any]:
+        """One array ``[T, ...]`` for each prompt."""
+        return [row.double().cpu().numpy() for part in self.parts for row in part]
+
+
+@dataclass
+class Findings:
+    """What a lens found.
+
+    Attributes:
+        tables: scores of heads (or of layers: a single column), by name.
+        series: for each name, for each prompt, a value for each token, NaN for padding.
+        channels: for each name ``[L, H, d]``.
+        maps: pooled attention maps ``[R, C]`` of (row of the tables, head).
+        notes: sentences for a reader, computed from the figures.
+    """
+
+    tables: dict[str, HeadTable] = field(default_factory=dict)
+    series: dict[str, list[Any]] = field(default_factory=dict)
+    channels: dict[str, Any] = field(default_factory=dict)
+    maps: dict[tuple[int, int], Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Lens(Strategy):
+    """Base of strategies that only look. A subclass overrides ``ask``, ``tell`` and ``findings``."""
+
+    def ask(self, view: View) -> dict[str, Statistic]:
+        """What is wanted of the weights of this call, by name; nothing where q, k, v and out say enough."""
+        return {}
+
+    def tell(self, view: View, found: dict[str, Any]) -> None:
+        """Keep what matters of the answers in ``view.memory``, in :class:`Tally` and :class:`Series`."""
+
+    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+        """Sum up what was kept at each site."""
+        raise NotImplementedError
+
+    def watch(self, call: AttentionCall, out: Tensor) -> None:
+        """Look at a call alone; :class:`Bundle` does it for several lenses at once."""
+        _look([(self, call.memory)], call, out, Roles(), call.memory.setdefault(_SHARED, {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle(Strategy):
+    """Several lenses as one strategy, so that they share the weights of a call.
+
+    Attributes:
+        lenses: what looks.
+        state: the roles of the forward at hand, which may be changed between forwards.
+    """
+
+    lenses: tuple[Lens, ...] = ()
+    state: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def selects(self, site: Site) -> bool:
+        return any(lens.selects(site) for lens in self.lenses)
+
+    def watch(self, call: AttentionCall, out: Tensor) -> None:
+        memory = call.memory
+        chosen = [
+            (lens, memory.setdefault(str(i), {})) for i, lens in enumerate(self.lenses) if lens.selects(call.site)
+        ]
+        _look(chosen, call, out, self.state.get("roles") or Roles(), memory.setdefault(_SHARED, {}), self.state)
+
+    def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
+        for i, lens in enumerate(self.lenses):
+            if lens.selects(site) and overrides(lens, "residual"):
+                mine = memory.setdefault(str(i), {})
+                mine[_SHARED] = memory.get(_SHARED, {})
+                lens.residual(site, hidden, mine)
+        return hidden
+
+    def of(self, index: int, sites: Sequence[tuple[Site, Memory]]) -> list[tuple[Site, Memory]]:
+        """What lens number ``index`` kept, by site."""
+        return [(site, memory[str(index)]) for site, memory in sites if str(index) in memory]
+
+
+def _look(
+    lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: Roles, shared: Memory,
+    state: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Ask every lens, make the weights once, tell every lens."""
+    valid, keys, start, fresh = _tokens(call, shared, state)
+    views, asked = [], []
+    for lens, memory in lenses:
+        memory[_SHARED] = shared
+        view = View(call, out, memory, roles, valid, keys, start, fresh)
+        views.append(view)
+        asked.append(lens.ask(view))
+    answers = iter(measure(call, [statistic for wanted in asked for statistic in wanted.values()]))
+    for (lens, _), view, wanted in zip(lenses, views, asked, strict=True):
+        with torch.no_grad():
+            lens.tell(view, {name: next(answers) for name in wanted})
+
+
+def _tokens(
+    call: AttentionCall, shared: Memory, state: dict[str, Any] | None
+) -> tuple[Tensor, Tensor, int, bool]:  # fmt: skip
+    """Which queries and keys are tokens, how many came before, and whether none did.
+
+    A query sees itself unless it is padding. In decoding the mask says nothing of the keys a sliding window has left
+    behind, so what was seen before is kept.
+    """
+    (batch, _, length, _), size = call.q.shape, call.k.shape[2]
+    everything = torch.ones(batch, 1, dtype=torch.bool, device=call.q.device)
+    mask = call.mask
+    if call.site.kind == "cross":
+        fresh = (state or {}).get("fresh", length > 1 or "start" not in shared)
+        start = 0 if fresh else shared["start"]
+        shared["start"] = start + length
+        keys = everything.expand(-1, size) if mask is None else mask.any(1).any(1).expand(batch, size)
+        return everything.expand(-1, length), keys, start, fresh
+    if call.cache is not None:
+        raise UserError("a lens reads keys where they stand; look at the model without a cache strategy")
+    fresh = size == length or "valid" not in shared
+    if mask is None:
+        valid = everything.expand(-1, length)
+    else:
+        seen = mask.any(1).expand(batch, -1, -1)  # [B, T or 1, S]
+        row = torch.arange(length, device=mask.device)
+        valid = seen[:, row if seen.shape[1] > 1 else row * 0, row + size - length]
+    start = 0 if fresh else shared["valid"].shape[1]
+    history = valid if fresh else torch.cat([shared["valid"], valid], 1)
+    shared["valid"], shared["whole"] = history, history.shape[1] == size
+    if state is not None:
+        state["fresh"] = fresh
+    return valid, history[:, -size:], start, fresh

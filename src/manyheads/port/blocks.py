@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies around an attention module: the block whose output is the residual stream, and the output projection."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..call import Site
+from ..strategy import overrides
+
+__all__ = ["block_of", "output_of", "watch_blocks"]
+
+_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "out_lin", "o", "dense")  # beside q, k and v
+_BEHIND = ("output.dense",)  # beside the attention module itself (BERT)
+
+
+def block_of(model: nn.Module, name: str) -> nn.Module | None:
+    """The block of the attention module called ``name``: an element of the outermost list of modules on the way to it.
+
+    None where there is no such list.
+    """
+    here: nn.Module = model
+    for part in name.split("."):
+        inside = isinstance(here, nn.ModuleList)
+        here = here.get_submodule(part)
+        if inside:
+            return here
+    return None
+
+
+def output_of(model: nn.Module, name: str) -> Callable[[], Tensor] | None:
+    """Gives the weight ``[D, H * dv]`` by which the attention module called ``name`` mixes its heads; None if unknown.
+
+    Plain linear layers and GPT-2's transposed ones are known, not quantised or adapted ones. The layer is held weakly.
+    """
+    module = model.get_submodule(name)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    found = [getattr(module, n, None) for n in _PROJECTIONS]
+    for path in _BEHIND:
+        first, _, last = path.partition(".")
+        found.append(getattr(getattr(parent, first, None), last, None))
+    for layer in found:
+        kind = type(layer).__name__
+        if layer is not None and kind in ("Linear", "Conv1D") and isinstance(getattr(layer, "weight", None), Tensor):
+            return _weight_of(layer, turned=kind == "Conv1D")
+    return None
+
+
+def _weight_of(layer: nn.Module, turned: bool) -> Callable[[], Tensor]:
+    owner = weakref.ref(layer)
+
+    def weight() -> Tensor:
+        here: Any = owner()
+        if here is None:
+            raise RuntimeError("the model of this site is gone")
+        current: Tensor = here.weight
+        return current.T if turned else current
+
+    return weight
+
+
+def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]]) -> Callable[[], None]:
+    """Give the outputs of blocks to the strategies that ask for them, in order; the returned function undoes it."""
+    at: dict[int, tuple[nn.Module, list[tuple[Site, Any]]]] = {}
+    for site, _, entry in entries:
+        if not overrides(entry.strategy, "residual"):
+            continue
+        block = block_of(model, site.name)
+        if block is None:
+            continue
+        _, asking = at.setdefault(id(block), (block, []))
+        if all(other.strategy is not entry.strategy for _, other in asking):  # once, however many sites the block has
+            asking.append((site, entry))
+    handles = [block.register_forward_hook(_hook(asking)) for block, asking in at.values()]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _hook(asking: Sequence[tuple[Site, Any]]) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = given = output[0] if isinstance(output, tuple) else output
+        for site, entry in asking:
+            hidden = entry.strategy.residual(site, hidden, entry.memory)
+        if hidden is given:
+            return None
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return hook

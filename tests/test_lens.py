@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of all lenses: statistics equal those of dense maps; nothing changes; padding, batches and decoding."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import manyheads
+from manyheads.attention.statistics import Band, Columns, Entropy, Expectation, Pooled, Received, measure, weights
+from manyheads.errors import UserError
+from manyheads.heads import HeadTable, same_layers
+from manyheads.lens import Findings, Lens, Roles, Series, Tally
+from oracles import dense, models
+from tolerance import SAME, assert_close, error
+
+NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "bert", "bart", "whisper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything(Lens):
+    """Every statistic at every site, kept as it comes."""
+
+    block: int | None = None
+
+    def ask(self, view):
+        size = view.call.k.shape[2]
+        where = view.key_positions.float()
+        return {
+            "mass": Expectation(torch.stack([view.first().float(), where.expand_as(view.keys)], -1)),
+            "entropy": Entropy(),
+            "column": Columns(torch.arange(0, size, 3)),
+            "received": Received(view.valid[..., None].float()),
+            "band": Band(torch.arange(5, 0, -1).float(), view.valid),
+            "pooled": Pooled(4),
+        }
+
+    def tell(self, view, found):
+        view.memory.setdefault("valid", Series()).add(view.valid.float(), view.fresh)
+        view.memory.setdefault("mass", Series()).add(found["mass"].transpose(1, 2), view.fresh)
+        view.memory.setdefault("entropy", Series()).add(found["entropy"].transpose(1, 2), view.fresh)
+        view.memory.setdefault("near", Series()).add(found["band"][0].transpose(1, 2), view.fresh)
+        count = view.valid.sum(1)[:, None]
+        masked = found["entropy"].masked_fill(~view.valid[:, None], 0)
+        view.memory.setdefault("tally", Tally()).add(masked.sum(-1), count, view.fresh)
+        view.memory["last"] = found
+
+    def findings(self, sites):
+        rows = np.stack([memory["tally"].mean() for _, memory in sites], 1)
+        return Findings(tables={"entropy": HeadTable("entropy", tuple(s.name for s, _ in sites), rows)})
+
+
+def look(name, lens=None, attn=None, **given):
+    model = models.tiny(name) if attn is None else models.build(name, attn=attn)
+    with manyheads.watch(model, lens or Everything()) as seen, torch.no_grad():
+        model(**given)
+    return seen._port.kept(seen._bundle), seen
+
+
+def given(name, padded=True):
+    made = models.inputs(name)
+    if name in models.SEQ2SEQ:
+        made["decoder_input_ids"] = models.tokens(2, 11, seed=1)
+    if not padded:
+        made.pop("attention_mask", None)
+    return made
+
+
+def compare_with_maps(name, sites, maps):
+    used = dict.fromkeys(maps, 0)
+    for site, memory in sites:
+        kind = "cross" if site.kind == "cross" else "self" if site.causal or "encoder" not in maps else "encoder"
+        want, mine = maps[kind][used[kind]], memory["0"]["last"]
+        used[kind] += 1
+        rows = torch.stack([torch.as_tensor(x) for x in memory["0"]["valid"].rows()]).bool()[:, None]
+
+        def same(got, right, rows=rows):
+            where = rows[..., None].expand_as(right) if right.ndim == 4 else rows.expand_as(right)
+            assert_close(got[where], right[where], SAME)
+
+        size = want.shape[3]
+        same(mine["entropy"], torch.special.entr(want).sum(-1))
+        same(mine["column"], want[..., ::3])
+        same(mine["mass"][..., 1], want @ torch.arange(size).float())
+        back = torch.arange(want.shape[2])[:, None] + size - want.shape[2] - torch.arange(size)
+        profile = torch.where((back >= 0) & (back < 5), 5.0 - back, 0.0)
+        same(mine["band"][0], (want * profile).sum(-1))
+        counted = want * rows[..., None]
+        assert_close(mine["band"][1], (counted * profile).sum(2), SAME)
+        assert_close(mine["received"][..., 0], counted.sum(2), SAME)
+        assert error(mine["received"][..., 0], want.sum(2) * 1.001) > SAME
+    assert all(used[kind] == len(maps[kind]) for kind in maps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_equal_dense_maps(name):
+    """With padding on the left, under either attention function of the model."""
+    inputs = given(name)
+    maps = dense.maps(dense.eager(name), **inputs)
+    compare_with_maps(name, look(name, attn="eager", **inputs)[0], maps)
+    if name not in ("gemma2", "gpt_oss"):  # SDPA has neither cap nor sinks
+        compare_with_maps(name, look(name, **inputs)[0], maps)
+
+
+def test_blocks_of_any_size_and_a_wrong_one():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, t, 8, generator=generator).double() for h, t in ((4, 13), (2, 17), (2, 17)))
+    site = manyheads.Site("x", 0, 0, "self", True)
+    call = manyheads.AttentionCall(site, q, k, v, scale=0.3, is_causal=True)
+    want = torch.cat([rows for _, rows in weights(call, 1000)], 2)
+    assert_close(want @ v.repeat_interleave(2, 1), call.attend().transpose(1, 2), 1e-10)
+    assert_close(want.sum(-1), torch.ones(2, 4, 13).double(), 1e-10)
+    for block in (1, 3, 13, None):
+        made = measure(call, [Entropy(), Band(torch.ones(4).double()), Pooled(5), Pooled(100)], block)
+        assert_close(made[0], torch.special.entr(want).sum(-1), 1e-10)
+        assert_close(made[3], want, 1e-10)
+        cell = want[:, :, :3, :4].mean((-1, -2))
+        assert_close(made[2][:, :, 0, 0], cell, 1e-10)
+        assert made[2].shape == (2, 4, 5, 5)
+        assert error(made[1][0], want.tril(17 - 13 + 3).sum(-1)) > 1e-3
+    empty = call.replace(mask=torch.zeros(2, 1, 13, 17, dtype=torch.bool))
+    assert all(not rows.any() for _, rows in weights(empty))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_decoding_equals_one_forward(name):
+    """Left-padded, with a cache, sliding windows too: the same value for every token and every head."""
+    inputs = models.inputs(name)
+    model = models.tiny(name)
+    with manyheads.watch(model, Everything()) as seen:
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 12, dtype=torch.long)], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]  # as generate gives them
+    whole, again = look(name, input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=places)
+    for (_, a), (_, b) in zip(seen._port.kept(seen._bundle), whole, strict=True):
+        for key in ("entropy", "near", "valid"):
+            for x, y, ok in zip(a["0"][key].rows(), b["0"][key].rows(), b["0"]["valid"].rows(), strict=True):
+                assert_close(torch.tensor(x)[ok > 0], torch.tensor(y)[ok > 0], SAME)
+    assert np.allclose(seen.findings().tables["entropy"].values, again.findings().tables["entropy"].values, atol=1e-5)
+    assert not np.allclose(seen.findings().tables["entropy"].values[0], again.findings().tables["entropy"].values[1])
+
+
+def test_a_batch_is_its_rows_and_prompts_stay_apart():
+    model, ids = models.tiny("llama"), models.tokens(3, 16)
+    with manyheads.watch(model, Everything()) as seen, torch.no_grad():
+        model(ids)
+        for row in ids:
+            model(row[None])
+        mask = torch.ones(1, 21, dtype=torch.long)
+        mask[:, 16:] = 0
+        model(torch.cat([ids[:1], torch.full((1, 5), 7)], 1), attention_mask=mask)  # padded on the right
+    table = seen.findings().tables["entropy"].values
+    assert table.shape == (7, 2, 4)
+    assert np.allclose(table[:3], table[3:6], atol=1e-5) and np.allclose(table[0], table[6], atol=1e-5)
+    assert not np.allclose(table[0], table[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
+def test_looking_changes_no_bit(name):
+    model = models.tiny(name)
+    plain = models.forward(name, model)
+    with manyheads.watch(model, Everything(), Everything(block=3)):
+        assert torch.equal(models.forward(name, model), plain)
+    assert torch.equal(models.forward(name, model), plain)
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    model = models.build("llama")
+    fast = torch.compile(model, backend="eager")
+    ids = models.tokens(2, 12)
+    with manyheads.watch(model, Everything()) as seen, torch.no_grad():
+        logits = fast(ids).logits
+        assert torch.equal(fast(ids).logits, logits)
+    want = look("llama", input_ids=ids)[1].findings().tables["entropy"].values
+    assert np.allclose(seen.findings().tables["entropy"].values, np.concatenate([want, want]), atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_roles():
+    model, ids = models.tiny("llama"), models.tokens(2, 10)
+    found = {}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Parts(Everything):
+        def tell(self, view, told):
+            super().tell(view, told)
+            for role in ("bos", "system", "response"):
+                found[role] = (view.rows(role), view.columns(role))
+
+    roles = Roles({"system": [[(0, 3), (5, 6)], [(4, 6)]]})
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    with manyheads.watch(model, Parts(), roles=roles), torch.no_grad():
+        with pytest.raises(UserError, match="known are system"):
+            roles.mask("image", torch.arange(3), 2)
+        roles.spans["bos"] = [[(0, 1)], [(4, 5)]]
+        model(ids, attention_mask=mask)
+    rows, columns = found["system"]
+    assert columns.int().tolist() == [[1, 1, 1, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]]
+    assert torch.equal(rows, columns)
+    assert found["response"][0].int().tolist() == [[0] * 6 + [1] * 4, [0] * 6 + [1] * 4]
+    assert found["bos"][1].int().argmax(1).tolist() == [0, 4]
+
+
+def test_refusals():
+    model = models.tiny("llama")
+    with pytest.raises(UserError, match="acts on the model"):
+        manyheads.watch(model, "snapkv")
+    with pytest.raises(UserError, match="at least one lens"):
+        manyheads.watch(model)
+    with pytest.raises(UserError, match="does not look here"):
+        look("llama", input_ids=models.tokens(1, 4))[1].findings("sinks")
+    with pytest.raises(UserError, match="without a cache strategy"), manyheads.use(model, "full"):
+        look("llama", input_ids=models.tokens(1, 4))
+
+
+def test_head_table():
+    values = np.arange(24.0).reshape(2, 3, 4)
+    values[0, 0, 0] = np.nan
+    table = HeadTable("score", ("a", "b", "c"), values, {"seed": 0})
+    assert table.mean[0, 0] == 12 and table.mean[2, 3] == 17
+    assert table.top(2) == [(2, 3), (2, 2)] and table.top(1, least=True) == [(0, 1)]
+    again = HeadTable.read(__import__("json").loads(table.dumps()))
+    assert np.array_equal(again.values, table.values, equal_nan=True) and again.about == {"seed": 0}
+    assert table.correlation(table) == pytest.approx(1)
+    turned = HeadTable("turned", table.sites, -table.values)
+    assert table.correlation(turned) == pytest.approx(-1)
+    assert table.overlap(table, 3) == (3, pytest.approx(1 / 220))
+    assert table.overlap(turned, 3) == (0, pytest.approx(1.0))
+    low, high = table.interval()
+    assert (low <= table.mean).all() and (high >= table.mean).all() and (high - low)[1, 1] > 1
+    assert np.isinf(HeadTable("one", ("a",), np.zeros((1, 4))).interval()[0]).all()
+    with pytest.raises(UserError, match="do not fit"):
+        HeadTable("bad", ("a",), values)
+    heads = [(0, 1), (0, 2), (2, 0)]
+    drawn = same_layers(heads, 4, 0, avoid=heads)
+    assert sorted(r for r, _ in drawn) == [0, 0, 2] and not set(drawn) & set(heads) and len(set(drawn)) == 3
