@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine of all lenses: statistics equal those of dense maps; nothing changes; padding, batches and decoding."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 import manyheads
 from manyheads.attention.statistics import Band, Columns, Entropy, Expectation, Pooled, Received, measure, weights
 from manyheads.errors import UserError
-from manyheads.heads import HeadTable, same_layers
-from manyheads.lens import Findings, Lens, Roles, Series, Tally
+from manyheads.heads import HeadTable, ablation_curve, same_layers
+from manyheads.lens import Findings, Lens, Roles, Series, Tally, table
 from oracles import dense, models
 from tolerance import SAME, assert_close, error
 
@@ -47,8 +48,7 @@ class Everything(Lens):
         view.memory["last"] = found
 
     def findings(self, sites):
-        rows = np.stack([memory["tally"].mean() for _, memory in sites], 1)
-        return Findings(tables={"entropy": HeadTable("entropy", tuple(s.name for s, _ in sites), rows)})
+        return Findings(tables={"entropy": table("entropy", sites, "tally")})
 
 
 def look(name, lens=None, attn=None, **given):
@@ -150,10 +150,10 @@ def test_a_batch_is_its_rows_and_prompts_stay_apart():
         mask = torch.ones(1, 21, dtype=torch.long)
         mask[:, 16:] = 0
         model(torch.cat([ids[:1], torch.full((1, 5), 7)], 1), attention_mask=mask)  # padded on the right
-    table = seen.findings().tables["entropy"].values
-    assert table.shape == (7, 2, 4)
-    assert np.allclose(table[:3], table[3:6], atol=1e-5) and np.allclose(table[0], table[6], atol=1e-5)
-    assert not np.allclose(table[0], table[1], atol=1e-3)
+    made = seen.findings().tables["entropy"].values
+    assert made.shape == (7, 2, 4)
+    assert np.allclose(made[:3], made[3:6], atol=1e-5) and np.allclose(made[0], made[6], atol=1e-5)
+    assert not np.allclose(made[0], made[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
@@ -219,21 +219,37 @@ def test_refusals():
 def test_head_table():
     values = np.arange(24.0).reshape(2, 3, 4)
     values[0, 0, 0] = np.nan
-    table = HeadTable("score", ("a", "b", "c"), values, {"seed": 0})
-    assert table.mean[0, 0] == 12 and table.mean[2, 3] == 17
-    assert table.top(2) == [(2, 3), (2, 2)] and table.top(1, least=True) == [(0, 1)]
-    again = HeadTable.read(__import__("json").loads(table.dumps()))
-    assert np.array_equal(again.values, table.values, equal_nan=True) and again.about == {"seed": 0}
-    assert table.correlation(table) == pytest.approx(1)
-    turned = HeadTable("turned", table.sites, -table.values)
-    assert table.correlation(turned) == pytest.approx(-1)
-    assert table.overlap(table, 3) == (3, pytest.approx(1 / 220))
-    assert table.overlap(turned, 3) == (0, pytest.approx(1.0))
-    low, high = table.interval()
-    assert (low <= table.mean).all() and (high >= table.mean).all() and (high - low)[1, 1] > 1
+    made = HeadTable("score", ("a", "b", "c"), values, {"seed": 0})
+    assert made.mean[0, 0] == 12 and made.mean[2, 3] == 17
+    assert made.top(2) == [(2, 3), (2, 2)] and made.top(1, least=True) == [(0, 1)]
+    again = HeadTable.read(json.loads(made.dumps()))
+    assert np.array_equal(again.values, made.values, equal_nan=True) and again.about == {"seed": 0}
+    assert made.correlation(made) == pytest.approx(1)
+    turned = HeadTable("turned", made.sites, -made.values)
+    assert made.correlation(turned) == pytest.approx(-1)
+    assert made.overlap(made, 3) == (3, pytest.approx(1 / 220))
+    assert made.overlap(turned, 3) == (0, pytest.approx(1.0))
+    low, high = made.interval()
+    assert (low <= made.mean).all() and (high >= made.mean).all() and (high - low)[1, 1] > 1
     assert np.isinf(HeadTable("one", ("a",), np.zeros((1, 4))).interval()[0]).all()
     with pytest.raises(UserError, match="do not fit"):
         HeadTable("bad", ("a",), values)
     heads = [(0, 1), (0, 2), (2, 0)]
     drawn = same_layers(heads, 4, 0, avoid=heads)
     assert sorted(r for r, _ in drawn) == [0, 0, 2] and not set(drawn) & set(heads) and len(set(drawn)) == 3
+
+
+def test_ablation_curve():
+    """The chosen heads are those of the table, the control is of the same layers and never the same heads."""
+    made = HeadTable("score", ("a", "b"), np.array([[0.0, 3.0, 0.0, 1.0], [0.0, 0.0, 2.0, 0.0]]), layers=(5, 9))
+    gone = []
+
+    def score(heads):
+        gone.append(heads)
+        return 10.0 - sum({"5.1": 3, "9.2": 2, "5.3": 1}.get(head, 0) for head in heads)
+
+    curve = ablation_curve(made, (0, 1, 3), score, draws=4)
+    assert curve.heads == ("5.1", "9.2", "5.3") and curve.chosen.tolist() == [10, 7, 4]
+    assert curve.control.shape == (4, 3) and (curve.control[:, [0, 2]] == 10).all()
+    assert set(curve.control[:, 1]) <= {9, 10}  # 5.3 may be drawn while it is not among the chosen
+    assert all(sorted(h[0] for h in heads) == ["5", "5", "9"] for heads in gone if len(heads) == 3)

@@ -16,11 +16,11 @@ import numpy as np
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
-__all__ = ["Head", "HeadTable", "same_layers"]
+__all__ = ["Curve", "Head", "HeadTable", "ablation_curve", "same_layers"]
 
 Head = tuple[int, int]  # row of the table (a site), head
 
@@ -34,12 +34,14 @@ class HeadTable:
         sites: module paths, one a row.
         values: ``[N, L, H]`` scores of N prompts; NaN where a site has no such head, or nothing was measured.
         about: what it was measured on: model, lens, seed, settings.
+        layers: the layer of each site, by which strategies name heads; rows are counted when not given.
     """
 
     name: str
     sites: tuple[str, ...]
     values: Array
     about: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Take ``[L, H]`` for one prompt, and refuse other shapes."""
@@ -48,6 +50,7 @@ class HeadTable:
         if values.ndim != 3 or values.shape[1] != len(self.sites):
             raise UserError(f"{self.name}: values {values.shape} do not fit {len(self.sites)} sites")
         object.__setattr__(self, "values", values)
+        object.__setattr__(self, "layers", tuple(self.layers) or tuple(range(len(self.sites))))
 
     @property
     def mean(self) -> Array:
@@ -76,6 +79,10 @@ class HeadTable:
         order = np.argsort(np.where(np.isnan(mean), np.inf, mean), axis=None, kind="stable")
         known = int(np.isfinite(mean).sum())
         return [(int(i // mean.shape[1]), int(i % mean.shape[1])) for i in order[: min(count, known)]]
+
+    def names(self, heads: Sequence[Head]) -> tuple[str, ...]:
+        """``layer.head`` of each, as the specs of strategies take them."""
+        return tuple(f"{self.layers[row]}.{head}" for row, head in heads)
 
     def ranks(self) -> Array:
         """Rank of each head by its mean, 1 the greatest, ties shared; NaN where there is no score."""
@@ -121,7 +128,8 @@ class HeadTable:
         self._fits(other)
         paired = len(self.values) == len(other.values)
         values = self.values - other.values if paired else (self.mean - other.mean)[None]
-        return HeadTable(f"{self.name}, difference", self.sites, values, {**self.about, "minus": other.about})
+        about = {**self.about, "minus": other.about}
+        return HeadTable(f"{self.name}, difference", self.sites, values, about, self.layers)
 
     def _fits(self, other: HeadTable) -> None:
         if self.values.shape[1:] != other.values.shape[1:]:
@@ -132,7 +140,10 @@ class HeadTable:
     def document(self) -> dict[str, Any]:
         """What :meth:`read` takes, fit for JSON: NaN becomes null."""
         values = np.where(np.isfinite(self.values), self.values, None).tolist()  # type: ignore[call-overload]
-        return {"name": self.name, "sites": list(self.sites), "values": values, "about": self.about}
+        return {
+            "name": self.name, "sites": list(self.sites), "layers": list(self.layers), "values": values,
+            "about": self.about,
+        }  # fmt: skip
 
     def dumps(self) -> str:
         """The table as JSON."""
@@ -142,7 +153,9 @@ class HeadTable:
     def read(document: dict[str, Any]) -> HeadTable:
         """The table of a :meth:`document`."""
         values = np.array(document["values"], dtype=float)
-        return HeadTable(document["name"], tuple(document["sites"]), values, document["about"])
+        return HeadTable(
+            document["name"], tuple(document["sites"]), values, document["about"], tuple(document["layers"])
+        )
 
 
 def same_layers(heads: Sequence[Head], num_heads: int, seed: int, avoid: Sequence[Head] = ()) -> list[Head]:
@@ -165,3 +178,47 @@ def same_layers(heads: Sequence[Head], num_heads: int, seed: int, avoid: Sequenc
         order.sort(key=lambda h, row=row: (row, h) in set(avoid))  # type: ignore[misc]
         drawn += [(row, h) for h in order[:count]]
     return drawn
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is left when more and more heads are taken out, best first, beside random heads of the same layers.
+
+    Attributes:
+        counts: heads taken out, ``[C]``.
+        heads: as ``layer.head``, in the order in which they go.
+        chosen: score with the first ``counts`` of them taken out, ``[C]``.
+        control: the same for draws of random heads of the same layers, ``[D, C]``.
+    """
+
+    counts: tuple[int, ...]
+    heads: tuple[str, ...]
+    chosen: Array
+    control: Array
+
+
+def ablation_curve(
+    table: HeadTable, counts: Sequence[int], score: Callable[[tuple[str, ...]], float], draws: int = 5, seed: int = 0
+) -> Curve:  # fmt: skip
+    """Take out the heads that ``table`` ranks highest, and as a control as many of the same layers at random.
+
+    Args:
+        table: the ranking.
+        counts: how many heads to take out; 0 gives the untouched model.
+        score: of the model without the heads named ``layer.head``, as the strategy ``ablate`` takes them.
+        draws: of the control.
+        seed: of the draws.
+    """
+    order = table.top(max(counts))
+    width = table.values.shape[2]
+    chosen = np.array([score(table.names(order[:count])) for count in counts])
+    control = np.array(
+        [
+            [
+                score(table.names(same_layers(order[:count], width, seed + draw, avoid=order[:count])))
+                for count in counts
+            ]
+            for draw in range(draws)
+        ]
+    )
+    return Curve(tuple(counts), table.names(order), chosen, control)

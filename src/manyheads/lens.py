@@ -30,7 +30,7 @@ from .strategy import Strategy, overrides
 if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
-__all__ = ["Bundle", "Findings", "Lens", "Memory", "Roles", "Series", "Tally", "View"]
+__all__ = ["Bundle", "Findings", "Lens", "Memory", "Roles", "Series", "Tally", "View", "table"]
 
 Memory = dict[str, Any]
 Span = tuple[int, int]
@@ -198,6 +198,17 @@ class Findings:
     channels: dict[str, Any] = field(default_factory=dict)
     maps: dict[tuple[int, int], Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, **about: Any) -> HeadTable:
+    """The means of the :class:`Tally` that every site keeps under ``key``, ``[N]`` or ``[N, H]`` each, as one table."""
+    rows = [memory[key].mean() for _, memory in sites]
+    rows = [row[:, None] if row.ndim == 1 else row for row in rows]
+    made = np.full((max(len(r) for r in rows), len(rows), max(r.shape[1] for r in rows)), np.nan)
+    for i, row in enumerate(rows):
+        made[: len(row), i, : row.shape[1]] = row
+    layers = tuple(site.index if site.layer is None else site.layer for site, _ in sites)
+    return HeadTable(name, tuple(site.name for site, _ in sites), made, about, layers)
 
 
 class Lens(Strategy):
