@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyheads.errors import UserError
+from manyheads.progress import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .results import Results
-    from .runner import Progress
 
 _TASKS = "loss,needle,several,chained,speed,memory"
 _QUICK: dict[str, Any] = {"lengths": [512], "budgets": ["0.25"], "samples": 3, "rounds": 1}
@@ -125,7 +122,7 @@ def _run(options: dict[str, Any], out: Path | None, as_json: bool) -> Results:
     if options.get("train"):
         from .train.command import run
 
-        with _progress(as_json) as progress:
+        with shown(as_json) as progress:
             return run(options, folder, progress)
     chosen = {**(_QUICK if options.get("quick") else {}), **options}
     from manyheads.data.texts import read
@@ -137,7 +134,7 @@ def _run(options: dict[str, Any], out: Path | None, as_json: bool) -> Results:
     arguments = {name: value for name, value in chosen.items() if name in passed}
     runner.check(**{k: v for k, v in arguments.items() if k in ("strategies", "budgets", "tasks", "lengths")})
     model, tokenizer = _load(options)
-    with _progress(as_json) as progress:
+    with shown(as_json) as progress:
         return runner.compare(
             model, tokenizer, texts, out=folder, origin=options.get("model", "the shipped model"),
             command=["manyheads", *(a for a in sys.argv[1:] if a != "--debug")], options=options, progress=progress,
@@ -188,43 +185,6 @@ def _show(results: Results, as_json: bool) -> None:
         typer.echo(json.dumps(found.document(), indent=2))
     else:
         table.print_summary(found, console)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
-    """A live display on stderr; one line for each task where that is no terminal; nothing if ``quiet``."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True, highlight=False)
-    if quiet or not console.is_terminal:
-        said: list[str] = []
-
-        def say(done: float, total: float, message: str) -> None:
-            if message and not quiet and said[-1:] != [message]:
-                said.append(message)
-                console.print(f"{done / total:4.0%} {message}", markup=False)
-
-        yield say
-        return
-    columns = (
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as display:
-        bar = display.add_task("", total=None)
-        yield lambda done, total, message: display.update(bar, completed=done, total=total, description=message)
 
 
 def _items(values: list[str] | None) -> list[str] | None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ..catalog import nearest
 from ..data.texts import Text, digest, standard_library
 from ..errors import UserError
 from ..port import use
+from ..progress import Progress
 from ..strategy import Strategy
 from .arms import Arm, make_arms
 from .bench import TARGET, Bench, Row
@@ -34,12 +35,6 @@ LENGTHS = (1024, 2048)
 SAMPLES = 6
 ROUNDS = 2
 _SHORTEST = 32  # tokens of a context
-
-
-class Progress(Protocol):
-    """Hears how far a run is: ``done`` of ``total`` in any unit, and what is going on."""
-
-    def __call__(self, done: float, total: float, message: str) -> None: ...
 
 
 def compare(
