@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..call import AttentionCall, Recurrence, Site
-from .sites import Entry, SiteState
+from .chain import Entry
+from .sites import SiteState
 
 __all__ = ["LinearState", "find_linear"]
 

@@ -4,7 +4,7 @@
 import functools
 import inspect
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .blocks import output_of
 from .cache import StoreLayer, install
+from .chain import Chain, Entry
 from .configs import EAGER, SDPA
 from .latent import latent_of
 
@@ -84,18 +85,7 @@ def is_eager(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == EAGER
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One strategy of one open ``use`` at one site."""
-
-    owner: Any
-    strategy: Strategy
-    memory: dict[str, Any] = field(default_factory=dict)
-    called: bool = False
-    stored: bool = False
-
-
-class SiteState:
+class SiteState(Chain):
     """What the open ports of a model keep on one attention module."""
 
     def __init__(self, site: Site, module: nn.Module, eager: bool) -> None:
@@ -114,9 +104,8 @@ class SiteState:
         self.store: Store | None = None
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.copies: int | None = None  # of the model's rotary tables, to be in the half-split layout; 0 for never
-        self.entries: list[Entry] = []
+        super().__init__()
         self.handle = module.register_forward_pre_hook(self._take_cache, with_kwargs=True)
-        self._sort()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SiteState":
         raise UserError("a model cannot be copied while its port is open: copy it before `manyheads.use`, or after")
@@ -145,28 +134,6 @@ class SiteState:
         state: SiteState | None = module.__dict__.get(_STATE)
         return [] if state is None else [e.strategy for e in state.entries if overrides(e.strategy, method)]
 
-    def add(self, entries: list[Entry]) -> None:
-        self.entries = self.entries + entries
-        self._sort()
-
-    def remove(self, owner: Any) -> None:
-        self.entries = [entry for entry in self.entries if entry.owner is not owner]
-        self._sort()
-
-    def _sort(self) -> None:
-        """Find once which entries do what, so that a call asks no questions."""
-        having = {m: [e for e in self.entries if overrides(e.strategy, m)] for m in ("edit", "attend", "store")}
-        self._editors = having["edit"]
-        self._attender = having["attend"][-1] if having["attend"] else None
-        self._keeper = having["store"][-1] if having["store"] else None
-        self._after = [
-            (e, overrides(e.strategy, "patch"), overrides(e.strategy, "watch"))
-            for e in self.entries
-            if overrides(e.strategy, "patch") or overrides(e.strategy, "watch")
-        ]
-        # Nobody but the keeper of the cache looks at the call, so that a store may answer it in its own way.
-        self._alone = not (self._editors or self._attender or self._after)
-
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
         self.store = None
@@ -178,7 +145,7 @@ class SiteState:
             cache = cache.self_attention_cache
         if cache is None:
             return
-        keeper = self._keeper
+        keeper = self.keeper
         if keeper is not None and self._ours(cache) is None:
             install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
         self.store = self._ours(cache)
@@ -195,36 +162,27 @@ class SiteState:
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
         original = call = self._read(module, q, k, v, mask, kwargs)
-        for entry in self.entries:
-            if not entry.called:
-                entry.called = True
+        self.mark()
         if self.store is not None:
-            answer = (
-                getattr(self.store, "attend", None) if self._alone and not kwargs.get("output_attentions") else None
-            )
+            alone = not self.looks and not kwargs.get("output_attentions")  # the store may answer in its own way
+            answer = getattr(self.store, "attend", None) if alone else None
             if answer is not None and (answered := answer(call)) is not None:
                 self.store = self.rotary = None
                 return answered, None
             call = self.store.admit(call)
             if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
                 call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
-        for entry in self._editors:
-            call = entry.strategy.edit(call.replace(memory=entry.memory))
+        call = self.edit(call)
         weights: Tensor | None = None
-        if self._attender is not None:
-            out = self._attender.strategy.attend(call.replace(memory=self._attender.memory))
+        if self.attender is not None:
+            out = self.attend(call)
         elif call is original and not (call.is_causal and q.shape[2] < k.shape[2]):
             if mask is not None and mask.dtype == torch.bool and self.eager:
                 mask = _additive(mask, q.dtype)
             out, weights = self.base(module, q, k, v, mask, **kwargs)
         else:
             out, weights = self._attend(module, call, original, kwargs)
-        for entry, patches, watches in self._after:
-            seen = call.replace(memory=entry.memory)
-            if patches:
-                out = entry.strategy.patch(seen, out)
-            if watches:
-                entry.strategy.watch(seen, out)
+        out = self.after(call, out)
         if self.store is not None:
             self.store.settle(call)
             self.store = self.rotary = None  # an open port does not keep a cache alive
@@ -247,7 +205,7 @@ class SiteState:
             site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
             is_causal=is_causal, softcap=kwargs.get("softcap") if self.eager else None,  # SDPA reads neither
             sinks=kwargs.get("s_aux") if self.eager else None,
-            dropout=kwargs.get("dropout", 0.0), positions=kwargs.get("position_ids"),
+            dropout=kwargs.get("dropout", 0.0), training=module.training, positions=kwargs.get("position_ids"),
             rotary=_halves(self, module, q.shape[-1]),
             step=k.shape[2] - q.shape[2] if self.store is None else self.store.seen - q.shape[2], cache=self.store,
         )  # fmt: skip

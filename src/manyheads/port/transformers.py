@@ -21,9 +21,10 @@ from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .blocks import watch_blocks
 from .cache import ForkableStore, SlotCache, StoreLayer, install
+from .chain import Entry
 from .configs import switch_configs
 from .linear import LinearState, find_linear
-from .sites import Entry, SiteState, architectures, find_sites, is_eager
+from .sites import SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
 

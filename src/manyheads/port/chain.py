@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategies of open ports at one site, in order, and what each of them does to a call."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..call import AttentionCall
+from ..strategy import Strategy, overrides
+
+__all__ = ["Chain", "Entry"]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One strategy of one open ``use`` at one site."""
+
+    owner: Any
+    strategy: Strategy
+    memory: dict[str, Any] = field(default_factory=dict)
+    called: bool = False
+    stored: bool = False
+
+
+class Chain:
+    """Entries sorted once by what they do, so that a call asks no questions."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self._sort()
+
+    def add(self, entries: list[Entry]) -> None:
+        """Append the entries of one more port."""
+        self.entries = self.entries + entries
+        self._sort()
+
+    def remove(self, owner: Any) -> None:
+        """Take out the entries of a port that closes."""
+        self.entries = [entry for entry in self.entries if entry.owner is not owner]
+        self._sort()
+
+    def _sort(self) -> None:
+        having = {m: [e for e in self.entries if overrides(e.strategy, m)] for m in ("edit", "attend", "store")}
+        self._editors = having["edit"]
+        self.attender = having["attend"][-1] if having["attend"] else None
+        self.keeper = having["store"][-1] if having["store"] else None
+        self._after = [
+            (e, overrides(e.strategy, "patch"), overrides(e.strategy, "watch"))
+            for e in self.entries
+            if overrides(e.strategy, "patch") or overrides(e.strategy, "watch")
+        ]
+
+    @property
+    def looks(self) -> bool:
+        """Whether anybody but the keeper of a cache looks at a call."""
+        return bool(self._editors or self.attender or self._after)
+
+    def mark(self) -> None:
+        """Note that the site was called."""
+        for entry in self.entries:
+            if not entry.called:
+                entry.called = True
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        """The call after every ``edit``; the same object if nothing changed it."""
+        for entry in self._editors:
+            call = entry.strategy.edit(call.replace(memory=entry.memory))
+        return call
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The output ``[B, T, H, dv]`` of the one strategy that computes it."""
+        assert self.attender is not None
+        return self.attender.strategy.attend(call.replace(memory=self.attender.memory))
+
+    def after(self, call: AttentionCall, out: Tensor) -> Tensor:
+        """The output after every ``patch``; ``watch`` sees it as it is at its place."""
+        for entry, patches, watches in self._after:
+            seen = call.replace(memory=entry.memory)
+            if patches:
+                out = entry.strategy.patch(seen, out)
+            if watches:
+                entry.strategy.watch(seen, out)
+        return out
