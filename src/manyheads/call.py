@@ -145,11 +145,13 @@ class AttentionCall:
         softcap: tanh cap on the logits (Gemma 2).
         sinks: ``[H]`` learned sink logits (gpt-oss).
         dropout: probability on the weights, 0 outside training.
+        training: whether the module is in training mode.
         positions: ``[B, T]`` rotary position ids where the model passes them on.
         rotary: cosines and sines ``[B, T, rotary_dim]`` of those positions, where the model passes them on.
         step: tokens seen at this site before this call, a tensor in compiled decoding; 0 without a cache.
         cache: the site's store, if a strategy made one.
         recurrence: decay and state at a site of kind ``linear``, None elsewhere.
+        prepended: keys in front of all others that stand for no token (``attention.edits.append_kv``).
         memory: scratch of the strategy at hand at this site, kept while its ``use`` is open.
     """
 
@@ -164,11 +166,13 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
+    training: bool = False
     positions: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     step: int | Tensor = 0
     cache: Store | None = None
     recurrence: Recurrence | None = None
+    prepended: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "AttentionCall":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .attention.statistics import Statistic, measure
 from .errors import UserError
@@ -87,7 +88,7 @@ class View:
         memory: what this lens keeps at this site.
         roles: the parts of the tokens.
         valid: ``[B, T]``, queries that are tokens, not padding.
-        keys: ``[B, S]``, keys that are tokens.
+        keys: ``[B, S]``, keys that are tokens; what an edit put in front of them is none.
         start: tokens of each row, padding counted, before the first query.
         fresh: nothing came before: new prompts.
     """
@@ -117,9 +118,10 @@ class View:
 
     @property
     def key_positions(self) -> Tensor:
-        """``[S]`` places of the keys in their row, padding counted."""
+        """``[S]`` places of the keys in their row, padding counted; below 0 what an edit put in front."""
         size = self.call.k.shape[2]
-        first = 0 if self.cross else self._end - size  # a sliding-window cache holds the last keys only
+        # a sliding-window cache holds the last keys only
+        first = -self.call.prepended if self.cross else self._end - size
         return torch.arange(first, first + size, device=self.call.q.device)
 
     def first(self) -> Tensor:
@@ -190,6 +192,7 @@ class Findings:
         series: for each name, for each prompt, a value for each token, NaN for padding.
         channels: for each name ``[L, H, d]``.
         maps: pooled attention maps ``[R, C]`` of (row of the tables, head).
+        records: for each name, things that were found one by one, as plain values by name: spikes, events, spans.
         notes: sentences for a reader, computed from the figures.
     """
 
@@ -197,6 +200,7 @@ class Findings:
     series: dict[str, list[Any]] = field(default_factory=dict)
     channels: dict[str, Any] = field(default_factory=dict)
     maps: dict[tuple[int, int], Any] = field(default_factory=dict)
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -220,6 +224,11 @@ class Lens(Strategy):
 
     def tell(self, view: View, found: dict[str, Any]) -> None:
         """Keep what matters of the answers in ``view.memory``, in :class:`Tally` and :class:`Series`."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether this lens, as it is set, also changes the model: it is then opened by ``manyheads.use``."""
+        return False
 
     def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
         """Sum up what was kept at each site."""
@@ -291,15 +300,16 @@ def _tokens(
     A query sees itself unless it is padding. In decoding the mask says nothing of the keys a sliding window has left
     behind, so what was seen before is kept.
     """
-    (batch, _, length, _), size = call.q.shape, call.k.shape[2]
+    (batch, _, length, _), more = call.q.shape, call.prepended
+    size = call.k.shape[2] - more
     everything = torch.ones(batch, 1, dtype=torch.bool, device=call.q.device)
     mask = call.mask
     if call.site.kind == "cross":
         fresh = (state or {}).get("fresh", length > 1 or "start" not in shared)
         start = 0 if fresh else shared["start"]
         shared["start"] = start + length
-        keys = everything.expand(-1, size) if mask is None else mask.any(1).any(1).expand(batch, size)
-        return everything.expand(-1, length), keys, start, fresh
+        keys = everything.expand(-1, size) if mask is None else mask.any(1).any(1).expand(batch, size + more)[:, more:]
+        return everything.expand(-1, length), pad(keys, (more, 0)), start, fresh
     if call.cache is not None:
         raise UserError("a lens reads keys where they stand; look at the model without a cache strategy")
     fresh = size == length or "valid" not in shared
@@ -308,10 +318,10 @@ def _tokens(
     else:
         seen = mask.any(1).expand(batch, -1, -1)  # [B, T or 1, S]
         row = torch.arange(length, device=mask.device)
-        valid = seen[:, row if seen.shape[1] > 1 else row * 0, row + size - length]
+        valid = seen[:, row if seen.shape[1] > 1 else row * 0, row + more + size - length]
     start = 0 if fresh else shared["valid"].shape[1]
     history = valid if fresh else torch.cat([shared["valid"], valid], 1)
     shared["valid"], shared["whole"] = history, history.shape[1] == size
     if state is not None:
         state["fresh"] = fresh
-    return valid, history[:, -size:], start, fresh
+    return valid, pad(history[:, -size:], (more, 0)), start, fresh

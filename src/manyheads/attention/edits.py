@@ -72,7 +72,8 @@ def append_kv(call: AttentionCall, k: Tensor, v: Tensor) -> AttentionCall:
     if bias is not None and bias.shape[-1] == size:
         bias = torch.cat([torch.zeros_like(bias[..., :1]), bias], -1)
     return call.replace(
-        k=torch.cat([more[0], call.k], 2), v=torch.cat([more[1], call.v], 2), mask=allowed, bias=bias, is_causal=False
+        k=torch.cat([more[0], call.k], 2), v=torch.cat([more[1], call.v], 2), mask=allowed, bias=bias, is_causal=False,
+        prepended=call.prepended + 1,
     )  # fmt: skip
 
 

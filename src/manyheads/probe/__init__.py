@@ -85,6 +85,6 @@ def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "Roles | None"
         raise UserError("name at least one lens: `manyheads list --wing lenses`")
     chosen: list[Any] = [parse(lens) for lens in lenses]
     for strategy in chosen:
-        if not isinstance(strategy, Lens):
-            raise UserError(f"{strategy.slug} acts on the model and does not only look: open it with manyheads.use")
+        if not isinstance(strategy, Lens) or strategy.acts:
+            raise UserError(f"{strategy.spec} acts on the model and does not only look: open it with manyheads.use")
     return Watching(model, tuple(chosen), roles)
