@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Target variance rescaling (TVR), a mitigation of massive activations in training (paper 104, 2503.22329).
+
+Every ``interval`` steps of the optimiser each matrix W of the blocks whose standard deviation has outgrown the target,
+
+    std(W) / target > limit:   W <- (W - mean(W)) / std(W) * target + mean(W),   bias <- 0,
+
+is pulled back to it; matrices within the limit are left alone to the bit.
+
+    rescaling = TargetVariance(blocks_of(model), target=0.01)
+    rescaling.attach(optimizer)        # or call rescaling.step() after each step
+
+Taken are the weights of linear layers (GPT-2's transposed ones too) inside lists of modules, i.e. in the blocks, and no
+embeddings: neither the token embedding nor the head is rescaled. ``scale_with_depth`` divides the target by the square
+root of the block's number, from 1. The paper's companion at initialisation, :func:`divide_by_depth`, does the same to
+the weights of a new model; its exact form is inferred from that option.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["TargetVariance", "blocks_of", "divide_by_depth"]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The elements of the outermost lists of modules, in order: the blocks of a transformer, of encoder and decoder."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
+    return found
+
+
+def _matrices(block: nn.Module) -> Iterator[nn.Module]:
+    """Modules of a block with a matrix to multiply by."""
+    for module in block.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            yield module
+
+
+class TargetVariance:
+    """Keeps the standard deviations of the matrices of blocks near a target.
+
+    Args:
+        blocks: see :func:`blocks_of`.
+        target: standard deviation; the paper takes 0.01 for its Llama of 1B parameters, and 0.02 with DyT.
+        interval: steps of the optimiser between two looks.
+        limit: ratio to the target above which a matrix is rescaled.
+        scale_with_depth: the target of block number n, from 1, is divided by sqrt(n).
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], *, target: float = 0.02, interval: int = 50, limit: float = 1.2,
+        scale_with_depth: bool = False,
+    ) -> None:  # fmt: skip
+        self.blocks, self.interval, self.limit = list(blocks), interval, limit
+        self.targets = [target / (math.sqrt(n) if scale_with_depth else 1.0) for n in range(1, len(self.blocks) + 1)]
+        self.steps = 0
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Call :meth:`step` after every step of ``optimizer``; the handle returned has ``remove()``."""
+        return optimizer.register_step_post_hook(lambda *_: self.step())
+
+    def step(self) -> int:
+        """Count a step; every ``interval`` steps rescale. Returns how many matrices were rescaled."""
+        self.steps += 1
+        return self.rescale() if self.steps % self.interval == 0 else 0
+
+    @torch.no_grad()
+    def rescale(self) -> int:
+        """Rescale now what is above the limit. Returns how many matrices that were."""
+        count = 0
+        for block, target in zip(self.blocks, self.targets, strict=True):
+            for module in _matrices(block):
+                weight: Any = module.weight
+                std, mean = weight.float().std(), weight.float().mean()
+                if not std > self.limit * target:
+                    continue
+                weight.copy_((weight.float() - mean) / std * target + mean)
+                bias: Any = getattr(module, "bias", None)
+                if isinstance(bias, nn.Parameter):
+                    bias.zero_()
+                count += 1
+        return count
+
+
+@torch.no_grad()
+def divide_by_depth(blocks: Sequence[nn.Module]) -> None:
+    """Divide the matrices of block number n, from 1, of a new model by sqrt(n)."""
+    for n, block in enumerate(blocks, start=1):
+        for module in _matrices(block):
+            weight: Any = module.weight
+            weight.div_(math.sqrt(n))
