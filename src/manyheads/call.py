@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import reference
 
-__all__ = ["AttentionCall", "Latent", "MixerShape", "Recurrence", "Site", "Store"]
+__all__ = ["AttentionCall", "Diffusion", "Latent", "Layout", "MixerShape", "Recurrence", "Site", "Store"]
 
 Kind = Literal["self", "cross", "joint", "linear"]
 
@@ -79,6 +79,69 @@ class Recurrence:
 
     decay: Tensor
     state: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the tokens of a generated image or video lie, and where the text stands beside them.
+
+    Attributes:
+        frames, height, width: tokens along each axis; frames is 1 for an image.
+        text: text tokens in a joint sequence, 0 where there are none.
+        text_first: whether they stand before the image tokens.
+    """
+
+    frames: int
+    height: int
+    width: int
+    text: int = 0
+    text_first: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Image or video tokens."""
+        return self.frames * self.height * self.width
+
+    def image(self, length: int) -> slice:
+        """Where the image tokens stand among ``length`` tokens of a joint sequence."""
+        if length == self.tokens:
+            return slice(0, length)
+        return slice(length - self.tokens, length) if self.text_first else slice(0, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Diffusion:
+    """Where a denoiser stands in its run, from the facts of its pipeline, never from counting calls.
+
+    Attributes:
+        run: number of the run; a new one begins when the scheduler is given its timesteps.
+        index, total: denoising step and steps in all, None where no scheduler is known.
+        timestep: as the scheduler has it.
+        branches: what the equal groups of rows are, in order: ``uncond``, ``cond``, ``perturbed``; one name where the
+            whole batch is one, ``all`` where nothing tells.
+        layout: of the tokens, None for an architecture whose layout is not known.
+        axis: which tokens attend to each other here: ``space``, ``time``, or ``all``.
+    """
+
+    run: int
+    index: int | None
+    total: int | None
+    timestep: float
+    branches: tuple[str, ...]
+    layout: Layout | None
+    axis: Literal["space", "time", "all"] = "all"
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the steps done, 0 at the first; None where no scheduler is known."""
+        return None if self.index is None or not self.total else self.index / self.total
+
+    def rows(self, branch: str, batch: int) -> slice:
+        """Rows of a batch that belong to ``branch``; an empty slice where none do."""
+        if branch not in self.branches:
+            return slice(0, 0)
+        size, at = batch // len(self.branches), self.branches.index(branch)
+        return slice(at * size, (at + 1) * size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +215,9 @@ class AttentionCall:
         cache: the site's store, if a strategy made one.
         recurrence: decay and state at a site of kind ``linear``, None elsewhere.
         prepended: keys in front of all others that stand for no token (``attention.edits.append_kv``).
-        memory: scratch of the strategy at hand at this site, kept while its ``use`` is open.
+        diffusion: step, branches and token layout of a denoiser, None elsewhere.
+        memory: scratch of the strategy at hand at this site, kept while its ``use`` is open; in a denoiser that runs
+            its branches one after the other, a scratch for each.
     """
 
     site: Site
@@ -173,6 +238,7 @@ class AttentionCall:
     cache: Store | None = None
     recurrence: Recurrence | None = None
     prepended: int = 0
+    diffusion: Diffusion | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "AttentionCall":

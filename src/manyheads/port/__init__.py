@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The port: the one place through which every attention computation of a model passes while it is open."""
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
 
     from ..strategy import Strategy
+    from .diffusers import DiffusersPort
     from .transformers import Port
 
 __all__ = ["use"]
 
 
-def use(model: "torch.nn.Module", *strategies: "Strategy | str") -> "Port":
+def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port | DiffusersPort":
     """Use strategies on a model for as long as a ``with`` block lasts.
 
         with manyheads.use(model, "hashevict:budget=0.5"):
@@ -23,7 +25,7 @@ def use(model: "torch.nn.Module", *strategies: "Strategy | str") -> "Port":
     caches made by :func:`manyheads.port.transformers.new_cache`.
 
     Args:
-        model: a transformers model, or a module that contains one.
+        model: a transformers model, or a module that contains one; a pipeline or denoiser of diffusers.
         strategies: strategies or their specs, ``"slug:field=value,..."``.
 
     Raises:
@@ -31,6 +33,15 @@ def use(model: "torch.nn.Module", *strategies: "Strategy | str") -> "Port":
             two strategies claim the same site; at the end of the block, a selected site was never called.
     """
     from ..strategy import parse
+
+    chosen = tuple(parse(s) for s in strategies)
+    if "diffusers" in sys.modules:  # a pipeline or denoiser of diffusers cannot be there without it
+        from diffusers import DiffusionPipeline, ModelMixin
+
+        if isinstance(model, (DiffusionPipeline, ModelMixin)):
+            from .diffusers import DiffusersPort
+
+            return DiffusersPort(model, chosen)
     from .transformers import Port
 
-    return Port(model, tuple(parse(s) for s in strategies))
+    return Port(cast("torch.nn.Module", model), chosen)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The port of diffusers: attention of a denoiser, seen where torch's SDPA is called on its behalf.
+
+Every attention module puts its site on a stack while it runs; while a port is open, torch's SDPA and diffusers' other
+attention backends are wrapped, and look at the top of that stack. So queries, keys and values are those after norms and
+rotary positions, and no processor of any model has to be rewritten. What step it is and which rows are which branch is
+read from the scheduler and the pipeline, never counted, and memory is kept for each branch apart.
+
+Outside an attention module of an open port nothing is changed, and with the last port all wrappers are gone.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention, MochiAttention
+from torch import Tensor, nn
+
+from ..call import Diffusion, Site
+from ..errors import UserError
+from ..strategy import Strategy, overrides
+from .chain import Entry
+from .intercept import SiteState, interception
+from .layouts import arguments, branches_of, layout_of
+
+__all__ = ["DiffusersPort", "denoisers", "find_sites"]
+
+_DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+_METHODS = ("edit", "attend", "watch", "patch")
+_KINDS = (Attention, MochiAttention, AttentionModuleMixin)
+_STATE = "_manyheads"
+
+
+def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
+    """The denoisers of a pipeline with the names of its components, or the model itself under an empty name."""
+    if isinstance(target, nn.Module):
+        return [("", target)]
+    parts = getattr(target, "components", {})
+    return [(name, parts[name]) for name in _DENOISERS if isinstance(parts.get(name), nn.Module)]
+
+
+def find_sites(target: Any) -> list[tuple[Site, nn.Module]]:
+    """Attention modules of the denoisers of a pipeline, or of a bare denoiser, in the order of the model.
+
+    The kind is what the module's own attributes say; in a joint sequence that a block puts together by itself it shows
+    only when the module runs, and a call's site has it right. ``layer`` numbers the blocks.
+    """
+    found: list[tuple[Site, nn.Module]] = []
+    for prefix, model in denoisers(target):
+        blocks: dict[str, int] = {}
+        for name, module in model.named_modules():
+            known: Any = module
+            if not isinstance(module, _KINDS):
+                continue
+            path = f"{prefix}.{name}" if prefix in _DENOISERS[1:2] else name
+            layer = blocks.setdefault(name.rpartition(".")[0], len(blocks))
+            heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+            kind: Literal["self", "cross", "joint"] = "self"
+            if getattr(module, "added_kv_proj_dim", None) is not None:
+                kind = "joint"
+            elif getattr(module, "is_cross_attention", False):
+                kind = "cross"
+            found.append((Site(path, len(found), layer, kind, False, heads, heads), known))
+    return found
+
+
+class DiffusersPort:
+    """An open or closed way into the denoisers of a pipeline; made by :func:`manyheads.use`, opened by ``with``."""
+
+    def __init__(self, target: Any, strategies: tuple[Strategy, ...]) -> None:
+        self.target, self.strategies = target, strategies
+        self._entries: list[tuple[SiteState, Entry]] = []
+        self._undo: list[Callable[[], None]] = []
+        self._local = threading.local()
+        self._branch: str | None = None
+        self._timesteps: Any = None
+        self._run = 0
+
+    def stack(self) -> list[SiteState]:
+        """The attention modules of this port that run in this thread, the innermost last."""
+        if torch.compiler.is_compiling():  # tracing is in one thread, and compiled code asks no more
+            return self._traced
+        if not hasattr(self._local, "stack"):
+            self._local.stack = []
+        stack: list[SiteState] = self._local.stack
+        return stack
+
+    def __enter__(self) -> Self:
+        if self._undo:
+            raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
+        sites = find_sites(self.target)
+        if not sites:
+            raise UserError(
+                f"{type(self.target).__name__} has no attention that the port of diffusers can enter; give a pipeline "
+                "with a transformer or a unet, or such a model"
+            )
+        chosen = [self._choose(strategy, sites) for strategy in self.strategies]
+        self._traced: list[SiteState] = []
+        self._entries = []
+        try:
+            interception.open(self)
+            self._undo.append(lambda: interception.close(self))
+            for site, module in sites:
+                self._attach(
+                    site, module, [s for s, at in zip(self.strategies, chosen, strict=True) if site.index in at]
+                )
+            for _, model in denoisers(self.target):
+                self._watch_denoiser(model)
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None:
+            for state, entry in self._entries:
+                if not entry.called and entry.strategy.selects(state.site):
+                    raise UserError(
+                        f"{entry.strategy.spec} selected {state.site.name}, and its attention was never seen: the "
+                        "model did not run it in the block, or by a processor without SDPA (sliced, xformers)"
+                    )
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
+        """What ``strategy`` kept, by site name and then by branch; readable after closing too."""
+        return {state.site.name: entry.memory for state, entry in self._entries if entry.strategy is strategy}
+
+    def _choose(self, strategy: Strategy, sites: list[tuple[Site, nn.Module]]) -> set[int]:
+        """Sites that a strategy may act at: those it selects as any kind, since a joint sequence shows only later."""
+        if not any(overrides(strategy, method) for method in _METHODS):
+            raise UserError(
+                f"{strategy.slug} does not act on the attention of a denoiser: `manyheads list --wing guides`"
+            )
+        if overrides(strategy, "store"):
+            raise UserError(f"{strategy.slug} keeps a cache of keys and values, and a denoiser has none")
+        at = {
+            site.index
+            for site, _ in sites
+            if any(strategy.selects(replace(site, kind=kind)) for kind in {site.kind, "self", "cross", "joint"})
+        }
+        if not at:
+            raise UserError(
+                f"{strategy.spec} finds no attention to act on in {type(self.target).__name__}: it has {len(sites)} "
+                f"sites in layers 0 to {max(site.layer or 0 for site, _ in sites)}"
+            )
+        return at
+
+    def _attach(self, site: Site, module: nn.Module, strategies: list[Strategy]) -> None:
+        state: SiteState | None = module.__dict__.get(_STATE)
+        if state is None:
+            state = module.__dict__[_STATE] = SiteState(site)
+        state.ports += 1
+        entries = [Entry(self, strategy) for strategy in strategies]
+        state.add(entries)
+        self._entries += [(state, entry) for entry in entries]
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [*args, *kwargs.values()]
+            state.hidden = next((x for x in given if isinstance(x, Tensor)), None)
+            text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+            state.text = text if isinstance(text, Tensor) else None
+            self.stack().append(state)
+
+        def leave(*_: Any) -> None:
+            self.stack().pop()
+            state.hidden = state.text = None
+
+        handles = [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+            state.remove(self)
+            state.ports -= 1
+            if state.ports == 0:
+                del module.__dict__[_STATE]
+
+        self._undo.append(undo)
+
+    def _watch_denoiser(self, model: nn.Module) -> None:
+        """Read step, branch and layout off the denoiser's inputs, before it runs."""
+        states = [state for state, _ in self._entries]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
+            now = self._now(module, arguments(module, args, kwargs))
+            for state in states:
+                state.now = now
+
+        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        self._undo.append(handle.remove)
+        if hasattr(type(model), "cache_context"):
+            self._undo.append(self._name_branches(model))
+
+    def _name_branches(self, model: Any) -> Callable[[], None]:
+        """Listen to the names of the contexts in which a pipeline runs its denoiser."""
+        original = model.cache_context
+        own = model.__dict__.get("cache_context")
+
+        @contextmanager
+        def context(name: str, **kwargs: Any) -> Any:
+            before, self._branch = self._branch, name
+            try:
+                with cast("AbstractContextManager[Any]", original(name, **kwargs)):
+                    yield
+            finally:
+                self._branch = before
+
+        model.__dict__["cache_context"] = context
+
+        def undo() -> None:
+            del model.__dict__["cache_context"]
+            if own is not None:
+                model.__dict__["cache_context"] = own
+
+        return undo
+
+    def _now(self, module: nn.Module, given: dict[str, Any]) -> Diffusion:
+        pipe = None if isinstance(self.target, nn.Module) else self.target
+        timestep = given.get("timestep")
+        value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
+        scheduler = getattr(pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        index = total = None
+        if isinstance(timesteps, Tensor) and timesteps.numel():
+            if timesteps is not self._timesteps:
+                self._timesteps, self._run = timesteps, self._run + 1
+            span = float(getattr(scheduler.config, "num_train_timesteps", 1) or 1)  # type: ignore[union-attr]
+            known = timesteps.double().flatten().cpu()
+            gaps = torch.stack([(known - value).abs(), (known - value * span).abs()])  # some models take a share of it
+            index, total = int(gaps.min(0).values.argmin()), len(known)
+        rows = next(x.shape[0] for x in given.values() if isinstance(x, Tensor) and x.ndim > 1)
+        return Diffusion(
+            self._run, index, total, value, branches_of(pipe, self._branch, rows), layout_of(module, given)
+        )

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention computation of a denoiser: where it is caught, and how it goes through the strategies of its site."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from diffusers.models import attention_dispatch
+from torch import Tensor
+
+from ..attention.reference import causal_mask
+from ..call import AttentionCall, Diffusion, Layout, Site
+from ..errors import UserError
+from ..strategy import overrides
+from .chain import Chain, Entry
+
+__all__ = ["Catching", "SiteState", "interception"]
+
+
+class Catching(Protocol):
+    """An open port: it knows which attention modules run in this thread, the innermost last."""
+
+    def stack(self) -> "list[SiteState]": ...
+
+
+class _Interception:
+    """The wrappers of SDPA and of diffusers' backends, put in place with the first open port, gone with the last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ports: list[Catching] = []
+        self.sdpa: Callable[..., Tensor] | None = None
+        self.backends: dict[Any, Callable[..., Tensor]] = {}
+
+    def open(self, port: "Catching") -> None:
+        with self.lock:
+            if not self.ports:
+                self._install()
+            self.ports.append(port)
+
+    def close(self, port: "Catching") -> None:
+        with self.lock:
+            self.ports.remove(port)
+            if not self.ports:
+                torch.nn.functional.scaled_dot_product_attention = cast("Any", self.sdpa)
+                registry = attention_dispatch._AttentionBackendRegistry._backends
+                registry.update(self.backends)
+                self.sdpa, self.backends = None, {}
+
+    def _install(self) -> None:
+        original = self.sdpa = torch.nn.functional.scaled_dot_product_attention
+
+        def sdpa(
+            query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+            is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+        ) -> Tensor:  # fmt: skip
+            state = self._top()
+            plain: dict[str, Any] = {"dropout_p": dropout_p, "enable_gqa": enable_gqa}
+            if state is None:
+                return original(query, key, value, attn_mask, is_causal=is_causal, scale=scale, **plain)
+
+            def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, factor: float | None) -> Tensor:
+                return original(q, k, v, mask, is_causal=causal, scale=factor, **plain)
+
+            return state.run(query, key, value, attn_mask, is_causal, scale, dropout_p, run)
+
+        torch.nn.functional.scaled_dot_product_attention = cast("Any", sdpa)
+        registry = attention_dispatch._AttentionBackendRegistry._backends
+        for name, backend in list(registry.items()):
+            self.backends[name] = backend
+            registry[name] = self._backend(backend)
+
+    def _backend(self, backend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A backend of diffusers, ``[B, T, H, d]`` throughout; one that calls SDPA itself is left to SDPA's wrapper."""
+        if "native" in getattr(backend, "__name__", ""):
+            return backend
+
+        def call(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            state = self._top()
+            if state is None or args:
+                return backend(query, key, value, *args, **kwargs)
+            mask, causal, scale = (
+                kwargs.pop(n, d) for n, d in (("attn_mask", None), ("is_causal", False), ("scale", None))
+            )
+
+            def run(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, c: bool, factor: float | None) -> Tensor:
+                turned = (x.transpose(1, 2) for x in (q, k, v))
+                given = {"attn_mask": m, "is_causal": c, "scale": factor}
+                known = {n: x for n, x in given.items() if n in _names(backend)}
+                state.running = True
+                try:
+                    return backend(*turned, **known, **kwargs).transpose(1, 2)
+                finally:
+                    state.running = False
+
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return state.run(q, k, v, mask, causal, scale, kwargs.get("dropout_p", 0.0), run).transpose(1, 2)
+
+        return call
+
+    def _top(self) -> "SiteState | None":
+        """The state of the attention module that is running in this thread, None outside of one."""
+        for port in reversed(self.ports):
+            stack = port.stack()
+            if stack and not stack[-1].running:
+                return stack[-1]
+        return None
+
+
+def _names(backend: Callable[..., Tensor]) -> set[str]:
+    """Names of the arguments of an attention backend."""
+    code = getattr(backend, "__code__", None)
+    return set() if code is None else set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
+interception = _Interception()
+
+
+class SiteState(Chain):
+    """What the open ports keep on one attention module: its strategies, and what it was called with."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site, self.ports, self.running = site, 0, False
+        self.hidden: Tensor | None = None
+        self.text: Tensor | None = None
+        self.now: Diffusion | None = None
+
+    def located(self, q: Tensor, k: Tensor) -> tuple[Site, Diffusion | None]:
+        """The site with its kind as this call shows it, and the step with the axis along which tokens attend."""
+        now, length, size = self.now, q.shape[2], k.shape[2]
+        layout: Layout | None = None if now is None else now.layout
+        kind = self.site.kind
+        if kind != "joint":
+            if self.text is not None:
+                own = None if self.hidden is None or self.hidden.ndim != 3 else self.hidden.shape[1]
+                kind = "joint" if own is not None and length > own else "cross"
+            elif layout is not None and layout.text and length == layout.tokens + layout.text and length == size:
+                kind = "joint"
+            else:
+                kind = "self"
+        if now is not None and layout is not None and layout.frames > 1 and kind != "joint":
+            frame = layout.height * layout.width
+            axis: Literal["space", "time", "all"] = "all"
+            if length == frame and q.shape[0] % layout.frames == 0:
+                axis = "space"
+            elif length == layout.frames and q.shape[0] % frame == 0:
+                axis = "time"
+            now = replace(now, axis=axis)
+        return (self.site if kind == self.site.kind else replace(self.site, kind=kind)), now
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: float,
+        attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """One computation ``[B, H, T, d]`` through the strategies of the site: ``[B, H, T, dv]``."""
+        site, now = self.located(q, k)
+        boolean = mask is not None and mask.dtype == torch.bool
+        allowed = mask if boolean else None
+        if causal and q.shape[2] != k.shape[2]:  # SDPA anchors at the top left
+            allowed, causal = causal_mask(q.shape[2], q.shape[2], q.device)[None, None, :, : k.shape[2]], False
+        original = call = AttentionCall(
+            site=site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=allowed,
+            bias=None if boolean else mask, is_causal=causal, dropout=dropout, diffusion=now,
+        )  # fmt: skip
+        chosen = [entry for entry in self.entries if entry.strategy.selects(site)]
+        for entry in chosen:
+            entry.called = True
+        key = "" if now is None else "+".join(now.branches)
+
+        def scratch(entry: Entry) -> dict[str, Any]:
+            kept: dict[str, Any] = entry.memory.setdefault(key, {})
+            return kept
+
+        for entry in chosen:
+            if overrides(entry.strategy, "edit"):
+                call = entry.strategy.edit(call.replace(memory=scratch(entry)))
+        attending = [entry for entry in chosen if overrides(entry.strategy, "attend")]
+        if len(attending) > 1:
+            names = " and ".join(entry.strategy.spec for entry in attending[:2])
+            raise UserError(f"{names} cannot hold together: each computes the output of {site.name}")
+        if attending:
+            out = attending[0].strategy.attend(call.replace(memory=scratch(attending[0])))
+        elif call is original:
+            out = attention(q, k, v, mask, causal, scale).transpose(1, 2)
+        else:
+            out = self._changed(call, attention)
+        for entry in chosen:
+            seen = call.replace(memory=scratch(entry))
+            if overrides(entry.strategy, "patch"):
+                out = entry.strategy.patch(seen, out)
+            if overrides(entry.strategy, "watch"):
+                entry.strategy.watch(seen, out)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def _changed(call: AttentionCall, attention: Callable[..., Tensor]) -> Tensor:
+        """The backend's own attention on a call that was changed, ``[B, T, H, dv]``."""
+        mask, causal = call.mask, call.is_causal
+        if call.bias is not None:
+            allowed = call.allowed()
+            floor = torch.finfo(call.q.dtype).min
+            mask, causal = call.bias if allowed is None else torch.where(allowed, call.bias, floor), False
+        elif causal and mask is not None:
+            mask, causal = call.allowed(), False
+        return attention(call.q, call.k, call.v, mask, causal, call.scale).transpose(1, 2)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the inputs of diffusers' denoisers say: token layout, order of the branches. One row for each class."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..call import Layout
+
+__all__ = ["arguments", "branches_of", "layout_of"]
+
+
+def _image(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+    size = config.patch_size
+    *_, height, width = given["hidden_states"].shape
+    return 1, height // size, width // size
+
+
+def _video(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+    *_, frames, height, width = given["hidden_states"].shape
+    size = config.patch_size
+    step, high, wide = size if isinstance(size, (tuple, list)) else (getattr(config, "patch_size_t", None), size, size)
+    return frames // (step or 1), height // high, width // wide
+
+
+def _frames_first(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+    _, frames, _, height, width = given["hidden_states"].shape
+    return frames // (config.patch_size_t or 1), height // config.patch_size, width // config.patch_size
+
+
+def _packed(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+    ids = given["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    return 1, int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
+
+
+def _told(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+    return given["num_frames"], given["height"], given["width"]
+
+
+def _sample(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+    *_, height, width = given["sample"].shape
+    return 1, height, width
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """How one class of denoisers lays out its tokens.
+
+    Attributes:
+        grid: frames, rows and columns of tokens, from config and inputs.
+        joint: text stands in one sequence with the image: ``first``, ``last``, or nowhere (empty).
+    """
+
+    grid: Callable[[Any, dict[str, Any]], tuple[int, int, int]]
+    joint: str = ""
+
+
+_ROWS = {
+    "DiTTransformer2DModel": _Row(_image),
+    "PixArtTransformer2DModel": _Row(_image),
+    "SD3Transformer2DModel": _Row(_image, "last"),
+    "FluxTransformer2DModel": _Row(_packed, "first"),
+    "WanTransformer3DModel": _Row(_video),
+    "HunyuanVideoTransformer3DModel": _Row(_video, "last"),
+    "LatteTransformer3DModel": _Row(_video),
+    "CogVideoXTransformer3DModel": _Row(_frames_first, "first"),
+    "LTXVideoTransformer3DModel": _Row(_told),
+    "UNet2DConditionModel": _Row(_sample),
+    "UNet2DModel": _Row(_sample),
+}
+# Pipelines that put the condition before its absence in a batch; all others do it the other way round.
+_COND_FIRST = frozenset({"DiTPipeline"})
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a denoiser's forward by name, defaults included."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def layout_of(module: nn.Module, given: dict[str, Any]) -> Layout | None:
+    """The token layout that a denoiser's inputs mean, None for a class without a row or inputs that do not say."""
+    row = _ROWS.get(type(module).__name__)
+    if row is None:
+        return None
+    try:
+        frames, height, width = row.grid(module.config, given)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    if not all(isinstance(size, int) for size in (frames, height, width)):
+        return None
+    text = given.get("encoder_hidden_states")
+    length = text.shape[1] if row.joint and isinstance(text, Tensor) else 0
+    return Layout(frames, height, width, length, row.joint == "first")
+
+
+def branches_of(pipe: Any, name: str | None, rows: int) -> tuple[str, ...]:
+    """What the rows of a batch are: the name of the pipeline's context, or the halves of classifier-free guidance.
+
+    Args:
+        pipe: the pipeline, None for a bare denoiser.
+        name: of the context the pipeline runs the denoiser in, if it does.
+        rows: of the batch.
+    """
+    if name is not None and name != "cond_uncond":
+        return (name,)
+    guided = bool(getattr(pipe, "do_classifier_free_guidance", False)) or (
+        type(pipe).__name__ in _COND_FIRST and rows % 2 == 0
+    )
+    if not guided or rows % 2:
+        return ("all",)
+    return ("cond", "uncond") if type(pipe).__name__ in _COND_FIRST else ("uncond", "cond")
