@@ -86,14 +86,14 @@ JOINT = ("sd3", "flux", "cogvideox", "hunyuan")
 _built: dict[str, Any] = {}
 
 
-def build(name: str) -> Any:
+def build(name: str, **changes: Any) -> Any:
     """A fresh model, the same weights every time, with the zero-initialised gates of its blocks set at random."""
     import diffusers
 
     kind, config = CONFIGS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(diffusers, kind)(**config).eval()
+        model = getattr(diffusers, kind)(**{**config, **changes}).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.normal_(0, 0.2) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))

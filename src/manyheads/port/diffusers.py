@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .chain import Entry
 from .intercept import SiteState, interception
-from .layouts import arguments, branches_of, layout_of
+from .layouts import arguments, branches_of, layout_of, step_of
 
 __all__ = ["DiffusersPort", "denoisers", "find_sites"]
 
@@ -236,14 +236,9 @@ class DiffusersPort:
         value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
         scheduler = getattr(pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        index = total = None
-        if isinstance(timesteps, Tensor) and timesteps.numel():
-            if timesteps is not self._timesteps:
-                self._timesteps, self._run = timesteps, self._run + 1
-            span = float(getattr(scheduler.config, "num_train_timesteps", 1) or 1)  # type: ignore[union-attr]
-            known = timesteps.double().flatten().cpu()
-            gaps = torch.stack([(known - value).abs(), (known - value * span).abs()])  # some models take a share of it
-            index, total = int(gaps.min(0).values.argmin()), len(known)
+        if timesteps is not None and timesteps is not self._timesteps:  # the scheduler was given new ones
+            self._timesteps, self._run = timesteps, self._run + 1
+        index, total = step_of(module, value, scheduler)
         rows = next(x.shape[0] for x in given.values() if isinstance(x, Tensor) and x.ndim > 1)
         return Diffusion(
             self._run, index, total, value, branches_of(pipe, self._branch, rows), layout_of(module, given)

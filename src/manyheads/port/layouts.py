@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..call import Layout
 
-__all__ = ["arguments", "branches_of", "layout_of"]
+__all__ = ["arguments", "branches_of", "layout_of", "step_of"]
 
 
 def _image(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
@@ -53,17 +53,19 @@ class _Row:
     Attributes:
         grid: frames, rows and columns of tokens, from config and inputs.
         joint: text stands in one sequence with the image: ``first``, ``last``, or nowhere (empty).
+        share: the pipeline gives the timestep as a share of the training steps.
     """
 
     grid: Callable[[Any, dict[str, Any]], tuple[int, int, int]]
     joint: str = ""
+    share: bool = False
 
 
 _ROWS = {
     "DiTTransformer2DModel": _Row(_image),
     "PixArtTransformer2DModel": _Row(_image),
     "SD3Transformer2DModel": _Row(_image, "last"),
-    "FluxTransformer2DModel": _Row(_packed, "first"),
+    "FluxTransformer2DModel": _Row(_packed, "first", share=True),
     "WanTransformer3DModel": _Row(_video),
     "HunyuanVideoTransformer3DModel": _Row(_video, "last"),
     "LatteTransformer3DModel": _Row(_video),
@@ -97,6 +99,20 @@ def layout_of(module: nn.Module, given: dict[str, Any]) -> Layout | None:
     text = given.get("encoder_hidden_states")
     length = text.shape[1] if row.joint and isinstance(text, Tensor) else 0
     return Layout(frames, height, width, length, row.joint == "first")
+
+
+def step_of(module: nn.Module, value: float, scheduler: Any) -> tuple[int | None, int | None]:
+    """Which of the scheduler's steps has the timestep ``value`` that a denoiser was given, and how many there are.
+
+    None for both where no scheduler is known.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    if not isinstance(timesteps, Tensor) or not timesteps.numel():
+        return None, None
+    row = _ROWS.get(type(module).__name__)
+    if row is not None and row.share:
+        value *= float(getattr(scheduler.config, "num_train_timesteps", 1) or 1)
+    return int((timesteps.double().flatten().cpu() - value).abs().argmin()), timesteps.numel()
 
 
 def branches_of(pipe: Any, name: str | None, rows: int) -> tuple[str, ...]:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole pipelines through the port: which step it is, which rows are which branch, and memory kept for each apart."""
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
+
+import manyheads  # noqa: E402
+from manyheads.strategy import Strategy  # noqa: E402
+from oracles import diffusion as tiny  # noqa: E402
+
+
+class Note(Strategy):
+    """Writes down the facts of every call, and how often this branch of this site was called before."""
+
+    def watch(self, call, out):
+        kept = call.memory.setdefault("seen", [])
+        kept.append((call.diffusion, call.q.shape[0]))
+
+
+def dit():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+    return diffusers.DiTPipeline(tiny.build("dit", num_embeds_ada_norm=1000), vae, diffusers.DDIMScheduler())
+
+
+def wan():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.WanPipeline(None, None, None, scheduler, tiny.build("wan"))
+
+
+def run_wan(pipe, guidance=4.0):
+    source = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 1, 6, 12, generator=source)
+    return pipe(
+        prompt_embeds=text[0], negative_prompt_embeds=text[1], height=64, width=64, num_frames=9, num_inference_steps=4,
+        guidance_scale=guidance, output_type="latent", generator=torch.Generator().manual_seed(1),
+    ).frames  # fmt: skip
+
+
+def run_dit(pipe, guidance=4.0):
+    return pipe(
+        [1, 2], guidance_scale=guidance, num_inference_steps=4, generator=torch.Generator().manual_seed(1),
+        output_type="np",
+    ).images  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def test_branches_in_one_batch():
+    pipe = dit()
+    pipe.set_progress_bar_config(disable=True)
+    plain, note = run_dit(pipe), Note()
+    with manyheads.use(pipe, note) as port:
+        assert (run_dit(pipe) == plain).all() and (run_dit(pipe) == plain).all()
+    for kept in port.memory(note).values():
+        assert list(kept) == ["cond+uncond"]
+        facts = [now for now, _ in kept["cond+uncond"]["seen"]]
+        assert [now.index for now in facts] == [0, 1, 2, 3] * 2 and {now.total for now in facts} == {4}
+        assert [now.run for now in facts] == [1] * 4 + [2] * 4 and facts[1].progress == 0.25
+        assert facts[0].rows("cond", 4) == slice(0, 2) and facts[0].rows("uncond", 4) == slice(2, 4)
+        assert facts[0].rows("perturbed", 4) == slice(0, 0)
+
+
+def test_branches_one_after_the_other():
+    pipe = wan()
+    pipe.set_progress_bar_config(disable=True)
+    plain, note = run_wan(pipe), Note()
+    before = dict(vars(pipe.transformer))
+    with manyheads.use(pipe, note) as port:
+        assert torch.equal(run_wan(pipe), plain)
+    assert dict(vars(pipe.transformer)) == before and torch.equal(run_wan(pipe), plain)
+    for kept in port.memory(note).values():
+        assert set(kept) == {"cond", "uncond"}
+        for branch in kept.values():
+            assert [now.index for now, _ in branch["seen"]] == [0, 1, 2, 3]
+            assert all(
+                len(now.branches) == 1 and now.rows(now.branches[0], 1) == slice(0, 1) for now, _ in branch["seen"]
+            )
+
+
+def test_without_guidance_there_is_one_branch():
+    pipe = wan()
+    pipe.set_progress_bar_config(disable=True)
+    note = Note()
+    with manyheads.use(pipe, note) as port:
+        run_wan(pipe, guidance=1.0)
+    assert {branch for kept in port.memory(note).values() for branch in kept} == {"cond"}
+    unet = diffusers.DDPMPipeline(
+        diffusers.UNet2DModel(
+            sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
+            norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"), attention_head_dim=4,
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ),
+        diffusers.DDPMScheduler(),
+    )  # fmt: skip
+    unet.set_progress_bar_config(disable=True)
+    with manyheads.use(unet, note) as port:
+        unet(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0))
+    kept = next(iter(port.memory(note).values()))
+    assert list(kept) == ["all"] and [now.index for now, _ in kept["all"]["seen"]] == [0, 1, 2]
