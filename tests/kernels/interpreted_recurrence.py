@@ -10,7 +10,7 @@ from kernels.decay_cases import build, errors, kernel, worst, wrong_variants
 from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
 from manyheads import UserError
 from manyheads.attention.recurrence import DecayState, decay_attention
-from manyheads.kernels import recurrence
+from manyheads.kernels import _passes, recurrence
 
 CASES = [
     {"length": 1, "norm": "mlstm"},
@@ -42,13 +42,33 @@ def test_four_ways(given):
 @pytest.mark.parametrize(("processors", "segments"), [(4, 2), (8, 4)])
 def test_segments(processors, segments, monkeypatch):
     """One, two and more segments of several chunks, the last of them short."""
-    monkeypatch.setattr(recurrence, "_processors", lambda x: processors)
-    monkeypatch.setattr(recurrence, "_PROGRAMS", 1)
+    monkeypatch.setattr(_passes, "_processors", lambda x: processors)
+    monkeypatch.setattr(_passes, "_PROGRAMS", 1)
     case = build(length=200, heads=2, norm="mlstm")
-    plan = recurrence._Plan.of(*(case.given[name] for name in "qkv"), None, "mlstm")
+    plan = _passes.Plan.of(*(case.given[name] for name in "qkv"), None, "mlstm")
     assert plan.segments == segments and plan.length % 32 == 0
     got = kernel(case)
     assert worst(case, got) <= 1, errors(case, got)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"norm": "mlstm", "heads": 4, "kv_heads": 2, "columns": 48},
+        {"norm": "sum", "gate": "head", "width": 40, "columns": 72, "dtype": torch.float16},
+        {"gate": "none", "heads": 3, "kv_heads": 3, "start": False},
+    ],
+    ids=str,
+)
+def test_whole_sequences(given, monkeypatch):
+    """One segment of several chunks each: the state at the end comes out of the pass for the output."""
+    monkeypatch.setattr(_passes, "_processors", lambda x: 1)
+    case = build(length=150, batch=2, **given)
+    assert _passes.Plan.of(*(case.given[name] for name in "qkv"), None, "").whole
+    got = kernel(case)
+    assert worst(case, got) <= 1, errors(case, got)
+    for name, wrong in wrong_variants(case).items():
+        assert worst(wrong, got) > 5, name
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 Constants of a launch: C tokens of a chunk; X columns of x and y, Z of z, BX and BZ those a program holds of them; G
 query heads share a key/value head; GATE ``none``, ``head`` or ``token``; OUT: rows are wanted, not only the state;
 REVERSE: time runs backwards; ROLE: which pass it is, where there is a normaliser (empty without one); PACKED: sequences
-stand one after the other.
+stand one after the other; WHOLE: each is one segment, and its state at the other end is wanted beside the rows.
 """
 
 import triton
@@ -170,7 +170,7 @@ def chunks(
     o_b, o_h, o_t, T, L, per, sequences, state_x, state_z, scale,
     HEADS: tl.constexpr, G: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, BX: tl.constexpr,
     BZ: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr, ROLE: tl.constexpr,
-    MLSTM: tl.constexpr, DG: tl.constexpr, PACKED: tl.constexpr, SIZE: tl.constexpr,
+    MLSTM: tl.constexpr, DG: tl.constexpr, PACKED: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Program (segment, head, columns): the segment's chunks one after the other, the state in registers."""
     TILES: tl.constexpr = (Z + BZ - 1) // BZ
@@ -256,9 +256,12 @@ def chunks(
                 out_ptr + t.to(tl.int64)[:, None] * o_t + c[None, :], acc.to(out_ptr.dtype.element_ty),
                 mask=(t < stop)[:, None] & (c < Z)[None, :],
             )  # fmt: skip
-    if not OUT:
-        tl.store(spot + cells, state, mask=inside)
+    if WHOLE or not OUT:
+        spot = rows_ptr + ((s + n + (0 if REVERSE else 1)) * HEADS + h) * SIZE
+        first = head % SHARED == 0  # of the programs that have the same state
+        tl.store(spot + cells, state, mask=inside & first)
+        if NORM:
+            tl.store(spot + X * Z + vector, sums, mask=held & first & (OF_Z or tile == 0))
+    if not OUT:  # noqa: SIM102
         if tile == 0:
-            if NORM:
-                tl.store(spot + X * Z + vector, sums, mask=held)
             tl.store(decay_ptr + s.to(tl.int64) * HEADS + h, faded)

@@ -14,9 +14,12 @@ __all__ = ["delta", "gate", "scan", "step"]
 def scan(
     rows_ptr, decay_ptr, start_ptr, start_n_ptr, end_ptr, end_n_ptr, first_ptr, per,
     HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
-    GIVEN: tl.constexpr, GIVEN_N: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    GIVEN: tl.constexpr, GIVEN_N: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence and head, cells): what each segment adds becomes what stands before (after) it."""
+    """Program (sequence and head, cells): what each segment adds becomes what stands before (after) it.
+
+    Where sequences are WHOLE, only the state that is given gets its place.
+    """
     n = (tl.program_id(0) // HEADS).to(tl.int64)
     h = tl.program_id(0) % HEADS
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +40,7 @@ def scan(
     spot = rows_ptr + place * SIZE + c
     decay_ptr += (first.to(tl.int64) + (count - 1 if REVERSE else 0)) * HEADS + h
     tl.store(spot, state, mask=c < SIZE)
-    for _ in tl.range(0, count, num_stages=4):
+    for _ in tl.range(0, 0 if WHOLE else count, num_stages=4):
         spot += forth * HEADS * SIZE
         new = tl.load(spot, mask=c < SIZE, other=0.0)
         if GATED:
@@ -46,8 +49,9 @@ def scan(
         else:
             state += new
         tl.store(spot, state, mask=c < SIZE)
-    tl.store(end_ptr + at * KV + c, state, mask=c < KV)
-    if SIZE != KV:
+    if not WHOLE:
+        tl.store(end_ptr + at * KV + c, state, mask=c < KV)
+    if SIZE != KV and not WHOLE:
         tl.store(end_n_ptr + at * (SIZE - KV) + c - KV, state, mask=(c >= KV) & (c < SIZE))
 
 
