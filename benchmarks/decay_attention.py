@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear attention with decay on a GPU: our kernels beside flash-linear-attention and torch's SDPA, in the same run.
 
-    python benchmarks/decay_attention.py [--json benchmarks/decay_attention.json] [--minutes 4] [--tune]
+    python benchmarks/decay_attention.py [--json benchmarks/decay_attention.json] [--minutes 6] [--tune]
 
-16 heads of 128 channels in bfloat16, the same number of tokens in rows of 2k to 32k, then one row of 131,072 and of a
-million. Beside each time stands the least that memory allows: tensors that must be read or written once (4 forward, 11
-with the backward pass), at the rate of torch's device-to-device copy measured in the same run. Peers get the same scale
-and the same decay (that of Lightning Attention's paper, layer 0), and the errors of their output and gradients against
-float64 stand in the results, as ours do. ``gla`` are gates for each token, ``mlstm`` gates and the normaliser; SDPA is
-causal softmax attention by FlashAttention, another function, quadratic in the length. Cold calls are made by a fresh
-process with an empty Triton cache, after CUDA has started. Peers are left out once ``--minutes`` are over.
+16 heads of 128 channels in bfloat16, the same number of tokens in rows of 256 to 32k, then one row of 131,072 and of a
+million. Every time is taken twice: of calls as the host issues them (``forward_ms``, ``both_ms``), in which a small
+call waits for the host, and of a replayed CUDA graph (``..._graph_ms``), which is the device's time. Beside them stands
+the least that memory allows: tensors that must be read or written once (4 forward, 11 with the backward pass), at the
+rate of torch's device-to-device copy measured in the same run. Peers get the same scale and the same decay (that of
+Lightning Attention's paper, layer 0), and the errors of their output and gradients against float64 stand in the
+results, as ours do. ``gla`` are gates for each token, ``mlstm`` gates and the normaliser; SDPA is causal softmax
+attention by FlashAttention, another function, quadratic in the length; while decoding it reads as many keys as the row
+says. Ours are called cold by a fresh process with an empty Triton cache, after CUDA has started; a peer's cold call is
+its first one here, compilation and tuning included, over 1,024 tokens. A peer that has not begun when ``--minutes`` are
+over is left out.
 """
 
 import argparse
 import datetime
+import gc
 import itertools
 import json
 import os
@@ -23,8 +28,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from decode import commit, copy_rate, microseconds  # benchmarks/decode.py
@@ -34,13 +40,25 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from manyheads.attention.recurrence import DecayState, decay_attention, quadratic
 from manyheads.environment import environment
-from manyheads.kernels import recurrence
+from manyheads.kernels import _passes
 
 HEADS, DIM = 16, 128
 SCALE = DIM**-0.5
-SHAPES = [(16, 2**11), (8, 2**12), (4, 2**13), (2, 2**14), (1, 2**15), (1, 2**17), (1, 2**20)]
-SOFTMAX_UP_TO = 2**17
-COLD_LIMIT = 60  # seconds for one cold call of a peer
+SHAPES = [
+    (128, 2**8),
+    (64, 2**9),
+    (32, 2**10),
+    (16, 2**11),
+    (8, 2**12),
+    (4, 2**13),
+    (2, 2**14),
+    (1, 2**15),
+    (1, 2**17),
+    (1, 2**20),
+]
+SOFTMAX_UP_TO = GRAPHS_UP_TO = 2**15
+KEYS = (2**8, 2**10, 2**12, 2**14, 2**16)  # that SDPA decodes over
+COLD = 256 * 2**20  # bytes that are read before any byte is read again; L2 caches hold 50 to 130 MB
 
 Attention = Callable[..., Tensor]
 
@@ -85,11 +103,11 @@ def fla_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, _: Tensor) -> Tensor:
 def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
     """Causal softmax attention: another function, what a transformer would take."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+        return scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=SCALE)
 
 
 OURS: dict[str, Attention] = {"lightning": lightning, "gla": gla, "mlstm": mlstm}
-PEERS: dict[str, Attention] = {"fla lightning": fla_lightning, "fla gla": fla_gla, "sdpa flash": softmax}
+PEERS: dict[str, Attention] = {"sdpa flash": softmax, "fla lightning": fla_lightning, "fla gla": fla_gla}
 
 
 def reason(error: Exception) -> str:
@@ -147,73 +165,114 @@ def truth(name: str, leaves: list[Tensor], grad: Tensor) -> list[Tensor | None]:
     return [out, *torch.autograd.grad(out, high, grad.double(), allow_unused=True)]
 
 
-def errors(name: str, call: Attention) -> dict[str, float] | None:
-    """Relative errors of output and gradients over 1,024 tokens."""
-    if "sdpa" in name:
-        return None
+def errors(name: str, call: Attention) -> tuple[dict[str, float] | None, float]:
+    """Relative errors of output and gradients over 1,024 tokens, and seconds of this first call of its kind."""
     leaves = inputs(1, 1024)
     grad = torch.randn(1, HEADS, 1024, DIM, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
     out = call(*leaves)
     made = [out, *torch.autograd.grad(out, leaves, grad, allow_unused=True)]
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    if "sdpa" in name:
+        return None, seconds
     return {
         label: float((got.detach().double() - want.detach()).norm() / want.detach().norm())
         for label, got, want in zip(("out", "q", "k", "v", "g", "floor"), made, truth(name, leaves, grad), strict=True)
         if got is not None and want is not None
-    }
+    }, seconds
+
+
+def peak(call: Callable[[int], object]) -> int | None:
+    """Bytes that a call allocates at its peak, what it returns included; before any graph has memory of its own.
+
+    None for a peer that fails.
+    """
+    try:
+        call(0)
+    except Exception as error:
+        print(reason(error))
+        return None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    call(0)
+    return torch.cuda.max_memory_allocated() - held
+
+
+def begin(deadline: float, rows: list[dict[str, object]]) -> dict[str, dict[str, float] | None]:
+    """First call of every attention: those that can be measured, with their errors."""
+    able: dict[str, dict[str, float] | None] = {}
+    for name, call in (OURS | PEERS).items():
+        row: dict[str, object] = {"kind": "cold", "attention": name}
+        if name in PEERS and time.monotonic() > deadline:
+            row["error"] = "left out: out of time"
+        else:
+            try:
+                able[name], row["first_s"] = errors(name, call)
+            except Exception as error:  # a peer that is missing or refuses is a result, not an end
+                row["error"] = reason(error)
+        if name in PEERS:
+            rows.append(row)
+        print(name, row.get("error") or f"{row['first_s']:.1f} s", able.get(name))
+    return able
 
 
 def lengths(copy: float, deadline: float, rows: list[dict[str, object]]) -> None:
     """Forward, and forward with backward: time, share of the bytes' bound, peak memory."""
-    broken: dict[str, str] = {}
-    wrong: dict[str, dict[str, float] | None] = {}
-    for name, call in (OURS | PEERS).items():
-        if name in PEERS and time.monotonic() > deadline:
-            broken[name] = "left out: out of time"
-            continue
-        try:
-            wrong[name] = errors(name, call)
-            print(f"{name:14} errors {wrong[name]}")
-        except Exception as error:  # a peer that is missing or refuses is a result, not an end
-            broken[name] = reason(error)
-            print(f"{name:14} {broken[name]}")
+    able = begin(deadline, rows)
     for batch, length in SHAPES:
         leaves = inputs(batch, length)
         grad = torch.randn(batch, HEADS, length, DIM, device="cuda", dtype=torch.bfloat16)
         unit = batch * HEADS * length * DIM * 2
         rounds = 20 if batch * length <= 2**15 else 10 if length <= 2**17 else 4
-        for name, call in (OURS | PEERS).items():
-            if name in broken or (name in PEERS and time.monotonic() > deadline):
-                continue
-            if name == "sdpa flash" and length > SOFTMAX_UP_TO:
-                continue
+        calls = {
+            name: (forward(call, leaves), both(call, leaves, grad))
+            for name, call in (OURS | PEERS).items()
+            if name in able and not ("sdpa" in name and length > SOFTMAX_UP_TO)
+        }
+        peaks = {name: peak(run) for name, (_, run) in calls.items()}
+        for name, (once, run) in calls.items():
             row: dict[str, object] = {"kind": "length", "attention": name, "batch": batch, "length": length}
+            rows.append(row)
+            if (held := peaks[name]) is None:
+                row["error"] = "does not run at this size"
+                continue
             try:
-                once = milliseconds(forward(call, leaves), rounds)
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-                run = both(call, leaves, grad)
-                total = milliseconds(run, rounds)
-                peak = torch.cuda.max_memory_allocated() - held
-                if name in OURS and length <= 2**15:
-                    row["both_graph_ms"] = microseconds(run, 5) / 1e3
+                row |= {"forward_ms": milliseconds(once, rounds), "both_ms": (total := milliseconds(run, rounds))}
+                if length <= GRAPHS_UP_TO:
+                    row["forward_graph_ms"] = microseconds(once, 5) / 1e3
+                    row["both_graph_ms"] = total = microseconds(run, 5) / 1e3
             except Exception as error:
                 row["error"] = reason(error)
-                rows.append(row)
-                print(row)
-                continue
             row |= {
-                "forward_ms": once, "both_ms": total, "tokens_s": batch * length / total * 1e3,
-                "bound_forward_ms": 4 * unit / copy / 1e6, "bound_both_ms": 11 * unit / copy / 1e6,
-                "peak_bytes": peak, "tensor_bytes": unit, "errors": wrong[name],
+                "tokens_s": batch * length / total * 1e3, "bound_forward_ms": 4 * unit / copy / 1e6,
+                "bound_both_ms": 11 * unit / copy / 1e6, "peak_bytes": held, "tensor_bytes": unit,
+                "errors": able[name],
             }  # fmt: skip
-            rows.append(row)
-            print(
-                f"{batch:3} x {length:7} {name:14} forward {once:8.3f} ms (bound {4 * unit / copy / 1e6:.3f})  both "
-                f"{total:8.3f} ms (bound {11 * unit / copy / 1e6:.3f}; graph {row.get('both_graph_ms', 0):.3f})  "
-                f"{peak / unit:4.1f} tensors"
-            )
-        del leaves, grad
-    rows += [{"kind": "length", "attention": name, "error": why} for name, why in broken.items()]
+            print(f"{batch:3} x {length:7} {name:14}", *(
+                f"{key.removesuffix('_ms')} {value:.3f}" for key, value in row.items() if key.endswith("_ms")
+            ), f"{held / unit:.1f} tensors {row.get('error', '')}")  # fmt: skip
+        del leaves, grad, calls
+
+
+def softmax_decoding(batch: int, copy: float, rows: list[dict[str, object]]) -> None:
+    """One token of softmax attention over KEYS keys."""
+    for keys in KEYS:
+        size = 2 * batch * HEADS * keys * DIM * 2
+        pool = max(1, COLD // size)
+        q = torch.randn(batch, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(pool, batch, HEADS, keys, DIM, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+        with torch.no_grad():
+            us = microseconds(lambda i: softmax(q, k[i % pool], v[i % pool]), max(pool, 4))  # noqa: B023
+        rows.append(
+            {"kind": "step", "attention": "sdpa flash", "batch": batch, "keys": keys, "bytes": size, "us": us}
+            | {"bound_us": size / copy / 1e3}
+        )
+        print(f"step batch {batch:3} sdpa {keys:6} keys {us:8.2f} us (bound {size / copy / 1e3:.2f})")
 
 
 def decoding(copy: float, rows: list[dict[str, object]]) -> None:
@@ -249,12 +308,14 @@ def decoding(copy: float, rows: list[dict[str, object]]) -> None:
                 row["error"] = reason(error)
                 print(row)
             rows.append(row)
+        if batch <= 8:
+            softmax_decoding(batch, copy, rows)
 
 
 def cold_call(name: str) -> None:
     """In a process of its own: seconds of the first forward and backward pass, and of the first at another length."""
     torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda"))
-    call = (OURS | PEERS)[name]
+    call = OURS[name]
     times = []
     for length in (2048, 3001, 2048):
         leaves = inputs(1, length)
@@ -267,50 +328,37 @@ def cold_call(name: str) -> None:
     print(json.dumps(times))
 
 
-def cold(deadline: float, rows: list[dict[str, object]]) -> None:
-    """First calls, compilation included."""
-    for name in ("lightning", "gla", "mlstm", "fla lightning"):
-        if name in PEERS and time.monotonic() > deadline:
-            continue
+def cold(rows: list[dict[str, object]]) -> None:
+    """First calls of ours, compilation included."""
+    for name in OURS:
         row: dict[str, object] = {"kind": "cold", "attention": name}
         with tempfile.TemporaryDirectory() as cache:
-            try:
-                run = subprocess.run(
-                    [sys.executable, __file__, "--cold", name], env={**os.environ, "TRITON_CACHE_DIR": cache},
-                    capture_output=True, text=True, timeout=COLD_LIMIT,
-                )  # fmt: skip
-                if run.returncode:
-                    row["error"] = run.stderr.strip().splitlines()[-1]
-                else:
-                    row["first_s"], row["new_length_s"], row["again_s"] = json.loads(run.stdout.splitlines()[-1])
-            except subprocess.TimeoutExpired:
-                row["error"] = f"more than {COLD_LIMIT} s"
+            run = subprocess.run(
+                [sys.executable, __file__, "--cold", name], env={**os.environ, "TRITON_CACHE_DIR": cache},
+                capture_output=True, text=True,
+            )  # fmt: skip
+        if run.returncode:
+            row["error"] = run.stderr.strip().splitlines()[-1]
+        else:
+            row["first_s"], row["new_length_s"], row["again_s"] = json.loads(run.stdout.splitlines()[-1])
         rows.append(row)
         print(row)
 
 
 def tune() -> None:
-    """Times of other configurations; for whoever chooses the table in kernels/recurrence.py."""
-    known, programs = recurrence._config, recurrence._PROGRAMS
-    config = recurrence._Config
+    """Times of other configurations of the pass for the output; for whoever chooses the table in kernels/_passes.py."""
+    known, config = _passes._config, _passes._Config
     leaves = inputs(4, 2**13)
     grad = torch.randn(4, HEADS, 2**13, DIM, device="cuda", dtype=torch.bfloat16)
-    out, state = known(DIM, torch.bfloat16, True), known(DIM, torch.bfloat16, False)
-    cases = [(aim, out, state) for aim in (2, 3, 4, 6, 8)]
-    cases += [(programs, config(*other), state) for other in ((64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2))]
-    cases += [(programs, out, config(*other)) for other in ((64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 3))]
-    for aim, out, state in cases:
-        recurrence._PROGRAMS = aim
-        recurrence._config = lambda x, dtype, wants, out=out, state=state: out if wants else state
-        times = []
-        for call in (lightning, mlstm):
-            try:
-                times.append(microseconds(forward(call, leaves), 5) / 1e3)
-                times.append(microseconds(both(call, leaves, grad), 5) / 1e3)
-            except Exception as error:
-                print(f"  {reason(error)}")
-        print(aim, tuple(out), tuple(state), *(f"{t:.3f}" for t in times))
-    recurrence._config, recurrence._PROGRAMS = known, programs
+    for other in ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)):
+
+        def chosen(x: int, dtype: torch.dtype, out: bool, plain: bool = True, made: Any = other) -> Any:
+            return config(*made) if out else known(x, dtype, out, plain)
+
+        _passes._config = chosen
+        times = [microseconds(both(call, leaves, grad), 5) / 1e3 for call in OURS.values()]
+        print(other, *(f"{name} {t:.3f}" for name, t in zip(OURS, times, strict=True)))
+    _passes._config = known
 
 
 def main() -> None:
@@ -318,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="where results go")
     parser.add_argument("--commit", default=None, help="name of the measured state; git is asked without it")
-    parser.add_argument("--minutes", type=float, default=4, help="after which peers are left out")
+    parser.add_argument("--minutes", type=float, default=6, help="after which peers are left out")
     parser.add_argument("--tune", action="store_true", help="time other configurations instead")
     parser.add_argument("--cold", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -341,12 +389,12 @@ def main() -> None:
         "copy_gb_s": copy,
         "rows": rows,
     }
-    for section in (
-        lambda: decoding(copy, rows), lambda: cold(deadline, rows), lambda: lengths(copy, deadline, rows)
-    ):  # fmt: skip
-        section()
-        torch.cuda.empty_cache()
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # a peer's first call is a cold one
+        for section in (partial(decoding, copy), cold, partial(lengths, copy, deadline)):
+            section(rows)
+            torch.cuda.empty_cache()
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
