@@ -267,7 +267,7 @@ def _notes(found: Findings, threshold: float) -> list[str]:
         share = found.tables[f"agreement {name}"].mean[row, 0]
         notes.append(
             f"The largest channel of {name} is {mean[row, head]:.1f} times the mean of its head ({where}{pace}); "
-            f"{share:.0%} of the layer's heads share their largest pair, and {count} heads of the model have a channel above "
-            f"{threshold:g} times the mean."
+            f"{share:.0%} of the layer's heads share their largest pair, and {count} heads of the model have a channel "
+            f"above {threshold:g} times the mean."
         )
     return notes
