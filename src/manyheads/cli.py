@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _VERBS = {
     "compare": "manyheads.compare.command:compare",
     "report": "manyheads.compare.command:report",
+    "probe": "manyheads.probe.command:probe",
+    "doctor": "manyheads.probe.command:doctor",
 }
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
