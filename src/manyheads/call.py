@@ -11,9 +11,21 @@ from torch import Tensor
 
 from .attention import reference
 
-__all__ = ["AttentionCall", "Diffusion", "Latent", "Layout", "MixerShape", "Recurrence", "Site", "Store"]
+__all__ = [
+    "AttentionCall",
+    "Axis",
+    "Denoising",
+    "Diffusion",
+    "Latent",
+    "Layout",
+    "MixerShape",
+    "Recurrence",
+    "Site",
+    "Store",
+]
 
 Kind = Literal["self", "cross", "joint", "linear"]
+Axis = Literal["space", "time", "all", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +61,7 @@ class Site:
         num_heads: query heads, None where neither the module nor its config says.
         num_kv_heads: key/value heads, likewise.
         window: sliding-window length in tokens, None for full attention.
-        peers: layer indices of all causal self-attention of the model, ascending.
+        peers: layer indices of all causal self-attention of the model, ascending; of all blocks of a denoiser.
         latent: how keys and values come from cached latents, None where the cache holds them themselves.
         output: gives the weight ``[D, H * dv]`` of the linear layer that takes the heads' outputs, None where it is not
             known.
@@ -102,6 +114,13 @@ class Layout:
         """Image or video tokens."""
         return self.frames * self.height * self.width
 
+    def grid(self, length: int) -> tuple[int, int] | None:
+        """Rows and columns of ``length`` tokens of a frame: at this resolution or, in a UNet, halved some times."""
+        height, width = self.height, self.width
+        while height * width > length and max(height, width) > 1:
+            height, width = -(-height // 2), -(-width // 2)
+        return (height, width) if height * width == length else None
+
     def image(self, length: int) -> slice:
         """Where the image tokens stand among ``length`` tokens of a joint sequence."""
         if length == self.tokens:
@@ -120,7 +139,8 @@ class Diffusion:
         branches: what the equal groups of rows are, in order: ``uncond``, ``cond``, ``perturbed``; one name where the
             whole batch is one, ``all`` where nothing tells.
         layout: of the tokens, None for an architecture whose layout is not known.
-        axis: which tokens attend to each other here: ``space``, ``time``, or ``all``.
+        axis: which tokens attend to each other here: those of a frame, of a place over ``time``, ``all``, or only text.
+        board: scratch of the run that all sites and strategies share; use a key of your own.
     """
 
     run: int
@@ -129,7 +149,8 @@ class Diffusion:
     timestep: float
     branches: tuple[str, ...]
     layout: Layout | None
-    axis: Literal["space", "time", "all"] = "all"
+    axis: Axis = "all"
+    board: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def progress(self) -> float | None:
@@ -142,6 +163,36 @@ class Diffusion:
             return slice(0, 0)
         size, at = batch // len(self.branches), self.branches.index(branch)
         return slice(at * size, (at + 1) * size)
+
+
+@dataclass(frozen=True, slots=True)
+class Denoising:
+    """One call of a denoiser, for strategies that call it more than once (guidance).
+
+    Attributes:
+        now: step, branches and layout.
+        given: the arguments of the denoiser by name; latents are the first.
+        scheduler: of the pipeline, None for a bare denoiser.
+        guidance_scale: of classifier-free guidance, None where the pipeline does not say or does none.
+        run: ``run(branch, **changes)`` is the prediction for the given arguments with some changed, its attention seen
+            under the name ``branch``; under an empty name it is the branches as they are.
+    """
+
+    now: Diffusion
+    given: dict[str, Any]
+    scheduler: Any
+    guidance_scale: float | None
+    run: Callable[..., Tensor]
+
+    @property
+    def latents(self) -> Tensor:
+        """The noisy sample, the first argument of every denoiser."""
+        sample: Tensor = next(iter(self.given.values()))
+        return sample
+
+    def predict(self, branch: str = "", **changes: Any) -> Tensor:
+        """See ``run``."""
+        return self.run(branch, **changes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,12 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, MixerShape, Site, Store
+    from .call import AttentionCall, Denoising, Diffusion, MixerShape, Site, Store
 
 __all__ = ["Layers", "Strategy", "overrides", "parse", "split_outside"]
 
@@ -80,6 +82,14 @@ class Strategy:
         """
         raise NotImplementedError
 
+    def reuse(self, site: "Site", now: "Diffusion", memory: dict[str, Any], compute: "Callable[[], Any]") -> Any:
+        """What a denoiser's attention module returns: ``compute()``, or what it returned at an earlier step."""
+        raise NotImplementedError
+
+    def denoise(self, call: "Denoising") -> "Tensor":
+        """Make a denoiser's prediction of one or more calls of it."""
+        raise NotImplementedError
+
     def store(self, site: "Site") -> "Store":
         """What ``site`` remembers between steps. At most one strategy per site."""
         raise NotImplementedError
@@ -94,11 +104,14 @@ class Strategy:
 
     @property
     def spec(self) -> str:
-        """The text that :func:`parse` reads back into this strategy; fields at their defaults are left out."""
+        """The text that :func:`parse` reads back into this strategy.
+
+        Fields at their defaults are left out, and those that do not count when strategies are compared.
+        """
         changed = []
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value != f.default:
+            if f.compare and value != f.default:
                 text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 changed.append(f"{f.name}={text}")
         return self.slug + (":" + ",".join(changed) if changed else "")

@@ -108,10 +108,13 @@ def test_facts_of_a_call(name):
         if call.site.kind == "joint":
             image = now.layout.image(call.q.shape[2])
             assert image.stop - image.start == now.layout.tokens == call.q.shape[2] - 6
+        elif name != "hunyuan":
+            assert call.diffusion.axis != "text"
         if name == "latte" and call.site.kind == "self":
             assert call.diffusion.axis == ("time" if "temporal" in site else "space")
     if name == "hunyuan":
-        assert all("refiner" in site for site, kind in kinds.items() if kind == "self")
+        text = {site for site, call in seen.items() if call.site.kind == "self"}
+        assert all("refiner" in site and seen[site].diffusion.axis == "text" for site in text)
 
 
 def test_an_exception_leaves_nothing_and_ports_nest():

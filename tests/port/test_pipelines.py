@@ -8,7 +8,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]
 
 import manyheads  # noqa: E402
 from manyheads.strategy import Strategy  # noqa: E402
-from oracles import diffusion as tiny  # noqa: E402
+from oracles.pipelines import dit, pixart, run_dit, run_pixart, run_wan, wan  # noqa: E402
 
 
 class Note(Strategy):
@@ -19,42 +19,8 @@ class Note(Strategy):
         kept.append((call.diffusion, call.q.shape[0]))
 
 
-def dit():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8)
-    return diffusers.DiTPipeline(tiny.build("dit", num_embeds_ada_norm=1000), vae, diffusers.DDIMScheduler())
-
-
-def wan():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.WanPipeline(None, None, None, scheduler, tiny.build("wan"))
-
-
-def run_wan(pipe, guidance=4.0):
-    source = torch.Generator().manual_seed(0)
-    text = torch.randn(2, 1, 6, 12, generator=source)
-    return pipe(
-        prompt_embeds=text[0], negative_prompt_embeds=text[1], height=64, width=64, num_frames=9, num_inference_steps=4,
-        guidance_scale=guidance, output_type="latent", generator=torch.Generator().manual_seed(1),
-    ).frames  # fmt: skip
-
-
-def run_dit(pipe, guidance=4.0):
-    return pipe(
-        [1, 2], guidance_scale=guidance, num_inference_steps=4, generator=torch.Generator().manual_seed(1),
-        output_type="np",
-    ).images  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    diffusers.utils.logging.disable_progress_bar()
-
-
 def test_branches_in_one_batch():
     pipe = dit()
-    pipe.set_progress_bar_config(disable=True)
     plain, note = run_dit(pipe), Note()
     with manyheads.use(pipe, note) as port:
         assert (run_dit(pipe) == plain).all() and (run_dit(pipe) == plain).all()
@@ -69,7 +35,6 @@ def test_branches_in_one_batch():
 
 def test_branches_one_after_the_other():
     pipe = wan()
-    pipe.set_progress_bar_config(disable=True)
     plain, note = run_wan(pipe), Note()
     before = dict(vars(pipe.transformer))
     with manyheads.use(pipe, note) as port:
@@ -86,7 +51,6 @@ def test_branches_one_after_the_other():
 
 def test_without_guidance_there_is_one_branch():
     pipe = wan()
-    pipe.set_progress_bar_config(disable=True)
     note = Note()
     with manyheads.use(pipe, note) as port:
         run_wan(pipe, guidance=1.0)
@@ -104,3 +68,14 @@ def test_without_guidance_there_is_one_branch():
         unet(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0))
     kept = next(iter(port.memory(note).values()))
     assert list(kept) == ["all"] and [now.index for now, _ in kept["all"]["seen"]] == [0, 1, 2]
+
+
+def test_guidance_that_only_the_call_knows():
+    """PixArt keeps its scale nowhere but in the call; the class of the pipeline comes back."""
+    pipe, note, kind = pixart(), Note(), type(pixart())
+    for scale, branches in ((4.0, "uncond+cond"), (1.0, "all")):
+        with manyheads.use(pipe, note) as port:
+            assert isinstance(pipe, kind)
+            run_pixart(pipe, guidance=scale)
+        assert type(pipe) is kind
+        assert {branch for kept in port.memory(note).values() for branch in kept} == {branches}

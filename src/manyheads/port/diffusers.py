@@ -21,17 +21,17 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, MochiAttention
 from torch import Tensor, nn
 
-from ..call import Diffusion, Site
+from ..call import Denoising, Diffusion, Site
 from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .chain import Entry
 from .intercept import SiteState, interception
-from .layouts import arguments, branches_of, layout_of, step_of
+from .layouts import arguments, branches_of, guidance_of, layout_of, step_of
 
 __all__ = ["DiffusersPort", "denoisers", "find_sites"]
 
 _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
-_METHODS = ("edit", "attend", "watch", "patch")
+_METHODS = ("edit", "attend", "watch", "patch", "reuse", "denoise")
 _KINDS = (Attention, MochiAttention, AttentionModuleMixin)
 _STATE = "_manyheads"
 
@@ -66,7 +66,35 @@ def find_sites(target: Any) -> list[tuple[Site, nn.Module]]:
             elif getattr(module, "is_cross_attention", False):
                 kind = "cross"
             found.append((Site(path, len(found), layer, kind, False, heads, heads), known))
-    return found
+    peers = tuple(sorted({site.layer for site, _ in found if site.layer is not None}))
+    return [(replace(site, peers=peers), module) for site, module in found]
+
+
+def _acts(strategy: Strategy) -> bool:
+    """Whether a strategy acts at attention modules, not only on the denoiser as a whole."""
+    return any(overrides(strategy, method) for method in _METHODS if method != "denoise")
+
+
+def replace_forward(
+    module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[], None]:
+    """Put ``around(forward)`` in place of a module's forward; the returned function undoes it."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = around(module.forward)
+
+    def undo() -> None:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+    return undo
+
+
+def repacked(output: Any, sample: Tensor) -> Any:
+    """A denoiser's output with another sample in it: a tuple, or one of diffusers' output classes."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    return type(output)(**{**output, "sample": sample})
 
 
 class DiffusersPort:
@@ -80,6 +108,8 @@ class DiffusersPort:
         self._branch: str | None = None
         self._timesteps: Any = None
         self._run = 0
+        self._board: dict[str, Any] = {}
+        self._asked: dict[str, Any] = {}
 
     def stack(self) -> list[SiteState]:
         """The attention modules of this port that run in this thread, the innermost last."""
@@ -111,6 +141,8 @@ class DiffusersPort:
                 )
             for _, model in denoisers(self.target):
                 self._watch_denoiser(model)
+            if not isinstance(self.target, nn.Module):
+                self._undo.append(self._hear_call())
         except BaseException:
             self._restore()
             raise
@@ -122,7 +154,7 @@ class DiffusersPort:
         self._restore()
         if kind is None:
             for state, entry in self._entries:
-                if not entry.called and entry.strategy.selects(state.site):
+                if not entry.called and entry.strategy.selects(state.last or state.site):
                     raise UserError(
                         f"{entry.strategy.spec} selected {state.site.name}, and its attention was never seen: the "
                         "model did not run it in the block, or by a processor without SDPA (sliced, xformers)"
@@ -190,6 +222,9 @@ class DiffusersPort:
                 del module.__dict__[_STATE]
 
         self._undo.append(undo)
+        for entry in entries:
+            if overrides(entry.strategy, "reuse"):
+                self._undo.append(replace_forward(module, lambda inner, e=entry: state.reusing(inner, e)))  # type: ignore[misc]
 
     def _watch_denoiser(self, model: nn.Module) -> None:
         """Read step, branch and layout off the denoiser's inputs, before it runs."""
@@ -204,8 +239,63 @@ class DiffusersPort:
 
         handle = model.register_forward_pre_hook(before, with_kwargs=True)
         self._undo.append(handle.remove)
+        for strategy in self.strategies:
+            if overrides(strategy, "denoise"):
+                self._undo.append(replace_forward(model, self._denoising(model, strategy)))
         if hasattr(type(model), "cache_context"):
             self._undo.append(self._name_branches(model))
+
+    def _denoising(self, model: Any, strategy: Strategy) -> Callable[..., Callable[..., Any]]:
+        """The forward of a denoiser as ``strategy`` has it; the forward before it is what ``predict`` calls."""
+        states = [state for state, _ in self._entries]
+
+        def around(inner: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                given = arguments(model, args, kwargs)
+                now = next((state.now for state in states if state.now is not None), None) or self._now(model, given)
+                made: list[Any] = []
+
+                def run(branch: str = "", **changes: Any) -> Tensor:
+                    seen = replace(now, branches=(branch,)) if branch else now
+                    for state in states:
+                        state.now = seen
+                    try:
+                        made.append(inner(**{**given, **changes}))
+                    finally:
+                        for state in states:
+                            state.now = now
+                    first: Tensor = made[-1][0]
+                    return first
+
+                pipe = None if isinstance(self.target, nn.Module) else self.target
+                scale = guidance_of(pipe, self._asked)
+                call = Denoising(now, given, getattr(pipe, "scheduler", None), scale, run)
+                out = strategy.denoise(call)
+                for _, entry in self._entries:
+                    entry.called = entry.called or (entry.strategy is strategy and not _acts(strategy))
+                return repacked(made[0], out)
+
+            return forward
+
+        return around
+
+    def _hear_call(self) -> Callable[[], None]:
+        """Hear with which arguments the pipeline is called, by a subclass of its own class while the port is open."""
+        pipe, kind = self.target, type(self.target)
+
+        def call(this: Any, *args: Any, **kwargs: Any) -> Any:
+            before, self._asked = self._asked, arguments(this, args, kwargs, kind.__call__)
+            try:
+                return kind.__call__(this, *args, **kwargs)
+            finally:
+                self._asked = before
+
+        pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+        def undo() -> None:
+            pipe.__class__ = kind
+
+        return undo
 
     def _name_branches(self, model: Any) -> Callable[[], None]:
         """Listen to the names of the contexts in which a pipeline runs its denoiser."""
@@ -237,9 +327,11 @@ class DiffusersPort:
         scheduler = getattr(pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and timesteps is not self._timesteps:  # the scheduler was given new ones
-            self._timesteps, self._run = timesteps, self._run + 1
+            self._timesteps, self._run, self._board = timesteps, self._run + 1, {}
         index, total = step_of(module, value, scheduler)
         rows = next(x.shape[0] for x in given.values() if isinstance(x, Tensor) and x.ndim > 1)
+        guided = guidance_of(pipe, self._asked) is not None
+        branches = branches_of(pipe, self._branch, rows, guided)
         return Diffusion(
-            self._run, index, total, value, branches_of(pipe, self._branch, rows), layout_of(module, given)
-        )
+            self._run, index, total, value, branches, layout_of(module, given), board=self._board
+        )  # fmt: skip

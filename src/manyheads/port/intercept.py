@@ -4,14 +4,14 @@
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from ..attention.reference import causal_mask
-from ..call import AttentionCall, Diffusion, Layout, Site
+from ..call import AttentionCall, Axis, Diffusion, Layout, Site
 from ..errors import UserError
 from ..strategy import overrides
 from .chain import Chain, Entry
@@ -89,11 +89,7 @@ class _Interception:
                 turned = (x.transpose(1, 2) for x in (q, k, v))
                 given = {"attn_mask": m, "is_causal": c, "scale": factor}
                 known = {n: x for n, x in given.items() if n in _names(backend)}
-                state.running = True
-                try:
-                    return backend(*turned, **known, **kwargs).transpose(1, 2)
-                finally:
-                    state.running = False
+                return backend(*turned, **known, **kwargs).transpose(1, 2)
 
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return state.run(q, k, v, mask, causal, scale, kwargs.get("dropout_p", 0.0), run).transpose(1, 2)
@@ -127,6 +123,8 @@ class SiteState(Chain):
         self.hidden: Tensor | None = None
         self.text: Tensor | None = None
         self.now: Diffusion | None = None
+        self.last: Site | None = None  # with its kind, as the latest call showed it
+        self.axis: Axis = "all"
 
     def located(self, q: Tensor, k: Tensor) -> tuple[Site, Diffusion | None]:
         """The site with its kind as this call shows it, and the step with the axis along which tokens attend."""
@@ -141,13 +139,15 @@ class SiteState(Chain):
                 kind = "joint"
             else:
                 kind = "self"
-        if now is not None and layout is not None and layout.frames > 1 and kind != "joint":
+        if now is not None and layout is not None and kind == "self":
             frame = layout.height * layout.width
-            axis: Literal["space", "time", "all"] = "all"
-            if length == frame and q.shape[0] % layout.frames == 0:
+            axis: Axis = "all"
+            if length == frame and q.shape[0] % layout.frames == 0 and layout.frames > 1:
                 axis = "space"
-            elif length == layout.frames and q.shape[0] % frame == 0:
+            elif length == layout.frames and q.shape[0] % frame == 0 and layout.frames > 1:
                 axis = "time"
+            elif length != layout.tokens and layout.grid(length) is None:
+                axis = "text"
             now = replace(now, axis=axis)
         return (self.site if kind == self.site.kind else replace(self.site, kind=kind)), now
 
@@ -155,8 +155,22 @@ class SiteState(Chain):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: float,
         attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor],
     ) -> Tensor:  # fmt: skip
-        """One computation ``[B, H, T, d]`` through the strategies of the site: ``[B, H, T, dv]``."""
+        """One computation ``[B, H, T, d]`` through the strategies of the site: ``[B, H, T, dv]``.
+
+        What they compute with SDPA on the way is not caught again.
+        """
+        self.running = True
+        try:
+            return self._run(q, k, v, mask, causal, scale, dropout, attention)
+        finally:
+            self.running = False
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: float,
+        attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor],
+    ) -> Tensor:  # fmt: skip
         site, now = self.located(q, k)
+        self.last, self.axis = site, "all" if now is None else now.axis
         boolean = mask is not None and mask.dtype == torch.bool
         allowed = mask if boolean else None
         if causal and q.shape[2] != k.shape[2]:  # SDPA anchors at the top left
@@ -194,6 +208,23 @@ class SiteState(Chain):
             if overrides(entry.strategy, "watch"):
                 entry.strategy.watch(seen, out)
         return out.transpose(1, 2)
+
+    def reusing(self, inner: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
+        """A module's forward as the strategy of ``entry`` has it.
+
+        What kind of site it is shows when its attention first runs; until then it is what the module says.
+        """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            site = self.last or self.site
+            if self.now is None or not entry.strategy.selects(site):
+                return inner(*args, **kwargs)
+            entry.called = True
+            memory = entry.memory.setdefault("+".join(self.now.branches), {})
+            now = replace(self.now, axis=self.axis)
+            return entry.strategy.reuse(site, now, memory, lambda: inner(*args, **kwargs))
+
+        return forward
 
     @staticmethod
     def _changed(call: AttentionCall, attention: Callable[..., Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..call import Layout
 
-__all__ = ["arguments", "branches_of", "layout_of", "step_of"]
+__all__ = ["arguments", "branches_of", "guidance_of", "layout_of", "step_of"]
 
 
 def _image(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
@@ -78,11 +78,13 @@ _ROWS = {
 _COND_FIRST = frozenset({"DiTPipeline"})
 
 
-def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a denoiser's forward by name, defaults included."""
-    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+def arguments(
+    this: Any, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[..., Any] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of a method by name, defaults included: of a denoiser's forward where none is given."""
+    bound = inspect.signature(function or type(this).forward).bind(this, *args, **kwargs)
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return dict(list(bound.arguments.items())[1:])  # without self
 
 
 def layout_of(module: nn.Module, given: dict[str, Any]) -> Layout | None:
@@ -115,19 +117,35 @@ def step_of(module: nn.Module, value: float, scheduler: Any) -> tuple[int | None
     return int((timesteps.double().flatten().cpu() - value).abs().argmin()), timesteps.numel()
 
 
-def branches_of(pipe: Any, name: str | None, rows: int) -> tuple[str, ...]:
+def guidance_of(pipe: Any, asked: dict[str, Any]) -> float | None:
+    """The scale of classifier-free guidance of a pipeline's call, None where it does without.
+
+    Args:
+        pipe: the pipeline, None for a bare denoiser.
+        asked: the arguments of its call by name. Some pipelines keep the scale as a property, some in their call only,
+            and where a model takes a guidance of its own as an input the true one has another name.
+    """
+    if "true_cfg_scale" in asked:
+        scale = asked["true_cfg_scale"]
+        return float(scale) if scale and scale > 1 else None
+    scale = getattr(pipe, "guidance_scale", None)
+    scale = asked.get("guidance_scale") if scale is None else scale
+    guided = getattr(pipe, "do_classifier_free_guidance", None)
+    guided = scale is not None and scale > 1 if guided is None else guided
+    return float(scale) if guided and scale is not None else None
+
+
+def branches_of(pipe: Any, name: str | None, rows: int, guided: bool) -> tuple[str, ...]:
     """What the rows of a batch are: the name of the pipeline's context, or the halves of classifier-free guidance.
 
     Args:
         pipe: the pipeline, None for a bare denoiser.
         name: of the context the pipeline runs the denoiser in, if it does.
         rows: of the batch.
+        guided: whether the pipeline does classifier-free guidance.
     """
     if name is not None and name != "cond_uncond":
         return (name,)
-    guided = bool(getattr(pipe, "do_classifier_free_guidance", False)) or (
-        type(pipe).__name__ in _COND_FIRST and rows % 2 == 0
-    )
     if not guided or rows % 2:
         return ("all",)
     return ("cond", "uncond") if type(pipe).__name__ in _COND_FIRST else ("uncond", "cond")

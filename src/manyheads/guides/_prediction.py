@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a denoiser predicts, in terms of the clean sample and the noise, for the common kinds of schedulers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..call import Denoising
+from ..errors import UserError
+
+__all__ = ["Prediction", "pushed", "some_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How noisy sample, clean sample and noise hang together at one step: ``x = alpha x0 + sigma eps``.
+
+    Attributes:
+        alpha, sigma: of this step.
+        kind: what the denoiser predicts: the noise, the clean sample, ``v = alpha eps - sigma x0``, or the velocity
+            ``eps - x0`` of a flow.
+    """
+
+    alpha: float
+    sigma: float
+    kind: Literal["epsilon", "sample", "v_prediction", "flow"]
+
+    @staticmethod
+    def of(call: Denoising) -> "Prediction":
+        """Read it off the scheduler.
+
+        Raises:
+            UserError: no scheduler, or one of a kind that is not known.
+        """
+        scheduler: Any = call.scheduler
+        if scheduler is None or call.now.index is None:
+            raise UserError("the noise level is the scheduler's to say: open the pipeline, not its denoiser")
+        config = scheduler.config
+        if type(scheduler).__name__.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False):
+            sigma = float(scheduler.sigmas[call.now.index])
+            return Prediction(1 - sigma, sigma, "flow")
+        kind = getattr(config, "prediction_type", "epsilon")
+        if kind not in ("epsilon", "sample", "v_prediction"):
+            raise UserError(
+                f"{type(scheduler).__name__} predicts {kind!r}; known are epsilon, sample, v_prediction, flow"
+            )
+        total = getattr(scheduler, "alphas_cumprod", None)
+        if total is None:
+            raise UserError(
+                f"{type(scheduler).__name__} has no alphas_cumprod; use a DDIM, DPM-Solver or flow scheduler"
+            )
+        alpha = float(total[round(call.now.timestep)])
+        return Prediction(alpha**0.5, (1 - alpha) ** 0.5, kind)
+
+    def split(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean sample and the noise that ``out`` says ``x`` is made of."""
+        a, s = self.alpha, self.sigma
+        if self.kind == "epsilon":
+            return (x - s * out) / a, out
+        if self.kind == "sample":
+            return out, (x - a * out) / s
+        if self.kind == "v_prediction":
+            return a * x - s * out, s * x + a * out
+        return x - s * out, x + (1 - s) * out
+
+    def joined(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """The noisy sample of both."""
+        return torch.as_tensor(self.alpha * clean + self.sigma * noise)
+
+
+def some_rows(call: Denoising, rows: slice) -> dict[str, Any]:
+    """The arguments of a denoiser for some rows of its batch."""
+    batch = call.latents.shape[0]
+
+    def cut(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
+
+    return {name: cut(value) for name, value in call.given.items()}
+
+
+def pushed(call: Denoising, plain: Tensor, push: Tensor) -> Tensor:
+    """A prediction moved so that, after classifier-free guidance ``u + g (c - u)``, it is moved by ``push``.
+
+    Where both branches stand in one batch both are moved. Where they are calls of their own only the one at hand can
+    be, by what ``g`` makes of it.
+
+    Raises:
+        UserError: the branches are calls of their own, and the pipeline does not say what g is.
+    """
+    g = call.guidance_scale
+    if call.now.branches in (("cond",), ("uncond",)):
+        if g is None and call.now.branches == ("uncond",):
+            raise UserError("the pipeline guides by two calls and does not say how strongly; switch its guidance off")
+        push = push / ((1 if g is None else g) if call.now.branches == ("cond",) else 1 - float(g or 0))
+    moved = plain.clone()
+    for at in range(0, plain.shape[0], push.shape[0]):
+        moved[at : at + push.shape[0], : push.shape[1]] += push
+    return moved

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MasaCtrl: a target image made beside a source reads the source's keys and values in self-attention.
+
+Both start from the same noise, so the target's layout can follow its own prompt while texture and identity come from
+the source. From step S on, in the blocks from L on, the self-attention of the target asks with its own queries and
+looks at keys and values of the source, in the same branch of classifier-free guidance (the unconditional target reads
+the unconditional source):
+
+    out_t = attention(q_t, k_s, v_s)
+
+With masks, of the object in the source and of that in the target, the object looks at the object and the rest at the
+rest: ``out = M_t attention(q_t, k_s, v_s | M_s) + (1 - M_t) attention(q_t, k_s, v_s | not M_s)``.
+
+MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthesis and Editing (arXiv 2304.08465).
+
+    with manyheads.use(pipe, "masactrl:start_step=4,start_layer=10"):
+        pipe([source_prompt, target_prompt], latents=torch.cat([noise, noise]))
+
+Shapes: q, k, v ``[B, H, T, d]``; in every branch the first half of the rows are sources, the second their targets;
+masks ``[rows, T]``.
+
+Choices. Blocks are numbered as they stand in the model (down, middle, up), as the released code numbers them. In joint
+attention (not in the paper) only image tokens are exchanged and the text stays the target's. Masks come from
+cross-attention (``tokens`` names words by their place in the prompt): the maps of this step so far, averaged over heads
+and sites of at most ``map_size`` squared tokens, summed over the words, scaled to [0, 1] for each image, cut at
+``threshold``. A mask that is empty or full would leave a query nothing to look at, and is not applied; so is every mask
+before the first cross-attention of a step. ``union`` adds the source's keys to the target's own instead of replacing
+them, which the released code offers too.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..attention.statistics import Columns, measure
+from ..call import AttentionCall, Diffusion, Site
+from ..errors import UserError
+from ..strategy import Strategy
+
+__all__ = ["MasaCtrl"]
+
+_BOARD = "masactrl"
+
+Words = Annotated[
+    tuple[int, ...], BeforeValidator(lambda v: tuple(int(w) for w in v.split("+") if w) if isinstance(v, str) else v)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasaCtrl(Strategy):
+    """Mutual self-attention of a target with its source.
+
+    Attributes:
+        start_step: S, the first denoising step it acts at.
+        start_layer: L, the first block it acts in.
+        union: the target looks at the source's keys beside its own.
+        tokens: words whose attention makes the masks, as places joined by ``+``; none for no masks.
+        threshold: of the scaled maps.
+        map_size: the largest side of a map that is used for masks.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"self", "joint", "cross"})
+
+    start_step: int = field(default=4, metadata={"help": "S: the first denoising step it acts at"})
+    start_layer: int = field(default=10, metadata={"help": "L: the first block it acts in"})
+    union: bool = field(default=False, metadata={"help": "look at the source's keys beside the target's own"})
+    tokens: Words = field(default=(), metadata={"help": "words for the masks, as places in the prompt joined by +"})
+    threshold: float = field(default=0.1, metadata={"help": "of the scaled maps"})
+    map_size: int = field(default=16, metadata={"help": "largest side of a cross-attention map used for masks"})
+
+    def selects(self, site: Site) -> bool:
+        if not super().selects(site):
+            return False
+        if site.kind == "cross":
+            return bool(self.tokens)
+        return site.layer is not None and site.layer >= self.start_layer
+
+    def acts(self, call: AttentionCall) -> Diffusion | None:
+        """Where and when; None elsewhere.
+
+        Raises:
+            UserError: the step is not known, or the rows do not pair.
+        """
+        now = call.diffusion
+        if now is None or now.index is None:
+            raise UserError("masactrl has to know the step: open the pipeline, not its denoiser")
+        if call.site.kind == "cross" or now.index < self.start_step:
+            return None
+        if call.q.shape[0] % (2 * len(now.branches)):
+            raise UserError(
+                f"masactrl: {call.q.shape[0]} rows in branches {'+'.join(now.branches)} are no pairs of source and "
+                "target; give the pipeline the prompts of the sources, then those of their targets"
+            )
+        return now
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        now = self.acts(call)
+        own = _sdpa(call, call.k, call.v)
+        if now is None:
+            return own
+        batch, _, length, _ = call.q.shape
+        source, target = _pairs(batch, len(now.branches), call.q.device)
+        image = slice(0, length)
+        if call.site.kind == "joint":
+            if now.layout is None:
+                raise UserError(f"masactrl: the token layout of {call.site.name} is not known")
+            image = now.layout.image(length)
+        k, v = (_exchanged(x, source, target, image, self.union) for x in (call.k, call.v))
+        part = call.replace(q=call.q[target], mask=_of(call.mask, target), bias=_of(call.bias, target))
+        masks = self.masks(now, batch, length) if call.site.kind == "self" and not self.union else None
+        if masks is None:
+            if self.union and part.mask is not None:
+                part = part.replace(mask=torch.cat([part.mask, part.mask[..., image]], -1))
+            out = _sdpa(part, k, v)
+        else:
+            there, here = masks[source], masks[target]  # [rows, T]
+            inside, outside = (_sdpa(part.replace(mask=m[:, None, None]), k, v) for m in (there, ~there))
+            out = torch.where(here[:, :, None, None], inside, outside)
+            whole = there.all(1) | ~there.any(1)
+            if whole.any():
+                out = torch.where(whole[:, None, None, None], _sdpa(part, k, v), out)
+        made = own.clone()
+        made[target] = out
+        return made
+
+    def watch(self, call: AttentionCall, out: Tensor) -> None:
+        now = call.diffusion
+        if call.site.kind != "cross" or now is None or now.layout is None or now.index is None:
+            return
+        size = now.layout.grid(call.q.shape[2])
+        if size is None or max(size) > self.map_size:
+            return
+        if max(self.tokens) >= call.k.shape[2]:
+            raise UserError(f"masactrl: the prompt has tokens 0 to {call.k.shape[2] - 1}, not {max(self.tokens)}")
+        words = torch.tensor(self.tokens, device=call.k.device)
+        maps = measure(call, [Columns(words)])[0].mean(1).sum(-1).unflatten(1, size)  # [B, h, w]
+        kept: dict[Any, Any] = now.board.setdefault(_BOARD, {})
+        at = (now.index, now.branches)
+        if kept.get("at") != at:
+            kept.clear()
+            kept["at"] = at
+            kept["maps"] = []
+        kept["maps"].append(maps)
+
+    def masks(self, now: Diffusion, batch: int, length: int) -> Tensor | None:
+        """Boolean ``[B, T]`` from the maps of this step so far, None if there are none; conditional rows decide."""
+        kept = now.board.get(_BOARD, {})
+        size = None if now.layout is None else now.layout.grid(length)
+        if not self.tokens or size is None or kept.get("at") != (now.index, now.branches):
+            return None
+        large = max((m.shape[-2:] for m in kept["maps"]), key=lambda s: s[0] * s[1])
+        maps = torch.stack([interpolate(m[:, None].float(), size=large, mode="nearest")[:, 0] for m in kept["maps"]])
+        mean = maps.mean(0)
+        low, high = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
+        cut = ((mean - low) / (high - low + 1e-8) > self.threshold).float()
+        made = interpolate(cut[:, None], size=size, mode="nearest")[:, 0].flatten(1) > 0.5
+        if "cond" in now.branches and len(now.branches) > 1:
+            made = made[now.rows("cond", batch)].repeat(len(now.branches), 1)
+        return made
+
+
+def _of(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    return x if x is None or x.shape[0] == 1 else x[rows]
+
+
+def _pairs(batch: int, branches: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of the sources and of their targets, for each branch one half after the other."""
+    rows = torch.arange(batch, device=device).reshape(branches, 2, -1)
+    return rows[:, 0].flatten(), rows[:, 1].flatten()
+
+
+def _exchanged(x: Tensor, source: Tensor, target: Tensor, image: slice, union: bool) -> Tensor:
+    """Keys or values for the targets: the source's image tokens in place of, or behind, their own."""
+    theirs = x[source][:, :, image]
+    if union:
+        return torch.cat([x[target], theirs], 2)
+    return torch.cat([x[target][:, :, : image.start], theirs, x[target][:, :, image.stop :]], 2)
+
+
+def _sdpa(call: AttentionCall, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the call's queries over other keys and values, ``[B, T, H, dv]``."""
+    mask = call.mask
+    if call.bias is not None:
+        floor = torch.finfo(call.q.dtype).min
+        mask = call.bias if mask is None else torch.where(mask, call.bias, floor)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        call.q, k, v, mask, scale=call.scale, enable_gqa=call.q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-Attention Guidance: blur what self-attention looks at most, and step away from what is predicted then.
+
+No condition is needed. At every step
+
+1. the prediction gives the clean sample x0 and the noise eps that the latents x_t are made of;
+2. the attention that each image token received, averaged over heads, is compared with 1, which is the average of every
+   map, and where it is more the mask is 1;
+3. x0 is blurred inside the mask, noised again with the same eps, and predicted again;
+4. the guided prediction is ``out + s (out - out')``.
+
+Improving Sample Quality of Diffusion Models Using Self-Attention Guidance (arXiv 2210.00939).
+
+Shapes: latents ``[B, C, H, W]``, or with frames between (``[B, C, F, H, W]``), each frame blurred by itself; the map's
+column sums ``[B, N]`` of one layer, never the map.
+
+Choices. With classifier-free guidance map, x0 and eps are those of the unconditional rows, as in diffusers' pipeline,
+and ``s`` counts on top of the guided prediction. The paper's code clips x0 to [-1, 1], which is right for pixels and
+wrong for latents: ``clip`` says. The layer is the middle block of a UNet, or the middle one of a transformer, unless
+``layers`` names it; in joint attention the weights between image tokens are normalised again. Predictions of v and of
+flows are turned into x0 and eps, which the paper does not treat. Latents that the pipeline packs into tokens (Flux,
+LTX) are blurred over the grid of tokens, channel by channel. Rows and columns come from the token layout, never from a
+square root. Blurring everything instead (``mask=all``) is the paper's blur guidance.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, pad
+
+from ..attention.statistics import Received, measure
+from ..call import AttentionCall, Denoising, Layout, Site
+from ..errors import UserError
+from ..strategy import Strategy
+from ._prediction import Prediction, pushed, some_rows
+
+__all__ = ["SAG", "blur"]
+
+_BOARD = "sag"
+
+
+def blur(x: Tensor, sigma: float, size: int) -> Tensor:
+    """Gaussian blur of the last two axes by a kernel of ``size`` (odd) with reflected borders."""
+    if sigma <= 0 or size <= 1:
+        return x
+    reach = torch.arange(size, device=x.device, dtype=torch.float64) - size // 2
+    weight = torch.exp(-0.5 * (reach / sigma) ** 2)
+    weight = (weight / weight.sum()).to(x.dtype)
+    flat = x.reshape(-1, 1, *x.shape[-2:])
+    for axis in (0, 1):
+        kernel = weight.reshape(1, 1, -1, 1) if axis == 0 else weight.reshape(1, 1, 1, -1)
+        left = size // 2
+        length = flat.shape[2 + axis]
+        while left > 0:  # a reflection reaches no farther than the image
+            step = min(left, length - 1)
+            if step == 0:
+                break
+            flat = pad(flat, (0, 0, step, step) if axis == 0 else (step, step, 0, 0), mode="reflect")
+            left, length = left - step, length + 2 * step
+        if left:
+            flat = pad(flat, (0, 0, left, left) if axis == 0 else (left, left, 0, 0), mode="replicate")
+        flat = conv2d(flat, kernel)
+    return flat.reshape(x.shape)
+
+
+def _picture(x: Tensor, layout: Layout | None) -> Tensor:
+    """Latents with rows and columns last; those packed into tokens ``[B, N, C]`` as ``[B, C, F, H, W]``."""
+    if x.ndim != 3:
+        return x
+    if layout is None:
+        raise UserError("sag: the latents are packed into tokens whose layout is not known")
+    return x.transpose(1, 2).unflatten(2, (layout.frames, layout.height, layout.width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAG(Strategy):
+    """Guidance away from a sample blurred where self-attention looks.
+
+    Attributes:
+        scale: s.
+        sigma, kernel: of the Gaussian, in latent pixels.
+        threshold: attention received, of an average of 1, above which a token is blurred.
+        mask: where the blur goes: attended tokens, everything, attended tokens turned around, or as many at random.
+        clip: clamp the predicted clean sample to [-1, 1] before blurring.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
+
+    scale: float = field(default=0.75, metadata={"help": "s: how far to push away from the blurred prediction"})
+    sigma: float = field(default=1.0, metadata={"help": "of the Gaussian blur, in latent pixels"})
+    kernel: int = field(default=9, metadata={"help": "width of the blur's kernel, odd"})
+    threshold: float = field(
+        default=1.0, metadata={"help": "blur tokens that receive more attention than this; mean 1"}
+    )
+    mask: Literal["attention", "all", "inverted", "random"] = field(
+        default="attention", metadata={"help": "what is blurred; all but attention are the paper's controls"}
+    )
+    clip: bool = field(default=False, metadata={"help": "clamp the clean sample to [-1, 1], for pixels"})
+
+    def __post_init__(self) -> None:
+        if self.kernel % 2 != 1 or self.kernel < 1:
+            raise UserError(f"sag: the kernel has an odd width, not {self.kernel}")
+
+    def selects(self, site: Site) -> bool:
+        if site.kind not in self.kinds:
+            return False
+        if self.layers is not None:
+            return site.layer in self.layers
+        if site.name.startswith(("down_blocks", "up_blocks", "mid_block")):
+            return site.name.startswith("mid_block")
+        return bool(site.peers) and site.layer == site.peers[len(site.peers) // 2]
+
+    def watch(self, call: AttentionCall, out: Tensor) -> None:
+        now = call.diffusion
+        if now is None or now.branches == ("blurred",) or self.mask == "all":
+            return
+        if now.layout is None:
+            raise UserError(f"sag: the token layout of {call.site.name} is not known, so its map has no picture")
+        if call.site.kind == "joint":
+            at = now.layout.image(call.q.shape[2])
+            call = call.replace(q=call.q[:, :, at], k=call.k[:, :, at], v=call.v[:, :, at], mask=None, bias=None)
+        weight = torch.ones(1, call.q.shape[2], 1, device=call.q.device)
+        received = measure(call, [Received(weight)])[0][..., 0].mean(1)  # [B, N], mean 1
+        now.board[_BOARD] = received
+
+    def denoise(self, call: Denoising) -> Tensor:
+        call.now.board.pop(_BOARD, None)
+        plain = call.predict()
+        guided = call.guidance_scale is not None
+        if not self.scale or (guided and call.now.branches == ("cond",)):
+            return plain
+        rows = call.now.rows("uncond", len(plain)) if "uncond" in call.now.branches else slice(0, len(plain))
+        noisy = call.latents[rows]
+        out = plain[rows, : noisy.shape[1]]  # a learned variance may stand behind the prediction
+        rule = Prediction.of(call)
+        clean, noise = rule.split(noisy, out)
+        clean = clean.clamp(-1, 1) if self.clip else clean
+        picture = _picture(clean, call.now.layout)
+        where = self.where(call.now.board.get(_BOARD), picture, rows, len(plain), call.now.layout)
+        worse = where * blur(picture, self.sigma, self.kernel) + (1 - where) * picture
+        worse = worse if picture is clean else worse.flatten(2).transpose(1, 2)
+        name = next(iter(call.given))
+        changed = {**some_rows(call, rows), name: rule.joined(worse, noise).to(noisy.dtype)}
+        again = call.predict("blurred", **changed)[:, : out.shape[1]]
+        return pushed(call, plain, self.scale * (out - again))
+
+    def where(self, received: Tensor | None, clean: Tensor, rows: slice, batch: int, layout: Layout | None) -> Tensor:
+        """The mask in the shape of the latents, with one channel."""
+        if self.mask == "all":
+            return torch.ones_like(clean[:, :1])
+        if received is None or layout is None:
+            raise UserError("sag: the layer was not run; name one of the model's with layers=")
+        received = received.unflatten(0, (batch, -1)).flatten(1, 2)[rows]  # frames that attend apart stand in rows
+        frames = layout.frames if received.shape[1] % layout.frames == 0 else 1
+        size = layout.grid(received.shape[1] // frames)
+        if size is None:
+            raise UserError(f"sag: {received.shape[1]} tokens are no picture of {layout.height} x {layout.width}")
+        hot = (received > self.threshold).to(clean.dtype)
+        if self.mask == "inverted":
+            hot = 1 - hot
+        if self.mask == "random":
+            order = torch.rand(hot.shape, device=hot.device).argsort(1).argsort(1)
+            hot = (order < hot.sum(1, keepdim=True)).to(clean.dtype)
+        hot = hot.reshape(clean.shape[0], -1, *size)  # [B, F, h, w]
+        large = interpolate(hot, size=clean.shape[-2:], mode="nearest")
+        if clean.ndim == 4:
+            return large[:, :1]
+        return interpolate(large[:, None], size=clean.shape[-3:], mode="nearest")
