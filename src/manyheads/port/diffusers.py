@@ -166,7 +166,11 @@ class DiffusersPort:
 
     def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
         """What ``strategy`` kept, by site name and then by branch; readable after closing too."""
-        return {state.site.name: entry.memory for state, entry in self._entries if entry.strategy is strategy}
+        return {site.name: memory for site, memory in self.kept(strategy)}
+
+    def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
+        """The same with the sites themselves, of the kind they showed, in the order of the model."""
+        return [(state.last or state.site, e.memory) for state, e in self._entries if e.strategy is strategy]
 
     def _choose(self, strategy: Strategy, sites: list[tuple[Site, nn.Module]]) -> set[int]:
         """Sites that a strategy may act at: those it selects as any kind, since a joint sequence shows only later."""
