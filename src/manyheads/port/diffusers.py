@@ -75,6 +75,25 @@ def _acts(strategy: Strategy) -> bool:
     return any(overrides(strategy, method) for method in _METHODS if method != "denoise")
 
 
+def _choose(target: Any, strategy: Strategy, sites: list[tuple[Site, nn.Module]]) -> set[int]:
+    """Sites that a strategy may act at: those it selects as any kind, since a joint sequence shows only later."""
+    if not any(overrides(strategy, method) for method in _METHODS):
+        raise UserError(f"{strategy.slug} does not act on the attention of a denoiser: `manyheads list --wing guides`")
+    if overrides(strategy, "store"):
+        raise UserError(f"{strategy.slug} keeps a cache of keys and values, and a denoiser has none")
+    at = {
+        site.index
+        for site, _ in sites
+        if any(strategy.selects(replace(site, kind=kind)) for kind in {site.kind, "self", "cross", "joint"})
+    }
+    if not at:
+        raise UserError(
+            f"{strategy.spec} finds no attention to act on in {type(target).__name__}: it has {len(sites)} "
+            f"sites in layers 0 to {max(site.layer or 0 for site, _ in sites)}"
+        )
+    return at
+
+
 def replace_forward(
     module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Callable[[], None]:
@@ -129,7 +148,7 @@ class DiffusersPort:
                 f"{type(self.target).__name__} has no attention that the port of diffusers can enter; give a pipeline "
                 "with a transformer or a unet, or such a model"
             )
-        chosen = [self._choose(strategy, sites) for strategy in self.strategies]
+        chosen = [_choose(self.target, strategy, sites) for strategy in self.strategies]
         self._traced: list[SiteState] = []
         self._entries = []
         try:
@@ -171,26 +190,6 @@ class DiffusersPort:
     def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
         """The same with the sites themselves, of the kind they showed, in the order of the model."""
         return [(state.last or state.site, e.memory) for state, e in self._entries if e.strategy is strategy]
-
-    def _choose(self, strategy: Strategy, sites: list[tuple[Site, nn.Module]]) -> set[int]:
-        """Sites that a strategy may act at: those it selects as any kind, since a joint sequence shows only later."""
-        if not any(overrides(strategy, method) for method in _METHODS):
-            raise UserError(
-                f"{strategy.slug} does not act on the attention of a denoiser: `manyheads list --wing guides`"
-            )
-        if overrides(strategy, "store"):
-            raise UserError(f"{strategy.slug} keeps a cache of keys and values, and a denoiser has none")
-        at = {
-            site.index
-            for site, _ in sites
-            if any(strategy.selects(replace(site, kind=kind)) for kind in {site.kind, "self", "cross", "joint"})
-        }
-        if not at:
-            raise UserError(
-                f"{strategy.spec} finds no attention to act on in {type(self.target).__name__}: it has {len(sites)} "
-                f"sites in layers 0 to {max(site.layer or 0 for site, _ in sites)}"
-            )
-        return at
 
     def _attach(self, site: Site, module: nn.Module, strategies: list[Strategy]) -> None:
         state: SiteState | None = module.__dict__.get(_STATE)
