@@ -16,14 +16,26 @@ import numpy as np
 from ..heads import Curve, HeadTable
 from ..lens import Findings
 from .figures import (
-    LEVELS, Line, Scale, bars, colours, data_uri, heat, lines, markup, number, pixels, plain, scale_of,
+    LEVELS,
+    Line,
+    Scale,
+    bars,
+    colours,
+    data_uri,
+    heat,
+    lines,
+    markup,
+    number,
+    pixels,
+    plain,
+    scale_of,
 )  # fmt: skip
 from .ribbon import ribbon
 from .run import WHERE, Probed
 
-__all__ = ["card_of", "fill", "heads_shown", "layer_card", "render"]
+__all__ = ["DECADES", "card_of", "fill", "heads_of", "heads_shown", "layer_card", "maps_of", "render"]
 
-_DECADES = 4  # of the logarithmic colours of maps
+DECADES = 4  # of the logarithmic colours of maps
 _MAPS = 430_000  # bytes that all maps may take in the page
 _VALUES = 400  # heads whose values are written out
 _RECORDS = 25
@@ -68,13 +80,13 @@ def render(seen: Probed) -> str:
                 cards.append(card_of(made, name, tables, sites))
         groups.append({"slug": spec, "about": _about(spec), "notes": found.notes, "cards": [c for c in cards if c]})
     own = seen.found[WHERE]
-    maps, cell = _maps(own, sites, max(len(p.ids) for p in seen.prompts))
+    maps, cell = maps_of(own, sites, max(len(p.ids) for p in seen.prompts))
     tokens, prompts, series = ribbon(seen)
     first = next((t for f in seen.found.values() for t in f.tables.values() if t.values.shape[2] > 1), None)
     thumbs = list(_thumbs(first, own, maps, sites)) if first is not None else []
     channels = [card for spec, found in seen.found.items() for card in _channels(spec, found, tables)]
     data = {
-        "tables": tables, "maps": maps, "heads": _heads(own, sites), "cell": cell, "decades": _DECADES,
+        "tables": tables, "maps": maps, "heads": heads_of(own, sites), "cell": cell, "decades": DECADES,
         "colours": colours(False), "prompts": prompts, "series": series, "shown": tokens["index"] if tokens else 0,
     }  # fmt: skip
     return fill(
@@ -193,7 +205,8 @@ def _flow(seen: Probed) -> str:
     )  # fmt: skip
 
 
-def _heads(own: Findings, sites: Sequence[str]) -> dict[str, int]:
+def heads_of(own: Findings, sites: Sequence[str]) -> dict[str, int]:
+    """Heads of each site that has maps, by its number among ``sites``."""
     table = next(iter(own.tables.values()))
     return {str(sites.index(site)): table.values.shape[2] for site in table.sites}
 
@@ -204,7 +217,7 @@ def _halved(x: Any) -> Any:
     return x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2).mean((1, 3))
 
 
-def _maps(own: Findings, sites: Sequence[str], length: int) -> tuple[dict[str, str], int]:
+def maps_of(own: Findings, sites: Sequence[str], length: int) -> tuple[dict[str, str], int]:
     """Pictures of all heads, as large as the page has room for, and the tokens on a side of a cell."""
     table = next(iter(own.tables.values()))
     shown = {
@@ -218,7 +231,7 @@ def _maps(own: Findings, sites: Sequence[str], length: int) -> tuple[dict[str, s
         made = {}
         for key, values in shown.items():
             top = float(values.max()) or 1.0
-            levels = Scale(top * 10**-_DECADES, top, log=True).levels(np.where(values > 0, values, np.nan))
+            levels = Scale(top * 10**-DECADES, top, log=True).levels(np.where(values > 0, values, np.nan))
             # Every other colour, as a reader tells no more apart: a fifth fewer bytes.
             made[key] = data_uri(pixels(np.where(levels < LEVELS, levels | 1, levels)))
         side = next(iter(shown.values())).shape[0]
@@ -229,7 +242,7 @@ def _maps(own: Findings, sites: Sequence[str], length: int) -> tuple[dict[str, s
 
 def _thumbs(first: HeadTable, own: Findings, maps: dict[str, str], sites: Sequence[str]) -> Iterator[dict[str, str]]:
     """Maps of the heads that the first score ranks highest."""
-    heads = _heads(own, sites)
+    heads = heads_of(own, sites)
     for head in first.top(6):
         site = sites.index(first.sites[head[0]])
         group = max(1, heads.get(str(site), 0) // first.values.shape[2])

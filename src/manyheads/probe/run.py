@@ -26,7 +26,10 @@ from .anatomy import Anatomy
 from .naming import DEFAULT, Part, check_roles, parse_lenses
 from .prompts import SHORTEST, Prompt, draw
 
-__all__ = ["SAMPLES", "WHERE", "Probed", "probe", "reach", "read_prompts", "reading", "token_losses"]
+__all__ = [
+    "SAMPLES", "WHERE", "Probed", "describe", "document_of", "plain_values", "probe", "reach", "read_prompts",
+    "reading", "token_losses",
+]  # fmt: skip
 
 SAMPLES = 6
 WHERE = "attention"  # the name under which our own look stands among the findings
@@ -74,29 +77,30 @@ class Probed:
             for p in self.prompts
         ]
         return {
-            "run": self.run, "prompts": prompts, "loss": self.loss, "losses": _plain(self.losses),
-            "findings": {spec: _document(found) for spec, found in self.found.items()}, "ablation": curve,
+            "run": self.run, "prompts": prompts, "loss": self.loss, "losses": plain_values(self.losses),
+            "findings": {spec: document_of(found) for spec, found in self.found.items()}, "ablation": curve,
         }  # fmt: skip
 
 
-def _document(found: Findings) -> dict[str, Any]:
+def document_of(found: Findings) -> dict[str, Any]:
+    """Findings fit for JSON, without their maps."""
     return {
         "tables": {name: made.document() for name, made in found.tables.items()},
-        "series": {name: _plain(rows) for name, rows in found.series.items()},
-        "channels": {name: _plain(values) for name, values in found.channels.items()},
-        "records": {name: _plain(rows) for name, rows in found.records.items()},
+        "series": {name: plain_values(rows) for name, rows in found.series.items()},
+        "channels": {name: plain_values(values) for name, values in found.channels.items()},
+        "records": {name: plain_values(rows) for name, rows in found.records.items()},
         "notes": list(found.notes),
     }
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Arrays and tensors as lists, NaN and infinity as None."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_values(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_values(v) for v in value]
     if isinstance(value, np.ndarray | torch.Tensor | np.generic):
-        return _plain(value.tolist())
+        return plain_values(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | bool | None) else str(value)
@@ -176,7 +180,7 @@ def probe(
     found, losses = read_prompts(model, prompts, [*chosen, own], lambda i, m: say(i, looks, m))
     shown = {lens.spec: one for lens, one in zip(chosen, found, strict=False)}
     shown[WHERE] = found[-1]
-    run = _describe(model, tokenizer, prompts, read, origin, command)
+    run = describe(model, prompts, read, origin, command)
     run["settings"] = {
         "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),
         "generated": generate, "roles": sorted(parts), "layers": None if layers is None else list(layers),
@@ -314,8 +318,8 @@ def _curve(model: nn.Module, made: HeadTable, prompts: Sequence[Prompt], seed: i
     return ablation_curve(made, counts, loss, draws=_DRAWS, seed=seed)
 
 
-def _describe(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], read: Sequence[Text], origin: str | None,
+def describe(
+    model: nn.Module, prompts: Sequence[Prompt], read: Sequence[Text], origin: str | None,
     command: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """What stands at the foot of the page."""

@@ -54,8 +54,8 @@ def print_probed(seen: Probed, place: Path, console: Console) -> None:
         score, made = seen.curve
         loss, control = made.chosen, made.control
         console.print(
-            f"Without the {made.counts[-1]} heads highest in {score} the loss is {loss[-1] - loss[0]:+.3f} nats; without "
-            f"as many random heads of the same layers {control[:, -1].min() - loss[0]:+.3f} to "
+            f"Without the {made.counts[-1]} heads highest in {score} the loss is {loss[-1] - loss[0]:+.3f} nats; "
+            f"without as many random heads of the same layers {control[:, -1].min() - loss[0]:+.3f} to "
             f"{control[:, -1].max() - loss[0]:+.3f}.",
             markup=False,
         )
@@ -83,8 +83,7 @@ def _median(made: HeadTable) -> str:
 
 def print_diagnosis(found: Diagnosis, place: Path, console: Console) -> None:
     """What is unusual, one line a finding, what to do about it below."""
-    from rich import box
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
     run = found.run
@@ -93,14 +92,11 @@ def print_diagnosis(found: Diagnosis, place: Path, console: Console) -> None:
         f"{run['settings']['seed']}, loss {found.loss:.3f} nats/token",
         markup=False,
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "what", "figure", "threshold", "what it means"):
-        table.add_column(column, no_wrap=column in ("", "what"), ratio=3 if column == "what it means" else None)
     styles = {"watch": "bold yellow", "note": "cyan", "fine": "green", "unknown": "dim"}
     for sign in found.signs:
-        table.add_row(
-            Text(sign.level, styles[sign.level]), Text(sign.title), Text(sign.figure), Text(sign.threshold, "dim"),
-            Text(f"{sign.says} {sign.advice}".strip()),
-        )  # fmt: skip
-    console.print(table)
+        head = Text.assemble((f"{sign.level:7}", styles[sign.level]), (sign.title, "bold"), f": {sign.figure}")
+        says = Text(f"{sign.says} {sign.advice}".strip())
+        says.append(f" (threshold: {sign.threshold})" if sign.threshold else "", "dim")
+        console.print(head)
+        console.print(Padding(says, (0, 0, 1, 7)))
     console.print(f"page: {place}", markup=False, soft_wrap=True)
