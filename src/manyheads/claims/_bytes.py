@@ -6,10 +6,11 @@ seed, keeps the one with the least loss on text set aside, and is trained with i
 see the same bytes in the same order.
 """
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from manyheads.models.training import Draw, Optimizer
     from manyheads.strategy import Strategy
 
-__all__ = ["Corpus", "Task", "corpus", "estimate", "text_draw", "trained", "windows"]
+__all__ = ["Corpus", "Task", "TextSize", "corpus", "estimate", "losses", "text_draw", "trained", "windows"]
+
+Arm = TypeVar("Arm", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,63 @@ def trained(
     losses = [task.loss(model) if len(tried) > 1 else 0.0 for model, _ in tried]
     first, rate = tried[losses.index(min(losses))]
     return [first, *(one(seed, rate) for seed in setting.seeds[1:])], rate
+
+
+@dataclass(frozen=True, slots=True)
+class TextSize:
+    """How much is trained on text, and judged by.
+
+    Attributes:
+        config: of the decoders.
+        parameters: of every arm.
+        batch: sequences of a step, each of ``config.length`` bytes.
+        steps: of every training.
+        rates: learning rates to try.
+        windows: stretches of text to tune with, and as many to judge by.
+    """
+
+    config: "DecoderConfig"
+    parameters: int
+    batch: int
+    steps: int
+    rates: tuple[float, ...]
+    windows: int
+
+
+def losses(
+    setting: "Setting", size: TextSize, arms: "Mapping[Arm, tuple[str, Optimizer]]", share: float = 1.0
+) -> "tuple[dict[Arm, Tensor], dict[Arm, float]]":
+    """Train every arm, a strategy and what trains it, on text, and judge it on files that no arm has seen.
+
+    Args:
+        setting: of the claim; hears of progress.
+        size: of what is trained.
+        arms: what is trained by what.
+        share: of the claim's work that this is.
+
+    Returns:
+        Bits per byte of each arm, ``[seeds, windows]``, and the learning rate that it chose.
+    """
+    import torch
+
+    from manyheads.models.training import nats
+
+    text, length = corpus(), size.config.length
+    tune, test = (windows(part, size.windows, length, 0).to(setting.device) for part in (text.tune, text.test))
+    bits, rates = {}, {}
+    for i, (arm, (strategy, optimizer)) in enumerate(arms.items()):
+        task = Task(
+            size.config, size.parameters, size.steps, size.rates,
+            draw=lambda seed: text_draw(text.train, size.batch, length, seed, setting.device),
+            loss=lambda model: float(nats(model, tune).mean()), optimizer=optimizer,
+        )  # fmt: skip
+
+        def progress(done: float, i: int = i, message: str = f"training {strategy} by {optimizer}") -> None:
+            setting.progress(message, share * (i + done) / len(arms))
+
+        models, rates[arm] = trained(task, strategy, setting, progress)
+        bits[arm] = torch.stack([nats(model, test).mean(1) / math.log(2) for model in models])
+    return bits, rates
 
 
 def with_strategy(model: "Decoder", strategy: "Strategy | str") -> "Decoder":

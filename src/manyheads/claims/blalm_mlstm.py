@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from manyheads.claims import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from manyheads.models.decoder import DecoderConfig
+    from manyheads.claims._bytes import TextSize
 
 SOFTMAX, PLAIN, STATIC, DYNAMIC = "softmax", "mlstm", "mlstm + window", "mlstm + window, dynamic"
 Optimizer = Literal["adamw", "muon"]
@@ -28,28 +26,25 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon")
 class Scale:
     """How much is trained."""
 
-    config: "DecoderConfig"
-    parameters: int
+    text: "TextSize"
     window: int
-    batch: int
-    steps: int
-    rates: tuple[float, ...]
-    windows: int  # of text, to judge by
     arms: tuple[str, ...]
 
 
 def scale(setting: Setting) -> Scale:
     """The size of a run: quick in 30 s on two cores, full in ten minutes, on a GPU in three."""
+    from manyheads.claims._bytes import TextSize
     from manyheads.models.decoder import DecoderConfig
 
     every = (SOFTMAX, PLAIN, STATIC, DYNAMIC)
     small = DecoderConfig(256, dim=64, layers=3, heads=4, length=128)
     if setting.quick:
-        return Scale(small, 180_000, 32, 8, 30, (3e-3,), 16, (PLAIN, DYNAMIC))
+        return Scale(TextSize(small, 180_000, 8, 30, (3e-3,), 16), 32, (PLAIN, DYNAMIC))
     rates = (1e-3, 3e-3, 1e-2)
     if setting.device == "cpu":
-        return Scale(small, 180_000, 32, 8, 150, rates, 64, every)
-    return Scale(DecoderConfig(256, dim=256, layers=4, heads=4, length=512), 4_000_000, 64, 32, 150, rates, 128, every)
+        return Scale(TextSize(small, 180_000, 8, 150, rates, 64), 32, every)
+    large = DecoderConfig(256, dim=256, layers=4, heads=4, length=512)
+    return Scale(TextSize(large, 4_000_000, 32, 150, rates, 128), 64, every)
 
 
 def spec(arm: str, window: int) -> str:
@@ -58,42 +53,17 @@ def spec(arm: str, window: int) -> str:
     return SOFTMAX if arm == SOFTMAX else "blalm_mlstm" + beside[arm]
 
 
-def losses(setting: Setting, size: Scale) -> "tuple[dict[Runs, Tensor], dict[Runs, float]]":
-    """Bits per byte by arm and optimiser, ``[seeds, windows]``, and the learning rate that each chose."""
-    import math
-
-    import torch
-
-    from manyheads.claims._bytes import Task, corpus, text_draw, trained, windows
-    from manyheads.models.training import nats
-
-    text, length = corpus(), size.config.length
-    tune, test = (windows(part, size.windows, length, 0).to(setting.device) for part in (text.tune, text.test))
-    runs = [(arm, optimizer) for arm in size.arms for optimizer in OPTIMIZERS]
-    bits, rates = {}, {}
-    for i, (arm, optimizer) in enumerate(runs):
-        task = Task(
-            size.config, size.parameters, size.steps, size.rates,
-            draw=lambda seed: text_draw(text.train, size.batch, length, seed, setting.device),
-            loss=lambda model: float(nats(model, tune).mean()), optimizer=optimizer,
-        )  # fmt: skip
-
-        def progress(done: float, i: int = i, arm: str = arm, optimizer: str = optimizer) -> None:
-            setting.progress(f"{arm}, {optimizer}", (i + done) / len(runs))
-
-        models, rates[arm, optimizer] = trained(task, spec(arm, size.window), setting, progress)
-        bits[arm, optimizer] = torch.stack([nats(model, test).mean(1) / math.log(2) for model in models])
-    return bits, rates
-
-
 def run(setting: Setting) -> Outcome:
     """Train every arm with both optimisers, and judge."""
     import torch
 
-    from manyheads.claims._bytes import estimate
+    from manyheads.claims._bytes import estimate, losses
 
     size = scale(setting)
-    bits, rates = losses(setting, size)
+    runs: dict[Runs, tuple[str, Optimizer]] = {
+        (arm, optimizer): (spec(arm, size.window), optimizer) for arm in size.arms for optimizer in OPTIMIZERS
+    }
+    bits, rates = losses(setting, size.text, runs)
     figures: list[Figure] = []
     for (arm, optimizer), each in bits.items():
         estimate(figures, f"loss of {arm}, {optimizer}", each, "bits/byte")

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING
 from manyheads.claims import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from manyheads.models.decoder import DecoderConfig
+    from manyheads.claims._bytes import TextSize
 
 FLAT = 1.1  # time per token at 8 times the length over that at 1 that still counts as constant: the paper's 10 %
 ARMS = {
@@ -36,12 +34,7 @@ FACTORS = (1, 2, 4, 8)
 class Scale:
     """How much is trained and timed."""
 
-    config: "DecoderConfig"
-    parameters: int
-    batch: int
-    steps: int
-    rates: tuple[float, ...]
-    windows: int  # of text, to judge by
+    text: "TextSize"
     arms: tuple[str, ...]
     heads: int  # of the mixer that is timed, 64 channels each
     length: int  # the shortest that is timed
@@ -51,44 +44,17 @@ class Scale:
 
 def scale(setting: Setting) -> Scale:
     """The size of a run: quick in 30 s on two cores, full in ten minutes, on a GPU in three."""
+    from manyheads.claims._bytes import TextSize
     from manyheads.models.decoder import DecoderConfig
 
     small = DecoderConfig(256, dim=64, layers=4, heads=4, length=256)
     if setting.quick:
-        arms = ("softmax", "tnl", "tnl, no decay")
-        return Scale(small, 220_000, 8, 30, (3e-3,), 16, arms, 2, 256, 2048, 3)
+        return Scale(TextSize(small, 220_000, 8, 30, (3e-3,), 16), ("softmax", "tnl", "tnl, no decay"), 2, 256, 2048, 3)
     rates = (1e-3, 3e-3, 1e-2)
     if setting.device == "cpu":
-        return Scale(small, 220_000, 8, 150, rates, 64, tuple(ARMS), 4, 512, 8192, 5)
+        return Scale(TextSize(small, 220_000, 8, 150, rates, 64), tuple(ARMS), 4, 512, 8192, 5)
     large = DecoderConfig(256, dim=256, layers=6, heads=4, length=1024)
-    return Scale(large, 5_000_000, 32, 300, rates, 128, tuple(ARMS), 16, 2048, 65_536, 10)
-
-
-def losses(setting: Setting, size: Scale) -> "tuple[dict[str, Tensor], dict[str, float]]":
-    """Bits per byte of every arm, ``[seeds, windows]``, and the learning rate that each chose."""
-    import math
-
-    import torch
-
-    from manyheads.claims._bytes import Task, corpus, text_draw, trained, windows
-    from manyheads.models.training import nats
-
-    text, length = corpus(), size.config.length
-    tune, test = (windows(part, size.windows, length, 0).to(setting.device) for part in (text.tune, text.test))
-    task = Task(
-        size.config, size.parameters, size.steps, size.rates,
-        draw=lambda seed: text_draw(text.train, size.batch, length, seed, setting.device),
-        loss=lambda model: float(nats(model, tune).mean()),
-    )  # fmt: skip
-    bits, rates = {}, {}
-    for i, arm in enumerate(size.arms):
-
-        def progress(done: float, i: int = i, arm: str = arm) -> None:
-            setting.progress(f"training {arm}", 0.8 * (i + done) / len(size.arms))
-
-        models, rates[arm] = trained(task, ARMS[arm], setting, progress)
-        bits[arm] = torch.stack([nats(model, test).mean(1) / math.log(2) for model in models])
-    return bits, rates
+    return Scale(TextSize(large, 5_000_000, 32, 300, rates, 128), tuple(ARMS), 16, 2048, 65_536, 10)
 
 
 def times(setting: Setting, size: Scale) -> dict[tuple[str, int], list[float]]:
@@ -134,11 +100,11 @@ def run(setting: Setting) -> Outcome:
     """Train and time, and judge."""
     import numpy as np
 
-    from manyheads.claims._bytes import estimate
+    from manyheads.claims._bytes import estimate, losses
     from manyheads.compare import stats
 
     size = scale(setting)
-    bits, rates = losses(setting, size)
+    bits, rates = losses(setting, size.text, {arm: (ARMS[arm], "adamw") for arm in size.arms}, share=0.8)
     figures: list[Figure] = []
     for arm in size.arms:
         estimate(figures, f"loss of {arm}", bits[arm], "bits/byte")
