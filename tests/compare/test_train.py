@@ -74,6 +74,7 @@ def test_every_figure_is_there(results):
     for arm in summary.arms:
         assert set(arm.figures) == {"loss", "beyond", "recall", "needle"}
         assert [(first, last) for first, last, _, _ in arm.spans] == [(0, 32), (32, 128), (128, 256)]
+        assert set(arm.speeds) == set(TINY.speed_lengths)
         assert set(arm.state) == set(arm.decode) == {128, 160} and arm.speed is not None and arm.rate in TINY.rates
         assert 2 < arm.figures["loss"].value < np.log(256)
     assert not summary.base.deltas and set(summary.arms[1].deltas) == set(summary.base.figures)

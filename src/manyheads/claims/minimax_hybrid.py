@@ -51,7 +51,7 @@ def scale(setting: Setting) -> Scale:
     if setting.device == "cpu":
         return Scale(small, 90_000, 4, 4, 64, 500, rates, 256, every)
     large = DecoderConfig(128, dim=128, layers=2, heads=4, length=128)
-    return Scale(large, 420_000, 16, 8, 64, 1500, rates, 1024, every)
+    return Scale(large, 420_000, 16, 8, 64, 800, rates, 1024, every)
 
 
 def spec(arm: str, size: Scale) -> str:

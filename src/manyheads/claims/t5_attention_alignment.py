@@ -73,7 +73,7 @@ def run(setting: Setting) -> Outcome:
     from manyheads.models.training import nats
 
     text, cuda, quick, device = corpus(), setting.device == "cuda", setting.quick, setting.device
-    length, batch, steps, count = (256, 64, 600, 96) if cuda else (64, 16, 80, 16) if quick else (128, 8, 700, 32)
+    length, batch, steps, count = (256, 64, 600, 96) if cuda else (64, 16, 80, 16) if quick else (128, 8, 400, 32)
     times = (1, 2, 4) if quick else (1, 2, 4, 8)
     lengths = [length * more for more in times[1:]]
     dim, heads = (256, 4) if cuda else (64, 2)
@@ -128,7 +128,7 @@ def run(setting: Setting) -> Outcome:
         held = needles(64, length, torch.Generator().manual_seed(11))[0].to(device)
         recall = Task(
             DecoderConfig(vocab=FILLER + KINDS * (1 + VALUES), dim=64, layers=2, heads=2, length=length), 110_000,
-            600, rates, lambda seed: lambda step: draw(seed, step), lambda model: -sum(recalled(model, held)),
+            600 if cuda else 400, rates, lambda seed: lambda step: draw(seed, step), lambda model: -sum(recalled(model, held)),
         )  # fmt: skip
         models, rate = trained(
             recall, "softmax:position=t5", setting, lambda done: setting.progress("recall", (2 + 0.7 * done) / 3)

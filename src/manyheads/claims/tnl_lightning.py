@@ -54,7 +54,7 @@ def scale(setting: Setting) -> Scale:
     if setting.device == "cpu":
         return Scale(TextSize(small, 220_000, 8, 150, rates, 64), tuple(ARMS), 4, 512, 8192, 5)
     large = DecoderConfig(256, dim=256, layers=6, heads=4, length=1024)
-    return Scale(TextSize(large, 5_000_000, 32, 300, rates, 128), tuple(ARMS), 16, 2048, 65_536, 10)
+    return Scale(TextSize(large, 5_000_000, 32, 240, rates, 128), tuple(ARMS), 16, 2048, 65_536, 10)
 
 
 def times(setting: Setting, size: Scale) -> dict[tuple[str, int], list[float]]:

@@ -62,6 +62,11 @@ class Size:
         return max(1, self.tokens // self.length)
 
     @property
+    def speed_lengths(self) -> list[int]:
+        """Lengths at which training is timed, ``tokens`` at a time: of ``lengths`` those of two steps or less."""
+        return [self.length, *(n for n in self.lengths if self.length < n <= 2 * self.tokens)]
+
+    @property
     def step(self) -> int:
         """Tokens of a step on text."""
         return self.batch * self.length

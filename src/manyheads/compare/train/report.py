@@ -173,5 +173,6 @@ def _row(summary: Trained, arm: Mixer, shown: list[str], lengths: list[int]) -> 
     return {
         "key": arm.key, "parameters": arm.parameters, "rate": "" if arm.rate is None else f"{arm.rate:g}",
         "cells": cells, "costs": costs, "crossover": "" if arm is base else crossover_text(arm),
+        "train_crossover": "" if arm is base else crossover_text(arm, training=True),
         "by_length": [f"{size_text(arm.state[n])}, {arm.decode[n].value:.3g} ms" for n in lengths if n in arm.decode],
     }  # fmt: skip

@@ -48,8 +48,10 @@ class Mixer:
         spans: loss by part of the held-out windows, ``(first, last, figure, delta to softmax)``.
         curve: loss by training tokens, mean over seeds.
         tuned: validation loss by learning rate.
-        speed: training tokens per second; state: bytes, and decode: milliseconds of a token, by length.
+        speed: training tokens per second at the trained length, and speeds: by length.
+        state: bytes, and decode: milliseconds of a token, by length.
         crossover: the length from which on decoding is faster than that of softmax; None if there is none.
+        train_crossover: likewise of training.
         model: folder of the first training's model.
     """
 
@@ -68,6 +70,8 @@ class Mixer:
     state: dict[int, float] = field(default_factory=dict)
     decode: dict[int, Estimate] = field(default_factory=dict)
     crossover: float | None = None
+    speeds: dict[int, Estimate] = field(default_factory=dict)
+    train_crossover: float | None = None
     needle_nats: float | None = None
 
 
@@ -122,7 +126,7 @@ def summarise(results: Results) -> Trained:
         rate = rate_of(rows, key)
         figures, deltas = _figures(results, key, base)
         decode = {n: stats.spread(_values(rows, "cost", "decode", n)) for n in _lengths(rows, "decode")}
-        speed = _values(rows, "cost", "speed")
+        speeds = {n: stats.spread(_values(rows, "cost", "speed", n)) for n in _lengths(rows, "speed")}
         needle = [row["nats"] for row in rows if row["metric"] == "needle"]
         arms.append(
             Mixer(
@@ -130,9 +134,11 @@ def summarise(results: Results) -> Trained:
                 len(rates) > 2 and rate in (min(rates), max(rates)), model_folder(results.folder, key, 0), figures,
                 deltas, _spans(results, key, base), _curve(rows),
                 {row["rate"]: row["value"] for row in rows if row["task"] == "tune"},
-                stats.spread(speed) if len(speed) else None,
+                speeds.get(run["settings"]["length"]),
                 {n: float(_values(rows, "cost", "bytes", n)[0]) for n in _lengths(rows, "bytes")}, decode,
-                crossover(decode, arms[0].decode) if arms else None, float(np.mean(needle)) if needle else None,
+                crossover(decode, arms[0].decode) if arms else None, speeds,
+                crossover(_times(speeds), _times(arms[0].speeds)) if arms else None,
+                float(np.mean(needle)) if needle else None,
             )
         )  # fmt: skip
     return Trained(results, arms)
@@ -153,6 +159,10 @@ def crossover(mine: dict[int, Estimate], base: dict[int, Estimate]) -> float | N
     i = slow[-1]
     part = behind[i] / (behind[i] - behind[i + 1])
     return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** part)
+
+
+def _times(speeds: dict[int, Estimate]) -> dict[int, Estimate]:
+    return {n: Estimate(1 / s.value, 1 / s.high, 1 / s.low, s.n, s.contexts) for n, s in speeds.items()}
 
 
 def _figures(results: Results, key: str, base: str) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
@@ -246,7 +256,8 @@ def _plain(arm: Mixer, base: Mixer, best: list[str]) -> dict[str, Any]:
         "spans": [
             {"first": a, "last": b, "nats_per_byte": _numbers(e), "delta": _numbers(d)} for a, b, e, d in arm.spans
         ],
-        "training_tokens_per_second": speed, "state_bytes": {str(n): size for n, size in arm.state.items()},
+        "training_tokens_per_second": speed, "training_speeds": {str(n): _numbers(e) for n, e in arm.speeds.items()},
+        "training_crossover": arm.train_crossover, "state_bytes": {str(n): size for n, size in arm.state.items()},
         "decode_ms": {str(n): _numbers(e) for n, e in arm.decode.items()}, "decode_crossover": arm.crossover,
         "model": str(arm.model),
     }  # fmt: skip

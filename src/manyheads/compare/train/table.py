@@ -20,14 +20,15 @@ def length_text(length: float) -> str:
     return f"{length / 1024:.3g}k" if length >= 1024 else f"{length:.0f}"
 
 
-def crossover_text(arm: Mixer) -> str:
-    """From which length on decoding is faster than softmax, in a few words."""
-    if not arm.decode:
+def crossover_text(arm: Mixer, training: bool = False) -> str:
+    """From which length on decoding, or training, is faster than softmax, in a few words."""
+    measured, found = (arm.speeds, arm.train_crossover) if training else (arm.decode, arm.crossover)
+    if not measured:
         return ""
-    first, last = min(arm.decode), max(arm.decode)
-    if arm.crossover is None:
+    first, last = min(measured), max(measured)
+    if found is None:
         return f"not up to {length_text(last)}"
-    return f"from {length_text(arm.crossover)}" + (" or less" if arm.crossover <= first else "")
+    return f"from {length_text(found)}" + (" or less" if found <= first else "")
 
 
 def print_summary(summary: Trained, console: Console) -> None:
@@ -50,6 +51,7 @@ def print_summary(summary: Trained, console: Console) -> None:
         "training\ntokens/s",
         f"state\nat {longest}",
         f"ms/token\nat {longest}",
+        "trains faster\nthan softmax",
         "decodes faster\nthan softmax",
     ]
     for heading in headings:
@@ -96,7 +98,7 @@ def interval(figure: Estimate) -> str:
 
 def _costs(arm: Mixer, base: Mixer) -> list[Text]:
     if arm.speed is None or base.speed is None:
-        return [Text("")] * 4
+        return [Text("")] * 5
     last = max(arm.decode)
     pairs = (
         (f"{arm.speed.value:,.0f}", arm.speed.value / base.speed.value),
@@ -104,4 +106,4 @@ def _costs(arm: Mixer, base: Mixer) -> list[Text]:
         (f"{arm.decode[last].value:.2f}", arm.decode[last].value / base.decode[last].value),
     )
     cells = [Text(text).append("" if arm is base else f"\n×{ratio:.3g}", "dim") for text, ratio in pairs]
-    return [*cells, Text("" if arm is base else crossover_text(arm))]
+    return [*cells, *(Text("" if arm is base else crossover_text(arm, training)) for training in (True, False))]

@@ -12,7 +12,7 @@ judge    needle     1 if all bytes of a planted constant are the likeliest, 0 el
 recall   right      share of right answers in a sequence of associative recall, by a model trained for it
 cost     bytes      what the mixers remember after ``length`` tokens, per sequence
 cost     decode     milliseconds of a token after ``length`` tokens, one row each
-cost     speed      training tokens per second, a row for each step under the clock
+cost     speed      training tokens per second on sequences of ``length``, a row for each step under the clock
 ======== ========== ==========================================================================================
 """
 
@@ -20,7 +20,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -293,10 +293,12 @@ def _cost(bench: Bench, unit: Unit) -> Iterator[Row]:
             bench.tick(unit.cost * (length - before) / bench.size.lengths[-1])
             before = length
     states.clear()
-    for _ in range(2):
-        for arm in bench.arms:
-            for seconds in step_times(models[arm.key], bench.stream(0), _STEPS, bench.device):
-                yield row(unit, arm, "speed", "cost-0", bench.size.length, bench.size.step / seconds)
+    for length in bench.size.speed_lengths:
+        stream = replace(bench.stream(0), length=length, batch=max(1, bench.size.tokens // length))
+        for _ in range(2):
+            for arm in bench.arms:
+                for seconds in step_times(models[arm.key], stream, _STEPS, bench.device):
+                    yield row(unit, arm, "speed", "cost-0", length, stream.batch * length / seconds)
 
 
 def step_times(model: Decoder, draw: Draw, steps: int, device: torch.device) -> list[float]:
