@@ -5,6 +5,10 @@ A :class:`Statistic` says what it wants of the weights ``A [B, H, T, S]`` of a c
 so rows may sum to less than 1); :func:`measure` makes the weights once for all of them. Whatever is linear in a row is
 an :class:`Expectation`: the mass on a role is that of its indicator, the mean position that of the column's number.
 
+On a GPU the statistics of this module come from :mod:`manyheads.kernels.probe`, which keeps not even a block of rows,
+where a call is plain: no bias, cap or learned sinks, and each query sees one stretch of the columns (causal, sliding
+windows, padding on either side). The blocks below are what those kernels are held against.
+
 Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. Query ``t`` stands at column ``S - T + t``.
 """
 
@@ -19,7 +23,10 @@ from torch.nn.functional import pad
 from ..call import AttentionCall
 from . import reference
 
-__all__ = ["Band", "Columns", "Entropy", "Expectation", "Pooled", "Received", "Statistic", "measure", "weights"]
+__all__ = [
+    "Band", "Columns", "Distance", "Entropy", "Expectation", "MeanLog", "Pooled", "Received", "Statistic", "measure",
+    "weights",
+]  # fmt: skip
 
 _BLOCK = {"cpu": 2**21, "cuda": 2**26}  # weights held at once
 
@@ -78,6 +85,37 @@ class Entropy(_Rows):
 
 
 @dataclass
+class Distance(_Rows):
+    """Sum over s of ``A[t, s] (t - s)``, in columns: ``[B, H, T]``.
+
+    An Expectation of the position has the rounding of the position itself; this one has that of the distance.
+    """
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        size, count = rows.shape[3], rows.shape[2]
+        back = (size - length + start - torch.arange(size, device=rows.device)).to(rows.dtype)  # of the first row
+        mass, found = (rows @ torch.stack([torch.ones_like(back), back], -1)).unbind(-1)
+        self.made.append(found + torch.arange(count, device=rows.device).to(rows.dtype) * mass)
+
+
+@dataclass
+class MeanLog(_Rows):
+    """Mean of ``log A[t, s]`` over the keys of a set that row t sees: ``[B, H, T, F]``, NaN where it sees none.
+
+    The difference of two sets is that of their mean logits. By blocks, keys whose weight is 0 in float32 are not seen.
+
+    Attributes:
+        keys: ``[B or 1, S, F]`` boolean, F sets.
+    """
+
+    keys: Tensor
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        sets, seen = self.keys[:, None].to(rows.dtype), rows > 0
+        self.made.append((torch.where(seen, rows.log(), 0.0) @ sets) / (seen.to(rows.dtype) @ sets))
+
+
+@dataclass
 class Received:
     """Sum over t of ``rows[t] A[t, s]``: ``[B, H, S, R]``.
 
@@ -118,7 +156,7 @@ class Band:
     def update(self, rows: Tensor, start: int, length: int) -> None:
         size, width = rows.shape[3], len(self.profile)
         low = max(0, size - length + start - width + 1)  # the least column within reach of these rows
-        high = size - length + start + rows.shape[2]
+        high = max(low, size - length + start + rows.shape[2])
         near = rows[..., low:high]
         t = size - length + start + torch.arange(rows.shape[2], device=rows.device)
         back = t[:, None] - torch.arange(low, high, device=rows.device)
@@ -204,12 +242,29 @@ def measure(call: AttentionCall, statistics: Sequence[Statistic], block: int | N
     Args:
         call: the attention computation.
         statistics: fresh ones; a statistic keeps what it was given.
-        block: rows at a time; as many as a few megabytes hold when not given.
+        block: rows at a time; as many as a few megabytes hold when not given. Kernels are used only when it is not.
     """
     if not statistics:
         return []
     with torch.no_grad():
-        for start, rows in weights(call, block):
-            for statistic in statistics:
-                statistic.update(rows, start, call.q.shape[2])
-    return [statistic.result() for statistic in statistics]
+        made = _by_kernels(call, statistics) if block is None and _has_kernels(call) else {}
+        left = [statistic for i, statistic in enumerate(statistics) if i not in made]
+        if left:
+            for start, rows in weights(call, block):
+                for statistic in left:
+                    statistic.update(rows, start, call.q.shape[2])
+    return [made[i] if i in made else statistic.result() for i, statistic in enumerate(statistics)]
+
+
+def _has_kernels(call: AttentionCall) -> bool:
+    if not call.q.is_cuda:
+        return False
+    from .. import kernels
+
+    return kernels.available()
+
+
+def _by_kernels(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any]:
+    from .fused import fused
+
+    return fused(call, statistics)

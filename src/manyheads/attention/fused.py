@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of attention weights by the kernels of :mod:`manyheads.kernels.probe`, for the calls that are theirs.
+
+A call is when it has no bias, cap or learned sinks and each query sees one stretch of the columns: causal, all of them,
+a sliding window, padding on either side. :mod:`manyheads.attention.statistics` says what each statistic is; what is not
+answered here it makes by blocks.
+
+Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys, d channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import AttentionCall
+from .statistics import Band, Columns, Distance, Entropy, Expectation, MeanLog, Pooled, Received, Statistic
+
+__all__ = ["fused", "stretches"]
+
+Spans = tuple[Tensor, Tensor]
+
+_FEW = 17  # with fewer rows a kernel has too little to do
+_CELL = 16  # rows of a cell of the pooled map, likewise
+_HELD = 2**26  # numbers held at once
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS = (Band, Columns, Distance, Entropy, Expectation, MeanLog, Pooled, Received)
+
+
+def stretches(call: AttentionCall) -> Spans | None:
+    """First and end of the columns ``[B or 1, T]`` that each query sees; None where they are no single stretch."""
+    length, size = call.q.shape[2], call.k.shape[2]
+    allowed = call.allowed()
+    if allowed is None:
+        none = torch.zeros(1, length, dtype=torch.int64, device=call.q.device)
+        return none, none + size
+    if allowed.shape[1] != 1:
+        return None
+    seen = allowed[:, 0].expand(-1, length, size).view(torch.uint8)
+    count = allowed[:, 0].sum(-1).expand(-1, length)
+    first, last = seen.argmax(-1), size - seen.flip(-1).argmax(-1)  # of equals argmax gives the first
+    if not bool(((count == last - first) | (count == 0)).all()):
+        return None
+    return first, torch.where(count == 0, first, last)
+
+
+def _causal(call: AttentionCall) -> Spans:
+    size, length = call.k.shape[2], call.q.shape[2]
+    end = torch.arange(size - length + 1, size + 1, device=call.q.device).clamp(min=0)[None]
+    return torch.zeros_like(end), end
+
+
+def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any]:
+    """The results that kernels give, by the number of the statistic; none where the call is not one of theirs."""
+    q, k, scale = call.q.detach(), call.k.detach(), call.scale
+    plain = call.bias is None and call.softcap is None and call.sinks is None and scale > 0
+    if not plain or q.shape[2] < _FEW or q.shape[3] > 256 or q.dtype not in _DTYPES or k.dtype != q.dtype:
+        return {}
+    asked = [(i, s) for i, s in enumerate(statistics) if type(s) in _KINDS]
+    asked = [(i, s) for i, s in asked if not isinstance(s, Pooled) or q.shape[2] >= _CELL * s.size]
+    causal = call.is_causal and call.mask is None
+    spans = None if causal or not asked else stretches(call)
+    if not asked or (spans is None and not causal):
+        return {}
+    from ..kernels import probe
+
+    wanted = [s.features.to(q.device) for _, s in asked if isinstance(s, Expectation)]
+    batch = max((x.shape[0] for x in wanted), default=1)
+    features = torch.cat([x.expand(batch, -1, -1).float() for x in wanted], 2) if wanted else None
+    far = any(isinstance(s, Distance) for _, s in asked)
+    rows = probe.row_statistics(q, k, scale=scale, features=features, distance=far, spans=spans)
+    parts = iter(rows.found.split([x.shape[2] for x in wanted], 3) if wanted else ())
+    lse, about, made = rows.lse, {"scale": scale, "spans": spans}, dict[int, Any]()
+    for i, s in asked:
+        if isinstance(s, Expectation):
+            made[i] = next(parts)
+        elif isinstance(s, Entropy | Distance):
+            made[i] = (rows.entropy if isinstance(s, Entropy) else rows.distance).clone()  # answers are one's own
+        elif isinstance(s, Columns):
+            made[i] = _columns(call, s.index.to(q.device), lse, spans or _causal(call))
+        elif isinstance(s, MeanLog):
+            made[i] = _mean_log(call, s.keys.to(q.device), lse, spans or _causal(call))
+        elif isinstance(s, Received):
+            made[i] = probe.receive(q, k, lse, s.weight.to(q.device), **about)
+        elif isinstance(s, Band):
+            made[i] = probe.band(q, k, lse, s.profile, queries=s.queries, **about)
+        elif isinstance(s, Pooled):
+            made[i] = probe.pool(q, k, lse, s.size, **about)
+    return made
+
+
+def _columns(call: AttentionCall, index: Tensor, lse: Tensor, spans: Spans) -> Tensor:
+    """The weights on a few columns from the rows' log-sum-exp: ``[B, H, T, C]``."""
+    (batch, heads, length, dim), (_, kv_heads, size, _) = call.q.shape, call.k.shape
+    index = torch.where(index < 0, index + size, index)
+    seen = (index >= spans[0][..., None]) & (index < spans[1][..., None])  # [B or 1, T, C]
+    keys = call.k.detach()[:, :, None, index].float().transpose(-1, -2)  # [B, Hkv, 1, d, C]
+    out = lse.new_empty(batch, heads, length, len(index))
+    block = max(1, _HELD // (batch * heads * (dim + len(index))))
+    for start in range(0, length, block):
+        cut = slice(start, start + block)
+        q = call.q.detach()[:, :, cut].float().unflatten(1, (kv_heads, -1))
+        x = (q @ keys).flatten(1, 2) * call.scale
+        out[:, :, cut] = torch.where(seen[:, None, cut], torch.exp(x - lse[:, :, cut, None]), 0.0)
+    return out
+
+
+def _mean_log(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans) -> Tensor:
+    """``scale q . (mean of the keys of a set that the row sees) - lse``: running sums of keys, no pass over pairs."""
+    (batch, heads, length, _), kv_heads = call.q.shape, call.k.shape[1]
+    group, q, k = heads // kv_heads, call.q.detach(), call.k.detach()
+    out = lse.new_empty(batch, heads, length, sets.shape[2])
+    lo, hi = (x.expand(batch, -1)[:, None] for x in spans)  # [B, 1, T]
+    for f in range(sets.shape[2]):
+        held = sets[..., f].double().expand(batch, -1)[:, None]  # [B, 1, S]
+        for h in range(kv_heads):
+            sums = torch.cat([held, k[:, h].mT.double() * held], 1).cumsum(2)  # the number of keys, and their sum
+            sums = torch.nn.functional.pad(sums, (1, 0))
+            mine = sums.gather(2, hi.expand(-1, sums.shape[1], -1)) - sums.gather(2, lo.expand(-1, sums.shape[1], -1))
+            mean = (mine[:, 1:] / mine[:, :1]).mT.float()  # [B, T, d]; 0 / 0 is NaN, on purpose
+            for g in range(h * group, h * group + group):
+                out[:, g, :, f] = (q[:, g].float() * mean).sum(-1) * call.scale - lse[:, g]
+    return out

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of the lenses under Triton's interpreter, on the CPU. Collected in a process of its own by test_probe.py.
+
+Three ways to the same numbers: the formula in float64, blocks of rows in torch, and the kernels.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from kernels.probe_cases import KINDS, build, errors, flat
+from manyheads import UserError
+from manyheads.attention import statistics
+from manyheads.attention.statistics import Entropy, Pooled, measure
+from manyheads.kernels import probe
+from tolerance import SAME
+
+CALLS = ((1, 1, 1, 32), (5, 5, 2, 24), (40, 130, 2, 32), (70, 70, 1, 64), (40, 90, 3, 128), (30, 12, 2, 32))
+
+
+@pytest.fixture(autouse=True)
+def _scalars(monkeypatch):
+    """NumPy 2.4 gives no Python number for an array of one element, which Triton 3.6 still asks for as a loop bound."""
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
+
+
+def agree(case):
+    """Formula and kernels; and the blocks, which share no line with either. Returns what the kernels said."""
+    want, got = case.truth(), case.kernels()
+    assert max(errors(got, want).values()) <= SAME, errors(got, want)
+    torch_way = flat(case, measure(case.call(), list(case.statistics().values()), block=16))
+    assert max(errors(torch_way, want).values()) <= SAME, errors(torch_way, want)
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", CALLS)
+def test_causal(shape, dtype):
+    case = build(dtype, *shape)
+    got = agree(case)
+    if case.q.shape[2] <= case.k.shape[2] > 4:
+        wrong = errors(got, case.truth(shift=1))
+        assert min(wrong.values()) > 10 * SAME, wrong
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_seen(kind):
+    """Padding on either side, windows, no mask, rows that see nothing; and none of them is another."""
+    case = build(torch.float16, 70, 90, 2, 32, kind)
+    got = agree(case)
+    for other in set(KINDS) - {kind}:
+        wrong = errors(got, dataclasses.replace(case, kind=other).truth())
+        assert max(wrong["found"], wrong["entropy"]) > 10 * SAME, other
+
+
+@pytest.mark.parametrize(("features", "rows", "width"), [(2, 3, 1), (17, 16, 50), (40, 33, 300)])
+def test_many_features_weights_and_wide_bands(features, rows, width):
+    case = build(torch.float32, 40, 70, 2, 32, features=features, rows=rows, width=width)
+    got = agree(case)
+    for change in (
+        {"features": case.features.flip(2)}, {"weight": case.weight.flip(1)}, {"counted": ~case.counted},
+        {"profile": case.profile + 1}, {"cells": 6},
+    ):  # fmt: skip
+        assert max(errors(got, dataclasses.replace(case, **change).truth()).values()) > 10 * SAME, change
+
+
+def test_sharp_rows_and_far_tails():
+    """Logits in the hundreds, and a sink beside very many tiny weights, whose sum half floats would lose."""
+    sharp = build(torch.float32, 40, 60, 2, 32, spread=60.0)
+    assert max(errors(sharp.kernels(), sharp.truth()).values()) <= SAME
+    case = build(torch.float32, 32, 2000, 1, 16, batch=1)
+    q, k = torch.zeros_like(case.q), torch.zeros_like(case.k)
+    q[..., 0], k[:, :, 0, 0] = 1.0, 4 * 18.0  # the sink's weight is e^18 times that of another key
+    case = dataclasses.replace(case, q=q, k=k)
+    mass = 1999 / (1999 + torch.tensor(18.0).double().exp())
+    features = torch.ones(1, 2000, 1)
+    features[:, 0] = 0
+    found = probe.row_statistics(q, k, scale=0.25, features=features).found
+    assert abs(float(found[0, 0, -1, 0]) / float(mass) - 1) < SAME
+    assert abs(float(found[0, 0, -1, 0].half()) / float(mass) - 1) > SAME
+
+
+def test_measure_takes_kernels_and_blocks_together(monkeypatch):
+    """What has no kernel is made by blocks in the same call, in order; what is beyond the kernels too."""
+    monkeypatch.setattr(statistics, "_has_kernels", lambda call: True)
+    asked = []
+    true = probe.row_statistics
+    monkeypatch.setattr(probe, "row_statistics", lambda *a, **k: asked.append(1) or true(*a, **k))
+
+    class Custom(Entropy):
+        """Not one of the engine's own."""
+
+    for kind in KINDS:
+        case = build(torch.float32, 40, 60, 2, 32, kind)
+        wanted = [Custom(), *case.statistics().values(), Pooled(2), Entropy()]
+        first, *found, cells, last = measure(case.call(), wanted)
+        assert max(errors(flat(case, found), case.truth()).values()) <= SAME
+        assert torch.allclose(first, last, atol=1e-5) and cells.shape[2:] == (2, 2)
+    assert len(asked) == len(KINDS)
+    call = build(torch.float32, 40, 60, 2, 32).call()
+    holes = (torch.arange(60) % 4 > 0).expand(2, 1, 40, 60)
+    for beyond in (
+        {"softcap": 5.0}, {"sinks": torch.zeros(4)}, {"bias": torch.zeros(40, 60)}, {"mask": holes},
+        {"mask": torch.ones(2, 4, 40, 60, dtype=torch.bool)}, {"q": call.q.double(), "k": call.k.double()},
+    ):  # fmt: skip
+        got, want = measure(call.replace(**beyond), [Entropy()]), measure(call.replace(**beyond), [Entropy()], 7)
+        assert torch.allclose(got[0], want[0], atol=1e-5)
+    assert len(asked) == len(KINDS)
+
+
+def test_strangers_are_refused():
+    q, k = torch.randn(1, 4, 3, 32), torch.randn(1, 3, 3, 32)
+    for given in ((q, k), (q, k[:, :2].half()), (q, k[:, :2, :, :16])):
+        with pytest.raises(UserError, match="attention probe"):
+            probe.row_statistics(*given, scale=1.0)
+    with pytest.raises(UserError, match="attention probe"):
+        probe.row_statistics(q, k[:, :2], scale=-1.0)
