@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.attention.statistics import measure
+from manyheads.attention.statistics import measure, weights
 from manyheads.errors import UserError
 from manyheads.lens import Roles, View
 from manyheads.lenses.reasoning_rhythm import ReasoningRhythm, credit, middle_layers, peaks, weigh
@@ -126,13 +126,13 @@ def test_a_batch_is_its_rows_and_looking_changes_no_bit():
     assert np.allclose(found.tables["span"].values[:3], found.tables["span"].values[3:], rtol=1e-4)
 
 
-def closed(weights, block=None, **fields):
-    """Findings on given weights ``[H, T, T]``."""
+def closed(maps, block=None, **fields):
+    """Findings on given maps ``[H, T, T]``."""
     lens = ReasoningRhythm(**fields)
-    heads, length, _ = weights.shape
+    heads, length, _ = maps.shape
     site = manyheads.Site("x", 0, 0, "self", True)
     q = torch.eye(length, dtype=torch.float64).expand(1, heads, -1, -1)
-    k = weights.double().clamp(min=1e-300).log().transpose(-1, -2)[None]
+    k = maps.double().clamp(min=1e-300).log().transpose(-1, -2)[None]
     call = manyheads.AttentionCall(site, q, k, k, scale=1.0, is_causal=True)
     known = torch.ones(1, length, dtype=torch.bool)
     view = View(call, q, {"shared": {"whole": True}}, Roles(), known, known, 0, True)
@@ -181,13 +181,16 @@ def test_distances_are_exact_far_away():
         manyheads.Site("x", 0, 0, "self", True), torch.ones(1, heads, 3, 1), torch.zeros(1, heads, size, 1),
         torch.zeros(1, heads, size, 1), scale=1.0, is_causal=True,
     )  # fmt: skip
-    call.k[:, :, -4:-2] = 200.0
+    call.k[:, :, -4:-2, 0] = torch.tensor([200.0, 200.7])
     lens, known = ReasoningRhythm(), torch.ones(1, size, dtype=torch.bool)
     view = View(call, call.q, {"shared": {"whole": True}}, Roles(), known[:, :3], known, size - 3, False)
-    found = measure(call, [lens.ask(view)["distance"]], 1)[0]
-    assert_close(found[0, 0, :, 2], torch.tensor([0.5, 1.5, 2.5]), 1e-6)
-    far = torch.arange(size, dtype=torch.float32).flip(0)
-    assert error(found[0, 0, 2, 2], far[0] - (found[0, 0, 2, 0] * torch.tensor(1 - 6e-8) * (far[0] - 2.5))) > 1e-6
+    found = measure(call, [lens.ask(view)["distance"]], 1)[0][0, 0]
+    near = torch.tensor(0.7).sigmoid()
+    want = torch.arange(3) + 1 - near
+    assert_close(found, want, 1e-6)
+    rows = next(weights(call, 3))[1][0, 0]
+    plain = (size - 3 + torch.arange(3)) - rows @ torch.arange(size, dtype=torch.float32)
+    assert error(plain, want) > 1e-4
 
 
 def test_layers_of_rl():

@@ -36,7 +36,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ..attention.reference import repeat_kv
-from ..attention.statistics import Expectation, Statistic
+from ..attention.statistics import Expectation, MeanLog, Statistic
 from ..call import Site
 from ..heads import HeadTable
 from ..lens import Findings, Lens, Memory, Series, Tally, View, table
@@ -52,23 +52,22 @@ def _as_names(value: object) -> object:
 
 @dataclass
 class Gap:
-    """By how much the logit of the sink exceeds the mean of the others, ``[B, H, T]``; NaN where either is not seen.
+    """By how much the logit of the sink exceeds the logarithm of the mean of the others' exponentials, ``[B, H, T]``.
+
+    NaN where either is not seen.
 
     Attributes:
         sink: ``[B, S]``, True for the sink.
-        form: ``mean`` of the logits, or ``lse``, the logarithm of the mean of their exponentials.
     """
 
     sink: Tensor
-    form: str = "mean"
     made: list[Tensor] = field(default_factory=list, init=False)
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
         seen = rows > 0
-        x = torch.where(seen, rows.log(), 0.0) if self.form == "mean" else rows
         parts = torch.stack([self.sink, ~self.sink], -1)[:, None].to(rows.dtype)
-        mean = (x @ parts) / (seen.to(rows.dtype) @ parts)  # 0 / 0 is NaN, on purpose
-        sink, others = (mean if self.form == "mean" else mean.log()).unbind(-1)
+        mean = (rows @ parts) / (seen.to(rows.dtype) @ parts)  # 0 / 0 is NaN, on purpose
+        sink, others = mean.log().unbind(-1)
         self.made.append(sink - others)
 
     def result(self) -> Tensor:
@@ -115,7 +114,7 @@ class ActiveDormant(Lens):
                 mass.update(relu_weights(view.call), 0, view.call.q.shape[2])
             view.memory["mass"] = mass.result()
             return {}
-        return {"mass": mass, "gap": Gap(sink, self.gap)}
+        return {"mass": mass, "gap": MeanLog(torch.stack([sink, ~sink], -1)) if self.gap == "mean" else Gap(sink)}
 
     def tell(self, view: View, found: dict[str, Any]) -> None:
         memory, length = view.memory, view.call.q.shape[2]
@@ -132,7 +131,8 @@ class ActiveDormant(Lens):
         mass, everything = (memory.pop("mass") if self.attention == "relu" else found["mass"]).unbind(-1)
         add("sink", mass, counted)
         if "gap" in found:
-            add("gap", found["gap"], counted[:, None] & found["gap"].isfinite())
+            gap = found["gap"] if self.gap == "lse" else found["gap"][..., 0] - found["gap"][..., 1]
+            add("gap", gap, counted[:, None] & gap.isfinite())
         if view.call.sinks is not None:
             add("learned", 1 - everything, counted)
         for domain in self.domains:

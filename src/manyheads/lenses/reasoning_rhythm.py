@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..attention.statistics import Band, Statistic
+from ..attention.statistics import Band, Distance, Expectation, Statistic
 from ..call import Site
 from ..errors import UserError
 from ..heads import Head, HeadTable
@@ -52,28 +52,6 @@ def middle_layers(peers: Sequence[int], count: int) -> tuple[int, ...]:
     last = len(peers) - 1
     places = np.linspace(len(peers) // 3, min(last, 2 * len(peers) // 3), count).round().astype(int)
     return tuple(peers[i] for i in sorted(set(places.tolist())))
-
-
-@dataclass
-class _Distance:
-    """For each row ``[B, H, T, 4]``: mass, mass on the first token, and the sums of ``A (t - s)`` over both.
-
-    Distances count from the first row of a block, so that they stay exact where positions are large.
-    """
-
-    first: Tensor  # [B, S]
-    made: list[Tensor] = field(default_factory=list)
-
-    def update(self, rows: Tensor, start: int, length: int) -> None:
-        size, count = rows.shape[3], rows.shape[2]
-        back = (size - length + start - torch.arange(size, device=rows.device)).to(rows.dtype)
-        mask = torch.stack([torch.ones_like(self.first), self.first], -1).to(rows.dtype)  # [B, S, 2]
-        found = rows @ torch.cat([mask, mask * back[:, None]], -1)[:, None]
-        more = torch.arange(count, device=rows.device).to(rows.dtype)[:, None]
-        self.made.append(torch.cat([found[..., :2], found[..., 2:] + more * found[..., :2]], -1))
-
-    def result(self) -> Tensor:
-        return torch.cat(self.made, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +93,18 @@ class ReasoningRhythm(Lens):
         device = view.call.q.device
         near = self.window - torch.arange(self.window, device=device, dtype=torch.float32)
         far = (torch.arange(self.farthest + 1, device=device) >= self.nearest).float()
-        return {"distance": _Distance(view.first()), "near": Band(near), "far": Band(far, view.rows("response"))}
+        masks = torch.stack([torch.ones_like(view.keys), view.first()], -1)
+        return {
+            "mass": Expectation(masks.float()), "distance": Distance(), "near": Band(near),
+            "far": Band(far, view.rows("response")),
+        }  # fmt: skip
 
     def tell(self, view: View, found: dict[str, Any]) -> None:
         memory, fresh = view.memory, view.fresh
-        mass, on_first, distance, of_first = found["distance"].unbind(-1)
+        (mass, on_first), distance = found["mass"].unbind(-1), found["distance"]
+        length, size = view.call.q.shape[2], view.keys.shape[1]
+        column = torch.arange(size - length, size, device=mass.device)
+        of_first = on_first * (column - view.first().int().argmax(1)[:, None])[:, None]
         response = view.rows("response")
 
         def total(x: Tensor) -> Tensor:
