@@ -309,6 +309,20 @@ def test_values_are_a_control_of_their_own():
         assert constant == (call.site.kind == "self")
 
 
+def test_compiled():
+    torch._dynamo.reset()
+    model, ids = models.build("llama"), models.tokens(2, 12)
+    fast = torch.compile(model, backend="eager")
+    with manyheads.watch(model, "massive_values") as seen, torch.no_grad():
+        fast(ids)
+    assert np.allclose(
+        seen.findings().tables["peak k"].values, looked(model, input_ids=ids)[0].tables["peak k"].values, rtol=1e-4
+    )
+    with manyheads.use(model, "massive_values:damage=top"), torch.no_grad():
+        assert_close(fast(ids).logits, model(ids).logits, SAME)
+    torch._dynamo.reset()
+
+
 def test_refusals():
     model, ids = models.tiny("llama"), models.tokens(1, 6)
     with pytest.raises(UserError, match="acts on the model"):
