@@ -84,7 +84,7 @@ class Extremes:
         """Tokens ``[N, D]`` of one prompt."""
         assert self._sizes is not None
         size = hidden.abs()
-        bits = size.to(self._dtype).view(torch.int16).flatten()
+        bits = size.to(self._dtype).view(torch.int16).flatten() & 0x7FFF  # a NaN may come back with a sign
         self._sizes[row] += torch.bincount(bits, minlength=_SIZES)
         flat = size.flatten()
         best = flat.topk(min(self.count, len(flat))).indices

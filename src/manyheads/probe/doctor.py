@@ -19,7 +19,7 @@ from ..progress import Progress
 from ..strategy import parse
 from .anatomy import FIRST, Anatomy, Body
 from .prompts import SHORTEST, Prompt, draw
-from .run import SAMPLES, describe, document_of, plain_values, reach, read_prompts, reading, token_losses
+from .run import SAMPLES, describe, document_of, mean_loss, plain_values, reach, read_prompts, reading, token_losses
 from .signs import Sign, judge
 
 __all__ = ["Diagnosis", "Measures", "diagnose", "padding", "twins"]
@@ -77,13 +77,14 @@ class Diagnosis:
     @property
     def loss(self) -> float:
         """Mean loss of a token, in nats."""
-        return float(np.nanmean(np.concatenate(self.measures.losses)))
+        return mean_loss(self.measures.losses)
 
     def document(self) -> dict[str, Any]:
         """All of it, fit for JSON; NaN becomes null."""
         m = self.measures
         return {
-            "run": self.run, "loss": self.loss, "signs": [sign.document() for sign in self.signs],
+            "run": self.run, "loss": plain_values(self.loss),
+            "signs": [plain_values(vars(sign)) for sign in self.signs],
             "findings": {name: document_of(found) for name, found in m.found.items()},
             "heads taken out alone": None if m.alone is None else m.alone.document(),
             "contexts": {"tokens": m.contexts[0], "losses": plain_values(m.contexts[1])},
@@ -272,7 +273,7 @@ def _alone(model: nn.Module, made: Measures, prompt: Prompt, quick: bool, say: P
 
     def loss(*strategies: str) -> float:
         with use(model, *strategies), torch.inference_mode():
-            return float(np.nanmean(token_losses(model(input_ids=ids, use_cache=False).logits, ids)))
+            return mean_loss([token_losses(model(input_ids=ids, use_cache=False).logits, ids)])
 
     whole = loss()
     for i, head in enumerate(known):

@@ -65,7 +65,7 @@ def _cards(sign: Sign, m: Measures, tables: dict[str, Any], sites: list[str]) ->
 
 
 def _contexts(m: Measures) -> dict[str, Any]:
-    """Loss of the same tokens by what was read before; a thin line for each prompt's difference is left to JSON."""
+    """Loss of the same tokens by what was read before."""
     sizes, losses = m.contexts
     places = [float(np.log2(size)) for size in sizes]
     mean = losses.mean(1)
@@ -74,7 +74,8 @@ def _contexts(m: Measures) -> dict[str, Any]:
     one = Line("loss", places, mean.tolist(), low, high)
     marks = [(float(np.log2(m.reach)), "length of the config")] if m.reach < 2**40 else []
     picture = lines(
-        [one], x="log2 of the tokens read before", y="loss, nats per token", marks=marks,
+        [one], x="tokens read before", y="loss, nats per token", marks=marks,
+        ticks=[(float(np.log2(size)), f"{size:,}") for size in sizes],
         name="Loss of the same tokens by length of context: "
         + ", ".join(f"{size} {value:.3f}" for size, value in zip(sizes, mean, strict=True)),
     )  # fmt: skip

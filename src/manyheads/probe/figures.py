@@ -195,9 +195,9 @@ class Line:
 
 def lines(
     shown: Sequence[Line], *, x: str, y: str, name: str, width: float = 520, height: float = 190, log: bool = False,
-    marks: Sequence[tuple[float, str]] = (), tag: str = "",
+    marks: Sequence[tuple[float, str]] = (), ticks: Sequence[tuple[float, str]] = (),
 ) -> str:  # fmt: skip
-    """A plot of lines as SVG, with their bands, and vertical ``marks``."""
+    """A plot of lines as SVG, with their bands, vertical ``marks``, and ``ticks`` of x in place of round numbers."""
     values = np.concatenate([np.asarray([*a.y, *(a.low or ()), *(a.high or ())], float) for a in shown])
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not values.size:
@@ -221,7 +221,8 @@ def lines(
     for tick in _log_ticks(down, up) if log else _ticks(down, up, 4):
         out.append(f'<line x1="{left}" x2="{left + w:.0f}" y1="{py(tick):.1f}" y2="{py(tick):.1f}" class="grid"/>')
         out.append(_text(left - 6, py(tick) + 4, number(tick), "end"))
-    out += [_text(px(tick), top + h + 16, f"{tick:,g}", "middle") for tick in _ticks(first, last, 6)]
+    along = ticks or [(tick, f"{tick:,g}") for tick in _ticks(first, last, 6)]
+    out += [_text(px(tick), top + h + 16, label, "middle") for tick, label in along]
     out.append(_text(left + w, top + h + 33, x, "end", "soft"))
     out.append(_text(left, top + h + 33, y + (", log scale" if log else ""), "start", "soft"))
     for at, label in marks:
@@ -230,9 +231,8 @@ def lines(
             out.append(_text(px(at) + 4, top + 11, label, "start", "soft"))
     for i, a in enumerate(shown):
         out.append(_line(a, px, py, COLOURS[i % len(COLOURS)], log))
-    mark = f' data-line="{escape(tag)}" data-box="{left:g} {top:g} {w:g} {h:g}"' if tag else ""
     keys = _keys([a.label for a in shown]) if len(shown) > 1 else ""
-    return _svg("".join(out), width, height, name, mark) + keys
+    return _svg("".join(out), width, height, name) + keys
 
 
 def _line(a: Line, px: Callable[[float], float], py: Callable[[float], float], colour: str, log: bool) -> str:
@@ -319,11 +319,11 @@ def _image(uri: str, x: float, y: float, w: float, h: float, mark: str = "") -> 
     )
 
 
-def _svg(inside: str, width: float, height: float, name: str, mark: str = "") -> str:
+def _svg(inside: str, width: float, height: float, name: str) -> str:
     label = escape(name)
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{label}" '
-        f'style="--width: {width:.0f}px"{mark}>{inside}</svg>'
+        f'style="--width: {width:.0f}px">{inside}</svg>'
     )
 
 

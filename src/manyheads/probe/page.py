@@ -286,10 +286,20 @@ def _records(seen: Probed) -> Iterator[dict[str, Any]]:
         for name, rows in found.records.items():
             if not rows:
                 continue
+            rows = [_with_token(row, seen.tokens) for row in rows]
             keys = list(dict.fromkeys(key for row in rows for key in row))
             shown = [[_cell(row.get(key)) for key in keys] for row in rows[:_RECORDS]]
             more = f"{len(rows)} in all" + (f", the first {_RECORDS}" if len(rows) > _RECORDS else "")
             yield {"name": f"{name}: {spec.partition(':')[0]}", "about": more, "columns": keys, "rows": shown}
+
+
+def _with_token(row: dict[str, Any], tokens: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """A record with the text of the token that it is about, where it names prompt and column."""
+    prompt, column = row.get("prompt"), row.get("column")
+    if isinstance(prompt, int) and isinstance(column, int) and "token" not in row:
+        if 0 <= prompt < len(tokens) and 0 <= column < len(tokens[prompt]):
+            return {**row, "token": repr(tokens[prompt][column])}
+    return row
 
 
 def _cell(value: Any) -> str:

@@ -70,11 +70,12 @@ def ribbon(seen: Probed) -> tuple[dict[str, Any] | None, list[Any], list[Any]]:
     kept = [(label, rows) for label, rows in named if any(np.isfinite(np.asarray(rows[0], float)))]
     if not kept:
         return None, [], []
-    prompts = [
+    prompts: list[dict[str, Any]] = [
         {"name": p.name, "tokens": [word(t) for t in seen.tokens[i]], "roles": _roles_of(p)}
         for i, p in enumerate(seen.prompts[:count])
     ]
-    series, plots = [], []
+    series: list[dict[str, Any]] = []
+    plots = []
     for label, rows in kept:
         fitted = [_fit(row, len(seen.prompts[i].ids)) for i, row in enumerate(rows[:count])]
         series.append({

@@ -27,8 +27,8 @@ from .naming import DEFAULT, Part, check_roles, parse_lenses
 from .prompts import SHORTEST, Prompt, draw
 
 __all__ = [
-    "SAMPLES", "WHERE", "Probed", "describe", "document_of", "plain_values", "probe", "reach", "read_prompts",
-    "reading", "token_losses",
+    "SAMPLES", "WHERE", "Probed", "describe", "document_of", "mean_loss", "plain_values", "probe", "reach",
+    "read_prompts", "reading", "token_losses",
 ]  # fmt: skip
 
 SAMPLES = 6
@@ -61,7 +61,7 @@ class Probed:
     @property
     def loss(self) -> float:
         """Mean loss of a token, in nats."""
-        return float(np.nanmean(np.concatenate(self.losses)))
+        return mean_loss(self.losses)
 
     def document(self) -> dict[str, Any]:
         """All of it, fit for JSON; NaN becomes null. Maps are left to the page."""
@@ -77,7 +77,7 @@ class Probed:
             for p in self.prompts
         ]
         return {
-            "run": self.run, "prompts": prompts, "loss": self.loss, "losses": plain_values(self.losses),
+            "run": self.run, "prompts": prompts, "loss": plain_values(self.loss), "losses": plain_values(self.losses),
             "findings": {spec: document_of(found) for spec, found in self.found.items()}, "ablation": curve,
         }  # fmt: skip
 
@@ -254,6 +254,13 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> Any:
     return torch.cat(nats).double().cpu().numpy()
 
 
+def mean_loss(losses: Sequence[Any]) -> float:
+    """Mean over all tokens that have a loss, in nats; NaN where none has."""
+    known = np.concatenate([np.asarray(row, float) for row in losses])
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if known.size else math.nan
+
+
 def read_prompts(
     model: nn.Module, prompts: Iterable[Prompt], lenses: Sequence[Lens], say: Any
 ) -> tuple[list[Findings], list[Any]]:
@@ -312,7 +319,7 @@ def _curve(model: nn.Module, made: HeadTable, prompts: Sequence[Prompt], seed: i
                 for prompt in prompts:
                     ids = reading(model, prompt)
                     rows.append(token_losses(model(input_ids=ids, use_cache=False).logits, ids))
-            before[heads] = float(np.nanmean(np.concatenate(rows)))
+            before[heads] = mean_loss(rows)
         return before[heads]
 
     return ablation_curve(made, counts, loss, draws=_DRAWS, seed=seed)

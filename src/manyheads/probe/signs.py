@@ -51,10 +51,6 @@ class Sign:
     advice: str = ""
     values: dict[str, Any] = field(default_factory=dict)
 
-    def document(self) -> dict[str, Any]:
-        """Fit for JSON."""
-        return dict(vars(self))
-
 
 def judge(m: Measures) -> list[Sign]:
     """All signs, the most pressing first."""
@@ -125,25 +121,29 @@ def _idle(m: Measures) -> Sign:
     spared = [] if alone is None else [h for h in alone.top(tried, least=True) if alone.mean[h] < NOTHING]
     level: Level = "watch" if faint else "note" if even or spared else "fine"
     says = [f"{_count(len(even), _known(entropy))} look nearly evenly at all tokens" + _listed(entropy, even)]
-    says.append(f"{_count(len(faint), _known(written))} write less than {FAINT:.0%} of their layer's median" + _listed(
-        written, faint
-    ))  # fmt: skip
+    says.append(
+        f"{_count(len(faint), _known(written))} write less than {FAINT:.0%} of their layer's median"
+        + _listed(written, faint)
+    )
     if alone is not None and tried:
         says.append(
-            f"without one head, the loss of a prompt gains less than {NOTHING:g} nats for {_count(len(spared), tried)} "
-            f"tried{_listed(alone, spared)}; most for {alone.names(alone.top(1))[0]}, {np.nanmax(alone.mean):+.3f}"
+            f"with one head taken out, the loss of a prompt gains less than {NOTHING:g} nats for "
+            f"{_count(len(spared), tried, 'heads tried')}{_listed(alone, spared)}; most for "
+            f"{alone.names(alone.top(1))[0]}, {np.nanmax(alone.mean):+.3f}"
         )
-    advice = (
-        "Such heads are the first to prune or to give a small cache; see what the loss does with `manyheads probe "
-        "--ablate`, as heads that are not missed one at a time may be missed together."
-        if faint or even or spared
-        else ""
-    )
+    advice = []
+    if even:
+        advice.append("A head that looks evenly averages the text: a cache that keeps few tokens changes it most.")
+    if faint or spared:
+        advice.append(
+            "Heads that write nothing or are not missed are the first to prune; take them out together with "
+            "manyheads.use(model, 'ablate:heads=...') before you believe it."
+        )
     return Sign(
         "idle", "dead or even heads", level,
         f"{len(even)} even, {len(faint)} nearly silent, {len(spared)} of {tried} not missed",
         f"entropy above {EVEN:g} of the greatest; output below {FAINT:g} of the median; loss {NOTHING:g} nats",
-        "; ".join(says) + ".", advice,
+        "; ".join(says) + ".", " ".join(advice),
         {
             "even": list(entropy.names(even)), "silent": list(written.names(faint)),
             "not missed": [] if alone is None else list(alone.names(spared)), "tried": tried,
@@ -195,7 +195,7 @@ def _float16(m: Measures) -> Sign:
     if level == "note":
         advice = "float16 has room for this text; watch it on longer or other text, or use bfloat16."
     return Sign(
-        "float16", "overflow of float16", level, f"{part:.1%} of the range", "watch from 25 % of the range, note from 5 %",
+        "float16", "overflow of float16", level, f"{part:.1%} of the range", "watch from 25 %, note from 5 %",
         says, advice, {"greatest": top},
     )  # fmt: skip
 
@@ -211,9 +211,9 @@ def _channels(m: Measures) -> Sign:
         f"{name} {tops[name]:.1f} in {peaks[name].names(peaks[name].top(1))[0]}" for name in "qkv"
     )
     advice = (
-        "INT4 keys need a scale for each channel, or rotary pairs scaled before: `fireq` does that."
+        "INT4 keys need a scale for each channel, or rotary pairs scaled before: fireq does that."
         if level == "watch"
-        else "Keys take INT4 with a scale for each channel and group of tokens, which is what `fireq` stores."
+        else "Keys take INT4 with a scale for each channel and group of tokens, which is what fireq stores."
         if level == "note"
         else "Keys and values take INT4 without special care."
     )
@@ -238,8 +238,8 @@ def _padding(m: Measures) -> Sign:
         "left": "on the left",
         "left, no position ids": "on the left without position ids",
     }
-    says = "A short row read beside a longer one, against the row alone: " + ", ".join(
-        f"padded {words[name]} {number(x['change'])} and {x['choices']:.0%} other choices"
+    says = "A short row read beside a longer one, against the row alone: " + "; ".join(
+        f"padded {words[name]}, logits change by {number(x['change'])} and {x['choices']:.0%} of the choices"
         for name, x in m.padding.items()
         if name in words
     )

@@ -51,10 +51,10 @@ def print_probed(seen: Probed, place: Path, console: Console) -> None:
         if found.notes:
             console.print()
     if seen.curve:
-        score, made = seen.curve
-        loss, control = made.chosen, made.control
+        score, curve = seen.curve
+        loss, control = curve.chosen, curve.control
         console.print(
-            f"Without the {made.counts[-1]} heads highest in {score} the loss is {loss[-1] - loss[0]:+.3f} nats; "
+            f"Without the {curve.counts[-1]} heads highest in {score} the loss is {loss[-1] - loss[0]:+.3f} nats; "
             f"without as many random heads of the same layers {control[:, -1].min() - loss[0]:+.3f} to "
             f"{control[:, -1].max() - loss[0]:+.3f}.",
             markup=False,
