@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class ScaledEmbedding(nn.Embedding):
     """An embedding times one learned number; ``weight`` is the parameter it was made with, so that ties hold."""
 
     def __init__(self, weight: nn.Parameter, scale: float, padding_idx: int | None = None) -> None:
-        super().__init__(*weight.shape, padding_idx=padding_idx, _weight=weight)
+        super().__init__(weight.shape[0], weight.shape[1], padding_idx, _weight=weight)
         self.weight = weight
         self.scale = nn.Parameter(torch.full((1,), scale, device=weight.device, dtype=weight.dtype))
 
@@ -86,7 +86,11 @@ def with_dyt(
         if not isinstance(table, nn.Embedding):
             raise UserError(f"{type(model).__name__} has no token embedding to scale: pass scale_embedding=False")
         name = next(name for name, module in model.named_modules() if module is table)
-        _put(model, name, ScaledEmbedding(table.weight, math.sqrt(table.embedding_dim), table.padding_idx))
+        _put(
+            model,
+            name,
+            ScaledEmbedding(cast("nn.Parameter", table.weight), math.sqrt(table.embedding_dim), table.padding_idx),
+        )
     return [name for name, _ in norms]
 
 

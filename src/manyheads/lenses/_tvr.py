@@ -65,7 +65,11 @@ class TargetVariance:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call :meth:`step` after every step of ``optimizer``; the handle returned has ``remove()``."""
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+
+        def after(*_: Any) -> None:
+            self.step()
+
+        return optimizer.register_step_post_hook(after)
 
     def step(self) -> int:
         """Count a step; every ``interval`` steps rescale. Returns how many matrices were rescaled."""
