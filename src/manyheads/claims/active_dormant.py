@@ -263,11 +263,12 @@ def run(setting: Setting) -> Outcome:
     switches = value(f"loss added at triggers, {turned}") > 1 and value(f"loss added elsewhere, {turned}") < 0.1
     holds = sinks and drains and apart and learned and switches
     rest, forced = value("sink elsewhere, softmax"), value(f"loss added elsewhere, {turned}")
+    added = value(f"loss added at triggers, {turned}")
     reason = (
-        f"Pairs of {source}: off the triggers the softmax head rests on the first token with {rest:.2f} of its attention "
-        f"({value('sink at triggers, softmax'):.2f} on them), whose value has {value('drain, softmax'):.2f} of the "
-        f"others' norm; with ReLU {value('sink elsewhere, ReLU'):.3f} and {value('drain, ReLU'):.2f}. Turned wholly to the "
-        f"first token it loses {value(f'loss added at triggers, {turned}'):.2f} nats at triggers, {forced:.3f} elsewhere."
+        f"Pairs of {source}: off the triggers the softmax head rests on the first token with {rest:.2f} of its "
+        f"attention ({value('sink at triggers, softmax'):.2f} on them), whose value has {value('drain, softmax'):.2f} "
+        f"of the others' norm; with ReLU {value('sink elsewhere, ReLU'):.3f} and {value('drain, ReLU'):.2f}. Turned "
+        f"wholly to the first token it loses {added:.2f} nats at triggers, {forced:.3f} elsewhere."
     )
     if deep:
         high, *others = (float(deep[f"peak of three layers, {arm}"].value) for arm in (SOFTMAX, RELU, SGD))
@@ -279,8 +280,8 @@ def run(setting: Setting) -> Outcome:
 claim = Claim(
     slug="active_dormant",
     statement=(
-        "A softmax head that has work at triggers only turns to the first token everywhere else (sink above 0.5), whose "
-        "value shrinks (below 0.6 of the others' norm), and loses nothing there when it is forced to; with ReLU "
+        "A softmax head that has work at triggers only turns to the first token everywhere else (sink above 0.5), "
+        "whose value shrinks (below 0.6 of the others' norm), and loses nothing there when it is forced to; with ReLU "
         "attention the task is learned as well, without sink (below 0.1) and without drain (above 0.8)."
     ),
     paper_figure=(
