@@ -48,7 +48,7 @@ def blur(x: Tensor, sigma: float, size: int) -> Tensor:
     reach = torch.arange(size, device=x.device, dtype=torch.float64) - size // 2
     weight = torch.exp(-0.5 * (reach / sigma) ** 2)
     weight = (weight / weight.sum()).to(x.dtype)
-    flat = x.reshape(-1, 1, *x.shape[-2:])
+    flat: Tensor = x.reshape(-1, 1, *x.shape[-2:])
     for axis in (0, 1):
         kernel = weight.reshape(1, 1, -1, 1) if axis == 0 else weight.reshape(1, 1, 1, -1)
         left = size // 2
