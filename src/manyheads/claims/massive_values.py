@@ -269,7 +269,7 @@ def positions(figures: list[Figure], size: Scale, device: str, progress: Callabl
                 progress((i + step / size.bytes_steps) / 2)
         model.eval().requires_grad_(False)
         test = windows(texts.test, 24, length, 0)[:, :-1].to(device)
-        figures.append(Figure(f"training loss of the byte model with {name} positions", float(loss), 1, unit="nats"))
+        figures.append(Figure(f"training loss of the byte model with {name} positions", loss.item(), 1, unit="nats"))
         found = seen(model, test)
         for key in "qkv":
             mean = float(np.nanmean(found.tables[f"peak {key}"].mean))
