@@ -203,7 +203,7 @@ def lines(
     if not values.size:
         return ""
     places = np.concatenate([np.asarray(a.x, float) for a in shown])
-    left, top, w, h = 58.0, 8.0, width - 70, height - 48
+    left, top, w, h = 58.0, 8.0, width - 82, height - 48
     up, down = float(values.max()), float(values.min())
     down = down if log or down < 0 or down > 0.5 * up else 0.0
     up = up if up > down else down + 1

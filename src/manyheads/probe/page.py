@@ -243,7 +243,7 @@ def maps_of(own: Findings, sites: Sequence[str], length: int) -> tuple[dict[str,
 def _thumbs(first: HeadTable, own: Findings, maps: dict[str, str], sites: Sequence[str]) -> Iterator[dict[str, str]]:
     """Maps of the heads that the first score ranks highest."""
     heads = heads_of(own, sites)
-    for head in first.top(6):
+    for head in first.top(5):
         site = sites.index(first.sites[head[0]])
         group = max(1, heads.get(str(site), 0) // first.values.shape[2])
         if source := maps.get(f"{site}.{head[1] * group}"):
@@ -295,10 +295,11 @@ def _records(seen: Probed) -> Iterator[dict[str, Any]]:
 
 def _with_token(row: dict[str, Any], tokens: Sequence[Sequence[str]]) -> dict[str, Any]:
     """A record with the text of the token that it is about, where it names prompt and column."""
-    prompt, column = row.get("prompt"), row.get("column")
-    if isinstance(prompt, int) and isinstance(column, int) and "token" not in row:
-        if 0 <= prompt < len(tokens) and 0 <= column < len(tokens[prompt]):
-            return {**row, "token": repr(tokens[prompt][column])}
+    prompt: Any = row.get("prompt")
+    column: Any = row.get("column")
+    known = isinstance(prompt, int) and isinstance(column, int) and "token" not in row
+    if known and prompt in range(len(tokens)) and column in range(len(tokens[prompt])):
+        return {**row, "token": repr(tokens[prompt][column])}
     return row
 
 

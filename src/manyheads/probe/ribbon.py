@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens in colour: what a lens says of each token of a prompt, its peaks, and its line."""
 
+import math
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from .run import Probed
 
 __all__ = ["ribbon", "word"]
 
-_PROMPTS = 3  # whose tokens are in the page
+_PROMPTS = 2  # whose tokens are in the page
 _LEVELS = 16  # colours of tokens on each side of 0
 
 
@@ -49,17 +50,23 @@ def _peaks(values: Any) -> list[int]:
     return [int(i) for i in np.flatnonzero(high)]
 
 
-def _colour_levels(values: Any) -> list[int]:
-    """-16 to 16: how strong the colour of each token is; outliers above the 99th percentile do not pale the rest."""
+def _colour_ends(values: Any) -> tuple[float, float]:
+    """Values of no colour and of the strongest; outliers above the 99th percentile do not pale the rest."""
     x = np.asarray(values, float)
     size = np.abs(x[np.isfinite(x)])
     top = float(np.quantile(size, 0.99)) if size.size else 0.0
     top = top or (float(size.max()) if size.size else 0.0)
-    if top == 0:
-        return [0] * len(x)
-    low = float(np.nanmin(x))
+    low = float(np.nanmin(x)) if size.size else 0.0
     base = low if low > 0.5 * top else 0.0  # values that all are large differ by what is above the least
-    part = np.clip(np.nan_to_num((x - base) / max(top - base, 1e-30)), -1, 1)
+    return float(f"{base:.4g}"), float(f"{max(top, base + 1e-30):.4g}")
+
+
+def _colour_levels(values: Any, ends: tuple[float, float]) -> list[int]:
+    """-16 to 16: how strong the colour of each token is."""
+    base, top = ends
+    if top <= base:
+        return [0] * len(values)
+    part = np.clip(np.nan_to_num((np.asarray(values, float) - base) / (top - base)), -1, 1)
     return [int(v) for v in np.round(part * _LEVELS)]
 
 
@@ -80,13 +87,14 @@ def ribbon(seen: Probed) -> tuple[dict[str, Any] | None, list[Any], list[Any]]:
         fitted = [_fit(row, len(seen.prompts[i].ids)) for i, row in enumerate(rows[:count])]
         series.append({
             "label": label,
-            "rows": [{"levels": _colour_levels(r), "values": plain([r])[0], "peaks": _peaks(r)} for r in fitted],
+            "rows": [{"values": plain([r])[0], "ends": _colour_ends(r), "peaks": _peaks(r)} for r in fitted],
         })  # fmt: skip
         plots.append(_plot(label, fitted[0]))
     shown, chosen = prompts[0], series[0]["rows"][0]
     peaks = set(chosen["peaks"])
     tokens = []
-    for i, (text, level) in enumerate(zip(shown["tokens"], chosen["levels"], strict=True)):
+    levels = _colour_levels([math.nan if v is None else v for v in chosen["values"]], chosen["ends"])
+    for i, (text, level) in enumerate(zip(shown["tokens"], levels, strict=True)):
         marks = [f"p{level}" if level > 0 else f"n{-level}" if level < 0 else ""]
         marks += ["peak"] * (i in peaks) + ["role"] * bool(shown["roles"][i])
         tokens.append((text, " ".join(filter(None, marks))))

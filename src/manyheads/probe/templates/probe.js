@@ -112,9 +112,10 @@
   const draw = () => {
     const words = data.prompts[prompt.value], chosen = data.series[series.value].rows[prompt.value];
     document.getElementById("shown").textContent = data.series[series.value].label;
-    const peaks = new Set(chosen.peaks);
+    const peaks = new Set(chosen.peaks), [base, top] = chosen.ends;
+    const strength = (v) => v === null || top <= base ? 0 : Math.round(16 * Math.max(-1, Math.min(1, (v - base) / (top - base))));
     ribbon.replaceChildren(...words.tokens.map((word, i) => {
-      const made = document.createElement("i"), level = chosen.levels[i];
+      const made = document.createElement("i"), level = strength(chosen.values[i]);
       made.textContent = word;
       made.className = [level > 0 ? "p" + level : level < 0 ? "n" + -level : "", peaks.has(i) ? "peak" : "",
         words.roles[i] ? "role" : ""].filter(Boolean).join(" ");
