@@ -41,7 +41,7 @@ class Prediction:
         if type(scheduler).__name__.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False):
             sigma = float(scheduler.sigmas[call.now.index])
             return Prediction(1 - sigma, sigma, "flow")
-        kind = getattr(config, "prediction_type", "epsilon")
+        kind: Any = getattr(config, "prediction_type", "epsilon")
         if kind not in ("epsilon", "sample", "v_prediction"):
             raise UserError(
                 f"{type(scheduler).__name__} predicts {kind!r}; known are epsilon, sample, v_prediction, flow"

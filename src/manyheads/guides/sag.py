@@ -71,7 +71,8 @@ def _picture(x: Tensor, layout: Layout | None) -> Tensor:
         return x
     if layout is None:
         raise UserError("sag: the latents are packed into tokens whose layout is not known")
-    return x.transpose(1, 2).unflatten(2, (layout.frames, layout.height, layout.width))
+    size = (layout.frames, layout.height, layout.width)
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)
 
 
 @dataclass(frozen=True, kw_only=True)
