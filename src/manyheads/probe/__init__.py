@@ -23,7 +23,7 @@ class Watching:
 
         self.lenses = lenses
         self._bundle = Bundle(lenses=lenses)
-        self._port: Port = use(model, self._bundle)
+        self._port: Any = use(model, self._bundle)
         self.roles = roles
 
     @property
