@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..lens import Findings, Lens, Roles
-    from ..port.transformers import Port
+
 
 __all__ = ["Watching", "watch"]
 
