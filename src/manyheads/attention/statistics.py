@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..call import AttentionCall
-from . import reference
 
 __all__ = [
     "Band", "Columns", "Distance", "Entropy", "Expectation", "MeanLog", "Pooled", "Received", "Statistic", "measure",
@@ -40,12 +39,22 @@ class Statistic(Protocol):
 
 @dataclass
 class _Rows:
-    """A statistic that has a value for each row: the blocks are put together."""
+    """A statistic that has a value for each row.
 
-    made: list[Tensor] = field(default_factory=list, init=False)
+    Its place is taken at once: small results between large blocks that come and go would cut the heap to pieces.
+    """
 
-    def result(self) -> Tensor:
-        return torch.cat(self.made, 2)
+    made: Tensor | None = field(default=None, init=False)
+
+    def put(self, values: Tensor, start: int, length: int) -> None:
+        """Keep ``values [B, H, t, ...]`` of the rows from ``start`` on, of ``length`` in all."""
+        if self.made is None:
+            self.made = values.new_empty(*values.shape[:2], length, *values.shape[3:])
+        self.made[:, :, start : start + values.shape[2]] = values
+
+    def result(self) -> Any:
+        assert self.made is not None
+        return self.made
 
 
 @dataclass
@@ -59,7 +68,7 @@ class Expectation(_Rows):
     features: Tensor
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
-        self.made.append(rows @ self.features[:, None].to(rows.dtype))
+        self.put(rows @ self.features[:, None].to(rows.dtype), start, length)
 
 
 @dataclass
@@ -73,7 +82,7 @@ class Columns(_Rows):
     index: Tensor
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
-        self.made.append(rows[..., self.index])
+        self.put(rows[..., self.index], start, length)
 
 
 @dataclass
@@ -81,7 +90,8 @@ class Entropy(_Rows):
     """``-sum A log A`` of each row in nats, ``[B, H, T]``."""
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
-        self.made.append(torch.special.entr(rows).sum(-1))
+        log = rows.clamp(min=torch.finfo(rows.dtype).tiny).log_()
+        self.put(-log.mul_(rows).sum(-1), start, length)
 
 
 @dataclass
@@ -95,7 +105,7 @@ class Distance(_Rows):
         size, count = rows.shape[3], rows.shape[2]
         back = (size - length + start - torch.arange(size, device=rows.device)).to(rows.dtype)  # of the first row
         mass, found = (rows @ torch.stack([torch.ones_like(back), back], -1)).unbind(-1)
-        self.made.append(found + torch.arange(count, device=rows.device).to(rows.dtype) * mass)
+        self.put(found + torch.arange(count, device=rows.device).to(rows.dtype) * mass, start, length)
 
 
 @dataclass
@@ -112,7 +122,8 @@ class MeanLog(_Rows):
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
         sets, seen = self.keys[:, None].to(rows.dtype), rows > 0
-        self.made.append((torch.where(seen, rows.log(), 0.0) @ sets) / (seen.to(rows.dtype) @ sets))
+        log = rows.clamp(min=torch.finfo(rows.dtype).tiny).log_().mul_(seen)
+        self.put((log @ sets) / (seen.to(rows.dtype) @ sets), start, length)
 
 
 @dataclass
@@ -129,7 +140,7 @@ class Received:
     def update(self, rows: Tensor, start: int, length: int) -> None:
         mine = self.weight[:, None, start : start + rows.shape[2]].to(rows.dtype)
         part = rows.transpose(-1, -2) @ mine
-        self.total = part if self.total is None else self.total + part
+        self.total = part if self.total is None else self.total.add_(part)
 
     def result(self) -> Tensor:
         assert self.total is not None
@@ -137,7 +148,7 @@ class Received:
 
 
 @dataclass
-class Band:
+class Band(_Rows):
     """Weights near the diagonal, by how far back they reach: with ``f = profile``,
 
         rows    ``sum over j of f[j] A[t, t - j]``,  ``[B, H, T]``
@@ -150,7 +161,6 @@ class Band:
 
     profile: Tensor
     queries: Tensor | None = None
-    rows: list[Tensor] = field(default_factory=list, init=False)
     columns: Tensor | None = field(default=None, init=False)
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
@@ -162,7 +172,7 @@ class Band:
         back = t[:, None] - torch.arange(low, high, device=rows.device)
         inside = (back >= 0) & (back < width)
         near = near * torch.where(inside, self.profile.to(rows)[back.clamp(0, width - 1)], 0.0)
-        self.rows.append(near.sum(-1))
+        self.put(near.sum(-1), start, length)
         if self.columns is None:
             self.columns = rows.new_zeros(*rows.shape[:2], size)
         if self.queries is not None:
@@ -170,8 +180,8 @@ class Band:
         self.columns[..., low:high] += near.sum(2)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        assert self.columns is not None
-        return torch.cat(self.rows, 2), self.columns
+        assert self.made is not None and self.columns is not None
+        return self.made, self.columns
 
 
 @dataclass
@@ -183,7 +193,7 @@ class Pooled:
     """
 
     size: int = 256
-    made: list[Tensor] = field(default_factory=list, init=False)
+    made: Tensor | None = field(default=None, init=False)
     shape: tuple[int, int] = field(default=(0, 0), init=False)
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
@@ -192,11 +202,13 @@ class Pooled:
         high, wide = self.shape
         x = pad(rows, (0, -size % wide)).unflatten(-1, (-1, wide)).sum(-1)  # [B, H, t, C]
         cell = (start + torch.arange(rows.shape[2], device=rows.device)) // high
-        total = x.new_zeros(*x.shape[:2], -(-length // high), x.shape[3])
-        self.made.append(total.index_add_(2, cell, x))
+        if self.made is None:
+            self.made = x.new_zeros(*x.shape[:2], -(-length // high), x.shape[3])
+        self.made.index_add_(2, cell, x)
 
     def result(self) -> Tensor:
-        return torch.stack(self.made).sum(0) / (self.shape[0] * self.shape[1])
+        assert self.made is not None
+        return self.made / (self.shape[0] * self.shape[1])
 
 
 def weights(call: AttentionCall, block: int | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -216,24 +228,40 @@ def weights(call: AttentionCall, block: int | None = None) -> Iterator[tuple[int
     column = torch.arange(size, device=q.device)
     for start in range(0, length, block):
         cut = slice(start, min(start + block, length))
+        end = max(1, cut.stop + size - length) if call.is_causal else size  # no row of these sees a column behind
         grouped = q[:, :, cut].to(dtype).unflatten(1, (kv_heads, -1))  # keys are not repeated
-        x = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
+        keys = k[:, :, :end].transpose(-1, -2)
+        x = (grouped.flatten(2, 3) @ keys).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
         x *= call.scale
         if call.softcap is not None:
-            x = torch.tanh(x / call.softcap) * call.softcap
+            x.div_(call.softcap).tanh_().mul_(call.softcap)
         if call.bias is not None:
-            x = x + _cut(call.bias.detach(), cut)
-        seen = None if call.mask is None else _cut(call.mask, cut)
+            x = x + _cut(call.bias.detach(), cut, end)
+        if call.mask is not None:
+            x.masked_fill_(~_cut(call.mask, cut, end), -torch.inf)
         if call.is_causal:
             row = torch.arange(cut.start, cut.stop, device=q.device) + (size - length)
-            causal = column <= row[:, None]
-            seen = causal if seen is None else seen & causal
-        sinks = None if call.sinks is None else call.sinks.detach()
-        yield start, reference.softmax(x, seen, sinks)
+            x.masked_fill_(column[:end] > row[:, None], -torch.inf)
+        rows = _softmax(x, None if call.sinks is None else call.sinks.detach())
+        yield start, pad(rows, (0, size - end)) if end < size else rows
 
 
-def _cut(x: Tensor, rows: slice) -> Tensor:
-    return x if x.shape[-2] == 1 else x[..., rows, :]
+def _softmax(x: Tensor, sinks: Tensor | None) -> Tensor:
+    """As :func:`reference.softmax`, in the place of the logits."""
+    top = x.amax(-1, keepdim=True)
+    column = None if sinks is None else sinks.to(x.dtype)[:, None, None]
+    top = top if column is None else torch.maximum(top, column)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    x.sub_(top).exp_()
+    total = x.sum(-1, keepdim=True)
+    if column is not None:
+        total += torch.exp(column - top)
+    return x.div_(total.masked_fill_(total == 0, 1.0))
+
+
+def _cut(x: Tensor, rows: slice, end: int) -> Tensor:
+    x = x if x.shape[-2] == 1 else x[..., rows, :]
+    return x if x.shape[-1] == 1 else x[..., :end]
 
 
 def measure(call: AttentionCall, statistics: Sequence[Statistic], block: int | None = None) -> list[Any]:
