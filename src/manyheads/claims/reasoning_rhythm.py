@@ -3,9 +3,9 @@
 
 A small Llama learns the language of :mod:`manyheads.data.phrases`. In sequences it has not seen, WAAD of a row should
 be high where the row generates the head of a phrase (AUROC, in each sequence; the other reading, that the token itself
-is a head, stands beside, and so does the entropy of the prediction as a baseline), and the tokens of greatest FAI should
-hold the values that are looked up later, more than as many tokens drawn blindly. A model that has not learned to look
-values up within the run (loss above half of guessing) cannot test this.
+is a head, stands beside, and so does the entropy of the prediction as a baseline), and the tokens of greatest FAI
+should hold the values that are looked up later, more than as many tokens drawn blindly. A model that has not learned to
+look values up within the run (loss above half of guessing) cannot test this.
 
 Of the shipped model on source code is measured what the paper measures of language models: the entropy of predictions
 at peaks of WAAD, and whether peaks of FAI come at or up to three tokens after one. Peaks are a tenth of the tokens. The
@@ -193,8 +193,8 @@ claim = Claim(
     slug="reasoning_rhythm",
     statement=(
         "In a language of phrases WAAD marks the rows that generate the head of a phrase (AUROC above 0.8) and FAI "
-        "finds definitions that are looked up later more often than chance; in a language model predictions at peaks of WAAD "
-        "have more entropy than others."
+        "finds definitions that are looked up later more often than chance; in a language model predictions at "
+        "peaks of WAAD have more entropy than others."
     ),
     paper_figure=(
         "Entropy 0.361 at peaks of WAAD against 0.239 at random tokens; peaks of FAI follow those of WAAD in 52.5 % "

@@ -171,8 +171,8 @@ def run(setting: Setting) -> Outcome:
     reason = (
         f"From {few} to {many} turns accuracy changes by {falls.value:+.2f}; over turns it goes with SRA "
         f"({goes.get('SRA', 0.0):.2f}), with lift {goes.get('lift', 0.0):.2f}, with SRA of noise beside the "
-        f"instruction {goes.get('SRA beside it', 0.0):.2f}. Moving the instruction next to the last message changes accuracy by "
-        f"{gains['c1_hf', 'right'].value:+.2f} and SRA by {gains['c1_hf', 'SRA'].value:+.3f}."
+        f"instruction {goes.get('SRA beside it', 0.0):.2f}. Moving the instruction next to the last message changes "
+        f"accuracy by {gains['c1_hf', 'right'].value:+.2f} and SRA by {gains['c1_hf', 'SRA'].value:+.3f}."
     )
     if values("standard", few, "right").mean() < 0.9:
         reason = (
