@@ -106,6 +106,7 @@ def patterns(model: LlamaForCausalLM, ids: torch.Tensor) -> Any:
         words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2", pad_token="3")
         tokenizer.save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=tokenizer)
 
     def forward(ids: torch.Tensor) -> Any:

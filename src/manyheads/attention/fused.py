@@ -8,7 +8,7 @@ answered here it makes by blocks.
 Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys, d channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from torch import Tensor
 from ..call import AttentionCall
 from .statistics import Band, Columns, Distance, Entropy, Expectation, MeanLog, Pooled, Received, Statistic
 
-__all__ = ["fused", "stretches"]
+__all__ = ["fused", "mean_log", "stretches", "summed"]
 
 Spans = tuple[Tensor, Tensor]
 
 _FEW = 17  # with fewer rows a kernel has too little to do
 _CELL = 16  # rows of a cell of the pooled map, likewise
 _HELD = 2**26  # numbers held at once
+_SUMS = 2**24  # sums of keys, likewise, in float64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = (Band, Columns, Distance, Entropy, Expectation, MeanLog, Pooled, Received)
 
@@ -51,11 +52,26 @@ def _causal(call: AttentionCall) -> Spans:
     return torch.zeros_like(end), end
 
 
+def _plain(call: AttentionCall) -> bool:
+    logits = call.bias is None and call.softcap is None and call.sinks is None and call.scale > 0
+    return logits and call.q.shape[2] >= _FEW
+
+
+def summed(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Callable[[Tensor], Tensor]]:
+    """Statistics that take the rows' log-sum-exp alone, anywhere; by number, what to give it to."""
+    asked = [(i, s) for i, s in enumerate(statistics) if type(s) is MeanLog]
+    if not asked or not _plain(call):
+        return {}
+    spans = _causal(call) if call.is_causal and call.mask is None else stretches(call)
+    if spans is None:
+        return {}
+    return {i: lambda lse, sets=s.keys: mean_log(call, sets.to(lse.device), lse, spans) for i, s in asked}
+
+
 def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any]:
     """The results that kernels give, by the number of the statistic; none where the call is not one of theirs."""
     q, k, scale = call.q.detach(), call.k.detach(), call.scale
-    plain = call.bias is None and call.softcap is None and call.sinks is None and scale > 0
-    if not plain or q.shape[2] < _FEW or q.shape[3] > 256 or q.dtype not in _DTYPES or k.dtype != q.dtype:
+    if not _plain(call) or q.shape[3] > 256 or q.dtype not in _DTYPES or k.dtype != q.dtype:
         return {}
     asked = [(i, s) for i, s in enumerate(statistics) if type(s) in _KINDS]
     asked = [(i, s) for i, s in asked if not isinstance(s, Pooled) or q.shape[2] >= _CELL * s.size]
@@ -80,7 +96,7 @@ def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any
         elif isinstance(s, Columns):
             made[i] = _columns(call, s.index.to(q.device), lse, spans or _causal(call))
         elif isinstance(s, MeanLog):
-            made[i] = _mean_log(call, s.keys.to(q.device), lse, spans or _causal(call))
+            made[i] = mean_log(call, s.keys.to(q.device), lse, spans or _causal(call))
         elif isinstance(s, Received):
             made[i] = probe.receive(q, k, lse, s.weight.to(q.device), **about)
         elif isinstance(s, Band):
@@ -106,19 +122,27 @@ def _columns(call: AttentionCall, index: Tensor, lse: Tensor, spans: Spans) -> T
     return out
 
 
-def _mean_log(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans) -> Tensor:
+def mean_log(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans) -> Tensor:
     """``scale q . (mean of the keys of a set that the row sees) - lse``: running sums of keys, no pass over pairs."""
-    (batch, heads, length, _), kv_heads = call.q.shape, call.k.shape[1]
-    group, q, k = heads // kv_heads, call.q.detach(), call.k.detach()
-    out = lse.new_empty(batch, heads, length, sets.shape[2])
-    lo, hi = (x.expand(batch, -1)[:, None] for x in spans)  # [B, 1, T]
+    batch, kv_heads, size, dim = call.k.shape
+    q, k = call.q.detach().unflatten(1, (kv_heads, -1)), call.k.detach()
+    rest = lse.unflatten(1, (kv_heads, -1))
+    out = lse.new_empty(*rest.shape, sets.shape[2])
+    lo, hi = (x.expand(batch, -1)[:, None, None] for x in spans)  # [B, 1, 1, T]
+    step = max(1, _SUMS // (batch * size * dim))  # heads at a time
+
+    def between(x: Tensor) -> Tensor:
+        """Sum of ``x [B, h, d, S]`` over the columns that each row sees: ``[B, h, d, T]``."""
+        sums = torch.nn.functional.pad(x.cumsum(3), (1, 0))
+        return sums.gather(3, hi.expand(*x.shape[:3], -1)) - sums.gather(3, lo.expand(*x.shape[:3], -1))
+
     for f in range(sets.shape[2]):
-        held = sets[..., f].double().expand(batch, -1)[:, None]  # [B, 1, S]
-        for h in range(kv_heads):
-            sums = torch.cat([held, k[:, h].mT.double() * held], 1).cumsum(2)  # the number of keys, and their sum
-            sums = torch.nn.functional.pad(sums, (1, 0))
-            mine = sums.gather(2, hi.expand(-1, sums.shape[1], -1)) - sums.gather(2, lo.expand(-1, sums.shape[1], -1))
-            mean = (mine[:, 1:] / mine[:, :1]).mT.float()  # [B, T, d]; 0 / 0 is NaN, on purpose
-            for g in range(h * group, h * group + group):
-                out[:, g, :, f] = (q[:, g].float() * mean).sum(-1) * call.scale - lse[:, g]
-    return out
+        held = sets[..., f].double().expand(batch, -1)[:, None, None]  # [B, 1, 1, S]
+        count = between(held)
+        for h in range(0, kv_heads, step):
+            some = slice(h, h + step)
+            mean = (between(k[:, some].mT.double() * held) / count).mT.to(
+                lse.dtype
+            )  # [B, h, T, d]; 0 / 0 is NaN, on purpose
+            out[:, some, ..., f] = (q[:, some].to(lse.dtype) * mean[:, :, None]).sum(-1) * call.scale - rest[:, some]
+    return out.flatten(1, 2)

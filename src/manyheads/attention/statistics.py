@@ -27,7 +27,7 @@ __all__ = [
     "weights",
 ]  # fmt: skip
 
-_BLOCK = {"cpu": 2**21, "cuda": 2**26}  # weights held at once
+_BLOCK = {"cpu": 2**20, "cuda": 2**26}  # weights held at once
 
 
 class Statistic(Protocol):
@@ -220,11 +220,17 @@ def weights(call: AttentionCall, block: int | None = None) -> Iterator[tuple[int
         call: the attention computation.
         block: rows at a time; as many as a few megabytes hold when not given.
     """
+    for start, rows, _ in _blocks(call, block):
+        yield start, rows
+
+
+def _blocks(call: AttentionCall, block: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """As :func:`weights`, and the log-sum-exp ``[B, H, t]`` of the rows."""
     q, k = call.q.detach(), call.k.detach()
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = _precision(q)
     (batch, heads, length, _), (_, kv_heads, size, _) = q.shape, k.shape
     k = k.to(dtype)
-    block = block or max(1, _BLOCK.get(q.device.type, 2**21) // max(1, batch * heads * size))
+    block = block or max(1, _BLOCK.get(q.device.type, 2**20) // max(1, batch * heads * size))
     column = torch.arange(size, device=q.device)
     for start in range(0, length, block):
         cut = slice(start, min(start + block, length))
@@ -242,12 +248,16 @@ def weights(call: AttentionCall, block: int | None = None) -> Iterator[tuple[int
         if call.is_causal:
             row = torch.arange(cut.start, cut.stop, device=q.device) + (size - length)
             x.masked_fill_(column[:end] > row[:, None], -torch.inf)
-        rows = _softmax(x, None if call.sinks is None else call.sinks.detach())
-        yield start, pad(rows, (0, size - end)) if end < size else rows
+        rows, lse = _softmax(x, None if call.sinks is None else call.sinks.detach())
+        yield start, pad(rows, (0, size - end)) if end < size else rows, lse
 
 
-def _softmax(x: Tensor, sinks: Tensor | None) -> Tensor:
-    """As :func:`reference.softmax`, in the place of the logits."""
+def _precision(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _softmax(x: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.softmax`, in the place of the logits; and their log-sum-exp ``[B, H, t]``."""
     top = x.amax(-1, keepdim=True)
     column = None if sinks is None else sinks.to(x.dtype)[:, None, None]
     top = top if column is None else torch.maximum(top, column)
@@ -256,7 +266,8 @@ def _softmax(x: Tensor, sinks: Tensor | None) -> Tensor:
     total = x.sum(-1, keepdim=True)
     if column is not None:
         total += torch.exp(column - top)
-    return x.div_(total.masked_fill_(total == 0, 1.0))
+    lse = (top + total.log())[..., 0]
+    return x.div_(total.masked_fill_(total == 0, 1.0)), lse
 
 
 def _cut(x: Tensor, rows: slice, end: int) -> Tensor:
@@ -274,13 +285,20 @@ def measure(call: AttentionCall, statistics: Sequence[Statistic], block: int | N
     """
     if not statistics:
         return []
+    from .fused import fused, summed
+
     with torch.no_grad():
-        made = _by_kernels(call, statistics) if block is None and _has_kernels(call) else {}
-        left = [statistic for i, statistic in enumerate(statistics) if i not in made]
-        if left:
-            for start, rows in weights(call, block):
+        made = fused(call, statistics) if block is None and _has_kernels(call) else {}
+        later = summed(call, statistics) if block is None and not made else {}
+        left = [statistic for i, statistic in enumerate(statistics) if i not in made and i not in later]
+        lse = call.q.new_empty(call.q.shape[:3], dtype=_precision(call.q))
+        if left or later:
+            for start, rows, sums in _blocks(call, block):
+                lse[:, :, start : start + rows.shape[2]] = sums
                 for statistic in left:
                     statistic.update(rows, start, call.q.shape[2])
+        for i, answer in later.items():
+            made[i] = answer(lse)
     return [made[i] if i in made else statistic.result() for i, statistic in enumerate(statistics)]
 
 
@@ -290,9 +308,3 @@ def _has_kernels(call: AttentionCall) -> bool:
     from .. import kernels
 
     return kernels.available()
-
-
-def _by_kernels(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any]:
-    from .fused import fused
-
-    return fused(call, statistics)
