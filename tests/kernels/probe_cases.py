@@ -20,7 +20,6 @@ from manyheads.attention.statistics import (
     Received,
     Statistic,
 )
-from manyheads.kernels import probe
 
 KINDS = ("causal", "left", "right", "window", "all", "none")
 
@@ -114,6 +113,8 @@ class Case:
 
     def kernels(self, device: str = "cpu") -> dict[str, Tensor]:
         """What the kernels say, on uninitialised memory full of NaN."""
+        from manyheads.kernels import probe
+
         q, k, given = self.q.to(device), self.k.to(device), self.spans()
         spans = None if given is None else (given[0].to(device), given[1].to(device))
         about = {"scale": self.scale, "spans": spans}

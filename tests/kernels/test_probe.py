@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lenses' kernels without a GPU: Triton's interpreter, which has to be asked for before the import."""
+"""The statistics of lenses without a GPU: by blocks, and by kernels under Triton's interpreter in a process of its own."""
 
 import os
 import subprocess
@@ -8,6 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels.probe_cases import KINDS, build, errors, flat
+from manyheads.attention.fused import stretches
+from manyheads.attention.statistics import measure
+from tolerance import FORMULA, SAME
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -23,3 +29,27 @@ def test_kernels_under_the_interpreter():
         timeout=900,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("block", [None, 1, 16, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_and_running_sums(kind, block):
+    """Against the formula, in float64 and float32; each kind of mask differs from each other kind."""
+    for dtype, limit in ((torch.float64, FORMULA), (torch.float32, SAME)):
+        case = build(dtype, 70, 90, 2, 32, kind, features=5, rows=2)
+        for name in ("features", "weight", "profile"):
+            setattr(case, name, getattr(case, name).to(dtype))
+        got = flat(case, measure(case.call(), list(case.statistics().values()), block))
+        assert max(errors(got, case.truth()).values()) <= limit, errors(got, case.truth())
+        assert max(errors(got, case.truth(shift=1)).values()) > 10 * SAME
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stretches(kind):
+    case = build(torch.float32, 40, 60, 2, 32, kind)
+    lo, hi = (x.expand(2, -1) for x in stretches(case.call()))
+    column = torch.arange(60)
+    seen = (column >= lo[..., None]) & (column < hi[..., None])
+    assert torch.equal(seen, case.mask()[:, 0].expand(2, -1, -1))
+    holes = case.mask() & (column % 4 > 0)
+    assert stretches(case.call().replace(mask=holes, is_causal=False)) is None

@@ -9,6 +9,7 @@ Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys, d channe
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,11 @@ def summed(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Ca
     spans = _causal(call) if call.is_causal and call.mask is None else stretches(call)
     if spans is None:
         return {}
-    return {i: lambda lse, sets=s.keys: mean_log(call, sets.to(lse.device), lse, spans) for i, s in asked}
+    return {i: partial(_later, call, s.keys, spans) for i, s in asked}
+
+
+def _later(call: AttentionCall, sets: Tensor, spans: Spans, lse: Tensor) -> Tensor:
+    return mean_log(call, sets.to(lse.device), lse, spans)
 
 
 def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any]:
@@ -87,7 +92,7 @@ def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any
     far = any(isinstance(s, Distance) for _, s in asked)
     rows = probe.row_statistics(q, k, scale=scale, features=features, distance=far, spans=spans)
     parts = iter(rows.found.split([x.shape[2] for x in wanted], 3) if wanted else ())
-    lse, about, made = rows.lse, {"scale": scale, "spans": spans}, dict[int, Any]()
+    lse, made = rows.lse, dict[int, Any]()
     for i, s in asked:
         if isinstance(s, Expectation):
             made[i] = next(parts)
@@ -98,11 +103,11 @@ def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any
         elif isinstance(s, MeanLog):
             made[i] = mean_log(call, s.keys.to(q.device), lse, spans or _causal(call))
         elif isinstance(s, Received):
-            made[i] = probe.receive(q, k, lse, s.weight.to(q.device), **about)
+            made[i] = probe.receive(q, k, lse, s.weight.to(q.device), scale=scale, spans=spans)
         elif isinstance(s, Band):
-            made[i] = probe.band(q, k, lse, s.profile, queries=s.queries, **about)
+            made[i] = probe.band(q, k, lse, s.profile, queries=s.queries, scale=scale, spans=spans)
         elif isinstance(s, Pooled):
-            made[i] = probe.pool(q, k, lse, s.size, **about)
+            made[i] = probe.pool(q, k, lse, s.size, scale=scale, spans=spans)
     return made
 
 

@@ -67,7 +67,7 @@ def _config(kind: str, dim: int, itemsize: int) -> _Config:
 
 
 def _width(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def _halves(x: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
