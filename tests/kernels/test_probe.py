@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics of lenses without a GPU: by blocks, and by kernels under Triton's interpreter in a process of its own."""
+"""The statistics of lenses without a GPU: by blocks, and by kernels under Triton's interpreter in its own process."""
 
 import os
 import subprocess
