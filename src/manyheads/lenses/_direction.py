@@ -168,7 +168,8 @@ def erased(model: nn.Module, vector: Tensor, blocks: Sequence[nn.Module] | None 
 
     def project(layer: int, hidden: Tensor) -> Tensor:
         unit = (vector / vector.norm()).to(hidden)
-        return hidden - (hidden @ unit)[..., None] * unit
+        less: Tensor = hidden - (hidden @ unit)[..., None] * unit
+        return less
 
     with _between(_blocks(model) if blocks is None else blocks, project):
         yield
