@@ -251,3 +251,9 @@ def test_mean_rotation_of_partial_rotary_leaves_the_rest():
     assert torch.equal(got[..., DIM // 2 :], x[..., DIM // 2 :])
     pair = torch.complex(x[..., :1], x[..., 4:5]) * torch.complex(mean[0][0, 0, 0], mean[1][0, 0, 0])
     assert_close(torch.cat([got[..., :1], got[..., 4:5]], -1), torch.cat([pair.real, pair.imag], -1), FORMULA)
+
+
+def test_a_default_device_of_ones_own_does_not_matter():
+    """The probe of a model's rotation is made on the CPU, whatever new tensors are made on."""
+    with torch.device("meta"):
+        assert copies(lambda x, cos, sin: rotate(x, (cos, sin)), 8, 8) == 1

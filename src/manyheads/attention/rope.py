@@ -58,14 +58,14 @@ def copies(apply: Callable[..., Any], width: int, head_dim: int) -> int:
         width: of the last dimension of its tables.
         head_dim: d.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for times in (1, 2):
         if times * width % 2 or times * width > head_dim:
             continue
-        angles = torch.randn(1, 3, times * width // 2, generator=generator)
+        angles = torch.randn(1, 3, times * width // 2, generator=generator, device="cpu")
         angles = torch.cat([angles, angles], -1)
         for dim in (head_dim, times * width):  # some models part the channels that pass through before they ask
-            x = torch.randn(1, 1, 3, dim, generator=generator)
+            x = torch.randn(1, 1, 3, dim, generator=generator, device="cpu")
             out = _applied(apply, x, angles[..., :width].cos(), angles[..., :width].sin())
             want = rotate(x, (angles.cos(), angles.sin()))
             if isinstance(out, Tensor) and out.shape == want.shape and torch.allclose(out, want, atol=1e-5):
