@@ -256,4 +256,4 @@ def test_mean_rotation_of_partial_rotary_leaves_the_rest():
 def test_a_default_device_of_ones_own_does_not_matter():
     """The probe of a model's rotation is made on the CPU, whatever new tensors are made on."""
     with torch.device("meta"):
-        assert copies(lambda x, cos, sin: rotate(x, (cos, sin)), 8, 8) == 1
+        assert rope.copies(lambda x, cos, sin: rope.rotate(x, (cos, sin)), 8, 8) == 1
