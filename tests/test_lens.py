@@ -239,6 +239,13 @@ def test_head_table():
     assert sorted(r for r, _ in drawn) == [0, 0, 2] and not set(drawn) & set(heads) and len(set(drawn)) == 3
 
 
+def test_picture(tmp_path):
+    for sign in (1, -1):
+        made = HeadTable("score", ("a", "b"), sign * np.arange(8.0).reshape(2, 4), layers=(3, 7))
+        text = made.picture(tmp_path / "heads.svg").read_text()
+        assert "<svg" in text and len(text) > 1000
+
+
 def test_ablation_curve():
     """The chosen heads are those of the table, the control is of the same layers and never the same heads."""
     made = HeadTable("score", ("a", "b"), np.array([[0.0, 3.0, 0.0, 1.0], [0.0, 0.0, 2.0, 0.0]]), layers=(5, 9))

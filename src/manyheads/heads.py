@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,6 +131,22 @@ class HeadTable:
         values = self.values - other.values if paired else (self.mean - other.mean)[None]
         about = {**self.about, "minus": other.about}
         return HeadTable(f"{self.name}, difference", self.sites, values, about, self.layers)
+
+    def picture(self, path: str | Path) -> Path:
+        """Draw the means over layers and heads into a file: SVG, PNG or what else its ending says."""
+        from matplotlib.figure import Figure
+
+        mean = self.mean
+        signed = bool((mean[np.isfinite(mean)] < 0).any())
+        reach = float(np.nanmax(np.abs(mean))) if np.isfinite(mean).any() else 1.0
+        figure = Figure(figsize=(2 + 0.3 * mean.shape[1], 1.5 + 0.25 * mean.shape[0]), layout="constrained")
+        axes = figure.add_subplot()
+        drawn = axes.imshow(mean, cmap="PuOr_r" if signed else "cividis", vmin=-reach if signed else 0, vmax=reach)
+        axes.set(xlabel="head", ylabel="layer", title=self.name)
+        axes.set_yticks(range(len(self.layers)), [str(layer) for layer in self.layers])
+        figure.colorbar(drawn)
+        figure.savefig(path)
+        return Path(path)
 
     def _fits(self, other: HeadTable) -> None:
         if self.values.shape[1:] != other.values.shape[1:]:
