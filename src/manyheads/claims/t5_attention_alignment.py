@@ -128,7 +128,8 @@ def run(setting: Setting) -> Outcome:
         held = needles(64, length, torch.Generator().manual_seed(11))[0].to(device)
         recall = Task(
             DecoderConfig(vocab=FILLER + KINDS * (1 + VALUES), dim=64, layers=2, heads=2, length=length), 110_000,
-            600 if cuda else 400, rates, lambda seed: lambda step: draw(seed, step), lambda model: -sum(recalled(model, held)),
+            600 if cuda else 400, rates, lambda seed: lambda step: draw(seed, step),
+            lambda model: -sum(recalled(model, held)),
         )  # fmt: skip
         models, rate = trained(
             recall, "softmax:position=t5", setting, lambda done: setting.progress("recall", (2 + 0.7 * done) / 3)

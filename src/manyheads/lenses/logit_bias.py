@@ -38,9 +38,7 @@ class LogitBias(Strategy):
     amount: float = field(default=1.0, metadata={"help": "nats added to the logits; negative looks away"})
     columns: Layers = field(default=None, metadata={"help": "places of the keys, as 0-11+20; all when not given"})
     rows: Layers = field(default=None, metadata={"help": "places of the queries, likewise"})
-    heads: Heads = field(
-        default=(), metadata={"help": "heads as 3.1+4.2, layer.head; all when none is named"}
-    )
+    heads: Heads = field(default=(), metadata={"help": "heads as 3.1+4.2, layer.head; all when none is named"})
 
     def selects(self, site: Site) -> bool:
         return super().selects(site) and (not self.heads or bool(heads_at(self.heads, site)))
