@@ -178,10 +178,9 @@ def chunks(
     PAIRS: tl.constexpr = G if REVERSE else 1  # heads of y and z of one program
     OF_Z: tl.constexpr = ROLE == "dq" or ROLE == "dk"  # the vector state belongs to z, not to y
     NORM: tl.constexpr = ROLE != "" and ROLE != "dv"
-    pid = tl.program_id(0)
-    tile = pid % TILES
-    head = (pid // TILES % (HEADS * SHARED)).to(tl.int64)
-    s = pid // (TILES * HEADS * SHARED)
+    tile = tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES % (HEADS * SHARED)).to(tl.int64)
+    s = tl.program_id(0) // (TILES * HEADS * SHARED)
     if PACKED:  # noqa: SIM102 - a constant, and a number on the device
         if tl.load(owner_ptr + s) >= sequences:
             return
