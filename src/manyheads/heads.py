@@ -6,7 +6,6 @@ Needs numpy only. A table without heads (one number a layer) has a single column
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,16 +154,12 @@ class HeadTable:
             )
 
     def document(self) -> dict[str, Any]:
-        """What :meth:`read` takes, fit for JSON: NaN becomes null."""
+        """What :meth:`read` takes, fit for ``json.dumps``: NaN becomes null."""
         values = np.where(np.isfinite(self.values), self.values, None).tolist()  # type: ignore[call-overload]
         return {
             "name": self.name, "sites": list(self.sites), "layers": list(self.layers), "values": values,
             "about": self.about,
         }  # fmt: skip
-
-    def dumps(self) -> str:
-        """The table as JSON."""
-        return json.dumps(self.document(), allow_nan=False)
 
     @staticmethod
     def read(document: dict[str, Any]) -> HeadTable:
