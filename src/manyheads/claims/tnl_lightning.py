@@ -58,7 +58,11 @@ def scale(setting: Setting) -> Scale:
 
 
 def times(setting: Setting, size: Scale) -> dict[tuple[str, int], list[float]]:
-    """Microseconds per token of forward and backward of one mixer, by arm and factor of the length, per round."""
+    """Microseconds per token of forward and backward of one mixer, by arm and factor of the length, per round.
+
+    On a CPU by one thread: several wait for each other where the machine does other things too, for longer than they
+    compute.
+    """
     import torch
 
     from manyheads.call import MixerShape
@@ -73,6 +77,8 @@ def times(setting: Setting, size: Scale) -> dict[tuple[str, int], list[float]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size.tokens, dim, generator=generator).to(setting.device).requires_grad_(True)
     found: dict[tuple[str, int], list[float]] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for round_ in range(size.rounds + 2):  # two to warm up
         setting.progress("timing", 0.8 + 0.2 * round_ / (size.rounds + 2))
         for arm, mixer in arms.items():
@@ -86,6 +92,7 @@ def times(setting: Setting, size: Scale) -> dict[tuple[str, int], list[float]]:
                 _wait(setting)
                 found.setdefault((arm, factor), []).append((perf_counter() - start) / size.tokens * 1e6)
                 x.grad = None
+    torch.set_num_threads(threads)
     return {key: each[2:] for key, each in found.items()}
 
 
