@@ -269,18 +269,6 @@ def at_random(order: Sequence[tuple[str, ...]], count: int, heads: int, draw: in
 
 def run(setting: Setting) -> Outcome:
     """Teach, tune, find the direction, take heads out, and judge."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is too small for more
-    try:
-        return judge(arms(setting), scale(setting))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def arms(setting: Setting) -> dict[str, list[Measured]]:
-    """Every arm on every seed."""
     size = scale(setting)
     found: dict[str, list[Measured]] = {arm: [] for arm in ARMS}
     for i, seed in enumerate(setting.seeds):
@@ -289,7 +277,7 @@ def arms(setting: Setting) -> dict[str, list[Measured]]:
         for j, arm in enumerate(ARMS):
             setting.progress(f"tuning: {arm}", (i + (1 + j) / (1 + len(ARMS))) / len(setting.seeds))
             found[arm].append(measure(tuned(base, arm, size, seed, setting), size, setting))
-    return found
+    return judge(found, size)
 
 
 def judge(found: dict[str, list[Measured]], size: Scale) -> Outcome:
