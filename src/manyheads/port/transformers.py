@@ -95,6 +95,8 @@ class Port:
         chosen = []
         for strategy in self.strategies:
             if not any(overrides(strategy, method) for method in _METHODS):
+                if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
+                    raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
                 raise UserError(
                     f"{strategy.slug} changes a model for good and cannot be used for a while: convert with it"
                 )
