@@ -134,3 +134,9 @@ def test_a_strategy_without_a_cache_of_its_own(model):
         with manyheads.use(model), Prefix(model, context, arms).open(arms[1]) as cache:
             got = feed(model, cache, following, 24)
     torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("spec", "said"), [("active_dormant", "manyheads probe"), ("pab", "denoisers")])
+def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(spec, said):
+    with pytest.raises(UserError, match=said):
+        make_arms([spec], [0.5], 512)

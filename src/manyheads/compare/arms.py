@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attention.budget import as_budget, keep_limit
 from ..errors import UserError
+from ..lens import Lens
 from ..port import use
 from ..port.transformers import new_cache
 from ..strategy import Strategy, overrides, parse
@@ -97,6 +98,10 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
     arms = [Arm(parse(BASELINE), BASELINE)]
     for given in specs:
         strategy = parse(given)
+        if isinstance(strategy, Lens) and not strategy.acts:
+            raise UserError(f"{strategy.slug} only looks: manyheads probe --lens {strategy.slug}")
+        if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
+            raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/guides.md)")
         fields = {f.name: f for f in dataclasses.fields(strategy)}
         own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
         if strategy.slug == BASELINE:

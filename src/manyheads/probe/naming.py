@@ -101,7 +101,7 @@ def _fields(slug: str) -> set[str]:
     if slug not in catalog.names():
         close = nearest(slug, known)
         hint = f"did you mean {close[0]}?" if close else f"short names are {', '.join(SHORT)}"
-        raise UserError(f"unknown lens {slug!r}: {hint} `manyheads list --wing lenses` has all")
+        raise UserError(f"unknown lens {slug!r}: {hint} (`manyheads list --wing lenses` has all)")
     cls = catalog.load(slug)
     if not issubclass(cls, Lens):
         raise UserError(f"{slug} acts on the model and does not only look; lenses: `manyheads list --wing lenses`")
