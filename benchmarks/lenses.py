@@ -71,7 +71,7 @@ def large(layers: int) -> LlamaForCausalLM:
 def look(model: LlamaForCausalLM, ids: torch.Tensor) -> list[Any]:
     """One forward with all lenses; what they found."""
     import manyheads
-    from manyheads.attention.statistics import Entropy, Statistic
+    from manyheads.calls.statistics import Entropy, Statistic
     from manyheads.lens import Findings, Lens, Roles, Tally, View, table
 
     @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "manyheads"
 WINGS = {"mixers", "caches", "lenses", "guides", "convert", "parallel", "domains"}
 # What the parts of the package may not import (a wing: also no other wing).
-GROUND = ("kernels", "attention", "call", "heads", "lens", "strategy")
+GROUND = ("kernels", "attention", "call", "calls", "heads", "lens", "strategy")
 FORBIDDEN = {
     **{wing: {"port", "compare", "probe", "claims", "recipes", "models", "cli"} for wing in WINGS},
     **{part: WINGS | {"port", "compare", "probe", "claims", "cli"} for part in GROUND},

@@ -265,7 +265,7 @@ class AttentionCall:
         step: tokens seen at this site before this call, a tensor in compiled decoding; 0 without a cache.
         cache: the site's store, if a strategy made one.
         recurrence: decay and state at a site of kind ``linear``, None elsewhere.
-        prepended: keys in front of all others that stand for no token (``attention.edits.append_kv``).
+        prepended: keys in front of all others that stand for no token (``calls.edits.append_kv``).
         diffusion: step, branches and token layout of a denoiser, None elsewhere.
         memory: scratch of the strategy at hand at this site, kept while its ``use`` is open; in a denoiser that runs
             its branches one after the other, a scratch for each.

@@ -2,7 +2,7 @@
 """Lenses: strategies that look. They say what they want of the weights, get it exact, and sum it up over prompts.
 
 Any number of lenses share one forward: the weights of a call are made once, a block of rows at a time, for all of them
-(:mod:`manyheads.attention.statistics`). A lens changes no bit of what the model computes.
+(:mod:`manyheads.calls.statistics`). A lens changes no bit of what the model computes.
 
     with manyheads.watch(model, "active_dormant", "strategy_attention", roles=Roles({"system": [[(0, 12)]]})) as seen:
         model(**inputs)
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .attention.statistics import Statistic, measure
+from .calls.statistics import Statistic, measure
 from .errors import UserError
 from .heads import HeadTable
 from .strategy import Strategy, overrides

@@ -9,7 +9,7 @@ from torch import Tensor
 import manyheads
 import tolerance
 from kernels.cases import poisoned
-from manyheads.attention.statistics import (
+from manyheads.calls.statistics import (
     Band,
     Columns,
     Distance,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kernels.probe_cases import KINDS, build, errors, flat
-from manyheads.attention.fused import stretches
-from manyheads.attention.statistics import measure
+from manyheads.calls.fused import stretches
+from manyheads.calls.statistics import measure
 from tolerance import FORMULA, SAME
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.attention.edits import add_bias, append_kv, replace_channels, scale_heads
+from manyheads.calls.edits import add_bias, append_kv, replace_channels, scale_heads
 from manyheads.errors import UserError
 from oracles import models
 from tolerance import SAME, assert_close, error

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import manyheads
-from manyheads.attention.statistics import Columns, Expectation, measure
+from manyheads.calls.statistics import Columns, Expectation, measure
 from manyheads.errors import UserError
 from manyheads.lens import Findings, Lens
 from manyheads.lenses._dyt import DyT, ScaledEmbedding, with_dyt

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.attention.statistics import measure, weights
+from manyheads.calls.statistics import measure, weights
 from manyheads.data.texts import Text
 from manyheads.errors import UserError
 from manyheads.probe.anatomy import FIRST, Parts

@@ -222,7 +222,7 @@ def sinks(made: Trained, ids: "Tensor") -> "tuple[Tensor, Tensor]":
     import torch
 
     import manyheads
-    from manyheads.attention.statistics import Expectation
+    from manyheads.calls.statistics import Expectation
     from manyheads.lens import Findings, Lens, Tally
 
     @dataclass(frozen=True, kw_only=True)

@@ -33,9 +33,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..attention.edits import Heads, heads_at
 from ..attention.reference import repeat_kv
 from ..call import AttentionCall, Denoising, Site
+from ..calls.edits import Heads, heads_at
 from ..errors import UserError
 from ..strategy import Strategy
 from ._prediction import pushed, some_rows

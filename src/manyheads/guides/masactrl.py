@@ -36,8 +36,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..attention.statistics import Columns, measure
 from ..call import AttentionCall, Diffusion, Site
+from ..calls.statistics import Columns, measure
 from ..errors import UserError
 from ..strategy import Strategy
 

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
-from ..attention.statistics import Received, measure
 from ..call import AttentionCall, Denoising, Layout, Site
+from ..calls.statistics import Received, measure
 from ..errors import UserError
 from ..strategy import Strategy
 from ._prediction import Prediction, pushed, some_rows

@@ -2,7 +2,7 @@
 """Hand-written GPU kernels. Only the submodules import Triton, so this package is imported anywhere at no cost.
 
 Each kernel has a twin in plain torch, which says what it computes: ``decode`` -> ``attention.flat``, ``mass`` ->
-``attention.mass``, ``probe`` -> ``attention.statistics``, ``recurrence`` -> ``attention.recurrence``. The kernels are
+``attention.mass``, ``probe`` -> ``calls.statistics``, ``recurrence`` -> ``attention.recurrence``. The kernels are
 taken where :func:`available` says so.
 """
 

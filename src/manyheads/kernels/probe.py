@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact statistics of attention weights on a GPU without a map of T x S; ``attention.statistics`` says what they are.
+"""Exact statistics of attention weights on a GPU without a map of T x S; ``calls.statistics`` says what they are.
 
 One pass over the keys for each block of queries makes all that is linear in a row: with the running maximum and sum of
 FlashAttention (arXiv 2205.14135) in the place of the values go up to 32 features at a time, and the logit itself, whose

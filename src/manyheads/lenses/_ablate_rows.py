@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..attention.edits import heads_at, scale_heads
 from ..call import AttentionCall, Site
+from ..calls.edits import heads_at, scale_heads
 from ..errors import UserError
 from ..strategy import Strategy
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.edits import scale_heads
 from ..call import AttentionCall
+from ..calls.edits import scale_heads
 from ..errors import UserError
 from ..strategy import Strategy
 

@@ -26,8 +26,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention.edits import append_kv
 from ..call import AttentionCall, Site
+from ..calls.edits import append_kv
 from ..errors import UserError
 from ..strategy import Strategy
 

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention.edits import Heads, heads_at, replace_heads, scale_heads
 from ..attention.reference import repeat_kv
 from ..call import AttentionCall, Site
+from ..calls.edits import Heads, heads_at, replace_heads, scale_heads
 from ..errors import UserError
 from ..strategy import Strategy
 

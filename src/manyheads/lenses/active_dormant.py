@@ -36,8 +36,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ..attention.reference import repeat_kv
-from ..attention.statistics import Expectation, MeanLog, Statistic
 from ..call import Site
+from ..calls.statistics import Expectation, MeanLog, Statistic
 from ..heads import HeadTable
 from ..lens import Findings, Lens, Memory, Series, Tally, View, table
 from ._extreme_notes import notes

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..attention.edits import Heads, add_bias, heads_at
 from ..call import AttentionCall, Site
+from ..calls.edits import Heads, add_bias, heads_at
 from ..strategy import Layers, Strategy
 
 __all__ = ["LogitBias"]

@@ -42,9 +42,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention.edits import replace_channels
 from ..attention.rope import angle_step, unrotate
 from ..call import AttentionCall, Site
+from ..calls.edits import replace_channels
 from ..errors import UserError
 from ..heads import HeadTable
 from ..lens import Findings, Lens, Memory, Tally, View

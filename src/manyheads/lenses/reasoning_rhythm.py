@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..attention.statistics import Band, Distance, Expectation, Statistic
 from ..call import Site
+from ..calls.statistics import Band, Distance, Expectation, Statistic
 from ..errors import UserError
 from ..heads import Head, HeadTable
 from ..lens import Findings, Lens, Memory, Series, Tally, View, table

@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention.statistics import Expectation, Statistic
 from ..call import AttentionCall, Site
+from ..calls.statistics import Expectation, Statistic
 from ..errors import UserError
 from ..heads import HeadTable
 from ..lens import Findings, Lens, Memory, Series, Tally, View, table

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our own look, beside that of the papers: where the mass of every head goes, its map, and what is in the numbers.
 
-Private to the verbs ``probe`` and ``doctor``. Shapes as in :mod:`manyheads.attention.statistics`.
+Private to the verbs ``probe`` and ``doctor``. Shapes as in :mod:`manyheads.calls.statistics`.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.statistics import Entropy, Pooled, Statistic
 from ..call import Site
+from ..calls.statistics import Entropy, Pooled, Statistic
 from ..lens import Findings, Lens, Memory, Tally, View, table
 
 __all__ = ["FAR", "FIRST", "NEAR", "Anatomy", "Body", "Parts"]

@@ -2,7 +2,7 @@
 """Statistics of attention weights by the kernels of :mod:`manyheads.kernels.probe`, for the calls that are theirs.
 
 A call is when it has no bias, cap or learned sinks and each query sees one stretch of the columns: causal, all of them,
-a sliding window, padding on either side. :mod:`manyheads.attention.statistics` says what each statistic is; what is not
+a sliding window, padding on either side. :mod:`manyheads.calls.statistics` says what each statistic is; what is not
 answered here it makes by blocks.
 
 Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys, d channels.
