@@ -17,7 +17,7 @@ WINGS = {"mixers", "caches", "lenses", "guides", "convert", "parallel", "domains
 GROUND = ("kernels", "attention", "call", "calls", "heads", "lens", "strategy")
 FORBIDDEN = {
     **{wing: {"port", "compare", "probe", "claims", "recipes", "models", "cli"} for wing in WINGS},
-    **{part: WINGS | {"port", "compare", "probe", "claims", "cli"} for part in GROUND},
+    **{part: WINGS | {"port", "compare", "probe", "claims", "cli"} for part in (*GROUND, "catalog", "records")},
     "port": WINGS | {"compare", "probe", "claims", "cli"},
     "compare": WINGS,
     "probe": WINGS,

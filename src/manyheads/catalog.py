@@ -99,9 +99,9 @@ def state_in(package: Path, wing: str, slug: str) -> State:
         return "untested"
     if not (package / "claims" / f"{slug}.py").is_file():
         return "strategy"
-    from manyheads.claims import stored
+    from manyheads.records import read
 
-    record = stored(slug, package / "claims")
+    record = read(package / "claims" / f"{slug}.json")
     return record.verdict if record and record.verdict else "claim"
 
 
