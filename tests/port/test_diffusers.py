@@ -145,6 +145,34 @@ def test_refusals():
         tiny.forward("dit", model)
 
 
+def test_two_that_attend_at_different_kinds_hold_together():
+    """Which kind a site is shows only when it runs; each computes its own, whatever the order."""
+    model = tiny.tiny("pixart")
+    plain = tiny.forward("pixart", model)
+
+    class Half(Reference):
+        def attend(self, call):
+            call.memory["seen"] = call.site.kind
+            return 0.5 * call.attend()
+
+    class Selves(Half):
+        kinds = frozenset({"self"})
+
+    class Crosses(Half):
+        kinds = frozenset({"cross"})
+
+    made = {}
+    for strategies in ((Selves(), Crosses()), (Crosses(), Selves()), (Half(),), (Selves(),)):
+        with manyheads.use(model, *strategies) as port:
+            made[strategies] = tiny.forward("pixart", model)
+        for strategy in strategies:
+            kinds = {kept["seen"] for site in port.memory(strategy).values() for kept in site.values()}
+            assert kinds == set(strategy.kinds) & {"self", "cross"}
+    first, second, both, one = made.values()
+    assert torch.equal(first, both) and torch.equal(second, both)
+    assert error(one, both) > 1e-4 and error(both, plain) > 1e-4
+
+
 def test_other_attention_in_the_block_and_in_other_threads_is_left_alone():
     model = tiny.tiny("dit")
     plain = tiny.forward("dit", model)

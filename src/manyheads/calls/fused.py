@@ -146,8 +146,7 @@ def mean_log(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans) -> Te
         count = between(held)
         for h in range(0, kv_heads, step):
             some = slice(h, h + step)
-            mean = (between(k[:, some].mT.double() * held) / count).mT.to(
-                lse.dtype
-            )  # [B, h, T, d]; 0 / 0 is NaN, on purpose
+            # [B, h, T, d]; 0 / 0 is NaN, on purpose: a row that sees no key of the set has no mean
+            mean = (between(k[:, some].mT.double() * held) / count).mT.to(lse.dtype)
             out[:, some, ..., f] = (q[:, some].to(lse.dtype) * mean[:, :, None]).sum(-1) * call.scale - rest[:, some]
     return out.flatten(1, 2)

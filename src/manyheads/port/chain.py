@@ -43,7 +43,7 @@ class Chain:
     def _sort(self) -> None:
         having = {m: [e for e in self.entries if overrides(e.strategy, m)] for m in ("edit", "attend", "store")}
         self._editors = having["edit"]
-        self.attender = having["attend"][-1] if having["attend"] else None
+        self._attenders = having["attend"]
         self.keeper = having["store"][-1] if having["store"] else None
         self._after = [
             (e, overrides(e.strategy, "patch"), overrides(e.strategy, "watch"))
@@ -54,7 +54,7 @@ class Chain:
     @property
     def looks(self) -> bool:
         """Whether anybody but the keeper of a cache looks at a call."""
-        return bool(self._editors or self.attender or self._after)
+        return bool(self._editors or self._attenders or self._after)
 
     def mark(self) -> None:
         """Note that the site was called."""
@@ -62,21 +62,30 @@ class Chain:
             if not entry.called:
                 entry.called = True
 
+    def scratch(self, entry: Entry) -> dict[str, Any] | None:
+        """What a strategy keeps for the call at hand; None where it does not act on it."""
+        return entry.memory
+
     def edit(self, call: AttentionCall) -> AttentionCall:
         """The call after every ``edit``; the same object if nothing changed it."""
         for entry in self._editors:
-            call = entry.strategy.edit(call.replace(memory=entry.memory))
+            if (memory := self.scratch(entry)) is not None:
+                call = entry.strategy.edit(call.replace(memory=memory))
         return call
 
-    def attend(self, call: AttentionCall) -> Tensor:
-        """The output ``[B, T, H, dv]`` of the one strategy that computes it."""
-        assert self.attender is not None
-        return self.attender.strategy.attend(call.replace(memory=self.attender.memory))
+    def attend(self, call: AttentionCall) -> Tensor | None:
+        """The output ``[B, T, H, dv]`` of the one strategy that computes it, None if none does."""
+        for entry in self._attenders:
+            if (memory := self.scratch(entry)) is not None:
+                return entry.strategy.attend(call.replace(memory=memory))
+        return None
 
     def after(self, call: AttentionCall, out: Tensor) -> Tensor:
         """The output after every ``patch``; ``watch`` sees it as it is at its place."""
         for entry, patches, watches in self._after:
-            seen = call.replace(memory=entry.memory)
+            if (memory := self.scratch(entry)) is None:
+                continue
+            seen = call.replace(memory=memory)
             if patches:
                 out = entry.strategy.patch(seen, out)
             if watches:

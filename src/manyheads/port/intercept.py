@@ -179,35 +179,28 @@ class SiteState(Chain):
             site=site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=allowed,
             bias=None if boolean else mask, is_causal=causal, dropout=dropout, diffusion=now,
         )  # fmt: skip
-        chosen = [entry for entry in self.entries if entry.strategy.selects(site)]
-        for entry in chosen:
+        acting = [entry for entry in self.entries if self.scratch(entry) is not None]
+        for entry in acting:
             entry.called = True
-        key = "" if now is None else "+".join(now.branches)
-
-        def scratch(entry: Entry) -> dict[str, Any]:
-            kept: dict[str, Any] = entry.memory.setdefault(key, {})
-            return kept
-
-        for entry in chosen:
-            if overrides(entry.strategy, "edit"):
-                call = entry.strategy.edit(call.replace(memory=scratch(entry)))
-        attending = [entry for entry in chosen if overrides(entry.strategy, "attend")]
+        attending = [entry.strategy.spec for entry in acting if overrides(entry.strategy, "attend")]
         if len(attending) > 1:
-            names = " and ".join(entry.strategy.spec for entry in attending[:2])
+            names = " and ".join(attending[:2])
             raise UserError(f"{names} cannot hold together: each computes the output of {site.name}")
-        if attending:
-            out = attending[0].strategy.attend(call.replace(memory=scratch(attending[0])))
-        elif call is original:
-            out = attention(q, k, v, mask, causal, scale).transpose(1, 2)
-        else:
-            out = self._changed(call, attention)
-        for entry in chosen:
-            seen = call.replace(memory=scratch(entry))
-            if overrides(entry.strategy, "patch"):
-                out = entry.strategy.patch(seen, out)
-            if overrides(entry.strategy, "watch"):
-                entry.strategy.watch(seen, out)
-        return out.transpose(1, 2)
+        call = self.edit(call)
+        out = self.attend(call)
+        if out is None:
+            unchanged = call is original
+            out = (
+                attention(q, k, v, mask, causal, scale).transpose(1, 2) if unchanged else self._changed(call, attention)
+            )
+        return self.after(call, out).transpose(1, 2)
+
+    def scratch(self, entry: Entry) -> dict[str, Any] | None:
+        """What a strategy that selects the site as it showed itself keeps for the branches at hand."""
+        if self.last is None or not entry.strategy.selects(self.last):
+            return None
+        kept: dict[str, Any] = entry.memory.setdefault("" if self.now is None else "+".join(self.now.branches), {})
+        return kept
 
     def reusing(self, inner: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
         """A module's forward as the strategy of ``entry`` has it.

@@ -174,8 +174,8 @@ class SiteState(Chain):
                 call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         call = self.edit(call)
         weights: Tensor | None = None
-        if self.attender is not None:
-            out = self.attend(call)
+        if (answered := self.attend(call)) is not None:
+            out = answered
         elif call is original and not (call.is_causal and q.shape[2] < k.shape[2]):
             if mask is not None and mask.dtype == torch.bool and self.eager:
                 mask = _additive(mask, q.dtype)
