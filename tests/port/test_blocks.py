@@ -92,9 +92,8 @@ def test_output_projection_mixes_the_heads(name):
         weight = output_of(model, site.name)()
         made = outs[site.name].flatten(2) @ weight.T
         want = modules[site.name]
-        shift = (want - made).flatten(0, 1)
-        assert_close(shift, shift[:1].expand_as(shift), 1e-3 if shift.abs().max() > 1e-5 else float("inf"))
-        assert shift.abs().max() < 1e-4 or error(made, want) < 1  # nothing but a bias is missing
+        bias = (want - made).flatten(0, 1).mean(0)  # the one thing that is missing, the same for every token
+        assert_close(made + bias, want, SAME)
         assert error(outs[site.name].flip(2).flatten(2) @ weight.T, want) > 1e-2
 
 
