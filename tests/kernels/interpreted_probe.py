@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads import UserError
-from manyheads.attention import statistics
+from manyheads.calls import statistics
 from manyheads.calls.statistics import Entropy, Pooled, measure
 from manyheads.kernels import probe
 from tolerance import SAME
