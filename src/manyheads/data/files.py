@@ -17,7 +17,8 @@ import os
 import tempfile
 import tomllib
 import urllib.request
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -35,9 +36,10 @@ class DataFile:
     Attributes:
         name: by which it is asked for.
         path: where it stands in a data folder.
-        url: its public source.
-        sha256: checksum of the whole file.
-        bytes: its size.
+        url: its public source; empty for a packing of files that are published in another form only.
+        sha256: checksum of the whole file, empty where ``trees`` has to do.
+        trees: of a zip archive of a git repository, whose own bytes may change: the tree ids of the folders in it.
+        bytes: its size, of an archive the most that it may have.
         licence: as the source states it.
         origin: who made it, and where it was published.
     """
@@ -45,10 +47,22 @@ class DataFile:
     name: str
     path: str
     url: str
-    sha256: str
+    sha256: str = ""
+    trees: dict[str, str] = field(default_factory=dict)
     bytes: int
     licence: str
     origin: str
+
+    def sound(self, file: Path) -> bool:
+        """Whether ``file`` holds what is meant."""
+        if not self.trees:
+            return _sha256(file) == self.sha256
+        try:
+            with zipfile.ZipFile(file) as archive:
+                root = archive.namelist()[0].partition("/")[0]
+                return all(_tree(archive, f"{root}/{folder}/") == tree for folder, tree in self.trees.items())
+        except (zipfile.BadZipFile, IndexError, OSError):
+            return False
 
 
 @cache
@@ -81,11 +95,11 @@ def local(name: str) -> Path | None:
     """
     wanted, folder = entry(name), _folder()
     if folder is not None and (mine := folder / wanted.path).is_file():
-        if _sha256(mine) != wanted.sha256:
+        if not wanted.sound(mine):
             raise UserError(f"{mine} is not the file published at {wanted.url}: its checksum differs; take it away")
         return mine
     kept = _cache() / wanted.path
-    return kept if kept.is_file() and _sha256(kept) == wanted.sha256 else None
+    return kept if kept.is_file() and wanted.sound(kept) else None
 
 
 def path(name: str) -> Path:
@@ -121,22 +135,38 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _tree(archive: zipfile.ZipFile, folder: str) -> str:
+    """The id that git gives a folder of plain files, of what an archive holds of it."""
+    entries = b""
+    for name in sorted(n for n in archive.namelist() if n.startswith(folder) and not n.endswith("/")):
+        content = archive.read(name)
+        entries += b"100644 " + name.removeprefix(folder).encode() + b"\0" + _git(b"blob", content)
+    return _git(b"tree", entries).hex()
+
+
+def _git(kind: bytes, content: bytes) -> bytes:
+    header = kind + b" " + str(len(content)).encode() + b"\0"
+    return hashlib.sha1(header + content, usedforsecurity=False).digest()
+
+
 def _download(wanted: DataFile) -> Path:
     """Fetch a file into the cache; a reader never meets half of one."""
     target = _cache() / wanted.path
     by_hand = f"put it at {target}, or name a folder that holds {wanted.path} by MANYHEADS_DATA"
+    if not wanted.url:
+        raise UserError(f"{wanted.name} ({wanted.origin}) is not published in this form; {by_hand}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(wanted.url, timeout=_TIMEOUT) as answer:
             data = answer.read(wanted.bytes + 1)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{wanted.name} cannot be had from {wanted.url} ({error}); {by_hand}") from error
-    if hashlib.sha256(data).hexdigest() != wanted.sha256:
-        raise UserError(f"{wanted.url} no longer holds the file that is meant: its checksum differs; {by_hand}")
     handle, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+        if not wanted.sound(Path(draft)):
+            raise UserError(f"{wanted.url} no longer holds the file that is meant: its checksum differs; {by_hand}")
         Path(draft).replace(target)
     finally:
         Path(draft).unlink(missing_ok=True)

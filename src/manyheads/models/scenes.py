@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image and video models that ship with the package, as a pipeline of diffusers.
+
+``scenes``: an MMDiT (diffusers' SD3 class) of 32 x 32 pixels; ``unet``: a UNet of the same; ``moving``: a Latte of 8
+frames of 16 x 16. All are made by ``recipes/scenes.py`` and told by three words, see :mod:`manyheads.data.scenes`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import Generator, Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from ..data import scenes as data
+from ..errors import UserError
+from . import placed
+
+__all__ = ["NAMES", "Captions", "Pictures", "ScenePipeline", "is_scene_pipeline", "load_scenes", "predict"]
+
+NAMES: dict[str, str] = {"scenes": "MMDiT, 32 x 32", "unet": "UNet, 32 x 32", "moving": "Latte, 8 frames of 16 x 16"}
+
+
+class Captions(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """The text encoder: a vector for each word."""
+
+    @register_to_config
+    def __init__(self, words: int, dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens`` int64 ``[B, 3]`` -> ``[B, 3, dim]``."""
+        vectors: Tensor = self.embed(tokens)
+        return vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What a pipeline made: ``images``, or ``frames`` of films; one of the two, the other is None."""
+
+    images: Any = None
+    frames: Any = None
+
+
+def predict(denoiser: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    """The denoiser's output for ``latents``, by the names that its class gives its inputs.
+
+    Args:
+        denoiser: SD3Transformer2DModel, LatteTransformer3DModel or UNet2DConditionModel.
+        latents: ``[B, C, (F,) H, W]``.
+        timestep: ``[B]`` or scalar, of 1,000.
+        text: ``[B, 3, dim]``.
+    """
+    timestep = timestep.expand(latents.shape[0])
+    given: dict[str, Any] = {"encoder_hidden_states": text, "timestep": timestep, "return_dict": False}
+    name = type(denoiser).__name__
+    given["sample" if name.startswith("UNet") else "hidden_states"] = latents
+    if name.startswith("SD3"):
+        given["pooled_projections"] = text.mean(1)
+    out: Tensor = denoiser(**given)[0]
+    return out
+
+
+class ScenePipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Scenes or films from three words, with classifier-free guidance in one batch, unconditional rows first."""
+
+    _optional_components = ["transformer", "unet"]
+
+    def __init__(
+        self, captions: Captions, scheduler: Any, transformer: Any = None, unet: Any = None, kind: str = "scenes",
+        patch: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.register_modules(captions=captions, scheduler=scheduler, transformer=transformer, unet=unet)
+        self.register_to_config(kind=kind, patch=patch)
+        self._guidance_scale = 1.0
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call at hand."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call at hand guides."""
+        return self._guidance_scale > 1
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The transformer or the UNet."""
+        made: nn.Module = self.unet if self.transformer is None else self.transformer
+        return made
+
+    @property
+    def vocabulary(self) -> dict[str, tuple[str, ...]]:
+        """The words it knows, by kind."""
+        return data.VOCABULARY[self.config.kind]
+
+    def words(self, prompt: str) -> list[str]:
+        """The word that each token of a prompt stands for, empty where one is missing."""
+        return [data.WORDS[token] for token in data.read_caption(prompt, self.config.kind)]
+
+    def noise(self, count: int, generator: Generator | None = None) -> Tensor:
+        """Latents to start from, ``[count, C, (F,) H, W]`` in the order that ``generator`` gives them."""
+        side = data.WINDOW if self.config.kind == "moving" else data.SIDE
+        shape = (3, data.FRAMES, side, side) if self.config.kind == "moving" else (3, side, side)
+        device = self.denoiser.device
+        at = device if generator is None else generator.device
+        pixels = torch.randn(count, *shape, generator=generator, device=at).to(device, self.denoiser.dtype)
+        return self._packed(pixels)
+
+    def _packed(self, pixels: Tensor) -> Tensor:
+        return pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str] | Tensor | None = None, *, num_inference_steps: int = 20,
+        guidance_scale: float = 3.0, generator: Generator | None = None, latents: Tensor | None = None,
+        num_images_per_prompt: int = 1, output_type: str = "pil",
+    ) -> Pictures:  # fmt: skip
+        """Generate.
+
+        Args:
+            prompt: a caption, several, or their tokens int64 ``[B, 3]``; None for one picture of anything.
+            num_inference_steps: denoising steps.
+            guidance_scale: of classifier-free guidance, 1 for none.
+            generator: of the noise.
+            latents: the noise itself, as :meth:`noise` gives it.
+            num_images_per_prompt: how many of each caption, side by side.
+            output_type: ``pil``, ``np`` (0..1, channels last) or ``pt`` (0..1, float32 ``[B, 3, (F,) H, W]``).
+        """
+        if num_inference_steps < 1:
+            raise UserError(f"num_inference_steps is at least 1, not {num_inference_steps}")
+        tokens = self._tokens(prompt).repeat_interleave(num_images_per_prompt, 0).to(self.denoiser.device)
+        self._guidance_scale = guidance_scale if bool((tokens != 0).any()) else 1.0
+        x = self.noise(len(tokens), generator) if latents is None else latents.to(self.denoiser.device)
+        if len(x) != len(tokens):
+            raise UserError(f"{len(x)} latents for {len(tokens)} pictures; give one of each")
+        if self.do_classifier_free_guidance:
+            tokens = torch.cat([torch.zeros_like(tokens), tokens])
+        text = self.captions(tokens)
+        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            twice = torch.cat([x, x]) if self.do_classifier_free_guidance else x
+            out = predict(self.denoiser, twice, t, text)
+            if self.do_classifier_free_guidance:
+                without, within = out.chunk(2)
+                out = without + self._guidance_scale * (within - without)
+            x = self.scheduler.step(out, t, x, return_dict=False)[0]
+        pixels = pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
+        return self._pictures((pixels.float() / 2 + 0.5).clamp(0, 1), output_type)
+
+    def _tokens(self, prompt: str | list[str] | Tensor | None) -> Tensor:
+        if isinstance(prompt, Tensor):
+            return prompt
+        prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else prompt
+        return torch.tensor([data.read_caption(text, self.config.kind) for text in prompts])
+
+    def _pictures(self, pixels: Tensor, output_type: str) -> Pictures:
+        films = pixels.ndim == 5
+        made: Any = pixels
+        if output_type != "pt":
+            made = pixels.movedim(1, -1).cpu().numpy()
+        if output_type == "pil":
+            whole = (made * 255).round().astype("uint8")
+            made = [[Image.fromarray(f) for f in each] if films else Image.fromarray(each) for each in whole]
+        return Pictures(frames=made) if films else Pictures(images=made)
+
+
+def is_scene_pipeline(folder: Path) -> bool:
+    """Whether ``folder`` holds a saved :class:`ScenePipeline`."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and index.get("_class_name") == "ScenePipeline"
+
+
+def load_scenes(
+    name_or_path: str | Path = "scenes", device: "str | torch.device" = "cpu", dtype: torch.dtype | None = None
+) -> ScenePipeline:
+    """Load a shipped model by its name, or a folder that ``recipes/scenes.py`` wrote.
+
+    Args:
+        name_or_path: one of ``NAMES``, or a folder.
+        device: where it runs.
+        dtype: float32 when not given; these models are small.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    place, _ = placed(device, dtype)
+    shipped = Path(__file__).parent / str(name_or_path)
+    folder = shipped if name_or_path in NAMES else Path(name_or_path).expanduser()
+    if not is_scene_pipeline(folder):
+        raise UserError(
+            f"{name_or_path} is no model of scenes; give {', '.join(NAMES)}, or a folder that `python -m "
+            "manyheads.recipes.scenes` wrote"
+        )
+    pipe: ScenePipeline = ScenePipeline.from_pretrained(str(folder), torch_dtype=dtype or torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(place)
+
+
+def build(kind: str, **changes: Any) -> ScenePipeline:
+    """An untrained pipeline of the shape of a shipped one.
+
+    Args:
+        kind: one of ``NAMES``.
+        changes: of the denoiser's configuration.
+    """
+    import diffusers
+
+    shapes: dict[str, tuple[str, dict[str, Any]]] = {
+        "scenes": (
+            "SD3Transformer2DModel",
+            {
+                "sample_size": 32, "patch_size": 4, "in_channels": 3, "out_channels": 3, "num_layers": 6,
+                "attention_head_dim": 16, "num_attention_heads": 6, "joint_attention_dim": 64,
+                "caption_projection_dim": 96, "pooled_projection_dim": 64, "pos_embed_max_size": 8,
+            },
+        ),
+        "unet": (
+            "UNet2DConditionModel",
+            {
+                "sample_size": 16, "in_channels": 12, "out_channels": 12, "block_out_channels": (48, 64, 96),
+                "layers_per_block": 1, "cross_attention_dim": 64, "attention_head_dim": 16, "norm_num_groups": 8,
+                "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            },
+        ),
+        "moving": (
+            "LatteTransformer3DModel",
+            {
+                "sample_size": 16, "patch_size": 2, "in_channels": 3, "out_channels": 3, "num_layers": 4,
+                "num_attention_heads": 4, "attention_head_dim": 24, "cross_attention_dim": 96, "caption_channels": 64,
+                "video_length": data.FRAMES, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+                "num_embeds_ada_norm": 1000, "activation_fn": "gelu-approximate", "attention_bias": True,
+            },
+        ),
+    }  # fmt: skip
+    name, config = shapes[kind]
+    denoiser = getattr(diffusers, name)(**{**config, **changes})
+    captions = Captions(len(data.WORDS), 64)
+    if kind == "unet":
+        scheduler: Any = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+        return ScenePipeline(captions, scheduler, unet=denoiser, kind="scenes", patch=2)
+    flow = FlowMatchEulerDiscreteScheduler()
+    return ScenePipeline(captions, flow, transformer=denoiser, kind=kind)
