@@ -36,9 +36,9 @@ def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port 
 
     chosen = tuple(parse(s) for s in strategies)
     if "diffusers" in sys.modules:  # a pipeline or denoiser of diffusers cannot be there without it
-        from diffusers import DiffusionPipeline, ModelMixin
+        from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 
-        if isinstance(model, (DiffusionPipeline, ModelMixin)):
+        if isinstance(model, (DiffusionPipeline, ModelMixin, ModularPipeline)):
             from .diffusers import DiffusersPort
 
             return DiffusersPort(model, chosen)

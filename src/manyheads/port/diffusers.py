@@ -4,29 +4,29 @@
 Every attention module puts its site on a stack while it runs; while a port is open, torch's SDPA and diffusers' other
 attention backends are wrapped, and look at the top of that stack. So queries, keys and values are those after norms and
 rotary positions, and no processor of any model has to be rewritten. What step it is and which rows are which branch is
-read from the scheduler and the pipeline, never counted, and memory is kept for each branch apart.
+read from the scheduler and the pipeline or its guider, never counted, and memory is kept for each branch apart.
 
 Outside an attention module of an open port nothing is changed, and with the last port all wrappers are gone.
 """
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, MochiAttention
 from torch import Tensor, nn
 
-from ..call import Denoising, Diffusion, Site
+from ..call import Denoising, Site
 from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .chain import Entry
+from .hearing import Hearing, Undo, put
 from .intercept import SiteState, interception
-from .layouts import arguments, branches_of, guidance_of, layout_of, step_of
+from .layouts import arguments
 
 __all__ = ["DiffusersPort", "denoisers", "find_sites"]
 
@@ -34,6 +34,7 @@ _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 _METHODS = ("edit", "attend", "watch", "patch", "reuse", "denoise")
 _KINDS = (Attention, MochiAttention, AttentionModuleMixin)
 _STATE = "_manyheads"
+_GUIDED = frozenset({"cond", "uncond", "all"})
 
 
 def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
@@ -94,19 +95,9 @@ def _choose(target: Any, strategy: Strategy, sites: list[tuple[Site, nn.Module]]
     return at
 
 
-def replace_forward(
-    module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Callable[[], None]:
+def replace_forward(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Undo:
     """Put ``around(forward)`` in place of a module's forward; the returned function undoes it."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = around(module.forward)
-
-    def undo() -> None:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
-
-    return undo
+    return put(module, "forward", around(module.forward))
 
 
 def repacked(output: Any, sample: Tensor) -> Any:
@@ -119,16 +110,21 @@ def repacked(output: Any, sample: Tensor) -> Any:
 class DiffusersPort:
     """An open or closed way into the denoisers of a pipeline; made by :func:`manyheads.use`, opened by ``with``."""
 
-    def __init__(self, target: Any, strategies: tuple[Strategy, ...]) -> None:
+    def __init__(self, target: Any, strategies: tuple[Strategy, ...], hearing: Hearing | None = None) -> None:
+        """The port of ``target``.
+
+        Args:
+            target: a pipeline or a denoiser.
+            strategies: to act through it.
+            hearing: what somebody else hears of the pipeline; then memory lasts when the port is opened again.
+        """
         self.target, self.strategies = target, strategies
+        self.hearing = hearing or Hearing(None if isinstance(target, nn.Module) else target)
+        self._lasting = hearing is not None
         self._entries: list[tuple[SiteState, Entry]] = []
-        self._undo: list[Callable[[], None]] = []
+        self._held: dict[tuple[int, int], tuple[SiteState, Entry]] = {}
+        self._undo: list[Undo] = []
         self._local = threading.local()
-        self._branch: str | None = None
-        self._timesteps: Any = None
-        self._run = 0
-        self._board: dict[str, Any] = {}
-        self._asked: dict[str, Any] = {}
 
     def stack(self) -> list[SiteState]:
         """The attention modules of this port that run in this thread, the innermost last."""
@@ -150,6 +146,8 @@ class DiffusersPort:
             )
         chosen = [_choose(self.target, strategy, sites) for strategy in self.strategies]
         self._traced: list[SiteState] = []
+        if self._lasting:
+            self._held = {(state.site.index, id(entry.strategy)): (state, entry) for state, entry in self._entries}
         self._entries = []
         try:
             interception.open(self)
@@ -158,10 +156,11 @@ class DiffusersPort:
                 self._attach(
                     site, module, [s for s, at in zip(self.strategies, chosen, strict=True) if site.index in at]
                 )
-            for _, model in denoisers(self.target):
+            models = [model for _, model in denoisers(self.target)]
+            for model in models:
                 self._watch_denoiser(model)
-            if not isinstance(self.target, nn.Module):
-                self._undo.append(self._hear_call())
+            if not self._lasting:
+                self.hearing.open(models, self._undo)
         except BaseException:
             self._restore()
             raise
@@ -192,11 +191,12 @@ class DiffusersPort:
         return [(state.last or state.site, e.memory) for state, e in self._entries if e.strategy is strategy]
 
     def _attach(self, site: Site, module: nn.Module, strategies: list[Strategy]) -> None:
+        held = [self._held.get((site.index, id(strategy))) for strategy in strategies]
         state: SiteState | None = module.__dict__.get(_STATE)
         if state is None:
-            state = module.__dict__[_STATE] = SiteState(site)
+            state = module.__dict__[_STATE] = held[0][0] if held and held[0] else SiteState(site)
         state.ports += 1
-        entries = [Entry(self, strategy) for strategy in strategies]
+        entries = [was[1] if was else Entry(self, strategy) for was, strategy in zip(held, strategies, strict=True)]
         state.add(entries)
         self._entries += [(state, entry) for entry in entries]
 
@@ -230,32 +230,38 @@ class DiffusersPort:
                 self._undo.append(replace_forward(module, lambda inner, e=entry: state.reusing(inner, e)))  # type: ignore[misc]
 
     def _watch_denoiser(self, model: nn.Module) -> None:
-        """Read step, branch and layout off the denoiser's inputs, before it runs."""
-        states = [state for state, _ in self._entries]
+        """Read step, branch and layout off the denoiser's inputs before it runs, and let strategies make of it more."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling():
-                return
-            now = self._now(module, arguments(module, args, kwargs))
-            for state in states:
-                state.now = now
+            self.look(module, args, kwargs)
 
         handle = model.register_forward_pre_hook(before, with_kwargs=True)
         self._undo.append(handle.remove)
-        for strategy in self.strategies:
-            if overrides(strategy, "denoise"):
-                self._undo.append(replace_forward(model, self._denoising(model, strategy)))
-        if hasattr(type(model), "cache_context"):
-            self._undo.append(self._name_branches(model))
+        strategies = [strategy for strategy in self.strategies if overrides(strategy, "denoise")]
+        if strategies:
+            self._undo.append(replace_forward(model, self._denoising(model, strategies)))
 
-    def _denoising(self, model: Any, strategy: Strategy) -> Callable[..., Callable[..., Any]]:
-        """The forward of a denoiser as ``strategy`` has it; the forward before it is what ``predict`` calls."""
+    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in step, branch and layout of a call of a denoiser."""
+        if torch.compiler.is_compiling():
+            return
+        now = self.hearing.now(model, arguments(model, args, kwargs))
+        for state, _ in self._entries:
+            state.now = now
+
+    def _denoising(self, model: Any, strategies: list[Strategy]) -> Callable[..., Callable[..., Any]]:
+        """The forward of a denoiser as ``strategies`` have it; the forward before it is what ``predict`` calls.
+
+        Each starts from the plain prediction, and what it adds is added. Predictions that are neither conditional nor
+        unconditional are others' means to their guidance, and left alone.
+        """
         states = [state for state, _ in self._entries]
 
         def around(inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 given = arguments(model, args, kwargs)
-                now = next((state.now for state in states if state.now is not None), None) or self._now(model, given)
+                now = next((state.now for state in states if state.now is not None), None)
+                now = now or self.hearing.now(model, given)
                 made: list[Any] = []
 
                 def run(branch: str = "", **changes: Any) -> Tensor:
@@ -270,71 +276,18 @@ class DiffusersPort:
                     first: Tensor = made[-1][0]
                     return first
 
-                pipe = None if isinstance(self.target, nn.Module) else self.target
-                scale = guidance_of(pipe, self._asked)
-                call = Denoising(now, given, getattr(pipe, "scheduler", None), scale, run)
-                out = strategy.denoise(call)
-                for _, entry in self._entries:
-                    entry.called = entry.called or (entry.strategy is strategy and not _acts(strategy))
-                return repacked(made[0], out)
+                if not _GUIDED.issuperset(now.branches):
+                    return inner(*args, **kwargs)
+                total: Any = None
+                for strategy in strategies:
+                    scale = self.hearing.guidance(strategy.slug, now.branches)
+                    start = len(made)
+                    out = strategy.denoise(Denoising(now, given, self.hearing.scheduler, scale, run))
+                    total = out if total is None else total + (out - made[start][0])
+                    for _, entry in self._entries:
+                        entry.called = entry.called or (entry.strategy is strategy and not _acts(strategy))
+                return repacked(made[0], total)
 
             return forward
 
         return around
-
-    def _hear_call(self) -> Callable[[], None]:
-        """Hear with which arguments the pipeline is called, by a subclass of its own class while the port is open."""
-        pipe, kind = self.target, type(self.target)
-
-        def call(this: Any, *args: Any, **kwargs: Any) -> Any:
-            before, self._asked = self._asked, arguments(this, args, kwargs, kind.__call__)
-            try:
-                return kind.__call__(this, *args, **kwargs)
-            finally:
-                self._asked = before
-
-        pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
-
-        def undo() -> None:
-            pipe.__class__ = kind
-
-        return undo
-
-    def _name_branches(self, model: Any) -> Callable[[], None]:
-        """Listen to the names of the contexts in which a pipeline runs its denoiser."""
-        original = model.cache_context
-        own = model.__dict__.get("cache_context")
-
-        @contextmanager
-        def context(name: str, **kwargs: Any) -> Any:
-            before, self._branch = self._branch, name
-            try:
-                with cast("AbstractContextManager[Any]", original(name, **kwargs)):
-                    yield
-            finally:
-                self._branch = before
-
-        model.__dict__["cache_context"] = context
-
-        def undo() -> None:
-            del model.__dict__["cache_context"]
-            if own is not None:
-                model.__dict__["cache_context"] = own
-
-        return undo
-
-    def _now(self, module: nn.Module, given: dict[str, Any]) -> Diffusion:
-        pipe = None if isinstance(self.target, nn.Module) else self.target
-        timestep = given.get("timestep")
-        value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
-        scheduler = getattr(pipe, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not None and timesteps is not self._timesteps:  # the scheduler was given new ones
-            self._timesteps, self._run, self._board = timesteps, self._run + 1, {}
-        index, total = step_of(module, value, scheduler)
-        rows = next(x.shape[0] for x in given.values() if isinstance(x, Tensor) and x.ndim > 1)
-        guided = guidance_of(pipe, self._asked) is not None
-        branches = branches_of(pipe, self._branch, rows, guided)
-        return Diffusion(
-            self._run, index, total, value, branches, layout_of(module, given), board=self._board
-        )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..call import Layout
 
-__all__ = ["arguments", "branches_of", "guidance_of", "layout_of", "step_of"]
+__all__ = ["arguments", "branches_of", "guidance_of", "layout_of", "step_of", "timestep_of"]
 
 
 def _image(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
@@ -103,17 +103,24 @@ def layout_of(module: nn.Module, given: dict[str, Any]) -> Layout | None:
     return Layout(frames, height, width, length, row.joint == "first")
 
 
-def step_of(module: nn.Module, value: float, scheduler: Any) -> tuple[int | None, int | None]:
-    """Which of the scheduler's steps has the timestep ``value`` that a denoiser was given, and how many there are.
+def timestep_of(module: nn.Module, given: dict[str, Any], scheduler: Any) -> float:
+    """The timestep that a denoiser was given, as the scheduler counts; of tokens that differ, the noisiest."""
+    timestep = given.get("timestep")
+    value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep or 0)
+    row = _ROWS.get(type(module).__name__)
+    if row is None or not row.share or scheduler is None:
+        return value
+    return value * float(getattr(scheduler.config, "num_train_timesteps", 1) or 1)
+
+
+def step_of(value: float, scheduler: Any) -> tuple[int | None, int | None]:
+    """Which of the scheduler's steps has the timestep ``value``, and how many there are.
 
     None for both where no scheduler is known.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, Tensor) or not timesteps.numel():
         return None, None
-    row = _ROWS.get(type(module).__name__)
-    if row is not None and row.share:
-        value *= float(getattr(scheduler.config, "num_train_timesteps", 1) or 1)
     return int((timesteps.double().flatten().cpu() - value).abs().argmin()), timesteps.numel()
 
 
@@ -136,16 +143,16 @@ def guidance_of(pipe: Any, asked: dict[str, Any]) -> float | None:
 
 
 def branches_of(pipe: Any, name: str | None, rows: int, guided: bool) -> tuple[str, ...]:
-    """What the rows of a batch are: the name of the pipeline's context, or the halves of classifier-free guidance.
+    """What the rows of a batch are: as the pipeline or its guider names them, or halves of classifier-free guidance.
 
     Args:
         pipe: the pipeline, None for a bare denoiser.
-        name: of the context the pipeline runs the denoiser in, if it does.
+        name: of the context the pipeline runs the denoiser in, if it does, or of the guider's batch at hand.
         rows: of the batch.
         guided: whether the pipeline does classifier-free guidance.
     """
     if name is not None and name != "cond_uncond":
-        return (name,)
+        return (name.removeprefix("pred_"),)
     if not guided or rows % 2:
         return ("all",)
     return ("cond", "uncond") if type(pipe).__name__ in _COND_FIRST else ("uncond", "cond")
