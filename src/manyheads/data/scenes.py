@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small pictures and films whose content is known exactly: an emoji at a place, or on its way, before a photograph.
 
-A scene is a CIFAR-10 photograph of 32 x 32 pixels with an emoji of 14 pixels in one of its quarters. A film has 8 frames
-of 16 x 16 pixels: a window moves over a photograph, and an emoji of 8 pixels moves the same way through the window. Both
-are put together as they are drawn, so that no sample is seen twice, and what is where is known for each: object, place
-or direction, backdrop, and the object's alpha mask.
+A scene is a CIFAR-10 photograph of 32 x 32 pixels with an emoji of 14 pixels in one of its quarters. A film has 8
+frames of 16 x 16 pixels: a window moves over a photograph, and an emoji of 8 pixels moves the same way through the
+window. Both are put together as they are drawn, so that no sample is seen twice, and what is where is known for each:
+object, place or direction, backdrop, and the object's alpha mask.
 
 A caption is three words, one of each kind; a word may be missing. Photographs are CIFAR-10 (for research), emoji are
 Noto (Apache-2.0); see ``files.toml``.

@@ -8,11 +8,12 @@ frames of 16 x 16. All are made by ``recipes/scenes.py`` and told by three words
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ModelMixin  # by this name in this module diffusers knows what `Captions` is
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -23,13 +24,18 @@ from . import placed
 
 __all__ = ["NAMES", "Captions", "Pictures", "ScenePipeline", "is_scene_pipeline", "load_scenes", "predict"]
 
+_Model: Any = ModelMixin  # diffusers is not typed
+_Config: Any = ConfigMixin
+_Pipeline: Any = diffusers.DiffusionPipeline
+_configured: Any = register_to_config
+
 NAMES: dict[str, str] = {"scenes": "MMDiT, 32 x 32", "unet": "UNet, 32 x 32", "moving": "Latte, 8 frames of 16 x 16"}
 
 
-class Captions(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Captions(_Model, _Config):  # type: ignore[misc]
     """The text encoder: a vector for each word."""
 
-    @register_to_config
+    @_configured  # type: ignore[untyped-decorator]
     def __init__(self, words: int, dim: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(words, dim)
@@ -67,10 +73,10 @@ def predict(denoiser: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor
     return out
 
 
-class ScenePipeline(DiffusionPipeline):  # type: ignore[misc]
+class ScenePipeline(_Pipeline):  # type: ignore[misc]
     """Scenes or films from three words, with classifier-free guidance in one batch, unconditional rows first."""
 
-    _optional_components = ["transformer", "unet"]
+    _optional_components: ClassVar[list[str]] = ["transformer", "unet"]
 
     def __init__(
         self, captions: Captions, scheduler: Any, transformer: Any = None, unet: Any = None, kind: str = "scenes",
@@ -92,10 +98,9 @@ class ScenePipeline(DiffusionPipeline):  # type: ignore[misc]
         return self._guidance_scale > 1
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         """The transformer or the UNet."""
-        made: nn.Module = self.unet if self.transformer is None else self.transformer
-        return made
+        return self.unet if self.transformer is None else self.transformer
 
     @property
     def vocabulary(self) -> dict[str, tuple[str, ...]]:
@@ -205,7 +210,8 @@ def load_scenes(
         )
     pipe: ScenePipeline = ScenePipeline.from_pretrained(str(folder), torch_dtype=dtype or torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(place)
+    pipe.to(place)
+    return pipe
 
 
 def build(kind: str, **changes: Any) -> ScenePipeline:
@@ -215,8 +221,6 @@ def build(kind: str, **changes: Any) -> ScenePipeline:
         kind: one of ``NAMES``.
         changes: of the denoiser's configuration.
     """
-    import diffusers
-
     shapes: dict[str, tuple[str, dict[str, Any]]] = {
         "scenes": (
             "SD3Transformer2DModel",
@@ -229,10 +233,11 @@ def build(kind: str, **changes: Any) -> ScenePipeline:
         "unet": (
             "UNet2DConditionModel",
             {
-                "sample_size": 16, "in_channels": 12, "out_channels": 12, "block_out_channels": (48, 64, 96),
-                "layers_per_block": 1, "cross_attention_dim": 64, "attention_head_dim": 16, "norm_num_groups": 8,
-                "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+                "sample_size": 16, "in_channels": 12, "out_channels": 12, "block_out_channels": (48, 64),
+                "layers_per_block": 1, "cross_attention_dim": 64, "norm_num_groups": 8,
+                "attention_head_dim": 4,  # by which diffusers means four heads
+                "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             },
         ),
         "moving": (
@@ -251,5 +256,5 @@ def build(kind: str, **changes: Any) -> ScenePipeline:
     if kind == "unet":
         scheduler: Any = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
         return ScenePipeline(captions, scheduler, unet=denoiser, kind="scenes", patch=2)
-    flow = FlowMatchEulerDiscreteScheduler()
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
     return ScenePipeline(captions, flow, transformer=denoiser, kind=kind)

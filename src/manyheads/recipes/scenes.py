@@ -27,7 +27,7 @@ from manyheads.data import scenes as data
 from manyheads.models.scenes import NAMES, ScenePipeline, build, predict
 from manyheads.recipes import _card
 
-RATES = {"scenes": 2e-3, "unet": 1e-3, "moving": 2e-3}
+RATES = {"scenes": 2e-3, "unet": 1.5e-3, "moving": 2e-3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
