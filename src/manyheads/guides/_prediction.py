@@ -36,7 +36,9 @@ class Prediction:
         """
         scheduler: Any = call.scheduler
         if scheduler is None or call.now.index is None:
-            raise UserError("the noise level is the scheduler's to say: open the pipeline, not its denoiser")
+            raise UserError(
+                "the noise level is the scheduler's to say: open the pipeline, not its denoiser; a Guider is given it"
+            )
         config = scheduler.config
         if type(scheduler).__name__.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False):
             sigma = float(scheduler.sigmas[call.now.index])
