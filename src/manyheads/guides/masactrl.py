@@ -29,10 +29,9 @@ them, which the released code offers too.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -40,14 +39,11 @@ from ..call import AttentionCall, Diffusion, Site
 from ..calls.statistics import Columns, measure
 from ..errors import UserError
 from ..strategy import Strategy
+from ._maps import Places, check_words, merged, scaled
 
 __all__ = ["MasaCtrl"]
 
 _BOARD = "masactrl"
-
-Words = Annotated[
-    tuple[int, ...], BeforeValidator(lambda v: tuple(int(w) for w in v.split("+") if w) if isinstance(v, str) else v)
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +64,7 @@ class MasaCtrl(Strategy):
     start_step: int = field(default=4, metadata={"help": "S: the first denoising step it acts at"})
     start_layer: int = field(default=10, metadata={"help": "L: the first block it acts in"})
     union: bool = field(default=False, metadata={"help": "look at the source's keys beside the target's own"})
-    tokens: Words = field(default=(), metadata={"help": "words for the masks, as places in the prompt joined by +"})
+    tokens: Places = field(default=(), metadata={"help": "words for the masks, as places in the prompt joined by +"})
     threshold: float = field(default=0.1, metadata={"help": "of the scaled maps"})
     map_size: int = field(default=16, metadata={"help": "largest side of a cross-attention map used for masks"})
 
@@ -134,8 +130,7 @@ class MasaCtrl(Strategy):
         size = now.layout.grid(call.q.shape[2])
         if size is None or max(size) > self.map_size:
             return
-        if max(self.tokens) >= call.k.shape[2]:
-            raise UserError(f"masactrl: the prompt has tokens 0 to {call.k.shape[2] - 1}, not {max(self.tokens)}")
+        check_words(self.tokens, call.k.shape[2], self.slug)
         words = torch.tensor(self.tokens, device=call.k.device)
         maps = measure(call, [Columns(words)])[0].mean(1).sum(-1).unflatten(1, size)  # [B, h, w]
         kept: dict[Any, Any] = now.board.setdefault(_BOARD, {})
@@ -152,11 +147,8 @@ class MasaCtrl(Strategy):
         size = None if now.layout is None else now.layout.grid(length)
         if not self.tokens or size is None or kept.get("at") != (now.index, now.branches):
             return None
-        large = max((m.shape[-2:] for m in kept["maps"]), key=lambda s: s[0] * s[1])
-        maps = torch.stack([interpolate(m[:, None].float(), size=large, mode="nearest")[:, 0] for m in kept["maps"]])
-        mean = maps.mean(0)
-        low, high = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
-        cut = ((mean - low) / (high - low + 1e-8) > self.threshold).float()
+        mean = merged([m.float() for m in kept["maps"]])
+        cut = (scaled(mean) > self.threshold).float()
         made = interpolate(cut[:, None], size=size, mode="nearest")[:, 0].flatten(1) > 0.5
         if "cond" in now.branches and len(now.branches) > 1:
             made = made[now.rows("cond", batch)].repeat(len(now.branches), 1)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention maps of a denoiser, of which only what was asked for is kept: where words act, and what is looked at.
+
+While a picture or video is made, for every site of attention and every branch of the batch a running mean over heads
+and steps is kept of
+
+- the columns of words: the share of each image token's attention that goes to a word of the prompt (``tokens``), in
+  cross-attention and in joint attention;
+- the attention that each image token receives from image tokens, where 1 is its share if all received alike
+  (``received``);
+- the rows of some image tokens: what they look at, in multiples of a uniform map (``queries``).
+
+So N image tokens and C words cost ``N C`` numbers a site, never the ``N N`` or ``N S`` of the map, whose rows are made
+a block at a time and dropped. Nothing of the model is changed: a watched run is bit-identical to an unwatched one.
+
+Averaging columns of cross-attention over heads, layers and steps is that of What the DAAM: Interpreting Stable
+Diffusion Using Cross Attention (arXiv 2210.04885), which sums them; here they are means, so that a value stays a share
+of attention, cells of coarse maps are repeated rather than smoothed, and joint attention and videos are taken in.
+
+    with manyheads.use(pipe, "token_maps:tokens=2+5") as port:
+        image = pipe("a red cat beside a dog").images[0]
+    found = maps(port, port.strategies[0], words=("red", "cat"))
+    found.of("cat")  # [rows, frames, h, w]
+
+Shapes: q, k ``[B, H, T, d]``; sums ``[rows, H or 1, C, frames, h, w]``, where frames that attend apart stand in rows of
+the batch.
+
+Choices. Places count from the first token of the text as the denoiser is given it: special tokens count, and where two
+encoders' tokens stand one behind the other (SD3: CLIP, then T5) so do the first one's. Queries are image tokens of the
+finest grid, frame by frame and row by row; on coarser grids the cell that holds them answers. Attention over time and
+among text tokens has no picture and is left out. A new run of the pipeline begins anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..call import AttentionCall, Diffusion, Layout, Site
+from ..calls.edits import heads_at
+from ..calls.statistics import Columns, Received, Statistic, measure, weights
+from ..errors import UserError
+from ..strategy import Layers, Strategy
+from ._maps import Places, check_words, merged, scaled
+
+__all__ = ["TokenMaps", "WordMaps", "maps"]
+
+
+@dataclass(slots=True)
+class _Mean:
+    """A running mean."""
+
+    total: Tensor
+    count: int = 1
+
+    @property
+    def value(self) -> Tensor:
+        return self.total / self.count
+
+    def plus(self, total: Tensor, count: int = 1) -> "_Mean":
+        return _Mean(self.total + total, self.count + count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMaps(Strategy):
+    """Keep maps of words, of attention received, and of what chosen image tokens look at.
+
+    Attributes:
+        tokens: words, as places in the prompt joined by ``+``; none for no maps of words.
+        received: keep the attention that image tokens receive from image tokens.
+        queries: image tokens whose rows are kept, as places joined by ``+``.
+        steps: denoising steps to average over, as ``0-9+20``; all when not given.
+        per_step: keep a map of each step beside the mean.
+        per_head: keep every head apart.
+        text: take only cross-attention over so many tokens, where a site has several contexts; 0 for whatever comes.
+    """
+
+    tokens: Places = field(default=(), metadata={"help": "words, as places in the prompt joined by +"})
+    received: bool = field(default=False, metadata={"help": "keep the attention that image tokens receive"})
+    queries: Places = field(default=(), metadata={"help": "image tokens whose rows are kept, as places joined by +"})
+    steps: Layers = field(default=None, metadata={"help": "steps to average over, as 0-9+20; all when not given"})
+    per_step: bool = field(default=False, metadata={"help": "keep a map of each step beside the mean"})
+    per_head: bool = field(default=False, metadata={"help": "keep every head apart"})
+    text: int = field(default=0, metadata={"help": "only cross-attention over so many tokens; 0 for whatever comes"})
+
+    def selects(self, site: Site) -> bool:
+        if not (self.tokens or self.received or self.queries):
+            raise UserError("token_maps: nothing is asked for; give tokens=2+5 (places in the prompt) or received=true")
+        words, image = bool(self.tokens), self.received or bool(self.queries)
+        wanted = {"cross": words, "self": image, "joint": words or image}
+        return super().selects(site) and wanted[site.kind]
+
+    def watch(self, call: AttentionCall, out: Tensor) -> None:
+        now, kind, size = call.diffusion, call.site.kind, call.k.shape[2]
+        if now is None or now.layout is None:
+            raise UserError(f"token_maps: the token layout of {call.site.name} is not known, so its map has no picture")
+        if now.index is None and (self.per_step or self.steps is not None):
+            raise UserError("token_maps has to know the step: open the pipeline, not its denoiser")
+        if self.steps is not None and now.index not in self.steps:
+            return
+        if now.axis in ("time", "text") or (kind == "cross" and self.text not in (0, size)):
+            return
+        layout, length = now.layout, call.q.shape[2]
+        image = layout.image(length) if kind == "joint" else slice(0, length)
+        grid = _grid(layout, image.stop - image.start, call.q.shape[0])
+        if grid is None:
+            return
+        part = _some_rows(call, image)
+        found = self._found(part, layout, image, grid)
+        self._keep(call, now, {what: _pictures(x, grid) for what, x in found.items()})
+
+    def _found(
+        self, part: AttentionCall, layout: Layout, image: slice, grid: tuple[int, int, int, int]
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """What was asked for at the image's rows ``part``, ``[B, H, T, C]`` each."""
+        kind, size, length = part.site.kind, part.k.shape[2], image.stop - image.start
+        wanted: dict[str, Statistic] = {}
+        if self.tokens and kind != "self":
+            joint = kind == "joint"
+            check_words(self.tokens, size - length if joint else size, self.slug)
+            start = image.stop if joint and not layout.text_first else 0
+            wanted["words"] = Columns(torch.tensor(self.tokens, device=part.k.device) + start)
+        if self.received and kind != "cross":
+            wanted["received"] = Received(torch.ones(1, length, 1, device=part.q.device))
+        found: dict[str, Tensor] = dict(zip(wanted, measure(part, list(wanted.values())), strict=True))
+        if "received" in found:
+            found["received"] = found["received"][:, :, image]
+        if self.queries and kind != "cross":
+            found["queries"] = self._rows(part, layout, image, grid)
+        return found
+
+    def _rows(
+        self, part: AttentionCall, layout: Layout, image: slice, grid: tuple[int, int, int, int]
+    ) -> Tensor:  # fmt: skip
+        """What ``queries`` look at, ``[B, H, T, C]``; 0 in the rows of frames that they are not in."""
+        if min(self.queries) < 0 or max(self.queries) >= layout.tokens:
+            raise UserError(f"token_maps: the picture has tokens 0 to {layout.tokens - 1}, not {max(self.queries)}")
+        apart, frames, high, wide = grid
+        at = torch.tensor(self.queries, device=part.q.device)
+        frame, row, column = at // (layout.height * layout.width), at // layout.width % layout.height, at % layout.width
+        cell = row * high // layout.height * wide + column * wide // layout.width
+        asked = _some_rows(part, cell if apart > 1 else frame * high * wide + cell)
+        rows = torch.cat([x for _, x in weights(asked)], 2)[..., image].transpose(2, 3) * (frames * high * wide)
+        if apart == 1:
+            return rows
+        there = torch.arange(rows.shape[0], device=at.device)[:, None] % apart == frame
+        return rows * there[:, None, None]
+
+    def _keep(self, call: AttentionCall, now: Diffusion, found: dict[str, Tensor]) -> None:
+        memory, shape = call.memory, (call.q.shape[0], call.q.shape[2], call.k.shape[2])
+        if memory.get("run") != now.run:
+            memory.clear()
+            memory.update(run=now.run, branches=now.branches, shape=shape, means={})
+        if memory["shape"] != shape:
+            raise UserError(
+                f"token_maps: {call.site.name} came with rows, queries and keys {memory['shape']}, then {shape}; of "
+                "several contexts name one by text=, and open anew for another size"
+            )
+        for what, x in found.items():
+            x = x if self.per_head else x.mean(1, keepdim=True)
+            for step in (None, now.index) if self.per_step else (None,):
+                before = memory["means"].get((what, step))
+                memory["means"][what, step] = _Mean(x) if before is None else before.plus(x)
+
+
+def _grid(layout: Layout, length: int, batch: int) -> tuple[int, int, int, int] | None:
+    """Frames in rows of the batch, frames, rows and columns among ``length`` tokens; None where they are no picture."""
+    if length == layout.tokens:
+        return 1, layout.frames, layout.height, layout.width
+    size = layout.grid(length)
+    return None if size is None or batch % layout.frames else (layout.frames, 1, *size)
+
+
+def _pictures(x: Tensor, grid: tuple[int, int, int, int]) -> Tensor:
+    """``[B, H, T, C]`` as ``[rows, H, C, frames, h, w]``."""
+    x = x.unflatten(2, grid[1:]).unflatten(0, (-1, grid[0]))  # [rows, frames, H, frames, h, w, C], one frames is 1
+    return x.permute(0, 2, 6, 1, 3, 4, 5).flatten(3, 4)
+
+
+def _some_rows(call: AttentionCall, at: Tensor | slice) -> AttentionCall:
+    """The call with some of its queries only."""
+    mask, bias = (x if x is None or x.shape[-2] == 1 else x[..., at, :] for x in (call.allowed(), call.bias))
+    return call.replace(q=call.q[:, :, at], mask=mask, bias=bias, is_causal=False)
+
+
+class _Port(Protocol):
+    def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]: ...
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """Maps over what was generated, means over heads and sites, float32 on the CPU.
+
+    Attributes:
+        names: of the C maps: words, then ``received``, then ``from 12`` for what image token 12 looks at.
+        maps: by branch, ``[rows, C, frames, h, w]``, means over steps too. A word's values are shares of attention, 0
+            to 1; the others are multiples of a uniform map. NaN where nothing was seen.
+        layers: the same by branch and layer, a mean over the layer's sites.
+        steps: the same by branch and step, where steps were kept apart.
+    """
+
+    names: tuple[str, ...]
+    maps: dict[str, Tensor]
+    layers: dict[str, dict[int, Tensor]]
+    steps: dict[str, dict[int, Tensor]]
+
+    def of(
+        self, name: str, branch: str | None = None, *, layer: int | None = None, step: int | None = None
+    ) -> Tensor:  # fmt: skip
+        """The map ``[rows, frames, h, w]`` of one name: of all layers and steps, of one layer, or of one step.
+
+        Args:
+            name: one of ``names``.
+            branch: ``cond`` where there is one and none is named, else the first.
+
+        Raises:
+            UserError: there is no such map.
+        """
+        branch = branch or ("cond" if "cond" in self.maps else next(iter(self.maps)))
+        for value, known in ((name, self.names), (branch, self.maps)):
+            if value not in known:
+                raise UserError(f"there is no map of {value!r}, only of {', '.join(known)}")
+        if layer is not None and step is not None:
+            raise UserError("maps are kept by layer or by step, not by both")
+        place, kept = (layer, self.layers) if layer is not None else (step, self.steps)
+        if place is None:
+            return self.maps[branch][:, self.names.index(name)]
+        if place not in kept.get(branch, {}):
+            raise UserError(f"no map of {branch!r} is kept at {place}, only at {sorted(kept.get(branch, {}))}")
+        return kept[branch][place][:, self.names.index(name)]
+
+    def mask(self, names: Sequence[str], threshold: float = 0.5, branch: str | None = None) -> Tensor:
+        """Where the sum of some maps, scaled to [0, 1] for each row, is above a threshold: ``[rows, frames, h, w]``."""
+        return scaled(torch.stack([self.of(name, branch) for name in names]).sum(0)) > threshold
+
+
+def maps(
+    port: _Port, strategy: TokenMaps, *, words: Sequence[str] = (), heads: Sequence[str] = (), size: int | None = None
+) -> WordMaps:  # fmt: skip
+    """What ``strategy`` kept in the latest run, as means over heads and sites at the largest grid among them.
+
+    Args:
+        port: that the strategy was used by, open or closed.
+        strategy: as the port has it: ``port.strategies[i]``.
+        words: names of the ``tokens``; ``token 5`` when not given.
+        heads: as ``layer.head``, only these count; needs ``per_head``. All when not given.
+        size: leave out sites whose grid has a longer side.
+
+    Raises:
+        UserError: nothing was kept, or names and heads do not fit.
+    """
+    if words and len(words) != len(strategy.tokens):
+        raise UserError(f"{len(words)} names for {len(strategy.tokens)} tokens; give one for each")
+    if heads and not strategy.per_head:
+        raise UserError("token_maps kept the mean over heads only; heads are chosen among those kept by per_head=true")
+    kept = [(site, memory) for site, branches in port.kept(strategy) for memory in branches.values() if memory]
+    run = max((memory["run"] for _, memory in kept), default=0)
+    found: dict[tuple[str, str, int | None], dict[Site, _Mean]] = {}
+    for site, memory in kept:
+        chosen = heads_at(heads, site)
+        if memory["run"] != run or (heads and not chosen):
+            continue
+        for (what, step), mean in memory["means"].items():
+            total, groups = _of_heads(mean.total, chosen, site), len(memory["branches"])
+            if size is not None and max(total.shape[-2:]) > size:
+                continue
+            for branch, rows in zip(memory["branches"], total.float().cpu().chunk(groups), strict=True):
+                of_site = found.setdefault((branch, what, step), {})
+                of_site[site] = of_site[site].plus(rows, mean.count) if site in of_site else _Mean(rows, mean.count)
+    if not found:
+        raise UserError(f"{strategy.spec} kept nothing: no site showed a picture that it was asked for")
+    return _assembled(found, strategy, words)
+
+
+def _of_heads(total: Tensor, chosen: list[int], site: Site) -> Tensor:
+    """``[rows, H, C, frames, h, w]`` as its mean over all heads or the chosen."""
+    if chosen and max(chosen) >= total.shape[1]:
+        raise UserError(f"{site.name} has heads 0 to {total.shape[1] - 1}, not {max(chosen)}")
+    return (total[:, chosen] if chosen else total).mean(1)
+
+
+def _assembled(
+    found: dict[tuple[str, str, int | None], dict[Site, _Mean]], strategy: TokenMaps, words: Sequence[str]
+) -> WordMaps:  # fmt: skip
+    names = {
+        "words": tuple(words) or tuple(f"token {t}" for t in strategy.tokens),
+        "received": ("received",) if strategy.received else (),
+        "queries": tuple(f"from {q}" for q in strategy.queries),
+    }
+    shapes = [m.total.shape for sites in found.values() for m in sites.values()]
+    large = max((shape[-2:] for shape in shapes), key=lambda s: s[0] * s[1])
+
+    def joined(branch: str, step: int | None, layer: int | None = None) -> Tensor | None:
+        made: list[Tensor] = []
+        rows = next(m.total.shape for (b, _, _), sites in found.items() if b == branch for m in sites.values())
+        seen = False
+        for what, each in names.items():
+            sites = found.get((branch, what, step), {})
+            means = [mean.value for site, mean in sites.items() if layer is None or site.layer == layer]
+            seen = seen or bool(means)
+            nothing = torch.full((rows[0], len(each), rows[2], *large), torch.nan)
+            made.append(merged(means, large) if means else nothing)
+        return torch.cat(made, 1) if seen else None
+
+    branches = tuple(dict.fromkeys(branch for branch, _, _ in found))
+    numbers = sorted({site.layer for sites in found.values() for site in sites if site.layer is not None})
+    steps = sorted({step for _, _, step in found if step is not None})
+    whole = {b: x for b in branches if (x := joined(b, None)) is not None}
+    return WordMaps(
+        sum(names.values(), ()), whole,
+        {b: {n: x for n in numbers if (x := joined(b, None, n)) is not None} for b in branches},
+        {b: {n: x for n in steps if (x := joined(b, n)) is not None} for b in branches} if strategy.per_step else {},
+    )  # fmt: skip
