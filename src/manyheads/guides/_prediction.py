@@ -73,10 +73,14 @@ class Prediction:
 
 
 def some_rows(call: Denoising, rows: slice) -> dict[str, Any]:
-    """The arguments of a denoiser for some rows of its batch."""
+    """The arguments of a denoiser for some rows of its batch, of tensors within dicts, lists and tuples too."""
     batch = call.latents.shape[0]
 
     def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(cut(item) for item in value)
         return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
     return {name: cut(value) for name, value in call.given.items()}
