@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
+from ..html import filled, markup
 from . import pictures
 from .stats import Estimate
 from .summary import FIGURES, ArmSummary, Summary
@@ -49,19 +50,11 @@ def render(summary: Summary) -> str:
 
 def page(template: str, run: dict[str, Any], drawn: dict[str, str | None], **given: Any) -> str:
     """``template`` filled with what is known of ``run``, with pictures and all else that is ``given``."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("manyheads.compare"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(
+    return filled(
+        template,
+        "manyheads.compare",
         run={"seconds": None, "sources": [], "peak_rss_bytes": None} | run,  # what an unfinished run lacks
-        pictures={name: Markup(svg) if svg else None for name, svg in drawn.items()},
+        pictures={name: markup(svg) if svg else None for name, svg in drawn.items()},
         command=shlex.join(run["command"]) if run["command"] else "made through manyheads.compare",
         size_text=size_text,
         **given,

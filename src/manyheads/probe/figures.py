@@ -5,26 +5,22 @@ Colours are colour-blind-safe: cividis for what has no sign, blue to orange abou
 variables of the page. Everything from outside is escaped.
 """
 
-import base64
 import math
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from ..compare.drawing import COLOURS
+from ..html import LEVELS, colours, data_uri, markup, number, pixels
 
 __all__ = [
     "LEVELS", "Line", "Scale", "bars", "colours", "data_uri", "heat", "lines", "markup", "number", "pixels", "plain",
     "scale_of",
 ]  # fmt: skip
 
-LEVELS = 64  # colours of a picture; one more is clear
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -73,57 +69,6 @@ def scale_of(values: Array, log: bool = False) -> Scale | None:
     if high == low:
         return Scale(min(0.0, low), high if high > 0 else 1.0)
     return Scale(min(0.0, low) if low < 0.5 * high else low, high)
-
-
-@cache
-def colours(signed: bool) -> tuple[tuple[int, int, int], ...]:
-    """The LEVELS colours of a scale."""
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap
-
-    if signed:
-        made: Any = LinearSegmentedColormap.from_list(
-            "signed", ["#08306b", "#0072b2", "#9ecae9", "#f3f1ec", "#f5b377", "#d55e00", "#6b2500"]
-        )
-    else:
-        made = colormaps["cividis"]
-    rows = (made(np.linspace(0, 1, LEVELS))[:, :3] * 255).round().astype(int).tolist()
-    return tuple((r, g, b) for r, g, b in rows)
-
-
-def pixels(levels: Array, signed: bool = False) -> bytes:
-    """A PNG with a palette, of ``levels [h, w]`` as :meth:`Scale.levels` makes them."""
-    high, wide = levels.shape
-    rows = np.concatenate([np.zeros((high, 1), np.uint8), levels.astype(np.uint8)], 1)  # a filter byte, 0: none
-    palette = b"".join(bytes(colour) for colour in colours(signed)) + b"\x80\x80\x80"
-    parts = (
-        (b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
-        (b"tRNS", b"\xff" * LEVELS + b"\x00"),
-        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
-        (b"IEND", b""),
-    )
-    made = b"\x89PNG\r\n\x1a\n"
-    for kind, data in parts:
-        made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return made
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG as the source of an image."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def number(value: float) -> str:
-    """Three digits, as a reader wants them."""
-    if not math.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e5 or size < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
 
 
 def heat(
@@ -330,10 +275,3 @@ def _svg(inside: str, width: float, height: float, name: str) -> str:
 def plain(values: Any) -> list[Any]:
     """Numbers of four digits, null where there is none."""
     return [[float(f"{v:.4g}") if math.isfinite(v) else None for v in row] for row in np.asarray(values, float)]
-
-
-def markup(text: str) -> Any:
-    """``text`` as HTML that is not escaped again."""
-    from markupsafe import Markup
-
-    return Markup(text)

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of a probe: one file, no network, drawn from the findings; its only script is ours, named by its hash."""
 
-import base64
-import hashlib
-import json
 import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from ..heads import Curve, HeadTable
+from ..html import filled
 from ..lens import Findings
 from .figures import (
     LEVELS,
@@ -44,24 +41,8 @@ _OUR_OWN = "where the attention of every head goes, by part and distance; not a 
 
 def fill(template: str, run: dict[str, Any], **given: Any) -> str:
     """``template`` with what is known of ``run`` and all else that is ``given``; ``data`` brings the script along."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("manyheads.probe"), PackageLoader("manyheads.compare")]),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    script, data = "", given.pop("data", None)
-    if data is not None:
-        script = (resources.files("manyheads.probe") / "templates" / "probe.js").read_text("utf-8")
-        data = json.dumps(data, separators=(",", ":"), allow_nan=False)
-        for letter in "<>&\u2028\u2029":  # nothing in it can end the element that holds it
-            data = data.replace(letter, f"\\u{ord(letter):04x}")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(
-        run=run, command=shlex.join(run["command"]) if run["command"] else "made in Python", script=Markup(script),
-        script_hash=Markup(f"'sha256-{digest}'") if script else "", data=Markup(data or ""), short=_short(run), **given,
-    )  # fmt: skip
+    command = shlex.join(run["command"]) if run["command"] else "made in Python"
+    return filled(template, "manyheads.probe", script="probe.js", run=run, command=command, short=_short(run), **given)
 
 
 def render(seen: Probed) -> str:
