@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attention computation of a denoiser: where it is caught, and how it goes through the strategies of its site."""
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,7 +140,7 @@ class SiteState(Chain):
                 kind = "joint"
             else:
                 kind = "self"
-        if now is not None and layout is not None and kind == "self":
+        if now is not None and layout is not None and kind == "self" and now.axis == "all":  # not told already
             frame = layout.height * layout.width
             axis: Axis = "all"
             if length == frame and q.shape[0] % layout.frames == 0 and layout.frames > 1:
@@ -176,7 +177,7 @@ class SiteState(Chain):
         if causal and q.shape[2] != k.shape[2]:  # SDPA anchors at the top left
             allowed, causal = causal_mask(q.shape[2], q.shape[2], q.device)[None, None, :, : k.shape[2]], False
         original = call = AttentionCall(
-            site=site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=allowed,
+            site=site, q=q, k=k, v=v, scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale, mask=allowed,
             bias=None if boolean else mask, is_causal=causal, dropout=dropout, diffusion=now,
         )  # fmt: skip
         acting = [entry for entry in self.entries if self.scratch(entry) is not None]
