@@ -117,6 +117,20 @@ def test_facts_of_a_call(name):
         assert all("refiner" in site and seen[site].diffusion.axis == "text" for site in text)
 
 
+@pytest.mark.parametrize("name", [name for name in tiny.CONFIGS if name != "latte"])
+def test_layers_are_numbered_as_they_run(name):
+    """Also the middle of a UNet, which its class defines last; of Latte first the spatial blocks, then the temporal."""
+    ran = []
+
+    class Order(Strategy):
+        def watch(self, call, out):
+            ran.append(call.site.layer)
+
+    with manyheads.use(tiny.tiny(name), Order()):
+        tiny.forward(name, tiny.tiny(name))
+    assert ran == sorted(ran) and len(set(ran)) > 1
+
+
 def test_an_exception_leaves_nothing_and_ports_nest():
     model = tiny.tiny("pixart")
     plain, before = tiny.forward("pixart", model), torch.nn.functional.scaled_dot_product_attention

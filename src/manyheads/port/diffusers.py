@@ -54,7 +54,7 @@ def find_sites(target: Any) -> list[tuple[Site, nn.Module]]:
     found: list[tuple[Site, nn.Module]] = []
     for prefix, model in denoisers(target):
         blocks: dict[str, int] = {}
-        for name, module in model.named_modules():
+        for name, module in sorted(model.named_modules(), key=_order):
             known: Any = module
             if not isinstance(module, _KINDS):
                 continue
@@ -69,6 +69,11 @@ def find_sites(target: Any) -> list[tuple[Site, nn.Module]]:
             found.append((Site(path, len(found), layer, kind, False, heads, heads), known))
     peers = tuple(sorted({site.layer for site, _ in found if site.layer is not None}))
     return [(replace(site, peers=peers), module) for site, module in found]
+
+
+def _order(named: tuple[str, nn.Module]) -> int:
+    """In which third of a UNet a module runs; its class defines the middle last. Elsewhere modules run as defined."""
+    return {"mid_block": 1, "up_blocks": 2}.get(named[0].partition(".")[0], 0)
 
 
 def _acts(strategy: Strategy) -> bool:
