@@ -84,7 +84,7 @@ class MasaCtrl(Strategy):
         now = call.diffusion
         if now is None or now.index is None:
             raise UserError("masactrl has to know the step: open the pipeline, not its denoiser")
-        if call.site.kind == "cross" or now.index < self.start_step:
+        if call.site.kind == "cross" or now.axis == "text" or now.index < self.start_step:
             return None
         if call.q.shape[0] % (2 * len(now.branches)):
             raise UserError(
@@ -136,18 +136,21 @@ class MasaCtrl(Strategy):
         kept: dict[Any, Any] = now.board.setdefault(_BOARD, {})
         at = (now.index, now.branches)
         if kept.get("at") != at:
-            kept.clear()
-            kept["at"] = at
-            kept["maps"] = []
+            theirs = kept["maps"] if kept.get("at") == (now.index, ("cond",)) else None
+            kept.update(at=at, maps=[], cond=theirs)
         kept["maps"].append(maps)
 
     def masks(self, now: Diffusion, batch: int, length: int) -> Tensor | None:
-        """Boolean ``[B, T]`` from the maps of this step so far, None if there are none; conditional rows decide."""
+        """Boolean ``[B, T]`` from the maps of this step so far, None if there are none; conditional rows decide.
+
+        So they do where the conditional call of a step comes before the unconditional one.
+        """
         kept = now.board.get(_BOARD, {})
         size = None if now.layout is None else now.layout.grid(length)
         if not self.tokens or size is None or kept.get("at") != (now.index, now.branches):
             return None
-        mean = merged([m.float() for m in kept["maps"]])
+        maps = (kept.get("cond") or kept["maps"])[: len(kept["maps"])]  # as far as this branch has come
+        mean = merged([m.float() for m in maps])
         cut = (scaled(mean) > self.threshold).float()
         made = interpolate(cut[:, None], size=size, mode="nearest")[:, 0].flatten(1) > 0.5
         if "cond" in now.branches and len(now.branches) > 1:
