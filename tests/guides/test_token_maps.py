@@ -243,7 +243,7 @@ def test_mask_and_mean_of_unlike_grids():
     assert merged([x[..., :2, :2]], (4, 4))[0, :, 0].tolist() == [0, 0, 3, 3]
     assert scaled(x).max() == pytest.approx(1) and scaled(x).min() == 0
     rows = torch.cat([x, 10 * x])[:, None, None]  # a row is scaled by itself
-    found = WordMaps(("cat", "dog"), {"cond": torch.cat([rows, rows], 1)}, {}, {})
+    found = WordMaps(("cat", "dog"), ("", ""), {"cond": torch.cat([rows, rows], 1)}, {}, {})
     want = (x > 6).expand(2, -1, -1)[:, None]
     assert torch.equal(found.mask(["cat"], 0.8), want) and torch.equal(found.mask(["cat", "dog"], 0.8), want)
     assert not torch.equal(found.mask(["cat"], 0.5), want)

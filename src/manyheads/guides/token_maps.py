@@ -47,6 +47,8 @@ from ._maps import Places, check_words, merged, scaled
 
 __all__ = ["TokenMaps", "WordMaps", "maps"]
 
+_SHARE, _TIMES = "share of attention", "times a uniform share"
+
 
 @dataclass(slots=True)
 class _Mean:
@@ -195,13 +197,14 @@ class WordMaps:
 
     Attributes:
         names: of the C maps: words, then ``received``, then ``from 12`` for what image token 12 looks at.
-        maps: by branch, ``[rows, C, frames, h, w]``, means over steps too. A word's values are shares of attention, 0
-            to 1; the others are multiples of a uniform map. NaN where nothing was seen.
+        units: of each: a word's values are shares of attention, 0 to 1; the others are multiples of a uniform map.
+        maps: by branch, ``[rows, C, frames, h, w]``, means over steps too. NaN where nothing was seen.
         layers: the same by branch and layer, a mean over the layer's sites.
         steps: the same by branch and step, where steps were kept apart.
     """
 
     names: tuple[str, ...]
+    units: tuple[str, ...]
     maps: dict[str, Tensor]
     layers: dict[str, dict[int, Tensor]]
     steps: dict[str, dict[int, Tensor]]
@@ -308,8 +311,9 @@ def _assembled(
     numbers = sorted({site.layer for sites in found.values() for site in sites if site.layer is not None})
     steps = sorted({step for _, _, step in found if step is not None})
     whole = {b: x for b in branches if (x := joined(b, None)) is not None}
+    units = [_SHARE if what == "words" else _TIMES for what, each in names.items() for _ in each]
     return WordMaps(
-        sum(names.values(), ()), whole,
+        sum(names.values(), ()), tuple(units), whole,
         {b: {n: x for n in numbers if (x := joined(b, None, n)) is not None} for b in branches},
         {b: {n: x for n in steps if (x := joined(b, n)) is not None} for b in branches} if strategy.per_step else {},
     )  # fmt: skip
