@@ -201,14 +201,16 @@ def load_scenes(
         UserError: there is no such model.
     """
     place, _ = placed(device, dtype)
-    shipped = Path(__file__).parent / str(name_or_path)
+    shipped = Path(__file__).parent / "pipelines" / str(name_or_path)
     folder = shipped if name_or_path in NAMES else Path(name_or_path).expanduser()
     if not is_scene_pipeline(folder):
         raise UserError(
             f"{name_or_path} is no model of scenes; give {', '.join(NAMES)}, or a folder that `python -m "
             "manyheads.recipes.scenes` wrote"
         )
-    pipe: ScenePipeline = ScenePipeline.from_pretrained(str(folder), torch_dtype=dtype or torch.float32)
+    pipe: ScenePipeline = ScenePipeline.from_pretrained(
+        str(folder), torch_dtype=dtype or torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.to(place)
     return pipe
