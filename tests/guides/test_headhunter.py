@@ -11,7 +11,8 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 import manyheads
 from manyheads.call import AttentionCall, Denoising, Diffusion, Layout, Site
 from manyheads.errors import UserError
-from manyheads.guides.headhunter import HeadHunter, hunt
+from manyheads.guides.headhunter import HeadHunter, hunt, ranking
+from manyheads.heads import HeadTable
 from manyheads.port.diffusers import find_sites
 from oracles import diffusion as tiny
 from oracles import pipelines
@@ -185,3 +186,30 @@ def test_the_search_finds_planted_heads_and_goes_on():
     state = json.loads(json.dumps(state))
     again, more = hunt(HeadHunter(), candidates, objective, rounds=2, top=1, state=state)
     assert again.heads == found.heads and more == scores and len(tried) == 12 + 11
+
+
+def test_scores_of_a_search_as_a_table(tmp_path):
+    worth = {"2.1": 3.0, "5.0": 2.0, "2.0": 1.0, "5.2": -4.0}
+    candidates = [f"{layer}.{head}" for layer in (2, 5) for head in range(3)]
+    found, scores = hunt(HeadHunter(), candidates, lambda s: sum(worth.get(h, 0.0) for h in s.heads), rounds=2, top=1)
+    made = ranking(scores[:1], (2, 5), 3, about={"seed": 0})
+    assert made.values.shape == (1, 2, 3) and made.layers == (2, 5) and made.names(made.top(1)) == found.heads[:1]
+    assert made.names(made.top(3)) == ("2.1", "5.0", "2.0") and made.names(made.top(1, least=True)) == ("5.2",)
+    assert made.ranks().tolist() == [[3, 1, 4.5], [2, 4.5, 6]] and (made.interval()[1] == float("inf")).all()
+    again = HeadTable.read(json.loads(json.dumps(made.document())))
+    assert (again.values == made.values).all() and again.about == {"seed": 0}
+    assert made.picture(tmp_path / "heads.png").stat().st_size > 0
+    second = ranking(scores[1:], (2, 5), 3)  # what was chosen in the first round has no score in the second
+    assert second.names(second.top(9)) == ("5.0", "2.0", "2.2", "5.1", "5.2")
+    seeds = [{h: worth.get(h, 0.0) + 0.1 * seed * (1 + i) for i, h in enumerate(candidates)} for seed in (-1, 0, 1)]
+    several = ranking(seeds, (2, 5), 3)
+    low, high = several.interval()
+    assert (
+        several.names(several.top(2)) == ("2.1", "5.0") and (low < several.mean).all() and (several.mean < high).all()
+    )
+    assert high[1, 2] - low[1, 2] > high[0, 0] - low[0, 0]
+    for bad in ({"3.0": 1.0}, {"2.3": 1.0}):
+        with pytest.raises(UserError, match="is not among layers"):
+            ranking([bad], (2, 5), 3)
+    with pytest.raises(UserError, match="no scores"):
+        ranking([], (2, 5), 3)

@@ -26,10 +26,11 @@ attention are perturbed, in a pass of their own whose rows are named ``perturbed
 as classifier-free guidance does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,10 +38,11 @@ from ..attention.reference import repeat_kv
 from ..call import AttentionCall, Denoising, Site
 from ..calls.edits import Heads, heads_at
 from ..errors import UserError
+from ..heads import HeadTable
 from ..strategy import Strategy
 from ._prediction import pushed, some_rows
 
-__all__ = ["HeadHunter", "hunt"]
+__all__ = ["HeadHunter", "hunt", "ranking"]
 
 _BRANCH = "perturbed"
 
@@ -160,6 +162,37 @@ def hunt(
         state["chosen"] = chosen
         scores[turn]["done"] = 1.0
     return replace(strategy, heads=tuple(chosen)), [{h: s for h, s in turn.items() if h != "done"} for turn in scores]
+
+
+def ranking(
+    scores: Sequence[Mapping[str, float]], layers: Sequence[int], heads: int, *, name: str = "score under guidance",
+    about: dict[str, Any] | None = None,
+) -> HeadTable:  # fmt: skip
+    """Scores of heads as a table with ranks, intervals, JSON and picture; heads without a score are left out of them.
+
+    Args:
+        scores: each mapping, ``layer.head`` to a score, is one measurement of the same thing: a round of :func:`hunt`
+            (``scores[:1]``; later rounds score heads beside those chosen before), or that of each of several seeds or
+            prompts, over which the interval is taken.
+        layers: rows of the table.
+        heads: its columns.
+        name: of the score.
+        about: what it was measured on.
+
+    Raises:
+        UserError: a head that the table has no place for, or no scores.
+    """
+    if not scores:
+        raise UserError("there are no scores to rank heads by")
+    rows = {layer: row for row, layer in enumerate(layers)}
+    values = np.full((len(scores), len(rows), heads), np.nan)
+    for n, turn in enumerate(scores):
+        for head, score in turn.items():
+            layer, number = _place(head)
+            if layer not in rows or number >= heads:
+                raise UserError(f"head {head} is not among layers {sorted(rows)} of {heads} heads")
+            values[n, rows[layer], number] = score
+    return HeadTable(name, tuple(f"layer {layer}" for layer in rows), values, about or {}, tuple(rows))
 
 
 def _place(head: str) -> tuple[int, int]:
