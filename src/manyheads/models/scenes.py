@@ -209,7 +209,7 @@ def load_scenes(
             "manyheads.recipes.scenes` wrote"
         )
     pipe: ScenePipeline = ScenePipeline.from_pretrained(
-        str(folder), torch_dtype=dtype or torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        str(folder), dtype=dtype or torch.float32, low_cpu_mem_usage=False, use_safetensors=True
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.to(place)
