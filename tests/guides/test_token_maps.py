@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps of words: equal to columns of the whole map in float64, small, and nothing is changed by keeping them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ import manyheads
 from manyheads.call import AttentionCall, Diffusion, Layout, Site
 from manyheads.errors import UserError
 from manyheads.guides._maps import merged, scaled
-from manyheads.guides.token_maps import TokenMaps, WordMaps, maps
+from manyheads.guides.token_maps import TokenMaps, WordMaps, maps, places
 from manyheads.strategy import Strategy, parse
 from oracles import diffusion as tiny
 from oracles import pipelines
@@ -288,3 +290,29 @@ def test_two_contexts_at_one_site():
     before = kept["means"]["words", None].value.clone()
     made_up(8, named, text=16, memory=kept)
     assert torch.equal(kept["means"]["words", None].value, before) and kept["means"]["words", None].count == 1
+
+
+def test_words_of_several_tokens():
+    """Places by a real tokenizer's offsets; the shares of a word's tokens are added up."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(manyheads.__file__).parent / "models" / "default"))
+    prompt = "A marmalade cat, a concatenation, and a CAT"
+    ids = tokenizer(prompt)["input_ids"]
+    for word, said in (("cat", " cat CAT"), ("marmalade cat", " marmalade cat"), ("concatenation", " concatenation")):
+        assert tokenizer.decode([ids[i] for i in places(tokenizer, prompt, word)]) == said
+    assert len(places(tokenizer, prompt, "marmalade cat")) > 2
+    with pytest.raises(UserError, match="does not stand in the prompt"):
+        places(tokenizer, prompt, "at")
+    with pytest.raises(UserError, match="give places"):
+        places(object(), prompt, "cat")
+
+    model, strategy = tiny.tiny("flux"), TokenMaps(tokens=(0, 2, 5), received=True)
+    with manyheads.use(model, strategy) as port:
+        tiny.forward("flux", model)
+    plain, found = maps(port, strategy), maps(port, strategy, words={"dog": (5,), "big cat": (0, 2)})
+    assert found.names == ("dog", "big cat", "received") and len(found.units) == 3
+    assert torch.equal(found.of("dog"), plain.of("token 5")) and torch.equal(found.of("received"), plain.of("received"))
+    assert_close(found.of("big cat"), plain.of("token 0") + plain.of("token 2"), 1e-6)
+    with pytest.raises(UserError, match=r"kept tokens 0\+2\+5, not \[3\]"):
+        maps(port, strategy, words={"cow": (3,)})

@@ -17,7 +17,7 @@ Averaging columns of cross-attention over heads, layers and steps is that of Wha
 Diffusion Using Cross Attention (arXiv 2210.04885), which sums them; here they are means, so that a value stays a share
 of attention, cells of coarse maps are repeated rather than smoothed, and joint attention and videos are taken in.
 
-    with manyheads.use(pipe, "token_maps:tokens=2+5") as port:
+    with manyheads.use(pipe, "token_maps:tokens=2+3") as port:
         image = pipe("a red cat beside a dog").images[0]
     found = maps(port, port.strategies[0], words=("red", "cat"))
     found.of("cat")  # [rows, frames, h, w]
@@ -31,7 +31,8 @@ finest grid, frame by frame and row by row; on coarser grids the cell that holds
 among text tokens has no picture and is left out. A new run of the pipeline begins anew.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ from ..errors import UserError
 from ..strategy import Layers, Strategy
 from ._maps import Places, check_words, merged, scaled
 
-__all__ = ["TokenMaps", "WordMaps", "maps"]
+__all__ = ["TokenMaps", "WordMaps", "maps", "places"]
 
 _SHARE, _TIMES = "share of attention", "times a uniform share"
 
@@ -239,23 +240,44 @@ class WordMaps:
         return scaled(torch.stack([self.of(name, branch) for name in names]).sum(0)) > threshold
 
 
+def places(tokenizer: Any, prompt: str, word: str) -> tuple[int, ...]:
+    """Where the tokens of a word stand in a prompt, special tokens counted: of each occurrence, in either case.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        prompt: as the tokenizer is given it.
+        word: one word, or several that follow each other.
+
+    Raises:
+        UserError: the prompt does not have the word, or the tokenizer cannot tell where its tokens stand.
+    """
+    spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
+    if not spans:
+        raise UserError(f"{word!r} does not stand in the prompt {prompt!r}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{type(tokenizer).__name__} does not say where its tokens stand; give places instead of words")
+    offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+    return tuple(i for i, (a, b) in enumerate(offsets) if any(max(a, c) < min(b, d) for c, d in spans))
+
+
 def maps(
-    port: _Port, strategy: TokenMaps, *, words: Sequence[str] = (), heads: Sequence[str] = (), size: int | None = None
+    port: _Port, strategy: TokenMaps, *, words: Mapping[str, Sequence[int]] | Sequence[str] = (),
+    heads: Sequence[str] = (), size: int | None = None,
 ) -> WordMaps:  # fmt: skip
     """What ``strategy`` kept in the latest run, as means over heads and sites at the largest grid among them.
 
     Args:
         port: that the strategy was used by, open or closed.
         strategy: as the port has it: ``port.strategies[i]``.
-        words: names of the ``tokens``; ``token 5`` when not given.
+        words: names of the ``tokens``, in their order; or words with the places of their tokens (see :func:`places`),
+            whose shares are added up. ``token 5`` and so on when not given.
         heads: as ``layer.head``, only these count; needs ``per_head``. All when not given.
         size: leave out sites whose grid has a longer side.
 
     Raises:
         UserError: nothing was kept, or names and heads do not fit.
     """
-    if words and len(words) != len(strategy.tokens):
-        raise UserError(f"{len(words)} names for {len(strategy.tokens)} tokens; give one for each")
+    named = _named(strategy.tokens, words)
     if heads and not strategy.per_head:
         raise UserError("token_maps kept the mean over heads only; heads are chosen among those kept by per_head=true")
     kept = [(site, memory) for site, branches in port.kept(strategy) for memory in branches.values() if memory]
@@ -267,6 +289,8 @@ def maps(
             continue
         for (what, step), mean in memory["means"].items():
             total, groups = _of_heads(mean.total, chosen, site), len(memory["branches"])
+            if what == "words":
+                total = torch.stack([total[:, columns].sum(1) for _, columns in named], 1)
             if size is not None and max(total.shape[-2:]) > size:
                 continue
             for branch, rows in zip(memory["branches"], total.float().cpu().chunk(groups), strict=True):
@@ -274,7 +298,23 @@ def maps(
                 of_site[site] = of_site[site].plus(rows, mean.count) if site in of_site else _Mean(rows, mean.count)
     if not found:
         raise UserError(f"{strategy.spec} kept nothing: no site showed a picture that it was asked for")
-    return _assembled(found, strategy, words)
+    return _assembled(found, strategy, [name for name, _ in named])
+
+
+def _named(
+    tokens: Sequence[int], words: Mapping[str, Sequence[int]] | Sequence[str]
+) -> list[tuple[str, list[int]]]:  # fmt: skip
+    """Names, and which of the ``tokens`` each is made of."""
+    if isinstance(words, Mapping):
+        lacking = sorted({place for known in words.values() for place in known} - set(tokens))
+        if lacking or not all(words.values()):
+            raise UserError(
+                f"token_maps kept tokens {'+'.join(map(str, tokens))}, not {lacking} that words are made of"
+            )
+        return [(word, [tokens.index(place) for place in known]) for word, known in words.items()]
+    if words and len(words) != len(tokens):
+        raise UserError(f"{len(words)} names for {len(tokens)} tokens; give one for each")
+    return [(name, [i]) for i, name in enumerate(words or [f"token {t}" for t in tokens])]
 
 
 def _of_heads(total: Tensor, chosen: list[int], site: Site) -> Tensor:
@@ -288,7 +328,7 @@ def _assembled(
     found: dict[tuple[str, str, int | None], dict[Site, _Mean]], strategy: TokenMaps, words: Sequence[str]
 ) -> WordMaps:  # fmt: skip
     names = {
-        "words": tuple(words) or tuple(f"token {t}" for t in strategy.tokens),
+        "words": tuple(words),
         "received": ("received",) if strategy.received else (),
         "queries": tuple(f"from {q}" for q in strategy.queries),
     }
