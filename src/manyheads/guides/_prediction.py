@@ -93,13 +93,19 @@ def pushed(call: Denoising, plain: Tensor, push: Tensor) -> Tensor:
     be, by what ``g`` makes of it.
 
     Raises:
-        UserError: the branches are calls of their own, and the pipeline does not say what g is.
+        UserError: the branches are calls of their own, and the pipeline does not say what g is, or the one at hand
+            counts nothing.
     """
-    g = call.guidance_scale
-    if call.now.branches in (("cond",), ("uncond",)):
-        if g is None and call.now.branches == ("uncond",):
+    g, branches = call.guidance_scale, call.now.branches
+    if branches in (("cond",), ("uncond",)):
+        if g is None and branches == ("uncond",):
             raise UserError("the pipeline guides by two calls and does not say how strongly; switch its guidance off")
-        push = push / ((1 if g is None else g) if call.now.branches == ("cond",) else 1 - float(g or 0))
+        weight = (1.0 if g is None else g) if branches == ("cond",) else 1 - float(g or 0)
+        if not weight:
+            raise UserError(
+                f"at a guidance scale of {g} the {branches[0]} prediction counts nothing; use another scale"
+            )
+        push = push / weight
     moved = plain.clone()
     for at in range(0, plain.shape[0], push.shape[0]):
         moved[at : at + push.shape[0], : push.shape[1]] += push

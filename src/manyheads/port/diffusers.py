@@ -285,7 +285,7 @@ class DiffusersPort:
                     return inner(*args, **kwargs)
                 total: Any = None
                 for strategy in strategies:
-                    scale = self.hearing.guidance(strategy.slug, now.branches)
+                    scale = self.hearing.guidance(strategy.slug, model, now.branches)
                     start = len(made)
                     out = strategy.denoise(Denoising(now, given, self.hearing.scheduler, scale, run))
                     total = out if total is None else total + (out - made[start][0])

@@ -125,9 +125,13 @@ class Guider(_Opening, ClassifierFreeGuidance):
         self, strategies: Specs = (), scheduler: Any = None, guidance_scale: float = 7.5, guidance_rescale: float = 0.0,
         use_original_formulation: bool = False, start: float = 0.0, stop: float = 1.0, enabled: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled)
+        super().__init__(
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, start=start, stop=stop, enabled=enabled,
+            use_original_formulation=use_original_formulation,
+        )  # fmt: skip
         self.act(strategies, scheduler)
-        self.register_to_config(strategies=[s.spec for s in self.strategies])  # type: ignore[no-untyped-call]
+        named = {"strategies": [strategy.spec for strategy in self.strategies], "_use_default_values": []}
+        self.register_to_config(**named)  # type: ignore[no-untyped-call]
 
 
 def around(guider: BaseGuidance, strategies: Specs, scheduler: Any = None) -> BaseGuidance:

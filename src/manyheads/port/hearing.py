@@ -87,14 +87,14 @@ class Hearing:
         branches = branches_of(self.pipe, name, rows, guided)
         return Diffusion(self._run, index, total, value, branches, layout_of(module, given), board=self._board)
 
-    def guidance(self, slug: str, branches: tuple[str, ...]) -> float | None:
+    def guidance(self, slug: str, model: nn.Module, branches: tuple[str, ...]) -> float | None:
         """The scale g of guidance, None where there is none: ``branches`` count g and 1 - g for cond and uncond.
 
         Raises:
             UserError: a guider combines its predictions in a way that has no such scale.
         """
         if self.guider is None:
-            return guidance_of(self.pipe, self._asked)
+            return guidance_of(self.pipe, self._asked, model)
         names = {self._name(batch) for batch in self.batches}
         if names == {"cond"}:
             return None

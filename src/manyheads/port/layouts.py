@@ -124,21 +124,25 @@ def step_of(value: float, scheduler: Any) -> tuple[int | None, int | None]:
     return int((timesteps.double().flatten().cpu() - value).abs().argmin()), timesteps.numel()
 
 
-def guidance_of(pipe: Any, asked: dict[str, Any]) -> float | None:
+def guidance_of(pipe: Any, asked: dict[str, Any], model: Any = None) -> float | None:
     """The scale of classifier-free guidance of a pipeline's call, None where it does without.
 
     Args:
         pipe: the pipeline, None for a bare denoiser.
         asked: the arguments of its call by name. Some pipelines keep the scale as a property, some in their call only,
             and where a model takes a guidance of its own as an input the true one has another name.
+        model: the denoiser at hand; a pipeline's second may have a scale of its own.
     """
     if "true_cfg_scale" in asked:
         scale = asked["true_cfg_scale"]
         return float(scale) if scale and scale > 1 else None
     scale = getattr(pipe, "guidance_scale", None)
     scale = asked.get("guidance_scale") if scale is None else scale
+    own = asked.get("guidance_scale_2")
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     guided = scale is not None and scale > 1 if guided is None else guided
+    if own is not None and model is not None and model is getattr(pipe, "transformer_2", None):
+        scale = own
     return float(scale) if guided and scale is not None else None
 
 
