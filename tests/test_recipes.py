@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from manyheads.data import scenes
 from manyheads.models import load
 from manyheads.recipes import _corpus, recall
 from manyheads.recipes._llama import Llama, Muon, schedule
@@ -63,6 +65,26 @@ def test_recall_from_end_to_end(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "recall").iterdir()) == [
         "README.md", "config.json", "curves.json", "generation_config.json", "model.safetensors", "results.json",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not scenes.available(), reason="CIFAR-10 and Noto Emoji are not on this machine")
+def test_scenes_and_their_judge_from_end_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
+    from manyheads.models.scenes import load_scenes
+    from manyheads.recipes import judge
+    from manyheads.recipes import scenes as recipe
+
+    for name, part in (("scenes", "transformer"), ("unet", "unet"), ("moving", "transformer")):
+        assert recipe.main(["--kind", name, "--out", str(tmp_path / name), "--smoke"]) == 0
+        weights = load_file(tmp_path / name / part / "diffusion_pytorch_model.safetensors")
+        assert {x.dtype for x in weights.values()} == {torch.float16}
+        made = load_scenes(tmp_path / name)("fire over a frog", num_inference_steps=1, output_type="pt")
+        assert torch.isfinite(made.images if name != "moving" else made.frames).all()
+        assert f'load_scenes("{name}")' in (tmp_path / name / "README.md").read_text()
+    assert judge.main(["--kind", "scenes", "--out", str(tmp_path / "judge"), "--smoke"]) == 0
+    assert set(json.loads((tmp_path / "judge" / "results.json").read_text())["accuracy"]) == set(
+        scenes.VOCABULARY["scenes"]
+    )
 
 
 @pytest.mark.parametrize("config", [SMOKE.config(), recall.config()], ids=["tied", "untied"])
