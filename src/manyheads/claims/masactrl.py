@@ -3,14 +3,15 @@
 
 The MMDiT of scenes (six blocks), with captions: the UNet of this package follows places too seldom. So attention is
 joint, and what is exchanged is the image tokens', which the paper does not treat. Source and target ask for the same
-object and backdrop with the object in another quarter, and start from the same noise. What must be kept is the photograph outside both quarters (PSNR of the target
-against its source there); what must change is the object's place, as the judge sees it.
+object and backdrop with the object in another quarter, and start from the same noise. What must be kept is the
+photograph outside both quarters (PSNR of the target against its source there); what must change is the object's place,
+as the judge sees it.
 
 Set down before the first run: the paper's S = 4 of 50 steps and L = 10 of 16 blocks are here step 1 of 12 and block 4
-of 6. The claim holds if, with these, the PSNR is higher than without control, the object stands
-where the target's caption says not more than ten points less often than without control, and more often than with
-control from the first step in all blocks, which copies the source. Each by a paired 95 % interval over pairs. Other
-steps and blocks and the union variant are reported; nothing is chosen by them. Masks need cross-attention of its own.
+of 6. The claim holds if, with these, the PSNR is higher than without control, the object stands where the target's
+caption says not more than ten points less often than without control, and more often than with control from the first
+step in all blocks, which copies the source. Each by a paired 95 % interval over pairs. Other steps and blocks and the
+union variant are reported; nothing is chosen by them. Masks need cross-attention of its own.
 """
 
 from dataclasses import dataclass
