@@ -25,12 +25,13 @@ from manyheads.strategy import Strategy
 from oracles import diffusion as tiny
 
 RANKS, STEPS = 3, 10
-PATIENCE = 3.0  # seconds, where one process fails
+PATIENCE = 5.0  # seconds, where one process fails
 PAB = "pab:spatial=2,temporal=4,cross=3,upper=930,lower=150"
 SHAPES = {  # frames, rows and columns of latents; a token is 2 x 2
     "even": (6, 8, 8),
     "uneven": (6, 6, 10),  # 15 places
     "one_frame_each": (2, 8, 8),
+    "confusing": (6, 6, 8),  # 12 places, as many on each of two processes as there are frames
 }
 
 
@@ -128,6 +129,10 @@ def shared(group: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts[name] = counts(traffic)
         made[f"{name}_after"] = forward(model, name)
     model = build()
+    note = Note()
+    with frame_parallel(model, group), manyheads.use(model, note) as port:
+        forward(model, "confusing")
+    facts["axes"] = {site: kept["all"]["seen"][0][1] for site, kept in port.memory(note).items()}
     with frame_parallel(model, group):
         made["mask"] = forward(model, mask=True)
         made["frames_alone"] = forward(model, enable_temporal_attentions=False)
@@ -240,6 +245,7 @@ def failing(group: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     fails = dist.get_rank(group) == 1
     if fails:
         model.transformer_blocks[1].register_forward_pre_hook(fail)
+    dist.barrier(group)
     started = time.monotonic()
     message = ""
     try:
@@ -257,7 +263,7 @@ def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
-    limit = datetime.timedelta(seconds=60)
+    limit = datetime.timedelta(seconds=180)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
     two = dist.new_group([0, 1])
     hasty = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=PATIENCE))

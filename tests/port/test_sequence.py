@@ -43,7 +43,7 @@ def left(tmp_path_factory):
         for rank in range(worker.RANKS)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=240)[0] for process in started]
+        said = [process.communicate(timeout=400)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -174,6 +174,14 @@ def test_strategies_are_told_what_part_they_see(piped, alone):
                     assert part[2:5] == [3, 4, 4] and (rows, length) == (2 * 3, 16)
 
 
+def test_the_axis_is_told_where_sizes_could_be_taken_for_another(shared):
+    """On two processes a part has as many places as frames: attention over time looks like that within a frame."""
+    want = {"transformer_blocks": "space", "temporal_transformer_blocks": "time"}
+    for _, facts in shared[1]:
+        for site, axis in facts["axes"].items():
+            assert axis == ("all" if site.endswith("attn2") else want[site.split(".")[0]])
+
+
 def test_one_process_changes_no_bit(piped):
     for made, facts in piped:
         assert torch.equal(made["alone"], made["single"]) and torch.equal(made["after"], made["single"])
@@ -195,7 +203,7 @@ def test_a_process_that_fails_keeps_none_waiting(left):
     (_, first), (_, last) = left["failing"]
     assert last["error"] == "out of order"
     assert first["error"] and first["error"] != last["error"]
-    assert worker.PATIENCE * 0.9 < first["seconds"] < worker.PATIENCE * 2 + last["seconds"]
+    assert worker.PATIENCE * 0.9 < first["seconds"] < 60  # the patience of all other groups is 180
 
 
 def test_without_processes_and_on_other_denoisers():
