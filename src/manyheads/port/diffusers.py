@@ -100,6 +100,21 @@ def _choose(target: Any, strategy: Strategy, sites: list[tuple[Site, nn.Module]]
     return at
 
 
+def _plan(target: Any, strategies: tuple[Strategy, ...]) -> list[tuple[Site, nn.Module, list[Strategy]]]:
+    """Every site of ``target`` with the strategies that may act there."""
+    sites = find_sites(target)
+    if not sites:
+        raise UserError(
+            f"{type(target).__name__} has no attention that the port of diffusers can enter; give a pipeline with a "
+            "transformer or a unet, or such a model"
+        )
+    chosen = [_choose(target, strategy, sites) for strategy in strategies]
+    return [
+        (site, module, [s for s, at in zip(strategies, chosen, strict=True) if site.index in at])
+        for site, module in sites
+    ]
+
+
 def replace_forward(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Undo:
     """Put ``around(forward)`` in place of a module's forward; the returned function undoes it."""
     return put(module, "forward", around(module.forward))
@@ -126,6 +141,8 @@ class DiffusersPort:
         self.target, self.strategies = target, strategies
         self.hearing = hearing or Hearing(None if isinstance(target, nn.Module) else target)
         self._lasting = hearing is not None
+        self._plan: list[tuple[Site, nn.Module, list[Strategy]]] = []
+        self._planned: Any = self._plan
         self._entries: list[tuple[SiteState, Entry]] = []
         self._held: dict[tuple[int, int], tuple[SiteState, Entry]] = {}
         self._undo: list[Undo] = []
@@ -143,13 +160,8 @@ class DiffusersPort:
     def __enter__(self) -> Self:
         if self._undo:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
-        sites = find_sites(self.target)
-        if not sites:
-            raise UserError(
-                f"{type(self.target).__name__} has no attention that the port of diffusers can enter; give a pipeline "
-                "with a transformer or a unet, or such a model"
-            )
-        chosen = [_choose(self.target, strategy, sites) for strategy in self.strategies]
+        if not self._lasting or self._planned is not self.hearing.began:  # once in a run
+            self._plan, self._planned = _plan(self.target, self.strategies), self.hearing.began
         self._traced: list[SiteState] = []
         if self._lasting:
             self._held = {(state.site.index, id(entry.strategy)): (state, entry) for state, entry in self._entries}
@@ -157,10 +169,8 @@ class DiffusersPort:
         try:
             interception.open(self)
             self._undo.append(lambda: interception.close(self))
-            for site, module in sites:
-                self._attach(
-                    site, module, [s for s, at in zip(self.strategies, chosen, strict=True) if site.index in at]
-                )
+            for site, module, strategies in self._plan:
+                self._attach(site, module, strategies)
             models = [model for _, model in denoisers(self.target)]
             for model in models:
                 self._watch_denoiser(model)
