@@ -172,6 +172,8 @@ class SiteState(Chain):
     ) -> Tensor:  # fmt: skip
         site, now = self.located(q, k)
         self.last, self.axis = site, "all" if now is None else now.axis
+        if not self.looks:
+            return attention(q, k, v, mask, causal, scale)
         boolean = mask is not None and mask.dtype == torch.bool
         allowed = mask if boolean else None
         if causal and q.shape[2] != k.shape[2]:  # SDPA anchors at the top left
@@ -215,7 +217,7 @@ class SiteState(Chain):
                 return inner(*args, **kwargs)
             entry.called = True
             memory = entry.memory.setdefault("+".join(self.now.branches), {})
-            now = replace(self.now, axis=self.axis)
+            now = self.now if self.now.axis == self.axis else replace(self.now, axis=self.axis)
             return entry.strategy.reuse(site, now, memory, lambda: inner(*args, **kwargs))
 
         return forward
