@@ -66,7 +66,8 @@ def frame_parallel(target: Any, group: dist.ProcessGroup | None = None) -> Itera
 
     Args:
         target: a ``LattePipeline`` or ``LatteTransformer3DModel``.
-        group: of processes, one device each; all processes when not given. Gloo and NCCL have what is needed.
+        group: of processes, one device each; all processes when not given. Tested with gloo; NCCL has the
+            same collectives.
 
     Yields:
         What this process sends, counted on while the block lasts.
