@@ -252,7 +252,7 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['calls']:10} {row['way']:10} {row['seconds']:8.3f} s  {row['times_as_fast_as_none']:.3f}x none  "
-            f"{row['times_as_fast_as_diffusers']:.3f}x diffusers  PSNR {row['psnr_to_none']}  {row['kept_mib']} MiB kept"
+            f"{row['times_as_fast_as_diffusers']:.3f}x diffusers  PSNR {row['psnr_to_none']}  {row['kept_mib']} MiB"
         )
     print(result["overhead"])
     path = options.json or (None if options.quick else Path(__file__).with_suffix(".json"))

@@ -59,7 +59,7 @@ def scale(setting: Setting) -> Scale:
         "uniform": (3, 3, 3), "2/4/6": (2, 4, 6), "spatial alone": (3, 1, 1), "temporal alone": (1, 3, 1),
         "cross alone": (1, 1, 3),
     }  # fmt: skip
-    return Scale(16, 2, 4, others) if setting.device == "cpu" else Scale(96, 32, 16, others)
+    return Scale(12, 2, 2, others) if setting.device == "cpu" else Scale(96, 32, 16, others)
 
 
 def runs_of(n: int) -> int:
