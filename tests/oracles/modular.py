@@ -61,7 +61,7 @@ def wan(guider: Any = None) -> Any:
     return _pipeline("WanModularPipeline", blocks, guider, transformer=tiny.build("wan"), scheduler=_flow())
 
 
-def run_wan(pipe: Any, steps: int = 6) -> Tensor:
+def run_wan(pipe: Any, steps: int = 4) -> Tensor:
     return pipe(
         prompt_embeds=TEXT[0], negative_prompt_embeds=TEXT[1], latents=VIDEO.clone(), num_inference_steps=steps,
         output="latents",
@@ -74,7 +74,7 @@ def classic_wan() -> Any:
     return _quiet(diffusers.WanPipeline(None, None, None, _flow(), tiny.build("wan")))
 
 
-def run_classic_wan(pipe: Any, steps: int = 6, **more: Any) -> Tensor:
+def run_classic_wan(pipe: Any, steps: int = 4, **more: Any) -> Tensor:
     return pipe(
         prompt_embeds=TEXT[0], negative_prompt_embeds=TEXT[1], latents=VIDEO.clone(), height=64, width=64, num_frames=9,
         num_inference_steps=steps, guidance_scale=SCALE, output_type="latent", **more,
@@ -104,7 +104,7 @@ def classic_wan22() -> Any:
     )
 
 
-def run_classic_wan22(pipe: Any, steps: int = 6) -> Tensor:
+def run_classic_wan22(pipe: Any, steps: int = 4) -> Tensor:
     return run_classic_wan(pipe, steps, guidance_scale_2=2.0)
 
 
@@ -127,7 +127,7 @@ def _conditions() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def run_sd3(pipe: Any, steps: int = 6) -> Tensor:
+def run_sd3(pipe: Any, steps: int = 4) -> Tensor:
     return pipe(
         **_conditions(), latents=IMAGE.double(), num_inference_steps=steps, height=64, width=64, output="latents"
     )
@@ -140,7 +140,7 @@ def classic_sd3() -> Any:
     return _quiet(diffusers.StableDiffusion3Pipeline(model, _flow(), None, None, None, None, None, None, None, None))
 
 
-def run_classic(pipe: Any, steps: int = 6) -> Tensor:
+def run_classic(pipe: Any, steps: int = 4) -> Tensor:
     return pipe(
         **_conditions(), latents=IMAGE.double(), num_inference_steps=steps, height=64, width=64, guidance_scale=SCALE,
         output_type="latent",
@@ -169,7 +169,7 @@ def sdxl(guider: Any = None) -> Any:
     return _pipeline("StableDiffusionXLModularPipeline", blocks, guider, unet=_unet(), scheduler=_ddim())
 
 
-def run_sdxl(pipe: Any, steps: int = 6) -> Tensor:
+def run_sdxl(pipe: Any, steps: int = 4) -> Tensor:
     size = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2).double()
     return pipe(
         denoiser_input_fields={**_conditions(), "add_time_ids": size, "negative_add_time_ids": size}, eta=0.0,

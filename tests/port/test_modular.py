@@ -19,6 +19,7 @@ from manyheads.errors import UserError  # noqa: E402
 from manyheads.guides.pab import PAB  # noqa: E402
 from manyheads.port.diffusers import DiffusersPort  # noqa: E402
 from manyheads.port.guider import Guider, around  # noqa: E402
+from manyheads.port.hearing import Hearing  # noqa: E402
 from manyheads.strategy import Strategy  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
 from oracles import fingerprint, modular  # noqa: E402
@@ -29,7 +30,7 @@ LIMITS = {"wan": 0.0, "wan22": 0.0, "sd3": SAME, "sdxl": FORMULA}  # SD3's sched
 HUNTER = "headhunter:heads=0.0+1.1,strength=1"
 OFF = (["pab:spatial=1,cross=1"], ["pab:upper=0.2,lower=0.1"], ["headhunter:heads=0.0,scale=0"], ["sag:scale=0"],
        ["masactrl:start_step=99,start_layer=0"])  # fmt: skip
-ON = (["pab:upper=990,lower=1"], [HUNTER], ["sag:scale=2"], ["masactrl:start_step=1,start_layer=0"],
+ON = (["pab:upper=990,lower=-1"], [HUNTER], ["sag:scale=2"], ["masactrl:start_step=1,start_layer=0"],
       ["sag:scale=2", HUNTER, "masactrl:start_step=1,start_layer=0"])  # fmt: skip
 
 
@@ -85,6 +86,17 @@ def test_as_in_the_classic_pipeline(name, specs):
         assert torch.equal(pair.run_modular(guided), plain)
 
 
+@pytest.mark.parametrize("specs", [ON[0], ON[1], ON[2]], ids=["pab", "headhunter", "sag"])
+def test_a_port_deaf_to_guiders_is_caught(specs, monkeypatch):
+    pair = PAIRS["wan"]
+    pipe, old = pair.modular(), pair.classic()
+    with manyheads.use(old, *specs):
+        want = pair.run_classic(old)
+    monkeypatch.setattr(Hearing, "_hear_batches", lambda self, guider, name: lambda: None)
+    with manyheads.use(pipe, *specs):
+        assert error(pair.run_modular(pipe), want) > 1e-6
+
+
 def test_what_is_told():
     """Step and branch are the guider's; in steps without guidance there is the conditional prediction only."""
     guider, note = ClassifierFreeGuidance(guidance_scale=SCALE, start=0.5), Note()
@@ -94,9 +106,9 @@ def test_what_is_told():
         modular.run_sdxl(pipe)
     for kept in port.memory(note).values():
         assert set(kept) == {"cond", "uncond"}
-        for branch, steps in (("cond", [0, 1, 2, 3, 4, 5]), ("uncond", [3, 4, 5])):
+        for branch, steps in (("cond", [0, 1, 2, 3]), ("uncond", [2, 3])):
             seen = kept[branch]["seen"]
-            assert [now.index for now in seen] == steps * 2 and {now.total for now in seen} == {6}
+            assert [now.index for now in seen] == steps * 2 and {now.total for now in seen} == {4}
             assert [now.run for now in seen] == [1] * len(steps) + [2] * len(steps)
             assert {now.timestep for now in seen} <= set(pipe.scheduler.timesteps.tolist())
     alone = modular.sdxl(Guider(note, guidance_scale=SCALE))  # knows no scheduler, and the same
@@ -105,8 +117,8 @@ def test_what_is_told():
     (port,) = alone.guider.ports
     for kept in port.memory(note).values():
         seen = kept["uncond"]["seen"]
-        assert [now.index for now in seen] == [0, 1, 2, 3, 4, 5] * 2 and {now.total for now in seen} == {6}
-        assert [now.run for now in seen] == [1] * 6 + [2] * 6
+        assert [now.index for now in seen] == [0, 1, 2, 3] * 2 and {now.total for now in seen} == {4}
+        assert [now.run for now in seen] == [1] * 4 + [2] * 4
 
 
 def test_two_denoisers_and_two_guiders():
@@ -114,7 +126,7 @@ def test_two_denoisers_and_two_guiders():
     with manyheads.use(pipe, note) as port:
         modular.run_wan(pipe)
     for site, kept in port.memory(note).items():
-        steps = [3, 4, 5] if site.startswith("transformer_2.") else [0, 1, 2]
+        steps = [2, 3] if site.startswith("transformer_2.") else [0, 1]
         assert {branch: [now.index for now in memory["seen"]] for branch, memory in kept.items()} == {
             "cond": steps, "uncond": steps,
         }  # fmt: skip
@@ -150,7 +162,7 @@ def test_nothing_is_open_between_calls_of_the_denoiser():
 
     pipe.scheduler.step = looking
     modular.run_wan(pipe)
-    assert len(seen) == 6
+    assert len(seen) == 4
     pipe.guider.prepare_models(pipe.transformer)  # and if the call never comes
     pipe.guider.cleanup_models(pipe.transformer)
     fingerprint.assert_same(fingerprint.of_model(pipe.transformer), before)
@@ -259,7 +271,7 @@ def alone_as_in_company(begin, end):
     handle.remove()
     end(pipe)
     uncond = [(given, out) for given, out in made if torch.equal(given["encoder_hidden_states"], modular.TEXT[1])]
-    assert len(uncond) == len(made) // 2 == 6
+    assert len(uncond) == len(made) // 2 == 4
     begin(pipe)
     with torch.no_grad():
         worst = max(error(pipe.transformer(**given)[0], out) for given, out in uncond)
@@ -274,7 +286,7 @@ def test_outputs_used_again_are_a_branchs_own():
     port = {}
 
     def ours(pipe):
-        port["open"] = manyheads.use(pipe, PAB(spatial=2, cross=2, upper=990.0, lower=1.0)).__enter__()
+        port["open"] = manyheads.use(pipe, PAB(spatial=2, cross=2, upper=990.0, lower=0.0)).__enter__()
 
     assert alone_as_in_company(ours, lambda pipe: port["open"].__exit__(None, None, None)) == 0
     step = {}
@@ -285,8 +297,8 @@ def test_outputs_used_again_are_a_branchs_own():
         )
         pipe.transformer.enable_cache(
             PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(1, 990),
-                cross_attention_block_skip_range=2, cross_attention_timestep_skip_range=(1, 990),
+                spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 990),
+                cross_attention_block_skip_range=2, cross_attention_timestep_skip_range=(0, 990),
                 current_timestep_callback=lambda: step["t"],
             )
         )  # fmt: skip
