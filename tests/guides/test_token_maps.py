@@ -157,7 +157,7 @@ def test_a_running_mean_is_the_mean_of_all_steps(name):
     every = TokenMaps(tokens=(0, 4), per_step=True)
     some = TokenMaps(tokens=(0, 4), steps=(1, 2), per_head=True)
     with manyheads.use(pipe, note, every, some) as port:
-        go(pipe)  # another run before: forgotten
+        go(pipe, guidance=7.0)  # another run before: forgotten
         assert torch.equal(go(pipe), plain)
     want = {}
     for site, kept in port.kept(note):
@@ -182,6 +182,36 @@ def test_a_running_mean_is_the_mean_of_all_steps(name):
             assert error(found.of("token 4", branch, step=i).double(), steps[i - 1][:, 1]) > 1e-5
     assert error(found.maps["cond"], found.maps["uncond"]) > 1e-3
     assert torch.equal(found.of("token 0"), found.of("token 0", "cond"))
+    with manyheads.use(pipe, every) as port:
+        go(pipe)
+        go(pipe, guidance=1.0)
+    assert set(maps(port, every).maps) == ({"cond"} if name == "wan" else {"all"})
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_masks_and_biases_of_rows(first):
+    """A mask and a bias that differ from query to query, in a joint sequence of 12 image and 3 text tokens."""
+    source = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 15, 4, generator=source) for _ in "qkv")
+    mask, bias = torch.rand(2, 1, 15, 15, generator=source) > 0.3, torch.randn(1, 2, 15, 15, generator=source)
+    now = Diffusion(1, 0, 10, 500.0, ("all",), Layout(1, 3, 4, text=3, text_first=first))
+    call = AttentionCall(
+        Site("x", 0, 0, "joint", False), q, k, v, scale=0.5, mask=mask, bias=bias, diffusion=now, memory={}
+    )
+    TokenMaps(tokens=(0, 2), received=True, queries=(7,)).watch(call, v)
+    image, text = (slice(3, 15), [0, 2]) if first else (slice(0, 12), [12, 14])
+    whole = dense(call)[:, :, image].mean(1)
+    want = {
+        "words": whole[..., text].mT,
+        "received": whole[..., image].sum(1)[:, None],
+        "queries": 12 * whole[:, 7:8, image],
+    }
+    for what, x in want.items():
+        got = call.memory["means"][what, None].value[:, 0, :, 0].flatten(2)
+        assert_close(got.double(), x, 1e-6)
+        for change in ({"mask": None}, {"bias": None}, {"mask": mask.flip(2)}):
+            other = dense(call.replace(**change))[:, :, image].mean(1)
+            assert error(other[..., text].mT, want["words"]) > 1e-3
 
 
 def test_heads():
