@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of scenes and films that ship with the package, and the judge of what they make.
 
-    python -m manyheads.recipes.scenes --kind scenes|unet|moving --out DIR [--steps 4000] [--device cuda] [--smoke]
+    python -m manyheads.recipes.scenes --kind scenes|unet|moving --out DIR [--steps 4000] [--start DIR] [--device cuda]
 
 Denoisers are diffusers' own classes. Samples are put together as they are needed (``data/scenes.py``), so none is seen
 twice. MMDiT and Latte predict the velocity of a flow at noise levels drawn from a logit-normal (arXiv 2403.03206), the
@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from manyheads.data import scenes as data
-from manyheads.models.scenes import NAMES, ScenePipeline, build, predict
+from manyheads.models.scenes import NAMES, ScenePipeline, build, load_scenes, predict
 from manyheads.recipes import _card
 
 RATES = {"scenes": 2e-3, "unet": 1.5e-3, "moving": 2e-3}
@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="go on from a model that this recipe wrote")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="three steps, to see that it runs")
     given = parser.parse_args(arguments)
@@ -159,7 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
         rate=given.rate or RATES[given.kind],
     )  # fmt: skip
     torch.manual_seed(given.seed)
-    pipe = build(given.kind)
+    pipe, earlier = build(given.kind), []
+    if given.start is not None:
+        pipe = load_scenes(given.start)
+        earlier = json.loads((given.start / "results.json").read_text(encoding="utf-8"))["trainings"]
     start = time.perf_counter()
     given.out.mkdir(parents=True, exist_ok=True)
     averaged, curve = train(pipe, budget, given.seed, given.device, given.out)
@@ -167,11 +171,16 @@ def main(arguments: list[str] | None = None) -> int:
         "kind": given.kind,
         "what": NAMES[given.kind],
         "parameters": sum(p.numel() for p in (*pipe.captions.parameters(), *pipe.denoiser.parameters())),
-        "steps": budget.steps,
-        "batch": budget.batch,
-        "rate": budget.rate,
-        "seed": given.seed,
-        "seconds": round(time.perf_counter() - start),
+        "trainings": [
+            *earlier,
+            {
+                "steps": budget.steps,
+                "batch": budget.batch,
+                "rate": budget.rate,
+                "seed": given.seed,
+                "seconds": round(time.perf_counter() - start),
+            },
+        ],
         "held_out": round(held_out(averaged, 64 if given.smoke else 1024, given.device), 4),
         "environment": _card.environment(given.device),
     }
