@@ -12,10 +12,13 @@ from diffusers.guiders.adaptive_projected_guidance import AdaptiveProjectedGuida
 from diffusers.guiders.auto_guidance import AutoGuidance  # noqa: E402
 from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance  # noqa: E402
 from diffusers.guiders.perturbed_attention_guidance import PerturbedAttentionGuidance  # noqa: E402
+from diffusers.guiders.skip_layer_guidance import SkipLayerGuidance  # noqa: E402
+from diffusers.guiders.smoothed_energy_guidance import SmoothedEnergyGuidance  # noqa: E402
 from diffusers.hooks import LayerSkipConfig  # noqa: E402
 
 import manyheads  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
+from manyheads.guides._prediction import pushed  # noqa: E402
 from manyheads.guides.pab import PAB  # noqa: E402
 from manyheads.port.diffusers import DiffusersPort  # noqa: E402
 from manyheads.port.guider import Guider, around  # noqa: E402
@@ -204,6 +207,12 @@ AFFINE = {
     "pag": lambda: PerturbedAttentionGuidance(
         guidance_scale=4.0, perturbed_guidance_layers=[0], perturbed_guidance_stop=1.0
     ),
+    "slg": lambda: SkipLayerGuidance(
+        guidance_scale=4.0,
+        skip_layer_config=LayerSkipConfig(indices=[0], fqn="transformer_blocks"),
+        skip_layer_guidance_stop=1.0,
+    ),
+    "seg": lambda: SmoothedEnergyGuidance(guidance_scale=4.0, seg_guidance_layers=[0], seg_guidance_stop=1.0),
 }
 
 
@@ -228,6 +237,17 @@ def test_a_guider_without_a_scale():
                 one_step(guider, spec)
         for spec in ("pab", "masactrl:start_step=1,start_layer=0"):
             assert one_step(guider, spec).isfinite().all()
+
+
+def test_a_prediction_that_counts_nothing_and_one_that_is_no_tensor():
+    call = SimpleNamespace(guidance_scale=1.0, now=SimpleNamespace(branches=("uncond",)))
+    with pytest.raises(UserError, match="uncond prediction counts nothing"):
+        pushed(call, torch.zeros(1, 1), torch.ones(1, 1))
+    model = tiny.build("pixart")
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: (list(inner(*args, **kwargs)[0]),)
+    with pytest.raises(UserError, match="predicts no single tensor"), manyheads.use(model, HUNTER):
+        model(**tiny.inputs("pixart"), return_dict=False)
 
 
 def test_around_another_guider():

@@ -288,7 +288,11 @@ class DiffusersPort:
                     finally:
                         for state in states:
                             state.now = now
-                    first: Tensor = made[-1][0]
+                    first: Any = made[-1][0]
+                    if not isinstance(first, Tensor):
+                        raise UserError(
+                            f"{type(model).__name__} predicts no single tensor; guide it by its guider only"
+                        )
                     return first
 
                 if not _GUIDED.issuperset(now.branches):
