@@ -44,7 +44,7 @@ EVERY, UPPER, LOWER, STEPS = (2, 3, 6), 800.0, 100.0, 30
 SPEC = f"pab:spatial={EVERY[0]},temporal={EVERY[1]},cross={EVERY[2]},upper={UPPER},lower={LOWER}"
 WORDS = 120  # tokens of the text, as Latte's
 SHAPES: dict[str, tuple[Row, int]] = {  # of the denoiser, and rounds
-    "cpu": ({"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 64, "sample_size": 24}, 5),
+    "cpu": ({"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 64, "sample_size": 24}, 3),
     "cuda": (
         {
             "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "sample_size": 32,
