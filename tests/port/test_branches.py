@@ -19,6 +19,7 @@ from manyheads.guides.headhunter import HeadHunter  # noqa: E402
 from manyheads.guides.masactrl import MasaCtrl  # noqa: E402
 from manyheads.guides.pab import PAB  # noqa: E402
 from manyheads.port.diffusers import DiffusersPort  # noqa: E402
+from manyheads.port.layouts import branches_of  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
 from tolerance import FORMULA, error  # noqa: E402
 
@@ -34,6 +35,8 @@ _models = {}
 
 class Loop:
     """As much of a pipeline as the port looks at. Two rows of each branch, a source and its target."""
+
+    order = (1, 0)  # unconditional rows first; 0 is conditional
 
     def __init__(self, name: str, way: str, guider=None):
         if name not in _models:
@@ -53,7 +56,7 @@ class Loop:
 
     def predict(self, branch: int | None, x, t):
         """The denoiser's prediction for one branch (0 is conditional), for both in one batch if None."""
-        rows = (1, 0) if branch is None else (branch,)  # unconditional rows first
+        rows = self.order if branch is None else (branch,)
         given = {
             key: value if key in SHARED else torch.cat([self.given[row][key] for row in rows])
             for key, value in self.given[0].items()
@@ -74,7 +77,8 @@ class Loop:
                 guider.cleanup_models(self.model)
             return guider(batches).pred
         if self.way == "batch":
-            uncond, cond = self.predict(None, x, t).chunk(2)
+            made = self.predict(None, x, t).chunk(2)
+            cond, uncond = (made[self.order.index(branch)] for branch in (0, 1))
         else:
             with self.model.cache_context("cond"):
                 cond = self.predict(0, x, t)
@@ -100,8 +104,14 @@ def ways(name):
         "batch", "guider")  # fmt: skip
 
 
-def run(name, way, *strategies, times=1):
-    loop = Loop(name, way)
+class LuminaPipeline(Loop):
+    """Named as one of those that put conditional rows first."""
+
+    order = (0, 1)
+
+
+def run(name, way, *strategies, times=1, kind=Loop):
+    loop = kind(name, way)
     with DiffusersPort(loop, tuple(manyheads.parse(s) for s in strategies)) as port:
         made = [loop() for _ in range(times)]
     return (made[0] if times == 1 else made), port
@@ -141,6 +151,20 @@ def test_all_ways_are_one(name):
         assert torch.equal(last, again), spec  # the second run is the first
         assert error(last, plain) > 1e-6, spec
         assert all(error(each, last) < FORMULA for each in made), spec
+
+
+def test_pipelines_that_put_conditional_rows_first():
+    class Backwards(LuminaPipeline):
+        """One that the port does not know."""
+
+    for spec in ON:
+        want = run("pixart", "batch", spec)[0]
+        assert error(run("pixart", "batch", spec, kind=LuminaPipeline)[0], want) < FORMULA
+    for spec in ON[1:3]:
+        assert error(run("pixart", "batch", spec, kind=Backwards)[0], run("pixart", "batch", spec)[0]) > 1e-6
+    pix2pix = type("StableDiffusionInstructPix2PixPipeline", (), {})()
+    assert branches_of(pix2pix, None, 6, True) == ("cond", "image", "uncond")
+    assert branches_of(pix2pix, None, 6, False) == branches_of(pix2pix, None, 4, True) == ("all",)
 
 
 @pytest.mark.parametrize("name", ["pixart", "latte", "unet"])

@@ -295,7 +295,7 @@ class DiffusersPort:
                         )
                     return first
 
-                if not _GUIDED.issuperset(now.branches):
+                if _GUIDED.isdisjoint(now.branches):
                     return inner(*args, **kwargs)
                 total: Any = None
                 for strategy in strategies:

@@ -74,8 +74,16 @@ _ROWS = {
     "UNet2DConditionModel": _Row(_sample),
     "UNet2DModel": _Row(_sample),
 }
-# Pipelines that put the condition before its absence in a batch; all others do it the other way round.
-_COND_FIRST = frozenset({"DiTPipeline"})
+# Pipelines whose batches are not the unconditional rows and then the conditional ones.
+_ORDERS: dict[str, tuple[str, ...]] = {
+    "DiTPipeline": ("cond", "uncond"),
+    "LuminaPipeline": ("cond", "uncond"),
+    "AceStepPipeline": ("cond", "uncond"),
+    "StableCascadePriorPipeline": ("cond", "uncond"),
+    "StableCascadeDecoderPipeline": ("cond", "uncond"),
+    "StableDiffusionInstructPix2PixPipeline": ("cond", "image", "uncond"),
+    "StableDiffusionXLInstructPix2PixPipeline": ("cond", "image", "uncond"),
+}
 
 
 def arguments(
@@ -147,7 +155,7 @@ def guidance_of(pipe: Any, asked: dict[str, Any], model: Any = None) -> float | 
 
 
 def branches_of(pipe: Any, name: str | None, rows: int, guided: bool) -> tuple[str, ...]:
-    """What the rows of a batch are: as the pipeline or its guider names them, or halves of classifier-free guidance.
+    """What the rows of a batch are: as the pipeline or its guider names them, or the parts of classifier-free guidance.
 
     Args:
         pipe: the pipeline, None for a bare denoiser.
@@ -157,6 +165,5 @@ def branches_of(pipe: Any, name: str | None, rows: int, guided: bool) -> tuple[s
     """
     if name is not None and name != "cond_uncond":
         return (name.removeprefix("pred_"),)
-    if not guided or rows % 2:
-        return ("all",)
-    return ("cond", "uncond") if type(pipe).__name__ in _COND_FIRST else ("uncond", "cond")
+    order = _ORDERS.get(type(pipe).__name__, ("uncond", "cond"))
+    return order if guided and rows % len(order) == 0 else ("all",)
