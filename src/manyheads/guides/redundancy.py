@@ -115,7 +115,7 @@ class Redundancy(Strategy):
         return curves
 
 
-def suggest(curves: Sequence[Curve], drift: float = 0.25) -> str:
+def suggest(curves: Sequence[Curve], drift: float = 0.15) -> str:
     """The spec of ``pab`` that the curves speak for.
 
     The range is the longest run of steps at which no kind changes by more than twice its median over all steps; its
