@@ -31,6 +31,7 @@ _VERBS = {
     "report": "manyheads.compare.command:report",
     "probe": "manyheads.probe.command:probe",
     "doctor": "manyheads.probe.command:doctor",
+    "guide": "manyheads.steer.command:guide",
 }
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be made: the rows of a grid, from prompts, classes and seeds as they are given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..catalog import nearest
+from ..errors import UserError
+from .load import parameters
+
+__all__ = ["Row", "read_seeds", "read_size", "rows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture to make: by a prompt, from a source to a target prompt, of a class, or of anything.
+
+    Attributes:
+        seed: of the noise.
+        prompt: text, if the pipeline takes it.
+        source: text of the picture that is made beside, from the same noise.
+        number: class, if the pipeline takes one.
+        label: what was asked for, for people.
+    """
+
+    seed: int
+    prompt: str | None = None
+    source: str | None = None
+    number: int | None = None
+    label: str = ""
+
+
+def read_seeds(first: int, several: str | None, samples: int | None) -> list[int]:
+    """Seeds: ``several`` as ``0,1,2``, or so many from ``first`` on, or ``first`` alone."""
+    if several is None:
+        return list(range(first, first + (samples or 1)))
+    if samples is not None:
+        raise UserError("give --seeds or --samples, not both")
+    parts = [part.strip() for part in several.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{several!r} are no seeds; write for instance --seeds 0,1,2")
+    return [int(part) for part in parts]
+
+
+def read_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width from ``512x768``."""
+    if text is None:
+        return None
+    high, _, wide = text.lower().partition("x")
+    if not high.isdecimal() or not wide.isdecimal() or not int(high) or not int(wide):
+        raise UserError(f"{text!r} is no size; write height x width, as --size 512x768")
+    return int(high), int(wide)
+
+
+def rows_of(
+    pipe: Any, prompts: Sequence[str], classes: Sequence[str], source: str | None, seeds: Sequence[int]
+) -> list[Row]:  # fmt: skip
+    """A row for each prompt or class, and each seed.
+
+    A pipeline that says which words it knows is given two prompts of them where there are none.
+
+    Raises:
+        UserError: the pipeline is told by something else, or does not know a word or class.
+    """
+    takes = parameters(pipe)
+    for option, name, given in (("--prompt", "prompt", prompts), ("--class", "class_labels", classes)):
+        if given and name not in takes:
+            other = {"prompt": "--prompt", "class_labels": "--class"}
+            hint = next((f"give {how}" for known, how in other.items() if known in takes), "it makes anything")
+            raise UserError(f"{type(pipe).__name__} takes no {option}; {hint}")
+    if "prompt" in takes:
+        prompts = list(prompts) or _defaults(pipe)
+        if not prompts:
+            raise UserError(f"{type(pipe).__name__} is told by text; give --prompt")
+        for text in [*prompts, *([source] if source is not None else [])]:
+            if hasattr(pipe, "words"):
+                pipe.words(text)
+        before = f"{source} \u2192 " if source is not None else ""
+        return [Row(s, text, source, label=_label(before + text, s, seeds)) for text in prompts for s in seeds]
+    if source is not None:
+        raise UserError(f"{type(pipe).__name__} takes no prompt, so it has no --source")
+    if "class_labels" in takes:
+        if not classes:
+            raise UserError(f"{type(pipe).__name__} is told by a class; give --class with its number or label")
+        numbers = [(name, _class(pipe, name)) for name in classes]
+        return [Row(s, number=n, label=_label(f"class {name}", s, seeds)) for name, n in numbers for s in seeds]
+    return [Row(s, label=_label("", s, seeds)) for s in seeds]
+
+
+def _label(text: str, seed: int, seeds: Sequence[int]) -> str:
+    return f"{text}\nseed {seed}".strip() if len(seeds) > 1 else text
+
+
+def _defaults(pipe: Any) -> list[str]:
+    words = getattr(pipe, "vocabulary", None)
+    return [" ".join(known[i] for known in words.values()) for i in (0, 1)] if words else []
+
+
+def _class(pipe: Any, given: str) -> int:
+    known = {str(label).lower(): int(number) for label, number in (getattr(pipe, "labels", None) or {}).items()}
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    count = getattr(config, "num_embeds_ada_norm", None)
+    if given.isdecimal():
+        if count is not None and int(given) >= count:
+            raise UserError(f"there is no class {given}; the model has classes 0 to {count - 1}")
+        return int(given)
+    if given.lower() in known:
+        return known[given.lower()]
+    close = nearest(given, list(known))
+    hint = f"did you mean {close[0]!r}?" if close else "give its number or label" if known else "give its number"
+    raise UserError(f"there is no class {given!r}; {hint}")
