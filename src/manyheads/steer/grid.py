@@ -180,7 +180,8 @@ def _sheet(
     draw = ImageDraw.Draw(page)
     for c, (text, note) in enumerate(zip(titles, notes, strict=True)):
         x = left + c * (wide + _GAP)
-        draw.multiline_text((x, _GAP), text, fill=_INK, font=bold, spacing=2)
+        start = _GAP + title - (text.count("\n") + 1) * 17
+        draw.multiline_text((x, start), text, fill=_INK, font=bold, spacing=2)
         draw.multiline_text((x, _GAP + title), note, fill=_DIM, font=small, spacing=2)
     for r, row in enumerate(tiles):
         y = above + r * (high + _GAP)
