@@ -5,7 +5,15 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)  # fmt: skip
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from manyheads.cli import main
@@ -64,7 +72,14 @@ def folders(tmp_path_factory):
         "moving": build("moving", num_layers=1),
         "dit": DiTPipeline(tiny.build("dit", num_embeds_ada_norm=1000), vae(), DDIMScheduler()),
         "text": text_pipeline(place),
-    }
+        "anything": DDIMPipeline(
+            UNet2DModel(
+                sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+                down_block_types=("AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+            ),
+            DDIMScheduler(),
+        ),
+    }  # fmt: skip
     for name, pipe in made.items():
         lively(pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer)
         pipe.save_pretrained(place / name)

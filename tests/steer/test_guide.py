@@ -136,6 +136,15 @@ def test_text_and_the_page_of_maps(cli, folders, tmp_path):
     assert code == 2 and "does not stand in the prompt" in err
 
 
+def test_a_pipeline_of_anything(cli, folders, tmp_path):
+    base = ("guide", "--model", str(folders["anything"]), "--strategy", "pab", *STEPS)
+    code, out, err = cli(*base, "--samples", "2", "--out", "grid.pdf", "--json")
+    assert code == 0 and len(json.loads(out)["rows"]) == 2 and (tmp_path / "grid.pdf").read_bytes()[:4] == b"%PDF", err
+    for options, word in ((["--prompt", "cat"], "it makes anything"), (["--guidance", "2"], "leave --guidance away")):
+        code, _, err = cli(*base, *options)
+        assert code == 2 and word in err
+
+
 def test_maps_of_a_model_of_words(cli, folders, tmp_path):
     code, out, err = cli("guide", "--model", str(folders["unet"]), "--maps", "apple+ship", "--prompt", PROMPT, *STEPS)
     assert code == 0 and "maps.html" in out and "apple" in (tmp_path / "maps.html").read_text(), err
@@ -162,7 +171,7 @@ BAD = [
     (["--strategy", "pab", "--source", "apple"], "--source goes with"),
     (["--strategy", "pab", "--out", "a.bmp"], "one of these endings"),
     (["--strategy", "pab", "--out", "file/a.png"], "cannot write"),
-    (["--strategy", "pab", "--maps", "horse"], "does not stand in the prompt"),
+    (["--strategy", "pab", "--prompt", PROMPT, "--maps", "horse"], "does not stand in the prompt"),
     (["--strategy", "pab", "--maps", "apple", "--page", "file/a.html"], "cannot write"),
     (["--strategy", "pab", "--device", "gpu0"], "unknown device"),
     (["--strategy", "pab", "--dtype", "int8"], "unknown dtype"),

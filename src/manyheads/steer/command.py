@@ -28,12 +28,12 @@ Source = Annotated[
     str | None, typer.Option(help="Text of a source that every prompt's picture is made beside, as masactrl needs it.")
 ]
 Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the pictures do.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: the pipeline's]")]
-Guidance = Annotated[float | None, typer.Option(help="Scale of guidance. [default: the pipeline's]")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")]
+Guidance = Annotated[float | None, typer.Option(help="Scale of guidance. Default: the pipeline's.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise, the same in every column.")]
 Seeds = Annotated[str | None, typer.Option(help="Several, as 0,1,2: a row each.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="So many seeds, from --seed on.")]
-Size = Annotated[str | None, typer.Option(help="Height x width in pixels, as 512x768. [default: the pipeline's]")]
+Size = Annotated[str | None, typer.Option(help="Height x width in pixels, as 512x768. Default: the pipeline's.")]
 Words = Annotated[
     str | None, typer.Option(help="Words of the prompt, as cat+hat: maps of their attention in the baseline.")
 ]
@@ -54,7 +54,7 @@ def guide(
     samples: Samples = None,
     size: Size = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: fits the device]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: fits the device.")] = None,
     maps: Words = None,
     page: Page = Path("maps.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,

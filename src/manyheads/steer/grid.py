@@ -121,9 +121,9 @@ def strip(columns: Sequence[Column], labels: Sequence[str], footer: str) -> Imag
 
 
 def _top(columns: Sequence[Column]) -> float | None:
-    """Where the scale of differences ends; None without differences."""
-    parts = [p for column in columns for p in column.pictures if p.ndim == 3]
-    return max(max(float(p.max()) for p in parts), 1 / 255) if parts else None
+    """Where the scale of differences ends, above all but a hundredth of them; None without differences."""
+    parts = [p.ravel() for column in columns for p in column.pictures if p.ndim == 3]
+    return max(float(np.quantile(np.concatenate(parts), 0.99)), 1 / 255) if parts else None
 
 
 def _tile(pixels: Array, top: float | None) -> Image.Image:
@@ -174,7 +174,7 @@ def _sheet(
     title = max(text.count("\n") + 1 for text in titles) * 17
     above = _GAP + title + max(text.count("\n") + 1 if text else 0 for text in notes) * 15 + _GAP // 2
     width = left + len(heads) * (wide + _GAP) + _GAP
-    said = _wrapped(footer, width - 2 * _GAP - (320 if top is not None else 0), small)
+    said = _wrapped(footer, width - 2 * _GAP - (370 if top is not None else 0), small)
     below = max(50 if top is not None else 0, (said.count("\n") + 1) * 15 + 2 * _GAP)
     page = Image.new("RGB", (width, above + len(tiles) * (high + _GAP) + below), _PAPER)
     draw = ImageDraw.Draw(page)
@@ -192,15 +192,15 @@ def _sheet(
     bottom = above + len(tiles) * (high + _GAP) + _GAP
     draw.multiline_text((2 * _GAP, bottom), said, fill=_DIM, font=small, spacing=2)
     if top is not None:
-        _scale(page, draw, width - 300, bottom, top)
+        _scale(page, draw, width - 350, bottom, top)
     return page
 
 
 def _scale(page: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, top: float) -> None:
-    """The colours of a difference, from 0 to ``top``."""
+    """The colours of a difference, from 0 to ``top`` and above."""
     bar = np.repeat(_colours(np.linspace(0, 1, 140))[None], 12, 0)
     font = _font(11)
     draw.text((x, y), "|difference|  0", fill=_DIM, font=font)
     start = x + int(font.getlength("|difference|  0")) + 6
     page.paste(Image.fromarray((bar * 255).astype(np.uint8)), (start, y + 1))
-    draw.text((start + 146, y), f"{top:.2g}", fill=_DIM, font=font)
+    draw.text((start + 146, y), f"{top:.2g} and more", fill=_DIM, font=font)
