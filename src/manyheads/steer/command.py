@@ -63,7 +63,7 @@ def guide(
 
     manyheads guide --strategy sag:scale=0.75 --prompt "apple top left ship" --out grid.png
 
-    manyheads guide --model ./sd3 --strategy pab --strategy "pab + sag" --prompt "a red cat" --samples 3
+    manyheads guide --model ./sd3 --strategy pab --strategy "pab + headhunter:heads=3.1" --prompt "a red cat"
 
     manyheads guide --model ./dit --strategy pab --class 207
 
