@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin  # by this name in this module diffusers knows what `Captions` is
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils import logging
 from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -208,9 +209,15 @@ def load_scenes(
             f"{name_or_path} is no model of scenes; give {', '.join(NAMES)}, or a folder that `python -m "
             "manyheads.recipes.scenes` wrote"
         )
-    pipe: ScenePipeline = ScenePipeline.from_pretrained(
-        str(folder), dtype=dtype or torch.float32, low_cpu_mem_usage=False, use_safetensors=True
-    )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of loading three small parts
+    try:
+        pipe: ScenePipeline = ScenePipeline.from_pretrained(
+            str(folder), dtype=dtype or torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     pipe.to(place)
     return pipe

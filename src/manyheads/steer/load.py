@@ -42,7 +42,7 @@ def load(model: str, device: str = "cpu", dtype: str | None = None) -> Any:
     _check(folder, model)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=kind, use_safetensors=True, local_files_only=True
+            str(folder), dtype=kind, use_safetensors=True, local_files_only=True
         )
     except Exception as error:
         reason = " ".join(str(error).split())
