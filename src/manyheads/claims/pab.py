@@ -197,7 +197,10 @@ def judged_order(
     }
     told = [f"{gaps[name].value:+.1f} dB against {name}" for name in (SAME_MODULES, SAME_FLOPS)]
     holds = all(gaps[name].low > 0 for name in (SAME_MODULES, SAME_FLOPS))
-    return holds, f"the pyramid is {'nearer' if holds else 'not nearer'} to the uncached films ({', '.join(told)})"
+    reason = f"the pyramid is {'nearer' if holds else 'not nearer'} to the uncached films ({', '.join(told)})"
+    if "uniform" in gaps:  # not part of the claim, but who reads the verdict has to know it
+        reason += f", and {gaps['uniform'].value:+.1f} dB against {'/'.join(map(str, sets['uniform']))} throughout"
+    return holds, reason
 
 
 def words(bed: Bed, films: "dict[str, Tensor]", figures: list[Figure]) -> None:
