@@ -41,7 +41,7 @@ class Size:
 def size(setting: Setting) -> Size:
     """Quick in 30 s on two cores, in full ten minutes; on a GPU three."""
     if setting.quick:
-        return Size(16, 64, 6, 2, 12)
+        return Size(16, 48, 6, 2, 10)
     return Size(48, 192, 10, 5, 36) if setting.device == "cpu" else Size(256, 2048, 20, 10, 36)
 
 

@@ -54,7 +54,7 @@ class Scale:
 def scale(setting: Setting) -> Scale:
     """The size of a run: quick in 30 s on two cores, full in ten minutes, on a GPU in three."""
     if setting.quick:
-        return Scale(4, 1, 1, {})
+        return Scale(3, 1, 1, {})
     others: dict[str, Every] = {
         "uniform": (3, 3, 3), "2/4/6": (2, 4, 6), "spatial alone": (3, 1, 1), "temporal alone": (1, 3, 1),
         "cross alone": (1, 1, 3),

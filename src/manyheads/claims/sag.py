@@ -34,7 +34,7 @@ class Size:
 def size(setting: Setting) -> Size:
     """Quick in 30 s on two cores, in full ten minutes; on a GPU three."""
     if setting.quick:
-        return Size(0, 96, 5, (0.3,))
+        return Size(0, 72, 5, (0.3,))
     scales = (0.1, 0.3, 1.0)
     return Size(96, 200, 10, scales) if setting.device == "cpu" else Size(1024, 4096, 50, scales)
 
