@@ -83,7 +83,8 @@ def test_entries():
     assert "tinyshakespeare" in files.names()
     for name in files.names():
         row = files.entry(name)
-        assert len(row.sha256) == 64 or all(len(tree) == 40 for tree in row.trees.values())
+        assert len(row.sha256) == 64 or (row.trees and all(len(tree) == 40 for tree in row.trees.values()))
+        assert row.url or row.sha256
         assert row.bytes > 0 and row.url.startswith("https://" if row.url else "") and row.licence and row.origin
         assert not row.path.startswith("/") and ".." not in row.path
     assert len({files.entry(name).path for name in files.names()}) == len(files.names())

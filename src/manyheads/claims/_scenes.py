@@ -19,21 +19,18 @@ if TYPE_CHECKING:
     from manyheads.models.scenes import ScenePipeline
     from manyheads.strategy import Strategy
 
-__all__ = ["Bed", "distance", "drawn", "paired"]
+__all__ = ["Bed", "distance", "drawn", "paired", "real"]
 
 
-def drawn(count: int, seed: int, **fixed: int) -> "Tensor":
-    """Labels of scenes, int64 ``[N, 3]``, all words equally likely; ``fixed`` as in ``data.scenes.draw``."""
+def drawn(count: int, seed: int) -> "Tensor":
+    """Labels of scenes, int64 ``[N, 3]``, all words equally likely."""
     import torch
 
     from manyheads.data import scenes as data
 
     generator = torch.Generator().manual_seed(seed)
-    kinds = data.VOCABULARY["scenes"]
-    made = torch.stack([torch.randint(len(words), (count,), generator=generator) for words in kinds.values()], 1)
-    for name, value in fixed.items():
-        made[:, list(kinds).index(name)] = value
-    return made
+    kinds = data.VOCABULARY["scenes"].values()
+    return torch.stack([torch.randint(len(words), (count,), generator=generator) for words in kinds], 1)
 
 
 @dataclass(slots=True)
@@ -105,7 +102,7 @@ class Bed:
         return torch.cat(found)
 
 
-def real(judge: Any, count: int, labels: "Tensor | None" = None) -> "Seen":
+def real(judge: Any, count: int) -> "Seen":
     """What the judge sees in real scenes before photographs of the test set."""
     import torch
 

@@ -96,7 +96,8 @@ def local(name: str) -> Path | None:
     wanted, folder = entry(name), _folder()
     if folder is not None and (mine := folder / wanted.path).is_file():
         if not wanted.sound(mine):
-            raise UserError(f"{mine} is not the file published at {wanted.url}: its checksum differs; take it away")
+            source = wanted.url or wanted.origin
+            raise UserError(f"{mine} is not what it should be ({source}): its checksum differs; take it away")
         return mine
     kept = _cache() / wanted.path
     return kept if kept.is_file() and wanted.sound(kept) else None
