@@ -11,7 +11,7 @@ kvpress 0.5.5 needs transformers below 5.3, which manyheads does not run on: giv
 
     python benchmarks/caches.py --peer peer --json benchmarks/caches.json
 
-Decoding is greedy. Ours goes through ``manyheads.port.decoding.decode`` (``compiled`` says whether its step was
+Decoding is greedy. Ours goes through ``manyheads.integrations.decoding.decode`` (``compiled`` says whether its step was
 compiled before it was captured; that takes a minute a row), StaticCache through ``generate``, which compiles it, its
 own overhead included; the others run the bare model in a loop without waiting for a token, and without cuDNN's
 attention, which would prepare itself anew for every length (76 ms per token instead of 29 for kvpress on an H100).
@@ -156,8 +156,8 @@ def held(cache: Any) -> int:
 def ours(model: Any, case: Case, ids: torch.Tensor) -> dict[str, Any]:
     """A budget of slots, evicted chunk by chunk; compiled decoding."""
     import manyheads
-    from manyheads.port.decoding import decode
-    from manyheads.port.transformers import new_cache, prefill
+    from manyheads.integrations.decoding import decode
+    from manyheads.integrations.transformers import new_cache, prefill
 
     budget = f"budget={case.slots},schedule=chunk"
     spec = {"snapkv": f"snapkv:{budget}", "fireq+snapkv": f"fireq:base=snapkv,{budget}"}[case.arm]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import manyheads
 from manyheads.environment import environment
-from manyheads.port.sequence import Traffic, frame_parallel
+from manyheads.integrations.sequence import Traffic, frame_parallel
 
 PAB = "pab:spatial=2,temporal=3,cross=6,upper=800,lower=100"
 STEPS = 50

@@ -28,7 +28,7 @@ def test_all_papers_are_there():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.slug)
 def test_row_is_whole(row):
     assert row.slug.isidentifier() and row.slug == row.slug.lower()
-    assert all(part.isidentifier() for part in row.wing.split("/"))
+    assert all(part.isidentifier() for part in row.category.split("/"))
     assert row.title == row.title.strip() != ""
     assert 20 <= len(row.summary) <= 140 and "\n" not in row.summary and not row.summary.endswith(".")
     assert 2 <= len(row.tags) <= 6 and all(tag == tag.strip().lower() for tag in row.tags)

@@ -28,7 +28,7 @@ def test_list_json_has_every_paper(cli):
     code, out, _ = cli("list", "--json")
     rows = json.loads(out)
     assert code == 0 and len(rows) == 119
-    assert {"id", "slug", "wing", "title", "state", "tags", "summary", "training", "arxiv"} <= set(rows[0])
+    assert {"id", "slug", "category", "title", "state", "tags", "summary", "training", "arxiv"} <= set(rows[0])
     assert next(row for row in rows if row["id"] == 24)["slug"] == "hashevict"
 
 
@@ -44,10 +44,10 @@ def test_list_shows_baselines_apart(cli):
 
 
 def test_list_filters(cli):
-    rows = json.loads(cli("list", "--wing", "caches", "--json")[1])
-    assert rows and {row["wing"] for row in rows} == {"caches"}
-    rows = json.loads(cli("list", "--wing", "domains", "--json")[1])
-    assert {"domains/vision", "domains/speech"} <= {row["wing"] for row in rows}
+    rows = json.loads(cli("list", "--category", "caches", "--json")[1])
+    assert rows and {row["category"] for row in rows} == {"caches"}
+    rows = json.loads(cli("list", "--category", "domains", "--json")[1])
+    assert {"domains/vision", "domains/speech"} <= {row["category"] for row in rows}
     rows = json.loads(cli("list", "--state", "planned", "--json")[1])
     assert {row["state"] for row in rows} <= {"planned"}
 
@@ -96,7 +96,7 @@ def test_version_and_help(cli):
         (["show", "hashevct"], "did you mean hashevict"),
         (["lst"], "list"),
         (["list", "--nope"], "--nope"),
-        (["list", "--wing", "cahces"], "did you mean caches"),
+        (["list", "--category", "cahces"], "did you mean caches"),
         (["list", "--state", "done"], "planned"),
         (["find", "xyzzyplugh"], "nothing matches"),
         (["find"], "words"),

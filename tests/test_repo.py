@@ -12,15 +12,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "manyheads"
-WINGS = {"mixers", "caches", "lenses", "guides", "convert", "parallel", "domains"}
-# What the parts of the package may not import (a wing: also no other wing).
+CATEGORIES = {"mixers", "caches", "lenses", "diffusion", "decoding", "convert", "tokens", "parallel", "domains"}
+# What the parts of the package may not import (a category: also no other category).
 GROUND = ("kernels", "attention", "call", "calls", "heads", "lens", "strategy")
+ABOVE = {"compare", "inspect", "claims", "cli"}
 FORBIDDEN = {
-    **{wing: {"port", "compare", "probe", "claims", "recipes", "models", "cli"} for wing in WINGS},
-    **{part: WINGS | {"port", "compare", "probe", "claims", "cli"} for part in (*GROUND, "catalog", "records")},
-    "port": WINGS | {"compare", "probe", "claims", "cli"},
-    "compare": WINGS,
-    "probe": WINGS,
+    **{category: ABOVE | {"integrations", "recipes", "models"} for category in CATEGORIES},
+    **{part: CATEGORIES | ABOVE | {"integrations"} for part in (*GROUND, "catalog", "records")},
+    "integrations": CATEGORIES | ABOVE,
+    "compare": CATEGORIES,
+    "inspect": CATEGORIES,
 }
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Calls of builtins by their bare name; `model.eval()` is an attribute and no matter here.
@@ -122,7 +123,7 @@ def triton_in_kernels_only(source: Source) -> Iterator[str]:
 
 
 def arrows_point_down(source: Source) -> Iterator[str]:
-    refused = FORBIDDEN.get(source.part, set()) | (WINGS - {source.part} if source.part in WINGS else set())
+    refused = FORBIDDEN.get(source.part, set()) | (CATEGORIES - {source.part} if source.part in CATEGORIES else set())
     for line, name in source.imports():
         target = [*name.split("."), "", ""][:2]
         if target[0] == "manyheads" and target[1] in refused:
@@ -130,7 +131,7 @@ def arrows_point_down(source: Source) -> Iterator[str]:
 
 
 def papers_stand_alone(source: Source) -> Iterator[str]:
-    """A strategy file imports no other strategy, not even of its own wing; what they share has a leading underscore.
+    """A strategy file imports no other strategy, not even of its own category; what they share has an underscore.
 
     A claim imports none but its own paper's.
     """
@@ -172,14 +173,14 @@ RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
         Source("manyheads.a", "from triton import jit\n"),
     ],
     arrows_point_down: [
-        Source("manyheads.caches.a", "from manyheads.port import use"),
+        Source("manyheads.caches.a", "from manyheads.integrations import use"),
         Source("manyheads.caches.a", "from ..compare.stats import bootstrap"),
-        Source("manyheads.caches.a", "def f():\n    from manyheads import port\n"),
+        Source("manyheads.caches.a", "def f():\n    from manyheads import integrations\n"),
         Source("manyheads.caches.a", "import manyheads.mixers.b"),
         Source("manyheads.domains.vision.a", "from ...caches import b"),
-        Source("manyheads.caches", "from ..port import use", package=True),
+        Source("manyheads.caches", "from ..integrations import use", package=True),
         Source("manyheads.attention.a", "from ..caches.b import c"),
-        Source("manyheads.port.transformers", "from ..caches.snapkv import SnapKV"),
+        Source("manyheads.integrations.transformers", "from ..caches.snapkv import SnapKV"),
         Source("manyheads.compare.arms", "from ..caches import snapkv"),
     ],
     papers_stand_alone: [
@@ -271,11 +272,11 @@ def test_tests_carry_the_licence_too():
 
 
 def test_every_strategy_and_claim_has_its_row():
-    """A file in a wing is named by a slug of the catalogue, or starts with an underscore; so is a claim."""
+    """A file in a category is named by a slug of the catalogue, or starts with an underscore; so is a claim."""
     from manyheads import catalog
 
     rows = {row.module for row in [*catalog.papers(), *catalog.baselines()]}
-    modules = {s.module for s in SOURCES if s.part in WINGS and not s.package and "._" not in s.module}
+    modules = {s.module for s in SOURCES if s.part in CATEGORIES and not s.package and "._" not in s.module}
     assert modules <= rows
     slugs = {
         s.module.rpartition(".")[2] for s in SOURCES if s.part == "claims" and not s.package and "._" not in s.module

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from manyheads.catalog import Paper, baselines, find, get, load, papers
     from manyheads.errors import UserError
     from manyheads.heads import HeadTable
+    from manyheads.inspect import watch
+    from manyheads.integrations import use
     from manyheads.lens import Roles
-    from manyheads.port import use
-    from manyheads.probe import watch
     from manyheads.strategy import Strategy, parse
 
 __version__ = "0.1.0"
@@ -48,11 +48,22 @@ _HOMES = {
     "manyheads.errors": ("UserError",),
     "manyheads.heads": ("HeadTable",),
     "manyheads.lens": ("Roles",),
-    "manyheads.port": ("use",),
-    "manyheads.probe": ("watch",),
+    "manyheads.integrations": ("use",),
+    "manyheads.inspect": ("watch",),
     "manyheads.strategy": ("Strategy", "parse"),
 }
-_PARTS = ("attention", "call", "catalog", "claims", "compare", "errors", "models", "port", "probe", "strategy")
+_PARTS = (
+    "attention",
+    "call",
+    "catalog",
+    "claims",
+    "compare",
+    "errors",
+    "models",
+    "integrations",
+    "inspect",
+    "strategy",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The catalogue of papers: what there is, what stands, and the strategy behind a slug.
 
-`papers.toml` says what a paper is; files say what stands. The slug names all four of them: ``<wing>/<slug>.py`` (the
-strategy), ``claims/<slug>.py`` (its claim), ``claims/<slug>.json`` (the claim's results) and, in a checkout,
-``tests/<wing>/test_<slug>.py``. Nothing here imports a strategy except `load`.
+`papers.toml` says what a paper is; files say what stands. The slug names all four of them:
+``<category>/<slug>.py`` (the strategy), ``claims/<slug>.py`` (its claim), ``claims/<slug>.json`` (the claim's results)
+and, in a checkout, ``tests/<category>/test_<slug>.py``. Nothing here imports a strategy except `load`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRAINING_WORDS = {
     "calibration": "needs a calibration pass",
     "required": "needs training",
 }
-_WEIGHTS = (8.0, 4.0, 4.0, 2.0, 1.0, 2.0)  # bm25 weights of slug, title, tags, summary, wing, training
+_WEIGHTS = (8.0, 4.0, 4.0, 2.0, 1.0, 2.0)  # bm25 weights of slug, title, tags, summary, category, training
 _STOP_WORDS = frozenset(
     "a an and any are as at be by can do does for from has have how i in into is it its me my of on or our that the "
     "their them these this those to use using we what when where which while who why will with you your".split()
@@ -46,7 +46,7 @@ class Paper:
 
     id: int | None = None
     slug: str
-    wing: str  # folder of the strategy, may be nested: "domains/vision"
+    category: str  # folder of the strategy, may be nested: "domains/vision"
     title: str
     summary: str  # one line: what it changes, what it needs or gives
     tags: tuple[str, ...]
@@ -61,19 +61,19 @@ class Paper:
     @property
     def module(self) -> str:
         """Name of the module that holds, or will hold, the strategy."""
-        return f"manyheads.{self.wing.replace('/', '.')}.{self.slug}"
+        return f"manyheads.{self.category.replace('/', '.')}.{self.slug}"
 
     @property
     def state(self) -> State:
         """What stands of this paper, read from the files (see `state_in`)."""
-        return state_in(PACKAGE, self.wing, self.slug)
+        return state_in(PACKAGE, self.category, self.slug)
 
     def row(self) -> dict[str, object]:
         """Return what ``--json`` prints of this paper."""
         return {
             "id": self.id,
             "slug": self.slug,
-            "wing": self.wing,
+            "category": self.category,
             "title": self.title,
             "state": self.state,
             "training": self.training,
@@ -83,19 +83,19 @@ class Paper:
         }
 
 
-def state_in(package: Path, wing: str, slug: str) -> State:
+def state_in(package: Path, category: str, slug: str) -> State:
     """Derive a state from the files under `package`, the folder of the installed package.
 
     "planned": no strategy file. "untested": a strategy without ``test_<slug>.py``; tests are looked for in a checkout
     only, they are not installed. "strategy": no claim yet. "claim": a claim that has not been run. After that the
     verdict of the stored run.
     """
-    if not (package / wing / f"{slug}.py").is_file():
+    if not (package / category / f"{slug}.py").is_file():
         return "planned"
     tests = package.parents[1] / "tests"
     in_checkout = tests.is_dir() and (package.parents[1] / "pyproject.toml").is_file()
     test = f"test_{slug}.py"
-    if in_checkout and not (tests / wing / test).is_file() and not any(tests.rglob(test)):
+    if in_checkout and not (tests / category / test).is_file() and not any(tests.rglob(test)):
         return "untested"
     if not (package / "claims" / f"{slug}.py").is_file():
         return "strategy"
@@ -128,9 +128,9 @@ def names() -> list[str]:
     return [row.slug for row in _rows()]
 
 
-def wings() -> list[str]:
-    """Return every wing, sorted."""
-    return sorted({row.wing for row in _rows()})
+def categories() -> list[str]:
+    """Return every category, sorted."""
+    return sorted({row.category for row in _rows()})
 
 
 def nearest(name: str, among: list[str] | None = None) -> list[str]:
@@ -165,7 +165,7 @@ def load(slug: str) -> type[Strategy]:
         TypeError: the file does not define exactly one strategy.
     """
     paper = get(slug)
-    if not (PACKAGE / paper.wing / f"{slug}.py").is_file():
+    if not (PACKAGE / paper.category / f"{slug}.py").is_file():
         standing = ", ".join(row.slug for row in _rows() if row.state != "planned") or "none yet"
         raise UserError(f"{slug} is in the catalogue but has no strategy yet; these stand: {standing}")
     from manyheads.strategy import Strategy
@@ -184,7 +184,7 @@ def load(slug: str) -> type[Strategy]:
 def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
     """Rank papers and baselines by how well they match any of `words`.
 
-    Full-text search over slug, title, tags, summary, wing and need of training: words are reduced to their stems
+    Full-text search over slug, title, tags, summary, category and need of training: words are reduced to their stems
     (Porter) and weighed by their rarity (bm25).
 
     Args:
@@ -204,9 +204,11 @@ def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
         return []
     query = " OR ".join(f'"{term}"' for term in terms)
     with closing(sqlite3.connect(":memory:")) as table:
-        columns = "slug, title, tags, summary, wing, training"
+        columns = "slug, title, tags, summary, category, training"
         table.execute(f"CREATE VIRTUAL TABLE row USING fts5({columns}, tokenize='porter unicode61')")
-        texts = ((r.slug, r.title, " ".join(r.tags), r.summary, r.wing, _TRAINING_WORDS[r.training]) for r in _rows())
+        texts = (
+            (r.slug, r.title, " ".join(r.tags), r.summary, r.category, _TRAINING_WORDS[r.training]) for r in _rows()
+        )
         table.executemany("INSERT INTO row VALUES (?, ?, ?, ?, ?, ?)", texts)
         ranked = table.execute(
             f"SELECT rowid, bm25(row, {', '.join('?' * len(_WEIGHTS))}) AS cost FROM row WHERE row MATCH ? "
@@ -217,15 +219,15 @@ def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
 
 
 def markdown(rows: list[Paper]) -> str:
-    """Return the table of the README: what stands, and folded below it what is planned, by wing."""
+    """Return the table of the README: what stands, and folded below it what is planned, by category."""
 
     def line(paper: Paper) -> str:
         title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
         number = paper.id if paper.id is not None else "baseline"
-        return f"| `{paper.slug}` | {number} | {paper.wing} | {title} | {paper.summary} | {paper.state} |"
+        return f"| `{paper.slug}` | {number} | {paper.category} | {title} | {paper.summary} | {paper.state} |"
 
-    head = ["| strategy | paper | wing | title | what it does | state |", "|---|---|---|---|---|---|"]
+    head = ["| strategy | paper | category | title | what it does | state |", "|---|---|---|---|---|---|"]
     stands = [paper for paper in rows if paper.state != "planned"]
-    planned = sorted((paper for paper in rows if paper.state == "planned"), key=lambda paper: paper.wing)
+    planned = sorted((paper for paper in rows if paper.state == "planned"), key=lambda paper: paper.category)
     folded = ["<details>", f"<summary>{len(planned)} papers that are planned</summary>", "", *head]
     return "\n".join([*head, *map(line, stands), "", *folded, *map(line, planned), "", "</details>"])

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 _VERBS = {
     "compare": "manyheads.compare.command:compare",
     "report": "manyheads.compare.command:report",
-    "probe": "manyheads.probe.command:probe",
-    "doctor": "manyheads.probe.command:doctor",
-    "guide": "manyheads.steer.command:guide",
+    "inspect": "manyheads.inspect.command:inspect",
+    "doctor": "manyheads.inspect.command:doctor",
+    "generate": "manyheads.generate.command:generate",
 }
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quick = Annotated[bool, typer.Option("--quick", help="At most 30 s on two cores; never outvotes a full run.")]
-Wing = Annotated[str | None, typer.Option(help="Only this wing: caches, mixers, domains/vision, domains ...")]
+Category = Annotated[str | None, typer.Option(help="Only this category: caches, mixers, domains/vision, domains ...")]
 State = Annotated[str | None, typer.Option(help="Only this state: planned, strategy, claim, holds ...")]
 Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a paper or baseline, as `manyheads list` shows it.")]
 
@@ -79,22 +79,22 @@ def _options(
 
 @app.command("list")
 def list_papers(
-    wing: Wing = None,
+    category: Category = None,
     state: State = None,
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
 ) -> None:
     """List the papers and what stands of each."""
-    papers = _select(catalog.papers(), wing, state)
+    papers = _select(catalog.papers(), category, state)
     if markdown:
-        typer.echo(catalog.markdown(papers + _select(catalog.baselines(), wing, state)))
+        typer.echo(catalog.markdown(papers + _select(catalog.baselines(), category, state)))
         return
     if as_json:
         _print_json([paper.row() for paper in papers])
         return
     console = _console()
     console.print(_table(papers, f"{len(papers)} papers"))
-    if baselines := _select(catalog.baselines(), wing, state):
+    if baselines := _select(catalog.baselines(), category, state):
         console.print(_table(baselines, f"{len(baselines)} baselines, to measure them against"))
 
 
@@ -132,7 +132,7 @@ def show(slug: Slug, as_json: Json = False) -> None:
         return
     console = _console()
     number = "baseline" if paper.baseline else f"paper {paper.id}"
-    console.print(f"[bold]{slug}[/] ({number}, {paper.wing}, {paper.state})")
+    console.print(f"[bold]{slug}[/] ({number}, {paper.category}, {paper.state})")
     arxiv = f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else ""
     needs = {"none": "no training", "calibration": "a calibration pass", "required": "training"}[paper.training]
     lines = [paper.title, arxiv, paper.summary, f"needs {needs}; {', '.join(paper.tags)}"]
@@ -192,19 +192,20 @@ def run_claim(
     console.print(f"stored in {path}", markup=False, soft_wrap=True)
 
 
-def _select(papers: list[catalog.Paper], wing: str | None, state: str | None) -> list[catalog.Paper]:
-    """Return the rows of a wing (or of all below it) and of a state."""
-    wings = catalog.wings()
-    if wing is not None and not any(f"{known}/".startswith(f"{wing.rstrip('/')}/") for known in wings):
-        close = catalog.nearest(wing, wings)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(wings)}"
-        raise UserError(f"unknown wing {wing!r}: {hint}")
+def _select(papers: list[catalog.Paper], category: str | None, state: str | None) -> list[catalog.Paper]:
+    """Return the rows of a category (or of all below it) and of a state."""
+    categories = catalog.categories()
+    if category is not None and not any(f"{known}/".startswith(f"{category.rstrip('/')}/") for known in categories):
+        close = catalog.nearest(category, categories)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(categories)}"
+        raise UserError(f"unknown category {category!r}: {hint}")
     if state is not None and state not in catalog.STATES:
         raise UserError(f"unknown state {state!r}; there are {', '.join(catalog.STATES)}")
     return [
         paper
         for paper in papers
-        if (wing is None or f"{paper.wing}/".startswith(f"{wing.rstrip('/')}/")) and state in (None, paper.state)
+        if (category is None or f"{paper.category}/".startswith(f"{category.rstrip('/')}/"))
+        and state in (None, paper.state)
     ]
 
 
@@ -248,13 +249,13 @@ def _table(papers: Sequence[catalog.Paper], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("id", justify="right", no_wrap=True)
     table.add_column("slug", no_wrap=True)
-    table.add_column("wing", no_wrap=True)
+    table.add_column("category", no_wrap=True)
     table.add_column("state")
     table.add_column("needs training")
     table.add_column("what it does", ratio=1)
     for row in papers:
         number = "" if row.id is None else str(row.id)
-        table.add_row(number, row.slug, row.wing, row.state, row.training, Text(row.summary))
+        table.add_row(number, row.slug, row.category, row.state, row.training, Text(row.summary))
     return table
 
 

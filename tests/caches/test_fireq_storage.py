@@ -9,7 +9,7 @@ from caches.codes import looked, packed
 from manyheads import parse
 from manyheads.attention.codec import FP8, INT4
 from manyheads.caches._view import View
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from manyheads.strategy import Strategy
 from oracles import models
 from oracles.caches import held, prefilled, step, stores

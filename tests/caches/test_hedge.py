@@ -14,7 +14,7 @@ from manyheads.attention.slots import Slots
 from manyheads.caches._evict import evict
 from manyheads.caches._view import QueryWindow, View
 from manyheads.caches.hedge import Hedge
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from oracles import caches, models
 from tolerance import SAME, assert_close
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from port.test_latent import LATENT, PRESENT, build
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads
@@ -13,13 +14,12 @@ from manyheads import UserError, parse
 from manyheads.attention import mla, reference
 from manyheads.caches.mla_hw import LatentStore, MLAHw
 from manyheads.call import AttentionCall
-from manyheads.port.transformers import find_sites, new_cache
+from manyheads.integrations.transformers import find_sites, new_cache
 from manyheads.strategy import Strategy
 from oracles import caches, models
 from oracles.caches import greedy, prefilled, step, stores
 from oracles.models import tokens
 from oracles.strategies import Watch
-from port.test_latent import LATENT, PRESENT, build
 from tolerance import BYTES, HALF_FACTOR, SAME, assert_close, error
 
 ABSORB, EXPAND = "mla_hw:schedule=absorb", "mla_hw:schedule=expand"

@@ -10,7 +10,7 @@ import manyheads
 from manyheads import UserError
 from manyheads.compare.arms import Arm, Prefix, feed, make_arms
 from manyheads.compare.specs import split_specs
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from manyheads.strategy import Strategy, parse
 
 
@@ -136,7 +136,7 @@ def test_a_strategy_without_a_cache_of_its_own(model):
     torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("spec", "said"), [("active_dormant", "manyheads probe"), ("pab", "denoisers")])
+@pytest.mark.parametrize(("spec", "said"), [("active_dormant", "manyheads inspect"), ("pab", "denoisers")])
 def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(spec, said):
     with pytest.raises(UserError, match=said):
         make_arms([spec], [0.5], 512)

@@ -18,7 +18,7 @@ def test_zero_is_a_zeroed_slice_of_the_output_projection(name):
     with manyheads.use(model, "ablate:heads=1.2+0.0"), torch.no_grad():
         got = model(**inputs).logits
     plain = model(**inputs).logits
-    sites = [site for site, _ in __import__("manyheads.port.transformers", fromlist=["x"]).find_sites(model)]
+    sites = [site for site, _ in __import__("manyheads.integrations.transformers", fromlist=["x"]).find_sites(model)]
     for site, head in ((sites[1], 2), (sites[0], 0)):
         weight = site.output()
         width = weight.shape[1] // site.num_heads

@@ -10,10 +10,10 @@ import torch
 import manyheads
 from manyheads.call import AttentionCall, Site
 from manyheads.heads import HeadTable
+from manyheads.integrations.transformers import find_sites
 from manyheads.lens import Roles
 from manyheads.lenses._relu_attention import ReLUAttention, relu_weights
 from manyheads.lenses.active_dormant import ActiveDormant, switch
-from manyheads.port.transformers import find_sites
 from oracles import dense, models
 from tolerance import FORMULA, SAME, assert_close, error
 

@@ -8,11 +8,11 @@ from torch import nn
 import manyheads
 from manyheads.calls.statistics import Columns, Expectation, measure
 from manyheads.errors import UserError
+from manyheads.integrations.transformers import find_sites
 from manyheads.lens import Findings, Lens
 from manyheads.lenses._dyt import DyT, ScaledEmbedding, with_dyt
 from manyheads.lenses._kv_bias import KVBias
 from manyheads.lenses._tvr import TargetVariance, blocks_of, divide_by_depth
-from manyheads.port.transformers import find_sites
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 

@@ -9,9 +9,9 @@ import torch
 
 import manyheads
 from manyheads.errors import UserError
+from manyheads.integrations.blocks import block_of
 from manyheads.lenses._residual import Extremes, medians
 from manyheads.lenses.refined_massive_activations import RefinedMassiveActivations, massive, means, name_tokens
-from manyheads.port.blocks import block_of
 from oracles import models
 from tolerance import HALF, SAME, assert_close, error
 
@@ -22,7 +22,7 @@ LOW = "threshold=0.5,ratio=3"  # what tiny models reach
 def outputs(model, **inputs):
     """Outputs ``[B, T, D]`` of the blocks, by hooks of the test's own, and what the model returns."""
     found, handles = [], []
-    for site, _ in manyheads.port.transformers.find_sites(model):
+    for site, _ in manyheads.integrations.transformers.find_sites(model):
         block = block_of(model, site.name)
         if site.kind == "self":
             handles.append(

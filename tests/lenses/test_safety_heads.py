@@ -7,6 +7,7 @@ import torch
 import manyheads
 from manyheads.data.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
 from manyheads.errors import UserError
+from manyheads.integrations.transformers import find_sites
 from manyheads.lenses._direction import log_odds
 from manyheads.lenses.safety_heads import (
     AblateRows,
@@ -21,7 +22,6 @@ from manyheads.lenses.safety_heads import (
     strength,
     tune_step,
 )
-from manyheads.port.transformers import find_sites
 from oracles import models
 from tolerance import SAME, assert_close, error
 

@@ -9,11 +9,11 @@ import torch
 from manyheads import Strategy, UserError, parse, use
 from manyheads.attention.reference import causal_mask
 from manyheads.call import AttentionCall, Site
+from manyheads.integrations.transformers import find_sites
 from manyheads.mixers import _mixer
 from manyheads.mixers._peaks import keys_seen, peakedness
 from manyheads.mixers.t5_attention_alignment import AttentionAlignment, _solved, calibrate
 from manyheads.models.decoder import Decoder, DecoderConfig
-from manyheads.port.transformers import find_sites
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 

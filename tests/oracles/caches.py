@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import manyheads
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from oracles.models import tokens
 from tolerance import BYTES, SAME, assert_close, error
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from oracles import models
 from oracles.caches import step
 from oracles.strategies import Mute, NoEdit, NoPatch, Sharpen, Watch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from oracles import models
 from oracles.caches import greedy, prefilled, step, stores
 from oracles.strategies import Attend, CopyEdit, Mute, Sharpen, Watch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import manyheads
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from manyheads.strategy import Strategy
 from oracles import models
 from oracles.caches import prefilled, step, stores

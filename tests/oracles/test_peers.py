@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 import manyheads
-from manyheads.port.transformers import new_cache
+from manyheads.integrations.transformers import new_cache
 from oracles import models
 from oracles.caches import prefilled, step, stores
 from oracles.strategies import Norm

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.port import transformers as port
+from manyheads.integrations import transformers as port
 from oracles import models
 from oracles.fingerprint import assert_same, of_model
 from oracles.strategies import Mute, Sharpen, Watch

@@ -86,7 +86,7 @@ def follow(
     import torch
 
     from manyheads.compare import arms as compare
-    from manyheads.port import use
+    from manyheads.integrations import use
     from manyheads.strategy import parse
 
     here = {arm: compare.Arm(parse(spec), arm[0]) for arm, spec in specs.items()}

@@ -136,8 +136,8 @@ def stream(model: "PreTrainedModel", ids: "Tensor", arm: str, start: int) -> "tu
     """Feed ``ids [B, T + 1]`` through the cache of ``arm``: logits ``[B, T - start, V]`` after the prompt, bytes."""
     import torch
 
-    from manyheads.port import use
-    from manyheads.port.transformers import new_cache
+    from manyheads.integrations import use
+    from manyheads.integrations.transformers import new_cache
     from manyheads.strategy import parse
 
     cuts = [*range(start, ids.shape[1] - 1, CHUNK), ids.shape[1] - 1]

@@ -110,7 +110,7 @@ def follow(
     import torch
 
     from manyheads.compare import arms as compare
-    from manyheads.port import use
+    from manyheads.integrations import use
 
     here = {arm: compare.Arm(strategy, " ".join(map(str, arm))) for arm, strategy in strategies.items()}
     with torch.inference_mode(), use(model):

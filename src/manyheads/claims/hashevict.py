@@ -72,8 +72,8 @@ def stream(
     """Feed ``ids [B, T + 1]`` through a cache: logits for the T next tokens ``[B, T, V]``, bytes held."""
     import torch
 
-    from manyheads.port import use
-    from manyheads.port.transformers import new_cache
+    from manyheads.integrations import use
+    from manyheads.integrations.transformers import new_cache
 
     cuts = [0, *range(start, ids.shape[1] - 1, chunk), ids.shape[1] - 1]
     with torch.no_grad(), use(model):
@@ -106,7 +106,7 @@ def prefill_seconds(setting: Setting, size: Scale) -> "dict[str, list[float]]":
     """Seconds of a prompt, round by round: HashEvict's, and that of a cache which must sum attention weights (H2O)."""
     import torch
 
-    from manyheads.port import use
+    from manyheads.integrations import use
     from manyheads.strategy import parse
 
     model = _timed_model(setting)

@@ -66,7 +66,7 @@ def measure(
     import random
 
     from manyheads.claims._scenes import drawn
-    from manyheads.guides.headhunter import HeadHunter, hunt
+    from manyheads.diffusion.headhunter import HeadHunter, hunt
 
     base = HeadHunter(scale=3.0, strength=0.25)
     every = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]

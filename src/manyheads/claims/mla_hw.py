@@ -176,7 +176,7 @@ def filled(model: Any, tokens: "list[tuple[torch.Tensor, torch.Tensor]]", spec: 
     """A cache that holds these latents and rotary keys of each layer: transformers' own, or that of ``spec``."""
     from transformers import DynamicCache
 
-    from manyheads.port.transformers import new_cache
+    from manyheads.integrations.transformers import new_cache
     from manyheads.strategy import parse
 
     cache: Any = DynamicCache(config=model.config) if spec is None else new_cache(model, parse(spec))
@@ -202,7 +202,7 @@ def in_model(setting: Setting, size: Scale, bench: Bench) -> dict[str, list[floa
     """Decoding steps without and with the strategy, in turns: seconds of each step and of attention per layer."""
     import torch
 
-    from manyheads.port import use
+    from manyheads.integrations import use
 
     batch, context = size.batches[-1], size.lengths[-1]
     model, (rank, rope) = decoder(size, bench), (bench.dims.rank, bench.dims.rope_dim)

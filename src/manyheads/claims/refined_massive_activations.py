@@ -184,10 +184,10 @@ def trained(
 
     import manyheads
     from manyheads.claims._backcopy import Bed, toy
+    from manyheads.integrations.transformers import find_sites
     from manyheads.lenses._dyt import with_dyt
     from manyheads.lenses._kv_bias import KVBias
     from manyheads.lenses._tvr import TargetVariance, blocks_of
-    from manyheads.port.transformers import find_sites
 
     model = toy(task, Bed(size.dim, 3, size.length, size.batch, size.steps, RATE), seed, setting.device)
     if arm == "DyT":

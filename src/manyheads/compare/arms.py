@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..attention.budget import as_budget, keep_limit
 from ..errors import UserError
+from ..integrations import use
+from ..integrations.transformers import new_cache
 from ..lens import Lens
-from ..port import use
-from ..port.transformers import new_cache
 from ..strategy import Strategy, overrides, parse
 
 __all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
@@ -99,9 +99,11 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
     for given in specs:
         strategy = parse(given)
         if isinstance(strategy, Lens) and not strategy.acts:
-            raise UserError(f"{strategy.slug} only looks: manyheads probe --lens {strategy.slug}")
+            raise UserError(f"{strategy.slug} only looks: manyheads inspect --lens {strategy.slug}")
         if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
-            raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/guides.md)")
+            raise UserError(
+                f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/diffusion.md)"
+            )
         fields = {f.name: f for f in dataclasses.fields(strategy)}
         own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
         if strategy.slug == BASELINE:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..port.transformers import new_cache
+from ..integrations.transformers import new_cache
 from ..strategy import parse
 from .arms import BASELINE, Arm, feed
 from .contexts import Contexts

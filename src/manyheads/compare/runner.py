@@ -16,7 +16,7 @@ from .. import environment
 from ..catalog import nearest
 from ..data.texts import Text, digest, standard_library
 from ..errors import UserError
-from ..port import use
+from ..integrations import use
 from ..progress import Progress
 from ..strategy import Strategy
 from .arms import Arm, make_arms

@@ -6,7 +6,7 @@
 A head that has nothing to do needs somewhere to put its weight. With k' and v' learned it need not make a sink of the
 first token, whose massive activations exist for that. The extra column costs one key, and no cache holds it.
 
-    bias = KVBias.of(site for site, _ in find_sites(model))   # of manyheads.port.transformers
+    bias = KVBias.of(site for site, _ in find_sites(model))   # of manyheads.integrations.transformers
     optimizer = AdamW([*model.parameters(), *bias.parameters()])
     with manyheads.use(model, bias):   # in training and whenever the model is used
         model(**inputs)
@@ -53,7 +53,8 @@ class KVBias(Strategy):
         """Draw them for some sites of a model.
 
         Args:
-            sites: as ``manyheads.port.transformers.find_sites(model)`` gives them; all but self-attention is left out.
+            sites: as ``manyheads.integrations.transformers.find_sites(model)`` gives them; all but self-attention
+                is left out.
             std: of the draws; 0 adds one to the denominator of every softmax.
             seed: of the draws.
 

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb ``manyheads generate``. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from manyheads.errors import UserError
+from manyheads.progress import shown
+
+Model = Annotated[
+    str, typer.Option(help="Folder of a saved pipeline of diffusers, or one that ships: scenes, unet, moving.")
+]
+Specs = Annotated[
+    list[str] | None,
+    typer.Option("--strategy", help='As "sag:scale=0.75"; may repeat, a column each. "A + B" are used together.'),
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Text; may repeat, a row each.")]
+Classes = Annotated[
+    list[str] | None, typer.Option("--class", help="Number or label, for pipelines told by a class; may repeat.")
+]
+Source = Annotated[
+    str | None, typer.Option(help="Text of a source that every prompt's picture is made beside, as masactrl needs it.")
+]
+Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the pictures do.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")]
+Guidance = Annotated[float | None, typer.Option(help="Scale of guidance. Default: the pipeline's.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise, the same in every column.")]
+Seeds = Annotated[str | None, typer.Option(help="Several, as 0,1,2: a row each.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="So many seeds, from --seed on.")]
+Size = Annotated[str | None, typer.Option(help="Height x width in pixels, as 512x768. Default: the pipeline's.")]
+Words = Annotated[
+    str | None, typer.Option(help="Words of the prompt, as cat+hat: maps of their attention in the baseline.")
+]
+Page = Annotated[Path, typer.Option(help="HTML page of the maps.")]
+
+
+def generate(
+    model: Model = "scenes",
+    strategy: Specs = None,
+    prompt: Prompts = None,
+    classes: Classes = None,
+    source: Source = None,
+    out: Out = Path("grid.png"),
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    seeds: Seeds = None,
+    samples: Samples = None,
+    size: Size = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: fits the device.")] = None,
+    maps: Words = None,
+    page: Page = Path("maps.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
+) -> None:
+    """Generate without and with strategies, from the same noise, side by side in one picture.
+
+    manyheads generate --strategy sag:scale=0.75 --prompt "apple top left ship" --out grid.png
+
+    manyheads generate --model ./sd3 --strategy pab --strategy "pab + headhunter:heads=3.1" --prompt "a red cat"
+
+    manyheads generate --model ./dit --strategy pab --class 207
+
+    manyheads generate --strategy masactrl:start_layer=2 --source "apple top left ship" --prompt "ghost top left ship"
+
+    The columns are the baseline, and each strategy with its difference from it. The table says what each cost.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `inspect`; read when torch loads
+    _diffusers()
+    from . import load as loading
+    from . import report, rows, run, words
+    from .grid import check_out, check_page
+
+    arms = [run.arm(text) for text in strategy or []]
+    if not arms and maps is None:
+        raise UserError(
+            'give --strategy, as --strategy "sag:scale=0.75"; `manyheads list --category diffusion` shows them'
+        )
+    seeds_, pixels = rows.read_seeds(seed, seeds, samples), rows.read_size(size)
+    check_out(out)
+    if maps is not None:
+        check_page(page)
+    if source is not None and (not prompt or maps is not None):
+        raise UserError("--source goes with the --prompt of its target, and without --maps")
+    with shown(as_json) as progress:
+        pipe = loading.load(model, device, dtype)
+        wanted = rows.rows_of(pipe, prompt or [], classes or [], source, seeds_)
+        settings = run.Settings(steps, guidance, pixels)
+        run.check(pipe, arms, settings)
+        watched = words.find(pipe, wanted, maps) if maps is not None else None
+        made = run.run(pipe, arms, wanted, settings, progress)
+        if watched is not None:
+            words.write(pipe, watched, wanted, settings, page, {"model": model, "command": " ".join(_command())})
+    facts = report.facts(made, wanted, settings, pipe) | {"model": model, "out": str(out), "command": _command()}
+    report.draw(made, wanted, facts, out)
+    if as_json:
+        report.print_json(facts)
+    else:
+        report.print_table(facts, None if maps is None else page)
+
+
+def _diffusers() -> None:
+    """Refuse to go on without diffusers, and have it say nothing of its own."""
+    from importlib.util import find_spec
+
+    if find_spec("diffusers") is None:
+        raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
+    from diffusers.utils import logging as theirs
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+
+
+def _command() -> list[str]:
+    return ["manyheads", *(a for a in sys.argv[1:] if a != "--debug")]

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same pictures without a strategy and with each of several: same prompts, same noise, and what it cost."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..integrations import use
+from ..integrations.diffusers import denoisers, replace_forward
+from ..integrations.hearing import Undo, put
+from ..progress import Progress
+from ..strategy import Strategy, parse
+from .load import parameters
+from .rows import Row
+
+__all__ = ["Arm", "Made", "Settings", "arm", "check", "generate", "run"]
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of every call; the pipeline's own where None."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Strategies that are used together; none is the baseline."""
+
+    name: str
+    strategies: tuple[Strategy, ...] = ()
+
+
+@dataclass(slots=True)
+class Made:
+    """What an arm made.
+
+    Attributes:
+        arm: which.
+        pictures: one for each row, float32 0..1, ``[F, H, W, 3]``; one frame is a still.
+        sources: of pairs, the pictures of the sources.
+        seconds: of all rows.
+        calls, passed: calls of the denoiser, and rows of the batch in them.
+        peak: bytes of device memory at most, None on a CPU.
+        kept: bytes that strategies say they keep at most, None if they say nothing.
+    """
+
+    arm: Arm
+    pictures: list[Array] = field(default_factory=list)
+    sources: list[Array] = field(default_factory=list)
+    seconds: float = 0.0
+    calls: int = 0
+    passed: int = 0
+    peak: int | None = None
+    kept: int | None = None
+
+    def difference(self, base: "Made") -> float:
+        """Mean absolute difference from ``base``, 0 to 1."""
+        pairs = zip(self.pictures, base.pictures, strict=True)
+        return float(np.mean([np.abs(a - b).mean() for a, b in pairs]))
+
+    def psnr(self, base: "Made") -> float | None:
+        """Peak signal-to-noise ratio in dB of the mean squared error over all rows; None for the same pictures."""
+        error = float(np.mean([np.square(a - b).mean() for a, b in zip(self.pictures, base.pictures, strict=True)]))
+        return None if error == 0 else -10 * math.log10(error)
+
+
+def arm(text: str) -> Arm:
+    """Strategies from their specs, joined by `` + ``."""
+    specs = [part.strip() for part in text.split(" + ")]
+    if not all(specs):
+        raise UserError(f"{text!r}: write a strategy on either side of +")
+    return Arm(text.strip(), tuple(parse(spec) for spec in specs))
+
+
+class _Checked(Exception):
+    """Leaves a port that nothing was to run in."""
+
+
+def check(pipe: Any, arms: Sequence[Arm], settings: Settings) -> None:
+    """Refuse, before anything is made, strategies that find nothing to act on and settings the pipeline has not."""
+    for each in arms:
+        with suppress(_Checked), use(pipe, *each.strategies):
+            raise _Checked
+    takes, name = parameters(pipe), type(pipe).__name__
+    for option, value, wanted in (
+        ("--steps", settings.steps, ("num_inference_steps",)),
+        ("--guidance", settings.guidance, ("guidance_scale",)),
+        ("--size", settings.size, ("height", "width")),
+    ):
+        if value is not None and not set(wanted) <= set(takes):
+            raise UserError(f"{name} takes no {' and '.join(wanted)}; leave {option} away")
+
+
+def run(
+    pipe: Any, arms: Sequence[Arm], rows: Sequence[Row], settings: Settings, progress: Progress
+) -> list[Made]:  # fmt: skip
+    """Make every row by every arm, the baseline first.
+
+    A call of few steps that is not counted goes before, so that the baseline does not pay for what is done once.
+
+    Raises:
+        UserError: the pipeline or a strategy refuses what it was given, or what was made is not finite.
+    """
+    takes = parameters(pipe)
+    default = takes["num_inference_steps"].default if "num_inference_steps" in takes else 1
+    steps = settings.steps or (default if isinstance(default, int) else 1)
+    every = [Arm("baseline"), *arms]
+    total, done = len(every) * len(rows) * steps, 0
+    progress(0, total, "warming up")
+    with _heard(pipe) as heard:
+        generate(pipe, takes, rows[0], settings, steps=min(2, steps))
+        made = []
+        for each in every:
+            heard.tell = functools.partial(_tell, progress, done, total, each.name)
+            made.append(_made(pipe, takes, each, rows, settings, heard))
+            done += len(rows) * steps
+            progress(done, total, each.name)
+    return made
+
+
+def _tell(progress: Progress, before: int, total: int, name: str, steps: int) -> None:
+    progress(min(before + steps, total), total, name)
+
+
+@dataclass(slots=True)
+class _Heard:
+    """Counts of one arm."""
+
+    calls: int = 0
+    passed: int = 0
+    steps: int = 0
+    tell: Callable[[int], None] = lambda steps: None
+
+
+@contextmanager
+def _heard(pipe: Any) -> Iterator[_Heard]:
+    """Count calls of the denoisers, strategies' own too, and steps of the scheduler."""
+    heard, undo = _Heard(), list[Undo]()
+
+    def around(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            heard.calls += 1
+            given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim > 1)
+            heard.passed += next((len(x) for x in given), 1)
+            return inner(*args, **kwargs)
+
+        return forward
+
+    try:
+        undo.extend(replace_forward(model, around) for _, model in denoisers(pipe))
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is not None:
+            step = scheduler.step
+
+            @functools.wraps(step)  # pipelines look at what it takes
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                heard.steps += 1
+                heard.tell(heard.steps)
+                return step(*args, **kwargs)
+
+            undo.append(put(scheduler, "step", counted))
+        yield heard
+    finally:
+        while undo:
+            undo.pop()()
+
+
+def _made(
+    pipe: Any, takes: Collection[str], each: Arm, rows: Sequence[Row], settings: Settings, heard: _Heard
+) -> Made:  # fmt: skip
+    """All rows by one arm."""
+    made = Made(each)
+    heard.calls = heard.passed = heard.steps = 0
+    device = next(denoisers(pipe)[0][1].parameters()).device
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def fill() -> None:
+        for row in rows:
+            start = time.perf_counter()
+            *source, picture = generate(pipe, takes, row, settings)
+            if cuda:
+                torch.cuda.synchronize(device)
+            made.seconds += time.perf_counter() - start
+            if not np.isfinite(picture).all():
+                raise UserError(f"{each.name} made values that are not finite; give --dtype float32")
+            made.pictures.append(picture)
+            made.sources.extend(source)
+
+    if each.strategies:
+        with use(pipe, *each.strategies) as port:
+            fill()
+            made.kept = _kept([port.memory(strategy) for strategy in each.strategies])
+    else:
+        fill()
+    made.calls, made.passed = heard.calls, heard.passed
+    made.peak = torch.cuda.max_memory_allocated(device) if cuda else None
+    return made
+
+
+def _kept(memories: Sequence[dict[str, dict[str, Any]]]) -> int | None:
+    """Bytes that are counted in memories of sites and branches."""
+    branches = [branch for sites in memories for memory in sites.values() for branch in memory.values()]
+    counts = [b["counts"] for b in branches if isinstance(b, dict) and "bytes" in b.get("counts", {})]
+    return sum(int(c["bytes"]) for c in counts) if counts else None
+
+
+def generate(
+    pipe: Any, takes: Collection[str], row: Row, settings: Settings, steps: int | None = None
+) -> list[Array]:  # fmt: skip
+    """One call of a pipeline that ``takes`` such arguments (an open port hides them).
+
+    Returns:
+        The row's picture ``[F, H, W, 3]``, after its source's if it has one.
+    """
+    count = 1 if row.source is None else 2
+    seeded = [torch.Generator().manual_seed(row.seed) for _ in range(count)]
+    given: dict[str, Any] = {"generator": seeded if count > 1 else seeded[0]}
+    if count > 1 and hasattr(pipe, "noise"):
+        given = {"latents": torch.cat([pipe.noise(1, seed) for seed in seeded])}
+    if row.prompt is not None:
+        given["prompt"] = row.prompt if row.source is None else [row.source, row.prompt]
+    if row.number is not None:
+        given["class_labels"] = [row.number]
+    if settings.size is not None:
+        given["height"], given["width"] = settings.size
+    for name, value in (("num_inference_steps", steps or settings.steps), ("guidance_scale", settings.guidance)):
+        if value is not None and name in takes:
+            given[name] = value
+    if "output_type" in takes:
+        given["output_type"] = "np"
+    try:
+        return _pictures(pipe, pipe(**given))
+    except UserError as error:
+        if row.source is None and "source" in str(error):  # the strategy asks for pairs
+            raise UserError(f"{error}: here, give --source beside --prompt") from None
+        raise
+    except ValueError as error:
+        raise UserError(f"{type(pipe).__name__} refuses: {' '.join(str(error).split())[:300]}") from error
+
+
+def _pictures(pipe: Any, out: Any) -> list[Array]:
+    """What a pipeline made, ``[F, H, W, 3]`` each."""
+    films = getattr(out, "frames", None)
+    made = getattr(out, "images", None) if films is None else films
+    if made is None:
+        raise UserError(f"{type(pipe).__name__} makes neither images nor frames; give a pipeline that does")
+    x = made.float().movedim(-3, -1).cpu().numpy() if isinstance(made, torch.Tensor) else np.asarray(made)
+    x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+    x = x[:, None] if films is None else x
+    if x.ndim != 5 or x.shape[-1] not in (1, 3, 4):
+        raise UserError(f"{type(pipe).__name__} made an array {list(x.shape)}, which is no picture")
+    return list(np.repeat(x, 3, -1) if x.shape[-1] == 1 else x[..., :3])

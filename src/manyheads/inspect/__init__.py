@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does a model attend to, which heads matter, is something unusual in it: lenses on an unmodified model."""
+
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+
+    from ..lens import Findings, Lens, Roles
+
+
+__all__ = ["Watching", "watch"]
+
+
+class Watching:
+    """An open or closed look at a model; made by :func:`watch`, opened by ``with``. Findings outlive it."""
+
+    def __init__(self, model: "torch.nn.Module", lenses: "tuple[Lens, ...]", roles: "Roles | None") -> None:
+        from ..integrations import use
+        from ..lens import Bundle
+
+        self.lenses = lenses
+        self._bundle = Bundle(lenses=lenses)
+        self._port: Any = use(model, self._bundle)
+        self.roles = roles
+
+    @property
+    def roles(self) -> "Roles | None":
+        """Which tokens play which part in the forwards to come; may be set between them."""
+        roles: Roles | None = self._bundle.state.get("roles")
+        return roles
+
+    @roles.setter
+    def roles(self, roles: "Roles | None") -> None:
+        self._bundle.state["roles"] = roles
+
+    def __enter__(self) -> Self:
+        self._port.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
+    ) -> None:
+        self._port.__exit__(kind, error, trace)
+
+    def findings(self, lens: "int | str | Lens" = 0) -> "Findings":
+        """What a lens found so far.
+
+        Args:
+            lens: its number, its slug or spec as it was given, or the lens itself.
+
+        Raises:
+            UserError: no such lens looks here.
+        """
+        from ..errors import UserError
+
+        for i, mine in enumerate(self.lenses):
+            if lens in (i, mine.slug, mine.spec) or lens is mine:
+                return mine.findings(self._bundle.of(i, self._port.kept(self._bundle)))
+        raise UserError(f"{lens!r} does not look here; these do: {', '.join(mine.spec for mine in self.lenses)}")
+
+
+def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "Roles | None" = None) -> Watching:
+    """Look at a model with lenses for as long as a ``with`` block lasts; nothing it computes changes by a bit.
+
+        with manyheads.watch(model, "active_dormant", "reasoning_rhythm") as seen:
+            model(**inputs)
+        seen.findings("active_dormant").tables["sink"].top(5)
+
+    Args:
+        model: a transformers model, or a module that contains one.
+        lenses: strategies of the lenses category, or their specs; they share the weights of a call.
+        roles: which tokens are ``system``, ``response`` and so on; lenses that need a role name it.
+
+    Raises:
+        UserError: one of them is no lens, or as in :func:`manyheads.use`.
+    """
+    from ..errors import UserError
+    from ..lens import Lens
+    from ..strategy import parse
+
+    if not lenses:
+        raise UserError("name at least one lens: `manyheads list --category lenses`")
+    chosen: list[Any] = [parse(lens) for lens in lenses]
+    for strategy in chosen:
+        if not isinstance(strategy, Lens) or strategy.acts:
+            raise UserError(f"{strategy.spec} acts on the model and does not only look: open it with manyheads.use")
+    return Watching(model, tuple(chosen), roles)

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``manyheads inspect`` in Python: prompts are read, lenses look, and what they found is kept together."""
+
+import dataclasses
+import datetime
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import environment
+from ..catalog import nearest
+from ..data.texts import Text, digest, standard_library
+from ..errors import UserError
+from ..heads import Curve, HeadTable, ablation_curve
+from ..integrations import use
+from ..lens import Findings, Lens
+from ..progress import Progress
+from . import watch
+from .anatomy import Anatomy
+from .naming import DEFAULT, Part, check_roles, parse_lenses
+from .prompts import SHORTEST, Prompt, draw
+
+__all__ = [
+    "SAMPLES", "WHERE", "Inspection", "describe", "document_of", "mean_loss", "plain_values", "inspect_model", "reach",
+    "read_prompts", "reading", "token_losses",
+]  # fmt: skip
+
+SAMPLES = 6
+WHERE = "attention"  # the name under which our own look stands among the findings
+_DRAWS = 3  # of the control of an ablation
+_ABLATED = 3  # prompts on which it is measured
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was seen.
+
+    Attributes:
+        run: model, settings, texts and versions, fit for JSON.
+        prompts: what was read.
+        tokens: the text of every token of every prompt.
+        found: findings by the spec of their lens; under ``attention`` where the mass of every head goes.
+        parts: names of the tables of ``attention`` that add up to the whole mass.
+        curve: what ablation does to the loss, and the score by which heads were chosen.
+    """
+
+    run: dict[str, Any]
+    prompts: list[Prompt]
+    tokens: list[list[str]]
+    found: dict[str, Findings]
+    parts: tuple[str, ...]
+    curve: tuple[str, Curve] | None = None
+    losses: list[Any] = field(default_factory=list)  # nats of each token of each prompt, NaN for the first
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a token, in nats."""
+        return mean_loss(self.losses)
+
+    def document(self) -> dict[str, Any]:
+        """All of it, fit for JSON; NaN becomes null. Maps are left to the page."""
+        curve = None
+        if self.curve is not None:
+            score, made = self.curve
+            curve = {
+                "score": score, "counts": list(made.counts), "heads": list(made.heads),
+                "loss": made.chosen.tolist(), "control": made.control.tolist(),
+            }  # fmt: skip
+        prompts = [
+            {"text": p.name, "ids": p.ids, "roles": {k: [list(s) for s in v] for k, v in p.roles.items()}}
+            for p in self.prompts
+        ]
+        return {
+            "run": self.run, "prompts": prompts, "loss": plain_values(self.loss), "losses": plain_values(self.losses),
+            "findings": {spec: document_of(found) for spec, found in self.found.items()}, "ablation": curve,
+        }  # fmt: skip
+
+
+def document_of(found: Findings) -> dict[str, Any]:
+    """Findings fit for JSON, without their maps."""
+    return {
+        "tables": {name: made.document() for name, made in found.tables.items()},
+        "series": {name: plain_values(rows) for name, rows in found.series.items()},
+        "channels": {name: plain_values(values) for name, values in found.channels.items()},
+        "records": {name: plain_values(rows) for name, rows in found.records.items()},
+        "notes": list(found.notes),
+    }
+
+
+def plain_values(value: Any) -> Any:
+    """Arrays and tensors as lists, NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(k): plain_values(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(v) for v in value]
+    if isinstance(value, np.ndarray | torch.Tensor | np.generic):
+        return plain_values(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def inspect_model(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[Text] | None = None,
+    lenses: Sequence[str | Lens] = DEFAULT,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    roles: dict[str, Part] | None = None,
+    length: int | None = None,
+    samples: int = SAMPLES,
+    generate: int = 0,
+    layers: Sequence[int] | None = None,
+    ablate: str | None = None,
+    seed: int = 0,
+    origin: str | None = None,
+    command: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Inspection:
+    """Let lenses look at a model while it reads.
+
+        from manyheads.inspect.run import inspect_model
+
+        model, tokenizer = manyheads.models.load_default()
+        seen = inspect_model(model, tokenizer, lenses=["sinks", "rhythm"])
+        seen.found["active_dormant"].tables
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode, on the device to use.
+        tokenizer: its tokenizer.
+        texts: what to read, the standard library's source when None.
+        lenses: lenses, their specs, or the short names of :mod:`manyheads.inspect.naming`.
+        prompts: what to read in place of texts.
+        roles: token positions by role, or text that has the role; they count from the beginning of a text.
+        length: tokens of a prompt; 1,024 as far as model and text have so many when None.
+        samples: prompts.
+        generate: so many tokens that the model says to each prompt first; they have the role ``response``.
+        layers: to look at; all when None.
+        ablate: name of a score; the heads that it ranks highest are taken out, and the loss is measured.
+        seed: of all draws.
+        origin: what the model is called.
+        command: what was typed.
+        progress: hears how far the run is.
+
+    Raises:
+        UserError: anything that the caller can mend.
+    """
+    begun, say = time.perf_counter(), progress or (lambda done, total, message: None)
+    chosen, more = _lenses(lenses, layers)
+    parts = {**(roles or {}), **more}
+    _check_layers(model, layers)
+    reads = reach(model)
+    if length is not None and length < SHORTEST:
+        raise UserError(f"a prompt has at least {SHORTEST} tokens; give a longer --length")
+    if prompts is None:
+        read = list(standard_library() if texts is None else texts)
+        prompts = draw(read, tokenizer, length, samples, seed, parts, reads - generate)
+    else:
+        read = [Text(p.name, " ".join(map(str, p.ids))) for p in prompts]
+        for prompt in prompts:
+            if len(prompt.ids) + generate > reads:
+                raise UserError(
+                    f"the model reads {reads} tokens, and {prompt.name} has {len(prompt.ids) + generate}; cut it"
+                )
+        parts |= {name: spans for prompt in prompts for name, spans in prompt.roles.items()}
+    check_roles(chosen, parts)
+    named = tuple(name for name in parts if name not in ("response", "bos"))
+    heads = _count_heads(model)
+    own = Anatomy(size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=named, layers=_tuple(layers))
+    looks = len(prompts) * (4 if ablate else 1)
+    if generate:
+        prompts = [_answered(model, prompt, generate, say, i, looks) for i, prompt in enumerate(prompts)]
+    found, losses = read_prompts(model, prompts, [*chosen, own], lambda i, m: say(i, looks, m))
+    shown = {lens.spec: one for lens, one in zip(chosen, found, strict=False)}
+    shown[WHERE] = found[-1]
+    run = describe(model, prompts, read, origin, command)
+    run["settings"] = {
+        "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),
+        "generated": generate, "roles": sorted(parts), "layers": None if layers is None else list(layers),
+        "seed": seed, "ablate": ablate, "device": str(next(model.parameters()).device),
+    }  # fmt: skip
+    about = {"model": run["model"]["name"], "prompts": len(prompts), "tokens": run["settings"]["length"], "seed": seed}
+    for spec, one in shown.items():
+        one.tables = {
+            n: dataclasses.replace(t, about={**about, "lens": spec, **t.about}) for n, t in one.tables.items()
+        }
+    curve = None
+    if ablate is not None:
+        name, made = _score(shown, ablate)
+        curve = (name, _curve(model, made, prompts[:_ABLATED], seed, say))
+    say(1, 1, "")
+    run["seconds"] = round(time.perf_counter() - begun, 2)
+    words = [[tokenizer.decode([i]) for i in prompt.ids] for prompt in prompts]
+    return Inspection(run, list(prompts), words, shown, own.parts, curve, losses)
+
+
+def _lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple[list[Lens], dict[str, Part]]:
+    chosen: list[Lens] = []
+    roles: dict[str, Part] = {}
+    for given in lenses:
+        if isinstance(given, Lens):
+            chosen.append(given)
+        else:
+            more, named = parse_lenses([given])
+            chosen += [lens for lens in more if lens not in chosen]
+            roles |= named
+    if layers is not None:
+        chosen = [lens if lens.layers else dataclasses.replace(lens, layers=_tuple(layers)) for lens in chosen]
+    for lens in chosen:
+        if getattr(lens, "acts", False):
+            raise UserError(f"{lens.spec} acts on the model and does not only look: open it with manyheads.use")
+    return chosen, roles
+
+
+def _tuple(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if layers is None else tuple(layers)
+
+
+def _check_layers(model: nn.Module, layers: Sequence[int] | None) -> None:
+    count = int(getattr(getattr(model, "config", None), "num_hidden_layers", 0) or 0)
+    if layers is not None and count and (not layers or max(layers) >= count):
+        raise UserError(f"the model has layers 0 to {count - 1}; --layers asks for {max(layers, default='none')}")
+
+
+def _count_heads(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    return int(getattr(config, "num_hidden_layers", 1) or 1) * int(getattr(config, "num_attention_heads", 1) or 1)
+
+
+def reach(model: nn.Module) -> int:
+    """Tokens that the model says it reads at most; no bound where it does not say."""
+    config: Any = getattr(model, "config", None)
+    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
+
+
+def reading(model: nn.Module, prompt: Prompt) -> torch.Tensor:
+    """The tokens of a prompt on the device of the model, ``[1, T]``."""
+    return torch.tensor([prompt.ids], device=next(model.parameters()).device)
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> Any:
+    """Nats of each token given those before it, ``[T]``, NaN for the first."""
+    nats = [logits.new_full((1,), math.nan, dtype=torch.float32)]
+    for start in range(0, ids.shape[1] - 1, 512):  # a whole float32 copy of the logits may not fit
+        piece = logits[0, start : min(start + 512, ids.shape[1] - 1)].float()
+        nats.append(nn.functional.cross_entropy(piece, ids[0, start + 1 : start + 1 + len(piece)], reduction="none"))
+    return torch.cat(nats).double().cpu().numpy()
+
+
+def mean_loss(losses: Sequence[Any]) -> float:
+    """Mean over all tokens that have a loss, in nats; NaN where none has."""
+    known = np.concatenate([np.asarray(row, float) for row in losses])
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def read_prompts(
+    model: nn.Module, prompts: Iterable[Prompt], lenses: Sequence[Lens], say: Any
+) -> tuple[list[Findings], list[Any]]:
+    """What each lens finds, and the losses of the tokens of every prompt."""
+    losses = []
+    with watch(model, *lenses) as seen, torch.inference_mode():
+        for i, prompt in enumerate(prompts):
+            say(i, f"reading {prompt.name}")
+            seen.roles = prompt.parts
+            ids = reading(model, prompt)
+            losses.append(token_losses(model(input_ids=ids, use_cache=False).logits, ids))
+    return [seen.findings(i) for i in range(len(lenses))], losses
+
+
+def _answered(model: Any, prompt: Prompt, count: int, say: Progress, i: int, total: int) -> Prompt:
+    say(i, total, f"the model answers {prompt.name}")
+    ids = reading(model, prompt)
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+            pad_token_id=getattr(model.generation_config, "pad_token_id", None) or 0,
+        )  # fmt: skip
+    answer = made[0, ids.shape[1] :].tolist()
+    if not answer:
+        raise UserError(f"the model says nothing to {prompt.name}; look without --generate")
+    return prompt.answered(answer)
+
+
+def _score(found: dict[str, Findings], name: str) -> tuple[str, HeadTable]:
+    """A table of heads by its name, ``lens/name`` where several have it."""
+    known = {f"{spec.partition(':')[0]}/{n}": t for spec, one in found.items() for n, t in one.tables.items()}
+    known = {key: t for key, t in known.items() if t.values.shape[2] > 1}
+    fitting = [key for key in known if name in (key, key.partition("/")[2])]
+    if not fitting:
+        close = nearest(name, [*known, *(key.partition("/")[2] for key in known)])
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise UserError(f"no score of heads is named {name!r}: {hint}")
+    return fitting[0], known[fitting[0]]
+
+
+def _curve(model: nn.Module, made: HeadTable, prompts: Sequence[Prompt], seed: int, say: Progress) -> Curve:
+    """Loss without the heads that ``made`` ranks highest, and without others of the same layers."""
+    known = int(np.isfinite(made.mean).sum())
+    most = max(1, known // 3)
+    counts = sorted({0, *(c for c in (1, 2, 4, 8, 16, 32, 64) if c < most), most})
+    before: dict[tuple[str, ...], float] = {}
+    steps = len(counts) * (1 + _DRAWS)
+
+    def loss(heads: tuple[str, ...]) -> float:
+        heads = tuple(sorted(heads))
+        if heads not in before:
+            say(len(before) + steps / 3, steps * 4 / 3, f"without {len(heads)} heads")
+            spec = [f"ablate:heads={'+'.join(heads)}"] if heads else []
+            with use(model, *spec), torch.inference_mode():
+                rows = []
+                for prompt in prompts:
+                    ids = reading(model, prompt)
+                    rows.append(token_losses(model(input_ids=ids, use_cache=False).logits, ids))
+            before[heads] = mean_loss(rows)
+        return before[heads]
+
+    return ablation_curve(made, counts, loss, draws=_DRAWS, seed=seed)
+
+
+def describe(
+    model: nn.Module, prompts: Sequence[Prompt], read: Sequence[Text], origin: str | None,
+    command: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What stands at the foot of the page."""
+    surroundings = environment.environment()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "command": list(command),
+        "model": {
+            "name": origin or type(model).__name__, "class": type(model).__name__, "parameters": parameters,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        },
+        "texts": {"files": len(read), "sha256": digest(read)},
+        "sources": sorted({prompt.name for prompt in prompts}),
+        "environment": surroundings,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The port: the one place through which every attention computation of a model passes while it is open."""
+
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..strategy import Strategy
+    from .diffusers import DiffusersPort
+    from .transformers import Port
+
+__all__ = ["use"]
+
+
+def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port | DiffusersPort":
+    """Use strategies on a model for as long as a ``with`` block lasts.
+
+        with manyheads.use(model, "hashevict:budget=0.5"):
+            model.generate(**inputs)
+
+    Afterwards the model is exactly as before, also after an exception. Strategies act in the order given, and those of
+    an outer ``use`` on the same model before those of an inner one. Without strategies the port is merely open, for
+    caches made by :func:`manyheads.integrations.transformers.new_cache`.
+
+    Args:
+        model: a transformers model, or a module that contains one; a pipeline or denoiser of diffusers.
+        strategies: strategies or their specs, ``"slug:field=value,..."``.
+
+    Raises:
+        UserError: the model does not dispatch its attention through transformers' interface; a strategy finds no site;
+            two strategies claim the same site; at the end of the block, a selected site was never called.
+    """
+    from ..strategy import parse
+
+    chosen = tuple(parse(s) for s in strategies)
+    if "diffusers" in sys.modules:  # a pipeline or denoiser of diffusers cannot be there without it
+        from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+
+        if isinstance(model, (DiffusionPipeline, ModelMixin, ModularPipeline)):
+            from .diffusers import DiffusersPort
+
+            return DiffusersPort(model, chosen)
+    from .transformers import Port
+
+    return Port(cast("torch.nn.Module", model), chosen)

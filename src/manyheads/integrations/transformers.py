@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The port of transformers models: attention seen through the library's own AttentionInterface.
+
+Two attention functions are registered under names of ours, each with its mask function (a name without one would lose
+the padding mask in silence): ``manyheads`` goes on to SDPA, ``manyheads_eager`` to the model's own eager function.
+While a ``use`` is open, the configs of the model are replaced by copies that name ours; the originals come back at the
+end, untouched, so that another model sharing a config notices nothing. All state sits on the modules of the model.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..call import Site, Store
+from ..errors import UserError
+from ..strategy import Strategy, overrides
+from .blocks import watch_blocks
+from .cache import ForkableStore, SlotCache, StoreLayer, install
+from .chain import Entry
+from .configs import switch_configs
+from .linear import LinearState, find_linear
+from .sites import SiteState, architectures, find_sites, is_eager
+
+__all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
+
+_METHODS = ("edit", "attend", "watch", "patch", "residual", "store")
+_EXCLUSIVE = ("attend", "store")
+
+
+class Port:
+    """An open or closed way into a model; made by :func:`manyheads.use`, opened by ``with``."""
+
+    def __init__(self, model: nn.Module, strategies: tuple[Strategy, ...]) -> None:
+        self.model = model
+        self.strategies = strategies
+        self._entries: list[tuple[Site, nn.Module, Entry]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Self:
+        if self._undo:
+            raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
+        sites = find_sites(self.model)
+        linear = find_linear(self.model, len(sites))
+        if not sites and not linear:
+            raise UserError(_refusal(self.model))
+        if sparse := [name for name, module in self.model.named_modules() if hasattr(module, "indexer")]:
+            raise UserError(
+                f"{type(self.model).__name__} chooses its keys by an indexer ({sparse[0]}), whose mask the port cannot "
+                "pass on; use a model with ordinary attention"
+            )
+        chosen = self._choose(sites + linear)
+        self._entries = []
+        try:
+            self._undo.append(switch_configs(self.model))
+            for site, module in sites:
+                state = SiteState.attach(site, module, is_eager(module))
+                self._undo.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
+                entries = [Entry(self, s) for s, at in chosen if site.index in at]
+                self._undo.append(lambda s=state: s.remove(self))  # type: ignore[misc]
+                state.add(entries)
+                self._entries += [(site, module, entry) for entry in entries]
+            self._undo.append(watch_blocks(self.model, self._entries))
+            for site, module in linear:
+                for strategy in (s for s, at in chosen if site.index in at):
+                    entry = Entry(self, strategy)
+                    self._undo.append(LinearState(site, module, entry).detach)
+                    self._entries.append((site, module, entry))
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None:
+            self._check_called()
+
+    def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
+        """What ``strategy`` kept in ``call.memory``, by site name; readable after closing too."""
+        return {site.name: memory for site, memory in self.kept(strategy)}
+
+    def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
+        """The same with the sites themselves, in the order of the model."""
+        return [(site, entry.memory) for site, _, entry in self._entries if entry.strategy is strategy]
+
+    def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:
+        """Sites of each strategy; refuses empty selections and two claims on one site."""
+        chosen = []
+        for strategy in self.strategies:
+            if not any(overrides(strategy, method) for method in _METHODS):
+                if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
+                    raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
+                raise UserError(
+                    f"{strategy.slug} changes a model for good and cannot be used for a while: convert with it"
+                )
+            at = {site.index for site, _ in sites if strategy.selects(site)}
+            if not at:
+                there = ", ".join(sorted({f"{s.kind}{' causal' if s.causal else ''}" for s, _ in sites}))
+                raise UserError(
+                    f"{strategy.spec} finds no attention to act on in {type(self.model).__name__}: it has "
+                    f"{len(sites)} sites ({there}), layers {sorted({s.layer for s, _ in sites if s.layer is not None})}"
+                )
+            chosen.append((strategy, at))
+        for site, module in sites:
+            for method in _EXCLUSIVE:
+                claims = [s for s, at in chosen if site.index in at and overrides(s, method)]
+                claims = SiteState.claims(module, method) + claims
+                if len(claims) > 1:
+                    what = "computes the output" if method == "attend" else "keeps the cache"
+                    raise UserError(
+                        f"{claims[0].spec} and {claims[1].spec} cannot hold together: each {what} of {site.name}"
+                    )
+        return chosen
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _check_called(self) -> None:
+        for site, _, entry in self._entries:
+            if not entry.called:
+                raise UserError(
+                    f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it in "
+                    "the block; narrow it with layers=..., or run the model"
+                )
+        idle = {id(e.strategy): e.strategy for _, _, e in self._entries if overrides(e.strategy, "store")}
+        for _, _, entry in self._entries:
+            if entry.stored:
+                idle.pop(id(entry.strategy), None)
+        for strategy in idle.values():
+            raise UserError(f"{strategy.spec} keeps the cache, but the model ran without one: pass use_cache=True")
+
+
+def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int = 0) -> SlotCache:
+    """A fresh cache of ``strategy`` for ``model``, to be passed as ``past_key_values`` while its port is open.
+
+    Args:
+        model: a decoder-only transformers model.
+        strategy: one with ``store``.
+        record: keep the last ``record`` queries and the evidence of the last forward, so that the cache can be forked.
+        room: tokens that will be decoded at most. The storage then has a fixed size after each forward of more than
+            one token, and decoding can be compiled: on a GPU ``generate`` runs it as a CUDA graph.
+
+    Raises:
+        UserError: the strategy keeps no cache, finds no site in the model, or cannot be compiled as ``room`` asks.
+    """
+    if not overrides(strategy, "store"):
+        raise UserError(
+            f"{strategy.slug} keeps no cache; choose one of the caches category: `manyheads list --category caches`"
+        )
+    sites = [(site, module) for site, module in find_sites(model) if strategy.selects(site)]
+    if not sites:
+        raise UserError(f"{strategy.spec} finds no decoder self-attention in {type(model).__name__}")
+
+    def make(site: Site) -> Store:
+        store = strategy.store(site)
+        if record:
+            cast("ForkableStore", store).record = record
+        if room:
+            _reserve(store, strategy, site, room)
+        return store
+
+    cache = SlotCache(config=cast("PreTrainedConfig", model.config))
+    install(cache, sites, make, strategy.slug)
+    return cache
+
+
+def prefill(
+    model: nn.Module, ids: Tensor, cache: SlotCache, chunk: int = 4096, progress: Callable[[int], None] | None = None
+) -> None:
+    """Read all of ``ids [B, L]`` but the last token into ``cache``, ``chunk`` tokens at a time.
+
+    With a strategy that evicts after every chunk (``schedule=chunk``) no more than its budget and a chunk are ever
+    held. ``model.generate(ids, past_key_values=cache)`` goes on from there. The port of the model must be open; rows
+    must not be padded.
+
+    Args:
+        model: a decoder-only transformers model.
+        ids: the prompt; a cache that has seen its beginning goes on after that.
+        cache: from :func:`new_cache`.
+        chunk: tokens at a time.
+        progress: is told how many tokens were read, after every chunk.
+    """
+    stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
+    more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    start, last = int(cache.get_seq_length()), ids.shape[1] - 1
+    for at in range(start, last, chunk):
+        piece = ids[:, at : min(at + chunk, last)]
+        for store in stores:
+            cast("Any", store).reading = at + chunk < last
+        with torch.no_grad():
+            model(input_ids=piece, past_key_values=cache, use_cache=True, **more)
+        if progress is not None:
+            progress(piece.shape[1])
+
+
+def _reserve(store: Any, strategy: Strategy, site: Site, room: int) -> None:
+    """Make ``store`` keep room for compiled decoding. Raises UserError where it cannot."""
+    if not hasattr(store, "room") or getattr(strategy, "schedule", "prefill") not in ("prefill", "chunk"):
+        raise UserError(
+            f"{strategy.spec} evicts while it decodes, which cannot be compiled; leave room away or use schedule=chunk"
+        )
+    if getattr(strategy, "mass", False) and getattr(strategy, "schedule", "prefill") == "chunk":
+        raise UserError(f"{strategy.spec} goes on adding up attention while it decodes; use schedule=prefill")
+    if site.window is not None or site.latent is not None:
+        raise UserError(f"{site.name} has a sliding window or latents and cannot be compiled; leave room away")
+    store.room = room
+    store.reset()
+
+
+def _refusal(model: nn.Module) -> str:
+    """Why ``model`` cannot be entered, and the way out, in one line."""
+    can = architectures()
+    some = ", ".join(name for name in ("llama", "qwen3", "mistral", "gemma2", "gpt2", "bert", "whisper") if name in can)
+    return (
+        f"{type(model).__name__} does not dispatch its attention through transformers' AttentionInterface, so the port "
+        f"cannot enter it; {len(can)} architectures do ({some}, ...; "
+        "all: manyheads.integrations.transformers.architectures())"
+    )

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Generating under strategies: the command `manyheads guide`, and the page of attention maps."""

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAG: without blur or mask it vanishes, whatever the model predicts; its map is what a dense map says."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
+
+import manyheads
+from manyheads.call import AttentionCall, Denoising, Diffusion, Layout, Site
+from manyheads.diffusion._prediction import Prediction
+from manyheads.diffusion.sag import SAG, blur
+from manyheads.errors import UserError
+from oracles import pipelines
+from tolerance import SAME, assert_close, error
+
+LAYOUT = Layout(1, 4, 6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow"])
+def test_predictions_come_apart_and_together(kind):
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 4, 5, 6, generator=generator).double() for _ in "xe")
+    sigma = 0.6
+    rule = Prediction(0.4 if kind == "flow" else 0.8, sigma, kind)
+    noisy = rule.joined(clean, noise)
+    out = {
+        "epsilon": noise, "sample": clean, "v_prediction": 0.8 * noise - 0.6 * clean, "flow": noise - clean,
+    }[kind]  # fmt: skip
+    got = rule.split(noisy, out)
+    assert_close(got[0], clean, 1e-10)
+    assert_close(got[1], noise, 1e-10)
+    assert error(Prediction(0.7, 0.71, kind).split(noisy, out)[0], clean) > 1e-3 or kind == "sample"
+
+
+def test_blur():
+    x = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(blur(x, 0, 9), x) and torch.equal(blur(x, 1, 1), x)
+    flat = torch.full_like(x, 3.0)
+    for sigma, size in ((1, 9), (3, 31)):  # the kernel may be wider than the image
+        assert_close(blur(flat, sigma, size), flat, 1e-10)
+        assert blur(x, sigma, size).std() < 0.6 * x.std()
+    point = torch.zeros(1, 1, 21, 21).double()
+    point[0, 0, 10, 10] = 1
+    weight = torch.tensor([math.exp(-0.5 * i * i) for i in range(-4, 5)], dtype=torch.float64)
+    weight = weight / weight.sum()
+    assert_close(blur(point, 1, 9)[0, 0, 6:15, 6:15], weight[:, None] * weight, 1e-10)
+
+
+class Bed:
+    """A denoiser that is any function, with a scheduler that says the noise level."""
+
+    class scheduler:
+        class config:
+            prediction_type = "epsilon"
+
+        alphas_cumprod = torch.linspace(0.99, 0.01, 1000).double()
+
+    def __init__(self, received=None, branches=("all",), guidance=None, rows=2):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(rows, 4, 8, 12, generator=generator).double()
+        self.calls = []
+        self.board = {}
+        self.received = received
+        now = Diffusion(1, 3, 10, 400.0, branches, LAYOUT, board=self.board)
+        self.call = Denoising(now, {"sample": self.x, "label": torch.arange(rows)}, self.scheduler, guidance, self.run)
+
+    def run(self, branch="", **changes):
+        given = {**self.call.given, **changes}
+        self.calls.append((branch, given))
+        if self.received is not None and branch == "":
+            self.board["sag"] = self.received
+        return torch.tanh(given["sample"] * 1.3) + 0.1 * given["label"][:, None, None, None]
+
+
+def received(seed=0, rows=2):
+    x = torch.rand(rows, 24, generator=torch.Generator().manual_seed(seed)).double()
+    return x / x.mean(1, keepdim=True)
+
+
+def test_it_vanishes_without_blur_or_mask_and_is_affine():
+    bed = Bed(received())
+    plain = bed.run()
+    assert torch.equal(SAG(scale=0.0).denoise(bed.call), plain)
+    for none in (SAG(sigma=0.0), SAG(threshold=99.0), SAG(kernel=1)):
+        assert_close(none.denoise(bed.call), plain, 1e-10)
+    even = Bed(torch.ones(2, 24).double())
+    assert_close(SAG().denoise(even.call), plain, 1e-10)  # a uniform map receives exactly 1 everywhere
+    made = [SAG(scale=s).denoise(bed.call) - plain for s in (0.5, 1.0)]
+    assert_close(made[1], 2 * made[0], 1e-10)
+    assert made[1].abs().max() > 1e-3
+    clipped = SAG(clip=True, sigma=0.0).denoise(bed.call)
+    assert error(clipped, plain) > 1e-3  # clipping alone moves the sample
+
+
+def test_it_is_the_formula():
+    got = received()
+    bed = Bed(got)
+    eps = bed.run()
+    alpha = float(Bed.scheduler.alphas_cumprod[400])
+    clean = (bed.x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+    mask = (got > 1).double().reshape(2, 1, 4, 6).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    for strategy, where in ((SAG(scale=0.7), mask), (SAG(scale=0.7, mask="inverted"), 1 - mask),
+                            (SAG(scale=0.7, mask="all"), torch.ones_like(mask))):  # fmt: skip
+        worse = where * blur(clean, 1.0, 9) + (1 - where) * clean
+        again = bed.run(sample=alpha**0.5 * worse + (1 - alpha) ** 0.5 * eps)
+        assert_close(strategy.denoise(bed.call), eps + 0.7 * (eps - again), 1e-10)
+    assert error(SAG(scale=0.7, mask="random").denoise(bed.call), SAG(scale=0.7).denoise(bed.call)) > 1e-4
+
+
+def test_beside_guidance_the_unconditional_rows_decide():
+    """After ``u + g (c - u)`` the prediction is moved by scale (u - worse), in one batch or two calls."""
+    bed = Bed(received(rows=4), ("uncond", "cond"), 5.0, rows=4)
+    plain = bed.run()
+    made = SAG(scale=0.7).denoise(bed.call)
+    last = bed.calls[-1]
+    assert last[0] == "blurred" and last[1]["sample"].shape[0] == 2 and last[1]["label"].tolist() == [0, 1]
+
+    def combined(x):
+        return x[:2] + 5.0 * (x[2:] - x[:2])
+
+    push = combined(made) - combined(plain)
+    assert_close(push, (made - plain)[:2], 1e-10)
+    alone = Bed(received(rows=4)[:2], ("uncond",), 5.0, rows=4)
+    alone.x = alone.x[:2]
+    alone.call = Denoising(alone.call.now, {"sample": alone.x, "label": torch.arange(2)}, Bed.scheduler, 5.0, alone.run)
+    moved = SAG(scale=0.7).denoise(alone.call) - alone.run()
+    assert_close(moved * (1 - 5.0), push, 1e-10)
+    cond = Bed(received(), ("cond",), 5.0)
+    assert torch.equal(SAG().denoise(cond.call), cond.run())
+
+
+def test_the_map_is_summed_over_queries():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 24 + 5, 4, generator=generator).double() for _ in "qkv")
+    layout = Layout(1, 4, 6, text=5, text_first=True)
+    for kind, at in (("joint", slice(5, 29)), ("self", slice(0, 24))):
+        x = [t if kind == "joint" else t[:, :, :24] for t in (q, k, v)]
+        now = Diffusion(1, 0, 10, 500.0, ("all",), layout if kind == "joint" else LAYOUT)
+        call = AttentionCall(Site("x", 0, 0, kind, False), *x, scale=0.5, diffusion=now)
+        SAG().watch(call, call.attend())
+        want = (x[0][:, :, at] @ x[1][:, :, at].transpose(-1, -2) * 0.5).softmax(-1).mean(1).sum(1)
+        assert_close(now.board["sag"], want, 1e-10)
+        assert_close(now.board["sag"].sum(1), torch.full((2,), 24.0).double(), 1e-10)
+    with pytest.raises(UserError, match="no picture"):
+        SAG().where(torch.ones(2, 23), torch.ones(2, 4, 8, 12), slice(0, 2), 2, LAYOUT)
+
+
+def test_grids_of_odd_sizes():
+    layout = Layout(1, 13, 5)
+    assert layout.grid(65) == (13, 5) and layout.grid(7 * 3) == (7, 3) and layout.grid(4 * 2) == (4, 2)
+    assert layout.grid(64) is None
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "wan"])
+def test_in_pipelines(name):
+    make, go = pipelines.RUNS[name]
+    pipe = make()
+    plain = go(pipe)
+    with manyheads.use(pipe, "sag:scale=0"):
+        assert torch.equal(go(pipe), plain)
+    with manyheads.use(pipe, "sag:sigma=0"):
+        assert_close(go(pipe), plain, 50 * SAME)
+    with manyheads.use(pipe, "sag:scale=2"):
+        made = go(pipe)
+        assert torch.equal(go(pipe), made)
+    assert error(made, plain) > 1e-4 and torch.equal(go(pipe), plain)
+
+
+def test_on_a_unet_it_is_the_middle_block():
+    from oracles import diffusion as tiny
+
+    model = tiny.build("unet")
+    with pytest.raises(UserError, match="open the pipeline"), manyheads.use(model, "sag"):
+        tiny.forward("unet", model)
+    from manyheads.integrations.diffusers import find_sites
+
+    chosen = [site.name for site, _ in find_sites(model) if SAG().selects(site)]
+    assert chosen and all(name.startswith("mid_block") for name in chosen)
+    with pytest.raises(UserError, match="odd"):
+        manyheads.parse("sag:kernel=8")

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor finds what was planted, and says nothing of what is not there."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from manyheads.inspect.anatomy import FIRST
+from manyheads.inspect.doctor import diagnose, padding, twins
+from manyheads.inspect.prompts import Prompt
+from manyheads.inspect.signs import judge
+
+
+def sign(found, key):
+    return next(s for s in found.signs if s.key == key)
+
+
+def look(model, tokenizer, texts):
+    return diagnose(model, tokenizer, texts, length=64, samples=2, quick=True)
+
+
+def test_a_healthy_model(found):
+    assert {s.key for s in found.signs} == {
+        "numbers", "padding", "sinks", "activations", "float16", "channels", "idle", "duplicates", "contexts",
+    }  # fmt: skip
+    for key in ("numbers", "padding", "sinks", "float16"):
+        assert sign(found, key).level == "fine", sign(found, key)
+    order = [s.level for s in found.signs]
+    assert order == sorted(order, key=("watch", "note", "unknown", "fine").index)
+    document = json.loads(json.dumps(found.document(), allow_nan=False))
+    assert document["signs"][0]["title"] and document["loss"] == pytest.approx(found.loss)
+
+
+def test_dead_and_doubled_heads(model, tokenizer, texts):
+    """One head's output projection is zero; another pair has the same queries and keys."""
+    sick = copy.deepcopy(model)
+    layer, width = sick.model.layers[1].self_attn, 8
+    with torch.no_grad():
+        layer.o_proj.weight[:, 2 * width : 3 * width] = 0
+        sick.model.layers[0].self_attn.q_proj.weight[width : 2 * width] = sick.model.layers[0].self_attn.q_proj.weight[
+            :width
+        ]
+    found = look(sick, tokenizer, texts)
+    assert sign(found, "idle").values["silent"] == ["1.2"] and sign(found, "idle").level == "watch"
+    assert "1.2" in sign(found, "idle").values["not missed"]
+    assert found.measures.alone.mean[1, 2] == pytest.approx(0, abs=1e-6)
+    assert {"0.0", "0.1"} <= set(sign(found, "duplicates").values["alike"])
+    assert found.measures.partner[0, 0] == 1 and found.measures.twins[0, 0] == pytest.approx(0, abs=1e-6)
+    assert "share the keys" in sign(found, "duplicates").says
+
+
+def test_sinks_huge_numbers_and_nan(model, tokenizer, texts):
+    sick = copy.deepcopy(model)
+    with torch.no_grad():
+        sick.model.layers[0].mlp.down_proj.weight *= 0
+        sick.model.layers[0].mlp.down_proj.weight[3] = 3e4
+    found = look(sick, tokenizer, texts)
+    assert sign(found, "float16").level == "watch" and sign(found, "activations").level in ("watch", "note")
+    with torch.no_grad():
+        sick.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    found = look(sick, tokenizer, texts)
+    assert sign(found, "numbers").level == "watch" and "model.layers.1.mlp" in sign(found, "numbers").says
+    assert found.signs[0].level == "watch"
+    json.dumps(found.document(), allow_nan=False)
+
+
+def test_sinks_are_counted(found):
+    made = copy.deepcopy(found.measures)
+    table = made.found["active_dormant"].tables["sink"]
+    table.values[:] = 0.1
+    table.values[:, 0, :2] = 0.9
+    said = next(s for s in judge(made) if s.key == "sinks")
+    assert said.level == "watch" and said.values["heads"] == ["0.0", "0.1"] and "streaming_llm" in said.advice
+    table.values[:, 0, 1] = 0.1
+    assert next(s for s in judge(made) if s.key == "sinks").level == "note"
+
+
+def test_padding_leaks(model, tokenizer):
+    """Learned positions: left padding without position ids leaks; a model that ignores its mask leaks anyhow."""
+    ids = list(range(5, 95))
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_positions=128, n_embd=32, n_layer=2, n_head=4)).eval()
+    with torch.no_grad():
+        gpt2.transformer.wpe.weight *= 20
+    made = padding(gpt2, tokenizer, Prompt(ids, "x"))
+    assert made["left"]["change"] < 1e-3 and made["right"]["change"] < 1e-3
+    assert made["left, no position ids"]["change"] > 0.1
+
+    class Deaf(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=False):
+            return model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+
+        def parameters(self, recurse=True):
+            return model.parameters()
+
+    deaf = padding(Deaf(), tokenizer, Prompt(ids, "x"))
+    assert deaf["left, no position ids"]["change"] > 1e-2 and deaf["right"]["change"] < 1e-3
+    rope = padding(model, tokenizer, Prompt(ids, "x"))
+    assert all(case["change"] < 1e-3 for case in rope.values())
+
+
+def test_contexts_that_hurt(found):
+    made = copy.deepcopy(found.measures)
+    made.contexts, made.reach = ([256, 512, 1024], np.array([[2.0, 2.1], [1.8, 1.9], [2.5, 2.6]])), 4096
+    said = next(s for s in judge(made) if s.key == "contexts")
+    assert said.level == "watch" and said.values["best"] == 512
+    made.reach = 512
+    assert next(s for s in judge(made) if s.key == "contexts").level == "note"
+    made.contexts = ([256, 512], np.array([[2.0, 2.1], [1.8, 1.9]]))
+    assert next(s for s in judge(made) if s.key == "contexts").level == "fine"
+
+
+def test_twins_of_known_maps(found):
+    own = copy.deepcopy(found.measures.found["attention"])
+    size = own.maps[0, 0].shape[0]
+    eye, first = np.eye(size), np.zeros((size, size))
+    first[:, 0] = 1
+    for head, made in enumerate((eye, first, eye * 0.5, 0.9 * eye + 0.1 * first)):
+        own.maps[0, head] = made
+    apart, partner = twins(own)
+    assert apart[0, 0] == 0 and partner[0, 0] == 2 and partner[0, 3] in (0, 2)
+    assert apart[0, 3] == pytest.approx(0.1 * (size - 1) / size) and apart[0, 1] > 0.8
+    assert own.tables[FIRST].values.shape[2] == 4

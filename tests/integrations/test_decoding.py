@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading in chunks, and decoding from a cache of fixed size: by hand, by ``generate``, and compiled."""
+
+import pytest
+import torch
+from transformers.generation.configuration_utils import CompileConfig
+
+import manyheads
+from manyheads import UserError, parse
+from manyheads.integrations.decoding import decode
+from manyheads.integrations.transformers import new_cache, prefill
+from oracles import models
+from oracles.caches import stores
+
+SPECS = {
+    "full": "full",
+    "even": "snapkv:budget=20,window_size=4,schedule=chunk",
+    "ragged": "adakv:base=snapkv(window_size=4,kernel_size=3),budget=0.5",
+    "packed": "fireq:window_tokens=8",
+    "packed-fp8": "fireq:base=knorm,bits=fp8,budget=0.6,window_tokens=4",
+    "one ranking": "hedge:budget=0.5,recent=4",
+}
+each = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+@pytest.fixture
+def llama():
+    return models.build("llama")
+
+
+def generated(model, ids, cache, **extra):
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=10, do_sample=False,
+        eos_token_id=None, **extra,
+    )  # fmt: skip
+    return out[:, ids.shape[1] :]
+
+
+@each
+def test_fixed_storage_decodes_what_growing_storage_does(llama, spec):
+    ids = models.tokens(2, 40)
+    with manyheads.use(llama):
+        caches = [new_cache(llama, parse(spec), room=room) for room in (12, 12, 0)]
+        for cache in caches:
+            prefill(llama, ids, cache, 16 if "chunk" in spec else 4096)
+        want = generated(llama, ids, caches[2])
+        assert torch.equal(decode(llama, ids, caches[0], 10), want)
+        assert torch.equal(generated(llama, ids, caches[1]), want)
+        assert int(caches[0].get_seq_length()) == caches[2].get_seq_length() == 49
+
+
+@each
+@pytest.mark.parametrize("padding", [0, 9])
+def test_generate_compiles_it_in_one_graph(llama, spec, padding):
+    """What runs as a CUDA graph on a GPU: no break, no recompilation from token to token."""
+    ids = models.tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    asked = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with manyheads.use(llama):
+        want = llama.generate(ids, past_key_values=new_cache(llama, parse(spec)), **asked)
+        got = llama.generate(
+            ids, past_key_values=new_cache(llama, parse(spec), room=12), compile_config=config, **asked
+        )  # fmt: skip
+    assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_chunks_never_hold_the_prompt(llama):
+    """Under a budget of slots no layer ever holds more than it and a chunk; control: without eviction it does."""
+    ids, held = models.tokens(1, 101), []
+    for spec in ("knorm:budget=24,schedule=chunk", "full"):
+        with manyheads.use(llama):
+            cache, most = new_cache(llama, parse(spec)), []
+            prefill(llama, ids, cache, 16, lambda _, c=cache, m=most: m.append(c.bytes()))
+            held.append(max(most))
+            assert cache.get_seq_length() == 100
+            assert all(s.live.size == (24 if "knorm" in spec else 100) for s in stores(cache))
+    assert held[0] < held[1] * (24 + 16) / 100
+
+
+def test_prefill_goes_on_where_a_cache_stands(llama):
+    ids = models.tokens(1, 60)
+    with manyheads.use(llama):
+        parts, whole = (new_cache(llama, parse("full")) for _ in range(2))
+        prefill(llama, ids[:, :31], parts, 8)
+        prefill(llama, ids, parts, 8)
+        prefill(llama, ids, whole)
+        for a, b in zip(stores(parts), stores(whole), strict=True):
+            assert torch.allclose(a.keys, b.keys, atol=1e-5) and a.seen == b.seen == 59
+
+
+def test_rows_end_at_eos(llama):
+    ids = models.tokens(2, 20)
+    with manyheads.use(llama):
+        caches = [new_cache(llama, parse("full"), room=64) for _ in range(2)]
+        for cache in caches:
+            prefill(llama, ids, cache)
+        free = decode(llama, ids, caches[0], 64)
+        eos = int(free[0, 3])
+        made = decode(llama, ids, caches[1], 64, eos=eos)
+    for row, plain in zip(made.tolist(), free.tolist(), strict=True):
+        end = plain.index(eos) if eos in plain else len(plain)
+        assert row[: end + 1] == plain[: min(end + 1, len(row))] and set(row[end:]) <= {eos}
+
+
+def test_drawing_follows_the_distribution(llama):
+    """First tokens drawn for many rows against the softmax; at a low temperature the likeliest."""
+    ids = models.tokens(1, 12).expand(4000, -1).contiguous()
+    torch.manual_seed(0)
+    with manyheads.use(llama), torch.no_grad():
+        p = torch.softmax(llama(ids[:1]).logits[0, -1].float(), -1)
+        drawn = []
+        for temperature in (1.0, 1e-4):
+            cache = new_cache(llama, parse("full"), room=2)
+            prefill(llama, ids, cache)
+            drawn.append(decode(llama, ids, cache, 1, temperature=temperature)[:, 0])
+    share = torch.bincount(drawn[0], minlength=len(p)) / len(ids)
+    assert (share - p).abs().max() < 0.04 and int(share.argmax()) == int(p.argmax())
+    assert bool((drawn[1] == p.argmax()).all())
+
+
+def test_refusals(llama):
+    ids = models.tokens(1, 20)
+    with manyheads.use(llama):
+        for spec in ("h2o:budget=8", "streaming_llm:budget=8", "h2o:budget=8,schedule=chunk", "hashevict:budget=20"):
+            with pytest.raises(UserError, match="schedule="):
+                new_cache(llama, parse(spec), room=8)
+        cache = new_cache(llama, parse("full"), room=8)
+        with pytest.raises(UserError, match="prefill it first"):
+            decode(llama, ids, cache, 4)
+        prefill(llama, ids, cache)
+        with pytest.raises(UserError, match="room for 8"):
+            decode(llama, ids, cache, 9)
+        with pytest.raises(UserError, match="fixed size"):
+            decode(llama, ids, new_cache(llama, parse("full")), 4)
+        with pytest.raises(IndexError):
+            generated(llama, ids, cache)  # ten tokens where eight fit
+    with pytest.raises(UserError, match="sliding window"):
+        new_cache(models.tiny("mistral"), parse("full"), room=8)
