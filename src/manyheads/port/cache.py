@@ -124,9 +124,9 @@ class SlotCache(DynamicCache):
     def fork(self, policy: Any) -> "SlotCache":
         """The cache that ``policy`` would have after the same forwards; this one is unchanged and shares its tensors.
 
-        Exact for strategies with ``dense_prefill``. A layer that ``policy`` does not select stays as it is; of what the
-        port leaves to transformers (states of linear attention) the twin gets a copy, for it is written in place. Raises
-        UserError when this cache dropped something or was made without ``record``.
+        Exact for strategies with ``dense_prefill``. A layer that ``policy`` does not select stays as it is. Layers that
+        the port leaves to transformers, as the states of linear attention, are copied: they are written in place.
+        Raises UserError when this cache dropped something or was made without ``record``.
         """
         twin = SlotCache()
         twin.layer_class_to_replicate = None
