@@ -9,6 +9,7 @@ import transformers
 from manyheads import UserError
 from manyheads.caches._store import PolicyStore
 from manyheads.compare import compare, tasks
+from manyheads.compare.bench import TARGET
 from manyheads.compare.contexts import Contexts
 from manyheads.compare.corpus import Corpus
 from manyheads.compare.runner import STRATEGIES
@@ -16,7 +17,7 @@ from manyheads.models import default_path
 from manyheads.port import cache as port_cache
 from oracles import models
 
-LENGTHS = (448, 480)  # windows of 8 have rolled, and the least that the task of several lines takes
+LENGTHS = (448,)  # windows of 8 have rolled, and the least that the task of several lines takes
 KEEPS_ALL = "keydiff:budget=1.0"
 HYBRID = {
     "qwen3_next": (
@@ -75,7 +76,7 @@ def plain(model, tokenizer, texts):
             logits = model(ids, use_cache=False).logits[:, -len(answer) - 1 : -1].float()
         return torch.nn.functional.cross_entropy(logits[0], ids[0, -len(answer) :]).item()
 
-    ids = drawn.plain("loss", LENGTHS[-1], 1, tasks.TARGET + 1)[0][0]
+    ids = drawn.plain("loss", LENGTHS[-1], 1, TARGET + 1)[0][0]
     for length in LENGTHS:
         found["loss", "nats", length, None] = nats(
             ids[: length + 1], [], ids[length + 1 : length + tasks.TARGET + 1]
