@@ -36,3 +36,17 @@ def test_a_fork_is_a_direct_run(name, spec):
         for x, y in zip(stores(fork), stores(direct), strict=True):
             assert x.slots.positions().equal(y.slots.positions())
         assert parent.get_seq_length() == 19 and all(s.slots.index is None for s in stores(parent))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_fork_leaves_layers_that_are_not_selected(name):
+    model, ids = models.tiny(name), models.tokens(2, 19)
+    with manyheads.use(model):
+        fork = prefilled(model, "full", ids, record=8).fork(parse("keydiff:budget=4,layers=1"))
+        direct = prefilled(model, "keydiff:budget=4,layers=1", ids)
+        both = prefilled(model, "keydiff:budget=4", ids)
+        last = models.tokens(2, 1, seed=1)
+        want = step(model, last, direct)
+        assert_close(step(model, last, fork), want)
+        with pytest.raises(AssertionError):  # control
+            assert_close(step(model, last, both), want)
