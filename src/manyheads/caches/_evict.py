@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..attention import reference
 from ..attention.slots import Slots
 from ._view import View
 
@@ -30,7 +31,7 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
         Whether heads or rows keep unequal numbers by the will of the policy.
     """
     ragged = False
-    scores = policy.score(view).float()
+    scores = reference.widened(policy.score(view))
     heads = slots.keys.shape[1]
     if scores.shape[1] != heads:
         scores = scores.unflatten(1, (heads, -1)).mean(2)

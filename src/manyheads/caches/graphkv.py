@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..attention import reference
 from ..attention.budget import keep_counts
 from ..errors import UserError
 from ._view import View
@@ -67,7 +68,7 @@ class GraphKV(Wrapper):
         return shares
 
     def score(self, view: View) -> Tensor:
-        scores, heads = super().score(view).float(), view.positions.shape[1]
+        scores, heads = reference.widened(super().score(view)), view.positions.shape[1]
         if 0 in (self.num_sources, self.neighbours, self.rounds):
             return scores
         if scores.shape[1] != heads:
@@ -114,7 +115,7 @@ def propagate(
         rounds: T.
         update: ``mul`` or ``add``.
     """
-    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    unit = torch.nn.functional.normalize(reference.widened(keys), dim=-1)
     size = scores.shape[2]
     most, reach = min(int(sources.max()), size), min(int(neighbours.max()), size)
     block = max(1, _BLOCK // scores.numel())

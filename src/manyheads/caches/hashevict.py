@@ -181,7 +181,8 @@ class HashStore(PolicyStore):
     def _hash(self, x: Tensor) -> Tensor:
         if self._projections is None:
             self._projections = self.policy.projections(x.shape[-1], self.site.layer or 0, x.device)
-        return pack_signs(x.float() @ self._projections)
+        x = reference.widened(x)
+        return pack_signs(x @ self._projections.to(x.dtype))
 
     def _victims(self, probes: Tensor) -> Tensor:
         """Which of the T new tokens takes each slot's place: ``probes [B, H | Hkv, T, bytes] -> [B, Hs, S]``."""
