@@ -36,8 +36,6 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
     if scores.shape[1] != heads:
         scores = scores.unflatten(1, (heads, -1)).mean(2)
     budgets = counts[:, None].expand(-1, heads)
-    if slots.valid is not None:  # the check of the longest row does not speak for a short one
-        budgets = budgets.maximum(view.counts.clamp(max=policy.protected)[:, None])
     whole = slots.valid is None
     if not (isinstance(share, float) and share == 1.0):
         budgets = (budgets * torch.as_tensor(share, device=counts.device).reshape(-1, 1)).round().long()

@@ -107,7 +107,8 @@ class D2O(CachePolicy):
             peers = view.site.peers
             if self.skip_layers == "code" and layer in (*peers[:2], *peers[-1:]):
                 shares[layer] = 1 / self._rho(view)
-            room = (keep_counts(self.budget, view.counts) * shares[layer]).round().long().minimum(view.counts)
+            equal = keep_counts(self.budget, view.counts, self.protected)
+            room = (equal * shares[layer]).round().long().minimum(view.counts)
             recent = (room * self.recent_share).long().clamp(min=self.recent)
             view.state["recent"] = recent.minimum(room - self.sinks).clamp(min=0)
         return shares

@@ -88,7 +88,7 @@ class GraphKV(Wrapper):
 
     def _room(self, view: View, scores: Tensor) -> Tensor:
         """Slots that the base's own layers and heads get, ``[B, Hs]``."""
-        room = keep_counts(self.budget, view.counts)
+        room = keep_counts(self.budget, view.counts, self.protected)
         if "share" in view.state:
             room = (room * view.state["share"]).round().long()
         room = room[:, None].expand(-1, scores.shape[1])

@@ -161,9 +161,9 @@ class HashStore(PolicyStore):
             self._capacity = budget if isinstance(budget, int) else _UNBOUNDED
             self._caps = torch.full_like(view.counts, self._capacity)
         else:
-            self._capacity = keep_limit(budget, slots.seen + self.policy.reserve)
-            self._caps = keep_counts(budget, view.counts + self.policy.reserve)
-        self.policy.check(self._capacity)
+            least = self.policy.protected  # also of a prompt that is shorter: the capacity is fixed by it
+            self._capacity = max(keep_limit(budget, slots.seen + self.policy.reserve), least)
+            self._caps = keep_counts(budget, view.counts + self.policy.reserve).clamp(min=least)
         slots.extras = {"hash": self._hash(view.k)}
         super().compress(view, share)
 

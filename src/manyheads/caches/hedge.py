@@ -117,7 +117,7 @@ class Hedge(CachePolicy):
                 self._rank(pool)
         shares = {}
         for layer, view in views.items():
-            equal = keep_counts(self.budget, view.counts).clamp(min=1)
+            equal = keep_counts(self.budget, view.counts, self.protected).clamp(min=1)
             shares[layer] = view.state["kept"].float().mean(1) / equal
         return shares
 
@@ -149,7 +149,7 @@ class Hedge(CachePolicy):
 
     def room(self, view: View) -> Tensor:
         """Tokens of a head that the budget's bytes hold on average, ``[B]``."""
-        slots = keep_counts(self.budget, view.counts)
+        slots = keep_counts(self.budget, view.counts, self.protected)
         packing, (key, value) = self.codec, (view.k.shape[-1], view.v.shape[-1])
         if packing is None or view.site.window is not None or view.site.latent is not None or key != value:
             return slots
