@@ -14,6 +14,8 @@ import typer
 from manyheads.errors import UserError
 from manyheads.progress import shown
 
+from . import defaults
+
 if TYPE_CHECKING:
     from .results import Results
 
@@ -21,6 +23,10 @@ _TASKS = "loss,needle,several,chained,speed,memory"
 _QUICK: dict[str, Any] = {"lengths": [512], "budgets": ["0.25"], "samples": 3, "rounds": 1}
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return ",".join(map(str, values))
 
 
 def compare(
@@ -35,15 +41,20 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Specs such as snapkv or snapkv:window_size=16,kernel_size=5. "
-            "[default: full,random,streaming_llm,snapkv,keydiff,hashevict]"
+            f"[default: {_listed(defaults.STRATEGIES)}]"
         ),
     ] = None,
     budgets: Annotated[
-        list[str] | None, typer.Option(help="Fractions of the tokens (0.25) or slots (128). [default: 0.5,0.25,0.1]")
+        list[str] | None,
+        typer.Option(help=f"Fractions of the tokens (0.25) or slots (128). [default: {_listed(defaults.BUDGETS)}]"),
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help=f"Some of {_TASKS}. [default: all]")] = None,
-    lengths: Annotated[list[str] | None, typer.Option(help="Tokens of a context. [default: 1024,2048]")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Contexts per task and length. [default: 6]")] = None,
+    lengths: Annotated[
+        list[str] | None, typer.Option(help=f"Tokens of a context. [default: {_listed(defaults.LENGTHS)}]")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help=f"Contexts per task and length. [default: {defaults.SAMPLES}]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of all draws. [default: 0]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cpu]")] = None,
     out: Annotated[
