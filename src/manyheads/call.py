@@ -63,6 +63,7 @@ class Site:
         window: sliding-window length in tokens, None for full attention.
         peers: layer indices of all causal self-attention of the model, ascending; of all blocks of a denoiser.
         latent: how keys and values come from cached latents, None where the cache holds them themselves.
+        keys_normed: whether the module brings the keys of every head to one norm, up to learned factors (QK norm).
         output: gives the weight ``[D, H * dv]`` of the linear layer that takes the heads' outputs, None where it is not
             known.
     """
@@ -76,6 +77,7 @@ class Site:
     num_kv_heads: int | None = None
     window: int | None = None
     peers: tuple[int, ...] = ()
+    keys_normed: bool = False
     latent: Latent | None = field(default=None, compare=False, repr=False)
     output: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 

@@ -136,7 +136,10 @@ def test_a_strategy_without_a_cache_of_its_own(model):
     torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("spec", "said"), [("active_dormant", "manyheads inspect"), ("pab", "denoisers")])
+@pytest.mark.parametrize(
+    ("spec", "said"), [("active_dormant", "manyheads inspect"), ("pab", "denoisers"), ("coca", "token mixer.*--train")]
+)
 def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(spec, said):
     with pytest.raises(UserError, match=said):
         make_arms([spec], [0.5], 512)
+    assert len(make_arms(["minimax_hybrid"], [0.5], 512)) == 2  # a mixer that also acts on models

@@ -23,6 +23,7 @@ __all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
 
 BASELINE = "full"
 _LEAST_RECORD = 64  # queries that a dense prefill keeps for the strategies forked from it
+_ON_A_MODEL = ("edit", "attend", "watch", "patch", "store")
 _SLACK = 50  # a query of a chunk sees at most one slot in this many beyond the budget
 
 
@@ -104,6 +105,8 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
             raise UserError(
                 f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/diffusion.md)"
             )
+        if overrides(strategy, "mix") and not any(overrides(strategy, method) for method in _ON_A_MODEL):
+            raise UserError(f"{strategy.slug} is a token mixer, trained from scratch: compare it with --train")
         fields = {f.name: f for f in dataclasses.fields(strategy)}
         own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
         if strategy.slug == BASELINE:

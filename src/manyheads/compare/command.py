@@ -14,6 +14,8 @@ import typer
 from manyheads.errors import UserError
 from manyheads.progress import shown
 
+from . import defaults
+
 if TYPE_CHECKING:
     from .results import Results
 
@@ -23,31 +25,40 @@ _QUICK: dict[str, Any] = {"lengths": [512], "budgets": ["0.25"], "samples": 3, "
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
 
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(map(str, values))  # spaces, where a narrow terminal can break the line
+
+
 def compare(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a causal LM. [default: the shipped one]")
+        str | None, typer.Option(help="Folder or hub name of a causal LM. \\[default: the shipped one]")
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="File or folder of text or code; may repeat. [default: the standard library]"),
+        typer.Option(help="File or folder of text or code; may repeat. \\[default: the standard library]"),
     ] = None,
     strategies: Annotated[
         list[str] | None,
         typer.Option(
             help="Specs such as snapkv or snapkv:window_size=16,kernel_size=5. "
-            "[default: full,random,streaming_llm,snapkv,keydiff,hashevict]"
+            f"\\[default: {_listed(defaults.STRATEGIES)}]"
         ),
     ] = None,
     budgets: Annotated[
-        list[str] | None, typer.Option(help="Fractions of the tokens (0.25) or slots (128). [default: 0.5,0.25,0.1]")
+        list[str] | None,
+        typer.Option(help=f"Fractions of the tokens (0.25) or slots (128). \\[default: {_listed(defaults.BUDGETS)}]"),
     ] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help=f"Some of {_TASKS}. [default: all]")] = None,
-    lengths: Annotated[list[str] | None, typer.Option(help="Tokens of a context. [default: 1024,2048]")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Contexts per task and length. [default: 6]")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all draws. [default: 0]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cpu]")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help=f"Some of {_TASKS}. \\[default: all]")] = None,
+    lengths: Annotated[
+        list[str] | None, typer.Option(help=f"Tokens of a context. \\[default: {_listed(defaults.LENGTHS)}]")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help=f"Contexts per task and length. \\[default: {defaults.SAMPLES}]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all draws. \\[default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. \\[default: cpu]")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results. [default: manyheads-report, or the next free one]")
+        Path | None, typer.Option(help="Folder of the results. \\[default: manyheads-report, or the next free one]")
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder; needs no other option.")
@@ -57,12 +68,14 @@ def compare(
         bool, typer.Option("--train", help="Train a small model for each strategy that is a token mixer, and compare.")
     ] = False,
     budget: Annotated[
-        str | None, typer.Option(help="With --train: tokens that each arm is trained on, such as 2M. [default: 600k]")
+        str | None, typer.Option(help="With --train: tokens that each arm is trained on, such as 2M. \\[default: 600k]")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="With --train: about so long in all, in place of --budget. [cuda: 8]")
+        float | None, typer.Option(help="With --train: about so long in all, in place of --budget. \\[cuda: 8]")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="With --train: trainings of each arm. [default: 3]")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="With --train: trainings of each arm. \\[default: 3]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare strategies on a model and text: quality, memory and speed, each with its uncertainty.

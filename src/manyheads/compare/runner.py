@@ -23,16 +23,12 @@ from .arms import Arm, make_arms
 from .bench import TARGET, Bench, Row
 from .contexts import Contexts
 from .corpus import Corpus
+from .defaults import BUDGETS, LENGTHS, SAMPLES, STRATEGIES
 from .results import FOLDER, Journal, Results
 from .tasks import TASKS, measure, misfit, plan
 
 __all__ = ["BUDGETS", "FOLDER", "LENGTHS", "SAMPLES", "STRATEGIES", "Progress", "check", "compare", "work"]
 
-# hedge at one budget, and asking a quarter of its queries again: on a CPU they are what it costs.
-STRATEGIES = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hedge:window_size=128,budget=0.1")
-BUDGETS: tuple[float, ...] = (0.5, 0.25, 0.1)
-LENGTHS = (1024, 2048)
-SAMPLES = 6
 ROUNDS = 2
 _SHORTEST = 32  # tokens of a context
 

@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 _PROBE, _DOCTOR = "manyheads-inspect", "manyheads-doctor"
 FINDINGS = "findings.json"
 
-Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. [default: the shipped one]")]
+Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. \\[default: the shipped one]")]
 TextFiles = Annotated[
-    list[str] | None, typer.Option(help="File or folder of text or code; may repeat. [default: the standard library]")
+    list[str] | None, typer.Option(help="File or folder of text or code; may repeat. \\[default: the standard library]")
 ]
-Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. [default: 1024, or all there are]")]
-Samples = Annotated[int | None, typer.Option(min=1, help="Prompts. [default: 6]")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. \\[default: 1024, or all there are]")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Prompts. \\[default: 6]")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all draws.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the page and of findings.json. [default: the next free one]")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of the page and of findings.json. \\[default: the next free one]")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print findings.json instead of the table.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Three prompts of 512 tokens.")]
 
@@ -39,7 +41,7 @@ def inspect(
         list[str] | None,
         typer.Option(
             help="Comma-separated: sinks, massive, rhythm, spans:system=0-12, or any lens of `manyheads list "
-            "--category lenses` with its fields. [default: sinks,massive,rhythm]"
+            "--category lenses` with its fields. \\[default: sinks,massive,rhythm]"
         ),
     ] = None,
     role: Annotated[
@@ -52,7 +54,7 @@ def inspect(
     ] = 0,
     length: Length = None,
     samples: Samples = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to look at, as 0-3+7. [default: all]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to look at, as 0-3+7. \\[default: all]")] = None,
     ablate: Annotated[
         str | None, typer.Option(help="Score such as sink: take its highest heads out and measure the loss.")
     ] = None,

@@ -33,6 +33,7 @@ __all__ = ["Entry", "SiteState", "architectures", "find_sites", "is_eager"]
 _STATE = "_manyheads"
 _DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
 _CROSS = re.compile(r"cross|enc_?dec_?attention|encoder_attn", re.IGNORECASE)
+_KEY_NORM = re.compile(r"(k|qk|key)_(layer_?)?norm|norm_k")
 
 
 @functools.cache
@@ -76,8 +77,16 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
         num_heads=heads,
         num_kv_heads=_first((module, config), ("num_key_value_heads",)) or heads,
         window=_first((module, config), ("sliding_window",)) if slides else None,
+        keys_normed=_norms_keys(module),
         latent=latent_of(module),
     )
+
+
+def _norms_keys(module: nn.Module) -> bool:
+    """Whether ``module`` normalises each key over the channels of its head; a norm over all heads at once is none."""
+    norm = next((n for name, n in module.named_children() if _KEY_NORM.fullmatch(name)), None)
+    weight = None if norm is None else next(norm.parameters(), None)
+    return norm is not None and (weight is None or weight.shape[-1] == getattr(module, "head_dim", None))
 
 
 def is_eager(module: nn.Module) -> bool:

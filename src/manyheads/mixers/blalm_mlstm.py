@@ -48,7 +48,7 @@ class BlalmMLSTM(Strategy):
         conv: width of the convolution on q, k and v; 0 for none.
         hedgehog: feature map on q and k.
         window: keys that the softmax branch sees; 0 for no branch.
-        mix: how the branches are weighed: per token and head, per token and channel, or by one learned number.
+        mix_by: how the branches are weighed: per token and head, per token and channel, or by one learned number.
         theta: base of the rotation in the softmax branch.
     """
 
