@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from manyheads.port import cache as port_cache
 
 from manyheads import UserError
 from manyheads.caches._store import PolicyStore
 from manyheads.compare import compare, tasks
 from manyheads.compare.bench import TARGET
-from manyheads.compare.contexts import Contexts
-from manyheads.compare.corpus import Corpus
 from manyheads.compare.runner import STRATEGIES
 from manyheads.models import default_path
-from manyheads.port import cache as port_cache
+from manyheads.tasks.text._contexts import Contexts
+from manyheads.tasks.text._corpus import Corpus
 from oracles import models
 
 LENGTHS = (448,)  # windows of 8 have rolled, and the least that the task of several lines takes

@@ -104,9 +104,9 @@ def _texts(tokenizer: Any, size: Scale, number: int, seed: int) -> "torch.Tensor
     import numpy as np
     import torch
 
-    from manyheads.compare.contexts import Contexts
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
+    from manyheads.tasks.text._contexts import Contexts
+    from manyheads.tasks.text._corpus import Corpus
 
     corpus = Corpus(standard_library(least=6 * (size.length + size.more)), tokenizer)
     drawn = Contexts(corpus, tokenizer, number, seed).plain("loss", size.length, number, size.more + 1)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from manyheads.compare.contexts import Contexts
     from manyheads.compare.stats import Estimate
     from manyheads.strategy import Strategy
+    from manyheads.tasks.text._contexts import Contexts
 
 KEEP = (0.3, 0.15)
 BASES = ("snapkv", "knorm", "keydiff")
@@ -127,7 +127,7 @@ def _repeating(contexts: "Contexts", ids: Any, number: int) -> Any:
     """``ids`` with a passage before every stretch of it, at the nearest line end: 5/2 of their length."""
     count = len(ids) // STRETCH
     passage = contexts.plain("passage", PASSAGE, contexts.samples, 0)[number][0].tolist()
-    return contexts.planter.plant(ids, [passage] * count, [i / count for i in range(count)])
+    return contexts.inserter.insert(ids, [passage] * count, [i / count for i in range(count)])
 
 
 def _text(
@@ -137,10 +137,10 @@ def _text(
     import numpy as np
     import torch
 
-    from manyheads.compare.contexts import Contexts
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
     from manyheads.models import load_default
+    from manyheads.tasks.text._contexts import Contexts
+    from manyheads.tasks.text._corpus import Corpus
 
     model, tokenizer = load_default(setting.device, torch.float32)
     corpus = Corpus(standard_library(least=6 * (size.length + size.more)), tokenizer)

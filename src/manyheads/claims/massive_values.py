@@ -122,9 +122,9 @@ def read(model: Any, tokenizer: Any, size: Scale, device: str, progress: Callabl
     import torch
 
     import manyheads
-    from manyheads.compare.contexts import Contexts
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
+    from manyheads.tasks.text._contexts import Contexts
+    from manyheads.tasks.text._corpus import Corpus
 
     contexts = Contexts(Corpus(standard_library(), tokenizer), tokenizer, size.contexts, 0)
     planted = contexts.single(size.length)
@@ -190,8 +190,8 @@ def concentration(figures: list[Figure], model: Any, tokenizer: Any, size: Scale
     import numpy as np
     import torch
 
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
+    from manyheads.tasks.text._corpus import Corpus
 
     rng = np.random.default_rng(0)
     windows = Corpus(standard_library(), tokenizer).windows(size.length, min(24, size.contexts), rng)

@@ -13,9 +13,9 @@ from ..errors import UserError
 from ..integrations.cache import StoreLayer
 from ..integrations.transformers import new_cache
 from ..strategy import parse
+from ..tasks.text._contexts import Contexts
+from ..tasks.text._corpus import Ids
 from .arms import BASELINE, Arm, feed
-from .contexts import Contexts
-from .corpus import Ids
 
 __all__ = ["TARGET", "Bench", "Row", "Unit"]
 

@@ -19,13 +19,13 @@ from ..errors import UserError
 from ..integrations import use
 from ..progress import Progress
 from ..strategy import Strategy
+from ..tasks.text._contexts import Contexts
+from ..tasks.text._corpus import Corpus
 from .arms import Arm, make_arms
 from .bench import TARGET, Bench, Row
-from .contexts import Contexts
-from .corpus import Corpus
 from .defaults import BUDGETS, LENGTHS, SAMPLES, STRATEGIES
 from .results import FOLDER, Journal, Results
-from .tasks import TASKS, measure, misfit, plan
+from .tasks import TASKS, measure, plan, unsupported_reason
 
 __all__ = ["BUDGETS", "FOLDER", "LENGTHS", "SAMPLES", "STRATEGIES", "Progress", "check", "compare", "work"]
 
@@ -86,7 +86,7 @@ def compare(
     arms = make_arms(strategies, budgets, sizes[0])
     read = list(standard_library() if texts is None else texts)
     bench = Bench(model, Contexts(Corpus(read, tokenizer), tokenizer, samples, seed), arms, chosen, sizes)
-    skipped = {task: reason for task in chosen if (reason := misfit(bench, task))}
+    skipped = {task: reason for task in chosen if (reason := unsupported_reason(bench, task))}
     kept = tuple(task for task in chosen if task not in skipped)
     if not kept:
         raise UserError(f"nothing to measure: {next(iter(skipped.values()))}")

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from ..attention.budget import keep_limit
+from ..tasks.text._contexts import ALIASES, CONSTANTS, Question
 from .arms import Arm, Prefix, feed
 from .bench import TARGET, Bench, Row, Unit
-from .contexts import ALIASES, CONSTANTS, Question
 
-__all__ = ["TASKS", "measure", "misfit", "plan"]
+__all__ = ["TASKS", "measure", "unsupported_reason", "plan"]
 
 TASKS = ("loss", "needle", "several", "chained", "speed", "memory")
+_OLD = {"niah_multikey": "several", "variable_tracking": "chained"}
 _WARM, _TIMED = 2, 8  # tokens decoded before and under the clock
 
 
@@ -67,10 +68,10 @@ def plan(bench: Bench, tasks: tuple[str, ...], rounds: int) -> list[Unit]:
     return units
 
 
-def misfit(bench: Bench, task: str) -> str | None:
+def unsupported_reason(bench: Bench, task: str) -> str | None:
     """Why ``task`` cannot be measured on this vocabulary and these lengths, None if it can."""
     lines = {"needle": 1, "several": CONSTANTS + ALIASES, "chained": CONSTANTS + ALIASES}.get(task)
-    return None if lines is None else bench.contexts.misfit(lines, min(bench.lengths))
+    return None if lines is None else bench.contexts.unsupported_reason(lines, min(bench.lengths))
 
 
 def measure(bench: Bench, unit: Unit) -> list[Row]:
@@ -161,12 +162,12 @@ def _needle(bench: Bench, unit: Unit) -> Iterator[Row]:
 
 def _several(bench: Bench, unit: Unit) -> Iterator[Row]:
     """Questions about several constants and their aliases; all of one size go through as one batch."""
-    contexts = bench.contexts.crowded(unit.length)[unit.first : unit.first + unit.count]
+    contexts = bench.contexts.multikey(unit.length)[unit.first : unit.first + unit.count]
     prefix = Prefix(bench.model, bench.tensor([c.ids for c in contexts]), bench.arms)
     rows = bench.rows_at_once(unit.length, bench.bytes_per_token())
     sizes: dict[tuple[int, int], list[tuple[int, Question]]] = {}  # one batch holds questions of one size
     for i, context in enumerate(contexts):
-        for question in (q for q in context.questions if q.task in bench.tasks):
+        for question in (q for q in context.questions if _OLD[q.task] in bench.tasks):
             sizes.setdefault((len(question.question), len(question.answer)), []).append((i, question))
     groups = [group[i : i + rows] for group in sizes.values() for i in range(0, len(group), rows)]
     for arm in bench.arms:
@@ -182,7 +183,7 @@ def _several(bench: Bench, unit: Unit) -> Iterator[Row]:
                 yield _row(
                     unit, arm, "unseen", f"several-{unit.first + i}", unit.length, float(value), nats=cost,
                     depth=question.depth, bytes=held, text=context.text, overlaps=context.overlaps,
-                ) | {"task": question.task, "question": context.questions.index(question)}  # fmt: skip
+                ) | {"task": _OLD[question.task], "question": context.questions.index(question)}  # fmt: skip
         bench.tick(unit.cost / len(bench.arms))
 
 

@@ -73,7 +73,7 @@ def generate(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `inspect`; read when torch loads
     _diffusers()
-    from . import load as loading
+    from ..models import pipeline as loading
     from . import report, rows, run, words
     from .grid import check_out, check_page
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..catalog import nearest
 from ..errors import UserError
-from .load import parameters
+from ..models.pipeline import parameters
 
 __all__ = ["Row", "read_seeds", "read_size", "rows_of"]
 

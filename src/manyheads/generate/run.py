@@ -16,9 +16,9 @@ from ..errors import UserError
 from ..integrations import use
 from ..integrations.diffusers import denoisers, replace_forward
 from ..integrations.hearing import Undo, put
+from ..models.pipeline import parameters
 from ..progress import Progress
 from ..strategy import Strategy, parse
-from .load import parameters
 from .rows import Row
 
 __all__ = ["Arm", "Made", "Settings", "arm", "check", "generate", "run"]

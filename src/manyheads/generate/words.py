@@ -11,8 +11,8 @@ import torch
 from .. import catalog
 from ..errors import UserError
 from ..integrations import use
+from ..models.pipeline import parameters
 from ..strategy import parse
-from .load import parameters
 from .maps_page import write_page
 from .rows import Row
 from .run import Settings, generate

@@ -24,6 +24,24 @@ def recall_path() -> Path:
     return Path(__file__).parent / "recall"
 
 
+def shipped_pipelines() -> list[str]:
+    """Names of the pipelines of diffusers that ship, made by ``recipes/scenes.py``; imports nothing."""
+    return sorted(path.parent.name for path in (Path(__file__).parent / "pipelines").glob("*/model_index.json"))
+
+
+def config(path_or_name: str | Path) -> Any:
+    """Configuration of a causal language model, ``default`` and ``recall`` for those that ship; loads no weights.
+
+    Raises UserError as ``load`` does.
+    """
+    from transformers import AutoConfig
+
+    shipped = {"default": default_path(), "recall": recall_path()}
+    name = _source(shipped.get(str(path_or_name), path_or_name))
+    _check_architecture(name)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def load_default(
     device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -16,8 +16,8 @@ from ...errors import UserError
 from ...models import placed
 from ...models.decoder import Decoder
 from ...strategy import Strategy
-from ..contexts import Contexts
-from ..corpus import Corpus
+from ...tasks.text._contexts import Contexts
+from ...tasks.text._corpus import Corpus
 from ..results import FOLDER, RUN, Journal, Results, read_run
 from ..runner import Progress, work
 from .arms import Arm, build, check_causal, default_strategies, make_arms, wake
@@ -96,7 +96,7 @@ def compare_trained(
     reach, skipped = _reach(contexts, size), {}
     if reach < size.reach:
         skipped["span"] = f"no held-out text is longer than {reach} times the training length; give longer files"
-    if (reason := contexts.misfit(1, size.length)) is not None:
+    if (reason := contexts.unsupported_reason(1, size.length)) is not None:
         skipped["needle"] = reason
     sizes = [Decoder(arms[0].strategy, config).parameters_held for config in (size.text, size.recall)]
     bench = Bench(

@@ -33,8 +33,8 @@ from ...data.synthetic import associative_recall
 from ...errors import UserError
 from ...models.decoder import Decoder, DecoderConfig
 from ...models.training import Draw, nats, train
+from ...tasks.text._contexts import Contexts
 from ..bench import Row
-from ..contexts import Contexts
 from .arms import Arm, build, check_causal
 from .budget import Shares, Size
 from .data import Stream
@@ -227,14 +227,14 @@ def _judge(bench: Bench, unit: Unit) -> Iterator[Row]:
             value = float(found[i, first:last].mean())
             yield row(unit, unit.arm, "span", f"loss-{i}", length, value, first=first, last=last, **more)
     if bench.planted:
-        planter = bench.contexts.planter
-        planted = bench.contexts.single(length - planter.question_size - planter.answer_size)
+        inserter = bench.contexts.inserter
+        planted = bench.contexts.single(length - inserter.question_size - inserter.answer_size)
         asked = [[*context.ids, *context.questions[0].question, *context.questions[0].answer] for context in planted]
         fed = torch.tensor(asked, device=bench.device)
-        answers = fed[:, -planter.answer_size :]
+        answers = fed[:, -inserter.answer_size :]
         with torch.no_grad():
-            likeliest = model(fed[:, :-1])[0][:, -planter.answer_size :].argmax(-1)
-        cost = nats(model, fed)[:, -planter.answer_size :].mean(1).tolist()
+            likeliest = model(fed[:, :-1])[0][:, -inserter.answer_size :].argmax(-1)
+        cost = nats(model, fed)[:, -inserter.answer_size :].mean(1).tolist()
         right = (likeliest == answers).all(1).tolist()
         for i, (context, value) in enumerate(zip(planted, right, strict=True)):
             yield row(

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from .corpus import Ids, encode
+from ._corpus import Ids, encode
 
-__all__ = ["Constant", "Misfit", "Planter"]
+__all__ = ["Constant", "UnfitVocabulary", "NeedleInserter"]
 
 _WORDS = (
     "alpha anchor batch border budget cache color count depth factor frame grade height index label layer level limit "
@@ -25,7 +25,7 @@ _WORDS = (
 ).split()
 
 
-class Misfit(ValueError):
+class UnfitVocabulary(ValueError):
     """The vocabulary of a model does not fit the task; the text says why, in a line."""
 
 
@@ -38,11 +38,11 @@ class Constant:
 
 
 @dataclass
-class Planter:
+class NeedleInserter:
     """Draws constants and writes them in tokens.
 
     Raises:
-        Misfit: the tokenizer does not keep letters and digits apart, or gives too few questions of one length.
+        UnfitVocabulary: the tokenizer does not keep letters and digits apart, or gives too few questions of one length.
     """
 
     tokenizer: Any
@@ -58,11 +58,11 @@ class Planter:
             question, answer = self.ask(constant.name, constant.value)
             back = self.tokenizer.decode([*question, *answer], clean_up_tokenization_spaces=False)
             if f"{constant.name} == {constant.value}" not in back or not answer:
-                raise Misfit(f"the tokenizer reads `assert {constant.name} == {constant.value}` as {back!r}")
+                raise UnfitVocabulary(f"the tokenizer reads `assert {constant.name} == {constant.value}` as {back!r}")
             sizes[len(question), len(answer)] += 1
         (self.question_size, self.answer_size), share = sizes.most_common(1)[0]
         if share < 20:
-            raise Misfit("the tokenizer splits names and numbers too unevenly to ask questions of one length")
+            raise UnfitVocabulary("the tokenizer splits names and numbers too unevenly to ask questions of one length")
 
     def draw(self, count: int, rng: Generator) -> list[Constant]:
         """``count`` constants whose names share no word and whose questions have the one length."""
@@ -102,7 +102,7 @@ class Planter:
         """Tokens of a line ``name = value``, its line end before it."""
         return encode(self.tokenizer, f"\n{name} = {value}")
 
-    def plant(self, body: Ids, lines: Sequence[list[int]], depths: Sequence[float]) -> Ids:
+    def insert(self, body: Ids, lines: Sequence[list[int]], depths: Sequence[float]) -> Ids:
         """``body`` with each line put before the line end nearest to its depth (a fraction of the body)."""
         ends = np.array([i for i, token in enumerate(body) if self._begins_line(int(token))])
         parts: list[Any] = []

@@ -12,9 +12,9 @@ from typing import Any
 import diffusers
 import torch
 
-from .. import models
 from ..errors import UserError
-from ..models.scenes import NAMES, is_scene_pipeline, load_scenes
+from . import placed
+from .scenes import NAMES, is_scene_pipeline, load_scenes
 
 __all__ = ["DTYPES", "load", "parameters"]
 
@@ -35,7 +35,7 @@ def load(model: str, device: str = "cpu", dtype: str | None = None) -> Any:
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
-    place, kind = models.placed(device, DTYPES[dtype] if dtype else None)
+    place, kind = placed(device, DTYPES[dtype] if dtype else None)
     folder = Path(model).expanduser()
     if model in NAMES or is_scene_pipeline(folder):
         return load_scenes(model, place, DTYPES[dtype] if dtype else None)

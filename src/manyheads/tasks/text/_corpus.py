@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from ..data.texts import Text
-from ..errors import UserError
+from ...data.texts import Text
+from ...errors import UserError
 
 __all__ = ["Corpus", "Window", "encode"]
 
