@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from manyheads.claims import Figure, Setting
+    from manyheads.claims._old import Figure, Setting
     from manyheads.compare.stats import Estimate
     from manyheads.models.decoder import Decoder, DecoderConfig
     from manyheads.models.training import Draw, Optimizer
@@ -196,7 +196,7 @@ def estimate(
     """Mean of ``values [seeds, texts]``, its interval over seeds or, with one seed, over texts; adds a figure."""
     import numpy as np
 
-    from manyheads.claims import Figure
+    from manyheads.claims._old import Figure
     from manyheads.compare import stats
 
     table = np.array([[float(x) for x in row] for row in values], dtype=float)

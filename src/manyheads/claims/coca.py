@@ -11,7 +11,7 @@ For the "headache" itself, the mean attention score at small offsets is given ag
 
 from typing import TYPE_CHECKING
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ as in the released code. The paper was withdrawn and gives no figure that we cou
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable

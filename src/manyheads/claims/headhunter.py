@@ -15,7 +15,7 @@ FD-small is shown to be worse than under the best layer. u = 0.5 and 1 are repor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,7 +17,7 @@ union variant are reported; nothing is chosen by them. Masks need cross-attentio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor

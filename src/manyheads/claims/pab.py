@@ -25,8 +25,8 @@ The range begins at a step that 2, 3 and 6 divide, so that all ways of counting 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting, Verdict
 from manyheads.claims._broadcast import KINDS, Every
+from manyheads.claims._old import Claim, Figure, Outcome, Setting, Verdict
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ credit for RL is tested by its formula, not trained with here.
 from dataclasses import dataclass
 from typing import Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 PEAKS, LENGTH = 0.1, 128
 

@@ -13,7 +13,7 @@ and lower than with the blur everywhere and than at random places; each by a pai
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ the length, which is what has to be told apart from forgetting.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from manyheads.data.strategy_dialogue import Form

@@ -13,7 +13,7 @@ at the end every kind is asked for once. Longer inputs have more filler.
 
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
