@@ -12,7 +12,7 @@ from manyheads.compare import compare
 from manyheads.compare.bench import TARGET
 from manyheads.compare.contexts import Contexts
 from manyheads.compare.corpus import Corpus
-from manyheads.compare.planting import Misfit, Planter
+from manyheads.compare.planting import Planter, UnsupportedTokenizer
 from manyheads.data import texts as data
 from manyheads.data.texts import Text
 
@@ -99,7 +99,7 @@ def test_a_vocabulary_that_does_not_fit_says_so():
         def decode(self, ids, **kwargs):
             return "?" * len(ids)
 
-    with pytest.raises(Misfit, match="reads `assert"):
+    with pytest.raises(UnsupportedTokenizer, match="reads `assert"):
         Planter(Blind())
 
 

@@ -19,7 +19,7 @@ from ..integrations.transformers import new_cache
 from ..lens import Lens
 from ..strategy import Strategy, overrides, parse
 
-__all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
+__all__ = ["BASELINE", "Arm", "Prefix", "forward_chunked", "make_arms"]
 
 BASELINE = "full"
 _LEAST_RECORD = 64  # queries that a dense prefill keeps for the strategies forked from it
@@ -68,7 +68,7 @@ class Arm:
         """Last queries of the prefill that the strategy needs."""
         return int(getattr(self.strategy, "record", 0))
 
-    def stride(self, slots: int) -> int | None:
+    def chunk_size(self, slots: int) -> int | None:
         """Most tokens to feed at once so that each is seen as in decoding, None for any number.
 
         Exact for strategies that evict at the prefill only, that say so (``exact_chunks``), or that evict every m
@@ -98,7 +98,7 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
     arms = [Arm(parse(BASELINE), BASELINE)]
     for given in specs:
         strategy = parse(given)
-        if isinstance(strategy, Lens) and not strategy.acts:
+        if isinstance(strategy, Lens) and not strategy.edits_model:
             raise UserError(f"{strategy.slug} only looks: manyheads inspect --lens {strategy.slug}")
         if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
             raise UserError(
@@ -185,9 +185,9 @@ class Prefix:
                 yield cache
 
 
-def feed(model: nn.Module, cache: Any, ids: Tensor, keep: int, stride: int | None = None) -> Tensor:
-    """Continue ``cache`` with ``ids [B, T]``, ``stride`` at a time: float32 logits ``[B, keep, V]`` of the last."""
-    size = stride or ids.shape[1]
+def forward_chunked(model: nn.Module, cache: Any, ids: Tensor, keep: int, chunk_size: int | None = None) -> Tensor:
+    """Continue ``cache`` with ``ids [B, T]``, ``chunk_size`` at a time: float32 logits ``[B, keep, V]`` of the last."""
+    size = chunk_size or ids.shape[1]
     outputs = []
     for start in range(0, ids.shape[1], size):
         piece = ids[:, start : start + size]

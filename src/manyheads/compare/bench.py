@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..integrations.transformers import new_cache
 from ..strategy import parse
-from .arms import BASELINE, Arm, feed
+from .arms import BASELINE, Arm, forward_chunked
 from .contexts import Contexts
 from .corpus import Ids
 
@@ -64,7 +64,7 @@ class Bench:
         """Bytes of dense cache that a token takes; the port must be open. Raises UserError for a model without one."""
         cache = new_cache(self.model, parse(BASELINE))
         ids = torch.zeros(1, 8, dtype=torch.long, device=self.device)
-        feed(self.model, cache, ids, 1)
+        forward_chunked(self.model, cache, ids, 1)
         if not cache.bytes():
             raise UserError(f"{type(self.model).__name__} keeps no key/value cache, so there is nothing to compare")
         return cache.bytes() / 8

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 from .corpus import Corpus, Ids
-from .planting import Constant, Misfit, Planter
+from .planting import Constant, Planter, UnsupportedTokenizer
 
 __all__ = ["ALIASES", "CONSTANTS", "DEPTHS", "Contexts", "Planted", "Question"]
 
@@ -56,16 +56,16 @@ class Contexts:
 
     @property
     def planter(self) -> Planter:
-        """The planter for this vocabulary; raises Misfit where there is none."""
+        """The planter for this vocabulary; raises UnsupportedTokenizer where there is none."""
         if self._planter is None:
             self._planter = Planter(self.tokenizer)
         return self._planter
 
-    def misfit(self, lines: int, length: int) -> str | None:
+    def unsupported_reason(self, lines: int, length: int) -> str | None:
         """Why ``lines`` lines cannot be planted in ``length`` tokens of this vocabulary, None if they can."""
         try:
             planter = self.planter
-        except Misfit as error:
+        except UnsupportedTokenizer as error:
             return str(error)
         needed = 4 * lines * (planter.question_size + planter.answer_size)
         if length < needed:

@@ -16,7 +16,7 @@ from numpy.random import Generator
 
 from .corpus import Ids, encode
 
-__all__ = ["Constant", "Misfit", "Planter"]
+__all__ = ["Constant", "UnsupportedTokenizer", "Planter"]
 
 _WORDS = (
     "alpha anchor batch border budget cache color count depth factor frame grade height index label layer level limit "
@@ -25,7 +25,7 @@ _WORDS = (
 ).split()
 
 
-class Misfit(ValueError):
+class UnsupportedTokenizer(ValueError):
     """The vocabulary of a model does not fit the task; the text says why, in a line."""
 
 
@@ -42,7 +42,8 @@ class Planter:
     """Draws constants and writes them in tokens.
 
     Raises:
-        Misfit: the tokenizer does not keep letters and digits apart, or gives too few questions of one length.
+        UnsupportedTokenizer: the tokenizer does not keep letters and digits apart, or gives too few questions of
+            one length.
     """
 
     tokenizer: Any
@@ -58,11 +59,15 @@ class Planter:
             question, answer = self.ask(constant.name, constant.value)
             back = self.tokenizer.decode([*question, *answer], clean_up_tokenization_spaces=False)
             if f"{constant.name} == {constant.value}" not in back or not answer:
-                raise Misfit(f"the tokenizer reads `assert {constant.name} == {constant.value}` as {back!r}")
+                raise UnsupportedTokenizer(
+                    f"the tokenizer reads `assert {constant.name} == {constant.value}` as {back!r}"
+                )
             sizes[len(question), len(answer)] += 1
         (self.question_size, self.answer_size), share = sizes.most_common(1)[0]
         if share < 20:
-            raise Misfit("the tokenizer splits names and numbers too unevenly to ask questions of one length")
+            raise UnsupportedTokenizer(
+                "the tokenizer splits names and numbers too unevenly to ask questions of one length"
+            )
 
     def draw(self, count: int, rng: Generator) -> list[Constant]:
         """``count`` constants whose names share no word and whose questions have the one length."""

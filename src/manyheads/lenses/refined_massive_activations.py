@@ -13,7 +13,7 @@ block that has them, wherever they are found in the text at hand:
 
     with manyheads.watch(model, "refined_massive_activations") as seen:
         model(**inputs)
-    found = seen.findings()  # tables, spikes, the first affected layer
+    found = seen.compute()  # tables, spikes, the first affected layer
     with manyheads.use(model, RefinedMassiveActivations(intervene="mean", means=means(found), layers=(2,))):
         model(**inputs)
 
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..lens import Findings, Lens, Memory, Series, Tally, table
+from ..lens import Lens, LensResult, Memory, PerToken, RunningMean, table
 from ._residual import Extremes, medians
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def massive(hidden: Tensor, valid: Tensor, median: Tensor, threshold: float = 10
     return (size > threshold) & (size >= ratio * median[:, None, None]) & valid[..., None]
 
 
-def means(found: Findings) -> Means:
+def means(found: LensResult) -> Means:
     """Mean of the massive entries of each channel, apart for starting and later tokens: what ``means`` takes.
 
     ``json.dump`` of it makes a file that the field ``means`` of a spec can name. Watch the calibration texts (the paper
@@ -77,7 +77,7 @@ def means(found: Findings) -> Means:
 
 
 def name_tokens(
-    found: Findings, rows: Sequence[Sequence[int]], decode: Callable[[list[int]], str]
+    found: LensResult, rows: Sequence[Sequence[int]], decode: Callable[[list[int]], str]
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the token of each spike into its record, and say which tokens have spikes, over prompts and blocks.
 
@@ -128,13 +128,13 @@ class RefinedMassiveActivations(Lens):
         """Refuse what cannot be meant."""
         if self.keep < 1:
             raise UserError(f"keep={self.keep}: at least 1 entry must be kept")
-        if self.acts and not self.layers:
+        if self.edits_model and not self.layers:
             raise UserError(f"intervene={self.intervene} needs layers=, the first affected one: watch the model first")
         if self.intervene == "mean" and not self.means:
             raise UserError("intervene=mean needs means=, a JSON file made from findings of calibration texts")
 
     @property
-    def acts(self) -> bool:
+    def edits_model(self) -> bool:
         return self.intervene != "none"
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
@@ -149,8 +149,8 @@ class RefinedMassiveActivations(Lens):
             prompts.append(Extremes(self.keep))
         prompts[-1].add(seen, valid, torch.arange(before, before + length, device=hidden.device), positions)
         norm = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).masked_fill(~valid, torch.nan)
-        memory.setdefault("norm", Series()).add(norm, before == 0)
-        if not self.acts:
+        memory.setdefault("norm", PerToken()).add(norm, before == 0)
+        if not self.edits_model:
             return hidden
         median = medians(seen, valid) if before == 0 else prompts[-1].median()
         hits = massive(seen, valid, median, self.threshold, self.ratio)
@@ -174,11 +174,11 @@ class RefinedMassiveActivations(Lens):
         found: Tensor = memory["means"]
         return found
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         seen = [(site, memory) for site, memory in sites if memory.get("prompts")]
         if not seen:
             raise UserError("no block was seen: the model did not run, or its attention stands in no list of blocks")
-        made, kept = Findings(), [(site, _figures(memory)) for site, memory in seen]
+        made, kept = LensResult(), [(site, _figures(memory)) for site, memory in seen]
         about = {"threshold": self.threshold, "ratio": self.ratio}
         for name in ("max", "median", "max / median", "first / others"):
             made.tables[name] = table(name, kept, name, **about)
@@ -190,7 +190,7 @@ class RefinedMassiveActivations(Lens):
         made.series[f"norm after {seen[at][0].name}"] = seen[at][1]["norm"].rows()
         made.notes = self._notes(made, affected, at)
         for site, memory in seen:
-            if self.acts:
+            if self.edits_model:
                 count, done = memory.get("detected", 0), memory.get("replaced", memory.get("detected", 0))
                 made.notes.append(f"{site.name}: {done} of {count} massive entries were set to {self.intervene}.")
         return made
@@ -214,7 +214,7 @@ class RefinedMassiveActivations(Lens):
             prompt += len(median)
         return made
 
-    def _notes(self, made: Findings, affected: Any, at: int) -> list[str]:
+    def _notes(self, made: LensResult, affected: Any, at: int) -> list[str]:
         """What a reader should know, from the figures."""
         tables, layers = made.tables, made.tables["max"].layers
         largest, times, first = (tables[name].mean[at, 0] for name in ("max", "max / median", "first / others"))
@@ -263,7 +263,7 @@ def _figures(memory: Memory) -> Memory:
         known = norms[np.isfinite(norms)]
         peaks.append(known[0] / known[1:].mean() if len(known) > 1 and known[1:].mean() > 0 else math.nan)
     made = {"max": largest, "median": median, "max / median": largest / median, "first / others": torch.tensor(peaks)}
-    tallies = {name: Tally() for name in made}
+    tallies = {name: RunningMean() for name in made}
     for name, values in made.items():
         tallies[name].add(values, torch.ones((), device=values.device), fresh=True)
     return tallies

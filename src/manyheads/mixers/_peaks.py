@@ -15,7 +15,7 @@ from ..call import AttentionCall, Site
 from ..strategy import Strategy
 from ._mixer import SoftmaxMixer, positions_of, split_heads
 
-__all__ = ["Peak", "Probe", "keys_seen", "peakedness", "real", "softmax_sites", "variance"]
+__all__ = ["Peak", "LogitRecorder", "keys_seen", "peakedness", "real", "softmax_sites", "variance"]
 
 Peak = Literal["entropy", "pmax"]
 
@@ -50,7 +50,7 @@ def softmax_sites(model: nn.Module) -> Sequence[tuple[Site, SoftmaxMixer]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Strategy):
+class LogitRecorder(Strategy):
     """While ``inner`` acts, keeps of ``rows`` rows of every site their logits as they were and the keys they see.
 
     Attributes:
