@@ -12,8 +12,8 @@ from manyheads.call import AttentionCall, Site
 from manyheads.heads import HeadTable
 from manyheads.integrations.transformers import find_sites
 from manyheads.lens import TokenSpans
-from manyheads.lenses._relu_attention import ReLUAttention, relu_weights
 from manyheads.lenses.active_dormant import ActiveDormant, switch
+from manyheads.lenses.active_dormant.relu_attention import ReLUAttention, relu_weights
 from oracles import dense, models
 from tolerance import FORMULA, SAME, assert_close, error
 
@@ -219,7 +219,7 @@ def test_another_sink_and_a_single_token():
 
 def test_notes_say_what_the_tables_say():
     sink = np.array([[0.9, 0.1, 0.6, 0.2]])
-    from manyheads.lenses._extreme_notes import notes
+    from manyheads.lenses.active_dormant.report import notes
 
     tables = {
         "sink": HeadTable("sink", ("a",), sink, layers=(5,)),

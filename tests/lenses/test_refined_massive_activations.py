@@ -10,8 +10,8 @@ import torch
 import manyheads
 from manyheads.errors import UserError
 from manyheads.integrations.blocks import block_of
-from manyheads.lenses._residual import Extremes, medians
 from manyheads.lenses.refined_massive_activations import RefinedMassiveActivations, massive, means, name_tokens
+from manyheads.lenses.refined_massive_activations.extremes import Extremes, medians
 from oracles import models
 from tolerance import HALF, SAME, assert_close, error
 

@@ -8,7 +8,6 @@ import manyheads
 from manyheads.data.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
 from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
-from manyheads.lenses._direction import log_odds
 from manyheads.lenses.safety_heads import (
     AblateRows,
     Direction,
@@ -22,6 +21,7 @@ from manyheads.lenses.safety_heads import (
     strength,
     tune_step,
 )
+from manyheads.lenses.safety_heads.refusal_direction import log_odds
 from oracles import models
 from tolerance import SAME, assert_close, error
 

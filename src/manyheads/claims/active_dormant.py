@@ -61,7 +61,7 @@ def judged(model: Any, task: "BigramBackcopy", ids: "Tensor", relu: bool) -> Val
     import manyheads
     from manyheads.claims._backcopy import losses
     from manyheads.lens import TokenSpans
-    from manyheads.lenses._relu_attention import ReLUAttention
+    from manyheads.lenses.active_dormant.relu_attention import ReLUAttention
 
     used: tuple[Strategy, ...] = (ReLUAttention(),) if relu else ()
     copies = task.copies(ids)
@@ -103,7 +103,7 @@ def toys(setting: Setting, size: Scale, figures: list[Figure]) -> "tuple[dict[st
 
     from manyheads.claims._backcopy import pairs_of_text, toy, train
     from manyheads.claims._bytes import estimate
-    from manyheads.lenses._relu_attention import ReLUAttention
+    from manyheads.lenses.active_dormant.relu_attention import ReLUAttention
 
     task, source = pairs_of_text()
     runs = 2 * len(setting.seeds)
@@ -142,7 +142,7 @@ def peaks(setting: Setting, size: Scale, figures: list[Figure]) -> dict[str, Any
 
     from manyheads.claims._backcopy import pairs_of_text, toy, train
     from manyheads.claims._bytes import estimate
-    from manyheads.lenses._relu_attention import ReLUAttention
+    from manyheads.lenses.active_dormant.relu_attention import ReLUAttention
 
     if size.deep is None:
         return {}

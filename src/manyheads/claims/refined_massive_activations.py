@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from manyheads.data.bigram_backcopy import BigramBackcopy
-    from manyheads.lenses._kv_bias import KVBias
+    from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
     from manyheads.strategy import Strategy
 
 SLUG = "refined_massive_activations"
@@ -185,9 +185,9 @@ def trained(
     import manyheads
     from manyheads.claims._backcopy import Bed, toy
     from manyheads.integrations.transformers import find_sites
-    from manyheads.lenses._dyt import with_dyt
-    from manyheads.lenses._kv_bias import KVBias
-    from manyheads.lenses._tvr import TargetVariance, blocks_of
+    from manyheads.lenses.refined_massive_activations.dyt import with_dyt
+    from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
+    from manyheads.lenses.refined_massive_activations.tvr import TargetVariance, blocks_of
 
     model = toy(task, Bed(size.dim, 3, size.length, size.batch, size.steps, RATE), seed, setting.device)
     if arm == "DyT":

@@ -18,8 +18,9 @@ block that has them, wherever they are found in the text at hand:
         model(**inputs)
 
 The paper finds that zeroing destroys some models (Llama, Mistral) and hardly touches others (GPT-2, OPT), and that the
-means do as well as the values themselves everywhere. Its mitigations for pretraining stand beside this file: keys and
-values learned for each head (``_kv_bias``), target variance rescaling (``_tvr``), norms replaced by tanh (``_dyt``).
+means do as well as the values themselves everywhere. Its mitigations for pretraining are beside it: a key and a value
+learned for each head (:class:`KVBias`), target variance rescaling (:class:`TargetVariance`), and norms replaced by tanh
+(:func:`with_dyt`).
 
 Chosen where the paper is silent: means are kept for each block, channel, and starting or later tokens, over what was
 detected in calibration, and a detected entry without one stays as it is; padding neither counts nor is changed; tokens
@@ -42,14 +43,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..lens import Lens, LensResult, Memory, PerToken, RunningMean, table
-from ._residual import Extremes, medians
+from ...errors import UserError
+from ...lens import Lens, LensResult, Memory, PerToken, RunningMean, table
+from .dyt import with_dyt
+from .extremes import Extremes, medians
+from .kv_bias import KVBias
+from .tvr import TargetVariance
 
 if TYPE_CHECKING:
-    from ..call import Site
+    from ...call import Site
 
-__all__ = ["RefinedMassiveActivations", "massive", "means", "name_tokens"]
+__all__ = [
+    "KVBias", "RefinedMassiveActivations", "TargetVariance", "massive", "means", "name_tokens", "with_dyt",
+]  # fmt: skip
 
 Means = dict[str, dict[str, dict[str, float]]]  # site -> start or other -> channel -> value
 

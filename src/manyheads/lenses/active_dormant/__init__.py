@@ -22,8 +22,8 @@ a sliding window) count 0 for the sink and not at all for the gap. With ``gap=ls
 their exponentials, as in ``S[t, 0] - logsumexp S[t, s >= 1] + log n``. In cross-attention every row counts, and "the
 first token" is that of the source. The code's test by entropies of rows and columns is not here: the sink says it.
 
-The mitigations of the paper are to be trained with: ReLU in place of softmax (:mod:`manyheads.lenses._relu_attention`;
-look at such a model with ``attention=relu``, which gives no gap), and SGD in place of Adam.
+The mitigations of the paper are to be trained with: ReLU in place of softmax (:class:`ReLUAttention`; look at such a
+model with ``attention=relu``, which gives no gap), and SGD in place of Adam.
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from ..attention.reference import repeat_kv
-from ..call import Site
-from ..calls.statistics import MeanLogWeight, Statistic, WeightedSum
-from ..heads import HeadTable
-from ..lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
-from ._extreme_notes import notes
-from ._relu_attention import relu_weights
+from ...attention.reference import repeat_kv
+from ...call import Site
+from ...calls.statistics import MeanLogWeight, Statistic, WeightedSum
+from ...heads import HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from .relu_attention import ReLUAttention, relu_weights
+from .report import notes
 
-__all__ = ["ActiveDormant", "Gap", "switch"]
+__all__ = ["ActiveDormant", "Gap", "ReLUAttention", "switch"]
 
 
 def _as_names(value: object) -> object:

@@ -43,10 +43,10 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from ..call import AttentionCall, Site
-from ..errors import UserError
-from ..strategy import Strategy
-from ._peaks import LogitRecorder, Peak, keys_seen, peakedness, real, softmax_sites, variance
+from ...call import AttentionCall, Site
+from ...errors import UserError
+from ...strategy import Strategy
+from .peaks import LogitRecorder, Peak, keys_seen, peakedness, real, softmax_sites, variance
 
 __all__ = ["AttentionAlignment", "calibrate"]
 

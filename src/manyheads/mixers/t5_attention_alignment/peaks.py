@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attention import reference
-from ..call import AttentionCall, Site
-from ..strategy import Strategy
-from ._mixer import SoftmaxMixer, positions_of, split_heads
+from ...attention import reference
+from ...call import AttentionCall, Site
+from ...strategy import Strategy
+from .._mixer import SoftmaxMixer, positions_of, split_heads
 
 __all__ = ["Peak", "LogitRecorder", "keys_seen", "peakedness", "real", "softmax_sites", "variance"]
 

@@ -42,12 +42,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention.rope import angle_step, unrotate
-from ..call import AttentionCall, Site
-from ..calls.edits import replace_channels
-from ..errors import UserError
-from ..heads import HeadTable
-from ..lens import AttentionView, Lens, LensResult, Memory, RunningMean
+from ...attention.rope import angle_step, unrotate
+from ...call import AttentionCall, Site
+from ...calls.edits import replace_channels
+from ...errors import UserError
+from ...heads import HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean
 
 __all__ = ["MassiveValues"]
 

@@ -38,12 +38,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..call import Site
-from ..calls.statistics import Band, Distance, Statistic, WeightedSum
-from ..errors import UserError
-from ..heads import Head, HeadTable
-from ..lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
-from ._reasoning_rhythm_credit import By, credit, peaks, weigh
+from ...call import Site
+from ...calls.statistics import Band, Distance, Statistic, WeightedSum
+from ...errors import UserError
+from ...heads import Head, HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from .credit_assignment import By, credit, peaks, weigh
 
 __all__ = ["ReasoningRhythm", "credit", "middle_layers", "peaks", "weigh"]
 

@@ -40,13 +40,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..call import Site
-from ..errors import UserError
-from ..heads import HeadTable
-from ..lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
-from ._ablate_rows import AblateRows
-from ._direction import Direction, difference_of_means, erased, find_direction, steered
-from ._head_dropout import HeadDropout, tune_step
+from ...call import Site
+from ...errors import UserError
+from ...heads import HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from .ablate_rows import AblateRows
+from .ahd import HeadDropout, tune_step
+from .refusal_direction import Direction, difference_of_means, erased, find_direction, steered
 
 __all__ = [
     "AblateRows", "Direction", "HeadDropout", "SafetyHeads", "difference_of_means", "erased", "find_direction",

@@ -10,9 +10,9 @@ from manyheads.calls.statistics import Columns, WeightedSum, measure
 from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
 from manyheads.lens import Lens, LensResult
-from manyheads.lenses._dyt import DyT, ScaledEmbedding, with_dyt
-from manyheads.lenses._kv_bias import KVBias
-from manyheads.lenses._tvr import TargetVariance, blocks_of, divide_by_depth
+from manyheads.lenses.refined_massive_activations.dyt import DyT, ScaledEmbedding, with_dyt
+from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
+from manyheads.lenses.refined_massive_activations.tvr import TargetVariance, blocks_of, divide_by_depth
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 
