@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manyheads.heads import HeadTable
     from manyheads.inspect import watch
     from manyheads.integrations import use
-    from manyheads.lens import Roles
+    from manyheads.lens import TokenSpans
     from manyheads.strategy import Strategy, parse
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ __all__ = [
     "AttentionCall",
     "HeadTable",
     "Paper",
-    "Roles",
+    "TokenSpans",
     "Site",
     "Strategy",
     "UserError",
@@ -47,7 +47,7 @@ _HOMES = {
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),
     "manyheads.heads": ("HeadTable",),
-    "manyheads.lens": ("Roles",),
+    "manyheads.lens": ("TokenSpans",),
     "manyheads.integrations": ("use",),
     "manyheads.inspect": ("watch",),
     "manyheads.strategy": ("Strategy", "parse"),

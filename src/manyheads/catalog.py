@@ -2,8 +2,9 @@
 """The catalogue of papers: what there is, what stands, and the strategy behind a slug.
 
 `papers.toml` says what a paper is; files say what stands. The slug names all four of them:
-``<category>/<slug>.py`` (the strategy), ``claims/<slug>.py`` (its claim), ``claims/<slug>.json`` (the claim's results)
-and, in a checkout, ``tests/<category>/test_<slug>.py``. Nothing here imports a strategy except `load`.
+``<category>/<slug>.py`` or ``<category>/<slug>/__init__.py`` (the strategy), ``claims/<slug>.py`` (its claim),
+``claims/<slug>.json`` (the claim's results) and, in a checkout, ``tests/<category>/test_<slug>.py``. Nothing here
+imports a strategy except `load`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def state_in(package: Path, category: str, slug: str) -> State:
     only, they are not installed. "strategy": no claim yet. "claim": a claim that has not been run. After that the
     verdict of the stored run.
     """
-    if not (package / category / f"{slug}.py").is_file():
+    if not _implemented(package, category, slug):
         return "planned"
     tests = package.parents[1] / "tests"
     in_checkout = tests.is_dir() and (package.parents[1] / "pyproject.toml").is_file()
@@ -103,6 +104,11 @@ def state_in(package: Path, category: str, slug: str) -> State:
 
     record = read(package / "claims" / f"{slug}.json")
     return record.verdict if record and record.verdict else "claim"
+
+
+def _implemented(package: Path, category: str, slug: str) -> bool:
+    """Whether there is a strategy: one file, or a folder whose ``__init__`` defines the main one."""
+    return any((package / category / name).is_file() for name in (f"{slug}.py", f"{slug}/__init__.py"))
 
 
 @cache
@@ -165,7 +171,7 @@ def load(slug: str) -> type[Strategy]:
         TypeError: the file does not define exactly one strategy.
     """
     paper = get(slug)
-    if not (PACKAGE / paper.category / f"{slug}.py").is_file():
+    if not _implemented(PACKAGE, paper.category, slug):
         standing = ", ".join(row.slug for row in _rows() if row.state != "planned") or "none yet"
         raise UserError(f"{slug} is in the catalogue but has no strategy yet; these stand: {standing}")
     from manyheads.strategy import Strategy

@@ -14,7 +14,7 @@ from manyheads.compare.results import ROWS, Results
 from manyheads.compare.stats import Estimate
 from manyheads.compare.train import run as train_run
 from manyheads.compare.train import tasks
-from manyheads.compare.train.arms import build, check_causal, default_strategies, make_arms, wake
+from manyheads.compare.train.arms import build, check_causal, default_strategies, make_arms, perturb_zero_params
 from manyheads.compare.train.budget import Size, as_tokens
 from manyheads.compare.train.data import Stream, split
 from manyheads.compare.train.summary import crossover, summarise
@@ -180,7 +180,7 @@ def test_an_honest_mixer_of_ones_own_is_not(texts):
     for strategy in (Honest(), *default_strategies()):
         arm = make_arms([strategy])[-1]
         model = build(arm, Size(dim=32, layers=4, heads=2).text, 120_000, 0, torch.device("cpu")).eval()
-        wake(model)
+        perturb_zero_params(model)
         check_causal(model, ids, arm.key)
 
 

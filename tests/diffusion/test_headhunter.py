@@ -194,11 +194,11 @@ def test_scores_of_a_search_as_a_table(tmp_path):
     found, scores = hunt(HeadHunter(), candidates, lambda s: sum(worth.get(h, 0.0) for h in s.heads), rounds=2, top=1)
     made = ranking(scores[:1], (2, 5), 3, about={"seed": 0})
     assert made.values.shape == (1, 2, 3) and made.layers == (2, 5) and made.names(made.top(1)) == found.heads[:1]
-    assert made.names(made.top(3)) == ("2.1", "5.0", "2.0") and made.names(made.top(1, least=True)) == ("5.2",)
+    assert made.names(made.top(3)) == ("2.1", "5.0", "2.0") and made.names(made.top(1, largest=False)) == ("5.2",)
     assert made.ranks().tolist() == [[3, 1, 4.5], [2, 4.5, 6]] and (made.interval()[1] == float("inf")).all()
-    again = HeadTable.read(json.loads(json.dumps(made.document())))
+    again = HeadTable.from_dict(json.loads(json.dumps(made.to_dict())))
     assert (again.values == made.values).all() and again.about == {"seed": 0}
-    assert made.picture(tmp_path / "heads.png").stat().st_size > 0
+    assert made.plot(tmp_path / "heads.png").stat().st_size > 0
     second = ranking(scores[1:], (2, 5), 3)  # what was chosen in the first round has no score in the second
     assert second.names(second.top(9)) == ("5.0", "2.0", "2.2", "5.1", "5.2")
     seeds = [{h: worth.get(h, 0.0) + 0.1 * seed * (1 + i) for i, h in enumerate(candidates)} for seed in (-1, 0, 1)]

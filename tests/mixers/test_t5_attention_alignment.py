@@ -11,8 +11,8 @@ from manyheads.attention.reference import causal_mask
 from manyheads.call import AttentionCall, Site
 from manyheads.integrations.transformers import find_sites
 from manyheads.mixers import _mixer
-from manyheads.mixers._peaks import keys_seen, peakedness
 from manyheads.mixers.t5_attention_alignment import AttentionAlignment, _solved, calibrate
+from manyheads.mixers.t5_attention_alignment.peaks import keys_seen, peakedness
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.strategy import AttentionWatch
 from oracles import models

@@ -97,13 +97,13 @@ def test_only_distances_count():
     want, state = mixer(x)
     empty = TNLState(DecayState(torch.zeros_like(state.decay.kv)), torch.full((2,), 1000))
     assert_close(mixer(x, state=empty)[0], want)
-    turned, calls = mixer._turned, []
+    turned, calls = mixer._rotate, []
 
     def only_q(y, at):
         calls.append(at)
         return turned(y, at if len(calls) % 2 else at * 0)
 
-    mixer._turned = only_q
+    mixer._rotate = only_q
     assert error(mixer(x, state=empty)[0], mixer(x)[0]) > 1e-3
 
 

@@ -3,10 +3,10 @@
 
 A :class:`Statistic` says what it wants of the weights ``A [B, H, T, S]`` of a call (after mask, cap and learned sinks,
 so rows may sum to less than 1); :func:`measure` makes the weights once for all of them. Whatever is linear in a row is
-an :class:`Expectation`: the mass on a role is that of its indicator, the mean position that of the column's number.
+an :class:`WeightedSum`: the mass on a role is that of its indicator, the mean position that of the column's number.
 
 On a GPU the statistics of this module come from :mod:`manyheads.kernels.probe`, which keeps not even a block of rows,
-where a call is plain: no bias, cap or learned sinks, and each query sees one stretch of the columns (causal, sliding
+where a call is plain: no bias, cap or learned sinks, and each query sees one range of the columns (causal, sliding
 windows, padding on either side). The blocks below are what those kernels are held against.
 
 Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. Query ``t`` stands at column ``S - T + t``.
@@ -23,8 +23,8 @@ from torch.nn.functional import pad
 from ..call import AttentionCall
 
 __all__ = [
-    "Band", "Columns", "Distance", "Entropy", "Expectation", "MeanLog", "Pooled", "Received", "Statistic", "measure",
-    "weights",
+    "Band", "ColumnSum", "Columns", "Distance", "Entropy", "MeanLogWeight", "Pooled", "Statistic", "WeightedSum",
+    "measure", "weights",
 ]  # fmt: skip
 
 _BLOCK = {"cpu": 2**20, "cuda": 2**26}  # weights held at once
@@ -58,7 +58,7 @@ class _Rows:
 
 
 @dataclass
-class Expectation(_Rows):
+class WeightedSum(_Rows):
     """Sum over s of ``A[t, s] features[s]``: ``[B, H, T, F]``.
 
     Attributes:
@@ -98,7 +98,7 @@ class Entropy(_Rows):
 class Distance(_Rows):
     """Sum over s of ``A[t, s] (t - s)``, in columns: ``[B, H, T]``.
 
-    An Expectation of the position has the rounding of the position itself; this one has that of the distance.
+    An WeightedSum of the position has the rounding of the position itself; this one has that of the distance.
     """
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
@@ -109,7 +109,7 @@ class Distance(_Rows):
 
 
 @dataclass
-class MeanLog(_Rows):
+class MeanLogWeight(_Rows):
     """Mean of ``log A[t, s]`` over the keys of a set that row t sees: ``[B, H, T, F]``, NaN where it sees none.
 
     The difference of two sets is that of their mean logits. By blocks, keys whose weight is 0 in float32 are not seen.
@@ -127,7 +127,7 @@ class MeanLog(_Rows):
 
 
 @dataclass
-class Received:
+class ColumnSum:
     """Sum over t of ``rows[t] A[t, s]``: ``[B, H, S, R]``.
 
     Attributes:

@@ -40,7 +40,7 @@ def learned_frequencies() -> "Strategy":
             super().__init__(config)
             self.factor = torch.nn.Parameter(torch.zeros(config.num_heads * config.head_dim // 2))  # its logarithm
 
-        def _turned(self, q: "Tensor", positions: "Tensor") -> "Tensor":
+        def _rotate(self, q: "Tensor", positions: "Tensor") -> "Tensor":
             planes = q.shape[-1] // 2
             base = 10_000.0 ** (-torch.arange(planes, device=q.device) / planes)
             turn = positions[:, None, :, None] * (base * self.factor.exp().view(-1, planes))[:, None]
@@ -49,10 +49,10 @@ def learned_frequencies() -> "Strategy":
             return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(q.dtype)
 
         def transform_q(self, q: "Tensor", positions: "Tensor", length: "Tensor") -> "Tensor":
-            return self._turned(q, positions)
+            return self._rotate(q, positions)
 
         def transform_k(self, k: "Tensor", positions: "Tensor", length: "Tensor") -> "Tensor":
-            return self._turned(k, positions)
+            return self._rotate(k, positions)
 
     class LearnedFrequencies(Mixer):
         def build(self, config: "MixerConfig") -> "nn.Module":

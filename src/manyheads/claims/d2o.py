@@ -96,7 +96,11 @@ def follow(
             tick(arm)
             with prefix.open(strategy) as cache:
                 held = cache.bytes() / len(ids)
-                yield arm, compare.feed(model, cache, ids[:, length:-1], ids.shape[1] - 1 - length, piece), held
+                yield (
+                    arm,
+                    compare.forward_chunked(model, cache, ids[:, length:-1], ids.shape[1] - 1 - length, piece),
+                    held,
+                )
 
 
 def _texts(tokenizer: Any, size: Scale, number: int, seed: int) -> "torch.Tensor":

@@ -120,7 +120,7 @@ def follow(
         for arm, strategy in here.items():
             tick()
             with prefix.open(strategy) as cache:
-                yield arm, compare.feed(model, cache, fed, keep)
+                yield arm, compare.forward_chunked(model, cache, fed, keep)
 
 
 def _repeating(contexts: "Contexts", ids: Any, number: int) -> Any:

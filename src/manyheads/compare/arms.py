@@ -17,13 +17,12 @@ from ..errors import UserError
 from ..integrations import use
 from ..integrations.transformers import new_cache
 from ..lens import Lens
-from ..strategy import Cache, Denoiser, Strategy, parse
+from ..strategy import Attention, Cache, Denoiser, Mixer, Strategy, parse
 
-__all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
+__all__ = ["BASELINE", "Arm", "Prefix", "forward_chunked", "make_arms"]
 
 BASELINE = "full"
 _LEAST_RECORD = 64  # queries that a dense prefill keeps for the strategies forked from it
-_ON_A_MODEL = ("edit", "attend", "watch", "patch", "store")
 _SLACK = 50  # a query of a chunk sees at most one slot in this many beyond the budget
 
 
@@ -73,7 +72,7 @@ class Arm:
         """Whether the strategy has to see all queries of a context in one forward."""
         return isinstance(self.strategy, Cache) and self.strategy.needs_queries
 
-    def stride(self, slots: int) -> int | None:
+    def chunk_size(self, slots: int) -> int | None:
         """Most tokens to feed at once so that each is seen as in decoding, None for any number.
 
         Exact for strategies that evict at the prefill only, that say so (``exact_chunks``), or that evict every m
@@ -105,13 +104,13 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
     arms = [Arm(parse(BASELINE), BASELINE)]
     for given in specs:
         strategy = parse(given)
-        if isinstance(strategy, Lens) and not strategy.acts:
+        if isinstance(strategy, Lens) and not strategy.edits_model:
             raise UserError(f"{strategy.slug} only looks: manyheads inspect --lens {strategy.slug}")
         if isinstance(strategy, Denoiser):
             raise UserError(
                 f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/diffusion.md)"
             )
-        if overrides(strategy, "mix") and not any(overrides(strategy, method) for method in _ON_A_MODEL):
+        if isinstance(strategy, Mixer) and not isinstance(strategy, Attention | Cache):
             raise UserError(f"{strategy.slug} is a token mixer, trained from scratch: compare it with --train")
         fields = {f.name: f for f in dataclasses.fields(strategy)}
         own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
@@ -193,9 +192,9 @@ class Prefix:
                 yield cache
 
 
-def feed(model: nn.Module, cache: Any, ids: Tensor, keep: int, stride: int | None = None) -> Tensor:
-    """Continue ``cache`` with ``ids [B, T]``, ``stride`` at a time: float32 logits ``[B, keep, V]`` of the last."""
-    size = stride or ids.shape[1]
+def forward_chunked(model: nn.Module, cache: Any, ids: Tensor, keep: int, chunk_size: int | None = None) -> Tensor:
+    """Continue ``cache`` with ``ids [B, T]``, ``chunk_size`` at a time: float32 logits ``[B, keep, V]`` of the last."""
+    size = chunk_size or ids.shape[1]
     outputs = []
     for start in range(0, ids.shape[1], size):
         piece = ids[:, start : start + size]

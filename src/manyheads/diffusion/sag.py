@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 from ..call import AttentionCall, Denoising, Layout, Site
-from ..calls.statistics import Received, measure
+from ..calls.statistics import ColumnSum, measure
 from ..errors import UserError
 from ..strategy import AttentionWatch, DenoiserPrediction
 from ._prediction import Prediction, pushed, some_rows
@@ -123,7 +123,7 @@ class SAG(AttentionWatch, DenoiserPrediction):
             at = now.layout.image(call.q.shape[2])
             call = call.replace(q=call.q[:, :, at], k=call.k[:, :, at], v=call.v[:, :, at], mask=None, bias=None)
         weight = torch.ones(1, call.q.shape[2], 1, device=call.q.device)
-        received = measure(call, [Received(weight)])[0][..., 0].mean(1)  # [B, N], mean 1
+        received = measure(call, [ColumnSum(weight)])[0][..., 0].mean(1)  # [B, N], mean 1
         now.board[_BOARD] = received
 
     def denoise(self, call: Denoising) -> Tensor:

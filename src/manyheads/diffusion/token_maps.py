@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ..call import AttentionCall, Diffusion, Layout, Site
 from ..calls.edits import heads_at
-from ..calls.statistics import Columns, Received, Statistic, measure, weights
+from ..calls.statistics import Columns, ColumnSum, Statistic, measure, weights
 from ..errors import UserError
 from ..strategy import AttentionWatch, Layers, Strategy
 from ._maps import Places, check_words, merged, scaled
@@ -126,7 +126,7 @@ class TokenMaps(AttentionWatch):
             start = image.stop if joint and not layout.text_first else 0
             wanted["words"] = Columns(torch.tensor(self.tokens, device=part.k.device) + start)
         if self.received and kind != "cross":
-            wanted["received"] = Received(torch.ones(1, length, 1, device=part.q.device))
+            wanted["received"] = ColumnSum(torch.ones(1, length, 1, device=part.q.device))
         found: dict[str, Tensor] = dict(zip(wanted, measure(part, list(wanted.values())), strict=True))
         if "received" in found:
             found["received"] = found["received"][:, :, image]

@@ -8,7 +8,7 @@ value of the first token, as if it attended to nothing else (``bos``), or be mul
     with manyheads.use(model, "ablate:heads=3.1+4.2"):
         model(**inputs)
 
-The control of an ablation is the same number of random heads of the same layers: `manyheads.heads.same_layers`.
+The control of an ablation is the same number of random heads of the same layers: `manyheads.heads.layer_matched_heads`.
 Shapes: outputs of heads ``[B, T, H, dv]``. Source: the common practice of the papers of this category; zeroing a head's
 output before the output projection is the same as zeroing its slice of that projection.
 """

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..attention.masks import MaskSpec, hide, masked_attention
+from ..attention.masks import MaskSpec, masked_attention, zero_padding
 from ..call import MixerConfig
 from ..errors import UserError
 
@@ -29,7 +29,7 @@ class State(Protocol):
     def nbytes(self) -> int: ...
 
 
-class Room:
+class KVBuffer:
     """Storage with places for tokens to come, shared by states: the one that ends where it is filled may add to it."""
 
     def __init__(self, k: Tensor, v: Tensor, positions: Tensor, more: int) -> None:
@@ -65,7 +65,7 @@ class KVState:
     positions: Tensor
     seen: Tensor
     padded: bool = False
-    _room: Room | None = None
+    _buffer: KVBuffer | None = None
 
     def reorder(self, rows: Tensor) -> "KVState":
         return KVState(self.k[rows], self.v[rows], self.positions[rows], self.seen[rows], self.padded)
@@ -78,12 +78,12 @@ class KVState:
         if k.requires_grad or self.k.requires_grad:
             parts = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), torch.cat([self.positions, positions], 1)
             return KVState(*parts, seen, padded)
-        room = self._room
-        if room is None or room.used != self.k.shape[2] or not room.add(k, v, positions):
-            room = Room(self.k, self.v, self.positions, more=k.shape[2])
-            room.add(k, v, positions)
-        end = room.used
-        return KVState(room.k[:, :, :end], room.v[:, :, :end], room.positions[:, :end], seen, padded, room)
+        buffer = self._buffer
+        if buffer is None or buffer.used != self.k.shape[2] or not buffer.add(k, v, positions):
+            buffer = KVBuffer(self.k, self.v, self.positions, more=k.shape[2])
+            buffer.add(k, v, positions)
+        end = buffer.used
+        return KVState(buffer.k[:, :, :end], buffer.v[:, :, :end], buffer.positions[:, :end], seen, padded, buffer)
 
     def last(self, count: int) -> "KVState":
         """The last ``count`` columns."""
@@ -153,7 +153,7 @@ class SoftmaxMixer(nn.Module):
         self, x: Tensor, *, mask: Tensor | None = None, state: KVState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, KVState]:
         batch, length = x.shape[:2]
-        x = hide(x, mask)
+        x = zero_padding(x, mask)
         at = positions_of(batch, length, x.device, mask, None if state is None else state.seen, cu_seqlens)
         seen = at.amax(1) + 1 if state is None else torch.maximum(at.amax(1) + 1, state.seen)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import rope
-from ..attention.masks import hide
+from ..attention.masks import zero_padding
 from ..attention.positions import rope_tables
 from ..attention.recurrence import DecayState, decay_attention, mlstm_gates
 from ..call import MixerConfig
@@ -112,8 +112,8 @@ class MLSTM(nn.Module):
         self.sizes = (heads * self.qk_dim, heads * self.qk_dim, wide)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.dim, size, bias=False) for size in self.sizes)
         self.gate = nn.Linear(config.dim, wide, bias=False)
-        self.i_gate = _started(nn.Linear(config.dim, heads), torch.full((heads,), -10.0))
-        self.f_gate = _started(nn.Linear(config.dim, heads), torch.linspace(3.0, 6.0, heads))
+        self.i_gate = gate_linear(nn.Linear(config.dim, heads), torch.full((heads,), -10.0))
+        self.f_gate = gate_linear(nn.Linear(config.dim, heads), torch.linspace(3.0, 6.0, heads))
         self.out_norm = nn.Parameter(torch.ones(wide))
         self.out_proj = nn.Linear(wide, config.dim, bias=False)
         self.conv = ShortConv(sum(self.sizes), strategy.conv) if strategy.conv else None
@@ -126,7 +126,7 @@ class MLSTM(nn.Module):
             self.weigh = nn.Parameter(torch.zeros(()))
         elif strategy.window:
             count = heads if strategy.mix_by == "token_head" else wide
-            self.weigh = _started(nn.Linear(config.dim, count), torch.zeros(count))
+            self.weigh = gate_linear(nn.Linear(config.dim, count), torch.zeros(count))
 
     @classmethod
     def from_transformers(cls, module: Any) -> "MLSTM":
@@ -156,7 +156,7 @@ class MLSTM(nn.Module):
     ) -> tuple[Tensor, MLSTMState]:  # fmt: skip
         """``x [B, T, dim] -> [B, T, dim]``, see :mod:`manyheads.mixers._mixer`."""
         if cu_seqlens is None:
-            return self._mixed(hide(x, mask), mask, state)
+            return self._mixed(zero_padding(x, mask), mask, state)
         lengths = cu_seqlens.diff()  # packed sequences are laid side by side as rows, padded on the right
         real = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
         rows = x.new_zeros(*real.shape, x.shape[2]).masked_scatter(real[..., None], x[0])
@@ -251,12 +251,12 @@ def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([y, -y], -1).softmax(-1)
 
 
-def _started(linear: nn.Linear, bias: Tensor) -> nn.Linear:
+def gate_linear(linear: nn.Linear, bias: Tensor) -> nn.Linear:
     """A gate: weights 0 and this bias, which the decoder leaves alone."""
     nn.init.zeros_(linear.weight)
     with torch.no_grad():
         linear.bias.copy_(bias)
-    linear.own_start = True  # type: ignore[assignment]
+    linear.skip_init = True  # type: ignore[assignment]
     return linear
 
 

@@ -79,7 +79,7 @@ class Attention(SoftmaxMixer):
         super().__init__(config)
         self.strategy = strategy
 
-    def _turned(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         theta: float | Tensor = self.strategy.theta
         if self.strategy.ntk:
             theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.config.length, self.strategy.ntk)
@@ -88,13 +88,13 @@ class Attention(SoftmaxMixer):
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         if self.strategy.form == "slack":
-            return (wide * self._turned(wide, positions, length)).to(q.dtype)
+            return (wide * self._rotate(wide, positions, length)).to(q.dtype)
         first, second = wide.chunk(2, -1)
         square = first * first + second * second
-        return self._turned(torch.cat([square, torch.zeros_like(square)], -1), positions, length).to(q.dtype)
+        return self._rotate(torch.cat([square, torch.zeros_like(square)], -1), positions, length).to(q.dtype)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         first, second = k.to(torch.promote_types(k.dtype, torch.float32)).chunk(2, -1)
         t = ((first + second) / 2).relu()
         other = t if self.strategy.form == "slack" else torch.zeros_like(t)
-        return self._turned(torch.cat([t, other], -1), positions, length).to(k.dtype)
+        return self._rotate(torch.cat([t, other], -1), positions, length).to(k.dtype)

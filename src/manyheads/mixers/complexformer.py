@@ -89,7 +89,7 @@ class Attention(SoftmaxMixer):
         if strategy.start == "normal":
             nn.init.normal_(self.delta, std=planes**-0.5)
 
-    def _turned(self, x: Tensor, delta: Tensor, b: Tensor | None, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, delta: Tensor, b: Tensor | None, positions: Tensor) -> Tensor:
         """``x [B, H, T, d]`` with its phases times ``delta [H, 1, d/2]`` plus ``b``, rotated to its positions."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.strategy.phase == "atan2":
@@ -110,10 +110,10 @@ class Attention(SoftmaxMixer):
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         heads = self.config.num_heads
         delta = repeat_kv(self._delta()[None], heads)[0]
-        return self._turned(q, delta, self.b.view(heads, 1, -1), positions)
+        return self._rotate(q, delta, self.b.view(heads, 1, -1), positions)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._turned(k, self._delta(), None, positions)
+        return self._rotate(k, self._delta(), None, positions)
 
 
 def _polar(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..attention import rope
 from ..attention.decay import lightning_attention, log_decay
-from ..attention.masks import hide
+from ..attention.masks import zero_padding
 from ..attention.positions import rope_tables
 from ..attention.recurrence import DecayState
 from ..call import AttentionCall, MixerConfig
@@ -127,7 +127,7 @@ class MiniMaxLightning(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, DecayState]:  # fmt: skip
         """``x [B, T, dim] -> [B, T, dim]``, see :mod:`manyheads.mixers._mixer`."""
-        x = hide(x, mask)
+        x = zero_padding(x, mask)
         heads = nn.functional.silu(self.qkv_proj(x)).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
         q, k, v = heads.chunk(3, -1)
         out, after = lightning_attention(q, k, v, self.decay, mask=mask, state=state, cu_seqlens=cu_seqlens)

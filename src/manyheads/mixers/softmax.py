@@ -67,7 +67,7 @@ class Attention(SoftmaxMixer):
         self.temperature: Callable[[Tensor], Tensor] | None = None
         self.buckets = nn.Embedding(32, config.num_heads) if strategy.position == "t5" else None
 
-    def _turned(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         if self.strategy.position != "rope":
             return x
         theta: float | Tensor = self.strategy.theta
@@ -75,7 +75,7 @@ class Attention(SoftmaxMixer):
             theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.config.length, self.strategy.ntk)
         return rope.rotate(x, rope_tables(positions, x.shape[-1], theta)).to(x.dtype)
 
-    def _cooled(self, x: Tensor, queries: Tensor) -> Tensor:
+    def _apply_temperature(self, x: Tensor, queries: Tensor) -> Tensor:
         """``x [B, H, T, ...]`` over the temperature of its rows at positions ``queries [B, T]``."""
         if self.temperature is None:
             return x
@@ -84,15 +84,15 @@ class Attention(SoftmaxMixer):
         return (x / tau.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._cooled(self._turned(q, positions, length), positions)
+        return self._apply_temperature(self._rotate(q, positions, length), positions)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._turned(k, positions, length)
+        return self._rotate(k, positions, length)
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         if self.strategy.position == "alibi":
-            return self._cooled(alibi_bias(queries, keys, self.config.num_heads), queries)
+            return self._apply_temperature(alibi_bias(queries, keys, self.config.num_heads), queries)
         if self.buckets is None:
             return None
         bias: Tensor = self.buckets(t5_buckets(keys[:, None] - queries[:, :, None]))
-        return self._cooled(bias.permute(0, 3, 1, 2), queries)
+        return self._apply_temperature(bias.permute(0, 3, 1, 2), queries)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.decay import Decay, lightning_attention, log_decay
-from ..attention.masks import hide
+from ..attention.masks import zero_padding
 from ..attention.recurrence import DecayState
 from ..call import MixerConfig
 from ..errors import UserError
@@ -122,7 +122,7 @@ class TNLMixer(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, TNLState]:  # fmt: skip
         """``x [B, T, dim] -> [B, T, dim]``, see :mod:`manyheads.mixers._mixer`."""
-        x = hide(x, mask)
+        x = zero_padding(x, mask)
         past = None if state is None else state.seen
         at = positions_of(x.shape[0], x.shape[1], x.device, mask, past, cu_seqlens)
         count = x.new_full(x.shape[:1], x.shape[1], dtype=torch.long) if mask is None else mask.sum(1)
@@ -133,14 +133,14 @@ class TNLMixer(nn.Module):
             split_heads(y, self.config.num_heads) for y in (silu(self.q_proj(x)), silu(self.k_proj(x)), self.v_proj(x))
         )
         if self.theta is not None:
-            q, k = self._turned(q, at), self._turned(k, at)
+            q, k = self._rotate(q, at), self._rotate(k, at)
         before = None if state is None else state.decay
         out, after = lightning_attention(q, k, v, self.decay, mask=mask, state=before, cu_seqlens=cu_seqlens)
         out = self.out_norm(out.transpose(1, 2).flatten(2))
         y: Tensor = self.out_proj(out if self.gate is None else out * self.gate(x))
         return y, TNLState(after, seen)
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """``[B, H, T, d] -> [B, H, T, 2 d]``: x cos and x sin of theta times the position."""
         assert self.theta is not None
         angles = self.theta.double() * positions[:, None, :, None]

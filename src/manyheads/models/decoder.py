@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..attention.masks import hide
+from ..attention.masks import zero_padding
 from ..call import MixerConfig
 from ..errors import UserError
 from ..strategy import Mixer, Strategy, parse
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         ``(8 L)^(-1/4)`` where they write to the stream, as in DeepNorm (arXiv 2203.00555).
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not hasattr(module, "own_start")):
+            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not hasattr(module, "skip_init")):
                 deep = name.endswith(("out_proj", "down"))
                 nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * self.config.layers) if deep else 1.0))
                 if isinstance(module, nn.Linear) and module.bias is not None:
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         post_norm = [block for block in self.blocks if getattr(block, "residual", None) is not None]
         for block in post_norm:
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear) and not hasattr(module, "own_start"):
+                if isinstance(module, nn.Linear) and not hasattr(module, "skip_init"):
                     deep = name.endswith(("out_proj", "down"))
                     nn.init.xavier_normal_(module.weight, (8 * self.config.layers) ** -0.25 if deep else 1.0)
 
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
             state: what an earlier call returned.
             cu_seqlens: ``[N + 1]`` bounds of N sequences packed in one row.
         """
-        x = hide(self.embed(ids), mask)
+        x = zero_padding(self.embed(ids), mask)
         after = []
         for i, block in enumerate(self.blocks):
             x, kept = block(x, None if state is None else state[i], mask=mask, cu_seqlens=cu_seqlens)

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...models.decoder import Decoder, DecoderConfig
 from ...strategy import Mixer, Strategy, parse
 
-__all__ = ["BASE", "Arm", "build", "check_causal", "default_strategies", "make_arms", "wake"]
+__all__ = ["BASE", "Arm", "build", "check_causal", "default_strategies", "make_arms", "perturb_zero_params"]
 
 BASE = "softmax"
 _WISHED = ("softmax:window=64", "tnl_lightning", "minimax_hybrid:every=4", "blalm_mlstm", "coca")
@@ -79,7 +79,7 @@ def check_causal(model: Decoder, ids: Tensor, name: str) -> None:
     model.train(training)
 
 
-def wake(model: nn.Module) -> None:
+def perturb_zero_params(model: nn.Module) -> None:
     """Give parameters that start at zero a value, so that a path they close cannot hide a leak."""
     with torch.no_grad():
         for parameter in model.parameters():

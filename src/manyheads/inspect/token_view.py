@@ -12,7 +12,7 @@ from .figures import Line, lines, markup, number, plain
 from .prompts import Prompt
 from .run import Inspection
 
-__all__ = ["ribbon", "word"]
+__all__ = ["token_view", "word"]
 
 _PROMPTS = 2  # whose tokens are in the page
 _LEVELS = 16  # colours of tokens on each side of 0
@@ -70,7 +70,7 @@ def _colour_levels(values: Any, ends: tuple[float, float]) -> list[int]:
     return [int(v) for v in np.round(part * _LEVELS)]
 
 
-def ribbon(seen: Inspection) -> tuple[dict[str, Any] | None, list[Any], list[Any]]:
+def token_view(seen: Inspection) -> tuple[dict[str, Any] | None, list[Any], list[Any]]:
     """The tokens of the first prompt in colour, and what the script needs to show others."""
     count = min(_PROMPTS, len(seen.prompts))
     named = list(_series(seen))

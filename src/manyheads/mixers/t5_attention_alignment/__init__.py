@@ -43,10 +43,10 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from ..call import AttentionCall, Site
-from ..errors import UserError
-from ..strategy import AttentionEdit, Strategy
-from ._peaks import Peak, Probe, keys_seen, peakedness, real, softmax_sites, variance
+from ...call import AttentionCall, Site
+from ...errors import UserError
+from ...strategy import AttentionEdit, Strategy
+from .peaks import LogitRecorder, Peak, keys_seen, peakedness, real, softmax_sites, variance
 
 __all__ = ["AttentionAlignment", "calibrate"]
 
@@ -259,11 +259,11 @@ def calibrate(
     start = AttentionAlignment(align="none", trained=trained, where=where, layers=layers)
 
     def read(strategy: AttentionAlignment, length: int) -> dict[int, tuple[Tensor, Tensor]]:
-        probe = Probe(inner=strategy, rows=rows)
+        recorder = LogitRecorder(inner=strategy, rows=rows)
         cut = {name: x[:, :length] for name, x in whole.items()}
-        with torch.no_grad(), probe.on(model) if port is None else port(model, probe):
+        with torch.no_grad(), recorder.on(model) if port is None else port(model, recorder):
             model(cut[""]) if "" in cut else model(**cut)
-        return dict(sorted(probe.found.items()))
+        return dict(sorted(recorder.found.items()))
 
     was = model.training
     model.eval()

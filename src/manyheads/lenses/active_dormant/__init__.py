@@ -12,7 +12,7 @@ of the block:
     drain  |v_0| / mean over s >= 1 of |v_s|               peak   |h_0| / mean over s >= 1 of |h_s|
     switch sink on one domain minus sink on another
 
-Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. Findings: tables ``sink``, ``gap``, ``drain``,
+Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. LensResult: tables ``sink``, ``gap``, ``drain``,
 ``peak``; ``learned`` (mass that a learned sink logit takes, gpt-oss) where there is one; ``sink of X`` for each domain
 and ``switch`` where domains are named. The series ``sink`` is the mean over all heads for each token.
 
@@ -22,8 +22,8 @@ a sliding window) count 0 for the sink and not at all for the gap. With ``gap=ls
 their exponentials, as in ``S[t, 0] - logsumexp S[t, s >= 1] + log n``. In cross-attention every row counts, and "the
 first token" is that of the source. The code's test by entropies of rows and columns is not here: the sink says it.
 
-The mitigations of the paper are to be trained with: ReLU in place of softmax (:mod:`manyheads.lenses._relu_attention`;
-look at such a model with ``attention=relu``, which gives no gap), and SGD in place of Adam.
+The mitigations of the paper are to be trained with: ReLU in place of softmax (:class:`ReLUAttention`; look at such a
+model with ``attention=relu``, which gives no gap), and SGD in place of Adam.
 """
 
 from collections.abc import Sequence
@@ -35,16 +35,16 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from ..attention.reference import repeat_kv
-from ..call import Site
-from ..calls.statistics import Expectation, MeanLog, Statistic
-from ..heads import HeadTable
-from ..lens import Findings, Lens, Memory, Series, Tally, View, table
-from ..strategy import Residual
-from ._extreme_notes import notes
-from ._relu_attention import relu_weights
+from ...attention.reference import repeat_kv
+from ...call import Site
+from ...calls.statistics import MeanLogWeight, Statistic, WeightedSum
+from ...heads import HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from ...strategy import Residual
+from .relu_attention import ReLUAttention, relu_weights
+from .report import notes
 
-__all__ = ["ActiveDormant", "Gap", "switch"]
+__all__ = ["ActiveDormant", "Gap", "ReLUAttention", "switch"]
 
 
 def _as_names(value: object) -> object:
@@ -79,8 +79,8 @@ class Gap:
 class _Ratio:
     """Quotient of two tallies."""
 
-    above: Tally
-    below: Tally
+    above: RunningMean
+    below: RunningMean
 
     def mean(self) -> Any:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -107,17 +107,17 @@ class ActiveDormant(Lens, Residual):
     attention: Literal["softmax", "relu"] = field(default="softmax", metadata={"help": "what makes the weights"})
     threshold: float = field(default=0.5, metadata={"help": "the notes call a head with a larger sink dormant"})
 
-    def ask(self, view: View) -> dict[str, Statistic]:
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         sink = view.columns(self.sink)
-        mass = Expectation(torch.stack([sink, view.keys], -1).float())  # on the sink, and in all
+        mass = WeightedSum(torch.stack([sink, view.keys], -1).float())  # on the sink, and in all
         if self.attention == "relu":
             with torch.no_grad():
                 mass.update(relu_weights(view.call), 0, view.call.q.shape[2])
             view.memory["mass"] = mass.result()
             return {}
-        return {"mass": mass, "gap": MeanLog(torch.stack([sink, ~sink], -1)) if self.gap == "mean" else Gap(sink)}
+        return {"mass": mass, "gap": MeanLogWeight(torch.stack([sink, ~sink], -1)) if self.gap == "mean" else Gap(sink)}
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory, length = view.memory, view.call.q.shape[2]
         columns = view.columns(self.sink)
         newest = columns if view.cross else columns[:, -length:]
@@ -127,7 +127,7 @@ class ActiveDormant(Lens, Residual):
             """Sum ``values [B, H, T]`` over ``rows [B, T] or [B, H, T]``."""
             rows = rows[:, None] if rows.ndim == 2 else rows
             total = values.float().masked_fill(~rows, 0.0).sum(-1)
-            memory.setdefault(name, Tally()).add(total, rows.sum(-1), fresh)
+            memory.setdefault(name, RunningMean()).add(total, rows.sum(-1), fresh)
 
         mass, everything = (memory.pop("mass") if self.attention == "relu" else found["mass"]).unbind(-1)
         add("sink", mass, counted)
@@ -138,7 +138,7 @@ class ActiveDormant(Lens, Residual):
             add("learned", 1 - everything, counted)
         for domain in self.domains:
             add(f"sink of {domain}", mass, counted & view.rows(domain))
-        memory.setdefault("series", Series()).add(mass.mean(1).masked_fill(~counted, torch.nan), view.fresh)
+        memory.setdefault("series", PerToken()).add(mass.mean(1).masked_fill(~counted, torch.nan), view.fresh)
         if view.cross and not view.fresh:
             return  # the source was counted before
         values = view.call.v if view.cross else view.call.v[:, :, -length:]
@@ -154,10 +154,10 @@ class ActiveDormant(Lens, Residual):
             sink, others, fresh = memory["now"]
             for name, rows in (("stream of sink", sink), ("stream of others", others)):
                 total = norms.masked_fill(~rows, 0.0).sum(1, keepdim=True)
-                memory.setdefault(name, Tally()).add(total, rows.sum(1, keepdim=True), fresh)
+                memory.setdefault(name, RunningMean()).add(total, rows.sum(1, keepdim=True), fresh)
         return hidden
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         about = {"lens": self.spec, "kinds": [site.kind for site, _ in sites]}
 
         def ratio(name: str, of: str) -> HeadTable:
@@ -165,7 +165,7 @@ class ActiveDormant(Lens, Residual):
             pairs = [(s, {of: _Ratio(m[f"{of} of sink"], m[f"{of} of others"])}) for s, m in kept]
             return table(name, pairs, of, **about)
 
-        made = Findings()
+        made = LensResult()
         made.tables["sink"] = table("attention on the first token", sites, "sink", **about)
         if all("gap" in memory for _, memory in sites):
             made.tables["gap"] = table("logit of the first token above the others, nats", sites, "gap", **about)

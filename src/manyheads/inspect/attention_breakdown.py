@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..call import Site
 from ..calls.statistics import Entropy, Pooled, Statistic
-from ..lens import Findings, Lens, Memory, Tally, View, table
+from ..lens import AttentionView, Lens, LensResult, Memory, RunningMean, table
 from ..strategy import Residual
 
-__all__ = ["FAR", "FIRST", "NEAR", "Anatomy", "Body", "Parts"]
+__all__ = ["FAR", "FIRST", "NEAR", "AttentionBreakdown", "HeadOutputNorm", "Parts"]
 
 FIRST, SELF, PREVIOUS, NEAR, FAR = "first token", "itself", "previous token", "2 to 16 back", "farther"
 _REACH = 17  # distances that are near: 0 to 16
@@ -50,7 +50,7 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anatomy(Lens):
+class AttentionBreakdown(Lens):
     """Share of the mass by part, entropy, and pooled maps.
 
     Attributes:
@@ -66,7 +66,7 @@ class Anatomy(Lens):
         """Names of the parts, in the order of :class:`Parts`."""
         return (FIRST, *self.roles, SELF, PREVIOUS, NEAR, FAR)
 
-    def ask(self, view: View) -> dict[str, Statistic]:
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         taken = view.first()
         columns = [taken]
         for role in self.roles:
@@ -76,17 +76,17 @@ class Anatomy(Lens):
         asked: dict[str, Statistic] = {"parts": Parts(torch.stack(columns, -1).float()), "entropy": Entropy()}
         return asked | ({"map": Pooled(self.size)} if self.size else {})
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         rows = view.rows("response") if view.roles.spans else view.valid
         place = view.valid.long().cumsum(1)  # tokens of the row so far
         rows = (rows & (place > 1))[:, None]  # the first token attends to itself: no choice, no row
         count = rows.sum(-1)
         mass = (found["parts"] * rows[..., None]).sum(2)
         for i, name in enumerate(self.parts):
-            view.memory.setdefault(name, Tally()).add(mass[..., i], count, view.fresh)
+            view.memory.setdefault(name, RunningMean()).add(mass[..., i], count, view.fresh)
         even = place.clamp(min=2)[:, None].log()
         entropy = ((found["entropy"] / even) * rows).sum(-1)
-        view.memory.setdefault("entropy", Tally()).add(entropy, count, view.fresh)
+        view.memory.setdefault("entropy", RunningMean()).add(entropy, count, view.fresh)
         if "map" in found:
             self._add_map(view.memory, found["map"].sum(0).cpu(), len(found["map"]))
 
@@ -97,7 +97,7 @@ class Anatomy(Lens):
         if total.shape == pooled.shape:
             memory["map"] = (total + pooled, n + count)
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         tables = {name: table(f"mass on {name}", sites, name) for name in self.parts}
         tables["entropy"] = table("entropy of the weights, 1 where they are even", sites, "entropy")
         maps = {
@@ -106,14 +106,14 @@ class Anatomy(Lens):
             if "map" in memory
             for head in range(memory["map"][0].shape[0])
         }
-        return Findings(tables=tables, maps=maps)
+        return LensResult(tables=tables, maps=maps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Body(Lens, Residual):
+class HeadOutputNorm(Lens, Residual):
     """How much each head adds to the residual stream, and whether NaN or infinity is among the numbers."""
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory, valid = view.memory, view.valid
         out = view.out.float() * valid[..., None, None]
         weight = None if view.call.site.output is None else view.call.site.output()
@@ -123,7 +123,9 @@ class Body(Lens, Residual):
             written = torch.einsum("bthv,hvw,bthw->bth", out, gram, out).clamp(min=0).sqrt()
         else:
             written = out.norm(dim=-1)
-        memory.setdefault("written", Tally()).add(written.nan_to_num(0, 0, 0).sum(1), valid.sum(1)[:, None], view.fresh)
+        memory.setdefault("written", RunningMean()).add(
+            written.nan_to_num(0, 0, 0).sum(1), valid.sum(1)[:, None], view.fresh
+        )
         bad = (~torch.isfinite(view.out)).flatten(2).any(-1) & valid
         memory["outputs"] = memory.get("outputs", 0) + int(bad.sum())
 
@@ -131,7 +133,7 @@ class Body(Lens, Residual):
         memory["hidden"] = memory.get("hidden", 0) + int((~torch.isfinite(hidden.detach())).any(-1).sum())
         return hidden
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         bad = [{"site": site.name, "outputs": m["outputs"], "hidden": m.get("hidden", 0)} for site, m in sites]
         tables = {"written": table("norm of what a head adds to the stream", sites, "written")}
-        return Findings(tables=tables, records={"tokens with NaN or infinity": bad})
+        return LensResult(tables=tables, records={"tokens with NaN or infinity": bad})

@@ -26,10 +26,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..call import AttentionCall, Site
-from ..calls.edits import append_kv
-from ..errors import UserError
-from ..strategy import AttentionEdit
+from ...call import AttentionCall, Site
+from ...calls.edits import append_kv
+from ...errors import UserError
+from ...strategy import AttentionEdit
 
 __all__ = ["KVBias"]
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..call import AttentionCall
-from ..calls.edits import scale_heads
-from ..errors import UserError
-from ..strategy import AttentionPatch
+from ...call import AttentionCall
+from ...calls.edits import scale_heads
+from ...errors import UserError
+from ...strategy import AttentionPatch
 
 __all__ = ["HeadDropout", "tune_step"]
 

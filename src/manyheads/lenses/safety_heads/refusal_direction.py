@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ...errors import UserError
 
 __all__ = ["Direction", "Prompts", "difference_of_means", "erased", "find_direction", "log_odds", "steered"]
 

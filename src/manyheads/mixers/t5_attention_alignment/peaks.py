@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attention import reference
-from ..call import AttentionCall, Site
-from ..strategy import AttentionEdit
-from ._mixer import SoftmaxMixer, positions_of, split_heads
+from ...attention import reference
+from ...call import AttentionCall, Site
+from ...strategy import AttentionEdit
+from .._mixer import SoftmaxMixer, positions_of, split_heads
 
-__all__ = ["Peak", "Probe", "keys_seen", "peakedness", "real", "softmax_sites", "variance"]
+__all__ = ["Peak", "LogitRecorder", "keys_seen", "peakedness", "real", "softmax_sites", "variance"]
 
 Peak = Literal["entropy", "pmax"]
 
@@ -50,7 +50,7 @@ def softmax_sites(model: nn.Module) -> Sequence[tuple[Site, SoftmaxMixer]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(AttentionEdit):
+class LogitRecorder(AttentionEdit):
     """While ``inner`` acts, keeps of ``rows`` rows of every site their logits as they were and the keys they see.
 
     Attributes:

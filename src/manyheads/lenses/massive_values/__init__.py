@@ -16,7 +16,7 @@ channels of each head of Q, and those of K, become one number per head, their me
 
 Tables: ``peak`` is ``max_j M_j / mean_j M_j``; ``massive`` counts the channels above lambda times the mean;
 ``agreement`` of a layer is the share of its heads whose largest pair is that of most heads (with two heads at least a
-half). ``peak q before`` is the same before rotary positions: what it lacks, they made. Findings.channels hold ``M``
+half). ``peak q before`` is the same before rotary positions: what it lacks, they made. LensResult.channels hold ``M``
 over the square root of the number of tokens ``[L, H, d]``, and of rotary pairs ``sqrt(M_i^2 + M_{i+d/2}^2)``
 ``[L, H, P]`` with the fastest pair first, in the order of the model's own rotary tables. Values are paired alike, so
 that their agreement has the same chance level. Where the port knows no pairs (learned positions, interleaved
@@ -42,13 +42,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention.rope import angle_step, unrotate
-from ..call import AttentionCall, Site
-from ..calls.edits import replace_channels
-from ..errors import UserError
-from ..heads import HeadTable
-from ..lens import Findings, Lens, Memory, Tally, View
-from ..strategy import AttentionEdit
+from ...attention.rope import angle_step, unrotate
+from ...call import AttentionCall, Site
+from ...calls.edits import replace_channels
+from ...errors import UserError
+from ...heads import HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean
+from ...strategy import AttentionEdit
 
 __all__ = ["MassiveValues"]
 
@@ -81,11 +81,11 @@ class MassiveValues(Lens, AttentionEdit):
     seed: int = field(default=0, metadata={"help": "of damage=random"})
 
     @property
-    def acts(self) -> bool:
+    def edits_model(self) -> bool:
         return self.damage != "none"
 
     def edit(self, call: AttentionCall) -> AttentionCall:
-        if not (self.acts and self.channels) or call.site.kind == "cross" or call.q.shape[2] == 1:
+        if not (self.edits_model and self.channels) or call.site.kind == "cross" or call.q.shape[2] == 1:
             return call
         if call.cache is not None and self.affect_cache:
             raise UserError(
@@ -140,10 +140,10 @@ class MassiveValues(Lens, AttentionEdit):
         return each if self.by == "means" else each.mean(-1, keepdim=True)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        if not self.acts:
+        if not self.edits_model:
             super().watch(call, out)
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         call, length = view.call, view.call.q.shape[2]
         new = slice(call.k.shape[2] - length, None)
         told = {"q": (call.q, view.valid)}
@@ -158,10 +158,10 @@ class MassiveValues(Lens, AttentionEdit):
         for name, (x, valid) in told.items():
             square = x.to(torch.promote_types(x.dtype, torch.float32)).square()
             total = square.masked_fill(~valid[:, None, :, None], 0).sum(2)
-            view.memory.setdefault(name, Tally()).add(total, valid.sum(1)[:, None, None], view.fresh)
+            view.memory.setdefault(name, RunningMean()).add(total, valid.sum(1)[:, None, None], view.fresh)
 
     @staticmethod
-    def _pace(view: View) -> None:
+    def _pace(view: AttentionView) -> None:
         """Keep how far each rotary pair turns from token to token, as the longest prompt shows it."""
         rotary, length = view.call.rotary, view.call.q.shape[2]
         if rotary is None or length <= view.memory.get("longest", 1):
@@ -172,8 +172,8 @@ class MassiveValues(Lens, AttentionEdit):
         cos, sin = (x.expand(len(view.valid), -1, -1)[row] for x in rotary)
         view.memory |= {"longest": length, "pace": angle_step((cos, sin), places)[0].abs()}
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
-        found = Findings()
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
+        found = LensResult()
         for name in ("q", "k", "v", "q before", "k before"):
             here = [(site, memory) for site, memory in sites if name in memory]
             if not here:
@@ -250,7 +250,7 @@ def _table(name: str, sites: Sequence[Site], rows: Sequence[Any], spec: str) -> 
     return HeadTable(name, tuple(site.name for site in sites), values, {"lens": spec}, layers)
 
 
-def _notes(found: Findings, threshold: float) -> list[str]:
+def _notes(found: LensResult, threshold: float) -> list[str]:
     """What stands out, in words."""
     notes = []
     for name in "qkv":

@@ -14,9 +14,10 @@ id is known to us). With ``A`` the weights, ``T`` tokens and ``R`` the tokens of
 
 As in GRPO, after the rollout and before the update:
 
-    with torch.no_grad(), manyheads.watch(model, "reasoning_rhythm:middle=5", roles=Roles({"response": spans})) as seen:
+    roles = TokenSpans({"response": spans})
+    with torch.no_grad(), manyheads.watch(model, "reasoning_rhythm:middle=5", roles=roles) as seen:
         model(**batch)
-    gamma = torch.stack([torch.from_numpy(row) for row in seen.findings().series["gamma"]])  # [B, T]
+    gamma = torch.stack([torch.from_numpy(row) for row in seen.compute().series["gamma"]])  # [B, T]
     advantages = weigh(advantages, gamma)
 
 What a head puts on the first token counts as a long span, so sinks fill the global set; the span without it stands
@@ -37,12 +38,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..call import Site
-from ..calls.statistics import Band, Distance, Expectation, Statistic
-from ..errors import UserError
-from ..heads import Head, HeadTable
-from ..lens import Findings, Lens, Memory, Series, Tally, View, table
-from ._reasoning_rhythm_credit import By, credit, peaks, weigh
+from ...call import Site
+from ...calls.statistics import Band, Distance, Statistic, WeightedSum
+from ...errors import UserError
+from ...heads import Head, HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from .credit_assignment import By, credit, peaks, weigh
 
 __all__ = ["ReasoningRhythm", "credit", "middle_layers", "peaks", "weigh"]
 
@@ -89,17 +90,17 @@ class ReasoningRhythm(Lens):
             and (self.middle < 1 or site.layer in middle_layers(site.peers, self.middle))
         )
 
-    def ask(self, view: View) -> dict[str, Statistic]:
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         device = view.call.q.device
         near = self.window - torch.arange(self.window, device=device, dtype=torch.float32)
         far = (torch.arange(self.farthest + 1, device=device) >= self.nearest).float()
         masks = torch.stack([torch.ones_like(view.keys), view.first()], -1)
         return {
-            "mass": Expectation(masks.float()), "distance": Distance(), "near": Band(near),
+            "mass": WeightedSum(masks.float()), "distance": Distance(), "near": Band(near),
             "far": Band(far, view.rows("response")),
         }  # fmt: skip
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory, fresh = view.memory, view.fresh
         (mass, on_first), distance = found["mass"].unbind(-1), found["distance"]
         length, size = view.call.q.shape[2], view.keys.shape[1]
@@ -110,12 +111,12 @@ class ReasoningRhythm(Lens):
         def total(x: Tensor) -> Tensor:
             return x.masked_fill(~response[:, None], 0).sum(-1)
 
-        memory.setdefault("span", Tally()).add(total(distance), response.sum(-1)[:, None], fresh)
-        memory.setdefault("beyond", Tally()).add(total(distance - of_first), total(mass - on_first), fresh)
-        memory.setdefault("first", Tally()).add(total(on_first), response.sum(-1)[:, None], fresh)
+        memory.setdefault("span", RunningMean()).add(total(distance), response.sum(-1)[:, None], fresh)
+        memory.setdefault("beyond", RunningMean()).add(total(distance - of_first), total(mass - on_first), fresh)
+        memory.setdefault("first", RunningMean()).add(total(on_first), response.sum(-1)[:, None], fresh)
         waad = (self.window * mass - found["near"][0]).masked_fill(~view.valid[:, None], torch.nan)
-        memory.setdefault("waad", Series()).add(waad.transpose(1, 2), fresh)
-        memory.setdefault("tokens", Series()).add(torch.stack([view.valid, response], -1).float(), fresh)
+        memory.setdefault("waad", PerToken()).add(waad.transpose(1, 2), fresh)
+        memory.setdefault("tokens", PerToken()).add(torch.stack([view.valid, response], -1).float(), fresh)
         parts, columns = memory.setdefault("received", []), found["far"][1]
         if fresh or not parts:
             parts.append(columns)
@@ -125,11 +126,11 @@ class ReasoningRhythm(Lens):
             held[..., int(view.key_positions[0]) :] += columns
             parts[-1] = held
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         span = table("head span, tokens", sites, "span", sinks=True)
         beyond = table("head span without the first token, tokens", sites, "beyond", sinks=False)
         first = table("weight on the first token", sites, "first")
-        made = Findings(tables={"span": span, "span_without_first": beyond, "first": first})
+        made = LensResult(tables={"span": span, "span_without_first": beyond, "first": first})
         chosen = span if self.sinks else beyond
         waad = [memory["waad"].rows() for _, memory in sites]
         received = [[row for part in memory["received"] for row in part.double().cpu().numpy()] for _, memory in sites]
@@ -158,9 +159,9 @@ class ReasoningRhythm(Lens):
         """The local and the global heads of scores ``[L, H]``."""
         spans = HeadTable("span", ("",) * len(scores), scores)
         count = max(1, round(self.head_share * int(np.isfinite(scores).sum())))
-        return spans.top(count, least=True), spans.top(count)
+        return spans.top(count, largest=False), spans.top(count)
 
-    def _notes(self, found: Findings) -> list[str]:
+    def _notes(self, found: LensResult) -> list[str]:
         span, beyond = found.tables["span"], found.tables["span_without_first"]
         if not np.isfinite(span.mean).any():
             return ["No token has the role response, so no head has a span."]

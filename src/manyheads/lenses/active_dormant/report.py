@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..heads import Head, HeadTable
+from ...heads import Head, HeadTable
 
 __all__ = ["notes"]
 

@@ -19,7 +19,7 @@ two styles, true and false statements), :func:`find_direction` finds and saves o
     find_direction(model, first, second, answers=[token], check=(more, others)).save("refusal.safetensors")
     with manyheads.watch(model, "safety_heads:direction=refusal.safetensors") as seen:
         model(**prompts)
-    table = seen.findings().tables["score"]
+    table = seen.compute().tables["score"]
     with manyheads.use(model, "ablate:heads=" + "+".join(table.names(table.top(8)))):
         model.generate(**prompts)
 
@@ -40,13 +40,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..call import Site
-from ..errors import UserError
-from ..heads import HeadTable
-from ..lens import Findings, Lens, Memory, Series, Tally, View, table
-from ._ablate_rows import AblateRows
-from ._direction import Direction, difference_of_means, erased, find_direction, steered
-from ._head_dropout import HeadDropout, tune_step
+from ...call import Site
+from ...errors import UserError
+from ...heads import HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from .ablate_rows import AblateRows
+from .ahd import HeadDropout, tune_step
+from .refusal_direction import Direction, difference_of_means, erased, find_direction, steered
 
 __all__ = [
     "AblateRows", "Direction", "HeadDropout", "SafetyHeads", "difference_of_means", "erased", "find_direction",
@@ -75,19 +75,19 @@ class SafetyHeads(Lens):
         beside = site.kind == "self" and not site.causal and bool(site.peers)
         return super().selects(site) and not beside
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         along = torch.einsum("bthd,hd->bth", view.out.float(), self._back(view))
         total = along.sum(-1).masked_fill(~view.valid, torch.nan)
-        view.memory.setdefault("written", Series()).add(total, view.fresh)
+        view.memory.setdefault("written", PerToken()).add(total, view.fresh)
         if view.fresh:
             length = along.shape[1]
             last = length - 1 - view.valid.flip(1).long().argmax(1)
             signed = along[torch.arange(len(along), device=along.device), last]
             there = view.valid.any(1, keepdim=True)
             for key, score in (("score", signed.abs()), ("signed", signed)):
-                view.memory.setdefault(key, Tally()).add(score, there, fresh=True)
+                view.memory.setdefault(key, RunningMean()).add(score, there, fresh=True)
 
-    def _back(self, view: View) -> Tensor:
+    def _back(self, view: AttentionView) -> Tensor:
         """The unit direction through ``W_O^T``: float32 ``[H, dv]``."""
         if "direction" not in view.memory:
             if not self.direction:
@@ -105,9 +105,9 @@ class SafetyHeads(Lens):
         back: Tensor = (vector / vector.norm()).to(weight) @ weight
         return back.view(heads, width)
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         if not sites:
-            return Findings()
+            return LensResult()
         direction = sites[0][1]["direction"]
         about = {"direction": self.direction, "layer": direction.layer, "position": direction.position}
         score = table("written along the direction at the last token, magnitude", sites, "score", **about)
@@ -122,7 +122,7 @@ class SafetyHeads(Lens):
         written = [
             np.sum(rows, 0) for rows in zip(*(memory["written"].rows() for _, memory in sites), strict=True)
         ]  # fmt: skip
-        return Findings(
+        return LensResult(
             tables={"score": score, "signed": signed, "frequency": often},
             series={"written": written},
             notes=_notes(score, often, prompts, known, top),

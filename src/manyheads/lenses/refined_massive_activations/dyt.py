@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ...errors import UserError
 
 __all__ = ["DyT", "ScaledEmbedding", "with_dyt"]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from ..attention.reference import logits, repeat_kv
-from ..call import AttentionCall
-from ..errors import UserError
-from ..strategy import AttentionCompute
+from ...attention.reference import logits, repeat_kv
+from ...call import AttentionCall
+from ...errors import UserError
+from ...strategy import AttentionCompute
 
 __all__ = ["ReLUAttention", "relu_weights"]
 

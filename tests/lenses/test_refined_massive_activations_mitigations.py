@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 import manyheads
-from manyheads.calls.statistics import Columns, Expectation, measure
+from manyheads.calls.statistics import Columns, WeightedSum, measure
 from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
-from manyheads.lens import Findings, Lens
-from manyheads.lenses._dyt import DyT, ScaledEmbedding, with_dyt
-from manyheads.lenses._kv_bias import KVBias
-from manyheads.lenses._tvr import TargetVariance, blocks_of, divide_by_depth
+from manyheads.lens import Lens, LensResult
+from manyheads.lenses.refined_massive_activations.dyt import DyT, ScaledEmbedding, with_dyt
+from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
+from manyheads.lenses.refined_massive_activations.tvr import TargetVariance, blocks_of, divide_by_depth
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 
@@ -50,7 +50,7 @@ def test_kv_bias_is_one_more_column(name):
         want = weights[..., 1:] @ values + weights[..., :1] * v.repeat_interleave(groups, 0)[:, None]
         assert_close(out, want.transpose(1, 2), SAME)
         first = measure(
-            call, [Columns(torch.tensor([0])), Expectation(torch.ones(1, 20, 1) - torch.eye(20)[0, :, None])]
+            call, [Columns(torch.tensor([0])), WeightedSum(torch.ones(1, 20, 1) - torch.eye(20)[0, :, None])]
         )
         assert_close(first[0][..., 0], weights[..., 0])
         assert_close(first[1][..., 0], 1 - weights[..., 0])
@@ -104,14 +104,14 @@ def test_kv_bias_out_of_sight_is_plain_attention():
 class Sees(Lens):
     """The mass on the first token, and its place."""
 
-    def ask(self, view):
-        return {"first": Expectation(view.columns("bos")[..., None].float())}
+    def statistics(self, view):
+        return {"first": WeightedSum(view.columns("bos")[..., None].float())}
 
-    def tell(self, view, found):
+    def update(self, view, found):
         view.memory["first"] = (found["first"], view.key_positions, view.keys, view.valid)
 
-    def findings(self, sites):
-        return Findings()
+    def compute(self, sites):
+        return LensResult()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -241,7 +241,7 @@ def test_dyt_in_a_model(name, norms):
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
         with manyheads.watch(model, "refined_massive_activations") as seen:
             watched = model(**inputs).logits
-        assert torch.equal(watched, model(**inputs).logits) and seen.findings().notes
+        assert torch.equal(watched, model(**inputs).logits) and seen.compute().notes
 
 
 def test_dyt_refusals():

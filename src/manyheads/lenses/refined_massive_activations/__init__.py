@@ -13,13 +13,14 @@ block that has them, wherever they are found in the text at hand:
 
     with manyheads.watch(model, "refined_massive_activations") as seen:
         model(**inputs)
-    found = seen.findings()  # tables, spikes, the first affected layer
+    found = seen.compute()  # tables, spikes, the first affected layer
     with manyheads.use(model, RefinedMassiveActivations(intervene="mean", means=means(found), layers=(2,))):
         model(**inputs)
 
 The paper finds that zeroing destroys some models (Llama, Mistral) and hardly touches others (GPT-2, OPT), and that the
-means do as well as the values themselves everywhere. Its mitigations for pretraining stand beside this file: keys and
-values learned for each head (``_kv_bias``), target variance rescaling (``_tvr``), norms replaced by tanh (``_dyt``).
+means do as well as the values themselves everywhere. Its mitigations for pretraining are beside it: a key and a value
+learned for each head (:class:`KVBias`), target variance rescaling (:class:`TargetVariance`), and norms replaced by tanh
+(:func:`with_dyt`).
 
 Chosen where the paper is silent: means are kept for each block, channel, and starting or later tokens, over what was
 detected in calibration, and a detected entry without one stays as it is; padding neither counts nor is changed; tokens
@@ -42,15 +43,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..lens import Findings, Lens, Memory, Series, Tally, table
-from ..strategy import Residual
-from ._residual import Extremes, medians
+from ...errors import UserError
+from ...lens import Lens, LensResult, Memory, PerToken, RunningMean, table
+from ...strategy import Residual
+from .dyt import with_dyt
+from .extremes import Extremes, medians
+from .kv_bias import KVBias
+from .tvr import TargetVariance
 
 if TYPE_CHECKING:
-    from ..call import Site
+    from ...call import Site
 
-__all__ = ["RefinedMassiveActivations", "massive", "means", "name_tokens"]
+__all__ = [
+    "KVBias", "RefinedMassiveActivations", "TargetVariance", "massive", "means", "name_tokens", "with_dyt",
+]  # fmt: skip
 
 Means = dict[str, dict[str, dict[str, float]]]  # site -> start or other -> channel -> value
 
@@ -61,7 +67,7 @@ def massive(hidden: Tensor, valid: Tensor, median: Tensor, threshold: float = 10
     return (size > threshold) & (size >= ratio * median[:, None, None]) & valid[..., None]
 
 
-def means(found: Findings) -> Means:
+def means(found: LensResult) -> Means:
     """Mean of the massive entries of each channel, apart for starting and later tokens: what ``means`` takes.
 
     ``json.dump`` of it makes a file that the field ``means`` of a spec can name. Watch the calibration texts (the paper
@@ -78,7 +84,7 @@ def means(found: Findings) -> Means:
 
 
 def name_tokens(
-    found: Findings, rows: Sequence[Sequence[int]], decode: Callable[[list[int]], str]
+    found: LensResult, rows: Sequence[Sequence[int]], decode: Callable[[list[int]], str]
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the token of each spike into its record, and say which tokens have spikes, over prompts and blocks.
 
@@ -129,13 +135,13 @@ class RefinedMassiveActivations(Lens, Residual):
         """Refuse what cannot be meant."""
         if self.keep < 1:
             raise UserError(f"keep={self.keep}: at least 1 entry must be kept")
-        if self.acts and not self.layers:
+        if self.edits_model and not self.layers:
             raise UserError(f"intervene={self.intervene} needs layers=, the first affected one: watch the model first")
         if self.intervene == "mean" and not self.means:
             raise UserError("intervene=mean needs means=, a JSON file made from findings of calibration texts")
 
     @property
-    def acts(self) -> bool:
+    def edits_model(self) -> bool:
         return self.intervene != "none"
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
@@ -150,8 +156,8 @@ class RefinedMassiveActivations(Lens, Residual):
             prompts.append(Extremes(self.keep))
         prompts[-1].add(seen, valid, torch.arange(before, before + length, device=hidden.device), positions)
         norm = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).masked_fill(~valid, torch.nan)
-        memory.setdefault("norm", Series()).add(norm, before == 0)
-        if not self.acts:
+        memory.setdefault("norm", PerToken()).add(norm, before == 0)
+        if not self.edits_model:
             return hidden
         median = medians(seen, valid) if before == 0 else prompts[-1].median()
         hits = massive(seen, valid, median, self.threshold, self.ratio)
@@ -175,11 +181,11 @@ class RefinedMassiveActivations(Lens, Residual):
         found: Tensor = memory["means"]
         return found
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         seen = [(site, memory) for site, memory in sites if memory.get("prompts")]
         if not seen:
             raise UserError("no block was seen: the model did not run, or its attention stands in no list of blocks")
-        made, kept = Findings(), [(site, _figures(memory)) for site, memory in seen]
+        made, kept = LensResult(), [(site, _figures(memory)) for site, memory in seen]
         about = {"threshold": self.threshold, "ratio": self.ratio}
         for name in ("max", "median", "max / median", "first / others"):
             made.tables[name] = table(name, kept, name, **about)
@@ -191,7 +197,7 @@ class RefinedMassiveActivations(Lens, Residual):
         made.series[f"norm after {seen[at][0].name}"] = seen[at][1]["norm"].rows()
         made.notes = self._notes(made, affected, at)
         for site, memory in seen:
-            if self.acts:
+            if self.edits_model:
                 count, done = memory.get("detected", 0), memory.get("replaced", memory.get("detected", 0))
                 made.notes.append(f"{site.name}: {done} of {count} massive entries were set to {self.intervene}.")
         return made
@@ -215,7 +221,7 @@ class RefinedMassiveActivations(Lens, Residual):
             prompt += len(median)
         return made
 
-    def _notes(self, made: Findings, affected: Any, at: int) -> list[str]:
+    def _notes(self, made: LensResult, affected: Any, at: int) -> list[str]:
         """What a reader should know, from the figures."""
         tables, layers = made.tables, made.tables["max"].layers
         largest, times, first = (tables[name].mean[at, 0] for name in ("max", "max / median", "first / others"))
@@ -264,7 +270,7 @@ def _figures(memory: Memory) -> Memory:
         known = norms[np.isfinite(norms)]
         peaks.append(known[0] / known[1:].mean() if len(known) > 1 and known[1:].mean() > 0 else math.nan)
     made = {"max": largest, "median": median, "max / median": largest / median, "first / others": torch.tensor(peaks)}
-    tallies = {name: Tally() for name in made}
+    tallies = {name: RunningMean() for name in made}
     for name, values in made.items():
         tallies[name].add(values, torch.ones((), device=values.device), fresh=True)
     return tallies

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..call import AttentionCall, Site
-from ..calls.edits import heads_at, scale_heads
-from ..errors import UserError
-from ..strategy import AttentionPatch
+from ...call import AttentionCall, Site
+from ...calls.edits import heads_at, scale_heads
+from ...errors import UserError
+from ...strategy import AttentionPatch
 
 __all__ = ["AblateRows"]
 
