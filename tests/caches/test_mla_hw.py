@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from port.test_latent import LATENT, PRESENT, build
+from integrations.test_latent import LATENT, PRESENT, build
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads

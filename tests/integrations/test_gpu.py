@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from port.test_decoding import each, generated
+from integrations.test_decoding import each, generated
 
 import manyheads
 from manyheads import kernels, parse
