@@ -236,7 +236,7 @@ class Lens(Strategy):
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
         """Look at a call alone; :class:`Bundle` does it for several lenses at once."""
-        _look([(self, call.memory)], call, out, Roles(), call.memory.setdefault(_SHARED, {}))
+        _look([(self, call.state)], call, out, Roles(), call.state.setdefault(_SHARED, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +255,7 @@ class Bundle(Strategy):
         return any(lens.selects(site) for lens in self.lenses)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        memory = call.memory
+        memory = call.state
         chosen = [
             (lens, memory.setdefault(str(i), {})) for i, lens in enumerate(self.lenses) if lens.selects(call.site)
         ]

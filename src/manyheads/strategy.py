@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, Denoising, Diffusion, MixerShape, Site, Store
+    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerShape, Site, Store
 
 __all__ = ["Layers", "Strategy", "overrides", "parse", "split_outside"]
 
@@ -68,25 +68,27 @@ class Strategy:
         raise NotImplementedError
 
     def watch(self, call: "AttentionCall", out: "Tensor") -> None:
-        """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.memory``."""
+        """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.state``."""
         raise NotImplementedError
 
     def patch(self, call: "AttentionCall", out: "Tensor") -> "Tensor":
         """Change the per-head outputs ``[B, T, H, dv]``."""
         raise NotImplementedError
 
-    def residual(self, site: "Site", hidden: "Tensor", memory: dict[str, Any]) -> "Tensor":
-        """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``memory`` as in a call.
+    def residual(self, site: "Site", hidden: "Tensor", state: dict[str, Any]) -> "Tensor":
+        """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``state`` as in a call.
 
         A block with several sites asks once, after the last of them, for the first that is selected.
         """
         raise NotImplementedError
 
-    def reuse(self, site: "Site", now: "Diffusion", memory: dict[str, Any], compute: "Callable[[], Any]") -> Any:
+    def around_module(
+        self, site: "Site", step: "DiffusionStep", state: dict[str, Any], compute: "Callable[[], Any]"
+    ) -> Any:
         """What a denoiser's attention module returns: ``compute()``, or what it returned at an earlier step."""
         raise NotImplementedError
 
-    def denoise(self, call: "Denoising") -> "Tensor":
+    def denoise(self, call: "DenoiserCall") -> "Tensor":
         """Make a denoiser's prediction of one or more calls of it."""
         raise NotImplementedError
 

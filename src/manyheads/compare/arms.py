@@ -100,7 +100,7 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
         strategy = parse(given)
         if isinstance(strategy, Lens) and not strategy.acts:
             raise UserError(f"{strategy.slug} only looks: manyheads inspect --lens {strategy.slug}")
-        if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
+        if overrides(strategy, "around_module") or overrides(strategy, "denoise"):
             raise UserError(
                 f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/diffusion.md)"
             )

@@ -62,7 +62,7 @@ def _weight_of(layer: nn.Module, turned: bool) -> Callable[[], Tensor]:
 
 
 def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]]) -> Callable[[], None]:
-    """Give the outputs of blocks to the strategies that ask for them, in order; the returned function undoes it."""
+    """Give the outputs of blocks to the strategies that ask for them, in order; the returned function restores them."""
     at: dict[int, tuple[nn.Module, list[tuple[Site, Any]]]] = {}
     for site, _, entry in entries:
         if not overrides(entry.strategy, "residual"):
@@ -75,18 +75,18 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
             asking.append((site, entry))
     handles = [block.register_forward_hook(_hook(asking)) for block, asking in at.values()]
 
-    def undo() -> None:
+    def restore() -> None:
         for handle in handles:
             handle.remove()
 
-    return undo
+    return restore
 
 
 def _hook(asking: Sequence[tuple[Site, Any]]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = given = output[0] if isinstance(output, tuple) else output
         for site, entry in asking:
-            hidden = entry.strategy.residual(site, hidden, entry.memory)
+            hidden = entry.strategy.residual(site, hidden, entry.state)
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

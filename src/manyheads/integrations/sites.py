@@ -24,11 +24,11 @@ from ..errors import UserError
 from ..strategy import Strategy, overrides
 from .blocks import output_of
 from .cache import StoreLayer, install
-from .chain import Chain, Entry
 from .configs import EAGER, SDPA
+from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
 
-__all__ = ["Entry", "SiteState", "architectures", "find_sites", "is_eager"]
+__all__ = ["BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
 
 _STATE = "_manyheads"
 _DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
@@ -85,7 +85,7 @@ def is_eager(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == EAGER
 
 
-class SiteState(Chain):
+class SiteState(HookChain):
     """What the open ports of a model keep on one attention module."""
 
     def __init__(self, site: Site, module: nn.Module, eager: bool) -> None:
@@ -145,12 +145,12 @@ class SiteState(Chain):
             cache = cache.self_attention_cache
         if cache is None:
             return
-        keeper = self.keeper
-        if keeper is not None and self._ours(cache) is None:
-            install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
+        cache_strategy = self.cache_strategy
+        if cache_strategy is not None and self._ours(cache) is None:
+            install(cache, [(self.site, module)], cache_strategy.strategy.store, cache_strategy.strategy.slug)
         self.store = self._ours(cache)
-        if self.store is not None and keeper is not None and not keeper.stored:
-            keeper.stored = True
+        if self.store is not None and cache_strategy is not None and not cache_strategy.stored:
+            cache_strategy.stored = True
 
     def _ours(self, cache: Cache) -> Store | None:
         index = self.site.layer
@@ -162,9 +162,9 @@ class SiteState(Chain):
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
         original = call = self._read(module, q, k, v, mask, kwargs)
-        self.mark()
+        self.mark_called()
         if self.store is not None:
-            alone = not self.looks and not kwargs.get("output_attentions")  # the store may answer in its own way
+            alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
             answer = getattr(self.store, "attend", None) if alone else None
             if answer is not None and (answered := answer(call)) is not None:
                 self.store = self.rotary = None
