@@ -239,7 +239,7 @@ class Lens(AttentionWatch):
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
         """Look at a call alone; :class:`LensGroup` does it for several lenses at once."""
-        _look([(self, call.memory)], call, out, TokenSpans(), call.memory.setdefault(_SHARED, {}))
+        _look([(self, call.state)], call, out, TokenSpans(), call.state.setdefault(_SHARED, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,7 @@ class LensGroup(AttentionWatch, Residual):
         return any(lens.selects(site) for lens in self.lenses)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        memory = call.memory
+        memory = call.state
         chosen = [
             (lens, memory.setdefault(str(i), {})) for i, lens in enumerate(self.lenses) if lens.selects(call.site)
         ]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, Denoising, Diffusion, MixerConfig, Site, Store
+    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Site, Store
 
 __all__ = [
     "Attention",
@@ -120,7 +120,7 @@ class AttentionWatch(Attention):
 
     @abstractmethod
     def watch(self, call: "AttentionCall", out: "Tensor") -> None:
-        """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.memory``."""
+        """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.state``."""
 
 
 class AttentionPatch(Attention):
@@ -165,6 +165,11 @@ class Cache(Strategy, ABC):
         """How many of the last queries of a shared prefill the strategy needs."""
         return 0
 
+    @property
+    def lossless(self) -> bool:
+        """Whether a budget of 1.0 keeps every key and value as it is."""
+        return True
+
     def check(self, slots: int) -> None:
         """Raise UserError when ``slots`` per head are too few for this strategy; any number is enough by default."""
         del slots
@@ -178,8 +183,8 @@ class Residual(Strategy, ABC):
     """Acts on the residual stream."""
 
     @abstractmethod
-    def residual(self, site: "Site", hidden: "Tensor", memory: dict[str, Any]) -> "Tensor":
-        """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``memory`` as in a call.
+    def residual(self, site: "Site", hidden: "Tensor", state: dict[str, Any]) -> "Tensor":
+        """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``state`` as in a call.
 
         A block with several sites asks once, after the last of them, for the first that is selected.
         """
@@ -194,7 +199,7 @@ class DenoiserModule(Denoiser):
 
     @abstractmethod
     def around_module(
-        self, site: "Site", now: "Diffusion", memory: dict[str, Any], compute: "Callable[[], Any]"
+        self, site: "Site", step: "DiffusionStep", state: dict[str, Any], compute: "Callable[[], Any]"
     ) -> Any:
         """What a denoiser's attention module returns: ``compute()``, or what it returned at an earlier step."""
 
@@ -203,7 +208,7 @@ class DenoiserPrediction(Denoiser):
     """Makes the prediction of a denoiser (guidance)."""
 
     @abstractmethod
-    def denoise(self, call: "Denoising") -> "Tensor":
+    def denoise(self, call: "DenoiserCall") -> "Tensor":
         """Make a denoiser's prediction of one or more calls of it."""
 
 

@@ -116,14 +116,14 @@ def test_attention_reads_what_is_stored(spec):
             seen = call.k.shape[2]
             if seen == call.q.shape[2]:
                 positions = torch.arange(seen).expand(*call.k.shape[:2], -1)
-                call.memory["factors"] = policy.key_scale(
+                call.state["factors"] = policy.key_scale(
                     View(call.k, call.v, positions, torch.full((2,), seen), None, 1.0, None, None, call.site,
                          rotary=call.rotary)
                 )  # fmt: skip
                 return call
             old = seen - window - call.q.shape[2]  # tokens leave the window after they were looked at
             return call.replace(
-                k=read_back(call.k, policy.codec, call.memory["factors"], old),
+                k=read_back(call.k, policy.codec, call.state["factors"], old),
                 v=read_back(call.v, policy.codec, None, old),
             )
 

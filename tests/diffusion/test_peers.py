@@ -104,11 +104,11 @@ def test_a_layer_is_not_a_prefix():
 
     class Note(AttentionWatch):
         def watch(self, call, out):
-            call.memory["seen"] = True
+            call.state["seen"] = True
 
     model = tiny.build("dit", num_layers=12)
     note = Note(layers=(1,))
     with manyheads.use(model, note) as port:
         tiny.forward("dit", model)
-    assert [site for site, kept in port.memory(note).items() if kept] == [find_sites(model)[1][0].name]
+    assert [site for site, kept in port.state(note).items() if kept] == [find_sites(model)[1][0].name]
     assert "blocks.1." in find_sites(model)[1][0].name

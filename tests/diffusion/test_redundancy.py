@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
-from manyheads.diffusion.redundancy import Curve, Redundancy, picture, suggest
+from manyheads.diffusion.redundancy import Curve, Redundancy, plot, suggest
 from manyheads.errors import UserError
 from manyheads.models.scenes import build
 from oracles import pipelines
@@ -16,7 +16,7 @@ STEPS = 6
 CAPTIONS = torch.tensor([[1, 13, 17], [2, 14, 18]])
 
 
-def film():
+def video_pipeline():
     torch.manual_seed(0)
     pipe = build("moving", num_layers=2, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
     pipe.set_progress_bar_config(disable=True)
@@ -45,7 +45,7 @@ def by_hand(outputs, apart=1):
 
 
 def test_changes_are_those_of_the_outputs():
-    pipe, outputs, measure = film(), {}, Redundancy()
+    pipe, outputs, measure = video_pipeline(), {}, Redundancy()
     plain = run(pipe)
     with manyheads.use(pipe, measure) as port:
         assert torch.equal(run(pipe), plain)
@@ -67,7 +67,7 @@ def test_changes_are_those_of_the_outputs():
         assert not torch.allclose(seen[1:], other[curve.kind], rtol=1e-2)  # of two steps, the figures are others
         assert curve.timesteps == tuple(pipe.scheduler.timesteps[1:].tolist())
         assert min(curve.absolute) > 0
-    assert all("kept" not in memory for _, kept in port.kept(measure) for memory in kept.values())
+    assert all("kept" not in state for _, kept in port.kept(measure) for state in kept.values())
 
 
 def test_branches_are_compared_with_themselves():
@@ -87,7 +87,7 @@ def test_branches_are_compared_with_themselves():
 
 
 def test_every_run_counts_and_only_steps_of_one_run_are_compared():
-    pipe, measure = film(), Redundancy()
+    pipe, measure = video_pipeline(), Redundancy()
     with manyheads.use(pipe, measure) as port:
         run(pipe)
         once = measure.curves(port)
@@ -113,7 +113,7 @@ def test_suggestion_follows_its_rule(tmp_path):
     assert suggest([curve("temporal", *[0.0] * 5)]) == "pab:upper=950,lower=250,temporal=8"
     with pytest.raises(UserError, match="no range"):
         suggest([curve("spatial", 0.1, 9.0, 0.1, 9.0, 0.1)])
-    picture(curves, tmp_path / "curves.png")
+    plot(curves, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -122,7 +122,7 @@ def test_refusals():
 
     with pytest.raises(UserError, match="open the pipeline"), manyheads.use(tiny.tiny("dit"), "redundancy"):
         tiny.forward("dit", tiny.tiny("dit"))
-    pipe, measure = film(), Redundancy()
+    pipe, measure = video_pipeline(), Redundancy()
     with manyheads.use(pipe, measure) as port:
         pipe(CAPTIONS, num_inference_steps=1)
     with pytest.raises(UserError, match="two steps"):

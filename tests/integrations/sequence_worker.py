@@ -39,9 +39,9 @@ class Note(AttentionWatch):
     """The facts that a strategy is told at every call, and the shape of its queries."""
 
     def watch(self, call, out):
-        now = call.diffusion
-        fact = [call.site.kind, now.axis, now.layout.frames, now.layout.height, now.layout.width, *call.q.shape]
-        call.memory.setdefault("seen", []).append(fact)
+        step = call.diffusion
+        fact = [call.site.kind, step.axis, step.layout.frames, step.layout.height, step.layout.width, *call.q.shape]
+        call.state.setdefault("seen", []).append(fact)
 
 
 def build(frames: int = 6, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -91,9 +91,9 @@ def used(pipe: Any, *strategies: Any, **options: Any) -> tuple[Tensor, dict[str,
     pab, note = manyheads.parse(PAB), Note()
     with manyheads.use(pipe, *((pab,) if PAB in strategies else ()), note) as port:
         made = run(pipe, **options)
-    facts = {"note": {s: {b: m["seen"] for b, m in kept.items()} for s, kept in port.memory(note).items()}}
+    facts = {"note": {s: {b: m["seen"] for b, m in kept.items()} for s, kept in port.state(note).items()}}
     if PAB in strategies:
-        facts["pab"] = {s: {b: m["counts"] for b, m in kept.items()} for s, kept in port.memory(pab).items()}
+        facts["pab"] = {s: {b: m["counts"] for b, m in kept.items()} for s, kept in port.state(pab).items()}
     return made, facts
 
 
@@ -132,7 +132,7 @@ def shared(group: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     note = Note()
     with frame_parallel(model, group), manyheads.use(model, note) as port:
         forward(model, "confusing")
-    facts["axes"] = {site: kept["all"]["seen"][0][1] for site, kept in port.memory(note).items()}
+    facts["axes"] = {site: kept["all"]["seen"][0][1] for site, kept in port.state(note).items()}
     with frame_parallel(model, group):
         made["mask"] = forward(model, mask=True)
         made["frames_alone"] = forward(model, enable_temporal_attentions=False)

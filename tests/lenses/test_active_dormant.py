@@ -25,7 +25,7 @@ class Keep(manyheads.strategy.AttentionWatch):
     """Keep every call."""
 
     def watch(self, call, out):
-        call.memory["call"] = call
+        call.state["call"] = call
 
 
 def look(model, *given, roles=None, **inputs):
@@ -38,7 +38,7 @@ def alone(lens, *calls):
     """Findings of calls that come from no model."""
     memory = {}
     for call in calls:
-        call = call.replace(memory=memory)
+        call = call.replace(state=memory)
         lens.watch(call, call.attend())
     return lens.compute([(SITE, memory)])
 

@@ -22,7 +22,7 @@ class Take(manyheads.strategy.AttentionWatch):
     """Keeps every call and its output."""
 
     def watch(self, call, out):
-        call.memory.setdefault("calls", []).append((call, out))
+        call.state.setdefault("calls", []).append((call, out))
 
 
 def given(name):

@@ -25,7 +25,7 @@ class Watch(manyheads.strategy.AttentionWatch):
     """Keeps calls and outputs."""
 
     def watch(self, call, out):
-        call.memory.setdefault("seen", []).append((call, out))
+        call.state.setdefault("seen", []).append((call, out))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "bert", "deepseek_v3"])

@@ -30,7 +30,7 @@ NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")
 
 class Outs(manyheads.strategy.AttentionWatch):
     def watch(self, call, out):
-        call.memory["out"] = out
+        call.state["out"] = out
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def written(model, inputs):
     last = (mask * torch.arange(mask.shape[1])).argmax(1)
     vector = random_direction()
     for site, _ in find_sites(model):
-        out = port.memory(outs)[site.name]["out"]
+        out = port.state(outs)[site.name]["out"]
         z = out[torch.arange(len(out)), last]  # [B, H, dv]
         weight = site.output().unflatten(1, z.shape[1:])  # [D, H, dv]
         heads = torch.einsum("bhv,dhv->bhd", z, weight)
@@ -256,18 +256,18 @@ def test_dropout_of_heads():
     with manyheads.use(model, plain, strategy, outs) as port:
         torch.manual_seed(1)
         model(ids)
-        for name, memory in port.memory(outs).items():
-            ratio = memory["out"] / port.memory(plain)[name]["out"]
+        for name, memory in port.state(outs).items():
+            ratio = memory["out"] / port.state(plain)[name]["out"]
             heads = ratio.nan_to_num().amax((0, 1, 3))  # one draw for all rows, tokens and channels
             assert torch.allclose(ratio, heads[:, None].expand_as(ratio), atol=1e-4)
             assert set(heads.round().tolist()) <= {0.0, 2.0}
-    site = port.memory(outs)[find_sites(model)[0][0].name]["out"]
+    site = port.state(outs)[find_sites(model)[0][0].name]["out"]
     total, draws = torch.zeros_like(site), 400
     with manyheads.use(model, plain, strategy, outs) as port:
         for _ in range(draws):
             model(ids)
-            total += port.memory(outs)[find_sites(model)[0][0].name]["out"]
-        want = port.memory(plain)[find_sites(model)[0][0].name]["out"]
+            total += port.state(outs)[find_sites(model)[0][0].name]["out"]
+        want = port.state(plain)[find_sites(model)[0][0].name]["out"]
     assert error(total / draws, want) < 0.15  # 0.05 is expected
     for still, mode in ((HeadDropout(p=0.0), True), (strategy, False)):
         model.train(mode)

@@ -238,7 +238,7 @@ def test_layers_and_refusals(model):
     ids = tokens(1, 9)
     with manyheads.use(model, f"minimax_hybrid:layers={layers[0]}") as port:
         model(ids)
-    assert len(port.memory(port.strategies[0])) == 1
+    assert len(port.state(port.strategies[0])) == 1
     with pytest.raises(UserError, match="finds no attention"), manyheads.use(models.tiny("llama"), "minimax_hybrid"):
         pass
     with pytest.raises(UserError, match="never called"), manyheads.use(model, "minimax_hybrid"):

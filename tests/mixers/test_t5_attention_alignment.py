@@ -156,8 +156,8 @@ class Peaks(AttentionWatch):
         if (allowed := call.allowed()) is not None:
             x = x.masked_fill(~allowed, -torch.inf)
         p = (x if not call.site.causal else x[:, :, -8:]).softmax(-1)
-        call.memory["entropy"] = -(p * p.clamp(min=1e-30).log()).sum(-1).mean((0, 2))
-        call.memory["pmax"] = p.amax(-1).mean((0, 2))
+        call.state["entropy"] = -(p * p.clamp(min=1e-30).log()).sum(-1).mean((0, 2))
+        call.state["pmax"] = p.amax(-1).mean((0, 2))
 
 
 def peaks(model, given, strategy, kind, where):
@@ -165,7 +165,7 @@ def peaks(model, given, strategy, kind, where):
     watch = Peaks()
     with torch.no_grad(), use(model, strategy, watch) as port:
         model(**given)
-        kept = port.memory(watch)
+        kept = port.state(watch)
     return torch.stack([m[kind] for name, m in kept.items() if where in name])
 
 

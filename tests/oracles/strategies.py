@@ -17,8 +17,8 @@ class Watch(AttentionWatch):
     """Reads and counts."""
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        call.memory["calls"] = call.memory.get("calls", 0) + 1
-        call.memory["norm"] = out.norm()
+        call.state["calls"] = call.state.get("calls", 0) + 1
+        call.state["norm"] = out.norm()
 
 
 class NoEdit(AttentionEdit):
@@ -30,7 +30,7 @@ class CopyEdit(AttentionEdit):
     """The same call with other tensors in it."""
 
     def edit(self, call: AttentionCall) -> AttentionCall:
-        return call.replace(q=call.q.clone(), k=call.k.clone(), v=call.v.clone(), memory={})
+        return call.replace(q=call.q.clone(), k=call.k.clone(), v=call.v.clone(), state={})
 
 
 class NoPatch(AttentionPatch):

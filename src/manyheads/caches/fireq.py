@@ -85,6 +85,10 @@ class FireQ(Wrapper):
         codec(self.bits)
         super().__post_init__()
 
+    @property
+    def lossless(self) -> bool:
+        return False
+
     @functools.cached_property
     def inner(self) -> CachePolicy:
         """The base, which keeps at least the tokens that are not encoded yet."""

@@ -134,7 +134,7 @@ def _column_sums() -> "Strategy":
         def attend(self, call: "AttentionCall") -> "torch.Tensor":
             x = reference.logits(call.q, call.k, scale=call.scale, bias=call.bias, softcap=call.softcap)
             weights = reference.softmax(x, call.allowed(), call.sinks)
-            call.memory["scores"] = weights.sum(2)
+            call.state["scores"] = weights.sum(2)
             return (weights @ reference.repeat_kv(call.v, call.q.shape[1])).transpose(1, 2)
 
     return ColumnSums()

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..call import Diffusion, Site
+from ..call import DiffusionStep, Site
 from ..errors import UserError
 from ..strategy import DenoiserModule
 
@@ -61,27 +61,27 @@ class PAB(DenoiserModule):
                 f"pab: the range from {self.upper} down to {self.lower} is empty; lower must be below upper"
             )
 
-    def every(self, site: Site, now: Diffusion) -> int:
+    def every(self, site: Site, step: DiffusionStep) -> int:
         """How many steps apart a module of this kind is run."""
-        if now.axis == "text":  # a refiner of the prompt
+        if step.axis == "text":  # a refiner of the prompt
             return 1
         if site.kind == "cross":
             return self.cross
-        return self.temporal if now.axis == "time" else self.spatial
+        return self.temporal if step.axis == "time" else self.spatial
 
-    def around_module(self, site: Site, now: Diffusion, memory: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        if now.index is None:
+    def around_module(self, site: Site, step: DiffusionStep, state: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        if step.index is None:
             raise UserError("pab has to know the steps of the scheduler: open the pipeline, not its denoiser")
-        counts = memory.setdefault("counts", {"computed": 0, "reused": 0, "bytes": 0})
-        inside = self.lower < now.timestep < self.upper
-        kept = memory.pop("kept", None)
-        if inside and kept is not None and kept[0] == now.run and now.index % self.every(site, now) != 0:
-            memory["kept"] = kept
+        counts = state.setdefault("counts", {"computed": 0, "reused": 0, "bytes": 0})
+        inside = self.lower < step.timestep < self.upper
+        kept = state.pop("kept", None)
+        if inside and kept is not None and kept[0] == step.run and step.index % self.every(site, step) != 0:
+            state["kept"] = kept
             counts["reused"] += 1
             return kept[1]
         output = compute()
         counts["computed"] += 1
-        if inside and self.every(site, now) > 1:
-            memory["kept"] = (now.run, output)
+        if inside and self.every(site, step) > 1:
+            state["kept"] = (step.run, output)
             counts["bytes"] = max(counts["bytes"], _first(output).nbytes)
         return output

@@ -3,7 +3,7 @@
 
 Every attention module is run at every step, as without it, and its output is compared with that of the step before:
 the mean square of the change, and of the output itself. :meth:`Redundancy.curves` sums this up for attention within a
-frame, over time and to the text; :func:`suggest` reads a range and intervals for ``pab`` off it; :func:`picture` draws
+frame, over time and to the text; :func:`suggest` reads a range and intervals for ``pab`` off it; :func:`plot` draws
 it. This is the analysis that Pyramid Attention Broadcast (arXiv 2408.12588) rests on; no code of it was published.
 
     measure = manyheads.parse("redundancy")
@@ -25,11 +25,11 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from ..call import Diffusion, Site
+from ..call import DiffusionStep, Site
 from ..errors import UserError
 from ..strategy import DenoiserModule, Strategy
 
-__all__ = ["Curve", "Redundancy", "picture", "suggest"]
+__all__ = ["Curve", "Redundancy", "plot", "suggest"]
 
 Kind = Literal["spatial", "temporal", "cross"]
 KINDS: tuple[Kind, ...] = ("spatial", "temporal", "cross")
@@ -65,23 +65,23 @@ class Curve:
 class Redundancy(DenoiserModule):
     """Changes of attention outputs between neighbouring steps; nothing is changed."""
 
-    def around_module(self, site: Site, now: Diffusion, memory: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        if now.index is None:
+    def around_module(self, site: Site, step: DiffusionStep, state: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        if step.index is None:
             raise UserError("redundancy has to know the steps of the scheduler: open the pipeline, not its denoiser")
         output = compute()
-        kept = memory.pop("kept", None)
-        if now.axis == "text":  # a refiner of the prompt
+        kept = state.pop("kept", None)
+        if step.axis == "text":  # a refiner of the prompt
             return output
         tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        if kept is not None and kept[0] == now.run and kept[1] == now.index - 1 and kept[2].shape == tensor.shape:
-            kind = "cross" if site.kind == "cross" else "temporal" if now.axis == "time" else "spatial"
+        if kept is not None and kept[0] == step.run and kept[1] == step.index - 1 and kept[2].shape == tensor.shape:
+            kind = "cross" if site.kind == "cross" else "temporal" if step.axis == "time" else "spatial"
             change = (tensor.float() - kept[2].float()).pow(2).mean()
             size = tensor.float().pow(2).mean()
-            steps = memory.setdefault("steps", {})
-            steps[now.run, now.index] = kind, now.timestep, change, size
-        memory["kept"] = (now.run, now.index, tensor)
-        if now.total is not None and now.index == now.total - 1:
-            del memory["kept"]
+            steps = state.setdefault("steps", {})
+            steps[step.run, step.index] = kind, step.timestep, change, size
+        state["kept"] = (step.run, step.index, tensor)
+        if step.total is not None and step.index == step.total - 1:
+            del state["kept"]
         return output
 
     def curves(self, port: _Port) -> list[Curve]:
@@ -93,8 +93,8 @@ class Redundancy(DenoiserModule):
         found: dict[Kind, dict[int, list[tuple[float, float, float]]]] = {}
         sites: dict[Kind, set[int]] = {}
         for site, branches in port.kept(self):
-            for memory in branches.values():
-                for (_, index), (kind, timestep, change, size) in memory.get("steps", {}).items():
+            for state in branches.values():
+                for (_, index), (kind, timestep, change, size) in state.get("steps", {}).items():
                     row = float(timestep), float(change), float(size)
                     found.setdefault(kind, {}).setdefault(index, []).append(row)
                     sites.setdefault(kind, set()).add(site.index)
@@ -152,7 +152,7 @@ def suggest(curves: Sequence[Curve], drift: float = 0.15) -> str:
     return f"pab:{','.join(fields)}"
 
 
-def picture(curves: Sequence[Curve], path: Path | str) -> None:
+def plot(curves: Sequence[Curve], path: Path | str) -> None:
     """Draw the relative changes over the steps, on a logarithmic axis, to ``path`` (its ending says the format)."""
     from matplotlib.figure import Figure
 
@@ -161,7 +161,7 @@ def picture(curves: Sequence[Curve], path: Path | str) -> None:
     for curve, marker in zip(curves, "os^", strict=False):
         axis.semilogy(curve.timesteps, curve.relative, marker=marker, label=f"{curve.kind} ({curve.modules} modules)")
     axis.invert_xaxis()
-    axis.set_xlabel("timestep, from noise to picture")
+    axis.set_xlabel("timestep, from noise to image")
     axis.set_ylabel("relative change of attention outputs")
     axis.legend(frameon=False)
     figure.savefig(path)

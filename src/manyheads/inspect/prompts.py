@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..compare.corpus import Corpus
 from ..data.texts import Text
 from ..errors import UserError
 from ..lens import Span, TokenSpans
+from ..tasks.text._corpus import Corpus
 from .naming import Part
 
 __all__ = ["LENGTH", "SHORTEST", "Prompt", "chat", "draw", "read_chat"]

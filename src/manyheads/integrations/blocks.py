@@ -77,18 +77,18 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
             asking.append((site, entry, entry.strategy))
     handles = [block.register_forward_hook(_hook(asking)) for block, asking in at.values()]
 
-    def undo() -> None:
+    def restore() -> None:
         for handle in handles:
             handle.remove()
 
-    return undo
+    return restore
 
 
 def _hook(asking: Sequence[_Asking]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = given = output[0] if isinstance(output, tuple) else output
         for site, entry, strategy in asking:
-            hidden = strategy.residual(site, hidden, entry.memory)
+            hidden = strategy.residual(site, hidden, entry.state)
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -88,14 +88,14 @@ def frame_parallel(target: Any, group: dist.ProcessGroup | None = None) -> Itera
     if any(_STATE in module.__dict__ for _, module in find_sites(model)):
         raise UserError("open frame_parallel first and manyheads.use inside of it, so that strategies wrap exchanges")
     share = _Share(model, group)
-    undo = [replace_forward(block.attn1, share.over_time) for block in model.temporal_transformer_blocks]
-    undo.append(replace_forward(model, share.over_frames))
+    restorers = [replace_forward(block.attn1, share.over_time) for block in model.temporal_transformer_blocks]
+    restorers.append(replace_forward(model, share.over_frames))
     model.__dict__[_OPEN] = share
     try:
         yield share.traffic
     finally:
         del model.__dict__[_OPEN]
-        for back in reversed(undo):
+        for back in reversed(restorers):
             back()
 
 
@@ -193,8 +193,8 @@ class _Share:
         parts += [(block.attn1, places, "time") for block in self.model.temporal_transformer_blocks]
         for module, part, axis in parts:
             state = module.__dict__.get(_STATE)
-            if state is not None and state.now is not None:
-                state.now = replace(state.now, layout=part, axis=axis if layout.frames > 1 else "all")
+            if state is not None and state.step is not None:
+                state.step = replace(state.step, layout=part, axis=axis if layout.frames > 1 else "all")
 
     @contextmanager
     def _positioned(self, frames: int, mine: slice) -> Iterator[None]:

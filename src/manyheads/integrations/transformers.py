@@ -21,8 +21,8 @@ from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
 from .cache import ForkableStore, SlotCache, StoreLayer, install
-from .chain import Entry
 from .configs import switch_configs
+from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
 from .sites import SiteState, architectures, find_sites, is_eager
 
@@ -37,11 +37,11 @@ class Port:
     def __init__(self, model: nn.Module, strategies: tuple[Strategy, ...]) -> None:
         self.model = model
         self.strategies = strategies
-        self._entries: list[tuple[Site, nn.Module, Entry]] = []
-        self._undo: list[Callable[[], None]] = []
+        self._entries: list[tuple[Site, nn.Module, BoundStrategy]] = []
+        self._restorers: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
-        if self._undo:
+        if self._restorers:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
         sites = find_sites(self.model)
         linear = find_linear(self.model, len(sites))
@@ -55,21 +55,21 @@ class Port:
         chosen = self._choose(sites + linear)
         self._entries = []
         try:
-            self._undo.append(switch_configs(self.model))
+            self._restorers.append(switch_configs(self.model))
             for site, module in sites:
                 state = SiteState.attach(site, module, is_eager(module))
-                self._undo.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
-                entries = [Entry(self, s) for s, at in chosen if site.index in at]
-                self._undo.append(lambda s=state: s.remove(self))  # type: ignore[misc]
+                self._restorers.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
+                entries = [BoundStrategy(self, s) for s, at in chosen if site.index in at]
+                self._restorers.append(lambda s=state: s.remove(self))  # type: ignore[misc]
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
-            self._undo.append(watch_blocks(self.model, self._entries))
+            self._restorers.append(watch_blocks(self.model, self._entries))
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
                         raise UserError(f"{strategy.spec} computes no attention, all that can act at {site.name}")
-                    entry = Entry(self, strategy)
-                    self._undo.append(LinearState(site, module, entry, strategy).detach)
+                    entry = BoundStrategy(self, strategy)
+                    self._restorers.append(LinearState(site, module, entry, strategy).detach)
                     self._entries.append((site, module, entry))
         except BaseException:
             self._restore()
@@ -83,13 +83,13 @@ class Port:
         if kind is None:
             self._check_called()
 
-    def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
-        """What ``strategy`` kept in ``call.memory``, by site name; readable after closing too."""
-        return {site.name: memory for site, memory in self.kept(strategy)}
+    def state(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
+        """What ``strategy`` kept in ``call.state``, by site name; readable after closing too."""
+        return {site.name: state for site, state in self.kept(strategy)}
 
     def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
         """The same with the sites themselves, in the order of the model."""
-        return [(site, entry.memory) for site, _, entry in self._entries if entry.strategy is strategy]
+        return [(site, entry.state) for site, _, entry in self._entries if entry.strategy is strategy]
 
     def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:
         """Sites of each strategy; refuses empty selections and two claims on one site."""
@@ -121,8 +121,8 @@ class Port:
         return chosen
 
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        while self._restorers:
+            self._restorers.pop()()
 
     def _check_called(self) -> None:
         for site, _, entry in self._entries:

@@ -7,11 +7,9 @@ other.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 from ..experiment.task import Task
@@ -71,7 +69,5 @@ def parse(spec: str | Task) -> Task:
 
     name, values = split(spec)
     cls = load(name)
-    made: Any = fill(cls, name, values)
-    assert dataclasses.is_dataclass(made)
-    task: Task = made
+    task: Task = fill(cls, name, values)
     return task

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline of diffusers says while a port is open: the step, the branches, and how they are combined.
+"""The state of a pipeline of diffusers while a port is open: step, branches, and how predictions are combined.
 
-A classic pipeline says it by its scheduler, its call and the names of the contexts it runs its denoiser in; a modular
-one by its guiders, which make a batch for each prediction and are told every step.
+For a classic pipeline it is read from the scheduler, the arguments of its call and the names of the contexts it runs
+its denoiser in; for a modular one from its guiders, which make a batch for each prediction and get every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from diffusers.guiders.skip_layer_guidance import SkipLayerGuidance
 from diffusers.guiders.smoothed_energy_guidance import SmoothedEnergyGuidance
 from torch import Tensor, nn
 
-from ..call import Diffusion
+from ..call import DiffusionStep
 from ..errors import UserError
 from .layouts import arguments, branches_of, guidance_of, layout_of, step_of, timestep_of
 
-__all__ = ["Hearing", "Undo"]
+__all__ = ["PipelineObserver", "Restore"]
 
-Undo = Callable[[], None]
+Restore = Callable[[], None]
 
 # Guiders whose result is affine in their predictions, and the scale of each difference from the conditional one.
 _AFFINE = (
@@ -34,23 +34,23 @@ _SCALES = {
 }  # fmt: skip
 
 
-class Hearing:
-    """What is heard of one pipeline.
+class PipelineObserver:
+    """Reads the state of one pipeline.
 
     Attributes:
         pipe: the pipeline, or anything with its scheduler; None for a bare denoiser.
         guider: the guider that made the latest batches, None where none did.
         batches: those batches, one for each prediction of the step.
-        began: an object for the run at hand where no scheduler is known; a new run has another.
+        run_marker: an object for the run at hand where no scheduler is known; a new run has another.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.guider: Any = None
         self.batches: Sequence[Any] = ()
-        self.began: Any = None
+        self.run_marker: Any = None
         self._context: str | None = None
-        self._asked: dict[str, Any] = {}
+        self._call_arguments: dict[str, Any] = {}
         self._timesteps: Any = None
         self._run = 0
         self._board: dict[str, Any] = {}
@@ -60,32 +60,32 @@ class Hearing:
         """The scheduler of the pipeline, None where there is none."""
         return getattr(self.pipe, "scheduler", None)
 
-    def open(self, models: Sequence[nn.Module], undo: list[Undo]) -> None:
-        """Listen; what is appended to ``undo`` ends it."""
-        undo.extend(self._hear_contexts(model) for model in models if hasattr(type(model), "cache_context"))
+    def open(self, models: Sequence[nn.Module], restorers: list[Restore]) -> None:
+        """Start to observe; the functions appended to ``restorers`` end it."""
+        restorers.extend(self._observe_contexts(model) for model in models if hasattr(type(model), "cache_context"))
         if self.pipe is None:
             return
         guiders = [part for part in self.pipe.components.values() if isinstance(part, BaseGuidance)]
         names = ("prepare_inputs", "prepare_inputs_from_block_state")
-        undo.extend(self._hear_batches(guider, name) for guider in guiders for name in names)
+        restorers.extend(self._observe_batches(guider, name) for guider in guiders for name in names)
         if not guiders:
-            undo.append(self._hear_call())
+            restorers.append(self._observe_call())
 
-    def now(self, module: nn.Module, given: dict[str, Any]) -> Diffusion:
-        """Where the run stands as ``module`` is called with the arguments ``given``."""
-        told = self.guider.get_state() if self._batch() is not None else {}
-        value = timestep_of(module, given, self.scheduler) if not told else float(told["timestep"])
+    def step(self, module: nn.Module, given: dict[str, Any]) -> DiffusionStep:
+        """The step of the run at which ``module`` is called with the arguments ``given``."""
+        guider_state = self.guider.get_state() if self._batch() is not None else {}
+        value = timestep_of(module, given, self.scheduler) if not guider_state else float(guider_state["timestep"])
         index, total = step_of(value, self.scheduler)
-        if index is None and told:
-            index, total = told["step"], told["num_inference_steps"]
-        timesteps = getattr(self.scheduler, "timesteps", self.began)
+        if index is None and guider_state:
+            index, total = guider_state["step"], guider_state["num_inference_steps"]
+        timesteps = getattr(self.scheduler, "timesteps", self.run_marker)
         if timesteps is not None and timesteps is not self._timesteps:  # the scheduler was given new ones
             self._timesteps, self._run, self._board = timesteps, self._run + 1, {}
         rows = next((x.shape[0] for x in given.values() if isinstance(x, Tensor) and x.ndim > 1), 1)
         name = self._context or self._batch()
-        guided = self.guider is None and guidance_of(self.pipe, self._asked) is not None
+        guided = self.guider is None and guidance_of(self.pipe, self._call_arguments) is not None
         branches = branches_of(self.pipe, name, rows, guided)
-        return Diffusion(self._run, index, total, value, branches, layout_of(module, given), board=self._board)
+        return DiffusionStep(self._run, index, total, value, branches, layout_of(module, given), run_state=self._board)
 
     def guidance(self, slug: str, model: nn.Module, branches: tuple[str, ...]) -> float | None:
         """The scale g of guidance, None where there is none: ``branches`` count g and 1 - g for cond and uncond.
@@ -94,7 +94,7 @@ class Hearing:
             UserError: a guider combines its predictions in a way that has no such scale.
         """
         if self.guider is None:
-            return guidance_of(self.pipe, self._asked, model)
+            return guidance_of(self.pipe, self._call_arguments, model)
         names = {self._name(batch) for batch in self.batches}
         if names == {"cond"}:
             return None
@@ -114,36 +114,36 @@ class Hearing:
         """The prediction at hand: of the first batch that has none yet."""
         return next((self._name(batch) for batch in self.batches if not hasattr(batch, "noise_pred")), None)
 
-    def _hear_batches(self, guider: Any, name: str) -> Undo:
-        """Hear which batches a guider makes."""
+    def _observe_batches(self, guider: Any, name: str) -> Restore:
+        """Record which batches a guider makes."""
         original = getattr(guider, name)
 
         def prepare(*args: Any, **kwargs: Any) -> Any:
             self.guider, self.batches = guider, original(*args, **kwargs)
             return self.batches
 
-        return put(guider, name, prepare)
+        return patch_attr(guider, name, prepare)
 
-    def _hear_call(self) -> Undo:
-        """Hear with which arguments the pipeline is called, by a subclass of its own class while the port is open."""
+    def _observe_call(self) -> Restore:
+        """Record the arguments of the pipeline's call, by a subclass of its own class while the port is open."""
         pipe, kind = self.pipe, type(self.pipe)
 
         def call(this: Any, *args: Any, **kwargs: Any) -> Any:
-            before, self._asked = self._asked, arguments(this, args, kwargs, kind.__call__)
+            before, self._call_arguments = self._call_arguments, arguments(this, args, kwargs, kind.__call__)
             try:
                 return kind.__call__(this, *args, **kwargs)
             finally:
-                self._asked = before
+                self._call_arguments = before
 
         pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
-        def undo() -> None:
+        def restore() -> None:
             pipe.__class__ = kind
 
-        return undo
+        return restore
 
-    def _hear_contexts(self, model: Any) -> Undo:
-        """Hear the names of the contexts in which a pipeline runs its denoiser."""
+    def _observe_contexts(self, model: Any) -> Restore:
+        """Record the names of the contexts in which a pipeline runs its denoiser."""
         original = model.cache_context
 
         @contextmanager
@@ -155,17 +155,17 @@ class Hearing:
             finally:
                 self._context = before
 
-        return put(model, "cache_context", context)
+        return patch_attr(model, "cache_context", context)
 
 
-def put(owner: Any, name: str, function: Callable[..., Any]) -> Undo:
-    """Put a function in place of an object's method; the returned function undoes it."""
+def patch_attr(owner: Any, name: str, function: Callable[..., Any]) -> Restore:
+    """Replace an object's method by a function; the returned function restores it."""
     own = owner.__dict__.get(name)
     owner.__dict__[name] = function
 
-    def undo() -> None:
+    def restore() -> None:
         del owner.__dict__[name]
         if own is not None:
             owner.__dict__[name] = own
 
-    return undo
+    return restore

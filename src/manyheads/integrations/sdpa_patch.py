@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attention computation of a denoiser: where it is caught, and how it goes through the strategies of its site."""
+"""The patch of SDPA, and how one attention computation of a denoiser goes through the strategies of its site."""
 
 import math
 import threading
@@ -12,36 +12,36 @@ from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from ..attention.reference import causal_mask
-from ..call import AttentionCall, Axis, Diffusion, Layout, Site
+from ..call import AttentionCall, Axis, DiffusionStep, Layout, Site
 from ..errors import UserError
 from ..strategy import DenoiserModule
-from .chain import Chain, Entry
+from .hook_chain import BoundStrategy, HookChain
 
-__all__ = ["Catching", "SiteState", "interception"]
+__all__ = ["OpenPort", "SiteState", "sdpa_patch"]
 
 
-class Catching(Protocol):
+class OpenPort(Protocol):
     """An open port: it knows which attention modules run in this thread, the innermost last."""
 
     def stack(self) -> "list[SiteState]": ...
 
 
-class _Interception:
+class _SDPAPatch:
     """The wrappers of SDPA and of diffusers' backends, put in place with the first open port, gone with the last."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.ports: list[Catching] = []
+        self.ports: list[OpenPort] = []
         self.sdpa: Callable[..., Tensor] | None = None
         self.backends: dict[Any, Callable[..., Tensor]] = {}
 
-    def open(self, port: "Catching") -> None:
+    def open(self, port: OpenPort) -> None:
         with self.lock:
             if not self.ports:
                 self._install()
             self.ports.append(port)
 
-    def close(self, port: "Catching") -> None:
+    def close(self, port: OpenPort) -> None:
         with self.lock:
             self.ports.remove(port)
             if not self.ports:
@@ -112,10 +112,10 @@ def _names(backend: Callable[..., Tensor]) -> set[str]:
     return set() if code is None else set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
-interception = _Interception()
+sdpa_patch = _SDPAPatch()
 
 
-class SiteState(Chain):
+class SiteState(HookChain):
     """What the open ports keep on one attention module: its strategies, and what it was called with."""
 
     def __init__(self, site: Site) -> None:
@@ -123,14 +123,14 @@ class SiteState(Chain):
         self.site, self.ports, self.running = site, 0, False
         self.hidden: Tensor | None = None
         self.text: Tensor | None = None
-        self.now: Diffusion | None = None
+        self.step: DiffusionStep | None = None
         self.last: Site | None = None  # with its kind, as the latest call showed it
         self.axis: Axis = "all"
 
-    def located(self, q: Tensor, k: Tensor) -> tuple[Site, Diffusion | None]:
+    def located(self, q: Tensor, k: Tensor) -> tuple[Site, DiffusionStep | None]:
         """The site with its kind as this call shows it, and the step with the axis along which tokens attend."""
-        now, length, size = self.now, q.shape[2], k.shape[2]
-        layout: Layout | None = None if now is None else now.layout
+        step, length, size = self.step, q.shape[2], k.shape[2]
+        layout: Layout | None = None if step is None else step.layout
         kind = self.site.kind
         if kind != "joint":
             if self.text is not None:
@@ -140,7 +140,7 @@ class SiteState(Chain):
                 kind = "joint"
             else:
                 kind = "self"
-        if now is not None and layout is not None and kind == "self" and now.axis == "all":  # not told already
+        if step is not None and layout is not None and kind == "self" and step.axis == "all":  # not known already
             frame = layout.height * layout.width
             axis: Axis = "all"
             if length == frame and q.shape[0] % layout.frames == 0 and layout.frames > 1:
@@ -149,8 +149,8 @@ class SiteState(Chain):
                 axis = "time"
             elif length != layout.tokens and layout.grid(length) is None:
                 axis = "text"
-            now = replace(now, axis=axis)
-        return (self.site if kind == self.site.kind else replace(self.site, kind=kind)), now
+            step = replace(step, axis=axis)
+        return (self.site if kind == self.site.kind else replace(self.site, kind=kind)), step
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: float,
@@ -158,7 +158,7 @@ class SiteState(Chain):
     ) -> Tensor:  # fmt: skip
         """One computation ``[B, H, T, d]`` through the strategies of the site: ``[B, H, T, dv]``.
 
-        What they compute with SDPA on the way is not caught again.
+        SDPA calls of the strategies themselves do not go through the port again.
         """
         self.running = True
         try:
@@ -170,9 +170,9 @@ class SiteState(Chain):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: float,
         attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor],
     ) -> Tensor:  # fmt: skip
-        site, now = self.located(q, k)
-        self.last, self.axis = site, "all" if now is None else now.axis
-        if not self.looks:
+        site, step = self.located(q, k)
+        self.last, self.axis = site, "all" if step is None else step.axis
+        if not self.has_hooks:
             return attention(q, k, v, mask, causal, scale)
         boolean = mask is not None and mask.dtype == torch.bool
         allowed = mask if boolean else None
@@ -180,9 +180,9 @@ class SiteState(Chain):
             allowed, causal = causal_mask(q.shape[2], q.shape[2], q.device)[None, None, :, : k.shape[2]], False
         original = call = AttentionCall(
             site=site, q=q, k=k, v=v, scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale, mask=allowed,
-            bias=None if boolean else mask, is_causal=causal, dropout=dropout, diffusion=now,
+            bias=None if boolean else mask, is_causal=causal, dropout=dropout, diffusion=step,
         )  # fmt: skip
-        acting = [entry for entry in self.entries if self.scratch(entry) is not None]
+        acting = [entry for entry in self.entries if self.state_of(entry) is not None]
         for entry in acting:
             entry.called = True
         attending = [strategy.spec for entry, strategy in self._attenders if entry in acting]
@@ -198,14 +198,16 @@ class SiteState(Chain):
             )
         return self.after(call, out).transpose(1, 2)
 
-    def scratch(self, entry: Entry) -> dict[str, Any] | None:
+    def state_of(self, entry: BoundStrategy) -> dict[str, Any] | None:
         """What a strategy that selects the site as it showed itself keeps for the branches at hand."""
         if self.last is None or not entry.strategy.selects(self.last):
             return None
-        kept: dict[str, Any] = entry.memory.setdefault("" if self.now is None else "+".join(self.now.branches), {})
+        kept: dict[str, Any] = entry.state.setdefault("" if self.step is None else "+".join(self.step.branches), {})
         return kept
 
-    def around(self, inner: Callable[..., Any], entry: Entry, strategy: DenoiserModule) -> Callable[..., Any]:
+    def wrap_module(
+        self, inner: Callable[..., Any], entry: BoundStrategy, strategy: DenoiserModule
+    ) -> Callable[..., Any]:
         """A module's forward as ``strategy``, that of ``entry``, has it.
 
         What kind of site it is shows when its attention first runs; until then it is what the module says.
@@ -213,12 +215,12 @@ class SiteState(Chain):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             site = self.last or self.site
-            if self.now is None or not strategy.selects(site):
+            if self.step is None or not strategy.selects(site):
                 return inner(*args, **kwargs)
             entry.called = True
-            memory = entry.memory.setdefault("+".join(self.now.branches), {})
-            now = self.now if self.now.axis == self.axis else replace(self.now, axis=self.axis)
-            return strategy.around_module(site, now, memory, lambda: inner(*args, **kwargs))
+            state = entry.state.setdefault("+".join(self.step.branches), {})
+            step = self.step if self.step.axis == self.axis else replace(self.step, axis=self.axis)
+            return strategy.around_module(site, step, state, lambda: inner(*args, **kwargs))
 
         return forward
 
