@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..integrations.transformers import new_cache
-from ..strategy import parse
+from ..spec import parse
 from .arms import BASELINE, Arm, feed
 from .contexts import Contexts
 from .corpus import Ids

@@ -11,7 +11,7 @@ import torch
 from .. import catalog
 from ..errors import UserError
 from ..integrations import use
-from ..strategy import parse
+from ..spec import parse
 from .load import parameters
 from .maps_page import write_page
 from .rows import Row
