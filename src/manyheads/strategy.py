@@ -34,6 +34,19 @@ __all__ = [
 Layers = tuple[int, ...] | None  # in a spec: 0-3+7
 
 
+def _slug(module: str) -> str:
+    """What names the strategy of a module: ``slug`` of a paper's file or ``slug.part`` of its folder.
+
+    Folders of papers lie in a category, ``manyheads.<category>.<slug>.<part>``, or ``manyheads.domains.<field>....``;
+    elsewhere it is the module's own name.
+    """
+    package, *path = module.split(".")
+    paper = path[2 if path[:1] == ["domains"] else 1 :]
+    if package != __package__ or len(paper) != 2 or paper[0] == paper[1]:
+        return module.rpartition(".")[2]
+    return ".".join(paper)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
     """Base of every strategy: a frozen dataclass whose fields are the paper's hyperparameters.
@@ -52,7 +65,7 @@ class Strategy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.slug = cls.__module__.rpartition(".")[2]
+        cls.slug = _slug(cls.__module__)
 
     def selects(self, site: "Site") -> bool:
         """Whether this strategy acts at ``site``."""

@@ -94,7 +94,7 @@ def _fields(slug: str) -> set[str]:
     from .. import catalog
 
     known = [*SHORT, *(row.slug for row in [*catalog.papers(), *catalog.baselines()] if row.category == "lenses")]
-    if slug not in catalog.names():
+    if slug.partition(".")[0] not in catalog.names():
         close = nearest(slug, known)
         hint = f"did you mean {close[0]}?" if close else f"short names are {', '.join(SHORT)}"
         raise UserError(f"unknown lens {slug!r}: {hint} (`manyheads list --category lenses` has all)")
