@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import Band, Columns, ColumnSum, Entropy, Pooled, WeightedSum, measure, weights
+from manyheads.calls.statistics import Band, Columns, ColumnSum, Entropy, Pooled, WeightedSum
+from manyheads.calls.weights import measure, weights
 from manyheads.errors import UserError
 from manyheads.heads import HeadTable, ablation_curve, layer_matched_heads
 from manyheads.lens import Lens, LensResult, PerToken, RunningMean, TokenSpans, table

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import manyheads
-from manyheads.calls.statistics import Columns, WeightedSum, measure
+from manyheads.calls.statistics import Columns, WeightedSum
+from manyheads.calls.weights import measure
 from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
 from manyheads.lens import Lens, LensResult

@@ -3,7 +3,6 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from ..errors import UserError
 from ..integrations import use
 from ..integrations.transformers import new_cache
 from ..lens import Lens
-from ..strategy import Attention, Cache, Denoiser, Mixer, Strategy, parse
+from ..spec import parse, read
+from ..strategy import Attention, Cache, Denoiser, Mixer, Strategy
 
 __all__ = ["BASELINE", "Arm", "Prefix", "forward_chunked", "make_arms"]
 
@@ -113,7 +113,7 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
         if isinstance(strategy, Mixer) and not isinstance(strategy, Attention | Cache):
             raise UserError(f"{strategy.slug} is a token mixer, trained from scratch: compare it with --train")
         fields = {f.name: f for f in dataclasses.fields(strategy)}
-        own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
+        own = isinstance(given, Strategy) or "budget" in read(given).fields
         if strategy.slug == BASELINE:
             continue
         if not isinstance(strategy, Cache) or "budget" not in fields:
@@ -141,7 +141,7 @@ def _with_budget(strategy: Any, budget: int | float) -> Strategy:
 def _label(given: str | Strategy, strategy: Strategy) -> str:
     """The fields that were set, without the budget, in the order of the class."""
     if isinstance(given, str):
-        named = set(re.findall(r"(\w+)\s*=", given))
+        named = set(read(given).fields)
     else:
         plain = type(strategy)()
         named = {f.name for f in dataclasses.fields(strategy) if getattr(strategy, f.name) != getattr(plain, f.name)}

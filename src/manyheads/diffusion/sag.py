@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 from ..call import AttentionCall, DenoiserCall, Layout, Site
-from ..calls.statistics import ColumnSum, measure
+from ..calls.statistics import ColumnSum
+from ..calls.weights import measure
 from ..errors import UserError
 from ..strategy import AttentionWatch, DenoiserPrediction
 from ._prediction import Prediction, add_guidance, select_batch

@@ -8,8 +8,9 @@ import numpy as np
 from ..heads import HeadTable
 from .attention_breakdown import FIRST
 from .checks import HealthCheck
-from .doctor import Diagnosis, Measures
+from .doctor import Diagnosis
 from .figures import Line, colours, lines, markup
+from .measures import Measures
 from .page import DECADES, card_of, fill, heads_of, layer_card, maps_of
 
 __all__ = ["render"]
