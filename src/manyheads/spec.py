@@ -12,8 +12,9 @@ A value is any text whose parentheses match, so that a spec can be the value of 
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,7 +22,9 @@ from . import catalog
 from .errors import UserError
 from .strategy import Layers, Strategy
 
-__all__ = ["Spec", "numbers", "parse", "read", "split_list", "split_outside", "split_together"]
+__all__ = ["Spec", "fill", "numbers", "parse", "read", "split_list", "split_outside", "split_together"]
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Spec:
 
     name: str
     fields: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """The spec as it is written by itself: ``name:field=value``."""
+        inside = ",".join(f"{name}={value}" for name, value in self.fields.items())
+        return f"{self.name}:{inside}" if inside else self.name
 
     @property
     def nested(self) -> str:
@@ -134,20 +143,33 @@ def parse(spec: str | Strategy) -> Strategy:
         return spec
     given = read(spec)
     slug = catalog.RECOMMENDED if given.name == "auto" else given.name
-    cls = catalog.load(slug)
+    return fill(catalog.load(slug), slug, given.fields)
+
+
+def fill(cls: type[Made], name: str, fields: Mapping[str, str]) -> Made:
+    """An object of the dataclass ``cls`` whose fields are read from text by their types.
+
+    Args:
+        cls: of a strategy or a task.
+        name: what it is called in errors.
+        fields: texts by name.
+
+    Raises:
+        UserError: unknown field (with the nearest names), or a value that the field refuses.
+    """
     hints = get_type_hints(cls, include_extras=True)
-    fields = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for name, text in given.fields.items():
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
+    for field, text in fields.items():
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"{slug} has no field {name!r}; {hint}it has {', '.join(sorted(fields))}")
+            raise UserError(f"{name} has no field {field!r}; {hint}it has {', '.join(sorted(known))}")
         try:
-            values[name] = TypeAdapter(hints[name]).validate_python(numbers(text) if hints[name] == Layers else text)
+            values[field] = TypeAdapter(hints[field]).validate_python(numbers(text) if hints[field] == Layers else text)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise UserError(f"{slug}: {name}={text}: {reason}") from None
+            raise UserError(f"{name}: {field}={text}: {reason}") from None
         except ValueError as error:
-            raise UserError(f"{slug}: {name}={text}: {error}") from None
+            raise UserError(f"{name}: {field}={text}: {error}") from None
     return cls(**values)

@@ -65,9 +65,7 @@ def parse(spec: str | Task) -> Task:
     """
     if isinstance(spec, Task):
         return spec
-    from ..spec import fill, split
+    from ..spec import fill, read
 
-    name, values = split(spec)
-    cls = load(name)
-    task: Task = fill(cls, name, values)
-    return task
+    given = read(spec)
+    return fill(load(given.name), given.name, given.fields)
