@@ -90,7 +90,7 @@ def state_in(package: Path, category: str, slug: str) -> State:
     only, they are not installed. "strategy": no claim yet. "claim": a claim that has not been run. After that the
     verdict of the stored run.
     """
-    if not (package / category / f"{slug}.py").is_file():
+    if not _is_implemented(package / category, slug):
         return "planned"
     tests = package.parents[1] / "tests"
     in_checkout = tests.is_dir() and (package.parents[1] / "pyproject.toml").is_file()
@@ -157,27 +157,41 @@ def get(slug: str) -> Paper:
     raise UserError(f"unknown strategy {slug!r}: {hint}")
 
 
+def _is_implemented(folder: Path, slug: str) -> bool:
+    """Whether a paper's strategy is there: a file, or a folder where the paper has parts of its own."""
+    return (folder / f"{slug}.py").is_file() or (folder / slug / "__init__.py").is_file()
+
+
 def load(slug: str) -> type[Strategy]:
     """Import the strategy named `slug` and return its class: the one `Strategy` that its file defines.
+
+    A part of a paper is named behind it, as `pab.redundancy`, and lies in a file of that name in the paper's folder.
 
     Raises:
         UserError: the name is unknown, or the paper has no strategy yet.
         TypeError: the file does not define exactly one strategy.
     """
-    paper = get(slug)
-    if not (PACKAGE / paper.category / f"{slug}.py").is_file():
+    name, _, part = slug.partition(".")
+    paper = get(name)
+    folder = PACKAGE / paper.category
+    if not _is_implemented(folder, name):
         standing = ", ".join(row.slug for row in _rows() if row.state != "planned") or "none yet"
         raise UserError(f"{slug} is in the catalogue but has no strategy yet; these stand: {standing}")
     from manyheads.strategy import Strategy
 
-    module = import_module(paper.module)
+    parts = [file.stem for file in sorted((folder / name).glob("[!_]*.py"))]
+    if part and part not in parts:
+        raise UserError(
+            f"{name} has no part {part!r}; its parts are: {', '.join(f'{name}.{p}' for p in parts) or 'none'}"
+        )
+    module = import_module(f"{paper.module}.{part}" if part else paper.module)
     found = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Strategy) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise TypeError(f"{paper.module} must define exactly one Strategy, not {[c.__name__ for c in found]}")
+        raise TypeError(f"{module.__name__} must define exactly one Strategy, not {[c.__name__ for c in found]}")
     return found[0]
 
 

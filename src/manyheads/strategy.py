@@ -53,7 +53,8 @@ class Strategy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.slug = cls.__module__.rpartition(".")[2]
+        if "slug" not in cls.__dict__:  # a part of a paper names itself: "pab.redundancy"
+            cls.slug = cls.__module__.rpartition(".")[2]
 
     def selects(self, site: "Site") -> bool:
         """Whether this strategy acts at ``site``."""

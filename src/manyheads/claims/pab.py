@@ -137,7 +137,7 @@ def uncached(bed: Bed, count: int) -> "tuple[Tensor, dict[str, np.ndarray[Any, A
 
     films, changes = [], []
     for seed, rows in bed.parts(count):
-        measure: Any = manyheads.parse("redundancy")
+        measure: Any = manyheads.parse("pab.redundancy")
         with manyheads.use(bed.pipe, measure) as port:
             films.append(bed.film(bed.pipe, seed, rows))
         changes.append({curve.kind: curve.relative for curve in measure.curves(port)})
