@@ -195,6 +195,18 @@ def papers_stand_alone(source: Source) -> Iterator[str]:
                 yield f"{line}: {source.module} imports the strategy {target}"
 
 
+def integrations_name_no_strategy(source: Source) -> Iterator[str]:
+    """An integration serves every strategy alike, so neither code nor prose names one; a slug may be a common word."""
+    from manyheads import catalog
+
+    if source.part != "integrations":
+        return
+    slugs = set(catalog.names()) - {"softmax", "full", "random"}
+    for number, line in enumerate(source.text.splitlines(), 1):
+        for word in slugs.intersection(re.findall(r"\w+", line)):
+            yield f"{number}: names the strategy {word}"
+
+
 RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
     sizes: [
         Source("manyheads.a", "\n" * 401),
@@ -249,6 +261,11 @@ RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
         Source("manyheads.caches", "from . import snapkv", package=True),
         Source("manyheads.claims.hashevict", "from ..caches.snapkv import SnapKV"),
         Source("manyheads.caches.hashevict.part", "from ..snapkv.other import SnapKV"),
+        Source("manyheads.diffusion.sag", "from .pab.redundancy import suggest"),
+    ],
+    integrations_name_no_strategy: [
+        Source("manyheads.integrations.frames", 'manyheads.use(pipe, "pab:spatial=2")'),
+        Source("manyheads.integrations", "# as h2o needs it", package=True),
     ],
 }
 ALLOWED = [
@@ -256,6 +273,9 @@ ALLOWED = [
     Source("manyheads.caches", "from ._policy import Policy\nfrom ..call import Site\n", package=True),
     Source("manyheads.kernels.a", "import triton\n"),
     Source("manyheads.caches.hashevict.a", "from .b import C\nfrom . import d\nfrom ...call import Site\n"),
+    Source("manyheads.diffusion.pab", "from .redundancy import suggest\n", package=True),
+    Source("manyheads.diffusion.pab.redundancy", "from . import PAB\n"),
+    Source("manyheads.integrations.a", "x.softmax(-1)\n"),
     Source("manyheads.claims.hashevict", "from ..caches.hashevict import HashEvict\n"),
     Source("manyheads.compare.a", 'getattr(strategy, field.name)\ngetattr(module, "config", None)\n'),
     Source(

@@ -19,6 +19,7 @@ __all__ = [
     "Latent",
     "Layout",
     "MixerConfig",
+    "ModuleKind",
     "Recurrence",
     "Site",
     "Store",
@@ -26,6 +27,7 @@ __all__ = [
 
 Kind = Literal["self", "cross", "joint", "linear"]
 Axis = Literal["space", "time", "all", "text"]
+ModuleKind = Literal["spatial", "temporal", "cross", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,18 @@ class DiffusionStep:
     def progress(self) -> float | None:
         """Share of the steps done, 0 at the first; None where no scheduler is known."""
         return None if self.index is None or not self.total else self.index / self.total
+
+    def module_kind(self, site: Site) -> ModuleKind:
+        """What the attention module of ``site`` does at this step.
+
+        ``spatial`` within a frame, or over all tokens; ``temporal`` over the frames; ``cross`` to the text; ``text``
+        among tokens of the text only, as in a refiner of the prompt.
+        """
+        if self.axis == "text":
+            return "text"
+        if site.kind == "cross":
+            return "cross"
+        return "temporal" if self.axis == "time" else "spatial"
 
     def rows(self, branch: str, batch: int) -> slice:
         """Rows of a batch that belong to ``branch``; an empty slice where none do."""

@@ -170,6 +170,8 @@ def strategies(slug: str) -> dict[str, type[Strategy]]:
 
     A file has one, the one `Strategy` that it defines; a folder those that its ``__all__`` names.
 
+    A part of a paper is named behind it, as `pab.redundancy`, and lies in a file of that name in the paper's folder.
+
     Raises:
         UserError: the name is unknown, or the paper has no strategy yet.
         TypeError: a file that does not define exactly one, or a folder that shows none, or two of one module.

@@ -95,7 +95,7 @@ def test_a_port_deaf_to_guiders_is_caught(specs, monkeypatch):
     pipe, old = pair.modular(), pair.classic()
     with manyheads.use(old, *specs):
         want = pair.run_classic(old)
-    monkeypatch.setattr(PipelineObserver, "_hear_batches", lambda self, guider, name: lambda: None)
+    monkeypatch.setattr(PipelineObserver, "_observe_batches", lambda self, guider, name: lambda: None)
     with manyheads.use(pipe, *specs):
         assert error(pair.run_modular(pipe), want) > 1e-6
 

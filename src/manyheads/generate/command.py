@@ -63,9 +63,9 @@ def generate(
 
     manyheads generate --strategy sag:scale=0.75 --prompt "apple top left ship" --out grid.png
 
-    manyheads generate --model ./sd3 --strategy pab --strategy "pab + headhunter:heads=3.1" --prompt "a red cat"
+    manyheads generate --model ./sd3 --strategy sag --strategy "sag + headhunter:heads=3.1" --prompt "a red cat"
 
-    manyheads generate --model ./dit --strategy pab --class 207
+    manyheads generate --model ./dit --strategy sag --class 207
 
     manyheads generate --strategy masactrl:start_layer=2 --source "apple top left ship" --prompt "ghost top left ship"
 

@@ -17,7 +17,7 @@ __all__ = ["use"]
 def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port | DiffusersPort":
     """Use strategies on a model for as long as a ``with`` block lasts.
 
-        with manyheads.use(model, "hashevict:budget=0.5"):
+        with manyheads.use(model, "slug:field=value"):
             model.generate(**inputs)
 
     Afterwards the model is exactly as before, also after an exception. Strategies act in the order given, and those of

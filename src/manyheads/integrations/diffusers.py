@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.attention_processor import MochiAttention
 from torch import Tensor, nn
 
-from ..call import DenoiserCall, Site
+from ..call import Axis, DenoiserCall, Layout, Site
 from ..errors import UserError
 from ..strategy import Attention, Cache, Denoiser, DenoiserModule, DenoiserPrediction, Strategy
 from .hook_chain import BoundStrategy
@@ -30,7 +30,7 @@ from .layouts import arguments
 from .pipeline_state import PipelineObserver, Restore, patch_attr
 from .sdpa_patch import SiteState, sdpa_patch
 
-__all__ = ["DiffusersPort", "denoisers", "find_sites"]
+__all__ = ["DiffusersPort", "denoisers", "find_sites", "is_open", "set_layout"]
 
 _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 _KINDS = (DiffusersAttention, MochiAttention, AttentionModuleMixin)
@@ -121,6 +121,24 @@ def _plan(target: Any, strategies: tuple[Strategy, ...]) -> list[tuple[Site, nn.
 def replace_forward(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Restore:
     """Put ``around(forward)`` in place of a module's forward; the returned function restores it."""
     return patch_attr(module, "forward", around(module.forward))
+
+
+def is_open(model: nn.Module) -> bool:
+    """Whether a port is open on a denoiser."""
+    return any(_STATE in module.__dict__ for module in model.modules())
+
+
+def set_layout(module: nn.Module, layout: Layout, axis: Axis) -> None:
+    """Tell the open ports of an attention module which tokens it works on in this call, where not all of the inputs'.
+
+    Args:
+        module: an attention module of a denoiser whose call has begun.
+        layout: of the tokens it works on.
+        axis: along which they attend to each other.
+    """
+    state: SiteState | None = module.__dict__.get(_STATE)
+    if state is not None and state.step is not None:
+        state.step = replace(state.step, layout=layout, axis=axis)
 
 
 def repacked(output: Any, sample: Tensor) -> Any:

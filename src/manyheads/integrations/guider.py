@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guider for modular pipelines of diffusers that lets strategies act while it has predictions made.
 
-    pipe.update_components(guider=Guider("headhunter:heads=3.1,scale=3", guidance_scale=4))
+    pipe.update_components(guider=Guider("slug:field=value", guidance_scale=4))
     pipe(prompt=...)
 
 is all: nothing is opened or closed by the user. The guider opens the port of diffusers for each call of the denoiser
@@ -112,7 +112,7 @@ class Guider(_Opening, ClassifierFreeGuidance):
 
     Args:
         strategies: a strategy or its spec, or several; they act in the order given.
-        scheduler: of the pipeline (``pipe.scheduler``), for strategies that have to know the noise level, as ``sag``.
+        scheduler: of the pipeline (``pipe.scheduler``), for strategies that have to know the noise level.
         guidance_scale: and all others as of diffusers' ``ClassifierFreeGuidance``.
 
     Raises:
@@ -140,7 +140,7 @@ def around(guider: BaseGuidance, strategies: Specs, scheduler: Any = None) -> Ba
 
     Args:
         guider: stays as it is.
-        strategies: as in :class:`Guider`; those that guide, as ``sag``, need a guider that combines its predictions by
+        strategies: as in :class:`Guider`; those that guide need a guider that combines its predictions by
             a known scale.
         scheduler: as in :class:`Guider`.
     """

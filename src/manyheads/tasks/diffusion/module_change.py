@@ -35,7 +35,7 @@ class ModuleChange(ImageTask):
         import manyheads
 
         seed, first, last = (unit.params[name] for name in ("seed", "first", "last"))
-        recorder: Any = manyheads.parse("redundancy")
+        recorder: Any = manyheads.parse("pab.redundancy")
         with manyheads.use(pipe_of(run), recorder) as port:
             self.images(run, run.baseline, seed, first, last, acting=())
         edge = round(self.edge * self.steps)

@@ -6,7 +6,7 @@ the mean square of the change, and of the output itself. :meth:`Redundancy.curve
 frame, over time and to the text; :func:`suggest` reads a range and intervals for ``pab`` off it; :func:`plot` draws
 it. This is the analysis that Pyramid Attention Broadcast (arXiv 2408.12588) rests on; no code of it was published.
 
-    measure = manyheads.parse("redundancy")
+    measure = manyheads.parse("pab.redundancy")
     with manyheads.use(pipe, measure) as port:
         pipe(prompt)
     print(suggest(measure.curves(port)))
@@ -25,9 +25,9 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from ..call import DiffusionStep, Site
-from ..errors import UserError
-from ..strategy import DenoiserModule, Strategy
+from ...call import DiffusionStep, Site
+from ...errors import UserError
+from ...strategy import DenoiserModule, Strategy
 
 __all__ = ["Curve", "Redundancy", "plot", "suggest"]
 
@@ -67,14 +67,16 @@ class Redundancy(DenoiserModule):
 
     def around_module(self, site: Site, step: DiffusionStep, state: dict[str, Any], compute: Callable[[], Any]) -> Any:
         if step.index is None:
-            raise UserError("redundancy has to know the steps of the scheduler: open the pipeline, not its denoiser")
+            raise UserError(
+                "pab.redundancy has to know the steps of the scheduler: open the pipeline, not its denoiser"
+            )
         output = compute()
         kept = state.pop("kept", None)
-        if step.axis == "text":  # a refiner of the prompt
+        kind = step.module_kind(site)
+        if kind == "text":
             return output
         tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         if kept is not None and kept[0] == step.run and kept[1] == step.index - 1 and kept[2].shape == tensor.shape:
-            kind = "cross" if site.kind == "cross" else "temporal" if step.axis == "time" else "spatial"
             change = (tensor.float() - kept[2].float()).pow(2).mean()
             size = tensor.float().pow(2).mean()
             steps = state.setdefault("steps", {})
@@ -100,7 +102,7 @@ class Redundancy(DenoiserModule):
                     sites.setdefault(kind, set()).add(site.index)
         if not found:
             raise UserError(
-                "redundancy compares neighbouring steps: run the pipeline inside `use`, for two steps or more"
+                "pab.redundancy compares neighbouring steps: run the pipeline inside `use`, for two steps or more"
             )
         curves = []
         for kind in (kind for kind in KINDS if kind in found):

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
-from manyheads.diffusion.redundancy import Curve, Redundancy, plot, suggest
+from manyheads.diffusion.pab.redundancy import Curve, Redundancy, plot, suggest
 from manyheads.errors import UserError
 from manyheads.models.scenes import build
 from oracles import pipelines
@@ -120,7 +120,7 @@ def test_suggestion_follows_its_rule(tmp_path):
 def test_refusals():
     from oracles import diffusion as tiny
 
-    with pytest.raises(UserError, match="open the pipeline"), manyheads.use(tiny.tiny("dit"), "redundancy"):
+    with pytest.raises(UserError, match="open the pipeline"), manyheads.use(tiny.tiny("dit"), "pab.redundancy"):
         tiny.forward("dit", tiny.tiny("dit"))
     pipe, measure = video_pipeline(), Redundancy()
     with manyheads.use(pipe, measure) as port:

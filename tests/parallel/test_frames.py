@@ -17,11 +17,12 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 from safetensors.torch import load_file
 
 import manyheads
-from integrations import sequence_worker as worker
 from manyheads.errors import UserError
-from manyheads.integrations.sequence import frame_parallel
+from manyheads.integrations.frames import split_frames
+from manyheads.parallel import FrameParallel
 from oracles import diffusion as tiny
 from oracles import pipelines
+from parallel import frames_worker as worker
 from tolerance import assert_close, error
 
 EXACT = 1e-12  # float64, the same numbers; only the sizes of matrix products differ
@@ -192,7 +193,7 @@ def test_one_process_changes_no_bit(piped):
 def test_what_is_refused_is_refused_on_every_process(piped):
     for _, facts in piped:
         for name, line in {
-            "other_noise": "different hidden_states", "inside": "open frame_parallel first", "twice": "open on this",
+            "other_noise": "different hidden_states", "inside": "open split_frames first", "twice": "open on this",
             "odd": "3 frames cannot be shared evenly by 2", "long": "positions in time for 8 frames, not 6",
             "small": "1 tokens cannot be shared by 2", "gradients": "torch.no_grad", "elsewhere": "not in the group",
         }.items():  # fmt: skip
@@ -207,10 +208,10 @@ def test_a_process_that_fails_keeps_none_waiting(left):
 
 
 def test_without_processes_and_on_other_denoisers():
-    with pytest.raises(UserError, match="init_process_group first"), frame_parallel(tiny.build("latte")):
-        pass
+    with pytest.raises(UserError, match="init_process_group first"):
+        FrameParallel()
     for target in (tiny.build("wan"), pipelines.dit(), torch.nn.Linear(2, 2), "latte"):
-        with pytest.raises(UserError, match="a LattePipeline or a LatteTransformer3DModel"), frame_parallel(target):
+        with pytest.raises(UserError, match="a LattePipeline or a LatteTransformer3DModel"), split_frames(target, None):
             pass
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of three processes that share a video's frames, all or the first two: ``sequence_worker.py rank folder``.
+"""One of three processes that share a video's frames, all or the first two: ``frames_worker.py rank folder``.
 
 What each scenario made is left in the folder as ``scenario-rank.safetensors`` and ``.json``.
 """
@@ -8,6 +8,8 @@ import datetime
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +21,9 @@ from torch import Tensor
 
 import manyheads
 from manyheads.errors import UserError
-from manyheads.integrations import sequence
-from manyheads.integrations.sequence import frame_parallel
+from manyheads.integrations import frames as hook
+from manyheads.integrations.frames import split_frames
+from manyheads.parallel import FrameParallel, Traffic
 from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 
@@ -97,7 +100,14 @@ def used(pipe: Any, *strategies: Any, **options: Any) -> tuple[Tensor, dict[str,
     return made, facts
 
 
-def counts(traffic: sequence.Traffic) -> dict[str, int]:
+@contextmanager
+def frame_parallel(target: Any, group: Any = None) -> Iterator[Traffic]:
+    """Frames of a denoiser shared among a group; what this process sends."""
+    with split_frames(target, FrameParallel(group)) as split:
+        yield split.traffic
+
+
+def counts(traffic: Traffic) -> dict[str, int]:
     return {name: getattr(traffic, name) for name in traffic.__slots__}
 
 
@@ -140,19 +150,19 @@ def shared(group: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with frame_parallel(half, group):
         made["half"] = forward(half)
     mistakes = {
-        "without_exchange": {"over_time": lambda this, inner: inner},
-        "wrong_positions": {"_positioned": _first(sequence._Share._positioned)},
-        "wrong_order": {"_gather": _reversed(sequence._Share._gather)},
+        "without_exchange": (FrameParallel, "over_time", lambda this, attention, x: attention(x)),
+        "wrong_positions": (hook, "_positioned", _first(hook._positioned)),
+        "wrong_order": (FrameParallel, "gather", _reversed(FrameParallel.gather)),
     }
     for name, change in mistakes.items():
-        with mock.patch.multiple(sequence._Share, **change), frame_parallel(model, group):
+        with mock.patch.object(*change), frame_parallel(model, group):
             made[name] = forward(model)
     return made, facts
 
 
 def _first(positioned: Any) -> Any:
     """The positions of the first frames, whichever frames a process has."""
-    return lambda this, frames, mine: positioned(this, frames, slice(0, mine.stop - mine.start))
+    return lambda model, frames, mine: positioned(model, frames, slice(0, mine.stop - mine.start))
 
 
 def _reversed(gather: Any) -> Any:

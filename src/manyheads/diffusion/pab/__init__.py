@@ -25,11 +25,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..call import DiffusionStep, Site
-from ..errors import UserError
-from ..strategy import DenoiserModule
+from ...call import DiffusionStep, Site
+from ...errors import UserError
+from ...strategy import DenoiserModule
+from .redundancy import Curve, Redundancy, plot, suggest
 
-__all__ = ["PAB"]
+__all__ = ["PAB", "Curve", "Redundancy", "plot", "suggest"]
 
 
 def _first(output: Any) -> Tensor:
@@ -63,11 +64,8 @@ class PAB(DenoiserModule):
 
     def every(self, site: Site, step: DiffusionStep) -> int:
         """How many steps apart a module of this kind is run."""
-        if step.axis == "text":  # a refiner of the prompt
-            return 1
-        if site.kind == "cross":
-            return self.cross
-        return self.temporal if step.axis == "time" else self.spatial
+        kind = step.module_kind(site)
+        return {"spatial": self.spatial, "temporal": self.temporal, "cross": self.cross, "text": 1}[kind]
 
     def around_module(self, site: Site, step: DiffusionStep, state: dict[str, Any], compute: Callable[[], Any]) -> Any:
         if step.index is None:
