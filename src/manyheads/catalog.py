@@ -3,7 +3,8 @@
 
 `papers.toml` says what a paper is; files say what stands. The slug names all four of them:
 ``<category>/<slug>.py`` or ``<category>/<slug>/__init__.py`` (the strategy), ``claims/<slug>.py`` (its claim),
-``claims/<slug>.json`` (the claim's results) and, in a checkout, ``tests/<category>/test_<slug>.py``. Nothing here imports a strategy except `load`.
+``claims/<slug>.json`` (the claim's results) and, in a checkout, ``tests/<category>/test_<slug>.py``. Nothing here
+imports a strategy except `load`.
 """
 
 from __future__ import annotations

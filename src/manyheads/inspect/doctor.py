@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``manyheads doctor`` in Python: all that is measured; what it means is said in :mod:`manyheads.inspect.checks`."""
+"""``manyheads doctor`` in Python: all that is measured; what it means is in :mod:`manyheads.inspect.checks`."""
 
 import time
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ class Measures:
     """All figures.
 
     Attributes:
-        found: findings of the lenses by slug, and ``attention`` and ``body`` of our own.
-        losses: nats of each token of each prompt.
+        found: results of the lenses by slug, and ``attention`` and ``body`` of our own.
+        losses: nats/token of each token of each prompt.
         alone: what the loss gains when a head is ablated alone, as a table; NaN where it was not.
         head_distance: share of the attention that a head gives elsewhere than the most similar head of its layer,
             ``[L, H]``.
@@ -123,7 +123,7 @@ def diagnose(
         quick: fewer heads ablated alone, shorter contexts.
         origin: what the model is called.
         command: what was typed.
-        progress: hears how far the run is.
+        progress: called with how far the run is.
 
     Raises:
         UserError: anything that the caller can mend.
