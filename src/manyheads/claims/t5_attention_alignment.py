@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     from torch import Generator, Tensor
 
+    from manyheads.mixers.t5_attention_alignment import Align
     from manyheads.models.decoder import Decoder
 
 T5, ROPE = "t5", "rope"
-PAPER = ("entropy", "pmax")
-ALIGNS = ("none", *PAPER, "gaussian", "logn")
+PAPER: "tuple[Align, ...]" = ("entropy", "pmax")
+ALIGNS: "tuple[Align, ...]" = ("none", *PAPER, "gaussian", "logn")
 LAST = 32  # predictions that count
 FILLER, KINDS, VALUES = 24, 4, 8  # tokens: filler, one question per kind, values of every kind
 
@@ -58,10 +59,10 @@ def recalled(model: "Decoder", ids: "Tensor") -> list[float]:
 
 def aligned(model: "Decoder", inputs: "Tensor", length: int, lengths: list[int]) -> dict[str, Any]:
     """The strategies, calibrated on ``inputs [B, lengths[-1]]``."""
-    from manyheads.spec import parse
+    from manyheads.mixers.t5_attention_alignment import AttentionAlignment, calibrate
 
-    start: Any = parse(f"t5_attention_alignment:trained={length}")
-    return {align: start.calibrated(model, inputs, lengths, align=align, rounds=4) for align in ALIGNS}
+    start = AttentionAlignment(trained=length)
+    return {align: calibrate(start, model, inputs, lengths, align=align, rounds=4) for align in ALIGNS}
 
 
 def run(setting: Setting) -> Outcome:
