@@ -188,7 +188,7 @@ def prefill(
         ids: the prompt; a cache that has seen its beginning goes on after that.
         cache: from :func:`new_cache`.
         chunk: tokens at a time.
-        progress: is told how many tokens were read, after every chunk.
+        progress: receives the number of tokens read, after every chunk.
     """
     stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
     more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
