@@ -43,7 +43,7 @@ class PolicyStore:
         policy: what to keep.
         site: the place in the model.
         record: keep the last ``record`` queries and the evidence of the last forward, so that :meth:`fork` can hand
-            them to other policies.
+            them to other policies; and all tokens of a sliding-window layer, which a policy may choose among.
     """
 
     def __init__(self, policy: "CachePolicy", site: Site, record: int = 0) -> None:
@@ -313,7 +313,8 @@ def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         return  # it rests already
     slots = tokens.live
     if store.site.window is not None:
-        leave_window(slots, store.site.window)
+        if not store.record:  # a fork chooses among all tokens, as its policy would after a prompt
+            leave_window(slots, store.site.window)
         return
     if store.site.latent is not None or k.requires_grad:
         return

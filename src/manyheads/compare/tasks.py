@@ -173,7 +173,7 @@ def _several(bench: Bench, unit: Unit) -> Iterator[Row]:
         for group in groups:
             with prefix.open(arm) as cache:
                 held = cache.bytes() / len(contexts)
-                cache.batch_select_indices(torch.tensor([i for i, _ in group], device=bench.device))
+                cache.reorder_cache(torch.tensor([i for i, _ in group], device=bench.device))
                 fed = bench.tensor([question.question for _, question in group])
                 answers = bench.tensor([question.answer for _, question in group])
                 right, nats = _answers(bench, cache, fed, answers, _stride(arm, unit.length))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A store of ours as a layer of transformers' cache: what the model and ``generate`` see of it."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..attention.slots import nbytes
 from ..call import Site, Store
 from ..errors import UserError
 
@@ -19,9 +21,11 @@ class ForkableStore(Store, Protocol):
     """A store that can start another policy from the same tensors.
 
     Attributes:
+        policy: what it keeps.
         record: how many of the last queries to keep for that.
     """
 
+    policy: Any
     record: int
 
     def fork(self, policy: Any, group: dict[int, Any]) -> Store: ...
@@ -120,22 +124,47 @@ class SlotCache(DynamicCache):
     def fork(self, policy: Any) -> "SlotCache":
         """The cache that ``policy`` would have after the same forwards; this one is unchanged and shares its tensors.
 
-        Exact for strategies with ``dense_prefill``. Raises UserError when this cache dropped something or was made
-        without ``record``.
+        Exact for strategies with ``dense_prefill``. A layer that ``policy`` does not select stays as it is. Layers that
+        the port leaves to transformers, as the states of linear attention, are copied: they are written in place.
+        Raises UserError when this cache dropped something or was made without ``record``.
         """
         twin = SlotCache()
         twin.layer_class_to_replicate = None
         group: dict[int, Any] = {}
         for layer in self.layers:
-            if not isinstance(layer, StoreLayer) or (module := layer._module()) is None:
-                raise UserError("this cache cannot be forked: not all of its layers are ours")
-            store = cast("ForkableStore", layer.store).fork(policy, group)
-            twin.layers.append(StoreLayer(store, layer.site, module))
+            if not isinstance(layer, StoreLayer):
+                twin.layers.append(_copied(layer))
+                continue
+            if (module := layer._module()) is None:
+                raise UserError("this cache cannot be forked: the model it was made for is gone")
+            store = cast("ForkableStore", layer.store)
+            fork = store.fork(policy, group) if policy.selects(layer.site) else store.fork(store.policy, {})
+            twin.layers.append(StoreLayer(fork, layer.site, module))
         return twin
 
     def bytes(self) -> int:
-        """Bytes really held by all layers: storages of keys, values and bookkeeping."""
-        return sum(layer.store.nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
+        """Bytes really held by all layers: storages of keys, values, states and bookkeeping."""
+        return sum(
+            layer.store.nbytes() if isinstance(layer, StoreLayer) else nbytes(*_tensors(layer)) for layer in self.layers
+        )
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """What a layer of transformers' own keeps."""
+    fields = [x for x in vars(layer).values() if not isinstance(x, dict)]
+    fields += [x for held in vars(layer).values() if isinstance(held, dict) for x in held.values()]
+    return [x for x in fields if isinstance(x, Tensor)]
+
+
+def _copied(layer: Any) -> Any:
+    """A layer of transformers' own that shares no tensor with ``layer``."""
+    twin = copy.copy(layer)
+    for name, x in vars(layer).items():
+        if isinstance(x, Tensor):
+            twin.__dict__[name] = x.clone()
+        elif isinstance(x, dict):
+            twin.__dict__[name] = {i: y.clone() if isinstance(y, Tensor) else y for i, y in x.items()}
+    return twin
 
 
 def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], name: str) -> None:

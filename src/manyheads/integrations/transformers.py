@@ -144,7 +144,8 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
     Args:
         model: a decoder-only transformers model.
         strategy: one with ``store``.
-        record: keep the last ``record`` queries and the evidence of the last forward, so that the cache can be forked.
+        record: keep the last ``record`` queries and the evidence of the last forward, so that the cache can be forked;
+            sliding-window layers then keep all tokens.
         room: tokens that will be decoded at most. The storage then has a fixed size after each forward of more than
             one token, and decoding can be compiled: on a GPU ``generate`` runs it as a CUDA graph.
 
