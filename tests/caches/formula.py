@@ -115,7 +115,7 @@ def agrees(
     Rows with left padding are compared with the loops over what is not padding.
     """
     total = sum(SIZES)
-    q, k, v = sequences(len(padding), heads, total, seed=3)
+    q, k, v = (x.double() for x in sequences(len(padding), heads, total, seed=3))  # no score ties by rounding
     sinks, recent = (policy.sinks, policy.recent) if protects is None else protects
     outputs, kept, _ = drive(policy, q, k, v, SIZES, list(padding) if any(padding) else None)
     for b, skip in enumerate(padding):

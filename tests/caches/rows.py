@@ -141,7 +141,7 @@ def agrees(
     Rows with left padding are compared with the loops over what is not padding. ``turned`` gives queries rotary
     positions, and the cosines and sines that the model would pass on.
     """
-    q, k, v = sequences(len(padding), heads, sum(sizes), seed=3)
+    q, k, v = (x.double() for x in sequences(len(padding), heads, sum(sizes), seed=3))  # no score ties by rounding
     rotary = None
     if turned is not None:
         q, rotary = turned(q, padding)

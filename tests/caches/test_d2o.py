@@ -378,16 +378,16 @@ def test_a_fork_is_a_direct_run():
 
 @pytest.mark.parametrize("spec", ["weights=code", "merging=False,schedule=3", "skip_layers=code,alpha=1,beta=0"])
 def test_batch_equals_singles(spec):
-    caches.batch_equals_singles_padded_left(models.tiny("llama"), f"d2o:budget=0.6,sinks=1,{spec}")
+    caches.batch_equals_singles_padded_left(models.tiny("llama", torch.float64), f"d2o:budget=0.6,sinks=1,{spec}")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "gpt2", "gpt_oss"])
 def test_in_other_architectures(name):
-    caches.batch_equals_singles_padded_left(models.tiny(name), LIVE)
+    caches.batch_equals_singles_padded_left(models.tiny(name, torch.float64), LIVE)
 
 
 def test_latent_caches_are_not_merged():
-    model = models.tiny("deepseek_v3")
+    model = models.tiny("deepseek_v3", torch.float64)
     caches.batch_equals_singles_padded_left(model, f"{LIVE},merging=False")
     with pytest.raises(UserError, match="merging=False"), manyheads.use(model, LIVE):
         caches.greedy(model, models.tokens(1, 20))

@@ -32,7 +32,7 @@ def matrix(position, rotary_dim, factor=1.0, dim=DIM):
     return r
 
 
-def turned(rotary_dim=DIM, factor=1.0, dtype=torch.float32, shift=0):
+def turned(rotary_dim=DIM, factor=1.0, dtype=torch.float64, shift=0):
     """Queries at the positions of their row (padding at 0), and what the model would pass on."""
 
     def turn(q, padding):
@@ -40,7 +40,7 @@ def turned(rotary_dim=DIM, factor=1.0, dtype=torch.float32, shift=0):
         a = places[..., None].double() * torch.tensor(angles(rotary_dim) * 2, dtype=torch.float64)
         cos, sin = (factor * a.cos()).to(dtype), (factor * a.sin()).to(dtype)
         r = torch.stack([torch.stack([matrix(int(p), rotary_dim, factor) for p in row]) for row in places])
-        return (r[:, None] @ q[..., None].double())[..., 0].float(), (cos, sin)
+        return (r[:, None] @ q[..., None].double())[..., 0].to(q.dtype), (cos, sin)
 
     return turn
 

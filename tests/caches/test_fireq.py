@@ -224,7 +224,7 @@ def test_factors_at_the_attention_leave_every_model_as_it_was(name, scaling):
     "spec", ["fireq:window_tokens=4", "fireq:base=keydiff,budget=8,window_tokens=2,schedule=step,bits=fp8"]
 )
 def test_has_the_properties_of_a_cache(spec):
-    model = models.tiny("llama")
+    model = models.tiny("llama", torch.float64)
     caches.batch_equals_singles_padded_left(model, spec)
     caches.batch_equals_singles_padded_right(model, spec)
     caches.beams_equal_singles(model, spec)

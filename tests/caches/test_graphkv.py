@@ -275,12 +275,16 @@ def test_layers_and_heads_have_the_budgets_of_the_base():
     "base", ["snapkv(window_size=2,kernel_size=3)", "h2o", "d2o(sinks=1)", "pyramidkv(base=keydiff)"]
 )
 def test_batch_equals_singles(base):
-    caches.batch_equals_singles_padded_left(models.tiny("llama"), f"graphkv:base={base},budget=0.6,rounds=2")
+    caches.batch_equals_singles_padded_left(
+        models.tiny("llama", torch.float64), f"graphkv:base={base},budget=0.6,rounds=2"
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "deepseek_v3", "gemma3_text"])
 def test_in_other_architectures(name):
-    caches.batch_equals_singles_padded_left(models.tiny(name), "graphkv:base=keydiff,budget=6,schedule=step")
+    caches.batch_equals_singles_padded_left(
+        models.tiny(name, torch.float64), "graphkv:base=keydiff,budget=6,schedule=step"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much attention each key received: column sums of the softmax weights, block by block, without a map of T x S."""
 
-import torch
 from torch import Tensor
 
 from . import reference
@@ -34,7 +33,7 @@ def column_mass(
         causal: the positions say no more than "causal, anchored at the bottom right": a kernel may be used.
 
     Returns:
-        ``[B, Hkv, S]`` float32.
+        ``[B, Hkv, S]``, float32 or wider.
     """
     batch, heads, length, _ = q.shape
     kv_heads, size = k.shape[1], k.shape[2]
@@ -45,12 +44,14 @@ def column_mass(
             from ..kernels.mass import attention_mass
 
             return attention_mass(q, k, scale=scale)
-    total = k.new_zeros(batch, kv_heads, size, dtype=torch.float32)
+    total = reference.widened(k.new_zeros(batch, kv_heads, size))
     block = max(1, _BLOCK // (batch * heads * size))
     for start in range(0, length, block):
         cut = slice(start, start + block)
-        grouped = q[:, :, cut].float().unflatten(1, (kv_heads, -1)).flatten(2, 3)  # keys are not repeated
-        x = reference.logits(grouped, k.float(), scale=scale, softcap=softcap).unflatten(2, (heads // kv_heads, -1))
+        grouped = reference.widened(q[:, :, cut]).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # keys are not repeated
+        x = reference.logits(grouped, reference.widened(k), scale=scale, softcap=softcap).unflatten(
+            2, (heads // kv_heads, -1)
+        )
         x = x.flatten(1, 2)
         mask = (k_positions >= 0)[:, :, None] & (k_positions[:, :, None] <= q_positions[:, None, cut, None])
         weights = reference.softmax(x, reference.repeat_kv(mask, heads), sinks)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..attention import reference
 from ..attention.slots import Slots
 from ._view import View
 
@@ -30,13 +31,11 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
         Whether heads or rows keep unequal numbers by the will of the policy.
     """
     ragged = False
-    scores = policy.score(view).float()
+    scores = reference.widened(policy.score(view))
     heads = slots.keys.shape[1]
     if scores.shape[1] != heads:
         scores = scores.unflatten(1, (heads, -1)).mean(2)
     budgets = counts[:, None].expand(-1, heads)
-    if slots.valid is not None:  # the check of the longest row does not speak for a short one
-        budgets = budgets.maximum(view.counts.clamp(max=policy.protected)[:, None])
     whole = slots.valid is None
     if not (isinstance(share, float) and share == 1.0):
         budgets = (budgets * torch.as_tensor(share, device=counts.device).reshape(-1, 1)).round().long()

@@ -35,7 +35,9 @@ class CachePolicy(Strategy):
     token.
 
     Attributes:
-        budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head.
+        budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head. A fraction
+            never cuts into the protected tokens, so a text no longer than these is kept whole; a number of slots that
+            cannot hold them is refused.
         schedule: when to evict: ``prefill`` (once, after the first forward), ``chunk`` (after every forward of more
             than one token), ``step`` (after every forward), or a number m (when m more tokens have come).
         sinks: first tokens that are never dropped.

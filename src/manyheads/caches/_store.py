@@ -241,7 +241,6 @@ class PolicyStore:
         self._since = 0
         counts, limit = self._limits(view.counts)
         if limit < slots.seen:
-            policy.check(limit)
             if policy.together and share is None:
                 self._waiting = view
                 _together(self)
@@ -253,7 +252,8 @@ class PolicyStore:
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
-        return keep_counts(self.policy.budget, counts), keep_limit(self.policy.budget, self.live.seen)
+        budget, least = self.policy.budget, self.policy.protected
+        return keep_counts(budget, counts, least), keep_limit(budget, self.live.seen, least)
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows ``[B']`` of everything remembered."""

@@ -58,7 +58,7 @@ class View:
         scale, softcap, sinks: of the attention call.
         site: the place in the model.
         mass: attention that each slot received since it came, summed over queries and over the query heads of its
-            group, ``[B, Hs, N]`` float32; None unless the policy asks for it.
+            group, ``[B, Hs, N]``, float32 or wider; None unless the policy asks for it.
         rotary: cosines and sines ``[B, T, rotary_dim]`` of the latest forward, None where the model passes none on.
         state: what the policy wrote here at earlier evictions of this layer; tensors with the batch first.
         shared: what was computed once for all views of the same tensors, see :meth:`once`.

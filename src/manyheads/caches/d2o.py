@@ -107,7 +107,8 @@ class D2O(CachePolicy):
             peers = view.site.peers
             if self.skip_layers == "code" and layer in (*peers[:2], *peers[-1:]):
                 shares[layer] = 1 / self._rho(view)
-            room = (keep_counts(self.budget, view.counts) * shares[layer]).round().long().minimum(view.counts)
+            equal = keep_counts(self.budget, view.counts, self.protected)
+            room = (equal * shares[layer]).round().long().minimum(view.counts)
             recent = (room * self.recent_share).long().clamp(min=self.recent)
             view.state["recent"] = recent.minimum(room - self.sinks).clamp(min=0)
         return shares
@@ -174,7 +175,7 @@ def density(mass: Tensor, valid: Tensor) -> Tensor:
 
 def nearest(k: Tensor, at: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine to the most similar kept slot, and its index, for the slots ``at [B, Hkv, E]`` of ``k [B, Hkv, N, d]``."""
-    unit = torch.nn.functional.normalize(k.float(), dim=-1)
+    unit = torch.nn.functional.normalize(reference.widened(k), dim=-1)
     block = max(1, _BLOCK // kept.numel())
     found = []
     for part in at.split(block, 2):
@@ -188,7 +189,7 @@ def absorb(x: Tensor, at: Tensor, target: Tensor, similarity: Tensor, joins: Ten
 
     Written as what a target gains, sum of w_i (x_i - x_c) / Z: it is exactly nothing where they are equal.
     """
-    values = x.float()
+    values = reference.widened(x)
 
     def pick(slots: Tensor) -> Tensor:
         return values.gather(2, slots[..., None].expand(*slots.shape, x.shape[3]))
@@ -196,7 +197,7 @@ def absorb(x: Tensor, at: Tensor, target: Tensor, similarity: Tensor, joins: Ten
     if weights == "paper":
         own, weight, moved = math.e, torch.where(joins, similarity.exp(), 0.0), pick(at)
     else:
-        own, weight, moved = 1.0, joins.float(), similarity[..., None] * pick(at)
+        own, weight, moved = 1.0, joins.to(values.dtype), similarity[..., None] * pick(at)
     total = torch.full_like(values[..., 0], own).scatter_add(2, target, weight)  # [B, Hkv, N]
     gain = torch.zeros_like(values).scatter_add(
         2, target[..., None].expand_as(moved), weight[..., None] * (moved - pick(target))

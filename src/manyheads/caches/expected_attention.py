@@ -79,7 +79,7 @@ class ExpectedAttention(CachePolicy):
                 f"expected_attention needs the rotary positions of {call.site.name} in half-split layout, which the "
                 "model does not pass on; choose keydiff, knorm or snapkv"
             )
-        cos, sin = (x.float().expand(batch, -1, -1) for x in rotary)
+        cos, sin = (reference.widened(x).expand(batch, -1, -1) for x in rotary)
         if not state:
             state["query_count"] = torch.zeros(batch, device=cos.device)
             state["query_mean"] = torch.zeros(batch, heads, dim, device=cos.device)
@@ -91,7 +91,7 @@ class ExpectedAttention(CachePolicy):
             state["angle_span"] = torch.zeros_like(state["newest"])
         for start in range(0, new, _BLOCK):
             cut = slice(start, start + _BLOCK)
-            q = rope.unrotate(queries.q[:, :, cut].detach().float(), (cos[:, cut], sin[:, cut]))
+            q = rope.unrotate(reference.widened(queries.q[:, :, cut].detach()), (cos[:, cut], sin[:, cut]))
             self._gather(q, (queries.positions[:, cut] >= self.sinks)[:, None, :, None], state)
         self._follow(cos, sin, queries.positions, state)
 
@@ -125,7 +125,7 @@ class ExpectedAttention(CachePolicy):
         newest = state["cos"][:, None], state["sin"][:, None]
         cos, sin = rope.mean_rotation(newest, state["angle_step"], self.future)
         # (R mu) . k = mu . (R^T k), and likewise for the covariance: keys are turned once, not the statistics.
-        k = rope.rotate(view.k.float(), (cos, -sin))
+        k = rope.rotate(reference.widened(view.k), (cos, -sin))
         mean = state["query_mean"].unflatten(1, (groups, -1))  # [B, Hkv, G, d]
         x = mean @ k.transpose(-1, -2) * view.scale
         if self.use_covariance:
@@ -135,4 +135,8 @@ class ExpectedAttention(CachePolicy):
             x = x + torch.stack(second, 2) * (view.scale**2 / 2)
         counted = reference.repeat_kv(view.positions[:, :, None] >= self.sinks, groups)
         scores = reference.softmax(x, counted).mean(2)
-        return (scores + self.epsilon) * torch.linalg.vector_norm(view.v.float(), dim=-1) if self.use_vnorm else scores
+        return (
+            (scores + self.epsilon) * torch.linalg.vector_norm(reference.widened(view.v), dim=-1)
+            if self.use_vnorm
+            else scores
+        )

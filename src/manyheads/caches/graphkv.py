@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..attention import reference
 from ..attention.budget import keep_counts
 from ..errors import UserError
 from ._view import View
@@ -67,7 +68,7 @@ class GraphKV(Wrapper):
         return shares
 
     def score(self, view: View) -> Tensor:
-        scores, heads = super().score(view).float(), view.positions.shape[1]
+        scores, heads = reference.widened(super().score(view)), view.positions.shape[1]
         if 0 in (self.num_sources, self.neighbours, self.rounds):
             return scores
         if scores.shape[1] != heads:
@@ -87,7 +88,7 @@ class GraphKV(Wrapper):
 
     def _room(self, view: View, scores: Tensor) -> Tensor:
         """Slots that the base's own layers and heads get, ``[B, Hs]``."""
-        room = keep_counts(self.budget, view.counts)
+        room = keep_counts(self.budget, view.counts, self.protected)
         if "share" in view.state:
             room = (room * view.state["share"]).round().long()
         room = room[:, None].expand(-1, scores.shape[1])
@@ -114,7 +115,7 @@ def propagate(
         rounds: T.
         update: ``mul`` or ``add``.
     """
-    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    unit = torch.nn.functional.normalize(reference.widened(keys), dim=-1)
     size = scores.shape[2]
     most, reach = min(int(sources.max()), size), min(int(neighbours.max()), size)
     block = max(1, _BLOCK // scores.numel())

@@ -42,7 +42,7 @@ class H2O(CachePolicy):
         super().__post_init__()
 
     def protect(self, view: View) -> Tensor:
-        fresh = (keep_counts(self.budget, view.counts) * self.recent_share).long()
+        fresh = (keep_counts(self.budget, view.counts, self.protected) * self.recent_share).long()
         return super().protect(view) | (view.positions >= (view.counts - fresh)[:, None, None])
 
     def score(self, view: View) -> Tensor:

@@ -161,9 +161,9 @@ class HashStore(PolicyStore):
             self._capacity = budget if isinstance(budget, int) else _UNBOUNDED
             self._caps = torch.full_like(view.counts, self._capacity)
         else:
-            self._capacity = keep_limit(budget, slots.seen + self.policy.reserve)
-            self._caps = keep_counts(budget, view.counts + self.policy.reserve)
-        self.policy.check(self._capacity)
+            least = self.policy.protected  # also of a prompt that is shorter: the capacity is fixed by it
+            self._capacity = max(keep_limit(budget, slots.seen + self.policy.reserve), least)
+            self._caps = keep_counts(budget, view.counts + self.policy.reserve).clamp(min=least)
         slots.extras = {"hash": self._hash(view.k)}
         super().compress(view, share)
 
@@ -181,7 +181,8 @@ class HashStore(PolicyStore):
     def _hash(self, x: Tensor) -> Tensor:
         if self._projections is None:
             self._projections = self.policy.projections(x.shape[-1], self.site.layer or 0, x.device)
-        return pack_signs(x.float() @ self._projections)
+        x = reference.widened(x)
+        return pack_signs(x @ self._projections.to(x.dtype))
 
     def _victims(self, probes: Tensor) -> Tensor:
         """Which of the T new tokens takes each slot's place: ``probes [B, H | Hkv, T, bytes] -> [B, Hs, S]``."""

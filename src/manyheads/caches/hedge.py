@@ -117,7 +117,7 @@ class Hedge(CachePolicy):
                 self._rank(pool)
         shares = {}
         for layer, view in views.items():
-            equal = keep_counts(self.budget, view.counts).clamp(min=1)
+            equal = keep_counts(self.budget, view.counts, self.protected).clamp(min=1)
             shares[layer] = view.state["kept"].float().mean(1) / equal
         return shares
 
@@ -149,7 +149,7 @@ class Hedge(CachePolicy):
 
     def room(self, view: View) -> Tensor:
         """Tokens of a head that the budget's bytes hold on average, ``[B]``."""
-        slots = keep_counts(self.budget, view.counts)
+        slots = keep_counts(self.budget, view.counts, self.protected)
         packing, (key, value) = self.codec, (view.k.shape[-1], view.v.shape[-1])
         if packing is None or view.site.window is not None or view.site.latent is not None or key != value:
             return slots
@@ -199,7 +199,7 @@ def distinctness(view: View) -> Tensor:
     step, scores = view.angle_step(), []
     positions = view.positions.repeat_interleave(view.k.shape[1] // view.positions.shape[1], 1)
     for k, at in zip(view.k.unbind(1), positions.unbind(1), strict=True):  # a head at a time: float32 copies are large
-        k = _turned(k.float()[:, None], -at.float(), step)[:, 0]
+        k = _turned(reference.widened(k)[:, None], -at.float(), step)[:, 0]
         k = torch.nn.functional.normalize(k, dim=-1).masked_fill((at < 0)[..., None], 0.0)
         scores.append(-torch.nn.functional.cosine_similarity(k, k.sum(1, keepdim=True), dim=-1))
     return _stored(torch.stack(scores, 1), view)
@@ -209,7 +209,7 @@ def foresight(view: View) -> Tensor:
     """Root mean square of what each token adds to the output when the last queries are asked again: ``[B, Hs, N]``."""
     assert view.queries is not None
     asked, heads, cap = view.queries.positions, view.queries.q.shape[1], view.softcap
-    step, k, size = view.angle_step(), view.k.float(), view.k.shape[2]
+    step, k, size = view.angle_step(), reference.widened(view.k), view.k.shape[2]
     hidden = ~reference.repeat_kv(_seen(view), heads)[:, :, None]
     # The tokens near a query are among the latest: one slot a position.
     late = reference.repeat_kv(view.positions, k.shape[1]).topk(min(size, asked.shape[1] + _NEAR), -1)
@@ -217,7 +217,7 @@ def foresight(view: View) -> Tensor:
     places = reference.repeat_kv(late.values, heads)[:, :, None]
     total = k.new_zeros(k.shape[0], heads, size)
     block = max(1, _BLOCK // total.numel())
-    for q, at in zip(view.queries.q.float().split(block, 2), asked.split(block, 1), strict=True):
+    for q, at in zip(reference.widened(view.queries.q).split(block, 2), asked.split(block, 1), strict=True):
         again, at = _turned(q, (view.counts[:, None] - at).float(), step), at[:, None, :, None]
         new = reference.logits(again, k, scale=view.scale, softcap=cap).masked_fill_(hidden, -torch.inf)
         old = reference.logits(q, beside, scale=view.scale, softcap=cap)
@@ -229,5 +229,7 @@ def foresight(view: View) -> Tensor:
         share = (top - whole).exp().masked_fill((at < 0) | (whole == -torch.inf), 0.0)  # of weight 1 at the top
         total += (share.square().transpose(2, 3) @ new.square_())[:, :, 0]
     mean = total / (asked >= 0).sum(1).clamp(min=1)[:, None, None]
-    used = mean.unflatten(1, (k.shape[1], -1)).mean(2).sqrt() * torch.linalg.vector_norm(view.v.float(), dim=-1)
+    used = mean.unflatten(1, (k.shape[1], -1)).mean(2).sqrt() * torch.linalg.vector_norm(
+        reference.widened(view.v), dim=-1
+    )
     return _stored(used, view)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention import reference
 from ._policy import CachePolicy, View
 
 __all__ = ["Knorm"]
@@ -26,5 +27,5 @@ class Knorm(CachePolicy):
     """Keep the keys of least L2 norm."""
 
     def score(self, view: View) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(view.k.float(), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(reference.widened(view.k), dim=-1)
         return -norms

@@ -68,7 +68,7 @@ class LagKV(CachePolicy):
         if count > 1:
             body = order[:, :, : count * lag]
             novelty = sum(
-                _novelty(x.float().gather(2, body.expand(-1, -1, -1, x.shape[3])).unflatten(2, (count, lag)))
+                _novelty(reference.widened(x).gather(2, body.expand(-1, -1, -1, x.shape[3])).unflatten(2, (count, lag)))
                 for x in (view.k, view.v)
             )
             assert isinstance(novelty, Tensor)

@@ -32,7 +32,9 @@ class TOVA(CachePolicy):
 
     def score(self, view: View) -> Tensor:
         assert view.queries is not None
-        x = reference.logits(view.queries.q.float(), view.k.float(), scale=view.scale, softcap=view.softcap)
+        x = reference.logits(
+            reference.widened(view.queries.q), reference.widened(view.k), scale=view.scale, softcap=view.softcap
+        )
         positions = view.positions[:, :, None, :]
         mask = (positions >= 0) & (positions <= view.queries.positions[:, None, :, None])
         weights = reference.softmax(x, reference.repeat_kv(mask, x.shape[1]), view.sinks)[:, :, 0]  # [B, H, N]
