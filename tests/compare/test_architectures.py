@@ -14,7 +14,7 @@ from manyheads.compare.contexts import Contexts
 from manyheads.compare.corpus import Corpus
 from manyheads.compare.runner import STRATEGIES
 from manyheads.models import default_path
-from manyheads.port import cache as port_cache
+from manyheads.integrations import cache as port_cache
 from oracles import models
 
 LENGTHS = (448,)  # windows of 8 have rolled, and the least that the task of several lines takes
