@@ -35,21 +35,21 @@ def drive(
     store, outputs, kept, start = policy.store(site()), [], [], 0
     for n in sizes:
         cut = slice(start, start + n)
-        keys, values = store.append(k[:, :, cut], v[:, :, cut])
+        keys, values = store.update(k[:, :, cut], v[:, :, cut])
         start += n
         mask = None
         if padding is not None:
             real = torch.arange(start)[None] >= torch.tensor(padding)[:, None]
             mask = (reference.causal_mask(n, start)[None] & real[:, None])[:, None]
         call = AttentionCall(site(), q[:, :, cut], keys, values, DIM**-0.5, mask=mask, is_causal=mask is None)
-        call = store.admit(call)
+        call = store.mask(call)
         if call.mask is not None:
             call = call.replace(
                 mask=reference.repeat_kv(call.mask, q.shape[1]) if call.mask.shape[1] > 1 else call.mask
             )
         outputs.append(call.attend())
-        store.settle(call)
-        kept.append(store.slots.positions().clone())
+        store.evict(call)
+        kept.append(store.padded.positions().clone())
     return torch.cat(outputs, 1), kept, store
 
 

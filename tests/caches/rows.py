@@ -100,8 +100,8 @@ def drive(
     store, outputs, kept, start = policy.store(at), [], [], 0
     for n in sizes:
         cut = slice(start, start + n)
-        resting = store.tokens.flat is not None
-        keys, values = store.append(k[:, :, cut], v[:, :, cut])
+        resting = store.tokens.ragged is not None
+        keys, values = store.update(k[:, :, cut], v[:, :, cut])
         start += n
         mask = None
         if padding is not None:
@@ -114,11 +114,11 @@ def drive(
         )
         out = store.attend(call)
         if out is None:
-            call = store.admit(call)
+            call = store.mask(call)
             if call.mask is not None and call.mask.shape[1] > 1:
                 call = call.replace(mask=reference.repeat_kv(call.mask, q.shape[1]))
             out = call.attend()
-            store.settle(call)
+            store.evict(call)
         outputs.append(out)
         kept.append(copy.deepcopy(store).live.positions())
     return torch.cat(outputs, 1), kept, store

@@ -13,8 +13,8 @@ from manyheads.compare.bench import TARGET
 from manyheads.compare.contexts import Contexts
 from manyheads.compare.corpus import Corpus
 from manyheads.compare.runner import STRATEGIES
-from manyheads.models import default_path
 from manyheads.integrations import cache as port_cache
+from manyheads.models import default_path
 from oracles import models
 
 LENGTHS = (448,)  # windows of 8 have rolled, and the least that the task of several lines takes
@@ -133,7 +133,7 @@ def shared(fork, store, policy, group):
 def lost(fork, store, policy, group):
     """A fork that counts its tokens from the start of the window."""
     twin = fork(store, policy, group)
-    twin.tokens.slots.seen, twin.tokens.slots.index, twin.tokens.slots.valid = twin.tokens.slots.size, None, None
+    twin.tokens.padded.seen, twin.tokens.padded.index, twin.tokens.padded.valid = twin.tokens.padded.size, None, None
     return twin
 
 

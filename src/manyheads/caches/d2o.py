@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
+from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts
-from ..attention.mass import column_mass
 from ..call import AttentionCall
 from ..errors import UserError
 from ._policy import CachePolicy, Schedule
-from ._view import QueryWindow, View
+from ._view import CacheView, QueryWindow
 
 __all__ = ["D2O"]
 
@@ -62,9 +62,9 @@ class D2O(CachePolicy):
         alpha, beta: of the threshold that was and of the new mean similarity.
     """
 
-    mass: ClassVar[bool] = True
-    observes: ClassVar[bool] = True
-    together: ClassVar[bool] = True
+    accumulated_attention: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
+    cross_layer: ClassVar[bool] = True
 
     recent_share: float = field(default=0.25, metadata={"help": "part of the slots that holds the last tokens"})
     layer_alloc: Literal["variance", "uniform"] = field(
@@ -91,12 +91,12 @@ class D2O(CachePolicy):
             return
         heads, at = call.q.shape[1], queries.positions
         keys = reference.repeat_kv(call.k, heads)
-        mass = column_mass(
+        mass = accumulated_attention(
             queries.q, keys, at, at[:, None], scale=call.scale, softcap=call.softcap, sinks=call.sinks
         )  # [B, H, S]
         state["density"] = density(mass, (at >= 0)[:, None])
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
         """r_l / rho, and the number of recent tokens that it leaves each layer."""
         shares: dict[int, Tensor | float] = dict.fromkeys(views, 1.0)
         if self.layer_alloc == "variance":
@@ -113,27 +113,27 @@ class D2O(CachePolicy):
             view.state["recent"] = recent.minimum(room - self.sinks).clamp(min=0)
         return shares
 
-    def _rho(self, view: View) -> Tensor:
+    def _rho(self, view: CacheView) -> Tensor:
         """Part of its tokens that each row may keep, ``[B]``."""
         if isinstance(self.budget, float):
             return torch.full_like(view.counts, self.budget, dtype=torch.float32)
         return view.counts.clamp(max=self.budget) / view.counts.clamp(min=1)
 
-    def _share(self, portion: Tensor, view: View) -> Tensor:
+    def _share(self, portion: Tensor, view: CacheView) -> Tensor:
         """What a layer keeps of its equal budget, ``[B]``; all of it in rows that have room for every token."""
         rho = self._rho(view)
         share = (portion * rho).clamp(_LEAST_SHARE, 1.0) / rho
         return torch.where(rho < 1, share, 1.0)
 
-    def score(self, view: View) -> Tensor:
-        assert view.mass is not None
-        return view.mass
+    def score(self, view: CacheView) -> Tensor:
+        assert view.accumulated_attention is not None
+        return view.accumulated_attention
 
-    def protect(self, view: View) -> Tensor:
+    def protected_mask(self, view: CacheView) -> Tensor:
         late = view.positions >= (view.counts - view.state["recent"])[:, None, None]
         return (view.positions >= 0) & ((view.positions < self.sinks) | late)
 
-    def merge(self, view: View, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: CacheView, kept: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.merging:
             return None
         if view.site.latent is not None or kept.shape[1] != view.k.shape[1]:
@@ -154,7 +154,7 @@ class D2O(CachePolicy):
             absorb(view.v, at, target, similarity, joins, self.weights),
         )
 
-    def _threshold(self, view: View, similarity: Tensor, gone: Tensor) -> Tensor:
+    def _threshold(self, view: CacheView, similarity: Tensor, gone: Tensor) -> Tensor:
         """tau ``[B, Hkv]`` after this eviction; where nothing was dropped it stays, NaN before the first."""
         count = gone.sum(-1)
         mean = torch.where(gone, similarity, 0.0).sum(-1) / count.clamp(min=1)

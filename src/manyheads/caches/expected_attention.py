@@ -27,7 +27,7 @@ from ..attention import reference, rope
 from ..call import AttentionCall
 from ..errors import UserError
 from ._policy import CachePolicy
-from ._view import QueryWindow, View
+from ._view import CacheView, QueryWindow
 
 __all__ = ["ExpectedAttention"]
 
@@ -58,7 +58,7 @@ class ExpectedAttention(CachePolicy):
         epsilon: added to the weight before that.
     """
 
-    observes: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped, nor counted"})
     future: int = field(default=512, metadata={"help": "next positions over which the rotation is averaged"})
@@ -120,7 +120,7 @@ class ExpectedAttention(CachePolicy):
         state["query_mean"] = state["query_mean"] + part * apart
         state["query_count"] = total
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         state, groups = view.state, view.k.shape[1]
         newest = state["cos"][:, None], state["sin"][:, None]
         cos, sin = rope.mean_rotation(newest, state["angle_step"], self.future)

@@ -37,7 +37,7 @@ from ..attention.budget import Budget
 from ..attention.codec import Codec, codec
 from ..call import Site
 from ..errors import UserError
-from ._policy import CachePolicy, View
+from ._policy import CachePolicy, CacheView
 from ._store import PolicyStore
 from ._wrap import Wrapper
 
@@ -89,7 +89,7 @@ class FireQ(Wrapper):
     def inner(self) -> CachePolicy:
         """The base, which keeps at least the tokens that are not encoded yet."""
         inner = super().inner
-        return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.sized else inner
+        return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.has_budget else inner
 
     @property
     def codec(self) -> Codec:
@@ -106,7 +106,7 @@ class FireQ(Wrapper):
             )
         return self.inner.store(site) if site.window is not None else super().store(site)
 
-    def key_scale(self, view: View) -> Tensor | None:
+    def key_scale(self, view: CacheView) -> Tensor | None:
         if self.scaling == "none":
             return None
         if view.rotary is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ._policy import CachePolicy, View
+from ._policy import CachePolicy, CacheView
 
 __all__ = ["Knorm"]
 
@@ -26,6 +26,6 @@ __all__ = ["Knorm"]
 class Knorm(CachePolicy):
     """Keep the keys of least L2 norm."""
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(reference.widened(view.k), dim=-1)
         return -norms

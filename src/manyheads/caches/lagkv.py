@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..attention import reference
 from ..errors import UserError
-from ._policy import CachePolicy, View
+from ._policy import CachePolicy, CacheView
 
 __all__ = ["LagKV"]
 
@@ -58,7 +58,7 @@ class LagKV(CachePolicy):
             raise UserError("lagkv: lag_size is at least 1")
         super().__post_init__()
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         lag, heads, size = self.lag_size, view.k.shape[1], view.k.shape[2]
         # In the order of the row from the first token after the sinks on; sinks and empty slots last.
         late = view.positions.masked_fill(view.positions < self.sinks, torch.iinfo(torch.int64).max)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..attention import mla, reference
-from ..attention.slots import nbytes
+from ..attention.padded import nbytes
 from ..call import AttentionCall, Latent, Site
 from ..errors import UserError
 from ..strategy import Strategy
@@ -88,7 +88,7 @@ class LatentStore:
     """Latents and rotary keys of one layer, side by side in one tensor ``[B, 1, C, r + dr]``; room to grow is zero.
 
     ``append`` hands back the new tokens only, so the module expands no more than those; :meth:`attend` answers for all.
-    Where it may not (another strategy acts at the site, sinks, dropout) or the schedule says ``expand``, :meth:`admit`
+    Where it may not (another strategy acts at the site, sinks, dropout) or the schedule says ``expand``, :meth:`mask`
     gives the call keys and values of all tokens. The mask of a forward covers all columns, so padding needs no record.
     """
 
@@ -118,7 +118,7 @@ class LatentStore:
         """Rotary keys ``[B, 1, S, dr]``."""
         return None if self._held is None else self._held[:, :, : self.seen, self.dims.rank :]
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take the next T tokens, latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]``; return just these."""
         if k.shape[1] != 1 or (k.shape[3], v.shape[3]) != (self.dims.rank, self.dims.rope_dim):
             raise UserError(
@@ -148,17 +148,17 @@ class LatentStore:
             bias=call.bias, seen=self.seen,
         )  # fmt: skip
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
+    def mask(self, call: AttentionCall) -> AttentionCall:
         """Give the call keys and values of all tokens, where it has those of the new ones only."""
         if call.k.shape[2] == self.seen:
             return call
         k, v = mla.keys_values(self._all(1), self._up(call.q), self.dims)
         return call.replace(k=k, v=v, mask=self._mask(call), is_causal=False)
 
-    def settle(self, call: AttentionCall) -> None:
+    def evict(self, call: AttentionCall) -> None:
         """Nothing is dropped."""
 
-    def select(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']``."""
         if self._held is not None:
             self._held = self._held[rows.to(self._held.device)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._policy import CachePolicy
-from ._view import View
+from ._view import CacheView
 
 __all__ = ["Random"]
 
@@ -33,7 +33,7 @@ class Random(CachePolicy):
 
     seed: int = field(default=0, metadata={"help": "seed of the draw"})
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         heads = torch.arange(view.positions.shape[1], device=view.k.device)[:, None]
         stream = _mix(heads + 1009 * (view.site.layer or 0) + 1_000_003 * self.seed)
         draw = _mix(_mix(view.positions) ^ stream) & ((1 << 24) - 1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ._policy import CachePolicy, Schedule
-from ._view import View
+from ._view import CacheView
 
 __all__ = ["StreamingLLM"]
 
@@ -27,5 +27,5 @@ class StreamingLLM(CachePolicy):
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         return view.positions.float()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ._policy import CachePolicy, Schedule, View
+from ._policy import CachePolicy, CacheView, Schedule
 
 __all__ = ["TOVA"]
 
@@ -30,7 +30,7 @@ class TOVA(CachePolicy):
     def window(self) -> int:
         return 1
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         assert view.queries is not None
         x = reference.logits(
             reference.widened(view.queries.q), reference.widened(view.k), scale=view.scale, softcap=view.softcap

@@ -40,7 +40,7 @@ class Arm:
 
     @property
     def key(self) -> str:
-        if not getattr(self.strategy, "sized", hasattr(self.strategy, "budget")):
+        if not getattr(self.strategy, "has_budget", hasattr(self.strategy, "budget")):
             return self.label
         return f"{self.label}{',' if ':' in self.label else ':'}budget={self.budget}"
 
@@ -112,7 +112,7 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
             arms.append(Arm(strategy, strategy.spec))
             continue
         label = _label(given, strategy)
-        if own or not getattr(strategy, "sized", True):
+        if own or not getattr(strategy, "has_budget", True):
             arms.append(Arm(strategy, label))
             continue
         if not values:
@@ -156,7 +156,8 @@ class Prefix:
         self.ids = ids
         forked = [arm for arm in arms if arm.forks]
         self._record = max([_LEAST_RECORD, *(arm.record for arm in forked)])
-        self._whole = any(getattr(arm.strategy, "observes", False) for arm in forked)  # see a prompt in one forward
+        # These see a prompt in one forward.
+        self._whole = any(getattr(arm.strategy, "needs_queries", False) for arm in forked)
         self._read(ids, anew=True)
 
     def _read(self, ids: Tensor, anew: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..attention.slots import nbytes
+from ..attention.padded import nbytes
 from ..call import Site, Store
 from ..errors import UserError
 
@@ -70,7 +70,7 @@ class StoreLayer(CacheLayerMixin):
                 f"this cache drops tokens at {self.site.name} and needs its port: "
                 "run the model inside `with manyheads.use(model):`"
             )
-        return self.store.append(key_states, value_states)
+        return self.store.update(key_states, value_states)
 
     def get_seq_length(self) -> int:
         return cast("int", self.store.seen)  # a tensor while only the device counts, as in transformers' static cache
@@ -96,16 +96,16 @@ class StoreLayer(CacheLayerMixin):
         self.store.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.store.select(beam_idx)
+        self.store.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self.store.select(rows)
+        self.store.reorder(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         keys = self.store.keys
         if keys is not None:
-            self.store.select(torch.arange(keys.shape[0]).repeat_interleave(repeats))
+            self.store.reorder(torch.arange(keys.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:

@@ -169,7 +169,7 @@ class SiteState(Chain):
             if answer is not None and (answered := answer(call)) is not None:
                 self.store = self.rotary = None
                 return answered, None
-            call = self.store.admit(call)
+            call = self.store.mask(call)
             if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
                 call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         call = self.edit(call)
@@ -184,7 +184,7 @@ class SiteState(Chain):
             out, weights = self._attend(module, call, original, kwargs)
         out = self.after(call, out)
         if self.store is not None:
-            self.store.settle(call)
+            self.store.evict(call)
             self.store = self.rotary = None  # an open port does not keep a cache alive
         return out, weights
 

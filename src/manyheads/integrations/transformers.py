@@ -208,7 +208,7 @@ def _reserve(store: Any, strategy: Strategy, site: Site, room: int) -> None:
         raise UserError(
             f"{strategy.spec} evicts while it decodes, which cannot be compiled; leave room away or use schedule=chunk"
         )
-    if getattr(strategy, "mass", False) and getattr(strategy, "schedule", "prefill") == "chunk":
+    if getattr(strategy, "accumulated_attention", False) and getattr(strategy, "schedule", "prefill") == "chunk":
         raise UserError(f"{strategy.spec} goes on adding up attention while it decodes; use schedule=prefill")
     if site.window is not None or site.latent is not None:
         raise UserError(f"{site.name} has a sliding window or latents and cannot be compiled; leave room away")
