@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention import reference
-from manyheads.caches._policy import CachePolicy
+from manyheads.caches._strategy import EvictionStrategy
 from manyheads.call import AttentionCall, Site
 from tolerance import SAME, assert_close
 
@@ -29,7 +29,7 @@ def sequences(
 
 
 def drive(
-    policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor, sizes: list[int], padding: list[int] | None = None
+    policy: EvictionStrategy, q: Tensor, k: Tensor, v: Tensor, sizes: list[int], padding: list[int] | None = None
 ) -> tuple[Tensor, list[Tensor], object]:
     """Run a store as a model would: outputs ``[B, T, H, d]``, positions held after each forward, and the store."""
     store, outputs, kept, start = policy.store(site()), [], [], 0
@@ -104,7 +104,7 @@ SIZES = [11, 1, 1, 4, 1, 1, 1]
 
 
 def agrees(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     score: Score,
     heads: int = 4,
     padding: tuple[int, ...] = (0, 0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from caches.formula import DIM, DUE, SIZES, sequences, site
 from manyheads.attention import reference
-from manyheads.caches._policy import CachePolicy
+from manyheads.caches._strategy import EvictionStrategy
 from manyheads.call import AttentionCall, Site
 from tolerance import SAME, assert_close
 
@@ -46,7 +46,7 @@ Fixed = Callable[[int, int, int], bool]  # position, tokens seen, the equal budg
 
 
 def by_hand(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     row: Row,
     sizes: list[int],
     score: Score,
@@ -86,7 +86,7 @@ def by_hand(
 
 
 def drive(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -125,7 +125,7 @@ def drive(
 
 
 def agrees(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     score: Score,
     heads: int = 4,
     padding: tuple[int, ...] = (0, 0),

@@ -124,15 +124,15 @@ def test_every_architecture(name, shipped, texts, tmp_path):
         is_plain(rows, want, ["random:budget=0.1"])
 
 
-def shared(fork, store, policy, group):
+def shared(fork, store, target):
     """A fork that is the parent itself."""
-    del fork, policy, group
+    del fork, target
     return store
 
 
-def lost(fork, store, policy, group):
+def lost(fork, store, target):
     """A fork that counts its tokens from the start of the window."""
-    twin = fork(store, policy, group)
+    twin = fork(store, target)
     twin.tokens.padded.seen, twin.tokens.padded.index, twin.tokens.padded.valid = twin.tokens.padded.size, None, None
     return twin
 
@@ -140,7 +140,7 @@ def lost(fork, store, policy, group):
 @pytest.mark.parametrize("wrong", [shared, lost])
 def test_control_of_windows(wrong, shipped, texts, tmp_path, monkeypatch):
     model, fork = build("mistral", len(shipped)), PolicyStore.fork
-    monkeypatch.setattr(PolicyStore, "fork", lambda store, policy, group=None: wrong(fork, store, policy, group))
+    monkeypatch.setattr(PolicyStore, "fork", lambda store, target=None: wrong(fork, store, target))
     rows = run(model, shipped, texts[:8], tmp_path, ("loss",), ())
     with pytest.raises(AssertionError):
         is_plain(rows, plain(model, shipped, texts[:8]))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.caches._policy import CachePolicy
 from manyheads.caches._store import PolicyStore
+from manyheads.caches._strategy import EvictionStrategy
 from manyheads.caches._view import CacheView
 from manyheads.call import AttentionCall
 from manyheads.strategy import Strategy
@@ -81,7 +81,7 @@ class DropScale(Strategy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm(CachePolicy):
+class Norm(EvictionStrategy):
     """A right policy written from its formula: keep the least values. (Key norms are all equal under QK norm.)"""
 
     def score(self, view: CacheView) -> Tensor:

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of what stays: scores, protection and budgets of a policy made into slots to keep."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..attention import reference
 from ..attention.padded import PaddedCache
+from ._policy import CachePolicy
 from ._view import CacheView
-
-if TYPE_CHECKING:
-    from ._policy import CachePolicy
 
 __all__ = ["keep_best"]
 
 
 def keep_best(
-    policy: "CachePolicy", view: CacheView, slots: PaddedCache, counts: Tensor, limit: int, share: Tensor | float
+    policy: CachePolicy, view: CacheView, slots: PaddedCache, counts: Tensor, limit: int, share: Tensor | float
 ) -> bool:
     """Keep the best-scored slots of each row and head.
 

@@ -13,7 +13,6 @@ from ..attention.codec import Codec
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Strategy
-from ._store import PolicyStore
 from ._view import CacheView, QueryWindow
 
 __all__ = ["CachePolicy", "Schedule", "CacheView"]
@@ -28,7 +27,7 @@ Schedule = Annotated[str | int, BeforeValidator(_as_schedule)]
 
 @dataclass(frozen=True, kw_only=True)
 class CachePolicy(Strategy):
-    """Base of the cache strategies: keep the best-scored tokens of each head within a budget, drop the rest.
+    """Which tokens stay: the best-scored ones of each head within a budget, the rest is dropped.
 
     A policy overrides :meth:`score`, and where its paper does so :meth:`protected_mask`, :meth:`head_budgets`,
     :meth:`layer_budgets`, :meth:`merge` or the storage (:attr:`codec`). Kept keys keep their rotary positions. Ties go
@@ -87,9 +86,14 @@ class CachePolicy(Strategy):
         return 0
 
     @property
+    def gathers(self) -> bool:
+        """Whether statistics of the queries are gathered as they come."""
+        return self.accumulated_attention or self.needs_queries
+
+    @property
     def record(self) -> int:
-        """Queries of a shared prefill that :meth:`PolicyStore.fork` needs: the window, or all of them."""
-        return 2**31 if self.accumulated_attention or self.needs_queries else self.window
+        """Queries of a shared prefill that a fork needs: the window, or all of them."""
+        return 2**31 if self.gathers else self.window
 
     @property
     def codec(self) -> Codec | None:
@@ -114,9 +118,6 @@ class CachePolicy(Strategy):
 
     def selects(self, site: Site) -> bool:
         return Strategy.selects(self, site) and site.causal and site.layer is not None
-
-    def store(self, site: Site) -> PolicyStore:
-        return PolicyStore(self, site)
 
     def score(self, view: CacheView) -> Tensor:
         """Importance of each slot, ``[B, Hkv, N]``; the highest stay."""

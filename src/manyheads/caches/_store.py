@@ -2,21 +2,19 @@
 """The store behind every eviction policy: update, attend, observe, evict."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
-from ..call import AttentionCall, Site
+from ..call import AttentionCall, Site, Store
 from ..errors import UserError
 from ._evict import keep_best
+from ._policy import CachePolicy
 from ._tokens import Tokens
 from ._view import CacheView, QueryWindow
-
-if TYPE_CHECKING:
-    from ._policy import CachePolicy
 
 __all__ = ["PolicyStore", "drop_outside_window", "view_of"]
 
@@ -35,7 +33,7 @@ def drop_outside_window(slots: PaddedCache, window: int) -> None:
         slots.keep(order, ~gone.gather(2, order))
 
 
-class PolicyStore:
+class PolicyStore(Store):
     """What one layer remembers under a :class:`CachePolicy`. See ``manyheads.call.Store`` for the order of calls.
 
     Between forwards a layer rests in ragged storage where its heads keep unequal numbers, where its policy has a codec,
@@ -48,13 +46,11 @@ class PolicyStore:
             them to other policies; and all tokens of a sliding-window layer, which a policy may choose among.
     """
 
-    def __init__(self, policy: "CachePolicy", site: Site, record: int = 0) -> None:
+    covers_past: ClassVar[bool] = True
+
+    def __init__(self, policy: CachePolicy, site: Site, record: int = 0) -> None:
+        super().__init__(site, record)
         self.policy = policy
-        self.site = site
-        self.record = record
-        self.room = 0  # tokens that can be decoded without the host
-        self.reading = False  # more tokens will come many at a time
-        self.group: dict[int, PolicyStore] = {}  # the stores of one cache by layer; the port shares one among them
         self.reset()
 
     def reset(self) -> None:
@@ -88,9 +84,18 @@ class PolicyStore:
         return self.tokens.ragged is not None or (self.padded is not None and self.padded.index is not None)
 
     @property
-    def fixed(self) -> bool:
-        """Whether decoding can be compiled."""
-        return self.room > 0
+    def why_not_fixed(self) -> str | None:
+        policy, site = self.policy, self.site
+        if policy.schedule not in ("prefill", "chunk"):
+            return (
+                f"{policy.spec} evicts while it decodes, which cannot be compiled; leave room away or use "
+                "schedule=chunk"
+            )
+        if policy.accumulated_attention and policy.schedule == "chunk":
+            return f"{policy.spec} goes on adding up attention while it decodes; use schedule=prefill"
+        if site.window is not None or site.latent is not None:
+            return f"{site.name} has a sliding window or latents and cannot be compiled; leave room away"
+        return None
 
     @property
     def keys(self) -> Tensor | None:
@@ -124,7 +129,7 @@ class PolicyStore:
         if policy.should_evict(self._forwards + 1, 1, self._since + 1):
             return None
         if policy.schedule != "prefill":
-            if policy.accumulated_attention or policy.needs_queries:
+            if policy.gathers:
                 return None
             if policy.window and self._queries is not None:
                 self._queries = self._queries.join(QueryWindow(call.q, flat.counts[:, None].clone())).last(
@@ -159,7 +164,7 @@ class PolicyStore:
         self._since += new
         evicting = policy.should_evict(self._forwards, new, self._since)
         window = max(self.record, policy.window if evicting or policy.schedule != "prefill" else 0)
-        if window or policy.accumulated_attention or policy.needs_queries:
+        if window or policy.gathers:
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
@@ -177,25 +182,24 @@ class PolicyStore:
         if self._waiting is None:
             _rest(self, call.k, call.v)
 
-    def fork(self, policy: "CachePolicy", group: "dict[int, PolicyStore] | None" = None) -> "PolicyStore":
-        """The store that ``policy`` would have after the same forwards, over the same tensors; self is unchanged.
-
-        Exact for policies with ``dense_prefill``, as long as this store has dropped nothing. ``group`` gathers the
-        forked layers of one cache.
-        """
+    def fork(self, target: Store | None = None) -> Store:
+        """As in :class:`Store`: exact for policies with ``dense_prefill``, refused once this store dropped a token."""
         evidence, slots = self._evidence, self.padded
         if evidence is None or slots is None or slots.index is not None:
             raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
+        if target is None:
+            target = type(self)(self.policy, self.site)
+            target.group = {self.site.layer or 0: target}
+        if not isinstance(target, PolicyStore):
+            return super().fork(target)
+        policy = target.policy
         if policy.record > self.record:
             raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
-        twin = policy.store(self.site)
-        twin.group = {} if group is None else group
-        twin.group[self.site.layer or 0] = twin
-        twin.tokens.padded = slots.twin()
-        twin._forwards = self._forwards
+        target.tokens.padded = slots.twin()
+        target._forwards = self._forwards
         queries, rotary = evidence.queries, evidence.rotary
-        read = 0 if rotary is None or queries is None else queries.q.shape[2]  # in the latest forward
-        if policy.needs_queries and rotary is not None and read and rotary[0].shape[1] != read:
+        partial = queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]
+        if policy.needs_queries and partial:
             raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
         call = AttentionCall(
             self.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
@@ -203,34 +207,28 @@ class PolicyStore:
         )  # fmt: skip
         if queries is not None:
             if policy.window:
-                twin._queries = queries.last(policy.window)
-            twin._gather(call, queries, evidence)
-        view = view_of(twin, call, evidence.shared)
-        if twin.tokens.codec is not None:
-            twin.tokens.key_scale = policy.key_scale(view)
-        twin.compress(view)
-        if twin._waiting is None:
-            _rest(twin, call.k, call.v)
-        return twin
+                target._queries = queries.last(policy.window)
+            target._gather(call, queries, evidence)
+        view = view_of(target, call, evidence.shared)
+        if target.tokens.codec is not None:
+            target.tokens.key_scale = policy.key_scale(view)
+        target.compress(view)
+        if target._waiting is None:
+            _rest(target, call.k, call.v)
+        return target
 
     def _gather(self, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
         """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
 
         ``source`` is what the forks of one cache share, None where there are none.
         """
-        slots = self.live
-
-        def received(_: CacheView | None) -> Tensor:
-            by_head = accumulated_attention(
-                latest.q, call.k, latest.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
-                sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
-            )  # fmt: skip
-            summed: Tensor = by_head.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
-            return summed[..., None]
-
         if self.policy.accumulated_attention:
-            new = received(None) if source is None else source.once(_RECEIVED, received)
-            slots.extras[_RECEIVED] = slots.extras[_RECEIVED] + new if _RECEIVED in slots.extras else new
+            extras = self.live.extras
+            if source is None:
+                new = _received(self, call, latest)
+            else:
+                new = source.once(_RECEIVED, lambda _: _received(self, call, latest))
+            extras[_RECEIVED] = extras[_RECEIVED] + new if _RECEIVED in extras else new
         if self.policy.needs_queries:
             self.policy.observe(call, latest, self.state)
 
@@ -272,7 +270,7 @@ class PolicyStore:
         if not count or (self.padded is None and self.tokens.ragged is None):
             return
         policy = self.policy
-        if (self._queries is not None and policy.window) or policy.accumulated_attention or policy.needs_queries:
+        if (self._queries is not None and policy.window) or policy.gathers:
             raise UserError(
                 f"a cache of {policy.slug} cannot be cropped, what it gathered from queries cannot be taken back: "
                 "generate without an assistant or prompt lookup"
@@ -284,6 +282,17 @@ class PolicyStore:
     def nbytes(self) -> int:
         """Bytes that this layer really holds: storages of keys, values, remembered queries and bookkeeping."""
         return self.tokens.nbytes(*self.held)
+
+
+def _received(store: PolicyStore, call: AttentionCall, queries: QueryWindow) -> Tensor:
+    """Attention that each slot received from ``queries``, ``[B, Hs, N, 1]``."""
+    slots = store.live
+    by_head = accumulated_attention(
+        queries.q, call.k, queries.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
+        sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
+    )  # fmt: skip
+    stored: Tensor = by_head.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
+    return stored[..., None]
 
 
 def view_of(store: PolicyStore, call: AttentionCall, shared: dict[str, Tensor] | None = None) -> CacheView:
@@ -302,7 +311,11 @@ def _evict_all_layers(last: PolicyStore) -> None:
     mine = [layer for layer in last.site.peers if policy.layers is None or layer in policy.layers]
     if mine and last.site.layer != mine[-1]:
         return
-    waiting = {n: (s, s._waiting) for n, s in sorted((last.group or {0: last}).items()) if s._waiting is not None}
+    waiting = {
+        n: (s, s._waiting)
+        for n, s in sorted((last.group or {0: last}).items())
+        if isinstance(s, PolicyStore) and s._waiting is not None
+    }
     shares = policy.layer_budgets({n: view for n, (_, view) in waiting.items()})
     for n, (store, view) in waiting.items():
         store._waiting = None
@@ -326,5 +339,5 @@ def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         return  # the cache holds something else than keys and values
     accrues = policy.accumulated_attention and policy.schedule != "prefill"  # and only slots keep attention mass
     ragged = store._ragged and policy.schedule != "step" and not accrues
-    if tokens.codec is not None or (tokens.room and not store.reading) or ragged:
+    if tokens.codec is not None or (tokens.room and not store.prefilling) or ragged:
         tokens.pack()

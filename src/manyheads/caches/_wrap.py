@@ -13,14 +13,15 @@ from ..attention.codec import Codec
 from ..call import AttentionCall
 from ..errors import UserError
 from ..strategy import parse
-from ._policy import CachePolicy, Schedule
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
 from ._view import CacheView, QueryWindow
 
 __all__ = ["Wrapper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wrapper(CachePolicy):
+class Wrapper(EvictionStrategy):
     """Base of strategies around another: everything is the base's, except what a subclass overrides.
 
     Attributes:
@@ -39,7 +40,7 @@ class Wrapper(CachePolicy):
         if colon:
             object.__setattr__(self, "base", f"{slug}({fields})")
         inside = parse(self.base)
-        if not isinstance(inside, CachePolicy) or type(inside).store is not CachePolicy.store:
+        if not isinstance(inside, EvictionStrategy) or type(inside).store is not EvictionStrategy.store:
             raise UserError(f"{self.slug} cannot stand around {inside.slug}, which keeps its cache in a way of its own")
         if re.search(r"\bbudget\s*=", self.base):
             raise UserError(f"{self.slug}: give the budget outside, {self.slug}:base={inside.slug},budget=...")
@@ -53,10 +54,10 @@ class Wrapper(CachePolicy):
         _ = self.inner  # refuses now what the base cannot do with this budget
 
     @functools.cached_property
-    def inner(self) -> CachePolicy:
+    def inner(self) -> EvictionStrategy:
         """The base, with the budget and protection of this strategy."""
         inside = parse(self.base)
-        assert isinstance(inside, CachePolicy)
+        assert isinstance(inside, EvictionStrategy)
         if not inside.has_budget:
             if self.budget != 1.0:
                 raise UserError(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ._policy import CacheView
+from ._view import CacheView
 from ._wrap import Wrapper
 
 __all__ = ["AdaKV"]

@@ -40,7 +40,8 @@ from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts
 from ..call import AttentionCall
 from ..errors import UserError
-from ._policy import CachePolicy, Schedule
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
 from ._view import CacheView, QueryWindow
 
 __all__ = ["D2O"]
@@ -50,7 +51,7 @@ _LEAST_SHARE = 0.01  # of its tokens that every layer keeps
 
 
 @dataclass(frozen=True, kw_only=True)
-class D2O(CachePolicy):
+class D2O(EvictionStrategy):
     """Heavy hitters and recent tokens under budgets by layer; similar dropped tokens live on in kept ones.
 
     Attributes:

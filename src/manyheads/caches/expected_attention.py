@@ -26,7 +26,7 @@ from torch import Tensor
 from ..attention import reference, rope
 from ..call import AttentionCall
 from ..errors import UserError
-from ._policy import CachePolicy
+from ._strategy import EvictionStrategy
 from ._view import CacheView, QueryWindow
 
 __all__ = ["ExpectedAttention"]
@@ -48,7 +48,7 @@ def _half_split(call: AttentionCall) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(CachePolicy):
+class ExpectedAttention(EvictionStrategy):
     """Tokens with the largest expected weight, times the norm of their value.
 
     Attributes:

@@ -37,8 +37,9 @@ from ..attention.budget import Budget
 from ..attention.codec import Codec, codec
 from ..call import Site
 from ..errors import UserError
-from ._policy import CachePolicy, CacheView
 from ._store import PolicyStore
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 from ._wrap import Wrapper
 
 __all__ = ["FireQ"]
@@ -86,7 +87,7 @@ class FireQ(Wrapper):
         super().__post_init__()
 
     @functools.cached_property
-    def inner(self) -> CachePolicy:
+    def inner(self) -> EvictionStrategy:
         """The base, which keeps at least the tokens that are not encoded yet."""
         inner = super().inner
         return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.has_budget else inner

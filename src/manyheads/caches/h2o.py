@@ -18,13 +18,15 @@ from torch import Tensor
 
 from ..attention.budget import keep_counts
 from ..errors import UserError
-from ._policy import CachePolicy, CacheView, Schedule
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["H2O"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(CachePolicy):
+class H2O(EvictionStrategy):
     """Keys with the largest sum of attention, and the most recent ones.
 
     Attributes:

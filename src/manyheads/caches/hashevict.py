@@ -31,8 +31,9 @@ from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
 from ..call import AttentionCall, Site
 from ..errors import UserError
-from ._policy import CachePolicy, Schedule
+from ._policy import Schedule
 from ._store import PolicyStore, drop_outside_window
+from ._strategy import EvictionStrategy
 from ._view import CacheView
 
 __all__ = ["HashEvict"]
@@ -41,7 +42,7 @@ _UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
-class HashEvict(CachePolicy):
+class HashEvict(EvictionStrategy):
     """Overwrite the key whose hash is furthest from the probe's.
 
     Attributes:

@@ -44,7 +44,7 @@ from ..attention import reference, rope
 from ..attention.budget import keep_counts
 from ..attention.codec import Codec, codec
 from ..errors import UserError
-from ._policy import CachePolicy
+from ._strategy import EvictionStrategy
 from ._view import CacheView
 
 __all__ = ["Hedge"]
@@ -56,7 +56,7 @@ _BLOCK = 2**24  # weights held at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hedge(CachePolicy):
+class Hedge(EvictionStrategy):
     """Distinct keys and what the prompt would look up next, ranked over all layers, stored in 4 bits.
 
     Attributes:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ._policy import CachePolicy
+from ._strategy import EvictionStrategy
 from ._view import CacheView
 
 __all__ = ["KeyDiff"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyDiff(CachePolicy):
+class KeyDiff(EvictionStrategy):
     """Keep the keys least similar to the mean direction of all keys of the head."""
 
     def score(self, view: CacheView) -> Tensor:

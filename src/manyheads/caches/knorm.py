@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ._policy import CachePolicy, CacheView
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["Knorm"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knorm(CachePolicy):
+class Knorm(EvictionStrategy):
     """Keep the keys of least L2 norm."""
 
     def score(self, view: CacheView) -> Tensor:

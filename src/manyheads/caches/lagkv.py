@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..attention import reference
 from ..errors import UserError
-from ._policy import CachePolicy, CacheView
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["LagKV"]
 
@@ -43,7 +44,7 @@ def _novelty(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LagKV(CachePolicy):
+class LagKV(EvictionStrategy):
     """Tokens whose keys and values spread widest relative to the next ``lag_size`` tokens.
 
     Attributes:

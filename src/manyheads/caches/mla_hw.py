@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..attention import mla, reference
 from ..attention.padded import nbytes
-from ..call import AttentionCall, Latent, Site
+from ..call import AttentionCall, Latent, Site, Store
 from ..errors import UserError
 from ..strategy import Strategy
 
@@ -84,7 +84,7 @@ class MLAHw(Strategy):
         )
 
 
-class LatentStore:
+class LatentStore(Store):
     """Latents and rotary keys of one layer, side by side in one tensor ``[B, 1, C, r + dr]``; room to grow is zero.
 
     ``append`` hands back the new tokens only, so the module expands no more than those; :meth:`attend` answers for all.
@@ -94,8 +94,8 @@ class LatentStore:
 
     def __init__(self, strategy: MLAHw, site: Site) -> None:
         assert site.latent is not None
+        super().__init__(site)
         self.strategy = strategy
-        self.site = site
         self.latent: Latent = site.latent
         self.dims = mla.Dims(
             self.latent.num_heads, self.latent.rank, self.latent.nope_dim, self.latent.rope_dim, self.latent.v_dim
@@ -106,7 +106,11 @@ class LatentStore:
     def reset(self) -> None:
         """Forget everything."""
         self._held: Tensor | None = None
-        self.seen = 0
+        self._seen = 0
+
+    @property
+    def seen(self) -> int:
+        return self._seen
 
     @property
     def keys(self) -> Tensor | None:
@@ -133,7 +137,7 @@ class LatentStore:
             self._held = larger
         self._held[:, :, self.seen : end, : self.dims.rank] = k
         self._held[:, :, self.seen : end, self.dims.rank :] = v
-        self.seen = end
+        self._seen = end
         return k, v
 
     def attend(self, call: AttentionCall) -> Tensor | None:
@@ -165,7 +169,7 @@ class LatentStore:
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens."""
-        self.seen = max(0, self.seen - count)
+        self._seen = max(0, self._seen - count)
         if self._held is not None:
             self._held[:, :, self.seen :] = 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ._policy import CachePolicy
+from ._strategy import EvictionStrategy
 from ._view import CacheView
 
 __all__ = ["Random"]
@@ -24,7 +24,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(CachePolicy):
+class Random(EvictionStrategy):
     """Keep tokens drawn uniformly, each head its own.
 
     Attributes:

@@ -15,14 +15,14 @@ from torch import Tensor
 from ..attention import reference
 from ..attention.accumulated_attention import accumulated_attention
 from ..errors import UserError
-from ._policy import CachePolicy
+from ._strategy import EvictionStrategy
 from ._view import CacheView
 
 __all__ = ["SnapKV"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(CachePolicy):
+class SnapKV(EvictionStrategy):
     """Keys that the last ``window_size`` queries attend to most.
 
     Attributes:

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ._policy import CachePolicy, Schedule
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
 from ._view import CacheView
 
 __all__ = ["StreamingLLM"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(CachePolicy):
+class StreamingLLM(EvictionStrategy):
     """First ``sinks`` tokens and the most recent others."""
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})

@@ -165,8 +165,7 @@ class SiteState(Chain):
         self.mark()
         if self.store is not None:
             alone = not self.looks and not kwargs.get("output_attentions")  # the store may answer in its own way
-            answer = getattr(self.store, "attend", None) if alone else None
-            if answer is not None and (answered := answer(call)) is not None:
+            if alone and (answered := self.store.attend(call)) is not None:
                 self.store = self.rotary = None
                 return answered, None
             call = self.store.mask(call)
