@@ -18,7 +18,7 @@ from tolerance import SAME, assert_close
 
 @dataclass
 class Row:
-    """A row as it stands when tokens are dropped: q ``[H, T, d]``, k and v ``[Hkv, T, d]``, all tokens ever seen.
+    """A row when tokens are dropped: q ``[H, T, d]``, k and v ``[Hkv, T, d]``, all tokens ever seen.
 
     Beside them what each key/value head holds, and the attention that each position received there.
     """
@@ -100,14 +100,14 @@ def drive(
     store, outputs, kept, start = policy.store(at), [], [], 0
     for n in sizes:
         cut = slice(start, start + n)
-        resting = store.tokens.ragged is not None
+        packed = store.tokens.ragged is not None
         keys, values = store.update(k[:, :, cut], v[:, :, cut])
         start += n
         mask = None
         if padding is not None:
             real = torch.arange(start)[None] >= torch.tensor(padding)[:, None]
             mask = (reference.causal_mask(n, start)[None] & real[:, None])[:, None]
-            mask = mask[..., -n:] if resting else mask
+            mask = mask[..., -n:] if packed else mask
         turned = rotary and (rotary[0][:, cut], rotary[1][:, cut])
         call = AttentionCall(
             at, q[:, :, cut], keys, values, DIM**-0.5, mask=mask, is_causal=mask is None and n > 1, rotary=turned

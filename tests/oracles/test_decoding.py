@@ -172,7 +172,7 @@ def test_two_stores_on_different_layers():
 @pytest.mark.parametrize("spec", ["keydiff:budget=7", "random:budget=0.5,schedule=2", HASH])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_a_cache_and_another_strategy_hold_together(name, spec, strategy):
-    """The call that a cache admits says all there is to know: the reference attention answers it alike."""
+    """The call that a cache has masked says all there is to know: the reference attention answers it alike."""
     model, given = models.tiny(name), models.inputs(name)
     with manyheads.use(model, spec):
         made, logits = greedy(model, given["input_ids"], given["attention_mask"])

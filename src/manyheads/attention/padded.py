@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot storage of one cache layer: keys and values that may be dropped, and what each slot still stands for.
+"""Padded storage of one cache layer: keys and values that may be dropped, and which token each slot holds.
 
 A cache that simply shrinks loses three things: how many tokens were seen (so the next token gets a wrong position and
 ``generate`` feeds tokens again), which column of the attention mask a slot belongs to (so padding masks the wrong
-keys), and the order of tokens. Slots keep all three:
+keys), and the order of tokens. A padded cache keeps all three:
 
 - ``seen``: the logical length, which never shrinks.
 - ``index [B, Hs, N]`` int32: the column of the whole sequence that a slot holds, -1 for an empty slot. None as long as
   nothing was dropped: then slot j is column j and no byte is spent on it.
-- ``extras``: by name, what a policy remembers of each slot ``[B, Hs | Hkv, N, e]`` (hashes, attention mass, codes);
+- ``extras``: by name, what a policy remembers of each slot ``[B, Hs | Hkv, N, e]`` (hashes, codes);
   a new slot starts with zeros.
 - ``valid [B, seen]`` bool: columns that hold a token and not padding. None as long as no mask was ever given.
 

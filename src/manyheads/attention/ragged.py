@@ -8,7 +8,7 @@ row, which stay in the model's dtype in a ring of W + 1 places (position p at pl
 token that comes) and are encoded once, when they leave it.
 
 Appending and attending touch host numbers only to know when the room ends; ``fixed`` storage does not even that:
-all shapes stand still and all counters are on the device, so that a step can be compiled and replayed as a CUDA graph.
+all shapes are static and all counters are on the device, so that a step can be compiled and replayed as a CUDA graph.
 """
 
 from dataclasses import dataclass
@@ -92,11 +92,11 @@ class RaggedCache:
         clock: columns seen, ``[]`` int64.
         ring_k, ring_v: ``[B, Hs, W + 1, d]``, keys multiplied by ``key_scale``; ring_index: ``[B, W + 1]`` int32.
         key_scale: ``[B, Hs, d]`` factors on the keys before they are encoded, 1 where None.
-        valid: columns that hold tokens, as in PaddedCache, up to the time of freezing.
+        valid: columns that hold tokens, as in PaddedCache, up to the time of packing.
         codec: of the codes.
         dtype: of keys and values as attention uses them.
         capacity: most slots of a head; room: tokens that still fit, as the host knows.
-        seen: columns at the time of freezing.
+        seen: columns at the time of packing.
         kernel: whether the GPU kernel attends.
         made: columns since then, as the host knows; -1 where only the device does (``fixed``).
     """
@@ -186,7 +186,7 @@ class RaggedCache:
         return out
 
     def _place(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Where ``position [B]`` stands in the ring: ``[B, 1]``, and for every head and channel ``[B, Hs, 1, d]``."""
+        """Place of ``position [B]`` in the ring: ``[B, 1]``, and for every head and channel ``[B, Hs, 1, d]``."""
         assert self.ring_k is not None
         place = (position % self.ring_k.shape[2])[:, None]
         return place, place[:, None, :, None].expand(-1, self.ring_k.shape[1], -1, self.ring_k.shape[3])

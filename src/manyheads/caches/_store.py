@@ -36,7 +36,7 @@ def drop_outside_window(slots: PaddedCache, window: int) -> None:
 class PolicyStore(Store):
     """What one layer remembers under a :class:`CachePolicy`. See ``manyheads.call.Store`` for the order of calls.
 
-    Between forwards a layer rests in ragged storage where its heads keep unequal numbers, where its policy has a codec,
+    Between forwards a layer is in ragged storage where its heads keep unequal numbers, where its policy has a codec,
     or where it is made for compiled decoding (``room``).
 
     Args:
@@ -180,7 +180,7 @@ class PolicyStore(Store):
             replace(view, state=view.shared).angle_step()  # forks look at the latest forward only
             self._evidence = view
         if self._waiting is None:
-            _rest(self, call.k, call.v)
+            _choose_storage(self, call.k, call.v)
 
     def fork(self, target: Store | None = None) -> Store:
         """As in :class:`Store`: exact for policies with ``dense_prefill``, refused once this store dropped a token."""
@@ -214,7 +214,7 @@ class PolicyStore(Store):
             target.tokens.key_scale = policy.key_scale(view)
         target.compress(view)
         if target._waiting is None:
-            _rest(target, call.k, call.v)
+            _choose_storage(target, call.k, call.v)
         return target
 
     def _gather(self, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
@@ -320,14 +320,14 @@ def _evict_all_layers(last: PolicyStore) -> None:
     for n, (store, view) in waiting.items():
         store._waiting = None
         store.compress(view, shares[n])
-        _rest(store, view.k, view.v)
+        _choose_storage(store, view.k, view.v)
 
 
-def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
-    """After a forward that used ``k, v``: leave the sliding window, or rest in ragged storage where that is smaller."""
+def _choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
+    """After a forward that used ``k, v``: drop what left the sliding window, or pack where that is smaller."""
     tokens, policy = store.tokens, store.policy
     if tokens.ragged is not None:
-        return  # it rests already
+        return  # it is packed already
     slots = tokens.live
     if store.site.window is not None:
         if not store.record:  # a fork chooses among all tokens, as its policy would after a prompt
@@ -337,7 +337,7 @@ def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         return
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values
-    accrues = policy.accumulated_attention and policy.schedule != "prefill"  # and only slots keep attention mass
+    accrues = policy.accumulated_attention and policy.schedule != "prefill"  # only padded caches keep it
     ragged = store._ragged and policy.schedule != "step" and not accrues
     if tokens.codec is not None or (tokens.room and not store.prefilling) or ragged:
         tokens.pack()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give each layer its own budget, drop what attention passed over, and merge what is dropped into its like.
+"""Give each layer its own budget, drop what received little attention, and merge it into the most similar kept tokens.
 
 Wan et al., "D2O: Dynamic Discriminative Operations for Efficient Generative Inference of Large Language Models",
 arXiv 2406.13035. Three operations:
 
-- Layers. a[j] is the attention mass of key j in the prompt, summed over queries. Its variance over j is min-max
+- Layers. a[j] is the attention that key j received in the prompt, summed over queries. Its variance over j is min-max
   normalised over the heads of a layer and averaged: the density F_l in [0, 1]. Layer l keeps the share
   r_l = clamp(softmax(-F)_l * L * rho, 0.01, 1) of its tokens, rho = ``budget``: where attention is spread evenly, more
   tokens are needed. The shares average to rho unless one is clamped (not renormalised afterwards, as released).
@@ -19,7 +19,7 @@ arXiv 2406.13035. Three operations:
 
 Where this differs from paper or released code: with grouped queries the mass of a group is summed, and every key/value
 head evicts, merges and has its threshold for itself (released: keys repeated for all query heads, and one threshold
-held against u averaged over heads, each of which dropped other tokens). F stands on query heads, as released. rho is
+held against u averaged over heads, each of which dropped other tokens). F is over query heads, as released. rho is
 this library's budget, so a fraction grows with the text, while a whole number is fixed as in the paper, which fixes
 its sizes at the prompt. Eviction begins after the prompt (released: after the first new token). The default
 ``recent_share`` is the paper's 3:1; the released scripts halve. ``skip_layers="code"`` leaves the first two layers and
@@ -52,7 +52,7 @@ _LEAST_SHARE = 0.01  # of its tokens that every layer keeps
 
 @dataclass(frozen=True, kw_only=True)
 class D2O(EvictionStrategy):
-    """Heavy hitters and recent tokens under budgets by layer; similar dropped tokens live on in kept ones.
+    """Heavy hitters and recent tokens under budgets by layer; similar dropped tokens are merged into kept ones.
 
     Attributes:
         recent_share: part of a layer's slots that holds the last tokens.

@@ -72,7 +72,7 @@ class ExpectedAttention(EvictionStrategy):
         super().__post_init__()
 
     def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
-        """Add the queries of a forward to mean and scatter, and note where the rotation stands."""
+        """Add the queries of a forward to mean and scatter, and note the rotation of the newest token."""
         rotary, (batch, heads, new, dim) = call.rotary, queries.q.shape
         if rotary is None or not (state or _half_split(call)):
             raise UserError(

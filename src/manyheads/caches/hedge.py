@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep what the text is about to use, and what any question could ask for, in 4 bits, wherever in the model it is.
 
-Ours, not a paper's. A cache is compressed before it is known what comes next, and the strategies it stands on each bet
+Ours, not a paper's. A cache is compressed before it is known what comes next, and the strategies it combines each bet
 on one future. Scores from the prompt's own queries (SnapKV, arXiv 2404.14469) expect the text to go on as it went, and
-lose what only a later question will need. Key diversity (KeyDiff, arXiv 2504.15364) keeps what stands out, whatever may
+lose what only a later question will need. Key diversity (KeyDiff, arXiv 2504.15364) keeps unusual keys, whatever may
 be asked, and loses what ordinary text lives on. This one hedges, in four parts:
 
 - **Distinctness** for the unknown question: -cos(key, mean of unit keys) as in KeyDiff, but with the rotation of the
@@ -13,7 +13,7 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
   its own. Where p_tj are the weights, a token counts by the root mean square of what it adds to the output,
   sqrt(mean_t p_tj^2) * |v_j|: the square root of the squared error that dropping it alone would bring. (Expected
   attention, arXiv 2510.00636, turns a Gaussian of the queries on and takes the mean.)
-- **One ranking over the model.** All tokens of all heads and layers are ranked by either score, and a token stands
+- **One ranking over the model.** All tokens of all heads and layers are ranked by either score, and a token is placed
   where the better of its places, p_distinct / ``distinct`` and p_foresight / (1 - ``distinct``), puts it; the best
   stay. Both scores mean the same in every head, so a head whose keys are all alike, or that looks at its neighbours
   only, leaves its bytes to the few that look things up (Ada-KV, arXiv 2407.11550, does so among the heads of a layer).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep what stands out of the range of the tokens that follow.
+"""Keep the tokens outside the range of those that follow.
 
 Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", arXiv 2504.04704.
 Behind the sinks, keys and values are cut into partitions of ``lag_size`` tokens. Each channel of a partition is scaled
