@@ -52,8 +52,8 @@ def decode(
     Raises:
         UserError: the cache has no fixed size, too little room, or has not read the right number of tokens.
     """
-    stores: list[Any] = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
-    if not stores or not all(getattr(store, "fixed", False) for store in stores):
+    stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
+    if not stores or not all(store.fixed for store in stores):
         raise UserError("decode needs a cache of fixed size: make it by new_cache(model, strategy, room=...)")
     if (seen := int(cache.get_seq_length())) != ids.shape[1] - 1:
         raise UserError(f"the cache has read {seen} of {ids.shape[1]} tokens, not all but one: prefill it first")
