@@ -58,7 +58,7 @@ def compare(
     ] = False,
     budget: Annotated[
         str | None,
-        typer.Option(help="With --train: tokens of each arm, such as 2M, or time of all, such as 10m. [default: 600k]"),
+        typer.Option(help="With --train: tokens of each arm (2M) or time of all (10m). [default: 600k]"),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="With --train: about so long in all, in place of --budget. [cuda: 8]")

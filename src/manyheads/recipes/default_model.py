@@ -157,12 +157,13 @@ def train(
         return sum(state.progress >= end for _, end in recipe.phases[:-1])
 
     def on_step(state: TrainState) -> None:
-        if state.step % 50:
+        if state.step % 50 and state.progress < 1:
             return
         state.look()
+        since = state.losses[-((state.step - 1) % 50 + 1) :]
         curve.append({
             "steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 2),
-            "context": lengths[phase()], "loss": round(sum(state.losses[-50:]) / 50, 4),
+            "context": lengths[phase()], "loss": round(sum(since) / len(since), 4),
         })  # fmt: skip
         if state.step % 500 == 0:
             report(f"step {state.step} context {lengths[phase()]} loss {curve[-1]['loss']:.3f} "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of one size, so that a comparison of architectures is none of parameter counts."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,8 +10,6 @@ from torch import nn
 from ..errors import UserError
 
 __all__ = ["matched_width", "parameters_of"]
-
-_ROUNDS = 8  # of the search; a count that is linear in the width is met in the first
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -40,14 +39,19 @@ def matched_width(
 
     low, high = least, 2 * least
     sizes = {low: size(low), high: size(high)}
-    for _ in range(_ROUNDS):
-        if sizes[high] <= sizes[low]:
-            raise UserError(f"{name} has {sizes[low]:,} parameters at any width: it cannot be matched")
-        width = max(least, round((parameters - sizes[low]) / ((sizes[high] - sizes[low]) / (high - low))) + low)
-        if width in sizes:
+    if sizes[high] <= sizes[low]:
+        raise UserError(f"{name} has {sizes[low]:,} parameters at any width: it cannot be matched")
+    while sizes[high] < parameters:  # as if linear, and one more
+        slope = (sizes[high] - sizes[low]) / (high - low)
+        low, high = high, high + math.ceil((parameters - sizes[high]) / slope) + 1
+        sizes[high] = size(high)
+    for turn in range(2 * high.bit_length()):  # in turn as if linear, and by halves
+        if high - low <= 1 or sizes[low] >= parameters:
             break
+        share = (parameters - sizes[low]) / (sizes[high] - sizes[low]) if turn % 2 == 0 else 0.5
+        width = min(max(low + math.floor(share * (high - low)), low + 1), high - 1)
         sizes[width] = size(width)
-        low, high = sorted(sorted(sizes, key=lambda known: abs(sizes[known] - parameters))[:2])
+        low, high = (low, width) if sizes[width] > parameters else (width, high)
     best = min(sizes, key=lambda known: (abs(sizes[known] - parameters), known))
     if abs(sizes[best] - parameters) > tolerance * parameters:
         raise UserError(f"{name} cannot be brought to {parameters:,} parameters within {tolerance:.0%}")
