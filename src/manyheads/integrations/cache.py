@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..attention.padded import nbytes
 from ..call import Site, Store
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Cache as CacheKind
 
 __all__ = ["SlotCache", "StoreLayer", "install"]
 
@@ -108,7 +108,7 @@ class StoreLayer(CacheLayerMixin):
 class SlotCache(DynamicCache):
     """A transformers cache whose layers are stores of ours; pass it as ``past_key_values`` while the port is open."""
 
-    def fork(self, policy: CacheStrategy) -> "SlotCache":
+    def fork(self, policy: CacheKind) -> "SlotCache":
         """The cache that ``policy`` would have after the same forwards; this one is unchanged and shares its tensors.
 
         Exact for strategies with ``dense_prefill``. A layer that ``policy`` does not select stays as it is. Layers that
