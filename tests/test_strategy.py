@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 
 import manyheads
 from manyheads import UserError, parse
-from manyheads.strategy import Strategy, overrides
+from manyheads.strategy import (
+    Attention,
+    AttentionCompute,
+    AttentionEdit,
+    AttentionPatch,
+    AttentionWatch,
+    Cache,
+    DenoiserModule,
+    DenoiserPrediction,
+    Mixer,
+    Residual,
+    Strategy,
+)  # fmt: skip
 
 SLUGS = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hashevict")
 SPECS = [
@@ -78,8 +90,8 @@ def test_refusals_are_one_line_that_helps(spec, says):
 @pytest.mark.parametrize("slug", SLUGS)
 def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
     strategy = parse(slug)
-    assert strategy.slug == slug and isinstance(strategy, Strategy) and overrides(strategy, "store")
-    assert not any(overrides(strategy, method) for method in ("edit", "attend", "watch", "patch", "convert"))
+    assert strategy.slug == slug and isinstance(strategy, Cache)
+    assert not isinstance(strategy, (Attention, Residual, Mixer))
     with pytest.raises(dataclasses.FrozenInstanceError):
         strategy.budget = 1
     assert all(f.metadata.get("help") for f in dataclasses.fields(strategy))
@@ -87,13 +99,55 @@ def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
         type(strategy)(0.5)
 
 
-@pytest.mark.parametrize("method", ["edit", "attend", "watch", "patch", "store", "convert"])
-def test_a_method_that_is_not_there(method):
-    """The base does nothing by accident: the port asks ``overrides`` first."""
-    strategy = Strategy()
-    assert not overrides(strategy, method)
-    with pytest.raises(NotImplementedError):
-        getattr(strategy, method)(*[None] * (1 if method in ("edit", "attend", "store") else 2))
+KINDS = {
+    AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
+    Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise", Mixer: "build",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_one_method_that_must_be_there(kind):
+    """A class that says it is of a kind and lacks the method cannot be made: nothing is silently a no-op."""
+    assert kind.__abstractmethods__ == {KINDS[kind]}
+    assert not any(hasattr(Strategy, method) for method in KINDS.values())
+
+    class Lacks(kind):
+        pass
+
+    with pytest.raises(TypeError, match=KINDS[kind]):
+        Lacks()
+    has = type("Has", (Lacks,), {KINDS[kind]: lambda *_: None})()
+    assert [k for k in KINDS if isinstance(has, k)] == [kind]
+
+
+def test_kinds_add_up():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Both(AttentionWatch, AttentionPatch):
+        gain: float = 2.0
+
+        def watch(self, call, out):
+            pass
+
+        def patch(self, call, out):
+            return self.gain * out
+
+    assert isinstance(Both(), Attention) and [f.name for f in dataclasses.fields(Both)] == ["layers", "gain"]
+    assert Both(gain=3.0, layers=(1,)).spec == "test_strategy:layers=1,gain=3.0"
+
+
+def test_a_cache_without_a_budget():
+    """What code asks of every cache has a neutral answer where a strategy says nothing."""
+
+    class Plain(Cache):
+        def store(self, site):
+            raise AssertionError
+
+    plain = Plain()
+    assert (plain.budget, plain.schedule, plain.record) == (1.0, "prefill", 0) and plain.check(0) is None
+    assert not any((plain.has_budget, plain.dense_prefill, plain.exact_chunks, plain.needs_queries, plain.cross_layer,
+                    plain.accumulated_attention))  # fmt: skip
+    assert parse("keydiff:budget=8").has_budget and not parse("full").has_budget
+    assert parse("adakv:base=h2o").accumulated_attention and parse("d2o").record > 10**6
 
 
 def test_use_takes_specs_and_strategies():

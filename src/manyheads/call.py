@@ -18,7 +18,7 @@ __all__ = [
     "Diffusion",
     "Latent",
     "Layout",
-    "MixerShape",
+    "MixerConfig",
     "Recurrence",
     "Site",
     "Store",
@@ -198,7 +198,7 @@ class Denoising:
 
 
 @dataclass(frozen=True, slots=True)
-class MixerShape:
+class MixerConfig:
     """What a mixer needs to know of the model it is part of.
 
     Attributes:

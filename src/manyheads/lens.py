@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from .calls.statistics import Statistic, measure
 from .errors import UserError
 from .heads import HeadTable
-from .strategy import Strategy, overrides
+from .strategy import AttentionWatch, Residual
 
 if TYPE_CHECKING:
     from .call import AttentionCall, Site
@@ -215,7 +215,7 @@ def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, **about: An
     return HeadTable(name, tuple(site.name for site, _ in sites), made, about, layers)
 
 
-class Lens(Strategy):
+class Lens(AttentionWatch):
     """Base of strategies that only look. A subclass overrides ``ask``, ``tell`` and ``findings``."""
 
     def ask(self, view: View) -> dict[str, Statistic]:
@@ -240,7 +240,7 @@ class Lens(Strategy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle(Strategy):
+class Bundle(AttentionWatch, Residual):
     """Several lenses as one strategy, so that they share the weights of a call.
 
     Attributes:
@@ -263,7 +263,7 @@ class Bundle(Strategy):
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         for i, lens in enumerate(self.lenses):
-            if lens.selects(site) and overrides(lens, "residual"):
+            if lens.selects(site) and isinstance(lens, Residual):
                 mine = memory.setdefault(str(i), {})
                 mine[_SHARED] = memory.get(_SHARED, {})
                 lens.residual(site, hidden, mine)

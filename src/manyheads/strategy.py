@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
@@ -17,9 +18,25 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, Denoising, Diffusion, MixerShape, Site, Store
+    from .call import AttentionCall, Denoising, Diffusion, MixerConfig, Site, Store
 
-__all__ = ["Layers", "Strategy", "overrides", "parse", "split_outside"]
+__all__ = [
+    "Attention",
+    "AttentionCompute",
+    "AttentionEdit",
+    "AttentionPatch",
+    "AttentionWatch",
+    "Cache",
+    "Denoiser",
+    "DenoiserModule",
+    "DenoiserPrediction",
+    "Layers",
+    "Mixer",
+    "Residual",
+    "Strategy",
+    "parse",
+    "split_outside",
+]
 
 
 def _as_layers(value: object) -> object:
@@ -40,7 +57,8 @@ Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_as_layers)]
 class Strategy:
     """Base of every strategy: a frozen dataclass whose fields are the paper's hyperparameters.
 
-    A subclass overrides the methods it needs; the port calls no others. Shapes are those of ``AttentionCall``.
+    What a strategy can do is said by the kinds below that it inherits, several where it does several things; code asks
+    ``isinstance``. Kinds stand last among the bases of a class.
 
     Attributes:
         layers: layers to act on, None for all. In a spec: ``layers=0-3+7``.
@@ -59,49 +77,6 @@ class Strategy:
         """Whether this strategy acts at ``site``."""
         return site.kind in self.kinds and (self.layers is None or site.layer in self.layers)
 
-    def edit(self, call: "AttentionCall") -> "AttentionCall":
-        """Transform q, k, v, bias or mask before attention."""
-        raise NotImplementedError
-
-    def attend(self, call: "AttentionCall") -> "Tensor":
-        """Compute the output ``[B, T, H, dv]`` another way. At most one strategy per site."""
-        raise NotImplementedError
-
-    def watch(self, call: "AttentionCall", out: "Tensor") -> None:
-        """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.memory``."""
-        raise NotImplementedError
-
-    def patch(self, call: "AttentionCall", out: "Tensor") -> "Tensor":
-        """Change the per-head outputs ``[B, T, H, dv]``."""
-        raise NotImplementedError
-
-    def residual(self, site: "Site", hidden: "Tensor", memory: dict[str, Any]) -> "Tensor":
-        """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``memory`` as in a call.
-
-        A block with several sites asks once, after the last of them, for the first that is selected.
-        """
-        raise NotImplementedError
-
-    def reuse(self, site: "Site", now: "Diffusion", memory: dict[str, Any], compute: "Callable[[], Any]") -> Any:
-        """What a denoiser's attention module returns: ``compute()``, or what it returned at an earlier step."""
-        raise NotImplementedError
-
-    def denoise(self, call: "Denoising") -> "Tensor":
-        """Make a denoiser's prediction of one or more calls of it."""
-        raise NotImplementedError
-
-    def store(self, site: "Site") -> "Store":
-        """What ``site`` remembers between steps. At most one strategy per site."""
-        raise NotImplementedError
-
-    def mix(self, shape: "MixerShape") -> "torch.nn.Module":
-        """The token mixer of one layer of a model that is trained from scratch, see :mod:`manyheads.mixers._mixer`."""
-        raise NotImplementedError
-
-    def convert(self, model: "torch.nn.Module", data: Any) -> "torch.nn.Module":
-        """A permanent change of the model that survives ``save_pretrained``."""
-        raise NotImplementedError
-
     @property
     def spec(self) -> str:
         """The text that :func:`parse` reads back into this strategy.
@@ -115,6 +90,129 @@ class Strategy:
                 text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 changed.append(f"{f.name}={text}")
         return self.slug + (":" + ",".join(changed) if changed else "")
+
+
+class Attention(Strategy, ABC):
+    """Acts on the attention of a model, through the port: one or more of the four kinds that follow.
+
+    They are four because the port installs only what a strategy uses. Shapes are those of ``AttentionCall``.
+    """
+
+
+class AttentionEdit(Attention):
+    """Changes what attention is given."""
+
+    @abstractmethod
+    def edit(self, call: "AttentionCall") -> "AttentionCall":
+        """Transform q, k, v, bias or mask before attention."""
+
+
+class AttentionCompute(Attention):
+    """Computes attention another way. At most one such strategy per site."""
+
+    @abstractmethod
+    def attend(self, call: "AttentionCall") -> "Tensor":
+        """Return the output ``[B, T, H, dv]``."""
+
+
+class AttentionWatch(Attention):
+    """Reads attention and changes nothing."""
+
+    @abstractmethod
+    def watch(self, call: "AttentionCall", out: "Tensor") -> None:
+        """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.memory``."""
+
+
+class AttentionPatch(Attention):
+    """Changes what attention gives."""
+
+    @abstractmethod
+    def patch(self, call: "AttentionCall", out: "Tensor") -> "Tensor":
+        """Change the per-head outputs ``[B, T, H, dv]``."""
+
+
+class Cache(Strategy, ABC):
+    """Says what a site remembers between steps. At most one such strategy per site.
+
+    Attributes:
+        has_budget: ``budget`` means something.
+        dense_prefill: the first forward attends to everything, so that one prefill can serve many strategies.
+        exact_chunks: if evicting at every step: many tokens at once give what one by one does.
+        needs_queries: gathers statistics of the queries of every forward.
+        cross_layer: decides for all layers together, when all have run.
+        accumulated_attention: needs the attention that each slot received since it came.
+    """
+
+    has_budget: ClassVar[bool] = False
+    dense_prefill: ClassVar[bool] = False
+    exact_chunks: ClassVar[bool] = False
+    needs_queries: ClassVar[bool] = False
+    cross_layer: ClassVar[bool] = False
+    accumulated_attention: ClassVar[bool] = False
+
+    @property
+    def budget(self) -> int | float:
+        """Slots per head, or the fraction in (0, 1] of the tokens seen that is kept; 1.0 keeps all."""
+        return 1.0
+
+    @property
+    def schedule(self) -> str | int:
+        """When tokens are evicted: ``prefill``, ``chunk``, ``step``, or every so many tokens."""
+        return "prefill"
+
+    @property
+    def record(self) -> int:
+        """How many of the last queries of a shared prefill the strategy needs."""
+        return 0
+
+    def check(self, slots: int) -> None:
+        """Raise UserError when ``slots`` per head are too few for this strategy; any number is enough by default."""
+        del slots
+
+    @abstractmethod
+    def store(self, site: "Site") -> "Store":
+        """What ``site`` remembers."""
+
+
+class Residual(Strategy, ABC):
+    """Acts on the residual stream."""
+
+    @abstractmethod
+    def residual(self, site: "Site", hidden: "Tensor", memory: dict[str, Any]) -> "Tensor":
+        """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``memory`` as in a call.
+
+        A block with several sites asks once, after the last of them, for the first that is selected.
+        """
+
+
+class Denoiser(Strategy, ABC):
+    """Acts on a denoiser beyond its attention calls: one or both of the two kinds that follow."""
+
+
+class DenoiserModule(Denoiser):
+    """Acts around the attention modules of a denoiser."""
+
+    @abstractmethod
+    def around_module(
+        self, site: "Site", now: "Diffusion", memory: dict[str, Any], compute: "Callable[[], Any]"
+    ) -> Any:
+        """What a denoiser's attention module returns: ``compute()``, or what it returned at an earlier step."""
+
+
+class DenoiserPrediction(Denoiser):
+    """Makes the prediction of a denoiser (guidance)."""
+
+    @abstractmethod
+    def denoise(self, call: "Denoising") -> "Tensor":
+        """Make a denoiser's prediction of one or more calls of it."""
+
+
+class Mixer(Strategy, ABC):
+    """Is a layer of a model that is trained from scratch."""
+
+    @abstractmethod
+    def build(self, config: "MixerConfig") -> "torch.nn.Module":
+        """The token mixer of one layer, see :mod:`manyheads.mixers._mixer`."""
 
 
 def split_outside(text: str) -> list[str]:
@@ -135,11 +233,6 @@ def split_outside(text: str) -> list[str]:
     if depth:
         raise UserError(f"{text!r}: parentheses do not match")
     return [piece.strip() for piece in pieces if piece.strip()]
-
-
-def overrides(strategy: Strategy, method: str) -> bool:
-    """Whether ``strategy`` implements ``method`` of :class:`Strategy`."""
-    return getattr(type(strategy), method) is not getattr(Strategy, method)
 
 
 def parse(spec: "str | Strategy") -> Strategy:

@@ -5,10 +5,10 @@ import torch
 
 import manyheads
 from manyheads.caches._view import View
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 
 
-class Look(Strategy):
+class Look(AttentionWatch):
     """Keeps what a policy would see of the keys."""
 
     def watch(self, call, out):

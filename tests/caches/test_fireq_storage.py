@@ -10,7 +10,7 @@ from manyheads import parse
 from manyheads.attention.codec import FP8, INT4
 from manyheads.caches._view import View
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionEdit
 from oracles import models
 from oracles.caches import held, prefilled, step, stores
 from tolerance import SAME, assert_close, error
@@ -109,7 +109,7 @@ def test_attention_reads_what_is_stored(spec):
     window, sizes = 5, [16, 1, 1, 4, 1, 3, 1]
     policy = parse(f"fireq:window_tokens={window}" + (f",{spec}" if spec else ""))
 
-    class ByHand(Strategy):
+    class ByHand(AttentionEdit):
         """The cache as an edit of full keys and values."""
 
         def edit(self, call):

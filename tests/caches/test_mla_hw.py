@@ -15,7 +15,7 @@ from manyheads.attention import mla, reference
 from manyheads.caches.mla_hw import LatentStore, MLAHw
 from manyheads.call import AttentionCall
 from manyheads.integrations.transformers import find_sites, new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import caches, models
 from oracles.caches import greedy, prefilled, step, stores
 from oracles.models import tokens
@@ -260,7 +260,7 @@ def test_every_token_matters(model):
                 assert bool((moved[[i for i in range(3) if i != row]] < 1e-3).all())
 
 
-class Full(Strategy):
+class Full(AttentionWatch):
     """Reads keys and values as another strategy sees them."""
 
     def watch(self, call, out):

@@ -11,11 +11,11 @@ from manyheads import UserError
 from manyheads.compare.arms import Arm, Prefix, feed, make_arms
 from manyheads.compare.specs import split_specs
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy, parse
+from manyheads.strategy import AttentionEdit, parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharper(Strategy):
+class Sharper(AttentionEdit):
     """Stands for the strategies that keep no cache."""
 
     factor: float = 1.5

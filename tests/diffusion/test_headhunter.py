@@ -88,7 +88,7 @@ def test_off_is_bit_exact_and_on_acts_without_a_condition(name):
         pass
     seen = {}
 
-    class Watch(manyheads.Strategy):
+    class Watch(manyheads.strategy.AttentionWatch):
         def watch(self, call, out):
             seen[call.site.name] = call.site
 

@@ -9,14 +9,14 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 import manyheads
 from manyheads.diffusion.pab import PAB
 from manyheads.errors import UserError
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch, DenoiserModule
 from oracles import pipelines
 from tolerance import error
 
 STEPS = 10
 
 
-class Count(Strategy):
+class Count(AttentionWatch):
     """Steps at which attention was really computed, by site and branch."""
 
     def watch(self, call, out):
@@ -70,8 +70,8 @@ def test_reuse_is_exact_where_nothing_changes_and_branches_keep_apart():
     """With conditional and unconditional text exchanged, a shared cache would give one the other's output."""
     made = {}
 
-    class Outputs(Strategy):
-        def reuse(self, site, now, memory, compute):
+    class Outputs(DenoiserModule):
+        def around_module(self, site, now, memory, compute):
             out = compute()
             made.setdefault((site.name, now.branches, now.index), out)
             return out

@@ -11,7 +11,7 @@ from diffusers.guiders.guider_utils import BaseGuidance
 
 import manyheads
 from manyheads.integrations.diffusers import find_sites
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 from tolerance import error
 
@@ -102,7 +102,7 @@ def test_models_that_their_perturbed_attention_cannot_enter(name):
 def test_a_layer_is_not_a_prefix():
     """Layer 1 is layer 1: theirs, picked by a pattern, takes 10, 11, ... as well."""
 
-    class Note(Strategy):
+    class Note(AttentionWatch):
         def watch(self, call, out):
             call.memory["seen"] = True
 

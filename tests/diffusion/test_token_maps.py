@@ -13,7 +13,7 @@ from manyheads.call import AttentionCall, Diffusion, Layout, Site
 from manyheads.diffusion._maps import merged, scaled
 from manyheads.diffusion.token_maps import TokenMaps, WordMaps, maps, places
 from manyheads.errors import UserError
-from manyheads.strategy import Strategy, parse
+from manyheads.strategy import AttentionWatch, parse
 from oracles import diffusion as tiny
 from oracles import pipelines
 from tolerance import assert_close, error
@@ -24,7 +24,7 @@ FIRST = {"sd3": False, "flux": True, "hunyuan": False, "cogvideox": True}
 FRAMES = {"wan": 3, "latte": 3, "hunyuan": 3, "cogvideox": 3, "ltx": 3}
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     """Keeps every call: queries and keys."""
 
     def watch(self, call, out):

@@ -21,7 +21,7 @@ import manyheads
 from manyheads.errors import UserError
 from manyheads.integrations import sequence
 from manyheads.integrations.sequence import frame_parallel
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 
 RANKS, STEPS = 3, 10
@@ -35,7 +35,7 @@ SHAPES = {  # frames, rows and columns of latents; a token is 2 x 2
 }
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     """The facts that a strategy is told at every call, and the shape of its queries."""
 
     def watch(self, call, out):

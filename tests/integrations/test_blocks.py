@@ -9,20 +9,20 @@ import torch
 import manyheads
 from manyheads.integrations.blocks import block_of, output_of
 from manyheads.integrations.transformers import find_sites
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch, Residual
 from oracles import models
 from oracles.fingerprint import assert_same, of_model
 from tolerance import SAME, assert_close, error
 
 
-class Read(Strategy):
+class Read(Residual):
     def residual(self, site, hidden, memory):
         memory.setdefault("hidden", []).append((site.name, hidden))
         return hidden
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(Strategy):
+class Shift(Residual):
     by: float = 1.0
 
     def residual(self, site, hidden, memory):
@@ -72,7 +72,7 @@ def test_output_projection_mixes_the_heads(name):
     model = models.tiny(name)
     outs, modules = {}, {}
 
-    class Watch(Strategy):
+    class Watch(AttentionWatch):
         def watch(self, call, out):
             outs[call.site.name] = out
 

@@ -12,28 +12,28 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]
 import manyheads  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
 from manyheads.integrations import diffusers as port_  # noqa: E402
-from manyheads.strategy import Strategy  # noqa: E402
+from manyheads.strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
 from tolerance import SAME, assert_close, error  # noqa: E402
 
 
-class Watch(Strategy):
+class Watch(AttentionWatch):
     def watch(self, call, out):
         call.memory.setdefault("calls", []).append((call, out))
 
 
-class Reference(Strategy):
+class Reference(AttentionCompute):
     def attend(self, call):
         return call.attend()
 
 
-class Copy(Strategy):
+class Copy(AttentionEdit):
     def edit(self, call):
         return call.replace(q=call.q.clone())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mute(Strategy):
+class Mute(AttentionPatch):
     head: int = 0
 
     def patch(self, call, out):
@@ -122,7 +122,7 @@ def test_layers_are_numbered_as_they_run(name):
     """Also the middle of a UNet, which its class defines last; of Latte first the spatial blocks, then the temporal."""
     ran = []
 
-    class Order(Strategy):
+    class Order(AttentionWatch):
         def watch(self, call, out):
             ran.append(call.site.layer)
 

@@ -23,7 +23,7 @@ from manyheads.errors import UserError  # noqa: E402
 from manyheads.integrations.diffusers import DiffusersPort  # noqa: E402
 from manyheads.integrations.guider import Guider, around  # noqa: E402
 from manyheads.integrations.hearing import Hearing  # noqa: E402
-from manyheads.strategy import Strategy  # noqa: E402
+from manyheads.strategy import AttentionWatch  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
 from oracles import fingerprint, modular  # noqa: E402
 from oracles.modular import PAIRS, SCALE  # noqa: E402
@@ -37,12 +37,12 @@ ON = (["pab:upper=990,lower=-1"], [HUNTER], ["sag:scale=2"], ["masactrl:start_st
       ["sag:scale=2", HUNTER, "masactrl:start_step=1,start_layer=0"])  # fmt: skip
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     def watch(self, call, out):
         call.memory.setdefault("seen", []).append(call.diffusion)
 
 
-class Fail(Strategy):
+class Fail(AttentionWatch):
     def watch(self, call, out):
         if call.diffusion.index == 1:
             raise KeyError("stop")

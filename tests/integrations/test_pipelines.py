@@ -7,11 +7,11 @@ import torch
 diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads  # noqa: E402
-from manyheads.strategy import Strategy  # noqa: E402
+from manyheads.strategy import AttentionWatch  # noqa: E402
 from oracles.pipelines import dit, pixart, run_dit, run_pixart, run_wan, wan  # noqa: E402
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     """Writes down the facts of every call, and how often this branch of this site was called before."""
 
     def watch(self, call, out):

@@ -6,7 +6,7 @@ import torch
 
 import manyheads
 from manyheads.integrations.transformers import architectures, find_sites
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from oracles.strategies import Watch
 from tolerance import assert_close
@@ -37,7 +37,7 @@ def test_sites(name):
     assert name.removesuffix("_text") in architectures()
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     """Writes down every call."""
 
     def watch(self, call, out):

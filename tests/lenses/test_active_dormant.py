@@ -21,7 +21,7 @@ SITE = Site("x", 0, 0, "self", True, num_heads=4, num_kv_heads=2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep(manyheads.Strategy):
+class Keep(manyheads.strategy.AttentionWatch):
     """Keep every call."""
 
     def watch(self, call, out):

@@ -12,7 +12,7 @@ from oracles import models
 from tolerance import SAME, assert_close, error
 
 
-class Weights(manyheads.Strategy):
+class Weights(manyheads.strategy.AttentionWatch):
     def watch(self, call, out):
         call.memory.setdefault("rows", []).append(torch.cat([rows for _, rows in weights(call)], 2))
 

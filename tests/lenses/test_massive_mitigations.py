@@ -21,7 +21,7 @@ def bias_of(model, **more):
     return KVBias.of((site for site, _ in find_sites(model)), **more)
 
 
-class Watch(manyheads.Strategy):
+class Watch(manyheads.strategy.AttentionWatch):
     """Keeps calls and outputs."""
 
     def watch(self, call, out):

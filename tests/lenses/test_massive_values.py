@@ -18,7 +18,7 @@ from tolerance import SAME, assert_close, error
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "bert", "bart", "whisper")
 
 
-class Take(manyheads.Strategy):
+class Take(manyheads.strategy.AttentionWatch):
     """Keeps every call and its output."""
 
     def watch(self, call, out):

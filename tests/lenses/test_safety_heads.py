@@ -28,7 +28,7 @@ from tolerance import SAME, assert_close, error
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")
 
 
-class Outs(manyheads.Strategy):
+class Outs(manyheads.strategy.AttentionWatch):
     def watch(self, call, out):
         call.memory["out"] = out
 
@@ -164,7 +164,7 @@ def test_erasing_and_adding():
     vector = random_direction()
     kept = []
 
-    class Read(manyheads.Strategy):
+    class Read(manyheads.strategy.Residual):
         def residual(self, site, hidden, memory):
             kept.append(hidden)
             return hidden

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from manyheads import Strategy, UserError, parse, use
+from manyheads import UserError, parse, use
 from manyheads.attention.reference import causal_mask
 from manyheads.call import AttentionCall, Site
 from manyheads.integrations.transformers import find_sites
@@ -14,6 +14,7 @@ from manyheads.mixers import _mixer
 from manyheads.mixers._peaks import keys_seen, peakedness
 from manyheads.mixers.t5_attention_alignment import AttentionAlignment, _solved, calibrate
 from manyheads.models.decoder import Decoder, DecoderConfig
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 
@@ -146,7 +147,7 @@ def test_the_closed_form_fails_for_wide_logits():
     )
 
 
-class Peaks(Strategy):
+class Peaks(AttentionWatch):
     """Watches how peaked the rows are that see the most keys: entropy and largest weight, ``[H]`` each."""
 
     def watch(self, call, out):

@@ -18,7 +18,7 @@ T = 70
 
 def formula(mixer, x, late=0):
     """The mixer written as a double sum over tokens; ``late`` shifts the decay (wrong unless 0)."""
-    heads = mixer.shape.num_heads
+    heads = mixer.config.num_heads
 
     def part(linear):
         return linear(x).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -60,8 +60,8 @@ def test_gradients(spec):
 
 def test_control_gradients():
     class Detached(TNLLightning):
-        def mix(self, shape):
-            mixer = super().mix(shape)
+        def build(self, config):
+            mixer = super().build(config)
             mixer.out_proj.register_forward_pre_hook(lambda _, x: (1.1 * x[0] - 0.1 * x[0].detach(),))
             return mixer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import manyheads
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from oracles.caches import prefilled, step, stores
 from oracles.strategies import Watch
@@ -23,7 +23,7 @@ SPECS = [
 ]
 
 
-class Hoard(Strategy):
+class Hoard(AttentionWatch):
     """Keeps what it sees, as long as its port's memory lives."""
 
     def watch(self, call, out):

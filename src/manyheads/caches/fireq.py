@@ -89,7 +89,7 @@ class FireQ(Wrapper):
     def inner(self) -> CachePolicy:
         """The base, which keeps at least the tokens that are not encoded yet."""
         inner = super().inner
-        return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.sized else inner
+        return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.has_budget else inner
 
     @property
     def codec(self) -> Codec:

@@ -89,9 +89,9 @@ def rotation(size: int, device: "torch.device") -> "Tensor":
 
 def rival(name: str) -> "Strategy":
     """An edit that rounds keys and values older than the window."""
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import AttentionEdit
 
-    class Rounding(Strategy):
+    class Rounding(AttentionEdit):
         def edit(self, call: "AttentionCall") -> "AttentionCall":
             import torch
 

@@ -10,7 +10,7 @@ under the same protection of first and recent tokens: what HashEvict gains over 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -128,9 +128,9 @@ def prefill_seconds(setting: Setting, size: Scale) -> "dict[str, list[float]]":
 def _column_sums() -> "Strategy":
     """What a cache that ranks tokens by attention received must do in the prompt: weights in full, summed per key."""
     from manyheads.attention import reference
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import AttentionCompute
 
-    class ColumnSums(Strategy):
+    class ColumnSums(AttentionCompute):
         def attend(self, call: "AttentionCall") -> "torch.Tensor":
             x = reference.logits(call.q, call.k, scale=call.scale, bias=call.bias, softcap=call.softcap)
             weights = reference.softmax(x, call.allowed(), call.sinks)
@@ -193,7 +193,8 @@ def _seeded(spec: str, seed: int) -> "Strategy":
     from manyheads.strategy import parse
 
     strategy = parse(spec)
-    return cast("Strategy", replace(cast("Any", strategy), seed=seed)) if hasattr(strategy, "seed") else strategy
+    drawn = any(field.name == "seed" for field in fields(strategy))
+    return cast("Strategy", replace(cast("Any", strategy), seed=seed)) if drawn else strategy
 
 
 def _quality(setting: Setting, size: Scale) -> dict[str, dict[tuple[str, float], list[float]]]:

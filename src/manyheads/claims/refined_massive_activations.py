@@ -100,13 +100,13 @@ def control(layer: int, spikes: "Sequence[dict[str, Any]]", seed: int) -> "Strat
     """Zeroes, in the same block and at the same places of the row, as many other channels at random."""
     import torch
 
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import AttentionWatch, Residual
 
     places = sorted({spike["column"] for spike in spikes})
     channels = {spike["channel"] for spike in spikes}
 
     @dataclass(frozen=True, kw_only=True)
-    class Control(Strategy):
+    class Control(AttentionWatch, Residual):
         def residual(self, site: Any, hidden: "Tensor", memory: Any) -> "Tensor":
             order = torch.randperm(hidden.shape[2], generator=torch.Generator().manual_seed(seed)).tolist()
             drawn = [channel for channel in order if channel not in channels][: len(channels)]

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..integrations import use
 from ..integrations.transformers import new_cache
 from ..lens import Lens
-from ..strategy import Strategy, overrides, parse
+from ..strategy import Cache, Denoiser, Strategy, parse
 
 __all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
 
@@ -41,7 +41,7 @@ class Arm:
 
     @property
     def key(self) -> str:
-        if not getattr(self.strategy, "sized", hasattr(self.strategy, "budget")):
+        if not (isinstance(self.strategy, Cache) and self.strategy.has_budget):
             return self.label
         return f"{self.label}{',' if ':' in self.label else ':'}budget={self.budget}"
 
@@ -52,22 +52,26 @@ class Arm:
     @property
     def budget(self) -> int | float:
         """Slots, or the fraction of the tokens, that the arm keeps; 1.0 where the strategy has no budget."""
-        value: int | float = getattr(self.strategy, "budget", 1.0)
-        return value
+        return self.strategy.budget if isinstance(self.strategy, Cache) else 1.0
 
     @property
     def forks(self) -> bool:
         """Whether a dense prefill that others share serves this arm too."""
-        return self.stores and bool(getattr(self.strategy, "dense_prefill", False))
+        return isinstance(self.strategy, Cache) and self.strategy.dense_prefill
 
     @property
     def stores(self) -> bool:
-        return overrides(self.strategy, "store")
+        return isinstance(self.strategy, Cache)
 
     @property
     def record(self) -> int:
         """Last queries of the prefill that the strategy needs."""
-        return int(getattr(self.strategy, "record", 0))
+        return self.strategy.record if isinstance(self.strategy, Cache) else 0
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the strategy has to see all queries of a context in one forward."""
+        return isinstance(self.strategy, Cache) and self.strategy.needs_queries
 
     def stride(self, slots: int) -> int | None:
         """Most tokens to feed at once so that each is seen as in decoding, None for any number.
@@ -76,10 +80,12 @@ class Arm:
         tokens (m at once). Those that evict at every step get chunks so short that no query sees more than one slot
         in fifty beyond the budget.
         """
-        schedule = getattr(self.strategy, "schedule", "prefill")
+        if not isinstance(self.strategy, Cache):
+            return None
+        schedule = self.strategy.schedule
         if isinstance(schedule, int):
             return schedule
-        if schedule != "step" or getattr(self.strategy, "exact_chunks", False) or self.budget == 1.0:
+        if schedule != "step" or self.strategy.exact_chunks or self.budget == 1.0:
             return None
         return 1 + slots // _SLACK
 
@@ -101,7 +107,7 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
         strategy = parse(given)
         if isinstance(strategy, Lens) and not strategy.acts:
             raise UserError(f"{strategy.slug} only looks: manyheads inspect --lens {strategy.slug}")
-        if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
+        if isinstance(strategy, Denoiser):
             raise UserError(
                 f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/diffusion.md)"
             )
@@ -111,11 +117,11 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
         own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
         if strategy.slug == BASELINE:
             continue
-        if "budget" not in fields:
+        if not isinstance(strategy, Cache) or "budget" not in fields:
             arms.append(Arm(strategy, strategy.spec))
             continue
         label = _label(given, strategy)
-        if own or not getattr(strategy, "sized", True):
+        if own or not strategy.has_budget:
             arms.append(Arm(strategy, label))
             continue
         if not values:
@@ -123,9 +129,8 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
         arms += [Arm(_with_budget(strategy, value), label) for value in values]
     unique = list({arm.key: arm for arm in arms}.values())
     for arm in unique:
-        check = getattr(arm.strategy, "check", None)
-        if check and (isinstance(arm.budget, int) or arm.budget < 1):
-            check(keep_limit(arm.budget, shortest))
+        if isinstance(arm.strategy, Cache) and (isinstance(arm.budget, int) or arm.budget < 1):
+            arm.strategy.check(keep_limit(arm.budget, shortest))
     return unique
 
 
@@ -159,7 +164,7 @@ class Prefix:
         self.ids = ids
         forked = [arm for arm in arms if arm.forks]
         self._record = max([_LEAST_RECORD, *(arm.record for arm in forked)])
-        self._whole = any(getattr(arm.strategy, "observes", False) for arm in forked)  # see a prompt in one forward
+        self._whole = any(arm.needs_queries for arm in forked)  # see a prompt in one forward
         self._read(ids, anew=True)
 
     def _read(self, ids: Tensor, anew: bool) -> None:

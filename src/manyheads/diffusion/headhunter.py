@@ -39,7 +39,7 @@ from ..call import AttentionCall, Denoising, Site
 from ..calls.edits import Heads, heads_at
 from ..errors import UserError
 from ..heads import HeadTable
-from ..strategy import Strategy
+from ..strategy import AttentionPatch, DenoiserPrediction
 from ._prediction import pushed, some_rows
 
 __all__ = ["HeadHunter", "hunt", "ranking"]
@@ -48,7 +48,7 @@ _BRANCH = "perturbed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadHunter(Strategy):
+class HeadHunter(AttentionPatch, DenoiserPrediction):
     """Guidance by perturbing chosen heads.
 
     Attributes:

@@ -38,7 +38,7 @@ from torch.nn.functional import interpolate
 from ..call import AttentionCall, Diffusion, Site
 from ..calls.statistics import Columns, measure
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionCompute, AttentionWatch
 from ._maps import Places, check_words, merged, scaled
 
 __all__ = ["MasaCtrl"]
@@ -47,7 +47,7 @@ _BOARD = "masactrl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MasaCtrl(Strategy):
+class MasaCtrl(AttentionCompute, AttentionWatch):
     """Mutual self-attention of a target with its source.
 
     Attributes:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..call import Diffusion, Site
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import DenoiserModule
 
 __all__ = ["PAB"]
 
@@ -38,7 +38,7 @@ def _first(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PAB(Strategy):
+class PAB(DenoiserModule):
     """Attention outputs used again for some steps.
 
     Attributes:
@@ -69,7 +69,7 @@ class PAB(Strategy):
             return self.cross
         return self.temporal if now.axis == "time" else self.spatial
 
-    def reuse(self, site: Site, now: Diffusion, memory: dict[str, Any], compute: Callable[[], Any]) -> Any:
+    def around_module(self, site: Site, now: Diffusion, memory: dict[str, Any], compute: Callable[[], Any]) -> Any:
         if now.index is None:
             raise UserError("pab has to know the steps of the scheduler: open the pipeline, not its denoiser")
         counts = memory.setdefault("counts", {"computed": 0, "reused": 0, "bytes": 0})

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..call import Diffusion, Site
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import DenoiserModule, Strategy
 
 __all__ = ["Curve", "Redundancy", "picture", "suggest"]
 
@@ -62,10 +62,10 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Redundancy(Strategy):
+class Redundancy(DenoiserModule):
     """Changes of attention outputs between neighbouring steps; nothing is changed."""
 
-    def reuse(self, site: Site, now: Diffusion, memory: dict[str, Any], compute: Callable[[], Any]) -> Any:
+    def around_module(self, site: Site, now: Diffusion, memory: dict[str, Any], compute: Callable[[], Any]) -> Any:
         if now.index is None:
             raise UserError("redundancy has to know the steps of the scheduler: open the pipeline, not its denoiser")
         output = compute()

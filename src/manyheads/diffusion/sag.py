@@ -33,7 +33,7 @@ from torch.nn.functional import conv2d, interpolate, pad
 from ..call import AttentionCall, Denoising, Layout, Site
 from ..calls.statistics import Received, measure
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionWatch, DenoiserPrediction
 from ._prediction import Prediction, pushed, some_rows
 
 __all__ = ["SAG", "blur"]
@@ -76,7 +76,7 @@ def _picture(x: Tensor, layout: Layout | None) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAG(Strategy):
+class SAG(AttentionWatch, DenoiserPrediction):
     """Guidance away from a sample blurred where self-attention looks.
 
     Attributes:

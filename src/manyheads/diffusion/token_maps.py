@@ -43,7 +43,7 @@ from ..call import AttentionCall, Diffusion, Layout, Site
 from ..calls.edits import heads_at
 from ..calls.statistics import Columns, Received, Statistic, measure, weights
 from ..errors import UserError
-from ..strategy import Layers, Strategy
+from ..strategy import AttentionWatch, Layers, Strategy
 from ._maps import Places, check_words, merged, scaled
 
 __all__ = ["TokenMaps", "WordMaps", "maps", "places"]
@@ -67,7 +67,7 @@ class _Mean:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenMaps(Strategy):
+class TokenMaps(AttentionWatch):
     """Keep maps of words, of attention received, and of what chosen image tokens look at.
 
     Attributes:

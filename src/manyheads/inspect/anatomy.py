@@ -14,6 +14,7 @@ from torch import Tensor
 from ..call import Site
 from ..calls.statistics import Entropy, Pooled, Statistic
 from ..lens import Findings, Lens, Memory, Tally, View, table
+from ..strategy import Residual
 
 __all__ = ["FAR", "FIRST", "NEAR", "Anatomy", "Body", "Parts"]
 
@@ -109,7 +110,7 @@ class Anatomy(Lens):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Body(Lens):
+class Body(Lens, Residual):
     """How much each head adds to the residual stream, and whether NaN or infinity is among the numbers."""
 
     def tell(self, view: View, found: dict[str, Any]) -> None:

@@ -214,7 +214,7 @@ def _lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple
     if layers is not None:
         chosen = [lens if lens.layers else dataclasses.replace(lens, layers=_tuple(layers)) for lens in chosen]
     for lens in chosen:
-        if getattr(lens, "acts", False):
+        if lens.acts:
             raise UserError(f"{lens.spec} acts on the model and does not only look: open it with manyheads.use")
     return chosen, roles
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..call import AttentionCall
-from ..strategy import Strategy, overrides
+from ..strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch, Cache, Strategy
 
 __all__ = ["Chain", "Entry"]
 
@@ -41,15 +41,15 @@ class Chain:
         self._sort()
 
     def _sort(self) -> None:
-        having = {m: [e for e in self.entries if overrides(e.strategy, m)] for m in ("edit", "attend", "store")}
-        self._editors = having["edit"]
-        self._attenders = having["attend"]
-        self.keeper = having["store"][-1] if having["store"] else None
+        pairs = [(entry, entry.strategy) for entry in self.entries]
+        self._editors = [(e, s) for e, s in pairs if isinstance(s, AttentionEdit)]
+        self._attenders = [(e, s) for e, s in pairs if isinstance(s, AttentionCompute)]
         self._after = [
-            (e, overrides(e.strategy, "patch"), overrides(e.strategy, "watch"))
-            for e in self.entries
-            if overrides(e.strategy, "patch") or overrides(e.strategy, "watch")
+            (e, s.patch if isinstance(s, AttentionPatch) else None, s.watch if isinstance(s, AttentionWatch) else None)
+            for e, s in pairs
+            if isinstance(s, (AttentionPatch, AttentionWatch))
         ]
+        self.keeper = next(((e, s) for e, s in reversed(pairs) if isinstance(s, Cache)), None)
 
     @property
     def looks(self) -> bool:
@@ -68,26 +68,26 @@ class Chain:
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         """The call after every ``edit``; the same object if nothing changed it."""
-        for entry in self._editors:
+        for entry, strategy in self._editors:
             if (memory := self.scratch(entry)) is not None:
-                call = entry.strategy.edit(call.replace(memory=memory))
+                call = strategy.edit(call.replace(memory=memory))
         return call
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         """The output ``[B, T, H, dv]`` of the one strategy that computes it, None if none does."""
-        for entry in self._attenders:
+        for entry, strategy in self._attenders:
             if (memory := self.scratch(entry)) is not None:
-                return entry.strategy.attend(call.replace(memory=memory))
+                return strategy.attend(call.replace(memory=memory))
         return None
 
     def after(self, call: AttentionCall, out: Tensor) -> Tensor:
         """The output after every ``patch``; ``watch`` sees it as it is at its place."""
-        for entry, patches, watches in self._after:
+        for entry, patch, watch in self._after:
             if (memory := self.scratch(entry)) is None:
                 continue
             seen = call.replace(memory=memory)
-            if patches:
-                out = entry.strategy.patch(seen, out)
-            if watches:
-                entry.strategy.watch(seen, out)
+            if patch is not None:
+                out = patch(seen, out)
+            if watch is not None:
+                watch(seen, out)
         return out

@@ -17,12 +17,13 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention, MochiAttention
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.attention_processor import MochiAttention
 from torch import Tensor, nn
 
 from ..call import Denoising, Site
 from ..errors import UserError
-from ..strategy import Strategy, overrides
+from ..strategy import Attention, Cache, Denoiser, DenoiserModule, DenoiserPrediction, Strategy
 from .chain import Entry
 from .hearing import Hearing, Undo, put
 from .intercept import SiteState, interception
@@ -31,8 +32,7 @@ from .layouts import arguments
 __all__ = ["DiffusersPort", "denoisers", "find_sites"]
 
 _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
-_METHODS = ("edit", "attend", "watch", "patch", "reuse", "denoise")
-_KINDS = (Attention, MochiAttention, AttentionModuleMixin)
+_KINDS = (DiffusersAttention, MochiAttention, AttentionModuleMixin)
 _STATE = "_manyheads"
 _GUIDED = frozenset({"cond", "uncond", "all"})
 
@@ -78,16 +78,16 @@ def _order(named: tuple[str, nn.Module]) -> int:
 
 def _acts(strategy: Strategy) -> bool:
     """Whether a strategy acts at attention modules, not only on the denoiser as a whole."""
-    return any(overrides(strategy, method) for method in _METHODS if method != "denoise")
+    return isinstance(strategy, (Attention, DenoiserModule))
 
 
 def _choose(target: Any, strategy: Strategy, sites: list[tuple[Site, nn.Module]]) -> set[int]:
     """Sites that a strategy may act at: those it selects as any kind, since a joint sequence shows only later."""
-    if not any(overrides(strategy, method) for method in _METHODS):
+    if not isinstance(strategy, (Attention, Denoiser)):
         raise UserError(
             f"{strategy.slug} does not act on the attention of a denoiser: `manyheads list --category guides`"
         )
-    if overrides(strategy, "store"):
+    if isinstance(strategy, Cache):
         raise UserError(f"{strategy.slug} keeps a cache of keys and values, and a denoiser has none")
     at = {
         site.index
@@ -243,8 +243,8 @@ class DiffusersPort:
 
         self._undo.append(undo)
         for entry in entries:
-            if overrides(entry.strategy, "reuse"):
-                self._undo.append(replace_forward(module, lambda inner, e=entry: state.reusing(inner, e)))  # type: ignore[misc]
+            if isinstance(strategy := entry.strategy, DenoiserModule):
+                self._undo.append(replace_forward(module, lambda f, e=entry, s=strategy: state.around(f, e, s)))  # type: ignore[misc]
 
     def _watch_denoiser(self, model: nn.Module) -> None:
         """Read step, branch and layout off the denoiser's inputs before it runs, and let strategies make of it more."""
@@ -254,7 +254,7 @@ class DiffusersPort:
 
         handle = model.register_forward_pre_hook(before, with_kwargs=True)
         self._undo.append(handle.remove)
-        strategies = [strategy for strategy in self.strategies if overrides(strategy, "denoise")]
+        strategies = [strategy for strategy in self.strategies if isinstance(strategy, DenoiserPrediction)]
         if strategies:
             self._undo.append(replace_forward(model, self._denoising(model, strategies)))
 
@@ -266,7 +266,7 @@ class DiffusersPort:
         for state, _ in self._entries:
             state.now = now
 
-    def _denoising(self, model: Any, strategies: list[Strategy]) -> Callable[..., Callable[..., Any]]:
+    def _denoising(self, model: Any, strategies: list[DenoiserPrediction]) -> Callable[..., Callable[..., Any]]:
         """The forward of a denoiser as ``strategies`` have it; the forward before it is what ``predict`` calls.
 
         Each starts from the plain prediction, and what it adds is added. Predictions that are neither conditional nor

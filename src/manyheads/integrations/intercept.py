@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention.reference import causal_mask
 from ..call import AttentionCall, Axis, Diffusion, Layout, Site
 from ..errors import UserError
-from ..strategy import overrides
+from ..strategy import DenoiserModule
 from .chain import Chain, Entry
 
 __all__ = ["Catching", "SiteState", "interception"]
@@ -185,7 +185,7 @@ class SiteState(Chain):
         acting = [entry for entry in self.entries if self.scratch(entry) is not None]
         for entry in acting:
             entry.called = True
-        attending = [entry.strategy.spec for entry in acting if overrides(entry.strategy, "attend")]
+        attending = [strategy.spec for entry, strategy in self._attenders if entry in acting]
         if len(attending) > 1:
             names = " and ".join(attending[:2])
             raise UserError(f"{names} cannot hold together: each computes the output of {site.name}")
@@ -205,20 +205,20 @@ class SiteState(Chain):
         kept: dict[str, Any] = entry.memory.setdefault("" if self.now is None else "+".join(self.now.branches), {})
         return kept
 
-    def reusing(self, inner: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
-        """A module's forward as the strategy of ``entry`` has it.
+    def around(self, inner: Callable[..., Any], entry: Entry, strategy: DenoiserModule) -> Callable[..., Any]:
+        """A module's forward as ``strategy``, that of ``entry``, has it.
 
         What kind of site it is shows when its attention first runs; until then it is what the module says.
         """
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             site = self.last or self.site
-            if self.now is None or not entry.strategy.selects(site):
+            if self.now is None or not strategy.selects(site):
                 return inner(*args, **kwargs)
             entry.called = True
             memory = entry.memory.setdefault("+".join(self.now.branches), {})
             now = self.now if self.now.axis == self.axis else replace(self.now, axis=self.axis)
-            return entry.strategy.reuse(site, now, memory, lambda: inner(*args, **kwargs))
+            return strategy.around_module(site, now, memory, lambda: inner(*args, **kwargs))
 
         return forward
 

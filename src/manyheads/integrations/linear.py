@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import AttentionCall, Recurrence, Site
+from ..strategy import AttentionCompute
 from .chain import Entry
 from .sites import SiteState
 
@@ -40,8 +41,8 @@ def find_linear(model: nn.Module, first: int) -> list[tuple[Site, nn.Module]]:
 class LinearState(SiteState):
     """What an open port keeps on one module of linear attention: the strategy that computes it."""
 
-    def __init__(self, site: Site, module: nn.Module, entry: Entry) -> None:
-        self.site, self.module, self.entries = site, module, [entry]
+    def __init__(self, site: Site, module: nn.Module, entry: Entry, strategy: AttentionCompute) -> None:
+        self.site, self.module, self.entries, self.strategy = site, module, [entry], strategy
         module.__dict__[_STATE] = self
         self.forward = module.__dict__.get("forward")  # of someone else who replaced it
         module.__dict__["forward"] = self._forward
@@ -71,7 +72,7 @@ class LinearState(SiteState):
             site=self.site, q=q, k=k, v=v, scale=1.0, mask=None if real is None else real[:, None, None],
             is_causal=True, recurrence=Recurrence(-module.slope_rate.flatten(), past), memory=entry.memory,
         )  # fmt: skip
-        out = module.norm(entry.strategy.attend(call).flatten(2))
+        out = module.norm(self.strategy.attend(call).flatten(2))
         out = module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * out)
         assert call.recurrence is not None
         if past_key_values is not None:

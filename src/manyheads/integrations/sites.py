@@ -21,7 +21,7 @@ from ..attention.reference import repeat_kv
 from ..attention.rope import copies
 from ..call import AttentionCall, Site, Store
 from ..errors import UserError
-from ..strategy import Strategy, overrides
+from ..strategy import Strategy
 from .blocks import output_of
 from .cache import StoreLayer, install
 from .chain import Chain, Entry
@@ -138,10 +138,10 @@ class SiteState(Chain):
             del module.__dict__[_STATE]
 
     @staticmethod
-    def claims(module: nn.Module, method: str) -> list[Strategy]:
-        """Strategies of open ports that implement ``method`` at ``module``."""
+    def claims(module: nn.Module, kind: type[Strategy]) -> list[Strategy]:
+        """Strategies of ``kind`` of the open ports at ``module``."""
         state: SiteState | None = module.__dict__.get(_STATE)
-        return [] if state is None else [e.strategy for e in state.entries if overrides(e.strategy, method)]
+        return [] if state is None else [e.strategy for e in state.entries if isinstance(e.strategy, kind)]
 
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
@@ -154,12 +154,12 @@ class SiteState(Chain):
             cache = cache.self_attention_cache
         if cache is None:
             return
-        keeper = self.keeper
-        if keeper is not None and self._ours(cache) is None:
-            install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
+        if self.keeper is not None and self._ours(cache) is None:
+            strategy = self.keeper[1]
+            install(cache, [(self.site, module)], strategy.store, strategy.slug)
         self.store = self._ours(cache)
-        if self.store is not None and keeper is not None and not keeper.stored:
-            keeper.stored = True
+        if self.store is not None and self.keeper is not None and not self.keeper[0].stored:
+            self.keeper[0].stored = True
 
     def _ours(self, cache: Cache) -> Store | None:
         index = self.site.layer

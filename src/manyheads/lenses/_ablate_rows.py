@@ -12,13 +12,13 @@ from torch import Tensor
 from ..call import AttentionCall, Site
 from ..calls.edits import heads_at, scale_heads
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionPatch
 
 __all__ = ["AblateRows"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateRows(Strategy):
+class AblateRows(AttentionPatch):
     """Heads taken out while the model is in use, other ones in every row.
 
     Attributes:

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from ..call import AttentionCall
 from ..calls.edits import scale_heads
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionPatch
 
 __all__ = ["HeadDropout", "tune_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadDropout(Strategy):
+class HeadDropout(AttentionPatch):
     """Whole heads dropped while the model is in training mode; nothing happens in evaluation mode or with p = 0.
 
         dropout = HeadDropout(p=0.5)

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from ..call import AttentionCall, Site
 from ..calls.edits import append_kv
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionEdit
 
 __all__ = ["KVBias"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVBias(Strategy):
+class KVBias(AttentionEdit):
     """One learned key and value for each head of the sites that it knows.
 
     Attributes:

@@ -19,7 +19,7 @@ from torch.nn.functional import dropout
 from ..attention.reference import logits, repeat_kv
 from ..call import AttentionCall
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionCompute
 
 __all__ = ["ReLUAttention", "relu_weights"]
 
@@ -34,7 +34,7 @@ def relu_weights(call: AttentionCall) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLUAttention(Strategy):
+class ReLUAttention(AttentionCompute):
     """Attention with ReLU and the number of visible keys in place of softmax; differentiable."""
 
     def attend(self, call: AttentionCall) -> Tensor:

@@ -23,13 +23,13 @@ from ..attention.reference import repeat_kv
 from ..call import AttentionCall, Site
 from ..calls.edits import Heads, heads_at, replace_heads, scale_heads
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionPatch
 
 __all__ = ["Ablate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(Strategy):
+class Ablate(AttentionPatch):
     """Heads taken out of a model while it is in use.
 
     Attributes:

@@ -40,6 +40,7 @@ from ..call import Site
 from ..calls.statistics import Expectation, MeanLog, Statistic
 from ..heads import HeadTable
 from ..lens import Findings, Lens, Memory, Series, Tally, View, table
+from ..strategy import Residual
 from ._extreme_notes import notes
 from ._relu_attention import relu_weights
 
@@ -87,7 +88,7 @@ class _Ratio:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActiveDormant(Lens):
+class ActiveDormant(Lens, Residual):
     """How much each head rests on the first token, how small its value is, and how large its residual stream.
 
     Attributes:

@@ -48,12 +48,13 @@ from ..calls.edits import replace_channels
 from ..errors import UserError
 from ..heads import HeadTable
 from ..lens import Findings, Lens, Memory, Tally, View
+from ..strategy import AttentionEdit
 
 __all__ = ["MassiveValues"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MassiveValues(Lens):
+class MassiveValues(Lens, AttentionEdit):
     """Norms of the channels of queries, keys and values, and selective damage to them.
 
     Attributes:

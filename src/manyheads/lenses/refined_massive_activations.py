@@ -44,6 +44,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..lens import Findings, Lens, Memory, Series, Tally, table
+from ..strategy import Residual
 from ._residual import Extremes, medians
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def name_tokens(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinedMassiveActivations(Lens):
+class RefinedMassiveActivations(Lens, Residual):
     """Finds massive activations; replaces them in the blocks named, if asked to.
 
     Attributes:

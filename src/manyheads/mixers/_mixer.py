@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.masks import MaskSpec, hide, masked_attention
-from ..call import MixerShape
+from ..call import MixerConfig
 from ..errors import UserError
 
 __all__ = ["KVState", "SoftmaxMixer", "State", "positions_of", "split_heads"]
@@ -126,16 +126,16 @@ class SoftmaxMixer(nn.Module):
     holds what it reads, or :meth:`bias`.
     """
 
-    def __init__(self, shape: MixerShape, *, window: int | None = None, scale: float | None = None) -> None:
+    def __init__(self, config: MixerConfig, *, window: int | None = None, scale: float | None = None) -> None:
         super().__init__()
-        self.shape = shape
-        self.scale = shape.head_dim**-0.5 if scale is None else scale
+        self.config = config
+        self.scale = config.head_dim**-0.5 if scale is None else scale
         self.spec = MaskSpec(window=window)
-        wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(shape.dim, width, bias=False) for width in (wide, narrow, narrow)
+            nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow)
         )
-        self.out_proj = nn.Linear(wide, shape.dim, bias=False)
+        self.out_proj = nn.Linear(wide, config.dim, bias=False)
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         """``q [B, H, T, d]`` at ``positions [B, T]`` of sequences that are ``length [B]`` tokens long so far."""
@@ -157,9 +157,9 @@ class SoftmaxMixer(nn.Module):
         at = positions_of(batch, length, x.device, mask, None if state is None else state.seen, cu_seqlens)
         seen = at.amax(1) + 1 if state is None else torch.maximum(at.amax(1) + 1, state.seen)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q = self.transform_q(split_heads(q, self.shape.num_heads), at, seen)
-        k = self.transform_k(split_heads(k, self.shape.num_kv_heads), at, seen)
-        v = split_heads(v, self.shape.num_kv_heads)
+        q = self.transform_q(split_heads(q, self.config.num_heads), at, seen)
+        k = self.transform_k(split_heads(k, self.config.num_kv_heads), at, seen)
+        v = split_heads(v, self.config.num_kv_heads)
         if cu_seqlens is not None:
             if state is not None:
                 raise UserError("softmax mixers take packed sequences from their start: no state with cu_seqlens")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attention import reference
 from ..call import AttentionCall, Site
-from ..strategy import Strategy
+from ..strategy import AttentionEdit
 from ._mixer import SoftmaxMixer, positions_of, split_heads
 
 __all__ = ["Peak", "Probe", "keys_seen", "peakedness", "real", "softmax_sites", "variance"]
@@ -44,13 +44,13 @@ def softmax_sites(model: nn.Module) -> Sequence[tuple[Site, SoftmaxMixer]]:
     """The mixers of a Decoder that take a temperature."""
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, SoftmaxMixer) and hasattr(m, "temperature")]
     return [
-        (Site(name, i, m.shape.layer, "self", True, m.shape.num_heads, m.shape.num_kv_heads, m.spec.window), m)
+        (Site(name, i, m.config.layer, "self", True, m.config.num_heads, m.config.num_kv_heads, m.spec.window), m)
         for i, (name, m) in enumerate(found)
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Strategy):
+class Probe(AttentionEdit):
     """While ``inner`` acts, keeps of ``rows`` rows of every site their logits as they were and the keys they see.
 
     Attributes:
@@ -98,8 +98,8 @@ class Probe(Strategy):
             x, was = args[0], mixer.temperature
             mixer.temperature = None
             at = positions_of(x.shape[0], x.shape[1], x.device, None, None, None)
-            q = mixer.transform_q(split_heads(mixer.q_proj(x), mixer.shape.num_heads), at, at.amax(1) + 1)
-            k = mixer.transform_k(split_heads(mixer.k_proj(x), mixer.shape.num_kv_heads), at, at.amax(1) + 1)
+            q = mixer.transform_q(split_heads(mixer.q_proj(x), mixer.config.num_heads), at, at.amax(1) + 1)
+            k = mixer.transform_k(split_heads(mixer.k_proj(x), mixer.config.num_kv_heads), at, at.amax(1) + 1)
             mask = mixer.spec.dense(x.shape[1], x.shape[1], device=x.device)
             self.edit(AttentionCall(site, q, k, k, mixer.scale, mask=mask, bias=mixer.bias(at, at)))
             mixer.temperature = was

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from ..call import AttentionCall, Site
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionEdit, Strategy
 from ._peaks import Peak, Probe, keys_seen, peakedness, real, softmax_sites, variance
 
 __all__ = ["AttentionAlignment", "calibrate"]
@@ -66,7 +66,7 @@ Counts = Annotated[tuple[int, ...], BeforeValidator(_parts)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionAlignment(Strategy):
+class AttentionAlignment(AttentionEdit):
     """Attention logits over a temperature; acts on models as they are, by ``manyheads.use``, or on a Decoder by `on`.
 
     Attributes:

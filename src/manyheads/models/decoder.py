@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention.masks import hide
-from ..call import MixerShape
+from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy, overrides, parse
+from ..strategy import Mixer, Strategy, parse
 
 __all__ = ["Decoder", "DecoderConfig"]
 
@@ -50,11 +50,11 @@ class DecoderConfig:
         """Channels within the feed-forward network."""
         return self.hidden or 8 * round(self.dim / 3)
 
-    def shape(self, layer: int) -> MixerShape:
+    def mixer_config(self, layer: int) -> MixerConfig:
         if self.dim % self.heads:
             raise UserError(f"{self.dim} channels do not part into {self.heads} heads")
         heads = self.kv_heads or self.heads
-        return MixerShape(self.dim, self.heads, heads, self.dim // self.heads, layer, self.layers, self.length)
+        return MixerConfig(self.dim, self.heads, heads, self.dim // self.heads, layer, self.layers, self.length)
 
 
 class SwiGLU(nn.Module):
@@ -101,12 +101,13 @@ class Decoder(nn.Module):
 
     def __init__(self, strategy: Strategy | str, config: DecoderConfig) -> None:
         super().__init__()
-        self.strategy, self.config = parse(strategy), config
-        if not overrides(self.strategy, "mix"):
-            raise UserError(f"{self.strategy.slug} is no token mixer: it acts on models as they are, by manyheads.use")
+        mixer = parse(strategy)
+        if not isinstance(mixer, Mixer):
+            raise UserError(f"{mixer.slug} is no token mixer: it acts on models as they are, by manyheads.use")
+        self.strategy, self.config = mixer, config
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(
-            Block(self.strategy.mix(config.shape(i)), config.dim, config.width) for i in range(config.layers)
+            Block(self.strategy.build(config.mixer_config(i)), config.dim, config.width) for i in range(config.layers)
         )
         last = self.blocks[-1].mixer
         self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ... import catalog
 from ...errors import UserError
 from ...models.decoder import Decoder, DecoderConfig
-from ...strategy import Strategy, overrides, parse
+from ...strategy import Mixer, Strategy, parse
 
 __all__ = ["BASE", "Arm", "build", "check_causal", "default_strategies", "make_arms", "wake"]
 
@@ -43,7 +43,7 @@ def make_arms(specs: Iterable[str | Strategy]) -> list[Arm]:
     """
     arms = {arm.key: arm for arm in (Arm(parse(spec)) for spec in (BASE, *specs))}
     for arm in arms.values():
-        if not overrides(arm.strategy, "mix"):
+        if not isinstance(arm.strategy, Mixer):
             raise UserError(f"{arm.key} is no token mixer: leave --train away to compare it on a model as it is")
     return list(arms.values())
 

@@ -71,7 +71,7 @@ def compare_trained(
 
     Args:
         texts: what to learn, see :mod:`manyheads.data.texts`; the standard library's source when None.
-        strategies: strategies that override ``mix``, or their specs; ``softmax`` is always among them.
+        strategies: strategies that override ``build``, or their specs; ``softmax`` is always among them.
         size: of models, data and budget, see :func:`size_for`; that of the device when None.
         minutes: in place of ``size.budget``: about so long, all arms together, by their speed on this machine.
         seed: of all draws.
