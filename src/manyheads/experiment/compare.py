@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison of ``manyheads compare``: any mix of strategies that fits the subject, parsed once, on equal budgets."""
+"""The comparison of ``manyheads compare``: any mix of strategies that fits the subject, on equal budgets."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def compare(
     data = {"texts": list(texts)} if texts is not None else {}
     about = {"command": list(command), "options": dict(options or {}), "kind": "compare"}
     return run(
-        experiment.at("cpu"), out, seed=seed, device=device, data=data, executor=executor, progress=progress, about=about
+        experiment.at("cpu"), out, seed=seed, device=device, data=data, executor=executor, progress=progress,
+        about=about,
     )  # fmt: skip
 
 
