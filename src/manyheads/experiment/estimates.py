@@ -248,7 +248,7 @@ def wilson(right: float, n: float) -> tuple[float, float]:
     p, z2 = right / n, _Z**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     reach = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return max(0.0, min(p, middle - reach)), min(1.0, max(p, middle + reach))  # rounding may pass p at 0 and 1
 
 
 def newcombe(p1: float, p2: float, p12: float, n: float) -> tuple[float, float]:
