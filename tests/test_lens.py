@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import Band, Columns, Entropy, Expectation, Pooled, Received, measure, weights
+from manyheads.calls.statistics import Band, Columns, Entropy, Expectation, Pooled, Received
+from manyheads.calls.weights import measure, weights
 from manyheads.errors import UserError
 from manyheads.heads import HeadTable, ablation_curve, same_layers
 from manyheads.lens import Findings, Lens, Roles, Series, Tally, table

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import manyheads
-from manyheads import UserError, parse
+from manyheads import UserError, parse, spec
 from manyheads.strategy import (
     Attention,
     AttentionCompute,
@@ -31,11 +31,11 @@ SPECS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_round_trip(spec):
-    strategy = parse(spec)
+@pytest.mark.parametrize("text", SPECS)
+def test_round_trip(text):
+    strategy = parse(text)
     assert parse(strategy.spec) == strategy and hash(parse(strategy.spec)) == hash(strategy)
-    given_ = {p.partition("=")[0] for p in spec.partition(":")[2].split(",") if p}
+    given_ = {p.partition("=")[0] for p in text.partition(":")[2].split(",") if p}
     assert given_ <= {p.partition("=")[0] for p in strategy.spec.partition(":")[2].split(",")}
     assert parse(strategy) is strategy
 
@@ -52,14 +52,33 @@ def test_round_trip_of_any_fields(slug, budget, layers, recent):
     assert again == strategy and type(again.budget) is type(strategy.budget)
 
 
+def test_a_spec_taken_apart():
+    """One grammar for a spec, a spec as a value, a list, and strategies that are used together."""
+    read = spec.read(" graphkv( base = snapkv(window_size=16,kernel_size=5), budget=0.5 ) ")
+    assert read == spec.Spec("graphkv", {"base": "snapkv(window_size=16,kernel_size=5)", "budget": "0.5"})
+    assert read.nested == "graphkv(base=snapkv(window_size=16,kernel_size=5),budget=0.5)"
+    assert spec.read(read.nested) == read and parse(read.nested) == parse(read.nested.replace("(", ":", 1)[:-1])
+    assert spec.read("full").nested == "full" and spec.read("full:") == spec.read("full()")
+    assert spec.split_together("sag:scale=0.5 + pab") == ["sag:scale=0.5", "pab"]
+    with pytest.raises(UserError, match="on either side"):
+        spec.split_together("sag + ")
+
+
+@pytest.mark.parametrize("text", ["", "a-b", "3-1", "1-", "-2", "1+", "1,2"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(UserError, match="are no numbers"):
+        spec.numbers(text)
+
+
 def test_spaces_and_ranges():
+    assert spec.numbers("0-3 + 7") == (0, 1, 2, 3, 7)
     strategy = parse(" keydiff : budget = 0.5 , layers = 0-3+7 ")
     assert strategy.budget == 0.5 and strategy.layers == (0, 1, 2, 3, 7)
     assert parse("keydiff:") == parse("keydiff") == type(strategy)()
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("text", "says"),
     [
         ("snapkw", "snapkv"),
         ("hash-evict:budget=0.5", "hashevict"),
@@ -81,9 +100,9 @@ def test_spaces_and_ranges():
         (":budget=1", "."),
     ],
 )
-def test_refusals_are_one_line_that_helps(spec, says):
+def test_refusals_are_one_line_that_helps(text, says):
     with pytest.raises(UserError, match=says) as refusal:
-        parse(spec)
+        parse(text)
     assert "\n" not in str(refusal.value) and refusal.value.__cause__ is None
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from manyheads.inspect import watch
     from manyheads.integrations import use
     from manyheads.lens import Roles
-    from manyheads.strategy import Strategy, parse
+    from manyheads.spec import parse
+    from manyheads.strategy import Strategy
 
 __version__ = "0.1.0"
 
@@ -50,7 +51,8 @@ _HOMES = {
     "manyheads.lens": ("Roles",),
     "manyheads.integrations": ("use",),
     "manyheads.inspect": ("watch",),
-    "manyheads.strategy": ("Strategy", "parse"),
+    "manyheads.spec": ("parse",),
+    "manyheads.strategy": ("Strategy",),
 }
 _PARTS = (
     "attention",
@@ -62,6 +64,7 @@ _PARTS = (
     "models",
     "integrations",
     "inspect",
+    "spec",
     "strategy",
 )
 

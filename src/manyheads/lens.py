@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .calls.statistics import Statistic, measure
+from .calls.statistics import Statistic
+from .calls.weights import measure
 from .errors import UserError
 from .heads import HeadTable
 from .strategy import AttentionWatch, Residual

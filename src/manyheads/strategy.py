@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a strategy is, and the one-line text that names it: ``slug:field=value,field=value``."""
+"""What a strategy is, and the kinds that say what it can do."""
 
 import dataclasses
-import difflib
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
-
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
-
-from .errors import UserError
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,23 +28,23 @@ __all__ = [
     "Mixer",
     "Residual",
     "Strategy",
-    "parse",
-    "split_outside",
 ]
 
 
-def _as_layers(value: object) -> object:
-    """``"0-3+7"`` -> ``(0, 1, 2, 3, 7)``: commas already part the fields of a spec."""
-    if not isinstance(value, str):
-        return value
-    layers: list[int] = []
-    for part in value.split("+"):
-        first, _, last = part.partition("-")
-        layers.extend(range(int(first), int(last or first) + 1))
-    return tuple(layers)
+Layers = tuple[int, ...] | None  # in a spec: 0-3+7
 
 
-Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_as_layers)]
+def _slug(module: str) -> str:
+    """What names the strategy of a module: ``slug`` of a paper's file or ``slug.part`` of its folder.
+
+    Folders of papers lie in a category, ``manyheads.<category>.<slug>.<part>``, or ``manyheads.domains.<field>....``;
+    elsewhere it is the module's own name.
+    """
+    package, *path = module.split(".")
+    paper = path[2 if path[:1] == ["domains"] else 1 :]
+    if package != __package__ or len(paper) != 2 or paper[0] == paper[1]:
+        return module.rpartition(".")[2]
+    return ".".join(paper)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +65,7 @@ class Strategy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.slug = cls.__module__.rpartition(".")[2]
+        cls.slug = _slug(cls.__module__)
 
     def selects(self, site: "Site") -> bool:
         """Whether this strategy acts at ``site``."""
@@ -79,7 +73,7 @@ class Strategy:
 
     @property
     def spec(self) -> str:
-        """The text that :func:`parse` reads back into this strategy.
+        """The text that :func:`manyheads.parse` reads back into this strategy.
 
         Fields at their defaults are left out, and those that do not count when strategies are compared.
         """
@@ -213,66 +207,3 @@ class Mixer(Strategy, ABC):
     @abstractmethod
     def build(self, config: "MixerConfig") -> "torch.nn.Module":
         """The token mixer of one layer, see :mod:`manyheads.mixers._mixer`."""
-
-
-def split_outside(text: str) -> list[str]:
-    """Pieces of ``text`` between commas that stand outside parentheses, stripped, empty ones left out.
-
-    Raises:
-        UserError: parentheses that do not match.
-    """
-    pieces, depth = [""], 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if depth < 0:
-            break
-        if letter == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += letter
-    if depth:
-        raise UserError(f"{text!r}: parentheses do not match")
-    return [piece.strip() for piece in pieces if piece.strip()]
-
-
-def parse(spec: "str | Strategy") -> Strategy:
-    """Build a strategy from ``slug:field=value,field=value``; a strategy is returned as it is.
-
-    ``slug(field=value,field=value)`` means the same, so that a spec can be the value of a field:
-    ``graphkv:base=snapkv(window_size=16),budget=0.25``. The slug ``auto`` stands for the
-    cache strategy that we recommend.
-
-    Raises:
-        UserError: unknown slug or field (with the nearest names), or a value that the field refuses.
-    """
-    if isinstance(spec, Strategy):
-        return spec
-    from . import catalog
-
-    match = re.fullmatch(r"\s*([^:(]*)(?:\((.*)\)|:(.*))?\s*", spec, re.DOTALL)
-    if match is None:
-        raise UserError(f"{spec!r} is no spec: write slug:field=value,field=value")
-    slug, rest = match[1].strip(), match[2] or match[3] or ""
-    slug = catalog.RECOMMENDED if slug == "auto" else slug
-    cls = catalog.load(slug)
-    hints = get_type_hints(cls, include_extras=True)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for item in split_outside(rest):
-        name, equals, text = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise UserError(f"{spec!r}: write {item!r} as field=value")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"{slug} has no field {name!r}; {hint}it has {', '.join(sorted(fields))}")
-        if name in values:
-            raise UserError(f"{spec!r}: {name!r} is given twice")
-        try:
-            values[name] = TypeAdapter(hints[name]).validate_python(text)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise UserError(f"{slug}: {name}={text}: {reason}") from None
-        except ValueError as error:
-            raise UserError(f"{slug}: {name}={text}: {error}") from None
-    return cls(**values)

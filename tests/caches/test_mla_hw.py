@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from port.test_latent import LATENT, PRESENT, build
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads
+from integrations.test_latent import LATENT, PRESENT, build
 from manyheads import UserError, parse
 from manyheads.attention import mla, reference
 from manyheads.caches.mla_hw import LatentStore, MLAHw

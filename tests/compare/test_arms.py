@@ -9,9 +9,9 @@ import torch
 import manyheads
 from manyheads import UserError
 from manyheads.compare.arms import Arm, Prefix, feed, make_arms
-from manyheads.compare.specs import split_specs
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import AttentionEdit, parse
+from manyheads.spec import parse, split_list
+from manyheads.strategy import AttentionEdit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Sharper(AttentionEdit):
 
 def test_specs_are_split_at_the_commas_between_them():
     text = "full, snapkv:window_size=16,kernel_size=5,random,keydiff:budget=0.3,streaming_llm:sinks=2"
-    assert split_specs(text) == [
+    assert split_list(text) == [
         "full", "snapkv:window_size=16,kernel_size=5", "random", "keydiff:budget=0.3", "streaming_llm:sinks=2",
     ]  # fmt: skip
-    assert split_specs("snapkv,window_size=16") == ["snapkv:window_size=16"] and split_specs(" , ") == []
+    assert split_list("snapkv,window_size=16") == ["snapkv:window_size=16"] and split_list(" , ") == []
 
 
 def test_arms_are_specs_times_budgets_once():

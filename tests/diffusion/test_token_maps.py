@@ -13,7 +13,8 @@ from manyheads.call import AttentionCall, Diffusion, Layout, Site
 from manyheads.diffusion._maps import merged, scaled
 from manyheads.diffusion.token_maps import TokenMaps, WordMaps, maps, places
 from manyheads.errors import UserError
-from manyheads.strategy import AttentionWatch, parse
+from manyheads.spec import parse
+from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 from oracles import pipelines
 from tolerance import assert_close, error

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import measure, weights
+from manyheads.calls.weights import measure, weights
 from manyheads.data.texts import Text
 from manyheads.errors import UserError
 from manyheads.inspect.anatomy import FIRST, Parts

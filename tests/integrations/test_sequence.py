@@ -14,10 +14,10 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from port import sequence_worker as worker
 from safetensors.torch import load_file
 
 import manyheads
+from integrations import sequence_worker as worker
 from manyheads.errors import UserError
 from manyheads.integrations.sequence import frame_parallel
 from oracles import diffusion as tiny

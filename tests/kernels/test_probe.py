@@ -12,7 +12,7 @@ import torch
 
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads.calls.fused import stretches
-from manyheads.calls.statistics import measure
+from manyheads.calls.weights import measure
 from tolerance import FORMULA, SAME
 
 

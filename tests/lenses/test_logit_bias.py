@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import weights
+from manyheads.calls.weights import weights
 from oracles import models
 from tolerance import SAME, assert_close, error
 

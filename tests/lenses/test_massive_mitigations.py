@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import manyheads
-from manyheads.calls.statistics import Columns, Expectation, measure
+from manyheads.calls.statistics import Columns, Expectation
+from manyheads.calls.weights import measure
 from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
 from manyheads.lens import Findings, Lens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import measure, weights
+from manyheads.calls.weights import measure, weights
 from manyheads.errors import UserError
 from manyheads.lens import Roles, View
 from manyheads.lenses.reasoning_rhythm import ReasoningRhythm, credit, middle_layers, peaks, weigh

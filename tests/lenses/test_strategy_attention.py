@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import measure
+from manyheads.calls.weights import measure
 from manyheads.errors import UserError
 from manyheads.heads import HeadTable
 from manyheads.lens import Roles, View

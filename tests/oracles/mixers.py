@@ -16,7 +16,8 @@ from manyheads import catalog
 from manyheads.call import MixerConfig
 from manyheads.errors import UserError
 from manyheads.models.decoder import Decoder, DecoderConfig
-from manyheads.strategy import Mixer, parse
+from manyheads.spec import parse
+from manyheads.strategy import Mixer
 from tolerance import FORMULA, assert_close
 
 HEADS, DIM, VOCAB = 4, 32, 29

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..attention.codec import Codec
 from ..call import AttentionCall
 from ..errors import UserError
-from ..strategy import parse
+from ..spec import parse, read
 from ._policy import CachePolicy, Schedule
 from ._view import QueryWindow, View
 
@@ -35,13 +34,12 @@ class Wrapper(CachePolicy):
     )
 
     def __post_init__(self) -> None:
-        slug, colon, fields = self.base.partition(":")
-        if colon:
-            object.__setattr__(self, "base", f"{slug}({fields})")
-        inside = parse(self.base)
+        base = read(self.base)
+        object.__setattr__(self, "base", base.nested)
+        inside = parse(base.nested)
         if not isinstance(inside, CachePolicy) or type(inside).store is not CachePolicy.store:
             raise UserError(f"{self.slug} cannot stand around {inside.slug}, which keeps its cache in a way of its own")
-        if re.search(r"\bbudget\s*=", self.base):
+        if "budget" in base.fields:
             raise UserError(f"{self.slug}: give the budget outside, {self.slug}:base={inside.slug},budget=...")
         if self.schedule == "base":
             object.__setattr__(self, "schedule", inside.schedule)

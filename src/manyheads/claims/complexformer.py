@@ -90,7 +90,7 @@ def forms(setting: Setting, length: int) -> "tuple[float, float, float, float]":
     import torch
 
     from manyheads.call import MixerConfig
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     torch.manual_seed(0)
     strategy: Any = parse("complexformer:start=normal")

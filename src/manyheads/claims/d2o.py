@@ -87,7 +87,7 @@ def follow(
 
     from manyheads.compare import arms as compare
     from manyheads.integrations import use
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     here = {arm: compare.Arm(parse(spec), arm[0]) for arm, spec in specs.items()}
     with torch.inference_mode(), use(model):

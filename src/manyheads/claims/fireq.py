@@ -138,7 +138,7 @@ def stream(model: "PreTrainedModel", ids: "Tensor", arm: str, start: int) -> "tu
 
     from manyheads.integrations import use
     from manyheads.integrations.transformers import new_cache
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     cuts = [*range(start, ids.shape[1] - 1, CHUNK), ids.shape[1] - 1]
     edits = [rival(arm)] if arm in RIVALS else []

@@ -66,7 +66,7 @@ def scale(setting: Setting) -> Scale:
 
 def arms(length: int, seed: int, snapkv: str = "") -> "dict[Arm, Strategy]":
     """Every base, way and keep rate of ``length`` tokens; ``snapkv`` are fields of SnapKV."""
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     found = {FULL: parse("full")}
     for keep in KEEP:

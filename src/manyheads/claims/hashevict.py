@@ -107,7 +107,7 @@ def prefill_seconds(setting: Setting, size: Scale) -> "dict[str, list[float]]":
     import torch
 
     from manyheads.integrations import use
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     model = _timed_model(setting)
     ids = torch.randint(8, model.config.vocab_size, (1, size.prefill), device=model.device)
@@ -190,7 +190,7 @@ def _texts(tokenizer: Any, length: int, number: int, seed: int) -> "torch.Tensor
 
 def _seeded(spec: str, seed: int) -> "Strategy":
     """The strategy of ``spec`` under a seed, where it draws anything."""
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     strategy = parse(spec)
     drawn = any(field.name == "seed" for field in fields(strategy))

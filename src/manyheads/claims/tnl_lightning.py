@@ -66,7 +66,7 @@ def times(setting: Setting, size: Scale) -> dict[tuple[str, int], list[float]]:
     import torch
 
     from manyheads.call import MixerConfig
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     dim = 64 * size.heads
     precision = torch.autocast(setting.device, torch.bfloat16, enabled=setting.device == "cuda")

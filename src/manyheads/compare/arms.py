@@ -3,7 +3,6 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from ..errors import UserError
 from ..integrations import use
 from ..integrations.transformers import new_cache
 from ..lens import Lens
-from ..strategy import Cache, Denoiser, Strategy, parse
+from ..spec import parse, read
+from ..strategy import Attention, Cache, Denoiser, Mixer, Strategy
 
 __all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
 
 BASELINE = "full"
 _LEAST_RECORD = 64  # queries that a dense prefill keeps for the strategies forked from it
-_ON_A_MODEL = ("edit", "attend", "watch", "patch", "store")
 _SLACK = 50  # a query of a chunk sees at most one slot in this many beyond the budget
 
 
@@ -111,10 +110,10 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
             raise UserError(
                 f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/diffusion.md)"
             )
-        if overrides(strategy, "mix") and not any(overrides(strategy, method) for method in _ON_A_MODEL):
+        if isinstance(strategy, Mixer) and not isinstance(strategy, Attention | Cache):
             raise UserError(f"{strategy.slug} is a token mixer, trained from scratch: compare it with --train")
         fields = {f.name: f for f in dataclasses.fields(strategy)}
-        own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
+        own = isinstance(given, Strategy) or "budget" in read(given).fields
         if strategy.slug == BASELINE:
             continue
         if not isinstance(strategy, Cache) or "budget" not in fields:
@@ -142,7 +141,7 @@ def _with_budget(strategy: Any, budget: int | float) -> Strategy:
 def _label(given: str | Strategy, strategy: Strategy) -> str:
     """The fields that were set, without the budget, in the order of the class."""
     if isinstance(given, str):
-        named = set(re.findall(r"(\w+)\s*=", given))
+        named = set(read(given).fields)
     else:
         plain = type(strategy)()
         named = {f.name for f in dataclasses.fields(strategy) if getattr(strategy, f.name) != getattr(plain, f.name)}

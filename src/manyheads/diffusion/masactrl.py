@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..call import AttentionCall, Diffusion, Site
-from ..calls.statistics import Columns, measure
+from ..calls.statistics import Columns
+from ..calls.weights import measure
 from ..errors import UserError
 from ..strategy import AttentionCompute, AttentionWatch
 from ._maps import Places, check_words, merged, scaled

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 from ..call import AttentionCall, Denoising, Layout, Site
-from ..calls.statistics import Received, measure
+from ..calls.statistics import Received
+from ..calls.weights import measure
 from ..errors import UserError
 from ..strategy import AttentionWatch, DenoiserPrediction
 from ._prediction import Prediction, pushed, some_rows

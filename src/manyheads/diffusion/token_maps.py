@@ -41,7 +41,8 @@ from torch import Tensor
 
 from ..call import AttentionCall, Diffusion, Layout, Site
 from ..calls.edits import heads_at
-from ..calls.statistics import Columns, Received, Statistic, measure, weights
+from ..calls.statistics import Columns, Received, Statistic
+from ..calls.weights import measure, weights
 from ..errors import UserError
 from ..strategy import AttentionWatch, Layers, Strategy
 from ._maps import Places, check_words, merged, scaled

@@ -270,7 +270,7 @@ def read_result(path: Path) -> ClaimResult | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         data = data if data.get("format") == _FORMAT else converted(data)
         return ClaimResult(slug=data["slug"], statement=data["statement"], runs=tuple(map(_run_of, data["runs"])))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no result of a claim ({error}); delete it and run the claim again") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..attention.budget import as_budget, keep_limit
 from ..errors import UserError
-from ..spec import parse, split_specs
+from ..spec import parse, split_outside, split_together
 from ..strategy import Cache
 from .arms import BASELINE, Arm
 from .design import Experiment, Sizes
@@ -142,7 +142,7 @@ def make_arms(
     values = [as_budget(budget) for budget in budgets]
     arms: list[Arm] = []
     for spec in specs:
-        parts = [parse(part) for part in spec.split(" + ")]
+        parts = [parse(part) for part in split_together(spec)]
         for strategy in parts:
             if reason := subject.unsupported_reason(strategy):
                 raise UserError(reason)
@@ -174,7 +174,7 @@ def _arm(spec: str, budget: int | float | None, own: bool) -> Arm:
     if not own or budget is None:
         return Arm(spec, spec)
     head, _, rest = spec.partition(":")
-    fields = [field for field in split_specs(rest) if not re.match(r"budget\s*=", field)]
+    fields = [field for field in split_outside(rest) if not re.match(r"budget\s*=", field)]
     plain = f"{head}:{','.join(fields)}" if fields else head
     return Arm(plain, plain, budget)
 

@@ -18,7 +18,8 @@ from ..integrations.diffusers import denoisers, replace_forward
 from ..integrations.hearing import Undo, put
 from ..models.pipeline import parameters
 from ..progress import Progress
-from ..strategy import Strategy, parse
+from ..spec import parse, split_together
+from ..strategy import Strategy
 from .rows import Row
 
 __all__ = ["Arm", "Made", "Settings", "arm", "check", "generate", "run"]
@@ -79,10 +80,7 @@ class Made:
 
 def arm(text: str) -> Arm:
     """Strategies from their specs, joined by `` + ``."""
-    specs = [part.strip() for part in text.split(" + ")]
-    if not all(specs):
-        raise UserError(f"{text!r}: write a strategy on either side of +")
-    return Arm(text.strip(), tuple(parse(spec) for spec in specs))
+    return Arm(text.strip(), tuple(parse(spec) for spec in split_together(text)))
 
 
 class _Checked(Exception):

@@ -12,7 +12,7 @@ from .. import catalog
 from ..errors import UserError
 from ..integrations import use
 from ..models.pipeline import parameters
-from ..strategy import parse
+from ..spec import parse
 from .maps_page import write_page
 from .rows import Row
 from .run import Settings, generate

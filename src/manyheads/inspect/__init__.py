@@ -79,7 +79,7 @@ def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "Roles | None"
     """
     from ..errors import UserError
     from ..lens import Lens
-    from ..strategy import parse
+    from ..spec import parse
 
     if not lenses:
         raise UserError("name at least one lens: `manyheads list --category lenses`")

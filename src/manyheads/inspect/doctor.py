@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,48 +16,19 @@ from ..heads import HeadTable
 from ..integrations import use
 from ..lens import Findings
 from ..progress import Progress
-from ..strategy import parse
+from ..spec import parse
 from .anatomy import FIRST, Anatomy, Body
+from .measures import Measures
 from .prompts import SHORTEST, Prompt, draw
 from .run import SAMPLES, describe, document_of, mean_loss, plain_values, reach, read_prompts, reading, token_losses
 from .signs import Sign, judge
 
-__all__ = ["Diagnosis", "Measures", "diagnose", "padding", "twins"]
+__all__ = ["Diagnosis", "diagnose", "padding", "twins"]
 
 _MAP = 64  # cells on a side of the maps by which heads are compared
 _SINGLE = 128  # heads at most of which each is taken out alone
 _SCORED = 128  # tokens whose loss is compared over contexts
 _ROOM = {"cpu": 4096, "cuda": 16384}  # tokens of the longest context, before those that are scored
-
-
-@dataclass
-class Measures:
-    """All figures.
-
-    Attributes:
-        found: findings of the lenses by slug, and ``attention`` and ``body`` of our own.
-        losses: nats of each token of each prompt.
-        alone: what the loss gains when a head is taken out alone, as a table; NaN where it was not.
-        twins: share of the attention that a head gives elsewhere than its likest head of the layer ``[L, H]``.
-        partner: that head.
-        contexts: tokens read before the same scored tokens, ascending, and their losses ``[C, N]``.
-        padding: for each way to pad, greatest change of a logit over their spread, and share of changed choices.
-        reach: tokens that the config says the model reads.
-        weights: parameters that are not finite, by name.
-    """
-
-    found: dict[str, Findings] = field(default_factory=dict)
-    losses: list[Any] = field(default_factory=list)
-    alone: HeadTable | None = None
-    twins: Any = None
-    partner: Any = None
-    contexts: tuple[list[int], Any] = field(default_factory=lambda: ([], np.zeros((0, 0))))
-    padding: dict[str, dict[str, float]] = field(default_factory=dict)
-    reach: int = 0
-    weights: dict[str, int] = field(default_factory=dict)
-    groups: int = 1
-    dtype: str = "float32"
-    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import numpy as np
 
 from ..heads import HeadTable
 from .anatomy import FIRST
-from .doctor import Diagnosis, Measures
+from .doctor import Diagnosis
 from .figures import Line, colours, lines, markup
+from .measures import Measures
 from .page import DECADES, card_of, fill, heads_of, layer_card, maps_of
 from .signs import Sign
 

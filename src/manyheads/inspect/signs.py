@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..heads import HeadTable
-    from .doctor import Measures
+    from .measures import Measures
 
 __all__ = ["Sign", "judge"]
 

@@ -19,7 +19,8 @@ from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import nn
 
-from ..strategy import Strategy, parse
+from ..spec import parse
+from ..strategy import Strategy
 from .diffusers import DiffusersPort, replace_forward
 from .hearing import Hearing, Undo
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..attention.masks import hide
 from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Mixer, Strategy, parse
+from ..spec import parse
+from ..strategy import Mixer, Strategy
 
 __all__ = ["Decoder", "DecoderConfig"]
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ... import catalog
 from ...errors import UserError
 from ...models.decoder import Decoder, DecoderConfig
-from ...strategy import Mixer, Strategy, parse
+from ...spec import parse, read
+from ...strategy import Mixer, Strategy
 
 __all__ = ["BASE", "Arm", "build", "check_causal", "default_strategies", "make_arms", "wake"]
 
@@ -32,7 +33,7 @@ class Arm:
 
 def default_strategies() -> tuple[str, ...]:
     """Specs to compare when none are given: those of them whose strategy stands."""
-    return BASE, *(spec for spec in _WISHED if catalog.get(spec.partition(":")[0]).state != "planned")
+    return BASE, *(spec for spec in _WISHED if catalog.get(read(spec).name).state != "planned")
 
 
 def make_arms(specs: Iterable[str | Strategy]) -> list[Arm]:

@@ -12,8 +12,8 @@ import torch
 from ...experiment.rows import Row, WorkUnit
 from ...experiment.task import RunContext
 from ._contexts import ALIASES, CONSTANTS, Question
-from ._prefill import Prefix, chunk_size
-from ._text_task import TextTask, answers, model_of, per_token, sequences_at_once, tensor
+from ._prefill import Prefix, chunk_size, sequences_at_once
+from ._text_task import TextTask, answers, model_of, per_token, tensor
 
 __all__ = ["Multikey"]
 
