@@ -12,8 +12,7 @@ A value is any text whose parentheses match, so that a spec can be the value of 
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -143,24 +142,19 @@ def parse(spec: str | Strategy) -> Strategy:
         return spec
     given = read(spec)
     slug = catalog.RECOMMENDED if given.name == "auto" else given.name
-    return fill(catalog.load(slug), slug, given.fields)
+    return fill(catalog.load(slug), replace(given, name=slug))
 
 
-def fill(cls: type[Made], name: str, fields: Mapping[str, str]) -> Made:
-    """An object of the dataclass ``cls`` whose fields are read from text by their types.
-
-    Args:
-        cls: of a strategy or a task.
-        name: what it is called in errors.
-        fields: texts by name.
+def fill(cls: type[Made], given: Spec) -> Made:
+    """Build a dataclass from the fields of a spec, which its annotations read and check.
 
     Raises:
-        UserError: unknown field (with the nearest names), or a value that the field refuses.
+        UserError: unknown field (with the nearest name), or a value that the field refuses.
     """
+    name, known = given.name, {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls, include_extras=True)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for field, text in fields.items():
+    for field, text in given.fields.items():
         if field not in known:
             near = difflib.get_close_matches(field, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""

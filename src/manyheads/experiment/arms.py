@@ -42,14 +42,14 @@ class Arm:
         """Name in rows, unique in a run."""
         if self.budget is None:
             return self.name
-        return f"{self.name}{',' if ':' in self.name else ':'}budget={self.budget:g}"
+        return f"{self.name}{',' if ':' in self.name else ':'}budget={self.budget!r}"
 
     @property
     def full_spec(self) -> str:
         """The spec with the budget in it."""
         if self.budget is None or not self.spec:
             return self.spec
-        return f"{self.spec}{',' if ':' in self.spec else ':'}budget={self.budget:g}"
+        return f"{self.spec}{',' if ':' in self.spec else ':'}budget={self.budget!r}"
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:

@@ -16,18 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Literal
 
 from .arms import Arm
-from .estimates import Estimate, difference, estimate, ratio
+from .estimates import BOTH, CONTEXTS, REPEATS, SEEDS, Estimate, difference, estimate, ratio, t_quantile
 from .rows import Metric, Row, Value
 
 __all__ = [
-    "Check", "CheckResult", "Word", "above", "at_most", "below", "evaluate", "higher", "lower", "no_worse", "word_of",
+    "Check", "CheckResult", "Resolved", "Word", "above", "at_most", "below", "evaluate", "higher", "lower", "no_worse",
+    "not_discriminative", "resolve", "word_of",
 ]  # fmt: skip
 
 Word = Literal["holds", "contradicted", "inconclusive", "not testable here"]
-_POWER = 1 + 0.8416 / 1.96  # half-widths that an effect needs to be seen four times of five
+_POWER = NormalDist().inv_cdf(0.8)  # standard errors beyond the half-width at which four runs of five decide
+_NORMAL = NormalDist().inv_cdf(0.975)
+_MOST = 10**9  # samples that a run could be asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,15 @@ class Check:
     relative: bool = False
     says: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse what could not be judged."""
+        if self.sign not in (-1, 1) or not self.margin >= 0:
+            raise ValueError(
+                f"a check has a sign of +1 or -1 and a margin of 0 or more, not {self.sign}, {self.margin}"
+            )
+        if isinstance(self.than, int | float) and (self.relative or self.factor != 1 or self.than_where is not None):
+            raise ValueError("a check against a number has no factor, no ratio and no conditions of another arm")
+
     def __str__(self) -> str:
         """Return the claim in words."""
         if self.says:
@@ -72,6 +85,8 @@ class Check:
             than = f"{self.factor:g} x {than}"
         if self.than_where is not None:
             than += _conditions(self.than_where)
+        if not isinstance(self.than, int | float) and self.than_at not in (None, self.at):
+            than += f" (at a budget of {self.than_at:g})"
         relation = {
             (1, False): "above" if isinstance(self.than, int | float) else "higher than",
             (-1, False): "below" if isinstance(self.than, int | float) else "lower than",
@@ -79,7 +94,8 @@ class Check:
         }[self.sign, self.tolerant]  # fmt: skip
         budget = "" if self.at is None else f" at a budget of {self.at:g}"
         margin = f", margin {self.margin:g}" if self.margin else ""
-        return f"{self.metric} of {self.arm} {relation} {than}{_conditions(self.where)}{budget}{margin}"
+        ratio = ", sample by sample" if self.relative else ""
+        return f"{self.metric} of {self.arm} {relation} {than}{ratio}{_conditions(self.where)}{budget}{margin}"
 
 
 def _conditions(where: Mapping[str, Value]) -> str:
@@ -133,8 +149,10 @@ class CheckResult:
         word: None in a quick run.
         effect: the difference (or ratio, or value) that was judged, and its interval.
         bound: what the effect is compared with.
-        detectable: effect beyond the bound that a run of this size sees four times of five; None without an interval.
-        needed: samples or seeds that would decide if the effect is what it seems; None where it is decided or zero.
+        detectable: effect beyond the bound that a run of this size sees four times of five, of a ratio as a factor;
+            None without an interval.
+        needed: groups (see :class:`.estimates.Estimate`) with which four runs of five would decide if the effect is
+            what it seems, contexts and seeds growing in proportion; None where it is decided or zero.
         reason: why it is not testable, or was retracted.
     """
 
@@ -162,6 +180,31 @@ def word_of(found: Estimate, check: Check, bound: float) -> Word:
     return "contradicted" if high < -check.margin else "inconclusive"
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A check with what it names: the key of a task, its metric, the arm, and the other arm unless it is a number."""
+
+    task: str
+    metric: Metric
+    arm: Arm
+    than: Arm | None
+
+
+def resolve(check: Check, arms: Sequence[Arm], metrics: Mapping[tuple[str, str], Metric]) -> Resolved:
+    """Find what a check names, before anything is measured.
+
+    Raises:
+        ValueError: it names a metric or an arm that is not there, or several, or a time is compared with a number.
+    """
+    task, name = find_metric(check.metric, metrics)
+    arm = _arm(check.arm, check.at, arms)
+    if not isinstance(check.than, int | float):
+        return Resolved(task, metrics[task, name], arm, _arm(check.than, check.than_at, arms))
+    if metrics[task, name].kind == "time":
+        raise ValueError(f"{check}: a time tells of the machine; compare it with that of another arm")
+    return Resolved(task, metrics[task, name], arm, None)
+
+
 def evaluate(
     check: Check, rows: Iterable[Row], arms: Sequence[Arm], metrics: Mapping[tuple[str, str], Metric], seed: int = 0,
     skipped: Mapping[str, str] | None = None, words: bool = True,
@@ -176,47 +219,92 @@ def evaluate(
         seed: of the bootstrap.
         skipped: reasons by the key of a task that was left out.
         words: False in a quick run.
+
+    Raises:
+        ValueError: as :func:`resolve`, or no row fits.
+        UserError: the two arms were not measured on the same samples.
     """
-    task, name = find_metric(check.metric, metrics)
-    if skipped and task in skipped:
-        return CheckResult(check=str(check), word="not testable here" if words else None, reason=skipped[task])
-    metric = metrics[task, name]
-    of_metric = [row for row in rows if (row.task, row.metric) == (task, name)]
-    mine = _picked(of_metric, _arm(check.arm, check.at, arms), check.where)
-    if not mine:
+    named = resolve(check, arms, metrics)
+    if skipped and named.task in skipped:
+        return CheckResult(check=str(check), word="not testable here" if words else None, reason=skipped[named.task])
+    metric = named.metric
+    of_metric = [row for row in rows if (row.task, row.metric) == (named.task, metric.name)]
+    than_where = check.where if check.than_where is None else check.than_where
+    mine = _picked(of_metric, named.arm, check.where)
+    other = _picked(of_metric, named.than, than_where) if named.than else []
+    if not mine or (named.than and not other):
         raise ValueError(f"no row for the check {check}")
     bound = 0.0
-    if isinstance(check.than, int | float):
+    if named.than is None:
         found, bound = estimate(mine, metric, seed), float(check.than)
     else:
-        than_where = check.where if check.than_where is None else check.than_where
-        other = _picked(of_metric, _arm(check.than, check.than_at, arms), than_where)
         ignoring = frozenset({*check.where, *than_where} if than_where != check.where else ())
         if check.relative:
             found, bound = ratio(mine, other, metric, seed, ignoring), check.factor
         else:
             found = difference(mine, other, metric, seed, check.factor, ignoring)
-    if words and (reason := not_discriminative(metric, of_metric, arms[0], seed)):
-        return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)
+    if words:
+        for where in (check.where, than_where):
+            of_base = _picked(of_metric, arms[0], where)
+            if reason := not_discriminative(metric, of_base, arms[0], seed):
+                return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)
     word = word_of(found, check, bound)
-    half = max(found.high - found.value, found.value - found.low)
-    edge = bound - check.sign * check.margin if check.tolerant else bound
-    gap, decided = abs(found.value - edge), word != "inconclusive"
+    detectable, needed = _power(found, check, bound)
     return CheckResult(
-        check=str(check), word=word if words else None, effect=found, bound=bound,
-        detectable=half * _POWER if math.isfinite(half) else None,
-        needed=None if decided or gap == 0 or not math.isfinite(half)
-        else min(10**9, math.ceil(found.groups * (half * _POWER / gap) ** 2)),
+        check=str(check), word=word if words else None, effect=found, bound=bound, detectable=detectable,
+        needed=needed if word == "inconclusive" else None,
     )  # fmt: skip
 
 
+def _power(found: Estimate, check: Check, bound: float) -> tuple[float | None, int | None]:
+    """Effect that such a run sees four times of five, and groups with which one would see the effect found."""
+    if not found.bounded:
+        return None, None
+    # What the interval has to clear: towards the claim the bound, less the margin where it is tolerant; away from it
+    # the bound and the margin.
+    towards = check.sign * (found.value - bound) > (-check.margin if check.tolerant else 0.0)
+    edge = bound - check.sign * check.margin if check.tolerant or not towards else bound
+    value, low, high = found.value, found.low, found.high
+    if check.relative:
+        if edge <= 0:
+            return None, None
+        value, low, high, edge = math.log(value), math.log(low), math.log(high), math.log(edge)
+    half, gap = max(high - value, value - low), abs(value - edge)
+    seen = half + _POWER * found.error
+    detectable = math.exp(seen) if check.relative else seen
+    return detectable, None if gap == 0 or half == 0 else _groups(found, half, gap)
+
+
+def _groups(found: Estimate, half: float, gap: float) -> int | None:
+    """Fewest groups, at least two, whose half-width and power margin together stay within ``gap``.
+
+    The half-width shrinks with the root of the groups and, where it was made with Student's t, with its quantile.
+    """
+    few = found.interval in (CONTEXTS, SEEDS, BOTH, REPEATS)
+    start = t_quantile(0.975, found.groups - 1) if few else 1.0
+
+    def reach(groups: int) -> float:
+        t = t_quantile(0.975, groups - 1) / start if few and groups < 500 else _NORMAL / start if few else 1.0
+        return (half * t + _POWER * found.error) * math.sqrt(found.groups / groups)
+
+    low, high = 1, 2
+    while reach(high) > gap:
+        low, high = high, 2 * high
+        if low > _MOST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if reach(middle) > gap else (low, middle)
+    return high
+
+
 def not_discriminative(metric: Metric, rows: Sequence[Row], baseline: Arm, seed: int = 0) -> str | None:
-    """Why a share tells nothing: the baseline itself is not shown to be above the metric's floor."""
+    """Why a share tells nothing: the baseline's interval is not wholly above the metric's floor."""
     of_base = [row for row in rows if row.arm == baseline.key]
     if metric.floor is None or not of_base:
         return None
     found = estimate(of_base, metric, seed)
-    if found.value > metric.floor:
+    if found.low > metric.floor:
         return None
     return (
         f"not discriminative: {baseline.name} itself reaches {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], "
@@ -233,9 +321,11 @@ def find_metric(name: str, metrics: Mapping[tuple[str, str], Metric]) -> tuple[s
 
 
 def _arm(name: str, budget: int | float | None, arms: Sequence[Arm]) -> Arm:
-    for arm in arms:
-        if arm.name == name and (arm.budget == budget or arm.budget is None):
-            return arm
+    """The arm of that name and budget, or the one that has no budget."""
+    for wanted in (budget, None):
+        for arm in arms:
+            if arm.name == name and arm.budget == wanted and type(arm.budget) is type(wanted):
+                return arm
     raise ValueError(f"no arm {name!r} at {budget}; there are {', '.join(arm.key for arm in arms)}")
 
 

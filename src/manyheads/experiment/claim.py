@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import UserError
 from ..files import write_atomically
-from .checks import Check, CheckResult, evaluate
-from .design import Experiment, Size
-from .estimates import difference, estimate
+from .checks import Check, CheckResult, evaluate, find_metric, resolve
+from .design import Experiment, Planned, Size
+from .estimates import Estimate, difference, estimate, paired
 from .rows import Metric, Row
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Claim:
         reported: what the paper says, and where.
         experiment: what is measured.
         checks: what is judged. The rule is committed before the first full run.
-        report: metrics (``task.metric``) that are shown beside, not judged; all of them when empty.
+        report: metrics (``task.metric``) whose figures are shown beside those judged; all of them when empty.
         caveat: what the reader has to know of the subject or the size.
     """
 
@@ -76,9 +76,24 @@ class Claim:
     caveat: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse a claim that judges nothing."""
-        if not self.checks:
-            raise ValueError(f"the claim of {self.slug} has no check")
+        """Refuse a claim that judges nothing, or two things under one name, by which a word is retracted."""
+        names = list(map(str, self.checks))
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"the claim of {self.slug} has {'two checks that say the same' if names else 'no check'}")
+
+    def planned(self, size: Size) -> Planned:
+        """The experiment at a size, with every check's metric and arms found.
+
+        Raises:
+            ValueError: a check or the report names what is not there.
+        """
+        plan = self.experiment.at(size)
+        metrics = _metrics(plan)
+        for check in self.checks:
+            resolve(check, plan.arms, metrics)
+        for name in self.report:
+            find_metric(name, metrics)
+        return plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +111,8 @@ class ClaimRun:
         command: that repeats it.
         commit: of the checkout, None outside one.
         environment: machine and versions.
-        retracted: a word that turned out wrong: ``{"check": ..., "word": ..., "reason": ..., "date": ...}``.
+        retracted: words that turned out wrong: ``{"check": ..., "word": ..., "reason": ..., "date": ...}``; kept when
+            the claim is run again, and in force as long as the check still ends in that word.
         legacy: set in a run that was stored before claims were data: its verdict and reason then.
     """
 
@@ -128,11 +144,10 @@ class ClaimRun:
 
     def word(self, check: CheckResult) -> str:
         """The word of a check as it is shown: a proxy that contradicts has not shown the claim, no more."""
-        if any(entry["check"] == check.check for entry in self.retracted):
+        shown = "not shown" if self.tier == "proxy" and check.word == "contradicted" else check.word or "no word"
+        if any(entry["check"] == check.check and entry["word"] in (check.word, shown) for entry in self.retracted):
             return "retracted"
-        if self.tier == "proxy" and check.word == "contradicted":
-            return "not shown"
-        return check.word or "no word"
+        return shown
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -178,33 +193,44 @@ def run_claim(
     """Measure a claim's experiment at a size and judge it; nothing is stored but the rows in ``out``."""
     from .runner import run
 
-    plan = claim.experiment.at(size)
-    results = run(
-        plan, out, device=device, executor=executor, progress=progress, about={"options": {"claim": claim.slug}}
-    )
+    plan = claim.planned(size)
     flags = f"{' --quick' if size == 'quick' else ''}{' --device cuda' if device == 'cuda' else ''}"
-    return judge(claim, results, size, device, f"manyheads claims run {claim.slug}{flags}")
+    command = f"manyheads claims run {claim.slug}{flags}"
+    about = {"command": command.split(), "options": {"claim": claim.slug}, "kind": "claim"}
+    results = run(plan, out, device=device, executor=executor, progress=progress, about=about)
+    return judge(claim, results, size, device, command)
 
 
 def judge(claim: Claim, results: Results, size: Size, device: Device, command: str) -> ClaimRun:
     """Judge the rows of a finished run."""
     from ..environment import commit
 
-    plan, run = claim.experiment.at(size), results.run
-    metrics = {(task.key, metric.name): metric for task in plan.tasks for metric in task.metrics}
+    plan, run = claim.planned(size), results.run
+    metrics = _metrics(plan)
     checks = tuple(
         evaluate(check, results.rows, plan.arms, metrics, skipped=run["skipped"], words=size != "quick")
         for check in claim.checks
     )
+    shown = {find_metric(name, metrics) for name in claim.report} or set(metrics)
+    shown |= {find_metric(check.metric, metrics) for check in claim.checks}
+    rows = [row for row in results.rows if (row.task, row.metric) in shown]
     return ClaimRun(
-        size=size, device=device, tier=claim.tier, checks=checks, figures=tuple(_figures(results.rows, plan, metrics)),
+        size=size, device=device, tier=claim.tier, checks=checks, figures=tuple(_figures(rows, plan, metrics)),
         seeds=plan.seeds, seconds=run.get("seconds"), date=run.get("finished", ""), command=command, commit=commit(),
         environment=run["environment"],
     )  # fmt: skip
 
 
-def _figures(rows: Sequence[Row], plan: Any, metrics: Mapping[tuple[str, str], Metric]) -> list[dict[str, Any]]:
-    """Estimates of every metric, arm and condition that has few values (a length, an offset), and their differences."""
+def _metrics(plan: Planned) -> dict[tuple[str, str], Metric]:
+    """Metrics of the tasks of a plan by task key and name."""
+    return {(task.key, metric.name): metric for task in plan.tasks for metric in task.metrics}
+
+
+def _figures(rows: Sequence[Row], plan: Planned, metrics: Mapping[tuple[str, str], Metric]) -> list[dict[str, Any]]:
+    """Estimates of every metric, arm and condition that has few values (a length, an offset).
+
+    And the difference to the baseline, where it was measured on the same samples.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     shown = _conditions(rows)
     for row in rows:
@@ -217,7 +243,7 @@ def _figures(rows: Sequence[Row], plan: Any, metrics: Mapping[tuple[str, str], M
         entry = {"task": task, "metric": name, "unit": metric.unit, "arm": arm, "at": dict(at)}
         entry["estimate"] = estimate(mine, metric).plain()
         other = groups.get((task, name, at, base))
-        if arm != base and other is not None and len(other) == len(mine):
+        if arm != base and other is not None and paired(mine, other):
             entry["delta"] = difference(mine, other, metric).plain()
         found.append(entry)
     return found
@@ -244,20 +270,19 @@ def read_result(path: Path) -> ClaimResult | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         data = data if data.get("format") == _FORMAT else converted(data)
         return ClaimResult(slug=data["slug"], statement=data["statement"], runs=tuple(map(_run_of, data["runs"])))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no result of a claim ({error}); delete it and run the claim again") from error
 
 
 def _run_of(data: dict[str, Any]) -> ClaimRun:
-    from .estimates import Estimate
+    unbounded = {"low": float("-inf"), "high": float("inf"), "error": float("nan")}
 
     def check(entry: dict[str, Any]) -> CheckResult:
         effect = entry["effect"] and Estimate(**{
             **entry["effect"],
-            "low": float("-inf") if entry["effect"]["low"] is None else entry["effect"]["low"],
-            "high": float("inf") if entry["effect"]["high"] is None else entry["effect"]["high"],
+            **{name: value for name, value in unbounded.items() if entry["effect"].get(name) is None},
         })  # fmt: skip
         return CheckResult(**{**{k: v for k, v in entry.items() if k != "shown"}, "effect": effect})
 
@@ -272,14 +297,18 @@ def _run_of(data: dict[str, Any]) -> ClaimRun:
 def store(claim: Claim, run: ClaimRun, folder: Path) -> Path:
     """Put ``run`` into the file of its claim and device, in place of an earlier one of the same size; atomic.
 
-    Retractions of the earlier run are kept where the new run still says the word.
+    Retractions of the earlier run are kept.
 
     Raises:
         UserError: the folder cannot be written to.
     """
     path = folder / f"{claim.slug}.{run.device}.json"
     earlier = read_result(path)
-    others = [other for other in (earlier.runs if earlier else ()) if other.size != run.size]
+    stored = earlier.runs if earlier else ()
+    others = [other for other in stored if other.size != run.size]
+    kept = [entry for other in stored if other.size == run.size for entry in other.retracted]
+    kept += [entry for entry in run.retracted if entry not in kept]
+    run = dataclasses.replace(run, retracted=tuple(kept))
     result = ClaimResult(slug=claim.slug, statement=claim.statement, runs=tuple(sorted([*others, run], key=_order)))
     data = {"format": _FORMAT, "reported": dataclasses.asdict(claim.reported), **result.plain()}
     try:

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where units run: in this process, in local worker processes, or on an existing Ray cluster (extra ``[ray]``).
+"""Where units run: in this process, in local worker processes, or on a Ray cluster (extra ``[ray]``).
 
-Units are independent and a unit's rows do not depend on where it ran, so that the results equal those of a serial run.
-Units of a task that times something run one at a time, in this process, after all others.
+Units are independent and a unit's rows do not depend on where it ran, as far as the machine adds numbers up in the same
+order: the results equal those of a serial run. Units of a task that times something run one at a time, in this process,
+after all others.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import traceback
+import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +32,7 @@ __all__ = ["Executor", "Processes", "Ray", "Serial", "Told"]
 
 Told = Callable[[float, str], None]  # part of the work that was done, and what is going on
 _TRIES = 2  # times that a unit is given to a worker before the run stops
-_work: dict[str, Any] = {}  # what a worker process was set up with; filled by `_set_up` in that process alone
+_made: dict[str, tuple[Planned, RunContext]] = {}  # what a Ray worker was set up with, by run; it keeps the last alone
 
 
 class Executor(Protocol):
@@ -71,55 +75,114 @@ class Processes:
 
     workers: int
 
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError("--workers counts processes: give 1 or more")
+
     def run(self, plan: Planned, made: RunContext, units: Sequence[WorkUnit], journal: Journal, told: Told) -> None:
-        """Spread the units; a worker that dies loses its unit, which is tried once more.
+        """Spread the units; a worker that dies loses its unit and no other, and the unit is tried once more.
 
         Raises:
-            UserError: a unit killed its worker twice.
+            UserError: a unit killed its worker twice, or is the user's to mend.
+            RuntimeError: a unit failed; the text is the worker's traceback.
         """
         beside, alone = _split(plan, units)
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         sent = (plan, made.seed, str(made.device), made.data, str(journal.folder), threads)
-        waiting = [(unit, 1) for unit in beside]
-        while waiting:
-            lost = self._round([unit for unit, _ in waiting], sent, journal, told)
-            tries = {unit.key: count for unit, count in waiting}
-            waiting = [(unit, tries[unit.key] + 1) for unit in lost]
-            if stuck := [unit for unit, count in waiting if count > _TRIES + self.workers]:
-                raise UserError(
-                    f"a worker died on {stuck[0].key} again and again, for want of memory perhaps; "
-                    "run with fewer --workers, the finished units are kept"
-                )
+        waiting, tries = deque(beside), dict.fromkeys((unit.key for unit in beside), 0)
+        with ExitStack() as stack:
+            idle: list[_Worker] = []
+            busy: dict[Connection, tuple[_Worker, WorkUnit]] = {}
+            while waiting or busy:
+                while waiting and len(busy) < self.workers:
+                    if not idle:
+                        idle.append(worker := _Worker(sent))
+                        stack.callback(worker.stop)
+                    worker, unit = idle.pop(), waiting.popleft()
+                    tries[unit.key] += 1
+                    worker.give(unit)
+                    busy[worker.pipe] = worker, unit
+                for pipe in multiprocessing.connection.wait(list(busy)):
+                    worker, unit = busy.pop(pipe)  # type: ignore[call-overload]
+                    rows = worker.take(unit)
+                    if rows is not None:
+                        journal.add(unit.key, rows)
+                        told(unit.cost, unit.label)
+                        idle.append(worker)
+                    elif tries[unit.key] < _TRIES:
+                        waiting.append(unit)
+                    else:
+                        raise UserError(_lethal(unit))
         Serial().run(plan, made, alone, journal, told)
 
-    def _round(
-        self, units: Sequence[WorkUnit], sent: tuple[Any, ...], journal: Journal, told: Told
-    ) -> list[WorkUnit]:  # fmt: skip
-        """Do the units in one pool; those that a dead worker left undone are returned."""
-        pool = ProcessPoolExecutor(
-            min(self.workers, len(units)), multiprocessing.get_context("spawn"), _set_up, sent
-        )  # fmt: skip
-        with pool:
-            futures: dict[Future[list[Row]], WorkUnit] = {pool.submit(_do, unit): unit for unit in units}
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    unit = futures[future]
-                    try:
-                        rows = future.result()
-                    except BrokenProcessPool:
-                        return [unit for unit in units if not journal.has(unit.key)]
-                    journal.add(unit.key, rows)
-                    told(unit.cost, unit.label)
-        return []
+
+def _lethal(unit: WorkUnit) -> str:
+    return (
+        f"a worker died on {unit.key}, and another when it was tried again, for want of memory perhaps; "
+        "run with fewer workers, the finished units are kept"
+    )
+
+
+class _Worker:
+    """A process that does one unit at a time, so that it is known which one it died on."""
+
+    def __init__(self, sent: tuple[Any, ...]) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs, sent), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the pipe ends when the worker does
+
+    def give(self, unit: WorkUnit) -> None:
+        """Set the worker to work; one that has died is found out by :meth:`take`."""
+        try:
+            self.pipe.send(unit)
+        except OSError:
+            self.stop()
+
+    def take(self, unit: WorkUnit) -> list[Row] | None:
+        """Rows of the unit that is done, None if the worker died on it."""
+        try:
+            rows, error, mendable = self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+        if error is not None:
+            raise UserError(error) if mendable else RuntimeError(f"{unit.key} failed in a worker:\n{error}")
+        found: list[Row] = rows
+        return found
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(pipe: Connection, sent: tuple[Any, ...]) -> None:
+    """Do units that come through the pipe until it ends: ``(rows, None, False)``, or ``(None, error, mendable)``."""
+    from .runner import measure
+
+    ready: tuple[Planned, RunContext] | None = None
+    while True:
+        try:
+            unit = pipe.recv()
+        except EOFError:
+            return
+        try:
+            ready = ready or _set_up(*sent)
+            answer: tuple[list[Row] | None, str | None, bool] = measure(*ready, unit), None, False
+        except UserError as error:
+            answer = None, str(error), True
+        except Exception:
+            answer = None, traceback.format_exc(), False
+        pipe.send(answer)
 
 
 @dataclass(frozen=True)
 class Ray:
     """On a Ray cluster: ``address`` as ``ray.init`` takes it, ``local`` for one of this machine.
 
-    Every node must be able to load the subject by its name. A GPU is asked for when the run is on one.
+    Every node must be able to load the subject by its name. A GPU is asked for when the run is on one. There is no
+    folder that units share.
     """
 
     address: str
@@ -128,7 +191,7 @@ class Ray:
         """Spread the units; Ray itself tries a unit again whose worker dies.
 
         Raises:
-            UserError: Ray is not installed, or the cluster cannot be reached.
+            UserError: Ray is not installed, or the cluster cannot be reached, or a unit killed its worker twice.
         """
         try:
             import ray
@@ -144,12 +207,21 @@ class Ray:
         try:
             gpus = 1 if made.device.type == "cuda" else 0
             sent = ray.put((plan, made.seed, str(made.device), made.data, None, 1))
-            remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_TRIES)(_set_up_and_do)
-            futures = {remote.remote(sent, unit): unit for unit in beside}
+            remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_TRIES - 1)(_do_remotely)
+            name = uuid.uuid4().hex
+            futures = {remote.remote(name, sent, unit): unit for unit in beside}
             while futures:
                 done, _ = ray.wait(list(futures), num_returns=1)
                 unit = futures.pop(done[0])
-                journal.add(unit.key, ray.get(done[0]))
+                try:
+                    rows = ray.get(done[0])
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                    raise UserError(_lethal(unit)) from error
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, UserError):
+                        raise error.cause from None
+                    raise
+                journal.add(unit.key, rows)
                 told(unit.cost, unit.label)
         finally:
             if started:
@@ -159,8 +231,8 @@ class Ray:
 
 def _set_up(
     plan: Planned, seed: int, device: str, data: Mapping[str, Any], folder: str | None, threads: int
-) -> None:  # fmt: skip
-    """Make this process ready for units: called once in each worker."""
+) -> tuple[Planned, RunContext]:  # fmt: skip
+    """Make this process ready for units."""
     import torch
 
     from .runner import context
@@ -168,17 +240,14 @@ def _set_up(
     torch.set_num_threads(threads)
     made = context(plan, seed, device, data, Path(folder) if folder else None)
     plan.subject.load(made.device)
-    _work.update(plan=plan, made=made)
+    return plan, made
 
 
-def _do(unit: WorkUnit) -> list[Row]:
+def _do_remotely(run: str, sent: tuple[Any, ...], unit: WorkUnit) -> list[Row]:
+    """A unit in a worker of Ray, which is kept between units, and with it what was loaded for the same run."""
     from .runner import measure
 
-    return measure(_work["plan"], _work["made"], unit)
-
-
-def _set_up_and_do(sent: tuple[Any, ...], unit: WorkUnit) -> list[Row]:
-    """For workers that cannot be set up beforehand; they are kept between units, and so is what was loaded."""
-    if not _work:
-        _set_up(*sent)
-    return _do(unit)
+    if run not in _made:
+        _made.clear()
+        _made[run] = _set_up(*sent)
+    return measure(*_made[run], unit)

@@ -26,7 +26,7 @@ FOLDER = "manyheads-report"
 FORMAT = 2
 RUN, UNITS, REPORT = "run.json", "units", "report.html"
 # What of a run has to agree for its rows to go on; the rest (the date, the seconds) may differ.
-_FIXED = ("experiment", "model", "texts", "versions", "source")
+_FIXED = ("experiment", "model", "texts", "versions", "source", "units")
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,13 @@ class Journal:
 
     def has(self, unit: str) -> bool:
         """Whether the unit is done, by whichever process."""
-        return (self.folder / UNITS / _name(unit)).exists()
+        return _rows_of(self.folder / UNITS / _name(unit)) is not None
 
     def add(self, unit: str, rows: Iterable[Row]) -> None:
         """Write the rows of a unit, all or none of which will be found again."""
-        lines = [json.dumps({"unit": unit}), *(json.dumps(row.plain(), ensure_ascii=False) for row in rows)]
-        write_atomically(self.folder / UNITS / _name(unit), "\n".join(lines) + "\n")
+        lines = [json.dumps(row.plain(), ensure_ascii=False) for row in rows]
+        head = json.dumps({"unit": unit, "rows": len(lines)})
+        write_atomically(self.folder / UNITS / _name(unit), "".join(f"{line}\n" for line in (head, *lines)))
 
     def finish(self, **more: Any) -> Results:
         """Note ``more`` in ``run.json`` and return the results."""
@@ -165,11 +166,21 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 def _done(folder: Path) -> dict[str, Sequence[Row]]:
     """Rows by key of the units that are done; a file that another process is writing is not seen."""
-    found: dict[str, Sequence[Row]] = {}
-    for path in (folder / UNITS).glob("[!.]*.jsonl"):
-        head, *lines = path.read_text("utf-8").splitlines()
-        found[json.loads(head)["unit"]] = [Row(**json.loads(line)) for line in lines]
-    return found
+    read = (_rows_of(path) for path in sorted((folder / UNITS).glob("[!.]*.jsonl")))
+    return dict(found for found in read if found is not None)
+
+
+def _rows_of(path: Path) -> tuple[str, list[Row]] | None:
+    """Key and rows of a unit; None where its file is missing, cut off, or none that :class:`Journal` wrote."""
+    try:
+        text = path.read_text("utf-8")
+        head, *lines = text.split("\n")[:-1] if text.endswith("\n") else [""]
+        about = json.loads(head)
+        if path.name != _name(about["unit"]) or about["rows"] != len(lines):
+            return None
+        return about["unit"], [Row(**json.loads(line)) for line in lines]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _name(unit: str) -> str:

@@ -62,6 +62,8 @@ def run(
     units = [unit for task in tasks for unit in task.units(made)]
     journal = Journal(Path(out), _described(plan, made, seed, units, skipped, about or {}))
     waiting = [unit for unit in units if not journal.has(unit.key)]
+    if not waiting and "finished" in journal.run:
+        return Results.read(Path(out))
     if waiting:
         for task in tasks:
             task.guard(made)
@@ -127,8 +129,9 @@ def _described(
 
 
 def _source(task: Task) -> str:
-    """Hash of the file of a task: rows of another state of it are not gone on with."""
-    return hashlib.sha256(Path(inspect.getfile(type(task))).read_bytes()).hexdigest()[:16]
+    """Hash of the files of a task and its bases: rows of another state of them are not gone on with."""
+    files = [Path(inspect.getfile(cls)) for cls in type(task).__mro__ if issubclass(cls, Task)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _threads() -> int:

@@ -37,7 +37,7 @@ class RunContext:
         seeds: of trainings and of repeated draws.
         device: to run on.
         data: what the user gave: ``texts``, ...
-        folder: a place for files that units share (trained models), removed with the run's folder.
+        folder: a place for files that units share (trained models), removed with the run's folder; None on a cluster.
         advance: is told of work done, in the cost of the unit at hand.
     """
 
@@ -105,7 +105,7 @@ class Task(ABC):
 
     @property
     def key(self) -> str:
-        """Name in rows: the task, with the fields that are not at their defaults where a run has it twice."""
+        """Name in rows: the label, which an experiment that has the task twice must give, or else the name."""
         return self.label or self.name
 
     @property
@@ -115,7 +115,10 @@ class Task(ABC):
 
     def metric(self, name: str) -> Metric:
         """The metric of that name."""
-        return next(metric for metric in self.metrics if metric.name == name)
+        for metric in self.metrics:
+            if metric.name == name:
+                return metric
+        raise ValueError(f"{self.key} has no metric {name!r}; it has {', '.join(m.name for m in self.metrics)}")
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         """Why this cannot be measured on the subject, None if it can; loads no more than it must."""

@@ -68,4 +68,4 @@ def parse(spec: str | Task) -> Task:
     from ..spec import fill, read
 
     given = read(spec)
-    return fill(load(given.name), given.name, given.fields)
+    return fill(load(given.name), given)

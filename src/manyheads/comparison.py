@@ -8,19 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..attention.budget import as_budget, keep_limit
-from ..errors import UserError
-from ..spec import Spec, parse, read, split_together
-from ..strategy import Cache
-from .arms import BASELINE, Arm
-from .design import Experiment, Sizes
-from .journal import FOLDER, Results
-from .subjects import CausalLM, Subject
+from .attention.budget import as_budget, keep_limit
+from .errors import UserError
+from .experiment.arms import BASELINE, Arm
+from .experiment.design import Experiment, Sizes
+from .experiment.journal import FOLDER, Results
+from .experiment.subjects import CausalLM, Subject
+from .spec import Spec, parse, read, split_together
+from .strategy import Cache
 
 if TYPE_CHECKING:
-    from ..data.texts import Text
-    from ..progress import Progress
-    from .executors import Executor
+    from .data.texts import Text
+    from .experiment.executors import Executor
+    from .progress import Progress
 
 __all__ = ["BUDGETS", "LENGTHS", "SAMPLES", "STRATEGIES", "TASKS", "compare", "make_arms", "plan"]
 
@@ -75,7 +75,7 @@ def compare(
     Raises:
         UserError: anything that the caller can mend, before any work is done.
     """
-    from .runner import run
+    from .experiment.runner import run
 
     if subject is None:
         subject = CausalLM(origin or type(model).__name__, model, tokenizer) if model is not None else CausalLM()
@@ -101,7 +101,7 @@ def plan(
         UserError: unknown strategy, field or task, a strategy that does not act on the subject, a budget that is none
             or cannot hold the protected tokens.
     """
-    from ..tasks import load
+    from .tasks import load
 
     names = tuple(dict.fromkeys(TASKS[subject.kind] if tasks is None else tasks))
     if not names:
@@ -182,7 +182,7 @@ def _lengths(subject: CausalLM, lengths: Sequence[int] | None) -> tuple[int, ...
     """Lengths of contexts, sorted; by default as far as the model reads, which its loaded config says."""
     if lengths is not None:
         return tuple(sorted(set(lengths)))
-    from ..tasks.text._text_task import TARGET
+    from .tasks.text._text_task import TARGET
 
     most = subject.max_context - 2 * TARGET
     return tuple(length for length in LENGTHS if length <= most) or (1 << (max(most, 32).bit_length() - 1),)
