@@ -40,7 +40,7 @@ claim = Claim(
         subject="moving", arms=ARMS, baseline=Arm("plain"), equal="steps",
         tasks=(ModuleChange(steps=40), Fidelity(steps=40, batch=2)),
         sizes=Sizes(
-            quick={"samples": 2, "arms": ARMS[:2], "batch": 1},
+            quick={"samples": 2, "arms": ARMS[:3], "batch": 1},
             cpu={"samples": 8}, cuda={"samples": 96, "batch": 4},
         ),
     ),

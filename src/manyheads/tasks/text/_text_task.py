@@ -27,7 +27,7 @@ __all__ = ["TARGET", "TextTask", "answers"]
 TARGET = 64  # tokens that the loss of a context is judged on
 _SHORTEST = 32  # tokens of a context
 _GUARD = (96, 16)  # tokens read and fed by the guard
-_EXACT = 5e-3  # of the spread of the logits: what a chunked forward may differ by from a whole one
+_ROUNDING = {4: 5e-3, 2: 0.1}  # of the spread of the logits, by bytes of a number: of one path against another
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,10 @@ def _guarded(run: RunContext, contexts: Contexts) -> bool:
                 prefix = run.kept_last("guard", (read, fed), lambda: Prefix(model, ids[:, :read], run.arms))
                 with prefix.open(kept) as cache:
                     found = forward_chunked(model, cache, ids[:, read:], fed)
-                if not (found - plain).norm() <= _EXACT * plain.std() * plain.numel() ** 0.5:
+                if (
+                    not (found - plain).norm()
+                    <= _ROUNDING[next(model.parameters()).element_size()] * plain.std() * plain.numel() ** 0.5
+                ):
                     raise UserError(
                         f"{arm.key} with a budget of 1 keeps every token and yet predicts otherwise than "
                         f"{run.baseline.name} does, so that no figure of it would mean anything: report this, or leave "
