@@ -27,6 +27,7 @@ class Speed(TextTask):
 
     Attributes:
         rounds: repetitions.
+        apart: every arm reads the prompt by itself, and keeps of it what it alone needs.
     """
 
     alone: ClassVar[bool] = True
@@ -36,6 +37,7 @@ class Speed(TextTask):
     )
 
     rounds: int = 2
+    apart: bool = False
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         length = self.lengths[-1]
@@ -51,17 +53,18 @@ class Speed(TextTask):
         ids, following = tensor(run, [context[:length]]), tensor(run, [context[length:]])
         model = model_of(run)
         Prefix(model, ids[:, :64], run.arms)  # warm-up
-        dense, prefix = _timed(run, lambda: Prefix(model, ids, run.arms))
+        dense, prefix = (0.0, None) if self.apart else _timed(run, lambda: Prefix(model, ids, run.arms))
         first = turn * 5 % len(run.arms)
         about = {"text": text}
         for arm in run.arms[first:] + run.arms[:first]:
             start = _now(run)
-            with prefix.open(arm) as cache:
+            own = Prefix(model, ids, [arm]) if prefix is None else prefix
+            with own.open(arm) as cache:
                 opened = _now(run) - start
                 seconds = [
                     _timed(run, partial(forward_chunked, model, cache, token, 1))[0] for token in following.split(1, 1)
                 ]
-            whole = opened + (dense if prefix.serves(arm) else 0.0)
+            whole = opened + (dense if own.serves(arm) else 0.0)
             yield self.row("prefill", arm, whole, f"{turn}", at={"length": length}, about=about)
             for i, value in enumerate(seconds[_WARM:]):
                 yield self.row(
