@@ -65,7 +65,7 @@ def test_show_a_strategy(cli):
     assert code == 0 and "2412.16187" in out and "budget" in out and "manyheads.use(model" in out
     row = json.loads(cli("show", "hashevict", "--json")[1])
     assert "budget" in {field["name"] for field in row["fields"]} and row["doc"]
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     assert parse(row["spec"]).slug == "hashevict"
 

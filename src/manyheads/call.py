@@ -14,11 +14,12 @@ from .attention import reference
 __all__ = [
     "AttentionCall",
     "Axis",
-    "Denoising",
-    "Diffusion",
+    "DenoiserCall",
+    "DiffusionStep",
     "Latent",
     "Layout",
-    "MixerShape",
+    "MixerConfig",
+    "ModuleKind",
     "Recurrence",
     "Site",
     "Store",
@@ -26,6 +27,7 @@ __all__ = [
 
 Kind = Literal["self", "cross", "joint", "linear"]
 Axis = Literal["space", "time", "all", "text"]
+ModuleKind = Literal["spatial", "temporal", "cross", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Diffusion:
+class DiffusionStep:
     """Where a denoiser stands in its run, from the facts of its pipeline, never from counting calls.
 
     Attributes:
@@ -142,7 +144,7 @@ class Diffusion:
             whole batch is one, ``all`` where nothing tells.
         layout: of the tokens, None for an architecture whose layout is not known.
         axis: which tokens attend to each other here: those of a frame, of a place over ``time``, ``all``, or only text.
-        board: scratch of the run that all sites and strategies share; use a key of your own.
+        run_state: scratch of the run that all sites and strategies share; use a key of your own.
     """
 
     run: int
@@ -152,12 +154,24 @@ class Diffusion:
     branches: tuple[str, ...]
     layout: Layout | None
     axis: Axis = "all"
-    board: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    run_state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def progress(self) -> float | None:
         """Share of the steps done, 0 at the first; None where no scheduler is known."""
         return None if self.index is None or not self.total else self.index / self.total
+
+    def module_kind(self, site: Site) -> ModuleKind:
+        """What the attention module of ``site`` does at this step.
+
+        ``spatial`` within a frame, or over all tokens; ``temporal`` over the frames; ``cross`` to the text; ``text``
+        among tokens of the text only, as in a refiner of the prompt.
+        """
+        if self.axis == "text":
+            return "text"
+        if site.kind == "cross":
+            return "cross"
+        return "temporal" if self.axis == "time" else "spatial"
 
     def rows(self, branch: str, batch: int) -> slice:
         """Rows of a batch that belong to ``branch``; an empty slice where none do."""
@@ -168,11 +182,11 @@ class Diffusion:
 
 
 @dataclass(frozen=True, slots=True)
-class Denoising:
+class DenoiserCall:
     """One call of a denoiser, for strategies that call it more than once (guidance).
 
     Attributes:
-        now: step, branches and layout.
+        step: index, branches and layout.
         given: the arguments of the denoiser by name; latents are the first.
         scheduler: of the pipeline, None for a bare denoiser.
         guidance_scale: of classifier-free guidance, None where the pipeline does not say or does none.
@@ -180,7 +194,7 @@ class Denoising:
             under the name ``branch``; under an empty name it is the branches as they are.
     """
 
-    now: Diffusion
+    step: DiffusionStep
     given: dict[str, Any]
     scheduler: Any
     guidance_scale: float | None
@@ -198,7 +212,7 @@ class Denoising:
 
 
 @dataclass(frozen=True, slots=True)
-class MixerShape:
+class MixerConfig:
     """What a mixer needs to know of the model it is part of.
 
     Attributes:
@@ -269,7 +283,7 @@ class AttentionCall:
         recurrence: decay and state at a site of kind ``linear``, None elsewhere.
         prepended: keys in front of all others that stand for no token (``calls.edits.append_kv``).
         diffusion: step, branches and token layout of a denoiser, None elsewhere.
-        memory: scratch of the strategy at hand at this site, kept while its ``use`` is open; in a denoiser that runs
+        state: scratch of the strategy at hand at this site, kept while its ``use`` is open; in a denoiser that runs
             its branches one after the other, a scratch for each.
     """
 
@@ -291,8 +305,8 @@ class AttentionCall:
     cache: Store | None = None
     recurrence: Recurrence | None = None
     prepended: int = 0
-    diffusion: Diffusion | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
+    diffusion: DiffusionStep | None = None
+    state: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "AttentionCall":
         """A copy with some attributes changed."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from manyheads.strategy import Strategy
+
 # Verbs that live elsewhere: name -> "module:function".
 _VERBS = {
     "compare": "manyheads.compare.command:compare",
@@ -118,7 +120,7 @@ def find(
 def show(slug: Slug, as_json: Json = False) -> None:
     """Show one strategy: what it does, its fields, how to write it, and what its claim gave."""
     paper = catalog.get(slug)
-    record = claims.stored(slug)
+    record = claims.stored(paper.slug)
     row: dict[str, Any] = paper.row() | {
         "doc": None,
         "fields": [],
@@ -126,7 +128,9 @@ def show(slug: Slug, as_json: Json = False) -> None:
         "claim": record.row() if record else None,
     }
     if paper.state != "planned":
-        row |= _strategy_row(slug)
+        named = catalog.strategies(slug) if slug == paper.slug else {slug: catalog.load(slug)}
+        parts = [_strategy_row(name, strategy) for name, strategy in named.items()]
+        row |= parts[0] if len(parts) == 1 else {"parts": parts}
     if as_json:
         _print_json(row)
         return
@@ -138,11 +142,11 @@ def show(slug: Slug, as_json: Json = False) -> None:
     lines = [paper.title, arxiv, paper.summary, f"needs {needs}; {', '.join(paper.tags)}"]
     for line in filter(None, lines):
         console.print(line, markup=False)
-    if row["doc"]:
-        console.print(f"\n{row['doc']}", markup=False)
-        console.print(_field_table(row["fields"]))
-        console.print(f'with manyheads.use(model, "{row["spec"]}"):', markup=False)
-    else:
+    for part in row.get("parts", [row]) if paper.state != "planned" else []:
+        console.print(f"\n{part['doc']}", markup=False)
+        console.print(_field_table(part["fields"]))
+        console.print(f'with manyheads.use(model, "{part["spec"]}"):', markup=False)
+    if paper.state == "planned":
         console.print("\nIts strategy does not stand yet.")
     if record:
         console.print()
@@ -209,12 +213,11 @@ def _select(papers: list[catalog.Paper], category: str | None, state: str | None
     ]
 
 
-def _strategy_row(slug: str) -> dict[str, Any]:
-    """Return docstring, fields and spec example of a strategy that stands; imports it."""
+def _strategy_row(slug: str, strategy: type[Strategy]) -> dict[str, Any]:
+    """Return slug, docstring, fields and spec example of a strategy that stands."""
     import dataclasses
     import inspect
 
-    strategy = catalog.load(slug)
     module = sys.modules[strategy.__module__]
     fields = [
         {
@@ -227,6 +230,7 @@ def _strategy_row(slug: str) -> dict[str, Any]:
     ]
     example = next((f"{f['name']}={f['default']}" for f in fields if f["default"] is not None), "")
     return {
+        "strategy": slug,
         "doc": inspect.cleandoc(module.__doc__ or strategy.__doc__ or ""),
         "fields": fields,
         "spec": f"{slug}:{example}" if example else slug,

@@ -4,9 +4,10 @@
 Any number of lenses share one forward: the weights of a call are made once, a block of rows at a time, for all of them
 (:mod:`manyheads.calls.statistics`). A lens changes no bit of what the model computes.
 
-    with manyheads.watch(model, "active_dormant", "strategy_attention", roles=Roles({"system": [[(0, 12)]]})) as seen:
+    spans = TokenSpans({"system": [[(0, 12)]]})
+    with manyheads.watch(model, "active_dormant", "strategy_attention", roles=spans) as seen:
         model(**inputs)
-    seen.findings("active_dormant").tables["sink"].top(5)
+    seen.compute("active_dormant").tables["sink"].top(5)
 
 A forward without earlier tokens starts new prompts; tokens decoded after it go on with them, row by row, so that
 decoding with a cache and one forward over the whole give the same findings. Beam search, which reorders rows, does not.
@@ -23,22 +24,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .calls.statistics import Statistic, measure
+from .calls.statistics import Statistic
+from .calls.weights import measure
 from .errors import UserError
 from .heads import HeadTable
-from .strategy import Strategy, overrides
+from .strategy import AttentionWatch, Residual
 
 if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
-__all__ = ["Bundle", "Findings", "Lens", "Memory", "Roles", "Series", "Tally", "View", "table"]
+__all__ = [
+    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans", "table",
+]  # fmt: skip
 
 Memory = dict[str, Any]
 Span = tuple[int, int]
 _SHARED = "shared"  # where the lenses of one site keep what they share
 
 
-class Roles:
+class TokenSpans:
     """Which tokens play which part: ``bos``, ``system``, ``response``, ``image``, ... for each row of a batch.
 
     ``bos`` is the first token of every row where it is not given, ``response`` holds every token past the known ones
@@ -80,7 +84,7 @@ class Roles:
 
 
 @dataclass
-class View:
+class AttentionView:
     """One attention computation as a lens sees it.
 
     Attributes:
@@ -96,7 +100,7 @@ class View:
     call: AttentionCall
     out: Tensor
     memory: Memory
-    roles: Roles
+    roles: TokenSpans
     valid: Tensor
     keys: Tensor
     start: int
@@ -141,7 +145,7 @@ class View:
         return self.roles.mask(role, self.query_positions, self.valid.shape[0]) & self.valid
 
 
-class Tally:
+class RunningMean:
     """Sums and counts of each prompt, ``[N, ...]`` in all; decoded tokens go on with the prompts they belong to."""
 
     def __init__(self) -> None:
@@ -165,7 +169,7 @@ class Tally:
         return (total / count.masked_fill(count == 0, torch.nan)).numpy()
 
 
-class Series:
+class PerToken:
     """A value for each token of each prompt; NaN for padding. Decoded tokens are put behind their prompts."""
 
     def __init__(self) -> None:
@@ -184,7 +188,7 @@ class Series:
 
 
 @dataclass
-class Findings:
+class LensResult:
     """What a lens found.
 
     Attributes:
@@ -205,7 +209,7 @@ class Findings:
 
 
 def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, **about: Any) -> HeadTable:
-    """The means of the :class:`Tally` that every site keeps under ``key``, ``[N]`` or ``[N, H]`` each, as one table."""
+    """One table of the means that every site keeps under ``key``, a :class:`RunningMean` of ``[N]`` or ``[N, H]``."""
     rows = [memory[key].mean() for _, memory in sites]
     rows = [row[:, None] if row.ndim == 1 else row for row in rows]
     made = np.full((max(len(r) for r in rows), len(rows), max(r.shape[1] for r in rows)), np.nan)
@@ -215,32 +219,32 @@ def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, **about: An
     return HeadTable(name, tuple(site.name for site, _ in sites), made, about, layers)
 
 
-class Lens(Strategy):
-    """Base of strategies that only look. A subclass overrides ``ask``, ``tell`` and ``findings``."""
+class Lens(AttentionWatch):
+    """Base of strategies that only look. A subclass overrides ``statistics``, ``update`` and ``compute``."""
 
-    def ask(self, view: View) -> dict[str, Statistic]:
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         """What is wanted of the weights of this call, by name; nothing where q, k, v and out say enough."""
         return {}
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
-        """Keep what matters of the answers in ``view.memory``, in :class:`Tally` and :class:`Series`."""
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
+        """Keep what matters of the answers in ``view.memory``, in :class:`RunningMean` and :class:`PerToken`."""
 
     @property
-    def acts(self) -> bool:
+    def edits_model(self) -> bool:
         """Whether this lens, as it is set, also changes the model: it is then opened by ``manyheads.use``."""
         return False
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         """Sum up what was kept at each site."""
         raise NotImplementedError
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        """Look at a call alone; :class:`Bundle` does it for several lenses at once."""
-        _look([(self, call.memory)], call, out, Roles(), call.memory.setdefault(_SHARED, {}))
+        """Look at a call alone; :class:`LensGroup` does it for several lenses at once."""
+        _look([(self, call.state)], call, out, TokenSpans(), call.state.setdefault(_SHARED, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle(Strategy):
+class LensGroup(AttentionWatch, Residual):
     """Several lenses as one strategy, so that they share the weights of a call.
 
     Attributes:
@@ -255,15 +259,15 @@ class Bundle(Strategy):
         return any(lens.selects(site) for lens in self.lenses)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        memory = call.memory
+        memory = call.state
         chosen = [
             (lens, memory.setdefault(str(i), {})) for i, lens in enumerate(self.lenses) if lens.selects(call.site)
         ]
-        _look(chosen, call, out, self.state.get("roles") or Roles(), memory.setdefault(_SHARED, {}), self.state)
+        _look(chosen, call, out, self.state.get("roles") or TokenSpans(), memory.setdefault(_SHARED, {}), self.state)
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         for i, lens in enumerate(self.lenses):
-            if lens.selects(site) and overrides(lens, "residual"):
+            if lens.selects(site) and isinstance(lens, Residual):
                 mine = memory.setdefault(str(i), {})
                 mine[_SHARED] = memory.get(_SHARED, {})
                 lens.residual(site, hidden, mine)
@@ -275,7 +279,7 @@ class Bundle(Strategy):
 
 
 def _look(
-    lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: Roles, shared: Memory,
+    lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: TokenSpans, shared: Memory,
     state: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Ask every lens, make the weights once, tell every lens."""
@@ -283,13 +287,13 @@ def _look(
     views, asked = [], []
     for lens, memory in lenses:
         memory[_SHARED] = shared
-        view = View(call, out, memory, roles, valid, keys, start, fresh)
+        view = AttentionView(call, out, memory, roles, valid, keys, start, fresh)
         views.append(view)
-        asked.append(lens.ask(view))
+        asked.append(lens.statistics(view))
     answers = iter(measure(call, [statistic for wanted in asked for statistic in wanted.values()]))
     for (lens, _), view, wanted in zip(lenses, views, asked, strict=True):
         with torch.no_grad():
-            lens.tell(view, {name: next(answers) for name in wanted})
+            lens.update(view, {name: next(answers) for name in wanted})
 
 
 def _tokens(

@@ -5,16 +5,16 @@ import torch
 
 import manyheads
 from manyheads.caches._view import View
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 
 
-class Look(Strategy):
+class Look(AttentionWatch):
     """Keeps what a policy would see of the keys."""
 
     def watch(self, call, out):
         positions = torch.arange(call.k.shape[2]).expand(*call.k.shape[:2], -1)
         counts = torch.full((len(call.k),), call.k.shape[2])
-        call.memory["view"] = View(
+        call.state["view"] = View(
             call.k, call.v, positions, counts, None, call.scale, None, None, call.site, rotary=call.rotary
         )
 
@@ -23,7 +23,7 @@ def looked(model, ids):
     look = Look()
     with torch.no_grad(), manyheads.use(model, look) as port:
         model(ids, use_cache=False)
-    return [memory["view"] for memory in port.memory(look).values()]
+    return [memory["view"] for memory in port.state(look).values()]
 
 
 def packed(store):

@@ -13,7 +13,7 @@ from caches.formula import site
 from manyheads import UserError, parse
 from manyheads.attention import rope
 from manyheads.caches._view import View
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionEdit
 from oracles import caches, models
 from oracles.caches import prefilled, step, stores
 from tolerance import assert_close, error
@@ -196,7 +196,7 @@ def test_paired_factors_folded_into_the_weights_leave_the_model_as_it_was(name, 
 def test_factors_at_the_attention_leave_every_model_as_it_was(name, scaling):
     """Our form: rotated keys times s, queries over s. Here no pairing is needed for exactness."""
 
-    class Scale(Strategy):
+    class Scale(AttentionEdit):
         def edit(self, call):
             s = parse(f"fireq:scaling={scaling}").key_scale(
                 View(call.k, call.v, torch.arange(call.k.shape[2]).expand(*call.k.shape[:2], -1),

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from port.test_latent import LATENT, PRESENT, build
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads
+from integrations.test_latent import LATENT, PRESENT, build
 from manyheads import UserError, parse
 from manyheads.attention import mla, reference
 from manyheads.caches.mla_hw import LatentStore, MLAHw
 from manyheads.call import AttentionCall
 from manyheads.integrations.transformers import find_sites, new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import caches, models
 from oracles.caches import greedy, prefilled, step, stores
 from oracles.models import tokens
@@ -260,11 +260,11 @@ def test_every_token_matters(model):
                 assert bool((moved[[i for i in range(3) if i != row]] < 1e-3).all())
 
 
-class Full(Strategy):
+class Full(AttentionWatch):
     """Reads keys and values as another strategy sees them."""
 
     def watch(self, call, out):
-        call.memory.setdefault("seen", []).append((call, out))
+        call.state.setdefault("seen", []).append((call, out))
 
 
 def test_another_strategy_sees_all_keys(model):
@@ -274,7 +274,7 @@ def test_another_strategy_sees_all_keys(model):
     with manyheads.use(model, ABSORB, note) as port:
         _, got = greedy(model, ids, forced=made)
     assert_close(got, want, SAME)
-    for site in port.memory(note).values():
+    for site in port.state(note).values():
         assert [c.k.shape[2] for c, _ in site["seen"]] == list(range(20, 28))
         for call, out in site["seen"]:
             assert_close(call.attend(), out)

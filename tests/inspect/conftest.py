@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model with a tokenizer and a chat template, and what a probe and the doctor see in it."""
+"""A tiny model with a tokenizer and a chat template, and what `inspect` and the doctor see in it."""
 
 import pytest
 import torch

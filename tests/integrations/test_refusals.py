@@ -9,7 +9,6 @@ from transformers import DynamicCache, StaticCache
 import manyheads
 from manyheads import UserError
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy
 from oracles import models
 from oracles.caches import greedy, prefilled
 from oracles.fingerprint import assert_same, of_model
@@ -142,12 +141,8 @@ def test_a_budget_that_cannot_hold_the_protected():
         manyheads.parse("hashevict:budget=14")
 
 
-def test_a_strategy_that_only_converts():
-    class Convert(Strategy):
-        def convert(self, model, data):
-            return model
-
-    refused("changes a model for good", models.tiny("llama"), Convert())
+def test_a_strategy_that_does_nothing_in_a_model_as_it_is():
+    refused("softmax does not act on a model that is trained already", models.tiny("llama"), "softmax")
 
 
 def test_a_position_bias_over_dropped_columns():

@@ -73,7 +73,7 @@ def test_softmax_throughout_is_a_plain_transformer():
 
 
 def test_the_block_is_post_norm():
-    assert MiniMaxHybrid().mix(mixers.MixerShape(32, 4, 4, 8, 0, 80, 64)).residual == (pytest.approx(3.5565588), 1.0)
+    assert MiniMaxHybrid().build(mixers.MixerConfig(32, 4, 4, 8, 0, 80, 64)).residual == (pytest.approx(3.5565588), 1.0)
     block = mixers.decoder("minimax_hybrid:alpha=2").blocks[0]
     x = torch.randn(1, 9, mixers.DIM, dtype=torch.float64)
     h = block.mixer_norm(x)
@@ -238,7 +238,7 @@ def test_layers_and_refusals(model):
     ids = tokens(1, 9)
     with manyheads.use(model, f"minimax_hybrid:layers={layers[0]}") as port:
         model(ids)
-    assert len(port.memory(port.strategies[0])) == 1
+    assert len(port.state(port.strategies[0])) == 1
     with pytest.raises(UserError, match="finds no attention"), manyheads.use(models.tiny("llama"), "minimax_hybrid"):
         pass
     with pytest.raises(UserError, match="never called"), manyheads.use(model, "minimax_hybrid"):

@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 
-from manyheads import Strategy, UserError, parse, use
+from manyheads import UserError, parse, use
 from manyheads.attention.reference import causal_mask
 from manyheads.call import AttentionCall, Site
 from manyheads.integrations.transformers import find_sites
 from manyheads.mixers import _mixer
-from manyheads.mixers._peaks import keys_seen, peakedness
 from manyheads.mixers.t5_attention_alignment import AttentionAlignment, _solved, calibrate
+from manyheads.mixers.t5_attention_alignment.peaks import keys_seen, peakedness
 from manyheads.models.decoder import Decoder, DecoderConfig
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 
@@ -146,7 +147,7 @@ def test_the_closed_form_fails_for_wide_logits():
     )
 
 
-class Peaks(Strategy):
+class Peaks(AttentionWatch):
     """Watches how peaked the rows are that see the most keys: entropy and largest weight, ``[H]`` each."""
 
     def watch(self, call, out):
@@ -155,8 +156,8 @@ class Peaks(Strategy):
         if (allowed := call.allowed()) is not None:
             x = x.masked_fill(~allowed, -torch.inf)
         p = (x if not call.site.causal else x[:, :, -8:]).softmax(-1)
-        call.memory["entropy"] = -(p * p.clamp(min=1e-30).log()).sum(-1).mean((0, 2))
-        call.memory["pmax"] = p.amax(-1).mean((0, 2))
+        call.state["entropy"] = -(p * p.clamp(min=1e-30).log()).sum(-1).mean((0, 2))
+        call.state["pmax"] = p.amax(-1).mean((0, 2))
 
 
 def peaks(model, given, strategy, kind, where):
@@ -164,7 +165,7 @@ def peaks(model, given, strategy, kind, where):
     watch = Peaks()
     with torch.no_grad(), use(model, strategy, watch) as port:
         model(**given)
-        kept = port.memory(watch)
+        kept = port.state(watch)
     return torch.stack([m[kind] for name, m in kept.items() if where in name])
 
 

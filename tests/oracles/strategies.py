@@ -10,70 +10,70 @@ from manyheads.caches._policy import CachePolicy
 from manyheads.caches._store import PolicyStore
 from manyheads.caches._view import View
 from manyheads.call import AttentionCall
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch
 
 
-class Watch(Strategy):
+class Watch(AttentionWatch):
     """Reads and counts."""
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        call.memory["calls"] = call.memory.get("calls", 0) + 1
-        call.memory["norm"] = out.norm()
+        call.state["calls"] = call.state.get("calls", 0) + 1
+        call.state["norm"] = out.norm()
 
 
-class NoEdit(Strategy):
+class NoEdit(AttentionEdit):
     def edit(self, call: AttentionCall) -> AttentionCall:
         return call
 
 
-class CopyEdit(Strategy):
+class CopyEdit(AttentionEdit):
     """The same call with other tensors in it."""
 
     def edit(self, call: AttentionCall) -> AttentionCall:
-        return call.replace(q=call.q.clone(), k=call.k.clone(), v=call.v.clone(), memory={})
+        return call.replace(q=call.q.clone(), k=call.k.clone(), v=call.v.clone(), state={})
 
 
-class NoPatch(Strategy):
+class NoPatch(AttentionPatch):
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
         return out
 
 
-class Attend(Strategy):
+class Attend(AttentionCompute):
     """The reference attention in place of the model's own."""
 
     def attend(self, call: AttentionCall) -> Tensor:
         return call.attend()
 
 
-class Sharpen(Strategy):
+class Sharpen(AttentionEdit):
     """A real edit."""
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         return call.replace(scale=call.scale * 1.5)
 
 
-class Mute(Strategy):
+class Mute(AttentionPatch):
     """A real patch: head 0 off."""
 
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(out[:, :, :1]), out[:, :, 1:]], 2)
 
 
-class Meddle(Strategy):
+class Meddle(AttentionWatch):
     """A wrong watch: it changes what it reads, by little."""
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
         out.mul_(1 + 1e-6)
 
 
-class DropMask(Strategy):
+class DropMask(AttentionCompute):
     """A wrong attend: no mask."""
 
     def attend(self, call: AttentionCall) -> Tensor:
         return call.replace(mask=None, is_causal=False).attend()
 
 
-class DropScale(Strategy):
+class DropScale(AttentionCompute):
     """A wrong attend: its own scale."""
 
     def attend(self, call: AttentionCall) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import manyheads
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from oracles.caches import prefilled, step, stores
 from oracles.strategies import Watch
@@ -23,11 +23,11 @@ SPECS = [
 ]
 
 
-class Hoard(Strategy):
+class Hoard(AttentionWatch):
     """Keeps what it sees, as long as its port's memory lives."""
 
     def watch(self, call, out):
-        call.memory["seen"] = [call.q, out]
+        call.state["seen"] = [call.q, out]
 
 
 def alive(references):
@@ -52,7 +52,7 @@ def test_activations_die_with_the_memory():
     model, hoard = models.tiny("llama"), Hoard()
     with manyheads.use(model, hoard) as port:
         models.forward("llama", model)
-        references = [weakref.ref(x) for m in port.memory(hoard).values() for x in m["seen"]]
+        references = [weakref.ref(x) for m in port.state(hoard).values() for x in m["seen"]]
     assert len(alive(references)) == 4
     del port
     assert not alive(references)

@@ -12,7 +12,7 @@ from ..attention.budget import Budget, as_budget
 from ..attention.codec import Codec
 from ..call import AttentionCall, Site
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Cache, Strategy
 from ._store import PolicyStore
 from ._view import QueryWindow, View
 
@@ -27,7 +27,7 @@ Schedule = Annotated[str | int, BeforeValidator(_as_schedule)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePolicy(Strategy):
+class CachePolicy(Cache):
     """Base of the cache strategies: keep the best-scored tokens of each head within a budget, drop the rest.
 
     A policy overrides :meth:`score`, and where its paper does so :meth:`protect`, :meth:`allocate`, :meth:`merge`,
@@ -45,12 +45,8 @@ class CachePolicy(Strategy):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"self"})
-    dense_prefill: ClassVar[bool] = True  # the first forward attends to everything, so one prefill can serve many arms
-    exact_chunks: ClassVar[bool] = False  # if evicting at every step: many tokens at once give what one by one does
-    sized: ClassVar[bool] = True  # the budget means something
-    mass: ClassVar[bool] = False  # view.mass is wanted
-    observes: ClassVar[bool] = False  # observe() is to be called
-    together: ClassVar[bool] = False  # evicts when all layers have run, by the shares of layer_shares()
+    dense_prefill: ClassVar[bool] = True
+    has_budget: ClassVar[bool] = True
 
     budget: Budget = field(default=0.5, metadata={"help": "fraction (0, 1] of the tokens seen, or a number of slots"})
     schedule: Schedule = field(default="prefill", metadata={"help": "prefill, chunk, step, or every that many tokens"})
@@ -87,9 +83,14 @@ class CachePolicy(Strategy):
         return 0
 
     @property
+    def gathers(self) -> bool:
+        """Whether statistics of the queries are gathered as they come."""
+        return self.accumulated_attention or self.needs_queries
+
+    @property
     def record(self) -> int:
         """Queries of a shared prefill that :meth:`PolicyStore.fork` needs: the window, or all of them."""
-        return 2**31 if self.mass or self.observes else self.window
+        return 2**31 if self.gathers else self.window
 
     @property
     def codec(self) -> Codec | None:

@@ -122,7 +122,7 @@ class PolicyStore:
         if policy.due(self._forwards + 1, 1, self._since + 1):
             return None
         if policy.schedule != "prefill":
-            if policy.mass or policy.observes:
+            if policy.gathers:
                 return None
             if policy.window and self._queries is not None:
                 self._queries = self._queries.join(QueryWindow(call.q, flat.counts[:, None].clone())).last(
@@ -157,7 +157,7 @@ class PolicyStore:
         self._since += new
         due = policy.due(self._forwards, new, self._since)
         window = max(self.record, policy.window if due or policy.schedule != "prefill" else 0)
-        if window or policy.mass or policy.observes:
+        if window or policy.gathers:
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
@@ -192,7 +192,8 @@ class PolicyStore:
         twin.tokens.slots = slots.twin()
         twin._forwards = self._forwards
         queries, rotary = evidence.queries, evidence.rotary
-        if policy.observes and queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]:
+        partial = queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]
+        if policy.needs_queries and partial:
             raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
         call = AttentionCall(
             self.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
@@ -225,10 +226,10 @@ class PolicyStore:
             by_head: Tensor = mass.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
             return by_head[..., None]
 
-        if self.policy.mass:
+        if self.policy.accumulated_attention:
             mass = received(None) if source is None else source.once("mass", received)
             slots.extras["mass"] = slots.extras["mass"] + mass if "mass" in slots.extras else mass
-        if self.policy.observes:
+        if self.policy.needs_queries:
             self.policy.observe(call, latest, self.state)
 
     def compress(self, view: View, share: Tensor | float | None = None) -> None:
@@ -241,7 +242,7 @@ class PolicyStore:
         self._since = 0
         counts, limit = self._limits(view.counts)
         if limit < slots.seen:
-            if policy.together and share is None:
+            if policy.cross_layer and share is None:
                 self._waiting = view
                 _together(self)
                 return
@@ -268,7 +269,7 @@ class PolicyStore:
         self._evidence = None
         if not count or (self.slots is None and self.tokens.flat is None):
             return
-        if (self._queries is not None and self.policy.window) or self.policy.mass or self.policy.observes:
+        if (self._queries is not None and self.policy.window) or self.policy.gathers:
             raise UserError(
                 f"a cache of {self.policy.slug} cannot be cropped, what it learned of queries cannot be unlearned: "
                 "generate without an assistant or prompt lookup"
@@ -320,7 +321,7 @@ def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         return
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values
-    accrues = policy.mass and policy.schedule != "prefill"  # and only slots keep attention mass
+    accrues = policy.accumulated_attention and policy.schedule != "prefill"  # and only slots keep attention mass
     ragged = store._ragged and policy.schedule != "step" and not accrues
     if tokens.codec is not None or (tokens.room and not store.reading) or ragged:
         tokens.freeze()

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..attention.codec import Codec
 from ..call import AttentionCall
 from ..errors import UserError
-from ..strategy import parse
+from ..spec import parse, read
 from ._policy import CachePolicy, Schedule
 from ._view import QueryWindow, View
 
@@ -35,17 +34,16 @@ class Wrapper(CachePolicy):
     )
 
     def __post_init__(self) -> None:
-        slug, colon, fields = self.base.partition(":")
-        if colon:
-            object.__setattr__(self, "base", f"{slug}({fields})")
-        inside = parse(self.base)
+        base = read(self.base)
+        object.__setattr__(self, "base", base.nested)
+        inside = parse(base.nested)
         if not isinstance(inside, CachePolicy) or type(inside).store is not CachePolicy.store:
             raise UserError(f"{self.slug} cannot stand around {inside.slug}, which keeps its cache in a way of its own")
-        if re.search(r"\bbudget\s*=", self.base):
+        if "budget" in base.fields:
             raise UserError(f"{self.slug}: give the budget outside, {self.slug}:base={inside.slug},budget=...")
         if self.schedule == "base":
             object.__setattr__(self, "schedule", inside.schedule)
-        if self.codec is not None and inside.mass and self.schedule != "prefill":
+        if self.codec is not None and inside.accumulated_attention and self.schedule != "prefill":
             raise UserError(f"{self.slug} packs its tokens, and {inside.slug} adds up attention: use schedule=prefill")
         for name in ("sinks", "recent"):
             object.__setattr__(self, name, max(getattr(self, name), getattr(inside, name)))
@@ -57,7 +55,7 @@ class Wrapper(CachePolicy):
         """The base, with the budget and protection of this strategy."""
         inside = parse(self.base)
         assert isinstance(inside, CachePolicy)
-        if not inside.sized:
+        if not inside.has_budget:
             if self.budget != 1.0:
                 raise UserError(
                     f"{inside.slug} keeps every token, so {self.slug} around it has no budget; "
@@ -69,8 +67,8 @@ class Wrapper(CachePolicy):
         )
 
     @property
-    def sized(self) -> bool:  # type: ignore[override]
-        return self.inner.sized
+    def has_budget(self) -> bool:  # type: ignore[override]
+        return self.inner.has_budget
 
     @property
     def protected(self) -> int:
@@ -81,16 +79,16 @@ class Wrapper(CachePolicy):
         return self.inner.window
 
     @property
-    def mass(self) -> bool:  # type: ignore[override]
-        return self.inner.mass
+    def accumulated_attention(self) -> bool:  # type: ignore[override]
+        return self.inner.accumulated_attention
 
     @property
-    def together(self) -> bool:  # type: ignore[override]
-        return self.inner.together
+    def cross_layer(self) -> bool:  # type: ignore[override]
+        return self.inner.cross_layer
 
     @property
-    def observes(self) -> bool:  # type: ignore[override]
-        return self.inner.observes
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_queries
 
     @property
     def codec(self) -> Codec | None:

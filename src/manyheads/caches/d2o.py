@@ -62,9 +62,9 @@ class D2O(CachePolicy):
         alpha, beta: of the threshold that was and of the new mean similarity.
     """
 
-    mass: ClassVar[bool] = True
-    observes: ClassVar[bool] = True
-    together: ClassVar[bool] = True
+    accumulated_attention: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
+    cross_layer: ClassVar[bool] = True
 
     recent_share: float = field(default=0.25, metadata={"help": "part of the slots that holds the last tokens"})
     layer_alloc: Literal["variance", "uniform"] = field(

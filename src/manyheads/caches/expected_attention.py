@@ -58,7 +58,7 @@ class ExpectedAttention(CachePolicy):
         epsilon: added to the weight before that.
     """
 
-    observes: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped, nor counted"})
     future: int = field(default=512, metadata={"help": "next positions over which the rotation is averaged"})

@@ -85,11 +85,15 @@ class FireQ(Wrapper):
         codec(self.bits)
         super().__post_init__()
 
+    @property
+    def lossless(self) -> bool:
+        return False
+
     @functools.cached_property
     def inner(self) -> CachePolicy:
         """The base, which keeps at least the tokens that are not encoded yet."""
         inner = super().inner
-        return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.sized else inner
+        return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.has_budget else inner
 
     @property
     def codec(self) -> Codec:

@@ -18,7 +18,7 @@ __all__ = ["Full"]
 class Full(CachePolicy):
     """Keep every token."""
 
-    sized: ClassVar[bool] = False
+    has_budget: ClassVar[bool] = False
 
     budget: Budget = field(default=1.0, metadata={"help": "always 1.0"})
 

@@ -31,7 +31,7 @@ class H2O(CachePolicy):
         recent_share: part of the budget, rounded down, that goes to the most recent tokens.
     """
 
-    mass: ClassVar[bool] = True
+    accumulated_attention: ClassVar[bool] = True
 
     schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
     recent_share: float = field(default=0.5, metadata={"help": "part of the budget for the most recent tokens, 0 to 1"})

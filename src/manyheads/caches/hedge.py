@@ -68,7 +68,7 @@ class Hedge(CachePolicy):
         bits: ``int4``, ``fp8``, or ``none`` for the model's own dtype.
     """
 
-    together: ClassVar[bool] = True
+    cross_layer: ClassVar[bool] = True
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     recent: int = field(default=16, metadata={"help": "last tokens that are never dropped and stay in 16 bits"})

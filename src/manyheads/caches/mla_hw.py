@@ -29,7 +29,7 @@ from ..attention import mla, reference
 from ..attention.slots import nbytes
 from ..call import AttentionCall, Latent, Site
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Cache
 
 __all__ = ["LatentStore", "MLAHw"]
 
@@ -38,7 +38,7 @@ _ALIGNED = 16  # tokens, a divisor of it: as many logits fill whole words of a G
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLAHw(Strategy):
+class MLAHw(Cache):
     """Attend to latents where that is cheaper than expanding them.
 
     Attributes:

@@ -9,7 +9,6 @@ folder and never into the installed package, which carries ``claims/summary.json
 from __future__ import annotations
 
 import json
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +51,7 @@ def results_folder() -> Path:
     root = _FOLDER.parents[2]
     if (root / "pyproject.toml").is_file() and (root / ".git").exists():
         return root / "results" / "claims"
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(home) / "manyheads" / "claims"
+    return Path.home() / ".local" / "share" / "manyheads" / "claims"
 
 
 def stored(slug: str, folder: Path | None = None) -> list[ClaimResult]:

@@ -41,8 +41,8 @@ def offsets(model: "Decoder", ids: "Tensor") -> list[float]:
     def read(mixer: SoftmaxMixer, args: tuple["Tensor", ...]) -> None:
         x = args[0]
         at = positions_of(x.shape[0], x.shape[1], x.device, None, None, None)
-        q = mixer.transform_q(split_heads(mixer.q_proj(x), mixer.shape.num_heads), at, at.amax(1) + 1)
-        k = mixer.transform_k(split_heads(mixer.k_proj(x), mixer.shape.num_kv_heads), at, at.amax(1) + 1)
+        q = mixer.transform_q(split_heads(mixer.q_proj(x), mixer.config.num_heads), at, at.amax(1) + 1)
+        k = mixer.transform_k(split_heads(mixer.k_proj(x), mixer.config.num_kv_heads), at, at.amax(1) + 1)
         scores = (q.float() @ k.float().mT) * mixer.scale
         apart = at[0][:, None] - at[0]
         mean = scores[..., apart >= 0].mean()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from manyheads.call import MixerShape
+    from manyheads.call import MixerConfig
     from manyheads.strategy import Strategy
 
 ROPE, ONE, NORMAL, LEARNED = "rope", "cmha, start one", "cmha, start normal", "rope, learned frequencies"
@@ -33,14 +33,14 @@ def learned_frequencies() -> "Strategy":
     import torch
 
     from manyheads.mixers._mixer import SoftmaxMixer
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import Mixer
 
     class Attention(SoftmaxMixer):
-        def __init__(self, shape: "MixerShape") -> None:
-            super().__init__(shape)
-            self.factor = torch.nn.Parameter(torch.zeros(shape.num_heads * shape.head_dim // 2))  # its logarithm
+        def __init__(self, config: "MixerConfig") -> None:
+            super().__init__(config)
+            self.factor = torch.nn.Parameter(torch.zeros(config.num_heads * config.head_dim // 2))  # its logarithm
 
-        def _turned(self, q: "Tensor", positions: "Tensor") -> "Tensor":
+        def _rotate(self, q: "Tensor", positions: "Tensor") -> "Tensor":
             planes = q.shape[-1] // 2
             base = 10_000.0 ** (-torch.arange(planes, device=q.device) / planes)
             turn = positions[:, None, :, None] * (base * self.factor.exp().view(-1, planes))[:, None]
@@ -49,14 +49,14 @@ def learned_frequencies() -> "Strategy":
             return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(q.dtype)
 
         def transform_q(self, q: "Tensor", positions: "Tensor", length: "Tensor") -> "Tensor":
-            return self._turned(q, positions)
+            return self._rotate(q, positions)
 
         def transform_k(self, k: "Tensor", positions: "Tensor", length: "Tensor") -> "Tensor":
-            return self._turned(k, positions)
+            return self._rotate(k, positions)
 
-    class LearnedFrequencies(Strategy):
-        def mix(self, shape: "MixerShape") -> "nn.Module":
-            return Attention(shape)
+    class LearnedFrequencies(Mixer):
+        def build(self, config: "MixerConfig") -> "nn.Module":
+            return Attention(config)
 
     return LearnedFrequencies()
 
@@ -89,11 +89,12 @@ def forms(setting: Setting, length: int) -> "tuple[float, float, float, float]":
     """
     import torch
 
-    from manyheads.call import MixerShape
-    from manyheads.strategy import parse
+    from manyheads.call import MixerConfig
+    from manyheads.spec import parse
 
     torch.manual_seed(0)
-    mixer: Any = parse("complexformer:start=normal").mix(MixerShape(256, 4, 4, 64, 0, 1, length)).to(setting.device)
+    strategy: Any = parse("complexformer:start=normal")
+    mixer = strategy.build(MixerConfig(256, 4, 4, 64, 0, 1, length)).to(setting.device)
     q, k = torch.randn(2, 1, 4, length, 64, device=setting.device)
     at = torch.arange(length, device=setting.device)[None]
 

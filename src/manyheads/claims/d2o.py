@@ -87,7 +87,7 @@ def follow(
 
     from manyheads.compare import arms as compare
     from manyheads.integrations import use
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     here = {arm: compare.Arm(parse(spec), arm[0]) for arm, spec in specs.items()}
     with torch.inference_mode(), use(model):
@@ -96,7 +96,11 @@ def follow(
             tick(arm)
             with prefix.open(strategy) as cache:
                 held = cache.bytes() / len(ids)
-                yield arm, compare.feed(model, cache, ids[:, length:-1], ids.shape[1] - 1 - length, piece), held
+                yield (
+                    arm,
+                    compare.forward_chunked(model, cache, ids[:, length:-1], ids.shape[1] - 1 - length, piece),
+                    held,
+                )
 
 
 def _texts(tokenizer: Any, size: Scale, number: int, seed: int) -> "torch.Tensor":

@@ -66,7 +66,7 @@ def scale(setting: Setting) -> Scale:
 
 def arms(length: int, seed: int, snapkv: str = "") -> "dict[Arm, Strategy]":
     """Every base, way and keep rate of ``length`` tokens; ``snapkv`` are fields of SnapKV."""
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     found = {FULL: parse("full")}
     for keep in KEEP:
@@ -120,7 +120,7 @@ def follow(
         for arm, strategy in here.items():
             tick()
             with prefix.open(strategy) as cache:
-                yield arm, compare.feed(model, cache, fed, keep)
+                yield arm, compare.forward_chunked(model, cache, fed, keep)
 
 
 def _repeating(contexts: "Contexts", ids: Any, number: int) -> Any:

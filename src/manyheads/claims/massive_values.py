@@ -182,7 +182,7 @@ def seen(model: Any, ids: "Tensor") -> Any:
     with manyheads.watch(model, "massive_values") as watched, torch.no_grad():
         for rows in ids.split(8):
             model(rows, use_cache=False)
-    return watched.findings("massive_values")
+    return watched.compute("massive_values")
 
 
 def concentration(figures: list[Figure], model: Any, tokenizer: Any, size: Scale, device: str) -> str:

@@ -177,7 +177,7 @@ def filled(model: Any, tokens: "list[tuple[torch.Tensor, torch.Tensor]]", spec: 
     from transformers import DynamicCache
 
     from manyheads.integrations.transformers import new_cache
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     cache: Any = DynamicCache(config=model.config) if spec is None else new_cache(model, parse(spec))
     for index, (latent, rope) in enumerate(tokens):

@@ -58,7 +58,7 @@ def recalled(model: "Decoder", ids: "Tensor") -> list[float]:
 
 def aligned(model: "Decoder", inputs: "Tensor", length: int, lengths: list[int]) -> dict[str, Any]:
     """The strategies, calibrated on ``inputs [B, lengths[-1]]``."""
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     start: Any = parse(f"t5_attention_alignment:trained={length}")
     return {align: start.calibrated(model, inputs, lengths, align=align, rounds=4) for align in ALIGNS}

@@ -15,7 +15,7 @@ from ..integrations.transformers import new_cache
 from ..strategy import parse
 from ..tasks.text._contexts import Contexts
 from ..tasks.text._corpus import Ids
-from .arms import BASELINE, Arm, feed
+from .arms import BASELINE, Arm, forward_chunked
 
 __all__ = ["TARGET", "Bench", "Row", "Unit"]
 
@@ -72,7 +72,7 @@ class Bench:
         for length in (8, 16):
             cache = new_cache(self.model, parse(BASELINE), record=1)
             try:
-                last = feed(self.model, cache, ids[:, :length], 8)
+                last = forward_chunked(self.model, cache, ids[:, :length], 8)
             except UserError:
                 raise
             except ValueError as error:  # of a model with a kind of cache of its own
@@ -82,7 +82,7 @@ class Bench:
             raise UserError(f"{type(self.model).__name__} keeps no key/value cache, so there is nothing to compare")
         if not all(isinstance(layer, StoreLayer) for layer in cache.layers):
             cache = new_cache(self.model, parse(BASELINE))
-            again = feed(self.model, cache, ids, 8, 8)
+            again = forward_chunked(self.model, cache, ids, 8, 8)
             if (again - last).norm() > _FORGETS * last.std() * last.numel() ** 0.5:
                 raise UserError(
                     f"{type(self.model).__name__} forgets its states when it reads several tokens after others, in "

@@ -206,9 +206,9 @@ def _items(values: list[str] | None) -> list[str] | None:
 
 
 def _specs(values: list[str] | None) -> list[str] | None:
-    from .specs import split_specs
+    from ..spec import split_list
 
-    return None if values is None else [spec for value in values for spec in split_specs(value)]
+    return None if values is None else [spec for value in values for spec in split_list(value)]
 
 
 def _whole(text: str) -> int:

@@ -180,15 +180,16 @@ def _tasks(tasks: Sequence[str]) -> tuple[str, ...]:
 def _lengths(model: nn.Module, lengths: Sequence[int] | None) -> list[int]:
     """Lengths of contexts, sorted, as far as the model reads."""
     config: Any = getattr(model, "config", None)
-    reach = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
-    most = reach - 2 * TARGET  # room for what follows a context
+    max_context = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
+    most = max_context - 2 * TARGET  # room for what follows a context
     if lengths is None:
         sizes = [length for length in LENGTHS if length <= most]
         return sizes or [_power_of_two(most)]
     sizes = _sorted(lengths)
     if sizes[-1] > most:
         raise UserError(
-            f"{type(model).__name__} reads {reach} tokens, which leaves {most} for a context; {sizes[-1]} is too long"
+            f"{type(model).__name__} reads {max_context} tokens, which leaves {most} for a context; "
+            f"{sizes[-1]} is too long"
         )
     return sizes
 

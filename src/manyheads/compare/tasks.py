@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..attention.budget import keep_limit
 from ..tasks.text._contexts import ALIASES, CONSTANTS, Question
-from .arms import Arm, Prefix, feed
+from .arms import Arm, Prefix, forward_chunked
 from .bench import TARGET, Bench, Row, Unit
 
 __all__ = ["TASKS", "measure", "unsupported_reason", "plan"]
@@ -87,11 +87,11 @@ def _row(unit: Unit, arm: Arm, metric: str, context: str, length: int, value: fl
     }  # fmt: skip
 
 
-def _stride(arm: Arm, length: int) -> int | None:
-    return arm.stride(keep_limit(arm.budget, length))
+def _chunk_size(arm: Arm, length: int) -> int | None:
+    return arm.chunk_size(keep_limit(arm.budget, length))
 
 
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of ``targets [B, T]`` under ``logits [B, T, V]``, float32 ``[B, T]``."""
     return -logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
 
@@ -112,7 +112,11 @@ def _loss(bench: Bench, unit: Unit) -> Iterator[Row]:
         for arm in bench.arms:
             with prefix.open(arm) as cache:
                 held = cache.bytes() / len(contexts)
-                nats = _nats(feed(bench.model, cache, fed, TARGET, _stride(arm, length)), targets).mean(1).tolist()
+                nats = (
+                    token_nll(forward_chunked(bench.model, cache, fed, TARGET, _chunk_size(arm, length)), targets)
+                    .mean(1)
+                    .tolist()
+                )
             for i, (value, (_, text, overlaps)) in enumerate(zip(nats, contexts, strict=True), unit.first):
                 yield _row(
                     unit,
@@ -130,12 +134,12 @@ def _loss(bench: Bench, unit: Unit) -> Iterator[Row]:
 
 
 def _answers(
-    bench: Bench, cache: Any, fed: Tensor, answers: Tensor, stride: int | None
+    bench: Bench, cache: Any, fed: Tensor, answers: Tensor, chunk_size: int | None
 ) -> tuple[list[bool], list[float]]:
     """For each row whether its whole answer is the likeliest, and the nats of a token of it."""
     fed = torch.cat([fed, answers[:, :-1]], 1)
-    logits = feed(bench.model, cache, fed, answers.shape[1], stride)
-    return (logits.argmax(-1) == answers).all(1).tolist(), _nats(logits, answers).mean(1).tolist()
+    logits = forward_chunked(bench.model, cache, fed, answers.shape[1], chunk_size)
+    return (logits.argmax(-1) == answers).all(1).tolist(), token_nll(logits, answers).mean(1).tolist()
 
 
 def _needle(bench: Bench, unit: Unit) -> Iterator[Row]:
@@ -150,7 +154,7 @@ def _needle(bench: Bench, unit: Unit) -> Iterator[Row]:
         for arm in bench.arms:
             with prefix.open(arm) as cache:
                 held = cache.bytes() / len(contexts)
-                right, nats = _answers(bench, cache, asked, answers, _stride(arm, unit.length))
+                right, nats = _answers(bench, cache, asked, answers, _chunk_size(arm, unit.length))
             for i, context in enumerate(contexts):
                 yield _row(
                     unit, arm, metric, f"needle-{unit.length}-{unit.first + i}", unit.length, float(right[i]),
@@ -177,7 +181,7 @@ def _several(bench: Bench, unit: Unit) -> Iterator[Row]:
                 cache.reorder_cache(torch.tensor([i for i, _ in group], device=bench.device))
                 fed = bench.tensor([question.question for _, question in group])
                 answers = bench.tensor([question.answer for _, question in group])
-                right, nats = _answers(bench, cache, fed, answers, _stride(arm, unit.length))
+                right, nats = _answers(bench, cache, fed, answers, _chunk_size(arm, unit.length))
             for (i, question), value, cost in zip(group, right, nats, strict=True):
                 context = contexts[i]
                 yield _row(
@@ -200,7 +204,7 @@ def _memory(bench: Bench, unit: Unit) -> Iterator[Row]:
     for arm in bench.arms if cuda else ():
         torch.cuda.reset_peak_memory_stats(bench.device)
         with Prefix(bench.model, ids, bench.arms).open(arm) as cache:
-            feed(bench.model, cache, following, 1)
+            forward_chunked(bench.model, cache, following, 1)
         peak = torch.cuda.max_memory_allocated(bench.device)
         yield _row(unit, arm, "peak", "memory-0", unit.length, float(peak), text=text)
     bench.tick(unit.cost)
@@ -218,7 +222,10 @@ def _speed(bench: Bench, unit: Unit) -> Iterator[Row]:
         start = _now(bench)
         with prefix.open(arm) as cache:
             opened = _now(bench) - start
-            seconds = [_timed(bench, partial(feed, bench.model, cache, token, 1))[0] for token in following.split(1, 1)]
+            seconds = [
+                _timed(bench, partial(forward_chunked, bench.model, cache, token, 1))[0]
+                for token in following.split(1, 1)
+            ]
         name = f"speed-{unit.first}"
         yield _row(unit, arm, "prefill", name, unit.length, opened + (dense if arm.forks else 0.0), text=text)
         for value in seconds[_WARM:]:

@@ -54,9 +54,9 @@ class Arm:
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """What acts, in the order of the spec; nothing for the plain subject."""
-        from ..spec import parse
+        from ..spec import parse, split_together
 
-        return tuple(parse(part) for part in self.full_spec.split(" + ")) if self.spec else ()
+        return tuple(parse(part) for part in split_together(self.full_spec)) if self.spec else ()
 
     @property
     def strategy(self) -> Strategy:

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison of ``manyheads compare``: any mix of strategies that fits the subject, parsed once, on equal budgets."""
+"""The comparison of ``manyheads compare``: any mix of strategies that fits the subject, on equal budgets."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attention.budget import as_budget, keep_limit
 from ..errors import UserError
-from ..spec import parse, split_specs
+from ..spec import Spec, parse, read, split_together
 from ..strategy import Cache
 from .arms import BASELINE, Arm
 from .design import Experiment, Sizes
@@ -86,7 +85,8 @@ def compare(
     data = {"texts": list(texts)} if texts is not None else {}
     about = {"command": list(command), "options": dict(options or {}), "kind": "compare"}
     return run(
-        experiment.at("cpu"), out, seed=seed, device=device, data=data, executor=executor, progress=progress, about=about
+        experiment.at("cpu"), out, seed=seed, device=device, data=data, executor=executor, progress=progress,
+        about=about,
     )  # fmt: skip
 
 
@@ -141,16 +141,16 @@ def make_arms(
     values = [as_budget(budget) for budget in budgets]
     arms: list[Arm] = []
     for spec in specs:
-        parts = [parse(part) for part in spec.split(" + ")]
+        parts = [parse(part) for part in split_together(spec)]
         for strategy in parts:
             if reason := subject.unsupported_reason(strategy):
                 raise UserError(reason)
         if spec.strip() == BASELINE:
             continue
         sized = [strategy for strategy in parts if isinstance(strategy, Cache) and strategy.has_budget]
-        own = re.search(r"[:,(]\s*budget\s*=", spec)
+        own = any("budget" in read(part).fields for part in split_together(spec))
         if not sized or own:
-            arms.append(_arm(spec, sized[0].budget if sized and len(parts) == 1 else None, bool(own)))
+            arms.append(_arm(spec, sized[0].budget if sized and len(parts) == 1 else None, own))
         elif len(parts) > 1:
             raise UserError(
                 f"{spec!r}: write the budget of {sized[0].slug} in the spec, as {sized[0].slug}:budget=0.25"
@@ -172,9 +172,9 @@ def _arm(spec: str, budget: int | float | None, own: bool) -> Arm:
     spec = spec.strip()
     if not own or budget is None:
         return Arm(spec, spec)
-    head, _, rest = spec.partition(":")
-    fields = [field for field in split_specs(rest) if not re.match(r"budget\s*=", field)]
-    plain = f"{head}:{','.join(fields)}" if fields else head
+    given = read(spec)
+    fields = {name: value for name, value in given.fields.items() if name != "budget"}
+    plain = Spec(given.name, fields).text
     return Arm(plain, plain, budget)
 
 

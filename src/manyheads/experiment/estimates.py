@@ -36,6 +36,7 @@ from .rows import Metric, Row
 __all__ = ["Estimate", "difference", "estimate", "newcombe", "ratio", "t_quantile", "wilson"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Members = np.ndarray[Any, np.dtype[np.int64]]
 _Z = NormalDist().inv_cdf(0.975)
 _DRAWS = 4000
 WILSON, NEWCOMBE = "Wilson, by contexts", "Newcombe, paired"
@@ -155,11 +156,11 @@ class _Table:
         # The same context under several seeds: seeds and contexts are two axes. Otherwise a context is one of its seed.
         self.crossed = len(set(seeds)) > 1 and len(set(zip(seeds, contexts, strict=True))) > len(set(contexts))
         names = contexts if self.crossed else [f"{s}/{c}" for s, c in zip(seeds, contexts, strict=True)]
-        _, self.context = np.unique(names, return_inverse=True)
-        _, self.seed = np.unique(seeds, return_inverse=True)
+        self.context: Members = np.unique(names, return_inverse=True)[1]
+        self.seed: Members = np.unique(seeds, return_inverse=True)[1]
 
     @property
-    def axes(self) -> list[tuple[str, Array]]:
+    def axes(self) -> list[tuple[str, Members]]:
         """The axes that intervals count, each with what every row belongs to."""
         if not self.crossed:
             return [(CONTEXTS, self.context)]
@@ -189,7 +190,7 @@ def _mean(table: _Table, values: Array, name: str) -> Estimate:
     return Estimate(value, value - math.sqrt(reach[0]), value + math.sqrt(reach[1]), len(values), groups, kind)
 
 
-def _bootstrap(values: Array, member: Array, groups: int, value: float, name: str) -> tuple[float, float]:
+def _bootstrap(values: Array, member: Members, groups: int, value: float, name: str) -> tuple[float, float]:
     totals, counts = np.bincount(member, values), np.bincount(member)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     picked = rng.integers(0, groups, (_DRAWS, groups))

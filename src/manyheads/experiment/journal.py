@@ -165,7 +165,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 def _done(folder: Path) -> dict[str, Sequence[Row]]:
     """Rows by key of the units that are done; a file that another process is writing is not seen."""
-    found = {}
+    found: dict[str, Sequence[Row]] = {}
     for path in (folder / UNITS).glob("[!.]*.jsonl"):
         head, *lines = path.read_text("utf-8").splitlines()
         found[json.loads(head)["unit"]] = [Row(**json.loads(line)) for line in lines]

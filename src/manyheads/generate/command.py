@@ -22,12 +22,12 @@ Specs = Annotated[
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Text; may repeat, a row each.")]
 Classes = Annotated[
-    list[str] | None, typer.Option("--class", help="Number or label, for pipelines told by a class; may repeat.")
+    list[str] | None, typer.Option("--class", help="Number or label, for class-conditional pipelines; may repeat.")
 ]
 Source = Annotated[
-    str | None, typer.Option(help="Text of a source that every prompt's picture is made beside, as masactrl needs it.")
+    str | None, typer.Option(help="Text of a source that every prompt's image is made beside, as masactrl needs it.")
 ]
-Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the pictures do.")]
+Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the images do.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")]
 Guidance = Annotated[float | None, typer.Option(help="Scale of guidance. Default: the pipeline's.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise, the same in every column.")]
@@ -59,13 +59,13 @@ def generate(
     page: Page = Path("maps.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
 ) -> None:
-    """Generate without and with strategies, from the same noise, side by side in one picture.
+    """Generate without and with strategies, from the same noise, side by side in one image.
 
     manyheads generate --strategy sag:scale=0.75 --prompt "apple top left ship" --out grid.png
 
-    manyheads generate --model ./sd3 --strategy pab --strategy "pab + headhunter:heads=3.1" --prompt "a red cat"
+    manyheads generate --model ./sd3 --strategy sag --strategy "sag + headhunter:heads=3.1" --prompt "a red cat"
 
-    manyheads generate --model ./dit --strategy pab --class 207
+    manyheads generate --model ./dit --strategy sag --class 207
 
     manyheads generate --strategy masactrl:start_layer=2 --source "apple top left ship" --prompt "ghost top left ship"
 

@@ -25,7 +25,7 @@ __all__ = ["draw", "facts", "print_json", "print_table"]
 def facts(made: Sequence[Made], rows: Sequence[Row], settings: Settings, pipe: Any) -> dict[str, Any]:
     """What was asked and what each arm cost and changed, of JSON's types.
 
-    ``mean_difference`` (0 to 1) and ``psnr`` (dB) are to the baseline; ``psnr`` is None for the same pictures.
+    ``mean_difference`` (0 to 1) and ``psnr`` (dB) are to the baseline; ``psnr`` is None for the same images.
     """
     base = made[0]
     return {
@@ -53,16 +53,16 @@ def draw(made: Sequence[Made], rows: Sequence[Row], facts: Mapping[str, Any], ou
     base = made[0]
     seconds = f"{base.seconds:.3g} s"
     columns = [grid.Column("source", "", base.sources)] if base.sources else []
-    columns.append(grid.Column("target alone" if base.sources else "baseline", seconds, base.pictures))
+    columns.append(grid.Column("target alone" if base.sources else "baseline", seconds, base.images))
     for each, known in zip(made[1:], facts["arms"][1:], strict=True):
-        apart = [np.abs(a - b).mean(-1) for a, b in zip(each.pictures, base.pictures, strict=True)]
-        columns.append(grid.Column(each.arm.name, f"{known['ratio']:.2f} \u00d7 the time", each.pictures))
+        apart = [np.abs(a - b).mean(-1) for a, b in zip(each.images, base.images, strict=True)]
+        columns.append(grid.Column(each.arm.name, f"{known['ratio']:.2f} \u00d7 the time", each.images))
         columns.append(grid.Column("difference", _psnr(known["psnr"]), apart))
     settings = [f"{name} {facts[name]}" for name in ("steps", "guidance") if facts[name] is not None]
     seeds = list(dict.fromkeys(row.seed for row in rows))
     footer = ", ".join([facts["model"], *settings, f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"])
     labels = [row.label for row in rows]
-    moving = max(len(picture) for picture in base.pictures) > 1
+    moving = max(len(image) for image in base.images) > 1
     if moving and out.suffix.lower() not in grid.MOVING:
         grid.save([grid.strip(columns, labels, footer)], out)
     else:
@@ -75,7 +75,7 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 
 def print_table(facts: Mapping[str, Any], page: Path | None) -> None:
-    """Print what each arm cost and changed, and where the pictures are."""
+    """Print what each arm cost and changed, and where the images are."""
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=150)
     table = Table(box=box.SIMPLE_HEAD)

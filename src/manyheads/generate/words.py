@@ -12,7 +12,7 @@ from .. import catalog
 from ..errors import UserError
 from ..integrations import use
 from ..models.pipeline import parameters
-from ..strategy import parse
+from ..spec import parse
 from .maps_page import write_page
 from .rows import Row
 from .run import Settings, generate
@@ -32,7 +32,7 @@ def find(pipe: Any, rows: Sequence[Row], words: str) -> list[dict[str, tuple[int
     if not all(names):
         raise UserError(f"{words!r}: write words of the prompt joined by +, as --maps cat+hat")
     if rows[0].prompt is None:
-        raise UserError(f"{type(pipe).__name__} is told by no words; leave --maps away")
+        raise UserError(f"{type(pipe).__name__} takes no prompt; leave --maps away")
     return [{name: _places(pipe, row.prompt or "", name) for name in names} for row in rows]
 
 
@@ -58,17 +58,17 @@ def write(
     Raises:
         UserError: the page cannot be written, or the denoiser has no attention to words.
     """
-    category, takes, found, pictures = _category(), parameters(pipe), [], []
+    category, takes, found, images = _category(), parameters(pipe), [], []
     for row, named in zip(rows, places, strict=True):
         tokens = sorted({place for known in named.values() for place in known})
         strategy = parse(f"{_SLUG}:tokens={'+'.join(map(str, tokens))}")
         with use(pipe, strategy) as port:
-            pictures.append(generate(pipe, takes, row, settings)[-1])
+            images.append(generate(pipe, takes, row, settings)[-1])
         found.append(category.maps(port, strategy, words=named))
     labels = [row.label.replace("\n", ", ") for row in rows]
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_page(page, pictures, _joined(category, found), title="Attention maps", prompts=labels, facts=facts)
+        write_page(page, images, _joined(category, found), title="Attention maps", prompts=labels, facts=facts)
     except OSError as error:
         raise UserError(f"cannot write {page} ({error}); give another file with --page") from error
 

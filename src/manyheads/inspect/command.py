@@ -174,13 +174,9 @@ def _layers(text: str | None) -> list[int] | None:
     """``0-3+7`` as numbers."""
     if text is None:
         return None
-    made: list[int] = []
-    for part in text.split("+"):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UserError(f"{text!r} are no layers; write for instance --layers 0-3+7")
-        made.extend(range(int(first), int(last or first) + 1))
-    return sorted(set(made))
+    from ..spec import numbers
+
+    return sorted(set(numbers(text)))
 
 
 def _folder(out: Path | None, name: str) -> Path:

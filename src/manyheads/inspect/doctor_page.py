@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor's page: every sign with its figure, its threshold, what it means, and the picture behind it."""
+"""The doctor's page: every check with its figure, its threshold, what it means, and the picture behind it."""
 
 from typing import Any
 
 import numpy as np
 
 from ..heads import HeadTable
-from .anatomy import FIRST
-from .doctor import Diagnosis, Measures
+from .attention_breakdown import FIRST
+from .checks import HealthCheck
+from .doctor import Diagnosis
 from .figures import Line, colours, lines, markup
+from .measures import Measures
 from .page import DECADES, card_of, fill, heads_of, layer_card, maps_of
-from .signs import Sign
 
 __all__ = ["render"]
 
@@ -21,45 +22,45 @@ def render(found: Diagnosis) -> str:
     sites = list(dict.fromkeys(site for one in m.found.values() for t in one.tables.values() for site in t.sites))
     tables: dict[str, Any] = {}
     maps, cell = maps_of(m.found["attention"], sites, found.run["settings"]["length"])
-    signs = [{"sign": sign, "cards": [c for c in _cards(sign, m, tables, sites) if c]} for sign in found.signs]
-    levels = [sign.level for sign in found.signs]
+    checks = [{"check": check, "cards": [c for c in _cards(check, m, tables, sites) if c]} for check in found.checks]
+    levels = [check.level for check in found.checks]
     data = {
         "tables": tables, "maps": maps, "heads": heads_of(m.found["attention"], sites), "cell": cell,
         "decades": DECADES, "colours": colours(False), "prompts": [], "series": [], "shown": 0,
     }  # fmt: skip
     counts = [f"{levels.count(level)} to {level}" for level in ("watch", "note") if level in levels]
     return fill(
-        "doctor.html.j2", found.run, data=data, signs=signs, loss=f"{found.loss:.3f}",
+        "doctor.html.j2", found.run, data=data, checks=checks, loss=f"{found.loss:.3f}",
         summary=" and ".join(counts) if counts else "nothing unusual",
     )  # fmt: skip
 
 
-def _cards(sign: Sign, m: Measures, tables: dict[str, Any], sites: list[str]) -> list[dict[str, Any] | None]:
-    """The pictures of a sign."""
+def _cards(check: HealthCheck, m: Measures, tables: dict[str, Any], sites: list[str]) -> list[dict[str, Any] | None]:
+    """The pictures of a check."""
     papers, own = m.found, m.found["attention"].tables
 
     def map_of(made: HeadTable, name: str) -> dict[str, Any] | None:
         return card_of(made, name, tables, sites)
 
-    if sign.key == "sinks":
+    if check.key == "sinks":
         return [map_of(papers["active_dormant"].tables[name], name) for name in ("sink", "drain")]
-    if sign.key == "activations":
+    if check.key == "activations":
         shown = papers["refined_massive_activations"].tables
         return [layer_card(shown[name], name) for name in ("max / median", "first / others")]
-    if sign.key == "float16":
+    if check.key == "float16":
         return [layer_card(papers["refined_massive_activations"].tables["max"], "greatest |h|")]
-    if sign.key == "channels":
+    if check.key == "channels":
         shown = papers["massive_values"].tables
         return [map_of(shown[f"peak {name}"], f"greatest channel of {name}") for name in "qk"]
-    if sign.key == "idle":
+    if check.key == "idle":
         cards = [map_of(own["entropy"], "entropy"), map_of(papers["body"].tables["written"], "written")]
         return [*cards, None if m.alone is None else map_of(m.alone, "alone")]
-    if sign.key == "duplicates":
+    if check.key == "duplicates":
         first = own[FIRST]
-        apart = HeadTable("share of the attention elsewhere than the likest head's", first.sites, m.twins, {},
-                          first.layers)  # fmt: skip
+        name = "share of the attention elsewhere than the most similar head's"
+        apart = HeadTable(name, first.sites, m.head_distance, layers=first.layers)
         return [map_of(apart, "unlike its double"), map_of(own["previous token"], "previous token")]
-    if sign.key == "contexts" and len(m.contexts[0]) > 1:
+    if check.key == "contexts" and len(m.contexts[0]) > 1:
         return [_contexts(m)]
     return []
 
@@ -72,7 +73,7 @@ def _contexts(m: Measures) -> dict[str, Any]:
     spread = losses - losses[0]
     low, high = (mean[0] + spread.min(1)).tolist(), (mean[0] + spread.max(1)).tolist()
     one = Line("loss", places, mean.tolist(), low, high)
-    marks = [(float(np.log2(m.reach)), "length of the config")] if m.reach < 2**40 else []
+    marks = [(float(np.log2(m.max_context)), "length of the config")] if m.max_context < 2**40 else []
     picture = lines(
         [one], x="tokens read before", y="loss, nats per token", marks=marks,
         ticks=[(float(np.log2(size)), f"{size:,}") for size in sizes],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small pictures without a drawing library at hand: palette PNGs, and SVG around them or of lines and bars.
 
-Colours are colour-blind-safe: cividis for what has no sign, blue to orange about 0 for what has. Ink and paper are CSS
+Colours are colour-blind-safe: cividis for what has no check, blue to orange about 0 for what has. Ink and paper are CSS
 variables of the page. Everything from outside is escaped.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a probe: one file, no network, drawn from the findings; its only script is ours, named by its hash."""
+"""The page of ``inspect``: one file, no network, drawn from the findings; its only script is named by its hash."""
 
 import math
 import re
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..heads import Curve, HeadTable
+from ..heads import AblationCurve, HeadTable
 from ..html import filled
-from ..lens import Findings
+from ..lens import LensResult
 from .figures import (
     LEVELS,
     Line,
@@ -27,8 +27,8 @@ from .figures import (
     plain,
     scale_of,
 )  # fmt: skip
-from .ribbon import ribbon
 from .run import WHERE, Inspection
+from .token_view import token_view
 
 __all__ = ["DECADES", "card_of", "fill", "heads_of", "heads_shown", "layer_card", "maps_of", "render"]
 
@@ -64,7 +64,7 @@ def render(seen: Inspection) -> str:
         groups.append({"slug": spec, "about": _about(spec), "notes": found.notes, "cards": [c for c in cards if c]})
     own = seen.found[WHERE]
     maps, cell = maps_of(own, sites, max(len(p.ids) for p in seen.prompts))
-    tokens, prompts, series = ribbon(seen)
+    tokens, prompts, series = token_view(seen)
     first = next((t for f in seen.found.values() for t in f.tables.values() if t.values.shape[2] > 1), None)
     thumbs = list(_thumbs(first, own, maps, sites)) if first is not None else []
     channels = [card for spec, found in seen.found.items() for card in _channels(spec, found, tables)]
@@ -83,7 +83,7 @@ def render(seen: Inspection) -> str:
         thumbs=thumbs,
         thumbs_by=first.name if first is not None else "",
         cell=cell,
-        ribbon=tokens,
+        token_view=tokens,
         channels=channels,
         records=list(_records(seen)),
         curve=_curve(*seen.curve) if seen.curve else None,
@@ -188,7 +188,7 @@ def _flow(seen: Inspection) -> str:
     )  # fmt: skip
 
 
-def heads_of(own: Findings, sites: Sequence[str]) -> dict[str, int]:
+def heads_of(own: LensResult, sites: Sequence[str]) -> dict[str, int]:
     """Heads of each site that has maps, by its number among ``sites``."""
     table = next(iter(own.tables.values()))
     return {str(sites.index(site)): table.values.shape[2] for site in table.sites}
@@ -200,7 +200,7 @@ def _halved(x: Any) -> Any:
     return x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2).mean((1, 3))
 
 
-def maps_of(own: Findings, sites: Sequence[str], length: int) -> tuple[dict[str, str], int]:
+def maps_of(own: LensResult, sites: Sequence[str], length: int) -> tuple[dict[str, str], int]:
     """Pictures of all heads, as large as the page has room for, and the tokens on a side of a cell."""
     table = next(iter(own.tables.values()))
     shown = {
@@ -223,7 +223,7 @@ def maps_of(own: Findings, sites: Sequence[str], length: int) -> tuple[dict[str,
         shown = {key: _halved(values) for key, values in shown.items()}
 
 
-def _thumbs(first: HeadTable, own: Findings, maps: dict[str, str], sites: Sequence[str]) -> Iterator[dict[str, str]]:
+def _thumbs(first: HeadTable, own: LensResult, maps: dict[str, str], sites: Sequence[str]) -> Iterator[dict[str, str]]:
     """Maps of the heads that the first score ranks highest."""
     heads = heads_of(own, sites)
     for head in first.top(5):
@@ -235,7 +235,7 @@ def _thumbs(first: HeadTable, own: Findings, maps: dict[str, str], sites: Sequen
             }  # fmt: skip
 
 
-def _channels(spec: str, found: Findings, tables: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _channels(spec: str, found: LensResult, tables: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Maps of channels: a row for each head, the heads of a layer beside one another."""
     layers = next((t.layers for t in found.tables.values()), ())
     for name, values in found.channels.items():
@@ -292,24 +292,24 @@ def _cell(value: Any) -> str:
     return re.sub(r"\s+", " ", str("" if value is None else value))[:80]
 
 
-def _curve(score: str, made: Curve) -> dict[str, Any]:
+def _curve(score: str, made: AblationCurve) -> dict[str, Any]:
     control = made.control
     counts = list(map(float, made.counts))
     picture = lines(
         [
-            Line("heads with the highest score", counts, made.chosen.tolist()),
+            Line("heads with the highest score", counts, made.ranked.tolist()),
             Line(
                 f"random heads of the same layers ({len(control)} draws)", counts, control.mean(0).tolist(),
                 control.min(0).tolist(), control.max(0).tolist(),
             ),
         ],
-        x="heads taken out", y="loss, nats per token", width=620, height=280,
-        name=f"Loss without heads, by {score}: {made.chosen[0]:.3f} with all, {made.chosen[-1]:.3f} without "
+        x="heads ablated", y="loss, nats per token", width=620, height=280,
+        name=f"Loss without heads, by {score}: {made.ranked[0]:.3f} with all, {made.ranked[-1]:.3f} without "
         f"{made.counts[-1]}, {control[:, -1].mean():.3f} without as many random ones",
     )  # fmt: skip
-    worse, others = made.chosen[-1] - made.chosen[0], control[:, -1] - made.chosen[0]
+    worse, others = made.ranked[-1] - made.ranked[0], control[:, -1] - made.ranked[0]
     caption = (
-        f"Heads taken out (by zero) in the order of {score}, highest first: {', '.join(made.heads[:8])}"
+        f"Heads ablated (by zero) in the order of {score}, highest first: {', '.join(made.heads[:8])}"
         f"{', ...' if len(made.heads) > 8 else ''}. Without {made.counts[-1]} of them the loss is {worse:+.3f} nats, "
         f"without as many random heads of the same layers {others.min():+.3f} to {others.max():+.3f}. Band: the draws "
         "of the control."

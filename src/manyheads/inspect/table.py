@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a probe found, for the terminal."""
+"""What an inspection found, for the terminal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def print_findings(seen: Inspection, place: Path, console: Console) -> None:
             console.print()
     if seen.curve:
         score, curve = seen.curve
-        loss, control = curve.chosen, curve.control
+        loss, control = curve.ranked, curve.control
         console.print(
             f"Without the {curve.counts[-1]} heads highest in {score} the loss is {loss[-1] - loss[0]:+.3f} nats; "
             f"without as many random heads of the same layers {control[:, -1].min() - loss[0]:+.3f} to "
@@ -93,10 +93,10 @@ def print_diagnosis(found: Diagnosis, place: Path, console: Console) -> None:
         markup=False,
     )
     styles = {"watch": "bold yellow", "note": "cyan", "fine": "green", "unknown": "dim"}
-    for sign in found.signs:
-        head = Text.assemble((f"{sign.level:7}", styles[sign.level]), (sign.title, "bold"), f": {sign.figure}")
-        says = Text(f"{sign.says} {sign.advice}".strip())
-        says.append(f" (threshold: {sign.threshold})" if sign.threshold else "", "dim")
+    for check in found.checks:
+        head = Text.assemble((f"{check.level:7}", styles[check.level]), (check.title, "bold"), f": {check.figure}")
+        message = Text(f"{check.message} {check.advice}".strip())
+        message.append(f" (threshold: {check.threshold})" if check.threshold else "", "dim")
         console.print(head)
-        console.print(Padding(says, (0, 0, 1, 7)))
+        console.print(Padding(message, (0, 0, 1, 7)))
     console.print(f"page: {place}", markup=False, soft_wrap=True)

@@ -37,7 +37,7 @@ def _packed(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
     return 1, int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
 
 
-def _told(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+def _given_sizes(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
     return given["num_frames"], given["height"], given["width"]
 
 
@@ -70,7 +70,7 @@ _ROWS = {
     "HunyuanVideoTransformer3DModel": _Row(_video, "last"),
     "LatteTransformer3DModel": _Row(_video),
     "CogVideoXTransformer3DModel": _Row(_frames_first, "first"),
-    "LTXVideoTransformer3DModel": _Row(_told),
+    "LTXVideoTransformer3DModel": _Row(_given_sizes),
     "UNet2DConditionModel": _Row(_sample),
     "UNet2DModel": _Row(_sample),
 }

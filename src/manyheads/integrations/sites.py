@@ -21,14 +21,14 @@ from ..attention.reference import repeat_kv
 from ..attention.rope import copies
 from ..call import AttentionCall, Site, Store
 from ..errors import UserError
-from ..strategy import Strategy, overrides
+from ..strategy import Strategy
 from .blocks import output_of
 from .cache import StoreLayer, install
-from .chain import Chain, Entry
 from .configs import EAGER, SDPA
+from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
 
-__all__ = ["Entry", "SiteState", "architectures", "find_sites", "is_eager"]
+__all__ = ["BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
 
 _STATE = "_manyheads"
 _DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
@@ -94,7 +94,7 @@ def is_eager(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == EAGER
 
 
-class SiteState(Chain):
+class SiteState(HookChain):
     """What the open ports of a model keep on one attention module."""
 
     def __init__(self, site: Site, module: nn.Module, eager: bool) -> None:
@@ -138,10 +138,10 @@ class SiteState(Chain):
             del module.__dict__[_STATE]
 
     @staticmethod
-    def claims(module: nn.Module, method: str) -> list[Strategy]:
-        """Strategies of open ports that implement ``method`` at ``module``."""
+    def claims(module: nn.Module, kind: type[Strategy]) -> list[Strategy]:
+        """Strategies of ``kind`` of the open ports at ``module``."""
         state: SiteState | None = module.__dict__.get(_STATE)
-        return [] if state is None else [e.strategy for e in state.entries if overrides(e.strategy, method)]
+        return [] if state is None else [e.strategy for e in state.entries if isinstance(e.strategy, kind)]
 
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
@@ -154,12 +154,12 @@ class SiteState(Chain):
             cache = cache.self_attention_cache
         if cache is None:
             return
-        keeper = self.keeper
-        if keeper is not None and self._ours(cache) is None:
-            install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
+        if self.cache_strategy is not None and self._ours(cache) is None:
+            strategy = self.cache_strategy[1]
+            install(cache, [(self.site, module)], strategy.store, strategy.slug)
         self.store = self._ours(cache)
-        if self.store is not None and keeper is not None and not keeper.stored:
-            keeper.stored = True
+        if self.store is not None and self.cache_strategy is not None and not self.cache_strategy[0].stored:
+            self.cache_strategy[0].stored = True
 
     def _ours(self, cache: Cache) -> Store | None:
         index = self.site.layer
@@ -171,9 +171,9 @@ class SiteState(Chain):
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
         original = call = self._read(module, q, k, v, mask, kwargs)
-        self.mark()
+        self.mark_called()
         if self.store is not None:
-            alone = not self.looks and not kwargs.get("output_attentions")  # the store may answer in its own way
+            alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
             answer = getattr(self.store, "attend", None) if alone else None
             if answer is not None and (answered := answer(call)) is not None:
                 self.store = self.rotary = None

@@ -7,11 +7,9 @@ other.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 from ..experiment.task import Task
@@ -67,11 +65,7 @@ def parse(spec: str | Task) -> Task:
     """
     if isinstance(spec, Task):
         return spec
-    from ..spec import fill, split
+    from ..spec import fill, read
 
-    name, values = split(spec)
-    cls = load(name)
-    made: Any = fill(cls, name, values)
-    assert dataclasses.is_dataclass(made)
-    task: Task = made
-    return task
+    given = read(spec)
+    return fill(load(given.name), given.name, given.fields)

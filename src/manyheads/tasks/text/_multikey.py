@@ -12,8 +12,8 @@ import torch
 from ...experiment.rows import Row, WorkUnit
 from ...experiment.task import RunContext
 from ._contexts import ALIASES, CONSTANTS, Question
-from ._prefill import Prefix, chunk_size
-from ._text_task import TextTask, answers, model_of, per_token, sequences_at_once, tensor
+from ._prefill import Prefix, chunk_size, sequences_at_once
+from ._text_task import TextTask, answers, model_of, per_token, tensor
 
 __all__ = ["Multikey"]
 
@@ -52,7 +52,7 @@ class Multikey(TextTask):
             for group in groups:
                 with prefix.open(arm) as cache:
                     held = cache.bytes() / len(contexts)
-                    cache.batch_select_indices(torch.tensor([i for i, _ in group], device=run.device))
+                    cache.reorder_cache(torch.tensor([i for i, _ in group], device=run.device))
                     fed = tensor(run, [question.question for _, question in group])
                     wanted = tensor(run, [question.answer for _, question in group])
                     right, nats = answers(run, cache, fed, wanted, chunk_size(arm, length))

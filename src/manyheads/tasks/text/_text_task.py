@@ -176,4 +176,5 @@ def _whole(strategy: Any) -> Any:
     """The strategy keeping everything, None where it never does."""
     if not isinstance(strategy, Cache) or not strategy.has_budget or not strategy.lossless:
         return None
-    return dataclasses.replace(strategy, budget=1.0)  # type: ignore[type-var]
+    whole: Any = dataclasses.replace(strategy, budget=1.0)
+    return whole
