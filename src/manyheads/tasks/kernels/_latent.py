@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tasks on latent attention share: the layer's sizes, and which schedule an arm stands for."""
+
+from __future__ import annotations
+
+from ...attention.mla import Dims
+from ...experiment.arms import Arm
+from ...experiment.task import RunContext
+
+__all__ = ["SMALL", "dims", "schedule_of", "unsupported"]
+
+SMALL = (16, 128, 32, 16, 32, 384)  # a quarter of DeepSeek-V3's channels and an eighth of its heads
+
+
+def dims(sizes: tuple[int, ...]) -> Dims:
+    """A layer whose queries come projected, as inside a model."""
+    heads, rank, nope, rope, value, _ = sizes
+    return Dims(heads, rank, nope, rope, value)
+
+
+def schedule_of(arm: Arm) -> str:
+    """``expand`` for the plain subject, which is what transformers does; else the strategy's schedule."""
+    return getattr(arm.strategy, "schedule") if arm.spec else "expand"  # noqa: B009 - checked by `unsupported`
+
+
+def unsupported(run: RunContext) -> str | None:
+    """Why an arm of ``run`` is no schedule of latent attention."""
+    from ...caches.mla_hw import MLAHw
+
+    for arm in run.arms:
+        if not all(isinstance(strategy, MLAHw) for strategy in arm.strategies):
+            return f"{arm.key} is no schedule of latent attention; give mla_hw with schedule=absorb, expand or auto"
+    return None
