@@ -37,18 +37,25 @@ claim = Claim(
         tasks=(LatentSchedules(), LatentDecoding()),
         sizes=Sizes(
             quick={"tokens": (256, 1024), "context": 1024, "repeats": 4},
-            cpu={"repeats": 12},
+            cpu={"queries": (1, 2, 4, 8, 16, 32, 64, 128, 256), "repeats": 12},
             cuda={
-                "sizes": _DEEPSEEK, "batches": (1, 8), "queries": (1, 4, 16, 64, 256, 1024),
-                "tokens": (1024, 4096, 16384), "hidden": 7168, "batch": 8, "context": 16384, "repeats": 10,
+                "sizes": _DEEPSEEK,
+                "batches": (1, 8),
+                "queries": (1, 2, 4, 8, 16, 32, 64, 256, 1024),
+                "tokens": (1024, 4096, 16384),
+                "hidden": 7168,
+                "batch": 8,
+                "context": 16384,
+                "repeats": 10,
             },
         ),
         equal="none",
     ),  # fmt: skip
     checks=(
         at_most("attention", "absorb", times=_TENTH, than="full", where={"queries": 1, "largest": True}),
-        # Nine of ten: beside a crossover both schedules cost the same, and which is named there matters to nobody.
-        above("agrees", "auto", 0.9),
+        # Of 54 shapes nine in ten named right are an interval that begins at 0.8. Beside a crossover both schedules
+        # cost the same, and which is named there matters to nobody; regret weighs the misses.
+        above("agrees", "auto", 0.8),
         below("regret", "auto", 0.1),
         lower("regret", "auto", than="full"),
         lower("regret", "auto", than="absorb"),

@@ -12,6 +12,7 @@ import torch
 
 from ...errors import UserError
 from ...experiment import seeding
+from ...experiment.arms import Arm
 from ...experiment.rows import Metric, Row, WorkUnit
 from ...experiment.task import RunContext, Task
 from ...integrations import use
@@ -55,7 +56,7 @@ class LatentDecoding(Task):
 
     def guard(self, run: RunContext) -> None:
         model, tokens, ids = self._made(run, 0)
-        said = {arm.key: self._step(model, self._cache(run, arm, model, tokens), arm, ids).float() for arm in run.arms}
+        said = {arm.key: self._step(model, self._cache(arm, model, tokens), arm, ids).float() for arm in run.arms}
         wanted = said[run.baseline.key]
         for key, logits in said.items():
             difference = float((logits - wanted).norm() / wanted.norm())
@@ -72,12 +73,12 @@ class LatentDecoding(Task):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         seed, clock = unit.params["seed"], Clock(torch.device("cpu"))
         model, tokens, ids = self._made(run, seed)
-        caches = {arm.key: self._cache(run, arm, model, tokens) for arm in run.arms}
+        caches = {arm.key: self._cache(arm, model, tokens) for arm in run.arms}
         for turn in range(self.repeats + 1):
             for arm in run.arms:
                 run.synchronise()
 
-                def step(arm: Any = arm) -> None:
+                def step(arm: Arm = arm) -> None:
                     self._step(model, caches[arm.key], arm, ids)
                     run.synchronise()
 
@@ -112,17 +113,19 @@ class LatentDecoding(Task):
             model: Any = DeepseekV3ForCausalLM(config)
         return model.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32).eval().requires_grad_(False)
 
-    def _cache(self, run: RunContext, arm: Any, model: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    @staticmethod
+    def _cache(arm: Arm, model: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         """A cache that holds ``tokens``: transformers' own, or that of the arm."""
         from transformers import DynamicCache
 
-        cache: Any = new_cache(model, arm.strategy) if arm.spec else DynamicCache(config=model.config)
-        for index, (latent, rope) in enumerate(tokens):
-            cache.update(latent, rope, index)
+        with torch.inference_mode(), use(model) if arm.spec else nullcontext():
+            cache: Any = new_cache(model, arm.strategy) if arm.spec else DynamicCache(config=model.config)
+            for index, (latent, rope) in enumerate(tokens):
+                cache.update(latent, rope, index)
         return cache
 
     @staticmethod
-    def _step(model: Any, cache: Any, arm: Any, ids: torch.Tensor) -> torch.Tensor:
+    def _step(model: Any, cache: Any, arm: Arm, ids: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), use(model) if arm.spec else nullcontext():
             logits: torch.Tensor = model(ids, past_key_values=cache).logits
         return logits

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from ...experiment.arms import Arm
 from ...experiment.rows import Metric, Row, WorkUnit
 from ...experiment.task import RunContext
 from ._prefill import Prefix, forward_chunked
@@ -28,6 +29,7 @@ class Speed(TextTask):
     Attributes:
         rounds: repetitions.
         apart: every arm reads the prompt by itself, and keeps of it what it alone needs.
+        timed: keys of the arms that are timed; all of them when empty.
     """
 
     alone: ClassVar[bool] = True
@@ -38,10 +40,12 @@ class Speed(TextTask):
 
     rounds: int = 2
     apart: bool = False
+    timed: tuple[str, ...] = ()
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         length = self.lengths[-1]
-        cost = length + 100 * len(run.arms)
+        arms = self._arms(run)
+        cost = (len(arms) if self.apart else 1) * length + 100 * len(arms)
         return [
             WorkUnit(self.key, f"{i}", cost, f"speed, {length} tokens", {"length": length, "round": i})
             for i in range(self.rounds)
@@ -51,12 +55,12 @@ class Speed(TextTask):
         length, turn, steps = unit.params["length"], unit.params["round"], _WARM + _TIMED
         context, text, _ = self.contexts(run).plain("speed", length, 1, steps)[0]
         ids, following = tensor(run, [context[:length]]), tensor(run, [context[length:]])
-        model = model_of(run)
-        Prefix(model, ids[:, :64], run.arms)  # warm-up
-        dense, prefix = (0.0, None) if self.apart else _timed(run, lambda: Prefix(model, ids, run.arms))
-        first = turn * 5 % len(run.arms)
+        model, arms = model_of(run), self._arms(run)
+        Prefix(model, ids[:, :64], arms)  # warm-up
+        dense, prefix = (0.0, None) if self.apart else _timed(run, lambda: Prefix(model, ids, arms))
+        first = turn * 5 % len(arms)
         about = {"text": text}
-        for arm in run.arms[first:] + run.arms[:first]:
+        for arm in arms[first:] + arms[:first]:
             start = _now(run)
             own = Prefix(model, ids, [arm]) if prefix is None else prefix
             with own.open(arm) as cache:
@@ -70,7 +74,10 @@ class Speed(TextTask):
                 yield self.row(
                     "decode", arm, 1000 * value, f"{turn}.{i}", context=f"{turn}", at={"length": length}, about=about
                 )
-            run.advance(unit.cost / len(run.arms))
+            run.advance(unit.cost / len(arms))
+
+    def _arms(self, run: RunContext) -> tuple[Arm, ...]:
+        return tuple(arm for arm in run.arms if not self.timed or arm.key in self.timed)
 
 
 def _now(run: RunContext) -> float:
