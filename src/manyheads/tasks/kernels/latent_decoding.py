@@ -62,8 +62,8 @@ class LatentDecoding(Task):
             difference = float((logits - wanted).norm() / wanted.norm())
             if not difference <= _SAME[model.dtype]:
                 raise UserError(
-                    f"{key} predicts otherwise than {run.baseline.key}: {difference:.1e} of the logits, so that its time "
-                    "is of another model"
+                    f"{key} predicts otherwise than {run.baseline.key}: {difference:.1e} of the logits, so that its "
+                    "time is of another model"
                 )
 
     def units(self, run: RunContext) -> list[WorkUnit]:
