@@ -2,14 +2,16 @@
 """The one value that passes through the port: an attention computation of a model, and the place where it happens."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .attention import reference
+from .errors import UserError
 
 __all__ = [
     "AttentionCall",
@@ -232,31 +234,98 @@ class MixerConfig:
     length: int
 
 
-class Store(Protocol):
+class Store(ABC):
     """What a site remembers between steps: made by ``Strategy.store``, driven by the port.
 
-    One forward of one layer is ``append`` (the cache takes the new keys and values), ``admit`` (before attention: mask
-    and positions of the slots), ``settle`` (after attention: observe, evict).
+    One forward of one layer is :meth:`update` (the cache takes the new keys and values), :meth:`mask` (before
+    attention), :meth:`evict` (after attention). Where no other strategy acts at the site, the port asks :meth:`attend`
+    after ``update``, and calls ``mask`` and the model's own attention only if the answer is None.
 
-    A store that keeps its tokens in a form of its own (packed, ragged, latent) may also have ``attend``: when no other
-    strategy acts at the site, the port asks ``attend(call) -> [B, T, H, dv] | None`` between append and settle, and
-    calls ``admit`` and the model's own attention only if the answer is None.
+    Attributes:
+        covers_past: :meth:`mask` knows what is visible of the past: the model's mask may be that of the new tokens.
+        group: the stores of one cache by layer, which share this dict.
+        record: last queries to keep for :meth:`fork`; 0 for a store that is never forked.
+        room: tokens that can be decoded without the host, 0 without a fixed size; set by :meth:`reserve`.
+        prefilling: more tokens of the prompt are to come, many at a time.
     """
 
-    @property
-    def seen(self) -> int | Tensor: ...
-    @property
-    def keys(self) -> Tensor | None: ...
-    @property
-    def values(self) -> Tensor | None: ...
+    covers_past: ClassVar[bool] = False
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-    def admit(self, call: "AttentionCall") -> "AttentionCall": ...
-    def settle(self, call: "AttentionCall") -> None: ...
-    def select(self, rows: Tensor) -> None: ...
-    def crop(self, count: int) -> None: ...
-    def reset(self) -> None: ...
-    def nbytes(self) -> int: ...
+    def __init__(self, site: Site, record: int = 0) -> None:
+        self.site = site
+        self.group: dict[int, Store] = {}
+        self.record, self.room, self.prefilling = record, 0, False
+
+    @property
+    @abstractmethod
+    def seen(self) -> int | Tensor:
+        """Tokens so far, dropped ones included; a tensor of no dimension where only the device counts."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> Tensor | None:
+        """Keys held, None before the first token."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor | None:
+        """Values held, None before the first token."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether decoding can be compiled."""
+        return self.room > 0
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why the storage cannot have a fixed size and what to do instead; None where it can."""
+        return f"the cache of {self.site.name} grows as it decodes, which cannot be compiled; leave room away"
+
+    def reserve(self, room: int) -> None:
+        """Give the empty storage a fixed size: ``room`` tokens after a prompt. Raises UserError where it cannot."""
+        if (reason := self.why_not_fixed) is not None:
+            raise UserError(reason)
+        self.room = room
+        self.reset()
+
+    @abstractmethod
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of the next T tokens; return what attention is to use."""
+
+    def attend(self, call: "AttentionCall") -> Tensor | None:
+        """Attention over a storage of its own ``[B, T, H, dv]``; None where keys and values are needed."""
+        return None
+
+    @abstractmethod
+    def mask(self, call: "AttentionCall") -> "AttentionCall":
+        """Give the call the mask of what is held."""
+
+    @abstractmethod
+    def evict(self, call: "AttentionCall") -> None:
+        """Observe the attention call, and drop what the strategy drops now."""
+
+    def fork(self, target: "Store | None" = None) -> "Store":
+        """``target``, empty or by default a new store of this strategy, as the same forwards would have made it.
+
+        It shares tensors with this store. Raises UserError where that is impossible.
+        """
+        raise UserError(f"the cache of {self.site.name} cannot be forked to another strategy: read the prompt for each")
+
+    @abstractmethod
+    def reorder(self, rows: Tensor) -> None:
+        """Take batch rows ``[B']`` of everything remembered."""
+
+    @abstractmethod
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` tokens. Raises UserError where what was before is gone."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes really held."""
 
 
 @dataclass(slots=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lenses: strategies that look. They say what they want of the weights, get it exact, and sum it up over prompts.
+"""Lenses: strategies that only look. They name statistics of the weights, get them exact, and sum up over prompts.
 
 Any number of lenses share one forward: the weights of a call are made once, a block of rows at a time, for all of them
 (:mod:`manyheads.calls.statistics`). A lens changes no bit of what the model computes.
@@ -10,7 +10,7 @@ Any number of lenses share one forward: the weights of a call are made once, a b
     seen.compute("active_dormant").tables["sink"].top(5)
 
 A forward without earlier tokens starts new prompts; tokens decoded after it go on with them, row by row, so that
-decoding with a cache and one forward over the whole give the same findings. Beam search, which reorders rows, does not.
+decoding with a cache and one forward over the whole give the same results. Beam search, which reorders rows, does not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
 __all__ = [
-    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans", "table",
+    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans",
+    "stack_ragged", "table", "table_of",
 ]  # fmt: skip
 
 Memory = dict[str, Any]
@@ -85,7 +86,7 @@ class TokenSpans:
 
 @dataclass
 class AttentionView:
-    """One attention computation as a lens sees it.
+    """One attention computation as a lens receives it.
 
     Attributes:
         call, out: of the port.
@@ -146,7 +147,7 @@ class AttentionView:
 
 
 class RunningMean:
-    """Sums and counts of each prompt, ``[N, ...]`` in all; decoded tokens go on with the prompts they belong to."""
+    """Mean over the tokens of each prompt, ``[N, ...]``, as sums and counts; decoded tokens add to their prompt."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -189,7 +190,7 @@ class PerToken:
 
 @dataclass
 class LensResult:
-    """What a lens found.
+    """What a lens computed.
 
     Attributes:
         tables: scores of heads (or of layers: a single column), by name.
@@ -210,32 +211,41 @@ class LensResult:
 
 def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, **about: Any) -> HeadTable:
     """One table of the means that every site keeps under ``key``, a :class:`RunningMean` of ``[N]`` or ``[N, H]``."""
-    rows = [memory[key].mean() for _, memory in sites]
+    return table_of(name, [site for site, _ in sites], [memory[key].mean() for _, memory in sites], **about)
+
+
+def table_of(name: str, sites: Sequence[Site], rows: Sequence[Any], **about: Any) -> HeadTable:
+    """One table of the scores ``[N]`` or ``[N, H]`` of each site; NaN where a site has fewer prompts or heads."""
     rows = [row[:, None] if row.ndim == 1 else row for row in rows]
-    made = np.full((max(len(r) for r in rows), len(rows), max(r.shape[1] for r in rows)), np.nan)
+    layers = tuple(site.index if site.layer is None else site.layer for site in sites)
+    return HeadTable(name, tuple(site.name for site in sites), stack_ragged(rows).swapaxes(0, 1), about, layers)
+
+
+def stack_ragged(rows: Sequence[Any]) -> Any:
+    """``[L, M, N]`` float64 of arrays ``[m, n]``, NaN where one has fewer rows or columns than the largest."""
+    made = np.full((len(rows), *(max(row.shape[axis] for row in rows) for axis in (0, 1))), np.nan)
     for i, row in enumerate(rows):
-        made[: len(row), i, : row.shape[1]] = row
-    layers = tuple(site.index if site.layer is None else site.layer for site, _ in sites)
-    return HeadTable(name, tuple(site.name for site, _ in sites), made, about, layers)
+        made[i, : row.shape[0], : row.shape[1]] = row
+    return made
 
 
 class Lens(AttentionWatch):
     """Base of strategies that only look. A subclass overrides ``statistics``, ``update`` and ``compute``."""
 
     def statistics(self, view: AttentionView) -> dict[str, Statistic]:
-        """What is wanted of the weights of this call, by name; nothing where q, k, v and out say enough."""
+        """Statistics of the weights of this call, by name; none where q, k, v and out are enough."""
         return {}
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
-        """Keep what matters of the answers in ``view.memory``, in :class:`RunningMean` and :class:`PerToken`."""
+        """Add the values ``found`` of these statistics to ``view.memory``: :class:`RunningMean`, :class:`PerToken`."""
 
     @property
     def edits_model(self) -> bool:
-        """Whether this lens, as it is set, also changes the model: it is then opened by ``manyheads.use``."""
+        """Whether this lens, as it is set, also edits the model: it is then opened by ``manyheads.use``."""
         return False
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
-        """Sum up what was kept at each site."""
+        """The result from what was kept at each site."""
         raise NotImplementedError
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
@@ -248,7 +258,7 @@ class LensGroup(AttentionWatch, Residual):
     """Several lenses as one strategy, so that they share the weights of a call.
 
     Attributes:
-        lenses: what looks.
+        lenses: the lenses.
         state: the roles of the forward at hand, which may be changed between forwards.
     """
 
@@ -282,18 +292,18 @@ def _look(
     lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: TokenSpans, shared: Memory,
     state: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Ask every lens, make the weights once, tell every lens."""
+    """Gather the statistics of every lens, make the weights once, update every lens."""
     valid, keys, start, fresh = _tokens(call, shared, state)
-    views, asked = [], []
+    views, wanted = [], []
     for lens, memory in lenses:
         memory[_SHARED] = shared
         view = AttentionView(call, out, memory, roles, valid, keys, start, fresh)
         views.append(view)
-        asked.append(lens.statistics(view))
-    answers = iter(measure(call, [statistic for wanted in asked for statistic in wanted.values()]))
-    for (lens, _), view, wanted in zip(lenses, views, asked, strict=True):
+        wanted.append(lens.statistics(view))
+    answers = iter(measure(call, [statistic for named in wanted for statistic in named.values()]))
+    for (lens, _), view, named in zip(lenses, views, wanted, strict=True):
         with torch.no_grad():
-            lens.update(view, {name: next(answers) for name in wanted})
+            lens.update(view, {name: next(answers) for name in named})
 
 
 def _tokens(

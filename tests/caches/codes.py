@@ -4,7 +4,7 @@
 import torch
 
 import manyheads
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 from manyheads.strategy import AttentionWatch
 
 
@@ -14,7 +14,7 @@ class Look(AttentionWatch):
     def watch(self, call, out):
         positions = torch.arange(call.k.shape[2]).expand(*call.k.shape[:2], -1)
         counts = torch.full((len(call.k),), call.k.shape[2])
-        call.state["view"] = View(
+        call.state["view"] = CacheView(
             call.k, call.v, positions, counts, None, call.scale, None, None, call.site, rotary=call.rotary
         )
 
@@ -28,7 +28,7 @@ def looked(model, ids):
 
 def packed(store):
     """Codes of keys and values, and scales, of every encoded token by ``(row, head, column)``."""
-    flat, found = store.tokens.flat, {}
+    flat, found = store.tokens.ragged, {}
     for b in range(flat.offsets.shape[0]):
         for h in range(flat.offsets.shape[1]):
             start, length = int(flat.offsets[b, h]), int(flat.lengths[b, h])

@@ -8,7 +8,7 @@ import manyheads
 from caches.codes import looked, packed
 from manyheads import parse
 from manyheads.attention.codec import FP8, INT4
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 from manyheads.integrations.transformers import new_cache
 from manyheads.strategy import AttentionEdit
 from oracles import models
@@ -61,7 +61,7 @@ def test_bytes_of_a_stored_token(bits, scaling):
             sizes[length] = cache.bytes()
             assert abs(cache.bytes() - held(cache)) <= 0.01 * held(cache)
             for store in stores(cache):
-                flat = store.tokens.flat
+                flat = store.tokens.ragged
                 vector = DIM // 2 if bits == "int4" else DIM
                 assert flat.k.shape[1] * flat.k.element_size() == vector == flat.v.shape[1] * flat.v.element_size()
                 assert flat.k_scale.element_size() == flat.v_scale.element_size() == 2
@@ -117,7 +117,7 @@ def test_attention_reads_what_is_stored(spec):
             if seen == call.q.shape[2]:
                 positions = torch.arange(seen).expand(*call.k.shape[:2], -1)
                 call.state["factors"] = policy.key_scale(
-                    View(call.k, call.v, positions, torch.full((2,), seen), None, 1.0, None, None, call.site,
+                    CacheView(call.k, call.v, positions, torch.full((2,), seen), None, 1.0, None, None, call.site,
                          rotary=call.rotary)
                 )  # fmt: skip
                 return call

@@ -34,8 +34,8 @@ def test_a_fork_is_a_direct_run(name, spec):
             last = models.tokens(2, n, seed=t)
             assert_close(step(model, last, fork, attention_mask=mask), step(model, last, direct, attention_mask=mask))
         for x, y in zip(stores(fork), stores(direct), strict=True):
-            assert x.slots.positions().equal(y.slots.positions())
-        assert parent.get_seq_length() == 19 and all(s.slots.index is None for s in stores(parent))
+            assert x.padded.positions().equal(y.padded.positions())
+        assert parent.get_seq_length() == 19 and all(s.padded.index is None for s in stores(parent))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

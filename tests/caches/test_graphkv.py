@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import manyheads
 from caches.formula import DIM, agrees, drive, sequences, site
 from manyheads import UserError, parse
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 from manyheads.caches.graphkv import GraphKV, propagate
 from oracles import caches, models
 from tolerance import SAME, assert_close
@@ -108,7 +108,7 @@ def test_blocks_change_nothing(monkeypatch):
 def view(k, positions=None):
     batch, heads, size = k.shape[:3]
     positions = torch.arange(size).expand(batch, heads, size) if positions is None else positions
-    return View(k, k, positions, (positions[:, 0] >= 0).sum(-1), None, DIM**-0.5, None, None, site())
+    return CacheView(k, k, positions, (positions[:, 0] >= 0).sum(-1), None, DIM**-0.5, None, None, site())
 
 
 @pytest.mark.parametrize("fields", ["num_sources=0", "rounds=0", "neighbours=0"])

@@ -82,14 +82,14 @@ class Unmasked(LatentStore):
 
 
 class Unpositioned(LatentStore):
-    def append(self, k, v):
-        return super().append(k, torch.zeros_like(v))
+    def update(self, k, v):
+        return super().update(k, torch.zeros_like(v))
 
 
 class Stuck(LatentStore):
-    def select(self, rows):
+    def reorder(self, rows):
         if len(rows) != len(self.keys):
-            super().select(rows)
+            super().reorder(rows)
 
 
 def test_controls(model):
@@ -290,8 +290,8 @@ def test_user_bias_and_causality_without_a_mask(model, shape):
     store, old = LatentStore(parse(ABSORB), site), seen - new
     dims = store.dims
     latents, rope = torch.randn(batch, 1, seen, dims.rank), torch.randn(batch, 1, seen, dims.rope_dim)
-    store.append(latents[:, :, :old], rope[:, :, :old])
-    fresh = store.append(latents[:, :, old:], rope[:, :, old:])
+    store.update(latents[:, :, :old], rope[:, :, :old])
+    fresh = store.update(latents[:, :, old:], rope[:, :, old:])
     assert torch.equal(fresh[0], latents[:, :, old:]) and torch.equal(fresh[1], rope[:, :, old:])
     q = torch.randn(batch, dims.num_heads, new, dims.nope_dim + dims.rope_dim)
     k, v = _modules(model)[0].expand_kv(latents, rope)
@@ -299,7 +299,7 @@ def test_user_bias_and_causality_without_a_mask(model, shape):
     call = AttentionCall(site, q, k[:, :, old:], v[:, :, old:], 0.3, bias=bias, is_causal=new > 1)
     want = reference.attention(q, k, v, scale=0.3, bias=bias, is_causal=new > 1)
     assert_close(store.attend(call), want)
-    whole = store.admit(call)
+    whole = store.mask(call)
     assert_close(whole.attend(), want)
     assert whole.k.shape[2] == seen and not whole.is_causal
 
@@ -362,9 +362,9 @@ def test_refuses_models_without_latents(model):
         pass
     store = stores(new_cache(model, parse(ABSORB)))[0]
     with pytest.raises(UserError, match="not latents"):
-        store.append(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 8))
+        store.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 8))
     with pytest.raises(UserError, match="not latents"):
-        store.append(torch.zeros(1, 1, 3, 12), torch.zeros(1, 1, 3, 8))
+        store.update(torch.zeros(1, 1, 3, 12), torch.zeros(1, 1, 3, 8))
     assert store.keys is None and store.nbytes() == 0
 
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from manyheads.port import cache as port_cache
 
 from manyheads import UserError
 from manyheads.caches._store import PolicyStore
 from manyheads.compare import compare, tasks
 from manyheads.compare.bench import TARGET
 from manyheads.compare.runner import STRATEGIES
+from manyheads.integrations import cache as port_cache
 from manyheads.models import default_path
 from manyheads.tasks.text._contexts import Contexts
 from manyheads.tasks.text._corpus import Corpus
@@ -124,23 +124,23 @@ def test_every_architecture(name, shipped, texts, tmp_path):
         is_plain(rows, want, ["random:budget=0.1"])
 
 
-def shared(fork, store, policy, group):
+def shared(fork, store, target):
     """A fork that is the parent itself."""
-    del fork, policy, group
+    del fork, target
     return store
 
 
-def lost(fork, store, policy, group):
+def lost(fork, store, target):
     """A fork that counts its tokens from the start of the window."""
-    twin = fork(store, policy, group)
-    twin.tokens.slots.seen, twin.tokens.slots.index, twin.tokens.slots.valid = twin.tokens.slots.size, None, None
+    twin = fork(store, target)
+    twin.tokens.padded.seen, twin.tokens.padded.index, twin.tokens.padded.valid = twin.tokens.padded.size, None, None
     return twin
 
 
 @pytest.mark.parametrize("wrong", [shared, lost])
 def test_control_of_windows(wrong, shipped, texts, tmp_path, monkeypatch):
     model, fork = build("mistral", len(shipped)), PolicyStore.fork
-    monkeypatch.setattr(PolicyStore, "fork", lambda store, policy, group=None: wrong(fork, store, policy, group))
+    monkeypatch.setattr(PolicyStore, "fork", lambda store, target=None: wrong(fork, store, target))
     rows = run(model, shipped, texts[:8], tmp_path, ("loss",), ())
     with pytest.raises(AssertionError):
         is_plain(rows, plain(model, shipped, texts[:8]))

@@ -15,7 +15,7 @@ from manyheads.compare.stats import Estimate
 from manyheads.compare.train import run as train_run
 from manyheads.compare.train import tasks
 from manyheads.compare.train.arms import build, check_causal, default_strategies, make_arms, perturb_zero_params
-from manyheads.compare.train.budget import Size, as_tokens
+from manyheads.compare.train.budget import Size
 from manyheads.compare.train.data import Stream, split
 from manyheads.compare.train.summary import crossover, summarise
 from manyheads.data.texts import Text, standard_library
@@ -207,7 +207,6 @@ def test_a_budget_is_kept(results):
     steps, settings = results.run["steps"], results.run["settings"]
     spent = len(TINY.rates) * steps["tune"] * 128 + TINY.seeds * steps["text"] * 128 + steps["recall"] * 4 * 12
     assert 0.9 * settings["budget"] < spent <= settings["budget"]
-    assert as_tokens("2M") == 2_000_000 and as_tokens("1.5k") == 1500 and as_tokens("70") == 70
 
 
 def test_crossover():

@@ -7,6 +7,8 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
+from manyheads.call import DiffusionStep, Site
+from manyheads.diffusion.pab import PAB
 from manyheads.diffusion.pab.redundancy import Curve, Redundancy, plot, suggest
 from manyheads.errors import UserError
 from manyheads.models.scenes import build
@@ -127,3 +129,26 @@ def test_refusals():
         pipe(CAPTIONS, num_inference_steps=1)
     with pytest.raises(UserError, match="two steps"):
         measure.curves(port)
+
+
+def test_a_part_of_a_paper_is_named_behind_it():
+    part = manyheads.parse("pab.redundancy:layers=0-1")
+    assert type(part) is Redundancy and part.spec == "pab.redundancy:layers=0+1" and manyheads.parse(part.spec) == part
+    assert manyheads.parse("pab").spec == "pab"
+    for unknown, line in (("pab.curves", "its parts are: pab.redundancy"), ("sag.redundancy", "its parts are: none")):
+        with pytest.raises(UserError, match=line):
+            manyheads.parse(unknown)
+
+
+def test_kinds_of_modules():
+    """Attention among the prompt's own tokens counts as neither spatial nor cross, whatever its site is."""
+    kinds = {
+        ("self", "space"): "spatial", ("self", "all"): "spatial", ("joint", "all"): "spatial",
+        ("self", "time"): "temporal", ("cross", "all"): "cross", ("cross", "time"): "cross", ("self", "text"): "text",
+        ("cross", "text"): "text",
+    }  # fmt: skip
+    for (kind, axis), want in kinds.items():
+        step = DiffusionStep(1, 0, 10, 500.0, ("all",), None, axis)
+        assert step.module_kind(Site("x", 0, 0, kind, False)) == want
+        every = PAB(spatial=2, temporal=3, cross=5).every(Site("x", 0, 0, kind, False), step)
+        assert every == {"spatial": 2, "temporal": 3, "cross": 5, "text": 1}[want]

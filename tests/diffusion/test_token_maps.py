@@ -333,7 +333,7 @@ def test_words_of_several_tokens():
     for word, said in (("cat", " cat CAT"), ("marmalade cat", " marmalade cat"), ("concatenation", " concatenation")):
         assert tokenizer.decode([ids[i] for i in places(tokenizer, prompt, word)]) == said
     assert len(places(tokenizer, prompt, "marmalade cat")) > 2
-    with pytest.raises(UserError, match="does not stand in the prompt"):
+    with pytest.raises(UserError, match="is not in the prompt"):
         places(tokenizer, prompt, "at")
     with pytest.raises(UserError, match="give places"):
         places(object(), prompt, "cat")

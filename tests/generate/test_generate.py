@@ -142,7 +142,7 @@ def test_text_and_the_page_of_maps(cli, folders, tmp_path):
     page = (tmp_path / "p" / "maps.html").read_text()
     assert code == 0 and "a cat, seed 1" in page and Image.open(tmp_path / "grid.png").height > 2 * 160, err
     code, _, err = cli(*base, "--strategy", "pab", "--maps", "dog")
-    assert code == 2 and "does not stand in the prompt" in err
+    assert code == 2 and "is not in the prompt" in err
 
 
 def test_a_pipeline_of_anything(cli, folders, tmp_path):
@@ -182,7 +182,7 @@ BAD = [
     (["--strategy", "pab", "--source", "apple"], "--source goes with"),
     (["--strategy", "pab", "--out", "a.bmp"], "one of these endings"),
     (["--strategy", "pab", "--out", "file/a.png"], "cannot write"),
-    (["--strategy", "pab", "--prompt", PROMPT, "--maps", "horse"], "does not stand in the prompt"),
+    (["--strategy", "pab", "--prompt", PROMPT, "--maps", "horse"], "is not in the prompt"),
     (["--strategy", "pab", "--maps", "apple", "--page", "file/a.html"], "cannot write"),
     (["--strategy", "pab", "--device", "gpu0"], "unknown device"),
     (["--strategy", "pab", "--dtype", "int8"], "unknown dtype"),

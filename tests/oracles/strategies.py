@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.caches._policy import CachePolicy
 from manyheads.caches._store import PolicyStore
-from manyheads.caches._view import View
+from manyheads.caches._strategy import EvictionStrategy
+from manyheads.caches._view import CacheView
 from manyheads.call import AttentionCall
 from manyheads.strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch
 
@@ -81,17 +81,17 @@ class DropScale(AttentionCompute):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm(CachePolicy):
+class Norm(EvictionStrategy):
     """A right policy written from its formula: keep the least values. (Key norms are all equal under QK norm.)"""
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         return -view.v.float().norm(dim=-1)
 
 
 class Unmarked(PolicyStore):
     """Wrong: takes padding for tokens."""
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
+    def mask(self, call: AttentionCall) -> AttentionCall:
         slots, new = self.live, call.q.shape[2]
         if slots.index is None:
             return call
@@ -101,7 +101,7 @@ class Unmarked(PolicyStore):
 class MaskedOnly(PolicyStore):
     """Wrong: hides what it drops and frees nothing."""
 
-    def compress(self, view: View, share: object = None) -> None:
+    def compress(self, view: CacheView, share: object = None) -> None:
         slots, keys, values = self.live, self.live.keys, self.live.values
         super().compress(view)
         if slots.index is not None and slots.size < keys.shape[2]:
@@ -117,8 +117,8 @@ class MaskedOnly(PolicyStore):
 class Blind(PolicyStore):
     """Wrong: keeps tokens that no query sees."""
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
-        changed = super().admit(call)
+    def mask(self, call: AttentionCall) -> AttentionCall:
+        changed = super().mask(call)
         if changed is call or changed.mask is None:
             return changed
         mask = changed.mask.clone()
@@ -131,7 +131,7 @@ class Forgetful(PolicyStore):
 
     @property
     def seen(self) -> int:
-        return 0 if self.slots is None else self.slots.size
+        return 0 if self.padded is None else self.padded.size
 
 
 @dataclass(frozen=True, kw_only=True)

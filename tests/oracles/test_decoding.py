@@ -59,7 +59,7 @@ def test_hashevict_many_tokens_at_once_is_token_by_token(name, probe):
         assert_close(got, want, 5 * SAME)
         for x, y in zip(stores(many), stores(one), strict=True):
             assert torch.equal(
-                x.slots.positions().sort(-1).values[..., -8:], y.slots.positions().sort(-1).values[..., -8:]
+                x.padded.positions().sort(-1).values[..., -8:], y.padded.positions().sort(-1).values[..., -8:]
             )
 
 
@@ -75,7 +75,7 @@ def test_scores_that_do_not_change_keep_the_same_tokens_in_chunks(strategy):
     _, whole = cut(model, strategy, [LENGTH])
     _, chunks = cut(model, strategy, [8, 8, 5])
     for x, y in zip(stores(chunks), stores(whole), strict=True):
-        assert torch.equal(x.slots.positions(), y.slots.positions())
+        assert torch.equal(x.padded.positions(), y.padded.positions())
     assert_close(stores(chunks)[0].keys, stores(whole)[0].keys)
     assert error(stores(chunks)[1].keys, stores(whole)[1].keys) > 1e-3
 
@@ -121,7 +121,7 @@ def test_one_slot(spec):
     _, cache = cut(model, spec, [9, 1, 1], models.tokens(2, 11))
     for store in stores(cache):
         limit = 1 if "schedule" in spec or "hash" in spec or "stream" in spec else 3
-        assert bool(((store.slots.positions() >= 0).sum(-1) == limit).all())
+        assert bool(((store.padded.positions() >= 0).sum(-1) == limit).all())
 
 
 @pytest.mark.parametrize("spec", LITTLE)
@@ -172,7 +172,7 @@ def test_two_stores_on_different_layers():
 @pytest.mark.parametrize("spec", ["keydiff:budget=7", "random:budget=0.5,schedule=2", HASH])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_a_cache_and_another_strategy_hold_together(name, spec, strategy):
-    """The call that a cache admits says all there is to know: the reference attention answers it alike."""
+    """The call that a cache has masked says all there is to know: the reference attention answers it alike."""
     model, given = models.tiny(name), models.inputs(name)
     with manyheads.use(model, spec):
         made, logits = greedy(model, given["input_ids"], given["attention_mask"])
@@ -243,7 +243,8 @@ def test_hashevict_in_place_and_out_of_place_agree():
         b.sum().backward()
     assert float(model.model.layers[0].self_attn.k_proj.weight.grad.norm()) > 0
     for x, y in zip(stores(inside), stores(outside), strict=True):
-        assert torch.equal(x.slots.positions().sort(-1).values[..., -8:], y.slots.positions().sort(-1).values[..., -8:])
+        last = [s.padded.positions().sort(-1).values[..., -8:] for s in (x, y)]
+        assert torch.equal(*last)
 
 
 def test_hashevict_under_autograd_after_decoding_in_place():

@@ -88,15 +88,15 @@ def test_hashevict_overwrites_in_place(spec):
     with manyheads.use(model):
         cache = prefilled(model, spec, models.tokens(2, 24))
         step(model, models.tokens(2, 1), cache)
-        places = [[x.data_ptr() for x in s.slots.tensors if x is not None] for s in stores(cache)]
+        places = [[x.data_ptr() for x in s.padded.tensors if x is not None] for s in stores(cache)]
         size = cache.bytes()
         for t in range(20):
-            before = [s.slots.index.clone() for s in stores(cache)]
+            before = [s.padded.index.clone() for s in stores(cache)]
             step(model, models.tokens(2, 1, seed=t), cache)
-            assert [[x.data_ptr() for x in s.slots.tensors if x is not None] for s in stores(cache)] == places
+            assert [[x.data_ptr() for x in s.padded.tensors if x is not None] for s in stores(cache)] == places
             assert cache.bytes() == size
             for store, old in zip(stores(cache), before, strict=True):  # exactly one slot of each head is another
-                assert bool(((store.slots.index != old).sum(-1) == 1).all())
+                assert bool(((store.padded.index != old).sum(-1) == 1).all())
 
 
 def test_control_of_in_place():

@@ -17,7 +17,6 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 from safetensors.torch import load_file
 
 import manyheads
-from integrations import sequence_worker as worker
 from manyheads.errors import UserError
 from manyheads.integrations.frames import split_frames
 from manyheads.parallel import FrameParallel

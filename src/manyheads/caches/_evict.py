@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of what stays: scores, protection and budgets of a policy made into slots to keep."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..attention import reference
-from ..attention.slots import Slots
-from ._view import View
+from ..attention.padded import PaddedCache
+from ._policy import CachePolicy
+from ._view import CacheView
 
-if TYPE_CHECKING:
-    from ._policy import CachePolicy
-
-__all__ = ["evict"]
+__all__ = ["keep_best"]
 
 
-def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit: int, share: Tensor | float) -> bool:
+def keep_best(
+    policy: CachePolicy, view: CacheView, slots: PaddedCache, counts: Tensor, limit: int, share: Tensor | float
+) -> bool:
     """Keep the best-scored slots of each row and head.
 
     Args:
@@ -39,8 +37,8 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
     whole = slots.valid is None
     if not (isinstance(share, float) and share == 1.0):
         budgets = (budgets * torch.as_tensor(share, device=counts.device).reshape(-1, 1)).round().long()
-    scores = scores.masked_fill(policy.protect(view), torch.inf).masked_fill(view.positions < 0, -torch.inf)
-    uneven = policy.allocate(view, scores, budgets)
+    scores = scores.masked_fill(policy.protected_mask(view), torch.inf).masked_fill(view.positions < 0, -torch.inf)
+    uneven = policy.head_budgets(view, scores, budgets)
     if uneven is not None or not (isinstance(share, float) and share == 1.0):
         budgets = budgets if uneven is None else uneven
         most = view.counts[:, None]

@@ -12,14 +12,15 @@ from ..attention.codec import Codec
 from ..call import AttentionCall
 from ..errors import UserError
 from ..spec import parse, read
-from ._policy import CachePolicy, Schedule
-from ._view import QueryWindow, View
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView, QueryWindow
 
 __all__ = ["Wrapper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wrapper(CachePolicy):
+class Wrapper(EvictionStrategy):
     """Base of strategies around another: everything is the base's, except what a subclass overrides.
 
     Attributes:
@@ -37,7 +38,7 @@ class Wrapper(CachePolicy):
         base = read(self.base)
         object.__setattr__(self, "base", base.nested)
         inside = parse(base.nested)
-        if not isinstance(inside, CachePolicy) or type(inside).store is not CachePolicy.store:
+        if not isinstance(inside, EvictionStrategy) or type(inside).store is not EvictionStrategy.store:
             raise UserError(f"{self.slug} cannot stand around {inside.slug}, which keeps its cache in a way of its own")
         if "budget" in base.fields:
             raise UserError(f"{self.slug}: give the budget outside, {self.slug}:base={inside.slug},budget=...")
@@ -51,10 +52,10 @@ class Wrapper(CachePolicy):
         _ = self.inner  # refuses now what the base cannot do with this budget
 
     @functools.cached_property
-    def inner(self) -> CachePolicy:
+    def inner(self) -> EvictionStrategy:
         """The base, with the budget and protection of this strategy."""
         inside = parse(self.base)
-        assert isinstance(inside, CachePolicy)
+        assert isinstance(inside, EvictionStrategy)
         if not inside.has_budget:
             if self.budget != 1.0:
                 raise UserError(
@@ -98,23 +99,23 @@ class Wrapper(CachePolicy):
     def codec_window(self) -> int:
         return self.inner.codec_window
 
-    def key_scale(self, view: View) -> Tensor | None:
+    def key_scale(self, view: CacheView) -> Tensor | None:
         return self.inner.key_scale(view)
 
     def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
         self.inner.observe(call, queries, state)
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
-        return self.inner.layer_shares(views)
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
+        return self.inner.layer_budgets(views)
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         return self.inner.score(view)
 
-    def protect(self, view: View) -> Tensor:
-        return self.inner.protect(view)
+    def protected_mask(self, view: CacheView) -> Tensor:
+        return self.inner.protected_mask(view)
 
-    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
-        return self.inner.allocate(view, scores, budgets)
+    def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
+        return self.inner.head_budgets(view, scores, budgets)
 
-    def merge(self, view: View, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: CacheView, kept: Tensor) -> tuple[Tensor, Tensor] | None:
         return self.inner.merge(view, kept)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give each layer its own budget, drop what attention passed over, and merge what is dropped into its like.
+"""Give each layer its own budget, drop what received little attention, and merge it into the most similar kept tokens.
 
 Wan et al., "D2O: Dynamic Discriminative Operations for Efficient Generative Inference of Large Language Models",
 arXiv 2406.13035. Three operations:
 
-- Layers. a[j] is the attention mass of key j in the prompt, summed over queries. Its variance over j is min-max
+- Layers. a[j] is the attention that key j received in the prompt, summed over queries. Its variance over j is min-max
   normalised over the heads of a layer and averaged: the density F_l in [0, 1]. Layer l keeps the share
   r_l = clamp(softmax(-F)_l * L * rho, 0.01, 1) of its tokens, rho = ``budget``: where attention is spread evenly, more
   tokens are needed. The shares average to rho unless one is clamped (not renormalised afterwards, as released).
@@ -19,7 +19,7 @@ arXiv 2406.13035. Three operations:
 
 Where this differs from paper or released code: with grouped queries the mass of a group is summed, and every key/value
 head evicts, merges and has its threshold for itself (released: keys repeated for all query heads, and one threshold
-held against u averaged over heads, each of which dropped other tokens). F stands on query heads, as released. rho is
+held against u averaged over heads, each of which dropped other tokens). F is over query heads, as released. rho is
 this library's budget, so a fraction grows with the text, while a whole number is fixed as in the paper, which fixes
 its sizes at the prompt. Eviction begins after the prompt (released: after the first new token). The default
 ``recent_share`` is the paper's 3:1; the released scripts halve. ``skip_layers="code"`` leaves the first two layers and
@@ -36,12 +36,13 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
+from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts
-from ..attention.mass import column_mass
 from ..call import AttentionCall
 from ..errors import UserError
-from ._policy import CachePolicy, Schedule
-from ._view import QueryWindow, View
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView, QueryWindow
 
 __all__ = ["D2O"]
 
@@ -50,8 +51,8 @@ _LEAST_SHARE = 0.01  # of its tokens that every layer keeps
 
 
 @dataclass(frozen=True, kw_only=True)
-class D2O(CachePolicy):
-    """Heavy hitters and recent tokens under budgets by layer; similar dropped tokens live on in kept ones.
+class D2O(EvictionStrategy):
+    """Heavy hitters and recent tokens under budgets by layer; similar dropped tokens are merged into kept ones.
 
     Attributes:
         recent_share: part of a layer's slots that holds the last tokens.
@@ -91,12 +92,12 @@ class D2O(CachePolicy):
             return
         heads, at = call.q.shape[1], queries.positions
         keys = reference.repeat_kv(call.k, heads)
-        mass = column_mass(
+        mass = accumulated_attention(
             queries.q, keys, at, at[:, None], scale=call.scale, softcap=call.softcap, sinks=call.sinks
         )  # [B, H, S]
         state["density"] = density(mass, (at >= 0)[:, None])
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
         """r_l / rho, and the number of recent tokens that it leaves each layer."""
         shares: dict[int, Tensor | float] = dict.fromkeys(views, 1.0)
         if self.layer_alloc == "variance":
@@ -113,27 +114,27 @@ class D2O(CachePolicy):
             view.state["recent"] = recent.minimum(room - self.sinks).clamp(min=0)
         return shares
 
-    def _rho(self, view: View) -> Tensor:
+    def _rho(self, view: CacheView) -> Tensor:
         """Part of its tokens that each row may keep, ``[B]``."""
         if isinstance(self.budget, float):
             return torch.full_like(view.counts, self.budget, dtype=torch.float32)
         return view.counts.clamp(max=self.budget) / view.counts.clamp(min=1)
 
-    def _share(self, portion: Tensor, view: View) -> Tensor:
+    def _share(self, portion: Tensor, view: CacheView) -> Tensor:
         """What a layer keeps of its equal budget, ``[B]``; all of it in rows that have room for every token."""
         rho = self._rho(view)
         share = (portion * rho).clamp(_LEAST_SHARE, 1.0) / rho
         return torch.where(rho < 1, share, 1.0)
 
-    def score(self, view: View) -> Tensor:
-        assert view.mass is not None
-        return view.mass
+    def score(self, view: CacheView) -> Tensor:
+        assert view.accumulated_attention is not None
+        return view.accumulated_attention
 
-    def protect(self, view: View) -> Tensor:
+    def protected_mask(self, view: CacheView) -> Tensor:
         late = view.positions >= (view.counts - view.state["recent"])[:, None, None]
         return (view.positions >= 0) & ((view.positions < self.sinks) | late)
 
-    def merge(self, view: View, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: CacheView, kept: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.merging:
             return None
         if view.site.latent is not None or kept.shape[1] != view.k.shape[1]:
@@ -154,7 +155,7 @@ class D2O(CachePolicy):
             absorb(view.v, at, target, similarity, joins, self.weights),
         )
 
-    def _threshold(self, view: View, similarity: Tensor, gone: Tensor) -> Tensor:
+    def _threshold(self, view: CacheView, similarity: Tensor, gone: Tensor) -> Tensor:
         """tau ``[B, Hkv]`` after this eviction; where nothing was dropped it stays, NaN before the first."""
         count = gone.sum(-1)
         mean = torch.where(gone, similarity, 0.0).sum(-1) / count.clamp(min=1)

@@ -26,8 +26,8 @@ from torch import Tensor
 from ..attention import reference, rope
 from ..call import AttentionCall
 from ..errors import UserError
-from ._policy import CachePolicy
-from ._view import QueryWindow, View
+from ._strategy import EvictionStrategy
+from ._view import CacheView, QueryWindow
 
 __all__ = ["ExpectedAttention"]
 
@@ -48,7 +48,7 @@ def _half_split(call: AttentionCall) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(CachePolicy):
+class ExpectedAttention(EvictionStrategy):
     """Tokens with the largest expected weight, times the norm of their value.
 
     Attributes:
@@ -72,7 +72,7 @@ class ExpectedAttention(CachePolicy):
         super().__post_init__()
 
     def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
-        """Add the queries of a forward to mean and scatter, and note where the rotation stands."""
+        """Add the queries of a forward to mean and scatter, and note the rotation of the newest token."""
         rotary, (batch, heads, new, dim) = call.rotary, queries.q.shape
         if rotary is None or not (state or _half_split(call)):
             raise UserError(
@@ -120,7 +120,7 @@ class ExpectedAttention(CachePolicy):
         state["query_mean"] = state["query_mean"] + part * apart
         state["query_count"] = total
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         state, groups = view.state, view.k.shape[1]
         newest = state["cos"][:, None], state["sin"][:, None]
         cos, sin = rope.mean_rotation(newest, state["angle_step"], self.future)

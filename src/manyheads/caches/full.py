@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from ..attention.budget import Budget
 from ..errors import UserError
-from ._policy import CachePolicy
+from ._strategy import EvictionStrategy
 
 __all__ = ["Full"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(CachePolicy):
+class Full(EvictionStrategy):
     """Keep every token."""
 
     has_budget: ClassVar[bool] = False

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ._policy import CachePolicy, View
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["Knorm"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knorm(CachePolicy):
+class Knorm(EvictionStrategy):
     """Keep the keys of least L2 norm."""
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         if view.site.keys_normed:
             warnings.warn(
                 "knorm: this model normalises its keys, so their norms say little and what stays is nearly random; "

@@ -63,7 +63,7 @@ def run(setting: Setting) -> Outcome:
 
     from manyheads.claims._bytes import Task, corpus, estimate, text_draw, trained, windows, with_strategy
     from manyheads.models.decoder import DecoderConfig
-    from manyheads.models.training import nats
+    from manyheads.training import token_nll
 
     text, cuda = corpus(), setting.device == "cuda"
     length, batch, steps, count = (256, 64, 400, 96) if cuda else (64, 16, 150 if setting.quick else 700, 48)
@@ -74,7 +74,7 @@ def run(setting: Setting) -> Outcome:
         config, parameters=2_600_000 if cuda else 170_000, steps=steps,
         rates=(4e-3,) if setting.quick else (2e-3, 6e-3),
         draw=lambda seed: text_draw(text.train, batch, length, seed, setting.device),
-        loss=lambda model: float(nats(model, tune).mean()),
+        loss=lambda model: float(token_nll(model, tune).mean()),
     )  # fmt: skip
     arms = [ROPE, SLACK] if setting.quick else list(ARMS)
     figures: list[Figure] = []
@@ -83,7 +83,7 @@ def run(setting: Setting) -> Outcome:
     def measure(name: str, models: "list[Decoder]") -> None:
         for times in LENGTHS:
             ids = test[:, -(times * length + 1) :]
-            found = torch.stack([nats(model, ids, 8)[:, -LAST:].mean(1) for model in models])
+            found = torch.stack([token_nll(model, ids, 8)[:, -LAST:].mean(1) for model in models])
             losses[name, times] = found
             estimate(figures, f"loss of {name} at {times}x", found.tolist(), "nats")
 

@@ -136,7 +136,7 @@ def run(setting: Setting) -> Outcome:
 
     from manyheads.claims._bytes import Task, corpus, estimate, text_draw, trained, windows
     from manyheads.models.decoder import DecoderConfig
-    from manyheads.models.training import nats
+    from manyheads.training import token_nll
 
     text, cuda = corpus(), setting.device == "cuda"
     length, batch, steps, count = (256, 64, 500, 192) if cuda else (64, 16, 120 if setting.quick else 800, 192)
@@ -147,7 +147,7 @@ def run(setting: Setting) -> Outcome:
         config, parameters=2_600_000 if cuda else 170_000, steps=steps,
         rates=(4e-3,) if setting.quick else (2e-3, 6e-3),
         draw=lambda seed: text_draw(text.train, batch, length, seed, setting.device),
-        loss=lambda model: float(nats(model, tune).mean()),
+        loss=lambda model: float(token_nll(model, tune).mean()),
     )  # fmt: skip
     arms: dict[str, Strategy | str] = {ROPE: "softmax", ONE: "complexformer", NORMAL: "complexformer:start=normal"}
     if not setting.quick:
@@ -163,7 +163,7 @@ def run(setting: Setting) -> Outcome:
         figures.append(Figure(f"learning rate of {arm}", rate, 1))
         for times in (1, 2):
             ids = test[:, -(times * length + 1) :]
-            losses[arm, times] = torch.stack([nats(model, ids)[:, -LAST:].mean(1) for model in models])
+            losses[arm, times] = torch.stack([token_nll(model, ids)[:, -LAST:].mean(1) for model in models])
             estimate(figures, f"loss of {arm} at {times}x", losses[arm, times].tolist(), "nats")
     better: dict[tuple[str, int], bool] = {}
     worse: dict[tuple[str, int], bool] = {}

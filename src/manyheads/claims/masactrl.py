@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a target that reads its source's keys and values late keep the source's looks and its own layout?
 
-The shipped MMDiT of scenes (six blocks of joint attention, which the paper does not treat: what is exchanged is the image
-tokens'). The paper's S = 4 of 50 steps and L = 10 of 16 blocks are here step 1 of 12 and block 4 of 6. Masks need
+The shipped MMDiT of scenes (six blocks of joint attention, which the paper does not treat: what is exchanged is the
+image tokens'). The paper's S = 4 of 50 steps and L = 10 of 16 blocks are here step 1 of 12 and block 4 of 6. Masks need
 cross-attention of its own and are not measured.
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does attention change little in the middle of sampling, least where the pyramid reuses most, and does that order pay?
 
-Videos of the shipped Latte (8 frames of 16 x 16, 12 attention modules), 40 steps of flow matching with guidance 3. Change
-is the mean square of an output's difference from the step before over the mean square of the output. Outputs are used
-again at the middle 70 % of the steps; the range begins at a step that 2, 3 and 6 divide, so that all ways of counting
+Videos of the shipped Latte (8 frames of 16 x 16, 12 attention modules), 40 steps of flow matching with guidance 3.
+Change is the mean square of an output's difference from the step before over the mean square of the output. Outputs are
+used again at the middle 70 % of the steps; the range begins at a step that 2, 3 and 6 divide, so that all ways of counting
 begin alike. The reversed pyramid 6/3/2 runs as many modules as the pyramid 2/3/6; since modules do not cost the same,
 6/3/1 stands beside it: of all reversed sets up to 6 the cheapest that computes at least as many FLOPs of attention.
 The arm that every user should look at is 3/3/3, no more compute than the pyramid, which the paper's claim leaves out.
@@ -28,8 +28,8 @@ claim = Claim(
     tier="proxy",
     statement=(
         "Attention outputs change less in the middle of sampling than at its ends, most within frames, less over time, "
-        "least to the text; and reuse in that order keeps videos nearer to the uncached ones than reversed, at an equal "
-        "number of modules computed and at equal FLOPs."
+        "least to the text; and reuse in that order keeps videos nearer to the uncached ones than reversed, at an "
+        "equal number of modules computed and at equal FLOPs."
     ),
     reported=Reported(
         value="U-shaped over the steps, flat in the middle 70 %, spatial > temporal > cross; 80.5 s to 9.2 s (8.7x)",

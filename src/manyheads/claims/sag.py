@@ -2,9 +2,8 @@
 """Does blurring what self-attention looks at guide samples without a condition, and better than blurring elsewhere?
 
 The shipped UNet of scenes, given no caption, noise prediction with DDIM; the map is that of its middle block, as in the
-paper. Every guided arm has its own scale, the best of the same three by FD-small on other noise. Blur of sigma 1, kernel
-9, clean samples clipped to the range of pixels. The same seconds spent plainly are an arm: twice the steps, since
-guidance calls the model twice.
+paper. Every guided arm has its own scale, the best of the same three by FD-small on other noise. Blur of sigma 1,
+kernel 9, clean samples clipped to the range of pixels. Steps are equal; guidance calls the model twice in each.
 """
 
 from ..experiment import Arm, Experiment, Sizes, lower
@@ -43,6 +42,8 @@ claim = Claim(
             cpu={"samples": 160, "searched": 96}, cuda={"samples": 1024, "searched": 1024, "steps": 50},
         ),
     ),
-    checks=tuple(lower("fd_small", "blur attended", than=other) for other in ("no guidance", "blur everywhere", "blur at random")),
+    checks=tuple(
+        lower("fd_small", "blur attended", than=other) for other in ("no guidance", "blur everywhere", "blur at random")
+    ),
     caveat="A small UNet of ours whose own FD-small is poor (26.8).",
 )  # fmt: skip

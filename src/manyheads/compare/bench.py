@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..integrations.cache import StoreLayer
 from ..integrations.transformers import new_cache
-from ..strategy import parse
+from ..spec import parse
 from ..tasks.text._contexts import Contexts
 from ..tasks.text._corpus import Ids
 from .arms import BASELINE, Arm, forward_chunked

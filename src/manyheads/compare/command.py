@@ -68,7 +68,8 @@ def compare(
         bool, typer.Option("--train", help="Train a small model for each strategy that is a token mixer, and compare.")
     ] = False,
     budget: Annotated[
-        str | None, typer.Option(help="With --train: tokens that each arm is trained on, such as 2M. \\[default: 600k]")
+        str | None,
+        typer.Option(help="With --train: tokens of each arm (2M) or time of all (10m). \\[default: 600k]"),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="With --train: about so long in all, in place of --budget. \\[cuda: 8]")

@@ -57,7 +57,7 @@ class Prediction:
         return Prediction(alpha**0.5, (1 - alpha) ** 0.5, kind)
 
     def to_x0_eps(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean sample and the noise that ``out`` says ``x`` is made of."""
+        """The clean sample and the noise of which ``x`` is made, according to ``out``."""
         a, s = self.alpha, self.sigma
         if self.kind == "epsilon":
             return (x - s * out) / a, out
@@ -89,11 +89,11 @@ def select_batch(call: DenoiserCall, rows: slice) -> dict[str, Any]:
 def add_guidance(call: DenoiserCall, plain: Tensor, guidance: Tensor) -> Tensor:
     """A prediction moved so that, after classifier-free guidance ``u + g (c - u)``, it is moved by ``push``.
 
-    Where both branches stand in one batch both are moved. Where they are calls of their own only the one at hand can
+    Where both branches are in one batch both are moved. Where they are calls of their own only the one at hand can
     be, by what ``g`` makes of it.
 
     Raises:
-        UserError: the branches are calls of their own, and the pipeline does not say what g is, or the one at hand
+        UserError: the branches are calls of their own, and the pipeline does not give g, or the one at hand
             counts nothing.
     """
     g, branches = call.guidance_scale, call.step.branches

@@ -134,7 +134,7 @@ def hunt(
             seeds.
         rounds: R; paper: 1 for general quality, 5 for a style.
         top: k heads of a round; paper: 24 for general quality, 3 for a style.
-        progress: is told how many of how many scores are done.
+        progress: receives how many of how many scores are done.
         state: is filled as the search goes, and continued from if it holds an earlier search's (a plain dict of JSON
             types).
 

@@ -19,7 +19,7 @@ MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthes
 Shapes: q, k, v ``[B, H, T, d]``; in every branch the first half of the rows are sources, the second their targets;
 masks ``[rows, T]``.
 
-Choices. Blocks are numbered as they stand in the model (down, middle, up), as the released code numbers them. In joint
+Choices. Blocks are numbered in the order of the model (down, middle, up), as the released code numbers them. In joint
 attention (not in the paper) only image tokens are exchanged and the text stays the target's. Masks come from
 cross-attention (``tokens`` names words by their place in the prompt): the maps of this step so far, averaged over heads
 and sites of at most ``map_size`` squared tokens, summed over the words, scaled to [0, 1] for each image, cut at

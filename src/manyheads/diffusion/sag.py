@@ -135,7 +135,7 @@ class SAG(AttentionWatch, DenoiserPrediction):
             return plain
         rows = call.step.rows("uncond", len(plain)) if "uncond" in call.step.branches else slice(0, len(plain))
         noisy = call.latents[rows]
-        out = plain[rows, : noisy.shape[1]]  # a learned variance may stand behind the prediction
+        out = plain[rows, : noisy.shape[1]]  # a learned variance may follow the prediction
         rule = Prediction.of(call)
         x0, eps = rule.to_x0_eps(noisy, out)
         x0 = x0.clamp(-1, 1) if self.clip else x0
@@ -154,7 +154,7 @@ class SAG(AttentionWatch, DenoiserPrediction):
             return torch.ones_like(x0[:, :1])
         if received is None or layout is None:
             raise UserError("sag: the layer was not run; name one of the model's with layers=")
-        received = received.unflatten(0, (batch, -1)).flatten(1, 2)[rows]  # frames that attend apart stand in rows
+        received = received.unflatten(0, (batch, -1)).flatten(1, 2)[rows]  # frames that attend apart are rows
         frames = layout.frames if received.shape[1] % layout.frames == 0 else 1
         size = layout.grid(received.shape[1] // frames)
         if size is None:

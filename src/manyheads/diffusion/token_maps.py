@@ -242,7 +242,7 @@ class WordMaps:
 
 
 def places(tokenizer: Any, prompt: str, word: str) -> tuple[int, ...]:
-    """Where the tokens of a word stand in a prompt, special tokens counted: of each occurrence, in either case.
+    """Positions of the tokens of a word in a prompt, special tokens counted: of each occurrence, in either case.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
@@ -250,11 +250,11 @@ def places(tokenizer: Any, prompt: str, word: str) -> tuple[int, ...]:
         word: one word, or several that follow each other.
 
     Raises:
-        UserError: the prompt does not have the word, or the tokenizer cannot tell where its tokens stand.
+        UserError: the prompt does not have the word, or the tokenizer does not give its tokens' positions.
     """
     spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
     if not spans:
-        raise UserError(f"{word!r} does not stand in the prompt {prompt!r}")
+        raise UserError(f"{word!r} is not in the prompt {prompt!r}")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} does not say where its tokens stand; give places instead of words")
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]

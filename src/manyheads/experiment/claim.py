@@ -263,7 +263,9 @@ def _run_of(data: dict[str, Any]) -> ClaimRun:
 
     if data["tier"] not in get_args(Tier):
         raise ValueError(f"unknown tier {data['tier']!r}")
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in ("checks", "line")}
+    own: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in ("checks", "line")
+    }
     return ClaimRun(checks=tuple(map(check, data["checks"])), **own)
 
 

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 __all__ = ["generator", "number", "torch_generator"]
 
 
-def number(seed: int, **axes: str | int | float) -> int:
+def number(seed: int, /, **axes: str | int | float) -> int:
     """A 63-bit seed for the draw that ``axes`` name; their order does not matter."""
     names = [zlib.crc32(f"{name}={axes[name]}".encode()) for name in sorted(axes)]
     return int(np.random.SeedSequence([seed, *names]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def generator(seed: int, **axes: str | int | float) -> np.random.Generator:
+def generator(seed: int, /, **axes: str | int | float) -> np.random.Generator:
     """NumPy's generator for the draw that ``axes`` name."""
     return np.random.default_rng(number(seed, **axes))
 
 
-def torch_generator(seed: int, **axes: str | int | float) -> torch.Generator:
+def torch_generator(seed: int, /, **axes: str | int | float) -> torch.Generator:
     """PyTorch's generator for the draw that ``axes`` name, on the CPU whatever the run is on."""
     import torch
 

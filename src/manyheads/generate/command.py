@@ -69,7 +69,7 @@ def generate(
 
     manyheads generate --strategy masactrl:start_layer=2 --source "apple top left ship" --prompt "ghost top left ship"
 
-    The columns are the baseline, and each strategy with its difference from it. The table says what each cost.
+    The columns are the baseline, and each strategy with its difference from it. The table shows what each cost.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `inspect`; read when torch loads
     _diffusers()
@@ -106,7 +106,7 @@ def generate(
 
 
 def _diffusers() -> None:
-    """Refuse to go on without diffusers, and have it say nothing of its own."""
+    """Refuse to go on without diffusers, and silence its progress bars and logs."""
     from importlib.util import find_spec
 
     if find_spec("diffusers") is None:

@@ -58,7 +58,7 @@ def rows_of(
 ) -> list[Row]:  # fmt: skip
     """A row for each prompt or class, and each seed.
 
-    A pipeline that says which words it knows is given two prompts of them where there are none.
+    A pipeline with a vocabulary gets two prompts of its words where none are given.
 
     Raises:
         UserError: the pipeline takes another kind of condition, or does not know a word or class.

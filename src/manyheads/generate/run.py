@@ -55,7 +55,7 @@ class Made:
         seconds: of all rows.
         calls, passed: calls of the denoiser, and rows of the batch in them.
         peak: bytes of device memory at most, None on a CPU.
-        kept: bytes that strategies say they keep at most, None if they say nothing.
+        kept: bytes that strategies report to keep at most, None if they report none.
     """
 
     arm: Arm

@@ -40,7 +40,7 @@ def _places(pipe: Any, prompt: str, word: str) -> tuple[int, ...]:
     if hasattr(pipe, "words"):
         known = pipe.words(prompt)
         if word.lower() not in known:
-            raise UserError(f"{word!r} does not stand in the prompt {prompt!r}; give --maps words of {known}")
+            raise UserError(f"{word!r} is not in the prompt {prompt!r}; give --maps words of {known}")
         return (known.index(word.lower()),)
     return tuple(_category().places(getattr(pipe, "tokenizer", None), prompt, word))
 

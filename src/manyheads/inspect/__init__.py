@@ -15,7 +15,7 @@ __all__ = ["Watching", "watch"]
 
 
 class Watching:
-    """An open or closed look at a model; made by :func:`watch`, opened by ``with``. Findings outlive it."""
+    """An open or closed look at a model; made by :func:`watch`, opened by ``with``. Results outlive it."""
 
     def __init__(self, model: "torch.nn.Module", lenses: "tuple[Lens, ...]", roles: "TokenSpans | None") -> None:
         from ..integrations import use
@@ -46,7 +46,7 @@ class Watching:
         self._port.__exit__(kind, error, trace)
 
     def compute(self, lens: "int | str | Lens" = 0) -> "LensResult":
-        """What a lens found so far.
+        """The result of a lens so far.
 
         Args:
             lens: its number, its slug or spec as it was given, or the lens itself.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own look, beside that of the papers: where the mass of every head goes, its map, and what is in the numbers.
+"""Our own lenses, beside those of the papers: where the mass of every head goes, its map, and the norm of its output.
 
 Private to the verbs ``inspect`` and ``doctor``. Shapes as in :mod:`manyheads.calls.statistics`.
 """

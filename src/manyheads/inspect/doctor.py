@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``manyheads doctor`` in Python: all that is measured; what it means is said in :mod:`manyheads.inspect.checks`."""
+"""``manyheads doctor`` in Python: all that is measured; what it means is in :mod:`manyheads.inspect.checks`."""
 
 import time
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def diagnose(
         quick: fewer heads ablated alone, shorter contexts.
         origin: what the model is called.
         command: what was typed.
-        progress: hears how far the run is.
+        progress: called with how far the run is.
 
     Raises:
         UserError: anything that the caller can mend.

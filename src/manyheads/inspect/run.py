@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 SAMPLES = 6
-WHERE = "attention"  # the name under which our own look stands among the findings
+WHERE = "attention"  # the name under which our own lens is among the results
 _DRAWS = 3  # of the control of an ablation
 _ABLATED = 3  # prompts on which it is measured
 
@@ -45,7 +45,7 @@ class Inspection:
         run: model, settings, texts and versions, fit for JSON.
         prompts: what was read.
         tokens: the text of every token of every prompt.
-        found: findings by the spec of their lens; under ``attention`` where the mass of every head goes.
+        found: results by the spec of their lens; under ``attention`` where the mass of every head goes.
         parts: names of the tables of ``attention`` that add up to the whole mass.
         curve: what ablation does to the loss, and the score by which heads were chosen.
     """
@@ -83,7 +83,7 @@ class Inspection:
 
 
 def document_of(found: LensResult) -> dict[str, Any]:
-    """Findings fit for JSON, without their maps."""
+    """A result fit for JSON, without its maps."""
     return {
         "tables": {name: made.to_dict() for name, made in found.tables.items()},
         "series": {name: plain_values(rows) for name, rows in found.series.items()},
@@ -147,7 +147,7 @@ def inspect_model(
         seed: of all draws.
         origin: what the model is called.
         command: what was typed.
-        progress: hears how far the run is.
+        progress: called with how far the run is.
 
     Raises:
         UserError: anything that the caller can mend.
@@ -331,7 +331,7 @@ def describe(
     model: nn.Module, prompts: Sequence[Prompt], read: Sequence[Text], origin: str | None,
     command: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What stands at the foot of the page."""
+    """The foot of the page: what was run, on what, and when."""
     surroundings = environment.environment()
     parameters = sum(p.numel() for p in model.parameters())
     return {

@@ -4,31 +4,18 @@
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..attention.slots import nbytes
+from ..attention.padded import nbytes
 from ..call import Site, Store
 from ..errors import UserError
+from ..strategy import Cache as CacheKind
 
 __all__ = ["SlotCache", "StoreLayer", "install"]
-
-
-class ForkableStore(Store, Protocol):
-    """A store that can start another policy from the same tensors.
-
-    Attributes:
-        policy: what it keeps.
-        record: how many of the last queries to keep for that.
-    """
-
-    policy: Any
-    record: int
-
-    def fork(self, policy: Any, group: dict[int, Any]) -> Store: ...
 
 
 class StoreLayer(CacheLayerMixin):
@@ -43,7 +30,7 @@ class StoreLayer(CacheLayerMixin):
     def __init__(self, store: Store, site: Site, module: torch.nn.Module) -> None:
         self.store = store
         self.site = site
-        self.is_compileable = bool(getattr(store, "fixed", False))
+        self.is_compileable = store.fixed
         self.is_sliding = site.window is not None
         self._module = weakref.ref(module)
 
@@ -70,7 +57,7 @@ class StoreLayer(CacheLayerMixin):
                 f"this cache drops tokens at {self.site.name} and needs its port: "
                 "run the model inside `with manyheads.use(model):`"
             )
-        return self.store.append(key_states, value_states)
+        return self.store.update(key_states, value_states)
 
     def get_seq_length(self) -> int:
         return cast("int", self.store.seen)  # a tensor while only the device counts, as in transformers' static cache
@@ -89,23 +76,23 @@ class StoreLayer(CacheLayerMixin):
 
     @property
     def _whole(self) -> bool:
-        """Whether all layers of the cache are ours, which share one mask."""
-        return len(getattr(self.store, "group", ())) == len(self.site.peers) > 0
+        """Whether all layers of the cache are stores that cover the past: the layers share one mask."""
+        return sum(store.covers_past for store in self.store.group.values()) == len(self.site.peers) > 0
 
     def reset(self) -> None:
         self.store.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.store.select(beam_idx)
+        self.store.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self.store.select(rows)
+        self.store.reorder(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         keys = self.store.keys
         if keys is not None:
-            self.store.select(torch.arange(keys.shape[0]).repeat_interleave(repeats))
+            self.store.reorder(torch.arange(keys.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -121,7 +108,7 @@ class StoreLayer(CacheLayerMixin):
 class SlotCache(DynamicCache):
     """A transformers cache whose layers are stores of ours; pass it as ``past_key_values`` while the port is open."""
 
-    def fork(self, policy: Any) -> "SlotCache":
+    def fork(self, policy: CacheKind) -> "SlotCache":
         """The cache that ``policy`` would have after the same forwards; this one is unchanged and shares its tensors.
 
         Exact for strategies with ``dense_prefill``. A layer that ``policy`` does not select stays as it is. Layers that
@@ -130,16 +117,17 @@ class SlotCache(DynamicCache):
         """
         twin = SlotCache()
         twin.layer_class_to_replicate = None
-        group: dict[int, Any] = {}
+        group: dict[int, Store] = {}
         for layer in self.layers:
             if not isinstance(layer, StoreLayer):
                 twin.layers.append(_copied(layer))
                 continue
             if (module := layer._module()) is None:
                 raise UserError("this cache cannot be forked: the model it was made for is gone")
-            store = cast("ForkableStore", layer.store)
-            fork = store.fork(policy, group) if policy.selects(layer.site) else store.fork(store.policy, {})
-            twin.layers.append(StoreLayer(fork, layer.site, module))
+            target = None
+            if policy.selects(layer.site):
+                target = _join(policy.store(layer.site), group)
+            twin.layers.append(StoreLayer(layer.store.fork(target), layer.site, module))
         return twin
 
     def bytes(self) -> int:
@@ -167,6 +155,14 @@ def _copied(layer: Any) -> Any:
     return twin
 
 
+def _join(store: Store, group: dict[int, Store]) -> Store:
+    """``store`` as one of the layers of a cache."""
+    assert store.site.layer is not None
+    store.group = group
+    group[store.site.layer] = store
+    return store
+
+
 def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], name: str) -> None:
     """Put stores into the empty layers of ``cache`` that belong to ``sites``.
 
@@ -191,8 +187,5 @@ def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Calla
                 f"{name} must see a sequence from its first token, but the cache passed to {site.name} already holds "
                 f"{layer.get_seq_length()} tokens; start with a fresh cache"
             )
-        store: Any = make(site)
-        if hasattr(store, "group"):
-            store.group = cache.__dict__.setdefault("_manyheads", {})
-            store.group[site.layer] = store
+        store = _join(make(site), cache.__dict__.setdefault("_manyheads", {}))
         cache.layers[site.layer] = StoreLayer(store, site, module)

@@ -49,7 +49,7 @@ def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
 def find_sites(target: Any) -> list[tuple[Site, nn.Module]]:
     """Attention modules of the denoisers of a pipeline, or of a bare denoiser, in the order of the model.
 
-    The kind is what the module's own attributes say; in a joint sequence that a block puts together by itself it shows
+    The kind is read from the module's own attributes; in a joint sequence that a block puts together by itself it shows
     only when the module runs, and a call's site has it right. ``layer`` numbers the blocks.
     """
     found: list[tuple[Site, nn.Module]] = []
@@ -129,7 +129,7 @@ def is_open(model: nn.Module) -> bool:
 
 
 def set_layout(module: nn.Module, layout: Layout, axis: Axis) -> None:
-    """Tell the open ports of an attention module which tokens it works on in this call, where not all of the inputs'.
+    """Set for the open ports of an attention module which tokens it works on in this call, if not all of the inputs'.
 
     Args:
         module: an attention module of a denoiser whose call has begun.

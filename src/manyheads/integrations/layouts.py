@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the inputs of diffusers' denoisers say: token layout, order of the branches. One row for each class."""
+"""What the inputs of diffusers' denoisers mean: token layout, order of the branches. One row for each class."""
 
 import inspect
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class _Row:
 
     Attributes:
         grid: frames, rows and columns of tokens, from config and inputs.
-        joint: text stands in one sequence with the image: ``first``, ``last``, or nowhere (empty).
+        joint: text is in one sequence with the image: ``first``, ``last``, or nowhere (empty).
         share: the pipeline gives the timestep as a share of the training steps.
     """
 
@@ -96,7 +96,7 @@ def arguments(
 
 
 def layout_of(module: nn.Module, given: dict[str, Any]) -> Layout | None:
-    """The token layout that a denoiser's inputs mean, None for a class without a row or inputs that do not say."""
+    """The token layout that a denoiser's inputs mean, None for a class without a row or unclear inputs."""
     row = _ROWS.get(type(module).__name__)
     if row is None:
         return None

@@ -210,7 +210,7 @@ class SiteState(HookChain):
     ) -> Callable[..., Any]:
         """A module's forward as ``strategy``, that of ``entry``, has it.
 
-        What kind of site it is shows when its attention first runs; until then it is what the module says.
+        The kind of site is known once its attention has run; until then it is read from the module's attributes.
         """
 
         def forward(*args: Any, **kwargs: Any) -> Any:

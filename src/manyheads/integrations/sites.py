@@ -174,11 +174,10 @@ class SiteState(HookChain):
         self.mark_called()
         if self.store is not None:
             alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
-            answer = getattr(self.store, "attend", None) if alone else None
-            if answer is not None and (answered := answer(call)) is not None:
+            if alone and (answered := self.store.attend(call)) is not None:
                 self.store = self.rotary = None
                 return answered, None
-            call = self.store.admit(call)
+            call = self.store.mask(call)
             if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
                 call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         call = self.edit(call)
@@ -193,7 +192,7 @@ class SiteState(HookChain):
             out, weights = self._attend(module, call, original, kwargs)
         out = self.after(call, out)
         if self.store is not None:
-            self.store.settle(call)
+            self.store.evict(call)
             self.store = self.rotary = None  # an open port does not keep a cache alive
         return out, weights
 

@@ -20,7 +20,7 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
-from .cache import ForkableStore, SlotCache, StoreLayer, install
+from .cache import SlotCache, StoreLayer, install
 from .configs import switch_configs
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
@@ -163,10 +163,9 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
 
     def make(site: Site) -> Store:
         store = strategy.store(site)
-        if record:
-            cast("ForkableStore", store).record = record
+        store.record = record
         if room:
-            _reserve(store, strategy, site, room)
+            store.reserve(room)
         return store
 
     cache = SlotCache(config=cast("PreTrainedConfig", model.config))
@@ -188,7 +187,7 @@ def prefill(
         ids: the prompt; a cache that has seen its beginning goes on after that.
         cache: from :func:`new_cache`.
         chunk: tokens at a time.
-        progress: is told how many tokens were read, after every chunk.
+        progress: receives the number of tokens read, after every chunk.
     """
     stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
     more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -196,25 +195,11 @@ def prefill(
     for at in range(start, last, chunk):
         piece = ids[:, at : min(at + chunk, last)]
         for store in stores:
-            cast("Any", store).reading = at + chunk < last
+            store.prefilling = at + chunk < last
         with torch.no_grad():
             model(input_ids=piece, past_key_values=cache, use_cache=True, **more)
         if progress is not None:
             progress(piece.shape[1])
-
-
-def _reserve(store: Any, strategy: Cache, site: Site, room: int) -> None:
-    """Make ``store`` keep room for compiled decoding. Raises UserError where it cannot."""
-    if not hasattr(store, "room") or strategy.schedule not in ("prefill", "chunk"):
-        raise UserError(
-            f"{strategy.spec} evicts while it decodes, which cannot be compiled; leave room away or use schedule=chunk"
-        )
-    if strategy.accumulated_attention and strategy.schedule == "chunk":
-        raise UserError(f"{strategy.spec} goes on adding up attention while it decodes; use schedule=prefill")
-    if site.window is not None or site.latent is not None:
-        raise UserError(f"{site.name} has a sliding window or latents and cannot be compiled; leave room away")
-    store.room = room
-    store.reset()
 
 
 def _refusal(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import _probe
-from .mass import _strides
+from .accumulated_attention import _strides
 
 __all__ = ["Rows", "Spans", "band", "column_sum", "pool", "row_statistics"]
 

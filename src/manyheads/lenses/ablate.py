@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes heads out, or changes how much they count: the causal check of every score of heads.
+"""Ablates heads, or scales them: the causal check of every score of heads.
 
 What a head wrote can be replaced by nothing (``zero``), by its own mean over the tokens of the row (``mean``), by the
 value of the first token, as if it attended to nothing else (``bos``), or be multiplied (``scale``). A query ablated by
@@ -30,7 +30,7 @@ __all__ = ["Ablate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(AttentionPatch):
-    """Heads taken out of a model while it is in use.
+    """Heads ablated while a model is in use.
 
     Attributes:
         heads: which, as ``layer.head`` joined by ``+``.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token mixer is told, what softmax mixers share, and what they remember.
+"""The protocol of token mixers, the base of softmax mixers, and their state.
 
 A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=None) -> (y [B, T, dim], state)``.
 ``mask [B, T]`` marks real tokens. The state returned is what the next call goes on from: ``mixer(x)`` equals
@@ -21,7 +21,7 @@ __all__ = ["KVState", "SoftmaxMixer", "State", "positions_of", "split_heads"]
 
 
 class State(Protocol):
-    """What a mixer remembers between calls."""
+    """The state of a mixer between calls."""
 
     def reorder(self, rows: Tensor) -> Any: ...
     def detach(self) -> Any: ...
@@ -30,7 +30,7 @@ class State(Protocol):
 
 
 class KVBuffer:
-    """Storage with places for tokens to come, shared by states: the one that ends where it is filled may add to it."""
+    """Keys and values with capacity for more tokens, shared by states; the state at the end of what is used may add."""
 
     def __init__(self, k: Tensor, v: Tensor, positions: Tensor, more: int) -> None:
         more += k.shape[2] // 8 + 64
@@ -94,7 +94,7 @@ class KVState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered; places for tokens to come are not counted."""
+        """Bytes of the tokens held; unused capacity is not counted."""
         return sum(x.nbytes for x in (self.k, self.v, self.positions, self.seen))
 
 

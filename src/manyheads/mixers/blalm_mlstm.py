@@ -76,7 +76,7 @@ class BlalmMLSTM(Mixer):
 
 @dataclass(frozen=True, slots=True)
 class MLSTMState:
-    """What the mixer remembers; its size does not depend on the length.
+    """The state of the mixer; its size does not depend on the length.
 
     Attributes:
         decay: mLSTM's matrices, sums and running maxima.

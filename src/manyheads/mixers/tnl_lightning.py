@@ -57,7 +57,7 @@ class TNLLightning(Mixer):
 
 @dataclass(frozen=True, slots=True)
 class TNLState:
-    """What the mixer remembers; its size does not depend on the length.
+    """The state of the mixer; its size does not depend on the length.
 
     Attributes:
         decay: sums of k v^T.

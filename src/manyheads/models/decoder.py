@@ -23,6 +23,7 @@ from ..call import MixerConfig
 from ..errors import UserError
 from ..spec import parse
 from ..strategy import Mixer, Strategy
+from ..training.matching import matched_width, parameters_of
 
 __all__ = ["Decoder", "DecoderConfig"]
 
@@ -140,17 +141,14 @@ class Decoder(nn.Module):
         Raises:
             UserError: the mixer alone has more, or the match is off by more than 2 %.
         """
-        with torch.device("meta"):
-            sizes = [cls(strategy, replace(config, hidden=hidden)).parameters_held for hidden in (8, 16)]
-        each = (sizes[1] - sizes[0]) / 8
-        hidden = round((parameters - sizes[0]) / each) + 8
-        if hidden < 8 or abs(sizes[0] + each * (hidden - 8) - parameters) > 0.02 * parameters:
-            raise UserError(f"{parse(strategy).slug} cannot be brought to {parameters:,} parameters within 2 %")
+        hidden = matched_width(
+            lambda width: cls(strategy, replace(config, hidden=width)), parameters, name=parse(strategy).slug
+        )
         return cls(strategy, replace(config, hidden=hidden))
 
     @property
     def parameters_held(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        return parameters_of(self)
 
     def forward(
         self, ids: Tensor, *, mask: Tensor | None = None, state: list[Any] | None = None,

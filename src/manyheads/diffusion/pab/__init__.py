@@ -4,7 +4,7 @@
 The outputs of an attention module at neighbouring steps differ much at the first and last steps of sampling and little
 in between, and least for cross-attention, more for attention over time, most for attention within a frame. So inside a
 range of timesteps a module is run at every n-th step only, with n growing in that order (the pyramid), and its output
-of the last run stands in at the others. Nothing of the module is computed then: no projections, no attention.
+of the last run is used at the others. Nothing of the module is computed then: no projections, no attention.
 
 Real-Time Video Generation with Pyramid Attention Broadcast (arXiv 2408.12588).
 

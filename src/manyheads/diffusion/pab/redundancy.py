@@ -155,7 +155,7 @@ def suggest(curves: Sequence[Curve], drift: float = 0.15) -> str:
 
 
 def plot(curves: Sequence[Curve], path: Path | str) -> None:
-    """Draw the relative changes over the steps, on a logarithmic axis, to ``path`` (its ending says the format)."""
+    """Draw the relative changes over the steps, on a logarithmic axis, to ``path`` (its suffix is the format)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -33,7 +33,6 @@ it was read). Cross-attention is looked at, never damaged. Where gradients flow,
 than the keys (latents, packed bits), the cache stays whole. lambda = 5 stands for "much larger than the others".
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,11 +45,11 @@ from ...attention.rope import angle_step, unrotate
 from ...call import AttentionCall, Site
 from ...calls.edits import replace_channels
 from ...errors import UserError
-from ...heads import HeadTable
-from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean
+from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean, stack_ragged, table_of
 from ...strategy import AttentionEdit
+from .channel_norms import agreement, massive, mean_over_prompts, notes, pair_norms, peak, tokens_per_turn
 
-__all__ = ["MassiveValues"]
+__all__ = ["MassiveValues", "agreement", "massive", "peak"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,94 +180,16 @@ class MassiveValues(Lens, AttentionEdit):
             norms = [np.sqrt(memory[name].mean()) for _, memory in here]
             scores = {"peak": [peak(norm) for norm in norms]}
             if name in "qkv":
-                pairs = [_pairs(norm, memory) for norm, (_, memory) in zip(norms, here, strict=True)]
+                pairs = [pair_norms(norm, memory) for norm, (_, memory) in zip(norms, here, strict=True)]
                 scores["massive"] = [massive(norm, self.threshold) for norm in norms]
                 scores["agreement"] = [agreement(pair) for pair in pairs]
-                found.channels[name] = _stacked([_mean(norm) for norm in norms])
-                found.channels[f"{name} pairs"] = _stacked([_mean(pair) for pair in pairs])
+                found.channels[name] = stack_ragged([mean_over_prompts(norm) for norm in norms])
+                found.channels[f"{name} pairs"] = stack_ragged([mean_over_prompts(pair) for pair in pairs])
             for score, rows in scores.items():
-                found.tables[f"{score} {name}"] = _table(f"{score} {name}", [site for site, _ in here], rows, self.spec)
+                found.tables[f"{score} {name}"] = table_of(
+                    f"{score} {name}", [site for site, _ in here], rows, lens=self.spec
+                )
         if any("pace" in memory for _, memory in sites):
-            found.channels["tokens a turn"] = _stacked([_turns(memory) for _, memory in sites])
-        found.notes = _notes(found, self.threshold)
+            found.channels["tokens a turn"] = stack_ragged([tokens_per_turn(memory) for _, memory in sites])
+        found.notes = notes(found, self.threshold)
         return found
-
-
-def peak(norms: Any) -> Any:
-    """``max_j M_j / mean_j M_j`` of ``norms [..., d]``; NaN where nothing was seen."""
-    mean = norms.mean(-1)
-    return norms.max(-1) / np.where(mean > 0, mean, np.nan)
-
-
-def massive(norms: Any, threshold: float) -> Any:
-    """How many of ``norms [..., d]`` are above ``threshold`` times their mean; NaN where nothing was seen."""
-    mean = norms.mean(-1, keepdims=True)
-    return np.where(np.isfinite(mean[..., 0]), (norms > threshold * mean).sum(-1), np.nan)
-
-
-def agreement(norms: Any) -> Any:
-    """Share of heads whose largest of ``norms [N, H, P]`` is the one that is largest in most heads: ``[N]``."""
-    best = np.where(np.isfinite(norms), norms, -1).argmax(-1)
-    share = np.array([np.bincount(row).max() / len(row) for row in best], dtype=float)
-    return np.where(np.isfinite(norms).all((1, 2)), share, np.nan)
-
-
-def _pairs(norms: Any, memory: Memory) -> Any:
-    """Norms of rotary pairs of ``norms [N, H, d]``, the fastest first, channels without one last: ``[N, H, P]``."""
-    width = memory.get("rotary", 0) if norms.shape[-1] == memory["q"].parts[0][0].shape[-1] else 0
-    half = width // 2
-    turning = np.hypot(norms[..., :half], norms[..., half:width])
-    if "pace" in memory:
-        turning = turning[..., memory["pace"].argsort(descending=True, stable=True).cpu().numpy()]
-    return np.concatenate([turning, norms[..., width:]], -1)
-
-
-def _turns(memory: Memory) -> Any:
-    """Tokens in which each rotary pair turns once, the fastest first: ``[1, P]``, NaN for one that never does."""
-    pace = memory["pace"].double().cpu().numpy() if "pace" in memory else np.zeros(1)
-    return np.sort(2 * math.pi / np.where(pace > 0, pace, np.nan))[None]
-
-
-def _mean(norms: Any) -> Any:
-    """Mean over the prompts that have tokens of ``norms [N, H, d]``, NaN where none has."""
-    seen = np.isfinite(norms).all((1, 2))
-    return norms[seen].mean(0) if seen.any() else np.full(norms.shape[1:], np.nan)
-
-
-def _stacked(layers: Sequence[Any]) -> Any:
-    """``[L, H, d]`` of arrays ``[h, d]``, NaN where a layer has fewer heads or channels."""
-    made = np.full((len(layers), *(max(layer.shape[i] for layer in layers) for i in (0, 1))), np.nan)
-    for i, layer in enumerate(layers):
-        made[i, : layer.shape[0], : layer.shape[1]] = layer
-    return made
-
-
-def _table(name: str, sites: Sequence[Site], rows: Sequence[Any], spec: str) -> HeadTable:
-    """A table of scores ``[N]`` or ``[N, H]`` of each site."""
-    values = _stacked([row.reshape(len(row), -1) for row in rows]).swapaxes(0, 1)
-    layers = tuple(site.index if site.layer is None else site.layer for site in sites)
-    return HeadTable(name, tuple(site.name for site in sites), values, {"lens": spec}, layers)
-
-
-def _notes(found: LensResult, threshold: float) -> list[str]:
-    """What stands out, in words."""
-    notes = []
-    for name in "qkv":
-        if not (top := found.tables[f"peak {name}"].top(1)):
-            continue
-        (row, head), mean = top[0], found.tables[f"peak {name}"].mean
-        pairs, count = found.channels[f"{name} pairs"][row], int(np.nansum(found.tables[f"massive {name}"].mean > 0))
-        best = int(np.nanargmax(pairs[head]))
-        turns = found.channels.get("tokens a turn", np.zeros((0, 1, 0)))
-        where = f"layer {found.tables[f'peak {name}'].layers[row]}, head {head}"
-        pace = ""
-        if name != "v" and row < len(turns) and best < turns.shape[2] and np.isfinite(turns[row, 0, best]):
-            turn = f"{turns[row, 0, best]:,.0f}"
-            pace = f"; its largest pair is {best} of {turns.shape[2]} from the fastest and turns once in {turn} tokens"
-        share = found.tables[f"agreement {name}"].mean[row, 0]
-        notes.append(
-            f"The largest channel of {name} is {mean[row, head]:.1f} times the mean of its head ({where}{pace}); "
-            f"{share:.0%} of the layer's heads share their largest pair, and {count} heads of the model have a channel "
-            f"above {threshold:g} times the mean."
-        )
-    return notes

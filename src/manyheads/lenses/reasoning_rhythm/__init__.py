@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the rhythm of a trace: where a model looks back to plan, and which tokens the rest keeps coming back to.
+"""The rhythm of a trace: where a model attends back to plan, and which tokens later ones keep attending to.
 
 "Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy Optimization" (no arXiv
 id is known to us). With ``A`` the weights, ``T`` tokens and ``R`` the tokens of the role ``response``:

@@ -31,12 +31,9 @@ Of a prompt's entries the ``keep`` largest of each block are at hand for spikes 
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -44,11 +41,12 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...lens import Lens, LensResult, Memory, PerToken, RunningMean, table
+from ...lens import Lens, LensResult, Memory, PerToken, table_of
 from ...strategy import Residual
 from .dyt import with_dyt
 from .extremes import Extremes, medians
 from .kv_bias import KVBias
+from .spikes import Means, massive, means, most_common, name_tokens, read_means, spikes
 from .tvr import TargetVariance
 
 if TYPE_CHECKING:
@@ -57,54 +55,6 @@ if TYPE_CHECKING:
 __all__ = [
     "KVBias", "RefinedMassiveActivations", "TargetVariance", "massive", "means", "name_tokens", "with_dyt",
 ]  # fmt: skip
-
-Means = dict[str, dict[str, dict[str, float]]]  # site -> start or other -> channel -> value
-
-
-def massive(hidden: Tensor, valid: Tensor, median: Tensor, threshold: float = 100.0, ratio: float = 1000.0) -> Tensor:
-    """Which entries are massive: ``hidden [B, T, D]``, ``valid [B, T]``, ``median [B]`` -> bool ``[B, T, D]``."""
-    size = hidden.abs()
-    return (size > threshold) & (size >= ratio * median[:, None, None]) & valid[..., None]
-
-
-def means(found: LensResult) -> Means:
-    """Mean of the massive entries of each channel, apart for starting and later tokens: what ``means`` takes.
-
-    ``json.dump`` of it makes a file that the field ``means`` of a spec can name. Watch the calibration texts (the paper
-    takes 100) with the thresholds of the intervention.
-    """
-    values: dict[tuple[str, str, str], list[float]] = {}
-    for spike in found.records["spikes"]:
-        kind = "other" if spike["position"] else "start"
-        values.setdefault((spike["site"], kind, str(spike["channel"])), []).append(spike["value"])
-    made: Means = {}
-    for (site, kind, channel), seen in values.items():
-        made.setdefault(site, {}).setdefault(kind, {})[channel] = float(np.mean(seen))
-    return made
-
-
-def name_tokens(
-    found: LensResult, rows: Sequence[Sequence[int]], decode: Callable[[list[int]], str]
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Write the token of each spike into its record, and say which tokens have spikes, over prompts and blocks.
-
-    Args:
-        found: is added to: ``token`` in every spike.
-        rows: token ids of each prompt, padding and decoded tokens included.
-        decode: a tokenizer's.
-
-    Returns:
-        ``position``, ``token``, ``count`` of spikes and their ``channels``, most spikes first.
-    """
-    groups: dict[tuple[int, str], list[int]] = {}
-    for spike in found.records["spikes"]:
-        spike["token"] = decode([int(rows[spike["prompt"]][spike["column"]])])
-        groups.setdefault((spike["position"], spike["token"]), []).append(spike["channel"])
-    made = [
-        {"position": at, "token": token, "count": len(channels), "channels": sorted(set(channels))}
-        for (at, token), channels in groups.items()
-    ]
-    return sorted(made, key=lambda row: (-row["count"], row["position"], row["token"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +88,7 @@ class RefinedMassiveActivations(Lens, Residual):
         if self.edits_model and not self.layers:
             raise UserError(f"intervene={self.intervene} needs layers=, the first affected one: watch the model first")
         if self.intervene == "mean" and not self.means:
-            raise UserError("intervene=mean needs means=, a JSON file made from findings of calibration texts")
+            raise UserError("intervene=mean needs means=, a JSON file made from the results on calibration texts")
 
     @property
     def edits_model(self) -> bool:
@@ -175,7 +125,7 @@ class RefinedMassiveActivations(Lens, Residual):
         if "means" not in memory:
             made = torch.full((2, hidden.shape[2]), torch.nan)
             for row, kind in enumerate(("start", "other")):
-                for channel, value in _read(self.means).get(site.name, {}).get(kind, {}).items():
+                for channel, value in read_means(self.means).get(site.name, {}).get(kind, {}).items():
                     made[row, int(channel)] = value
             memory["means"] = made.to(hidden.device)
         found: Tensor = memory["means"]
@@ -185,11 +135,14 @@ class RefinedMassiveActivations(Lens, Residual):
         seen = [(site, memory) for site, memory in sites if memory.get("prompts")]
         if not seen:
             raise UserError("no block was seen: the model did not run, or its attention stands in no list of blocks")
-        made, kept = LensResult(), [(site, _figures(memory)) for site, memory in seen]
-        about = {"threshold": self.threshold, "ratio": self.ratio}
-        for name in ("max", "median", "max / median", "first / others"):
-            made.tables[name] = table(name, kept, name, **about)
-        made.records["spikes"] = [spike for site, memory in seen for spike in self._spikes(site, memory)]
+        made, blocks = LensResult(), [site for site, _ in seen]
+        scores = [_scores(memory) for _, memory in seen]
+        for name in scores[0]:
+            rows = [each[name] for each in scores]
+            made.tables[name] = table_of(name, blocks, rows, threshold=self.threshold, ratio=self.ratio)
+        made.records["spikes"] = [
+            spike for site, memory in seen for spike in spikes(site, memory["prompts"], self.threshold, self.ratio)
+        ]
         largest, middle = (made.tables[name].mean[:, 0] for name in ("max", "median"))
         affected = np.flatnonzero((largest > self.threshold) & (largest >= self.ratio * middle))
         most = int(np.nanargmax(np.append(largest / middle, 0.0)[:-1])) if np.isfinite(largest / middle).any() else 0
@@ -200,25 +153,6 @@ class RefinedMassiveActivations(Lens, Residual):
             if self.edits_model:
                 count, done = memory.get("detected", 0), memory.get("replaced", memory.get("detected", 0))
                 made.notes.append(f"{site.name}: {done} of {count} massive entries were set to {self.intervene}.")
-        return made
-
-    def _spikes(self, site: Site, memory: Memory) -> list[dict[str, Any]]:
-        """The massive ones among the entries kept, prompt by prompt, greatest first."""
-        made, prompt = [], 0
-        layer = site.index if site.layer is None else site.layer
-        for part in memory["prompts"]:
-            median = part.median()
-            size = part.values.abs()
-            hits = (size > self.threshold) & (size >= self.ratio * median[:, None])
-            for row, place in hits.nonzero().tolist():
-                value = float(part.values[row, place])
-                made.append({
-                    "prompt": prompt + row, "site": site.name, "layer": layer,
-                    "column": int(part.columns[row, place]), "position": int(part.positions[row, place]),
-                    "channel": int(part.channels[row, place]), "value": value,
-                    "ratio": abs(value) / max(float(median[row]), 1e-30),
-                })  # fmt: skip
-            prompt += len(median)
         return made
 
     def _notes(self, made: LensResult, affected: Any, at: int) -> list[str]:
@@ -238,30 +172,19 @@ class RefinedMassiveActivations(Lens, Residual):
             ]
         if math.isfinite(first):
             notes.append(f"There the first token's norm is {first:.3g} times that of the others.")
-        spikes = made.records["spikes"]
-        if spikes:
-            prompts = len({spike["prompt"] for spike in spikes})
+        if found := made.records["spikes"]:
+            prompts = len({spike["prompt"] for spike in found})
             notes.append(
-                f"{len(spikes)} massive entries in {prompts} prompts: positions {_most(spikes, 'position')}; channels "
-                f"{_most(spikes, 'channel')}."
+                f"{len(found)} massive entries in {prompts} prompts: positions {most_common(found, 'position')}; "
+                f"channels {most_common(found, 'channel')}."
             )
         if not np.isfinite(tables["max"].values[:, :, 0]).all():
             notes.append("Some entries are not finite: run the model in bfloat16 or float32.")
         return notes
 
 
-def _read(given: str | Means) -> Means:
-    if not isinstance(given, str):
-        return given
-    try:
-        made: Means = json.loads(Path(given).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"means={given} cannot be read ({error}); write json.dump(means(findings), file)") from error
-    return made
-
-
-def _figures(memory: Memory) -> Memory:
-    """Tallies of one block, by the name of their table, a value for each prompt."""
+def _scores(memory: Memory) -> dict[str, Any]:
+    """Scores of one block by the name of their table, ``[N]``, a value for each prompt."""
     largest = torch.cat([part.values[:, 0].abs() for part in memory["prompts"]])
     median = torch.cat([part.median() for part in memory["prompts"]])
     largest = largest.masked_fill(median.isnan(), torch.nan)  # a prompt without tokens
@@ -269,15 +192,5 @@ def _figures(memory: Memory) -> Memory:
     for norms in memory["norm"].rows():
         known = norms[np.isfinite(norms)]
         peaks.append(known[0] / known[1:].mean() if len(known) > 1 and known[1:].mean() > 0 else math.nan)
-    made = {"max": largest, "median": median, "max / median": largest / median, "first / others": torch.tensor(peaks)}
-    tallies = {name: RunningMean() for name in made}
-    for name, values in made.items():
-        tallies[name].add(values, torch.ones((), device=values.device), fresh=True)
-    return tallies
-
-
-def _most(spikes: Sequence[dict[str, Any]], key: str, count: int = 5) -> str:
-    """``0 (12), 5 (3) and 4 more``: the commonest values with how often they occur."""
-    seen = Counter(spike[key] for spike in spikes).most_common()
-    more = f" and {len(seen) - count} more" if len(seen) > count else ""
-    return ", ".join(f"{value} ({times})" for value, times in seen[:count]) + more
+    scores = {"max": largest, "median": median, "max / median": largest / median}
+    return {name: x.double().cpu().numpy() for name, x in scores.items()} | {"first / others": np.array(peaks)}

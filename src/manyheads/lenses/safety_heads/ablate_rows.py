@@ -19,7 +19,7 @@ __all__ = ["AblateRows"]
 
 @dataclass(frozen=True, kw_only=True)
 class AblateRows(AttentionPatch):
-    """Heads taken out while the model is in use, other ones in every row.
+    """Heads ablated while the model is in use, other ones in every row.
 
     Attributes:
         heads: for each row of the batch, ``layer.head`` of those to zero.

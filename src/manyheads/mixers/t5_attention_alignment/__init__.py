@@ -17,7 +17,7 @@ which is attention with q / tau and bias / tau, so that SDPA stays. tau is chose
 
 The first two are solved by bisection on logits of the model itself, :func:`calibrate`:
 
-    aligned = parse("t5_attention_alignment:trained=512").calibrated(model, ids, [1024, 2048], port=manyheads.use)
+    aligned = calibrate(AttentionAlignment(trained=512), model, ids, [1024, 2048], port=manyheads.use)
 
 The closed form of the third is good for s up to 2 or so; that of pmax from extreme values is off by a factor of two
 and is not offered. Spelled out, the first two are tables, by length and if wished by layer or head, in the spec.
@@ -33,11 +33,11 @@ our choices. Capped logits (Gemma 2) and attention sinks (gpt-oss) are refused.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator
@@ -45,15 +45,13 @@ from torch import Tensor, nn
 
 from ...call import AttentionCall, Site
 from ...errors import UserError
-from ...strategy import AttentionEdit, Strategy
-from .peaks import LogitRecorder, Peak, keys_seen, peakedness, real, softmax_sites, variance
+from ...strategy import AttentionEdit
+from .calibration import Align, calibrate
+from .peaks import keys_seen, real, softmax_sites
 
-__all__ = ["AttentionAlignment", "calibrate"]
+__all__ = ["Align", "AttentionAlignment", "calibrate"]
 
-Align = Literal["entropy", "pmax", "gaussian", "logn", "none"]
-Per = Literal["model", "layer", "head"]
 Where = Literal["self", "encoder", "decoder", "cross", "all"]
-_RANGE = (math.log(1 / 16), math.log(4.0))  # of the logarithm of tau
 
 
 def _parts(value: object) -> object:
@@ -180,132 +178,6 @@ class AttentionAlignment(AttentionEdit):
             for (_, mixer), was in zip(chosen, before, strict=True):
                 mixer.temperature = was
 
-    def calibrated(
-        self, model: nn.Module, inputs: Tensor | Mapping[str, Tensor], lengths: Sequence[int], **how: Any
-    ) -> "AttentionAlignment":
-        """:func:`calibrate` with ``trained``, ``where`` and ``layers`` of this one."""
-        given: dict[str, Any] = {"where": self.where, "layers": self.layers, **how}
-        return calibrate(model, inputs, self.trained, lengths, **given)
-
     def _of_rows(self, site: int, seen: Tensor) -> Tensor:
         """``seen [B, T] -> [B, 1 or H, T, 1]``."""
         return self.temperature(site, seen[:, None])[..., None]
-
-
-def _pooled(x: Tensor, per: Per) -> Tensor:
-    """``[sites, H]`` averaged to what shares a temperature."""
-    return x.mean().view(1, 1) if per == "model" else x.mean(1, keepdim=True) if per == "layer" else x
-
-
-def _solved(
-    found: Sequence[Tensor], tau: Callable[[int, Tensor], Tensor], target: Tensor, kind: Peak, per: Per
-) -> Tensor:
-    """What must be solved for so that all sites are as peaked as ``target [sites or 1, H or 1]``, by bisection.
-
-    Args:
-        found: logits ``[B, H, R, S]`` by site.
-        tau: temperature ``[B or 1, H or 1, R]`` of the rows of a site, given what is solved for ``[H or 1, 1]``.
-        target: mean peakedness of what shares a temperature.
-        kind: of peakedness.
-        per: what shares a temperature.
-    """
-    low, high = (torch.full_like(target, end) for end in _RANGE)
-    for _ in range(30):
-        middle = (low + high) / 2
-        now = torch.stack([
-            peakedness(x, tau(i, one[:, None]), kind)
-            for i, (x, one) in enumerate(zip(found, middle.exp().expand(len(found), -1), strict=True))
-        ])  # fmt: skip
-        flat = _pooled(now, per) > target if kind == "entropy" else _pooled(now, per) < target
-        low, high = torch.where(flat, low, middle), torch.where(flat, middle, high)
-    return ((low + high) / 2).exp()
-
-
-def calibrate(
-    model: nn.Module, inputs: Tensor | Mapping[str, Tensor], trained: int, lengths: Sequence[int], *,
-    align: Align = "entropy", per: Per = "model", where: Where = "self", layers: tuple[int, ...] | None = None,
-    port: Callable[[nn.Module, Strategy], AbstractContextManager[Any]] | None = None, rows: int = 16, rounds: int = 6,
-) -> AttentionAlignment:  # fmt: skip
-    """Temperatures for ``lengths`` at which ``model`` attends as peakedly as at ``trained`` keys.
-
-    The model reads the beginning of ``inputs`` at each length, shortest first, with the temperatures found so far in
-    force; as those of one layer change what the next one sees, a length is read until they stay. Held at a time are
-    the logits of ``rows`` rows of each site, no map of all queries.
-
-    Args:
-        model: a transformers model, or a Decoder with softmax mixers.
-        inputs: ids ``[B, >= max(lengths)]`` or the model's arguments by name, each ``[B, ...]`` and cut alike; text of
-            the kind that will be read, without padding.
-        trained: keys that a row attended to in training at most.
-        lengths: ascending.
-        align: ``entropy`` or ``pmax`` (temperatures by length), ``gaussian`` (their spread), ``logn``, ``none``.
-        per: what has a temperature of its own: the model, each layer's attention, or each head.
-        where: as the field of the strategy.
-        layers: as the field of the strategy.
-        port: ``manyheads.use`` for a transformers model; None for a Decoder.
-        rows: of each sequence and site: the last where attention is causal, else evenly spread.
-        rounds: of reading each length at most.
-
-    Returns:
-        The strategy; its ``spec`` says all of it.
-
-    Raises:
-        UserError: inputs are shorter than the longest length, or nothing is selected.
-    """
-    whole = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
-    longest = max(lengths, default=trained)
-    if max(x.shape[1] for x in whole.values()) < longest:
-        raise UserError(f"calibration reads {longest} tokens; give inputs of that length or shorter lengths")
-    start = AttentionAlignment(align="none", trained=trained, where=where, layers=layers)
-
-    def read(strategy: AttentionAlignment, length: int) -> dict[int, tuple[Tensor, Tensor]]:
-        recorder = LogitRecorder(inner=strategy, rows=rows)
-        cut = {name: x[:, :length] for name, x in whole.items()}
-        with torch.no_grad(), recorder.on(model) if port is None else port(model, recorder):
-            model(cut[""]) if "" in cut else model(**cut)
-        return dict(sorted(recorder.found.items()))
-
-    was = model.training
-    model.eval()
-    try:
-        if align in ("logn", "none"):
-            return replace(start, align=align)
-        found = read(start, trained)
-        sites = () if per == "model" else tuple(found)
-        if align == "gaussian":
-            spread = _pooled(torch.stack([variance(x) for x, _ in found.values()]), per).sqrt()
-            return replace(start, align=align, sites=sites, spread=_rounded(spread))
-        kind: Peak = "pmax" if align == "pmax" else "entropy"
-        one = torch.ones(1, 1, 1, dtype=torch.float64, device=next(iter(found.values()))[0].device)
-        target = _pooled(torch.stack([peakedness(x, one, kind) for x, _ in found.values()]), per)
-        strategy = start
-        for i, length in enumerate(lengths):
-            known, tau = strategy.taus, None
-
-            def table(value: Tensor, i: int = i, known: tuple[float, ...] = known) -> AttentionAlignment:
-                taus = known + _rounded(value)
-                return replace(start, align=align, sites=sites, lengths=tuple(lengths[: i + 1]), taus=taus)
-
-            for _ in range(rounds):
-                logits = read(strategy, length)
-                # A row that sees fewer keys than the length has a temperature between two of the table, which is
-                # linear in the one that is solved for.
-                at = list(logits.items())
-                ends = [table(torch.full_like(target, value)) for value in (1.0, 2.0)]
-                line = [[end.temperature(site, seen) for end in ends] for site, (_, seen) in at]
-
-                def rows_of(k: int, value: Tensor, line: list[list[Tensor]] = line) -> Tensor:
-                    return line[k][0] + (line[k][1] - line[k][0]) * (value - 1)
-
-                now = _solved([x for _, (x, _) in at], rows_of, target, kind, per)
-                settled = tau is not None and bool(((now / tau).log().abs() < 1e-3).all())
-                tau, strategy = now, table(now)
-                if settled:
-                    break
-        return strategy
-    finally:
-        model.train(was)
-
-
-def _rounded(x: Tensor) -> tuple[float, ...]:
-    return tuple(round(value, 4) for value in x.flatten().tolist())

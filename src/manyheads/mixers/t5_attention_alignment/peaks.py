@@ -51,7 +51,7 @@ def softmax_sites(model: nn.Module) -> Sequence[tuple[Site, SoftmaxMixer]]:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitRecorder(AttentionEdit):
-    """While ``inner`` acts, keeps of ``rows`` rows of every site their logits as they were and the keys they see.
+    """While ``inner`` acts, records of ``rows`` rows of every site their logits before it and the keys they see.
 
     Attributes:
         found: by site index, ``[B, H, R, S]`` and ``[B or 1, H or 1, R or 1]``.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyheads import UserError
-from manyheads.attention.slots import Slots, nbytes
+from manyheads.attention.padded import PaddedCache, nbytes
 
 B, H = 2, 2
 OPERATIONS = st.lists(
@@ -58,8 +58,8 @@ def test_against_lists(first, padding, operations):
             k = torch.tensor(
                 [[[[float(content(seen + t, r, h))] for t in range(n)] for h in range(H)] for r in model.rows]
             )
-            slots = Slots.empty(k, -k) if slots is None else slots
-            slots.append(k, -k)
+            slots = PaddedCache.empty(k, -k) if slots is None else slots
+            slots.update(k, -k)
             marks = [[not (b == 0 and t < m) for t in range(n)] for b in range(len(model.rows))]
             if m:
                 slots.mark(torch.tensor(marks))
@@ -81,7 +81,7 @@ def test_against_lists(first, padding, operations):
         elif kind == "select":
             rows = [[0], [1, 0], [0, 0, 1], [1, 1]][n]
             rows = [min(r, len(model.rows) - 1) for r in rows]
-            slots.select(torch.tensor(rows))
+            slots.reorder(torch.tensor(rows))
             model.rows = [model.rows[r] for r in rows]
             model.valid = [list(model.valid[r]) for r in rows]
             model.held = [[list(h) for h in model.held[r]] for r in rows]
@@ -103,8 +103,8 @@ def test_visible_looks_up_the_column(seen, width, queries, heads, seed):
     """Slot n of head h is seen where the model's mask allows its column; without a mask, where causality does."""
     generator = torch.Generator().manual_seed(seed)
     k, width, queries = torch.randn(B, H, seen, 1), min(width, seen), min(queries, seen)
-    slots = Slots.empty(k, k)
-    slots.append(k, k)
+    slots = PaddedCache.empty(k, k)
+    slots.update(k, k)
     assert slots.visible(None, queries) is None  # nothing dropped: as an ordinary cache
     order = torch.rand(B, H, seen, generator=generator).argsort(-1)[..., : max(1, seen - 1)]
     # A model whose mask spans W columns has a window of that size: older slots are dropped by the store.
@@ -131,8 +131,8 @@ def test_visible_looks_up_the_column(seen, width, queries, heads, seed):
 
 def test_crop_is_undone_or_refused():
     k = torch.randn(1, 2, 6, 3)
-    slots = Slots.empty(k, k)
-    slots.append(k, k)
+    slots = PaddedCache.empty(k, k)
+    slots.update(k, k)
     slots.mark(torch.tensor([[False] + [True] * 5]))
     slots.crop(2)
     assert slots.seen == slots.size == 4 and slots.positions()[0, 0].tolist() == [-1, 0, 1, 2]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot storage of one cache layer: keys and values that may be dropped, and what each slot still stands for.
+"""Padded storage of one cache layer: keys and values that may be dropped, and which token each slot holds.
 
 A cache that simply shrinks loses three things: how many tokens were seen (so the next token gets a wrong position and
 ``generate`` feeds tokens again), which column of the attention mask a slot belongs to (so padding masks the wrong
-keys), and the order of tokens. Slots keep all three:
+keys), and the order of tokens. A padded cache keeps all three:
 
 - ``seen``: the logical length, which never shrinks.
 - ``index [B, Hs, N]`` int32: the column of the whole sequence that a slot holds, -1 for an empty slot. None as long as
   nothing was dropped: then slot j is column j and no byte is spent on it.
-- ``extras``: by name, what a policy remembers of each slot ``[B, Hs | Hkv, N, e]`` (hashes, attention mass, codes);
+- ``extras``: by name, what a policy remembers of each slot ``[B, Hs | Hkv, N, e]`` (hashes, codes);
   a new slot starts with zeros.
 - ``valid [B, seen]`` bool: columns that hold a token and not padding. None as long as no mask was ever given.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UserError
 from .reference import repeat_kv
 
-__all__ = ["Slots", "nbytes"]
+__all__ = ["PaddedCache", "nbytes"]
 
 _FEW = 16  # fewer new tokens than this are decoding: they get room ahead
 
@@ -54,7 +54,7 @@ def _look_up(table: Tensor, columns: Tensor) -> Tensor:
     return table.gather(1, columns.clamp(min=0).reshape(batch, heads * size)).view(batch, heads, size)
 
 
-def _extend(slots: "Slots", k: Tensor, v: Tensor) -> None:
+def _extend(slots: "PaddedCache", k: Tensor, v: Tensor) -> None:
     """Add keys and values, in room reserved ahead while decoding."""
     size, new = slots.size, k.shape[2]
     if new >= _FEW or not size or k.requires_grad or slots.keys.requires_grad:
@@ -70,7 +70,7 @@ def _extend(slots: "Slots", k: Tensor, v: Tensor) -> None:
 
 
 @dataclass(slots=True)
-class Slots:
+class PaddedCache:
     """Keys ``[B, Hs, N, dk]`` and values ``[B, Hs, N, dv]`` of N slots.
 
     ``even`` says that every head of every row holds the same number of tokens, in order, and no slot is empty: then a
@@ -87,7 +87,7 @@ class Slots:
     _room: tuple[Tensor, Tensor] | None = None  # tensors of which keys and values are the beginning
 
     @classmethod
-    def empty(cls, k: Tensor, v: Tensor) -> "Slots":
+    def empty(cls, k: Tensor, v: Tensor) -> "PaddedCache":
         """No slots yet, with the batch, heads, dtype and device of ``k`` and ``v``."""
         return cls(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), 0)
 
@@ -95,7 +95,7 @@ class Slots:
     def size(self) -> int:
         return self.keys.shape[2]
 
-    def twin(self) -> "Slots":
+    def twin(self) -> "PaddedCache":
         """A second, independent set over the same tensors: what is appended to one does not reach the other."""
         return replace(self, extras=dict(self.extras), _room=None)
 
@@ -104,7 +104,7 @@ class Slots:
         """Everything held."""
         return [self.keys, self.values, self.index, self.valid, *self.extras.values()]
 
-    def append(self, k: Tensor, v: Tensor) -> None:
+    def update(self, k: Tensor, v: Tensor) -> None:
         """Add the next T columns. k ``[B, Hs, T, dk]``, v ``[B, Hs, T, dv]``."""
         batch, heads, new = k.shape[:3]
         if self.index is not None:
@@ -197,7 +197,7 @@ class Slots:
         self.extras = {name: x.narrow(2, start, size).clone() for name, x in self.extras.items()}
         self._room = None
 
-    def select(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Take batch rows (beam search, expansion): ``rows`` int64 ``[B']``."""
         rows = rows.to(self.keys.device)
         self.keys, self.values = self.keys[rows], self.values[rows]

@@ -8,7 +8,7 @@ row, which stay in the model's dtype in a ring of W + 1 places (position p at pl
 token that comes) and are encoded once, when they leave it.
 
 Appending and attending touch host numbers only to know when the room ends; ``fixed`` storage does not even that:
-all shapes stand still and all counters are on the device, so that a step can be compiled and replayed as a CUDA graph.
+all shapes are static and all counters are on the device, so that a step can be compiled and replayed as a CUDA graph.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from torch import Tensor
 from ..errors import UserError
 from . import reference
 from .codec import Codec
-from .slots import Slots
+from .padded import PaddedCache
 
-__all__ = ["Flat", "decode_attention", "freeze"]
+__all__ = ["RaggedCache", "decode_attention", "pack"]
 
 
 def decode_attention(
@@ -40,7 +40,7 @@ def decode_attention(
     recent_length: Tensor | None = None,
     capacity: int,
 ) -> Tensor:
-    """Attention of one query per row over flat storage: the twin of the kernel, on any device.
+    """Attention of one query per row over ragged storage: the twin of the kernel, on any device.
 
     Args:
         q: ``[B, H, d]``.
@@ -80,7 +80,7 @@ def decode_attention(
 
 
 @dataclass(slots=True)
-class Flat:
+class RaggedCache:
     """Tokens of one layer. P slots, Hs heads, W tokens in the ring, d channels (w bytes as codes).
 
     Attributes:
@@ -92,11 +92,11 @@ class Flat:
         clock: columns seen, ``[]`` int64.
         ring_k, ring_v: ``[B, Hs, W + 1, d]``, keys multiplied by ``key_scale``; ring_index: ``[B, W + 1]`` int32.
         key_scale: ``[B, Hs, d]`` factors on the keys before they are encoded, 1 where None.
-        valid: columns that hold tokens, as in Slots, up to the time of freezing.
+        valid: columns that hold tokens, as in PaddedCache, up to the time of packing.
         codec: of the codes.
         dtype: of keys and values as attention uses them.
         capacity: most slots of a head; room: tokens that still fit, as the host knows.
-        seen: columns at the time of freezing.
+        seen: columns at the time of packing.
         kernel: whether the GPU kernel attends.
         made: columns since then, as the host knows; -1 where only the device does (``fixed``).
     """
@@ -186,7 +186,7 @@ class Flat:
         return out
 
     def _place(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Where ``position [B]`` stands in the ring: ``[B, 1]``, and for every head and channel ``[B, Hs, 1, d]``."""
+        """Place of ``position [B]`` in the ring: ``[B, 1]``, and for every head and channel ``[B, Hs, 1, d]``."""
         assert self.ring_k is not None
         place = (position % self.ring_k.shape[2])[:, None]
         return place, place[:, None, :, None].expand(-1, self.ring_k.shape[1], -1, self.ring_k.shape[3])
@@ -225,7 +225,7 @@ class Flat:
             )  # fmt: skip
         return out[:, None]
 
-    def thaw(self) -> Slots:
+    def unpack(self) -> PaddedCache:
         """The same tokens as slots ``[B, Hs, N, d]``, in the order of columns; codes go along unchanged."""
         made = int(self.clock) - self.seen if self.fixed else self.made
         at = torch.arange(self.capacity, device=self.k.device)
@@ -256,7 +256,7 @@ class Flat:
         valid = None
         if self.valid is not None:
             valid = torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], made)], 1)
-        slots = Slots(keys.to(self.dtype), values.to(self.dtype), self.seen + made, index, valid, extras)
+        slots = PaddedCache(keys.to(self.dtype), values.to(self.dtype), self.seen + made, index, valid, extras)
         order = at.expand_as(index) if self.ring_k is None else torch.where(index < 0, _LAST, index).argsort(dim=-1)
         held = (index >= 0).sum(-1)
         fewest, most = torch.stack([held.min(), held.max()]).tolist()
@@ -279,10 +279,10 @@ def _kernel_takes(keys: Tensor) -> bool:
     return keys.is_cuda and keys.shape[-1] in (32, 64, 128, 256) and kernels.available()
 
 
-def freeze(
-    slots: Slots, *, codec: Codec | None = None, window: int = 0, key_scale: Tensor | None = None, room: int = 16
-) -> Flat:
-    """Move the tokens of ``slots`` into flat storage.
+def pack(
+    slots: PaddedCache, *, codec: Codec | None = None, window: int = 0, key_scale: Tensor | None = None, room: int = 16
+) -> RaggedCache:
+    """Move the tokens of ``slots`` into ragged storage.
 
     Args:
         slots: with keys and values of the same head dimension; afterwards not used any more.
@@ -332,7 +332,7 @@ def freeze(
     if codec is not None:
         k, k_scale, v, v_scale = _encoded(slots, codec, key_scale)
         k_scale, v_scale = flat(k_scale), flat(v_scale)
-    return Flat(
+    return RaggedCache(
         flat(_bits(k)).view(k.dtype), flat(_bits(v)).view(v.dtype), k_scale, v_scale, flat(columns.int()),
         offsets, lengths.int(), ends, counts.clone(), torch.tensor(slots.seen, device=device), ring_k, ring_v,
         ring_index, key_scale, slots.valid, codec, slots.keys.dtype, capacity, room, slots.seen,
@@ -340,8 +340,8 @@ def freeze(
     )  # fmt: skip
 
 
-def _regular(slots: Slots, counts: Tensor, room: int) -> Flat:
-    """Flat storage of slots of which none is empty: a copy, nothing to be found out."""
+def _regular(slots: PaddedCache, counts: Tensor, room: int) -> RaggedCache:
+    """Ragged storage of slots of which none is empty: a copy, nothing to be found out."""
     batch, heads, size, _ = slots.keys.shape
     each = size + room
     ends = (torch.arange(1, batch * heads + 1, device=counts.device) * each).view(batch, heads)
@@ -352,7 +352,7 @@ def _regular(slots: Slots, counts: Tensor, room: int) -> Flat:
         return run.flatten(0, 2)
 
     lengths = torch.full_like(ends, size, dtype=torch.int32)
-    return Flat(
+    return RaggedCache(
         flat(slots.keys), flat(slots.values), None, None, flat(slots.columns().int()), ends - each, lengths, ends,
         counts.clone(), torch.tensor(slots.seen, device=counts.device), None, None, None, None, slots.valid, None,
         slots.keys.dtype, each, room, slots.seen, _kernel_takes(slots.keys),
@@ -365,7 +365,7 @@ def _scatter(x: Tensor, place: Tensor, places: int) -> Tensor:
     return ring.scatter(2, place[..., None].expand(-1, -1, -1, x.shape[3]), x)[:, :, :places].contiguous()
 
 
-def _encoded(slots: Slots, codec: Codec, key_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _encoded(slots: PaddedCache, codec: Codec, key_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and scales of keys and values; slots that have codes keep them."""
     keys = slots.keys.float() if key_scale is None else slots.keys * key_scale[:, :, None]
     k, k_scale = codec.encode(keys)

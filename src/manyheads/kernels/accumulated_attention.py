@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["attention_mass", "lse"]
+__all__ = ["accumulated_attention", "lse"]
 
 _LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -138,7 +138,7 @@ class _Config(NamedTuple):
 
 
 def _config(kind: str, dim: int, itemsize: int) -> _Config:
-    """Fixed, so that no first call spends its time on tuning. ``kind``: ``lse`` or ``mass``."""
+    """Fixed, so that no first call spends its time on tuning. ``kind``: ``lse`` or ``accumulated_attention``."""
     if itemsize == 4:
         return _Config(64 if dim <= 128 else 32, 32, 4, 2)
     if kind == "lse":
@@ -172,7 +172,7 @@ def _lse_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return out[0] if splits == 1 else out.logsumexp(0)
 
 
-@torch.library.custom_op("manyheads::attention_mass", mutates_args=())
+@torch.library.custom_op("manyheads::accumulated_attention", mutates_args=())
 def _mass_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     (batch, heads, length, dim), (_, kv_heads, size, _) = q.shape, k.shape
     out = q.new_zeros(batch, kv_heads, size, dtype=torch.float32)
@@ -201,7 +201,8 @@ def _(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _checked(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3] or q.dtype != k.dtype or not scale > 0:
-        raise UserError(f"attention mass of q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, scale {scale}")
+        given = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, scale {scale}"
+        raise UserError(f"accumulated attention of {given}")
     return (q if q.stride(3) == 1 else q.contiguous()), (k if k.stride(3) == 1 else k.contiguous())
 
 
@@ -220,7 +221,7 @@ def lse(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
     return out
 
 
-def attention_mass(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+def accumulated_attention(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
     """Sum of the causal softmax weights on each key, over all queries and over the heads of its group. No gradient.
 
     Args:

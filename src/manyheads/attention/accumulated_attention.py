@@ -5,12 +5,12 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["column_mass"]
+__all__ = ["accumulated_attention"]
 
 _BLOCK = 2**24  # logits held at once
 
 
-def column_mass(
+def accumulated_attention(
     q: Tensor,
     k: Tensor,
     q_positions: Tensor,
@@ -41,9 +41,9 @@ def column_mass(
         from .. import kernels
 
         if kernels.available():
-            from ..kernels.mass import attention_mass
+            from ..kernels import accumulated_attention as kernel
 
-            return attention_mass(q, k, scale=scale)
+            return kernel.accumulated_attention(q, k, scale=scale)
     total = reference.widened(k.new_zeros(batch, kv_heads, size))
     block = max(1, _BLOCK // (batch * heads * size))
     for start in range(0, length, block):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flat storage against slots: the same tokens, the same attention, whatever the lengths, the padding and the codec."""
+"""Ragged storage against padded: the same tokens, the same attention, whatever the lengths, padding and codec."""
 
 import copy
 
@@ -9,8 +9,8 @@ import torch
 from manyheads import UserError
 from manyheads.attention import reference
 from manyheads.attention.codec import FP8, INT4
-from manyheads.attention.flat import Flat, freeze
-from manyheads.attention.slots import Slots
+from manyheads.attention.padded import PaddedCache
+from manyheads.attention.ragged import RaggedCache, pack
 from tolerance import SAME, assert_close
 
 B, HEADS, D = 2, 2, 8
@@ -25,8 +25,8 @@ def random(*shape, seed=0):
 def slots(length=12, padding=(0, 3), ragged=True, seed=0):
     """Slots of two rows, one of them padded on the left, whose heads have dropped different tokens."""
     k, v = random(B, HEADS, length, D, seed=seed), random(B, HEADS, length, D, seed=seed + 1)
-    made = Slots.empty(k, v)
-    made.append(k, v)
+    made = PaddedCache.empty(k, v)
+    made.update(k, v)
     if any(padding):
         made.mark(torch.arange(length) >= torch.tensor(padding)[:, None])
     if ragged:
@@ -66,16 +66,16 @@ def token(heads=4, seed=5):
 def test_attends_as_slots_do(codec, window, heads, padding, scaled):
     held, (q, k, v) = slots(padding=padding), token(heads)
     factors = random(B, HEADS, D, seed=9).exp() if scaled and codec else None
-    flat = freeze(copy.deepcopy(held), codec=codec, window=window, key_scale=factors, room=3)
-    held.append(k, v)
+    flat = pack(copy.deepcopy(held), codec=codec, window=window, key_scale=factors, room=3)
+    held.update(k, v)
     assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window, factors), 10 * SAME)
 
 
 @codecs
 def test_control_of_attending(codec, window):
     held, (q, k, v) = slots(), token()
-    flat = freeze(copy.deepcopy(held), codec=codec, window=window)
-    held.append(k, v)
+    flat = pack(copy.deepcopy(held), codec=codec, window=window)
+    held.update(k, v)
     flat.lengths -= 1
     with pytest.raises(AssertionError):
         assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window), 10 * SAME)
@@ -86,18 +86,18 @@ def test_control_of_attending(codec, window):
 def test_decoding_equals_slots(codec, window, ragged):
     """Twelve tokens one by one, a padding token among them; then the same back in slots."""
     held = slots(ragged=ragged, padding=(0, 3) if ragged else (0, 0))
-    flat = freeze(copy.deepcopy(held), codec=codec, window=window, room=12)
+    flat = pack(copy.deepcopy(held), codec=codec, window=window, room=12)
     for t in range(12):
         q, k, v = token(seed=20 + 3 * t)
         real = torch.tensor([True, t != 5]) if ragged else None
-        held.append(k, v)
+        held.update(k, v)
         if real is not None:
             held.mark(real[:, None])
         here = slice(None) if real is None else real  # what a padding token sees means nothing
         want = expected(held, q[:, :, 0], codec, window)[here]
         assert_close(flat.decode(q, k, v, 0.3, real)[here], want, 20 * SAME)
     assert flat.room == 0
-    back = flat.thaw()
+    back = flat.unpack()
     assert back.seen == held.seen
     for row in range(B):
         for head in range(HEADS):
@@ -112,7 +112,7 @@ def test_decoding_equals_slots(codec, window, ragged):
 
 
 def test_past_its_end_fixed_storage_raises():
-    flat = freeze(slots(padding=(0, 0), ragged=False), room=2)
+    flat = pack(slots(padding=(0, 0), ragged=False), room=2)
     flat.fix()
     flat.decode(*token(), 0.3)
     flat.decode(*token(), 0.3)
@@ -124,16 +124,16 @@ def test_past_its_end_fixed_storage_raises():
 def test_codes_are_made_once(codec):
     """Old codes are the same bytes after many more tokens, and after going back to slots and into storage again."""
     held = slots(length=20, padding=(0, 0), ragged=False)
-    flat = freeze(held, codec=codec, window=4, room=40)
+    flat = pack(held, codec=codec, window=4, room=40)
     first = [flat.k.view(torch.uint8)[:16].clone(), flat.k_scale[:16].clone(), flat.v.view(torch.uint8)[:16].clone()]
 
-    def old(storage: Flat):
+    def old(storage: RaggedCache):
         return [storage.k.view(torch.uint8)[:16], storage.k_scale[:16], storage.v.view(torch.uint8)[:16]]
 
     for t in range(30):
         flat.decode(*token(seed=t), 0.3)
         if t % 10 == 9:
-            flat = freeze(flat.thaw(), codec=codec, window=4, room=40)
+            flat = pack(flat.unpack(), codec=codec, window=4, room=40)
     assert all(torch.equal(x, y) for x, y in zip(old(flat), first, strict=True))
     # Control: made from what the codes gave back in bfloat16 and under another factor they would differ.
     again = codec.encode((codec.decode(flat.k[:16], flat.k_scale[:16], torch.float32) * 1.3).bfloat16())[1]
@@ -144,10 +144,10 @@ def test_bytes_fall_with_every_token_that_goes():
     even, uneven = slots(length=40, padding=(0, 0), ragged=False), slots(length=40, padding=(0, 0))
     filled = int((uneven.columns() >= 0).sum())
     for held, tokens in ((even, B * HEADS * 40), (uneven, filled)):
-        flat = freeze(held, room=1)
+        flat = pack(held, room=1)
         planes = flat.k.untyped_storage().nbytes() + flat.v.untyped_storage().nbytes()
         assert planes == (tokens + B * HEADS) * 2 * D * 4
-    packed = freeze(slots(length=40, padding=(0, 0), ragged=False), codec=INT4, window=4, room=1)
+    packed = pack(slots(length=40, padding=(0, 0), ragged=False), codec=INT4, window=4, room=1)
     assert packed.k.nbytes + packed.v.nbytes == B * HEADS * (36 + 1) * D
     assert packed.k_scale.nbytes + packed.v_scale.nbytes == B * HEADS * (36 + 1) * 4
 
@@ -157,11 +157,11 @@ def test_the_window_has_to_be_whole():
     order = torch.arange(11).expand(B, HEADS, -1)
     held.keep(order, torch.ones_like(order, dtype=torch.bool))
     with pytest.raises(UserError, match="recent=4"):
-        freeze(held, codec=INT4, window=4)
+        pack(held, codec=INT4, window=4)
 
 
 def test_poison_outside_of_the_lengths_is_never_read():
-    flat, other = freeze(slots(), room=5), freeze(slots(), room=5)
+    flat, other = pack(slots(), room=5), pack(slots(), room=5)
     used = torch.zeros(flat.k.shape[0], dtype=torch.bool)
     for start, length in zip(flat.offsets.flatten().tolist(), flat.lengths.flatten().tolist(), strict=True):
         used[start : start + length] = True
