@@ -126,9 +126,6 @@ def propagate(
         neighbours: m of each head, ``[B, Hs]``, at least 1.
         rounds: T.
         update: ``mul`` or ``add``.
-        edges: between tokens whose ``keys`` are alike, or ``shuffled``: as strong, and between tokens drawn at random,
-            which is the control that resemblance has to beat.
-        seed: of the shuffling.
     """
     unit = torch.nn.functional.normalize(reference.widened(keys), dim=-1)
     size = scores.shape[2]

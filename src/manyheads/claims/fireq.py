@@ -56,7 +56,7 @@ claim = Claim(
         ),
         equal="bytes",
         seeds=1,
-    ),  # fmt: skip
+    ),
     checks=(
         lower(_PLANTED, "fireq", than="int4"),
         no_worse(_PLANTED, "fireq", than="full", margin=_MARGIN, better="lower"),

@@ -17,6 +17,7 @@ from ..tasks.text.perplexity import Perplexity
 from ..tasks.text.speed import Speed
 
 _SLOTS = (358, 256, 154)  # 70, 50 and 30 % of the 512 tokens of a text
+_OURS_HOLD = tuple(slots - 1 for slots in _SLOTS)
 _LOSS, _CONTROL = "perplexity.token_nll", "random, same protection"
 _OURS = {"hashevict": "hashevict", "hashevict, key probe": "hashevict:probe=key"}
 _RIVALS = {
@@ -40,14 +41,17 @@ claim = Claim(
     ),
     experiment=Experiment(
         subject="smollm2-135m-instruct",
-        arms=over(_OURS, [slots - 1 for slots in _SLOTS]) + over(_RIVALS, _SLOTS),
+        arms=over(_OURS, _OURS_HOLD) + over(_RIVALS, _SLOTS),
         tasks=(
             Perplexity(lengths=(384,), target=128, start=64, piece=32),
             PairRecall(start=32, piece=32, sequences=192),
             Speed(lengths=(2048,), rounds=6, apart=True, timed=("hashevict:budget=153", "h2o:budget=154")),
         ),
         sizes=Sizes(
-            quick={"subject": "default", "samples": 2, "sequences": 4, "rounds": 2},
+            quick={
+                "subject": "default", "samples": 2, "lengths": (384,), "sequences": 4, "rounds": 2,
+                "arms": over(["hashevict"], _OURS_HOLD) + over({k: _RIVALS[k] for k in (_CONTROL, "h2o")}, _SLOTS),
+            },
             cpu={"samples": 24},
             cuda={"samples": 192, "sequences": 1536, "rounds": 12},
         ),

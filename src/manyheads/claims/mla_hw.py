@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is latent attention cheaper to decode without expanding its cache, and does a roofline model know when it is not?
 
-The paper models accelerators in simulation; here the machine at hand is measured, on random tensors of DeepSeek-V3's
-layer (``cuda``) or of one with a quarter of its channels and an eighth of its heads. ``full`` is what transformers does:
-it expands every latent at every step. ``auto`` names a schedule from peak and bandwidth, measured just before.
+The paper simulates accelerators; here the machine at hand is measured, on random tensors of DeepSeek-V3's layer
+(``cuda``) or of one with a quarter of its channels and an eighth of its heads. ``full`` is what transformers does: it
+expands every latent at every step. ``auto`` names a schedule from peak and bandwidth, measured just before.
 """
 
 from ..experiment.arms import over
@@ -50,7 +50,7 @@ claim = Claim(
             },
         ),
         equal="none",
-    ),  # fmt: skip
+    ),
     checks=(
         at_most("attention", "absorb", times=_TENTH, than="full", where={"queries": 1, "largest": True}),
         # Of 54 shapes nine in ten named right are an interval that begins at 0.8. Beside a crossover both schedules
