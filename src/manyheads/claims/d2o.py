@@ -45,7 +45,7 @@ claim = Claim(
         tasks=(Perplexity(lengths=(512,), target=128, piece=16), PairRecall(sequences=192)),
         sizes=Sizes(
             quick={"subject": "default", "samples": 4, "lengths": (256,), "target": 32, "sequences": 8},
-            cpu={"samples": 24},
+            cpu={"samples": 12, "lengths": (256,), "target": 64, "sequences": 96},
             cuda={"samples": 192, "lengths": (2048,), "target": 256, "sequences": 1536},
         ),
         equal="slots",

@@ -15,11 +15,12 @@ from ...experiment import seeding
 from ...experiment.rows import Metric, Row, WorkUnit
 from ...experiment.task import RunContext, Task
 from ...integrations import use
-from ...recipes.recall import PAIRS, pairs
 from ._prefill import Prefix, forward_chunked
 
 __all__ = ["PairRecall"]
 
+PAIRS = 100  # that the fixture was trained to recall
+_KEYS, _VALUES = (8, 128), (128, 256)  # its tokens
 _BATCH = 64  # sequences of a unit
 
 
@@ -92,7 +93,8 @@ class PairRecall(Task):
         """The pairs in random order, and the asked ones in another: ``[B, 2 (asked + others)]``, ``[B, 2 asked]``."""
         generator = seeding.torch_generator(run.seed, sequences="pairs", first=first)
         count = self.asked + self.others
-        drawn = pairs(last - first, count, generator, "cpu")[0][:, : 2 * count].unflatten(1, (-1, 2))
+        keys = torch.rand(last - first, _KEYS[1] - _KEYS[0], generator=generator).argsort(1)[:, :count] + _KEYS[0]
+        drawn = torch.stack([keys, torch.randint(*_VALUES, keys.shape, generator=generator)], -1)
         asked, others = drawn[:, : self.asked], drawn[:, self.asked :]
         if self.distinct:
             others = others[:, torch.arange(self.others) % self.distinct]
