@@ -6,7 +6,7 @@ from __future__ import annotations
 from ...attention.mla import Dims
 from ...experiment.arms import Arm
 from ...experiment.task import RunContext
-from ...spec import split
+from ...spec import read
 
 __all__ = ["SMALL", "dims", "schedule_of", "unsupported"]
 
@@ -21,12 +21,12 @@ def dims(sizes: tuple[int, ...]) -> Dims:
 
 def schedule_of(arm: Arm) -> str:
     """``expand`` for the plain subject, which is what transformers does; else what its spec says."""
-    return split(arm.spec)[1].get("schedule", "auto") if arm.spec else "expand"
+    return read(arm.spec).fields.get("schedule", "auto") if arm.spec else "expand"
 
 
 def unsupported(run: RunContext) -> str | None:
     """Why an arm of ``run`` is no schedule of latent attention."""
     for arm in run.arms:
-        if arm.spec and split(arm.spec)[0] != "mla_hw":
+        if arm.spec and read(arm.spec).name != "mla_hw":
             return f"{arm.key} is no schedule of latent attention; give mla_hw with schedule=absorb, expand or auto"
     return None
