@@ -136,6 +136,19 @@ def test_copies_of_a_source_go_first():
     assert got[[2, 5, 9]].abs().max() < 1e-5 and torch.equal(got[others], scores[others])
 
 
+def test_a_shuffled_graph_knows_no_copies():
+    """The control: as many tokens lose as much, and which ones has nothing to do with their keys."""
+    k = torch.randn(1, 1, 64, 16)
+    k[:, :, 32:] = k[:, :, :32]  # every token has one copy, its key the only one like it
+    graphs = [GraphKV(base="keydiff", budget=16, edges=edges) for edges in ("keys", "shuffled")]
+    own, shuffled = (graph.keys(view(k)) for graph in graphs)
+    assert torch.equal(own, k) and not torch.equal(shuffled, k)
+    assert torch.equal(own.flatten().sort().values, shuffled.flatten().sort().values)
+    assert torch.equal(shuffled, graphs[1].keys(view(k)))
+    alike = torch.nn.functional.cosine_similarity(shuffled[..., :32, :], shuffled[..., 32:, :], dim=-1)
+    assert (alike > 0.99).float().mean() < 0.2
+
+
 def test_each_cluster_keeps_one():
     """Two clusters of copies and room for two: the base keeps two of the better one, the graph one of each."""
     _, k, _ = sequences(1, 4, 2)

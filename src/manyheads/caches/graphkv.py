@@ -47,12 +47,19 @@ class GraphKV(Wrapper):
         neighbours: m, tokens that a source reaches; None for ceil(0.1 * nodes / sources).
         rounds: how often sources are chosen and take.
         update: ``mul`` or ``add``.
+        edges: between tokens whose ``keys`` are alike, or ``shuffled``: as strong, and between tokens drawn at random,
+            which is the control that resemblance has to beat.
+        seed: of the shuffling.
     """
 
     num_sources: float = field(default=0.3, metadata={"help": "sources, as a fraction of the freely filled slots"})
     neighbours: int | None = field(default=None, metadata={"help": "tokens that a source reaches; adaptive if not set"})
     rounds: int = field(default=1, metadata={"help": "how often sources are chosen and take"})
     update: Literal["mul", "add"] = field(default="mul", metadata={"help": "mul: products of 1 - e; add: sums of e"})
+    edges: Literal["keys", "shuffled"] = field(
+        default="keys", metadata={"help": "by likeness of keys, or shuffled: as strong, and random (control)"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the shuffling"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_sources <= 1:
@@ -98,7 +105,12 @@ class GraphKV(Wrapper):
     def keys(self, view: CacheView) -> Tensor:
         """What similarity is measured on, ``[B, Hs, N, d]``."""
         grouped: Tensor = view.k.unflatten(1, (view.positions.shape[1], -1))
-        return grouped.transpose(2, 3).flatten(3)
+        keys = grouped.transpose(2, 3).flatten(3)
+        if self.edges == "keys":
+            return keys
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + (view.site.layer or 0))
+        order = torch.rand(keys.shape[:3], generator=generator).argsort(-1).to(keys.device)
+        return keys.gather(2, order[..., None].expand_as(keys))
 
 
 def propagate(

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UserError
-from ..strategy import Attention, Cache, Denoiser, Mixer, Residual
+from ..strategy import Attention, Cache, Denoiser, Mixer, Residual, Strategy
 
 if TYPE_CHECKING:
     import torch
 
-    from ..strategy import Strategy
-
-__all__ = ["CausalLM", "Pipeline", "Subject", "Trainable", "subject"]
+__all__ = ["CausalLM", "Machine", "Pipeline", "Subject", "Trainable", "subject"]
 
 
 class Subject(ABC):
@@ -184,6 +182,20 @@ class Trainable(Subject):
         """Nothing: tasks build what they train."""
 
 
+class Machine(Subject):
+    """The machine at hand: tasks time operators on tensors that they draw."""
+
+    kind = "machine"
+    kinds = (Strategy,)
+    advice = "give it a model of its kind"
+
+    def __init__(self, name: str = "machine") -> None:
+        super().__init__(name)
+
+    def load(self, device: str | torch.device) -> None:
+        """Nothing: there is no model."""
+
+
 def _where(strategy: Strategy) -> str | None:
     """Which verb is for a strategy of this kind."""
     if isinstance(strategy, Mixer):
@@ -198,7 +210,7 @@ def _where(strategy: Strategy) -> str | None:
 def subject(given: str | Subject) -> Subject:
     """The subject of that name: a pipeline that ships or whose folder has model_index.json, else a causal LM.
 
-    ``trainable`` is a model that the task trains.
+    ``trainable`` is a model that the task trains, ``machine`` none at all: operators are timed.
     """
     if isinstance(given, Subject):
         return given
@@ -206,6 +218,8 @@ def subject(given: str | Subject) -> Subject:
 
     if given == "trainable":
         return Trainable()
+    if given == "machine":
+        return Machine()
     folder = Path(given).expanduser()
     if given in models.shipped_pipelines() or (folder / "model_index.json").is_file():
         return Pipeline(given)

@@ -12,10 +12,11 @@ from numpy.random import Generator
 from ._corpus import Corpus, Ids
 from ._needles import Constant, NeedleInserter, UnfitVocabulary
 
-__all__ = ["ALIASES", "CONSTANTS", "DEPTHS", "Contexts", "Haystack", "Question"]
+__all__ = ["ALIASES", "CONSTANTS", "DEPTHS", "PASSAGE", "Contexts", "Haystack", "Question"]
 
 DEPTHS = (0.1, 0.5, 0.9)  # of a single planted constant, as a fraction of the context
 CONSTANTS, ALIASES = 4, 3  # planted together for `niah_multikey` and `variable_tracking`
+PASSAGE = 48  # tokens of the passage that a repeated text has over and over
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,17 @@ class Haystack:
 
 @dataclass
 class Contexts:
-    """Draws contexts; the same ones however often and in whatever order they are asked for."""
+    """Draws contexts; the same ones however often and in whatever order they are asked for.
+
+    Attributes:
+        repeat: part of a context, in [0, 1), that is one passage of it over and over, spread evenly.
+    """
 
     corpus: Corpus
     tokenizer: Any
     samples: int
     seed: int
+    repeat: float = 0.0
     start: list[int] = field(init=False)  # tokens that the tokenizer puts before a text
     _inserter: NeedleInserter | None = field(default=None, init=False)
     _drawn: dict[tuple[str, int], Any] = field(default_factory=dict, init=False)
@@ -79,11 +85,30 @@ class Contexts:
         """``count`` contexts of ``length`` tokens as they stand in the text, with the ``more`` tokens that follow."""
         key = (task, length)
         if key not in self._drawn:
-            windows = self.corpus.windows(length + more - len(self.start), count, self.rng(task, length))
-            begin = np.array(self.start, np.int64)
-            self._drawn[key] = [(np.concatenate([begin, w.ids]), w.text, w.overlaps) for w in windows]
+            own = self._own(length, [])
+            windows = self.corpus.windows(own + more, count, self.rng(task, length))
+            begin, wholes = np.array(self.start, np.int64), self._repeated(length, [w.ids[:own] for w in windows])
+            self._drawn[key] = [
+                (np.concatenate([begin, whole, w.ids[own:]]), w.text, w.overlaps)
+                for whole, w in zip(wholes, windows, strict=True)
+            ]
         drawn: list[tuple[Ids, str, bool]] = self._drawn[key]
         return drawn
+
+    def _passages(self, length: int) -> int:
+        return int(self.repeat * length / PASSAGE)
+
+    def _repeated(self, length: int, bodies: list[Ids]) -> list[Ids]:
+        """Each of ``bodies`` with its passage put in as often as ``length`` asks for, at line ends."""
+        count = self._passages(length)
+        if not count:
+            return bodies
+        drawn = self.corpus.windows(PASSAGE, len(bodies), self.rng("passage", length))
+        depths = [i / count for i in range(count)]
+        return [
+            self.inserter.insert(body, [window.ids.tolist()] * count, depths)
+            for body, window in zip(bodies, drawn, strict=True)
+        ]
 
     def single(self, length: int) -> list[Haystack]:
         """Contexts of ``length`` tokens with one constant, at each depth in turn."""
@@ -104,20 +129,21 @@ class Contexts:
             rng = self.rng(task, length)
             plans = [make(i, rng) for i in range(self.samples)]
             windows = self.corpus.windows(length, self.samples, rng)
+            bodies = [
+                self.inserter.insert(w.ids[: self._own(length, lines)], lines, depths)
+                for w, (lines, depths, _) in zip(windows, plans, strict=True)
+            ]
+            begin = np.array(self.start, np.int64)
             self._drawn[key] = [
-                self._compose(window.ids, window.text, window.overlaps, length, *plan)
-                for window, plan in zip(windows, plans, strict=True)
+                Haystack(np.concatenate([begin, whole]), w.text, questions, w.overlaps)
+                for whole, w, (_, _, questions) in zip(self._repeated(length, bodies), windows, plans, strict=True)
             ]
         drawn: list[Haystack] = self._drawn[key]
         return drawn
 
-    def _compose(
-        self, ids: Ids, text: str, overlaps: bool, length: int, lines: list[list[int]], depths: list[float],
-        questions: list[Question],
-    ) -> Haystack:  # fmt: skip
-        body = ids[: length - len(self.start) - sum(map(len, lines))]
-        whole = np.concatenate([np.array(self.start, np.int64), self.inserter.insert(body, lines, depths)])
-        return Haystack(whole, text, questions, overlaps)
+    def _own(self, length: int, lines: list[list[int]]) -> int:
+        """Tokens of a context that are neither lines planted in it nor a repeated passage."""
+        return length - len(self.start) - sum(map(len, lines)) - self._passages(length) * PASSAGE
 
     def _one(self, index: int, rng: Generator) -> tuple[list[list[int]], list[float], list[Question]]:
         constant = self.inserter.draw(1, rng)[0]

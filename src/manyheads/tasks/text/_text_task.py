@@ -39,6 +39,8 @@ class TextTask(Task):
         samples: contexts of each length.
         text: what to read when the user gives nothing: ``code`` (the standard library's source) or a corpus of
             :mod:`manyheads.data.texts`.
+        repeat: part of a context, in [0, 1), that is one passage of it over and over: text that says things twice.
+        label: name in rows, where a run has the task twice.
     """
 
     subject: ClassVar[str] = "causal_lm"
@@ -46,6 +48,8 @@ class TextTask(Task):
     lengths: tuple[int, ...] = (1024, 2048)
     samples: int = 6
     text: str = "code"
+    repeat: float = 0.0
+    label: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
@@ -53,6 +57,8 @@ class TextTask(Task):
             raise UserError(f"a context has at least {_SHORTEST} tokens; give longer --lengths")
         if self.samples < 1:
             raise UserError("samples count contexts: give 1 or more")
+        if not 0 <= self.repeat < 1:
+            raise UserError(f"repeat is a part of the context, at least 0 and below 1, not {self.repeat}")
 
     def contexts(self, run: RunContext) -> Contexts:
         """The contexts of this run; the same ones in every process."""
@@ -61,9 +67,9 @@ class TextTask(Task):
             from ...data.texts import corpus
 
             texts = run.data.get("texts") or corpus(self.text)
-            return Contexts(Corpus(texts, _lm(run).tokenizer), _lm(run).tokenizer, self.samples, run.seed)
+            return Contexts(Corpus(texts, _lm(run).tokenizer), _lm(run).tokenizer, self.samples, run.seed, self.repeat)
 
-        return cast(Contexts, run.kept((self.text, self.samples), make))
+        return cast(Contexts, run.kept((self.text, self.samples, self.repeat), make))
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         if _lm(run).tokenizer is None:
@@ -93,8 +99,12 @@ class TextTask(Task):
                 {"length": length, "first": first, "last": last, **params},
             )  # fmt: skip
 
+    def model(self, run: RunContext) -> Any:
+        """What this task measures on: the subject's model, or a changed copy of it."""
+        return model_of(run)
+
     def measure(self, run: RunContext, unit: WorkUnit) -> list[Row]:
-        model = _lm(run).model
+        model = self.model(run)
         with torch.inference_mode(), use(model):
             return list(self.rows(run, unit))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from ...experiment.arms import Arm
 from ...experiment.rows import Metric, Row, WorkUnit
 from ...experiment.task import RunContext
 from ._prefill import Prefix, forward_chunked
@@ -27,6 +28,8 @@ class Speed(TextTask):
 
     Attributes:
         rounds: repetitions.
+        apart: every arm reads the prompt by itself, and keeps of it what it alone needs.
+        timed: keys of the arms that are timed; all of them when empty.
     """
 
     alone: ClassVar[bool] = True
@@ -36,10 +39,13 @@ class Speed(TextTask):
     )
 
     rounds: int = 2
+    apart: bool = False
+    timed: tuple[str, ...] = ()
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         length = self.lengths[-1]
-        cost = length + 100 * len(run.arms)
+        arms = self._arms(run)
+        cost = (len(arms) if self.apart else 1) * length + 100 * len(arms)
         return [
             WorkUnit(self.key, f"{i}", cost, f"speed, {length} tokens", {"length": length, "round": i})
             for i in range(self.rounds)
@@ -49,25 +55,29 @@ class Speed(TextTask):
         length, turn, steps = unit.params["length"], unit.params["round"], _WARM + _TIMED
         context, text, _ = self.contexts(run).plain("speed", length, 1, steps)[0]
         ids, following = tensor(run, [context[:length]]), tensor(run, [context[length:]])
-        model = model_of(run)
-        Prefix(model, ids[:, :64], run.arms)  # warm-up
-        dense, prefix = _timed(run, lambda: Prefix(model, ids, run.arms))
-        first = turn * 5 % len(run.arms)
+        model, arms = model_of(run), self._arms(run)
+        Prefix(model, ids[:, :64], arms)  # warm-up
+        dense, prefix = (0.0, None) if self.apart else _timed(run, lambda: Prefix(model, ids, arms))
+        first = turn * 5 % len(arms)
         about = {"text": text}
-        for arm in run.arms[first:] + run.arms[:first]:
+        for arm in arms[first:] + arms[:first]:
             start = _now(run)
-            with prefix.open(arm) as cache:
+            own = Prefix(model, ids, [arm]) if prefix is None else prefix
+            with own.open(arm) as cache:
                 opened = _now(run) - start
                 seconds = [
                     _timed(run, partial(forward_chunked, model, cache, token, 1))[0] for token in following.split(1, 1)
                 ]
-            whole = opened + (dense if prefix.serves(arm) else 0.0)
+            whole = opened + (dense if own.serves(arm) else 0.0)
             yield self.row("prefill", arm, whole, f"{turn}", at={"length": length}, about=about)
             for i, value in enumerate(seconds[_WARM:]):
                 yield self.row(
                     "decode", arm, 1000 * value, f"{turn}.{i}", context=f"{turn}", at={"length": length}, about=about
                 )
-            run.advance(unit.cost / len(run.arms))
+            run.advance(unit.cost / len(arms))
+
+    def _arms(self, run: RunContext) -> tuple[Arm, ...]:
+        return tuple(arm for arm in run.arms if not self.timed or arm.key in self.timed)
 
 
 def _now(run: RunContext) -> float:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long work on a device takes, and what the device reaches at best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ...attention.mla import Platform
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """Seconds of work on a device.
+
+    On a GPU they are the device's own: work is queued behind a long product, so that gaps of the launching host do not
+    count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._filler = self.draw(8192, 8192) if device.type == "cuda" else None
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Normal values."""
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def queue(self) -> None:
+        """Keep a GPU busy for milliseconds, so that what comes next is launched before it can start."""
+        if self._filler is not None:
+            self._filler @ self._filler
+
+    def wait(self) -> None:
+        """Wait until the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Seconds of one run of ``work``."""
+        if self._filler is None:
+            start = perf_counter()
+            work()
+            return perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.queue()
+        begin.record()
+        work()
+        end.record()
+        self.wait()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def best(self, work: Callable[[], object], runs: int) -> float:
+        """The shortest of ``runs``, after one that warms up."""
+        work()
+        return min(self.seconds(work) for _ in range(runs))
+
+    def calibrate(self) -> Platform:
+        """What this machine reaches: one large product, one long copy into new memory, one tiny product."""
+        gpu = self.device.type == "cuda"
+        size, length = (8192, 1 << 29) if gpu else (1024, 1 << 24)
+        a: Any = self.draw(size, size)
+        source, tiny = torch.ones(length, device=self.device, dtype=self.dtype), a[:8, :8].clone()
+        copied = 2 * source.numel() * source.element_size()
+        return Platform(
+            2 * size**3 / self.best(partial(torch.matmul, a, a), 20), copied / self.best(source.clone, 20),
+            self.best(partial(torch.matmul, tiny, tiny), 50), fused_heads=gpu,
+        )  # fmt: skip

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds of attention over latents by schedule, over a grid of shapes, and what choosing by a roofline model costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import ClassVar, cast
+
+import torch
+
+from ...attention import mla
+from ...errors import UserError
+from ...experiment.rows import Metric, Row, WorkUnit
+from ...experiment.task import RunContext, Task
+from ._clock import Clock
+from ._latent import SMALL, dims, schedule_of, unsupported
+
+__all__ = ["LatentSchedules"]
+
+_WAYS: tuple[mla.Schedule, ...] = ("expand", "absorb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSchedules(Task):
+    """Both schedules on random tensors, in turns; an arm has the times of the one that it names.
+
+    ``auto`` names by the roofline model from the peak and bandwidth measured just before; it is never fitted to the
+    times that it has to predict. ``agrees`` is 1 where the named one was the faster, ``regret`` how much more it cost
+    than the faster, both by the shortest time.
+
+    Attributes:
+        sizes: heads, rank, nope, rope, value and query-latent channels of the layer.
+        batches: rows of a batch, ascending.
+        queries: new tokens of each row.
+        tokens: held of each row, ascending.
+        repeats: of every shape.
+    """
+
+    alone: ClassVar[bool] = True
+    subject: ClassVar[str] = "machine"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("attention", "latent attention, s", "s", kind="time"),
+        Metric("agrees", "faster schedule named", higher=True, kind="share"),
+        Metric("regret", "time above the faster's"),
+    )
+
+    sizes: tuple[int, ...] = SMALL
+    batches: tuple[int, ...] = (1, 4)
+    queries: tuple[int, ...] = (1, 4, 16, 64, 256)
+    tokens: tuple[int, ...] = (256, 1024, 4096)
+    repeats: int = 6
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != 6 or self.repeats < 1:
+            raise UserError("sizes are heads, rank, nope, rope, value and query channels; repeats is at least 1")
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        return unsupported(run)
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        return [
+            WorkUnit(
+                self.key, f"{rows}x{queries}x{tokens}", rows * (tokens + queries**0.5 * 64),
+                f"{queries} queries, {rows} x {tokens} tokens", {"shape": [rows, queries, tokens]},
+            )
+            for rows, queries, tokens in product(self.batches, self.queries, self.tokens)
+        ]  # fmt: skip
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        rows, queries, tokens = unit.params["shape"]
+        clock = run.kept("clock", lambda: Clock(run.device))
+        platform = run.kept("platform", clock.calibrate)
+        with torch.inference_mode():
+            times = self._times(clock, rows, queries, tokens)
+        best = {way: min(spent) for way, spent in times.items()}
+        at = {
+            "queries": queries, "rows": rows, "tokens": tokens,
+            "largest": (rows, tokens) == (self.batches[-1], self.tokens[-1]),
+        }  # fmt: skip
+        named = mla.choose(
+            dims(self.sizes), rows, queries, tokens, platform, torch.finfo(clock.dtype).bits // 8, among=_WAYS
+        )
+        for arm in run.arms:
+            way = schedule_of(arm)
+            way = cast(mla.Schedule, named if way == "auto" else way)
+            for i, spent in enumerate(times[way]):
+                yield self.row("attention", arm, spent, f"{unit.name}.{i}", at=at, about={"schedule": way})
+            yield self.row("agrees", arm, best[way] == min(best.values()), unit.name, at=at)
+            yield self.row("regret", arm, best[way] / min(best.values()) - 1, unit.name, at=at)
+
+    def _times(self, clock: Clock, rows: int, queries: int, tokens: int) -> dict[mla.Schedule, list[float]]:
+        """Seconds of each schedule, on tensors such that what is made of them has unit size."""
+        layer = dims(self.sizes)
+        q = clock.draw(rows, layer.num_heads, queries, layer.nope_dim + layer.rope_dim)
+        cache = clock.draw(rows, 1, tokens, layer.rank + layer.rope_dim)
+        up = clock.draw(layer.num_heads, layer.nope_dim + layer.v_dim, layer.rank) * layer.rank**-0.5
+        scale = (layer.nope_dim + layer.rope_dim) ** -0.5
+        work = {way: partial(getattr(mla, way), q, cache, up, layer, scale=scale) for way in _WAYS}
+        times: dict[mla.Schedule, list[float]] = {way: [] for way in _WAYS}
+        for turn in range(self.repeats + 1):
+            for way in _WAYS:
+                spent = clock.seconds(work[way])
+                if turn:  # the first turn warms up
+                    times[way].append(spent)
+        return times
