@@ -85,6 +85,7 @@ class WorkUnit:
         cost: in any measure that is common to the run's units, for the progress display.
         label: what the progress display says.
         params: what the task has to know to do it; plain values.
+        shares: names what a process keeps from one unit to the next that says the same; such units follow each other.
     """
 
     task: str
@@ -92,6 +93,7 @@ class WorkUnit:
     cost: float = 1.0
     label: str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
+    shares: str = ""
 
     @property
     def key(self) -> str:

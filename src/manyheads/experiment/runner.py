@@ -59,7 +59,7 @@ def run(
     tasks = [task for task in plan.tasks if task.key not in skipped]
     if not tasks:
         raise UserError(f"nothing to measure: {next(iter(skipped.values()))}")
-    units = [unit for task in tasks for unit in task.units(made)]
+    units = _ordered([unit for task in tasks for unit in task.units(made)])
     journal = Journal(Path(out), _described(plan, made, seed, units, skipped, about or {}))
     waiting = [unit for unit in units if not journal.has(unit.key)]
     if not waiting and "finished" in journal.run:
@@ -95,6 +95,14 @@ def context(
         subject=plan.subject, arms=plan.arms, seed=seed, seeds=plan.seeds, device=placed(device, None)[0],
         data=data or {}, folder=folder,
     )  # fmt: skip
+
+
+def _ordered(units: Sequence[WorkUnit]) -> list[WorkUnit]:
+    """The units in their order, those that share something side by side."""
+    groups: dict[str, list[WorkUnit]] = {}
+    for unit in units:
+        groups.setdefault(unit.shares or unit.key, []).append(unit)
+    return [unit for group in groups.values() for unit in group]
 
 
 def measure(plan: Planned, made: RunContext, unit: WorkUnit) -> list[Row]:

@@ -32,15 +32,16 @@ class Multikey(TextTask):
         return super().unsupported_reason(run) or self.contexts(run).unsupported_reason(lines, self.lengths[-1])
 
     def units(self, run: RunContext) -> list[WorkUnit]:
-        return list(self.batches(run, self.lengths[-1], self.lengths[-1] + 40 * len(run.arms), sequences=4))
+        return list(self.batches(run, self.lengths[-1], self.lengths[-1] + 40 * len(run.arms), 4, "multikey"))
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         length, first, last = (unit.params[name] for name in ("length", "first", "last"))
+        arms = self.arms_of(run, unit)
         contexts = self.contexts(run).multikey(length)[first:last]
         ids = [context.ids for context in contexts]
         # The other task asks the same contexts: what was read for it, in this process, serves again.
         prefix: Prefix = run.kept_last(
-            "multikey", (length, first, last), lambda: Prefix(model_of(run), tensor(run, ids), run.arms)
+            "multikey", (length, first, last, arms[0].key), lambda: Prefix(model_of(run), tensor(run, ids), arms)
         )
         at_once = sequences_at_once(run.device, length, per_token(run))
         sizes: dict[tuple[int, int], list[tuple[int, Question]]] = {}
@@ -48,7 +49,7 @@ class Multikey(TextTask):
             for question in (q for q in context.questions if q.task == self.asks):
                 sizes.setdefault((len(question.question), len(question.answer)), []).append((i, question))
         groups = [group[i : i + at_once] for group in sizes.values() for i in range(0, len(group), at_once)]
-        for arm in run.arms:
+        for arm in arms:
             for group in groups:
                 with prefix.open(arm) as cache:
                     held = cache.bytes() / len(contexts)
@@ -63,4 +64,4 @@ class Multikey(TextTask):
                         context=f"{first + i}", at={"length": length, "depth": question.depth}, bytes=held,
                         about={"nats": cost, "text": context.text, "overlaps": context.overlaps},
                     )  # fmt: skip
-            run.advance(unit.cost / len(run.arms))
+            run.advance(unit.cost / len(arms))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -22,10 +22,14 @@ from ._contexts import Contexts
 from ._corpus import Corpus, Ids
 from ._prefill import Prefix, bytes_per_token, forward_chunked, sequences_at_once, token_nll
 
+if TYPE_CHECKING:
+    from ...experiment import Arm
+
 __all__ = ["TARGET", "TextTask", "answers"]
 
 TARGET = 64  # tokens that the loss of a context is judged on
 _SHORTEST = 32  # tokens of a context
+_ARMS = 8  # arms of a unit on a GPU
 _GUARD = (96, 16)  # tokens read and fed by the guard
 _ROUNDING = {4: 5e-3, 2: 0.1}  # of the spread of the logits, by bytes of a number: of one path against another
 
@@ -87,17 +91,31 @@ class TextTask(Task):
         run.kept("keep-everything guard", lambda: _guarded(run, self.contexts(run)))
 
     def batches(
-        self, run: RunContext, length: int, cost: float, sequences: int = 1, **params: Any
+        self, run: RunContext, length: int, cost: float, sequences: int = 1, shares: str = ""
     ) -> Iterator[WorkUnit]:
-        """Units over the contexts, ``sequences`` to a context, in batches whose dense caches fit."""
+        """Units over the contexts, ``sequences`` to a context, in batches whose dense caches fit, and over the arms.
+
+        On a GPU a prefill is cheap beside the Python of the forwards after it: a few arms are a unit there.
+        """
         size = max(1, sequences_at_once(run.device, length, per_token(run)) // sequences)
-        count = ceil(self.samples / size)
+        count, arms = ceil(self.samples / size), len(run.arms)
+        groups = ceil(arms / _ARMS) if run.device.type == "cuda" else 1
         for i in range(count):
             first, last = i * self.samples // count, (i + 1) * self.samples // count
-            yield WorkUnit(
-                self.key, f"{length}/{first}", (last - first) * cost, f"{self.name}, {length} tokens",
-                {"length": length, "first": first, "last": last, **params},
-            )  # fmt: skip
+            for group in range(groups):
+                start, stop = group * arms // groups, (group + 1) * arms // groups
+                yield WorkUnit(
+                    self.key, f"{length}/{first}/{start}", (last - first) * cost / groups,
+                    f"{self.name}, {length} tokens",
+                    {"length": length, "first": first, "last": last, "arms": [start, stop]},
+                    f"{shares}/{length}/{first}/{start}" if shares else "",
+                )  # fmt: skip
+
+    @staticmethod
+    def arms_of(run: RunContext, unit: WorkUnit) -> tuple[Arm, ...]:
+        """The arms that a unit is about."""
+        start, stop = unit.params["arms"]
+        return run.arms[start:stop]
 
     def model(self, run: RunContext) -> Any:
         """What this task measures on: the subject's model, or a changed copy of it."""
@@ -153,6 +171,8 @@ def _guarded(run: RunContext, contexts: Contexts) -> bool:
     ids = tensor(run, [contexts.plain("guard", read, 1, fed)[0][0]])
     with torch.inference_mode():
         plain = model(input_ids=ids).logits[:, -fed:].float()
+        rounding = _ROUNDING[next(model.parameters()).element_size()]
+        limit = rounding * plain.std() * plain.numel() ** 0.5
         with use(model):
             for arm in run.arms:
                 whole = [_whole(strategy) for strategy in arm.strategies]
@@ -163,10 +183,7 @@ def _guarded(run: RunContext, contexts: Contexts) -> bool:
                 prefix = run.kept_last("guard", (read, fed), lambda: Prefix(model, ids[:, :read], run.arms))
                 with prefix.open(kept) as cache:
                     found = forward_chunked(model, cache, ids[:, read:], fed)
-                if (
-                    not (found - plain).norm()
-                    <= _ROUNDING[next(model.parameters()).element_size()] * plain.std() * plain.numel() ** 0.5
-                ):
+                if not (found - plain).norm() <= limit:
                     raise UserError(
                         f"{arm.key} with a budget of 1 keeps every token and yet predicts otherwise than "
                         f"{run.baseline.name} does, so that no figure of it would mean anything: report this, or leave "

@@ -36,15 +36,16 @@ class NiahSingle(TextTask):
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         length, first, last = (unit.params[name] for name in ("length", "first", "last"))
+        arms = self.arms_of(run, unit)
         contexts = self.contexts(run).single(length)[first:last]
-        prefix = Prefix(model_of(run), tensor(run, [context.ids for context in contexts]), run.arms)
+        prefix = Prefix(model_of(run), tensor(run, [context.ids for context in contexts]), arms)
         asked = tensor(run, [context.questions[0].question for context in contexts])
         wanted = tensor(run, [context.questions[0].answer for context in contexts])
         for metric in ("query_agnostic", "query_aware"):
             if metric == "query_aware":
                 prefix.extend(asked[:, :-1])
                 asked = asked[:, -1:]
-            for arm in run.arms:
+            for arm in arms:
                 with prefix.open(arm) as cache:
                     held = cache.bytes() / len(contexts)
                     right, nats = answers(run, cache, asked, wanted, chunk_size(arm, length))
@@ -55,4 +56,4 @@ class NiahSingle(TextTask):
                         bytes=held if metric == "query_agnostic" else None,
                         about={"nats": nats[i], "text": context.text, "overlaps": context.overlaps},
                     )  # fmt: skip
-                run.advance(unit.cost / len(run.arms) / 2)
+                run.advance(unit.cost / len(arms) / 2)

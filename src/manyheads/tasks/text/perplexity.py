@@ -73,18 +73,18 @@ class Perplexity(TextTask):
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         """One prefill serves all lengths: it reads on from one to the next."""
-        first, last = unit.params["first"], unit.params["last"]
+        first, last, arms = unit.params["first"], unit.params["last"], self.arms_of(run, unit)
         contexts, model = self._texts(run)[first:last], self.model(run)
         ids = tensor(run, [context for context, _, _ in contexts])
         prefix: Prefix | None = None
         for length in self.lengths:
             read = self.start or length
             if prefix is None:
-                prefix = Prefix(model, ids[:, :read], run.arms)
+                prefix = Prefix(model, ids[:, :read], arms)
             elif not self.start:
                 prefix.extend(ids[:, prefix.ids.shape[1] : read])
             following = ids[:, read : length + self.target + 1]
-            for arm in run.arms:
+            for arm in arms:
                 with prefix.open(arm) as cache:
                     held = cache.bytes()
                     step = self.piece or chunk_size(arm, length) or TARGET
@@ -95,7 +95,7 @@ class Perplexity(TextTask):
                         "token_nll", arm, value, f"{i}", at={"length": length}, bytes=held,
                         about={"text": text, "overlaps": overlaps},
                     )  # fmt: skip
-                run.advance(unit.cost / len(run.arms) / len(self.lengths))
+                run.advance(unit.cost / len(arms) / len(self.lengths))
 
     def _texts(self, run: RunContext) -> Any:
         return self.contexts(run).plain("loss", self.lengths[-1], self.samples, self.target + 1)
