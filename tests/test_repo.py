@@ -15,13 +15,15 @@ PACKAGE = ROOT / "src" / "manyheads"
 CATEGORIES = {"mixers", "caches", "lenses", "diffusion", "decoding", "convert", "tokens", "parallel", "domains"}
 # What the parts of the package may not import (a category: also no other category).
 GROUND = ("kernels", "attention", "call", "calls", "heads", "lens", "strategy")
-ABOVE = {"compare", "inspect", "claims", "cli"}
+ABOVE = {"compare", "inspect", "generate", "claims", "report", "commands", "cli"}
 FORBIDDEN = {
     **{category: ABOVE | {"integrations", "recipes", "models"} for category in CATEGORIES},
     **{part: CATEGORIES | ABOVE | {"integrations"} for part in (*GROUND, "catalog", "records")},
     "integrations": CATEGORIES | ABOVE,
-    "compare": CATEGORIES,
-    "inspect": CATEGORIES,
+    **{room: CATEGORIES | {"report", "commands", "cli"} for room in ("compare", "inspect", "generate")},
+    "report": CATEGORIES | {"commands", "cli"},
+    "commands": {"cli"},
+    "formatting": CATEGORIES | ABOVE | {"integrations"},
 }
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Calls of builtins by their bare name; `model.eval()` is an attribute and no matter here.
@@ -182,6 +184,8 @@ RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
         Source("manyheads.attention.a", "from ..caches.b import c"),
         Source("manyheads.integrations.transformers", "from ..caches.snapkv import SnapKV"),
         Source("manyheads.compare.arms", "from ..caches import snapkv"),
+        Source("manyheads.inspect.run", "from ..report import plots"),
+        Source("manyheads.report.page", "def f():\n    from ..commands.options import console\n"),
     ],
     papers_stand_alone: [
         Source("manyheads.caches.hashevict", "from .snapkv import SnapKV"),
