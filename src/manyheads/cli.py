@@ -47,6 +47,15 @@ class _LazyGroup(TyperGroup):
         made.name = cmd_name
         return made
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in _VERBS:
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], _VERBS)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_VERBS)}"
+            raise UserError(f"no such command {args[0]!r}: {hint}")
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(cls=_LazyGroup, add_completion=False, pretty_exceptions_enable=False)
 

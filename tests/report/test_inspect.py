@@ -156,7 +156,7 @@ def test_pictures_say_the_values():
     log = scale_of(np.array([0.001, 0.1, 10.0]), log=True)
     assert log.levels(np.array([0.001, 0.1, 10.0])).tolist() == [0, 31, LEVELS - 1] or log.low == 0.001
     assert scale_of(np.array([-1.0, 2.0]), log=True) is None and scale_of(np.array([np.nan])) is None
-    made = heat([[Heat(values)]], ["0", "<1>"], list("abc"), scale=scale, alt="<x>", axes=("layer", "head"), tag="t0")
+    made = heat([Heat(values)], ["0", "<1>"], list("abc"), scale=scale, alt="<x>", axes=("layer", "head"), tag="t0")
     assert "&lt;1&gt;" in made and 'aria-label="&lt;x&gt;"' in made and 'data-map="t0"' in made
     assert [number(v) for v in (0.0, 1234.5, 0.1234, 1e-5, 2e6, np.nan)] == [
         "0", "1,234", "0.123", "1.0e-5", "2.0e6", "–",

@@ -181,10 +181,11 @@ def table(summary: Summary) -> Table:
         if name in full.figures
     }
     timed = full.decode is not None
+    best = {name: _best(summary, name) for name in columns}
     rows = [
         Row(
             arm.label, formatting.budget(arm.budget), arm.figures, arm.deltas,
-            frozenset(name for name in columns if arm.key in summary.best(name)), arm.key, [_held(arm)],
+            frozenset(name for name in columns if arm.key in best[name]), arm.key, [_held(arm)],
             [_time(arm.prefill, arm, full.prefill), _time(arm.decode, arm, full.decode)] if timed else [],
         )
         for arm in summary.arms
@@ -214,6 +215,15 @@ def print_summary(summary: Summary, console: "Console") -> None:
         ],
         console,
     )
+
+
+def _best(summary: Summary, name: str) -> set[str]:
+    """Keys of the arms that are best at their budget; none where all of a budget tie."""
+    best, found = summary.best(name), set()
+    for budget in {arm.budget for arm in summary.arms[1:]}:
+        mine = {arm.key for arm in summary.arms[1:] if arm.budget == budget and name in arm.figures}
+        found |= best & mine if mine - best else set()
+    return found
 
 
 def _held(arm: ArmSummary) -> Cell:
@@ -313,11 +323,9 @@ def _recall(summary: Summary) -> str:
         texts = [["" if e is None else f"{round(e.value * e.n)}/{e.n}" for e in row] for row in found]
         return Heat(values, _name(arm), texts)
 
-    across = max(2, 800 // max(124, 24 + 46 * len(lengths)))
-    cells = [map_of(arm) for arm in arms]
     said = "; ".join(_say(arm, "needle_unseen", arm.key) for arm in arms)
     return heat(
-        [cells[i : i + across] for i in range(0, len(cells), across)], [percent(d) for d in depths],
+        [map_of(arm) for arm in arms], [percent(d) for d in depths],
         [str(n) for n in lengths], scale=Scale(0, 1), alt=f"Planted constants recalled by depth and length. {said}.",
         axes=("depth of the constant", "tokens of the context; right answers of questions"),
         cell=(max(46.0, 100 / len(lengths)), 20.0),

@@ -78,7 +78,7 @@ def pictures(
     """A heat map in linear and, where they fit, in logarithmic colours."""
     scales = [scale_of(values), scale_of(values, log=True)]
     first, second = (
-        heat([[Heat(values)]], rows, columns, scale=s, alt=alt, axes=axes, tag=tag) if s else "" for s in scales
+        heat([Heat(values)], rows, columns, scale=s, alt=alt, axes=axes, tag=tag) if s else "" for s in scales
     )
     return first, second
 
@@ -91,11 +91,12 @@ def layer_card(one: HeadTable, name: str) -> Card | None:
         return None
     band = bool(np.isfinite(low).all())
     log = bool(known.min() > 0 and known.max() > 30 * known.min())
-    short = name.partition(":")[0]
+    short, step = name.partition(":")[0], max(1, len(one.layers) // 12)
+    ticks = [(float(n), str(n)) for n in one.layers[::step]]
     series = Series(
         name, [float(n) for n in one.layers], mean.tolist(), *((low.tolist(), high.tolist()) if band else ())
     )
-    panel = Panel([series], "", "layer", short + (" (log scale)" if log else ""), "y" if log else "")
+    panel = Panel([series], "", "layer", short + (" (log scale)" if log else ""), "y" if log else "", ticks)
     picture = lines([panel], f"{name} by layer: {heads_shown(one)}", height=220)
     about = one.name if one.name != short else ""
     return Card(name, picture, about, said=f"greatest: {heads_shown(one)}", width="lines")

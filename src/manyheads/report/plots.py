@@ -28,6 +28,7 @@ __all__ = ["Bars", "Heat", "Panel", "Series", "apart", "bars", "heat", "lines", 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _INK, _PAPER, _FAINT = "#010203", "#fdfcfb", "#c0c1c2"  # stand-ins, replaced by CSS variables
+_ROOM = 1000  # CSS pixels that a picture may be wide
 _BARS = 24  # points at most whose intervals are bars; of more they are a band
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "manyheads", "font.family": "sans-serif",
@@ -98,7 +99,7 @@ def lines(panels: Sequence[Panel], alt: str, *, width: float = 0, height: float 
         if len(labels) > 1:
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
 
-    return _svg(draw, width or (500 if len(panels) == 1 else min(1000, 440 * len(panels))), height, alt)
+    return _svg(draw, width or (500 if len(panels) == 1 else min(_ROOM, 440 * len(panels))), height, alt)
 
 
 def _panel(axis: Axes, panel: Panel, labelled: bool) -> None:
@@ -160,7 +161,9 @@ def _fit(axis: Axes, shown: Sequence[Series]) -> None:
     reach = max(max(map(abs, values)), 1e-3)
     highs = [v for one in shown for v in one.high or () if math.isfinite(v)] or values
     lows = [v for one in shown for v in one.low or () if math.isfinite(v)] or values
-    axis.set_ylim(max(min([0.0, *lows]), -0.6 * reach) - 0.06 * reach, min(max(highs), 1.8 * reach) + 0.06 * reach)
+    low = min(0.0, *values, max(min(lows), -0.6 * reach))
+    high = max(0.0, *values, min(max(highs), 1.8 * reach))
+    axis.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
 
 
 def apart(values: Sequence[float], factor: float = 1.25) -> list[float]:
@@ -210,7 +213,7 @@ def bars(labels: Sequence[str], panels: Sequence[Bars], alt: str, tints: Sequenc
         axes[0].set_yticks(range(len(labels)), list(labels))
         axes[0].set_ylim(len(labels) - 0.4, -0.6)
 
-    return _svg(draw, min(1000, 280 * len(panels) + 170), 26 * len(labels) + 80, alt)
+    return _svg(draw, min(_ROOM, 280 * len(panels) + 170), 26 * len(labels) + 80, alt)
 
 
 def stacked(rows: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], alt: str, x: str) -> str:
@@ -242,13 +245,13 @@ class Heat:
 
 
 def heat(
-    maps: Sequence[Sequence[Heat | None]], rows: Sequence[str], columns: Sequence[str], *, scale: Scale, alt: str,
+    maps: Sequence[Heat], rows: Sequence[str], columns: Sequence[str], *, scale: Scale, alt: str,
     axes: tuple[str, str], tag: str = "", cell: tuple[float, float] | None = None,
 ) -> str:  # fmt: skip
-    """Heat maps of one scale, rows of maps below each other, with one bar of colours.
+    """Heat maps of one scale, beside and below each other as there is room, with one bar of colours.
 
     Args:
-        maps: rows of maps; None leaves a place free.
+        maps: the maps, all of one shape.
         rows, columns: labels of every map; only as many as there is room for are written.
         scale: of the colours.
         alt: what is shown, for who cannot see it.
@@ -259,26 +262,25 @@ def heat(
     high, wide = len(rows), len(columns)
     width = cell[0] if cell else min(26.0, max(212.0 / wide, 2.6 if wide < 200 else 1.5))
     height = cell[1] if cell else min(26.0, max(7.0 if high < 60 else 3.0, min(width, 300.0 / high)))
-    left, gap, above = 46.0, 24.0, 22.0 if any(one and one.title for row in maps for one in row) else 6.0
+    left, gap, above = 46.0, 24.0, 22.0 if any(one.title for one in maps) else 6.0
     w, h = width * wide, height * high
-    across = max(map(len, maps))
-    total_w = left + max(across * (max(w, 100) + gap) - gap, 200) + 12
-    total_h = len(maps) * (above + h + 22) + 58
+    slot = max(w, 100, *(5.4 * len(one.title) for one in maps)) + gap
+    across = min(len(maps), max(1, int((_ROOM - left) // slot)))
+    down = math.ceil(len(maps) / across)
+    total_w = left + max(across * slot - gap, 200) + 12
+    total_h = down * (above + h + 22) + 58
 
     def place(figure: Figure, x: float, y: float, w: float, h: float) -> Axes:
         return figure.add_axes((x / total_w, 1 - (y + h) / total_h, w / total_w, h / total_h))
 
     def draw(figure: Figure) -> None:
-        for r, line in enumerate(maps):
-            for c, one in enumerate(line):
-                if one is None:
-                    continue
-                y = r * (above + h + 22) + above
-                axis = place(figure, left + c * (max(w, 100) + gap), y, w, h)
-                _map(axis, one, scale, tag)
-                axis.set_xticks(*_spaced(columns, width, 30))
-                axis.set_yticks(*(_spaced(rows, height, 14) if c == 0 else ([], [])))
-        y = len(maps) * (above + h + 22)
+        for i, one in enumerate(maps):
+            r, c = divmod(i, across)
+            axis = place(figure, left + c * slot, r * (above + h + 22) + above, w, h)
+            _map(axis, one, scale, tag)
+            axis.set_xticks(*_spaced(columns, width, 30))
+            axis.set_yticks(*(_spaced(rows, height, 14) if c == 0 else ([], [])))
+        y = down * (above + h + 22)
         figure.text(left / total_w, 1 - (y + 14) / total_h, f"rows: {axes[0]}, columns: {axes[1]}", fontsize=8,
                     alpha=0.75)  # fmt: skip
         bar = place(figure, left, y + 24, 190, 9)
@@ -338,8 +340,8 @@ def _small(text: str) -> str:
     """The inside of an SVG without what a page needs not; ink, paper and maps as the page names them."""
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"\s+", " ", text.replace("base64,\n", "base64,"))
-    text = re.sub(r' font-family: [^;"]*;| transform="rotate\(-0 [^"]*"| xmlns[:\w]*="[^"]*"| xlink(?=:href)', "", text)
-    text = re.sub(r' id="map-([^"]*)"', r' data-map="\1"', text.replace(" :href", " href"))
+    text = re.sub(r' font-family: [^;"]*;| transform="rotate\(-0 [^"]*"| xmlns[:\w]*="[^"]*"', "", text)
+    text = re.sub(r' id="map-([^"]*)"', r' data-map="\1"', text.replace("xlink:href", "href"))
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     text = re.sub(r'<path d="[^"]*" style="fill: none"/>', "", text)
