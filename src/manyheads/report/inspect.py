@@ -84,7 +84,7 @@ def page(seen: Inspection) -> Page:
             Section("Layers", [Cards([card for card in layers if card])]),
             Section("Tokens", [
                 Text(
-                    f"Tokens of {seen.prompts[0].name}: blue above 0, orange below, strongest at the greatest of the "
+                    f"Tokens of {seen.prompts[0].name}: orange above 0, blue below, strongest at the greatest of the "
                     "values. Peaks are underlined, tokens with a role have a dotted line."
                 ), tokens, Cards(plots),
             ] if tokens else []),

@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ..formatting import number
 from .colours import LEVELS, PALETTE, Array, Scale, colours
@@ -34,7 +35,7 @@ _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "manyheads", "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK,
     "axes.edgecolor": _FAINT, "axes.linewidth": 0.8, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-    "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0, "axes.labelsize": 9,
+    "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "axes.labelsize": 9,
     "axes.grid": True, "grid.color": _FAINT, "grid.linewidth": 0.5, "grid.alpha": 0.7, "axes.axisbelow": True,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
     "path.simplify_threshold": 0.5, "text.parse_math": False,
@@ -117,6 +118,8 @@ def _panel(axis: Axes, panel: Panel, labelled: bool) -> None:
         axis.set_xticks([], minor=True)
     if "y" in panel.log:
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axis.yaxis.set_major_formatter(lambda y, _: number(y))
         axis.yaxis.set_minor_formatter("")
     if panel.ticks:
@@ -264,7 +267,7 @@ def heat(
     height = cell[1] if cell else min(26.0, max(7.0 if high < 60 else 3.0, min(width, 300.0 / high)))
     left, gap, above = 46.0, 24.0, 22.0 if any(one.title for one in maps) else 6.0
     w, h = width * wide, height * high
-    slot = max(w, 100, *(5.4 * len(one.title) for one in maps)) + gap
+    slot = max(w, 100, *(6.6 * len(one.title) for one in maps)) + gap
     across = min(len(maps), max(1, int((_ROOM - left) // slot)))
     down = math.ceil(len(maps) / across)
     total_w = left + max(across * slot - gap, 200) + 12
