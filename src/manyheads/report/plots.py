@@ -35,8 +35,8 @@ _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "manyheads", "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK,
     "axes.edgecolor": _FAINT, "axes.linewidth": 0.8, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-    "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0,
-    "axes.labelsize": 9, "axes.grid": True, "grid.color": _FAINT, "grid.linewidth": 0.5, "grid.alpha": 0.7, "axes.axisbelow": True,
+    "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "grid.alpha": 0.7,
+    "axes.labelsize": 9, "axes.grid": True, "grid.color": _FAINT, "grid.linewidth": 0.5, "axes.axisbelow": True,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
     "path.simplify_threshold": 0.5, "text.parse_math": False,
 }  # fmt: skip
