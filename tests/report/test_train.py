@@ -93,7 +93,7 @@ def test_page_is_self_contained_and_has_its_pictures(results):
             assert attributes.get(name, "#").startswith("#")
     assert all(target.strip("'\"").startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
     svgs = [attributes for tag, attributes in elements if tag == "svg"]
-    assert len(svgs) == 4 and all(len(a["aria-label"]) > 60 for a in svgs)
+    assert len(svgs) == 5 and all(len(a["aria-label"]) > 60 for a in svgs)
     assert "Decoder.load" in page and html(page_of(summarise(results))) == page
 
 
