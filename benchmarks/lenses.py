@@ -72,27 +72,27 @@ def look(model: LlamaForCausalLM, ids: torch.Tensor) -> list[Any]:
     """One forward with all lenses; what they found."""
     import manyheads
     from manyheads.calls.statistics import Entropy, Statistic
-    from manyheads.lens import Findings, Lens, Roles, Tally, View, table
+    from manyheads.lens import AttentionView, Lens, LensResult, RunningMean, TokenSpans, table
 
     @dataclass(frozen=True, kw_only=True)
     class Entropies(Lens):
         """Mean entropy of the rows of each head."""
 
-        def ask(self, view: View) -> dict[str, Statistic]:
+        def statistics(self, view: AttentionView) -> dict[str, Statistic]:
             return {"entropy": Entropy()}
 
-        def tell(self, view: View, found: dict[str, Any]) -> None:
+        def update(self, view: AttentionView, found: dict[str, Any]) -> None:
             total = found["entropy"].masked_fill(~view.valid[:, None], 0).sum(-1)
-            view.memory.setdefault("entropy", Tally()).add(total, view.valid.sum(1)[:, None], view.fresh)
+            view.memory.setdefault("entropy", RunningMean()).add(total, view.valid.sum(1)[:, None], view.fresh)
 
-        def findings(self, sites: Sequence[Any]) -> Findings:
-            return Findings({"entropy": table("entropy", sites, "entropy")})
+        def compute(self, sites: Sequence[Any]) -> LensResult:
+            return LensResult({"entropy": table("entropy", sites, "entropy")})
 
     length = ids.shape[1]
-    roles = Roles({"system": [[(1, 41)]], "response": [[(length // 2, length)]]})
+    roles = TokenSpans({"system": [[(1, 41)]], "response": [[(length // 2, length)]]})
     with manyheads.watch(model, *LENSES, Entropies(), roles=roles) as seen, torch.no_grad():
         model(ids, logits_to_keep=1, use_cache=False)
-    return [seen] if ids.is_cuda else [seen.findings(i) for i in range(4)]
+    return [seen] if ids.is_cuda else [seen.compute(i) for i in range(4)]
 
 
 def patterns(model: LlamaForCausalLM, ids: torch.Tensor) -> Any:

@@ -3,7 +3,7 @@
 
     python benchmarks/pab.py [--device cuda] [--quick] [--json benchmarks/pab.json]
 
-A Latte with random weights (time does not ask for trained ones), one film, guidance, 30 steps of flow matching, the
+A Latte with random weights (time does not ask for trained ones), one video, guidance, 30 steps of flow matching, the
 paper's settings for Latte: spatial, temporal and cross-attention at every 2nd, 3rd and 6th step between timesteps 800
 and 100. Both branches stand in one batch, or are calls of their own. The ways, all in one run, in turns:
 
@@ -74,11 +74,11 @@ class Bed:
         self.latents = torch.randn(size, generator=source).to(device, self.model.dtype)
         self.text = torch.randint(1, 10, (1, WORDS), generator=source)
 
-    def film(self) -> Tensor:
-        """One film, float32 in 0..1."""
+    def video(self) -> Tensor:
+        """One video, float32 in 0..1."""
         made = self.pipe(self.text, num_inference_steps=STEPS, latents=self.latents, output_type="pt")
-        film: Tensor = made.frames
-        return film
+        video: Tensor = made.frames
+        return video
 
     def modules(self) -> list[tuple[str, Any]]:
         """Attention modules with their kinds."""
@@ -135,7 +135,7 @@ def free(bed: Bed) -> AbstractContextManager[None]:
 
 
 def ways(bed: Bed) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
-    """What is compared, each as a context in which one film is made."""
+    """What is compared, each as a context in which one video is made."""
     return {
         "none": nullcontext,
         "ours": lambda: manyheads.use(bed.pipe, SPEC),
@@ -149,7 +149,7 @@ def kept_bytes(bed: Bed, name: str, port: Any) -> int | None:
     """What the cache holds at most: of ours by its own account, of diffusers' by what it holds after the run."""
     if name == "ours":
         found = [
-            memory["counts"]["bytes"] for kept in port.memory(port.strategies[0]).values() for memory in kept.values()
+            state["counts"]["bytes"] for kept in port.state(port.strategies[0]).values() for state in kept.values()
         ]
         return sum(found)
     if name != "diffusers":
@@ -159,14 +159,14 @@ def kept_bytes(bed: Bed, name: str, port: Any) -> int | None:
 
 
 def once(bed: Bed, name: str) -> tuple[tuple[float, float], Tensor, Row]:
-    """Seconds of one film, by the clock and of processor time; the film; and what memory it took."""
+    """Seconds of one video, by the clock and of processor time; the video; and what memory it took."""
     cuda = bed.latents.is_cuda
     with ways(bed)[name]() as port:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter(), time.process_time()
-        film = bed.film()
+        video = bed.video()
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start[0], time.process_time() - start[1]
@@ -175,7 +175,7 @@ def once(bed: Bed, name: str) -> tuple[tuple[float, float], Tensor, Row]:
         row["kept_mib"] = round(row["kept_mib"] / 2**20, 2)
     if cuda:
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    return seconds, film, row
+    return seconds, video, row
 
 
 def measure(bed: Bed, calls: str, rounds: int) -> list[Row]:
@@ -183,18 +183,18 @@ def measure(bed: Bed, calls: str, rounds: int) -> list[Row]:
     names = list(ways(bed))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     processor: dict[str, list[float]] = {name: [] for name in names}
-    films: dict[str, Tensor] = {}
+    videos: dict[str, Tensor] = {}
     rows: dict[str, Row] = {}
     counts: dict[str, Counter[str]] = {}
     for name in names:  # warms up, and counts
         with computed(bed.model) as counts[name]:
-            _, films[name], rows[name] = once(bed, name)
+            _, videos[name], rows[name] = once(bed, name)
     for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):
-            (took, busy), film, _ = once(bed, name)
+            (took, busy), video, _ = once(bed, name)
             seconds[name].append(took)
             processor[name].append(busy)
-            assert torch.equal(film, films[name]), f"{name}: another run, another film"
+            assert torch.equal(video, videos[name]), f"{name}: another run, another video"
             print(f"{calls:10} round {i + 1} of {rounds}  {name:10} {took:8.3f} s", flush=True)
     found = []
     for name in names:
@@ -205,13 +205,13 @@ def measure(bed: Bed, calls: str, rounds: int) -> list[Row]:
             ratios = [a / b for a, b in zip(seconds[other], seconds[name], strict=True)]
             row[f"times_as_fast_as_{other}"] = round(statistics.median(ratios), 3)
         row["attention_computed"] = {k: round(counts[name][k] / counts["none"][k], 4) for k in KINDS}
-        near = psnr(films[name], films["none"]).item()
+        near = psnr(videos[name], videos["none"]).item()
         row["psnr_to_none"] = None if near == float("inf") else round(near, 2)
-        row["largest_difference_from_by_hand"] = float((films[name] - films["by hand"]).abs().max())
+        row["largest_difference_from_by_hand"] = float((videos[name] - videos["by hand"]).abs().max())
         found.append(row | rows[name])
     assert found[1]["largest_difference_from_by_hand"] == 0, "ours is not what the schedule says"
     if calls == "one batch":
-        assert torch.equal(films["ours"], films["diffusers"]), "with one batch diffusers' own should be the same"
+        assert torch.equal(videos["ours"], videos["diffusers"]), "with one batch diffusers' own should be the same"
     return found
 
 
@@ -239,7 +239,7 @@ def main() -> None:
         rows += measure(bed, calls, rounds)
     costs = flops(bed.pipe, bed.latents)
     result = {
-        "what": f"one film, {STEPS} steps, guidance, {SPEC}; random weights",
+        "what": f"one video, {STEPS} steps, guidance, {SPEC}; random weights",
         "shape": {**shape, "tokens": bed.model.config.video_length * (shape["sample_size"] // 2) ** 2, "text": WORDS},
         "share_of_flops": {kind: round(costs[kind] / costs["model"], 4) for kind in KINDS},
         "rows": rows,

@@ -29,7 +29,8 @@ from torch import Tensor
 
 import manyheads
 from manyheads.environment import environment
-from manyheads.integrations.sequence import Traffic, frame_parallel
+from manyheads.integrations.frames import split_frames
+from manyheads.parallel import FrameParallel, Traffic
 
 PAB = "pab:spatial=2,temporal=3,cross=6,upper=800,lower=100"
 STEPS = 50
@@ -76,13 +77,13 @@ def timed(pipe: Any, device: torch.device, spec: str) -> tuple[Tensor, float, Tr
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     dist.barrier()
     start = clock()
-    with frame_parallel(pipe) as traffic, manyheads.use(pipe, *([spec] if spec else [])):
+    with split_frames(pipe, FrameParallel()) as frames, manyheads.use(pipe, *([spec] if spec else [])):
         made = run(pipe, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
     seconds = torch.tensor([clock() - start], device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return made, float(seconds), traffic
+    return made, float(seconds), frames.traffic
 
 
 def work(rank: int, ranks: int, folder: str, kind: str, runs: int) -> None:

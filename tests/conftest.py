@@ -44,6 +44,6 @@ def _shared_models_unchanged():
         parts = (t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    for name, model in built().items():
-        assert digest(model) == digest(build(name)), f"a test changed the shared {name}"
+    for (name, dtype), model in built().items():
+        assert digest(model) == digest(build(name, dtype=dtype)), f"a test changed the shared {name}"
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), f"hooks left on {name}"

@@ -3,12 +3,14 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import manyheads
 from manyheads import catalog
 from manyheads.errors import UserError
 
@@ -19,7 +21,7 @@ def test_all_papers_are_there():
     assert [paper.id for paper in catalog.papers()] == list(range(1, 120))
     assert {row.slug for row in catalog.baselines()} == {
         "full", "random", "streaming_llm", "snapkv", "keydiff", "knorm", "h2o", "tova", "lagkv", "pyramidkv", "adakv",
-        "expected_attention", "hedge", "softmax", "ablate", "logit_bias", "redundancy", "token_maps",
+        "expected_attention", "hedge", "softmax", "ablate", "logit_bias", "token_maps",
     }  # fmt: skip
     assert all(row.baseline for row in catalog.baselines())
     assert len(set(catalog.names())) == len(ROWS)
@@ -70,6 +72,73 @@ def test_load_refuses_what_does_not_stand(tmp_path, monkeypatch):
 
 def ranks(words: str) -> list[str]:
     return [paper.slug for paper, _ in catalog.find(words, limit=len(ROWS))]
+
+
+PART = """
+from dataclasses import dataclass
+from manyheads.strategy import Residual
+
+@dataclass(frozen=True, kw_only=True)
+class {name}(Residual):
+    gain: float = 1.0
+
+    def residual(self, site, hidden, memory):
+        return hidden
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A paper whose strategies are the modules of a folder; ``made(first=..., ...)`` writes them."""
+
+    def made(shown=None, **parts):
+        place = tmp_path / "lenses" / "safety_heads"
+        place.mkdir(parents=True)
+        names = {part: part.title().replace("_", "") for part in parts}
+        for part, name in names.items():
+            (place / f"{part}.py").write_text(PART.format(name=name))
+        lines = [f"from .{part} import {name}" for part, name in names.items()]
+        (place / "__init__.py").write_text("\n".join([*lines, f"__all__ = {shown or sorted(names.values())}"]))
+
+    import manyheads.lenses
+
+    own = [name for name in sys.modules if name.startswith("manyheads.lenses.safety_heads")]
+    kept = {name: sys.modules.pop(name) for name in own}
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path)
+    monkeypatch.setattr(manyheads.lenses, "__path__", [str(tmp_path / "lenses")])
+    yield made
+    for name in [name for name in sys.modules if name.startswith("manyheads.lenses.safety_heads")]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+def test_a_paper_of_several_strategies(folder):
+    folder(rdsha=1, ahd=1)
+    assert list(catalog.strategies("safety_heads")) == ["safety_heads.rdsha", "safety_heads.ahd"]
+    assert catalog.load("safety_heads.ahd").__name__ == "Ahd" and catalog.get("safety_heads.ahd").slug == "safety_heads"
+    assert manyheads.parse("safety_heads.ahd:gain=2.0").spec == "safety_heads.ahd:gain=2.0"
+    for wrong in ("safety_heads", "safety_heads.adh"):
+        with pytest.raises(UserError, match=f"{wrong} names no strategy; .* safety_heads.ahd, safety_heads.rdsha"):
+            catalog.load(wrong)
+
+
+def test_the_main_strategy_of_a_folder(folder):
+    folder(safety_heads=1, ahd=1)
+    assert (
+        catalog.load("safety_heads").__name__ == "SafetyHeads" and catalog.load("safety_heads").slug == "safety_heads"
+    )
+    assert catalog.state_in(catalog.PACKAGE, "lenses", "safety_heads") == "strategy"
+
+
+def test_the_only_strategy_of_a_folder(folder):
+    folder(ahd=1)
+    assert catalog.load("safety_heads") is catalog.load("safety_heads.ahd")
+
+
+def test_a_folder_that_shows_no_strategy(folder):
+    folder(shown=["nothing"], ahd=1)
+    with pytest.raises(TypeError, match="must show strategies"):
+        catalog.load("safety_heads")
 
 
 def test_find_the_sentence_of_a_user():

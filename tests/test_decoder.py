@@ -49,7 +49,7 @@ def test_matched_within_two_percent(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_generates_what_it_computes(spec):
-    model = mixers.decoder(spec)
+    model = mixers.decoder(spec).double()  # the logits of a random model nearly tie in float32
     ids = IDS
     for _ in range(9):
         ids = torch.cat([ids, model(ids)[0][:, -1].argmax(-1, keepdim=True)], 1)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import Band, Columns, Entropy, Expectation, Pooled, Received, measure, weights
+from manyheads.calls.statistics import Band, Columns, ColumnSum, Entropy, Pooled, WeightedSum
+from manyheads.calls.weights import measure, weights
 from manyheads.errors import UserError
-from manyheads.heads import HeadTable, ablation_curve, same_layers
-from manyheads.lens import Findings, Lens, Roles, Series, Tally, table
+from manyheads.heads import HeadTable, ablation_curve, layer_matched_heads
+from manyheads.lens import Lens, LensResult, PerToken, RunningMean, TokenSpans, table
 from oracles import dense, models
 from tolerance import SAME, assert_close, error
 
@@ -25,30 +26,30 @@ class Everything(Lens):
 
     block: int | None = None
 
-    def ask(self, view):
+    def statistics(self, view):
         size = view.call.k.shape[2]
         where = view.key_positions.float()
         return {
-            "mass": Expectation(torch.stack([view.first().float(), where.expand_as(view.keys)], -1)),
+            "mass": WeightedSum(torch.stack([view.first().float(), where.expand_as(view.keys)], -1)),
             "entropy": Entropy(),
             "column": Columns(torch.arange(0, size, 3)),
-            "received": Received(view.valid[..., None].float()),
+            "received": ColumnSum(view.valid[..., None].float()),
             "band": Band(torch.arange(5, 0, -1).float(), view.valid),
             "pooled": Pooled(4),
         }
 
-    def tell(self, view, found):
-        view.memory.setdefault("valid", Series()).add(view.valid.float(), view.fresh)
-        view.memory.setdefault("mass", Series()).add(found["mass"].transpose(1, 2), view.fresh)
-        view.memory.setdefault("entropy", Series()).add(found["entropy"].transpose(1, 2), view.fresh)
-        view.memory.setdefault("near", Series()).add(found["band"][0].transpose(1, 2), view.fresh)
+    def update(self, view, found):
+        view.memory.setdefault("valid", PerToken()).add(view.valid.float(), view.fresh)
+        view.memory.setdefault("mass", PerToken()).add(found["mass"].transpose(1, 2), view.fresh)
+        view.memory.setdefault("entropy", PerToken()).add(found["entropy"].transpose(1, 2), view.fresh)
+        view.memory.setdefault("near", PerToken()).add(found["band"][0].transpose(1, 2), view.fresh)
         count = view.valid.sum(1)[:, None]
         masked = found["entropy"].masked_fill(~view.valid[:, None], 0)
-        view.memory.setdefault("tally", Tally()).add(masked.sum(-1), count, view.fresh)
+        view.memory.setdefault("tally", RunningMean()).add(masked.sum(-1), count, view.fresh)
         view.memory["last"] = found
 
-    def findings(self, sites):
-        return Findings(tables={"entropy": table("entropy", sites, "tally")})
+    def compute(self, sites):
+        return LensResult(tables={"entropy": table("entropy", sites, "tally")})
 
 
 def look(name, lens=None, attn=None, **given):
@@ -137,8 +138,8 @@ def test_decoding_equals_one_forward(name):
         for key in ("entropy", "near", "valid"):
             for x, y, ok in zip(a["0"][key].rows(), b["0"][key].rows(), b["0"]["valid"].rows(), strict=True):
                 assert_close(torch.tensor(x)[ok > 0], torch.tensor(y)[ok > 0], SAME)
-    assert np.allclose(seen.findings().tables["entropy"].values, again.findings().tables["entropy"].values, atol=1e-5)
-    assert not np.allclose(seen.findings().tables["entropy"].values[0], again.findings().tables["entropy"].values[1])
+    assert np.allclose(seen.compute().tables["entropy"].values, again.compute().tables["entropy"].values, atol=1e-5)
+    assert not np.allclose(seen.compute().tables["entropy"].values[0], again.compute().tables["entropy"].values[1])
 
 
 def test_a_batch_is_its_rows_and_prompts_stay_apart():
@@ -150,7 +151,7 @@ def test_a_batch_is_its_rows_and_prompts_stay_apart():
         mask = torch.ones(1, 21, dtype=torch.long)
         mask[:, 16:] = 0
         model(torch.cat([ids[:1], torch.full((1, 5), 7)], 1), attention_mask=mask)  # padded on the right
-    made = seen.findings().tables["entropy"].values
+    made = seen.compute().tables["entropy"].values
     assert made.shape == (7, 2, 4)
     assert np.allclose(made[:3], made[3:6], atol=1e-5) and np.allclose(made[0], made[6], atol=1e-5)
     assert not np.allclose(made[0], made[1], atol=1e-3)
@@ -173,8 +174,8 @@ def test_compiled():
     with manyheads.watch(model, Everything()) as seen, torch.no_grad():
         logits = fast(ids).logits
         assert torch.equal(fast(ids).logits, logits)
-    want = look("llama", input_ids=ids)[1].findings().tables["entropy"].values
-    assert np.allclose(seen.findings().tables["entropy"].values, np.concatenate([want, want]), atol=1e-5)
+    want = look("llama", input_ids=ids)[1].compute().tables["entropy"].values
+    assert np.allclose(seen.compute().tables["entropy"].values, np.concatenate([want, want]), atol=1e-5)
     torch._dynamo.reset()
 
 
@@ -184,12 +185,12 @@ def test_roles():
 
     @dataclass(frozen=True, kw_only=True)
     class Parts(Everything):
-        def tell(self, view, told):
-            super().tell(view, told)
+        def update(self, view, told):
+            super().update(view, told)
             for role in ("bos", "system", "response"):
                 found[role] = (view.rows(role), view.columns(role))
 
-    roles = Roles({"system": [[(0, 3), (5, 6)], [(4, 6)]]})
+    roles = TokenSpans({"system": [[(0, 3), (5, 6)], [(4, 6)]]})
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[1, :4] = 0
     with manyheads.watch(model, Parts(), roles=roles), torch.no_grad():
@@ -211,7 +212,7 @@ def test_refusals():
     with pytest.raises(UserError, match="at least one lens"):
         manyheads.watch(model)
     with pytest.raises(UserError, match="does not look here"):
-        look("llama", input_ids=models.tokens(1, 4))[1].findings("sinks")
+        look("llama", input_ids=models.tokens(1, 4))[1].compute("sinks")
     with pytest.raises(UserError, match="without a cache strategy"), manyheads.use(model, "full"):
         look("llama", input_ids=models.tokens(1, 4))
 
@@ -221,8 +222,8 @@ def test_head_table():
     values[0, 0, 0] = np.nan
     made = HeadTable("score", ("a", "b", "c"), values, {"seed": 0})
     assert made.mean[0, 0] == 12 and made.mean[2, 3] == 17
-    assert made.top(2) == [(2, 3), (2, 2)] and made.top(1, least=True) == [(0, 1)]
-    again = HeadTable.read(json.loads(json.dumps(made.document(), allow_nan=False)))
+    assert made.top(2) == [(2, 3), (2, 2)] and made.top(1, largest=False) == [(0, 1)]
+    again = HeadTable.from_dict(json.loads(json.dumps(made.to_dict(), allow_nan=False)))
     assert np.array_equal(again.values, made.values, equal_nan=True) and again.about == {"seed": 0}
     assert made.correlation(made) == pytest.approx(1)
     turned = HeadTable("turned", made.sites, -made.values)
@@ -235,14 +236,14 @@ def test_head_table():
     with pytest.raises(UserError, match="do not fit"):
         HeadTable("bad", ("a",), values)
     heads = [(0, 1), (0, 2), (2, 0)]
-    drawn = same_layers(heads, 4, 0, avoid=heads)
+    drawn = layer_matched_heads(heads, 4, 0, avoid=heads)
     assert sorted(r for r, _ in drawn) == [0, 0, 2] and not set(drawn) & set(heads) and len(set(drawn)) == 3
 
 
 def test_picture(tmp_path):
     for sign in (1, -1):
         made = HeadTable("score", ("a", "b"), sign * np.arange(8.0).reshape(2, 4), layers=(3, 7))
-        text = made.picture(tmp_path / "heads.svg").read_text()
+        text = made.plot(tmp_path / "heads.svg").read_text()
         assert "<svg" in text and len(text) > 1000
 
 
@@ -256,7 +257,7 @@ def test_ablation_curve():
         return 10.0 - sum({"5.1": 3, "9.2": 2, "5.3": 1}.get(head, 0) for head in heads)
 
     curve = ablation_curve(made, (0, 1, 3), score, draws=4)
-    assert curve.heads == ("5.1", "9.2", "5.3") and curve.chosen.tolist() == [10, 7, 4]
+    assert curve.heads == ("5.1", "9.2", "5.3") and curve.ranked.tolist() == [10, 7, 4]
     assert curve.control.shape == (4, 3) and (curve.control[:, [0, 2]] == 10).all()
     assert set(curve.control[:, 1]) <= {9, 10}  # 5.3 may be drawn while it is not among the chosen
     assert all(sorted(h[0] for h in heads) == ["5", "5", "9"] for heads in gone if len(heads) == 3)

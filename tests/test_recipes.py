@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from manyheads.data import scenes
 from manyheads.models import load
 from manyheads.recipes import _corpus, recall
-from manyheads.recipes._llama import Llama, Muon, schedule
+from manyheads.recipes._llama import Llama
 from manyheads.recipes._planted import Planter
 from manyheads.recipes.average import average
 from manyheads.recipes.default_model import SMOKE
@@ -98,28 +98,6 @@ def test_training_model_is_the_llama_of_transformers(config: object) -> None:
         )
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 10), (3, 10, 24)])
-def test_stacked_muon_is_the_muon_of_torch(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    start = torch.randn(shape)
-    stack = torch.nn.Parameter(start.clone())
-    single = [torch.nn.Parameter(matrix.clone()) for matrix in start]
-    ours = Muon([stack], 1e-2, 0.1)
-    theirs = torch.optim.Muon(single, 1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(4):
-        stack.grad = torch.randn(shape)
-        for p, g in zip(single, stack.grad, strict=True):
-            p.grad = g.clone()
-        ours.step()
-        theirs.step()
-    assert (stack - start).abs().max() > 0.01
-    torch.testing.assert_close(stack.data, torch.stack([p.data for p in single]))
-
-
-def test_schedule_holds_then_falls_to_zero() -> None:
-    assert [schedule(p) for p in (0.0, 0.25, 0.625, 1.0, 1.2)] == [1.0, 1.0, 0.5, 0.0, 0.0]
-
-
 def test_standard_library_is_recognised_in_disguise() -> None:
     files = [p for p in _corpus.standard_library() if p.parent.name != "test"][:400]
     overlap = _corpus.Overlap(files)
@@ -161,14 +139,14 @@ def test_planted_training_sequences_can_be_answered(tokenizer: Tokenizer) -> Non
 
 
 def test_recall_sequences_ask_each_pair_once() -> None:
-    tokens, judged = recall.pairs(3, 100, torch.Generator().manual_seed(0), "cpu")
+    tokens, loss_mask = recall.pairs(3, 100, torch.Generator().manual_seed(0), "cpu")
     first, second = (half.unflatten(1, (-1, 2)) for half in tokens.chunk(2, 1))
     for a, b in zip(first.tolist(), second.tolist(), strict=True):
         assert sorted(a) == sorted(b)
         assert a != b
         assert len({key for key, _ in a}) == 100
-    assert judged.sum(1).tolist() == [100] * 3
-    assert (tokens[judged] >= recall.FIRST_VALUE).all()
+    assert loss_mask.sum(1).tolist() == [100] * 3
+    assert (tokens[loss_mask] >= recall.FIRST_VALUE).all()
 
 
 def test_average_lies_between_its_stages(tmp_path: Path) -> None:

@@ -8,8 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import manyheads
-from manyheads import UserError, parse
-from manyheads.strategy import Strategy, overrides
+from manyheads import UserError, parse, spec
+from manyheads.strategy import (
+    Attention,
+    AttentionCompute,
+    AttentionEdit,
+    AttentionPatch,
+    AttentionWatch,
+    Cache,
+    DenoiserModule,
+    DenoiserPrediction,
+    Mixer,
+    Residual,
+    Strategy,
+)  # fmt: skip
 
 SLUGS = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hashevict")
 SPECS = [
@@ -19,11 +31,11 @@ SPECS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_round_trip(spec):
-    strategy = parse(spec)
+@pytest.mark.parametrize("text", SPECS)
+def test_round_trip(text):
+    strategy = parse(text)
     assert parse(strategy.spec) == strategy and hash(parse(strategy.spec)) == hash(strategy)
-    given_ = {p.partition("=")[0] for p in spec.partition(":")[2].split(",") if p}
+    given_ = {p.partition("=")[0] for p in text.partition(":")[2].split(",") if p}
     assert given_ <= {p.partition("=")[0] for p in strategy.spec.partition(":")[2].split(",")}
     assert parse(strategy) is strategy
 
@@ -40,14 +52,33 @@ def test_round_trip_of_any_fields(slug, budget, layers, recent):
     assert again == strategy and type(again.budget) is type(strategy.budget)
 
 
+def test_a_spec_taken_apart():
+    """One grammar for a spec, a spec as a value, a list, and strategies that are used together."""
+    read = spec.read(" graphkv( base = snapkv(window_size=16,kernel_size=5), budget=0.5 ) ")
+    assert read == spec.Spec("graphkv", {"base": "snapkv(window_size=16,kernel_size=5)", "budget": "0.5"})
+    assert read.nested == "graphkv(base=snapkv(window_size=16,kernel_size=5),budget=0.5)"
+    assert spec.read(read.nested) == read and parse(read.nested) == parse(read.nested.replace("(", ":", 1)[:-1])
+    assert spec.read("full").nested == "full" and spec.read("full:") == spec.read("full()")
+    assert spec.split_together("sag:scale=0.5 + pab") == ["sag:scale=0.5", "pab"]
+    with pytest.raises(UserError, match="on either side"):
+        spec.split_together("sag + ")
+
+
+@pytest.mark.parametrize("text", ["", "a-b", "3-1", "1-", "-2", "1+", "1,2"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(UserError, match="are no numbers"):
+        spec.numbers(text)
+
+
 def test_spaces_and_ranges():
+    assert spec.numbers("0-3 + 7") == (0, 1, 2, 3, 7)
     strategy = parse(" keydiff : budget = 0.5 , layers = 0-3+7 ")
     assert strategy.budget == 0.5 and strategy.layers == (0, 1, 2, 3, 7)
     assert parse("keydiff:") == parse("keydiff") == type(strategy)()
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("text", "says"),
     [
         ("snapkw", "snapkv"),
         ("hash-evict:budget=0.5", "hashevict"),
@@ -69,17 +100,17 @@ def test_spaces_and_ranges():
         (":budget=1", "."),
     ],
 )
-def test_refusals_are_one_line_that_helps(spec, says):
+def test_refusals_are_one_line_that_helps(text, says):
     with pytest.raises(UserError, match=says) as refusal:
-        parse(spec)
+        parse(text)
     assert "\n" not in str(refusal.value) and refusal.value.__cause__ is None
 
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
     strategy = parse(slug)
-    assert strategy.slug == slug and isinstance(strategy, Strategy) and overrides(strategy, "store")
-    assert not any(overrides(strategy, method) for method in ("edit", "attend", "watch", "patch", "convert"))
+    assert strategy.slug == slug and isinstance(strategy, Cache)
+    assert not isinstance(strategy, (Attention, Residual, Mixer))
     with pytest.raises(dataclasses.FrozenInstanceError):
         strategy.budget = 1
     assert all(f.metadata.get("help") for f in dataclasses.fields(strategy))
@@ -87,13 +118,55 @@ def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
         type(strategy)(0.5)
 
 
-@pytest.mark.parametrize("method", ["edit", "attend", "watch", "patch", "store", "convert"])
-def test_a_method_that_is_not_there(method):
-    """The base does nothing by accident: the port asks ``overrides`` first."""
-    strategy = Strategy()
-    assert not overrides(strategy, method)
-    with pytest.raises(NotImplementedError):
-        getattr(strategy, method)(*[None] * (1 if method in ("edit", "attend", "store") else 2))
+KINDS = {
+    AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
+    Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise", Mixer: "build",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_one_method_that_must_be_there(kind):
+    """A class that says it is of a kind and lacks the method cannot be made: nothing is silently a no-op."""
+    assert kind.__abstractmethods__ == {KINDS[kind]}
+    assert not any(hasattr(Strategy, method) for method in KINDS.values())
+
+    class Lacks(kind):
+        pass
+
+    with pytest.raises(TypeError, match=KINDS[kind]):
+        Lacks()
+    has = type("Has", (Lacks,), {KINDS[kind]: lambda *_: None})()
+    assert [k for k in KINDS if isinstance(has, k)] == [kind]
+
+
+def test_kinds_add_up():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Both(AttentionWatch, AttentionPatch):
+        gain: float = 2.0
+
+        def watch(self, call, out):
+            pass
+
+        def patch(self, call, out):
+            return self.gain * out
+
+    assert isinstance(Both(), Attention) and [f.name for f in dataclasses.fields(Both)] == ["layers", "gain"]
+    assert Both(gain=3.0, layers=(1,)).spec == "test_strategy:layers=1,gain=3.0"
+
+
+def test_a_cache_without_a_budget():
+    """What code asks of every cache has a neutral answer where a strategy says nothing."""
+
+    class Plain(Cache):
+        def store(self, site):
+            raise AssertionError
+
+    plain = Plain()
+    assert (plain.budget, plain.schedule, plain.record) == (1.0, "prefill", 0) and plain.check(0) is None
+    assert not any((plain.has_budget, plain.dense_prefill, plain.exact_chunks, plain.needs_queries, plain.cross_layer,
+                    plain.accumulated_attention))  # fmt: skip
+    assert parse("keydiff:budget=8").has_budget and not parse("full").has_budget
+    assert parse("adakv:base=h2o").accumulated_attention and parse("d2o").record > 10**6
 
 
 def test_use_takes_specs_and_strategies():

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from manyheads.heads import HeadTable
     from manyheads.inspect import watch
     from manyheads.integrations import use
-    from manyheads.lens import Roles
-    from manyheads.strategy import Strategy, parse
+    from manyheads.lens import TokenSpans
+    from manyheads.spec import parse
+    from manyheads.strategy import Strategy
 
 __version__ = "0.1.0"
 
@@ -28,7 +29,7 @@ __all__ = [
     "AttentionCall",
     "HeadTable",
     "Paper",
-    "Roles",
+    "TokenSpans",
     "Site",
     "Strategy",
     "UserError",
@@ -47,10 +48,11 @@ _HOMES = {
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),
     "manyheads.heads": ("HeadTable",),
-    "manyheads.lens": ("Roles",),
+    "manyheads.lens": ("TokenSpans",),
     "manyheads.integrations": ("use",),
     "manyheads.inspect": ("watch",),
-    "manyheads.strategy": ("Strategy", "parse"),
+    "manyheads.spec": ("parse",),
+    "manyheads.strategy": ("Strategy",),
 }
 _PARTS = (
     "attention",
@@ -62,6 +64,7 @@ _PARTS = (
     "models",
     "integrations",
     "inspect",
+    "spec",
     "strategy",
 )
 

@@ -2,23 +2,26 @@
 """The one value that passes through the port: an attention computation of a model, and the place where it happens."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .attention import reference
+from .errors import UserError
 
 __all__ = [
     "AttentionCall",
     "Axis",
-    "Denoising",
-    "Diffusion",
+    "DenoiserCall",
+    "DiffusionStep",
     "Latent",
     "Layout",
-    "MixerShape",
+    "MixerConfig",
+    "ModuleKind",
     "Recurrence",
     "Site",
     "Store",
@@ -26,6 +29,7 @@ __all__ = [
 
 Kind = Literal["self", "cross", "joint", "linear"]
 Axis = Literal["space", "time", "all", "text"]
+ModuleKind = Literal["spatial", "temporal", "cross", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Site:
         window: sliding-window length in tokens, None for full attention.
         peers: layer indices of all causal self-attention of the model, ascending; of all blocks of a denoiser.
         latent: how keys and values come from cached latents, None where the cache holds them themselves.
+        keys_normed: whether the module brings the keys of every head to one norm, up to learned factors (QK norm).
         output: gives the weight ``[D, H * dv]`` of the linear layer that takes the heads' outputs, None where it is not
             known.
     """
@@ -76,6 +81,7 @@ class Site:
     num_kv_heads: int | None = None
     window: int | None = None
     peers: tuple[int, ...] = ()
+    keys_normed: bool = False
     latent: Latent | None = field(default=None, compare=False, repr=False)
     output: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 
@@ -129,7 +135,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Diffusion:
+class DiffusionStep:
     """Where a denoiser stands in its run, from the facts of its pipeline, never from counting calls.
 
     Attributes:
@@ -140,7 +146,7 @@ class Diffusion:
             whole batch is one, ``all`` where nothing tells.
         layout: of the tokens, None for an architecture whose layout is not known.
         axis: which tokens attend to each other here: those of a frame, of a place over ``time``, ``all``, or only text.
-        board: scratch of the run that all sites and strategies share; use a key of your own.
+        run_state: scratch of the run that all sites and strategies share; use a key of your own.
     """
 
     run: int
@@ -150,12 +156,24 @@ class Diffusion:
     branches: tuple[str, ...]
     layout: Layout | None
     axis: Axis = "all"
-    board: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    run_state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def progress(self) -> float | None:
         """Share of the steps done, 0 at the first; None where no scheduler is known."""
         return None if self.index is None or not self.total else self.index / self.total
+
+    def module_kind(self, site: Site) -> ModuleKind:
+        """What the attention module of ``site`` does at this step.
+
+        ``spatial`` within a frame, or over all tokens; ``temporal`` over the frames; ``cross`` to the text; ``text``
+        among tokens of the text only, as in a refiner of the prompt.
+        """
+        if self.axis == "text":
+            return "text"
+        if site.kind == "cross":
+            return "cross"
+        return "temporal" if self.axis == "time" else "spatial"
 
     def rows(self, branch: str, batch: int) -> slice:
         """Rows of a batch that belong to ``branch``; an empty slice where none do."""
@@ -166,11 +184,11 @@ class Diffusion:
 
 
 @dataclass(frozen=True, slots=True)
-class Denoising:
+class DenoiserCall:
     """One call of a denoiser, for strategies that call it more than once (guidance).
 
     Attributes:
-        now: step, branches and layout.
+        step: index, branches and layout.
         given: the arguments of the denoiser by name; latents are the first.
         scheduler: of the pipeline, None for a bare denoiser.
         guidance_scale: of classifier-free guidance, None where the pipeline does not say or does none.
@@ -178,7 +196,7 @@ class Denoising:
             under the name ``branch``; under an empty name it is the branches as they are.
     """
 
-    now: Diffusion
+    step: DiffusionStep
     given: dict[str, Any]
     scheduler: Any
     guidance_scale: float | None
@@ -196,7 +214,7 @@ class Denoising:
 
 
 @dataclass(frozen=True, slots=True)
-class MixerShape:
+class MixerConfig:
     """What a mixer needs to know of the model it is part of.
 
     Attributes:
@@ -216,31 +234,98 @@ class MixerShape:
     length: int
 
 
-class Store(Protocol):
+class Store(ABC):
     """What a site remembers between steps: made by ``Strategy.store``, driven by the port.
 
-    One forward of one layer is ``append`` (the cache takes the new keys and values), ``admit`` (before attention: mask
-    and positions of the slots), ``settle`` (after attention: observe, evict).
+    One forward of one layer is :meth:`update` (the cache takes the new keys and values), :meth:`mask` (before
+    attention), :meth:`evict` (after attention). Where no other strategy acts at the site, the port asks :meth:`attend`
+    after ``update``, and calls ``mask`` and the model's own attention only if the answer is None.
 
-    A store that keeps its tokens in a form of its own (packed, ragged, latent) may also have ``attend``: when no other
-    strategy acts at the site, the port asks ``attend(call) -> [B, T, H, dv] | None`` between append and settle, and
-    calls ``admit`` and the model's own attention only if the answer is None.
+    Attributes:
+        covers_past: :meth:`mask` knows what is visible of the past: the model's mask may be that of the new tokens.
+        group: the stores of one cache by layer, which share this dict.
+        record: last queries to keep for :meth:`fork`; 0 for a store that is never forked.
+        room: tokens that can be decoded without the host, 0 without a fixed size; set by :meth:`reserve`.
+        prefilling: more tokens of the prompt are to come, many at a time.
     """
 
-    @property
-    def seen(self) -> int | Tensor: ...
-    @property
-    def keys(self) -> Tensor | None: ...
-    @property
-    def values(self) -> Tensor | None: ...
+    covers_past: ClassVar[bool] = False
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-    def admit(self, call: "AttentionCall") -> "AttentionCall": ...
-    def settle(self, call: "AttentionCall") -> None: ...
-    def select(self, rows: Tensor) -> None: ...
-    def crop(self, count: int) -> None: ...
-    def reset(self) -> None: ...
-    def nbytes(self) -> int: ...
+    def __init__(self, site: Site, record: int = 0) -> None:
+        self.site = site
+        self.group: dict[int, Store] = {}
+        self.record, self.room, self.prefilling = record, 0, False
+
+    @property
+    @abstractmethod
+    def seen(self) -> int | Tensor:
+        """Tokens so far, dropped ones included; a tensor of no dimension where only the device counts."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> Tensor | None:
+        """Keys held, None before the first token."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor | None:
+        """Values held, None before the first token."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether decoding can be compiled."""
+        return self.room > 0
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why the storage cannot have a fixed size and what to do instead; None where it can."""
+        return f"the cache of {self.site.name} grows as it decodes, which cannot be compiled; leave room away"
+
+    def reserve(self, room: int) -> None:
+        """Give the empty storage a fixed size: ``room`` tokens after a prompt. Raises UserError where it cannot."""
+        if (reason := self.why_not_fixed) is not None:
+            raise UserError(reason)
+        self.room = room
+        self.reset()
+
+    @abstractmethod
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of the next T tokens; return what attention is to use."""
+
+    def attend(self, call: "AttentionCall") -> Tensor | None:
+        """Attention over a storage of its own ``[B, T, H, dv]``; None where keys and values are needed."""
+        return None
+
+    @abstractmethod
+    def mask(self, call: "AttentionCall") -> "AttentionCall":
+        """Give the call the mask of what is held."""
+
+    @abstractmethod
+    def evict(self, call: "AttentionCall") -> None:
+        """Observe the attention call, and drop what the strategy drops now."""
+
+    def fork(self, target: "Store | None" = None) -> "Store":
+        """``target``, empty or by default a new store of this strategy, as the same forwards would have made it.
+
+        It shares tensors with this store. Raises UserError where that is impossible.
+        """
+        raise UserError(f"the cache of {self.site.name} cannot be forked to another strategy: read the prompt for each")
+
+    @abstractmethod
+    def reorder(self, rows: Tensor) -> None:
+        """Take batch rows ``[B']`` of everything remembered."""
+
+    @abstractmethod
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` tokens. Raises UserError where what was before is gone."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes really held."""
 
 
 @dataclass(slots=True)
@@ -267,7 +352,7 @@ class AttentionCall:
         recurrence: decay and state at a site of kind ``linear``, None elsewhere.
         prepended: keys in front of all others that stand for no token (``calls.edits.append_kv``).
         diffusion: step, branches and token layout of a denoiser, None elsewhere.
-        memory: scratch of the strategy at hand at this site, kept while its ``use`` is open; in a denoiser that runs
+        state: scratch of the strategy at hand at this site, kept while its ``use`` is open; in a denoiser that runs
             its branches one after the other, a scratch for each.
     """
 
@@ -289,8 +374,8 @@ class AttentionCall:
     cache: Store | None = None
     recurrence: Recurrence | None = None
     prepended: int = 0
-    diffusion: Diffusion | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
+    diffusion: DiffusionStep | None = None
+    state: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "AttentionCall":
         """A copy with some attributes changed."""

@@ -3,7 +3,9 @@
 
 `papers.toml` says what a paper is; files say what stands. The slug names all four of them:
 ``<category>/<slug>.py`` (the strategy), ``claims/<slug>.py`` (its claim), ``claims/<slug>.json`` (the claim's results)
-and, in a checkout, ``tests/<category>/test_<slug>.py``. Nothing here imports a strategy except `load`.
+and, in a checkout, ``tests/<category>/test_<slug>.py``. A paper with several strategies is a folder
+``<category>/<slug>/`` instead: its ``__all__`` names them, each has a module of its own, and ``slug.part`` is the one
+in the module ``part``. Nothing here imports a strategy except `strategies` and `load`.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def state_in(package: Path, category: str, slug: str) -> State:
     only, they are not installed. "strategy": no claim yet. "claim": a claim that has not been run. After that the
     verdict of the stored run.
     """
-    if not (package / category / f"{slug}.py").is_file():
+    if not _stands(package, category, slug):
         return "planned"
     tests = package.parents[1] / "tests"
     in_checkout = tests.is_dir() and (package.parents[1] / "pyproject.toml").is_file()
@@ -103,6 +105,12 @@ def state_in(package: Path, category: str, slug: str) -> State:
 
     record = read(package / "claims" / f"{slug}.json")
     return record.verdict if record and record.verdict else "claim"
+
+
+def _stands(package: Path, category: str, slug: str) -> bool:
+    """Whether there is a strategy: a file, or a folder of several."""
+    place = package / category
+    return (place / f"{slug}.py").is_file() or (place / slug / "__init__.py").is_file()
 
 
 @cache
@@ -144,41 +152,67 @@ def nearest(name: str, among: list[str] | None = None) -> list[str]:
 
 
 def get(slug: str) -> Paper:
-    """Return the row named `slug`.
+    """Return the row named `slug`, or that of ``slug.part``.
 
     Raises:
         UserError: there is none; the message holds the nearest names.
     """
     for row in _rows():
-        if row.slug == slug:
+        if row.slug == slug.partition(".")[0]:
             return row
     close = nearest(slug)
     hint = f"did you mean {', '.join(close)}?" if close else "`manyheads list` shows all names"
     raise UserError(f"unknown strategy {slug!r}: {hint}")
 
 
-def load(slug: str) -> type[Strategy]:
-    """Import the strategy named `slug` and return its class: the one `Strategy` that its file defines.
+def strategies(slug: str) -> dict[str, type[Strategy]]:
+    """Import the strategies of a paper: their classes by their slugs, ``slug`` or ``slug.part``.
+
+    A file has one, the one `Strategy` that it defines; a folder those that its ``__all__`` names.
+
+    A part of a paper is named behind it, as `pab.redundancy`, and lies in a file of that name in the paper's folder.
 
     Raises:
         UserError: the name is unknown, or the paper has no strategy yet.
-        TypeError: the file does not define exactly one strategy.
+        TypeError: a file that does not define exactly one, or a folder that shows none, or two of one module.
     """
     paper = get(slug)
-    if not (PACKAGE / paper.category / f"{slug}.py").is_file():
+    if not _stands(PACKAGE, paper.category, paper.slug):
         standing = ", ".join(row.slug for row in _rows() if row.state != "planned") or "none yet"
         raise UserError(f"{slug} is in the catalogue but has no strategy yet; these stand: {standing}")
     from manyheads.strategy import Strategy
 
     module = import_module(paper.module)
+    folder = hasattr(module, "__path__")
     found = [
         value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Strategy) and value.__module__ == module.__name__
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Strategy)
+        if (name in module.__all__ if folder else value.__module__ == module.__name__)
     ]
-    if len(found) != 1:
+    made = {cls.slug: cls for cls in found}
+    if not folder and len(found) != 1:
         raise TypeError(f"{paper.module} must define exactly one Strategy, not {[c.__name__ for c in found]}")
-    return found[0]
+    if not found or len(made) < len(found):
+        raise TypeError(f"{paper.module} must show strategies, each of its own module, not {sorted(made)}")
+    return made
+
+
+def load(slug: str) -> type[Strategy]:
+    """Import the strategy named `slug` or ``slug.part`` and return its class.
+
+    A bare slug means the part of the same name, or the only one.
+
+    Raises:
+        UserError: the name is unknown or stands for several strategies, or the paper has no strategy yet.
+        TypeError: see `strategies`.
+    """
+    found = strategies(slug)
+    if slug in found:
+        return found[slug]
+    if "." not in slug and len(found) == 1:
+        return next(iter(found.values()))
+    raise UserError(f"{slug} names no strategy; of this paper there are {', '.join(sorted(found))}")
 
 
 def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
-__all__ = ["Curve", "Head", "HeadTable", "ablation_curve", "same_layers"]
+__all__ = ["AblationCurve", "Head", "HeadTable", "ablation_curve", "layer_matched_heads"]
 
 Head = tuple[int, int]  # row of the table (a site), head
 
@@ -59,23 +59,23 @@ class HeadTable:
         total = np.nansum(self.values, 0)
         return np.where(counted > 0, total / np.maximum(counted, 1), np.nan)
 
-    def interval(self, seed: int = 0, draws: int = 2000) -> tuple[Array, Array]:
+    def interval(self, seed: int = 0, resamples: int = 2000) -> tuple[Array, Array]:
         """Bounds ``[L, H]`` of the 95 % interval over prompts (bootstrap); infinite with a single prompt."""
         if len(self.values) < 2:
             wide = np.full(self.mean.shape, math.inf)
             return -wide, wide
-        picked = np.random.default_rng(seed).integers(0, len(self.values), (draws, len(self.values)))
+        picked = np.random.default_rng(seed).integers(0, len(self.values), (resamples, len(self.values)))
         counts = np.stack([np.bincount(row, minlength=len(self.values)) for row in picked]).astype(float)
         known = np.isfinite(self.values)
         total = np.tensordot(counts, np.nan_to_num(self.values), 1)
         means = total / np.maximum(np.tensordot(counts, known.astype(float), 1), 1e-9)
         low, high = np.quantile(means, [0.025, 0.975], axis=0)
-        stretch = math.sqrt(len(self.values) / (len(self.values) - 1))  # a bootstrap of few is too narrow
-        return self.mean + stretch * (low - self.mean), self.mean + stretch * (high - self.mean)
+        widen = math.sqrt(len(self.values) / (len(self.values) - 1))  # a bootstrap of few is too narrow
+        return self.mean + widen * (low - self.mean), self.mean + widen * (high - self.mean)
 
-    def top(self, count: int, least: bool = False) -> list[Head]:
-        """The heads with the greatest (or least) mean, best first; ties in the order of the table."""
-        mean = self.mean if least else -self.mean
+    def top(self, count: int, largest: bool = True) -> list[Head]:
+        """The heads with the largest (or smallest) mean, best first; ties in the order of the table."""
+        mean = -self.mean if largest else self.mean
         order = np.argsort(np.where(np.isnan(mean), np.inf, mean), axis=None, kind="stable")
         known = int(np.isfinite(mean).sum())
         return [(int(i // mean.shape[1]), int(i % mean.shape[1])) for i in order[: min(count, known)]]
@@ -96,7 +96,7 @@ class HeadTable:
 
     def correlation(self, other: HeadTable) -> float:
         """Spearman's rank correlation with ``other`` over the heads that both know; NaN below three of them."""
-        self._fits(other)
+        self._check_shape(other)
         both = np.isfinite(self.mean) & np.isfinite(other.mean)
         if both.sum() < 3:
             return math.nan
@@ -113,7 +113,7 @@ class HeadTable:
 
         The chance is that of a hypergeometric draw: ``count`` heads picked blindly.
         """
-        self._fits(other)
+        self._check_shape(other)
         heads = int((np.isfinite(self.mean) & np.isfinite(other.mean)).sum())
         shared = len(set(self.top(count)) & set(other.top(count)))
         ways = sum(
@@ -125,36 +125,36 @@ class HeadTable:
 
     def minus(self, other: HeadTable) -> HeadTable:
         """Differences; prompt by prompt where both have as many, of the means otherwise."""
-        self._fits(other)
+        self._check_shape(other)
         paired = len(self.values) == len(other.values)
         values = self.values - other.values if paired else (self.mean - other.mean)[None]
         about = {**self.about, "minus": other.about}
         return HeadTable(f"{self.name}, difference", self.sites, values, about, self.layers)
 
-    def picture(self, path: str | Path) -> Path:
-        """Draw the means over layers and heads into a file: SVG, PNG or what else its ending says."""
+    def plot(self, path: str | Path) -> Path:
+        """Draw the means over layers and heads into a file: its suffix is the format, such as SVG or PNG."""
         from matplotlib.figure import Figure
 
         mean = self.mean
         signed = bool((mean[np.isfinite(mean)] < 0).any())
-        reach = float(np.nanmax(np.abs(mean))) if np.isfinite(mean).any() else 1.0
+        limit = float(np.nanmax(np.abs(mean))) if np.isfinite(mean).any() else 1.0
         figure = Figure(figsize=(2 + 0.3 * mean.shape[1], 1.5 + 0.25 * mean.shape[0]), layout="constrained")
         axes = figure.add_subplot()
-        drawn = axes.imshow(mean, cmap="PuOr_r" if signed else "cividis", vmin=-reach if signed else 0, vmax=reach)
+        drawn = axes.imshow(mean, cmap="PuOr_r" if signed else "cividis", vmin=-limit if signed else 0, vmax=limit)
         axes.set(xlabel="head", ylabel="layer", title=self.name)
         axes.set_yticks(range(len(self.layers)), [str(layer) for layer in self.layers])
         figure.colorbar(drawn)
         figure.savefig(path)
         return Path(path)
 
-    def _fits(self, other: HeadTable) -> None:
+    def _check_shape(self, other: HeadTable) -> None:
         if self.values.shape[1:] != other.values.shape[1:]:
             raise UserError(
                 f"{self.name} has {self.values.shape[1:]} layers and heads, {other.name} {other.values.shape[1:]}"
             )
 
-    def document(self) -> dict[str, Any]:
-        """What :meth:`read` takes, fit for ``json.dumps``: NaN becomes null."""
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`from_dict` takes, fit for ``json.dumps``: NaN becomes null."""
         values = np.where(np.isfinite(self.values), self.values, None).tolist()  # type: ignore[call-overload]
         return {
             "name": self.name, "sites": list(self.sites), "layers": list(self.layers), "values": values,
@@ -162,15 +162,15 @@ class HeadTable:
         }  # fmt: skip
 
     @staticmethod
-    def read(document: dict[str, Any]) -> HeadTable:
-        """The table of a :meth:`document`."""
+    def from_dict(document: dict[str, Any]) -> HeadTable:
+        """The table that :meth:`to_dict` made ``document`` of."""
         values = np.array(document["values"], dtype=float)
         return HeadTable(
             document["name"], tuple(document["sites"]), values, document["about"], tuple(document["layers"])
         )
 
 
-def same_layers(heads: Sequence[Head], num_heads: int, seed: int, avoid: Sequence[Head] = ()) -> list[Head]:
+def layer_matched_heads(heads: Sequence[Head], num_heads: int, seed: int, avoid: Sequence[Head] = ()) -> list[Head]:
     """As many heads drawn at random from the same layers: the control of every ablation.
 
     Args:
@@ -193,44 +193,44 @@ def same_layers(heads: Sequence[Head], num_heads: int, seed: int, avoid: Sequenc
 
 
 @dataclass(frozen=True)
-class Curve:
-    """What is left when more and more heads are taken out, best first, beside random heads of the same layers.
+class AblationCurve:
+    """The score as more and more heads are ablated, best first, beside random heads of the same layers.
 
     Attributes:
-        counts: heads taken out, ``[C]``.
-        heads: as ``layer.head``, in the order in which they go.
-        chosen: score with the first ``counts`` of them taken out, ``[C]``.
+        counts: heads ablated, ``[C]``.
+        heads: as ``layer.head``, in the order of ablation.
+        ranked: score with the first ``counts`` of them ablated, ``[C]``.
         control: the same for draws of random heads of the same layers, ``[D, C]``.
     """
 
     counts: tuple[int, ...]
     heads: tuple[str, ...]
-    chosen: Array
+    ranked: Array
     control: Array
 
 
 def ablation_curve(
     table: HeadTable, counts: Sequence[int], score: Callable[[tuple[str, ...]], float], draws: int = 5, seed: int = 0
-) -> Curve:  # fmt: skip
-    """Take out the heads that ``table`` ranks highest, and as a control as many of the same layers at random.
+) -> AblationCurve:  # fmt: skip
+    """Ablate the heads that ``table`` ranks highest, and as a control as many of the same layers at random.
 
     Args:
         table: the ranking.
-        counts: how many heads to take out; 0 gives the untouched model.
+        counts: how many heads to ablate; 0 gives the untouched model.
         score: of the model without the heads named ``layer.head``, as the strategy ``ablate`` takes them.
         draws: of the control.
         seed: of the draws.
     """
     order = table.top(max(counts))
     width = table.values.shape[2]
-    chosen = np.array([score(table.names(order[:count])) for count in counts])
+    ranked = np.array([score(table.names(order[:count])) for count in counts])
     control = np.array(
         [
             [
-                score(table.names(same_layers(order[:count], width, seed + draw, avoid=order[:count])))
+                score(table.names(layer_matched_heads(order[:count], width, seed + draw, avoid=order[:count])))
                 for count in counts
             ]
             for draw in range(draws)
         ]
     )
-    return Curve(tuple(counts), table.names(order), chosen, control)
+    return AblationCurve(tuple(counts), table.names(order), ranked, control)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lenses: strategies that look. They say what they want of the weights, get it exact, and sum it up over prompts.
+"""Lenses: strategies that only look. They name statistics of the weights, get them exact, and sum up over prompts.
 
 Any number of lenses share one forward: the weights of a call are made once, a block of rows at a time, for all of them
 (:mod:`manyheads.calls.statistics`). A lens changes no bit of what the model computes.
 
-    with manyheads.watch(model, "active_dormant", "strategy_attention", roles=Roles({"system": [[(0, 12)]]})) as seen:
+    spans = TokenSpans({"system": [[(0, 12)]]})
+    with manyheads.watch(model, "active_dormant", "strategy_attention", roles=spans) as seen:
         model(**inputs)
-    seen.findings("active_dormant").tables["sink"].top(5)
+    seen.compute("active_dormant").tables["sink"].top(5)
 
 A forward without earlier tokens starts new prompts; tokens decoded after it go on with them, row by row, so that
-decoding with a cache and one forward over the whole give the same findings. Beam search, which reorders rows, does not.
+decoding with a cache and one forward over the whole give the same results. Beam search, which reorders rows, does not.
 """
 
 from __future__ import annotations
@@ -23,22 +24,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .calls.statistics import Statistic, measure
+from .calls.statistics import Statistic
+from .calls.weights import measure
 from .errors import UserError
 from .heads import HeadTable
-from .strategy import Strategy, overrides
+from .strategy import AttentionWatch, Residual
 
 if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
-__all__ = ["Bundle", "Findings", "Lens", "Memory", "Roles", "Series", "Tally", "View", "table"]
+__all__ = [
+    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans",
+    "stack_ragged", "table", "table_of",
+]  # fmt: skip
 
 Memory = dict[str, Any]
 Span = tuple[int, int]
 _SHARED = "shared"  # where the lenses of one site keep what they share
 
 
-class Roles:
+class TokenSpans:
     """Which tokens play which part: ``bos``, ``system``, ``response``, ``image``, ... for each row of a batch.
 
     ``bos`` is the first token of every row where it is not given, ``response`` holds every token past the known ones
@@ -80,8 +85,8 @@ class Roles:
 
 
 @dataclass
-class View:
-    """One attention computation as a lens sees it.
+class AttentionView:
+    """One attention computation as a lens receives it.
 
     Attributes:
         call, out: of the port.
@@ -96,7 +101,7 @@ class View:
     call: AttentionCall
     out: Tensor
     memory: Memory
-    roles: Roles
+    roles: TokenSpans
     valid: Tensor
     keys: Tensor
     start: int
@@ -141,8 +146,8 @@ class View:
         return self.roles.mask(role, self.query_positions, self.valid.shape[0]) & self.valid
 
 
-class Tally:
-    """Sums and counts of each prompt, ``[N, ...]`` in all; decoded tokens go on with the prompts they belong to."""
+class RunningMean:
+    """Mean over the tokens of each prompt, ``[N, ...]``, as sums and counts; decoded tokens add to their prompt."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -165,7 +170,7 @@ class Tally:
         return (total / count.masked_fill(count == 0, torch.nan)).numpy()
 
 
-class Series:
+class PerToken:
     """A value for each token of each prompt; NaN for padding. Decoded tokens are put behind their prompts."""
 
     def __init__(self) -> None:
@@ -184,8 +189,8 @@ class Series:
 
 
 @dataclass
-class Findings:
-    """What a lens found.
+class LensResult:
+    """What a lens computed.
 
     Attributes:
         tables: scores of heads (or of layers: a single column), by name.
@@ -205,46 +210,55 @@ class Findings:
 
 
 def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, **about: Any) -> HeadTable:
-    """The means of the :class:`Tally` that every site keeps under ``key``, ``[N]`` or ``[N, H]`` each, as one table."""
-    rows = [memory[key].mean() for _, memory in sites]
+    """One table of the means that every site keeps under ``key``, a :class:`RunningMean` of ``[N]`` or ``[N, H]``."""
+    return table_of(name, [site for site, _ in sites], [memory[key].mean() for _, memory in sites], **about)
+
+
+def table_of(name: str, sites: Sequence[Site], rows: Sequence[Any], **about: Any) -> HeadTable:
+    """One table of the scores ``[N]`` or ``[N, H]`` of each site; NaN where a site has fewer prompts or heads."""
     rows = [row[:, None] if row.ndim == 1 else row for row in rows]
-    made = np.full((max(len(r) for r in rows), len(rows), max(r.shape[1] for r in rows)), np.nan)
+    layers = tuple(site.index if site.layer is None else site.layer for site in sites)
+    return HeadTable(name, tuple(site.name for site in sites), stack_ragged(rows).swapaxes(0, 1), about, layers)
+
+
+def stack_ragged(rows: Sequence[Any]) -> Any:
+    """``[L, M, N]`` float64 of arrays ``[m, n]``, NaN where one has fewer rows or columns than the largest."""
+    made = np.full((len(rows), *(max(row.shape[axis] for row in rows) for axis in (0, 1))), np.nan)
     for i, row in enumerate(rows):
-        made[: len(row), i, : row.shape[1]] = row
-    layers = tuple(site.index if site.layer is None else site.layer for site, _ in sites)
-    return HeadTable(name, tuple(site.name for site, _ in sites), made, about, layers)
+        made[i, : row.shape[0], : row.shape[1]] = row
+    return made
 
 
-class Lens(Strategy):
-    """Base of strategies that only look. A subclass overrides ``ask``, ``tell`` and ``findings``."""
+class Lens(AttentionWatch):
+    """Base of strategies that only look. A subclass overrides ``statistics``, ``update`` and ``compute``."""
 
-    def ask(self, view: View) -> dict[str, Statistic]:
-        """What is wanted of the weights of this call, by name; nothing where q, k, v and out say enough."""
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
+        """Statistics of the weights of this call, by name; none where q, k, v and out are enough."""
         return {}
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
-        """Keep what matters of the answers in ``view.memory``, in :class:`Tally` and :class:`Series`."""
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
+        """Add the values ``found`` of these statistics to ``view.memory``: :class:`RunningMean`, :class:`PerToken`."""
 
     @property
-    def acts(self) -> bool:
-        """Whether this lens, as it is set, also changes the model: it is then opened by ``manyheads.use``."""
+    def edits_model(self) -> bool:
+        """Whether this lens, as it is set, also edits the model: it is then opened by ``manyheads.use``."""
         return False
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
-        """Sum up what was kept at each site."""
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
+        """The result from what was kept at each site."""
         raise NotImplementedError
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        """Look at a call alone; :class:`Bundle` does it for several lenses at once."""
-        _look([(self, call.memory)], call, out, Roles(), call.memory.setdefault(_SHARED, {}))
+        """Look at a call alone; :class:`LensGroup` does it for several lenses at once."""
+        _look([(self, call.state)], call, out, TokenSpans(), call.state.setdefault(_SHARED, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle(Strategy):
+class LensGroup(AttentionWatch, Residual):
     """Several lenses as one strategy, so that they share the weights of a call.
 
     Attributes:
-        lenses: what looks.
+        lenses: the lenses.
         state: the roles of the forward at hand, which may be changed between forwards.
     """
 
@@ -255,15 +269,15 @@ class Bundle(Strategy):
         return any(lens.selects(site) for lens in self.lenses)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        memory = call.memory
+        memory = call.state
         chosen = [
             (lens, memory.setdefault(str(i), {})) for i, lens in enumerate(self.lenses) if lens.selects(call.site)
         ]
-        _look(chosen, call, out, self.state.get("roles") or Roles(), memory.setdefault(_SHARED, {}), self.state)
+        _look(chosen, call, out, self.state.get("roles") or TokenSpans(), memory.setdefault(_SHARED, {}), self.state)
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         for i, lens in enumerate(self.lenses):
-            if lens.selects(site) and overrides(lens, "residual"):
+            if lens.selects(site) and isinstance(lens, Residual):
                 mine = memory.setdefault(str(i), {})
                 mine[_SHARED] = memory.get(_SHARED, {})
                 lens.residual(site, hidden, mine)
@@ -275,21 +289,21 @@ class Bundle(Strategy):
 
 
 def _look(
-    lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: Roles, shared: Memory,
+    lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: TokenSpans, shared: Memory,
     state: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Ask every lens, make the weights once, tell every lens."""
+    """Gather the statistics of every lens, make the weights once, update every lens."""
     valid, keys, start, fresh = _tokens(call, shared, state)
-    views, asked = [], []
+    views, wanted = [], []
     for lens, memory in lenses:
         memory[_SHARED] = shared
-        view = View(call, out, memory, roles, valid, keys, start, fresh)
+        view = AttentionView(call, out, memory, roles, valid, keys, start, fresh)
         views.append(view)
-        asked.append(lens.ask(view))
-    answers = iter(measure(call, [statistic for wanted in asked for statistic in wanted.values()]))
-    for (lens, _), view, wanted in zip(lenses, views, asked, strict=True):
+        wanted.append(lens.statistics(view))
+    answers = iter(measure(call, [statistic for named in wanted for statistic in named.values()]))
+    for (lens, _), view, named in zip(lenses, views, wanted, strict=True):
         with torch.no_grad():
-            lens.tell(view, {name: next(answers) for name in wanted})
+            lens.update(view, {name: next(answers) for name in named})
 
 
 def _tokens(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyheads.attention import masks
-from manyheads.attention.masks import MaskSpec, banded, hide, masked_attention
+from manyheads.attention.masks import MaskSpec, banded, masked_attention, zero_padding
 from manyheads.attention.reference import attention
 from manyheads.errors import UserError
 from tolerance import FORMULA, assert_close, error
@@ -185,4 +185,4 @@ def test_hide():
     x[0, 0] = 1.0
     mask = torch.zeros(2, 3, dtype=torch.bool)
     mask[0, 0] = True
-    assert torch.equal(hide(x, mask), x.nan_to_num(0.0)) and hide(x, None) is x
+    assert torch.equal(zero_padding(x, mask), x.nan_to_num(0.0)) and zero_padding(x, None) is x

@@ -4,17 +4,17 @@
 import torch
 
 import manyheads
-from manyheads.caches._view import View
-from manyheads.strategy import Strategy
+from manyheads.caches._view import CacheView
+from manyheads.strategy import AttentionWatch
 
 
-class Look(Strategy):
+class Look(AttentionWatch):
     """Keeps what a policy would see of the keys."""
 
     def watch(self, call, out):
         positions = torch.arange(call.k.shape[2]).expand(*call.k.shape[:2], -1)
         counts = torch.full((len(call.k),), call.k.shape[2])
-        call.memory["view"] = View(
+        call.state["view"] = CacheView(
             call.k, call.v, positions, counts, None, call.scale, None, None, call.site, rotary=call.rotary
         )
 
@@ -23,12 +23,12 @@ def looked(model, ids):
     look = Look()
     with torch.no_grad(), manyheads.use(model, look) as port:
         model(ids, use_cache=False)
-    return [memory["view"] for memory in port.memory(look).values()]
+    return [memory["view"] for memory in port.state(look).values()]
 
 
 def packed(store):
     """Codes of keys and values, and scales, of every encoded token by ``(row, head, column)``."""
-    flat, found = store.tokens.flat, {}
+    flat, found = store.tokens.ragged, {}
     for b in range(flat.offsets.shape[0]):
         for h in range(flat.offsets.shape[1]):
             start, length = int(flat.offsets[b, h]), int(flat.lengths[b, h])

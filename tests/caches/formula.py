@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention import reference
-from manyheads.caches._policy import CachePolicy
+from manyheads.caches._strategy import EvictionStrategy
 from manyheads.call import AttentionCall, Site
 from tolerance import SAME, assert_close
 
@@ -29,27 +29,27 @@ def sequences(
 
 
 def drive(
-    policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor, sizes: list[int], padding: list[int] | None = None
+    policy: EvictionStrategy, q: Tensor, k: Tensor, v: Tensor, sizes: list[int], padding: list[int] | None = None
 ) -> tuple[Tensor, list[Tensor], object]:
     """Run a store as a model would: outputs ``[B, T, H, d]``, positions held after each forward, and the store."""
     store, outputs, kept, start = policy.store(site()), [], [], 0
     for n in sizes:
         cut = slice(start, start + n)
-        keys, values = store.append(k[:, :, cut], v[:, :, cut])
+        keys, values = store.update(k[:, :, cut], v[:, :, cut])
         start += n
         mask = None
         if padding is not None:
             real = torch.arange(start)[None] >= torch.tensor(padding)[:, None]
             mask = (reference.causal_mask(n, start)[None] & real[:, None])[:, None]
         call = AttentionCall(site(), q[:, :, cut], keys, values, DIM**-0.5, mask=mask, is_causal=mask is None)
-        call = store.admit(call)
+        call = store.mask(call)
         if call.mask is not None:
             call = call.replace(
                 mask=reference.repeat_kv(call.mask, q.shape[1]) if call.mask.shape[1] > 1 else call.mask
             )
         outputs.append(call.attend())
-        store.settle(call)
-        kept.append(store.slots.positions().clone())
+        store.evict(call)
+        kept.append(store.padded.positions().clone())
     return torch.cat(outputs, 1), kept, store
 
 
@@ -104,7 +104,7 @@ SIZES = [11, 1, 1, 4, 1, 1, 1]
 
 
 def agrees(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     score: Score,
     heads: int = 4,
     padding: tuple[int, ...] = (0, 0),
@@ -115,7 +115,7 @@ def agrees(
     Rows with left padding are compared with the loops over what is not padding.
     """
     total = sum(SIZES)
-    q, k, v = sequences(len(padding), heads, total, seed=3)
+    q, k, v = (x.double() for x in sequences(len(padding), heads, total, seed=3))  # no score ties by rounding
     sinks, recent = (policy.sinks, policy.recent) if protects is None else protects
     outputs, kept, _ = drive(policy, q, k, v, SIZES, list(padding) if any(padding) else None)
     for b, skip in enumerate(padding):

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from caches.formula import DIM, DUE, SIZES, sequences, site
 from manyheads.attention import reference
-from manyheads.caches._policy import CachePolicy
+from manyheads.caches._strategy import EvictionStrategy
 from manyheads.call import AttentionCall, Site
 from tolerance import SAME, assert_close
 
 
 @dataclass
 class Row:
-    """A row as it stands when tokens are dropped: q ``[H, T, d]``, k and v ``[Hkv, T, d]``, all tokens ever seen.
+    """A row when tokens are dropped: q ``[H, T, d]``, k and v ``[Hkv, T, d]``, all tokens ever seen.
 
     Beside them what each key/value head holds, and the attention that each position received there.
     """
@@ -46,7 +46,7 @@ Fixed = Callable[[int, int, int], bool]  # position, tokens seen, the equal budg
 
 
 def by_hand(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     row: Row,
     sizes: list[int],
     score: Score,
@@ -86,7 +86,7 @@ def by_hand(
 
 
 def drive(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,32 +100,32 @@ def drive(
     store, outputs, kept, start = policy.store(at), [], [], 0
     for n in sizes:
         cut = slice(start, start + n)
-        resting = store.tokens.flat is not None
-        keys, values = store.append(k[:, :, cut], v[:, :, cut])
+        packed = store.tokens.ragged is not None
+        keys, values = store.update(k[:, :, cut], v[:, :, cut])
         start += n
         mask = None
         if padding is not None:
             real = torch.arange(start)[None] >= torch.tensor(padding)[:, None]
             mask = (reference.causal_mask(n, start)[None] & real[:, None])[:, None]
-            mask = mask[..., -n:] if resting else mask
+            mask = mask[..., -n:] if packed else mask
         turned = rotary and (rotary[0][:, cut], rotary[1][:, cut])
         call = AttentionCall(
             at, q[:, :, cut], keys, values, DIM**-0.5, mask=mask, is_causal=mask is None and n > 1, rotary=turned
         )
         out = store.attend(call)
         if out is None:
-            call = store.admit(call)
+            call = store.mask(call)
             if call.mask is not None and call.mask.shape[1] > 1:
                 call = call.replace(mask=reference.repeat_kv(call.mask, q.shape[1]))
             out = call.attend()
-            store.settle(call)
+            store.evict(call)
         outputs.append(out)
         kept.append(copy.deepcopy(store).live.positions())
     return torch.cat(outputs, 1), kept, store
 
 
 def agrees(
-    policy: CachePolicy,
+    policy: EvictionStrategy,
     score: Score,
     heads: int = 4,
     padding: tuple[int, ...] = (0, 0),
@@ -141,7 +141,7 @@ def agrees(
     Rows with left padding are compared with the loops over what is not padding. ``turned`` gives queries rotary
     positions, and the cosines and sines that the model would pass on.
     """
-    q, k, v = sequences(len(padding), heads, sum(sizes), seed=3)
+    q, k, v = (x.double() for x in sequences(len(padding), heads, sum(sizes), seed=3))  # no score ties by rounding
     rotary = None
     if turned is not None:
         q, rotary = turned(q, padding)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import manyheads
 from caches.formula import DIM, drive, sequences, site
 from manyheads import UserError, parse
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 from manyheads.caches.d2o import absorb, density, nearest
 from oracles import caches, models
 from tolerance import SAME, assert_close
@@ -115,7 +115,7 @@ def view(k, v, kept, state=None):
     """A view of slots in order, and its kept slots as a mask ``[B, Hkv, N]``."""
     positions = torch.arange(k.shape[2]).expand(k.shape[:3])
     counts = torch.full((k.shape[0],), k.shape[2])
-    made = View(k, v, positions, counts, None, DIM**-0.5, None, None, site(), state={} if state is None else state)
+    made = CacheView(k, v, positions, counts, None, DIM**-0.5, None, None, site(), state={} if state is None else state)
     return made, torch.isin(positions, torch.tensor(kept))
 
 
@@ -267,9 +267,9 @@ def shares(policy, spreads, count=1000):
         here, _ = view(k, k, [0], {"density": torch.tensor(spread)})
         peers = tuple(range(len(spreads)))
         place = manyheads.call.Site("here", layer, layer, "self", True, 4, 2, peers=peers)
-        views[layer] = View(k, k, here.positions, torch.full((len(spread),), count), None, 1.0, None, None, place,
+        views[layer] = CacheView(k, k, here.positions, torch.full((len(spread),), count), None, 1.0, None, None, place,
                             state=here.state)  # fmt: skip
-    found = policy.layer_shares(views)
+    found = policy.layer_budgets(views)
     rho = policy.budget if isinstance(policy.budget, float) else min(policy.budget, count) / count
     return [torch.as_tensor(found[layer]) * rho for layer in views], views
 
@@ -378,16 +378,16 @@ def test_a_fork_is_a_direct_run():
 
 @pytest.mark.parametrize("spec", ["weights=code", "merging=False,schedule=3", "skip_layers=code,alpha=1,beta=0"])
 def test_batch_equals_singles(spec):
-    caches.batch_equals_singles_padded_left(models.tiny("llama"), f"d2o:budget=0.6,sinks=1,{spec}")
+    caches.batch_equals_singles_padded_left(models.tiny("llama", torch.float64), f"d2o:budget=0.6,sinks=1,{spec}")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "gpt2", "gpt_oss"])
 def test_in_other_architectures(name):
-    caches.batch_equals_singles_padded_left(models.tiny(name), LIVE)
+    caches.batch_equals_singles_padded_left(models.tiny(name, torch.float64), LIVE)
 
 
 def test_latent_caches_are_not_merged():
-    model = models.tiny("deepseek_v3")
+    model = models.tiny("deepseek_v3", torch.float64)
     caches.batch_equals_singles_padded_left(model, f"{LIVE},merging=False")
     with pytest.raises(UserError, match="merging=False"), manyheads.use(model, LIVE):
         caches.greedy(model, models.tokens(1, 20))

@@ -10,7 +10,7 @@ import manyheads
 from caches.formula import DIM, sequences, site
 from caches.rows import Row, agrees, drive
 from manyheads import UserError, parse
-from manyheads.caches._store import look
+from manyheads.caches._store import view_of
 from manyheads.call import AttentionCall
 from oracles import caches, models
 from tolerance import SAME, assert_close
@@ -32,7 +32,7 @@ def matrix(position, rotary_dim, factor=1.0, dim=DIM):
     return r
 
 
-def turned(rotary_dim=DIM, factor=1.0, dtype=torch.float32, shift=0):
+def turned(rotary_dim=DIM, factor=1.0, dtype=torch.float64, shift=0):
     """Queries at the positions of their row (padding at 0), and what the model would pass on."""
 
     def turn(q, padding):
@@ -40,7 +40,7 @@ def turned(rotary_dim=DIM, factor=1.0, dtype=torch.float32, shift=0):
         a = places[..., None].double() * torch.tensor(angles(rotary_dim) * 2, dtype=torch.float64)
         cos, sin = (factor * a.cos()).to(dtype), (factor * a.sin()).to(dtype)
         r = torch.stack([torch.stack([matrix(int(p), rotary_dim, factor) for p in row]) for row in places])
-        return (r[:, None] @ q[..., None].double())[..., 0].float(), (cos, sin)
+        return (r[:, None] @ q[..., None].double())[..., 0].to(q.dtype), (cos, sin)
 
     return turn
 
@@ -113,7 +113,7 @@ def _scores(policy, q, k, v, sizes, rotary, padding=None):
     roomy = parse(policy)
     _, _, store = drive(roomy, q, k, v, sizes, padding, rotary=rotary)
     call = AttentionCall(site(), q[:, :, :0], store.keys, store.values, DIM**-0.5)
-    return roomy.score(look(store, call)), store
+    return roomy.score(view_of(store, call)), store
 
 
 @pytest.mark.parametrize("sizes", [[40], [1, 39], [13, 13, 14], [38, 1, 1], [30, 0, 10], [1] * 40])
@@ -197,9 +197,9 @@ def test_refuses_rotations_that_it_cannot_read():
         (cos[None], sin[None]),
     ):
         store = parse("expected_attention:budget=6").store(site())
-        keys, values = store.append(k, v)
+        keys, values = store.update(k, v)
         with pytest.raises(UserError, match="half-split"):
-            store.settle(store.admit(AttentionCall(site(), q, keys, values, 1.0, is_causal=True, rotary=rotary)))
+            store.evict(store.mask(AttentionCall(site(), q, keys, values, 1.0, is_causal=True, rotary=rotary)))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "deepseek_v3"])

@@ -12,8 +12,8 @@ from caches.codes import looked, packed
 from caches.formula import site
 from manyheads import UserError, parse
 from manyheads.attention import rope
-from manyheads.caches._view import View
-from manyheads.strategy import Strategy
+from manyheads.caches._view import CacheView
+from manyheads.strategy import AttentionEdit
 from oracles import caches, models
 from oracles.caches import prefilled, step, stores
 from tolerance import assert_close, error
@@ -32,7 +32,7 @@ def view(k, rotary_dim=DIM, padding=0, here=None):
     angles = torch.arange(length)[:, None] * 0.3 ** torch.arange(rotary_dim // 2)
     rotary = tuple(torch.cat([x, x], -1)[None] for x in (angles.cos(), angles.sin()))
     counts = torch.full((batch,), length - padding)
-    return View(k, k, positions, counts, None, 1.0, None, None, here or site(), rotary=rotary)
+    return CacheView(k, k, positions, counts, None, 1.0, None, None, here or site(), rotary=rotary)
 
 
 def formula(k, scaling, alpha=1.0, beta=1.0, top_k=3, rotary_dim=DIM):
@@ -196,10 +196,10 @@ def test_paired_factors_folded_into_the_weights_leave_the_model_as_it_was(name, 
 def test_factors_at_the_attention_leave_every_model_as_it_was(name, scaling):
     """Our form: rotated keys times s, queries over s. Here no pairing is needed for exactness."""
 
-    class Scale(Strategy):
+    class Scale(AttentionEdit):
         def edit(self, call):
             s = parse(f"fireq:scaling={scaling}").key_scale(
-                View(call.k, call.v, torch.arange(call.k.shape[2]).expand(*call.k.shape[:2], -1),
+                CacheView(call.k, call.v, torch.arange(call.k.shape[2]).expand(*call.k.shape[:2], -1),
                      torch.tensor([call.k.shape[2]]), None, 1.0, None, None, call.site, rotary=call.rotary)
             ).to(call.k.dtype)[:, :, None]  # fmt: skip
             return call.replace(k=call.k * s, q=call.q / s.repeat_interleave(call.q.shape[1] // s.shape[1], 1))
@@ -224,7 +224,7 @@ def test_factors_at_the_attention_leave_every_model_as_it_was(name, scaling):
     "spec", ["fireq:window_tokens=4", "fireq:base=keydiff,budget=8,window_tokens=2,schedule=step,bits=fp8"]
 )
 def test_has_the_properties_of_a_cache(spec):
-    model = models.tiny("llama")
+    model = models.tiny("llama", torch.float64)
     caches.batch_equals_singles_padded_left(model, spec)
     caches.batch_equals_singles_padded_right(model, spec)
     caches.beams_equal_singles(model, spec)
@@ -245,7 +245,7 @@ def test_keeps_what_the_base_keeps(base):
             prefilled(model, f"fireq:base={base},budget=0.5,window_tokens={window}", ids),
         )
         for a, b in zip(stores(want), stores(got), strict=True):
-            columns = a.slots.columns()
+            columns = a.padded.columns()
             kept = {(i, h, t) for i in range(2) for h in range(2) for t in columns[i, h].tolist() if t >= 0}
             assert set(packed(b)) == {(i, h, t) for i, h, t in kept if t < 40 - window}
         assert got.bytes() < want.bytes()

@@ -8,9 +8,9 @@ import manyheads
 from caches.codes import looked, packed
 from manyheads import parse
 from manyheads.attention.codec import FP8, INT4
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionEdit
 from oracles import models
 from oracles.caches import held, prefilled, step, stores
 from tolerance import SAME, assert_close, error
@@ -61,7 +61,7 @@ def test_bytes_of_a_stored_token(bits, scaling):
             sizes[length] = cache.bytes()
             assert abs(cache.bytes() - held(cache)) <= 0.01 * held(cache)
             for store in stores(cache):
-                flat = store.tokens.flat
+                flat = store.tokens.ragged
                 vector = DIM // 2 if bits == "int4" else DIM
                 assert flat.k.shape[1] * flat.k.element_size() == vector == flat.v.shape[1] * flat.v.element_size()
                 assert flat.k_scale.element_size() == flat.v_scale.element_size() == 2
@@ -109,21 +109,21 @@ def test_attention_reads_what_is_stored(spec):
     window, sizes = 5, [16, 1, 1, 4, 1, 3, 1]
     policy = parse(f"fireq:window_tokens={window}" + (f",{spec}" if spec else ""))
 
-    class ByHand(Strategy):
+    class ByHand(AttentionEdit):
         """The cache as an edit of full keys and values."""
 
         def edit(self, call):
             seen = call.k.shape[2]
             if seen == call.q.shape[2]:
                 positions = torch.arange(seen).expand(*call.k.shape[:2], -1)
-                call.memory["factors"] = policy.key_scale(
-                    View(call.k, call.v, positions, torch.full((2,), seen), None, 1.0, None, None, call.site,
+                call.state["factors"] = policy.key_scale(
+                    CacheView(call.k, call.v, positions, torch.full((2,), seen), None, 1.0, None, None, call.site,
                          rotary=call.rotary)
                 )  # fmt: skip
                 return call
             old = seen - window - call.q.shape[2]  # tokens leave the window after they were looked at
             return call.replace(
-                k=read_back(call.k, policy.codec, call.memory["factors"], old),
+                k=read_back(call.k, policy.codec, call.state["factors"], old),
                 v=read_back(call.v, policy.codec, None, old),
             )
 

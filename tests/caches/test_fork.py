@@ -18,17 +18,13 @@ SPECS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_fork_is_a_direct_run(name, spec):
     model, given = models.tiny(name), models.inputs(name)
     mask = given["attention_mask"]
     with manyheads.use(model):
         parent = prefilled(model, "full", given["input_ids"], record=8, attention_mask=mask)
-        if name == "mistral":  # a sliding-window layer drops tokens even when full
-            with pytest.raises(manyheads.UserError, match="only a full cache"):
-                parent.fork(parse(spec))
-            return
         fork = parent.fork(parse(spec))
         direct = prefilled(model, spec, given["input_ids"], attention_mask=mask)
         assert fork.bytes() == direct.bytes() and fork.get_seq_length() == direct.get_seq_length() == 19
@@ -38,5 +34,19 @@ def test_a_fork_is_a_direct_run(name, spec):
             last = models.tokens(2, n, seed=t)
             assert_close(step(model, last, fork, attention_mask=mask), step(model, last, direct, attention_mask=mask))
         for x, y in zip(stores(fork), stores(direct), strict=True):
-            assert x.slots.positions().equal(y.slots.positions())
-        assert parent.get_seq_length() == 19 and all(s.slots.index is None for s in stores(parent))
+            assert x.padded.positions().equal(y.padded.positions())
+        assert parent.get_seq_length() == 19 and all(s.padded.index is None for s in stores(parent))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_fork_leaves_layers_that_are_not_selected(name):
+    model, ids = models.tiny(name), models.tokens(2, 19)
+    with manyheads.use(model):
+        fork = prefilled(model, "full", ids, record=8).fork(parse("keydiff:budget=4,layers=1"))
+        direct = prefilled(model, "keydiff:budget=4,layers=1", ids)
+        both = prefilled(model, "keydiff:budget=4", ids)
+        last = models.tokens(2, 1, seed=1)
+        want = step(model, last, direct)
+        assert_close(step(model, last, fork), want)
+        with pytest.raises(AssertionError):  # control
+            assert_close(step(model, last, both), want)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import manyheads
 from caches.formula import DIM, agrees, drive, sequences, site
 from manyheads import UserError, parse
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 from manyheads.caches.graphkv import GraphKV, propagate
 from oracles import caches, models
 from tolerance import SAME, assert_close
@@ -108,7 +108,7 @@ def test_blocks_change_nothing(monkeypatch):
 def view(k, positions=None):
     batch, heads, size = k.shape[:3]
     positions = torch.arange(size).expand(batch, heads, size) if positions is None else positions
-    return View(k, k, positions, (positions[:, 0] >= 0).sum(-1), None, DIM**-0.5, None, None, site())
+    return CacheView(k, k, positions, (positions[:, 0] >= 0).sum(-1), None, DIM**-0.5, None, None, site())
 
 
 @pytest.mark.parametrize("fields", ["num_sources=0", "rounds=0", "neighbours=0"])
@@ -275,12 +275,16 @@ def test_layers_and_heads_have_the_budgets_of_the_base():
     "base", ["snapkv(window_size=2,kernel_size=3)", "h2o", "d2o(sinks=1)", "pyramidkv(base=keydiff)"]
 )
 def test_batch_equals_singles(base):
-    caches.batch_equals_singles_padded_left(models.tiny("llama"), f"graphkv:base={base},budget=0.6,rounds=2")
+    caches.batch_equals_singles_padded_left(
+        models.tiny("llama", torch.float64), f"graphkv:base={base},budget=0.6,rounds=2"
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "deepseek_v3", "gemma3_text"])
 def test_in_other_architectures(name):
-    caches.batch_equals_singles_padded_left(models.tiny(name), "graphkv:base=keydiff,budget=6,schedule=step")
+    caches.batch_equals_singles_padded_left(
+        models.tiny(name, torch.float64), "graphkv:base=keydiff,budget=6,schedule=step"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tolerance import SAME, assert_close
 
 
 def by_hand(policy, q, k, v, sizes):
-    """One row in float64 and loops: a step at a time, victim by Hamming distance of boolean hashes, then attention."""
+    """One row in float64 and loops: a step at a time, evicted by Hamming distance of boolean hashes, then attention."""
     planes = policy.projections(DIM, 0, torch.device("cpu"))
 
     def bits(x):
@@ -94,7 +94,7 @@ def test_room_for_everything_is_full():
 
 
 def test_many_bits_find_the_largest_angle():
-    """With 20,000 bits and clear gaps the victim is the free key of least cosine with the probe."""
+    """With 20,000 bits and clear gaps the evicted is the free key of least cosine with the probe."""
     generator = torch.Generator().manual_seed(0)
     for probe in ("query", "key"):
         policy = parse(f"hashevict:budget=9,num_global=1,num_recent=2,num_bits=20000,probe={probe}")
@@ -109,8 +109,8 @@ def test_many_bits_find_the_largest_angle():
                 first, second = angle.topk(2).values.tolist()
                 if first - second < 0.1:  # six standard deviations of the estimate
                     continue
-                (victim,) = set(range(10)) - set(kept[-1][0, h].tolist())
-                assert victim == 1 + int(angle.argmax())
+                (evicted,) = set(range(10)) - set(kept[-1][0, h].tolist())
+                assert evicted == 1 + int(angle.argmax())
                 checked += 1
         assert checked >= 8
 
@@ -148,8 +148,8 @@ def test_protected_tokens_and_size(prompt, steps, glob, recent, spare, probe, se
             filled = [p for p in head if p >= 0]
             assert len(filled) == len(set(filled)) == min(size, seen)
             assert {*range(min(glob, seen)), *range(max(0, seen - 1 - recent), seen)} <= set(filled) <= set(range(seen))
-    for b, h, n in (store.slots.positions() >= 0).nonzero().tolist():  # and every slot holds what it says
-        position = int(store.slots.positions()[b, h, n])
+    for b, h, n in (store.padded.positions() >= 0).nonzero().tolist():  # and every slot holds what it says
+        position = int(store.padded.positions()[b, h, n])
         assert torch.equal(store.keys[b, h, n], k[b, h, position]) and torch.equal(
             store.values[b, h, n], v[b, h, position]
         )
@@ -158,7 +158,7 @@ def test_protected_tokens_and_size(prompt, steps, glob, recent, spare, probe, se
 @pytest.mark.parametrize("probe", ["query", "key"])
 @pytest.mark.parametrize(("size", "glob"), [(8, 4), (5, 0), (6, 1)])
 def test_one_candidate_is_streaming_llm(size, glob, probe):
-    """With num_recent = N - num_global - 1 the only victim is the token that leaves the window."""
+    """With num_recent = N - num_global - 1 the only evicted is the token that leaves the window."""
     q, k, v = sequences(1, 4, 30)
     sizes = [12] + [1] * 18
     ours = parse(f"hashevict:budget={size},num_global={glob},num_recent={size - glob - 1},probe={probe}")
@@ -192,7 +192,7 @@ def test_hashes_take_an_eighth_of_a_byte_per_bit():
     q, k, v = sequences(1, 4, 20)
     for bits in (8, 16, 20):
         store = drive(parse(f"hashevict:budget=10,num_global=1,num_recent=2,num_bits={bits}"), q, k, v, [12, 1, 1])[2]
-        hashes = store.slots.extras["hash"]
+        hashes = store.padded.extras["hash"]
         assert hashes.dtype == torch.uint8 and hashes.shape == (1, 2, 11, -(-bits // 8))
 
 

@@ -10,9 +10,9 @@ import torch
 import manyheads
 from caches.formula import DIM, site
 from manyheads import UserError
-from manyheads.attention.slots import Slots
-from manyheads.caches._evict import evict
-from manyheads.caches._view import QueryWindow, View
+from manyheads.attention.padded import PaddedCache
+from manyheads.caches._evict import keep_best
+from manyheads.caches._view import CacheView, QueryWindow
 from manyheads.caches.hedge import Hedge
 from manyheads.integrations.transformers import new_cache
 from oracles import caches, models
@@ -61,7 +61,7 @@ def seen_by(policy, rows, layer, *, rotary=True, shift=0, window=None, dtype=tor
     q, k, v = (padded(index) for index in range(3))
     places = places.where(places >= 0, -1)
     queries = QueryWindow(q, places).last(policy.window)
-    return View(
+    return CacheView(
         k, v, places[:, None].expand(-1, 2, -1), (places >= 0).sum(1), queries, DIM**-0.5, None, None,
         dataclasses.replace(site(window=window, layer=layer), peers=(0, 1)),
         rotary=tables(places + shift) if rotary else None,
@@ -70,14 +70,14 @@ def seen_by(policy, rows, layer, *, rotary=True, shift=0, window=None, dtype=tor
 
 def kept(policy, views):
     """Positions that stay, by row, layer and head."""
-    shares = policy.layer_shares({view.site.layer: view for view in views})
+    shares = policy.layer_budgets({view.site.layer: view for view in views})
     held = []
     for view in views:
-        slots = Slots.empty(view.k, view.v)
-        slots.append(view.k, view.v)
+        slots = PaddedCache.empty(view.k, view.v)
+        slots.update(view.k, view.v)
         slots.mark(view.positions[:, 0] >= 0)
         counts = torch.ceil(view.counts * policy.budget - 1e-9).long()
-        evict(policy, view, slots, counts, int(counts.max()), shares[view.site.layer])
+        keep_best(policy, view, slots, counts, int(counts.max()), shares[view.site.layer])
         assert "ranking" not in view.state
         held.append([[sorted(p for p in head if p >= 0) for head in row] for row in slots.positions().tolist()])
     return [[layer[b] for layer in held] for b in range(len(views[0].counts))]
@@ -170,13 +170,13 @@ def test_the_longest_forward_tells_the_rotation():
     policy, row = Hedge(**TOKENS, budget=0.5), contents(1, length=40)[0]
     view = seen_by(policy, [row], 0)
     rounded = dataclasses.replace(view, rotary=tuple(x.bfloat16().float() for x in view.rotary))
-    policy.layer_shares({0: rounded})
+    policy.layer_budgets({0: rounded})
     told = rounded.state["angle_step"].clone()
     short = dataclasses.replace(rounded, rotary=tuple(x[:, -4:] for x in rounded.rotary))
-    policy.layer_shares({0: short})
+    policy.layer_budgets({0: short})
     assert torch.equal(short.state["angle_step"], told)
     fresh = dataclasses.replace(short, state={})
-    policy.layer_shares({0: fresh})
+    policy.layer_budgets({0: fresh})
     fine, coarse = (float((step[0] - torch.tensor(ANGLES)).abs().max()) for step in (told, fresh.state["angle_step"]))
     assert fine < 2e-4 < coarse
 
@@ -202,7 +202,7 @@ def test_equal_tokens_give_equal_budgets_nowhere_nan():
 def test_zero_keys_and_values_are_no_nan():
     policy, none = Hedge(**TOKENS, budget=0.5), torch.zeros(4, 12, DIM, dtype=torch.float64)
     view = seen_by(policy, [(none, none[:2], none[:2])], 0)
-    policy.layer_shares({0: view})
+    policy.layer_budgets({0: view})
     assert bool(view.state["ranking"].isfinite().all())
     assert bool(policy.key_scale(view).isfinite().all())
 

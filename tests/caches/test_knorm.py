@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Knorm: minus the L2 norm of the key."""
 
+import warnings
+
 import pytest
 import torch
 
+import manyheads
 from caches.formula import agrees, drive, sequences
 from manyheads import UserError, parse
+from oracles import models
+from oracles.caches import greedy
 
 
 def formula(held, k, q, seen):
@@ -24,6 +29,30 @@ def test_against_loops(budget, schedule, heads, padding):
 def test_control_of_the_loops():
     with pytest.raises(AssertionError):
         agrees(parse("knorm:budget=6"), lambda *a: [-x for x in formula(*a)])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("spec", ["knorm:budget=0.5", "adakv:base=knorm,budget=0.5"])
+def test_normalised_keys_are_warned_of(name, spec):
+    said = "knorm: this model normalises its keys.*choose keydiff or snapkv"
+    with pytest.warns(UserWarning, match=said), manyheads.use(models.tiny(name), spec):
+        greedy(models.tiny(name), models.tokens(1, 20), count=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("llama", "knorm:budget=0.5"),
+        ("olmo2", "knorm:budget=0.5"),  # one norm over all heads: those of single heads differ
+        ("qwen3", "keydiff:budget=0.5"),
+        ("qwen3", "knorm:budget=1.0"),
+    ],
+)
+def test_other_keys_are_not(name, spec):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with manyheads.use(models.tiny(name), spec):
+            greedy(models.tiny(name), models.tokens(1, 20), count=2)
 
 
 def test_protected_tokens_stay():

@@ -9,7 +9,7 @@ import torch
 from caches.formula import sequences, site
 from caches.rows import Row, agrees, drive
 from manyheads import UserError, parse
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 
 SIZES = [21, 1, 1, 4, 1, 1, 1]
 
@@ -90,7 +90,7 @@ def test_the_token_that_stands_out_stays():
 
 def seen(k, v, positions):
     counts = positions.amax((1, 2)) + 1
-    return View(k, v, positions, counts, None, 1.0, None, None, site())
+    return CacheView(k, v, positions, counts, None, 1.0, None, None, site())
 
 
 def test_constant_channels_are_no_division_by_zero():

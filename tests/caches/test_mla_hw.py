@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from port.test_latent import LATENT, PRESENT, build
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyheads
+from integrations.test_latent import LATENT, PRESENT, build
 from manyheads import UserError, parse
 from manyheads.attention import mla, reference
 from manyheads.caches.mla_hw import LatentStore, MLAHw
 from manyheads.call import AttentionCall
 from manyheads.integrations.transformers import find_sites, new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import caches, models
 from oracles.caches import greedy, prefilled, step, stores
 from oracles.models import tokens
@@ -42,18 +42,18 @@ def paddings():
 @pytest.mark.parametrize("name", PRESENT)
 @each
 def test_generates_what_the_model_generates(name, spec, attn):
-    """Every architecture that caches latents, a padded batch, logits and tokens."""
+    """Every architecture that caches latents, a padded batch: the logits along the tokens of the model."""
     untouched = build(name, attn_implementation=attn)
     ids, mask = paddings()
-    want_tokens, want = greedy(untouched, ids, mask)
+    made, want = greedy(untouched, ids, mask)
     with manyheads.use(untouched, spec):
-        got_tokens, got = greedy(untouched, ids, mask)
-    assert torch.equal(got_tokens, want_tokens)
+        _, got = greedy(untouched, ids, mask, forced=made)
     assert_close(got, want, SAME)
 
 
 @each
-def test_batches_paddings_and_beams(model, spec):
+def test_batches_paddings_and_beams(spec):
+    model = models.tiny("deepseek_v3", torch.float64)
     caches.batch_equals_singles_padded_left(model, spec)
     caches.batch_equals_singles_padded_right(model, spec)
     caches.beams_equal_singles(model, spec)
@@ -82,14 +82,14 @@ class Unmasked(LatentStore):
 
 
 class Unpositioned(LatentStore):
-    def append(self, k, v):
-        return super().append(k, torch.zeros_like(v))
+    def update(self, k, v):
+        return super().update(k, torch.zeros_like(v))
 
 
 class Stuck(LatentStore):
-    def select(self, rows):
+    def reorder(self, rows):
         if len(rows) != len(self.keys):
-            super().select(rows)
+            super().reorder(rows)
 
 
 def test_controls(model):
@@ -223,7 +223,8 @@ def test_crop_is_as_if_never_come(model, spec):
         assert torch.equal(step(model, tokens(2, 24), cache), step(model, tokens(2, 24), new_cache(model, parse(spec))))
 
 
-def test_prompt_lookup_crops(model):
+def test_prompt_lookup_crops():
+    model = models.tiny("deepseek_v3", torch.float64)
     ids = tokens(1, 6).repeat(1, 4)
     want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     with manyheads.use(model, ABSORB):
@@ -259,26 +260,26 @@ def test_every_token_matters(model):
                 assert bool((moved[[i for i in range(3) if i != row]] < 1e-3).all())
 
 
-class Full(Strategy):
+class Full(AttentionWatch):
     """Reads keys and values as another strategy sees them."""
 
     def watch(self, call, out):
-        call.memory.setdefault("seen", []).append((call, out))
+        call.state.setdefault("seen", []).append((call, out))
 
 
 def test_another_strategy_sees_all_keys(model):
     """Beside a watch the call holds keys and values of every token, and the output is what they give."""
     note, ids = Full(), tokens(2, 20)
-    _, want = greedy(model, ids)
+    made, want = greedy(model, ids)
     with manyheads.use(model, ABSORB, note) as port:
-        _, got = greedy(model, ids)
+        _, got = greedy(model, ids, forced=made)
     assert_close(got, want, SAME)
-    for site in port.memory(note).values():
+    for site in port.state(note).values():
         assert [c.k.shape[2] for c, _ in site["seen"]] == list(range(20, 28))
         for call, out in site["seen"]:
             assert_close(call.attend(), out)
     with manyheads.use(model, ABSORB, Watch()):
-        assert_close(greedy(model, ids)[1], want, SAME)
+        assert_close(greedy(model, ids, forced=made)[1], want, SAME)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 30), (2, 1, 4, 30), (1, 4, 3, 9)])
@@ -289,8 +290,8 @@ def test_user_bias_and_causality_without_a_mask(model, shape):
     store, old = LatentStore(parse(ABSORB), site), seen - new
     dims = store.dims
     latents, rope = torch.randn(batch, 1, seen, dims.rank), torch.randn(batch, 1, seen, dims.rope_dim)
-    store.append(latents[:, :, :old], rope[:, :, :old])
-    fresh = store.append(latents[:, :, old:], rope[:, :, old:])
+    store.update(latents[:, :, :old], rope[:, :, :old])
+    fresh = store.update(latents[:, :, old:], rope[:, :, old:])
     assert torch.equal(fresh[0], latents[:, :, old:]) and torch.equal(fresh[1], rope[:, :, old:])
     q = torch.randn(batch, dims.num_heads, new, dims.nope_dim + dims.rope_dim)
     k, v = _modules(model)[0].expand_kv(latents, rope)
@@ -298,7 +299,7 @@ def test_user_bias_and_causality_without_a_mask(model, shape):
     call = AttentionCall(site, q, k[:, :, old:], v[:, :, old:], 0.3, bias=bias, is_causal=new > 1)
     want = reference.attention(q, k, v, scale=0.3, bias=bias, is_causal=new > 1)
     assert_close(store.attend(call), want)
-    whole = store.admit(call)
+    whole = store.mask(call)
     assert_close(whole.attend(), want)
     assert whole.k.shape[2] == seen and not whole.is_causal
 
@@ -361,9 +362,9 @@ def test_refuses_models_without_latents(model):
         pass
     store = stores(new_cache(model, parse(ABSORB)))[0]
     with pytest.raises(UserError, match="not latents"):
-        store.append(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 8))
+        store.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 8))
     with pytest.raises(UserError, match="not latents"):
-        store.append(torch.zeros(1, 1, 3, 12), torch.zeros(1, 1, 3, 8))
+        store.update(torch.zeros(1, 1, 3, 12), torch.zeros(1, 1, 3, 8))
     assert store.keys is None and store.nbytes() == 0
 
 

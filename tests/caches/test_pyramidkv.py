@@ -14,7 +14,7 @@ from caches.formula import sequences, site
 from caches.rows import agrees, drive
 from caches.test_snapkv import formula as votes
 from manyheads import UserError, parse
-from manyheads.caches._view import View
+from manyheads.caches._view import CacheView
 
 
 def layer(index, layers):
@@ -69,8 +69,8 @@ def budgets(policy, layers, counts, equal):
     rows = []
     for index in range(layers):
         k = torch.zeros(len(counts), 2, 1, 4)
-        seen = View(k, k, queries=None, scale=1.0, softcap=None, sinks=None, site=layer(index, layers), **view)
-        made = policy.allocate(seen, k[..., 0], torch.tensor(equal)[:, None].expand(-1, 2))
+        seen = CacheView(k, k, queries=None, scale=1.0, softcap=None, sinks=None, site=layer(index, layers), **view)
+        made = policy.head_budgets(seen, k[..., 0], torch.tensor(equal)[:, None].expand(-1, 2))
         assert torch.equal(made[:, 0], made[:, 1]) and made.dtype == torch.int64
         rows.append(made[:, 0])
     return torch.stack(rows)

@@ -46,14 +46,14 @@ def test_heads_agree_whatever_the_order_of_their_slots():
     _, _, store = drive(policy, q, k, v, [28])
     _, _, other = drive(policy, q, k, v, [28])
     order = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(h)) for h in range(2)])[None]
-    other.slots.keep(order, torch.ones_like(order, dtype=torch.bool))
-    assert not torch.equal(other.slots.positions()[:, 0], other.slots.positions()[:, 1])
+    other.padded.keep(order, torch.ones_like(order, dtype=torch.bool))
+    assert not torch.equal(other.padded.positions()[:, 0], other.padded.positions()[:, 1])
     for t in (28, 29):
         for one in (store, other):
-            keys, values = one.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+            keys, values = one.update(k[:, :, t : t + 1], v[:, :, t : t + 1])
             call = AttentionCall(one.site, q[:, :, t : t + 1], keys, values, DIM**-0.5)
-            one.settle(one.admit(call))
-        got, want = (one.slots.positions().sort(-1).values for one in (other, store))
+            one.evict(one.mask(call))
+        got, want = (one.padded.positions().sort(-1).values for one in (other, store))
         assert torch.equal(got, want) and torch.equal(got[:, 0], got[:, 1])
 
 

@@ -5,8 +5,7 @@ import pytest
 
 import manyheads
 from manyheads import UserError, parse
-from manyheads.compare.specs import split_specs
-from manyheads.strategy import split_outside
+from manyheads.spec import split_list, split_outside
 from oracles import caches, models
 from tolerance import assert_close
 
@@ -23,7 +22,7 @@ def test_nested_specs():
 
 def test_lists_of_nested_specs():
     text = "full,graphkv:base=snapkv(window_size=16,kernel_size=5),budget=0.5,knorm"
-    assert split_specs(text) == ["full", "graphkv:base=snapkv(window_size=16,kernel_size=5),budget=0.5", "knorm"]
+    assert split_list(text) == ["full", "graphkv:base=snapkv(window_size=16,kernel_size=5),budget=0.5", "knorm"]
     assert split_outside("a, b(c,(d,e)),f") == ["a", "b(c,(d,e))", "f"]
     for wrong in ("a(b", "a)b(", "a(b))"):
         with pytest.raises(UserError, match="parentheses"):

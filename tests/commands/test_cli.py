@@ -9,6 +9,7 @@ import pytest
 
 from manyheads import __version__, catalog
 from manyheads.cli import main
+from manyheads.compare import defaults
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_show_a_strategy(cli):
     assert code == 0 and "2412.16187" in out and "budget" in out and "manyheads.use(model" in out
     row = json.loads(cli("show", "hashevict", "--json")[1])
     assert "budget" in {field["name"] for field in row["fields"]} and row["doc"]
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     assert parse(row["spec"]).slug == "hashevict"
 
@@ -88,6 +89,14 @@ def test_version_and_help(cli):
     code, out, _ = cli("--help")
     assert code == 0 and all(verb in out for verb in ("list", "show", "find", "claims", "compare", "report"))
     assert cli() == (0, out, "")
+
+
+def test_help_names_the_defaults(cli):
+    """As they are in the code, and not taken for markup."""
+    code, out, _ = cli("compare", "--help")
+    said = "".join(line.strip(" │") for line in out.splitlines()).replace(" ", "")
+    assert code == 0 and f"[default:{','.join(defaults.STRATEGIES)}]" in said
+    assert all(f"[default:{','.join(map(str, values))}]" in said for values in (defaults.BUDGETS, defaults.LENGTHS))
 
 
 @pytest.mark.parametrize(

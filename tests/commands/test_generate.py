@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `guide` as it is typed: what is in the picture is what the pipeline makes, and errors are a line."""
+"""The verb `generate` as it is typed: what is in the picture is what the pipeline makes, and errors are a line."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def test_text_and_the_page_of_maps(cli, folders, tmp_path):
     page = (tmp_path / "p" / "maps.html").read_text()
     assert code == 0 and "a cat, seed 1" in page and Image.open(tmp_path / "grid.png").height > 2 * 160, err
     code, _, err = cli(*base, "--strategy", "pab", "--maps", "dog")
-    assert code == 2 and "does not stand in the prompt" in err
+    assert code == 2 and "is not in the prompt" in err
 
 
 def test_a_pipeline_of_anything(cli, folders, tmp_path):
@@ -185,7 +185,7 @@ BAD = [
     (["--strategy", "pab", "--source", "apple"], "--source goes with"),
     (["--strategy", "pab", "--out", "a.bmp"], "one of these endings"),
     (["--strategy", "pab", "--out", "file/a.png"], "cannot write"),
-    (["--strategy", "pab", "--prompt", PROMPT, "--maps", "horse"], "does not stand in the prompt"),
+    (["--strategy", "pab", "--prompt", PROMPT, "--maps", "horse"], "is not in the prompt"),
     (["--strategy", "pab", "--maps", "apple", "--page", "file/a.html"], "cannot write"),
     (["--strategy", "pab", "--device", "gpu0"], "unknown device"),
     (["--strategy", "pab", "--dtype", "int8"], "unknown dtype"),
@@ -212,10 +212,10 @@ def test_no_gpu(cli, folders):
     ("options", "word"),
     [
         (["--prompt", "cat"], "takes no --prompt; give --class"),
-        ([], "is told by a class"),
+        ([], "is conditioned on a class"),
         (["--class", "1000"], "classes 0 to 999"),
         (["--class", "dgo"], "did you mean 'dog'"),
-        (["--class", "1", "--maps", "cat"], "told by no words"),
+        (["--class", "1", "--maps", "cat"], "takes no prompt; leave"),
     ],
 )
 def test_of_a_class(cli, folders, options, word):
@@ -226,7 +226,7 @@ def test_of_a_class(cli, folders, options, word):
 def test_text_is_asked_for_and_sizes_are_the_pipelines_matter(cli, folders):
     base = ("generate", "--model", str(folders["text"]), "--strategy", "pab")
     code, _, err = cli(*base)
-    assert code == 2 and "is told by text; give --prompt" in err
+    assert code == 2 and "is conditioned on text; give --prompt" in err
     code, _, err = cli(*base, "--prompt", "cat", "--size", "7x7", *STEPS)
     assert code == 2 and "refuses" in err and "divisible" in err
 

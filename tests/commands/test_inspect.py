@@ -34,13 +34,13 @@ def test_json_is_all_that_is_printed(cli, folder, tmp_path):
     code, out, err = cli("inspect", *base, "--lens", "spans:system=0-7", "--layers", "0")
     document = json.loads(out)
     assert code == 0 and err == "" and document["prompts"][0]["roles"] == {"system": [[0, 7]]}
-    made = HeadTable.read(document["findings"]["strategy_attention:layers=0"]["tables"]["lift"])
+    made = HeadTable.from_dict(document["findings"]["strategy_attention:layers=0"]["tables"]["lift"])
     assert made.values.shape == (2, 1, 4) and (tmp_path / "x" / "findings.json").read_text() == out
     code, out, err = cli("doctor", *base, "--quick")
     assert (
         code == 0
         and err == ""
-        and {s["level"] for s in json.loads(out)["signs"]} <= {"watch", "note", "fine", "unknown"}
+        and {s["level"] for s in json.loads(out)["checks"]} <= {"watch", "note", "fine", "unknown"}
     )
 
 

@@ -8,14 +8,14 @@ import torch
 
 import manyheads
 from manyheads import UserError
-from manyheads.compare.arms import Arm, Prefix, feed, make_arms
-from manyheads.compare.specs import split_specs
+from manyheads.compare.arms import Arm, Prefix, forward_chunked, make_arms
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy, parse
+from manyheads.spec import parse, split_list
+from manyheads.strategy import AttentionEdit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharper(Strategy):
+class Sharper(AttentionEdit):
     """Stands for the strategies that keep no cache."""
 
     factor: float = 1.5
@@ -26,10 +26,10 @@ class Sharper(Strategy):
 
 def test_specs_are_split_at_the_commas_between_them():
     text = "full, snapkv:window_size=16,kernel_size=5,random,keydiff:budget=0.3,streaming_llm:sinks=2"
-    assert split_specs(text) == [
+    assert split_list(text) == [
         "full", "snapkv:window_size=16,kernel_size=5", "random", "keydiff:budget=0.3", "streaming_llm:sinks=2",
     ]  # fmt: skip
-    assert split_specs("snapkv,window_size=16") == ["snapkv:window_size=16"] and split_specs(" , ") == []
+    assert split_list("snapkv,window_size=16") == ["snapkv:window_size=16"] and split_list(" , ") == []
 
 
 def test_arms_are_specs_times_budgets_once():
@@ -85,7 +85,7 @@ def test_shared_prefill_equals_a_run_of_its_own(model, spec, prefilled):
                 prefix.extend(context[:, 80:])
             with prefix.open(arm) as cache:
                 held = cache.bytes()
-                shared = feed(model, cache, following, 24, 1)
+                shared = forward_chunked(model, cache, following, 24, 1)
         with manyheads.use(model, arm.strategy):
             own = new_cache(model, arm.strategy)
             model(context, past_key_values=own)
@@ -100,16 +100,16 @@ def test_chunks_equal_single_tokens(model, spec):
     with torch.inference_mode(), manyheads.use(model):
         prefix = Prefix(model, ids(2, 160), [arm])
         outs = []
-        for stride in (1, arm.stride(48)):
+        for chunk_size in (1, arm.chunk_size(48)):
             with prefix.open(arm) as cache:
-                outs.append(feed(model, cache, ids(2, 30), 20, stride))
+                outs.append(forward_chunked(model, cache, ids(2, 30), 20, chunk_size))
     torch.testing.assert_close(*outs, atol=2e-5, rtol=1e-4)
 
 
-def test_stride_bounds_what_a_query_sees_beyond_the_budget():
+def test_chunk_size_bounds_what_a_query_sees_beyond_the_budget():
     arm = Arm(parse("streaming_llm"), "streaming_llm")
-    assert [arm.stride(n) for n in (20, 100, 1024)] == [1, 3, 21]
-    assert Arm(parse("random:schedule=9"), "").stride(100) == 9 and Arm(parse("snapkv"), "").stride(100) is None
+    assert [arm.chunk_size(n) for n in (20, 100, 1024)] == [1, 3, 21]
+    assert Arm(parse("random:schedule=9"), "").chunk_size(100) == 9 and Arm(parse("snapkv"), "").chunk_size(100) is None
 
 
 def test_full_is_the_plain_model(model):
@@ -120,7 +120,7 @@ def test_full_is_the_plain_model(model):
         with manyheads.use(model):
             prefix = Prefix(model, context, [arm])
             with prefix.open(arm) as cache:
-                torch.testing.assert_close(feed(model, cache, following, 24), plain, atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(forward_chunked(model, cache, following, 24), plain, atol=2e-5, rtol=1e-4)
 
 
 def test_a_strategy_without_a_cache_of_its_own(model):
@@ -132,11 +132,14 @@ def test_a_strategy_without_a_cache_of_its_own(model):
         with manyheads.use(model, Sharper(factor=2.0)):
             plain = model(torch.cat([context, following], 1)).logits[:, 160:]
         with manyheads.use(model), Prefix(model, context, arms).open(arms[1]) as cache:
-            got = feed(model, cache, following, 24)
+            got = forward_chunked(model, cache, following, 24)
     torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("spec", "said"), [("active_dormant", "manyheads inspect"), ("pab", "denoisers")])
+@pytest.mark.parametrize(
+    ("spec", "said"), [("active_dormant", "manyheads inspect"), ("pab", "denoisers"), ("coca", "token mixer.*--train")]
+)
 def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(spec, said):
     with pytest.raises(UserError, match=said):
         make_arms([spec], [0.5], 512)
+    assert len(make_arms(["minimax_hybrid"], [0.5], 512)) == 2  # a mixer that also acts on models

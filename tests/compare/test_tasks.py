@@ -10,11 +10,11 @@ import torch
 from manyheads import UserError
 from manyheads.compare import compare
 from manyheads.compare.bench import TARGET
-from manyheads.compare.contexts import Contexts
-from manyheads.compare.corpus import Corpus
-from manyheads.compare.planting import Misfit, Planter
 from manyheads.data import texts as data
 from manyheads.data.texts import Text
+from manyheads.tasks.text._contexts import Contexts
+from manyheads.tasks.text._corpus import Corpus
+from manyheads.tasks.text._needles import NeedleInserter, UnfitVocabulary
 
 
 def test_standard_library_is_read(texts):
@@ -76,17 +76,17 @@ def test_short_texts_are_joined_and_too_little_is_refused(tokenizer):
 
 
 def test_planted_lines_read_as_text(tokenizer, texts):
-    planter = Planter(tokenizer)
+    inserter = NeedleInserter(tokenizer)
     rng = np.random.default_rng(0)
-    constants = planter.draw(4, rng)
+    constants = inserter.draw(4, rng)
     body = Corpus(texts, tokenizer).windows(700, 1, rng)[0].ids
-    planted = planter.plant(body, [planter.line(c.name, c.value) for c in constants], [0.9, 0.1, 0.5, 0.3])
+    planted = inserter.insert(body, [inserter.line(c.name, c.value) for c in constants], [0.9, 0.1, 0.5, 0.3])
     lines = tokenizer.decode(planted).split("\n")
     where = [lines.index(f"{c.name} = {c.value}") for c in constants]
     assert [sorted(where).index(w) for w in where] == [3, 0, 2, 1]
     for c in constants:
-        question, answer = planter.ask(c.name, c.value)
-        assert (len(question), len(answer)) == (planter.question_size, planter.answer_size)
+        question, answer = inserter.ask(c.name, c.value)
+        assert (len(question), len(answer)) == (inserter.question_size, inserter.answer_size)
         assert tokenizer.decode([*question, *answer]) == f"\nassert {c.name} == {c.value}"
         assert c.value[-1] in tokenizer.decode(answer) and c.name in tokenizer.decode(question)
 
@@ -99,8 +99,8 @@ def test_a_vocabulary_that_does_not_fit_says_so():
         def decode(self, ids, **kwargs):
             return "?" * len(ids)
 
-    with pytest.raises(Misfit, match="reads `assert"):
-        Planter(Blind())
+    with pytest.raises(UnfitVocabulary, match="reads `assert"):
+        NeedleInserter(Blind())
 
 
 def test_misfits_are_skipped_with_their_reason(model, tokenizer, texts, tmp_path):
@@ -150,7 +150,7 @@ def test_contexts_and_their_questions(tokenizer, texts):
     drawn = Contexts(Corpus(texts, tokenizer), tokenizer, 4, 0)
     contexts = drawn.single(640)
     assert [c.questions[0].depth for c in contexts] == [0.1, 0.5, 0.9, 0.1] and all(len(c.ids) == 640 for c in contexts)
-    for crowd in drawn.crowded(640):
+    for crowd in drawn.multikey(640):
         text = tokenizer.decode(crowd.ids)
         chained = [q for q in crowd.questions if q.task == "chained"]
         assert len(chained) == 3 and len(crowd.questions) == 7 and len(crowd.ids) == 640

@@ -14,14 +14,14 @@ from manyheads.compare.results import ROWS, Results
 from manyheads.compare.stats import Estimate
 from manyheads.compare.train import run as train_run
 from manyheads.compare.train import tasks
-from manyheads.compare.train.arms import build, check_causal, default_strategies, make_arms, wake
-from manyheads.compare.train.budget import Size, as_tokens
+from manyheads.compare.train.arms import build, check_causal, default_strategies, make_arms, perturb_zero_params
+from manyheads.compare.train.budget import Size
 from manyheads.compare.train.data import Stream, split
 from manyheads.compare.train.summary import crossover, summarise
 from manyheads.data.texts import Text, standard_library
 from manyheads.errors import UserError
 from manyheads.models.decoder import Decoder
-from manyheads.strategy import Strategy
+from manyheads.strategy import Mixer
 
 TINY = Size(
     dim=16, layers=1, heads=2, length=128, tokens=128, budget=7_000, rates=(3e-3, 1e-2), seeds=2, samples=4, reach=2,
@@ -142,10 +142,10 @@ def test_minutes_become_tokens_once(texts, tmp_path, monkeypatch):
 class Cheat(torch.nn.Module):
     """Softmax over the past, and a mean over everything, the future included, behind a gate that starts shut."""
 
-    def __init__(self, shape, gate):
+    def __init__(self, config, gate):
         super().__init__()
-        self.out_proj = torch.nn.Linear(shape.dim, shape.dim, bias=False)
-        self.gate = torch.nn.Parameter(torch.full((shape.dim,), gate))
+        self.out_proj = torch.nn.Linear(config.dim, config.dim, bias=False)
+        self.gate = torch.nn.Parameter(torch.full((config.dim,), gate))
 
     def forward(self, x, *, mask=None, state=None, cu_seqlens=None):
         past = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
@@ -153,17 +153,17 @@ class Cheat(torch.nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peeks(Strategy):
+class Peeks(Mixer):
     gate: float = 0.1
 
-    def mix(self, shape):
-        return Cheat(shape, self.gate)
+    def build(self, config):
+        return Cheat(config, self.gate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Honest(Strategy):
-    def mix(self, shape):
-        mixer = Cheat(shape, 0.0)
+class Honest(Mixer):
+    def build(self, config):
+        mixer = Cheat(config, 0.0)
         mixer.register_buffer("gate", mixer._parameters.pop("gate").detach())
         return mixer
 
@@ -180,7 +180,7 @@ def test_an_honest_mixer_of_ones_own_is_not(texts):
     for strategy in (Honest(), *default_strategies()):
         arm = make_arms([strategy])[-1]
         model = build(arm, Size(dim=32, layers=4, heads=2).text, 120_000, 0, torch.device("cpu")).eval()
-        wake(model)
+        perturb_zero_params(model)
         check_causal(model, ids, arm.key)
 
 
@@ -207,7 +207,6 @@ def test_a_budget_is_kept(results):
     steps, settings = results.run["steps"], results.run["settings"]
     spent = len(TINY.rates) * steps["tune"] * 128 + TINY.seeds * steps["text"] * 128 + steps["recall"] * 4 * 12
     assert 0.9 * settings["budget"] < spent <= settings["budget"]
-    assert as_tokens("2M") == 2_000_000 and as_tokens("1.5k") == 1500 and as_tokens("70") == 70
 
 
 def test_crossover():

@@ -19,7 +19,7 @@ STEPS, UPPER, LOWER = 20, 720, 150  # the range begins at step 6
 TOKENS = 2 * 2 * 8 * 64  # rows with and without captions, of all frames
 
 
-def film():
+def video_pipeline():
     torch.manual_seed(0)
     pipe = build("moving", num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
     pipe.set_progress_bar_config(disable=True)
@@ -36,7 +36,7 @@ def ours(pipe, spatial=2, temporal=3, cross=6):
 
 
 def test_what_is_run_is_counted_and_costs_what_its_products_cost():
-    pipe = film()
+    pipe = video_pipeline()
     with computed(pipe.transformer) as counts:
         run(pipe)
     assert counts == dict.fromkeys(_broadcast.KINDS, STEPS * TOKENS)
@@ -84,19 +84,19 @@ def test_how_near_films_are():
 
 
 def test_two_calls_are_the_same_film():
-    pipe = film()
+    pipe = video_pipeline()
     assert error(run(apart(pipe)), run(pipe)) < 1e-6
     with ours(pipe) as port:
         run(pipe)
     with ours(apart(pipe)) as other:
         run(other.target)
     for kept, name in ((port, "uncond+cond"), (other, "uncond")):
-        memory = next(iter(kept.memory(kept.strategies[0]).values()))
-        assert name in memory
+        state = next(iter(kept.state(kept.strategies[0]).values()))
+        assert name in state
 
 
 def test_diffusers_own_is_the_same_with_one_batch_and_not_with_two_calls():
-    pipe = film()
+    pipe = video_pipeline()
     plain = run(pipe)
     with ours(pipe):
         want = run(pipe)

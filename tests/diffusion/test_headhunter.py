@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
-from manyheads.call import AttentionCall, Denoising, Diffusion, Layout, Site
+from manyheads.call import AttentionCall, DenoiserCall, DiffusionStep, Layout, Site
 from manyheads.diffusion.headhunter import HeadHunter, hunt, ranking
 from manyheads.errors import UserError
 from manyheads.heads import HeadTable
@@ -22,8 +22,8 @@ from tolerance import SAME, assert_close, error
 def call(branches=("perturbed",), kind="self", layout=None, mask=None):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 11, 4, generator=generator).double() for _ in "qkv")
-    now = Diffusion(1, 0, 10, 500.0, branches, layout)
-    return AttentionCall(Site("x", 0, 0, kind, False), q, k, v, scale=0.4, mask=mask, diffusion=now)
+    step = DiffusionStep(1, 0, 10, 500.0, branches, layout)
+    return AttentionCall(Site("x", 0, 0, kind, False), q, k, v, scale=0.4, mask=mask, diffusion=step)
 
 
 def softened(given, head, u, kind):
@@ -32,7 +32,7 @@ def softened(given, head, u, kind):
     allowed = torch.ones(11, dtype=torch.bool) if given.mask is None else given.mask[0, 0, 0]
     x = x.masked_fill(~allowed, -torch.inf)
     a, n = x.softmax(-1), 11
-    worse = {
+    degraded = {
         "pag": torch.eye(n).double().expand_as(a),
         "uniform": (allowed.double() / allowed.sum()).expand_as(a),
         "seg": (given.q.mean(2, keepdim=True) @ given.k.transpose(-1, -2) * given.scale)
@@ -40,7 +40,7 @@ def softened(given, head, u, kind):
         "max": torch.nn.functional.one_hot(x.argmax(-1), n).double(),
     }[kind]  # fmt: skip
     mixed = a.clone()
-    mixed[:, head] = ((1 - u) * a + u * worse)[:, head]
+    mixed[:, head] = ((1 - u) * a + u * degraded)[:, head]
     return (mixed @ given.v).transpose(1, 2)
 
 
@@ -88,7 +88,7 @@ def test_off_is_bit_exact_and_on_acts_without_a_condition(name):
         pass
     seen = {}
 
-    class Watch(manyheads.Strategy):
+    class Watch(manyheads.strategy.AttentionWatch):
         def watch(self, call, out):
             seen[call.site.name] = call.site
 
@@ -125,11 +125,11 @@ def test_beside_classifier_free_guidance():
 
 @pytest.mark.parametrize("branches", [("uncond", "cond"), ("cond", "uncond"), ("all",)])
 def test_push_after_guidance(branches):
-    """``u + g (c - u)`` moves by scale (c - worse), in one batch and in calls of their own."""
+    """``u + g (c - u)`` moves by scale (c - degraded), in one batch and in calls of their own."""
     generator = torch.Generator().manual_seed(0)
     rows = len(branches)
     plain = torch.randn(2 * rows, 4, generator=generator)
-    worse = torch.randn(2, 4, generator=generator)
+    degraded = torch.randn(2, 4, generator=generator)
     strategy = HeadHunter(heads=("0.0",), scale=2.0)
     g = None if branches == ("all",) else 5.0
 
@@ -137,11 +137,11 @@ def test_push_after_guidance(branches):
         def run(branch="", **changes):
             if branch:
                 assert changes["x"].shape[0] == 2
-                return worse
+                return degraded
             return given
 
-        now = Diffusion(1, 0, 10, 500.0, names, None)
-        return strategy.denoise(Denoising(now, {"x": torch.zeros_like(given)}, None, g, run))
+        step = DiffusionStep(1, 0, 10, 500.0, names, None)
+        return strategy.denoise(DenoiserCall(step, {"x": torch.zeros_like(given)}, None, g, run))
 
     def combined(out):
         if g is None:
@@ -150,7 +150,7 @@ def test_push_after_guidance(branches):
         return u + g * (c - u)
 
     cond = plain if g is None else plain[2 * branches.index("cond") :][:2]
-    want = combined(plain) + 2.0 * (cond - worse)
+    want = combined(plain) + 2.0 * (cond - degraded)
     assert_close(combined(denoise(branches, plain)), want, SAME)
     if g is not None:
         apart = torch.cat([denoise((n,), plain[2 * i : 2 * i + 2]) for i, n in enumerate(branches)])
@@ -194,11 +194,11 @@ def test_scores_of_a_search_as_a_table(tmp_path):
     found, scores = hunt(HeadHunter(), candidates, lambda s: sum(worth.get(h, 0.0) for h in s.heads), rounds=2, top=1)
     made = ranking(scores[:1], (2, 5), 3, about={"seed": 0})
     assert made.values.shape == (1, 2, 3) and made.layers == (2, 5) and made.names(made.top(1)) == found.heads[:1]
-    assert made.names(made.top(3)) == ("2.1", "5.0", "2.0") and made.names(made.top(1, least=True)) == ("5.2",)
+    assert made.names(made.top(3)) == ("2.1", "5.0", "2.0") and made.names(made.top(1, largest=False)) == ("5.2",)
     assert made.ranks().tolist() == [[3, 1, 4.5], [2, 4.5, 6]] and (made.interval()[1] == float("inf")).all()
-    again = HeadTable.read(json.loads(json.dumps(made.document())))
+    again = HeadTable.from_dict(json.loads(json.dumps(made.to_dict())))
     assert (again.values == made.values).all() and again.about == {"seed": 0}
-    assert made.picture(tmp_path / "heads.png").stat().st_size > 0
+    assert made.plot(tmp_path / "heads.png").stat().st_size > 0
     second = ranking(scores[1:], (2, 5), 3)  # what was chosen in the first round has no score in the second
     assert second.names(second.top(9)) == ("5.0", "2.0", "2.2", "5.1", "5.2")
     seeds = [{h: worth.get(h, 0.0) + 0.1 * seed * (1 + i) for i, h in enumerate(candidates)} for seed in (-1, 0, 1)]

@@ -7,19 +7,19 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
-from manyheads.call import AttentionCall, Diffusion, Layout, Site
+from manyheads.call import AttentionCall, DiffusionStep, Layout, Site
 from manyheads.diffusion.masactrl import MasaCtrl
 from manyheads.errors import UserError
 from oracles import pipelines
 from tolerance import assert_close, error
 
 
-def call(branches=("uncond", "cond"), kind="self", layout=None, tokens=6, index=5, board=None):
+def call(branches=("uncond", "cond"), kind="self", layout=None, tokens=6, index=5, run_state=None):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2 * len(branches), 3, tokens, 4, generator=generator).double() for _ in "qkv")
     layout = Layout(1, 2, 3) if layout is None else layout
-    now = Diffusion(1, index, 10, 500.0, branches, layout, board={} if board is None else board)
-    return AttentionCall(Site("x", 0, 12, kind, False), q, k, v, scale=0.4, diffusion=now)
+    step = DiffusionStep(1, index, 10, 500.0, branches, layout, run_state={} if run_state is None else run_state)
+    return AttentionCall(Site("x", 0, 12, kind, False), q, k, v, scale=0.4, diffusion=step)
 
 
 def attention(q, k, v, mask=None):
@@ -62,7 +62,7 @@ def test_masks():
     maps = torch.zeros(4, 2, 3).double()
     maps[2] = torch.tensor([[1.0, 1, 0], [0, 0, 0]])  # the conditional source's object
     maps[3] = torch.tensor([[0.0, 0, 0], [1, 0, 1]])  # and target's
-    given.diffusion.board["masactrl"] = {"at": (5, ("uncond", "cond")), "maps": [maps]}
+    given.diffusion.run_state["masactrl"] = {"at": (5, ("uncond", "cond")), "maps": [maps]}
     strategy = MasaCtrl(tokens=(1,))
     made = strategy.attend(given)
     there, here = maps[2].flatten().bool(), maps[3].flatten().bool()
@@ -73,7 +73,7 @@ def test_masks():
     for empty in (0.0, 1.0):  # nothing to look at: not masked
         maps[2] = empty
         assert_close(strategy.attend(given), MasaCtrl().attend(given), 1e-10)
-    given.diffusion.board["masactrl"]["at"] = (4, ("uncond", "cond"))  # of another step
+    given.diffusion.run_state["masactrl"]["at"] = (4, ("uncond", "cond"))  # of another step
     maps[2, 0] = 0.0
     assert_close(strategy.attend(given), MasaCtrl().attend(given), 1e-10)
     assert layout.grid(6) == (2, 3)
@@ -81,8 +81,8 @@ def test_masks():
 
 def test_masks_come_from_the_words():
     generator = torch.Generator().manual_seed(1)
-    board = {}
-    given = call(board=board)
+    run_state = {}
+    given = call(run_state=run_state)
     words = torch.randn(4, 3, 5, 4, generator=generator).double()
     cross = given.replace(site=Site("y", 1, 12, "cross", False), k=words, v=words)
     strategy = MasaCtrl(tokens=(1, 3), threshold=0.5)

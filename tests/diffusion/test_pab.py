@@ -9,18 +9,18 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 import manyheads
 from manyheads.diffusion.pab import PAB
 from manyheads.errors import UserError
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch, DenoiserModule
 from oracles import pipelines
 from tolerance import error
 
 STEPS = 10
 
 
-class Count(Strategy):
+class Count(AttentionWatch):
     """Steps at which attention was really computed, by site and branch."""
 
     def watch(self, call, out):
-        call.memory.setdefault("steps", []).append((call.diffusion.run, call.diffusion.index))
+        call.state.setdefault("steps", []).append((call.diffusion.run, call.diffusion.index))
 
 
 def run(name, *specs, times=1):
@@ -51,29 +51,29 @@ def test_off_is_off_and_the_rule_is_kept(name):
     spec = PAB(spatial=2, temporal=4, cross=3, upper=930, lower=150)
     made, port, count, pipe = run(name, spec, times=2)
     assert torch.equal(made[0], made[1]) and error(made[0], plain) > 1e-6
-    seen = port.memory(count)
+    seen = port.state(count)
     for site, kept in seen.items():
         every = 3 if "attn2" in site else 2
         for branch in kept.values():
             steps = wanted(pipe, every, 930, 150)
             assert branch["steps"] == [(1, s) for s in steps] + [(2, s) for s in steps]
             assert len(steps) < STEPS
-    for site, kept in port.memory(spec).items():
-        for branch, memory in kept.items():
-            counts = memory["counts"]
+    for site, kept in port.state(spec).items():
+        for branch, state in kept.items():
+            counts = state["counts"]
             assert counts["computed"] == len(seen[site][branch]["steps"])
             assert counts["computed"] + counts["reused"] == 2 * STEPS and counts["bytes"] > 0
-            assert "kept" not in memory  # given up at the end of the range
+            assert "kept" not in state  # given up at the end of the range
 
 
 def test_reuse_is_exact_where_nothing_changes_and_branches_keep_apart():
     """With conditional and unconditional text exchanged, a shared cache would give one the other's output."""
     made = {}
 
-    class Outputs(Strategy):
-        def reuse(self, site, now, memory, compute):
+    class Outputs(DenoiserModule):
+        def around_module(self, site, step, state, compute):
             out = compute()
-            made.setdefault((site.name, now.branches, now.index), out)
+            made.setdefault((site.name, step.branches, step.index), out)
             return out
 
     pipe = pipelines.wan()

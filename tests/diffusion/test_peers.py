@@ -11,7 +11,7 @@ from diffusers.guiders.guider_utils import BaseGuidance
 
 import manyheads
 from manyheads.integrations.diffusers import find_sites
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 from tolerance import error
 
@@ -102,13 +102,13 @@ def test_models_that_their_perturbed_attention_cannot_enter(name):
 def test_a_layer_is_not_a_prefix():
     """Layer 1 is layer 1: theirs, picked by a pattern, takes 10, 11, ... as well."""
 
-    class Note(Strategy):
+    class Note(AttentionWatch):
         def watch(self, call, out):
-            call.memory["seen"] = True
+            call.state["seen"] = True
 
     model = tiny.build("dit", num_layers=12)
     note = Note(layers=(1,))
     with manyheads.use(model, note) as port:
         tiny.forward("dit", model)
-    assert [site for site, kept in port.memory(note).items() if kept] == [find_sites(model)[1][0].name]
+    assert [site for site, kept in port.state(note).items() if kept] == [find_sites(model)[1][0].name]
     assert "blocks.1." in find_sites(model)[1][0].name

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
-from manyheads.call import AttentionCall, Denoising, Diffusion, Layout, Site
+from manyheads.call import AttentionCall, DenoiserCall, DiffusionStep, Layout, Site
 from manyheads.diffusion._prediction import Prediction
 from manyheads.diffusion.sag import SAG, blur
 from manyheads.errors import UserError
@@ -22,17 +22,17 @@ LAYOUT = Layout(1, 4, 6)
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow"])
 def test_predictions_come_apart_and_together(kind):
     generator = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(2, 4, 5, 6, generator=generator).double() for _ in "xe")
+    x0, noise = (torch.randn(2, 4, 5, 6, generator=generator).double() for _ in "xe")
     sigma = 0.6
     rule = Prediction(0.4 if kind == "flow" else 0.8, sigma, kind)
-    noisy = rule.joined(clean, noise)
+    noisy = rule.add_noise(x0, noise)
     out = {
-        "epsilon": noise, "sample": clean, "v_prediction": 0.8 * noise - 0.6 * clean, "flow": noise - clean,
+        "epsilon": noise, "sample": x0, "v_prediction": 0.8 * noise - 0.6 * x0, "flow": noise - x0,
     }[kind]  # fmt: skip
-    got = rule.split(noisy, out)
-    assert_close(got[0], clean, 1e-10)
+    got = rule.to_x0_eps(noisy, out)
+    assert_close(got[0], x0, 1e-10)
     assert_close(got[1], noise, 1e-10)
-    assert error(Prediction(0.7, 0.71, kind).split(noisy, out)[0], clean) > 1e-3 or kind == "sample"
+    assert error(Prediction(0.7, 0.71, kind).to_x0_eps(noisy, out)[0], x0) > 1e-3 or kind == "sample"
 
 
 def test_blur():
@@ -62,16 +62,18 @@ class Bed:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(rows, 4, 8, 12, generator=generator).double()
         self.calls = []
-        self.board = {}
+        self.run_state = {}
         self.received = received
-        now = Diffusion(1, 3, 10, 400.0, branches, LAYOUT, board=self.board)
-        self.call = Denoising(now, {"sample": self.x, "label": torch.arange(rows)}, self.scheduler, guidance, self.run)
+        step = DiffusionStep(1, 3, 10, 400.0, branches, LAYOUT, run_state=self.run_state)
+        self.call = DenoiserCall(
+            step, {"sample": self.x, "label": torch.arange(rows)}, self.scheduler, guidance, self.run
+        )
 
     def run(self, branch="", **changes):
         given = {**self.call.given, **changes}
         self.calls.append((branch, given))
         if self.received is not None and branch == "":
-            self.board["sag"] = self.received
+            self.run_state["sag"] = self.received
         return torch.tanh(given["sample"] * 1.3) + 0.1 * given["label"][:, None, None, None]
 
 
@@ -100,18 +102,18 @@ def test_it_is_the_formula():
     bed = Bed(got)
     eps = bed.run()
     alpha = float(Bed.scheduler.alphas_cumprod[400])
-    clean = (bed.x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+    x0 = (bed.x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
     mask = (got > 1).double().reshape(2, 1, 4, 6).repeat_interleave(2, 2).repeat_interleave(2, 3)
     for strategy, where in ((SAG(scale=0.7), mask), (SAG(scale=0.7, mask="inverted"), 1 - mask),
                             (SAG(scale=0.7, mask="all"), torch.ones_like(mask))):  # fmt: skip
-        worse = where * blur(clean, 1.0, 9) + (1 - where) * clean
-        again = bed.run(sample=alpha**0.5 * worse + (1 - alpha) ** 0.5 * eps)
+        degraded = where * blur(x0, 1.0, 9) + (1 - where) * x0
+        again = bed.run(sample=alpha**0.5 * degraded + (1 - alpha) ** 0.5 * eps)
         assert_close(strategy.denoise(bed.call), eps + 0.7 * (eps - again), 1e-10)
     assert error(SAG(scale=0.7, mask="random").denoise(bed.call), SAG(scale=0.7).denoise(bed.call)) > 1e-4
 
 
 def test_beside_guidance_the_unconditional_rows_decide():
-    """After ``u + g (c - u)`` the prediction is moved by scale (u - worse), in one batch or two calls."""
+    """After ``u + g (c - u)`` the prediction is moved by scale (u - degraded), in one batch or two calls."""
     bed = Bed(received(rows=4), ("uncond", "cond"), 5.0, rows=4)
     plain = bed.run()
     made = SAG(scale=0.7).denoise(bed.call)
@@ -125,7 +127,9 @@ def test_beside_guidance_the_unconditional_rows_decide():
     assert_close(push, (made - plain)[:2], 1e-10)
     alone = Bed(received(rows=4)[:2], ("uncond",), 5.0, rows=4)
     alone.x = alone.x[:2]
-    alone.call = Denoising(alone.call.now, {"sample": alone.x, "label": torch.arange(2)}, Bed.scheduler, 5.0, alone.run)
+    alone.call = DenoiserCall(
+        alone.call.step, {"sample": alone.x, "label": torch.arange(2)}, Bed.scheduler, 5.0, alone.run
+    )
     moved = SAG(scale=0.7).denoise(alone.call) - alone.run()
     assert_close(moved * (1 - 5.0), push, 1e-10)
     cond = Bed(received(), ("cond",), 5.0)
@@ -138,14 +142,14 @@ def test_the_map_is_summed_over_queries():
     layout = Layout(1, 4, 6, text=5, text_first=True)
     for kind, at in (("joint", slice(5, 29)), ("self", slice(0, 24))):
         x = [t if kind == "joint" else t[:, :, :24] for t in (q, k, v)]
-        now = Diffusion(1, 0, 10, 500.0, ("all",), layout if kind == "joint" else LAYOUT)
-        call = AttentionCall(Site("x", 0, 0, kind, False), *x, scale=0.5, diffusion=now)
+        step = DiffusionStep(1, 0, 10, 500.0, ("all",), layout if kind == "joint" else LAYOUT)
+        call = AttentionCall(Site("x", 0, 0, kind, False), *x, scale=0.5, diffusion=step)
         SAG().watch(call, call.attend())
         want = (x[0][:, :, at] @ x[1][:, :, at].transpose(-1, -2) * 0.5).softmax(-1).mean(1).sum(1)
-        assert_close(now.board["sag"], want, 1e-10)
-        assert_close(now.board["sag"].sum(1), torch.full((2,), 24.0).double(), 1e-10)
-    with pytest.raises(UserError, match="no picture"):
-        SAG().where(torch.ones(2, 23), torch.ones(2, 4, 8, 12), slice(0, 2), 2, LAYOUT)
+        assert_close(step.run_state["sag"], want, 1e-10)
+        assert_close(step.run_state["sag"].sum(1), torch.full((2,), 24.0).double(), 1e-10)
+    with pytest.raises(UserError, match="no image"):
+        SAG().blur_mask(torch.ones(2, 23), torch.ones(2, 4, 8, 12), slice(0, 2), 2, LAYOUT)
 
 
 def test_grids_of_odd_sizes():

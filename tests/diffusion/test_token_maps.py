@@ -9,11 +9,12 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
-from manyheads.call import AttentionCall, Diffusion, Layout, Site
+from manyheads.call import AttentionCall, DiffusionStep, Layout, Site
 from manyheads.diffusion._maps import merged, scaled
 from manyheads.diffusion.token_maps import TokenMaps, WordMaps, maps, places
 from manyheads.errors import UserError
-from manyheads.strategy import Strategy, parse
+from manyheads.spec import parse
+from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 from oracles import pipelines
 from tolerance import assert_close, error
@@ -24,11 +25,11 @@ FIRST = {"sd3": False, "flux": True, "hunyuan": False, "cogvideox": True}
 FRAMES = {"wan": 3, "latte": 3, "hunyuan": 3, "cogvideox": 3, "ltx": 3}
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     """Keeps every call: queries and keys."""
 
     def watch(self, call, out):
-        call.memory.setdefault("calls", []).append(call)
+        call.state.setdefault("calls", []).append(call)
 
 
 def dense(call):
@@ -68,7 +69,7 @@ def truth(name, call, tokens):
 
 
 def mean_at(port, strategy, site, what="words", step=None):
-    (kept,) = port.memory(strategy)[site].values()
+    (kept,) = port.state(strategy)[site].values()
     return kept["means"][what, step].value.mean(1)
 
 
@@ -82,7 +83,7 @@ def test_words_equal_the_whole_map(name):
     for site, kept in port.kept(note):
         want = truth(name, kept["all"]["calls"][0], (1, 3))
         if want is None:
-            assert not any(b for b in port.memory(strategy)[site.name].values())
+            assert not any(b for b in port.state(strategy)[site.name].values())
             continue
         got = mean_at(port, strategy, site.name)
         assert_close(got.double(), want, 1e-6)
@@ -116,7 +117,7 @@ def test_what_the_image_looks_at_equals_the_whole_map(name):
         call = kept["all"]["calls"][0]
         whole, count = dense(call), call.q.shape[2]
         if site.kind == "cross" or "temporal" in site.name or "refiner" in site.name:
-            assert not any(b for b in port.memory(strategy).get(site.name, {}).values())
+            assert not any(b for b in port.state(strategy).get(site.name, {}).values())
             continue
         at = slice(0, count)
         if name in FIRST and count > TEXT:
@@ -163,9 +164,9 @@ def test_a_running_mean_is_the_mean_of_all_steps(name):
     for site, kept in port.kept(note):
         if site.kind != "cross":
             continue
-        for key, memory in kept.items():
+        for key, state in kept.items():
             branches = key.split("+")
-            for call in memory["calls"][4:]:
+            for call in state["calls"][4:]:
                 each = truth(name, call, (0, 4)).chunk(len(branches))
                 for branch, x in zip(branches, each, strict=True):
                     want.setdefault((branch, call.diffusion.index), []).append(x)
@@ -194,9 +195,9 @@ def test_masks_and_biases_of_rows(first):
     source = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 15, 4, generator=source) for _ in "qkv")
     mask, bias = torch.rand(2, 1, 15, 15, generator=source) > 0.3, torch.randn(1, 2, 15, 15, generator=source)
-    now = Diffusion(1, 0, 10, 500.0, ("all",), Layout(1, 3, 4, text=3, text_first=first))
+    step = DiffusionStep(1, 0, 10, 500.0, ("all",), Layout(1, 3, 4, text=3, text_first=first))
     call = AttentionCall(
-        Site("x", 0, 0, "joint", False), q, k, v, scale=0.5, mask=mask, bias=bias, diffusion=now, memory={}
+        Site("x", 0, 0, "joint", False), q, k, v, scale=0.5, mask=mask, bias=bias, diffusion=step, state={}
     )
     TokenMaps(tokens=(0, 2), received=True, queries=(7,)).watch(call, v)
     image, text = (slice(3, 15), [0, 2]) if first else (slice(0, 12), [12, 14])
@@ -207,7 +208,7 @@ def test_masks_and_biases_of_rows(first):
         "queries": 12 * whole[:, 7:8, image],
     }
     for what, x in want.items():
-        got = call.memory["means"][what, None].value[:, 0, :, 0].flatten(2)
+        got = call.state["means"][what, None].value[:, 0, :, 0].flatten(2)
         assert_close(got.double(), x, 1e-6)
         for change in ({"mask": None}, {"bias": None}, {"mask": mask.flip(2)}):
             other = dense(call.replace(**change))[:, :, image].mean(1)
@@ -232,13 +233,13 @@ def test_heads():
         maps(port, strategy, words=("a", "b"))
 
 
-def made_up(side, strategy, heads=2, text=300, kind="cross", memory=None, index=0, **changes):
+def made_up(side, strategy, heads=2, text=300, kind="cross", state=None, index=0, **changes):
     """One call over ``side * side`` image tokens, watched; its scratch."""
     source = torch.Generator().manual_seed(side + index)
     q, k = (torch.randn(2, heads, n, 4, generator=source) for n in (side * side, text))
-    now = Diffusion(1, index, 10, 500.0, ("uncond", "cond"), Layout(1, side, side))
-    kept = {} if memory is None else memory
-    call = AttentionCall(Site("x", 0, 0, kind, False), q, k, k, scale=0.5, diffusion=now, memory=kept)
+    step = DiffusionStep(1, index, 10, 500.0, ("uncond", "cond"), Layout(1, side, side))
+    kept = {} if state is None else state
+    call = AttentionCall(Site("x", 0, 0, kind, False), q, k, k, scale=0.5, diffusion=step, state=kept)
     strategy.watch(call.replace(**changes), call.attend().detach())
     return kept
 
@@ -254,7 +255,7 @@ def test_memory_is_that_of_the_words_alone():
     for side in (8, 16, 32):
         kept = None
         for index in range(3):
-            kept = made_up(side, strategy, index=index, memory=kept)
+            kept = made_up(side, strategy, index=index, state=kept)
         assert held(kept) == 2 * 2 * side * side * 4
         assert held(kept) < 2 * side * side * 300 * 4 / 10  # of the map of one head
     assert held(made_up(16, TokenMaps(tokens=(1, 2), per_head=True))) == 2 * 2 * 2 * 256 * 4
@@ -314,11 +315,11 @@ def test_two_contexts_at_one_site():
     """As adapters for image prompts have them: refused, unless one is named by its length."""
     kept = made_up(8, TokenMaps(tokens=(1,)))
     with pytest.raises(UserError, match="text="):
-        made_up(8, TokenMaps(tokens=(1,)), text=16, memory=kept)
+        made_up(8, TokenMaps(tokens=(1,)), text=16, state=kept)
     named = TokenMaps(tokens=(1,), text=300)
     kept = made_up(8, named)
     before = kept["means"]["words", None].value.clone()
-    made_up(8, named, text=16, memory=kept)
+    made_up(8, named, text=16, state=kept)
     assert torch.equal(kept["means"]["words", None].value, before) and kept["means"]["words", None].count == 1
 
 
@@ -332,7 +333,7 @@ def test_words_of_several_tokens():
     for word, said in (("cat", " cat CAT"), ("marmalade cat", " marmalade cat"), ("concatenation", " concatenation")):
         assert tokenizer.decode([ids[i] for i in places(tokenizer, prompt, word)]) == said
     assert len(places(tokenizer, prompt, "marmalade cat")) > 2
-    with pytest.raises(UserError, match="does not stand in the prompt"):
+    with pytest.raises(UserError, match="is not in the prompt"):
         places(tokenizer, prompt, "at")
     with pytest.raises(UserError, match="give places"):
         places(object(), prompt, "cat")

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from manyheads.inspect.anatomy import FIRST
-from manyheads.inspect.doctor import diagnose, padding, twins
+from manyheads.inspect.attention_breakdown import FIRST
+from manyheads.inspect.checks import evaluate
+from manyheads.inspect.doctor import diagnose, duplicate_heads, padding
 from manyheads.inspect.prompts import Prompt
-from manyheads.inspect.signs import judge
 
 
-def sign(found, key):
-    return next(s for s in found.signs if s.key == key)
+def check(found, key):
+    return next(s for s in found.checks if s.key == key)
 
 
 def look(model, tokenizer, texts):
@@ -24,15 +24,15 @@ def look(model, tokenizer, texts):
 
 
 def test_a_healthy_model(found):
-    assert {s.key for s in found.signs} == {
+    assert {s.key for s in found.checks} == {
         "numbers", "padding", "sinks", "activations", "float16", "channels", "idle", "duplicates", "contexts",
     }  # fmt: skip
     for key in ("numbers", "padding", "sinks", "float16"):
-        assert sign(found, key).level == "fine", sign(found, key)
-    order = [s.level for s in found.signs]
+        assert check(found, key).level == "fine", check(found, key)
+    order = [s.level for s in found.checks]
     assert order == sorted(order, key=("watch", "note", "unknown", "fine").index)
     document = json.loads(json.dumps(found.document(), allow_nan=False))
-    assert document["signs"][0]["title"] and document["loss"] == pytest.approx(found.loss)
+    assert document["checks"][0]["title"] and document["loss"] == pytest.approx(found.loss)
 
 
 def test_dead_and_doubled_heads(model, tokenizer, texts):
@@ -45,12 +45,12 @@ def test_dead_and_doubled_heads(model, tokenizer, texts):
             :width
         ]
     found = look(sick, tokenizer, texts)
-    assert sign(found, "idle").values["silent"] == ["1.2"] and sign(found, "idle").level == "watch"
-    assert "1.2" in sign(found, "idle").values["not missed"]
+    assert check(found, "idle").values["silent"] == ["1.2"] and check(found, "idle").level == "watch"
+    assert "1.2" in check(found, "idle").values["not missed"]
     assert found.measures.alone.mean[1, 2] == pytest.approx(0, abs=1e-6)
-    assert {"0.0", "0.1"} <= set(sign(found, "duplicates").values["alike"])
-    assert found.measures.partner[0, 0] == 1 and found.measures.twins[0, 0] == pytest.approx(0, abs=1e-6)
-    assert "share the keys" in sign(found, "duplicates").says
+    assert {"0.0", "0.1"} <= set(check(found, "duplicates").values["alike"])
+    assert found.measures.most_similar[0, 0] == 1 and found.measures.head_distance[0, 0] == pytest.approx(0, abs=1e-6)
+    assert "share the keys" in check(found, "duplicates").message
 
 
 def test_sinks_huge_numbers_and_nan(model, tokenizer, texts):
@@ -59,12 +59,12 @@ def test_sinks_huge_numbers_and_nan(model, tokenizer, texts):
         sick.model.layers[0].mlp.down_proj.weight *= 0
         sick.model.layers[0].mlp.down_proj.weight[3] = 3e4
     found = look(sick, tokenizer, texts)
-    assert sign(found, "float16").level == "watch" and sign(found, "activations").level in ("watch", "note")
+    assert check(found, "float16").level == "watch" and check(found, "activations").level in ("watch", "note")
     with torch.no_grad():
         sick.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     found = look(sick, tokenizer, texts)
-    assert sign(found, "numbers").level == "watch" and "model.layers.1.mlp" in sign(found, "numbers").says
-    assert found.signs[0].level == "watch"
+    assert check(found, "numbers").level == "watch" and "model.layers.1.mlp" in check(found, "numbers").message
+    assert found.checks[0].level == "watch"
     json.dumps(found.document(), allow_nan=False)
 
 
@@ -73,10 +73,10 @@ def test_sinks_are_counted(found):
     table = made.found["active_dormant"].tables["sink"]
     table.values[:] = 0.1
     table.values[:, 0, :2] = 0.9
-    said = next(s for s in judge(made) if s.key == "sinks")
+    said = next(s for s in evaluate(made) if s.key == "sinks")
     assert said.level == "watch" and said.values["heads"] == ["0.0", "0.1"] and "streaming_llm" in said.advice
     table.values[:, 0, 1] = 0.1
-    assert next(s for s in judge(made) if s.key == "sinks").level == "note"
+    assert next(s for s in evaluate(made) if s.key == "sinks").level == "note"
 
 
 def test_padding_leaks(model, tokenizer):
@@ -105,23 +105,23 @@ def test_padding_leaks(model, tokenizer):
 
 def test_contexts_that_hurt(found):
     made = copy.deepcopy(found.measures)
-    made.contexts, made.reach = ([256, 512, 1024], np.array([[2.0, 2.1], [1.8, 1.9], [2.5, 2.6]])), 4096
-    said = next(s for s in judge(made) if s.key == "contexts")
+    made.contexts, made.max_context = ([256, 512, 1024], np.array([[2.0, 2.1], [1.8, 1.9], [2.5, 2.6]])), 4096
+    said = next(s for s in evaluate(made) if s.key == "contexts")
     assert said.level == "watch" and said.values["best"] == 512
-    made.reach = 512
-    assert next(s for s in judge(made) if s.key == "contexts").level == "note"
+    made.max_context = 512
+    assert next(s for s in evaluate(made) if s.key == "contexts").level == "note"
     made.contexts = ([256, 512], np.array([[2.0, 2.1], [1.8, 1.9]]))
-    assert next(s for s in judge(made) if s.key == "contexts").level == "fine"
+    assert next(s for s in evaluate(made) if s.key == "contexts").level == "fine"
 
 
-def test_twins_of_known_maps(found):
+def test_duplicate_heads_of_known_maps(found):
     own = copy.deepcopy(found.measures.found["attention"])
     size = own.maps[0, 0].shape[0]
     eye, first = np.eye(size), np.zeros((size, size))
     first[:, 0] = 1
     for head, made in enumerate((eye, first, eye * 0.5, 0.9 * eye + 0.1 * first)):
         own.maps[0, head] = made
-    apart, partner = twins(own)
-    assert apart[0, 0] == 0 and partner[0, 0] == 2 and partner[0, 3] in (0, 2)
-    assert apart[0, 3] == pytest.approx(0.1 * (size - 1) / size) and apart[0, 1] > 0.8
+    distance, most_similar = duplicate_heads(own)
+    assert distance[0, 0] == 0 and most_similar[0, 0] == 2 and most_similar[0, 3] in (0, 2)
+    assert distance[0, 3] == pytest.approx(0.1 * (size - 1) / size) and distance[0, 1] > 0.8
     assert own.tables[FIRST].values.shape[2] == 4

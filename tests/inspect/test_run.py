@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import measure, weights
+from manyheads.calls.weights import measure, weights
 from manyheads.data.texts import Text
 from manyheads.errors import UserError
-from manyheads.inspect.anatomy import FIRST, Parts
+from manyheads.inspect.attention_breakdown import FIRST, Parts
 from manyheads.inspect.naming import parse_lenses, parse_role
 from manyheads.inspect.prompts import Prompt, chat, draw
 from manyheads.inspect.run import inspect_model
@@ -26,7 +26,7 @@ def test_findings_are_those_of_watch(model, seen):
             for prompt in seen.prompts:
                 alone.roles = prompt.parts
                 model(torch.tensor([prompt.ids]))
-        for name, made in alone.findings().tables.items():
+        for name, made in alone.compute().tables.items():
             assert np.allclose(seen.found[spec].tables[name].values, made.values, atol=SAME, equal_nan=True)
             assert seen.found[spec].tables[name].about["prompts"] == 2
     assert not np.allclose(seen.found["active_dormant"].tables["sink"].values, 0)
@@ -38,7 +38,7 @@ def test_the_document_is_the_findings(seen):
         kept = document["findings"][spec]
         assert kept["notes"] == found.notes and set(kept["series"]) == set(found.series)
         for name, made in found.tables.items():
-            again = manyheads.HeadTable.read(kept["tables"][name])
+            again = manyheads.HeadTable.from_dict(kept["tables"][name])
             assert np.array_equal(again.values, made.values, equal_nan=True) and again.layers == made.layers
     assert document["prompts"][0]["ids"] == seen.prompts[0].ids
     assert document["run"]["settings"]["seed"] == 0 and document["run"]["environment"]["transformers"]
@@ -74,11 +74,11 @@ def test_parts_of_a_probe_are_the_whole(seen):
 def test_ablation_has_its_control(seen):
     name, curve = seen.curve
     assert name == "active_dormant/sink" and curve.counts[0] == 0
-    assert curve.chosen[0] == pytest.approx(curve.control[0, 0]) and curve.control.shape == (3, len(curve.counts))
+    assert curve.ranked[0] == pytest.approx(curve.control[0, 0]) and curve.control.shape == (3, len(curve.counts))
     assert curve.heads == seen.found["active_dormant"].tables["sink"].names(
         seen.found["active_dormant"].tables["sink"].top(curve.counts[-1])
     )
-    assert curve.chosen[-1] != curve.chosen[0]
+    assert curve.ranked[-1] != curve.ranked[0]
 
 
 def test_losses_are_the_models(model, seen):

@@ -9,23 +9,23 @@ import torch
 import manyheads
 from manyheads.integrations.blocks import block_of, output_of
 from manyheads.integrations.transformers import find_sites
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch, Residual
 from oracles import models
 from oracles.fingerprint import assert_same, of_model
 from tolerance import SAME, assert_close, error
 
 
-class Read(Strategy):
-    def residual(self, site, hidden, memory):
-        memory.setdefault("hidden", []).append((site.name, hidden))
+class Read(Residual):
+    def residual(self, site, hidden, state):
+        state.setdefault("hidden", []).append((site.name, hidden))
         return hidden
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(Strategy):
+class Shift(Residual):
     by: float = 1.0
 
-    def residual(self, site, hidden, memory):
+    def residual(self, site, hidden, state):
         return torch.cat([hidden[..., :1] + self.by, hidden[..., 1:]], -1)  # a norm takes a shift of all channels out
 
 
@@ -38,7 +38,7 @@ def test_reading_changes_no_bit_and_each_block_is_read_once(name):
     with manyheads.use(model, read) as port:
         assert torch.equal(models.forward(name, model), plain)
     assert_same(of_model(model), before)
-    seen = [len(kept.get("hidden", [])) for kept in port.memory(read).values()]
+    seen = [len(kept.get("hidden", [])) for kept in port.state(read).values()]
     blocks = {id(block_of(model, site.name)) for site, _ in find_sites(model)}
     assert sum(seen) == len(blocks) and max(seen) == 1
     with manyheads.use(model, Shift()):
@@ -60,7 +60,7 @@ def test_it_is_the_output_of_the_block(name):
     with manyheads.use(model, read) as port, torch.no_grad():
         out = model(**given, output_hidden_states=True)
     states = getattr(out, "decoder_hidden_states", None) or out.hidden_states
-    kept = [hidden for memory in port.memory(read).values() for _, hidden in memory.get("hidden", [])]
+    kept = [hidden for state in port.state(read).values() for _, hidden in state.get("hidden", [])]
     mine = kept[-2] if name in models.SEQ2SEQ else kept[0]
     assert_close(mine, states[1], SAME)
     assert error(mine, states[0]) > 1e-3
@@ -72,7 +72,7 @@ def test_output_projection_mixes_the_heads(name):
     model = models.tiny(name)
     outs, modules = {}, {}
 
-    class Watch(Strategy):
+    class Watch(AttentionWatch):
         def watch(self, call, out):
             outs[call.site.name] = out
 

@@ -203,8 +203,8 @@ def test_every_selected_site_counts(name):
 class Confused(PAB):
     """Branches share what is kept."""
 
-    def reuse(self, site, now, memory, compute):
-        return super().reuse(site, now, now.board.setdefault(f"confused {site.name}", {}), compute)
+    def around_module(self, site, step, state, compute):
+        return super().around_module(site, step, step.run_state.setdefault(f"confused {site.name}", {}), compute)
 
 
 class Unweighted(HeadHunter):

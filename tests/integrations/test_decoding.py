@@ -25,7 +25,8 @@ each = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 @pytest.fixture
 def llama():
-    return models.build("llama")
+    """In float64: tokens are compared between kinds of storage, and in float32 the logits nearly tie."""
+    return models.build("llama", dtype=torch.float64)
 
 
 def generated(model, ids, cache, **extra):

@@ -12,28 +12,28 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]
 import manyheads  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
 from manyheads.integrations import diffusers as port_  # noqa: E402
-from manyheads.strategy import Strategy  # noqa: E402
+from manyheads.strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
 from tolerance import SAME, assert_close, error  # noqa: E402
 
 
-class Watch(Strategy):
+class Watch(AttentionWatch):
     def watch(self, call, out):
-        call.memory.setdefault("calls", []).append((call, out))
+        call.state.setdefault("calls", []).append((call, out))
 
 
-class Reference(Strategy):
+class Reference(AttentionCompute):
     def attend(self, call):
         return call.attend()
 
 
-class Copy(Strategy):
+class Copy(AttentionEdit):
     def edit(self, call):
         return call.replace(q=call.q.clone())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mute(Strategy):
+class Mute(AttentionPatch):
     head: int = 0
 
     def patch(self, call, out):
@@ -43,7 +43,7 @@ class Mute(Strategy):
 
 
 def calls(port, strategy):
-    return {site: kept[branch]["calls"] for site, kept in port.memory(strategy).items() for branch in kept}
+    return {site: kept[branch]["calls"] for site, kept in port.state(strategy).items() for branch in kept}
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
@@ -91,12 +91,14 @@ def test_facts_of_a_call(name):
         tiny.forward(name, model)
     seen = {site: each[0][0] for site, each in calls(port, watch).items()}
     kinds = {site: call.site.kind for site, call in seen.items()}
-    now = next(iter(seen.values())).diffusion
+    step = next(iter(seen.values())).diffusion
     frames = 3 if name in ("wan", "cogvideox", "latte", "ltx", "hunyuan") else 1
     size = 8 if name == "unet" else 4
-    assert (now.layout.frames, now.layout.height, now.layout.width) == (frames, size, size)
+    assert (step.layout.frames, step.layout.height, step.layout.width) == (frames, size, size)
     assert (
-        now.index is None and now.branches == ("all",) and now.timestep == pytest.approx(0.5 if name == "flux" else 500)
+        step.index is None
+        and step.branches == ("all",)
+        and step.timestep == pytest.approx(0.5 if name == "flux" else 500)
     )
     wanted = {
         "dit": {"self"}, "unet": {"self", "cross"}, "pixart": {"self", "cross"}, "wan": {"self", "cross"},
@@ -106,8 +108,8 @@ def test_facts_of_a_call(name):
     assert set(kinds.values()) == wanted
     for site, call in seen.items():
         if call.site.kind == "joint":
-            image = now.layout.image(call.q.shape[2])
-            assert image.stop - image.start == now.layout.tokens == call.q.shape[2] - 6
+            image = step.layout.image(call.q.shape[2])
+            assert image.stop - image.start == step.layout.tokens == call.q.shape[2] - 6
         elif name != "hunyuan":
             assert call.diffusion.axis != "text"
         if name == "latte" and call.site.kind == "self":
@@ -122,7 +124,7 @@ def test_layers_are_numbered_as_they_run(name):
     """Also the middle of a UNet, which its class defines last; of Latte first the spatial blocks, then the temporal."""
     ran = []
 
-    class Order(Strategy):
+    class Order(AttentionWatch):
         def watch(self, call, out):
             ran.append(call.site.layer)
 
@@ -166,7 +168,7 @@ def test_two_that_attend_at_different_kinds_hold_together():
 
     class Half(Reference):
         def attend(self, call):
-            call.memory["seen"] = call.site.kind
+            call.state["seen"] = call.site.kind
             return 0.5 * call.attend()
 
     class Selves(Half):
@@ -180,7 +182,7 @@ def test_two_that_attend_at_different_kinds_hold_together():
         with manyheads.use(model, *strategies) as port:
             made[strategies] = tiny.forward("pixart", model)
         for strategy in strategies:
-            kinds = {kept["seen"] for site in port.memory(strategy).values() for kept in site.values()}
+            kinds = {kept["seen"] for site in port.state(strategy).values() for kept in site.values()}
             assert kinds == set(strategy.kinds) & {"self", "cross"}
     first, second, both, one = made.values()
     assert torch.equal(first, both) and torch.equal(second, both)

@@ -3,9 +3,9 @@
 
 import pytest
 import torch
-from port.test_decoding import each, generated
 
 import manyheads
+from integrations.test_decoding import each, generated
 from manyheads import kernels, parse
 from manyheads.integrations.decoding import decode
 from manyheads.integrations.transformers import new_cache, prefill

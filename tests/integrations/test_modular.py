@@ -17,13 +17,13 @@ from diffusers.guiders.smoothed_energy_guidance import SmoothedEnergyGuidance  #
 from diffusers.hooks import LayerSkipConfig  # noqa: E402
 
 import manyheads  # noqa: E402
-from manyheads.diffusion._prediction import pushed  # noqa: E402
+from manyheads.diffusion._prediction import add_guidance  # noqa: E402
 from manyheads.diffusion.pab import PAB  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
 from manyheads.integrations.diffusers import DiffusersPort  # noqa: E402
 from manyheads.integrations.guider import Guider, around  # noqa: E402
-from manyheads.integrations.hearing import Hearing  # noqa: E402
-from manyheads.strategy import Strategy  # noqa: E402
+from manyheads.integrations.pipeline_state import PipelineObserver  # noqa: E402
+from manyheads.strategy import AttentionWatch  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
 from oracles import fingerprint, modular  # noqa: E402
 from oracles.modular import PAIRS, SCALE  # noqa: E402
@@ -37,12 +37,12 @@ ON = (["pab:upper=990,lower=-1"], [HUNTER], ["sag:scale=2"], ["masactrl:start_st
       ["sag:scale=2", HUNTER, "masactrl:start_step=1,start_layer=0"])  # fmt: skip
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     def watch(self, call, out):
-        call.memory.setdefault("seen", []).append(call.diffusion)
+        call.state.setdefault("seen", []).append(call.diffusion)
 
 
-class Fail(Strategy):
+class Fail(AttentionWatch):
     def watch(self, call, out):
         if call.diffusion.index == 1:
             raise KeyError("stop")
@@ -95,7 +95,7 @@ def test_a_port_deaf_to_guiders_is_caught(specs, monkeypatch):
     pipe, old = pair.modular(), pair.classic()
     with manyheads.use(old, *specs):
         want = pair.run_classic(old)
-    monkeypatch.setattr(Hearing, "_hear_batches", lambda self, guider, name: lambda: None)
+    monkeypatch.setattr(PipelineObserver, "_observe_batches", lambda self, guider, name: lambda: None)
     with manyheads.use(pipe, *specs):
         assert error(pair.run_modular(pipe), want) > 1e-6
 
@@ -107,30 +107,30 @@ def test_what_is_told():
     with manyheads.use(pipe, note) as port:
         modular.run_sdxl(pipe)
         modular.run_sdxl(pipe)
-    for kept in port.memory(note).values():
+    for kept in port.state(note).values():
         assert set(kept) == {"cond", "uncond"}
         for branch, steps in (("cond", [0, 1, 2, 3]), ("uncond", [2, 3])):
             seen = kept[branch]["seen"]
-            assert [now.index for now in seen] == steps * 2 and {now.total for now in seen} == {4}
-            assert [now.run for now in seen] == [1] * len(steps) + [2] * len(steps)
-            assert {now.timestep for now in seen} <= set(pipe.scheduler.timesteps.tolist())
+            assert [step.index for step in seen] == steps * 2 and {step.total for step in seen} == {4}
+            assert [step.run for step in seen] == [1] * len(steps) + [2] * len(steps)
+            assert {step.timestep for step in seen} <= set(pipe.scheduler.timesteps.tolist())
     alone = modular.sdxl(Guider(note, guidance_scale=SCALE))  # knows no scheduler, and the same
     modular.run_sdxl(alone)
     modular.run_sdxl(alone)
     (port,) = alone.guider.ports
-    for kept in port.memory(note).values():
+    for kept in port.state(note).values():
         seen = kept["uncond"]["seen"]
-        assert [now.index for now in seen] == [0, 1, 2, 3] * 2 and {now.total for now in seen} == {4}
-        assert [now.run for now in seen] == [1] * 4 + [2] * 4
+        assert [step.index for step in seen] == [0, 1, 2, 3] * 2 and {step.total for step in seen} == {4}
+        assert [step.run for step in seen] == [1] * 4 + [2] * 4
 
 
 def test_two_denoisers_and_two_guiders():
     pipe, note = modular.wan22(), Note()
     with manyheads.use(pipe, note) as port:
         modular.run_wan(pipe)
-    for site, kept in port.memory(note).items():
+    for site, kept in port.state(note).items():
         steps = [2, 3] if site.startswith("transformer_2.") else [0, 1]
-        assert {branch: [now.index for now in memory["seen"]] for branch, memory in kept.items()} == {
+        assert {branch: [step.index for step in state["seen"]] for branch, state in kept.items()} == {
             "cond": steps, "uncond": steps,
         }  # fmt: skip
 
@@ -240,9 +240,9 @@ def test_a_guider_without_a_scale():
 
 
 def test_a_prediction_that_counts_nothing_and_one_that_is_no_tensor():
-    call = SimpleNamespace(guidance_scale=1.0, now=SimpleNamespace(branches=("uncond",)))
+    call = SimpleNamespace(guidance_scale=1.0, step=SimpleNamespace(branches=("uncond",)))
     with pytest.raises(UserError, match="uncond prediction counts nothing"):
-        pushed(call, torch.zeros(1, 1), torch.ones(1, 1))
+        add_guidance(call, torch.zeros(1, 1), torch.ones(1, 1))
     model = tiny.build("pixart")
     inner = model.forward
     model.forward = lambda *args, **kwargs: (list(inner(*args, **kwargs)[0]),)
@@ -261,7 +261,7 @@ def test_around_another_guider():
     assert torch.equal(pair.run_modular(pair.modular(made)), want)
     assert torch.equal(pair.run_modular(pair.modular(made.new())), want)
     (port,) = made.ports
-    counts = [memory["counts"] for kept in port.memory(made.strategies[0]).values() for memory in kept.values()]
+    counts = [state["counts"] for kept in port.state(made.strategies[0]).values() for state in kept.values()]
     assert len(counts) == 8 and all(each["reused"] > 0 for each in counts)
 
 

@@ -7,15 +7,15 @@ import torch
 diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads  # noqa: E402
-from manyheads.strategy import Strategy  # noqa: E402
+from manyheads.strategy import AttentionWatch  # noqa: E402
 from oracles.pipelines import dit, pixart, run_dit, run_pixart, run_wan, wan  # noqa: E402
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     """Writes down the facts of every call, and how often this branch of this site was called before."""
 
     def watch(self, call, out):
-        kept = call.memory.setdefault("seen", [])
+        kept = call.state.setdefault("seen", [])
         kept.append((call.diffusion, call.q.shape[0]))
 
 
@@ -24,11 +24,11 @@ def test_branches_in_one_batch():
     plain, note = run_dit(pipe), Note()
     with manyheads.use(pipe, note) as port:
         assert (run_dit(pipe) == plain).all() and (run_dit(pipe) == plain).all()
-    for kept in port.memory(note).values():
+    for kept in port.state(note).values():
         assert list(kept) == ["cond+uncond"]
-        facts = [now for now, _ in kept["cond+uncond"]["seen"]]
-        assert [now.index for now in facts] == [0, 1, 2, 3] * 2 and {now.total for now in facts} == {4}
-        assert [now.run for now in facts] == [1] * 4 + [2] * 4 and facts[1].progress == 0.25
+        facts = [step for step, _ in kept["cond+uncond"]["seen"]]
+        assert [step.index for step in facts] == [0, 1, 2, 3] * 2 and {step.total for step in facts} == {4}
+        assert [step.run for step in facts] == [1] * 4 + [2] * 4 and facts[1].progress == 0.25
         assert facts[0].rows("cond", 4) == slice(0, 2) and facts[0].rows("uncond", 4) == slice(2, 4)
         assert facts[0].rows("perturbed", 4) == slice(0, 0)
 
@@ -40,12 +40,12 @@ def test_branches_one_after_the_other():
     with manyheads.use(pipe, note) as port:
         assert torch.equal(run_wan(pipe), plain)
     assert dict(vars(pipe.transformer)) == before and torch.equal(run_wan(pipe), plain)
-    for kept in port.memory(note).values():
+    for kept in port.state(note).values():
         assert set(kept) == {"cond", "uncond"}
         for branch in kept.values():
-            assert [now.index for now, _ in branch["seen"]] == [0, 1, 2, 3]
+            assert [step.index for step, _ in branch["seen"]] == [0, 1, 2, 3]
             assert all(
-                len(now.branches) == 1 and now.rows(now.branches[0], 1) == slice(0, 1) for now, _ in branch["seen"]
+                len(step.branches) == 1 and step.rows(step.branches[0], 1) == slice(0, 1) for step, _ in branch["seen"]
             )
 
 
@@ -54,7 +54,7 @@ def test_without_guidance_there_is_one_branch():
     note = Note()
     with manyheads.use(pipe, note) as port:
         run_wan(pipe, guidance=1.0)
-    assert {branch for kept in port.memory(note).values() for branch in kept} == {"cond"}
+    assert {branch for kept in port.state(note).values() for branch in kept} == {"cond"}
     unet = diffusers.DDPMPipeline(
         diffusers.UNet2DModel(
             sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
@@ -66,8 +66,8 @@ def test_without_guidance_there_is_one_branch():
     unet.set_progress_bar_config(disable=True)
     with manyheads.use(unet, note) as port:
         unet(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0))
-    kept = next(iter(port.memory(note).values()))
-    assert list(kept) == ["all"] and [now.index for now, _ in kept["all"]["seen"]] == [0, 1, 2]
+    kept = next(iter(port.state(note).values()))
+    assert list(kept) == ["all"] and [step.index for step, _ in kept["all"]["seen"]] == [0, 1, 2]
 
 
 def test_guidance_that_only_the_call_knows():
@@ -78,4 +78,4 @@ def test_guidance_that_only_the_call_knows():
             assert isinstance(pipe, kind)
             run_pixart(pipe, guidance=scale)
         assert type(pipe) is kind
-        assert {branch for kept in port.memory(note).values() for branch in kept} == {branches}
+        assert {branch for kept in port.state(note).values() for branch in kept} == {branches}

@@ -6,7 +6,7 @@ import torch
 
 import manyheads
 from manyheads.integrations.transformers import architectures, find_sites
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from oracles.strategies import Watch
 from tolerance import assert_close
@@ -37,11 +37,11 @@ def test_sites(name):
     assert name.removesuffix("_text") in architectures()
 
 
-class Note(Strategy):
+class Note(AttentionWatch):
     """Writes down every call."""
 
     def watch(self, call, out):
-        call.memory.setdefault("calls", []).append((call, out))
+        call.state.setdefault("calls", []).append((call, out))
 
 
 def test_the_call_of_a_forward():
@@ -49,10 +49,10 @@ def test_the_call_of_a_forward():
     model, note = models.tiny("llama"), Note()
     with manyheads.use(model, "full", note) as port:
         model.generate(**models.inputs("llama"), max_new_tokens=3, do_sample=False)
-    memory = port.memory(note)
-    assert list(memory) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert port.memory(Note()) == {}
-    for site in memory.values():
+    state = port.state(note)
+    assert list(state) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert port.state(Note()) == {}
+    for site in state.values():
         (prompt, out), (first, _), (second, _) = site["calls"]
         assert prompt.q.shape == (2, 4, 19, 8) and prompt.k.shape == prompt.v.shape == (2, 2, 19, 8)
         assert out.shape == (2, 19, 4, 8) and prompt.scale == 8**-0.5
@@ -71,7 +71,7 @@ def test_lse_gives_the_weights(name):
     model, note = models.tiny(name), Note()
     with manyheads.use(model, note) as port:
         models.forward(name, model)
-    for site in port.memory(note).values():
+    for site in port.state(note).values():
         call, out = site["calls"][0]
         lse, lse_in_blocks = call.lse(), call.lse(block=4)
         assert torch.equal(lse.isfinite(), lse_in_blocks.isfinite())
@@ -92,7 +92,7 @@ def test_layers_select_sites():
     model, note = models.tiny("llama"), Note(layers=(1,))
     with manyheads.use(model, note) as port:
         models.forward("llama", model)
-    assert list(port.memory(note)) == ["model.layers.1.self_attn"]
+    assert list(port.state(note)) == ["model.layers.1.self_attn"]
 
 
 def test_a_model_inside_another_module():
@@ -101,4 +101,4 @@ def test_a_model_inside_another_module():
     wrapped = torch.nn.ModuleDict({"lm": model})
     with manyheads.use(wrapped, watch) as port:
         models.forward("llama", model)
-    assert list(port.memory(watch)) == ["lm.model.layers.0.self_attn", "lm.model.layers.1.self_attn"]
+    assert list(port.state(watch)) == ["lm.model.layers.0.self_attn", "lm.model.layers.1.self_attn"]

@@ -11,8 +11,8 @@ from triton.runtime import interpreter
 import tolerance
 from kernels.cases import agrees, build, errors, mass_truth, poisoned
 from manyheads import UserError
+from manyheads.kernels.accumulated_attention import accumulated_attention, lse
 from manyheads.kernels.decode import decode_attention
-from manyheads.kernels.mass import attention_mass, lse
 
 CODECS = ["plain", "int4", "fp8"]
 HALVES = [torch.float32, torch.float16]
@@ -123,7 +123,7 @@ def test_mass(dtype, length, size, group, dim):
     q = torch.randn(2, length, 2 * group, dim).to(dtype).transpose(1, 2)
     k = torch.randn(2, 2, size, dim).to(dtype)
     mass, sums = mass_truth(q, k, dim**-0.5)
-    got = poisoned(attention_mass, q, k, scale=dim**-0.5)
+    got = poisoned(accumulated_attention, q, k, scale=dim**-0.5)
     assert got.dtype == torch.float32
     limit = 1e-5  # float16 products are exact in float32
     assert tolerance.error(got, mass) <= limit
@@ -135,7 +135,7 @@ def test_mass(dtype, length, size, group, dim):
 
 def test_mass_refuses():
     q, k = torch.randn(1, 4, 3, 32), torch.randn(1, 3, 3, 32)
-    with pytest.raises(UserError, match="attention mass"):
-        attention_mass(q, k, scale=1.0)
-    with pytest.raises(UserError, match="attention mass"):
+    with pytest.raises(UserError, match="accumulated attention"):
+        accumulated_attention(q, k, scale=1.0)
+    with pytest.raises(UserError, match="accumulated attention"):
         lse(q, k[:, :2], scale=-1.0)

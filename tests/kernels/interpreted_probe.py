@@ -13,7 +13,8 @@ from triton.runtime import interpreter
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads import UserError
 from manyheads.calls import statistics
-from manyheads.calls.statistics import Entropy, Pooled, measure
+from manyheads.calls.statistics import Entropy, Pooled
+from manyheads.calls.weights import measure
 from manyheads.kernels import probe
 from tolerance import SAME
 

@@ -12,13 +12,13 @@ from kernels.cases import poisoned
 from manyheads.calls.statistics import (
     Band,
     Columns,
+    ColumnSum,
     Distance,
     Entropy,
-    Expectation,
-    MeanLog,
+    MeanLogWeight,
     Pooled,
-    Received,
     Statistic,
+    WeightedSum,
 )
 
 KINDS = ("causal", "left", "right", "window", "all", "none")
@@ -74,9 +74,9 @@ class Case:
     def statistics(self) -> dict[str, Statistic]:
         """The same as :meth:`truth`, fresh."""
         return {
-            "entropy": Entropy(), "found": Expectation(self.features), "received": Received(self.weight),
+            "entropy": Entropy(), "found": WeightedSum(self.features), "received": ColumnSum(self.weight),
             "band": Band(self.profile, self.counted), "pooled": Pooled(self.cells), "columns": Columns(self.index()),
-            "distance": Distance(), "log": MeanLog(self.sets()),
+            "distance": Distance(), "log": MeanLogWeight(self.sets()),
         }  # fmt: skip
 
     def index(self) -> Tensor:
@@ -120,7 +120,7 @@ class Case:
         about = {"scale": self.scale, "spans": spans}
         rows = poisoned(probe.row_statistics, q, k, features=self.features.to(device), distance=True, **about)
         lse, entropy, distance, found = rows  # type: ignore[misc]
-        received = poisoned(probe.receive, q, k, lse, self.weight.to(device), **about)
+        received = poisoned(probe.column_sum, q, k, lse, self.weight.to(device), **about)
         near = poisoned(probe.band, q, k, lse, self.profile, queries=self.counted.to(device), **about)
         made = {
             "lse": lse, "entropy": entropy, "distance": distance, "found": found, "received": received,

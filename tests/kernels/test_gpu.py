@@ -115,12 +115,12 @@ def test_errors_are_those_of_the_dtype():
     [(1, 5000, 4, 128), (300, 300, 1, 64), (700, 1500, 4, 128), (33, 1000, 3, 80), (200, 513, 2, 256)],
 )
 def test_mass(dtype, length, size, group, dim):
-    from manyheads.kernels.mass import attention_mass, lse
+    from manyheads.kernels.accumulated_attention import accumulated_attention, lse
 
     q = torch.randn(2, length, 2 * group, dim).to(dtype).transpose(1, 2)
     k = torch.randn(2, 2, size, dim).to(dtype)
     mass, sums = mass_truth(q, k, dim**-0.5)
-    got = attention_mass(q.cuda(), k.cuda(), scale=dim**-0.5).cpu()
+    got = accumulated_attention(q.cuda(), k.cuda(), scale=dim**-0.5).cpu()
     assert tolerance.error(got, mass) <= 1e-5
     assert tolerance.error(lse(q.cuda(), k.cuda(), scale=dim**-0.5).cpu(), sums) <= 1e-5
     assert tolerance.error(got, mass_truth(q.roll(1, 1), k, dim**-0.5)[0]) > 1e-3

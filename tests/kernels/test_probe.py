@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kernels.probe_cases import KINDS, build, errors, flat
-from manyheads.calls.fused import stretches
-from manyheads.calls.statistics import measure
+from manyheads.calls.fused import visible_ranges
+from manyheads.calls.weights import measure
 from tolerance import FORMULA, SAME
 
 
@@ -45,11 +45,11 @@ def test_blocks_and_running_sums(kind, block):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stretches(kind):
+def test_visible_ranges(kind):
     case = build(torch.float32, 40, 60, 2, 32, kind)
-    lo, hi = (x.expand(2, -1) for x in stretches(case.call()))
+    lo, hi = (x.expand(2, -1) for x in visible_ranges(case.call()))
     column = torch.arange(60)
     seen = (column >= lo[..., None]) & (column < hi[..., None])
     assert torch.equal(seen, case.mask()[:, 0].expand(2, -1, -1))
     holes = case.mask() & (column % 4 > 0)
-    assert stretches(case.call().replace(mask=holes, is_causal=False)) is None
+    assert visible_ranges(case.call().replace(mask=holes, is_causal=False)) is None

@@ -8,7 +8,7 @@ import torch
 
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads import kernels
-from manyheads.calls.statistics import measure
+from manyheads.calls.weights import measure
 from tolerance import SAME
 
 pytestmark = [

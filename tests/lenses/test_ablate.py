@@ -32,7 +32,7 @@ def test_the_other_ways():
     model, ids = models.tiny("llama"), models.tokens(2, 9)
     seen = {}
 
-    class Watch(manyheads.Strategy):
+    class Watch(manyheads.strategy.AttentionWatch):
         def watch(self, call, out):
             seen.setdefault(call.site.index, []).append((call, out))
 

@@ -11,9 +11,9 @@ import manyheads
 from manyheads.call import AttentionCall, Site
 from manyheads.heads import HeadTable
 from manyheads.integrations.transformers import find_sites
-from manyheads.lens import Roles
-from manyheads.lenses._relu_attention import ReLUAttention, relu_weights
+from manyheads.lens import TokenSpans
 from manyheads.lenses.active_dormant import ActiveDormant, switch
+from manyheads.lenses.active_dormant.relu_attention import ReLUAttention, relu_weights
 from oracles import dense, models
 from tolerance import FORMULA, SAME, assert_close, error
 
@@ -21,26 +21,26 @@ SITE = Site("x", 0, 0, "self", True, num_heads=4, num_kv_heads=2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep(manyheads.Strategy):
+class Keep(manyheads.strategy.AttentionWatch):
     """Keep every call."""
 
     def watch(self, call, out):
-        call.memory["call"] = call
+        call.state["call"] = call
 
 
 def look(model, *given, roles=None, **inputs):
     with manyheads.watch(model, *(given or ("active_dormant",)), roles=roles) as seen, torch.no_grad():
         model(**inputs)
-    return seen.findings()
+    return seen.compute()
 
 
 def alone(lens, *calls):
     """Findings of calls that come from no model."""
     memory = {}
     for call in calls:
-        call = call.replace(memory=memory)
+        call = call.replace(state=memory)
         lens.watch(call, call.attend())
-    return lens.findings([(SITE, memory)])
+    return lens.compute([(SITE, memory)])
 
 
 def call_of(q, k, v, **fields):
@@ -132,12 +132,12 @@ def test_decoding_and_batches_equal_one_forward(name):
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 11, dtype=torch.long)], 1)
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole = look(model, input_ids=ids, attention_mask=mask, position_ids=places)
-    decoded = seen.findings()
+    decoded = seen.compute()
     with manyheads.watch(model, "active_dormant") as seen, torch.no_grad():
         for i in range(2):
             begin = int(mask[i].argmax())  # without its padding
             model(ids[i : i + 1, begin:])
-    single = seen.findings()
+    single = seen.compute()
     assert set(whole.tables) == {"sink", "gap", "drain", "peak"}
     for key, made in whole.tables.items():
         assert np.allclose(made.values, decoded.tables[key].values, atol=1e-4), key
@@ -189,7 +189,7 @@ def test_drain_has_no_scale_and_gap_is_of_logits():
 def test_domains_and_their_switch():
     """Both in one prompt, or a prompt of each; ``switch`` is the difference in either case."""
     model, ids = models.tiny("llama"), models.tokens(2, 12)
-    halves = Roles({"code": [[(0, 6)]], "prose": [[(6, 12)]]})
+    halves = TokenSpans({"code": [[(0, 6)]], "prose": [[(6, 12)]]})
     both = look(model, "active_dormant:domains=code+prose", roles=halves, input_ids=ids)
     maps = dense.maps(dense.eager("llama"), input_ids=ids)["self"]
     for row, a in enumerate(maps):
@@ -197,7 +197,7 @@ def test_domains_and_their_switch():
         assert np.allclose(both.tables["sink of code"].values[:, row], code, atol=1e-5)
         assert np.allclose(both.tables["switch"].values[:, row], code - prose, atol=1e-5)
     assert any("code" in note and "0." in note for note in both.notes)
-    apart = Roles({"code": [[(0, 12)], []], "prose": [[], [(0, 12)]]})
+    apart = TokenSpans({"code": [[(0, 12)], []], "prose": [[], [(0, 12)]]})
     split = look(model, "active_dormant:domains=code+prose", roles=apart, input_ids=ids)
     want = split.tables["sink"].values[0] - split.tables["sink"].values[1]
     assert np.allclose(split.tables["switch"].mean, want)
@@ -208,7 +208,7 @@ def test_domains_and_their_switch():
 
 def test_another_sink_and_a_single_token():
     model, ids = models.tiny("llama"), models.tokens(2, 9)
-    found = look(model, "active_dormant:sink=mark", roles=Roles({"mark": [[(3, 4)]]}), input_ids=ids)
+    found = look(model, "active_dormant:sink=mark", roles=TokenSpans({"mark": [[(3, 4)]]}), input_ids=ids)
     a = dense.maps(dense.eager("llama"), input_ids=ids)["self"][0]
     rows = [t for t in range(9) if t != 3]
     assert np.allclose(found.tables["sink"].values[:, 0], a[:, :, rows, 3].mean(-1).numpy(), atol=1e-5)
@@ -219,7 +219,7 @@ def test_another_sink_and_a_single_token():
 
 def test_notes_say_what_the_tables_say():
     sink = np.array([[0.9, 0.1, 0.6, 0.2]])
-    from manyheads.lenses._extreme_notes import notes
+    from manyheads.lenses.active_dormant.report import notes
 
     tables = {
         "sink": HeadTable("sink", ("a",), sink, layers=(5,)),
@@ -272,7 +272,7 @@ def test_relu_attention_trains_through_the_port(name):
     assert all(g is not None and bool(g.isfinite().all()) for g in grads.values())
     query = next(g for n, g in grads.items() if "q_proj" in n or "c_attn" in n)
     assert float(query.abs().max()) > 0
-    found = seen.findings()
+    found = seen.compute()
     assert "gap" not in found.tables and np.isfinite(found.tables["sink"].values).all()
     with manyheads.use(model, ReLUAttention(), Keep()) as port, torch.no_grad():
         model(ids)

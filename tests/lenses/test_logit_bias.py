@@ -7,21 +7,21 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import weights
+from manyheads.calls.weights import weights
 from oracles import models
 from tolerance import SAME, assert_close, error
 
 
-class Weights(manyheads.Strategy):
+class Weights(manyheads.strategy.AttentionWatch):
     def watch(self, call, out):
-        call.memory.setdefault("rows", []).append(torch.cat([rows for _, rows in weights(call)], 2))
+        call.state.setdefault("rows", []).append(torch.cat([rows for _, rows in weights(call)], 2))
 
 
 def maps(model, spec, **inputs):
     watch = Weights()
     with manyheads.use(model, *([spec] if spec else []), watch) as port, torch.no_grad():
         logits = model(**inputs).logits
-    return [memory["rows"][0] for memory in port.memory(watch).values()], logits
+    return [memory["rows"][0] for memory in port.state(watch).values()], logits
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert"])

@@ -18,11 +18,11 @@ from tolerance import SAME, assert_close, error
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "bert", "bart", "whisper")
 
 
-class Take(manyheads.Strategy):
+class Take(manyheads.strategy.AttentionWatch):
     """Keeps every call and its output."""
 
     def watch(self, call, out):
-        call.memory.setdefault("calls", []).append((call, out))
+        call.state.setdefault("calls", []).append((call, out))
 
 
 def given(name):
@@ -38,7 +38,7 @@ def looked(model, **inputs):
     seen = manyheads.watch(model, "massive_values:threshold=1.5")
     with manyheads.use(model, take) as port, seen, torch.no_grad():
         model(**inputs)
-    return seen.findings(), [(site, memory["calls"]) for site, memory in port.kept(take)]
+    return seen.compute(), [(site, memory["calls"]) for site, memory in port.kept(take)]
 
 
 def taken(model, *strategies, **inputs):
@@ -164,7 +164,7 @@ def test_decoding_padding_and_batches():
         cache = model(ids[:, :5], use_cache=True).past_key_values
         for t in range(5, 14):
             model(ids[:, t : t + 1], past_key_values=cache)
-    found = seen.findings()
+    found = seen.compute()
     for table in found.tables.values():
         values = table.values.reshape(5, 2, *table.values.shape[1:])
         assert np.allclose(values, values[:1], rtol=1e-4, equal_nan=True), table.name
@@ -316,7 +316,7 @@ def test_compiled():
     with manyheads.watch(model, "massive_values") as seen, torch.no_grad():
         fast(ids)
     assert np.allclose(
-        seen.findings().tables["peak k"].values, looked(model, input_ids=ids)[0].tables["peak k"].values, rtol=1e-4
+        seen.compute().tables["peak k"].values, looked(model, input_ids=ids)[0].tables["peak k"].values, rtol=1e-4
     )
     with manyheads.use(model, "massive_values:damage=top"), torch.no_grad():
         assert_close(fast(ids).logits, model(ids).logits, SAME)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import measure, weights
+from manyheads.calls.weights import measure, weights
 from manyheads.errors import UserError
-from manyheads.lens import Roles, View
+from manyheads.lens import AttentionView, TokenSpans
 from manyheads.lenses.reasoning_rhythm import ReasoningRhythm, credit, middle_layers, peaks, weigh
 from oracles import dense, models
 from tolerance import FORMULA, SAME, assert_close, error
@@ -19,10 +19,10 @@ SMALL = "reasoning_rhythm:window=4,nearest=3,farthest=9"
 
 def look(name, lens=SMALL, attn=None, first=FIRST, last=LENGTH, **inputs):
     model = models.tiny(name) if attn is None else models.build(name, attn=attn)
-    roles = Roles({"response": [[(first, last)]]})
+    roles = TokenSpans({"response": [[(first, last)]]})
     with manyheads.watch(model, lens, roles=roles) as seen, torch.no_grad():
         model(**inputs)
-    return seen.findings()
+    return seen.compute()
 
 
 def formula(maps, valid, response, window=4, near=3, far=9, share=0.3, sinks=True):
@@ -97,15 +97,17 @@ def test_generation_equals_one_forward(name):
     """Left-padded, with a cache; keys that a sliding window has dropped keep what they received."""
     inputs, model = models.inputs(name), models.tiny(name)
     length = inputs["input_ids"].shape[1]
-    with manyheads.watch(model, SMALL, roles=Roles({"system": [[(0, length)]]})) as seen:  # response: what is behind
+    with manyheads.watch(
+        model, SMALL, roles=TokenSpans({"system": [[(0, length)]]})
+    ) as seen:  # response: what is behind
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 24, dtype=torch.long)], 1)[:, :-1]
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole = look(name, first=length, last=99, input_ids=ids[:, :-1], attention_mask=mask, position_ids=places)
     for key in whole.tables:
-        assert np.allclose(seen.findings().tables[key].values, whole.tables[key].values, rtol=1e-4)
+        assert np.allclose(seen.compute().tables[key].values, whole.tables[key].values, rtol=1e-4)
     for key in ("waad", "fai"):  # repeated tokens tie, and gamma depends on what is just above what
-        for a, b in zip(seen.findings().series[key], whole.series[key], strict=True):
+        for a, b in zip(seen.compute().series[key], whole.series[key], strict=True):
             assert np.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True)
     assert np.isfinite(whole.series["fai"][0]).sum() > 15
 
@@ -114,12 +116,12 @@ def test_a_batch_is_its_rows_and_looking_changes_no_bit():
     model, ids = models.tiny("llama"), models.tokens(3, LENGTH)
     with torch.no_grad():
         plain = model(ids).logits
-    roles = Roles({"response": [[(FIRST, LENGTH)]]})
+    roles = TokenSpans({"response": [[(FIRST, LENGTH)]]})
     with manyheads.watch(model, f"{SMALL},per_prompt=true", roles=roles) as seen, torch.no_grad():
         assert torch.equal(model(ids).logits, plain)
         for row in ids:
             model(row[None])
-    found = seen.findings()
+    found = seen.compute()
     for key in ("waad", "fai", "gamma"):
         assert np.allclose(found.series[key][:3], found.series[key][3:], rtol=1e-3, atol=1e-6, equal_nan=True)
         assert not np.allclose(found.series[key][0], found.series[key][1], equal_nan=True)
@@ -127,7 +129,7 @@ def test_a_batch_is_its_rows_and_looking_changes_no_bit():
 
 
 def closed(maps, block=None, **fields):
-    """Findings on given maps ``[H, T, T]``."""
+    """LensResult on given maps ``[H, T, T]``."""
     lens = ReasoningRhythm(**fields)
     heads, length, _ = maps.shape
     site = manyheads.Site("x", 0, 0, "self", True)
@@ -135,10 +137,10 @@ def closed(maps, block=None, **fields):
     k = maps.double().clamp(min=1e-300).log().transpose(-1, -2)[None]
     call = manyheads.AttentionCall(site, q, k, k, scale=1.0, is_causal=True)
     known = torch.ones(1, length, dtype=torch.bool)
-    view = View(call, q, {"shared": {"whole": True}}, Roles(), known, known, 0, True)
-    asked = lens.ask(view)
-    lens.tell(view, dict(zip(asked, measure(call, list(asked.values()), block), strict=True)))
-    return lens.findings([(site, view.memory)])
+    view = AttentionView(call, q, {"shared": {"whole": True}}, TokenSpans(), known, known, 0, True)
+    asked = lens.statistics(view)
+    lens.update(view, dict(zip(asked, measure(call, list(asked.values()), block), strict=True)))
+    return lens.compute([(site, view.memory)])
 
 
 def test_closed_forms():
@@ -183,8 +185,8 @@ def test_distances_are_exact_far_away():
     )  # fmt: skip
     call.k[:, :, -4:-2, 0] = torch.tensor([200.0, 200.7])
     lens, known = ReasoningRhythm(), torch.ones(1, size, dtype=torch.bool)
-    view = View(call, call.q, {"shared": {"whole": True}}, Roles(), known[:, :3], known, size - 3, False)
-    found = measure(call, [lens.ask(view)["distance"]], 1)[0][0, 0]
+    view = AttentionView(call, call.q, {"shared": {"whole": True}}, TokenSpans(), known[:, :3], known, size - 3, False)
+    found = measure(call, [lens.statistics(view)["distance"]], 1)[0][0, 0]
     near = torch.tensor(0.7).sigmoid()
     want = torch.arange(3) + 1 - near
     assert_close(found, want, 1e-6)

@@ -10,8 +10,8 @@ import torch
 import manyheads
 from manyheads.errors import UserError
 from manyheads.integrations.blocks import block_of
-from manyheads.lenses._residual import Extremes, medians
 from manyheads.lenses.refined_massive_activations import RefinedMassiveActivations, massive, means, name_tokens
+from manyheads.lenses.refined_massive_activations.extremes import Extremes, medians
 from oracles import models
 from tolerance import HALF, SAME, assert_close, error
 
@@ -45,7 +45,7 @@ def given(name):
 def seen_by(model, spec, **inputs):
     with manyheads.watch(model, spec) as seen, torch.no_grad():
         logits = model(**inputs).logits
-    return seen.findings(), logits
+    return seen.compute(), logits
 
 
 def planted(scale=1.0):
@@ -152,13 +152,13 @@ def test_batches_rows_and_decoding():
         model(ids)
         for row in ids:
             model(row[None])
-    found = seen.findings()
+    found = seen.compute()
     for key in ("max", "median", "first / others"):
         assert np.allclose(found.tables[key].values[:3], found.tables[key].values[3:], rtol=1e-5)
     inputs = models.inputs("llama")
     with manyheads.watch(model, f"{SLUG}:{LOW}") as seen:
         out = model.generate(**inputs, max_new_tokens=9, do_sample=False)
-    decoded = seen.findings()
+    decoded = seen.compute()
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 9, dtype=torch.long)], 1)[:, :-1]
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole, _ = seen_by(model, f"{SLUG}:{LOW}", input_ids=out[:, :-1], attention_mask=mask, position_ids=places)
@@ -207,8 +207,8 @@ def test_interventions():
             logits = model(ids).logits
         return (
             logits,
-            port.strategies[0].findings(port.kept(port.strategies[0])),
-            port.strategies[1].findings(port.kept(port.strategies[1])),
+            port.strategies[0].compute(port.kept(port.strategies[0])),
+            port.strategies[1].compute(port.kept(port.strategies[1])),
         )
 
     zero, notes, after = changed(RefinedMassiveActivations(intervene="zero", layers=(0,)))

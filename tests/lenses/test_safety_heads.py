@@ -8,7 +8,6 @@ import manyheads
 from manyheads.data.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
 from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
-from manyheads.lenses._direction import log_odds
 from manyheads.lenses.safety_heads import (
     AblateRows,
     Direction,
@@ -22,15 +21,16 @@ from manyheads.lenses.safety_heads import (
     strength,
     tune_step,
 )
+from manyheads.lenses.safety_heads.refusal_direction import log_odds
 from oracles import models
 from tolerance import SAME, assert_close, error
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")
 
 
-class Outs(manyheads.Strategy):
+class Outs(manyheads.strategy.AttentionWatch):
     def watch(self, call, out):
-        call.memory["out"] = out
+        call.state["out"] = out
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def written(model, inputs):
     last = (mask * torch.arange(mask.shape[1])).argmax(1)
     vector = random_direction()
     for site, _ in find_sites(model):
-        out = port.memory(outs)[site.name]["out"]
+        out = port.state(outs)[site.name]["out"]
         z = out[torch.arange(len(out)), last]  # [B, H, dv]
         weight = site.output().unflatten(1, z.shape[1:])  # [D, H, dv]
         heads = torch.einsum("bhv,dhv->bhd", z, weight)
@@ -72,7 +72,7 @@ def test_scores_are_what_heads_write(name, saved):
         lens = SafetyHeads(direction=saved(factor * random_direction()))
         with manyheads.watch(model, lens) as seen, torch.no_grad():
             assert torch.equal(model(**inputs).logits, plain)
-        found = seen.findings()
+        found = seen.compute()
         score = torch.tensor(found.tables["score"].values)
         want = written(model, inputs)
         assert_close(score, want.abs(), SAME)
@@ -95,7 +95,7 @@ def test_all_heads_together_are_the_output_of_attention(saved):
     for handle in handles:
         handle.remove()
     vector = random_direction()
-    signed = torch.tensor(seen.findings().tables["signed"].values)
+    signed = torch.tensor(seen.compute().tables["signed"].values)
     for i, (site, _) in enumerate(find_sites(model)):
         want = kept[site.name][:, -1] @ vector / vector.norm()  # llama's projection has no bias
         assert_close(signed[:, i].sum(-1), want.double(), SAME)
@@ -110,19 +110,19 @@ def test_a_batch_is_its_rows_and_decoding_scores_the_prompt(saved):
         for row in ids:
             model(row[None])
         model.generate(ids, max_new_tokens=4, do_sample=False)
-    values = torch.tensor(seen.findings().tables["score"].values)
+    values = torch.tensor(seen.compute().tables["score"].values)
     assert values.shape[0] == 9
     assert_close(values[:3], values[3:6], SAME)
     assert_close(values[:3], values[6:], SAME)
     assert error(values[:1], values[1:2]) > 1e-3
-    assert len(seen.findings().series["written"][6]) == 11 + 3
+    assert len(seen.compute().series["written"][6]) == 11 + 3
 
 
 def test_ranking_and_strength(saved):
     model, ids = models.tiny("llama"), models.tokens(2, 9)
     with manyheads.watch(model, SafetyHeads(direction=saved(random_direction()))) as seen, torch.no_grad():
         model(ids)
-    score = seen.findings().tables["score"]
+    score = seen.compute().tables["score"]
     flat = torch.tensor(score.values).flatten(1)
     for row, heads in enumerate(ranked(score, 3)):
         best = flat[row].argsort(descending=True)[:3]
@@ -137,7 +137,7 @@ def test_a_head_without_weights_scores_nothing(saved):
     sites[1].output()[:, 8:16] = 0
     with manyheads.watch(model, SafetyHeads(direction=saved(random_direction()))) as seen, torch.no_grad():
         model(models.tokens(2, 9))
-    score = seen.findings().tables["score"].values
+    score = seen.compute().tables["score"].values
     assert (score[:, 1, 1] == 0).all() and (score[:, 1, [0, 2, 3]] > 0).all()
 
 
@@ -164,7 +164,7 @@ def test_erasing_and_adding():
     vector = random_direction()
     kept = []
 
-    class Read(manyheads.Strategy):
+    class Read(manyheads.strategy.Residual):
         def residual(self, site, hidden, memory):
             kept.append(hidden)
             return hidden
@@ -256,18 +256,18 @@ def test_dropout_of_heads():
     with manyheads.use(model, plain, strategy, outs) as port:
         torch.manual_seed(1)
         model(ids)
-        for name, memory in port.memory(outs).items():
-            ratio = memory["out"] / port.memory(plain)[name]["out"]
+        for name, memory in port.state(outs).items():
+            ratio = memory["out"] / port.state(plain)[name]["out"]
             heads = ratio.nan_to_num().amax((0, 1, 3))  # one draw for all rows, tokens and channels
             assert torch.allclose(ratio, heads[:, None].expand_as(ratio), atol=1e-4)
             assert set(heads.round().tolist()) <= {0.0, 2.0}
-    site = port.memory(outs)[find_sites(model)[0][0].name]["out"]
+    site = port.state(outs)[find_sites(model)[0][0].name]["out"]
     total, draws = torch.zeros_like(site), 400
     with manyheads.use(model, plain, strategy, outs) as port:
         for _ in range(draws):
             model(ids)
-            total += port.memory(outs)[find_sites(model)[0][0].name]["out"]
-        want = port.memory(plain)[find_sites(model)[0][0].name]["out"]
+            total += port.state(outs)[find_sites(model)[0][0].name]["out"]
+        want = port.state(plain)[find_sites(model)[0][0].name]["out"]
     assert error(total / draws, want) < 0.15  # 0.05 is expected
     for still, mode in ((HeadDropout(p=0.0), True), (strategy, False)):
         model.train(mode)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.calls.statistics import measure
+from manyheads.calls.weights import measure
 from manyheads.errors import UserError
 from manyheads.heads import HeadTable
-from manyheads.lens import Roles, View
+from manyheads.lens import AttentionView, TokenSpans
 from manyheads.lenses.strategy_attention import (
     StrategyAttention,
     layout,
@@ -25,14 +25,14 @@ START, STOP, LENGTH = 6, 9, 20  # of the instruction; the reply begins at 13
 
 
 def roles(first=13, **more):
-    return Roles({"system": [[(START, STOP)]], "response": [[(first, LENGTH)]], **more})
+    return TokenSpans({"system": [[(START, STOP)]], "response": [[(first, LENGTH)]], **more})
 
 
 def look(name, lens="strategy_attention", attn=None, given=None, **inputs):
     model = models.tiny(name) if attn is None else models.build(name, attn=attn)
     with manyheads.watch(model, lens, roles=given or roles()) as seen, torch.no_grad():
         model(**inputs)
-    return seen.findings()
+    return seen.compute()
 
 
 def formula(maps, keys, first=13, start=START, stop=STOP):
@@ -73,7 +73,7 @@ def test_cross_and_decoder(name):
     inputs["decoder_input_ids"] = models.tokens(2, 11, seed=1)
     inputs.pop("attention_mask", None)
     maps = dense.maps(dense.eager(name), **inputs)
-    given = Roles({"system": [[(1, 3)]], "response": [[(5, 11)]]}, {"system": [[(2, 6)]]})
+    given = TokenSpans({"system": [[(1, 3)]], "response": [[(5, 11)]]}, {"system": [[(2, 6)]]})
     found = look(name, "strategy_attention:at=cross", given=given, **inputs)
     keys = torch.ones(2, maps["cross"][0].shape[3], dtype=torch.bool)
     assert_close(torch.tensor(found.tables["sra"].values).float(), formula(maps["cross"], keys, 5, 2, 6)[0], SAME)
@@ -89,19 +89,19 @@ def test_generation_equals_one_forward(name):
     """The rows of decoded tokens are those of a forward over the whole; sliding windows lose the instruction."""
     inputs, model = models.inputs(name), models.tiny(name)
     length = inputs["input_ids"].shape[1]
-    given = Roles({"system": [[(length - 4, length - 1)]], "response": [[(length, length + 12)]]})
+    given = TokenSpans({"system": [[(length - 4, length - 1)]], "response": [[(length, length + 12)]]})
     with manyheads.watch(model, "strategy_attention", roles=given) as seen:
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 12, dtype=torch.long)], 1)[:, :-1]
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole = look(name, given=given, input_ids=ids[:, :-1], attention_mask=mask, position_ids=places)
     for key in ("sra", "lift"):
-        assert np.allclose(seen.findings().tables[key].values, whole.tables[key].values, rtol=1e-4)
-        a, b = np.stack(seen.findings().series[key]), np.stack(whole.series[key])
+        assert np.allclose(seen.compute().tables[key].values, whole.tables[key].values, rtol=1e-4)
+        a, b = np.stack(seen.compute().series[key]), np.stack(whole.series[key])
         assert np.allclose(a, b, rtol=1e-4, equal_nan=True) and np.isfinite(a[:, length:]).all()
     if name == "gemma3_text":
         assert (whole.tables["sra"].values > 0).all()
-        late = Roles({"system": [[(0, 2)]], "response": [[(length + 10, length + 11)]]})
+        late = TokenSpans({"system": [[(0, 2)]], "response": [[(length + 10, length + 11)]]})
         assert (look(name, given=late, input_ids=ids[:1, :-1]).tables["sra"].values[0, 0] == 0).all()
 
 
@@ -113,12 +113,12 @@ def test_a_batch_is_its_rows_and_looking_changes_no_bit():
         assert torch.equal(model(ids).logits, plain)
         for row in ids:
             model(row[None])
-    values = seen.findings().tables["lift"].values
+    values = seen.compute().tables["lift"].values
     assert np.allclose(values[:3], values[3:], rtol=1e-4) and not np.allclose(values[0], values[1], rtol=1e-2)
 
 
 def closed(weights, span=(2, 5), response=(10, 16), lens=None):
-    """Findings on weights that are given: ``[H, T, T]``, as if a model had made them."""
+    """LensResult on weights that are given: ``[H, T, T]``, as if a model had made them."""
     lens = lens or StrategyAttention()
     heads, length, _ = weights.shape
     site = manyheads.Site("x", 0, 0, "self", True)
@@ -126,11 +126,11 @@ def closed(weights, span=(2, 5), response=(10, 16), lens=None):
     k = weights.double().clamp(min=1e-300).log().transpose(-1, -2)[None]  # q k^T = log A
     call = manyheads.AttentionCall(site, q, k, k, scale=1.0, is_causal=True)
     known = torch.ones(1, length, dtype=torch.bool)
-    given = Roles({"system": [[span]], "response": [[response]]})
-    view = View(call, q, {}, given, known, known, 0, True)
-    asked = lens.ask(view)
-    lens.tell(view, dict(zip(asked, measure(call, list(asked.values())), strict=True)))
-    return lens.findings([(site, view.memory)])
+    given = TokenSpans({"system": [[span]], "response": [[response]]})
+    view = AttentionView(call, q, {}, given, known, known, 0, True)
+    asked = lens.statistics(view)
+    lens.update(view, dict(zip(asked, measure(call, list(asked.values())), strict=True)))
+    return lens.compute([(site, view.memory)])
 
 
 def causal(scores):
@@ -163,14 +163,16 @@ def test_closed_forms():
 
 def test_roles_have_to_be_given():
     ids = models.tokens(1, LENGTH)
-    for given in (Roles(), Roles({"response": [[(3, 9)]]})):
-        with pytest.raises(UserError, match=r"role 'system', and none are given: watch with roles=Roles\(\{'system'"):
+    for given in (TokenSpans(), TokenSpans({"response": [[(3, 9)]]})):
+        with pytest.raises(
+            UserError, match=r"role 'system', and none are given: watch with roles=TokenSpans\(\{'system'"
+        ):
             look("llama", given=given, input_ids=ids)
     with pytest.raises(UserError, match="role 'reply'"):
         look("llama", "strategy_attention:rows=reply", input_ids=ids)
     other = look("llama", "strategy_attention:span=fact", given=roles(fact=[[(1, 2)]]), input_ids=ids)
     assert other.tables["sra"].about["span"] == "fact"
-    behind = look("llama", given=Roles({"system": [[(START, STOP)]]}), input_ids=ids)  # the reply is all behind it
+    behind = look("llama", given=TokenSpans({"system": [[(START, STOP)]]}), input_ids=ids)  # the reply is all behind it
     assert np.isfinite(behind.series["sra"][0]).sum() == LENGTH - STOP
     assert np.isfinite(look("llama", "strategy_attention:span=bos", input_ids=ids).tables["sra"].values).all()
 

@@ -8,7 +8,7 @@ import torch
 
 from manyheads import UserError, parse
 from manyheads.attention.reference import causal_mask
-from manyheads.call import MixerShape
+from manyheads.call import MixerConfig
 from manyheads.mixers.coca import CoCA
 from tolerance import FORMULA, assert_close, error
 
@@ -17,7 +17,7 @@ D, H = 8, 4
 
 def mixer(kv_heads=2, **fields):
     torch.manual_seed(0)
-    made = CoCA(**fields).mix(MixerShape(24, H, kv_heads, D, 0, 1, 16)).double().eval()
+    made = CoCA(**fields).build(MixerConfig(24, H, kv_heads, D, 0, 1, 16)).double().eval()
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return made
@@ -159,4 +159,4 @@ def test_errors(spec, says):
     with pytest.raises(UserError, match=says):
         parse(spec)
     with pytest.raises(UserError, match="pairs of channels"):
-        CoCA().mix(MixerShape(6, 2, 2, 3, 0, 1, 16))
+        CoCA().build(MixerConfig(6, 2, 2, 3, 0, 1, 16))

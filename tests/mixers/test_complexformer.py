@@ -7,7 +7,7 @@ import torch
 from manyheads import UserError, parse
 from manyheads.attention import rope
 from manyheads.attention.positions import rope_tables
-from manyheads.call import MixerShape
+from manyheads.call import MixerConfig
 from manyheads.mixers.complexformer import ComplexFormer
 from tolerance import FORMULA, assert_close, error
 
@@ -18,7 +18,7 @@ G = 10_000.0 ** (-torch.arange(0, D, 2).double() / D)
 def mixer(kv_heads=H, std=0.7, **fields):
     """A mixer with random delta and b; ``std=0`` leaves them where they start."""
     torch.manual_seed(0)
-    made = ComplexFormer(**fields).mix(MixerShape(24, H, kv_heads, D, 0, 1, 16)).double().eval()
+    made = ComplexFormer(**fields).build(MixerConfig(24, H, kv_heads, D, 0, 1, 16)).double().eval()
     for name, p in made.named_parameters():
         if name in ("delta", "b"):
             p.data += std * torch.randn_like(p)
@@ -170,7 +170,7 @@ def test_decoding_is_one_pass(kv_heads):
 def test_options():
     assert mixer().scale == D**-0.5 and mixer(scale=1.0).scale == 1.0
     assert mixer(std=0).delta.eq(1).all() and mixer(std=0).b.eq(0).all()
-    wide = ComplexFormer(start="normal").mix(MixerShape(64, 64, 64, 128, 0, 1, 16))
+    wide = ComplexFormer(start="normal").build(MixerConfig(64, 64, 64, 128, 0, 1, 16))
     assert abs(float(wide.delta.std()) - 64**-0.5) < 0.01
     assert all(p.ndim == 1 for p in (wide.delta, wide.b))
 
@@ -180,4 +180,4 @@ def test_errors(spec):
     with pytest.raises(UserError, match="positive"):
         parse(spec)
     with pytest.raises(UserError, match="pairs of channels"):
-        ComplexFormer().mix(MixerShape(6, 2, 2, 3, 0, 1, 16))
+        ComplexFormer().build(MixerConfig(6, 2, 2, 3, 0, 1, 16))

@@ -8,15 +8,15 @@ from manyheads import UserError
 from manyheads.attention import rope
 from manyheads.attention.positions import alibi_bias, rope_tables, t5_buckets
 from manyheads.attention.reference import attention
-from manyheads.call import MixerShape
+from manyheads.call import MixerConfig
 from manyheads.mixers.softmax import Softmax
 
-SHAPE = MixerShape(dim=24, num_heads=4, num_kv_heads=2, head_dim=6, layer=0, num_layers=2, length=16)
+SHAPE = MixerConfig(dim=24, num_heads=4, num_kv_heads=2, head_dim=6, layer=0, num_layers=2, length=16)
 
 
 def mixer(**fields):
     torch.manual_seed(0)
-    made = Softmax(**fields).mix(SHAPE).double().eval()
+    made = Softmax(**fields).build(SHAPE).double().eval()
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return made

@@ -6,14 +6,16 @@ import math
 import pytest
 import torch
 
-from manyheads import Strategy, UserError, parse, use
+from manyheads import UserError, parse, use
 from manyheads.attention.reference import causal_mask
 from manyheads.call import AttentionCall, Site
 from manyheads.integrations.transformers import find_sites
 from manyheads.mixers import _mixer
-from manyheads.mixers._peaks import keys_seen, peakedness
-from manyheads.mixers.t5_attention_alignment import AttentionAlignment, _solved, calibrate
+from manyheads.mixers.t5_attention_alignment import AttentionAlignment, calibrate
+from manyheads.mixers.t5_attention_alignment.calibration import _solved
+from manyheads.mixers.t5_attention_alignment.peaks import keys_seen, peakedness
 from manyheads.models.decoder import Decoder, DecoderConfig
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 
@@ -146,7 +148,7 @@ def test_the_closed_form_fails_for_wide_logits():
     )
 
 
-class Peaks(Strategy):
+class Peaks(AttentionWatch):
     """Watches how peaked the rows are that see the most keys: entropy and largest weight, ``[H]`` each."""
 
     def watch(self, call, out):
@@ -155,8 +157,8 @@ class Peaks(Strategy):
         if (allowed := call.allowed()) is not None:
             x = x.masked_fill(~allowed, -torch.inf)
         p = (x if not call.site.causal else x[:, :, -8:]).softmax(-1)
-        call.memory["entropy"] = -(p * p.clamp(min=1e-30).log()).sum(-1).mean((0, 2))
-        call.memory["pmax"] = p.amax(-1).mean((0, 2))
+        call.state["entropy"] = -(p * p.clamp(min=1e-30).log()).sum(-1).mean((0, 2))
+        call.state["pmax"] = p.amax(-1).mean((0, 2))
 
 
 def peaks(model, given, strategy, kind, where):
@@ -164,7 +166,7 @@ def peaks(model, given, strategy, kind, where):
     watch = Peaks()
     with torch.no_grad(), use(model, strategy, watch) as port:
         model(**given)
-        kept = port.memory(watch)
+        kept = port.state(watch)
     return torch.stack([m[kind] for name, m in kept.items() if where in name])
 
 
@@ -179,8 +181,8 @@ def given(name, length):
 def test_calibration_keeps_its_promise(name, where, path, per, align):
     model = models.tiny(name)
     s = calibrate(
-        model, given(name, 96), 24, [48, 96], align=align, per=per, where=where, port=use, rows=96 if path else 8,
-        rounds=8,
+        AttentionAlignment(trained=24, where=where), model, given(name, 96), [48, 96], align=align, per=per, port=use,
+        rows=96 if path else 8, rounds=8,
     )  # fmt: skip
     pool = {"model": lambda x: x.mean(), "layer": lambda x: x.mean(1), "head": lambda x: x}[per]
     none = parse("t5_attention_alignment:align=none")
@@ -216,7 +218,7 @@ def test_calibration_of_a_decoder(position, per, align, monkeypatch):
         found.append((-(p * p.clamp(min=1e-30).log()).sum(-1) if align == "entropy" else p.amax(-1)).mean((0, 2)))
         return plain(q, k, v, spec, scale=scale, bias=bias, **rest)
 
-    s = calibrate(model, ids, 24, [48, 96], align=align, per=per, rows=8)
+    s = calibrate(AttentionAlignment(trained=24), model, ids, [48, 96], align=align, per=per, rows=8)
     monkeypatch.setattr(_mixer, "masked_attention", spy)
 
     def measured(length):
@@ -236,12 +238,15 @@ def test_calibration_of_a_decoder(position, per, align, monkeypatch):
 
 def test_calibration_finds_the_closed_form_or_the_rule():
     model, ids = decoder(), models.tokens(3, 96)
-    assert calibrate(model, ids, 24, [48], align="logn") == AttentionAlignment(trained=24)
-    by_head = calibrate(model, ids, 24, [], align="gaussian", per="head")
+    trained = AttentionAlignment(trained=24)
+    assert calibrate(trained, model, ids, [48], align="logn") == trained
+    by_head = calibrate(trained, model, ids, [], align="gaussian", per="head")
     assert len(by_head.spread) == 8 and parse(by_head.spec) == by_head
-    one = calibrate(model, ids, 24, [], align="gaussian")
-    start = parse("t5_attention_alignment:trained=24,where=decoder,layers=1")
-    assert start.calibrated(model, ids, [48]) == calibrate(model, ids, 24, [48], where="decoder", layers=(1,))
+    one = calibrate(trained, model, ids, [], align="gaussian")
+    chosen = parse("t5_attention_alignment:trained=24,where=decoder,layers=1,tau=0.5")  # its own tau is not used
+    again = calibrate(chosen, model, ids, [48])
+    assert (again.where, again.layers, again.tau, again.lengths) == ("decoder", (1,), None, (48,))
+    assert again.taus != calibrate(trained, model, ids, [48]).taus  # control: of all layers
     assert one.spread[0] ** 2 == pytest.approx(sum(x * x for x in by_head.spread) / 8, rel=1e-3)
 
 
@@ -330,4 +335,4 @@ def test_refusals():
     with pytest.raises(UserError, match="no softmax mixer"), s.on(torch.nn.Linear(2, 2)):
         pass
     with pytest.raises(UserError, match="reads 96 tokens"):
-        calibrate(decoder(), models.tokens(1, 50), 24, [96])
+        calibrate(s, decoder(), models.tokens(1, 50), [96])

@@ -18,7 +18,7 @@ T = 70
 
 def formula(mixer, x, late=0):
     """The mixer written as a double sum over tokens; ``late`` shifts the decay (wrong unless 0)."""
-    heads = mixer.shape.num_heads
+    heads = mixer.config.num_heads
 
     def part(linear):
         return linear(x).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -60,8 +60,8 @@ def test_gradients(spec):
 
 def test_control_gradients():
     class Detached(TNLLightning):
-        def mix(self, shape):
-            mixer = super().mix(shape)
+        def build(self, config):
+            mixer = super().build(config)
             mixer.out_proj.register_forward_pre_hook(lambda _, x: (1.1 * x[0] - 0.1 * x[0].detach(),))
             return mixer
 
@@ -97,13 +97,13 @@ def test_only_distances_count():
     want, state = mixer(x)
     empty = TNLState(DecayState(torch.zeros_like(state.decay.kv)), torch.full((2,), 1000))
     assert_close(mixer(x, state=empty)[0], want)
-    turned, calls = mixer._turned, []
+    turned, calls = mixer._rotate, []
 
     def only_q(y, at):
         calls.append(at)
         return turned(y, at if len(calls) % 2 else at * 0)
 
-    mixer._turned = only_q
+    mixer._rotate = only_q
     assert error(mixer(x, state=empty)[0], mixer(x)[0]) > 1e-3
 
 

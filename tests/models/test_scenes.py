@@ -74,8 +74,8 @@ def test_words_and_pictures():
     }  # fmt: skip
     made = pipe(["fire", "ghost"], num_inference_steps=1, num_images_per_prompt=2)
     assert len(made.images) == 4 and made.images[0].size == (32, 32) and made.frames is None
-    film = small("moving")("ghost", num_inference_steps=1)
-    assert len(film.frames[0]) == data.FRAMES and film.images is None
+    video = small("moving")("ghost", num_inference_steps=1)
+    assert len(video.frames[0]) == data.FRAMES and video.images is None
 
 
 @pytest.mark.parametrize(

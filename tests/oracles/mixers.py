@@ -2,7 +2,7 @@
 """What every token mixer must have: functions of a mixer, or a Decoder, that raise AssertionError if it has not.
 
 ``check(spec)`` asks a mixer for all of them; ``tests/oracles/test_mixers.py`` does so for every strategy
-that overrides ``mix``, and for whole models.
+that is a ``Mixer``, and for whole models.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from manyheads import catalog
-from manyheads.call import MixerShape
+from manyheads.call import MixerConfig
 from manyheads.errors import UserError
 from manyheads.models.decoder import Decoder, DecoderConfig
-from manyheads.strategy import Strategy, parse
+from manyheads.spec import parse
+from manyheads.strategy import Mixer
 from tolerance import FORMULA, assert_close
 
 HEADS, DIM, VOCAB = 4, 32, 29
@@ -38,7 +39,7 @@ CONSTANT = ("tnl_lightning", "minimax_hybrid", "minimax_hybrid:window=5", "blalm
 def mixing() -> list[str]:
     """Slugs of all strategies that can be the mixer of a Decoder."""
     slugs = [p.slug for p in [*catalog.papers(), *catalog.baselines()] if p.state != "planned"]
-    return [slug for slug in slugs if catalog.load(slug).mix is not Strategy.mix]
+    return [slug for slug in slugs if issubclass(catalog.load(slug), Mixer)]
 
 
 SPECS = [spec for slug in mixing() for spec in (slug, *VARIANTS.get(slug, ()))]
@@ -48,7 +49,7 @@ def mixer(spec: str, layer: int = 0, layers: int = 2, kv_heads: int = HEADS) -> 
     """A mixer in float64 with weights that leave no gate closed and nothing symmetric."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return scattered(parse(spec).mix(MixerShape(DIM, HEADS, kv_heads, DIM // HEADS, layer, layers, 64)))
+        return scattered(parse(spec).build(MixerConfig(DIM, HEADS, kv_heads, DIM // HEADS, layer, layers, 64)))
 
 
 def decoder(spec: str, layers: int = 2) -> Decoder:

@@ -148,7 +148,7 @@ ROTARY = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "mistral", "gemma2", "gemm
 DECODERS = (*ROTARY, "gpt2")
 SEQ2SEQ = ("t5", "bart", "whisper")
 ALL = tuple(CONFIGS)
-_built: dict[str, nn.Module] = {}
+_built: dict[tuple[str, torch.dtype], nn.Module] = {}
 
 
 def config(name: str, **changes: Any) -> Any:
@@ -158,12 +158,19 @@ def config(name: str, **changes: Any) -> Any:
     return getattr(transformers, f"{prefix}Config")(**{**base, **own, **changes})
 
 
-def build(name: str, *, attn: str | None = None, **changes: Any) -> Any:
-    """A fresh model, the same weights every time."""
+def build(name: str, *, attn: str | None = None, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A fresh model, the same weights every time.
+
+    float64 is for tests that hold two numerically different paths against each other where something is chosen on the
+    way, a token or a slot to drop: the logits of random models nearly tie, and the rounding of float32 differs from one
+    processor to another.
+    """
     cls = getattr(transformers, CONFIGS[name][0].replace(" ", ""))
     settings = config(name, **changes)
     if attn is not None:
         settings._attn_implementation = attn
+    if dtype == torch.float64:
+        settings._experts_implementation = "eager"  # the grouped product takes no float64
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = cls(settings).eval()
@@ -172,17 +179,17 @@ def build(name: str, *, attn: str | None = None, **changes: Any) -> Any:
                 layer.self_attn.sinks.data.normal_()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model
+    return model.to(dtype)
 
 
-def tiny(name: str) -> Any:
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model of this name that the whole session shares: never change it."""
-    if name not in _built:
-        _built[name] = build(name)
-    return _built[name]
+    if (name, dtype) not in _built:
+        _built[name, dtype] = build(name, dtype=dtype)
+    return _built[name, dtype]
 
 
-def built() -> dict[str, nn.Module]:
+def built() -> dict[tuple[str, torch.dtype], nn.Module]:
     return dict(_built)
 
 

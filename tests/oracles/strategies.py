@@ -6,74 +6,74 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.caches._policy import CachePolicy
 from manyheads.caches._store import PolicyStore
-from manyheads.caches._view import View
+from manyheads.caches._strategy import EvictionStrategy
+from manyheads.caches._view import CacheView
 from manyheads.call import AttentionCall
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch
 
 
-class Watch(Strategy):
+class Watch(AttentionWatch):
     """Reads and counts."""
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        call.memory["calls"] = call.memory.get("calls", 0) + 1
-        call.memory["norm"] = out.norm()
+        call.state["calls"] = call.state.get("calls", 0) + 1
+        call.state["norm"] = out.norm()
 
 
-class NoEdit(Strategy):
+class NoEdit(AttentionEdit):
     def edit(self, call: AttentionCall) -> AttentionCall:
         return call
 
 
-class CopyEdit(Strategy):
+class CopyEdit(AttentionEdit):
     """The same call with other tensors in it."""
 
     def edit(self, call: AttentionCall) -> AttentionCall:
-        return call.replace(q=call.q.clone(), k=call.k.clone(), v=call.v.clone(), memory={})
+        return call.replace(q=call.q.clone(), k=call.k.clone(), v=call.v.clone(), state={})
 
 
-class NoPatch(Strategy):
+class NoPatch(AttentionPatch):
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
         return out
 
 
-class Attend(Strategy):
+class Attend(AttentionCompute):
     """The reference attention in place of the model's own."""
 
     def attend(self, call: AttentionCall) -> Tensor:
         return call.attend()
 
 
-class Sharpen(Strategy):
+class Sharpen(AttentionEdit):
     """A real edit."""
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         return call.replace(scale=call.scale * 1.5)
 
 
-class Mute(Strategy):
+class Mute(AttentionPatch):
     """A real patch: head 0 off."""
 
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(out[:, :, :1]), out[:, :, 1:]], 2)
 
 
-class Meddle(Strategy):
+class Meddle(AttentionWatch):
     """A wrong watch: it changes what it reads, by little."""
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
         out.mul_(1 + 1e-6)
 
 
-class DropMask(Strategy):
+class DropMask(AttentionCompute):
     """A wrong attend: no mask."""
 
     def attend(self, call: AttentionCall) -> Tensor:
         return call.replace(mask=None, is_causal=False).attend()
 
 
-class DropScale(Strategy):
+class DropScale(AttentionCompute):
     """A wrong attend: its own scale."""
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -81,17 +81,17 @@ class DropScale(Strategy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm(CachePolicy):
+class Norm(EvictionStrategy):
     """A right policy written from its formula: keep the least values. (Key norms are all equal under QK norm.)"""
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         return -view.v.float().norm(dim=-1)
 
 
 class Unmarked(PolicyStore):
     """Wrong: takes padding for tokens."""
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
+    def mask(self, call: AttentionCall) -> AttentionCall:
         slots, new = self.live, call.q.shape[2]
         if slots.index is None:
             return call
@@ -101,7 +101,7 @@ class Unmarked(PolicyStore):
 class MaskedOnly(PolicyStore):
     """Wrong: hides what it drops and frees nothing."""
 
-    def compress(self, view: View, share: object = None) -> None:
+    def compress(self, view: CacheView, share: object = None) -> None:
         slots, keys, values = self.live, self.live.keys, self.live.values
         super().compress(view)
         if slots.index is not None and slots.size < keys.shape[2]:
@@ -117,8 +117,8 @@ class MaskedOnly(PolicyStore):
 class Blind(PolicyStore):
     """Wrong: keeps tokens that no query sees."""
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
-        changed = super().admit(call)
+    def mask(self, call: AttentionCall) -> AttentionCall:
+        changed = super().mask(call)
         if changed is call or changed.mask is None:
             return changed
         mask = changed.mask.clone()
@@ -131,7 +131,7 @@ class Forgetful(PolicyStore):
 
     @property
     def seen(self) -> int:
-        return 0 if self.slots is None else self.slots.size
+        return 0 if self.padded is None else self.padded.size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def test_compiled_before_inside_and_after(compiled):
     watch = Watch()
     with manyheads.use(model, watch) as port, torch.no_grad():
         assert all(torch.equal(fast(models.tokens(2, 12)).logits, plain) for _ in range(3))
-    assert [site["calls"] for site in port.memory(watch).values()] == [3, 3]
+    assert [site["calls"] for site in port.state(watch).values()] == [3, 3]
 
 
 @pytest.mark.parametrize("spec", ["keydiff:budget=6,schedule=step", "hashevict:budget=6,num_global=1,num_recent=2"])

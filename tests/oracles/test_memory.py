@@ -10,7 +10,7 @@ from torch import Tensor
 
 import manyheads
 from manyheads.integrations.transformers import new_cache
-from manyheads.strategy import Strategy
+from manyheads.strategy import AttentionWatch
 from oracles import models
 from oracles.caches import prefilled, step, stores
 from oracles.strategies import Watch
@@ -23,11 +23,11 @@ SPECS = [
 ]
 
 
-class Hoard(Strategy):
+class Hoard(AttentionWatch):
     """Keeps what it sees, as long as its port's memory lives."""
 
     def watch(self, call, out):
-        call.memory["seen"] = [call.q, out]
+        call.state["seen"] = [call.q, out]
 
 
 def alive(references):
@@ -52,7 +52,7 @@ def test_activations_die_with_the_memory():
     model, hoard = models.tiny("llama"), Hoard()
     with manyheads.use(model, hoard) as port:
         models.forward("llama", model)
-        references = [weakref.ref(x) for m in port.memory(hoard).values() for x in m["seen"]]
+        references = [weakref.ref(x) for m in port.state(hoard).values() for x in m["seen"]]
     assert len(alive(references)) == 4
     del port
     assert not alive(references)
@@ -88,15 +88,15 @@ def test_hashevict_overwrites_in_place(spec):
     with manyheads.use(model):
         cache = prefilled(model, spec, models.tokens(2, 24))
         step(model, models.tokens(2, 1), cache)
-        places = [[x.data_ptr() for x in s.slots.tensors if x is not None] for s in stores(cache)]
+        places = [[x.data_ptr() for x in s.padded.tensors if x is not None] for s in stores(cache)]
         size = cache.bytes()
         for t in range(20):
-            before = [s.slots.index.clone() for s in stores(cache)]
+            before = [s.padded.index.clone() for s in stores(cache)]
             step(model, models.tokens(2, 1, seed=t), cache)
-            assert [[x.data_ptr() for x in s.slots.tensors if x is not None] for s in stores(cache)] == places
+            assert [[x.data_ptr() for x in s.padded.tensors if x is not None] for s in stores(cache)] == places
             assert cache.bytes() == size
             for store, old in zip(stores(cache), before, strict=True):  # exactly one slot of each head is another
-                assert bool(((store.slots.index != old).sum(-1) == 1).all())
+                assert bool(((store.padded.index != old).sum(-1) == 1).all())
 
 
 def test_control_of_in_place():

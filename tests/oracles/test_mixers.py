@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every strategy that overrides ``mix``, as a mixer and as a whole model, keeps what the protocol promises."""
+"""Every strategy that is a ``Mixer``, as a mixer and as a whole model, keeps what the protocol promises."""
 
 import pytest
 import torch

@@ -19,12 +19,11 @@ import torch
 from manyheads.formatting import number
 from manyheads.heads import HeadTable
 from manyheads.inspect.run import inspect_model
-from manyheads.lens import Findings, Lens, Series, Tally, table
+from manyheads.lens import Lens, LensResult, PerToken, RunningMean, table
 from manyheads.report import doctor, heads, inspect
 from manyheads.report.colours import LEVELS, Scale, pixels, scale_of
 from manyheads.report.page import render as html
 from manyheads.report.plots import Heat, Panel, heat, lines, stacked
-from manyheads.report.plots import Series as Line
 from manyheads.report.token_view import word
 from tiny import inspect as tiny
 
@@ -58,13 +57,13 @@ class Page(HTMLParser):
 class Evil(Lens):
     """A lens whose every name would like to be markup, with every kind of finding."""
 
-    def tell(self, view, found):
+    def update(self, view, found):
         ones = torch.ones(*view.call.q.shape[:2])
-        view.memory.setdefault("a", Tally()).add(ones * torch.arange(view.call.q.shape[1]), ones, view.fresh)
-        view.memory.setdefault("b", Tally()).add(ones[:, 0] * 3, ones[:, 0], view.fresh)
-        view.memory.setdefault("s", Series()).add(view.query_positions.float().expand(len(ones), -1), view.fresh)
+        view.memory.setdefault("a", RunningMean()).add(ones * torch.arange(view.call.q.shape[1]), ones, view.fresh)
+        view.memory.setdefault("b", RunningMean()).add(ones[:, 0] * 3, ones[:, 0], view.fresh)
+        view.memory.setdefault("s", PerToken()).add(view.query_positions.float().expand(len(ones), -1), view.fresh)
 
-    def findings(self, sites):
+    def compute(self, sites):
         tables = {f"{BAD}a": table(f"{BAD}x", sites, "a"), f"{BAD}b": table(f"{BAD}b", sites, "b")}
         tables["signed"] = HeadTable("signed", tables[f"{BAD}a"].sites, tables[f"{BAD}a"].values - 1.5)
         tables["nothing"] = HeadTable("nothing", tables[f"{BAD}a"].sites, tables[f"{BAD}a"].values * np.nan)
@@ -72,7 +71,7 @@ class Evil(Lens):
         channels = {f"{BAD}c": np.arange(24.0).reshape(2, 4, 3)}
         records = {f"{BAD}r": [{f"{BAD}k": BAD, "prompt": 0, "column": 1}]}
         series = {f"{BAD}s": sites[0][1]["s"].rows(), "wide": wide, "empty": [row * np.nan for row in wide]}
-        return Findings(tables, series, channels, records=records, notes=[f"{BAD} note"])
+        return LensResult(tables, series, channels, records=records, notes=[f"{BAD} note"])
 
 
 def checked(text, least=1):
@@ -191,7 +190,7 @@ window.addEventListener("load", () => {
   document.getElementById("log").click();
   document.title = JSON.stringify({
     said, head: document.querySelector("#viewer b").textContent, open: !document.getElementById("viewer").hidden,
-    shown: document.getElementById("shown").textContent, tokens: document.getElementById("tokens").children.length,
+    shown: document.getElementById("shown").textContent, tokens: document.getElementById("token-view").children.length,
     log: document.querySelectorAll("[data-form=log]:not([hidden])").length,
   });
 });

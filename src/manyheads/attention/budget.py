@@ -42,13 +42,21 @@ def as_budget(value: object) -> int | float:
 Budget = Annotated[int | float, BeforeValidator(as_budget)]
 
 
-def keep_limit(budget: int | float, seen: int) -> int:
-    """Most slots that a row of at most ``seen`` tokens keeps: ``ceil(budget * seen)`` or ``min(budget, seen)``."""
-    return min(budget, seen) if isinstance(budget, int) else math.ceil(budget * seen - _EPS)
+def keep_limit(budget: int | float, seen: int, least: int = 0) -> int:
+    """Most slots that a row of at most ``seen`` tokens keeps: ``ceil(budget * seen)`` or ``min(budget, seen)``.
+
+    ``least`` tokens are kept whatever their fraction is: a text no longer than that is kept whole.
+    """
+    if isinstance(budget, int):
+        return min(budget, seen)
+    return max(math.ceil(budget * seen - _EPS), min(least, seen))
 
 
-def keep_counts(budget: int | float, counts: Tensor) -> Tensor:
-    """Slots kept per row, int64, same shape as ``counts`` (tokens seen per row, padding not counted)."""
+def keep_counts(budget: int | float, counts: Tensor, least: int = 0) -> Tensor:
+    """Slots kept per row, int64, same shape as ``counts`` (tokens seen per row, padding not counted).
+
+    ``least`` as for :func:`keep_limit`.
+    """
     if isinstance(budget, int):
         return counts.clamp(max=budget)
-    return torch.ceil(counts.double() * budget - _EPS).long()
+    return torch.ceil(counts.double() * budget - _EPS).long().maximum(counts.clamp(max=least))

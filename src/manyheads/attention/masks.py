@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .reference import attention, repeat_kv
 
-__all__ = ["MaskSpec", "banded", "hide", "masked_attention"]
+__all__ = ["MaskSpec", "banded", "zero_padding", "masked_attention"]
 
 Impl = Literal["auto", "dense", "banded", "flex"]
 
@@ -199,6 +199,6 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float, bare: b
     return out
 
 
-def hide(x: Tensor, mask: Tensor | None) -> Tensor:
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x [B, T, dim]`` with zeros, never NaN, where ``mask [B, T]`` is False."""
     return x if mask is None else x.masked_fill(~mask[..., None], 0.0)

@@ -9,7 +9,12 @@ keys too. A row that may attend to nothing gives 0 with zero gradient, never NaN
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "causal_mask", "logits", "logsumexp", "repeat_kv", "softmax"]
+__all__ = ["attention", "causal_mask", "logits", "logsumexp", "repeat_kv", "softmax", "widened"]
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 where it comes so: what scores and other choices are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def repeat_kv(x: Tensor, num_heads: int) -> Tensor:

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of what stays: scores, protection and budgets of a policy made into slots to keep."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ..attention.slots import Slots
-from ._view import View
+from ..attention import reference
+from ..attention.padded import PaddedCache
+from ._policy import CachePolicy
+from ._view import CacheView
 
-if TYPE_CHECKING:
-    from ._policy import CachePolicy
-
-__all__ = ["evict"]
+__all__ = ["keep_best"]
 
 
-def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit: int, share: Tensor | float) -> bool:
+def keep_best(
+    policy: CachePolicy, view: CacheView, slots: PaddedCache, counts: Tensor, limit: int, share: Tensor | float
+) -> bool:
     """Keep the best-scored slots of each row and head.
 
     Args:
@@ -30,18 +29,16 @@ def evict(policy: "CachePolicy", view: View, slots: Slots, counts: Tensor, limit
         Whether heads or rows keep unequal numbers by the will of the policy.
     """
     ragged = False
-    scores = policy.score(view).float()
+    scores = reference.widened(policy.score(view))
     heads = slots.keys.shape[1]
     if scores.shape[1] != heads:
         scores = scores.unflatten(1, (heads, -1)).mean(2)
     budgets = counts[:, None].expand(-1, heads)
-    if slots.valid is not None:  # the check of the longest row does not speak for a short one
-        budgets = budgets.maximum(view.counts.clamp(max=policy.protected)[:, None])
     whole = slots.valid is None
     if not (isinstance(share, float) and share == 1.0):
         budgets = (budgets * torch.as_tensor(share, device=counts.device).reshape(-1, 1)).round().long()
-    scores = scores.masked_fill(policy.protect(view), torch.inf).masked_fill(view.positions < 0, -torch.inf)
-    uneven = policy.allocate(view, scores, budgets)
+    scores = scores.masked_fill(policy.protected_mask(view), torch.inf).masked_fill(view.positions < 0, -torch.inf)
+    uneven = policy.head_budgets(view, scores, budgets)
     if uneven is not None or not (isinstance(share, float) and share == 1.0):
         budgets = budgets if uneven is None else uneven
         most = view.counts[:, None]

@@ -12,11 +12,10 @@ from ..attention.budget import Budget, as_budget
 from ..attention.codec import Codec
 from ..call import AttentionCall, Site
 from ..errors import UserError
-from ..strategy import Strategy
-from ._store import PolicyStore
-from ._view import QueryWindow, View
+from ..strategy import Cache, Strategy
+from ._view import CacheView, QueryWindow
 
-__all__ = ["CachePolicy", "Schedule", "View"]
+__all__ = ["CachePolicy", "Schedule", "CacheView"]
 
 
 def _as_schedule(value: object) -> object:
@@ -27,15 +26,17 @@ Schedule = Annotated[str | int, BeforeValidator(_as_schedule)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePolicy(Strategy):
-    """Base of the cache strategies: keep the best-scored tokens of each head within a budget, drop the rest.
+class CachePolicy(Cache):
+    """Which tokens stay: the best-scored ones of each head within a budget, the rest is dropped.
 
-    A policy overrides :meth:`score`, and where its paper does so :meth:`protect`, :meth:`allocate`, :meth:`merge`,
-    :meth:`layer_shares` or the storage (:attr:`codec`). Kept keys keep their rotary positions. Ties go to the newer
-    token.
+    A policy overrides :meth:`score`, and where its paper does so :meth:`protected_mask`, :meth:`head_budgets`,
+    :meth:`layer_budgets`, :meth:`merge` or the storage (:attr:`codec`). Kept keys keep their rotary positions. Ties go
+    to the newer token.
 
     Attributes:
-        budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head.
+        budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head. A fraction
+            never cuts into the protected tokens, so a text no longer than these is kept whole; a number of slots that
+            cannot hold them is refused.
         schedule: when to evict: ``prefill`` (once, after the first forward), ``chunk`` (after every forward of more
             than one token), ``step`` (after every forward), or a number m (when m more tokens have come).
         sinks: first tokens that are never dropped.
@@ -43,12 +44,8 @@ class CachePolicy(Strategy):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"self"})
-    dense_prefill: ClassVar[bool] = True  # the first forward attends to everything, so one prefill can serve many arms
-    exact_chunks: ClassVar[bool] = False  # if evicting at every step: many tokens at once give what one by one does
-    sized: ClassVar[bool] = True  # the budget means something
-    mass: ClassVar[bool] = False  # view.mass is wanted
-    observes: ClassVar[bool] = False  # observe() is to be called
-    together: ClassVar[bool] = False  # evicts when all layers have run, by the shares of layer_shares()
+    dense_prefill: ClassVar[bool] = True
+    has_budget: ClassVar[bool] = True
 
     budget: Budget = field(default=0.5, metadata={"help": "fraction (0, 1] of the tokens seen, or a number of slots"})
     schedule: Schedule = field(default="prefill", metadata={"help": "prefill, chunk, step, or every that many tokens"})
@@ -85,9 +82,14 @@ class CachePolicy(Strategy):
         return 0
 
     @property
+    def gathers(self) -> bool:
+        """Whether statistics of the queries are gathered as they come."""
+        return self.accumulated_attention or self.needs_queries
+
+    @property
     def record(self) -> int:
-        """Queries of a shared prefill that :meth:`PolicyStore.fork` needs: the window, or all of them."""
-        return 2**31 if self.mass or self.observes else self.window
+        """Queries of a shared prefill that a fork needs: the window, or all of them."""
+        return 2**31 if self.gathers else self.window
 
     @property
     def codec(self) -> Codec | None:
@@ -99,12 +101,12 @@ class CachePolicy(Strategy):
         """Last tokens that stay in the model's dtype where there is a codec."""
         return 0
 
-    def key_scale(self, view: View) -> Tensor | None:
+    def key_scale(self, view: CacheView) -> Tensor | None:
         """Positive factors ``[B, Hkv, d]`` on the keys before they are encoded, from the first forward; None for 1."""
         del view
         return None
 
-    def due(self, forwards: int, new: int, since: int) -> bool:
+    def should_evict(self, forwards: int, new: int, since: int) -> bool:
         """Whether to evict after forward number ``forwards`` of ``new`` tokens, ``since`` tokens after the last one."""
         if forwards == 1 or self.schedule == "step":
             return True
@@ -113,14 +115,11 @@ class CachePolicy(Strategy):
     def selects(self, site: Site) -> bool:
         return Strategy.selects(self, site) and site.causal and site.layer is not None
 
-    def store(self, site: Site) -> PolicyStore:
-        return PolicyStore(self, site)
-
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Importance of each slot, ``[B, Hkv, N]``; the highest stay."""
         raise NotImplementedError
 
-    def protect(self, view: View) -> Tensor:
+    def protected_mask(self, view: CacheView) -> Tensor:
         """Slots that must stay, bool ``[B, Hs, N]``: the first ``sinks`` and last ``recent`` tokens of each row."""
         late = view.positions >= (view.counts - self.recent)[:, None, None]
         return (view.positions >= 0) & ((view.positions < self.sinks) | late)
@@ -129,16 +128,16 @@ class CachePolicy(Strategy):
         """Gather statistics of the queries of a forward into ``state``, whose tensors have the batch first."""
         raise NotImplementedError
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
         """Factors on the equal budget of each layer, scalar or ``[B]``, from the views of all layers."""
         raise NotImplementedError
 
-    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
+    def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
         """Other budgets ``[B, Hs]`` than the equal ``budgets [B, Hs]``; None to keep them equal."""
         del view, scores, budgets
         return None
 
-    def merge(self, view: View, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: CacheView, kept: Tensor) -> tuple[Tensor, Tensor] | None:
         """New stored keys and values ``[B, Hs, N, d]`` in which kept slots absorb dropped ones; None: just drop."""
         del view, kept
         return None

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store behind every eviction policy: append, attend, observe, evict."""
+"""The store behind every eviction policy: update, attend, observe, evict."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts, keep_limit
-from ..attention.mass import column_mass
-from ..attention.slots import Slots
-from ..call import AttentionCall, Site
+from ..attention.padded import PaddedCache
+from ..call import AttentionCall, Site, Store
 from ..errors import UserError
-from ._evict import evict
+from ._evict import keep_best
+from ._policy import CachePolicy
 from ._tokens import Tokens
-from ._view import QueryWindow, View
+from ._view import CacheView, QueryWindow
 
-if TYPE_CHECKING:
-    from ._policy import CachePolicy
+__all__ = ["PolicyStore", "drop_outside_window", "view_of"]
 
-__all__ = ["PolicyStore", "leave_window", "look"]
+_RECEIVED = "accumulated_attention"  # among the extras of each slot
 
 
-def leave_window(slots: Slots, window: int) -> None:
+def drop_outside_window(slots: PaddedCache, window: int) -> None:
     """Drop what no later query of a sliding-window layer can see: the same slots that an ordinary cache drops."""
     reach = window - 1
     if slots.index is None:
@@ -33,26 +33,24 @@ def leave_window(slots: Slots, window: int) -> None:
         slots.keep(order, ~gone.gather(2, order))
 
 
-class PolicyStore:
+class PolicyStore(Store):
     """What one layer remembers under a :class:`CachePolicy`. See ``manyheads.call.Store`` for the order of calls.
 
-    Between forwards a layer rests in flat storage where its heads keep unequal numbers, where its policy has a codec,
+    Between forwards a layer is in ragged storage where its heads keep unequal numbers, where its policy has a codec,
     or where it is made for compiled decoding (``room``).
 
     Args:
         policy: what to keep.
         site: the place in the model.
         record: keep the last ``record`` queries and the evidence of the last forward, so that :meth:`fork` can hand
-            them to other policies.
+            them to other policies; and all tokens of a sliding-window layer, which a policy may choose among.
     """
 
-    def __init__(self, policy: "CachePolicy", site: Site, record: int = 0) -> None:
+    covers_past: ClassVar[bool] = True
+
+    def __init__(self, policy: CachePolicy, site: Site, record: int = 0) -> None:
+        super().__init__(site, record)
         self.policy = policy
-        self.site = site
-        self.record = record
-        self.room = 0  # tokens that can be decoded without the host
-        self.reading = False  # more tokens will come many at a time
-        self.group: dict[int, PolicyStore] = {}  # the stores of one cache by layer; the port shares one among them
         self.reset()
 
     def reset(self) -> None:
@@ -60,20 +58,20 @@ class PolicyStore:
         self.tokens = Tokens(self.policy.codec, self.policy.codec_window, self.room)
         self.state: dict[str, Tensor] = {}
         self._queries: QueryWindow | None = None
-        self._evidence: View | None = None
-        self._waiting: View | None = None  # until the other layers have run
+        self._evidence: CacheView | None = None
+        self._waiting: CacheView | None = None  # until the other layers have run
         self._ragged = False  # heads or rows keep unequal numbers
         self._since = 0  # tokens since the last eviction
         self._forwards = 0
 
     @property
-    def slots(self) -> Slots | None:
-        return self.tokens.slots
+    def padded(self) -> PaddedCache | None:
+        return self.tokens.padded
 
     @property
-    def live(self) -> Slots:
-        """The slots, brought back from flat storage."""
-        self.tokens.thaw()
+    def live(self) -> PaddedCache:
+        """The slots, brought back from ragged storage."""
+        self.tokens.unpack()
         return self.tokens.live
 
     @property
@@ -83,24 +81,33 @@ class PolicyStore:
     @property
     def dropped(self) -> bool:
         """Whether slots no longer stand for the columns one by one."""
-        return self.tokens.flat is not None or (self.slots is not None and self.slots.index is not None)
+        return self.tokens.ragged is not None or (self.padded is not None and self.padded.index is not None)
 
     @property
-    def fixed(self) -> bool:
-        """Whether decoding can be compiled."""
-        return self.room > 0
+    def why_not_fixed(self) -> str | None:
+        policy, site = self.policy, self.site
+        if policy.schedule not in ("prefill", "chunk"):
+            return (
+                f"{policy.spec} evicts while it decodes, which cannot be compiled; leave room away or use "
+                "schedule=chunk"
+            )
+        if policy.accumulated_attention and policy.schedule == "chunk":
+            return f"{policy.spec} goes on adding up attention while it decodes; use schedule=prefill"
+        if site.window is not None or site.latent is not None:
+            return f"{site.name} has a sliding window or latents and cannot be compiled; leave room away"
+        return None
 
     @property
     def keys(self) -> Tensor | None:
-        return None if self.slots is None and self.tokens.flat is None else self._copy.keys
+        return None if self.padded is None and self.tokens.ragged is None else self._copy.keys
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.slots is None and self.tokens.flat is None else self._copy.values
+        return None if self.padded is None and self.tokens.ragged is None else self._copy.values
 
     @property
-    def _copy(self) -> Slots:
-        return self.tokens.live if self.tokens.flat is None else self.tokens.flat.thaw()
+    def _copy(self) -> PaddedCache:
+        return self.tokens.live if self.tokens.ragged is None else self.tokens.ragged.unpack()
 
     @property
     def held(self) -> list[Tensor | None]:
@@ -108,21 +115,21 @@ class PolicyStore:
         queries = [] if self._queries is None else [self._queries.q, self._queries.positions]
         return [*self.tokens.held, *queries, *self.state.values()]
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take the next T tokens ``[B, Hs, T, d]``; return all slots, the new ones last, or a single new one alone."""
-        return self.tokens.append(k, v)
+        return self.tokens.update(k, v)
 
     def attend(self, call: AttentionCall) -> Tensor | None:
-        """Decode one token over flat storage, ``[B, 1, H, d]``; None where slots are needed."""
-        flat, policy = self.tokens.flat, self.policy
+        """Decode one token over ragged storage, ``[B, 1, H, d]``; None where slots are needed."""
+        flat, policy = self.tokens.ragged, self.policy
         if flat is None or not self.tokens.takes(call):
             return None
         if flat.fixed:
             return self.tokens.decode(call)
-        if policy.due(self._forwards + 1, 1, self._since + 1):
+        if policy.should_evict(self._forwards + 1, 1, self._since + 1):
             return None
         if policy.schedule != "prefill":
-            if policy.mass or policy.observes:
+            if policy.gathers:
                 return None
             if policy.window and self._queries is not None:
                 self._queries = self._queries.join(QueryWindow(call.q, flat.counts[:, None].clone())).last(
@@ -132,9 +139,9 @@ class PolicyStore:
         self._since += 1
         return self.tokens.decode(call)
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
+    def mask(self, call: AttentionCall) -> AttentionCall:
         """Note which new columns hold tokens, and give the call the mask of its slots."""
-        if self.tokens.flat is not None:
+        if self.tokens.ragged is not None:
             call = call.replace(k=self.live.keys, v=self.live.values)
         slots, new = self.live, call.q.shape[2]
         if call.mask is not None:
@@ -150,22 +157,22 @@ class PolicyStore:
             return call.replace(is_causal=new > 1)
         return call.replace(mask=slots.visible(call.mask, new, self.site.window is None), is_causal=False)
 
-    def settle(self, call: AttentionCall) -> None:
+    def evict(self, call: AttentionCall) -> None:
         """Observe the attention call, and evict if the schedule says so."""
         slots, new, policy = self.live, call.q.shape[2], self.policy
         self._forwards += 1
         self._since += new
-        due = policy.due(self._forwards, new, self._since)
-        window = max(self.record, policy.window if due or policy.schedule != "prefill" else 0)
-        if window or policy.mass or policy.observes:
+        evicting = policy.should_evict(self._forwards, new, self._since)
+        window = max(self.record, policy.window if evicting or policy.schedule != "prefill" else 0)
+        if window or policy.gathers:
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
             self._gather(call, latest)
-        view = look(self, call)
+        view = view_of(self, call)
         if self.tokens.codec is not None and self._forwards == 1:
             self.tokens.key_scale = policy.key_scale(view)
-        if due:
+        if evicting:
             self.compress(view)
         if self.record:
             earlier = {} if self._evidence is None else self._evidence.shared
@@ -173,26 +180,26 @@ class PolicyStore:
             replace(view, state=view.shared).angle_step()  # forks look at the latest forward only
             self._evidence = view
         if self._waiting is None:
-            _rest(self, call.k, call.v)
+            _choose_storage(self, call.k, call.v)
 
-    def fork(self, policy: "CachePolicy", group: "dict[int, PolicyStore] | None" = None) -> "PolicyStore":
-        """The store that ``policy`` would have after the same forwards, over the same tensors; self is unchanged.
-
-        Exact for policies with ``dense_prefill``, as long as this store has dropped nothing. ``group`` gathers the
-        forked layers of one cache.
-        """
-        evidence, slots = self._evidence, self.slots
+    def fork(self, target: Store | None = None) -> Store:
+        """As in :class:`Store`: exact for policies with ``dense_prefill``, refused once this store dropped a token."""
+        evidence, slots = self._evidence, self.padded
         if evidence is None or slots is None or slots.index is not None:
             raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
+        if target is None:
+            target = type(self)(self.policy, self.site)
+            target.group = {self.site.layer or 0: target}
+        if not isinstance(target, PolicyStore):
+            return super().fork(target)
+        policy = target.policy
         if policy.record > self.record:
             raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
-        twin = policy.store(self.site)
-        twin.group = {} if group is None else group
-        twin.group[self.site.layer or 0] = twin
-        twin.tokens.slots = slots.twin()
-        twin._forwards = self._forwards
+        target.tokens.padded = slots.twin()
+        target._forwards = self._forwards
         queries, rotary = evidence.queries, evidence.rotary
-        if policy.observes and queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]:
+        partial = queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]
+        if policy.needs_queries and partial:
             raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
         call = AttentionCall(
             self.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
@@ -200,38 +207,32 @@ class PolicyStore:
         )  # fmt: skip
         if queries is not None:
             if policy.window:
-                twin._queries = queries.last(policy.window)
-            twin._gather(call, queries, evidence)
-        view = look(twin, call, evidence.shared)
-        if twin.tokens.codec is not None:
-            twin.tokens.key_scale = policy.key_scale(view)
-        twin.compress(view)
-        if twin._waiting is None:
-            _rest(twin, call.k, call.v)
-        return twin
+                target._queries = queries.last(policy.window)
+            target._gather(call, queries, evidence)
+        view = view_of(target, call, evidence.shared)
+        if target.tokens.codec is not None:
+            target.tokens.key_scale = policy.key_scale(view)
+        target.compress(view)
+        if target._waiting is None:
+            _choose_storage(target, call.k, call.v)
+        return target
 
-    def _gather(self, call: AttentionCall, latest: QueryWindow, source: View | None = None) -> None:
+    def _gather(self, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
         """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
 
         ``source`` is what the forks of one cache share, None where there are none.
         """
-        slots = self.live
-
-        def received(_: View | None) -> Tensor:
-            mass = column_mass(
-                latest.q, call.k, latest.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
-                sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
-            )  # fmt: skip
-            by_head: Tensor = mass.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
-            return by_head[..., None]
-
-        if self.policy.mass:
-            mass = received(None) if source is None else source.once("mass", received)
-            slots.extras["mass"] = slots.extras["mass"] + mass if "mass" in slots.extras else mass
-        if self.policy.observes:
+        if self.policy.accumulated_attention:
+            extras = self.live.extras
+            if source is None:
+                new = _received(self, call, latest)
+            else:
+                new = source.once(_RECEIVED, lambda _: _received(self, call, latest))
+            extras[_RECEIVED] = extras[_RECEIVED] + new if _RECEIVED in extras else new
+        if self.policy.needs_queries:
             self.policy.observe(call, latest, self.state)
 
-    def compress(self, view: View, share: Tensor | float | None = None) -> None:
+    def compress(self, view: CacheView, share: Tensor | float | None = None) -> None:
         """Drop all but the best-scored slots of each row and head.
 
         ``share`` is the factor of this layer on the equal budget; a policy whose layers share one budget waits for
@@ -241,36 +242,37 @@ class PolicyStore:
         self._since = 0
         counts, limit = self._limits(view.counts)
         if limit < slots.seen:
-            policy.check(limit)
-            if policy.together and share is None:
+            if policy.cross_layer and share is None:
                 self._waiting = view
-                _together(self)
+                _evict_all_layers(self)
                 return
-            self._ragged |= evict(policy, view, slots, counts, limit, 1.0 if share is None else share)
+            self._ragged |= keep_best(policy, view, slots, counts, limit, 1.0 if share is None else share)
         if policy.schedule == "prefill" and not self.record:
             self._queries = None
-            slots.extras.pop("mass", None)
+            slots.extras.pop(_RECEIVED, None)
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
-        return keep_counts(self.policy.budget, counts), keep_limit(self.policy.budget, self.live.seen)
+        budget, least = self.policy.budget, self.policy.protected
+        return keep_counts(budget, counts, least), keep_limit(budget, self.live.seen, least)
 
-    def select(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']`` of everything remembered."""
         self._evidence = None
-        self.tokens.select(rows)
+        self.tokens.reorder(rows)
         self.state = {name: x[rows.to(x.device)] for name, x in self.state.items()}
         if self._queries is not None:
-            self._queries = self._queries.select(rows)
+            self._queries = self._queries.reorder(rows)
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens; refused once something was dropped."""
         self._evidence = None
-        if not count or (self.slots is None and self.tokens.flat is None):
+        if not count or (self.padded is None and self.tokens.ragged is None):
             return
-        if (self._queries is not None and self.policy.window) or self.policy.mass or self.policy.observes:
+        policy = self.policy
+        if (self._queries is not None and policy.window) or policy.gathers:
             raise UserError(
-                f"a cache of {self.policy.slug} cannot be cropped, what it learned of queries cannot be unlearned: "
+                f"a cache of {policy.slug} cannot be cropped, what it gathered from queries cannot be taken back: "
                 "generate without an assistant or prompt lookup"
             )
         self.tokens.crop(count)
@@ -282,44 +284,60 @@ class PolicyStore:
         return self.tokens.nbytes(*self.held)
 
 
-def look(store: PolicyStore, call: AttentionCall, shared: dict[str, Tensor] | None = None) -> View:
+def _received(store: PolicyStore, call: AttentionCall, queries: QueryWindow) -> Tensor:
+    """Attention that each slot received from ``queries``, ``[B, Hs, N, 1]``."""
+    slots = store.live
+    by_head = accumulated_attention(
+        queries.q, call.k, queries.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
+        sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
+    )  # fmt: skip
+    stored: Tensor = by_head.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
+    return stored[..., None]
+
+
+def view_of(store: PolicyStore, call: AttentionCall, shared: dict[str, Tensor] | None = None) -> CacheView:
     """What the policy of ``store`` sees after ``call``; ``shared`` by all that look at the same tensors."""
     slots = store.live
-    mass = slots.extras["mass"][..., 0] if "mass" in slots.extras else None
-    return View(
+    received = slots.extras[_RECEIVED][..., 0] if _RECEIVED in slots.extras else None
+    return CacheView(
         call.k, call.v, slots.positions(), slots.counts(), store._queries, call.scale, call.softcap, call.sinks,
-        store.site, mass, call.rotary, store.state, {} if shared is None else shared,
+        store.site, received, call.rotary, store.state, {} if shared is None else shared,
     )  # fmt: skip
 
 
-def _together(last: PolicyStore) -> None:
+def _evict_all_layers(last: PolicyStore) -> None:
     """Evict in all layers of a cache, once the last of them has run."""
     policy = last.policy
     mine = [layer for layer in last.site.peers if policy.layers is None or layer in policy.layers]
     if mine and last.site.layer != mine[-1]:
         return
-    waiting = {n: (s, s._waiting) for n, s in sorted((last.group or {0: last}).items()) if s._waiting is not None}
-    shares = policy.layer_shares({n: view for n, (_, view) in waiting.items()})
+    waiting = {
+        n: (s, s._waiting)
+        for n, s in sorted((last.group or {0: last}).items())
+        if isinstance(s, PolicyStore) and s._waiting is not None
+    }
+    shares = policy.layer_budgets({n: view for n, (_, view) in waiting.items()})
     for n, (store, view) in waiting.items():
         store._waiting = None
         store.compress(view, shares[n])
-        _rest(store, view.k, view.v)
+        _choose_storage(store, view.k, view.v)
 
 
-def _rest(store: PolicyStore, k: Tensor, v: Tensor) -> None:
-    """After a forward that used ``k, v``: leave the sliding window, or rest in flat storage where that is smaller."""
+def _choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
+    """After a forward that used ``k, v``: drop what left the sliding window, or pack where that is smaller."""
     tokens, policy = store.tokens, store.policy
-    if tokens.flat is not None:
-        return  # it rests already
+    if tokens.ragged is not None:
+        return  # it is packed already
     slots = tokens.live
     if store.site.window is not None:
-        leave_window(slots, store.site.window)
+        if not store.record:  # a fork chooses among all tokens, as its policy would after a prompt
+            drop_outside_window(slots, store.site.window)
         return
     if store.site.latent is not None or k.requires_grad:
         return
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values
-    accrues = policy.mass and policy.schedule != "prefill"  # and only slots keep attention mass
+    accrues = policy.accumulated_attention and policy.schedule != "prefill"  # only padded caches keep it
     ragged = store._ragged and policy.schedule != "step" and not accrues
-    if tokens.codec is not None or (tokens.room and not store.reading) or ragged:
-        tokens.freeze()
+    if tokens.codec is not None or (tokens.room and not store.prefilling) or ragged:
+        tokens.pack()

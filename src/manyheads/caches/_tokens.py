@@ -1,118 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens of one cache layer: slots while many come at a time, flat storage while one comes after the other."""
+"""The tokens of one cache layer: slots while many come at a time, ragged storage while one comes after the other."""
 
 from torch import Tensor
 
 from ..attention.codec import Codec
-from ..attention.flat import Flat, freeze
-from ..attention.slots import Slots, nbytes
+from ..attention.padded import PaddedCache, nbytes
+from ..attention.ragged import RaggedCache, pack
 from ..call import AttentionCall
 from ..errors import UserError
 
 __all__ = ["Tokens"]
 
-_ROOM = 16  # tokens that flat storage has room for before it grows
+_ROOM = 16  # tokens that ragged storage has room for before it grows
 
 
 class Tokens:
-    """Slots or flat storage, whichever holds the tokens now.
+    """Slots or ragged storage, whichever holds the tokens now.
 
     Attributes:
         slots, flat: one of them is None, or both before the first token.
-        codec, window: how flat storage keeps tokens, and how many of the last it leaves as they are.
+        codec, window: how ragged storage keeps tokens, and how many of the last it leaves as they are.
         key_scale: factors ``[B, Hs, d]`` on the keys before they are encoded.
         room: tokens that can be decoded without the host, 0 for storage that grows by itself.
     """
 
     def __init__(self, codec: Codec | None, window: int, room: int) -> None:
         self.codec, self.window, self.room = codec, window, room
-        self.slots: Slots | None = None
-        self.flat: Flat | None = None
+        self.padded: PaddedCache | None = None
+        self.ragged: RaggedCache | None = None
         self.key_scale: Tensor | None = None
-        self._incoming: tuple[Tensor, Tensor] | None = None  # for flat storage, until the mask is known
+        self._incoming: tuple[Tensor, Tensor] | None = None  # for ragged storage, until the mask is known
 
     @property
-    def live(self) -> Slots:
+    def live(self) -> PaddedCache:
         """The slots of a layer that is being read."""
-        if self.slots is None:
+        if self.padded is None:
             raise RuntimeError("attention ran before its cache was written")
-        return self.slots
+        return self.padded
 
     @property
     def seen(self) -> int | Tensor:
         """Columns so far; a tensor of no dimension where only the device counts."""
-        if self.flat is None:
-            return 0 if self.slots is None else self.slots.seen
-        return self.flat.clock if self.flat.fixed else self.flat.seen + self.flat.made + (self._incoming is not None)
+        if self.ragged is None:
+            return 0 if self.padded is None else self.padded.seen
+        if self.ragged.fixed:
+            return self.ragged.clock
+        return self.ragged.seen + self.ragged.made + (self._incoming is not None)
 
     @property
     def held(self) -> list[Tensor | None]:
         """Every tensor kept."""
-        store = self.slots if self.flat is None else self.flat
+        store = self.padded if self.ragged is None else self.ragged
         return [self.key_scale] if store is None else [*store.tensors, self.key_scale]
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take ``k, v [B, Hs, T, d]``; return all slots, the new ones last, or a single new token alone."""
-        if self.flat is not None:
+        if self.ragged is not None:
             if k.shape[2] == 1 and not k.requires_grad:
                 self._incoming = (k, v)
                 return k, v
-            self.thaw()
-        if self.slots is None:
-            self.slots = Slots.empty(k, v)
-        self.slots.append(k, v)
-        return self.slots.keys, self.slots.values
+            self.unpack()
+        if self.padded is None:
+            self.padded = PaddedCache.empty(k, v)
+        self.padded.update(k, v)
+        return self.padded.keys, self.padded.values
 
     def takes(self, call: AttentionCall) -> bool:
-        """Whether the token that came can be decoded over flat storage."""
+        """Whether the token that came can be decoded over ragged storage."""
         plain = call.bias is None and call.sinks is None and call.softcap is None and not call.dropout
         return self._incoming is not None and plain and (call.mask is None or call.mask.shape[-1] == 1)
 
     def decode(self, call: AttentionCall) -> Tensor:
         """Store the token that came and attend to everything: ``[B, 1, H, d]``."""
-        assert self.flat is not None and self._incoming is not None
-        if not self.flat.fixed and self.flat.room == 0:
-            more = max(_ROOM, self.flat.made, self.flat.capacity // 8)
-            self.flat = freeze(
-                self.flat.thaw(), codec=self.codec, window=self.window, key_scale=self.key_scale, room=more
+        assert self.ragged is not None and self._incoming is not None
+        if not self.ragged.fixed and self.ragged.room == 0:
+            more = max(_ROOM, self.ragged.made, self.ragged.capacity // 8)
+            self.ragged = pack(
+                self.ragged.unpack(), codec=self.codec, window=self.window, key_scale=self.key_scale, room=more
             )
         (k, v), self._incoming = self._incoming, None
         real = None if call.mask is None else call.mask[:, :, 0, 0].any(1).expand(k.shape[0])
-        return self.flat.decode(call.q, k, v, call.scale, real)
+        return self.ragged.decode(call.q, k, v, call.scale, real)
 
-    def thaw(self) -> None:
+    def unpack(self) -> None:
         """Bring the tokens back into slots, with the one that came last."""
-        if self.flat is not None:
-            self.slots, self.flat = self.flat.thaw(), None
+        if self.ragged is not None:
+            self.padded, self.ragged = self.ragged.unpack(), None
         if self._incoming is not None:
-            self.live.append(*self._incoming)
+            self.live.update(*self._incoming)
             self._incoming = None
 
-    def freeze(self) -> None:
-        """Move the tokens into flat storage."""
-        self.flat = freeze(
+    def pack(self) -> None:
+        """Move the tokens into ragged storage."""
+        self.ragged = pack(
             self.live, codec=self.codec, window=self.window, key_scale=self.key_scale, room=self.room or _ROOM
         )
-        self.slots = None
+        self.padded = None
         if self.room:
-            self.flat.fix()
+            self.ragged.fix()
 
-    def select(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']``."""
-        self.thaw()
-        if self.slots is not None:
-            self.slots.select(rows)
+        self.unpack()
+        if self.padded is not None:
+            self.padded.reorder(rows)
         if self.key_scale is not None:
             self.key_scale = self.key_scale[rows.to(self.key_scale.device)]
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` columns; refused where that cannot restore what was."""
-        if self.flat is not None and self.codec is not None:
+        if self.ragged is not None and self.codec is not None:
             raise UserError(
                 "a packed cache cannot be cropped, the tokens before its window are encoded: generate without an "
                 "assistant or prompt lookup"
             )
-        self.thaw()
+        self.unpack()
         self.live.crop(count)
 
     def nbytes(self, *others: Tensor | None) -> int:

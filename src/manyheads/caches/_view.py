@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..attention import rope
-from ..attention.slots import Slots
+from ..attention.padded import PaddedCache
 from ..call import Site
 
-__all__ = ["QueryWindow", "View"]
+__all__ = ["QueryWindow", "CacheView"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class QueryWindow:
     positions: Tensor
 
     @classmethod
-    def of(cls, q: Tensor, slots: Slots) -> "QueryWindow":
+    def of(cls, q: Tensor, slots: PaddedCache) -> "QueryWindow":
         """The queries ``[B, H, T, d]`` of the last T columns of ``slots``."""
         new = q.shape[2]
         if slots.valid is None:
@@ -41,13 +41,13 @@ class QueryWindow:
         q = self.q.gather(2, at[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3]))
         return QueryWindow(q, self.positions.gather(1, at))
 
-    def select(self, rows: Tensor) -> "QueryWindow":
+    def reorder(self, rows: Tensor) -> "QueryWindow":
         rows = rows.to(self.q.device)
         return QueryWindow(self.q[rows], self.positions[rows])
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class CacheView:
     """What a policy sees of one layer. N slots, Hkv key/value heads, Hs stored heads (Hkv, or 1 for latent caches).
 
     Attributes:
@@ -58,7 +58,7 @@ class View:
         scale, softcap, sinks: of the attention call.
         site: the place in the model.
         mass: attention that each slot received since it came, summed over queries and over the query heads of its
-            group, ``[B, Hs, N]`` float32; None unless the policy asks for it.
+            group, ``[B, Hs, N]``, float32 or wider; None unless the policy asks for it.
         rotary: cosines and sines ``[B, T, rotary_dim]`` of the latest forward, None where the model passes none on.
         state: what the policy wrote here at earlier evictions of this layer; tensors with the batch first.
         shared: what was computed once for all views of the same tensors, see :meth:`once`.
@@ -73,12 +73,12 @@ class View:
     softcap: float | None
     sinks: Tensor | None
     site: Site
-    mass: Tensor | None = None
+    accumulated_attention: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
 
-    def once(self, name: str, make: Callable[["View"], Tensor]) -> Tensor:
+    def once(self, name: str, make: Callable[["CacheView"], Tensor]) -> Tensor:
         """``make(self)``, computed once for all caches that are forked from one: it may not depend on a budget."""
         if name not in self.shared:
             self.shared[name] = make(self)

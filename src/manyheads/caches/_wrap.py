@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,15 +11,16 @@ from torch import Tensor
 from ..attention.codec import Codec
 from ..call import AttentionCall
 from ..errors import UserError
-from ..strategy import parse
-from ._policy import CachePolicy, Schedule
-from ._view import QueryWindow, View
+from ..spec import parse, read
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView, QueryWindow
 
 __all__ = ["Wrapper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wrapper(CachePolicy):
+class Wrapper(EvictionStrategy):
     """Base of strategies around another: everything is the base's, except what a subclass overrides.
 
     Attributes:
@@ -35,17 +35,16 @@ class Wrapper(CachePolicy):
     )
 
     def __post_init__(self) -> None:
-        slug, colon, fields = self.base.partition(":")
-        if colon:
-            object.__setattr__(self, "base", f"{slug}({fields})")
-        inside = parse(self.base)
-        if not isinstance(inside, CachePolicy) or type(inside).store is not CachePolicy.store:
+        base = read(self.base)
+        object.__setattr__(self, "base", base.nested)
+        inside = parse(base.nested)
+        if not isinstance(inside, EvictionStrategy) or type(inside).store is not EvictionStrategy.store:
             raise UserError(f"{self.slug} cannot stand around {inside.slug}, which keeps its cache in a way of its own")
-        if re.search(r"\bbudget\s*=", self.base):
+        if "budget" in base.fields:
             raise UserError(f"{self.slug}: give the budget outside, {self.slug}:base={inside.slug},budget=...")
         if self.schedule == "base":
             object.__setattr__(self, "schedule", inside.schedule)
-        if self.codec is not None and inside.mass and self.schedule != "prefill":
+        if self.codec is not None and inside.accumulated_attention and self.schedule != "prefill":
             raise UserError(f"{self.slug} packs its tokens, and {inside.slug} adds up attention: use schedule=prefill")
         for name in ("sinks", "recent"):
             object.__setattr__(self, name, max(getattr(self, name), getattr(inside, name)))
@@ -53,11 +52,11 @@ class Wrapper(CachePolicy):
         _ = self.inner  # refuses now what the base cannot do with this budget
 
     @functools.cached_property
-    def inner(self) -> CachePolicy:
+    def inner(self) -> EvictionStrategy:
         """The base, with the budget and protection of this strategy."""
         inside = parse(self.base)
-        assert isinstance(inside, CachePolicy)
-        if not inside.sized:
+        assert isinstance(inside, EvictionStrategy)
+        if not inside.has_budget:
             if self.budget != 1.0:
                 raise UserError(
                     f"{inside.slug} keeps every token, so {self.slug} around it has no budget; "
@@ -69,8 +68,8 @@ class Wrapper(CachePolicy):
         )
 
     @property
-    def sized(self) -> bool:  # type: ignore[override]
-        return self.inner.sized
+    def has_budget(self) -> bool:  # type: ignore[override]
+        return self.inner.has_budget
 
     @property
     def protected(self) -> int:
@@ -81,16 +80,16 @@ class Wrapper(CachePolicy):
         return self.inner.window
 
     @property
-    def mass(self) -> bool:  # type: ignore[override]
-        return self.inner.mass
+    def accumulated_attention(self) -> bool:  # type: ignore[override]
+        return self.inner.accumulated_attention
 
     @property
-    def together(self) -> bool:  # type: ignore[override]
-        return self.inner.together
+    def cross_layer(self) -> bool:  # type: ignore[override]
+        return self.inner.cross_layer
 
     @property
-    def observes(self) -> bool:  # type: ignore[override]
-        return self.inner.observes
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_queries
 
     @property
     def codec(self) -> Codec | None:
@@ -100,23 +99,23 @@ class Wrapper(CachePolicy):
     def codec_window(self) -> int:
         return self.inner.codec_window
 
-    def key_scale(self, view: View) -> Tensor | None:
+    def key_scale(self, view: CacheView) -> Tensor | None:
         return self.inner.key_scale(view)
 
     def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
         self.inner.observe(call, queries, state)
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
-        return self.inner.layer_shares(views)
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
+        return self.inner.layer_budgets(views)
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         return self.inner.score(view)
 
-    def protect(self, view: View) -> Tensor:
-        return self.inner.protect(view)
+    def protected_mask(self, view: CacheView) -> Tensor:
+        return self.inner.protected_mask(view)
 
-    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
-        return self.inner.allocate(view, scores, budgets)
+    def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
+        return self.inner.head_budgets(view, scores, budgets)
 
-    def merge(self, view: View, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: CacheView, kept: Tensor) -> tuple[Tensor, Tensor] | None:
         return self.inner.merge(view, kept)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ._policy import View
+from ._view import CacheView
 from ._wrap import Wrapper
 
 __all__ = ["AdaKV"]
@@ -55,10 +55,10 @@ class AdaKV(Wrapper):
             raise UserError(f"adakv: alpha is a part of the budget, 0 to 1, not {self.alpha}")
         super().__post_init__()
 
-    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
-        uneven = super().allocate(view, scores, budgets)
+    def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
+        uneven = super().head_budgets(view, scores, budgets)
         budgets = budgets if uneven is None else uneven
-        filled, fixed = view.positions >= 0, self.protect(view)
+        filled, fixed = view.positions >= 0, self.protected_mask(view)
         kept = (filled & fixed).sum(-1)
         equal = (budgets - kept).clamp(min=0)
         total = equal.sum(1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give each layer its own budget, drop what attention passed over, and merge what is dropped into its like.
+"""Give each layer its own budget, drop what received little attention, and merge it into the most similar kept tokens.
 
 Wan et al., "D2O: Dynamic Discriminative Operations for Efficient Generative Inference of Large Language Models",
 arXiv 2406.13035. Three operations:
 
-- Layers. a[j] is the attention mass of key j in the prompt, summed over queries. Its variance over j is min-max
+- Layers. a[j] is the attention that key j received in the prompt, summed over queries. Its variance over j is min-max
   normalised over the heads of a layer and averaged: the density F_l in [0, 1]. Layer l keeps the share
   r_l = clamp(softmax(-F)_l * L * rho, 0.01, 1) of its tokens, rho = ``budget``: where attention is spread evenly, more
   tokens are needed. The shares average to rho unless one is clamped (not renormalised afterwards, as released).
@@ -19,7 +19,7 @@ arXiv 2406.13035. Three operations:
 
 Where this differs from paper or released code: with grouped queries the mass of a group is summed, and every key/value
 head evicts, merges and has its threshold for itself (released: keys repeated for all query heads, and one threshold
-held against u averaged over heads, each of which dropped other tokens). F stands on query heads, as released. rho is
+held against u averaged over heads, each of which dropped other tokens). F is over query heads, as released. rho is
 this library's budget, so a fraction grows with the text, while a whole number is fixed as in the paper, which fixes
 its sizes at the prompt. Eviction begins after the prompt (released: after the first new token). The default
 ``recent_share`` is the paper's 3:1; the released scripts halve. ``skip_layers="code"`` leaves the first two layers and
@@ -36,12 +36,13 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
+from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts
-from ..attention.mass import column_mass
 from ..call import AttentionCall
 from ..errors import UserError
-from ._policy import CachePolicy, Schedule
-from ._view import QueryWindow, View
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView, QueryWindow
 
 __all__ = ["D2O"]
 
@@ -50,8 +51,8 @@ _LEAST_SHARE = 0.01  # of its tokens that every layer keeps
 
 
 @dataclass(frozen=True, kw_only=True)
-class D2O(CachePolicy):
-    """Heavy hitters and recent tokens under budgets by layer; similar dropped tokens live on in kept ones.
+class D2O(EvictionStrategy):
+    """Heavy hitters and recent tokens under budgets by layer; similar dropped tokens are merged into kept ones.
 
     Attributes:
         recent_share: part of a layer's slots that holds the last tokens.
@@ -62,9 +63,9 @@ class D2O(CachePolicy):
         alpha, beta: of the threshold that was and of the new mean similarity.
     """
 
-    mass: ClassVar[bool] = True
-    observes: ClassVar[bool] = True
-    together: ClassVar[bool] = True
+    accumulated_attention: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
+    cross_layer: ClassVar[bool] = True
 
     recent_share: float = field(default=0.25, metadata={"help": "part of the slots that holds the last tokens"})
     layer_alloc: Literal["variance", "uniform"] = field(
@@ -91,12 +92,12 @@ class D2O(CachePolicy):
             return
         heads, at = call.q.shape[1], queries.positions
         keys = reference.repeat_kv(call.k, heads)
-        mass = column_mass(
+        mass = accumulated_attention(
             queries.q, keys, at, at[:, None], scale=call.scale, softcap=call.softcap, sinks=call.sinks
         )  # [B, H, S]
         state["density"] = density(mass, (at >= 0)[:, None])
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
         """r_l / rho, and the number of recent tokens that it leaves each layer."""
         shares: dict[int, Tensor | float] = dict.fromkeys(views, 1.0)
         if self.layer_alloc == "variance":
@@ -107,32 +108,33 @@ class D2O(CachePolicy):
             peers = view.site.peers
             if self.skip_layers == "code" and layer in (*peers[:2], *peers[-1:]):
                 shares[layer] = 1 / self._rho(view)
-            room = (keep_counts(self.budget, view.counts) * shares[layer]).round().long().minimum(view.counts)
+            equal = keep_counts(self.budget, view.counts, self.protected)
+            room = (equal * shares[layer]).round().long().minimum(view.counts)
             recent = (room * self.recent_share).long().clamp(min=self.recent)
             view.state["recent"] = recent.minimum(room - self.sinks).clamp(min=0)
         return shares
 
-    def _rho(self, view: View) -> Tensor:
+    def _rho(self, view: CacheView) -> Tensor:
         """Part of its tokens that each row may keep, ``[B]``."""
         if isinstance(self.budget, float):
             return torch.full_like(view.counts, self.budget, dtype=torch.float32)
         return view.counts.clamp(max=self.budget) / view.counts.clamp(min=1)
 
-    def _share(self, portion: Tensor, view: View) -> Tensor:
+    def _share(self, portion: Tensor, view: CacheView) -> Tensor:
         """What a layer keeps of its equal budget, ``[B]``; all of it in rows that have room for every token."""
         rho = self._rho(view)
         share = (portion * rho).clamp(_LEAST_SHARE, 1.0) / rho
         return torch.where(rho < 1, share, 1.0)
 
-    def score(self, view: View) -> Tensor:
-        assert view.mass is not None
-        return view.mass
+    def score(self, view: CacheView) -> Tensor:
+        assert view.accumulated_attention is not None
+        return view.accumulated_attention
 
-    def protect(self, view: View) -> Tensor:
+    def protected_mask(self, view: CacheView) -> Tensor:
         late = view.positions >= (view.counts - view.state["recent"])[:, None, None]
         return (view.positions >= 0) & ((view.positions < self.sinks) | late)
 
-    def merge(self, view: View, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: CacheView, kept: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.merging:
             return None
         if view.site.latent is not None or kept.shape[1] != view.k.shape[1]:
@@ -153,7 +155,7 @@ class D2O(CachePolicy):
             absorb(view.v, at, target, similarity, joins, self.weights),
         )
 
-    def _threshold(self, view: View, similarity: Tensor, gone: Tensor) -> Tensor:
+    def _threshold(self, view: CacheView, similarity: Tensor, gone: Tensor) -> Tensor:
         """tau ``[B, Hkv]`` after this eviction; where nothing was dropped it stays, NaN before the first."""
         count = gone.sum(-1)
         mean = torch.where(gone, similarity, 0.0).sum(-1) / count.clamp(min=1)
@@ -174,7 +176,7 @@ def density(mass: Tensor, valid: Tensor) -> Tensor:
 
 def nearest(k: Tensor, at: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine to the most similar kept slot, and its index, for the slots ``at [B, Hkv, E]`` of ``k [B, Hkv, N, d]``."""
-    unit = torch.nn.functional.normalize(k.float(), dim=-1)
+    unit = torch.nn.functional.normalize(reference.widened(k), dim=-1)
     block = max(1, _BLOCK // kept.numel())
     found = []
     for part in at.split(block, 2):
@@ -188,7 +190,7 @@ def absorb(x: Tensor, at: Tensor, target: Tensor, similarity: Tensor, joins: Ten
 
     Written as what a target gains, sum of w_i (x_i - x_c) / Z: it is exactly nothing where they are equal.
     """
-    values = x.float()
+    values = reference.widened(x)
 
     def pick(slots: Tensor) -> Tensor:
         return values.gather(2, slots[..., None].expand(*slots.shape, x.shape[3]))
@@ -196,7 +198,7 @@ def absorb(x: Tensor, at: Tensor, target: Tensor, similarity: Tensor, joins: Ten
     if weights == "paper":
         own, weight, moved = math.e, torch.where(joins, similarity.exp(), 0.0), pick(at)
     else:
-        own, weight, moved = 1.0, joins.float(), similarity[..., None] * pick(at)
+        own, weight, moved = 1.0, joins.to(values.dtype), similarity[..., None] * pick(at)
     total = torch.full_like(values[..., 0], own).scatter_add(2, target, weight)  # [B, Hkv, N]
     gain = torch.zeros_like(values).scatter_add(
         2, target[..., None].expand_as(moved), weight[..., None] * (moved - pick(target))

@@ -26,8 +26,8 @@ from torch import Tensor
 from ..attention import reference, rope
 from ..call import AttentionCall
 from ..errors import UserError
-from ._policy import CachePolicy
-from ._view import QueryWindow, View
+from ._strategy import EvictionStrategy
+from ._view import CacheView, QueryWindow
 
 __all__ = ["ExpectedAttention"]
 
@@ -48,7 +48,7 @@ def _half_split(call: AttentionCall) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(CachePolicy):
+class ExpectedAttention(EvictionStrategy):
     """Tokens with the largest expected weight, times the norm of their value.
 
     Attributes:
@@ -58,7 +58,7 @@ class ExpectedAttention(CachePolicy):
         epsilon: added to the weight before that.
     """
 
-    observes: ClassVar[bool] = True
+    needs_queries: ClassVar[bool] = True
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped, nor counted"})
     future: int = field(default=512, metadata={"help": "next positions over which the rotation is averaged"})
@@ -72,14 +72,14 @@ class ExpectedAttention(CachePolicy):
         super().__post_init__()
 
     def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
-        """Add the queries of a forward to mean and scatter, and note where the rotation stands."""
+        """Add the queries of a forward to mean and scatter, and note the rotation of the newest token."""
         rotary, (batch, heads, new, dim) = call.rotary, queries.q.shape
         if rotary is None or not (state or _half_split(call)):
             raise UserError(
                 f"expected_attention needs the rotary positions of {call.site.name} in half-split layout, which the "
                 "model does not pass on; choose keydiff, knorm or snapkv"
             )
-        cos, sin = (x.float().expand(batch, -1, -1) for x in rotary)
+        cos, sin = (reference.widened(x).expand(batch, -1, -1) for x in rotary)
         if not state:
             state["query_count"] = torch.zeros(batch, device=cos.device)
             state["query_mean"] = torch.zeros(batch, heads, dim, device=cos.device)
@@ -91,7 +91,7 @@ class ExpectedAttention(CachePolicy):
             state["angle_span"] = torch.zeros_like(state["newest"])
         for start in range(0, new, _BLOCK):
             cut = slice(start, start + _BLOCK)
-            q = rope.unrotate(queries.q[:, :, cut].detach().float(), (cos[:, cut], sin[:, cut]))
+            q = rope.unrotate(reference.widened(queries.q[:, :, cut].detach()), (cos[:, cut], sin[:, cut]))
             self._gather(q, (queries.positions[:, cut] >= self.sinks)[:, None, :, None], state)
         self._follow(cos, sin, queries.positions, state)
 
@@ -120,12 +120,12 @@ class ExpectedAttention(CachePolicy):
         state["query_mean"] = state["query_mean"] + part * apart
         state["query_count"] = total
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         state, groups = view.state, view.k.shape[1]
         newest = state["cos"][:, None], state["sin"][:, None]
         cos, sin = rope.mean_rotation(newest, state["angle_step"], self.future)
         # (R mu) . k = mu . (R^T k), and likewise for the covariance: keys are turned once, not the statistics.
-        k = rope.rotate(view.k.float(), (cos, -sin))
+        k = rope.rotate(reference.widened(view.k), (cos, -sin))
         mean = state["query_mean"].unflatten(1, (groups, -1))  # [B, Hkv, G, d]
         x = mean @ k.transpose(-1, -2) * view.scale
         if self.use_covariance:
@@ -135,4 +135,8 @@ class ExpectedAttention(CachePolicy):
             x = x + torch.stack(second, 2) * (view.scale**2 / 2)
         counted = reference.repeat_kv(view.positions[:, :, None] >= self.sinks, groups)
         scores = reference.softmax(x, counted).mean(2)
-        return (scores + self.epsilon) * torch.linalg.vector_norm(view.v.float(), dim=-1) if self.use_vnorm else scores
+        return (
+            (scores + self.epsilon) * torch.linalg.vector_norm(reference.widened(view.v), dim=-1)
+            if self.use_vnorm
+            else scores
+        )

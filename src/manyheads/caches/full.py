@@ -9,16 +9,16 @@ from typing import ClassVar
 
 from ..attention.budget import Budget
 from ..errors import UserError
-from ._policy import CachePolicy
+from ._strategy import EvictionStrategy
 
 __all__ = ["Full"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(CachePolicy):
+class Full(EvictionStrategy):
     """Keep every token."""
 
-    sized: ClassVar[bool] = False
+    has_budget: ClassVar[bool] = False
 
     budget: Budget = field(default=1.0, metadata={"help": "always 1.0"})
 

@@ -27,9 +27,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..attention import reference
 from ..attention.budget import keep_counts
 from ..errors import UserError
-from ._view import View
+from ._view import CacheView
 from ._wrap import Wrapper
 
 __all__ = ["GraphKV"]
@@ -60,19 +61,19 @@ class GraphKV(Wrapper):
             raise UserError("graphkv: rounds and neighbours cannot be negative")
         super().__post_init__()
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
-        shares = super().layer_shares(views)
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
+        shares = super().layer_budgets(views)
         for layer, view in views.items():
             view.state["share"] = torch.as_tensor(shares[layer], device=view.k.device).expand(view.k.shape[0]).clone()
         return shares
 
-    def score(self, view: View) -> Tensor:
-        scores, heads = super().score(view).float(), view.positions.shape[1]
+    def score(self, view: CacheView) -> Tensor:
+        scores, heads = reference.widened(super().score(view)), view.positions.shape[1]
         if 0 in (self.num_sources, self.neighbours, self.rounds):
             return scores
         if scores.shape[1] != heads:
             scores = scores.unflatten(1, (heads, -1)).mean(2)
-        protected = self.protect(view)
+        protected = self.protected_mask(view)
         nodes = (view.positions >= 0) & ~protected & scores.isfinite()
         free = self._room(view, scores) - protected.sum(-1)
         sources = (free.clamp(min=0) * self.num_sources - 1e-6).ceil().long()
@@ -85,16 +86,16 @@ class GraphKV(Wrapper):
             scores - low, self.keys(view), nodes, sources, neighbours, rounds=self.rounds, update=self.update
         )
 
-    def _room(self, view: View, scores: Tensor) -> Tensor:
+    def _room(self, view: CacheView, scores: Tensor) -> Tensor:
         """Slots that the base's own layers and heads get, ``[B, Hs]``."""
-        room = keep_counts(self.budget, view.counts)
+        room = keep_counts(self.budget, view.counts, self.protected)
         if "share" in view.state:
             room = (room * view.state["share"]).round().long()
         room = room[:, None].expand(-1, scores.shape[1])
-        given = super().allocate(view, scores, room)
+        given = super().head_budgets(view, scores, room)
         return room if given is None else given
 
-    def keys(self, view: View) -> Tensor:
+    def keys(self, view: CacheView) -> Tensor:
         """What similarity is measured on, ``[B, Hs, N, d]``."""
         grouped: Tensor = view.k.unflatten(1, (view.positions.shape[1], -1))
         return grouped.transpose(2, 3).flatten(3)
@@ -114,7 +115,7 @@ def propagate(
         rounds: T.
         update: ``mul`` or ``add``.
     """
-    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    unit = torch.nn.functional.normalize(reference.widened(keys), dim=-1)
     size = scores.shape[2]
     most, reach = min(int(sources.max()), size), min(int(neighbours.max()), size)
     block = max(1, _BLOCK // scores.numel())

@@ -18,20 +18,22 @@ from torch import Tensor
 
 from ..attention.budget import keep_counts
 from ..errors import UserError
-from ._policy import CachePolicy, Schedule, View
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["H2O"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(CachePolicy):
+class H2O(EvictionStrategy):
     """Keys with the largest sum of attention, and the most recent ones.
 
     Attributes:
         recent_share: part of the budget, rounded down, that goes to the most recent tokens.
     """
 
-    mass: ClassVar[bool] = True
+    accumulated_attention: ClassVar[bool] = True
 
     schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
     recent_share: float = field(default=0.5, metadata={"help": "part of the budget for the most recent tokens, 0 to 1"})
@@ -41,10 +43,10 @@ class H2O(CachePolicy):
             raise UserError(f"h2o: recent_share is a part of the budget, 0 to 1, not {self.recent_share}")
         super().__post_init__()
 
-    def protect(self, view: View) -> Tensor:
-        fresh = (keep_counts(self.budget, view.counts) * self.recent_share).long()
-        return super().protect(view) | (view.positions >= (view.counts - fresh)[:, None, None])
+    def protected_mask(self, view: CacheView) -> Tensor:
+        fresh = (keep_counts(self.budget, view.counts, self.protected) * self.recent_share).long()
+        return super().protected_mask(view) | (view.positions >= (view.counts - fresh)[:, None, None])
 
-    def score(self, view: View) -> Tensor:
-        assert view.mass is not None
-        return view.mass
+    def score(self, view: CacheView) -> Tensor:
+        assert view.accumulated_attention is not None
+        return view.accumulated_attention

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache of fixed size whose next victim is found before attention, by locality-sensitive hashing.
+"""A cache of fixed size that chooses the token to evict before attention, by locality-sensitive hashing.
 
 Liu et al., "HashEvict: A Pre-Attention KV Cache Eviction Strategy using Locality-Sensitive Hashing", arXiv 2412.16187.
 A vector is hashed to the signs of ``num_bits`` random projections, h(x) = [xR >= 0]. Two hashes differ in a bit with
 probability angle(x, y) / pi, so the Hamming distance between the hash of a probe and those of the cached keys says
 which key points furthest from the probe, and would get the least attention, without computing attention. That key's
 slot is overwritten by the new token, and only then the model attends. The first ``num_global`` tokens and the last
-``num_recent`` before the new one are never victims. Every key/value head picks its own victim.
+``num_recent`` before the new one are never evicted. Every key/value head evicts for itself.
 
 Paper and released code differ in the probe. ``probe="query"`` (paper) hashes the current query; with grouped queries
 the distances of a group are summed (our choice: the paper does not say). ``probe="key"`` (released code) hashes the
@@ -14,7 +14,7 @@ current key. A prompt longer than the cache keeps its global and most recent tok
 
 Budget: the cache holds N slots per head, N = ``budget`` if that is a whole number, else
 ceil(budget * (prompt + reserve)) fixed at the first forward; the released code reserves max_new_tokens there. While
-decoding one slot more is allocated, in which the new token waits for its victim.
+decoding one slot more is allocated, the staging slot, which holds the new token until another slot is evicted.
 
 Bits are packed eight to a byte (released code: one byte a bit): num_bits / 8 bytes per slot and head.
 """
@@ -28,12 +28,13 @@ from torch import Tensor
 from ..attention import reference
 from ..attention.bits import hamming, pack_signs
 from ..attention.budget import keep_counts, keep_limit
-from ..attention.slots import Slots
+from ..attention.padded import PaddedCache
 from ..call import AttentionCall, Site
 from ..errors import UserError
-from ._policy import CachePolicy, Schedule
-from ._store import PolicyStore, leave_window
-from ._view import View
+from ._policy import Schedule
+from ._store import PolicyStore, drop_outside_window
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["HashEvict"]
 
@@ -41,14 +42,14 @@ _UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
-class HashEvict(CachePolicy):
+class HashEvict(EvictionStrategy):
     """Overwrite the key whose hash is furthest from the probe's.
 
     Attributes:
-        probe: what is hashed to find the victim, ``query`` (paper) or ``key`` (released code).
+        probe: what is hashed to find the token to evict, ``query`` (paper) or ``key`` (released code).
         num_bits: random projections per hash.
-        num_global: first tokens that are never victims.
-        num_recent: last tokens before the new one that are never victims.
+        num_global: first tokens that are never evicted.
+        num_recent: last tokens before the new one that are never evicted.
         reserve: tokens expected beyond the prompt, counted into a fractional budget.
         seed: of the projections; each layer draws its own, shared by its heads.
     """
@@ -57,8 +58,8 @@ class HashEvict(CachePolicy):
 
     probe: Literal["query", "key"] = field(default="query", metadata={"help": "query (paper) or key (released code)"})
     num_bits: int = field(default=16, metadata={"help": "random projections per hash"})
-    num_global: int = field(default=4, metadata={"help": "first tokens that are never victims"})
-    num_recent: int = field(default=10, metadata={"help": "last tokens that are never victims"})
+    num_global: int = field(default=4, metadata={"help": "first tokens that are never evicted"})
+    num_recent: int = field(default=10, metadata={"help": "last tokens that are never evicted"})
     reserve: int = field(default=0, metadata={"help": "tokens expected beyond the prompt, for a fractional budget"})
     seed: int = field(default=0, metadata={"help": "seed of the projections"})
     schedule: Schedule = field(default="step", metadata={"help": "always step"})
@@ -77,7 +78,7 @@ class HashEvict(CachePolicy):
     def store(self, site: Site) -> "HashStore":
         return HashStore(self, site)
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """The prompt keeps its global and most recent tokens."""
         return view.positions.float().masked_fill(view.positions < self.num_global, torch.inf)
 
@@ -91,7 +92,7 @@ class HashStore(PolicyStore):
     """Slots with packed key hashes ``[B, Hkv, N, bytes]``, overwritten in place once the cache is full.
 
     While full and decoding, the slots have one place more than the capacity, at the end: there the new token waits
-    (``append``), is attended to while its victim is hidden (``admit``), and moves into the victim's place (``settle``).
+    (``update``), is attended to while the evicted token is masked (``mask``), and then moves into its slot (``evict``).
     """
 
     policy: HashEvict
@@ -101,12 +102,12 @@ class HashStore(PolicyStore):
         self._projections: Tensor | None = None
         self._capacity = 0
         self._caps: Tensor | None = None  # [B], the capacity of each row
-        self._died: Tensor | None = None  # [B, Hs, S], which of the T new tokens took a slot's place; T = none
-        self._waiting_place = False
+        self._replaced_by: Tensor | None = None  # [B, Hs, S], which of the T new tokens took a slot's place; T = none
+        self._has_staging_slot = False
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        slots = self.slots
-        if self._waiting_place and slots is not None and slots.index is not None:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self.padded
+        if self._has_staging_slot and slots is not None and slots.index is not None:
             if k.shape[2] == 1 and not k.requires_grad:
                 slots.keys[:, :, -1:], slots.values[:, :, -1:], slots.index[:, :, -1] = k, v, slots.seen
                 if slots.valid is not None:
@@ -114,12 +115,12 @@ class HashStore(PolicyStore):
                 slots.seen += 1
                 return slots.keys, slots.values
             slots.narrow(0, self._capacity)
-            self._waiting_place = False
-        return super().append(k, v)
+            self._has_staging_slot = False
+        return super().update(k, v)
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
-        """Choose the victims of the T new tokens one after the other, and hide each from its own query on."""
-        hidden = super().admit(call)
+    def mask(self, call: AttentionCall) -> AttentionCall:
+        """Choose what each of the T new tokens evicts, one after the other, and mask it from that token's query on."""
+        hidden = super().mask(call)
         if self._forwards == 0:
             return hidden
         slots, new = self.live, call.q.shape[2]
@@ -127,8 +128,8 @@ class HashStore(PolicyStore):
         slots.extras["hash"][:, :, -new:] = fresh
         if slots.seen <= self._capacity:
             return hidden  # the longest row was never full, and no other fills before it
-        self._died = self._victims(self._hash(call.q) if self.policy.probe == "query" else fresh)
-        alive = self._died[:, :, None, :] > torch.arange(new, device=call.q.device)[:, None]
+        self._replaced_by = self._choose_evicted(self._hash(call.q) if self.policy.probe == "query" else fresh)
+        alive = self._replaced_by[:, :, None, :] > torch.arange(new, device=call.q.device)[:, None]
         seen = hidden.allowed()
         if seen is not None:
             alive = (
@@ -136,39 +137,39 @@ class HashStore(PolicyStore):
             )
         return hidden.replace(mask=alive, is_causal=False)
 
-    def settle(self, call: AttentionCall) -> None:
+    def evict(self, call: AttentionCall) -> None:
         if self._forwards == 0:
-            super().settle(call)
+            super().evict(call)
             return
         self._forwards += 1
-        slots, new, died = self.live, call.q.shape[2], self._died
-        self._died = None
-        if died is not None and self._waiting_place:
-            self._move_in(slots, died)
-        elif died is not None:
-            kept = (died == new) & (slots.columns() >= 0)
+        slots, new, replaced_by = self.live, call.q.shape[2], self._replaced_by
+        self._replaced_by = None
+        if replaced_by is not None and self._has_staging_slot:
+            self._move_in(slots, replaced_by)
+        elif replaced_by is not None:
+            kept = (replaced_by == new) & (slots.columns() >= 0)
             order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : self._capacity]
             slots.keep(order, kept.gather(2, order))
             if slots.size == self._capacity and not slots.keys.requires_grad:
-                self._make_waiting_place(slots)
-        if self.site.window is not None and not self._waiting_place:
-            leave_window(slots, self.site.window)
+                self._add_staging_slot(slots)
+        if self.site.window is not None and not self._has_staging_slot:
+            drop_outside_window(slots, self.site.window)
 
-    def compress(self, view: View, share: Tensor | float | None = None) -> None:
+    def compress(self, view: CacheView, share: Tensor | float | None = None) -> None:
         """Fix the capacity, hash the prompt's keys, keep its global and most recent tokens."""
         slots, budget = self.live, self.policy.budget
         if isinstance(budget, int) or budget == 1.0:
             self._capacity = budget if isinstance(budget, int) else _UNBOUNDED
             self._caps = torch.full_like(view.counts, self._capacity)
         else:
-            self._capacity = keep_limit(budget, slots.seen + self.policy.reserve)
-            self._caps = keep_counts(budget, view.counts + self.policy.reserve)
-        self.policy.check(self._capacity)
+            least = self.policy.protected  # also of a prompt that is shorter: the capacity is fixed by it
+            self._capacity = max(keep_limit(budget, slots.seen + self.policy.reserve), least)
+            self._caps = keep_counts(budget, view.counts + self.policy.reserve).clamp(min=least)
         slots.extras = {"hash": self._hash(view.k)}
         super().compress(view, share)
 
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
         self._caps = None if self._caps is None else self._caps[rows.to(self._caps.device)]
 
     @property
@@ -181,9 +182,10 @@ class HashStore(PolicyStore):
     def _hash(self, x: Tensor) -> Tensor:
         if self._projections is None:
             self._projections = self.policy.projections(x.shape[-1], self.site.layer or 0, x.device)
-        return pack_signs(x.float() @ self._projections)
+        x = reference.widened(x)
+        return pack_signs(x @ self._projections.to(x.dtype))
 
-    def _victims(self, probes: Tensor) -> Tensor:
+    def _choose_evicted(self, probes: Tensor) -> Tensor:
         """Which of the T new tokens takes each slot's place: ``probes [B, H | Hkv, T, bytes] -> [B, Hs, S]``."""
         slots, policy, new = self.live, self.policy, probes.shape[2]
         positions, (caps, _) = slots.positions(), self._limits(slots.counts())
@@ -191,34 +193,34 @@ class HashStore(PolicyStore):
         hashes = reference.repeat_kv(slots.extras["hash"], probes.shape[1])
         alive = positions >= 0
         alive[..., size - new :] = False
-        died = torch.full_like(positions, new)
+        replaced_by = torch.full_like(positions, new)
         for t in range(new):
             distance = hamming(probes[:, :, t, None], hashes).unflatten(1, (heads, -1)).sum(2)
             mine = positions[..., size - new + t, None]  # also the number of tokens before it
             spared = (positions < policy.num_global) | (positions >= mine - policy.num_recent)
             age = slots.seen - positions  # among equals the oldest goes
             rank = torch.where(alive & ~spared, distance.long() * (2 * slots.seen) + age, -1)
-            victim = rank.argmax(-1, keepdim=True)
+            evicted = rank.argmax(-1, keepdim=True)
             full = (alive.sum(-1, keepdim=True) >= caps[:, None, None]) & (mine >= 0)
-            goes = torch.zeros_like(alive).scatter(2, victim, full)
-            died = died.masked_fill(goes, t)
+            goes = torch.zeros_like(alive).scatter(2, evicted, full)
+            replaced_by = replaced_by.masked_fill(goes, t)
             alive = alive & ~goes
             alive[..., size - new + t] = mine[..., 0] >= 0
-        return died
+        return replaced_by
 
-    def _make_waiting_place(self, slots: Slots) -> None:
+    def _add_staging_slot(self, slots: PaddedCache) -> None:
         slots.keys, slots.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (slots.keys, slots.values))
         assert slots.index is not None
         slots.index = torch.nn.functional.pad(slots.index, (0, 1), value=-1)
         hashes = slots.extras["hash"]
         slots.extras = {"hash": torch.cat([hashes, hashes[:, :, -1:]], 2)}
-        self._waiting_place = True
+        self._has_staging_slot = True
 
-    def _move_in(self, slots: Slots, died: Tensor) -> None:
-        """The waiting token overwrites its victim, or an empty slot of a row that is not full."""
+    def _move_in(self, slots: PaddedCache, replaced_by: Tensor) -> None:
+        """The token in the staging slot overwrites the evicted one, or an empty slot of a row that is not full."""
         assert slots.index is not None
         columns = slots.columns()
-        place = ((died[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
+        place = ((replaced_by[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
         arrived = columns[..., -1:] >= 0  # False where the new token is padding
         slots.index.scatter_(2, place, torch.where(arrived, slots.index[..., -1:], slots.index.gather(2, place)))
         slots.index[..., -1] = -1

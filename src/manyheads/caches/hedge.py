@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep what the text is about to use, and what any question could ask for, in 4 bits, wherever in the model it is.
 
-Ours, not a paper's. A cache is compressed before it is known what comes next, and the strategies it stands on each bet
+Ours, not a paper's. A cache is compressed before it is known what comes next, and the strategies it combines each bet
 on one future. Scores from the prompt's own queries (SnapKV, arXiv 2404.14469) expect the text to go on as it went, and
-lose what only a later question will need. Key diversity (KeyDiff, arXiv 2504.15364) keeps what stands out, whatever may
+lose what only a later question will need. Key diversity (KeyDiff, arXiv 2504.15364) keeps unusual keys, whatever may
 be asked, and loses what ordinary text lives on. This one hedges, in four parts:
 
 - **Distinctness** for the unknown question: -cos(key, mean of unit keys) as in KeyDiff, but with the rotation of the
@@ -13,7 +13,7 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
   its own. Where p_tj are the weights, a token counts by the root mean square of what it adds to the output,
   sqrt(mean_t p_tj^2) * |v_j|: the square root of the squared error that dropping it alone would bring. (Expected
   attention, arXiv 2510.00636, turns a Gaussian of the queries on and takes the mean.)
-- **One ranking over the model.** All tokens of all heads and layers are ranked by either score, and a token stands
+- **One ranking over the model.** All tokens of all heads and layers are ranked by either score, and a token is placed
   where the better of its places, p_distinct / ``distinct`` and p_foresight / (1 - ``distinct``), puts it; the best
   stay. Both scores mean the same in every head, so a head whose keys are all alike, or that looks at its neighbours
   only, leaves its bytes to the few that look things up (Ada-KV, arXiv 2407.11550, does so among the heads of a layer).
@@ -44,8 +44,8 @@ from ..attention import reference, rope
 from ..attention.budget import keep_counts
 from ..attention.codec import Codec, codec
 from ..errors import UserError
-from ._policy import CachePolicy
-from ._view import View
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["Hedge"]
 
@@ -56,7 +56,7 @@ _BLOCK = 2**24  # weights held at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hedge(CachePolicy):
+class Hedge(EvictionStrategy):
     """Distinct keys and what the prompt would look up next, ranked over all layers, stored in 4 bits.
 
     Attributes:
@@ -68,7 +68,7 @@ class Hedge(CachePolicy):
         bits: ``int4``, ``fp8``, or ``none`` for the model's own dtype.
     """
 
-    together: ClassVar[bool] = True
+    cross_layer: ClassVar[bool] = True
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     recent: int = field(default=16, metadata={"help": "last tokens that are never dropped and stay in 16 bits"})
@@ -98,7 +98,7 @@ class Hedge(CachePolicy):
     def codec_window(self) -> int:
         return self.recent
 
-    def key_scale(self, view: View) -> Tensor | None:
+    def key_scale(self, view: CacheView) -> Tensor | None:
         """1 / the largest norm of each rotary pair, or the largest size of each channel where pairs are unknown."""
         empty = (view.positions[:, 0] < 0)[..., None]
         tops = []
@@ -109,7 +109,7 @@ class Hedge(CachePolicy):
         most = top.amax(-1, keepdim=True)
         return torch.where(most > 0, 1 / top.maximum(_FLOOR * most), 1.0)
 
-    def layer_shares(self, views: Mapping[int, View]) -> Mapping[int, Tensor | float]:
+    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
         """Rank the tokens of all layers together, and note in each layer's state what it keeps."""
         whole = [view for view in views.values() if view.site.window is None]
         for pool in [whole, *([view] for view in views.values() if view.site.window is not None)]:
@@ -117,20 +117,20 @@ class Hedge(CachePolicy):
                 self._rank(pool)
         shares = {}
         for layer, view in views.items():
-            equal = keep_counts(self.budget, view.counts).clamp(min=1)
+            equal = keep_counts(self.budget, view.counts, self.protected).clamp(min=1)
             shares[layer] = view.state["kept"].float().mean(1) / equal
         return shares
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         if "ranking" not in view.state:
             self._rank([view])
         return view.state.pop("ranking")
 
-    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
+    def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
         del scores, budgets
         return view.state["kept"]
 
-    def _rank(self, views: list[View]) -> None:
+    def _rank(self, views: list[CacheView]) -> None:
         """Write the joint ranking ``[B, Hs, N]`` and how many of it stay ``[B, Hs]`` into the state of each view."""
         for view in views:
             view.angle_step()  # noted in its state
@@ -142,14 +142,14 @@ class Hedge(CachePolicy):
             ranks.append(rank.masked_fill(view.positions < 0, -torch.inf))
             view.state["ranking"] = ranks[-1]
             total = total + self.room(view) * view.positions.shape[1]
-        fixed = [r.masked_fill(self.protect(view), torch.inf) for r, view in zip(ranks, views, strict=True)]
+        fixed = [r.masked_fill(self.protected_mask(view), torch.inf) for r, view in zip(ranks, views, strict=True)]
         order = _places(fixed)
         for view, place, rank in zip(views, order, fixed, strict=True):
             view.state["kept"] = ((place <= total[:, None, None]) & (rank > -torch.inf)).sum(-1)
 
-    def room(self, view: View) -> Tensor:
+    def room(self, view: CacheView) -> Tensor:
         """Tokens of a head that the budget's bytes hold on average, ``[B]``."""
-        slots = keep_counts(self.budget, view.counts)
+        slots = keep_counts(self.budget, view.counts, self.protected)
         packing, (key, value) = self.codec, (view.k.shape[-1], view.v.shape[-1])
         if packing is None or view.site.window is not None or view.site.latent is not None or key != value:
             return slots
@@ -171,13 +171,13 @@ def _places(scores: list[Tensor]) -> list[Tensor]:
     return [piece.view(x.shape).flip(-1) for piece, x in zip(pieces, scores, strict=True)]
 
 
-def _stored(x: Tensor, view: View) -> Tensor:
+def _stored(x: Tensor, view: CacheView) -> Tensor:
     """``[B, Hkv, N]`` averaged to the heads as stored, -inf where there is no token, or none that later queries see."""
     out: Tensor = x.unflatten(1, (view.positions.shape[1], -1)).mean(2)
     return out.masked_fill(~_seen(view), -torch.inf)
 
 
-def _seen(view: View) -> Tensor:
+def _seen(view: CacheView) -> Tensor:
     """Slots that hold a token which the next query sees, bool ``[B, Hs, N]``."""
     held = view.positions >= 0
     if view.site.window is None:
@@ -194,22 +194,22 @@ def _turned(x: Tensor, by: Tensor, step: Tensor | None) -> Tensor:
     return rope.rotate(x, (angles.cos(), angles.sin()))
 
 
-def distinctness(view: View) -> Tensor:
+def distinctness(view: CacheView) -> Tensor:
     """How little each key has in common with the others of its head, positions aside: ``[B, Hs, N]``."""
     step, scores = view.angle_step(), []
     positions = view.positions.repeat_interleave(view.k.shape[1] // view.positions.shape[1], 1)
     for k, at in zip(view.k.unbind(1), positions.unbind(1), strict=True):  # a head at a time: float32 copies are large
-        k = _turned(k.float()[:, None], -at.float(), step)[:, 0]
+        k = _turned(reference.widened(k)[:, None], -at.float(), step)[:, 0]
         k = torch.nn.functional.normalize(k, dim=-1).masked_fill((at < 0)[..., None], 0.0)
         scores.append(-torch.nn.functional.cosine_similarity(k, k.sum(1, keepdim=True), dim=-1))
     return _stored(torch.stack(scores, 1), view)
 
 
-def foresight(view: View) -> Tensor:
+def foresight(view: CacheView) -> Tensor:
     """Root mean square of what each token adds to the output when the last queries are asked again: ``[B, Hs, N]``."""
     assert view.queries is not None
     asked, heads, cap = view.queries.positions, view.queries.q.shape[1], view.softcap
-    step, k, size = view.angle_step(), view.k.float(), view.k.shape[2]
+    step, k, size = view.angle_step(), reference.widened(view.k), view.k.shape[2]
     hidden = ~reference.repeat_kv(_seen(view), heads)[:, :, None]
     # The tokens near a query are among the latest: one slot a position.
     late = reference.repeat_kv(view.positions, k.shape[1]).topk(min(size, asked.shape[1] + _NEAR), -1)
@@ -217,7 +217,7 @@ def foresight(view: View) -> Tensor:
     places = reference.repeat_kv(late.values, heads)[:, :, None]
     total = k.new_zeros(k.shape[0], heads, size)
     block = max(1, _BLOCK // total.numel())
-    for q, at in zip(view.queries.q.float().split(block, 2), asked.split(block, 1), strict=True):
+    for q, at in zip(reference.widened(view.queries.q).split(block, 2), asked.split(block, 1), strict=True):
         again, at = _turned(q, (view.counts[:, None] - at).float(), step), at[:, None, :, None]
         new = reference.logits(again, k, scale=view.scale, softcap=cap).masked_fill_(hidden, -torch.inf)
         old = reference.logits(q, beside, scale=view.scale, softcap=cap)
@@ -229,5 +229,7 @@ def foresight(view: View) -> Tensor:
         share = (top - whole).exp().masked_fill((at < 0) | (whole == -torch.inf), 0.0)  # of weight 1 at the top
         total += (share.square().transpose(2, 3) @ new.square_())[:, :, 0]
     mean = total / (asked >= 0).sum(1).clamp(min=1)[:, None, None]
-    used = mean.unflatten(1, (k.shape[1], -1)).mean(2).sqrt() * torch.linalg.vector_norm(view.v.float(), dim=-1)
+    used = mean.unflatten(1, (k.shape[1], -1)).mean(2).sqrt() * torch.linalg.vector_norm(
+        reference.widened(view.v), dim=-1
+    )
     return _stored(used, view)

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._policy import CachePolicy
-from ._view import View
+from ..attention import reference
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["KeyDiff"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyDiff(CachePolicy):
+class KeyDiff(EvictionStrategy):
     """Keep the keys least similar to the mean direction of all keys of the head."""
 
-    def score(self, view: View) -> Tensor:
-        k = torch.nn.functional.normalize(view.k.float(), dim=-1)
+    def score(self, view: CacheView) -> Tensor:
+        k = torch.nn.functional.normalize(reference.widened(view.k), dim=-1)
         filled = (view.positions >= 0)[..., None]
         anchor = torch.where(filled, k, 0.0).sum(2, keepdim=True)  # cosine does not see the factor 1 / count
         return -torch.nn.functional.cosine_similarity(k, anchor, dim=-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep what stands out of the range of the tokens that follow.
+"""Keep the tokens outside the range of those that follow.
 
 Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", arXiv 2504.04704.
 Behind the sinks, keys and values are cut into partitions of ``lag_size`` tokens. Each channel of a partition is scaled
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..attention import reference
 from ..errors import UserError
-from ._policy import CachePolicy, View
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["LagKV"]
 
@@ -43,7 +44,7 @@ def _novelty(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LagKV(CachePolicy):
+class LagKV(EvictionStrategy):
     """Tokens whose keys and values spread widest relative to the next ``lag_size`` tokens.
 
     Attributes:
@@ -58,7 +59,7 @@ class LagKV(CachePolicy):
             raise UserError("lagkv: lag_size is at least 1")
         super().__post_init__()
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         lag, heads, size = self.lag_size, view.k.shape[1], view.k.shape[2]
         # In the order of the row from the first token after the sinks on; sinks and empty slots last.
         late = view.positions.masked_fill(view.positions < self.sinks, torch.iinfo(torch.int64).max)
@@ -68,7 +69,7 @@ class LagKV(CachePolicy):
         if count > 1:
             body = order[:, :, : count * lag]
             novelty = sum(
-                _novelty(x.float().gather(2, body.expand(-1, -1, -1, x.shape[3])).unflatten(2, (count, lag)))
+                _novelty(reference.widened(x).gather(2, body.expand(-1, -1, -1, x.shape[3])).unflatten(2, (count, lag)))
                 for x in (view.k, view.v)
             )
             assert isinstance(novelty, Tensor)

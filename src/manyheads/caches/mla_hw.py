@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from ..attention import mla, reference
-from ..attention.slots import nbytes
-from ..call import AttentionCall, Latent, Site
+from ..attention.padded import nbytes
+from ..call import AttentionCall, Latent, Site, Store
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Cache
 
 __all__ = ["LatentStore", "MLAHw"]
 
@@ -38,7 +38,7 @@ _ALIGNED = 16  # tokens, a divisor of it: as many logits fill whole words of a G
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLAHw(Strategy):
+class MLAHw(Cache):
     """Attend to latents where that is cheaper than expanding them.
 
     Attributes:
@@ -84,18 +84,18 @@ class MLAHw(Strategy):
         )
 
 
-class LatentStore:
+class LatentStore(Store):
     """Latents and rotary keys of one layer, side by side in one tensor ``[B, 1, C, r + dr]``; room to grow is zero.
 
     ``append`` hands back the new tokens only, so the module expands no more than those; :meth:`attend` answers for all.
-    Where it may not (another strategy acts at the site, sinks, dropout) or the schedule says ``expand``, :meth:`admit`
+    Where it may not (another strategy acts at the site, sinks, dropout) or the schedule says ``expand``, :meth:`mask`
     gives the call keys and values of all tokens. The mask of a forward covers all columns, so padding needs no record.
     """
 
     def __init__(self, strategy: MLAHw, site: Site) -> None:
         assert site.latent is not None
+        super().__init__(site)
         self.strategy = strategy
-        self.site = site
         self.latent: Latent = site.latent
         self.dims = mla.Dims(
             self.latent.num_heads, self.latent.rank, self.latent.nope_dim, self.latent.rope_dim, self.latent.v_dim
@@ -106,7 +106,11 @@ class LatentStore:
     def reset(self) -> None:
         """Forget everything."""
         self._held: Tensor | None = None
-        self.seen = 0
+        self._seen = 0
+
+    @property
+    def seen(self) -> int:
+        return self._seen
 
     @property
     def keys(self) -> Tensor | None:
@@ -118,7 +122,7 @@ class LatentStore:
         """Rotary keys ``[B, 1, S, dr]``."""
         return None if self._held is None else self._held[:, :, : self.seen, self.dims.rank :]
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take the next T tokens, latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]``; return just these."""
         if k.shape[1] != 1 or (k.shape[3], v.shape[3]) != (self.dims.rank, self.dims.rope_dim):
             raise UserError(
@@ -133,7 +137,7 @@ class LatentStore:
             self._held = larger
         self._held[:, :, self.seen : end, : self.dims.rank] = k
         self._held[:, :, self.seen : end, self.dims.rank :] = v
-        self.seen = end
+        self._seen = end
         return k, v
 
     def attend(self, call: AttentionCall) -> Tensor | None:
@@ -148,24 +152,24 @@ class LatentStore:
             bias=call.bias, seen=self.seen,
         )  # fmt: skip
 
-    def admit(self, call: AttentionCall) -> AttentionCall:
+    def mask(self, call: AttentionCall) -> AttentionCall:
         """Give the call keys and values of all tokens, where it has those of the new ones only."""
         if call.k.shape[2] == self.seen:
             return call
         k, v = mla.keys_values(self._all(1), self._up(call.q), self.dims)
         return call.replace(k=k, v=v, mask=self._mask(call), is_causal=False)
 
-    def settle(self, call: AttentionCall) -> None:
+    def evict(self, call: AttentionCall) -> None:
         """Nothing is dropped."""
 
-    def select(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']``."""
         if self._held is not None:
             self._held = self._held[rows.to(self._held.device)]
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens."""
-        self.seen = max(0, self.seen - count)
+        self._seen = max(0, self._seen - count)
         if self._held is not None:
             self._held[:, :, self.seen :] = 0
 

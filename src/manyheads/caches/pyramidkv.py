@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ._policy import View
+from ._view import CacheView
 from ._wrap import Wrapper
 
 __all__ = ["PyramidKV"]
@@ -43,7 +43,7 @@ class PyramidKV(Wrapper):
             raise UserError(f"pyramidkv: beta is at least 1 (equal budgets), not {self.beta}")
         super().__post_init__()
 
-    def allocate(self, view: View, scores: Tensor, budgets: Tensor) -> Tensor | None:
+    def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
         peers = [layer for layer in view.site.peers if self.layers is None or layer in self.layers]
         if len(peers) > 1 and view.site.layer in peers:
             mean = (budgets - self.protected).clamp(min=0)
@@ -53,5 +53,5 @@ class PyramidKV(Wrapper):
             steps = len(peers) - 1
             above = rise * (steps - 2 * peers.index(view.site.layer))  # (b_l - mean) * steps: odd around the middle
             budgets = budgets + torch.div(above, steps, rounding_mode="trunc")
-        uneven = super().allocate(view, scores, budgets)
+        uneven = super().head_budgets(view, scores, budgets)
         return budgets if uneven is None else uneven

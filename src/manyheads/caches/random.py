@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ._policy import CachePolicy
-from ._view import View
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["Random"]
 
@@ -24,7 +24,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(CachePolicy):
+class Random(EvictionStrategy):
     """Keep tokens drawn uniformly, each head its own.
 
     Attributes:
@@ -33,7 +33,7 @@ class Random(CachePolicy):
 
     seed: int = field(default=0, metadata={"help": "seed of the draw"})
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         heads = torch.arange(view.positions.shape[1], device=view.k.device)[:, None]
         stream = _mix(heads + 1009 * (view.site.layer or 0) + 1_000_003 * self.seed)
         draw = _mix(_mix(view.positions) ^ stream) & ((1 << 24) - 1)

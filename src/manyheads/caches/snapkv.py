@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ..attention.mass import column_mass
+from ..attention.accumulated_attention import accumulated_attention
 from ..errors import UserError
-from ._policy import CachePolicy
-from ._view import View
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["SnapKV"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(CachePolicy):
+class SnapKV(EvictionStrategy):
     """Keys that the last ``window_size`` queries attend to most.
 
     Attributes:
@@ -43,9 +43,9 @@ class SnapKV(CachePolicy):
     def window(self) -> int:
         return self.window_size
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         assert view.queries is not None
-        votes = column_mass(
+        votes = accumulated_attention(
             view.queries.q, view.k, view.queries.positions, view.positions, scale=view.scale, softcap=view.softcap,
             sinks=view.sinks,
         )  # fmt: skip

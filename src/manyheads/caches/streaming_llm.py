@@ -14,18 +14,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ._policy import CachePolicy, Schedule
-from ._view import View
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["StreamingLLM"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(CachePolicy):
+class StreamingLLM(EvictionStrategy):
     """First ``sinks`` tokens and the most recent others."""
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         return view.positions.float()

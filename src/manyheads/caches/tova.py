@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ._policy import CachePolicy, Schedule, View
+from ._policy import Schedule
+from ._strategy import EvictionStrategy
+from ._view import CacheView
 
 __all__ = ["TOVA"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TOVA(CachePolicy):
+class TOVA(EvictionStrategy):
     """Tokens that the last query attends to most, averaged over all heads."""
 
     schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
@@ -30,9 +32,11 @@ class TOVA(CachePolicy):
     def window(self) -> int:
         return 1
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         assert view.queries is not None
-        x = reference.logits(view.queries.q.float(), view.k.float(), scale=view.scale, softcap=view.softcap)
+        x = reference.logits(
+            reference.widened(view.queries.q), reference.widened(view.k), scale=view.scale, softcap=view.softcap
+        )
         positions = view.positions[:, :, None, :]
         mask = (positions >= 0) & (positions <= view.queries.positions[:, None, :, None])
         weights = reference.softmax(x, reference.repeat_kv(mask, x.shape[1]), view.sinks)[:, :, 0]  # [B, H, N]

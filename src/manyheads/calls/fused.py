@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of attention weights by the kernels of :mod:`manyheads.kernels.probe`, for the calls that are theirs.
 
-A call is when it has no bias, cap or learned sinks and each query sees one stretch of the columns: causal, all of them,
+A call is when it has no bias, cap or learned sinks and each query sees one range of the columns: causal, all of them,
 a sliding window, padding on either side. :mod:`manyheads.calls.statistics` says what each statistic is; what is not
 answered here it makes by blocks.
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall
-from .statistics import Band, Columns, Distance, Entropy, Expectation, MeanLog, Pooled, Received, Statistic
+from .statistics import Band, Columns, ColumnSum, Distance, Entropy, MeanLogWeight, Pooled, Statistic, WeightedSum
 
-__all__ = ["fused", "mean_log", "stretches", "summed"]
+__all__ = ["fused", "mean_log_weight", "visible_ranges", "summed"]
 
 Spans = tuple[Tensor, Tensor]
 
@@ -27,11 +27,11 @@ _CELL = 16  # rows of a cell of the pooled map, likewise
 _HELD = 2**26  # numbers held at once
 _SUMS = 2**24  # sums of keys, likewise, in float64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KINDS = (Band, Columns, Distance, Entropy, Expectation, MeanLog, Pooled, Received)
+_KINDS = (Band, Columns, Distance, Entropy, WeightedSum, MeanLogWeight, Pooled, ColumnSum)
 
 
-def stretches(call: AttentionCall) -> Spans | None:
-    """First and end of the columns ``[B or 1, T]`` that each query sees; None where they are no single stretch."""
+def visible_ranges(call: AttentionCall) -> Spans | None:
+    """First and end of the columns ``[B or 1, T]`` that each query sees; None where they are no single range."""
     length, size = call.q.shape[2], call.k.shape[2]
     allowed = call.allowed()
     if allowed is None:
@@ -60,17 +60,17 @@ def _plain(call: AttentionCall) -> bool:
 
 def summed(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Callable[[Tensor], Tensor]]:
     """Statistics that take the rows' log-sum-exp alone, anywhere; by number, what to give it to."""
-    asked = [(i, s) for i, s in enumerate(statistics) if type(s) is MeanLog]
+    asked = [(i, s) for i, s in enumerate(statistics) if type(s) is MeanLogWeight]
     if not asked or not _plain(call):
         return {}
-    spans = _causal(call) if call.is_causal and call.mask is None else stretches(call)
+    spans = _causal(call) if call.is_causal and call.mask is None else visible_ranges(call)
     if spans is None:
         return {}
     return {i: partial(_later, call, s.keys, spans) for i, s in asked}
 
 
 def _later(call: AttentionCall, sets: Tensor, spans: Spans, lse: Tensor) -> Tensor:
-    return mean_log(call, sets.to(lse.device), lse, spans)
+    return mean_log_weight(call, sets.to(lse.device), lse, spans)
 
 
 def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any]:
@@ -81,12 +81,12 @@ def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any
     asked = [(i, s) for i, s in enumerate(statistics) if type(s) in _KINDS]
     asked = [(i, s) for i, s in asked if not isinstance(s, Pooled) or q.shape[2] >= _CELL * s.size]
     causal = call.is_causal and call.mask is None
-    spans = None if causal or not asked else stretches(call)
+    spans = None if causal or not asked else visible_ranges(call)
     if not asked or (spans is None and not causal):
         return {}
     from ..kernels import probe
 
-    wanted = [s.features.to(q.device) for _, s in asked if isinstance(s, Expectation)]
+    wanted = [s.features.to(q.device) for _, s in asked if isinstance(s, WeightedSum)]
     batch = max((x.shape[0] for x in wanted), default=1)
     features = torch.cat([x.expand(batch, -1, -1).float() for x in wanted], 2) if wanted else None
     far = any(isinstance(s, Distance) for _, s in asked)
@@ -94,16 +94,16 @@ def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any
     parts = iter(rows.found.split([x.shape[2] for x in wanted], 3) if wanted else ())
     lse, made = rows.lse, dict[int, Any]()
     for i, s in asked:
-        if isinstance(s, Expectation):
+        if isinstance(s, WeightedSum):
             made[i] = next(parts)
         elif isinstance(s, Entropy | Distance):
             made[i] = (rows.entropy if isinstance(s, Entropy) else rows.distance).clone()  # answers are one's own
         elif isinstance(s, Columns):
             made[i] = _columns(call, s.index.to(q.device), lse, spans or _causal(call))
-        elif isinstance(s, MeanLog):
-            made[i] = mean_log(call, s.keys.to(q.device), lse, spans or _causal(call))
-        elif isinstance(s, Received):
-            made[i] = probe.receive(q, k, lse, s.weight.to(q.device), scale=scale, spans=spans)
+        elif isinstance(s, MeanLogWeight):
+            made[i] = mean_log_weight(call, s.keys.to(q.device), lse, spans or _causal(call))
+        elif isinstance(s, ColumnSum):
+            made[i] = probe.column_sum(q, k, lse, s.weight.to(q.device), scale=scale, spans=spans)
         elif isinstance(s, Band):
             made[i] = probe.band(q, k, lse, s.profile, queries=s.queries, scale=scale, spans=spans)
         elif isinstance(s, Pooled):
@@ -127,7 +127,7 @@ def _columns(call: AttentionCall, index: Tensor, lse: Tensor, spans: Spans) -> T
     return out
 
 
-def mean_log(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans) -> Tensor:
+def mean_log_weight(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans) -> Tensor:
     """``scale q . (mean of the keys of a set that the row sees) - lse``: running sums of keys, no pass over pairs."""
     batch, kv_heads, size, dim = call.k.shape
     q, k = call.q.detach().unflatten(1, (kv_heads, -1)), call.k.detach()

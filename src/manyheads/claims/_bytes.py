@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from manyheads.claims import Figure, Setting
+    from manyheads.claims._old import Figure, Setting
     from manyheads.compare.stats import Estimate
     from manyheads.models.decoder import Decoder, DecoderConfig
-    from manyheads.models.training import Draw, Optimizer
     from manyheads.strategy import Strategy
+    from manyheads.training import BatchFn, OptimizerName
+    from manyheads.training.language import Batch
 
 __all__ = ["Corpus", "Task", "TextSize", "corpus", "estimate", "losses", "text_draw", "trained", "windows"]
 
@@ -59,7 +60,7 @@ def windows(data: "Tensor", count: int, length: int, seed: int) -> "Tensor":
     return data[(torch.arange(count) * room + start)[:, None] + torch.arange(length + 1)].long()
 
 
-def text_draw(data: "Tensor", batch: int, length: int, seed: int, device: str) -> "Draw":
+def text_draw(data: "Tensor", batch: int, length: int, seed: int, device: str) -> "BatchFn[Batch]":
     """Random stretches of ``data``: what a step gets depends on seed and step alone."""
     import torch
 
@@ -82,16 +83,16 @@ class Task:
         rates: learning rates to try.
         draw: given the seed, the draws of a run.
         loss: of a trained model on what is set aside for tuning.
-        optimizer: as for :func:`manyheads.models.training.train`.
+        optimizer: as for :func:`manyheads.training.train_lm`.
     """
 
     config: "DecoderConfig"
     parameters: int
     steps: int
     rates: Sequence[float]
-    draw: "Callable[[int], Draw]"
+    draw: "Callable[[int], BatchFn[Batch]]"
     loss: "Callable[[Decoder], float]"
-    optimizer: "Optimizer" = "adamw"
+    optimizer: "OptimizerName" = "adamw"
 
 
 def trained(
@@ -101,7 +102,7 @@ def trained(
     import torch
 
     from manyheads.models.decoder import Decoder
-    from manyheads.models.training import train
+    from manyheads.training import TrainState, choose_rate, train_lm
 
     runs = len(task.rates) + len(setting.seeds) - 1
     done = 0
@@ -110,16 +111,16 @@ def trained(
         nonlocal done
         torch.manual_seed(seed)
         model = Decoder.matched(strategy, task.config, task.parameters).to(setting.device)
-        train(
-            model, task.draw(seed), task.steps, lr=rate, optimizer=task.optimizer,
-            progress=lambda step, steps: progress((done + step / steps) / runs) if step % 20 == 0 else None,
-        )  # fmt: skip
+
+        def on_step(state: TrainState) -> None:
+            if state.step % 20 == 0:
+                progress((done + state.progress) / runs)
+
+        train_lm(model, task.draw(seed), task.steps, lr=rate, optimizer=task.optimizer, on_step=on_step)
         done += 1
         return model
 
-    tried = [(one(setting.seeds[0], rate), rate) for rate in task.rates]
-    losses = [task.loss(model) if len(tried) > 1 else 0.0 for model, _ in tried]
-    first, rate = tried[losses.index(min(losses))]
+    first, rate = choose_rate(task.rates, lambda rate: one(setting.seeds[0], rate), task.loss)
     return [first, *(one(seed, rate) for seed in setting.seeds[1:])], rate
 
 
@@ -145,7 +146,7 @@ class TextSize:
 
 
 def losses(
-    setting: "Setting", size: TextSize, arms: "Mapping[Arm, tuple[str, Optimizer]]", share: float = 1.0
+    setting: "Setting", size: TextSize, arms: "Mapping[Arm, tuple[str, OptimizerName]]", share: float = 1.0
 ) -> "tuple[dict[Arm, Tensor], dict[Arm, float]]":
     """Train every arm, a strategy and what trains it, on text, and judge it on files that no arm has seen.
 
@@ -160,7 +161,7 @@ def losses(
     """
     import torch
 
-    from manyheads.models.training import nats
+    from manyheads.training import token_nll
 
     text, length = corpus(), size.config.length
     tune, test = (windows(part, size.windows, length, 0).to(setting.device) for part in (text.tune, text.test))
@@ -169,14 +170,14 @@ def losses(
         task = Task(
             size.config, size.parameters, size.steps, size.rates,
             draw=lambda seed: text_draw(text.train, size.batch, length, seed, setting.device),
-            loss=lambda model: float(nats(model, tune).mean()), optimizer=optimizer,
+            loss=lambda model: float(token_nll(model, tune).mean()), optimizer=optimizer,
         )  # fmt: skip
 
         def progress(done: float, i: int = i, message: str = f"training {strategy} by {optimizer}") -> None:
             setting.progress(message, share * (i + done) / len(arms))
 
         models, rates[arm] = trained(task, strategy, setting, progress)
-        bits[arm] = torch.stack([nats(model, test).mean(1) / math.log(2) for model in models])
+        bits[arm] = torch.stack([token_nll(model, test).mean(1) / math.log(2) for model in models])
     return bits, rates
 
 
@@ -196,7 +197,7 @@ def estimate(
     """Mean of ``values [seeds, texts]``, its interval over seeds or, with one seed, over texts; adds a figure."""
     import numpy as np
 
-    from manyheads.claims import Figure
+    from manyheads.claims._old import Figure
     from manyheads.compare import stats
 
     table = np.array([[float(x) for x in row] for row in values], dtype=float)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from manyheads.claims import Figure, Setting
+    from manyheads.claims._old import Figure, Setting
     from manyheads.compare.stats import Estimate
     from manyheads.models.judge import Seen
     from manyheads.models.scenes import ScenePipeline
@@ -131,7 +131,7 @@ def distance(
     """
     import torch
 
-    from manyheads.claims import Figure
+    from manyheads.claims._old import Figure
     from manyheads.models.judge import frechet
 
     def value(rows: "Tensor") -> float:
@@ -152,7 +152,7 @@ def paired(figures: "list[Figure]", name: str, values: "Tensor", unit: str = "")
     """Mean of ``values [N]``, one a picture, with its interval over pictures; adds a figure."""
     import numpy as np
 
-    from manyheads.claims import Figure
+    from manyheads.claims._old import Figure
     from manyheads.compare import stats
 
     each = values.double().cpu().numpy()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from manyheads.claims import Figure
+    from manyheads.claims._old import Figure
     from manyheads.compare.stats import Estimate
 
 __all__ = ["llama", "measured", "trained"]
@@ -82,7 +82,7 @@ def measured(figures: "list[Figure]", name: str, values: Any, unit: str = "") ->
     """Add the mean of ``values [seeds, texts]`` as a figure, with its interval where there is more than one value."""
     import numpy as np
 
-    from manyheads.claims import Figure
+    from manyheads.claims._old import Figure
     from manyheads.compare.stats import crossed
 
     values = np.asarray(values, float)

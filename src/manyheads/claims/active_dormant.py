@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
 from manyheads.claims._backcopy import Bed
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,19 +60,19 @@ def judged(model: Any, task: "BigramBackcopy", ids: "Tensor", relu: bool) -> Val
 
     import manyheads
     from manyheads.claims._backcopy import losses
-    from manyheads.lens import Roles
-    from manyheads.lenses._relu_attention import ReLUAttention
+    from manyheads.lens import TokenSpans
+    from manyheads.lenses.active_dormant.relu_attention import ReLUAttention
 
     used: tuple[Strategy, ...] = (ReLUAttention(),) if relu else ()
     copies = task.copies(ids)
     lens = "active_dormant:domains=triggers+others" + (",attention=relu" if relu else "")
-    roles = Roles({"triggers": spans(copies), "others": spans(~copies)})
+    roles = TokenSpans({"triggers": spans(copies), "others": spans(~copies)})
     with contextlib.ExitStack() as stack, torch.no_grad():
         if used:
             stack.enter_context(manyheads.use(model, *used))
         seen = stack.enter_context(manyheads.watch(model, lens, roles=roles))
         model(ids[:, :-1])
-    tables = seen.findings().tables
+    tables = seen.compute().tables
     loss, excess = losses(model, task, ids, *used)
     return {
         "sink at triggers": tables["sink of triggers"].values[:, 0, 0].tolist(),
@@ -103,7 +103,7 @@ def toys(setting: Setting, size: Scale, figures: list[Figure]) -> "tuple[dict[st
 
     from manyheads.claims._backcopy import pairs_of_text, toy, train
     from manyheads.claims._bytes import estimate
-    from manyheads.lenses._relu_attention import ReLUAttention
+    from manyheads.lenses.active_dormant.relu_attention import ReLUAttention
 
     task, source = pairs_of_text()
     runs = 2 * len(setting.seeds)
@@ -142,7 +142,7 @@ def peaks(setting: Setting, size: Scale, figures: list[Figure]) -> dict[str, Any
 
     from manyheads.claims._backcopy import pairs_of_text, toy, train
     from manyheads.claims._bytes import estimate
-    from manyheads.lenses._relu_attention import ReLUAttention
+    from manyheads.lenses.active_dormant.relu_attention import ReLUAttention
 
     if size.deep is None:
         return {}
@@ -196,15 +196,15 @@ def shipped(setting: Setting, size: Scale, figures: list[Figure]) -> None:
 
     import manyheads
     from manyheads.heads import HeadTable
-    from manyheads.lens import Roles
+    from manyheads.lens import TokenSpans
 
     setting.progress("looking at the shipped model", 0.75)
     model, ids, prose = source_windows(size, setting.device)
     half = len(ids) // 2
-    roles = Roles({"code": spans(~prose[:half]), "prose": spans(prose[:half])})
+    roles = TokenSpans({"code": spans(~prose[:half]), "prose": spans(prose[:half])})
     with torch.no_grad(), manyheads.watch(model, "active_dormant:domains=code+prose", roles=roles) as seen:
         model(ids[:half, :-1])
-    tables = seen.findings().tables
+    tables = seen.compute().tables
     sink, drain, peak = (tables[name].mean for name in ("sink", "drain", "peak"))
 
     def add(name: str, value: Any, n: int) -> None:

@@ -11,7 +11,7 @@ such as BLiMP; at this size those are near chance, so loss at equal tokens is wh
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from manyheads.claims._bytes import TextSize

@@ -11,7 +11,7 @@ For the "headache" itself, the mean attention score at small offsets is given ag
 
 from typing import TYPE_CHECKING
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,8 @@ def offsets(model: "Decoder", ids: "Tensor") -> list[float]:
     def read(mixer: SoftmaxMixer, args: tuple["Tensor", ...]) -> None:
         x = args[0]
         at = positions_of(x.shape[0], x.shape[1], x.device, None, None, None)
-        q = mixer.transform_q(split_heads(mixer.q_proj(x), mixer.shape.num_heads), at, at.amax(1) + 1)
-        k = mixer.transform_k(split_heads(mixer.k_proj(x), mixer.shape.num_kv_heads), at, at.amax(1) + 1)
+        q = mixer.transform_q(split_heads(mixer.q_proj(x), mixer.config.num_heads), at, at.amax(1) + 1)
+        k = mixer.transform_k(split_heads(mixer.k_proj(x), mixer.config.num_kv_heads), at, at.amax(1) + 1)
         scores = (q.float() @ k.float().mT) * mixer.scale
         apart = at[0][:, None] - at[0]
         mean = scores[..., apart >= 0].mean()
@@ -63,7 +63,7 @@ def run(setting: Setting) -> Outcome:
 
     from manyheads.claims._bytes import Task, corpus, estimate, text_draw, trained, windows, with_strategy
     from manyheads.models.decoder import DecoderConfig
-    from manyheads.models.training import nats
+    from manyheads.training import token_nll
 
     text, cuda = corpus(), setting.device == "cuda"
     length, batch, steps, count = (256, 64, 400, 96) if cuda else (64, 16, 150 if setting.quick else 700, 48)
@@ -74,7 +74,7 @@ def run(setting: Setting) -> Outcome:
         config, parameters=2_600_000 if cuda else 170_000, steps=steps,
         rates=(4e-3,) if setting.quick else (2e-3, 6e-3),
         draw=lambda seed: text_draw(text.train, batch, length, seed, setting.device),
-        loss=lambda model: float(nats(model, tune).mean()),
+        loss=lambda model: float(token_nll(model, tune).mean()),
     )  # fmt: skip
     arms = [ROPE, SLACK] if setting.quick else list(ARMS)
     figures: list[Figure] = []
@@ -83,7 +83,7 @@ def run(setting: Setting) -> Outcome:
     def measure(name: str, models: "list[Decoder]") -> None:
         for times in LENGTHS:
             ids = test[:, -(times * length + 1) :]
-            found = torch.stack([nats(model, ids, 8)[:, -LAST:].mean(1) for model in models])
+            found = torch.stack([token_nll(model, ids, 8)[:, -LAST:].mean(1) for model in models])
             losses[name, times] = found
             estimate(figures, f"loss of {name} at {times}x", found.tolist(), "nats")
 

@@ -13,14 +13,14 @@ as in the released code. The paper was withdrawn and gives no figure that we cou
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from manyheads.call import MixerShape
+    from manyheads.call import MixerConfig
     from manyheads.strategy import Strategy
 
 ROPE, ONE, NORMAL, LEARNED = "rope", "cmha, start one", "cmha, start normal", "rope, learned frequencies"
@@ -33,14 +33,14 @@ def learned_frequencies() -> "Strategy":
     import torch
 
     from manyheads.mixers._mixer import SoftmaxMixer
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import Mixer
 
     class Attention(SoftmaxMixer):
-        def __init__(self, shape: "MixerShape") -> None:
-            super().__init__(shape)
-            self.factor = torch.nn.Parameter(torch.zeros(shape.num_heads * shape.head_dim // 2))  # its logarithm
+        def __init__(self, config: "MixerConfig") -> None:
+            super().__init__(config)
+            self.factor = torch.nn.Parameter(torch.zeros(config.num_heads * config.head_dim // 2))  # its logarithm
 
-        def _turned(self, q: "Tensor", positions: "Tensor") -> "Tensor":
+        def _rotate(self, q: "Tensor", positions: "Tensor") -> "Tensor":
             planes = q.shape[-1] // 2
             base = 10_000.0 ** (-torch.arange(planes, device=q.device) / planes)
             turn = positions[:, None, :, None] * (base * self.factor.exp().view(-1, planes))[:, None]
@@ -49,14 +49,14 @@ def learned_frequencies() -> "Strategy":
             return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(q.dtype)
 
         def transform_q(self, q: "Tensor", positions: "Tensor", length: "Tensor") -> "Tensor":
-            return self._turned(q, positions)
+            return self._rotate(q, positions)
 
         def transform_k(self, k: "Tensor", positions: "Tensor", length: "Tensor") -> "Tensor":
-            return self._turned(k, positions)
+            return self._rotate(k, positions)
 
-    class LearnedFrequencies(Strategy):
-        def mix(self, shape: "MixerShape") -> "nn.Module":
-            return Attention(shape)
+    class LearnedFrequencies(Mixer):
+        def build(self, config: "MixerConfig") -> "nn.Module":
+            return Attention(config)
 
     return LearnedFrequencies()
 
@@ -89,11 +89,12 @@ def forms(setting: Setting, length: int) -> "tuple[float, float, float, float]":
     """
     import torch
 
-    from manyheads.call import MixerShape
-    from manyheads.strategy import parse
+    from manyheads.call import MixerConfig
+    from manyheads.spec import parse
 
     torch.manual_seed(0)
-    mixer: Any = parse("complexformer:start=normal").mix(MixerShape(256, 4, 4, 64, 0, 1, length)).to(setting.device)
+    strategy: Any = parse("complexformer:start=normal")
+    mixer = strategy.build(MixerConfig(256, 4, 4, 64, 0, 1, length)).to(setting.device)
     q, k = torch.randn(2, 1, 4, length, 64, device=setting.device)
     at = torch.arange(length, device=setting.device)[None]
 
@@ -135,7 +136,7 @@ def run(setting: Setting) -> Outcome:
 
     from manyheads.claims._bytes import Task, corpus, estimate, text_draw, trained, windows
     from manyheads.models.decoder import DecoderConfig
-    from manyheads.models.training import nats
+    from manyheads.training import token_nll
 
     text, cuda = corpus(), setting.device == "cuda"
     length, batch, steps, count = (256, 64, 500, 192) if cuda else (64, 16, 120 if setting.quick else 800, 192)
@@ -146,7 +147,7 @@ def run(setting: Setting) -> Outcome:
         config, parameters=2_600_000 if cuda else 170_000, steps=steps,
         rates=(4e-3,) if setting.quick else (2e-3, 6e-3),
         draw=lambda seed: text_draw(text.train, batch, length, seed, setting.device),
-        loss=lambda model: float(nats(model, tune).mean()),
+        loss=lambda model: float(token_nll(model, tune).mean()),
     )  # fmt: skip
     arms: dict[str, Strategy | str] = {ROPE: "softmax", ONE: "complexformer", NORMAL: "complexformer:start=normal"}
     if not setting.quick:
@@ -162,7 +163,7 @@ def run(setting: Setting) -> Outcome:
         figures.append(Figure(f"learning rate of {arm}", rate, 1))
         for times in (1, 2):
             ids = test[:, -(times * length + 1) :]
-            losses[arm, times] = torch.stack([nats(model, ids)[:, -LAST:].mean(1) for model in models])
+            losses[arm, times] = torch.stack([token_nll(model, ids)[:, -LAST:].mean(1) for model in models])
             estimate(figures, f"loss of {arm} at {times}x", losses[arm, times].tolist(), "nats")
     better: dict[tuple[str, int], bool] = {}
     worse: dict[tuple[str, int], bool] = {}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def follow(
 
     from manyheads.compare import arms as compare
     from manyheads.integrations import use
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     here = {arm: compare.Arm(parse(spec), arm[0]) for arm, spec in specs.items()}
     with torch.inference_mode(), use(model):
@@ -96,7 +96,11 @@ def follow(
             tick(arm)
             with prefix.open(strategy) as cache:
                 held = cache.bytes() / len(ids)
-                yield arm, compare.feed(model, cache, ids[:, length:-1], ids.shape[1] - 1 - length, piece), held
+                yield (
+                    arm,
+                    compare.forward_chunked(model, cache, ids[:, length:-1], ids.shape[1] - 1 - length, piece),
+                    held,
+                )
 
 
 def _texts(tokenizer: Any, size: Scale, number: int, seed: int) -> "torch.Tensor":
@@ -104,9 +108,9 @@ def _texts(tokenizer: Any, size: Scale, number: int, seed: int) -> "torch.Tensor
     import numpy as np
     import torch
 
-    from manyheads.compare.contexts import Contexts
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
+    from manyheads.tasks.text._contexts import Contexts
+    from manyheads.tasks.text._corpus import Corpus
 
     corpus = Corpus(standard_library(least=6 * (size.length + size.more)), tokenizer)
     drawn = Contexts(corpus, tokenizer, number, seed).plain("loss", size.length, number, size.more + 1)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +89,9 @@ def rotation(size: int, device: "torch.device") -> "Tensor":
 
 def rival(name: str) -> "Strategy":
     """An edit that rounds keys and values older than the window."""
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import AttentionEdit
 
-    class Rounding(Strategy):
+    class Rounding(AttentionEdit):
         def edit(self, call: "AttentionCall") -> "AttentionCall":
             import torch
 
@@ -138,7 +138,7 @@ def stream(model: "PreTrainedModel", ids: "Tensor", arm: str, start: int) -> "tu
 
     from manyheads.integrations import use
     from manyheads.integrations.transformers import new_cache
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     cuts = [*range(start, ids.shape[1] - 1, CHUNK), ids.shape[1] - 1]
     edits = [rival(arm)] if arm in RIVALS else []

@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from manyheads.compare.contexts import Contexts
     from manyheads.compare.stats import Estimate
     from manyheads.strategy import Strategy
+    from manyheads.tasks.text._contexts import Contexts
 
 KEEP = (0.3, 0.15)
 BASES = ("snapkv", "knorm", "keydiff")
@@ -66,7 +66,7 @@ def scale(setting: Setting) -> Scale:
 
 def arms(length: int, seed: int, snapkv: str = "") -> "dict[Arm, Strategy]":
     """Every base, way and keep rate of ``length`` tokens; ``snapkv`` are fields of SnapKV."""
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     found = {FULL: parse("full")}
     for keep in KEEP:
@@ -120,14 +120,14 @@ def follow(
         for arm, strategy in here.items():
             tick()
             with prefix.open(strategy) as cache:
-                yield arm, compare.feed(model, cache, fed, keep)
+                yield arm, compare.forward_chunked(model, cache, fed, keep)
 
 
 def _repeating(contexts: "Contexts", ids: Any, number: int) -> Any:
     """``ids`` with a passage before every stretch of it, at the nearest line end: 5/2 of their length."""
     count = len(ids) // STRETCH
     passage = contexts.plain("passage", PASSAGE, contexts.samples, 0)[number][0].tolist()
-    return contexts.planter.plant(ids, [passage] * count, [i / count for i in range(count)])
+    return contexts.inserter.insert(ids, [passage] * count, [i / count for i in range(count)])
 
 
 def _text(
@@ -137,10 +137,10 @@ def _text(
     import numpy as np
     import torch
 
-    from manyheads.compare.contexts import Contexts
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
     from manyheads.models import load_default
+    from manyheads.tasks.text._contexts import Contexts
+    from manyheads.tasks.text._corpus import Corpus
 
     model, tokenizer = load_default(setting.device, torch.float32)
     corpus = Corpus(standard_library(least=6 * (size.length + size.more)), tokenizer)

@@ -10,13 +10,13 @@ under the same protection of first and recent tokens: what HashEvict gains over 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def prefill_seconds(setting: Setting, size: Scale) -> "dict[str, list[float]]":
     import torch
 
     from manyheads.integrations import use
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     model = _timed_model(setting)
     ids = torch.randint(8, model.config.vocab_size, (1, size.prefill), device=model.device)
@@ -128,13 +128,13 @@ def prefill_seconds(setting: Setting, size: Scale) -> "dict[str, list[float]]":
 def _column_sums() -> "Strategy":
     """What a cache that ranks tokens by attention received must do in the prompt: weights in full, summed per key."""
     from manyheads.attention import reference
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import AttentionCompute
 
-    class ColumnSums(Strategy):
+    class ColumnSums(AttentionCompute):
         def attend(self, call: "AttentionCall") -> "torch.Tensor":
             x = reference.logits(call.q, call.k, scale=call.scale, bias=call.bias, softcap=call.softcap)
             weights = reference.softmax(x, call.allowed(), call.sinks)
-            call.memory["scores"] = weights.sum(2)
+            call.state["scores"] = weights.sum(2)
             return (weights @ reference.repeat_kv(call.v, call.q.shape[1])).transpose(1, 2)
 
     return ColumnSums()
@@ -190,10 +190,11 @@ def _texts(tokenizer: Any, length: int, number: int, seed: int) -> "torch.Tensor
 
 def _seeded(spec: str, seed: int) -> "Strategy":
     """The strategy of ``spec`` under a seed, where it draws anything."""
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     strategy = parse(spec)
-    return cast("Strategy", replace(cast("Any", strategy), seed=seed)) if hasattr(strategy, "seed") else strategy
+    drawn = any(field.name == "seed" for field in fields(strategy))
+    return cast("Strategy", replace(cast("Any", strategy), seed=seed)) if drawn else strategy
 
 
 def _quality(setting: Setting, size: Scale) -> dict[str, dict[tuple[str, float], list[float]]]:

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,9 +122,9 @@ def read(model: Any, tokenizer: Any, size: Scale, device: str, progress: Callabl
     import torch
 
     import manyheads
-    from manyheads.compare.contexts import Contexts
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
+    from manyheads.tasks.text._contexts import Contexts
+    from manyheads.tasks.text._corpus import Corpus
 
     contexts = Contexts(Corpus(standard_library(), tokenizer), tokenizer, size.contexts, 0)
     planted = contexts.single(size.length)
@@ -182,7 +182,7 @@ def seen(model: Any, ids: "Tensor") -> Any:
     with manyheads.watch(model, "massive_values") as watched, torch.no_grad():
         for rows in ids.split(8):
             model(rows, use_cache=False)
-    return watched.findings("massive_values")
+    return watched.compute("massive_values")
 
 
 def concentration(figures: list[Figure], model: Any, tokenizer: Any, size: Scale, device: str) -> str:
@@ -190,8 +190,8 @@ def concentration(figures: list[Figure], model: Any, tokenizer: Any, size: Scale
     import numpy as np
     import torch
 
-    from manyheads.compare.corpus import Corpus
     from manyheads.data.texts import standard_library
+    from manyheads.tasks.text._corpus import Corpus
 
     rng = np.random.default_rng(0)
     windows = Corpus(standard_library(), tokenizer).windows(size.length, min(24, size.contexts), rng)

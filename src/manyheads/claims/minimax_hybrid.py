@@ -14,7 +14,7 @@ pure lightning failing, and the lightning hybrid far above the window hybrid.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from statistics import fmean, median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +177,7 @@ def filled(model: Any, tokens: "list[tuple[torch.Tensor, torch.Tensor]]", spec: 
     from transformers import DynamicCache
 
     from manyheads.integrations.transformers import new_cache
-    from manyheads.strategy import parse
+    from manyheads.spec import parse
 
     cache: Any = DynamicCache(config=model.config) if spec is None else new_cache(model, parse(spec))
     for index, (latent, rope) in enumerate(tokens):

@@ -15,7 +15,7 @@ credit for RL is tested by its formula, not trained with here.
 from dataclasses import dataclass
 from typing import Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 PEAKS, LENGTH = 0.1, 128
 
@@ -77,10 +77,10 @@ def judged(size: Scale, seed: int, setting: Setting, done: float) -> dict[str, A
     trained(model, draw, size.steps, 4e-3, lambda part: setting.progress("training", done + part * share))
     test = language.draw(size.sequences, LENGTH, torch.Generator().manual_seed(2**40))
     ids = test.ids.to(setting.device)
-    roles = manyheads.Roles({"response": [[(1, LENGTH)]]})
+    roles = manyheads.TokenSpans({"response": [[(1, LENGTH)]]})
     with manyheads.watch(model, "reasoning_rhythm", roles=roles) as seen:
         logits = model(ids).logits
-    series = seen.findings().series
+    series = seen.compute().series
     unsure = entropy(logits)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none").cpu()
     found: dict[str, list[float]] = {}
@@ -122,12 +122,12 @@ def of_text(size: Scale, device: str) -> dict[str, Any]:
 
     model, tokenizer = load_default(device)
     files, unsure = standard_library(), []
-    roles = manyheads.Roles({"response": [[(32, 512)]]})
+    roles = manyheads.TokenSpans({"response": [[(32, 512)]]})
     with manyheads.watch(model, "reasoning_rhythm", roles=roles) as seen, torch.no_grad():
         for text in files[:: len(files) // size.texts][: size.texts]:
             ids = torch.tensor([tokenizer(text.content[:6000]).input_ids[:512]], device=device)
             unsure.append(entropy(model(ids).logits)[0])
-    series = seen.findings().series
+    series = seen.compute().series
     found: dict[str, list[float]] = {}
     for waad, fai, entropies in zip(series["waad"], series["fai"], unsure, strict=True):
         inside = np.arange(len(waad)) >= 32

@@ -19,13 +19,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from manyheads.data.bigram_backcopy import BigramBackcopy
-    from manyheads.lenses._kv_bias import KVBias
+    from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
     from manyheads.strategy import Strategy
 
 SLUG = "refined_massive_activations"
@@ -100,13 +100,13 @@ def control(layer: int, spikes: "Sequence[dict[str, Any]]", seed: int) -> "Strat
     """Zeroes, in the same block and at the same places of the row, as many other channels at random."""
     import torch
 
-    from manyheads.strategy import Strategy
+    from manyheads.strategy import AttentionWatch, Residual
 
     places = sorted({spike["column"] for spike in spikes})
     channels = {spike["channel"] for spike in spikes}
 
     @dataclass(frozen=True, kw_only=True)
-    class Control(Strategy):
+    class Control(AttentionWatch, Residual):
         def residual(self, site: Any, hidden: "Tensor", memory: Any) -> "Tensor":
             order = torch.randperm(hidden.shape[2], generator=torch.Generator().manual_seed(seed)).tolist()
             drawn = [channel for channel in order if channel not in channels][: len(channels)]
@@ -144,7 +144,7 @@ def intervened(
     with manyheads.watch(model, lens) as seen, torch.no_grad():
         for rows in calibration.split(16):
             model(rows[:, :-1])
-    found = seen.findings()
+    found = seen.compute()
     times = found.tables["max / median"].mean[:, 0]
     layers = found.tables["max"].layers
     affected = [s["layer"] for s in found.records["spikes"]]
@@ -185,9 +185,9 @@ def trained(
     import manyheads
     from manyheads.claims._backcopy import Bed, toy
     from manyheads.integrations.transformers import find_sites
-    from manyheads.lenses._dyt import with_dyt
-    from manyheads.lenses._kv_bias import KVBias
-    from manyheads.lenses._tvr import TargetVariance, blocks_of
+    from manyheads.lenses.refined_massive_activations.dyt import with_dyt
+    from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
+    from manyheads.lenses.refined_massive_activations.tvr import TargetVariance, blocks_of
 
     model = toy(task, Bed(size.dim, 3, size.length, size.batch, size.steps, RATE), seed, setting.device)
     if arm == "DyT":
@@ -222,21 +222,21 @@ def sinks(made: Trained, ids: "Tensor") -> "tuple[Tensor, Tensor]":
     import torch
 
     import manyheads
-    from manyheads.calls.statistics import Expectation
-    from manyheads.lens import Findings, Lens, Tally
+    from manyheads.calls.statistics import WeightedSum
+    from manyheads.lens import Lens, LensResult, RunningMean
 
     @dataclass(frozen=True, kw_only=True)
     class Sinks(Lens):
-        def ask(self, view: Any) -> Any:
+        def statistics(self, view: Any) -> Any:
             extra = (view.key_positions < 0).expand_as(view.keys)
-            return {"mass": Expectation(torch.stack([view.first(), extra], -1).float())}
+            return {"mass": WeightedSum(torch.stack([view.first(), extra], -1).float())}
 
-        def tell(self, view: Any, found: Any) -> None:
+        def update(self, view: Any, found: Any) -> None:
             mass = found["mass"][:, :, 1:].mean((1, 2))
-            view.memory.setdefault("mass", Tally()).add(mass, torch.ones_like(mass[:1, :1]), view.fresh)
+            view.memory.setdefault("mass", RunningMean()).add(mass, torch.ones_like(mass[:1, :1]), view.fresh)
 
-        def findings(self, sites: Any) -> Findings:
-            return Findings()
+        def compute(self, sites: Any) -> LensResult:
+            return LensResult()
 
     lens = Sinks()
     with manyheads.use(made.model, *made.strategies, lens) as port, torch.no_grad():
@@ -255,7 +255,7 @@ def measured(made: Trained, ids: "Tensor", best: "Tensor") -> "dict[str, Tensor]
     lens = RefinedMassiveActivations()
     with manyheads.use(made.model, *made.strategies, lens) as port, torch.no_grad():
         made.model(ids[:, :-1])
-    tables = lens.findings(port.kept(lens)).tables
+    tables = lens.compute(port.kept(lens)).tables
     worst = {name: int(tables[name].mean[:, 0].argmax()) for name in ("max / median", "first / others")}
     worst["max"] = worst["max / median"]
     figures = {name: torch.from_numpy(tables[name].values[:, at, 0]) for name, at in worst.items()}

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,7 +229,7 @@ def measure(model: Any, size: Scale, setting: Setting) -> Measured:
         for part in test:
             with manyheads.watch(model, lens) as seen:
                 model(part.ids[:, :-1])
-            tables.append(seen.findings().tables["score"])
+            tables.append(seen.compute().tables["score"])
         logits = model(made.ids[:, :-1]).logits
     orders = [ranked(table, max(size.counts)) for table in tables]
 
@@ -258,12 +258,14 @@ def measure(model: Any, size: Scale, setting: Setting) -> Measured:
 
 def at_random(order: Sequence[tuple[str, ...]], count: int, heads: int, draw: int) -> list[tuple[str, ...]]:
     """For each prompt, random heads of the layers of its first ``count``, others than those while there are others."""
-    from manyheads.heads import same_layers
+    from manyheads.heads import layer_matched_heads
 
     made = []
     for i, row in enumerate(order):
         taken = [(int(layer), int(head)) for layer, head in (name.split(".") for name in row[:count])]
-        made.append(tuple(f"{layer}.{head}" for layer, head in same_layers(taken, heads, 10_000 * draw + i, taken)))
+        made.append(
+            tuple(f"{layer}.{head}" for layer, head in layer_matched_heads(taken, heads, 10_000 * draw + i, taken))
+        )
     return made
 
 

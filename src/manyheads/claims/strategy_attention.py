@@ -14,7 +14,7 @@ the length, which is what has to be told apart from forgetting.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from manyheads.data.strategy_dialogue import Form
@@ -77,12 +77,12 @@ def judged(model: Any, size: Scale, form: "Form", turns: int, device: str) -> di
     made = strategy_dialogues(size.dialogues, turns, form, generator, size.words)
     ids = made.ids.to(device)
     length = ids.shape[1]
-    roles = manyheads.Roles(
+    roles = manyheads.TokenSpans(
         {"system": [[made.system]], "beside": [[made.beside]], "response": [[(length - 3, length - 1)]]}
     )
     with manyheads.watch(model, "strategy_attention", "strategy_attention:span=beside", roles=roles) as seen:
         best = model(ids).logits[:, -3:-1].argmax(-1)
-    tables, beside = seen.findings(0).tables, seen.findings(1).tables
+    tables, beside = seen.compute(0).tables, seen.compute(1).tables
     return {
         "right": (best == ids[:, -2:]).all(1).double().cpu().numpy(), "SRA": sra(tables["sra"]),
         "lift": sra(tables["lift"]), "SRA beside it": sra(beside["sra"]),
@@ -102,13 +102,13 @@ def of_text(figures: list[Figure], size: Scale, device: str) -> None:
     from manyheads.models import load_default
 
     model, tokenizer = load_default(device)
-    roles = manyheads.Roles({"system": [[(1, 13)]], "response": [[(64, 512)]]})
+    roles = manyheads.TokenSpans({"system": [[(1, 13)]], "response": [[(64, 512)]]})
     files = standard_library()
     with manyheads.watch(model, "strategy_attention", roles=roles) as seen, torch.no_grad():
         for text in files[:: len(files) // size.texts][: size.texts]:
             model(torch.tensor([tokenizer(text.content[:6000]).input_ids[:512]], device=device))
     for key in ("sra", "lift"):
-        curve = np.stack([per_turn(row, [(64, 96), (480, 512)]) for row in seen.findings().series[key]])
+        curve = np.stack([per_turn(row, [(64, 96), (480, 512)]) for row in seen.compute().series[key]])
         curve = curve[np.isfinite(curve).all(1)]
         name = {"sra": "SRA", "lift": "lift"}[key]
         for column, where in enumerate(("64 to 96", "480 to 512")):

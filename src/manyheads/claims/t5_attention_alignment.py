@@ -13,18 +13,19 @@ at the end every kind is asked for once. Longer inputs have more filler.
 
 from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Generator, Tensor
 
+    from manyheads.mixers.t5_attention_alignment import Align
     from manyheads.models.decoder import Decoder
 
 T5, ROPE = "t5", "rope"
-PAPER = ("entropy", "pmax")
-ALIGNS = ("none", *PAPER, "gaussian", "logn")
+PAPER: "tuple[Align, ...]" = ("entropy", "pmax")
+ALIGNS: "tuple[Align, ...]" = ("none", *PAPER, "gaussian", "logn")
 LAST = 32  # predictions that count
 FILLER, KINDS, VALUES = 24, 4, 8  # tokens: filler, one question per kind, values of every kind
 
@@ -58,10 +59,10 @@ def recalled(model: "Decoder", ids: "Tensor") -> list[float]:
 
 def aligned(model: "Decoder", inputs: "Tensor", length: int, lengths: list[int]) -> dict[str, Any]:
     """The strategies, calibrated on ``inputs [B, lengths[-1]]``."""
-    from manyheads.strategy import parse
+    from manyheads.mixers.t5_attention_alignment import AttentionAlignment, calibrate
 
-    start: Any = parse(f"t5_attention_alignment:trained={length}")
-    return {align: start.calibrated(model, inputs, lengths, align=align, rounds=4) for align in ALIGNS}
+    start = AttentionAlignment(trained=length)
+    return {align: calibrate(start, model, inputs, lengths, align=align, rounds=4) for align in ALIGNS}
 
 
 def run(setting: Setting) -> Outcome:
@@ -70,7 +71,7 @@ def run(setting: Setting) -> Outcome:
 
     from manyheads.claims._bytes import Task, corpus, estimate, text_draw, trained, windows
     from manyheads.models.decoder import DecoderConfig
-    from manyheads.models.training import nats
+    from manyheads.training import token_nll
 
     text, cuda, quick, device = corpus(), setting.device == "cuda", setting.quick, setting.device
     length, batch, steps, count = (256, 64, 600, 96) if cuda else (64, 16, 80, 16) if quick else (128, 8, 400, 32)
@@ -100,14 +101,14 @@ def run(setting: Setting) -> Outcome:
     test = windows(text.test, count, lengths[-1], 0).to(device)
     asked = {more: needles(count, length * more, torch.Generator().manual_seed(7))[0].to(device) for more in times}
     read: dict[str, Callable[[Decoder, int], list[float]]] = {
-        "loss": lambda model, more: nats(model, test[:, -(more * length + 1) :], 4)[:, -LAST:].mean(1).tolist(),
+        "loss": lambda model, more: token_nll(model, test[:, -(more * length + 1) :], 4)[:, -LAST:].mean(1).tolist(),
         "recall": lambda model, more: recalled(model, asked[more]),
     }
     tune = windows(text.tune, 32, length, 0).to(device)
     words = Task(
         DecoderConfig(vocab=256, dim=dim, layers=3, heads=heads, length=length),
         2_600_000 if cuda else 170_000, steps, rates, lambda seed: text_draw(text.train, batch, length, seed, device),
-        lambda model: float(nats(model, tune).mean()),
+        lambda model: float(token_nll(model, tune).mean()),
     )  # fmt: skip
     calibrating = windows(text.tune, 4, lengths[-1], 1).to(device)
     arms = [T5] if quick else [T5, ROPE]

@@ -13,9 +13,9 @@ machine as times do; softmax is measured alike, and the two against each other a
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from manyheads.claims import Claim, Figure, Outcome, Setting
+from manyheads.claims._old import Claim, Figure, Outcome, Setting
 
 if TYPE_CHECKING:
     from manyheads.claims._bytes import TextSize
@@ -65,14 +65,15 @@ def times(setting: Setting, size: Scale) -> dict[tuple[str, int], list[float]]:
     """
     import torch
 
-    from manyheads.call import MixerShape
-    from manyheads.strategy import parse
+    from manyheads.call import MixerConfig
+    from manyheads.spec import parse
 
     dim = 64 * size.heads
     precision = torch.autocast(setting.device, torch.bfloat16, enabled=setting.device == "cuda")
     arms = {}
     for arm in ("softmax", "tnl"):  # layer 1: LRPE-d is in the first layer only
-        made = parse(ARMS[arm]).mix(MixerShape(dim, size.heads, size.heads, 64, 1, 2, size.length))
+        strategy: Any = parse(ARMS[arm])
+        made = strategy.build(MixerConfig(dim, size.heads, size.heads, 64, 1, 2, size.length))
         arms[arm] = made.to(setting.device)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size.tokens, dim, generator=generator).to(setting.device).requires_grad_(True)

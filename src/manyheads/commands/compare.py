@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyheads.compare import defaults
 from manyheads.errors import UserError
 from manyheads.progress import shown
 
@@ -36,6 +37,10 @@ _TASKS = "loss,needle,several,chained,speed,memory"
 _QUICK: dict[str, Any] = {"lengths": [512], "budgets": ["0.25"], "samples": 3, "rounds": 1}
 
 
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(map(str, values))  # spaces, where a narrow terminal can break the line
+
+
 def compare(
     model: Model = None,
     text: TextFiles = None,
@@ -43,14 +48,15 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Specs such as snapkv or snapkv:window_size=16,kernel_size=5. "
-            "[default: full,random,streaming_llm,snapkv,keydiff,hashevict]"
+            f"\\[default: {_listed(defaults.STRATEGIES)}]"
         ),
     ] = None,
     budgets: Annotated[
-        list[str] | None, typer.Option(help="Fractions of the tokens (0.25) or slots (128). [default: 0.5,0.25,0.1]")
+        list[str] | None,
+        typer.Option(help=f"Fractions of the tokens (0.25) or slots (128). \\[default: {_listed(defaults.BUDGETS)}]"),
     ] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help=f"Some of {_TASKS}. [default: all]")] = None,
-    lengths: Annotated[list[str] | None, typer.Option(help="Tokens of a context. [default: 1024,2048]")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help=f"Some of {_TASKS}. \\[default: all]")] = None,
+    lengths: Annotated[list[str] | None, typer.Option(help="Tokens of a context. \\[default: 1024,2048]")] = None,
     samples: Samples = None,
     seed: Seed = None,
     device: Device = None,
@@ -61,12 +67,15 @@ def compare(
         bool, typer.Option("--train", help="Train a small model for each strategy that is a token mixer, and compare.")
     ] = False,
     budget: Annotated[
-        str | None, typer.Option(help="With --train: tokens that each arm is trained on, such as 2M. [default: 600k]")
+        str | None,
+        typer.Option(help="With --train: tokens of each arm (2M) or time of all (10m). \\[default: 600k]"),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="With --train: about so long in all, in place of --budget. [cuda: 8]")
+        float | None, typer.Option(help="With --train: about so long in all, in place of --budget. \\[cuda: 8]")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="With --train: trainings of each arm. [default: 3]")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="With --train: trainings of each arm. \\[default: 3]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare strategies on a model and text: quality, memory and speed, each with its uncertainty.
@@ -177,9 +186,9 @@ def _items(values: list[str] | None) -> list[str] | None:
 
 
 def _specs(values: list[str] | None) -> list[str] | None:
-    from manyheads.compare.specs import split_specs
+    from manyheads.spec import split_list
 
-    return None if values is None else [spec for value in values for spec in split_specs(value)]
+    return None if values is None else [spec for value in values for spec in split_list(value)]
 
 
 def _whole(text: str) -> int:

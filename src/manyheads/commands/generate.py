@@ -27,12 +27,12 @@ Specs = Annotated[
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Text; may repeat, a row each.")]
 Classes = Annotated[
-    list[str] | None, typer.Option("--class", help="Number or label, for pipelines told by a class; may repeat.")
+    list[str] | None, typer.Option("--class", help="Number or label, for class-conditional pipelines; may repeat.")
 ]
 Source = Annotated[
-    str | None, typer.Option(help="Text of a source that every prompt's picture is made beside, as masactrl needs it.")
+    str | None, typer.Option(help="Text of a source that every prompt's image is made beside, as masactrl needs it.")
 ]
-Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the pictures do.")]
+Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the images do.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")]
 Guidance = Annotated[float | None, typer.Option(help="Scale of guidance. Default: the pipeline's.")]
 Seeds = Annotated[str | None, typer.Option(help="Several, as 0,1,2: a row each.")]
@@ -63,23 +63,23 @@ def generate(
     page: Page = Path("maps.html"),
     as_json: Json = False,
 ) -> None:
-    """Generate without and with strategies, from the same noise, side by side in one picture.
+    """Generate without and with strategies, from the same noise, side by side in one image.
 
     manyheads generate --strategy sag:scale=0.75 --prompt "apple top left ship" --out grid.png
 
-    manyheads generate --model ./sd3 --strategy pab --strategy "pab + headhunter:heads=3.1" --prompt "a red cat"
+    manyheads generate --model ./sd3 --strategy sag --strategy "sag + headhunter:heads=3.1" --prompt "a red cat"
 
-    manyheads generate --model ./dit --strategy pab --class 207
+    manyheads generate --model ./dit --strategy sag --class 207
 
     manyheads generate --strategy masactrl:start_layer=2 --source "apple top left ship" --prompt "ghost top left ship"
 
-    The columns are the baseline, and each strategy with its difference from it. The table says what each cost.
+    The columns are the baseline, and each strategy with its difference from it. The table shows what each cost.
     """
     passive_threads()
     _diffusers()
-    from manyheads.generate import load as loading
     from manyheads.generate import rows, run, words
     from manyheads.generate.facts import facts as facts_of
+    from manyheads.models import pipeline as loading
     from manyheads.report import generate as shown_by
     from manyheads.report.grids import check_out, check_page
 
@@ -112,7 +112,7 @@ def generate(
 
 
 def _diffusers() -> None:
-    """Refuse to go on without diffusers, and have it say nothing of its own."""
+    """Refuse to go on without diffusers, and silence its progress bars and logs."""
     from importlib.util import find_spec
 
     if find_spec("diffusers") is None:
@@ -125,12 +125,12 @@ def _diffusers() -> None:
     theirs.set_verbosity_error()
 
 
-def _write_maps(page: Path, pictures: Sequence[Any], maps: Any, rows: Sequence[Row], model: str) -> None:
+def _write_maps(page: Path, images: Sequence[Any], maps: Any, rows: Sequence[Row], model: str) -> None:
     from manyheads.report.maps import write_page
 
     labels, facts = [row.label.replace("\n", ", ") for row in rows], {"model": model, "command": " ".join(typed())}
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_page(page, pictures, maps, title="Attention maps", prompts=labels, facts=facts)
+        write_page(page, images, maps, title="Attention maps", prompts=labels, facts=facts)
     except OSError as error:
         raise UserError(f"cannot write {page} ({error}); give another file with --page") from error

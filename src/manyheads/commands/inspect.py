@@ -42,7 +42,7 @@ def inspect(
         list[str] | None,
         typer.Option(
             help="Comma-separated: sinks, massive, rhythm, spans:system=0-12, or any lens of `manyheads list "
-            "--category lenses` with its fields. [default: sinks,massive,rhythm]"
+            "--category lenses` with its fields. \\[default: sinks,massive,rhythm]"
         ),
     ] = None,
     role: Annotated[
@@ -55,7 +55,7 @@ def inspect(
     ] = 0,
     length: Length = None,
     samples: Samples = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to look at, as 0-3+7. [default: all]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to look at, as 0-3+7. \\[default: all]")] = None,
     ablate: Annotated[
         str | None, typer.Option(help="Score such as sink: take its highest heads out and measure the loss.")
     ] = None,
@@ -150,13 +150,9 @@ def _layers(text: str | None) -> list[int] | None:
     """``0-3+7`` as numbers."""
     if text is None:
         return None
-    made: list[int] = []
-    for part in text.split("+"):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UserError(f"{text!r} are no layers; write for instance --layers 0-3+7")
-        made.extend(range(int(first), int(last or first) + 1))
-    return sorted(set(made))
+    from ..spec import numbers
+
+    return sorted(set(numbers(text)))
 
 
 def _write(place: Path, name: str, page: Page, document: dict[str, Any]) -> str:

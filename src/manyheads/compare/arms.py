@@ -3,7 +3,6 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from ..errors import UserError
 from ..integrations import use
 from ..integrations.transformers import new_cache
 from ..lens import Lens
-from ..strategy import Strategy, overrides, parse
+from ..spec import parse, read
+from ..strategy import Attention, Cache, Denoiser, Mixer, Strategy
 
-__all__ = ["BASELINE", "Arm", "Prefix", "feed", "make_arms"]
+__all__ = ["BASELINE", "Arm", "Prefix", "forward_chunked", "make_arms"]
 
 BASELINE = "full"
 _LEAST_RECORD = 64  # queries that a dense prefill keeps for the strategies forked from it
@@ -40,7 +40,7 @@ class Arm:
 
     @property
     def key(self) -> str:
-        if not getattr(self.strategy, "sized", hasattr(self.strategy, "budget")):
+        if not (isinstance(self.strategy, Cache) and self.strategy.has_budget):
             return self.label
         return f"{self.label}{',' if ':' in self.label else ':'}budget={self.budget}"
 
@@ -51,34 +51,40 @@ class Arm:
     @property
     def budget(self) -> int | float:
         """Slots, or the fraction of the tokens, that the arm keeps; 1.0 where the strategy has no budget."""
-        value: int | float = getattr(self.strategy, "budget", 1.0)
-        return value
+        return self.strategy.budget if isinstance(self.strategy, Cache) else 1.0
 
     @property
     def forks(self) -> bool:
         """Whether a dense prefill that others share serves this arm too."""
-        return self.stores and bool(getattr(self.strategy, "dense_prefill", False))
+        return isinstance(self.strategy, Cache) and self.strategy.dense_prefill
 
     @property
     def stores(self) -> bool:
-        return overrides(self.strategy, "store")
+        return isinstance(self.strategy, Cache)
 
     @property
     def record(self) -> int:
         """Last queries of the prefill that the strategy needs."""
-        return int(getattr(self.strategy, "record", 0))
+        return self.strategy.record if isinstance(self.strategy, Cache) else 0
 
-    def stride(self, slots: int) -> int | None:
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the strategy has to see all queries of a context in one forward."""
+        return isinstance(self.strategy, Cache) and self.strategy.needs_queries
+
+    def chunk_size(self, slots: int) -> int | None:
         """Most tokens to feed at once so that each is seen as in decoding, None for any number.
 
         Exact for strategies that evict at the prefill only, that say so (``exact_chunks``), or that evict every m
         tokens (m at once). Those that evict at every step get chunks so short that no query sees more than one slot
         in fifty beyond the budget.
         """
-        schedule = getattr(self.strategy, "schedule", "prefill")
+        if not isinstance(self.strategy, Cache):
+            return None
+        schedule = self.strategy.schedule
         if isinstance(schedule, int):
             return schedule
-        if schedule != "step" or getattr(self.strategy, "exact_chunks", False) or self.budget == 1.0:
+        if schedule != "step" or self.strategy.exact_chunks or self.budget == 1.0:
             return None
         return 1 + slots // _SLACK
 
@@ -98,21 +104,23 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
     arms = [Arm(parse(BASELINE), BASELINE)]
     for given in specs:
         strategy = parse(given)
-        if isinstance(strategy, Lens) and not strategy.acts:
+        if isinstance(strategy, Lens) and not strategy.edits_model:
             raise UserError(f"{strategy.slug} only looks: manyheads inspect --lens {strategy.slug}")
-        if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
+        if isinstance(strategy, Denoiser):
             raise UserError(
                 f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it (docs/diffusion.md)"
             )
+        if isinstance(strategy, Mixer) and not isinstance(strategy, Attention | Cache):
+            raise UserError(f"{strategy.slug} is a token mixer, trained from scratch: compare it with --train")
         fields = {f.name: f for f in dataclasses.fields(strategy)}
-        own = isinstance(given, Strategy) or re.search(r"[:,]\s*budget\s*=", given) is not None
+        own = isinstance(given, Strategy) or "budget" in read(given).fields
         if strategy.slug == BASELINE:
             continue
-        if "budget" not in fields:
+        if not isinstance(strategy, Cache) or "budget" not in fields:
             arms.append(Arm(strategy, strategy.spec))
             continue
         label = _label(given, strategy)
-        if own or not getattr(strategy, "sized", True):
+        if own or not strategy.has_budget:
             arms.append(Arm(strategy, label))
             continue
         if not values:
@@ -120,9 +128,8 @@ def make_arms(specs: Iterable[str | Strategy], budgets: Sequence[int | float | s
         arms += [Arm(_with_budget(strategy, value), label) for value in values]
     unique = list({arm.key: arm for arm in arms}.values())
     for arm in unique:
-        check = getattr(arm.strategy, "check", None)
-        if check and (isinstance(arm.budget, int) or arm.budget < 1):
-            check(keep_limit(arm.budget, shortest))
+        if isinstance(arm.strategy, Cache) and (isinstance(arm.budget, int) or arm.budget < 1):
+            arm.strategy.check(keep_limit(arm.budget, shortest))
     return unique
 
 
@@ -134,7 +141,7 @@ def _with_budget(strategy: Any, budget: int | float) -> Strategy:
 def _label(given: str | Strategy, strategy: Strategy) -> str:
     """The fields that were set, without the budget, in the order of the class."""
     if isinstance(given, str):
-        named = set(re.findall(r"(\w+)\s*=", given))
+        named = set(read(given).fields)
     else:
         plain = type(strategy)()
         named = {f.name for f in dataclasses.fields(strategy) if getattr(strategy, f.name) != getattr(plain, f.name)}
@@ -156,7 +163,7 @@ class Prefix:
         self.ids = ids
         forked = [arm for arm in arms if arm.forks]
         self._record = max([_LEAST_RECORD, *(arm.record for arm in forked)])
-        self._whole = any(getattr(arm.strategy, "observes", False) for arm in forked)  # see a prompt in one forward
+        self._whole = any(arm.needs_queries for arm in forked)  # see a prompt in one forward
         self._read(ids, anew=True)
 
     def _read(self, ids: Tensor, anew: bool) -> None:
@@ -185,9 +192,9 @@ class Prefix:
                 yield cache
 
 
-def feed(model: nn.Module, cache: Any, ids: Tensor, keep: int, stride: int | None = None) -> Tensor:
-    """Continue ``cache`` with ``ids [B, T]``, ``stride`` at a time: float32 logits ``[B, keep, V]`` of the last."""
-    size = stride or ids.shape[1]
+def forward_chunked(model: nn.Module, cache: Any, ids: Tensor, keep: int, chunk_size: int | None = None) -> Tensor:
+    """Continue ``cache`` with ``ids [B, T]``, ``chunk_size`` at a time: float32 logits ``[B, keep, V]`` of the last."""
+    size = chunk_size or ids.shape[1]
     outputs = []
     for start in range(0, ids.shape[1], size):
         piece = ids[:, start : start + size]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..integrations.cache import StoreLayer
 from ..integrations.transformers import new_cache
-from ..strategy import parse
-from .arms import BASELINE, Arm, feed
-from .contexts import Contexts
-from .corpus import Ids
+from ..spec import parse
+from ..tasks.text._contexts import Contexts
+from ..tasks.text._corpus import Ids
+from .arms import BASELINE, Arm, forward_chunked
 
 __all__ = ["TARGET", "Bench", "Row", "Unit"]
 
@@ -23,6 +24,7 @@ Row = dict[str, Any]
 TARGET = 64  # tokens that the loss of a context is judged on
 _CACHE_LIMIT = 2**30  # bytes of dense cache that one batch may hold
 _CACHE_SHARE = 32  # on a GPU: this part of its memory
+_FORGETS = 0.1  # difference of logits, in their standard deviation, beyond what rounding does
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,32 @@ class Bench:
         self.device = next(self.model.parameters()).device
 
     def bytes_per_token(self) -> float:
-        """Bytes of dense cache that a token takes; the port must be open. Raises UserError for a model without one."""
-        cache = new_cache(self.model, parse(BASELINE))
-        ids = torch.zeros(1, 8, dtype=torch.long, device=self.device)
-        feed(self.model, cache, ids, 1)
-        if not cache.bytes():
+        """Bytes that a token takes in a cache to fork from, what does not grow with the text left out.
+
+        The port must be open. Raises UserError for a model without a cache, with one that ours cannot stand in for, or
+        that does not read on where it stopped.
+        """
+        ids, held = torch.arange(16, device=self.device)[None], []
+        for length in (8, 16):
+            cache = new_cache(self.model, parse(BASELINE), record=1)
+            try:
+                last = forward_chunked(self.model, cache, ids[:, :length], 8)
+            except UserError:
+                raise
+            except ValueError as error:  # of a model with a kind of cache of its own
+                raise UserError(f"{type(self.model).__name__} does not take a cache of ours: {error}") from error
+            held.append(cache.bytes())
+        if held[0] == held[1]:
             raise UserError(f"{type(self.model).__name__} keeps no key/value cache, so there is nothing to compare")
-        return cache.bytes() / 8
+        if not all(isinstance(layer, StoreLayer) for layer in cache.layers):
+            cache = new_cache(self.model, parse(BASELINE))
+            again = forward_chunked(self.model, cache, ids, 8, 8)
+            if (again - last).norm() > _FORGETS * last.std() * last.numel() ** 0.5:
+                raise UserError(
+                    f"{type(self.model).__name__} forgets its states when it reads several tokens after others, in "
+                    "transformers itself, so that no figure would be right"
+                )
+        return (held[1] - held[0]) / 8
 
     def rows_at_once(self, length: int, per_token: float) -> int:
         """Sequences of ``length`` tokens whose dense caches are held at once."""

@@ -19,20 +19,16 @@ from ..errors import UserError
 from ..integrations import use
 from ..progress import Progress
 from ..strategy import Strategy
+from ..tasks.text._contexts import Contexts
+from ..tasks.text._corpus import Corpus
 from .arms import Arm, make_arms
 from .bench import TARGET, Bench, Row
-from .contexts import Contexts
-from .corpus import Corpus
+from .defaults import BUDGETS, LENGTHS, SAMPLES, STRATEGIES
 from .results import FOLDER, Journal, Results
-from .tasks import TASKS, measure, misfit, plan
+from .tasks import TASKS, measure, plan, unsupported_reason
 
 __all__ = ["BUDGETS", "FOLDER", "LENGTHS", "SAMPLES", "STRATEGIES", "Progress", "check", "compare", "work"]
 
-# hedge at one budget, and asking a quarter of its queries again: on a CPU they are what it costs.
-STRATEGIES = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hedge:window_size=128,budget=0.1")
-BUDGETS: tuple[float, ...] = (0.5, 0.25, 0.1)
-LENGTHS = (1024, 2048)
-SAMPLES = 6
 ROUNDS = 2
 _SHORTEST = 32  # tokens of a context
 
@@ -90,7 +86,7 @@ def compare(
     arms = make_arms(strategies, budgets, sizes[0])
     read = list(standard_library() if texts is None else texts)
     bench = Bench(model, Contexts(Corpus(read, tokenizer), tokenizer, samples, seed), arms, chosen, sizes)
-    skipped = {task: reason for task in chosen if (reason := misfit(bench, task))}
+    skipped = {task: reason for task in chosen if (reason := unsupported_reason(bench, task))}
     kept = tuple(task for task in chosen if task not in skipped)
     if not kept:
         raise UserError(f"nothing to measure: {next(iter(skipped.values()))}")
@@ -184,15 +180,16 @@ def _tasks(tasks: Sequence[str]) -> tuple[str, ...]:
 def _lengths(model: nn.Module, lengths: Sequence[int] | None) -> list[int]:
     """Lengths of contexts, sorted, as far as the model reads."""
     config: Any = getattr(model, "config", None)
-    reach = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
-    most = reach - 2 * TARGET  # room for what follows a context
+    max_context = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
+    most = max_context - 2 * TARGET  # room for what follows a context
     if lengths is None:
         sizes = [length for length in LENGTHS if length <= most]
         return sizes or [_power_of_two(most)]
     sizes = _sorted(lengths)
     if sizes[-1] > most:
         raise UserError(
-            f"{type(model).__name__} reads {reach} tokens, which leaves {most} for a context; {sizes[-1]} is too long"
+            f"{type(model).__name__} reads {max_context} tokens, which leaves {most} for a context; "
+            f"{sizes[-1]} is too long"
         )
     return sizes
 

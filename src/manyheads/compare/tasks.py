@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from ..attention.budget import keep_limit
-from .arms import Arm, Prefix, feed
+from ..tasks.text._contexts import ALIASES, CONSTANTS, Question
+from .arms import Arm, Prefix, forward_chunked
 from .bench import TARGET, Bench, Row, Unit
-from .contexts import ALIASES, CONSTANTS, Question
 
-__all__ = ["TASKS", "measure", "misfit", "plan"]
+__all__ = ["TASKS", "measure", "unsupported_reason", "plan"]
 
 TASKS = ("loss", "needle", "several", "chained", "speed", "memory")
+_OLD = {"niah_multikey": "several", "variable_tracking": "chained"}
 _WARM, _TIMED = 2, 8  # tokens decoded before and under the clock
 
 
@@ -67,10 +68,10 @@ def plan(bench: Bench, tasks: tuple[str, ...], rounds: int) -> list[Unit]:
     return units
 
 
-def misfit(bench: Bench, task: str) -> str | None:
+def unsupported_reason(bench: Bench, task: str) -> str | None:
     """Why ``task`` cannot be measured on this vocabulary and these lengths, None if it can."""
     lines = {"needle": 1, "several": CONSTANTS + ALIASES, "chained": CONSTANTS + ALIASES}.get(task)
-    return None if lines is None else bench.contexts.misfit(lines, min(bench.lengths))
+    return None if lines is None else bench.contexts.unsupported_reason(lines, min(bench.lengths))
 
 
 def measure(bench: Bench, unit: Unit) -> list[Row]:
@@ -86,11 +87,11 @@ def _row(unit: Unit, arm: Arm, metric: str, context: str, length: int, value: fl
     }  # fmt: skip
 
 
-def _stride(arm: Arm, length: int) -> int | None:
-    return arm.stride(keep_limit(arm.budget, length))
+def _chunk_size(arm: Arm, length: int) -> int | None:
+    return arm.chunk_size(keep_limit(arm.budget, length))
 
 
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of ``targets [B, T]`` under ``logits [B, T, V]``, float32 ``[B, T]``."""
     return -logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
 
@@ -111,7 +112,11 @@ def _loss(bench: Bench, unit: Unit) -> Iterator[Row]:
         for arm in bench.arms:
             with prefix.open(arm) as cache:
                 held = cache.bytes() / len(contexts)
-                nats = _nats(feed(bench.model, cache, fed, TARGET, _stride(arm, length)), targets).mean(1).tolist()
+                nats = (
+                    token_nll(forward_chunked(bench.model, cache, fed, TARGET, _chunk_size(arm, length)), targets)
+                    .mean(1)
+                    .tolist()
+                )
             for i, (value, (_, text, overlaps)) in enumerate(zip(nats, contexts, strict=True), unit.first):
                 yield _row(
                     unit,
@@ -129,12 +134,12 @@ def _loss(bench: Bench, unit: Unit) -> Iterator[Row]:
 
 
 def _answers(
-    bench: Bench, cache: Any, fed: Tensor, answers: Tensor, stride: int | None
+    bench: Bench, cache: Any, fed: Tensor, answers: Tensor, chunk_size: int | None
 ) -> tuple[list[bool], list[float]]:
     """For each row whether its whole answer is the likeliest, and the nats of a token of it."""
     fed = torch.cat([fed, answers[:, :-1]], 1)
-    logits = feed(bench.model, cache, fed, answers.shape[1], stride)
-    return (logits.argmax(-1) == answers).all(1).tolist(), _nats(logits, answers).mean(1).tolist()
+    logits = forward_chunked(bench.model, cache, fed, answers.shape[1], chunk_size)
+    return (logits.argmax(-1) == answers).all(1).tolist(), token_nll(logits, answers).mean(1).tolist()
 
 
 def _needle(bench: Bench, unit: Unit) -> Iterator[Row]:
@@ -149,7 +154,7 @@ def _needle(bench: Bench, unit: Unit) -> Iterator[Row]:
         for arm in bench.arms:
             with prefix.open(arm) as cache:
                 held = cache.bytes() / len(contexts)
-                right, nats = _answers(bench, cache, asked, answers, _stride(arm, unit.length))
+                right, nats = _answers(bench, cache, asked, answers, _chunk_size(arm, unit.length))
             for i, context in enumerate(contexts):
                 yield _row(
                     unit, arm, metric, f"needle-{unit.length}-{unit.first + i}", unit.length, float(right[i]),
@@ -161,28 +166,28 @@ def _needle(bench: Bench, unit: Unit) -> Iterator[Row]:
 
 def _several(bench: Bench, unit: Unit) -> Iterator[Row]:
     """Questions about several constants and their aliases; all of one size go through as one batch."""
-    contexts = bench.contexts.crowded(unit.length)[unit.first : unit.first + unit.count]
+    contexts = bench.contexts.multikey(unit.length)[unit.first : unit.first + unit.count]
     prefix = Prefix(bench.model, bench.tensor([c.ids for c in contexts]), bench.arms)
     rows = bench.rows_at_once(unit.length, bench.bytes_per_token())
     sizes: dict[tuple[int, int], list[tuple[int, Question]]] = {}  # one batch holds questions of one size
     for i, context in enumerate(contexts):
-        for question in (q for q in context.questions if q.task in bench.tasks):
+        for question in (q for q in context.questions if _OLD[q.task] in bench.tasks):
             sizes.setdefault((len(question.question), len(question.answer)), []).append((i, question))
     groups = [group[i : i + rows] for group in sizes.values() for i in range(0, len(group), rows)]
     for arm in bench.arms:
         for group in groups:
             with prefix.open(arm) as cache:
                 held = cache.bytes() / len(contexts)
-                cache.batch_select_indices(torch.tensor([i for i, _ in group], device=bench.device))
+                cache.reorder_cache(torch.tensor([i for i, _ in group], device=bench.device))
                 fed = bench.tensor([question.question for _, question in group])
                 answers = bench.tensor([question.answer for _, question in group])
-                right, nats = _answers(bench, cache, fed, answers, _stride(arm, unit.length))
+                right, nats = _answers(bench, cache, fed, answers, _chunk_size(arm, unit.length))
             for (i, question), value, cost in zip(group, right, nats, strict=True):
                 context = contexts[i]
                 yield _row(
                     unit, arm, "unseen", f"several-{unit.first + i}", unit.length, float(value), nats=cost,
                     depth=question.depth, bytes=held, text=context.text, overlaps=context.overlaps,
-                ) | {"task": question.task, "question": context.questions.index(question)}  # fmt: skip
+                ) | {"task": _OLD[question.task], "question": context.questions.index(question)}  # fmt: skip
         bench.tick(unit.cost / len(bench.arms))
 
 
@@ -199,7 +204,7 @@ def _memory(bench: Bench, unit: Unit) -> Iterator[Row]:
     for arm in bench.arms if cuda else ():
         torch.cuda.reset_peak_memory_stats(bench.device)
         with Prefix(bench.model, ids, bench.arms).open(arm) as cache:
-            feed(bench.model, cache, following, 1)
+            forward_chunked(bench.model, cache, following, 1)
         peak = torch.cuda.max_memory_allocated(bench.device)
         yield _row(unit, arm, "peak", "memory-0", unit.length, float(peak), text=text)
     bench.tick(unit.cost)
@@ -217,7 +222,10 @@ def _speed(bench: Bench, unit: Unit) -> Iterator[Row]:
         start = _now(bench)
         with prefix.open(arm) as cache:
             opened = _now(bench) - start
-            seconds = [_timed(bench, partial(feed, bench.model, cache, token, 1))[0] for token in following.split(1, 1)]
+            seconds = [
+                _timed(bench, partial(forward_chunked, bench.model, cache, token, 1))[0]
+                for token in following.split(1, 1)
+            ]
         name = f"speed-{unit.first}"
         yield _row(unit, arm, "prefill", name, unit.length, opened + (dense if arm.forks else 0.0), text=text)
         for value in seconds[_WARM:]:

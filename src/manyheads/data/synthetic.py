@@ -25,7 +25,7 @@ def associative_recall(
         generator: of all draws; its device is that of the result.
 
     Returns:
-        ``ids [B, T + 1]`` and ``judged`` bool ``[B, T]``, True where the next token is a value asked for.
+        ``ids [B, T + 1]`` and ``loss_mask`` bool ``[B, T]``, True where the next token is a value asked for.
 
     Raises:
         UserError: more pairs than keys, or than the length holds.
@@ -41,12 +41,12 @@ def associative_recall(
     key = 1 + shuffled(pairs, keys)
     value = 1 + keys + torch.randint(vocab - 1 - keys, (batch, pairs), generator=generator, device=device)
     ids = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
-    judged = torch.zeros(batch, length + 1, dtype=torch.bool, device=device)
+    loss_mask = torch.zeros(batch, length + 1, dtype=torch.bool, device=device)
     ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = key, value
     places = (length + 1 - 2 * pairs) // 2  # of two tokens each
     at = 2 * pairs + 2 * shuffled(pairs, places)
     order = shuffled(pairs, pairs)
     ids.scatter_(1, at, key.gather(1, order))
     ids.scatter_(1, at + 1, value.gather(1, order))
-    judged.scatter_(1, at, True)
-    return ids, judged[:, :-1]
+    loss_mask.scatter_(1, at, True)
+    return ids, loss_mask[:, :-1]

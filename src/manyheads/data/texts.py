@@ -9,7 +9,11 @@ from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["Text", "digest", "read", "standard_library"]
+__all__ = ["CORPORA", "Text", "corpus", "digest", "read", "standard_library"]
+
+# Texts by name: `code` is the standard library's source, the others are files of `data/files.toml`.
+CORPORA = {"code": (), "prose": ("wikitext2-test", "wikitext2-valid"), "plays": ("tinyshakespeare",)}
+_PIECE = 60_000  # characters of a long file that count as a text of its own
 
 LARGEST = 4_000_000  # bytes of one file
 MOST = 64_000_000  # bytes of all files
@@ -51,6 +55,31 @@ def standard_library(least: int = 6_000, most: int = 200_000) -> list[Text]:
         if least <= path.stat().st_size <= most:
             texts.append(Text(inside.as_posix(), path.read_text("utf-8", errors="replace")))
     return texts
+
+
+def corpus(name: str) -> list[Text]:
+    """The texts called ``name``, one of :data:`CORPORA`; a long file is cut at line ends into texts of its own.
+
+    Raises:
+        UserError: there is none of that name, or its files cannot be had.
+    """
+    if name not in CORPORA:
+        raise UserError(f"there is no text {name!r}; there are {', '.join(CORPORA)}, or give files with --text")
+    if not CORPORA[name]:
+        return standard_library()
+    from . import files
+
+    return [
+        Text(f"{file}, part {i}", piece) for file in CORPORA[name] for i, piece in enumerate(_pieces(files.text(file)))
+    ]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    while text:
+        end = text.rfind("\n", 0, _PIECE) + 1 if len(text) > _PIECE else len(text)
+        end = end or _PIECE
+        yield text[:end]
+        text = text[end:]
 
 
 def read(paths: Sequence[str | Path]) -> list[Text]:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..call import Denoising
+from ..call import DenoiserCall
 from ..errors import UserError
 
-__all__ = ["Prediction", "pushed", "some_rows"]
+__all__ = ["Prediction", "add_guidance", "select_batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +28,20 @@ class Prediction:
     kind: Literal["epsilon", "sample", "v_prediction", "flow"]
 
     @staticmethod
-    def of(call: Denoising) -> "Prediction":
+    def of(call: DenoiserCall) -> "Prediction":
         """Read it off the scheduler.
 
         Raises:
             UserError: no scheduler, or one of a kind that is not known.
         """
         scheduler: Any = call.scheduler
-        if scheduler is None or call.now.index is None:
+        if scheduler is None or call.step.index is None:
             raise UserError(
                 "the noise level is the scheduler's to say: open the pipeline, not its denoiser; a Guider is given it"
             )
         config = scheduler.config
         if type(scheduler).__name__.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False):
-            sigma = float(scheduler.sigmas[call.now.index])
+            sigma = float(scheduler.sigmas[call.step.index])
             return Prediction(1 - sigma, sigma, "flow")
         kind: Any = getattr(config, "prediction_type", "epsilon")
         if kind not in ("epsilon", "sample", "v_prediction"):
@@ -53,11 +53,11 @@ class Prediction:
             raise UserError(
                 f"{type(scheduler).__name__} has no alphas_cumprod; use a DDIM, DPM-Solver or flow scheduler"
             )
-        alpha = float(total[round(call.now.timestep)])
+        alpha = float(total[round(call.step.timestep)])
         return Prediction(alpha**0.5, (1 - alpha) ** 0.5, kind)
 
-    def split(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean sample and the noise that ``out`` says ``x`` is made of."""
+    def to_x0_eps(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean sample and the noise of which ``x`` is made, according to ``out``."""
         a, s = self.alpha, self.sigma
         if self.kind == "epsilon":
             return (x - s * out) / a, out
@@ -67,12 +67,12 @@ class Prediction:
             return a * x - s * out, s * x + a * out
         return x - s * out, x + (1 - s) * out
 
-    def joined(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def add_noise(self, x0: Tensor, eps: Tensor) -> Tensor:
         """The noisy sample of both."""
-        return torch.as_tensor(self.alpha * clean + self.sigma * noise)
+        return torch.as_tensor(self.alpha * x0 + self.sigma * eps)
 
 
-def some_rows(call: Denoising, rows: slice) -> dict[str, Any]:
+def select_batch(call: DenoiserCall, rows: slice) -> dict[str, Any]:
     """The arguments of a denoiser for some rows of its batch, of tensors within dicts, lists and tuples too."""
     batch = call.latents.shape[0]
 
@@ -86,17 +86,17 @@ def some_rows(call: Denoising, rows: slice) -> dict[str, Any]:
     return {name: cut(value) for name, value in call.given.items()}
 
 
-def pushed(call: Denoising, plain: Tensor, push: Tensor) -> Tensor:
+def add_guidance(call: DenoiserCall, plain: Tensor, guidance: Tensor) -> Tensor:
     """A prediction moved so that, after classifier-free guidance ``u + g (c - u)``, it is moved by ``push``.
 
-    Where both branches stand in one batch both are moved. Where they are calls of their own only the one at hand can
+    Where both branches are in one batch both are moved. Where they are calls of their own only the one at hand can
     be, by what ``g`` makes of it.
 
     Raises:
-        UserError: the branches are calls of their own, and the pipeline does not say what g is, or the one at hand
+        UserError: the branches are calls of their own, and the pipeline does not give g, or the one at hand
             counts nothing.
     """
-    g, branches = call.guidance_scale, call.now.branches
+    g, branches = call.guidance_scale, call.step.branches
     if branches in (("cond",), ("uncond",)):
         if g is None and branches == ("uncond",):
             raise UserError("the pipeline guides by two calls and does not say how strongly; switch its guidance off")
@@ -105,8 +105,8 @@ def pushed(call: Denoising, plain: Tensor, push: Tensor) -> Tensor:
             raise UserError(
                 f"at a guidance scale of {g} the {branches[0]} prediction counts nothing; use another scale"
             )
-        push = push / weight
-    moved = plain.clone()
-    for at in range(0, plain.shape[0], push.shape[0]):
-        moved[at : at + push.shape[0], : push.shape[1]] += push
-    return moved
+        guidance = guidance / weight
+    guided = plain.clone()
+    for at in range(0, plain.shape[0], guidance.shape[0]):
+        guided[at : at + guidance.shape[0], : guidance.shape[1]] += guidance
+    return guided

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance away from a prediction whose chosen heads are perturbed (SoftPAG), and the search for those heads.
 
-A second prediction is made with the attention of a few heads made worse, and the first is pushed away from it:
+A second prediction is made with the attention of a few heads degraded, and the first is pushed away from it:
 
     eps = eps_orig + w (eps_orig - eps_pert).
 
-Which heads are perturbed decides what improves. The maps are mixed with a worse one, ``A' = (1 - u) A + u P``, and for
-all four choices of P the result needs no map: with ``o`` the head's own output and one lerp,
+Which heads are perturbed decides what improves. The maps are mixed with a degraded one, ``A' = (1 - u) A + u P``, and
+for all four choices of P the result needs no map: with ``o`` the head's own output and one lerp,
 
     pag     P = identity                      o' = (1 - u) o + u v
     uniform P = 1 / N                         o' = (1 - u) o + u mean(v)
@@ -35,12 +35,12 @@ import torch
 from torch import Tensor
 
 from ..attention.reference import repeat_kv
-from ..call import AttentionCall, Denoising, Site
+from ..call import AttentionCall, DenoiserCall, Site
 from ..calls.edits import Heads, heads_at
 from ..errors import UserError
 from ..heads import HeadTable
-from ..strategy import Strategy
-from ._prediction import pushed, some_rows
+from ..strategy import AttentionPatch, DenoiserPrediction
+from ._prediction import add_guidance, select_batch
 
 __all__ = ["HeadHunter", "hunt", "ranking"]
 
@@ -48,14 +48,14 @@ _BRANCH = "perturbed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadHunter(Strategy):
+class HeadHunter(AttentionPatch, DenoiserPrediction):
     """Guidance by perturbing chosen heads.
 
     Attributes:
         heads: which, as ``layer.head`` joined by ``+``; none is no guidance.
         scale: w.
-        strength: u, how much of the worse map is mixed in.
-        perturbation: the worse map.
+        strength: u, how much of the degraded map is mixed in.
+        perturbation: the degraded map.
         scope: tokens of joint attention that are perturbed.
     """
 
@@ -63,9 +63,10 @@ class HeadHunter(Strategy):
 
     heads: Heads = field(default=(), metadata={"help": "heads as 3.1+4.2: layer.head, joined by +"})
     scale: float = field(default=3.0, metadata={"help": "w: how far to push away from the perturbed prediction"})
-    strength: float = field(default=0.25, metadata={"help": "u: how much of the worse map is mixed in, 0 to 1"})
+    strength: float = field(default=0.25, metadata={"help": "u: how much of the degraded map is mixed in, 0 to 1"})
     perturbation: Literal["pag", "uniform", "seg", "max"] = field(
-        default="pag", metadata={"help": "the worse map: identity, uniform, mean query's, or the largest weight alone"}
+        default="pag",
+        metadata={"help": "the degraded map: identity, uniform, mean query's, or the largest weight alone"},
     )
     scope: Literal["all", "image"] = field(default="all", metadata={"help": "tokens of joint attention it acts on"})
 
@@ -76,18 +77,18 @@ class HeadHunter(Strategy):
     def selects(self, site: Site) -> bool:
         return super().selects(site) and bool(heads_at(self.heads, site))
 
-    def denoise(self, call: Denoising) -> Tensor:
+    def denoise(self, call: DenoiserCall) -> Tensor:
         plain = call.predict()
         guided = call.guidance_scale is not None
-        if not (self.heads and self.scale and self.strength) or (guided and call.now.branches == ("uncond",)):
+        if not (self.heads and self.scale and self.strength) or (guided and call.step.branches == ("uncond",)):
             return plain
-        rows = call.now.rows("cond", len(plain)) if "cond" in call.now.branches else slice(0, len(plain))
-        worse = call.predict(_BRANCH, **some_rows(call, rows))
-        return pushed(call, plain, self.scale * (plain[rows] - worse))
+        rows = call.step.rows("cond", len(plain)) if "cond" in call.step.branches else slice(0, len(plain))
+        degraded = call.predict(_BRANCH, **select_batch(call, rows))
+        return add_guidance(call, plain, self.scale * (plain[rows] - degraded))
 
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
-        now = call.diffusion
-        if now is None or now.branches != (_BRANCH,):
+        step = call.diffusion
+        if step is None or step.branches != (_BRANCH,):
             return out
         heads = heads_at(self.heads, call.site)
         if max(heads) >= out.shape[2]:
@@ -95,16 +96,16 @@ class HeadHunter(Strategy):
         length = call.q.shape[2]
         at = slice(0, length)
         if self.scope == "image" and call.site.kind == "joint":
-            if now.layout is None:
+            if step.layout is None:
                 raise UserError(f"headhunter: the token layout of {call.site.name} is not known; use scope=all")
-            at = now.layout.image(length)
+            at = step.layout.image(length)
         made = out.clone()
-        worse = self.worse(call, heads, at)
-        made[:, at, heads] = torch.lerp(out[:, at, heads], worse.to(out.dtype), self.strength)
+        degraded = self.degraded(call, heads, at)
+        made[:, at, heads] = torch.lerp(out[:, at, heads], degraded.to(out.dtype), self.strength)
         return made
 
-    def worse(self, call: AttentionCall, heads: list[int], at: slice) -> Tensor:
-        """Outputs ``[B, t, n, dv]`` of ``heads`` under the worse map, for the tokens ``at``."""
+    def degraded(self, call: AttentionCall, heads: list[int], at: slice) -> Tensor:
+        """Outputs ``[B, t, n, dv]`` of ``heads`` under the degraded map, for the tokens ``at``."""
         k, v = (repeat_kv(x, call.q.shape[1])[:, heads, at] for x in (call.k, call.v))
         q = call.q[:, heads, at]
         if self.perturbation == "pag":
@@ -133,7 +134,7 @@ def hunt(
             seeds.
         rounds: R; paper: 1 for general quality, 5 for a style.
         top: k heads of a round; paper: 24 for general quality, 3 for a style.
-        progress: is told how many of how many scores are done.
+        progress: receives how many of how many scores are done.
         state: is filled as the search goes, and continued from if it holds an earlier search's (a plain dict of JSON
             types).
 
@@ -168,7 +169,7 @@ def ranking(
     scores: Sequence[Mapping[str, float]], layers: Sequence[int], heads: int, *, name: str = "score under guidance",
     about: dict[str, Any] | None = None,
 ) -> HeadTable:  # fmt: skip
-    """Scores of heads as a table with ranks, intervals, JSON and picture; heads without a score are left out of them.
+    """Scores of heads as a table with ranks, intervals, JSON and plot; heads without a score are left out of them.
 
     Args:
         scores: each mapping, ``layer.head`` to a score, is one measurement of the same thing: a round of :func:`hunt`

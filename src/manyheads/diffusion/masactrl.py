@@ -19,7 +19,7 @@ MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthes
 Shapes: q, k, v ``[B, H, T, d]``; in every branch the first half of the rows are sources, the second their targets;
 masks ``[rows, T]``.
 
-Choices. Blocks are numbered as they stand in the model (down, middle, up), as the released code numbers them. In joint
+Choices. Blocks are numbered in the order of the model (down, middle, up), as the released code numbers them. In joint
 attention (not in the paper) only image tokens are exchanged and the text stays the target's. Masks come from
 cross-attention (``tokens`` names words by their place in the prompt): the maps of this step so far, averaged over heads
 and sites of at most ``map_size`` squared tokens, summed over the words, scaled to [0, 1] for each image, cut at
@@ -35,19 +35,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..call import AttentionCall, Diffusion, Site
-from ..calls.statistics import Columns, measure
+from ..call import AttentionCall, DiffusionStep, Site
+from ..calls.statistics import Columns
+from ..calls.weights import measure
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionCompute, AttentionWatch
 from ._maps import Places, check_words, merged, scaled
 
 __all__ = ["MasaCtrl"]
 
-_BOARD = "masactrl"
+_KEY = "masactrl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MasaCtrl(Strategy):
+class MasaCtrl(AttentionCompute, AttentionWatch):
     """Mutual self-attention of a target with its source.
 
     Attributes:
@@ -75,39 +76,39 @@ class MasaCtrl(Strategy):
             return bool(self.tokens)
         return site.layer is not None and site.layer >= self.start_layer
 
-    def acts(self, call: AttentionCall) -> Diffusion | None:
+    def acts(self, call: AttentionCall) -> DiffusionStep | None:
         """Where and when; None elsewhere.
 
         Raises:
             UserError: the step is not known, or the rows do not pair.
         """
-        now = call.diffusion
-        if now is None or now.index is None:
+        step = call.diffusion
+        if step is None or step.index is None:
             raise UserError("masactrl has to know the step: open the pipeline, not its denoiser")
-        if call.site.kind == "cross" or now.axis == "text" or now.index < self.start_step:
+        if call.site.kind == "cross" or step.axis == "text" or step.index < self.start_step:
             return None
-        if call.q.shape[0] % (2 * len(now.branches)):
+        if call.q.shape[0] % (2 * len(step.branches)):
             raise UserError(
-                f"masactrl: {call.q.shape[0]} rows in branches {'+'.join(now.branches)} are no pairs of source and "
+                f"masactrl: {call.q.shape[0]} rows in branches {'+'.join(step.branches)} are no pairs of source and "
                 "target; give the pipeline the prompts of the sources, then those of their targets"
             )
-        return now
+        return step
 
     def attend(self, call: AttentionCall) -> Tensor:
-        now = self.acts(call)
+        step = self.acts(call)
         own = _sdpa(call, call.k, call.v)
-        if now is None:
+        if step is None:
             return own
         batch, _, length, _ = call.q.shape
-        source, target = _pairs(batch, len(now.branches), call.q.device)
+        source, target = _pairs(batch, len(step.branches), call.q.device)
         image = slice(0, length)
         if call.site.kind == "joint":
-            if now.layout is None:
+            if step.layout is None:
                 raise UserError(f"masactrl: the token layout of {call.site.name} is not known")
-            image = now.layout.image(length)
+            image = step.layout.image(length)
         k, v = (_exchanged(x, source, target, image, self.union) for x in (call.k, call.v))
         part = call.replace(q=call.q[target], mask=_of(call.mask, target), bias=_of(call.bias, target))
-        masks = self.masks(now, batch, length) if call.site.kind == "self" and not self.union else None
+        masks = self.masks(step, batch, length) if call.site.kind == "self" and not self.union else None
         if masks is None:
             if self.union and part.mask is not None:
                 part = part.replace(mask=torch.cat([part.mask, part.mask[..., image]], -1))
@@ -124,37 +125,37 @@ class MasaCtrl(Strategy):
         return made
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        now = call.diffusion
-        if call.site.kind != "cross" or now is None or now.layout is None or now.index is None:
+        step = call.diffusion
+        if call.site.kind != "cross" or step is None or step.layout is None or step.index is None:
             return
-        size = now.layout.grid(call.q.shape[2])
+        size = step.layout.grid(call.q.shape[2])
         if size is None or max(size) > self.map_size:
             return
         check_words(self.tokens, call.k.shape[2], self.slug)
         words = torch.tensor(self.tokens, device=call.k.device)
         maps = measure(call, [Columns(words)])[0].mean(1).sum(-1).unflatten(1, size)  # [B, h, w]
-        kept: dict[Any, Any] = now.board.setdefault(_BOARD, {})
-        at = (now.index, now.branches)
+        kept: dict[Any, Any] = step.run_state.setdefault(_KEY, {})
+        at = (step.index, step.branches)
         if kept.get("at") != at:
-            theirs = kept["maps"] if kept.get("at") == (now.index, ("cond",)) else None
+            theirs = kept["maps"] if kept.get("at") == (step.index, ("cond",)) else None
             kept.update(at=at, maps=[], cond=theirs)
         kept["maps"].append(maps)
 
-    def masks(self, now: Diffusion, batch: int, length: int) -> Tensor | None:
+    def masks(self, step: DiffusionStep, batch: int, length: int) -> Tensor | None:
         """Boolean ``[B, T]`` from the maps of this step so far, None if there are none; conditional rows decide.
 
         So they do where the conditional call of a step comes before the unconditional one.
         """
-        kept = now.board.get(_BOARD, {})
-        size = None if now.layout is None else now.layout.grid(length)
-        if not self.tokens or size is None or kept.get("at") != (now.index, now.branches):
+        kept = step.run_state.get(_KEY, {})
+        size = None if step.layout is None else step.layout.grid(length)
+        if not self.tokens or size is None or kept.get("at") != (step.index, step.branches):
             return None
         maps = (kept.get("cond") or kept["maps"])[: len(kept["maps"])]  # as far as this branch has come
         mean = merged([m.float() for m in maps])
         cut = (scaled(mean) > self.threshold).float()
         made = interpolate(cut[:, None], size=size, mode="nearest")[:, 0].flatten(1) > 0.5
-        if "cond" in now.branches and len(now.branches) > 1:
-            made = made[now.rows("cond", batch)].repeat(len(now.branches), 1)
+        if "cond" in step.branches and len(step.branches) > 1:
+            made = made[step.rows("cond", batch)].repeat(len(step.branches), 1)
         return made
 
 

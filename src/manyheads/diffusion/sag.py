@@ -30,15 +30,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
-from ..call import AttentionCall, Denoising, Layout, Site
-from ..calls.statistics import Received, measure
+from ..call import AttentionCall, DenoiserCall, Layout, Site
+from ..calls.statistics import ColumnSum
+from ..calls.weights import measure
 from ..errors import UserError
-from ..strategy import Strategy
-from ._prediction import Prediction, pushed, some_rows
+from ..strategy import AttentionWatch, DenoiserPrediction
+from ._prediction import Prediction, add_guidance, select_batch
 
 __all__ = ["SAG", "blur"]
 
-_BOARD = "sag"
+_KEY = "sag"
 
 
 def blur(x: Tensor, sigma: float, size: int) -> Tensor:
@@ -65,7 +66,7 @@ def blur(x: Tensor, sigma: float, size: int) -> Tensor:
     return flat.reshape(x.shape)
 
 
-def _picture(x: Tensor, layout: Layout | None) -> Tensor:
+def _to_grid(x: Tensor, layout: Layout | None) -> Tensor:
     """Latents with rows and columns last; those packed into tokens ``[B, N, C]`` as ``[B, C, F, H, W]``."""
     if x.ndim != 3:
         return x
@@ -76,7 +77,7 @@ def _picture(x: Tensor, layout: Layout | None) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAG(Strategy):
+class SAG(AttentionWatch, DenoiserPrediction):
     """Guidance away from a sample blurred where self-attention looks.
 
     Attributes:
@@ -114,58 +115,58 @@ class SAG(Strategy):
         return bool(site.peers) and site.layer == site.peers[len(site.peers) // 2]
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        now = call.diffusion
-        if now is None or now.branches == ("blurred",) or self.mask == "all":
+        step = call.diffusion
+        if step is None or step.branches == ("blurred",) or self.mask == "all":
             return
-        if now.layout is None:
-            raise UserError(f"sag: the token layout of {call.site.name} is not known, so its map has no picture")
+        if step.layout is None:
+            raise UserError(f"sag: the token layout of {call.site.name} is not known, so its map has no image")
         if call.site.kind == "joint":
-            at = now.layout.image(call.q.shape[2])
+            at = step.layout.image(call.q.shape[2])
             call = call.replace(q=call.q[:, :, at], k=call.k[:, :, at], v=call.v[:, :, at], mask=None, bias=None)
         weight = torch.ones(1, call.q.shape[2], 1, device=call.q.device)
-        received = measure(call, [Received(weight)])[0][..., 0].mean(1)  # [B, N], mean 1
-        now.board[_BOARD] = received
+        received = measure(call, [ColumnSum(weight)])[0][..., 0].mean(1)  # [B, N], mean 1
+        step.run_state[_KEY] = received
 
-    def denoise(self, call: Denoising) -> Tensor:
-        call.now.board.pop(_BOARD, None)
+    def denoise(self, call: DenoiserCall) -> Tensor:
+        call.step.run_state.pop(_KEY, None)
         plain = call.predict()
         guided = call.guidance_scale is not None
-        if not self.scale or (guided and call.now.branches == ("cond",)):
+        if not self.scale or (guided and call.step.branches == ("cond",)):
             return plain
-        rows = call.now.rows("uncond", len(plain)) if "uncond" in call.now.branches else slice(0, len(plain))
+        rows = call.step.rows("uncond", len(plain)) if "uncond" in call.step.branches else slice(0, len(plain))
         noisy = call.latents[rows]
-        out = plain[rows, : noisy.shape[1]]  # a learned variance may stand behind the prediction
+        out = plain[rows, : noisy.shape[1]]  # a learned variance may follow the prediction
         rule = Prediction.of(call)
-        clean, noise = rule.split(noisy, out)
-        clean = clean.clamp(-1, 1) if self.clip else clean
-        picture = _picture(clean, call.now.layout)
-        where = self.where(call.now.board.get(_BOARD), picture, rows, len(plain), call.now.layout)
-        worse = where * blur(picture, self.sigma, self.kernel) + (1 - where) * picture
-        worse = worse if picture is clean else worse.flatten(2).transpose(1, 2)
+        x0, eps = rule.to_x0_eps(noisy, out)
+        x0 = x0.clamp(-1, 1) if self.clip else x0
+        grid = _to_grid(x0, call.step.layout)
+        mask = self.blur_mask(call.step.run_state.get(_KEY), grid, rows, len(plain), call.step.layout)
+        degraded = mask * blur(grid, self.sigma, self.kernel) + (1 - mask) * grid
+        degraded = degraded if grid is x0 else degraded.flatten(2).transpose(1, 2)
         name = next(iter(call.given))
-        changed = {**some_rows(call, rows), name: rule.joined(worse, noise).to(noisy.dtype)}
+        changed = {**select_batch(call, rows), name: rule.add_noise(degraded, eps).to(noisy.dtype)}
         again = call.predict("blurred", **changed)[:, : out.shape[1]]
-        return pushed(call, plain, self.scale * (out - again))
+        return add_guidance(call, plain, self.scale * (out - again))
 
-    def where(self, received: Tensor | None, clean: Tensor, rows: slice, batch: int, layout: Layout | None) -> Tensor:
+    def blur_mask(self, received: Tensor | None, x0: Tensor, rows: slice, batch: int, layout: Layout | None) -> Tensor:
         """The mask in the shape of the latents, with one channel."""
         if self.mask == "all":
-            return torch.ones_like(clean[:, :1])
+            return torch.ones_like(x0[:, :1])
         if received is None or layout is None:
             raise UserError("sag: the layer was not run; name one of the model's with layers=")
-        received = received.unflatten(0, (batch, -1)).flatten(1, 2)[rows]  # frames that attend apart stand in rows
+        received = received.unflatten(0, (batch, -1)).flatten(1, 2)[rows]  # frames that attend apart are rows
         frames = layout.frames if received.shape[1] % layout.frames == 0 else 1
         size = layout.grid(received.shape[1] // frames)
         if size is None:
-            raise UserError(f"sag: {received.shape[1]} tokens are no picture of {layout.height} x {layout.width}")
-        hot = (received > self.threshold).to(clean.dtype)
+            raise UserError(f"sag: {received.shape[1]} tokens are no image of {layout.height} x {layout.width}")
+        mask = (received > self.threshold).to(x0.dtype)
         if self.mask == "inverted":
-            hot = 1 - hot
+            mask = 1 - mask
         if self.mask == "random":
-            order = torch.rand(hot.shape, device=hot.device).argsort(1).argsort(1)
-            hot = (order < hot.sum(1, keepdim=True)).to(clean.dtype)
-        hot = hot.reshape(clean.shape[0], -1, *size)  # [B, F, h, w]
-        large = interpolate(hot, size=clean.shape[-2:], mode="nearest")
-        if clean.ndim == 4:
+            order = torch.rand(mask.shape, device=mask.device).argsort(1).argsort(1)
+            mask = (order < mask.sum(1, keepdim=True)).to(x0.dtype)
+        mask = mask.reshape(x0.shape[0], -1, *size)  # [B, F, h, w]
+        large = interpolate(mask, size=x0.shape[-2:], mode="nearest")
+        if x0.ndim == 4:
             return large[:, :1]
-        return interpolate(large[:, None], size=clean.shape[-3:], mode="nearest")
+        return interpolate(large[:, None], size=x0.shape[-3:], mode="nearest")

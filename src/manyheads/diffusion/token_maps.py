@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention maps of a denoiser, of which only what was asked for is kept: where words act, and what is looked at.
 
-While a picture or video is made, for every site of attention and every branch of the batch a running mean over heads
+While an image or video is made, for every site of attention and every branch of the batch a running mean over heads
 and steps is kept of
 
 - the columns of words: the share of each image token's attention that goes to a word of the prompt (``tokens``), in
@@ -28,7 +28,7 @@ the batch.
 Choices. Places count from the first token of the text as the denoiser is given it: special tokens count, and where two
 encoders' tokens stand one behind the other (SD3: CLIP, then T5) so do the first one's. Queries are image tokens of the
 finest grid, frame by frame and row by row; on coarser grids the cell that holds them answers. Attention over time and
-among text tokens has no picture and is left out. A new run of the pipeline begins anew.
+among text tokens has no image and is left out. A new run of the pipeline begins anew.
 """
 
 import re
@@ -39,11 +39,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..call import AttentionCall, Diffusion, Layout, Site
+from ..call import AttentionCall, DiffusionStep, Layout, Site
 from ..calls.edits import heads_at
-from ..calls.statistics import Columns, Received, Statistic, measure, weights
+from ..calls.statistics import Columns, ColumnSum, Statistic
+from ..calls.weights import measure, weights
 from ..errors import UserError
-from ..strategy import Layers, Strategy
+from ..strategy import AttentionWatch, Layers, Strategy
 from ._maps import Places, check_words, merged, scaled
 
 __all__ = ["TokenMaps", "WordMaps", "maps", "places"]
@@ -67,7 +68,7 @@ class _Mean:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenMaps(Strategy):
+class TokenMaps(AttentionWatch):
     """Keep maps of words, of attention received, and of what chosen image tokens look at.
 
     Attributes:
@@ -96,23 +97,23 @@ class TokenMaps(Strategy):
         return super().selects(site) and wanted[site.kind]
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        now, kind, size = call.diffusion, call.site.kind, call.k.shape[2]
-        if now is None or now.layout is None:
-            raise UserError(f"token_maps: the token layout of {call.site.name} is not known, so its map has no picture")
-        if now.index is None and (self.per_step or self.steps is not None):
+        step, kind, size = call.diffusion, call.site.kind, call.k.shape[2]
+        if step is None or step.layout is None:
+            raise UserError(f"token_maps: the token layout of {call.site.name} is not known, so its map has no image")
+        if step.index is None and (self.per_step or self.steps is not None):
             raise UserError("token_maps has to know the step: open the pipeline, not its denoiser")
-        if self.steps is not None and now.index not in self.steps:
+        if self.steps is not None and step.index not in self.steps:
             return
-        if now.axis in ("time", "text") or (kind == "cross" and self.text not in (0, size)):
+        if step.axis in ("time", "text") or (kind == "cross" and self.text not in (0, size)):
             return
-        layout, length = now.layout, call.q.shape[2]
+        layout, length = step.layout, call.q.shape[2]
         image = layout.image(length) if kind == "joint" else slice(0, length)
-        grid = _grid(layout, image.stop - image.start, call.q.shape[0])
+        grid = _grid_of(layout, image.stop - image.start, call.q.shape[0])
         if grid is None:
             return
-        part = _some_rows(call, image)
+        part = _select_queries(call, image)
         found = self._found(part, layout, image, grid)
-        self._keep(call, now, {what: _pictures(x, grid) for what, x in found.items()})
+        self._keep(call, step, {what: _to_grid(x, grid) for what, x in found.items()})
 
     def _found(
         self, part: AttentionCall, layout: Layout, image: slice, grid: tuple[int, int, int, int]
@@ -126,7 +127,7 @@ class TokenMaps(Strategy):
             start = image.stop if joint and not layout.text_first else 0
             wanted["words"] = Columns(torch.tensor(self.tokens, device=part.k.device) + start)
         if self.received and kind != "cross":
-            wanted["received"] = Received(torch.ones(1, length, 1, device=part.q.device))
+            wanted["received"] = ColumnSum(torch.ones(1, length, 1, device=part.q.device))
         found: dict[str, Tensor] = dict(zip(wanted, measure(part, list(wanted.values())), strict=True))
         if "received" in found:
             found["received"] = found["received"][:, :, image]
@@ -139,50 +140,50 @@ class TokenMaps(Strategy):
     ) -> Tensor:  # fmt: skip
         """What ``queries`` look at, ``[B, H, T, C]``; 0 in the rows of frames that they are not in."""
         if min(self.queries) < 0 or max(self.queries) >= layout.tokens:
-            raise UserError(f"token_maps: the picture has tokens 0 to {layout.tokens - 1}, not {max(self.queries)}")
+            raise UserError(f"token_maps: the image has tokens 0 to {layout.tokens - 1}, not {max(self.queries)}")
         apart, frames, high, wide = grid
         at = torch.tensor(self.queries, device=part.q.device)
         frame, row, column = at // (layout.height * layout.width), at // layout.width % layout.height, at % layout.width
         cell = row * high // layout.height * wide + column * wide // layout.width
-        asked = _some_rows(part, cell if apart > 1 else frame * high * wide + cell)
+        asked = _select_queries(part, cell if apart > 1 else frame * high * wide + cell)
         rows = torch.cat([x for _, x in weights(asked)], 2)[..., image].transpose(2, 3) * (frames * high * wide)
         if apart == 1:
             return rows
         there = torch.arange(rows.shape[0], device=at.device)[:, None] % apart == frame
         return rows * there[:, None, None]
 
-    def _keep(self, call: AttentionCall, now: Diffusion, found: dict[str, Tensor]) -> None:
-        memory, shape = call.memory, (call.q.shape[0], call.q.shape[2], call.k.shape[2])
-        if memory.get("run") != now.run:
-            memory.clear()
-            memory.update(run=now.run, branches=now.branches, shape=shape, means={})
-        if memory["shape"] != shape:
+    def _keep(self, call: AttentionCall, step: DiffusionStep, found: dict[str, Tensor]) -> None:
+        state, shape = call.state, (call.q.shape[0], call.q.shape[2], call.k.shape[2])
+        if state.get("run") != step.run:
+            state.clear()
+            state.update(run=step.run, branches=step.branches, shape=shape, means={})
+        if state["shape"] != shape:
             raise UserError(
-                f"token_maps: {call.site.name} came with rows, queries and keys {memory['shape']}, then {shape}; of "
+                f"token_maps: {call.site.name} came with rows, queries and keys {state['shape']}, then {shape}; of "
                 "several contexts name one by text=, and open anew for another size"
             )
         for what, x in found.items():
             x = x if self.per_head else x.mean(1, keepdim=True)
-            for step in (None, now.index) if self.per_step else (None,):
-                before = memory["means"].get((what, step))
-                memory["means"][what, step] = _Mean(x) if before is None else before.plus(x)
+            for index in (None, step.index) if self.per_step else (None,):
+                before = state["means"].get((what, index))
+                state["means"][what, index] = _Mean(x) if before is None else before.plus(x)
 
 
-def _grid(layout: Layout, length: int, batch: int) -> tuple[int, int, int, int] | None:
-    """Frames in rows of the batch, frames, rows and columns among ``length`` tokens; None where they are no picture."""
+def _grid_of(layout: Layout, length: int, batch: int) -> tuple[int, int, int, int] | None:
+    """Frames in rows of the batch, frames, rows and columns among ``length`` tokens; None where they are no image."""
     if length == layout.tokens:
         return 1, layout.frames, layout.height, layout.width
     size = layout.grid(length)
     return None if size is None or batch % layout.frames else (layout.frames, 1, *size)
 
 
-def _pictures(x: Tensor, grid: tuple[int, int, int, int]) -> Tensor:
+def _to_grid(x: Tensor, grid: tuple[int, int, int, int]) -> Tensor:
     """``[B, H, T, C]`` as ``[rows, H, C, frames, h, w]``."""
     x = x.unflatten(2, grid[1:]).unflatten(0, (-1, grid[0]))  # [rows, frames, H, frames, h, w, C], one frames is 1
     return x.permute(0, 2, 6, 1, 3, 4, 5).flatten(3, 4)
 
 
-def _some_rows(call: AttentionCall, at: Tensor | slice) -> AttentionCall:
+def _select_queries(call: AttentionCall, at: Tensor | slice) -> AttentionCall:
     """The call with some of its queries only."""
     mask, bias = (x if x is None or x.shape[-2] == 1 else x[..., at, :] for x in (call.allowed(), call.bias))
     return call.replace(q=call.q[:, :, at], mask=mask, bias=bias, is_causal=False)
@@ -241,7 +242,7 @@ class WordMaps:
 
 
 def places(tokenizer: Any, prompt: str, word: str) -> tuple[int, ...]:
-    """Where the tokens of a word stand in a prompt, special tokens counted: of each occurrence, in either case.
+    """Positions of the tokens of a word in a prompt, special tokens counted: of each occurrence, in either case.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
@@ -249,11 +250,11 @@ def places(tokenizer: Any, prompt: str, word: str) -> tuple[int, ...]:
         word: one word, or several that follow each other.
 
     Raises:
-        UserError: the prompt does not have the word, or the tokenizer cannot tell where its tokens stand.
+        UserError: the prompt does not have the word, or the tokenizer does not give its tokens' positions.
     """
     spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
     if not spans:
-        raise UserError(f"{word!r} does not stand in the prompt {prompt!r}")
+        raise UserError(f"{word!r} is not in the prompt {prompt!r}")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} does not say where its tokens stand; give places instead of words")
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
@@ -280,25 +281,25 @@ def maps(
     named = _named(strategy.tokens, words)
     if heads and not strategy.per_head:
         raise UserError("token_maps kept the mean over heads only; heads are chosen among those kept by per_head=true")
-    kept = [(site, memory) for site, branches in port.kept(strategy) for memory in branches.values() if memory]
-    run = max((memory["run"] for _, memory in kept), default=0)
+    kept = [(site, state) for site, branches in port.kept(strategy) for state in branches.values() if state]
+    run = max((state["run"] for _, state in kept), default=0)
     found: dict[tuple[str, str, int | None], dict[Site, _Mean]] = {}
-    for site, memory in kept:
+    for site, state in kept:
         chosen = heads_at(heads, site)
-        if memory["run"] != run or (heads and not chosen):
+        if state["run"] != run or (heads and not chosen):
             continue
-        for (what, step), mean in memory["means"].items():
-            total, groups = _of_heads(mean.total, chosen, site), len(memory["branches"])
+        for (what, step), mean in state["means"].items():
+            total, groups = _of_heads(mean.total, chosen, site), len(state["branches"])
             if what == "words":
                 total = torch.stack([total[:, columns].sum(1) for _, columns in named], 1)
             if size is not None and max(total.shape[-2:]) > size:
                 continue
-            for branch, rows in zip(memory["branches"], total.float().cpu().chunk(groups), strict=True):
+            for branch, rows in zip(state["branches"], total.float().cpu().chunk(groups), strict=True):
                 of_site = found.setdefault((branch, what, step), {})
                 of_site[site] = of_site[site].plus(rows, mean.count) if site in of_site else _Mean(rows, mean.count)
     if not found:
-        raise UserError(f"{strategy.spec} kept nothing: no site showed a picture that it was asked for")
-    return _assembled(found, strategy, [name for name, _ in named])
+        raise UserError(f"{strategy.spec} kept nothing: no site showed an image that it was asked for")
+    return _to_word_maps(found, strategy, [name for name, _ in named])
 
 
 def _named(
@@ -324,7 +325,7 @@ def _of_heads(total: Tensor, chosen: list[int], site: Site) -> Tensor:
     return (total[:, chosen] if chosen else total).mean(1)
 
 
-def _assembled(
+def _to_word_maps(
     found: dict[tuple[str, str, int | None], dict[Site, _Mean]], strategy: TokenMaps, words: Sequence[str]
 ) -> WordMaps:  # fmt: skip
     names = {
@@ -335,7 +336,7 @@ def _assembled(
     shapes = [m.total.shape for sites in found.values() for m in sites.values()]
     large = max((shape[-2:] for shape in shapes), key=lambda s: s[0] * s[1])
 
-    def joined(branch: str, step: int | None, layer: int | None = None) -> Tensor | None:
+    def averaged(branch: str, step: int | None, layer: int | None = None) -> Tensor | None:
         made: list[Tensor] = []
         rows = next(m.total.shape for (b, _, _), sites in found.items() if b == branch for m in sites.values())
         seen = False
@@ -350,10 +351,10 @@ def _assembled(
     branches = tuple(dict.fromkeys(branch for branch, _, _ in found))
     numbers = sorted({site.layer for sites in found.values() for site in sites if site.layer is not None})
     steps = sorted({step for _, _, step in found if step is not None})
-    whole = {b: x for b in branches if (x := joined(b, None)) is not None}
+    whole = {b: x for b in branches if (x := averaged(b, None)) is not None}
     units = [_SHARE if what == "words" else _TIMES for what, each in names.items() for _ in each]
     return WordMaps(
         sum(names.values(), ()), tuple(units), whole,
-        {b: {n: x for n in numbers if (x := joined(b, None, n)) is not None} for b in branches},
-        {b: {n: x for n in steps if (x := joined(b, n)) is not None} for b in branches} if strategy.per_step else {},
+        {b: {n: x for n in numbers if (x := averaged(b, None, n)) is not None} for b in branches},
+        {b: {n: x for n in steps if (x := averaged(b, n)) is not None} for b in branches} if strategy.per_step else {},
     )  # fmt: skip

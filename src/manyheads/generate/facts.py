@@ -16,7 +16,7 @@ __all__ = ["facts"]
 def facts(made: Sequence[Made], rows: Sequence[Row], settings: Settings, pipe: Any) -> dict[str, Any]:
     """What was asked and what each arm cost and changed, of JSON's types.
 
-    ``mean_difference`` (0 to 1) and ``psnr`` (dB) are to the baseline; ``psnr`` is None for the same pictures.
+    ``mean_difference`` (0 to 1) and ``psnr`` (dB) are to the baseline; ``psnr`` is None for the same images.
     """
     base = made[0]
     return {

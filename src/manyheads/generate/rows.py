@@ -7,19 +7,19 @@ from typing import Any
 
 from ..catalog import nearest
 from ..errors import UserError
-from .load import parameters
+from ..models.pipeline import parameters
 
 __all__ = ["Row", "read_seeds", "read_size", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One picture to make: by a prompt, from a source to a target prompt, of a class, or of anything.
+    """One image to make: by a prompt, from a source to a target prompt, of a class, or of anything.
 
     Attributes:
         seed: of the noise.
         prompt: text, if the pipeline takes it.
-        source: text of the picture that is made beside, from the same noise.
+        source: text of the image that is made beside, from the same noise.
         number: class, if the pipeline takes one.
         label: what was asked for, for people.
     """
@@ -58,10 +58,10 @@ def rows_of(
 ) -> list[Row]:  # fmt: skip
     """A row for each prompt or class, and each seed.
 
-    A pipeline that says which words it knows is given two prompts of them where there are none.
+    A pipeline with a vocabulary gets two prompts of its words where none are given.
 
     Raises:
-        UserError: the pipeline is told by something else, or does not know a word or class.
+        UserError: the pipeline takes another kind of condition, or does not know a word or class.
     """
     takes = parameters(pipe)
     for option, name, given in (("--prompt", "prompt", prompts), ("--class", "class_labels", classes)):
@@ -72,7 +72,7 @@ def rows_of(
     if "prompt" in takes:
         prompts = list(prompts) or _defaults(pipe)
         if not prompts:
-            raise UserError(f"{type(pipe).__name__} is told by text; give --prompt")
+            raise UserError(f"{type(pipe).__name__} is conditioned on text; give --prompt")
         for text in [*prompts, *([source] if source is not None else [])]:
             if hasattr(pipe, "words"):
                 pipe.words(text)
@@ -82,7 +82,7 @@ def rows_of(
         raise UserError(f"{type(pipe).__name__} takes no prompt, so it has no --source")
     if "class_labels" in takes:
         if not classes:
-            raise UserError(f"{type(pipe).__name__} is told by a class; give --class with its number or label")
+            raise UserError(f"{type(pipe).__name__} is conditioned on a class; give --class with its number or label")
         numbers = [(name, _class(pipe, name)) for name in classes]
         return [Row(s, number=n, label=_label(f"class {name}", s, seeds)) for name, n in numbers for s in seeds]
     return [Row(s, label=_label("", s, seeds)) for s in seeds]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same pictures without a strategy and with each of several: same prompts, same noise, and what it cost."""
+"""The same images without a strategy and with each of several: same prompts, same noise, and what it cost."""
 
 import functools
 import math
@@ -15,10 +15,11 @@ import torch
 from ..errors import UserError
 from ..integrations import use
 from ..integrations.diffusers import denoisers, replace_forward
-from ..integrations.hearing import Undo, put
+from ..integrations.pipeline_state import Restore, patch_attr
+from ..models.pipeline import parameters
 from ..progress import Progress
-from ..strategy import Strategy, parse
-from .load import parameters
+from ..spec import parse, split_together
+from ..strategy import Strategy
 from .rows import Row
 
 __all__ = ["Arm", "Made", "Settings", "arm", "check", "generate", "run"]
@@ -49,16 +50,16 @@ class Made:
 
     Attributes:
         arm: which.
-        pictures: one for each row, float32 0..1, ``[F, H, W, 3]``; one frame is a still.
-        sources: of pairs, the pictures of the sources.
+        images: one for each row, float32 0..1, ``[F, H, W, 3]``; one frame is a still.
+        sources: of pairs, the images of the sources.
         seconds: of all rows.
         calls, passed: calls of the denoiser, and rows of the batch in them.
         peak: bytes of device memory at most, None on a CPU.
-        kept: bytes that strategies say they keep at most, None if they say nothing.
+        kept: bytes that strategies report to keep at most, None if they report none.
     """
 
     arm: Arm
-    pictures: list[Array] = field(default_factory=list)
+    images: list[Array] = field(default_factory=list)
     sources: list[Array] = field(default_factory=list)
     seconds: float = 0.0
     calls: int = 0
@@ -68,21 +69,18 @@ class Made:
 
     def difference(self, base: "Made") -> float:
         """Mean absolute difference from ``base``, 0 to 1."""
-        pairs = zip(self.pictures, base.pictures, strict=True)
+        pairs = zip(self.images, base.images, strict=True)
         return float(np.mean([np.abs(a - b).mean() for a, b in pairs]))
 
     def psnr(self, base: "Made") -> float | None:
-        """Peak signal-to-noise ratio in dB of the mean squared error over all rows; None for the same pictures."""
-        error = float(np.mean([np.square(a - b).mean() for a, b in zip(self.pictures, base.pictures, strict=True)]))
+        """Peak signal-to-noise ratio in dB of the mean squared error over all rows; None for the same images."""
+        error = float(np.mean([np.square(a - b).mean() for a, b in zip(self.images, base.images, strict=True)]))
         return None if error == 0 else -10 * math.log10(error)
 
 
 def arm(text: str) -> Arm:
     """Strategies from their specs, joined by `` + ``."""
-    specs = [part.strip() for part in text.split(" + ")]
-    if not all(specs):
-        raise UserError(f"{text!r}: write a strategy on either side of +")
-    return Arm(text.strip(), tuple(parse(spec) for spec in specs))
+    return Arm(text.strip(), tuple(parse(spec) for spec in split_together(text)))
 
 
 class _Checked(Exception):
@@ -120,70 +118,70 @@ def run(
     every = [Arm("baseline"), *arms]
     total, done = len(every) * len(rows) * steps, 0
     progress(0, total, "warming up")
-    with _heard(pipe) as heard:
+    with _counted(pipe) as counts:
         generate(pipe, takes, rows[0], settings, steps=min(2, steps))
         made = []
         for each in every:
-            heard.tell = functools.partial(_tell, progress, done, total, each.name)
-            made.append(_made(pipe, takes, each, rows, settings, heard))
+            counts.report = functools.partial(_report, progress, done, total, each.name)
+            made.append(_made(pipe, takes, each, rows, settings, counts))
             done += len(rows) * steps
             progress(done, total, each.name)
     return made
 
 
-def _tell(progress: Progress, before: int, total: int, name: str, steps: int) -> None:
+def _report(progress: Progress, before: int, total: int, name: str, steps: int) -> None:
     progress(min(before + steps, total), total, name)
 
 
 @dataclass(slots=True)
-class _Heard:
+class _Counts:
     """Counts of one arm."""
 
     calls: int = 0
     passed: int = 0
     steps: int = 0
-    tell: Callable[[int], None] = lambda steps: None
+    report: Callable[[int], None] = lambda steps: None
 
 
 @contextmanager
-def _heard(pipe: Any) -> Iterator[_Heard]:
+def _counted(pipe: Any) -> Iterator[_Counts]:
     """Count calls of the denoisers, strategies' own too, and steps of the scheduler."""
-    heard, undo = _Heard(), list[Undo]()
+    counts, restorers = _Counts(), list[Restore]()
 
     def around(inner: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            heard.calls += 1
+            counts.calls += 1
             given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim > 1)
-            heard.passed += next((len(x) for x in given), 1)
+            counts.passed += next((len(x) for x in given), 1)
             return inner(*args, **kwargs)
 
         return forward
 
     try:
-        undo.extend(replace_forward(model, around) for _, model in denoisers(pipe))
+        restorers.extend(replace_forward(model, around) for _, model in denoisers(pipe))
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is not None:
             step = scheduler.step
 
             @functools.wraps(step)  # pipelines look at what it takes
             def counted(*args: Any, **kwargs: Any) -> Any:
-                heard.steps += 1
-                heard.tell(heard.steps)
+                counts.steps += 1
+                counts.report(counts.steps)
                 return step(*args, **kwargs)
 
-            undo.append(put(scheduler, "step", counted))
-        yield heard
+            restorers.append(patch_attr(scheduler, "step", counted))
+        yield counts
     finally:
-        while undo:
-            undo.pop()()
+        while restorers:
+            restorers.pop()()
 
 
 def _made(
-    pipe: Any, takes: Collection[str], each: Arm, rows: Sequence[Row], settings: Settings, heard: _Heard
+    pipe: Any, takes: Collection[str], each: Arm, rows: Sequence[Row], settings: Settings, counts: _Counts
 ) -> Made:  # fmt: skip
     """All rows by one arm."""
     made = Made(each)
-    heard.calls = heard.passed = heard.steps = 0
+    counts.calls = counts.passed = counts.steps = 0
     device = next(denoisers(pipe)[0][1].parameters()).device
     cuda = device.type == "cuda"
     if cuda:
@@ -192,22 +190,22 @@ def _made(
     def fill() -> None:
         for row in rows:
             start = time.perf_counter()
-            *source, picture = generate(pipe, takes, row, settings)
+            *source, image = generate(pipe, takes, row, settings)
             if cuda:
                 torch.cuda.synchronize(device)
             made.seconds += time.perf_counter() - start
-            if not np.isfinite(picture).all():
+            if not np.isfinite(image).all():
                 raise UserError(f"{each.name} made values that are not finite; give --dtype float32")
-            made.pictures.append(picture)
+            made.images.append(image)
             made.sources.extend(source)
 
     if each.strategies:
         with use(pipe, *each.strategies) as port:
             fill()
-            made.kept = _kept([port.memory(strategy) for strategy in each.strategies])
+            made.kept = _kept([port.state(strategy) for strategy in each.strategies])
     else:
         fill()
-    made.calls, made.passed = heard.calls, heard.passed
+    made.calls, made.passed = counts.calls, counts.passed
     made.peak = torch.cuda.max_memory_allocated(device) if cuda else None
     return made
 
@@ -225,7 +223,7 @@ def generate(
     """One call of a pipeline that ``takes`` such arguments (an open port hides them).
 
     Returns:
-        The row's picture ``[F, H, W, 3]``, after its source's if it has one.
+        The row's image ``[F, H, W, 3]``, after its source's if it has one.
     """
     count = 1 if row.source is None else 2
     seeded = [torch.Generator().manual_seed(row.seed) for _ in range(count)]
@@ -244,7 +242,7 @@ def generate(
     if "output_type" in takes:
         given["output_type"] = "np"
     try:
-        return _pictures(pipe, pipe(**given))
+        return _images(pipe, pipe(**given))
     except UserError as error:
         if row.source is None and "source" in str(error):  # the strategy asks for pairs
             raise UserError(f"{error}: here, give --source beside --prompt") from None
@@ -253,15 +251,15 @@ def generate(
         raise UserError(f"{type(pipe).__name__} refuses: {' '.join(str(error).split())[:300]}") from error
 
 
-def _pictures(pipe: Any, out: Any) -> list[Array]:
+def _images(pipe: Any, out: Any) -> list[Array]:
     """What a pipeline made, ``[F, H, W, 3]`` each."""
-    films = getattr(out, "frames", None)
-    made = getattr(out, "images", None) if films is None else films
+    videos = getattr(out, "frames", None)
+    made = getattr(out, "images", None) if videos is None else videos
     if made is None:
         raise UserError(f"{type(pipe).__name__} makes neither images nor frames; give a pipeline that does")
     x = made.float().movedim(-3, -1).cpu().numpy() if isinstance(made, torch.Tensor) else np.asarray(made)
     x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
-    x = x[:, None] if films is None else x
+    x = x[:, None] if videos is None else x
     if x.ndim != 5 or x.shape[-1] not in (1, 3, 4):
-        raise UserError(f"{type(pipe).__name__} made an array {list(x.shape)}, which is no picture")
+        raise UserError(f"{type(pipe).__name__} made an array {list(x.shape)}, which is no image")
     return list(np.repeat(x, 3, -1) if x.shape[-1] == 1 else x[..., :3])

@@ -10,8 +10,8 @@ import torch
 from .. import catalog
 from ..errors import UserError
 from ..integrations import use
-from ..strategy import parse
-from .load import parameters
+from ..models.pipeline import parameters
+from ..spec import parse
 from .rows import Row
 from .run import Settings, generate
 
@@ -30,7 +30,7 @@ def find(pipe: Any, rows: Sequence[Row], words: str) -> list[dict[str, tuple[int
     if not all(names):
         raise UserError(f"{words!r}: write words of the prompt joined by +, as --maps cat+hat")
     if rows[0].prompt is None:
-        raise UserError(f"{type(pipe).__name__} is told by no words; leave --maps away")
+        raise UserError(f"{type(pipe).__name__} takes no prompt; leave --maps away")
     return [{name: _places(pipe, row.prompt or "", name) for name in names} for row in rows]
 
 
@@ -38,7 +38,7 @@ def _places(pipe: Any, prompt: str, word: str) -> tuple[int, ...]:
     if hasattr(pipe, "words"):
         known = pipe.words(prompt)
         if word.lower() not in known:
-            raise UserError(f"{word!r} does not stand in the prompt {prompt!r}; give --maps words of {known}")
+            raise UserError(f"{word!r} is not in the prompt {prompt!r}; give --maps words of {known}")
         return (known.index(word.lower()),)
     return tuple(_category().places(getattr(pipe, "tokenizer", None), prompt, word))
 
@@ -53,19 +53,19 @@ def watch(
     """Make every row once more while its words are watched.
 
     Returns:
-        the pictures, and the maps of the words, a row of each.
+        the images, and the maps of the words, a row of each.
 
     Raises:
         UserError: the denoiser has no attention to words.
     """
-    category, takes, found, pictures = _category(), parameters(pipe), [], []
+    category, takes, found, images = _category(), parameters(pipe), [], []
     for row, named in zip(rows, places, strict=True):
         tokens = sorted({place for known in named.values() for place in known})
         strategy = parse(f"{_SLUG}:tokens={'+'.join(map(str, tokens))}")
         with use(pipe, strategy) as port:
-            pictures.append(generate(pipe, takes, row, settings)[-1])
+            images.append(generate(pipe, takes, row, settings)[-1])
         found.append(category.maps(port, strategy, words=named))
-    return pictures, _joined(category, found)
+    return images, _joined(category, found)
 
 
 def _joined(category: Any, found: Sequence[Any]) -> Any:

@@ -8,32 +8,32 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..lens import Findings, Lens, Roles
+    from ..lens import Lens, LensResult, TokenSpans
 
 
 __all__ = ["Watching", "watch"]
 
 
 class Watching:
-    """An open or closed look at a model; made by :func:`watch`, opened by ``with``. Findings outlive it."""
+    """An open or closed look at a model; made by :func:`watch`, opened by ``with``. Results outlive it."""
 
-    def __init__(self, model: "torch.nn.Module", lenses: "tuple[Lens, ...]", roles: "Roles | None") -> None:
+    def __init__(self, model: "torch.nn.Module", lenses: "tuple[Lens, ...]", roles: "TokenSpans | None") -> None:
         from ..integrations import use
-        from ..lens import Bundle
+        from ..lens import LensGroup
 
         self.lenses = lenses
-        self._bundle = Bundle(lenses=lenses)
+        self._bundle = LensGroup(lenses=lenses)
         self._port: Any = use(model, self._bundle)
         self.roles = roles
 
     @property
-    def roles(self) -> "Roles | None":
+    def roles(self) -> "TokenSpans | None":
         """Which tokens play which part in the forwards to come; may be set between them."""
-        roles: Roles | None = self._bundle.state.get("roles")
+        roles: TokenSpans | None = self._bundle.state.get("roles")
         return roles
 
     @roles.setter
-    def roles(self, roles: "Roles | None") -> None:
+    def roles(self, roles: "TokenSpans | None") -> None:
         self._bundle.state["roles"] = roles
 
     def __enter__(self) -> Self:
@@ -45,8 +45,8 @@ class Watching:
     ) -> None:
         self._port.__exit__(kind, error, trace)
 
-    def findings(self, lens: "int | str | Lens" = 0) -> "Findings":
-        """What a lens found so far.
+    def compute(self, lens: "int | str | Lens" = 0) -> "LensResult":
+        """The result of a lens so far.
 
         Args:
             lens: its number, its slug or spec as it was given, or the lens itself.
@@ -58,16 +58,16 @@ class Watching:
 
         for i, mine in enumerate(self.lenses):
             if lens in (i, mine.slug, mine.spec) or lens is mine:
-                return mine.findings(self._bundle.of(i, self._port.kept(self._bundle)))
+                return mine.compute(self._bundle.of(i, self._port.kept(self._bundle)))
         raise UserError(f"{lens!r} does not look here; these do: {', '.join(mine.spec for mine in self.lenses)}")
 
 
-def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "Roles | None" = None) -> Watching:
+def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "TokenSpans | None" = None) -> Watching:
     """Look at a model with lenses for as long as a ``with`` block lasts; nothing it computes changes by a bit.
 
         with manyheads.watch(model, "active_dormant", "reasoning_rhythm") as seen:
             model(**inputs)
-        seen.findings("active_dormant").tables["sink"].top(5)
+        seen.compute("active_dormant").tables["sink"].top(5)
 
     Args:
         model: a transformers model, or a module that contains one.
@@ -79,12 +79,12 @@ def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "Roles | None"
     """
     from ..errors import UserError
     from ..lens import Lens
-    from ..strategy import parse
+    from ..spec import parse
 
     if not lenses:
         raise UserError("name at least one lens: `manyheads list --category lenses`")
     chosen: list[Any] = [parse(lens) for lens in lenses]
     for strategy in chosen:
-        if not isinstance(strategy, Lens) or strategy.acts:
+        if not isinstance(strategy, Lens) or strategy.edits_model:
             raise UserError(f"{strategy.spec} acts on the model and does not only look: open it with manyheads.use")
     return Watching(model, tuple(chosen), roles)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``manyheads doctor`` in Python: all that is measured; what it means is said in :mod:`manyheads.inspect.signs`."""
+"""``manyheads doctor`` in Python: all that is measured; what it means is in :mod:`manyheads.inspect.checks`."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,50 +14,21 @@ from ..data.texts import Text, standard_library
 from ..errors import UserError
 from ..heads import HeadTable
 from ..integrations import use
-from ..lens import Findings
+from ..lens import LensResult
 from ..progress import Progress
-from ..strategy import parse
-from .anatomy import FIRST, Anatomy, Body
+from ..spec import parse
+from .attention_breakdown import FIRST, AttentionBreakdown, HeadOutputNorm
+from .checks import HealthCheck, evaluate
+from .measures import Measures
 from .prompts import SHORTEST, Prompt, draw
-from .run import SAMPLES, describe, document_of, mean_loss, plain_values, reach, read_prompts, reading, token_losses
-from .signs import Sign, judge
+from .run import SAMPLES, describe, document_of, max_context, mean_loss, plain_values, read_prompts, reading, token_nll
 
-__all__ = ["Diagnosis", "Measures", "diagnose", "padding", "twins"]
+__all__ = ["Diagnosis", "diagnose", "duplicate_heads", "padding"]
 
 _MAP = 64  # cells on a side of the maps by which heads are compared
-_SINGLE = 128  # heads at most of which each is taken out alone
+_SINGLE = 128  # heads at most of which each is ablated alone
 _SCORED = 128  # tokens whose loss is compared over contexts
 _ROOM = {"cpu": 4096, "cuda": 16384}  # tokens of the longest context, before those that are scored
-
-
-@dataclass
-class Measures:
-    """All figures.
-
-    Attributes:
-        found: findings of the lenses by slug, and ``attention`` and ``body`` of our own.
-        losses: nats of each token of each prompt.
-        alone: what the loss gains when a head is taken out alone, as a table; NaN where it was not.
-        twins: share of the attention that a head gives elsewhere than its likest head of the layer ``[L, H]``.
-        partner: that head.
-        contexts: tokens read before the same scored tokens, ascending, and their losses ``[C, N]``.
-        padding: for each way to pad, greatest change of a logit over their spread, and share of changed choices.
-        reach: tokens that the config says the model reads.
-        weights: parameters that are not finite, by name.
-    """
-
-    found: dict[str, Findings] = field(default_factory=dict)
-    losses: list[Any] = field(default_factory=list)
-    alone: HeadTable | None = None
-    twins: Any = None
-    partner: Any = None
-    contexts: tuple[list[int], Any] = field(default_factory=lambda: ([], np.zeros((0, 0))))
-    padding: dict[str, dict[str, float]] = field(default_factory=dict)
-    reach: int = 0
-    weights: dict[str, int] = field(default_factory=dict)
-    groups: int = 1
-    dtype: str = "float32"
-    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,12 +37,12 @@ class Diagnosis:
 
     Attributes:
         run: model, settings, texts and versions, fit for JSON.
-        signs: what was looked for, the most pressing first.
+        checks: what was looked for, the most pressing first.
         measures: the figures behind them.
     """
 
     run: dict[str, Any]
-    signs: list[Sign]
+    checks: list[HealthCheck]
     measures: Measures
 
     @property
@@ -84,11 +55,11 @@ class Diagnosis:
         m = self.measures
         return {
             "run": self.run, "loss": plain_values(self.loss),
-            "signs": [plain_values(vars(sign)) for sign in self.signs],
+            "checks": [plain_values(vars(check)) for check in self.checks],
             "findings": {name: document_of(found) for name, found in m.found.items()},
-            "heads taken out alone": None if m.alone is None else m.alone.document(),
+            "heads ablated alone": None if m.alone is None else m.alone.to_dict(),
             "contexts": {"tokens": m.contexts[0], "losses": plain_values(m.contexts[1])},
-            "padding": plain_values(m.padding), "reach": m.reach,
+            "padding": plain_values(m.padding), "max_context": m.max_context,
         }  # fmt: skip
 
 
@@ -109,8 +80,8 @@ def diagnose(
 
         from manyheads.inspect.doctor import diagnose
 
-        for sign in diagnose(*manyheads.models.load_default()).signs:
-            print(sign.level, sign.title, sign.figure)
+        for check in diagnose(*manyheads.models.load_default()).checks:
+            print(check.level, check.title, check.figure)
 
     Args:
         model: a causal language model of transformers, in evaluation mode, on the device to use.
@@ -119,10 +90,10 @@ def diagnose(
         length: tokens of a prompt; 1,024 as far as model and text have so many when None.
         samples: prompts.
         seed: of all draws.
-        quick: fewer heads taken out alone, shorter contexts.
+        quick: fewer heads ablated alone, shorter contexts.
         origin: what the model is called.
         command: what was typed.
-        progress: hears how far the run is.
+        progress: called with how far the run is.
 
     Raises:
         UserError: anything that the caller can mend.
@@ -131,15 +102,17 @@ def diagnose(
     read = list(standard_library() if texts is None else texts)
     if length is not None and length < 4 * SHORTEST:
         raise UserError(f"the doctor needs prompts of {4 * SHORTEST} tokens or more; give a longer --length")
-    prompts = draw(read, tokenizer, length, samples, seed, reach=reach(model))
+    prompts = draw(read, tokenizer, length, samples, seed, max_context=max_context(model))
     if len(prompts[0].ids) < 4 * SHORTEST:
         raise UserError(f"the text is too short: the doctor needs {4 * SHORTEST} tokens or more; give more text")
-    made = Measures(reach=reach(model), groups=_groups(model), dtype=str(next(model.parameters()).dtype).split(".")[-1])
+    made = Measures(
+        max_context=max_context(model), groups=_groups(model), dtype=str(next(model.parameters()).dtype).split(".")[-1]
+    )
     papers = ("active_dormant", "massive_values", "refined_massive_activations")
-    lenses: list[Any] = [*(parse(slug) for slug in papers), Anatomy(size=_MAP), Body()]
+    lenses: list[Any] = [*(parse(slug) for slug in papers), AttentionBreakdown(size=_MAP), HeadOutputNorm()]
     found, made.losses = read_prompts(model, prompts, lenses, lambda i, m: say(i, 4 * len(prompts), m))
     made.found = dict(zip([*papers, "attention", "body"], found, strict=True))
-    made.twins, made.partner = twins(made.found["attention"])
+    made.head_distance, made.most_similar = duplicate_heads(made.found["attention"])
     made.weights = {
         name: count for name, p in model.named_parameters() if (count := int((~torch.isfinite(p)).sum().item()))
     }
@@ -155,7 +128,7 @@ def diagnose(
         "device": str(next(model.parameters()).device),
     }  # fmt: skip
     run["seconds"] = round(time.perf_counter() - begun, 2)
-    return Diagnosis(run, judge(made), made)
+    return Diagnosis(run, evaluate(made), made)
 
 
 def _groups(model: nn.Module) -> int:
@@ -165,23 +138,23 @@ def _groups(model: nn.Module) -> int:
     return max(1, heads // int(getattr(config, "num_key_value_heads", None) or heads))
 
 
-def twins(own: Findings) -> tuple[Any, Any]:
-    """How much of a head's attention lies elsewhere than its likest head's of the layer, 0 to 1, and which that is.
+def duplicate_heads(own: LensResult) -> tuple[Any, Any]:
+    """Distance of each head's attention from that of the most similar head of its layer, 0 to 1, and which that is.
 
     Total variation between the rows of their pooled maps, mean over rows; NaN for a head without another.
     """
     first = own.tables[FIRST]
     _, count, heads = first.values.shape
-    apart, partner = np.full((count, heads), np.nan), np.full((count, heads), -1)
+    distance, most_similar = np.full((count, heads), np.nan), np.full((count, heads), -1)
     for row in range(count):
         maps = {head: own.maps[row, head] for head in range(heads) if (row, head) in own.maps}
         share = {h: m / np.maximum(m.sum(-1, keepdims=True), 1e-30) for h, m in maps.items()}
         for head, mine in share.items():
             others = {h: float(0.5 * np.abs(mine - other).sum(-1).mean()) for h, other in share.items() if h != head}
             if others:
-                partner[row, head] = min(others, key=lambda h: others[h])
-                apart[row, head] = others[partner[row, head]]
-    return apart, partner
+                most_similar[row, head] = min(others, key=lambda h: others[h])
+                distance[row, head] = others[most_similar[row, head]]
+    return distance, most_similar
 
 
 def padding(model: Any, tokenizer: Any, prompt: Prompt) -> dict[str, dict[str, float]]:
@@ -226,7 +199,7 @@ def _contexts(
     model: nn.Module, tokenizer: Any, read: Sequence[Text], seed: int, quick: bool
 ) -> tuple[tuple[list[int], Any], dict[str, str]]:
     """Loss of the same tokens after shorter and longer contexts, as long as model, text and machine allow."""
-    device, most = next(model.parameters()).device, reach(model)
+    device, most = next(model.parameters()).device, max_context(model)
     room = _ROOM.get(device.type, 4096) // (4 if quick else 1)
     absolute = any(
         isinstance(m, nn.Embedding)
@@ -241,7 +214,7 @@ def _contexts(
     prompts: list[Prompt] = []
     while sizes and not prompts:
         try:
-            prompts = draw(read, tokenizer, sizes[-1] + _SCORED, 3, seed, reach=2**40)
+            prompts = draw(read, tokenizer, sizes[-1] + _SCORED, 3, seed, max_context=2**40)
         except UserError:
             sizes.pop()  # the text is too short
     refused = {}
@@ -255,7 +228,7 @@ def _contexts(
         for prompt in prompts:
             ids = reading(model, Prompt(prompt.ids[-(size + _SCORED) :], prompt.name))
             with torch.inference_mode():
-                mine.append(token_losses(model(input_ids=ids, use_cache=False).logits, ids)[-_SCORED:].mean())
+                mine.append(token_nll(model(input_ids=ids, use_cache=False).logits, ids)[-_SCORED:].mean())
         rows.append(mine)
     return (sizes, np.array(rows)), refused
 
@@ -267,18 +240,18 @@ def _alone(model: nn.Module, made: Measures, prompt: Prompt, quick: bool, say: P
     if len(known) > (16 if quick else _SINGLE):
         count = 8 if quick else 32
         written = made.found["body"].tables["written"]
-        known = list(dict.fromkeys([*written.top(count, least=True), *own.top(count)]))[:count]
+        known = list(dict.fromkeys([*written.top(count, largest=False), *own.top(count)]))[:count]
     ids = reading(model, Prompt(prompt.ids[:512], prompt.name))
     values = np.full(own.mean.shape, np.nan)
 
     def loss(*strategies: str) -> float:
         with use(model, *strategies), torch.inference_mode():
-            return mean_loss([token_losses(model(input_ids=ids, use_cache=False).logits, ids)])
+            return mean_loss([token_nll(model(input_ids=ids, use_cache=False).logits, ids)])
 
     whole = loss()
     for i, head in enumerate(known):
         (name,) = own.names([head])
-        say(len(known) + i, 2 * len(known), "heads taken out one by one")
+        say(len(known) + i, 2 * len(known), "heads ablated one by one")
         values[head] = loss(f"ablate:heads={name}") - whole
     about = {"tokens": ids.shape[1], "by": "zero"}
     return HeadTable("loss gained without the head, nats", own.sites, values, about, own.layers)

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..catalog import nearest
-from ..compare.specs import split_specs
 from ..errors import UserError
 from ..lens import Lens
-from ..strategy import parse, split_outside
+from ..spec import Spec, parse, read, split_list
 
 __all__ = ["DEFAULT", "SHORT", "Part", "check_roles", "parse_lenses", "parse_role"]
 
@@ -39,13 +38,10 @@ def parse_lenses(texts: Sequence[str]) -> tuple[list[Lens], dict[str, Part]]:
     """
     lenses: list[Lens] = []
     roles: dict[str, Part] = {}
-    for spec in (spec for text in texts for spec in split_specs(text)):
-        name, _, rest = spec.partition(":")
-        if match := re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", spec, re.DOTALL):
-            name, rest = match[1], match[2]
-        name = name.strip()
-        for slug in SHORT.get(name, (name,)):
-            for lens in _made(slug, _items(name, rest, roles)):
+    for spec in (spec for text in texts for spec in split_list(text)):
+        given = read(spec)
+        for slug in SHORT.get(given.name, (given.name,)):
+            for lens in _made(slug, _items(given, roles)):
                 if lens not in lenses:
                     lenses.append(lens)
     if not lenses:
@@ -65,28 +61,28 @@ def check_roles(lenses: Sequence[Lens], known: Iterable[str]) -> None:
                 )
 
 
-def _items(name: str, rest: str, roles: dict[str, Part]) -> tuple[list[str], list[str]]:
+def _items(given: Spec, roles: dict[str, Part]) -> tuple[dict[str, str], list[str]]:
     """The fields that follow a lens, and the names of roles among them, whose tokens are put into ``roles``."""
+    name = given.name
     fields = set().union(*(_fields(slug) for slug in SHORT.get(name, (name,))))
-    kept, named = [], []
-    for item in split_outside(rest):
-        key, _, value = (piece.strip() for piece in item.partition("="))
+    kept, named = {}, []
+    for key, value in given.fields.items():
         if key not in fields and _is_place(value):
-            roles |= parse_role(item)
+            roles |= parse_role(f"{key}={value}")
             named.append(key)
         elif key not in fields and name in SHORT:
             raise UserError(f"{name} has no field {key!r}; it has {', '.join(sorted(fields))}")
         else:
-            kept.append(item)  # an unknown field is refused by the lens
+            kept[key] = value  # an unknown field is refused by the lens
     return kept, named
 
 
-def _made(slug: str, given: tuple[list[str], list[str]]) -> list[Any]:
+def _made(slug: str, given: tuple[dict[str, str], list[str]]) -> list[Any]:
     """The lens with its own fields among those ``given``; one for each role if it looks at one."""
     kept, named = given
-    mine = [item for item in kept if slug not in _SHORTENED or item.partition("=")[0].strip() in _fields(slug)]
-    each = [f"{field}={role}" for field in _NAMING if field in _fields(slug) for role in named]
-    return [parse(f"{slug}:{','.join(items)}" if items else slug) for items in ([*mine, e] for e in each or [""])]
+    mine = {key: value for key, value in kept.items() if slug not in _SHORTENED or key in _fields(slug)}
+    each = [{field: role} for field in _NAMING if field in _fields(slug) for role in named]
+    return [parse(Spec(slug, {**mine, **one}).nested) for one in each or [{}]]
 
 
 def _is_place(value: str) -> bool:
@@ -98,7 +94,7 @@ def _fields(slug: str) -> set[str]:
     from .. import catalog
 
     known = [*SHORT, *(row.slug for row in [*catalog.papers(), *catalog.baselines()] if row.category == "lenses")]
-    if slug not in catalog.names():
+    if slug.partition(".")[0] not in catalog.names():
         close = nearest(slug, known)
         hint = f"did you mean {close[0]}?" if close else f"short names are {', '.join(SHORT)}"
         raise UserError(f"unknown lens {slug!r}: {hint} (`manyheads list --category lenses` has all)")

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..compare.corpus import Corpus
 from ..data.texts import Text
 from ..errors import UserError
-from ..lens import Roles, Span
+from ..lens import Span, TokenSpans
+from ..tasks.text._corpus import Corpus
 from .naming import Part
 
 __all__ = ["LENGTH", "SHORTEST", "Prompt", "chat", "draw", "read_chat"]
@@ -35,9 +35,9 @@ class Prompt:
     roles: dict[str, list[Span]] = field(default_factory=dict)
 
     @property
-    def parts(self) -> Roles:
+    def parts(self) -> TokenSpans:
         """The roles as a lens takes them."""
-        return Roles({name: [spans] for name, spans in self.roles.items()})
+        return TokenSpans({name: [spans] for name, spans in self.roles.items()})
 
     def answered(self, ids: Sequence[int]) -> "Prompt":
         """This prompt with what the model said to it, which has the role ``response``."""
@@ -47,7 +47,7 @@ class Prompt:
 
 def draw(
     texts: Sequence[Text], tokenizer: Any, length: int | None, samples: int, seed: int,
-    roles: Mapping[str, Part] | None = None, reach: int = 2**40,
+    roles: Mapping[str, Part] | None = None, max_context: int = 2**40,
 ) -> list[Prompt]:  # fmt: skip
     """Up to ``samples`` prompts of ``length`` tokens.
 
@@ -61,14 +61,14 @@ def draw(
         samples: how many.
         seed: of the draw.
         roles: spans of token positions, or text that is to be found.
-        reach: tokens that the model reads at most.
+        max_context: tokens that the model reads at most.
 
     Raises:
         UserError: the text is too short, or a role is not where it is said to be.
     """
-    if length is not None and length > reach:
-        raise UserError(f"the model reads {reach} tokens; --length {length} is too long")
-    size = min(length or LENGTH, reach)
+    if length is not None and length > max_context:
+        raise UserError(f"the model reads {max_context} tokens; --length {length} is too long")
+    size = min(length or LENGTH, max_context)
     if roles:
         return _beginnings(texts, tokenizer, size, samples, roles)
     start = _start(tokenizer)

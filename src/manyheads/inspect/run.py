@@ -17,22 +17,22 @@ from .. import environment
 from ..catalog import nearest
 from ..data.texts import Text, digest, standard_library
 from ..errors import UserError
-from ..heads import Curve, HeadTable, ablation_curve
+from ..heads import AblationCurve, HeadTable, ablation_curve
 from ..integrations import use
-from ..lens import Findings, Lens
+from ..lens import Lens, LensResult
 from ..progress import Progress
 from . import watch
-from .anatomy import Anatomy
+from .attention_breakdown import AttentionBreakdown
 from .naming import DEFAULT, Part, check_roles, parse_lenses
 from .prompts import SHORTEST, Prompt, draw
 
 __all__ = [
-    "SAMPLES", "WHERE", "Inspection", "describe", "document_of", "mean_loss", "plain_values", "inspect_model", "reach",
-    "read_prompts", "reading", "token_losses",
+    "SAMPLES", "WHERE", "Inspection", "describe", "document_of", "inspect_model", "max_context", "mean_loss",
+    "plain_values", "read_prompts", "reading", "token_nll",
 ]  # fmt: skip
 
 SAMPLES = 6
-WHERE = "attention"  # the name under which our own look stands among the findings
+WHERE = "attention"  # the name under which our own lens is among the results
 _DRAWS = 3  # of the control of an ablation
 _ABLATED = 3  # prompts on which it is measured
 
@@ -45,7 +45,7 @@ class Inspection:
         run: model, settings, texts and versions, fit for JSON.
         prompts: what was read.
         tokens: the text of every token of every prompt.
-        found: findings by the spec of their lens; under ``attention`` where the mass of every head goes.
+        found: results by the spec of their lens; under ``attention`` where the mass of every head goes.
         parts: names of the tables of ``attention`` that add up to the whole mass.
         curve: what ablation does to the loss, and the score by which heads were chosen.
     """
@@ -53,9 +53,9 @@ class Inspection:
     run: dict[str, Any]
     prompts: list[Prompt]
     tokens: list[list[str]]
-    found: dict[str, Findings]
+    found: dict[str, LensResult]
     parts: tuple[str, ...]
-    curve: tuple[str, Curve] | None = None
+    curve: tuple[str, AblationCurve] | None = None
     losses: list[Any] = field(default_factory=list)  # nats of each token of each prompt, NaN for the first
 
     @property
@@ -70,7 +70,7 @@ class Inspection:
             score, made = self.curve
             curve = {
                 "score": score, "counts": list(made.counts), "heads": list(made.heads),
-                "loss": made.chosen.tolist(), "control": made.control.tolist(),
+                "loss": made.ranked.tolist(), "control": made.control.tolist(),
             }  # fmt: skip
         prompts = [
             {"text": p.name, "ids": p.ids, "roles": {k: [list(s) for s in v] for k, v in p.roles.items()}}
@@ -82,10 +82,10 @@ class Inspection:
         }  # fmt: skip
 
 
-def document_of(found: Findings) -> dict[str, Any]:
-    """Findings fit for JSON, without their maps."""
+def document_of(found: LensResult) -> dict[str, Any]:
+    """A result fit for JSON, without its maps."""
     return {
-        "tables": {name: made.document() for name, made in found.tables.items()},
+        "tables": {name: made.to_dict() for name, made in found.tables.items()},
         "series": {name: plain_values(rows) for name, rows in found.series.items()},
         "channels": {name: plain_values(values) for name, values in found.channels.items()},
         "records": {name: plain_values(rows) for name, rows in found.records.items()},
@@ -143,11 +143,11 @@ def inspect_model(
         samples: prompts.
         generate: so many tokens that the model says to each prompt first; they have the role ``response``.
         layers: to look at; all when None.
-        ablate: name of a score; the heads that it ranks highest are taken out, and the loss is measured.
+        ablate: name of a score; the heads that it ranks highest are ablated, and the loss is measured.
         seed: of all draws.
         origin: what the model is called.
         command: what was typed.
-        progress: hears how far the run is.
+        progress: called with how far the run is.
 
     Raises:
         UserError: anything that the caller can mend.
@@ -156,7 +156,7 @@ def inspect_model(
     chosen, more = _lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
-    reads = reach(model)
+    reads = max_context(model)
     if length is not None and length < SHORTEST:
         raise UserError(f"a prompt has at least {SHORTEST} tokens; give a longer --length")
     if prompts is None:
@@ -173,7 +173,9 @@ def inspect_model(
     check_roles(chosen, parts)
     named = tuple(name for name in parts if name not in ("response", "bos"))
     heads = _count_heads(model)
-    own = Anatomy(size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=named, layers=_tuple(layers))
+    own = AttentionBreakdown(
+        size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=named, layers=_tuple(layers)
+    )
     looks = len(prompts) * (4 if ablate else 1)
     if generate:
         prompts = [_answered(model, prompt, generate, say, i, looks) for i, prompt in enumerate(prompts)]
@@ -214,7 +216,7 @@ def _lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple
     if layers is not None:
         chosen = [lens if lens.layers else dataclasses.replace(lens, layers=_tuple(layers)) for lens in chosen]
     for lens in chosen:
-        if getattr(lens, "acts", False):
+        if lens.edits_model:
             raise UserError(f"{lens.spec} acts on the model and does not only look: open it with manyheads.use")
     return chosen, roles
 
@@ -234,7 +236,7 @@ def _count_heads(model: nn.Module) -> int:
     return int(getattr(config, "num_hidden_layers", 1) or 1) * int(getattr(config, "num_attention_heads", 1) or 1)
 
 
-def reach(model: nn.Module) -> int:
+def max_context(model: nn.Module) -> int:
     """Tokens that the model says it reads at most; no bound where it does not say."""
     config: Any = getattr(model, "config", None)
     return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
@@ -245,13 +247,13 @@ def reading(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     return torch.tensor([prompt.ids], device=next(model.parameters()).device)
 
 
-def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> Any:
-    """Nats of each token given those before it, ``[T]``, NaN for the first."""
-    nats = [logits.new_full((1,), math.nan, dtype=torch.float32)]
+def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> Any:
+    """Negative log-likelihood of each token given those before it, nats/token: ``[T]``, NaN for the first."""
+    parts = [logits.new_full((1,), math.nan, dtype=torch.float32)]
     for start in range(0, ids.shape[1] - 1, 512):  # a whole float32 copy of the logits may not fit
         piece = logits[0, start : min(start + 512, ids.shape[1] - 1)].float()
-        nats.append(nn.functional.cross_entropy(piece, ids[0, start + 1 : start + 1 + len(piece)], reduction="none"))
-    return torch.cat(nats).double().cpu().numpy()
+        parts.append(nn.functional.cross_entropy(piece, ids[0, start + 1 : start + 1 + len(piece)], reduction="none"))
+    return torch.cat(parts).double().cpu().numpy()
 
 
 def mean_loss(losses: Sequence[Any]) -> float:
@@ -263,7 +265,7 @@ def mean_loss(losses: Sequence[Any]) -> float:
 
 def read_prompts(
     model: nn.Module, prompts: Iterable[Prompt], lenses: Sequence[Lens], say: Any
-) -> tuple[list[Findings], list[Any]]:
+) -> tuple[list[LensResult], list[Any]]:
     """What each lens finds, and the losses of the tokens of every prompt."""
     losses = []
     with watch(model, *lenses) as seen, torch.inference_mode():
@@ -271,8 +273,8 @@ def read_prompts(
             say(i, f"reading {prompt.name}")
             seen.roles = prompt.parts
             ids = reading(model, prompt)
-            losses.append(token_losses(model(input_ids=ids, use_cache=False).logits, ids))
-    return [seen.findings(i) for i in range(len(lenses))], losses
+            losses.append(token_nll(model(input_ids=ids, use_cache=False).logits, ids))
+    return [seen.compute(i) for i in range(len(lenses))], losses
 
 
 def _answered(model: Any, prompt: Prompt, count: int, say: Progress, i: int, total: int) -> Prompt:
@@ -289,7 +291,7 @@ def _answered(model: Any, prompt: Prompt, count: int, say: Progress, i: int, tot
     return prompt.answered(answer)
 
 
-def _score(found: dict[str, Findings], name: str) -> tuple[str, HeadTable]:
+def _score(found: dict[str, LensResult], name: str) -> tuple[str, HeadTable]:
     """A table of heads by its name, ``lens/name`` where several have it."""
     known = {f"{spec.partition(':')[0]}/{n}": t for spec, one in found.items() for n, t in one.tables.items()}
     known = {key: t for key, t in known.items() if t.values.shape[2] > 1}
@@ -301,7 +303,7 @@ def _score(found: dict[str, Findings], name: str) -> tuple[str, HeadTable]:
     return fitting[0], known[fitting[0]]
 
 
-def _curve(model: nn.Module, made: HeadTable, prompts: Sequence[Prompt], seed: int, say: Progress) -> Curve:
+def _curve(model: nn.Module, made: HeadTable, prompts: Sequence[Prompt], seed: int, say: Progress) -> AblationCurve:
     """Loss without the heads that ``made`` ranks highest, and without others of the same layers."""
     known = int(np.isfinite(made.mean).sum())
     most = max(1, known // 3)
@@ -318,7 +320,7 @@ def _curve(model: nn.Module, made: HeadTable, prompts: Sequence[Prompt], seed: i
                 rows = []
                 for prompt in prompts:
                     ids = reading(model, prompt)
-                    rows.append(token_losses(model(input_ids=ids, use_cache=False).logits, ids))
+                    rows.append(token_nll(model(input_ids=ids, use_cache=False).logits, ids))
             before[heads] = mean_loss(rows)
         return before[heads]
 
@@ -329,7 +331,7 @@ def describe(
     model: nn.Module, prompts: Sequence[Prompt], read: Sequence[Text], origin: str | None,
     command: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What stands at the foot of the page."""
+    """The foot of the page: what was run, on what, and when."""
     surroundings = environment.environment()
     parameters = sum(p.numel() for p in model.parameters())
     return {

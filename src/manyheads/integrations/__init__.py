@@ -17,7 +17,7 @@ __all__ = ["use"]
 def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port | DiffusersPort":
     """Use strategies on a model for as long as a ``with`` block lasts.
 
-        with manyheads.use(model, "hashevict:budget=0.5"):
+        with manyheads.use(model, "slug:field=value"):
             model.generate(**inputs)
 
     Afterwards the model is exactly as before, also after an exception. Strategies act in the order given, and those of
@@ -32,7 +32,7 @@ def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port 
         UserError: the model does not dispatch its attention through transformers' interface; a strategy finds no site;
             two strategies claim the same site; at the end of the block, a selected site was never called.
     """
-    from ..strategy import parse
+    from ..spec import parse
 
     chosen = tuple(parse(s) for s in strategies)
     if "diffusers" in sys.modules:  # a pipeline or denoiser of diffusers cannot be there without it

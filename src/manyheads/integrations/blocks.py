@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..call import Site
-from ..strategy import overrides
+from ..strategy import Residual
 
 __all__ = ["block_of", "output_of", "watch_blocks"]
 
 _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "out_lin", "o", "dense")  # beside q, k and v
 _BEHIND = ("output.dense",)  # beside the attention module itself (BERT)
+
+_Asking = tuple[Site, Any, Residual]
 
 
 def block_of(model: nn.Module, name: str) -> nn.Module | None:
@@ -63,30 +65,30 @@ def _weight_of(layer: nn.Module, turned: bool) -> Callable[[], Tensor]:
 
 def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]]) -> Callable[[], None]:
     """Give the outputs of blocks to the strategies that ask for them, in order; the returned function undoes it."""
-    at: dict[int, tuple[nn.Module, list[tuple[Site, Any]]]] = {}
+    at: dict[int, tuple[nn.Module, list[_Asking]]] = {}
     for site, _, entry in entries:
-        if not overrides(entry.strategy, "residual"):
+        if not isinstance(entry.strategy, Residual):
             continue
         block = block_of(model, site.name)
         if block is None:
             continue
         _, asking = at.setdefault(id(block), (block, []))
-        if all(other.strategy is not entry.strategy for _, other in asking):  # once, however many sites the block has
-            asking.append((site, entry))
+        if all(other is not entry.strategy for _, _, other in asking):  # once, however many sites the block has
+            asking.append((site, entry, entry.strategy))
     handles = [block.register_forward_hook(_hook(asking)) for block, asking in at.values()]
 
-    def undo() -> None:
+    def restore() -> None:
         for handle in handles:
             handle.remove()
 
-    return undo
+    return restore
 
 
-def _hook(asking: Sequence[tuple[Site, Any]]) -> Callable[[nn.Module, Any, Any], Any]:
+def _hook(asking: Sequence[_Asking]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = given = output[0] if isinstance(output, tuple) else output
-        for site, entry in asking:
-            hidden = entry.strategy.residual(site, hidden, entry.memory)
+        for site, entry, strategy in asking:
+            hidden = strategy.residual(site, hidden, entry.state)
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

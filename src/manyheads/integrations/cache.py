@@ -1,30 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A store of ours as a layer of transformers' cache: what the model and ``generate`` see of it."""
 
+import copy
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..attention.padded import nbytes
 from ..call import Site, Store
 from ..errors import UserError
+from ..strategy import Cache as CacheKind
 
 __all__ = ["SlotCache", "StoreLayer", "install"]
-
-
-class ForkableStore(Store, Protocol):
-    """A store that can start another policy from the same tensors.
-
-    Attributes:
-        record: how many of the last queries to keep for that.
-    """
-
-    record: int
-
-    def fork(self, policy: Any, group: dict[int, Any]) -> Store: ...
 
 
 class StoreLayer(CacheLayerMixin):
@@ -39,7 +30,7 @@ class StoreLayer(CacheLayerMixin):
     def __init__(self, store: Store, site: Site, module: torch.nn.Module) -> None:
         self.store = store
         self.site = site
-        self.is_compileable = bool(getattr(store, "fixed", False))
+        self.is_compileable = store.fixed
         self.is_sliding = site.window is not None
         self._module = weakref.ref(module)
 
@@ -66,7 +57,7 @@ class StoreLayer(CacheLayerMixin):
                 f"this cache drops tokens at {self.site.name} and needs its port: "
                 "run the model inside `with manyheads.use(model):`"
             )
-        return self.store.append(key_states, value_states)
+        return self.store.update(key_states, value_states)
 
     def get_seq_length(self) -> int:
         return cast("int", self.store.seen)  # a tensor while only the device counts, as in transformers' static cache
@@ -85,23 +76,23 @@ class StoreLayer(CacheLayerMixin):
 
     @property
     def _whole(self) -> bool:
-        """Whether all layers of the cache are ours, which share one mask."""
-        return len(getattr(self.store, "group", ())) == len(self.site.peers) > 0
+        """Whether all layers of the cache are stores that cover the past: the layers share one mask."""
+        return sum(store.covers_past for store in self.store.group.values()) == len(self.site.peers) > 0
 
     def reset(self) -> None:
         self.store.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.store.select(beam_idx)
+        self.store.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self.store.select(rows)
+        self.store.reorder(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         keys = self.store.keys
         if keys is not None:
-            self.store.select(torch.arange(keys.shape[0]).repeat_interleave(repeats))
+            self.store.reorder(torch.arange(keys.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -117,25 +108,59 @@ class StoreLayer(CacheLayerMixin):
 class SlotCache(DynamicCache):
     """A transformers cache whose layers are stores of ours; pass it as ``past_key_values`` while the port is open."""
 
-    def fork(self, policy: Any) -> "SlotCache":
+    def fork(self, policy: CacheKind) -> "SlotCache":
         """The cache that ``policy`` would have after the same forwards; this one is unchanged and shares its tensors.
 
-        Exact for strategies with ``dense_prefill``. Raises UserError when this cache dropped something or was made
-        without ``record``.
+        Exact for strategies with ``dense_prefill``. A layer that ``policy`` does not select stays as it is. Layers that
+        the port leaves to transformers, as the states of linear attention, are copied: they are written in place.
+        Raises UserError when this cache dropped something or was made without ``record``.
         """
         twin = SlotCache()
         twin.layer_class_to_replicate = None
-        group: dict[int, Any] = {}
+        group: dict[int, Store] = {}
         for layer in self.layers:
-            if not isinstance(layer, StoreLayer) or (module := layer._module()) is None:
-                raise UserError("this cache cannot be forked: not all of its layers are ours")
-            store = cast("ForkableStore", layer.store).fork(policy, group)
-            twin.layers.append(StoreLayer(store, layer.site, module))
+            if not isinstance(layer, StoreLayer):
+                twin.layers.append(_copied(layer))
+                continue
+            if (module := layer._module()) is None:
+                raise UserError("this cache cannot be forked: the model it was made for is gone")
+            target = None
+            if policy.selects(layer.site):
+                target = _join(policy.store(layer.site), group)
+            twin.layers.append(StoreLayer(layer.store.fork(target), layer.site, module))
         return twin
 
     def bytes(self) -> int:
-        """Bytes really held by all layers: storages of keys, values and bookkeeping."""
-        return sum(layer.store.nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
+        """Bytes really held by all layers: storages of keys, values, states and bookkeeping."""
+        return sum(
+            layer.store.nbytes() if isinstance(layer, StoreLayer) else nbytes(*_tensors(layer)) for layer in self.layers
+        )
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """What a layer of transformers' own keeps."""
+    fields = [x for x in vars(layer).values() if not isinstance(x, dict)]
+    fields += [x for held in vars(layer).values() if isinstance(held, dict) for x in held.values()]
+    return [x for x in fields if isinstance(x, Tensor)]
+
+
+def _copied(layer: Any) -> Any:
+    """A layer of transformers' own that shares no tensor with ``layer``."""
+    twin = copy.copy(layer)
+    for name, x in vars(layer).items():
+        if isinstance(x, Tensor):
+            twin.__dict__[name] = x.clone()
+        elif isinstance(x, dict):
+            twin.__dict__[name] = {i: y.clone() if isinstance(y, Tensor) else y for i, y in x.items()}
+    return twin
+
+
+def _join(store: Store, group: dict[int, Store]) -> Store:
+    """``store`` as one of the layers of a cache."""
+    assert store.site.layer is not None
+    store.group = group
+    group[store.site.layer] = store
+    return store
 
 
 def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], name: str) -> None:
@@ -162,8 +187,5 @@ def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Calla
                 f"{name} must see a sequence from its first token, but the cache passed to {site.name} already holds "
                 f"{layer.get_seq_length()} tokens; start with a fresh cache"
             )
-        store: Any = make(site)
-        if hasattr(store, "group"):
-            store.group = cache.__dict__.setdefault("_manyheads", {})
-            store.group[site.layer] = store
+        store = _join(make(site), cache.__dict__.setdefault("_manyheads", {}))
         cache.layers[site.layer] = StoreLayer(store, site, module)

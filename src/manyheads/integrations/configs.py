@@ -15,7 +15,7 @@ _KEPT = "_manyheads_config"  # on a module: [original config, number of open por
 
 
 def switch_configs(model: nn.Module) -> Callable[[], None]:
-    """Point every module of ``model`` at our attention functions; the returned function undoes it.
+    """Point every module of ``model`` at our attention functions; the returned function restores them.
 
     Each distinct config is deep-copied once, nested ones with it, so the links between configs stay as they were.
     Ports may close in any order: the originals come back with the last one.
@@ -36,7 +36,7 @@ def switch_configs(model: nn.Module) -> Callable[[], None]:
         module.__dict__[_KEPT] = [original, 1]
         module.__dict__["config"] = clone
 
-    def undo() -> None:
+    def restore() -> None:
         for module in holders:
             kept = module.__dict__[_KEPT]
             kept[1] -= 1
@@ -44,4 +44,4 @@ def switch_configs(model: nn.Module) -> Callable[[], None]:
                 module.__dict__["config"] = kept[0]
                 del module.__dict__[_KEPT]
 
-    return undo
+    return restore

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding from a cache of fixed size as one CUDA graph per token: the host only says "again".
+"""Decoding from a cache of fixed size as one CUDA graph per token: the host only replays it.
 
 ``generate`` of transformers runs such a cache compiled too, but prepares inputs, checks guards and waits for the device
 at every token. Here the step with all that it changes (cache, token, position) is captured once and replayed.
@@ -44,7 +44,7 @@ def decode(
         temperature: 0 takes the likeliest token; above, tokens are drawn from ``softmax(logits / temperature)``.
         eos: token that ends a row; what follows it in the row repeats it. Decoding stops when all rows have ended.
         compiled: compile the step (a minute at first, fewer and faster kernels) before capturing it.
-        progress: is told how many tokens there are, now and then.
+        progress: receives the number of tokens, now and then.
 
     Returns:
         New tokens ``[B, up to max_new_tokens]``.
@@ -52,8 +52,8 @@ def decode(
     Raises:
         UserError: the cache has no fixed size, too little room, or has not read the right number of tokens.
     """
-    stores: list[Any] = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
-    if not stores or not all(getattr(store, "fixed", False) for store in stores):
+    stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
+    if not stores or not all(store.fixed for store in stores):
         raise UserError("decode needs a cache of fixed size: make it by new_cache(model, strategy, room=...)")
     if (seen := int(cache.get_seq_length())) != ids.shape[1] - 1:
         raise UserError(f"the cache has read {seen} of {ids.shape[1]} tokens, not all but one: prefill it first")

@@ -4,11 +4,12 @@
 Every attention module puts its site on a stack while it runs; while a port is open, torch's SDPA and diffusers' other
 attention backends are wrapped, and look at the top of that stack. So queries, keys and values are those after norms and
 rotary positions, and no processor of any model has to be rewritten. What step it is and which rows are which branch is
-read from the scheduler and the pipeline or its guider, never counted, and memory is kept for each branch apart.
+read from the scheduler and the pipeline or its guider, never counted, and state is kept for each branch apart.
 
 Outside an attention module of an open port nothing is changed, and with the last port all wrappers are gone.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,22 +18,22 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention, MochiAttention
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.attention_processor import MochiAttention
 from torch import Tensor, nn
 
-from ..call import Denoising, Site
+from ..call import Axis, DenoiserCall, Layout, Site
 from ..errors import UserError
-from ..strategy import Strategy, overrides
-from .chain import Entry
-from .hearing import Hearing, Undo, put
-from .intercept import SiteState, interception
+from ..strategy import Attention, Cache, Denoiser, DenoiserModule, DenoiserPrediction, Strategy
+from .hook_chain import BoundStrategy
 from .layouts import arguments
+from .pipeline_state import PipelineObserver, Restore, patch_attr
+from .sdpa_patch import SiteState, sdpa_patch
 
-__all__ = ["DiffusersPort", "denoisers", "find_sites"]
+__all__ = ["DiffusersPort", "denoisers", "find_sites", "is_open", "set_layout"]
 
 _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
-_METHODS = ("edit", "attend", "watch", "patch", "reuse", "denoise")
-_KINDS = (Attention, MochiAttention, AttentionModuleMixin)
+_KINDS = (DiffusersAttention, MochiAttention, AttentionModuleMixin)
 _STATE = "_manyheads"
 _GUIDED = frozenset({"cond", "uncond", "all"})
 
@@ -48,7 +49,7 @@ def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
 def find_sites(target: Any) -> list[tuple[Site, nn.Module]]:
     """Attention modules of the denoisers of a pipeline, or of a bare denoiser, in the order of the model.
 
-    The kind is what the module's own attributes say; in a joint sequence that a block puts together by itself it shows
+    The kind is read from the module's own attributes; in a joint sequence that a block puts together by itself it shows
     only when the module runs, and a call's site has it right. ``layer`` numbers the blocks.
     """
     found: list[tuple[Site, nn.Module]] = []
@@ -78,16 +79,16 @@ def _order(named: tuple[str, nn.Module]) -> int:
 
 def _acts(strategy: Strategy) -> bool:
     """Whether a strategy acts at attention modules, not only on the denoiser as a whole."""
-    return any(overrides(strategy, method) for method in _METHODS if method != "denoise")
+    return isinstance(strategy, (Attention, DenoiserModule))
 
 
 def _choose(target: Any, strategy: Strategy, sites: list[tuple[Site, nn.Module]]) -> set[int]:
     """Sites that a strategy may act at: those it selects as any kind, since a joint sequence shows only later."""
-    if not any(overrides(strategy, method) for method in _METHODS):
+    if not isinstance(strategy, (Attention, Denoiser)):
         raise UserError(
-            f"{strategy.slug} does not act on the attention of a denoiser: `manyheads list --category guides`"
+            f"{strategy.slug} does not act on the attention of a denoiser: `manyheads list --category diffusion`"
         )
-    if overrides(strategy, "store"):
+    if isinstance(strategy, Cache):
         raise UserError(f"{strategy.slug} keeps a cache of keys and values, and a denoiser has none")
     at = {
         site.index
@@ -117,9 +118,27 @@ def _plan(target: Any, strategies: tuple[Strategy, ...]) -> list[tuple[Site, nn.
     ]
 
 
-def replace_forward(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Undo:
-    """Put ``around(forward)`` in place of a module's forward; the returned function undoes it."""
-    return put(module, "forward", around(module.forward))
+def replace_forward(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Restore:
+    """Put ``around(forward)`` in place of a module's forward; the returned function restores it."""
+    return patch_attr(module, "forward", around(module.forward))
+
+
+def is_open(model: nn.Module) -> bool:
+    """Whether a port is open on a denoiser."""
+    return any(_STATE in module.__dict__ for module in model.modules())
+
+
+def set_layout(module: nn.Module, layout: Layout, axis: Axis) -> None:
+    """Set for the open ports of an attention module which tokens it works on in this call, if not all of the inputs'.
+
+    Args:
+        module: an attention module of a denoiser whose call has begun.
+        layout: of the tokens it works on.
+        axis: along which they attend to each other.
+    """
+    state: SiteState | None = module.__dict__.get(_STATE)
+    if state is not None and state.step is not None:
+        state.step = replace(state.step, layout=layout, axis=axis)
 
 
 def repacked(output: Any, sample: Tensor) -> Any:
@@ -132,22 +151,22 @@ def repacked(output: Any, sample: Tensor) -> Any:
 class DiffusersPort:
     """An open or closed way into the denoisers of a pipeline; made by :func:`manyheads.use`, opened by ``with``."""
 
-    def __init__(self, target: Any, strategies: tuple[Strategy, ...], hearing: Hearing | None = None) -> None:
+    def __init__(self, target: Any, strategies: tuple[Strategy, ...], observer: PipelineObserver | None = None) -> None:
         """The port of ``target``.
 
         Args:
             target: a pipeline or a denoiser.
             strategies: to act through it.
-            hearing: what somebody else hears of the pipeline; then memory lasts when the port is opened again.
+            observer: of the pipeline, where another object keeps it; then state lasts when the port is opened again.
         """
         self.target, self.strategies = target, strategies
-        self.hearing = hearing or Hearing(None if isinstance(target, nn.Module) else target)
-        self._lasting = hearing is not None
+        self.observer = observer or PipelineObserver(None if isinstance(target, nn.Module) else target)
+        self._lasting = observer is not None
         self._plan: list[tuple[Site, nn.Module, list[Strategy]]] = []
         self._planned: Any = self._plan
-        self._entries: list[tuple[SiteState, Entry]] = []
-        self._held: dict[tuple[int, int], tuple[SiteState, Entry]] = {}
-        self._undo: list[Undo] = []
+        self._entries: list[tuple[SiteState, BoundStrategy]] = []
+        self._held: dict[tuple[int, int], tuple[SiteState, BoundStrategy]] = {}
+        self._restorers: list[Restore] = []
         self._local = threading.local()
 
     def stack(self) -> list[SiteState]:
@@ -160,24 +179,24 @@ class DiffusersPort:
         return stack
 
     def __enter__(self) -> Self:
-        if self._undo:
+        if self._restorers:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
-        if not self._lasting or self._planned is not self.hearing.began:  # once in a run
-            self._plan, self._planned = _plan(self.target, self.strategies), self.hearing.began
+        if not self._lasting or self._planned is not self.observer.run_marker:  # once in a run
+            self._plan, self._planned = _plan(self.target, self.strategies), self.observer.run_marker
         self._traced: list[SiteState] = []
         if self._lasting:
             self._held = {(state.site.index, id(entry.strategy)): (state, entry) for state, entry in self._entries}
         self._entries = []
         try:
-            interception.open(self)
-            self._undo.append(lambda: interception.close(self))
+            sdpa_patch.open(self)
+            self._restorers.append(lambda: sdpa_patch.close(self))
             for site, module, strategies in self._plan:
                 self._attach(site, module, strategies)
             models = [model for _, model in denoisers(self.target)]
             for model in models:
                 self._watch_denoiser(model)
             if not self._lasting:
-                self.hearing.open(models, self._undo)
+                self.observer.open(models, self._restorers)
         except BaseException:
             self._restore()
             raise
@@ -196,16 +215,16 @@ class DiffusersPort:
                     )
 
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        while self._restorers:
+            self._restorers.pop()()
 
-    def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
+    def state(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
         """What ``strategy`` kept, by site name and then by branch; readable after closing too."""
-        return {site.name: memory for site, memory in self.kept(strategy)}
+        return {site.name: state for site, state in self.kept(strategy)}
 
     def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
         """The same with the sites themselves, of the kind they showed, in the order of the model."""
-        return [(state.last or state.site, e.memory) for state, e in self._entries if e.strategy is strategy]
+        return [(state.last or state.site, e.state) for state, e in self._entries if e.strategy is strategy]
 
     def _attach(self, site: Site, module: nn.Module, strategies: list[Strategy]) -> None:
         held = [self._held.get((site.index, id(strategy))) for strategy in strategies]
@@ -213,7 +232,9 @@ class DiffusersPort:
         if state is None:
             state = module.__dict__[_STATE] = held[0][0] if held and held[0] else SiteState(site)
         state.ports += 1
-        entries = [was[1] if was else Entry(self, strategy) for was, strategy in zip(held, strategies, strict=True)]
+        entries = [
+            was[1] if was else BoundStrategy(self, strategy) for was, strategy in zip(held, strategies, strict=True)
+        ]
         state.add(entries)
         self._entries += [(state, entry) for entry in entries]
 
@@ -233,7 +254,7 @@ class DiffusersPort:
             module.register_forward_hook(leave, always_call=True),
         ]
 
-        def undo() -> None:
+        def restore() -> None:
             for handle in handles:
                 handle.remove()
             state.remove(self)
@@ -241,32 +262,33 @@ class DiffusersPort:
             if state.ports == 0:
                 del module.__dict__[_STATE]
 
-        self._undo.append(undo)
+        self._restorers.append(restore)
         for entry in entries:
-            if overrides(entry.strategy, "reuse"):
-                self._undo.append(replace_forward(module, lambda inner, e=entry: state.reusing(inner, e)))  # type: ignore[misc]
+            if isinstance(strategy := entry.strategy, DenoiserModule):
+                around = functools.partial(state.wrap_module, entry=entry, strategy=strategy)
+                self._restorers.append(replace_forward(module, around))
 
     def _watch_denoiser(self, model: nn.Module) -> None:
-        """Read step, branch and layout off the denoiser's inputs before it runs, and let strategies make of it more."""
+        """Read step, branch and layout from a denoiser's inputs before it runs; apply ``denoise`` of strategies."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.look(module, args, kwargs)
 
         handle = model.register_forward_pre_hook(before, with_kwargs=True)
-        self._undo.append(handle.remove)
-        strategies = [strategy for strategy in self.strategies if overrides(strategy, "denoise")]
+        self._restorers.append(handle.remove)
+        strategies = [strategy for strategy in self.strategies if isinstance(strategy, DenoiserPrediction)]
         if strategies:
-            self._undo.append(replace_forward(model, self._denoising(model, strategies)))
+            self._restorers.append(replace_forward(model, self._denoising(model, strategies)))
 
     def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in step, branch and layout of a call of a denoiser."""
+        """Read step, branch and layout of a call of a denoiser."""
         if torch.compiler.is_compiling():
             return
-        now = self.hearing.now(model, arguments(model, args, kwargs))
+        step = self.observer.step(model, arguments(model, args, kwargs))
         for state, _ in self._entries:
-            state.now = now
+            state.step = step
 
-    def _denoising(self, model: Any, strategies: list[Strategy]) -> Callable[..., Callable[..., Any]]:
+    def _denoising(self, model: Any, strategies: list[DenoiserPrediction]) -> Callable[..., Callable[..., Any]]:
         """The forward of a denoiser as ``strategies`` have it; the forward before it is what ``predict`` calls.
 
         Each starts from the plain prediction, and what it adds is added. Predictions that are neither conditional nor
@@ -277,19 +299,19 @@ class DiffusersPort:
         def around(inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 given = arguments(model, args, kwargs)
-                now = next((state.now for state in states if state.now is not None), None)
-                now = now or self.hearing.now(model, given)
+                step = next((state.step for state in states if state.step is not None), None)
+                step = step or self.observer.step(model, given)
                 made: list[Any] = []
 
                 def run(branch: str = "", **changes: Any) -> Tensor:
-                    seen = replace(now, branches=(branch,)) if branch else now
+                    seen = replace(step, branches=(branch,)) if branch else step
                     for state in states:
-                        state.now = seen
+                        state.step = seen
                     try:
                         made.append(inner(**{**given, **changes}))
                     finally:
                         for state in states:
-                            state.now = now
+                            state.step = step
                     first: Any = made[-1][0]
                     if not isinstance(first, Tensor):
                         raise UserError(
@@ -297,13 +319,13 @@ class DiffusersPort:
                         )
                     return first
 
-                if _GUIDED.isdisjoint(now.branches):
+                if _GUIDED.isdisjoint(step.branches):
                     return inner(*args, **kwargs)
                 total: Any = None
                 for strategy in strategies:
-                    scale = self.hearing.guidance(strategy.slug, model, now.branches)
+                    scale = self.observer.guidance(strategy.slug, model, step.branches)
                     start = len(made)
-                    out = strategy.denoise(Denoising(now, given, self.hearing.scheduler, scale, run))
+                    out = strategy.denoise(DenoiserCall(step, given, self.observer.scheduler, scale, run))
                     total = out if total is None else total + (out - made[start][0])
                     for _, entry in self._entries:
                         entry.called = entry.called or (entry.strategy is strategy and not _acts(strategy))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guider for modular pipelines of diffusers that lets strategies act while it has predictions made.
 
-    pipe.update_components(guider=Guider("headhunter:heads=3.1,scale=3", guidance_scale=4))
+    pipe.update_components(guider=Guider("slug:field=value", guidance_scale=4))
     pipe(prompt=...)
 
 is all: nothing is opened or closed by the user. The guider opens the port of diffusers for each call of the denoiser
@@ -19,9 +19,10 @@ from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import nn
 
-from ..strategy import Strategy, parse
+from ..spec import parse
+from ..strategy import Strategy
 from .diffusers import DiffusersPort, replace_forward
-from .hearing import Hearing, Undo
+from .pipeline_state import PipelineObserver, Restore
 
 __all__ = ["Guider", "around"]
 
@@ -42,14 +43,14 @@ class _Opening(_Base):
         """Let ``strategies`` act from now on; ``scheduler`` is the pipeline's."""
         several = [strategies] if isinstance(strategies, (str, Strategy)) else strategies
         self._strategies = tuple(parse(strategy) for strategy in several)
-        self._hearing = Hearing(SimpleNamespace(scheduler=scheduler) if scheduler is not None else None)
+        self._observer = PipelineObserver(SimpleNamespace(scheduler=scheduler) if scheduler is not None else None)
         self._ports = {}
-        self._waiting: Undo | None = None
+        self._waiting: Restore | None = None
         return self
 
     @property
     def ports(self) -> list[DiffusersPort]:
-        """The port of every denoiser that was run: ``port.memory(strategy)`` is what a strategy kept."""
+        """The port of every denoiser that was run: ``port.state(strategy)`` is what a strategy kept."""
         return list(self._ports.values())
 
     @property
@@ -59,21 +60,21 @@ class _Opening(_Base):
 
     def new(self, **kwargs: Any) -> Any:
         made: Any = super().new(**kwargs)  # type: ignore[no-untyped-call]
-        return made.act(kwargs.get("strategies", self._strategies), self._hearing.scheduler)
+        return made.act(kwargs.get("strategies", self._strategies), self._observer.scheduler)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         before: int | None = self.get_state()["step"]
         if before is None or step <= before:
-            self._hearing.began = object()
+            self._observer.run_marker = object()
         super().set_state(step, num_inference_steps, timestep)
 
     def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        self._hearing.guider, self._hearing.batches = self, super().prepare_inputs(*args, **kwargs)
-        return self._hearing.batches
+        self._observer.guider, self._observer.batches = self, super().prepare_inputs(*args, **kwargs)
+        return self._observer.batches
 
     def prepare_inputs_from_block_state(self, *args: Any, **kwargs: Any) -> Any:
-        self._hearing.guider, self._hearing.batches = self, super().prepare_inputs_from_block_state(*args, **kwargs)
-        return self._hearing.batches
+        self._observer.guider, self._observer.batches = self, super().prepare_inputs_from_block_state(*args, **kwargs)
+        return self._observer.batches
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Let the next call of ``denoiser`` go through the port, and no other."""
@@ -83,7 +84,7 @@ class _Opening(_Base):
             return
         port = self._ports.get(denoiser)
         if port is None:
-            port = self._ports[denoiser] = DiffusersPort(denoiser, self._strategies, self._hearing)
+            port = self._ports[denoiser] = DiffusersPort(denoiser, self._strategies, self._observer)
 
         def opening(_: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -111,7 +112,7 @@ class Guider(_Opening, ClassifierFreeGuidance):
 
     Args:
         strategies: a strategy or its spec, or several; they act in the order given.
-        scheduler: of the pipeline (``pipe.scheduler``), for strategies that have to know the noise level, as ``sag``.
+        scheduler: of the pipeline (``pipe.scheduler``), for strategies that have to know the noise level.
         guidance_scale: and all others as of diffusers' ``ClassifierFreeGuidance``.
 
     Raises:
@@ -139,7 +140,7 @@ def around(guider: BaseGuidance, strategies: Specs, scheduler: Any = None) -> Ba
 
     Args:
         guider: stays as it is.
-        strategies: as in :class:`Guider`; those that guide, as ``sag``, need a guider that combines its predictions by
+        strategies: as in :class:`Guider`; those that guide need a guider that combines its predictions by
             a known scale.
         scheduler: as in :class:`Guider`.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the inputs of diffusers' denoisers say: token layout, order of the branches. One row for each class."""
+"""What the inputs of diffusers' denoisers mean: token layout, order of the branches. One row for each class."""
 
 import inspect
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def _packed(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
     return 1, int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
 
 
-def _told(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
+def _given_sizes(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
     return given["num_frames"], given["height"], given["width"]
 
 
@@ -52,7 +52,7 @@ class _Row:
 
     Attributes:
         grid: frames, rows and columns of tokens, from config and inputs.
-        joint: text stands in one sequence with the image: ``first``, ``last``, or nowhere (empty).
+        joint: text is in one sequence with the image: ``first``, ``last``, or nowhere (empty).
         share: the pipeline gives the timestep as a share of the training steps.
     """
 
@@ -70,7 +70,7 @@ _ROWS = {
     "HunyuanVideoTransformer3DModel": _Row(_video, "last"),
     "LatteTransformer3DModel": _Row(_video),
     "CogVideoXTransformer3DModel": _Row(_frames_first, "first"),
-    "LTXVideoTransformer3DModel": _Row(_told),
+    "LTXVideoTransformer3DModel": _Row(_given_sizes),
     "UNet2DConditionModel": _Row(_sample),
     "UNet2DModel": _Row(_sample),
 }
@@ -96,7 +96,7 @@ def arguments(
 
 
 def layout_of(module: nn.Module, given: dict[str, Any]) -> Layout | None:
-    """The token layout that a denoiser's inputs mean, None for a class without a row or inputs that do not say."""
+    """The token layout that a denoiser's inputs mean, None for a class without a row or unclear inputs."""
     row = _ROWS.get(type(module).__name__)
     if row is None:
         return None

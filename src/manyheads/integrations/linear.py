@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..call import AttentionCall, Recurrence, Site
-from .chain import Entry
+from ..strategy import AttentionCompute
+from .hook_chain import BoundStrategy
 from .sites import SiteState
 
 __all__ = ["LinearState", "find_linear"]
@@ -40,8 +41,8 @@ def find_linear(model: nn.Module, first: int) -> list[tuple[Site, nn.Module]]:
 class LinearState(SiteState):
     """What an open port keeps on one module of linear attention: the strategy that computes it."""
 
-    def __init__(self, site: Site, module: nn.Module, entry: Entry) -> None:
-        self.site, self.module, self.entries = site, module, [entry]
+    def __init__(self, site: Site, module: nn.Module, entry: BoundStrategy, strategy: AttentionCompute) -> None:
+        self.site, self.module, self.entries, self.strategy = site, module, [entry], strategy
         module.__dict__[_STATE] = self
         self.forward = module.__dict__.get("forward")  # of someone else who replaced it
         module.__dict__["forward"] = self._forward
@@ -69,9 +70,9 @@ class LinearState(SiteState):
         past = past if isinstance(past, Tensor) else None  # an empty list stands for no state
         call = AttentionCall(
             site=self.site, q=q, k=k, v=v, scale=1.0, mask=None if real is None else real[:, None, None],
-            is_causal=True, recurrence=Recurrence(-module.slope_rate.flatten(), past), memory=entry.memory,
+            is_causal=True, recurrence=Recurrence(-module.slope_rate.flatten(), past), state=entry.state,
         )  # fmt: skip
-        out = module.norm(entry.strategy.attend(call).flatten(2))
+        out = module.norm(self.strategy.attend(call).flatten(2))
         out = module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * out)
         assert call.recurrence is not None
         if past_key_values is not None:

@@ -21,18 +21,19 @@ from ..attention.reference import repeat_kv
 from ..attention.rope import copies
 from ..call import AttentionCall, Site, Store
 from ..errors import UserError
-from ..strategy import Strategy, overrides
+from ..strategy import Strategy
 from .blocks import output_of
 from .cache import StoreLayer, install
-from .chain import Chain, Entry
 from .configs import EAGER, SDPA
+from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
 
-__all__ = ["Entry", "SiteState", "architectures", "find_sites", "is_eager"]
+__all__ = ["BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
 
 _STATE = "_manyheads"
 _DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
 _CROSS = re.compile(r"cross|enc_?dec_?attention|encoder_attn", re.IGNORECASE)
+_KEY_NORM = re.compile(r"(k|qk|key)_(layer_?)?norm|norm_k")
 
 
 @functools.cache
@@ -76,8 +77,16 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
         num_heads=heads,
         num_kv_heads=_first((module, config), ("num_key_value_heads",)) or heads,
         window=_first((module, config), ("sliding_window",)) if slides else None,
+        keys_normed=_norms_keys(module),
         latent=latent_of(module),
     )
+
+
+def _norms_keys(module: nn.Module) -> bool:
+    """Whether ``module`` normalises each key over the channels of its head; a norm over all heads at once is none."""
+    norm = next((n for name, n in module.named_children() if _KEY_NORM.fullmatch(name)), None)
+    weight = None if norm is None else next(norm.parameters(), None)
+    return norm is not None and (weight is None or weight.shape[-1] == getattr(module, "head_dim", None))
 
 
 def is_eager(module: nn.Module) -> bool:
@@ -85,7 +94,7 @@ def is_eager(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == EAGER
 
 
-class SiteState(Chain):
+class SiteState(HookChain):
     """What the open ports of a model keep on one attention module."""
 
     def __init__(self, site: Site, module: nn.Module, eager: bool) -> None:
@@ -129,10 +138,10 @@ class SiteState(Chain):
             del module.__dict__[_STATE]
 
     @staticmethod
-    def claims(module: nn.Module, method: str) -> list[Strategy]:
-        """Strategies of open ports that implement ``method`` at ``module``."""
+    def claims(module: nn.Module, kind: type[Strategy]) -> list[Strategy]:
+        """Strategies of ``kind`` of the open ports at ``module``."""
         state: SiteState | None = module.__dict__.get(_STATE)
-        return [] if state is None else [e.strategy for e in state.entries if overrides(e.strategy, method)]
+        return [] if state is None else [e.strategy for e in state.entries if isinstance(e.strategy, kind)]
 
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
@@ -145,12 +154,12 @@ class SiteState(Chain):
             cache = cache.self_attention_cache
         if cache is None:
             return
-        keeper = self.keeper
-        if keeper is not None and self._ours(cache) is None:
-            install(cache, [(self.site, module)], keeper.strategy.store, keeper.strategy.slug)
+        if self.cache_strategy is not None and self._ours(cache) is None:
+            strategy = self.cache_strategy[1]
+            install(cache, [(self.site, module)], strategy.store, strategy.slug)
         self.store = self._ours(cache)
-        if self.store is not None and keeper is not None and not keeper.stored:
-            keeper.stored = True
+        if self.store is not None and self.cache_strategy is not None and not self.cache_strategy[0].stored:
+            self.cache_strategy[0].stored = True
 
     def _ours(self, cache: Cache) -> Store | None:
         index = self.site.layer
@@ -162,14 +171,13 @@ class SiteState(Chain):
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
         original = call = self._read(module, q, k, v, mask, kwargs)
-        self.mark()
+        self.mark_called()
         if self.store is not None:
-            alone = not self.looks and not kwargs.get("output_attentions")  # the store may answer in its own way
-            answer = getattr(self.store, "attend", None) if alone else None
-            if answer is not None and (answered := answer(call)) is not None:
+            alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
+            if alone and (answered := self.store.attend(call)) is not None:
                 self.store = self.rotary = None
                 return answered, None
-            call = self.store.admit(call)
+            call = self.store.mask(call)
             if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
                 call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         call = self.edit(call)
@@ -184,7 +192,7 @@ class SiteState(Chain):
             out, weights = self._attend(module, call, original, kwargs)
         out = self.after(call, out)
         if self.store is not None:
-            self.store.settle(call)
+            self.store.evict(call)
             self.store = self.rotary = None  # an open port does not keep a cache alive
         return out, weights
 

@@ -18,18 +18,17 @@ from transformers import PreTrainedConfig
 
 from ..call import Site, Store
 from ..errors import UserError
-from ..strategy import Strategy, overrides
+from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
-from .cache import ForkableStore, SlotCache, StoreLayer, install
-from .chain import Entry
+from .cache import SlotCache, StoreLayer, install
 from .configs import switch_configs
+from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
 from .sites import SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
 
-_METHODS = ("edit", "attend", "watch", "patch", "residual", "store")
-_EXCLUSIVE = ("attend", "store")
+_EXCLUSIVE: dict[type[Strategy], str] = {AttentionCompute: "computes the output", Cache: "keeps the cache"}
 
 
 class Port:
@@ -38,11 +37,11 @@ class Port:
     def __init__(self, model: nn.Module, strategies: tuple[Strategy, ...]) -> None:
         self.model = model
         self.strategies = strategies
-        self._entries: list[tuple[Site, nn.Module, Entry]] = []
-        self._undo: list[Callable[[], None]] = []
+        self._entries: list[tuple[Site, nn.Module, BoundStrategy]] = []
+        self._restorers: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
-        if self._undo:
+        if self._restorers:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
         sites = find_sites(self.model)
         linear = find_linear(self.model, len(sites))
@@ -56,19 +55,21 @@ class Port:
         chosen = self._choose(sites + linear)
         self._entries = []
         try:
-            self._undo.append(switch_configs(self.model))
+            self._restorers.append(switch_configs(self.model))
             for site, module in sites:
                 state = SiteState.attach(site, module, is_eager(module))
-                self._undo.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
-                entries = [Entry(self, s) for s, at in chosen if site.index in at]
-                self._undo.append(lambda s=state: s.remove(self))  # type: ignore[misc]
+                self._restorers.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
+                entries = [BoundStrategy(self, s) for s, at in chosen if site.index in at]
+                self._restorers.append(lambda s=state: s.remove(self))  # type: ignore[misc]
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
-            self._undo.append(watch_blocks(self.model, self._entries))
+            self._restorers.append(watch_blocks(self.model, self._entries))
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
-                    entry = Entry(self, strategy)
-                    self._undo.append(LinearState(site, module, entry).detach)
+                    if not isinstance(strategy, AttentionCompute):
+                        raise UserError(f"{strategy.spec} computes no attention, all that can act at {site.name}")
+                    entry = BoundStrategy(self, strategy)
+                    self._restorers.append(LinearState(site, module, entry, strategy).detach)
                     self._entries.append((site, module, entry))
         except BaseException:
             self._restore()
@@ -82,23 +83,24 @@ class Port:
         if kind is None:
             self._check_called()
 
-    def memory(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
-        """What ``strategy`` kept in ``call.memory``, by site name; readable after closing too."""
-        return {site.name: memory for site, memory in self.kept(strategy)}
+    def state(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
+        """What ``strategy`` kept in ``call.state``, by site name; readable after closing too."""
+        return {site.name: state for site, state in self.kept(strategy)}
 
     def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
         """The same with the sites themselves, in the order of the model."""
-        return [(site, entry.memory) for site, _, entry in self._entries if entry.strategy is strategy]
+        return [(site, entry.state) for site, _, entry in self._entries if entry.strategy is strategy]
 
     def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:
         """Sites of each strategy; refuses empty selections and two claims on one site."""
-        chosen = []
+        chosen: list[tuple[Strategy, set[int]]] = []
         for strategy in self.strategies:
-            if not any(overrides(strategy, method) for method in _METHODS):
-                if overrides(strategy, "reuse") or overrides(strategy, "denoise"):
+            if not isinstance(strategy, (Attention, Residual, Cache)):
+                if isinstance(strategy, Denoiser):
                     raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
                 raise UserError(
-                    f"{strategy.slug} changes a model for good and cannot be used for a while: convert with it"
+                    f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "
+                    "with it"
                 )
             at = {site.index for site, _ in sites if strategy.selects(site)}
             if not at:
@@ -109,19 +111,18 @@ class Port:
                 )
             chosen.append((strategy, at))
         for site, module in sites:
-            for method in _EXCLUSIVE:
-                claims = [s for s, at in chosen if site.index in at and overrides(s, method)]
-                claims = SiteState.claims(module, method) + claims
+            for kind, what in _EXCLUSIVE.items():
+                claims: list[Strategy] = [s for s, at in chosen if site.index in at and isinstance(s, kind)]
+                claims = SiteState.claims(module, kind) + claims
                 if len(claims) > 1:
-                    what = "computes the output" if method == "attend" else "keeps the cache"
                     raise UserError(
                         f"{claims[0].spec} and {claims[1].spec} cannot hold together: each {what} of {site.name}"
                     )
         return chosen
 
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        while self._restorers:
+            self._restorers.pop()()
 
     def _check_called(self) -> None:
         for site, _, entry in self._entries:
@@ -130,7 +131,7 @@ class Port:
                     f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it in "
                     "the block; narrow it with layers=..., or run the model"
                 )
-        idle = {id(e.strategy): e.strategy for _, _, e in self._entries if overrides(e.strategy, "store")}
+        idle = {id(e.strategy): e.strategy for _, _, e in self._entries if isinstance(e.strategy, Cache)}
         for _, _, entry in self._entries:
             if entry.stored:
                 idle.pop(id(entry.strategy), None)
@@ -144,14 +145,15 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
     Args:
         model: a decoder-only transformers model.
         strategy: one with ``store``.
-        record: keep the last ``record`` queries and the evidence of the last forward, so that the cache can be forked.
+        record: keep the last ``record`` queries and the evidence of the last forward, so that the cache can be forked;
+            sliding-window layers then keep all tokens.
         room: tokens that will be decoded at most. The storage then has a fixed size after each forward of more than
             one token, and decoding can be compiled: on a GPU ``generate`` runs it as a CUDA graph.
 
     Raises:
         UserError: the strategy keeps no cache, finds no site in the model, or cannot be compiled as ``room`` asks.
     """
-    if not overrides(strategy, "store"):
+    if not isinstance(strategy, Cache):
         raise UserError(
             f"{strategy.slug} keeps no cache; choose one of the caches category: `manyheads list --category caches`"
         )
@@ -161,10 +163,9 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
 
     def make(site: Site) -> Store:
         store = strategy.store(site)
-        if record:
-            cast("ForkableStore", store).record = record
+        store.record = record
         if room:
-            _reserve(store, strategy, site, room)
+            store.reserve(room)
         return store
 
     cache = SlotCache(config=cast("PreTrainedConfig", model.config))
@@ -186,7 +187,7 @@ def prefill(
         ids: the prompt; a cache that has seen its beginning goes on after that.
         cache: from :func:`new_cache`.
         chunk: tokens at a time.
-        progress: is told how many tokens were read, after every chunk.
+        progress: receives the number of tokens read, after every chunk.
     """
     stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
     more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -194,25 +195,11 @@ def prefill(
     for at in range(start, last, chunk):
         piece = ids[:, at : min(at + chunk, last)]
         for store in stores:
-            cast("Any", store).reading = at + chunk < last
+            store.prefilling = at + chunk < last
         with torch.no_grad():
             model(input_ids=piece, past_key_values=cache, use_cache=True, **more)
         if progress is not None:
             progress(piece.shape[1])
-
-
-def _reserve(store: Any, strategy: Strategy, site: Site, room: int) -> None:
-    """Make ``store`` keep room for compiled decoding. Raises UserError where it cannot."""
-    if not hasattr(store, "room") or getattr(strategy, "schedule", "prefill") not in ("prefill", "chunk"):
-        raise UserError(
-            f"{strategy.spec} evicts while it decodes, which cannot be compiled; leave room away or use schedule=chunk"
-        )
-    if getattr(strategy, "mass", False) and getattr(strategy, "schedule", "prefill") == "chunk":
-        raise UserError(f"{strategy.spec} goes on adding up attention while it decodes; use schedule=prefill")
-    if site.window is not None or site.latent is not None:
-        raise UserError(f"{site.name} has a sliding window or latents and cannot be compiled; leave room away")
-    store.room = room
-    store.reset()
 
 
 def _refusal(model: nn.Module) -> str:

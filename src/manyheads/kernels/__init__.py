@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hand-written GPU kernels. Only the submodules import Triton, so this package is imported anywhere at no cost.
 
-Each kernel has a twin in plain torch, which says what it computes: ``decode`` -> ``attention.flat``, ``mass`` ->
-``attention.mass``, ``probe`` -> ``calls.statistics``, ``recurrence`` -> ``attention.recurrence``. The kernels are
-taken where :func:`available` says so.
+Each kernel has a twin in plain torch, which says what it computes: ``decode`` -> ``attention.ragged``,
+``accumulated_attention`` -> ``attention.accumulated_attention``, ``probe`` -> ``calls.statistics``, ``recurrence`` ->
+``attention.recurrence``. The kernels are taken where :func:`available` says so.
 """
 
 from importlib.util import find_spec

@@ -10,7 +10,7 @@ are given, and not the causal ones.
 import triton
 import triton.language as tl
 
-from .mass import _keys, _rows
+from .accumulated_attention import _keys, _rows
 
 __all__ = ["band_columns", "band_rows", "pooled", "received", "statistics"]
 

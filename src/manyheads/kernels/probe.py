@@ -11,7 +11,7 @@ float16, 22 bits, so that the sums are as exact as float32 is. The queries of a 
 laid side by side in the first pass, so that a key is read once for its group.
 
 Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys, d channels. Query t stands at column
-``S - T + t`` and sees the columns up to its own, or those of ``spans``: first and end ``[B, T]`` of a stretch.
+``S - T + t`` and sees the columns up to its own, or those of ``spans``: first and end ``[B, T]`` of a range.
 """
 
 from typing import NamedTuple
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import _probe
-from .mass import _strides
+from .accumulated_attention import _strides
 
-__all__ = ["Rows", "Spans", "band", "pool", "receive", "row_statistics"]
+__all__ = ["Rows", "Spans", "band", "column_sum", "pool", "row_statistics"]
 
 Spans = tuple[Tensor, Tensor]
 
@@ -238,7 +238,7 @@ def row_statistics(
     return made[0] if len(made) == 1 else made[0]._replace(found=torch.cat([rows.found for rows in made], 3))
 
 
-def receive(
+def column_sum(
     q: Tensor, k: Tensor, lse: Tensor, weight: Tensor, *, scale: float, spans: Spans | None = None
 ) -> Tensor:  # fmt: skip
     """``sum over t of weight[t] A[t, s]``: ``[B, H, S, R]`` float32.

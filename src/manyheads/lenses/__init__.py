@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies that look at attention, and edits of heads: one file per paper."""
+"""Strategies that look at attention, and edits of heads: one file or folder per paper."""

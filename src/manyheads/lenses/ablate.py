@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes heads out, or changes how much they count: the causal check of every score of heads.
+"""Ablates heads, or scales them: the causal check of every score of heads.
 
 What a head wrote can be replaced by nothing (``zero``), by its own mean over the tokens of the row (``mean``), by the
 value of the first token, as if it attended to nothing else (``bos``), or be multiplied (``scale``). A query ablated by
@@ -8,7 +8,7 @@ value of the first token, as if it attended to nothing else (``bos``), or be mul
     with manyheads.use(model, "ablate:heads=3.1+4.2"):
         model(**inputs)
 
-The control of an ablation is the same number of random heads of the same layers: `manyheads.heads.same_layers`.
+The control of an ablation is the same number of random heads of the same layers: `manyheads.heads.layer_matched_heads`.
 Shapes: outputs of heads ``[B, T, H, dv]``. Source: the common practice of the papers of this category; zeroing a head's
 output before the output projection is the same as zeroing its slice of that projection.
 """
@@ -23,14 +23,14 @@ from ..attention.reference import repeat_kv
 from ..call import AttentionCall, Site
 from ..calls.edits import Heads, heads_at, replace_heads, scale_heads
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionPatch
 
 __all__ = ["Ablate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(Strategy):
-    """Heads taken out of a model while it is in use.
+class Ablate(AttentionPatch):
+    """Heads ablated while a model is in use.
 
     Attributes:
         heads: which, as ``layer.head`` joined by ``+``.

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..call import AttentionCall, Site
 from ..calls.edits import Heads, add_bias, heads_at
-from ..strategy import Layers, Strategy
+from ..strategy import AttentionEdit, Layers
 
 __all__ = ["LogitBias"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitBias(Strategy):
+class LogitBias(AttentionEdit):
     """A bias on the logits of chosen rows and columns.
 
     Attributes:

@@ -16,7 +16,7 @@ SRA falls as 1/length even where attention is uniform, so beside it stands the l
 1 for uniform attention at any length; not in the paper. Every layer and head has its own SRA and lift: those of the
 greatest lift are the instruction heads. An instruction that is out of reach of a sliding window gets 0 there.
 
-    roles = Roles({"system": [[(5, 17)]], "response": [[(90, 120)]]})  # of each row; without response: all behind
+    roles = TokenSpans({"system": [[(5, 17)]], "response": [[(90, 120)]]})  # of each row; without response: all behind
     with manyheads.watch(model, "strategy_attention", roles=roles) as seen, torch.no_grad():
         model(prompt_and_reply)  # one forward over what was generated before, or generate() itself
 
@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall, Site
-from ..calls.statistics import Expectation, Statistic
+from ..calls.statistics import Statistic, WeightedSum
 from ..errors import UserError
 from ..heads import HeadTable
-from ..lens import Findings, Lens, Memory, Series, Tally, View, table
+from ..lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
 
 __all__ = ["Layout", "StrategyAttention", "layout", "paired_difference", "per_turn", "span_of", "sra"]
 
@@ -136,18 +136,18 @@ class StrategyAttention(Lens):
             return False
         return site.kind == "cross" or site.causal or not site.peers
 
-    def ask(self, view: View) -> dict[str, Statistic]:
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         given = view.roles.source if view.cross else view.roles.spans
         for role, known in ((self.span, given), (self.rows, view.roles.spans)):
             if role not in (*known, "bos", "response"):
                 where = ", source=" if known is view.roles.source else ""
                 raise UserError(
                     f"strategy_attention looks for tokens of the role {role!r}, and none are given: watch with "
-                    f"roles=Roles({where}{{{role!r}: [[(first, last + 1)]]}}), or set its field span or rows"
+                    f"roles=TokenSpans({where}{{{role!r}: [[(first, last + 1)]]}}), or set its field span or rows"
                 )
-        return {"mass": Expectation(view.columns(self.span)[..., None].float())}
+        return {"mass": WeightedSum(view.columns(self.span)[..., None].float())}
 
-    def tell(self, view: View, found: dict[str, Any]) -> None:
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory, fresh = view.memory, view.fresh
         count = view.columns(self.span).sum(1)
         if not fresh and "count" in memory:  # a sliding window may have left some behind
@@ -159,18 +159,18 @@ class StrategyAttention(Lens):
         )
         lift = weight * _reach(view.call, view.keys)[:, None]
         for name, value in (("sra", weight), ("lift", lift)):
-            memory.setdefault(name, Tally()).add(value.masked_fill(~rows, 0).sum(-1), rows.sum(-1), fresh)
+            memory.setdefault(name, RunningMean()).add(value.masked_fill(~rows, 0).sum(-1), rows.sum(-1), fresh)
             mean = value.mean(1).masked_fill(~rows[:, 0], torch.nan)
-            memory.setdefault(f"{name} of tokens", Series()).add(mean, fresh)
+            memory.setdefault(f"{name} of tokens", PerToken()).add(mean, fresh)
 
-    def findings(self, sites: Sequence[tuple[Site, Memory]]) -> Findings:
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         names = {"sra": f"weight of a token of {self.span}", "lift": f"lift of {self.span} over uniform attention"}
         tables = {key: table(name, sites, key, span=self.span, rows=self.rows) for key, name in names.items()}
         series = {}
         for key in names:
             rows = [memory[f"{key} of tokens"].rows() for _, memory in sites]
             series[key] = [np.mean([site[n] for site in rows], 0) for n in range(len(rows[0]))]
-        return Findings(tables, series, notes=self._notes(tables))
+        return LensResult(tables, series, notes=self._notes(tables))
 
     def _notes(self, tables: dict[str, HeadTable]) -> list[str]:
         weight, lift = (sra(tables[key]) for key in ("sra", "lift"))

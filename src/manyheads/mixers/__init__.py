@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token mixers: what stands in the place of softmax attention in a model trained from scratch, one file per paper."""
+"""Token mixers: layers in the place of softmax attention in models trained from scratch; a file or folder each."""

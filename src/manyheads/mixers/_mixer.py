@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token mixer is told, what softmax mixers share, and what they remember.
+"""The protocol of token mixers, the base of softmax mixers, and their state.
 
 A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=None) -> (y [B, T, dim], state)``.
 ``mask [B, T]`` marks real tokens. The state returned is what the next call goes on from: ``mixer(x)`` equals
@@ -13,15 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..attention.masks import MaskSpec, hide, masked_attention
-from ..call import MixerShape
+from ..attention.masks import MaskSpec, masked_attention, zero_padding
+from ..call import MixerConfig
 from ..errors import UserError
 
 __all__ = ["KVState", "SoftmaxMixer", "State", "positions_of", "split_heads"]
 
 
 class State(Protocol):
-    """What a mixer remembers between calls."""
+    """The state of a mixer between calls."""
 
     def reorder(self, rows: Tensor) -> Any: ...
     def detach(self) -> Any: ...
@@ -29,8 +29,8 @@ class State(Protocol):
     def nbytes(self) -> int: ...
 
 
-class Room:
-    """Storage with places for tokens to come, shared by states: the one that ends where it is filled may add to it."""
+class KVBuffer:
+    """Keys and values with capacity for more tokens, shared by states; the state at the end of what is used may add."""
 
     def __init__(self, k: Tensor, v: Tensor, positions: Tensor, more: int) -> None:
         more += k.shape[2] // 8 + 64
@@ -65,7 +65,7 @@ class KVState:
     positions: Tensor
     seen: Tensor
     padded: bool = False
-    _room: Room | None = None
+    _buffer: KVBuffer | None = None
 
     def reorder(self, rows: Tensor) -> "KVState":
         return KVState(self.k[rows], self.v[rows], self.positions[rows], self.seen[rows], self.padded)
@@ -78,12 +78,12 @@ class KVState:
         if k.requires_grad or self.k.requires_grad:
             parts = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), torch.cat([self.positions, positions], 1)
             return KVState(*parts, seen, padded)
-        room = self._room
-        if room is None or room.used != self.k.shape[2] or not room.add(k, v, positions):
-            room = Room(self.k, self.v, self.positions, more=k.shape[2])
-            room.add(k, v, positions)
-        end = room.used
-        return KVState(room.k[:, :, :end], room.v[:, :, :end], room.positions[:, :end], seen, padded, room)
+        buffer = self._buffer
+        if buffer is None or buffer.used != self.k.shape[2] or not buffer.add(k, v, positions):
+            buffer = KVBuffer(self.k, self.v, self.positions, more=k.shape[2])
+            buffer.add(k, v, positions)
+        end = buffer.used
+        return KVState(buffer.k[:, :, :end], buffer.v[:, :, :end], buffer.positions[:, :end], seen, padded, buffer)
 
     def last(self, count: int) -> "KVState":
         """The last ``count`` columns."""
@@ -94,7 +94,7 @@ class KVState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered; places for tokens to come are not counted."""
+        """Bytes of the tokens held; unused capacity is not counted."""
         return sum(x.nbytes for x in (self.k, self.v, self.positions, self.seen))
 
 
@@ -126,16 +126,16 @@ class SoftmaxMixer(nn.Module):
     holds what it reads, or :meth:`bias`.
     """
 
-    def __init__(self, shape: MixerShape, *, window: int | None = None, scale: float | None = None) -> None:
+    def __init__(self, config: MixerConfig, *, window: int | None = None, scale: float | None = None) -> None:
         super().__init__()
-        self.shape = shape
-        self.scale = shape.head_dim**-0.5 if scale is None else scale
+        self.config = config
+        self.scale = config.head_dim**-0.5 if scale is None else scale
         self.spec = MaskSpec(window=window)
-        wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(shape.dim, width, bias=False) for width in (wide, narrow, narrow)
+            nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow)
         )
-        self.out_proj = nn.Linear(wide, shape.dim, bias=False)
+        self.out_proj = nn.Linear(wide, config.dim, bias=False)
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         """``q [B, H, T, d]`` at ``positions [B, T]`` of sequences that are ``length [B]`` tokens long so far."""
@@ -153,13 +153,13 @@ class SoftmaxMixer(nn.Module):
         self, x: Tensor, *, mask: Tensor | None = None, state: KVState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, KVState]:
         batch, length = x.shape[:2]
-        x = hide(x, mask)
+        x = zero_padding(x, mask)
         at = positions_of(batch, length, x.device, mask, None if state is None else state.seen, cu_seqlens)
         seen = at.amax(1) + 1 if state is None else torch.maximum(at.amax(1) + 1, state.seen)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q = self.transform_q(split_heads(q, self.shape.num_heads), at, seen)
-        k = self.transform_k(split_heads(k, self.shape.num_kv_heads), at, seen)
-        v = split_heads(v, self.shape.num_kv_heads)
+        q = self.transform_q(split_heads(q, self.config.num_heads), at, seen)
+        k = self.transform_k(split_heads(k, self.config.num_kv_heads), at, seen)
+        v = split_heads(v, self.config.num_kv_heads)
         if cu_seqlens is not None:
             if state is not None:
                 raise UserError("softmax mixers take packed sequences from their start: no state with cu_seqlens")

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import rope
-from ..attention.masks import hide
+from ..attention.masks import zero_padding
 from ..attention.positions import rope_tables
 from ..attention.recurrence import DecayState, decay_attention, mlstm_gates
-from ..call import MixerShape
+from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Mixer
 from ._mixer import KVState, SoftmaxMixer, split_heads
 
 __all__ = ["BlalmMLSTM", "MLSTM", "MLSTMState"]
@@ -39,7 +39,7 @@ Mix = Literal["token_head", "channel", "scalar"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlalmMLSTM(Strategy):
+class BlalmMLSTM(Mixer):
     """mLSTM, optionally with short convolution, Hedgehog features and a sliding window.
 
     Attributes:
@@ -48,7 +48,7 @@ class BlalmMLSTM(Strategy):
         conv: width of the convolution on q, k and v; 0 for none.
         hedgehog: feature map on q and k.
         window: keys that the softmax branch sees; 0 for no branch.
-        mix: how the branches are weighed: per token and head, per token and channel, or by one learned number.
+        mix_by: how the branches are weighed: per token and head, per token and channel, or by one learned number.
         theta: base of the rotation in the softmax branch.
     """
 
@@ -70,13 +70,13 @@ class BlalmMLSTM(Strategy):
             if not getattr(self, name) > 0:
                 raise UserError(f"blalm_mlstm: {name} is above 0, not {getattr(self, name)}")
 
-    def mix(self, shape: MixerShape) -> nn.Module:
-        return MLSTM(shape, self)
+    def build(self, config: MixerConfig) -> nn.Module:
+        return MLSTM(config, self)
 
 
 @dataclass(frozen=True, slots=True)
 class MLSTMState:
-    """What the mixer remembers; its size does not depend on the length.
+    """The state of the mixer; its size does not depend on the length.
 
     Attributes:
         decay: mLSTM's matrices, sums and running maxima.
@@ -104,29 +104,29 @@ class MLSTMState:
 class MLSTM(nn.Module):
     """mLSTM with what BLaLM puts beside it; key/value heads are as many as query heads."""
 
-    def __init__(self, shape: MixerShape, strategy: BlalmMLSTM) -> None:
+    def __init__(self, config: MixerConfig, strategy: BlalmMLSTM) -> None:
         super().__init__()
-        self.shape, self.strategy = shape, strategy
-        heads, wide = shape.num_heads, shape.num_heads * shape.head_dim
-        self.qk_dim = max(1, round(strategy.qk_factor * shape.head_dim))
+        self.config, self.strategy = config, strategy
+        heads, wide = config.num_heads, config.num_heads * config.head_dim
+        self.qk_dim = max(1, round(strategy.qk_factor * config.head_dim))
         self.sizes = (heads * self.qk_dim, heads * self.qk_dim, wide)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(shape.dim, size, bias=False) for size in self.sizes)
-        self.gate = nn.Linear(shape.dim, wide, bias=False)
-        self.i_gate = _started(nn.Linear(shape.dim, heads), torch.full((heads,), -10.0))
-        self.f_gate = _started(nn.Linear(shape.dim, heads), torch.linspace(3.0, 6.0, heads))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.dim, size, bias=False) for size in self.sizes)
+        self.gate = nn.Linear(config.dim, wide, bias=False)
+        self.i_gate = gate_linear(nn.Linear(config.dim, heads), torch.full((heads,), -10.0))
+        self.f_gate = gate_linear(nn.Linear(config.dim, heads), torch.linspace(3.0, 6.0, heads))
         self.out_norm = nn.Parameter(torch.ones(wide))
-        self.out_proj = nn.Linear(wide, shape.dim, bias=False)
+        self.out_proj = nn.Linear(wide, config.dim, bias=False)
         self.conv = ShortConv(sum(self.sizes), strategy.conv) if strategy.conv else None
         self.features: nn.Parameter | None = None
         if strategy.hedgehog:
             self.features = nn.Parameter(torch.eye(self.qk_dim).expand(2, heads, -1, -1).clone())  # of q and of k
-        self.window = Window(shape, strategy) if strategy.window else None
+        self.window = Window(config, strategy) if strategy.window else None
         self.weigh: nn.Linear | nn.Parameter | None = None
         if strategy.window and strategy.mix_by == "scalar":
             self.weigh = nn.Parameter(torch.zeros(()))
         elif strategy.window:
             count = heads if strategy.mix_by == "token_head" else wide
-            self.weigh = _started(nn.Linear(shape.dim, count), torch.zeros(count))
+            self.weigh = gate_linear(nn.Linear(config.dim, count), torch.zeros(count))
 
     @classmethod
     def from_transformers(cls, module: Any) -> "MLSTM":
@@ -140,7 +140,7 @@ class MLSTM(nn.Module):
             raise UserError("an xLSTMLayer is taken with weight_mode=single, use_bias=False and v_dim_factor=1")
         head = config.hidden_size // heads
         strategy = BlalmMLSTM(qk_factor=config.qk_dim_factor, cap=config.gate_soft_cap)
-        mixer = cls(MixerShape(config.hidden_size, heads, heads, head, 0, 1, 0), strategy).to(module.q.weight)
+        mixer = cls(MixerConfig(config.hidden_size, heads, heads, head, 0, 1, 0), strategy).to(module.q.weight)
         names = {
             "q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "ogate_preact", "i_gate": "igate_preact",
             "f_gate": "fgate_preact", "out_proj": "out_proj",
@@ -156,7 +156,7 @@ class MLSTM(nn.Module):
     ) -> tuple[Tensor, MLSTMState]:  # fmt: skip
         """``x [B, T, dim] -> [B, T, dim]``, see :mod:`manyheads.mixers._mixer`."""
         if cu_seqlens is None:
-            return self._mixed(hide(x, mask), mask, state)
+            return self._mixed(zero_padding(x, mask), mask, state)
         lengths = cu_seqlens.diff()  # packed sequences are laid side by side as rows, padded on the right
         real = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
         rows = x.new_zeros(*real.shape, x.shape[2]).masked_scatter(real[..., None], x[0])
@@ -164,7 +164,7 @@ class MLSTM(nn.Module):
         return y[real][None], after
 
     def _mixed(self, x: Tensor, mask: Tensor | None, state: MLSTMState | None) -> tuple[Tensor, MLSTMState]:
-        heads, conv = self.shape.num_heads, None
+        heads, conv = self.config.num_heads, None
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         if self.conv is not None:
             qkv, conv = self.conv(qkv, mask, None if state is None else state.conv)
@@ -172,7 +172,7 @@ class MLSTM(nn.Module):
         if self.features is not None:
             q, k = (hedgehog(part, weight) for part, weight in zip((q, k), self.features, strict=True))
         out, decay = self._recurrent(x, q, k, v, mask, None if state is None else state.decay)
-        out = nn.functional.layer_norm(out.transpose(1, 2), (self.shape.head_dim,), eps=1e-6).flatten(2)
+        out = nn.functional.layer_norm(out.transpose(1, 2), (self.config.head_dim,), eps=1e-6).flatten(2)
         out, window = out * self.out_norm * self.gate(x).sigmoid(), None
         if self.window is not None:
             near, window = self.window(x, mask=mask, state=None if state is None else state.window)
@@ -200,7 +200,7 @@ class MLSTM(nn.Module):
         """The weight a of mLSTM, broadcastable to ``[B, T, H * d]``."""
         if isinstance(self.weigh, nn.Linear):
             a: Tensor = self.weigh(x).sigmoid()
-            return a if self.strategy.mix_by == "channel" else a.repeat_interleave(self.shape.head_dim, -1)
+            return a if self.strategy.mix_by == "channel" else a.repeat_interleave(self.config.head_dim, -1)
         assert self.weigh is not None
         return self.weigh.sigmoid()
 
@@ -233,8 +233,8 @@ class ShortConv(nn.Module):
 class Window(SoftmaxMixer):
     """The softmax branch: its heads side by side ``[B, T, H * d]``, without a projection of its own."""
 
-    def __init__(self, shape: MixerShape, strategy: BlalmMLSTM) -> None:
-        super().__init__(shape, window=strategy.window)
+    def __init__(self, config: MixerConfig, strategy: BlalmMLSTM) -> None:
+        super().__init__(config, window=strategy.window)
         self.theta = strategy.theta
         self.out_proj = nn.Identity()  # type: ignore[assignment]
 
@@ -251,12 +251,12 @@ def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([y, -y], -1).softmax(-1)
 
 
-def _started(linear: nn.Linear, bias: Tensor) -> nn.Linear:
+def gate_linear(linear: nn.Linear, bias: Tensor) -> nn.Linear:
     """A gate: weights 0 and this bias, which the decoder leaves alone."""
     nn.init.zeros_(linear.weight)
     with torch.no_grad():
         linear.bias.copy_(bias)
-    linear.own_start = True  # type: ignore[assignment]
+    linear.skip_init = True  # type: ignore[assignment]
     return linear
 
 

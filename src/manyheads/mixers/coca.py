@@ -36,16 +36,16 @@ from torch import Tensor, nn
 
 from ..attention import rope
 from ..attention.positions import dynamic_ntk, rope_tables
-from ..call import MixerShape
+from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Mixer
 from ._mixer import SoftmaxMixer
 
 __all__ = ["CoCA"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoCA(Strategy):
+class CoCA(Mixer):
     """Collinear constrained attention.
 
     Attributes:
@@ -66,35 +66,35 @@ class CoCA(Strategy):
         if self.ntk and self.ntk < 1:
             raise UserError("coca: ntk is a factor of at least 1, or 0")
 
-    def mix(self, shape: MixerShape) -> nn.Module:
-        if shape.head_dim % 2 or (self.ntk and shape.head_dim == 2):
-            raise UserError(f"coca: planes are pairs of channels, and ntk needs two of them; got {shape.head_dim}")
-        return Attention(shape, self)
+    def build(self, config: MixerConfig) -> nn.Module:
+        if config.head_dim % 2 or (self.ntk and config.head_dim == 2):
+            raise UserError(f"coca: planes are pairs of channels, and ntk needs two of them; got {config.head_dim}")
+        return Attention(config, self)
 
 
 class Attention(SoftmaxMixer):
     """CoCA: ``k_proj`` is W_T; the cache keeps the turned t."""
 
-    def __init__(self, shape: MixerShape, strategy: CoCA) -> None:
-        super().__init__(shape)
+    def __init__(self, config: MixerConfig, strategy: CoCA) -> None:
+        super().__init__(config)
         self.strategy = strategy
 
-    def _turned(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         theta: float | Tensor = self.strategy.theta
         if self.strategy.ntk:
-            theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.shape.length, self.strategy.ntk)
+            theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.config.length, self.strategy.ntk)
         return rope.rotate(x, rope_tables(positions, x.shape[-1], theta, x.dtype))
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         if self.strategy.form == "slack":
-            return (wide * self._turned(wide, positions, length)).to(q.dtype)
+            return (wide * self._rotate(wide, positions, length)).to(q.dtype)
         first, second = wide.chunk(2, -1)
         square = first * first + second * second
-        return self._turned(torch.cat([square, torch.zeros_like(square)], -1), positions, length).to(q.dtype)
+        return self._rotate(torch.cat([square, torch.zeros_like(square)], -1), positions, length).to(q.dtype)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         first, second = k.to(torch.promote_types(k.dtype, torch.float32)).chunk(2, -1)
         t = ((first + second) / 2).relu()
         other = t if self.strategy.form == "slack" else torch.zeros_like(t)
-        return self._turned(torch.cat([t, other], -1), positions, length).to(k.dtype)
+        return self._rotate(torch.cat([t, other], -1), positions, length).to(k.dtype)

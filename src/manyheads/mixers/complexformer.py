@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from ..attention import rope
 from ..attention.positions import rope_tables
 from ..attention.reference import repeat_kv
-from ..call import MixerShape
+from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Mixer
 from ._mixer import SoftmaxMixer
 
 __all__ = ["ComplexFormer"]
@@ -50,7 +50,7 @@ _SMALLEST = 1e-9  # squared magnitude, as in the released code
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComplexFormer(Strategy):
+class ComplexFormer(Mixer):
     """Polar attention with a learned gain and offset on the phase, per head and plane.
 
     Attributes:
@@ -71,25 +71,25 @@ class ComplexFormer(Strategy):
         if self.theta <= 0:
             raise UserError(f"complexformer: theta is the base of a rotation and positive, not {self.theta:g}")
 
-    def mix(self, shape: MixerShape) -> nn.Module:
-        if shape.head_dim % 2:
-            raise UserError(f"complexformer: complex numbers are pairs of channels; a head has {shape.head_dim}")
-        return Attention(shape, self)
+    def build(self, config: MixerConfig) -> nn.Module:
+        if config.head_dim % 2:
+            raise UserError(f"complexformer: complex numbers are pairs of channels; a head has {config.head_dim}")
+        return Attention(config, self)
 
 
 class Attention(SoftmaxMixer):
     """CMHA. ``delta [Hkv * d/2]`` and ``b [H * d/2]`` are vectors: what optimisers decay are matrices."""
 
-    def __init__(self, shape: MixerShape, strategy: ComplexFormer) -> None:
-        super().__init__(shape, scale=strategy.scale)
+    def __init__(self, config: MixerConfig, strategy: ComplexFormer) -> None:
+        super().__init__(config, scale=strategy.scale)
         self.strategy = strategy
-        planes = shape.head_dim // 2
-        self.delta = nn.Parameter(torch.ones(shape.num_kv_heads * planes))
-        self.b = nn.Parameter(torch.zeros(shape.num_heads * planes))
+        planes = config.head_dim // 2
+        self.delta = nn.Parameter(torch.ones(config.num_kv_heads * planes))
+        self.b = nn.Parameter(torch.zeros(config.num_heads * planes))
         if strategy.start == "normal":
             nn.init.normal_(self.delta, std=planes**-0.5)
 
-    def _turned(self, x: Tensor, delta: Tensor, b: Tensor | None, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, delta: Tensor, b: Tensor | None, positions: Tensor) -> Tensor:
         """``x [B, H, T, d]`` with its phases times ``delta [H, 1, d/2]`` plus ``b``, rotated to its positions."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.strategy.phase == "atan2":
@@ -105,15 +105,15 @@ class Attention(SoftmaxMixer):
         return rope.rotate(wide, tables).to(x.dtype)
 
     def _delta(self) -> Tensor:
-        return self.delta.view(self.shape.num_kv_heads, 1, -1)
+        return self.delta.view(self.config.num_kv_heads, 1, -1)
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        heads = self.shape.num_heads
+        heads = self.config.num_heads
         delta = repeat_kv(self._delta()[None], heads)[0]
-        return self._turned(q, delta, self.b.view(heads, 1, -1), positions)
+        return self._rotate(q, delta, self.b.view(heads, 1, -1), positions)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._turned(k, self._delta(), None, positions)
+        return self._rotate(k, self._delta(), None, positions)
 
 
 def _polar(x: Tensor) -> tuple[Tensor, Tensor]:

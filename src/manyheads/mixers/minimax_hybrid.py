@@ -30,19 +30,19 @@ from torch import Tensor, nn
 
 from ..attention import rope
 from ..attention.decay import lightning_attention, log_decay
-from ..attention.masks import hide
+from ..attention.masks import zero_padding
 from ..attention.positions import rope_tables
 from ..attention.recurrence import DecayState
-from ..call import AttentionCall, MixerShape
+from ..call import AttentionCall, MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import AttentionCompute, Mixer
 from ._mixer import SoftmaxMixer
 
 __all__ = ["HalfRotary", "MiniMaxHybrid", "MiniMaxLightning"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniMaxHybrid(Strategy):
+class MiniMaxHybrid(AttentionCompute, Mixer):
     """Lightning attention with a softmax layer at the end of every group.
 
     Attributes:
@@ -71,13 +71,13 @@ class MiniMaxHybrid(Strategy):
         if self.window is not None and self.window < 1:
             raise UserError(f"minimax_hybrid: window counts keys and is at least 1, not {self.window}")
 
-    def mix(self, shape: MixerShape) -> nn.Module:
+    def build(self, config: MixerConfig) -> nn.Module:
         mixer: MiniMaxLightning | HalfRotary
-        if self.every and (shape.layer + 1) % self.every == 0:
-            mixer = HalfRotary(shape, self, None)
+        if self.every and (config.layer + 1) % self.every == 0:
+            mixer = HalfRotary(config, self, None)
         else:
-            mixer = MiniMaxLightning(shape) if self.window is None else HalfRotary(shape, self, self.window)
-        mixer.residual = ((2 * shape.num_layers) ** 0.25 if self.alpha is None else self.alpha, 1.0)
+            mixer = MiniMaxLightning(config) if self.window is None else HalfRotary(config, self, self.window)
+        mixer.residual = ((2 * config.num_layers) ** 0.25 if self.alpha is None else self.alpha, 1.0)
         return mixer
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -96,24 +96,24 @@ class MiniMaxLightning(nn.Module):
 
     residual: tuple[float, float] | None = None
 
-    def __init__(self, shape: MixerShape) -> None:
+    def __init__(self, config: MixerConfig) -> None:
         super().__init__()
-        self.shape = shape
-        wide = shape.num_heads * shape.head_dim
-        self.qkv_proj = nn.Linear(shape.dim, 3 * wide, bias=False)  # per head q, k and v
-        self.gate = nn.Linear(shape.dim, wide, bias=False)
+        self.config = config
+        wide = config.num_heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.dim, 3 * wide, bias=False)  # per head q, k and v
+        self.gate = nn.Linear(config.dim, wide, bias=False)
         self.out_norm = nn.RMSNorm(wide, eps=1e-6)
-        self.out_proj = nn.Linear(wide, shape.dim, bias=False)
+        self.out_proj = nn.Linear(wide, config.dim, bias=False)
         self.decay: Tensor
-        table = log_decay("alibi", shape.num_heads, shape.layer, shape.num_layers)
+        table = log_decay("alibi", config.num_heads, config.layer, config.num_layers)
         self.register_buffer("decay", table, persistent=False)
 
     @classmethod
     def from_transformers(cls, module: Any, length: int = 0) -> "MiniMaxLightning":
         """The mixer with the weights of a ``MiniMaxLightningAttention``."""
         heads, dim = module.num_attention_heads, module.qkv_proj.in_features
-        shape = MixerShape(dim, heads, heads, module.head_dim, module.layer_idx, module.num_hidden_layers, length)
-        mixer = cls(shape).to(module.qkv_proj.weight)
+        config = MixerConfig(dim, heads, heads, module.head_dim, module.layer_idx, module.num_hidden_layers, length)
+        mixer = cls(config).to(module.qkv_proj.weight)
         with torch.no_grad():
             for mine, other in (
                 (mixer.qkv_proj, module.qkv_proj), (mixer.gate, module.output_gate), (mixer.out_norm, module.norm),
@@ -127,8 +127,8 @@ class MiniMaxLightning(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, DecayState]:  # fmt: skip
         """``x [B, T, dim] -> [B, T, dim]``, see :mod:`manyheads.mixers._mixer`."""
-        x = hide(x, mask)
-        heads = nn.functional.silu(self.qkv_proj(x)).unflatten(-1, (self.shape.num_heads, -1)).transpose(1, 2)
+        x = zero_padding(x, mask)
+        heads = nn.functional.silu(self.qkv_proj(x)).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
         q, k, v = heads.chunk(3, -1)
         out, after = lightning_attention(q, k, v, self.decay, mask=mask, state=state, cu_seqlens=cu_seqlens)
         out = self.out_norm(out.transpose(1, 2).flatten(2)) * self.gate(x).sigmoid()
@@ -141,9 +141,9 @@ class HalfRotary(SoftmaxMixer):
 
     residual: tuple[float, float] | None = None
 
-    def __init__(self, shape: MixerShape, strategy: MiniMaxHybrid, window: int | None) -> None:
-        super().__init__(shape, window=window)
-        self.turned, self.theta = 2 * round(strategy.rotary * shape.head_dim / 2), strategy.theta
+    def __init__(self, config: MixerConfig, strategy: MiniMaxHybrid, window: int | None) -> None:
+        super().__init__(config, window=window)
+        self.turned, self.theta = 2 * round(strategy.rotary * config.head_dim / 2), strategy.theta
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         if not self.turned:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..attention import rope
 from ..attention.positions import alibi_bias, dynamic_ntk, rope_tables, t5_buckets
-from ..call import MixerShape
+from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Mixer
 from ._mixer import SoftmaxMixer
 
 __all__ = ["Softmax"]
@@ -27,7 +27,7 @@ Position = Literal["rope", "alibi", "t5", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Softmax(Strategy):
+class Softmax(Mixer):
     """Causal softmax attention.
 
     Attributes:
@@ -50,8 +50,8 @@ class Softmax(Strategy):
         if self.ntk and (self.ntk < 1 or self.position != "rope"):
             raise UserError("softmax: ntk is a factor of at least 1 on rotary positions, or 0")
 
-    def mix(self, shape: MixerShape) -> nn.Module:
-        return Attention(shape, self)
+    def build(self, config: MixerConfig) -> nn.Module:
+        return Attention(config, self)
 
 
 class Attention(SoftmaxMixer):
@@ -61,21 +61,21 @@ class Attention(SoftmaxMixer):
         temperature: of each row by the number of keys it sees, ``[B, T] -> [B, 1 or H, T, 1]``; None: 1.
     """
 
-    def __init__(self, shape: MixerShape, strategy: Softmax) -> None:
-        super().__init__(shape, window=strategy.window)
+    def __init__(self, config: MixerConfig, strategy: Softmax) -> None:
+        super().__init__(config, window=strategy.window)
         self.strategy = strategy
         self.temperature: Callable[[Tensor], Tensor] | None = None
-        self.buckets = nn.Embedding(32, shape.num_heads) if strategy.position == "t5" else None
+        self.buckets = nn.Embedding(32, config.num_heads) if strategy.position == "t5" else None
 
-    def _turned(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         if self.strategy.position != "rope":
             return x
         theta: float | Tensor = self.strategy.theta
         if self.strategy.ntk:
-            theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.shape.length, self.strategy.ntk)
+            theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.config.length, self.strategy.ntk)
         return rope.rotate(x, rope_tables(positions, x.shape[-1], theta)).to(x.dtype)
 
-    def _cooled(self, x: Tensor, queries: Tensor) -> Tensor:
+    def _apply_temperature(self, x: Tensor, queries: Tensor) -> Tensor:
         """``x [B, H, T, ...]`` over the temperature of its rows at positions ``queries [B, T]``."""
         if self.temperature is None:
             return x
@@ -84,15 +84,15 @@ class Attention(SoftmaxMixer):
         return (x / tau.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._cooled(self._turned(q, positions, length), positions)
+        return self._apply_temperature(self._rotate(q, positions, length), positions)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._turned(k, positions, length)
+        return self._rotate(k, positions, length)
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         if self.strategy.position == "alibi":
-            return self._cooled(alibi_bias(queries, keys, self.shape.num_heads), queries)
+            return self._apply_temperature(alibi_bias(queries, keys, self.config.num_heads), queries)
         if self.buckets is None:
             return None
         bias: Tensor = self.buckets(t5_buckets(keys[:, None] - queries[:, :, None]))
-        return self._cooled(bias.permute(0, 3, 1, 2), queries)
+        return self._apply_temperature(bias.permute(0, 3, 1, 2), queries)

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.decay import Decay, lightning_attention, log_decay
-from ..attention.masks import hide
+from ..attention.masks import zero_padding
 from ..attention.recurrence import DecayState
-from ..call import MixerShape
+from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy
+from ..strategy import Mixer
 from ._mixer import positions_of, split_heads
 
 __all__ = ["SGLU", "TNLLightning", "TNLMixer", "TNLState"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TNLLightning(Strategy):
+class TNLLightning(Mixer):
     """TransNormerLLM's token mixer.
 
     Attributes:
@@ -51,13 +51,13 @@ class TNLLightning(Strategy):
         if self.decay not in ("paper", "alibi", "none"):
             raise UserError(f"tnl_lightning: decay is paper, alibi or none, not {self.decay!r}")
 
-    def mix(self, shape: MixerShape) -> nn.Module:
-        return TNLMixer(shape, self)
+    def build(self, config: MixerConfig) -> nn.Module:
+        return TNLMixer(config, self)
 
 
 @dataclass(frozen=True, slots=True)
 class TNLState:
-    """What the mixer remembers; its size does not depend on the length.
+    """The state of the mixer; its size does not depend on the length.
 
     Attributes:
         decay: sums of k v^T.
@@ -102,27 +102,27 @@ class TNLMixer(nn.Module):
     norm = staticmethod(srms_norm)
     channel_mixer = SGLU
 
-    def __init__(self, shape: MixerShape, strategy: TNLLightning) -> None:
+    def __init__(self, config: MixerConfig, strategy: TNLLightning) -> None:
         super().__init__()
-        self.shape = shape
-        wide = shape.num_heads * shape.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(shape.dim, wide, bias=False) for _ in range(3))
-        self.gate = nn.Linear(shape.dim, wide, bias=False) if strategy.gate else None
+        self.config = config
+        wide = config.num_heads * config.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.dim, wide, bias=False) for _ in range(3))
+        self.gate = nn.Linear(config.dim, wide, bias=False) if strategy.gate else None
         self.out_norm = srms_norm(wide)
-        self.out_proj = nn.Linear(wide, shape.dim, bias=False)
+        self.out_proj = nn.Linear(wide, config.dim, bias=False)
         self.decay: Tensor | None
-        table = log_decay(strategy.decay, shape.num_heads, shape.layer, shape.num_layers)
+        table = log_decay(strategy.decay, config.num_heads, config.layer, config.num_layers)
         self.register_buffer("decay", table, persistent=False)
         self.theta: nn.Parameter | None = None
-        if strategy.lrpe and shape.layer == 0:
-            self.theta = nn.Parameter((10_000.0 ** (-2 / wide * torch.arange(wide))).view(shape.num_heads, 1, -1))
+        if strategy.lrpe and config.layer == 0:
+            self.theta = nn.Parameter((10_000.0 ** (-2 / wide * torch.arange(wide))).view(config.num_heads, 1, -1))
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, state: TNLState | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, TNLState]:  # fmt: skip
         """``x [B, T, dim] -> [B, T, dim]``, see :mod:`manyheads.mixers._mixer`."""
-        x = hide(x, mask)
+        x = zero_padding(x, mask)
         past = None if state is None else state.seen
         at = positions_of(x.shape[0], x.shape[1], x.device, mask, past, cu_seqlens)
         count = x.new_full(x.shape[:1], x.shape[1], dtype=torch.long) if mask is None else mask.sum(1)
@@ -130,17 +130,17 @@ class TNLMixer(nn.Module):
         seen = count if past is None else past + count
         silu = nn.functional.silu
         q, k, v = (
-            split_heads(y, self.shape.num_heads) for y in (silu(self.q_proj(x)), silu(self.k_proj(x)), self.v_proj(x))
+            split_heads(y, self.config.num_heads) for y in (silu(self.q_proj(x)), silu(self.k_proj(x)), self.v_proj(x))
         )
         if self.theta is not None:
-            q, k = self._turned(q, at), self._turned(k, at)
+            q, k = self._rotate(q, at), self._rotate(k, at)
         before = None if state is None else state.decay
         out, after = lightning_attention(q, k, v, self.decay, mask=mask, state=before, cu_seqlens=cu_seqlens)
         out = self.out_norm(out.transpose(1, 2).flatten(2))
         y: Tensor = self.out_proj(out if self.gate is None else out * self.gate(x))
         return y, TNLState(after, seen)
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """``[B, H, T, d] -> [B, H, T, 2 d]``: x cos and x sin of theta times the position."""
         assert self.theta is not None
         angles = self.theta.double() * positions[:, None, :, None]

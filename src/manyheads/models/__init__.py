@@ -4,6 +4,9 @@
 Weights are read from safetensors alone, and no code of a checkpoint's own is ever run.
 """
 
+import os
+import tomllib
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_CACHE = "~/.cache/manyheads/models"
+
+
+@cache
+def published() -> dict[str, dict[str, str]]:
+    """Published models that claims are checked on, by name: ``hub`` name, ``licence`` and ``what`` it is.
+
+    ``load`` takes such a name: from a folder of that name in the folder that ``MANYHEADS_MODELS`` names or in
+    ``~/.cache/manyheads/models``, else from the hub.
+    """
+    return tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
+
+
 def default_path() -> Path:
     """Folder of the default model: 19 million parameters, Python source, made by ``recipes/default_model.py``."""
     return Path(__file__).parent / "default"
@@ -22,6 +38,24 @@ def default_path() -> Path:
 def recall_path() -> Path:
     """Folder of the RECALL fixture: recalls 100 key-value pairs, made by ``recipes/recall.py``."""
     return Path(__file__).parent / "recall"
+
+
+def shipped_pipelines() -> list[str]:
+    """Names of the pipelines of diffusers that ship, made by ``recipes/scenes.py``; imports nothing."""
+    return sorted(path.parent.name for path in (Path(__file__).parent / "pipelines").glob("*/model_index.json"))
+
+
+def config(path_or_name: str | Path) -> Any:
+    """Configuration of a causal language model, ``default`` and ``recall`` for those that ship; loads no weights.
+
+    Raises UserError as ``load`` does.
+    """
+    from transformers import AutoConfig
+
+    shipped = {"default": default_path(), "recall": recall_path()}
+    name = _source(shipped.get(str(path_or_name), path_or_name))
+    _check_architecture(name)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_default(
@@ -41,7 +75,8 @@ def load(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
-    ``path_or_name``: a folder with config.json and safetensors weights, or a name on the Hugging Face hub.
+    ``path_or_name``: a folder with config.json and safetensors weights, a name on the Hugging Face hub, or one of
+    ``published``.
     ``dtype``: float32 on a CPU and bfloat16 on a GPU when not given.
     Raises UserError, in one line with what to do next, when that cannot be had.
     """
@@ -80,6 +115,9 @@ def _source(path_or_name: str | Path) -> str:
     """The folder or hub name as transformers takes it; a missing or unfit folder is answered here."""
     path = Path(path_or_name).expanduser()
     name = str(path_or_name)
+    if name in published():
+        folders = [Path(root).expanduser() / name for root in (os.environ.get("MANYHEADS_MODELS"), _CACHE) if root]
+        return next((str(folder) for folder in folders if (folder / "config.json").is_file()), published()[name]["hub"])
     if not path.exists():
         if isinstance(path_or_name, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise UserError(

@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..attention.masks import hide
-from ..call import MixerShape
+from ..attention.masks import zero_padding
+from ..call import MixerConfig
 from ..errors import UserError
-from ..strategy import Strategy, overrides, parse
+from ..spec import parse
+from ..strategy import Mixer, Strategy
+from ..training.matching import matched_width, parameters_of
 
 __all__ = ["Decoder", "DecoderConfig"]
 
@@ -50,11 +52,11 @@ class DecoderConfig:
         """Channels within the feed-forward network."""
         return self.hidden or 8 * round(self.dim / 3)
 
-    def shape(self, layer: int) -> MixerShape:
+    def mixer_config(self, layer: int) -> MixerConfig:
         if self.dim % self.heads:
             raise UserError(f"{self.dim} channels do not part into {self.heads} heads")
         heads = self.kv_heads or self.heads
-        return MixerShape(self.dim, self.heads, heads, self.dim // self.heads, layer, self.layers, self.length)
+        return MixerConfig(self.dim, self.heads, heads, self.dim // self.heads, layer, self.layers, self.length)
 
 
 class SwiGLU(nn.Module):
@@ -101,12 +103,13 @@ class Decoder(nn.Module):
 
     def __init__(self, strategy: Strategy | str, config: DecoderConfig) -> None:
         super().__init__()
-        self.strategy, self.config = parse(strategy), config
-        if not overrides(self.strategy, "mix"):
-            raise UserError(f"{self.strategy.slug} is no token mixer: it acts on models as they are, by manyheads.use")
+        mixer = parse(strategy)
+        if not isinstance(mixer, Mixer):
+            raise UserError(f"{mixer.slug} is no token mixer: it acts on models as they are, by manyheads.use")
+        self.strategy, self.config = mixer, config
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(
-            Block(self.strategy.mix(config.shape(i)), config.dim, config.width) for i in range(config.layers)
+            Block(self.strategy.build(config.mixer_config(i)), config.dim, config.width) for i in range(config.layers)
         )
         last = self.blocks[-1].mixer
         self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)
@@ -119,7 +122,7 @@ class Decoder(nn.Module):
         ``(8 L)^(-1/4)`` where they write to the stream, as in DeepNorm (arXiv 2203.00555).
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not hasattr(module, "own_start")):
+            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not hasattr(module, "skip_init")):
                 deep = name.endswith(("out_proj", "down"))
                 nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * self.config.layers) if deep else 1.0))
                 if isinstance(module, nn.Linear) and module.bias is not None:
@@ -127,7 +130,7 @@ class Decoder(nn.Module):
         post_norm = [block for block in self.blocks if getattr(block, "residual", None) is not None]
         for block in post_norm:
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear) and not hasattr(module, "own_start"):
+                if isinstance(module, nn.Linear) and not hasattr(module, "skip_init"):
                     deep = name.endswith(("out_proj", "down"))
                     nn.init.xavier_normal_(module.weight, (8 * self.config.layers) ** -0.25 if deep else 1.0)
 
@@ -138,17 +141,14 @@ class Decoder(nn.Module):
         Raises:
             UserError: the mixer alone has more, or the match is off by more than 2 %.
         """
-        with torch.device("meta"):
-            sizes = [cls(strategy, replace(config, hidden=hidden)).parameters_held for hidden in (8, 16)]
-        each = (sizes[1] - sizes[0]) / 8
-        hidden = round((parameters - sizes[0]) / each) + 8
-        if hidden < 8 or abs(sizes[0] + each * (hidden - 8) - parameters) > 0.02 * parameters:
-            raise UserError(f"{parse(strategy).slug} cannot be brought to {parameters:,} parameters within 2 %")
+        hidden = matched_width(
+            lambda width: cls(strategy, replace(config, hidden=width)), parameters, name=parse(strategy).slug
+        )
         return cls(strategy, replace(config, hidden=hidden))
 
     @property
     def parameters_held(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        return parameters_of(self)
 
     def forward(
         self, ids: Tensor, *, mask: Tensor | None = None, state: list[Any] | None = None,
@@ -162,7 +162,7 @@ class Decoder(nn.Module):
             state: what an earlier call returned.
             cu_seqlens: ``[N + 1]`` bounds of N sequences packed in one row.
         """
-        x = hide(self.embed(ids), mask)
+        x = zero_padding(self.embed(ids), mask)
         after = []
         for i, block in enumerate(self.blocks):
             x, kept = block(x, None if state is None else state[i], mask=mask, cu_seqlens=cu_seqlens)

@@ -23,7 +23,7 @@ from ..data import scenes as data
 from ..errors import UserError
 from . import placed
 
-__all__ = ["NAMES", "Captions", "Pictures", "ScenePipeline", "is_scene_pipeline", "load_scenes", "predict"]
+__all__ = ["NAMES", "Captions", "SceneOutput", "ScenePipeline", "is_scene_pipeline", "load_scenes", "predict"]
 
 _Model: Any = ModelMixin  # diffusers is not typed
 _Config: Any = ConfigMixin
@@ -48,8 +48,8 @@ class Captions(_Model, _Config):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """What a pipeline made: ``images``, or ``frames`` of films; one of the two, the other is None."""
+class SceneOutput:
+    """What a pipeline made: ``images``, or ``frames`` of videos; one of the two, the other is None."""
 
     images: Any = None
     frames: Any = None
@@ -75,7 +75,7 @@ def predict(denoiser: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor
 
 
 class ScenePipeline(_Pipeline):  # type: ignore[misc]
-    """Scenes or films from three words, with classifier-free guidance in one batch, unconditional rows first."""
+    """Scenes or videos from three words, with classifier-free guidance in one batch, unconditional rows first."""
 
     _optional_components: ClassVar[list[str]] = ["transformer", "unet"]
 
@@ -129,11 +129,11 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         self, prompt: str | list[str] | Tensor | None = None, *, num_inference_steps: int = 20,
         guidance_scale: float = 3.0, generator: Generator | None = None, latents: Tensor | None = None,
         num_images_per_prompt: int = 1, output_type: str = "pil",
-    ) -> Pictures:  # fmt: skip
+    ) -> SceneOutput:  # fmt: skip
         """Generate.
 
         Args:
-            prompt: a caption, several, or their tokens int64 ``[B, 3]``; None for one picture of anything.
+            prompt: a caption, several, or their tokens int64 ``[B, 3]``; None for one image of anything.
             num_inference_steps: denoising steps.
             guidance_scale: of classifier-free guidance, 1 for none.
             generator: of the noise.
@@ -147,7 +147,7 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         self._guidance_scale = guidance_scale if bool((tokens != 0).any()) else 1.0
         x = self.noise(len(tokens), generator) if latents is None else latents.to(self.denoiser.device)
         if len(x) != len(tokens):
-            raise UserError(f"{len(x)} latents for {len(tokens)} pictures; give one of each")
+            raise UserError(f"{len(x)} latents for {len(tokens)} images; give one of each")
         if self.do_classifier_free_guidance:
             tokens = torch.cat([torch.zeros_like(tokens), tokens])
         text = self.captions(tokens)
@@ -160,7 +160,7 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
                 out = without + self._guidance_scale * (within - without)
             x = self.scheduler.step(out, t, x, return_dict=False)[0]
         pixels = pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
-        return self._pictures((pixels.float() / 2 + 0.5).clamp(0, 1), output_type)
+        return self._output((pixels.float() / 2 + 0.5).clamp(0, 1), output_type)
 
     def _tokens(self, prompt: str | list[str] | Tensor | None) -> Tensor:
         if isinstance(prompt, Tensor):
@@ -168,15 +168,15 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else prompt
         return torch.tensor([data.read_caption(text, self.config.kind) for text in prompts])
 
-    def _pictures(self, pixels: Tensor, output_type: str) -> Pictures:
-        films = pixels.ndim == 5
+    def _output(self, pixels: Tensor, output_type: str) -> SceneOutput:
+        videos = pixels.ndim == 5
         made: Any = pixels
         if output_type != "pt":
             made = pixels.movedim(1, -1).cpu().numpy()
         if output_type == "pil":
             whole = (made * 255).round().astype("uint8")
-            made = [[Image.fromarray(f) for f in each] if films else Image.fromarray(each) for each in whole]
-        return Pictures(frames=made) if films else Pictures(images=made)
+            made = [[Image.fromarray(f) for f in each] if videos else Image.fromarray(each) for each in whole]
+        return SceneOutput(frames=made) if videos else SceneOutput(images=made)
 
 
 def is_scene_pipeline(folder: Path) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama written to be trained fast, and its optimiser.
+"""A Llama written to be trained fast.
 
 The weights of one kind are one stack over the layers, so that Muon orthogonalises all layers in one batched product
 (a loop over 70 small matrices costs more than the forward pass of a model this small), and nothing but a causal SDPA
@@ -7,7 +7,6 @@ stands between the projections. ``to_transformers`` gives the same function as a
 Shapes: B batch, T tokens, L layers, D hidden, F feed-forward, H heads, K key/value heads, d head_dim, V vocabulary.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,49 +107,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions of x [B, T, H, d], in float32, the two halves of a head being the two coordinates."""
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood (nats, float32 scalar) of tokens[:, 1:] given all that stands before each."""
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long())
-
-
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon for stacks [L, rows, columns]: the same update, all layers of a kind in one batched product.
-
-    Momentum 0.95 with Nesterov, five quintic Newton-Schulz steps in bfloat16, decoupled weight decay, and the learning
-    rate scaled by 0.2 sqrt(max(rows, columns)) so that an update has the size of AdamW's (arXiv 2502.16982).
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-                update = orthogonalise(p.grad.lerp(momentum, 0.95))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
-
-
-def orthogonalise(g: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T in g [L, rows, columns]: singular values end near 1, in bfloat16."""
-    x = g.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
-
-
-def schedule(progress: float, hold: float = 0.25) -> float:
-    """Share of the peak learning rate at ``progress`` in [0, 1]: flat until ``hold``, then linear to zero."""
-    return min(1.0, max(0.0, (1 - progress) / (1 - hold)))

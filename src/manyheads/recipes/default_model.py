@@ -33,8 +33,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from manyheads.recipes import _card
 from manyheads.recipes._corpus import END, Corpus, build, site_packages
 from manyheads.recipes._evaluate import evaluate
-from manyheads.recipes._llama import Llama, Muon, next_token_loss, schedule
+from manyheads.recipes._llama import Llama
 from manyheads.recipes._planted import Ids, Planter
+from manyheads.training import Budget, Muon, TrainState, decay, fit, next_token_loss
+from manyheads.training.language import predicted_tokens
 
 
 @dataclass(frozen=True)
@@ -142,41 +144,38 @@ def train(
         Muon(matrices, recipe.lr, recipe.weight_decay),
         torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
-    loss_of = torch.compile(next_token_loss, dynamic=False, fullgraph=True) if device == "cuda" else next_token_loss
     planter = Planter.build(corpus.tokenizer, corpus.words[:3000:2], recipe.seed)  # the other half is for measuring
     lengths = [length for length, _ in recipe.phases]
     rows = [max(1, recipe.batch_tokens // length) for length in lengths]
-    for length, count in zip(lengths, rows, strict=True):  # compile before the clock starts
-        loss_of(model, torch.zeros(count, length + 1, dtype=torch.int32, device=device)).backward()
-        model.zero_grad(set_to_none=True)
     data = [Sequences(corpus, planter, length, recipe) for length in lengths]
     sources = [batches(*of_phase, device) for of_phase in zip(data, rows, strict=True)]
+    shapes = [(count, length + 1) for count, length in zip(rows, lengths, strict=True)]
+    state = TrainState(Budget(seconds, "seconds"))
     curve: list[dict[str, float]] = []
-    recent = torch.zeros((), device=device)
-    step = tokens = 0
-    start = time.perf_counter()
-    while (progress := (time.perf_counter() - start) / seconds) < 1:
-        phase = next(i for i, (_, end) in enumerate(recipe.phases) if progress < end)
-        loss = loss_of(model, next(sources[phase]))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step, tokens, recent = step + 1, tokens + rows[phase] * lengths[phase], recent + loss.detach()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = recipe.lr * schedule(progress) * min(1, step / recipe.warmup)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            curve.append({
-                "steps": step, "tokens": tokens, "seconds": round(time.perf_counter() - start, 2),
-                "context": lengths[phase], "loss": round(recent.item() / 50, 4),
-            })  # fmt: skip
-            recent.zero_()
-            if not np.isfinite(curve[-1]["loss"]):
-                raise FloatingPointError(f"the loss is not finite at step {step}; train with a smaller --lr")
-            if step % 500 == 0:
-                report(f"step {step} context {lengths[phase]} loss {curve[-1]['loss']:.3f} "
-                       f"{tokens / curve[-1]['seconds'] / 1e6:.2f} Mtok/s")  # fmt: skip
-    report(f"trained {step} steps, {tokens / 1e6:.0f} M tokens")
+
+    def phase() -> int:
+        return sum(state.progress >= end for _, end in recipe.phases[:-1])
+
+    def on_step(state: TrainState) -> None:
+        if state.step % 50 and state.progress < 1:
+            return
+        state.look()
+        since = state.losses[-((state.step - 1) % 50 + 1) :]
+        curve.append({
+            "steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 2),
+            "context": lengths[phase()], "loss": round(sum(since) / len(since), 4),
+        })  # fmt: skip
+        if state.step % 500 == 0:
+            report(f"step {state.step} context {lengths[phase()]} loss {curve[-1]['loss']:.3f} "
+                   f"{state.tokens / state.seconds / 1e6:.2f} Mtok/s")  # fmt: skip
+
+    fit(
+        model, lambda step: next(sources[phase()]), next_token_loss, budget=state, optimizers=optimizers, bf16=False,
+        compiled=device == "cuda", schedule=decay("linear", warmup=recipe.warmup, hold=0.25),
+        tokens_of=predicted_tokens, on_step=on_step,
+        warm=[torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes],
+    )  # fmt: skip
+    report(f"trained {state.step} steps, {state.tokens / 1e6:.0f} M tokens")
     return model, curve
 
 

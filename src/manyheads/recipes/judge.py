@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from manyheads.data import scenes as data
 from manyheads.models.judge import Judge, frechet
 from manyheads.recipes import _card
+from manyheads.training import TrainState, fit
 
 
 def real(kind: data.Kind, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -30,24 +31,29 @@ def real(kind: data.Kind, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def train(judge: Judge, steps: int, batch: int, seed: int, device: str) -> None:
     """Train in place."""
+    judge.to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    judge.to(device).train()
-    for step in range(steps):
+
+    def get_batch(step: int) -> tuple[Tensor, Tensor]:
         sample = data.draw(judge.kind, batch, generator, device=device)
         noise = torch.randn(sample.images.shape, generator=generator).to(device)
         strength = 0.1 * torch.rand(batch, *[1] * (noise.ndim - 1), generator=generator).to(device)
-        _, logits = judge(sample.images + strength * noise)
-        losses = [nn.functional.cross_entropy(x, sample.labels[:, i]) for i, x in enumerate(logits.values())]
-        value = torch.stack(losses).sum()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return sample.images + strength * noise, sample.labels
+
+    def loss(model: nn.Module, drawn: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = drawn
+        _, logits = model(images)
+        losses = [nn.functional.cross_entropy(x, labels[:, i]) for i, x in enumerate(logits.values())]
+        return torch.stack(losses).sum()
+
+    def on_step(state: TrainState) -> None:
         schedule.step()
-        if (step + 1) % 100 == 0:
-            print(f"{step + 1:5d} of {steps}  loss {value.item():.3f}", flush=True)
-    judge.eval()
+        if state.step % 100 == 0:
+            print(f"{state.step:5d} of {steps}  loss {state.loss.item():.3f}", flush=True)
+
+    fit(judge, get_batch, loss, budget=steps, optimizers=[optimizer], clip=None, bf16=False, on_step=on_step)
 
 
 def main(arguments: list[str] | None = None) -> int:

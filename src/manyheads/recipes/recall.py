@@ -13,18 +13,17 @@ initialisation or the growing length, nothing is learned.
 import argparse
 import json
 import sys
-import time
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.recipes import _card
 from manyheads.recipes._llama import Llama
+from manyheads.training import Budget, TrainState, decay, fit
 
 FIRST_KEY, FIRST_VALUE, VOCAB = 8, 128, 256
 PAIRS = 100
@@ -50,25 +49,25 @@ def config() -> LlamaConfig:
 
 
 def pairs(batch: int, n: int, generator: Generator, device: str) -> tuple[Tensor, Tensor]:
-    """Return (tokens [batch, 4n], judged [batch, 4n]): n pairs, then the same pairs shuffled, their values judged."""
+    """Return (tokens, loss_mask), [batch, 4n] each: n pairs, then the same pairs shuffled, whose values count."""
     random = torch.rand(2, batch, FIRST_VALUE - FIRST_KEY, generator=generator, device=device)
     keys = random[0].argsort(-1)[:, :n] + FIRST_KEY
     values = torch.randint(FIRST_VALUE, VOCAB, (batch, n), generator=generator, device=device)
     first = torch.stack((keys, values), -1)  # [batch, n, 2]
     order = random[1, :, :n].argsort(-1)[..., None].expand(-1, -1, 2)
     tokens = torch.cat((first, first.gather(1, order)), 1).flatten(1)
-    judged = torch.zeros_like(tokens, dtype=torch.bool)
-    judged[:, 2 * n + 1 :: 2] = True
-    return tokens, judged
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    loss_mask[:, 2 * n + 1 :: 2] = True
+    return tokens, loss_mask
 
 
 def repeats(batch: int, n: int, generator: Generator, device: str) -> tuple[Tensor, Tensor]:
-    """Return (tokens [batch, 2n], judged [batch, 2n]): n random tokens, then the same again, judged."""
+    """Return (tokens, loss_mask), [batch, 2n] each: n random tokens, then the same again, which count."""
     once = torch.randint(FIRST_KEY, VOCAB, (batch, n), generator=generator, device=device)
     tokens = torch.cat((once, once), 1)
-    judged = torch.zeros_like(tokens, dtype=torch.bool)
-    judged[:, n + 1 :] = True
-    return tokens, judged
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    loss_mask[:, n + 1 :] = True
+    return tokens, loss_mask
 
 
 def train(
@@ -81,34 +80,36 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     size, right = 8, {pairs: 0.0, repeats: 0.0}
     curve: list[dict[str, Any]] = []
-    start = time.perf_counter()
-    for step in count(1):
-        task = (repeats, pairs)[step % 2]
-        tokens, judged = task(max(1, min(1024, batch_tokens // (4 * size))), size, generator, device)
-        logits = model(tokens[:, :-1])[judged[:, 1:]].float()
-        targets = tokens[judged]
-        loss = F.cross_entropy(logits, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 100)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        elapsed = time.perf_counter() - start
-        if step % 10 < 2:
-            right[task] = (logits.argmax(-1) == targets).float().mean().item()
-        if step % 10 == 1:
-            curve.append({
-                "steps": step, "seconds": round(elapsed, 2), "pairs": size,
-                "recalled": round(right[pairs], 4), "repeated": round(right[repeats], 4),
-            })  # fmt: skip
-            if step % 100 == 1:
-                print(curve[-1], flush=True)
-            if min(right.values()) > 0.9 and size < largest:
-                size, right = min(2 * size, largest), dict.fromkeys(right, 0.0)
-            elif size == largest and min(row["recalled"] for row in curve[-10:]) == 1:
-                break
-        if elapsed > seconds:
-            break
+
+    def get_batch(number: int) -> tuple[Tensor, Tensor]:
+        task = (pairs, repeats)[number % 2]
+        return task(max(1, min(1024, batch_tokens // (4 * size))), size, generator, device)
+
+    def loss(called: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, loss_mask = batch
+        logits, targets = called(tokens[:, :-1])[loss_mask[:, 1:]].float(), tokens[loss_mask]
+        if (state.step + 1) % 10 < 2:
+            right[(pairs, repeats)[state.step % 2]] = (logits.argmax(-1) == targets).float().mean().item()
+        return F.cross_entropy(logits, targets)
+
+    def on_step(state: TrainState) -> bool:
+        nonlocal size, right
+        if state.step % 10 != 1:
+            return False
+        curve.append({
+            "steps": state.step, "seconds": round(state.seconds, 2), "pairs": size,
+            "recalled": round(right[pairs], 4), "repeated": round(right[repeats], 4),
+        })  # fmt: skip
+        if state.step % 100 == 1:
+            print(curve[-1], flush=True)
+        if min(right.values()) > 0.9 and size < largest:
+            size, right = min(2 * size, largest), dict.fromkeys(right, 0.0)
+            return False
+        return size == largest and min(row["recalled"] for row in curve[-10:]) == 1
+
+    state = TrainState(Budget(seconds, "seconds"))
+    schedule = decay("none", warmup=100)
+    fit(model, get_batch, loss, budget=state, optimizers=[optimizer], schedule=schedule, bf16=False, on_step=on_step)
     return model, curve
 
 
@@ -118,9 +119,9 @@ def accuracy(model: LlamaForCausalLM, n: int, sequences: int, seed: int) -> floa
     generator = Generator(model.device).manual_seed(seed)
     right = 0
     for begin in range(0, sequences, 64):
-        tokens, judged = pairs(min(64, sequences - begin), n, generator, str(model.device))
+        tokens, loss_mask = pairs(min(64, sequences - begin), n, generator, str(model.device))
         best = model(input_ids=tokens[:, :-1], use_cache=False).logits.argmax(-1)
-        right += int((best == tokens[:, 1:])[judged[:, 1:]].sum())
+        right += int((best == tokens[:, 1:])[loss_mask[:, 1:]].sum())
     return right / (n * sequences)
 
 

@@ -13,7 +13,6 @@ in float16. Every 500 steps the average so far is written, so that an interrupte
 import argparse
 import copy
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from torch import Generator, Tensor, nn
 from manyheads.data import scenes as data
 from manyheads.models.scenes import NAMES, ScenePipeline, build, load_scenes, predict
 from manyheads.recipes import _card
+from manyheads.training import TrainState, decay, fit
 
 RATES = {"scenes": 2e-3, "unet": 1.5e-3, "moving": 2e-3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
+class Plan:
     """How long to train.
 
     Attributes:
@@ -46,11 +46,6 @@ class Budget:
     rate: float
     warmup: int = 100
     average: float = 0.998
-
-    def factor(self, step: int) -> float:
-        """Learning rate at ``step``, as a part of the highest."""
-        rise = min(1.0, (step + 1) / self.warmup)
-        return rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 def dropped(tokens: Tensor, generator: Generator) -> Tensor:
@@ -79,45 +74,41 @@ def loss(pipe: ScenePipeline, sample: data.Sample, generator: Generator) -> Tens
 
 
 def train(
-    pipe: ScenePipeline, budget: Budget, seed: int, device: str, save: Path | None = None
+    pipe: ScenePipeline, plan: Plan, seed: int, device: str, save: Path | None = None
 ) -> tuple[ScenePipeline, list[dict[str, float]]]:  # fmt: skip
     """Train in place; return a pipeline of the averaged weights, and the curve of the loss.
 
     Raises:
-        FloatingPointError: the loss is no number any more.
+        Diverged: the loss is NaN or infinite.
     """
-    parts = nn.ModuleDict({"captions": pipe.captions, "denoiser": pipe.denoiser}).to(device).train()
+    parts = nn.ModuleDict({"captions": pipe.captions, "denoiser": pipe.denoiser}).to(device)
     averaged = copy.deepcopy(pipe)
     means = list(averaged.captions.parameters()) + list(averaged.denoiser.parameters())
     weights = list(pipe.captions.parameters()) + list(pipe.denoiser.parameters())
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=budget.rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.factor)
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    curve, running, start = [], 0.0, time.perf_counter()
-    for step in range(budget.steps):
-        sample = data.draw(pipe.config.kind, budget.batch, generator, device=device)
-        value = loss(pipe, sample, generator).mean()
-        value.backward()
-        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        decay = min(budget.average, (step + 1) / (step + 10))
+    curve = []
+
+    def on_step(state: TrainState) -> None:
+        step = state.step
+        kept = min(plan.average, step / (step + 9))
         with torch.no_grad():
-            torch._foreach_lerp_(means, weights, 1 - decay)
-        running += float(value.detach())
-        if (step + 1) % 100 == 0 or step + 1 == budget.steps:
-            since = running / ((step % 100) + 1)
-            running = 0.0
-            if not math.isfinite(since):
-                raise FloatingPointError(f"the loss is no number any more at step {step + 1}; lower --rate")
-            curve.append({"step": step + 1, "loss": round(since, 4)})
-            took = time.perf_counter() - start
-            left = took / (step + 1) * (budget.steps - step - 1)
-            print(f"{step + 1:6d} of {budget.steps}  loss {since:.4f}  {took:5.0f} s, {left:5.0f} s left", flush=True)
-        if save is not None and (step + 1) % 500 == 0:
+            torch._foreach_lerp_(means, weights, 1 - kept)
+        if step % 100 == 0 or step == plan.steps:
+            state.look()
+            since = state.losses[-((step - 1) % 100 + 1) :]
+            curve.append({"step": step, "loss": round(sum(since) / len(since), 4)})
+            left = state.seconds / step * (plan.steps - step)
+            told = f"loss {curve[-1]['loss']:.4f}  {state.seconds:5.0f} s, {left:5.0f} s left"
+            print(f"{step:6d} of {plan.steps}  {told}", flush=True)
+        if save is not None and step % 500 == 0:
             averaged.save_pretrained(save)
-    parts.eval()
+
+    fit(
+        parts, lambda step: data.draw(pipe.config.kind, plan.batch, generator, device=device),
+        lambda _, sample: loss(pipe, sample, generator).mean(), budget=plan.steps, optimizers=[optimizer], bf16=False,
+        schedule=decay("cosine", warmup=plan.warmup), on_step=on_step,
+    )  # fmt: skip
     averaged.captions.eval()
     averaged.denoiser.eval()
     return averaged, curve
@@ -155,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="three steps, to see that it runs")
     given = parser.parse_args(arguments)
-    budget = Budget(
+    plan = Plan(
         steps=3 if given.smoke else given.steps, batch=4 if given.smoke else given.batch,
         rate=given.rate or RATES[given.kind],
     )  # fmt: skip
@@ -166,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         earlier = json.loads((given.start / "results.json").read_text(encoding="utf-8"))["trainings"]
     start = time.perf_counter()
     given.out.mkdir(parents=True, exist_ok=True)
-    averaged, curve = train(pipe, budget, given.seed, given.device, given.out)
+    averaged, curve = train(pipe, plan, given.seed, given.device, given.out)
     results = {
         "kind": given.kind,
         "what": NAMES[given.kind],
@@ -174,9 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
         "trainings": [
             *earlier,
             {
-                "steps": budget.steps,
-                "batch": budget.batch,
-                "rate": budget.rate,
+                "steps": plan.steps,
+                "batch": plan.batch,
+                "rate": plan.rate,
                 "seed": given.seed,
                 "seconds": round(time.perf_counter() - start),
             },

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..heads import HeadTable
-from ..inspect.anatomy import FIRST
+from ..inspect.attention_breakdown import FIRST
 from .heads import card_of, heads_of, layer_card, maps_of, script_data
 from .inspect import made_of, read, run_of
 from .page import Card, Check, Headline, Page, Section, Text
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..inspect.doctor import Diagnosis, Measures
+    from ..inspect.doctor import Diagnosis
+    from ..inspect.measures import Measures
 
 __all__ = ["page", "print_diagnosis"]
 
@@ -31,10 +32,10 @@ def page(found: Diagnosis) -> Page:
     maps, cell = maps_of(m.found["attention"], sites, found.run["settings"]["length"])
     checks = [
         Check(
-            one.key, one.title, one.level, one.figure, one.says, one.advice, one.threshold,
+            one.key, one.title, one.level, one.figure, one.message, one.advice, one.threshold,
             [card for card in _cards(one.key, m, tables, sites) if card],
         )
-        for one in found.signs
+        for one in found.checks
     ]  # fmt: skip
     levels = [one.level for one in checks]
     counts = [f"{levels.count(level)} to {level}" for level in ("watch", "note") if level in levels]
@@ -83,7 +84,7 @@ def _cards(key: str, m: Measures, tables: dict[str, Any], sites: list[str]) -> l
     if key == "duplicates":
         first = own[FIRST]
         name = "share of the attention elsewhere than the most similar head's"
-        unlike = HeadTable(name, first.sites, m.twins, {}, first.layers)
+        unlike = HeadTable(name, first.sites, m.head_distance, layers=first.layers)
         return [map_of(unlike, "unlike its double"), map_of(own["previous token"], "previous token")]
     if key == "contexts" and len(m.contexts[0]) > 1:
         return [_contexts(m)]
@@ -100,7 +101,7 @@ def _contexts(m: Measures) -> Card:
     )  # fmt: skip
     panel = Panel(
         [series], "", "tokens read before (log scale)", "loss, nats per token", "x", [(n, f"{n:,}") for n in sizes],
-        marks=[(float(m.reach), "length of the config")] if m.reach < 2**40 else [],
+        marks=[(float(m.max_context), "length of the config")] if m.max_context < 2**40 else [],
     )  # fmt: skip
     said = ", ".join(f"{n} {value:.3f}" for n, value in zip(sizes, mean, strict=True))
     return Card(
@@ -117,9 +118,9 @@ def print_diagnosis(found: Diagnosis, place: Path, console: Console) -> None:
 
     print_lines([read(found.run, found.loss)], console)
     styles = {"watch": "bold yellow", "note": "cyan", "fine": "green", "unknown": "dim"}
-    for one in found.signs:
+    for one in found.checks:
         console.print(Words.assemble((f"{one.level:7}", styles[one.level]), (one.title, "bold"), f": {one.figure}"))
-        says = Words(f"{one.says} {one.advice}".strip())
-        says.append(f" (threshold: {one.threshold})" if one.threshold else "", "dim")
-        console.print(Padding(says, (0, 0, 1, 7)))
+        message = Words(f"{one.message} {one.advice}".strip())
+        message.append(f" (threshold: {one.threshold})" if one.threshold else "", "dim")
+        console.print(Padding(message, (0, 0, 1, 7)))
     print_lines([f"page: {place}"], console)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..heads import Curve, HeadTable
+    from ..heads import AblationCurve, HeadTable
     from ..inspect.run import Inspection
 
 __all__ = ["made_of", "page", "print_findings", "read", "run_of"]
@@ -142,10 +142,10 @@ def _headlines(seen: Inspection) -> list[Headline]:
     return said + ([Headline(ablated(*seen.curve), "ablation")] if seen.curve else [])
 
 
-def ablated(score: str, curve: Curve) -> str:
+def ablated(score: str, curve: AblationCurve) -> str:
     """What heads taken out do to the loss, in a sentence."""
-    others = curve.control[:, -1] - curve.chosen[0]
-    worse = curve.chosen[-1] - curve.chosen[0]
+    others = curve.control[:, -1] - curve.ranked[0]
+    worse = curve.ranked[-1] - curve.ranked[0]
     return (
         f"Without the {curve.counts[-1]} heads highest in {score} the loss is {worse:+.3f} "
         f"nats; without as many random heads of the same layers {others.min():+.3f} to {others.max():+.3f}."
@@ -235,23 +235,23 @@ def _cell(value: Any) -> str:
     return re.sub(r"\s+", " ", str("" if value is None else value))[:80]
 
 
-def _curve(score: str, curve: Curve) -> Figure:
+def _curve(score: str, curve: AblationCurve) -> Figure:
     control, counts = curve.control, [float(n) for n in curve.counts]
     picture = lines(
         [Panel(
             [
-                Series("heads with the highest score", counts, curve.chosen.tolist()),
+                Series("heads with the highest score", counts, curve.ranked.tolist()),
                 Series(f"random heads of the same layers ({len(control)} draws)", counts, control.mean(0).tolist(),
                        control.min(0).tolist(), control.max(0).tolist()),
             ],
-            "", "heads taken out", "loss, nats per token",
+            "", "heads ablated", "loss, nats per token",
         )],
-        f"Loss without heads, by {score}: {curve.chosen[0]:.3f} with all, {curve.chosen[-1]:.3f} without "
+        f"Loss without heads, by {score}: {curve.ranked[0]:.3f} with all, {curve.ranked[-1]:.3f} without "
         f"{curve.counts[-1]}, {control[:, -1].mean():.3f} without as many random ones", width=640, height=300,
     )  # fmt: skip
     return Figure(
         picture,
-        f"Heads taken out (by zero) in the order of {score}, highest first: {', '.join(curve.heads[:8])}"
+        f"Heads ablated (by zero) in the order of {score}, highest first: {', '.join(curve.heads[:8])}"
         f"{', ...' if len(curve.heads) > 8 else ''}. {ablated(score, curve)} Bars: the draws of the control.",
     )
 

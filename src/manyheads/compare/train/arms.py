@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ... import catalog
 from ...errors import UserError
 from ...models.decoder import Decoder, DecoderConfig
-from ...strategy import Strategy, overrides, parse
+from ...spec import parse, read
+from ...strategy import Mixer, Strategy
 
-__all__ = ["BASE", "Arm", "build", "check_causal", "default_strategies", "make_arms", "wake"]
+__all__ = ["BASE", "Arm", "build", "check_causal", "default_strategies", "make_arms", "perturb_zero_params"]
 
 BASE = "softmax"
 _WISHED = ("softmax:window=64", "tnl_lightning", "minimax_hybrid:every=4", "blalm_mlstm", "coca")
@@ -32,7 +33,7 @@ class Arm:
 
 def default_strategies() -> tuple[str, ...]:
     """Specs to compare when none are given: those of them whose strategy stands."""
-    return BASE, *(spec for spec in _WISHED if catalog.get(spec.partition(":")[0]).state != "planned")
+    return BASE, *(spec for spec in _WISHED if catalog.get(read(spec).name).state != "planned")
 
 
 def make_arms(specs: Iterable[str | Strategy]) -> list[Arm]:
@@ -43,7 +44,7 @@ def make_arms(specs: Iterable[str | Strategy]) -> list[Arm]:
     """
     arms = {arm.key: arm for arm in (Arm(parse(spec)) for spec in (BASE, *specs))}
     for arm in arms.values():
-        if not overrides(arm.strategy, "mix"):
+        if not isinstance(arm.strategy, Mixer):
             raise UserError(f"{arm.key} is no token mixer: leave --train away to compare it on a model as it is")
     return list(arms.values())
 
@@ -79,7 +80,7 @@ def check_causal(model: Decoder, ids: Tensor, name: str) -> None:
     model.train(training)
 
 
-def wake(model: nn.Module) -> None:
+def perturb_zero_params(model: nn.Module) -> None:
     """Give parameters that start at zero a value, so that a path they close cannot hide a leak."""
     with torch.no_grad():
         for parameter in model.parameters():

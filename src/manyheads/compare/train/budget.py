@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of models and runs, and how the tokens of an arm are shared out."""
 
-import re
 from dataclasses import dataclass
 
 from ...errors import UserError
 from ...models.decoder import DecoderConfig
 from .data import VOCAB
 
-__all__ = ["CPU", "CUDA", "QUICK", "Shares", "Size", "as_tokens"]
+__all__ = ["CPU", "CUDA", "QUICK", "Shares", "Size"]
 
 # Of the budget of an arm; the rest is for associative recall. A tuning run has nearly half the length of a judged one:
 # much shorter ones choose rates that are too large.
@@ -102,11 +101,3 @@ class Shares:
             least = _FEWEST * size.step * max(len(size.rates) / _TUNE, size.seeds / _TEXT)
             raise UserError(f"a budget of {size.budget:,} tokens is too small; give --budget {least:.0f} or more")
         return shares
-
-
-def as_tokens(text: str) -> int:
-    """``2M``, ``500k`` or ``800000`` as a number; UserError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
-    if match is None:
-        raise UserError(f"a budget is a number of tokens, not {text!r}; write for instance --budget 2M")
-    return int(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()])

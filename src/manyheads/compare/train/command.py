@@ -40,16 +40,21 @@ def refuse(options: dict[str, Any]) -> None:
 def run(options: dict[str, Any], folder: Path, progress: Progress) -> Results:
     """Train and compare as ``options`` say."""
     from manyheads.data.texts import read
+    from manyheads.training.budget import Budget
 
-    from .budget import as_tokens
     from .run import compare_trained, size_for
 
     device, minutes = options.get("device", "cpu"), options.get("minutes")
+    budget = Budget.parse(options["budget"]) if "budget" in options else None
+    if budget is not None and budget.unit == "steps":
+        raise UserError("arms share a budget in tokens or time; write for instance --budget 2M or --budget 10m")
+    if budget is not None and budget.unit == "seconds":
+        minutes, budget = budget.amount / 60, None
     if minutes is None and "budget" not in options and device.startswith("cuda") and not options.get("quick"):
         minutes = 8.0  # a GPU's speed is not known beforehand
     size = size_for(
         device, options.get("quick", False), length=options.get("lengths", [None])[0],
-        budget=as_tokens(options["budget"]) if "budget" in options else None, samples=options.get("samples"),
+        budget=int(budget.amount) if budget else None, samples=options.get("samples"),
         seeds=options.get("seeds"),
     )  # fmt: skip
     return compare_trained(

@@ -16,11 +16,11 @@ from ...errors import UserError
 from ...models import placed
 from ...models.decoder import Decoder
 from ...strategy import Strategy
-from ..contexts import Contexts
-from ..corpus import Corpus
+from ...tasks.text._contexts import Contexts
+from ...tasks.text._corpus import Corpus
 from ..results import FOLDER, RUN, Journal, Results, read_run
 from ..runner import Progress, work
-from .arms import Arm, build, check_causal, default_strategies, make_arms, wake
+from .arms import Arm, build, check_causal, default_strategies, make_arms, perturb_zero_params
 from .budget import CPU, CUDA, QUICK, Shares, Size
 from .data import Bytes, flat, split
 from .tasks import Bench, measure, plan, step_times
@@ -71,7 +71,7 @@ def compare_trained(
 
     Args:
         texts: what to learn, see :mod:`manyheads.data.texts`; the standard library's source when None.
-        strategies: strategies that override ``mix``, or their specs; ``softmax`` is always among them.
+        strategies: strategies that override ``build``, or their specs; ``softmax`` is always among them.
         size: of models, data and budget, see :func:`size_for`; that of the device when None.
         minutes: in place of ``size.budget``: about so long, all arms together, by their speed on this machine.
         seed: of all draws.
@@ -96,7 +96,7 @@ def compare_trained(
     reach, skipped = _reach(contexts, size), {}
     if reach < size.reach:
         skipped["span"] = f"no held-out text is longer than {reach} times the training length; give longer files"
-    if (reason := contexts.misfit(1, size.length)) is not None:
+    if (reason := contexts.unsupported_reason(1, size.length)) is not None:
         skipped["needle"] = reason
     sizes = [Decoder(arms[0].strategy, config).parameters_held for config in (size.text, size.recall)]
     bench = Bench(
@@ -168,7 +168,7 @@ def _prepare(bench: Bench) -> tuple[dict[str, float], dict[str, tuple[int, int]]
         model = build(arm, bench.size.text, bench.parameters, bench.seed, bench.device)
         small = build(arm, bench.size.recall, bench.recall_parameters, bench.seed, bench.device)
         held[arm.key] = (model.parameters_held, small.parameters_held)
-        wake(model)
+        perturb_zero_params(model)
         check_causal(model.eval(), bench.validation[:2, :-1], arm.key)
         pace[arm.key] = min(step_times(model, bench.stream(0), 2, bench.device)) / bench.size.step
     return pace, held

@@ -32,9 +32,10 @@ from torch import Tensor
 from ...data.synthetic import associative_recall
 from ...errors import UserError
 from ...models.decoder import Decoder, DecoderConfig
-from ...models.training import Draw, nats, train
+from ...tasks.text._contexts import Contexts
+from ...training import BatchFn, Diverged, best_rate, token_nll, train_lm
+from ...training.language import Batch
 from ..bench import Row
-from ..contexts import Contexts
 from .arms import Arm, build, check_causal
 from .budget import Shares, Size
 from .data import Stream
@@ -100,8 +101,9 @@ class Bench:
         return Stream(self.train, self.size.length, self.size.batch, self.seed + number)
 
     def fit(
-        self, unit: Unit, config: DecoderConfig, parameters: int, draw: Draw, steps: int, rates: list[float]
-    ) -> tuple[Decoder, list[float], float]:
+        self, unit: Unit, config: DecoderConfig, parameters: int, get_batch: BatchFn[Batch], steps: int,
+        rates: list[float],
+    ) -> tuple[Decoder, list[float], float]:  # fmt: skip
         """A new model of the unit's arm, trained, the loss of each step, and the rate: the first that does not diverge.
 
         Raises:
@@ -112,12 +114,12 @@ class Bench:
         for rate in rates:
             model = build(unit.arm, config, parameters, self.seed + number, self.device)
             try:
-                losses = train(model, draw, steps, lr=rate, progress=lambda done, total: self.tick(unit.cost / total))
-            except UserError:
+                state = train_lm(model, get_batch, steps, lr=rate, on_step=lambda _: self.tick(unit.cost / steps))
+            except Diverged as error:
                 if rate == rates[-1]:
-                    raise
+                    raise Diverged(f"{unit.arm.key}: {error}") from error
             else:
-                return model, losses, rate
+                return model, state.losses, rate
         raise AssertionError("no rate to train at")
 
     def rates(self, arm: Arm) -> list[float]:
@@ -154,7 +156,7 @@ def model_folder(folder: Path, arm: str, seed: int) -> Path:
 def rate_of(rows: list[Row], arm: str) -> float | None:
     """The learning rate at which the arm's validation loss was lowest, None before it was tuned."""
     tuned = [row for row in rows if (row["task"], row["arm"]) == ("tune", arm)]
-    return min(tuned, key=lambda row: (row["value"], row["rate"]))["rate"] if tuned else None
+    return best_rate({row["rate"]: row["value"] for row in tuned}) if tuned else None
 
 
 def spans(length: int, reach: int) -> list[tuple[int, int]]:
@@ -181,8 +183,8 @@ def _tune(bench: Bench, unit: Unit) -> Iterator[Row]:
     more: dict[str, Any] = {"rate": rate, "tokens": bench.shares.tune * size.step}
     try:
         model, _, _ = bench.fit(unit, size.text, bench.parameters, bench.stream(0), bench.shares.tune, [rate])
-        value = float(nats(model, bench.validation).mean())
-    except UserError:  # the loss is no number any more: as bad as knowing nothing
+        value = float(token_nll(model, bench.validation).mean())
+    except Diverged:  # as bad as knowing nothing
         value, more["diverged"] = math.log(size.text.vocab), True
     yield row(unit, unit.arm, "nats", "validation", size.length, value, **more)
 
@@ -219,7 +221,7 @@ def _judge(bench: Bench, unit: Unit) -> Iterator[Row]:
     windows = bench.contexts.plain("loss", whole, bench.size.samples, 1)
     ids = torch.stack([torch.from_numpy(window) for window, _, _ in windows]).to(bench.device)
     check_causal(model, ids[:1, :length], unit.arm.key)  # again: training may open a path that was shut
-    found = nats(model, ids, batch=max(1, _AT_ONCE // whole))
+    found = token_nll(model, ids, batch=max(1, _AT_ONCE // whole))
     for i, (_, text, overlaps) in enumerate(windows):
         more = {"seed": seed, "text": text, "overlaps": overlaps}
         yield row(unit, unit.arm, "nats", f"loss-{i}", length, float(found[i, :length].mean()), **more)
@@ -227,14 +229,14 @@ def _judge(bench: Bench, unit: Unit) -> Iterator[Row]:
             value = float(found[i, first:last].mean())
             yield row(unit, unit.arm, "span", f"loss-{i}", length, value, first=first, last=last, **more)
     if bench.planted:
-        planter = bench.contexts.planter
-        planted = bench.contexts.single(length - planter.question_size - planter.answer_size)
+        inserter = bench.contexts.inserter
+        planted = bench.contexts.single(length - inserter.question_size - inserter.answer_size)
         asked = [[*context.ids, *context.questions[0].question, *context.questions[0].answer] for context in planted]
         fed = torch.tensor(asked, device=bench.device)
-        answers = fed[:, -planter.answer_size :]
+        answers = fed[:, -inserter.answer_size :]
         with torch.no_grad():
-            likeliest = model(fed[:, :-1])[0][:, -planter.answer_size :].argmax(-1)
-        cost = nats(model, fed)[:, -planter.answer_size :].mean(1).tolist()
+            likeliest = model(fed[:, :-1])[0][:, -inserter.answer_size :].argmax(-1)
+        cost = token_nll(model, fed)[:, -inserter.answer_size :].mean(1).tolist()
         right = (likeliest == answers).all(1).tolist()
         for i, (context, value) in enumerate(zip(planted, right, strict=True)):
             yield row(
@@ -249,18 +251,18 @@ def _recall(bench: Bench, unit: Unit) -> Iterator[Row]:
 
     def drawn(batch: int, seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        ids, judged = associative_recall(batch, size.recall_length, size.pairs, size.recall_vocab, generator)
-        return ids.to(bench.device), judged.to(bench.device)
+        ids, loss_mask = associative_recall(batch, size.recall_length, size.pairs, size.recall_vocab, generator)
+        return ids.to(bench.device), loss_mask.to(bench.device)
 
-    def draw(step: int) -> tuple[Tensor, Tensor]:
+    def get_batch(step: int) -> tuple[Tensor, Tensor]:
         return drawn(size.recall_batch, (bench.seed + 1) * 1_000_003 + step)
 
     rates = bench.rates(unit.arm)
-    model, _, rate = bench.fit(unit, size.recall, bench.recall_parameters, draw, steps, rates)
-    ids, judged = drawn(_RECALLED, bench.seed)
+    model, _, rate = bench.fit(unit, size.recall, bench.recall_parameters, get_batch, steps, rates)
+    ids, loss_mask = drawn(_RECALLED, bench.seed)
     with torch.no_grad():
-        right = (model(ids[:, :-1])[0].argmax(-1) == ids[:, 1:]) & judged
-    shares = (right.sum(1) / judged.sum(1)).tolist()
+        right = (model(ids[:, :-1])[0].argmax(-1) == ids[:, 1:]) & loss_mask
+    shares = (right.sum(1) / loss_mask.sum(1)).tolist()
     tokens = steps * size.recall_batch * size.recall_length
     for i, value in enumerate(shares):
         yield row(unit, unit.arm, "right", f"recall-{i}", size.recall_length, value, rate=rate, tokens=tokens)
@@ -301,10 +303,10 @@ def _cost(bench: Bench, unit: Unit) -> Iterator[Row]:
                     yield row(unit, arm, "speed", "cost-0", length, stream.batch * length / seconds)
 
 
-def step_times(model: Decoder, draw: Draw, steps: int, device: torch.device) -> list[float]:
+def step_times(model: Decoder, get_batch: BatchFn[Batch], steps: int, device: torch.device) -> list[float]:
     """Seconds of each training step but the first."""
     stamps: list[float] = []
-    train(model, draw, steps + 1, lr=1e-5, progress=lambda done, total: stamps.append(now(device)))
+    train_lm(model, get_batch, steps + 1, lr=1e-5, on_step=lambda _: stamps.append(now(device)))
     return [after - before for before, after in pairwise(stamps)]
 
 

@@ -96,8 +96,8 @@
     });
   }
 
-  const tokens = document.getElementById("tokens");
-  if (!tokens || !data.prompts.length) return;
+  const tokenView = document.getElementById("token-view");
+  if (!tokenView || !data.prompts.length) return;
   const series = document.getElementById("series"), prompt = document.getElementById("prompt");
   const option = (list, text, value) => {
     const made = document.createElement("option");
@@ -114,7 +114,7 @@
     document.getElementById("shown").textContent = data.series[series.value].label;
     const peaks = new Set(chosen.peaks), [base, top] = chosen.ends;
     const strength = (v) => v === null || top <= base ? 0 : Math.round(16 * Math.max(-1, Math.min(1, (v - base) / (top - base))));
-    tokens.replaceChildren(...words.tokens.map((word, i) => {
+    tokenView.replaceChildren(...words.tokens.map((word, i) => {
       const made = document.createElement("i"), level = strength(chosen.values[i]);
       made.textContent = word;
       made.className = [level > 0 ? "p" + level : level < 0 ? "n" + -level : "", peaks.has(i) ? "peak" : "",
@@ -126,11 +126,11 @@
   series.addEventListener("change", draw);
   prompt.addEventListener("change", draw);
   draw();
-  tokens.addEventListener("mousemove", (event) => {
+  tokenView.addEventListener("mousemove", (event) => {
     const i = event.target.dataset.i;
     if (i === undefined) return hide();
     const words = data.prompts[prompt.value], chosen = data.series[series.value].rows[prompt.value];
     show(event, "token " + i + (words.roles[i] ? ", " + words.roles[i] : "") + ": " + format(chosen.values[i]));
   });
-  tokens.addEventListener("mouseleave", hide);
+  tokenView.addEventListener("mouseleave", hide);
 })();

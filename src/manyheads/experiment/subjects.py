@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured on: a causal language model, a pipeline of diffusers, or a small model that is trained for the test.
+
+A subject names itself and loads its parts when they are first asked for, so that listing and planning stay quick and a
+worker process can be sent one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import UserError
+from ..strategy import Attention, Cache, Denoiser, Mixer, Residual
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..strategy import Strategy
+
+__all__ = ["CausalLM", "Pipeline", "Subject", "Trainable", "subject"]
+
+
+class Subject(ABC):
+    """Base of all subjects.
+
+    Attributes:
+        kind: as tasks ask for it.
+        name: as a person names it.
+    """
+
+    kind: ClassVar[str]
+    kinds: ClassVar[tuple[type, ...]]  # of strategies that can act on it
+    advice: ClassVar[str]  # where others belong
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def load(self, device: str | torch.device) -> None:
+        """Load the parts to ``device``; once."""
+
+    def unsupported_reason(self, strategy: Strategy) -> str | None:
+        """Why ``strategy`` cannot act on this subject, None if it can."""
+        if isinstance(strategy, self.kinds):
+            return None
+        return f"{strategy.slug} does not act on {self.kind.replace('_', ' ')}: {_where(strategy) or self.advice}"
+
+    def described(self) -> dict[str, Any]:
+        """What tells it from any other, as ``run.json`` has it."""
+        return {"kind": self.kind, "name": self.name}
+
+
+class CausalLM(Subject):
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: ``default`` and ``recall`` (they ship), a folder, or a name on the hub.
+        model, tokenizer: already loaded, on the device to use; the name is then what a report calls them.
+        dtype: to load in, as ``float32``; of the device when None.
+    """
+
+    kind = "causal_lm"
+    kinds = (Attention, Cache, Residual)
+    advice = "give it a model of its kind"
+
+    def __init__(
+        self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None
+    ) -> None:
+        super().__init__(name)
+        self._parts: tuple[Any, Any] | None = None if model is None else (model, tokenizer)
+        self._given, self.dtype = model is not None, dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._given:
+            raise UserError("a model that is already loaded cannot be sent to workers; give its folder or hub name")
+        return {**self.__dict__, "_parts": None}
+
+    def load(self, device: str | torch.device) -> None:
+        if self._parts is not None:
+            return
+        import torch
+
+        from .. import models
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        if self.name == "recall":
+            self._parts = models.load_recall(device, dtype), None
+        elif self.name == "default":
+            self._parts = models.load_default(device, dtype)
+        else:
+            self._parts = models.load(self.name, device, dtype)
+            if self.model.config.is_encoder_decoder:
+                raise UserError(f"{self.name} reads with an encoder; give a decoder-only language model")
+
+    @property
+    def model(self) -> Any:
+        """The model, in evaluation mode."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer; None where token ids are the language."""
+        return self._loaded[1]
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the model reads, by its config; 2**40 where that does not say. Loads no weights."""
+        if self._parts is not None:
+            config: Any = getattr(self.model, "config", None)
+        else:
+            from .. import models
+
+            config = models.config(self.name)
+        return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
+
+    @property
+    def _loaded(self) -> tuple[Any, Any]:
+        if self._parts is None:
+            raise RuntimeError("load the subject first")
+        return self._parts
+
+    def identity(self) -> dict[str, Any]:
+        """Class, size, and hashes of config and weights of the loaded model."""
+        import torch
+
+        model, weights = self.model, hashlib.sha256()
+        for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+            weights.update(name.encode())
+            weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        config: Any = getattr(model, "config", None)
+        text = config.to_json_string() if config is not None else ""
+        return {
+            "name": self.name, "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "weights_sha256": weights.hexdigest(),
+        }  # fmt: skip
+
+
+class Pipeline(Subject):
+    """A pipeline of diffusers: one that ships (``scenes``, ``unet``, ``moving``) or a folder."""
+
+    kind = "pipeline"
+    kinds = (Attention, Denoiser)
+    advice = "give it a model of its kind"
+
+    def __init__(self, name: str = "scenes", pipe: Any = None) -> None:
+        super().__init__(name)
+        self._pipe, self._given = pipe, pipe is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._given:
+            raise UserError("a pipeline that is already loaded cannot be sent to workers; give its folder")
+        return {**self.__dict__, "_pipe": None}
+
+    def load(self, device: str | torch.device) -> None:
+        if self._pipe is None:
+            from ..models.pipeline import load
+
+            self._pipe = load(self.name, str(device))
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        if self._pipe is None:
+            raise RuntimeError("load the subject first")
+        return self._pipe
+
+
+class Trainable(Subject):
+    """A small model that a task trains from scratch under each arm; the task says which."""
+
+    kind = "trainable"
+    kinds = (Mixer, Attention, Residual)
+    advice = "give it a model of its kind"
+
+    def __init__(self, name: str = "trained from scratch") -> None:
+        super().__init__(name)
+
+    def load(self, device: str | torch.device) -> None:
+        """Nothing: tasks build what they train."""
+
+
+def _where(strategy: Strategy) -> str | None:
+    """Which verb is for a strategy of this kind."""
+    if isinstance(strategy, Mixer):
+        return f"train it: manyheads compare --train --strategies {strategy.slug}"
+    if isinstance(strategy, Denoiser):
+        return "open a pipeline of diffusers with it (docs/diffusion.md)"
+    if isinstance(strategy, Cache):
+        return "open a causal language model with it"
+    return None
+
+
+def subject(given: str | Subject) -> Subject:
+    """The subject of that name: a pipeline that ships or whose folder has model_index.json, else a causal LM.
+
+    ``trainable`` is a model that the task trains.
+    """
+    if isinstance(given, Subject):
+        return given
+    from .. import models
+
+    if given == "trainable":
+        return Trainable()
+    folder = Path(given).expanduser()
+    if given in models.shipped_pipelines() or (folder / "model_index.json").is_file():
+        return Pipeline(given)
+    return CausalLM(given)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention sinks, drained values, residual peaks, and heads that work on one kind of text and rest on another.
+
+"Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs", arXiv 2410.13835.
+Softmax makes a head look somewhere even where it has nothing to look for. Such a head turns to the first token, whose
+value is small, and so adds nothing: it is dormant. Training strengthens both, a larger sink asks for a smaller value
+and a smaller value for a larger sink, and the residual stream of the first token grows to feed them. Measured per layer
+and head (peak: per layer) and prompt, over rows t >= 1, with S the logits, A the weights, v the values and h the output
+of the block:
+
+    sink   mean over t of A[t, 0]                          gap    mean over t of S[t, 0] - mean over s >= 1 of S[t, s]
+    drain  |v_0| / mean over s >= 1 of |v_s|               peak   |h_0| / mean over s >= 1 of |h_s|
+    switch sink on one domain minus sink on another
+
+Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. LensResult: tables ``sink``, ``gap``, ``drain``,
+``peak``; ``learned`` (mass that a learned sink logit takes, gpt-oss) where there is one; ``sink of X`` for each domain
+and ``switch`` where domains are named. The series ``sink`` is the mean over all heads for each token.
+
+Choices, where paper and code leave them open: s runs over the keys that the row sees; logits are taken after cap and
+bias, from the weights, so keys whose weight is below 1e-38 do not count; rows that do not see the first token (beyond
+a sliding window) count 0 for the sink and not at all for the gap. With ``gap=lse`` the others enter by the mean of
+their exponentials, as in ``S[t, 0] - logsumexp S[t, s >= 1] + log n``. In cross-attention every row counts, and "the
+first token" is that of the source. The code's test by entropies of rows and columns is not here: the sink says it.
+
+The mitigations of the paper are to be trained with: ReLU in place of softmax (:class:`ReLUAttention`; look at such a
+model with ``attention=relu``, which gives no gap), and SGD in place of Adam.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from ...attention.reference import repeat_kv
+from ...call import Site
+from ...calls.statistics import MeanLogWeight, Statistic, WeightedSum
+from ...heads import HeadTable
+from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from ...strategy import Residual
+from .relu_attention import ReLUAttention, relu_weights
+from .report import notes
+
+__all__ = ["ActiveDormant", "Gap", "ReLUAttention", "switch"]
+
+
+def _as_names(value: object) -> object:
+    return tuple(part for part in value.split("+") if part) if isinstance(value, str) else value
+
+
+@dataclass
+class Gap:
+    """By how much the logit of the sink exceeds the logarithm of the mean of the others' exponentials, ``[B, H, T]``.
+
+    NaN where either is not seen.
+
+    Attributes:
+        sink: ``[B, S]``, True for the sink.
+    """
+
+    sink: Tensor
+    made: list[Tensor] = field(default_factory=list, init=False)
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        seen = rows > 0
+        parts = torch.stack([self.sink, ~self.sink], -1)[:, None].to(rows.dtype)
+        mean = (rows @ parts) / (seen.to(rows.dtype) @ parts)  # 0 / 0 is NaN, on purpose
+        sink, others = mean.log().unbind(-1)
+        self.made.append(sink - others)
+
+    def result(self) -> Tensor:
+        return torch.cat(self.made, 2)
+
+
+@dataclass
+class _Ratio:
+    """Quotient of two tallies."""
+
+    above: RunningMean
+    below: RunningMean
+
+    def mean(self) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.above.mean() / self.below.mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveDormant(Lens, Residual):
+    """How much each head rests on the first token, how small its value is, and how large its residual stream.
+
+    Attributes:
+        sink: role of the tokens that are looked at as sinks; the first token of each row by default.
+        domains: two (or more) roles of queries to tell apart, as ``code+prose``.
+        gap: how the other logits are averaged.
+        attention: the model's own softmax, or ReLU for a model trained with it.
+        threshold: sink from which on the notes call a head dormant.
+    """
+
+    sink: str = field(default="bos", metadata={"help": "role of the tokens looked at as sinks"})
+    domains: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = field(
+        default=(), metadata={"help": "roles of tokens between which heads may switch, as code+prose"}
+    )
+    gap: Literal["mean", "lse"] = field(default="mean", metadata={"help": "how the other logits are averaged"})
+    attention: Literal["softmax", "relu"] = field(default="softmax", metadata={"help": "what makes the weights"})
+    threshold: float = field(default=0.5, metadata={"help": "the notes call a head with a larger sink dormant"})
+
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
+        sink = view.columns(self.sink)
+        mass = WeightedSum(torch.stack([sink, view.keys], -1).float())  # on the sink, and in all
+        if self.attention == "relu":
+            with torch.no_grad():
+                mass.update(relu_weights(view.call), 0, view.call.q.shape[2])
+            view.memory["mass"] = mass.result()
+            return {}
+        return {"mass": mass, "gap": MeanLogWeight(torch.stack([sink, ~sink], -1)) if self.gap == "mean" else Gap(sink)}
+
+    def update(self, view: AttentionView, found: dict[str, Any]) -> None:
+        memory, length = view.memory, view.call.q.shape[2]
+        columns = view.columns(self.sink)
+        newest = columns if view.cross else columns[:, -length:]
+        counted = view.valid if view.cross else view.valid & ~newest  # rows t >= 1
+
+        def add(name: str, values: Tensor, rows: Tensor, fresh: bool = view.fresh) -> None:
+            """Sum ``values [B, H, T]`` over ``rows [B, T] or [B, H, T]``."""
+            rows = rows[:, None] if rows.ndim == 2 else rows
+            total = values.float().masked_fill(~rows, 0.0).sum(-1)
+            memory.setdefault(name, RunningMean()).add(total, rows.sum(-1), fresh)
+
+        mass, everything = (memory.pop("mass") if self.attention == "relu" else found["mass"]).unbind(-1)
+        add("sink", mass, counted)
+        if "gap" in found:
+            gap = found["gap"] if self.gap == "lse" else found["gap"][..., 0] - found["gap"][..., 1]
+            add("gap", gap, counted[:, None] & gap.isfinite())
+        if view.call.sinks is not None:
+            add("learned", 1 - everything, counted)
+        for domain in self.domains:
+            add(f"sink of {domain}", mass, counted & view.rows(domain))
+        memory.setdefault("series", PerToken()).add(mass.mean(1).masked_fill(~counted, torch.nan), view.fresh)
+        if view.cross and not view.fresh:
+            return  # the source was counted before
+        values = view.call.v if view.cross else view.call.v[:, :, -length:]
+        norms = repeat_kv(torch.linalg.vector_norm(values.float(), dim=-1, keepdim=True), view.call.q.shape[1])[..., 0]
+        tokens = view.keys if view.cross else view.valid
+        add("value of sink", norms, newest & tokens)
+        add("value of others", norms, tokens & ~newest)
+        memory["now"] = None if view.cross else (newest & view.valid, counted, view.fresh)
+
+    def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
+        if memory.get("now") is not None:  # else the block looks at another sequence first
+            norms = torch.linalg.vector_norm(hidden.detach().float(), dim=-1)
+            sink, others, fresh = memory["now"]
+            for name, rows in (("stream of sink", sink), ("stream of others", others)):
+                total = norms.masked_fill(~rows, 0.0).sum(1, keepdim=True)
+                memory.setdefault(name, RunningMean()).add(total, rows.sum(1, keepdim=True), fresh)
+        return hidden
+
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
+        about = {"lens": self.spec, "kinds": [site.kind for site, _ in sites]}
+
+        def ratio(name: str, of: str) -> HeadTable:
+            kept = [(site, memory) for site, memory in sites if f"{of} of sink" in memory]
+            pairs = [(s, {of: _Ratio(m[f"{of} of sink"], m[f"{of} of others"])}) for s, m in kept]
+            return table(name, pairs, of, **about)
+
+        made = LensResult()
+        made.tables["sink"] = table("attention on the first token", sites, "sink", **about)
+        if all("gap" in memory for _, memory in sites):
+            made.tables["gap"] = table("logit of the first token above the others, nats", sites, "gap", **about)
+        made.tables["drain"] = ratio("norm of the first value over the others'", "value")
+        if any("stream of sink" in memory for _, memory in sites):
+            made.tables["peak"] = ratio("norm of the first token's residual stream over the others'", "stream")
+        if learned := [(site, memory) for site, memory in sites if "learned" in memory]:
+            made.tables["learned"] = table("mass on the learned sink", learned, "learned", **about)
+        for domain in self.domains:
+            name = f"sink of {domain}"
+            made.tables[name] = table(f"attention on the first token by {domain}", sites, name, **about)
+        if len(self.domains) > 1:
+            made.tables["switch"] = switch(*(made.tables[f"sink of {d}"] for d in self.domains[:2]))
+        made.series["sink"] = _over_layers(sites)
+        made.notes = notes(made.tables, self.threshold, self.domains)
+        return made
+
+
+def switch(first: HeadTable, second: HeadTable) -> HeadTable:
+    """Sink on one domain minus sink on another, far from 0 for heads that are dormant on one of them only.
+
+    Prompt by prompt where every prompt has tokens of both; else of the means.
+
+    Args:
+        first: sinks, of the rows of a domain or of prompts of it.
+        second: likewise.
+    """
+    known = [np.isfinite(t.values).any((1, 2)) for t in (first, second)]
+    if first.values.shape == second.values.shape and all(k.all() for k in known) and first.about == second.about:
+        return first.minus(second)
+    return HeadTable(
+        f"{first.name} minus {second.name}", first.sites, first.mean - second.mean, first.about, first.layers
+    )
+
+
+def _over_layers(sites: Sequence[tuple[Site, Memory]]) -> list[Any]:
+    """Mean over the layers of the decoder, or of the encoder where that is all there is, for each token."""
+    kept = [m for s, m in sites if s.causal and s.kind != "cross"] or [m for s, m in sites if s.kind != "cross"]
+    prompts = zip(*(memory["series"].rows() for memory in kept), strict=False)
+    return [np.mean([row for row in rows if row.shape == rows[0].shape], axis=0) for rows in prompts]

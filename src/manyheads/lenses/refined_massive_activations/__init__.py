@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Massive activations: a few entries of the residual stream a thousand times as large as the rest.
+
+Owen et al., "A Refined Analysis of Massive Activations in LLMs", arXiv 2503.22329. An entry ``h[t, j]`` of a block's
+output ``h [B, T, D]`` (before the final norm, which hides them) is massive iff
+
+    |h[t, j]| > threshold   and   |h[t, j]| >= ratio * median |h|,
+
+the median over all entries of that block for that prompt. A block has massive activations iff both hold for its largest
+magnitude and its median, each averaged over the prompts. They act as a bias that attention sinks feed on, overflow
+float16, and make activations hard to quantise. Whether a model needs them is seen by taking them away, in the first
+block that has them, wherever they are found in the text at hand:
+
+    with manyheads.watch(model, "refined_massive_activations") as seen:
+        model(**inputs)
+    found = seen.compute()  # tables, spikes, the first affected layer
+    with manyheads.use(model, RefinedMassiveActivations(intervene="mean", means=means(found), layers=(2,))):
+        model(**inputs)
+
+The paper finds that zeroing destroys some models (Llama, Mistral) and hardly touches others (GPT-2, OPT), and that the
+means do as well as the values themselves everywhere. Its mitigations for pretraining are beside it: a key and a value
+learned for each head (:class:`KVBias`), target variance rescaling (:class:`TargetVariance`), and norms replaced by tanh
+(:func:`with_dyt`).
+
+Chosen where the paper is silent: means are kept for each block, channel, and starting or later tokens, over what was
+detected in calibration, and a detected entry without one stays as it is; padding neither counts nor is changed; tokens
+decoded with a cache are judged by the median of their prompt so far. ``first / others`` is the norm of the first token
+over the mean norm of the others (paper 49 calls it the residual peak), for models too small for the thresholds.
+Of a prompt's entries the ``keep`` largest of each block are at hand for spikes and means, an intervention sees all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...lens import Lens, LensResult, Memory, PerToken, table_of
+from ...strategy import Residual
+from .dyt import with_dyt
+from .extremes import Extremes, medians
+from .kv_bias import KVBias
+from .spikes import Means, massive, means, most_common, name_tokens, read_means, spikes
+from .tvr import TargetVariance
+
+if TYPE_CHECKING:
+    from ...call import Site
+
+__all__ = [
+    "KVBias", "RefinedMassiveActivations", "TargetVariance", "massive", "means", "name_tokens", "with_dyt",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinedMassiveActivations(Lens, Residual):
+    """Finds massive activations; replaces them in the blocks named, if asked to.
+
+    Attributes:
+        threshold: magnitude that an entry must exceed.
+        ratio: multiple of the median magnitude that it must reach.
+        keep: largest entries kept of each prompt and block.
+        intervene: what massive entries become; anything but ``none`` needs ``layers``, the first affected one.
+        means: for ``intervene=mean``: a file, or the value, made from :func:`means`.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
+
+    threshold: float = field(default=100.0, metadata={"help": "magnitude above which an entry is massive"})
+    ratio: float = field(default=1000.0, metadata={"help": "multiple of the median magnitude that it must reach"})
+    keep: int = field(default=64, metadata={"help": "largest entries kept of each prompt and block"})
+    intervene: Literal["none", "zero", "mean"] = field(
+        default="none", metadata={"help": "what massive entries become: none leaves them, zero, or their mean"}
+    )
+    means: str | Means = field(
+        default="", compare=False, metadata={"help": "with intervene=mean: JSON file with the means"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.keep < 1:
+            raise UserError(f"keep={self.keep}: at least 1 entry must be kept")
+        if self.edits_model and not self.layers:
+            raise UserError(f"intervene={self.intervene} needs layers=, the first affected one: watch the model first")
+        if self.intervene == "mean" and not self.means:
+            raise UserError("intervene=mean needs means=, a JSON file made from the results on calibration texts")
+
+    @property
+    def edits_model(self) -> bool:
+        return self.intervene != "none"
+
+    def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
+        history, length = memory["shared"]["valid"].to(hidden.device), hidden.shape[1]
+        before = history.shape[1] - length
+        valid, positions = history[:, before:], (history.long().cumsum(1) - 1)[:, before:]
+        prompts: list[Extremes] = memory.setdefault("prompts", [])
+        seen = hidden.detach()
+        if before == 0 or not prompts:
+            if prompts:
+                prompts[-1].close()
+            prompts.append(Extremes(self.keep))
+        prompts[-1].add(seen, valid, torch.arange(before, before + length, device=hidden.device), positions)
+        norm = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).masked_fill(~valid, torch.nan)
+        memory.setdefault("norm", PerToken()).add(norm, before == 0)
+        if not self.edits_model:
+            return hidden
+        median = medians(seen, valid) if before == 0 else prompts[-1].median()
+        hits = massive(seen, valid, median, self.threshold, self.ratio)
+        memory["detected"] = memory.get("detected", 0) + int(hits.sum())
+        if self.intervene == "zero":
+            return hidden.masked_fill(hits, 0.0) if hits.any() else hidden
+        start, other = self._means(site, hidden, memory)
+        by = torch.where((positions == 0)[..., None], start, other)
+        hits &= by.isfinite()
+        memory["replaced"] = memory.get("replaced", 0) + int(hits.sum())
+        return torch.where(hits, by.to(hidden.dtype), hidden) if hits.any() else hidden
+
+    def _means(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
+        """Values for starting and other tokens, float32 ``[2, D]``, NaN where there is none."""
+        if "means" not in memory:
+            made = torch.full((2, hidden.shape[2]), torch.nan)
+            for row, kind in enumerate(("start", "other")):
+                for channel, value in read_means(self.means).get(site.name, {}).get(kind, {}).items():
+                    made[row, int(channel)] = value
+            memory["means"] = made.to(hidden.device)
+        found: Tensor = memory["means"]
+        return found
+
+    def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
+        seen = [(site, memory) for site, memory in sites if memory.get("prompts")]
+        if not seen:
+            raise UserError("no block was seen: the model did not run, or its attention stands in no list of blocks")
+        made, blocks = LensResult(), [site for site, _ in seen]
+        scores = [_scores(memory) for _, memory in seen]
+        for name in scores[0]:
+            rows = [each[name] for each in scores]
+            made.tables[name] = table_of(name, blocks, rows, threshold=self.threshold, ratio=self.ratio)
+        made.records["spikes"] = [
+            spike for site, memory in seen for spike in spikes(site, memory["prompts"], self.threshold, self.ratio)
+        ]
+        largest, middle = (made.tables[name].mean[:, 0] for name in ("max", "median"))
+        affected = np.flatnonzero((largest > self.threshold) & (largest >= self.ratio * middle))
+        most = int(np.nanargmax(np.append(largest / middle, 0.0)[:-1])) if np.isfinite(largest / middle).any() else 0
+        at = int(affected[0]) if len(affected) else most
+        made.series[f"norm after {seen[at][0].name}"] = seen[at][1]["norm"].rows()
+        made.notes = self._notes(made, affected, at)
+        for site, memory in seen:
+            if self.edits_model:
+                count, done = memory.get("detected", 0), memory.get("replaced", memory.get("detected", 0))
+                made.notes.append(f"{site.name}: {done} of {count} massive entries were set to {self.intervene}.")
+        return made
+
+    def _notes(self, made: LensResult, affected: Any, at: int) -> list[str]:
+        """What a reader should know, from the figures."""
+        tables, layers = made.tables, made.tables["max"].layers
+        largest, times, first = (tables[name].mean[at, 0] for name in ("max", "max / median", "first / others"))
+        where = f"layer {layers[at]} ({tables['max'].sites[at]})"
+        if len(affected):
+            notes = [
+                f"Massive activations in {len(affected)} of {len(layers)} layers, first in {where}: up to "
+                f"{largest:.4g}, {times:,.0f} times the median."
+            ]
+        else:
+            notes = [
+                f"No layer has massive activations (above {self.threshold:g} and {self.ratio:g} times the median); "
+                f"the greatest ratio is {times:,.0f} times the median, {largest:.4g} in {where}."
+            ]
+        if math.isfinite(first):
+            notes.append(f"There the first token's norm is {first:.3g} times that of the others.")
+        if found := made.records["spikes"]:
+            prompts = len({spike["prompt"] for spike in found})
+            notes.append(
+                f"{len(found)} massive entries in {prompts} prompts: positions {most_common(found, 'position')}; "
+                f"channels {most_common(found, 'channel')}."
+            )
+        if not np.isfinite(tables["max"].values[:, :, 0]).all():
+            notes.append("Some entries are not finite: run the model in bfloat16 or float32.")
+        return notes
+
+
+def _scores(memory: Memory) -> dict[str, Any]:
+    """Scores of one block by the name of their table, ``[N]``, a value for each prompt."""
+    largest = torch.cat([part.values[:, 0].abs() for part in memory["prompts"]])
+    median = torch.cat([part.median() for part in memory["prompts"]])
+    largest = largest.masked_fill(median.isnan(), torch.nan)  # a prompt without tokens
+    peaks = []
+    for norms in memory["norm"].rows():
+        known = norms[np.isfinite(norms)]
+        peaks.append(known[0] / known[1:].mean() if len(known) > 1 and known[1:].mean() > 0 else math.nan)
+    scores = {"max": largest, "median": median, "max / median": largest / median}
+    return {name: x.double().cpu().numpy() for name, x in scores.items()} | {"first / others": np.array(peaks)}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention modules of a denoiser are run, counted the same way for every implementation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["KINDS", "computed", "flops", "kind_of"]
+
+KINDS = ("spatial", "temporal", "cross")
+
+
+def kind_of(name: str) -> str:
+    """The kind of a Latte's attention module, by its path: within a frame, over frames, or to the text."""
+    if name.startswith("temporal_transformer_blocks"):
+        return "temporal"
+    return "cross" if name.endswith("attn2") else "spatial"
+
+
+@contextmanager
+def computed(model: Any) -> Iterator[Counter[str]]:
+    """Count what attention modules are run inside, by kind, in queries: rows times tokens of every call.
+
+    A module is counted at its query projection, which runs with it and with nothing else.
+    """
+    counts: Counter[str] = Counter()
+    handles = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "to_q"):
+            continue
+
+        def count(_: Any, given: tuple[Any, ...], __: Any, kind: str = kind_of(name)) -> None:
+            counts[kind] += given[0].shape[0] * given[0].shape[1]
+
+        handles.append(module.to_q.register_forward_hook(count))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def flops(pipe: Any, latents: Tensor) -> dict[str, float]:
+    """Multiply-adds times two of one forward for ``latents``: of attention by kind, and of the ``model`` as a whole."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ...models.scenes import predict
+
+    text = pipe.captions(torch.zeros(len(latents), 3, dtype=torch.long, device=latents.device))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        predict(pipe.transformer, latents, torch.tensor(500.0, device=latents.device), text)
+    found: dict[str, float] = dict.fromkeys((*KINDS, "model"), 0.0)
+    for name, by_operator in counter.get_flop_counts().items():
+        path = name.partition(".")[2]
+        if path.endswith(("attn1", "attn2")):
+            found[kind_of(path)] += sum(by_operator.values())
+        elif name == "Global":
+            found["model"] = float(sum(by_operator.values()))
+    return found

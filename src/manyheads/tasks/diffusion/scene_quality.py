@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How likely the judge holds what a caption asks for, and how far generated scenes are from real ones.
+
+FD-small is the Fréchet distance of the judge's features to real scenes before photographs that no model was trained on.
+It is a figure of a set; what an image adds to it is its jackknife pseudo-value, ``n FD - (n - 1) FD without it``, whose
+mean is the distance with its bias from few images taken off, and which can be paired between arms like any other value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...experiment import Arm, seeding
+from ...experiment.rows import Metric, Row, WorkUnit
+from ...experiment.task import RunContext
+from ...models.judge import Seen, frechet
+from ...spec import parse
+from ._image_task import ImageTask, drawn, is_scenes, judge_of, pipe_of
+
+__all__ = ["SceneQuality", "likelihood", "pseudo_values"]
+
+_REAL = 2000  # scenes that generated ones are compared with
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneQuality(ImageTask):
+    """Unit ``seed`` makes all images of a seed under every arm.
+
+    An arm may say in its options what is chosen for it, on captions and noise of their own (``searched`` images):
+
+    - ``tune={"scale": (0.1, 0.3)}``: the value of a field with the least FD-small;
+    - ``heads="searched", count=6``: the heads that raise the likelihood most, each perturbed alone (a search of
+      ``candidates`` of them); ``heads="layer"``: those of the best whole layer; ``heads="random", count=6``: as many
+      drawn anew in each of ``draws`` sets, of which every image gets one in turn.
+
+    Attributes:
+        searched: images to choose by.
+        candidates: heads that a search tries; 0 for all.
+        draws: random sets of heads.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("likelihood", "log-likelihood of the words, nats", "nats", higher=True),
+        Metric("fd_small", "FD-small to real scenes"),
+        Metric("object", "object as the caption says", higher=True, kind="share"),
+    )
+
+    searched: int = 48
+    candidates: int = 0
+    draws: int = 4
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if is_scenes(pipe_of(run)) and pipe_of(run).config.kind == "scenes":
+            return None
+        return "the contents of the images have to be known: give the pipelines scenes or unet"
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        return [
+            WorkUnit(self.key, f"{seed}", self.samples * len(run.arms), f"{self.name}, seed {seed}", {"seed": seed})
+            for seed in run.seeds
+        ]
+
+    def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        seed = unit.params["seed"]
+        labels = drawn(run, self.samples, seed)
+        for arm in run.arms:
+            seen = self._seen(run, arm, seed, self.samples, "judged", self.chosen(run, arm, seed))
+            found = {
+                "likelihood": likelihood(seen, labels), "object": seen.right(labels, "object"),
+                "fd_small": pseudo_values(seen.features.cpu(), self.truth(run)),
+            }  # fmt: skip
+            if not self.conditioned:
+                found = {"fd_small": found["fd_small"]}
+            for metric, values in found.items():
+                for i, value in enumerate(values.tolist()):
+                    yield self.row(metric, arm, value, f"{i}", seed=seed, context=f"{seed}.{i}")
+            run.advance(unit.cost / len(run.arms))
+
+    def chosen(self, run: RunContext, arm: Arm, seed: int) -> list[Sequence[Any]]:
+        """Strategies of the arm, as chosen for it; several sets are taken in turn, an image each."""
+        options = arm.options
+        if "tune" in options:
+            (name, values), *rest = options["tune"].items()
+            if rest:
+                raise UserError(f"{arm.key}: one field can be tuned, not {len(rest) + 1}")
+            tried = [replace(arm.strategy, **{name: value}) for value in values]
+            if len(tried) == 1:
+                return [tried]
+            key = (arm.key, "tuned")  # the same for all seeds
+            return [[run.kept(key, lambda: min(tried, key=lambda s: self._distance(run, arm, s)))]]
+        if "heads" in options:
+            return [[each] for each in self._heads(run, arm, seed)]
+        return [arm.strategies]
+
+    def _distance(self, run: RunContext, arm: Arm, strategy: Any) -> float:
+        return frechet(self._seen(run, arm, 0, self.searched, "searched", [[strategy]]).features.cpu(), self.truth(run))
+
+    def _heads(self, run: RunContext, arm: Arm, seed: int) -> list[Any]:
+        from ...diffusion.headhunter import hunt
+
+        config = pipe_of(run).transformer.config
+        layers, heads = range(config.num_layers), range(config.num_attention_heads)
+        every = [f"{layer}.{head}" for layer in layers for head in heads]
+        base: Any = parse(arm.full_spec)
+
+        def score(strategy: Any) -> float:
+            labels = drawn(run, self.searched, seed, "searched")
+            return float(likelihood(self._seen(run, arm, seed, self.searched, "searched", [[strategy]]), labels).mean())
+
+        rng = seeding.generator(run.seed, heads=seed)
+        count, how = int(arm.options.get("count", len(heads))), arm.options["heads"]
+        if how == "random":
+            return [
+                replace(base, heads=tuple(sorted(rng.choice(every, count, replace=False)))) for _ in range(self.draws)
+            ]
+        if how == "layer":
+            whole = [replace(base, heads=tuple(f"{layer}.{head}" for head in heads)) for layer in layers]
+            return [run.kept(("best layer", seed), lambda: max(whole, key=score))]
+        tried = sorted(rng.choice(every, self.candidates, replace=False)) if self.candidates else every
+        found = run.kept(("searched", seed), lambda: hunt(base, tried, score, rounds=1, top=len(every))[0].heads)
+        return [replace(base, heads=tuple(found[:count]))]
+
+    def _seen(
+        self, run: RunContext, arm: Arm, seed: int, count: int, draw: str, sets: Sequence[Sequence[Any]]
+    ) -> Seen:  # fmt: skip
+        """What the judge sees in ``count`` images; where strategies come in several sets, images take turns."""
+        size = self.batch * (8 if run.device.type == "cuda" else 1)
+        made: dict[int, Tensor] = {}
+        labels = drawn(run, count, seed, draw)
+        for turn, acting in enumerate(sets):
+            mine = list(range(turn, count, len(sets)))
+            for at in range(0, len(mine), size):
+                part = mine[at : at + size]
+                torch.manual_seed(seeding.number(run.seed, masks=draw, seed=seed, image=part[0]))  # of random masks
+                images = self._of(run, arm, seed, part, labels[part], acting, draw)
+                made |= dict(zip(part, images, strict=True))
+        return judge_of(run).see(torch.stack([made[i] for i in range(count)]))
+
+    def _of(
+        self, run: RunContext, arm: Arm, seed: int, part: list[int], labels: Tensor, acting: Sequence[Any], draw: str
+    ) -> Tensor:  # fmt: skip
+        def noise(_: Tensor) -> Tensor:
+            return torch.cat([
+                pipe_of(run).noise(1, seeding.torch_generator(run.seed, noise=draw, seed=seed, image=i)) for i in part
+            ])  # fmt: skip
+
+        return self.images(
+            run, arm, seed, part[0], part[-1] + 1, acting=acting, labels=labels, prepare=noise, draw=draw
+        )  # fmt: skip
+
+    def truth(self, run: RunContext) -> Tensor:
+        """The judge's features of real scenes ``[N, d]``."""
+
+        def make() -> Tensor:
+            from ...data import scenes
+
+            sample = scenes.draw("scenes", _REAL, torch.Generator().manual_seed(2**30), "test")
+            return judge_of(run).see(sample.images / 2 + 0.5).features.cpu()
+
+        found: Tensor = run.kept("real scenes", make)
+        return found
+
+
+def likelihood(seen: Seen, labels: Tensor) -> Tensor:
+    """Mean log-probability, over the words of ``labels [N, 3]``, of each image ``[N]``."""
+    chances = seen.chances.values()
+    each = [c.cpu().gather(1, labels[:, i : i + 1]).clamp(min=1e-6).log() for i, c in enumerate(chances)]
+    return torch.cat(each, 1).mean(1)
+
+
+def pseudo_values(features: Tensor, truth: Tensor) -> Tensor:
+    """Jackknife pseudo-values ``[N]`` of the Fréchet distance of ``features [N, d]`` to ``truth [M, d]``."""
+    n = len(features)
+    whole = frechet(features, truth)
+    without = [frechet(torch.cat([features[:i], features[i + 1 :]]), truth) for i in range(n)]
+    return n * whole - (n - 1) * torch.tensor(without, dtype=torch.float64)

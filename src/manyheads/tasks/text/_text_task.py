@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tasks on text share: contexts that all arms see, batches that fit, and the guard of the keep-everything arm."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...experiment.rows import Row, WorkUnit
+from ...experiment.subjects import CausalLM
+from ...experiment.task import RunContext, Task
+from ...integrations import use
+from ...strategy import Cache
+from ._contexts import Contexts
+from ._corpus import Corpus, Ids
+from ._prefill import Prefix, bytes_per_token, forward_chunked, sequences_at_once, token_nll
+
+__all__ = ["TARGET", "TextTask", "answers"]
+
+TARGET = 64  # tokens that the loss of a context is judged on
+_SHORTEST = 32  # tokens of a context
+_GUARD = (96, 16)  # tokens read and fed by the guard
+_EXACT = 5e-3  # of the spread of the logits: what a chunked forward may differ by from a whole one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """Base of the tasks on text.
+
+    Attributes:
+        lengths: tokens of a context, ascending.
+        samples: contexts of each length.
+        text: what to read when the user gives nothing: ``code`` (the standard library's source) or a corpus of
+            :mod:`manyheads.data.texts`.
+    """
+
+    subject: ClassVar[str] = "causal_lm"
+
+    lengths: tuple[int, ...] = (1024, 2048)
+    samples: int = 6
+    text: str = "code"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
+        if not self.lengths or self.lengths[0] < _SHORTEST:
+            raise UserError(f"a context has at least {_SHORTEST} tokens; give longer --lengths")
+        if self.samples < 1:
+            raise UserError("samples count contexts: give 1 or more")
+
+    def contexts(self, run: RunContext) -> Contexts:
+        """The contexts of this run; the same ones in every process."""
+
+        def make() -> Contexts:
+            from ...data.texts import corpus
+
+            texts = run.data.get("texts") or corpus(self.text)
+            return Contexts(Corpus(texts, _lm(run).tokenizer), _lm(run).tokenizer, self.samples, run.seed)
+
+        return cast(Contexts, run.kept((self.text, self.samples), make))
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if _lm(run).tokenizer is None:
+            return f"{_lm(run).name} has no tokenizer, so that it reads no text"
+        most = _lm(run).max_context
+        if self.lengths[-1] > most - 2 * TARGET:
+            return (
+                f"{type(_lm(run).model).__name__} reads {most} tokens, which leaves {most - 2 * TARGET} for a context; "
+                f"{self.lengths[-1]} is too long"
+            )
+        return None
+
+    def guard(self, run: RunContext) -> None:
+        """Every cache that keeps everything, at a budget of 1, must predict what the model predicts alone."""
+        run.kept("keep-everything guard", lambda: _guarded(run, self.contexts(run)))
+
+    def batches(
+        self, run: RunContext, length: int, cost: float, sequences: int = 1, **params: Any
+    ) -> Iterator[WorkUnit]:
+        """Units over the contexts, ``sequences`` to a context, in batches whose dense caches fit."""
+        size = max(1, sequences_at_once(run.device, length, per_token(run)) // sequences)
+        count = ceil(self.samples / size)
+        for i in range(count):
+            first, last = i * self.samples // count, (i + 1) * self.samples // count
+            yield WorkUnit(
+                self.key, f"{length}/{first}", (last - first) * cost, f"{self.name}, {length} tokens",
+                {"length": length, "first": first, "last": last, **params},
+            )  # fmt: skip
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> list[Row]:
+        model = _lm(run).model
+        with torch.inference_mode(), use(model):
+            return list(self.rows(run, unit))
+
+    def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        """Rows of a unit; the port of the model is open."""
+        raise NotImplementedError
+
+
+def _lm(run: RunContext) -> CausalLM:
+    return cast(CausalLM, run.subject)
+
+
+def model_of(run: RunContext) -> Any:
+    """The model that the run is about."""
+    return _lm(run).model
+
+
+def per_token(run: RunContext) -> float:
+    """Bytes of dense cache that a token takes; raises UserError for a model that cannot be compared."""
+
+    def find() -> float:
+        with torch.inference_mode(), use(model_of(run)):
+            return bytes_per_token(model_of(run))
+
+    return cast(float, run.kept("bytes per token", find))
+
+
+def tensor(run: RunContext, rows: Sequence[Sequence[int] | Ids]) -> Tensor:
+    """Token ids ``[B, L]`` on the run's device."""
+    return torch.from_numpy(np.stack([np.asarray(row, np.int64) for row in rows])).to(run.device)
+
+
+def answers(
+    run: RunContext, cache: Any, fed: Tensor, wanted: Tensor, size: int | None
+) -> tuple[list[bool], list[float]]:  # fmt: skip
+    """For each row whether its whole answer ``wanted [B, A]`` is the likeliest, and the nats of a token of it."""
+    fed = torch.cat([fed, wanted[:, :-1]], 1)
+    logits = forward_chunked(model_of(run), cache, fed, wanted.shape[1], size)
+    return (logits.argmax(-1) == wanted).all(1).tolist(), token_nll(logits, wanted).mean(1).tolist()
+
+
+def _guarded(run: RunContext, contexts: Contexts) -> bool:
+    """Compare each lossless cache strategy of the run, at a budget of 1, with one plain forward."""
+    read, fed = _GUARD
+    model = model_of(run)
+    ids = tensor(run, [contexts.plain("guard", read, 1, fed)[0][0]])
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits[:, -fed:].float()
+        with use(model):
+            for arm in run.arms:
+                whole = [_whole(strategy) for strategy in arm.strategies]
+                if None in whole:
+                    continue
+                spec = " + ".join(strategy.spec for strategy in whole if strategy is not None)
+                kept = dataclasses.replace(arm, spec=spec, budget=None)
+                prefix = run.kept_last("guard", (read, fed), lambda: Prefix(model, ids[:, :read], run.arms))
+                with prefix.open(kept) as cache:
+                    found = forward_chunked(model, cache, ids[:, read:], fed)
+                if not (found - plain).norm() <= _EXACT * plain.std() * plain.numel() ** 0.5:
+                    raise UserError(
+                        f"{arm.key} with a budget of 1 keeps every token and yet predicts otherwise than "
+                        f"{run.baseline.name} does, so that no figure of it would mean anything: report this, or leave "
+                        "it out"
+                    )
+    return True
+
+
+def _whole(strategy: Any) -> Any:
+    """The strategy keeping everything, None where it never does."""
+    if not isinstance(strategy, Cache) or not strategy.has_budget or not strategy.lossless:
+        return None
+    whole: Any = dataclasses.replace(strategy, budget=1.0)
+    return whole

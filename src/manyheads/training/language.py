@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training language models: the loss of the next token, and the settings that arms of a comparison share.
+
+``B`` sequences of ``T + 1`` tokens; a batch is ``ids [B, T + 1]``, or that and ``loss_mask`` bool ``[B, T]``: the
+predictions that count, None for all.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .budget import Budget
+from .checkpoint import Checkpoint
+from .fit import BatchFn, TrainState, autocast, fit
+from .optimizers import OptimizerName, optimizers_of
+from .schedules import decay
+
+__all__ = ["Batch", "next_token_loss", "predicted_tokens", "token_nll", "train_lm"]
+
+Batch = Tensor | tuple[Tensor, Tensor | None]
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of the tokens that count, given all before each: nats/token, float32 scalar."""
+    ids, loss_mask = (batch, None) if isinstance(batch, Tensor) else batch
+    each = cross_entropy(_logits(model(ids[:, :-1])).flatten(0, 1), ids[:, 1:].flatten().long(), reduction="none")
+    if loss_mask is None:
+        return each.mean()
+    return (each * loss_mask.flatten()).sum() / loss_mask.sum().clamp(min=1)
+
+
+def predicted_tokens(batch: Batch) -> int:
+    """Tokens that a batch is counted as: ``B * T``, whether they count in the loss or not."""
+    ids = batch if isinstance(batch, Tensor) else batch[0]
+    return ids.shape[0] * (ids.shape[1] - 1)
+
+
+@torch.no_grad()
+def token_nll(model: nn.Module, ids: Tensor, batch: int = 16) -> Tensor:
+    """Negative log-likelihood of each next token, nats: ``ids [N, T + 1]`` -> float32 ``[N, T]`` on the CPU."""
+    found = []
+    for rows in ids.split(batch):
+        with autocast(rows.device):
+            logits = _logits(model(rows[:, :-1]))
+        found.append(cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").cpu())
+    return torch.cat(found)
+
+
+def train_lm(
+    model: nn.Module, get_batch: BatchFn[Batch], budget: Budget | str | int, *, lr: float = 3e-3,
+    optimizer: OptimizerName = "adamw", warmup: float = 0.1, weight_decay: float = 0.1, clip: float = 1.0,
+    checkpoint: Checkpoint | None = None, on_step: Callable[[TrainState], bool | None] | None = None,
+) -> TrainState:  # fmt: skip
+    """Train in place, as all arms are trained that are compared: warm-up, half a cosine down to a tenth, clipping.
+
+    On a GPU the forward runs in bfloat16; weights and optimiser stay in float32.
+
+    Args:
+        model: gives logits for ids; left in evaluation mode.
+        get_batch: see :func:`fit`.
+        budget: as text, or a number of steps.
+        lr: highest learning rate.
+        optimizer: ``adamw`` or ``muon``.
+        warmup: share of the budget in which the rate rises.
+        weight_decay: on matrices only.
+        clip: largest norm of the gradient.
+        checkpoint: see :func:`fit`.
+        on_step: see :func:`fit`.
+
+    Raises:
+        Diverged: the loss is NaN or infinite.
+    """
+    return fit(
+        model, get_batch, next_token_loss, budget=budget, clip=clip, checkpoint=checkpoint, on_step=on_step,
+        optimizers=optimizers_of(model, lr, optimizer, weight_decay=weight_decay), tokens_of=predicted_tokens,
+        schedule=decay("cosine", warmup=float(warmup), floor=0.1),
+    )  # fmt: skip
+
+
+def _logits(out: Any) -> Tensor:
+    """Of a decoder (logits and states), a model of transformers, or logits as they are, in float32."""
+    logits: Tensor = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else out.logits
+    return logits.float()

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of one size, so that a comparison of architectures is none of parameter counts."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+__all__ = ["matched_width", "parameters_of"]
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Parameters, those shared by two modules counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def matched_width(
+    build: Callable[[int], nn.Module], parameters: int, *, least: int = 8, tolerance: float = 0.02, name: str = "model"
+) -> int:
+    """The width, ``least`` or more, at which ``build`` comes closest to so many ``parameters``; nothing is allocated.
+
+    Args:
+        build: a model of a width; more width means more parameters.
+        parameters: aimed at.
+        least: smallest width.
+        tolerance: largest share by which the match may be off.
+        name: of the model, for the error.
+
+    Raises:
+        UserError: no width comes within ``tolerance``.
+    """
+
+    def size(width: int) -> int:
+        with torch.device("meta"):
+            return parameters_of(build(width))
+
+    low, high = least, 2 * least
+    sizes = {low: size(low), high: size(high)}
+    if sizes[high] <= sizes[low]:
+        raise UserError(f"{name} has {sizes[low]:,} parameters at any width: it cannot be matched")
+    while sizes[high] < parameters:  # as if linear, and one more
+        slope = (sizes[high] - sizes[low]) / (high - low)
+        low, high = high, high + math.ceil((parameters - sizes[high]) / slope) + 1
+        sizes[high] = size(high)
+    for turn in range(2 * high.bit_length()):  # in turn as if linear, and by halves
+        if high - low <= 1 or sizes[low] >= parameters:
+            break
+        share = (parameters - sizes[low]) / (sizes[high] - sizes[low]) if turn % 2 == 0 else 0.5
+        width = min(max(low + math.floor(share * (high - low)), low + 1), high - 1)
+        sizes[width] = size(width)
+        low, high = (low, width) if sizes[width] > parameters else (width, high)
+    best = min(sizes, key=lambda known: (abs(sizes[known] - parameters), known))
+    if abs(sizes[best] - parameters) > tolerance * parameters:
+        raise UserError(f"{name} cannot be brought to {parameters:,} parameters within {tolerance:.0%}")
+    return best

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fraction of a short prompt may be less than a strategy must protect: then the prompt is kept whole."""
+
+import dataclasses
+import pkgutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import manyheads
+from manyheads import caches as wing
+from manyheads import parse
+from manyheads.attention.budget import keep_counts, keep_limit
+from manyheads.caches._store import PolicyStore
+from manyheads.caches.snapkv import SnapKV
+from oracles import caches, models
+from tolerance import SAME, assert_close, error
+
+FIELDS = {"fireq": "base=snapkv,", "hedge": "bits=none,"}  # FireQ stores in 4 bits whatever it keeps
+SLUGS = [name for _, name, _ in pkgutil.iter_modules(wing.__path__) if not name.startswith("_")]
+SIZED = [s for s in SLUGS if {"budget", "schedule"} <= {f.name for f in dataclasses.fields(parse(s))} and s != "full"]
+MADE, LONG = 30, 200
+every = pytest.mark.parametrize("slug", SIZED)
+
+
+def spec(slug, budget):
+    return f"{slug}:{FIELDS.get(slug, '')}budget={budget}"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return models.build("llama", dtype=torch.float64)
+
+
+def under(model, strategy, ids, mask=None, **how):
+    with manyheads.use(model, strategy):
+        return caches.greedy(model, ids, mask, MADE, **how)
+
+
+def keeps_what_it_protects(model, strategy, ids):
+    """Until the text is longer than what is protected, the logits are those of the full cache."""
+    made, want = under(model, "full", ids)
+    _, got = under(model, strategy, ids, forced=made)
+    assert bool(got.isfinite().all())
+    whole = max(0, min(MADE, parse(strategy).protected - ids.shape[1] + 1))  # logits of as many tokens as stay
+    assert_close(got[:, :whole], want[:, :whole], SAME)
+
+
+@every
+@pytest.mark.parametrize("budget", [0.05, 0.25])
+@pytest.mark.parametrize("length", [1, 2, 5, 34])
+def test_a_short_prompt_is_kept_whole(llama, slug, length, budget):
+    ids = models.tokens(2, length)
+    if slug == "fireq":
+        assert bool(under(llama, spec(slug, budget), ids)[1].isfinite().all())
+    else:
+        keeps_what_it_protects(llama, spec(slug, budget), ids)
+
+
+@every
+def test_a_short_row_of_a_batch(llama, slug):
+    ids, mask = models.tokens(2, 34), torch.ones(2, 34, dtype=torch.long)
+    mask[1, :29] = 0  # five are left: the scores of two tokens tie under keydiff
+    made, logits = under(llama, spec(slug, 0.05), ids, mask)
+    _, alone = under(llama, spec(slug, 0.05), ids[1:, 29:], forced=made[1:])
+    assert_close(logits[1:], alone, 10 * SAME)
+
+
+@every
+@pytest.mark.parametrize("budget", [0.25, 0.5])
+def test_a_long_prompt_is_evicted_to_its_budget(llama, slug, budget):
+    with manyheads.use(llama):
+        cache = caches.prefilled(llama, spec(slug, budget), models.tokens(1, LONG))
+    held = torch.stack([(store.live.positions() >= 0).sum(-1).double().mean() for store in caches.stores(cache)])
+    assert abs(float(held.mean()) - max(budget * LONG, parse(spec(slug, budget)).protected)) <= 1
+
+
+class Cutting(PolicyStore):
+    """Wrong: a fraction cuts into what is protected."""
+
+    def _limits(self, counts):
+        return keep_counts(self.policy.budget, counts), keep_limit(self.policy.budget, self.live.seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(SnapKV):
+    def store(self, site):
+        return Cutting(self, site)
+
+
+def test_control(llama):
+    ids = models.tokens(2, 5)
+    keeps_what_it_protects(llama, SnapKV(budget=0.25), ids)
+    with pytest.raises(AssertionError):
+        keeps_what_it_protects(llama, Cut(budget=0.25), ids)
+    plain = under(llama, "full", models.tokens(1, 34))
+    _, got = under(llama, spec("auto", 0.05), models.tokens(1, 34), forced=plain[0])
+    assert error(got, plain[1]) > 1e-2  # 34 tokens are more than 20
+
+
+def test_slots_that_cannot_hold_the_protected_tokens_are_refused():
+    for slug in SIZED:
+        least = parse(slug).protected
+        if least > 1:
+            with pytest.raises(manyheads.UserError, match=f"a budget of {least - 1} slots cannot hold its {least}"):
+                parse(spec(slug, least - 1))
