@@ -163,9 +163,9 @@ def test_pictures_say_the_values():
 
 
 def test_lines_and_bars():
-    plot = lines([Panel([Line("<a>", [0, 1, 2, 3], [1, np.nan, 3, 2], [0, 0, 2, 1], [2, 2, 4, 3])], x="<x>")], "<n>")
+    plot = lines([Panel([Series("<a>", [0, 1, 2, 3], [1, np.nan, 3, 2], [0, 0, 2, 1], [2, 2, 4, 3])], x="<x>")], "<n>")
     assert "&lt;x&gt;" in plot and 'aria-label="&lt;n&gt;"' in plot and "<x>" not in plot
-    assert lines([Panel([Line("a", [0], [np.nan])])], "n") == ""
+    assert lines([Panel([Series("a", [0], [np.nan])])], "n") == ""
     flow = stacked(["0", "1"], [("<a>", [0.2, 0.5]), ("b", [0.8, 0.5])], "n", "x")
     edges = [
         [float(x) for x in re.findall(r"[ML] ([\d.]+) ", path)]
