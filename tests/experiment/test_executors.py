@@ -5,27 +5,15 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
 from manyheads.errors import UserError
 from manyheads.experiment import Results, run
 from manyheads.experiment.executors import Processes, Ray
-from oracles.experiment import Draws, experiment
+from oracles.experiment import Draws, Here, experiment
 
 TESTS = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Here(Draws):
-    """Says in which process it ran."""
-
-    alone: ClassVar[bool] = True
-
-    def measure(self, run, unit):
-        for arm in run.arms:
-            yield self.row("loss", arm, os.getpid(), unit.name)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,17 @@ class Draws(Task):
         run.advance(unit.cost)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Here(Draws):
+    """Says in which process it ran."""
+
+    alone: ClassVar[bool] = True
+
+    def measure(self, run, unit):
+        for arm in run.arms:
+            yield self.row("loss", arm, os.getpid(), unit.name)
+
+
 def experiment(*tasks, shift=1.0, **sizes):
     arms = (Arm("worse", options={"shift": shift}), Arm("same"))
     return Experiment(subject=Nothing(), arms=arms, tasks=tasks or (Draws(),), sizes=Sizes(**sizes), seeds=1)

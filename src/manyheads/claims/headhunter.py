@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do a few chosen heads, perturbed, guide as well as the best whole layer, and better than heads taken at random?
 
-The shipped MMDiT of scenes (6 layers of 6 heads, joint attention) without classifier-free guidance, as in the paper. Heads are ranked by one round of the search on captions and noise of its own: each head alone, by how likely
-the judge holds the words that were asked for (the part of PickScore here); the layer is chosen on the same images. w = 3
-and u = 0.25 are the paper's for general quality; six heads, as many as a layer has, and 2 and 12 beside them.
+The shipped MMDiT of scenes (6 layers of 6 heads, joint attention) without classifier-free guidance, as in the paper.
+Heads are ranked by one round of the search on captions and noise of its own: each head alone, by how likely the judge
+holds the words that were asked for (the part of PickScore here); the layer is chosen on the same images. w = 3 and
+u = 0.25 are the paper's for general quality; six heads, as many as a layer has, and 2 and 12 beside them.
 """
 
 from ..experiment import Arm, Experiment, Sizes, higher, no_worse

@@ -3,8 +3,8 @@
 
 Videos of the shipped Latte (8 frames of 16 x 16, 12 attention modules), 40 steps of flow matching with guidance 3.
 Change is the mean square of an output's difference from the step before over the mean square of the output. Outputs are
-used again at the middle 70 % of the steps; the range begins at a step that 2, 3 and 6 divide, so that all ways of counting
-begin alike. The reversed pyramid 6/3/2 runs as many modules as the pyramid 2/3/6; since modules do not cost the same,
+used again at the middle 70 % of the steps; the range begins at a step that 2, 3 and 6 divide, so that all ways of
+counting begin alike. The reversed pyramid 6/3/2 runs as many modules as the pyramid 2/3/6; since modules do not cost the same,
 6/3/1 stands beside it: of all reversed sets up to 6 the cheapest that computes at least as many FLOPs of attention.
 The arm that every user should look at is 3/3/3, no more compute than the pyramid, which the paper's claim leaves out.
 """

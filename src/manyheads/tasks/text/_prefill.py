@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prefix", "bytes_per_token", "chunk_size", "forward_chunked", "sequences_at_once", "token_nll"]
 
+_FULL = cast(Cache, parse("full"))
 _LEAST_RECORD = 64  # queries that a dense prefill keeps for the strategies forked from it
 _SLACK = 50  # a query of a chunk sees at most one slot in this many beyond the budget
 _CACHE_LIMIT = 2**30  # bytes of dense cache that one batch may hold
@@ -79,7 +80,7 @@ class Prefix:
 
     def _read(self, ids: Tensor, anew: bool) -> None:
         if anew:
-            self._dense = new_cache(self.model, parse("full"), record=self._record)
+            self._dense = new_cache(self.model, _FULL, record=self._record)
         _forward(self.model, ids, self._dense, 1)
 
     def extend(self, ids: Tensor) -> None:
@@ -95,16 +96,14 @@ class Prefix:
     def open(self, arm: Arm) -> Iterator[Any]:
         """The cache of ``arm`` after these tokens, to be fed while the block lasts."""
         strategies = arm.strategies
-        if not strategies:
-            yield self._dense.fork(parse("full"))
-            return
-        if _forks(strategies):
-            yield self._dense.fork(strategies[0])
+        keeping = cache_of(strategies) or _FULL
+        if self.serves(arm):
+            yield self._dense.fork(keeping)
             return
         with ExitStack() as stack:
             if acting := [strategy for strategy in strategies if not isinstance(strategy, Cache)]:
                 stack.enter_context(use(self.model, *acting))
-            cache = new_cache(self.model, cache_of(strategies) or parse("full"))
+            cache = new_cache(self.model, keeping)
             _forward(self.model, self.ids, cache, 1)
             yield cache
 
@@ -145,7 +144,7 @@ def bytes_per_token(model: nn.Module) -> float:
     device = next(model.parameters()).device
     ids, held = torch.arange(16, device=device)[None], []
     for length in (8, 16):
-        cache = new_cache(model, parse("full"), record=1)
+        cache = new_cache(model, _FULL, record=1)
         try:
             last = forward_chunked(model, cache, ids[:, :length], 8)
         except UserError:
@@ -156,7 +155,7 @@ def bytes_per_token(model: nn.Module) -> float:
     if held[0] == held[1]:
         raise UserError(f"{type(model).__name__} keeps no key/value cache, so there is nothing to compare")
     if not all(isinstance(layer, StoreLayer) for layer in cache.layers):
-        cache = new_cache(model, parse("full"))
+        cache = new_cache(model, _FULL)
         again = forward_chunked(model, cache, ids, 8, 8)
         if (again - last).norm() > _FORGETS * last.std() * last.numel() ** 0.5:
             raise UserError(

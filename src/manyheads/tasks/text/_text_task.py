@@ -164,7 +164,5 @@ def _guarded(run: RunContext, contexts: Contexts) -> bool:
 
 def _whole(strategy: Any) -> Any:
     """The strategy keeping everything, None where it never does."""
-    if not isinstance(strategy, Cache) or not strategy.has_budget or not strategy.lossless:
-        return None
-    whole: Any = dataclasses.replace(strategy, budget=1.0)
-    return whole
+    able = isinstance(strategy, Cache) and strategy.has_budget and strategy.lossless
+    return dataclasses.replace(strategy, budget=1.0) if able else None
