@@ -23,7 +23,7 @@ from manyheads.lens import Lens, LensResult, PerToken, RunningMean, table
 from manyheads.report import doctor, heads, inspect
 from manyheads.report.colours import LEVELS, Scale, pixels, scale_of
 from manyheads.report.page import render as html
-from manyheads.report.plots import Heat, Panel, heat, lines, stacked
+from manyheads.report.plots import Heat, Panel, Series, heat, lines, stacked
 from manyheads.report.token_view import word
 from tiny import inspect as tiny
 

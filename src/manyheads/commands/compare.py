@@ -3,38 +3,40 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyheads.compare import defaults
+from manyheads import comparison
 from manyheads.errors import UserError
 from manyheads.progress import shown
 
 from .options import (
     Device,
     Json,
-    Model,
     Out,
     Quick,
+    RayAddress,
     Resume,
     Samples,
     Seed,
     TextFiles,
+    Workers,
     console,
-    load_model,
+    executor,
     passive_threads,
     print_json,
     typed,
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from manyheads.compare.results import Results
+    from manyheads.experiment import Results
+    from manyheads.experiment.executors import Executor
 
-_TASKS = "loss,needle,several,chained,speed,memory"
-_QUICK: dict[str, Any] = {"lengths": [512], "budgets": ["0.25"], "samples": 3, "rounds": 1}
+_QUICK: dict[str, Any] = {"budgets": ["0.25"], "samples": 3, "rounds": 1}
+_QUICK_LENGTHS = [512]
+_OF_TEXT = ("lengths", "text")  # options that a pipeline has no use for
 
 
 def _listed(values: tuple[object, ...]) -> str:
@@ -42,24 +44,40 @@ def _listed(values: tuple[object, ...]) -> str:
 
 
 def compare(
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of a causal LM, or a pipeline of diffusers: its folder, or scenes, unet, moving. "
+            "\\[default: the shipped language model]"
+        ),
+    ] = None,
     text: TextFiles = None,
     strategies: Annotated[
         list[str] | None,
         typer.Option(
-            help="Specs such as snapkv or snapkv:window_size=16,kernel_size=5. "
-            f"\\[default: {_listed(defaults.STRATEGIES)}]"
+            help="Specs such as snapkv or snapkv:window_size=16,kernel_size=5; several that act together joined by +. "
+            f"\\[default: {_listed(comparison.STRATEGIES)}]"
         ),
     ] = None,
     budgets: Annotated[
         list[str] | None,
-        typer.Option(help=f"Fractions of the tokens (0.25) or slots (128). \\[default: {_listed(defaults.BUDGETS)}]"),
+        typer.Option(help=f"Fractions of the tokens (0.25) or slots (128). \\[default: {_listed(comparison.BUDGETS)}]"),
     ] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help=f"Some of {_TASKS}. \\[default: all]")] = None,
-    lengths: Annotated[list[str] | None, typer.Option(help="Tokens of a context. \\[default: 1024,2048]")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Of a language model some of {_listed(comparison.TASKS['causal_lm'])}; of a pipeline "
+            f"{_listed(comparison.TASKS['pipeline'])} and any other task on images."
+        ),
+    ] = None,
+    lengths: Annotated[
+        list[str] | None, typer.Option(help=f"Tokens of a context. \\[default: {_listed(comparison.LENGTHS)}]")
+    ] = None,
     samples: Samples = None,
     seed: Seed = None,
     device: Device = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
     out: Out = None,
     resume: Resume = None,
     quick: Quick = False,
@@ -78,7 +96,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare strategies on a model and text: quality, memory and speed, each with its uncertainty.
+    """Compare strategies on a model and text, or on a pipeline: quality, memory and speed, each with its uncertainty.
 
     Without options: the shipped model reads the source of Python's standard library, in under two minutes on two cores.
     With --train: small models are trained from scratch, one token mixer each, all on one budget.
@@ -110,7 +128,14 @@ def compare(
     from manyheads.compare.train.command import refuse
 
     refuse(options)
-    _show(_run(options, out, as_json), as_json)
+    where = executor(workers, ray)
+    passive_threads()
+    if options.get("train"):
+        if where is not None:
+            raise UserError("--train spreads its trainings itself; leave --workers and --ray away")
+        _trained(options, out, as_json)
+    else:
+        _show(_run(options, out, where, as_json), as_json)
 
 
 def report(
@@ -118,46 +143,71 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Build the report page of a run again from its rows, and print the table."""
-    from manyheads.compare.results import Results
+    from manyheads.experiment import Results
 
-    _show(Results.read(folder), as_json)
+    if _is_training(folder):
+        from manyheads.compare.results import Results as Trainings
+
+        _show_trained(Trainings.read(folder), as_json)
+    else:
+        _show(Results.read(folder), as_json)
 
 
-def _run(options: dict[str, Any], out: Path | None, as_json: bool) -> Results:
-    """Check everything that can be checked without the model, load it, compare."""
-    passive_threads()
-    from manyheads.compare.results import Results, folder_for
+def _run(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
+    """Check everything that can be checked without the model, then load it and compare."""
+    from manyheads.data.texts import read
+    from manyheads.experiment import CausalLM, Results
+    from manyheads.experiment.journal import folder_for
+    from manyheads.experiment.subjects import subject as subject_of
 
     folder, finished = folder_for(out, options)
     if finished:
         return Results.read(folder)
-    if options.get("train"):
-        from manyheads.compare.train.command import run
-
-        with shown(as_json) as progress:
-            return run(options, folder, progress)
-    chosen = {**(_QUICK if options.get("quick") else {}), **options}
-    from manyheads.compare import runner
-    from manyheads.data.texts import read
-
-    texts = read(options["text"]) if "text" in options else None
-    passed = ("strategies", "budgets", "tasks", "lengths", "samples", "rounds", "seed")
+    subject = subject_of(options.get("model", "default"))
+    of_text = isinstance(subject, CausalLM)
+    if not of_text and (wrong := [name for name in _OF_TEXT if name in options]):
+        raise UserError(f"{subject.name} reads no text: leave --{wrong[0]} away")
+    quick = _QUICK | ({"lengths": _QUICK_LENGTHS} if of_text else {}) if options.get("quick") else {}
+    if not of_text and "strategies" not in options:
+        raise UserError(f"say which --strategies to compare on {subject.name}: `manyheads list --category diffusion`")
+    chosen = {**quick, **options}
+    passed = ("strategies", "budgets", "tasks", "lengths", "samples", "rounds")
     arguments = {name: value for name, value in chosen.items() if name in passed}
-    runner.check(**{k: v for k, v in arguments.items() if k in ("strategies", "budgets", "tasks", "lengths")})
-    model, tokenizer = load_model(options.get("model"), options.get("device"))
+    comparison.plan(subject, **arguments)
+    texts = read(options["text"]) if "text" in options else None
+    _silence()
     with shown(as_json) as progress:
-        return runner.compare(
-            model, tokenizer, texts, out=folder, origin=options.get("model", "the shipped model"),
-            command=typed(), options=options, progress=progress,
-            **arguments,
+        return comparison.compare(
+            subject=subject, texts=texts, out=folder, command=typed(), options=options, progress=progress,
+            executor=where, device=options.get("device", "cpu"), seed=options.get("seed", 0), **arguments,
         )  # fmt: skip
+
+
+def _silence() -> None:
+    """No progress bars of others beside ours."""
+    from importlib.util import find_spec
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if find_spec("diffusers"):
+        from diffusers.utils import logging as theirs
+
+        theirs.disable_progress_bar()
+        theirs.set_verbosity_error()
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run in ``folder``; UserError if others are ``given``."""
-    from manyheads.compare.results import read_run
+    if _is_training(folder):
+        from manyheads.compare.results import read_run
+    else:
+        from manyheads.experiment.journal import read_run
 
-    options: dict[str, Any] = read_run(folder)["options"]
+    run = read_run(folder)
+    if run.get("kind") not in ("compare", "train"):
+        raise UserError(f"{folder} holds no run of manyheads compare; run the command again that made it")
+    options: dict[str, Any] = run["options"]
     if other := [name for name, value in given.items() if options.get(name) != value]:
         raise UserError(
             f"--resume goes on with the options of the run in {folder}; leave --{' and --'.join(other)} away"
@@ -167,17 +217,52 @@ def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 def _show(results: Results, as_json: bool) -> None:
     """Write the report page and print the figures."""
-    trained = results.run.get("kind") == "train"
-    summary = import_module(f"manyheads.compare{'.train' if trained else ''}.summary")
-    shown_by = import_module(f"manyheads.report.{'train' if trained else 'compare'}")
+    from manyheads.report.compare import page, print_summary
     from manyheads.report.page import write
+    from manyheads.report.summary import Summary
 
-    found = summary.summarise(results)
-    write(shown_by.page(found), results.report)
+    summary = Summary(results)
+    write(page(summary), results.report)
+    if as_json:
+        print_json(summary.document())
+    else:
+        print_summary(summary, console())
+
+
+def _is_training(folder: Path) -> bool:
+    import json
+
+    try:
+        run = json.loads((folder / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(run, dict) and run.get("kind") == "train"
+
+
+def _trained(options: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from manyheads.compare.results import Results, folder_for
+    from manyheads.compare.train.command import run
+
+    folder, finished = folder_for(out, options)
+    if finished:
+        _show_trained(Results.read(folder), as_json)
+        return
+    with shown(as_json) as progress:
+        results = run(options, folder, progress)
+    _show_trained(results, as_json)
+
+
+def _show_trained(results: Any, as_json: bool) -> None:
+    from manyheads.compare.train.summary import summarise
+    from manyheads.report.page import write
+    from manyheads.report.train import page, print_summary
+
+    found = summarise(results)
+    write(page(found), results.report)
     if as_json:
         print_json(found.document())
     else:
-        shown_by.print_summary(found, console())
+        print_summary(found, console())
 
 
 def _items(values: list[str] | None) -> list[str] | None:

@@ -15,26 +15,33 @@ from manyheads.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from manyheads.experiment.executors import Executor
+
 __all__ = [
-    "Device", "Json", "Length", "Model", "Out", "Quick", "Resume", "Samples", "Seed", "Slug", "TextFiles", "console",
-    "load_model", "passive_threads", "print_json", "typed", "writable",
+    "Device", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed", "Slug", "TextFiles",
+    "Workers", "console", "executor", "load_model", "passive_threads", "print_json", "typed", "writable",
 ]  # fmt: skip
 
-Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. [default: the shipped one]")]
+Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. \\[default: the shipped one]")]
 TextFiles = Annotated[
     list[str] | None,
-    typer.Option("--text", help="File or folder of text or code; may repeat. [default: the standard library]"),
+    typer.Option("--text", help="File or folder of text or code; may repeat. \\[default: the standard library]"),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cpu]")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all draws. [default: 0]")]
-Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. [default: 1024, or all there are]")]
-Samples = Annotated[int | None, typer.Option(min=1, help="Prompts or contexts of each kind. [default: 6]")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. \\[default: cpu]")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all draws. \\[default: 0]")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. \\[default: 1024, or all there are]")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Prompts or contexts of each kind. \\[default: 6]")]
 Out = Annotated[
-    Path | None, typer.Option(help="Folder of the page and of the results. [default: manyheads-..., the next free one]")
+    Path | None,
+    typer.Option(help="Folder of the page and of the results. \\[default: the next free manyheads-...]"),
 ]
 Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder; needs no other option.")]
 Quick = Annotated[
     bool, typer.Option("--quick", help="A small run: fewer and shorter samples; never outvotes a full run.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes of this machine to spread the work over.")]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", help="Ray cluster to spread the work over, or local.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a paper or baseline, as `manyheads list` shows it.")]
@@ -63,6 +70,21 @@ def typed() -> list[str]:
 def passive_threads() -> None:
     """Have waiting threads sleep: spinning, they make a busy machine several times slower. Read when torch loads."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def executor(workers: int | None, ray: str | None) -> Executor | None:
+    """Where units of an experiment run; this process when None.
+
+    Raises:
+        UserError: both are given.
+    """
+    from manyheads.experiment.executors import Processes, Ray
+
+    if workers is not None and ray is not None:
+        raise UserError("give --workers or --ray, not both")
+    if ray is not None:
+        return Ray(ray)
+    return None if workers is None or workers == 1 else Processes(workers)
 
 
 def load_model(model: str | None, device: str | None) -> tuple[Any, Any]:

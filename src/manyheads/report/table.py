@@ -136,9 +136,12 @@ class Row:
 
 def comparison(
     name: str, columns: Mapping[str, Column], rows: Iterable[Row], *, before: Sequence[Column] = (),
-    after: Sequence[Column] = (), title: str = "", note: str = "",
+    after: Sequence[Column] = (), title: str = "", note: str = "", equal: str = "",
 ) -> Table:  # fmt: skip
-    """The table of arms: label (under the heading ``name``), budget, cells before, a figure a column, cells after."""
+    """The table of arms: label (under the heading ``name``), budget, cells before, a figure a column, cells after.
+
+    ``equal`` says what is the same in all arms of one budget.
+    """
     rows = list(rows)
     budgets = any(row.budget for row in rows)
     made = []
@@ -148,7 +151,7 @@ def comparison(
             value = row.values.get(key)
             cells.append("" if value is None else estimate(column, value, row.deltas.get(key), key in row.best))
         made.append([*cells, *row.after])
-    head = [Column(name, text=True), *([Column("budget")] if budgets else []), *before]
+    head = [Column(name, text=True), *([Column("budget", equal)] if budgets else []), *before]
     return Table([*head, *columns.values(), *after], made, title, note)
 
 

@@ -2,12 +2,11 @@
 """What ``manyheads compare --train`` shows: which sections and which table from the summary of trained mixers."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import formatting
 from ..compare.train.summary import FIGURES, Mixer, Trained, bits
 from ..formatting import percent
-from .compare import sources
 from .page import Code, Details, Figure, Headline, Notes, Page, Section, made
 from .plots import Bars, Panel, Series, bars, lines, of_estimates
 from .table import Cell, Column, Estimate, Range, Row, Table, comparison, print_lines, print_table, ratio
@@ -378,3 +377,10 @@ def _training(summary: Trained) -> str:
         ],
         f"Training and tuning. {said}.", height=380,
     )  # fmt: skip
+
+
+def sources(run: dict[str, Any]) -> Section:
+    """The texts that contexts were cut from, folded away."""
+    rows = [[one["name"], one["sha256"][:16]] for one in run["sources"]]
+    listed = Table([Column("text", text=True), Column("sha256", text=True)], rows)
+    return Section("", [Details(f"The {len(rows)} texts that were read", listed)] if rows else [])
