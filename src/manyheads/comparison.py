@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .attention.budget import as_budget, keep_limit
 from .errors import UserError
 from .experiment.arms import BASELINE, Arm
 from .experiment.design import Experiment, Sizes
@@ -138,6 +137,8 @@ def make_arms(
     Raises:
         UserError: as for :func:`plan`.
     """
+    from .attention.budget import as_budget, keep_limit
+
     values = [as_budget(budget) for budget in budgets]
     arms: list[Arm] = []
     for spec in specs:

@@ -10,16 +10,19 @@ import typer
 
 from manyheads import catalog, claims
 from manyheads.errors import UserError
+from manyheads.report.claims import print_run
 from manyheads.report.table import Column, Table, print_table
 
-from .claims import print_record
+from .claims import stored_runs
 from .options import Json, Slug, console, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from manyheads.strategy import Strategy
+
 Category = Annotated[str | None, typer.Option(help="Only this category: caches, mixers, domains/vision, domains ...")]
-State = Annotated[str | None, typer.Option(help="Only this state: planned, strategy, claim, holds ...")]
+State = Annotated[str | None, typer.Option(help=f"Only this state: {', '.join(catalog.STATES)}.")]
 
 
 def list_papers(
@@ -60,15 +63,17 @@ def find(
 def show(slug: Slug, as_json: Json = False) -> None:
     """Show one strategy: what it does, its fields, how to write it, and what its claim gave."""
     paper = catalog.get(slug)
-    record = claims.stored(slug)
+    results = claims.stored(paper.slug)
     row: dict[str, Any] = paper.row() | {
         "doc": None,
         "fields": [],
         "spec": None,
-        "claim": record.row() if record else None,
+        "claim": [result.plain() for result in results] or None,
     }
     if paper.state != "planned":
-        row |= _strategy_row(slug)
+        named = catalog.strategies(slug) if slug == paper.slug else {slug: catalog.load(slug)}
+        parts = [_strategy_row(name, strategy) for name, strategy in named.items()]
+        row |= parts[0] if len(parts) == 1 else {"parts": parts}
     if as_json:
         print_json(row)
         return
@@ -80,15 +85,16 @@ def show(slug: Slug, as_json: Json = False) -> None:
     lines = [paper.title, arxiv, paper.summary, f"needs {needs}; {', '.join(paper.tags)}"]
     for line in filter(None, lines):
         screen.print(line, markup=False)
-    if row["doc"]:
-        screen.print(f"\n{row['doc']}", markup=False)
-        print_table(_fields(row["fields"]), screen)
-        screen.print(f'with manyheads.use(model, "{row["spec"]}"):', markup=False)
-    else:
+    for part in row.get("parts", [row]) if paper.state != "planned" else []:
+        screen.print(f"\n{part['doc']}", markup=False)
+        print_table(_fields(part["fields"]), screen)
+        screen.print(f'with manyheads.use(model, "{part["spec"]}"):', markup=False)
+    if paper.state == "planned":
         screen.print("\nIts strategy does not stand yet.")
-    if record:
+    if paper.state in ("claim", "checked"):
         screen.print()
-        print_record(screen, record)
+        for one in stored_runs(paper.slug, results):
+            print_run(one, screen)
 
 
 def _select(papers: list[catalog.Paper], category: str | None, state: str | None) -> list[catalog.Paper]:
@@ -108,12 +114,11 @@ def _select(papers: list[catalog.Paper], category: str | None, state: str | None
     ]
 
 
-def _strategy_row(slug: str) -> dict[str, Any]:
-    """Return docstring, fields and spec example of a strategy that stands; imports it."""
+def _strategy_row(slug: str, strategy: type[Strategy]) -> dict[str, Any]:
+    """Return slug, docstring, fields and spec example of a strategy that stands."""
     import dataclasses
     import inspect
 
-    strategy = catalog.load(slug)
     module = sys.modules[strategy.__module__]
     fields = [
         {
@@ -126,6 +131,7 @@ def _strategy_row(slug: str) -> dict[str, Any]:
     ]
     example = next((f"{f['name']}={f['default']}" for f in fields if f["default"] is not None), "")
     return {
+        "strategy": slug,
         "doc": inspect.cleandoc(module.__doc__ or strategy.__doc__ or ""),
         "fields": fields,
         "spec": f"{slug}:{example}" if example else slug,

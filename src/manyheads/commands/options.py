@@ -40,9 +40,7 @@ Quick = Annotated[
     bool, typer.Option("--quick", help="A small run: fewer and shorter samples; never outvotes a full run.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes of this machine to spread the work over.")]
-RayAddress = Annotated[
-    str | None, typer.Option("--ray", help="Ray cluster to spread the work over, or local.")
-]
+RayAddress = Annotated[str | None, typer.Option("--ray", help="Ray cluster to spread the work over, or local.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a paper or baseline, as `manyheads list` shows it.")]
 

@@ -68,7 +68,7 @@ def _against_bytes(summary: Summary, judged: list[Measured]) -> str:
         series = []
         for name, arms, step in _stepped(summary):
             known = sorted((a for a in arms if a.key in share and _shown(summary, one, a)), key=lambda a: share[a.key])
-            found = [value for arm in known if (value := _shown(summary, one, arm)) is not None]
+            found = [drawn for arm in known if (drawn := _shown(summary, one, arm)) is not None]
             series.append(of_estimates(name, [share[arm.key] * step for arm in known], found, _factor(one)))
         panels.append(_panel(summary, one, series, "bytes held, % of the baseline's (log scale)", ticks))
     said = "; ".join(f"{arm.key}: {share[arm.key]:.0f} % of the bytes" for arm in summary.arms if arm.key in share)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class Summary:
         self.arms = [
             ShownArm(arm["key"], arm["name"], arm["budget"], arm["spec"]) for arm in self.experiment["arms"]
         ]  # fmt: skip
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[tuple[Any, ...], Estimate | None] = {}
 
     @property
     def base(self) -> ShownArm:
@@ -140,7 +140,7 @@ class Summary:
             rows = self.rows(one, arm, where)
             return estimate(rows, one.metric) if rows else None
 
-        return self._once(("estimate", one.key, arm.key, *sorted((where or {}).items())), find)
+        return self._once(("estimate", one.key, arm.key, *_items(where)), find)
 
     def delta(
         self, one: Measured, arm: ShownArm, where: Mapping[str, Value] | None = None, than: ShownArm | None = None
@@ -156,7 +156,7 @@ class Summary:
                 return difference(mine, beside, one.metric)
             return ratio(mine, beside, one.metric) if all(row.value > 0 for row in [*mine, *beside]) else None
 
-        return self._once(("delta", one.key, arm.key, other.key, *sorted((where or {}).items())), find)
+        return self._once(("delta", one.key, arm.key, other.key, *_items(where)), find)
 
     def best(self, one: Measured, arms: Sequence[ShownArm]) -> list[ShownArm]:
         """Of arms with one budget the best, and those that are not told apart from it; empty where all are alike."""
@@ -202,7 +202,7 @@ class Summary:
             "best": arm in self.best(one, self.groups.get(arm.budget, [])),
         }  # fmt: skip
 
-    def _once(self, key: Any, make: Any) -> Any:
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Estimate | None]) -> Estimate | None:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -216,6 +216,10 @@ class ShownArm:
     name: str
     budget: int | float | None
     spec: str
+
+
+def _items(where: Mapping[str, Value] | None) -> list[tuple[str, Value]]:
+    return sorted((where or {}).items(), key=lambda pair: pair[0])
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
