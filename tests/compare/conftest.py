@@ -3,6 +3,4 @@
 
 from tiny import compare
 
-texts, tokenizer, model, folder, results = (
-    compare.texts, compare.tokenizer, compare.model, compare.folder, compare.results
-)  # fmt: skip
+texts, tokenizer, model = compare.texts, compare.tokenizer, compare.model

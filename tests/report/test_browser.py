@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from manyheads.compare import summarise
 from manyheads.data.texts import standard_library
 from manyheads.diffusion.token_maps import WordMaps
-from manyheads.report import compare, doctor, inspect, maps, train
+from manyheads.experiment.checks import CheckResult
+from manyheads.experiment.claim import ClaimRun
+from manyheads.experiment.estimates import Estimate
+from manyheads.report import claims, compare, doctor, inspect, maps, train
 from manyheads.report.page import Headline, Page, Section, Text, render
+from manyheads.report.summary import Summary
 from manyheads.report.table import Cell, Column, Table
 from tiny import compare as language
 from tiny import inspect as looked
@@ -26,7 +29,7 @@ const seen = (e) => e.getClientRects().length > 0, faults = [], width = document
 const named = (e) => (e.getAttribute("alt") ?? e.getAttribute("aria-label") ?? "").trim().length > 3;
 if (document.documentElement.scrollWidth > width) faults.push("scrolls sideways");
 for (const e of document.querySelectorAll("main *"))
-  if (seen(e) && !e.closest(".wide, .tokens, svg") && e.getBoundingClientRect().right > width + 1)
+  if (seen(e) && !e.closest(".wide, .token-view, svg") && e.getBoundingClientRect().right > width + 1)
     faults.push("sticks out: " + e.outerHTML.slice(0, 80));
 const first = document.querySelector("main").firstElementChild, lines = first.querySelectorAll("li");
 if (first.className !== "headlines" || !lines.length) faults.push("says nothing first");
@@ -69,16 +72,25 @@ def page_of_compare(place):
     texts = standard_library()[:30]
     specs = ["random", "snapkv:window_size=8,kernel_size=5"]
     results = language_run(texts, specs, place)
-    return compare.page(summarise(results))
+    return compare.page(Summary(results))
 
 
 def language_run(texts, specs, place):
-    from manyheads.compare import compare as run
+    from manyheads.comparison import compare as run
 
     return run(
         language.tiny(), language.make_tokenizer(texts), texts, specs, [0.5, 0.2], lengths=[320], samples=2, rounds=1,
         out=place, command=["manyheads", "compare"],
     )  # fmt: skip
+
+
+def page_of_claims(place):
+    effect = Estimate(0.1, -0.2, 0.4, 24, 8, "bootstrap over contexts", 0.1)
+    checks = (CheckResult(check=f"loss of {'w' * 90} lower than full", word="inconclusive", effect=effect, needed=90),)
+    run = ClaimRun(size="cpu", device="cpu", tier="proxy", checks=checks, command="manyheads claims run pab")
+    shown = [claims.Shown(slug="pab", statement="It holds. " * 40, run=run),
+             claims.Shown(slug="sag", statement="It fails.", error="ValueError: " + "w" * 200)]  # fmt: skip
+    return claims.page(shown, {"command": ["manyheads", "claims"], "date": "2026-01-01"})
 
 
 def page_of_train(place):
@@ -123,7 +135,7 @@ def page_of_generate(place):
 
 
 PAGES = {
-    "compare": page_of_compare, "train": page_of_train, "inspect": page_of_inspect, "doctor": page_of_doctor,
+    "compare": page_of_compare, "claims": page_of_claims, "train": page_of_train, "inspect": page_of_inspect, "doctor": page_of_doctor,
     "generate": page_of_generate,
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ def folder(model, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def results(model, tokenizer, texts, tmp_path_factory):
     """A finished run over all tasks, several budgets and lengths."""
-    from manyheads.compare import compare
+    from manyheads.comparison import compare
 
     return compare(
         model, tokenizer, texts, ["random", "snapkv:window_size=8", "streaming_llm", "hashevict"], [0.5, 0.2],

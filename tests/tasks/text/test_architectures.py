@@ -8,15 +8,18 @@ import transformers
 
 from manyheads import UserError
 from manyheads.caches._store import PolicyStore
-from manyheads.compare import compare, tasks
-from manyheads.compare.bench import TARGET
-from manyheads.compare.runner import STRATEGIES
+from manyheads.comparison import STRATEGIES, TASKS, compare
 from manyheads.integrations import cache as port_cache
 from manyheads.models import default_path
+from manyheads.tasks.text import _text_task, perplexity, speed
 from manyheads.tasks.text._contexts import Contexts
 from manyheads.tasks.text._corpus import Corpus
 from oracles import models
+from tiny import compare as tiny
 
+texts = tiny.texts
+
+TARGET = 8
 LENGTHS = (448,)  # windows of 8 have rolled, and the least that the task of several lines takes
 KEEPS_ALL = "keydiff:budget=1.0"
 HYBRID = {
@@ -60,7 +63,7 @@ def build(name, size):
     return models.build(name, vocab_size=size, **{"n_positions" if name == "gpt2" else "max_position_embeddings": 1024})
 
 
-def run(model, tokenizer, texts, out, chosen=tasks.TASKS, strategies=STRATEGIES):
+def run(model, tokenizer, texts, out, chosen=TASKS["causal_lm"], strategies=STRATEGIES):
     return compare(
         model, tokenizer, texts, [*strategies, KEEPS_ALL], tasks=chosen, lengths=LENGTHS, samples=1, rounds=1, out=out
     ).rows
@@ -78,16 +81,15 @@ def plain(model, tokenizer, texts):
 
     ids = drawn.plain("loss", LENGTHS[-1], 1, TARGET + 1)[0][0]
     for length in LENGTHS:
-        found["loss", "nats", length, None] = nats(
-            ids[: length + 1], [], ids[length + 1 : length + tasks.TARGET + 1]
-        )  # fmt: skip
+        found["token_nll", length, "0"] = nats(ids[: length + 1], [], ids[length + 1 : length + TARGET + 1])
         context = drawn.single(length)[0]
-        for metric in ("unseen", "seen"):
+        for metric in ("query_agnostic", "query_aware"):
             asked = context.questions[0]
-            found["needle", metric, length, None] = nats(context.ids, asked.question, asked.answer)
-    crowd = drawn.crowded(LENGTHS[-1])[0]
+            found[metric, length, f"{length}-0"] = nats(context.ids, asked.question, asked.answer)
+    crowd = drawn.multikey(LENGTHS[-1])[0]
     for i, asked in enumerate(crowd.questions):
-        found[asked.task, "unseen", LENGTHS[-1], i] = nats(crowd.ids, asked.question, asked.answer)
+        metric = {"niah_multikey": "multikey", "variable_tracking": "tracked"}[asked.task]
+        found[metric, LENGTHS[-1], f"0.{i}"] = nats(crowd.ids, asked.question, asked.answer)
     return found
 
 
@@ -95,9 +97,9 @@ def is_plain(rows, want, arms=("full", KEEPS_ALL)):
     """The arms that keep everything give the figures ``want`` of the plain model."""
     for arm in arms:
         got = {
-            (r["task"], r["metric"], r["length"], r.get("question")): r.get("nats", r["value"])
+            (r.metric, r.at["length"], r.sample): r.about.get("nats", r.value)
             for r in rows
-            if r["arm"] == arm and r["task"] not in ("speed", "memory")
+            if r.arm == arm and r.task not in ("speed", "memory")
         }
         assert got.keys() <= want.keys() and got
         assert got == pytest.approx({key: want[key] for key in got}, abs=2e-4)
@@ -105,8 +107,10 @@ def is_plain(rows, want, arms=("full", KEEPS_ALL)):
 
 @pytest.fixture(autouse=True)
 def _few_tokens(monkeypatch):
-    for name, value in (("TARGET", 8), ("_WARM", 1), ("_TIMED", 1)):
-        monkeypatch.setattr(tasks, name, value)
+    for module in (perplexity, _text_task):
+        monkeypatch.setattr(module, "TARGET", TARGET)
+    for name in ("_WARM", "_TIMED"):
+        monkeypatch.setattr(speed, name, 1)
 
 
 @pytest.mark.parametrize("name", [*models.DECODERS, *HYBRID])
@@ -114,11 +118,9 @@ def test_every_architecture(name, shipped, texts, tmp_path):
     model = build(name, len(shipped))
     rows, want = run(model, shipped, texts[:8], tmp_path), plain(model, shipped, texts[:8])
     is_plain(rows, want)
-    assert {r["task"] for r in rows} == set(tasks.TASKS)
-    assert set(want) == {
-        (r["task"], r["metric"], r["length"], r.get("question")) for r in rows if r["task"] not in ("speed", "memory")
-    }
-    held = {r["arm"]: r["value"] for r in rows if r["task"] == "memory" and r["length"] == LENGTHS[-1]}
+    assert {r.task for r in rows} == set(TASKS["causal_lm"])
+    assert set(want) == {(r.metric, r.at["length"], r.sample) for r in rows if r.task not in ("speed", "memory")}
+    held = {r.arm: r.value for r in rows if r.task == "memory" and r.at["length"] == LENGTHS[-1]}
     assert held["random:budget=0.1"] < held["full"] or name == "mistral"  # whose windows hold less than any budget
     with pytest.raises(AssertionError):  # control: what drops tokens is not the plain model
         is_plain(rows, want, ["random:budget=0.1"])
@@ -141,7 +143,7 @@ def lost(fork, store, target):
 def test_control_of_windows(wrong, shipped, texts, tmp_path, monkeypatch):
     model, fork = build("mistral", len(shipped)), PolicyStore.fork
     monkeypatch.setattr(PolicyStore, "fork", lambda store, target=None: wrong(fork, store, target))
-    rows = run(model, shipped, texts[:8], tmp_path, ("loss",), ())
+    rows = run(model, shipped, texts[:8], tmp_path, ("perplexity",), ())
     with pytest.raises(AssertionError):
         is_plain(rows, plain(model, shipped, texts[:8]))
 
@@ -150,7 +152,7 @@ def test_control_of_windows(wrong, shipped, texts, tmp_path, monkeypatch):
 def test_control_of_states(name, shipped, texts, tmp_path, monkeypatch):
     model = build(name, len(shipped))
     monkeypatch.setattr(port_cache, "_copied", lambda layer: layer)
-    rows = run(model, shipped, texts[:8], tmp_path, ("loss",), ())
+    rows = run(model, shipped, texts[:8], tmp_path, ("perplexity",), ())
     with pytest.raises(AssertionError):
         is_plain(rows, plain(model, shipped, texts[:8]))
 
@@ -161,4 +163,4 @@ def test_control_of_states(name, shipped, texts, tmp_path, monkeypatch):
 )
 def test_models_whose_figures_would_be_wrong_are_refused(family, own, said, shipped, texts, tmp_path):
     with pytest.raises(UserError, match=said):
-        run(other(family, own, len(shipped)), shipped, texts[:8], tmp_path, ("loss",), ())
+        run(other(family, own, len(shipped)), shipped, texts[:8], tmp_path, ("perplexity",), ())

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from manyheads import UserError
-from manyheads.compare import compare
-from manyheads.compare.bench import TARGET
+from manyheads.comparison import compare
 from manyheads.data import texts as data
 from manyheads.data.texts import Text
 from manyheads.tasks.text._contexts import Contexts
 from manyheads.tasks.text._corpus import Corpus
 from manyheads.tasks.text._needles import NeedleInserter, UnfitVocabulary
+from manyheads.tasks.text._text_task import TARGET
+from tiny import compare as tiny
+
+texts, tokenizer, model, results = tiny.texts, tiny.tokenizer, tiny.model, tiny.results
 
 
 def test_standard_library_is_read(texts):
@@ -105,44 +108,58 @@ def test_a_vocabulary_that_does_not_fit_says_so():
 
 def test_misfits_are_skipped_with_their_reason(model, tokenizer, texts, tmp_path):
     results = compare(
-        model, tokenizer, texts, ["random"], [0.5], ["loss", "several"], lengths=[64], samples=2, out=tmp_path
+        model,
+        tokenizer,
+        texts,
+        ["random"],
+        [0.5],
+        ["perplexity", "niah_multikey"],
+        lengths=[64],
+        samples=2,
+        out=tmp_path,
     )
-    assert {row["task"] for row in results.rows} == {"loss"} and "too short" in results.run["skipped"]["several"]
+    assert {row.task for row in results.rows} == {"perplexity"} and "too short" in results.run["skipped"][
+        "niah_multikey"
+    ]
     with pytest.raises(UserError, match="nothing to measure"):
-        compare(model, tokenizer, texts, ["random"], [0.5], ["several"], lengths=[64], samples=2, out=tmp_path / "b")
+        compare(
+            model, tokenizer, texts, ["random"], [0.5], ["niah_multikey"], lengths=[64], samples=2, out=tmp_path / "b"
+        )
 
 
 def test_every_arm_sees_the_same_samples(results):
     samples = {}
     for row in results.rows:
-        if row["task"] != "speed":
-            key = (row["task"], row["metric"], row["context"], row["length"], row.get("question"))
-            samples.setdefault(row["arm"], set()).add(key)
+        if row.task != "speed":
+            key = (row.task, row.metric, row.sample, row.context, *row.at.items())
+            samples.setdefault(row.arm, set()).add(key)
     assert len(samples) == 9 and len({frozenset(s) for s in samples.values()}) == 1
     assert {(t, m) for t, m, *_ in next(iter(samples.values()))} == {
-        ("loss", "nats"), ("needle", "unseen"), ("needle", "seen"), ("several", "unseen"), ("chained", "unseen"),
-        ("memory", "cache"),
+        ("perplexity", "token_nll"), ("niah_single", "query_agnostic"), ("niah_single", "query_aware"),
+        ("niah_multikey", "multikey"), ("variable_tracking", "tracked"), ("memory", "cache"),
     }  # fmt: skip
 
 
 def test_loss_of_full_is_that_of_the_plain_model(results, model, tokenizer, texts):
     drawn = Contexts(Corpus(texts, tokenizer), tokenizer, 4, 0).plain("loss", 800, 4, TARGET + 1)
     contexts = torch.from_numpy(np.stack([ids for ids, _, _ in drawn]))
-    rows = {(r["context"], r["length"]): r["value"] for r in results.rows if r["arm"] == "full" and r["task"] == "loss"}
+    rows = {(r.sample, r.at["length"]): r.value for r in results.rows if (r.arm, r.task) == ("full", "perplexity")}
     for length in (640, 800):
         with torch.inference_mode():
             logits = model(contexts[:, : length + TARGET]).logits[:, -TARGET:].float()
         targets = contexts[:, length + 1 : length + TARGET + 1]
         nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
-        assert [rows[f"loss-{i}", length] for i in range(4)] == pytest.approx(nats.tolist(), abs=1e-4)
+        assert [rows[f"{i}", length] for i in range(4)] == pytest.approx(nats.tolist(), abs=1e-4)
 
 
 def test_budget_one_costs_nothing(model, tokenizer, texts, tmp_path):
     settings = {"lengths": [640], "samples": 3, "out": tmp_path}
-    results = compare(model, tokenizer, texts, ["keydiff:budget=1.0", "random"], [0.3], ["loss", "needle"], **settings)
+    results = compare(
+        model, tokenizer, texts, ["keydiff:budget=1.0", "random"], [0.3], ["perplexity", "niah_single"], **settings
+    )
     values = {}
     for row in results.rows:
-        values.setdefault(row["arm"], []).append(row.get("nats", row["value"]))
+        values.setdefault(row.arm, []).append(row.about.get("nats", row.value))
     assert values["keydiff:budget=1.0"] == values["full"] != values["random:budget=0.3"]
 
 
@@ -152,7 +169,7 @@ def test_contexts_and_their_questions(tokenizer, texts):
     assert [c.questions[0].depth for c in contexts] == [0.1, 0.5, 0.9, 0.1] and all(len(c.ids) == 640 for c in contexts)
     for crowd in drawn.multikey(640):
         text = tokenizer.decode(crowd.ids)
-        chained = [q for q in crowd.questions if q.task == "chained"]
+        chained = [q for q in crowd.questions if q.task == "variable_tracking"]
         assert len(chained) == 3 and len(crowd.questions) == 7 and len(crowd.ids) == 640
         for question in chained:
             alias = tokenizer.decode(question.question).split()[1]
