@@ -116,6 +116,8 @@ def plan(
         sizes["samples"] = SAMPLES if samples is None else samples
     made: list[Any] = [cls() for cls in classes.values()]
     known = {f.name for task in made for f in dataclasses.fields(task)}
+    for task in made:
+        task.sized(sizes)  # a size that a task refuses is said before a budget that does not fit it
     shortest = min(sizes.get("lengths", (2**31,)))
     return Experiment(
         subject=subject, arms=tuple(make_arms(strategies, budgets, subject, shortest)), tasks=tuple(made), seeds=1,

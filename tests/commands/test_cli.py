@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from manyheads import __version__, catalog
+from manyheads import __version__, catalog, comparison
 from manyheads.cli import main
-from manyheads.compare import defaults
 
 
 @pytest.fixture
@@ -29,7 +28,9 @@ def test_list_json_has_every_paper(cli):
     code, out, _ = cli("list", "--json")
     rows = json.loads(out)
     assert code == 0 and len(rows) == 119
-    assert {"id", "slug", "category", "title", "state", "tags", "summary", "training", "arxiv"} <= set(rows[0])
+    assert {"id", "slug", "category", "title", "state", "checks", "tags", "summary", "training", "arxiv"} <= set(
+        rows[0]
+    )
     assert next(row for row in rows if row["id"] == 24)["slug"] == "hashevict"
 
 
@@ -95,8 +96,8 @@ def test_help_names_the_defaults(cli):
     """As they are in the code, and not taken for markup."""
     code, out, _ = cli("compare", "--help")
     said = "".join(line.strip(" │") for line in out.splitlines()).replace(" ", "")
-    assert code == 0 and f"[default:{','.join(defaults.STRATEGIES)}]" in said
-    assert all(f"[default:{','.join(map(str, values))}]" in said for values in (defaults.BUDGETS, defaults.LENGTHS))
+    assert code == 0 and f"[default:{','.join(comparison.STRATEGIES)}]" in said
+    assert all(f"[default:{','.join(map(str, values))}]" in said for values in (comparison.BUDGETS, comparison.LENGTHS))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,10 @@ def test_help_names_the_defaults(cli):
         (["claims", "run", "hashevct"], "did you mean hashevict"),
         (["claims", "run", "full"], "no claim yet"),
         (["claims", "run", "hashevict", "--device", "tpu"], "cuda"),
+        (["claims", "run"], "--all"),
+        (["claims", "run", "hashevict", "--all"], "--all"),
+        (["claims", "run", "hashevict", "--workers", "0"], "workers"),
+        (["compare", "--workers", "2", "--ray", "local"], "not both"),
     ],
 )
 def test_mistakes_cost_a_line_or_two(cli, arguments, said):

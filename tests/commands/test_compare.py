@@ -90,7 +90,7 @@ def test_folders(cli, folder, tmp_path):
 
 
 def test_a_pipeline_is_compared(cli, folders, tmp_path):
-    """A folder with model_index.json is a pipeline; what acts on language models is refused there, and their options."""
+    """A folder with model_index.json is a pipeline; what acts on language models alone is refused there."""
     base = ("compare", "--model", str(folders["moving"]), "--strategies", "pab:upper=1000,lower=1", "--samples", "2")
     code, out, err = cli(*base, "--out", "p")
     assert code == 0 and "PSNR to the plain image" in out and "seconds an image" in out and "budget" not in out, err

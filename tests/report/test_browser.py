@@ -135,8 +135,8 @@ def page_of_generate(place):
 
 
 PAGES = {
-    "compare": page_of_compare, "claims": page_of_claims, "train": page_of_train, "inspect": page_of_inspect, "doctor": page_of_doctor,
-    "generate": page_of_generate,
+    "compare": page_of_compare, "claims": page_of_claims, "train": page_of_train, "inspect": page_of_inspect,
+    "doctor": page_of_doctor, "generate": page_of_generate,
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_untrusted_names_are_escaped(results):
 def test_numbers_of_a_summary(results):
     summary = Summary(results)
     found = {one.key: one for one in summary.measured}
-    assert list(found)[0] == "perplexity.token_nll" and "speed.decode" in found and "memory.cache" in found
+    assert next(iter(found)) == "perplexity.token_nll" and "speed.decode" in found and "memory.cache" in found
     arms = {arm.key: arm for arm in summary.arms}
     loss, cache = found["perplexity.token_nll"], found["memory.cache"]
     half = arms["random:budget=0.5"]

@@ -155,8 +155,8 @@ def table(summary: Summary) -> Table:
         equal=f"equal {summary.experiment['equal']}" if summary.experiment["equal"] != "none" else "",
         note="Below a figure its 95 % interval, for means the paired difference to "
         f"{summary.base.name} with its interval, for times and sizes the ratio. * marks a difference to "
-        f"{summary.base.name} whose interval excludes zero; of each budget the best, and those that are not told apart "
-        "from it, are in colour.",
+        f"{summary.base.name} whose interval excludes zero; the best (of each budget), and those that are not told "
+        "apart from it, are in colour.",
     )  # fmt: skip
 
 
@@ -199,12 +199,13 @@ def _held(bytes_: float | None, base: float | None) -> Cell:
 def print_summary(summary: Summary, console: Console) -> None:
     """Print one row per arm and what has to be known to read it."""
     run, base = summary.results.run, summary.base.name
+    of_budget = " at its budget" if any(arm.budget is not None for arm in summary.arms) else ""
     shown = table(summary)
     print_table(Table(shown.columns, shown.rows, _short(run)), console)
     print_lines(
         [
             f"second line: 95 % interval, for means the difference to {base}, for times and sizes the ratio to it; "
-            f"* differs from {base}; green: best at its budget, or not told apart from it",
+            f"* differs from {base}; green: best{of_budget}, or not told apart from it",
             f"intervals: {'; '.join(_intervals(summary))}",
             *[f"{one.name}: {one.weak}" for one in summary.measured if one.weak],
             *[f"skipped {task}: {reason}" for task, reason in run["skipped"].items()],
