@@ -20,7 +20,12 @@ from typing import Any
 
 from rich.progress import Progress
 
-TASKS = ("loss", "needle", "several", "chained")
+# Figures of the tasks, by their names in the file.
+FIGURES = {
+    "needle_unseen": "niah_single.query_agnostic", "needle_seen": "niah_single.query_aware",
+    "several": "niah_multikey.multikey", "chained": "variable_tracking.tracked", "loss": "perplexity.token_nll",
+}  # fmt: skip
+TASKS = ("perplexity", "niah_single", "niah_multikey", "variable_tracking")
 TOKENS = (
     "random", "streaming_llm", "knorm", "keydiff", "snapkv", "pyramidkv", "adakv", "h2o", "tova", "lagkv",
     "expected_attention", "hashevict", "d2o", "graphkv", "hedge:bits=none",
@@ -48,10 +53,11 @@ def strategies(share: float, length: int) -> list[str]:
 
 def measure(length: int, share: float, samples: int, seed: int, device: str, only: list[str] | None) -> dict[str, Any]:
     """Figures of every arm at one length and share of the bytes."""
-    from manyheads.compare import compare, summarise
+    from manyheads.comparison import compare
     from manyheads.data.texts import standard_library
     from manyheads.environment import environment
     from manyheads.models import load_default
+    from manyheads.report.summary import Summary
 
     model, tokenizer = load_default(device)
     texts = [text for text in standard_library() if zlib.crc32(text.name.encode()) % 2]
@@ -59,10 +65,17 @@ def measure(length: int, share: float, samples: int, seed: int, device: str, onl
         specs = [s for s in strategies(share, length) if only is None or re.split("[:,]budget", s)[0] in only]
         results = compare(model, tokenizer, texts, specs, [], TASKS, lengths=[length], samples=samples, seed=seed,
                           out=folder)  # fmt: skip
-        arms = summarise(results).document()["arms"]
-    keys = ("arm", "kept", "figures")
+        document = Summary(results).document()
+    whole = document["arms"][0]["bytes"]
+    arms = [
+        {
+            "arm": arm["arm"], "kept": arm["bytes"] / whole,
+            "figures": {name: arm["figures"][key]["estimate"] for name, key in FIGURES.items()},
+        }
+        for arm in document["arms"]
+    ]  # fmt: skip
     return {"length": length, "share": share, "samples": samples, "seed": seed, "device": device,
-            "environment": environment(), "arms": [{k: arm[k] for k in keys} for arm in arms]}  # fmt: skip
+            "environment": environment(), "arms": arms}  # fmt: skip
 
 
 def store(run: dict[str, Any], path: Path) -> None:
@@ -79,12 +92,11 @@ def store(run: dict[str, Any], path: Path) -> None:
 
 def table(runs: list[dict[str, Any]], length: int) -> str:
     """The figures of one length in Markdown, an arm to a line."""
-    names = ("needle_unseen", "needle_seen", "several", "chained", "loss")
     lines = ["| arm | bytes | unseen | seen | several | chained | loss |", "|---|---|---|---|---|---|---|"]
     for run in sorted((run for run in runs if run["length"] == length), key=lambda run: -run["share"]):
         for arm in run["arms"]:
-            found = [arm["figures"].get(name, {"value": float("nan")})["value"] for name in names]
-            cells = [f"{value:.{3 if name == 'loss' else 2}f}" for name, value in zip(names, found, strict=True)]
+            found = [arm["figures"].get(name, {"value": float("nan")})["value"] for name in FIGURES]
+            cells = [f"{value:.{3 if name == 'loss' else 2}f}" for name, value in zip(FIGURES, found, strict=True)]
             lines.append(f"| {arm['arm']} | {arm['kept']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -184,24 +184,14 @@ def touch(path: Path, text: str = "") -> None:
     path.write_text(text)
 
 
-def record(verdict: str, quick: bool = False) -> str:
-    result = {
-        "device": "cpu",
-        "quick": quick,
-        "verdict": verdict,
-        "reason": "measured",
-        "figures": [],
-        "seeds": [0],
-        "seconds": 1.0,
-        "date": "2026-01-01T00:00:00+00:00",
-        "command": "manyheads claims run foo",
-        "environment": {},
-    }
-    return json.dumps({"slug": "foo", "statement": "s", "paper_figure": "p", "results": [result]})
+def result(*sizes: str, line: str = "proxy: 1 of 1 hold", legacy: object = None) -> str:
+    runs = [{"size": size, "date": f"2026-01-0{i + 1}", "legacy": legacy} for i, size in enumerate(sizes)]
+    return json.dumps({"line": line, "runs": runs})
 
 
-def test_state_follows_the_files(tmp_path):
+def test_state_follows_the_files(tmp_path, monkeypatch):
     package = tmp_path / "src" / "manyheads"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def state() -> str:
         return catalog.state_in(package, "domains/vision", "foo")
@@ -215,9 +205,38 @@ def test_state_follows_the_files(tmp_path):
     touch(tmp_path / "tests/elsewhere/test_foo.py")
     assert state() == "strategy"
     touch(package / "claims/foo.py")
+    assert state() == "claim" and catalog.checks_in(package, "foo") == {}
+    results = catalog.results_folder(package)
+    assert results == tmp_path / "home/.local/share/manyheads/claims"  # no checkout: nothing goes into the package
+    touch(results / "foo.cpu.json", result("quick", line="proxy: quick run of 1 checks, figures only"))
+    assert state() == "claim"  # figures, and no word
+    touch(results / "foo.cpu.json", result("cpu", legacy={"verdict": "holds"}))
     assert state() == "claim"
-    for verdict in ("holds", "does not hold here", "not testable here"):
-        touch(package / "claims/foo.json", record(verdict))
-        assert state() == verdict
+    touch(results / "foo.cpu.json", result("quick", "cpu"))
+    assert state() == "checked"
+    assert catalog.checks_in(package, "foo") == {
+        "cpu": {"line": "proxy: 1 of 1 hold", "date": "2026-01-02", "full": True}
+    }
     (package / "domains/vision/foo.py").unlink()
     assert state() == "planned"
+
+
+def test_checks_of_a_checkout_and_of_a_package(tmp_path, monkeypatch):
+    """Results of one's own come first; without any the package says what stood when it was made."""
+    package = tmp_path / "src" / "manyheads"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    touch(tmp_path / "pyproject.toml")
+    touch(tmp_path / ".git")
+    packed = {device: {"line": f"packed {device}", "date": "2025-01-01", "full": True} for device in ("cpu", "cuda")}
+    touch(package / "claims/summary.json", json.dumps({"foo": packed}))
+    assert catalog.checks_in(package, "foo") == packed and catalog.checks_in(package, "bar") == {}
+    results = tmp_path / "results/claims"
+    assert catalog.results_folder(package) == results
+    touch(results / "foo.cuda.json", result("cuda", line="mine"))
+    assert [found["line"] for found in catalog.checks_in(package, "foo").values()] == ["packed cpu", "mine"]
+    monkeypatch.setattr(catalog, "PACKAGE", package)
+    assert catalog.get("hashevict").checks == ""
+    for damaged in ("{", "[]", '{"runs": 3}', '{"runs": [{}]}'):
+        touch(results / "foo.cuda.json", damaged)
+        with pytest.raises(UserError, match=r"foo\.cuda\.json is no result of a claim"):
+            catalog.checks_in(package, "foo")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: what may be said, how it is stored, and which run decides."""
+"""Claims from the command line: several at once, what is stored, what is said, and what the package carries."""
 
 import json
 import sys
@@ -9,162 +9,165 @@ from dataclasses import replace
 import pytest
 
 from manyheads import catalog, claims
-from manyheads.claims import Claim, Figure, Outcome, Result, Setting
 from manyheads.cli import main
 from manyheads.errors import UserError
+from manyheads.experiment import higher, lower
+from manyheads.experiment.claim import Claim, Reported, run_claim, store
+from manyheads.report import claims as report
+from manyheads.report.page import render
+from oracles.experiment import Draws, experiment
 
-FIGURE = Figure("loss at half the cache", 2.5, 64, 2.4, 2.6, "nats")
-
-
-def measure(setting: Setting) -> Outcome:
-    setting.progress("measuring", 0.5)
-    return Outcome("holds", f"{len(setting.seeds)} seeds agree", (FIGURE,))
-
-
-CLAIM = Claim("hashevict", "It keeps the loss [at half] the cache.", "30-70 % (Llama-3-8B)", measure)
+SIZES = {"quick": {"samples": 6}, "cpu": {"samples": 24}}
 
 
-def result(**changes) -> Result:
-    base = Result(
-        device="cpu",
-        quick=False,
-        verdict="holds",
-        reason="measured",
-        figures=(FIGURE,),
-        seeds=(0, 1, 2),
-        seconds=1.5,
-        date="2026-01-02T00:00:00+00:00",
-        command="manyheads claims run hashevict",
-        environment={"cpu": "some", "cores": 2, "gpu": None},
-    )
-    return replace(base, **changes)
+def claim(slug, *tasks):
+    return Claim(
+        slug=slug, statement="It loses [less].", tier="scaled", experiment=experiment(*tasks, **SIZES),
+        reported=Reported(value="1.0", setting="theirs", where="Table 1"),
+        checks=(
+            lower("loss", "full", than="worse"), lower("loss", "worse", than="same"),
+            higher("loss", "same", than="full"),
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder of claims with one in it, that of hashevict."""
-    (tmp_path / "hashevict.py").touch()
-    module = types.ModuleType("manyheads.claims.hashevict")
-    module.claim = CLAIM
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(claims, "FOLDER", tmp_path)
-    return tmp_path
+    """Claims of two papers, one of which fails when it is run, in a folder of their own."""
+    place = tmp_path / "claims"
+    place.mkdir()
+    for slug, made in {"hashevict": claim("hashevict"), "pab": claim("pab", Draws(fails=1))}.items():
+        (place / f"{slug}.py").touch()
+        module = types.ModuleType(f"manyheads.claims.{slug}")
+        module.claim = made
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    results = tmp_path / "results"
+    monkeypatch.setattr(claims, "_FOLDER", place)
+    monkeypatch.setattr(claims, "SUMMARY", place / "summary.json")
+    for module in (claims, catalog):
+        monkeypatch.setattr(module, "results_folder", lambda package=None: results)
+    monkeypatch.chdir(tmp_path)
+    return results
 
 
-def test_outcome_refuses_other_verdicts_and_empty_hands():
-    with pytest.raises(ValueError, match="none of holds"):
-        Outcome("works", "because", (FIGURE,))
-    with pytest.raises(ValueError, match="needs figures"):
-        Outcome("holds", "because", ())
-    assert Outcome("not testable here", "needs a robot", ()).figures == ()
-
-
-def test_figure_reads_well():
-    assert str(FIGURE) == "loss at half the cache 2.5 nats [2.4, 2.6], n=64"
-    assert str(Figure("recall", 0.25, 8)) == "recall 0.25, n=8"
-
-
-def test_store_and_read_back(home):
-    assert claims.stored("hashevict") is None
-    path = claims.store(CLAIM, result())
-    assert path == home / "hashevict.json" and claims.stored("hashevict").results == (result(),)
-    assert [file.name for file in home.iterdir() if file.suffix != ".py"] == ["hashevict.json"]  # no draft is left
-
-
-def test_a_run_replaces_its_like_and_keeps_the_others(home):
-    for one in (result(), result(quick=True), result(device="cuda"), result(seconds=9.0)):
-        claims.store(CLAIM, one)
-    stored = claims.stored("hashevict").results
-    assert [(r.device, r.quick, r.seconds) for r in stored] == [
-        ("cpu", False, 9.0),
-        ("cpu", True, 1.5),
-        ("cuda", False, 1.5),
-    ]
-
-
-def test_a_quick_run_never_outvotes_a_full_one(home):
-    claims.store(CLAIM, result(quick=True, verdict="not testable here"))
-    assert claims.stored("hashevict").verdict == "not testable here"
-    claims.store(CLAIM, result(verdict="does not hold here"))
-    claims.store(CLAIM, result(quick=True, verdict="holds", date="2030-01-01T00:00:00+00:00"))
-    assert claims.stored("hashevict").verdict == "does not hold here"
-    claims.store(CLAIM, result(device="cuda", verdict="holds", date="2030-01-01T00:00:00+00:00"))
-    assert claims.stored("hashevict").verdict == "holds"  # the newest full run
-
-
-@pytest.mark.parametrize("numbers", [(float("nan"),), (float("inf"),), (1.0, 3, float("nan"), 2.0)])
-def test_a_figure_must_be_finite(numbers):
-    value, *rest = numbers
-    with pytest.raises(ValueError, match="'loss' is not finite"):
-        Figure("loss", value, *(rest or [1]))
-
-
-def test_a_failed_write_leaves_the_old_record(home, monkeypatch):
-    claims.store(CLAIM, result())
-    before = (home / "hashevict.json").read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("manyheads.files.os.fsync", full)
-    with pytest.raises(UserError, match="could not be stored: No space left"):
-        claims.store(CLAIM, result(seconds=2.0))
-    assert (home / "hashevict.json").read_bytes() == before and len(list(home.iterdir())) == 2
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"slug": "hashevict"}', '{"results": [{"device": "cpu"}]}'])
-def test_a_damaged_record_is_named(home, text):
-    (home / "hashevict.json").write_text(text)
-    with pytest.raises(UserError, match=r"hashevict\.json is not a claim record"):
-        claims.stored("hashevict")
-
-
-def test_run_measures_and_describes(home):
-    said = []
-    found = claims.run("hashevict", Setting(quick=True, progress=lambda message, done: said.append((message, done))))
-    assert said == [("measuring", 0.5)] and found.reason == "1 seeds agree" and found.figures == (FIGURE,)
-    assert found.command == "manyheads claims run hashevict --quick" and found.seeds == (0,)
-    assert {"cpu", "cores", "python", "torch", "transformers", "manyheads"} <= set(found.environment)
-    assert claims.run("hashevict").seeds == (0, 1, 2)
-
-
-def test_no_claim_and_no_gpu(home, monkeypatch):
-    with pytest.raises(UserError, match="claims stand for: hashevict"):
-        claims.load("pooling")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match="no CUDA device"):
-        claims.run("hashevict", Setting(device="cuda"))
-
-
-def test_a_claim_file_must_expose_its_claim(home, monkeypatch):
-    monkeypatch.setattr(sys.modules["manyheads.claims.hashevict"], "claim", replace(CLAIM, slug="other"))
-    with pytest.raises(TypeError, match="must expose `claim`"):
-        claims.load("hashevict")
-
-
-def test_command_line(home, capsys, monkeypatch):
-    def cli(*arguments):
+@pytest.fixture
+def cli(capsys):
+    def run(*arguments):
         with pytest.raises(SystemExit) as stop:
             main(list(arguments))
-        assert stop.value.code == 0
-        return capsys.readouterr().out
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
 
-    row = json.loads(cli("claims", "--json"))[0]
-    assert row["slug"] == "hashevict" and row["verdict"] is None and row["statement"] == CLAIM.statement
-    assert "not run yet" in cli("claims")
-    assert "holds" in cli("claims", "run", "hashevict", "--quick")
-    row = json.loads(cli("claims", "--json"))[0]
-    assert {"slug", "statement", "verdict", "figures", "environment", "date"} <= set(row)
-    assert row["verdict"] == "holds" and row["quick"] and row["figures"][0]["n"] == 64
-    assert "[at half]" in cli("claims") and "n=64" in cli("claims")
-    assert json.loads(cli("claims", "run", "hashevict", "--json"))["quick"] is False
-    assert "n=64" in cli("show", "hashevict")
+    return run
 
 
-@pytest.mark.parametrize("slug", claims.slugs())
-def test_claims_of_the_library_are_whole(slug):
-    claim = claims.load(slug)
-    record = claims.stored(slug)
-    assert catalog.get(slug) and claim.statement and claim.paper_figure
-    if record:
-        assert record.slug == slug and record.statement == claim.statement  # else the stored runs checked another claim
+def test_one_claim(home, cli, tmp_path):
+    code, out, err = cli("claims", "run", "hashevict")
+    assert code == 0 and "scaled: 1 of 3 hold, 1 contradicted, 1 inconclusive" in out and "[less]" in out, err
+    assert (
+        "bootstrap over contexts" in out and str(home) in out and (tmp_path / "manyheads-claims/claims.html").exists()
+    )
+    assert [path.name for path in home.iterdir()] == ["hashevict.cpu.json"]
+    assert (tmp_path / "manyheads-claims" / "hashevict.cpu.cpu" / "run.json").exists()
+    (found,) = claims.stored("hashevict")
+    assert [check.word for check in found.deciding.checks] == ["holds", "contradicted", "inconclusive"]
+    code, out, _ = cli("show", "hashevict")
+    assert code == 0 and found.line in out and "contradicted" in out and "checked" in out
+    row = json.loads(cli("show", "hashevict", "--json")[1])
+    assert row["checks"] == f"{found.line} (cpu)" and row["claim"][0]["runs"][0]["checks"][0]["word"] == "holds"
+
+
+def test_a_quick_run_gives_no_word(home, cli):
+    code, out, err = cli("claims", "run", "hashevict", "--quick", "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and err == "" and row["line"] == "scaled: quick run of 3 checks, figures only"
+    assert {check["word"] for check in row["run"]["checks"]} == {None}
+    assert catalog.get("hashevict").state == "claim"
+
+
+def test_one_that_fails_does_not_stop_the_others(home, cli):
+    code, out, err = cli("claims", "run", "pab", "hashevict")
+    assert code == 2 and "failed: this unit is not for you" in out and "1 of 3 hold" in out
+    assert "error: 1 of 2 claims failed: pab" in err and [path.name for path in home.iterdir()] == [
+        "hashevict.cpu.json"
+    ]
+    rows = json.loads(cli("claims", "run", "--all", "--json")[1])
+    assert [(row["slug"], bool(row["error"])) for row in rows] == [("hashevict", False), ("pab", True)]
+    code, out, err = cli("claims", "run", "pab")
+    assert code == 2 and out == "" and err.splitlines()[-1] == "error: this unit is not for you"
+
+
+def test_a_file_that_is_no_claim_is_one_that_fails(home, cli, monkeypatch):
+    monkeypatch.setattr(sys.modules["manyheads.claims.pab"], "claim", claim("other"))
+    code, out, err = cli("claims", "run", "--all", "--quick")
+    assert code == 1 and "must expose `claim`" in out and "hashevict" in out and "1 of 2 claims failed" in err
+
+
+def test_a_run_that_was_cut_off_goes_on(home, cli, tmp_path):
+    assert cli("claims", "run", "hashevict", "--json")[0] == 0
+    (before,) = claims.stored("hashevict")
+    units = sorted((tmp_path / "manyheads-claims/hashevict.cpu.cpu/units").iterdir())
+    kept = {unit: unit.stat().st_mtime_ns for unit in units[1:]}
+    units[0].unlink()
+    assert cli("claims", "run", "hashevict", "--workers", "2", "--json")[0] == 0
+    assert {unit: unit.stat().st_mtime_ns for unit in kept} == kept and units[0].exists()
+    (after,) = claims.stored("hashevict")
+    assert after.deciding.checks == before.deciding.checks
+
+
+def test_the_list(home, cli, tmp_path):
+    assert cli("claims")[1].count("not run yet") == 2
+    cli("claims", "run", "hashevict", "--quick")
+    cli("claims", "run", "hashevict")
+    code, out, _ = cli("claims", "list", "--page", "all.html")
+    assert code == 0 and "1 of 3 hold" in out and out.count("not run yet") == 1
+    page = (tmp_path / "all.html").read_text()
+    assert "bootstrap over contexts" in page and "not run yet" in page and "inconclusive" in page
+    rows = json.loads(cli("claims", "--json")[1])
+    assert [row["slug"] for row in rows] == ["hashevict", "pab"] and len(rows[0]["results"][0]["runs"]) == 2
+
+
+def test_the_page_shows_words_effects_and_power(home):
+    found = run_claim(claim("hashevict"), "cpu", "cpu", home / "run")
+    shown = report.Shown(slug="hashevict", statement="<script>", run=found)
+    columns = [column.name for column in report.checks(found).columns]
+    cells = [[cell.text for cell in row] for row in report.checks(found).cells]
+    assert columns == ["check", "word", "effect", "against", "interval", "detectable", "needed"]
+    assert [row[1] for row in cells] == ["holds", "contradicted", "inconclusive"]
+    assert all(row[4] == "bootstrap over contexts" and row[5] for row in cells) and cells[2][6] and not cells[0][6]
+    text = render(report.page([shown], {"command": []}))
+    assert "<script" not in text and "&lt;script&gt;" in text and "1 holds" in text
+    proxy = [row[1].text for row in report.checks(replace(found, tier="proxy")).rows]
+    assert proxy == ["holds", "not shown", "inconclusive"]  # control: the same run of a proxy
+
+
+def test_the_summary_is_what_the_results_say(home, tmp_path):
+    made = claim("hashevict")
+    run = run_claim(made, "cpu", "cpu", tmp_path / "run")
+    assert claims.summary() == {}
+    store(made, run, home)
+    store(made, replace(run, device="cuda", size="cuda"), home)
+    found = claims.summary()
+    assert list(found) == ["hashevict"] and found["hashevict"] == catalog.checks_in(catalog.PACKAGE, "hashevict")
+    assert found["hashevict"]["cuda"] == {"line": run.line, "date": run.date, "full": True}
+
+
+def test_the_package_carries_what_the_results_say():
+    """After new results: `manyheads claims summary`."""
+    packed = json.loads(claims.SUMMARY.read_text()) if claims.SUMMARY.exists() else {}
+    assert packed == claims.summary()
+
+
+def test_no_claim_and_no_gpu(home, cli, monkeypatch):
+    with pytest.raises(UserError, match="there are claims of: hashevict, pab"):
+        claims.load("pooling")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = cli("claims", "run", "hashevict", "--device", "cuda")
+    assert code == 2 and "no GPU" in err
+
+
+def test_results_of_a_damaged_file_are_named(home):
+    home.mkdir()
+    (home / "hashevict.cpu.json").write_text("{")
+    with pytest.raises(UserError, match=r"hashevict\.cpu\.json is no result of a claim"):
+        claims.stored("hashevict")

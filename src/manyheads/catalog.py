@@ -2,10 +2,10 @@
 """The catalogue of papers: what there is, what stands, and the strategy behind a slug.
 
 `papers.toml` says what a paper is; files say what stands. The slug names all four of them:
-``<category>/<slug>.py`` (the strategy), ``claims/<slug>.py`` (its claim), ``claims/<slug>.json`` (the claim's results)
-and, in a checkout, ``tests/<category>/test_<slug>.py``. A paper with several strategies is a folder
-``<category>/<slug>/`` instead: its ``__all__`` names them, each has a module of its own, and ``slug.part`` is the one
-in the module ``part``. Nothing here imports a strategy except `strategies` and `load`.
+``<category>/<slug>.py`` (the strategy), ``claims/<slug>.py`` (its claim), ``<slug>.<device>.json`` (the claim's
+results, see `results_folder`) and, in a checkout, ``tests/<category>/test_<slug>.py``. A paper with several strategies
+is a folder ``<category>/<slug>/`` instead: its ``__all__`` names them, each has a module of its own, and ``slug.part``
+is the one in the module ``part``. Nothing here imports a strategy except `strategies` and `load`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from manyheads.errors import UserError
 
@@ -26,8 +26,9 @@ PACKAGE = Path(__file__).resolve().parent
 RECOMMENDED = "hedge"  # what the spec "auto" stands for
 
 Training = Literal["none", "calibration", "required"]
-State = Literal["planned", "untested", "strategy", "claim", "holds", "does not hold here", "not testable here"]
+State = Literal["planned", "untested", "strategy", "claim", "checked"]
 STATES: tuple[State, ...] = get_args(State)
+DEVICES = ("cpu", "cuda")  # that claims are checked on
 
 # What a search may find for a paper's `training`: words, so that "without training" ranks what needs none.
 _TRAINING_WORDS = {
@@ -70,6 +71,11 @@ class Paper:
         """What stands of this paper, read from the files (see `state_in`)."""
         return state_in(PACKAGE, self.category, self.slug)
 
+    @property
+    def checks(self) -> str:
+        """What the checks of its claim say, a line for each device; empty where it was not run."""
+        return "; ".join(f"{found['line']} ({device})" for device, found in checks_in(PACKAGE, self.slug).items())
+
     def row(self) -> dict[str, object]:
         """Return what ``--json`` prints of this paper."""
         return {
@@ -78,6 +84,7 @@ class Paper:
             "category": self.category,
             "title": self.title,
             "state": self.state,
+            "checks": self.checks,
             "training": self.training,
             "tags": list(self.tags),
             "summary": self.summary,
@@ -86,11 +93,11 @@ class Paper:
 
 
 def state_in(package: Path, category: str, slug: str) -> State:
-    """Derive a state from the files under `package`, the folder of the installed package.
+    """Derive a state from the files under `package`, the folder of the installed package, and the stored results.
 
     "planned": no strategy file. "untested": a strategy without ``test_<slug>.py``; tests are looked for in a checkout
-    only, they are not installed. "strategy": no claim yet. "claim": a claim that has not been run. After that the
-    verdict of the stored run.
+    only, they are not installed. "strategy": no claim yet. "claim": a claim of which no full run is stored. "checked":
+    there is one; what its checks say is another matter, see `Paper.checks`.
     """
     if not _stands(package, category, slug):
         return "planned"
@@ -101,10 +108,59 @@ def state_in(package: Path, category: str, slug: str) -> State:
         return "untested"
     if not (package / "claims" / f"{slug}.py").is_file():
         return "strategy"
-    from manyheads.records import read
+    return "checked" if any(found["full"] for found in checks_in(package, slug).values()) else "claim"
 
-    record = read(package / "claims" / f"{slug}.json")
-    return record.verdict if record and record.verdict else "claim"
+
+def results_folder(package: Path = PACKAGE) -> Path:
+    """Where results of claims are kept: ``results/claims`` of a checkout, else the user's data folder."""
+    root = package.parents[1]
+    if (root / "pyproject.toml").is_file() and (root / ".git").exists():
+        return root / "results" / "claims"
+    return Path.home() / ".local" / "share" / "manyheads" / "claims"
+
+
+def checks_in(package: Path, slug: str) -> dict[str, dict[str, Any]]:
+    """What is known of a claim by device: its ``line``, its ``date``, and whether a ``full`` run is behind it.
+
+    Results of one's own come first, then those that the package was made with. Reads JSON only.
+
+    Raises:
+        UserError: a file of results is damaged.
+    """
+    packed = _json(package / "claims" / "summary.json").get(slug, {})
+    found = {}
+    for device in DEVICES:
+        path = results_folder(package) / f"{slug}.{device}.json"
+        stored = _json(path)
+        try:
+            known = digest(stored) if stored else packed.get(device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no result of a claim ({error}); delete it and run the claim again") from error
+        if known:
+            found[device] = known
+    return found
+
+
+def digest(stored: dict[str, Any]) -> dict[str, Any]:
+    """What `checks_in` says of a file of results."""
+    full = [run for run in stored["runs"] if run["size"] != "quick" and run["legacy"] is None]
+    dates = [run["date"] for run in full or stored["runs"]]
+    return {"line": stored["line"], "date": max(dates), "full": bool(full)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Contents of a file, empty where there is none; UserError where it is damaged."""
+    import json
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is no result of a claim ({error}); delete it and run the claim again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no result of a claim; delete it and run the claim again")
+    return found
 
 
 def _stands(package: Path, category: str, slug: str) -> bool:
@@ -258,7 +314,8 @@ def markdown(rows: list[Paper]) -> str:
     def line(paper: Paper) -> str:
         title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
         number = paper.id if paper.id is not None else "baseline"
-        return f"| `{paper.slug}` | {number} | {paper.category} | {title} | {paper.summary} | {paper.state} |"
+        state = ": ".join(filter(None, (paper.state, paper.checks)))
+        return f"| `{paper.slug}` | {number} | {paper.category} | {title} | {paper.summary} | {state} |"
 
     head = ["| strategy | paper | category | title | what it does | state |", "|---|---|---|---|---|---|"]
     stands = [paper for paper in rows if paper.state != "planned"]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: a thin face over the public functions.
+"""The command line: the app, its verbs by name, and what becomes of errors.
 
-Nothing here imports torch before a command needs it. A verb with many options lives beside its subject as a plain
-function and is named in `_VERBS`; its file is imported for that verb and for ``--help`` only, so it keeps its own heavy
-imports inside the function.
+The verbs are functions (or an app of further verbs) in :mod:`manyheads.commands`, a file each; a verb's file is
+imported for that verb and for ``--help`` only, and keeps its own heavy imports inside the function.
 """
 
 from __future__ import annotations
@@ -16,51 +15,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from manyheads import __version__, catalog, claims
+from manyheads import __version__
 from manyheads.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-    from rich.table import Table
-
-    from manyheads.strategy import Strategy
-
-# Verbs that live elsewhere: name -> "module:function".
+# Verbs: name -> "file:function" in manyheads.commands.
 _VERBS = {
-    "compare": "manyheads.compare.command:compare",
-    "report": "manyheads.compare.command:report",
-    "inspect": "manyheads.inspect.command:inspect",
-    "doctor": "manyheads.inspect.command:doctor",
-    "generate": "manyheads.generate.command:generate",
-}
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quick = Annotated[bool, typer.Option("--quick", help="At most 30 s on two cores; never outvotes a full run.")]
-Category = Annotated[str | None, typer.Option(help="Only this category: caches, mixers, domains/vision, domains ...")]
-State = Annotated[str | None, typer.Option(help="Only this state: planned, strategy, claim, holds ...")]
-Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a paper or baseline, as `manyheads list` shows it.")]
+    "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
+    "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find", "show": "catalog:show",
+    "claims": "claims:app",
+}  # fmt: skip
 
 
 class _LazyGroup(TyperGroup):
-    """The group of all verbs; those of `_VERBS` are imported when they are asked for."""
+    """The group of all verbs; each is imported when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*_VERBS, *super().list_commands(ctx)]
+        return list(_VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _VERBS:
             return super().get_command(ctx, cmd_name)
-        module, _, function = _VERBS[cmd_name].partition(":")
-        verb = typer.Typer(add_completion=False)
-        verb.command(cmd_name)(getattr(import_module(module), function))
-        return typer.main.get_command(verb)
+        module, _, name = _VERBS[cmd_name].partition(":")
+        verb = getattr(import_module(f"manyheads.commands.{module}"), name)
+        if not isinstance(verb, typer.Typer):
+            function, verb = verb, typer.Typer(add_completion=False)
+            verb.command(cmd_name)(function)
+        made = typer.main.get_command(verb)
+        made.name = cmd_name
+        return made
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in _VERBS:
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], _VERBS)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_VERBS)}"
+            raise UserError(f"no such command {args[0]!r}: {hint}")
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(cls=_LazyGroup, add_completion=False, pretty_exceptions_enable=False)
-claims_app = typer.Typer(invoke_without_command=True)
-app.add_typer(claims_app, name="claims")
 
 
 def _print_version(wanted: bool) -> None:
@@ -77,225 +74,6 @@ def _options(
     ] = False,
 ) -> None:
     """Compare attention strategies of many papers on your own model and text."""
-
-
-@app.command("list")
-def list_papers(
-    category: Category = None,
-    state: State = None,
-    as_json: Json = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
-) -> None:
-    """List the papers and what stands of each."""
-    papers = _select(catalog.papers(), category, state)
-    if markdown:
-        typer.echo(catalog.markdown(papers + _select(catalog.baselines(), category, state)))
-        return
-    if as_json:
-        _print_json([paper.row() for paper in papers])
-        return
-    console = _console()
-    console.print(_table(papers, f"{len(papers)} papers"))
-    if baselines := _select(catalog.baselines(), category, state):
-        console.print(_table(baselines, f"{len(baselines)} baselines, to measure them against"))
-
-
-@app.command()
-def find(
-    words: Annotated[str, typer.Argument(help='What you look for, as "shrink the cache without training".')],
-    limit: Annotated[int, typer.Option(min=1, help="The most rows to show.")] = 10,
-    as_json: Json = False,
-) -> None:
-    """Search papers and baselines by words."""
-    found = catalog.find(words, limit)
-    if as_json:
-        _print_json([{**paper.row(), "score": round(score, 3)} for paper, score in found])
-        return
-    if not found:
-        raise UserError(f"nothing matches {words!r}; try other words, or `manyheads list`")
-    _console().print(_table([paper for paper, _ in found], "best first"))
-
-
-@app.command()
-def show(slug: Slug, as_json: Json = False) -> None:
-    """Show one strategy: what it does, its fields, how to write it, and what its claim gave."""
-    paper = catalog.get(slug)
-    record = claims.stored(paper.slug)
-    row: dict[str, Any] = paper.row() | {
-        "doc": None,
-        "fields": [],
-        "spec": None,
-        "claim": record.row() if record else None,
-    }
-    if paper.state != "planned":
-        named = catalog.strategies(slug) if slug == paper.slug else {slug: catalog.load(slug)}
-        parts = [_strategy_row(name, strategy) for name, strategy in named.items()]
-        row |= parts[0] if len(parts) == 1 else {"parts": parts}
-    if as_json:
-        _print_json(row)
-        return
-    console = _console()
-    number = "baseline" if paper.baseline else f"paper {paper.id}"
-    console.print(f"[bold]{slug}[/] ({number}, {paper.category}, {paper.state})")
-    arxiv = f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else ""
-    needs = {"none": "no training", "calibration": "a calibration pass", "required": "training"}[paper.training]
-    lines = [paper.title, arxiv, paper.summary, f"needs {needs}; {', '.join(paper.tags)}"]
-    for line in filter(None, lines):
-        console.print(line, markup=False)
-    for part in row.get("parts", [row]) if paper.state != "planned" else []:
-        console.print(f"\n{part['doc']}", markup=False)
-        console.print(_field_table(part["fields"]))
-        console.print(f'with manyheads.use(model, "{part["spec"]}"):', markup=False)
-    if paper.state == "planned":
-        console.print("\nIts strategy does not stand yet.")
-    if record:
-        console.print()
-        _print_record(console, record)
-
-
-@claims_app.callback()
-def list_claims(ctx: typer.Context, as_json: Json = False) -> None:
-    """List the claims that can be checked here, with their verdicts; `claims run SLUG` checks one."""
-    if ctx.invoked_subcommand:
-        return
-    records = claims.records()
-    if as_json:
-        _print_json([record.row() for record in records])
-        return
-    console = _console()
-    for record in records:
-        _print_record(console, record)
-        console.print()
-    if not records:
-        console.print("No claim stands yet.")
-
-
-@claims_app.command("run")
-def run_claim(
-    slug: Slug,
-    quick: Quick = False,
-    device: Annotated[claims.Device, typer.Option(help="Where to run it.")] = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Check the claim of one paper on this machine and store the result beside it."""
-    catalog.get(slug)
-    claim = claims.load(slug)
-    console = _console(stderr=True)
-    with console.status(f"{slug}: {claim.statement}") as status:
-
-        def progress(message: str, done: float) -> None:
-            status.update(f"{slug}: {message} ({done:.0%})")
-
-        result = claims.run(slug, claims.Setting(device=device, quick=quick, progress=progress))
-    record = claims.Record(slug, claim.statement, claim.paper_figure, (result,))
-    if as_json:
-        _print_json(record.row())
-    else:
-        _print_record(_console(), record)
-    path = claims.store(claim, result)
-    console.print(f"stored in {path}", markup=False, soft_wrap=True)
-
-
-def _select(papers: list[catalog.Paper], category: str | None, state: str | None) -> list[catalog.Paper]:
-    """Return the rows of a category (or of all below it) and of a state."""
-    categories = catalog.categories()
-    if category is not None and not any(f"{known}/".startswith(f"{category.rstrip('/')}/") for known in categories):
-        close = catalog.nearest(category, categories)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(categories)}"
-        raise UserError(f"unknown category {category!r}: {hint}")
-    if state is not None and state not in catalog.STATES:
-        raise UserError(f"unknown state {state!r}; there are {', '.join(catalog.STATES)}")
-    return [
-        paper
-        for paper in papers
-        if (category is None or f"{paper.category}/".startswith(f"{category.rstrip('/')}/"))
-        and state in (None, paper.state)
-    ]
-
-
-def _strategy_row(slug: str, strategy: type[Strategy]) -> dict[str, Any]:
-    """Return slug, docstring, fields and spec example of a strategy that stands."""
-    import dataclasses
-    import inspect
-
-    module = sys.modules[strategy.__module__]
-    fields = [
-        {
-            "name": field.name,
-            "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
-            "default": None if field.default is dataclasses.MISSING else field.default,
-            "help": field.metadata.get("help", ""),
-        }
-        for field in dataclasses.fields(strategy)
-    ]
-    example = next((f"{f['name']}={f['default']}" for f in fields if f["default"] is not None), "")
-    return {
-        "strategy": slug,
-        "doc": inspect.cleandoc(module.__doc__ or strategy.__doc__ or ""),
-        "fields": fields,
-        "spec": f"{slug}:{example}" if example else slug,
-    }
-
-
-def _console(stderr: bool = False) -> Console:
-    """Return a console that does not squeeze tables when the output is not a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)
-
-
-def _table(papers: Sequence[catalog.Paper], title: str) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    table.add_column("id", justify="right", no_wrap=True)
-    table.add_column("slug", no_wrap=True)
-    table.add_column("category", no_wrap=True)
-    table.add_column("state")
-    table.add_column("needs training")
-    table.add_column("what it does", ratio=1)
-    for row in papers:
-        number = "" if row.id is None else str(row.id)
-        table.add_row(number, row.slug, row.category, row.state, row.training, Text(row.summary))
-    return table
-
-
-def _field_table(fields: list[dict[str, Any]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("field", "default", "meaning"):
-        table.add_column(heading)
-    for field in fields:
-        table.add_row(Text(field["name"]), Text(str(field["default"])), Text(field["help"]))
-    return table
-
-
-def _print_record(console: Console, record: claims.Record) -> None:
-    """Print a claim and what the deciding run gave."""
-    colour = {"holds": "green", "does not hold here": "red", None: "dim"}.get(record.verdict, "yellow")
-    console.print(f"[bold]{record.slug}[/] [{colour}]{record.verdict or 'not run yet'}[/]")
-    console.print(f"claim: {record.statement}", markup=False)
-    console.print(f"paper: {record.paper_figure}", markup=False)
-    if result := record.deciding:
-        console.print(f"here: {result.reason}", markup=False)
-        for figure in result.figures:
-            console.print(f"  {figure}", markup=False)
-        machine = result.environment.get("gpu") if result.device == "cuda" else result.environment.get("cpu")
-        size = "quick run" if result.quick else "full run"
-        took = "" if result.seconds is None else f"{result.seconds:.0f} s "
-        console.print(f"{size}, {took}on {machine}, {result.date}: {result.command}", style="dim")
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, default=str))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .attention.budget import as_budget, keep_limit
 from .errors import UserError
 from .experiment.arms import BASELINE, Arm
 from .experiment.design import Experiment, Sizes
@@ -117,6 +116,8 @@ def plan(
         sizes["samples"] = SAMPLES if samples is None else samples
     made: list[Any] = [cls() for cls in classes.values()]
     known = {f.name for task in made for f in dataclasses.fields(task)}
+    for task in made:
+        task.sized(sizes)  # a size that a task refuses is said before a budget that does not fit it
     shortest = min(sizes.get("lengths", (2**31,)))
     return Experiment(
         subject=subject, arms=tuple(make_arms(strategies, budgets, subject, shortest)), tasks=tuple(made), seeds=1,
@@ -138,6 +139,8 @@ def make_arms(
     Raises:
         UserError: as for :func:`plan`.
     """
+    from .attention.budget import as_budget, keep_limit
+
     values = [as_budget(budget) for budget in budgets]
     arms: list[Arm] = []
     for spec in specs:

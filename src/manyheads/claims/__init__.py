@@ -8,21 +8,20 @@ folder and never into the installed package, which carries ``claims/summary.json
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyheads.catalog import DEVICES, digest, results_folder
 from manyheads.errors import UserError
 
 if TYPE_CHECKING:
     from manyheads.experiment.claim import Claim, ClaimResult
 
-__all__ = ["load", "results_folder", "slugs", "stored", "summary"]
+__all__ = ["DEVICES", "SUMMARY", "load", "results_folder", "slugs", "stored", "summary"]
 
 _FOLDER = Path(__file__).resolve().parent
 SUMMARY = _FOLDER / "summary.json"
-DEVICES = ("cpu", "cuda")
 
 
 def slugs() -> list[str]:
@@ -46,14 +45,6 @@ def load(slug: str) -> Claim:
     return claim
 
 
-def results_folder() -> Path:
-    """Where results are written: ``results/claims`` of a checkout, else the user's data folder."""
-    root = _FOLDER.parents[2]
-    if (root / "pyproject.toml").is_file() and (root / ".git").exists():
-        return root / "results" / "claims"
-    return Path.home() / ".local" / "share" / "manyheads" / "claims"
-
-
 def stored(slug: str, folder: Path | None = None) -> list[ClaimResult]:
     """What is stored of the claim of `slug`, one result a device.
 
@@ -67,13 +58,18 @@ def stored(slug: str, folder: Path | None = None) -> list[ClaimResult]:
     return [result for result in found if result is not None]
 
 
-def summary() -> dict[str, Any]:
-    """Lines of all claims as they stood when the package was made: ``{slug: {device: {"line": ..., "date": ...}}}``.
+def summary(folder: Path | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Lines of all claims by slug and device, from the stored results: what the package carries as summary.json.
 
-    Results of one's own come first, see :func:`stored`. Imports nothing.
+    ``{slug: {device: {"line": ..., "date": ..., "full": ...}}}``; :func:`manyheads.catalog.checks_in` reads it.
+
+    Raises:
+        UserError: a file of results is damaged.
     """
-    try:
-        found: dict[str, Any] = json.loads(SUMMARY.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+    found = {}
+    for slug in slugs():
+        known = [result for result in stored(slug, folder) if result.deciding]
+        lines: dict[str, dict[str, Any]] = {result.runs[0].device: digest(result.plain()) for result in known}
+        if lines:
+            found[slug] = lines
     return found

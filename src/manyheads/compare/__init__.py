@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies side by side on one model and text: quality, memory and speed, each with its uncertainty."""
+"""Comparisons by training, until they are an experiment too; all others are :mod:`manyheads.comparison`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .results import Results
-    from .runner import compare
-    from .summary import summarise
     from .train.run import compare_trained
 
-__all__ = ["Results", "compare", "compare_trained", "summarise"]
-
-_HOMES = {"Results": "results", "compare": "runner", "compare_trained": "train.run", "summarise": "summary"}
+__all__ = ["compare_trained"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name == "compare_trained":
+        return import_module(f"{__name__}.train.run").compare_trained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

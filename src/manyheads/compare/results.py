@@ -14,9 +14,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomically
-from .bench import Row
 
-__all__ = ["Journal", "FOLDER", "Results", "folder_for", "read_run"]
+__all__ = ["FOLDER", "Journal", "Results", "Row", "folder_for", "read_run"]
+
+Row = dict[str, Any]
 
 FOLDER = "manyheads-report"
 RUN, ROWS, REPORT = "run.json", "rows.jsonl", "report.html"

@@ -3,7 +3,6 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from ..errors import UserError
 from ..integrations import use
 from ..models.pipeline import parameters
 from ..spec import parse
-from .maps_page import write_page
 from .rows import Row
 from .run import Settings, generate
 
-__all__ = ["find", "write"]
+__all__ = ["find", "watch"]
 
 _SLUG = "token_maps"
 
@@ -49,14 +47,16 @@ def _category() -> Any:
     return import_module(catalog.get(_SLUG).module)
 
 
-def write(
-    pipe: Any, places: Sequence[Mapping[str, Sequence[int]]], rows: Sequence[Row], settings: Settings, page: Path,
-    facts: Mapping[str, str],
-) -> None:  # fmt: skip
-    """Make every row once more while its words are watched, and write the page.
+def watch(
+    pipe: Any, places: Sequence[Mapping[str, Sequence[int]]], rows: Sequence[Row], settings: Settings
+) -> tuple[list[Any], Any]:
+    """Make every row once more while its words are watched.
+
+    Returns:
+        the images, and the maps of the words, a row of each.
 
     Raises:
-        UserError: the page cannot be written, or the denoiser has no attention to words.
+        UserError: the denoiser has no attention to words.
     """
     category, takes, found, images = _category(), parameters(pipe), [], []
     for row, named in zip(rows, places, strict=True):
@@ -65,12 +65,7 @@ def write(
         with use(pipe, strategy) as port:
             images.append(generate(pipe, takes, row, settings)[-1])
         found.append(category.maps(port, strategy, words=named))
-    labels = [row.label.replace("\n", ", ") for row in rows]
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        write_page(page, images, _joined(category, found), title="Attention maps", prompts=labels, facts=facts)
-    except OSError as error:
-        raise UserError(f"cannot write {page} ({error}); give another file with --page") from error
+    return images, _joined(category, found)
 
 
 def _joined(category: Any, found: Sequence[Any]) -> Any:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..formatting import number
 from .attention_breakdown import FIRST, PREVIOUS
-from .figures import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

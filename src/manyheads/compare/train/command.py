@@ -11,8 +11,9 @@ from manyheads.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from manyheads.progress import Progress
+
     from ..results import Results
-    from ..runner import Progress
 
 __all__ = ["ONLY_HERE", "refuse", "run"]
 

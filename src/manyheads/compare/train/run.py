@@ -2,7 +2,9 @@
 """A comparison of token mixers by training, from beginning to end."""
 
 import datetime
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from ...data.texts import Text, digest, standard_library
 from ...errors import UserError
 from ...models import placed
 from ...models.decoder import Decoder
+from ...progress import Progress
 from ...strategy import Strategy
 from ...tasks.text._contexts import Contexts
 from ...tasks.text._corpus import Corpus
-from ..results import FOLDER, RUN, Journal, Results, read_run
-from ..runner import Progress, work
+from ..results import FOLDER, RUN, Journal, Results, Row, read_run
 from .arms import Arm, build, check_causal, default_strategies, make_arms, perturb_zero_params
 from .budget import CPU, CUDA, QUICK, Shares, Size
 from .data import Bytes, flat, split
@@ -193,3 +195,49 @@ def _describe(arm: Arm, parameters: int, recall: int) -> dict[str, Any]:
         "key": arm.key, "label": arm.key, "strategy": arm.strategy.slug, "spec": arm.key, "parameters": parameters,
         "recall_parameters": recall,
     }  # fmt: skip
+
+
+def work(
+    bench: Any, journal: Journal, units: Sequence[Any], measure: Callable[[Any, Any], list[Row]], progress: Progress,
+    texts: Sequence[Text],
+) -> Results:  # fmt: skip
+    """Measure the ``units`` that the journal does not hold yet; ``bench.tick`` gets a listener to the work done.
+
+    Args:
+        bench: what ``measure`` gets with each unit; it calls ``bench.tick`` with units of ``unit.cost``.
+        journal: takes the rows.
+        units: with ``name``, ``label`` and ``cost``.
+        measure: gives the rows of a unit.
+        progress: hears how far the run is.
+        texts: those of them that rows name are listed in ``run.json``.
+    """
+    start, total = time.perf_counter(), sum(unit.cost for unit in units)
+    done = 0.0
+    for unit in units:
+        if unit.name not in journal.done:
+            gone = done
+
+            def tick(step: float, message: str = unit.label) -> None:
+                nonlocal gone
+                gone += step
+                progress(gone, total, message)
+
+            progress(done, total, unit.label)
+            bench.tick = tick
+            journal.add(measure(bench, unit))
+        done += unit.cost
+        progress(done, total, "")
+    seconds = journal.run.get("seconds", 0.0) + time.perf_counter() - start
+    used = {row["text"] for row in journal.rows if "text" in row}
+    sources = [{"name": t.name, "sha256": t.sha256} for t in texts if t.name in used]
+    return journal.finish(seconds=round(seconds, 2), peak_rss_bytes=_peak_memory(), sources=sources)
+
+
+def _peak_memory() -> int | None:
+    """Most memory that this process has held, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import stats
-from ..bench import Row
-from ..results import Results
+from ..results import Results, Row
 from ..stats import Array, Estimate
 from .tasks import model_folder, rate_of, spans
 

@@ -35,7 +35,7 @@ from ...models.decoder import Decoder, DecoderConfig
 from ...tasks.text._contexts import Contexts
 from ...training import BatchFn, Diverged, best_rate, token_nll, train_lm
 from ...training.language import Batch
-from ..bench import Row
+from ..results import Row
 from .arms import Arm, build, check_causal
 from .budget import Shares, Size
 from .data import Stream

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs ``manyheads compare`` and ``manyheads report``. What they need is imported when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyheads import comparison
+from manyheads.errors import UserError
+from manyheads.progress import shown
+
+from .options import (
+    Device,
+    Json,
+    Out,
+    Quick,
+    RayAddress,
+    Resume,
+    Samples,
+    Seed,
+    TextFiles,
+    Workers,
+    console,
+    executor,
+    passive_threads,
+    print_json,
+    typed,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from manyheads.experiment import Results
+    from manyheads.experiment.executors import Executor
+
+_QUICK: dict[str, Any] = {"budgets": ["0.25"], "samples": 3, "rounds": 1}
+_QUICK_LENGTHS = [512]
+_OF_TEXT = ("lengths", "text")  # options that a pipeline has no use for
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(map(str, values))  # spaces, where a narrow terminal can break the line
+
+
+def compare(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of a causal LM, or a pipeline of diffusers: its folder, or scenes, unet, moving. "
+            "\\[default: the shipped language model]"
+        ),
+    ] = None,
+    text: TextFiles = None,
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Specs such as snapkv or snapkv:window_size=16,kernel_size=5; several that act together joined by +. "
+            f"\\[default: {_listed(comparison.STRATEGIES)}]"
+        ),
+    ] = None,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Fractions of the tokens (0.25) or slots (128). \\[default: {_listed(comparison.BUDGETS)}]"),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Of a language model some of {_listed(comparison.TASKS['causal_lm'])}; of a pipeline "
+            f"{_listed(comparison.TASKS['pipeline'])} and any other task on images."
+        ),
+    ] = None,
+    lengths: Annotated[
+        list[str] | None, typer.Option(help=f"Tokens of a context. \\[default: {_listed(comparison.LENGTHS)}]")
+    ] = None,
+    samples: Samples = None,
+    seed: Seed = None,
+    device: Device = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    out: Out = None,
+    resume: Resume = None,
+    quick: Quick = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train a small model for each strategy that is a token mixer, and compare.")
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="With --train: tokens of each arm (2M) or time of all (10m). \\[default: 600k]"),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="With --train: about so long in all, in place of --budget. \\[cuda: 8]")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="With --train: trainings of each arm. \\[default: 3]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare strategies on a model and text, or on a pipeline: quality, memory and speed, each with its uncertainty.
+
+    Without options: the shipped model reads the source of Python's standard library, in under two minutes on two cores.
+    With --train: small models are trained from scratch, one token mixer each, all on one budget.
+    The results go to a folder with a report page. A run that was cut off goes on when it is given the same options and
+    --out, or with --resume.
+    """
+    given: dict[str, Any] = {
+        "model": model and _place(model),
+        "text": text and [_place(path) for path in text],
+        "strategies": _specs(strategies),
+        "budgets": _items(budgets),
+        "tasks": _items(tasks),
+        "lengths": [_whole(length) for length in _items(lengths) or []] or None,
+        "samples": samples,
+        "seed": seed,
+        "device": device,
+        "quick": quick or None,
+        "train": train or None,
+        "budget": budget,
+        "minutes": minutes,
+        "seeds": seeds,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if resume is not None:
+        options = _resumed(resume, options)
+        if out is not None and out.resolve() != resume.resolve():
+            raise UserError("--resume goes on in its own folder; leave --out away")
+        out = resume
+    from manyheads.compare.train.command import refuse
+
+    refuse(options)
+    where = executor(workers, ray)
+    passive_threads()
+    if options.get("train"):
+        if where is not None:
+            raise UserError("--train spreads its trainings itself; leave --workers and --ray away")
+        _trained(options, out, as_json)
+    else:
+        _show(_run(options, out, where, as_json), as_json)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `manyheads compare` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Build the report page of a run again from its rows, and print the table."""
+    from manyheads.experiment import Results
+
+    if _is_training(folder):
+        from manyheads.compare.results import Results as Trainings
+
+        _show_trained(Trainings.read(folder), as_json)
+    else:
+        _show(Results.read(folder), as_json)
+
+
+def _run(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
+    """Check everything that can be checked without the model, then load it and compare."""
+    from manyheads.data.texts import read
+    from manyheads.experiment import CausalLM, Results
+    from manyheads.experiment.journal import folder_for
+    from manyheads.experiment.subjects import subject as subject_of
+
+    folder, finished = folder_for(out, options)
+    if finished:
+        return Results.read(folder)
+    subject = subject_of(options.get("model", "default"))
+    of_text = isinstance(subject, CausalLM)
+    if not of_text and (wrong := [name for name in _OF_TEXT if name in options]):
+        raise UserError(f"{subject.name} reads no text: leave --{wrong[0]} away")
+    quick = _QUICK | ({"lengths": _QUICK_LENGTHS} if of_text else {}) if options.get("quick") else {}
+    if not of_text and "strategies" not in options:
+        raise UserError(f"say which --strategies to compare on {subject.name}: `manyheads list --category diffusion`")
+    chosen = {**quick, **options}
+    passed = ("strategies", "budgets", "tasks", "lengths", "samples", "rounds")
+    arguments = {name: value for name, value in chosen.items() if name in passed}
+    comparison.plan(subject, **arguments)
+    texts = read(options["text"]) if "text" in options else None
+    _silence()
+    with shown(as_json) as progress:
+        return comparison.compare(
+            subject=subject, texts=texts, out=folder, command=typed(), options=options, progress=progress,
+            executor=where, device=options.get("device", "cpu"), seed=options.get("seed", 0), **arguments,
+        )  # fmt: skip
+
+
+def _silence() -> None:
+    """No progress bars of others beside ours."""
+    from importlib.util import find_spec
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if find_spec("diffusers"):
+        from diffusers.utils import logging as theirs
+
+        theirs.disable_progress_bar()
+        theirs.set_verbosity_error()
+
+
+def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run in ``folder``; UserError if others are ``given``."""
+    if _is_training(folder):
+        from manyheads.compare.results import read_run
+    else:
+        from manyheads.experiment.journal import read_run
+
+    run = read_run(folder)
+    if run.get("kind") not in ("compare", "train"):
+        raise UserError(f"{folder} holds no run of manyheads compare; run the command again that made it")
+    options: dict[str, Any] = run["options"]
+    if other := [name for name, value in given.items() if options.get(name) != value]:
+        raise UserError(
+            f"--resume goes on with the options of the run in {folder}; leave --{' and --'.join(other)} away"
+        )
+    return options
+
+
+def _show(results: Results, as_json: bool) -> None:
+    """Write the report page and print the figures."""
+    from manyheads.report.compare import page, print_summary
+    from manyheads.report.page import write
+    from manyheads.report.summary import Summary
+
+    summary = Summary(results)
+    write(page(summary), results.report)
+    if as_json:
+        print_json(summary.document())
+    else:
+        print_summary(summary, console())
+
+
+def _is_training(folder: Path) -> bool:
+    import json
+
+    try:
+        run = json.loads((folder / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(run, dict) and run.get("kind") == "train"
+
+
+def _trained(options: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from manyheads.compare.results import Results, folder_for
+    from manyheads.compare.train.command import run
+
+    folder, finished = folder_for(out, options)
+    if finished:
+        _show_trained(Results.read(folder), as_json)
+        return
+    with shown(as_json) as progress:
+        results = run(options, folder, progress)
+    _show_trained(results, as_json)
+
+
+def _show_trained(results: Any, as_json: bool) -> None:
+    from manyheads.compare.train.summary import summarise
+    from manyheads.report.page import write
+    from manyheads.report.train import page, print_summary
+
+    found = summarise(results)
+    write(page(found), results.report)
+    if as_json:
+        print_json(found.document())
+    else:
+        print_summary(found, console())
+
+
+def _items(values: list[str] | None) -> list[str] | None:
+    """The pieces of comma-separated options, None if none was given."""
+    return None if values is None else [item.strip() for value in values for item in value.split(",") if item.strip()]
+
+
+def _specs(values: list[str] | None) -> list[str] | None:
+    from manyheads.spec import split_list
+
+    return None if values is None else [spec for value in values for spec in split_list(value)]
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"a length is a number of tokens, not {text!r}; write for instance --lengths 1024,2048")
+    return int(text)
+
+
+def _place(path: str) -> str:
+    """An existing path made absolute, so that a run can go on from another folder; a hub name as it is."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs ``manyheads inspect`` and ``manyheads doctor``. What they need is imported when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyheads.errors import UserError
+from manyheads.progress import shown
+
+from .options import (
+    Device,
+    Json,
+    Length,
+    Model,
+    Out,
+    Quick,
+    Samples,
+    Seed,
+    TextFiles,
+    console,
+    load_model,
+    passive_threads,
+    typed,
+    writable,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from manyheads.report.page import Page
+
+_PROBE, _DOCTOR = "manyheads-inspect", "manyheads-doctor"
+FINDINGS = "findings.json"
+
+
+def inspect(
+    model: Model = None,
+    text: TextFiles = None,
+    lens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Comma-separated: sinks, massive, rhythm, spans:system=0-12, or any lens of `manyheads list "
+            "--category lenses` with its fields. \\[default: sinks,massive,rhythm]"
+        ),
+    ] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help='Tokens that play a part: system=0-12 (12 not included) or system="words of the text".'),
+    ] = None,
+    chat: Annotated[Path | None, typer.Option(help="JSON list of messages, written by the model's template.")] = None,
+    generate: Annotated[
+        int, typer.Option(min=0, help="The model says so many tokens to each prompt first: the role response.")
+    ] = 0,
+    length: Length = None,
+    samples: Samples = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to look at, as 0-3+7. \\[default: all]")] = None,
+    ablate: Annotated[
+        str | None, typer.Option(help="Score such as sink: take its highest heads out and measure the loss.")
+    ] = None,
+    device: Device = None,
+    seed: Seed = None,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Look at what a model attends to: a table, a page with pictures, and all figures as JSON.
+
+    Without options: the shipped model reads the source of Python's standard library. The page shows every score over
+    layers and heads, the map of each head, tokens coloured by what a lens says of them, and where the mass goes.
+    """
+    passive_threads()
+    from manyheads.data.texts import read
+    from manyheads.inspect.naming import DEFAULT, parse_lenses, parse_role
+    from manyheads.inspect.prompts import read_chat
+
+    lenses, roles = parse_lenses(lens or list(DEFAULT))
+    for given in role or []:
+        roles |= parse_role(given)
+    if chat is not None and text:
+        raise UserError("give --chat or --text, not both")
+    if chat is not None and roles:
+        raise UserError("the roles of a chat are those of its messages; leave --role away")
+    messages = None if chat is None else read_chat(chat)
+    texts = read(text) if text else None
+    chosen = _layers(layers)
+    place = writable(out, _PROBE)
+    from manyheads.inspect import run
+    from manyheads.inspect.prompts import chat as as_prompt
+    from manyheads.report import inspect as shown_by
+
+    with shown(as_json) as progress:
+        loaded, tokenizer = load_model(model, device)
+        prompts = (
+            None if messages is None else [as_prompt(messages, tokenizer, generate > 0, chat.name if chat else "")]
+        )
+        seen = run.inspect_model(
+            loaded, tokenizer, texts, lenses, prompts=prompts, roles=roles, generate=generate, layers=chosen,
+            ablate=ablate, seed=seed or 0, origin=model or "the shipped model", command=typed(), progress=progress,
+            length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES),
+        )  # fmt: skip
+    document = _write(place, "inspect.html", shown_by.page(seen), seen.document())
+    if as_json:
+        typer.echo(document, nl=False)
+    else:
+        shown_by.print_findings(seen, place / "inspect.html", console())
+
+
+def doctor(
+    model: Model = None,
+    text: TextFiles = None,
+    length: Length = None,
+    samples: Samples = None,
+    device: Device = None,
+    seed: Seed = None,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is unusual in a model, and what it means for caches, quantisation and long context.
+
+    Attention sinks, heads that do nothing or the same as another, massive activations and channels, leaks of padding,
+    loss by position, NaN and infinity: each with its figure and its threshold. The exit code is 0 whatever is found.
+    """
+    passive_threads()
+    from manyheads.data.texts import read
+
+    texts = read(text) if text else None
+    place = writable(out, _DOCTOR)
+    from manyheads.inspect import doctor as work
+    from manyheads.inspect import run
+    from manyheads.report import doctor as shown_by
+
+    with shown(as_json) as progress:
+        loaded, tokenizer = load_model(model, device)
+        found = work.diagnose(
+            loaded, tokenizer, texts, seed=seed or 0, origin=model or "the shipped model", command=typed(),
+            length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES), quick=quick,
+            progress=progress,
+        )  # fmt: skip
+    document = _write(place, "doctor.html", shown_by.page(found), found.document())
+    if as_json:
+        typer.echo(document, nl=False)
+    else:
+        shown_by.print_diagnosis(found, place / "doctor.html", console())
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """``0-3+7`` as numbers."""
+    if text is None:
+        return None
+    from ..spec import numbers
+
+    return sorted(set(numbers(text)))
+
+
+def _write(place: Path, name: str, page: Page, document: dict[str, Any]) -> str:
+    """Write page and findings into ``place``; returns the findings as text."""
+    import json
+
+    from manyheads.files import write_atomically
+    from manyheads.report.page import write
+
+    text = json.dumps(document, allow_nan=False, ensure_ascii=False) + "\n"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomically(place / FINDINGS, text)
+        write(page, place / name)
+    except OSError as error:
+        raise UserError(f"cannot write to {place} ({error}); give another folder with --out") from error
+    return text

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that verbs share, each declared once, and what all verbs do with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyheads.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from manyheads.experiment.executors import Executor
+
+__all__ = [
+    "Device", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed", "Slug", "TextFiles",
+    "Workers", "console", "executor", "load_model", "passive_threads", "print_json", "typed", "writable",
+]  # fmt: skip
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. \\[default: the shipped one]")]
+TextFiles = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="File or folder of text or code; may repeat. \\[default: the standard library]"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. \\[default: cpu]")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all draws. \\[default: 0]")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. \\[default: 1024, or all there are]")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Prompts or contexts of each kind. \\[default: 6]")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the page and of the results. \\[default: the next free manyheads-...]"),
+]
+Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder; needs no other option.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A small run: fewer and shorter samples; never outvotes a full run.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes of this machine to spread the work over.")]
+RayAddress = Annotated[str | None, typer.Option("--ray", help="Ray cluster to spread the work over, or local.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
+Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a paper or baseline, as `manyheads list` shows it.")]
+
+
+def console(width: int = 150, stderr: bool = False) -> Console:
+    """A console that does not squeeze tables when the output is not a terminal."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=width)
+
+
+def print_json(value: object) -> None:
+    """Print a document."""
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def typed() -> list[str]:
+    """The command as it was typed."""
+    return ["manyheads", *(argument for argument in sys.argv[1:] if argument != "--debug")]
+
+
+def passive_threads() -> None:
+    """Have waiting threads sleep: spinning, they make a busy machine several times slower. Read when torch loads."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def executor(workers: int | None, ray: str | None) -> Executor | None:
+    """Where units of an experiment run; this process when None.
+
+    Raises:
+        UserError: both are given.
+    """
+    from manyheads.experiment.executors import Processes, Ray
+
+    if workers is not None and ray is not None:
+        raise UserError("give --workers or --ray, not both")
+    if ray is not None:
+        return Ray(ray)
+    return None if workers is None or workers == 1 else Processes(workers)
+
+
+def load_model(model: str | None, device: str | None) -> tuple[Any, Any]:
+    """A language model and its tokenizer, the shipped one when None.
+
+    Raises:
+        UserError: there is none of that name, or it reads with an encoder.
+    """
+    from transformers.utils import logging
+
+    from manyheads import models
+
+    logging.disable_progress_bar()
+    if model is None:
+        return models.load_default(device or "cpu")
+    loaded, tokenizer = models.load(model, device or "cpu")
+    if loaded.config.is_encoder_decoder:
+        raise UserError(f"{model} reads with an encoder; give a decoder-only language model")
+    return loaded, tokenizer
+
+
+def writable(out: Path | None, name: str) -> Path:
+    """The folder to write to: ``out``, or ``name`` or the first of ``name-2``, ... that is free.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    place, number = out or Path(name), 1
+    while out is None and place.exists():
+        number += 1
+        place = Path(f"{name}-{number}")
+    parent = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {place}; give another folder with --out")
+    return place

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment shows: page and terminal table of any run, whatever its tasks measure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from .. import formatting
+from ..experiment.estimates import QUARTILES
+from .compare_plots import pictures
+from .page import Headline, Notes, Page, Section, made
+from .table import Cell, Column, Row, Table, comparison, estimate, print_lines, print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..experiment.estimates import Estimate
+    from .summary import Measured, ShownArm, Summary
+
+__all__ = ["caveats", "headlines", "page", "print_summary", "table"]
+
+_FEW = 20  # contexts below which a note is made of them
+_NAMED = 3  # arms that a sentence names
+
+
+def page(summary: Summary) -> Page:
+    """The page of a run."""
+    run, experiment = summary.results.run, summary.experiment
+    model, texts = run["model"], run["texts"]
+    about: list[tuple[str, Any, str]] = [("model", model["name"], _identity(model))]
+    if texts:
+        about.append(
+            ("text", f"{texts['files']} files, {texts['characters']:,} characters", f"sha256 {texts['sha256']}")
+        )
+    about += [
+        (f"task {key}", ", ".join(f"{name} {value}" for name, value in fields.items() if name != "task"), "")
+        for key, fields in experiment["tasks"].items()
+    ]
+    about += [("seed", experiment["seed"], f"of {len(experiment['seeds'])} training(s) or draw(s)")]
+    skipped = [f"The task {task} was skipped: {reason}." for task, reason in run["skipped"].items()]
+    return Page(
+        model["name"], "Strategies compared", _short(run), [Headline(line) for line in headlines(summary)],
+        [
+            *pictures(summary), Section("All figures", [table(summary)]),
+            Section("Read with care", [Notes([*caveats(summary), *skipped])]),
+            made(
+                run, about,
+                f"Intervals: {'; '.join(_intervals(summary))}. The rows are in the folder units beside this page; "
+                "manyheads report draws it again.", "made in Python",
+            ),
+        ],
+    )  # fmt: skip
+
+
+def headlines(summary: Summary) -> list[str]:
+    """What the figures say, a sentence for each metric that arms are ranked by; computed, never typed."""
+    said = [_sentence(summary, one) for one in summary.measured if one.ranks]
+    return said + [f"{_capital(one.name)}: {one.weak}." for one in summary.measured if one.weak]
+
+
+def _sentence(summary: Summary, one: Measured) -> str:
+    base = summary.estimate(one, summary.base)
+    parts = []
+    for budget, arms in summary.groups.items():
+        known = [arm for arm in arms if arm.key in one.rows]
+        best = summary.best(one, known)
+        at = "" if budget is None else f"at a budget of {_budget(budget, summary)} "
+        if len(known) == 1:
+            parts.append(f"{at}{known[0].name} {_words(summary, one, known[0])}")
+        elif best:
+            more = f" and {len(best) - _NAMED} more, not told apart" if len(best) > _NAMED else ""
+            who = " and ".join(arm.name for arm in best[:_NAMED]) + more
+            parts.append(f"{at}{who} {'is' if len(best) == 1 else 'are'} best, {_words(summary, one, best[0])}")
+        elif known:
+            parts.append(f"{at}no strategy is told apart from the others")
+    than = "" if base is None else f", {summary.base.name} {_value(one, base)}"
+    better = "higher" if one.metric.higher else "lower"
+    return f"{_capital(one.name)} ({better} is better{than}): {'; '.join(parts) or 'nothing to compare'}."
+
+
+def _words(summary: Summary, one: Measured, arm: ShownArm) -> str:
+    """A figure with its interval; as difference to the baseline where that is the sharper way to say it."""
+    found, delta = summary.estimate(one, arm), summary.delta(one, arm)
+    if found is None:
+        return "not measured"
+    if one.metric.kind == "share" or one.fixed or delta is None:
+        return f"{_value(one, found)}{_range(one, found)}"
+    apart = "" if delta.excludes_zero else f", not told apart from {summary.base.name}"
+    return f"{_value(one, delta, True)} {one.metric.unit}{_range(one, delta)}{apart}".replace("  ", " ")
+
+
+def _value(one: Measured, found: Estimate, signed: bool = False) -> str:
+    if one.metric.kind == "share":
+        return formatting.percent(found.value, signed)
+    return f"{found.value:+.3g}" if signed else formatting.number(found.value)
+
+
+def _range(one: Measured, found: Estimate) -> str:
+    if not found.bounded:
+        return " (one context, no interval)"
+    return f" ({formatting.interval(found.low, found.high, one.metric.kind == 'share', None)})"
+
+
+def caveats(summary: Summary) -> list[str]:
+    """What the reader has to know before believing a figure; the ones that this run calls for."""
+    run, rows = summary.results.run, summary.results.rows
+    said = [
+        "These are figures of this model on these samples. A small model and short contexts do not reproduce the "
+        "figures of a paper, and strategies may rank otherwise on larger ones.",
+    ]
+    if len(summary.arms) > 2:
+        said.append(
+            f"{len(summary.arms)} arms are compared, and the intervals are not widened for that: of twenty true ties, "
+            "one is expected to be marked as a difference."
+        )
+    if not summary.results.finished:
+        said.append(
+            "This run is not finished: the figures are of the part that is done. Go on with manyheads compare --resume."
+        )
+    if any(row.about.get("overlaps") for row in rows):
+        said.append(
+            "The text is short for so many contexts: some share tokens, and the intervals are too narrow. "
+            "Give more text."
+        )
+    few = [found.groups for one in summary.measured if not one.cost and (found := _of_base(summary, one))]
+    if few and min(few) < _FEW:
+        said.append(f"Some figures rest on {min(few)} contexts; --samples gives more, and narrower intervals.")
+    if any(one.metric.kind == "time" for one in summary.measured):
+        said.append(
+            f"Timings are medians with quartiles of this machine, {run['threads']} thread(s); every arm is timed in "
+            "every round, and ratios are those of the same round."
+        )
+    return said
+
+
+def table(summary: Summary) -> Table:
+    """One row per arm, for page and terminal."""
+    columns = {one.key: _column(summary, one) for one in summary.measured}
+    sized = any(one.metric.unit == "bytes" for one in summary.measured)  # a task has looked more closely
+    held = {} if sized else {arm.key: value for arm in summary.arms if (value := summary.held(arm)) is not None}
+    base = held.get(summary.base.key)
+    best = {
+        one.key: {arm.key for arms in summary.groups.values() for arm in summary.best(one, arms)}
+        for one in summary.measured
+    }
+    rows = []
+    for arm in summary.arms:
+        cells = [_cell(summary, one, arm, arm.key in best[one.key]) for one in summary.measured]
+        before = [_held(held.get(arm.key), None if arm == summary.base else base)] if held else []
+        budget = "" if arm.budget is None else _budget(arm.budget, summary)
+        rows.append(Row(arm.name, budget, {}, {}, title=arm.key, before=before, after=cells))
+    return comparison(
+        "strategy", {}, rows, before=[Column("cache held")] if held else [], after=list(columns.values()),
+        equal=f"equal {summary.experiment['equal']}" if summary.experiment["equal"] != "none" else "",
+        note="Below a figure its 95 % interval, for means the paired difference to "
+        f"{summary.base.name} with its interval, for times and sizes the ratio. * marks a difference to "
+        f"{summary.base.name} whose interval excludes zero; the best (of each budget), and those that are not told "
+        "apart from it, are in colour.",
+    )  # fmt: skip
+
+
+def _column(summary: Summary, one: Measured) -> Column:
+    found = _of_base(summary, one)
+    known = "" if found is None else _counts(found)
+    note = "; ".join(filter(None, (known, one.weak)))
+    unit = "" if one.metric.unit == "bytes" else one.metric.unit
+    return Column(one.name + ("\nnot discriminative" if one.weak else ""), unit, one.metric.higher,
+                  one.metric.kind == "share", note)  # fmt: skip
+
+
+def _cell(summary: Summary, one: Measured, arm: ShownArm, best: bool) -> Cell:
+    found, delta = summary.estimate(one, arm), summary.delta(one, arm)
+    if found is None:
+        return Cell("")
+    if one.cost:
+        text = formatting.size(found.value) if one.metric.unit == "bytes" else f"{found.value:.3g}"
+        return Cell(text, "" if delta is None else f"×{delta.value:.3g}", _quartiles(one, found))
+    column = Column(one.name, share=one.metric.kind == "share", digits=None)
+    if one.weak:
+        return estimate(column, found)  # neither marked nor ranked
+    shown = estimate(column, found, delta, best)
+    if delta is None or one.fixed or column.share:
+        return shown
+    change = f"{delta.value:+.3g}" + (_range(one, delta) if delta.bounded else "")
+    return Cell(shown.text, change, formatting.interval(found.low, found.high, digits=None), best)
+
+
+def _quartiles(one: Measured, found: Estimate) -> str:
+    return formatting.interval(found.low, found.high, digits=None) if one.metric.kind == "time" else ""
+
+
+def _held(bytes_: float | None, base: float | None) -> Cell:
+    if bytes_ is None:
+        return Cell("")
+    return Cell(formatting.size(bytes_), "" if not base else f"{100 * bytes_ / base:.1f} %")
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Print one row per arm and what has to be known to read it."""
+    run, base = summary.results.run, summary.base.name
+    of_budget = " at its budget" if any(arm.budget is not None for arm in summary.arms) else ""
+    shown = table(summary)
+    print_table(Table(shown.columns, shown.rows, _short(run)), console)
+    print_lines(
+        [
+            f"second line: 95 % interval, for means the difference to {base}, for times and sizes the ratio to it; "
+            f"* differs from {base}; green: best{of_budget}, or not told apart from it",
+            f"intervals: {'; '.join(_intervals(summary))}",
+            *[f"{one.name}: {one.weak}" for one in summary.measured if one.weak],
+            *[f"skipped {task}: {reason}" for task, reason in run["skipped"].items()],
+            f"seed {summary.experiment['seed']}; report: {summary.results.report}",
+        ],
+        console,
+    )
+
+
+def _intervals(summary: Summary) -> list[str]:
+    """For each kind of interval, in words, which figures have it and of how many samples they are."""
+    kinds: dict[str, list[str]] = {}
+    for one in summary.measured:
+        if (found := _of_base(summary, one)) is None or (one.cost and not found.bounded):
+            continue
+        count = f" (n = {found.n})" if found.groups == found.n else f" (n = {found.n} in {found.groups} contexts)"
+        kinds.setdefault(found.interval, []).append(one.name + count)
+        deltas = [delta for arm in summary.arms[1:] if (delta := summary.delta(one, arm)) is not None and delta.bounded]
+        if deltas and deltas[0].interval != found.interval:
+            (kind, _), *_ = Counter(delta.interval for delta in deltas).most_common(1)
+            kinds.setdefault(kind, []).append(f"{'ratio' if one.cost else 'difference'} of {one.name}")
+    return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items()]
+
+
+def _of_base(summary: Summary, one: Measured) -> Estimate | None:
+    return summary.estimate(one, summary.base)
+
+
+def _counts(found: Estimate) -> str:
+    if found.interval == QUARTILES:
+        return f"n = {found.n}; {found.interval}"
+    return f"n = {found.n} in {found.groups} contexts; {found.interval}"
+
+
+def _budget(value: int | float, summary: Summary) -> str:
+    """A budget in the unit that the arms share."""
+    equal = summary.experiment["equal"]
+    return formatting.budget(value) if equal == "slots" or (isinstance(value, float) and value <= 1) else f"{value:g}"
+
+
+def _short(run: dict[str, Any]) -> str:
+    """The run in one line."""
+    experiment, texts = run["experiment"], run["texts"]
+    read = f"; {texts['files']} text files" if texts else ""
+    tasks = ", ".join(experiment["tasks"])
+    model = run["model"]
+    return (
+        f"{model['name']} ({_identity(model, short=True)}) on {experiment['device']}{read}; {tasks}; seed "
+        f"{experiment['seed']}"
+    )
+
+
+def _identity(model: dict[str, Any], short: bool = False) -> str:
+    """What a model is: class and size of a loaded one, else its kind."""
+    if "parameters" not in model:
+        return str(model.get("kind", "")).replace("_", " ")
+    size = f"{model['parameters'] / 1e6:.1f} million parameters, {model['dtype']}"
+    return f"{model['class']}, {size}" + ("" if short else f", weights sha256 {model['weights_sha256']}")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

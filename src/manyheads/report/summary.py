@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rows of an experiment say, arm by arm and metric by metric: whatever its tasks measure, in one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..experiment.arms import Arm
+from ..experiment.checks import not_discriminative
+from ..experiment.estimates import Estimate, difference, estimate, paired, ratio
+
+if TYPE_CHECKING:
+    from ..experiment.journal import Results
+    from ..experiment.rows import Metric, Row, Value
+
+__all__ = ["Measured", "Summary"]
+
+_MOST = 12  # values of a condition that are told apart
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of a task, as it was measured.
+
+    Attributes:
+        task: its key in the run.
+        metric: what was measured.
+        rows: by arm.
+        weak: why nothing can be told of any arm; empty where something can.
+        fixed: whether the baseline has one value on every sample, so that a difference to it says no more than the
+            figure itself.
+    """
+
+    task: str
+    metric: Metric
+    rows: Mapping[str, Sequence[Row]]
+    weak: str
+    fixed: bool
+
+    @property
+    def key(self) -> str:
+        """Name in documents."""
+        return f"{self.task}.{self.metric.name}"
+
+    @property
+    def name(self) -> str:
+        """The title without the unit."""
+        return self.metric.title.removesuffix(f", {self.metric.unit}")
+
+    @property
+    def cost(self) -> bool:
+        """Whether it is a time or a size: compared as a ratio, and no quality."""
+        return self.metric.kind == "time" or self.metric.unit == "bytes"
+
+    @property
+    def ranks(self) -> bool:
+        """Whether arms of one budget are ranked by it."""
+        return not self.cost and not self.weak
+
+    @property
+    def conditions(self) -> dict[str, list[Value]]:
+        """Values of the conditions that have a few, sorted, by name."""
+        values: dict[str, set[Value]] = {}
+        for rows in self.rows.values():
+            for row in rows:
+                for name, value in row.at.items():
+                    values.setdefault(name, set()).add(value)
+        return {name: sorted(found, key=_order) for name, found in values.items() if 1 < len(found) <= _MOST}
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As JSON has it."""
+        m = self.metric
+        return {
+            "task": self.task, "metric": m.name, "title": m.title, "unit": m.unit, "higher": m.higher, "kind": m.kind,
+            "not_discriminative": self.weak or None,
+        }  # fmt: skip
+
+
+class Summary:
+    """Estimates of a run.
+
+    Args:
+        results: of any experiment, finished or not.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self.experiment: dict[str, Any] = results.run["experiment"]
+        self.arms = [
+            ShownArm(arm["key"], arm["name"], arm["budget"], arm["spec"]) for arm in self.experiment["arms"]
+        ]  # fmt: skip
+        self._kept: dict[tuple[Any, ...], Estimate | None] = {}
+
+    @property
+    def base(self) -> ShownArm:
+        """What all arms are compared with."""
+        return self.arms[0]
+
+    @cached_property
+    def measured(self) -> list[Measured]:
+        """The metrics that have rows, in the order of tasks and metrics."""
+        from ..tasks import load
+
+        found = []
+        groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+        for row in self.results.rows:
+            groups.setdefault((row.task, row.metric), {}).setdefault(row.arm, []).append(row)
+        base = Arm(self.base.key)
+        for task, about in self.experiment["tasks"].items():
+            for metric in load(about["task"]).metrics:
+                if rows := groups.get((task, metric.name)):
+                    of_base = rows.get(self.base.key, [])
+                    weak = not_discriminative(metric, of_base, base) or ""
+                    found.append(Measured(task, metric, rows, weak, len({row.value for row in of_base}) == 1))
+        return found
+
+    @property
+    def groups(self) -> dict[int | float | None, list[ShownArm]]:
+        """Arms other than the baseline by budget, largest first; those without one last."""
+        budgets = sorted(
+            {arm.budget for arm in self.arms[1:]}, key=lambda b: (b is not None, isinstance(b, float), b or 0),
+            reverse=True,
+        )  # fmt: skip
+        return {budget: [arm for arm in self.arms[1:] if arm.budget == budget] for budget in budgets}
+
+    def rows(self, one: Measured, arm: ShownArm, where: Mapping[str, Value] | None = None) -> list[Row]:
+        """Rows of an arm that meet the conditions ``where``."""
+        wanted = (where or {}).items()
+        return [row for row in one.rows.get(arm.key, ()) if all(row.at.get(name) == v for name, v in wanted)]
+
+    def estimate(self, one: Measured, arm: ShownArm, where: Mapping[str, Value] | None = None) -> Estimate | None:
+        """A figure of an arm; None where it has no rows."""
+
+        def find() -> Estimate | None:
+            rows = self.rows(one, arm, where)
+            return estimate(rows, one.metric) if rows else None
+
+        return self._once(("estimate", one.key, arm.key, *_items(where)), find)
+
+    def delta(
+        self, one: Measured, arm: ShownArm, where: Mapping[str, Value] | None = None, than: ShownArm | None = None
+    ) -> Estimate | None:
+        """The paired difference to the baseline (or ``than``): for times and sizes the ratio. None where none pairs."""
+        other = than or self.base
+
+        def find() -> Estimate | None:
+            mine, beside = self.rows(one, arm, where), self.rows(one, other, where)
+            if arm == other or not mine or not beside or not paired(mine, beside):
+                return None
+            if not one.cost:
+                return difference(mine, beside, one.metric)
+            return ratio(mine, beside, one.metric) if all(row.value > 0 for row in [*mine, *beside]) else None
+
+        return self._once(("delta", one.key, arm.key, other.key, *_items(where)), find)
+
+    def best(self, one: Measured, arms: Sequence[ShownArm]) -> list[ShownArm]:
+        """Of arms with one budget the best, and those that are not told apart from it; empty where all are alike."""
+        sign = 1 if one.metric.higher else -1
+        known = [(arm, found) for arm in arms if (found := self.estimate(one, arm)) is not None]
+        if not one.ranks or len(known) < 2:
+            return []
+        top = max(known, key=lambda pair: sign * pair[1].value)[0]
+        alike = [top]
+        for arm, _ in known:
+            apart = self.delta(one, arm, than=top)
+            if arm != top and (apart is None or not apart.excludes_zero):
+                alike.append(arm)
+        return alike if len(alike) < len(known) else []
+
+    def held(self, arm: ShownArm) -> float | None:
+        """Bytes that the strategy held, a mean over the samples where something looked; None where nothing did."""
+        known = [row.bytes for row in self.results.rows if row.arm == arm.key and row.bytes is not None]
+        return sum(known) / len(known) if known else None
+
+    def document(self) -> dict[str, Any]:
+        """Everything that page and table show, of JSON's types."""
+        run = self.results.run
+        about = ("kind", "command", "options", "experiment", "model", "texts", "size", "skipped", "seconds")
+        return {
+            **{name: run.get(name) for name in about}, "finished": self.results.finished,
+            "metrics": [one.fields for one in self.measured],
+            "arms": [
+                {
+                    "arm": arm.key, "name": arm.name, "budget": arm.budget, "bytes": self.held(arm),
+                    "figures": {one.key: self._figure(one, arm) for one in self.measured if arm.key in one.rows},
+                }
+                for arm in self.arms
+            ],
+            "report": str(self.results.report),
+        }  # fmt: skip
+
+    def _figure(self, one: Measured, arm: ShownArm) -> dict[str, Any]:
+        value, delta = self.estimate(one, arm), self.delta(one, arm)
+        return {
+            "estimate": value.plain() if value else None,
+            "ratio" if one.cost else "difference": delta.plain() if delta else None,
+            "best": arm in self.best(one, self.groups.get(arm.budget, [])),
+        }  # fmt: skip
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Estimate | None]) -> Estimate | None:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+@dataclass(frozen=True)
+class ShownArm:
+    """An arm as ``run.json`` has it."""
+
+    key: str
+    name: str
+    budget: int | float | None
+    spec: str
+
+
+def _items(where: Mapping[str, Value] | None) -> list[tuple[str, Value]]:
+    return sorted((where or {}).items(), key=lambda pair: pair[0])
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float) and math.isfinite(value)
+    return not number, float(value) if number else 0.0, str(value)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs `inspect` and `doctor` as they are typed."""
+
+import json
+import re
+
+import pytest
+
+from manyheads.heads import HeadTable
+from tiny import inspect as tiny
+
+texts, tokenizer, model, folder, evil, seen, found, cli = (
+    tiny.texts, tiny.tokenizer, tiny.model, tiny.folder, tiny.evil, tiny.seen, tiny.found, tiny.cli
+)  # fmt: skip
+
+SMALL = ["--length", "80", "--samples", "2"]
+
+
+def test_probe(cli, folder, tmp_path):
+    code, out, err = cli("inspect", "--model", str(folder), *SMALL, "--ablate", "first token")
+    assert code == 0 and "sink" in out and "waad" not in out and "manyheads-inspect/inspect.html" in out
+    assert "reading" in err and "Without the" in out and "random heads of the same layers" in out
+    document = json.loads((tmp_path / "manyheads-inspect" / "findings.json").read_text())
+    assert set(document["findings"]) == {
+        "active_dormant", "massive_values", "refined_massive_activations", "reasoning_rhythm", "attention",
+    }  # fmt: skip
+    assert document["ablation"]["score"] == "attention/first token" and document["run"]["command"][0] == "manyheads"
+    assert cli("inspect", "--model", str(folder), *SMALL, "--lens", "sinks")[0] == 0
+    assert (tmp_path / "manyheads-inspect-2" / "inspect.html").exists()
+
+
+def test_json_is_all_that_is_printed(cli, folder, tmp_path):
+    base = ("--model", str(folder), *SMALL, "--json", "--out", "x")
+    code, out, err = cli("inspect", *base, "--lens", "spans:system=0-7", "--layers", "0")
+    document = json.loads(out)
+    assert code == 0 and err == "" and document["prompts"][0]["roles"] == {"system": [[0, 7]]}
+    made = HeadTable.from_dict(document["findings"]["strategy_attention:layers=0"]["tables"]["lift"])
+    assert made.values.shape == (2, 1, 4) and (tmp_path / "x" / "findings.json").read_text() == out
+    code, out, err = cli("doctor", *base, "--quick")
+    assert (
+        code == 0
+        and err == ""
+        and {s["level"] for s in json.loads(out)["checks"]} <= {"watch", "note", "fine", "unknown"}
+    )
+
+
+def test_doctor(cli, folder, tmp_path):
+    code, out, _ = cli("doctor", "--model", str(folder), *SMALL, "--quick")
+    assert code == 0 and "padding leaks" in out and "threshold" in out and "manyheads-doctor/doctor.html" in out
+    assert (tmp_path / "manyheads-doctor" / "findings.json").exists()
+
+
+def test_chat_and_answer(cli, folder, tmp_path):
+    messages = [{"role": "system", "content": "You are a careful person."}, {"role": "user", "content": "What is it?"}]
+    (tmp_path / "chat.json").write_text(json.dumps(messages))
+    code, out, err = cli(
+        "inspect", "--model", str(folder), "--chat", "chat.json", "--generate", "4", "--lens", "spans", "--json"
+    )
+    assert code == 0, err
+    roles = json.loads(out)["prompts"][0]["roles"]
+    assert set(roles) == {"system", "user", "response"} and roles["response"][0][0] > roles["user"][0][1]
+
+
+def test_text_with_a_role(cli, folder, tmp_path):
+    (tmp_path / "p.txt").write_text("Be brief and kind. " + "Then it rained for days on end. " * 30)
+    code, out, err = cli(
+        "inspect", "--model", str(folder), "--text", "p.txt", "--role", "system=Be brief and kind.", "--lens", "spans",
+        "--length", "60", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["prompts"][0]["roles"]["system"][0][0] == 0
+
+
+BAD = [
+    (["--lens", "snaks"], "did you mean sinks"),
+    (["--lens", "snapkv"], "does not only look"),
+    (["--lens", "sinks:nonsense=3"], "nonsense"),
+    (["--lens", "sinks:threshold=x"], "threshold=x"),
+    (["--lens", "massive:foo=1"], "no field 'foo'"),
+    (["--lens", "massive_values:damage=top"], "acts on the model"),
+    (["--lens", "spans"], "--role system="),
+    (["--lens", "spans:system=0-900"], "raise --length"),
+    (["--lens", "spans:system=5-5"], "holds no token"),
+    (["--role", "system"], "is no role"),
+    (["--role", "system=1-"], "START-END"),
+    (["--role", "system=no such words are here"], "no text holds"),
+    (["--role", "system=0-900"], "raise --length"),
+    (["--text", "short.txt"], "too short"),
+    (["--text", "missing.txt"], "no such file"),
+    (["--text", "two.txt", "--length", "200"], "too short"),
+    (["--length", "4"], "at least 8 tokens"),
+    (["--length", "100000"], "too long"),
+    (["--layers", "0-9"], "layers 0 to 1"),
+    (["--layers", "a"], "write for instance --layers"),
+    (["--ablate", "snik"], "no score of heads"),
+    (["--chat", "missing.json"], "no such file"),
+    (["--chat", "short.txt"], "is no JSON"),
+    (["--chat", "bad.json"], "write messages"),
+    (["--chat", "good.json", "--text", "two.txt"], "not both"),
+    (["--chat", "good.json", "--role", "system=0-2"], "leave --role away"),
+    (["--model", "missing/folder/deep"], "no such folder"),
+    (["--device", "gpu0"], "unknown device"),
+    (["--out", "short.txt/x"], "cannot write"),
+]
+
+
+@pytest.mark.parametrize(("options", "word"), BAD, ids=[" ".join(options) for options, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(cli, folder, tmp_path, options, word):
+    (tmp_path / "short.txt").write_text("a b")
+    (tmp_path / "two.txt").write_text("a few words more than two of them, but not many")
+    (tmp_path / "bad.json").write_text('[{"role": "user"}]')
+    (tmp_path / "good.json").write_text('[{"role": "user", "content": "hello there, what is the matter with it?"}]')
+    before = sorted(p.name for p in tmp_path.iterdir())
+    model = [] if "--model" in options else ["--model", str(folder)]
+    small = [] if "--length" in options else ["--length", "80"]
+    given = [] if {"--text", "--chat"} & set(options) else ["--text", str(folder / "config.json")]
+    out = [] if "--out" in options else ["--out", "out"]
+    code, printed, err = cli("inspect", *model, "--samples", "1", *small, *given, *out, *options)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and printed == "" and last.startswith("error: ") and re.search(word, last), err
+    assert "Traceback" not in err and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_doctor_refuses_too(cli, folder, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    for options, word in ((["--text", "short.txt"], "too short"), (["--length", "9"], "32 tokens")):
+        code, out, err = cli("doctor", "--model", str(folder), *options)
+        assert code == 2 and out == "" and word in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "manyheads-doctor").exists()

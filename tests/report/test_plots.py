@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures say their numbers: read back out of the SVG."""
+
+import base64
+import io
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from manyheads.report.colours import LEVELS, colours, scale_of
+from manyheads.report.plots import Bars, Heat, Panel, Series, bars, heat, lines, of_estimates
+from manyheads.report.table import Range
+
+
+def images(svg):
+    found = re.findall(r'<image href="data:image/png;base64,([^"]+)"', svg)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one))).convert("RGBA")) for one in found]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_heat_map_has_the_colours_of_its_values(sign):
+    values = np.array([[0.0, 0.5, 1.0], [np.nan, 0.25, 2.0 * sign]])
+    scale = scale_of(values)
+    shown, bar = images(heat([Heat(values)], ["0", "1"], list("abc"), scale=scale, alt="n", axes=("r", "c"), tag="t"))
+    assert np.array_equal(shown[..., 3] > 0, np.isfinite(values)) and bar.shape[:2] == (1, LEVELS)
+    known = np.isfinite(values)
+    assert np.array_equal(shown[known], scale.rgba(values)[known])
+    assert not np.array_equal(shown[known], scale.rgba(values[:, ::-1])[known[:, ::-1]])
+    assert [tuple(x) for x in bar[0, :, :3]] == list(colours(sign < 0)) and scale.signed == (sign < 0)
+
+
+def test_maps_stand_beside_and_below_each_other():
+    maps = [Heat(np.eye(2) * i, f"map {i}", [["1/2", ""], ["", "2/2"]]) for i in range(1, 9)]
+    made = heat(maps, ["0", "1"], ["a", "b"], scale=scale_of(np.eye(2) * 8), alt="n", axes=("r", "c"))
+    assert len(images(made)) == 9 and made.count(">1/2<") == made.count(">2/2<") == 8
+    wide, high = (float(x) for x in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', made).groups())
+    assert wide * 96 / 72 <= 1000 and high * 96 / 72 > 240  # two rows
+    assert ET.fromstring(made).tag == "svg"
+
+
+def test_lines_have_their_points_and_intervals():
+    found = [Range(1, 0.5, 2), Range(2, -np.inf, np.inf), Range(4, 3, 5)]
+    made = lines([Panel([of_estimates("a", [1, 2, 4], found)], "t", "x", "y", "x")], "n")
+    (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: #0072b2; stroke-width: 1.6', made)
+    points = np.array([[float(v) for v in pair] for pair in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)])
+    up, along = -np.diff(points[:, 1]), np.diff(points[:, 0])
+    assert (
+        len(points) == 3 and up[1] / up[0] == pytest.approx(2, abs=0.02) and along[0] == pytest.approx(along[1], 0.01)
+    )
+    assert lines([Panel([Series("a", [1], [np.nan])])], "n") == "" and ET.fromstring(made).tag == "svg"
+
+
+def test_bars_are_as_long_as_their_values():
+    found = [Range(1, 1, 1), Range(3, 2, 4), None]
+    made = bars(["<a>", "b", "c"], [Bars("t", found, ["1", "3", ""], 1.0)], "n", [0, 1, 2])
+    paths = re.findall(r'<path d="([^"]*)"[^>]*fill: #(?:0072b2|d55e00)', made)
+    wide = [max(x) - min(x) for x in ([float(v) for v in re.findall(r"[ML] ([\d.]+) ", path)] for path in paths)]
+    assert len(wide) == 2 and wide[1] / wide[0] == pytest.approx(3, abs=0.02) and "&lt;a&gt;" in made
