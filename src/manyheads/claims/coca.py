@@ -46,7 +46,7 @@ claim = Claim(
         subject="trainable", arms=ARMS, baseline=ROPE, equal="parameters",
         tasks=(ByteLM(times=(1, 2, 4, 8), judged=32), OffsetScores(only=ROTARY)),
         sizes=Sizes(
-            quick={"steps": 60, "rates": (4e-3,), "samples": 24, "parameters": 170_000},
+            quick={"steps": 45, "rates": (4e-3,), "samples": 24, "parameters": 170_000},
             cpu={"steps": 350, "samples": 48, "parameters": 170_000},
             cuda={
                 "length": 256, "batch": 64, "dim": 256, "heads": 4, "steps": 400, "samples": 96,
