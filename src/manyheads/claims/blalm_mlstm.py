@@ -47,7 +47,7 @@ claim = Claim(
         subject="trainable", arms=arms(32), baseline=SOFTMAX, equal="parameters",
         tasks=(ByteLM(length=128, batch=8, heads=4),),
         sizes=Sizes(
-            quick={"steps": 20, "rates": (3e-3,), "samples": 24, "parameters": 180_000},
+            quick={"steps": 14, "rates": (3e-3,), "samples": 24, "parameters": 180_000},
             cpu={"steps": 110, "rates": (3e-3, 1e-2), "parameters": 180_000},
             cuda={
                 "arms": arms(64), "dim": 256, "layers": 4, "length": 512, "batch": 32, "steps": 150, "samples": 128,

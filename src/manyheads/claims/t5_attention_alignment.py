@@ -49,7 +49,7 @@ claim = Claim(
         ),
         sizes=Sizes(
             quick={
-                "arms": tuple(aligned(T5, rule) for rule in ("entropy", "pmax", "logn")), "steps": 25, "rates": (4e-3,),
+                "arms": tuple(aligned(T5, rule) for rule in ("entropy", "pmax", "logn")), "steps": 20, "rates": (4e-3,),
                 "byte_lm.samples": 8, "associative_recall.samples": 32, "byte_lm.parameters": 170_000,
             },
             cpu={

@@ -135,13 +135,17 @@ class ByteLM(TrainingTask):
 
         return cast(Tensor, run.kept(("bytes", self.text, part, least), make))
 
+    def _held_out(self, run: RunContext) -> Corpus:
+        """Files that no model is trained on, whose bytes are kept once they are drawn from."""
+        return cast(Corpus, run.kept(("held out", self.text), lambda: Corpus(self._parts(run)["test"], Bytes())))
+
     def _windows(self, run: RunContext, times: int) -> tuple[Tensor, list[dict[str, object]]]:
         """Held-out windows ``[samples, times * length + 1]``, and where they are from."""
 
         def make() -> tuple[Tensor, list[dict[str, object]]]:
             size = times * self.length + 1
             rng = run.rng(windows=self.text, size=size)
-            found = Corpus(self._parts(run)["test"], Bytes()).windows(size, self.samples, rng)
+            found = self._held_out(run).windows(size, self.samples, rng)
             about: list[dict[str, object]] = [{"text": window.text, "overlaps": window.overlaps} for window in found]
             return torch.from_numpy(np.stack([window.ids for window in found])), about
 

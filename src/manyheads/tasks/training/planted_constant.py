@@ -15,7 +15,6 @@ from ...experiment.task import RunContext
 from ...models.decoder import Decoder
 from ...training import token_nll
 from ..text._contexts import Contexts
-from ..text._corpus import Corpus
 from ._bytes import Bytes
 from .byte_lm import ByteLM
 
@@ -55,6 +54,6 @@ class PlantedConstant(ByteLM):
 
     def _contexts(self, run: RunContext) -> Contexts:
         def make() -> Contexts:
-            return Contexts(Corpus(self._parts(run)["test"], Bytes()), Bytes(), self.samples, run.seed)
+            return Contexts(self._held_out(run), Bytes(), self.samples, run.seed)
 
         return cast(Contexts, run.kept(("planted", self.text, self.samples), make))
