@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .rope import Rotary
 
-__all__ = ["alibi_bias", "alibi_slopes", "dynamic_ntk", "rope_tables", "t5_buckets"]
+__all__ = ["alibi_bias", "alibi_slopes", "dynamic_ntk", "rope_tables", "rotate_per_head", "t5_buckets"]
 
 
 def rope_tables(
@@ -27,6 +27,16 @@ def rope_tables(
     angles = positions.double()[..., None] * (base.reshape(-1, 1) ** -exponents)[:, None]
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_per_head(x: Tensor, positions: Tensor, theta: float, factor: Tensor) -> Tensor:
+    """``x [B, H, T, d]`` at ``positions [B, T]`` with a factor on every frequency, ``[1, H, 1, d / 2]``."""
+    planes = x.shape[-1] // 2
+    base = theta ** (-torch.arange(planes, device=x.device, dtype=torch.float32) / planes)
+    angles = positions.float()[:, None, :, None] * (base * factor)
+    first, second = x.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
 
 def dynamic_ntk(theta: float, dim: int, length: Tensor | int, trained: int, factor: float) -> Tensor:

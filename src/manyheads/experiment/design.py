@@ -24,6 +24,8 @@ _RESERVED = {"subject", "arms", "seeds"}
 class Sizes:
     """What the fields of the tasks are at each size, by name; also ``subject``, ``arms``, and ``seeds`` (how many).
 
+    ``task.field`` is that of one task, where others have a field of the same name.
+
     ``quick`` stays under 30 s and ``cpu`` under ten minutes on two cores, ``cuda`` under five minutes on one H100.
     """
 
@@ -82,7 +84,8 @@ class Experiment:
         from .subjects import subject
 
         values: Mapping[str, Any] = getattr(self.sizes, size)
-        known = {f.name for task in self.tasks for f in dataclasses.fields(task)} | _RESERVED  # type: ignore[arg-type]
+        fields = [(task.key, f.name) for task in self.tasks for f in dataclasses.fields(task)]  # type: ignore[arg-type]
+        known = {name for _, name in fields} | {f"{task}.{name}" for task, name in fields} | _RESERVED
         if unknown := sorted(set(values) - known):
             raise UserError(f"no task of this experiment has a field {', '.join(unknown)}; remove it from its sizes")
         given: Any = values.get("arms", self.arms)

@@ -141,7 +141,8 @@ class Task(ABC):
         return Row(task=self.key, metric=metric, arm=arm.key, value=float(value), sample=sample, **more)
 
     def sized(self, size: Mapping[str, Any]) -> Task:
-        """The same task with those of its fields that ``size`` names."""
-        fields = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        made: Task = dataclasses.replace(self, **{k: v for k, v in size.items() if k in fields})  # type: ignore[type-var]
+        """The same task with those of its fields that ``size`` names, as ``field`` or, for it alone, ``key.field``."""
+        fields = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        named = {name: size[key] for name in fields for key in (name, f"{self.key}.{name}") if key in size}
+        made: Task = dataclasses.replace(self, **named)  # type: ignore[type-var]
         return made

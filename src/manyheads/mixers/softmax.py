@@ -2,7 +2,8 @@
 """Softmax attention: what every mixer has to be measured against, with the usual ways to tell it of positions.
 
 Scaled dot-product attention (Vaswani et al., arXiv 1706.03762), causal, with grouped queries and optionally a sliding
-window, and one of: rotary positions (arXiv 2104.09864; ``ntk`` grows their base beyond the trained length), ALiBi
+window, and one of: rotary positions (arXiv 2104.09864; ``ntk`` grows their base beyond the trained length, ``learned``
+gives every head frequencies of its own), ALiBi
 (arXiv 2108.12409), T5's learned bias by bucket (arXiv 1910.10683), or none. The attention can be given a temperature,
 which divides all logits, content and bias alike: ``t5_attention_alignment`` does.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import rope
-from ..attention.positions import alibi_bias, dynamic_ntk, rope_tables, t5_buckets
+from ..attention.positions import alibi_bias, dynamic_ntk, rope_tables, rotate_per_head, t5_buckets
+from ..attention.reference import repeat_kv
 from ..call import MixerConfig
 from ..errors import UserError
 from ..strategy import Mixer
@@ -35,6 +37,7 @@ class Softmax(Mixer):
         window: keys that a query sees, all when None.
         theta: base of the rotation.
         ntk: factor of dynamic NTK scaling beyond the trained length; 0 turns it off.
+        learned: a learned factor on every rotary frequency, per key/value head and plane, which starts at 1.
     """
 
     position: Position = field(default="rope", metadata={"help": "rope, alibi, t5 or none"})
@@ -43,12 +46,15 @@ class Softmax(Mixer):
     ntk: float = field(
         default=0.0, metadata={"help": "factor of dynamic NTK scaling beyond the trained length; 0: off"}
     )
+    learned: bool = field(default=False, metadata={"help": "a learned factor on every rotary frequency, per head"})
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise UserError(f"softmax: window counts keys and is at least 1, not {self.window}")
         if self.ntk and (self.ntk < 1 or self.position != "rope"):
             raise UserError("softmax: ntk is a factor of at least 1 on rotary positions, or 0")
+        if self.learned and (self.position != "rope" or self.ntk):
+            raise UserError("softmax: learned frequencies are of rotary positions without ntk")
 
     def build(self, config: MixerConfig) -> nn.Module:
         return Attention(config, self)
@@ -66,11 +72,16 @@ class Attention(SoftmaxMixer):
         self.strategy = strategy
         self.temperature: Callable[[Tensor], Tensor] | None = None
         self.buckets = nn.Embedding(32, config.num_heads) if strategy.position == "t5" else None
+        planes = config.num_kv_heads * config.head_dim // 2
+        self.log_factor = nn.Parameter(torch.zeros(planes)) if strategy.learned else None
 
     def _rotate(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         if self.strategy.position != "rope":
             return x
         theta: float | Tensor = self.strategy.theta
+        if self.log_factor is not None:
+            factor = self.log_factor.exp().view(1, self.config.num_kv_heads, 1, -1)
+            return rotate_per_head(x, positions, self.strategy.theta, repeat_kv(factor, x.shape[1]))
         if self.strategy.ntk:
             theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.config.length, self.strategy.ntk)
         return rope.rotate(x, rope_tables(positions, x.shape[-1], theta)).to(x.dtype)

@@ -33,7 +33,7 @@ our choices. Capped logits (Gemma 2) and attention sinks (gpt-oss) are refused.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +104,13 @@ class AttentionAlignment(AttentionEdit):
                 raise UserError(f"{name}: align={self.align} needs lengths and taus: calibrate, or take align=logn")
             if self.align == "gaussian" and not self.spread:
                 raise UserError(f"{name}: align=gaussian needs the spread of the logits: calibrate, or take align=logn")
+
+    @classmethod
+    def calibrated(
+        cls, model: nn.Module, ids: Tensor, lengths: Sequence[int], *, trained: int, align: Align = "entropy"
+    ) -> "AttentionAlignment":
+        """Calibrated on a Decoder that was trained on ``trained`` tokens, see :func:`calibrate`."""
+        return calibrate(cls(trained=trained), model, ids, lengths, align=align, rounds=4)
 
     def selects(self, site: Site) -> bool:
         mine = {
