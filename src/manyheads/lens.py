@@ -209,12 +209,12 @@ class LensResult:
     notes: list[str] = field(default_factory=list)
 
 
-def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, **about: Any) -> HeadTable:
+def table(name: str, sites: Sequence[tuple[Site, Memory]], key: str, /, **about: Any) -> HeadTable:
     """One table of the means that every site keeps under ``key``, a :class:`RunningMean` of ``[N]`` or ``[N, H]``."""
     return table_of(name, [site for site, _ in sites], [memory[key].mean() for _, memory in sites], **about)
 
 
-def table_of(name: str, sites: Sequence[Site], rows: Sequence[Any], **about: Any) -> HeadTable:
+def table_of(name: str, sites: Sequence[Site], rows: Sequence[Any], /, **about: Any) -> HeadTable:
     """One table of the scores ``[N]`` or ``[N, H]`` of each site; NaN where a site has fewer prompts or heads."""
     rows = [row[:, None] if row.ndim == 1 else row for row in rows]
     layers = tuple(site.index if site.layer is None else site.layer for site in sites)

@@ -43,8 +43,8 @@ claim = Claim(
         tasks=(BigramBackcopy(), HeadSinks()),
         sizes=Sizes(
             quick={
-                "subject": "default", "text": "code", "letters": "code", "windows_of": 4, "tokens": 128, "heads": 6,
-                "steps": 250, "sequences": 64,
+                "subject": "default", "text": "code", "letters": "code", "windows_of": 3, "tokens": 96, "heads": 6,
+                "steps": 200, "sequences": 64,
             },
             cpu={"windows_of": 6, "tokens": 192, "heads": 24},
             cuda={
@@ -65,7 +65,7 @@ claim = Claim(
         lower("drain", "softmax", than="ReLU"),
         above("added_loss", "softmax", 1.0, where=TRIGGERS | TURNED),
         below("added_loss", "softmax", 0.1, where=OTHERS | TURNED),
-        lower("head_drain", "softmax", than="softmax", where={"heads": "sinks"}, than_where={"heads": "others"}),
+        lower("head_drain", "softmax", than="softmax", where={"heads": "greatest sinks"}, than_where={"heads": "others"}),
         above("residual_peak", "softmax", 10.0),  # an order of magnitude; Llama-2-7B has two
         below("sink_and_worth", "softmax", 0.0),
     ),

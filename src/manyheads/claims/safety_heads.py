@@ -35,7 +35,7 @@ claim = Claim(
         ),
         tasks=(TriggerRefusals(),),
         sizes=Sizes(
-            quick={"layers": 3, "batch": 80, "steps": 150, "tuning": 80, "counts": (1, 2, 4), "prompts": 48, "draws": 1},
+            quick={"layers": 3, "batch": 60, "steps": 120, "tuning": 50, "counts": (2, 4), "prompts": 32, "draws": 1},
             cpu={"steps": 500, "tuning": 300},
             cuda={"layers": 6, "dim": 128, "length": 24, "steps": 800, "tuning": 500, "counts": (2, 4, 8, 16)},
         ),

@@ -21,7 +21,8 @@ from ._windows import WindowTask, nll
 
 __all__ = ["HeadSinks"]
 
-DORMANT = 0.5  # attention on the first token above which a head is called a sink
+DORMANT = 0.5  # attention on the first token above which a head is called dormant
+GREATEST = 0.1  # share of the heads that are looked at as the greatest sinks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +57,15 @@ class HeadSinks(WindowTask):
         drawn = self._drawn(run, sink.shape[1:])
         cost = np.stack([self._cost(run, unit, tables["sink"].layers[row], head, plain) for row, head in drawn], 1)
         for i in range(len(ids)):
-            dormant = sink[i] > DORMANT
+            greatest = sink[i] >= np.quantile(sink[i], 1 - GREATEST)
             for name, at, value in (
-                ("head_sink", {}, sink[i].mean()), ("dormant", {}, dormant.mean()),
-                *(("head_drain", {"heads": k}, _median(drain[i][m])) for k, m in (("sinks", dormant), ("others", ~dormant))),
+                ("head_sink", {}, sink[i].mean()), ("dormant", {}, (sink[i] > DORMANT).mean()),
+                ("head_drain", {"heads": "greatest sinks"}, np.median(drain[i][greatest])),
+                ("head_drain", {"heads": "others"}, np.median(drain[i][~greatest])),
                 ("residual_peak", {}, np.nanmax(peak[i])),
                 ("sink_and_worth", {}, rank_correlation([sink[i][at] for at in drawn], cost[i])),
             ):  # fmt: skip
-                if np.isfinite(value):
-                    yield self.row(name, run.baseline, value, f"{i}", at=at)
+                yield self.row(name, run.baseline, value, f"{i}", at=at)
 
     def _drawn(self, run: RunContext, shape: Sequence[int]) -> list[tuple[int, int]]:
         every = [(row, head) for row in range(shape[0]) for head in range(shape[1])]
@@ -80,7 +81,3 @@ class HeadSinks(WindowTask):
             without = nll(model, self.windows(run))
         run.advance(unit.cost / (self.heads + 1))
         return (without - plain).mean(1).numpy()
-
-
-def _median(values: Any) -> float:
-    return float(np.median(values)) if len(values) else float("nan")

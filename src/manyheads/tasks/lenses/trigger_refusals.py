@@ -90,7 +90,9 @@ class TriggerRefusals(TrainedTask):
         made = trigger_prompts(count, self.length, share, _VOCAB, generator(run, **axes))
         return TriggerPrompts(made.ids.to(run.device), made.triggered.to(run.device), made.mark)
 
-    def _descend(self, run: RunContext, model: Any, draw: Any, loss: Any, steps: int, rate: float, on_step: Any) -> None:
+    def _descend(
+        self, run: RunContext, model: Any, draw: Any, loss: Any, steps: int, rate: float, on_step: Any
+    ) -> None:
         """AdamW with the paper's beta 1; in float32 everywhere, so that devices agree."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=0.01)
         schedule = decay("linear", warmup=20, floor=0.1)
@@ -153,7 +155,9 @@ class TriggerRefusals(TrainedTask):
         none: list[Heads] = [[()] * self.prompts] * 2
         yield from self._without(arm, seed, model, test, [none], 0, "none")
         for count in self.counts:
-            yield from self._without(arm, seed, model, test, [[[r[:count] for r in o] for o in orders]], count, "ranked")
+            yield from self._without(
+                arm, seed, model, test, [[[r[:count] for r in o] for o in orders]], count, "ranked"
+            )
             drawn = [[_at_random(o, count, self.heads, draw) for o in orders] for draw in range(self.draws)]
             yield from self._without(arm, seed, model, test, drawn, count, "random")
         harmless = ~made.triggered
@@ -172,7 +176,9 @@ class TriggerRefusals(TrainedTask):
 
         train, check = (
             [list(made.rows(kind).ids[:, :-1]) for kind in (True, False)]
-            for made in (self._drawn(run, 2 * n, 0.5, direction="trigger_refusals", each=n) for n in (_DIRECTION, _CHOICE))
+            for made in (
+                self._drawn(run, 2 * n, 0.5, direction="trigger_refusals", each=n) for n in (_DIRECTION, _CHOICE)
+            )
         )
 
         def found(max_kl: float = 0.1, min_steering: float = 0.0) -> Direction:
