@@ -3,8 +3,8 @@
 
 Bigram-Backcopy: the one head of a small GPT-2 has work at the triggers only. It is trained with softmax and with ReLU
 attention, equal in steps, sequences and rate; then the head is taken out, or turned wholly to the first token: a
-dormant row loses nothing by it, an active one what it copied. Residual peaks of three layers, beside SGD, are figures of
-the run on a GPU. The sinks of a published model are looked at on WikiText, and what its heads are worth there.
+dormant row loses nothing by it, an active one what it copied. Residual peaks of three layers, beside SGD, are figures
+of the run on a GPU. The sinks of a published model are looked at on WikiText, and what its heads are worth there.
 """
 
 from ..experiment import Arm, Experiment, Sizes, above, below, higher, lower
@@ -21,21 +21,22 @@ DEEP = (
     Arm("softmax by SGD, 3 layers", options={"train": {"layers": 3, "optimizer": "sgd", "lr": 0.03}}),
 )
 TRIGGERS, OTHERS = ({"rows": rows} for rows in ("triggers", "others"))
+SINKS, REST = ({"heads": heads} for heads in ("greatest sinks", "others"))
 TURNED = {"head": "turned to the first token"}
 
 claim = Claim(
     slug="active_dormant",
     tier="proxy",
     statement=(
-        "A softmax head that has work at triggers only turns to the first token everywhere else, whose value shrinks, "
-        "and loses nothing there when it is forced to; with ReLU attention the task is learned as well, without sink "
-        "and without drain. In a language model the values of sinks are small, the first token's residual stream is "
-        "large, and the more a head is a sink the less it is missed."
+        "A softmax head that has work at triggers only turns to the first token everywhere else, whose value "
+        "shrinks, and loses nothing there when it is forced to; with ReLU attention the task is learned as well, "
+        "without sink and without drain. In a language model the values of sinks are small, the first token's residual "
+        "stream is large, and the more a head is a sink the less it is missed."
     ),
     reported=Reported(
         value="rows off the triggers put nearly all attention on the first token, whose value is near 0; with ReLU "
         "neither; in Llama-2-7B, Llama-3.1 and OLMo the same sinks, drains and residual peaks",
-        setting="one layer, 256 channels, sequences of 256 letters, 10 000 steps of AdamW; published models as they are",
+        setting="one layer, 256 channels, 256 letters, 10 000 steps of AdamW; published models as they are",
         where="sections on the Bigram-Backcopy task and on pretrained models; their figures",
     ),
     experiment=Experiment(
@@ -65,7 +66,7 @@ claim = Claim(
         lower("drain", "softmax", than="ReLU"),
         above("added_loss", "softmax", 1.0, where=TRIGGERS | TURNED),
         below("added_loss", "softmax", 0.1, where=OTHERS | TURNED),
-        lower("head_drain", "softmax", than="softmax", where={"heads": "greatest sinks"}, than_where={"heads": "others"}),
+        lower("head_drain", "softmax", than="softmax", where=SINKS, than_where=REST),
         above("residual_peak", "softmax", 10.0),  # an order of magnitude; Llama-2-7B has two
         below("sink_and_worth", "softmax", 0.0),
     ),

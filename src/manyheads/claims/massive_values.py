@@ -58,7 +58,7 @@ claim = Claim(
         higher("channel_peak", "full", than="full", where={"of": "k"}, than_where={"of": "v"}),
     ),
     caveat=(
-        "What is parametric is the next token of code where it cannot be copied. Judged is the published model; the toys "
-        "are small models of ours, figures and no word. Heads have 64 channels, the paper's 128: four are twice its share."
+        "What is parametric is the next token of code where it cannot be copied. Judged is the published model; the "
+        "toys are small models of ours, figures and no word. Heads have 64 channels, those of the paper 128."
     ),
 )  # fmt: skip

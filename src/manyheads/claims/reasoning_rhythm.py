@@ -41,7 +41,10 @@ claim = Claim(
                 "tokens": 192,
             },
             cpu={"windows_of": 24, "tokens": 384},
-            cuda={"dim": 256, "layers": 4, "steps": 3000, "batch": 64, "sequences": 512, "windows_of": 128, "tokens": 1024},
+            cuda={
+                "dim": 256, "layers": 4, "steps": 3000, "batch": 64, "sequences": 512, "windows_of": 128,
+                "tokens": 1024,
+            },
         ),
     ),
     checks=(

@@ -2,8 +2,8 @@
 """Does a model that attends less to its instruction follow it less, turn by turn, and does moving it back help?
 
 Small Llamas of ours learn dialogues of one to four turns with the instruction in front (standard) or next to the last
-message (c1_hf), and are judged on up to twenty; c1_hl is a layout that they never saw. The lift, and two tokens of noise
-that stand beside the instruction, tell attention to it from the length of the dialogue and from its place.
+message (c1_hf), and are judged on up to twenty; c1_hl is a layout that they never saw. The lift, and two tokens of
+noise that stand beside the instruction, tell attention to it from the length of the dialogue and from its place.
 """
 
 from ..experiment import Arm, Experiment, Sizes, above, higher, lower

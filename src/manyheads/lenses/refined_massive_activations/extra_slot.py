@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much attention goes to the slots of a :class:`KVBias`, which are no tokens: a sink that is not the first token."""
+"""How much attention goes to the slots of a :class:`KVBias`, which are no tokens and may take the sink's place."""
 
 from __future__ import annotations
 

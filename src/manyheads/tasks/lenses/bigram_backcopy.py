@@ -50,9 +50,9 @@ class _Trained:
 class BigramBackcopy(TrainedTask):
     """What a trained model shows on sequences that it has not seen, a value for each of them.
 
-    Trained are the baseline and the arms that have the option ``train``, a mapping that may hold ``optimizer`` (adamw or
-    sgd), ``lr``, ``layers``, and the mitigations ``kv_bias``, ``dyt`` and ``tvr``. Where there is one layer, the losses
-    are taken with its head taken out, and turned wholly to the first token, too.
+    Trained are the baseline and the arms that have the option ``train``, a mapping that may hold ``optimizer``
+    (``adamw``, ``sgd``), ``lr``, ``layers``, and the mitigations ``kv_bias``, ``dyt`` and ``tvr``. Where there is one
+    layer, the losses are taken with its head taken out, and turned wholly to the first token, too.
 
     Attributes:
         dim, layers: of the model.

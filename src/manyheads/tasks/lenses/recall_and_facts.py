@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a small Llama answers from its prompt, and from its weights, when channels of its attention are damaged.
 
-One to a seed learns :mod:`manyheads.data.recall_and_facts`: to recall one of four pairs of the prompt, and a table of 32
-facts, in prompts of one form.
+One to a seed learns :mod:`manyheads.data.recall_and_facts`: to recall one of four pairs of the prompt, and a table of
+32 facts, in prompts of one form.
 """
 
 from __future__ import annotations
