@@ -13,13 +13,13 @@ from manyheads.lenses.safety_heads import (
     Direction,
     HeadDropout,
     SafetyHeads,
+    ahd_loss,
     difference_of_means,
     erased,
     find_direction,
     ranked,
     steered,
     strength,
-    tune_step,
 )
 from manyheads.lenses.safety_heads.refusal_direction import log_odds
 from oracles import models
@@ -306,8 +306,12 @@ def test_a_step_weighs_its_parts_and_spares_the_anchors():
 
     def grads(alpha, dropout, spare=True):
         model.zero_grad()
+        losses = []
         with manyheads.use(model, dropout):
-            losses = tune_step(model, dropout, safety, anchor, alpha, spare)
+            for term in ahd_loss(dropout, alpha, spare)(model, (safety, anchor)):
+                term.backward()
+                losses.append(float(term.detach()))
+        assert not dropout.state
         return weight.grad.clone(), losses
 
     def grad_of(batch):
@@ -321,12 +325,12 @@ def test_a_step_weighs_its_parts_and_spares_the_anchors():
     for alpha, share in ((0.2, 0.2), (None, 0.2), (0.7, 0.7)):  # 8 labels against 32
         got, losses = grads(alpha, still)
         assert_close(got, share * one + (1 - share) * two, SAME)
-        assert losses == pytest.approx((first, second), rel=1e-5)
+        assert losses == pytest.approx([share * first, (1 - share) * second], rel=1e-5)
     torch.manual_seed(0)
     _, losses = grads(0.2, HeadDropout(p=0.5))
-    assert losses[0] != pytest.approx(first, rel=1e-3) and losses[1] == pytest.approx(second, rel=1e-5)
+    assert losses[0] != pytest.approx(0.2 * first, rel=1e-3) and losses[1] == pytest.approx(0.8 * second, rel=1e-5)
     _, losses = grads(0.2, HeadDropout(p=0.5), spare=False)
-    assert losses[1] != pytest.approx(second, rel=1e-3)
+    assert losses[1] != pytest.approx(0.8 * second, rel=1e-3)
 
 
 def test_refusals(tmp_path, saved):

@@ -24,7 +24,7 @@ two styles, true and false statements), :func:`find_direction` finds and saves o
         model.generate(**prompts)
 
 The paper's training strategy against it, dropping whole heads while it is tuned on safety data, is
-:class:`HeadDropout` with :func:`tune_step`.
+:class:`HeadDropout` with :func:`ahd_loss`.
 
 Shapes: z ``[B, T, H, dv]``, W_O ``[D, H * dv]`` (H * dv may differ from D), r ``[D]``. Left open by the paper, and done
 here: a prompt is what a forward without earlier tokens holds, so that under ``generate`` its last token is scored and
@@ -45,12 +45,12 @@ from ...errors import UserError
 from ...heads import HeadTable
 from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
 from .ablate_rows import AblateRows
-from .ahd import HeadDropout, tune_step
+from .ahd import HeadDropout, ahd_loss
 from .refusal_direction import Direction, difference_of_means, erased, find_direction, steered
 
 __all__ = [
     "AblateRows", "Direction", "HeadDropout", "SafetyHeads", "difference_of_means", "erased", "find_direction",
-    "ranked", "steered", "strength", "tune_step",
+    "ahd_loss", "ranked", "steered", "strength",
 ]  # fmt: skip
 
 

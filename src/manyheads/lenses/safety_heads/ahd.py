@@ -18,9 +18,8 @@ behaviour whatever it is asked once heads are missing. Look at D_B with heads ab
 which the paper does not have, drops heads on D_B as well and so takes the sign away.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,9 @@ from ...calls.edits import scale_heads
 from ...errors import UserError
 from ...strategy import AttentionPatch
 
-__all__ = ["HeadDropout", "tune_step"]
+__all__ = ["HeadDropout", "ahd_loss"]
+
+Labelled = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,12 @@ class HeadDropout(AttentionPatch):
     """Whole heads dropped while the model is in training mode; nothing happens in evaluation mode or with p = 0.
 
         dropout = HeadDropout(p=0.5)
-        with manyheads.use(model.train(), dropout):
-            tune_step(model, dropout, safety, anchor)
-            optimizer.step()
+        with manyheads.use(model, dropout):
+            fit(model, batches, ahd_loss(dropout), budget=640, optimizers=[optimizer])
 
     Attributes:
         p: probability of being dropped.
-        state: whether it is at rest; :func:`tune_step` sets it.
+        state: whether it is at rest; :func:`ahd_loss` sets it.
     """
 
     p: float = field(default=0.5, metadata={"help": "probability that a head is dropped"})
@@ -61,35 +61,34 @@ class HeadDropout(AttentionPatch):
         return scale_heads(out, kept / (1 - self.p))
 
 
-def tune_step(
-    model: nn.Module, dropout: HeadDropout, safety: Mapping[str, Tensor], anchor: Mapping[str, Tensor],
-    alpha: float | None = 0.2, spare_anchors: bool = True,
-) -> tuple[float, float]:  # fmt: skip
-    """Add the gradients of one step of AHD to those of ``model``, whose port is open with ``dropout``.
+def ahd_loss(
+    dropout: HeadDropout, alpha: float | None = 0.2, spare_anchors: bool = True
+) -> Callable[[nn.Module, tuple[Labelled, Labelled]], Iterator[Tensor]]:
+    """The loss of AHD, as :func:`manyheads.training.fit` takes it: of a model, and of a batch of two parts.
 
-    Each part is carried backward before the other begins, so that one of them is held at a time and gradient
-    checkpointing meets the dropout of its own forward.
+    The parts are arguments of the model, with ``labels`` (-100 where nothing is asked): of the safety prompts, and of
+    the anchors. Each is a term of its own, to be carried backward before the next is asked for, so that one of them is
+    held at a time and gradient checkpointing meets the dropout of its own forward.
 
     Args:
-        model: a transformers model in training mode that gives a loss.
-        dropout: the strategy.
-        safety, anchor: arguments of the model, with ``labels`` (-100 where nothing is asked).
+        dropout: the strategy, in use on the model, a transformers model in training mode.
         alpha: weight of the first part; None for its share of the labels, the mean over tokens of the released code.
         spare_anchors: whether dropout rests for the anchors, as in the paper.
 
     Returns:
-        The loss of either part, nats per label.
+        A function of model and batch that gives the two weighted terms, nats per label.
     """
-    if alpha is None:
-        first, second = (int((batch["labels"][:, 1:] != -100).sum()) for batch in (safety, anchor))
-        alpha = first / max(1, first + second)
-    losses = []
-    for batch, weight, rests in ((safety, alpha, False), (anchor, 1 - alpha, spare_anchors)):
-        dropout.state["rests"] = rests
-        try:
-            loss: Any = model(**batch).loss
-            (weight * loss).backward()
-        finally:
-            dropout.state.pop("rests")
-        losses.append(float(loss.detach()))
-    return losses[0], losses[1]
+
+    def loss(model: nn.Module, batch: tuple[Labelled, Labelled]) -> Iterator[Tensor]:
+        weight = alpha
+        if weight is None:
+            first, second = (int((part["labels"][:, 1:] != -100).sum()) for part in batch)
+            weight = first / max(1, first + second)
+        for part, share, rests in zip(batch, (weight, 1 - weight), (False, spare_anchors), strict=True):
+            dropout.state["rests"] = rests
+            try:
+                yield share * model(**part).loss
+            finally:
+                dropout.state.pop("rests")
+
+    return loss
