@@ -9,6 +9,7 @@ half of the standard library's files whose names have an odd CRC-32: on the othe
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import re
@@ -62,7 +63,8 @@ def measure(length: int, share: float, samples: int, seed: int, device: str, onl
         arms = summarise(results).document()["arms"]
     keys = ("arm", "kept", "figures")
     return {"length": length, "share": share, "samples": samples, "seed": seed, "device": device,
-            "environment": environment(), "arms": [{k: arm[k] for k in keys} for arm in arms]}  # fmt: skip
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "environment": environment(),
+            "arms": [{k: arm[k] for k in keys} for arm in arms]}  # fmt: skip
 
 
 def store(run: dict[str, Any], path: Path) -> None:
