@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-SECONDS = 240  # of one notebook, on a busy machine
+SECONDS = 240  # of one cell, on a busy machine
 
 
 def executed(paths: list[Path], folder: Path, execute: bool = True) -> Iterator[tuple[str, str | bytes]]:
@@ -30,9 +29,8 @@ def executed(paths: list[Path], folder: Path, execute: bool = True) -> Iterator[
     def run(path: Path) -> Any:
         notebook = nbformat.read(path, as_version=4)
         if execute:
-            kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
             where = {"metadata": {"path": str(folder)}}
-            NotebookClient(notebook, kernel, timeout=SECONDS, resources=where).execute()
+            NotebookClient(notebook, timeout=SECONDS, resources=where).execute()
         return notebook
 
     with ThreadPoolExecutor(2) as pool:
