@@ -52,7 +52,7 @@ def test_a_typed_measurement_is_found(line):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_figures_are_found(path):
-    text = measured.render(path.read_text(encoding="utf-8"), costs="", claim=str, counts={})
+    text = measured.render(path.read_text(encoding="utf-8"), costs="")
     assert "{{" not in text
 
 

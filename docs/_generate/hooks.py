@@ -29,7 +29,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Put the figures of a page in."""
     if page.file.generated_by is not None or "{{" not in markdown:
         return markdown
-    return measured.render(
-        markdown, costs=measured.render(measured.COSTS.read_text(encoding="utf-8")), claim=pages.claim_section,
-        counts=pages.counts(),
-    )  # fmt: skip
+    return measured.render(markdown, costs=measured.render(measured.COSTS.read_text(encoding="utf-8")))

@@ -3,7 +3,7 @@
 
 In a page, ``{{ figure("benchmarks/pab.json", "cpu", "overhead", "calls") }}`` is one figure. A path into a file is a
 sequence of keys; a dict among them picks the one entry of a list whose fields are as given. ``table`` and ``pivot``
-make tables of rows, ``ratio`` divides two figures, ``machine`` says what a file was measured on and when.
+make tables of rows, ``machine`` says what a file was measured on and when.
 
     python docs/_generate/measured.py README.md    # writes the block of measured costs again
 """
@@ -63,11 +63,6 @@ def figure(path: str, *keys: Any, scale: float = 1, digits: int = 3) -> str:
     """One figure, times ``scale``."""
     found = value(path, *keys)
     return number(found * scale if scale != 1 else found, digits)
-
-
-def ratio(path: str, top: Sequence[Any], bottom: Sequence[Any], digits: int = 2) -> str:
-    """One figure over another of the same file."""
-    return number(value(path, *top) / value(path, *bottom), digits)
 
 
 def _field(row: Mapping[str, Any], dotted: str) -> Any:
@@ -130,7 +125,7 @@ def render(text: str, **more: Any) -> str:
         LookupError, jinja2.TemplateError: a figure that is not there.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    names = {"figure": figure, "ratio": ratio, "table": table, "pivot": pivot, "machine": machine}
+    names = {"figure": figure, "table": table, "pivot": pivot, "machine": machine}
     return environment.from_string(text).render(**names, **more)
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,13 +43,6 @@ def pages() -> Iterator[tuple[str, str]]:
 def top_categories() -> list[str]:
     """Categories without the fields of domains, sorted."""
     return sorted({name.split("/")[0] for name in catalog.categories()})
-
-
-def counts() -> dict[str, tuple[int, int]]:
-    """Papers of each category, and how many of them are implemented; baselines do not count."""
-    every = Counter(row.category.split("/")[0] for row in catalog.papers())
-    done = Counter(row.category.split("/")[0] for row in catalog.papers() if row.state != "planned")
-    return {name: (every[name], done[name]) for name in top_categories()}
 
 
 def overview() -> str:
