@@ -18,6 +18,7 @@ attention, which would prepare itself anew for every length (76 ms per token ins
 """
 
 import argparse
+import datetime
 import gc
 import json
 import os
@@ -284,7 +285,9 @@ def store(rows: list[dict[str, Any]], path: Path) -> None:
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     fresh = {case(row) for row in rows}
     kept = [row for row in old if case(row) not in fresh]
-    document = {"model": "Llama-3-8B shape, random weights, bfloat16", "environment": environment(),
+    document = {"model": "Llama-3-8B shape, random weights, bfloat16",
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "environment": environment(),
                 "rows": sorted([*kept, *rows], key=lambda row: (row["batch"], row["context"], row["arm"]))}  # fmt: skip
     write_atomically(path, json.dumps(document, indent=1) + "\n")
 

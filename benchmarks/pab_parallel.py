@@ -13,6 +13,7 @@ that one process sends. ``error`` is the relative difference of the latents from
 """
 
 import argparse
+import datetime
 import json
 import tempfile
 import time
@@ -130,7 +131,8 @@ def main() -> None:
             rows += json.loads(Path(folder, f"rows{ranks}.json").read_text())
     made = {
         "figures": f"{kind.upper()}, {'NCCL' if kind == 'cuda' else 'gloo, one thread a process'}",
-        "shape": SHAPES[kind], "steps": STEPS, "commit": commit(), "environment": environment(),
+        "shape": SHAPES[kind], "steps": STEPS, "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "environment": environment(),
         "seconds_of": "the slowest process" if kind == "cuda" else "CPU time of the busiest process", "rows": rows,
     }  # fmt: skip
     given.json.write_text(json.dumps(made, indent=1) + "\n")

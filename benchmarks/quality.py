@@ -9,6 +9,7 @@ half of the standard library's files whose names have an odd CRC-32: on the othe
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import re
@@ -75,7 +76,8 @@ def measure(length: int, share: float, samples: int, seed: int, device: str, onl
         for arm in document["arms"]
     ]  # fmt: skip
     return {"length": length, "share": share, "samples": samples, "seed": seed, "device": device,
-            "environment": environment(), "arms": arms}  # fmt: skip
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "environment": environment(),
+            "arms": arms}  # fmt: skip
 
 
 def store(run: dict[str, Any], path: Path) -> None:
