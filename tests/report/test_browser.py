@@ -13,7 +13,7 @@ from manyheads.diffusion.token_maps import WordMaps
 from manyheads.experiment.checks import CheckResult
 from manyheads.experiment.claim import ClaimRun
 from manyheads.experiment.estimates import Estimate
-from manyheads.report import claims, compare, doctor, inspect, maps, train
+from manyheads.report import claims, compare, doctor, inspect, maps
 from manyheads.report.page import Headline, Page, Section, Text, render
 from manyheads.report.summary import Summary
 from manyheads.report.table import Cell, Column, Table
@@ -94,16 +94,14 @@ def page_of_claims(place):
 
 
 def page_of_train(place):
-    from manyheads.compare import compare_trained
-    from manyheads.compare.train.budget import Size
-    from manyheads.compare.train.summary import summarise as summarise_trained
+    from manyheads.comparison_train import TrainingSize, compare_trained
 
-    size = Size(
+    size = TrainingSize(
         dim=16, layers=1, heads=2, length=128, tokens=128, budget=5_000, rates=(3e-3, 1e-2), seeds=2, samples=4,
         reach=2, lengths=(128, 160), pairs=2, recall_length=12, recall_vocab=10, recall_batch=4,
     )  # fmt: skip
     results = compare_trained(None, ["softmax:window=16"], size=size, out=place, command=["manyheads", "compare"])
-    return train.page(summarise_trained(results))
+    return compare.page(Summary(results))
 
 
 def page_of_inspect(place):

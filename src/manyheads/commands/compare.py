@@ -125,17 +125,10 @@ def compare(
         if out is not None and out.resolve() != resume.resolve():
             raise UserError("--resume goes on in its own folder; leave --out away")
         out = resume
-    from manyheads.compare.train.command import refuse
-
-    refuse(options)
+    _refuse(options)
     where = executor(workers, ray)
     passive_threads()
-    if options.get("train"):
-        if where is not None:
-            raise UserError("--train spreads its trainings itself; leave --workers and --ray away")
-        _trained(options, out, as_json)
-    else:
-        _show(_run(options, out, where, as_json), as_json)
+    _show((_train if options.get("train") else _run)(options, out, where, as_json), as_json)
 
 
 def report(
@@ -145,12 +138,7 @@ def report(
     """Build the report page of a run again from its rows, and print the table."""
     from manyheads.experiment import Results
 
-    if _is_training(folder):
-        from manyheads.compare.results import Results as Trainings
-
-        _show_trained(Trainings.read(folder), as_json)
-    else:
-        _show(Results.read(folder), as_json)
+    _show(Results.read(folder), as_json)
 
 
 def _run(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
@@ -199,10 +187,7 @@ def _silence() -> None:
 
 def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run in ``folder``; UserError if others are ``given``."""
-    if _is_training(folder):
-        from manyheads.compare.results import read_run
-    else:
-        from manyheads.experiment.journal import read_run
+    from manyheads.experiment.journal import read_run
 
     run = read_run(folder)
     if run.get("kind") not in ("compare", "train"):
@@ -229,40 +214,45 @@ def _show(results: Results, as_json: bool) -> None:
         print_summary(summary, console())
 
 
-def _is_training(folder: Path) -> bool:
-    import json
-
-    try:
-        run = json.loads((folder / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(run, dict) and run.get("kind") == "train"
+_TRAINING = ("budget", "minutes", "seeds")  # options that go with --train alone
+_NO_TRAINING = {
+    "model": "it makes its own models", "budgets": "a training has one --budget, in tokens",
+    "tasks": "it measures all of its tasks",
+}  # fmt: skip
 
 
-def _trained(options: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    from manyheads.compare.results import Results, folder_for
-    from manyheads.compare.train.command import run
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise the UserError of an option that does not go with, or without, ``--train``."""
+    if not options.get("train"):
+        if wrong := [name for name in _TRAINING if name in options]:
+            raise UserError(f"--{wrong[0]} goes with --train, which trains a model for each strategy; add it")
+        return
+    if wrong := [name for name in _NO_TRAINING if name in options]:
+        raise UserError(f"--{wrong[0]} does not go with --train: {_NO_TRAINING[wrong[0]]}")
+    if "budget" in options and "minutes" in options:
+        raise UserError("give --budget or --minutes, not both")
+    if len(options.get("lengths", [0])) != 1:
+        raise UserError("--train has one training length; write for instance --lengths 256")
+
+
+def _train(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
+    """Train a model for each mixer and compare them, as ``options`` say."""
+    from manyheads.comparison_train import compare_trained
+    from manyheads.data.texts import read
+    from manyheads.experiment import Results
+    from manyheads.experiment.journal import folder_for
 
     folder, finished = folder_for(out, options)
     if finished:
-        _show_trained(Results.read(folder), as_json)
-        return
+        return Results.read(folder)
+    texts = read(options["text"]) if "text" in options else None
+    passed = ("budget", "minutes", "seeds", "samples", "quick", "seed", "device", "strategies")
+    arguments = {name: options[name] for name in passed if name in options}
     with shown(as_json) as progress:
-        results = run(options, folder, progress)
-    _show_trained(results, as_json)
-
-
-def _show_trained(results: Any, as_json: bool) -> None:
-    from manyheads.compare.train.summary import summarise
-    from manyheads.report.page import write
-    from manyheads.report.train import page, print_summary
-
-    found = summarise(results)
-    write(page(found), results.report)
-    if as_json:
-        print_json(found.document())
-    else:
-        print_summary(found, console())
+        return compare_trained(
+            texts, length=options.get("lengths", [None])[0], out=folder, command=typed(), options=options,
+            progress=progress, executor=where, **arguments,
+        )  # fmt: skip
 
 
 def _items(values: list[str] | None) -> list[str] | None:
