@@ -63,8 +63,7 @@ def measure(length: int, share: float, samples: int, seed: int, device: str, onl
         arms = summarise(results).document()["arms"]
     keys = ("arm", "kept", "figures")
     return {"length": length, "share": share, "samples": samples, "seed": seed, "device": device,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "environment": environment(),
-            "arms": [{k: arm[k] for k in keys} for arm in arms]}  # fmt: skip
+            "environment": environment(), "arms": [{k: arm[k] for k in keys} for arm in arms]}  # fmt: skip
 
 
 def store(run: dict[str, Any], path: Path) -> None:
@@ -75,6 +74,7 @@ def store(run: dict[str, Any], path: Path) -> None:
         return run["length"], -run["share"], run["device"]
 
     old = json.loads(path.read_text())["runs"] if path.exists() else []
+    run = {**run, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
     runs = sorted([run, *(r for r in old if case(r) != case(run))], key=case)
     write_atomically(path, json.dumps({"runs": runs}, indent=1) + "\n")
 
