@@ -228,13 +228,15 @@ def compare_trained(
     """
     from .data.texts import standard_library
     from .experiment.runner import run
+    from .tasks.training._bytes import split
 
     tokens, minutes = _budget(budget, minutes, device, quick, size)
     size = size or training_size(device, quick, seeds=seeds, samples=samples, length=length)
     size = replace(size, budget=tokens or size.budget)
     made = mixers(strategies)
     own = {spec: strategy for spec, strategy in made.items() if not _known(strategy)}
-    data = {"texts": list(standard_library() if texts is None else texts), "strategies": own}
+    read_texts = list(standard_library() if texts is None else texts)
+    data = {"texts": read_texts, "strategies": own}
     if minutes is not None:
         found = _earlier_budget(Path(out), minutes)
         if found is None:
@@ -242,7 +244,10 @@ def compare_trained(
         size = replace(size, budget=found)
     about = {
         "command": list(command), "options": dict(options or {}), "kind": "train",
-        "training": {**asdict(size), "minutes": minutes},
+        "training": {
+            **asdict(size), "minutes": minutes, "steps": dict(zip(("tune", "text", "recall"), size.steps, strict=True)),
+            "parts": {part: sum(len(t.content.encode()) for t in some) for part, some in split(read_texts).items()},
+        },
     }  # fmt: skip
     return run(
         plan_training(made.values(), size).at("cpu"), out, seed=seed, device=device, data=data, executor=executor,
