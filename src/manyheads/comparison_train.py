@@ -308,6 +308,7 @@ def _budget(
 def _affordable(minutes: float, plan: Planned, seed: int, device: str, data: Mapping[str, Any]) -> int:
     """Tokens per arm, to two digits, that fit into so many minutes."""
     from .experiment.runner import context
+    from .tasks.training._arms import decoder_of
     from .tasks.training.byte_lm import ByteLM
     from .training import train_lm
 
@@ -317,7 +318,7 @@ def _affordable(minutes: float, plan: Planned, seed: int, device: str, data: Map
     seconds = 0.0
     for arm in plan.arms:
         stamps: list[float] = []
-        model, draw = task.build(made, arm, 0), task.batches(made, 0)
+        model, draw = decoder_of(made, arm, task.config, task.parameters), task.batches(made, 0)
         train_lm(
             model, lambda step, draw=draw: (draw(step)[0].to(made.device), None), 3, lr=1e-5,  # type: ignore[misc]
             on_step=lambda _, stamps=stamps: stamps.append(_now(made)),  # type: ignore[misc]

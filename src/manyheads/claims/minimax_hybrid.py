@@ -45,13 +45,13 @@ claim = Claim(
     ),
     experiment=Experiment(
         subject="trainable", arms=arms(4), baseline=SOFTMAX, equal="parameters",
-        tasks=(AssociativeRecall(),),
+        tasks=(AssociativeRecall(length=20, tokens=16, batch=32),),
         sizes=Sizes(
-            quick={"steps": 80, "rates": (3e-3,), "samples": 64, "parameters": 90_000},
-            cpu={"steps": 450, "rates": (3e-3, 1e-2), "parameters": 90_000},
+            quick={"steps": 120, "rates": (3e-3,), "samples": 64, "parameters": 90_000},
+            cpu={"steps": 1200, "parameters": 90_000},
             cuda={
                 "arms": arms(8), "dim": 128, "heads": 4, "length": 128, "tokens": 128, "pairs": 16, "steps": 800,
-                "rates": (1e-3, 3e-3, 1e-2), "samples": 512, "parameters": 420_000,
+                "batch": 64, "rates": (1e-3, 3e-3, 1e-2), "samples": 512, "parameters": 420_000,
             },
         ),
     ),

@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -127,13 +128,9 @@ class TrainingTask(Task):
         arms = [arm for arm in run.arms if "weights_of" not in arm.options]
         return [arm for arm in arms if not self.only or arm.name in self.only]
 
-    def seeds(self, run: RunContext) -> tuple[int, ...]:
-        """Seeds that are trained."""
-        return run.seeds[: self.trainings or None]
-
     def units(self, run: RunContext) -> list[WorkUnit]:
         found = []
-        for seed in self.seeds(run):
+        for seed in run.seeds[: self.trainings or None]:
             for arm in self.trained_arms(run):
                 runs = 1.0
                 if seed == run.seeds[0] and self.tuned_by is None and len(self.rates) > 1:
@@ -147,149 +144,168 @@ class TrainingTask(Task):
         """Refuse an arm that sees the future before any is trained."""
         ids = torch.randint(self.vocab, (2, self.length), generator=seeding.torch_generator(run.seed, guard=self.name))
         for arm in self.trained_arms(run):
-            model = self.build(run, arm, run.seeds[0])
+            model = decoder_of(run, arm, self.config, self.parameters, run.seeds[0])
             perturb_zero_params(model)
             check_causal(model, ids.to(run.device), arm.key)
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm = next(arm for arm in run.arms if arm.key == unit.params["arm"])
         seed = unit.params["seed"]
-        trained = self.trained(run, arm, seed)
+        training = Training(self, run, arm)
+        trained = training.model(seed)
         ids = self.batches(run, seed)(0)[0][:1, :-1].to(run.device)
         check_causal(trained.model, ids, arm.key)  # again: training may open a path that was shut
         if self.reports:
-            yield from self._training_rows(run, arm, seed, trained)
+            yield from _training_rows(training, seed, trained)
         for judged in (arm, *(other for other in run.arms if other.options.get("weights_of") == arm.name)):
-            with torch.no_grad(), self._under(run, judged, trained.model) as model:
+            with torch.no_grad(), _under(self, run, judged, trained.model) as model:
                 found = list(self.rows(run, judged, seed, model))
             yield from found
-
-    def build(self, run: RunContext, arm: Arm, seed: int) -> Decoder:
-        """The arm's decoder with its first weights."""
-        return decoder_of(run, arm, self.config, self.parameters, seed)
-
-    def settings(self, run: RunContext, arm: Arm, seed: int | None = None) -> dict[str, Any]:
-        """What a training depends on, in plain values; without a seed, what the tuning does."""
-        names = ("vocab", "dim", "layers", "heads", "parameters", "length", "batch", "steps", "tune_steps", "rates")
-        found = {name: getattr(self, name) for name in (*names, *self.training_fields())}
-        tuned = None if self.tuned_by is None else self.tuned_by.settings(run, arm)
-        own = {"spec": mixer_of(run, arm).spec, "optimizer": arm.options.get("optimizer", "adamw")}
-        return {**found, **own, "seed": seed, "first": run.seeds[0], "run": run.seed, "tuned_by": tuned}
 
     def training_fields(self) -> Sequence[str]:
         """Names of further fields that a training depends on."""
         return ()
 
-    def tuned(self, run: RunContext, arm: Arm) -> dict[float, float]:
-        """Loss on what is set aside by learning rate, infinite where training diverged; nothing for a single rate."""
-        if self.tuned_by is not None:
-            return self.tuned_by.tuned(run, arm)
-        if len(self.rates) == 1:
-            return {}
-        settings = self.settings(run, arm)
-        return cast(dict[float, float], run.kept(("tuned", repr(settings)), lambda: self._tuned(run, arm, settings)))
 
-    def _tuned(self, run: RunContext, arm: Arm, settings: dict[str, Any]) -> dict[float, float]:
-        place = None if run.folder is None else arm_folder(run.folder, arm.key) / f"{self.stored}tuning.json"
+@dataclass(frozen=True)
+class Training:
+    """The trainings of one arm for a task.
+
+    Attributes:
+        task: says how.
+        run: in which.
+        arm: which.
+    """
+
+    task: TrainingTask
+    run: RunContext
+    arm: Arm
+
+    def settings(self, seed: int | None = None) -> dict[str, Any]:
+        """What a training depends on, in plain values; without a seed, what the tuning does."""
+        names = ("vocab", "dim", "layers", "heads", "parameters", "length", "batch", "steps", "tune_steps", "rates")
+        found = {name: getattr(self.task, name) for name in (*names, *self.task.training_fields())}
+        tuned = None if (tuning := self._tuning()) is None else tuning.settings()
+        own = {"spec": mixer_of(self.run, self.arm).spec, "optimizer": self.arm.options.get("optimizer", "adamw")}
+        return {**found, **own, "seed": seed, "first": self.run.seeds[0], "run": self.run.seed, "tuned_by": tuned}
+
+    def _tuning(self) -> Training | None:
+        """The trainings of the other task that chooses the rate."""
+        return None if self.task.tuned_by is None else Training(self.task.tuned_by, self.run, self.arm)
+
+    def tuned(self) -> dict[float, float]:
+        """Loss on what is set aside by learning rate, infinite where training diverged; nothing for a single rate."""
+        if (tuning := self._tuning()) is not None:
+            return tuning.tuned()
+        if len(self.task.rates) == 1:
+            return {}
+        settings = self.settings()
+        return cast(dict[float, float], self.run.kept(("tuned", repr(settings)), lambda: self._tuned(settings)))
+
+    def _tuned(self, settings: dict[str, Any]) -> dict[float, float]:
+        place = None if self.run.folder is None else self._place("tuning.json")
         if place is not None and (found := read_json(place, settings)) is not None:
             return {rate: math.inf if loss is None else loss for rate, loss in found["losses"]}
-        first, losses = run.seeds[0], dict.fromkeys(self.rates, math.inf)
+        first, losses = self.run.seeds[0], dict.fromkeys(self.task.rates, math.inf)
 
         def loss(trained: Trained) -> float:
-            losses[trained.rate] = self.validation(run, trained.model)
+            losses[trained.rate] = self.task.validation(self.run, trained.model)
             return losses[trained.rate]
 
         best, _ = choose_rate(
-            self.rates, lambda rate: self._train(run, arm, first, rate, self.tune_steps or self.steps), loss
+            self.task.rates, lambda rate: self._train(first, rate, self.task.tune_steps or self.task.steps), loss
         )
         if place is not None:
             write_json(place, settings, losses=[[r, x if math.isfinite(x) else None] for r, x in losses.items()])
-        if not self.tune_steps:
-            self._keep(run, arm, first, best)
+        if not self.task.tune_steps:
+            self._keep(first, best)
         return losses
 
-    def trained(self, run: RunContext, arm: Arm, seed: int) -> Trained:
+    def model(self, seed: int) -> Trained:
         """The arm's model of a seed: the one that was kept, or trained now."""
-        key = repr(self.settings(run, arm, seed))
-        return cast(
-            Trained, run.kept_last("trained", key, lambda: self._found(run, arm, seed) or self._fitted(run, arm, seed))
-        )
+        key = repr(self.settings(seed))
+        return cast(Trained, self.run.kept_last("trained", key, lambda: self._found(seed) or self._fitted(seed)))
 
-    def _fitted(self, run: RunContext, arm: Arm, seed: int) -> Trained:
+    def _fitted(self, seed: int) -> Trained:
         """Train at the chosen rate, or at the next lower one where the longer training diverges."""
-        losses = self.tuned(run, arm) or dict.fromkeys(self.rates, 0.0)
-        found = self._found(run, arm, seed)  # tuning may have made it
+        losses = self.tuned() or dict.fromkeys(self.task.rates, 0.0)
+        found = self._found(seed)  # tuning may have made it
         best = best_rate(losses)
         for rate in sorted((rate for rate in losses if rate <= best), reverse=True):
             if found is not None:
                 return found
             try:
-                found = self._train(run, arm, seed, rate, self.steps)
+                found = self._train(seed, rate, self.task.steps)
             except Diverged:
                 continue
-            self._keep(run, arm, seed, found)
+            self._keep(seed, found)
             return found
-        raise UserError(f"{arm.key}: training diverges at every rate up to {best:g}; give lower ones")
+        raise UserError(f"{self.arm.key}: training diverges at every rate up to {best:g}; give lower ones")
 
-    def _train(self, run: RunContext, arm: Arm, seed: int, rate: float, steps: int) -> Trained:
-        model, draw, order = self.build(run, arm, seed), self.batches(run, seed), hashlib.sha256()
+    def _train(self, seed: int, rate: float, steps: int) -> Trained:
+        model = decoder_of(self.run, self.arm, self.task.config, self.task.parameters, seed)
+        draw, order = self.task.batches(self.run, seed), hashlib.sha256()
 
         def get_batch(step: int) -> tuple[Tensor, Tensor | None]:
             ids, loss_mask = draw(step)
             order.update(ids.numpy().tobytes())
-            return ids.to(run.device), None if loss_mask is None else loss_mask.to(run.device)
+            return ids.to(self.run.device), None if loss_mask is None else loss_mask.to(self.run.device)
 
         state = train_lm(
-            model, get_batch, steps, lr=rate, optimizer=arm.options.get("optimizer", "adamw"),
-            on_step=lambda _: run.advance(self.batch * self.length),
+            model, get_batch, steps, lr=rate, optimizer=self.arm.options.get("optimizer", "adamw"),
+            on_step=lambda _: self.run.advance(self.task.batch * self.task.length),
         )  # fmt: skip
         return Trained(model, rate, state.losses, state.seconds, order.hexdigest()[:16])
 
-    def _place(self, run: RunContext, arm: Arm, seed: int) -> Any:
-        return arm_folder(run.folder, arm.key) / f"{self.stored}seed-{seed}"
+    def _place(self, name: str) -> Path:
+        return arm_folder(self.run.folder, self.arm.key) / f"{self.task.stored}{name}"
 
-    def _found(self, run: RunContext, arm: Arm, seed: int) -> Trained | None:
-        if run.folder is None:
+    def _found(self, seed: int) -> Trained | None:
+        if self.run.folder is None:
             return None
 
         def build(hidden: int) -> Decoder:
-            return Decoder(mixer_of(run, arm), dataclasses.replace(self.config, hidden=hidden)).to(run.device)
+            config = dataclasses.replace(self.task.config, hidden=hidden)
+            return Decoder(mixer_of(self.run, self.arm), config).to(self.run.device)
 
-        return read_trained(self._place(run, arm, seed), self.settings(run, arm, seed), build)
+        return read_trained(self._place(f"seed-{seed}"), self.settings(seed), build)
 
-    def _keep(self, run: RunContext, arm: Arm, seed: int, trained: Trained) -> None:
-        if run.folder is not None:
-            write_trained(self._place(run, arm, seed), self.settings(run, arm, seed), trained)
+    def _keep(self, seed: int, trained: Trained) -> None:
+        if self.run.folder is not None:
+            write_trained(self._place(f"seed-{seed}"), self.settings(seed), trained)
 
-    @contextmanager
-    def _under(self, run: RunContext, arm: Arm, model: Decoder) -> Iterator[Decoder]:
-        """The trained model as the arm has it judged."""
-        if "weights_of" in arm.options:
-            other = Decoder(mixer_of(run, arm), model.config)
-            other.load_state_dict(model.state_dict())
-            model = other.to(run.device).eval()
-        if "calibrated" not in arm.options:
-            yield model
-            return
-        lengths = [times * self.length for times in sorted(self.times) if times > 1]
-        strategy: Any = catalog.load(arm.options["calibrated"])
-        ids = self.calibrating(run)
-        made = strategy.calibrated(model, ids, lengths, trained=self.length, align=arm.options["align"])
-        with made.on(model):
-            yield model
 
-    def _training_rows(self, run: RunContext, arm: Arm, seed: int, trained: Trained) -> Iterator[Row]:
-        losses, step = trained.losses, self.batch * self.length
-        tail = losses[-max(1, len(losses) // 10) :]
-        points = sorted({round(i * (len(losses) - 1) / (_CURVE - 1)) for i in range(_CURVE)})
-        about = {
-            "rate": trained.rate, "tokens": len(losses) * step, "seconds": trained.seconds, "order": trained.order,
-            "parameters": trained.model.parameters_held, "curve": [[(i + 1) * step, losses[i]] for i in points],
-        }  # fmt: skip
-        yield self.row("training_nll", arm, sum(tail) / len(tail), "training", seed=seed, about=about)
-        if seed != run.seeds[0] or self.tuned_by is not None:
-            return
-        for rate, loss in self.tuned(run, arm).items():
-            value = loss if math.isfinite(loss) else math.log(self.vocab)  # as bad as knowing nothing
-            more = {"diverged": not math.isfinite(loss)}
-            yield self.row("tuning_nll", arm, value, "tuning", seed=seed, at={"rate": rate}, about=more)
+@contextmanager
+def _under(task: TrainingTask, run: RunContext, arm: Arm, model: Decoder) -> Iterator[Decoder]:
+    """The trained model as the arm has it judged."""
+    if "weights_of" in arm.options:
+        other = Decoder(mixer_of(run, arm), model.config)
+        other.load_state_dict(model.state_dict())
+        model = other.to(run.device).eval()
+    if "calibrated" not in arm.options:
+        yield model
+        return
+    lengths = [times * task.length for times in sorted(task.times) if times > 1]
+    strategy: Any = catalog.load(arm.options["calibrated"])
+    ids = task.calibrating(run)
+    made = strategy.calibrated(model, ids, lengths, trained=task.length, align=arm.options["align"])
+    with made.on(model):
+        yield model
+
+
+def _training_rows(training: Training, seed: int, trained: Trained) -> Iterator[Row]:
+    task, run, arm = training.task, training.run, training.arm
+    losses, step = trained.losses, task.batch * task.length
+    tail = losses[-max(1, len(losses) // 10) :]
+    points = sorted({round(i * (len(losses) - 1) / (_CURVE - 1)) for i in range(_CURVE)})
+    about = {
+        "rate": trained.rate, "tokens": len(losses) * step, "seconds": trained.seconds, "order": trained.order,
+        "parameters": trained.model.parameters_held, "curve": [[(i + 1) * step, losses[i]] for i in points],
+    }  # fmt: skip
+    yield task.row("training_nll", arm, sum(tail) / len(tail), "training", seed=seed, about=about)
+    if seed != run.seeds[0] or task.tuned_by is not None:
+        return
+    for rate, loss in training.tuned().items():
+        value = loss if math.isfinite(loss) else math.log(task.vocab)  # as bad as knowing nothing
+        more = {"diverged": not math.isfinite(loss)}
+        yield task.row("tuning_nll", arm, value, "tuning", seed=seed, at={"rate": rate}, about=more)

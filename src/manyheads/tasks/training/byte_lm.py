@@ -73,7 +73,7 @@ class ByteLM(TrainingTask):
     def units(self, run: RunContext) -> list[WorkUnit]:
         self._numbers(run, "train", 4 * self.length)  # too short a text is found now
         self._windows(run, max(self.times))
-        self._validation(run)
+        self._cut(run, "validation", self.length + 1, self.validating)
         return super().units(run)
 
     def batches(self, run: RunContext, seed: int) -> BatchFn[tuple[Tensor, Tensor | None]]:
@@ -86,7 +86,8 @@ class ByteLM(TrainingTask):
         return get_batch
 
     def validation(self, run: RunContext, model: Decoder) -> float:
-        return float(token_nll(model, self._validation(run).to(run.device), at_once(self.length)).mean())
+        ids = self._cut(run, "validation", self.length + 1, self.validating).to(run.device)
+        return float(token_nll(model, ids, at_once(self.length)).mean())
 
     def calibrating(self, run: RunContext) -> Tensor:
         return self._cut(run, "validation", max(self.times) * self.length, _CALIBRATING).to(run.device)
@@ -151,9 +152,6 @@ class ByteLM(TrainingTask):
 
         key = ("windows", self.text, self.samples, times * self.length)
         return cast(tuple[Tensor, list[dict[str, object]]], run.kept(key, make))
-
-    def _validation(self, run: RunContext) -> Tensor:
-        return self._cut(run, "validation", self.length + 1, self.validating)
 
     def _cut(self, run: RunContext, part: str, size: int, count: int) -> Tensor:
         """Up to ``count`` windows of ``size`` bytes, spread evenly over a part: int64 ``[N, size]``."""
