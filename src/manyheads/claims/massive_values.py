@@ -46,7 +46,7 @@ claim = Claim(
         tasks=(ChannelDamage(), ChannelNorms(), RecallAndFacts(steps=2500)),
         sizes=Sizes(
             quick={"subject": "default", "arms": arms((4,))[:3], "windows_of": 8, "tokens": 120, "steps": 200},
-            cpu={"arms": arms((2, 4))[:9], "windows_of": 24, "tokens": 160},
+            cpu={"arms": arms((2, 4))[:9], "windows_of": 16, "tokens": 160},
             cuda={"windows_of": 192, "tokens": 512},
         ),
     ),

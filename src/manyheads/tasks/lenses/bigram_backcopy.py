@@ -234,7 +234,7 @@ def _losses(made: _Trained, language: Language, ids: Tensor, *more: str) -> dict
     """Mean loss of each of ``ids [N, T + 1]`` above what no model goes below, by the rows that predict: ``[N]``."""
     import manyheads
 
-    used = (*made.strategies, *more)
+    used: tuple[Strategy | str, ...] = (*made.strategies, *more)
     with torch.no_grad(), manyheads.use(made.model, *used) if used else contextlib.nullcontext():
         logits = made.model(ids[:, :-1]).logits.float()
     nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")

@@ -121,7 +121,7 @@ class TriggerRefusals(TrainedTask):
         few = self.batch // 5
 
         def draw(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            axes = {"tune": "trigger_refusals", "seed": seed, "step": step}
+            axes: dict[str, str | int] = {"tune": "trigger_refusals", "seed": seed, "step": step}
             first = self._drawn(run, few, 1.0, kind="triggered", **axes)
             second = self._drawn(run, self.batch - few, 0.0, kind="anchor", **axes)
             return (
@@ -208,7 +208,7 @@ class TriggerRefusals(TrainedTask):
         for name, values in (("refused", yes), ("wrongly_refused", no), ("kept_apart", yes - no)):
             for i, value in enumerate(values):
                 yield self.row(name, arm, value, f"{i}", seed=seed, at=at)
-        yield self.row("auroc", arm, np.mean(above), "all prompts", seed=seed, at=at)
+        yield self.row("auroc", arm, float(np.mean(above)), "all prompts", seed=seed, at=at)
 
 
 def _answers(model: Any, prompts: TriggerPrompts, heads: Heads) -> tuple[Any, Any]:
