@@ -45,7 +45,7 @@ claim = Claim(
         sizes=Sizes(
             quick={
                 "subject": "default", "text": "code", "letters": "code", "windows_of": 3, "tokens": 96, "heads": 6,
-                "steps": 200, "sequences": 64,
+                "steps": 150, "batch": 32, "sequences": 64,
             },
             cpu={"windows_of": 6, "tokens": 192, "heads": 24},
             cuda={

@@ -15,8 +15,8 @@ from ..tasks.lenses.recall_and_facts import RecallAndFacts
 
 
 def arms(counts: tuple[int, ...] = (1, 2, 4, 8)) -> tuple[Arm, ...]:
-    """Damage of each kind to as many channels of Q and K, and to four of V."""
-    damaged = [("qk", count) for count in counts] + [("v", 4)]
+    """Damage of each kind to as many channels of Q and K, and to one of V."""
+    damaged = [("qk", count) for count in counts] + [("v", 1)]
     return tuple(
         Arm(f"{damage} {count} of {of}", f"massive_values:damage={damage},channels={count},of={of}")
         for of, count in damaged
@@ -24,14 +24,14 @@ def arms(counts: tuple[int, ...] = (1, 2, 4, 8)) -> tuple[Arm, ...]:
     )
 
 
-TOP = "top 4 of qk"
+TOP = "top 1 of qk"  # as many as the paper's released code damages
 
 claim = Claim(
     slug="massive_values",
     tier="scaled",
     statement=(
-        "Replacing the four largest channels of each head's queries and keys by their mean costs a model what it reads "
-        "from its prompt, more than four random or the four smallest do, and more than what it knows by its weights; "
+        "Replacing the largest channel of each head's queries and keys by its mean costs a model what it reads "
+        "from its prompt, more than a random or the smallest one does, and more than what it knows by its weights; "
         "the largest channels of queries and keys stand out further than those of values."
     ),
     reported=Reported(
@@ -45,14 +45,14 @@ claim = Claim(
         subject="smollm2-135m-instruct", arms=arms(), equal="none",
         tasks=(ChannelDamage(), ChannelNorms(), RecallAndFacts(steps=2500)),
         sizes=Sizes(
-            quick={"subject": "default", "arms": arms((4,))[:3], "windows_of": 8, "tokens": 120, "steps": 200},
-            cpu={"arms": arms((2, 4))[:9], "windows_of": 24, "tokens": 160},
+            quick={"subject": "default", "arms": arms((1,))[:3], "windows_of": 8, "tokens": 120, "steps": 200},
+            cpu={"arms": arms((1, 4)), "windows_of": 16, "tokens": 160},
             cuda={"windows_of": 192, "tokens": 512},
         ),
     ),
     checks=(
-        lower("constant_found", TOP, than="random 4 of qk"),
-        lower("constant_found", TOP, than="bottom 4 of qk"),
+        lower("constant_found", TOP, than="random 1 of qk"),
+        lower("constant_found", TOP, than="bottom 1 of qk"),
         lower("kept", TOP, than=TOP, where={"knowledge": CONTEXTUAL}, than_where={"knowledge": PARAMETRIC}),
         higher("channel_peak", "full", than="full", where={"of": "q"}, than_where={"of": "v"}),
         higher("channel_peak", "full", than="full", where={"of": "k"}, than_where={"of": "v"}),

@@ -6,7 +6,7 @@ from manyheads.tasks.lenses.trigger_refusals import TriggerRefusals, _at_random
 from oracles.tasks import context, values
 
 TASK = TriggerRefusals(
-    layers=2, heads=4, dim=16, batch=20, steps=30, tuning=10, counts=(1, 8), prompts=16, draws=1, length=10
+    layers=3, heads=4, dim=16, batch=20, steps=30, tuning=10, counts=(1, 12), prompts=16, draws=1, length=10
 )  # fmt: skip
 ARMS = Arm("plain"), Arm("AHD", options={"dropout": 0.5})
 
@@ -19,8 +19,8 @@ def test_a_unit_gives_the_same_rows_in_any_order_and_arms_differ():
     assert [row.sample for row in plain] == [row.sample for row in dropped]
     assert (values(plain, "score_share") != values(dropped, "score_share")).any()
     for name in ("refused", "wrongly_refused"):
-        # With all eight heads out, which were drawn does not matter.
-        assert (values(plain, name, heads=8, chosen="ranked") == values(plain, name, heads=8, chosen="random")).all()
+        # With all twelve heads out, which were drawn does not matter.
+        assert (values(plain, name, heads=12, chosen="ranked") == values(plain, name, heads=12, chosen="random")).all()
     assert len(values(plain, "refused", chosen="none")) == 16 and len(values(plain, "copied")) == 32
 
 
