@@ -12,6 +12,7 @@ from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
 from manyheads.lens import Lens, LensResult
 from manyheads.lenses.refined_massive_activations.dyt import DyT, ScaledEmbedding, with_dyt
+from manyheads.lenses.refined_massive_activations.extra_slot import ExtraSlot
 from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
 from manyheads.lenses.refined_massive_activations.tvr import TargetVariance, blocks_of, divide_by_depth
 from oracles import models
@@ -252,3 +253,17 @@ def test_dyt_refusals():
         with_dyt(nn.Sequential(nn.LayerNorm(3)))
     lone = nn.Sequential(nn.LayerNorm(3))
     assert with_dyt(lone, scale_embedding=False) == ["0"] and isinstance(lone[0], DyT)
+
+
+def test_the_extra_slot_takes_its_share():
+    model = models.build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()  # every key is attended to alike
+    shares = []
+    for used in ((bias_of(model, std=0.0),), ()):
+        with manyheads.use(model, *used), manyheads.watch(model, ExtraSlot()) as seen, torch.no_grad():
+            model(models.tokens(2, 9))
+        shares.append(seen.compute().tables["extra slot"].values)
+    expected = torch.full(shares[0].shape, sum(1 / (t + 2) for t in range(1, 9)) / 8, dtype=torch.float64)
+    assert_close(torch.from_numpy(shares[0]), expected, SAME)
+    assert (shares[1] == 0).all()

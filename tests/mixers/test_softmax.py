@@ -78,3 +78,21 @@ def test_ntk_changes_nothing_up_to_the_trained_length():
 def test_errors(fields, says):
     with pytest.raises(UserError, match=says):
         Softmax(**fields)
+
+
+def test_learned_frequencies_begin_as_rotary_ones_and_turn_each_head():
+    learned, plain, x = mixer(learned=True), mixer(), torch.randn(2, 17, 24, dtype=torch.float64)
+    torch.nn.init.zeros_(learned.log_factor)
+    learned.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.allclose(learned(x)[0], plain(x)[0], atol=1e-5)
+    whole, _ = learned(x)
+    first, state = learned(x[:, :9])
+    assert torch.allclose(torch.cat([first, learned(x[:, 9:], state=state)[0]], 1), whole, atol=1e-9)
+    with torch.no_grad():
+        learned.log_factor[: 6 // 2] += 0.5  # of the first key/value head
+    assert not torch.allclose(learned(x)[0], plain(x)[0], atol=1e-3)
+    learned(x)[0].square().sum().backward()
+    assert bool(learned.log_factor.grad.abs().gt(0).all())
+    for wrong in ({"position": "alibi"}, {"ntk": 2.0}):
+        with pytest.raises(UserError, match="learned"):
+            Softmax(learned=True, **wrong)

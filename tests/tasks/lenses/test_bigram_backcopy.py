@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of Bigram-Backcopy: every option changes the training, and losses are those of the model as it is used."""
+
+import pytest
+
+from manyheads.experiment import Arm
+from manyheads.tasks.lenses.bigram_backcopy import BigramBackcopy
+from oracles.tasks import context, rows, values
+
+TASK = BigramBackcopy(steps=60, dim=16, length=16, batch=8, sequences=8, letters="code", lr=1e-2)
+OPTIONS = {
+    "ReLU": {}, "SGD": {"optimizer": "sgd", "lr": 1e-3}, "KV bias": {"kv_bias": True}, "DyT": {"dyt": True},
+    "TVR": {"tvr": True}, "deep": {"layers": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    specs = {"ReLU": "active_dormant.relu_attention"}
+    arms = [Arm(name, specs.get(name, ""), options={"train": given}) for name, given in OPTIONS.items()]
+    return rows(TASK, context(Arm("plain"), *arms, Arm("of another task", options={"replace": "zero"})))
+
+
+def test_arms_are_trained_and_others_left_out(found):
+    plain = values(found, "loss", "plain", rows="all")
+    assert {row.arm for row in found} == {"plain", *OPTIONS}
+    for arm in OPTIONS:
+        assert (values(found, "loss", arm, rows="all") != plain).any(), arm
+    assert (values(found, "loss", "SGD", rows="others") > values(found, "loss", "plain", rows="others")).mean() > 0.5
+
+
+def test_only_a_kv_bias_has_an_extra_slot(found):
+    assert {row.arm for row in found if row.metric == "extra_slot"} == {"KV bias"}
+    slot = values(found, "extra_slot")
+    assert ((slot > 0) & (slot < 1)).all()
+
+
+def test_a_head_is_ablated_where_there_is_one(found):
+    ablated = {row.arm for row in found if row.metric == "added_loss"}
+    assert ablated == {"plain", *OPTIONS} - {"deep"}
+    assert (values(found, "added_loss", "plain", rows="all", head="taken out") != 0).all()
+
+
+def test_a_unit_repeats_to_the_bit(found):
+    run = context(Arm("plain"))
+    assert rows(TASK, run) == [row for row in found if row.arm == "plain"]
