@@ -21,7 +21,7 @@ FLOORS = (
     {"data", "integrations", "spec", *CATEGORIES},
     {"experiment", "models", "training"},
     {"generate", "inspect", "recipes", "tasks"},
-    {"claims", "compare", "comparison", "report"},
+    {"claims", "comparison", "comparison_train", "report"},
     {"commands"},
     {"__main__", "cli"},
 )
@@ -29,18 +29,12 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 # What the parts may not import of their own floor or below; no category imports another.
 FORBIDDEN = {
     **{category: CATEGORIES - {category} | {"integrations"} for category in CATEGORIES},
-    **dict.fromkeys(("integrations", "inspect", "compare", "report"), CATEGORIES),
+    **dict.fromkeys(("integrations", "inspect", "comparison", "report"), CATEGORIES),
 }
 # Imports of a higher floor, from where to where, until what they take has moved down; the list only gets shorter.
 UPWARD: set[tuple[str, str]] = set()
 # Asked by name until the protocol of stores declares it; the list only gets shorter.
-UNDECLARED = {
-    "getattr(store, 'fixed')",
-    "getattr(self.store, 'group')",
-    "hasattr(store, 'group')",
-    "hasattr(store, 'room')",
-    "getattr(self.store, 'attend')",
-}
+UNDECLARED: set[str] = set()
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Calls of builtins by their bare name; `model.eval()` is an attribute and no matter here.
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
@@ -235,24 +229,24 @@ RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
     ],
     arrows_point_down: [
         Source("manyheads.caches.a", "from manyheads.integrations import use"),
-        Source("manyheads.caches.a", "from ..compare.stats import bootstrap"),
+        Source("manyheads.caches.a", "from ..report.table import Column"),
         Source("manyheads.caches.a", "def f():\n    from manyheads import integrations\n"),
         Source("manyheads.caches.a", "import manyheads.mixers.b"),
         Source("manyheads.domains.vision.a", "from ...caches import b"),
         Source("manyheads.caches", "from ..integrations import use", package=True),
         Source("manyheads.attention.a", "from ..caches.b import c"),
         Source("manyheads.integrations.transformers", "from ..caches.snapkv import SnapKV"),
-        Source("manyheads.compare.arms", "from ..caches import snapkv"),
+        Source("manyheads.comparison", "from .caches import snapkv"),
         Source("manyheads.inspect.run", "from ..report import plots"),
         Source("manyheads.report.page", "def f():\n    from ..commands.options import console\n"),
         Source("manyheads.strategy", "def f():\n    from .spec import parse\n"),
-        Source("manyheads.models.a", "if TYPE_CHECKING:\n    from ..experiment import Arm\n"),
-        Source("manyheads.inspect.figures", "from ..compare.stats import bootstrap"),
+        Source("manyheads.models.a", "if TYPE_CHECKING:\n    from ..tasks import load\n"),
+        Source("manyheads.inspect.run", "from ..report.table import Column"),
         Source("manyheads.elsewhere.a", "import math"),
     ],
     attributes_are_declared: [
-        Source("manyheads.compare.a", 'getattr(arm.strategy, "sized", True)'),
-        Source("manyheads.compare.a", 'hasattr(policy, "mass")'),
+        Source("manyheads.tasks.a", 'getattr(arm.strategy, "sized", True)'),
+        Source("manyheads.tasks.a", 'hasattr(policy, "mass")'),
         Source("manyheads.integrations.a", 'answer = getattr(self.own_store, "answer", None)'),
         Source("manyheads.integrations.a", 'hasattr(cache, "layers")'),
     ],
@@ -278,9 +272,9 @@ ALLOWED = [
     Source("manyheads.diffusion.pab.redundancy", "from . import PAB\n"),
     Source("manyheads.integrations.a", "x.softmax(-1)\n"),
     Source("manyheads.claims.hashevict", "from ..caches.hashevict import HashEvict\n"),
-    Source("manyheads.compare.a", 'getattr(strategy, field.name)\ngetattr(module, "config", None)\n'),
+    Source("manyheads.tasks.a", 'getattr(strategy, field.name)\ngetattr(module, "config", None)\n'),
     Source(
-        "manyheads.compare.a", "model.eval()\nre.compile('x')\nload('x', trust_remote_code=False, weights_only=True)\n"
+        "manyheads.tasks.a", "model.eval()\nre.compile('x')\nload('x', trust_remote_code=False, weights_only=True)\n"
     ),
 ]
 SOURCES = [read(path) for path in sorted(PACKAGE.rglob("*.py"))]

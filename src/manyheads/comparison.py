@@ -13,7 +13,6 @@ from .experiment.arms import BASELINE, Arm
 from .experiment.design import Experiment, Sizes
 from .experiment.journal import FOLDER, Results
 from .experiment.subjects import CausalLM, Subject
-from .spec import Spec, parse, read, split_together
 from .strategy import Cache
 
 if TYPE_CHECKING:
@@ -140,6 +139,7 @@ def make_arms(
         UserError: as for :func:`plan`.
     """
     from .attention.budget import as_budget, keep_limit
+    from .spec import parse, read, split_together
 
     values = [as_budget(budget) for budget in budgets]
     arms: list[Arm] = []
@@ -172,6 +172,8 @@ def make_arms(
 
 def _arm(spec: str, budget: int | float | None, own: bool) -> Arm:
     """One arm of a spec that names its budget, or has none; the budget is taken out, so that tables can sort by it."""
+    from .spec import Spec, read
+
     spec = spec.strip()
     if not own or budget is None:
         return Arm(spec, spec)

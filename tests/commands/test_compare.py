@@ -181,7 +181,7 @@ BAD = [
     (["--tasks", "perplexty"], "did you mean perplexity"),
     (["--lengths", "many"], "number of tokens"),
     (["--lengths", "8"], "at least 32"),
-    (["--lengths", "100000"], "too long"),
+    (["--lengths", "100000"], "reads 2048 tokens"),
     (["--model", "missing/folder/deep"], "no such folder"),
     (["--device", "gpu0"], "unknown device"),
     (["--samples", "0"], "samples"),

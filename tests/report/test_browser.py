@@ -98,7 +98,7 @@ def page_of_train(place):
 
     size = TrainingSize(
         dim=16, layers=1, heads=2, length=128, tokens=128, budget=5_000, rates=(3e-3, 1e-2), seeds=2, samples=4,
-        reach=2, lengths=(128, 160), pairs=2, recall_length=12, recall_vocab=10, recall_batch=4,
+        reach=2, lengths=(128, 160), pairs=4, recall_length=20, recall_vocab=10, recall_batch=4,
     )  # fmt: skip
     results = compare_trained(None, ["softmax:window=16"], size=size, out=place, command=["manyheads", "compare"])
     return compare.page(Summary(results))

@@ -10,7 +10,6 @@ import typer
 
 from manyheads import catalog, claims
 from manyheads.errors import UserError
-from manyheads.report.claims import print_run
 from manyheads.report.table import Column, Table, print_table
 
 from .claims import stored_runs
@@ -85,6 +84,8 @@ def show(slug: Slug, as_json: Json = False) -> None:
     lines = [paper.title, arxiv, paper.summary, f"needs {needs}; {', '.join(paper.tags)}"]
     for line in filter(None, lines):
         screen.print(line, markup=False)
+    from manyheads.report.claims import print_run
+
     for part in row.get("parts", [row]) if paper.state != "planned" else []:
         screen.print(f"\n{part['doc']}", markup=False)
         print_table(_fields(part["fields"]), screen)

@@ -21,18 +21,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError
+from .task import RunContext
 
 if TYPE_CHECKING:
     from .design import Planned
     from .journal import Journal
     from .rows import Row, WorkUnit
-    from .task import RunContext
 
-__all__ = ["Executor", "Processes", "Ray", "Serial", "Told"]
+__all__ = ["Executor", "Processes", "Ray", "Serial", "Told", "context", "measure"]
 
 Told = Callable[[float, str], None]  # part of the work that was done, and what is going on
 _TRIES = 2  # times that a unit is given to a worker before the run stops
 _made: dict[str, tuple[Planned, RunContext]] = {}  # what a Ray worker was set up with, by run; it keeps the last alone
+
+
+def context(
+    plan: Planned, seed: int, device: str, data: Mapping[str, Any] | None, folder: Path | None = None
+) -> RunContext:
+    """What tasks share in this process; the subject is loaded when a task asks for it."""
+    from ..models import placed
+
+    return RunContext(
+        subject=plan.subject, arms=plan.arms, seed=seed, seeds=plan.seeds, device=placed(device, None)[0],
+        data=data or {}, folder=folder,
+    )  # fmt: skip
+
+
+def measure(plan: Planned, made: RunContext, unit: WorkUnit) -> list[Row]:
+    """Rows of one unit; the same in every process."""
+    task = next(task for task in plan.tasks if task.key == unit.task)
+    return list(task.measure(made, unit))
 
 
 class Executor(Protocol):
@@ -45,8 +63,6 @@ class Serial:
     """In this process, in order; a unit that another process has done meanwhile is left out."""
 
     def run(self, plan: Planned, made: RunContext, units: Sequence[WorkUnit], journal: Journal, told: Told) -> None:
-        from .runner import measure
-
         for unit in units:
             left = unit.cost
             if not journal.has(unit.key):
@@ -159,8 +175,6 @@ class _Worker:
 
 def _serve(pipe: Connection, sent: tuple[Any, ...]) -> None:
     """Do units that come through the pipe until it ends: ``(rows, None, False)``, or ``(None, error, mendable)``."""
-    from .runner import measure
-
     ready: tuple[Planned, RunContext] | None = None
     while True:
         try:
@@ -235,8 +249,6 @@ def _set_up(
     """Make this process ready for units."""
     import torch
 
-    from .runner import context
-
     torch.set_num_threads(threads)
     made = context(plan, seed, device, data, Path(folder) if folder else None)
     plan.subject.load(made.device)
@@ -245,8 +257,6 @@ def _set_up(
 
 def _do_remotely(run: str, sent: tuple[Any, ...], unit: WorkUnit) -> list[Row]:
     """A unit in a worker of Ray, which is kept between units, and with it what was loaded for the same run."""
-    from .runner import measure
-
     if run not in _made:
         _made.clear()
         _made[run] = _set_up(*sent)

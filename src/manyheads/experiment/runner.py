@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from .. import environment
 from ..errors import UserError
 from .design import Planned
-from .executors import Executor, Serial
+from .executors import Executor, Serial, context, measure
 from .journal import Journal, Results
-from .rows import Row, WorkUnit
+from .rows import WorkUnit
 from .task import RunContext, Task
 
 if TYPE_CHECKING:
@@ -85,30 +85,12 @@ def run(
     )  # fmt: skip
 
 
-def context(
-    plan: Planned, seed: int, device: str, data: Mapping[str, Any] | None, folder: Path | None = None
-) -> RunContext:
-    """What tasks share in this process; the subject is loaded when a task asks for it."""
-    from ..models import placed
-
-    return RunContext(
-        subject=plan.subject, arms=plan.arms, seed=seed, seeds=plan.seeds, device=placed(device, None)[0],
-        data=data or {}, folder=folder,
-    )  # fmt: skip
-
-
 def _ordered(units: Sequence[WorkUnit]) -> list[WorkUnit]:
     """The units in their order, those that share something side by side."""
     groups: dict[str, list[WorkUnit]] = {}
     for unit in units:
         groups.setdefault(unit.shares or unit.key, []).append(unit)
     return [unit for group in groups.values() for unit in group]
-
-
-def measure(plan: Planned, made: RunContext, unit: WorkUnit) -> list[Row]:
-    """Rows of one unit; the same in every process."""
-    task = next(task for task in plan.tasks if task.key == unit.task)
-    return list(task.measure(made, unit))
 
 
 def _described(

@@ -10,9 +10,8 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 __all__ = ["generator", "number", "torch_generator"]
@@ -20,12 +19,16 @@ __all__ = ["generator", "number", "torch_generator"]
 
 def number(seed: int, /, **axes: str | int | float) -> int:
     """A 63-bit seed for the draw that ``axes`` name; their order does not matter."""
+    import numpy as np
+
     names = [zlib.crc32(f"{name}={axes[name]}".encode()) for name in sorted(axes)]
     return int(np.random.SeedSequence([seed, *names]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(seed: int, /, **axes: str | int | float) -> np.random.Generator:
     """NumPy's generator for the draw that ``axes`` name."""
+    import numpy as np
+
     return np.random.default_rng(number(seed, **axes))
 
 

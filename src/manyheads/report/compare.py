@@ -33,10 +33,7 @@ def page(summary: Summary) -> Page:
         about.append(
             ("text", f"{texts['files']} files, {texts['characters']:,} characters", f"sha256 {texts['sha256']}")
         )
-    about += [
-        (f"task {key}", ", ".join(f"{name} {value}" for name, value in fields.items() if name != "task"), "")
-        for key, fields in experiment["tasks"].items()
-    ]
+    about += [(f"task {key}", _fields(fields), "") for key, fields in experiment["tasks"].items()]
     about += [("seed", experiment["seed"], f"of {len(experiment['seeds'])} training(s) or draw(s)")]
     skipped = [f"The task {task} was skipped: {reason}." for task, reason in run["skipped"].items()]
     return Page(
@@ -51,6 +48,13 @@ def page(summary: Summary) -> Page:
             ),
         ],
     )  # fmt: skip
+
+
+def _fields(fields: dict[str, str]) -> str:
+    """The sizes of a task in words; those that are not set, and other tasks that it names, are left out."""
+    shown = {name: value.strip("'") for name, value in fields.items() if name != "task" and value != "None"}
+    tasks = {name for name, value in shown.items() if value[:1].isupper() and value.endswith(")")}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value and name not in tasks)
 
 
 def headlines(summary: Summary) -> list[str]:
