@@ -91,7 +91,7 @@ BAD = [
     (["--length", "4"], "at least 8 tokens"),
     (["--length", "100000"], "too long"),
     (["--layers", "0-9"], "layers 0 to 1"),
-    (["--layers", "a"], "write for instance --layers"),
+    (["--layers", "a"], "write them as 0-3\\+7"),
     (["--ablate", "snik"], "no score of heads"),
     (["--chat", "missing.json"], "no such file"),
     (["--chat", "short.txt"], "is no JSON"),

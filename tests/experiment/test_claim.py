@@ -3,17 +3,25 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-import manyheads
 from manyheads.errors import UserError
 from manyheads.experiment import higher, lower, no_worse
 from manyheads.experiment.claim import Claim, ClaimResult, ClaimRun, Reported, read_result, run_claim, store
 from oracles.experiment import experiment
 
-OLD = Path(manyheads.__file__).parent / "claims"
+# As files were before claims were data: a verdict in prose, and figures whose intervals are of undeclared kinds.
+OLD = {
+    "slug": "d2o", "statement": "D2O loses less.", "paper_figure": "LongBench 44.3",
+    "results": [{
+        "device": "cpu", "quick": False, "verdict": "does not hold here", "reason": "It loses more.",
+        "figures": [{"name": "loss of full", "value": 1.4, "n": 18, "low": 1.2, "high": 1.6, "unit": "nats"},
+                    {"name": "recall of full", "value": 0.9, "n": 18, "low": 0.8, "high": 1.02, "unit": ""}],
+        "seeds": [0, 1, 2], "seconds": 610.0, "date": "2026-11-20T10:00:00+00:00",
+        "command": "manyheads claims run d2o", "environment": {"cpu": "a processor", "gpu": None},
+    }],
+}  # fmt: skip
 CHECKS = (
     lower("loss", "full", than="worse"),
     lower("loss", "worse", than="same"),
@@ -107,8 +115,9 @@ def test_a_retraction_stays_and_counts_as_long_as_the_word_is_said(full, tmp_pat
 
 
 def test_results_of_before_claims_were_data_are_read(full, tmp_path):
-    old = json.loads((OLD / "d2o.json").read_text())
-    found = read_result(OLD / "d2o.json")
+    old = OLD
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    found = read_result(tmp_path / "old.json")
     assert found.slug == "d2o" and len(found.runs) == len(old["results"])
     first, run = old["results"][0], found.runs[0]
     assert run.line == f"proxy: {first['verdict']} (before claims were data)" and run.checks == ()
