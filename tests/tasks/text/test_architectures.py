@@ -11,7 +11,7 @@ from manyheads.caches._store import PolicyStore
 from manyheads.comparison import STRATEGIES, TASKS, compare
 from manyheads.integrations import cache as port_cache
 from manyheads.models import default_path
-from manyheads.tasks.text import _text_task, perplexity, speed
+from manyheads.tasks.text import perplexity, speed
 from manyheads.tasks.text._contexts import Contexts
 from manyheads.tasks.text._corpus import Corpus
 from oracles import models
@@ -107,8 +107,7 @@ def is_plain(rows, want, arms=("full", KEEPS_ALL)):
 
 @pytest.fixture(autouse=True)
 def _few_tokens(monkeypatch):
-    for module in (perplexity, _text_task):
-        monkeypatch.setattr(module, "TARGET", TARGET)
+    monkeypatch.setitem(perplexity.Perplexity.__init__.__kwdefaults__, "target", TARGET)
     for name in ("_WARM", "_TIMED"):
         monkeypatch.setattr(speed, name, 1)
 
