@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads import UserError
-from manyheads.calls import statistics
+from manyheads.calls import weights
 from manyheads.calls.statistics import Entropy, Pooled
 from manyheads.calls.weights import measure
 from manyheads.kernels import probe
@@ -91,7 +91,7 @@ def test_sharp_rows_and_far_tails():
 
 def test_measure_takes_kernels_and_blocks_together(monkeypatch):
     """What has no kernel is made by blocks in the same call, in order; what is beyond the kernels too."""
-    monkeypatch.setattr(statistics, "_has_kernels", lambda call: True)
+    monkeypatch.setattr(weights, "_has_kernels", lambda call: True)
     asked = []
     true = probe.row_statistics
     monkeypatch.setattr(probe, "row_statistics", lambda *a, **k: asked.append(1) or true(*a, **k))

@@ -54,7 +54,8 @@ class HookChain:
     @property
     def has_hooks(self) -> bool:
         """Whether a strategy acts on a call, beyond storing keys and values."""
-        return bool(self._editors or self._attenders or self._after)
+        # Counted, since Dynamo of torch 2.11 cannot trace bool(list).
+        return len(self._editors) + len(self._attenders) + len(self._after) > 0
 
     def mark_called(self) -> None:
         """Note that the site was called."""
