@@ -49,8 +49,8 @@ claim = Claim(
         ),
         sizes=Sizes(
             quick={
-                "arms": tuple(aligned(T5, rule) for rule in ("entropy", "pmax")), "steps": 20, "rates": (4e-3,),
-                "byte_lm.samples": 4, "planted_values.samples": 16, "byte_lm.parameters": 170_000,
+                "arms": tuple(aligned(T5, rule) for rule in ("entropy", "pmax", "logn")), "steps": 10, "rates": (4e-3,),
+                "byte_lm.samples": 2, "planted_values.samples": 16, "byte_lm.parameters": 170_000,
             },
             cpu={
                 "byte_lm.steps": 300, "byte_lm.samples": 32, "byte_lm.parameters": 170_000,
