@@ -137,10 +137,7 @@ def claim_section(slug: str) -> str:
 
 
 def _claim(slug: str) -> str:
-    try:
-        claim = claims.load(slug)
-    except (ImportError, TypeError):  # written before claims were data
-        return ""
+    claim = claims.load(slug)
     said = claim.reported
     parts = [
         f"{claim.statement}",

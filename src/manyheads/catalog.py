@@ -306,19 +306,3 @@ def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
             (*_WEIGHTS, query, limit),
         ).fetchall()
     return [(_rows()[rowid - 1], -cost) for rowid, cost in ranked]
-
-
-def markdown(rows: list[Paper]) -> str:
-    """Return the table of the README: what stands, and folded below it what is planned, by category."""
-
-    def line(paper: Paper) -> str:
-        title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
-        number = paper.id if paper.id is not None else "baseline"
-        state = ": ".join(filter(None, (paper.state, paper.checks)))
-        return f"| `{paper.slug}` | {number} | {paper.category} | {title} | {paper.summary} | {state} |"
-
-    head = ["| strategy | paper | category | title | what it does | state |", "|---|---|---|---|---|---|"]
-    stands = [paper for paper in rows if paper.state != "planned"]
-    planned = sorted((paper for paper in rows if paper.state == "planned"), key=lambda paper: paper.category)
-    folded = ["<details>", f"<summary>{len(planned)} papers that are planned</summary>", "", *head]
-    return "\n".join([*head, *map(line, stands), "", *folded, *map(line, planned), "", "</details>"])

@@ -28,13 +28,9 @@ def list_papers(
     category: Category = None,
     state: State = None,
     as_json: Json = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
 ) -> None:
     """List the papers and what stands of each."""
     papers = _select(catalog.papers(), category, state)
-    if markdown:
-        typer.echo(catalog.markdown(papers + _select(catalog.baselines(), category, state)))
-        return
     if as_json:
         print_json([paper.row() for paper in papers])
         return
