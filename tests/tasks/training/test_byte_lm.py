@@ -2,6 +2,7 @@
 """Byte language models of arms: equal terms, units that need no other, and weights that are judged twice."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,11 +97,15 @@ def test_weights_are_judged_with_a_calibrated_temperature(measured):
     assert by["t5, none", 4] == by["t5", 4] and by["t5, logn", 1] == by["t5", 1] and by["t5, logn", 4] != by["t5", 4]
 
 
-def test_spans_reach_as_far_as_the_text(measured):
+def test_spans_reach_as_far_as_the_text(measured, texts):
     assert spans(128, 4) == [(0, 32), (32, 128), (128, 256), (256, 512)]
-    results = measured(ByteLM(**TEXT, reach=2**12))
+    results = measured(ByteLM(**TEXT, reach=4))
     last = {at["last"] for *_, at, _ in values(results, "span_nll")}
-    assert min(last) == 32 and 32 < max(last) < 2**12 * 32
+    assert min(last) == 32 and max(last) == 4 * 32
+    few = [replace(text, content=text.content[:3_000]) for text in texts]
+    far = ByteLM(**TEXT, reach=2**20)
+    reached = far.reached(context(few))
+    assert 1 < reached < 2**20 and far._windows(context(few), reached)[0].shape[1] == reached * 32 + 1
 
 
 def test_too_short_a_text_is_found_before_training(measured, texts, tmp_path):
