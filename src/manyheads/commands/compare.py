@@ -211,7 +211,7 @@ def _show(results: Results, as_json: bool) -> None:
     if as_json:
         print_json(summary.document())
     else:
-        print_summary(summary, console())
+        print_summary(summary, console(200))
 
 
 _TRAINING = ("budget", "minutes", "seeds")  # options that go with --train alone

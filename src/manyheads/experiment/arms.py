@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
@@ -54,9 +55,7 @@ class Arm:
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """What acts, in the order of the spec; nothing for the plain subject."""
-        from ..spec import parse, split_together
-
-        return tuple(parse(part) for part in split_together(self.full_spec)) if self.spec else ()
+        return _parsed(self.full_spec) if self.spec else ()
 
     @property
     def strategy(self) -> Strategy:
@@ -92,3 +91,11 @@ def over(arms: Mapping[str, str] | Iterable[str], budget: Iterable[int | float] 
     if budget is None:
         return tuple(Arm(name, spec) for name, spec in named.items())
     return tuple(Arm(name, spec, value) for name, spec in named.items() for value in budget)
+
+
+@cache
+def _parsed(text: str) -> tuple[Strategy, ...]:
+    """Strategies of a spec; tasks ask for those of an arm at every forward."""
+    from ..spec import parse, split_together
+
+    return tuple(parse(part) for part in split_together(text))
