@@ -116,3 +116,11 @@ def test_wrong_name_is_answered_with_the_nearest(wrong, nearest):
     with pytest.raises(AttributeError, match=rf"no attribute '{wrong}'; nearest: .*\b{nearest}\b"):
         getattr(manyheads, wrong)
     assert not hasattr(manyheads, "__wrapped__")
+
+
+def test_every_public_name_is_there():
+    """Each name of ``__all__`` is imported from its home when it is asked for; `compare` is the function."""
+    import manyheads
+
+    assert all(getattr(manyheads, name) is not None for name in manyheads.__all__)
+    assert callable(manyheads.compare) and callable(manyheads.compare_trained)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manyheads.call import AttentionCall, Site
     from manyheads.catalog import Paper, baselines, find, get, load, papers
+    from manyheads.comparison import compare
+    from manyheads.comparison_train import compare_trained
     from manyheads.errors import UserError
     from manyheads.heads import HeadTable
     from manyheads.inspect import watch
@@ -37,6 +39,8 @@ __all__ = [
     "find",
     "get",
     "load",
+    "compare",
+    "compare_trained",
     "papers",
     "parse",
     "use",
@@ -45,6 +49,8 @@ __all__ = [
 
 _HOMES = {
     "manyheads.call": ("AttentionCall", "Site"),
+    "manyheads.comparison": ("compare",),
+    "manyheads.comparison_train": ("compare_trained",),
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),
     "manyheads.heads": ("HeadTable",),
@@ -59,7 +65,6 @@ _PARTS = (
     "call",
     "catalog",
     "claims",
-    "compare",
     "errors",
     "models",
     "integrations",
