@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import manyheads
 from caches.formula import DIM, drive, sequences, site
 from manyheads import UserError, parse
+from manyheads.attention import reference
 from manyheads.caches._view import CacheView
 from manyheads.caches.d2o import absorb, density, nearest
 from oracles import caches, models
@@ -148,7 +149,7 @@ def test_blocks_change_nothing(monkeypatch):
     at = torch.randperm(40)[:17].expand(2, 2, 17)
     kept = torch.ones(2, 2, 40, dtype=torch.bool).scatter(2, at, False)
     want = nearest(k, at, kept)
-    monkeypatch.setattr("manyheads.caches.d2o._BLOCK", 500)
+    monkeypatch.setitem(reference._SCRATCH, "cpu", 500)
     got = nearest(k, at, kept)
     assert torch.equal(got[1], want[1])
     assert_close(got[0], want[0])

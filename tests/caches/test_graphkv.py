@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import manyheads
 from caches.formula import DIM, agrees, drive, sequences, site
 from manyheads import UserError, parse
+from manyheads.attention import reference
 from manyheads.caches._view import CacheView
 from manyheads.caches.graphkv import GraphKV, propagate
 from oracles import caches, models
@@ -98,7 +99,7 @@ def test_blocks_change_nothing(monkeypatch):
     scores, nodes = torch.rand(2, 2, 40), torch.ones(2, 2, 40, dtype=torch.bool)
     number = torch.tensor([[9, 12], [1, 30]]), torch.tensor([[4, 1], [40, 2]])
     want = propagate(scores, k, nodes, *number, rounds=2, update="add")
-    monkeypatch.setattr("manyheads.caches.graphkv._BLOCK", 500)
+    monkeypatch.setitem(reference._SCRATCH, "cpu", 500)
     assert_close(propagate(scores, k, nodes, *number, rounds=2, update="add"), want)
 
 

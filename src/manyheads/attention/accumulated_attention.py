@@ -7,8 +7,6 @@ from . import reference
 
 __all__ = ["accumulated_attention"]
 
-_BLOCK = 2**24  # logits held at once
-
 
 def accumulated_attention(
     q: Tensor,
@@ -45,7 +43,7 @@ def accumulated_attention(
 
             return kernel.accumulated_attention(q, k, scale=scale)
     total = reference.widened(k.new_zeros(batch, kv_heads, size))
-    block = max(1, _BLOCK // (batch * heads * size))
+    block = reference.block_size(q, batch * heads * size)
     for start in range(0, length, block):
         cut = slice(start, start + block)
         grouped = reference.widened(q[:, :, cut]).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # keys are not repeated

@@ -9,12 +9,19 @@ keys too. A row that may attend to nothing gives 0 with zero gradient, never NaN
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "causal_mask", "logits", "logsumexp", "repeat_kv", "softmax", "widened"]
+__all__ = ["attention", "block_size", "causal_mask", "logits", "logsumexp", "repeat_kv", "softmax", "widened"]
+
+_SCRATCH = {"cpu": 2**24, "cuda": 2**26}  # numbers; a GPU waits for the launches of small blocks
 
 
 def widened(x: Tensor) -> Tensor:
     """``x`` in float32, or in float64 where it comes so: what scores and other choices are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def block_size(x: Tensor, per_row: int) -> int:
+    """Rows of ``per_row`` numbers that a computation on the device of ``x`` holds at once, at least 1."""
+    return max(1, _SCRATCH.get(x.device.type, _SCRATCH["cpu"]) // max(1, per_row))
 
 
 def repeat_kv(x: Tensor, num_heads: int) -> Tensor:

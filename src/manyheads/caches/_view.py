@@ -89,6 +89,9 @@ class CacheView:
 
         Noted in ``state``.
         """
+        if self.shared is not self.state and "angle_step" in self.shared:  # the cache that this one is a fork of knows
+            self.state.update({name: self.shared[name] for name in ("angle_step", "angle_span")})
+            return self.shared["angle_step"]
         known = self.state if "angle_step" in self.state else self.shared
         if self.rotary is None or self.rotary[0].shape[1] < 2:
             return known.get("angle_step")

@@ -46,7 +46,6 @@ from ._view import CacheView, QueryWindow
 
 __all__ = ["D2O"]
 
-_BLOCK = 2**24  # similarities held at once
 _LEAST_SHARE = 0.01  # of its tokens that every layer keeps
 
 
@@ -93,8 +92,9 @@ class D2O(EvictionStrategy):
         heads, at = call.q.shape[1], queries.positions
         keys = reference.repeat_kv(call.k, heads)
         mass = accumulated_attention(
-            queries.q, keys, at, at[:, None], scale=call.scale, softcap=call.softcap, sinks=call.sinks
-        )  # [B, H, S]
+            queries.q, keys, at, at[:, None], scale=call.scale, softcap=call.softcap, sinks=call.sinks,
+            causal=call.mask is None and bool((at >= 0).all()),
+        )  # [B, H, S]  # fmt: skip
         state["density"] = density(mass, (at >= 0)[:, None])
 
     def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
@@ -177,7 +177,7 @@ def density(mass: Tensor, valid: Tensor) -> Tensor:
 def nearest(k: Tensor, at: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine to the most similar kept slot, and its index, for the slots ``at [B, Hkv, E]`` of ``k [B, Hkv, N, d]``."""
     unit = torch.nn.functional.normalize(reference.widened(k), dim=-1)
-    block = max(1, _BLOCK // kept.numel())
+    block = reference.block_size(k, kept.numel())
     found = []
     for part in at.split(block, 2):
         similarity = unit.gather(2, part[..., None].expand(*part.shape, k.shape[3])) @ unit.transpose(2, 3)

@@ -35,8 +35,6 @@ from ._wrap import Wrapper
 
 __all__ = ["GraphKV"]
 
-_BLOCK = 2**24  # similarities held at once
-
 
 @dataclass(frozen=True, kw_only=True)
 class GraphKV(Wrapper):
@@ -130,7 +128,7 @@ def propagate(
     unit = torch.nn.functional.normalize(reference.widened(keys), dim=-1)
     size = scores.shape[2]
     most, reach = min(int(sources.max()), size), min(int(neighbours.max()), size)
-    block = max(1, _BLOCK // scores.numel())
+    block = reference.block_size(scores, scores.numel())
     for _ in range(rounds if most else 0):
         # Flipped, so that the stable sort puts the newer of two equal slots first.
         ranked = scores.masked_fill(~nodes, -torch.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)

@@ -52,7 +52,6 @@ __all__ = ["Hedge"]
 _NEAR = 32  # tokens around a query that new text will have of its own
 _TO_COME = 16  # tokens that packed storage has places for from the beginning
 _FLOOR = 1e-3  # of the largest pair of a head, the least that a pair counts as
-_BLOCK = 2**24  # weights held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +215,7 @@ def foresight(view: CacheView) -> Tensor:
     beside = k.gather(2, late.indices[..., None].expand(-1, -1, -1, k.shape[3]))
     places = reference.repeat_kv(late.values, heads)[:, :, None]
     total = k.new_zeros(k.shape[0], heads, size)
-    block = max(1, _BLOCK // total.numel())
+    block = reference.block_size(k, total.numel())
     for q, at in zip(reference.widened(view.queries.q).split(block, 2), asked.split(block, 1), strict=True):
         again, at = _turned(q, (view.counts[:, None] - at).float(), step), at[:, None, :, None]
         new = reference.logits(again, k, scale=view.scale, softcap=cap).masked_fill_(hidden, -torch.inf)

@@ -13,8 +13,8 @@ import os
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,7 +50,21 @@ def context(
 def measure(plan: Planned, made: RunContext, unit: WorkUnit) -> list[Row]:
     """Rows of one unit; the same in every process."""
     task = next(task for task in plan.tasks if task.key == unit.task)
-    return list(task.measure(made, unit))
+    with attention_planned_once():
+        return list(task.measure(made, unit))
+
+
+@contextmanager
+def attention_planned_once() -> Iterator[None]:
+    """Without cuDNN's attention, which is planned anew for every length: a comparison meets hundreds of them."""
+    import torch
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Executor(Protocol):

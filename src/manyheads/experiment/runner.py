@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import environment
 from ..errors import UserError
 from .design import Planned
-from .executors import Executor, Serial, context, measure
+from .executors import Executor, Serial, attention_planned_once, context, measure
 from .journal import Journal, Results
 from .rows import WorkUnit
 from .task import RunContext, Task
@@ -65,8 +65,9 @@ def run(
     if not waiting and "finished" in journal.run:
         return Results.read(Path(out))
     if waiting:
-        for task in tasks:
-            task.guard(made)
+        with attention_planned_once():
+            for task in tasks:
+                task.guard(made)
     start = time.perf_counter()
     total = sum(unit.cost for unit in units)
     done = total - sum(unit.cost for unit in waiting)

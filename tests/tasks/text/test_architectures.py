@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A comparison runs over every architecture, and what keeps everything gives what the plain model gives."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from manyheads import UserError
 from manyheads.caches._store import PolicyStore
 from manyheads.comparison import STRATEGIES, TASKS, compare
 from manyheads.integrations import cache as port_cache
-from manyheads.models import default_path
-from manyheads.tasks.text import perplexity, speed
+from manyheads.models import default_path, load_default
+from manyheads.tasks.text import _text_task, perplexity, speed
 from manyheads.tasks.text._contexts import Contexts
 from manyheads.tasks.text._corpus import Corpus
 from oracles import models
@@ -161,3 +163,14 @@ def test_control_of_states(name, shipped, texts, tmp_path, monkeypatch):
 def test_models_whose_figures_would_be_wrong_are_refused(family, own, said, shipped, texts, tmp_path):
     with pytest.raises(UserError, match=said):
         run(other(family, own, len(shipped)), shipped, texts[:8], tmp_path, ("perplexity",), ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_control_of_one_lost_token(dtype, shipped, texts, tmp_path, monkeypatch):
+    """Also in 16 bits, where another path rounds by more than a token matters."""
+    model = load_default(dtype=dtype)[0]
+    run(model, shipped, texts[:8], tmp_path / "right", ("perplexity",), ())
+    budget = _text_task._GUARD[0] - 1
+    monkeypatch.setattr(_text_task, "_whole", lambda strategy: dataclasses.replace(strategy, budget=budget))
+    with pytest.raises(UserError, match="keeps every token and yet predicts otherwise"):
+        run(model, shipped, texts[:8], tmp_path / "wrong", ("perplexity",), ())

@@ -19,7 +19,7 @@ __all__ = ["Memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(TextTask):
-    """Counted from the storages of the cache itself; one context of each length is enough."""
+    """Counted from the storages of the cache itself; one context of each length is enough, the longest for the peak."""
 
     alone: ClassVar[bool] = True  # the peak is the device's, whoever allocates
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -43,7 +43,8 @@ class Memory(TextTask):
                 held = float(cache.bytes())
             yield self.row("cache", arm, held, "0", at={"length": length}, bytes=held, about={"text": text})
         del prefix
-        for arm in run.arms if run.device.type == "cuda" else ():
+        longest = length == self.lengths[-1]
+        for arm in run.arms if run.device.type == "cuda" and longest else ():
             torch.cuda.reset_peak_memory_stats(run.device)
             with Prefix(model, ids, [arm]).open(arm) as cache:
                 forward_chunked(model, cache, following, 1)
