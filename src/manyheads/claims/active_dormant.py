@@ -50,7 +50,7 @@ claim = Claim(
             cpu={"windows_of": 6, "tokens": 192, "heads": 24},
             cuda={
                 "arms": (*ARMS, *DEEP), "dim": 128, "length": 128, "batch": 128, "lr": 1e-3, "steps": 1500,
-                "windows_of": 32, "tokens": 512, "heads": 135,
+                "windows_of": 16, "tokens": 512, "heads": 48,
             },
         ),
     ),

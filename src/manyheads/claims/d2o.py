@@ -46,7 +46,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"subject": "default", "samples": 4, "lengths": (256,), "target": 32, "sequences": 8},
             cpu={"samples": 12, "lengths": (256,), "target": 64, "sequences": 96},
-            cuda={"samples": 192, "lengths": (2048,), "target": 256, "sequences": 1536},
+            cuda={"samples": 64, "lengths": (2048,), "target": 128, "sequences": 384},
         ),
         equal="slots",
         seeds=1,

@@ -52,7 +52,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"subject": "default", "samples": 3, "lengths": (192,), "target": 128},
             cpu={"samples": 20},
-            cuda={"samples": 96, "lengths": (1024,), "target": 1024},
+            cuda={"samples": 64, "lengths": (1024,), "target": 512},
         ),
         equal="bytes",
         seeds=1,

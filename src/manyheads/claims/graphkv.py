@@ -58,7 +58,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"subject": "default", "samples": 3, "lengths": (320,), "sequences": 8},
             cpu={"samples": 24},
-            cuda={"samples": 192, "lengths": (2048,), "sequences": 1536},
+            cuda={"samples": 64, "lengths": (2048,), "sequences": 384},
         ),
         equal="slots",
         seeds=1,

@@ -39,7 +39,7 @@ claim = Claim(
         tasks=(SceneQuality(steps=10, guidance=1.0, batch=64),),
         sizes=Sizes(
             quick={"samples": 48, "searched": 16, "candidates": 6, "draws": 2, "arms": ARMS[:3]},
-            cpu={"samples": 160, "searched": 32}, cuda={"samples": 1024, "searched": 256, "steps": 20, "draws": 10},
+            cpu={"samples": 160, "searched": 32}, cuda={"samples": 512, "searched": 128, "draws": 10},
         ),
     ),
     checks=(

@@ -47,7 +47,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"subject": "default", "arms": arms((1,))[:3], "windows_of": 8, "tokens": 120, "steps": 200},
             cpu={"arms": arms((1, 4)), "windows_of": 16, "tokens": 160},
-            cuda={"windows_of": 192, "tokens": 512},
+            cuda={"windows_of": 48, "tokens": 512},
         ),
     ),
     checks=(

@@ -42,7 +42,7 @@ claim = Claim(
                 "steps": 40, "dim": 32, "length": 24, "batch": 24, "sequences": 32,
             },
             cpu={"windows_of": 16, "tokens": 256, "steps": 500, "dim": 48, "length": 32, "batch": 32},
-            cuda={"windows_of": 64, "tokens": 1024, "steps": 800, "dim": 128, "length": 64, "batch": 128},
+            cuda={"windows_of": 32, "tokens": 512, "steps": 500, "dim": 64, "length": 48, "batch": 128},
         ),
     ),
     checks=(

@@ -39,7 +39,7 @@ claim = Claim(
         tasks=(SceneQuality(steps=10, guidance=1.0, conditioned=False, batch=64),),
         sizes=Sizes(
             quick={"samples": 48, "steps": 5, "arms": arms((0.3,))},
-            cpu={"samples": 160, "searched": 96}, cuda={"samples": 1024, "searched": 1024, "steps": 50},
+            cpu={"samples": 160, "searched": 96}, cuda={"samples": 512, "searched": 256, "steps": 20},
         ),
     ),
     checks=tuple(
