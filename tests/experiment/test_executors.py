@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from manyheads.errors import UserError
-from manyheads.experiment import Results, run
+from manyheads.experiment import Results, executors, run
 from manyheads.experiment.executors import Processes, Ray
 from oracles.experiment import Draws, Here, experiment
 
@@ -48,6 +49,30 @@ def test_what_the_user_can_mend_is_said_as_it_is(tmp_path):
         run(experiment(Draws(fails=1)).at("cpu"), tmp_path, executor=Processes(1))
     with pytest.raises(UserError, match="1 or more"):
         Processes(0)
+
+
+def test_too_little_memory_is_said_with_what_to_do(tmp_path, monkeypatch):
+    def measure(task, made, unit):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(Draws, "measure", measure)
+    with pytest.raises(UserError, match="the memory of cpu is too small for draws 0: run with fewer workers") as caught:
+        run(experiment().at("cpu"), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_end_by_themselves(tmp_path, monkeypatch):
+    """Killed ones leave semaphores behind, which Python then warns of."""
+    ended = []
+    stop = executors._Worker.stop
+
+    def note(worker):
+        stop(worker)
+        ended.append(worker._process.exitcode)
+
+    monkeypatch.setattr(executors._Worker, "stop", note)
+    run(experiment().at("cpu"), tmp_path, executor=Processes(2))
+    assert ended and set(ended) == {0}
 
 
 def test_without_ray_it_is_said_how_to_get_it(tmp_path, monkeypatch):

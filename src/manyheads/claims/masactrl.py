@@ -36,7 +36,8 @@ claim = Claim(
     ),
     experiment=Experiment(
         subject="scenes", arms=ARMS, baseline=Arm("no control"), equal="steps", tasks=(KeptBackground(batch=32),),
-        sizes=Sizes(quick={"samples": 16, "arms": ARMS[:2]}, cpu={"samples": 64}, cuda={"samples": 256, "batch": 64}),
+        sizes=Sizes(quick={"samples": 16, "arms": ARMS[:2]}, cpu={"samples": 192}, cuda={"samples": 768, "batch": 64}),
+        seeds=1,  # nothing is trained or searched: pictures are what differs
     ),
     checks=(
         higher("kept", LATE, than="no control"),

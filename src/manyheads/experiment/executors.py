@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Executor", "Processes", "Ray", "Serial", "Told", "context", "measure"]
 
 Told = Callable[[float, str], None]  # part of the work that was done, and what is going on
+_PATIENCE = 2.0  # seconds that a worker has to end by itself
 _TRIES = 2  # times that a unit is given to a worker before the run stops
 _made: dict[str, tuple[Planned, RunContext]] = {}  # what a Ray worker was set up with, by run; it keeps the last alone
 
@@ -49,9 +50,17 @@ def context(
 
 def measure(plan: Planned, made: RunContext, unit: WorkUnit) -> list[Row]:
     """Rows of one unit; the same in every process."""
+    import torch
+
     task = next(task for task in plan.tasks if task.key == unit.task)
-    with attention_planned_once():
-        return list(task.measure(made, unit))
+    try:
+        with attention_planned_once():
+            return list(task.measure(made, unit))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of {made.device} is too small for {unit.label}: run with fewer workers, shorter lengths or "
+            "fewer samples; with fewer workers the finished units are kept"
+        ) from error
 
 
 @contextmanager
@@ -182,7 +191,9 @@ class _Worker:
         return found
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process: an idle one by itself, so that it tidies up, one at work by force."""
+        self.pipe.close()
+        self._process.join(_PATIENCE)
         self._process.terminate()
         self._process.join()
 
@@ -202,7 +213,10 @@ def _serve(pipe: Connection, sent: tuple[Any, ...]) -> None:
             answer = None, str(error), True
         except Exception:
             answer = None, traceback.format_exc(), False
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody waits for it any more
+            return
 
 
 @dataclass(frozen=True)
