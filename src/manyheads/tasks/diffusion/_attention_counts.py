@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["KINDS", "computed", "flops", "kind_of"]
+__all__ = ["KINDS", "computed", "kind_of"]
 
 KINDS = ("spatial", "temporal", "cross")
 
@@ -44,24 +41,3 @@ def computed(model: Any) -> Iterator[Counter[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def flops(pipe: Any, latents: Tensor) -> dict[str, float]:
-    """Multiply-adds times two of one forward for ``latents``: of attention by kind, and of the ``model`` as a whole."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from ...models.scenes import predict
-
-    text = pipe.captions(torch.zeros(len(latents), 3, dtype=torch.long, device=latents.device))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        predict(pipe.transformer, latents, torch.tensor(500.0, device=latents.device), text)
-    found: dict[str, float] = dict.fromkeys((*KINDS, "model"), 0.0)
-    for name, by_operator in counter.get_flop_counts().items():
-        path = name.partition(".")[2]
-        if path.endswith(("attn1", "attn2")):
-            found[kind_of(path)] += sum(by_operator.values())
-        elif name == "Global":
-            found["model"] = float(sum(by_operator.values()))
-    return found
