@@ -1,35 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every arm tries the same rates on the first seed and is trained with the best on the others."""
+"""The learning rate of an arm: all are tried, the best is kept, those that diverge are left."""
 
 import math
 
 import pytest
 
 from manyheads.errors import UserError
-from manyheads.training import Diverged, TrainUnit, best_rate, choose_rate, train_arms
+from manyheads.training import Diverged, best_rate, choose_rate
 
 
-def run(losses, rates=(0.1, 0.2, 0.4), seeds=(5, 6, 7)):
-    """The units in their order and what came of them, with the loss of an (arm, rate) given."""
+def chosen(losses):
+    """The model of the rate that is chosen, that rate, and the rates tried, with the loss of each rate given."""
     done = []
 
-    def train(unit):
-        done.append(unit)
-        if losses[unit.arm, unit.rate] is None:
+    def train(rate):
+        done.append(rate)
+        if losses[rate] is None:
             raise Diverged("the loss is NaN")
-        return unit
+        return f"at {rate}"
 
-    return done, train_arms(sorted({arm for arm, _ in losses}), rates, seeds, train, lambda u: losses[u.arm, u.rate])
+    return *choose_rate(list(losses), train, lambda model: losses[float(model.removeprefix("at "))]), done
 
 
-def test_rates_are_tried_on_the_first_seed_only():
-    losses = {("a", 0.1): 3.0, ("a", 0.2): 1.0, ("a", 0.4): None, ("b", 0.1): 1.0, ("b", 0.2): 2.0, ("b", 0.4): 3.0}
-    done, (models, chosen) = run(losses)
-    assert chosen == {"a": 0.2, "b": 0.1}
-    assert models == {arm: [TrainUnit(arm, chosen[arm], seed) for seed in (5, 6, 7)] for arm in ("a", "b")}
-    assert len(done) == len(set(done)) == 2 * (3 + 2)  # none trained twice
-    flipped, (_, other) = run({(arm, rate): loss and -loss for (arm, rate), loss in losses.items()})
-    assert other != chosen and flipped != done
+def test_the_rate_of_the_least_loss_is_kept():
+    losses = {0.1: 3.0, 0.2: 1.0, 0.4: None}
+    assert chosen(losses) == ("at 0.2", 0.2, [0.1, 0.2, 0.4])  # none trained twice
+    assert chosen({rate: loss and -loss for rate, loss in losses.items()})[1] == 0.1
 
 
 def test_a_single_rate_is_not_judged():
@@ -48,7 +44,7 @@ def test_ties_and_what_is_not_finite():
 
 def test_all_rates_diverging_is_an_error_and_other_errors_pass():
     with pytest.raises(UserError, match="diverges at all"):
-        run({("a", 0.1): None, ("a", 0.2): None, ("a", 0.4): None})
+        chosen({0.1: None, 0.2: None, 0.4: None})
 
     def broken(rate):
         raise UserError("something else")

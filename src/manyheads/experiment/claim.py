@@ -259,16 +259,15 @@ def _conditions(rows: Sequence[Row]) -> list[str]:
 
 
 def read_result(path: Path) -> ClaimResult | None:
-    """Read what is stored of a claim on one device, None when there is no such file; old files are read too.
+    """Read what is stored of a claim on one device, None when there is no such file.
 
     Raises:
         UserError: the file is damaged.
     """
-    from .legacy import converted
-
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        data = data if data.get("format") == _FORMAT else converted(data)
+        if data["format"] != _FORMAT:
+            raise ValueError("another version wrote it")
         return ClaimResult(slug=data["slug"], statement=data["statement"], runs=tuple(map(_run_of, data["runs"])))
     except (FileNotFoundError, NotADirectoryError):
         return None
