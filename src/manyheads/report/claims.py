@@ -72,7 +72,7 @@ def checks(run: ClaimRun) -> Table:
     for check in run.checks:
         effect = check.effect
         shown = Cell("") if effect is None else Cell(
-            formatting.number(effect.value), formatting.interval(effect.low, effect.high, digits=None)
+            formatting.number(effect.value), formatting.interval(effect.low, effect.high)
         )  # fmt: skip
         rows.append([
             Cell(check.check, check.reason), Cell(run.word(check) if check.word else "–"), shown,
@@ -152,7 +152,7 @@ def figures(run: ClaimRun) -> Table:
 
 def _estimate(plain: Mapping[str, Any]) -> Cell:
     low, high = plain["low"], plain["high"]
-    range_ = "" if low is None or high is None else formatting.interval(low, high, digits=None)
+    range_ = "" if low is None or high is None else formatting.interval(low, high)
     return Cell(formatting.number(plain["value"]), range_)
 
 
