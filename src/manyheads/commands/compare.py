@@ -27,6 +27,7 @@ from .options import (
     executor,
     passive_threads,
     print_json,
+    quiet_libraries,
     typed,
 )  # fmt: skip
 
@@ -163,26 +164,12 @@ def _run(options: dict[str, Any], out: Path | None, where: Executor | None, as_j
     arguments = {name: value for name, value in chosen.items() if name in passed}
     comparison.plan(subject, **arguments)
     texts = read(options["text"]) if "text" in options else None
-    _silence()
+    quiet_libraries()
     with shown(as_json) as progress:
         return comparison.compare(
             subject=subject, texts=texts, out=folder, command=typed(), options=options, progress=progress,
             executor=where, device=options.get("device", "cpu"), seed=options.get("seed", 0), **arguments,
         )  # fmt: skip
-
-
-def _silence() -> None:
-    """No progress bars of others beside ours."""
-    from importlib.util import find_spec
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if find_spec("diffusers"):
-        from diffusers.utils import logging as theirs
-
-        theirs.disable_progress_bar()
-        theirs.set_verbosity_error()
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:

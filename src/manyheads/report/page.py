@@ -266,9 +266,12 @@ def render(page: Page) -> str:
     )  # fmt: skip
 
 
-def write(page: Page, path: Path) -> Path:
-    """Write the page; the file holds all of it or is what it was. Returns its path."""
-    from ..files import write_atomically
+def write(page: Page, path: Path, option: str = "--out") -> Path:
+    """Write the page to where the user's ``option`` says; the file holds all of it or is what it was.
 
-    write_atomically(path, render(page))
-    return path
+    Raises:
+        UserError: it cannot be written.
+    """
+    from ..files import write_asked
+
+    return write_asked(path, render(page), option)
