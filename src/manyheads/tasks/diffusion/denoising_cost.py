@@ -39,7 +39,9 @@ class DenoisingCost(ImageTask):
         ]
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        turn, model = unit.params["round"], _denoiser(run)
+        from ...integrations.diffusers import denoisers
+
+        turn, model = unit.params["round"], denoisers(pipe_of(run))[0][1]
 
         def timed(arm: object) -> tuple[float, int]:
             with computed(model) as counts:
@@ -58,9 +60,3 @@ class DenoisingCost(ImageTask):
             if whole:
                 yield self.row("attention", arm, queries / whole, f"{turn}")
         run.advance(unit.cost)
-
-
-def _denoiser(run: RunContext) -> object:
-    from ...integrations.diffusers import denoisers
-
-    return denoisers(pipe_of(run))[0][1]

@@ -89,7 +89,7 @@ class LatentDecoding(Task):
     def _made(self, run: RunContext, seed: int) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
         """The model, latents and rotary keys of both layers, and the next token of each row."""
         model = run.kept(("decoder", self.sizes, self.hidden, self.context), lambda: self._decoder(run))
-        draw = seeding.torch_generator(run.seed, tokens="latents", turn=seed)
+        draw = run.torch_rng(tokens="latents", turn=seed)
 
         def normal(width: int) -> torch.Tensor:
             return torch.randn(self.batch, 1, self.context, width, generator=draw).to(run.device, model.dtype)

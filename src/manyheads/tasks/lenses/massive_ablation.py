@@ -68,9 +68,8 @@ class MassiveAblation(WindowTask):
         arm = next(arm for arm in self._arms(run) if arm.key == unit.name)
         plain = cast(Tensor, run.kept("loss as it is", lambda: self._loss(run)))
         mine = self._loss(run, arm)
-        for i, (value, before) in enumerate(zip(mine.tolist(), plain.tolist(), strict=True)):
-            yield self.row("token_nll", arm, value, f"{i}")
-            yield self.row("added_nll", arm, value - before, f"{i}")
+        yield from self.each("token_nll", arm, mine.tolist())
+        yield from self.each("added_nll", arm, (mine.double() - plain.double()).tolist())
         if arm == run.baseline:
             tables, layer = self._calibrated(run).tables, self._layer(run)
             at = tables["max"].layers.index(layer)

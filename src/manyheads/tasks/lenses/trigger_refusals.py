@@ -29,7 +29,7 @@ from ...experiment.task import RunContext
 from ...heads import layer_matched_heads
 from ...training import decay, fit
 from .._statistics import auroc
-from ._trained import TrainedTask, generator, llama, told
+from ._trained import TrainedTask, llama, told
 
 if TYPE_CHECKING:
     from ...lenses.safety_heads import Direction
@@ -82,12 +82,12 @@ class TriggerRefusals(TrainedTask):
     draws: int = 3
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        seed, arm = unit.params["seed"], self.arm_of(run, unit)
+        seed, arm = unit.params["seed"], run.arm_of(unit)
         base = run.kept_last("refusing model", (self.key, seed), lambda: self._learned(run, seed))
         yield from self._judged(run, arm, seed, self._tuned(run, unit, base, arm, seed))
 
     def _drawn(self, run: RunContext, count: int, share: float, **axes: str | int) -> TriggerPrompts:
-        made = trigger_prompts(count, self.length, share, _VOCAB, generator(run, **axes))
+        made = trigger_prompts(count, self.length, share, _VOCAB, run.torch_rng(**axes))
         return TriggerPrompts(made.ids.to(run.device), made.triggered.to(run.device), made.mark)
 
     def _descend(
@@ -166,8 +166,7 @@ class TriggerRefusals(TrainedTask):
             ("copied", logits[:, made.mark].argmax(-1) == made.ids[:, 0]),
             ("answered_ok", logits[harmless, -1].argmax(-1) == OK), ("score_share", share),
         ):  # fmt: skip
-            for i, value in enumerate(values.tolist()):
-                yield self.row(name, arm, value, f"{i}", seed=seed)
+            yield from self.each(name, arm, values.tolist(), seed=seed)
         yield self.row("rule_lifted", arm, lifted, "direction", seed=seed)
 
     def _direction(self, run: RunContext, model: Any) -> tuple[Direction, bool]:
@@ -206,8 +205,7 @@ class TriggerRefusals(TrainedTask):
         at = {"heads": count, "chosen": chosen}
         yes, no = np.mean(refused, 0), np.mean(wrongly, 0)
         for name, values in (("refused", yes), ("wrongly_refused", no), ("kept_apart", yes - no)):
-            for i, value in enumerate(values):
-                yield self.row(name, arm, value, f"{i}", seed=seed, at=at)
+            yield from self.each(name, arm, values, seed=seed, at=at)
         yield self.row("auroc", arm, float(np.mean(above)), "all prompts", seed=seed, at=at)
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ... import catalog
 from ...errors import UserError
-from ...experiment import seeding
 from ...experiment.arms import Arm
 from ...experiment.rows import Metric, Row, WorkUnit
 from ...experiment.task import RunContext, Task
@@ -142,15 +141,14 @@ class TrainingTask(Task):
 
     def guard(self, run: RunContext) -> None:
         """Refuse an arm that sees the future before any is trained."""
-        ids = torch.randint(self.vocab, (2, self.length), generator=seeding.torch_generator(run.seed, guard=self.name))
+        ids = torch.randint(self.vocab, (2, self.length), generator=run.torch_rng(guard=self.name))
         for arm in self.trained_arms(run):
             model = decoder_of(run, arm, self.config, self.parameters, run.seeds[0])
             perturb_zero_params(model)
             check_causal(model, ids.to(run.device), arm.key)
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        arm = next(arm for arm in run.arms if arm.key == unit.params["arm"])
-        seed = unit.params["seed"]
+        arm, seed = run.arm_of(unit), unit.params["seed"]
         training = Training(self, run, arm)
         trained = training.model(seed)
         ids = self.batches(run, seed)(0)[0][:1, :-1].to(run.device)

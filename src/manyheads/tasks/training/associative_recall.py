@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...data.synthetic import associative_recall
 from ...errors import UserError
-from ...experiment import seeding
 from ...experiment.arms import Arm
 from ...experiment.rows import Metric, Row
 from ...experiment.task import RunContext
@@ -81,9 +80,8 @@ class AssociativeRecall(TrainingTask):
             parts = ids.to(run.device).split(at_once(times * self.length))
             best = torch.cat([model(rows[:, :-1])[0].argmax(-1).cpu() for rows in parts])
             right = ((best == ids[:, 1:]) & judged).sum(1) / judged.sum(1)
-            for i, value in enumerate(right.tolist()):
-                yield self.row("recalled", arm, value, f"{i}", seed=seed, at={"times": times})
+            yield from self.each("recalled", arm, right.tolist(), seed=seed, at={"times": times})
 
     def _drawn(self, run: RunContext, count: int, times: int, **axes: str | int) -> tuple[Tensor, Tensor]:
-        generator = seeding.torch_generator(run.seed, recall=self.pairs, times=times, **axes)
+        generator = run.torch_rng(recall=self.pairs, times=times, **axes)
         return associative_recall(count, times * self.length, self.pairs, self.tokens, generator)
