@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -14,7 +13,6 @@ from . import catalog
 from .errors import UserError
 from .experiment.arms import Arm
 from .experiment.design import Experiment, Planned
-from .experiment.estimates import Estimate
 from .experiment.journal import FOLDER, RUN, Results, read_run
 from .spec import parse, read
 from .strategy import Mixer, Strategy
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from .experiment.executors import Executor
     from .progress import Progress
 
-__all__ = ["BASE", "TrainingSize", "compare_trained", "crossover", "mixers", "plan_training", "training_size"]
+__all__ = ["BASE", "TrainingSize", "compare_trained", "mixers", "plan_training", "training_size"]
 
 BASE = "softmax"
 _WISHED = ("softmax:window=64", "tnl_lightning", "minimax_hybrid:every=4", "blalm_mlstm", "coca")
@@ -253,29 +251,6 @@ def compare_trained(
         plan_training(made.values(), size).at("cpu"), out, seed=seed, device=device, data=data, executor=executor,
         progress=progress, about=about,
     )  # fmt: skip
-
-
-def crossover(mine: Mapping[int, Estimate], base: Mapping[int, Estimate]) -> float | None:
-    """The length from which on ``mine`` takes less time than ``base``.
-
-    Between measured lengths on straight lines of logarithms.
-
-    Args:
-        mine, base: times with their quartiles by length.
-
-    Returns:
-        The shortest length if it always does; None if at the longest the quartiles are not apart.
-    """
-    lengths = sorted(mine.keys() & base.keys())
-    behind = [math.log(mine[n].value / base[n].value) for n in lengths]
-    if not lengths or mine[lengths[-1]].high >= base[lengths[-1]].low:
-        return None
-    slow = [i for i, x in enumerate(behind) if x >= 0]
-    if not slow:
-        return float(lengths[0])
-    i = slow[-1]
-    part = behind[i] / (behind[i] - behind[i + 1])
-    return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** part)
 
 
 def _known(strategy: Strategy) -> bool:

@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from manyheads.experiment import Results, Row
+from manyheads.experiment.estimates import Estimate
 from manyheads.report.compare import caveats, headlines, print_summary, table
 from manyheads.report.compare import page as page_of
+from manyheads.report.compare_plots import crossover, pictures
 from manyheads.report.page import render as html
 from manyheads.report.summary import Summary
 from tiny import compare as tiny
@@ -183,3 +185,27 @@ def test_drawing_twice_gives_the_same_page_and_leaves_matplotlib_alone(results, 
     before = dict(matplotlib.rcParams)
     assert html(page_of(Summary(results))) == page
     assert dict(matplotlib.rcParams) == before
+
+
+def test_crossover():
+    def times(*values):
+        return {n: Estimate(v, v, v, 1, 1, "") for n, v in zip((1024, 4096, 16384), values, strict=True)}
+
+    base = times(1.0, 2.0, 8.0)
+    assert crossover(times(2.0, 2.0, 2.0), base) == pytest.approx(4096)
+    assert crossover(times(2.0, 4.0, 4.0), base) == pytest.approx(8192)
+    assert crossover(times(0.5, 0.5, 0.5), base) == 1024 and crossover(times(0.5, 0.5, 9.0), base) is None
+    assert crossover({n: replace(e, low=0.0, high=99.0) for n, e in times(2.0, 2.0, 2.0).items()}, base) is None
+
+
+def test_times_at_several_lengths_are_lines_and_say_where_they_cross():
+    def shown(base):
+        values = {"full": base, "mine": [2.0] * 12}
+        summary = made(values, "none", None, "mixer_cost", "decode")
+        at = [1024, 4096, 16384]
+        rows = [replace(row, at={"length": at[i % 12 // 4]}) for i, row in enumerate(summary.results.rows)]
+        return {section.title: section for section in pictures(Summary(replace(summary.results, rows=rows)))}
+
+    crossing = shown([1.0] * 4 + [2.0] * 4 + [8.0] * 4)["token by length"].parts[0]
+    assert "mine from length 4,096 on" in crossing.caption and "full" in crossing.svg
+    assert "none at the largest" in shown([1.0] * 12)["token by length"].parts[0].caption  # control

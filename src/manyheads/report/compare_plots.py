@@ -18,7 +18,7 @@ from .plots import Bars, Heat, Panel, apart, bars, heat, lines, of_estimates
 if TYPE_CHECKING:
     from .summary import Measured, ShownArm, Summary
 
-__all__ = ["pictures"]
+__all__ = ["crossover", "pictures"]
 
 _PANELS = 4  # values of a condition that get a panel each
 _ACROSS = 3  # panels of a picture
@@ -45,6 +45,11 @@ def pictures(summary: Summary) -> list[Section]:
         *(Section(f"{one.name} by {' and '.join(list(one.conditions)[:2])}", [Figure(
             _map(summary, one), "Each cell is the share of right answers, and how many of how many.",
         )]) for one in summary.measured if one.metric.kind == "share" and len(one.conditions) >= 2),
+        *(
+            Section(f"{one.name} by {next(iter(one.conditions))}", [_by_size(summary, one)])
+            for one in summary.measured
+            if one.metric.kind == "time" and len(one.conditions) == 1 and _sizes(one)
+        ),
         Section("Costs" if by_budget else "All figures as bars", [Figure(
             _bars(summary, barred[i : i + _ACROSS]),
             f"× is the ratio to {summary.base.name}, the dashed line is {summary.base.name}. Times are medians with "
@@ -111,6 +116,55 @@ def _panel(
         series, f"{title or one.name}\n({better})", x, f"{one.name}, {unit}", "x", ticks, level, fit=not share,
         limits=(-4, 104) if share else None,
     )  # fmt: skip
+
+
+def _sizes(one: Measured) -> list[float]:
+    """What a time was taken at: numbers of its one condition, where a line can be drawn through them."""
+    (values,) = one.conditions.values()
+    found = [float(v) for v in values if isinstance(v, int | float) and v > 0]
+    return found if len(found) == len(values) > 2 else []
+
+
+def _by_size(summary: Summary, one: Measured) -> Figure:
+    """Times by the size that they were taken at, and from which on an arm is faster than the baseline."""
+    (name,), sizes = one.conditions, _sizes(one)
+    times = {
+        arm: {size: found for size in sizes if (found := summary.estimate(one, arm, {name: size}))}
+        for arm in summary.arms
+    }
+    series = [of_estimates(_name(arm), list(found), list(found.values())) for arm, found in times.items()]
+    panel = Panel(series, "", f"{name} (log scale)", f"{one.name}, {one.metric.unit} (log scale)", "xy",
+                  [(size, f"{size:g}") for size in apart(sizes)])  # fmt: skip
+    met = {arm: crossover(found, times[summary.base]) for arm, found in times.items() if arm != summary.base}
+    said = [f"{_name(arm)} from {name} {formatting.number(at)} on" for arm, at in met.items() if at is not None]
+    return Figure(
+        lines([panel], f"{one.name} by {name}. {_said(summary, one)}", height=360),
+        f"Medians with quartiles. Faster than {summary.base.name}, between the sizes by straight lines: "
+        f"{'; '.join(said) or 'none at the largest'}.",
+    )
+
+
+def crossover(mine: Mapping[float, Estimate], base: Mapping[float, Estimate]) -> float | None:
+    """The size from which on ``mine`` takes less time than ``base``.
+
+    Between measured sizes on straight lines of logarithms.
+
+    Args:
+        mine, base: times with their quartiles by size.
+
+    Returns:
+        The smallest size if it always does; None if at the largest the quartiles are not apart.
+    """
+    sizes = sorted(mine.keys() & base.keys())
+    behind = [math.log(mine[n].value / base[n].value) for n in sizes]
+    if not sizes or mine[sizes[-1]].high >= base[sizes[-1]].low:
+        return None
+    slow = [i for i, x in enumerate(behind) if x >= 0]
+    if not slow:
+        return float(sizes[0])
+    i = slow[-1]
+    part = behind[i] / (behind[i] - behind[i + 1])
+    return float(sizes[i] * (sizes[i + 1] / sizes[i]) ** part)
 
 
 def _map(summary: Summary, one: Measured) -> str:
