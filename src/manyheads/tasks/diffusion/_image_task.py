@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment.rows import Row, WorkUnit
-from ...experiment.subjects import Pipeline
-from ...experiment.task import RunContext, Task
+from ...experiment import Pipeline, Row, RunContext, Task, WorkUnit
 
 if TYPE_CHECKING:
     from ...experiment import Arm

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment import Arm, seeding
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...models.judge import Seen, frechet
 from ...spec import parse
 from ._image_task import ImageTask, drawn, judge_of, pipe_of

@@ -11,10 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...integrations import use
 from ...integrations.transformers import new_cache
 from ._clock import Clock

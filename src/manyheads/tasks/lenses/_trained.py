@@ -9,10 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Arm, RunContext, Task, WorkUnit, seeding
 from ...training import TrainState
 
 __all__ = ["TrainedTask", "llama", "told"]

@@ -20,10 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...data.bigram_backcopy import BigramBackcopy as Language
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...strategy import Strategy
 from ...training import decay, fit, next_token_loss
 from ._trained import TrainedTask, told

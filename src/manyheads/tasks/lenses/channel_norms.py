@@ -9,8 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ._windows import WindowTask, nll
 
 __all__ = ["ChannelNorms"]

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from .._statistics import rank_correlation
 from ._windows import WindowTask, nll
 

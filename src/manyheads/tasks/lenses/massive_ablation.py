@@ -10,10 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...lenses.refined_massive_activations import RefinedMassiveActivations, means
 from ...strategy import AttentionWatch, Residual, Strategy
 from ._windows import WindowTask, nll

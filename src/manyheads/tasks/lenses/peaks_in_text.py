@@ -12,8 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ._rhythm import peaks_of, score_of, scores
 from ._windows import WindowTask
 

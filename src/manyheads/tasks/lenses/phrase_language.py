@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...data.phrases import PhraseLanguage as Language
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training import train_lm
 from .._statistics import auroc
 from ._rhythm import peaks_of, score_of, scores

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ...data.recall_and_facts import VOCAB, facts, recall_and_facts
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training import decay, fit
 from ._trained import TrainedTask, llama, told
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ...data.strategy_dialogue import VOCAB, Form, strategy_dialogues
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training import train_lm
 from .._statistics import rank_correlation
 from ._trained import TrainedTask, llama, told

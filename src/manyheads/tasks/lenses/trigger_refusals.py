@@ -22,10 +22,7 @@ from torch import Tensor
 
 from ...data.trigger_prompts import OK, REFUSE, TriggerPrompts, trigger_prompts
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...heads import layer_matched_heads
 from ...training import decay, fit
 from .._statistics import auroc

@@ -3,9 +3,7 @@
 
 import torch
 
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.task import RunContext
+from ...experiment import Arm, RunContext, seeding
 from ...models.decoder import Decoder, DecoderConfig
 from ...strategy import Strategy
 

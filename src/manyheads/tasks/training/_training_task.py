@@ -22,9 +22,7 @@ from torch import Tensor
 
 from ... import catalog
 from ...errors import UserError
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ...models.decoder import Decoder, DecoderConfig
 from ...training import BatchFn, Diverged, best_rate, choose_rate, train_lm
 from ._arms import decoder_of, mixer_of

@@ -7,9 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...experiment.arms import Arm
-from ...experiment.rows import WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Arm, RunContext, Task, WorkUnit
 from ...models.decoder import Decoder, DecoderConfig
 from ._arms import decoder_of
 

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ...data.synthetic import associative_recall
 from ...errors import UserError
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext
 from ...models.decoder import Decoder
 from ...training import BatchFn, token_nll
 from ._training_task import TRAINING_METRICS, TrainingTask, at_once

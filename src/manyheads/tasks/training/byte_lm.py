@@ -13,9 +13,7 @@ from torch import Tensor
 
 from ...data.texts import Text
 from ...errors import UserError
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ...models.decoder import Decoder
 from ...training import BatchFn, token_nll
 from ..text._corpus import Corpus

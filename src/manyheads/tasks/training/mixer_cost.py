@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training.fit import autocast
 from ._untrained import UntrainedTask, now
 

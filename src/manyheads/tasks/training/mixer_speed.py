@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 
 from ...errors import UserError
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training.fit import autocast
 from ._untrained import UntrainedTask, now
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext
 from ...mixers._mixer import SoftmaxMixer, positions_of, split_heads
 from ...models.decoder import Decoder
 from .byte_lm import ByteLM
