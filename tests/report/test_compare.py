@@ -12,7 +12,7 @@ import matplotlib
 import pytest
 from rich.console import Console
 
-from manyheads.experiment import Results, Row
+from manyheads.experiment import Arm, Results, Row
 from manyheads.experiment.estimates import Estimate
 from manyheads.report.compare import caveats, headlines, print_summary, table
 from manyheads.report.compare import page as page_of
@@ -47,12 +47,13 @@ def changed(results, change):
 
 def made(values, equal="slots", budget=0.25, task="niah_multikey", metric="multikey"):
     """A run of plain numbers: values by arm, one for each context."""
-    arms = [{"key": a, "name": a, "spec": "", "budget": None if a == "full" else budget, "options": {}} for a in values]
+    arms = [Arm(a, budget=None if a == "full" else budget) for a in values]
     rows = [
-        Row(task=task, metric=metric, arm=arm, value=value, sample=str(i))
-        for arm, found in values.items()
-        for i, value in enumerate(found)
+        Row(task=task, metric=metric, arm=arm.key, value=value, sample=str(i))
+        for arm in arms
+        for i, value in enumerate(values[arm.name])
     ]
+    arms = [arm.described() for arm in arms]
     experiment = {"arms": arms, "tasks": {task: {"task": task}}, "equal": equal, "seeds": [0], "seed": 0,
                   "device": "cpu"}  # fmt: skip
     model = {"name": "m", "kind": "causal_lm"}

@@ -21,7 +21,7 @@ from ..files import write_atomically
 from .checks import Check, CheckResult, evaluate, find_metric, resolve
 from .design import Experiment, Planned, Size
 from .estimates import Estimate, difference, estimate, paired
-from .rows import Metric, Row
+from .rows import Metric, Row, conditions
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -232,7 +232,7 @@ def _figures(rows: Sequence[Row], plan: Planned, metrics: Mapping[tuple[str, str
     And the difference to the baseline, where it was measured on the same samples.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    shown = _conditions(rows)
+    shown = sorted(conditions(rows))
     for row in rows:
         at = tuple((name, row.at[name]) for name in shown if name in row.at)
         groups.setdefault((row.task, row.metric, at, row.arm), []).append(row)
@@ -247,15 +247,6 @@ def _figures(rows: Sequence[Row], plan: Planned, metrics: Mapping[tuple[str, str
             entry["delta"] = difference(mine, other, metric).plain()
         found.append(entry)
     return found
-
-
-def _conditions(rows: Sequence[Row]) -> list[str]:
-    """Names of conditions with at most a dozen values: a figure for each."""
-    values: dict[str, set[Any]] = {}
-    for row in rows:
-        for name, value in row.at.items():
-            values.setdefault(name, set()).add(value)
-    return sorted(name for name, found in values.items() if len(found) <= 12)
 
 
 def read_result(path: Path) -> ClaimResult | None:

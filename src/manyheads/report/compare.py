@@ -15,8 +15,8 @@ from .table import Cell, Column, Table, print_lines, print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..experiment.estimates import Estimate
-    from .summary import Measured, ShownArm, Summary
+    from ..experiment import Arm, Estimate
+    from .summary import Measured, Summary
 
 __all__ = ["caveats", "headlines", "page", "print_summary", "table"]
 
@@ -83,7 +83,7 @@ def _sentence(summary: Summary, one: Measured) -> str:
     return f"{_capital(one.name)} ({better} is better{than}): {'; '.join(parts) or 'nothing to compare'}."
 
 
-def _words(summary: Summary, one: Measured, arm: ShownArm) -> str:
+def _words(summary: Summary, one: Measured, arm: Arm) -> str:
     """A figure with its interval; as difference to the baseline where that is the sharper way to say it."""
     found, delta = summary.estimate(one, arm), summary.delta(one, arm)
     if found is None:
@@ -178,7 +178,7 @@ def _column(summary: Summary, one: Measured) -> Column:
     return Column(one.name + ("\nnot discriminative" if one.weak else ""), unit, note)
 
 
-def _cell(summary: Summary, one: Measured, arm: ShownArm, best: bool) -> Cell:
+def _cell(summary: Summary, one: Measured, arm: Arm, best: bool) -> Cell:
     found, delta, share = summary.estimate(one, arm), summary.delta(one, arm), one.metric.kind == "share"
     if found is None:
         return Cell("")

@@ -16,7 +16,8 @@ from .page import Figure, Section
 from .plots import Bars, Heat, Panel, apart, bars, heat, lines, of_estimates
 
 if TYPE_CHECKING:
-    from .summary import Measured, ShownArm, Summary
+    from ..experiment import Arm
+    from .summary import Measured, Summary
 
 __all__ = ["crossover", "pictures"]
 
@@ -172,7 +173,7 @@ def _map(summary: Summary, one: Measured) -> str:
     (first, rows), (second, columns) = sorted(list(one.conditions.items())[:2], key=lambda pair: -len(pair[1]))
     arms = [arm for arm in summary.arms if arm.key in one.rows]
 
-    def map_of(arm: ShownArm) -> Heat:
+    def map_of(arm: Arm) -> Heat:
         found = [[summary.estimate(one, arm, {first: row, second: column}) for column in columns] for row in rows]
         values = np.array([[math.nan if e is None else e.value for e in row] for row in found])
         texts = [["" if e is None else f"{round(e.value * e.n)}/{e.n}" for e in row] for row in found]
@@ -219,7 +220,7 @@ def _scaled(found: Estimate, factor: float) -> Estimate:
 
 
 def _shown(
-    summary: Summary, one: Measured, arm: ShownArm, where: Mapping[str, Any] | None = None
+    summary: Summary, one: Measured, arm: Arm, where: Mapping[str, Any] | None = None
 ) -> Estimate | None:  # fmt: skip
     """What is drawn of an arm: a share itself, of other metrics the difference to the baseline."""
     return summary.estimate(one, arm, where) if one.metric.kind == "share" else summary.delta(one, arm, where)
@@ -229,9 +230,9 @@ def _factor(one: Measured) -> float:
     return 100 if one.metric.kind == "share" else 1
 
 
-def _stepped(summary: Summary) -> Iterator[tuple[str, list[ShownArm], float]]:
+def _stepped(summary: Summary) -> Iterator[tuple[str, list[Arm], float]]:
     """Arms other than the baseline by strategy, and the step by which their points stand apart from others'."""
-    groups: dict[str, list[ShownArm]] = {}
+    groups: dict[str, list[Arm]] = {}
     for arm in summary.arms[1:]:
         groups.setdefault(arm.name, []).append(arm)
     for i, (name, arms) in enumerate(groups.items()):
@@ -247,7 +248,7 @@ def _place(budget: int | float | None, length: Any) -> float | None:
     return min(100.0, 100 * budget / length) if isinstance(length, int) else float(budget)
 
 
-def _name(arm: ShownArm) -> str:
+def _name(arm: Arm) -> str:
     return arm.name if arm.budget is None else f"{arm.name}, {formatting.budget(arm.budget)}"
 
 
