@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from ..inspect.checks import HealthCheck
+
 __all__ = [
     "Card", "Cards", "Check", "Code", "Details", "Facts", "Figure", "Headline", "Notes", "Overlays", "Page", "Part",
     "Section", "Table", "Text", "Thumbs", "Tokens", "made", "render", "write",
@@ -124,17 +126,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked for: its level (watch, note, fine, unknown), its figure, and what it means."""
+    """One thing that was looked for: its level, its figure and what it means, and the pictures behind it."""
 
     kind: ClassVar[str] = "check"
-    key: str
-    title: str
-    level: str
-    figure: str
-    text: str
-    advice: str = ""
-    threshold: str = ""
-    cards: Sequence[Card] = ()
+    found: HealthCheck
+    cards: Sequence[Card]
 
 
 @dataclass(frozen=True)
