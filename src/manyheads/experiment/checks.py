@@ -164,13 +164,6 @@ class CheckResult:
     needed: int | None = None
     reason: str = ""
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "check": self.check, "word": self.word, "effect": self.effect.plain() if self.effect else None,
-            "bound": self.bound, "detectable": self.detectable, "needed": self.needed, "reason": self.reason,
-        }  # fmt: skip
-
 
 def word_of(found: Estimate, check: Check, bound: float) -> Word:
     """The word for an effect with its interval, compared with ``bound``."""

@@ -151,13 +151,10 @@ class ClaimRun:
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return own | {
-            "checks": [check.plain() | {"shown": self.word(check)} for check in self.checks],
-            "figures": [dict(figure) for figure in self.figures], "line": self.line, "seeds": list(self.seeds),
-            "environment": dict(self.environment), "retracted": [dict(entry) for entry in self.retracted],
-            "legacy": dict(self.legacy) if self.legacy else None,
-        }  # fmt: skip
+        own = dataclasses.asdict(self) | {"line": self.line}
+        for entry, check in zip(own["checks"], self.checks, strict=True):
+            entry |= {"effect": check.effect and check.effect.plain(), "shown": self.word(check)}
+        return own
 
 
 @dataclass(frozen=True, kw_only=True)

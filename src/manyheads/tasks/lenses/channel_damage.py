@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
+from ..text._text_task import model_of
 from ._windows import WindowTask
 
 __all__ = ["ChannelDamage"]
@@ -63,7 +64,7 @@ class ChannelDamage(WindowTask):
         """What an arm finds and foresees, ``[windows_of]`` by metric."""
         import manyheads
 
-        model: Any = run.subject.model  # type: ignore[attr-defined]
+        model: Any = model_of(run)
         planted = self.contexts(run, self.windows_of).single(self.tokens)
         prompts = [np.append(context.ids, context.questions[0].question) for context in planted]
         answers = [context.questions[0].answer for context in planted]

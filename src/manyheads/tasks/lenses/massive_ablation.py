@@ -13,6 +13,7 @@ from torch import Tensor
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...lenses.refined_massive_activations import RefinedMassiveActivations, means
 from ...strategy import AttentionWatch, Residual, Strategy
+from ..text._text_task import model_of
 from ._windows import WindowTask, nll
 
 __all__ = ["MassiveAblation"]
@@ -81,7 +82,7 @@ class MassiveAblation(WindowTask):
         def find() -> Any:
             import manyheads
 
-            lens, model = RefinedMassiveActivations(threshold=self.threshold, ratio=self.ratio), _model(run)
+            lens, model = RefinedMassiveActivations(threshold=self.threshold, ratio=self.ratio), model_of(run)
             with manyheads.watch(model, lens) as seen, torch.no_grad():
                 for ids in self.windows(run, "calibration").split(_BATCH):
                     model(ids[:, :-1])
@@ -98,8 +99,8 @@ class MassiveAblation(WindowTask):
 
         made = []
         for strategy in self._acting(run, arm):
-            with manyheads.use(_model(run), *([strategy] if strategy else [])):
-                made.append(nll(_model(run), self.windows(run)).mean(1))
+            with manyheads.use(model_of(run), *([strategy] if strategy else [])):
+                made.append(nll(model_of(run), self.windows(run)).mean(1))
         return torch.stack(made).mean(0)
 
     def _acting(self, run: RunContext, arm: Arm | None) -> list[Strategy | None]:
@@ -140,7 +141,3 @@ class _ZeroOthers(AttentionWatch, Residual):
 
     def watch(self, call: Any, out: Tensor) -> None:
         """Look at nothing."""
-
-
-def _model(run: RunContext) -> Any:
-    return run.subject.model  # type: ignore[attr-defined]
