@@ -50,7 +50,6 @@ class Check:
         where, than_where: conditions that rows have to meet, as ``{"length": 4096}``.
         factor: on the other arm's value: 0.5 claims half of it.
         relative: compare as ratio of the same samples rather than as difference: for times.
-        says: the claim in words; made of the above when empty.
     """
 
     metric: str
@@ -65,7 +64,6 @@ class Check:
     than_where: Mapping[str, Value] | None = None
     factor: float = 1.0
     relative: bool = False
-    says: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what could not be judged."""
@@ -78,8 +76,6 @@ class Check:
 
     def __str__(self) -> str:
         """Return the claim in words."""
-        if self.says:
-            return self.says
         than = f"{self.than:g}" if isinstance(self.than, int | float) else self.than
         if self.factor != 1:
             than = f"{self.factor:g} x {than}"
