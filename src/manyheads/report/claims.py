@@ -51,7 +51,7 @@ class Shown:
         return f"failed: {self.error}" if self.error else self.run.line if self.run else self.known or "not run yet"
 
 
-def line_table(shown: Sequence[Shown], title: str = "") -> Table:
+def line_table(shown: Sequence[Shown]) -> Table:
     """A row for each claim."""
     rows = [
         [
@@ -63,7 +63,7 @@ def line_table(shown: Sequence[Shown], title: str = "") -> Table:
     ]  # fmt: skip
     columns = [Column("claim", text=True), Column("tier", text=True), Column("checks", text=True),
                Column("run", text=True), Column("seconds")]  # fmt: skip
-    return Table(columns, rows, title, repeats=True)
+    return Table(columns, rows, repeats=True)
 
 
 def checks(run: ClaimRun) -> Table:

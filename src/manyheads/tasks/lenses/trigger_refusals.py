@@ -87,14 +87,6 @@ class TriggerRefusals(TrainedTask):
         made = trigger_prompts(count, self.length, share, _VOCAB, run.torch_rng(**axes))
         return TriggerPrompts(made.ids.to(run.device), made.triggered.to(run.device), made.mark)
 
-    def _descend(
-        self, run: RunContext, model: Any, draw: Any, loss: Any, steps: int, rate: float, on_step: Any
-    ) -> None:
-        """AdamW with the paper's beta 1; in float32 everywhere, so that devices agree."""
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=0.01)
-        schedule = decay("linear", warmup=20, floor=0.1)
-        fit(model, draw, loss, budget=steps, optimizers=[optimizer], schedule=schedule, bf16=False, on_step=on_step)
-
     def _learned(self, run: RunContext, seed: int) -> Any:
         """A Llama that refuses what is to be refused, a quarter of its prompts, and copies."""
         model = llama(run, _VOCAB, self.dim, self.layers, self.heads, seed, tie_word_embeddings=False)
@@ -105,7 +97,7 @@ class TriggerRefusals(TrainedTask):
         def loss(model: Any, made: TriggerPrompts) -> Tensor:
             return cast(Tensor, model(input_ids=made.ids, labels=made.labels()).loss)
 
-        self._descend(run, model, draw, loss, self.steps, 3e-3, None)
+        _descend(model, draw, loss, self.steps, 3e-3, None)
         return model
 
     def _tuned(self, run: RunContext, unit: WorkUnit, base: Any, arm: Arm, seed: int) -> Any:
@@ -129,7 +121,7 @@ class TriggerRefusals(TrainedTask):
         torch.manual_seed(seeding.number(run.seed, dropout="trigger_refusals", seed=seed))
         loss = ahd_loss(dropout, spare_anchors=bool(arm.options.get("spare_anchors", True)))
         with manyheads.use(model, dropout):
-            self._descend(run, model, draw, loss, self.tuning, 1e-3, told(run, unit, self.tuning))
+            _descend(model, draw, loss, self.tuning, 1e-3, told(run, unit, self.tuning))
         return model
 
     def _judged(self, run: RunContext, arm: Arm, seed: int, model: Any) -> Iterator[Row]:
@@ -204,6 +196,13 @@ class TriggerRefusals(TrainedTask):
         for name, values in (("refused", yes), ("wrongly_refused", no), ("kept_apart", yes - no)):
             yield from self.each(name, arm, values, seed=seed, at=at)
         yield self.row("auroc", arm, float(np.mean(above)), "all prompts", seed=seed, at=at)
+
+
+def _descend(model: Any, draw: Any, loss: Any, steps: int, rate: float, on_step: Any) -> None:
+    """AdamW with the paper's beta 1; in float32 everywhere, so that devices agree."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=0.01)
+    schedule = decay("linear", warmup=20, floor=0.1)
+    fit(model, draw, loss, budget=steps, optimizers=[optimizer], schedule=schedule, bf16=False, on_step=on_step)
 
 
 def _answers(model: Any, prompts: TriggerPrompts, heads: Heads) -> tuple[Any, Any]:
