@@ -4,7 +4,6 @@
 state = fit(model, get_batch, loss, budget="10m", optimizers=optimizers_of(model, 3e-3), schedule=decay("cosine"))
 """
 
-from .arms import best_rate, choose_rate
 from .budget import Budget, Unit
 from .checkpoint import Checkpoint
 from .fit import BatchFn, Diverged, TrainState, fit
@@ -15,6 +14,6 @@ from .schedules import Schedule, decay
 
 __all__ = [
     "BatchFn", "Budget", "Checkpoint", "Diverged", "Muon", "OptimizerName", "Schedule", "TrainState", "Unit",
-    "best_rate", "choose_rate", "decay", "fit", "matched_width", "next_token_loss", "optimizers_of", "token_nll",
+    "decay", "fit", "matched_width", "next_token_loss", "optimizers_of", "token_nll",
     "train_lm",
 ]  # fmt: skip
