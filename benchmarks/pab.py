@@ -37,7 +37,7 @@ from torch import Tensor
 import manyheads
 from manyheads.environment import environment
 from manyheads.models.scenes import ScenePipeline, build
-from manyheads.tasks.diffusion._attention_counts import KINDS, computed, kind_of
+from manyheads.tasks.diffusion.denoising_cost import KINDS, computed, kind_of
 from manyheads.tasks.diffusion.fidelity import psnr
 from pab_peers import apart, diffusers_pab, flops
 

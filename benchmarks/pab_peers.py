@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.models.scenes import ScenePipeline, predict
-from manyheads.tasks.diffusion._attention_counts import KINDS, kind_of
+from manyheads.tasks.diffusion.denoising_cost import KINDS, kind_of
 
 Every = tuple[int, int, int]  # spatial, temporal and cross-attention are run at every n-th step
 

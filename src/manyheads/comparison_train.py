@@ -283,7 +283,7 @@ def _budget(
 def _affordable(minutes: float, plan: Planned, seed: int, device: str, data: Mapping[str, Any]) -> int:
     """Tokens per arm, to two digits, that fit into so many minutes."""
     from .experiment.runner import context
-    from .tasks.training._arms import decoder_of
+    from .tasks.training._decoders import decoder_of
     from .tasks.training.byte_lm import ByteLM
     from .training import train_lm
 
@@ -303,7 +303,7 @@ def _affordable(minutes: float, plan: Planned, seed: int, device: str, data: Map
 
 
 def _now(made: Any) -> float:
-    from .tasks.training._untrained import now
+    from .tasks.training._decoders import now
 
     return now(made)
 

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 import manyheads
 from manyheads.claims.pab import SETS
 from manyheads.models.scenes import build, load_scenes
-from manyheads.tasks.diffusion._attention_counts import KINDS, computed
+from manyheads.tasks.diffusion.denoising_cost import KINDS, computed
 from manyheads.tasks.diffusion.fidelity import psnr
 from pab_peers import apart, diffusers_pab, flops
 from tolerance import error

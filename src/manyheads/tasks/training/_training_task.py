@@ -25,8 +25,7 @@ from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ...models.decoder import Decoder, DecoderConfig
 from ...training import BatchFn, Diverged, train_lm
-from ._arms import decoder_of, mixer_of
-from ._causal import check_causal, perturb_zero_params
+from ._decoders import check_causal, decoder_of, mixer_of, perturb_zero_params
 from ._trained import Trained, arm_folder, read_json, read_trained, write_json, write_trained
 
 __all__ = ["TRAINING_METRICS", "Training", "TrainingTask", "at_once", "best_rate"]

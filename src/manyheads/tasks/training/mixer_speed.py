@@ -12,7 +12,7 @@ import torch
 from ...errors import UserError
 from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training.fit import autocast
-from ._untrained import UntrainedTask, now
+from ._decoders import UntrainedTask, now
 
 __all__ = ["MixerSpeed"]
 
