@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import commit, copy_rate, microseconds  # benchmarks/decode.py
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from decode import commit, copy_rate, microseconds  # benchmarks/decode.py
 from manyheads.attention.recurrence import DecayState, decay_attention, quadratic
 from manyheads.environment import environment
 from manyheads.kernels import _passes

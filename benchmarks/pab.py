@@ -37,9 +37,9 @@ from torch import Tensor
 import manyheads
 from manyheads.environment import environment
 from manyheads.models.scenes import ScenePipeline, build
-from manyheads.tasks.diffusion._attention_counts import KINDS, computed, flops, kind_of
-from manyheads.tasks.diffusion._peers import apart, diffusers_pab
+from manyheads.tasks.diffusion.denoising_cost import KINDS, computed, kind_of
 from manyheads.tasks.diffusion.fidelity import psnr
+from pab_peers import apart, diffusers_pab, flops
 
 Row = dict[str, Any]
 EVERY, UPPER, LOWER, STEPS = (2, 3, 6), 800.0, 100.0, 30

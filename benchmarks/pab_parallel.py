@@ -25,10 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from decode import commit  # benchmarks/decode.py
 from torch import Tensor
 
 import manyheads
+from decode import commit  # benchmarks/decode.py
 from manyheads.environment import environment
 from manyheads.integrations.frames import split_frames
 from manyheads.parallel import FrameParallel, Traffic

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from manyheads import comparison_train
-from manyheads.comparison_train import TrainingSize, compare_trained, crossover, mixers, plan_training, training_size
+from manyheads.comparison_train import TrainingSize, compare_trained, mixers, plan_training, training_size
 from manyheads.data.texts import standard_library
 from manyheads.errors import UserError
-from manyheads.experiment.estimates import Estimate
 from manyheads.models.decoder import Decoder
 from manyheads.report.summary import Summary
 from manyheads.strategy import Mixer
@@ -149,14 +148,3 @@ def test_options_that_cannot_be(texts, tmp_path):
         mixers(["snapkv"])
     assert not (tmp_path / "out").exists()
     assert training_size(length=512).lengths == (512, 1024, 4096, 16384) and training_size("cuda").times == (1, 4, 16)
-
-
-def test_crossover():
-    def times(*values):
-        return {n: Estimate(v, v, v, 1, 1, "") for n, v in zip((1024, 4096, 16384), values, strict=True)}
-
-    base = times(1.0, 2.0, 8.0)
-    assert crossover(times(2.0, 2.0, 2.0), base) == pytest.approx(4096)
-    assert crossover(times(2.0, 4.0, 4.0), base) == pytest.approx(8192)
-    assert crossover(times(0.5, 0.5, 0.5), base) == 1024 and crossover(times(0.5, 0.5, 9.0), base) is None
-    assert crossover({n: replace(e, low=0.0, high=99.0) for n, e in times(2.0, 2.0, 2.0).items()}, base) is None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -14,7 +13,6 @@ from . import catalog
 from .errors import UserError
 from .experiment.arms import Arm
 from .experiment.design import Experiment, Planned
-from .experiment.estimates import Estimate
 from .experiment.journal import FOLDER, RUN, Results, read_run
 from .spec import parse, read
 from .strategy import Mixer, Strategy
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from .experiment.executors import Executor
     from .progress import Progress
 
-__all__ = ["BASE", "TrainingSize", "compare_trained", "crossover", "mixers", "plan_training", "training_size"]
+__all__ = ["BASE", "TrainingSize", "compare_trained", "mixers", "plan_training", "training_size"]
 
 BASE = "softmax"
 _WISHED = ("softmax:window=64", "tnl_lightning", "minimax_hybrid:every=4", "blalm_mlstm", "coca")
@@ -255,29 +253,6 @@ def compare_trained(
     )  # fmt: skip
 
 
-def crossover(mine: Mapping[int, Estimate], base: Mapping[int, Estimate]) -> float | None:
-    """The length from which on ``mine`` takes less time than ``base``.
-
-    Between measured lengths on straight lines of logarithms.
-
-    Args:
-        mine, base: times with their quartiles by length.
-
-    Returns:
-        The shortest length if it always does; None if at the longest the quartiles are not apart.
-    """
-    lengths = sorted(mine.keys() & base.keys())
-    behind = [math.log(mine[n].value / base[n].value) for n in lengths]
-    if not lengths or mine[lengths[-1]].high >= base[lengths[-1]].low:
-        return None
-    slow = [i for i, x in enumerate(behind) if x >= 0]
-    if not slow:
-        return float(lengths[0])
-    i = slow[-1]
-    part = behind[i] / (behind[i] - behind[i + 1])
-    return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** part)
-
-
 def _known(strategy: Strategy) -> bool:
     """Whether any process can make it of its spec."""
     try:
@@ -308,7 +283,7 @@ def _budget(
 def _affordable(minutes: float, plan: Planned, seed: int, device: str, data: Mapping[str, Any]) -> int:
     """Tokens per arm, to two digits, that fit into so many minutes."""
     from .experiment.runner import context
-    from .tasks.training._arms import decoder_of
+    from .tasks.training._decoders import decoder_of
     from .tasks.training.byte_lm import ByteLM
     from .training import train_lm
 
@@ -328,7 +303,7 @@ def _affordable(minutes: float, plan: Planned, seed: int, device: str, data: Map
 
 
 def _now(made: Any) -> float:
-    from .tasks.training._untrained import now
+    from .tasks.training._decoders import now
 
     return now(made)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers, shares, sizes, lengths and intervals are written: one way for tables, pages and sentences."""
+"""How numbers, shares, sizes and intervals are written: one way for tables, pages and sentences."""
 
 import math
 
-__all__ = ["budget", "interval", "length", "number", "percent", "size"]
+__all__ = ["budget", "interval", "number", "percent", "size"]
 
 
 def number(value: float) -> str:
@@ -32,20 +32,15 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def length(tokens: float) -> str:
-    """A number of tokens: ``16384`` -> ``16k``."""
-    return f"{tokens / 1024:.3g}k" if tokens >= 1024 else f"{tokens:.0f}"
-
-
 def budget(value: int | float) -> str:
     """A share of the tokens or a number of slots: ``0.25`` -> ``25 %``; ``64`` -> ``64 slots``."""
     return f"{value} slots" if isinstance(value, int) else f"{100 * value:g} %"
 
 
-def interval(low: float, high: float, share: bool = False, digits: int | None = 3) -> str:
-    """``0.1, 0.25`` -> ``0.100 to 0.250``; three significant digits with ``digits`` None."""
+def interval(low: float, high: float, share: bool = False) -> str:
+    """``0.1, 0.25`` -> ``0.1 to 0.25``; of a share ``10 to 25``, in percents."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return "no interval"
     if share:
         return f"{100 * low:.0f} to {100 * high:.0f}"
-    return f"{number(low)} to {number(high)}" if digits is None else f"{low:.{digits}f} to {high:.{digits}f}"
+    return f"{number(low)} to {number(high)}"

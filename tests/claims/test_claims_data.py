@@ -9,7 +9,7 @@ from manyheads import claims
 from manyheads.experiment.checks import _arm, find_metric, lower
 
 FOLDER = Path(claims.__file__).parent
-SLUGS = [slug for slug in claims.slugs() if "experiment.claim import" in (FOLDER / f"{slug}.py").read_text()]
+SLUGS = claims.slugs()
 
 
 def unknown(claim, size):
@@ -35,6 +35,7 @@ def test_checks_name_what_there_is(slug, size):
 def test_a_check_of_nothing_is_found():
     import dataclasses
 
+    assert len(SLUGS) > 20  # the tests above look at something
     claim = claims.load("d2o")
     for bad in (lower("no_such", "d2o", than="h2o", at=0.2), lower("token_nll", "d2o", than="h2o", at=0.3)):
         assert list(unknown(dataclasses.replace(claim, checks=(bad,)), "cpu"))

@@ -16,7 +16,7 @@ def drawn(task, batch=64, length=200, seed=0):
 
 
 def tasks():
-    made = [BigramBackcopy.of_text(TEXT), BigramBackcopy.of_dirichlet(20, 3, 4, 0.3)]
+    made = [BigramBackcopy.of_text(TEXT), BigramBackcopy.of_text(TEXT[::-1].upper(), triggers=4, letters=10)]
     if files.local("tinyshakespeare"):
         made.append(BigramBackcopy.of_text(files.text("tinyshakespeare"), triggers=5))
     return made

@@ -11,17 +11,6 @@ from manyheads.experiment import higher, lower, no_worse
 from manyheads.experiment.claim import Claim, ClaimResult, ClaimRun, Reported, read_result, run_claim, store
 from oracles.experiment import experiment
 
-# As files were before claims were data: a verdict in prose, and figures whose intervals are of undeclared kinds.
-OLD = {
-    "slug": "d2o", "statement": "D2O loses less.", "paper_figure": "LongBench 44.3",
-    "results": [{
-        "device": "cpu", "quick": False, "verdict": "does not hold here", "reason": "It loses more.",
-        "figures": [{"name": "loss of full", "value": 1.4, "n": 18, "low": 1.2, "high": 1.6, "unit": "nats"},
-                    {"name": "recall of full", "value": 0.9, "n": 18, "low": 0.8, "high": 1.02, "unit": ""}],
-        "seeds": [0, 1, 2], "seconds": 610.0, "date": "2026-11-20T10:00:00+00:00",
-        "command": "manyheads claims run d2o", "environment": {"cpu": "a processor", "gpu": None},
-    }],
-}  # fmt: skip
 CHECKS = (
     lower("loss", "full", than="worse"),
     lower("loss", "worse", than="same"),
@@ -114,22 +103,19 @@ def test_a_retraction_stays_and_counts_as_long_as_the_word_is_said(full, tmp_pat
     assert read_result(path).line == "scaled: 1 of 4 hold, 1 contradicted, 2 inconclusive"
 
 
-def test_results_of_before_claims_were_data_are_read(full, tmp_path):
-    old = OLD
-    (tmp_path / "old.json").write_text(json.dumps(old))
-    found = read_result(tmp_path / "old.json")
-    assert found.slug == "d2o" and len(found.runs) == len(old["results"])
-    first, run = old["results"][0], found.runs[0]
-    assert run.line == f"proxy: {first['verdict']} (before claims were data)" and run.checks == ()
-    assert run.figures[0]["estimate"]["interval"] == "not declared"
-    assert run.figures[0]["estimate"]["value"] == first["figures"][0]["value"]
-    # A new run stands beside the old one, and decides.
-    (tmp_path / "toy.cpu.json").write_text(json.dumps({**old, "slug": "toy", "results": [{**first, "quick": True}]}))
+def test_a_run_of_before_claims_were_data_stands_behind_a_new_one(full, tmp_path):
+    """Results of then carry a verdict in prose and no checks."""
+    old = replace(full, size="quick", tier="proxy", checks=(), legacy={"verdict": "holds", "reason": "It loses less."})
+    path = store(claim(), old, tmp_path)
+    assert read_result(path).line == old.line == "proxy: holds (before claims were data)"
     both = read_result(store(claim(), full, tmp_path))
-    assert len(both.runs) == 2 and both.deciding == full and both.runs[1].legacy["verdict"] == first["verdict"]
+    assert len(both.runs) == 2 and both.deciding == full and both.runs[1].legacy == old.legacy
+    assert ClaimResult(slug="toy", statement="", runs=(old, replace(old, legacy=None, date=""))).deciding.legacy is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "slug": "x", "statement": "", "runs": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "slug": "x", "statement": "", "runs": [{}]}']
+)
 def test_a_damaged_file_is_said_to_be_one(tmp_path, text):
     path = tmp_path / "toy.cpu.json"
     path.write_text(text)

@@ -166,9 +166,10 @@ def test_many_contexts_are_drawn_in_parts(monkeypatch):
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=0.1)
 
 
-def test_the_draws_are_named_by_the_seed_and_one_context_has_no_interval():
-    made = rows(np.random.default_rng(0).random(30), np.arange(30) // 2)
-    assert estimate(made, MEAN) == estimate(made, MEAN) != estimate(made, MEAN, seed=1)
+def test_the_draws_are_named_by_the_arm_and_one_context_has_no_interval():
+    values, groups = np.random.default_rng(0).random(30), np.arange(30) // 2
+    made, other = rows(values, groups), rows(values, groups, arm="b")
+    assert estimate(made, MEAN) == estimate(made, MEAN) != estimate(other, MEAN)
     alone = estimate(rows(np.random.default_rng(0).random(30), [0] * 30), MEAN)
     assert not alone.bounded and not alone.excludes_zero and alone.interval == estimates.NONE
     assert alone.plain()["low"] is None and alone.plain()["error"] is None

@@ -14,10 +14,7 @@ from manyheads.experiment import Arm, Experiment, Metric, Sizes, Subject, Task, 
 class Nothing(Subject):
     kind = "nothing"
     kinds = ()
-    advice = "there is nothing here"
-
-    def __init__(self):
-        super().__init__("nothing")
+    name = "nothing"
 
     def load(self, device):
         pass

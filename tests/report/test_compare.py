@@ -12,9 +12,11 @@ import matplotlib
 import pytest
 from rich.console import Console
 
-from manyheads.experiment import Results, Row
+from manyheads.experiment import Arm, Results, Row
+from manyheads.experiment.estimates import Estimate
 from manyheads.report.compare import caveats, headlines, print_summary, table
 from manyheads.report.compare import page as page_of
+from manyheads.report.compare_plots import crossover, pictures
 from manyheads.report.page import render as html
 from manyheads.report.summary import Summary
 from tiny import compare as tiny
@@ -45,12 +47,13 @@ def changed(results, change):
 
 def made(values, equal="slots", budget=0.25, task="niah_multikey", metric="multikey"):
     """A run of plain numbers: values by arm, one for each context."""
-    arms = [{"key": a, "name": a, "spec": "", "budget": None if a == "full" else budget, "options": {}} for a in values]
+    arms = [Arm(a, budget=None if a == "full" else budget) for a in values]
     rows = [
-        Row(task=task, metric=metric, arm=arm, value=value, sample=str(i))
-        for arm, found in values.items()
-        for i, value in enumerate(found)
+        Row(task=task, metric=metric, arm=arm.key, value=value, sample=str(i))
+        for arm in arms
+        for i, value in enumerate(values[arm.name])
     ]
+    arms = [arm.described() for arm in arms]
     experiment = {"arms": arms, "tasks": {task: {"task": task}}, "equal": equal, "seeds": [0], "seed": 0,
                   "device": "cpu"}  # fmt: skip
     model = {"name": "m", "kind": "causal_lm"}
@@ -135,7 +138,7 @@ def test_what_is_not_discriminative_is_said_and_not_ranked():
 def test_the_head_names_what_is_equal_and_the_interval_is_said_in_words():
     summary = made({"full": [1.0] * 24, "good": [1.0] * 24}, equal="bytes", budget=4096)
     assert [(c.name, c.unit) for c in table(summary).columns[:2]] == [("strategy", ""), ("budget", "equal bytes")]
-    assert table(summary).rows[1][1] == "4096"
+    assert table(summary).cells[1][1].text == "4096"
     out = io.StringIO()
     summary.results.run["model"]["name"] = "[b]m"
     print_summary(summary, Console(file=out, width=200))
@@ -149,7 +152,7 @@ def test_other_tasks_need_no_adapter_of_their_own():
     (one,) = summary.measured
     assert one.name == "PSNR to the plain image" and one.fixed
     columns, rows = table(summary).columns, table(summary).rows
-    assert [c.name for c in columns] == ["strategy", one.name] and columns[1].unit == "dB" and columns[1].higher
+    assert [c.name for c in columns] == ["strategy", one.name] and columns[1].unit == "dB"
     assert rows[1][1].text == "33*" and " to " in rows[1][1].small  # its own interval: the baseline does not vary
     assert headlines(summary)[0].startswith("PSNR to the plain image (higher is better, full 100): pab 33 (")
 
@@ -183,3 +186,27 @@ def test_drawing_twice_gives_the_same_page_and_leaves_matplotlib_alone(results, 
     before = dict(matplotlib.rcParams)
     assert html(page_of(Summary(results))) == page
     assert dict(matplotlib.rcParams) == before
+
+
+def test_crossover():
+    def times(*values):
+        return {n: Estimate(v, v, v, 1, 1, "") for n, v in zip((1024, 4096, 16384), values, strict=True)}
+
+    base = times(1.0, 2.0, 8.0)
+    assert crossover(times(2.0, 2.0, 2.0), base) == pytest.approx(4096)
+    assert crossover(times(2.0, 4.0, 4.0), base) == pytest.approx(8192)
+    assert crossover(times(0.5, 0.5, 0.5), base) == 1024 and crossover(times(0.5, 0.5, 9.0), base) is None
+    assert crossover({n: replace(e, low=0.0, high=99.0) for n, e in times(2.0, 2.0, 2.0).items()}, base) is None
+
+
+def test_times_at_several_lengths_are_lines_and_say_where_they_cross():
+    def shown(base):
+        values = {"full": base, "mine": [2.0] * 12}
+        summary = made(values, "none", None, "mixer_cost", "decode")
+        at = [1024, 4096, 16384]
+        rows = [replace(row, at={"length": at[i % 12 // 4]}) for i, row in enumerate(summary.results.rows)]
+        return {section.title: section for section in pictures(Summary(replace(summary.results, rows=rows)))}
+
+    crossing = shown([1.0] * 4 + [2.0] * 4 + [8.0] * 4)["token by length"].parts[0]
+    assert "mine from length 4,096 on" in crossing.caption and "full" in crossing.svg
+    assert "none at the largest" in shown([1.0] * 12)["token by length"].parts[0].caption  # control

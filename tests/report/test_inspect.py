@@ -162,6 +162,14 @@ def test_pictures_say_the_values():
     ]  # fmt: skip
 
 
+def test_a_card_names_its_greatest_heads():
+    """Not its least: the order in which a table ranks is said once."""
+    scores = HeadTable("x", ("a", "b"), np.array([[0.1, 0.9], [0.4, 0.2]]))
+    assert heads.card_of(scores, "x", {}, ["a", "b"]).said == "greatest: 0.1: 0.9; 1.0: 0.4; 1.1: 0.2"
+    layers = HeadTable("x", ("a", "b"), np.array([[0.3], [0.7]]))
+    assert heads.layer_card(layers, "x").said == "greatest: 1: 0.7; 0: 0.3"
+
+
 def test_lines_and_bars():
     plot = lines([Panel([Series("<a>", [0, 1, 2, 3], [1, np.nan, 3, 2], [0, 0, 2, 1], [2, 2, 4, 3])], x="<x>")], "<n>")
     assert "&lt;x&gt;" in plot and 'aria-label="&lt;n&gt;"' in plot and "<x>" not in plot

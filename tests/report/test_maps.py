@@ -20,6 +20,7 @@ from manyheads.diffusion.token_maps import TokenMaps, WordMaps, maps
 from manyheads.errors import UserError
 from manyheads.report import maps as maps_page
 from manyheads.report.colours import halved
+from manyheads.report.page import render as html
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 BAD = "</script><script>alert(1)</script>"
@@ -90,14 +91,17 @@ def some(names=("red", "cat"), rows=2, frames=1, side=6, layers=(0, 3), steps=(0
     )  # fmt: skip
 
 
+def render(*given, **more):
+    return html(maps_page.page(*given, **more))
+
+
 def pictures(rows=2):
     return [np.random.default_rng(r).integers(0, 256, (16, 20, 3)).astype(np.uint8) for r in range(rows)]
 
 
-def test_the_data_are_the_maps_and_the_images(tmp_path):
+def test_the_data_are_the_maps_and_the_images():
     found, images = some(), pictures()
-    path = maps_page.write_page(tmp_path / "maps.html", images, found, prompts=["one", "two"], facts={"seed": "7"})
-    text = path.read_text("utf-8")
+    text = render(images, found, prompts=["one", "two"], facts={"seed": "7"})
     data = checked(text)
     assert data["branches"] == ["cond", "uncond"] and data["names"] == ["red", "cat"] and ">7<" in text
     for branch, view in data["views"].items():
@@ -116,28 +120,27 @@ def test_the_data_are_the_maps_and_the_images(tmp_path):
     assert data["tops"] == pytest.approx([max(float(x[:, c].max()) for x in every) for c in range(2)])
     for row, image in enumerate(images):
         assert np.array_equal(picture(data["pictures"][row][0]), image)
-    assert maps_page.render(images, found, prompts=["one", "two"], facts={"seed": "7"}) == text
 
 
 def test_images_of_all_kinds():
     floats = torch.rand(16, 20, 3, generator=torch.Generator().manual_seed(0))
     whole = (floats.numpy() * 255).round().astype(np.uint8)
     for image in (floats, floats.numpy(), whole, Image.fromarray(whole), np.dstack([whole, whole[..., :1]])):
-        data = checked(maps_page.render([image], some(rows=1)))
+        data = checked(render([image], some(rows=1)))
         assert np.array_equal(picture(data["pictures"][0][0]), whole)
     video = np.stack(pictures(5))
     for given in (video, [Image.fromarray(frame) for frame in video], list(video)):
-        data = checked(maps_page.render([given], some(rows=1, frames=3)))
+        data = checked(render([given], some(rows=1, frames=3)))
         shown = [picture(source) for source in data["pictures"][0]]
         assert data["frames"] == 3 and np.array_equal(np.stack(shown), video)
         assert len(base64.b64decode(data["views"]["cond"]["mean"]["maps"][0][0]["data"])) == 3 * 6 * 7
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
-    (source,) = checked(maps_page.render([noise], some(rows=1)))["pictures"][0]
+    (source,) = checked(render([noise], some(rows=1)))["pictures"][0]
     assert source.startswith("data:image/jpeg") and picture(source).shape == noise.shape
 
 
 def test_nothing_from_outside_becomes_markup():
-    text = maps_page.render(
+    text = render(
         pictures(), some((BAD, "<u>&\u2028")), title=BAD, prompts=[BAD, "<i>"], facts={BAD: f"{BAD}<i onclick=x>"}
     )
     data = checked(text)
@@ -151,27 +154,27 @@ def test_maps_that_are_not_there_and_maps_that_are_flat():
     found = some()
     found.layers["cond"][0][:, 1] = torch.nan
     found.maps["cond"][0, 0] = 0.25
-    data = checked(maps_page.render(pictures(), found))
+    data = checked(render(pictures(), found))
     assert data["views"]["cond"]["layers"]["0"]["maps"][0][1] is None
     assert (read(data["views"]["cond"]["mean"], 0, 0) == 0.25).all()
     found.maps["cond"][:, 1] = torch.nan
-    assert "not seen here" in maps_page.render(pictures(), found)
+    assert "not seen here" in render(pictures(), found)
 
 
 def test_many_maps_fit(monkeypatch):
     found = some(side=31, layers=range(8))
     monkeypatch.setattr(maps_page, "_BYTES", 40_000)
-    text = maps_page.render(pictures(), found)
+    text = render(pictures(), found)
     data = checked(text)["views"]["cond"]
     assert data["mean"]["h"] == 31 and data["layers"]["0"]["h"] <= 8 and "coarser" in text
     x = np.arange(15.0).reshape(3, 5)
     assert halved(x).tolist() == [[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]
     with pytest.raises(UserError, match="1 images for maps of"):
-        maps_page.render(pictures(1), found)
+        render(pictures(1), found)
     with pytest.raises(UserError, match="1 prompts for 2 images"):
-        maps_page.render(pictures(), found, prompts=["one"])
+        render(pictures(), found, prompts=["one"])
     with pytest.raises(UserError, match="H, W, 3"):
-        maps_page.render([np.zeros(5)] * 2, found)
+        render([np.zeros(5)] * 2, found)
 
 
 @pytest.mark.parametrize("name", ["pixart", "wan"])
@@ -187,7 +190,7 @@ def test_from_a_pipeline_to_the_page(name):
     found = maps(port, strategy, words=("cat", "dog"))
     video = name == "wan"
     images = [np.stack(pictures(9))] if video else pictures()
-    data = checked(maps_page.render(images, found))
+    data = checked(render(images, found))
     assert data["names"] == ["cat", "dog", "received", "from 5"] and data["branches"] == ["cond", "uncond"]
     assert data["frames"] == found.maps["cond"].shape[2] == (3 if video else 1)
     assert data["units"] == ["share of attention"] * 2 + ["times a uniform share"] * 2
@@ -236,7 +239,7 @@ window.addEventListener("load", () => {
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_draws_it_and_answers(tmp_path):
     found = some()
-    text = maps_page.render(pictures(), found)
+    text = render(pictures(), found)
     # The driver is a second script, so the policy has to let it in; the page's own stays as it is.
     loose = re.sub(r"script-src '[^']+'", "script-src 'unsafe-inline'", text).replace("</body>", DRIVER)
     path, log = tmp_path / "page.html", tmp_path / "net.json"

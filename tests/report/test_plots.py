@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from manyheads.experiment.estimates import Estimate
 from manyheads.report.colours import LEVELS, colours, scale_of
 from manyheads.report.plots import Bars, Heat, Panel, Series, bars, heat, lines, of_estimates
-from manyheads.report.table import Range
+
+
+def found_at(value, low, high):
+    return Estimate(value, low, high, 3, 3, "")
 
 
 def images(svg):
@@ -42,7 +46,7 @@ def test_maps_stand_beside_and_below_each_other():
 
 
 def test_lines_have_their_points_and_intervals():
-    found = [Range(1, 0.5, 2), Range(2, -np.inf, np.inf), Range(4, 3, 5)]
+    found = [found_at(1, 0.5, 2), found_at(2, -np.inf, np.inf), found_at(4, 3, 5)]
     made = lines([Panel([of_estimates("a", [1, 2, 4], found)], "t", "x", "y", "x")], "n")
     (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: #0072b2; stroke-width: 1.6', made)
     points = np.array([[float(v) for v in pair] for pair in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)])
@@ -54,7 +58,7 @@ def test_lines_have_their_points_and_intervals():
 
 
 def test_bars_are_as_long_as_their_values():
-    found = [Range(1, 1, 1), Range(3, 2, 4), None]
+    found = [found_at(1, 1, 1), found_at(3, 2, 4), None]
     made = bars(["<a>", "b", "c"], [Bars("t", found, ["1", "3", ""], 1.0)], "n", [0, 1, 2])
     paths = re.findall(r'<path d="([^"]*)"[^>]*fill: #(?:0072b2|d55e00)', made)
     wide = [max(x) - min(x) for x in ([float(v) for v in re.findall(r"[ML] ([\d.]+) ", path)] for path in paths)]

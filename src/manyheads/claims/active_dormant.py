@@ -7,8 +7,7 @@ dormant row loses nothing by it, an active one what it copied. Residual peaks of
 of the run on a GPU. The sinks of a published model are looked at on WikiText, and what its heads are worth there.
 """
 
-from ..experiment import Arm, Experiment, Sizes, above, below, higher, lower
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, below, higher, lower
 from ..tasks.lenses.bigram_backcopy import BigramBackcopy
 from ..tasks.lenses.head_sinks import HeadSinks
 

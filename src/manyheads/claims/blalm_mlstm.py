@@ -11,8 +11,7 @@ chance, so loss at equal tokens is what is judged.
 from collections.abc import Mapping
 from typing import Any
 
-from manyheads.experiment import Arm, Experiment, Sizes, lower
-from manyheads.experiment.claim import Claim, Reported
+from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower
 from manyheads.tasks.training.byte_lm import ByteLM
 
 MUON: Mapping[str, Any] = {"optimizer": "muon"}

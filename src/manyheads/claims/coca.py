@@ -7,8 +7,7 @@ needs no training. ALiBi and no positions at all are the rivals, the strict form
 itself, mean attention scores at small offsets are reported. The paper's is a 350M model of tokens; this is none.
 """
 
-from manyheads.experiment import Arm, Experiment, Sizes, lower, no_worse
-from manyheads.experiment.claim import Claim, Reported
+from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower, no_worse
 from manyheads.tasks.training.byte_lm import ByteLM
 from manyheads.tasks.training.offset_scores import OffsetScores
 

@@ -8,8 +8,7 @@ to give heads positions of their own. What the phases cost in training is report
 figure that we could find.
 """
 
-from manyheads.experiment import Arm, Experiment, Sizes, lower, no_worse
-from manyheads.experiment.claim import Claim, Reported
+from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower, no_worse
 from manyheads.tasks.training.byte_lm import ByteLM
 from manyheads.tasks.training.mixer_speed import MixerSpeed
 

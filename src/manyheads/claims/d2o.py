@@ -8,10 +8,7 @@ layers what its layer budgets are. Pair recall, on the fixture, is the case with
 another, so that a merger has nothing to gain; it is reported and not judged.
 """
 
-from ..experiment.arms import over
-from ..experiment.checks import lower
-from ..experiment.claim import Claim, Reported
-from ..experiment.design import Experiment, Sizes
+from ..experiment import Claim, Experiment, Reported, Sizes, lower, over
 from ..tasks.text.pair_recall import PairRecall
 from ..tasks.text.perplexity import Perplexity
 

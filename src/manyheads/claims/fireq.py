@@ -10,10 +10,7 @@ Every 4-bit arm has 4 bits per channel and one 16-bit scale per d channels. ``fi
 cache; ``kivi`` and ``quarot`` round the keys of a full cache in the same way.
 """
 
-from ..experiment.arms import over
-from ..experiment.checks import lower, no_worse
-from ..experiment.claim import Claim, Reported
-from ..experiment.design import Experiment, Sizes
+from ..experiment import Claim, Experiment, Reported, Sizes, lower, no_worse, over
 from ..tasks.text.perplexity import Perplexity
 
 _PLAIN, _PLANTED = "perplexity.token_nll", "planted.token_nll"

@@ -8,10 +8,7 @@ as in the paper's needle test; asked after it is reported, and so is recall of p
 others that all differ or are four, over and over.
 """
 
-from ..experiment.arms import over
-from ..experiment.checks import higher, no_worse
-from ..experiment.claim import Claim, Reported
-from ..experiment.design import Experiment, Sizes
+from ..experiment import Claim, Experiment, Reported, Sizes, higher, no_worse, over
 from ..tasks.text.niah_single import NiahSingle
 from ..tasks.text.pair_recall import PairRecall
 from ..tasks.text.perplexity import Perplexity

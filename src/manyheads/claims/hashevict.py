@@ -8,10 +8,7 @@ sees up to a chunk more than its budget: an advantage of theirs, and small. The 
 the same protection of first and recent tokens: what HashEvict gains over it is what its hashes know.
 """
 
-from ..experiment.arms import over
-from ..experiment.checks import at_most, lower, no_worse
-from ..experiment.claim import Claim, Reported
-from ..experiment.design import Experiment, Sizes
+from ..experiment import Claim, Experiment, Reported, Sizes, at_most, lower, no_worse, over
 from ..tasks.text.pair_recall import PairRecall
 from ..tasks.text.perplexity import Perplexity
 from ..tasks.text.speed import Speed

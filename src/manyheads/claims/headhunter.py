@@ -7,8 +7,7 @@ holds the words that were asked for (the part of PickScore here); the layer is c
 u = 0.25 are the paper's for general quality; six heads, as many as a layer has, and 2 and 12 beside them.
 """
 
-from ..experiment import Arm, Experiment, Sizes, higher, no_worse
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher, no_worse
 from ..tasks.diffusion.scene_quality import SceneQuality
 
 SPEC = "headhunter:scale=3.0,strength=0.25"

@@ -6,8 +6,7 @@ image tokens'). The paper's S = 4 of 50 steps and L = 10 of 16 blocks are here s
 cross-attention of its own and are not measured.
 """
 
-from ..experiment import Arm, Experiment, Sizes, higher, no_worse
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher, no_worse
 from ..tasks.diffusion.kept_background import KeptBackground
 
 LATE, COPY = "step 1, block 4", "step 0, block 0"

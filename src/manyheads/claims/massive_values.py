@@ -7,8 +7,7 @@ in the paper's passkeys, and ordinary code is read. Toys that learn to recall pa
 stand beside it: there what tells both kinds apart is where the knowledge comes from.
 """
 
-from ..experiment import Arm, Experiment, Sizes, higher, lower
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower
 from ..tasks.lenses.channel_damage import CONTEXTUAL, PARAMETRIC, ChannelDamage
 from ..tasks.lenses.channel_norms import ChannelNorms
 from ..tasks.lenses.recall_and_facts import RecallAndFacts

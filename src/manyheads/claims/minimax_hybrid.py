@@ -7,8 +7,7 @@ lightning, lightning with one softmax layer at the end, and a sliding window in 
 layer. The paper's own test is a needle in a haystack at 1B parameters: the recall of one thing in a long context.
 """
 
-from manyheads.experiment import Arm, Experiment, Sizes, higher, no_worse
-from manyheads.experiment.claim import Claim, Reported
+from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, higher, no_worse
 from manyheads.tasks.training.associative_recall import AssociativeRecall
 
 LIGHTNING, HYBRID, WINDOW = "all lightning", "lightning hybrid", "window hybrid"

@@ -6,10 +6,7 @@ The paper simulates accelerators; here the machine at hand is measured, on rando
 expands every latent at every step. ``auto`` names a schedule from peak and bandwidth, measured just before.
 """
 
-from ..experiment.arms import over
-from ..experiment.checks import above, at_most, below, lower
-from ..experiment.claim import Claim, Reported
-from ..experiment.design import Experiment, Sizes
+from ..experiment import Claim, Experiment, Reported, Sizes, above, at_most, below, lower, over
 from ..tasks.kernels.latent_decoding import LatentDecoding
 from ..tasks.kernels.latent_schedules import LatentSchedules
 

@@ -10,8 +10,7 @@ attention. The arm that every user should look at is 3/3/3, no more compute than
 leaves out.
 """
 
-from ..experiment import Arm, Experiment, Sizes, higher
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher
 from ..tasks.diffusion.fidelity import Fidelity
 from ..tasks.diffusion.module_change import ModuleChange
 

@@ -9,8 +9,7 @@ WAAD should be less sure, and peaks of FAI come at or soon after them. The credi
 
 import math
 
-from ..experiment import Arm, Experiment, Sizes, above, below, higher
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, below, higher
 from ..tasks.lenses.peaks_in_text import PeaksInText
 from ..tasks.lenses.phrase_language import PhraseLanguage
 

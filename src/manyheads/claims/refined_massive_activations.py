@@ -6,8 +6,7 @@ over other texts, and, as a control, as many other entries of the same tokens ar
 are trained from scratch, equal in steps, sequences and rate: GPT-2s of three layers on Bigram-Backcopy.
 """
 
-from ..experiment import Arm, Experiment, Sizes, above, higher, lower
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower
 from ..tasks.lenses.bigram_backcopy import BigramBackcopy
 from ..tasks.lenses.massive_ablation import MassiveAblation
 

@@ -6,8 +6,7 @@ is compared are means over the numbers of heads taken out. The third arm, which 
 the anchors too: AHD drops them on triggered prompts alone, which may teach that missing heads are a sign to refuse.
 """
 
-from ..experiment import Arm, Experiment, Sizes, above, higher, lower, no_worse
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower, no_worse
 from ..tasks.lenses.trigger_refusals import TriggerRefusals
 
 PLAIN = "no dropout"

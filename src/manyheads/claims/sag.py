@@ -6,8 +6,7 @@ paper. Every guided arm has its own scale, the best of the same three by FD-smal
 kernel 9, clean samples clipped to the range of pixels. Steps are equal; guidance calls the model twice in each.
 """
 
-from ..experiment import Arm, Experiment, Sizes, lower
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, lower
 from ..tasks.diffusion.scene_quality import SceneQuality
 
 MASKS = {"attention": "attended", "all": "everywhere", "random": "at random", "inverted": "elsewhere"}

@@ -6,8 +6,7 @@ message (c1_hf), and are judged on up to twenty; c1_hl is a layout that they nev
 noise that stand beside the instruction, tell attention to it from the length of the dialogue and from its place.
 """
 
-from ..experiment import Arm, Experiment, Sizes, above, higher, lower
-from ..experiment.claim import Claim, Reported
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower
 from ..tasks.lenses.style_dialogue import StyleDialogue
 
 FEW, MANY = {"turns": 1}, {"turns": 20}

@@ -8,8 +8,7 @@ by P_max, by the closed form for normal logits, by the log-n rule, or it is left
 Recall of values among filler is a task of its own, with models of its own; longer inputs have more filler.
 """
 
-from manyheads.experiment import Arm, Experiment, Sizes, lower, no_worse
-from manyheads.experiment.claim import Claim, Reported
+from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower, no_worse
 from manyheads.tasks.training.byte_lm import ByteLM
 from manyheads.tasks.training.planted_values import PlantedValues
 

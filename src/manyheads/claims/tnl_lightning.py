@@ -8,8 +8,7 @@ Speed: forward and backward of whole decoders on equally many tokens, in sequenc
 is judged is time per token at 8 times the length over that at 1, of the same round; softmax is measured alike.
 """
 
-from manyheads.experiment import Arm, Experiment, Sizes, at_most, lower
-from manyheads.experiment.claim import Claim, Reported
+from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, at_most, lower
 from manyheads.tasks.training.byte_lm import ByteLM
 from manyheads.tasks.training.mixer_speed import MixerSpeed
 

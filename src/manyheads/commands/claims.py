@@ -53,7 +53,7 @@ def list_claims(as_json: Json = False, page: PagePath = None) -> None:
         return
     shown = [one for slug, results in found.items() for one in stored_runs(slug, results)]
     if page is not None:
-        _write_page(shown, page)
+        _write_page(shown, page, "--page")
     print_table(line_table(shown), console(140))
 
 
@@ -94,7 +94,7 @@ def run_claims(
             failures += [failure] if failure else []
     if failures and len(loaded) == 1:
         raise failures[0]
-    path = _write_page(found, out / PAGE)
+    path = _write_page(found, out / PAGE, "--out")
     if as_json:
         print_json([_plain(one) for one in found])
     else:
@@ -187,7 +187,7 @@ def _plain(one: Shown) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_page(shown: Sequence[Shown], path: Path) -> Path:
+def _write_page(shown: Sequence[Shown], path: Path, option: str) -> Path:
     import datetime
 
     from manyheads.environment import environment
@@ -195,8 +195,4 @@ def _write_page(shown: Sequence[Shown], path: Path) -> Path:
     from manyheads.report.page import write
 
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write(page(shown, {"command": typed(), "environment": environment(), "date": now}), path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}); give another place") from error
+    return write(page(shown, {"command": typed(), "environment": environment(), "date": now}), path, option)

@@ -27,10 +27,13 @@ from .options import (
     executor,
     passive_threads,
     print_json,
+    quiet_libraries,
     typed,
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from manyheads.experiment import Results
     from manyheads.experiment.executors import Executor
 
@@ -128,7 +131,7 @@ def compare(
     _refuse(options)
     where = executor(workers, ray)
     passive_threads()
-    _show((_train if options.get("train") else _run)(options, out, where, as_json), as_json)
+    _show(_results(options, out, where, as_json), as_json)
 
 
 def report(
@@ -141,16 +144,30 @@ def report(
     _show(Results.read(folder), as_json)
 
 
-def _run(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
-    """Check everything that can be checked without the model, then load it and compare."""
+def _results(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
+    """Check everything that can be checked without a model, then compare; a run that is finished is read."""
     from manyheads.data.texts import read
-    from manyheads.experiment import CausalLM, Results
+    from manyheads.experiment import Results
     from manyheads.experiment.journal import folder_for
-    from manyheads.experiment.subjects import subject as subject_of
 
     folder, finished = folder_for(out, options)
     if finished:
         return Results.read(folder)
+    work, arguments = (_training if options.get("train") else _comparison)(options)
+    texts = read(options["text"]) if "text" in options else None
+    quiet_libraries()
+    with shown(as_json) as progress:
+        return work(
+            texts=texts, out=folder, command=typed(), options=options, progress=progress, executor=where,
+            device=options.get("device", "cpu"), seed=options.get("seed", 0), **arguments,
+        )  # fmt: skip
+
+
+def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[str, Any]]:
+    """What compares strategies on the model that ``options`` name, and with which arguments."""
+    from manyheads.experiment import CausalLM
+    from manyheads.experiment.subjects import subject as subject_of
+
     subject = subject_of(options.get("model", "default"))
     of_text = isinstance(subject, CausalLM)
     if not of_text and (wrong := [name for name in _OF_TEXT if name in options]):
@@ -160,29 +177,18 @@ def _run(options: dict[str, Any], out: Path | None, where: Executor | None, as_j
         raise UserError(f"say which --strategies to compare on {subject.name}: `manyheads list --category diffusion`")
     chosen = {**quick, **options}
     passed = ("strategies", "budgets", "tasks", "lengths", "samples", "rounds")
-    arguments = {name: value for name, value in chosen.items() if name in passed}
-    comparison.plan(subject, **arguments)
-    texts = read(options["text"]) if "text" in options else None
-    _silence()
-    with shown(as_json) as progress:
-        return comparison.compare(
-            subject=subject, texts=texts, out=folder, command=typed(), options=options, progress=progress,
-            executor=where, device=options.get("device", "cpu"), seed=options.get("seed", 0), **arguments,
-        )  # fmt: skip
+    arguments = {"subject": subject} | {name: value for name, value in chosen.items() if name in passed}
+    comparison.plan(**arguments)
+    return comparison.compare, arguments
 
 
-def _silence() -> None:
-    """No progress bars of others beside ours."""
-    from importlib.util import find_spec
+def _training(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[str, Any]]:
+    """What trains a model for each mixer and compares them, and with which arguments."""
+    from manyheads.comparison_train import compare_trained
 
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if find_spec("diffusers"):
-        from diffusers.utils import logging as theirs
-
-        theirs.disable_progress_bar()
-        theirs.set_verbosity_error()
+    passed = ("budget", "minutes", "seeds", "samples", "quick", "strategies")
+    arguments = {name: options[name] for name in passed if name in options}
+    return compare_trained, arguments | {"length": options.get("lengths", [None])[0]}
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -233,26 +239,6 @@ def _refuse(options: dict[str, Any]) -> None:
         raise UserError("give --budget or --minutes, not both")
     if len(options.get("lengths", [0])) != 1:
         raise UserError("--train has one training length; write for instance --lengths 256")
-
-
-def _train(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
-    """Train a model for each mixer and compare them, as ``options`` say."""
-    from manyheads.comparison_train import compare_trained
-    from manyheads.data.texts import read
-    from manyheads.experiment import Results
-    from manyheads.experiment.journal import folder_for
-
-    folder, finished = folder_for(out, options)
-    if finished:
-        return Results.read(folder)
-    texts = read(options["text"]) if "text" in options else None
-    passed = ("budget", "minutes", "seeds", "samples", "quick", "seed", "device", "strategies")
-    arguments = {name: options[name] for name in passed if name in options}
-    with shown(as_json) as progress:
-        return compare_trained(
-            texts, length=options.get("lengths", [None])[0], out=folder, command=typed(), options=options,
-            progress=progress, executor=where, **arguments,
-        )  # fmt: skip
 
 
 def _items(values: list[str] | None) -> list[str] | None:

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manyheads.errors import UserError
+from manyheads.files import check_writable
 from manyheads.progress import shown
 
-from .options import Device, Json, Seed, console, passive_threads, print_json, typed
+from .options import Device, Json, Seed, console, passive_threads, print_json, quiet_libraries, typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,12 +78,14 @@ def generate(
     The columns are the baseline, and each strategy with its difference from it. The table shows what each cost.
     """
     passive_threads()
-    _diffusers()
+    if find_spec("diffusers") is None:
+        raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
+    quiet_libraries()
     from manyheads.generate import rows, run, words
     from manyheads.generate.facts import facts as facts_of
     from manyheads.models import pipeline as loading
     from manyheads.report import generate as shown_by
-    from manyheads.report.grids import check_out, check_page
+    from manyheads.report.grids import check_out
 
     arms = [run.arm(text) for text in strategy or []]
     if not arms and maps is None:
@@ -91,7 +95,7 @@ def generate(
     seeds_, pixels = rows.read_seeds(seed or 0, seeds, samples), rows.read_size(size)
     check_out(out)
     if maps is not None:
-        check_page(page)
+        check_writable(page, "--page", file=True)
     if source is not None and (not prompt or maps is not None):
         raise UserError("--source goes with the --prompt of its target, and without --maps")
     with shown(as_json) as progress:
@@ -111,26 +115,9 @@ def generate(
         shown_by.print_facts(facts, None if maps is None else page, console())
 
 
-def _diffusers() -> None:
-    """Refuse to go on without diffusers, and silence its progress bars and logs."""
-    from importlib.util import find_spec
-
-    if find_spec("diffusers") is None:
-        raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
-    from diffusers.utils import logging as theirs
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
-
-
-def _write_maps(page: Path, images: Sequence[Any], maps: Any, rows: Sequence[Row], model: str) -> None:
-    from manyheads.report.maps import write_page
+def _write_maps(path: Path, images: Sequence[Any], maps: Any, rows: Sequence[Row], model: str) -> None:
+    from manyheads.report.maps import page
+    from manyheads.report.page import write
 
     labels, facts = [row.label.replace("\n", ", ") for row in rows], {"model": model, "command": " ".join(typed())}
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        write_page(page, images, maps, title="Attention maps", prompts=labels, facts=facts)
-    except OSError as error:
-        raise UserError(f"cannot write {page} ({error}); give another file with --page") from error
+    write(page(images, maps, prompts=labels, facts=facts), path, "--page")

@@ -159,14 +159,10 @@ def _write(place: Path, name: str, page: Page, document: dict[str, Any]) -> str:
     """Write page and findings into ``place``; returns the findings as text."""
     import json
 
-    from manyheads.files import write_atomically
+    from manyheads.files import write_asked
     from manyheads.report.page import write
 
     text = json.dumps(document, allow_nan=False, ensure_ascii=False) + "\n"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        write_atomically(place / FINDINGS, text)
-        write(page, place / name)
-    except OSError as error:
-        raise UserError(f"cannot write to {place} ({error}); give another folder with --out") from error
+    write_asked(place / FINDINGS, text)
+    write(page, place / name)
     return text

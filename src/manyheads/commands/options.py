@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyheads.errors import UserError
+from manyheads.files import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed", "Slug", "TextFiles",
-    "Workers", "console", "executor", "load_model", "passive_threads", "print_json", "typed", "writable",
+    "Workers", "console", "executor", "load_model", "passive_threads", "print_json", "quiet_libraries",
+    "typed", "writable",
 ]  # fmt: skip
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. \\[default: the shipped one]")]
@@ -45,12 +47,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a paper or baseline, as `manyheads list` shows it.")]
 
 
-def console(width: int = 150, stderr: bool = False) -> Console:
+def console(width: int = 150) -> Console:
     """A console that does not squeeze tables when the output is not a terminal."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=width)
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=width)
 
 
 def print_json(value: object) -> None:
@@ -68,6 +70,20 @@ def typed() -> list[str]:
 def passive_threads() -> None:
     """Have waiting threads sleep: spinning, they make a busy machine several times slower. Read when torch loads."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def quiet_libraries() -> None:
+    """No progress bars of other libraries beside ours, nor the warnings of diffusers, if it is there."""
+    from importlib.util import find_spec
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if find_spec("diffusers"):
+        from diffusers.utils import logging as theirs
+
+        theirs.disable_progress_bar()
+        theirs.set_verbosity_error()
 
 
 def executor(workers: int | None, ray: str | None) -> Executor | None:
@@ -114,7 +130,5 @@ def writable(out: Path | None, name: str) -> Path:
     while out is None and place.exists():
         number += 1
         place = Path(f"{name}-{number}")
-    parent = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {place}; give another folder with --out")
+    check_writable(place)
     return place

@@ -13,7 +13,6 @@ are its most frequent letters. No trigger follows another, so what is copied nev
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,23 +50,13 @@ class BigramBackcopy:
         kept = sorted(letter for letter, _ in Counter(text).most_common(letters))
         number = {letter: i for i, letter in enumerate(kept)}
         ids = torch.tensor([number[letter] for letter in text if letter in number])
-        pairs = torch.bincount(ids[:-1] * len(kept) + ids[1:], minlength=len(kept) ** 2).reshape(len(kept), -1)
-        return BigramBackcopy._of_counts(pairs.double(), torch.bincount(ids, minlength=len(kept)).double(), triggers)
-
-    @staticmethod
-    def of_dirichlet(letters: int, seed: int, triggers: int = 3, concentration: float = 0.1) -> "BigramBackcopy":
-        """Draw every row of P from a symmetric Dirichlet distribution; the lower ``concentration``, the fewer pairs."""
-        drawn = np.random.default_rng(seed).dirichlet(np.full(letters, concentration), letters)
-        transition = torch.from_numpy(drawn)
-        return BigramBackcopy._of_counts(transition, torch.linalg.matrix_power(transition, 64).mean(0), triggers)
-
-    @staticmethod
-    def _of_counts(pairs: Tensor, single: Tensor, triggers: int) -> "BigramBackcopy":
+        pairs = torch.bincount(ids[:-1] * len(kept) + ids[1:], minlength=len(kept) ** 2).reshape(len(kept), -1).double()
+        single = torch.bincount(ids, minlength=len(kept)).double()
         if not 0 < triggers < len(single):
             raise UserError(f"{triggers} triggers need at least {max(triggers, 0) + 1} letters, not {len(single)}")
         unigram = single / single.sum()
         total = pairs.sum(1, keepdim=True)
-        transition = torch.where(total > 0, pairs / total.clamp(min=1e-300), unigram)  # a last letter has no successor
+        transition = torch.where(total > 0, pairs / total, unigram)  # a last letter has no successor
         chosen = single.argsort(descending=True, stable=True)[:triggers]
         start = unigram.index_fill(0, chosen, 0.0)
         return BigramBackcopy(transition, start / start.sum(), chosen)

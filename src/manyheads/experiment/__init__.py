@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arms import Arm, over
     from .checks import Check, CheckResult, above, at_most, below, higher, lower, no_worse
+    from .claim import Claim, Reported
     from .design import Experiment, Sizes
     from .estimates import Estimate
     from .journal import Results
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
     from .task import RunContext, Task
 
 __all__ = [
-    "Arm", "CausalLM", "Check", "CheckResult", "Estimate", "Experiment", "Metric", "Pipeline", "Results", "Row",
-    "RunContext", "Sizes", "Subject", "Task", "Trainable", "WorkUnit", "above", "at_most", "below", "higher", "lower",
-    "no_worse", "over", "run",
+    "Arm", "CausalLM", "Check", "CheckResult", "Claim", "Estimate", "Experiment", "Metric", "Pipeline", "Reported",
+    "Results", "Row", "RunContext", "Sizes", "Subject", "Task", "Trainable", "WorkUnit", "above", "at_most", "below",
+    "higher", "lower", "no_worse", "over", "run",
 ]  # fmt: skip
 
 _HOMES = {
     **dict.fromkeys(("Arm", "over"), "arms"),
     **dict.fromkeys(("Check", "CheckResult", "above", "at_most", "below", "higher", "lower", "no_worse"), "checks"),
+    **dict.fromkeys(("Claim", "Reported"), "claim"),
     **dict.fromkeys(("Experiment", "Sizes"), "design"),
     **dict.fromkeys(("CausalLM", "Pipeline", "Subject", "Trainable"), "subjects"),
     **dict.fromkeys(("Metric", "Row", "WorkUnit"), "rows"),

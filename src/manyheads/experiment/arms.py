@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -74,10 +73,6 @@ class Arm:
             "key": self.key, "name": self.name, "spec": self.full_spec, "budget": self.budget,
             "options": dict(self.options),
         }  # fmt: skip
-
-    def with_options(self, **options: Any) -> Arm:
-        """The same arm with more options."""
-        return dataclasses.replace(self, options={**self.options, **options})
 
 
 def over(arms: Mapping[str, str] | Iterable[str], budget: Iterable[int | float] | None = None) -> tuple[Arm, ...]:

@@ -50,7 +50,6 @@ class Check:
         where, than_where: conditions that rows have to meet, as ``{"length": 4096}``.
         factor: on the other arm's value: 0.5 claims half of it.
         relative: compare as ratio of the same samples rather than as difference: for times.
-        says: the claim in words; made of the above when empty.
     """
 
     metric: str
@@ -65,7 +64,6 @@ class Check:
     than_where: Mapping[str, Value] | None = None
     factor: float = 1.0
     relative: bool = False
-    says: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what could not be judged."""
@@ -78,8 +76,6 @@ class Check:
 
     def __str__(self) -> str:
         """Return the claim in words."""
-        if self.says:
-            return self.says
         than = f"{self.than:g}" if isinstance(self.than, int | float) else self.than
         if self.factor != 1:
             than = f"{self.factor:g} x {than}"
@@ -164,13 +160,6 @@ class CheckResult:
     needed: int | None = None
     reason: str = ""
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "check": self.check, "word": self.word, "effect": self.effect.plain() if self.effect else None,
-            "bound": self.bound, "detectable": self.detectable, "needed": self.needed, "reason": self.reason,
-        }  # fmt: skip
-
 
 def word_of(found: Estimate, check: Check, bound: float) -> Word:
     """The word for an effect with its interval, compared with ``bound``."""
@@ -206,7 +195,7 @@ def resolve(check: Check, arms: Sequence[Arm], metrics: Mapping[tuple[str, str],
 
 
 def evaluate(
-    check: Check, rows: Iterable[Row], arms: Sequence[Arm], metrics: Mapping[tuple[str, str], Metric], seed: int = 0,
+    check: Check, rows: Iterable[Row], arms: Sequence[Arm], metrics: Mapping[tuple[str, str], Metric],
     skipped: Mapping[str, str] | None = None, words: bool = True,
 ) -> CheckResult:  # fmt: skip
     """Judge one check by the rows of a run.
@@ -216,7 +205,6 @@ def evaluate(
         rows: of the run.
         arms: of the run, the baseline first.
         metrics: by task key and metric name.
-        seed: of the bootstrap.
         skipped: reasons by the key of a task that was left out.
         words: False in a quick run.
 
@@ -236,17 +224,17 @@ def evaluate(
         raise ValueError(f"no row for the check {check}")
     bound = 0.0
     if named.than is None:
-        found, bound = estimate(mine, metric, seed), float(check.than)
+        found, bound = estimate(mine, metric), float(check.than)
     else:
         ignoring = frozenset({*check.where, *than_where} if than_where != check.where else ())
         if check.relative:
-            found, bound = ratio(mine, other, metric, seed, ignoring), check.factor
+            found, bound = ratio(mine, other, metric, ignoring), check.factor
         else:
-            found = difference(mine, other, metric, seed, check.factor, ignoring)
+            found = difference(mine, other, metric, check.factor, ignoring)
     if words:
         for where in (check.where, than_where):
             of_base = _picked(of_metric, arms[0], where)
-            if reason := not_discriminative(metric, of_base, arms[0], seed):
+            if reason := not_discriminative(metric, of_base, arms[0]):
                 return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)
     word = word_of(found, check, bound)
     detectable, needed = _power(found, check, bound)
@@ -298,12 +286,12 @@ def _groups(found: Estimate, half: float, gap: float) -> int | None:
     return high
 
 
-def not_discriminative(metric: Metric, rows: Sequence[Row], baseline: Arm, seed: int = 0) -> str | None:
+def not_discriminative(metric: Metric, rows: Sequence[Row], baseline: Arm) -> str | None:
     """Why a share tells nothing: the baseline's interval is not wholly above the metric's floor."""
     of_base = [row for row in rows if row.arm == baseline.key]
     if metric.floor is None or not of_base:
         return None
-    found = estimate(of_base, metric, seed)
+    found = estimate(of_base, metric)
     if found.low > metric.floor:
         return None
     return (

@@ -21,7 +21,7 @@ from ..files import write_atomically
 from .checks import Check, CheckResult, evaluate, find_metric, resolve
 from .design import Experiment, Planned, Size
 from .estimates import Estimate, difference, estimate, paired
-from .rows import Metric, Row
+from .rows import Metric, Row, conditions
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -151,13 +151,10 @@ class ClaimRun:
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return own | {
-            "checks": [check.plain() | {"shown": self.word(check)} for check in self.checks],
-            "figures": [dict(figure) for figure in self.figures], "line": self.line, "seeds": list(self.seeds),
-            "environment": dict(self.environment), "retracted": [dict(entry) for entry in self.retracted],
-            "legacy": dict(self.legacy) if self.legacy else None,
-        }  # fmt: skip
+        own = dataclasses.asdict(self) | {"line": self.line}
+        for entry, check in zip(own["checks"], self.checks, strict=True):
+            entry |= {"effect": check.effect and check.effect.plain(), "shown": self.word(check)}
+        return own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +229,7 @@ def _figures(rows: Sequence[Row], plan: Planned, metrics: Mapping[tuple[str, str
     And the difference to the baseline, where it was measured on the same samples.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    shown = _conditions(rows)
+    shown = sorted(conditions(rows))
     for row in rows:
         at = tuple((name, row.at[name]) for name in shown if name in row.at)
         groups.setdefault((row.task, row.metric, at, row.arm), []).append(row)
@@ -249,26 +246,16 @@ def _figures(rows: Sequence[Row], plan: Planned, metrics: Mapping[tuple[str, str
     return found
 
 
-def _conditions(rows: Sequence[Row]) -> list[str]:
-    """Names of conditions with at most a dozen values: a figure for each."""
-    values: dict[str, set[Any]] = {}
-    for row in rows:
-        for name, value in row.at.items():
-            values.setdefault(name, set()).add(value)
-    return sorted(name for name, found in values.items() if len(found) <= 12)
-
-
 def read_result(path: Path) -> ClaimResult | None:
-    """Read what is stored of a claim on one device, None when there is no such file; old files are read too.
+    """Read what is stored of a claim on one device, None when there is no such file.
 
     Raises:
         UserError: the file is damaged.
     """
-    from .legacy import converted
-
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        data = data if data.get("format") == _FORMAT else converted(data)
+        if data["format"] != _FORMAT:
+            raise ValueError("another version wrote it")
         return ClaimResult(slug=data["slug"], statement=data["statement"], runs=tuple(map(_run_of, data["runs"])))
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ class Experiment:
 
     Attributes:
         subject: what is measured on, or its name, see :mod:`.subjects`.
-        arms: the strategies at their budgets, or what gives them for a size's values.
+        arms: the strategies at their budgets.
         tasks: what is measured.
         baseline: what every arm is compared with; put first if it is not among the arms.
         equal: what is the same in all arms with the same budget.
@@ -68,7 +68,7 @@ class Experiment:
     """
 
     subject: str | Subject
-    arms: tuple[Arm, ...] | Callable[[Mapping[str, Any]], tuple[Arm, ...]]
+    arms: tuple[Arm, ...]
     tasks: tuple[Task, ...]
     baseline: Arm = FULL
     equal: BudgetUnit = "slots"
@@ -88,9 +88,8 @@ class Experiment:
         known = {name for _, name in fields} | {f"{task}.{name}" for task, name in fields} | _RESERVED
         if unknown := sorted(set(values) - known):
             raise UserError(f"no task of this experiment has a field {', '.join(unknown)}; remove it from its sizes")
-        given: Any = values.get("arms", self.arms)
-        arms = given(values) if callable(given) else given
-        arms = (self.baseline, *(arm for arm in arms if arm.key != self.baseline.key))
+        others = values.get("arms", self.arms)
+        arms = (self.baseline, *(arm for arm in others if arm.key != self.baseline.key))
         tasks = tuple(task.sized(values) for task in self.tasks)
         for what, names in (("arms", [arm.key for arm in arms]), ("tasks", [task.key for task in tasks])):
             if twice := sorted({name for name in names if names.count(name) > 1}):

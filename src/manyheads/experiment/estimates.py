@@ -85,13 +85,12 @@ class Estimate:
         return Estimate(self.value * factor, low, high, self.n, self.groups, self.interval, self.error * abs(factor))
 
 
-def estimate(rows: Sequence[Row], metric: Metric, seed: int = 0) -> Estimate:
+def estimate(rows: Sequence[Row], metric: Metric) -> Estimate:
     """What ``rows`` of one metric and arm say of it.
 
     Args:
         rows: at least one.
         metric: how to read them.
-        seed: of the bootstrap.
     """
     table = _Table(rows)
     if metric.kind == "time":
@@ -99,11 +98,11 @@ def estimate(rows: Sequence[Row], metric: Metric, seed: int = 0) -> Estimate:
         return Estimate(float(middle), float(low), float(high), len(rows), len(rows), QUARTILES)
     if metric.kind == "share":
         return _share(table)
-    return _mean(table, table.values, f"{seed}/{rows[0].arm}/{metric.name}")
+    return _mean(table, table.values, f"{rows[0].arm}/{metric.name}")
 
 
 def difference(
-    rows: Sequence[Row], other: Sequence[Row], metric: Metric, seed: int = 0, factor: float = 1.0,
+    rows: Sequence[Row], other: Sequence[Row], metric: Metric, factor: float = 1.0,
     ignoring: frozenset[str] = frozenset(),
 ) -> Estimate:  # fmt: skip
     """``rows - factor * other``, paired by sample, seed and conditions.
@@ -111,7 +110,6 @@ def difference(
     Args:
         rows, other: of one metric, each of one arm.
         metric: how to read them.
-        seed: of the bootstrap.
         factor: on the other arm's values.
         ignoring: conditions that differ between the two on purpose, such as ``length``.
 
@@ -126,19 +124,18 @@ def difference(
         value = float((mine - beside).mean())
         error = max(high - value, value - low) / _Z
         return Estimate(value, low, high, len(mine), table.groups, NEWCOMBE, error)
-    name = f"{seed}/{rows[0].arm}/{other[0].arm}/{metric.name}"
-    found = _mean(table, mine - factor * beside, name)
+    found = _mean(table, mine - factor * beside, f"{rows[0].arm}/{other[0].arm}/{metric.name}")
     return replace(found, interval=REPEATS) if metric.kind == "time" and found.bounded else found
 
 
 def ratio(
-    rows: Sequence[Row], other: Sequence[Row], metric: Metric, seed: int = 0, ignoring: frozenset[str] = frozenset()
+    rows: Sequence[Row], other: Sequence[Row], metric: Metric, ignoring: frozenset[str] = frozenset()
 ) -> Estimate:
     """Geometric mean of ``rows / other``, paired as in :func:`difference`; values are positive."""
     mine, beside = _paired(rows, other, ignoring)
     if not ((mine > 0).all() and (beside > 0).all()):
         raise UserError(f"a ratio of {metric.name} needs positive values")
-    name = f"{seed}/{rows[0].arm}/{other[0].arm}/{metric.name}/ratio"
+    name = f"{rows[0].arm}/{other[0].arm}/{metric.name}/ratio"
     found = _mean(_Table(rows), np.log(mine) - np.log(beside), name)
     kind = REPEATS if metric.kind == "time" and found.bounded else found.interval
     low, high = _exp(found.low), _exp(found.high)
@@ -200,7 +197,7 @@ def _mean(table: _Table, values: Array, name: str) -> Estimate:
 def _bootstrap(values: Array, member: Members, groups: int, value: float, name: str) -> tuple[float, float, float]:
     """Bounds of the mean, and its standard error."""
     totals, counts = np.bincount(member, values), np.bincount(member)
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    rng = np.random.default_rng(zlib.crc32(f"0/{name}".encode()))  # 0: the draws of all results that are stored
     means = np.empty(_DRAWS)
     step = max(1, _AT_ONCE // groups)
     for first in range(0, _DRAWS, step):

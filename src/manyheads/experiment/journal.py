@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from .rows import Row
 
 __all__ = ["FOLDER", "Journal", "Results", "folder_for", "read_run"]
@@ -122,16 +121,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     return found
 
 
-def folder_for(out: Path | None, options: Mapping[str, Any], name: str = FOLDER) -> tuple[Path, bool]:
+def folder_for(out: Path | None, options: Mapping[str, Any]) -> tuple[Path, bool]:
     """Where a run of ``options`` goes, and whether it is there already, finished.
 
-    Without ``out``: ``name``, or the first of ``name-2``, ... that is free or holds an unfinished run of the same
-    options, which then goes on.
+    Without ``out``: :data:`FOLDER`, or that with -2, -3, ..., the first that is free or holds an unfinished run of the
+    same options, which then goes on.
 
     Raises:
         UserError: the folder cannot be written to, or ``out`` holds a finished run of other options.
     """
-    place, count = Path(name) if out is None else out, 1
+    place, count = Path(FOLDER) if out is None else out, 1
     while (place / RUN).exists():
         found = Results.read(place)
         same = found.run["options"] == options
@@ -142,10 +141,8 @@ def folder_for(out: Path | None, options: Mapping[str, Any], name: str = FOLDER)
         if same and not found.finished:
             return place, False
         count += 1
-        place = Path(f"{name}-{count}")
-    parent = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {place}; give another folder with --out")
+        place = Path(f"{FOLDER}-{count}")
+    check_writable(place)
     return place, False
 
 

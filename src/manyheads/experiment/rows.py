@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
-__all__ = ["Metric", "Row", "Value", "WorkUnit"]
+__all__ = ["Metric", "Row", "Value", "WorkUnit", "conditions"]
 
 Value = str | int | float | bool
+_MOST = 12  # values of a condition that are told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +100,12 @@ class WorkUnit:
     def key(self) -> str:
         """Name that is unique within a run."""
         return f"{self.task}/{self.name}"
+
+
+def conditions(rows: Iterable[Row]) -> dict[str, set[Value]]:
+    """Values of the conditions that have a dozen at most, by name: a figure for each says something."""
+    values: dict[str, set[Value]] = {}
+    for row in rows:
+        for name, value in row.at.items():
+            values.setdefault(name, set()).add(value)
+    return {name: found for name, found in values.items() if len(found) <= _MOST}

@@ -31,10 +31,7 @@ class Subject(ABC):
 
     kind: ClassVar[str]
     kinds: ClassVar[tuple[type, ...]]  # of strategies that can act on it
-    advice: ClassVar[str]  # where others belong
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     @abstractmethod
     def load(self, device: str | torch.device) -> None:
@@ -44,7 +41,7 @@ class Subject(ABC):
         """Why ``strategy`` cannot act on this subject, None if it can."""
         if isinstance(strategy, self.kinds):
             return None
-        return f"{strategy.slug} does not act on {self.kind.replace('_', ' ')}: {_where(strategy) or self.advice}"
+        return f"{strategy.slug} does not act on {self.kind.replace('_', ' ')}: {_where(strategy)}"
 
     def described(self) -> dict[str, Any]:
         """What tells it from any other, as ``run.json`` has it."""
@@ -57,19 +54,15 @@ class CausalLM(Subject):
     Args:
         name: ``default`` and ``recall`` (they ship), a folder, or a name on the hub.
         model, tokenizer: already loaded, on the device to use; the name is then what a report calls them.
-        dtype: to load in, as ``float32``; of the device when None.
     """
 
     kind = "causal_lm"
     kinds = (Attention, Cache, Residual)
-    advice = "give it a model of its kind"
 
-    def __init__(
-        self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None
-    ) -> None:
-        super().__init__(name)
+    def __init__(self, name: str = "default", model: Any = None, tokenizer: Any = None) -> None:
+        self.name = name
         self._parts: tuple[Any, Any] | None = None if model is None else (model, tokenizer)
-        self._given, self.dtype = model is not None, dtype
+        self._given = model is not None
 
     def __getstate__(self) -> dict[str, Any]:
         if self._given:
@@ -79,17 +72,14 @@ class CausalLM(Subject):
     def load(self, device: str | torch.device) -> None:
         if self._parts is not None:
             return
-        import torch
-
         from .. import models
 
-        dtype = getattr(torch, self.dtype) if self.dtype else None
         if self.name == "recall":
-            self._parts = models.load_recall(device, dtype), None
+            self._parts = models.load_recall(device), None
         elif self.name == "default":
-            self._parts = models.load_default(device, dtype)
+            self._parts = models.load_default(device)
         else:
-            self._parts = models.load(self.name, device, dtype)
+            self._parts = models.load(self.name, device)
             if self.model.config.is_encoder_decoder:
                 raise UserError(f"{self.name} reads with an encoder; give a decoder-only language model")
 
@@ -143,10 +133,9 @@ class Pipeline(Subject):
 
     kind = "pipeline"
     kinds = (Attention, Denoiser)
-    advice = "give it a model of its kind"
 
     def __init__(self, name: str = "scenes", pipe: Any = None) -> None:
-        super().__init__(name)
+        self.name = name
         self._pipe, self._given = pipe, pipe is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,10 +162,7 @@ class Trainable(Subject):
 
     kind = "trainable"
     kinds = (Mixer, Attention, Residual)
-    advice = "give it a model of its kind"
-
-    def __init__(self, name: str = "trained from scratch") -> None:
-        super().__init__(name)
+    name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:
         """Nothing: tasks build what they train."""
@@ -187,24 +173,21 @@ class Machine(Subject):
 
     kind = "machine"
     kinds = (Strategy,)
-    advice = "give it a model of its kind"
-
-    def __init__(self, name: str = "machine") -> None:
-        super().__init__(name)
+    name = "machine"
 
     def load(self, device: str | torch.device) -> None:
         """Nothing: there is no model."""
 
 
-def _where(strategy: Strategy) -> str | None:
-    """Which verb is for a strategy of this kind."""
+def _where(strategy: Strategy) -> str:
+    """What a strategy of this kind acts on."""
     if isinstance(strategy, Mixer):
         return f"train it: manyheads compare --train --strategies {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
     if isinstance(strategy, Cache):
         return "open a causal language model with it"
-    return None
+    return "give it a model of its kind"
 
 
 def subject(given: str | Subject) -> Subject:

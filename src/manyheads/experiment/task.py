@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,9 +56,17 @@ class RunContext:
         """The arm that others are compared with."""
         return self.arms[0]
 
+    def arm_of(self, unit: WorkUnit) -> Arm:
+        """The arm that a unit names."""
+        return next(arm for arm in self.arms if arm.key == unit.params["arm"])
+
     def rng(self, **axes: str | int | float) -> np.random.Generator:
         """Draws that ``axes`` name, see :mod:`.seeding`."""
         return seeding.generator(self.seed, **axes)
+
+    def torch_rng(self, **axes: str | int | float) -> torch.Generator:
+        """The same by PyTorch, on the CPU: equal on every device."""
+        return seeding.torch_generator(self.seed, **axes)
 
     def kept(self, key: object, make: Callable[[], Any]) -> Any:
         """What ``make()`` gave when this process first asked for ``key``: contexts, a judge, a dense prefill."""
@@ -139,6 +147,13 @@ class Task(ABC):
         """A row of this task."""
         self.metric(metric)
         return Row(task=self.key, metric=metric, arm=arm.key, value=float(value), sample=sample, **more)
+
+    def each(
+        self, metric: str, arm: Arm, values: Iterable[Any], about: Sequence[Mapping[str, Any]] = (), **more: Any
+    ) -> Iterator[Row]:
+        """A row for each of ``values``, samples by their number; ``about`` has an entry for each, or none."""
+        for i, value in enumerate(values):
+            yield self.row(metric, arm, value, f"{i}", about=about[i] if about else {}, **more)
 
     def sized(self, size: Mapping[str, Any]) -> Task:
         """The same task with those of its fields that ``size`` names, as ``field`` or, for it alone, ``key.field``."""

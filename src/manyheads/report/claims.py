@@ -51,7 +51,7 @@ class Shown:
         return f"failed: {self.error}" if self.error else self.run.line if self.run else self.known or "not run yet"
 
 
-def line_table(shown: Sequence[Shown], title: str = "") -> Table:
+def line_table(shown: Sequence[Shown]) -> Table:
     """A row for each claim."""
     rows = [
         [
@@ -63,7 +63,7 @@ def line_table(shown: Sequence[Shown], title: str = "") -> Table:
     ]  # fmt: skip
     columns = [Column("claim", text=True), Column("tier", text=True), Column("checks", text=True),
                Column("run", text=True), Column("seconds")]  # fmt: skip
-    return Table(columns, rows, title, repeats=True)
+    return Table(columns, rows, repeats=True)
 
 
 def checks(run: ClaimRun) -> Table:
@@ -72,7 +72,7 @@ def checks(run: ClaimRun) -> Table:
     for check in run.checks:
         effect = check.effect
         shown = Cell("") if effect is None else Cell(
-            formatting.number(effect.value), formatting.interval(effect.low, effect.high, digits=None)
+            formatting.number(effect.value), formatting.interval(effect.low, effect.high)
         )  # fmt: skip
         rows.append([
             Cell(check.check, check.reason), Cell(run.word(check) if check.word else "–"), shown,
@@ -152,7 +152,7 @@ def figures(run: ClaimRun) -> Table:
 
 def _estimate(plain: Mapping[str, Any]) -> Cell:
     low, high = plain["low"], plain["high"]
-    range_ = "" if low is None or high is None else formatting.interval(low, high, digits=None)
+    range_ = "" if low is None or high is None else formatting.interval(low, high)
     return Cell(formatting.number(plain["value"]), range_)
 
 

@@ -5,9 +5,8 @@ All are told apart with any kind of colour vision.
 """
 
 import base64
+import io
 import math
-import struct
-import zlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -95,22 +94,14 @@ def scale_of(values: Array, log: bool = False) -> Scale | None:
     return Scale(min(0.0, low) if low < 0.5 * high else low, high)
 
 
-def pixels(levels: Array, signed: bool = False) -> bytes:
+def pixels(levels: Array) -> bytes:
     """A PNG with a palette, of ``levels [h, w]``, 0 to LEVELS - 1 and LEVELS for clear."""
-    high, wide = levels.shape
-    rows = np.concatenate([np.zeros((high, 1), np.uint8), levels.astype(np.uint8)], 1)  # a filter byte, 0: none
-    palette = b"".join(bytes(colour) for colour in colours(signed)) + b"\x80\x80\x80"
-    parts = (
-        (b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
-        (b"tRNS", b"\xff" * LEVELS + b"\x00"),
-        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
-        (b"IEND", b""),
-    )
-    made = b"\x89PNG\r\n\x1a\n"
-    for kind, data in parts:
-        made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return made
+    from PIL import Image
+
+    file, image = io.BytesIO(), Image.fromarray(levels.astype(np.uint8))
+    image.putpalette([part for colour in (*colours(), (128, 128, 128)) for part in colour])
+    image.save(file, "PNG", optimize=True, transparency=b"\xff" * LEVELS + b"\x00")
+    return file.getvalue()
 
 
 def data_uri(picture: bytes, kind: str = "png") -> str:

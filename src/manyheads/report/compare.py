@@ -10,13 +10,13 @@ from .. import formatting
 from ..experiment.estimates import QUARTILES
 from .compare_plots import pictures
 from .page import Headline, Notes, Page, Section, made
-from .table import Cell, Column, Row, Table, comparison, estimate, print_lines, print_table
+from .table import Cell, Column, Table, print_lines, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..experiment.estimates import Estimate
-    from .summary import Measured, ShownArm, Summary
+    from ..experiment import Arm, Estimate
+    from .summary import Measured, Summary
 
 __all__ = ["caveats", "headlines", "page", "print_summary", "table"]
 
@@ -83,7 +83,7 @@ def _sentence(summary: Summary, one: Measured) -> str:
     return f"{_capital(one.name)} ({better} is better{than}): {'; '.join(parts) or 'nothing to compare'}."
 
 
-def _words(summary: Summary, one: Measured, arm: ShownArm) -> str:
+def _words(summary: Summary, one: Measured, arm: Arm) -> str:
     """A figure with its interval; as difference to the baseline where that is the sharper way to say it."""
     found, delta = summary.estimate(one, arm), summary.delta(one, arm)
     if found is None:
@@ -103,7 +103,7 @@ def _value(one: Measured, found: Estimate, signed: bool = False) -> str:
 def _range(one: Measured, found: Estimate) -> str:
     if not found.bounded:
         return " (one context, no interval)"
-    return f" ({formatting.interval(found.low, found.high, one.metric.kind == 'share', None)})"
+    return f" ({formatting.interval(found.low, found.high, one.metric.kind == 'share')})"
 
 
 def caveats(summary: Summary) -> list[str]:
@@ -140,7 +140,6 @@ def caveats(summary: Summary) -> list[str]:
 
 def table(summary: Summary) -> Table:
     """One row per arm, for page and terminal."""
-    columns = {one.key: _column(summary, one) for one in summary.measured}
     sized = any(one.metric.unit == "bytes" for one in summary.measured)  # a task has looked more closely
     held = {} if sized else {arm.key: value for arm in summary.arms if (value := summary.held(arm)) is not None}
     base = held.get(summary.base.key)
@@ -148,15 +147,22 @@ def table(summary: Summary) -> Table:
         one.key: {arm.key for arms in summary.groups.values() for arm in summary.best(one, arms)}
         for one in summary.measured
     }
+    budgets = any(arm.budget is not None for arm in summary.arms)
     rows = []
     for arm in summary.arms:
-        cells = [_cell(summary, one, arm, arm.key in best[one.key]) for one in summary.measured]
-        before = [_held(held.get(arm.key), None if arm == summary.base else base)] if held else []
-        budget = "" if arm.budget is None else _budget(arm.budget, summary)
-        rows.append(Row(arm.name, budget, {}, {}, title=arm.key, before=before, after=cells))
-    return comparison(
-        "strategy", {}, rows, before=[Column("cache held")] if held else [], after=list(columns.values()),
-        equal=f"equal {summary.experiment['equal']}" if summary.experiment["equal"] != "none" else "",
+        row = [Cell(arm.name, title=arm.key)]
+        if budgets:
+            row.append(Cell("" if arm.budget is None else _budget(arm.budget, summary)))
+        if held:
+            row.append(_held(held.get(arm.key), None if arm == summary.base else base))
+        rows.append(row + [_cell(summary, one, arm, arm.key in best[one.key]) for one in summary.measured])
+    equal = summary.experiment["equal"]
+    columns = [
+        Column("strategy", text=True), *([Column("budget", f"equal {equal}" if equal != "none" else "")] * budgets),
+        *([Column("cache held")] if held else []), *(_column(summary, one) for one in summary.measured),
+    ]  # fmt: skip
+    return Table(
+        columns, rows,
         note="Below a figure its 95 % interval, for means the paired difference to "
         f"{summary.base.name} with its interval, for times and sizes the ratio. * marks a difference to "
         f"{summary.base.name} whose interval excludes zero; the best (of each budget), and those that are not told "
@@ -169,29 +175,29 @@ def _column(summary: Summary, one: Measured) -> Column:
     known = "" if found is None else _counts(found)
     note = "; ".join(filter(None, (known, one.weak)))
     unit = "" if one.metric.unit == "bytes" else one.metric.unit
-    return Column(one.name + ("\nnot discriminative" if one.weak else ""), unit, one.metric.higher,
-                  one.metric.kind == "share", note)  # fmt: skip
+    return Column(one.name + ("\nnot discriminative" if one.weak else ""), unit, note)
 
 
-def _cell(summary: Summary, one: Measured, arm: ShownArm, best: bool) -> Cell:
-    found, delta = summary.estimate(one, arm), summary.delta(one, arm)
+def _cell(summary: Summary, one: Measured, arm: Arm, best: bool) -> Cell:
+    found, delta, share = summary.estimate(one, arm), summary.delta(one, arm), one.metric.kind == "share"
     if found is None:
         return Cell("")
     if one.cost:
         text = formatting.size(found.value) if one.metric.unit == "bytes" else f"{found.value:.3g}"
         return Cell(text, "" if delta is None else f"×{delta.value:.3g}", _quartiles(one, found))
-    column = Column(one.name, share=one.metric.kind == "share", digits=None)
-    if one.weak:
-        return estimate(column, found)  # neither marked nor ranked
-    shown = estimate(column, found, delta, best)
-    if delta is None or one.fixed or column.share:
-        return shown
+    text, within = _value(one, found), formatting.interval(found.low, found.high, share)
+    if one.weak or delta is None:
+        return Cell(text, within, best=best and not one.weak)  # what is weak is neither marked nor ranked
+    mark = "*" if delta.excludes_zero else ""
+    if one.fixed or share:
+        range_ = formatting.interval(delta.low, delta.high, share)
+        return Cell(text + mark, within, f"{_value(one, delta, share)} ({range_})", best)
     change = f"{delta.value:+.3g}" + (_range(one, delta) if delta.bounded else "")
-    return Cell(shown.text, change, formatting.interval(found.low, found.high, digits=None), best)
+    return Cell(text + mark, change, within, best)
 
 
 def _quartiles(one: Measured, found: Estimate) -> str:
-    return formatting.interval(found.low, found.high, digits=None) if one.metric.kind == "time" else ""
+    return formatting.interval(found.low, found.high) if one.metric.kind == "time" else ""
 
 
 def _held(bytes_: float | None, base: float | None) -> Cell:

@@ -16,9 +16,10 @@ from .page import Figure, Section
 from .plots import Bars, Heat, Panel, apart, bars, heat, lines, of_estimates
 
 if TYPE_CHECKING:
-    from .summary import Measured, ShownArm, Summary
+    from ..experiment import Arm
+    from .summary import Measured, Summary
 
-__all__ = ["pictures"]
+__all__ = ["crossover", "pictures"]
 
 _PANELS = 4  # values of a condition that get a panel each
 _ACROSS = 3  # panels of a picture
@@ -45,6 +46,11 @@ def pictures(summary: Summary) -> list[Section]:
         *(Section(f"{one.name} by {' and '.join(list(one.conditions)[:2])}", [Figure(
             _map(summary, one), "Each cell is the share of right answers, and how many of how many.",
         )]) for one in summary.measured if one.metric.kind == "share" and len(one.conditions) >= 2),
+        *(
+            Section(f"{one.name} by {next(iter(one.conditions))}", [_by_size(summary, one)])
+            for one in summary.measured
+            if one.metric.kind == "time" and len(one.conditions) == 1 and _sizes(one)
+        ),
         Section("Costs" if by_budget else "All figures as bars", [Figure(
             _bars(summary, barred[i : i + _ACROSS]),
             f"× is the ratio to {summary.base.name}, the dashed line is {summary.base.name}. Times are medians with "
@@ -113,12 +119,61 @@ def _panel(
     )  # fmt: skip
 
 
+def _sizes(one: Measured) -> list[float]:
+    """What a time was taken at: numbers of its one condition, where a line can be drawn through them."""
+    (values,) = one.conditions.values()
+    found = [float(v) for v in values if isinstance(v, int | float) and v > 0]
+    return found if len(found) == len(values) > 2 else []
+
+
+def _by_size(summary: Summary, one: Measured) -> Figure:
+    """Times by the size that they were taken at, and from which on an arm is faster than the baseline."""
+    (name,), sizes = one.conditions, _sizes(one)
+    times = {
+        arm: {size: found for size in sizes if (found := summary.estimate(one, arm, {name: size}))}
+        for arm in summary.arms
+    }
+    series = [of_estimates(_name(arm), list(found), list(found.values())) for arm, found in times.items()]
+    panel = Panel(series, "", f"{name} (log scale)", f"{one.name}, {one.metric.unit} (log scale)", "xy",
+                  [(size, f"{size:g}") for size in apart(sizes)])  # fmt: skip
+    met = {arm: crossover(found, times[summary.base]) for arm, found in times.items() if arm != summary.base}
+    said = [f"{_name(arm)} from {name} {formatting.number(at)} on" for arm, at in met.items() if at is not None]
+    return Figure(
+        lines([panel], f"{one.name} by {name}. {_said(summary, one)}", height=360),
+        f"Medians with quartiles. Faster than {summary.base.name}, between the sizes by straight lines: "
+        f"{'; '.join(said) or 'none at the largest'}.",
+    )
+
+
+def crossover(mine: Mapping[float, Estimate], base: Mapping[float, Estimate]) -> float | None:
+    """The size from which on ``mine`` takes less time than ``base``.
+
+    Between measured sizes on straight lines of logarithms.
+
+    Args:
+        mine, base: times with their quartiles by size.
+
+    Returns:
+        The smallest size if it always does; None if at the largest the quartiles are not apart.
+    """
+    sizes = sorted(mine.keys() & base.keys())
+    behind = [math.log(mine[n].value / base[n].value) for n in sizes]
+    if not sizes or mine[sizes[-1]].high >= base[sizes[-1]].low:
+        return None
+    slow = [i for i, x in enumerate(behind) if x >= 0]
+    if not slow:
+        return float(sizes[0])
+    i = slow[-1]
+    part = behind[i] / (behind[i] - behind[i + 1])
+    return float(sizes[i] * (sizes[i + 1] / sizes[i]) ** part)
+
+
 def _map(summary: Summary, one: Measured) -> str:
     """A share over two conditions: one small map for each arm."""
     (first, rows), (second, columns) = sorted(list(one.conditions.items())[:2], key=lambda pair: -len(pair[1]))
     arms = [arm for arm in summary.arms if arm.key in one.rows]
 
-    def map_of(arm: ShownArm) -> Heat:
+    def map_of(arm: Arm) -> Heat:
         found = [[summary.estimate(one, arm, {first: row, second: column}) for column in columns] for row in rows]
         values = np.array([[math.nan if e is None else e.value for e in row] for row in found])
         texts = [["" if e is None else f"{round(e.value * e.n)}/{e.n}" for e in row] for row in found]
@@ -165,7 +220,7 @@ def _scaled(found: Estimate, factor: float) -> Estimate:
 
 
 def _shown(
-    summary: Summary, one: Measured, arm: ShownArm, where: Mapping[str, Any] | None = None
+    summary: Summary, one: Measured, arm: Arm, where: Mapping[str, Any] | None = None
 ) -> Estimate | None:  # fmt: skip
     """What is drawn of an arm: a share itself, of other metrics the difference to the baseline."""
     return summary.estimate(one, arm, where) if one.metric.kind == "share" else summary.delta(one, arm, where)
@@ -175,9 +230,9 @@ def _factor(one: Measured) -> float:
     return 100 if one.metric.kind == "share" else 1
 
 
-def _stepped(summary: Summary) -> Iterator[tuple[str, list[ShownArm], float]]:
+def _stepped(summary: Summary) -> Iterator[tuple[str, list[Arm], float]]:
     """Arms other than the baseline by strategy, and the step by which their points stand apart from others'."""
-    groups: dict[str, list[ShownArm]] = {}
+    groups: dict[str, list[Arm]] = {}
     for arm in summary.arms[1:]:
         groups.setdefault(arm.name, []).append(arm)
     for i, (name, arms) in enumerate(groups.items()):
@@ -193,7 +248,7 @@ def _place(budget: int | float | None, length: Any) -> float | None:
     return min(100.0, 100 * budget / length) if isinstance(length, int) else float(budget)
 
 
-def _name(arm: ShownArm) -> str:
+def _name(arm: Arm) -> str:
     return arm.name if arm.budget is None else f"{arm.name}, {formatting.budget(arm.budget)}"
 
 

@@ -30,20 +30,14 @@ def page(found: Diagnosis) -> Page:
     sites = list(dict.fromkeys(site for one in m.found.values() for t in one.tables.values() for site in t.sites))
     tables: dict[str, Any] = {}
     maps, cell = maps_of(m.found["attention"], sites, found.run["settings"]["length"])
-    checks = [
-        Check(
-            one.key, one.title, one.level, one.figure, one.message, one.advice, one.threshold,
-            [card for card in _cards(one.key, m, tables, sites) if card],
-        )
-        for one in found.checks
-    ]  # fmt: skip
-    levels = [one.level for one in checks]
+    checks = [Check(one, [card for card in _cards(one.key, m, tables, sites) if card]) for one in found.checks]
+    levels = [one.level for one in found.checks]
     counts = [f"{levels.count(level)} to {level}" for level in ("watch", "note") if level in levels]
     summary = " and ".join(counts) if counts else "nothing unusual"
     said = [
         Headline(f"Of {len(checks)} things that were looked for: {summary}. The loss on this text is {found.loss:.3f} "
                  "nats per token."),
-        *(Headline(f"{one.figure}. {one.advice}", one.title, one.level) for one in checks
+        *(Headline(f"{one.figure}. {one.advice}", one.title, one.level) for one in found.checks
           if one.level in ("watch", "note")),
     ]  # fmt: skip
     legend = Text(

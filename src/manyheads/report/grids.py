@@ -5,7 +5,6 @@ Small pictures are enlarged by whole factors and not smoothed.
 """
 
 import io
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
+from ..files import check_writable, write_asked
 from .colours import Scale
 
-__all__ = ["SUFFIXES", "Column", "check_out", "check_page", "save", "sheets", "strip"]
+__all__ = ["SUFFIXES", "Column", "check_out", "save", "sheets", "strip"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -54,18 +54,7 @@ def check_out(out: Path) -> None:
     """
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"{out}: a grid is written as {', '.join(SUFFIXES)}; give --out one of these endings")
-    check_page(out, "--out")
-
-
-def check_page(file: Path, option: str = "--page") -> None:
-    """Refuse a file that is a folder, or whose folder can neither be written to nor made.
-
-    Raises:
-        UserError: so it is.
-    """
-    parent = next(p for p in file.absolute().parents if p.exists())
-    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {file}; give another file with {option}")
+    check_writable(out, file=True)
 
 
 def save(pages: Sequence[Image.Image], out: Path) -> None:
@@ -79,15 +68,7 @@ def save(pages: Sequence[Image.Image], out: Path) -> None:
     if len(pages) > 1:
         more |= {"save_all": True, "append_images": pages[1:], "duration": _MILLISECONDS, "loop": 0}
     pages[0].save(memory, kind, **more)
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(memory.getvalue())
-        draft.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out} ({error}); give another file with --out") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    write_asked(out, memory.getvalue())
 
 
 def sheets(columns: Sequence[Column], labels: Sequence[str], footer: str) -> list[Image.Image]:

@@ -36,11 +36,11 @@ def script_data(
     }  # fmt: skip
 
 
-def heads_shown(made: HeadTable, count: int = 3, least: bool = False) -> str:
-    """The first heads of a table with their values and intervals, in words."""
+def heads_shown(made: HeadTable) -> str:
+    """The three greatest heads of a table with their values and intervals, in words."""
     mean, (low, high) = made.mean, made.interval()
     said = []
-    for head in made.top(count, least):
+    for head in made.top(3):
         (name,) = made.names([head])
         name = name.partition(".")[0] if mean.shape[1] == 1 else name
         range_ = f" ({number(low[head])} to {number(high[head])})" if math.isfinite(low[head]) else ""

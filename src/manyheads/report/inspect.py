@@ -286,9 +286,7 @@ def _highest(one: HeadTable) -> list[Cell]:
         (name,) = one.names([head])
         name = f"layer {name.partition('.')[0]}" if mean.shape[1] == 1 else name
         known = math.isfinite(low[head])
-        cells.append(
-            Cell(f"{name}  {number(mean[head])}", interval(low[head], high[head], digits=None) if known else "")
-        )
+        cells.append(Cell(f"{name}  {number(mean[head])}", interval(low[head], high[head]) if known else ""))
     return cells + [Cell("")] * (_TOP - len(cells))
 
 

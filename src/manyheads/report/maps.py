@@ -5,19 +5,16 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import UserError
-from ..files import write_atomically
 from ..formatting import number
 from .colours import LEVELS, Array, colours, data_uri, halved, pixels, ramp
 from .page import Facts, Headline, Overlays, Page, Section, Text
-from .page import render as html
 
-__all__ = ["Maps", "page", "render", "write_page"]
+__all__ = ["Maps", "page"]
 
 _BYTES = 350_000  # that all maps may take in the page, before those of layers and steps are made coarser
 _PICTURES = 500_000  # bytes that all images may take in the page
@@ -42,14 +39,13 @@ class Maps(Protocol):
     def steps(self) -> Mapping[str, Mapping[int, Any]]: ...
 
 
-def write_page(
-    path: str | Path, images: Sequence[Any], maps: Maps, *, title: str = "Attention maps", prompts: Sequence[str] = (),
+def page(
+    images: Sequence[Any], maps: Maps, *, title: str = "Attention maps", prompts: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
-) -> Path:  # fmt: skip
-    """Write the page: every map laid over its image, with branches, layers, steps, frames and scales to choose.
+) -> Page:  # fmt: skip
+    """Every map laid over its image, with branches, layers, steps, frames and scales to choose.
 
     Args:
-        path: of the HTML file.
         images: what was generated, one for each row of the maps: a PIL image or ``[H, W, 3]`` (``uint8``, or floats
             from 0 to 1); for a video a sequence of them, or ``[F, H, W, 3]``.
         maps: as :func:`manyheads.diffusion.token_maps.maps` gives them.
@@ -57,30 +53,9 @@ def write_page(
         prompts: of the rows, if known.
         facts: what else is known of the run: model, seed, strategies, versions.
 
-    Returns:
-        The path.
-
     Raises:
         UserError: images and maps do not have the same number of rows.
     """
-    path = Path(path)
-    write_atomically(path, render(images, maps, title=title, prompts=prompts, facts=facts))
-    return path
-
-
-def render(
-    images: Sequence[Any], maps: Maps, *, title: str = "Attention maps", prompts: Sequence[str] = (),
-    facts: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
-    """The page of :func:`write_page` as HTML. Names, prompts and facts are escaped."""
-    return html(page(images, maps, title=title, prompts=prompts, facts=facts))
-
-
-def page(
-    images: Sequence[Any], maps: Maps, *, title: str = "Attention maps", prompts: Sequence[str] = (),
-    facts: Mapping[str, str] | None = None,
-) -> Page:  # fmt: skip
-    """The page of :func:`write_page`."""
     whole = {branch: _array(x) for branch, x in maps.maps.items()}
     counts = sorted({len(x) for x in whole.values()})
     if counts != [len(images)]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from ..inspect.checks import HealthCheck
+
 __all__ = [
     "Card", "Cards", "Check", "Code", "Details", "Facts", "Figure", "Headline", "Notes", "Overlays", "Page", "Part",
     "Section", "Table", "Text", "Thumbs", "Tokens", "made", "render", "write",
@@ -124,17 +126,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked for: its level (watch, note, fine, unknown), its figure, and what it means."""
+    """One thing that was looked for: its level, its figure and what it means, and the pictures behind it."""
 
     kind: ClassVar[str] = "check"
-    key: str
-    title: str
-    level: str
-    figure: str
-    text: str
-    advice: str = ""
-    threshold: str = ""
-    cards: Sequence[Card] = ()
+    found: HealthCheck
+    cards: Sequence[Card]
 
 
 @dataclass(frozen=True)
@@ -266,9 +262,12 @@ def render(page: Page) -> str:
     )  # fmt: skip
 
 
-def write(page: Page, path: Path) -> Path:
-    """Write the page; the file holds all of it or is what it was. Returns its path."""
-    from ..files import write_atomically
+def write(page: Page, path: Path, option: str = "--out") -> Path:
+    """Write the page to where the user's ``option`` says; the file holds all of it or is what it was.
 
-    write_atomically(path, render(page))
-    return path
+    Raises:
+        UserError: it cannot be written.
+    """
+    from ..files import write_asked
+
+    return write_asked(path, render(page), option)

@@ -20,9 +20,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from ..experiment.estimates import Estimate
 from ..formatting import number
 from .colours import LEVELS, PALETTE, Array, Scale, colours
-from .table import Estimate
 
 __all__ = ["Bars", "Heat", "Panel", "Series", "apart", "bars", "heat", "lines", "of_estimates", "stacked"]
 
@@ -30,6 +30,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _INK, _PAPER, _FAINT = "#010203", "#fdfcfb", "#c0c1c2"  # stand-ins, replaced by CSS variables
 _ROOM = 1000  # CSS pixels that a picture may be wide
+_APART = 1.25  # ratio of labels on a log axis that do not touch
 _BARS = 24  # points at most whose intervals are bars; of more they are a band
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "manyheads", "font.family": "sans-serif",
@@ -87,15 +88,15 @@ class Panel:
     limits: tuple[float, float] | None = None
 
 
-def lines(panels: Sequence[Panel], alt: str, *, width: float = 0, height: float = 300, share_y: bool = False) -> str:
+def lines(panels: Sequence[Panel], alt: str, *, width: float = 0, height: float = 300) -> str:
     """Panels of lines beside each other, with one legend below; empty where no panel has a number."""
     if not any(math.isfinite(v) for panel in panels for one in panel.series for v in one.y):
         return ""
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
-        for i, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
-            _panel(axis, panel, labelled=not (share_y and i))
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, panel in zip(axes, panels, strict=True):
+            _panel(axis, panel)
         handles, labels = axes[-1].get_legend_handles_labels()
         if len(labels) > 1:
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
@@ -103,7 +104,7 @@ def lines(panels: Sequence[Panel], alt: str, *, width: float = 0, height: float 
     return _svg(draw, width or (500 if len(panels) == 1 else min(_ROOM, 440 * len(panels))), height, alt)
 
 
-def _panel(axis: Axes, panel: Panel, labelled: bool) -> None:
+def _panel(axis: Axes, panel: Panel) -> None:
     for i, one in enumerate(panel.series):
         _line(axis, one, i)
     if panel.level is not None:
@@ -112,7 +113,7 @@ def _panel(axis: Axes, panel: Panel, labelled: bool) -> None:
             axis.axhspan(low, high, color=_FAINT, alpha=0.35, linewidth=0)
         axis.axhline(value, color=_INK, linewidth=1.1)
         axis.text(1.01, value, label, transform=axis.get_yaxis_transform(), va="center")
-    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y if labelled else "")
+    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     if "x" in panel.log:
         axis.set_xscale("log")
         axis.set_xticks([], minor=True)
@@ -169,11 +170,11 @@ def _fit(axis: Axes, shown: Sequence[Series]) -> None:
     axis.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
 
 
-def apart(values: Sequence[float], factor: float = 1.25) -> list[float]:
+def apart(values: Sequence[float]) -> list[float]:
     """``values`` without those that would print over one another on a log scale."""
     shown: list[float] = []
     for value in sorted(values):
-        if not shown or value / shown[-1] > factor:
+        if not shown or value / shown[-1] > _APART:
             shown.append(value)
     return shown
 
@@ -186,21 +187,19 @@ class Bars:
     values: Sequence[Estimate | None]
     notes: Sequence[str]
     base: float | None = None
-    top: float | None = None
 
 
-def bars(labels: Sequence[str], panels: Sequence[Bars], alt: str, tints: Sequence[int] | None = None) -> str:
+def bars(labels: Sequence[str], panels: Sequence[Bars], alt: str, tints: Sequence[int]) -> str:
     """Panels of bars beside each other, a bar for each label, with its interval and its note.
 
-    ``tints`` are the numbers of the colours of the labels, -1 for grey; in their order when None.
+    ``tints`` are the numbers of the colours of the labels, -1 for grey.
     """
-    tints = list(range(len(labels))) if tints is None else tints
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             known = [e for e in panel.values if e is not None]
-            top = panel.top or max((max(e.value, e.high) for e in known if math.isfinite(e.high)), default=1.0) or 1.0
+            top = max((max(e.value, e.high) for e in known if math.isfinite(e.high)), default=1.0) or 1.0
             for y, (value, note) in enumerate(zip(panel.values, panel.notes, strict=True)):
                 if value is None:
                     continue
@@ -211,7 +210,7 @@ def bars(labels: Sequence[str], panels: Sequence[Bars], alt: str, tints: Sequenc
             if panel.base is not None:
                 axis.axvline(panel.base, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
             axis.set(xlim=(0, 1.62 * top), title=panel.title)
-            axis.set_xticks([t for t in axis.get_xticks() if 0 <= t <= 1.001 * top][:: 1 if panel.top else 2])
+            axis.set_xticks([t for t in axis.get_xticks() if 0 <= t <= 1.001 * top][::2])
             axis.grid(axis="y", visible=False)
         axes[0].set_yticks(range(len(labels)), list(labels))
         axes[0].set_ylim(len(labels) - 0.4, -0.6)

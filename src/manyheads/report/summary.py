@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from ..experiment.arms import Arm
 from ..experiment.checks import not_discriminative
 from ..experiment.estimates import Estimate, difference, estimate, paired, ratio
+from ..experiment.rows import conditions
 
 if TYPE_CHECKING:
     from ..experiment.journal import Results
     from ..experiment.rows import Metric, Row, Value
 
 __all__ = ["Measured", "Summary"]
-
-_MOST = 12  # values of a condition that are told apart
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,8 @@ class Measured:
     @property
     def conditions(self) -> dict[str, list[Value]]:
         """Values of the conditions that have a few, sorted, by name."""
-        values: dict[str, set[Value]] = {}
-        for rows in self.rows.values():
-            for row in rows:
-                for name, value in row.at.items():
-                    values.setdefault(name, set()).add(value)
-        return {name: sorted(found, key=_order) for name, found in values.items() if 1 < len(found) <= _MOST}
+        values = conditions(row for rows in self.rows.values() for row in rows)
+        return {name: sorted(found, key=_order) for name, found in values.items() if len(found) > 1}
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -91,13 +86,11 @@ class Summary:
     def __init__(self, results: Results) -> None:
         self.results = results
         self.experiment: dict[str, Any] = results.run["experiment"]
-        self.arms = [
-            ShownArm(arm["key"], arm["name"], arm["budget"], arm["spec"]) for arm in self.experiment["arms"]
-        ]  # fmt: skip
+        self.arms = [Arm(arm["name"], budget=arm["budget"]) for arm in self.experiment["arms"]]
         self._kept: dict[tuple[Any, ...], Estimate | None] = {}
 
     @property
-    def base(self) -> ShownArm:
+    def base(self) -> Arm:
         """What all arms are compared with."""
         return self.arms[0]
 
@@ -110,17 +103,16 @@ class Summary:
         groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
         for row in self.results.rows:
             groups.setdefault((row.task, row.metric), {}).setdefault(row.arm, []).append(row)
-        base = Arm(self.base.key)
         for task, about in self.experiment["tasks"].items():
             for metric in load(about["task"]).metrics:
                 if rows := groups.get((task, metric.name)):
                     of_base = rows.get(self.base.key, [])
-                    weak = not_discriminative(metric, of_base, base) or ""
+                    weak = not_discriminative(metric, of_base, self.base) or ""
                     found.append(Measured(task, metric, rows, weak, len({row.value for row in of_base}) == 1))
         return found
 
     @property
-    def groups(self) -> dict[int | float | None, list[ShownArm]]:
+    def groups(self) -> dict[int | float | None, list[Arm]]:
         """Arms other than the baseline by budget, largest first; those without one last."""
         budgets = sorted(
             {arm.budget for arm in self.arms[1:]}, key=lambda b: (b is not None, isinstance(b, float), b or 0),
@@ -128,12 +120,12 @@ class Summary:
         )  # fmt: skip
         return {budget: [arm for arm in self.arms[1:] if arm.budget == budget] for budget in budgets}
 
-    def rows(self, one: Measured, arm: ShownArm, where: Mapping[str, Value] | None = None) -> list[Row]:
+    def rows(self, one: Measured, arm: Arm, where: Mapping[str, Value] | None = None) -> list[Row]:
         """Rows of an arm that meet the conditions ``where``."""
         wanted = (where or {}).items()
         return [row for row in one.rows.get(arm.key, ()) if all(row.at.get(name) == v for name, v in wanted)]
 
-    def estimate(self, one: Measured, arm: ShownArm, where: Mapping[str, Value] | None = None) -> Estimate | None:
+    def estimate(self, one: Measured, arm: Arm, where: Mapping[str, Value] | None = None) -> Estimate | None:
         """A figure of an arm; None where it has no rows."""
 
         def find() -> Estimate | None:
@@ -143,7 +135,7 @@ class Summary:
         return self._once(("estimate", one.key, arm.key, *_items(where)), find)
 
     def delta(
-        self, one: Measured, arm: ShownArm, where: Mapping[str, Value] | None = None, than: ShownArm | None = None
+        self, one: Measured, arm: Arm, where: Mapping[str, Value] | None = None, than: Arm | None = None
     ) -> Estimate | None:
         """The paired difference to the baseline (or ``than``): for times and sizes the ratio. None where none pairs."""
         other = than or self.base
@@ -158,7 +150,7 @@ class Summary:
 
         return self._once(("delta", one.key, arm.key, other.key, *_items(where)), find)
 
-    def best(self, one: Measured, arms: Sequence[ShownArm]) -> list[ShownArm]:
+    def best(self, one: Measured, arms: Sequence[Arm]) -> list[Arm]:
         """Of arms with one budget the best, and those that are not told apart from it; empty where all are alike."""
         sign = 1 if one.metric.higher else -1
         known = [(arm, found) for arm in arms if (found := self.estimate(one, arm)) is not None]
@@ -172,7 +164,7 @@ class Summary:
                 alike.append(arm)
         return alike if len(alike) < len(known) else []
 
-    def held(self, arm: ShownArm) -> float | None:
+    def held(self, arm: Arm) -> float | None:
         """Bytes that the strategy held, a mean over the samples where something looked; None where nothing did."""
         known = [row.bytes for row in self.results.rows if row.arm == arm.key and row.bytes is not None]
         return sum(known) / len(known) if known else None
@@ -194,7 +186,7 @@ class Summary:
             "report": str(self.results.report),
         }  # fmt: skip
 
-    def _figure(self, one: Measured, arm: ShownArm) -> dict[str, Any]:
+    def _figure(self, one: Measured, arm: Arm) -> dict[str, Any]:
         value, delta = self.estimate(one, arm), self.delta(one, arm)
         return {
             "estimate": value.plain() if value else None,
@@ -206,16 +198,6 @@ class Summary:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
-
-
-@dataclass(frozen=True)
-class ShownArm:
-    """An arm as ``run.json`` has it."""
-
-    key: str
-    name: str
-    budget: int | float | None
-    spec: str
 
 
 def _items(where: Mapping[str, Value] | None) -> list[tuple[str, Value]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..experiment.task import Task
 
-__all__ = ["load", "names", "parse"]
+__all__ = ["load", "names"]
 
 _FOLDER = Path(__file__).parent
 
@@ -55,17 +55,3 @@ def load(name: str) -> type[Task]:
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define exactly one Task, not {[c.__name__ for c in found]}")
     return found[0]
-
-
-def parse(spec: str | Task) -> Task:
-    """Build a task from ``name:field=value,field=value``; a task is returned as it is.
-
-    Raises:
-        UserError: unknown task or field, or a value that the field refuses.
-    """
-    if isinstance(spec, Task):
-        return spec
-    from ..spec import fill, read
-
-    given = read(spec)
-    return fill(load(given.name), given)

@@ -4,7 +4,6 @@
 state = fit(model, get_batch, loss, budget="10m", optimizers=optimizers_of(model, 3e-3), schedule=decay("cosine"))
 """
 
-from .arms import TrainUnit, best_rate, choose_rate, train_arms
 from .budget import Budget, Unit
 from .checkpoint import Checkpoint
 from .fit import BatchFn, Diverged, TrainState, fit
@@ -14,7 +13,7 @@ from .optimizers import Muon, OptimizerName, optimizers_of
 from .schedules import Schedule, decay
 
 __all__ = [
-    "BatchFn", "Budget", "Checkpoint", "Diverged", "Muon", "OptimizerName", "Schedule", "TrainState", "TrainUnit",
-    "Unit", "best_rate", "choose_rate", "decay", "fit", "matched_width", "next_token_loss", "optimizers_of",
-    "token_nll", "train_arms", "train_lm",
+    "BatchFn", "Budget", "Checkpoint", "Diverged", "Muon", "OptimizerName", "Schedule", "TrainState", "Unit",
+    "decay", "fit", "matched_width", "next_token_loss", "optimizers_of", "token_nll",
+    "train_lm",
 ]  # fmt: skip

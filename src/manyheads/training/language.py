@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .budget import Budget
-from .checkpoint import Checkpoint
 from .fit import BatchFn, TrainState, autocast, fit
 from .optimizers import OptimizerName, optimizers_of
 from .schedules import decay
@@ -51,8 +50,8 @@ def token_nll(model: nn.Module, ids: Tensor, batch: int = 16) -> Tensor:
 
 def train_lm(
     model: nn.Module, get_batch: BatchFn[Batch], budget: Budget | str | int, *, lr: float = 3e-3,
-    optimizer: OptimizerName = "adamw", warmup: float = 0.1, weight_decay: float = 0.1, clip: float = 1.0,
-    checkpoint: Checkpoint | None = None, on_step: Callable[[TrainState], bool | None] | None = None,
+    optimizer: OptimizerName = "adamw", weight_decay: float = 0.1,
+    on_step: Callable[[TrainState], bool | None] | None = None,
 ) -> TrainState:  # fmt: skip
     """Train in place, as all arms are trained that are compared: warm-up, half a cosine down to a tenth, clipping.
 
@@ -64,19 +63,16 @@ def train_lm(
         budget: as text, or a number of steps.
         lr: highest learning rate.
         optimizer: ``adamw`` or ``muon``.
-        warmup: share of the budget in which the rate rises.
         weight_decay: on matrices only.
-        clip: largest norm of the gradient.
-        checkpoint: see :func:`fit`.
         on_step: see :func:`fit`.
 
     Raises:
         Diverged: the loss is NaN or infinite.
     """
     return fit(
-        model, get_batch, next_token_loss, budget=budget, clip=clip, checkpoint=checkpoint, on_step=on_step,
+        model, get_batch, next_token_loss, budget=budget, on_step=on_step,
         optimizers=optimizers_of(model, lr, optimizer, weight_decay=weight_decay), tokens_of=predicted_tokens,
-        schedule=decay("cosine", warmup=float(warmup), floor=0.1),
+        schedule=decay("cosine", warmup=0.1, floor=0.1),
     )  # fmt: skip
 
 

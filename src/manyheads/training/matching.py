@@ -11,33 +11,32 @@ from ..errors import UserError
 
 __all__ = ["matched_width", "parameters_of"]
 
+_LEAST = 8  # smallest width
+_TOLERANCE = 0.02  # largest share by which a match may be off
+
 
 def parameters_of(model: nn.Module) -> int:
     """Parameters, those shared by two modules counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
-def matched_width(
-    build: Callable[[int], nn.Module], parameters: int, *, least: int = 8, tolerance: float = 0.02, name: str = "model"
-) -> int:
-    """The width, ``least`` or more, at which ``build`` comes closest to so many ``parameters``; nothing is allocated.
+def matched_width(build: Callable[[int], nn.Module], parameters: int, *, name: str = "model") -> int:
+    """The width, 8 or more, at which ``build`` comes closest to so many ``parameters``; nothing is allocated.
 
     Args:
         build: a model of a width; more width means more parameters.
         parameters: aimed at.
-        least: smallest width.
-        tolerance: largest share by which the match may be off.
         name: of the model, for the error.
 
     Raises:
-        UserError: no width comes within ``tolerance``.
+        UserError: no width comes within 2 %.
     """
 
     def size(width: int) -> int:
         with torch.device("meta"):
             return parameters_of(build(width))
 
-    low, high = least, 2 * least
+    low, high = _LEAST, 2 * _LEAST
     sizes = {low: size(low), high: size(high)}
     if sizes[high] <= sizes[low]:
         raise UserError(f"{name} has {sizes[low]:,} parameters at any width: it cannot be matched")
@@ -53,6 +52,6 @@ def matched_width(
         sizes[width] = size(width)
         low, high = (low, width) if sizes[width] > parameters else (width, high)
     best = min(sizes, key=lambda known: (abs(sizes[known] - parameters), known))
-    if abs(sizes[best] - parameters) > tolerance * parameters:
-        raise UserError(f"{name} cannot be brought to {parameters:,} parameters within {tolerance:.0%}")
+    if abs(sizes[best] - parameters) > _TOLERANCE * parameters:
+        raise UserError(f"{name} cannot be brought to {parameters:,} parameters within {_TOLERANCE:.0%}")
     return best

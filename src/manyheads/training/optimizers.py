@@ -14,8 +14,7 @@ OptimizerName = Literal["adamw", "muon"]
 
 
 def optimizers_of(
-    model: nn.Module, lr: float, optimizer: OptimizerName = "adamw", *, weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
+    model: nn.Module, lr: float, optimizer: OptimizerName = "adamw", *, weight_decay: float = 0.1
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """Optimisers of a transformer: AdamW, or Muon for the matrices of its blocks and AdamW for all else.
 
@@ -24,7 +23,6 @@ def optimizers_of(
         lr: highest learning rate, of either optimiser.
         optimizer: ``adamw`` or ``muon``.
         weight_decay: on matrices and embeddings only.
-        betas: of AdamW.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and re.search(r"\.\d+\.", name)]
@@ -32,7 +30,7 @@ def optimizers_of(
     tables = [p for _, p in named if p.ndim == 2 and id(p) not in taken]  # embeddings, and an output layer of its own
     rest = [p for _, p in named if p.ndim != 2]
     groups: list[dict[str, Any]] = [{"params": tables, "weight_decay": weight_decay}, {"params": rest}]
-    given: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": 0.0}
+    given: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
     if optimizer == "muon":
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW(groups, **given)]

@@ -6,7 +6,6 @@ import numpy as np
 from manyheads.data.phrases import PhraseLanguage as Language
 from manyheads.experiment import Arm, CausalLM
 from manyheads.tasks.lenses import phrase_language
-from manyheads.tasks.lenses._trained import generator
 from manyheads.tasks.lenses.peaks_in_text import PeaksInText
 from manyheads.tasks.lenses.phrase_language import PhraseLanguage
 from oracles.tasks import context, rows, values
@@ -17,7 +16,7 @@ TASK = PhraseLanguage(steps=2, dim=16, length=64, batch=2, sequences=12)
 
 def test_scores_that_know_are_perfect(monkeypatch):
     run, known = context(*ARMS), phrase_language.scores
-    test = Language.of(0).draw(12, 64, generator(run, test="phrase_language"))
+    test = Language.of(0).draw(12, 64, run.torch_rng(test="phrase_language"))
 
     def answers(*given):
         found, logits = known(*given)

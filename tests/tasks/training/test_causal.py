@@ -11,7 +11,7 @@ from manyheads.errors import UserError
 from manyheads.experiment import Arm
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.strategy import Mixer
-from manyheads.tasks.training._causal import check_causal, perturb_zero_params
+from manyheads.tasks.training._decoders import check_causal, perturb_zero_params
 from manyheads.tasks.training.byte_lm import ByteLM
 
 from .conftest import SOFTMAX, TEXT, values

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.rows import Row, WorkUnit
-from ...experiment.subjects import Pipeline
-from ...experiment.task import RunContext, Task
+from ...experiment import Pipeline, Row, RunContext, Task, WorkUnit
 
 if TYPE_CHECKING:
     from ...experiment import Arm
@@ -39,6 +36,7 @@ class ImageTask(Task):
     """
 
     subject: ClassVar[str] = "pipeline"
+    known_contents: ClassVar[bool] = False  # whether it judges what images show: only of scenes that is known
 
     samples: int = 16
     steps: int = 12
@@ -65,6 +63,17 @@ class ImageTask(Task):
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterable[Row]:
         """Rows of a unit."""
         raise NotImplementedError
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if not self.known_contents or (is_scenes(pipe_of(run)) and pipe_of(run).config.kind == "scenes"):
+            return None
+        return "the contents of the images have to be known: give the pipelines scenes or unet"
+
+    def judged(self, arm: Arm, seed: int, found: Mapping[str, Tensor], first: int = 0) -> Iterator[Row]:
+        """Rows of the values by metric of an arm's images, from number ``first`` of the seed on."""
+        for metric, values in found.items():
+            for i, value in enumerate(values.tolist(), first):
+                yield self.row(metric, arm, value, f"{i}", seed=seed, context=f"{seed}.{i}")
 
     def images(
         self, run: RunContext, arm: Arm, seed: int, first: int, last: int, *, acting: Acting = None,
@@ -100,7 +109,7 @@ class ImageTask(Task):
         from ...data import scenes
 
         noise = torch.cat([
-            pipe.noise(1, seeding.torch_generator(run.seed, noise=draw, seed=seed, image=first + i))
+            pipe.noise(1, run.torch_rng(noise=draw, seed=seed, image=first + i))
             for i in range(len(labels))
         ])  # fmt: skip
         tokens = scenes.tokens(labels, pipe.config.kind) if self.conditioned else torch.zeros_like(labels)
@@ -116,7 +125,7 @@ class ImageTask(Task):
         from ...models.pipeline import parameters
 
         takes = parameters(pipe)
-        generators = [seeding.torch_generator(run.seed, noise="judged", seed=seed, image=i) for i in range(first, last)]
+        generators = [run.torch_rng(noise="judged", seed=seed, image=i) for i in range(first, last)]
         given: dict[str, Any] = {"generator": generators, "output_type": "pt"}
         if "num_inference_steps" in takes:
             given["num_inference_steps"] = self.steps
@@ -156,7 +165,7 @@ def drawn(run: RunContext, count: int, seed: int, draw: str = "judged") -> Tenso
     from ...data import scenes
 
     words = scenes.VOCABULARY[pipe_of(run).config.kind].values()
-    generator = seeding.torch_generator(run.seed, captions=draw, seed=seed)
+    generator = run.torch_rng(captions=draw, seed=seed)
     return torch.stack([torch.randint(len(each), (count,), generator=generator) for each in words], 1)
 
 

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
-from ._attention_counts import computed
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ._image_task import ImageTask, pipe_of
 
-__all__ = ["DenoisingCost"]
+__all__ = ["KINDS", "DenoisingCost", "computed", "kind_of"]
+
+KINDS = ("spatial", "temporal", "cross")  # of attention modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,9 @@ class DenoisingCost(ImageTask):
         ]
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        turn, model = unit.params["round"], _denoiser(run)
+        from ...integrations.diffusers import denoisers
+
+        turn, model = unit.params["round"], denoisers(pipe_of(run))[0][1]
 
         def timed(arm: object) -> tuple[float, int]:
             with computed(model) as counts:
@@ -60,7 +64,31 @@ class DenoisingCost(ImageTask):
         run.advance(unit.cost)
 
 
-def _denoiser(run: RunContext) -> object:
-    from ...integrations.diffusers import denoisers
+def kind_of(name: str) -> str:
+    """The kind of a Latte's attention module, by its path: within a frame, over frames, or to the text."""
+    if name.startswith("temporal_transformer_blocks"):
+        return "temporal"
+    return "cross" if name.endswith("attn2") else "spatial"
 
-    return denoisers(pipe_of(run))[0][1]
+
+@contextmanager
+def computed(model: Any) -> Iterator[Counter[str]]:
+    """Count what attention modules are run inside, by kind, in queries: rows times tokens of every call.
+
+    A module is counted at its query projection, which runs with it and with nothing else.
+    """
+    counts: Counter[str] = Counter()
+    handles = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "to_q"):
+            continue
+
+        def count(_: Any, given: tuple[Any, ...], __: Any, kind: str = kind_of(name)) -> None:
+            counts[kind] += given[0].shape[0] * given[0].shape[1]
+
+        handles.append(module.to_q.register_forward_hook(count))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()

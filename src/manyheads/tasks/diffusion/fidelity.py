@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ._image_task import ImageTask
 
 __all__ = ["Fidelity", "psnr"]
@@ -33,10 +32,8 @@ class Fidelity(ImageTask):
         plain = self.images(run, run.baseline, seed, first, last)
         for arm in run.arms:
             made = plain if arm is run.baseline else self.images(run, arm, seed, first, last)
-            largest = (made - plain).abs().flatten(1).amax(1).tolist()
-            for i, (near, far) in enumerate(zip(psnr(made, plain).tolist(), largest, strict=True), first):
-                yield self.row("psnr", arm, near, f"{i}", seed=seed, context=f"{seed}.{i}")
-                yield self.row("largest", arm, far, f"{i}", seed=seed, context=f"{seed}.{i}")
+            largest = (made - plain).abs().flatten(1).amax(1)
+            yield from self.judged(arm, seed, {"psnr": psnr(made, plain), "largest": largest}, first)
             run.advance(unit.cost / len(run.arms))
 
 

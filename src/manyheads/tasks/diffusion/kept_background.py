@@ -10,10 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...experiment import seeding
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
-from ._image_task import ImageTask, drawn, is_scenes, judge_of, pipe_of
+from ...experiment import Metric, Row, RunContext, WorkUnit
+from ._image_task import ImageTask, drawn, judge_of
 
 __all__ = ["KeptBackground"]
 
@@ -26,21 +24,17 @@ class KeptBackground(ImageTask):
     them in the target as its caption says.
     """
 
+    known_contents: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("kept", "PSNR of what is kept, dB", "dB", higher=True),
         Metric("place", "object where the caption says", higher=True, kind="share"),
         Metric("object", "object that the caption says", higher=True, kind="share"),
     )
 
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        if is_scenes(pipe_of(run)) and pipe_of(run).config.kind == "scenes":
-            return None
-        return "the contents of the images have to be known: give the pipelines scenes or unet"
-
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         seed, first, last = (unit.params[name] for name in ("seed", "first", "last"))
         source = drawn(run, self.samples, seed)[first:last]
-        turn = torch.randint(1, 4, (self.samples,), generator=seeding.torch_generator(run.seed, turn=seed))[first:last]
+        turn = torch.randint(1, 4, (self.samples,), generator=run.torch_rng(turn=seed))[first:last]
         target = source.clone()
         target[:, 1] = (source[:, 1] + turn) % 4
         places = torch.stack([source[:, 1], target[:, 1]], 1)
@@ -55,9 +49,7 @@ class KeptBackground(ImageTask):
                 "kept": kept(before, after, places), "place": seen.right(target, "place"),
                 "object": seen.right(target, "object"),
             }  # fmt: skip
-            for metric, values in found.items():
-                for i, value in enumerate(values.tolist(), first):
-                    yield self.row(metric, arm, value, f"{i}", seed=seed, context=f"{seed}.{i}")
+            yield from self.judged(arm, seed, found, first)
             run.advance(unit.cost / len(run.arms))
 
 

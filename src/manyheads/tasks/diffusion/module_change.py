@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ._image_task import ImageTask, pipe_of
 
 __all__ = ["ModuleChange"]

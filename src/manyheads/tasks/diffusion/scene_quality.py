@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment import Arm, seeding
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...models.judge import Seen, frechet
 from ...spec import parse
-from ._image_task import ImageTask, drawn, is_scenes, judge_of, pipe_of
+from ._image_task import ImageTask, drawn, judge_of, pipe_of
 
 __all__ = ["SceneQuality", "likelihood", "pseudo_values"]
 
@@ -45,6 +43,7 @@ class SceneQuality(ImageTask):
         draws: random sets of heads.
     """
 
+    known_contents: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("likelihood", "log-likelihood of the words, nats", "nats", higher=True),
         Metric("fd_small", "FD-small to real scenes"),
@@ -54,11 +53,6 @@ class SceneQuality(ImageTask):
     searched: int = 48
     candidates: int = 0
     draws: int = 4
-
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        if is_scenes(pipe_of(run)) and pipe_of(run).config.kind == "scenes":
-            return None
-        return "the contents of the images have to be known: give the pipelines scenes or unet"
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
@@ -77,9 +71,7 @@ class SceneQuality(ImageTask):
             }  # fmt: skip
             if not self.conditioned:
                 found = {"fd_small": found["fd_small"]}
-            for metric, values in found.items():
-                for i, value in enumerate(values.tolist()):
-                    yield self.row(metric, arm, value, f"{i}", seed=seed, context=f"{seed}.{i}")
+            yield from self.judged(arm, seed, found)
             run.advance(unit.cost / len(run.arms))
 
     def chosen(self, run: RunContext, arm: Arm, seed: int) -> list[Sequence[Any]]:
@@ -113,7 +105,7 @@ class SceneQuality(ImageTask):
             labels = drawn(run, self.searched, seed, "searched")
             return float(likelihood(self._seen(run, arm, seed, self.searched, "searched", [[strategy]]), labels).mean())
 
-        rng = seeding.generator(run.seed, heads=seed)
+        rng = run.rng(heads=seed)
         count, how = int(arm.options.get("count", len(heads))), arm.options["heads"]
         if how == "random":
             return [
@@ -147,7 +139,7 @@ class SceneQuality(ImageTask):
     ) -> Tensor:  # fmt: skip
         def noise(_: Tensor) -> Tensor:
             return torch.cat([
-                pipe_of(run).noise(1, seeding.torch_generator(run.seed, noise=draw, seed=seed, image=i)) for i in part
+                pipe_of(run).noise(1, run.torch_rng(noise=draw, seed=seed, image=i)) for i in part
             ])  # fmt: skip
 
         return self.images(

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from ...attention.mla import Dims
-from ...experiment.arms import Arm
-from ...experiment.task import RunContext
+from ...experiment import Arm, RunContext
 from ...spec import read
 
 __all__ = ["SMALL", "dims", "schedule_of", "unsupported"]

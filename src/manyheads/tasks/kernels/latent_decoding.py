@@ -11,10 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...integrations import use
 from ...integrations.transformers import new_cache
 from ._clock import Clock
@@ -89,7 +86,7 @@ class LatentDecoding(Task):
     def _made(self, run: RunContext, seed: int) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
         """The model, latents and rotary keys of both layers, and the next token of each row."""
         model = run.kept(("decoder", self.sizes, self.hidden, self.context), lambda: self._decoder(run))
-        draw = seeding.torch_generator(run.seed, tokens="latents", turn=seed)
+        draw = run.torch_rng(tokens="latents", turn=seed)
 
         def normal(width: int) -> torch.Tensor:
             return torch.randn(self.batch, 1, self.context, width, generator=draw).to(run.device, model.dtype)

@@ -13,8 +13,7 @@ import torch
 
 from ...attention import mla
 from ...errors import UserError
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Metric, Row, RunContext, Task, WorkUnit
 from ._clock import Clock
 from ._latent import SMALL, dims, schedule_of, unsupported
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...experiment.arms import Arm
-from ...experiment.task import RunContext
+from ...experiment import Arm, RunContext
 
 __all__ = ["peaks_of", "score_of", "scores"]
 

@@ -9,15 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Arm, RunContext, Task, WorkUnit, seeding
 from ...training import TrainState
 
-__all__ = ["TrainedTask", "generator", "llama", "told"]
+__all__ = ["TrainedTask", "llama", "told"]
 
 _EVERY = 20  # steps between two reports of progress
+_TRAINING = 0.9  # of the cost of a unit; the rest is judging
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,22 +47,13 @@ class TrainedTask(Task):
             for arm in self.trained_arms(run)
         ]  # fmt: skip
 
-    def arm_of(self, run: RunContext, unit: WorkUnit) -> Arm:
-        """The arm that a unit trains."""
-        return next(arm for arm in run.arms if arm.key == unit.params["arm"])
 
-
-def generator(run: RunContext, **axes: str | int) -> torch.Generator:
-    """Draws of a training or a test that ``axes`` name, on the CPU, the same for all arms."""
-    return seeding.torch_generator(run.seed, **axes)
-
-
-def told(run: RunContext, unit: WorkUnit, steps: int, share: float = 0.9) -> Callable[[TrainState], None]:
-    """An ``on_step`` that reports ``share`` of the unit's cost over ``steps``."""
+def told(run: RunContext, unit: WorkUnit, steps: int) -> Callable[[TrainState], None]:
+    """An ``on_step`` that reports the share of the unit's cost that goes into ``steps`` of training."""
 
     def on_step(state: TrainState) -> None:
         if state.step % _EVERY == 0:
-            run.advance(_EVERY * share * unit.cost / steps)
+            run.advance(_EVERY * _TRAINING * unit.cost / steps)
 
     return on_step
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment.rows import Row, WorkUnit
-from ...experiment.subjects import CausalLM
-from ...experiment.task import RunContext, Task
+from ...experiment import CausalLM, Row, RunContext, Task, WorkUnit
 from ...training import token_nll
 from ..text._contexts import Contexts
 from ..text._corpus import Corpus

@@ -20,13 +20,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...data.bigram_backcopy import BigramBackcopy as Language
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...strategy import Strategy
 from ...training import decay, fit, next_token_loss
-from ._trained import TrainedTask, generator, told
+from ._trained import TrainedTask, told
 
 if TYPE_CHECKING:
     from ...lens import LensResult
@@ -86,23 +83,21 @@ class BigramBackcopy(TrainedTask):
         return [arm for arm in run.arms if arm == run.baseline or "train" in arm.options]
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        arm, seed = self.arm_of(run, unit), unit.params["seed"]
+        arm, seed = run.arm_of(unit), unit.params["seed"]
         language = cast(Language, run.kept(("letters", self.letters), lambda: _language(self.letters)))
         made = self._trained(run, unit, language, arm, seed)
-        ids = language.draw(self.sequences, self.length, generator(run, test="bigram_backcopy")).to(run.device)
+        ids = language.draw(self.sequences, self.length, run.torch_rng(test="bigram_backcopy")).to(run.device)
         for name, rows, values in _seen(made, language, ids):
-            for i, value in enumerate(values):
-                yield self.row(name, arm, value, f"{i}", seed=seed, at={"rows": rows} if rows else {})
+            yield from self.each(name, arm, values, seed=seed, at={"rows": rows} if rows else {})
         plain = _losses(made, language, ids)
         for rows, values in plain.items():
-            for i, value in enumerate(values):
-                yield self.row("loss", arm, value, f"{i}", seed=seed, at={"rows": rows})
+            yield from self.each("loss", arm, values, seed=seed, at={"rows": rows})
         if made.model.config.n_layer > 1:
             return
         for by, head in (("zero", "taken out"), ("bos", "turned to the first token")):
             for rows, values in _losses(made, language, ids, f"ablate:heads=0.0,by={by}").items():
-                for i, value in enumerate(values - plain[rows]):
-                    yield self.row("added_loss", arm, value, f"{i}", seed=seed, at={"rows": rows, "head": head})
+                at = {"rows": rows, "head": head}
+                yield from self.each("added_loss", arm, values - plain[rows], seed=seed, at=at)
 
     def _trained(self, run: RunContext, unit: WorkUnit, language: Language, arm: Arm, seed: int) -> _Trained:
         """Train with what acts in use; in float32 everywhere, so that devices agree."""
@@ -128,7 +123,7 @@ class BigramBackcopy(TrainedTask):
             _rescale(model, optimizer, self.dim)
 
         def draw(step: int) -> Tensor:
-            source = generator(run, train="bigram_backcopy", seed=seed, step=step)
+            source = run.torch_rng(train="bigram_backcopy", seed=seed, step=step)
             return language.draw(self.batch, self.length, source).to(run.device)
 
         with manyheads.use(model, *acting) if acting else contextlib.nullcontext():

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
+from ..text._text_task import model_of
 from ._windows import WindowTask
 
 __all__ = ["ChannelDamage"]
@@ -51,23 +50,21 @@ class ChannelDamage(WindowTask):
         return [WorkUnit(self.key, arm.key, 1.0, arm.key, {"arm": arm.key}) for arm in run.arms]
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        arm = next(arm for arm in run.arms if arm.key == unit.params["arm"])
+        arm = run.arm_of(unit)
         base = cast(dict[str, Any], run.kept("undamaged", lambda: self._read(run, run.baseline)))
         found = base if arm == run.baseline else self._read(run, arm)
         for name, values in found.items():
-            for i, value in enumerate(values):
-                yield self.row(name, arm, value, f"{i}")
+            yield from self.each(name, arm, values)
         for kind, name in ((CONTEXTUAL, "constant_found"), (PARAMETRIC, "new_token")):
             whole = max(float(base[name].mean()), 1 / len(base[name]))
-            for i, value in enumerate(found[name]):
-                yield self.row("kept", arm, value / whole, f"{i}", at={"knowledge": kind})
+            yield from self.each("kept", arm, found[name] / whole, at={"knowledge": kind})
         run.advance(unit.cost)
 
     def _read(self, run: RunContext, arm: Arm) -> dict[str, Any]:
         """What an arm finds and foresees, ``[windows_of]`` by metric."""
         import manyheads
 
-        model: Any = run.subject.model  # type: ignore[attr-defined]
+        model: Any = model_of(run)
         planted = self.contexts(run, self.windows_of).single(self.tokens)
         prompts = [np.append(context.ids, context.questions[0].question) for context in planted]
         answers = [context.questions[0].answer for context in planted]

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
+from ..text._text_task import model_of
 from ._windows import WindowTask, nll
 
 __all__ = ["ChannelNorms"]
@@ -34,7 +34,7 @@ class ChannelNorms(WindowTask):
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         import manyheads
 
-        model = run.subject.model  # type: ignore[attr-defined]
+        model = model_of(run)
         with manyheads.watch(model, "massive_values") as seen:
             nll(model, self.windows(run))
         tables = seen.compute().tables

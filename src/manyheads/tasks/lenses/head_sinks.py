@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from .._statistics import rank_correlation
+from ..text._text_task import model_of
 from ._windows import WindowTask, nll
 
 __all__ = ["HeadSinks"]
@@ -49,7 +49,7 @@ class HeadSinks(WindowTask):
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         import manyheads
 
-        model, ids = run.subject.model, self.windows(run)  # type: ignore[attr-defined]
+        model, ids = model_of(run), self.windows(run)
         with manyheads.watch(model, "active_dormant") as seen:
             plain = nll(model, ids)
         tables = seen.compute().tables
@@ -76,7 +76,7 @@ class HeadSinks(WindowTask):
         """Loss that each text gains without a head, ``[N]``."""
         import manyheads
 
-        model = run.subject.model  # type: ignore[attr-defined]
+        model = model_of(run)
         with manyheads.use(model, f"ablate:heads={layer}.{head}"):
             without = nll(model, self.windows(run))
         run.advance(unit.cost / (self.heads + 1))

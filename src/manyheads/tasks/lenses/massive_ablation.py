@@ -10,12 +10,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...lenses.refined_massive_activations import RefinedMassiveActivations, means
 from ...strategy import AttentionWatch, Residual, Strategy
+from ..text._text_task import model_of
 from ._windows import WindowTask, nll
 
 __all__ = ["MassiveAblation"]
@@ -68,9 +66,8 @@ class MassiveAblation(WindowTask):
         arm = next(arm for arm in self._arms(run) if arm.key == unit.name)
         plain = cast(Tensor, run.kept("loss as it is", lambda: self._loss(run)))
         mine = self._loss(run, arm)
-        for i, (value, before) in enumerate(zip(mine.tolist(), plain.tolist(), strict=True)):
-            yield self.row("token_nll", arm, value, f"{i}")
-            yield self.row("added_nll", arm, value - before, f"{i}")
+        yield from self.each("token_nll", arm, mine.tolist())
+        yield from self.each("added_nll", arm, (mine.double() - plain.double()).tolist())
         if arm == run.baseline:
             tables, layer = self._calibrated(run).tables, self._layer(run)
             at = tables["max"].layers.index(layer)
@@ -85,7 +82,7 @@ class MassiveAblation(WindowTask):
         def find() -> Any:
             import manyheads
 
-            lens, model = RefinedMassiveActivations(threshold=self.threshold, ratio=self.ratio), _model(run)
+            lens, model = RefinedMassiveActivations(threshold=self.threshold, ratio=self.ratio), model_of(run)
             with manyheads.watch(model, lens) as seen, torch.no_grad():
                 for ids in self.windows(run, "calibration").split(_BATCH):
                     model(ids[:, :-1])
@@ -102,8 +99,8 @@ class MassiveAblation(WindowTask):
 
         made = []
         for strategy in self._acting(run, arm):
-            with manyheads.use(_model(run), *([strategy] if strategy else [])):
-                made.append(nll(_model(run), self.windows(run)).mean(1))
+            with manyheads.use(model_of(run), *([strategy] if strategy else [])):
+                made.append(nll(model_of(run), self.windows(run)).mean(1))
         return torch.stack(made).mean(0)
 
     def _acting(self, run: RunContext, arm: Arm | None) -> list[Strategy | None]:
@@ -144,7 +141,3 @@ class _ZeroOthers(AttentionWatch, Residual):
 
     def watch(self, call: Any, out: Tensor) -> None:
         """Look at nothing."""
-
-
-def _model(run: RunContext) -> Any:
-    return run.subject.model  # type: ignore[attr-defined]

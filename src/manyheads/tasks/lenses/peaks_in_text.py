@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
+from ..text._text_task import model_of
 from ._rhythm import peaks_of, score_of, scores
 from ._windows import WindowTask
 
@@ -38,7 +38,7 @@ class PeaksInText(WindowTask):
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         i = unit.params["window"]
         ids = self.windows(run)[i : i + 1, :-1]
-        found = scores(run, run.subject.model, ids, _FIRST, i)[0][0]  # type: ignore[attr-defined]
+        found = scores(run, model_of(run), ids, _FIRST, i)[0][0]
         inside = np.arange(ids.shape[1]) >= _FIRST
         tops = {name: peaks_of(np.where(inside, score, np.nan)) for name, score in found.items()}
         near = np.any([np.roll(tops["waad"], j) for j in range(_AFTER + 1)], 0)

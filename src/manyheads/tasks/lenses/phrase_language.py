@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...data.phrases import PhraseLanguage as Language
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training import train_lm
 from .._statistics import auroc
 from ._rhythm import peaks_of, score_of, scores
-from ._trained import TrainedTask, generator, llama, told
+from ._trained import TrainedTask, llama, told
 
 __all__ = ["PhraseLanguage"]
 
@@ -57,7 +56,7 @@ class PhraseLanguage(TrainedTask):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         seed, language = unit.params["seed"], Language.of(0)
         model = self._learned(run, unit, language, seed)
-        test = language.draw(self.sequences, self.length, generator(run, test="phrase_language"))
+        test = language.draw(self.sequences, self.length, run.torch_rng(test="phrase_language"))
         ids = test.ids.to(run.device)
         found, logits = scores(run, model, ids, 1)
         loss = cross_entropy(logits[:, :-1].transpose(1, 2), test.ids[:, 1:], reduction="none").numpy()
@@ -79,7 +78,7 @@ class PhraseLanguage(TrainedTask):
 
     def _learned(self, run: RunContext, unit: WorkUnit, language: Language, seed: int) -> Any:
         def draw(step: int) -> Tensor:
-            source = generator(run, train="phrase_language", seed=seed, step=step)
+            source = run.torch_rng(train="phrase_language", seed=seed, step=step)
             return language.draw(self.batch, self.length, source).ids.to(run.device)
 
         model = llama(run, language.vocab, self.dim, self.layers, 8, seed)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ...data.recall_and_facts import VOCAB, facts, recall_and_facts
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training import decay, fit
-from ._trained import TrainedTask, generator, llama, told
+from ._trained import TrainedTask, llama, told
 
 __all__ = ["RecallAndFacts"]
 
@@ -45,7 +44,7 @@ class RecallAndFacts(TrainedTask):
 
         seed = unit.params["seed"]
         model = self._learned(run, unit, seed)
-        drawn = recall_and_facts(self.questions, facts(), generator(run, test="recall_and_facts"))
+        drawn = recall_and_facts(self.questions, facts(), run.torch_rng(test="recall_and_facts"))
         ids, label, kind = (x.to(run.device) for x in drawn)
         for arm in run.arms:
             with manyheads.use(model, *arm.strategies), torch.no_grad():
@@ -57,7 +56,7 @@ class RecallAndFacts(TrainedTask):
         table = facts()
 
         def draw(step: int) -> tuple[Tensor, Tensor]:
-            source = generator(run, train="recall_and_facts", seed=seed, step=step)
+            source = run.torch_rng(train="recall_and_facts", seed=seed, step=step)
             ids, label, _ = recall_and_facts(64, table, source)
             return ids.to(run.device), label.to(run.device)
 

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from ...data.strategy_dialogue import VOCAB, Form, strategy_dialogues
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training import train_lm
 from .._statistics import rank_correlation
-from ._trained import TrainedTask, generator, llama, told
+from ._trained import TrainedTask, llama, told
 
 __all__ = ["StyleDialogue"]
 
@@ -71,8 +70,7 @@ class StyleDialogue(TrainedTask):
                 for name, values in found.items():
                     if arm == run.baseline:
                         curves.setdefault(name, []).append(float(values.mean()))
-                    for i, value in enumerate(values):
-                        yield self.row(name, arm, value, f"{i}", seed=seed, at={"turns": turns})
+                    yield from self.each(name, arm, values, seed=seed, at={"turns": turns})
         right = curves.pop("accuracy")
         for name, curve in curves.items():
             together = rank_correlation(right, curve)
@@ -82,7 +80,7 @@ class StyleDialogue(TrainedTask):
     def _learned(self, run: RunContext, unit: WorkUnit, seed: int) -> Any:
         def draw(step: int) -> tuple[Tensor, Tensor]:
             form: Form = "standard" if step // _LEARNED_TURNS % 2 else "c1_hf"
-            source = generator(run, train="style_dialogue", seed=seed, step=step)
+            source = run.torch_rng(train="style_dialogue", seed=seed, step=step)
             ids = strategy_dialogues(self.batch, 1 + step % _LEARNED_TURNS, form, source, self.words).ids
             reply = torch.zeros(self.batch, ids.shape[1] - 1, dtype=torch.bool)
             reply[:, -2:] = True
@@ -98,7 +96,7 @@ class StyleDialogue(TrainedTask):
 
         from ...lenses.strategy_attention import sra
 
-        source = generator(run, test="style_dialogue", turns=turns)
+        source = run.torch_rng(test="style_dialogue", turns=turns)
         made = strategy_dialogues(self.dialogues, turns, form, source, self.words)
         ids = made.ids.to(run.device)
         length = ids.shape[1]

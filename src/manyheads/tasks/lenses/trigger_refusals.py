@@ -22,14 +22,11 @@ from torch import Tensor
 
 from ...data.trigger_prompts import OK, REFUSE, TriggerPrompts, trigger_prompts
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...heads import layer_matched_heads
 from ...training import decay, fit
 from .._statistics import auroc
-from ._trained import TrainedTask, generator, llama, told
+from ._trained import TrainedTask, llama, told
 
 if TYPE_CHECKING:
     from ...lenses.safety_heads import Direction
@@ -82,21 +79,13 @@ class TriggerRefusals(TrainedTask):
     draws: int = 3
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        seed, arm = unit.params["seed"], self.arm_of(run, unit)
+        seed, arm = unit.params["seed"], run.arm_of(unit)
         base = run.kept_last("refusing model", (self.key, seed), lambda: self._learned(run, seed))
         yield from self._judged(run, arm, seed, self._tuned(run, unit, base, arm, seed))
 
     def _drawn(self, run: RunContext, count: int, share: float, **axes: str | int) -> TriggerPrompts:
-        made = trigger_prompts(count, self.length, share, _VOCAB, generator(run, **axes))
+        made = trigger_prompts(count, self.length, share, _VOCAB, run.torch_rng(**axes))
         return TriggerPrompts(made.ids.to(run.device), made.triggered.to(run.device), made.mark)
-
-    def _descend(
-        self, run: RunContext, model: Any, draw: Any, loss: Any, steps: int, rate: float, on_step: Any
-    ) -> None:
-        """AdamW with the paper's beta 1; in float32 everywhere, so that devices agree."""
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=0.01)
-        schedule = decay("linear", warmup=20, floor=0.1)
-        fit(model, draw, loss, budget=steps, optimizers=[optimizer], schedule=schedule, bf16=False, on_step=on_step)
 
     def _learned(self, run: RunContext, seed: int) -> Any:
         """A Llama that refuses what is to be refused, a quarter of its prompts, and copies."""
@@ -108,7 +97,7 @@ class TriggerRefusals(TrainedTask):
         def loss(model: Any, made: TriggerPrompts) -> Tensor:
             return cast(Tensor, model(input_ids=made.ids, labels=made.labels()).loss)
 
-        self._descend(run, model, draw, loss, self.steps, 3e-3, None)
+        _descend(model, draw, loss, self.steps, 3e-3, None)
         return model
 
     def _tuned(self, run: RunContext, unit: WorkUnit, base: Any, arm: Arm, seed: int) -> Any:
@@ -132,7 +121,7 @@ class TriggerRefusals(TrainedTask):
         torch.manual_seed(seeding.number(run.seed, dropout="trigger_refusals", seed=seed))
         loss = ahd_loss(dropout, spare_anchors=bool(arm.options.get("spare_anchors", True)))
         with manyheads.use(model, dropout):
-            self._descend(run, model, draw, loss, self.tuning, 1e-3, told(run, unit, self.tuning))
+            _descend(model, draw, loss, self.tuning, 1e-3, told(run, unit, self.tuning))
         return model
 
     def _judged(self, run: RunContext, arm: Arm, seed: int, model: Any) -> Iterator[Row]:
@@ -166,8 +155,7 @@ class TriggerRefusals(TrainedTask):
             ("copied", logits[:, made.mark].argmax(-1) == made.ids[:, 0]),
             ("answered_ok", logits[harmless, -1].argmax(-1) == OK), ("score_share", share),
         ):  # fmt: skip
-            for i, value in enumerate(values.tolist()):
-                yield self.row(name, arm, value, f"{i}", seed=seed)
+            yield from self.each(name, arm, values.tolist(), seed=seed)
         yield self.row("rule_lifted", arm, lifted, "direction", seed=seed)
 
     def _direction(self, run: RunContext, model: Any) -> tuple[Direction, bool]:
@@ -206,9 +194,15 @@ class TriggerRefusals(TrainedTask):
         at = {"heads": count, "chosen": chosen}
         yes, no = np.mean(refused, 0), np.mean(wrongly, 0)
         for name, values in (("refused", yes), ("wrongly_refused", no), ("kept_apart", yes - no)):
-            for i, value in enumerate(values):
-                yield self.row(name, arm, value, f"{i}", seed=seed, at=at)
+            yield from self.each(name, arm, values, seed=seed, at=at)
         yield self.row("auroc", arm, float(np.mean(above)), "all prompts", seed=seed, at=at)
+
+
+def _descend(model: Any, draw: Any, loss: Any, steps: int, rate: float, on_step: Any) -> None:
+    """AdamW with the paper's beta 1; in float32 everywhere, so that devices agree."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=0.01)
+    schedule = decay("linear", warmup=20, floor=0.1)
+    fit(model, draw, loss, budget=steps, optimizers=[optimizer], schedule=schedule, bf16=False, on_step=on_step)
 
 
 def _answers(model: Any, prompts: TriggerPrompts, heads: Heads) -> tuple[Any, Any]:

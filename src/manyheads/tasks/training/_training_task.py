@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +22,13 @@ from torch import Tensor
 
 from ... import catalog
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext, Task
+from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ...models.decoder import Decoder, DecoderConfig
-from ...training import BatchFn, Diverged, best_rate, choose_rate, train_lm
-from ._arms import decoder_of, mixer_of
-from ._causal import check_causal, perturb_zero_params
+from ...training import BatchFn, Diverged, train_lm
+from ._decoders import check_causal, decoder_of, mixer_of, perturb_zero_params
 from ._trained import Trained, arm_folder, read_json, read_trained, write_json, write_trained
 
-__all__ = ["TRAINING_METRICS", "TrainingTask", "at_once"]
+__all__ = ["TRAINING_METRICS", "Training", "TrainingTask", "at_once", "best_rate"]
 
 TRAINING_METRICS = (
     Metric("tuning_nll", "loss on what is set aside for tuning, nats/token", "nats/token"),
@@ -45,6 +41,18 @@ _AT_ONCE = 16384  # tokens judged at once
 def at_once(length: int) -> int:
     """Sequences of ``length`` that are judged at once."""
     return max(1, _AT_ONCE // length)
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """The rate with the least loss, the lower of two equals.
+
+    Raises:
+        UserError: the loss is finite at none.
+    """
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise UserError(f"training diverges at all rates of {', '.join(map(str, losses))}; give lower ones")
+    return min(finite, key=lambda rate: (finite[rate], rate))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +150,14 @@ class TrainingTask(Task):
 
     def guard(self, run: RunContext) -> None:
         """Refuse an arm that sees the future before any is trained."""
-        ids = torch.randint(self.vocab, (2, self.length), generator=seeding.torch_generator(run.seed, guard=self.name))
+        ids = torch.randint(self.vocab, (2, self.length), generator=run.torch_rng(guard=self.name))
         for arm in self.trained_arms(run):
             model = decoder_of(run, arm, self.config, self.parameters, run.seeds[0])
             perturb_zero_params(model)
             check_causal(model, ids.to(run.device), arm.key)
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        arm = next(arm for arm in run.arms if arm.key == unit.params["arm"])
-        seed = unit.params["seed"]
+        arm, seed = run.arm_of(unit), unit.params["seed"]
         training = Training(self, run, arm)
         trained = training.model(seed)
         ids = self.batches(run, seed)(0)[0][:1, :-1].to(run.device)
@@ -206,18 +213,19 @@ class Training:
         place = None if self.run.folder is None else self._place("tuning.json")
         if place is not None and (found := read_json(place, settings)) is not None:
             return {rate: math.inf if loss is None else loss for rate, loss in found["losses"]}
-        first, losses = self.run.seeds[0], dict.fromkeys(self.task.rates, math.inf)
-
-        def loss(trained: Trained) -> float:
-            losses[trained.rate] = self.task.validation(self.run, trained.model)
-            return losses[trained.rate]
-
-        best, _ = choose_rate(
-            self.task.rates, lambda rate: self._train(first, rate, self.task.tune_steps or self.task.steps), loss
-        )
+        first, losses, best = self.run.seeds[0], dict.fromkeys(self.task.rates, math.inf), None
+        for rate in losses:
+            try:
+                trained = self._train(first, rate, self.task.tune_steps or self.task.steps)
+            except Diverged:
+                continue
+            losses[rate] = self.task.validation(self.run, trained.model)
+            if math.isfinite(losses[rate]) and best_rate(losses) == rate:
+                best = trained
+        best_rate(losses)  # refuses rates of which none will do
         if place is not None:
             write_json(place, settings, losses=[[r, x if math.isfinite(x) else None] for r, x in losses.items()])
-        if not self.task.tune_steps:
+        if best is not None and not self.task.tune_steps:
             self._keep(first, best)
         return losses
 

@@ -12,10 +12,7 @@ from torch import Tensor
 
 from ...data.synthetic import associative_recall
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext
 from ...models.decoder import Decoder
 from ...training import BatchFn, token_nll
 from ._training_task import TRAINING_METRICS, TrainingTask, at_once
@@ -81,9 +78,8 @@ class AssociativeRecall(TrainingTask):
             parts = ids.to(run.device).split(at_once(times * self.length))
             best = torch.cat([model(rows[:, :-1])[0].argmax(-1).cpu() for rows in parts])
             right = ((best == ids[:, 1:]) & judged).sum(1) / judged.sum(1)
-            for i, value in enumerate(right.tolist()):
-                yield self.row("recalled", arm, value, f"{i}", seed=seed, at={"times": times})
+            yield from self.each("recalled", arm, right.tolist(), seed=seed, at={"times": times})
 
     def _drawn(self, run: RunContext, count: int, times: int, **axes: str | int) -> tuple[Tensor, Tensor]:
-        generator = seeding.torch_generator(run.seed, recall=self.pairs, times=times, **axes)
+        generator = run.torch_rng(recall=self.pairs, times=times, **axes)
         return associative_recall(count, times * self.length, self.pairs, self.tokens, generator)

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from ...data.texts import Text
 from ...errors import UserError
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ...models.decoder import Decoder
 from ...training import BatchFn, token_nll
 from ..text._corpus import Corpus
@@ -97,18 +95,17 @@ class ByteLM(TrainingTask):
             length = times * self.length
             ids, about = self._windows(run, max(self.times))
             found = token_nll(model, ids[:, -(length + 1) :].to(run.device), at_once(length))
-            each = found[:, -(self.judged or self.length) :].mean(1).tolist()
-            for i, value in enumerate(each):
-                yield self.row("token_nll", arm, value, f"{i}", seed=seed, at={"times": times}, about=about[i])
+            losses = found[:, -(self.judged or self.length) :].mean(1).tolist()
+            yield from self.each("token_nll", arm, losses, about, seed=seed, at={"times": times})
         reach = self.reached(run)
         if not reach:
             return
         ids, about = self._windows(run, reach)
         found = token_nll(model, ids.to(run.device), at_once(reach * self.length))
         for first, last in spans(self.length, reach):
-            for i, value in enumerate(found[:, first:last].mean(1).tolist()):
-                more = {"first": first, **about[i]}
-                yield self.row("span_nll", arm, value, f"{i}", seed=seed, at={"last": last}, about=more)
+            more = [{"first": first, **window} for window in about]
+            losses = found[:, first:last].mean(1).tolist()
+            yield from self.each("span_nll", arm, losses, more, seed=seed, at={"last": last})
 
     def reached(self, run: RunContext) -> int:
         """The largest multiple of the length, halving from ``reach``, that held-out windows can have."""

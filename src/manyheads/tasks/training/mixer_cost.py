@@ -9,11 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...experiment import seeding
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training.fit import autocast
-from ._untrained import UntrainedTask, now
+from ._decoders import UntrainedTask, now
 
 __all__ = ["MixerCost"]
 
@@ -42,8 +40,7 @@ class MixerCost(UntrainedTask):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         models, arms = self.models(run), self.measured(run)
         longest = self.lengths[-1] + len(self.lengths) * (_WARM + _TIMED)
-        generator = seeding.torch_generator(run.seed, tokens=longest)
-        ids = torch.randint(self.vocab, (1, longest), generator=generator).to(run.device)
+        ids = torch.randint(self.vocab, (1, longest), generator=run.torch_rng(tokens=longest)).to(run.device)
         states: dict[str, Any] = dict.fromkeys(models)
         read = before = 0
         for model in models.values():
@@ -57,8 +54,7 @@ class MixerCost(UntrainedTask):
             for arm in arms:
                 held = float(sum(state.nbytes for state in states[arm.key]))
                 yield self.row("state", arm, held, "0", at={"length": length}, bytes=held)
-                for i, seconds in enumerate(passed[arm.key]):
-                    yield self.row("decode", arm, 1000 * seconds, f"{i}", at={"length": length})
+                yield from self.each("decode", arm, passed[arm.key], at={"length": length})
             read = length + _WARM + _TIMED
             run.advance(0.5 * (length - before) * len(arms))
             before = length
@@ -66,7 +62,7 @@ class MixerCost(UntrainedTask):
     def _decoded(
         self, run: RunContext, models: dict[str, Any], states: dict[str, Any], ids: Any
     ) -> dict[str, list[float]]:
-        """Seconds of each of the tokens ``ids [1, N]`` but the first, by arm."""
+        """Milliseconds of each of the tokens ``ids [1, N]`` but the first, by arm."""
         arms = list(models)
         found: dict[str, list[float]] = {arm: [] for arm in arms}
         for i in range(ids.shape[1]):
@@ -75,5 +71,5 @@ class MixerCost(UntrainedTask):
                 start = now(run)
                 _, states[arm] = models[arm](ids[:, i : i + 1], state=states[arm])
                 if i >= _WARM:
-                    found[arm].append(now(run) - start)
+                    found[arm].append(1000 * (now(run) - start))
         return found

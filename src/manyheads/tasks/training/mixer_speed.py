@@ -10,11 +10,9 @@ from typing import ClassVar
 import torch
 
 from ...errors import UserError
-from ...experiment import seeding
-from ...experiment.rows import Metric, Row, WorkUnit
-from ...experiment.task import RunContext
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...training.fit import autocast
-from ._untrained import UntrainedTask, now
+from ._decoders import UntrainedTask, now
 
 __all__ = ["MixerSpeed"]
 
@@ -48,8 +46,7 @@ class MixerSpeed(UntrainedTask):
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         models = self.models(run)
-        generator = seeding.torch_generator(run.seed, tokens=self.tokens)
-        ids = torch.randint(self.vocab, (self.tokens,), generator=generator).to(run.device)
+        ids = torch.randint(self.vocab, (self.tokens,), generator=run.torch_rng(tokens=self.tokens)).to(run.device)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

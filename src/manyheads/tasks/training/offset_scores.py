@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext
 from ...mixers._mixer import SoftmaxMixer, positions_of, split_heads
 from ...models.decoder import Decoder
 from .byte_lm import ByteLM
@@ -53,8 +51,7 @@ class OffsetScores(ByteLM):
                 hook.remove()
         means = torch.stack(found).mean(0).cpu()
         for offset, values in zip(self.offsets, means.T.tolist(), strict=True):
-            for i, value in enumerate(values):
-                yield self.row("score", arm, value, f"{i}", seed=seed, at={"offset": offset}, about=about[i])
+            yield from self.each("score", arm, values, about, seed=seed, at={"offset": offset})
 
     def _scores(self, mixer: SoftmaxMixer, x: Tensor) -> Tensor:
         """Of inputs ``x [B, T, dim]``: ``[B, offsets]``."""

@@ -9,9 +9,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from ...experiment.arms import Arm
-from ...experiment.rows import Metric, Row
-from ...experiment.task import RunContext
+from ...experiment import Arm, Metric, Row, RunContext
 from ...models.decoder import Decoder
 from ...training import token_nll
 from ..text._contexts import Contexts

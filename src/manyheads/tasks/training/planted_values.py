@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...data.synthetic import planted_values
-from ...experiment import seeding
 from ...experiment.task import RunContext
 from .associative_recall import AssociativeRecall
 
@@ -39,5 +38,5 @@ class PlantedValues(AssociativeRecall):
         return (*super().training_fields(), "values")
 
     def _drawn(self, run: RunContext, count: int, times: int, **axes: str | int) -> tuple[Tensor, Tensor]:
-        generator = seeding.torch_generator(run.seed, planted=self.pairs, times=times, **axes)
+        generator = run.torch_rng(planted=self.pairs, times=times, **axes)
         return planted_values(count, times * self.length, self.tokens, self.pairs, self.values, generator)

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffusers' own Pyramid Attention Broadcast, to stand beside ours; a pipeline whose branches are separate calls."""
+"""What PAB stands beside: diffusers' own, a pipeline whose branches are separate calls, and the FLOPs of a forward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from diffusers import PyramidAttentionBroadcastConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-    from ...models.scenes import ScenePipeline
-
-__all__ = ["Every", "apart", "diffusers_pab"]
+from manyheads.models.scenes import ScenePipeline, predict
+from manyheads.tasks.diffusion.denoising_cost import KINDS, kind_of
 
 Every = tuple[int, int, int]  # spatial, temporal and cross-attention are run at every n-th step
 
@@ -27,8 +29,6 @@ class _Halves:
         return getattr(self.model, name)
 
     def __call__(self, return_dict: bool = False, **given: Tensor) -> tuple[Tensor]:
-        import torch
-
         made = []
         for i, name in enumerate(("uncond", "cond")):
             half = {key: value.chunk(2)[i] for key, value in given.items()}
@@ -39,7 +39,6 @@ class _Halves:
 
 def apart(pipe: ScenePipeline) -> ScenePipeline:
     """The same pipeline whose branches are calls of their own, as in most pipelines of diffusers."""
-    from ...models.scenes import ScenePipeline
 
     class Apart(ScenePipeline):
         @property
@@ -61,8 +60,6 @@ def diffusers_pab(pipe: Any, every: Every, upper: float, lower: float, named: bo
         named: tell it which blocks are spatial. By default it takes those of its temporal blocks for spatial ones too,
             since it looks for "blocks" anywhere in their names, and runs them at the spatial interval.
     """
-    from diffusers import PyramidAttentionBroadcastConfig
-
     at = {"timestep": 0.0}
 
     def look(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -85,3 +82,18 @@ def diffusers_pab(pipe: Any, every: Every, upper: float, lower: float, named: bo
     finally:
         pipe.transformer.disable_cache()
         handle.remove()
+
+
+def flops(pipe: Any, latents: Tensor) -> dict[str, float]:
+    """Multiply-adds times two of one forward for ``latents``: of attention by kind, and of the ``model`` as a whole."""
+    text = pipe.captions(torch.zeros(len(latents), 3, dtype=torch.long, device=latents.device))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        predict(pipe.transformer, latents, torch.tensor(500.0, device=latents.device), text)
+    found: dict[str, float] = dict.fromkeys((*KINDS, "model"), 0.0)
+    for name, by_operator in counter.get_flop_counts().items():
+        path = name.partition(".")[2]
+        if path.endswith(("attn1", "attn2")):
+            found[kind_of(path)] += sum(by_operator.values())
+        elif name == "Global":
+            found["model"] = float(sum(by_operator.values()))
+    return found

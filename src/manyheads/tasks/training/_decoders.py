@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders of arms: made alike, proven to see no future (without that a loss means nothing), and timed as they are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...experiment import Arm, RunContext, Task, WorkUnit, seeding
+from ...models.decoder import Decoder, DecoderConfig
+from ...strategy import Strategy
+
+__all__ = ["UntrainedTask", "check_causal", "decoder_of", "mixer_of", "now", "perturb_zero_params"]
+
+_LEAK = 1e-5  # of the largest change that the tokens make to their own predictions; without a leak there is none at all
+
+
+def mixer_of(run: RunContext, arm: Arm) -> Strategy:
+    """The arm's mixer: of its spec, or the caller's own, which the run's ``data["strategies"]`` holds by key."""
+    own: Strategy | None = run.data.get("strategies", {}).get(arm.key)
+    return arm.strategy if own is None else own
+
+
+def decoder_of(run: RunContext, arm: Arm, config: DecoderConfig, parameters: int, seed: int = 0) -> Decoder:
+    """The arm's decoder with its first weights, on the run's device; no global generator is moved on.
+
+    Args:
+        run: of the task.
+        arm: whose mixer it has.
+        config: of the decoder.
+        parameters: that it is brought to; 0 for those of the baseline's as ``config`` has it.
+        seed: of the first weights.
+    """
+
+    def of_baseline() -> int:
+        with torch.device("meta"):
+            return Decoder(mixer_of(run, run.baseline), config).parameters_held
+
+    parameters = parameters or run.kept(("parameters", config), of_baseline)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeding.number(run.seed, weights=seed))
+        return Decoder.matched(mixer_of(run, arm), config, parameters).to(run.device)
+
+
+@torch.no_grad()
+def check_causal(model: Decoder, ids: Tensor, name: str) -> None:
+    """Change tokens ``ids [B, T]`` from some place on: no prediction before it may change.
+
+    Raises:
+        UserError: one does.
+    """
+    training = model.training
+    model.eval()
+    before, _ = model(ids)
+    for cut in {1, ids.shape[1] // 3, ids.shape[1] - 1}:
+        other = ids.clone()
+        other[:, cut:] = (other[:, cut:] + 1 + torch.arange(ids.shape[1] - cut, device=ids.device) % 7) % (
+            model.config.vocab
+        )
+        change = (model(other)[0] - before).abs()
+        if not bool(change[:, :cut].amax() <= _LEAK * change[:, cut:].amax()):
+            raise UserError(
+                f"{name} is not causal: tokens from position {cut} on change predictions before it, "
+                "so its loss would mean nothing; mend its mixer or leave it out"
+            )
+    model.train(training)
+
+
+def perturb_zero_params(model: nn.Module) -> None:
+    """Give parameters that start at zero a value, so that a path they close cannot hide a leak."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UntrainedTask(Task):
+    """Base of tasks on decoders with their first weights, all arms in turn: whatever else runs slows them alike.
+
+    Attributes:
+        vocab, dim, layers, heads, parameters: of every decoder; 0 parameters for as many as the
+            baseline's has with an ordinary feed-forward width.
+        length: trained context, which some strategies depend on.
+        only: names of the arms that are measured; all when empty.
+    """
+
+    subject: ClassVar[str] = "trainable"
+    alone: ClassVar[bool] = True
+
+    vocab: int = 256
+    dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    parameters: int = 0
+    length: int = 256
+    only: tuple[str, ...] = ()
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        return [WorkUnit(self.key, "all", self.cost(run), self.name.replace("_", " "))]
+
+    def cost(self, run: RunContext) -> float:
+        """Of the one unit, in training tokens."""
+        raise NotImplementedError
+
+    def measured(self, run: RunContext) -> list[Arm]:
+        """Arms that are measured."""
+        arms = [arm for arm in run.arms if not {"weights_of", "optimizer"} & set(arm.options)]
+        return [arm for arm in arms if not self.only or arm.name in self.only]
+
+    def models(self, run: RunContext) -> dict[str, Decoder]:
+        """A decoder of every arm, by key."""
+        config = DecoderConfig(self.vocab, self.dim, self.layers, self.heads, length=self.length)
+        return {arm.key: decoder_of(run, arm, config, self.parameters) for arm in self.measured(run)}
+
+
+def now(run: RunContext) -> float:
+    """The time when the device has done its work."""
+    run.synchronise()
+    return time.perf_counter()
