@@ -184,6 +184,7 @@ BAD = [
     (["--lengths", "100000"], "reads 2048 tokens"),
     (["--model", "missing/folder/deep"], "no such folder"),
     (["--device", "gpu0"], "unknown device"),
+    (["--dtype", "half"], "use float32, bfloat16, float16"),
     (["--samples", "0"], "samples"),
     (["--resume", "nowhere"], "no run"),
     (["--nonsense"], "nonsense"),
@@ -223,6 +224,24 @@ def test_a_model_without_a_way_in_is_refused(cli, tmp_path, tokenizer):
     tokenizer.save_pretrained(place)
     code, _, err = cli("compare", "--model", str(place))
     assert code == 2 and len(err.strip().splitlines()) == 1 and "error:" in err
+
+
+def test_dtype_is_the_checkpoints_or_the_one_given(cli, folder, tmp_path):
+    """So that bytes of cache are those of use; float16 checkpoints are bfloat16 here, where float16 is slow."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "half")
+    held = {}
+    for name, more in {"half": (), "float32": ("--dtype", "float32"), "plain": ()}.items():
+        place = folder if name == "plain" else tmp_path / "half"
+        code, _, err = cli("compare", "--model", str(place), "--quick", "--tasks", "memory", *more, "--out", name)
+        assert code == 0, err
+        results = Results.read(tmp_path / name)
+        held[results.run["model"]["dtype"]] = next(row.value for row in results.rows if row.arm == "full")
+    assert held["float32"] == 2 * held["bfloat16"] and len(held) == 2
 
 
 def test_quick_is_small(cli, folder, tmp_path):

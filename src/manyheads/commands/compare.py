@@ -14,6 +14,7 @@ from manyheads.progress import shown
 
 from .options import (
     Device,
+    Dtype,
     Json,
     Out,
     Quick,
@@ -79,6 +80,7 @@ def compare(
     samples: Samples = None,
     seed: Seed = None,
     device: Device = None,
+    dtype: Dtype = None,
     workers: Workers = None,
     ray: RayAddress = None,
     out: Out = None,
@@ -116,6 +118,7 @@ def compare(
         "samples": samples,
         "seed": seed,
         "device": device,
+        "dtype": dtype,
         "quick": quick or None,
         "train": train or None,
         "budget": budget,
@@ -168,7 +171,7 @@ def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[s
     from manyheads.experiment import CausalLM
     from manyheads.experiment.subjects import subject as subject_of
 
-    subject = subject_of(options.get("model", "default"))
+    subject = subject_of(options.get("model", "default"), options.get("dtype"))
     of_text = isinstance(subject, CausalLM)
     if not of_text and (wrong := [name for name in _OF_TEXT if name in options]):
         raise UserError(f"{subject.name} reads no text: leave --{wrong[0]} away")
@@ -222,7 +225,8 @@ def _show(results: Results, as_json: bool) -> None:
 
 _TRAINING = ("budget", "minutes", "seeds")  # options that go with --train alone
 _NO_TRAINING = {
-    "model": "it makes its own models", "budgets": "a training has one --budget, in tokens",
+    "model": "it makes its own models", "dtype": "it trains in float32, on a GPU in bfloat16",
+    "budgets": "a training has one --budget, in tokens",
     "tasks": "it measures all of its tasks",
 }  # fmt: skip
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from manyheads.experiment.executors import Executor
 
 __all__ = [
-    "Device", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed", "Slug", "TextFiles",
-    "Workers", "console", "executor", "load_model", "passive_threads", "print_json", "quiet_libraries",
+    "Device", "Dtype", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed", "Slug",
+    "TextFiles", "Workers", "console", "executor", "load_model", "passive_threads", "print_json", "quiet_libraries",
     "typed", "writable",
 ]  # fmt: skip
 
@@ -30,6 +30,13 @@ TextFiles = Annotated[
     typer.Option("--text", help="File or folder of text or code; may repeat. \\[default: the standard library]"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. \\[default: cpu]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16, of weights and cache. "
+        "\\[default: the checkpoint's; the shipped model on a CPU: float32]"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all draws. \\[default: 0]")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. \\[default: 1024, or all there are]")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Prompts or contexts of each kind. \\[default: 6]")]

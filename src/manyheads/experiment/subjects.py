@@ -54,13 +54,19 @@ class CausalLM(Subject):
     Args:
         name: ``default`` and ``recall`` (they ship), a folder, or a name on the hub.
         model, tokenizer: already loaded, on the device to use; the name is then what a report calls them.
+        dtype: to load in, as ``float32``; as :func:`manyheads.models.load` when None.
     """
 
     kind = "causal_lm"
     kinds = (Attention, Cache, Residual)
 
-    def __init__(self, name: str = "default", model: Any = None, tokenizer: Any = None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None
+    ) -> None:
+        from ..models import named_dtype
+
+        named_dtype(dtype)
+        self.name, self.dtype = name, dtype
         self._parts: tuple[Any, Any] | None = None if model is None else (model, tokenizer)
         self._given = model is not None
 
@@ -74,12 +80,13 @@ class CausalLM(Subject):
             return
         from .. import models
 
+        dtype = models.named_dtype(self.dtype)
         if self.name == "recall":
-            self._parts = models.load_recall(device), None
+            self._parts = models.load_recall(device, dtype), None
         elif self.name == "default":
-            self._parts = models.load_default(device)
+            self._parts = models.load_default(device, dtype)
         else:
-            self._parts = models.load(self.name, device)
+            self._parts = models.load(self.name, device, dtype)
             if self.model.config.is_encoder_decoder:
                 raise UserError(f"{self.name} reads with an encoder; give a decoder-only language model")
 
@@ -134,8 +141,8 @@ class Pipeline(Subject):
     kind = "pipeline"
     kinds = (Attention, Denoiser)
 
-    def __init__(self, name: str = "scenes", pipe: Any = None) -> None:
-        self.name = name
+    def __init__(self, name: str = "scenes", pipe: Any = None, dtype: str | None = None) -> None:
+        self.name, self.dtype = name, dtype
         self._pipe, self._given = pipe, pipe is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +154,7 @@ class Pipeline(Subject):
         if self._pipe is None:
             from ..models.pipeline import load
 
-            self._pipe = load(self.name, str(device))
+            self._pipe = load(self.name, str(device), self.dtype)
 
     @property
     def pipe(self) -> Any:
@@ -190,10 +197,11 @@ def _where(strategy: Strategy) -> str:
     return "give it a model of its kind"
 
 
-def subject(given: str | Subject) -> Subject:
+def subject(given: str | Subject, dtype: str | None = None) -> Subject:
     """The subject of that name: a pipeline that ships or whose folder has model_index.json, else a causal LM.
 
-    ``trainable`` is a model that the task trains, ``machine`` none at all: operators are timed.
+    ``dtype`` is what its weights are loaded in, as ``float32``. ``trainable`` is a model that the task trains,
+    ``machine`` none at all: operators are timed.
     """
     if isinstance(given, Subject):
         return given
@@ -205,5 +213,5 @@ def subject(given: str | Subject) -> Subject:
         return Machine()
     folder = Path(given).expanduser()
     if given in models.shipped_pipelines() or (folder / "model_index.json").is_file():
-        return Pipeline(given)
-    return CausalLM(given)
+        return Pipeline(given, dtype=dtype)
+    return CausalLM(given, dtype=dtype)

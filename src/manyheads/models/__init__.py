@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _CACHE = "~/.cache/manyheads/models"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @cache
@@ -61,12 +62,12 @@ def config(path_or_name: str | Path) -> Any:
 def load_default(
     device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load the default model and its tokenizer; arguments as in ``load``."""
-    return load(default_path(), device, dtype)
+    """Load the default model and its tokenizer, in float32 on a CPU and bfloat16 on a GPU; else as ``load``."""
+    return load(default_path(), *placed(device, dtype))
 
 
 def load_recall(device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
-    """Load the RECALL fixture (token ids are its language, so it has no tokenizer); arguments as in ``load``."""
+    """Load the RECALL fixture (token ids are its language, so it has no tokenizer); as ``load_default``."""
     return _load_model(str(recall_path()), *placed(device, dtype))
 
 
@@ -77,14 +78,15 @@ def load(
 
     ``path_or_name``: a folder with config.json and safetensors weights, a name on the Hugging Face hub, or one of
     ``published``.
-    ``dtype``: float32 on a CPU and bfloat16 on a GPU when not given.
+    ``dtype``: that of the checkpoint when not given, so that its cache takes the bytes that it takes in use; bfloat16
+    for a float16 one on a CPU, which is slow at float16.
     Raises UserError, in one line with what to do next, when that cannot be had.
     """
     from transformers import AutoTokenizer
 
-    place = placed(device, dtype)
+    place, _ = placed(device, dtype)
     name = _source(path_or_name)
-    model = _load_model(name, *place)
+    model = _load_model(name, place, dtype or _own_dtype(name, place))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -92,6 +94,18 @@ def load(
             f"{name} has no tokenizer that can be read ({_line(error)}); put tokenizer.json beside its weights"
         ) from error
     return model, tokenizer
+
+
+def named_dtype(name: str | None) -> "torch.dtype | None":
+    """The dtype called ``float32``, ``bfloat16`` or ``float16``; None for None. Raises UserError for another name."""
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise UserError(f"unknown dtype {name!r}; use {', '.join(_DTYPES)}")
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def placed(device: "str | torch.device", dtype: "torch.dtype | None") -> "tuple[torch.device, torch.dtype]":
@@ -109,6 +123,17 @@ def placed(device: "str | torch.device", dtype: "torch.dtype | None") -> "tuple[
             f"there is no {place}; this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0"
         )
     return place, dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+
+
+def _own_dtype(name: str, place: "torch.device") -> "torch.dtype":
+    """What a checkpoint was saved in, by its config; float32 where that does not say."""
+    import torch
+    from transformers import AutoConfig
+
+    _check_architecture(name)
+    found = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    own = found.get_text_config().dtype or found.dtype or torch.float32
+    return torch.bfloat16 if own == torch.float16 and place.type == "cpu" else own
 
 
 def _source(path_or_name: str | Path) -> str:

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 
 from ..errors import UserError
-from . import placed
+from . import named_dtype, placed
 from .scenes import NAMES, is_scene_pipeline, load_scenes
 
-__all__ = ["DTYPES", "load", "parameters"]
+__all__ = ["load", "parameters"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GIVEN = frozenset({"prompt", "class_labels"})
 
 
@@ -28,17 +26,17 @@ def load(model: str, device: str = "cpu", dtype: str | None = None) -> Any:
     Args:
         model: one of the shipped, see ``manyheads.models.scenes.NAMES``, or a folder with model_index.json.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
-        dtype: one of ``DTYPES``; float32 on a CPU and bfloat16 on a GPU when not given, float32 for the shipped ones.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; float32 on a CPU and bfloat16 on a GPU when not given, float32
+            for the shipped ones.
 
     Raises:
         UserError: there is none that can be loaded; says what to do.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
-    place, kind = placed(device, DTYPES[dtype] if dtype else None)
+    given = named_dtype(dtype)
+    place, kind = placed(device, given)
     folder = Path(model).expanduser()
     if model in NAMES or is_scene_pipeline(folder):
-        return load_scenes(model, place, DTYPES[dtype] if dtype else None)
+        return load_scenes(model, place, given)
     _check(folder, model)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
