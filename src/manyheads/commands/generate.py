@@ -82,7 +82,6 @@ def generate(
         raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
     quiet_libraries()
     from manyheads.generate import rows, run, words
-    from manyheads.generate.facts import facts as facts_of
     from manyheads.models import pipeline as loading
     from manyheads.report import generate as shown_by
     from manyheads.report.grids import check_out
@@ -107,7 +106,7 @@ def generate(
         made = run.run(pipe, arms, wanted, settings, progress)
         if watched is not None:
             _write_maps(page, *words.watch(pipe, watched, wanted, settings), wanted, model)
-    facts = facts_of(made, wanted, settings, pipe) | {"model": model, "out": str(out), "command": typed()}
+    facts = run.facts(made, wanted, settings, pipe) | {"model": model, "out": str(out), "command": typed()}
     shown_by.draw(made, wanted, facts, out)
     if as_json:
         print_json(facts)

@@ -9,9 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 
+from ..environment import environment
 from ..errors import UserError
 from ..integrations import use
 from ..integrations.diffusers import denoisers, replace_forward
@@ -22,7 +24,7 @@ from ..spec import parse, split_together
 from ..strategy import Strategy
 from .rows import Row
 
-__all__ = ["Arm", "Made", "Settings", "arm", "check", "generate", "run"]
+__all__ = ["Arm", "Made", "Settings", "arm", "check", "facts", "generate", "run"]
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -263,3 +265,29 @@ def _images(pipe: Any, out: Any) -> list[Array]:
     if x.ndim != 5 or x.shape[-1] not in (1, 3, 4):
         raise UserError(f"{type(pipe).__name__} made an array {list(x.shape)}, which is no image")
     return list(np.repeat(x, 3, -1) if x.shape[-1] == 1 else x[..., :3])
+
+
+def facts(made: Sequence[Made], rows: Sequence[Row], settings: Settings, pipe: Any) -> dict[str, Any]:
+    """What was asked and what each arm cost and changed, of JSON's types.
+
+    ``mean_difference`` (0 to 1) and ``psnr`` (dB) are to the baseline; ``psnr`` is None for the same images.
+    """
+    base = made[0]
+    return {
+        "pipeline": type(pipe).__name__,
+        "steps": settings.steps, "guidance": settings.guidance, "size": settings.size,
+        "rows": [
+            {"seed": r.seed, "prompt": r.prompt, "source": r.source, "class": r.number} for r in rows
+        ],
+        "arms": [
+            {
+                "arm": each.arm.name, "strategies": [s.spec for s in each.arm.strategies],
+                "seconds": each.seconds, "ratio": each.seconds / base.seconds,
+                "denoiser_calls": each.calls, "denoiser_rows": each.passed,
+                "mean_difference": each.difference(base), "psnr": each.psnr(base),
+                "peak_bytes": each.peak, "kept_bytes": each.kept,
+            }
+            for each in made
+        ],
+        "environment": environment() | {"diffusers": diffusers.__version__},
+    }  # fmt: skip

@@ -2,7 +2,8 @@
 """One page for all verbs: headlines, then sections of figures, cards, tables and notes, then how it was made.
 
 A page is one file that asks for nothing: no network, and no script but ours, which its policy names by its hash. All
-texts are escaped. Everything but what the script offers can be read without it.
+texts are escaped. Everything but what the script offers can be read without it. A part of a section is drawn by the
+macro of its class's name in ``parts.html.j2``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from .table import Table
 
@@ -42,7 +43,6 @@ class Headline:
 class Figure:
     """An SVG and what it shows; nothing where the SVG is empty."""
 
-    kind: ClassVar[str] = "figure"
     svg: str
     caption: str
 
@@ -74,7 +74,6 @@ class Card:
 class Cards:
     """Cards beside each other, under a heading of their own."""
 
-    kind: ClassVar[str] = "cards"
     cards: Sequence[Card]
     title: str = ""
     about: str = ""
@@ -84,7 +83,6 @@ class Cards:
 class Thumbs:
     """Images beside each other: ``(name, note, source)`` each; ``alt`` is said before the name."""
 
-    kind: ClassVar[str] = "thumbs"
     images: Sequence[tuple[str, str, str]]
     alt: str
 
@@ -93,7 +91,6 @@ class Thumbs:
 class Text:
     """A paragraph; small and grey where ``soft``. With ``toggle`` a script's button for logarithmic colours follows."""
 
-    kind: ClassVar[str] = "text"
     text: str
     soft: bool = True
     toggle: bool = False
@@ -103,7 +100,6 @@ class Text:
 class Notes:
     """A list of sentences."""
 
-    kind: ClassVar[str] = "notes"
     lines: Sequence[str]
 
 
@@ -111,7 +107,6 @@ class Notes:
 class Details:
     """A table that is folded away."""
 
-    kind: ClassVar[str] = "details"
     summary: str
     table: Table
 
@@ -120,7 +115,6 @@ class Details:
 class Code:
     """Code or a command, as it is."""
 
-    kind: ClassVar[str] = "code"
     text: str
 
 
@@ -128,7 +122,6 @@ class Code:
 class Check:
     """One thing that was looked for: its level, its figure and what it means, and the pictures behind it."""
 
-    kind: ClassVar[str] = "check"
     found: HealthCheck
     cards: Sequence[Card]
 
@@ -137,7 +130,6 @@ class Check:
 class Tokens:
     """Tokens in colour, ``(text, CSS classes)`` each; a script offers other series and prompts."""
 
-    kind: ClassVar[str] = "tokens"
     label: str
     tokens: Sequence[tuple[str, str]]
 
@@ -153,7 +145,6 @@ class Overlays:
         ramp: source of the colours in a row.
     """
 
-    kind: ClassVar[str] = "overlays"
     number: int
     picture: str
     size: tuple[int, int]
@@ -165,7 +156,6 @@ class Overlays:
 class Facts:
     """Names and values, ``(name, value, small)`` each."""
 
-    kind: ClassVar[str] = "facts"
     rows: Sequence[tuple[str, Any, str]]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -49,7 +49,6 @@ class Table:
     Labels of the first column that repeat the one above are left out if not ``repeats``.
     """
 
-    kind: ClassVar[str] = "table"
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell | str]]
     title: str = ""

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import UserError
-from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...integrations import use
 from ...integrations.transformers import new_cache
 from ._clock import Clock
-from ._latent import SMALL, unsupported
+from ._latent import LatentTask
 
 __all__ = ["LatentDecoding"]
 
@@ -24,32 +24,23 @@ _VOCAB = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentDecoding(Task):
+class LatentDecoding(LatentTask):
     """DeepSeek-V3 of two dense layers as transformers has it, with random weights; only its attention has its size.
 
     The arm without a strategy decodes as transformers does. The arms take turns; the time is the host's and holds
     everything that a step is made of. The guard asks that all arms say the same.
 
     Attributes:
-        sizes: heads, rank, nope, rope, value and query-latent channels of a layer.
         hidden: channels of the residual stream.
         batch: rows that decode together.
         context: tokens held of each row.
-        repeats: steps of each arm under the clock.
     """
 
-    alone: ClassVar[bool] = True
-    subject: ClassVar[str] = "machine"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("step", "decoding step, s", "s", kind="time"),)
 
-    sizes: tuple[int, ...] = SMALL
     hidden: int = 256
     batch: int = 4
     context: int = 4096
-    repeats: int = 6
-
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        return unsupported(run)
 
     def guard(self, run: RunContext) -> None:
         model, tokens, ids = self._made(run, 0)

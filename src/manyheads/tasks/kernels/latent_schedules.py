@@ -12,10 +12,10 @@ from typing import ClassVar, cast
 import torch
 
 from ...attention import mla
-from ...errors import UserError
-from ...experiment import Metric, Row, RunContext, Task, WorkUnit
+from ...experiment import Metric, Row, RunContext, WorkUnit
+from ...spec import read
 from ._clock import Clock
-from ._latent import SMALL, dims, schedule_of, unsupported
+from ._latent import LatentTask
 
 __all__ = ["LatentSchedules"]
 
@@ -23,7 +23,7 @@ _WAYS: tuple[mla.Schedule, ...] = ("expand", "absorb")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentSchedules(Task):
+class LatentSchedules(LatentTask):
     """Both schedules on random tensors, in turns; an arm has the times of the one that it names.
 
     ``auto`` names by the roofline model from the peak and bandwidth measured just before; it is never fitted to the
@@ -31,33 +31,20 @@ class LatentSchedules(Task):
     than the faster, both by the shortest time.
 
     Attributes:
-        sizes: heads, rank, nope, rope, value and query-latent channels of the layer.
         batches: rows of a batch, ascending.
         queries: new tokens of each row.
         tokens: held of each row, ascending.
-        repeats: of every shape.
     """
 
-    alone: ClassVar[bool] = True
-    subject: ClassVar[str] = "machine"
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("attention", "latent attention, s", "s", kind="time"),
         Metric("agrees", "faster schedule named", higher=True, kind="share"),
         Metric("regret", "time above the faster's"),
     )
 
-    sizes: tuple[int, ...] = SMALL
     batches: tuple[int, ...] = (1, 4)
     queries: tuple[int, ...] = (1, 4, 16, 64, 256)
     tokens: tuple[int, ...] = (256, 1024, 4096)
-    repeats: int = 6
-
-    def __post_init__(self) -> None:
-        if len(self.sizes) != 6 or self.repeats < 1:
-            raise UserError("sizes are heads, rank, nope, rope, value and query channels; repeats is at least 1")
-
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        return unsupported(run)
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
@@ -80,19 +67,25 @@ class LatentSchedules(Task):
             "largest": (rows, tokens) == (self.batches[-1], self.tokens[-1]),
         }  # fmt: skip
         named = mla.choose(
-            dims(self.sizes), rows, queries, tokens, platform, torch.finfo(clock.dtype).bits // 8, among=_WAYS
+            self._layer, rows, queries, tokens, platform, torch.finfo(clock.dtype).bits // 8, among=_WAYS
         )
         for arm in run.arms:
-            way = schedule_of(arm)
+            # The plain subject expands, which is what transformers does.
+            way = read(arm.spec).fields.get("schedule", "auto") if arm.spec else "expand"
             way = cast(mla.Schedule, named if way == "auto" else way)
             for i, spent in enumerate(times[way]):
                 yield self.row("attention", arm, spent, f"{unit.name}.{i}", at=at, about={"schedule": way})
             yield self.row("agrees", arm, best[way] == min(best.values()), unit.name, at=at)
             yield self.row("regret", arm, best[way] / min(best.values()) - 1, unit.name, at=at)
 
+    @property
+    def _layer(self) -> mla.Dims:
+        """A layer whose queries come projected, as inside a model."""
+        return mla.Dims(*self.sizes[:5])
+
     def _times(self, clock: Clock, rows: int, queries: int, tokens: int) -> dict[mla.Schedule, list[float]]:
         """Seconds of each schedule, on tensors such that what is made of them has unit size."""
-        layer = dims(self.sizes)
+        layer = self._layer
         q = clock.draw(rows, layer.num_heads, queries, layer.nope_dim + layer.rope_dim)
         cache = clock.draw(rows, 1, tokens, layer.rank + layer.rope_dim)
         up = clock.draw(layer.num_heads, layer.nope_dim + layer.v_dim, layer.rank) * layer.rank**-0.5
