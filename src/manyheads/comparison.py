@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,8 @@ def compare(
     Args:
         model, tokenizer: a causal language model of transformers, in evaluation mode, on the device to use; or give
             ``subject``.
-        texts: what to read, see :mod:`manyheads.data.texts`; the standard library's source when None.
+        texts: what to read, see :mod:`manyheads.data.texts`; when None, prose for a model with a chat template whose
+            name does not speak of code, and the standard library's source for any other.
         strategies: specs, several that act together joined by `` + ``; the plain subject is always among the arms.
         budgets: fractions in (0, 1] of the tokens of a context, or whole numbers of slots.
         tasks: names of tasks, see :func:`manyheads.tasks.names`; those of :data:`TASKS` for the subject when None.
@@ -79,7 +81,8 @@ def compare(
         subject = CausalLM(origin or type(model).__name__, model, tokenizer) if model is not None else CausalLM()
     if model is not None:
         device = str(next(model.parameters()).device)
-    experiment = plan(subject, strategies, budgets, tasks, lengths, samples, rounds)
+    text = "code" if texts is not None or not isinstance(subject, CausalLM) else _fitting(subject)
+    experiment = plan(subject, strategies, budgets, tasks, lengths, samples, rounds, text)
     data = {"texts": list(texts)} if texts is not None else {}
     about = {"command": list(command), "options": dict(options or {}), "kind": "compare"}
     return run(
@@ -91,7 +94,7 @@ def compare(
 def plan(
     subject: Subject, strategies: Iterable[str] = STRATEGIES, budgets: Sequence[int | float | str] = BUDGETS,
     tasks: Sequence[str] | None = None, lengths: Sequence[int] | None = None, samples: int | None = None,
-    rounds: int = ROUNDS,
+    rounds: int = ROUNDS, text: str = "code",
 ) -> Experiment:  # fmt: skip
     """The experiment of a comparison; loads nothing.
 
@@ -110,7 +113,7 @@ def plan(
         raise UserError(f"{wrong[0]} does not measure on a {subject.kind.replace('_', ' ')}; there are {fit}")
     sizes: dict[str, Any] = {"rounds": rounds}
     if isinstance(subject, CausalLM):
-        sizes["lengths"] = _lengths(subject, lengths)
+        sizes |= {"lengths": _lengths(subject, lengths), "text": text}
     if samples is not None or isinstance(subject, CausalLM):
         sizes["samples"] = SAMPLES if samples is None else samples
     made: list[Any] = [cls() for cls in classes.values()]
@@ -181,6 +184,13 @@ def _arm(spec: str, budget: int | float | None, own: bool) -> Arm:
     fields = {name: value for name, value in given.fields.items() if name != "budget"}
     plain = Spec(given.name, fields).text
     return Arm(plain, plain, budget)
+
+
+def _fitting(subject: CausalLM) -> str:
+    """The text that a model is most at home in, by its chat template and its name."""
+    if not subject.chats or re.search(r"cod(e|er|ing)\b|codegen|starcoder|santacoder", subject.name.lower()):
+        return "code"
+    return "prose"
 
 
 def _lengths(subject: CausalLM, lengths: Sequence[int] | None) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["DataFile", "entry", "local", "names", "path", "text"]
+__all__ = ["DataFile", "entry", "folder", "local", "names", "path", "text"]
 
 _TIMEOUT = 30.0  # seconds without an answer of the source
 
@@ -115,6 +115,13 @@ def path(name: str) -> Path:
 def text(name: str) -> str:
     """Return the content of the UTF-8 file called ``name``; raises as :func:`path` does."""
     return path(name).read_text(encoding="utf-8")
+
+
+def folder(inside: str) -> Path | None:
+    """A folder of files that are in no list, in the folder that ``MANYHEADS_DATA`` names; None where there is none."""
+    root = _folder()
+    found = root / inside if root else None
+    return found if found is not None and found.is_dir() else None
 
 
 def _folder() -> Path | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to compare on: the source of the running interpreter's standard library, or the user's files and folders."""
+"""Text to compare on: texts by name, or the user's files and folders."""
 
 import hashlib
 import sysconfig
@@ -9,10 +9,18 @@ from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["CORPORA", "Text", "corpus", "digest", "read", "standard_library"]
+__all__ = ["CORPORA", "Text", "corpus", "digest", "is_code", "read", "standard_library"]
 
-# Texts by name: `code` is the standard library's source, the others are files of `data/files.toml`.
-CORPORA = {"code": (), "prose": ("wikitext2-test", "wikitext2-valid"), "plays": ("tinyshakespeare",)}
+# Texts by name: `code` is the standard library's source, `essays` a folder that cannot be downloaded, the others are
+# files of `data/files.toml`.
+CORPORA = {
+    "code": (), "prose": ("wikitext2-test", "wikitext2-valid"), "plays": ("tinyshakespeare",), "essays": (),
+}  # fmt: skip
+_ESSAYS = "text/essays"  # in the folder of the data
+_CODE = frozenset(
+    ".bash .c .cc .clj .cpp .cs .cu .css .el .ex .f90 .go .h .hpp .hs .html .java .jl .js .json .jsx .kt .lua .m .ml "
+    ".php .pl .proto .ps1 .py .pyi .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .vue .xml .yaml .yml .zig".split()
+)
 _PIECE = 60_000  # characters of a long file that count as a text of its own
 
 LARGEST = 4_000_000  # bytes of one file
@@ -65,13 +73,29 @@ def corpus(name: str) -> list[Text]:
     """
     if name not in CORPORA:
         raise UserError(f"there is no text {name!r}; there are {', '.join(CORPORA)}, or give files with --text")
-    if not CORPORA[name]:
+    if name == "code":
         return standard_library()
     from . import files
 
+    if name == "essays":
+        place = files.folder(_ESSAYS)
+        if place is None:
+            raise UserError(
+                "the essays may not be passed on: put Paul Graham's, as RULER reads them, as *.txt into text/essays of "
+                "a folder that MANYHEADS_DATA names, or take --text prose"
+            )
+        return read([place])
     return [
         Text(f"{file}, part {i}", piece) for file in CORPORA[name] for i, piece in enumerate(_pieces(files.text(file)))
     ]
+
+
+def is_code(texts: Iterable[Text]) -> bool:
+    """Whether more of the characters are in files of code than in others, by the endings of their names."""
+    sizes = {True: 0, False: 0}
+    for text in texts:
+        sizes[Path(text.name).suffix.lower() in _CODE] += len(text.content)
+    return sizes[True] > sizes[False]
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -83,7 +107,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def read(paths: Sequence[str | Path]) -> list[Text]:
-    """Read text or code files, and those below folders, sorted by path.
+    """Read text or code files, those below folders, sorted by path, and texts by name, one of :data:`CORPORA`.
 
     A file named outright must be readable UTF-8. Below a folder, binary and overlong files are passed over, and so are
     hidden ones, virtual environments and caches.
@@ -101,8 +125,13 @@ def read(paths: Sequence[str | Path]) -> list[Text]:
             texts += found
         elif path.is_file():
             texts.append(_named(path))
+        elif str(given) in CORPORA:
+            texts += corpus(str(given))
         else:
-            raise UserError(f"no such file or folder: {given}; give text or code files, or folders of them")
+            raise UserError(
+                f"no such file or folder: {given}; give text or code files, folders of them, or one of "
+                f"{', '.join(CORPORA)}"
+            )
     if sum(len(t.content) for t in texts) > MOST:
         raise UserError(f"the texts hold more than {MOST // 10**6} MB; name a folder or files that say enough")
     return texts

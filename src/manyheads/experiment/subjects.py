@@ -101,6 +101,16 @@ class CausalLM(Subject):
         return self._loaded[1]
 
     @property
+    def chats(self) -> bool:
+        """Whether its tokenizer has a chat template. Loads no weights."""
+        from .. import models
+
+        if self._parts is None and self.name in ("default", "recall"):
+            return False
+        tokenizer = self.tokenizer if self._parts is not None else models.tokenizer(self.name)
+        return bool(getattr(tokenizer, "chat_template", None))
+
+    @property
     def max_context(self) -> int:
         """Tokens that the model reads, by its config; 2**40 where that does not say. Loads no weights."""
         if self._parts is not None:

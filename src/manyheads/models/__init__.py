@@ -82,18 +82,24 @@ def load(
     for a float16 one on a CPU, which is slow at float16.
     Raises UserError, in one line with what to do next, when that cannot be had.
     """
-    from transformers import AutoTokenizer
-
     place, _ = placed(device, dtype)
     name = _source(path_or_name)
     model = _load_model(name, place, dtype or _own_dtype(name, place))
+    return model, tokenizer(name)
+
+
+def tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model alone; raises UserError as ``load`` does."""
+    from transformers import AutoTokenizer
+
+    name = _source(path_or_name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{name} has no tokenizer that can be read ({_line(error)}); put tokenizer.json beside its weights"
         ) from error
-    return model, tokenizer
+    return found
 
 
 def named_dtype(name: str | None) -> "torch.dtype | None":

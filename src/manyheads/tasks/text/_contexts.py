@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 from ._corpus import Corpus, Ids
-from ._needles import Constant, NeedleInserter, UnfitVocabulary
+from ._needles import CODE, Constant, NeedleInserter, UnfitVocabulary, Wording
 
 __all__ = ["ALIASES", "CONSTANTS", "DEPTHS", "PASSAGE", "Contexts", "Haystack", "Question"]
 
@@ -45,6 +45,7 @@ class Contexts:
 
     Attributes:
         repeat: part of a context, in [0, 1), that is one passage of it over and over, spread evenly.
+        wording: of what is planted.
     """
 
     corpus: Corpus
@@ -52,6 +53,7 @@ class Contexts:
     samples: int
     seed: int
     repeat: float = 0.0
+    wording: Wording = CODE
     start: list[int] = field(init=False)  # tokens that the tokenizer puts before a text
     _inserter: NeedleInserter | None = field(default=None, init=False)
     _drawn: dict[tuple[str, int], Any] = field(default_factory=dict, init=False)
@@ -64,7 +66,7 @@ class Contexts:
     def inserter(self) -> NeedleInserter:
         """The inserter for this vocabulary; raises UnfitVocabulary where there is none."""
         if self._inserter is None:
-            self._inserter = NeedleInserter(self.tokenizer)
+            self._inserter = NeedleInserter(self.tokenizer, self.wording)
         return self._inserter
 
     def unsupported_reason(self, lines: int, length: int) -> str | None:
@@ -73,7 +75,7 @@ class Contexts:
             inserter = self.inserter
         except UnfitVocabulary as error:
             return str(error)
-        needed = 4 * lines * (inserter.question_size + inserter.answer_size)
+        needed = 4 * lines * inserter.line_size
         if length < needed:
             return f"a context of {length} tokens is too short to hide {lines} line(s) in; it needs {needed}"
         return None
@@ -165,13 +167,13 @@ class Contexts:
             rank[[i, CONSTANTS + i]] = sorted(rank[[i, CONSTANTS + i]])
         depths = [float(places[r]) for r in rank]
         lines = [inserter.line(c.name, c.value) for c in constants]
-        lines += [inserter.line(name, target.name) for name, target in aliases]
+        lines += [inserter.alias_line(name, target) for name, target in aliases]
         questions = [
             Question("niah_multikey", *inserter.ask(c.name, c.value), depth)
             for c, depth in zip(constants, depths[:CONSTANTS], strict=True)
         ]
         questions += [
-            Question("variable_tracking", *inserter.ask(name, f"{target.name} == {target.value}"), depth)
+            Question("variable_tracking", *inserter.ask_alias(name, target), depth)
             for (name, target), depth in zip(aliases, depths[CONSTANTS:], strict=True)
         ]
         return lines, depths, questions

@@ -20,6 +20,7 @@ from ...integrations import use
 from ...strategy import Cache
 from ._contexts import Contexts
 from ._corpus import Corpus, Ids
+from ._needles import CODE, PROSE
 from ._prefill import Prefix, bytes_per_token, forward_chunked, sequences_at_once, token_nll
 
 if TYPE_CHECKING:
@@ -69,10 +70,12 @@ class TextTask(Task):
         """The contexts of this run; the same ones in every process."""
 
         def make() -> Contexts:
-            from ...data.texts import corpus
+            from ...data.texts import corpus, is_code
 
-            texts = run.data.get("texts") or corpus(self.text)
-            return Contexts(Corpus(texts, _lm(run).tokenizer), _lm(run).tokenizer, self.samples, run.seed, self.repeat)
+            texts, tokenizer = run.data.get("texts") or corpus(self.text), _lm(run).tokenizer
+            # The shipped model was trained to recall constants of code, and nothing else, whatever it reads.
+            wording = CODE if _lm(run).name == "default" or is_code(texts) else PROSE
+            return Contexts(Corpus(texts, tokenizer), tokenizer, self.samples, run.seed, self.repeat, wording)
 
         return cast(Contexts, run.kept((self.text, self.samples, self.repeat), make))
 
