@@ -11,7 +11,8 @@ Appending and attending touch host numbers only to know when the room ends; ``fi
 all shapes are static and all counters are on the device, so that a step can be compiled and replayed as a CUDA graph.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +144,20 @@ class RaggedCache:
             self.clock, self.ring_k, self.ring_v, self.ring_index, self.key_scale, self.valid,
         ]  # fmt: skip
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it by name, but for the codec; the dtype as text."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("codec", "kernel")}
+        return {**values, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], codec: Codec | None) -> "RaggedCache":
+        """What :meth:`state_dict` gave, on the device of its tensors."""
+        plane = state["k"] if state["ring_k"] is None else state["ring_k"]
+        made = cls(**{**state, "dtype": getattr(torch, state["dtype"])}, codec=codec, kernel=_kernel_takes(plane))
+        if made.fixed:
+            made.fix()
+        return made
+
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
         """Take the next token of each row and attend to everything held.
 
@@ -225,9 +240,21 @@ class RaggedCache:
             )  # fmt: skip
         return out[:, None]
 
+    @property
+    def _made(self) -> int:
+        """Columns since packing; waits for the device where only that knows."""
+        return int(self.clock) - self.seen if self.fixed else self.made
+
+    @property
+    def real(self) -> Tensor | None:
+        """Columns that hold tokens ``[B, seen]`` up to now, None for all."""
+        if self.valid is None:
+            return None
+        return torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], self._made)], 1)
+
     def unpack(self) -> PaddedCache:
         """The same tokens as slots ``[B, Hs, N, d]``, in the order of columns; codes go along unchanged."""
-        made = int(self.clock) - self.seen if self.fixed else self.made
+        made = self._made
         at = torch.arange(self.capacity, device=self.k.device)
         where = (self.offsets[..., None] + at).clamp(max=max(0, self.k.shape[0] - 1))
         index = torch.where(at < self.lengths[..., None], self.index[where], -1)
@@ -253,9 +280,7 @@ class RaggedCache:
             }
         if self.key_scale is not None:
             keys = keys / self.key_scale[:, :, None]
-        valid = None
-        if self.valid is not None:
-            valid = torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], made)], 1)
+        valid = self.real
         slots = PaddedCache(keys.to(self.dtype), values.to(self.dtype), self.seen + made, index, valid, extras)
         order = at.expand_as(index) if self.ring_k is None else torch.where(index < 0, _LAST, index).argsort(dim=-1)
         held = (index >= 0).sum(-1)

@@ -2,7 +2,7 @@
 """The store behind every eviction policy: update, attend, observe, evict."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -98,6 +98,14 @@ class PolicyStore(Store):
         return None
 
     @property
+    def rows(self) -> int | None:
+        return self.tokens.rows
+
+    @property
+    def real(self) -> Tensor | None:
+        return self.tokens.real
+
+    @property
     def keys(self) -> Tensor | None:
         return None if self.padded is None and self.tokens.ragged is None else self._copy.keys
 
@@ -184,38 +192,28 @@ class PolicyStore(Store):
 
     def fork(self, target: Store | None = None) -> Store:
         """As in :class:`Store`: exact for policies with ``dense_prefill``, refused once this store dropped a token."""
-        evidence, slots = self._evidence, self.padded
-        if evidence is None or slots is None or slots.index is not None:
-            raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
         if target is None:
             target = type(self)(self.policy, self.site)
             target.group = {self.site.layer or 0: target}
-        if not isinstance(target, PolicyStore):
-            return super().fork(target)
-        policy = target.policy
-        if policy.record > self.record:
-            raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
-        target.tokens.padded = slots.twin()
-        target._forwards = self._forwards
-        queries, rotary = evidence.queries, evidence.rotary
-        partial = queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]
-        if policy.needs_queries and partial:
-            raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
-        call = AttentionCall(
-            self.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
-            softcap=evidence.softcap, sinks=evidence.sinks, rotary=evidence.rotary,
-        )  # fmt: skip
-        if queries is not None:
-            if policy.window:
-                target._queries = queries.last(policy.window)
-            target._gather(call, queries, evidence)
-        view = view_of(target, call, evidence.shared)
-        if target.tokens.codec is not None:
-            target.tokens.key_scale = policy.key_scale(view)
-        target.compress(view)
-        if target._waiting is None:
-            _choose_storage(target, call.k, call.v)
-        return target
+        return _fork(self, target) if isinstance(target, PolicyStore) else super().fork(target)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._waiting is not None:
+            raise UserError(f"{self.policy.slug} has not evicted yet, not all layers have run: save it after a forward")
+        queries = self._queries
+        return {
+            "tokens": self.tokens.state_dict(), "state": dict(self.state), "ragged": self._ragged,
+            "queries": None if queries is None else {"q": queries.q, "positions": queries.positions},
+            "since": self._since, "forwards": self._forwards, "record": self.record, "room": self.room,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.record, self.room = state["record"], state["room"]
+        self.reset()
+        self.tokens.load_state_dict(state["tokens"])
+        self.state, self._ragged = dict(state["state"]), state["ragged"]
+        self._queries = None if state["queries"] is None else QueryWindow(**state["queries"])
+        self._since, self._forwards = state["since"], state["forwards"]
 
     def _gather(self, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
         """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
@@ -282,6 +280,37 @@ class PolicyStore(Store):
     def nbytes(self) -> int:
         """Bytes that this layer really holds: storages of keys, values, remembered queries and bookkeeping."""
         return self.tokens.nbytes(*self.held)
+
+
+def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
+    """Make ``target``, which is empty, what the forwards of ``store`` would have made it."""
+    evidence, slots = store._evidence, store.padded
+    if evidence is None or slots is None or slots.index is not None:
+        raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
+    policy = target.policy
+    if policy.record > store.record:
+        raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
+    target.tokens.padded = slots.twin()
+    target._forwards = store._forwards
+    queries, rotary = evidence.queries, evidence.rotary
+    partial = queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]
+    if policy.needs_queries and partial:
+        raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
+    call = AttentionCall(
+        store.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
+        softcap=evidence.softcap, sinks=evidence.sinks, rotary=evidence.rotary,
+    )  # fmt: skip
+    if queries is not None:
+        if policy.window:
+            target._queries = queries.last(policy.window)
+        target._gather(call, queries, evidence)
+    view = view_of(target, call, evidence.shared)
+    if target.tokens.codec is not None:
+        target.tokens.key_scale = policy.key_scale(view)
+    target.compress(view)
+    if target._waiting is None:
+        _choose_storage(target, call.k, call.v)
+    return target
 
 
 def _received(store: PolicyStore, call: AttentionCall, queries: QueryWindow) -> Tensor:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens of one cache layer: slots while many come at a time, ragged storage while one comes after the other."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..attention.codec import Codec
@@ -46,6 +48,20 @@ class Tokens:
         if self.ragged.fixed:
             return self.ragged.clock
         return self.ragged.seen + self.ragged.made + (self._incoming is not None)
+
+    @property
+    def rows(self) -> int | None:
+        """Batch rows, None before the first token."""
+        if self.ragged is not None:
+            return self.ragged.counts.shape[0]
+        return None if self.padded is None else self.padded.keys.shape[0]
+
+    @property
+    def real(self) -> Tensor | None:
+        """Columns that hold tokens ``[B, seen]``, None for all."""
+        if self.ragged is not None:
+            return self.ragged.real
+        return None if self.padded is None else self.padded.valid
 
     @property
     def held(self) -> list[Tensor | None]:
@@ -116,6 +132,21 @@ class Tokens:
             )
         self.unpack()
         self.live.crop(count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All tokens, as tensors and plain values by name."""
+        return {
+            "padded": None if self.padded is None else self.padded.state_dict(),
+            "ragged": None if self.ragged is None else self.ragged.state_dict(),
+            "key_scale": self.key_scale,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold what :meth:`state_dict` gave."""
+        padded, ragged = state["padded"], state["ragged"]
+        self.padded = None if padded is None else PaddedCache(**padded)
+        self.ragged = None if ragged is None else RaggedCache.of(ragged, self.codec)
+        self.key_scale = state["key_scale"]
 
     def nbytes(self, *others: Tensor | None) -> int:
         """Bytes of all storages held, those of ``others`` too."""

@@ -20,7 +20,7 @@ Bits are packed eight to a byte (released code: one byte a bit): num_bits / 8 by
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -171,6 +171,16 @@ class HashStore(PolicyStore):
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         self._caps = None if self._caps is None else self._caps[rows.to(self._caps.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        mine = {"capacity": self._capacity, "caps": self._caps, "has_staging_slot": self._has_staging_slot}
+        return {**super().state_dict(), **mine}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._capacity, self._caps, self._has_staging_slot = (
+            state[name] for name in ("capacity", "caps", "has_staging_slot")
+        )
 
     @property
     def held(self) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ module; the store, the dispatch and the calibration fields are ours.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ class LatentStore(Store):
     gives the call keys and values of all tokens. The mask of a forward covers all columns, so padding needs no record.
     """
 
+    computes: ClassVar[bool] = True
+
     def __init__(self, strategy: MLAHw, site: Site) -> None:
         assert site.latent is not None
         super().__init__(site)
@@ -111,6 +113,10 @@ class LatentStore(Store):
     @property
     def seen(self) -> int:
         return self._seen
+
+    @property
+    def rows(self) -> int | None:
+        return None if self._held is None else self._held.shape[0]
 
     @property
     def keys(self) -> Tensor | None:
@@ -172,6 +178,12 @@ class LatentStore(Store):
         self._seen = max(0, self._seen - count)
         if self._held is not None:
             self._held[:, :, self.seen :] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self._held, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._held, self._seen = state["held"], state["seen"]
 
     def nbytes(self) -> int:
         """Bytes that this layer holds, room for growth included."""

@@ -9,6 +9,7 @@ end, untouched, so that another model sharing a config notices nothing. All stat
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -21,12 +22,14 @@ from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, install
+from .cache_files import load_cache, save_cache
 from .configs import switch_configs
+from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
-from .sites import SiteState, architectures, find_sites, is_eager
+from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
 
-__all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
+__all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 
 _EXCLUSIVE: dict[type[Strategy], str] = {AttentionCompute: "computes the output", Cache: "keeps the cache"}
 
@@ -55,7 +58,8 @@ class Port:
         chosen = self._choose(sites + linear)
         self._entries = []
         try:
-            self._restorers.append(switch_configs(self.model))
+            own = register_own((module for _, module in sites), ATTENTION)
+            self._restorers.append(switch_configs(self.model, own))
             for site, module in sites:
                 state = SiteState.attach(site, module, is_eager(module))
                 self._restorers.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
@@ -102,7 +106,7 @@ class Port:
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "
                     "with it"
                 )
-            at = {site.index for site, _ in sites if strategy.selects(site)}
+            at = {site.index for site, _ in sites if _acts(strategy, site)}
             if not at:
                 there = ", ".join(sorted({f"{s.kind}{' causal' if s.causal else ''}" for s, _ in sites}))
                 raise UserError(
@@ -111,6 +115,12 @@ class Port:
                 )
             chosen.append((strategy, at))
         for site, module in sites:
+            for strategy in (s for s, at in chosen if site.index in at and isinstance(s, AttentionCompute)):
+                if site.kind != "linear" and (name := own_function(module)) is not None:
+                    raise UserError(
+                        f"{strategy.spec} computes the attention of {site.name}, and so does {name!r}, an attention "
+                        'function of your own: load the model with attn_implementation="sdpa"'
+                    )
             for kind, what in _EXCLUSIVE.items():
                 claims: list[Strategy] = [s for s, at in chosen if site.index in at and isinstance(s, kind)]
                 claims = SiteState.claims(module, kind) + claims
@@ -157,7 +167,12 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
         raise UserError(
             f"{strategy.slug} keeps no cache; choose one of the caches category: `manyheads list --category caches`"
         )
-    sites = [(site, module) for site, module in find_sites(model) if strategy.selects(site)]
+    sites = [
+        (replace(site, layer=layer), module)
+        for site, module in find_sites(model)
+        if _acts(strategy, site)
+        for layer in site.serves or (site.layer,)
+    ]
     if not sites:
         raise UserError(f"{strategy.spec} finds no decoder self-attention in {type(model).__name__}")
 
@@ -169,7 +184,7 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
         return store
 
     cache = SlotCache(config=cast("PreTrainedConfig", model.config))
-    install(cache, sites, make, strategy.slug)
+    install(cache, sites, make, strategy)
     return cache
 
 
@@ -200,6 +215,11 @@ def prefill(
             model(input_ids=piece, past_key_values=cache, use_cache=True, **more)
         if progress is not None:
             progress(piece.shape[1])
+
+
+def _acts(strategy: Strategy, site: Site) -> bool:
+    """Whether ``strategy`` acts at ``site``: nothing is stored where a layer reuses what another stores."""
+    return strategy.selects(site) and not (isinstance(strategy, Cache) and site.kv_sharing == "reuse")
 
 
 def _refusal(model: nn.Module) -> str:
