@@ -73,7 +73,7 @@ class StoreLayer(CacheLayerMixin):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UserError(
-            "a cache of manyheads is not pickled: write it by manyheads.integrations.transformers.save_cache(cache, path)"
+            "a cache of manyheads is not pickled: write it with manyheads.integrations.transformers.save_cache"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -177,7 +177,7 @@ class HybridStoreLayer(StoreLayer, LinearAttentionAndFullAttentionLayer):  # typ
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         StoreLayer.reorder_cache(self, beam_idx)
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, cast("Any", beam_idx))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:

@@ -56,7 +56,7 @@ def save_cache(cache: Cache, path: str | Path) -> None:
 
 
 def load_cache(path: str | Path, model: nn.Module, *strategies: CacheKind) -> SlotCache:
-    """Read a cache that :func:`save_cache` wrote, to be passed as ``past_key_values`` while the port of ``model`` is open.
+    """Read a cache that :func:`save_cache` wrote; pass it as ``past_key_values`` while the port of ``model`` is open.
 
     Args:
         path: of the file.

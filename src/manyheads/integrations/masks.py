@@ -24,12 +24,14 @@ __all__ = ["eager_mask", "own_mask", "port_mask"]
 
 def port_mask(**given: Any) -> Tensor | None:
     """SDPA's boolean mask; None where causal attention is all there is."""
-    return _mask(sdpa_mask, True, given)
+    mask: Tensor | None = _mask(sdpa_mask, True, given)
+    return mask
 
 
 def eager_mask(**given: Any) -> Tensor | None:
     """The same, never left out where it is causal: eager functions do not infer causality."""
-    return _mask(sdpa_mask, True, {**given, "allow_is_causal_skip": False})
+    mask: Tensor | None = _mask(sdpa_mask, True, {**given, "allow_is_causal_skip": False})
+    return mask
 
 
 def own_mask(build: Callable[..., Any]) -> Callable[..., Any]:

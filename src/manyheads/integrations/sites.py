@@ -54,8 +54,8 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
         forward = inspect.unwrap(type(module).forward)
         if _DISPATCHER in getattr(getattr(forward, "__code__", None), "co_names", ()):
             found.append((replace(_site(name, len(found), module), output=output_of(model, name)), module))
-    keepers = [site for site, _ in found if site.causal and site.layer is not None and site.kv_sharing != "reuse"]
-    peers = tuple(sorted({layer for site in keepers for layer in (site.serves or (site.layer,))}))
+    keepers = [site for site, _ in found if site.causal and site.kv_sharing != "reuse"]
+    peers = tuple(sorted({n for site in keepers for n in (site.serves or (site.layer,)) if n is not None}))
     return [(replace(site, peers=peers), module) for site, module in found]
 
 
@@ -68,14 +68,13 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
     config = getattr(module, "config", None)
     cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name.rpartition(".")[2]))
     cross = cross or "cross" in type(module).__name__.lower()
-    layer, serves = getattr(module, "layer_idx", None), ()
+    layer: int | None = getattr(module, "layer_idx", None)
+    serves: tuple[int, ...] = ()
     types = getattr(config, "layer_types", None)
     if layer is not None and layer < 0 and types is not None:  # one module that is told its layer in every call
         serves = tuple(i for i, kind in enumerate(types) if "hybrid" in kind)
         layer = serves[0] if serves else None
-    known = types is not None and layer is not None and layer < len(types)
-    sharing = getattr(config, "kv_sharing_modes", None)
-    shared = sharing[layer] if sharing is not None and layer is not None and layer < len(sharing) else None
+    shared = _at(getattr(config, "kv_sharing_modes", None), layer)
     heads = _first((module, config), ("num_heads", "num_attention_heads", "n_heads", "n_head"))
     return Site(
         name=name,
@@ -85,7 +84,7 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
         causal=not cross and bool(getattr(module, "is_causal", False)),
         num_heads=heads,
         num_kv_heads=_first((module, config), ("num_key_value_heads",)) or heads,
-        window=_window(module, config, types[layer] if known else None),
+        window=_window(module, config, _at(types, layer)),
         kv_sharing=None if shared is None else "store" if shared == "store" else "reuse",
         serves=serves,
         keys_normed=_norms_keys(module),
@@ -93,11 +92,18 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
     )
 
 
+def _at(values: Any, layer: int | None) -> Any:
+    """What a config says of a layer, None where it says nothing."""
+    return values[layer] if values is not None and layer is not None and layer < len(values) else None
+
+
 def _window(module: nn.Module, config: Any, kind: str | None) -> int | None:
     """Positions behind which a layer of this kind sees nothing; a chunk is no longer than that, wherever it starts."""
-    sliding = _first((module, config), ("sliding_window",)) if kind is None or "sliding" in kind else None
+    sliding: int | None = None
+    if kind is None or "sliding" in kind:
+        sliding = _first((module, config), ("sliding_window",))
     if sliding is None and kind in (None, "chunked_attention"):
-        return _first((module, config), ("attention_chunk_size",))
+        sliding = _first((module, config), ("attention_chunk_size",))
     return sliding
 
 
@@ -203,7 +209,7 @@ class SiteState(HookChain):
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
         self.mark_called()
         store = self.running.store
-        if self.function is not None and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        if self.function is not None and mask is not None and getattr(mask, "ndim", 0) != 4:
             return self._pass_through(module, q, k, v, mask, kwargs)
         original = call = self._read(module, q, k, v, mask, kwargs)
         if store is not None:
