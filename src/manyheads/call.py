@@ -303,11 +303,11 @@ class AttentionCall:
         return causal if self.mask is None else self.mask & causal
 
     def require_softmax(self) -> None:
-        """Raise UserError where the model computes with an attention function of the user's own: the weights are its."""
+        """Raise UserError where the model computes with an attention function of the user's own."""
         if self.function is not None:
             raise UserError(
-                f"{self.site.name} computes with {self.function!r}, an attention function of your own, whose weights are "
-                'not known here: load the model with attn_implementation="sdpa" or "eager"'
+                f"{self.site.name} computes with {self.function!r}, a function of your own, its weights are not known; "
+                'load the model with attn_implementation="sdpa" or "eager"'
             )
 
     def attend(self) -> Tensor:

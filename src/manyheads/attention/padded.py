@@ -18,7 +18,6 @@ Decoding appends into room reserved an eighth ahead, so that a token does not co
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,10 +103,6 @@ class PaddedCache:
     def tensors(self) -> list[Tensor | None]:
         """Everything held."""
         return [self.keys, self.values, self.index, self.valid, *self.extras.values()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it by name."""
-        return {name: getattr(self, name) for name in ("keys", "values", "seen", "index", "valid", "extras", "even")}
 
     def update(self, k: Tensor, v: Tensor) -> None:
         """Add the next T columns. k ``[B, Hs, T, dk]``, v ``[B, Hs, T, dv]``."""

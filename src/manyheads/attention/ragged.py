@@ -11,8 +11,7 @@ Appending and attending touch host numbers only to know when the room ends; ``fi
 all shapes are static and all counters are on the device, so that a step can be compiled and replayed as a CUDA graph.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from . import reference
 from .codec import Codec
 from .padded import PaddedCache
 
-__all__ = ["RaggedCache", "decode_attention", "pack"]
+__all__ = ["RaggedCache", "decode_attention", "kernel_takes", "pack"]
 
 
 def decode_attention(
@@ -143,20 +142,6 @@ class RaggedCache:
             self.k, self.v, self.k_scale, self.v_scale, self.index, self.offsets, self.lengths, self.ends, self.counts,
             self.clock, self.ring_k, self.ring_v, self.ring_index, self.key_scale, self.valid,
         ]  # fmt: skip
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it by name, but for the codec; the dtype as text."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("codec", "kernel")}
-        return {**values, "dtype": str(self.dtype).removeprefix("torch.")}
-
-    @classmethod
-    def of(cls, state: dict[str, Any], codec: Codec | None) -> "RaggedCache":
-        """What :meth:`state_dict` gave, on the device of its tensors."""
-        plane = state["k"] if state["ring_k"] is None else state["ring_k"]
-        made = cls(**{**state, "dtype": getattr(torch, state["dtype"])}, codec=codec, kernel=_kernel_takes(plane))
-        if made.fixed:
-            made.fix()
-        return made
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
         """Take the next token of each row and attend to everything held.
@@ -298,7 +283,8 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def _kernel_takes(keys: Tensor) -> bool:
+def kernel_takes(keys: Tensor) -> bool:
+    """Whether the GPU kernel decodes over keys of this device and head dimension."""
     from .. import kernels
 
     return keys.is_cuda and keys.shape[-1] in (32, 64, 128, 256) and kernels.available()
@@ -361,7 +347,7 @@ def pack(
         flat(_bits(k)).view(k.dtype), flat(_bits(v)).view(v.dtype), k_scale, v_scale, flat(columns.int()),
         offsets, lengths.int(), ends, counts.clone(), torch.tensor(slots.seen, device=device), ring_k, ring_v,
         ring_index, key_scale, slots.valid, codec, slots.keys.dtype, capacity, room, slots.seen,
-        _kernel_takes(slots.keys),
+        kernel_takes(slots.keys),
     )  # fmt: skip
 
 
@@ -380,7 +366,7 @@ def _regular(slots: PaddedCache, counts: Tensor, room: int) -> RaggedCache:
     return RaggedCache(
         flat(slots.keys), flat(slots.values), None, None, flat(slots.columns().int()), ends - each, lengths, ends,
         counts.clone(), torch.tensor(slots.seen, device=counts.device), None, None, None, None, slots.valid, None,
-        slots.keys.dtype, each, room, slots.seen, _kernel_takes(slots.keys),
+        slots.keys.dtype, each, room, slots.seen, kernel_takes(slots.keys),
     )  # fmt: skip
 
 

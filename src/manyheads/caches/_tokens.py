@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens of one cache layer: slots while many come at a time, ragged storage while one comes after the other."""
 
+from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..attention.codec import Codec
 from ..attention.padded import PaddedCache, nbytes
-from ..attention.ragged import RaggedCache, pack
+from ..attention.ragged import RaggedCache, kernel_takes, pack
 from ..call import AttentionCall
 from ..errors import UserError
 
@@ -136,8 +138,9 @@ class Tokens:
     def state_dict(self) -> dict[str, Any]:
         """All tokens, as tensors and plain values by name."""
         return {
-            "padded": None if self.padded is None else self.padded.state_dict(),
-            "ragged": None if self.ragged is None else self.ragged.state_dict(),
+            "padded": None if self.padded is None else _fields(self.padded, "_room"),
+            "ragged": None if self.ragged is None else _fields(self.ragged, "codec", "kernel", "dtype"),
+            "dtype": None if self.ragged is None else str(self.ragged.dtype).removeprefix("torch."),
             "key_scale": self.key_scale,
         }
 
@@ -145,9 +148,19 @@ class Tokens:
         """Hold what :meth:`state_dict` gave."""
         padded, ragged = state["padded"], state["ragged"]
         self.padded = None if padded is None else PaddedCache(**padded)
-        self.ragged = None if ragged is None else RaggedCache.of(ragged, self.codec)
-        self.key_scale = state["key_scale"]
+        self.ragged, self.key_scale = None, state["key_scale"]
+        if ragged is not None:
+            plane = ragged["k"] if ragged["ring_k"] is None else ragged["ring_k"]
+            dtype = getattr(torch, state["dtype"])
+            self.ragged = RaggedCache(**ragged, codec=self.codec, dtype=dtype, kernel=kernel_takes(plane))
+            if self.ragged.fixed:
+                self.ragged.fix()
 
     def nbytes(self, *others: Tensor | None) -> int:
         """Bytes of all storages held, those of ``others`` too."""
         return nbytes(*self.held, *others)
+
+
+def _fields(x: PaddedCache | RaggedCache, *left_out: str) -> dict[str, Any]:
+    """What a storage holds, by name."""
+    return {f.name: getattr(x, f.name) for f in fields(x) if f.name not in left_out}

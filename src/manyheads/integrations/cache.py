@@ -46,6 +46,11 @@ class Past(int):
         return past
 
 
+def _covered(store: Store, site: Site) -> bool:
+    """Whether all layers of the cache are stores that cover the past: the layers share one mask."""
+    return sum(each.covers_past for each in store.group.values()) == len(site.peers) > 0
+
+
 def _owned(seen: int | Tensor, store: Store) -> Any:
     """``seen`` with the store that knows what is visible of so many columns."""
     if not isinstance(seen, Tensor):
@@ -121,17 +126,14 @@ class StoreLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         seen = self.get_seq_length()
-        if self.site.window is None and self.is_initialized and self._whole:  # the stores know the past
+        if (
+            self.site.window is None and self.is_initialized and _covered(self.store, self.site)
+        ):  # the stores know the past
             return query_length, seen if torch.compiler.is_compiling() else _owned(seen, self.store)
         if self.site.window is None:
             return seen + query_length, 0
         reach = min(seen, self.site.window - 1)
         return reach + query_length, seen - reach
-
-    @property
-    def _whole(self) -> bool:
-        """Whether all layers of the cache are stores that cover the past: the layers share one mask."""
-        return sum(store.covers_past for store in self.store.group.values()) == len(self.site.peers) > 0
 
     def reset(self) -> None:
         self.store.reset()

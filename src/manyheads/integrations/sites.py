@@ -4,7 +4,6 @@
 import functools
 import inspect
 import re
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from .functions import base_function
 from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
 from .masks import eager_mask, port_mask
+from .passes import Passes, in_one_thread
 from .shared_keys import borrow, lend
+from .thread_state import ThreadState
 
 __all__ = ["ATTENTION", "BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
 
@@ -70,11 +71,14 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
     cross = cross or "cross" in type(module).__name__.lower()
     layer: int | None = getattr(module, "layer_idx", None)
     serves: tuple[int, ...] = ()
-    types = getattr(config, "layer_types", None)
-    if layer is not None and layer < 0 and types is not None:  # one module that is told its layer in every call
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    told = "layer_idx" in inspect.signature(type(module).forward).parameters
+    if told and (layer is None or layer < 0) and types is not None:  # one module for several layers
         serves = tuple(i for i, kind in enumerate(types) if "hybrid" in kind)
         layer = serves[0] if serves else None
     shared = _at(getattr(config, "kv_sharing_modes", None), layer)
+    if config is not None and getattr(config, "is_heterogeneous", False) and layer is not None:
+        config = config.per_layer_config[layer]
     heads = _first((module, config), ("num_heads", "num_attention_heads", "n_heads", "n_head"))
     return Site(
         name=name,
@@ -119,13 +123,6 @@ def is_eager(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == EAGER
 
 
-class _Running(threading.local):
-    """What one forward of a module has found so far; each thread has its own."""
-
-    store: Store | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-
-
 class SiteState(HookChain):
     """What the open ports of a model keep on one attention module; what one call needs is kept by thread."""
 
@@ -134,7 +131,8 @@ class SiteState(HookChain):
         self.eager = eager
         self.function, self.base = base_function(module, eager)
         self.ports = 0
-        self.running = _Running()
+        self.thread = ThreadState()
+        self.passes = Passes()
         self.copies: int | None = None  # of the model's rotary tables, to be in the half-split layout; 0 for never
         super().__init__()
         self.handle = module.register_forward_pre_hook(self._take_cache, with_kwargs=True)
@@ -161,6 +159,12 @@ class SiteState(HookChain):
             del module.__dict__[_STATE]
 
     @staticmethod
+    def owners(module: nn.Module) -> list[Any]:
+        """Open ports with a strategy at ``module``."""
+        state: SiteState | None = module.__dict__.get(_STATE)
+        return [] if state is None else [entry.owner for entry in state.entries]
+
+    @staticmethod
     def claims(module: nn.Module, kind: type[Strategy]) -> list[Strategy]:
         """Strategies of ``kind`` of the open ports at ``module``."""
         state: SiteState | None = module.__dict__.get(_STATE)
@@ -168,8 +172,8 @@ class SiteState(HookChain):
 
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
-        running = self.running
-        running.store = None
+        self.passes.enter()
+        running = self.thread.begin()
         running.rotary = _tables(kwargs.get("position_embeddings"))
         if self.site.layer is None or not self.site.causal or self.site.kv_sharing == "reuse":
             return
@@ -207,8 +211,10 @@ class SiteState(HookChain):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
+        store = self.thread.now.store
         self.mark_called()
-        store = self.running.store
+        self.passes.run(stored=store is not None)
+        in_one_thread(self.entries)
         if self.function is not None and mask is not None and getattr(mask, "ndim", 0) != 4:
             return self._pass_through(module, q, k, v, mask, kwargs)
         original = call = self._read(module, q, k, v, mask, kwargs)
@@ -216,7 +222,7 @@ class SiteState(HookChain):
             alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
             alone = alone and self.function is None and self.site.kv_sharing is None
             if alone and (answered := store.attend(call)) is not None:
-                self.running.store = self.running.rotary = None
+                self.thread.end()
                 return answered, None
             call = store.mask(call)
             if self.site.kv_sharing == "store":
@@ -238,14 +244,14 @@ class SiteState(HookChain):
         out = self.after(call, out)
         if store is not None:
             store.evict(call)
-            self.running.store = self.running.rotary = None  # an open port does not keep a cache alive
+        self.thread.end()
         return out, weights
 
     def _pass_through(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The user's own function with a mask that only it can read."""
-        if self.has_hooks or self.running.store is not None:
+        if self.has_hooks or self.thread.now.store is not None:
             raise UserError(
                 f"{self.function!r}, an attention function of your own, takes a mask ({type(mask).__name__}) that "
                 f"strategies at {self.site.name} cannot read: register transformers' sdpa_mask for it"
@@ -261,7 +267,7 @@ class SiteState(HookChain):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> AttentionCall:
         """The AttentionCall that the model's arguments mean under its own attention function."""
-        store = self.running.store
+        store = self.thread.now.store
         bias = kwargs.get("position_bias")
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -315,7 +321,7 @@ def _ours(cache: Cache, site: Site) -> StoreLayer | None:
 
 def _halves(state: SiteState, module: nn.Module, head_dim: int) -> tuple[Tensor, Tensor] | None:
     """The rotary tables of the latest forward in half-split layout, where the model's rotation has one."""
-    rotary = state.running.rotary
+    rotary = state.thread.now.rotary
     if rotary is None or state.site.latent is not None:
         return None
     if state.copies is None:

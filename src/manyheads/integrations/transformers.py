@@ -8,6 +8,8 @@ end, untouched, so that another model sharing a config notices nothing. All stat
 """
 
 import inspect
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -27,10 +29,12 @@ from .configs import switch_configs
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
+from .passes import Passes, missed
 from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 
+_OPENING = threading.RLock()  # ports of one model may open in several threads
 _EXCLUSIVE: dict[type[Strategy], str] = {AttentionCompute: "computes the output", Cache: "keeps the cache"}
 
 
@@ -42,8 +46,14 @@ class Port:
         self.strategies = strategies
         self._entries: list[tuple[Site, nn.Module, BoundStrategy]] = []
         self._restorers: list[Callable[[], None]] = []
+        self._passes: list[tuple[Site, BoundStrategy, SiteState, Passes]] = []
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        with _OPENING:
+            return self._open()
+
+    def _open(self) -> Self:
         if self._restorers:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
         sites = find_sites(self.model)
@@ -56,7 +66,18 @@ class Port:
                 "pass on; use a model with ordinary attention"
             )
         chosen = self._choose(sites + linear)
-        self._entries = []
+        for _, module in sites:
+            for owner in SiteState.owners(module):
+                if (
+                    owner.thread is not None
+                    and owner.thread.is_alive()
+                    and owner.thread is not threading.current_thread()
+                ):
+                    raise UserError(
+                        f"{type(self.model).__name__} is in use with {owner.strategies[0].spec} in another thread, and "
+                        "all its calls go through that port: run the threads inside one `with manyheads.use(...)`"
+                    )
+        self._entries, self._passes, self.thread = [], [], threading.current_thread()
         try:
             own = register_own((module for _, module in sites), ATTENTION)
             self._restorers.append(switch_configs(self.model, own))
@@ -67,6 +88,7 @@ class Port:
                 self._restorers.append(lambda s=state: s.remove(self))  # type: ignore[misc]
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
+                self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
             self._restorers.append(watch_blocks(self.model, self._entries))
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
@@ -83,9 +105,12 @@ class Port:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        done = [(site, entry, state.passes.since(before)) for site, entry, state, before in self._passes]
         self._restore()
         if kind is None:
             self._check_called()
+            for sentence in missed(done):
+                warnings.warn(sentence, stacklevel=2)
 
     def state(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
         """What ``strategy`` kept in ``call.state``, by site name; readable after closing too."""
@@ -131,8 +156,9 @@ class Port:
         return chosen
 
     def _restore(self) -> None:
-        while self._restorers:
-            self._restorers.pop()()
+        with _OPENING:
+            while self._restorers:
+                self._restorers.pop()()
 
     def _check_called(self) -> None:
         for site, _, entry in self._entries:
