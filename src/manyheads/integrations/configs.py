@@ -43,7 +43,7 @@ def switch_configs(model: nn.Module, own: frozenset[str] = frozenset()) -> Calla
         name = clone._attn_implementation
         if name in own:
             clone._attn_implementation_internal = OWN + name
-        elif name not in (SDPA, EAGER):
+        elif name not in (SDPA, EAGER, *(OWN + each for each in own)):  # several modules share one clone
             eager = name in ("eager", None) or id(original) in lacks_sdpa
             clone._attn_implementation_internal = EAGER if eager else SDPA
         module.__dict__[_KEPT] = [original, 1]

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..attention.causal import causal_tail
 from ..attention.reference import repeat_kv
 from ..attention.rope import copies
-from ..call import AttentionCall, Site, Store
+from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Strategy
 from .blocks import output_of

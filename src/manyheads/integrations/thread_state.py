@@ -23,8 +23,8 @@ class Running:
 class ThreadState:
     """The forward that a module is in, for each thread its own.
 
-    torch.compile cannot trace what belongs to a thread: there it is one for all, as the compiled code is, and what begins
-    outside of it is left for it to find.
+    torch.compile cannot trace what belongs to a thread: there it is one for all, as the compiled code is, and what
+    begins outside of it is left for it to find.
     """
 
     def __init__(self) -> None:
