@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import reference
+from .attention.padded import nbytes
 from .denoising import Axis, DenoiserCall, DiffusionStep, Layout, ModuleKind
 from .errors import UserError
 
@@ -226,9 +227,14 @@ class Store(ABC):
     def reset(self) -> None:
         """Forget everything."""
 
+    @property
     @abstractmethod
+    def held(self) -> list[Tensor | None]:
+        """Every tensor kept between steps."""
+
     def nbytes(self) -> int:
-        """Bytes really held."""
+        """Bytes really held: storages of keys, values and bookkeeping, room for growth included."""
+        return nbytes(*self.held)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class PolicyStore(Store):
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
-            self._gather(call, latest)
+            _gather(self, call, latest)
         view = view_of(self, call)
         if self.tokens.codec is not None and self._forwards == 1:
             self.tokens.key_scale = policy.key_scale(view)
@@ -214,21 +214,6 @@ class PolicyStore(Store):
         self.state, self._ragged = dict(state["state"]), state["ragged"]
         self._queries = None if state["queries"] is None else QueryWindow(**state["queries"])
         self._since, self._forwards = state["since"], state["forwards"]
-
-    def _gather(self, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
-        """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
-
-        ``source`` is what the forks of one cache share, None where there are none.
-        """
-        if self.policy.accumulated_attention:
-            extras = self.live.extras
-            if source is None:
-                new = _received(self, call, latest)
-            else:
-                new = source.once(_RECEIVED, lambda _: _received(self, call, latest))
-            extras[_RECEIVED] = extras[_RECEIVED] + new if _RECEIVED in extras else new
-        if self.policy.needs_queries:
-            self.policy.observe(call, latest, self.state)
 
     def compress(self, view: CacheView, share: Tensor | float | None = None) -> None:
         """Drop all but the best-scored slots of each row and head.
@@ -277,10 +262,6 @@ class PolicyStore(Store):
         self._queries = None
         self._since = max(0, self._since - count)
 
-    def nbytes(self) -> int:
-        """Bytes that this layer really holds: storages of keys, values, remembered queries and bookkeeping."""
-        return self.tokens.nbytes(*self.held)
-
 
 def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
     """Make ``target``, which is empty, what the forwards of ``store`` would have made it."""
@@ -303,7 +284,7 @@ def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
     if queries is not None:
         if policy.window:
             target._queries = queries.last(policy.window)
-        target._gather(call, queries, evidence)
+        _gather(target, call, queries, evidence)
     view = view_of(target, call, evidence.shared)
     if target.tokens.codec is not None:
         target.tokens.key_scale = policy.key_scale(view)
@@ -311,6 +292,22 @@ def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
     if target._waiting is None:
         _choose_storage(target, call.k, call.v)
     return target
+
+
+def _gather(store: PolicyStore, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
+    """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
+
+    ``source`` is what the forks of one cache share, None where there are none.
+    """
+    if store.policy.accumulated_attention:
+        extras = store.live.extras
+        if source is None:
+            new = _received(store, call, latest)
+        else:
+            new = source.once(_RECEIVED, lambda _: _received(store, call, latest))
+        extras[_RECEIVED] = extras[_RECEIVED] + new if _RECEIVED in extras else new
+    if store.policy.needs_queries:
+        store.policy.observe(call, latest, store.state)
 
 
 def _received(store: PolicyStore, call: AttentionCall, queries: QueryWindow) -> Tensor:

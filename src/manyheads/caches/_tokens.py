@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.codec import Codec
-from ..attention.padded import PaddedCache, nbytes
+from ..attention.padded import PaddedCache
 from ..attention.ragged import RaggedCache, kernel_takes, pack
 from ..call import AttentionCall
 from ..errors import UserError
@@ -155,10 +155,6 @@ class Tokens:
             self.ragged = RaggedCache(**ragged, codec=self.codec, dtype=dtype, kernel=kernel_takes(plane))
             if self.ragged.fixed:
                 self.ragged.fix()
-
-    def nbytes(self, *others: Tensor | None) -> int:
-        """Bytes of all storages held, those of ``others`` too."""
-        return nbytes(*self.held, *others)
 
 
 def _fields(x: PaddedCache | RaggedCache, *left_out: str) -> dict[str, Any]:

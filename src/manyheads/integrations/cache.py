@@ -59,7 +59,23 @@ def _owned(seen: int | Tensor, store: Store) -> Any:
     return seen
 
 
-class StoreLayer(CacheLayerMixin):
+class _Copied:
+    """A layer is copied, as a prompt's cache is for every answer, but not pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UserError(
+            "a cache of manyheads is not pickled: write it with manyheads.integrations.transformers.save_cache"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        shared = ("site", "strategy", "_module")  # of the model, not of the sequence
+        for name, value in vars(self).items():
+            twin.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        return twin
+
+
+class StoreLayer(_Copied, CacheLayerMixin):
     """Adapter from :class:`manyheads.call.Store` to transformers' cache layer.
 
     It answers with the *logical* length, so positions, masks and ``generate`` go on as if nothing was dropped.
@@ -75,18 +91,6 @@ class StoreLayer(CacheLayerMixin):
         self.is_compileable = store.fixed
         self.is_sliding = site.window is not None
         self._module = weakref.ref(module)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UserError(
-            "a cache of manyheads is not pickled: write it with manyheads.integrations.transformers.save_cache"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        shared = ("site", "strategy", "_module")  # of the model, not of the sequence
-        for name, value in vars(self).items():
-            twin.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
-        return twin
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
