@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..call import Site
 from ..errors import UserError
@@ -37,8 +37,10 @@ def save_cache(cache: Cache, path: str | Path) -> None:
     Raises:
         UserError: no layer is ours, or a layer keeps something that is neither a tensor nor a plain value.
     """
-    if isinstance(cache, EncoderDecoderCache):
-        raise UserError("the cache of an encoder-decoder model is not saved: save its self_attention_cache")
+    if type(cache) not in (SlotCache, DynamicCache):
+        raise UserError(
+            f"{type(cache).__name__} keeps more than its layers, and cannot be saved; use a decoder-only model"
+        )
     if not any(isinstance(layer, StoreLayer) for layer in cache.layers):
         raise UserError("this cache has no layer of manyheads: keep it as transformers' caches are kept")
     tensors: dict[str, Tensor] = {}

@@ -131,6 +131,8 @@ class Port:
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "
                     "with it"
                 )
+            if isinstance(strategy, Cache):
+                _check_states(self.model, strategy)
             at = {site.index for site, _ in sites if _acts(strategy, site)}
             if not at:
                 there = ", ".join(sorted({f"{s.kind}{' causal' if s.causal else ''}" for s, _ in sites}))
@@ -193,6 +195,7 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
         raise UserError(
             f"{strategy.slug} keeps no cache; choose one of the caches category: `manyheads list --category caches`"
         )
+    _check_states(model, strategy)
     sites = [
         (replace(site, layer=layer), module)
         for site, module in find_sites(model)
@@ -246,6 +249,15 @@ def prefill(
 def _acts(strategy: Strategy, site: Site) -> bool:
     """Whether ``strategy`` acts at ``site``: nothing is stored where a layer reuses what another stores."""
     return strategy.selects(site) and not (isinstance(strategy, Cache) and site.kv_sharing == "reuse")
+
+
+def _check_states(model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a cache strategy where the model remembers outside its cache."""
+    if name := next((name for name, module in model.named_modules() if "recurrent_states" in vars(module)), None):
+        raise UserError(
+            f"{strategy.spec} cannot keep the cache of {type(model).__name__}: that keeps states on modules ({name}), "
+            "where no cache counts, reorders or saves them; use another model"
+        )
 
 
 def _refusal(model: nn.Module) -> str:
