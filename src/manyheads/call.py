@@ -69,8 +69,6 @@ class Site:
         latent: how keys and values come from cached latents, None where the cache holds them themselves.
         kv_sharing: ``store`` where later layers read the keys and values of this one, ``reuse`` where they are those of
             an earlier one: no cache strategy stores anything there. None in most models.
-        serves: layer indices of the cache where one module is used in several layers, else empty; ``layer`` is then the
-            first.
         keys_normed: whether the module brings the keys of every head to one norm, up to learned factors (QK norm).
         output: gives the weight ``[D, H * dv]`` of the linear layer that takes the heads' outputs, None where it is not
             known.
@@ -87,7 +85,6 @@ class Site:
     peers: tuple[int, ...] = ()
     keys_normed: bool = False
     kv_sharing: Literal["store", "reuse"] | None = None
-    serves: tuple[int, ...] = ()
     latent: Latent | None = field(default=None, compare=False, repr=False)
     output: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 

@@ -101,7 +101,9 @@ def test_it_counts_on_the_slots_that_are_left(later, size):
         assert error(logits(model, None, size=size), ours) > 100 * SAME
 
 
-@pytest.mark.parametrize("spec", ["fireq:bits=fp8,window_tokens=4", "adakv:budget=0.5", "kivi", "hashevict:budget=16"])
+@pytest.mark.parametrize(
+    "spec", ["fireq:bits=fp8,window_tokens=4", "adakv:budget=0.5", "fireq:window_tokens=4", "hashevict:budget=16"]
+)
 def test_it_counts_in_packed_and_fixed_storage(spec):
     """What no token may see changes nothing: other keys in the hidden columns, the same output."""
     model = models.tiny("llama")

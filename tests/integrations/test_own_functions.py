@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An attention function that the user has registered stays in force inside a port, or a strategy that cannot says so."""
+"""An attention function that the user has registered stays in force inside a port; strategies that cannot say so."""
 
 import pytest
 import torch
@@ -105,9 +105,9 @@ def test_a_mask_that_only_it_can_read(model):
         with manyheads.use(model):
             assert torch.equal(model(ids).logits, own)
         assert set(seen) == {2}
-        with pytest.raises(UserError, match=r"takes a mask \(Tensor\) that strategies .* cannot read"):
-            with manyheads.use(model, Watch()):
-                model(ids)
+        unread = r"takes a mask \(Tensor\) that strategies .* cannot read"
+        with pytest.raises(UserError, match=unread), manyheads.use(model, Watch()):
+            model(ids)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
@@ -126,7 +126,7 @@ def test_a_name_of_transformers_that_the_user_took_over(name):
 
 
 def test_what_a_fused_kernel_knew_is_computed():
-    """Gemma 2 caps its logits, which SDPA cannot: in a model that was loaded for another kernel the cap still counts."""
+    """Gemma 2 caps its logits, which SDPA cannot: in a model loaded for another kernel the cap still counts."""
     eager, other = (models.build("gemma2", attn="eager") for _ in range(2))
     with manyheads.use(eager):
         want = models.forward("gemma2", eager)

@@ -139,7 +139,7 @@ class Tokens:
         """All tokens, as tensors and plain values by name."""
         return {
             "padded": None if self.padded is None else _fields(self.padded, "_room"),
-            "ragged": None if self.ragged is None else _fields(self.ragged, "codec", "kernel", "dtype"),
+            "ragged": None if self.ragged is None else _fields(self.ragged, "codec", "kernel", "dtype", "key_scale"),
             "dtype": None if self.ragged is None else str(self.ragged.dtype).removeprefix("torch."),
             "key_scale": self.key_scale,
         }
@@ -152,7 +152,9 @@ class Tokens:
         if ragged is not None:
             plane = ragged["k"] if ragged["ring_k"] is None else ragged["ring_k"]
             dtype = getattr(torch, state["dtype"])
-            self.ragged = RaggedCache(**ragged, codec=self.codec, dtype=dtype, kernel=kernel_takes(plane))
+            self.ragged = RaggedCache(
+                **ragged, key_scale=self.key_scale, codec=self.codec, dtype=dtype, kernel=kernel_takes(plane)
+            )  # fmt: skip
             if self.ragged.fixed:
                 self.ragged.fix()
 

@@ -2,7 +2,6 @@
 """Caches on disk: one safetensors file holds every layer, its strategy and what the model was."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,7 @@ def load_cache(path: str | Path, model: nn.Module, *strategies: CacheKind) -> Sl
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     config: Any = model.config
     cache = SlotCache(config=config)
-    sites = {
-        (site.name, layer): (replace(site, layer=layer), module)
-        for site, module in find_sites(model)
-        for layer in site.serves or (site.layer,)
-    }
+    sites = {(site.name, site.layer): (site, module) for site, module in find_sites(model)}
     for index, described in enumerate(layers):
         place = model
         if "spec" in described:

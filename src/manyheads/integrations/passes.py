@@ -98,7 +98,7 @@ def missed(done: Sequence[tuple[Site, BoundStrategy, Passes]]) -> list[str]:
             )
         stack = (one, re.sub(r"\.\d+(?=\.|$)", ".*", site.name))
         most, there = stacks.setdefault(stack, (passes.ran, site.name))
-        if passes.ran != most and not site.serves:
+        if passes.ran != most:
             said[one, "layers"] = (
                 f"{strategy.spec} acted {passes.ran} times at {site.name} and {most} times at {there}: not "
                 "every run went through all layers"

@@ -5,10 +5,13 @@ The model hands the tensor of keys on from layer to layer; what stands for them 
 """
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from ..call import AttentionCall
+from ..call import AttentionCall, Site
+from ..errors import UserError
+from .cache import StoreLayer
 
-__all__ = ["borrow", "lend"]
+__all__ = ["borrow", "lend", "lends"]
 
 
 def lend(k: Tensor, call: AttentionCall) -> None:
@@ -16,9 +19,23 @@ def lend(k: Tensor, call: AttentionCall) -> None:
     vars(k)["slots"] = (None if call.k is k else call.k, call.v, call.mask, call.is_causal, call.step)
 
 
-def borrow(k: Tensor, call: AttentionCall) -> AttentionCall:
-    """The call of a layer that reuses the keys ``k`` of an earlier one, over the slots of that one's store."""
+def lends(cache: Cache, site: Site) -> bool:
+    """Whether a store of ours keeps the keys that ``site`` reuses."""
+    layers = [layer for layer in cache.layers if isinstance(layer, StoreLayer) and layer.site.kv_sharing == "store"]
+    return any((layer.site.window is None) == (site.window is None) for layer in layers)
+
+
+def borrow(k: Tensor, call: AttentionCall, lent: bool) -> AttentionCall:
+    """The call of a layer that reuses the keys ``k`` of an earlier one, over the slots of that one's store.
+
+    Raises UserError where a store keeps them (``lent``) and the tensor is another than that layer had.
+    """
     if (slots := vars(k).get("slots")) is None:
+        if lent:
+            raise UserError(
+                f"{call.site.name} reuses keys of a layer on another device, and what the cache strategy says of them got "
+                "lost on the way: put the layers on one device"
+            )
         return call
     keys, values, mask, is_causal, step = slots
     length = call.q.shape[2]  # the last queries, where the model wants no more

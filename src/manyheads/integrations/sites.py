@@ -29,7 +29,7 @@ from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
 from .masks import eager_mask, port_mask
 from .passes import Passes, in_one_thread
-from .shared_keys import borrow, lend
+from .shared_keys import borrow, lend, lends
 from .thread_state import ThreadState
 
 __all__ = ["ATTENTION", "BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
@@ -56,7 +56,7 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
         if _DISPATCHER in getattr(getattr(forward, "__code__", None), "co_names", ()):
             found.append((replace(_site(name, len(found), module), output=output_of(model, name)), module))
     keepers = [site for site, _ in found if site.causal and site.kv_sharing != "reuse"]
-    peers = tuple(sorted({n for site in keepers for n in (site.serves or (site.layer,)) if n is not None}))
+    peers = tuple(sorted({site.layer for site in keepers if site.layer is not None}))
     return [(replace(site, peers=peers), module) for site, module in found]
 
 
@@ -70,12 +70,9 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
     cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name.rpartition(".")[2]))
     cross = cross or "cross" in type(module).__name__.lower()
     layer: int | None = getattr(module, "layer_idx", None)
-    serves: tuple[int, ...] = ()
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    told = "layer_idx" in inspect.signature(type(module).forward).parameters
-    if told and (layer is None or layer < 0) and types is not None:  # one module for several layers
-        serves = tuple(i for i, kind in enumerate(types) if "hybrid" in kind)
-        layer = serves[0] if serves else None
+    if (layer is None or layer < 0) and "layer_idx" in inspect.signature(type(module).forward).parameters:
+        layer = next((int(part) for part in reversed(name.split(".")) if part.isdecimal()), None)  # told in its calls
     shared = _at(getattr(config, "kv_sharing_modes", None), layer)
     if config is not None and getattr(config, "is_heterogeneous", False) and layer is not None:
         config = config.per_layer_config[layer]
@@ -90,7 +87,6 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
         num_kv_heads=_first((module, config), ("num_key_value_heads",)) or heads,
         window=_window(module, config, _at(types, layer)),
         kv_sharing=None if shared is None else "store" if shared == "store" else "reuse",
-        serves=serves,
         keys_normed=_norms_keys(module),
         latent=latent_of(module),
     )
@@ -175,18 +171,21 @@ class SiteState(HookChain):
         self.passes.enter()
         running = self.thread.begin()
         running.rotary = _tables(kwargs.get("position_embeddings"))
-        if self.site.layer is None or not self.site.causal or self.site.kv_sharing == "reuse":
-            return
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        if cache is None:
+        if cache is None or self.site.layer is None or not self.site.causal:
             return
-        site = self.site
-        if site.serves:
-            site = replace(site, layer=kwargs.get("layer_idx", site.layer))
+        if self.site.kv_sharing == "reuse":
+            running.lent = lends(cache, self.site)
+            return
+        site, bound = self.site, self.cache_strategy
         layer = _ours(cache, site)
-        bound = self.cache_strategy
+        if bound is not None and kwargs.get("layer_idx", site.layer) != site.layer:
+            raise UserError(
+                f"{bound[1].spec} cannot keep the caches of {site.name}: one module serves several layers, each with a "
+                "cache of its own"
+            )
         if bound is not None:
             entry, strategy = bound
             if layer is None:
@@ -228,7 +227,7 @@ class SiteState(HookChain):
             if self.site.kv_sharing == "store":
                 lend(k, call)
         elif self.site.kv_sharing == "reuse":
-            call = borrow(k, call)
+            call = borrow(k, call, self.thread.now.lent)
         if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
             call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         call = self.edit(call)

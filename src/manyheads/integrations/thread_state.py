@@ -18,6 +18,7 @@ class Running:
 
     store: Store | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    lent: bool = False  # keys of another layer, that a store of ours holds
 
 
 class ThreadState:
@@ -35,6 +36,7 @@ class ThreadState:
         """A forward begins in this thread."""
         if torch.compiler.is_compiling():
             self._shared.store = self._shared.rotary = None
+            self._shared.lent = False
             return self._shared
         self._here.running = self._shared = Running()
         return self._shared

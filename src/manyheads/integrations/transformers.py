@@ -11,7 +11,6 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -196,12 +195,7 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
             f"{strategy.slug} keeps no cache; choose one of the caches category: `manyheads list --category caches`"
         )
     _check_states(model, strategy)
-    sites = [
-        (replace(site, layer=layer), module)
-        for site, module in find_sites(model)
-        if _acts(strategy, site)
-        for layer in site.serves or (site.layer,)
-    ]
+    sites = [(site, module) for site, module in find_sites(model) if _acts(strategy, site)]
     if not sites:
         raise UserError(f"{strategy.spec} finds no decoder self-attention in {type(model).__name__}")
 
