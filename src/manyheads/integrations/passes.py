@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..strategy import AttentionWatch, Cache, Residual
 from .hook_chain import BoundStrategy
 
-__all__ = ["Passes", "in_one_thread", "missed"]
+__all__ = ["Passes", "in_one_thread", "missed", "stack_of"]
 
 
 @dataclass(slots=True)
@@ -75,6 +75,11 @@ def in_one_thread(entries: Iterable[BoundStrategy]) -> None:
             )
 
 
+def stack_of(name: str) -> str:
+    """What the attention modules of one stack of blocks have in common: their path without numbers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
 def missed(done: Sequence[tuple[Site, BoundStrategy, Passes]]) -> list[str]:
     """Sentences on where the strategies of a port did not act in every run; none where they did.
 
@@ -87,20 +92,22 @@ def missed(done: Sequence[tuple[Site, BoundStrategy, Passes]]) -> list[str]:
         if not passes.entered:
             continue
         if passes.ran < passes.entered:
-            said[one, "passed"] = (
+            said.setdefault(
+                (one, "passed"),
                 f"{strategy.spec} acted in {passes.ran} of {passes.entered} runs of {site.name}; in the others its "
-                "attention did not reach the port: it failed, or attn_implementation was set inside the block"
+                "attention did not reach the port: it failed, or attn_implementation was set inside the block",
             )
         if isinstance(strategy, Cache) and 0 < passes.stored < passes.ran:
-            said[one, "stored"] = (
+            said.setdefault(
+                (one, "stored"),
                 f"{strategy.spec} kept the cache in {passes.stored} of {passes.ran} runs of {site.name}; the others "
-                "ran without a cache"
+                "ran without a cache",
             )
-        stack = (one, re.sub(r"\.\d+(?=\.|$)", ".*", site.name))
-        most, there = stacks.setdefault(stack, (passes.ran, site.name))
+        most, there = stacks.setdefault((one, stack_of(site.name)), (passes.ran, site.name))
         if passes.ran != most:
-            said[one, "layers"] = (
+            said.setdefault(
+                (one, "layers"),
                 f"{strategy.spec} acted {passes.ran} times at {site.name} and {most} times at {there}: not "
-                "every run went through all layers"
+                "every run went through all layers",
             )
     return list(said.values())

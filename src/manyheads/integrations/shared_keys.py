@@ -33,8 +33,8 @@ def borrow(k: Tensor, call: AttentionCall, lent: bool) -> AttentionCall:
     if (slots := vars(k).get("slots")) is None:
         if lent:
             raise UserError(
-                f"{call.site.name} reuses keys of a layer on another device, and what the cache strategy says of them got "
-                "lost on the way: put the layers on one device"
+                f"{call.site.name} reuses keys of a layer on another device, and what the cache strategy says of them "
+                "got lost on the way: put the layers on one device"
             )
         return call
     keys, values, mask, is_causal, step = slots

@@ -28,7 +28,7 @@ from .configs import switch_configs
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
-from .passes import Passes, missed
+from .passes import Passes, missed, stack_of
 from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
@@ -46,6 +46,7 @@ class Port:
         self._entries: list[tuple[Site, nn.Module, BoundStrategy]] = []
         self._restorers: list[Callable[[], None]] = []
         self._passes: list[tuple[Site, BoundStrategy, SiteState, Passes]] = []
+        self._ran = False
         self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -89,6 +90,13 @@ class Port:
                 self._entries += [(site, module, entry) for entry in entries]
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
             self._restorers.append(watch_blocks(self.model, self._entries))
+            self._ran = False
+
+            def note(*_: Any) -> None:  # the model itself runs, and not only a part of it
+                if not self._ran:
+                    self._ran = True
+
+            self._restorers.append(self.model.register_forward_pre_hook(note).remove)
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
@@ -162,17 +170,30 @@ class Port:
                 self._restorers.pop()()
 
     def _check_called(self) -> None:
-        for site, _, entry in self._entries:
-            if not entry.called:
+        for strategy in self.strategies:
+            mine = [(site.name, entry.called) for site, _, entry in self._entries if entry.strategy is strategy]
+            idle = [name for name, called in mine if not called]
+            if (
+                idle
+                and self._ran
+                and len(idle) < len(mine)
+                and not {stack_of(name) for name in idle} & {stack_of(n) for n, called in mine if called}
+            ):
+                warnings.warn(
+                    f"{strategy.spec} acted at {len(mine) - len(idle)} of {len(mine)} attention modules; the model did "
+                    f"not run {', '.join(idle[:3])}{' and more' * (len(idle) > 3)}",
+                    stacklevel=3,
+                )
+            elif idle:
                 raise UserError(
-                    f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it in "
+                    f"{strategy.spec} selected {idle[0]}, and it was never called: the model did not run it in "
                     "the block; narrow it with layers=..., or run the model"
                 )
-        idle = {id(e.strategy): e.strategy for _, _, e in self._entries if isinstance(e.strategy, Cache)}
+        unused = {id(e.strategy): e.strategy for _, _, e in self._entries if isinstance(e.strategy, Cache)}
         for _, _, entry in self._entries:
             if entry.stored:
-                idle.pop(id(entry.strategy), None)
-        for strategy in idle.values():
+                unused.pop(id(entry.strategy), None)
+        for strategy in unused.values():
             raise UserError(f"{strategy.spec} keeps the cache, but the model ran without one: pass use_cache=True")
 
 
