@@ -98,7 +98,7 @@ def test_a_part_that_the_model_does_not_need():
     config = Qwen2VLForConditionalGeneration.config_class(
         text_config={
             "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, 
+            "num_attention_heads": 4, "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
         },
         vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},

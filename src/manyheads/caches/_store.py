@@ -158,8 +158,8 @@ class PolicyStore(Store):
             return call
         if call.bias is not None:
             raise UserError(
-                f"{self.policy.slug} cannot evict at {self.site.name}: the model adds a position bias computed from "
-                "cache columns; use a model with rotary or absolute positions"
+                f"{self.policy.slug} cannot evict at {self.site.name}: numbers are added to the logits by cache "
+                "column, a position bias or a mask of floats; use a boolean mask, a model with rotary positions"
             )
         if call.mask is None and slots.even and self.site.window is None:
             return call.replace(is_causal=new > 1)
@@ -312,9 +312,13 @@ def _gather(store: PolicyStore, call: AttentionCall, latest: QueryWindow, source
 
 def _received(store: PolicyStore, call: AttentionCall, queries: QueryWindow) -> Tensor:
     """Attention that each slot received from ``queries``, ``[B, Hs, N, 1]``."""
-    slots = store.live
+    slots, positions = store.live, store.live.positions()
+    if call.mask is not None and call.mask.shape[-1] == slots.size:  # no query may have seen a slot at all
+        seen = call.mask.any(2)
+        seen = seen if seen.shape[1] in (1, positions.shape[1]) else seen.unflatten(1, (positions.shape[1], -1)).any(2)
+        positions = positions.masked_fill(~seen, -1)
     by_head = accumulated_attention(
-        queries.q, call.k, queries.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
+        queries.q, call.k, queries.positions, positions, scale=call.scale, softcap=call.softcap,
         sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
     )  # fmt: skip
     stored: Tensor = by_head.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
