@@ -231,6 +231,22 @@ def test_several_answers_from_one_kept_prompt(spec):
             step(model, models.tokens(3, 1), pair)
 
 
+@pytest.mark.parametrize("name", [*HYBRIDS, *SHARING])
+def test_several_answers_from_one_kept_prompt_of_a_hybrid(name):
+    """States are repeated with keys and values."""
+    model, ids = built(name), models.tokens(1, LENGTH)
+    with manyheads.use(model):
+        cache = new_cache(model, manyheads.parse("keydiff:budget=0.5"))
+        prefill(model, ids, cache)
+        one = model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=4, do_sample=False)
+        several = model.generate(ids, past_key_values=cache, max_new_tokens=4, num_return_sequences=3, num_beams=3)
+        assert several.shape == (3, LENGTH + 4) and cache.layers[1].store.rows == 3
+        step_by_step = new_cache(model, manyheads.parse("keydiff:budget=0.5"))
+        prefill(model, ids, step_by_step)
+        logits = step(model, ids[:, -1:].repeat(3, 1), step_by_step)
+        assert torch.equal(logits.argmax(-1).flatten(), one[:, LENGTH].repeat(3))
+
+
 def test_a_module_that_serves_several_layers_is_refused():
     model = copy.deepcopy(built("Zamba2"))
     model.model.layers[3].shared_transformer = model.model.layers[1].shared_transformer

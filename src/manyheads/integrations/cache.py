@@ -25,7 +25,7 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Cache as CacheKind
 
-__all__ = ["Past", "SlotCache", "StoreLayer", "install"]
+__all__ = ["Past", "SlotCache", "StoreLayer", "expand", "install"]
 
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 _HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
@@ -247,6 +247,17 @@ def _join(store: Store, group: dict[int, Store]) -> Store:
     store.group = group
     group[store.site.layer] = store
     return store
+
+
+def expand(cache: Any, rows: int) -> None:
+    """Repeat every row of a cache with stores of ours, so that it has ``rows``: as ``generate`` repeats its prompts.
+
+    Nothing happens where the numbers do not fit; the layers then say so.
+    """
+    layers = cache.layers if isinstance(cache, Cache) else []
+    held = next((layer.store.rows for layer in layers if isinstance(layer, StoreLayer)), None)
+    if held is not None and rows > held and rows % held == 0:
+        cache.reorder_cache(torch.arange(held).repeat_interleave(rows // held))
 
 
 def install(

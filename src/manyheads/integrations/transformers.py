@@ -22,7 +22,7 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
-from .cache import SlotCache, StoreLayer, install
+from .cache import SlotCache, StoreLayer, expand, install
 from .cache_files import load_cache, save_cache
 from .configs import switch_configs
 from .functions import own_function, register_own
@@ -92,11 +92,17 @@ class Port:
             self._restorers.append(watch_blocks(self.model, self._entries))
             self._ran = False
 
-            def note(*_: Any) -> None:  # the model itself runs, and not only a part of it
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                """The model itself runs, and not only a part of it."""
                 if not self._ran:
                     self._ran = True
+                ids = next(
+                    (x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+                )
+                if isinstance(ids, Tensor) and not torch.compiler.is_compiling():
+                    expand(kwargs.get("past_key_values"), ids.shape[0])
 
-            self._restorers.append(self.model.register_forward_pre_hook(note).remove)
+            self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
