@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import reference
+from .attention.padded import nbytes
 from .denoising import Axis, DenoiserCall, DiffusionStep, Layout, ModuleKind
 from .errors import UserError
 
@@ -66,6 +67,8 @@ class Site:
         window: sliding-window length in tokens, None for full attention.
         peers: layer indices of all causal self-attention of the model, ascending; of all blocks of a denoiser.
         latent: how keys and values come from cached latents, None where the cache holds them themselves.
+        kv_sharing: ``store`` where later layers read the keys and values of this one, ``reuse`` where they are those of
+            an earlier one: no cache strategy stores anything there. None in most models.
         keys_normed: whether the module brings the keys of every head to one norm, up to learned factors (QK norm).
         output: gives the weight ``[D, H * dv]`` of the linear layer that takes the heads' outputs, None where it is not
             known.
@@ -81,6 +84,7 @@ class Site:
     window: int | None = None
     peers: tuple[int, ...] = ()
     keys_normed: bool = False
+    kv_sharing: Literal["store", "reuse"] | None = None
     latent: Latent | None = field(default=None, compare=False, repr=False)
     output: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 
@@ -128,6 +132,7 @@ class Store(ABC):
 
     Attributes:
         covers_past: :meth:`mask` knows what is visible of the past: the model's mask may be that of the new tokens.
+        computes: its use is that :meth:`attend` answers instead of the model's own function.
         group: the stores of one cache by layer, which share this dict.
         record: last queries to keep for :meth:`fork`; 0 for a store that is never forked.
         room: tokens that can be decoded without the host, 0 without a fixed size; set by :meth:`reserve`.
@@ -135,6 +140,7 @@ class Store(ABC):
     """
 
     covers_past: ClassVar[bool] = False
+    computes: ClassVar[bool] = False
 
     def __init__(self, site: Site, record: int = 0) -> None:
         self.site = site
@@ -145,6 +151,16 @@ class Store(ABC):
     @abstractmethod
     def seen(self) -> int | Tensor:
         """Tokens so far, dropped ones included; a tensor of no dimension where only the device counts."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int | None:
+        """Batch rows held, None before the first token."""
+
+    @property
+    def real(self) -> Tensor | None:
+        """Columns that hold tokens and not padding, as their own forward said: bool ``[B, seen]``; None for all."""
+        return None
 
     @property
     @abstractmethod
@@ -208,9 +224,22 @@ class Store(ABC):
     def reset(self) -> None:
         """Forget everything."""
 
+    @property
     @abstractmethod
+    def held(self) -> list[Tensor | None]:
+        """Every tensor kept between steps."""
+
     def nbytes(self) -> int:
-        """Bytes really held."""
+        """Bytes really held: storages of keys, values and bookkeeping, room for growth included."""
+        return nbytes(*self.held)
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered, as tensors and plain values by name; what only :meth:`fork` needs is left out."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember what :meth:`state_dict` of a store of the same strategy and site gave."""
 
 
 @dataclass(slots=True)
@@ -237,6 +266,8 @@ class AttentionCall:
         recurrence: decay and state at a site of kind ``linear``, None elsewhere.
         prepended: keys in front of all others that stand for no token (``calls.edits.append_kv``).
         diffusion: step, branches and token layout of a denoiser, None elsewhere.
+        function: name of the attention function of the user's own that the model computes with; None for softmax
+            attention as this call says it.
         state: scratch of the strategy at hand at this site, kept while its ``use`` is open; in a denoiser that runs
             its branches one after the other, a scratch for each.
     """
@@ -260,6 +291,7 @@ class AttentionCall:
     recurrence: Recurrence | None = None
     prepended: int = 0
     diffusion: DiffusionStep | None = None
+    function: str | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "AttentionCall":
@@ -273,8 +305,17 @@ class AttentionCall:
         causal = reference.causal_mask(self.q.shape[2], self.k.shape[2], self.q.device)[None, None]
         return causal if self.mask is None else self.mask & causal
 
+    def require_softmax(self) -> None:
+        """Raise UserError where the model computes with an attention function of the user's own."""
+        if self.function is not None:
+            raise UserError(
+                f"{self.site.name} computes with {self.function!r}, a function of your own, its weights are not known; "
+                'load the model with attn_implementation="sdpa" or "eager"'
+            )
+
     def attend(self) -> Tensor:
         """Dense reference attention in the dtype of the inputs, ``[B, T, H, dv]``, without dropout."""
+        self.require_softmax()
         return reference.attention(
             self.q, self.k, self.v, scale=self.scale, mask=self.allowed(), bias=self.bias, softcap=self.softcap,
             sinks=self.sinks,
@@ -285,6 +326,7 @@ class AttentionCall:
 
         With it any single weight is ``exp(scale * q_t . k_s + bias - lse_t)``, without a ``T x S`` map.
         """
+        self.require_softmax()
         allowed = self.allowed()
         rows = []
         for t in range(0, self.q.shape[2], block):

@@ -188,8 +188,8 @@ def test_control_a_port_that_does_not_restore(monkeypatch, leave):
 def test_control_configs_that_are_not_put_back(monkeypatch, leave):
     switch = port.switch_configs
 
-    def switch_for_good(model):
-        switch(model)
+    def switch_for_good(model, own):
+        switch(model, own)
         return lambda: None
 
     monkeypatch.setattr(port, "switch_configs", switch_for_good)

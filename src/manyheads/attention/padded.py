@@ -167,14 +167,16 @@ class PaddedCache:
         """
         if self.index is None and (self.valid is None if mask is None else mask.shape[-1] == self.size):
             return mask
-        columns = self.columns() if self.index is not None else self.columns()[:, :1]  # the same for every head
+        whole = not older or (mask is not None and mask.shape[-1] == self.seen)  # it speaks for padding, too
+        columns = self._raw.long() if whole else self.columns()
+        columns = columns if self.index is not None else columns[:, :1]  # the same for every head
         if mask is None:
             queries = torch.arange(self.seen - num_queries, self.seen, device=columns.device)[:, None]
             return (columns[:, :, None, :] >= 0) & (columns[:, :, None, :] <= queries)
         columns = repeat_kv(columns, max(mask.shape[1], columns.shape[1]))
         held, columns = columns >= 0, columns - (self.seen - mask.shape[-1])
-        whole = mask.expand(columns.shape[0], columns.shape[1], -1, -1)
-        picked = whole.gather(3, columns.clamp(min=0)[:, :, None, :].expand(-1, -1, num_queries, -1))
+        mask = mask.expand(columns.shape[0], columns.shape[1], -1, -1)
+        picked = mask.gather(3, columns.clamp(min=0)[:, :, None, :].expand(-1, -1, num_queries, -1))
         if not older:
             return picked & (columns >= 0)[:, :, None, :]
         return (picked | (columns < 0)[:, :, None, :]) & held[:, :, None, :]

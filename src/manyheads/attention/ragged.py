@@ -21,7 +21,7 @@ from . import reference
 from .codec import Codec
 from .padded import PaddedCache
 
-__all__ = ["RaggedCache", "decode_attention", "pack"]
+__all__ = ["RaggedCache", "decode_attention", "kernel_takes", "pack"]
 
 
 def decode_attention(
@@ -225,9 +225,21 @@ class RaggedCache:
             )  # fmt: skip
         return out[:, None]
 
+    @property
+    def _made(self) -> int:
+        """Columns since packing; waits for the device where only that knows."""
+        return int(self.clock) - self.seen if self.fixed else self.made
+
+    @property
+    def real(self) -> Tensor | None:
+        """Columns that hold tokens ``[B, seen]`` up to now, None for all."""
+        if self.valid is None:
+            return None
+        return torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], self._made)], 1)
+
     def unpack(self) -> PaddedCache:
         """The same tokens as slots ``[B, Hs, N, d]``, in the order of columns; codes go along unchanged."""
-        made = int(self.clock) - self.seen if self.fixed else self.made
+        made = self._made
         at = torch.arange(self.capacity, device=self.k.device)
         where = (self.offsets[..., None] + at).clamp(max=max(0, self.k.shape[0] - 1))
         index = torch.where(at < self.lengths[..., None], self.index[where], -1)
@@ -253,9 +265,7 @@ class RaggedCache:
             }
         if self.key_scale is not None:
             keys = keys / self.key_scale[:, :, None]
-        valid = None
-        if self.valid is not None:
-            valid = torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], made)], 1)
+        valid = self.real
         slots = PaddedCache(keys.to(self.dtype), values.to(self.dtype), self.seen + made, index, valid, extras)
         order = at.expand_as(index) if self.ring_k is None else torch.where(index < 0, _LAST, index).argsort(dim=-1)
         held = (index >= 0).sum(-1)
@@ -273,7 +283,8 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def _kernel_takes(keys: Tensor) -> bool:
+def kernel_takes(keys: Tensor) -> bool:
+    """Whether the GPU kernel decodes over keys of this device and head dimension."""
     from .. import kernels
 
     return keys.is_cuda and keys.shape[-1] in (32, 64, 128, 256) and kernels.available()
@@ -336,7 +347,7 @@ def pack(
         flat(_bits(k)).view(k.dtype), flat(_bits(v)).view(v.dtype), k_scale, v_scale, flat(columns.int()),
         offsets, lengths.int(), ends, counts.clone(), torch.tensor(slots.seen, device=device), ring_k, ring_v,
         ring_index, key_scale, slots.valid, codec, slots.keys.dtype, capacity, room, slots.seen,
-        _kernel_takes(slots.keys),
+        kernel_takes(slots.keys),
     )  # fmt: skip
 
 
@@ -355,7 +366,7 @@ def _regular(slots: PaddedCache, counts: Tensor, room: int) -> RaggedCache:
     return RaggedCache(
         flat(slots.keys), flat(slots.values), None, None, flat(slots.columns().int()), ends - each, lengths, ends,
         counts.clone(), torch.tensor(slots.seen, device=counts.device), None, None, None, None, slots.valid, None,
-        slots.keys.dtype, each, room, slots.seen, _kernel_takes(slots.keys),
+        slots.keys.dtype, each, room, slots.seen, kernel_takes(slots.keys),
     )  # fmt: skip
 
 

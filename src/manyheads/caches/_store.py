@@ -2,7 +2,7 @@
 """The store behind every eviction policy: update, attend, observe, evict."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -98,6 +98,14 @@ class PolicyStore(Store):
         return None
 
     @property
+    def rows(self) -> int | None:
+        return self.tokens.rows
+
+    @property
+    def real(self) -> Tensor | None:
+        return self.tokens.real
+
+    @property
     def keys(self) -> Tensor | None:
         return None if self.padded is None and self.tokens.ragged is None else self._copy.keys
 
@@ -150,8 +158,8 @@ class PolicyStore(Store):
             return call
         if call.bias is not None:
             raise UserError(
-                f"{self.policy.slug} cannot evict at {self.site.name}: the model adds a position bias computed from "
-                "cache columns; use a model with rotary or absolute positions"
+                f"{self.policy.slug} cannot evict at {self.site.name}: numbers are added to the logits by cache "
+                "column, a position bias or a mask of floats; use a boolean mask, a model with rotary positions"
             )
         if call.mask is None and slots.even and self.site.window is None:
             return call.replace(is_causal=new > 1)
@@ -168,7 +176,7 @@ class PolicyStore(Store):
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
-            self._gather(call, latest)
+            _gather(self, call, latest)
         view = view_of(self, call)
         if self.tokens.codec is not None and self._forwards == 1:
             self.tokens.key_scale = policy.key_scale(view)
@@ -184,53 +192,28 @@ class PolicyStore(Store):
 
     def fork(self, target: Store | None = None) -> Store:
         """As in :class:`Store`: exact for policies with ``dense_prefill``, refused once this store dropped a token."""
-        evidence, slots = self._evidence, self.padded
-        if evidence is None or slots is None or slots.index is not None:
-            raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
         if target is None:
             target = type(self)(self.policy, self.site)
             target.group = {self.site.layer or 0: target}
-        if not isinstance(target, PolicyStore):
-            return super().fork(target)
-        policy = target.policy
-        if policy.record > self.record:
-            raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
-        target.tokens.padded = slots.twin()
-        target._forwards = self._forwards
-        queries, rotary = evidence.queries, evidence.rotary
-        partial = queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]
-        if policy.needs_queries and partial:
-            raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
-        call = AttentionCall(
-            self.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
-            softcap=evidence.softcap, sinks=evidence.sinks, rotary=evidence.rotary,
-        )  # fmt: skip
-        if queries is not None:
-            if policy.window:
-                target._queries = queries.last(policy.window)
-            target._gather(call, queries, evidence)
-        view = view_of(target, call, evidence.shared)
-        if target.tokens.codec is not None:
-            target.tokens.key_scale = policy.key_scale(view)
-        target.compress(view)
-        if target._waiting is None:
-            _choose_storage(target, call.k, call.v)
-        return target
+        return _fork(self, target) if isinstance(target, PolicyStore) else super().fork(target)
 
-    def _gather(self, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
-        """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
+    def state_dict(self) -> dict[str, Any]:
+        if self._waiting is not None:
+            raise UserError(f"{self.policy.slug} has not evicted yet, not all layers have run: save it after a forward")
+        queries = self._queries
+        return {
+            "tokens": self.tokens.state_dict(), "state": dict(self.state), "ragged": self._ragged,
+            "queries": None if queries is None else {"q": queries.q, "positions": queries.positions},
+            "since": self._since, "forwards": self._forwards, "record": self.record, "room": self.room,
+        }  # fmt: skip
 
-        ``source`` is what the forks of one cache share, None where there are none.
-        """
-        if self.policy.accumulated_attention:
-            extras = self.live.extras
-            if source is None:
-                new = _received(self, call, latest)
-            else:
-                new = source.once(_RECEIVED, lambda _: _received(self, call, latest))
-            extras[_RECEIVED] = extras[_RECEIVED] + new if _RECEIVED in extras else new
-        if self.policy.needs_queries:
-            self.policy.observe(call, latest, self.state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.record, self.room = state["record"], state["room"]
+        self.reset()
+        self.tokens.load_state_dict(state["tokens"])
+        self.state, self._ragged = dict(state["state"]), state["ragged"]
+        self._queries = None if state["queries"] is None else QueryWindow(**state["queries"])
+        self._since, self._forwards = state["since"], state["forwards"]
 
     def compress(self, view: CacheView, share: Tensor | float | None = None) -> None:
         """Drop all but the best-scored slots of each row and head.
@@ -279,16 +262,63 @@ class PolicyStore(Store):
         self._queries = None
         self._since = max(0, self._since - count)
 
-    def nbytes(self) -> int:
-        """Bytes that this layer really holds: storages of keys, values, remembered queries and bookkeeping."""
-        return self.tokens.nbytes(*self.held)
+
+def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
+    """Make ``target``, which is empty, what the forwards of ``store`` would have made it."""
+    evidence, slots = store._evidence, store.padded
+    if evidence is None or slots is None or slots.index is not None:
+        raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
+    policy = target.policy
+    if policy.record > store.record:
+        raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
+    target.tokens.padded = slots.twin()
+    target._forwards = store._forwards
+    queries, rotary = evidence.queries, evidence.rotary
+    partial = queries is not None and rotary is not None and rotary[0].shape[1] != queries.q.shape[2]
+    if policy.needs_queries and partial:
+        raise UserError(f"{policy.slug} can be forked from a prompt that was read in one forward only")
+    call = AttentionCall(
+        store.site, evidence.k[:, :, :0] if queries is None else queries.q, evidence.k, evidence.v, evidence.scale,
+        softcap=evidence.softcap, sinks=evidence.sinks, rotary=evidence.rotary,
+    )  # fmt: skip
+    if queries is not None:
+        if policy.window:
+            target._queries = queries.last(policy.window)
+        _gather(target, call, queries, evidence)
+    view = view_of(target, call, evidence.shared)
+    if target.tokens.codec is not None:
+        target.tokens.key_scale = policy.key_scale(view)
+    target.compress(view)
+    if target._waiting is None:
+        _choose_storage(target, call.k, call.v)
+    return target
+
+
+def _gather(store: PolicyStore, call: AttentionCall, latest: QueryWindow, source: CacheView | None = None) -> None:
+    """Add the attention that the ``latest`` queries paid to each slot, and let the policy see them.
+
+    ``source`` is what the forks of one cache share, None where there are none.
+    """
+    if store.policy.accumulated_attention:
+        extras = store.live.extras
+        if source is None:
+            new = _received(store, call, latest)
+        else:
+            new = source.once(_RECEIVED, lambda _: _received(store, call, latest))
+        extras[_RECEIVED] = extras[_RECEIVED] + new if _RECEIVED in extras else new
+    if store.policy.needs_queries:
+        store.policy.observe(call, latest, store.state)
 
 
 def _received(store: PolicyStore, call: AttentionCall, queries: QueryWindow) -> Tensor:
     """Attention that each slot received from ``queries``, ``[B, Hs, N, 1]``."""
-    slots = store.live
+    slots, positions = store.live, store.live.positions()
+    if call.mask is not None and call.mask.shape[-1] == slots.size:  # no query may have seen a slot at all
+        seen = call.mask.any(2)
+        seen = seen if seen.shape[1] in (1, positions.shape[1]) else seen.unflatten(1, (positions.shape[1], -1)).any(2)
+        positions = positions.masked_fill(~seen, -1)
     by_head = accumulated_attention(
-        queries.q, call.k, queries.positions, slots.positions(), scale=call.scale, softcap=call.softcap,
+        queries.q, call.k, queries.positions, positions, scale=call.scale, softcap=call.softcap,
         sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
     )  # fmt: skip
     stored: Tensor = by_head.unflatten(1, (slots.keys.shape[1], -1)).sum(2)

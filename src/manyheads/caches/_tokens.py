@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens of one cache layer: slots while many come at a time, ragged storage while one comes after the other."""
 
+from dataclasses import fields
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..attention.codec import Codec
-from ..attention.padded import PaddedCache, nbytes
-from ..attention.ragged import RaggedCache, pack
+from ..attention.padded import PaddedCache
+from ..attention.ragged import RaggedCache, kernel_takes, pack
 from ..call import AttentionCall
 from ..errors import UserError
 
@@ -46,6 +50,20 @@ class Tokens:
         if self.ragged.fixed:
             return self.ragged.clock
         return self.ragged.seen + self.ragged.made + (self._incoming is not None)
+
+    @property
+    def rows(self) -> int | None:
+        """Batch rows, None before the first token."""
+        if self.ragged is not None:
+            return self.ragged.counts.shape[0]
+        return None if self.padded is None else self.padded.keys.shape[0]
+
+    @property
+    def real(self) -> Tensor | None:
+        """Columns that hold tokens ``[B, seen]``, None for all."""
+        if self.ragged is not None:
+            return self.ragged.real
+        return None if self.padded is None else self.padded.valid
 
     @property
     def held(self) -> list[Tensor | None]:
@@ -117,6 +135,30 @@ class Tokens:
         self.unpack()
         self.live.crop(count)
 
-    def nbytes(self, *others: Tensor | None) -> int:
-        """Bytes of all storages held, those of ``others`` too."""
-        return nbytes(*self.held, *others)
+    def state_dict(self) -> dict[str, Any]:
+        """All tokens, as tensors and plain values by name."""
+        return {
+            "padded": None if self.padded is None else _fields(self.padded, "_room"),
+            "ragged": None if self.ragged is None else _fields(self.ragged, "codec", "kernel", "dtype", "key_scale"),
+            "dtype": None if self.ragged is None else str(self.ragged.dtype).removeprefix("torch."),
+            "key_scale": self.key_scale,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold what :meth:`state_dict` gave."""
+        padded, ragged = state["padded"], state["ragged"]
+        self.padded = None if padded is None else PaddedCache(**padded)
+        self.ragged, self.key_scale = None, state["key_scale"]
+        if ragged is not None:
+            plane = ragged["k"] if ragged["ring_k"] is None else ragged["ring_k"]
+            dtype = getattr(torch, state["dtype"])
+            self.ragged = RaggedCache(
+                **ragged, key_scale=self.key_scale, codec=self.codec, dtype=dtype, kernel=kernel_takes(plane)
+            )  # fmt: skip
+            if self.ragged.fixed:
+                self.ragged.fix()
+
+
+def _fields(x: PaddedCache | RaggedCache, *left_out: str) -> dict[str, Any]:
+    """What a storage holds, by name."""
+    return {f.name: getattr(x, f.name) for f in fields(x) if f.name not in left_out}

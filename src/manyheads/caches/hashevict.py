@@ -20,7 +20,7 @@ Bits are packed eight to a byte (released code: one byte a bit): num_bits / 8 by
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -151,7 +151,8 @@ class HashStore(PolicyStore):
             order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : self._capacity]
             slots.keep(order, kept.gather(2, order))
             if slots.size == self._capacity and not slots.keys.requires_grad:
-                self._add_staging_slot(slots)
+                _add_staging_slot(slots)
+                self._has_staging_slot = True
         if self.site.window is not None and not self._has_staging_slot:
             drop_outside_window(slots, self.site.window)
 
@@ -171,6 +172,16 @@ class HashStore(PolicyStore):
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         self._caps = None if self._caps is None else self._caps[rows.to(self._caps.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        mine = {"capacity": self._capacity, "caps": self._caps, "has_staging_slot": self._has_staging_slot}
+        return {**super().state_dict(), **mine}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._capacity, self._caps, self._has_staging_slot = (
+            state[name] for name in ("capacity", "caps", "has_staging_slot")
+        )
 
     @property
     def held(self) -> list[Tensor | None]:
@@ -208,14 +219,6 @@ class HashStore(PolicyStore):
             alive[..., size - new + t] = mine[..., 0] >= 0
         return replaced_by
 
-    def _add_staging_slot(self, slots: PaddedCache) -> None:
-        slots.keys, slots.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (slots.keys, slots.values))
-        assert slots.index is not None
-        slots.index = torch.nn.functional.pad(slots.index, (0, 1), value=-1)
-        hashes = slots.extras["hash"]
-        slots.extras = {"hash": torch.cat([hashes, hashes[:, :, -1:]], 2)}
-        self._has_staging_slot = True
-
     def _move_in(self, slots: PaddedCache, replaced_by: Tensor) -> None:
         """The token in the staging slot overwrites the evicted one, or an empty slot of a row that is not full."""
         assert slots.index is not None
@@ -228,3 +231,11 @@ class HashStore(PolicyStore):
             at = place.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[3])
             came = arrived.expand(-1, x.shape[1], -1)[..., None]
             x.scatter_(2, at, torch.where(came, x[:, :, -1:], x.gather(2, at)))
+
+
+def _add_staging_slot(slots: PaddedCache) -> None:
+    slots.keys, slots.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (slots.keys, slots.values))
+    assert slots.index is not None
+    slots.index = torch.nn.functional.pad(slots.index, (0, 1), value=-1)
+    hashes = slots.extras["hash"]
+    slots.extras = {"hash": torch.cat([hashes, hashes[:, :, -1:]], 2)}

@@ -20,13 +20,12 @@ module; the store, the dispatch and the calibration fields are ours.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..attention import mla, reference
-from ..attention.padded import nbytes
 from ..call import AttentionCall, Latent, Site, Store
 from ..errors import UserError
 from ..strategy import Cache
@@ -92,6 +91,8 @@ class LatentStore(Store):
     gives the call keys and values of all tokens. The mask of a forward covers all columns, so padding needs no record.
     """
 
+    computes: ClassVar[bool] = True
+
     def __init__(self, strategy: MLAHw, site: Site) -> None:
         assert site.latent is not None
         super().__init__(site)
@@ -113,6 +114,10 @@ class LatentStore(Store):
         return self._seen
 
     @property
+    def rows(self) -> int | None:
+        return None if self._held is None else self._held.shape[0]
+
+    @property
     def keys(self) -> Tensor | None:
         """Latents ``[B, 1, S, r]``."""
         return None if self._held is None else self._held[:, :, : self.seen, : self.dims.rank]
@@ -121,6 +126,10 @@ class LatentStore(Store):
     def values(self) -> Tensor | None:
         """Rotary keys ``[B, 1, S, dr]``."""
         return None if self._held is None else self._held[:, :, : self.seen, self.dims.rank :]
+
+    @property
+    def held(self) -> list[Tensor | None]:
+        return [self._held]
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take the next T tokens, latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]``; return just these."""
@@ -148,7 +157,7 @@ class LatentStore(Store):
         if self._schedule(call) == "expand":
             return None
         return mla.absorb(
-            call.q, self._all(_ALIGNED), self._up(call.q), self.dims, scale=call.scale, mask=self._mask(call),
+            call.q, self._all(_ALIGNED), _up(self.latent, call.q), self.dims, scale=call.scale, mask=self._mask(call),
             bias=call.bias, seen=self.seen,
         )  # fmt: skip
 
@@ -156,7 +165,7 @@ class LatentStore(Store):
         """Give the call keys and values of all tokens, where it has those of the new ones only."""
         if call.k.shape[2] == self.seen:
             return call
-        k, v = mla.keys_values(self._all(1), self._up(call.q), self.dims)
+        k, v = mla.keys_values(self._all(1), _up(self.latent, call.q), self.dims)
         return call.replace(k=k, v=v, mask=self._mask(call), is_causal=False)
 
     def evict(self, call: AttentionCall) -> None:
@@ -173,20 +182,17 @@ class LatentStore(Store):
         if self._held is not None:
             self._held[:, :, self.seen :] = 0
 
-    def nbytes(self) -> int:
-        """Bytes that this layer holds, room for growth included."""
-        return nbytes(self._held)
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self._held, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._held, self._seen = state["held"], state["seen"]
 
     def _all(self, multiple: int) -> Tensor:
         """All tokens, and zeros after them up to a multiple."""
         if self._held is None:
             raise RuntimeError(f"{self.site.name}: attention ran before its cache was written")
         return self._held[:, :, : -(-self.seen // multiple) * multiple]
-
-    def _up(self, q: Tensor) -> Tensor:
-        """The up-projection per head, ``[H, dn + dv, r]``."""
-        up: Tensor = self.latent.weight().to(q.dtype).unflatten(0, (self.dims.num_heads, -1))
-        return up
 
     def _mask(self, call: AttentionCall) -> Tensor | None:
         """The call's mask over all tokens, causality included."""
@@ -204,3 +210,9 @@ class LatentStore(Store):
             self._platform = self.strategy.platform(call.q.device, itemsize)
         about = 1 << (self.seen - 1).bit_length()  # a power of two, so that the choice is looked up and not reckoned
         return mla.choose(self.dims, batch, new, about, self._platform, itemsize)
+
+
+def _up(latent: Latent, q: Tensor) -> Tensor:
+    """The up-projection per head, ``[H, dn + dv, r]``."""
+    up: Tensor = latent.weight().to(q.dtype).unflatten(0, (latent.num_heads, -1))
+    return up

@@ -38,6 +38,7 @@ def weights(call: AttentionCall, block: int | None = None) -> Iterator[tuple[int
 
 def _blocks(call: AttentionCall, block: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """As :func:`weights`, and the log-sum-exp ``[B, H, t]`` of the rows."""
+    call.require_softmax()
     q, k = call.q.detach(), call.k.detach()
     dtype = _precision(q)
     (batch, heads, length, _), (_, kv_heads, size, _) = q.shape, k.shape
@@ -97,6 +98,7 @@ def measure(call: AttentionCall, statistics: Sequence[Statistic], block: int | N
     """
     if not statistics:
         return []
+    call.require_softmax()
     with torch.no_grad():
         made = fused(call, statistics) if block is None and _has_kernels(call) else {}
         later = summed(call, statistics) if block is None and not made else {}

@@ -4,21 +4,78 @@
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 from ..attention.padded import nbytes
 from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Cache as CacheKind
 
-__all__ = ["SlotCache", "StoreLayer", "install"]
+__all__ = ["Past", "SlotCache", "StoreLayer", "expand", "install"]
+
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+_HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
 
-class StoreLayer(CacheLayerMixin):
+class Past(int):
+    """A number of cached columns that a mask leaves out, and the store that knows what is visible of them.
+
+    transformers hands it on from the cache to the mask function, which asks the store.
+    """
+
+    store: Store
+
+    @classmethod
+    def of(cls, store: Store, seen: int) -> "Past":
+        past = cls(seen)
+        past.store = store
+        return past
+
+
+def _covered(store: Store, site: Site) -> bool:
+    """Whether all layers of the cache are stores that cover the past: the layers share one mask."""
+    return sum(each.covers_past for each in store.group.values()) == len(site.peers) > 0
+
+
+def _owned(seen: int | Tensor, store: Store) -> Any:
+    """``seen`` with the store that knows what is visible of so many columns."""
+    if not isinstance(seen, Tensor):
+        return Past.of(store, seen)
+    vars(seen)["store"] = weakref.ref(store)
+    return seen
+
+
+class _Copied:
+    """A layer is copied, as a prompt's cache is for every answer, but not pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UserError(
+            "a cache of manyheads is not pickled: write it with manyheads.integrations.transformers.save_cache"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        shared = ("site", "strategy", "_module")  # of the model, not of the sequence
+        for name, value in vars(self).items():
+            twin.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        return twin
+
+
+class StoreLayer(_Copied, CacheLayerMixin):
     """Adapter from :class:`manyheads.call.Store` to transformers' cache layer.
 
     It answers with the *logical* length, so positions, masks and ``generate`` go on as if nothing was dropped.
@@ -27,9 +84,10 @@ class StoreLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, store: Store, site: Site, module: torch.nn.Module) -> None:
+    def __init__(self, store: Store, site: Site, module: torch.nn.Module, strategy: CacheKind) -> None:
         self.store = store
         self.site = site
+        self.strategy = strategy
         self.is_compileable = store.fixed
         self.is_sliding = site.window is not None
         self._module = weakref.ref(module)
@@ -57,6 +115,11 @@ class StoreLayer(CacheLayerMixin):
                 f"this cache drops tokens at {self.site.name} and needs its port: "
                 "run the model inside `with manyheads.use(model):`"
             )
+        held, rows = self.store.rows, key_states.shape[0]
+        if held is not None and held != rows:
+            if rows % held:
+                raise UserError(f"the cache holds {held} rows and the model was called with {rows}: give it as many")
+            self.store.reorder(torch.arange(held).repeat_interleave(rows // held))  # num_return_sequences of each
         return self.store.update(key_states, value_states)
 
     def get_seq_length(self) -> int:
@@ -67,17 +130,14 @@ class StoreLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         seen = self.get_seq_length()
-        if self.site.window is None and self.is_initialized and self._whole:
-            return query_length, seen  # the stores know what is visible of the past
+        if (
+            self.site.window is None and self.is_initialized and _covered(self.store, self.site)
+        ):  # the stores know the past
+            return query_length, seen if torch.compiler.is_compiling() else _owned(seen, self.store)
         if self.site.window is None:
             return seen + query_length, 0
         reach = min(seen, self.site.window - 1)
         return reach + query_length, seen - reach
-
-    @property
-    def _whole(self) -> bool:
-        """Whether all layers of the cache are stores that cover the past: the layers share one mask."""
-        return sum(store.covers_past for store in self.store.group.values()) == len(self.site.peers) > 0
 
     def reset(self) -> None:
         self.store.reset()
@@ -86,13 +146,11 @@ class StoreLayer(CacheLayerMixin):
         self.store.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self.store.reorder(rows)
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        keys = self.store.keys
-        if keys is not None:
-            self.store.reorder(torch.arange(keys.shape[0]).repeat_interleave(repeats))
+        if (rows := self.store.rows) is not None:
+            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -103,6 +161,33 @@ class StoreLayer(CacheLayerMixin):
         raise UserError("a cache that drops tokens cannot be offloaded: turn offloading off")
 
     prefetch = offload
+
+
+class HybridStoreLayer(StoreLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """The same where attention and a state-space mixer lie in one layer: a store for the one, states for the other."""
+
+    def __init__(
+        self, store: Store, site: Site, module: torch.nn.Module, strategy: CacheKind, layer: LinearAttentionLayer
+    ) -> None:
+        fields = _copied(layer)  # the mixer may have run before the attention beside it
+        for name in vars(LinearAttentionLayer(layer.number_of_states)):
+            self.__dict__[name] = fields[name]
+        StoreLayer.__init__(self, store, site, module, strategy)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        StoreLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        StoreLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, cast("Any", beam_idx))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise UserError(f"{self.site.name} has states beside its cache, which cannot be cropped: use no assistant")
 
 
 class SlotCache(DynamicCache):
@@ -120,39 +205,40 @@ class SlotCache(DynamicCache):
         group: dict[int, Store] = {}
         for layer in self.layers:
             if not isinstance(layer, StoreLayer):
-                twin.layers.append(_copied(layer))
+                twin.layers.append(copy.copy(layer))
+                twin.layers[-1].__dict__.update(_copied(layer))
                 continue
             if (module := layer._module()) is None:
                 raise UserError("this cache cannot be forked: the model it was made for is gone")
             target = None
             if policy.selects(layer.site):
                 target = _join(policy.store(layer.site), group)
-            twin.layers.append(StoreLayer(layer.store.fork(target), layer.site, module))
+            chosen = layer.strategy if target is None else policy
+            twin.layers.append(_adapter(layer.store.fork(target), layer.site, module, chosen, layer))
         return twin
 
     def bytes(self) -> int:
         """Bytes really held by all layers: storages of keys, values, states and bookkeeping."""
-        return sum(
-            layer.store.nbytes() if isinstance(layer, StoreLayer) else nbytes(*_tensors(layer)) for layer in self.layers
-        )
+        stores = sum(layer.store.nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
+        return stores + sum(nbytes(*_tensors(layer)) for layer in self.layers)
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    """What a layer of transformers' own keeps."""
+    """What a layer keeps beside a store of ours."""
     fields = [x for x in vars(layer).values() if not isinstance(x, dict)]
     fields += [x for held in vars(layer).values() if isinstance(held, dict) for x in held.values()]
     return [x for x in fields if isinstance(x, Tensor)]
 
 
-def _copied(layer: Any) -> Any:
-    """A layer of transformers' own that shares no tensor with ``layer``."""
-    twin = copy.copy(layer)
-    for name, x in vars(layer).items():
+def _copied(layer: Any) -> dict[str, Any]:
+    """What a layer of transformers' own keeps, sharing no tensor with it."""
+    fields = dict(vars(layer))
+    for name, x in fields.items():
         if isinstance(x, Tensor):
-            twin.__dict__[name] = x.clone()
+            fields[name] = x.clone()
         elif isinstance(x, dict):
-            twin.__dict__[name] = {i: y.clone() if isinstance(y, Tensor) else y for i, y in x.items()}
-    return twin
+            fields[name] = {i: y.clone() if isinstance(y, Tensor) else y for i, y in x.items()}
+    return fields
 
 
 def _join(store: Store, group: dict[int, Store]) -> Store:
@@ -163,12 +249,26 @@ def _join(store: Store, group: dict[int, Store]) -> Store:
     return store
 
 
-def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], name: str) -> None:
-    """Put stores into the empty layers of ``cache`` that belong to ``sites``.
+def expand(cache: Any, rows: int) -> None:
+    """Repeat every row of a cache with stores of ours, so that it has ``rows``: as ``generate`` repeats its prompts.
+
+    Nothing happens where the numbers do not fit; the layers then say so.
+    """
+    layers = cache.layers if isinstance(cache, Cache) else []
+    held = next((layer.store.rows for layer in layers if isinstance(layer, StoreLayer)), None)
+    if held is not None and rows > held and rows % held == 0:
+        cache.reorder_cache(torch.arange(held).repeat_interleave(rows // held))
+
+
+def install(
+    cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], strategy: CacheKind
+) -> None:
+    """Put stores of ``strategy`` into the empty layers of ``cache`` that belong to ``sites``.
 
     Raises:
         UserError: a layer already holds tokens, or is of a kind that cannot be replaced.
     """
+    name = strategy.slug
     for site, module in sites:
         assert site.layer is not None
         while len(cache.layers) <= site.layer and cache.layer_class_to_replicate is not None:
@@ -176,10 +276,10 @@ def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Calla
         if site.layer >= len(cache.layers):
             raise UserError(f"{name}: the cache has {len(cache.layers)} layers, none for {site.name}")
         layer = cache.layers[site.layer]
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
+        if type(layer) not in (*_PLAIN, *_HYBRID) or cache.offloading:
             raise UserError(
                 f"{name} replaces transformers' dynamic cache and found {type(layer).__name__} at {site.name}; "
-                "leave cache_implementation at its default"
+                + _advice(layer)
             )
         assert isinstance(layer, DynamicLayer)
         if layer.get_seq_length() > 0:
@@ -188,4 +288,18 @@ def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Calla
                 f"{layer.get_seq_length()} tokens; start with a fresh cache"
             )
         store = _join(make(site), cache.__dict__.setdefault("_manyheads", {}))
-        cache.layers[site.layer] = StoreLayer(store, site, module)
+        cache.layers[site.layer] = _adapter(store, site, module, strategy, layer)
+
+
+def _adapter(store: Store, site: Site, module: torch.nn.Module, strategy: CacheKind, layer: Any) -> StoreLayer:
+    """``store`` in place of the attention part of ``layer``."""
+    if isinstance(layer, LinearAttentionLayer):
+        return HybridStoreLayer(store, site, module, strategy, layer)
+    return StoreLayer(store, site, module, strategy)
+
+
+def _advice(layer: Any) -> str:
+    """What to do about a layer that a store cannot replace."""
+    if isinstance(layer, StaticLayer) or "Quantized" in type(layer).__name__ or type(layer) in _PLAIN:
+        return "leave cache_implementation at its default"
+    return "the model keeps more there than keys and values, which no strategy can keep: use layers=... without it"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The strategies of open ports at one site, and their hooks on a call, in order."""
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ class BoundStrategy:
     state: dict[str, Any] = field(default_factory=dict)
     called: bool = False
     stored: bool = False
+    thread: threading.Thread | None = None  # that runs it, where it keeps something
 
 
 class HookChain:

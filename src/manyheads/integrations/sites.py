@@ -14,21 +14,25 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ..attention.causal import causal_tail
 from ..attention.reference import repeat_kv
 from ..attention.rope import copies
-from ..call import AttentionCall, Site, Store
+from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Strategy
 from .blocks import output_of
 from .cache import StoreLayer, install
-from .configs import EAGER, SDPA
+from .configs import EAGER, SDPA, implementation_of
+from .functions import base_function
 from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
+from .masks import eager_mask, port_mask
+from .passes import Passes, in_one_thread
+from .shared_keys import borrow, lend, lends
+from .thread_state import ThreadState
 
-__all__ = ["BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
+__all__ = ["ATTENTION", "BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
 
 _STATE = "_manyheads"
 _DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
@@ -51,7 +55,8 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
         forward = inspect.unwrap(type(module).forward)
         if _DISPATCHER in getattr(getattr(forward, "__code__", None), "co_names", ()):
             found.append((replace(_site(name, len(found), module), output=output_of(model, name)), module))
-    peers = tuple(sorted({site.layer for site, _ in found if site.causal and site.layer is not None}))
+    keepers = [site for site, _ in found if site.causal and site.kv_sharing != "reuse"]
+    peers = tuple(sorted({site.layer for site in keepers if site.layer is not None}))
     return [(replace(site, peers=peers), module) for site, module in found]
 
 
@@ -64,9 +69,13 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
     config = getattr(module, "config", None)
     cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name.rpartition(".")[2]))
     cross = cross or "cross" in type(module).__name__.lower()
-    layer = getattr(module, "layer_idx", None)
-    types = getattr(config, "layer_types", None)
-    slides = types is None or layer is None or layer >= len(types) or types[layer] == "sliding_attention"
+    layer: int | None = getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if (layer is None or layer < 0) and "layer_idx" in inspect.signature(type(module).forward).parameters:
+        layer = next((int(part) for part in reversed(name.split(".")) if part.isdecimal()), None)  # told in its calls
+    shared = _at(getattr(config, "kv_sharing_modes", None), layer)
+    if config is not None and getattr(config, "is_heterogeneous", False) and layer is not None:
+        config = config.per_layer_config[layer]
     heads = _first((module, config), ("num_heads", "num_attention_heads", "n_heads", "n_head"))
     return Site(
         name=name,
@@ -76,10 +85,26 @@ def _site(name: str, index: int, module: nn.Module) -> Site:
         causal=not cross and bool(getattr(module, "is_causal", False)),
         num_heads=heads,
         num_kv_heads=_first((module, config), ("num_key_value_heads",)) or heads,
-        window=_first((module, config), ("sliding_window",)) if slides else None,
+        window=_window(module, config, _at(types, layer)),
+        kv_sharing=None if shared is None else "store" if shared == "store" else "reuse",
         keys_normed=_norms_keys(module),
         latent=latent_of(module),
     )
+
+
+def _at(values: Any, layer: int | None) -> Any:
+    """What a config says of a layer, None where it says nothing."""
+    return values[layer] if values is not None and layer is not None and layer < len(values) else None
+
+
+def _window(module: nn.Module, config: Any, kind: str | None) -> int | None:
+    """Positions behind which a layer of this kind sees nothing; a chunk is no longer than that, wherever it starts."""
+    sliding: int | None = None
+    if kind is None or "sliding" in kind:
+        sliding = _first((module, config), ("sliding_window",))
+    if sliding is None and kind in (None, "chunked_attention"):
+        sliding = _first((module, config), ("attention_chunk_size",))
+    return sliding
 
 
 def _norms_keys(module: nn.Module) -> bool:
@@ -95,23 +120,15 @@ def is_eager(module: nn.Module) -> bool:
 
 
 class SiteState(HookChain):
-    """What the open ports of a model keep on one attention module."""
+    """What the open ports of a model keep on one attention module; what one call needs is kept by thread."""
 
     def __init__(self, site: Site, module: nn.Module, eager: bool) -> None:
         self.site = site
-        self.base = sdpa_attention_forward
         self.eager = eager
-        if eager:
-            scope = inspect.unwrap(type(module).forward).__globals__
-            if "eager_attention_forward" not in scope or getattr(module, "reorder_and_upcast_attn", False):
-                raise UserError(
-                    f"{type(module).__name__} computes eager attention in its own way, which the port cannot call; "
-                    'load the model with attn_implementation="sdpa"'
-                )
-            self.base = scope["eager_attention_forward"]
+        self.function, self.base = base_function(module, eager)
         self.ports = 0
-        self.store: Store | None = None
-        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.thread = ThreadState()
+        self.passes = Passes()
         self.copies: int | None = None  # of the model's rotary tables, to be in the half-split layout; 0 for never
         super().__init__()
         self.handle = module.register_forward_pre_hook(self._take_cache, with_kwargs=True)
@@ -138,6 +155,12 @@ class SiteState(HookChain):
             del module.__dict__[_STATE]
 
     @staticmethod
+    def owners(module: nn.Module) -> list[Any]:
+        """Open ports with a strategy at ``module``."""
+        state: SiteState | None = module.__dict__.get(_STATE)
+        return [] if state is None else [entry.owner for entry in state.entries]
+
+    @staticmethod
     def claims(module: nn.Module, kind: type[Strategy]) -> list[Strategy]:
         """Strategies of ``kind`` of the open ports at ``module``."""
         state: SiteState | None = module.__dict__.get(_STATE)
@@ -145,87 +168,132 @@ class SiteState(HookChain):
 
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
-        self.store = None
-        self.rotary = _tables(kwargs.get("position_embeddings"))
-        if self.site.layer is None or not self.site.causal:
-            return
+        self.passes.enter()
+        running = self.thread.begin()
+        running.rotary = _tables(kwargs.get("position_embeddings"))
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        if cache is None:
+        if cache is None or self.site.layer is None or not self.site.causal:
             return
-        if self.cache_strategy is not None and self._ours(cache) is None:
-            strategy = self.cache_strategy[1]
-            install(cache, [(self.site, module)], strategy.store, strategy.slug)
-        self.store = self._ours(cache)
-        if self.store is not None and self.cache_strategy is not None and not self.cache_strategy[0].stored:
-            self.cache_strategy[0].stored = True
-
-    def _ours(self, cache: Cache) -> Store | None:
-        index = self.site.layer
-        layer = cache.layers[index] if index is not None and index < len(cache.layers) else None
-        return layer.store if isinstance(layer, StoreLayer) else None
+        if self.site.kv_sharing == "reuse":
+            running.lent = lends(cache, self.site)
+            return
+        site, bound = self.site, self.cache_strategy
+        layer = _ours(cache, site)
+        if bound is not None and kwargs.get("layer_idx", site.layer) != site.layer:
+            raise UserError(
+                f"{bound[1].spec} cannot keep the caches of {site.name}: one module serves several layers, each with a "
+                "cache of its own"
+            )
+        if bound is not None:
+            entry, strategy = bound
+            if layer is None:
+                install(cache, [(site, module)], strategy.store, strategy)
+                layer = _ours(cache, site)
+            elif layer.strategy != strategy:
+                raise UserError(
+                    f"the cache was made by {layer.strategy.spec}, and {strategy.spec} is in use at {site.name}: make "
+                    "it by the one that is in use, or open the port without"
+                )
+            if not entry.stored:
+                entry.stored = True
+        if layer is not None:
+            running.store = layer.store
+            if self.function is not None and (layer.store.fixed or layer.store.computes):
+                raise UserError(
+                    f"{layer.strategy.spec} computes attention itself here, and {site.name} uses {self.function!r}, a "
+                    'function of your own: load the model with attn_implementation="sdpa"'
+                )
 
     def run(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
-        original = call = self._read(module, q, k, v, mask, kwargs)
+        store = self.thread.now.store
         self.mark_called()
-        if self.store is not None:
+        self.passes.run(stored=store is not None)
+        in_one_thread(self.entries)
+        if self.function is not None and mask is not None and getattr(mask, "ndim", 0) != 4:
+            return self._pass_through(module, q, k, v, mask, kwargs)
+        original = call = self._read(module, q, k, v, mask, kwargs)
+        if store is not None:
             alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
-            if alone and (answered := self.store.attend(call)) is not None:
-                self.store = self.rotary = None
+            alone = alone and self.function is None and self.site.kv_sharing is None
+            if alone and (answered := store.attend(call)) is not None:
+                self.thread.end()
                 return answered, None
-            call = self.store.mask(call)
-            if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
-                call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
+            call = store.mask(call)
+            if self.site.kv_sharing == "store":
+                lend(k, call)
+        elif self.site.kv_sharing == "reuse":
+            call = borrow(k, call, self.thread.now.lent)
+        if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
+            call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         call = self.edit(call)
         weights: Tensor | None = None
         if (answered := self.attend(call)) is not None:
             out = answered
-        elif call is original and not (call.is_causal and q.shape[2] < k.shape[2]):
+        elif call is original and not (call.is_causal and q.shape[2] < k.shape[2]) and not self._dense(call):
             if mask is not None and mask.dtype == torch.bool and self.eager:
                 mask = _additive(mask, q.dtype)
             out, weights = self.base(module, q, k, v, mask, **kwargs)
         else:
             out, weights = self._attend(module, call, original, kwargs)
         out = self.after(call, out)
-        if self.store is not None:
-            self.store.evict(call)
-            self.store = self.rotary = None  # an open port does not keep a cache alive
+        if store is not None:
+            store.evict(call)
+        self.thread.end()
         return out, weights
+
+    def _pass_through(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The user's own function with a mask that only it can read."""
+        if self.has_hooks or self.thread.now.store is not None:
+            raise UserError(
+                f"{self.function!r}, an attention function of your own, takes a mask ({type(mask).__name__}) that "
+                f"strategies at {self.site.name} cannot read: register transformers' sdpa_mask for it"
+            )
+        out: tuple[Tensor, Tensor | None] = self.base(module, q, k, v, mask, **kwargs)
+        return out
+
+    def _dense(self, call: AttentionCall) -> bool:
+        """Whether the model's own kernel, which SDPA stands for here, knew a cap or sinks that SDPA does not."""
+        return self.base is sdpa_attention_forward and (call.softcap is not None or call.sinks is not None)
 
     def _read(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> AttentionCall:
         """The AttentionCall that the model's arguments mean under its own attention function."""
+        store = self.thread.now.store
         bias = kwargs.get("position_bias")
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         is_causal = bool(causal) and mask is None and q.shape[2] > 1 and not self.eager
         if mask is not None and mask.dtype != torch.bool:  # a user's own additive mask
             bias, mask = mask if bias is None else bias + mask, None
-        if is_causal and k.shape[2] > q.shape[2] and self.store is None:  # SDPA reads a static cache from its start
-            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        if is_causal and k.shape[2] > q.shape[2] and store is None and self.site.kv_sharing != "reuse":
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]  # SDPA reads a static cache from its start
         scale = kwargs.get("scaling")
+        knows = self.eager or implementation_of(module) != "sdpa"  # SDPA reads neither cap nor sinks
         return AttentionCall(
             site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
-            is_causal=is_causal, softcap=kwargs.get("softcap") if self.eager else None,  # SDPA reads neither
-            sinks=kwargs.get("s_aux") if self.eager else None,
+            is_causal=is_causal, softcap=kwargs.get("softcap") if knows else None,
+            sinks=kwargs.get("s_aux") if knows else None,
             dropout=kwargs.get("dropout", 0.0), training=module.training, positions=kwargs.get("position_ids"),
-            rotary=_halves(self, module, q.shape[-1]),
-            step=k.shape[2] - q.shape[2] if self.store is None else self.store.seen - q.shape[2], cache=self.store,
+            rotary=_halves(self, module, q.shape[-1]), function=self.function,
+            step=k.shape[2] - q.shape[2] if store is None else store.seen - q.shape[2], cache=store,
         )  # fmt: skip
 
     def _attend(
         self, module: nn.Module, call: AttentionCall, original: AttentionCall, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own attention function on a call that was changed."""
-        if call.sinks is not original.sinks or call.softcap != original.softcap:
+        if call.sinks is not original.sinks or call.softcap != original.softcap or self._dense(call):
             return call.attend(), None  # eager functions read sinks from the module, SDPA has no cap
         kwargs = {**kwargs, "scaling": call.scale, "dropout": call.dropout, "is_causal": call.is_causal}
-        mask = call.mask
+        mask, shorter = call.mask, call.is_causal and call.q.shape[2] < call.k.shape[2]
         if call.bias is not None:
             allowed = call.allowed()
             floor = torch.finfo(call.q.dtype).min
@@ -235,22 +303,32 @@ class SiteState(HookChain):
         elif self.eager:
             allowed = call.allowed()
             mask = None if allowed is None else _additive(allowed, call.q.dtype)
-        elif call.is_causal and mask is None and call.q.shape[2] < call.k.shape[2]:  # SDPA anchors at the top left
+        elif shorter and mask is None and self.function is None:  # SDPA anchors at the top left
             return causal_tail(call.q, call.k, call.v, call.scale, call.dropout), None
+        elif shorter:
+            mask, kwargs["is_causal"] = call.allowed(), False
         out, weights = self.base(module, call.q, call.k, call.v, mask, **kwargs)
         return out, weights
 
 
+def _ours(cache: Cache, site: Site) -> StoreLayer | None:
+    """The layer of ``cache`` that holds a store of ours for ``site``."""
+    index = site.layer
+    layer = cache.layers[index] if index is not None and index < len(cache.layers) else None
+    return layer if isinstance(layer, StoreLayer) else None
+
+
 def _halves(state: SiteState, module: nn.Module, head_dim: int) -> tuple[Tensor, Tensor] | None:
     """The rotary tables of the latest forward in half-split layout, where the model's rotation has one."""
-    if state.rotary is None or state.site.latent is not None:
+    rotary = state.thread.now.rotary
+    if rotary is None or state.site.latent is not None:
         return None
     if state.copies is None:
         apply = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
-        state.copies = 0 if apply is None else copies(apply, state.rotary[0].shape[-1], head_dim)
+        state.copies = 0 if apply is None else copies(apply, rotary[0].shape[-1], head_dim)
     if state.copies < 2:
-        return state.rotary if state.copies else None
-    cos, sin = state.rotary
+        return rotary if state.copies else None
+    cos, sin = rotary
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
@@ -277,13 +355,7 @@ def _attention(
     return state.run(module, query, key, value, attention_mask, kwargs)
 
 
-def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """SDPA's boolean mask, never left out where it is causal: eager functions do not infer causality."""
-    kwargs["allow_is_causal_skip"] = False
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
-
-
-for _name, _mask in ((SDPA, sdpa_mask), (EAGER, _whole_mask)):
+ATTENTION = _attention
+for _name, _mask in ((SDPA, port_mask), (EAGER, eager_mask)):
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, _mask)

@@ -8,6 +8,8 @@ end, untouched, so that another model sharing a config notices nothing. All stat
 """
 
 import inspect
+import threading
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, cast
@@ -20,14 +22,18 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
-from .cache import SlotCache, StoreLayer, install
+from .cache import SlotCache, StoreLayer, expand, install
+from .cache_files import load_cache, save_cache
 from .configs import switch_configs
+from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
-from .sites import SiteState, architectures, find_sites, is_eager
+from .passes import Passes, missed, stack_of
+from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
 
-__all__ = ["Port", "architectures", "find_sites", "new_cache", "prefill"]
+__all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 
+_OPENING = threading.RLock()  # ports of one model may open in several threads
 _EXCLUSIVE: dict[type[Strategy], str] = {AttentionCompute: "computes the output", Cache: "keeps the cache"}
 
 
@@ -39,8 +45,15 @@ class Port:
         self.strategies = strategies
         self._entries: list[tuple[Site, nn.Module, BoundStrategy]] = []
         self._restorers: list[Callable[[], None]] = []
+        self._passes: list[tuple[Site, BoundStrategy, SiteState, Passes]] = []
+        self._ran = False
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        with _OPENING:
+            return self._open()
+
+    def _open(self) -> Self:
         if self._restorers:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
         sites = find_sites(self.model)
@@ -53,9 +66,21 @@ class Port:
                 "pass on; use a model with ordinary attention"
             )
         chosen = self._choose(sites + linear)
-        self._entries = []
+        for _, module in sites:
+            for owner in SiteState.owners(module):
+                if (
+                    owner.thread is not None
+                    and owner.thread.is_alive()
+                    and owner.thread is not threading.current_thread()
+                ):
+                    raise UserError(
+                        f"{type(self.model).__name__} is in use with {owner.strategies[0].spec} in another thread, and "
+                        "all its calls go through that port: run the threads inside one `with manyheads.use(...)`"
+                    )
+        self._entries, self._passes, self.thread = [], [], threading.current_thread()
         try:
-            self._restorers.append(switch_configs(self.model))
+            own = register_own((module for _, module in sites), ATTENTION)
+            self._restorers.append(switch_configs(self.model, own))
             for site, module in sites:
                 state = SiteState.attach(site, module, is_eager(module))
                 self._restorers.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
@@ -63,7 +88,21 @@ class Port:
                 self._restorers.append(lambda s=state: s.remove(self))  # type: ignore[misc]
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
+                self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
             self._restorers.append(watch_blocks(self.model, self._entries))
+            self._ran = False
+
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                """The model itself runs, and not only a part of it."""
+                if not self._ran:
+                    self._ran = True
+                ids = next(
+                    (x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+                )
+                if isinstance(ids, Tensor) and not torch.compiler.is_compiling():
+                    expand(kwargs.get("past_key_values"), ids.shape[0])
+
+            self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
@@ -79,9 +118,12 @@ class Port:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        done = [(site, entry, state.passes.since(before)) for site, entry, state, before in self._passes]
         self._restore()
         if kind is None:
             self._check_called()
+            for sentence in missed(done):
+                warnings.warn(sentence, stacklevel=2)
 
     def state(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
         """What ``strategy`` kept in ``call.state``, by site name; readable after closing too."""
@@ -102,7 +144,9 @@ class Port:
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "
                     "with it"
                 )
-            at = {site.index for site, _ in sites if strategy.selects(site)}
+            if isinstance(strategy, Cache):
+                _check_states(self.model, strategy)
+            at = {site.index for site, _ in sites if _acts(strategy, site)}
             if not at:
                 there = ", ".join(sorted({f"{s.kind}{' causal' if s.causal else ''}" for s, _ in sites}))
                 raise UserError(
@@ -111,6 +155,12 @@ class Port:
                 )
             chosen.append((strategy, at))
         for site, module in sites:
+            for strategy in (s for s, at in chosen if site.index in at and isinstance(s, AttentionCompute)):
+                if site.kind != "linear" and (name := own_function(module)) is not None:
+                    raise UserError(
+                        f"{strategy.spec} computes the attention of {site.name}, and so does {name!r}, an attention "
+                        'function of your own: load the model with attn_implementation="sdpa"'
+                    )
             for kind, what in _EXCLUSIVE.items():
                 claims: list[Strategy] = [s for s, at in chosen if site.index in at and isinstance(s, kind)]
                 claims = SiteState.claims(module, kind) + claims
@@ -121,21 +171,35 @@ class Port:
         return chosen
 
     def _restore(self) -> None:
-        while self._restorers:
-            self._restorers.pop()()
+        with _OPENING:
+            while self._restorers:
+                self._restorers.pop()()
 
     def _check_called(self) -> None:
-        for site, _, entry in self._entries:
-            if not entry.called:
+        for strategy in self.strategies:
+            mine = [(site.name, entry.called) for site, _, entry in self._entries if entry.strategy is strategy]
+            idle = [name for name, called in mine if not called]
+            if (
+                idle
+                and self._ran
+                and len(idle) < len(mine)
+                and not {stack_of(name) for name in idle} & {stack_of(n) for n, called in mine if called}
+            ):
+                warnings.warn(
+                    f"{strategy.spec} acted at {len(mine) - len(idle)} of {len(mine)} attention modules; the model did "
+                    f"not run {', '.join(idle[:3])}{' and more' * (len(idle) > 3)}",
+                    stacklevel=3,
+                )
+            elif idle:
                 raise UserError(
-                    f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it in "
+                    f"{strategy.spec} selected {idle[0]}, and it was never called: the model did not run it in "
                     "the block; narrow it with layers=..., or run the model"
                 )
-        idle = {id(e.strategy): e.strategy for _, _, e in self._entries if isinstance(e.strategy, Cache)}
+        unused = {id(e.strategy): e.strategy for _, _, e in self._entries if isinstance(e.strategy, Cache)}
         for _, _, entry in self._entries:
             if entry.stored:
-                idle.pop(id(entry.strategy), None)
-        for strategy in idle.values():
+                unused.pop(id(entry.strategy), None)
+        for strategy in unused.values():
             raise UserError(f"{strategy.spec} keeps the cache, but the model ran without one: pass use_cache=True")
 
 
@@ -157,7 +221,8 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
         raise UserError(
             f"{strategy.slug} keeps no cache; choose one of the caches category: `manyheads list --category caches`"
         )
-    sites = [(site, module) for site, module in find_sites(model) if strategy.selects(site)]
+    _check_states(model, strategy)
+    sites = [(site, module) for site, module in find_sites(model) if _acts(strategy, site)]
     if not sites:
         raise UserError(f"{strategy.spec} finds no decoder self-attention in {type(model).__name__}")
 
@@ -169,7 +234,7 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
         return store
 
     cache = SlotCache(config=cast("PreTrainedConfig", model.config))
-    install(cache, sites, make, strategy.slug)
+    install(cache, sites, make, strategy)
     return cache
 
 
@@ -200,6 +265,20 @@ def prefill(
             model(input_ids=piece, past_key_values=cache, use_cache=True, **more)
         if progress is not None:
             progress(piece.shape[1])
+
+
+def _acts(strategy: Strategy, site: Site) -> bool:
+    """Whether ``strategy`` acts at ``site``: nothing is stored where a layer reuses what another stores."""
+    return strategy.selects(site) and not (isinstance(strategy, Cache) and site.kv_sharing == "reuse")
+
+
+def _check_states(model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a cache strategy where the model remembers outside its cache."""
+    if name := next((name for name, module in model.named_modules() if "recurrent_states" in vars(module)), None):
+        raise UserError(
+            f"{strategy.spec} cannot keep the cache of {type(model).__name__}: that keeps states on modules ({name}), "
+            "where no cache counts, reorders or saves them; use another model"
+        )
 
 
 def _refusal(model: nn.Module) -> str:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an attention module's forward leaves for its attention function, which is called in the midst of it."""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..call import Store
+
+__all__ = ["Running", "ThreadState"]
+
+
+@dataclass(slots=True)
+class Running:
+    """What one forward of a module has found so far."""
+
+    store: Store | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    lent: bool = False  # keys of another layer, that a store of ours holds
+
+
+class ThreadState:
+    """The forward that a module is in, for each thread its own.
+
+    torch.compile cannot trace what belongs to a thread: there it is one for all, as the compiled code is, and what
+    begins outside of it is left for it to find.
+    """
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+        self._shared = Running()
+
+    def begin(self) -> Running:
+        """A forward begins in this thread."""
+        if torch.compiler.is_compiling():
+            self._shared.store = self._shared.rotary = None
+            self._shared.lent = False
+            return self._shared
+        self._here.running = self._shared = Running()
+        return self._shared
+
+    @property
+    def now(self) -> Running:
+        """The forward that this thread is in."""
+        if torch.compiler.is_compiling():
+            return self._shared
+        return getattr(self._here, "running", None) or self._shared
+
+    def end(self) -> None:
+        """Its attention is computed: an open port does not keep a cache alive."""
+        now = self.now
+        now.store = now.rotary = None
+        if not torch.compiler.is_compiling():
+            self._here.running = None
