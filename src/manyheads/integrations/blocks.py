@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies around an attention module: the block whose output is the residual stream, and the output projection."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from ..call import Site
 from ..strategy import Residual
+from .weights import input_width, weight_of
 
 __all__ = ["block_of", "output_of", "watch_blocks"]
 
@@ -35,32 +35,19 @@ def block_of(model: nn.Module, name: str) -> nn.Module | None:
 def output_of(model: nn.Module, name: str) -> Callable[[], Tensor] | None:
     """Gives the weight ``[D, H * dv]`` by which the attention module called ``name`` mixes its heads; None if unknown.
 
-    Plain linear layers and GPT-2's transposed ones are known, not quantised or adapted ones. The layer is held weakly.
+    Known by its name beside q, k and v; adapted, quantised and offloaded layers count with what they do, see
+    :mod:`.weights`. The layer is held weakly.
     """
-    module = model.get_submodule(name)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    found = [getattr(module, n, None) for n in _PROJECTIONS]
-    for path in _BEHIND:
-        first, _, last = path.partition(".")
-        found.append(getattr(getattr(parent, first, None), last, None))
-    for layer in found:
-        kind = type(layer).__name__
-        if layer is not None and kind in ("Linear", "Conv1D") and isinstance(getattr(layer, "weight", None), Tensor):
-            return _weight_of(layer, turned=kind == "Conv1D")
+    parent = name.rpartition(".")[0]
+    paths = [f"{name}.{last}" for last in _PROJECTIONS] + [f"{parent}.{last}" if parent else last for last in _BEHIND]
+    for path in paths:
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if input_width(layer) is not None:
+            return weight_of(layer, path, model)
     return None
-
-
-def _weight_of(layer: nn.Module, turned: bool) -> Callable[[], Tensor]:
-    owner = weakref.ref(layer)
-
-    def weight() -> Tensor:
-        here: Any = owner()
-        if here is None:
-            raise RuntimeError("the model of this site is gone")
-        current: Tensor = here.weight
-        return current.T if turned else current
-
-    return weight
 
 
 def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]]) -> Callable[[], None]:
@@ -88,7 +75,7 @@ def _hook(asking: Sequence[_Asking]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = given = output[0] if isinstance(output, tuple) else output
         for site, entry, strategy in asking:
-            hidden = strategy.residual(site, hidden, entry.state)
+            hidden = strategy.residual(site, hidden, entry.current)
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

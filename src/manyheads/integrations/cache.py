@@ -15,7 +15,7 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Cache as CacheKind
 
-__all__ = ["SlotCache", "StoreLayer", "install"]
+__all__ = ["SlotCache", "StoreLayer", "install", "seen_by"]
 
 
 class StoreLayer(CacheLayerMixin):
@@ -189,3 +189,18 @@ def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Calla
             )
         store = _join(make(site), cache.__dict__.setdefault("_manyheads", {}))
         cache.layers[site.layer] = StoreLayer(store, site, module)
+
+
+def seen_by(cache: Cache, site: Site, layer: int | None = None) -> int:
+    """Tokens that the sequence of ``site``'s queries has had, those of the call at hand included: the cache counts them.
+
+    Args:
+        cache: of that sequence, after it took the keys of the call.
+        site: where the call is made.
+        layer: index that the call itself gives, where several layers share a module.
+    """
+    index = site.layer if layer is None else layer
+    mine = cache.layers[index] if index is not None and 0 <= index < len(cache.layers) else None
+    if site.kind != "cross" and isinstance(mine, CacheLayerMixin):
+        return int(mine.get_seq_length())
+    return int(cache.get_seq_length())  # keys are another layer's, or another sequence's

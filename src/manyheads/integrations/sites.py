@@ -23,7 +23,7 @@ from ..call import AttentionCall, Site, Store
 from ..errors import UserError
 from ..strategy import Strategy
 from .blocks import output_of
-from .cache import StoreLayer, install
+from .cache import StoreLayer, install, seen_by
 from .configs import EAGER, SDPA
 from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
@@ -111,6 +111,7 @@ class SiteState(HookChain):
             self.base = scope["eager_attention_forward"]
         self.ports = 0
         self.store: Store | None = None
+        self.past: Cache | None = None  # of the sequence that the queries belong to
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.copies: int | None = None  # of the model's rotary tables, to be in the half-split layout; 0 for never
         super().__init__()
@@ -147,12 +148,11 @@ class SiteState(HookChain):
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
         self.store = None
         self.rotary = _tables(kwargs.get("position_embeddings"))
-        if self.site.layer is None or not self.site.causal:
-            return
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        if cache is None:
+        self.past = cache
+        if cache is None or self.site.layer is None or not self.site.causal:
             return
         if self.cache_strategy is not None and self._ours(cache) is None:
             strategy = self.cache_strategy[1]
@@ -175,7 +175,7 @@ class SiteState(HookChain):
         if self.store is not None:
             alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
             if alone and (answered := self.store.attend(call)) is not None:
-                self.store = self.rotary = None
+                self.store = self.rotary = self.past = None
                 return answered, None
             call = self.store.mask(call)
             if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
@@ -193,7 +193,7 @@ class SiteState(HookChain):
         out = self.after(call, out)
         if self.store is not None:
             self.store.evict(call)
-            self.store = self.rotary = None  # an open port does not keep a cache alive
+        self.store = self.rotary = self.past = None  # an open port does not keep a cache alive
         return out, weights
 
     def _read(
@@ -208,14 +208,24 @@ class SiteState(HookChain):
             bias, mask = mask if bias is None else bias + mask, None
         if is_causal and k.shape[2] > q.shape[2] and self.store is None:  # SDPA reads a static cache from its start
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-        scale = kwargs.get("scaling")
+        scale, step = kwargs.get("scaling"), k.shape[2] - q.shape[2]
+        if self.store is not None:
+            step = self.store.seen - q.shape[2]
+        elif self.has_hooks and self.past is not None:
+            seen = seen_by(self.past, self.site, kwargs.get("layer_idx"))
+            step = seen - q.shape[2]
+            if self.site.kind != "cross" and seen < k.shape[2]:  # of what is allocated ahead, strategies see what is held
+                k, v = k[:, :, :seen], v[:, :, :seen]
+                mask, bias = _first_columns(mask, seen), _first_columns(bias, seen)
+        elif self.site.kind == "cross":
+            step = 0
         return AttentionCall(
             site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
             is_causal=is_causal, softcap=kwargs.get("softcap") if self.eager else None,  # SDPA reads neither
             sinks=kwargs.get("s_aux") if self.eager else None,
             dropout=kwargs.get("dropout", 0.0), training=module.training, positions=kwargs.get("position_ids"),
             rotary=_halves(self, module, q.shape[-1]),
-            step=k.shape[2] - q.shape[2] if self.store is None else self.store.seen - q.shape[2], cache=self.store,
+            step=step, cache=self.store, past=self.past,
         )  # fmt: skip
 
     def _attend(
@@ -260,6 +270,11 @@ def _tables(given: Any) -> tuple[Tensor, Tensor] | None:
         return None
     cos, sin = given
     return (cos, sin) if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.ndim == sin.ndim == 3 else None
+
+
+def _first_columns(x: Tensor | None, count: int) -> Tensor | None:
+    """What a mask or bias says of the first ``count`` keys; one for all keys stays."""
+    return x if x is None or x.shape[-1] == 1 else x[..., :count]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, S
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, install
 from .configs import switch_configs
+from .forwards import by_place, count_forwards
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
 from .sites import SiteState, architectures, find_sites, is_eager
@@ -64,6 +65,7 @@ class Port:
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
             self._restorers.append(watch_blocks(self.model, self._entries))
+            self._restorers.append(count_forwards(self.model, self._entries))
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
@@ -88,8 +90,11 @@ class Port:
         return {site.name: state for site, state in self.kept(strategy)}
 
     def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
-        """The same with the sites themselves, in the order of the model."""
-        return [(site, entry.state) for site, _, entry in self._entries if entry.strategy is strategy]
+        """The same with the sites themselves, in the order of the model.
+
+        A module that watchers saw several times in one forward (layers that share it) is a site for each call.
+        """
+        return by_place([(site, entry) for site, _, entry in self._entries if entry.strategy is strategy])
 
     def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:
         """Sites of each strategy; refuses empty selections and two claims on one site."""

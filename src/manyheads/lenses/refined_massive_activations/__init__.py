@@ -95,21 +95,21 @@ class RefinedMassiveActivations(Lens, Residual):
         return self.intervene != "none"
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
-        history, length = memory["shared"]["valid"].to(hidden.device), hidden.shape[1]
-        before = history.shape[1] - length
+        shared, length = memory["shared"], hidden.shape[1]
+        history, before, fresh = shared["valid"].to(hidden.device), shared["start"], shared["fresh"]
         valid, positions = history[:, before:], (history.long().cumsum(1) - 1)[:, before:]
         prompts: list[Extremes] = memory.setdefault("prompts", [])
         seen = hidden.detach()
-        if before == 0 or not prompts:
+        if fresh or not prompts:
             if prompts:
                 prompts[-1].close()
             prompts.append(Extremes(self.keep))
         prompts[-1].add(seen, valid, torch.arange(before, before + length, device=hidden.device), positions)
         norm = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).masked_fill(~valid, torch.nan)
-        memory.setdefault("norm", PerToken()).add(norm, before == 0)
+        memory.setdefault("norm", PerToken()).add(norm, fresh)
         if not self.edits_model:
             return hidden
-        median = medians(seen, valid) if before == 0 else prompts[-1].median()
+        median = medians(seen, valid) if fresh else prompts[-1].median()
         hits = massive(seen, valid, median, self.threshold, self.ratio)
         memory["detected"] = memory.get("detected", 0) + int(hits.sum())
         if self.intervene == "zero":
