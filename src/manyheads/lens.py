@@ -17,7 +17,7 @@ what the model's cache says. Beam search, which reorders rows, does not; a cache
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from .calls.statistics import Statistic
 from .calls.weights import measure
 from .errors import UserError
 from .heads import HeadTable
-from .strategy import AttentionWatch, Residual
+from .strategy import AttentionWatch, BlockParts, Residual
 
 if TYPE_CHECKING:
     from .call import AttentionCall, Site
@@ -256,7 +256,7 @@ class Lens(AttentionWatch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensGroup(AttentionWatch, Residual):
+class LensGroup(AttentionWatch, BlockParts):
     """Several lenses as one strategy, so that they share the weights of a call.
 
     Attributes:
@@ -267,23 +267,40 @@ class LensGroup(AttentionWatch, Residual):
     lenses: tuple[Lens, ...] = ()
     state: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def spec(self) -> str:
+        return ", ".join(lens.spec for lens in self.lenses)
+
     def selects(self, site: Site) -> bool:
         return any(lens.selects(site) for lens in self.lenses)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        memory = call.state
-        chosen = [
-            (lens, memory.setdefault(str(i), {})) for i, lens in enumerate(self.lenses) if lens.selects(call.site)
-        ]
-        _look(chosen, call, out, self.state.get("roles") or TokenSpans(), memory.setdefault(_SHARED, {}))
+        shared = call.state.setdefault(_SHARED, {})
+        chosen = list(self._at(call.site, call.state))
+        _look(chosen, call, out, self.state.get("roles") or TokenSpans(), shared)
+
+    @property
+    def reads_parts(self) -> bool:
+        return any(isinstance(lens, BlockParts) and lens.reads_parts for lens in self.lenses)
+
+    def parts(self, site: Site, before: Tensor, parts: dict[str, Tensor], hidden: Tensor, memory: Memory) -> None:
+        for lens, mine in self._at(site, memory):
+            if isinstance(lens, BlockParts):
+                lens.parts(site, before, parts, hidden, mine)
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
-        for i, lens in enumerate(self.lenses):
-            if lens.selects(site) and isinstance(lens, Residual):
-                mine = memory.setdefault(str(i), {})
-                mine[_SHARED] = memory.get(_SHARED, {})
+        for lens, mine in self._at(site, memory):
+            if isinstance(lens, Residual):
                 lens.residual(site, hidden, mine)
         return hidden
+
+    def _at(self, site: Site, memory: Memory) -> Iterator[tuple[Lens, Memory]]:
+        """The lenses that look at ``site``, each with what it keeps there."""
+        for i, lens in enumerate(self.lenses):
+            if lens.selects(site):
+                mine = memory.setdefault(str(i), {})
+                mine[_SHARED] = memory.get(_SHARED, {})
+                yield lens, mine
 
     def of(self, index: int, sites: Sequence[tuple[Site, Memory]]) -> list[tuple[Site, Memory]]:
         """What lens number ``index`` kept, by site."""

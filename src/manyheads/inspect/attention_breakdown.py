@@ -78,7 +78,8 @@ class AttentionBreakdown(Lens):
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         rows = view.rows("response") if view.roles.spans else view.valid
-        place = view.valid.long().cumsum(1)  # tokens of the row so far
+        length = view.valid.shape[1]
+        place = (view.valid if view.cross else view.keys).long().cumsum(1)[:, -length:]  # tokens of the row so far
         rows = (rows & (place > 1))[:, None]  # the first token attends to itself: no choice, no row
         count = rows.sum(-1)
         mass = (found["parts"] * rows[..., None]).sum(2)

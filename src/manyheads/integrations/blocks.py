@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..call import Site
-from ..strategy import Residual
+from ..strategy import BlockParts, Residual
 from .weights import input_width, weight_of
 
 __all__ = ["block_of", "output_of", "watch_blocks"]
@@ -62,7 +62,8 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
         _, asking = at.setdefault(id(block), (block, []))
         if all(other is not entry.strategy for _, _, other in asking):  # once, however many sites the block has
             asking.append((site, entry, entry.strategy))
-    handles = [block.register_forward_hook(_hook(asking)) for block, asking in at.values()]
+    names = {id(module): name for name, module in model.named_modules()}
+    handles = [handle for block, asking in at.values() for handle in _Block(names[id(block)], asking).hooks(block)]
 
     def restore() -> None:
         for handle in handles:
@@ -71,13 +72,43 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
     return restore
 
 
-def _hook(asking: Sequence[_Asking]) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+class _Block:
+    """What is read of one block while it runs."""
+
+    def __init__(self, name: str, asking: Sequence[_Asking]) -> None:
+        self.name, self.asking = name, asking
+        self.before: Tensor | None = None
+        self.parts: dict[str, Tensor] = {}
+
+    def hooks(self, block: nn.Module) -> list[Any]:
+        """Put hooks on ``block``, and on its children where a strategy reads them."""
+        handles: list[Any] = []
+        if any(isinstance(s, BlockParts) and s.reads_parts for _, _, s in self.asking):
+            handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
+            for name, child in block.named_children():
+                handles.append(child.register_forward_hook(self._keep(f"{self.name}.{name}")))
+        return [*handles, block.register_forward_hook(self._leave)]
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3)
+        self.before, self.parts = next(given, None), {}
+
+    def _keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            given = output[0] if isinstance(output, tuple) else output
+            if self.before is not None and isinstance(given, Tensor) and given.shape == self.before.shape:
+                self.parts[name] = given
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = given = output[0] if isinstance(output, tuple) else output
-        for site, entry, strategy in asking:
+        before, parts = self.before, self.parts
+        self.before, self.parts = None, {}
+        for site, entry, strategy in self.asking:
+            if before is not None and isinstance(strategy, BlockParts) and before.shape == hidden.shape:
+                strategy.parts(site, before, parts, hidden, entry.current)
             hidden = strategy.residual(site, hidden, entry.current)
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    return hook

@@ -8,6 +8,7 @@ end, untouched, so that another model sharing a config notices nothing. All stat
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, cast
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from ..call import Site, Store
 from ..errors import UserError
-from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
+from ..strategy import Attention, AttentionCompute, AttentionWatch, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, install
 from .configs import switch_configs
@@ -100,9 +101,9 @@ class Port:
         """Sites of each strategy; refuses empty selections and two claims on one site."""
         chosen: list[tuple[Strategy, set[int]]] = []
         for strategy in self.strategies:
+            if isinstance(strategy, Denoiser):
+                raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
             if not isinstance(strategy, (Attention, Residual, Cache)):
-                if isinstance(strategy, Denoiser):
-                    raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "
                     "with it"
@@ -130,17 +131,25 @@ class Port:
             self._restorers.pop()()
 
     def _check_called(self) -> None:
-        for site, _, entry in self._entries:
-            if not entry.called:
+        for strategy in self.strategies:
+            mine = [(site.name, entry.called) for site, _, entry in self._entries if entry.strategy is strategy]
+            idle = [name for name, called in mine if not called]
+            if idle and isinstance(strategy, AttentionWatch) and len(idle) < len(mine):  # the rest was seen
+                warnings.warn(
+                    f"{strategy.spec} watched {len(mine) - len(idle)} of {len(mine)} attention modules; the model did "
+                    f"not run {', '.join(idle[:3])}{' and more' * (len(idle) > 3)}, of which nothing is known",
+                    stacklevel=3,
+                )
+            elif idle:
                 raise UserError(
-                    f"{entry.strategy.spec} selected {site.name}, and it was never called: the model did not run it in "
+                    f"{strategy.spec} selected {idle[0]}, and it was never called: the model did not run it in "
                     "the block; narrow it with layers=..., or run the model"
                 )
-        idle = {id(e.strategy): e.strategy for _, _, e in self._entries if isinstance(e.strategy, Cache)}
+        unused = {id(e.strategy): e.strategy for _, _, e in self._entries if isinstance(e.strategy, Cache)}
         for _, _, entry in self._entries:
             if entry.stored:
-                idle.pop(id(entry.strategy), None)
-        for strategy in idle.values():
+                unused.pop(id(entry.strategy), None)
+        for strategy in unused.values():
             raise UserError(f"{strategy.spec} keeps the cache, but the model ran without one: pass use_cache=True")
 
 

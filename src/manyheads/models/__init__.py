@@ -118,6 +118,8 @@ def placed(device: "str | torch.device", dtype: "torch.dtype | None") -> "tuple[
         raise UserError(f"unknown device {str(device)!r}; use cpu, cuda or cuda:0") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use cpu, or a torch built for your GPU")
+    if place.type not in ("cpu", "cuda") and not _usable(place):
+        raise UserError(f"device {place} was asked for, but this torch cannot use it; use cpu, cuda or cuda:0")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"there is no {place}; this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0"
@@ -134,6 +136,16 @@ def _own_dtype(name: str, place: "torch.device") -> "torch.dtype":
     found = AutoConfig.from_pretrained(name, trust_remote_code=False)
     own = found.get_text_config().dtype or found.dtype or torch.float32
     return torch.bfloat16 if own == torch.float16 and place.type == "cpu" else own
+
+
+def _usable(place: "torch.device") -> bool:
+    """Whether a tensor can be put there and read back."""
+    import torch
+
+    try:
+        return torch.zeros(1, device=place).tolist() == [0.0]
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        return False
 
 
 def _source(path_or_name: str | Path) -> str:
