@@ -82,18 +82,62 @@ def load(
     for a float16 one on a CPU, which is slow at float16.
     Raises UserError, in one line with what to do next, when that cannot be had.
     """
-    from transformers import AutoTokenizer
-
     place, _ = placed(device, dtype)
     name = _source(path_or_name)
-    model = _load_model(name, place, dtype or _own_dtype(name, place))
+    _check_architecture(name)
+    return _load_model(name, place, dtype or _own_dtype(name, place)), _tokenizer(name)
+
+
+def _tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{name} has no tokenizer that can be read ({_line(error)}); put tokenizer.json beside its weights"
         ) from error
-    return model, tokenizer
+    return made
+
+
+def load_reader(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """As ``load``, and any other model that reads text: an encoder, or that of an encoder-decoder model.
+
+    Raises UserError also for models that read pictures or sound.
+    """
+    name = _source(path_or_name)
+    if (kind := _text_class(name)) is None:
+        return load(path_or_name, device, dtype)
+    place, _ = placed(device, dtype)
+    model: Any = _load_model(name, place, dtype or _own_dtype(name, place), kind=kind)
+    return model.get_encoder() if model.config.is_encoder_decoder else model, _tokenizer(name)
+
+
+def _text_class(name: str) -> Any:
+    """The class of a model that reads text and is no causal language model; None for those."""
+    import transformers
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
+    except Exception:  # told in one line by ``load``
+        return None
+    kind, classes = str(config.get("model_type") or ""), config.get("architectures") or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if causal.intersection(classes) or kind not in MODEL_MAPPING_NAMES:
+        return None
+    known = MODEL_MAPPING_NAMES[kind]
+    base = getattr(transformers, known if isinstance(known, str) else known[0])
+    reads = {base.input_modalities} if isinstance(base.input_modalities, str) else set(base.input_modalities)
+    if reads != {"text"}:
+        raise UserError(
+            f"{name} reads {' and '.join(sorted(reads))}, and this command text: look at it from Python, with "
+            "manyheads.watch(model, ...) around your own call of it"
+        )
+    return getattr(transformers, str(classes[0]), base) if classes else base
 
 
 def named_dtype(name: str | None) -> "torch.dtype | None":
@@ -132,7 +176,6 @@ def _own_dtype(name: str, place: "torch.device") -> "torch.dtype":
     import torch
     from transformers import AutoConfig
 
-    _check_architecture(name)
     found = AutoConfig.from_pretrained(name, trust_remote_code=False)
     own = found.get_text_config().dtype or found.dtype or torch.float32
     return torch.bfloat16 if own == torch.float16 and place.type == "cpu" else own
@@ -170,12 +213,14 @@ def _source(path_or_name: str | Path) -> str:
     return str(path)
 
 
-def _load_model(name: str, place: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
+def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: Any = None) -> "PreTrainedModel":
+    """The model with its weights; a causal language model unless its class is given."""
     from transformers import AutoModelForCausalLM
 
-    _check_architecture(name)
+    if kind is None:
+        _check_architecture(name)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
