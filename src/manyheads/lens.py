@@ -366,7 +366,7 @@ def _goes_on(call: AttentionCall, shared: Memory, start: int) -> bool:
         return False
     if shared["end"] > start:
         raise UserError(
-            f"the cache at {call.site.name} was cut back from {shared['end']} tokens to {start}, and a lens has counted "
-            "them all: look at a generation without an assistant model, and use a copy of a cache to go on from a prompt"
+            f"the cache at {call.site.name} was cut back from {shared['end']} tokens to {start}, and a lens "
+            "counted them: generate without an assistant model, and go on from a prompt with a copy of its cache"
         )
     return bool(shared["end"] == start)

@@ -265,7 +265,7 @@ def energy(stages: Sequence[Stage], platform: Platform) -> float:
     """
     if platform.flop_energy is None or platform.byte_energy is None:
         raise UserError(
-            "the energy of this platform is not known: give Platform its flop_energy and byte_energy in joules, as measured"
+            "the energy of this platform is not known: give Platform its flop_energy and byte_energy, in joules"
         )
     return sum(stage.flops * platform.flop_energy + stage.bytes * platform.byte_energy for stage in stages)
 

@@ -148,5 +148,7 @@ class HeadOutputNorm(Lens, Residual):
         bad = [{"site": site.name, "outputs": m["outputs"], "hidden": m.get("hidden", 0)} for site, m in sites]
         tables = {"written": table("norm of what a head adds to the stream", sites, "written")}
         blind = [site.name for site, m in sites if m.get("gram") is None]
-        notes = [f"The output projection of {blind[0]} is not known: there, norms are of the heads' outputs before it."]
-        return LensResult(tables=tables, records={"tokens with NaN or infinity": bad}, notes=notes if blind else [])
+        notes = [
+            f"The output projection of {name} is not known: norms are of its heads' outputs." for name in blind[:1]
+        ]
+        return LensResult(tables=tables, records={"tokens with NaN or infinity": bad}, notes=notes)

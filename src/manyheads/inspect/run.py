@@ -158,13 +158,11 @@ def inspect_model(
     chosen, more = _lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
-    chosen = _fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
-    reads, predicts = max_context(model), _predicts(model)
-    if not predicts:
-        if generate or ablate is not None:
-            raise UserError(f"{type(model).__name__} predicts no text, so it has nothing to generate and no loss: leave "
-                            "--generate and --ablate away")  # fmt: skip
-        reads = min(reads, getattr(tokenizer, "model_max_length", reads))
+    named_lenses, chosen = chosen, _fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
+    predicts = _predicts(model)
+    if not predicts and (generate or ablate is not None):
+        raise UserError(f"{type(model).__name__} predicts no text and has no loss: leave generate and ablate away")
+    reads = max_context(model) if predicts else min(max_context(model), tokenizer.model_max_length)
     if length is not None and length < SHORTEST:
         raise UserError(f"a prompt has at least {SHORTEST} tokens; give a longer --length")
     if prompts is None:
@@ -190,6 +188,7 @@ def inspect_model(
     found, losses = read_prompts(model, prompts, [*chosen, own], lambda i, m: say(i, looks, m))
     shown = {lens.spec: one for lens, one in zip(chosen, found, strict=False)}
     shown[WHERE] = found[-1]
+    shown[WHERE].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
     run = describe(model, prompts, read, origin, command)
     run["settings"] = {
         "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),
@@ -238,8 +237,8 @@ def _fitting(lenses: list[Lens], model: nn.Module, drop: bool) -> list[Lens]:
         layers = sorted({site.index if site.layer is None else site.layer for site in sites})
         kinds = " and ".join(sorted({f"{'causal' if site.causal else 'bidirectional'} {site.kind}" for site in sites}))
         raise UserError(
-            f"{blind.spec} finds no attention to look at in {type(model).__name__}, which has {kinds} attention in layers "
-            f"{layers[0]} to {layers[-1]}"
+            f"{blind.spec} finds no attention to look at in {type(model).__name__}, which has {kinds} attention in "
+            f"layers {layers[0]} to {layers[-1]}"
         )
     return kept
 

@@ -36,7 +36,7 @@ def output_of(model: nn.Module, name: str) -> Callable[[], Tensor] | None:
     """Gives the weight ``[D, H * dv]`` by which the attention module called ``name`` mixes its heads; None if unknown.
 
     Known by its name beside q, k and v; adapted, quantised and offloaded layers count with what they do, see
-    :mod:`.weights`. The layer is held weakly.
+    :mod:`.weights`. The model is held weakly.
     """
     parent = name.rpartition(".")[0]
     paths = [f"{name}.{last}" for last in _PROJECTIONS] + [f"{parent}.{last}" if parent else last for last in _BEHIND]
@@ -46,7 +46,7 @@ def output_of(model: nn.Module, name: str) -> Callable[[], Tensor] | None:
         except AttributeError:
             continue
         if input_width(layer) is not None:
-            return weight_of(layer, path, model)
+            return weight_of(model, path)
     return None
 
 

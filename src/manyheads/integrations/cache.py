@@ -192,7 +192,7 @@ def install(cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Calla
 
 
 def seen_by(cache: Cache, site: Site, layer: int | None = None) -> int:
-    """Tokens that the sequence of ``site``'s queries has had, those of the call at hand included: the cache counts them.
+    """Tokens that the sequence of ``site``'s queries has had, those of the call at hand included, as the cache counts.
 
     Args:
         cache: of that sequence, after it took the keys of the call.

@@ -45,7 +45,7 @@ def latent_of(module: nn.Module) -> Latent | None:
     """How ``module`` makes keys and values of cached latents; None where it does not, or in a way not known here.
 
     Known are modules with the attributes of one row of the table whose up-projection is linear without bias; adapted,
-    quantised and offloaded ones count with what they do, see :mod:`.weights`. The layer is held weakly.
+    quantised and offloaded ones count with what they do, see :mod:`.weights`. The module is held weakly.
     """
     for names in _TABLE:
         if not hasattr(module, names.expand) or hasattr(module, names.sparse):
@@ -57,6 +57,5 @@ def latent_of(module: nn.Module) -> Latent | None:
         if not isinstance(linear, nn.Module) or getattr(linear, "bias", None) is not None or not isinstance(heads, int):
             continue
         if rank and (input_width(linear), getattr(linear, "out_features", None)) == (rank, heads * (nope + v)):
-            return Latent(rank, nope, rope, v, heads, weight_of(linear, names.weight, module))
+            return Latent(rank, nope, rope, v, heads, weight_of(module, names.weight))
     return None
-

@@ -208,13 +208,14 @@ class SiteState(HookChain):
             bias, mask = mask if bias is None else bias + mask, None
         if is_causal and k.shape[2] > q.shape[2] and self.store is None:  # SDPA reads a static cache from its start
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-        scale, step = kwargs.get("scaling"), k.shape[2] - q.shape[2]
+        scale = kwargs.get("scaling")
+        step: int | Tensor = k.shape[2] - q.shape[2]
         if self.store is not None:
             step = self.store.seen - q.shape[2]
         elif self.has_hooks and self.past is not None:
             seen = seen_by(self.past, self.site, kwargs.get("layer_idx"))
             step = seen - q.shape[2]
-            if self.site.kind != "cross" and seen < k.shape[2]:  # of what is allocated ahead, strategies see what is held
+            if self.site.kind != "cross" and seen < k.shape[2]:  # what is allocated ahead is no key
                 k, v = k[:, :, :seen], v[:, :, :seen]
                 mask, bias = _first_columns(mask, seen), _first_columns(bias, seen)
         elif self.site.kind == "cross":

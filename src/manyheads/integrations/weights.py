@@ -30,21 +30,21 @@ def input_width(layer: nn.Module) -> int | None:
     return None
 
 
-def weight_of(layer: nn.Module, name: str, model: nn.Module) -> Callable[[], Tensor]:
-    """Gives the current :func:`effective_weight` of ``layer``, called ``name`` in ``model``; keeps neither alive."""
-    owner, root = weakref.ref(layer), weakref.ref(model)
+def weight_of(model: nn.Module, path: str) -> Callable[[], Tensor]:
+    """Gives the current :func:`effective_weight` of the layer ``path`` of ``model``, which it does not keep alive."""
+    owner = weakref.ref(model)
 
     def weight() -> Tensor:
-        here, whole = owner(), root()
+        here = owner()
         if here is None:
-            raise RuntimeError(f"the model of {name} is gone")
-        return effective_weight(here, name, None if whole is None else _dtype(whole))
+            raise RuntimeError(f"the model of {path} is gone")
+        return effective_weight(here.get_submodule(path), path, _dtype(here))
 
     return weight
 
 
 def effective_weight(layer: nn.Module, name: str = "layer", dtype: torch.dtype | None = None) -> Tensor:
-    """The matrix ``W [out, in]`` of ``layer(x) = x W^T + b``: adapters merged, codes dequantised, offloaded parts fetched.
+    """The matrix ``W [out, in]`` of ``layer(x) = x W^T + b``: with adapters, dequantised, fetched where offloaded.
 
     Args:
         layer: a linear layer: torch's, GPT-2's transposed one, or what adapters and quantisation put in their place.
@@ -72,7 +72,9 @@ def effective_weight(layer: nn.Module, name: str = "layer", dtype: torch.dtype |
         given = (_ask(layer, probe.to(dtype)[None], name) - offset)[0].float()
     want = found.float() @ probe.to(dtype).to(found.device).float()
     if not (given - want).norm() <= _LINEAR * want.norm() + 1e-6:
-        raise UserError(f"{name}: {type(layer).__name__} is no linear layer, so it has no weight by which heads are mixed")
+        raise UserError(
+            f"{name}: {type(layer).__name__} is no linear layer, so it has no weight by which heads are mixed"
+        )
     return found
 
 
@@ -81,9 +83,11 @@ def _held(layer: nn.Module) -> Tensor | None:
     turned = type(layer).__name__ == "Conv1D"
     if "forward" in vars(layer) or not (type(layer) is nn.Linear or turned):  # hooks of accelerate replace forward
         return None
-    weight = layer.weight
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.device.type != "meta"
-    return None if not plain else weight.T if turned else weight  # type: ignore[operator, return-value]
+    weight: Any = layer.weight
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.device.type == "meta":
+        return None
+    held: Tensor = weight.T if turned else weight
+    return held
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
