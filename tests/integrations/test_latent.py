@@ -14,7 +14,7 @@ from manyheads.attention import mla
 from manyheads.integrations.latent import latent_of
 from manyheads.integrations.transformers import find_sites
 from oracles import models
-from tolerance import FORMULA, assert_close, error
+from tolerance import FORMULA, SAME, assert_close, error
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _BASE = {

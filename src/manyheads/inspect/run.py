@@ -177,8 +177,7 @@ def inspect_model(
                 )
         parts |= {name: spans for prompt in prompts for name, spans in prompt.roles.items()}
     check_roles(chosen, parts)
-    named = tuple(name for name in parts if name not in ("response", "bos"))
-    heads = _count_heads(model)
+    named, heads = tuple(name for name in parts if name not in ("response", "bos")), _count_heads(model)
     own = AttentionBreakdown(
         size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=named, layers=_tuple(layers)
     )
@@ -188,7 +187,7 @@ def inspect_model(
     found, losses = read_prompts(model, prompts, [*chosen, own], lambda i, m: say(i, looks, m))
     shown = {lens.spec: one for lens, one in zip(chosen, found, strict=False)}
     shown[WHERE] = found[-1]
-    shown[WHERE].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
+    found[-1].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
     run = describe(model, prompts, read, origin, command)
     run["settings"] = {
         "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),

@@ -97,17 +97,22 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
 
 def _ask(layer: nn.Module, x: Tensor, name: str) -> Tensor:
     """What ``layer`` gives for ``x``; by its ``forward``, so that hooks of others do not see the question."""
+    absent = UserError(
+        f"{name}: its weight is on the meta device and nothing loads it; load the model with its weights, or offload it "
+        "with accelerate"
+    )
     try:
         given: Any = layer.forward(x)
     except Exception as error:
+        if any(parameter.device.type == "meta" for parameter in layer.parameters()):
+            raise absent from error
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: the weight of {type(layer).__name__} cannot be had ({line}); merge adapters or load "
-                        "the model without quantisation") from error  # fmt: skip
-    if not isinstance(given, Tensor) or given.device.type == "meta":
         raise UserError(
-            f"{name}: its weight is on the meta device and nothing loads it; load the model with its weights, or "
-            "offload it with accelerate"
-        )
+            f"{name}: the weight of {type(layer).__name__} cannot be had ({line}); merge adapters or load the model "
+            "without quantisation"
+        ) from error
+    if not isinstance(given, Tensor) or given.device.type == "meta":
+        raise absent
     return given
 
 
