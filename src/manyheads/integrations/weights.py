@@ -98,8 +98,8 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
 def _ask(layer: nn.Module, x: Tensor, name: str) -> Tensor:
     """What ``layer`` gives for ``x``; by its ``forward``, so that hooks of others do not see the question."""
     absent = UserError(
-        f"{name}: its weight is on the meta device and nothing loads it; load the model with its weights, or offload it "
-        "with accelerate"
+        f"{name}: its weight is on the meta device and nothing loads it; load the model with its weights, or "
+        "offload it with accelerate"
     )
     try:
         given: Any = layer.forward(x)
