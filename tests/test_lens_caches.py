@@ -124,3 +124,14 @@ def test_prompts_that_share_a_beginning():
         cache.crop(-3)
         with pytest.raises(UserError, match="cut back from 12 tokens to 9"):
             model(ids[:, 9:], past_key_values=cache)
+
+
+def test_sequences_by_turns_are_refused():
+    model, ids = models.tiny("llama"), models.tokens(1, 12)
+    first, second = (DynamicCache(config=model.config) for _ in range(2))
+    with torch.no_grad(), manyheads.watch(model, "active_dormant"):
+        for cache in (first, second):
+            model(ids, past_key_values=cache)
+        model(ids[:, :2], past_key_values=second)
+        with pytest.raises(UserError, match="by turns"):
+            model(ids[:, :2], past_key_values=first)

@@ -361,8 +361,15 @@ def _tokens(call: AttentionCall, shared: Memory) -> tuple[Tensor, Tensor, int, b
 
 def _goes_on(call: AttentionCall, shared: Memory, start: int) -> bool:
     """Whether the queries follow those of the last call: the same cache counts as many tokens as were seen."""
-    before = shared.get("past")
+    before, known = shared.get("past"), shared.setdefault("caches", weakref.WeakSet())
     if not start or "end" not in shared or call.past is not (None if before is None else before()):
+        if start and call.past in known:
+            raise UserError(
+                f"two sequences go on by turns at {call.site.name}, and a lens follows one at a time: finish one "
+                "first, or watch each by itself"
+            )
+        if call.past is not None:
+            known.add(call.past)
         return False
     if shared["end"] > start:
         raise UserError(

@@ -36,7 +36,10 @@ def count_forwards(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Bo
         key = id(owner), id(entry.strategy)
         if key not in forwards:
             made = forwards[key] = Forward()
-            handles += [owner.register_forward_pre_hook(made.begin), owner.register_forward_hook(made.end)]
+            handles += [
+                owner.register_forward_pre_hook(made.begin),
+                owner.register_forward_hook(made.end, always_call=True),
+            ]
         entry.forward = forwards[key]
         entry.forward.entries.append(entry)
 
