@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .calls.statistics import Statistic
@@ -36,13 +36,22 @@ if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
 __all__ = [
-    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans",
+    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans", "device_of",
     "stack_ragged", "table", "table_of",
 ]  # fmt: skip
 
 Memory = dict[str, Any]
 Span = tuple[int, int]
 _SHARED = "shared"  # where the lenses of one site keep what they share
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where ``model`` takes its inputs: weights that are offloaded stand on ``meta`` between uses, and do not say.
+
+    The processor where nothing says it.
+    """
+    held = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
+    return next((device for device in held if device.type != "meta"), torch.device("cpu"))
 
 
 class TokenSpans:
@@ -278,6 +287,10 @@ class LensGroup(AttentionWatch, BlockParts):
         shared = call.state.setdefault(_SHARED, {})
         chosen = list(self._at(call.site, call.state))
         _look(chosen, call, out, self.state.get("roles") or TokenSpans(), shared)
+
+    @property
+    def reads_residual(self) -> bool:
+        return any(isinstance(lens, Residual) and lens.reads_residual for lens in self.lenses)
 
     @property
     def reads_parts(self) -> bool:

@@ -177,6 +177,11 @@ class Cache(Strategy, ABC):
 class Residual(Strategy, ABC):
     """Acts on the residual stream."""
 
+    @property
+    def reads_residual(self) -> bool:
+        """Whether it does so as it is set."""
+        return True
+
     @abstractmethod
     def residual(self, site: "Site", hidden: "Tensor", state: dict[str, Any]) -> "Tensor":
         """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``state`` as in a call.

@@ -140,3 +140,20 @@ def test_it_says_of_which_layer(model, tokenizer, texts):
     assert quick.figure.endswith(" only") and all(str(layer) in quick.figure for layer in layers)
     whole = check(look(model, tokenizer, texts), "idle")
     assert whole.values["tried"] == 8 and "of layer" not in whole.figure
+
+
+def test_offloaded_models(texts, tokenizer):
+    """Weights that stand on `meta` between their uses: the same figures, and a word that they were not read."""
+    import accelerate
+
+    from tiny.inspect import make_model
+
+    model = make_model()
+    want = look(model, tokenizer, texts)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    got = look(model, tokenizer, texts)
+    for name, found in want.measures.found.items():
+        for key, table in found.tables.items():
+            assert np.allclose(got.measures.found[name].tables[key].values, table.values, atol=1e-5, equal_nan=True)
+    assert "offloaded weights were not read" in check(got, "numbers").message
+    assert "offloaded" not in check(want, "numbers").message

@@ -320,7 +320,7 @@ def _numbers(m: Measures) -> HealthCheck:
     losses = sum(int((~np.isfinite(row[1:])).sum()) for row in m.losses)
     bad = sum(m.weights.values()) + outputs + hidden + losses
     first = next((row["site"] for row in rows if row["outputs"] or row["hidden"]), None)
-    message = "All weights, activations and losses are finite."
+    message = f"All {'' if m.unread else 'weights, '}activations and losses are finite."
     if bad:
         message = (
             f"{sum(m.weights.values())} weights, attention outputs of {outputs} and block outputs of {hidden} tokens, "
@@ -328,6 +328,8 @@ def _numbers(m: Measures) -> HealthCheck:
             + (f", first in {first}" if first else "")
             + (f"; weights of {next(iter(m.weights))}." if m.weights else ".")
         )
+    if m.unread:
+        message += f" {m.unread} offloaded weights were not read."
     return HealthCheck(
         "numbers", "NaN and infinity", "watch" if bad else "fine", f"{bad} found", "any", message,
         "Load it in bfloat16 or float32; if weights are bad, fetch them again." if bad else "",

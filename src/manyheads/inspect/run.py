@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..heads import AblationCurve, HeadTable, ablation_curve
 from ..integrations import use
 from ..integrations.transformers import find_sites
-from ..lens import Lens, LensResult
+from ..lens import Lens, LensResult, device_of
 from ..progress import Progress
 from . import watch
 from .attention_breakdown import AttentionBreakdown
@@ -192,7 +192,7 @@ def inspect_model(
     run["settings"] = {
         "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),
         "generated": generate, "roles": sorted(parts), "layers": None if layers is None else list(layers),
-        "seed": seed, "ablate": ablate, "device": str(next(model.parameters()).device),
+        "seed": seed, "ablate": ablate, "device": str(device_of(model)),
     }  # fmt: skip
     about = {"model": run["model"]["name"], "prompts": len(prompts), "tokens": run["settings"]["length"], "seed": seed}
     for spec, one in shown.items():
@@ -271,7 +271,7 @@ def max_context(model: nn.Module) -> int:
 
 def reading(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     """The tokens of a prompt on the device of the model, ``[1, T]``."""
-    return torch.tensor([prompt.ids], device=next(model.parameters()).device)
+    return torch.tensor([prompt.ids], device=device_of(model))
 
 
 def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> Any:

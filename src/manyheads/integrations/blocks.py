@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies around an attention module: the block whose output is the residual stream, and the output projection."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..call import Site
-from ..strategy import BlockParts, Residual
+from ..errors import UserError
+from ..strategy import AttentionWatch, BlockParts, Residual
 from .weights import input_width, weight_of
 
 __all__ = ["block_of", "output_of", "watch_blocks"]
@@ -54,7 +56,7 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
     """Give the outputs of blocks to the strategies that ask for them, in order; the returned function undoes it."""
     at: dict[int, tuple[nn.Module, list[_Asking]]] = {}
     for site, _, entry in entries:
-        if not isinstance(entry.strategy, Residual):
+        if not isinstance(entry.strategy, Residual) or not entry.strategy.reads_residual:
             continue
         block = block_of(model, site.name)
         if block is None:
@@ -62,8 +64,11 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
         _, asking = at.setdefault(id(block), (block, []))
         if all(other is not entry.strategy for _, _, other in asking):  # once, however many sites the block has
             asking.append((site, entry, entry.strategy))
+    said: set[str] = set()
     names = {id(module): name for name, module in model.named_modules()}
-    handles = [handle for block, asking in at.values() for handle in _Block(names[id(block)], asking).hooks(block)]
+    handles = [
+        handle for block, asking in at.values() for handle in _Block(names[id(block)], asking, said).hooks(block)
+    ]
 
     def restore() -> None:
         for handle in handles:
@@ -75,8 +80,8 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
 class _Block:
     """What is read of one block while it runs."""
 
-    def __init__(self, name: str, asking: Sequence[_Asking]) -> None:
-        self.name, self.asking = name, asking
+    def __init__(self, name: str, asking: Sequence[_Asking], said: set[str]) -> None:
+        self.name, self.asking, self.said = name, asking, said
         self.before: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
 
@@ -101,10 +106,24 @@ class _Block:
 
         return hook
 
+    def _refuse(self, hidden: Any) -> None:
+        """Say that the block's output is no residual stream ``[B, T, D]``: Gemma 3n, for one, carries several."""
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        what = f"{self.name} gives {shape}, no residual stream [batch, tokens, channels]"
+        for _, _, strategy in self.asking:
+            if not isinstance(strategy, AttentionWatch):
+                raise UserError(f"{strategy.spec} acts on the residual stream, and {what}")
+        if not self.said:
+            warnings.warn(f"{what}: {self.asking[0][2].spec} looks at attention alone there", stacklevel=2)
+            self.said.add(self.name)
+
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = given = output[0] if isinstance(output, tuple) else output
         before, parts = self.before, self.parts
         self.before, self.parts = None, {}
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            self._refuse(hidden)
+            return None
         for site, entry, strategy in self.asking:
             if before is not None and isinstance(strategy, BlockParts) and before.shape == hidden.shape:
                 strategy.parts(site, before, parts, hidden, entry.current)
