@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The strategies of open ports at one site, and their hooks on a call, in order."""
 
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall
-from ..errors import UserError
 from ..strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch, Cache, Strategy
 
 __all__ = ["BoundStrategy", "Forward", "HookChain", "recomputing"]
@@ -62,36 +60,22 @@ class Forward:
     Attributes:
         entries: what watches it.
         running: whether it is under way.
-        thread: which thread is in it.
         calls: attention calls in it so far.
     """
 
     entries: list[BoundStrategy] = field(default_factory=list)
     running: bool = False
-    thread: int = 0
     calls: int = 0
 
     def begin(self, *_: Any) -> None:
         """The model is entered."""
-        if self.running and not recomputing() and self.thread != _thread():
-            raise UserError(
-                f"{self.entries[0].strategy.spec} watches one forward at a time, and a second thread runs the model: "
-                "run them in turn"
-            )
-        self.thread = _thread()
         self.running, self.calls = True, 0
         for entry in self.entries:
             entry.place = -1
 
     def end(self, *_: Any) -> None:
         """The model is left, be it by an error."""
-        if self.thread == _thread():
-            self.running = False
-
-
-def _thread() -> int:
-    """The thread at hand; one that compiles cannot tell."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+        self.running = False
 
 
 def recomputing() -> bool:
