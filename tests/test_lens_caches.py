@@ -118,20 +118,19 @@ def test_prompts_that_share_a_beginning():
     sink, waad = seen.compute(0).tables["sink"].values, seen.compute(1).series["waad"]
     assert len(sink) == 3 and np.allclose(sink[1], sink[2]) and not np.allclose(sink[0], sink[1])
     assert [len(row) for row in waad] == [8, 4, 4]
-    with torch.no_grad(), manyheads.watch(model, "active_dormant") as seen:
-        cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
+    cut_back = pytest.raises(UserError, match="cut back from 12 tokens to 9")
+    with cut_back, torch.no_grad(), manyheads.watch(model, "active_dormant"):
         model(ids, past_key_values=cache)
         cache.crop(-3)
-        with pytest.raises(UserError, match="cut back from 12 tokens to 9"):
-            model(ids[:, 9:], past_key_values=cache)
+        model(ids[:, 9:], past_key_values=cache)
 
 
 def test_sequences_by_turns_are_refused():
     model, ids = models.tiny("llama"), models.tokens(1, 12)
     first, second = (DynamicCache(config=model.config) for _ in range(2))
-    with torch.no_grad(), manyheads.watch(model, "active_dormant"):
+    with pytest.raises(UserError, match="by turns"), torch.no_grad(), manyheads.watch(model, "active_dormant"):
         for cache in (first, second):
             model(ids, past_key_values=cache)
         model(ids[:, :2], past_key_values=second)
-        with pytest.raises(UserError, match="by turns"):
-            model(ids[:, :2], past_key_values=first)
+        model(ids[:, :2], past_key_values=first)
