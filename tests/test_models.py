@@ -155,7 +155,14 @@ def test_unknown_hub_name_is_answered_in_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("device", "says"), [("cuda", "sees no GPU"), ("gpu", "unknown device"), ("cuda:99", "sees no GPU")]
+    ("device", "says"),
+    [
+        ("cuda", "sees no GPU"),
+        ("gpu", "unknown device"),
+        ("cuda:99", "sees no GPU"),
+        ("mps", "cannot use it"),
+        ("meta", "cannot use it"),
+    ],
 )
 def test_devices_that_are_not_there(device: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

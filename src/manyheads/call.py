@@ -261,7 +261,9 @@ class AttentionCall:
         training: whether the module is in training mode.
         positions: ``[B, T]`` rotary position ids where the model passes them on.
         rotary: cosines and sines ``[B, T, rotary_dim]`` of those positions, where the model passes them on.
-        step: tokens seen at this site before this call, a tensor in compiled decoding; 0 without a cache.
+        step: tokens that the sequence of the queries had before this call, a tensor in compiled decoding; 0 without a
+            cache. Keys end where queries do, whatever the cache holds or has allocated ahead.
+        past: the model's cache that counts them, None without one; not to be kept.
         cache: the site's store, if a strategy made one.
         recurrence: decay and state at a site of kind ``linear``, None elsewhere.
         prepended: keys in front of all others that stand for no token (``calls.edits.append_kv``).
@@ -288,6 +290,7 @@ class AttentionCall:
     rotary: tuple[Tensor, Tensor] | None = None
     step: int | Tensor = 0
     cache: Store | None = None
+    past: Any = None
     recurrence: Recurrence | None = None
     prepended: int = 0
     diffusion: DiffusionStep | None = None

@@ -10,37 +10,48 @@ Any number of lenses share one forward: the weights of a call are made once, a b
     seen.compute("active_dormant").tables["sink"].top(5)
 
 A forward without earlier tokens starts new prompts; tokens decoded after it go on with them, row by row, so that
-decoding with a cache and one forward over the whole give the same results. Beam search, which reorders rows, does not.
+decoding with a cache of any make and one forward over the whole give the same results. How many tokens came before is
+what the model's cache says. Beam search, which reorders rows, does not; a cache that is cut back is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .calls.statistics import Statistic
 from .calls.weights import measure
 from .errors import UserError
 from .heads import HeadTable
-from .strategy import AttentionWatch, Residual
+from .strategy import AttentionWatch, BlockParts, Residual
 
 if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
 __all__ = [
-    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans",
+    "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "TokenSpans", "device_of",
     "stack_ragged", "table", "table_of",
 ]  # fmt: skip
 
 Memory = dict[str, Any]
 Span = tuple[int, int]
 _SHARED = "shared"  # where the lenses of one site keep what they share
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where ``model`` takes its inputs: weights that are offloaded stand on ``meta`` between uses, and do not say.
+
+    The processor where nothing says it.
+    """
+    held = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
+    return next((device for device in held if device.type != "meta"), torch.device("cpu"))
 
 
 class TokenSpans:
@@ -254,7 +265,7 @@ class Lens(AttentionWatch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensGroup(AttentionWatch, Residual):
+class LensGroup(AttentionWatch, BlockParts):
     """Several lenses as one strategy, so that they share the weights of a call.
 
     Attributes:
@@ -265,23 +276,44 @@ class LensGroup(AttentionWatch, Residual):
     lenses: tuple[Lens, ...] = ()
     state: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def spec(self) -> str:
+        return ", ".join(lens.spec for lens in self.lenses)
+
     def selects(self, site: Site) -> bool:
         return any(lens.selects(site) for lens in self.lenses)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        memory = call.state
-        chosen = [
-            (lens, memory.setdefault(str(i), {})) for i, lens in enumerate(self.lenses) if lens.selects(call.site)
-        ]
-        _look(chosen, call, out, self.state.get("roles") or TokenSpans(), memory.setdefault(_SHARED, {}), self.state)
+        shared = call.state.setdefault(_SHARED, {})
+        chosen = list(self._at(call.site, call.state))
+        _look(chosen, call, out, self.state.get("roles") or TokenSpans(), shared)
+
+    @property
+    def reads_residual(self) -> bool:
+        return any(isinstance(lens, Residual) and lens.reads_residual for lens in self.lenses)
+
+    @property
+    def reads_parts(self) -> bool:
+        return any(isinstance(lens, BlockParts) and lens.reads_parts for lens in self.lenses)
+
+    def parts(self, site: Site, before: Tensor, parts: dict[str, Tensor], hidden: Tensor, memory: Memory) -> None:
+        for lens, mine in self._at(site, memory):
+            if isinstance(lens, BlockParts):
+                lens.parts(site, before, parts, hidden, mine)
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
-        for i, lens in enumerate(self.lenses):
-            if lens.selects(site) and isinstance(lens, Residual):
-                mine = memory.setdefault(str(i), {})
-                mine[_SHARED] = memory.get(_SHARED, {})
+        for lens, mine in self._at(site, memory):
+            if isinstance(lens, Residual):
                 lens.residual(site, hidden, mine)
         return hidden
+
+    def _at(self, site: Site, memory: Memory) -> Iterator[tuple[Lens, Memory]]:
+        """The lenses that look at ``site``, each with what it keeps there."""
+        for i, lens in enumerate(self.lenses):
+            if lens.selects(site):
+                mine = memory.setdefault(str(i), {})
+                mine[_SHARED] = memory.get(_SHARED, {})
+                yield lens, mine
 
     def of(self, index: int, sites: Sequence[tuple[Site, Memory]]) -> list[tuple[Site, Memory]]:
         """What lens number ``index`` kept, by site."""
@@ -289,11 +321,10 @@ class LensGroup(AttentionWatch, Residual):
 
 
 def _look(
-    lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: TokenSpans, shared: Memory,
-    state: dict[str, Any] | None = None,
+    lenses: Sequence[tuple[Lens, Memory]], call: AttentionCall, out: Tensor, roles: TokenSpans, shared: Memory
 ) -> None:  # fmt: skip
     """Gather the statistics of every lens, make the weights once, update every lens."""
-    valid, keys, start, fresh = _tokens(call, shared, state)
+    valid, keys, start, fresh = _tokens(call, shared)
     views, wanted = [], []
     for lens, memory in lenses:
         memory[_SHARED] = shared
@@ -306,36 +337,56 @@ def _look(
             lens.update(view, {name: next(answers) for name in named})
 
 
-def _tokens(
-    call: AttentionCall, shared: Memory, state: dict[str, Any] | None
-) -> tuple[Tensor, Tensor, int, bool]:  # fmt: skip
-    """Which queries and keys are tokens, how many came before, and whether none did.
+def _tokens(call: AttentionCall, shared: Memory) -> tuple[Tensor, Tensor, int, bool]:
+    """Which queries and keys are tokens, how many came before, and whether new prompts begin.
 
     A query sees itself unless it is padding. In decoding the mask says nothing of the keys a sliding window has left
     behind, so what was seen before is kept.
     """
     (batch, _, length, _), more = call.q.shape, call.prepended
-    size = call.k.shape[2] - more
+    size, start = call.k.shape[2] - more, int(call.step)
     everything = torch.ones(batch, 1, dtype=torch.bool, device=call.q.device)
     mask = call.mask
+    fresh = not _goes_on(call, shared, start)
+    shared |= {
+        "fresh": fresh, "start": start, "end": start + length,
+        "past": None if call.past is None else weakref.ref(call.past),
+    }  # fmt: skip
     if call.site.kind == "cross":
-        fresh = (state or {}).get("fresh", length > 1 or "start" not in shared)
-        start = 0 if fresh else shared["start"]
-        shared["start"] = start + length
         keys = everything.expand(-1, size) if mask is None else mask.any(1).any(1).expand(batch, size + more)[:, more:]
         return everything.expand(-1, length), pad(keys, (more, 0)), start, fresh
     if call.cache is not None:
         raise UserError("a lens reads keys where they stand; look at the model without a cache strategy")
-    fresh = size == length or "valid" not in shared
     if mask is None:
         valid = everything.expand(-1, length)
     else:
         seen = mask.any(1).expand(batch, -1, -1)  # [B, T or 1, S]
         row = torch.arange(length, device=mask.device)
         valid = seen[:, row if seen.shape[1] > 1 else row * 0, row + more + size - length]
-    start = 0 if fresh else shared["valid"].shape[1]
-    history = valid if fresh else torch.cat([shared["valid"], valid], 1)
+    before = shared["valid"] if not fresh else everything.expand(-1, start)
+    if fresh and mask is not None and start:  # tokens that nobody looked at as they came
+        held = mask.any(1).any(1).expand(batch, -1)[:, more : more + size - length]
+        before = torch.cat([before[:, : start - held.shape[1]], held], 1)
+    history = torch.cat([before, valid], 1)
     shared["valid"], shared["whole"] = history, history.shape[1] == size
-    if state is not None:
-        state["fresh"] = fresh
     return valid, pad(history[:, -size:], (more, 0)), start, fresh
+
+
+def _goes_on(call: AttentionCall, shared: Memory, start: int) -> bool:
+    """Whether the queries follow those of the last call: the same cache counts as many tokens as were seen."""
+    before, known = shared.get("past"), shared.setdefault("caches", weakref.WeakSet())
+    if not start or "end" not in shared or call.past is not (None if before is None else before()):
+        if start and call.past in known:
+            raise UserError(
+                f"two sequences go on by turns at {call.site.name}, and a lens follows one at a time: finish one "
+                "first, or watch each by itself"
+            )
+        if call.past is not None:
+            known.add(call.past)
+        return False
+    if shared["end"] > start:
+        raise UserError(
+            f"the cache at {call.site.name} was cut back from {shared['end']} tokens to {start}, and a lens "
+            "counted them: generate without an assistant model, and go on from a prompt with a copy of its cache"
+        )
+    return bool(shared["end"] == start)

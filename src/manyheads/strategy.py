@@ -20,6 +20,7 @@ __all__ = [
     "AttentionEdit",
     "AttentionPatch",
     "AttentionWatch",
+    "BlockParts",
     "Cache",
     "Denoiser",
     "DenoiserModule",
@@ -176,11 +177,34 @@ class Cache(Strategy, ABC):
 class Residual(Strategy, ABC):
     """Acts on the residual stream."""
 
+    @property
+    def reads_residual(self) -> bool:
+        """Whether it does so as it is set."""
+        return True
+
     @abstractmethod
     def residual(self, site: "Site", hidden: "Tensor", state: dict[str, Any]) -> "Tensor":
         """Read or change the output ``hidden [B, T, D]`` of the block that ``site`` is in; ``state`` as in a call.
 
         A block with several sites asks once, after the last of them, for the first that is selected.
+        """
+
+
+class BlockParts(Residual):
+    """Also reads what the modules of a block gave, to tell which of them wrote an entry of the residual stream."""
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether it does so as it is set; what it reads is then held until the block has run."""
+        return True
+
+    @abstractmethod
+    def parts(
+        self, site: "Site", before: "Tensor", parts: "dict[str, Tensor]", hidden: "Tensor", state: dict[str, Any]
+    ) -> None:
+        """Read the block's input ``before``, its output ``hidden``, and outputs of its children by path, ``[B, T, D]``.
+
+        Called before :meth:`residual`; change none of them.
         """
 
 

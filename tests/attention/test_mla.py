@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads.attention import mla, reference
 from manyheads.attention.mla import Dims, Platform
+from manyheads.errors import UserError
 from oracles import models
 from tolerance import FORMULA, HALF_FACTOR, assert_close, error
 
@@ -345,7 +346,11 @@ def test_energy():
     flops, moved = sum(s.flops for s in stages), sum(s.bytes for s in stages)
     platform = Platform(1e12, 1e12, flop_energy=2e-12, byte_energy=1e-11)
     assert mla.energy(stages, platform) == pytest.approx(2e-12 * flops + 1e-11 * moved)
-    assert mla.energy(stages, H100) == 0
+    for name in mla.PLATFORMS:  # nothing is known of them, which is not nothing
+        with pytest.raises(UserError, match="flop_energy"):
+            mla.energy(stages, mla.platform_of(f"NVIDIA {name}" if name != "cpu" else name))
+    with pytest.raises(UserError, match="flop_energy"):
+        mla.energy(stages, Platform(1e12, 1e12, flop_energy=2e-12))
 
 
 def test_platforms():
@@ -354,5 +359,13 @@ def test_platforms():
         assert mla.platform_of(f"NVIDIA {key} SXM", 2).peak_flops == half
         assert mla.platform_of(f"NVIDIA {key} SXM", 4).peak_flops == full
         assert mla.platform_of(f"NVIDIA {key} SXM", 4).bandwidth == bandwidth
-    assert mla.platform_of("some other GPU") == mla.platform_of("NVIDIA A100-SXM4-80GB")
+    assert mla.platform_of("NVIDIA A100-SXM4-80GB") == mla.platform_of("NVIDIA A100")
+    for name, key in {
+        "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA L4": "L4", "NVIDIA L40S": "L40S", "NVIDIA A10": "A10",
+        "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA A100-PCIE-40GB": "A100 40GB",
+    }.items():  # fmt: skip
+        assert mla.platform_of(name).bandwidth == mla.PLATFORMS[key][2] != mla.PLATFORMS["A100"][2]
+    for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G", "mps"):
+        with pytest.raises(UserError, match="bandwidth_gbs"):
+            mla.platform_of(name)
     assert mla.platform_of("cpu").bandwidth == mla.PLATFORMS["cpu"][2] and not mla.platform_of("cpu").fused_heads

@@ -187,6 +187,10 @@ def test_auto_knows_its_device():
     assert auto.platform(cpu, 4) == mla.platform_of("cpu", 4)
     own = parse("mla_hw:peak_tflops=2,bandwidth_gbs=300").platform(cpu, 2)
     assert (own.peak_flops, own.bandwidth, own.overhead) == (2e12, 3e11, mla.platform_of("cpu").overhead)
+    other = torch.device("mps")
+    assert parse("mla_hw:peak_tflops=2,bandwidth_gbs=300").platform(other, 2).peak_flops == 2e12
+    with pytest.raises(UserError, match="give peak_tflops and bandwidth_gbs"):
+        parse("mla_hw:peak_tflops=2").platform(other, 2)
 
 
 def test_bytes_are_those_held(model):

@@ -100,6 +100,12 @@ BAD = [
     (["--chat", "good.json", "--role", "system=0-2"], "leave --role away"),
     (["--model", "missing/folder/deep"], "no such folder"),
     (["--device", "gpu0"], "unknown device"),
+    (["--device", "mps"], "this torch cannot use it"),
+    (
+        ["--lens", "active_dormant:layers=9"],
+        "active_dormant:layers=9 finds no attention to look at in LlamaForCausalLM",
+    ),
+    (["--lens", "sinks,massive_values:layers=9", "--generate", "4"], "causal self attention in layers 0 to 1"),
     (["--out", "short.txt/x"], "cannot write"),
 ]
 
@@ -127,3 +133,81 @@ def test_the_doctor_refuses_too(cli, folder, tmp_path):
         code, out, err = cli("doctor", "--model", str(folder), *options)
         assert code == 2 and out == "" and word in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "manyheads-doctor").exists()
+
+
+SIZES = {
+    "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+SEQ2SEQ = {
+    "vocab_size": 600, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0,
+}  # fmt: skip
+READERS = {
+    "Bert Model": (SIZES, 2), "Bert ForMaskedLM": (SIZES, 2), "Roberta Model": (SIZES, 2),
+    "Albert Model": ({**SIZES, "num_hidden_layers": 5, "embedding_size": 16}, 5), "Bart ForConditionalGeneration":
+    (SEQ2SEQ, 2), "Llama Model": ({**SIZES, "num_key_value_heads": 2}, 2),
+}  # fmt: skip
+
+
+def saved(name, sizes, tokenizer, place):
+    import torch
+    import transformers
+
+    family, kind = name.split()
+    torch.manual_seed(0)
+    model = getattr(transformers, family + kind)(getattr(transformers, f"{family}Config")(**sizes))
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return str(place)
+
+
+@pytest.fixture
+def framed(texts):
+    """A tokenizer that puts a token before a text and one behind it."""
+    from tokenizers import processors
+
+    made = tiny.make_tokenizer(texts)
+    frame = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    made.backend_tokenizer.post_processor = frame
+    made.model_max_length = 62
+    return made
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_models_that_read_text(cli, framed, tmp_path, name):
+    """Text encoders, that of an encoder-decoder model, and decoders without a head: no loss, every layer."""
+    sizes, count = READERS[name]
+    place = saved(name, sizes, framed, tmp_path / "model")
+    code, out, err = cli("inspect", "--model", place, "--samples", "2", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["loss"] is None and all(p["ids"][0] == 0 for p in document["prompts"])
+    assert all(len(p["ids"]) == 62 and (p["ids"][-1] == 0) for p in document["prompts"])
+    sink = HeadTable.from_dict(document["findings"]["active_dormant"]["tables"]["sink"])
+    assert sink.values.shape == (2, count, 4) and sink.layers == tuple(range(count))
+    assert ("reasoning_rhythm" in document["findings"]) == (name == "Llama Model")
+    notes = document["findings"]["attention"]["notes"]
+    assert ("reasoning_rhythm finds nothing to look at here." in notes) == (name != "Llama Model")
+    code, out, err = cli("inspect", "--model", place, "--samples", "1", "--out", "y")
+    assert code == 0 and "loss" not in out
+    for options, word in ((["--ablate", "sink"], "has no loss"), (["--generate", "3"], "predicts no text")):
+        assert word in cli("inspect", "--model", place, *options)[2]
+    if name != "Llama Model":
+        assert "finds no attention to look at" in cli("inspect", "--model", place, "--lens", "rhythm")[2]
+        assert "no causal language model" in cli("doctor", "--model", place)[2]
+
+
+OTHERS = {
+    "Dinov2 Model": ({"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}, "image"),
+    "Whisper Model": ({**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}, "audio"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_read_something_else(cli, framed, tmp_path, name):
+    sizes, what = OTHERS[name]
+    sizes = {key: value for key, value in sizes.items() if key != "max_position_embeddings"}
+    code, _, err = cli("inspect", "--model", saved(name, sizes, framed, tmp_path / "model"))
+    assert code == 2 and f"reads {what}" in err and "manyheads.watch(model" in err and "Traceback" not in err

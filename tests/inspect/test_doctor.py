@@ -125,3 +125,35 @@ def test_duplicate_heads_of_known_maps(found):
     assert distance[0, 0] == 0 and most_similar[0, 0] == 2 and most_similar[0, 3] in (0, 2)
     assert distance[0, 3] == pytest.approx(0.1 * (size - 1) / size) and distance[0, 1] > 0.8
     assert own.tables[FIRST].values.shape[2] == 4
+
+
+def test_it_says_of_which_layer(model, tokenizer, texts):
+    """A quick look ablates a few heads alone: the layers that they are of are named, and not where all are tried."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 8})
+    deep = transformers.LlamaForCausalLM(config).eval()
+    quick = check(look(deep, tokenizer, texts), "idle")
+    layers = sorted({int(head.partition(".")[0]) for head in quick.values["not missed"]})
+    assert quick.values["tried"] == 8 < 32 and " not missed, of layer" in quick.figure
+    assert quick.figure.endswith(" only") and all(str(layer) in quick.figure for layer in layers)
+    whole = check(look(model, tokenizer, texts), "idle")
+    assert whole.values["tried"] == 8 and "of layer" not in whole.figure
+
+
+def test_offloaded_models(texts, tokenizer):
+    """Weights that stand on `meta` between their uses: the same figures, and a word that they were not read."""
+    import accelerate
+
+    from tiny.inspect import make_model
+
+    model = make_model()
+    want = look(model, tokenizer, texts)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    got = look(model, tokenizer, texts)
+    for name, found in want.measures.found.items():
+        for key, table in found.tables.items():
+            assert np.allclose(got.measures.found[name].tables[key].values, table.values, atol=1e-5, equal_nan=True)
+    assert "offloaded weights were not read" in check(got, "numbers").message
+    assert "offloaded" not in check(want, "numbers").message

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The residual stream through the port: what a block is; reading changes nothing, changing does, all is undone."""
 
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 import manyheads
+from manyheads.errors import UserError
 from manyheads.integrations.blocks import block_of, output_of
 from manyheads.integrations.transformers import find_sites
 from manyheads.strategy import AttentionWatch, Residual
@@ -109,3 +113,33 @@ def test_compiled():
             assert error(fast(ids).logits, plain) > 1e-3
         assert torch.equal(fast(ids).logits, plain)
     torch._dynamo.reset()
+
+
+def test_blocks_that_carry_several_streams():
+    """Gemma 3n: attention is looked at and one warning says what is not; what needs the stream is refused."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_kv_shared_layers=2, laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8, hidden_size_per_layer_input=8,
+        activation_sparsity_pattern=[0.0] * 4, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model, ids = transformers.Gemma3nForCausalLM(config).eval(), models.tokens(2, 15)
+    results = []
+    for run in (lambda: model.generate(ids, max_new_tokens=5, do_sample=False), lambda: model(results[0][0][:, :-1])):
+        with (
+            pytest.warns(UserWarning, match="no residual stream") as said,
+            manyheads.watch(model, "active_dormant") as seen,
+            torch.no_grad(),
+        ):
+            out = run()
+        assert len([w for w in said if "no residual stream" in str(w.message)]) == 1
+        results.append((out, seen.compute().tables))
+    decoded, whole = (tables["sink"].values for _, tables in results)
+    assert decoded.shape == (2, 4, 4) and np.allclose(decoded, whole, atol=1e-5) and "peak" not in results[0][1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with manyheads.watch(model, "massive_values"), torch.no_grad():
+            model(ids)  # asks for no stream
+    with pytest.raises(UserError, match="acts on the residual stream"), manyheads.use(model, Shift()), torch.no_grad():
+        model(ids)

@@ -14,7 +14,7 @@ from manyheads.attention import mla
 from manyheads.integrations.latent import latent_of
 from manyheads.integrations.transformers import find_sites
 from oracles import models
-from tolerance import FORMULA, assert_close, error
+from tolerance import FORMULA, SAME, assert_close, error
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _BASE = {
@@ -104,15 +104,17 @@ def _with(linear):
 
 
 def test_an_unusual_projection_is_not_taken():
-    """A bias, another shape, a quantised or adapted layer: its weight alone does not say what it computes."""
+    """A bias, another shape, what does not say its shape; but a layer of another class says what it computes."""
 
     class Adapted(nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     assert latent_of(_with(nn.Linear(16, 56, bias=False)))
     assert latent_of(_with(nn.Linear(16, 56))) is None
     assert latent_of(_with(nn.Linear(16, 64, bias=False))) is None
-    assert latent_of(_with(Adapted(16, 56, bias=False))) is None
+    adapted = _with(Adapted(16, 56, bias=False))
+    assert_close(latent_of(adapted).weight(), 2 * adapted.kv_b_proj.weight, SAME)
     assert latent_of(_with(nn.Sequential(nn.Linear(16, 56, bias=False)))) is None
     module = find_sites(build("DeepseekV3"))[0][1]
     del module.v_head_dim
@@ -127,5 +129,5 @@ def test_the_weight_is_current_and_the_module_is_not_kept():
     del module
     gc.collect()
     assert gone() is None
-    with pytest.raises(RuntimeError, match="model of this cache is gone"):
+    with pytest.raises(RuntimeError, match="model of kv_b_proj is gone"):
         latent.weight()

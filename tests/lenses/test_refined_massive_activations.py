@@ -12,6 +12,7 @@ from manyheads.errors import UserError
 from manyheads.integrations.blocks import block_of
 from manyheads.lenses.refined_massive_activations import RefinedMassiveActivations, massive, means, name_tokens
 from manyheads.lenses.refined_massive_activations.extremes import Extremes, medians
+from manyheads.lenses.refined_massive_activations.writers import writer_of
 from oracles import models
 from tolerance import HALF, SAME, assert_close, error
 
@@ -251,3 +252,67 @@ def test_refusals(tmp_path):
         model(ids)
     made = manyheads.parse(f"{SLUG}:intervene=zero,layers=0")
     assert manyheads.parse(made.spec) == made
+
+
+def writing(name, path):
+    """A model in whose block 1 the module ``path`` writes much into channel 3 of every token."""
+    model = models.build(name)
+    block = block_of(model, [s for s, _ in manyheads.integrations.transformers.find_sites(model)][1].name)
+    layer = block.get_submodule(path)
+    linear = layer if hasattr(layer, "weight") and layer.weight.ndim > 1 else None
+    if linear is not None and linear.bias is not None:
+        linear.bias.data[3] += 5000
+    elif linear is not None:
+        axis = 1 if type(linear).__name__ == "Conv1D" else 0
+        linear.weight.data.select(axis, 3).mul_(5e4)
+    else:  # a norm behind, whose scale it is
+        layer.weight.data[3] = 5e4
+    return model
+
+
+WRITERS = [
+    ("llama", "self_attn.o_proj", "model.layers.1.self_attn"),
+    ("llama", "mlp.down_proj", "model.layers.1.mlp"),
+    ("gpt2", "attn.c_proj", "transformer.h.1.attn"),
+    ("gpt2", "mlp.c_proj", "transformer.h.1.mlp"),
+    ("gemma2", "post_feedforward_layernorm", "model.layers.1.post_feedforward_layernorm"),
+    ("gemma2", "post_attention_layernorm", "model.layers.1.post_attention_layernorm"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "writer"), WRITERS)
+def test_the_module_that_writes_is_named(name, path, writer):
+    """Attention, the MLP, or the norm behind one of them: what adds the entry, not where attention stands."""
+    with manyheads.watch(writing(name, path), f"{SLUG}:{LOW}") as seen, torch.no_grad():
+        seen._port.model(**models.inputs(name))
+    memory = seen._bundle.of(0, seen._port.kept(seen._bundle))[1][1]
+    assert {wrote for part in memory["writers"] for _, wrote in part} == {writer}
+    others = {other for _, _, other in WRITERS} - {writer}
+    text = " ".join(seen.compute().notes)
+    assert (f"written by {writer}" in text or "layer 0" in text) and not any(f"by {other}" in text for other in others)
+
+
+def test_what_was_there_before_has_no_writer_here():
+    """An entry that only passes a block, and a change that no two modules explain, are nobody's."""
+    generator = torch.Generator().manual_seed(0)
+    before, a, b, c = torch.randn(4, 64, generator=generator)
+    a[5] = 900
+    parts = {"norm": c, "attention": a, "mlp": b}
+    assert writer_of(before, before + a + b, parts, 5) == "attention"
+    assert writer_of(before, before + 0.2 * a + 0.2 * b, parts, 5) == "attention"  # scaled residuals
+    assert writer_of(before, before + a + b, {"norm": c, "mlp": b}, 5) is None
+    big = before.clone()
+    big[5] = 900
+    assert writer_of(big, big + b, {"mlp": b}, 5) is None
+    assert writer_of(before, before + a, {}, 5) is None
+
+
+def test_float64():
+    """Wider than the figures are kept: the same figures as in float32."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        with manyheads.watch(models.build("llama", dtype=dtype), f"{SLUG}:{LOW}") as seen, torch.no_grad():
+            seen._port.model(models.tokens(2, 12))
+        results.append(seen.compute().tables)
+    assert all(np.allclose(results[0][n].values, results[1][n].values, rtol=1e-4) for n in results[0])
+    assert not np.allclose(results[0]["max"].values, results[0]["median"].values)

@@ -20,6 +20,7 @@ positions, dv channels of a value, rq channels of a query latent. Cost counts a 
 matrix products only, and every byte that a stage reads or writes once.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,6 +30,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ..errors import UserError
 
 __all__ = [
     "PLATFORMS", "Dims", "Platform", "Schedule", "Stage", "absorb", "choose", "crossover", "energy", "expand",
@@ -186,35 +189,49 @@ class Platform:
         overhead: seconds that a stage takes beside its work (launching it).
         fused_heads: whether torch's attention keeps logits on the chip where keys are wider than values. On CUDA it
             does, on a CPU it does not.
-        flop_energy, byte_energy: joules per FLOP and per byte moved, 0 where unknown.
+        flop_energy, byte_energy: joules per FLOP and per byte moved, None where unknown.
     """
 
     peak_flops: float
     bandwidth: float
     overhead: float = 0.0
     fused_heads: bool = True
-    flop_energy: float = 0.0
-    byte_energy: float = 0.0
+    flop_energy: float | None = None
+    byte_energy: float | None = None
 
 
-# Data sheets, dense: FLOP/s at 16 bits and at 32 (without TF32), bytes/s. Matched in the device's name, in this order.
+# Data sheets, dense: FLOP/s at 16 bits and at 32 (without TF32), bytes/s. A device is the first whose words are all in
+# its name. None gives joules per FLOP or byte.
 PLATFORMS: dict[str, tuple[float, float, float]] = {
     "H200": (989e12, 67e12, 4.8e12),
+    "H100 PCIe": (756e12, 51e12, 2.0e12),
     "H100": (989e12, 67e12, 3.35e12),
+    "A100 40GB": (312e12, 19.5e12, 1.555e12),
     "A100": (312e12, 19.5e12, 2.04e12),
+    "L40S": (362e12, 91.6e12, 864e9),
+    "L4": (121e12, 30.3e12, 300e9),
+    "A10": (125e12, 31.2e12, 600e9),
+    "RTX 4090": (165e12, 82.6e12, 1.008e12),
     "cpu": (2e11, 2e11, 2e10),
 }
 
 
 @lru_cache(maxsize=64)
 def platform_of(name: str, itemsize: int = 2) -> Platform:
-    """The platform whose key in :data:`PLATFORMS` stands in a device's ``name``; an unknown GPU counts as an A100."""
-    if name == "cpu":
-        half, full, bandwidth = PLATFORMS["cpu"]
-        return Platform(half if itemsize < 4 else full, bandwidth, 5e-6, fused_heads=False)
-    key = next((key for key in PLATFORMS if key in name), "A100")
+    """The platform of :data:`PLATFORMS` that a device's ``name`` says it is.
+
+    Raises:
+        UserError: none of them is.
+    """
+    words = set(re.split(r"[\s-]+", name)) if "Laptop" not in name else set()  # same name, other chip
+    key = next((key for key in PLATFORMS if words >= set(key.split())), None)
+    if key is None:
+        raise UserError(
+            f"the speed of {name!r} is not known (known are {', '.join(PLATFORMS)}): give peak_tflops and bandwidth_gbs"
+        )
     half, full, bandwidth = PLATFORMS[key]
-    return Platform(half if itemsize < 4 else full, bandwidth, 3e-6)
+    overhead, fused = (5e-6, False) if key == "cpu" else (3e-6, True)
+    return Platform(half if itemsize < 4 else full, bandwidth, overhead, fused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +258,15 @@ def seconds(stages: Sequence[Stage], platform: Platform) -> float:
 
 
 def energy(stages: Sequence[Stage], platform: Platform) -> float:
-    """Predicted joules: FLOPs and bytes, each times its price."""
+    """Predicted joules: FLOPs and bytes, each times its price.
+
+    Raises:
+        UserError: the platform has no prices; those of :data:`PLATFORMS` have none, as their makers publish none.
+    """
+    if platform.flop_energy is None or platform.byte_energy is None:
+        raise UserError(
+            "the energy of this platform is not known: give Platform its flop_energy and byte_energy, in joules"
+        )
     return sum(stage.flops * platform.flop_energy + stage.bytes * platform.byte_energy for stage in stages)
 
 

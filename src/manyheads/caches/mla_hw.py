@@ -73,14 +73,18 @@ class MLAHw(Cache):
         return LatentStore(self, site)
 
     def platform(self, device: torch.device, itemsize: int) -> mla.Platform:
-        """The hardware that ``auto`` reckons with, for elements of ``itemsize`` bytes."""
+        """The hardware that ``auto`` reckons with, for elements of ``itemsize`` bytes.
+
+        Raises:
+            UserError: the device is not known, and its two figures are not given.
+        """
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
+        bandwidth = None if self.bandwidth_gbs is None else self.bandwidth_gbs * 1e9
+        if peak and bandwidth and device.type != "cpu":
+            return mla.Platform(peak, bandwidth, overhead=3e-6)
         known = mla.platform_of(name, itemsize)
-        return replace(
-            known,
-            peak_flops=known.peak_flops if self.peak_tflops is None else self.peak_tflops * 1e12,
-            bandwidth=known.bandwidth if self.bandwidth_gbs is None else self.bandwidth_gbs * 1e9,
-        )
+        return replace(known, peak_flops=peak or known.peak_flops, bandwidth=bandwidth or known.bandwidth)
 
 
 class LatentStore(Store):

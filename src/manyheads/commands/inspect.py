@@ -67,7 +67,8 @@ def inspect(
 ) -> None:
     """Look at what a model attends to: a table, a page with pictures, and all figures as JSON.
 
-    Without options: the shipped model reads the source of Python's standard library. The page shows every score over
+    Without options: the shipped model reads the source of Python's standard library. Text encoders are
+    looked at too, of encoder-decoder models the encoder; they have no loss. The page shows every score over
     layers and heads, the map of each head, tokens coloured by what a lens says of them, and where the mass goes.
     """
     passive_threads()
@@ -91,13 +92,14 @@ def inspect(
     from manyheads.report import inspect as shown_by
 
     with shown(as_json) as progress:
-        loaded, tokenizer = load_model(model, device)
+        loaded, tokenizer = load_model(model, device, encoders=True)
         prompts = (
             None if messages is None else [as_prompt(messages, tokenizer, generate > 0, chat.name if chat else "")]
         )
         seen = run.inspect_model(
-            loaded, tokenizer, texts, lenses, prompts=prompts, roles=roles, generate=generate, layers=chosen,
-            ablate=ablate, seed=seed or 0, origin=model or "the shipped model", command=typed(), progress=progress,
+            loaded, tokenizer, texts, lenses if lens else DEFAULT, prompts=prompts, roles=roles, generate=generate,
+            layers=chosen, ablate=ablate, seed=seed or 0, origin=model or "the shipped model", command=typed(),
+            progress=progress,
             length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES),
         )  # fmt: skip
     document = _write(place, "inspect.html", shown_by.page(seen), seen.document())

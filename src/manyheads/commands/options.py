@@ -108,11 +108,16 @@ def executor(workers: int | None, ray: str | None) -> Executor | None:
     return None if workers is None or workers == 1 else Processes(workers)
 
 
-def load_model(model: str | None, device: str | None) -> tuple[Any, Any]:
+def load_model(model: str | None, device: str | None, encoders: bool = False) -> tuple[Any, Any]:
     """A language model and its tokenizer, the shipped one when None.
 
+    Args:
+        model: folder or name.
+        device: the processor when None.
+        encoders: take models too that only read text; of encoder-decoder models the encoder.
+
     Raises:
-        UserError: there is none of that name, or it reads with an encoder.
+        UserError: there is none of that name, or it is of another kind.
     """
     from transformers.utils import logging
 
@@ -121,6 +126,8 @@ def load_model(model: str | None, device: str | None) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     if model is None:
         return models.load_default(device or "cpu")
+    if encoders:
+        return models.load_reader(model, device or "cpu")
     loaded, tokenizer = models.load(model, device or "cpu")
     if loaded.config.is_encoder_decoder:
         raise UserError(f"{model} reads with an encoder; give a decoder-only language model")

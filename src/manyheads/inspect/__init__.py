@@ -38,6 +38,15 @@ class Watching:
 
     def __enter__(self) -> Self:
         self._port.__enter__()
+        sites = [site for site, _ in self._port.kept(self._bundle)]
+        if blind := [lens.spec for lens in self.lenses if not any(lens.selects(site) for site in sites)]:
+            from ..errors import UserError
+
+            self._port.__exit__(UserError, None, None)
+            there = sorted({site.layer for site in sites if site.layer is not None})
+            raise UserError(
+                f"{blind[0]} finds no attention to look at: the other lenses look at layers {there}; change its fields"
+            )
         return self
 
     def __exit__(
@@ -52,13 +61,16 @@ class Watching:
             lens: its number, its slug or spec as it was given, or the lens itself.
 
         Raises:
-            UserError: no such lens looks here.
+            UserError: no such lens looks here, or it saw nothing.
         """
         from ..errors import UserError
 
         for i, mine in enumerate(self.lenses):
             if lens in (i, mine.slug, mine.spec) or lens is mine:
-                return mine.compute(self._bundle.of(i, self._port.kept(self._bundle)))
+                seen = self._bundle.of(i, self._port.kept(self._bundle))
+                if not seen:
+                    raise UserError(f"{mine.spec} saw nothing: the model ran no attention that it looks at")
+                return mine.compute(seen)
         raise UserError(f"{lens!r} does not look here; these do: {', '.join(mine.spec for mine in self.lenses)}")
 
 

@@ -78,7 +78,8 @@ class AttentionBreakdown(Lens):
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         rows = view.rows("response") if view.roles.spans else view.valid
-        place = view.valid.long().cumsum(1)  # tokens of the row so far
+        length, count = view.valid.shape[1], view.keys.long().cumsum(1)
+        place = count[:, -length:] if view.call.site.causal else count[:, -1:].expand(-1, length)  # tokens to look at
         rows = (rows & (place > 1))[:, None]  # the first token attends to itself: no choice, no row
         count = rows.sum(-1)
         mass = (found["parts"] * rows[..., None]).sum(2)
@@ -106,7 +107,8 @@ class AttentionBreakdown(Lens):
             if "map" in memory
             for head in range(memory["map"][0].shape[0])
         }
-        return LensResult(tables=tables, maps=maps)
+        ahead = any(not site.causal and site.kind == "self" for site, _ in sites)
+        return LensResult(tables=tables, maps=maps, notes=[f"Tokens ahead count as {FAR}."] if ahead else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +118,27 @@ class HeadOutputNorm(Lens, Residual):
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory, valid = view.memory, view.valid
         out = view.out.float() * valid[..., None, None]
-        weight = None if view.call.site.output is None else view.call.site.output()
-        if weight is not None and weight.shape[1] == out.shape[2] * out.shape[3]:
-            square = weight.detach().float().unflatten(1, out.shape[2:])  # [D, H, dv]
-            gram = torch.einsum("dhv,dhw->hvw", square, square)
+        gram = memory["gram"] if "gram" in memory else self._gram(view)
+        if gram is not None:
             written = torch.einsum("bthv,hvw,bthw->bth", out, gram, out).clamp(min=0).sqrt()
         else:
             written = out.norm(dim=-1)
+        memory["gram"] = gram
         memory.setdefault("written", RunningMean()).add(
             written.nan_to_num(0, 0, 0).sum(1), valid.sum(1)[:, None], view.fresh
         )
         bad = (~torch.isfinite(view.out)).flatten(2).any(-1) & valid
         memory["outputs"] = memory.get("outputs", 0) + int(bad.sum())
+
+    @staticmethod
+    def _gram(view: AttentionView) -> Tensor | None:
+        """Products ``[H, dv, dv]`` of the columns of each head in the output projection; None where it is not known."""
+        output, heads = view.call.site.output, view.out.shape[2:]
+        weight = None if output is None else output().detach().float()
+        if weight is None or weight.shape[1] != heads[0] * heads[1]:
+            return None
+        square = weight.unflatten(1, heads)  # [D, H, dv]
+        return torch.einsum("dhv,dhw->hvw", square, square)
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         memory["hidden"] = memory.get("hidden", 0) + int((~torch.isfinite(hidden.detach())).any(-1).sum())
@@ -136,4 +147,8 @@ class HeadOutputNorm(Lens, Residual):
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         bad = [{"site": site.name, "outputs": m["outputs"], "hidden": m.get("hidden", 0)} for site, m in sites]
         tables = {"written": table("norm of what a head adds to the stream", sites, "written")}
-        return LensResult(tables=tables, records={"tokens with NaN or infinity": bad})
+        blind = [site.name for site, m in sites if m.get("gram") is None]
+        notes = [
+            f"The output projection of {name} is not known: norms are of its heads' outputs." for name in blind[:1]
+        ]
+        return LensResult(tables=tables, records={"tokens with NaN or infinity": bad}, notes=notes)

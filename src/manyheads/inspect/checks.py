@@ -128,7 +128,7 @@ def _idle(m: Measures) -> HealthCheck:
     if alone is not None and tried:
         message.append(
             f"with one head ablated, the loss of a prompt gains less than {NOTHING:g} nats for "
-            f"{_count(len(spared), tried, 'heads tried')}{_listed(alone, spared)}; most for "
+            f"{_count(len(spared), tried, 'heads tried')}{_tried_in(alone)}{_listed(alone, spared)}; most for "
             f"{alone.names(alone.top(1))[0]}, {np.nanmax(alone.mean):+.3f}"
         )
     advice = []
@@ -141,7 +141,8 @@ def _idle(m: Measures) -> HealthCheck:
         )
     return HealthCheck(
         "idle", "dead or even heads", level,
-        f"{len(even)} even, {len(faint)} nearly silent, {len(spared)} of {tried} not missed",
+        f"{len(even)} even, {len(faint)} nearly silent, {len(spared)} of {tried} not missed"
+        f"{'' if alone is None else _tried_in(alone)}",
         f"entropy above {EVEN:g} of the greatest; output below {FAINT:g} of the median; loss {NOTHING:g} nats",
         "; ".join(message) + ".", " ".join(advice),
         {
@@ -149,6 +150,14 @@ def _idle(m: Measures) -> HealthCheck:
             "not missed": [] if alone is None else list(alone.names(spared)), "tried": tried,
         },
     )  # fmt: skip
+
+
+def _tried_in(alone: HeadTable) -> str:
+    """The layers that the heads ablated alone are of, where they are not all."""
+    layers = [str(alone.layers[row]) for row in np.flatnonzero(np.isfinite(alone.mean).any(1))]
+    if not layers or len(layers) == len(alone.layers):
+        return ""
+    return f", of layer{'s' * (len(layers) > 1)} {', '.join(layers)} only"
 
 
 def _listed(made: HeadTable, heads: Sequence[tuple[int, int]]) -> str:
@@ -311,7 +320,7 @@ def _numbers(m: Measures) -> HealthCheck:
     losses = sum(int((~np.isfinite(row[1:])).sum()) for row in m.losses)
     bad = sum(m.weights.values()) + outputs + hidden + losses
     first = next((row["site"] for row in rows if row["outputs"] or row["hidden"]), None)
-    message = "All weights, activations and losses are finite."
+    message = f"All {'' if m.unread else 'weights, '}activations and losses are finite."
     if bad:
         message = (
             f"{sum(m.weights.values())} weights, attention outputs of {outputs} and block outputs of {hidden} tokens, "
@@ -319,6 +328,8 @@ def _numbers(m: Measures) -> HealthCheck:
             + (f", first in {first}" if first else "")
             + (f"; weights of {next(iter(m.weights))}." if m.weights else ".")
         )
+    if m.unread:
+        message += f" {m.unread} offloaded weights were not read."
     return HealthCheck(
         "numbers", "NaN and infinity", "watch" if bad else "fine", f"{bad} found", "any", message,
         "Load it in bfloat16 or float32; if weights are bad, fetch them again." if bad else "",

@@ -14,7 +14,7 @@ from ..data.texts import Text, standard_library
 from ..errors import UserError
 from ..heads import HeadTable
 from ..integrations import use
-from ..lens import LensResult
+from ..lens import LensResult, device_of
 from ..progress import Progress
 from ..spec import parse
 from .attention_breakdown import FIRST, AttentionBreakdown, HeadOutputNorm
@@ -114,8 +114,11 @@ def diagnose(
     made.found = dict(zip([*papers, "attention", "body"], found, strict=True))
     made.head_distance, made.most_similar = duplicate_heads(made.found["attention"])
     made.weights = {
-        name: count for name, p in model.named_parameters() if (count := int((~torch.isfinite(p)).sum().item()))
+        name: count
+        for name, p in model.named_parameters()
+        if p.device.type != "meta" and (count := int((~torch.isfinite(p)).sum().item()))
     }
+    made.unread = sum(p.device.type == "meta" for p in model.parameters())
     say(2, 6, "padding")
     made.padding = padding(model, tokenizer, prompts[0])
     say(3, 6, "contexts of several lengths")
@@ -125,7 +128,7 @@ def diagnose(
     run = describe(model, prompts, read, origin, command)
     run["settings"] = {
         "length": max(len(p.ids) for p in prompts), "samples": len(prompts), "seed": seed, "quick": quick,
-        "device": str(next(model.parameters()).device),
+        "device": str(device_of(model)),
     }  # fmt: skip
     run["seconds"] = round(time.perf_counter() - begun, 2)
     return Diagnosis(run, evaluate(made), made)
@@ -169,7 +172,7 @@ def padding(model: Any, tokenizer: Any, prompt: Prompt) -> dict[str, dict[str, f
     other = prompt.ids[: min(80, len(prompt.ids))]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     n, room = len(short), len(other) - len(short)
-    device = next(model.parameters()).device
+    device = device_of(model)
     cases = {
         "none": (short, other[:n], [1] * n, 0),
         "right": (short + [pad] * room, other, [1] * n + [0] * room, 0),
@@ -199,7 +202,7 @@ def _contexts(
     model: nn.Module, tokenizer: Any, read: Sequence[Text], seed: int, quick: bool
 ) -> tuple[tuple[list[int], Any], dict[str, str]]:
     """Loss of the same tokens after shorter and longer contexts, as long as model, text and machine allow."""
-    device, most = next(model.parameters()).device, max_context(model)
+    device, most = device_of(model), max_context(model)
     room = _ROOM.get(device.type, 4096) // (4 if quick else 1)
     absolute = any(
         isinstance(m, nn.Embedding)

@@ -27,6 +27,7 @@ class Measures:
         padding: for each way to pad, greatest change of a logit over their spread, and share of changed choices.
         max_context: tokens that the config says the model reads.
         weights: parameters that are not finite, by name.
+        unread: parameters that are offloaded, of which that is not known.
     """
 
     found: dict[str, LensResult] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Measures:
     padding: dict[str, dict[str, float]] = field(default_factory=dict)
     max_context: int = 0
     weights: dict[str, int] = field(default_factory=dict)
+    unread: int = 0
     groups: int = 1
     dtype: str = "float32"
     refused: dict[str, str] = field(default_factory=dict)

@@ -47,7 +47,7 @@ class Prompt:
 
 def draw(
     texts: Sequence[Text], tokenizer: Any, length: int | None, samples: int, seed: int,
-    roles: Mapping[str, Part] | None = None, max_context: int = 2**40,
+    roles: Mapping[str, Part] | None = None, max_context: int = 2**40, closed: bool = False,
 ) -> list[Prompt]:  # fmt: skip
     """Up to ``samples`` prompts of ``length`` tokens.
 
@@ -62,6 +62,7 @@ def draw(
         seed: of the draw.
         roles: spans of token positions, or text that is to be found.
         max_context: tokens that the model reads at most.
+        closed: end windows too as the tokenizer ends a text, which encoders have learned.
 
     Raises:
         UserError: the text is too short, or a role is not where it is said to be.
@@ -71,10 +72,10 @@ def draw(
     size = min(length or LENGTH, max_context)
     if roles:
         return _beginnings(texts, tokenizer, size, samples, roles)
-    start = _start(tokenizer)
-    corpus, most = Corpus(texts, tokenizer), size - len(start)
+    start, end = _around(tokenizer) if closed else (_start(tokenizer), [])
+    corpus, most = Corpus(texts, tokenizer), size - len(start) - len(end)
     if length is None and sum(len(text.content) for text in texts) < 64 * size:  # may be too short for the default
-        most = min(most, sum(len(_encode(tokenizer, text.content)[0]) for text in texts) - len(start))
+        most = min(most, sum(len(_encode(tokenizer, text.content)[0]) for text in texts) - len(start) - len(end))
     if most < SHORTEST:
         raise UserError(f"the text is too short: a prompt needs {SHORTEST} tokens or more; give more text")
     rng = np.random.default_rng(seed)
@@ -83,13 +84,22 @@ def draw(
     except UserError as error:
         raise UserError(str(error).replace("--lengths", "--length").replace("contexts", "prompts")) from None
     kept = [w for i, w in enumerate(windows) if i == 0 or not w.overlaps]  # the same tokens twice are no sample
-    return [Prompt([*start, *(int(i) for i in window.ids)], window.text) for window in kept]
+    return [Prompt([*start, *(int(i) for i in window.ids), *end], window.text) for window in kept]
 
 
 def _start(tokenizer: Any) -> list[int]:
     """Tokens that the tokenizer puts before a text."""
     begin = getattr(tokenizer, "bos_token_id", None)
     return [begin] if begin is not None and tokenizer.encode("x")[:1] == [begin] else []
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens that the tokenizer puts before and behind a text."""
+    plain, whole = tokenizer.encode("x", add_special_tokens=False), tokenizer.encode("x")
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at], whole[at + len(plain) :]
+    return [], []
 
 
 def _encode(tokenizer: Any, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]] | None]:

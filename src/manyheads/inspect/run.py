@@ -19,7 +19,8 @@ from ..data.texts import Text, digest, standard_library
 from ..errors import UserError
 from ..heads import AblationCurve, HeadTable, ablation_curve
 from ..integrations import use
-from ..lens import Lens, LensResult
+from ..integrations.transformers import find_sites
+from ..lens import Lens, LensResult, device_of
 from ..progress import Progress
 from . import watch
 from .attention_breakdown import AttentionBreakdown
@@ -133,10 +134,11 @@ def inspect_model(
         seen.found["active_dormant"].tables
 
     Args:
-        model: a causal language model of transformers, in evaluation mode, on the device to use.
+        model: a causal language model of transformers or a text encoder, in evaluation mode, on the device to use.
         tokenizer: its tokenizer.
         texts: what to read, the standard library's source when None.
-        lenses: lenses, their specs, or the short names of :mod:`manyheads.inspect.naming`.
+        lenses: lenses, their specs, or the short names of :mod:`manyheads.inspect.naming`; of the default ones those
+            that find something in this model.
         prompts: what to read in place of texts.
         roles: token positions by role, or text that has the role; they count from the beginning of a text.
         length: tokens of a prompt; 1,024 as far as model and text have so many when None.
@@ -156,12 +158,16 @@ def inspect_model(
     chosen, more = _lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
-    reads = max_context(model)
+    named_lenses, chosen = chosen, _fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
+    predicts = _predicts(model)
+    if not predicts and (generate or ablate is not None):
+        raise UserError(f"{type(model).__name__} predicts no text and has no loss: leave generate and ablate away")
+    reads = max_context(model) if predicts else min(max_context(model), tokenizer.model_max_length)
     if length is not None and length < SHORTEST:
         raise UserError(f"a prompt has at least {SHORTEST} tokens; give a longer --length")
     if prompts is None:
         read = list(standard_library() if texts is None else texts)
-        prompts = draw(read, tokenizer, length, samples, seed, parts, reads - generate)
+        prompts = draw(read, tokenizer, length, samples, seed, parts, reads - generate, closed=not predicts)
     else:
         read = [Text(p.name, " ".join(map(str, p.ids))) for p in prompts]
         for prompt in prompts:
@@ -171,8 +177,7 @@ def inspect_model(
                 )
         parts |= {name: spans for prompt in prompts for name, spans in prompt.roles.items()}
     check_roles(chosen, parts)
-    named = tuple(name for name in parts if name not in ("response", "bos"))
-    heads = _count_heads(model)
+    named, heads = tuple(name for name in parts if name not in ("response", "bos")), _count_heads(model)
     own = AttentionBreakdown(
         size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=named, layers=_tuple(layers)
     )
@@ -182,11 +187,12 @@ def inspect_model(
     found, losses = read_prompts(model, prompts, [*chosen, own], lambda i, m: say(i, looks, m))
     shown = {lens.spec: one for lens, one in zip(chosen, found, strict=False)}
     shown[WHERE] = found[-1]
+    found[-1].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
     run = describe(model, prompts, read, origin, command)
     run["settings"] = {
         "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),
         "generated": generate, "roles": sorted(parts), "layers": None if layers is None else list(layers),
-        "seed": seed, "ablate": ablate, "device": str(next(model.parameters()).device),
+        "seed": seed, "ablate": ablate, "device": str(device_of(model)),
     }  # fmt: skip
     about = {"model": run["model"]["name"], "prompts": len(prompts), "tokens": run["settings"]["length"], "seed": seed}
     for spec, one in shown.items():
@@ -221,6 +227,27 @@ def _lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple
     return chosen, roles
 
 
+def _fitting(lenses: list[Lens], model: nn.Module, drop: bool) -> list[Lens]:
+    """The lenses that find something to look at in ``model``; others are refused where they may not be dropped."""
+    sites = [site for site, _ in find_sites(model)]
+    kept = [lens for lens in lenses if not sites or any(lens.selects(site) for site in sites)]  # else the port says why
+    if len(kept) < len(lenses) and not (drop and kept):
+        blind = next(lens for lens in lenses if lens not in kept)
+        layers = sorted({site.index if site.layer is None else site.layer for site in sites})
+        kinds = " and ".join(sorted({f"{'causal' if site.causal else 'bidirectional'} {site.kind}" for site in sites}))
+        raise UserError(
+            f"{blind.spec} finds no attention to look at in {type(model).__name__}, which has {kinds} attention in "
+            f"layers {layers[0]} to {layers[-1]}"
+        )
+    return kept
+
+
+def _predicts(model: nn.Module) -> bool:
+    """Whether ``model`` predicts the next token: its attention is causal, and there is a head over the vocabulary."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: True)()
+    return head is not None and any(site.causal for site, _ in find_sites(model))
+
+
 def _tuple(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if layers is None else tuple(layers)
 
@@ -244,7 +271,7 @@ def max_context(model: nn.Module) -> int:
 
 def reading(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     """The tokens of a prompt on the device of the model, ``[1, T]``."""
-    return torch.tensor([prompt.ids], device=next(model.parameters()).device)
+    return torch.tensor([prompt.ids], device=device_of(model))
 
 
 def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> Any:
@@ -266,14 +293,18 @@ def mean_loss(losses: Sequence[Any]) -> float:
 def read_prompts(
     model: nn.Module, prompts: Iterable[Prompt], lenses: Sequence[Lens], say: Any
 ) -> tuple[list[LensResult], list[Any]]:
-    """What each lens finds, and the losses of the tokens of every prompt."""
-    losses = []
+    """What each lens finds, and the losses of the tokens of every prompt, NaN where the model predicts none."""
+    losses, predicts = [], _predicts(model)
     with watch(model, *lenses) as seen, torch.inference_mode():
         for i, prompt in enumerate(prompts):
             say(i, f"reading {prompt.name}")
             seen.roles = prompt.parts
             ids = reading(model, prompt)
-            losses.append(token_nll(model(input_ids=ids, use_cache=False).logits, ids))
+            if predicts:
+                losses.append(token_nll(model(input_ids=ids, use_cache=False).logits, ids))
+            else:
+                model(input_ids=ids)
+                losses.append(np.full(ids.shape[1], math.nan))
     return [seen.compute(i) for i in range(len(lenses))], losses
 
 

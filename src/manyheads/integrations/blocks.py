@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies around an attention module: the block whose output is the residual stream, and the output projection."""
 
-import weakref
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..call import Site
-from ..strategy import Residual
+from ..errors import UserError
+from ..strategy import AttentionWatch, BlockParts, Residual
+from .weights import input_width, weight_of
 
 __all__ = ["block_of", "output_of", "watch_blocks"]
 
@@ -35,39 +37,26 @@ def block_of(model: nn.Module, name: str) -> nn.Module | None:
 def output_of(model: nn.Module, name: str) -> Callable[[], Tensor] | None:
     """Gives the weight ``[D, H * dv]`` by which the attention module called ``name`` mixes its heads; None if unknown.
 
-    Plain linear layers and GPT-2's transposed ones are known, not quantised or adapted ones. The layer is held weakly.
+    Known by its name beside q, k and v; adapted, quantised and offloaded layers count with what they do, see
+    :mod:`.weights`. The model is held weakly.
     """
-    module = model.get_submodule(name)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    found = [getattr(module, n, None) for n in _PROJECTIONS]
-    for path in _BEHIND:
-        first, _, last = path.partition(".")
-        found.append(getattr(getattr(parent, first, None), last, None))
-    for layer in found:
-        kind = type(layer).__name__
-        if layer is not None and kind in ("Linear", "Conv1D") and isinstance(getattr(layer, "weight", None), Tensor):
-            return _weight_of(layer, turned=kind == "Conv1D")
+    parent = name.rpartition(".")[0]
+    paths = [f"{name}.{last}" for last in _PROJECTIONS] + [f"{parent}.{last}" if parent else last for last in _BEHIND]
+    for path in paths:
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if input_width(layer) is not None:
+            return weight_of(model, path)
     return None
-
-
-def _weight_of(layer: nn.Module, turned: bool) -> Callable[[], Tensor]:
-    owner = weakref.ref(layer)
-
-    def weight() -> Tensor:
-        here: Any = owner()
-        if here is None:
-            raise RuntimeError("the model of this site is gone")
-        current: Tensor = here.weight
-        return current.T if turned else current
-
-    return weight
 
 
 def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]]) -> Callable[[], None]:
     """Give the outputs of blocks to the strategies that ask for them, in order; the returned function undoes it."""
     at: dict[int, tuple[nn.Module, list[_Asking]]] = {}
     for site, _, entry in entries:
-        if not isinstance(entry.strategy, Residual):
+        if not isinstance(entry.strategy, Residual) or not entry.strategy.reads_residual:
             continue
         block = block_of(model, site.name)
         if block is None:
@@ -75,7 +64,11 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
         _, asking = at.setdefault(id(block), (block, []))
         if all(other is not entry.strategy for _, _, other in asking):  # once, however many sites the block has
             asking.append((site, entry, entry.strategy))
-    handles = [block.register_forward_hook(_hook(asking)) for block, asking in at.values()]
+    said: set[str] = set()
+    names = {id(module): name for name, module in model.named_modules()}
+    handles = [
+        handle for block, asking in at.values() for handle in _Block(names[id(block)], asking, said).hooks(block)
+    ]
 
     def restore() -> None:
         for handle in handles:
@@ -84,13 +77,57 @@ def watch_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]
     return restore
 
 
-def _hook(asking: Sequence[_Asking]) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+class _Block:
+    """What is read of one block while it runs."""
+
+    def __init__(self, name: str, asking: Sequence[_Asking], said: set[str]) -> None:
+        self.name, self.asking, self.said = name, asking, said
+        self.before: Tensor | None = None
+        self.parts: dict[str, Tensor] = {}
+
+    def hooks(self, block: nn.Module) -> list[Any]:
+        """Put hooks on ``block``, and on its children where a strategy reads them."""
+        handles: list[Any] = []
+        if any(isinstance(s, BlockParts) and s.reads_parts for _, _, s in self.asking):
+            handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
+            for name, child in block.named_children():
+                handles.append(child.register_forward_hook(self._keep(f"{self.name}.{name}")))
+        return [*handles, block.register_forward_hook(self._leave)]
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3)
+        self.before, self.parts = next(given, None), {}
+
+    def _keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            given = output[0] if isinstance(output, tuple) else output
+            if self.before is not None and isinstance(given, Tensor) and given.shape == self.before.shape:
+                self.parts[name] = given
+
+        return hook
+
+    def _refuse(self, hidden: Any) -> None:
+        """Say that the block's output is no residual stream ``[B, T, D]``: Gemma 3n, for one, carries several."""
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        what = f"{self.name} gives {shape}, no residual stream [batch, tokens, channels]"
+        for _, _, strategy in self.asking:
+            if not isinstance(strategy, AttentionWatch):
+                raise UserError(f"{strategy.spec} acts on the residual stream, and {what}")
+        if not self.said:
+            warnings.warn(f"{what}: {self.asking[0][2].spec} looks at attention alone there", stacklevel=2)
+            self.said.add(self.name)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = given = output[0] if isinstance(output, tuple) else output
-        for site, entry, strategy in asking:
-            hidden = strategy.residual(site, hidden, entry.state)
+        before, parts = self.before, self.parts
+        self.before, self.parts = None, {}
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            self._refuse(hidden)
+            return None
+        for site, entry, strategy in self.asking:
+            if before is not None and isinstance(strategy, BlockParts) and before.shape == hidden.shape:
+                strategy.parts(site, before, parts, hidden, entry.current)
+            hidden = strategy.residual(site, hidden, entry.current)
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    return hook

@@ -25,7 +25,7 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Cache as CacheKind
 
-__all__ = ["Past", "SlotCache", "StoreLayer", "expand", "install"]
+__all__ = ["Past", "SlotCache", "StoreLayer", "expand", "install", "seen_by"]
 
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 _HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
@@ -303,3 +303,18 @@ def _advice(layer: Any) -> str:
     if isinstance(layer, StaticLayer) or "Quantized" in type(layer).__name__ or type(layer) in _PLAIN:
         return "leave cache_implementation at its default"
     return "the model keeps more there than keys and values, which no strategy can keep: use layers=... without it"
+
+
+def seen_by(cache: Cache, site: Site, layer: int | None = None) -> int:
+    """Tokens that the sequence of ``site``'s queries has had, those of the call at hand included, as the cache counts.
+
+    Args:
+        cache: of that sequence, after it took the keys of the call.
+        site: where the call is made.
+        layer: index that the call itself gives, where several layers share a module.
+    """
+    index = site.layer if layer is None else layer
+    mine = cache.layers[index] if index is not None and 0 <= index < len(cache.layers) else None
+    if site.kind != "cross" and isinstance(mine, CacheLayerMixin):
+        return int(mine.get_seq_length())
+    return int(cache.get_seq_length())  # keys are another layer's, or another sequence's

@@ -5,24 +5,84 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..call import AttentionCall
 from ..strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch, Cache, Strategy
 
-__all__ = ["BoundStrategy", "HookChain"]
+__all__ = ["BoundStrategy", "Forward", "HookChain", "recomputing"]
 
 
 @dataclass(slots=True, eq=False)
 class BoundStrategy:
-    """One strategy of one open ``use`` at one site."""
+    """One strategy of one open ``use`` at one site.
+
+    Attributes:
+        state: its scratch there.
+        current: that of the call at hand, another one only where a watching strategy tells calls apart.
+        forward: of the model, for a watching strategy.
+        places: for a watching strategy, by place in a forward, the number of the call in it and what it keeps there.
+    """
 
     owner: Any
     strategy: Strategy
     state: dict[str, Any] = field(default_factory=dict)
+    current: dict[str, Any] = field(init=False)
+    forward: "Forward | None" = None
+    places: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    place: int = -1
     called: bool = False
     stored: bool = False
     thread: threading.Thread | None = None  # that runs it, where it keeps something
+
+    def __post_init__(self) -> None:
+        self.current = self.state
+
+    def enter(self) -> None:
+        """A call of the site begins: choose the scratch that belongs to it."""
+        if not self.called:
+            self.called = True
+        if self.forward is None:
+            return
+        if recomputing():
+            self.current = {}
+            return
+        self.place = self.place + 1 if self.forward.running else 0
+        if self.place == len(self.places):
+            self.places.append((self.forward.calls, self.state if self.place == 0 else {}))
+        self.forward.calls += 1
+        self.current = self.places[self.place][1]
+
+
+@dataclass(slots=True, eq=False)
+class Forward:
+    """The forward that a model is in.
+
+    Attributes:
+        entries: what watches it.
+        running: whether it is under way.
+        calls: attention calls in it so far.
+    """
+
+    entries: list[BoundStrategy] = field(default_factory=list)
+    running: bool = False
+    calls: int = 0
+
+    def begin(self, *_: Any) -> None:
+        """The model is entered."""
+        self.running, self.calls = True, 0
+        for entry in self.entries:
+            entry.place = -1
+
+    def end(self, *_: Any) -> None:
+        """The model is left, be it by an error."""
+        self.running = False
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is under way: what runs in it is what gradient checkpointing runs once more."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class HookChain:
@@ -60,14 +120,13 @@ class HookChain:
         return len(self._editors) + len(self._attenders) + len(self._after) > 0
 
     def mark_called(self) -> None:
-        """Note that the site was called."""
+        """A call of the site begins."""
         for entry in self.entries:
-            if not entry.called:
-                entry.called = True
+            entry.enter()
 
     def state_of(self, entry: BoundStrategy) -> dict[str, Any] | None:
         """What a strategy keeps for the call at hand; None where it does not act on it."""
-        return entry.state
+        return entry.current
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         """The call after every ``edit``; the same object if nothing changed it."""

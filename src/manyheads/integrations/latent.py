@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention modules whose cache holds latents (MLA): which attributes say how keys and values are made of them."""
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..call import Latent
+from .weights import input_width, weight_of
 
 __all__ = ["latent_of"]
 
@@ -45,8 +44,8 @@ _TABLE = (
 def latent_of(module: nn.Module) -> Latent | None:
     """How ``module`` makes keys and values of cached latents; None where it does not, or in a way not known here.
 
-    Known are modules with the attributes of one row of the table whose up-projection is a plain ``nn.Linear`` without
-    bias, not a quantised or adapted one: merge adapters first. The module is held weakly.
+    Known are modules with the attributes of one row of the table whose up-projection is linear without bias; adapted,
+    quantised and offloaded ones count with what they do, see :mod:`.weights`. The module is held weakly.
     """
     for names in _TABLE:
         if not hasattr(module, names.expand) or hasattr(module, names.sparse):
@@ -55,22 +54,8 @@ def latent_of(module: nn.Module) -> Latent | None:
         sizes = [getattr(module, n, None) for n in (names.rank, names.nope_dim, names.rope_dim, names.v_dim)]
         heads = getattr(module, names.num_heads, None)
         rank, nope, rope, v = (size if isinstance(size, int) else 0 for size in sizes)
-        if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None or not isinstance(heads, int):
+        if not isinstance(linear, nn.Module) or getattr(linear, "bias", None) is not None or not isinstance(heads, int):
             continue
-        if rank and linear.weight.shape == (heads * (nope + v), rank):
-            return Latent(rank, nope, rope, v, heads, _weight_of(module, names.weight))
+        if rank and (input_width(linear), getattr(linear, "out_features", None)) == (rank, heads * (nope + v)):
+            return Latent(rank, nope, rope, v, heads, weight_of(module, names.weight))
     return None
-
-
-def _weight_of(module: nn.Module, name: str) -> Callable[[], Tensor]:
-    """Gives the current weight of the linear layer ``name`` of ``module``, which it does not keep alive."""
-    owner = weakref.ref(module)
-
-    def weight() -> Tensor:
-        here = owner()
-        if here is None:
-            raise RuntimeError("the model of this cache is gone")
-        current: Tensor = getattr(here, name).weight
-        return current
-
-    return weight

@@ -22,7 +22,7 @@ from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Strategy
 from .blocks import output_of
-from .cache import StoreLayer, install
+from .cache import StoreLayer, install, seen_by
 from .configs import EAGER, SDPA, implementation_of
 from .functions import base_function
 from .hook_chain import BoundStrategy, HookChain
@@ -174,6 +174,7 @@ class SiteState(HookChain):
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
+        running.past = cache
         if cache is None or self.site.layer is None or not self.site.causal:
             return
         if self.site.kv_sharing == "reuse":
@@ -276,14 +277,25 @@ class SiteState(HookChain):
         if is_causal and k.shape[2] > q.shape[2] and store is None and self.site.kv_sharing != "reuse":
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]  # SDPA reads a static cache from its start
         scale = kwargs.get("scaling")
+        step: int | Tensor = k.shape[2] - q.shape[2]
+        past = self.thread.now.past
+        if store is not None:
+            step = store.seen - q.shape[2]
+        elif self.has_hooks and past is not None:
+            seen = seen_by(past, self.site, kwargs.get("layer_idx"))
+            step = seen - q.shape[2]
+            if self.site.kind != "cross" and seen < k.shape[2]:  # what is allocated ahead is no key
+                k, v = k[:, :, :seen], v[:, :, :seen]
+                mask, bias = _first_columns(mask, seen), _first_columns(bias, seen)
+        elif self.site.kind == "cross":
+            step = 0
         knows = self.eager or implementation_of(module) != "sdpa"  # SDPA reads neither cap nor sinks
         return AttentionCall(
             site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
             is_causal=is_causal, softcap=kwargs.get("softcap") if knows else None,
             sinks=kwargs.get("s_aux") if knows else None,
             dropout=kwargs.get("dropout", 0.0), training=module.training, positions=kwargs.get("position_ids"),
-            rotary=_halves(self, module, q.shape[-1]), function=self.function,
-            step=k.shape[2] - q.shape[2] if store is None else store.seen - q.shape[2], cache=store,
+            rotary=_halves(self, module, q.shape[-1]), function=self.function, step=step, cache=store, past=past,
         )  # fmt: skip
 
     def _attend(
@@ -338,6 +350,11 @@ def _tables(given: Any) -> tuple[Tensor, Tensor] | None:
         return None
     cos, sin = given
     return (cos, sin) if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.ndim == sin.ndim == 3 else None
+
+
+def _first_columns(x: Tensor | None, count: int) -> Tensor | None:
+    """What a mask or bias says of the first ``count`` keys; one for all keys stays."""
+    return x if x is None or x.shape[-1] == 1 else x[..., :count]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

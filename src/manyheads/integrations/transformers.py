@@ -25,6 +25,7 @@ from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, expand, install
 from .cache_files import load_cache, save_cache
 from .configs import switch_configs
+from .forwards import by_place, count_forwards
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
@@ -90,6 +91,7 @@ class Port:
                 self._entries += [(site, module, entry) for entry in entries]
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
             self._restorers.append(watch_blocks(self.model, self._entries))
+            self._restorers.append(count_forwards(self.model, self._entries))
             self._ran = False
 
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,16 +132,19 @@ class Port:
         return {site.name: state for site, state in self.kept(strategy)}
 
     def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
-        """The same with the sites themselves, in the order of the model."""
-        return [(site, entry.state) for site, _, entry in self._entries if entry.strategy is strategy]
+        """The same with the sites themselves, in the order of the model.
+
+        A module that watchers saw several times in one forward (layers that share it) is a site for each call.
+        """
+        return by_place([(site, entry) for site, _, entry in self._entries if entry.strategy is strategy])
 
     def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:
         """Sites of each strategy; refuses empty selections and two claims on one site."""
         chosen: list[tuple[Strategy, set[int]]] = []
         for strategy in self.strategies:
+            if isinstance(strategy, Denoiser):
+                raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
             if not isinstance(strategy, (Attention, Residual, Cache)):
-                if isinstance(strategy, Denoiser):
-                    raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "
                     "with it"

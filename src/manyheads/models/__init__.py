@@ -84,8 +84,8 @@ def load(
     """
     place, _ = placed(device, dtype)
     name = _source(path_or_name)
-    model = _load_model(name, place, dtype or _own_dtype(name, place))
-    return model, tokenizer(name)
+    _check_architecture(name)
+    return _load_model(name, place, dtype or _own_dtype(name, place)), tokenizer(name)
 
 
 def tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
@@ -94,12 +94,52 @@ def tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
 
     name = _source(path_or_name)
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{name} has no tokenizer that can be read ({_line(error)}); put tokenizer.json beside its weights"
         ) from error
-    return found
+    return made
+
+
+def load_reader(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """As ``load``, and any other model that reads text: an encoder, or that of an encoder-decoder model.
+
+    Raises UserError also for models that read pictures or sound.
+    """
+    name = _source(path_or_name)
+    if (kind := _text_class(name)) is None:
+        return load(path_or_name, device, dtype)
+    place, _ = placed(device, dtype)
+    model: Any = _load_model(name, place, dtype or _own_dtype(name, place), kind=kind)
+    return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer(name)
+
+
+def _text_class(name: str) -> Any:
+    """The class of a model that reads text and is no causal language model; None for those."""
+    import transformers
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
+    except Exception:  # told in one line by ``load``
+        return None
+    kind, classes = str(config.get("model_type") or ""), config.get("architectures") or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if causal.intersection(classes) or kind not in MODEL_MAPPING_NAMES:
+        return None
+    known = MODEL_MAPPING_NAMES[kind]
+    base = getattr(transformers, known if isinstance(known, str) else known[0])
+    reads = {base.input_modalities} if isinstance(base.input_modalities, str) else set(base.input_modalities)
+    if reads != {"text"}:
+        raise UserError(
+            f"{name} reads {' and '.join(sorted(reads))}, and this command text: look at it from Python, with "
+            "manyheads.watch(model, ...) around your own call of it"
+        )
+    return getattr(transformers, str(classes[0]), base) if classes else base
 
 
 def named_dtype(name: str | None) -> "torch.dtype | None":
@@ -124,6 +164,8 @@ def placed(device: "str | torch.device", dtype: "torch.dtype | None") -> "tuple[
         raise UserError(f"unknown device {str(device)!r}; use cpu, cuda or cuda:0") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use cpu, or a torch built for your GPU")
+    if place.type not in ("cpu", "cuda") and not _usable(place):
+        raise UserError(f"device {place} was asked for, but this torch cannot use it; use cpu, cuda or cuda:0")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"there is no {place}; this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0"
@@ -136,10 +178,19 @@ def _own_dtype(name: str, place: "torch.device") -> "torch.dtype":
     import torch
     from transformers import AutoConfig
 
-    _check_architecture(name)
     found = AutoConfig.from_pretrained(name, trust_remote_code=False)
     own = found.get_text_config().dtype or found.dtype or torch.float32
     return torch.bfloat16 if own == torch.float16 and place.type == "cpu" else own
+
+
+def _usable(place: "torch.device") -> bool:
+    """Whether a tensor can be put there and read back."""
+    import torch
+
+    try:
+        return torch.zeros(1, device=place).tolist() == [0.0]
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        return False
 
 
 def _source(path_or_name: str | Path) -> str:
@@ -164,12 +215,14 @@ def _source(path_or_name: str | Path) -> str:
     return str(path)
 
 
-def _load_model(name: str, place: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
+def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: Any = None) -> "PreTrainedModel":
+    """The model with its weights; a causal language model unless its class is given."""
     from transformers import AutoModelForCausalLM
 
-    _check_architecture(name)
+    if kind is None:
+        _check_architecture(name)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:

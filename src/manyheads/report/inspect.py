@@ -164,7 +164,8 @@ def _flow(seen: Inspection) -> tuple[str, str]:
     sentence = (
         f"Of the attention, {100 * means[most[0]]:.0f} % goes to {_place(most[0])}"
         + "".join(f", {100 * means[part]:.0f} % to {_place(part)}" for part in most[1:3])
-        + f" (mean over layers, heads and prompts); the loss is {seen.loss:.3f} nats per token."
+        + " (mean over layers, heads and prompts)"
+        + (f"; the loss is {seen.loss:.3f} nats per token." if math.isfinite(seen.loss) else ".")
     )
     alt = f"Share of attention by part and layer. Mean over layers: {said}."
     return stacked([str(layer) for layer in layers], shares, alt, "share of the attention (rows: layers)"), sentence
@@ -257,11 +258,11 @@ def _curve(score: str, curve: AblationCurve) -> Figure:
 
 
 def read(run: dict[str, Any], loss: float) -> str:
-    """What was read, in a line of the terminal."""
+    """What was read, in a line of the terminal; without a loss where the model predicts nothing."""
     settings = run["settings"]
     return (
         f"{run['model']['name']}: {settings['samples']} prompt(s) of {settings['length']} tokens, seed "
-        f"{settings['seed']}, loss {loss:.3f} nats/token"
+        f"{settings['seed']}" + (f", loss {loss:.3f} nats/token" if math.isfinite(loss) else "")
     )
 
 

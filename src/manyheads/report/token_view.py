@@ -43,7 +43,8 @@ def _series(seen: Inspection) -> Iterator[tuple[str, list[Any]]]:
             else:
                 flat = [np.asarray(row).reshape(len(row), -1) for row in rows]
                 yield from ((f"{label} {i}", [row[:, i] for row in flat]) for i in range(min(4, flat[0].shape[1])))
-    yield "loss of the token, nats", list(seen.losses)
+    if math.isfinite(seen.loss):
+        yield "loss of the token, nats", list(seen.losses)
 
 
 def _peaks(values: Any) -> list[int]:

@@ -119,11 +119,11 @@ class ReasoningRhythm(Lens):
         memory.setdefault("tokens", PerToken()).add(torch.stack([view.valid, response], -1).float(), fresh)
         parts, columns = memory.setdefault("received", []), found["far"][1]
         if fresh or not parts:
-            parts.append(columns)
+            parts.append(columns[..., -length:])
         else:  # keys that a sliding window has left behind keep what they had
-            end = int(view.key_positions[-1]) + 1
-            held = pad(parts[-1], (0, end - parts[-1].shape[-1]))
-            held[..., int(view.key_positions[0]) :] += columns
+            held = pad(parts[-1], (0, length))
+            count = min(size, held.shape[-1])
+            held[..., -count:] += columns[..., -count:]
             parts[-1] = held
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:

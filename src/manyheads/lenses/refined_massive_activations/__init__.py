@@ -32,6 +32,7 @@ Of a prompt's entries the ``keep`` largest of each block are at hand for spikes 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -42,12 +43,13 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...lens import Lens, LensResult, Memory, PerToken, table_of
-from ...strategy import Residual
+from ...strategy import BlockParts
 from .dyt import with_dyt
 from .extremes import Extremes, medians
 from .kv_bias import KVBias
 from .spikes import Means, massive, means, most_common, name_tokens, read_means, spikes
 from .tvr import TargetVariance
+from .writers import writer_of
 
 if TYPE_CHECKING:
     from ...call import Site
@@ -58,7 +60,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinedMassiveActivations(Lens, Residual):
+class RefinedMassiveActivations(Lens, BlockParts):
     """Finds massive activations; replaces them in the blocks named, if asked to.
 
     Attributes:
@@ -94,22 +96,42 @@ class RefinedMassiveActivations(Lens, Residual):
     def edits_model(self) -> bool:
         return self.intervene != "none"
 
+    @property
+    def reads_parts(self) -> bool:
+        return not self.edits_model
+
+    def parts(self, site: Site, before: Tensor, parts: dict[str, Tensor], hidden: Tensor, memory: Memory) -> None:
+        """Keep which module wrote the largest entry of each prompt."""
+        shared, length = memory["shared"], hidden.shape[1]
+        kept: list[list[tuple[float, str | None]]] = memory.setdefault("writers", [])
+        if shared["fresh"] or not kept:
+            kept.append([(0.0, None)] * len(hidden))
+        valid = shared["valid"].to(hidden.device)[:, -length:]
+        size, at = hidden.detach().abs().masked_fill(~valid[..., None], 0).flatten(1).max(1)
+        for row, (value, place) in enumerate(zip(size.tolist(), at.tolist(), strict=True)):
+            if value > kept[-1][row][0]:
+                token, channel = divmod(place, hidden.shape[2])
+                given = {name: part[row, token].detach() for name, part in parts.items()}
+                writer = writer_of(before[row, token].detach(), hidden[row, token].detach(), given, channel)
+                kept[-1][row] = value, writer
+
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
-        history, length = memory["shared"]["valid"].to(hidden.device), hidden.shape[1]
-        before = history.shape[1] - length
+        shared, length = memory["shared"], hidden.shape[1]
+        history, before, fresh = shared["valid"].to(hidden.device), shared["start"], shared["fresh"]
         valid, positions = history[:, before:], (history.long().cumsum(1) - 1)[:, before:]
         prompts: list[Extremes] = memory.setdefault("prompts", [])
         seen = hidden.detach()
-        if before == 0 or not prompts:
+        if fresh or not prompts:
             if prompts:
                 prompts[-1].close()
             prompts.append(Extremes(self.keep))
         prompts[-1].add(seen, valid, torch.arange(before, before + length, device=hidden.device), positions)
-        norm = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).masked_fill(~valid, torch.nan)
-        memory.setdefault("norm", PerToken()).add(norm, before == 0)
+        exact = torch.promote_types(seen.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(seen, dim=-1, dtype=exact).masked_fill(~valid, torch.nan)
+        memory.setdefault("norm", PerToken()).add(norm, fresh)
         if not self.edits_model:
             return hidden
-        median = medians(seen, valid) if before == 0 else prompts[-1].median()
+        median = medians(seen, valid) if fresh else prompts[-1].median()
         hits = massive(seen, valid, median, self.threshold, self.ratio)
         memory["detected"] = memory.get("detected", 0) + int(hits.sum())
         if self.intervene == "zero":
@@ -148,18 +170,19 @@ class RefinedMassiveActivations(Lens, Residual):
         most = int(np.nanargmax(np.append(largest / middle, 0.0)[:-1])) if np.isfinite(largest / middle).any() else 0
         at = int(affected[0]) if len(affected) else most
         made.series[f"norm after {seen[at][0].name}"] = seen[at][1]["norm"].rows()
-        made.notes = self._notes(made, affected, at)
+        wrote = Counter(name for part in seen[at][1].get("writers", ()) for _, name in part if name)
+        made.notes = self._notes(made, affected, at, wrote.most_common(1)[0][0] if wrote else None)
         for site, memory in seen:
             if self.edits_model:
                 count, done = memory.get("detected", 0), memory.get("replaced", memory.get("detected", 0))
                 made.notes.append(f"{site.name}: {done} of {count} massive entries were set to {self.intervene}.")
         return made
 
-    def _notes(self, made: LensResult, affected: Any, at: int) -> list[str]:
-        """What a reader should know, from the figures."""
+    def _notes(self, made: LensResult, affected: Any, at: int, writer: str | None) -> list[str]:
+        """What a reader should know, from the figures; ``writer`` is the module that wrote the largest entries."""
         tables, layers = made.tables, made.tables["max"].layers
         largest, times, first = (tables[name].mean[at, 0] for name in ("max", "max / median", "first / others"))
-        where = f"layer {layers[at]} ({tables['max'].sites[at]})"
+        where = f"layer {layers[at]}" + (f" (written by {writer})" if writer else "")
         if len(affected):
             notes = [
                 f"Massive activations in {len(affected)} of {len(layers)} layers, first in {where}: up to "

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import UserError
+
 __all__ = ["TargetVariance", "blocks_of", "divide_by_depth"]
 
 
@@ -37,10 +39,19 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _matrices(block: nn.Module) -> Iterator[nn.Module]:
-    """Modules of a block with a matrix to multiply by."""
+    """Modules of a block with a matrix to multiply by.
+
+    Raises:
+        UserError: one is not held here in numbers that can be rescaled.
+    """
     for module in block.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            if weight.device.type == "meta" or not weight.is_floating_point():
+                raise UserError(
+                    f"a {type(module).__name__} keeps its weight as {weight.dtype} on {weight.device}, which cannot be "
+                    "rescaled: load the model whole and without quantisation"
+                )
             yield module
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...lens import device_of
 
 __all__ = ["Direction", "Prompts", "difference_of_means", "erased", "find_direction", "log_odds", "steered"]
 
@@ -238,7 +239,7 @@ def _between(blocks: Sequence[nn.Module], change: Change) -> Iterator[None]:
 def _last_logits(model: nn.Module, prompts: Prompts, batch: int = 64) -> Tensor:
     """Logits after the last token of each prompt, float64 ``[N, V]``; prompts of one length run together, unpadded."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    device = next(model.parameters()).device
+    device = device_of(model)
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     for length in lengths.unique().tolist():
         for rows in (lengths == length).nonzero().flatten().split(batch):
