@@ -100,6 +100,7 @@ BAD = [
     (["--chat", "good.json", "--role", "system=0-2"], "leave --role away"),
     (["--model", "missing/folder/deep"], "no such folder"),
     (["--device", "gpu0"], "unknown device"),
+    (["--dtype", "int8"], "use float32, bfloat16, float16"),
     (["--device", "mps"], "this torch cannot use it"),
     (
         ["--lens", "active_dormant:layers=9"],

@@ -13,6 +13,7 @@ from manyheads.progress import shown
 
 from .options import (
     Device,
+    Dtype,
     Json,
     Length,
     Model,
@@ -60,6 +61,7 @@ def inspect(
         str | None, typer.Option(help="Score such as sink: take its highest heads out and measure the loss.")
     ] = None,
     device: Device = None,
+    dtype: Dtype = None,
     seed: Seed = None,
     quick: Quick = False,
     out: Out = None,
@@ -92,7 +94,7 @@ def inspect(
     from manyheads.report import inspect as shown_by
 
     with shown(as_json) as progress:
-        loaded, tokenizer = load_model(model, device, encoders=True)
+        loaded, tokenizer = load_model(model, device, dtype, encoders=True)
         prompts = (
             None if messages is None else [as_prompt(messages, tokenizer, generate > 0, chat.name if chat else "")]
         )
@@ -115,6 +117,7 @@ def doctor(
     length: Length = None,
     samples: Samples = None,
     device: Device = None,
+    dtype: Dtype = None,
     seed: Seed = None,
     quick: Quick = False,
     out: Out = None,
@@ -135,7 +138,7 @@ def doctor(
     from manyheads.report import doctor as shown_by
 
     with shown(as_json) as progress:
-        loaded, tokenizer = load_model(model, device)
+        loaded, tokenizer = load_model(model, device, dtype)
         found = work.diagnose(
             loaded, tokenizer, texts, seed=seed or 0, origin=model or "the shipped model", command=typed(),
             length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES), quick=quick,

@@ -108,12 +108,15 @@ def executor(workers: int | None, ray: str | None) -> Executor | None:
     return None if workers is None or workers == 1 else Processes(workers)
 
 
-def load_model(model: str | None, device: str | None, encoders: bool = False) -> tuple[Any, Any]:
+def load_model(
+    model: str | None, device: str | None, dtype: str | None = None, encoders: bool = False
+) -> tuple[Any, Any]:
     """A language model and its tokenizer, the shipped one when None.
 
     Args:
         model: folder or name.
         device: the processor when None.
+        dtype: as ``float32``; of the checkpoint when None.
         encoders: take models too that only read text; of encoder-decoder models the encoder.
 
     Raises:
@@ -124,11 +127,12 @@ def load_model(model: str | None, device: str | None, encoders: bool = False) ->
     from manyheads import models
 
     logging.disable_progress_bar()
+    kind = models.named_dtype(dtype)
     if model is None:
-        return models.load_default(device or "cpu")
+        return models.load_default(device or "cpu", kind)
     if encoders:
-        return models.load_reader(model, device or "cpu")
-    loaded, tokenizer = models.load(model, device or "cpu")
+        return models.load_reader(model, device or "cpu", kind)
+    loaded, tokenizer = models.load(model, device or "cpu", kind)
     if loaded.config.is_encoder_decoder:
         raise UserError(f"{model} reads with an encoder; give a decoder-only language model")
     return loaded, tokenizer

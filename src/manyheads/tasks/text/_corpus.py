@@ -14,6 +14,7 @@ from ...errors import UserError
 __all__ = ["Corpus", "Window", "encode"]
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
+_BACK = 200  # tokens that a window may begin earlier, so that it begins with a line, a sentence or a word
 _MOST = 400_000  # characters of one text that are read: enough for many windows, and quick to tokenise
 
 
@@ -74,8 +75,7 @@ class Corpus:
                 )
         return self._cut(spans, size, count, rng)
 
-    @staticmethod
-    def _cut(spans: list[tuple[Ids, str]], size: int, count: int, rng: Generator) -> list[Window]:
+    def _cut(self, spans: list[tuple[Ids, str]], size: int, count: int, rng: Generator) -> list[Window]:
         """One window of each span at a random place of its i-th part, for i = 0, 1, ...; then anywhere."""
         parts = [len(ids) // size for ids, _ in spans]
         places = [(i, j) for j in range(max(parts)) for i in range(len(spans)) if j < parts[i]][:count]
@@ -84,13 +84,31 @@ class Corpus:
         for i, j in places:
             ids, name = spans[i]
             room = len(ids) // used[i] - size
-            start = j * (len(ids) // used[i]) + int(rng.integers(0, room + 1))
+            first = j * (len(ids) // used[i])
+            start = self._begin(ids, first + int(rng.integers(0, room + 1)), first)
             windows.append(Window(ids[start : start + size], name))
         while len(windows) < count:
             ids, name = spans[int(rng.integers(len(spans)))]
-            start = int(rng.integers(0, len(ids) - size + 1))
+            start = self._begin(ids, int(rng.integers(0, len(ids) - size + 1)), 0)
             windows.append(Window(ids[start : start + size], name, overlaps=True))
         return windows
+
+    def _begin(self, ids: Ids, start: int, first: int) -> int:
+        """The nearest begin of a line at or before ``start``, else of a sentence, else of a word; ``first`` at least."""
+        least = max(first, start - _BACK)
+        if start == 0 or least == start:
+            return start
+        text = [self._tokenizer.decode(ids[max(i - 1, 0) : i + 1].tolist()) for i in range(least, start + 1)]
+        own = [self._tokenizer.decode([int(i)]) for i in ids[least : start + 1]]
+        before = [whole[: len(whole) - len(alone.lstrip())] for whole, alone in zip(text, own, strict=True)]
+        for fits in (
+            lambda gap: gap.endswith("\n"),
+            lambda gap: gap.rstrip().endswith((".", "!", "?")) and gap[-1:].isspace(),
+            lambda gap: gap[-1:].isspace(),
+        ):
+            if found := [least + i for i, gap in enumerate(before) if fits(gap)]:
+                return found[-1]
+        return start
 
     def _tokens(self, i: int) -> Ids:
         if i not in self._ids:
