@@ -41,7 +41,8 @@ class Prediction:
             )
         config = scheduler.config
         if type(scheduler).__name__.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False):
-            sigma = float(scheduler.sigmas[call.step.index])
+            times = scheduler.timesteps.double().flatten().cpu()
+            sigma = float(scheduler.sigmas[int((times - call.step.timestep).abs().argmin())])
             return Prediction(1 - sigma, sigma, "flow")
         kind: Any = getattr(config, "prediction_type", "epsilon")
         if kind not in ("epsilon", "sample", "v_prediction"):
@@ -87,16 +88,27 @@ def select_batch(call: DenoiserCall, rows: slice) -> dict[str, Any]:
 
 
 def add_guidance(call: DenoiserCall, plain: Tensor, guidance: Tensor) -> Tensor:
-    """A prediction moved so that, after classifier-free guidance ``u + g (c - u)``, it is moved by ``push``.
+    """A prediction moved so that, after classifier-free guidance ``u + g (c - u)``, it is moved by ``guidance``.
 
-    Where both branches are in one batch both are moved. Where they are calls of their own only the one at hand can
-    be, by what ``g`` makes of it.
+    Where both branches are in one batch both are moved; only the unconditional one, by what ``1 - g`` makes of it,
+    where the guided prediction is then brought to the size of the conditional one. Where they are calls of their own
+    only the one at hand can be moved.
 
     Raises:
         UserError: the branches are calls of their own, and the pipeline does not give g, or the one at hand
-            counts nothing.
+            counts nothing; or the conditional one would have to be moved, which others are then measured by.
     """
     g, branches = call.guidance_scale, call.step.branches
+    guided = plain.clone()
+    if call.rescales and g is not None:
+        if "uncond" not in branches or g == 1:
+            raise UserError(
+                "the pipeline brings the guided prediction to the size of the conditional one, which a strategy would "
+                "change; give guidance_rescale=0 (or switch its normalisation of guidance off)"
+            )
+        rows = call.step.rows("uncond", len(plain))
+        guided[rows, : guidance.shape[1]] += guidance / (1 - g)
+        return guided
     if branches in (("cond",), ("uncond",)):
         if g is None and branches == ("uncond",):
             raise UserError("the pipeline guides by two calls and does not say how strongly; switch its guidance off")
@@ -106,7 +118,6 @@ def add_guidance(call: DenoiserCall, plain: Tensor, guidance: Tensor) -> Tensor:
                 f"at a guidance scale of {g} the {branches[0]} prediction counts nothing; use another scale"
             )
         guidance = guidance / weight
-    guided = plain.clone()
     for at in range(0, plain.shape[0], guidance.shape[0]):
         guided[at : at + guidance.shape[0], : guidance.shape[1]] += guidance
     return guided

@@ -87,6 +87,8 @@ class MasaCtrl(AttentionCompute, AttentionWatch):
             raise UserError("masactrl has to know the step: open the pipeline, not its denoiser")
         if call.site.kind == "cross" or step.axis == "text" or step.index < self.start_step:
             return None
+        if step.branches == ("unknown",):
+            raise UserError("masactrl: the pipeline guides and does not say which rows are conditional")
         if call.q.shape[0] % (2 * len(step.branches)):
             raise UserError(
                 f"masactrl: {call.q.shape[0]} rows in branches {'+'.join(step.branches)} are no pairs of source and "

@@ -156,8 +156,8 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
             twice = torch.cat([x, x]) if self.do_classifier_free_guidance else x
             out = predict(self.denoiser, twice, t, text)
             if self.do_classifier_free_guidance:
-                without, within = out.chunk(2)
-                out = without + self._guidance_scale * (within - without)
+                uncond, cond = out.chunk(2)
+                out = uncond + self._guidance_scale * (cond - uncond)
             x = self.scheduler.step(out, t, x, return_dict=False)[0]
         pixels = pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
         return self._output((pixels.float() / 2 + 0.5).clamp(0, 1), output_type)
