@@ -56,7 +56,8 @@ class PromptRows:
 
     def fitting(self, given: dict[str, Any]) -> set[Branches]:
         """What the rows of a denoiser's arguments can be; empty where nothing tells."""
-        found = [fits for x in tensors_of(given) if x.ndim > 1 and (fits := self._fits(x))]
+        conditions = {name: value for name, value in given.items() if name != "timestep"}
+        found = [fits for x in tensors_of(conditions) if x.ndim and (fits := self._fits(x))]
         return set.intersection(*found) if found else set()
 
     def _fits(self, x: Tensor) -> set[Branches]:
@@ -85,7 +86,7 @@ def _among(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """Which rows of ``x`` ``[R, ...]`` are among others, ``[R]``."""
     found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for row in (row for each in rows for row in each.to(x.device, x.dtype)):
-        found |= (x == row).flatten(1).all(1)
+        found |= (x == row).reshape(len(x), -1).all(1)
     return found.cpu()
 
 
