@@ -47,8 +47,8 @@ def _through_chain(kind: Any) -> Any:
     plain = kind.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inner = functools.partial(plain, self)
-        for around in self.__dict__[_CHAIN].around:
+        inner, chain = functools.partial(plain, self), self.__dict__.get(_CHAIN)
+        for around in () if chain is None else chain.around:  # compiled code may have kept this call
             inner = functools.partial(around, inner)
         return inner(*args, **kwargs)
 

@@ -17,6 +17,7 @@ from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.guiders.perturbed_attention_guidance import PerturbedAttentionGuidance
 from diffusers.guiders.skip_layer_guidance import SkipLayerGuidance
 from diffusers.guiders.smoothed_energy_guidance import SmoothedEnergyGuidance
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 
 from ..call import DiffusionStep
@@ -165,10 +166,14 @@ class PipelineObserver:
             self._prompts.add(self._call_arguments)
             self._counter.begin()
             before = self._counter.run
+            processors = _perturbing(this)
             try:
                 made = kind.__call__(this, *args, **kwargs)
             except BaseException:
-                self.failed.add(self._counter.run)
+                if self._counter.run != before:
+                    self.failed.add(self._counter.run)
+                for module, processor in processors:
+                    module.processor = processor
                 raise
             finally:
                 self._call_arguments = None
@@ -206,6 +211,15 @@ class PipelineObserver:
                 self._context = before
 
         return patch_attr(model, "cache_context", context)
+
+
+def _perturbing(pipe: Any) -> list[tuple[Any, Any]]:
+    """Modules and processors of a pipeline that puts others in their place and takes them back only if it ends well."""
+    if not issubclass(type(pipe), PAGMixin):
+        return []
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    modules = [module for model in models for module in model.modules() if hasattr(module, "processor")]
+    return [(module, module.processor) for module in modules]
 
 
 def patch_attr(owner: Any, name: str, function: Callable[..., Any]) -> Restore:

@@ -62,7 +62,8 @@ class RunCheck:
             if never and entry.strategy.selects(state.last or state.site):
                 raise UserError(
                     f"{entry.strategy.spec} selected {state.site.name}, and its attention was never seen: the "
-                    "model did not run it in the block, or by a processor without SDPA (sliced, xformers)"
+                    "model did not run it in the block, or by a processor without SDPA (sliced, xformers), or it was "
+                    "compiled after the port was opened; compile it before"
                 )
         if idle and self.expected:
             raise UserError(

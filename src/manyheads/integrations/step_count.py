@@ -2,8 +2,9 @@
 """Which run of a denoiser it is, and the how many-th evaluation in it: counted, each from where it begins.
 
 A *run* begins where the pipeline is called, and where the scheduler is given timesteps. In a loop of the user's own,
-outside of a call, it also begins where a timestep comes back that the loop had left: at the next pass over the same
-timesteps, in whichever direction. A scheduler with a single timestep begins one at each evaluation.
+outside of a call, it also begins at the next pass over the same timesteps, in whichever direction: where a timestep
+comes back that the loop had left, or the very same call is made again. A scheduler with a single timestep begins one at
+each evaluation.
 
 An *evaluation* is one prediction for the same latents at the same timestep, in one call of the denoiser or in several:
 its conditional and unconditional parts, and what a guidance adds, each once. Solvers of second order make two for a
@@ -66,10 +67,13 @@ class StepCounter:
         renewed = self._marker is None or any(a is not b for a, b in zip(told, self._marker, strict=True))
         step, before = getattr(scheduler, "step_index", None), self._step
         stepped = step is not None and before is not None and step != before
-        if timestep == self._timestep and not (renewed or self._began or stepped) and self._continues(given, key):
-            self._parts.append((key, given[1:]))
-            return sum(key == other for other, _ in self._parts) - 1
-        if self._began or renewed or (not inside and self._comes_back(timestep, timesteps)):
+        again = False
+        if timestep == self._timestep and not (renewed or self._began or stepped) and self._same_latents(given):
+            again = any(key == other and _same(given[1:], made) for other, made in self._parts)
+            if not again:
+                self._parts.append((key, given[1:]))
+                return sum(key == other for other, _ in self._parts) - 1
+        if self._began or renewed or (not inside and (again or self._comes_back(timestep, timesteps))):
             self._begin_run(timestep, scheduler, timesteps)
             self._marker = told
         self._evaluated[timestep] = self._evaluated.get(timestep, 0) + 1
@@ -91,14 +95,12 @@ class StepCounter:
             return told
         return max(timesteps.numel() - self.start, self.index + 1)
 
-    def _continues(self, given: Sequence[Tensor], key: Hashable) -> bool:
-        """Whether a call is one more part of the evaluation at hand: its latents' first rows, and not made before."""
+    def _same_latents(self, given: Sequence[Tensor]) -> bool:
+        """Whether a call has the latents of the evaluation at hand, or their first rows."""
         if not given or self._latents is None or given[0].shape[1:] != self._latents.shape[1:]:
             return False
         rows = min(len(given[0]), len(self._latents))
-        if not torch.equal(given[0][:rows], self._latents[:rows].to(given[0].device, given[0].dtype)):
-            return False
-        return all(key != other or not _same(given[1:], made) for other, made in self._parts)
+        return torch.equal(given[0][:rows], self._latents[:rows].to(given[0].device, given[0].dtype))
 
     def _comes_back(self, timestep: float, timesteps: Tensor | None) -> bool:
         """Whether a timestep was evaluated before, left, and is not listed to come again."""
