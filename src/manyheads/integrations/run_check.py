@@ -55,8 +55,6 @@ class RunCheck:
             idle: calls of the pipeline in which none of the denoisers was called.
             name: of the pipeline.
         """
-        if self._missed is not None:
-            raise UserError(self._missed)
         for _, state, entry in self.expected:
             never = not entry.called and id(entry) not in self._acted
             if never and entry.strategy.selects(state.last or state.site):
@@ -65,6 +63,8 @@ class RunCheck:
                     "model did not run it in the block, or by a processor without SDPA (sliced, xformers), or it was "
                     "compiled after the port was opened; compile it before"
                 )
+        if self._missed is not None:
+            raise UserError(self._missed)
         if idle and self.expected:
             raise UserError(
                 f"{name} was called and did not call the denoiser it had when the port was opened ({idle} times); "
