@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]
 import manyheads  # noqa: E402
 from manyheads.integrations.step_count import StepCounter  # noqa: E402
 from manyheads.strategy import AttentionWatch  # noqa: E402
-from oracles.pipelines import conditions, row_of, run_sd, sd  # noqa: E402
+from oracles.pipelines import conditions, run_sd, sd  # noqa: E402
 from tolerance import error  # noqa: E402
 
 
@@ -141,16 +141,3 @@ def test_two_evaluations_of_a_timestep_in_a_loop_are_one_run():
     assert see(500.0, x[1], text=cond) == (3, 0)  # the very same call
     Schedule.timesteps = torch.tensor([999.0])
     assert [see(999.0, x[i]) for i in range(3)] == [(4, 0), (5, 0), (6, 0)]
-
-
-def test_rows_of_a_loop_known_from_what_was_encoded():
-    """A guide in a loop by hand moves the same as in the pipeline's call, row by row as alone."""
-    pipe, both = sd(), conditions(2)
-    spec = "headhunter:heads=0.0,strength=1"
-
-    def made(given):
-        with manyheads.use(pipe, spec):
-            return run_sd(pipe, given)
-
-    apart = torch.cat([made(row_of(both, i)) for i in range(2)])
-    assert error(made(both), apart) < 1e-5
