@@ -101,6 +101,16 @@ def test_a_port_deaf_to_guiders_is_caught(specs, monkeypatch):
     assert off > 1e-6 if specs is not ON[0] else off == 0  # calls of one evaluation are kept apart, named or not
 
 
+def test_a_guider_put_in_its_place_meanwhile():
+    pair = PAIRS["wan"]
+    pipe = pair.modular()
+    with manyheads.use(pipe, HUNTER):
+        want = pair.run_modular(pipe)
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=SCALE))
+        assert torch.equal(pair.run_modular(pipe), want)
+    assert not any("prepare_inputs" in vars(part) for part in pipe.components.values() if hasattr(part, "__dict__"))
+
+
 def test_what_is_told():
     """Step and branch are the guider's; in steps without guidance there is the conditional prediction only."""
     guider, note = ClassifierFreeGuidance(guidance_scale=SCALE, start=0.5), Note()

@@ -19,13 +19,14 @@ MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthes
 Shapes: q, k, v ``[B, H, T, d]``; in every branch the first half of the rows are sources, the second their targets;
 masks ``[rows, T]``.
 
-Choices. Blocks are numbered in the order of the model (down, middle, up), as the released code numbers them. In joint
-attention (not in the paper) only image tokens are exchanged and the text stays the target's. Masks come from
-cross-attention (``tokens`` names words by their place in the prompt): the maps of this step so far, averaged over heads
-and sites of at most ``map_size`` squared tokens, summed over the words, scaled to [0, 1] for each image, cut at
-``threshold``. A mask that is empty or full would leave a query nothing to look at, and is not applied; so is every mask
-before the first cross-attention of a step. ``union`` adds the source's keys to the target's own instead of replacing
-them, which the released code offers too.
+Choices. A step is an evaluation of the denoiser, of which a solver of second order makes two for a timestep; of an
+image's edit from a part of the schedule the first is step 0. Blocks are numbered in the order of the model (down,
+middle, up), as the released code numbers them. In joint attention (not in the paper) only image tokens are exchanged
+and the text stays the target's. Masks come from cross-attention (``tokens`` names words by their place in the prompt):
+the maps of this step so far, averaged over heads and sites of at most ``map_size`` squared tokens, summed over the
+words, scaled to [0, 1] for each image, cut at ``threshold``. A mask that is empty or full would leave a query nothing
+to look at, and is not applied; so is every mask before the first cross-attention of a step. ``union`` adds the source's
+keys to the target's own instead of replacing them, which the released code offers too.
 """
 
 from dataclasses import dataclass, field

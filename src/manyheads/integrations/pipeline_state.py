@@ -36,6 +36,7 @@ _AFFINE = (
 _SCALES = {
     "uncond": "guidance_scale", "cond_skip": "skip_layer_guidance_scale", "cond_seg": "seg_guidance_scale",
 }  # fmt: skip
+_BATCHES = ("prepare_inputs", "prepare_inputs_from_block_state")
 
 
 class PipelineObserver:
@@ -57,6 +58,7 @@ class PipelineObserver:
         self.run_marker: Any = None
         self.idle_calls = 0
         self.failed: set[int] = set()
+        self._guiders: list[BaseGuidance] = []
         self._context: str | None = None
         self._call_arguments: dict[str, Any] | None = None
         self._prompts = PromptRows()
@@ -72,10 +74,8 @@ class PipelineObserver:
         restorers.extend(self._observe_contexts(model) for model in models if hasattr(type(model), "cache_context"))
         if self.pipe is None:
             return
-        guiders = [part for part in self.pipe.components.values() if isinstance(part, BaseGuidance)]
-        names = ("prepare_inputs", "prepare_inputs_from_block_state")
-        restorers.extend(self._observe_batches(guider, name) for guider in guiders for name in names)
-        restorers.append(self._observe_call())
+        self._observe_guiders(restorers)
+        restorers.append(self._observe_call(restorers))
 
     def step(self, module: nn.Module, given: dict[str, Any]) -> DiffusionStep:
         """The step of the run at which ``module`` is called with the arguments ``given``; counts the call."""
@@ -143,6 +143,13 @@ class PipelineObserver:
         """The prediction at hand: of the first batch that has none yet."""
         return next((self._name(batch) for batch in self.batches if not hasattr(batch, "noise_pred")), None)
 
+    def _observe_guiders(self, restorers: list[Restore]) -> None:
+        """Observe the guiders of the pipeline that are not observed yet."""
+        for part in self.pipe.components.values():
+            if isinstance(part, BaseGuidance) and all(part is not known for known in self._guiders):
+                self._guiders.append(part)
+                restorers.extend(self._observe_batches(part, name) for name in _BATCHES)
+
     def _observe_batches(self, guider: Any, name: str) -> Restore:
         """Record which batches a guider makes."""
         original = getattr(guider, name)
@@ -153,8 +160,11 @@ class PipelineObserver:
 
         return patch_attr(guider, name, prepare)
 
-    def _observe_call(self) -> Restore:
-        """Record the call of the pipeline and its prompts, by a subclass of its own class while the port is open."""
+    def _observe_call(self, restorers: list[Restore]) -> Restore:
+        """Record the call of the pipeline and its prompts, by a subclass of its own class while the port is open.
+
+        Guiders that were put in meanwhile are found where it begins.
+        """
         pipe, kind = self.pipe, type(self.pipe)
 
         @functools.wraps(kind.__call__)
@@ -162,6 +172,7 @@ class PipelineObserver:
             if self._call_arguments is not None:  # a call within a call
                 return kind.__call__(this, *args, **kwargs)
             self._call_arguments = arguments(this, args, kwargs, kind.__call__)
+            self._observe_guiders(restorers)
             self._prompts.clear()
             self._prompts.add(self._call_arguments)
             self._counter.begin()
