@@ -10,7 +10,12 @@ from torch import Tensor
 from ..call import DenoiserCall
 from ..errors import UserError
 
-__all__ = ["Prediction", "add_guidance", "select_batch"]
+__all__ = ["Prediction", "add_guidance", "is_flow", "select_batch"]
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler's samples are ``(1 - sigma) x0 + sigma eps``."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(getattr(scheduler.config, "use_flow_sigmas", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +39,23 @@ class Prediction:
         Raises:
             UserError: no scheduler, or one of a kind that is not known.
         """
-        scheduler: Any = call.scheduler
-        if scheduler is None or call.step.index is None:
+        if call.scheduler is None or call.step.index is None:
             raise UserError(
                 "the noise level is the scheduler's to say: open the pipeline, not its denoiser; a Guider is given it"
             )
+        return Prediction.at(call.scheduler, call.step.timestep)
+
+    @staticmethod
+    def at(scheduler: Any, timestep: float) -> "Prediction":
+        """That of a scheduler at one of its timesteps.
+
+        Raises:
+            UserError: a scheduler of a kind that is not known.
+        """
         config = scheduler.config
-        if type(scheduler).__name__.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False):
+        if is_flow(scheduler):
             times = scheduler.timesteps.double().flatten().cpu()
-            sigma = float(scheduler.sigmas[int((times - call.step.timestep).abs().argmin())])
+            sigma = float(scheduler.sigmas[int((times - timestep).abs().argmin())])
             return Prediction(1 - sigma, sigma, "flow")
         kind: Any = getattr(config, "prediction_type", "epsilon")
         if kind not in ("epsilon", "sample", "v_prediction"):
@@ -54,7 +67,7 @@ class Prediction:
             raise UserError(
                 f"{type(scheduler).__name__} has no alphas_cumprod; use a DDIM, DPM-Solver or flow scheduler"
             )
-        alpha = float(total[round(call.step.timestep)])
+        alpha = float(total[round(timestep)])
         return Prediction(alpha**0.5, (1 - alpha) ** 0.5, kind)
 
     def to_x0_eps(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

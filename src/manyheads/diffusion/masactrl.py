@@ -16,6 +16,8 @@ MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthes
     with manyheads.use(pipe, "masactrl:start_step=4,start_layer=10"):
         pipe([source_prompt, target_prompt], latents=torch.cat([noise, noise]))
 
+An image that was not generated is a source as well: :func:`invert` finds the noise that it would have come from.
+
 Shapes: q, k, v ``[B, H, T, d]``; in every branch the first half of the rows are sources, the second their targets;
 masks ``[rows, T]``.
 
@@ -41,9 +43,10 @@ from ..calls.statistics import Columns
 from ..calls.weights import measure
 from ..errors import UserError
 from ..strategy import AttentionCompute, AttentionWatch
+from ._inversion import invert
 from ._maps import Places, check_words, merged, scaled
 
-__all__ = ["MasaCtrl"]
+__all__ = ["MasaCtrl", "invert"]
 
 _KEY = "masactrl"
 

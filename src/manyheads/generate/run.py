@@ -228,7 +228,9 @@ def generate(
     count = 1 if row.source is None else 2
     seeded = [torch.Generator().manual_seed(row.seed) for _ in range(count)]
     given: dict[str, Any] = {"generator": seeded if count > 1 else seeded[0]}
-    if count > 1 and hasattr(pipe, "noise"):
+    if row.noise is not None:
+        given = {"latents": torch.cat([row.noise] * count)}
+    elif count > 1 and hasattr(pipe, "noise"):
         given = {"latents": torch.cat([pipe.noise(1, seed) for seed in seeded])}
     if row.prompt is not None:
         given["prompt"] = row.prompt if row.source is None else [row.source, row.prompt]
@@ -275,7 +277,7 @@ def facts(made: Sequence[Made], rows: Sequence[Row], settings: Settings, pipe: A
         "pipeline": type(pipe).__name__,
         "steps": settings.steps, "guidance": settings.guidance, "size": settings.size,
         "rows": [
-            {"seed": r.seed, "prompt": r.prompt, "source": r.source, "class": r.number} for r in rows
+            {"seed": r.seed, "prompt": r.prompt, "source": r.image or r.source, "class": r.number} for r in rows
         ],
         "arms": [
             {
