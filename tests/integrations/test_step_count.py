@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs and evaluations are counted from where they begin: solvers of second order, parts of a schedule, own loops."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -141,3 +144,21 @@ def test_two_evaluations_of_a_timestep_in_a_loop_are_one_run():
     assert see(500.0, x[1], text=cond) == (3, 0)  # the very same call
     Schedule.timesteps = torch.tensor([999.0])
     assert [see(999.0, x[i]) for i in range(3)] == [(4, 0), (5, 0), (6, 0)]
+
+
+def test_nothing_is_held_when_the_port_is_closed():
+    """Neither latents nor embeddings; and while it is open, nothing as large as a ControlNet's residuals."""
+    pipe, given, note = sd(), conditions(), Note()
+    kept = weakref.ref(given["prompt_embeds"])
+    with manyheads.use(pipe, note) as port:
+        run_sd(pipe, given)
+        assert kept() is not None
+        del given
+        assert kept() is not None  # by its rows, the next call's are known
+    gc.collect()
+    assert kept() is None and port.kept(note)
+    counter, large = StepCounter(), torch.zeros(33, 8)
+    held = weakref.ref(large)
+    counter.see(500.0, [torch.zeros(1, 8), large], "model", None, None, True)
+    del large
+    assert held() is None

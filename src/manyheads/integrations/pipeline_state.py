@@ -71,6 +71,7 @@ class PipelineObserver:
 
     def open(self, models: Sequence[nn.Module], restorers: list[Restore]) -> None:
         """Start to observe; the functions appended to ``restorers`` end it."""
+        restorers.extend((self._counter.forget, self._prompts.clear))
         restorers.extend(self._observe_contexts(model) for model in models if hasattr(type(model), "cache_context"))
         if self.pipe is None:
             return

@@ -19,6 +19,8 @@ from torch import Tensor
 
 __all__ = ["StepCounter"]
 
+_LARGEST = 32  # times the latents: what is larger is no condition (residuals of a ControlNet), and is not held
+
 
 class StepCounter:
     """Counts runs and evaluations from what denoisers are called with.
@@ -40,6 +42,10 @@ class StepCounter:
         self._latents: Tensor | None = None
         self._evaluated: dict[float, int] = {}
         self._parts: list[tuple[Hashable, Sequence[Tensor]]] = []
+
+    def forget(self) -> None:
+        """Hold no tensors any more."""
+        self._latents, self._parts, self._began = None, [], True
 
     def begin(self) -> None:
         """Begin a run with the next evaluation."""
@@ -67,18 +73,19 @@ class StepCounter:
         renewed = self._marker is None or any(a is not b for a, b in zip(told, self._marker, strict=True))
         step, before = getattr(scheduler, "step_index", None), self._step
         stepped = step is not None and before is not None and step != before
-        again = False
+        again, size = False, _LARGEST * given[0].numel() if given else 0
+        conditions = [x for x in given[1:] if x.numel() <= size]
         if timestep == self._timestep and not (renewed or self._began or stepped) and self._same_latents(given):
-            again = any(key == other and _same(given[1:], made) for other, made in self._parts)
+            again = any(key == other and _same(conditions, made) for other, made in self._parts)
             if not again:
-                self._parts.append((key, given[1:]))
+                self._parts.append((key, conditions))
                 return sum(key == other for other, _ in self._parts) - 1
         if self._began or renewed or (not inside and (again or self._comes_back(timestep, timesteps))):
             self._begin_run(timestep, scheduler, timesteps)
             self._marker = told
         self._evaluated[timestep] = self._evaluated.get(timestep, 0) + 1
         self.index += 1
-        self._timestep, self._step, self._parts = timestep, step, [(key, given[1:])]
+        self._timestep, self._step, self._parts = timestep, step, [(key, conditions)]
         self._latents = given[0].detach().clone() if given else None
         return 0
 
