@@ -189,21 +189,34 @@ def test_embeddings_say_more_than_the_code():
     assert rows_of(pipe, None, {"text": torch.zeros_like(cond)}, None, prompts) == ("all",)
 
 
-def test_rows_of_a_loop_of_ones_own():
-    """They are known from what the pipeline's ``encode_prompt`` returned in the block."""
-    pipe, given = sd(), conditions(2)
+def by_hand(pipe, x, cond, uncond, apart=False):
+    """Denoising in a loop of one's own, without guidance where there is no ``uncond``."""
     pipe.scheduler.set_timesteps(4)
-    for spec in GUIDES:
-        with manyheads.use(pipe, spec):
-            want = run_sd(pipe, given)
-            cond, uncond = pipe.encode_prompt(
-                None, "cpu", 1, True, prompt_embeds=given["prompt_embeds"],
-                negative_prompt_embeds=given["negative_prompt_embeds"],
-            )  # fmt: skip
-            x, text = given["latents"], torch.cat([uncond, cond])
-            pipe.scheduler.set_timesteps(4)
-            with torch.no_grad():
-                for t in pipe.scheduler.timesteps:
-                    u, c = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=text).sample.chunk(2)
-                    x = pipe.scheduler.step(u + 4.0 * (c - u), t, x).prev_sample
-        assert error(x, want) < 1e-5
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            texts = [text for text in (uncond, cond) if text is not None]
+            if apart or len(texts) == 1:
+                made = [pipe.unet(x, t, encoder_hidden_states=text).sample for text in texts]
+            else:
+                made = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat(texts)).sample.chunk(2)
+            x = pipe.scheduler.step(made[0] + 4.0 * (made[-1] - made[0]), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("spec", GUIDES, ids=lambda spec: spec.split(":")[0])
+def test_rows_of_a_loop_of_ones_own(spec):
+    """They are known from what the pipeline's ``encode_prompt`` returned in the block; else guides refuse."""
+    pipe, given = sd(), conditions(2)
+    x, *texts = (given[name] for name in ("latents", "prompt_embeds", "negative_prompt_embeds"))
+    with manyheads.use(pipe, spec):
+        want = run_sd(pipe, given)
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        encoded = pipe.encode_prompt(None, "cpu", 1, True, **{name: given[name] for name in names})
+        assert error(by_hand(pipe, x, *encoded), want) < 1e-5
+    for apart in (False, True):
+        with pytest.raises(UserError, match="call encode_prompt"), manyheads.use(pipe, spec):
+            by_hand(pipe, x, *texts, apart=apart)
+    with manyheads.use(pipe, spec):  # without guidance there is nothing to tell
+        made = by_hand(pipe, x, texts[0], None)
+        assert error(made, run_sd(pipe, given, guidance_scale=1.0)) < 1e-5
+    assert error(made, by_hand(pipe, x, texts[0], None)) > 1e-4

@@ -23,7 +23,7 @@ import torch
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor
 
-__all__ = ["UNKNOWN", "PromptRows", "guidance_of", "rescales", "rows_of", "tensors_of"]
+__all__ = ["UNKNOWN", "PromptRows", "guidance_of", "of_one_sample", "rescales", "rows_of", "tensors_of"]
 
 UNKNOWN = ("unknown",)
 _PLAIN = (("uncond", "cond"), ("cond", "uncond"), ("cond",), ("uncond",))
@@ -183,6 +183,15 @@ def rows_of(
     if stated is None or rows % len(stated) or (guided and fitting and stated not in fitting):
         return UNKNOWN
     return stated
+
+
+def of_one_sample(given: dict[str, Any]) -> bool:
+    """Whether the halves of a denoiser's batch are the same latents under other conditions, as guidance has them."""
+    latents, *conditions = list(tensors_of(given)) or [torch.zeros(1)]
+    rows = len(latents) if latents.ndim else 1
+    if rows % 2 or not torch.equal(latents[: rows // 2], latents[rows // 2 :]):
+        return False
+    return any(x.ndim and len(x) == rows and not torch.equal(x[: rows // 2], x[rows // 2 :]) for x in conditions)
 
 
 def guidance_of(pipe: Any, asked: dict[str, Any], model: Any = None) -> float | None:

@@ -329,7 +329,7 @@ class DiffusersPort:
 
         total: Any = None
         for strategy in (s for s in self.strategies if isinstance(s, DenoiserPrediction)):
-            scale = self.observer.guidance(strategy.slug, model, step.branches)
+            scale = self.observer.guidance(strategy.slug, model, step, given)
             start = len(made)
             call = DenoiserCall(step, given, self.observer.scheduler, scale, run, self.observer.rescales)
             out = strategy.denoise(call)

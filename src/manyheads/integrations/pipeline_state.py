@@ -22,7 +22,7 @@ from torch import nn
 
 from ..call import DiffusionStep
 from ..errors import UserError
-from .batch_rows import UNKNOWN, PromptRows, guidance_of, rescales, rows_of, tensors_of
+from .batch_rows import UNKNOWN, PromptRows, guidance_of, of_one_sample, rescales, rows_of, tensors_of
 from .layouts import arguments, layout_of, timestep_of
 from .module_calls import Restore
 from .step_count import StepCounter
@@ -105,14 +105,20 @@ class PipelineObserver:
         """Whether the pipeline's call brings what it guided to the size of the conditional prediction."""
         return self.guider is None and self._call_arguments is not None and rescales(self.pipe, self._call_arguments)
 
-    def guidance(self, slug: str, model: nn.Module, branches: tuple[str, ...]) -> float | None:
-        """The scale g of guidance, None where there is none: ``branches`` count g and 1 - g for cond and uncond.
+    def guidance(self, slug: str, model: nn.Module, step: DiffusionStep, given: dict[str, Any]) -> float | None:
+        """The scale g of guidance, None where there is none: branches count g and 1 - g for cond and uncond.
 
         Raises:
             UserError: a guider combines its predictions in a way that has no such scale; nothing tells which rows are
                 conditional; the pipeline perturbs attention by itself.
         """
-        name = type(self.pipe).__name__
+        name, branches = type(self.pipe).__name__, step.branches
+        outside = self._call_arguments is None and self.guider is None
+        if outside and branches == ("all",) and (step.call or of_one_sample(given)):
+            raise UserError(
+                f"{slug} has to know which prediction of a loop of your own is the conditional one: call encode_prompt "
+                "of the pipeline inside of the block, and put both in one batch"
+            )
         if branches == UNKNOWN:
             raise UserError(
                 f"{slug} has to know which rows of a batch are conditional, and neither the embeddings nor the code of "
