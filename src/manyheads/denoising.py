@@ -55,17 +55,22 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class DiffusionStep:
-    """Where a denoiser stands in its run, from the facts of its pipeline, never from counting calls.
+    """Where a denoiser stands in its run.
 
     Attributes:
-        run: number of the run; a new one begins when the scheduler is given its timesteps.
-        index, total: denoising step and steps in all, None where no scheduler is known.
+        run: number of the run. One begins where the pipeline is called, and where the scheduler is given timesteps; in
+            a loop outside of a call also where a timestep comes back that the loop had left.
+        index, total: evaluations of the denoiser in this run before this one, and in all; None where no scheduler is
+            known. An evaluation is a prediction for the same latents at the same timestep, all its branches together;
+            a solver of second order makes two for a timestep.
         timestep: as the scheduler has it.
         branches: what the equal groups of rows are, in order: ``uncond``, ``cond``, ``perturbed``; one name where the
-            whole batch is one, ``all`` where nothing tells.
+            whole batch is one, ``all`` without guidance and for a denoiser that is called outside of its pipeline,
+            ``unknown`` where the pipeline guides and nothing tells.
         layout: of the tokens, None for an architecture whose layout is not known.
         axis: which tokens attend to each other here: those of a frame, of a place over ``time``, ``all``, or only text.
         run_state: scratch of the run that all sites and strategies share; use a key of your own.
+        call: calls of this denoiser with the same branches in this evaluation before this one.
     """
 
     run: int
@@ -76,6 +81,12 @@ class DiffusionStep:
     layout: Layout | None
     axis: Axis = "all"
     run_state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    call: int = 0
+
+    @property
+    def key(self) -> str:
+        """Names what is kept for the branches at hand: ``uncond+cond``, ``all``; ``all 2`` for a second such call."""
+        return "+".join(self.branches) + (f" {self.call + 1}" if self.call else "")
 
     @property
     def progress(self) -> float | None:
@@ -111,6 +122,7 @@ class DenoiserCall:
         given: the arguments of the denoiser by name; latents are the first.
         scheduler: of the pipeline, None for a bare denoiser.
         guidance_scale: of classifier-free guidance, None where the pipeline does not say or does none.
+        rescales: whether the pipeline brings what it guided to the size of the conditional prediction afterwards.
         run: ``run(branch, **changes)`` is the prediction for the given arguments with some changed, its attention seen
             under the name ``branch``; under an empty name it is the branches as they are.
     """
@@ -120,6 +132,7 @@ class DenoiserCall:
     scheduler: Any
     guidance_scale: float | None
     run: Callable[..., Tensor]
+    rescales: bool = False
 
     @property
     def latents(self) -> Tensor:

@@ -112,6 +112,28 @@ def test_a_pair_starts_from_the_same_noise(cli, folders, tmp_path):
     assert not np.array_equal(levels(alone[1]), levels(led[1]))
 
 
+def test_a_pair_beside_an_image(cli, folders, tmp_path):
+    """The source is an image; the pair starts from the noise that it would have come from."""
+    pipe, spec = load_scenes(folders["scenes"]), "masactrl:start_step=1,start_layer=0"
+    image = Image.fromarray(levels(made(pipe, "ghost top left ship", seed=3)))
+    image.save(tmp_path / "photo.png")
+    given = ["generate", "--model", str(folders["scenes"]), "--strategy", spec, "--source", str(tmp_path / "photo.png")]
+    code, out, err = cli(*given, "--prompt", PROMPT, *STEPS, "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"][0]["source"] == str(tmp_path / "photo.png")
+    noise = pipe.invert(image, 3)
+    start = {"latents": torch.cat([noise, noise]), "num_inference_steps": 3, "output_type": "np"}
+    back, alone = pipe(["", PROMPT], **start).images
+    with manyheads.use(pipe, spec):
+        _, led = pipe(["", PROMPT], **start).images
+    page = Image.open(tmp_path / "grid.png")
+    for column, picture in enumerate((back, alone, led)):
+        assert len(places(page, column, levels(picture))) == 1
+    assert not np.array_equal(levels(alone), levels(led))
+    code, _, err = cli(*given, "--prompt", PROMPT, *STEPS, "--seeds", "0,1")
+    assert code == 2 and "has its own noise" in err
+
+
 def test_films(cli, folders, tmp_path):
     base = (
         "generate",
@@ -183,6 +205,7 @@ BAD = [
     (["--strategy", "pab", "--seeds", "a"], "are no seeds"),
     (["--strategy", "pab", "--seeds", "1", "--samples", "2"], "not both"),
     (["--strategy", "pab", "--source", "apple"], "--source goes with"),
+    (["--strategy", "pab", "--prompt", PROMPT, "--source", "file"], "is no image"),
     (["--strategy", "pab", "--out", "a.bmp"], "one of these endings"),
     (["--strategy", "pab", "--out", "file/a.png"], "cannot write"),
     (["--strategy", "pab", "--prompt", PROMPT, "--maps", "horse"], "is not in the prompt"),

@@ -18,8 +18,8 @@ import manyheads  # noqa: E402
 from manyheads.diffusion.headhunter import HeadHunter  # noqa: E402
 from manyheads.diffusion.masactrl import MasaCtrl  # noqa: E402
 from manyheads.diffusion.pab import PAB  # noqa: E402
+from manyheads.errors import UserError  # noqa: E402
 from manyheads.integrations.diffusers import DiffusersPort  # noqa: E402
-from manyheads.integrations.layouts import branches_of  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
 from tolerance import FORMULA, error  # noqa: E402
 
@@ -86,8 +86,13 @@ class Loop:
                 uncond = self.predict(1, x, t)
         return uncond + SCALE * (cond - uncond)
 
+    def conditions(self):
+        """Of the conditional and of the unconditional branch, by which rows are known."""
+        name = "class_labels" if self.name == "dit" else "encoder_hidden_states"
+        return {"condition": self.given[0][name], "negative_condition": self.given[1][name]}
+
     @torch.no_grad()
-    def __call__(self, guidance_scale: float = SCALE):
+    def __call__(self, guidance_scale: float = SCALE, condition=None, negative_condition=None):
         self.scheduler.set_timesteps(STEPS)
         x = next(iter(self.given[0].values()))
         for i, t in enumerate(self.scheduler.timesteps):
@@ -104,8 +109,8 @@ def ways(name):
         "batch", "guider")  # fmt: skip
 
 
-class LuminaPipeline(Loop):
-    """Named as one of those that put conditional rows first."""
+class Backwards(Loop):
+    """Conditional rows first."""
 
     order = (0, 1)
 
@@ -113,7 +118,7 @@ class LuminaPipeline(Loop):
 def run(name, way, *strategies, times=1, kind=Loop):
     loop = kind(name, way)
     with DiffusersPort(loop, tuple(manyheads.parse(s) for s in strategies)) as port:
-        made = [loop() for _ in range(times)]
+        made = [loop(**loop.conditions()) for _ in range(times)]
     return (made[0] if times == 1 else made), port
 
 
@@ -153,18 +158,24 @@ def test_all_ways_are_one(name):
         assert all(error(each, last) < FORMULA for each in made), spec
 
 
-def test_pipelines_that_put_conditional_rows_first():
-    class Backwards(LuminaPipeline):
-        """One that the port does not know."""
-
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_rows_are_known_in_any_order(name):
     for spec in ON:
-        want = run("pixart", "batch", spec)[0]
-        assert error(run("pixart", "batch", spec, kind=LuminaPipeline)[0], want) < FORMULA
-    for spec in ON[1:3]:
-        assert error(run("pixart", "batch", spec, kind=Backwards)[0], run("pixart", "batch", spec)[0]) > 1e-6
-    pix2pix = type("StableDiffusionInstructPix2PixPipeline", (), {})()
-    assert branches_of(pix2pix, None, 6, True) == ("cond", "image", "uncond")
-    assert branches_of(pix2pix, None, 6, False) == branches_of(pix2pix, None, 4, True) == ("all",)
+        assert error(run(name, "batch", spec, kind=Backwards)[0], run(name, "batch", spec)[0]) < FORMULA
+
+
+def test_rows_that_nothing_tells_are_refused():
+    class Mute(Loop):
+        """Neither its call nor its code says what is conditional."""
+
+        def conditions(self):
+            return {}
+
+    for spec in ON[1:4]:
+        with pytest.raises(UserError, match="which rows"):
+            run("pixart", "batch", spec, kind=Mute)
+    want = run("pixart", "batch", ON[0])[0]
+    assert error(run("pixart", "batch", ON[0], kind=Mute)[0], want) < FORMULA  # modules have no rows
 
 
 @pytest.mark.parametrize("name", ["pixart", "latte", "unet"])

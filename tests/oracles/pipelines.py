@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole pipelines of diffusers around the tiny denoisers: branches in one batch, one after the other, and none."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,6 +40,56 @@ def wan() -> Any:
     return _quiet(
         diffusers.WanPipeline(None, None, None, diffusers.FlowMatchEulerDiscreteScheduler(), tiny.build("wan"))
     )
+
+
+def sd(kind: str = "StableDiffusionPipeline", scheduler: Any = None, **more: Any) -> Any:
+    """A UNet, [uncond, cond] in one batch; ``kind`` is any of its pipelines."""
+    import diffusers
+
+    cls = getattr(diffusers, kind)
+    parts = {
+        "vae": _vae(), "unet": tiny.build("unet"), "text_encoder": None, "tokenizer": None, "safety_checker": None,
+        "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False,
+        "scheduler": scheduler or diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+    }  # fmt: skip
+    takes = inspect.signature(cls.__init__).parameters
+    return _quiet(cls(**{name: part for name, part in parts.items() if name in takes}, **more))
+
+
+def sd3() -> Any:
+    """Joint attention, [uncond, cond] in one batch; a further call where layers are skipped for its own guidance."""
+    import diffusers
+
+    parts = dict.fromkeys(
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    return _quiet(
+        diffusers.StableDiffusion3Pipeline(transformer=tiny.build("sd3"), scheduler=flow, vae=_vae(), **parts)
+    )
+
+
+def conditions(rows: int = 2, pooled: bool = False) -> dict[str, Tensor]:
+    """Embeddings of prompts and negative prompts, and noise, for the pipelines of a UNet and of SD3."""
+    source = torch.Generator().manual_seed(0)
+    names = {"prompt_embeds": (6, 12), "negative_prompt_embeds": (6, 12), "latents": (4, 8, 8)}
+    names |= {"pooled_prompt_embeds": (10,), "negative_pooled_prompt_embeds": (10,)} if pooled else {}
+    return {name: torch.randn(rows, *shape, generator=source) for name, shape in names.items()}
+
+
+def row_of(given: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row of what :func:`conditions` gives."""
+    return {name: x[row : row + 1] for name, x in given.items()}
+
+
+def run_sd(pipe: Any, given: dict[str, Tensor] | None = None, steps: int = 4, **more: Any) -> Tensor:
+    made = pipe(
+        **{
+            **(conditions() if given is None else given), "height": 8, "width": 8, "num_inference_steps": steps,
+            "guidance_scale": 4.0, "output_type": "latent", **more,
+        }
+    )  # fmt: skip
+    return made.images
 
 
 def _quiet(pipe: Any) -> Any:

@@ -32,7 +32,7 @@ Classes = Annotated[
     list[str] | None, typer.Option("--class", help="Number or label, for class-conditional pipelines; may repeat.")
 ]
 Source = Annotated[
-    str | None, typer.Option(help="Text of a source that every prompt's image is made beside, as masactrl needs it.")
+    str | None, typer.Option(help="Source of every prompt's image, as masactrl needs it: its text, or an image file.")
 ]
 Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the images do.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")]
@@ -75,6 +75,8 @@ def generate(
 
     manyheads generate --strategy masactrl:start_layer=2 --source "apple top left ship" --prompt "ghost top left ship"
 
+    manyheads generate --strategy masactrl:start_layer=2 --source photo.png --prompt "ghost top left ship"
+
     The columns are the baseline, and each strategy with its difference from it. The table shows what each cost.
     """
     passive_threads()
@@ -99,9 +101,12 @@ def generate(
         raise UserError("--source goes with the --prompt of its target, and without --maps")
     with shown(as_json) as progress:
         pipe = loading.load(model, device or "cpu", dtype)
-        wanted = rows.rows_of(pipe, prompt or [], classes or [], source, seeds_)
+        image = None if source is None or not Path(source).is_file() else Path(source)
+        wanted = rows.rows_of(pipe, prompt or [], classes or [], None if image else source, seeds_)
         settings = run.Settings(steps, guidance, pixels)
         run.check(pipe, arms, settings)
+        if image is not None:
+            wanted = rows.from_image(pipe, image, wanted, steps)
         watched = words.find(pipe, wanted, maps) if maps is not None else None
         made = run.run(pipe, arms, wanted, settings, progress)
         if watched is not None:

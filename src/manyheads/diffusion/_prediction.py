@@ -10,7 +10,12 @@ from torch import Tensor
 from ..call import DenoiserCall
 from ..errors import UserError
 
-__all__ = ["Prediction", "add_guidance", "select_batch"]
+__all__ = ["Prediction", "add_guidance", "is_flow", "select_batch"]
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler's samples are ``(1 - sigma) x0 + sigma eps``."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(getattr(scheduler.config, "use_flow_sigmas", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +39,23 @@ class Prediction:
         Raises:
             UserError: no scheduler, or one of a kind that is not known.
         """
-        scheduler: Any = call.scheduler
-        if scheduler is None or call.step.index is None:
+        if call.scheduler is None or call.step.index is None:
             raise UserError(
                 "the noise level is the scheduler's to say: open the pipeline, not its denoiser; a Guider is given it"
             )
+        return Prediction.at(call.scheduler, call.step.timestep)
+
+    @staticmethod
+    def at(scheduler: Any, timestep: float) -> "Prediction":
+        """That of a scheduler at one of its timesteps.
+
+        Raises:
+            UserError: a scheduler of a kind that is not known.
+        """
         config = scheduler.config
-        if type(scheduler).__name__.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False):
-            sigma = float(scheduler.sigmas[call.step.index])
+        if is_flow(scheduler):
+            times = scheduler.timesteps.double().flatten().cpu()
+            sigma = float(scheduler.sigmas[int((times - timestep).abs().argmin())])
             return Prediction(1 - sigma, sigma, "flow")
         kind: Any = getattr(config, "prediction_type", "epsilon")
         if kind not in ("epsilon", "sample", "v_prediction"):
@@ -53,7 +67,7 @@ class Prediction:
             raise UserError(
                 f"{type(scheduler).__name__} has no alphas_cumprod; use a DDIM, DPM-Solver or flow scheduler"
             )
-        alpha = float(total[round(call.step.timestep)])
+        alpha = float(total[round(timestep)])
         return Prediction(alpha**0.5, (1 - alpha) ** 0.5, kind)
 
     def to_x0_eps(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,16 +101,27 @@ def select_batch(call: DenoiserCall, rows: slice) -> dict[str, Any]:
 
 
 def add_guidance(call: DenoiserCall, plain: Tensor, guidance: Tensor) -> Tensor:
-    """A prediction moved so that, after classifier-free guidance ``u + g (c - u)``, it is moved by ``push``.
+    """A prediction moved so that, after classifier-free guidance ``u + g (c - u)``, it is moved by ``guidance``.
 
-    Where both branches are in one batch both are moved. Where they are calls of their own only the one at hand can
-    be, by what ``g`` makes of it.
+    Where both branches are in one batch both are moved; only the unconditional one, by what ``1 - g`` makes of it,
+    where the guided prediction is then brought to the size of the conditional one. Where they are calls of their own
+    only the one at hand can be moved.
 
     Raises:
         UserError: the branches are calls of their own, and the pipeline does not give g, or the one at hand
-            counts nothing.
+            counts nothing; or the conditional one would have to be moved, which others are then measured by.
     """
     g, branches = call.guidance_scale, call.step.branches
+    guided = plain.clone()
+    if call.rescales and g is not None:
+        if "uncond" not in branches or g == 1:
+            raise UserError(
+                "the pipeline brings the guided prediction to the size of the conditional one, which a strategy would "
+                "change; give guidance_rescale=0 (or switch its normalisation of guidance off)"
+            )
+        rows = call.step.rows("uncond", len(plain))
+        guided[rows, : guidance.shape[1]] += guidance / (1 - g)
+        return guided
     if branches in (("cond",), ("uncond",)):
         if g is None and branches == ("uncond",):
             raise UserError("the pipeline guides by two calls and does not say how strongly; switch its guidance off")
@@ -106,7 +131,6 @@ def add_guidance(call: DenoiserCall, plain: Tensor, guidance: Tensor) -> Tensor:
                 f"at a guidance scale of {g} the {branches[0]} prediction counts nothing; use another scale"
             )
         guidance = guidance / weight
-    guided = plain.clone()
     for at in range(0, plain.shape[0], guidance.shape[0]):
         guided[at : at + guidance.shape[0], : guidance.shape[1]] += guidance
     return guided

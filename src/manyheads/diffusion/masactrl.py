@@ -16,16 +16,19 @@ MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthes
     with manyheads.use(pipe, "masactrl:start_step=4,start_layer=10"):
         pipe([source_prompt, target_prompt], latents=torch.cat([noise, noise]))
 
+An image that was not generated is a source as well: :func:`invert` finds the noise that it would have come from.
+
 Shapes: q, k, v ``[B, H, T, d]``; in every branch the first half of the rows are sources, the second their targets;
 masks ``[rows, T]``.
 
-Choices. Blocks are numbered in the order of the model (down, middle, up), as the released code numbers them. In joint
-attention (not in the paper) only image tokens are exchanged and the text stays the target's. Masks come from
-cross-attention (``tokens`` names words by their place in the prompt): the maps of this step so far, averaged over heads
-and sites of at most ``map_size`` squared tokens, summed over the words, scaled to [0, 1] for each image, cut at
-``threshold``. A mask that is empty or full would leave a query nothing to look at, and is not applied; so is every mask
-before the first cross-attention of a step. ``union`` adds the source's keys to the target's own instead of replacing
-them, which the released code offers too.
+Choices. A step is an evaluation of the denoiser, of which a solver of second order makes two for a timestep; of an
+image's edit from a part of the schedule the first is step 0. Blocks are numbered in the order of the model (down,
+middle, up), as the released code numbers them. In joint attention (not in the paper) only image tokens are exchanged
+and the text stays the target's. Masks come from cross-attention (``tokens`` names words by their place in the prompt):
+the maps of this step so far, averaged over heads and sites of at most ``map_size`` squared tokens, summed over the
+words, scaled to [0, 1] for each image, cut at ``threshold``. A mask that is empty or full would leave a query nothing
+to look at, and is not applied; so is every mask before the first cross-attention of a step. ``union`` adds the source's
+keys to the target's own instead of replacing them, which the released code offers too.
 """
 
 from dataclasses import dataclass, field
@@ -40,9 +43,10 @@ from ..calls.statistics import Columns
 from ..calls.weights import measure
 from ..errors import UserError
 from ..strategy import AttentionCompute, AttentionWatch
+from ._inversion import invert
 from ._maps import Places, check_words, merged, scaled
 
-__all__ = ["MasaCtrl"]
+__all__ = ["MasaCtrl", "invert"]
 
 _KEY = "masactrl"
 
@@ -87,6 +91,8 @@ class MasaCtrl(AttentionCompute, AttentionWatch):
             raise UserError("masactrl has to know the step: open the pipeline, not its denoiser")
         if call.site.kind == "cross" or step.axis == "text" or step.index < self.start_step:
             return None
+        if step.branches == ("unknown",):
+            raise UserError("masactrl: the pipeline guides and does not say which rows are conditional")
         if call.q.shape[0] % (2 * len(step.branches)):
             raise UserError(
                 f"masactrl: {call.q.shape[0]} rows in branches {'+'.join(step.branches)} are no pairs of source and "

@@ -2,14 +2,18 @@
 """What is to be made: the rows of a grid, from prompts, classes and seeds as they are given."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from ..catalog import nearest
 from ..errors import UserError
 from ..models.pipeline import parameters
 
-__all__ = ["Row", "read_seeds", "read_size", "rows_of"]
+__all__ = ["Row", "from_image", "read_seeds", "read_size", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class Row:
         source: text of the image that is made beside, from the same noise.
         number: class, if the pipeline takes one.
         label: what was asked for, for people.
+        image: file of the image that is the source, whose text is empty then.
+        noise: what it starts from, where that is not the seed's.
     """
 
     seed: int
@@ -29,6 +35,8 @@ class Row:
     source: str | None = None
     number: int | None = None
     label: str = ""
+    image: str | None = None
+    noise: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def read_seeds(first: int, several: str | None, samples: int | None) -> list[int]:
@@ -86,6 +94,34 @@ def rows_of(
         numbers = [(name, _class(pipe, name)) for name in classes]
         return [Row(s, number=n, label=_label(f"class {name}", s, seeds)) for name, n in numbers for s in seeds]
     return [Row(s, label=_label("", s, seeds)) for s in seeds]
+
+
+def from_image(pipe: Any, path: Path, rows: Sequence[Row], steps: int | None) -> list[Row]:
+    """Rows without a source, made beside an image instead: they start from the noise that it would have come from.
+
+    Args:
+        pipe: a pipeline that inverts its steps.
+        path: of the image.
+        rows: targets.
+        steps: that will be made; the pipeline's own number if None.
+
+    Raises:
+        UserError: the pipeline cannot, the file is no image, or the rows differ by their seeds.
+    """
+    if not hasattr(pipe, "invert"):
+        raise UserError(
+            f"{type(pipe).__name__} is not inverted by this command; in Python, manyheads.diffusion.masactrl.invert "
+            "does it, or give --source a text"
+        )
+    if len({row.seed for row in rows}) > 1:
+        raise UserError("an image has its own noise, which no seed changes; give --source IMAGE one seed")
+    try:
+        with Image.open(path) as image:
+            noise = pipe.invert(image, *([] if steps is None else [steps]))
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no image; give --source a text, or a png, jpg or webp") from None
+    label = f"{path.name} \u2192 "
+    return [replace(row, source="", image=str(path), noise=noise, label=label + row.label) for row in rows]
 
 
 def _label(text: str, seed: int, seeds: Sequence[int]) -> str:

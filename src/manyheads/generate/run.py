@@ -16,8 +16,9 @@ import torch
 from ..environment import environment
 from ..errors import UserError
 from ..integrations import use
-from ..integrations.diffusers import denoisers, replace_forward
-from ..integrations.pipeline_state import Restore, patch_attr
+from ..integrations.diffusers import denoisers
+from ..integrations.module_calls import Restore, wrap_call
+from ..integrations.pipeline_state import patch_attr
 from ..models.pipeline import parameters
 from ..progress import Progress
 from ..spec import parse, split_together
@@ -150,17 +151,14 @@ def _counted(pipe: Any) -> Iterator[_Counts]:
     """Count calls of the denoisers, strategies' own too, and steps of the scheduler."""
     counts, restorers = _Counts(), list[Restore]()
 
-    def around(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            counts.calls += 1
-            given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim > 1)
-            counts.passed += next((len(x) for x in given), 1)
-            return inner(*args, **kwargs)
-
-        return forward
+    def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        counts.calls += 1
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim > 1)
+        counts.passed += next((len(x) for x in given), 1)
+        return inner(*args, **kwargs)
 
     try:
-        restorers.extend(replace_forward(model, around) for _, model in denoisers(pipe))
+        restorers.extend(wrap_call(model, around)[1] for _, model in denoisers(pipe))
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is not None:
             step = scheduler.step
@@ -230,7 +228,9 @@ def generate(
     count = 1 if row.source is None else 2
     seeded = [torch.Generator().manual_seed(row.seed) for _ in range(count)]
     given: dict[str, Any] = {"generator": seeded if count > 1 else seeded[0]}
-    if count > 1 and hasattr(pipe, "noise"):
+    if row.noise is not None:
+        given = {"latents": torch.cat([row.noise] * count)}
+    elif count > 1 and hasattr(pipe, "noise"):
         given = {"latents": torch.cat([pipe.noise(1, seed) for seed in seeded])}
     if row.prompt is not None:
         given["prompt"] = row.prompt if row.source is None else [row.source, row.prompt]
@@ -277,7 +277,7 @@ def facts(made: Sequence[Made], rows: Sequence[Row], settings: Settings, pipe: A
         "pipeline": type(pipe).__name__,
         "steps": settings.steps, "guidance": settings.guidance, "size": settings.size,
         "rows": [
-            {"seed": r.seed, "prompt": r.prompt, "source": r.source, "class": r.number} for r in rows
+            {"seed": r.seed, "prompt": r.prompt, "source": r.image or r.source, "class": r.number} for r in rows
         ],
         "arms": [
             {

@@ -3,8 +3,9 @@
 
 Every attention module puts its site on a stack while it runs; while a port is open, torch's SDPA and diffusers' other
 attention backends are wrapped, and look at the top of that stack. So queries, keys and values are those after norms and
-rotary positions, and no processor of any model has to be rewritten. What step it is and which rows are which branch is
-read from the scheduler and the pipeline or its guider, never counted, and state is kept for each branch apart.
+rotary positions, and no processor of any model has to be rewritten. Which rows are which branch is read from the
+pipeline or its guider, evaluations are counted in each run, and state is kept for each branch apart. The calls of
+modules are reached through their class (:mod:`.module_calls`), so that offloading and compiling change nothing.
 
 Outside an attention module of an open port nothing is changed, and with the last port all wrappers are gone.
 """
@@ -22,12 +23,14 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.attention_processor import MochiAttention
 from torch import Tensor, nn
 
-from ..call import Axis, DenoiserCall, Layout, Site
+from ..call import Axis, DenoiserCall, DiffusionStep, Layout, Site
 from ..errors import UserError
 from ..strategy import Attention, Cache, Denoiser, DenoiserModule, DenoiserPrediction, Strategy
 from .hook_chain import BoundStrategy
 from .layouts import arguments
-from .pipeline_state import PipelineObserver, Restore, patch_attr
+from .module_calls import CallChain, Restore, unwrapped, wrap_call
+from .pipeline_state import PipelineObserver
+from .run_check import RunCheck
 from .sdpa_patch import SiteState, sdpa_patch
 
 __all__ = ["DiffusersPort", "denoisers", "find_sites", "is_open", "set_layout"]
@@ -35,11 +38,14 @@ __all__ = ["DiffusersPort", "denoisers", "find_sites", "is_open", "set_layout"]
 _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 _KINDS = (DiffusersAttention, MochiAttention, AttentionModuleMixin)
 _STATE = "_manyheads"
-_GUIDED = frozenset({"cond", "uncond", "all"})
+_GUIDED = frozenset({"cond", "uncond", "all", "unknown"})
 
 
 def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
-    """The denoisers of a pipeline with the names of its components, or the model itself under an empty name."""
+    """The denoisers of a pipeline with the names of its components, or the model itself under an empty name.
+
+    A compiled one is what torch.compile made.
+    """
     if isinstance(target, nn.Module):
         return [("", target)]
     parts = getattr(target, "components", {})
@@ -55,7 +61,7 @@ def find_sites(target: Any) -> list[tuple[Site, nn.Module]]:
     found: list[tuple[Site, nn.Module]] = []
     for prefix, model in denoisers(target):
         blocks: dict[str, int] = {}
-        for name, module in sorted(model.named_modules(), key=_order):
+        for name, module in sorted(unwrapped(model).named_modules(), key=_order):
             known: Any = module
             if not isinstance(module, _KINDS):
                 continue
@@ -118,11 +124,6 @@ def _plan(target: Any, strategies: tuple[Strategy, ...]) -> list[tuple[Site, nn.
     ]
 
 
-def replace_forward(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Restore:
-    """Put ``around(forward)`` in place of a module's forward; the returned function restores it."""
-    return patch_attr(module, "forward", around(module.forward))
-
-
 def is_open(model: nn.Module) -> bool:
     """Whether a port is open on a denoiser."""
     return any(_STATE in module.__dict__ for module in model.modules())
@@ -164,9 +165,11 @@ class DiffusersPort:
         self._lasting = observer is not None
         self._plan: list[tuple[Site, nn.Module, list[Strategy]]] = []
         self._planned: Any = self._plan
+        self._owners: dict[int, int] = {}
         self._entries: list[tuple[SiteState, BoundStrategy]] = []
         self._held: dict[tuple[int, int], tuple[SiteState, BoundStrategy]] = {}
         self._restorers: list[Restore] = []
+        self._runs = RunCheck()
         self._local = threading.local()
 
     def stack(self) -> list[SiteState]:
@@ -183,6 +186,7 @@ class DiffusersPort:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
         if not self._lasting or self._planned is not self.observer.run_marker:  # once in a run
             self._plan, self._planned = _plan(self.target, self.strategies), self.observer.run_marker
+            self._owners = {id(m): id(model) for _, model in denoisers(self.target) for m in unwrapped(model).modules()}
         self._traced: list[SiteState] = []
         if self._lasting:
             self._held = {(state.site.index, id(entry.strategy)): (state, entry) for state, entry in self._entries}
@@ -190,13 +194,15 @@ class DiffusersPort:
         try:
             sdpa_patch.open(self)
             self._restorers.append(lambda: sdpa_patch.close(self))
-            for site, module, strategies in self._plan:
-                self._attach(site, module, strategies)
+            attached = [(module, *self._attach(site, module, strategies)) for site, module, strategies in self._plan]
             models = [model for _, model in denoisers(self.target)]
             for model in models:
                 self._watch_denoiser(model)
+            self._runs.expected = [
+                (self._owners[id(module)], state, entry) for module, state, entries in attached for entry in entries
+            ]
             if not self._lasting:
-                self.observer.open(models, self._restorers)
+                self.observer.open([unwrapped(model) for model in models], self._restorers)
         except BaseException:
             self._restore()
             raise
@@ -207,12 +213,9 @@ class DiffusersPort:
     ) -> None:
         self._restore()
         if kind is None:
-            for state, entry in self._entries:
-                if not entry.called and entry.strategy.selects(state.last or state.site):
-                    raise UserError(
-                        f"{entry.strategy.spec} selected {state.site.name}, and its attention was never seen: the "
-                        "model did not run it in the block, or by a processor without SDPA (sliced, xformers)"
-                    )
+            if not self._lasting:
+                self._runs.end(self.observer.failed)
+            self._runs.check(self.observer.idle_calls, type(self.target).__name__)
 
     def _restore(self) -> None:
         while self._restorers:
@@ -226,7 +229,9 @@ class DiffusersPort:
         """The same with the sites themselves, of the kind they showed, in the order of the model."""
         return [(state.last or state.site, e.state) for state, e in self._entries if e.strategy is strategy]
 
-    def _attach(self, site: Site, module: nn.Module, strategies: list[Strategy]) -> None:
+    def _attach(
+        self, site: Site, module: nn.Module, strategies: list[Strategy]
+    ) -> tuple[SiteState, list[BoundStrategy]]:
         held = [self._held.get((site.index, id(strategy))) for strategy in strategies]
         state: SiteState | None = module.__dict__.get(_STATE)
         if state is None:
@@ -238,99 +243,98 @@ class DiffusersPort:
         state.add(entries)
         self._entries += [(state, entry) for entry in entries]
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [*args, *kwargs.values()]
-            state.hidden = next((x for x in given if isinstance(x, Tensor)), None)
-            text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-            state.text = text if isinstance(text, Tensor) else None
+        def call(inner: Callable[..., Any], *given: Any, **kwargs: Any) -> Any:
+            within: Callable[..., Any] = functools.partial(inner, **kwargs)
+            for entry in entries:
+                if isinstance(strategy := entry.strategy, DenoiserModule):
+                    within = state.wrap_module(within, entry, strategy)
+            tensors = [x for x in (*given, *kwargs.values()) if isinstance(x, Tensor)]
+            text = kwargs.get("encoder_hidden_states", given[1] if len(given) > 1 else None)
+            processor = type(getattr(module, "processor", None)).__name__
+            state.enter(tensors[0] if tensors else None, text if isinstance(text, Tensor) else None, processor)
             self.stack().append(state)
+            try:
+                return within(*given)
+            finally:
+                self.stack().pop()
+                state.hidden = state.text = None
 
-        def leave(*_: Any) -> None:
-            self.stack().pop()
-            state.hidden = state.text = None
-
-        handles = [
-            module.register_forward_pre_hook(enter, with_kwargs=True),
-            module.register_forward_hook(leave, always_call=True),
-        ]
+        self._restorers.append(wrap_call(module, call)[1])
 
         def restore() -> None:
-            for handle in handles:
-                handle.remove()
             state.remove(self)
             state.ports -= 1
             if state.ports == 0:
                 del module.__dict__[_STATE]
 
         self._restorers.append(restore)
-        for entry in entries:
-            if isinstance(strategy := entry.strategy, DenoiserModule):
-                around = functools.partial(state.wrap_module, entry=entry, strategy=strategy)
-                self._restorers.append(replace_forward(module, around))
+
+        return state, entries
 
     def _watch_denoiser(self, model: nn.Module) -> None:
         """Read step, branch and layout from a denoiser's inputs before it runs; apply ``denoise`` of strategies."""
+        seen: dict[str, Any] = {"call": None}
+        plain, strategies = unwrapped(model), [s for s in self.strategies if isinstance(s, DenoiserPrediction)]
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.look(module, args, kwargs)
+        def call(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if chain.extra or (torch.compiler.is_compiling() and not strategies):
+                return inner(*args, **kwargs)
+            given = arguments(plain, args, kwargs)
+            chain.calls += chain.depth == 0
+            if seen["call"] != chain.calls:  # once, however often a port around this one asks for it
+                seen.update(call=chain.calls, step=self.observer.step(plain, given))
+                self._runs.see(seen["step"].run, id(model), self.observer.failed)
+            step = seen["step"]
+            if chain.depth == 0:
+                for state, _ in self._entries:
+                    state.step = step
+            else:  # the port that was opened last says the step to all
+                step = next((state.step for state, _ in self._entries if state.step is not None), step)
+            chain.depth += 1
+            try:
+                if not strategies or _GUIDED.isdisjoint(step.branches):
+                    return inner(*args, **kwargs)
+                return self._predict(model, chain, step, given, inner)
+            finally:
+                chain.depth -= 1
 
-        handle = model.register_forward_pre_hook(before, with_kwargs=True)
-        self._restorers.append(handle.remove)
-        strategies = [strategy for strategy in self.strategies if isinstance(strategy, DenoiserPrediction)]
-        if strategies:
-            self._restorers.append(replace_forward(model, self._denoising(model, strategies)))
+        chain, restore = wrap_call(model, call)
+        self._restorers.append(restore)
 
-    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read step, branch and layout of a call of a denoiser."""
-        if torch.compiler.is_compiling():
-            return
-        step = self.observer.step(model, arguments(model, args, kwargs))
-        for state, _ in self._entries:
-            state.step = step
-
-    def _denoising(self, model: Any, strategies: list[DenoiserPrediction]) -> Callable[..., Callable[..., Any]]:
-        """The forward of a denoiser as ``strategies`` have it; the forward before it is what ``predict`` calls.
+    def _predict(
+        self, model: nn.Module, chain: CallChain, step: DiffusionStep, given: dict[str, Any], inner: Callable[..., Any]
+    ) -> Any:
+        """The output of a denoiser as strategies have it; ``inner`` is its own call.
 
         Each starts from the plain prediction, and what it adds is added. Predictions that are neither conditional nor
         unconditional are others' means to their guidance, and left alone.
         """
-        states = [state for state, _ in self._entries]
+        states, made = [state for state, _ in self._entries], list[Any]()
 
-        def around(inner: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                given = arguments(model, args, kwargs)
-                step = next((state.step for state in states if state.step is not None), None)
-                step = step or self.observer.step(model, given)
-                made: list[Any] = []
+        def run(branch: str = "", **changes: Any) -> Tensor:
+            seen = replace(step, branches=(branch,)) if branch else step
+            for state in states:
+                state.step = seen
+            chain.extra += bool(branch)
+            try:
+                made.append(inner(**{**given, **changes}))
+            finally:
+                chain.extra -= bool(branch)
+                for state in states:
+                    state.step = step
+            first: Any = made[-1][0]
+            if not isinstance(first, Tensor):
+                raise UserError(f"{type(model).__name__} predicts no single tensor; guide it by its guider only")
+            return first
 
-                def run(branch: str = "", **changes: Any) -> Tensor:
-                    seen = replace(step, branches=(branch,)) if branch else step
-                    for state in states:
-                        state.step = seen
-                    try:
-                        made.append(inner(**{**given, **changes}))
-                    finally:
-                        for state in states:
-                            state.step = step
-                    first: Any = made[-1][0]
-                    if not isinstance(first, Tensor):
-                        raise UserError(
-                            f"{type(model).__name__} predicts no single tensor; guide it by its guider only"
-                        )
-                    return first
-
-                if _GUIDED.isdisjoint(step.branches):
-                    return inner(*args, **kwargs)
-                total: Any = None
-                for strategy in strategies:
-                    scale = self.observer.guidance(strategy.slug, model, step.branches)
-                    start = len(made)
-                    out = strategy.denoise(DenoiserCall(step, given, self.observer.scheduler, scale, run))
-                    total = out if total is None else total + (out - made[start][0])
-                    for _, entry in self._entries:
-                        entry.called = entry.called or (entry.strategy is strategy and not _acts(strategy))
-                return repacked(made[0], total)
-
-            return forward
-
-        return around
+        total: Any = None
+        for strategy in (s for s in self.strategies if isinstance(s, DenoiserPrediction)):
+            scale = self.observer.guidance(strategy.slug, model, step, given)
+            start = len(made)
+            call = DenoiserCall(step, given, self.observer.scheduler, scale, run, self.observer.rescales)
+            out = strategy.denoise(call)
+            total = out if total is None else total + (out - made[start][0])
+            self._runs.predicted(strategy, id(model))
+            for _, entry in self._entries:
+                entry.called = entry.called or (entry.strategy is strategy and not _acts(strategy))
+        return repacked(made[0], total)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..call import Axis, Layout
 from ..errors import UserError
-from .diffusers import denoisers, is_open, repacked, replace_forward, set_layout
+from .diffusers import denoisers, is_open, repacked, set_layout
 from .layouts import arguments, layout_of
+from .module_calls import wrap_call
 
 __all__ = ["FrameSplit", "split_frames"]
 
@@ -71,14 +72,11 @@ def split_frames(target: Any, split: Split) -> Iterator[Split]:
     if is_open(model):
         raise UserError("open split_frames first and manyheads.use inside of it, so that strategies wrap exchanges")
 
-    def over_time(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return split.over_time(lambda x: inner(x, *args, **kwargs), hidden_states)
+    def over_time(inner: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return split.over_time(lambda x: inner(x, *args, **kwargs), hidden_states)
 
-        return forward
-
-    restorers = [replace_forward(block.attn1, over_time) for block in model.temporal_transformer_blocks]
-    restorers.append(replace_forward(model, lambda inner: _over_frames(model, split, inner)))
+    restorers = [wrap_call(block.attn1, over_time)[1] for block in model.temporal_transformer_blocks]
+    restorers.append(wrap_call(model, _over_frames(model, split))[1])
     model.__dict__[_OPEN] = split
     try:
         yield split
@@ -99,10 +97,10 @@ def _latte(target: Any) -> Any:
     return models[0]
 
 
-def _over_frames(model: Any, split: FrameSplit, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """The denoiser's forward on this process's frames, with all frames in its output."""
+def _over_frames(model: Any, split: FrameSplit) -> Callable[..., Any]:
+    """The denoiser's call on this process's frames, with all frames in its output."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def call(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = arguments(model, args, kwargs)
         hidden, layout = given["hidden_states"], _checked(model, given)
         inputs = {name: None if given[name] is None else _tensor(given[name], hidden) for name in _COMPARED}
@@ -114,7 +112,7 @@ def _over_frames(model: Any, split: FrameSplit, inner: Callable[..., Any]) -> Ca
         split.end(len(model.temporal_transformer_blocks) if given["enable_temporal_attentions"] else 0)
         return repacked(output, split.gather(output[0]))
 
-    return forward
+    return call
 
 
 def _tensor(value: Any, like: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from torch import nn
 
 from ..spec import parse
 from ..strategy import Strategy
-from .diffusers import DiffusersPort, replace_forward
-from .pipeline_state import PipelineObserver, Restore
+from .diffusers import DiffusersPort
+from .module_calls import Restore, wrap_call
+from .pipeline_state import PipelineObserver
 
 __all__ = ["Guider", "around"]
 
@@ -86,16 +87,12 @@ class _Opening(_Base):
         if port is None:
             port = self._ports[denoiser] = DiffusersPort(denoiser, self._strategies, self._observer)
 
-        def opening(_: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                self._forget()
-                with port:
-                    port.look(denoiser, args, kwargs)
-                    return denoiser.forward(*args, **kwargs)
+        def opening(_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._forget()
+            with port:
+                return denoiser(*args, **kwargs)
 
-            return forward
-
-        self._waiting = replace_forward(denoiser, opening)
+        self._waiting = wrap_call(denoiser, opening)[1]
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         self._forget()

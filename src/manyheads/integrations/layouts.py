@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the inputs of diffusers' denoisers mean: token layout, order of the branches. One row for each class."""
+"""What the inputs of diffusers' denoisers mean: token layout and timestep. One row for each class."""
 
 import inspect
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..call import Layout
 
-__all__ = ["arguments", "branches_of", "guidance_of", "layout_of", "step_of", "timestep_of"]
+__all__ = ["arguments", "layout_of", "timestep_of"]
 
 
 def _image(config: Any, given: dict[str, Any]) -> tuple[int, int, int]:
@@ -74,16 +74,6 @@ _ROWS = {
     "UNet2DConditionModel": _Row(_sample),
     "UNet2DModel": _Row(_sample),
 }
-# Pipelines whose batches are not the unconditional rows and then the conditional ones.
-_ORDERS: dict[str, tuple[str, ...]] = {
-    "DiTPipeline": ("cond", "uncond"),
-    "LuminaPipeline": ("cond", "uncond"),
-    "AceStepPipeline": ("cond", "uncond"),
-    "StableCascadePriorPipeline": ("cond", "uncond"),
-    "StableCascadeDecoderPipeline": ("cond", "uncond"),
-    "StableDiffusionInstructPix2PixPipeline": ("cond", "image", "uncond"),
-    "StableDiffusionXLInstructPix2PixPipeline": ("cond", "image", "uncond"),
-}
 
 
 def arguments(
@@ -119,51 +109,3 @@ def timestep_of(module: nn.Module, given: dict[str, Any], scheduler: Any) -> flo
     if row is None or not row.share or scheduler is None:
         return value
     return value * float(getattr(scheduler.config, "num_train_timesteps", 1) or 1)
-
-
-def step_of(value: float, scheduler: Any) -> tuple[int | None, int | None]:
-    """Which of the scheduler's steps has the timestep ``value``, and how many there are.
-
-    None for both where no scheduler is known.
-    """
-    timesteps = getattr(scheduler, "timesteps", None)
-    if not isinstance(timesteps, Tensor) or not timesteps.numel():
-        return None, None
-    return int((timesteps.double().flatten().cpu() - value).abs().argmin()), timesteps.numel()
-
-
-def guidance_of(pipe: Any, asked: dict[str, Any], model: Any = None) -> float | None:
-    """The scale of classifier-free guidance of a pipeline's call, None where it does without.
-
-    Args:
-        pipe: the pipeline, None for a bare denoiser.
-        asked: the arguments of its call by name. Some pipelines keep the scale as a property, some in their call only,
-            and where a model takes a guidance of its own as an input the true one has another name.
-        model: the denoiser at hand; a pipeline's second may have a scale of its own.
-    """
-    if "true_cfg_scale" in asked:
-        scale = asked["true_cfg_scale"]
-        return float(scale) if scale and scale > 1 else None
-    scale = getattr(pipe, "guidance_scale", None)
-    scale = asked.get("guidance_scale") if scale is None else scale
-    own = asked.get("guidance_scale_2")
-    guided = getattr(pipe, "do_classifier_free_guidance", None)
-    guided = scale is not None and scale > 1 if guided is None else guided
-    if own is not None and model is not None and model is getattr(pipe, "transformer_2", None):
-        scale = own
-    return float(scale) if guided and scale is not None else None
-
-
-def branches_of(pipe: Any, name: str | None, rows: int, guided: bool) -> tuple[str, ...]:
-    """What the rows of a batch are: as the pipeline or its guider names them, or the parts of classifier-free guidance.
-
-    Args:
-        pipe: the pipeline, None for a bare denoiser.
-        name: of the context the pipeline runs the denoiser in, if it does, or of the guider's batch at hand.
-        rows: of the batch.
-        guided: whether the pipeline does classifier-free guidance.
-    """
-    if name is not None and name != "cond_uncond":
-        return (name.removeprefix("pred_"),)
-    order = _ORDERS.get(type(pipe).__name__, ("uncond", "cond"))
-    return order if guided and rows % len(order) == 0 else ("all",)

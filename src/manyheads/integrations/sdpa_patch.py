@@ -126,6 +126,13 @@ class SiteState(HookChain):
         self.step: DiffusionStep | None = None
         self.last: Site | None = None  # with its kind, as the latest call showed it
         self.axis: Axis = "all"
+        self.key = ""  # of what is kept for the rows at hand
+        self.parts: int | None = None  # computations so far, of a processor that perturbs attention by itself
+
+    def enter(self, hidden: Tensor | None, text: Tensor | None, processor: str) -> None:
+        """Take note of what the module is called with, and the class of its processor."""
+        self.hidden, self.text = hidden, text
+        self.parts = 0 if processor.startswith("PAG") else None
 
     def located(self, q: Tensor, k: Tensor) -> tuple[Site, DiffusionStep | None]:
         """The site with its kind as this call shows it, and the step with the axis along which tokens attend."""
@@ -171,7 +178,10 @@ class SiteState(HookChain):
         attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor],
     ) -> Tensor:  # fmt: skip
         site, step = self.located(q, k)
-        self.last, self.axis = site, "all" if step is None else step.axis
+        if step is not None and self.parts is not None and len(step.branches) > 1 and step.branches[-1] == "perturbed":
+            step = replace(step, branches=step.branches[:-1] if self.parts == 0 else ("perturbed",))
+            self.parts += 1
+        self.last, self.axis, self.key = site, "all" if step is None else step.axis, "" if step is None else step.key
         if not self.has_hooks:
             return attention(q, k, v, mask, causal, scale)
         boolean = mask is not None and mask.dtype == torch.bool
@@ -202,7 +212,7 @@ class SiteState(HookChain):
         """What a strategy that selects the site as it showed itself keeps for the branches at hand."""
         if self.last is None or not entry.strategy.selects(self.last):
             return None
-        kept: dict[str, Any] = entry.state.setdefault("" if self.step is None else "+".join(self.step.branches), {})
+        kept: dict[str, Any] = entry.state.setdefault(self.key, {})
         return kept
 
     def wrap_module(
@@ -218,7 +228,7 @@ class SiteState(HookChain):
             if self.step is None or not strategy.selects(site):
                 return inner(*args, **kwargs)
             entry.called = True
-            state = entry.state.setdefault("+".join(self.step.branches), {})
+            state = entry.state.setdefault(self.step.key, {})
             step = self.step if self.step.axis == self.axis else replace(self.step, axis=self.axis)
             return strategy.around_module(site, step, state, lambda: inner(*args, **kwargs))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ModelMixin  # by this name in this module diffusers knows what `Captions` is
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -20,6 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..data import scenes as data
+from ..diffusion._inversion import invert
 from ..errors import UserError
 from . import placed
 
@@ -121,6 +123,27 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         pixels = torch.randn(count, *shape, generator=generator, device=at).to(device, self.denoiser.dtype)
         return self._packed(pixels)
 
+    def invert(self, image: Image.Image, num_inference_steps: int = 20, iterations: int = 5) -> Tensor:
+        """The noise ``[1, C, H, W]`` from which so many steps without a caption lead to an image.
+
+        Args:
+            image: is scaled to the pipeline's size.
+            num_inference_steps: of the call that is to start from it.
+            iterations: see :func:`manyheads.diffusion.masactrl.invert`.
+
+        Raises:
+            UserError: a pipeline of videos, or a scheduler whose steps cannot be taken backwards.
+        """
+        if self.config.kind == "moving":
+            raise UserError("this pipeline makes videos, and an image is none; use scenes")
+        square = image.convert("RGB").resize((data.SIDE, data.SIDE))
+        pixels = torch.from_numpy(np.array(square)).movedim(-1, 0)[None] / 127.5 - 1
+        x = self._packed(pixels.to(self.denoiser.device, self.denoiser.dtype))
+        with torch.no_grad():
+            text = self.captions(torch.zeros(1, 3, dtype=torch.long, device=x.device))
+        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
+        return invert(self.scheduler, x, lambda x, t: predict(self.denoiser, x, t, text), iterations)
+
     def _packed(self, pixels: Tensor) -> Tensor:
         return pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
 
@@ -156,8 +179,8 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
             twice = torch.cat([x, x]) if self.do_classifier_free_guidance else x
             out = predict(self.denoiser, twice, t, text)
             if self.do_classifier_free_guidance:
-                without, within = out.chunk(2)
-                out = without + self._guidance_scale * (within - without)
+                uncond, cond = out.chunk(2)
+                out = uncond + self._guidance_scale * (cond - uncond)
             x = self.scheduler.step(out, t, x, return_dict=False)[0]
         pixels = pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
         return self._output((pixels.float() / 2 + 0.5).clamp(0, 1), output_type)

@@ -12,11 +12,12 @@ Shapes: whatever the module returns is kept as it is, a tensor ``[B, T, D]`` or 
 
 Differences. The released code keeps, in some models, the output after the gate of the block, so that norm, modulation
 and gate of the old step are used again; here, as in diffusers, it is the module's own output, and the new step's gate
-applies. Steps are those of the scheduler: at step c of the run a module inside the range is run where c is a multiple
-of n, and where nothing is kept yet. Diffusers (0.42) counts calls instead, one counter for a module, so that where
-conditional and unconditional predictions are separate calls each is given the other's output; here every branch has its
-own. What is kept is given up at the end of the range, when a new run begins, and when the batch changes. Broadcasting
-the outputs of feed-forward layers, which the released code does in a few blocks, is left out: it is no attention.
+applies. Steps are evaluations of the denoiser, counted from the beginning of the run: at step c a module inside the
+range is run where c is a multiple of n, and where nothing is kept yet; a solver of second order makes two of a
+timestep. Diffusers (0.42) counts the calls of each module instead, so that where conditional and unconditional
+predictions are separate calls each is given the other's output; here every branch has its own. What is kept is given up
+at the end of the range, when a new run begins, and when the batch changes. Broadcasting the outputs of feed-forward
+layers, which the released code does in a few blocks, is left out: it is no attention.
 """
 
 from collections.abc import Callable

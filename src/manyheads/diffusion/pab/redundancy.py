@@ -12,8 +12,8 @@ it. This is the analysis that Pyramid Attention Broadcast (arXiv 2408.12588) res
     print(suggest(measure.curves(port)))
 
 Shapes: whatever a module returns, of a pair the first; one earlier output is kept for each module and branch during a
-run. Sums are taken in float32. Where a solver calls the denoiser twice at one step, its first call there is compared
-with the last one of the step before.
+run. Sums are taken in float32. A step is an evaluation of the denoiser; a solver of second order makes two of a
+timestep.
 """
 
 import math
