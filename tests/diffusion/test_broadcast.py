@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
+from benchmarks.pab_peers import apart, diffusers_pab, flops
+
 import manyheads
 from manyheads.claims.pab import SETS
 from manyheads.models.scenes import build, load_scenes
 from manyheads.tasks.diffusion.denoising_cost import KINDS, computed
 from manyheads.tasks.diffusion.fidelity import psnr
-from pab_peers import apart, diffusers_pab, flops
 from tolerance import error
 
 CAPTIONS = torch.tensor([[1, 13, 17], [2, 14, 18]])

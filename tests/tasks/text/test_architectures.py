@@ -151,7 +151,7 @@ def test_control_of_windows(wrong, shipped, texts, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["qwen3_next", "lfm2"])
 def test_control_of_states(name, shipped, texts, tmp_path, monkeypatch):
     model = build(name, len(shipped))
-    monkeypatch.setattr(port_cache, "_copied", lambda layer: layer)
+    monkeypatch.setattr(port_cache, "_copied", lambda layer: dict(vars(layer)))
     with pytest.raises(UserError, match="keeps every token and yet predicts otherwise"):
         run(model, shipped, texts[:8], tmp_path, ("perplexity",), ())
 

@@ -94,7 +94,7 @@ class Corpus:
         return windows
 
     def _begin(self, ids: Ids, start: int, first: int) -> int:
-        """The nearest begin of a line at or before ``start``, else of a sentence, else of a word; ``first`` at least."""
+        """The nearest begin of a line at or before ``start``, else of a sentence or a word; at least ``first``."""
         least = max(first, start - _BACK)
         if start == 0 or least == start:
             return start

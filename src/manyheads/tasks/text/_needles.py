@@ -143,19 +143,12 @@ class NeedleInserter:
 
         A token that holds the end of one and the beginning of the other (" 12" after "==") belongs to the answer.
         """
-        return self._cut(self.wording.asked.format(name=name), self.wording.answer.format(value=value))
+        return _cut(self.tokenizer, self.wording.asked.format(name=name), self.wording.answer.format(value=value))
 
     def ask_alias(self, name: str, target: Constant) -> tuple[list[int], list[int]]:
         """The same for another name of ``target``: asked for link by link, which small models can learn."""
         answer = self.wording.alias_answer.format(other=target.name, value=target.value)
-        return self._cut(self.wording.alias_asked.format(name=name), answer)
-
-    def _cut(self, stem: str, answer: str) -> tuple[list[int], list[int]]:
-        whole, begun = encode(self.tokenizer, stem + answer), encode(self.tokenizer, stem)
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(whole, begun, strict=False)) if a != b), min(len(whole), len(begun))
-        )
-        return whole[:shared], whole[shared:]
+        return _cut(self.tokenizer, self.wording.alias_asked.format(name=name), answer)
 
     def line(self, name: str, value: str) -> list[int]:
         """Tokens of the line or sentence that says the value of ``name``."""
@@ -202,3 +195,12 @@ class NeedleInserter:
         name = self.wording.name.format(*words)
         value = str(rng.integers(10_000, 100_000))
         return Constant(name if self.wording.sentences else name.upper(), value, words)
+
+
+def _cut(tokenizer: Any, stem: str, answer: str) -> tuple[list[int], list[int]]:
+    """Tokens of question and answer, cut where they first differ from those of the question alone."""
+    whole, begun = encode(tokenizer, stem + answer), encode(tokenizer, stem)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(whole, begun, strict=False)) if a != b), min(len(whole), len(begun))
+    )
+    return whole[:shared], whole[shared:]
