@@ -188,7 +188,7 @@ def _arm(spec: str, budget: int | float | None, own: bool) -> Arm:
 
 def _fitting(subject: CausalLM) -> str:
     """The text that a model is most at home in, by its chat template and its name."""
-    if not subject.chats or re.search(r"cod(e|er|ing)\b|codegen|starcoder|santacoder", subject.name.lower()):
+    if not subject.chats or re.search(r"(?<![a-z])cod(e|ing)|(star|santa)coder", subject.name.lower()):
         return "code"
     return "prose"
 

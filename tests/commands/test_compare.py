@@ -254,3 +254,15 @@ def test_quick_is_small(cli, folder, tmp_path):
         *(f"{s}:budget=0.25" for s in ("random", "streaming_llm", "snapkv", "keydiff")),
         "hedge:window_size=128,budget=0.1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "chats", "want"), [("default", False, "code"), ("a/chat", True, "prose"), ("a/Coder-1B", True, "code"),
+                                ("a/base", False, "code"), ("a/decoder", True, "prose")],
+)  # fmt: skip
+def test_the_text_fits_the_model(monkeypatch, name, chats, want):
+    from manyheads.comparison import _fitting
+    from manyheads.experiment import CausalLM
+
+    monkeypatch.setattr(CausalLM, "chats", property(lambda subject: chats))
+    assert _fitting(CausalLM(name)) == want

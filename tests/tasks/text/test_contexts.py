@@ -13,7 +13,7 @@ from manyheads.data import texts as data
 from manyheads.data.texts import Text
 from manyheads.tasks.text._contexts import Contexts
 from manyheads.tasks.text._corpus import Corpus
-from manyheads.tasks.text._needles import NeedleInserter, UnfitVocabulary
+from manyheads.tasks.text._needles import PROSE, NeedleInserter, UnfitVocabulary
 from manyheads.tasks.text._text_task import TARGET
 from tiny import compare as tiny
 
@@ -177,3 +177,50 @@ def test_contexts_and_their_questions(tokenizer, texts):
             value = text.split(f"\n{target} = ")[1].split()[0]
             assert value == tokenizer.decode([*question.question, *question.answer]).split()[-1]
             assert text.index(f"\n{target} = ") < text.index(f"\n{alias} = ")
+
+
+def test_prose_hides_sentences_and_asks_in_words(tokenizer):
+    """A line of code in prose would be found by its looks."""
+    prose = [Text(f"{i}.txt", "The tide came in slowly. Nobody said a word about it! " * 80) for i in range(4)]
+    drawn = Contexts(Corpus(prose, tokenizer), tokenizer, 2, 0, wording=PROSE)
+    context = drawn.single(600)[0]
+    text, asked = tokenizer.decode(context.ids), context.questions[0]
+    told = next(part for part in text.split(". ") if "secret number" in part)
+    name = told.partition("number of ")[2].partition(" is ")[0]
+    assert tokenizer.decode(asked.question).count(name) == 2 and "=" not in text
+    assert tokenizer.decode(asked.answer).strip() == told.rpartition(" ")[2].strip(" .")
+    before = text[: text.index("The secret number")].rstrip()
+    assert before.endswith((".", "!")) and len(context.ids) == 600
+    many = drawn.multikey(600)[0]
+    alias = next(q for q in many.questions if q.task == "variable_tracking")
+    other, value = tokenizer.decode(alias.answer).strip().split(", which is ")
+    assert f"secret number of {other} is {value}" in tokenizer.decode(many.ids)
+    assert len({(len(q.question), len(q.answer)) for q in many.questions if q.task == "niah_multikey"}) == 1
+
+
+def test_words_are_those_of_the_text():
+    code, prose = Text("a.py", "x = 1\n" * 50), Text("b.txt", "It rained. " * 20)
+    assert data.is_code([code, prose]) and not data.is_code([prose]) and not data.is_code([Text("b", "x" * 999), code])
+
+
+def test_texts_by_name(tmp_path, monkeypatch):
+    (tmp_path / "text" / "essays").mkdir(parents=True)
+    (tmp_path / "text" / "essays" / "one.txt").write_text("An essay.")
+    monkeypatch.setenv("MANYHEADS_DATA", str(tmp_path))
+    assert data.read(["essays"]) == [Text("one.txt", "An essay.")]
+    assert len(data.read(["code"])) > 100
+    (tmp_path / "text" / "essays" / "one.txt").unlink()
+    (tmp_path / "text" / "essays").rmdir()
+    with pytest.raises(UserError, match="may not be passed on: put"):
+        data.read(["essays"])
+    with pytest.raises(UserError, match="or one of code, prose"):
+        data.read(["novels"])
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [("first line here\n" * 400, "first"), ("One is said. Two is not. " * 300, ("One", "Two", " One", " Two"))],
+)
+def test_windows_begin_where_something_begins(tokenizer, text, begins):
+    windows = Corpus([Text("a", text)], tokenizer).windows(100, 6, np.random.default_rng(1))
+    assert all(tokenizer.decode(w.ids).startswith(begins) for w in windows)
