@@ -240,3 +240,9 @@ def test_checks_of_a_checkout_and_of_a_package(tmp_path, monkeypatch):
         touch(results / "foo.cuda.json", damaged)
         with pytest.raises(UserError, match=r"foo\.cuda\.json is no result of a claim"):
             catalog.checks_in(package, "foo")
+
+
+@pytest.mark.parametrize("words", ["vllm", "needle in a haystack", "my GPU runs out of memory"])
+def test_what_people_say_finds_caches(words: str) -> None:
+    found = [paper for paper, _ in catalog.find(words)]
+    assert found and sum(paper.category == "caches" for paper in found) >= len(found) / 2

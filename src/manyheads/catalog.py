@@ -39,8 +39,15 @@ _TRAINING_WORDS = {
 _WEIGHTS = (8.0, 4.0, 4.0, 2.0, 1.0, 2.0)  # bm25 weights of slug, title, tags, summary, category, training
 _STOP_WORDS = frozenset(
     "a an and any are as at be by can do does for from has have how i in into is it its me my of on or our that the "
-    "their them these this those to use using we what when where which while who why will with you your".split()
+    "out run runs running their them these this those to too use using we what when where which while who why will "
+    "with you your".split()
 )
+# What people say, and what the rows call it.
+_SAID_FOR = {
+    "gpu": "cache memory", "haystack": "cache recall", "memory": "cache", "needle": "cache recall",
+    "oom": "cache memory", "ram": "cache memory", "ruler": "cache recall", "serve": "cache", "serving": "cache",
+    "slow": "speed fast", "sglang": "cache", "vllm": "cache", "vram": "cache memory",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +282,7 @@ def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
     """Rank papers and baselines by how well they match any of `words`.
 
     Full-text search over slug, title, tags, summary, category and need of training: words are reduced to their stems
-    (Porter) and weighed by their rarity (bm25).
+    (Porter) and weighed by their rarity (bm25). Some words also stand for those of the rows: "vllm" for a cache.
 
     Args:
         words: what is looked for, as one would say it.
@@ -290,6 +297,7 @@ def find(words: str, limit: int = 10) -> list[tuple[Paper, float]]:
     from contextlib import closing
 
     terms = [word for word in re.findall(r"[^\W_]+", words.lower()) if word not in _STOP_WORDS]
+    terms += [word for term in terms for word in _SAID_FOR.get(term, "").split()]
     if not terms:
         return []
     query = " OR ".join(f'"{term}"' for term in terms)

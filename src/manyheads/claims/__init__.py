@@ -38,7 +38,11 @@ def load(slug: str) -> Claim:
     from manyheads.experiment.claim import Claim
 
     if slug not in slugs():
-        raise UserError(f"{slug} has no claim yet; there are claims of: {', '.join(slugs()) or 'none yet'}")
+        from manyheads.catalog import nearest
+
+        close = nearest(slug, slugs())
+        hint = f"did you mean {close[0]}?" if close else f"there are claims of: {', '.join(slugs()) or 'none yet'}"
+        raise UserError(f"{slug} has no claim yet; {hint}")
     claim = import_module(f"{__name__}.{slug}").claim
     if not isinstance(claim, Claim) or claim.slug != slug:
         raise TypeError(f"claims/{slug}.py must expose `claim`, a Claim with slug {slug!r}")

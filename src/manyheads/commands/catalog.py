@@ -45,18 +45,23 @@ def find(
     limit: Annotated[int, typer.Option(min=1, help="The most rows to show.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """Search papers and baselines by words."""
-    found = catalog.find(words, limit)
+    """Search papers and baselines by words: what can be used first, then what is planned."""
+    ranked = catalog.find(words, limit)
+    kinds = [[one for one in ranked if (one[0].state == "planned") is planned] for planned in (False, True)]
+    found = [one for kind in kinds for one in kind]
     if as_json:
         print_json([{**paper.row(), "score": round(score, 3)} for paper, score in found])
         return
     if not found:
         raise UserError(f"nothing matches {words!r}; try other words, or `manyheads list`")
-    print_table(_papers([paper for paper, _ in found], "best first"), console(140))
+    for kind, title in zip(kinds, ("best first", "planned: a row and no code yet"), strict=True):
+        if kind:
+            print_table(_papers([paper for paper, _ in kind], title), console(140))
 
 
 def show(slug: Slug, as_json: Json = False) -> None:
     """Show one strategy: what it does, its fields, how to write it, and what its claim gave."""
+    slug = catalog.RECOMMENDED if slug == "auto" else slug
     paper = catalog.get(slug)
     results = claims.stored(paper.slug)
     row: dict[str, Any] = paper.row() | {

@@ -132,7 +132,6 @@ def stored_runs(slug: str, results: Sequence[ClaimResult]) -> list[Shown]:
 
 def _load(slug: str) -> tuple[Claim | None, Exception | None]:
     """A claim, or what is wrong with its file; UserError where there is none of that name."""
-    catalog.get(slug)
     try:
         return claims.load(slug), None
     except UserError:
