@@ -214,10 +214,10 @@ def print_summary(summary: Summary, console: Console) -> None:
     print_table(Table(shown.columns, shown.rows, _short(run)), console)
     print_lines(
         [
+            *[f"{one.name}: {one.weak}" for one in summary.measured if one.weak],
             f"second line: 95 % interval, for means the difference to {base}, for times and sizes the ratio to it; "
             f"* differs from {base}; green: best{of_budget}, or not told apart from it",
             f"intervals: {'; '.join(_intervals(summary))}",
-            *[f"{one.name}: {one.weak}" for one in summary.measured if one.weak],
             *[f"skipped {task}: {reason}" for task, reason in run["skipped"].items()],
             f"seed {summary.experiment['seed']}; report: {summary.results.report}",
         ],
@@ -259,7 +259,8 @@ def _budget(value: int | float, summary: Summary) -> str:
 def _short(run: dict[str, Any]) -> str:
     """The run in one line."""
     experiment, texts = run["experiment"], run["texts"]
-    read = f"; {texts['files']} text files" if texts else ""
+    named = {task["text"].strip("'") for task in experiment["tasks"].values() if "text" in task}
+    read = f"; {texts['files']} text files" if texts else "".join(f"; text: {name}" for name in sorted(named))
     tasks = ", ".join(experiment["tasks"])
     model = run["model"]
     return (
