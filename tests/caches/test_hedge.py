@@ -256,6 +256,12 @@ def test_the_budget_bounds_the_bytes_held(wide, budget, bits):
         assert all(int((s.live.positions() >= 0).sum()) == 2 * 600 for s in caches.stores(cache))
 
 
+@pytest.mark.parametrize(("budget", "want"), [(0.1, "int4"), (0.19, "int4"), (0.2, "fp8"), (0.5, "fp8"), (64, "fp8")])
+def test_precision_goes_where_there_are_bytes_for_it(budget, want):
+    assert Hedge(budget=budget).codec.name == want
+    assert Hedge(budget=1.0).codec is None and Hedge(budget=budget, bits="int4").codec.name == "int4"
+
+
 def test_four_bits_hold_more_tokens_than_sixteen(wide):
     ids, count = models.tokens(1, 600), {}
     with manyheads.use(wide):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep what the text is about to use, and what any question could ask for, in 4 bits, wherever in the model it is.
+"""Keep what the text is about to use, and what any question could ask for, in few bits, wherever in the model it is.
 
 Ours, not a paper's. A cache is compressed before it is known what comes next, and the strategies it combines each bet
 on one future. Scores from the prompt's own queries (SnapKV, arXiv 2404.14469) expect the text to go on as it went, and
@@ -17,8 +17,10 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
   where the better of its places, p_distinct / ``distinct`` and p_foresight / (1 - ``distinct``), puts it; the best
   stay. Both scores mean the same in every head, so a head whose keys are all alike, or that looks at its neighbours
   only, leaves its bytes to the few that look things up (Ada-KV, arXiv 2407.11550, does so among the heads of a layer).
-- **Four bits.** What stays is stored as INT4 with keys scaled by rotary pair (FireQ, arXiv 2505.20839, "pre"), but for
-  the ``recent`` last tokens: about 3.5 tokens in the bytes of one.
+- **Few bits.** What stays is stored as FP8 or INT4 with keys scaled by rotary pair (FireQ, arXiv 2505.20839, "pre"),
+  but for the ``recent`` last tokens: about 1.9 or 3.5 tokens in the bytes of one. Rounding to INT4 costs published
+  models loss at every budget and FP8 next to nothing; where few bytes may stay, the tokens that INT4 has room for are
+  worth more than that, and ``bits=auto`` takes it below a fifth.
 
 So ``budget`` counts bytes: a fraction of what the whole cache takes in 16 bits, or the bytes of so many 16-bit tokens
 per head. Codes, scales, positions, the recent tokens and places for 16 tokens to come are counted. 1.0 keeps everything
@@ -51,12 +53,13 @@ __all__ = ["Hedge"]
 
 _NEAR = 32  # tokens around a query that new text will have of its own
 _TO_COME = 16  # tokens that packed storage has places for from the beginning
+_FEW = 0.2  # of the bytes: below it tokens are worth more than their precision
 _FLOOR = 1e-3  # of the largest pair of a head, the least that a pair counts as
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hedge(EvictionStrategy):
-    """Distinct keys and what the prompt would look up next, ranked over all layers, stored in 4 bits.
+    """Distinct keys and what the prompt would look up next, ranked over all layers, stored in 8 or 4 bits.
 
     Attributes:
         budget: bytes, as a fraction of the 16-bit cache or as so many of its tokens per head; tokens if not packed.
@@ -64,7 +67,8 @@ class Hedge(EvictionStrategy):
         recent: last tokens that are never dropped, and stay in the model's dtype.
         distinct: part of the ranking that goes by distinctness, between 0 and 1; the rest goes by foresight.
         window_size: last queries that are asked again.
-        bits: ``int4``, ``fp8``, or ``none`` for the model's own dtype.
+        bits: ``int4``, ``fp8``, ``none`` for the model's own dtype, or ``auto``: INT4 where a fraction below 0.2 may
+            stay, FP8 otherwise.
     """
 
     cross_layer: ClassVar[bool] = True
@@ -73,7 +77,9 @@ class Hedge(EvictionStrategy):
     recent: int = field(default=16, metadata={"help": "last tokens that are never dropped and stay in 16 bits"})
     distinct: float = field(default=0.35, metadata={"help": "part of the ranking that goes by distinctness, 0 to 1"})
     window_size: int = field(default=512, metadata={"help": "last queries that are asked again"})
-    bits: Literal["int4", "fp8", "none"] = field(default="int4", metadata={"help": "int4, fp8, or none: 16 bits"})
+    bits: Literal["auto", "int4", "fp8", "none"] = field(
+        default="auto", metadata={"help": "int4, fp8, none: 16 bits, or auto: int4 below a fifth, else fp8"}
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.distinct < 1:
@@ -91,7 +97,10 @@ class Hedge(EvictionStrategy):
     @property
     def codec(self) -> Codec | None:
         whole = isinstance(self.budget, float) and self.budget == 1.0
-        return None if self.bits == "none" or whole else codec(self.bits)
+        if self.bits == "none" or whole:
+            return None
+        few = isinstance(self.budget, float) and self.budget < _FEW
+        return codec(("int4" if few else "fp8") if self.bits == "auto" else self.bits)
 
     @property
     def codec_window(self) -> int:
