@@ -19,8 +19,9 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
   only, leaves its bytes to the few that look things up (Ada-KV, arXiv 2407.11550, does so among the heads of a layer).
 - **Few bits.** What stays is stored as FP8 or INT4 with keys scaled by rotary pair (FireQ, arXiv 2505.20839, "pre"),
   but for the ``recent`` last tokens: about 1.9 or 3.5 tokens in the bytes of one. Rounding to INT4 costs published
-  models loss at every budget and FP8 next to nothing; where few bytes may stay, the tokens that INT4 has room for are
-  worth more than that, and ``bits=auto`` takes it below a fifth.
+  models loss at every budget and FP8 next to nothing. But where few bytes may stay, or where few heads remember for the
+  whole model (gemma-3-270m has 18 of them, SmolLM2-135M 90), the tokens that INT4 has room for are worth more than
+  that: ``bits=auto`` takes it below a fifth of the bytes, and in models of fewer than 32 key/value heads.
 
 So ``budget`` counts bytes: a fraction of what the whole cache takes in 16 bits, or the bytes of so many 16-bit tokens
 per head. Codes, scales, positions, the recent tokens and places for 16 tokens to come are counted. 1.0 keeps everything
@@ -36,7 +37,7 @@ come at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -45,7 +46,9 @@ from torch import Tensor
 from ..attention import reference, rope
 from ..attention.budget import keep_counts
 from ..attention.codec import Codec, codec
+from ..call import Site
 from ..errors import UserError
+from ._store import PolicyStore
 from ._strategy import EvictionStrategy
 from ._view import CacheView
 
@@ -54,6 +57,7 @@ __all__ = ["Hedge"]
 _NEAR = 32  # tokens around a query that new text will have of its own
 _TO_COME = 16  # tokens that packed storage has places for from the beginning
 _FEW = 0.2  # of the bytes: below it tokens are worth more than their precision
+_FEW_HEADS = 32  # of keys and values in the whole model: below it what one drops no other has
 _FLOOR = 1e-3  # of the largest pair of a head, the least that a pair counts as
 
 
@@ -68,7 +72,7 @@ class Hedge(EvictionStrategy):
         distinct: part of the ranking that goes by distinctness, between 0 and 1; the rest goes by foresight.
         window_size: last queries that are asked again.
         bits: ``int4``, ``fp8``, ``none`` for the model's own dtype, or ``auto``: INT4 where a fraction below 0.2 may
-            stay, FP8 otherwise.
+            stay or the model has fewer than 32 key/value heads in all, FP8 otherwise.
     """
 
     cross_layer: ClassVar[bool] = True
@@ -78,7 +82,7 @@ class Hedge(EvictionStrategy):
     distinct: float = field(default=0.35, metadata={"help": "part of the ranking that goes by distinctness, 0 to 1"})
     window_size: int = field(default=512, metadata={"help": "last queries that are asked again"})
     bits: Literal["auto", "int4", "fp8", "none"] = field(
-        default="auto", metadata={"help": "int4, fp8, none: 16 bits, or auto: int4 below a fifth, else fp8"}
+        default="auto", metadata={"help": "int4, fp8, none: 16 bits, or auto, by budget and model"}
     )
 
     def __post_init__(self) -> None:
@@ -89,6 +93,11 @@ class Hedge(EvictionStrategy):
         if self.schedule not in ("prefill", "chunk"):
             raise UserError(f"hedge ranks the whole model at once: schedule is prefill or chunk, not {self.schedule}")
         super().__post_init__()
+
+    def store(self, site: Site) -> PolicyStore:
+        heads = (site.num_kv_heads or _FEW_HEADS) * len(site.peers)
+        few = self.bits == "auto" and heads < _FEW_HEADS
+        return PolicyStore(replace(self, bits="int4") if few else self, site)
 
     @property
     def window(self) -> int:
