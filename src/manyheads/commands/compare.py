@@ -103,7 +103,7 @@ def compare(
 ) -> None:
     """Compare strategies on a model and text, or on a pipeline: quality, memory and speed, each with its uncertainty.
 
-    Without options: the shipped model reads the source of Python's standard library, in some two minutes on two cores.
+    Without options: the shipped model reads the source of Python's standard library, in about a minute on two cores.
     With --train: small models are trained from scratch, one token mixer each, all on one budget.
     The results go to a folder with a report page. A run that was cut off goes on when it is given the same options and
     --out, or with --resume.
