@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import formatting
@@ -39,7 +41,7 @@ def page(summary: Summary) -> Page:
     return Page(
         model["name"], "Strategies compared", _short(run), [Headline(line) for line in headlines(summary)],
         [
-            *pictures(summary), Section("All figures", [table(summary)]),
+            *pictures(summary), Section("All figures", _tables(summary)),
             Section("Read with care", [Notes([*caveats(summary), *skipped])]),
             made(
                 run, about,
@@ -138,15 +140,20 @@ def caveats(summary: Summary) -> list[str]:
     return said
 
 
-def table(summary: Summary) -> Table:
-    """One row per arm, for page and terminal."""
+def _tables(summary: Summary) -> list[Table]:
+    """Quality and costs apart, so that neither is wider than a page."""
+    parts = ([one for one in summary.measured if one.cost is costs] for costs in (False, True))
+    first, *more = (table(summary, part) for part in parts if part)
+    return [first, *(dataclasses.replace(each, note="") for each in more)]  # one note is for both
+
+
+def table(summary: Summary, measured: Sequence[Measured] | None = None) -> Table:
+    """One row per arm and a column for each of ``measured``, all when None."""
+    chosen = summary.measured if measured is None else measured
     sized = any(one.metric.unit == "bytes" for one in summary.measured)  # a task has looked more closely
     held = {} if sized else {arm.key: value for arm in summary.arms if (value := summary.held(arm)) is not None}
     base = held.get(summary.base.key)
-    best = {
-        one.key: {arm.key for arms in summary.groups.values() for arm in summary.best(one, arms)}
-        for one in summary.measured
-    }
+    best = {one.key: {arm.key for arms in summary.groups.values() for arm in summary.best(one, arms)} for one in chosen}
     budgets = any(arm.budget is not None for arm in summary.arms)
     rows = []
     for arm in summary.arms:
@@ -155,11 +162,11 @@ def table(summary: Summary) -> Table:
             row.append(Cell("" if arm.budget is None else _budget(arm.budget, summary)))
         if held:
             row.append(_held(held.get(arm.key), None if arm == summary.base else base))
-        rows.append(row + [_cell(summary, one, arm, arm.key in best[one.key]) for one in summary.measured])
+        rows.append(row + [_cell(summary, one, arm, arm.key in best[one.key]) for one in chosen])
     equal = summary.experiment["equal"]
     columns = [
         Column("strategy", text=True), *([Column("budget", f"equal {equal}" if equal != "none" else "")] * budgets),
-        *([Column("cache held")] if held else []), *(_column(summary, one) for one in summary.measured),
+        *([Column("cache held")] if held else []), *(_column(summary, one) for one in chosen),
     ]  # fmt: skip
     return Table(
         columns, rows,
