@@ -6,14 +6,15 @@
     fields  = field "=" value {"," field "=" value}
 
 A value is any text whose parentheses match, so that a spec can be the value of a field:
-``graphkv:base=snapkv(window_size=16),budget=0.25``. Numbers of layers or positions are written ``0-3+7``.
+``graphkv:base=snapkv(window_size=16),budget=0.25``. Numbers of layers or positions are written ``0-3+7``, and the parts
+of any other tuple ``0.8+0.7``: commas already part the fields.
 """
 
 import dataclasses
 import difflib
 import re
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -154,13 +155,19 @@ def fill(cls: type[Made], given: Spec) -> Made:
     name, known = given.name, {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
+    value: Any
     for field, text in given.fields.items():
         if field not in known:
             near = difflib.get_close_matches(field, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"{name} has no field {field!r}; {hint}it has {', '.join(sorted(known))}")
+        hint, value = hints[field], text
         try:
-            values[field] = TypeAdapter(hints[field]).validate_python(numbers(text) if hints[field] == Layers else text)
+            if hint == Layers:
+                value = numbers(text)
+            elif get_origin(hint) is tuple:
+                value = tuple(part for part in text.split("+") if part)
+            values[field] = TypeAdapter(hint).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise UserError(f"{name}: {field}={text}: {reason}") from None

@@ -124,8 +124,10 @@ def test_keys_seen():
     assert_close(edited.bias, low, SAME)
 
 
-def same(site, value):
-    return value[None]  # one temperature for all rows
+def solved(x, target):
+    """One temperature for all rows of ``x``, each of which sees all keys."""
+    found = {0: (x, torch.full((1, 1, 1), x.shape[-1]))}
+    return float(_solved(found, lambda tau: AttentionAlignment(tau=tau[0]), target, "entropy", "model"))
 
 
 @pytest.mark.parametrize("s", [0.5, 1.0, 1.5])
@@ -133,7 +135,7 @@ def test_normal_logits_have_a_closed_form(s):
     generator = torch.Generator().manual_seed(0)
     x = {n: s * torch.randn(1, 1, 150, n, generator=generator) for n in (512, 2048)}
     target = peakedness(x[512], torch.ones(1, 1, 1), "entropy").double().view(1, 1)
-    tau = float(_solved([x[2048]], same, target, "entropy", "model"))
+    tau = solved(x[2048], target)
     closed = parse(f"t5_attention_alignment:align=gaussian,spread={s}").temperature(0, torch.full((1, 1, 1), 2048))
     assert tau == pytest.approx(float(closed), abs=0.03)
     assert float(peakedness(x[2048], torch.full((1, 1, 1), tau), "entropy")) == pytest.approx(float(target), rel=1e-4)
@@ -143,9 +145,7 @@ def test_the_closed_form_fails_for_wide_logits():
     generator = torch.Generator().manual_seed(0)
     x = {n: 3.5 * torch.randn(1, 1, 150, n, generator=generator) for n in (512, 2048)}
     target = peakedness(x[512], torch.ones(1, 1, 1), "entropy").double().view(1, 1)
-    assert (
-        3.5 / math.sqrt(3.5**2 + 2 * math.log(4)) - float(_solved([x[2048]], same, target, "entropy", "model")) > 0.04
-    )
+    assert 3.5 / math.sqrt(3.5**2 + 2 * math.log(4)) - solved(x[2048], target) > 0.04
 
 
 class Peaks(AttentionWatch):

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ..call import AttentionCall, Site
+from ..errors import UserError
 
 __all__ = ["Heads", "add_bias", "append_kv", "heads_at", "replace_channels", "replace_heads", "scale_heads"]
 
@@ -31,10 +32,17 @@ def _as_heads(value: object) -> object:
 Heads = Annotated[tuple[str, ...], BeforeValidator(_as_heads)]
 
 
-def heads_at(heads: Sequence[str], site: Site) -> list[int]:
-    """The heads of ``("layer.head", ...)`` that stand in the layer of ``site``."""
+def heads_at(heads: Sequence[str], site: Site, count: int | None = None) -> list[int]:
+    """The heads of ``("layer.head", ...)`` that stand in the layer of ``site``.
+
+    Raises:
+        UserError: one of them is beyond the ``count`` heads that there are.
+    """
     layer = site.index if site.layer is None else site.layer
-    return [int(name.partition(".")[2]) for name in heads if int(name.partition(".")[0]) == layer]
+    found = [int(name.partition(".")[2]) for name in heads if int(name.partition(".")[0]) == layer]
+    if count is not None and max(found, default=0) >= count:
+        raise UserError(f"{site.name} has heads 0 to {count - 1}, not {max(found)}")
+    return found
 
 
 def scale_heads(out: Tensor, factor: Tensor) -> Tensor:

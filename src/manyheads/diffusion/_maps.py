@@ -5,20 +5,14 @@ Shapes: maps ``[B, ..., h, w]``.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import UserError
 
-__all__ = ["Places", "check_words", "merged", "scaled"]
-
-Places = Annotated[
-    tuple[int, ...], BeforeValidator(lambda v: tuple(int(w) for w in v.split("+") if w) if isinstance(v, str) else v)
-]
+__all__ = ["check_words", "merged", "scaled"]
 
 
 def check_words(tokens: Sequence[int], count: int, slug: str) -> None:

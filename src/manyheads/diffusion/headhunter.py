@@ -90,9 +90,7 @@ class HeadHunter(AttentionPatch, DenoiserPrediction):
         step = call.diffusion
         if step is None or step.branches != (_BRANCH,):
             return out
-        heads = heads_at(self.heads, call.site)
-        if max(heads) >= out.shape[2]:
-            raise UserError(f"{call.site.name} has heads 0 to {out.shape[2] - 1}, not {max(heads)}")
+        heads = heads_at(self.heads, call.site, out.shape[2])
         length = call.q.shape[2]
         at = slice(0, length)
         if self.scope == "image" and call.site.kind == "joint":

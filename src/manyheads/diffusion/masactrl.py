@@ -44,7 +44,7 @@ from ..calls.weights import measure
 from ..errors import UserError
 from ..strategy import AttentionCompute, AttentionWatch
 from ._inversion import invert
-from ._maps import Places, check_words, merged, scaled
+from ._maps import check_words, merged, scaled
 
 __all__ = ["MasaCtrl", "invert"]
 
@@ -69,7 +69,7 @@ class MasaCtrl(AttentionCompute, AttentionWatch):
     start_step: int = field(default=4, metadata={"help": "S: the first denoising step it acts at"})
     start_layer: int = field(default=10, metadata={"help": "L: the first block it acts in"})
     union: bool = field(default=False, metadata={"help": "look at the source's keys beside the target's own"})
-    tokens: Places = field(default=(), metadata={"help": "words for the masks, as places in the prompt joined by +"})
+    tokens: tuple[int, ...] = field(default=(), metadata={"help": "words for the masks, as places joined by +"})
     threshold: float = field(default=0.1, metadata={"help": "of the scaled maps"})
     map_size: int = field(default=16, metadata={"help": "largest side of a cross-attention map used for masks"})
 

@@ -45,7 +45,7 @@ from ..calls.statistics import Columns, ColumnSum, Statistic
 from ..calls.weights import measure, weights
 from ..errors import UserError
 from ..strategy import AttentionWatch, Layers, Strategy
-from ._maps import Places, check_words, merged, scaled
+from ._maps import check_words, merged, scaled
 
 __all__ = ["TokenMaps", "WordMaps", "maps", "places"]
 
@@ -81,9 +81,9 @@ class TokenMaps(AttentionWatch):
         text: take only cross-attention over so many tokens, where a site has several contexts; 0 for whatever comes.
     """
 
-    tokens: Places = field(default=(), metadata={"help": "words, as places in the prompt joined by +"})
+    tokens: tuple[int, ...] = field(default=(), metadata={"help": "words, as places in the prompt joined by +"})
     received: bool = field(default=False, metadata={"help": "keep the attention that image tokens receive"})
-    queries: Places = field(default=(), metadata={"help": "image tokens whose rows are kept, as places joined by +"})
+    queries: tuple[int, ...] = field(default=(), metadata={"help": "image tokens whose rows are kept, joined by +"})
     steps: Layers = field(default=None, metadata={"help": "steps to average over, as 0-9+20; all when not given"})
     per_step: bool = field(default=False, metadata={"help": "keep a map of each step beside the mean"})
     per_head: bool = field(default=False, metadata={"help": "keep every head apart"})

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..attention.reference import repeat_kv
 from ..call import AttentionCall, Site
 from ..calls.edits import Heads, heads_at, replace_heads, scale_heads
-from ..errors import UserError
 from ..strategy import AttentionPatch
 
 __all__ = ["Ablate"]
@@ -48,9 +47,7 @@ class Ablate(AttentionPatch):
         return super().selects(site) and bool(heads_at(self.heads, site))
 
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
-        heads = heads_at(self.heads, call.site)
-        if max(heads) >= out.shape[2]:
-            raise UserError(f"{call.site.name} has heads 0 to {out.shape[2] - 1}, not {max(heads)}")
+        heads = heads_at(self.heads, call.site, out.shape[2])
         if self.by in ("zero", "scale"):
             factor = torch.ones(out.shape[2], device=out.device)
             factor[heads] = 0.0 if self.by == "zero" else self.factor

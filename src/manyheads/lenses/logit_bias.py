@@ -52,7 +52,7 @@ class LogitBias(AttentionEdit):
         bias = self.amount * (rows[:, None] & columns).to(call.q.dtype)[None, None]
         if self.heads:
             chosen = torch.zeros(count, device=device, dtype=call.q.dtype)
-            chosen[heads_at(self.heads, call.site)] = 1
+            chosen[heads_at(self.heads, call.site, count)] = 1
             bias = bias * chosen[None, :, None, None]
         return add_bias(call, bias)
 

@@ -6,6 +6,7 @@ A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=
 ``mixer(x[:, :a])`` and then ``mixer(x[:, a:], state=...)``. ``cu_seqlens [N + 1]`` packs N sequences in one row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -124,6 +125,10 @@ class SoftmaxMixer(nn.Module):
 
     A variant overrides :meth:`transform_q` and :meth:`transform_k`, so that attention itself stays SDPA and the cache
     holds what it reads, or :meth:`bias`.
+
+    Attributes:
+        temperature: divides all logits of a row, content and bias alike, by the number of keys the row sees:
+            ``[B, T] -> [B, 1 or H, T, 1]``; None: 1.
     """
 
     def __init__(self, config: MixerConfig, *, window: int | None = None, scale: float | None = None) -> None:
@@ -131,6 +136,7 @@ class SoftmaxMixer(nn.Module):
         self.config = config
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.spec = MaskSpec(window=window)
+        self.temperature: Callable[[Tensor], Tensor] | None = None
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow)
@@ -149,6 +155,23 @@ class SoftmaxMixer(nn.Module):
         """Additive logits ``[B or 1, H, T, S]`` for positions ``[B, T]`` and ``[B, S]``."""
         return None
 
+    def queries_and_keys(self, x: Tensor, positions: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """``q [B, H, T, d]`` and ``k [B, Hkv, T, d]`` of inputs ``x [B, T, dim]``, transformed, at temperature 1."""
+        q = self.transform_q(split_heads(self.q_proj(x), self.config.num_heads), positions, length)
+        return q, self.transform_k(split_heads(self.k_proj(x), self.config.num_kv_heads), positions, length)
+
+    def _tempered(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``x [B, H, T, ...]`` over the temperature of its rows at ``positions [B, T]``."""
+        if self.temperature is None:
+            return x
+        seen = positions + 1
+        tau = self.temperature(seen if self.spec.window is None else seen.clamp(max=self.spec.window))
+        return (x / tau.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+    def _bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+        bias = self.bias(queries, keys)
+        return None if bias is None else self._tempered(bias, queries)
+
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, state: KVState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, KVState]:
@@ -156,10 +179,8 @@ class SoftmaxMixer(nn.Module):
         x = zero_padding(x, mask)
         at = positions_of(batch, length, x.device, mask, None if state is None else state.seen, cu_seqlens)
         seen = at.amax(1) + 1 if state is None else torch.maximum(at.amax(1) + 1, state.seen)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q = self.transform_q(split_heads(q, self.config.num_heads), at, seen)
-        k = self.transform_k(split_heads(k, self.config.num_kv_heads), at, seen)
-        v = split_heads(v, self.config.num_kv_heads)
+        q, k = self.queries_and_keys(x, at, seen)
+        q, v = self._tempered(q, at), split_heads(self.v_proj(x), self.config.num_kv_heads)
         if cu_seqlens is not None:
             if state is not None:
                 raise UserError("softmax mixers take packed sequences from their start: no state with cu_seqlens")
@@ -169,7 +190,7 @@ class SoftmaxMixer(nn.Module):
         given: dict[str, Any] = {}
         if padded or (self.spec.window is not None and state is not None):  # columns are not positions
             given = {"positions": (at, after.positions), "real": after.positions >= 0}
-        bias = self.bias(at, after.positions)
+        bias = self._bias(at, after.positions)
         out = masked_attention(q, after.k, after.v, self.spec, scale=self.scale, bias=bias, **given)
         y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return y, after if padded or self.spec.window is None else after.last(self.spec.window)
@@ -178,7 +199,7 @@ class SoftmaxMixer(nn.Module):
         """N sequences in one row; their states stand in N rows, padded on the left."""
         document = torch.cumsum(at[0] == 0, 0)[None]
         spec = MaskSpec(window=self.spec.window, documents=document)
-        bias = self.bias(at, at)
+        bias = self._bias(at, at)
         out = masked_attention(q, k, v, spec, scale=self.scale, bias=bias, positions=(at, at))
         bounds = list(pairwise(cu_seqlens.tolist()))
         longest = max(b - a for a, b in bounds)

@@ -4,11 +4,9 @@
 Scaled dot-product attention (Vaswani et al., arXiv 1706.03762), causal, with grouped queries and optionally a sliding
 window, and one of: rotary positions (arXiv 2104.09864; ``ntk`` grows their base beyond the trained length, ``learned``
 gives every head frequencies of its own), ALiBi
-(arXiv 2108.12409), T5's learned bias by bucket (arXiv 1910.10683), or none. The attention can be given a temperature,
-which divides all logits, content and bias alike: ``t5_attention_alignment`` does.
+(arXiv 2108.12409), T5's learned bias by bucket (arXiv 1910.10683), or none.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,16 +59,11 @@ class Softmax(Mixer):
 
 
 class Attention(SoftmaxMixer):
-    """Multi-head attention with the positions of ``strategy``.
-
-    Attributes:
-        temperature: of each row by the number of keys it sees, ``[B, T] -> [B, 1 or H, T, 1]``; None: 1.
-    """
+    """Multi-head attention with the positions of ``strategy``."""
 
     def __init__(self, config: MixerConfig, strategy: Softmax) -> None:
         super().__init__(config, window=strategy.window)
         self.strategy = strategy
-        self.temperature: Callable[[Tensor], Tensor] | None = None
         self.buckets = nn.Embedding(32, config.num_heads) if strategy.position == "t5" else None
         planes = config.num_kv_heads * config.head_dim // 2
         self.log_factor = nn.Parameter(torch.zeros(planes)) if strategy.learned else None
@@ -86,24 +79,16 @@ class Attention(SoftmaxMixer):
             theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.config.length, self.strategy.ntk)
         return rope.rotate(x, rope_tables(positions, x.shape[-1], theta)).to(x.dtype)
 
-    def _apply_temperature(self, x: Tensor, queries: Tensor) -> Tensor:
-        """``x [B, H, T, ...]`` over the temperature of its rows at positions ``queries [B, T]``."""
-        if self.temperature is None:
-            return x
-        seen = queries + 1
-        tau = self.temperature(seen if self.spec.window is None else seen.clamp(max=self.spec.window))
-        return (x / tau.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._apply_temperature(self._rotate(q, positions, length), positions)
+        return self._rotate(q, positions, length)
 
     def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         return self._rotate(k, positions, length)
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         if self.strategy.position == "alibi":
-            return self._apply_temperature(alibi_bias(queries, keys, self.config.num_heads), queries)
+            return alibi_bias(queries, keys, self.config.num_heads)
         if self.buckets is None:
             return None
         bias: Tensor = self.buckets(t5_buckets(keys[:, None] - queries[:, :, None]))
-        return self._apply_temperature(bias.permute(0, 3, 1, 2), queries)
+        return bias.permute(0, 3, 1, 2)

@@ -28,11 +28,10 @@ model with ``attention=relu``, which gives no gap), and SGD in place of Adam.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from ...attention.reference import repeat_kv
@@ -45,10 +44,6 @@ from .relu_attention import ReLUAttention, relu_weights
 from .report import notes
 
 __all__ = ["ActiveDormant", "Gap", "ReLUAttention", "switch"]
-
-
-def _as_names(value: object) -> object:
-    return tuple(part for part in value.split("+") if part) if isinstance(value, str) else value
 
 
 @dataclass
@@ -100,7 +95,7 @@ class ActiveDormant(Lens, Residual):
     """
 
     sink: str = field(default="bos", metadata={"help": "role of the tokens looked at as sinks"})
-    domains: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = field(
+    domains: tuple[str, ...] = field(
         default=(), metadata={"help": "roles of tokens between which heads may switch, as code+prose"}
     )
     gap: Literal["mean", "lse"] = field(default="mean", metadata={"help": "how the other logits are averaged"})

@@ -33,11 +33,7 @@ class AblateRows(AttentionPatch):
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
         if len(self.heads) != len(out):
             raise UserError(f"heads are given for {len(self.heads)} rows, and the batch has {len(out)}")
-        count = out.shape[2]
-        gone = [(row, head) for row, heads in enumerate(self.heads) for head in heads_at(heads, call.site)]
-        if (most := max(head for _, head in gone)) >= count:
-            raise UserError(f"{call.site.name} has heads 0 to {count - 1}, not {most}")
-        factor = torch.ones(len(out), count, device=out.device)
-        row, head = torch.tensor(gone, device=out.device).T
-        factor[row, head] = 0.0
+        factor = torch.ones(len(out), out.shape[2], device=out.device)
+        for row, heads in zip(factor, self.heads, strict=True):
+            row[heads_at(heads, call.site, out.shape[2])] = 0.0
         return scale_heads(out, factor)

@@ -37,10 +37,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from ...call import AttentionCall, Site
@@ -52,15 +51,6 @@ from .peaks import keys_seen, real, softmax_sites
 __all__ = ["Align", "AttentionAlignment", "calibrate"]
 
 Where = Literal["self", "encoder", "decoder", "cross", "all"]
-
-
-def _parts(value: object) -> object:
-    """``"0.8+0.7"`` -> ``("0.8", "0.7")``: commas already part the fields of a spec."""
-    return tuple(part for part in value.split("+") if part) if isinstance(value, str) else value
-
-
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_parts)]
-Counts = Annotated[tuple[int, ...], BeforeValidator(_parts)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +73,12 @@ class AttentionAlignment(AttentionEdit):
     trained: int = field(default=512, metadata={"help": "keys of the longest row in training, left as it is"})
     tau: float | None = field(default=None, metadata={"help": "one temperature for every longer row; else by align"})
     where: Where = field(default="self", metadata={"help": "self, encoder, decoder, cross or all"})
-    lengths: Counts = field(default=(), metadata={"help": "calibrated numbers of keys, as 1024+2048"})
-    taus: Numbers = field(default=(), metadata={"help": "temperatures by length, site and head, as 0.8+0.7"})
-    spread: Numbers = field(default=(), metadata={"help": "deviation of the logits by site and head, for gaussian"})
-    sites: Counts = field(default=(), metadata={"help": "attention modules of a table, as 0+1+2"})
+    lengths: tuple[int, ...] = field(default=(), metadata={"help": "calibrated numbers of keys, as 1024+2048"})
+    taus: tuple[float, ...] = field(default=(), metadata={"help": "temperatures by length, site and head, as 0.8+0.7"})
+    spread: tuple[float, ...] = field(
+        default=(), metadata={"help": "deviation of the logits by site and head, for gaussian"}
+    )
+    sites: tuple[int, ...] = field(default=(), metadata={"help": "attention modules of a table, as 0+1+2"})
 
     def __post_init__(self) -> None:
         name = self.slug

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,22 +28,29 @@ __all__ = ["Align", "Per", "calibrate"]
 
 Align = Literal["entropy", "pmax", "gaussian", "logn", "none"]
 Per = Literal["model", "layer", "head"]
+Logits = Mapping[int, tuple[Tensor, Tensor]]  # by site: [B, H, R, S], and the keys seen [B or 1, H or 1, R or 1]
 _RANGE = (math.log(1 / 16), math.log(4.0))  # of the logarithm of tau
 
 
 def _pooled(x: Tensor, per: Per) -> Tensor:
-    """``[sites, H]`` averaged to what shares a temperature."""
+    """``[sites, H]`` averaged to what shares a temperature: ``[sites or 1, H or 1]``."""
     return x.mean().view(1, 1) if per == "model" else x.mean(1, keepdim=True) if per == "layer" else x
 
 
+def _peaks(strategy: AttentionAlignment, found: Logits, kind: Peak, per: Per) -> Tensor:
+    """Mean peakedness under ``strategy`` of what shares a temperature, ``[sites or 1, H or 1]``."""
+    rows = [peakedness(x, strategy.temperature(site, seen), kind) for site, (x, seen) in found.items()]
+    return _pooled(torch.stack(rows), per)
+
+
 def _solved(
-    found: Sequence[Tensor], tau: Callable[[int, Tensor], Tensor], target: Tensor, kind: Peak, per: Per
+    found: Logits, under: Callable[[tuple[float, ...]], AttentionAlignment], target: Tensor, kind: Peak, per: Per
 ) -> Tensor:
-    """What must be solved for so that all sites are as peaked as ``target [sites or 1, H or 1]``, by bisection.
+    """Temperatures at which all sites are as peaked as ``target [sites or 1, H or 1]``, of its shape, by bisection.
 
     Args:
-        found: logits ``[B, H, R, S]`` by site.
-        tau: temperature ``[B or 1, H or 1, R]`` of the rows of a site, given what is solved for ``[H or 1, 1]``.
+        found: logits, and the keys that their rows see, by site.
+        under: the strategy with such temperatures, flattened.
         target: mean peakedness of what shares a temperature.
         kind: of peakedness.
         per: what shares a temperature.
@@ -50,13 +58,17 @@ def _solved(
     low, high = (torch.full_like(target, end) for end in _RANGE)
     for _ in range(30):
         middle = (low + high) / 2
-        now = torch.stack([
-            peakedness(x, tau(i, one[:, None]), kind)
-            for i, (x, one) in enumerate(zip(found, middle.exp().expand(len(found), -1), strict=True))
-        ])  # fmt: skip
-        flat = _pooled(now, per) > target if kind == "entropy" else _pooled(now, per) < target
+        now = _peaks(under(tuple(middle.exp().flatten().tolist())), found, kind, per)
+        flat = now > target if kind == "entropy" else now < target
         low, high = torch.where(flat, low, middle), torch.where(flat, middle, high)
     return ((low + high) / 2).exp()
+
+
+def _extended(
+    strategy: AttentionAlignment, align: Align, length: int, taus: tuple[float, ...]
+) -> AttentionAlignment:  # fmt: skip
+    """``strategy`` with one more length and its temperatures."""
+    return replace(strategy, align=align, lengths=(*strategy.lengths, length), taus=(*strategy.taus, *taus))
 
 
 def calibrate(
@@ -94,8 +106,10 @@ def calibrate(
     if max(x.shape[1] for x in whole.values()) < longest:
         raise UserError(f"calibration reads {longest} tokens; give inputs of that length or shorter lengths")
     start = replace(strategy, align="none", tau=None, lengths=(), taus=(), spread=(), sites=())
+    if align == "logn" or align == "none":
+        return replace(start, align=align)
 
-    def read(inner: AttentionAlignment, length: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def read(inner: AttentionAlignment, length: int) -> Logits:
         recorder = LogitRecorder(inner=inner, rows=rows)
         cut = {name: x[:, :length] for name, x in whole.items()}
         with torch.no_grad(), recorder.on(model) if port is None else port(model, recorder):
@@ -105,38 +119,18 @@ def calibrate(
     was = model.training
     model.eval()
     try:
-        if align in ("logn", "none"):
-            return replace(start, align=align)
         found = read(start, trained)
-        sites = () if per == "model" else tuple(found)
+        aligned = start = replace(start, sites=() if per == "model" else tuple(found))
         if align == "gaussian":
             spread = _pooled(torch.stack([variance(x) for x, _ in found.values()]), per).sqrt()
-            return replace(start, align=align, sites=sites, spread=_rounded(spread))
-        kind: Peak = "pmax" if align == "pmax" else "entropy"
-        one = torch.ones(1, 1, 1, dtype=torch.float64, device=next(iter(found.values()))[0].device)
-        target = _pooled(torch.stack([peakedness(x, one, kind) for x, _ in found.values()]), per)
-        aligned = start
-        for i, length in enumerate(lengths):
-            known, tau = aligned.taus, None
-
-            def table(value: Tensor, i: int = i, known: tuple[float, ...] = known) -> AttentionAlignment:
-                taus = known + _rounded(value)
-                return replace(start, align=align, sites=sites, lengths=tuple(lengths[: i + 1]), taus=taus)
-
+            return replace(start, align=align, spread=_rounded(spread))
+        target = _peaks(start, found, align, per)
+        for length in lengths:
+            under, tau = partial(_extended, aligned, align, length), None
             for _ in range(rounds):
-                logits = read(aligned, length)
-                # A row that sees fewer keys than the length has a temperature between two of the table, which is
-                # linear in the one that is solved for.
-                at = list(logits.items())
-                ends = [table(torch.full_like(target, value)) for value in (1.0, 2.0)]
-                line = [[end.temperature(site, seen) for end in ends] for site, (_, seen) in at]
-
-                def rows_of(k: int, value: Tensor, line: list[list[Tensor]] = line) -> Tensor:
-                    return line[k][0] + (line[k][1] - line[k][0]) * (value - 1)
-
-                now = _solved([x for _, (x, _) in at], rows_of, target, kind, per)
+                now = _solved(read(aligned, length), under, target, align, per)
                 converged = tau is not None and bool(((now / tau).log().abs() < 1e-3).all())
-                tau, aligned = now, table(now)
+                tau, aligned = now, under(_rounded(now))
                 if converged:
                     break
         return aligned

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext
-from ...mixers._mixer import SoftmaxMixer, positions_of, split_heads
+from ...mixers._mixer import SoftmaxMixer, positions_of
 from ...models.decoder import Decoder
 from .byte_lm import ByteLM
 
@@ -56,8 +56,7 @@ class OffsetScores(ByteLM):
     def _scores(self, mixer: SoftmaxMixer, x: Tensor) -> Tensor:
         """Of inputs ``x [B, T, dim]``: ``[B, offsets]``."""
         at = positions_of(x.shape[0], x.shape[1], x.device, None, None, None)
-        q = mixer.transform_q(split_heads(mixer.q_proj(x), mixer.config.num_heads), at, at.amax(1) + 1)
-        k = mixer.transform_k(split_heads(mixer.k_proj(x), mixer.config.num_kv_heads), at, at.amax(1) + 1)
+        q, k = mixer.queries_and_keys(x, at, at.amax(1) + 1)
         scores = (q.float() @ k.float().mT) * mixer.scale
         apart = at[0][:, None] - at[0]
         mean = scores[..., apart >= 0].mean((1, 2))
