@@ -12,8 +12,7 @@ from manyheads.call import AttentionCall, Site
 from manyheads.integrations.transformers import find_sites
 from manyheads.mixers import _mixer
 from manyheads.mixers.t5_attention_alignment import AttentionAlignment, calibrate
-from manyheads.mixers.t5_attention_alignment.calibration import _solved
-from manyheads.mixers.t5_attention_alignment.peaks import keys_seen, peakedness
+from manyheads.mixers.t5_attention_alignment.calibration import _solved, keys_seen, peakedness
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.strategy import AttentionWatch
 from oracles import models

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of token mixers, the base of softmax mixers, and their state.
+"""The protocol of token mixers, the base of softmax mixers, their state, and strategies that edit their attention.
 
 A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=None) -> (y [B, T, dim], state)``.
 ``mask [B, T]`` marks real tokens. The state returned is what the next call goes on from: ``mixer(x)`` equals
 ``mixer(x[:, :a])`` and then ``mixer(x[:, a:], state=...)``. ``cu_seqlens [N + 1]`` packs N sequences in one row.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.masks import MaskSpec, masked_attention, zero_padding
-from ..call import MixerConfig
+from ..call import AttentionCall, MixerConfig, Site
 from ..errors import UserError
+from ..strategy import AttentionEdit
 
-__all__ = ["KVState", "SoftmaxMixer", "State", "positions_of", "split_heads"]
+__all__ = ["KVState", "SoftmaxMixer", "State", "edited", "positions_of", "split_heads"]
 
 
 class State(Protocol):
@@ -127,8 +129,7 @@ class SoftmaxMixer(nn.Module):
     holds what it reads, or :meth:`bias`.
 
     Attributes:
-        temperature: divides all logits of a row, content and bias alike, by the number of keys the row sees:
-            ``[B, T] -> [B, 1 or H, T, 1]``; None: 1.
+        editor: what edits its attention, and the site that this is to it; see :func:`edited`.
     """
 
     def __init__(self, config: MixerConfig, *, window: int | None = None, scale: float | None = None) -> None:
@@ -136,7 +137,7 @@ class SoftmaxMixer(nn.Module):
         self.config = config
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.spec = MaskSpec(window=window)
-        self.temperature: Callable[[Tensor], Tensor] | None = None
+        self.editor: tuple[Site, AttentionEdit] | None = None
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow)
@@ -156,21 +157,24 @@ class SoftmaxMixer(nn.Module):
         return None
 
     def queries_and_keys(self, x: Tensor, positions: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """``q [B, H, T, d]`` and ``k [B, Hkv, T, d]`` of inputs ``x [B, T, dim]``, transformed, at temperature 1."""
+        """``q [B, H, T, d]`` and ``k [B, Hkv, T, d]`` of inputs ``x [B, T, dim]``, transformed."""
         q = self.transform_q(split_heads(self.q_proj(x), self.config.num_heads), positions, length)
         return q, self.transform_k(split_heads(self.k_proj(x), self.config.num_kv_heads), positions, length)
 
-    def _tempered(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``x [B, H, T, ...]`` over the temperature of its rows at ``positions [B, T]``."""
-        if self.temperature is None:
-            return x
-        seen = positions + 1
-        tau = self.temperature(seen if self.spec.window is None else seen.clamp(max=self.spec.window))
-        return (x / tau.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-
-    def _bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        bias = self.bias(queries, keys)
-        return None if bias is None else self._tempered(bias, queries)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, keys: Tensor, spec: MaskSpec, **given: Any
+    ) -> Tensor:
+        """``[B, H, T, d]`` of queries at ``at [B, T]`` and keys at ``keys [B, S]``; ``given``: see masked_attention."""
+        bias = self.bias(at, keys)
+        if self.editor is not None:
+            site, strategy = self.editor
+            plain = spec.plain and not given
+            mask = None if plain else spec.dense(q.shape[2], k.shape[2], device=q.device, **given)
+            call = strategy.edit(AttentionCall(site, q, k, v, self.scale, mask=mask, bias=bias, is_causal=plain))
+            if call.mask is not mask or call.is_causal != plain:
+                raise UserError(f"{strategy.spec} edits the mask, which {site.name} of a Decoder does not take")
+            q, k, v, bias = call.q, call.k, call.v, call.bias
+        return masked_attention(q, k, v, spec, scale=self.scale, bias=bias, **given)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, state: KVState | None = None, cu_seqlens: Tensor | None = None
@@ -180,7 +184,7 @@ class SoftmaxMixer(nn.Module):
         at = positions_of(batch, length, x.device, mask, None if state is None else state.seen, cu_seqlens)
         seen = at.amax(1) + 1 if state is None else torch.maximum(at.amax(1) + 1, state.seen)
         q, k = self.queries_and_keys(x, at, seen)
-        q, v = self._tempered(q, at), split_heads(self.v_proj(x), self.config.num_kv_heads)
+        v = split_heads(self.v_proj(x), self.config.num_kv_heads)
         if cu_seqlens is not None:
             if state is not None:
                 raise UserError("softmax mixers take packed sequences from their start: no state with cu_seqlens")
@@ -190,8 +194,7 @@ class SoftmaxMixer(nn.Module):
         given: dict[str, Any] = {}
         if padded or (self.spec.window is not None and state is not None):  # columns are not positions
             given = {"positions": (at, after.positions), "real": after.positions >= 0}
-        bias = self._bias(at, after.positions)
-        out = masked_attention(q, after.k, after.v, self.spec, scale=self.scale, bias=bias, **given)
+        out = self._attend(q, after.k, after.v, at, after.positions, self.spec, **given)
         y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return y, after if padded or self.spec.window is None else after.last(self.spec.window)
 
@@ -199,11 +202,36 @@ class SoftmaxMixer(nn.Module):
         """N sequences in one row; their states stand in N rows, padded on the left."""
         document = torch.cumsum(at[0] == 0, 0)[None]
         spec = MaskSpec(window=self.spec.window, documents=document)
-        bias = self._bias(at, at)
-        out = masked_attention(q, k, v, spec, scale=self.scale, bias=bias, positions=(at, at))
+        out = self._attend(q, k, v, at, at, spec, positions=(at, at))
         bounds = list(pairwise(cu_seqlens.tolist()))
         longest = max(b - a for a, b in bounds)
         fill = torch.nn.functional.pad
         ks, vs = (torch.cat([fill(x[:, :, a:b], (0, 0, longest - b + a, 0)) for a, b in bounds]) for x in (k, v))
         places = torch.cat([fill(at[:, a:b], (longest - b + a, 0), value=-1) for a, b in bounds])
         return self.out_proj(out.transpose(1, 2).flatten(2)), KVState(ks, vs, places, cu_seqlens.diff(), True)
+
+
+@contextmanager
+def edited(model: nn.Module, strategy: AttentionEdit) -> Iterator[nn.Module]:
+    """While open, ``strategy`` edits queries, keys, values and bias of the softmax mixers of a Decoder it selects.
+
+    An inner use of it stands in for an outer one.
+
+    Raises:
+        UserError: it selects none.
+    """
+    mixers = [(name, m, m.config) for name, m in model.named_modules() if isinstance(m, SoftmaxMixer)]
+    sites = [
+        (Site(name, i, config.layer, "self", True, config.num_heads, config.num_kv_heads, m.spec.window), m)
+        for i, (name, m, config) in enumerate(mixers)
+    ]
+    chosen = [(site, mixer, mixer.editor) for site, mixer in sites if strategy.selects(site)]
+    if not chosen:
+        raise UserError(f"{strategy.spec} finds no softmax mixer to act on in {type(model).__name__}")
+    try:
+        for site, mixer, _ in chosen:
+            mixer.editor = (site, strategy)
+        yield model
+    finally:
+        for _, mixer, before in chosen:
+            mixer.editor = before

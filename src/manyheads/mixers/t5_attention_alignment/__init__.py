@@ -33,10 +33,9 @@ our choices. Capped logits (Gemma 2) and attention sinks (gpt-oss) are refused.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -45,8 +44,8 @@ from torch import Tensor, nn
 from ...call import AttentionCall, Site
 from ...errors import UserError
 from ...strategy import AttentionEdit
-from .calibration import Align, calibrate
-from .peaks import keys_seen, real, softmax_sites
+from .._mixer import edited
+from .calibration import Align, calibrate, keys_seen, real
 
 __all__ = ["Align", "AttentionAlignment", "calibrate"]
 
@@ -158,25 +157,10 @@ class AttentionAlignment(AttentionEdit):
             bias = torch.where(real(bias), bias / tau, bias).to(bias.dtype)
         return call.replace(q=(call.q / tau).to(call.q.dtype), bias=bias)
 
-    @contextmanager
-    def on(self, model: nn.Module) -> Iterator[nn.Module]:
+    def on(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Act on the softmax mixers of a :class:`~manyheads.models.decoder.Decoder` within the block.
 
         Raises:
             UserError: it has none that this selects.
         """
-        chosen = [(site, mixer) for site, mixer in softmax_sites(model) if self.selects(site)]
-        if not chosen:
-            raise UserError(f"{self.spec} finds no softmax mixer to act on in {type(model).__name__}")
-        before = [mixer.temperature for _, mixer in chosen]
-        try:
-            for site, mixer in chosen:
-                mixer.temperature = partial(self._of_rows, site.index)  # type: ignore[assignment]
-            yield model
-        finally:
-            for (_, mixer), was in zip(chosen, before, strict=True):
-                mixer.temperature = was
-
-    def _of_rows(self, site: int, seen: Tensor) -> Tensor:
-        """``seen [B, T] -> [B, 1 or H, T, 1]``."""
-        return self.temperature(site, seen[:, None])[..., None]
+        return edited(model, self)

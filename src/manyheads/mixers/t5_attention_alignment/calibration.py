@@ -8,28 +8,101 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ...attention import reference
+from ...call import AttentionCall, Site
 from ...errors import UserError
-from .peaks import LogitRecorder, Peak, peakedness, variance
+from ...strategy import AttentionEdit
+from .._mixer import edited
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from ...strategy import Strategy
     from . import AttentionAlignment
 
-__all__ = ["Align", "Per", "calibrate"]
+__all__ = ["Align", "LogitRecorder", "Per", "calibrate", "keys_seen", "peakedness", "real"]
 
 Align = Literal["entropy", "pmax", "gaussian", "logn", "none"]
+Peak = Literal["entropy", "pmax"]
 Per = Literal["model", "layer", "head"]
 Logits = Mapping[int, tuple[Tensor, Tensor]]  # by site: [B, H, R, S], and the keys seen [B or 1, H or 1, R or 1]
 _RANGE = (math.log(1 / 16), math.log(4.0))  # of the logarithm of tau
+
+
+def real(bias: Tensor) -> Tensor:
+    """Where additive logits are a bias and not a mask."""
+    return bias > torch.finfo(bias.dtype).min / 4
+
+
+def _visible(call: AttentionCall) -> Tensor | None:
+    """All that masks ``call``, a float mask that stands in its bias too: broadcastable to ``[B, H, T, S]``."""
+    allowed = call.allowed()
+    if call.bias is None:
+        return allowed
+    return real(call.bias) if allowed is None else allowed & real(call.bias)
+
+
+def keys_seen(call: AttentionCall) -> Tensor:
+    """How many keys each row may attend to, ``[B or 1, H or 1, T or 1]``."""
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    if call.is_causal and call.mask is None and call.bias is None:  # needs no mask of all pairs
+        return torch.arange(keys - queries + 1, keys + 1, device=call.q.device)[None, None]
+    allowed = _visible(call)
+    if allowed is None:
+        return torch.full((1, 1, 1), keys, device=call.q.device)
+    return allowed.expand(*allowed.shape[:-1], keys).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitRecorder(AttentionEdit):
+    """While ``inner`` acts, records of ``rows`` rows of every site their logits before it and the keys they see.
+
+    Attributes:
+        found: by site index, ``[B, H, R, S]`` and ``[B or 1, H or 1, R or 1]``.
+    """
+
+    inner: AttentionAlignment
+    rows: int
+    found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
+
+    def selects(self, site: Site) -> bool:
+        return self.inner.selects(site)
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        queries = call.q.shape[2]
+        count = min(self.rows, queries)
+        if call.site.causal or call.is_causal:  # those that see the most
+            rows = torch.arange(queries - count, queries, device=call.q.device)
+        else:
+            rows = torch.linspace(0, queries - 1, count, device=call.q.device).round().long()
+
+        def taken(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[-2] == 1 else x[..., rows, :]
+
+        few = call.replace(q=call.q[:, :, rows], mask=taken(call.mask), bias=taken(call.bias))
+        x = reference.logits(few.q.float(), few.k.float(), scale=few.scale, bias=few.bias)
+        if (allowed := _visible(few)) is not None:
+            x = x.masked_fill(~allowed, -torch.inf)
+        self.found[call.site.index] = x, keys_seen(few)
+        return self.inner.edit(call)
+
+
+def peakedness(x: Tensor, tau: Tensor, kind: Peak) -> Tensor:
+    """Mean over rows of the entropy (nats) or of the largest weight of ``x [B, H, R, S] / tau``: ``[H]``."""
+    p = (x.double() / tau[..., None]).softmax(-1)
+    return (p.amax(-1) if kind == "pmax" else torch.special.entr(p).sum(-1)).mean((0, 2))
+
+
+def variance(x: Tensor) -> Tensor:
+    """Variance of the logits of a row, mean over rows: ``[B, H, R, S] -> [H]``."""
+    seen = x.double().masked_fill(x == -torch.inf, torch.nan)
+    return (seen - seen.nanmean(-1, keepdim=True)).square().nanmean(-1).mean((0, 2))
 
 
 def _pooled(x: Tensor, per: Per) -> Tensor:
@@ -74,7 +147,7 @@ def _extended(
 def calibrate(
     strategy: AttentionAlignment, model: nn.Module, inputs: Tensor | Mapping[str, Tensor], lengths: Sequence[int], *,
     align: Align = "entropy", per: Per = "model",
-    port: Callable[[nn.Module, Strategy], AbstractContextManager[Any]] | None = None, rows: int = 16, rounds: int = 6,
+    port: Callable[[nn.Module, AttentionEdit], AbstractContextManager[Any]] = edited, rows: int = 16, rounds: int = 6,
 ) -> AttentionAlignment:  # fmt: skip
     """Temperatures for ``lengths`` at which ``model`` attends as peakedly as at ``strategy.trained`` keys.
 
@@ -90,7 +163,7 @@ def calibrate(
         lengths: ascending.
         align: ``entropy`` or ``pmax`` (temperatures by length), ``gaussian`` (their spread), ``logn``, ``none``.
         per: what has a temperature of its own: the model, each layer's attention, or each head.
-        port: ``manyheads.use`` for a transformers model; None for a Decoder.
+        port: ``manyheads.use`` for a transformers model; the default is for a Decoder.
         rows: of each sequence and site: the last where attention is causal, else evenly spread.
         rounds: of reading each length at most.
 
@@ -112,7 +185,7 @@ def calibrate(
     def read(inner: AttentionAlignment, length: int) -> Logits:
         recorder = LogitRecorder(inner=inner, rows=rows)
         cut = {name: x[:, :length] for name, x in whole.items()}
-        with torch.no_grad(), recorder.on(model) if port is None else port(model, recorder):
+        with torch.no_grad(), port(model, recorder):
             model(cut[""]) if "" in cut else model(**cut)
         return dict(sorted(recorder.found.items()))
 
