@@ -17,9 +17,12 @@ direction is still seen by the feed-forward layer of the same block, which the p
 architecture, prevents. Legend: N prompts, T tokens, D width, L blocks, P positions.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,8 @@ from ...lens import device_of
 __all__ = ["Direction", "Prompts", "difference_of_means", "erased", "find_direction", "log_odds", "steered"]
 
 Prompts = Sequence[Tensor] | Tensor  # token ids [T] each, of any lengths
-Change = Callable[[int, Tensor], Tensor]
+_FIRST = 0.8  # part of the blocks that candidates are taken from
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,7 @@ class Direction:
 
 
 def difference_of_means(
-    model: nn.Module, first: Prompts, second: Prompts, positions: Sequence[int] = (-1,),
-    blocks: Sequence[nn.Module] | None = None,
+    model: nn.Module, first: Prompts, second: Prompts, positions: Sequence[int] = (-1,)
 ) -> Tensor:  # fmt: skip
     """``r[l, p]`` of every block and position: float64 ``[L, P, D]`` on the CPU.
 
@@ -86,29 +89,25 @@ def difference_of_means(
         model: a transformers model.
         first, second: prompts; each at least as long as the positions reach.
         positions: counted from the end, all below 0.
-        blocks: of the model, in order; looked for when not given.
     """
-    chosen = _blocks(model) if blocks is None else list(blocks)
 
     def mean(prompts: Prompts) -> Tensor:
-        kept: list[list[Tensor]] = [[] for _ in chosen]
+        sums: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
 
         def keep(layer: int, hidden: Tensor) -> Tensor:
-            if layer < len(chosen):
-                kept[layer].append(hidden.detach()[:, list(positions)].double().sum(0).cpu())
+            sums[layer] = sums[layer] + hidden[:, list(positions)].double().sum(0).cpu()
             return hidden
 
-        with _between(chosen, keep):
+        with _between_blocks(model, keep):
             _last_logits(model, prompts)
-        return torch.stack([torch.stack(sums).sum(0) for sums in kept]) / len(prompts)
+        return torch.stack([sums[layer] for layer in range(len(sums) - 1)]) / len(prompts)
 
     return mean(first) - mean(second)
 
 
 def find_direction(
     model: nn.Module, first: Prompts, second: Prompts, *, answers: Sequence[int], check: tuple[Prompts, Prompts],
-    positions: Sequence[int] = (-1,), max_kl: float = 0.1, min_steering: float = 0.0, skip_last: float = 0.2,
-    blocks: Sequence[nn.Module] | None = None,
+    positions: Sequence[int] = (-1,), max_kl: float = 0.1, min_steering: float = 0.0,
 ) -> Direction:  # fmt: skip
     """The direction that parts ``first`` from ``second`` and that the answer hangs on.
 
@@ -123,48 +122,44 @@ def find_direction(
         positions: candidates, counted from the end: the tokens of the template behind the instruction.
         max_kl: nats, how much erasing may change the answers to the second set.
         min_steering: log odds that adding must bring about in the second set.
-        skip_last: part of the blocks, at the end, from which no direction is taken.
-        blocks: of the model, in order; looked for when not given.
 
     Raises:
         UserError: no candidate is left.
     """
-    chosen = _blocks(model) if blocks is None else list(blocks)
-    candidates = difference_of_means(model, first, second, positions, chosen)
+
+    def odds(prompts: Prompts) -> float:
+        return float(log_odds(_last_logits(model, prompts), answers).mean())
+
+    candidates = difference_of_means(model, first, second, positions)
     checked, others = check
-    plain = _last_logits(model, others).log_softmax(-1)
-    before = float(log_odds(_last_logits(model, checked), answers).mean())
-    lost = {"zero": 0, "KL": 0, "steering": 0}
-    best: Direction | None = None
-    least = float("inf")
-    for layer in range(int(len(chosen) * (1 - skip_last))):
-        for at, position in enumerate(positions):
-            vector = candidates[layer, at]
-            if not vector.any():  # the same tokens before anything was read
-                lost["zero"] += 1
-                continue
-            with erased(model, vector, chosen):
-                after = _last_logits(model, others).log_softmax(-1)
-                kl = float((plain.exp() * (plain - after)).sum(-1).mean())
-                left = float(log_odds(_last_logits(model, checked), answers).mean())
-            with steered(model, vector, layer, chosen):
-                steering = float(log_odds(_last_logits(model, others), answers).mean())
-            if not kl <= max_kl:
-                lost["KL"] += 1
-            elif not steering >= min_steering:
-                lost["steering"] += 1
-            elif left < least:
-                figures = {"kl": kl, "steering": steering, "log odds": before, "log odds when erased": left}
-                about = {name: f"{value:.4g}" for name, value in figures.items()}
-                best, least = Direction(vector.float(), layer, position, about), left
-    if best is None:
-        why = ", ".join(f"{count} by {rule}" for rule, count in lost.items() if count)
+    plain, before = _last_logits(model, others).log_softmax(-1), odds(checked)
+    lost: Counter[str] = Counter()
+    left: list[tuple[float, Direction]] = []
+    for layer, at in product(range(int(len(candidates) * _FIRST)), range(len(positions))):
+        vector = candidates[layer, at]
+        if not vector.any():  # the same tokens before anything was read
+            lost["zero"] += 1
+            continue
+        with erased(model, vector):
+            after, odds_left = _last_logits(model, others).log_softmax(-1), odds(checked)
+        with steered(model, vector, layer):
+            steering = odds(others)
+        kl = float((plain.exp() * (plain - after)).sum(-1).mean())
+        if not kl <= max_kl:
+            lost["KL"] += 1
+        elif not steering >= min_steering:
+            lost["steering"] += 1
+        else:
+            figures = {"kl": kl, "steering": steering, "log odds": before, "log odds when erased": odds_left}
+            about = {name: f"{value:.4g}" for name, value in figures.items()}
+            left.append((odds_left, Direction(vector.float(), layer, positions[at], about)))
+    if not left:
+        why = ", ".join(f"{count} by {rule}" for rule, count in lost.items())
         raise UserError(f"every direction fell out ({why}); allow a larger max_kl, or give more prompts and positions")
-    return best
+    return min(left, key=lambda one: one[0])[1]
 
 
-@contextmanager
-def erased(model: nn.Module, vector: Tensor, blocks: Sequence[nn.Module] | None = None) -> Iterator[None]:
+def erased(model: nn.Module, vector: Tensor) -> AbstractContextManager[None]:
     """While open, the residual stream has nothing along ``vector [D]`` before and after every block."""
 
     def project(layer: int, hidden: Tensor) -> Tensor:
@@ -172,21 +167,12 @@ def erased(model: nn.Module, vector: Tensor, blocks: Sequence[nn.Module] | None 
         less: Tensor = hidden - (hidden @ unit)[..., None] * unit
         return less
 
-    with _between(_blocks(model) if blocks is None else blocks, project):
-        yield
+    return _between_blocks(model, project)
 
 
-@contextmanager
-def steered(
-    model: nn.Module, vector: Tensor, layer: int, blocks: Sequence[nn.Module] | None = None
-) -> Iterator[None]:  # fmt: skip
+def steered(model: nn.Module, vector: Tensor, layer: int) -> AbstractContextManager[None]:
     """While open, ``vector [D]`` is added to every token of the residual stream that enters block ``layer``."""
-
-    def add(at: int, hidden: Tensor) -> Tensor:
-        return hidden + vector.to(hidden) if at == layer else hidden
-
-    with _between(_blocks(model) if blocks is None else blocks, add):
-        yield
+    return _between_blocks(model, lambda at, hidden: hidden + vector.to(hidden) if at == layer else hidden)
 
 
 def log_odds(logits: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -206,45 +192,36 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         for module in model.modules():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return list(module)
-    raise UserError(f"the blocks of {type(model).__name__} are not known; pass blocks=, its layers in order")
+    raise UserError(f"the blocks of {type(model).__name__} are not known; find directions in a decoder of transformers")
 
 
 @contextmanager
-def _between(blocks: Sequence[nn.Module], change: Change) -> Iterator[None]:
+def _between_blocks(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """While open, ``change(l, hidden [B, T, D])`` of what enters block l, and of what leaves the last as l = L."""
+    blocks = _blocks(model)
 
-    def enter(layer: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (change(layer, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(layer, kwargs["hidden_states"])}
+    def enter(layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(layer, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(layer, kwargs["hidden_states"])}
 
-        return hook
-
-    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+    def leave(block: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (change(len(blocks), output[0]), *output[1:])
         return change(len(blocks), output)
 
-    handles = [block.register_forward_pre_hook(enter(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    handles.append(blocks[-1].register_forward_hook(leave))
-    try:
+    with ExitStack() as hooks:
+        for layer, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True))
+        hooks.enter_context(blocks[-1].register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
-def _last_logits(model: nn.Module, prompts: Prompts, batch: int = 64) -> Tensor:
-    """Logits after the last token of each prompt, float64 ``[N, V]``; prompts of one length run together, unpadded."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    device = device_of(model)
-    found: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for length in lengths.unique().tolist():
-        for rows in (lengths == length).nonzero().flatten().split(batch):
-            ids = torch.stack([prompts[row] for row in rows.tolist()]).to(device)
-            logits = model(input_ids=ids).logits[:, -1].double().cpu()
-            for row, each in zip(rows.tolist(), logits, strict=True):
-                found[row] = each
-    return torch.stack(found)
+def _last_logits(model: nn.Module, prompts: Prompts) -> Tensor:
+    """Logits after the last token of each prompt, float64 ``[N, V]``, the shortest first: run together, unpadded."""
+    found = []
+    for length in sorted({len(prompt) for prompt in prompts}):
+        ids = torch.stack([prompt for prompt in prompts if len(prompt) == length]).to(device_of(model))
+        found += [model(input_ids=rows).logits[:, -1].double().cpu() for rows in ids.split(_BATCH)]
+    return torch.cat(found)
