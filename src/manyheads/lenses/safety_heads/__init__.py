@@ -33,7 +33,7 @@ OLMo 2) the score is of what goes into it. The paper's code has no part that ran
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ...call import Site
 from ...errors import UserError
-from ...heads import HeadTable
+from ...heads import Head, HeadTable
 from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
 from .ablate_rows import AblateRows
 from .ahd import HeadDropout, ahd_loss
@@ -68,7 +68,7 @@ class SafetyHeads(Lens):
 
     def __post_init__(self) -> None:
         if self.top < 1:
-            raise ValueError("top must be at least 1")
+            raise UserError(f"safety_heads: top counts heads and is at least 1, not {self.top}")
 
     def selects(self, site: Site) -> bool:
         """Everywhere but beside the decoder: an encoder, or a tower of pictures, has another residual stream."""
@@ -83,9 +83,7 @@ class SafetyHeads(Lens):
             length = along.shape[1]
             last = length - 1 - view.valid.flip(1).long().argmax(1)
             signed = along[torch.arange(len(along), device=along.device), last]
-            there = view.valid.any(1, keepdim=True)
-            for key, score in (("score", signed.abs()), ("signed", signed)):
-                view.memory.setdefault(key, RunningMean()).add(score, there, fresh=True)
+            view.memory.setdefault("signed", RunningMean()).add(signed, view.valid.any(1, keepdim=True), fresh=True)
 
     def _back(self, view: AttentionView) -> Tensor:
         """The unit direction through ``W_O^T``: float32 ``[H, dv]``."""
@@ -110,22 +108,19 @@ class SafetyHeads(Lens):
             return LensResult()
         direction = sites[0][1]["direction"]
         about = {"direction": self.direction, "layer": direction.layer, "position": direction.position}
-        score = table("written along the direction at the last token, magnitude", sites, "score", **about)
         signed = table("written along the direction at the last token", sites, "signed", **about)
-        prompts, known = len(score.values), int(np.isfinite(score.mean).sum())
-        top = max(1, min(self.top, known // 4))
+        score = replace(signed, name=f"{signed.name}, magnitude", values=np.abs(signed.values))
+        top = max(1, min(self.top, int(np.isfinite(score.mean).sum()) // 4))
         among = np.where(np.isfinite(score.values), 0.0, np.nan)
-        for i, heads in enumerate(_order(score, top)):
-            among[(i, *np.array(heads, dtype=int).reshape(-1, 2).T)] = 1.0
-        often = HeadTable(f"among the {top} heads that write most along the direction", score.sites, among, about,
-                          score.layers)  # fmt: skip
-        written = [
-            np.sum(rows, 0) for rows in zip(*(memory["written"].rows() for _, memory in sites), strict=True)
-        ]  # fmt: skip
+        for row, heads in zip(among, _order(score, top), strict=True):
+            for head in heads:
+                row[head] = 1.0
+        often = replace(score, name=f"among the {top} heads that write most along the direction", values=among)
+        written = zip(*(memory["written"].rows() for _, memory in sites), strict=True)
         return LensResult(
             tables={"score": score, "signed": signed, "frequency": often},
-            series={"written": written},
-            notes=_notes(score, often, prompts, known, top),
+            series={"written": [np.sum(rows, 0) for rows in written]},
+            notes=_notes(score, often, top),
         )
 
 
@@ -136,27 +131,29 @@ def ranked(scores: HeadTable, count: int) -> list[tuple[str, ...]]:
 
 def strength(scores: HeadTable, count: int = 8) -> "np.ndarray[Any, np.dtype[np.floating[Any]]]":
     """For each prompt the sum of its ``count`` greatest scores, ``[N]``: what a jailbreak lowers."""
-    flat = np.nan_to_num(scores.values.reshape(len(scores.values), -1))
-    total: np.ndarray[Any, np.dtype[np.floating[Any]]] = -np.sort(-flat, axis=1)[:, :count].sum(1)
+    total: np.ndarray[Any, np.dtype[np.floating[Any]]] = _descending(scores)[:, :count].sum(1)
     return total
 
 
-def _order(scores: HeadTable, count: int) -> list[list[tuple[int, int]]]:
-    one = (HeadTable("", scores.sites, values, {}, scores.layers) for values in scores.values)
-    return [each.top(count) for each in one]
+def _descending(scores: HeadTable) -> Any:
+    """The scores of each prompt, greatest first: ``[N, L * H]``."""
+    return -np.sort(-np.nan_to_num(scores.values.reshape(len(scores.values), -1)), axis=1)
 
 
-def _notes(score: HeadTable, often: HeadTable, prompts: int, known: int, top: int) -> list[str]:
+def _order(scores: HeadTable, count: int) -> list[list[Head]]:
+    return [replace(scores, values=values).top(count) for values in scores.values]
+
+
+def _notes(score: HeadTable, often: HeadTable, top: int) -> list[str]:
     """How few heads hold half of what is written, and which they are."""
-    flat = -np.sort(-np.nan_to_num(score.values.reshape(prompts, -1)), axis=1)
+    known, flat = int(np.isfinite(score.mean).sum()), _descending(score)
     flat = flat[flat.sum(1) > 0]
     if not len(flat):
         return [f"No head of {known} writes anything along the direction."]
     half = int(np.median((flat.cumsum(1) < flat.sum(1, keepdims=True) / 2).sum(1) + 1))
     share = float(np.median(flat[:, :top].sum(1) / flat.sum(1)))
-    named = [
-        f"{name} ({often.mean[head]:.0%})" for head in often.top(4) for name in often.names([head])
-    ]  # fmt: skip
+    first = often.top(4)
+    named = [f"{name} ({often.mean[head]:.0%})" for name, head in zip(often.names(first), first, strict=True)]
     return [
         f"Half of what {known} heads write along the direction at the last token comes from {half} of them; the first "
         f"{top} hold {share:.0%} (medians over {len(flat)} prompts).",

@@ -17,7 +17,7 @@ direction is still seen by the feed-forward layer of the same block, which the p
 architecture, prevents. Legend: N prompts, T tokens, D width, L blocks, P positions.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -80,6 +80,7 @@ class Direction:
         return Direction(vector, int(about.pop("layer", 0)), int(about.pop("position", -1)), about)
 
 
+@torch.no_grad()
 def difference_of_means(
     model: nn.Module, first: Prompts, second: Prompts, positions: Sequence[int] = (-1,)
 ) -> Tensor:  # fmt: skip
@@ -92,15 +93,12 @@ def difference_of_means(
     """
 
     def mean(prompts: Prompts) -> Tensor:
-        sums: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-
-        def keep(layer: int, hidden: Tensor) -> Tensor:
-            sums[layer] = sums[layer] + hidden[:, list(positions)].double().sum(0).cpu()
-            return hidden
-
-        with _between_blocks(model, keep):
-            _last_logits(model, prompts)
-        return torch.stack([sums[layer] for layer in range(len(sums) - 1)]) / len(prompts)
+        total: Any = 0.0
+        for ids in _batches(model, prompts):
+            entering = model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
+            total += torch.stack([hidden[:, list(positions)].double().sum(0).cpu() for hidden in entering])
+        mean: Tensor = total / len(prompts)
+        return mean
 
     return mean(first) - mean(second)
 
@@ -217,11 +215,14 @@ def _between_blocks(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -
         yield
 
 
+def _batches(model: nn.Module, prompts: Prompts) -> Iterator[Tensor]:
+    """Prompts of one length together ``[B, T]``, so that none is padded, the shortest first."""
+    for length in sorted({len(prompt) for prompt in prompts}):
+        alike = torch.stack([prompt for prompt in prompts if len(prompt) == length])
+        yield from alike.to(device_of(model)).split(_BATCH)
+
+
 @torch.no_grad()
 def _last_logits(model: nn.Module, prompts: Prompts) -> Tensor:
-    """Logits after the last token of each prompt, float64 ``[N, V]``, the shortest first: run together, unpadded."""
-    found = []
-    for length in sorted({len(prompt) for prompt in prompts}):
-        ids = torch.stack([prompt for prompt in prompts if len(prompt) == length]).to(device_of(model))
-        found += [model(input_ids=rows).logits[:, -1].double().cpu() for rows in ids.split(_BATCH)]
-    return torch.cat(found)
+    """Logits after the last token of each prompt, float64 ``[N, V]``, in the order of :func:`_batches`."""
+    return torch.cat([model(input_ids=ids).logits[:, -1].double().cpu() for ids in _batches(model, prompts)])
