@@ -77,6 +77,13 @@ def test_spaces_and_ranges():
     assert parse("keydiff:") == parse("keydiff") == type(strategy)()
 
 
+def test_parts_of_a_tuple_are_joined_by_plus():
+    assert parse("active_dormant:domains=code+prose").domains == ("code", "prose")
+    assert parse("token_maps:tokens=2+3").tokens == (2, 3)
+    assert parse("t5_attention_alignment:spread=.5").spread == (0.5,)
+    assert parse("ablate:heads=3.1+4.2").heads == ("3.1", "4.2")  # read by a check of its own
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -95,6 +102,7 @@ def test_spaces_and_ranges():
         ("keydiff:schedule=often", "schedule is prefill, chunk, step or a number"),
         ("keydiff:schedule=0", "schedule is prefill"),
         ("keydiff:sinks=-1", "cannot be negative"),
+        ("t5_attention_alignment:taus=.5+x", "taus=.5.x: .*number"),
         ("keydiff:budget=4,sinks=3,recent=2", "a budget of 4 slots cannot hold its 5 protected tokens"),
         ("", "."),
         (":budget=1", "."),

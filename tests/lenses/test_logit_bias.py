@@ -8,6 +8,7 @@ import torch
 
 import manyheads
 from manyheads.calls.weights import weights
+from manyheads.errors import UserError
 from oracles import models
 from tolerance import SAME, assert_close, error
 
@@ -74,3 +75,11 @@ def test_it_carries_gradients():
     with manyheads.use(model, "logit_bias:columns=2,amount=1"):
         model(input_ids=ids, labels=ids).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_a_head_that_is_not_there_is_refused():
+    model, ids = models.tiny("llama"), models.tokens(1, 5)
+    with pytest.raises(UserError, match="heads 0 to 3, not 9"), manyheads.use(model, "logit_bias:amount=1,heads=0.9"):
+        model(ids)
+    with manyheads.use(model, "logit_bias:amount=1,heads=0.3"):  # control: the last one is there
+        model(ids)

@@ -344,6 +344,10 @@ def test_refusals(tmp_path, saved):
     lens = SafetyHeads(direction=saved(random_direction(16)))
     with pytest.raises(UserError, match="find the direction on this model"), manyheads.watch(model, lens):
         model(ids)
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        manyheads.parse("safety_heads:top=0")
+    with pytest.raises(UserError, match="blocks of Linear are not known"), erased(torch.nn.Linear(2, 2), torch.ones(2)):
+        pass
     with pytest.raises(UserError, match="at least 8 tokens"):
         trigger_prompts(4, 5, 0.5, 40, torch.Generator())
 

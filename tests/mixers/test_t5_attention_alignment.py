@@ -11,10 +11,11 @@ from manyheads.attention.reference import causal_mask
 from manyheads.call import AttentionCall, Site
 from manyheads.integrations.transformers import find_sites
 from manyheads.mixers import _mixer
+from manyheads.mixers._mixer import edited
 from manyheads.mixers.t5_attention_alignment import AttentionAlignment, calibrate
 from manyheads.mixers.t5_attention_alignment.calibration import _solved, keys_seen, peakedness
 from manyheads.models.decoder import Decoder, DecoderConfig
-from manyheads.strategy import AttentionWatch
+from manyheads.strategy import AttentionEdit, AttentionWatch
 from oracles import models
 from tolerance import FORMULA, SAME, assert_close, error
 
@@ -326,6 +327,13 @@ def test_errors(spec, says):
         parse(f"t5_attention_alignment:{spec}")
 
 
+class Hides(AttentionEdit):
+    slug = "hides"
+
+    def edit(self, call):
+        return call.replace(mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
+
+
 def test_refusals():
     s = AttentionAlignment(trained=6)
     for c in (call(softcap=5.0), call(sinks=torch.zeros(4))):
@@ -333,5 +341,7 @@ def test_refusals():
             s.edit(c)
     with pytest.raises(UserError, match="no softmax mixer"), s.on(torch.nn.Linear(2, 2)):
         pass
+    with edited(decoder(), Hides()) as model, pytest.raises(UserError, match="edits the mask"):
+        model(models.tokens(1, 9))
     with pytest.raises(UserError, match="reads 96 tokens"):
         calibrate(s, decoder(), models.tokens(1, 50), [96])

@@ -16,7 +16,7 @@ of 1,024 heads carry the refusals of Llama 2, and jailbreaks work by lowering th
 Nothing here is about safety alone: the direction may be the difference between any two sets of prompts (two languages,
 two styles, true and false statements), :func:`find_direction` finds and saves one.
 
-    find_direction(model, first, second, answers=[token], check=(more, others)).save("refusal.safetensors")
+    find_direction(model, first, second, answers=[token], check=(more_first, more_second)).save("refusal.safetensors")
     with manyheads.watch(model, "safety_heads:direction=refusal.safetensors") as seen:
         model(**prompts)
     table = seen.compute().tables["score"]

@@ -93,12 +93,11 @@ def difference_of_means(
     """
 
     def mean(prompts: Prompts) -> Tensor:
-        total: Any = 0.0
+        total = torch.zeros((), dtype=torch.float64)
         for ids in _batches(model, prompts):
             entering = model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
-            total += torch.stack([hidden[:, list(positions)].double().sum(0).cpu() for hidden in entering])
-        mean: Tensor = total / len(prompts)
-        return mean
+            total = total + torch.stack([x[:, list(positions)].double().sum(0).cpu() for x in entering])
+        return total / len(prompts)
 
     return mean(first) - mean(second)
 
@@ -108,9 +107,6 @@ def find_direction(
     positions: Sequence[int] = (-1,), max_kl: float = 0.1, min_steering: float = 0.0,
 ) -> Direction:  # fmt: skip
     """The direction that parts ``first`` from ``second`` and that the answer hangs on.
-
-        found = find_direction(model, first, second, answers=[token], check=(more_first, more_second))
-        found.save("refusal.safetensors")
 
     Args:
         model: a transformers model, in evaluation mode.
@@ -159,13 +155,8 @@ def find_direction(
 
 def erased(model: nn.Module, vector: Tensor) -> AbstractContextManager[None]:
     """While open, the residual stream has nothing along ``vector [D]`` before and after every block."""
-
-    def project(layer: int, hidden: Tensor) -> Tensor:
-        unit = (vector / vector.norm()).to(hidden)
-        less: Tensor = hidden - (hidden @ unit)[..., None] * unit
-        return less
-
-    return _between_blocks(model, project)
+    unit = vector / vector.norm()
+    return _between_blocks(model, lambda _, hidden: hidden - (hidden @ unit.to(hidden))[..., None] * unit.to(hidden))
 
 
 def steered(model: nn.Module, vector: Tensor, layer: int) -> AbstractContextManager[None]:
@@ -177,8 +168,7 @@ def log_odds(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """``log P - log(1 - P)`` of any of ``tokens`` coming next, ``[N]`` of ``logits [N, V]``."""
     chosen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     chosen[list(tokens)] = True
-    odds: Tensor = logits[:, chosen].logsumexp(-1) - logits[:, ~chosen].logsumexp(-1)
-    return odds
+    return logits[:, chosen].logsumexp(-1) - logits[:, ~chosen].logsumexp(-1)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
