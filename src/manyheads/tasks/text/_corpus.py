@@ -101,11 +101,7 @@ class Corpus:
         text = [self._tokenizer.decode(ids[max(i - 1, 0) : i + 1].tolist()) for i in range(least, start + 1)]
         own = [self._tokenizer.decode([int(i)]) for i in ids[least : start + 1]]
         before = [whole[: len(whole) - len(alone.lstrip())] for whole, alone in zip(text, own, strict=True)]
-        for fits in (
-            lambda gap: gap.endswith("\n"),
-            lambda gap: gap.rstrip().endswith((".", "!", "?")) and gap[-1:].isspace(),
-            lambda gap: gap[-1:].isspace(),
-        ):
+        for fits in (_line_begins, _sentence_begins, _word_begins):
             if found := [least + i for i, gap in enumerate(before) if fits(gap)]:
                 return found[-1]
         return start
@@ -117,3 +113,16 @@ class Corpus:
             ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
             self._ids[i] = np.array(ids, np.int64)
         return self._ids[i]
+
+
+def _line_begins(gap: str) -> bool:
+    """Whether a line begins behind ``gap``: the text of one token, and the space before the next word."""
+    return gap.endswith("\n")
+
+
+def _sentence_begins(gap: str) -> bool:
+    return gap.rstrip().endswith((".", "!", "?")) and _word_begins(gap)
+
+
+def _word_begins(gap: str) -> bool:
+    return gap[-1:].isspace()
