@@ -12,7 +12,6 @@ from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
 from manyheads.lens import Lens, LensResult
 from manyheads.lenses.refined_massive_activations.dyt import DyT, ScaledEmbedding, with_dyt
-from manyheads.lenses.refined_massive_activations.extra_slot import ExtraSlot
 from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
 from manyheads.lenses.refined_massive_activations.tvr import TargetVariance, blocks_of, divide_by_depth
 from oracles import models
@@ -256,14 +255,16 @@ def test_dyt_refusals():
 
 
 def test_the_extra_slot_takes_its_share():
+    """Mass on a key that is no token, over the rows after the first, is that of a learned sink."""
     model = models.build("llama")
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.zero_()  # every key is attended to alike
-    shares = []
+    found = []
     for used in ((bias_of(model, std=0.0),), ()):
-        with manyheads.use(model, *used), manyheads.watch(model, ExtraSlot()) as seen, torch.no_grad():
+        with manyheads.use(model, *used), manyheads.watch(model, "active_dormant") as seen, torch.no_grad():
             model(models.tokens(2, 9))
-        shares.append(seen.compute().tables["extra slot"].values)
-    expected = torch.full(shares[0].shape, sum(1 / (t + 2) for t in range(1, 9)) / 8, dtype=torch.float64)
-    assert_close(torch.from_numpy(shares[0]), expected, SAME)
-    assert (shares[1] == 0).all()
+        found.append(seen.compute().tables)
+    share = torch.from_numpy(found[0]["learned"].values)
+    assert_close(share, torch.full_like(share, sum(1 / (t + 2) for t in range(1, 9)) / 8), SAME)
+    assert error(share, torch.full_like(share, sum(1 / (t + 2) for t in range(9)) / 9)) > 1e-2  # row 0 is no row
+    assert "learned" not in found[1]

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 __all__ = [
-    "Band", "Columns", "Distance", "Entropy", "WeightedSum", "MeanLogWeight", "Pooled", "ColumnSum", "Statistic",
+    "Band", "Columns", "ColumnSum", "Distance", "Entropy", "MeanLogWeight", "Pooled", "Rows", "Statistic",
+    "WeightedSum",
 ]  # fmt: skip
 
 
@@ -29,8 +30,8 @@ class Statistic(Protocol):
 
 
 @dataclass
-class _Rows:
-    """A statistic that has a value for each row.
+class Rows:
+    """Base of a statistic that has a value for each row.
 
     Its place is taken at once: small results between large blocks that come and go would cut the heap to pieces.
     """
@@ -49,7 +50,7 @@ class _Rows:
 
 
 @dataclass
-class WeightedSum(_Rows):
+class WeightedSum(Rows):
     """Sum over s of ``A[t, s] features[s]``: ``[B, H, T, F]``.
 
     Attributes:
@@ -63,7 +64,7 @@ class WeightedSum(_Rows):
 
 
 @dataclass
-class Columns(_Rows):
+class Columns(Rows):
     """The weights on a few columns: ``[B, H, T, C]``.
 
     Attributes:
@@ -77,7 +78,7 @@ class Columns(_Rows):
 
 
 @dataclass
-class Entropy(_Rows):
+class Entropy(Rows):
     """``-sum A log A`` of each row in nats, ``[B, H, T]``."""
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
@@ -86,7 +87,7 @@ class Entropy(_Rows):
 
 
 @dataclass
-class Distance(_Rows):
+class Distance(Rows):
     """Sum over s of ``A[t, s] (t - s)``, in columns: ``[B, H, T]``.
 
     An WeightedSum of the position has the rounding of the position itself; this one has that of the distance.
@@ -100,7 +101,7 @@ class Distance(_Rows):
 
 
 @dataclass
-class MeanLogWeight(_Rows):
+class MeanLogWeight(Rows):
     """Mean of ``log A[t, s]`` over the keys of a set that row t sees: ``[B, H, T, F]``, NaN where it sees none.
 
     The difference of two sets is that of their mean logits. By blocks, keys whose weight is 0 in float32 are not seen.
@@ -139,7 +140,7 @@ class ColumnSum:
 
 
 @dataclass
-class Band(_Rows):
+class Band(Rows):
     """Weights near the diagonal, by how far back they reach: with ``f = profile``,
 
         rows    ``sum over j of f[j] A[t, t - j]``,  ``[B, H, T]``

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..call import Site
-from ..calls.statistics import Entropy, Pooled, Statistic
-from ..lens import AttentionView, Lens, LensResult, Memory, RunningMean, table
+from ..calls.statistics import Entropy, Pooled, Rows, Statistic
+from ..lens import AttentionView, Lens, LensResult, Memory, table
 from ..strategy import Residual
 
 __all__ = ["FAR", "FIRST", "NEAR", "AttentionBreakdown", "HeadOutputNorm", "Parts"]
@@ -23,7 +23,7 @@ _REACH = 17  # distances that are near: 0 to 16
 
 
 @dataclass
-class Parts:
+class Parts(Rows):
     """How the mass of each row is shared: named columns, then by distance over all others, ``[B, H, T, F + 4]``.
 
     Attributes:
@@ -32,7 +32,6 @@ class Parts:
     """
 
     columns: Tensor
-    made: list[Tensor] = field(default_factory=list, init=False)
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
         size = rows.shape[3]
@@ -43,10 +42,7 @@ class Parts:
         band = free.gather(3, index.clamp(min=0).expand(*rows.shape[:2], -1, -1)) * (index >= 0)
         near = torch.stack([band[..., 0], band[..., 1], band[..., 2:].sum(-1)], -1)
         far = free.sum(-1, keepdim=True) - near.sum(-1, keepdim=True)
-        self.made.append(torch.cat([named, near, far.clamp(min=0)], -1))
-
-    def result(self) -> Tensor:
-        return torch.cat(self.made, 2)
+        self.put(torch.cat([named, near, far.clamp(min=0)], -1), start, length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +77,9 @@ class AttentionBreakdown(Lens):
         length, count = view.valid.shape[1], view.keys.long().cumsum(1)
         place = count[:, -length:] if view.call.site.causal else count[:, -1:].expand(-1, length)  # tokens to look at
         rows = (rows & (place > 1))[:, None]  # the first token attends to itself: no choice, no row
-        count = rows.sum(-1)
-        mass = (found["parts"] * rows[..., None]).sum(2)
         for i, name in enumerate(self.parts):
-            view.memory.setdefault(name, RunningMean()).add(mass[..., i], count, view.fresh)
-        even = place.clamp(min=2)[:, None].log()
-        entropy = ((found["entropy"] / even) * rows).sum(-1)
-        view.memory.setdefault("entropy", RunningMean()).add(entropy, count, view.fresh)
+            view.add_mean(name, found["parts"][..., i], rows)
+        view.add_mean("entropy", found["entropy"] / place.clamp(min=2)[:, None].log(), rows)
         if "map" in found:
             self._add_map(view.memory, found["map"].sum(0).cpu(), len(found["map"]))
 
@@ -124,9 +116,7 @@ class HeadOutputNorm(Lens, Residual):
         else:
             written = out.norm(dim=-1)
         memory["gram"] = gram
-        memory.setdefault("written", RunningMean()).add(
-            written.nan_to_num(0, 0, 0).sum(1), valid.sum(1)[:, None], view.fresh
-        )
+        view.add_mean("written", written.nan_to_num(0, 0, 0).transpose(1, 2), valid[:, None])
         bad = (~torch.isfinite(view.out)).flatten(2).any(-1) & valid
         memory["outputs"] = memory.get("outputs", 0) + int(bad.sum())
 

@@ -36,7 +36,7 @@ from ..call import AttentionCall, Site
 from ..calls.statistics import Statistic, WeightedSum
 from ..errors import UserError
 from ..heads import HeadTable
-from ..lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from ..lens import AttentionView, Lens, LensResult, Memory, table
 
 __all__ = ["Layout", "StrategyAttention", "layout", "paired_difference", "per_turn", "span_of", "sra"]
 
@@ -148,20 +148,19 @@ class StrategyAttention(Lens):
         return {"mass": WeightedSum(view.columns(self.span)[..., None].float())}
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
-        memory, fresh = view.memory, view.fresh
+        memory = view.memory
         count = view.columns(self.span).sum(1)
-        if not fresh and "count" in memory:  # a sliding window may have left some behind
+        if not view.fresh and "count" in memory:  # a sliding window may have left some behind
             count = torch.maximum(count, memory["count"])
         memory["count"] = count
-        rows = view.rows(self.rows)[:, None]
+        rows = view.rows(self.rows)
         weight = found["mass"][..., 0] / count[:, None, None].to(found["mass"].dtype).masked_fill(
             count[:, None, None] == 0, torch.nan
         )
         lift = weight * _reach(view.call, view.keys)[:, None]
         for name, value in (("sra", weight), ("lift", lift)):
-            memory.setdefault(name, RunningMean()).add(value.masked_fill(~rows, 0).sum(-1), rows.sum(-1), fresh)
-            mean = value.mean(1).masked_fill(~rows[:, 0], torch.nan)
-            memory.setdefault(f"{name} of tokens", PerToken()).add(mean, fresh)
+            view.add_mean(name, value, rows[:, None])
+            view.add_tokens(f"{name} of tokens", value.mean(1), rows)
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         names = {"sra": f"weight of a token of {self.span}", "lift": f"lift of {self.span} over uniform attention"}

@@ -13,8 +13,9 @@ of the block:
     switch sink on one domain minus sink on another
 
 Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. LensResult: tables ``sink``, ``gap``, ``drain``,
-``peak``; ``learned`` (mass that a learned sink logit takes, gpt-oss) where there is one; ``sink of X`` for each domain
-and ``switch`` where domains are named. The series ``sink`` is the mean over all heads for each token.
+``peak``; ``learned`` (mass on what is no token: a learned sink logit as in gpt-oss, or learned keys, which may take the
+sink's place) where there is any; ``sink of X`` for each domain and ``switch`` where domains are named. The series
+``sink`` is the mean over all heads for each token.
 
 Choices, where paper and code leave them open: s runs over the keys that the row sees; logits are taken after cap and
 bias, from the weights, so keys whose weight is below 1e-38 do not count; rows that do not see the first token (beyond
@@ -36,9 +37,9 @@ from torch import Tensor
 
 from ...attention.reference import repeat_kv
 from ...call import Site
-from ...calls.statistics import MeanLogWeight, Statistic, WeightedSum
+from ...calls.statistics import MeanLogWeight, Rows, Statistic, WeightedSum
 from ...heads import HeadTable
-from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean, table, table_of
 from ...strategy import Residual
 from .relu_attention import ReLUAttention, relu_weights
 from .report import notes
@@ -47,7 +48,7 @@ __all__ = ["ActiveDormant", "Gap", "ReLUAttention", "switch"]
 
 
 @dataclass
-class Gap:
+class Gap(Rows):
     """By how much the logit of the sink exceeds the logarithm of the mean of the others' exponentials, ``[B, H, T]``.
 
     NaN where either is not seen.
@@ -57,49 +58,27 @@ class Gap:
     """
 
     sink: Tensor
-    made: list[Tensor] = field(default_factory=list, init=False)
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
         seen = rows > 0
         parts = torch.stack([self.sink, ~self.sink], -1)[:, None].to(rows.dtype)
         mean = (rows @ parts) / (seen.to(rows.dtype) @ parts)  # 0 / 0 is NaN, on purpose
         sink, others = mean.log().unbind(-1)
-        self.made.append(sink - others)
-
-    def result(self) -> Tensor:
-        return torch.cat(self.made, 2)
-
-
-@dataclass
-class _Ratio:
-    """Quotient of two tallies."""
-
-    above: RunningMean
-    below: RunningMean
-
-    def mean(self) -> Any:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self.above.mean() / self.below.mean()
+        self.put(sink - others, start, length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActiveDormant(Lens, Residual):
-    """How much each head rests on the first token, how small its value is, and how large its residual stream.
-
-    Attributes:
-        sink: role of the tokens that are looked at as sinks; the first token of each row by default.
-        domains: two (or more) roles of queries to tell apart, as ``code+prose``.
-        gap: how the other logits are averaged.
-        attention: the model's own softmax, or ReLU for a model trained with it.
-        threshold: sink from which on the notes call a head dormant.
-    """
+    """How much each head rests on the first token, how small its value is, and how large its residual stream."""
 
     sink: str = field(default="bos", metadata={"help": "role of the tokens looked at as sinks"})
     domains: tuple[str, ...] = field(
         default=(), metadata={"help": "roles of tokens between which heads may switch, as code+prose"}
     )
     gap: Literal["mean", "lse"] = field(default="mean", metadata={"help": "how the other logits are averaged"})
-    attention: Literal["softmax", "relu"] = field(default="softmax", metadata={"help": "what makes the weights"})
+    attention: Literal["softmax", "relu"] = field(
+        default="softmax", metadata={"help": "what makes the weights"}
+    )
     threshold: float = field(default=0.5, metadata={"help": "the notes call a head with a larger sink dormant"})
 
     def statistics(self, view: AttentionView) -> dict[str, Statistic]:
@@ -117,39 +96,32 @@ class ActiveDormant(Lens, Residual):
         columns = view.columns(self.sink)
         newest = columns if view.cross else columns[:, -length:]
         counted = view.valid if view.cross else view.valid & ~newest  # rows t >= 1
-
-        def add(name: str, values: Tensor, rows: Tensor, fresh: bool = view.fresh) -> None:
-            """Sum ``values [B, H, T]`` over ``rows [B, T] or [B, H, T]``."""
-            rows = rows[:, None] if rows.ndim == 2 else rows
-            total = values.float().masked_fill(~rows, 0.0).sum(-1)
-            memory.setdefault(name, RunningMean()).add(total, rows.sum(-1), fresh)
-
-        mass, everything = (memory.pop("mass") if self.attention == "relu" else found["mass"]).unbind(-1)
-        add("sink", mass, counted)
+        rows = counted[:, None]
+        mass, everything = (memory.pop("mass") if self.attention == "relu" else found["mass"]).float().unbind(-1)
+        view.add_mean("sink", mass, rows)
         if "gap" in found:
             gap = found["gap"] if self.gap == "lse" else found["gap"][..., 0] - found["gap"][..., 1]
-            add("gap", gap, counted[:, None] & gap.isfinite())
-        if view.call.sinks is not None:
-            add("learned", 1 - everything, counted)
+            view.add_mean("gap", gap.float(), rows & gap.isfinite())
+        if self.attention == "softmax" and (view.call.sinks is not None or view.call.prepended):
+            view.add_mean("learned", 1 - everything, rows)
         for domain in self.domains:
-            add(f"sink of {domain}", mass, counted & view.rows(domain))
-        memory.setdefault("series", PerToken()).add(mass.mean(1).masked_fill(~counted, torch.nan), view.fresh)
+            view.add_mean(f"sink of {domain}", mass, rows & view.rows(domain)[:, None])
+        view.add_tokens("series", mass.mean(1), counted)
         if view.cross and not view.fresh:
             return  # the source was counted before
         values = view.call.v if view.cross else view.call.v[:, :, -length:]
         norms = repeat_kv(torch.linalg.vector_norm(values.float(), dim=-1, keepdim=True), view.call.q.shape[1])[..., 0]
         tokens = view.keys if view.cross else view.valid
-        add("value of sink", norms, newest & tokens)
-        add("value of others", norms, tokens & ~newest)
+        view.add_mean("value of sink", norms, (newest & tokens)[:, None])
+        view.add_mean("value of others", norms, (tokens & ~newest)[:, None])
         memory["now"] = None if view.cross else (newest & view.valid, counted, view.fresh)
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         if memory.get("now") is not None:  # else the block looks at another sequence first
-            norms = torch.linalg.vector_norm(hidden.detach().float(), dim=-1)
+            norms = torch.linalg.vector_norm(hidden.detach().float(), dim=-1)[:, None]
             sink, others, fresh = memory["now"]
             for name, rows in (("stream of sink", sink), ("stream of others", others)):
-                total = norms.masked_fill(~rows, 0.0).sum(1, keepdim=True)
-                memory.setdefault(name, RunningMean()).add(total, rows.sum(1, keepdim=True), fresh)
+                memory.setdefault(name, RunningMean()).add_rows(norms, rows[:, None], fresh)
         return hidden
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
@@ -157,8 +129,9 @@ class ActiveDormant(Lens, Residual):
 
         def ratio(name: str, of: str) -> HeadTable:
             kept = [(site, memory) for site, memory in sites if f"{of} of sink" in memory]
-            pairs = [(s, {of: _Ratio(m[f"{of} of sink"], m[f"{of} of others"])}) for s, m in kept]
-            return table(name, pairs, of, **about)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                rows = [memory[f"{of} of sink"].mean() / memory[f"{of} of others"].mean() for _, memory in kept]
+            return table_of(name, [site for site, _ in kept], rows, **about)
 
         made = LensResult()
         made.tables["sink"] = table("attention on the first token", sites, "sink", **about)
@@ -188,12 +161,11 @@ def switch(first: HeadTable, second: HeadTable) -> HeadTable:
         first: sinks, of the rows of a domain or of prompts of it.
         second: likewise.
     """
-    known = [np.isfinite(t.values).any((1, 2)) for t in (first, second)]
-    if first.values.shape == second.values.shape and all(k.all() for k in known) and first.about == second.about:
+    known = all(np.isfinite(of.values).any((1, 2)).all() for of in (first, second))
+    if known and first.values.shape == second.values.shape and first.about == second.about:
         return first.minus(second)
-    return HeadTable(
-        f"{first.name} minus {second.name}", first.sites, first.mean - second.mean, first.about, first.layers
-    )
+    name = f"{first.name} minus {second.name}"
+    return HeadTable(name, first.sites, first.mean - second.mean, first.about, first.layers)
 
 
 def _over_layers(sites: Sequence[tuple[Site, Memory]]) -> list[Any]:

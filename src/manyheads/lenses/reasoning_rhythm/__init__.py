@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from ...call import Site
@@ -107,13 +106,11 @@ class ReasoningRhythm(Lens):
         column = torch.arange(size - length, size, device=mass.device)
         of_first = on_first * (column - view.first().int().argmax(1)[:, None])[:, None]
         response = view.rows("response")
-
-        def total(x: Tensor) -> Tensor:
-            return x.masked_fill(~response[:, None], 0).sum(-1)
-
-        memory.setdefault("span", RunningMean()).add(total(distance), response.sum(-1)[:, None], fresh)
-        memory.setdefault("beyond", RunningMean()).add(total(distance - of_first), total(mass - on_first), fresh)
-        memory.setdefault("first", RunningMean()).add(total(on_first), response.sum(-1)[:, None], fresh)
+        rows = response[:, None]
+        view.add_mean("span", distance, rows)
+        view.add_mean("first", on_first, rows)
+        spans, weights = (x.masked_fill(~rows, 0).sum(-1) for x in (distance - of_first, mass - on_first))
+        memory.setdefault("beyond", RunningMean()).add(spans, weights, fresh)
         waad = (self.window * mass - found["near"][0]).masked_fill(~view.valid[:, None], torch.nan)
         memory.setdefault("waad", PerToken()).add(waad.transpose(1, 2), fresh)
         memory.setdefault("tokens", PerToken()).add(torch.stack([view.valid, response], -1).float(), fresh)

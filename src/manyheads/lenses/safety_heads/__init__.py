@@ -43,7 +43,7 @@ from torch import Tensor
 from ...call import Site
 from ...errors import UserError
 from ...heads import Head, HeadTable
-from ...lens import AttentionView, Lens, LensResult, Memory, PerToken, RunningMean, table
+from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean, table
 from .ablate_rows import AblateRows
 from .ahd import HeadDropout, ahd_loss
 from .refusal_direction import Direction, difference_of_means, erased, find_direction, steered
@@ -77,8 +77,7 @@ class SafetyHeads(Lens):
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         along = torch.einsum("bthd,hd->bth", view.out.float(), self._back(view))
-        total = along.sum(-1).masked_fill(~view.valid, torch.nan)
-        view.memory.setdefault("written", PerToken()).add(total, view.fresh)
+        view.add_tokens("written", along.sum(-1), view.valid)
         if view.fresh:
             length = along.shape[1]
             last = length - 1 - view.valid.flip(1).long().argmax(1)

@@ -40,7 +40,6 @@ class _Trained:
 
     model: Any
     strategies: tuple[Strategy, ...]
-    biased: bool  # whether a KV bias is among them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ class BigramBackcopy(TrainedTask):
                 model, draw, next_token_loss, budget=self.steps, optimizers=[optimizer],
                 schedule=decay("none", warmup=_WARM), bf16=False, on_step=told(run, unit, self.steps),
             )  # fmt: skip
-        return _Trained(model, tuple(acting), bool(given.get("kv_bias")))
+        return _Trained(model, tuple(acting))
 
 
 def _language(letters: str) -> Language:
@@ -198,13 +197,12 @@ def _seen(made: _Trained, language: Language, ids: Tensor) -> Iterator[tuple[str
     import manyheads
 
     from ...lenses.active_dormant import ReLUAttention
-    from ...lenses.refined_massive_activations.extra_slot import ExtraSlot
 
     relu = any(isinstance(strategy, ReLUAttention) for strategy in made.strategies)
-    lenses: list[Any] = [
+    lenses = [
         f"active_dormant:domains={_TRIGGERS}+{_OTHERS}" + (",attention=relu" if relu else ""),
-        "refined_massive_activations", *([ExtraSlot()] if made.biased else []),
-    ]  # fmt: skip
+        "refined_massive_activations",
+    ]
     copies = language.copies(ids)
     roles = manyheads.TokenSpans({_TRIGGERS: _spans(copies), _OTHERS: _spans(~copies)})
     with contextlib.ExitStack() as stack, torch.no_grad():
@@ -221,8 +219,8 @@ def _seen(made: _Trained, language: Language, ids: Tensor) -> Iterator[tuple[str
     worst = int(sizes["max / median"].mean[:, 0].argmax())
     yield "largest", "", sizes["max"].values[:, worst, 0]
     yield "ratio", "", sizes["max / median"].values[:, worst, 0]
-    if made.biased:
-        yield "extra_slot", "", found[2].tables["extra slot"].values.mean((1, 2))
+    if "learned" in sinks:
+        yield "extra_slot", "", sinks["learned"].values.mean((1, 2))
 
 
 def _losses(made: _Trained, language: Language, ids: Tensor, *more: str) -> dict[str, Any]:
