@@ -76,9 +76,7 @@ class ActiveDormant(Lens, Residual):
         default=(), metadata={"help": "roles of tokens between which heads may switch, as code+prose"}
     )
     gap: Literal["mean", "lse"] = field(default="mean", metadata={"help": "how the other logits are averaged"})
-    attention: Literal["softmax", "relu"] = field(
-        default="softmax", metadata={"help": "what makes the weights"}
-    )
+    attention: Literal["softmax", "relu"] = field(default="softmax", metadata={"help": "what makes the weights"})
     threshold: float = field(default=0.5, metadata={"help": "the notes call a head with a larger sink dormant"})
 
     def statistics(self, view: AttentionView) -> dict[str, Statistic]:

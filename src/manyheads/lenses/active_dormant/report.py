@@ -48,8 +48,9 @@ def notes(tables: dict[str, HeadTable], threshold: float, domains: Sequence[str]
         peak = means["peak"][:, 0]
         at = int(np.nanargmax(peak))
         made.append(
-            f"The first token's residual stream stands out most after layer {tables['peak'].layers[at]}, where its norm "
-            f"is {peak[at]:.1f} times that of the other tokens; in the median layer {np.nanmedian(peak):.1f} times."
+            f"The first token's residual stream stands out most after layer {tables['peak'].layers[at]}, where its "
+            f"norm is {peak[at]:.1f} times that of the other tokens; in the median layer {np.nanmedian(peak):.1f}"
+            " times."
         )
     if "learned" in means:
         learned = np.nanmean(means["learned"])

@@ -31,10 +31,12 @@ Of a prompt's entries the ``keep`` largest of each block are at hand for spikes 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -45,9 +47,8 @@ from ...errors import UserError
 from ...lens import Lens, LensResult, Memory, PerToken, table_of
 from ...strategy import BlockParts
 from .dyt import with_dyt
-from .extremes import Extremes, medians
+from .extremes import Extremes, Means, joined, massive, means, most_common, name_tokens, spikes
 from .kv_bias import KVBias
-from .spikes import Means, massive, means, most_common, name_tokens, read_means, spikes
 from .tvr import TargetVariance
 from .writers import writer_of
 
@@ -61,15 +62,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedMassiveActivations(Lens, BlockParts):
-    """Finds massive activations; replaces them in the blocks named, if asked to.
-
-    Attributes:
-        threshold: magnitude that an entry must exceed.
-        ratio: multiple of the median magnitude that it must reach.
-        keep: largest entries kept of each prompt and block.
-        intervene: what massive entries become; anything but ``none`` needs ``layers``, the first affected one.
-        means: for ``intervene=mean``: a file, or the value, made from :func:`means`.
-    """
+    """Finds massive activations; replaces them in the blocks named, the first affected one, if asked to."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
 
@@ -100,99 +93,104 @@ class RefinedMassiveActivations(Lens, BlockParts):
     def reads_parts(self) -> bool:
         return not self.edits_model
 
+    @torch.no_grad()
     def parts(self, site: Site, before: Tensor, parts: dict[str, Tensor], hidden: Tensor, memory: Memory) -> None:
         """Keep which module wrote the largest entry of each prompt."""
-        shared, length = memory["shared"], hidden.shape[1]
+        shared = memory["shared"]
         kept: list[list[tuple[float, str | None]]] = memory.setdefault("writers", [])
         if shared["fresh"] or not kept:
             kept.append([(0.0, None)] * len(hidden))
-        valid = shared["valid"].to(hidden.device)[:, -length:]
-        size, at = hidden.detach().abs().masked_fill(~valid[..., None], 0).flatten(1).max(1)
+        valid = shared["valid"].to(hidden.device)[:, shared["start"] :]
+        size, at = hidden.abs().masked_fill(~valid[..., None], 0).flatten(1).max(1)
         for row, (value, place) in enumerate(zip(size.tolist(), at.tolist(), strict=True)):
             if value > kept[-1][row][0]:
                 token, channel = divmod(place, hidden.shape[2])
-                given = {name: part[row, token].detach() for name, part in parts.items()}
-                writer = writer_of(before[row, token].detach(), hidden[row, token].detach(), given, channel)
-                kept[-1][row] = value, writer
+                given = {name: part[row, token] for name, part in parts.items()}
+                kept[-1][row] = value, writer_of(before[row, token], hidden[row, token], given, channel)
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
-        shared, length = memory["shared"], hidden.shape[1]
-        history, before, fresh = shared["valid"].to(hidden.device), shared["start"], shared["fresh"]
-        valid, positions = history[:, before:], (history.long().cumsum(1) - 1)[:, before:]
+        shared, seen = memory["shared"], hidden.detach()
+        history, start, fresh = shared["valid"].to(hidden.device), shared["start"], shared["fresh"]
+        valid, positions = history[:, start:], (history.long().cumsum(1) - 1)[:, start:]
         prompts: list[Extremes] = memory.setdefault("prompts", [])
-        seen = hidden.detach()
         if fresh or not prompts:
             if prompts:
                 prompts[-1].close()
             prompts.append(Extremes(self.keep))
-        prompts[-1].add(seen, valid, torch.arange(before, before + length, device=hidden.device), positions)
+        prompts[-1].add(seen, valid, torch.arange(start, history.shape[1], device=hidden.device), positions)
         exact = torch.promote_types(seen.dtype, torch.float32)
         norm = torch.linalg.vector_norm(seen, dim=-1, dtype=exact).masked_fill(~valid, torch.nan)
         memory.setdefault("norm", PerToken()).add(norm, fresh)
         if not self.edits_model:
             return hidden
-        median = medians(seen, valid) if fresh else prompts[-1].median()
-        hits = massive(seen, valid, median, self.threshold, self.ratio)
-        memory["detected"] = memory.get("detected", 0) + int(hits.sum())
-        if self.intervene == "zero":
-            return hidden.masked_fill(hits, 0.0) if hits.any() else hidden
-        start, other = self._means(site, hidden, memory)
-        by = torch.where((positions == 0)[..., None], start, other)
-        hits &= by.isfinite()
-        memory["replaced"] = memory.get("replaced", 0) + int(hits.sum())
-        return torch.where(hits, by.to(hidden.dtype), hidden) if hits.any() else hidden
+        hits = massive(seen, valid, prompts[-1].median(), self.threshold, self.ratio)
+        by = hidden.new_zeros(1)
+        if self.intervene == "mean":
+            start_mean, other_mean = self._means(site, hidden, memory)
+            by = torch.where((positions == 0)[..., None], start_mean, other_mean)
+        replaced = hits & by.isfinite()
+        for name, which in (("detected", hits), ("replaced", replaced)):
+            memory[name] = memory.get(name, 0) + int(which.sum())
+        return torch.where(replaced, by.to(hidden.dtype), hidden) if replaced.any() else hidden
 
     def _means(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         """Values for starting and other tokens, float32 ``[2, D]``, NaN where there is none."""
         if "means" not in memory:
+            given = self.means
+            if isinstance(given, str):
+                try:
+                    given = json.loads(Path(given).read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    advice = "write json.dump(means(result), file)"
+                    raise UserError(f"means={given} cannot be read ({error}); {advice}") from error
             made = torch.full((2, hidden.shape[2]), torch.nan)
             for row, kind in enumerate(("start", "other")):
-                for channel, value in read_means(self.means).get(site.name, {}).get(kind, {}).items():
+                for channel, value in given.get(site.name, {}).get(kind, {}).items():
                     made[row, int(channel)] = value
             memory["means"] = made.to(hidden.device)
         found: Tensor = memory["means"]
         return found
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
-        seen = [(site, memory) for site, memory in sites if memory.get("prompts")]
-        if not seen:
+        sites = [(site, memory) for site, memory in sites if memory.get("prompts")]
+        if not sites:
             raise UserError("no block was seen: the model did not run, or its attention stands in no list of blocks")
-        made, blocks = LensResult(), [site for site, _ in seen]
-        scores = [_scores(memory) for _, memory in seen]
+        made, blocks, scores = LensResult(), [site for site, _ in sites], [_scores(memory) for _, memory in sites]
         for name in scores[0]:
             rows = [each[name] for each in scores]
             made.tables[name] = table_of(name, blocks, rows, threshold=self.threshold, ratio=self.ratio)
         made.records["spikes"] = [
-            spike for site, memory in seen for spike in spikes(site, memory["prompts"], self.threshold, self.ratio)
+            spike
+            for layer, (site, memory) in zip(made.tables["max"].layers, sites, strict=True)
+            for spike in spikes(site.name, layer, memory["prompts"], self.threshold, self.ratio)
         ]
         largest, middle = (made.tables[name].mean[:, 0] for name in ("max", "median"))
         affected = np.flatnonzero((largest > self.threshold) & (largest >= self.ratio * middle))
-        most = int(np.nanargmax(np.append(largest / middle, 0.0)[:-1])) if np.isfinite(largest / middle).any() else 0
-        at = int(affected[0]) if len(affected) else most
-        made.series[f"norm after {seen[at][0].name}"] = seen[at][1]["norm"].rows()
-        wrote = Counter(name for part in seen[at][1].get("writers", ()) for _, name in part if name)
-        made.notes = self._notes(made, affected, at, wrote.most_common(1)[0][0] if wrote else None)
-        for site, memory in seen:
-            if self.edits_model:
-                count, done = memory.get("detected", 0), memory.get("replaced", memory.get("detected", 0))
-                made.notes.append(f"{site.name}: {done} of {count} massive entries were set to {self.intervene}.")
+        at = int(affected[0]) if len(affected) else int(np.nan_to_num(largest / middle, nan=-1.0).argmax())
+        site, memory = sites[at]
+        made.series[f"norm after {site.name}"] = memory["norm"].rows()
+        writers = Counter(name for part in memory.get("writers", ()) for _, name in part if name).most_common(1)
+        made.notes = self._notes(made, len(affected), at, f" (written by {writers[0][0]})" if writers else "")
+        if self.edits_model:
+            made.notes += [
+                f"{site.name}: {memory['replaced']} of {memory['detected']} massive entries were set to "
+                f"{self.intervene}."
+                for site, memory in sites
+            ]
         return made
 
-    def _notes(self, made: LensResult, affected: Any, at: int, writer: str | None) -> list[str]:
-        """What a reader should know, from the figures; ``writer`` is the module that wrote the largest entries."""
+    def _notes(self, made: LensResult, affected: int, at: int, writer: str) -> list[str]:
+        """What a reader should know of the block ``at`` and of all, from the figures."""
         tables, layers = made.tables, made.tables["max"].layers
         largest, times, first = (tables[name].mean[at, 0] for name in ("max", "max / median", "first / others"))
-        where = f"layer {layers[at]}" + (f" (written by {writer})" if writer else "")
-        if len(affected):
-            notes = [
-                f"Massive activations in {len(affected)} of {len(layers)} layers, first in {where}: up to "
-                f"{largest:.4g}, {times:,.0f} times the median."
-            ]
-        else:
-            notes = [
-                f"No layer has massive activations (above {self.threshold:g} and {self.ratio:g} times the median); "
-                f"the greatest ratio is {times:,.0f} times the median, {largest:.4g} in {where}."
-            ]
+        where = f"layer {layers[at]}{writer}"
+        notes = [
+            f"Massive activations in {affected} of {len(layers)} layers, first in {where}: up to {largest:.4g}, "
+            f"{times:,.0f} times the median."
+            if affected
+            else f"No layer has massive activations (above {self.threshold:g} and {self.ratio:g} times the median); "
+            f"the greatest ratio is {times:,.0f} times the median, {largest:.4g} in {where}."
+        ]
         if math.isfinite(first):
             notes.append(f"There the first token's norm is {first:.3g} times that of the others.")
         if found := made.records["spikes"]:
@@ -208,12 +206,12 @@ class RefinedMassiveActivations(Lens, BlockParts):
 
 def _scores(memory: Memory) -> dict[str, Any]:
     """Scores of one block by the name of their table, ``[N]``, a value for each prompt."""
-    largest = torch.cat([part.values[:, 0].abs() for part in memory["prompts"]])
-    median = torch.cat([part.median() for part in memory["prompts"]])
-    largest = largest.masked_fill(median.isnan(), torch.nan)  # a prompt without tokens
+    median, values, *_ = joined(memory["prompts"])
+    largest = values[:, 0].abs().masked_fill(median.isnan(), torch.nan)  # a prompt without tokens
     peaks = []
     for norms in memory["norm"].rows():
         known = norms[np.isfinite(norms)]
-        peaks.append(known[0] / known[1:].mean() if len(known) > 1 and known[1:].mean() > 0 else math.nan)
+        others = known[1:].mean() if len(known) > 1 else 0.0
+        peaks.append(known[0] / others if others > 0 else math.nan)
     scores = {"max": largest, "median": median, "max / median": largest / median}
     return {name: x.double().cpu().numpy() for name, x in scores.items()} | {"first / others": np.array(peaks)}

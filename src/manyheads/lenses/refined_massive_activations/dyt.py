@@ -16,7 +16,6 @@ has a weight of one dimension is exchanged, norms of queries and keys too. What 
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from .tvr import blocks_of
 
 __all__ = ["DyT", "ScaledEmbedding", "with_dyt"]
 
@@ -44,12 +44,13 @@ class DyT(nn.Module):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """An embedding times one learned number; ``weight`` is the parameter it was made with, so that ties hold."""
+    """``table`` times one learned number, at first sqrt(D); its weight stays the same parameter, so that ties hold."""
 
-    def __init__(self, weight: nn.Parameter, scale: float, padding_idx: int | None = None) -> None:
-        super().__init__(weight.shape[0], weight.shape[1], padding_idx, _weight=weight)
+    def __init__(self, table: nn.Embedding) -> None:
+        weight = cast("nn.Parameter", table.weight)
+        super().__init__(*weight.shape, table.padding_idx, _weight=weight)
         self.weight = weight
-        self.scale = nn.Parameter(torch.full((1,), scale, device=weight.device, dtype=weight.dtype))
+        self.scale = nn.Parameter(weight.new_full((1,), weight.shape[1] ** 0.5))
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * self.scale
@@ -62,9 +63,8 @@ def with_dyt(
 
     Args:
         model: a transformers model (LlamaRMSNorm, Qwen3RMSNorm, nn.LayerNorm, ...), untrained.
-        alpha: of norms in blocks.
-        final_alpha: of norms outside of them.
-        scale_embedding: multiply the token embedding by a learned number that starts at sqrt(D).
+        alpha: of norms in blocks; final_alpha: of those outside.
+        scale_embedding: multiply the token embedding, see :class:`ScaledEmbedding`.
 
     Returns:
         Names of the modules exchanged.
@@ -72,33 +72,24 @@ def with_dyt(
     Raises:
         UserError: the model has no norm that is known, or no token embedding.
     """
-    norms = [(name, module) for name, module in model.named_modules() if _is_norm(module)]
-    if not norms:
+    weights: dict[str, Any] = {
+        name: getattr(module, "weight", None)
+        for name, module in model.named_modules()
+        if _NORM.search(type(module).__name__)
+    }
+    weights = {
+        name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter) and weight.ndim == 1
+    }
+    if not weights:
         raise UserError(f"{type(model).__name__} has no RMSNorm or LayerNorm with a weight to be replaced by DyT")
-    parts = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    for name, norm in norms:
-        inside = any(name.startswith(f"{part}.") for part in parts)
-        weight: Any = norm.weight
-        made = DyT(weight.shape[0], alpha if inside else final_alpha).to(weight.device, weight.dtype)
-        _put(model, name, made)
+    inside = {module for block in blocks_of(model) for module in block.modules()}
+    for name, weight in weights.items():
+        made = DyT(len(weight), alpha if model.get_submodule(name) in inside else final_alpha)
+        model.set_submodule(name, made.to(weight.device, weight.dtype).train(model.training))
     if scale_embedding:
         table = getattr(model, "get_input_embeddings", lambda: None)()
         if not isinstance(table, nn.Embedding):
             raise UserError(f"{type(model).__name__} has no token embedding to scale: pass scale_embedding=False")
         name = next(name for name, module in model.named_modules() if module is table)
-        _put(
-            model,
-            name,
-            ScaledEmbedding(cast("nn.Parameter", table.weight), math.sqrt(table.embedding_dim), table.padding_idx),
-        )
-    return [name for name, _ in norms]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return bool(_NORM.search(type(module).__name__)) and isinstance(weight, nn.Parameter) and weight.ndim == 1
-
-
-def _put(model: nn.Module, name: str, made: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, made.train(model.training))
+        model.set_submodule(name, ScaledEmbedding(table).train(model.training))
+    return list(weights)

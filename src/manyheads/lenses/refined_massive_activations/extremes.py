@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The residual stream in one pass: the largest entries of each prompt, the median of their size, norms of tokens.
+"""Massive entries of the residual stream: which they are, their records, and means by channel, all in one pass.
 
 A hidden state is never kept. What is kept of a prompt while its tokens come, in one forward or one by one, is its few
 largest entries and how often each size occurs, a size being a magnitude in 16 bits. The median is thus exact in
@@ -12,16 +12,29 @@ Legend: B prompts, T tokens, D channels, K entries kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Extremes", "medians"]
+from ...lens import LensResult
+
+__all__ = ["Extremes", "Means", "joined", "massive", "means", "medians", "most_common", "name_tokens", "spikes"]
+
+Means = dict[str, dict[str, dict[str, float]]]  # site -> start or other -> channel -> value
 
 _CHUNK = 2**24  # entries looked at at once
 _SIZES = 2**15  # magnitudes in 16 bits
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def massive(hidden: Tensor, valid: Tensor, median: Tensor, threshold: float = 100.0, ratio: float = 1000.0) -> Tensor:
+    """Which entries are massive: ``hidden [B, T, D]``, ``valid [B, T]``, ``median [B]`` -> bool ``[B, T, D]``."""
+    size = hidden.abs()
+    return (size > threshold) & (size >= ratio * median[:, None, None]) & valid[..., None]
 
 
 def medians(hidden: Tensor, valid: Tensor) -> Tensor:
@@ -33,7 +46,6 @@ def medians(hidden: Tensor, valid: Tensor) -> Tensor:
     return torch.stack([x.median().float() if len(x) else torch.full((), torch.nan).to(x.device) for x in made])
 
 
-@dataclass
 class Extremes:
     """What is kept of the prompts of one batch, as their tokens come.
 
@@ -43,14 +55,16 @@ class Extremes:
         columns: their places in the row, padding counted; positions: among the tokens; channels: ``[B, K]`` each.
     """
 
-    count: int
-    values: Tensor = field(init=False)
-    columns: Tensor = field(init=False)
-    positions: Tensor = field(init=False)
-    channels: Tensor = field(init=False)
-    _sizes: Tensor | None = field(default=None, init=False)  # [B, 2^15] how often each magnitude occurs
-    _median: Tensor | None = field(default=None, init=False)  # [B], of what came in one forward
-    _dtype: torch.dtype = field(default=torch.bfloat16, init=False)
+    values: Tensor
+    columns: Tensor
+    positions: Tensor
+    channels: Tensor
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._sizes: Tensor | None = None  # [B, 2^15] how often each magnitude occurs
+        self._median: Tensor | None = None  # [B], where it is known without them
+        self._dtype = torch.bfloat16
 
     def add(self, hidden: Tensor, valid: Tensor, columns: Tensor, positions: Tensor) -> None:
         """Take in more tokens.
@@ -61,40 +75,30 @@ class Extremes:
             columns: ``[T]`` places in the row.
             positions: ``[B, T]`` places among the tokens of the row.
         """
-        batch, length, width = hidden.shape
-        first = self._sizes is None
-        if first:
-            self.values = torch.zeros(batch, self.count, device=hidden.device)
-            self.columns, self.positions, self.channels = (
-                torch.zeros(batch, self.count, dtype=torch.long, device=hidden.device) for _ in range(3)
-            )
-            self._sizes = torch.zeros(batch, _SIZES, dtype=torch.long, device=hidden.device)
-            self._dtype = hidden.dtype if hidden.dtype in _HALF else torch.bfloat16
-        self._median = medians(hidden, valid) if first and hidden.dtype not in _HALF else None
-        step = max(1, _CHUNK // width)
-        for row in range(batch):
-            for t in range(0, length, step):
-                here = valid[row, t : t + step]
-                self._take(
-                    row, hidden[row, t : t + step][here], columns[t : t + step][here],
-                    positions[row, t : t + step][here],
-                )  # fmt: skip
-
-    def _take(self, row: int, hidden: Tensor, columns: Tensor, positions: Tensor) -> None:
-        """Tokens ``[N, D]`` of one prompt."""
-        assert self._sizes is not None
-        size = hidden.abs()
-        bits = size.to(self._dtype).view(torch.int16).flatten() & 0x7FFF  # a NaN may come back with a sign
-        self._sizes[row] += torch.bincount(bits, minlength=_SIZES)
-        flat = size.flatten()
-        best = flat.topk(min(self.count, len(flat))).indices
-        token, channel = best // hidden.shape[1], best % hidden.shape[1]
-        values = torch.cat([self.values[row], hidden[token, channel].float()])
-        # Those kept come first, and the sort is stable: of equals the earlier one stays, in whatever pieces they came.
-        order = values.abs().sort(descending=True, stable=True).indices[: self.count]
-        self.values[row] = values[order]
-        for kept, new in ((self.columns, columns[token]), (self.positions, positions[token]), (self.channels, channel)):
-            kept[row] = torch.cat([kept[row], new])[order]
+        shape, device, half = (len(hidden), self.count), hidden.device, hidden.dtype in _HALF
+        self._median = medians(hidden, valid) if self._sizes is None and not half else None
+        if self._sizes is None:
+            self.values = torch.zeros(shape, device=device)
+            self.columns, self.positions, self.channels = torch.zeros(3, *shape, dtype=torch.long, device=device)
+            self._sizes = torch.zeros(len(hidden), _SIZES, dtype=torch.long, device=device)
+            self._dtype = hidden.dtype if half else torch.bfloat16
+        for row, real in enumerate(valid):
+            for tokens in real.nonzero()[:, 0].split(max(1, _CHUNK // hidden.shape[2])):
+                part = hidden[row, tokens]
+                size = part.abs().flatten()
+                bits = size.to(self._dtype).view(torch.int16) & 0x7FFF  # a NaN may come back with a sign
+                self._sizes[row] += torch.bincount(bits, minlength=_SIZES)
+                best = size.topk(min(self.count, len(size))).indices
+                token, channel = best // hidden.shape[2], best % hidden.shape[2]
+                values = torch.cat([self.values[row], part[token, channel].float()])
+                # Those kept come first, and the sort is stable: of equals the earlier one stays, whatever the pieces.
+                order = values.abs().sort(descending=True, stable=True).indices[: self.count]
+                self.values[row] = values[order]
+                for kept, new in (
+                    (self.columns, columns[tokens[token]]), (self.positions, positions[row, tokens[token]]),
+                    (self.channels, channel),
+                ):  # fmt: skip
+                    kept[row] = torch.cat([kept[row], new])[order]
 
     def median(self) -> Tensor:
         """Median magnitude of each prompt so far, float32 ``[B]``; NaN where it has no tokens."""
@@ -102,12 +106,78 @@ class Extremes:
             return self._median
         assert self._sizes is not None
         total = self._sizes.cumsum(1)
-        middle = (total[:, -1:] + 1) // 2
-        found = (total < middle).sum(1).clamp(max=_SIZES - 1)
+        found = (total < (total[:, -1:] + 1) // 2).sum(1).clamp(max=_SIZES - 1)
         values = found.to(torch.int16).view(self._dtype).float()
         return values.masked_fill(total[:, -1] == 0, torch.nan)
 
     def close(self) -> None:
         """No more tokens will come: keep the median only."""
         self._median = self.median()
-        self._sizes = self._sizes[:, :0] if self._sizes is not None else None
+        self._sizes = None
+
+
+def joined(prompts: Sequence[Extremes]) -> tuple[Tensor, ...]:
+    """Of all prompts: medians ``[N]``; values, columns, positions and channels ``[N, K]``."""
+    kept = ((part.median(), part.values, part.columns, part.positions, part.channels) for part in prompts)
+    return tuple(torch.cat(parts) for parts in zip(*kept, strict=True))
+
+
+def spikes(site: str, layer: int, prompts: Sequence[Extremes], threshold: float, ratio: float) -> list[dict[str, Any]]:
+    """The massive ones among the entries kept at a block, prompt by prompt, greatest first."""
+    median, values, columns, positions, channels = joined(prompts)
+    real = torch.ones_like(values, dtype=torch.bool)
+    return [
+        {
+            "prompt": row, "site": site, "layer": layer, "column": int(columns[row, i]),
+            "position": int(positions[row, i]), "channel": int(channels[row, i]), "value": float(values[row, i]),
+            "ratio": abs(float(values[row, i])) / max(float(median[row]), 1e-30),
+        }
+        for row, i, _ in massive(values[..., None], real, median, threshold, ratio).nonzero().tolist()
+    ]  # fmt: skip
+
+
+def means(found: LensResult) -> Means:
+    """Mean of the massive entries of each channel, apart for starting and later tokens: what ``means`` takes.
+
+    ``json.dump`` of it makes a file that the field ``means`` of a spec can name. Watch the calibration texts (the paper
+    takes 100) with the thresholds of the intervention.
+    """
+    made: dict[str, Any] = {}
+    for spike in found.records["spikes"]:
+        channels = made.setdefault(spike["site"], {}).setdefault("other" if spike["position"] else "start", {})
+        channels.setdefault(str(spike["channel"]), []).append(spike["value"])
+    return {
+        site: {kind: {channel: float(np.mean(values)) for channel, values in of.items()} for kind, of in kinds.items()}
+        for site, kinds in made.items()
+    }
+
+
+def name_tokens(
+    found: LensResult, rows: Sequence[Sequence[int]], decode: Callable[[list[int]], str]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the token of each spike into its record, and say which tokens have spikes, over prompts and blocks.
+
+    Args:
+        found: is added to: ``token`` in every spike.
+        rows: token ids of each prompt, padding and decoded tokens included.
+        decode: a tokenizer's.
+
+    Returns:
+        ``position``, ``token``, ``count`` of spikes and their ``channels``, most spikes first.
+    """
+    groups: dict[tuple[int, str], list[int]] = {}
+    for spike in found.records["spikes"]:
+        spike["token"] = decode([int(rows[spike["prompt"]][spike["column"]])])
+        groups.setdefault((spike["position"], spike["token"]), []).append(spike["channel"])
+    made = [
+        {"position": at, "token": token, "count": len(channels), "channels": sorted(set(channels))}
+        for (at, token), channels in groups.items()
+    ]
+    return sorted(made, key=lambda row: (-row["count"], row["position"], row["token"]))
+
+
+def most_common(found: Sequence[dict[str, Any]], key: str, count: int = 5) -> str:
+    """``0 (12), 5 (3) and 4 more``: the commonest values with how often they occur."""
+    seen = Counter(spike[key] for spike in found).most_common()
+    more = f" and {len(seen) - count} more" if len(seen) > count else ""
+    return ", ".join(f"{value} ({times})" for value, times in seen[:count]) + more

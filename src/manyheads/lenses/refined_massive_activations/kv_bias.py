@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ...call import AttentionCall, Site
 from ...calls.edits import append_kv
@@ -50,11 +52,10 @@ class KVBias(AttentionEdit):
 
     @classmethod
     def of(cls, sites: Iterable[Site], *, std: float = 0.02, seed: int = 0) -> KVBias:
-        """Draw them for some sites of a model.
+        """Draw them for the self-attention among the sites of a model.
 
         Args:
-            sites: as ``manyheads.integrations.transformers.find_sites(model)`` gives them; all but self-attention
-                is left out.
+            sites: as ``manyheads.integrations.transformers.find_sites(model)`` gives them.
             std: of the draws; 0 adds one to the denominator of every softmax.
             seed: of the draws.
 
@@ -62,13 +63,14 @@ class KVBias(AttentionEdit):
             UserError: the heads of a site, or their channels, are not known.
         """
         generator = torch.Generator().manual_seed(seed)
-        weights = {}
-        for site in sites:
-            if site.kind not in cls.kinds:
-                continue
-            for kind, shape in zip("kv", _shapes(site), strict=True):
-                weights[f"{site.name}.{kind}"] = nn.Parameter(std * torch.randn(*shape, generator=generator))
-        return cls(weights=weights)
+        return cls(
+            weights={
+                f"{site.name}.{kind}": nn.Parameter(std * torch.randn(*shape, generator=generator))
+                for site in sites
+                if site.kind in cls.kinds
+                for kind, shape in zip("kv", _shapes(site), strict=True)
+            }
+        )
 
     def parameters(self) -> list[nn.Parameter]:
         """All of them, for an optimiser."""
@@ -89,10 +91,7 @@ class KVBias(AttentionEdit):
 
     def save(self, path: str | Path) -> None:
         """Write them as safetensors."""
-        from safetensors.torch import save_file
-
-        tensors: dict[str, Tensor] = {name: weight.detach().contiguous() for name, weight in self.weights.items()}
-        save_file(tensors, str(path))
+        save_file({name: weight.detach().contiguous() for name, weight in self.weights.items()}, str(path))
 
     @classmethod
     def load(cls, path: str | Path) -> KVBias:
@@ -101,22 +100,17 @@ class KVBias(AttentionEdit):
         Raises:
             UserError: there is no such file, or it is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            tensors = load_file(str(path))
+            return cls(weights={name: nn.Parameter(tensor) for name, tensor in load_file(str(path)).items()})
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} holds no KV bias ({error}); write one with KVBias.save") from error
-        return cls(weights={name: nn.Parameter(tensor) for name, tensor in tensors.items()})
 
 
 def _shapes(site: Site) -> tuple[tuple[int, int], tuple[int, int]]:
     """``[Hkv, d]`` and ``[Hkv, dv]`` of the keys and values as attention sees them."""
-    if site.latent is not None:
-        heads, key = site.latent.num_heads, site.latent.nope_dim + site.latent.rope_dim
-        return (heads, key), (heads, site.latent.v_dim)
+    if (latent := site.latent) is not None:
+        return (latent.num_heads, latent.nope_dim + latent.rope_dim), (latent.num_heads, latent.v_dim)
     if site.num_heads is None or site.num_kv_heads is None or site.output is None:
         raise UserError(f"the heads of {site.name} are not known: give KVBias weights of your own, a k and a v by site")
-    width = site.output().shape[1] // site.num_heads
-    return (site.num_kv_heads, width), (site.num_kv_heads, width)
+    shape = site.num_kv_heads, site.output().shape[1] // site.num_heads
+    return shape, shape

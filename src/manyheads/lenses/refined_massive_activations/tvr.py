@@ -18,7 +18,6 @@ the weights of a new model; its exact form is inferred from that option.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,21 +37,23 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _matrices(block: nn.Module) -> Iterator[nn.Module]:
-    """Modules of a block with a matrix to multiply by.
+def _matrices(blocks: Sequence[nn.Module]) -> Iterator[tuple[int, Any]]:
+    """The number of each block, from 1, with each of its modules that has a matrix to multiply by.
 
     Raises:
         UserError: one is not held here in numbers that can be rescaled.
     """
-    for module in block.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+    for number, block in enumerate(blocks, start=1):
+        for module in block.modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+                continue
             if weight.device.type == "meta" or not weight.is_floating_point():
                 raise UserError(
                     f"a {type(module).__name__} keeps its weight as {weight.dtype} on {weight.device}, which cannot be "
                     "rescaled: load the model whole and without quantisation"
                 )
-            yield module
+            yield number, module
 
 
 class TargetVariance:
@@ -70,9 +71,8 @@ class TargetVariance:
         self, blocks: Sequence[nn.Module], *, target: float = 0.02, interval: int = 50, limit: float = 1.2,
         scale_with_depth: bool = False,
     ) -> None:  # fmt: skip
-        self.blocks, self.interval, self.limit = list(blocks), interval, limit
-        self.targets = [target / (math.sqrt(n) if scale_with_depth else 1.0) for n in range(1, len(self.blocks) + 1)]
-        self.steps = 0
+        self.blocks, self.target, self.interval, self.limit = list(blocks), target, interval, limit
+        self.scale_with_depth, self.steps = scale_with_depth, 0
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call :meth:`step` after every step of ``optimizer``; the handle returned has ``remove()``."""
@@ -91,15 +91,13 @@ class TargetVariance:
     def rescale(self) -> int:
         """Rescale now what is above the limit. Returns how many matrices that were."""
         count = 0
-        for block, target in zip(self.blocks, self.targets, strict=True):
-            for module in _matrices(block):
-                weight: Any = module.weight
-                std, mean = weight.float().std(), weight.float().mean()
-                if not std > self.limit * target:
-                    continue
-                weight.copy_((weight.float() - mean) / std * target + mean)
-                bias: Any = getattr(module, "bias", None)
-                if isinstance(bias, nn.Parameter):
+        for number, module in _matrices(self.blocks):
+            target = self.target / (number**0.5 if self.scale_with_depth else 1.0)
+            exact = module.weight.float()
+            std, mean = exact.std(), exact.mean()
+            if std > self.limit * target:
+                module.weight.copy_((exact - mean) / std * target + mean)
+                if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
                     bias.zero_()
                 count += 1
         return count
@@ -108,7 +106,5 @@ class TargetVariance:
 @torch.no_grad()
 def divide_by_depth(blocks: Sequence[nn.Module]) -> None:
     """Divide the matrices of block number n, from 1, of a new model by sqrt(n)."""
-    for n, block in enumerate(blocks, start=1):
-        for module in _matrices(block):
-            weight: Any = module.weight
-            weight.div_(math.sqrt(n))
+    for number, module in _matrices(blocks):
+        module.weight.div_(number**0.5)

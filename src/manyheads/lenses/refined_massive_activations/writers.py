@@ -28,21 +28,20 @@ def writer_of(before: Tensor, after: Tensor, parts: dict[str, Tensor], channel: 
 
     Returns:
         None where most of the entry was there before the block, or no two outputs explain the change (blocks that
-        normalise the stream itself).
+        normalise the stream itself, numbers that are not finite).
     """
     change = (after.double() - before.double()).cpu()
-    names = list(parts)
-    if not names or abs(float(change[channel])) < 0.5 * abs(float(after[channel])):
+    if not change.isfinite().all() or abs(float(change[channel])) < 0.5 * abs(float(after[channel])):
         return None
-    outputs = torch.stack([parts[name].double() for name in names]).cpu()
+    outputs = {name: part.double().cpu() for name, part in parts.items() if part.isfinite().all()}
     for count in (1, 2):
-        fits = []
-        for chosen in combinations(range(len(names)), count):
-            factors = outputs[list(chosen)].T
-            by = torch.linalg.lstsq(factors, change[:, None], driver="gelsd").solution
-            left = float((change - (factors @ by)[:, 0]).norm() / change.norm())
-            fits.append((left, chosen, by[:, 0] * outputs[list(chosen), channel]))
-        left, chosen, added = min(fits, key=lambda fit: fit[0], default=(1.0, (), change))
-        if left <= _UNEXPLAINED:
-            return names[chosen[int((added * change[channel].sign()).argmax())]]
+        least, writer = _UNEXPLAINED, None
+        for chosen in combinations(outputs, count):
+            factors = torch.stack([outputs[name] for name in chosen], 1)
+            by = torch.linalg.lstsq(factors, change[:, None], driver="gelsd").solution[:, 0]
+            left = float((change - factors @ by).norm() / change.norm())
+            if left < least:
+                least, writer = left, chosen[int((by * factors[channel] * change[channel].sign()).argmax())]
+        if writer is not None:
+            return writer
     return None
