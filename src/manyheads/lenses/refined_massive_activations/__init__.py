@@ -9,7 +9,7 @@ output ``h [B, T, D]`` (before the final norm, which hides them) is massive iff
 the median over all entries of that block for that prompt. A block has massive activations iff both hold for its largest
 magnitude and its median, each averaged over the prompts. They act as a bias that attention sinks feed on, overflow
 float16, and make activations hard to quantise. Whether a model needs them is seen by taking them away, in the first
-block that has them, wherever they are found in the text at hand:
+affected block, wherever they are found in the text at hand:
 
     with manyheads.watch(model, "refined_massive_activations") as seen:
         model(**inputs)
@@ -25,11 +25,9 @@ learned for each head (:class:`KVBias`), target variance rescaling (:class:`Targ
 Chosen where the paper is silent: means are kept for each block, channel, and starting or later tokens, over what was
 detected in calibration, and a detected entry without one stays as it is; padding neither counts nor is changed; tokens
 decoded with a cache are judged by the median of their prompt so far. ``first / others`` is the norm of the first token
-over the mean norm of the others (paper 49 calls it the residual peak), for models too small for the thresholds.
-Of a prompt's entries the ``keep`` largest of each block are at hand for spikes and means, an intervention sees all.
+over the mean norm of the others (paper 49's residual peak), for models too small for the thresholds. Spikes and means
+are of the ``keep`` largest entries of each prompt and block; an intervention sees all.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -37,12 +35,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...call import Site
 from ...errors import UserError
 from ...lens import Lens, LensResult, Memory, PerToken, table_of
 from ...strategy import BlockParts
@@ -51,9 +50,6 @@ from .extremes import Extremes, Means, joined, massive, means, most_common, name
 from .kv_bias import KVBias
 from .tvr import TargetVariance
 from .writers import writer_of
-
-if TYPE_CHECKING:
-    from ...call import Site
 
 __all__ = [
     "KVBias", "RefinedMassiveActivations", "TargetVariance", "massive", "means", "name_tokens", "with_dyt",
@@ -72,9 +68,7 @@ class RefinedMassiveActivations(Lens, BlockParts):
     intervene: Literal["none", "zero", "mean"] = field(
         default="none", metadata={"help": "what massive entries become: none leaves them, zero, or their mean"}
     )
-    means: str | Means = field(
-        default="", compare=False, metadata={"help": "with intervene=mean: JSON file with the means"}
-    )
+    means: str | Means = field(default="", compare=False, metadata={"help": "JSON file of means, for intervene=mean"})
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -176,6 +170,7 @@ class RefinedMassiveActivations(Lens, BlockParts):
                 f"{site.name}: {memory['replaced']} of {memory['detected']} massive entries were set to "
                 f"{self.intervene}."
                 for site, memory in sites
+                if "detected" in memory
             ]
         return made
 

@@ -14,10 +14,8 @@ starts at sqrt(D), since nothing brings it to size any more. Every module whose 
 has a weight of one dimension is exchanged, norms of queries and keys too. What stands in no list of modules is final.
 """
 
-from __future__ import annotations
-
 import re
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +46,9 @@ class ScaledEmbedding(nn.Embedding):
 
     def __init__(self, table: nn.Embedding) -> None:
         weight = cast("nn.Parameter", table.weight)
-        super().__init__(*weight.shape, table.padding_idx, _weight=weight)
+        super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, _weight=weight)
         self.weight = weight
-        self.scale = nn.Parameter(weight.new_full((1,), weight.shape[1] ** 0.5))
+        self.scale = nn.Parameter(weight.new_full((1,), table.embedding_dim**0.5))
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * self.scale
@@ -72,24 +70,19 @@ def with_dyt(
     Raises:
         UserError: the model has no norm that is known, or no token embedding.
     """
-    weights: dict[str, Any] = {
-        name: getattr(module, "weight", None)
-        for name, module in model.named_modules()
-        if _NORM.search(type(module).__name__)
-    }
-    weights = {
-        name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter) and weight.ndim == 1
-    }
-    if not weights:
+    inside, exchanged = {module for block in blocks_of(model) for module in block.modules()}, []
+    for name, norm in list(model.named_modules()):
+        weight = getattr(norm, "weight", None)
+        if _NORM.search(type(norm).__name__) and isinstance(weight, nn.Parameter) and weight.ndim == 1:
+            made = DyT(len(weight), alpha if norm in inside else final_alpha).to(weight.device, weight.dtype)
+            model.set_submodule(name, made.train(model.training))
+            exchanged.append(name)
+    if not exchanged:
         raise UserError(f"{type(model).__name__} has no RMSNorm or LayerNorm with a weight to be replaced by DyT")
-    inside = {module for block in blocks_of(model) for module in block.modules()}
-    for name, weight in weights.items():
-        made = DyT(len(weight), alpha if model.get_submodule(name) in inside else final_alpha)
-        model.set_submodule(name, made.to(weight.device, weight.dtype).train(model.training))
     if scale_embedding:
         table = getattr(model, "get_input_embeddings", lambda: None)()
         if not isinstance(table, nn.Embedding):
             raise UserError(f"{type(model).__name__} has no token embedding to scale: pass scale_embedding=False")
         name = next(name for name, module in model.named_modules() if module is table)
         model.set_submodule(name, ScaledEmbedding(table).train(model.training))
-    return list(weights)
+    return exchanged

@@ -10,8 +10,6 @@ magnitudes rounded to bfloat16, at most 0.4 % off. Of an even number of entries 
 Legend: B prompts, T tokens, D channels, K entries kept.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,24 +45,18 @@ def medians(hidden: Tensor, valid: Tensor) -> Tensor:
 
 
 class Extremes:
-    """What is kept of the prompts of one batch, as their tokens come.
+    """What is kept of the prompts of one batch, as their tokens come: ``count`` entries of each, and its median."""
 
-    Attributes:
-        count: K, entries kept of each prompt.
-        values: signed, greatest magnitude first, float32 ``[B, K]``; 0 where a prompt has fewer entries.
-        columns: their places in the row, padding counted; positions: among the tokens; channels: ``[B, K]`` each.
-    """
-
-    values: Tensor
-    columns: Tensor
-    positions: Tensor
-    channels: Tensor
+    values: Tensor  # float32 [B, K], signed, greatest magnitude first; 0 where a prompt has fewer entries
+    columns: Tensor  # [B, K], where they stand in the row, padding counted
+    positions: Tensor  # [B, K], where among the tokens
+    channels: Tensor  # [B, K]
+    _dtype: torch.dtype  # of the magnitudes that are counted
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._sizes: Tensor | None = None  # [B, 2^15] how often each magnitude occurs
         self._median: Tensor | None = None  # [B], where it is known without them
-        self._dtype = torch.bfloat16
 
     def add(self, hidden: Tensor, valid: Tensor, columns: Tensor, positions: Tensor) -> None:
         """Take in more tokens.
@@ -79,7 +71,8 @@ class Extremes:
         self._median = medians(hidden, valid) if self._sizes is None and not half else None
         if self._sizes is None:
             self.values = torch.zeros(shape, device=device)
-            self.columns, self.positions, self.channels = torch.zeros(3, *shape, dtype=torch.long, device=device)
+            self._places = torch.zeros(3, *shape, dtype=torch.long, device=device)
+            self.columns, self.positions, self.channels = self._places
             self._sizes = torch.zeros(len(hidden), _SIZES, dtype=torch.long, device=device)
             self._dtype = hidden.dtype if half else torch.bfloat16
         for row, real in enumerate(valid):
@@ -90,15 +83,13 @@ class Extremes:
                 self._sizes[row] += torch.bincount(bits, minlength=_SIZES)
                 best = size.topk(min(self.count, len(size))).indices
                 token, channel = best // hidden.shape[2], best % hidden.shape[2]
+                at = tokens[token]
                 values = torch.cat([self.values[row], part[token, channel].float()])
+                places = torch.stack([columns[at], positions[row, at], channel])
                 # Those kept come first, and the sort is stable: of equals the earlier one stays, whatever the pieces.
                 order = values.abs().sort(descending=True, stable=True).indices[: self.count]
                 self.values[row] = values[order]
-                for kept, new in (
-                    (self.columns, columns[tokens[token]]), (self.positions, positions[row, tokens[token]]),
-                    (self.channels, channel),
-                ):  # fmt: skip
-                    kept[row] = torch.cat([kept[row], new])[order]
+                self._places[:, row] = torch.cat([self._places[:, row], places], 1)[:, order]
 
     def median(self) -> Tensor:
         """Median magnitude of each prompt so far, float32 ``[B]``; NaN where it has no tokens."""
@@ -137,10 +128,9 @@ def spikes(site: str, layer: int, prompts: Sequence[Extremes], threshold: float,
 
 
 def means(found: LensResult) -> Means:
-    """Mean of the massive entries of each channel, apart for starting and later tokens: what ``means`` takes.
+    """Mean of the massive entries of each channel, apart for starting and later tokens: what the field ``means`` takes.
 
-    ``json.dump`` of it makes a file that the field ``means`` of a spec can name. Watch the calibration texts (the paper
-    takes 100) with the thresholds of the intervention.
+    Watch calibration texts (the paper takes 100) with the thresholds of the intervention.
     """
     made: dict[str, Any] = {}
     for spike in found.records["spikes"]:

@@ -10,13 +10,10 @@ is pulled back to it; matrices within the limit are left alone to the bit.
     rescaling = TargetVariance(blocks_of(model), target=0.01)
     rescaling.attach(optimizer)        # or call rescaling.step() after each step
 
-Taken are the weights of linear layers (GPT-2's transposed ones too) inside lists of modules, i.e. in the blocks, and no
-embeddings: neither the token embedding nor the head is rescaled. ``scale_with_depth`` divides the target by the square
-root of the block's number, from 1. The paper's companion at initialisation, :func:`divide_by_depth`, does the same to
-the weights of a new model; its exact form is inferred from that option.
+Taken are the weights of linear layers (GPT-2's transposed ones too) in the blocks; neither the token embedding nor the
+head is rescaled. The paper's companion at initialisation, :func:`divide_by_depth`, does to the weights of a new model
+what ``scale_with_depth`` does to the target; its exact form is inferred from that option.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any

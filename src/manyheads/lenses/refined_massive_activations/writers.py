@@ -6,8 +6,6 @@ found from the numbers of one token, so that no class has to be known: the chang
 one or two outputs ``[D]`` with a constant each. The one that adds most to the entry wrote it.
 """
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import torch
