@@ -84,6 +84,11 @@ class HeadTable:
         """``layer.head`` of each, as the specs of strategies take them."""
         return tuple(f"{self.layers[row]}.{head}" for row, head in heads)
 
+    def listed(self, heads: Sequence[Head], form: str = ".2f") -> str:
+        """``layer.head (mean)`` of each, for a sentence; the mean written as ``form`` says."""
+        named = zip(self.names(heads), heads, strict=True)
+        return ", ".join(f"{name} ({self.mean[head]:{form}})" for name, head in named)
+
     def ranks(self) -> Array:
         """Rank of each head by its mean, 1 the greatest, ties shared; NaN where there is no score."""
         flat = -self.mean.ravel()

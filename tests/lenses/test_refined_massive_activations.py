@@ -305,6 +305,14 @@ def test_what_was_there_before_has_no_writer_here():
     big[5] = 900
     assert writer_of(big, big + b, {"mlp": b}, 5) is None
     assert writer_of(before, before + a, {}, 5) is None
+    huge = torch.where(torch.arange(64) == 5, torch.inf, before)  # overflow of float16
+    assert writer_of(before, huge, parts, 5) is None
+    assert writer_of(before, before + a, {"mlp": huge, "attention": a}, 5) == "attention"
+
+
+def test_overflow_is_said_and_no_fault():
+    found, _ = seen_by(spiky(size=torch.inf), SLUG, input_ids=models.tokens(2, 12))
+    assert any("not finite" in note for note in found.notes)
 
 
 def test_float64():

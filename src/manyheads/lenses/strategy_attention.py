@@ -176,13 +176,8 @@ class StrategyAttention(Lens):
         known = np.isfinite(weight) & (weight > 0)
         if not known.any():
             return [f"No token of {self.rows} looks at a token of {self.span}."]
-        heads = tables["lift"].top(3)
-        named = ", ".join(
-            f"{name} ({tables['lift'].mean[head]:.1f})"
-            for head, name in zip(heads, tables["lift"].names(heads), strict=True)
-        )
         return [
             f"A token of {self.span} gets {weight[known].mean():.2g} of the attention of one of {self.rows} (log SRA "
             f"{np.log(weight[known]).mean():.2f}), {lift[known].mean():.2f} times what uniform attention gives it.",
-            f"Instruction heads, by lift: {named}.",
+            f"Instruction heads, by lift: {tables['lift'].listed(tables['lift'].top(3), '.1f')}.",
         ]

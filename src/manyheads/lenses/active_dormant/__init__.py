@@ -123,26 +123,25 @@ class ActiveDormant(Lens, Residual):
         return hidden
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
-        about = {"lens": self.spec, "kinds": [site.kind for site, _ in sites]}
+        about, made = {"lens": self.spec, "kinds": [site.kind for site, _ in sites]}, LensResult()
 
-        def ratio(name: str, of: str) -> HeadTable:
-            kept = [(site, memory) for site, memory in sites if f"{of} of sink" in memory]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                rows = [memory[f"{of} of sink"].mean() / memory[f"{of} of others"].mean() for _, memory in kept]
-            return table_of(name, [site for site, _ in kept], rows, **about)
+        def mean(key: str, name: str) -> None:
+            if kept := [(site, memory) for site, memory in sites if key in memory]:
+                made.tables[key] = table(name, kept, key, **about)
 
-        made = LensResult()
-        made.tables["sink"] = table("attention on the first token", sites, "sink", **about)
-        if all("gap" in memory for _, memory in sites):
-            made.tables["gap"] = table("logit of the first token above the others, nats", sites, "gap", **about)
-        made.tables["drain"] = ratio("norm of the first value over the others'", "value")
-        if any("stream of sink" in memory for _, memory in sites):
-            made.tables["peak"] = ratio("norm of the first token's residual stream over the others'", "stream")
-        if learned := [(site, memory) for site, memory in sites if "learned" in memory]:
-            made.tables["learned"] = table("mass on the learned sink", learned, "learned", **about)
+        def ratio(key: str, name: str, of: str) -> None:
+            if kept := [(site, memory) for site, memory in sites if f"{of} of sink" in memory]:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    rows = [memory[f"{of} of sink"].mean() / memory[f"{of} of others"].mean() for _, memory in kept]
+                made.tables[key] = table_of(name, [site for site, _ in kept], rows, **about)
+
+        mean("sink", "attention on the first token")
+        mean("gap", "logit of the first token above the others, nats")
+        ratio("drain", "norm of the first value over the others'", "value")
+        ratio("peak", "norm of the first token's residual stream over the others'", "stream")
+        mean("learned", "mass on the learned sink")
         for domain in self.domains:
-            name = f"sink of {domain}"
-            made.tables[name] = table(f"attention on the first token by {domain}", sites, name, **about)
+            mean(f"sink of {domain}", f"attention on the first token by {domain}")
         if len(self.domains) > 1:
             made.tables["switch"] = switch(*(made.tables[f"sink of {d}"] for d in self.domains[:2]))
         made.series["sink"] = _over_layers(sites)
@@ -151,13 +150,9 @@ class ActiveDormant(Lens, Residual):
 
 
 def switch(first: HeadTable, second: HeadTable) -> HeadTable:
-    """Sink on one domain minus sink on another, far from 0 for heads that are dormant on one of them only.
+    """Sink on one domain (of its rows, or of prompts of it) minus sink on another: far from 0 for heads that switch.
 
     Prompt by prompt where every prompt has tokens of both; else of the means.
-
-    Args:
-        first: sinks, of the rows of a domain or of prompts of it.
-        second: likewise.
     """
     known = all(np.isfinite(of.values).any((1, 2)).all() for of in (first, second))
     if known and first.values.shape == second.values.shape and first.about == second.about:

@@ -5,19 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...heads import Head, HeadTable
+from ...heads import HeadTable
 
 __all__ = ["notes"]
 
 
 def notes(tables: dict[str, HeadTable], threshold: float, domains: Sequence[str] = ()) -> list[str]:
-    """Sentences about the tables of :class:`manyheads.lenses.active_dormant.ActiveDormant`.
-
-    Args:
-        tables: by name: ``sink``, ``drain``, and what else there is.
-        threshold: sink from which on a head is called dormant.
-        domains: what ``switch`` is a difference of.
-    """
+    """Sentences about ``tables``; heads are dormant above ``threshold``, and ``switch`` is of two ``domains``."""
     means = {name: of.mean for name, of in tables.items() if np.isfinite(of.mean).any()}
     if "sink" not in means:
         return ["Nothing was counted: no token has another one before it. Give longer prompts."]
@@ -25,7 +19,7 @@ def notes(tables: dict[str, HeadTable], threshold: float, domains: Sequence[str]
     dormant = known & (sink.mean > threshold)
     text = (
         f"{int(dormant.sum())} of {int(known.sum())} heads are dormant here: they give more than {threshold:.0%} of "
-        f"their attention to the first token. Most: {_named(sink, sink.top(3))}; "
+        f"their attention to the first token. Most: {sink.listed(sink.top(3))}; "
         f"mean over heads {sink.mean[known].mean():.2f}"
     )
     if "gap" in means:
@@ -45,12 +39,11 @@ def notes(tables: dict[str, HeadTable], threshold: float, domains: Sequence[str]
             text += " (a drain shows as a negative one)" if related < 0 else ""
         made.append(text + ".")
     if "peak" in means:
-        peak = means["peak"][:, 0]
+        peak, layers = means["peak"][:, 0], tables["peak"].layers
         at = int(np.nanargmax(peak))
         made.append(
-            f"The first token's residual stream stands out most after layer {tables['peak'].layers[at]}, where its "
-            f"norm is {peak[at]:.1f} times that of the other tokens; in the median layer {np.nanmedian(peak):.1f}"
-            " times."
+            f"The first token's residual stream stands out most after layer {layers[at]}, where its norm is "
+            f"{peak[at]:.1f} times that of the other tokens; in the median layer {np.nanmedian(peak):.1f} times."
         )
     if "learned" in means:
         learned = np.nanmean(means["learned"])
@@ -60,11 +53,7 @@ def notes(tables: dict[str, HeadTable], threshold: float, domains: Sequence[str]
         size = HeadTable("size", moved.sites, np.abs(moved.mean), layers=moved.layers)
         made.append(
             f"Between {domains[0]} and {domains[1]} these heads change most (sink on the first minus sink on the "
-            f"second): {_named(moved, size.top(3))}. A large difference means a head that works on one and rests on "
+            f"second): {moved.listed(size.top(3))}. A large difference means a head that works on one and rests on "
             "the other; `ablate:heads=...` shows what it is worth on each."
         )
     return made
-
-
-def _named(of: HeadTable, heads: Sequence[Head]) -> str:
-    return ", ".join(f"{name} ({of.mean[head]:.2f})" for name, head in zip(of.names(heads), heads, strict=True))

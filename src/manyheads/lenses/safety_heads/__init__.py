@@ -151,10 +151,8 @@ def _notes(score: HeadTable, often: HeadTable, top: int) -> list[str]:
         return [f"No head of {known} writes anything along the direction."]
     half = int(np.median((flat.cumsum(1) < flat.sum(1, keepdims=True) / 2).sum(1) + 1))
     share = float(np.median(flat[:, :top].sum(1) / flat.sum(1)))
-    first = often.top(4)
-    named = [f"{name} ({often.mean[head]:.0%})" for name, head in zip(often.names(first), first, strict=True)]
     return [
         f"Half of what {known} heads write along the direction at the last token comes from {half} of them; the first "
         f"{top} hold {share:.0%} (medians over {len(flat)} prompts).",
-        f"Most often among the first {top}: {', '.join(named)} of the prompts.",
+        f"Most often among the first {top}: {often.listed(often.top(4), '.0%')} of the prompts.",
     ]
