@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
-__all__ = ["AblationCurve", "Head", "HeadTable", "ablation_curve", "layer_matched_heads"]
+__all__ = ["AblationCurve", "Head", "HeadTable", "ablation_curve", "layer_matched_heads", "listed"]
 
 Head = tuple[int, int]  # row of the table (a site), head
 
@@ -83,11 +83,6 @@ class HeadTable:
     def names(self, heads: Sequence[Head]) -> tuple[str, ...]:
         """``layer.head`` of each, as the specs of strategies take them."""
         return tuple(f"{self.layers[row]}.{head}" for row, head in heads)
-
-    def listed(self, heads: Sequence[Head], form: str = ".2f") -> str:
-        """``layer.head (mean)`` of each, for a sentence; the mean written as ``form`` says."""
-        named = zip(self.names(heads), heads, strict=True)
-        return ", ".join(f"{name} ({self.mean[head]:{form}})" for name, head in named)
 
     def ranks(self) -> Array:
         """Rank of each head by its mean, 1 the greatest, ties shared; NaN where there is no score."""
@@ -173,6 +168,12 @@ class HeadTable:
         return HeadTable(
             document["name"], tuple(document["sites"]), values, document["about"], tuple(document["layers"])
         )
+
+
+def listed(table: HeadTable, heads: Sequence[Head], form: str = ".2f") -> str:
+    """``layer.head (mean)`` of each, for a sentence; the mean written as ``form`` says."""
+    named = zip(table.names(heads), heads, strict=True)
+    return ", ".join(f"{name} ({table.mean[head]:{form}})" for name, head in named)
 
 
 def layer_matched_heads(heads: Sequence[Head], num_heads: int, seed: int, avoid: Sequence[Head] = ()) -> list[Head]:

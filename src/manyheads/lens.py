@@ -157,8 +157,8 @@ class AttentionView:
         return self.roles.mask(role, self.query_positions, self.valid.shape[0]) & self.valid
 
     def add_mean(self, key: str, values: Tensor, rows: Tensor) -> None:
-        """Keep under ``key`` the :class:`RunningMean` of ``values [B, ..., T]``, see :meth:`RunningMean.add_rows`."""
-        self.memory.setdefault(key, RunningMean()).add_rows(values, rows, self.fresh)
+        """Keep under ``key`` the :class:`RunningMean` of ``values [B, ..., T]`` over ``rows``, broadcastable."""
+        self.memory.setdefault(key, RunningMean()).add(values.masked_fill(~rows, 0).sum(-1), rows.sum(-1), self.fresh)
 
     def add_tokens(self, key: str, values: Tensor, rows: Tensor) -> None:
         """Keep under ``key`` the :class:`PerToken` of ``values [B, T]``, NaN elsewhere than at ``rows [B, T]``."""
@@ -180,10 +180,6 @@ class RunningMean:
         else:
             before, counted = self.parts[-1]
             self.parts[-1] = (before + total, counted + count)
-
-    def add_rows(self, values: Tensor, rows: Tensor, fresh: bool) -> None:
-        """Add ``values [B, ..., T]`` of the tokens that ``rows`` (boolean, broadcastable) has."""
-        self.add(values.masked_fill(~rows, 0).sum(-1), rows.sum(-1), fresh)
 
     def mean(self) -> Any:
         """``[N, ...]`` float64; NaN where nothing was counted."""

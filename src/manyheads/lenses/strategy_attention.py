@@ -35,7 +35,7 @@ from torch import Tensor
 from ..call import AttentionCall, Site
 from ..calls.statistics import Statistic, WeightedSum
 from ..errors import UserError
-from ..heads import HeadTable
+from ..heads import HeadTable, listed
 from ..lens import AttentionView, Lens, LensResult, Memory, table
 
 __all__ = ["Layout", "StrategyAttention", "layout", "paired_difference", "per_turn", "span_of", "sra"]
@@ -179,5 +179,5 @@ class StrategyAttention(Lens):
         return [
             f"A token of {self.span} gets {weight[known].mean():.2g} of the attention of one of {self.rows} (log SRA "
             f"{np.log(weight[known]).mean():.2f}), {lift[known].mean():.2f} times what uniform attention gives it.",
-            f"Instruction heads, by lift: {tables['lift'].listed(tables['lift'].top(3), '.1f')}.",
+            f"Instruction heads, by lift: {listed(tables['lift'], tables['lift'].top(3), '.1f')}.",
         ]

@@ -116,10 +116,11 @@ class ActiveDormant(Lens, Residual):
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         if memory.get("now") is not None:  # else the block looks at another sequence first
-            norms = torch.linalg.vector_norm(hidden.detach().float(), dim=-1)[:, None]
+            norms = torch.linalg.vector_norm(hidden.detach().float(), dim=-1)
             sink, others, fresh = memory["now"]
             for name, rows in (("stream of sink", sink), ("stream of others", others)):
-                memory.setdefault(name, RunningMean()).add_rows(norms, rows[:, None], fresh)
+                total = norms.masked_fill(~rows, 0).sum(1, keepdim=True)
+                memory.setdefault(name, RunningMean()).add(total, rows.sum(1, keepdim=True), fresh)
         return hidden
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...heads import HeadTable
+from ...heads import HeadTable, listed
 
 __all__ = ["notes"]
 
@@ -19,7 +19,7 @@ def notes(tables: dict[str, HeadTable], threshold: float, domains: Sequence[str]
     dormant = known & (sink.mean > threshold)
     text = (
         f"{int(dormant.sum())} of {int(known.sum())} heads are dormant here: they give more than {threshold:.0%} of "
-        f"their attention to the first token. Most: {sink.listed(sink.top(3))}; "
+        f"their attention to the first token. Most: {listed(sink, sink.top(3))}; "
         f"mean over heads {sink.mean[known].mean():.2f}"
     )
     if "gap" in means:
@@ -53,7 +53,7 @@ def notes(tables: dict[str, HeadTable], threshold: float, domains: Sequence[str]
         size = HeadTable("size", moved.sites, np.abs(moved.mean), layers=moved.layers)
         made.append(
             f"Between {domains[0]} and {domains[1]} these heads change most (sink on the first minus sink on the "
-            f"second): {moved.listed(size.top(3))}. A large difference means a head that works on one and rests on "
+            f"second): {listed(moved, size.top(3))}. A large difference means a head that works on one and rests on "
             "the other; `ablate:heads=...` shows what it is worth on each."
         )
     return made

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ...call import Site
 from ...errors import UserError
-from ...heads import Head, HeadTable
+from ...heads import Head, HeadTable, listed
 from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean, table
 from .ablate_rows import AblateRows
 from .ahd import HeadDropout, ahd_loss
@@ -154,5 +154,5 @@ def _notes(score: HeadTable, often: HeadTable, top: int) -> list[str]:
     return [
         f"Half of what {known} heads write along the direction at the last token comes from {half} of them; the first "
         f"{top} hold {share:.0%} (medians over {len(flat)} prompts).",
-        f"Most often among the first {top}: {often.listed(often.top(4), '.0%')} of the prompts.",
+        f"Most often among the first {top}: {listed(often, often.top(4), '.0%')} of the prompts.",
     ]
