@@ -2,12 +2,14 @@
 """A store of ours as a layer of transformers' cache: what the model and ``generate`` see of it."""
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -25,7 +27,7 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Cache as CacheKind
 
-__all__ = ["Past", "SlotCache", "StoreLayer", "expand", "install", "seen_by"]
+__all__ = ["Past", "SlotCache", "StoreLayer", "cache_arguments", "expand", "find_cache", "install", "seen_by"]
 
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 _HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
@@ -81,10 +83,9 @@ class StoreLayer(_Copied, CacheLayerMixin):
     It answers with the *logical* length, so positions, masks and ``generate`` go on as if nothing was dropped.
     """
 
-    is_croppable = False
     supports_early_init = False
 
-    def __init__(self, store: Store, site: Site, module: torch.nn.Module, strategy: CacheKind) -> None:
+    def __init__(self, store: Store, site: Site, module: nn.Module, strategy: CacheKind) -> None:
         self.store = store
         self.site = site
         self.strategy = strategy
@@ -104,6 +105,14 @@ class StoreLayer(_Copied, CacheLayerMixin):
     def is_initialized(self) -> bool:  # type: ignore[override]
         seen = self.store.seen
         return isinstance(seen, Tensor) or seen > 0  # only the device knows a number, once there is one
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """:meth:`crop` restores or says why it cannot, where transformers' own refusal would give no reason.
+
+        But on MPS ``generate`` asks this also to run one step too many and crop it, with no assistant.
+        """
+        return all(x is None or x.device.type != "mps" for x in self.store.held)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store takes shape with its first tokens."""
@@ -167,7 +176,7 @@ class HybridStoreLayer(StoreLayer, LinearAttentionAndFullAttentionLayer):  # typ
     """The same where attention and a state-space mixer lie in one layer: a store for the one, states for the other."""
 
     def __init__(
-        self, store: Store, site: Site, module: torch.nn.Module, strategy: CacheKind, layer: LinearAttentionLayer
+        self, store: Store, site: Site, module: nn.Module, strategy: CacheKind, layer: LinearAttentionLayer
     ) -> None:
         fields = _copied(layer)  # the mixer may have run before the attention beside it
         for name in vars(LinearAttentionLayer(layer.number_of_states)):
@@ -186,12 +195,15 @@ class HybridStoreLayer(StoreLayer, LinearAttentionAndFullAttentionLayer):  # typ
         LinearAttentionLayer.reorder_cache(self, cast("Any", beam_idx))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        if tokens_to_remove or self.record_past:  # states that record their past are of another size until cropped
             raise UserError(f"{self.site.name} has states beside its cache, which cannot be cropped: use no assistant")
 
 
 class SlotCache(DynamicCache):
-    """A transformers cache whose layers are stores of ours; pass it as ``past_key_values`` while the port is open."""
+    """A transformers cache whose layers are stores of ours, to be passed to the model while the port is open.
+
+    The argument is ``past_key_values``, and ``cache`` from transformers 5.24; :func:`cache_arguments` knows which.
+    """
 
     def fork(self, policy: CacheKind) -> "SlotCache":
         """The cache that ``policy`` would have after the same forwards; this one is unchanged and shares its tensors.
@@ -249,19 +261,37 @@ def _join(store: Store, group: dict[int, Store]) -> Store:
     return store
 
 
-def expand(cache: Any, rows: int) -> None:
+def find_cache(*given: Any) -> Cache | None:
+    """The cache among what a module was called with: transformers changes the name of that argument."""
+    return next((x for x in given if isinstance(x, Cache)), None)
+
+
+def cache_arguments(model: nn.Module, cache: Cache) -> dict[str, Any]:
+    """Arguments by which ``model`` uses ``cache``: transformers 5.24 renamed ``past_key_values`` to ``cache``.
+
+    A model that names neither, as a wrapper that hands all on, is called as transformers calls its own.
+    """
+    for function in (model.forward, GenerationMixin.prepare_inputs_for_generation):
+        for name in ("cache", "past_key_values"):
+            if name in inspect.signature(function).parameters:
+                return {name: cache, "use_cache": True}
+    raise UserError(f"{type(model).__name__} takes no cache: use a decoder of transformers")
+
+
+def expand(cache: Cache | None, rows: int) -> None:
     """Repeat every row of a cache with stores of ours, so that it has ``rows``: as ``generate`` repeats its prompts.
 
     Nothing happens where the numbers do not fit; the layers then say so.
     """
-    layers = cache.layers if isinstance(cache, Cache) else []
-    held = next((layer.store.rows for layer in layers if isinstance(layer, StoreLayer)), None)
+    if cache is None:
+        return
+    held = next((layer.store.rows for layer in cache.layers if isinstance(layer, StoreLayer)), None)
     if held is not None and rows > held and rows % held == 0:
         cache.reorder_cache(torch.arange(held).repeat_interleave(rows // held))
 
 
 def install(
-    cache: Cache, sites: list[tuple[Site, torch.nn.Module]], make: Callable[[Site], Store], strategy: CacheKind
+    cache: Cache, sites: list[tuple[Site, nn.Module]], make: Callable[[Site], Store], strategy: CacheKind
 ) -> None:
     """Put stores of ``strategy`` into the empty layers of ``cache`` that belong to ``sites``.
 
@@ -291,7 +321,7 @@ def install(
         cache.layers[site.layer] = _adapter(store, site, module, strategy, layer)
 
 
-def _adapter(store: Store, site: Site, module: torch.nn.Module, strategy: CacheKind, layer: Any) -> StoreLayer:
+def _adapter(store: Store, site: Site, module: nn.Module, strategy: CacheKind, layer: Any) -> StoreLayer:
     """``store`` in place of the attention part of ``layer``."""
     if isinstance(layer, LinearAttentionLayer):
         return HybridStoreLayer(store, site, module, strategy, layer)

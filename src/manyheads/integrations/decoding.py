@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .cache import SlotCache, StoreLayer
+from .cache import SlotCache, StoreLayer, cache_arguments
 
 __all__ = ["decode"]
 
@@ -65,8 +65,10 @@ def decode(
     count = torch.zeros(1, dtype=torch.long, device=device)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
 
+    given = cache_arguments(model, cache)
+
     def forward(token: Tensor, place: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True).logits
+        logits: Tensor = model(input_ids=token, position_ids=place, **given).logits
         return logits[:, -1].float()
 
     if compiled and device.type == "cuda":

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..call import AttentionCall, Recurrence, Site
 from ..strategy import AttentionCompute
+from .cache import find_cache
 from .hook_chain import BoundStrategy
 from .sites import SiteState
 
@@ -55,7 +56,7 @@ class LinearState(SiteState):
 
     def _forward(
         self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Tensor | None = None,
-        past_key_values: Any = None, **kwargs: Any,
+        *args: Any, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The module's forward, attention computed by the strategy: output and state, as the module has them."""
         module: Any = self.module
@@ -66,7 +67,8 @@ class LinearState(SiteState):
         if real is not None:
             qkv = qkv.masked_fill(~real[..., None], 0.0)
         q, k, v = qkv.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2).chunk(3, -1)
-        past = None if past_key_values is None else past_key_values.get_linear_cache(layer)
+        cache: Any = find_cache(*args, *kwargs.values())
+        past = None if cache is None else cache.get_linear_cache(layer)
         past = past if isinstance(past, Tensor) else None  # an empty list stands for no state
         call = AttentionCall(
             site=self.site, q=q, k=k, v=v, scale=1.0, mask=None if real is None else real[:, None, None],
@@ -75,11 +77,10 @@ class LinearState(SiteState):
         out = module.norm(self.strategy.attend(call).flatten(2))
         out = module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * out)
         assert call.recurrence is not None
-        if past_key_values is not None:
-            past_key_values.set_linear_cache(layer, call.recurrence.state)
-            if not isinstance(past_key_values, _Mended):
-                kind: Any = type(past_key_values)
-                past_key_values.__class__ = _mended(kind)
+        if cache is not None:
+            cache.set_linear_cache(layer, call.recurrence.state)
+            if not isinstance(cache, _Mended):
+                cache.__class__ = _mended(type(cache))
         return out, call.recurrence.state
 
 

@@ -22,7 +22,7 @@ from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Strategy
 from .blocks import output_of
-from .cache import StoreLayer, install, seen_by
+from .cache import StoreLayer, find_cache, install, seen_by
 from .configs import EAGER, SDPA, implementation_of
 from .functions import base_function
 from .hook_chain import BoundStrategy, HookChain
@@ -171,7 +171,7 @@ class SiteState(HookChain):
         self.passes.enter()
         running = self.thread.begin()
         running.rotary = _tables(kwargs.get("position_embeddings"))
-        cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+        cache = find_cache(*kwargs.values(), *args)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         running.past = cache

@@ -22,7 +22,7 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
 from .blocks import watch_blocks
-from .cache import SlotCache, StoreLayer, expand, install
+from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
 from .configs import switch_configs
 from .forwards import by_place, count_forwards
@@ -102,7 +102,7 @@ class Port:
                     (x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
                 )
                 if isinstance(ids, Tensor) and not torch.compiler.is_compiling():
-                    expand(kwargs.get("past_key_values"), ids.shape[0])
+                    expand(find_cache(*kwargs.values(), *args), ids.shape[0])
 
             self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
             for site, module in linear:
@@ -209,7 +209,9 @@ class Port:
 
 
 def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int = 0) -> SlotCache:
-    """A fresh cache of ``strategy`` for ``model``, to be passed as ``past_key_values`` while its port is open.
+    """A fresh cache of ``strategy`` for ``model``, to be passed as its ``past_key_values`` while the port is open.
+
+    From transformers 5.24 that argument is ``cache``; :func:`cache_arguments` knows which.
 
     Args:
         model: a decoder-only transformers model.
@@ -260,14 +262,16 @@ def prefill(
         progress: receives the number of tokens read, after every chunk.
     """
     stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
-    more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    more = cache_arguments(model, cache)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        more["logits_to_keep"] = 1
     start, last = int(cache.get_seq_length()), ids.shape[1] - 1
     for at in range(start, last, chunk):
         piece = ids[:, at : min(at + chunk, last)]
         for store in stores:
             store.prefilling = at + chunk < last
         with torch.no_grad():
-            model(input_ids=piece, past_key_values=cache, use_cache=True, **more)
+            model(input_ids=piece, **more)
         if progress is not None:
             progress(piece.shape[1])
 

@@ -13,6 +13,7 @@ import torch
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...integrations import use
+from ...integrations.cache import cache_arguments
 from ...integrations.transformers import new_cache
 from ._clock import Clock
 from ._latent import LatentTask
@@ -115,5 +116,5 @@ class LatentDecoding(LatentTask):
     @staticmethod
     def _step(model: Any, cache: Any, arm: Arm, ids: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), use(model) if arm.spec else nullcontext():
-            logits: torch.Tensor = model(ids, past_key_values=cache).logits
+            logits: torch.Tensor = model(ids, **cache_arguments(model, cache)).logits
         return logits

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
+from ...integrations.cache import cache_arguments
 from ..text._text_task import model_of
 from ._windows import WindowTask
 
@@ -88,10 +90,9 @@ class ChannelDamage(WindowTask):
 def _answer(model: Any, ids: Tensor, count: int) -> list[int]:
     """The ``count`` likeliest tokens after ``ids [1, T]``, one after the other from the cache of one prefill."""
     made: list[int] = []
-    step, cache = ids, None
+    step, given = ids, cache_arguments(model, DynamicCache(config=model.config))
     while len(made) < count:
-        out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        step = model(step, logits_to_keep=1, **given).logits[:, -1].argmax(-1, keepdim=True)
         made.append(int(step))
     return made
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...attention.budget import keep_limit
 from ...errors import UserError
 from ...integrations import use
-from ...integrations.cache import StoreLayer
+from ...integrations.cache import StoreLayer, cache_arguments
 from ...integrations.transformers import new_cache
 from ...spec import parse
 from ...strategy import Cache, Strategy
@@ -123,7 +123,7 @@ def forward_chunked(model: nn.Module, cache: Any, ids: Tensor, keep: int, size: 
 
 def _forward(model: nn.Module, ids: Tensor, cache: Any, keep: int) -> Tensor:
     more = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+    logits: Tensor = model(input_ids=ids, **cache_arguments(model, cache), **more).logits
     return logits[:, -keep:]
 
 
