@@ -4,6 +4,7 @@
 The interpreter computes bfloat16 wrongly, so float32 and float16 only.
 """
 
+import numpy as np
 import pytest
 import torch
 from triton.runtime import interpreter
@@ -20,14 +21,22 @@ HALVES = [torch.float32, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _scalars(monkeypatch):
-    """NumPy 2.4 gives no Python number for an array of one element, which Triton 3.6 still asks for as a loop bound."""
+    """What the interpreter gets wrong of scalars, and a compiled kernel does not.
+
+    NumPy 2.4 gives no Python number for an array of one element, which Triton 3.6 still asks for as a loop bound. A
+    comparison is broadcast to a block of integers, in the dtype of what was compared: Triton 3.9 takes no such mask.
+    """
     patch = interpreter._patch_lang_tensor
 
     def mended(tensor, scope):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def splat(self, kind, arg):
+        return interpreter.TensorHandle(np.full(kind.shape, arg.data.flat[0]), arg.dtype.scalar)
+
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

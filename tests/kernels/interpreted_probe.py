@@ -8,8 +8,8 @@ import dataclasses
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
+from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads import UserError
 from manyheads.calls import weights
@@ -19,18 +19,6 @@ from manyheads.kernels import probe
 from tolerance import SAME
 
 CALLS = ((1, 1, 1, 32), (5, 5, 2, 24), (40, 130, 2, 32), (70, 70, 1, 64), (40, 90, 3, 128), (30, 12, 2, 32))
-
-
-@pytest.fixture(autouse=True)
-def _scalars(monkeypatch):
-    """NumPy 2.4 gives no Python number for an array of one element, which Triton 3.6 still asks for as a loop bound."""
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
 
 
 def agree(case):
