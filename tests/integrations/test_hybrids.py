@@ -3,6 +3,9 @@
 
 import copy
 import functools
+import inspect
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import transformers
 import manyheads
 from manyheads import UserError
 from manyheads.integrations import sites
-from manyheads.integrations.cache import SlotCache
+from manyheads.integrations.cache import SlotCache, cache_arguments
 from manyheads.integrations.transformers import find_sites, new_cache, prefill
 from oracles import models
 from oracles.caches import step
@@ -245,6 +248,57 @@ def test_several_answers_from_one_kept_prompt_of_a_hybrid(name):
         prefill(model, ids, step_by_step)
         logits = step(model, ids[:, -1:].repeat(3, 1), step_by_step)
         assert torch.equal(logits.argmax(-1).flatten(), one[:, LENGTH].repeat(3))
+
+
+@pytest.mark.parametrize("by", ["name", "place"])
+@pytest.mark.parametrize("name", ["Lfm2", "Qwen3Next"])
+def test_a_kept_prompt_is_repeated_however_the_cache_is_given(name, by):
+    """Its argument has another name in another transformers; by place the name is no matter."""
+    model, ids = built(name), models.tokens(1, LENGTH)
+    with manyheads.use(model), torch.no_grad():
+        cache = new_cache(model, manyheads.parse("keydiff:budget=0.5"))
+        prefill(model, ids, cache)
+        one, last = copy.deepcopy(cache), ids[:, -1:]
+        want = model(last, **cache_arguments(model, one)).logits
+        given = ((), cache_arguments(model, cache)) if by == "name" else ((None, None, cache), {})
+        several = model(last.repeat(3, 1), *given[0], **given[1]).logits
+    assert cache.layers[1].store.rows == 3 and one.layers[1].store.rows == 1
+    assert error(several, want.repeat(3, 1, 1)) <= SAME
+
+
+class Wrapper(torch.nn.Module):
+    """A model around a model, which hands on whatever it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def test_the_name_of_the_cache_argument():
+    model = built("Lfm2")
+    (name, _), (also, yes) = cache_arguments(model, SlotCache()).items()
+    assert name in inspect.signature(model.forward).parameters and (also, yes) == ("use_cache", True)
+    assert [*cache_arguments(Wrapper(model), SlotCache())] == [name, also]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of a name that transformers gives up
+        model(models.tokens(1, 4), **cache_arguments(model, SlotCache(config=model.config)))
+
+
+def test_only_what_can_be_cropped_says_so():
+    """``generate`` asks before it crops what an assistant guessed, and on MPS before it runs ahead by a token."""
+    with manyheads.use(model := built("FalconH1")):
+        beside = new_cache(model, manyheads.parse("full")).layers[1]
+    assert not beside.is_croppable  # it holds states too
+    with manyheads.use(model := built("Lfm2")):
+        layer = new_cache(model, manyheads.parse("full")).layers[1]
+        assert layer.is_croppable
+        for kind in ("cpu", "mps"):
+            device = SimpleNamespace(type=kind)
+            layer.store = SimpleNamespace(held=[None, SimpleNamespace(device=device)])
+            assert layer.is_croppable == (kind == "cpu")
 
 
 def test_a_module_that_serves_several_layers_is_refused():

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import manyheads
+from manyheads.integrations.cache import cache_arguments
 from manyheads.integrations.transformers import new_cache
 from oracles.models import tokens
 from tolerance import BYTES, SAME, assert_close, error
@@ -25,7 +26,7 @@ HUGE = 1e4
 def step(model: Any, ids: Tensor, cache: Any, **extra: Any) -> Tensor:
     """Logits of one forward with ``cache``."""
     with torch.no_grad():
-        logits: Tensor = model(ids, past_key_values=cache, **extra).logits
+        logits: Tensor = model(ids, **cache_arguments(model, cache), **extra).logits
     return logits
 
 
@@ -102,7 +103,7 @@ def batch_equals_singles_padded_right(model: Any, strategy: Any, count: int = 6)
         cache = new_cache(model, manyheads.parse(strategy))
         with torch.no_grad():
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+            logits = model(ids, attention_mask=mask, position_ids=positions, **cache_arguments(model, cache)).logits
         logits, together, all_logits = logits[torch.arange(len(rows)), lengths - 1], [], []
         for t in range(count):
             all_logits.append(logits)
@@ -311,8 +312,8 @@ def continues_where_it_was(model: Any, strategy: Any) -> None:
         try:
             ids = tokens(1, 20)
             for _ in range(3):
-                made = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3,
-                                      do_sample=False)  # fmt: skip
+                made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False,
+                                      **cache_arguments(model, cache))  # fmt: skip
                 fed[-2:] = [[-1]] * 2  # what it made may differ; how much is fed, and where, may not
                 ids = torch.cat([made[:, :-1] * 0 + 5, made[:, -1:] * 0 + 6, tokens(1, 4, seed=8)], 1)
         finally:

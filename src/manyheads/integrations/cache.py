@@ -175,6 +175,8 @@ class StoreLayer(_Copied, CacheLayerMixin):
 class HybridStoreLayer(StoreLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
     """The same where attention and a state-space mixer lie in one layer: a store for the one, states for the other."""
 
+    is_croppable = False
+
     def __init__(
         self, store: Store, site: Site, module: nn.Module, strategy: CacheKind, layer: LinearAttentionLayer
     ) -> None:
@@ -195,7 +197,7 @@ class HybridStoreLayer(StoreLayer, LinearAttentionAndFullAttentionLayer):  # typ
         LinearAttentionLayer.reorder_cache(self, cast("Any", beam_idx))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove or self.record_past:  # states that record their past are of another size until cropped
+        if tokens_to_remove:
             raise UserError(f"{self.site.name} has states beside its cache, which cannot be cropped: use no assistant")
 
 
