@@ -289,7 +289,7 @@ def expand(cache: Cache | None, rows: int) -> None:
         return
     held = next((layer.store.rows for layer in cache.layers if isinstance(layer, StoreLayer)), None)
     if held is not None and rows > held and rows % held == 0:
-        cache.reorder_cache(torch.arange(held).repeat_interleave(rows // held))
+        cache.reorder_cache(cast("Any", torch.arange(held).repeat_interleave(rows // held)))
 
 
 def install(

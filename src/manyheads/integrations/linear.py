@@ -80,7 +80,8 @@ class LinearState(SiteState):
         if cache is not None:
             cache.set_linear_cache(layer, call.recurrence.state)
             if not isinstance(cache, _Mended):
-                cache.__class__ = _mended(type(cache))
+                kind: Any = type(cache)
+                cache.__class__ = _mended(kind)
         return out, call.recurrence.state
 
 
