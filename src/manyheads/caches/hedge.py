@@ -18,10 +18,10 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
   stay. Both scores mean the same in every head, so a head whose keys are all alike, or that looks at its neighbours
   only, leaves its bytes to the few that look things up (Ada-KV, arXiv 2407.11550, does so among the heads of a layer).
 - **Few bits.** What stays is stored as FP8 or INT4 with keys scaled by rotary pair (FireQ, arXiv 2505.20839, "pre"),
-  but for the ``recent`` last tokens: about 1.9 or 3.5 tokens in the bytes of one. Rounding to INT4 costs published
-  models loss at every budget and FP8 next to nothing. But where few bytes may stay, or where few heads remember for the
-  whole model (gemma-3-270m has 18 of them, SmolLM2-135M 90), the tokens that INT4 has room for are worth more than
-  that: ``bits=auto`` takes it below a fifth of the bytes, and in models of fewer than 32 key/value heads.
+  but for the ``recent`` last tokens: about 1.9 or 3.5 tokens in the bytes of one. Rounding to INT4 costs
+  SmolLM2-135M loss at every budget and FP8 next to nothing. But where few bytes may stay, or where few heads remember
+  for the whole model (gemma-3-270m has 18 of them, SmolLM2-135M 90), the tokens that INT4 has room for are worth more
+  than that: ``bits=auto`` takes it below a fifth of the bytes, and in models of fewer than 32 key/value heads.
 
 So ``budget`` counts bytes: a fraction of what the whole cache takes in 16 bits, or the bytes of so many 16-bit tokens
 per head. Codes, scales, positions, the recent tokens and places for 16 tokens to come are counted. 1.0 keeps everything
