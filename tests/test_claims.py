@@ -11,13 +11,17 @@ import pytest
 from manyheads import catalog, claims
 from manyheads.cli import main
 from manyheads.errors import UserError
-from manyheads.experiment import higher, lower
+from manyheads.experiment import higher, lower, subjects
 from manyheads.experiment.claim import Claim, Reported, run_claim, store
 from manyheads.report import claims as report
 from manyheads.report.page import render
-from oracles.experiment import Draws, experiment
+from oracles.experiment import Draws, Nothing, experiment
 
 SIZES = {"quick": {"samples": 6}, "cpu": {"samples": 24}}
+
+
+class Other(Nothing):
+    name = "other"
 
 
 def claim(slug, *tasks):
@@ -77,6 +81,27 @@ def test_one_claim(home, cli, tmp_path):
     assert code == 0 and found.line in out and "contradicted" in out and "checked" in out
     row = json.loads(cli("show", "hashevict", "--json")[1])
     assert row["checks"] == f"{found.line} (cpu)" and row["claim"][0]["runs"][0]["checks"][0]["word"] == "holds"
+
+
+def test_another_subject_has_a_result_of_its_own(home, cli, tmp_path, monkeypatch):
+    assert cli("claims", "run", "hashevict", "--json")[0] == 0
+    given = str(tmp_path / "other")
+    monkeypatch.setattr(subjects, "subject", lambda one: Other() if one == given else one)
+    code, out, err = cli("claims", "run", "hashevict", "--model", given, "--json")
+    assert code == 0, err
+    assert json.loads(out)[0]["run"]["command"].endswith(f"--model {given}")
+    assert sorted(path.name for path in home.iterdir()) == ["hashevict.cpu.json", "hashevict.cpu.other.json"]
+    runs = [tmp_path / "manyheads-claims" / f"hashevict.cpu.cpu{name}" / "run.json" for name in ("", ".other")]
+    assert ['"name": "other"' in run.read_text() for run in runs] == [False, True]
+    own, other = claims.stored("hashevict")
+    assert (own.deciding.measured, other.deciding.measured) == ("cpu", "cpu, other")
+    assert catalog.get("hashevict").checks == f"{own.line} (cpu); {other.line} (cpu, other)"
+    assert set(claims.summary()["hashevict"]) == {"cpu", "cpu, other"} and "cpu, other" in cli("claims")[1]
+
+
+def test_a_subject_of_another_kind_is_refused(home, cli):
+    code, _, err = cli("claims", "run", "hashevict", "--model", "scenes")
+    assert code == 2 and err.splitlines()[-1] == "error: this is measured on a nothing; scenes is a pipeline"
 
 
 def test_a_quick_run_gives_no_word(home, cli):

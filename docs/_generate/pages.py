@@ -127,7 +127,7 @@ def claim_section(slug: str) -> str:
     parts = [_claim(slug)]
     for result in found:
         for run in result.runs:
-            parts += [f"**{run.size}, {run.device}**: {run.line}", _checks(run)]
+            parts += [f"**{run.size}, {run.measured}**: {run.line}", _checks(run)]
             if run.date:
                 parts.append(f"`{run.command}`, {run.date[:10]}, {_machine(run.environment)}")
     if not found:

@@ -28,7 +28,7 @@ RECOMMENDED = "hedge"  # what the spec "auto" stands for
 Training = Literal["none", "calibration", "required"]
 State = Literal["planned", "untested", "strategy", "claim", "checked"]
 STATES: tuple[State, ...] = get_args(State)
-DEVICES = ("cpu", "cuda")  # that claims are checked on
+_DEVICES = ("cpu", "cuda")  # that claims are checked on
 
 # What a search may find for a paper's `training`: words, so that "without training" ranks what needs none.
 _TRAINING_WORDS = {
@@ -80,8 +80,8 @@ class Paper:
 
     @property
     def checks(self) -> str:
-        """What the checks of its claim say, a line for each device; empty where it was not run."""
-        return "; ".join(f"{found['line']} ({device})" for device, found in checks_in(PACKAGE, self.slug).items())
+        """What the checks of its claim say, a line for each device and subject; empty where it was not run."""
+        return "; ".join(f"{found['line']} ({on})" for on, found in checks_in(PACKAGE, self.slug).items())
 
     def row(self) -> dict[str, object]:
         """Return what ``--json`` prints of this paper."""
@@ -126,8 +126,19 @@ def results_folder(package: Path = PACKAGE) -> Path:
     return Path.home() / ".local" / "share" / "manyheads" / "claims"
 
 
+def results_of(slug: str, folder: Path) -> dict[str, Path]:
+    """Files of results of a claim in ``folder`` by what they were measured on: ``cpu``, ``cpu, gemma3-270m``."""
+    files: dict[str, Path] = {}
+    for device in _DEVICES:
+        own, start = folder / f"{slug}.{device}.json", f"{slug}.{device}."
+        others = sorted(path for path in folder.glob(f"{start}*.json") if path != own)
+        named = {f"{device}, {path.name.removeprefix(start).removesuffix('.json')}": path for path in others}
+        files |= ({device: own} if own.is_file() else {}) | named
+    return files
+
+
 def checks_in(package: Path, slug: str) -> dict[str, dict[str, Any]]:
-    """What is known of a claim by device: its ``line``, its ``date``, and whether a ``full`` run is behind it.
+    """What is known of a claim by device, and subject if not its own: ``line``, ``date``, and whether it is ``full``.
 
     Results of one's own come first, then those that the package was made with. Reads JSON only.
 
@@ -135,17 +146,13 @@ def checks_in(package: Path, slug: str) -> dict[str, dict[str, Any]]:
         UserError: a file of results is damaged.
     """
     packed = _json(package / "claims" / "summary.json").get(slug, {})
-    found = {}
-    for device in DEVICES:
-        path = results_folder(package) / f"{slug}.{device}.json"
-        stored = _json(path)
+    own = {}
+    for on, path in results_of(slug, results_folder(package)).items():
         try:
-            known = digest(stored) if stored else packed.get(device)
+            own[on] = digest(_json(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no result of a claim ({error}); delete it and run the claim again") from error
-        if known:
-            found[device] = known
-    return found
+    return dict(sorted((packed | own).items()))
 
 
 def digest(stored: dict[str, Any]) -> dict[str, Any]:

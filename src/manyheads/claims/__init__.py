@@ -2,7 +2,8 @@
 """Claims: the headline of each paper as data, checked at the scale of the machine at hand.
 
 ``claims/<slug>.py`` exposes ``claim``, a :class:`manyheads.experiment.claim.Claim`, and nothing else. Results are kept
-per device in ``results/claims/<slug>.<device>.json`` of a checkout; a run outside a checkout writes to the user's data
+per device in ``results/claims/<slug>.<device>.json`` of a checkout, those on another subject than the claim's own in
+``<slug>.<device>.<subject>.json``; a run outside a checkout writes to the user's data
 folder and never into the installed package, which carries ``claims/summary.json``.
 """
 
@@ -12,13 +13,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyheads.catalog import DEVICES, digest, results_folder
+from manyheads.catalog import digest, results_folder, results_of
 from manyheads.errors import UserError
 
 if TYPE_CHECKING:
     from manyheads.experiment.claim import Claim, ClaimResult
 
-__all__ = ["DEVICES", "SUMMARY", "load", "results_folder", "slugs", "stored", "summary"]
+__all__ = ["SUMMARY", "load", "results_folder", "slugs", "stored", "summary"]
 
 _FOLDER = Path(__file__).resolve().parent
 SUMMARY = _FOLDER / "summary.json"
@@ -50,7 +51,7 @@ def load(slug: str) -> Claim:
 
 
 def stored(slug: str, folder: Path | None = None) -> list[ClaimResult]:
-    """What is stored of the claim of `slug`, one result a device.
+    """What is stored of the claim of `slug`, one result for each device and subject.
 
     Raises:
         UserError: a file is damaged.
@@ -58,12 +59,12 @@ def stored(slug: str, folder: Path | None = None) -> list[ClaimResult]:
     from manyheads.experiment.claim import read_result
 
     place = folder or results_folder()
-    found = (read_result(place / f"{slug}.{device}.json") for device in DEVICES)
+    found = (read_result(path) for path in results_of(slug, place).values())
     return [result for result in found if result is not None]
 
 
 def summary(folder: Path | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Lines of all claims by slug and device, from the stored results: what the package carries as summary.json.
+    """Lines of all claims by slug, device and subject, from stored results: what the package has as summary.json.
 
     ``{slug: {device: {"line": ..., "date": ..., "full": ...}}}``; :func:`manyheads.catalog.checks_in` reads it.
 
@@ -73,7 +74,7 @@ def summary(folder: Path | None = None) -> dict[str, dict[str, dict[str, Any]]]:
     found = {}
     for slug in slugs():
         known = [result for result in stored(slug, folder) if result.deciding]
-        lines: dict[str, dict[str, Any]] = {result.runs[0].device: digest(result.plain()) for result in known}
+        lines = {result.runs[0].measured: digest(result.plain()) for result in known}
         if lines:
             found[slug] = lines
     return found

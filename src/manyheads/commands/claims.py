@@ -67,6 +67,10 @@ def run_claims(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run them.")] = "cpu",
     workers: Workers = None,
     ray: RayAddress = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of a causal LM to check it on. \\[default: the claim's own subject]"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the rows; a run that was cut off goes on from them.")] = Path(
         FOLDER
     ),
@@ -89,7 +93,7 @@ def run_claims(
     with progress_shown(as_json) as progress:
         for number, (slug, claim) in enumerate(loaded):
             told = _part(progress, number, len(loaded), slug)
-            one, failure = _run(slug, claim, quick, device, out, where, told)
+            one, failure = _run(slug, claim, quick, device, out, model, where, told)
             found.append(one)
             failures += [failure] if failure else []
     if failures and len(loaded) == 1:
@@ -122,7 +126,7 @@ def write_summary() -> None:
 
 
 def stored_runs(slug: str, results: Sequence[ClaimResult]) -> list[Shown]:
-    """The deciding run of every device, or what the package knows of a claim that was not run here."""
+    """The deciding run of every device and subject, or what the package knows of a claim that was not run here."""
     from manyheads.report.claims import Shown
 
     if results:
@@ -142,7 +146,7 @@ def _load(slug: str) -> tuple[Claim | None, Exception | None]:
 
 def _run(
     slug: str, loaded: tuple[Claim | None, Exception | None], quick: bool, device: Literal["cpu", "cuda"], out: Path,
-    where: Executor | None, progress: Progress,
+    model: str | None, where: Executor | None, progress: Progress,
 ) -> tuple[Shown, Exception | None]:  # fmt: skip
     """Run and store one claim; what went wrong is returned."""
     from manyheads.experiment.claim import run_claim, store
@@ -154,10 +158,9 @@ def _run(
     size: Any = "quick" if quick else device
     reported = f"{claim.reported.value} ({claim.reported.setting}; {claim.reported.where})"
     one = Shown(slug=slug, statement=claim.statement, reported=reported, caveat=claim.caveat)
+    place = out / ".".join(filter(None, (slug, device, size, model and Path(model).name)))
     try:
-        run: ClaimRun = run_claim(
-            claim, size, device, out / f"{slug}.{device}.{size}", executor=where, progress=progress
-        )
+        run: ClaimRun = run_claim(claim, size, device, place, on=model, executor=where, progress=progress)
         store(claim, run, claims.results_folder())
     except Exception as error:
         return dataclasses.replace(one, error=_line(error)), error

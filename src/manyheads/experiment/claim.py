@@ -81,13 +81,13 @@ class Claim:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"the claim of {self.slug} has {'two checks that say the same' if names else 'no check'}")
 
-    def planned(self, size: Size) -> Planned:
-        """The experiment at a size, with every check's metric and arms found.
+    def planned(self, size: Size, on: str | None = None) -> Planned:
+        """The experiment at a size, on its own subject or on ``on``, with every check's metric and arms found.
 
         Raises:
             ValueError: a check or the report names what is not there.
         """
-        plan = self.experiment.at(size)
+        plan = self.experiment.at(size, on)
         metrics = _metrics(plan)
         for check in self.checks:
             resolve(check, plan.arms, metrics)
@@ -103,6 +103,7 @@ class ClaimRun:
     Attributes:
         size, device: of the run.
         tier: as the claim had it.
+        subject: measured in place of the claim's own, None where it was that.
         checks: results in the claim's order.
         figures: estimates of every arm and metric, and of its difference to the baseline, as plain values.
         seeds: of trainings and draws.
@@ -119,6 +120,7 @@ class ClaimRun:
     size: Size
     device: Device
     tier: Tier
+    subject: str | None = None
     checks: tuple[CheckResult, ...] = ()
     figures: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -129,6 +131,11 @@ class ClaimRun:
     environment: Mapping[str, Any] = field(default_factory=dict)
     retracted: tuple[Mapping[str, str], ...] = ()
     legacy: Mapping[str, str] | None = None
+
+    @property
+    def measured(self) -> str:
+        """On what: the device and, where it is not the claim's own, the subject."""
+        return f"{self.device}, {self.subject}" if self.subject else self.device
 
     @property
     def line(self) -> str:
@@ -159,7 +166,7 @@ class ClaimRun:
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimResult:
-    """Everything stored of one claim: at most one run for each device and size."""
+    """Everything stored of one claim on one device and subject: at most one run for each size."""
 
     slug: str
     statement: str
@@ -184,25 +191,31 @@ class ClaimResult:
 
 
 def run_claim(
-    claim: Claim, size: Size, device: Device, out: Path, *, executor: Executor | None = None,
+    claim: Claim, size: Size, device: Device, out: Path, *, on: str | None = None, executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> ClaimRun:  # fmt: skip
-    """Measure a claim's experiment at a size and judge it; nothing is stored but the rows in ``out``."""
+    """Measure a claim's experiment at a size and judge it; nothing is stored but the rows in ``out``.
+
+    ``on`` is measured in place of the claim's own subject.
+    """
     from .runner import run
 
-    plan = claim.planned(size)
+    plan = claim.planned(size, on)
     flags = f"{' --quick' if size == 'quick' else ''}{' --device cuda' if device == 'cuda' else ''}"
+    flags += f" --model {on}" if on else ""
     command = f"manyheads claims run {claim.slug}{flags}"
     about = {"command": command.split(), "options": {"claim": claim.slug}, "kind": "claim"}
     results = run(plan, out, device=device, executor=executor, progress=progress, about=about)
-    return judge(claim, results, size, device, command)
+    return judge(claim, results, size, device, command, on)
 
 
-def judge(claim: Claim, results: Results, size: Size, device: Device, command: str) -> ClaimRun:
+def judge(
+    claim: Claim, results: Results, size: Size, device: Device, command: str, on: str | None = None
+) -> ClaimRun:  # fmt: skip
     """Judge the rows of a finished run."""
     from ..environment import commit
 
-    plan, run = claim.planned(size), results.run
+    plan, run = claim.planned(size, on), results.run
     metrics = _metrics(plan)
     checks = tuple(
         evaluate(check, results.rows, plan.arms, metrics, skipped=run["skipped"], words=size != "quick")
@@ -212,9 +225,9 @@ def judge(claim: Claim, results: Results, size: Size, device: Device, command: s
     shown |= {find_metric(check.metric, metrics) for check in claim.checks}
     rows = [row for row in results.rows if (row.task, row.metric) in shown]
     return ClaimRun(
-        size=size, device=device, tier=claim.tier, checks=checks, figures=tuple(_figures(rows, plan, metrics)),
-        seeds=plan.seeds, seconds=run.get("seconds"), date=run.get("finished", ""), command=command, commit=commit(),
-        environment=run["environment"],
+        size=size, device=device, tier=claim.tier, subject=on and Path(on).name, checks=checks,
+        figures=tuple(_figures(rows, plan, metrics)), seeds=plan.seeds, seconds=run.get("seconds"),
+        date=run.get("finished", ""), command=command, commit=commit(), environment=run["environment"],
     )  # fmt: skip
 
 
@@ -282,14 +295,14 @@ def _run_of(data: dict[str, Any]) -> ClaimRun:
 
 
 def store(claim: Claim, run: ClaimRun, folder: Path) -> Path:
-    """Put ``run`` into the file of its claim and device, in place of an earlier one of the same size; atomic.
+    """Put ``run`` into the file of its claim, device and subject, in place of an earlier one of the same size; atomic.
 
     Retractions of the earlier run are kept.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    path = folder / f"{claim.slug}.{run.device}.json"
+    path = folder / f"{claim.slug}.{run.device}{f'.{run.subject}' if run.subject else ''}.json"
     earlier = read_result(path)
     stored = earlier.runs if earlier else ()
     others = [other for other in stored if other.size != run.size]

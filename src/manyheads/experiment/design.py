@@ -75,11 +75,11 @@ class Experiment:
     sizes: Sizes = Sizes()
     seeds: int = 3
 
-    def at(self, size: Size) -> Planned:
-        """The experiment at a size.
+    def at(self, size: Size, on: str | None = None) -> Planned:
+        """The experiment at a size, on its own subject or on another of that kind.
 
         Raises:
-            UserError: a value of the size is of no task, or two arms or tasks have one name.
+            UserError: a value of the size is of no task, two arms or tasks have one name, or ``on`` is of another kind.
         """
         from .subjects import subject
 
@@ -95,10 +95,18 @@ class Experiment:
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise UserError(f"two {what} are called {', '.join(twice)}; give each a name of its own")
         seeds = int(values.get("seeds", 1 if size == "quick" else self.seeds))
+        own = subject(values.get("subject", self.subject))
+        measured = own if on is None else subject(on)
+        if measured.kind != own.kind:
+            raise UserError(f"this is measured on {_said(own.kind)}; {on} is {_said(measured.kind)}")
         return Planned(
-            subject=subject(values.get("subject", self.subject)), arms=arms, tasks=tasks, seeds=tuple(range(seeds)),
+            subject=measured, arms=arms, tasks=tasks, seeds=tuple(range(seeds)),
             equal=self.equal, size=size,
         )  # fmt: skip
+
+
+def _said(kind: str) -> str:
+    return {"causal_lm": "a causal language model"}.get(kind, f"a {kind}")
 
 
 def _plain(task: Task) -> dict[str, Any]:

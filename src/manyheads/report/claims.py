@@ -56,7 +56,7 @@ def line_table(shown: Sequence[Shown]) -> Table:
     rows = [
         [
             one.slug, one.run.tier if one.run else "", one.line.removeprefix(f"{one.run.tier}: " if one.run else ""),
-            f"{one.run.device}, {one.run.size}" if one.run else "",
+            _ran(one.run) if one.run else "",
             "" if one.run is None or one.run.seconds is None else f"{one.run.seconds:.0f}",
         ]
         for one in shown
@@ -64,6 +64,11 @@ def line_table(shown: Sequence[Shown]) -> Table:
     columns = [Column("claim", text=True), Column("tier", text=True), Column("checks", text=True),
                Column("run", text=True), Column("seconds")]  # fmt: skip
     return Table(columns, rows, repeats=True)
+
+
+def _ran(run: ClaimRun) -> str:
+    """On what a run ran: the size is said where it is not that of the device."""
+    return run.measured if run.size == run.device else f"{run.measured}, {run.size}"
 
 
 def checks(run: ClaimRun) -> Table:
