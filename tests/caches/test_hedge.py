@@ -122,7 +122,7 @@ def by_hand(policy, layers, *, turned=True, again=True, near=True, square=True, 
     return [[sorted(head) for head in layer] for layer in held]
 
 
-TOKENS = {"bits": "none", "sinks": 1, "recent": 2, "window_size": 8}
+TOKENS = {"bits": "none", "whole": 0, "sinks": 1, "recent": 2, "window_size": 8}
 
 
 @pytest.mark.parametrize("heads", [2, 4])

@@ -17,7 +17,7 @@ from manyheads.caches.snapkv import SnapKV
 from oracles import caches, models
 from tolerance import SAME, assert_close, error
 
-FIELDS = {"fireq": "base=snapkv,", "hedge": "bits=none,"}  # FireQ stores in 4 bits whatever it keeps
+FIELDS = {"fireq": "base=snapkv,", "hedge": "bits=none,whole=0,"}  # FireQ stores in 4 bits whatever it keeps
 SLUGS = [name for _, name, _ in pkgutil.iter_modules(wing.__path__) if not name.startswith("_")]
 SIZED = [s for s in SLUGS if {"budget", "schedule"} <= {f.name for f in dataclasses.fields(parse(s))} and s != "full"]
 MADE, LONG = 30, 200
@@ -95,8 +95,23 @@ def test_control(llama):
     with pytest.raises(AssertionError):
         keeps_what_it_protects(llama, Cut(budget=0.25), ids)
     plain = under(llama, "full", models.tokens(1, 34))
-    _, got = under(llama, spec("auto", 0.05), models.tokens(1, 34), forced=plain[0])
+    _, got = under(llama, "auto:budget=0.05,whole=0", models.tokens(1, 34), forced=plain[0])
     assert error(got, plain[1]) > 1e-2  # 34 tokens are more than 20
+
+
+@pytest.mark.parametrize("bits", ["fp8", "none"])
+def test_auto_keeps_a_chat_prompt_whole(llama, bits):
+    """Up to ``whole`` tokens, row by row; longer ones are cut to the budget. In 16 bits nothing changes at all."""
+    strategy, least = f"auto:budget=0.05,whole=40,bits={bits}", 20
+    ids, mask = models.tokens(3, 60), torch.ones(3, 60, dtype=torch.long)
+    mask[1, :20] = mask[2, :19] = 0  # 60, 40 and 41 tokens
+    with manyheads.use(llama):
+        cache = caches.prefilled(llama, strategy, ids, attention_mask=mask)
+        held = torch.stack([(store.live.positions() >= 0).sum(-1).double() for store in caches.stores(cache)])
+    assert held.mean((0, 2)).tolist() == [least, 40, least]
+    made, want = under(llama, "full", ids[1:2, 20:])
+    _, alone = under(llama, strategy, ids[1:2, 20:], forced=made)
+    assert (error(alone, want) == 0) == (bits == "none")
 
 
 def test_slots_that_cannot_hold_the_protected_tokens_are_refused():

@@ -34,7 +34,7 @@ EVICTING = {
     "d2o": "d2o:budget=0.7,sinks=1",
     "graphkv": "graphkv:base=snapkv(window_size=2,kernel_size=3),budget=0.5",
     "fireq": "fireq:base=keydiff,budget=0.7,window_tokens=2",
-    "hedge": "hedge:budget=0.6,sinks=1,recent=1,window_size=4,bits=none",
+    "hedge": "hedge:budget=0.6,sinks=1,recent=1,window_size=4,bits=none,whole=0",
 }
 # The six that stand for the rest where a property is dear: one-shot and per step, key-only and with queries, in place.
 FEW = ("norm", "random-every-3", "streaming_llm-slots", "snapkv-step", "keydiff-chunk", "hashevict")

@@ -42,21 +42,23 @@ def as_budget(value: object) -> int | float:
 Budget = Annotated[int | float, BeforeValidator(as_budget)]
 
 
-def keep_limit(budget: int | float, seen: int, least: int = 0) -> int:
+def keep_limit(budget: int | float, seen: int, least: int = 0, whole: int = 0) -> int:
     """Most slots that a row of at most ``seen`` tokens keeps: ``ceil(budget * seen)`` or ``min(budget, seen)``.
 
-    ``least`` tokens are kept whatever their fraction is: a text no longer than that is kept whole.
+    ``least`` tokens are kept whatever their fraction is, and a text of at most ``whole`` tokens is kept whole; what
+    comes out is a bound for texts shorter than ``seen``, too.
     """
     if isinstance(budget, int):
         return min(budget, seen)
-    return max(math.ceil(budget * seen - _EPS), min(least, seen))
+    return max(math.ceil(budget * seen - _EPS), min(max(least, whole), seen))
 
 
-def keep_counts(budget: int | float, counts: Tensor, least: int = 0) -> Tensor:
+def keep_counts(budget: int | float, counts: Tensor, least: int = 0, whole: int = 0) -> Tensor:
     """Slots kept per row, int64, same shape as ``counts`` (tokens seen per row, padding not counted).
 
-    ``least`` as for :func:`keep_limit`.
+    ``least`` and ``whole`` as for :func:`keep_limit`.
     """
     if isinstance(budget, int):
         return counts.clamp(max=budget)
-    return torch.ceil(counts.double() * budget - _EPS).long().maximum(counts.clamp(max=least))
+    kept = torch.ceil(counts.double() * budget - _EPS).long().maximum(counts.clamp(max=least))
+    return torch.where(counts <= whole, counts, kept)

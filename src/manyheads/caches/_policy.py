@@ -77,6 +77,11 @@ class CachePolicy(Cache):
         return self.sinks + self.recent
 
     @property
+    def kept_whole(self) -> int:
+        """Up to how many tokens a text is kept whole, whatever fraction may stay."""
+        return 0
+
+    @property
     def window(self) -> int:
         """How many of the last queries :meth:`score` needs; 0 for none."""
         return 0

@@ -236,8 +236,8 @@ class PolicyStore(Store):
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
-        budget, least = self.policy.budget, self.policy.protected
-        return keep_counts(budget, counts, least), keep_limit(budget, self.live.seen, least)
+        budget, least, whole = self.policy.budget, self.policy.protected, self.policy.kept_whole
+        return keep_counts(budget, counts, least, whole), keep_limit(budget, self.live.seen, least, whole)
 
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']`` of everything remembered."""

@@ -76,6 +76,10 @@ class Wrapper(EvictionStrategy):
         return self.inner.protected
 
     @property
+    def kept_whole(self) -> int:
+        return self.inner.kept_whole
+
+    @property
     def window(self) -> int:
         return self.inner.window
 

@@ -25,7 +25,9 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
 
 So ``budget`` counts bytes: a fraction of what the whole cache takes in 16 bits, or the bytes of so many 16-bit tokens
 per head. Codes, scales, positions, the recent tokens and places for 16 tokens to come are counted. 1.0 keeps everything
-as it is. With ``bits=none`` the budget counts tokens, as everywhere else.
+as it is. A fraction is a target for texts that are long: one of at most ``whole`` tokens, such as a chat prompt, keeps
+all of them, packed, because a quarter of forty tokens is no longer what was asked and saves next to nothing. With
+``bits=none`` the budget counts tokens, as everywhere else.
 
 The rotation per position is read off the model's cosines and sines, of the longest forward that evicted. Where the
 model passes none on in halves, or caches latents, keys and queries are taken as they are. Latent caches and
@@ -69,6 +71,7 @@ class Hedge(EvictionStrategy):
         budget: bytes, as a fraction of the 16-bit cache or as so many of its tokens per head; tokens if not packed.
         sinks: first tokens that are never dropped.
         recent: last tokens that are never dropped, and stay in the model's dtype.
+        whole: a text of at most so many tokens keeps them all, whatever the fraction; they are packed all the same.
         distinct: part of the ranking that goes by distinctness, between 0 and 1; the rest goes by foresight.
         window_size: last queries that are asked again.
         bits: ``int4``, ``fp8``, ``none`` for the model's own dtype, or ``auto``: INT4 where a fraction below 0.2 may
@@ -79,6 +82,7 @@ class Hedge(EvictionStrategy):
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     recent: int = field(default=16, metadata={"help": "last tokens that are never dropped and stay in 16 bits"})
+    whole: int = field(default=256, metadata={"help": "up to how many tokens a text is kept whole"})
     distinct: float = field(default=0.35, metadata={"help": "part of the ranking that goes by distinctness, 0 to 1"})
     window_size: int = field(default=512, metadata={"help": "last queries that are asked again"})
     bits: Literal["auto", "int4", "fp8", "none"] = field(
@@ -98,6 +102,10 @@ class Hedge(EvictionStrategy):
         heads = (site.num_kv_heads or _FEW_HEADS) * len(site.peers)
         few = self.bits == "auto" and heads < _FEW_HEADS
         return PolicyStore(replace(self, bits="int4") if few else self, site)
+
+    @property
+    def kept_whole(self) -> int:
+        return self.whole
 
     @property
     def window(self) -> int:
@@ -134,7 +142,7 @@ class Hedge(EvictionStrategy):
                 self._rank(pool)
         shares = {}
         for layer, view in views.items():
-            equal = keep_counts(self.budget, view.counts, self.protected).clamp(min=1)
+            equal = keep_counts(self.budget, view.counts, self.protected, self.whole).clamp(min=1)
             shares[layer] = view.state["kept"].float().mean(1) / equal
         return shares
 
@@ -166,7 +174,7 @@ class Hedge(EvictionStrategy):
 
     def room(self, view: CacheView) -> Tensor:
         """Tokens of a head that the budget's bytes hold on average, ``[B]``."""
-        slots = keep_counts(self.budget, view.counts, self.protected)
+        slots = keep_counts(self.budget, view.counts, self.protected, self.whole)
         packing, (key, value) = self.codec, (view.k.shape[-1], view.v.shape[-1])
         if packing is None or view.site.window is not None or view.site.latent is not None or key != value:
             return slots
