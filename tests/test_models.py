@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from manyheads import UserError, models
+from manyheads.models import eight_bits
 from manyheads.recipes import recall as recall_recipe
 from manyheads.recipes._evaluate import context_curve, losses, recall, stdlib_tokens
 from manyheads.recipes._planted import Planter
@@ -44,12 +46,47 @@ def test_default_model_loads_as_any_other(default: tuple[Any, Any]) -> None:
     assert model.dtype == torch.float32
     assert not model.training
     assert 15e6 < sum(p.numel() for p in model.parameters()) < 25e6
-    assert sum(p.stat().st_size for p in models.default_path().glob("*.safetensors")) < 40e6
+    assert sum(p.stat().st_size for p in models.default_path().glob("*.safetensors")) < 20e6
     source = "def area(self, width=12):\n\treturn 'ß' * width\n"
     assert tokenizer.decode(tokenizer(source).input_ids) == source
-    plain = AutoModelForCausalLM.from_pretrained(models.default_path())
-    assert plain.dtype == torch.bfloat16
-    assert len(AutoTokenizer.from_pretrained(models.default_path())) == plain.config.vocab_size == 8192
+    assert len(AutoTokenizer.from_pretrained(models.default_path())) == model.config.vocab_size == 8192
+
+
+def test_default_model_saves_as_a_plain_checkpoint(default: tuple[Any, Any], tmp_path: Path) -> None:
+    default[0].save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(plain) is type(default[0]) and plain.generation_config.eos_token_id == 0
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, default[0](ids).logits, rtol=0, atol=0)
+
+
+def test_eight_bits() -> None:
+    """Half a step of a row at most, vectors as they were, rows of zeros too; a step of twice the size is seen."""
+    torch.manual_seed(0)
+    state = {"a": torch.randn(5, 7, 3, 3) * torch.tensor([1e-3, 1, 50, 0, 2]).view(5, 1, 1, 1), "b": torch.randn(9)}
+    back = eight_bits.unpack(eight_bits.pack(state), torch.float32)
+    step = state["a"].flatten(1).abs().amax(1) / 127
+
+    def within(x: torch.Tensor) -> bool:
+        return bool(((x - state["a"]).flatten(1).abs().amax(1) <= step * 0.501).all())
+
+    assert torch.equal(back["b"], state["b"]) and within(back["a"]) and back.keys() == state.keys()
+    assert not within(state["a"] + step.view(5, 1, 1, 1))
+
+
+def test_packed_weights_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1, bos_token_id=None, eos_token_id=None))  # fmt: skip
+    model.config.save_pretrained(tmp_path)
+    eight_bits.save(model, tmp_path)
+    loaded, back = models._load_model(str(tmp_path), torch.device("cpu"), torch.float32), model.state_dict()
+    assert all((x - back[name]).abs().max() <= back[name].abs().max() / 250 for name, x in loaded.state_dict().items())
+    packed = load_file(tmp_path / eight_bits.FILE)
+    for changed in ({"more.weight": torch.zeros(2)}, {"model.norm.weight": None}):
+        save_file({n: x for n, x in {**packed, **changed}.items() if x is not None}, tmp_path / eight_bits.FILE)
+        with pytest.raises(UserError, match="does not load"):
+            models._load_model(str(tmp_path), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +118,7 @@ def test_losses_are_those_of_single_rows(default: tuple[Any, Any], text: dict[st
 
 def test_recall_fixture_recalls() -> None:
     model = models.load_recall()
-    assert sum(p.stat().st_size for p in models.recall_path().glob("*.safetensors")) < 1.4e6
+    assert sum(p.stat().st_size for p in models.recall_path().glob("*.safetensors")) < 0.5e6
     measured = recall_recipe.accuracy(model, 100, 20, seed=3)  # type: ignore[arg-type]
     assert measured >= 0.99
     assert abs(measured - card(models.recall_path())["recalled"]) < 0.005

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from manyheads.data import scenes
-from manyheads.models import load
+from manyheads.models import eight_bits, load
 from manyheads.recipes import _corpus, recall
 from manyheads.recipes._llama import Llama
 from manyheads.recipes._planted import Planter
@@ -63,7 +63,7 @@ def test_recall_from_end_to_end(tmp_path: Path) -> None:
     done = run("recall", "--out", str(tmp_path / "recall"), "--smoke")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "recall").iterdir()) == [
-        "README.md", "config.json", "curves.json", "generation_config.json", "model.safetensors", "results.json",
+        "README.md", "config.json", "curves.json", "results.json", eight_bits.FILE,
     ]  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def test_scenes_and_their_judge_from_end_to_end(tmp_path: Path) -> None:
 
     for name, part in (("scenes", "transformer"), ("unet", "unet"), ("moving", "transformer")):
         assert recipe.main(["--kind", name, "--out", str(tmp_path / name), "--smoke"]) == 0
-        weights = load_file(tmp_path / name / part / "diffusion_pytorch_model.safetensors")
-        assert {x.dtype for x in weights.values()} == {torch.float16}
+        weights = load_file(tmp_path / name / part / eight_bits.FILE)
+        assert {x.dtype for x in weights.values() if x.ndim > 1} == {torch.int8}
         made = load_scenes(tmp_path / name)("fire over a frog", num_inference_steps=1, output_type="pt")
         assert torch.isfinite(made.images if name != "moving" else made.frames).all()
         assert f'load_scenes("{name}")' in (tmp_path / name / "README.md").read_text()

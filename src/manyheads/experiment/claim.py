@@ -313,7 +313,7 @@ def store(claim: Claim, run: ClaimRun, folder: Path) -> Path:
     data = {"format": _FORMAT, "reported": dataclasses.asdict(claim.reported), **result.plain()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"the result could not be stored: {error.strerror}: {path}") from error
     return path

@@ -221,6 +221,8 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
 
     if kind is None:
         _check_architecture(name)
+        if (Path(name) / "weights.int8.safetensors").is_file():
+            return _load_packed(Path(name), place, dtype)
     try:
         loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
@@ -233,6 +235,24 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
         )
     model: PreTrainedModel = loaded[0].to(place).eval()
     return model
+
+
+def _load_packed(folder: Path, place: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
+    """A causal language model whose weights are in 8 bits, see :mod:`.eight_bits`."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from .eight_bits import load_into
+
+    try:
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        load_into(model, folder, dtype)
+    except Exception as error:
+        raise UserError(f"{folder} does not load: {_line(error)}; check that its files are complete") from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = str(folder)
+    loaded: PreTrainedModel = model.to(place).eval()
+    return loaded
 
 
 def _check_architecture(name: str) -> None:

@@ -23,7 +23,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ..data import scenes as data
 from ..diffusion._inversion import invert
 from ..errors import UserError
-from . import placed
+from . import eight_bits, placed
 
 __all__ = ["NAMES", "Captions", "SceneOutput", "ScenePipeline", "is_scene_pipeline", "load_scenes", "predict"]
 
@@ -234,9 +234,10 @@ def load_scenes(
         )
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of loading three small parts
+    kind = dtype or torch.float32
     try:
         pipe: ScenePipeline = ScenePipeline.from_pretrained(
-            str(folder), dtype=dtype or torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+            str(folder), **_packed_parts(folder, kind), dtype=kind, low_cpu_mem_usage=False, use_safetensors=True
         )
     finally:
         if shown:
@@ -244,6 +245,28 @@ def load_scenes(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(place)
     return pipe
+
+
+def _packed_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts of a saved pipeline whose weights are in 8 bits."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = {}
+    for name in ("transformer", "unet"):
+        if (folder / name / eight_bits.FILE).is_file():
+            kind = getattr(diffusers, index[name][1])
+            made = kind.from_config(kind.load_config(str(folder / name)))
+            parts[name] = eight_bits.load_into(made, folder / name, torch.float32).to(dtype).eval()
+    return parts
+
+
+def save(pipe: ScenePipeline, folder: Path) -> None:
+    """Write the pipeline with its denoiser in 8 bits; :func:`load_scenes` reads it."""
+    pipe.save_pretrained(folder)
+    for name in ("transformer", "unet"):
+        plain = folder / name / "diffusion_pytorch_model.safetensors"
+        if plain.is_file():
+            eight_bits.save(pipe.denoiser, folder / name)
+            plain.unlink()
 
 
 def build(kind: str, **changes: Any) -> ScenePipeline:

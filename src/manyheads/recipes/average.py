@@ -20,6 +20,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from manyheads import models
+from manyheads.models import eight_bits
 from manyheads.recipes import _card
 from manyheads.recipes._evaluate import context_curve, recall, stdlib_tokens
 from manyheads.recipes._planted import Planter
@@ -63,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.out} exists; name a new folder")
     staging = args.out.with_name(f"{args.out.name}.partial")
     shutil.copytree(args.second, staging, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
-    average(args.first, args.second, args.share).to(torch.bfloat16).save_pretrained(staging, max_shard_size="14MB")
-    shipped: Any = AutoModelForCausalLM.from_pretrained(staging, dtype=torch.float32)
+    eight_bits.save(average(args.first, args.second, args.share).to(torch.bfloat16), staging)
+    shipped: Any = models.load(staging, dtype=torch.float32)[0]
     tokenizer = Tokenizer.from_file(str(staging / "tokenizer.json"))
     figures = measure(shipped.eval(), tokenizer, args.files, args.questions, seed=1)
     results = json.loads((args.second / "results.json").read_text())

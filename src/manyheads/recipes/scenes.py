@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from manyheads.data import scenes as data
-from manyheads.models.scenes import NAMES, ScenePipeline, build, load_scenes, predict
+from manyheads.models.scenes import NAMES, ScenePipeline, build, load_scenes, predict, save
 from manyheads.recipes import _card
 from manyheads.training import TrainState, decay, fit
 
@@ -126,9 +126,9 @@ def held_out(pipe: ScenePipeline, count: int, device: str) -> float:
 
 
 def write(pipe: ScenePipeline, out: Path, results: dict[str, Any], curve: list[dict[str, float]]) -> None:
-    """The pipeline in float16, its results, and its card."""
+    """The pipeline, its denoiser in 8 bits, its results, and its card."""
     pipe.to(dtype=torch.float16)
-    pipe.save_pretrained(out)
+    save(pipe, out)
     (out / "results.json").write_text(json.dumps({**results, "curve": curve}, indent=1) + "\n", encoding="utf-8")
     (out / "README.md").write_text(_card.render("scenes", results), encoding="utf-8")
 
