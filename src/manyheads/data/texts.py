@@ -95,7 +95,9 @@ def corpus(name: str) -> list[Text]:
         return _brown(files.path("brown"))
     if name == "wikitext":
         parts = [(file, _ARTICLE.split(files.text(file))) for file in CORPORA[name]]
-        return [Text(f"{file}, article {i}", part) for file, found in parts for i, part in enumerate(found) if part.strip()]
+        return [
+            Text(f"{file}, article {i}", part) for file, found in parts for i, part in enumerate(found) if part.strip()
+        ]
     return [
         Text(f"{file}, part {i}", piece) for file in CORPORA[name] for i, piece in enumerate(_pieces(files.text(file)))
     ]
