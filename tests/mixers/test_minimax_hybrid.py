@@ -269,7 +269,8 @@ def test_experts_are_those_of_transformers_and_of_the_formula():
     assert isinstance(ffn.block, MiniMaxSparseMoeBlock) and ffn.active_share == 0.5
     ffn.requires_grad_(False)
     x = torch.randn(2, 7, 12, dtype=torch.float64)
-    assert_close(ffn(x), experts_by_formula(ffn.block, x, 2), FORMULA)
+    rounding = torch.finfo(torch.float32).eps  # transformers takes the router's softmax in float32 of any input
+    assert_close(ffn(x), experts_by_formula(ffn.block, x, 2), rounding)
     assert error(ffn(x), experts_by_formula(ffn.block, x, 1)) > 1e-2  # control
     sizes = {float(weight.std()) for half in ffn.block.experts.gate_up_proj for weight in half.chunk(2)}
     assert max(sizes) < 1.5 * (2 / 32) ** 0.5 and min(sizes) > 0.6 * (2 / 32) ** 0.5  # Xavier's of 12 and 20
