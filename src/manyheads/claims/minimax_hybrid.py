@@ -49,14 +49,14 @@ claim = Claim(
     ),
     experiment=Experiment(
         subject="trainable", arms=arms(2, 4), baseline=SOFTMAX, equal="parameters",
-        tasks=(RecallInText(text="wikitext", layers=2, length=64, batch=32, judged=32, asked=4),),
+        tasks=(RecallInText(text="wikitext", layers=2, length=48, batch=48, judged=32, asked=5, weight=6.0),),
         sizes=Sizes(
             quick={"steps": 30, "rates": (3e-3,), "samples": 24, "parameters": 130_000},
-            cpu={"steps": 160, "rates": (3e-3, 6e-3), "tune_steps": 60, "samples": 96, "parameters": 130_000},
+            cpu={"steps": 400, "rates": (4e-3,), "samples": 96, "parameters": 130_000},
             cuda={
-                "arms": arms(3, 8), "seeds": 8, "dim": 128, "heads": 4, "layers": 3, "length": 128, "batch": 128,
-                "pairs": 8, "keys": 32, "steps": 1200, "rates": (2e-3, 6e-3), "samples": 256, "judged": 64,
-                "parameters": 700_000,
+                "arms": arms(3, 8), "seeds": 8, "dim": 128, "heads": 4, "layers": 3, "length": 128, "batch": 96,
+                "pairs": 12, "keys": 48, "asked": 4, "steps": 1200, "rates": (2e-3, 5e-3), "samples": 256,
+                "judged": 64, "parameters": 700_000,
             },
         ),
     ),

@@ -59,8 +59,8 @@ claim = Claim(
                 "steps": 300, "tune_steps": 60, "recall_in_text.samples": 48, "parameters": 170_000, "batch": 8,
             },
             cuda={
-                "seeds": 8, "dim": 192, "heads": 4, "length": 256, "batch": 64, "pairs": 8, "keys": 32, "asked": 6,
-                "steps": 1200, "tune_steps": 300, "rates": (1e-3, 3e-3), "recall_in_text.samples": 96, "judged": 64,
+                "seeds": 8, "dim": 192, "heads": 4, "length": 256, "batch": 64, "pairs": 6, "keys": 24, "asked": 8,
+                "weight": 6.0, "steps": 1500, "rates": (2e-3, 5e-3), "recall_in_text.samples": 96, "judged": 64,
                 "parameters": 1_450_000,
             },
         ),
