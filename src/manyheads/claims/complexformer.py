@@ -60,7 +60,7 @@ claim = Claim(
     ),
     report=("token_time", "tuning_nll"),
     caveat=(
-        'The auxiliary "PCL" loss is left out: neither the abstract nor the released code describes it, and the paper '
-        "itself has been withdrawn."
+        'The auxiliary "PCL" loss is left out: neither the abstract nor the released attention describes it, and the '
+        "paper itself has been withdrawn."
     ),
 )  # fmt: skip
