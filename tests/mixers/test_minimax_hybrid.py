@@ -6,13 +6,15 @@ import copy
 import pytest
 import torch
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
-from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
+from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention, MiniMaxSparseMoeBlock
 
 import manyheads
 from manyheads.attention.decay import log_decay
 from manyheads.errors import UserError
-from manyheads.mixers.minimax_hybrid import HalfRotary, MiniMaxHybrid, MiniMaxLightning
+from manyheads.mixers.minimax_hybrid import HalfRotary, MiniMaxHybrid, MiniMaxLightning, SparseExperts
 from manyheads.models.decoder import Decoder, DecoderConfig
+from manyheads.training import next_token_loss
+from manyheads.training.matching import parameters_of
 from oracles import mixers, models
 from oracles.caches import greedy
 from oracles.strategies import Watch
@@ -243,6 +245,61 @@ def test_layers_and_refusals(model):
         pass
     with pytest.raises(UserError, match="never called"), manyheads.use(model, "minimax_hybrid"):
         pass
-    for wrong in ({"every": -1}, {"rotary": 2.0}, {"window": 0}):
+    for wrong in ({"every": -1}, {"rotary": 2.0}, {"window": 0}, {"experts": 2, "top": 3}, {"experts": -1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             MiniMaxHybrid(**wrong)
+
+
+def experts_by_formula(block, x, top):
+    """Each token's ``top`` likeliest experts, weighed by the router's softmax over those."""
+    rows = []
+    for token in x.flatten(0, 1):
+        y = torch.zeros_like(token)
+        chosen = (block.gate.weight @ token).softmax(0).topk(top)
+        for share, e in zip(chosen.values / chosen.values.sum(), chosen.indices, strict=True):
+            gate, up = (block.experts.gate_up_proj[e] @ token).chunk(2)
+            y = y + share * (block.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up))
+        rows.append(y)
+    return torch.stack(rows).view_as(x)
+
+
+def test_experts_are_those_of_transformers_and_of_the_formula():
+    torch.manual_seed(0)
+    ffn = SparseExperts(12, 20, experts=4, top=2).double()
+    assert isinstance(ffn.block, MiniMaxSparseMoeBlock) and ffn.active_share == 0.5
+    ffn.requires_grad_(False)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    rounding = torch.finfo(torch.float32).eps  # transformers takes the router's softmax in float32 of any input
+    assert_close(ffn(x), experts_by_formula(ffn.block, x, 2), rounding)
+    assert error(ffn(x), experts_by_formula(ffn.block, x, 1)) > 1e-2  # control
+    sizes = {float(weight.std()) for half in ffn.block.experts.gate_up_proj for weight in half.chunk(2)}
+    assert max(sizes) < 1.5 * (2 / 32) ** 0.5 and min(sizes) > 0.6 * (2 / 32) ** 0.5  # Xavier's of 12 and 20
+
+
+def test_experts_are_balanced_in_training_and_only_there():
+    torch.manual_seed(0)
+    config = DecoderConfig(29, 32, 2, 4)
+    model = Decoder("minimax_hybrid:every=2,experts=4", config)
+    ids = torch.randint(29, (2, 17))
+    model.eval()
+    plain = next_token_loss(model, ids)
+    model.train()
+    balanced = next_token_loss(model, ids)
+    more = float(model.auxiliary_loss().detach())
+    assert float((balanced - plain).detach()) == pytest.approx(more, rel=1e-3)
+    assert 0.001 * 2 * 2 * 0.99 < more < 0.001 * 2 * 4  # of two layers, each 2 when even and at most 4
+    balanced.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    next_token_loss(model, ids)
+    assert float(model.auxiliary_loss()) == 0.0
+
+
+def test_a_token_meets_as_many_parameters_with_experts_as_without():
+    config = DecoderConfig(29, 32, 2, 4)
+    dense = Decoder("minimax_hybrid:every=2", config)
+    sparse = Decoder.matched("minimax_hybrid:every=2,experts=4", config, dense.parameters_held)
+    assert abs(parameters_of(sparse) - parameters_of(dense)) <= 0.02 * parameters_of(dense)
+    assert sum(p.numel() for p in sparse.parameters()) > 1.3 * parameters_of(dense)
+    out = sparse(torch.randint(29, (1, 5)))[0]
+    assert torch.isfinite(out).all()

@@ -53,3 +53,12 @@ def test_decoders_meet_on_one_size(strategy):
     torch.manual_seed(0)
     model = Decoder.matched(strategy, DecoderConfig(64, 32, 2, 2), 60_000)
     assert abs(model.parameters_held - 60_000) <= 100  # half a channel of two layers is 96
+
+
+def test_of_experts_those_count_that_a_token_meets():
+    experts = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 10))
+    experts.active_share = 0.25
+    model = nn.Sequential(nn.Linear(10, 10), experts)
+    assert parameters_of(model) == 110 + round(430 / 4)
+    experts.active_share = 1.0
+    assert parameters_of(model) == 110 + 430

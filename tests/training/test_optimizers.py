@@ -51,6 +51,25 @@ def test_stacked_muon_is_the_muon_of_torch(shape):
         assert error(rounded, unrounded) > FORMULA  # control: rounding was left out, of ours and of theirs
 
 
+def test_matrices_of_a_shape_are_a_stack():
+    """Two shapes among each other, one matrix without a gradient: each moves as in a stack of its own."""
+    torch.manual_seed(0)
+    shapes = [(24, 10), (10, 24), (24, 10), (24, 10)]
+    apart, single = ([torch.nn.Parameter(torch.ones(shape).double()) for shape in shapes] for _ in range(2))
+    ours, alone = Muon(apart, 1e-2, 0.1), [Muon([p], 1e-2, 0.1) for p in single]
+    with Unrounded():
+        for _ in range(3):
+            for i, (p, q) in enumerate(zip(apart, single, strict=True)):
+                p.grad = None if i == 3 else torch.randn(p.shape, dtype=torch.float64)
+                q.grad = None if i == 3 else p.grad.clone()
+            ours.step()
+            for one in alone:
+                one.step()
+    for p, q in zip(apart, single, strict=True):
+        assert_close(p.data, q.data, FORMULA)
+    assert not torch.equal(apart[0], torch.ones_like(apart[0])) and torch.equal(apart[3], torch.ones_like(apart[3]))
+
+
 @pytest.mark.parametrize("shape", [(3, 24, 10), (3, 10, 24)])
 def test_muon_orthogonalises_in_bfloat16(shape):
     """The products lose what their dtype rounds and no more: three roundings in each of five steps."""

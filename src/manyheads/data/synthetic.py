@@ -10,7 +10,7 @@ __all__ = ["associative_recall", "planted_values"]
 
 
 def associative_recall(
-    batch: int, length: int, pairs: int, vocab: int, generator: torch.Generator
+    batch: int, length: int, pairs: int, vocab: int, generator: torch.Generator, asked: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then the keys again.
 
@@ -19,10 +19,11 @@ def associative_recall(
 
     Args:
         batch: B sequences.
-        length: T tokens to predict from; at least ``4 * pairs``.
+        length: T tokens to predict from; at least ``2 * (1 + asked) * pairs``.
         pairs: key-value pairs; no key stands twice.
         vocab: tokens; 0 is filler, the lower half of the rest are keys, the upper half values.
         generator: of all draws; its device is that of the result.
+        asked: times that every key comes again; only the first cannot be answered from an earlier question.
 
     Returns:
         ``ids [B, T + 1]`` and ``loss_mask`` bool ``[B, T]``, True where the next token is a value asked for.
@@ -30,9 +31,9 @@ def associative_recall(
     Raises:
         UserError: more pairs than keys, or than the length holds.
     """
-    keys = (vocab - 1) // 2
-    if pairs > keys or 4 * pairs > length + 1:
-        raise UserError(f"{pairs} pairs need {2 * pairs + 1} tokens of vocabulary and {4 * pairs - 1} of length")
+    keys, least = (vocab - 1) // 2, 2 * (1 + asked) * pairs
+    if pairs > keys or least > length + 1:
+        raise UserError(f"{pairs} pairs need {2 * pairs + 1} tokens of vocabulary and {least - 1} of length")
     device = generator.device
 
     def shuffled(count: int, of: int) -> Tensor:
@@ -44,8 +45,8 @@ def associative_recall(
     loss_mask = torch.zeros(batch, length + 1, dtype=torch.bool, device=device)
     ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = key, value
     places = (length + 1 - 2 * pairs) // 2  # of two tokens each
-    at = 2 * pairs + 2 * shuffled(pairs, places)
-    order = shuffled(pairs, pairs)
+    at = 2 * pairs + 2 * shuffled(asked * pairs, places)
+    order = shuffled(asked * pairs, asked * pairs) % pairs
     ids.scatter_(1, at, key.gather(1, order))
     ids.scatter_(1, at + 1, value.gather(1, order))
     loss_mask.scatter_(1, at, True)

@@ -2,7 +2,9 @@
 """Text to compare on: texts by name, or the user's files and folders."""
 
 import hashlib
+import re
 import sysconfig
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,12 @@ from ..errors import UserError
 __all__ = ["CORPORA", "Text", "corpus", "digest", "is_code", "read", "standard_library"]
 
 # Texts by name: `code` is the standard library's source, `essays` a folder that cannot be downloaded, the others are
-# files of `data/files.toml`.
+# files of `data/files.toml`. `prose` is cut into long pieces, `wikitext` the same words by article.
 CORPORA = {
     "code": (), "prose": ("wikitext2-test", "wikitext2-valid"), "plays": ("tinyshakespeare",), "essays": (),
+    "wikitext": ("wikitext2-test", "wikitext2-valid"), "brown": ("brown",),
 }  # fmt: skip
+_ARTICLE = re.compile(r"(?m)^(?= = [^=\n].* = $)")  # where an article of WikiText begins
 _ESSAYS = "text/essays"  # in the folder of the data
 _CODE = frozenset(
     ".bash .c .cc .clj .cpp .cs .cu .css .el .ex .f90 .go .h .hpp .hs .html .java .jl .js .json .jsx .kt .lua .m .ml "
@@ -68,6 +72,8 @@ def standard_library(least: int = 6_000, most: int = 200_000) -> list[Text]:
 def corpus(name: str) -> list[Text]:
     """The texts called ``name``, one of :data:`CORPORA`; a long file is cut at line ends into texts of its own.
 
+    ``wikitext`` is cut into its articles, ``brown`` into its 500 samples, without their tags.
+
     Raises:
         UserError: there is none of that name, or its files cannot be had.
     """
@@ -85,9 +91,36 @@ def corpus(name: str) -> list[Text]:
                 "a folder that MANYHEADS_DATA names, or take --text prose"
             )
         return read([place])
+    if name == "brown":
+        return _brown(files.path("brown"))
+    if name == "wikitext":
+        parts = [(file, _ARTICLE.split(files.text(file))) for file in CORPORA[name]]
+        return [
+            Text(f"{file}, article {i}", part) for file, found in parts for i, part in enumerate(found) if part.strip()
+        ]
     return [
         Text(f"{file}, part {i}", piece) for file in CORPORA[name] for i, piece in enumerate(_pieces(files.text(file)))
     ]
+
+
+def _brown(archive: Path) -> list[Text]:
+    """The samples of the Brown corpus as running text: words without tags, punctuation and quotes where they belong."""
+    texts = []
+    with tarfile.open(archive) as held:
+        for member in sorted(held.getmembers(), key=lambda one: one.name):
+            name = member.name.rpartition("/")[2]
+            if not re.fullmatch(r"c[a-r]\d\d", name) or (file := held.extractfile(member)) is None:
+                continue
+            lines = file.read().decode("ascii", errors="replace").splitlines()
+            words = (" ".join(word.rpartition("/")[0] for word in line.split()) for line in lines if line.strip())
+            texts.append(Text(f"brown, {name}", "".join(f"{_set(line)}\n" for line in words)))
+    return texts
+
+
+def _set(line: str) -> str:
+    """A tagged corpus's words as they are printed."""
+    line = re.sub(r"`` ?", '"', re.sub(r" ?''", '"', line))
+    return re.sub(r" ([.,;:?!)])", r"\1", line.replace("( ", "("))
 
 
 def is_code(texts: Iterable[Text]) -> bool:

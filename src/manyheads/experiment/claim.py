@@ -58,7 +58,8 @@ class Claim:
         slug: of the paper.
         statement: the claim in one sentence.
         tier: ``exact`` (the paper's model, data and budget), ``scaled`` (its mechanism on a published model and real
-            data, smaller), ``proxy`` (a model or data of ours stands in).
+            data, smaller; of training from scratch: the paper's architecture and training, smaller, on published real
+            data), ``proxy`` (a model or data of ours stands in).
         reported: what the paper says, and where.
         experiment: what is measured.
         checks: what is judged. The rule is committed before the first full run.

@@ -24,10 +24,10 @@ which is continuous everywhere, equal to ``atan2`` at delta = 1, and no more tha
 
 Differs from the released code: it builds a phase for every pair, plane and head, in O(T^2 d) memory; it has no
 1/sqrt(d), which is ``scale=1`` here, with 1/sqrt(d) as the default; ``start=normal`` is its start, delta ~ N(0,
-1/sqrt(d/2)) read as a standard deviation, ``one`` is RoPE's. The paper's auxiliary "PCL" loss is left out, we found no
-description. With grouped queries, which the code does not have, delta belongs to the group, because the keys that are
-kept hold it, and b to the query head. Where |q_i|^2 is below 1e-9 the phase takes no gradient, which would explode;
-phases are computed in float32 at least.
+1/sqrt(d/2)) read as a standard deviation, ``one`` is RoPE's. The paper's auxiliary "PCL" loss is left out: neither the
+abstract nor the released attention describes it. With grouped queries, which the code does not have, delta belongs to
+the group, because the keys that are kept hold it, and b to the query head. Where |q_i|^2 is below 1e-9 the phase takes
+no gradient, which would explode; phases are computed in float32 at least.
 """
 
 from dataclasses import dataclass, field

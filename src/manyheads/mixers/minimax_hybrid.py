@@ -11,7 +11,9 @@ grows:
 
 alpha is the released 3.5565588200778455 for their 80 layers. Decay is the ALiBi table of
 :mod:`manyheads.attention.decay`, not TransNormerLLM's. The norm is over all heads together and has a weight. The
-mixture of experts is no part of this: the channel mixer is the decoder's own. ``theta`` is 10,000 here, for short
+channel mixer is the decoder's own, or with ``experts`` a mixture of them, transformers' ``MiniMaxSparseMoeBlock``: a
+router sends every token to ``top`` experts, weighed by its softmax over those, and a loss in training balances them.
+The released model has 32 experts, of which a token meets 2. ``theta`` is 10,000 here, for short
 contexts; the released long-context model has 10^7. ``window`` makes the paper's rival, sliding-window attention in
 place of lightning.
 
@@ -22,7 +24,9 @@ from token to token in Python with a state in the model's dtype. There padding i
 decays over it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +42,7 @@ from ..errors import UserError
 from ..strategy import AttentionCompute, Mixer
 from ._mixer import SoftmaxMixer
 
-__all__ = ["HalfRotary", "MiniMaxHybrid", "MiniMaxLightning"]
+__all__ = ["HalfRotary", "MiniMaxHybrid", "MiniMaxLightning", "SparseExperts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,8 @@ class MiniMaxHybrid(AttentionCompute, Mixer):
         theta: base of the rotation.
         alpha: factor on the residual; ``(2 L)^(1/4)`` when None.
         window: sliding-window attention over so many keys in place of lightning; None for lightning.
+        experts: of each channel mixer; 0 for the decoder's own.
+        top: experts that a token meets.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
@@ -63,7 +69,14 @@ class MiniMaxHybrid(AttentionCompute, Mixer):
         default=None, metadata={"help": "sliding-window attention over so many keys in place of lightning"}
     )
 
+    experts: int = field(default=0, metadata={"help": "experts of each channel mixer; 0: the decoder's own"})
+    top: int = field(default=2, metadata={"help": "experts that a token meets"})
+
     def __post_init__(self) -> None:
+        if self.experts < 0 or (self.experts and not 1 <= self.top <= self.experts):
+            raise UserError(
+                f"minimax_hybrid: a token meets {self.top} of {self.experts} experts; give 1 of them or more"
+            )
         if self.every < 0:
             raise UserError(f"minimax_hybrid: every counts layers and is at least 0, not {self.every}")
         if not 0 <= self.rotary <= 1:
@@ -78,6 +91,9 @@ class MiniMaxHybrid(AttentionCompute, Mixer):
         else:
             mixer = MiniMaxLightning(config) if self.window is None else HalfRotary(config, self, self.window)
         mixer.residual = ((2 * config.num_layers) ** 0.25 if self.alpha is None else self.alpha, 1.0)
+        if self.experts:
+            gain = (8 * config.num_layers) ** -0.25  # as the decoder starts what writes to a post-norm stream
+            mixer.channel_mixer = partial(SparseExperts, experts=self.experts, top=self.top, gain=gain)
         return mixer
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -91,10 +107,52 @@ class MiniMaxHybrid(AttentionCompute, Mixer):
         return out.transpose(1, 2)
 
 
+class SparseExperts(nn.Module):
+    """A mixture of SwiGLU experts: transformers' ``MiniMaxSparseMoeBlock``, with the loss that balances it.
+
+    Attributes:
+        active_share: of its parameters, those that a token meets.
+        auxiliary: 0.001, the release's factor, times transformers' ``load_balancing_loss_func``; None unless training.
+    """
+
+    def __init__(self, dim: int, hidden: int, experts: int, top: int, gain: float = 1.0) -> None:
+        from transformers import MiniMaxConfig
+        from transformers.models.minimax.modeling_minimax import MiniMaxSparseMoeBlock
+
+        super().__init__()
+        config = MiniMaxConfig(
+            hidden_size=dim, intermediate_size=hidden, num_local_experts=experts, num_experts_per_tok=top
+        )
+        config._experts_implementation = "eager"  # the grouped product computes in bfloat16 alone
+        self.block = MiniMaxSparseMoeBlock(config)
+        self.factor, self.active_share = config.router_aux_loss_coef, top / experts
+        self.auxiliary: Tensor | None = None
+        held = self.block.experts
+        nn.init.xavier_normal_(self.block.gate.weight)
+        for into, out in zip(held.gate_up_proj, held.down_proj, strict=True):  # each expert as layers of its own
+            for weight in into.data.chunk(2):
+                nn.init.xavier_normal_(weight)
+            nn.init.xavier_normal_(out.data, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, T, dim] -> [B, T, dim]``."""
+        from transformers.models.minimax.modeling_minimax import load_balancing_loss_func
+
+        self.auxiliary = None
+        if self.training:
+            gate = self.block.gate
+            logits = nn.functional.linear(x.flatten(0, 1), gate.weight)
+            loss: Any = load_balancing_loss_func((logits,), gate.num_experts, gate.top_k)
+            self.auxiliary = self.factor * loss
+        y: Tensor = self.block(x)
+        return y
+
+
 class MiniMaxLightning(nn.Module):
     """MiniMax-01's lightning mixer; key/value heads are as many as query heads."""
 
     residual: tuple[float, float] | None = None
+    channel_mixer: Callable[[int, int], nn.Module] | None = None
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -140,6 +198,7 @@ class HalfRotary(SoftmaxMixer):
     """Softmax attention whose rotary positions turn the first channels of each head."""
 
     residual: tuple[float, float] | None = None
+    channel_mixer: Callable[[int, int], nn.Module] | None = None
 
     def __init__(self, config: MixerConfig, strategy: MiniMaxHybrid, window: int | None) -> None:
         super().__init__(config, window=window)

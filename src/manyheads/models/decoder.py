@@ -4,7 +4,8 @@
 Pre-norm blocks as in Llama: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` with RMSNorm and SwiGLU, tied embeddings,
 no dropout. A mixer that belongs to an architecture with blocks of its own says so by attributes, all optional:
 ``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
-post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01).
+post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01). A channel mixer may have a loss of its own,
+``auxiliary``, that its last forward in training left.
 """
 
 import json
@@ -146,8 +147,15 @@ class Decoder(nn.Module):
         )
         return cls(strategy, replace(config, hidden=hidden))
 
+    def auxiliary_loss(self) -> Tensor:
+        """What channel mixers add to the loss in training, as they left it in the last forward: scalar."""
+        parts = (getattr(getattr(block, "ffn", None), "auxiliary", None) for block in self.blocks)
+        found = [part for part in parts if isinstance(part, Tensor)]
+        return torch.stack(found).sum() if found else self.embed.weight.new_zeros(())
+
     @property
     def parameters_held(self) -> int:
+        """Parameters that a token meets, see :func:`manyheads.training.matching.parameters_of`."""
         return parameters_of(self)
 
     def forward(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training language models: the loss of the next token, and the settings that arms of a comparison share.
 
-``B`` sequences of ``T + 1`` tokens; a batch is ``ids [B, T + 1]``, or that and ``loss_mask`` bool ``[B, T]``: the
-predictions that count, None for all.
+``B`` sequences of ``T + 1`` tokens; a batch is ``ids [B, T + 1]``, or that and ``loss_mask [B, T]``: the predictions
+that count (bool), or how much each counts (float); None for all.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,15 @@ Batch = Tensor | tuple[Tensor, Tensor | None]
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of the tokens that count, given all before each: nats/token, float32 scalar."""
+    """Mean negative log-likelihood of the tokens that count, given all before each: nats/token, float32 scalar.
+
+    While training, the model's ``auxiliary_loss()``, where it has one, is added.
+    """
     ids, loss_mask = (batch, None) if isinstance(batch, Tensor) else batch
     each = cross_entropy(_logits(model(ids[:, :-1])).flatten(0, 1), ids[:, 1:].flatten().long(), reduction="none")
-    if loss_mask is None:
-        return each.mean()
-    return (each * loss_mask.flatten()).sum() / loss_mask.sum().clamp(min=1)
+    mean = each.mean() if loss_mask is None else (each * loss_mask.flatten()).sum() / loss_mask.sum().clamp(min=1)
+    more = getattr(model, "auxiliary_loss", None)
+    return mean + more() if model.training and more is not None else mean
 
 
 def predicted_tokens(batch: Batch) -> int:

@@ -16,8 +16,16 @@ _TOLERANCE = 0.02  # largest share by which a match may be off
 
 
 def parameters_of(model: nn.Module) -> int:
-    """Parameters, those shared by two modules counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters that a token meets, those shared by two modules counted once.
+
+    A module says by an attribute ``active_share`` which part of its parameters that is, as experts do of which a token
+    is sent to some; elsewhere it is all.
+    """
+    idle = 0.0
+    for part in model.modules():
+        if isinstance(share := getattr(part, "active_share", None), float):
+            idle += (1 - share) * sum(p.numel() for p in part.parameters())
+    return sum(p.numel() for p in model.parameters()) - round(idle)
 
 
 def matched_width(build: Callable[[int], nn.Module], parameters: int, *, name: str = "model") -> int:

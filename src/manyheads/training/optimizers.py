@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW and Muon (arXiv 2502.16982), Muon also for matrices of many layers held as one stack."""
+"""AdamW and Muon (arXiv 2502.16982); Muon takes the matrices of a shape together, also those held as one stack."""
 
 import re
 from collections.abc import Iterable
@@ -32,13 +32,12 @@ def optimizers_of(
     groups: list[dict[str, Any]] = [{"params": tables, "weight_decay": weight_decay}, {"params": rest}]
     given: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
     if optimizer == "muon":
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        return [muon, torch.optim.AdamW(groups, **given)]
+        return [Muon(matrices, lr, weight_decay), torch.optim.AdamW(groups, **given)]
     return [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, *groups], **given)]
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon for stacks [L, rows, columns]: the same update, all layers of a kind in one batched product.
+    """The update of torch.optim.Muon, all matrices of a shape in one batched product: ``[rows, columns]`` or stacks.
 
     Momentum 0.95 with Nesterov, five quintic Newton-Schulz steps in bfloat16, decoupled weight decay, and the learning
     rate scaled by 0.2 sqrt(max(rows, columns)) so that an update has the size of AdamW's (arXiv 2502.16982).
@@ -51,13 +50,23 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-                update = orthogonalise(p.grad.lerp(momentum, 0.95))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, held in shapes.items():
+                for p in held:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum, grads = (
+                    [self.state[p]["momentum"] for p in held],
+                    [p.grad for p in held if p.grad is not None],
+                )
+                torch._foreach_lerp_(momentum, grads, 0.05)
+                stack = torch.stack(torch._foreach_lerp(grads, momentum, 0.95)).view(-1, *shape[-2:])
+                update = orthogonalise(stack).to(held[0].dtype).view(len(held), *shape).unbind()
+                torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(held, update, alpha=-group["lr"] * 0.2 * max(shape[-2:]) ** 0.5)
 
 
 def orthogonalise(g: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Byte language models of arms: equal terms, units that need no other, and weights that are judged twice."""
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -95,6 +96,8 @@ def test_weights_are_judged_with_a_calibrated_temperature(measured):
     results = measured(ByteLM(**TEXT, times=(1, 4), judged=8), arms=arms)
     by = {(arm, at["times"]): value for arm, sample, _, at, value in values(results, "token_nll") if sample == "0"}
     assert by["t5, none", 4] == by["t5", 4] and by["t5, logn", 1] == by["t5", 1] and by["t5, logn", 4] != by["t5", 4]
+    found = {arm: value for arm, *_, value in values(results, "temperature")}
+    assert found == {"t5, none": 1.0, "t5, logn": pytest.approx(math.log(32) / math.log(4 * 32))}
 
 
 def test_spans_reach_as_far_as_the_text(measured, texts):

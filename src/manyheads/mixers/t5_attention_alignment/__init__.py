@@ -33,10 +33,10 @@ our choices. Capped logits (Gemma 2) and attention sinks (gpt-oss) are refused.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,11 @@ class AttentionAlignment(AttentionEdit):
 
     @classmethod
     def calibrated(
-        cls, model: nn.Module, ids: Tensor, lengths: Sequence[int], *, trained: int, align: Align = "entropy"
-    ) -> "AttentionAlignment":
-        """Calibrated on a Decoder that was trained on ``trained`` tokens, see :func:`calibrate`."""
-        return calibrate(cls(trained=trained), model, ids, lengths, align=align, rounds=4)
+        cls, model: nn.Module, ids: Tensor, lengths: Sequence[int], *, trained: int, align: Align = "entropy",
+        where: Where = "self", port: Callable[[nn.Module, AttentionEdit], AbstractContextManager[Any]] = edited,
+    ) -> "AttentionAlignment":  # fmt: skip
+        """Calibrated on a model that was trained on ``trained`` tokens, see :func:`calibrate`."""
+        return calibrate(cls(trained=trained, where=where), model, ids, lengths, align=align, port=port, rounds=4)
 
     def selects(self, site: Site) -> bool:
         mine = {

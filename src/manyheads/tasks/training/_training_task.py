@@ -33,6 +33,7 @@ __all__ = ["TRAINING_METRICS", "Training", "TrainingTask", "at_once", "best_rate
 TRAINING_METRICS = (
     Metric("tuning_nll", "loss on what is set aside for tuning, nats/token", "nats/token"),
     Metric("training_nll", "loss in the last tenth of training, nats/token", "nats/token"),
+    Metric("temperature", "temperature that a calibration found for the greatest length"),
 )
 _CURVE = 32  # points of the loss while training that are kept
 _AT_ONCE = 16384  # tokens judged at once
@@ -165,9 +166,11 @@ class TrainingTask(Task):
         if self.reports:
             yield from _training_rows(training, seed, trained)
         for judged in (arm, *(other for other in run.arms if other.options.get("weights_of") == arm.name)):
-            with torch.no_grad(), _under(self, run, judged, trained.model) as model:
+            with torch.no_grad(), _under(self, run, judged, trained.model) as (model, temperature):
                 found = list(self.rows(run, judged, seed, model))
             yield from found
+            if temperature is not None and self.reports:
+                yield self.row("temperature", judged, temperature, "calibration", seed=seed)
 
     def training_fields(self) -> Sequence[str]:
         """Names of further fields that a training depends on."""
@@ -284,21 +287,21 @@ class Training:
 
 
 @contextmanager
-def _under(task: TrainingTask, run: RunContext, arm: Arm, model: Decoder) -> Iterator[Decoder]:
-    """The trained model as the arm has it judged."""
+def _under(task: TrainingTask, run: RunContext, arm: Arm, model: Decoder) -> Iterator[tuple[Decoder, float | None]]:
+    """The trained model as the arm has it judged; of a calibrated one, the temperature at the greatest length."""
     if "weights_of" in arm.options:
         other = Decoder(mixer_of(run, arm), model.config)
         other.load_state_dict(model.state_dict())
         model = other.to(run.device).eval()
     if "calibrated" not in arm.options:
-        yield model
+        yield model, None
         return
     lengths = [times * task.length for times in sorted(task.times) if times > 1]
     strategy: Any = catalog.load(arm.options["calibrated"])
     ids = task.calibrating(run)
     made = strategy.calibrated(model, ids, lengths, trained=task.length, align=arm.options["align"])
     with made.on(model):
-        yield model
+        yield model, float(made.temperature(0, torch.tensor([[[max(lengths, default=task.length)]]])).mean())
 
 
 def _training_rows(training: Training, seed: int, trained: Trained) -> Iterator[Row]:
