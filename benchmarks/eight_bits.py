@@ -56,7 +56,7 @@ def pictures(plain: Path, name: str, device: str, count: int) -> dict[str, Any]:
 
     def made(pipe: Any) -> torch.Tensor:
         noise = pipe.noise(count, torch.Generator().manual_seed(0))
-        out = pipe(None, num_inference_steps=20, latents=noise, guidance_scale=1.0, output_type="pt")
+        out = pipe([""] * count, num_inference_steps=20, latents=noise, guidance_scale=1.0, output_type="pt")
         return (out.frames if name == "moving" else out.images).float().cpu()
 
     want = made(load_scenes(plain / "pipelines" / name, device))

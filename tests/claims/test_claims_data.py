@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims as data: each loads, plans at every size, and its checks name arms and metrics that there are."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from manyheads import claims
-from manyheads.experiment.checks import _arm, find_metric, lower
+from manyheads.experiment.checks import _arm, find_metric, lower, word_of
+from manyheads.experiment.estimates import Estimate
 
 FOLDER = Path(claims.__file__).parent
 SLUGS = claims.slugs()
@@ -33,7 +35,6 @@ def test_checks_name_what_there_is(slug, size):
 
 
 def test_a_check_of_nothing_is_found():
-    import dataclasses
 
     assert len(SLUGS) > 20  # the tests above look at something
     claim = claims.load("d2o")
@@ -52,3 +53,65 @@ def test_every_strategy_can_be_built(slug):
         plan = claims.load(slug).experiment.at(size)
         for arm in plan.arms:
             assert all(plan.subject.unsupported_reason(strategy) is None for strategy in arm.strategies), arm.key
+
+
+def stale(result, claim):
+    """What is wrong with a stored result: rules that the claim no longer has, or a word that does not follow."""
+    rules = {str(check): check for check in claim.checks}
+    for run in result.runs:
+        if run.legacy is not None or run.size == "quick":
+            continue
+        where = f"{run.size} run on {run.measured}"
+        if not run.commit or not run.date or not run.environment:
+            yield f"the {where} does not say where it comes from"
+        if missing := rules.keys() ^ {found.check for found in run.checks}:
+            yield f"the {where} was judged by other rules ({min(missing)}); run it again"
+            continue
+        for found in run.checks:
+            word = found.word
+            if word == "not testable here":
+                if not found.reason:
+                    yield f"the {where}: {found.check} has no reason"
+            elif word != word_of(found.effect, rules[found.check], found.bound):
+                yield f"the {where}: {found.check} is not {word}"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_stored_words_follow_from_stored_figures(slug):
+    claim = claims.load(slug)
+    assert [reason for result in claims.stored(slug) for reason in stale(result, claim)] == []
+
+
+def test_a_word_that_does_not_follow_is_found():
+    claim, result = next(
+        (claims.load(slug), result)
+        for slug in SLUGS
+        for result in claims.stored(slug)
+        if any(check.word == "holds" for run in result.runs for check in run.checks)
+    )
+
+    def said(word, **changes):
+        runs = [
+            dataclasses.replace(run, checks=tuple(dataclasses.replace(c, word=word) for c in run.checks), **changes)
+            for run in result.runs
+        ]
+        return list(stale(dataclasses.replace(result, runs=tuple(runs)), claim))
+
+    for wrong in (said("contradicted"), said("inconclusive"), said("holds", commit=None)):
+        assert wrong
+    fewer = dataclasses.replace(claim, checks=claim.checks[1:])
+    assert "other rules" in next(stale(result, fewer))
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_rule_can_end_each_way(slug):
+    for check in claims.load(slug).checks:
+        bound = check.factor if check.relative else float(check.than) if not isinstance(check.than, str) else 0.0
+        least = -check.margin if check.tolerant else 0.0
+        for low, high, want in (
+            (least + 1e-6, 1.0 + least, "holds"), (-check.margin - 1.0, -check.margin - 1e-6, "contradicted"),
+            (-check.margin - 1e-6, least + 1e-6, "inconclusive"), (least, least + 1, "inconclusive"),
+        ):  # fmt: skip
+            ends = sorted(bound + check.sign * end for end in (low, high))
+            found = Estimate(sum(ends) / 2, *ends, 10, 10, "bootstrap over contexts")
+            assert word_of(found, check, bound) == want, (str(check), want)
