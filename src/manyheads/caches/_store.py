@@ -168,17 +168,18 @@ class PolicyStore(Store):
     def evict(self, call: AttentionCall) -> None:
         """Observe the attention call, and evict if the schedule says so."""
         slots, new, policy = self.live, call.q.shape[2], self.policy
-        self._forwards += 1
+        waits = self.prefilling and policy.schedule == "prefill"  # for the rest of the prompt
+        self._forwards += not waits
         self._since += new
-        evicting = policy.should_evict(self._forwards, new, self._since)
-        window = max(self.record, policy.window if evicting or policy.schedule != "prefill" else 0)
+        evicting = not waits and policy.should_evict(self._forwards, new, self._since)
+        window = max(self.record, policy.window if evicting or waits or policy.schedule != "prefill" else 0)
         if window or policy.gathers:
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
             _gather(self, call, latest)
         view = view_of(self, call)
-        if self.tokens.codec is not None and self._forwards == 1:
+        if self.tokens.codec is not None and self._forwards == 1 and not waits:
             self.tokens.key_scale = policy.key_scale(view)
         if evicting:
             self.compress(view)
@@ -363,7 +364,7 @@ def _choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         if not store.record:  # a fork chooses among all tokens, as its policy would after a prompt
             drop_outside_window(slots, store.site.window)
         return
-    if store.site.latent is not None or k.requires_grad:
+    if store.site.latent is not None or k.requires_grad or (store.prefilling and policy.schedule == "prefill"):
         return
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values

@@ -29,6 +29,7 @@ from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
 from .masks import eager_mask, port_mask
 from .passes import Passes, in_one_thread
+from .prompt_chunks import more_to_come
 from .shared_keys import borrow, lend, lends
 from .thread_state import ThreadState
 
@@ -243,6 +244,8 @@ class SiteState(HookChain):
             out, weights = self._attend(module, call, original, kwargs)
         out = self.after(call, out)
         if store is not None:
+            if not torch.compiler.is_compiling() and (more := more_to_come()) is not None:
+                store.prefilling = more
             store.evict(call)
         self.thread.end()
         return out, weights

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
+from . import prompt_chunks
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
@@ -102,9 +103,12 @@ class Port:
                     (x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
                 )
                 if isinstance(ids, Tensor) and not torch.compiler.is_compiling():
-                    expand(find_cache(*kwargs.values(), *args), ids.shape[0])
+                    cache = find_cache(*kwargs.values(), *args)
+                    expand(cache, ids.shape[0])
+                    prompt_chunks.begin_forward(ids.shape[1], cache)
 
             self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
+            self._restorers += prompt_chunks.watch_generate(self.model)
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
@@ -250,9 +254,9 @@ def prefill(
 ) -> None:
     """Read all of ``ids [B, L]`` but the last token into ``cache``, ``chunk`` tokens at a time.
 
-    With a strategy that evicts after every chunk (``schedule=chunk``) no more than its budget and a chunk are ever
-    held. ``model.generate(ids, past_key_values=cache)`` goes on from there. The port of the model must be open; rows
-    must not be padded.
+    A strategy that evicts after the prompt waits for the last chunk. With one that evicts after every chunk
+    (``schedule=chunk``) no more than its budget and a chunk are ever held. ``model.generate(ids,
+    past_key_values=cache)`` goes on from there. The port of the model must be open; rows must not be padded.
 
     Args:
         model: a decoder-only transformers model.
