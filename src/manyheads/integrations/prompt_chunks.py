@@ -43,27 +43,40 @@ def watch_generate(model: nn.Module) -> list[Callable[[], None]]:
 
 def _watch(module: Any) -> Callable[[], None]:
     own = vars(module).get("generate")
-    generate = module.generate
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or module.generation_config
-        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        names = ("attention_mask", "inputs", "input_ids", "inputs_embeds")
-        given = [*(kwargs.get(name) for name in names[:1]), *args[:1], *(kwargs.get(name) for name in names[1:])]
-        whole = next((x for x in given if x is not None), None)
-        before = _prompt.length
-        _prompt.length = int(whole.shape[1]) if size and whole is not None else 0
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            _prompt.length, _prompt.more = before, None
-
+    noted = own if isinstance(own, _Noted) else _Noted(module, own)
+    noted.ports += 1
     module.generate = noted
 
     def undo() -> None:
-        if own is None:
-            vars(module).pop("generate", None)
-        else:
-            module.generate = own
+        noted.ports -= 1
+        if not noted.ports and vars(module).get("generate") is noted:  # ports may close in any order
+            del module.generate
+            if noted.own is not None:
+                module.generate = noted.own
 
     return undo
+
+
+class _Noted:
+    """``generate`` of a module under one or more ports.
+
+    Attributes:
+        own: what the instance had of that name before, None where it was its class's.
+        ports: that are open.
+    """
+
+    def __init__(self, module: Any, own: Any) -> None:
+        self.module, self.own, self.ports = module, own, 0
+        self.generate = module.generate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or self.module.generation_config
+        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        named = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+        whole = next((x for x in (kwargs.get("attention_mask"), *args[:1], *named) if x is not None), None)
+        before = _prompt.length
+        _prompt.length = int(whole.shape[1]) if size and whole is not None else 0
+        try:
+            return self.generate(*args, **kwargs)
+        finally:
+            _prompt.length, _prompt.more = before, None
