@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig
 from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
-from . import prompt_chunks
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
@@ -31,6 +30,7 @@ from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
 from .passes import Passes, missed, stack_of
+from .prompt_chunks import begin_forward, watch_generate
 from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
@@ -105,10 +105,10 @@ class Port:
                 if isinstance(ids, Tensor) and not torch.compiler.is_compiling():
                     cache = find_cache(*kwargs.values(), *args)
                     expand(cache, ids.shape[0])
-                    prompt_chunks.begin_forward(ids.shape[1], cache)
+                    begin_forward(ids.shape[1], cache)
 
             self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
-            self._restorers += prompt_chunks.watch_generate(self.model)
+            self._restorers += watch_generate(self.model)
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
