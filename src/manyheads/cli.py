@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # Verbs: name -> "file:function" in manyheads.commands.
 _VERBS = {
     "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
-    "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find", "show": "catalog:show",
-    "claims": "claims:app",
+    "ask": "ask:ask", "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find",
+    "show": "catalog:show", "claims": "claims:app",
 }  # fmt: skip
 
 
