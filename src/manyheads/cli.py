@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
     "ask": "ask:ask", "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find",
-    "show": "catalog:show", "claims": "claims:app",
+    "show": "catalog:show", "claims": "claims:app", "lm-eval": "lm_eval:app",
 }  # fmt: skip
 
 
