@@ -172,12 +172,14 @@ class PolicyStore(Store):
         self._forwards += not waits
         self._since += new
         evicting = not waits and policy.should_evict(self._forwards, new, self._since)
-        window = max(self.record, policy.window if evicting or waits or policy.schedule != "prefill" else 0)
-        if window or policy.gathers:
+        scoring = evicting or waits or policy.schedule != "prefill"  # now or later
+        window = max(self.record, policy.window if scoring else 0)
+        if window or (policy.gathers and scoring):
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
-            _gather(self, call, latest)
+            if scoring:
+                _gather(self, call, latest)
         view = view_of(self, call)
         if self.tokens.codec is not None and self._forwards == 1 and not waits:
             self.tokens.key_scale = policy.key_scale(view)
@@ -231,9 +233,11 @@ class PolicyStore(Store):
                 _evict_all_layers(self)
                 return
             self._ragged |= keep_best(policy, view, slots, counts, limit, 1.0 if share is None else share)
-        if policy.schedule == "prefill" and not self.record:
+        if policy.schedule == "prefill" and not self.record:  # nothing is scored again
             self._queries = None
             slots.extras.pop(_RECEIVED, None)
+            if policy.needs_queries:
+                self.state.clear()
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
