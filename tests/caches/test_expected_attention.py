@@ -222,7 +222,7 @@ def test_refuses(fields):
 
 
 def test_the_statistics_go_where_nothing_is_scored_again():
-    """After a prompt the cache holds its tokens alone, and stays so; where tokens are dropped later, it says the rest."""
+    """After a prompt the cache holds its tokens alone, and stays so; else statistics are counted."""
     model, ids = models.tiny("llama"), models.tokens(2, 60)
     with manyheads.use(model), torch.inference_mode():
         mine, plain, later = (
