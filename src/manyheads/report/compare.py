@@ -61,8 +61,8 @@ def _fields(fields: dict[str, str]) -> str:
 
 def headlines(summary: Summary) -> list[str]:
     """What the figures say, a sentence for each metric that arms are ranked by; computed, never typed."""
-    said = [_sentence(summary, one) for one in summary.measured if one.ranks]
-    return said + [f"{_capital(one.name)}: {one.weak}." for one in summary.measured if one.weak]
+    weak = [f"{_capital(one.name)}: {one.weak}." for one in summary.measured if one.weak]
+    return weak + [_sentence(summary, one) for one in summary.measured if one.ranks]
 
 
 def _sentence(summary: Summary, one: Measured) -> str:
@@ -78,6 +78,11 @@ def _sentence(summary: Summary, one: Measured) -> str:
             more = f" and {len(best) - _NAMED} more, not told apart" if len(best) > _NAMED else ""
             who = " and ".join(arm.name for arm in best[:_NAMED]) + more
             parts.append(f"{at}{who} {'is' if len(best) == 1 else 'are'} best, {_words(summary, one, best[0])}")
+        elif known and (top := summary.top(one, known)) is not None and summary.fails(one, top):
+            closest = f" ({top.name} comes closest, {_words(summary, one, top)})"
+            some = summary.estimate(one, top)
+            more = closest if some is not None and some.value > 0 else ""
+            parts.append(f"{at}no strategy exceeds {formatting.percent(one.metric.floor or 0.0)}{more}")
         elif known:
             parts.append(f"{at}no strategy is told apart from the others")
     than = "" if base is None else f", {summary.base.name} {_value(one, base)}"
@@ -218,12 +223,14 @@ def print_summary(summary: Summary, console: Console) -> None:
     run, base = summary.results.run, summary.base.name
     of_budget = " at its budget" if any(arm.budget is not None for arm in summary.arms) else ""
     shown = table(summary)
+    for one in summary.measured:
+        if one.weak:
+            console.print(f"warning: {one.name}: {one.weak}", style="yellow", markup=False, soft_wrap=True)
     print_table(Table(shown.columns, shown.rows, _short(run)), console)
     print_lines(
         [
-            *[f"{one.name}: {one.weak}" for one in summary.measured if one.weak],
             f"second line: 95 % interval, for means the difference to {base}, for times and sizes the ratio to it; "
-            f"* differs from {base}; green: best{of_budget}, or not told apart from it",
+            f"* differs from {base}; green: best{of_budget}, or not told apart from it and above 0",
             f"intervals: {'; '.join(_intervals(summary))}",
             *[f"skipped {task}: {reason}" for task, reason in run["skipped"].items()],
             f"seed {summary.experiment['seed']}; report: {summary.results.report}",
