@@ -105,8 +105,10 @@ def page(seen: Inspection) -> Page:
 def _drawn(one: HeadTable, drawn: Mapping[str, HeadTable]) -> str | None:
     """The name of a map that looks the same: no cell differs by half a step of its colours."""
     scale = scale_of(one.mean)
+    if scale is None or np.nanmin(one.mean) == np.nanmax(one.mean):
+        return None  # not a map
     for name, other in drawn.items():
-        if scale is not None and other.sites == one.sites and other.mean.shape == one.mean.shape:
+        if other.sites == one.sites and other.mean.shape == one.mean.shape:
             apart = np.abs(one.mean - other.mean)
             nothing = np.isnan(one.mean) & np.isnan(other.mean)
             if bool((nothing | (apart < (scale.high - scale.low) / (2 * LEVELS))).all()):
