@@ -21,7 +21,7 @@ def ask(
         str, typer.Option(help="How the cache of the context is kept, as snapkv:budget=0.5; more joined by +.")
     ] = "full",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
-    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template if it has one.")] = True,
+    plain: Annotated[bool, typer.Option("--plain", help="Leave the tokenizer's chat template away.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -42,7 +42,9 @@ def ask(
     from manyheads.formatting import size
 
     loaded, tokenizer = load_model(model, device, dtype)
-    found = asking.ask(loaded, tokenizer, text, questions, strategy=parsed, max_new_tokens=max_new_tokens, chat=chat)
+    found = asking.ask(
+        loaded, tokenizer, text, questions, strategy=parsed, max_new_tokens=max_new_tokens, chat=not plain
+    )
     if as_json:
         print_json(
             {
