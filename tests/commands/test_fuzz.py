@@ -23,8 +23,10 @@ FEW, SEED = 40, 0
 CHEAP = ("list", "find", "show", "claims", "report", "nonsense", "--version", "--help")
 DEAR = ("inspect", "doctor", "ask", "compare", "generate")
 
+GOOD = 0.6  # share of the options whose value is the first, which is a good one
+
 # What may stand after an option, good and bad.
-NUMBERS = ["0", "1", "2", "16", "40", "-1", "1e3", "x", ""]
+NUMBERS = ["1", "0", "2", "16", "40", "-1", "1e3", "x", ""]
 SPECS = [
     "full",
     "auto",
@@ -75,7 +77,7 @@ LENSES = [
 DEVICES = ["cpu", "mps", "cuda", "cuda:7", "meta", "tpu", ""]
 DTYPES = ["float32", "bfloat16", "float16", "int8", "float64"]
 TASKS = ["perplexity", "niah_single", "memory", "speed", "nonsense", "scene_quality", "byte_lm", ""]
-WORDS = ["shrink the cache", "", "x", "kv", "%%%", "needle in a haystack"]
+WORDS = ["apple top left", "shrink the cache", "", "x", "kv", "%%%", "needle in a haystack"]
 SLUGS = ["hashevict", "snapkv", "auto", "full", "hashevikt", "", "diffusion", "a b", "safety_heads.ahd", "d2o"]
 
 
@@ -85,7 +87,7 @@ def options(draw, place):
     def path(*names):
         return [str(place / name) for name in names]
 
-    text = [*path("text.txt", "nothing.txt", "empty.txt", "bytes.bin"), "essays", "code", str(place)]
+    text = [*path("text.txt", "short.txt", "nothing.txt", "empty.txt", "bytes.bin"), "essays", "code", str(place)]
     models = path("model", "model", "model", "model", "nowhere", "text.txt", "empty")
     return {
         "--model": models,
@@ -93,7 +95,7 @@ def options(draw, place):
         "--device": DEVICES,
         "--dtype": DTYPES,
         "--seed": NUMBERS,
-        "--out": path("out"),
+        "--out": [str(place / f"out-{draw.randrange(10**9)}"), *path("out", "text.txt")],
         "--length": ["16", "40", *NUMBERS],
         "--samples": ["1", "2", *NUMBERS],
         "--lens": LENSES,
@@ -104,13 +106,13 @@ def options(draw, place):
         "--generate": NUMBERS,
         "--json": [None],
         "--quick": [None],
-        "--strategy": SPECS,
+        "--strategy": ["snapkv:window_size=4", *SPECS],
         "--strategies": SPECS,
         "--budgets": ["0.5", "0.25,8", "0", "2.5", "x", "-1"],
         "--tasks": TASKS,
         "--lengths": ["64", "128", "0", "x", "100000000"],
         "--workers": ["1", "0", "x"],
-        "--context": text[:4],
+        "--context": text[1:5],
         "--max-new-tokens": ["1", "4", "0", "x"],
         "--plain": [None],
         "--category": ["caches", "domains", "nonsense", ""],
@@ -162,9 +164,6 @@ USED = {
         "--seed",
         "--json",
         "--workers",
-        "--resume",
-        "--budget",
-        "--minutes",
     ],
     "generate": ["--strategy", "--prompt", "--steps", "--seed", "--device", "--dtype", "--json", "--maps", "--page"],
 }
@@ -190,13 +189,17 @@ def command(draw, place, verbs):
     if draw.random() < 0.1:
         chosen.append(draw.choice([*known, "--nonsense"]))
     for name in chosen:
-        value = draw.choice(known.get(name) or [None])
+        values = known.get(name) or [None]
+        value = values[0] if draw.random() < GOOD else draw.choice(values)
         line += [name] if value is None else [name, value]
     if verb == "compare":  # small, whatever else was drawn
         line += ["--samples", "1"] * ("--samples" not in line) + ["--lengths", "64"] * ("--lengths" not in line)
         line += ["--tasks", "memory"] * ("--tasks" not in line)
         line += ["--strategies", "knorm"] * ("--strategies" not in line)
     if verb == "generate":
+        line += ["--strategy", "sag"] * ("--strategy" not in line) + ["--prompt", "apple top left"] * (
+            "--prompt" not in line
+        )
         line += ["--out", str(place / "grid.png")] + ["--steps", "1"] * ("--steps" not in line)
     return line
 
@@ -232,6 +235,7 @@ def prepare(place):
     tiny.make_model().save_pretrained(place / "model")
     tiny.make_tokenizer(texts).save_pretrained(place / "model")
     (place / "text.txt").write_text("\n".join(text.content for text in texts[:3]))
+    (place / "short.txt").write_text(texts[0].content[:300])
     (place / "empty.txt").write_text("")
     (place / "bytes.bin").write_bytes(bytes(range(256)))
     (place / "empty").mkdir()
