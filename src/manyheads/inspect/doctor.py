@@ -243,13 +243,19 @@ def _contexts(
 
 
 def _alone(model: nn.Module, made: Measures, prompt: Prompt, quick: bool, say: Progress) -> HeadTable:
-    """What the loss of one prompt gains without each head, or without each of the likeliest where they are many."""
+    """What the loss of one prompt gains without each head, or without each of the likeliest where they are many.
+
+    Those are the ones that write least beside their layer, and the ones that rest most on the first token.
+    """
     own = made.found["attention"].tables[FIRST]
     known = [(int(r), int(h)) for r, h in np.argwhere(np.isfinite(own.mean))]
     if len(known) > (16 if quick else _SINGLE):
         count = 8 if quick else 32
         written = made.found["body"].tables["written"]
-        known = list(dict.fromkeys([*written.top(count, largest=False), *own.top(count)]))[:count]
+        with np.errstate(divide="ignore", invalid="ignore"):  # layers write more the deeper they are
+            beside = written.mean / np.nanmedian(written.mean, 1, keepdims=True)
+        faint = HeadTable("of the layer's median", written.sites, beside, layers=written.layers)
+        known = list(dict.fromkeys([*faint.top(count // 2, largest=False), *own.top(count)]))[:count]
     ids = reading(model, Prompt(prompt.ids[:512], prompt.name))
     values = np.full(own.mean.shape, np.nan)
 
