@@ -261,3 +261,20 @@ def test_ablation_curve():
     assert curve.control.shape == (4, 3) and (curve.control[:, [0, 2]] == 10).all()
     assert set(curve.control[:, 1]) <= {9, 10}  # 5.3 may be drawn while it is not among the chosen
     assert all(sorted(h[0] for h in heads) == ["5", "5", "9"] for heads in gone if len(heads) == 3)
+
+
+def test_the_interval_of_a_share_stays_one():
+    """Few prompts near 1 would be given bounds above it; in log odds they are not."""
+    values = np.array([[[0.999, 0.5, 1.0, 0.0]], [[0.90, 0.6, 1.0, 0.0]], [[0.97, 0.4, 1.0, 0.0]]])
+    plain, share = HeadTable("x", ("a",), values), HeadTable("x", ("a",), values, {"share": True})
+    low, high = share.interval()
+    assert plain.interval()[1][0, 0] > 0.99 and (high <= 1).all() and (low >= 0).all()
+    assert (low <= share.mean + 1e-9).all() and (high >= share.mean - 1e-9).all() and (low[0, :2] < high[0, :2]).all()
+    assert np.allclose([x[0, 1] for x in (low, high)], [x[0, 1] for x in plain.interval()], atol=0.01)  # in the middle
+    two = np.array([[[0.99]], [[0.6]]])
+    assert (
+        HeadTable("x", ("a",), two).interval()[1].max()
+        > 1
+        >= HeadTable("x", ("a",), two, {"share": True}).interval()[1].max()
+    )
+    assert not plain.minus(share).about["share"] and not share.minus(plain).about["share"]

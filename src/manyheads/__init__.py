@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from manyheads.inspect import watch
     from manyheads.integrations import use
     from manyheads.lens import TokenSpans
+    from manyheads.questions import ask
     from manyheads.spec import parse
     from manyheads.strategy import Strategy
 
@@ -35,6 +36,7 @@ __all__ = [
     "Site",
     "Strategy",
     "UserError",
+    "ask",
     "baselines",
     "find",
     "get",
@@ -57,6 +59,7 @@ _HOMES = {
     "manyheads.lens": ("TokenSpans",),
     "manyheads.integrations": ("use",),
     "manyheads.inspect": ("watch",),
+    "manyheads.questions": ("ask",),
     "manyheads.spec": ("parse",),
     "manyheads.strategy": ("Strategy",),
 }

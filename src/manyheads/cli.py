@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 # Verbs: name -> "file:function" in manyheads.commands.
 _VERBS = {
     "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
-    "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find", "show": "catalog:show",
-    "claims": "claims:app",
+    "ask": "ask:ask", "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find",
+    "show": "catalog:show", "claims": "claims:app", "lm-eval": "lm_eval:app",
 }  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     rest = [argument for argument in given if argument != "--debug"]
     debug = len(rest) < len(given)
+    written, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         code = typer.main.get_command(app).main(rest or ["--help"], prog_name="manyheads", standalone_mode=False)
         sys.stdout.flush()
@@ -97,9 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         code = _explain(error)
+    finally:
+        warnings.formatwarning = written
     if code == 130:
         typer.echo("interrupted", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """How a warning is printed: without the line of code, which is not the user's here."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _explain(error: Exception) -> int:

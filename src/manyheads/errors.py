@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that is the user's to mend."""
+"""The one exception that is the user's to mend, and warnings that point at the user's line."""
+
+import sys
+import warnings
+
+_WITHIN = ("manyheads", "torch", "transformers")  # whose frames are not the user's
 
 
 class UserError(ValueError):
@@ -7,3 +12,11 @@ class UserError(ValueError):
 
     The command line prints it as ``error: <line>`` and exits with 2.
     """
+
+
+def warn(message: str) -> None:
+    """Warn in one line, at the line of the innermost caller that is neither ours, torch's nor transformers'."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in _WITHIN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

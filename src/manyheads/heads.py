@@ -33,7 +33,7 @@ class HeadTable:
         name: of the score, with its unit in words where it has one.
         sites: module paths, one a row.
         values: ``[N, L, H]`` scores of N prompts; NaN where a site has no such head, or nothing was measured.
-        about: what it was measured on: model, lens, seed, settings.
+        about: what it was measured on: model, lens, seed, settings; ``share`` where the scores lie between 0 and 1.
         layers: the layer of each site, by which strategies name heads; rows are counted when not given.
     """
 
@@ -60,7 +60,10 @@ class HeadTable:
         return np.where(counted > 0, total / np.maximum(counted, 1), np.nan)
 
     def interval(self, seed: int = 0, resamples: int = 2000) -> tuple[Array, Array]:
-        """Bounds ``[L, H]`` of the 95 % interval over prompts (bootstrap); infinite with a single prompt."""
+        """Bounds ``[L, H]`` of the 95 % interval over prompts (bootstrap); infinite with a single prompt.
+
+        Of a share (``about["share"]``) it is widened for few prompts in log odds, and stays within 0 and 1.
+        """
         if len(self.values) < 2:
             wide = np.full(self.mean.shape, math.inf)
             return -wide, wide
@@ -71,7 +74,10 @@ class HeadTable:
         means = total / np.maximum(np.tensordot(counts, known.astype(float), 1), 1e-9)
         low, high = np.quantile(means, [0.025, 0.975], axis=0)
         widen = math.sqrt(len(self.values) / (len(self.values) - 1))  # a bootstrap of few is too narrow
-        return self.mean + widen * (low - self.mean), self.mean + widen * (high - self.mean)
+        if not self.about.get("share"):
+            return self.mean + widen * (low - self.mean), self.mean + widen * (high - self.mean)
+        middle, low, high = (_log_odds(x) for x in (self.mean, low, high))
+        return _share(middle + widen * (low - middle)), _share(middle + widen * (high - middle))
 
     def top(self, count: int, largest: bool = True) -> list[Head]:
         """The heads with the largest (or smallest) mean, best first; ties in the order of the table."""
@@ -128,7 +134,7 @@ class HeadTable:
         self._check_shape(other)
         paired = len(self.values) == len(other.values)
         values = self.values - other.values if paired else (self.mean - other.mean)[None]
-        about = {**self.about, "minus": other.about}
+        about = {**self.about, "share": False, "minus": other.about}
         return HeadTable(f"{self.name}, difference", self.sites, values, about, self.layers)
 
     def plot(self, path: str | Path) -> Path:
@@ -168,6 +174,16 @@ class HeadTable:
         return HeadTable(
             document["name"], tuple(document["sites"]), values, document["about"], tuple(document["layers"])
         )
+
+
+def _log_odds(share: Array) -> Array:
+    inside = np.clip(share, 1e-12, 1 - 1e-12)
+    return np.asarray(np.log(inside) - np.log1p(-inside))
+
+
+def _share(odds: Array) -> Array:
+    """The share of its log odds; the reverse of :func:`_log_odds`."""
+    return np.asarray(1 / (1 + np.exp(-odds)))
 
 
 def listed(table: HeadTable, heads: Sequence[Head], form: str = ".2f") -> str:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Progress", "shown"]
+__all__ = ["Progress", "shown", "time_left"]
+
+_KNOWN = 2.0  # seconds after which the time left is said
 
 
 class Progress(Protocol):
@@ -28,17 +31,17 @@ def shown(quiet: bool) -> Iterator[Progress]:
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
-    console = Console(stderr=True, highlight=False)
+    console, begun = Console(stderr=True, highlight=False), time.monotonic()
     if quiet or not console.is_terminal:
         said: list[str] = []
 
         def say(done: float, total: float, message: str) -> None:
             if message and not quiet and said[-1:] != [message]:
                 said.append(message)
-                console.print(f"{done / total:4.0%} {message}", markup=False)
+                left = time_left(time.monotonic() - begun, done / total)
+                console.print(f"{done / total:4.0%} {message}{left and f' ({left})'}", markup=False)
 
         yield say
         return
@@ -46,10 +49,26 @@ def shown(quiet: bool) -> Iterator[Progress]:
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as display:
-        bar = display.add_task("", total=None)
-        yield lambda done, total, message: display.update(bar, completed=done, total=total, description=message)
+        bar = display.add_task("", total=None, left="")
+
+        def update(done: float, total: float, message: str) -> None:
+            left = time_left(time.monotonic() - begun, done / total)
+            display.update(bar, completed=done, total=total, description=message, left=left)
+
+        yield update
+
+
+def time_left(passed: float, share: float) -> str:
+    """How long it will take after ``passed`` seconds for a ``share`` of the work; empty where nobody can know.
+
+    time_left(30, 0.25)  # "about 1:30 left"
+    """
+    if passed < _KNOWN or not 0 < share < 1:
+        return ""
+    seconds = round(passed * (1 - share) / share)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"about {f'{hours}:{minutes:02}' if hours else minutes}:{seconds % 60:02} left"

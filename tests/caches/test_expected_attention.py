@@ -120,8 +120,8 @@ def _scores(policy, q, k, v, sizes, rotary, padding=None):
 def test_chunks_give_what_one_forward_gives(sizes):
     q, k, v = sequences(2, 4, 40, seed=6)
     q, rotary = turned()(q + 3.0, (0, 0))
-    got, store = _scores("expected_attention:budget=1.0", q, k, v, [n for n in sizes if n], rotary)
-    want, whole = _scores("expected_attention:budget=1.0", q, k, v, [40], rotary)
+    got, store = _scores("expected_attention:schedule=step,budget=1.0", q, k, v, [n for n in sizes if n], rotary)
+    want, whole = _scores("expected_attention:schedule=step,budget=1.0", q, k, v, [40], rotary)
     assert_close(got, want, 10 * SAME)
     for name, limit in (("query_mean", SAME), ("query_scatter", SAME), ("query_count", 0.0)):
         assert_close(store.state[name], whole.state[name], limit)
@@ -131,8 +131,8 @@ def test_bfloat16_cosines_suffice():
     """What the model rounds away of one position, many positions give back."""
     q, k, v = sequences(1, 4, 300, seed=6)
     turn, rounded = turned()(q, (0,)), turned(dtype=torch.bfloat16)(q, (0,))
-    got, store = _scores("expected_attention:budget=1.0,sinks=0", turn[0], k, v, [300], rounded[1])
-    want, _ = _scores("expected_attention:budget=1.0,sinks=0", turn[0], k, v, [300], turn[1])
+    got, store = _scores("expected_attention:schedule=step,budget=1.0,sinks=0", turn[0], k, v, [300], rounded[1])
+    want, _ = _scores("expected_attention:schedule=step,budget=1.0,sinks=0", turn[0], k, v, [300], turn[1])
     assert float((store.state["angle_step"][0] - torch.tensor(angles(DIM))).abs().max()) < 5e-5
     assert_close(got, want, 0.02)
 
@@ -142,7 +142,9 @@ def test_one_known_query_gives_its_own_attention():
     q, k, v = sequences(1, 4, 20, seed=7)
     q[:] = q[:, :, :1]
     turn, rotary = turned()(q, (0,))
-    got, _ = _scores("expected_attention:budget=1.0,sinks=0,future=1,use_vnorm=False", turn, k, v, [20], rotary)
+    got, _ = _scores(
+        "expected_attention:schedule=step,budget=1.0,sinks=0,future=1,use_vnorm=False", turn, k, v, [20], rotary
+    )
     row = Row(q[0].double(), k[0].double(), v[0].double(), 20, [list(range(20))] * 2)
     for h in range(2):
         nexts = [(matrix(20, DIM) @ row.q[2 * h + g, 0]) for g in range(2)]
@@ -156,7 +158,9 @@ def test_nothing_but_sinks():
     turn, rotary = turned()(q, (0, 5))
     _, kept, _ = drive(parse("expected_attention:budget=5"), turn, k, v, [8], [0, 5], rotary=rotary)
     assert [sorted(p for p in h if p >= 0) for h in kept[0][1].tolist()] == [[0, 1, 2]] * 2
-    scores, _ = _scores("expected_attention:budget=1.0", turn[:, :, :3], k[:, :, :3], v[:, :, :3], [3], rotary)
+    scores, _ = _scores(
+        "expected_attention:schedule=step,budget=1.0", turn[:, :, :3], k[:, :, :3], v[:, :, :3], [3], rotary
+    )
     assert bool(scores.isfinite().all())
 
 
@@ -171,7 +175,9 @@ def test_the_statistics_are_those_of_the_models_queries_before_rotation(name):
     mask[1, :6] = 0
     try:
         with manyheads.use(model):
-            cache = caches.prefilled(model, "expected_attention:budget=1.0", models.tokens(2, 24), attention_mask=mask)
+            cache = caches.prefilled(
+                model, "expected_attention:schedule=step,budget=1.0", models.tokens(2, 24), attention_mask=mask
+            )
     finally:
         handle.remove()
     q = seen["q"]
@@ -213,3 +219,29 @@ def test_refuses_models_by_name(name):
 def test_refuses(fields):
     with pytest.raises(UserError):
         parse(f"expected_attention:{fields}")
+
+
+def test_the_statistics_go_where_nothing_is_scored_again():
+    """After a prompt the cache holds its tokens alone, and stays so; else statistics are counted."""
+    model, ids = models.tiny("llama"), models.tokens(2, 60)
+    with manyheads.use(model), torch.inference_mode():
+        mine, plain, later = (
+            caches.prefilled(model, spec, ids)
+            for spec in ("expected_attention:budget=12", "knorm:budget=12", "expected_attention:budget=12,schedule=9")
+        )
+        assert mine.bytes() == plain.bytes()
+        state = [x for store in caches.stores(later) for x in store.state.values()]
+        assert later.bytes() - plain.bytes() >= sum(x.nbytes for x in state) > 0
+        for _ in range(3):
+            for cache in (mine, plain):
+                model(ids[:, -1:], past_key_values=cache)
+        assert mine.bytes() == plain.bytes() and not any(store.state for store in caches.stores(mine))
+
+
+def test_attention_is_not_gathered_after_a_prompt_either():
+    model, ids = models.tiny("llama"), models.tokens(2, 60)
+    with manyheads.use(model), torch.inference_mode():
+        mine, plain = (caches.prefilled(model, f"{s}:budget=12,schedule=prefill", ids) for s in ("h2o", "knorm"))
+        model(ids[:, -1:], past_key_values=mine)
+        model(ids[:, -1:], past_key_values=plain)
+        assert mine.bytes() == plain.bytes()

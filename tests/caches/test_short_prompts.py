@@ -120,3 +120,17 @@ def test_slots_that_cannot_hold_the_protected_tokens_are_refused():
         if least > 1:
             with pytest.raises(manyheads.UserError, match=f"a budget of {least - 1} slots cannot hold its {least}"):
                 parse(spec(slug, least - 1))
+
+
+@pytest.mark.parametrize(("given", "length", "says"), [
+    ("keydiff:budget=0.25", 34, "keeps 9 of 34"), ("h2o:budget=0.1", 60, "keeps 6 of 60"),
+    ("keydiff:budget=0.25", 64, ""), ("keydiff:budget=9", 34, ""), ("keydiff:budget=1.0", 8, ""),
+    ("fireq:base=keydiff,budget=0.25", 34, ""),
+])  # fmt: skip
+def test_few_tokens_of_a_prompt_are_not_kept_without_a_word(llama, given, length, says, recwarn):
+    """Once, at the line that runs the model; a number of tokens is a choice, and as many as this are enough."""
+    with manyheads.use(llama, given):
+        caches.greedy(llama, models.tokens(1, length), None, 3)
+    said = [w for w in recwarn if "tokens of this prompt" in str(w.message)]
+    assert [says in str(w.message) for w in said] == [True] * bool(says)
+    assert all("manyheads" not in w.filename.split("/src/")[-1] for w in said)

@@ -157,3 +157,26 @@ def test_a_closed_pipe_is_quiet():
     )
     reader.stdin.close()
     assert writer.stderr == "" and writer.returncode != 0
+
+
+def test_a_claim_is_shown_with_its_checks_and_listed_with_one_device(cli):
+    code, out, _ = cli("claims", "show", "hashevict")
+    assert code == 0 and out.startswith("hashevict: ")
+    code, _, err = cli("claims", "show", "hashevikt")
+    assert code == 2 and "did you mean hashevict?" in err
+    listed = cli("claims")[1]
+    assert "cpu, cpu" not in listed and "cuda, cuda" not in listed and "cpu" in listed
+
+
+def test_time_left(capsys, monkeypatch):
+    from manyheads import progress
+
+    assert progress.time_left(30, 0.25) == "about 1:30 left" and progress.time_left(3600, 0.5) == "about 1:00:00 left"
+    assert progress.time_left(7, 0.5) == "about 0:07 left"
+    assert progress.time_left(1, 0.5) == progress.time_left(30, 0) == progress.time_left(30, 1) == ""
+    clock = iter([0.0, 0.5, 30.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.shown(False) as say:
+        say(0, 4, "first")
+        say(1, 4, "second")
+    assert capsys.readouterr().err.splitlines() == ["  0% first", " 25% second (about 1:30 left)"]

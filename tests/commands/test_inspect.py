@@ -50,6 +50,18 @@ def test_doctor(cli, folder, tmp_path):
     assert (tmp_path / "manyheads-doctor" / "findings.json").exists()
 
 
+def test_the_doctor_reads_a_chat(cli, folder, tmp_path):
+    said = "You are a careful person who says what is known and nothing else. " * 4
+    (tmp_path / "chat.json").write_text(json.dumps([{"role": "user", "content": said}]))
+    code, out, err = cli("doctor", "--model", str(folder), "--chat", "chat.json", "--quick", "--json")
+    assert code == 0, err
+    assert json.loads(out)["run"]["sources"] == ["chat.json"]
+    assert cli("doctor", "--model", str(folder), "--chat", "chat.json", "--text", "chat.json")[0] == 2
+    (tmp_path / "chat.json").write_text(json.dumps([{"role": "user", "content": "Why does it say so, and when?"}]))
+    code, _, err = cli("doctor", "--model", str(folder), "--chat", "chat.json", "--quick")
+    assert code == 2 and "too short" in err
+
+
 def test_chat_and_answer(cli, folder, tmp_path):
     messages = [{"role": "system", "content": "You are a careful person."}, {"role": "user", "content": "What is it?"}]
     (tmp_path / "chat.json").write_text(json.dumps(messages))

@@ -124,6 +124,31 @@ def test_the_best_of_a_budget_and_those_not_told_apart():
     assert green == ["good", "near"]
 
 
+def test_next_to_nothing_is_not_praised():
+    """One right of 15 is no best, and an arm with none right is not as good as the best, however wide the interval."""
+    always, one_right, never = [1.0] * 15, [1.0] + [0.0] * 14, [0.0] * 15
+    summary = made({"full": always, "one": one_right, "none": never, "neither": never})
+    (one,) = summary.measured
+    assert one.metric.floor and summary.best(one, summary.arms[1:]) == []
+    assert "no strategy exceeds 50 % (one comes closest, 7 %" in headlines(summary)[0]
+    assert "no strategy exceeds 50 %." in headlines(made({"full": always, "a": never, "b": never}))[0]
+    some = made({"full": [1.0] * 6, "good": [1.0] * 4 + [0.0] * 2, "none": [0.0] * 6, "bad": [0.0] * 6})
+    apart = [some.delta(some.measured[0], arm, than=some.arms[1]).excludes_zero for arm in some.arms[2:]]
+    good = made({"full": [1.0] * 24, "good": [1.0] * 24, "near": [1.0] * 22 + [0.0] * 2, "bad": [0.0] * 24})
+    assert [arm.name for arm in good.best(good.measured[0], good.arms[1:])] == ["good", "near"]  # the control
+    assert apart == [True, True] or "none" not in [arm.name for arm in some.best(some.measured[0], some.arms[1:])]
+
+
+def test_that_the_baseline_fails_is_the_first_thing_said(capsys):
+    from rich.console import Console
+
+    weak = made({"full": [0.0] * 15, "a": [1.0] * 15})
+    print_summary(weak, Console(width=160))
+    shown = capsys.readouterr().out
+    assert shown.startswith("warning: ") and shown.index("not discriminative") < shown.index("strategy")
+    assert "not discriminative" in headlines(weak)[0]
+
+
 def test_what_is_not_discriminative_is_said_and_not_ranked():
     weak = [1.0] * 12 + [0.0] * 12
     summary = made({"full": weak, "good": [1.0] * 24, "bad": [0.0] * 24})

@@ -2,6 +2,7 @@
 """The pages: small, self-contained, nothing from outside becomes markup, and a browser draws them and answers."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -228,3 +229,26 @@ def test_a_browser_draws_it_and_answers(seen, tmp_path):
     assert told["shown"] == "loss of the token, nats"
     asked = set(re.findall(r'"url":"https?://([^/:"]+)', log.read_text()))
     assert not [host for host in asked if not re.search(r"(^|\.)(google|gstatic|googleapis|gvt1)\.com$", host)]
+
+
+def test_the_same_map_is_drawn_once(seen):
+    """Several scores may be the attention to the first token: the page draws it once and names it then."""
+    spec = next(spec for spec in seen.found if spec.startswith("active_dormant"))
+    sink, own = seen.found[spec].tables["sink"], seen.found["attention"]
+    by_less = dataclasses.replace(sink, values=sink.values + 1e-6)
+
+    def cards(first):
+        found = {**seen.found, "attention": dataclasses.replace(own, tables={**own.tables, "first token": first})}
+        shown = _groups(inspect.page(dataclasses.replace(seen, found=found)))
+        return {(group.title, card.title): card for group in shown for card in group.cards}
+
+    alike, unlike = cards(by_less), cards(dataclasses.replace(sink, values=1.1 * sink.values))
+    assert not alike["attention", "first token"].picture and unlike["attention", "first token"].picture  # the control
+    assert alike["attention", "first token"].said == "the map of sink of active_dormant"
+    assert all(card.picture for (_, name), card in alike.items() if name in ("sink", "itself", "entropy"))
+
+
+def _groups(page):
+    from manyheads.report.page import Cards
+
+    return [part for section in page.sections for part in section.parts if isinstance(part, Cards)]

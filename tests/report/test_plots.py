@@ -63,3 +63,33 @@ def test_bars_are_as_long_as_their_values():
     paths = re.findall(r'<path d="([^"]*)"[^>]*fill: #(?:0072b2|d55e00)', made)
     wide = [max(x) - min(x) for x in ([float(v) for v in re.findall(r"[ML] ([\d.]+) ", path)] for path in paths)]
     assert len(wide) == 2 and wide[1] / wide[0] == pytest.approx(3, abs=0.02) and "&lt;a&gt;" in made
+
+
+def test_legends_and_titles_have_room():
+    """Many long labels stand in as many rows as they need, and none leaves the picture; titles break their lines."""
+    labels = [f"graphkv:base=snapkv(window_size={i})" for i in range(8)]
+    short, long = (
+        lines([Panel([Series(label, [1.0, 2.0], [1.0, 2.0]) for label in names])], "alt")
+        for names in ([f"key {i}" for i in range(8)], labels)
+    )
+    assert _keys(short) == 5 and _keys(long) == 1  # in the first row
+    assert _height(long) > _height(short)
+    only = [Series("one", [1.0], [1.0])]
+    assert ">one<" not in lines([Panel(only)], "alt") and ">one<" in lines(
+        [Panel(only, level=(0, 0, 0, "full"))], "alt"
+    )
+    estimate = Estimate(1.0, 0.5, 1.5, 4, 4, "t")
+    title = "loss in the last tenth of training, nats/token"
+    picture = bars(["a"], [Bars(title, [estimate], [""]), Bars("b", [estimate], [""])], "alt", [0])
+    assert f">{title}<" not in picture and ">training, nats/token<" in picture
+
+
+def _keys(picture):
+    """Labels in the fullest row of the legend."""
+    label = r'<text style="[^"]*text-anchor: start[^"]*" x="[\d.]+" y="([\d.]+)">(?:graphkv[^<]*|key \d)<'
+    heights = re.findall(label, picture)
+    return max(heights.count(y) for y in heights)
+
+
+def _height(picture):
+    return float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', picture)[1])

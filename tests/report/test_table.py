@@ -33,3 +33,15 @@ def test_numbers_and_sizes():
     assert [formatting.budget(b) for b in (0.25, 64, 0.125)] == ["25 %", "64 slots", "12.5 %"]
     assert formatting.percent(0.254, signed=True) == "+25 %" and formatting.interval(1e-5, 2) == "1.0e-5 to 2"
     assert formatting.interval(0.2, 0.3, True) == "20 to 30" and formatting.interval(1, float("inf")) == "no interval"
+
+
+def test_a_table_that_is_too_wide_becomes_several(capsys):
+    """Every figure is printed whole, each piece with its labels; where there is room it stays one table."""
+    columns = [Column("strategy", text=True), Column("budget"), *(Column(f"figure {i}") for i in range(12))]
+    rows = [[name, "25 %", *(Cell(f"{i}.123456 of {name}", f"-0.1 to {i}") for i in range(12))] for name in ("a", "bb")]
+    for width, pieces in ((400, 1), (100, 3)):
+        print_table(Table(columns, rows, "title", labels=2), Console(width=width))
+        said = capsys.readouterr().out
+        assert said.count("strategy") == said.count("budget") == pieces and "…" not in said
+        assert all(f"{i}.123456 of {name}" in said for i in range(12) for name in ("a", "bb"))
+        assert said.count("title") == 1 and max(map(len, said.splitlines())) <= width

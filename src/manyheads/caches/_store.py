@@ -10,7 +10,7 @@ from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
 from ..call import AttentionCall, Site, Store
-from ..errors import UserError
+from ..errors import UserError, warn
 from ._evict import keep_best
 from ._policy import CachePolicy
 from ._tokens import Tokens
@@ -19,6 +19,7 @@ from ._view import CacheView, QueryWindow
 __all__ = ["PolicyStore", "drop_outside_window", "view_of"]
 
 _RECEIVED = "accumulated_attention"  # among the extras of each slot
+_FEW = 16  # tokens of a prompt: what is answered from fewer is often wrong
 
 
 def drop_outside_window(slots: PaddedCache, window: int) -> None:
@@ -172,17 +173,20 @@ class PolicyStore(Store):
         self._forwards += not waits
         self._since += new
         evicting = not waits and policy.should_evict(self._forwards, new, self._since)
-        window = max(self.record, policy.window if evicting or waits or policy.schedule != "prefill" else 0)
-        if window or policy.gathers:
+        scoring = evicting or waits or policy.schedule != "prefill"  # now or later
+        window = max(self.record, policy.window if scoring else 0)
+        if window or (policy.gathers and scoring):
             latest = QueryWindow.of(call.q, slots)
             if window:
                 self._queries = (latest if self._queries is None else self._queries.join(latest)).last(window)
-            _gather(self, call, latest)
+            if scoring:
+                _gather(self, call, latest)
         view = view_of(self, call)
         if self.tokens.codec is not None and self._forwards == 1 and not waits:
             self.tokens.key_scale = policy.key_scale(view)
         if evicting:
             self.compress(view)
+            _warn_of_few(self, view)
         if self.record:
             earlier = {} if self._evidence is None else self._evidence.shared
             view.shared.update({name: x for name, x in earlier.items() if name.startswith("angle_")})
@@ -231,9 +235,11 @@ class PolicyStore(Store):
                 _evict_all_layers(self)
                 return
             self._ragged |= keep_best(policy, view, slots, counts, limit, 1.0 if share is None else share)
-        if policy.schedule == "prefill" and not self.record:
+        if policy.schedule == "prefill" and not self.record:  # nothing is scored again
             self._queries = None
             slots.extras.pop(_RECEIVED, None)
+            if policy.needs_queries:
+                self.state.clear()
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
         """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
@@ -262,6 +268,20 @@ class PolicyStore(Store):
         self.tokens.crop(count)
         self._queries = None
         self._since = max(0, self._since - count)
+
+
+def _warn_of_few(store: PolicyStore, view: CacheView) -> None:
+    """Say it where a fraction leaves few tokens of a prompt; codes are small, so that more tokens stay than it says."""
+    policy, site = store.policy, store.site
+    first = store._forwards == 1 and site.layer == min(site.peers, default=site.layer)
+    if not first or isinstance(policy.budget, int) or policy.codec is not None:
+        return
+    _, limit = store._limits(view.counts)
+    if limit < min(_FEW, view.positions.shape[2]):
+        warn(
+            f"{policy.spec} keeps {limit} of {view.positions.shape[2]} tokens of this prompt, and answers from so few "
+            f"are often wrong: give a larger budget, or a number of tokens such as budget=64"
+        )
 
 
 def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:

@@ -11,9 +11,10 @@ and a token counts by what it would add to the output: score_j = (z_j / sum_i z_
 query heads of a group. The first ``sinks`` tokens stay, and are left out of the statistics and of the sum.
 
 The released code (kvpress) computes the same from the hidden states of one prompt. Here the statistics run along with
-every forward, from the queries as attention got them, turned back by the model's own cosines and sines; the rotation
-of later positions continues from the newest one by the angle between neighbours, as the longest forward showed it
-(models whose frequencies change with the length are followed no further). As in the code the average rotation is
+every forward after which tokens may still be dropped (with ``schedule=prefill`` they go with the prompt, and the cache
+holds its tokens alone), from the queries as attention got them, turned back by the model's own cosines and sines; the
+rotation of later positions continues from the newest one by the angle between neighbours, as the longest forward showed
+it (models whose frequencies change with the length are followed no further). As in the code the average rotation is
 applied to the covariance as if it were one rotation. A cap on the logits and learned sinks do not enter.
 """
 

@@ -19,7 +19,7 @@ from manyheads.errors import UserError
 if TYPE_CHECKING:
     from manyheads.experiment.claim import Claim, ClaimResult
 
-__all__ = ["SUMMARY", "load", "results_folder", "slugs", "stored", "summary"]
+__all__ = ["SUMMARY", "known", "load", "results_folder", "slugs", "stored", "summary"]
 
 _FOLDER = Path(__file__).resolve().parent
 SUMMARY = _FOLDER / "summary.json"
@@ -30,6 +30,21 @@ def slugs() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("[a-z]*.py"))
 
 
+def known(slug: str) -> str:
+    """`slug`, which has a claim.
+
+    Raises:
+        UserError: it has none; the message names those that there are.
+    """
+    if slug not in slugs():
+        from manyheads.catalog import nearest
+
+        close = nearest(slug, slugs())
+        hint = f"did you mean {close[0]}?" if close else f"there are claims of: {', '.join(slugs()) or 'none yet'}"
+        raise UserError(f"{slug} has no claim yet; {hint}")
+    return slug
+
+
 def load(slug: str) -> Claim:
     """Import the claim of `slug`.
 
@@ -38,13 +53,7 @@ def load(slug: str) -> Claim:
     """
     from manyheads.experiment.claim import Claim
 
-    if slug not in slugs():
-        from manyheads.catalog import nearest
-
-        close = nearest(slug, slugs())
-        hint = f"did you mean {close[0]}?" if close else f"there are claims of: {', '.join(slugs()) or 'none yet'}"
-        raise UserError(f"{slug} has no claim yet; {hint}")
-    claim = import_module(f"{__name__}.{slug}").claim
+    claim = import_module(f"{__name__}.{known(slug)}").claim
     if not isinstance(claim, Claim) or claim.slug != slug:
         raise TypeError(f"claims/{slug}.py must expose `claim`, a Claim with slug {slug!r}")
     return claim

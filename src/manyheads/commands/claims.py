@@ -13,7 +13,7 @@ import typer
 from manyheads import catalog, claims
 from manyheads.errors import UserError
 
-from .options import Json, Quick, RayAddress, Workers, console, executor, passive_threads, print_json, typed
+from .options import Json, Quick, RayAddress, Slug, Workers, console, executor, passive_threads, print_json, typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +55,16 @@ def list_claims(as_json: Json = False, page: PagePath = None) -> None:
     if page is not None:
         _write_page(shown, page, "--page")
     print_table(line_table(shown), console(140))
+
+
+@app.command("show")
+def show_claim(slug: Slug) -> None:
+    """Show a claim: what the paper reports, every check with its interval, and on what it ran."""
+    from manyheads.report.claims import print_run
+
+    results = claims.stored(claims.known(slug))
+    for one in stored_runs(slug, results):
+        print_run(one, console(140))
 
 
 @app.command("run")

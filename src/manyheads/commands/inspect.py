@@ -12,6 +12,7 @@ from manyheads.errors import UserError
 from manyheads.progress import shown
 
 from .options import (
+    Chat,
     Device,
     Dtype,
     Json,
@@ -50,7 +51,7 @@ def inspect(
         list[str] | None,
         typer.Option(help='Tokens that play a part: system=0-12 (12 not included) or system="words of the text".'),
     ] = None,
-    chat: Annotated[Path | None, typer.Option(help="JSON list of messages, written by the model's template.")] = None,
+    chat: Chat = None,
     generate: Annotated[
         int, typer.Option(min=0, help="The model says so many tokens to each prompt first: the role response.")
     ] = 0,
@@ -76,16 +77,13 @@ def inspect(
     passive_threads()
     from manyheads.data.texts import read
     from manyheads.inspect.naming import DEFAULT, parse_lenses, parse_role
-    from manyheads.inspect.prompts import read_chat
 
     lenses, roles = parse_lenses(lens or list(DEFAULT))
     for given in role or []:
         roles |= parse_role(given)
-    if chat is not None and text:
-        raise UserError("give --chat or --text, not both")
     if chat is not None and roles:
         raise UserError("the roles of a chat are those of its messages; leave --role away")
-    messages = None if chat is None else read_chat(chat)
+    messages = _messages(chat, text)
     texts = read(text) if text else None
     chosen = _layers(layers)
     place = writable(out, _PROBE)
@@ -114,6 +112,7 @@ def inspect(
 def doctor(
     model: Model = None,
     text: TextFiles = None,
+    chat: Chat = None,
     length: Length = None,
     samples: Samples = None,
     device: Device = None,
@@ -131,24 +130,36 @@ def doctor(
     passive_threads()
     from manyheads.data.texts import read
 
+    messages = _messages(chat, text)
     texts = read(text) if text else None
     place = writable(out, _DOCTOR)
     from manyheads.inspect import doctor as work
     from manyheads.inspect import run
+    from manyheads.inspect.prompts import chat as as_prompt
     from manyheads.report import doctor as shown_by
 
     with shown(as_json) as progress:
         loaded, tokenizer = load_model(model, device, dtype)
+        prompts = None if messages is None else [as_prompt(messages, tokenizer, False, chat.name if chat else "")]
         found = work.diagnose(
-            loaded, tokenizer, texts, seed=seed or 0, origin=model or "the shipped model", command=typed(),
-            length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES), quick=quick,
-            progress=progress,
+            loaded, tokenizer, texts, prompts=prompts, seed=seed or 0, origin=model or "the shipped model",
+            command=typed(), length=length or (512 if quick else None),
+            samples=samples or (3 if quick else run.SAMPLES), quick=quick, progress=progress,
         )  # fmt: skip
     document = _write(place, "doctor.html", shown_by.page(found), found.document())
     if as_json:
         typer.echo(document, nl=False)
     else:
         shown_by.print_diagnosis(found, place / "doctor.html", console())
+
+
+def _messages(chat: Path | None, text: list[str] | None) -> list[dict[str, str]] | None:
+    """The messages of ``--chat``, None without it."""
+    from manyheads.inspect.prompts import read_chat
+
+    if chat is not None and text:
+        raise UserError("give --chat or --text, not both")
+    return None if chat is None else read_chat(chat)
 
 
 def _layers(text: str | None) -> list[int] | None:

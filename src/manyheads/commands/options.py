@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from manyheads.experiment.executors import Executor
 
 __all__ = [
-    "Device", "Dtype", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed", "Slug",
-    "TextFiles", "Workers", "console", "executor", "load_model", "passive_threads", "print_json", "quiet_libraries",
-    "typed", "writable",
+    "Chat", "Device", "Dtype", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed",
+    "Slug", "TextFiles", "Workers", "console", "executor", "load_model", "passive_threads", "print_json",
+    "quiet_libraries", "typed", "writable",
 ]  # fmt: skip
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. \\[default: the shipped one]")]
 TextFiles = Annotated[
     list[str] | None,
     typer.Option("--text", help="File or folder of text or code; may repeat. \\[default: the standard library]"),
+]
+Chat = Annotated[
+    Path | None, typer.Option(help="JSON list of messages, written by the model's template, in place of --text.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. \\[default: cpu]")]
 Dtype = Annotated[

@@ -91,8 +91,8 @@ class AttentionBreakdown(Lens):
             memory["map"] = (total + pooled, n + count)
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
-        tables = {name: table(f"mass on {name}", sites, name) for name in self.parts}
-        tables["entropy"] = table("entropy of the weights, 1 where they are even", sites, "entropy")
+        tables = {name: table(f"mass on {name}", sites, name, share=True) for name in self.parts}
+        tables["entropy"] = table("entropy of the weights, 1 where they are even", sites, "entropy", share=True)
         maps = {
             (row, head): (memory["map"][0][head] / memory["map"][1]).numpy()
             for row, (_, memory) in enumerate(sites)

@@ -68,6 +68,7 @@ def diagnose(
     tokenizer: Any,
     texts: Sequence[Text] | None = None,
     *,
+    prompts: Sequence[Prompt] | None = None,
     length: int | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
@@ -87,6 +88,7 @@ def diagnose(
         model: a causal language model of transformers, in evaluation mode, on the device to use.
         tokenizer: its tokenizer.
         texts: what to read, the standard library's source when None.
+        prompts: what to read in place of texts, as a chat; loss by length of context is that of its text.
         length: tokens of a prompt; 1,024 as far as model and text have so many when None.
         samples: prompts.
         seed: of all draws.
@@ -99,10 +101,14 @@ def diagnose(
         UserError: anything that the caller can mend.
     """
     begun, say = time.perf_counter(), progress or (lambda done, total, message: None)
+    if prompts is not None:
+        texts = [Text(prompt.name, tokenizer.decode(prompt.ids)) for prompt in prompts]
     read = list(standard_library() if texts is None else texts)
     if length is not None and length < 4 * SHORTEST:
         raise UserError(f"the doctor needs prompts of {4 * SHORTEST} tokens or more; give a longer --length")
-    prompts = draw(read, tokenizer, length, samples, seed, max_context=max_context(model))
+    if prompts is None:
+        prompts = draw(read, tokenizer, length, samples, seed, max_context=max_context(model))
+    prompts = [Prompt(prompt.ids[: length or max_context(model)], prompt.name, prompt.roles) for prompt in prompts]
     if len(prompts[0].ids) < 4 * SHORTEST:
         raise UserError(f"the text is too short: the doctor needs {4 * SHORTEST} tokens or more; give more text")
     made = Measures(
@@ -237,13 +243,19 @@ def _contexts(
 
 
 def _alone(model: nn.Module, made: Measures, prompt: Prompt, quick: bool, say: Progress) -> HeadTable:
-    """What the loss of one prompt gains without each head, or without each of the likeliest where they are many."""
+    """What the loss of one prompt gains without each head, or without each of the likeliest where they are many.
+
+    Those are the ones that write least beside their layer, and the ones that rest most on the first token.
+    """
     own = made.found["attention"].tables[FIRST]
     known = [(int(r), int(h)) for r, h in np.argwhere(np.isfinite(own.mean))]
     if len(known) > (16 if quick else _SINGLE):
         count = 8 if quick else 32
         written = made.found["body"].tables["written"]
-        known = list(dict.fromkeys([*written.top(count, largest=False), *own.top(count)]))[:count]
+        with np.errstate(divide="ignore", invalid="ignore"):  # layers write more the deeper they are
+            beside = written.mean / np.nanmedian(written.mean, 1, keepdims=True)
+        faint = HeadTable("of the layer's median", written.sites, beside, layers=written.layers)
+        known = list(dict.fromkeys([*faint.top(count // 2, largest=False), *own.top(count)]))[:count]
     ids = reading(model, Prompt(prompt.ids[:512], prompt.name))
     values = np.full(own.mean.shape, np.nan)
 

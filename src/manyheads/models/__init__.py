@@ -54,7 +54,7 @@ def config(path_or_name: str | Path) -> Any:
     from transformers import AutoConfig
 
     shipped = {"default": default_path(), "recall": recall_path()}
-    name = _source(shipped.get(str(path_or_name), path_or_name))
+    name = source(shipped.get(str(path_or_name), path_or_name))
     _check_architecture(name)
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
@@ -83,7 +83,7 @@ def load(
     Raises UserError, in one line with what to do next, when that cannot be had.
     """
     place, _ = placed(device, dtype)
-    name = _source(path_or_name)
+    name = source(path_or_name)
     _check_architecture(name)
     return _load_model(name, place, dtype or _own_dtype(name, place)), tokenizer(name)
 
@@ -92,7 +92,7 @@ def tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model alone; raises UserError as ``load`` does."""
     from transformers import AutoTokenizer
 
-    name = _source(path_or_name)
+    name = source(path_or_name)
     try:
         made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -109,7 +109,7 @@ def load_reader(
 
     Raises UserError also for models that read pictures or sound.
     """
-    name = _source(path_or_name)
+    name = source(path_or_name)
     if (kind := _text_class(name)) is None:
         return load(path_or_name, device, dtype)
     place, _ = placed(device, dtype)
@@ -193,8 +193,8 @@ def _usable(place: "torch.device") -> bool:
         return False
 
 
-def _source(path_or_name: str | Path) -> str:
-    """The folder or hub name as transformers takes it; a missing or unfit folder is answered here."""
+def source(path_or_name: str | Path) -> str:
+    """The folder or hub name as transformers takes it; UserError for a folder that is missing or holds no model."""
     path = Path(path_or_name).expanduser()
     name = str(path_or_name)
     if name in published():

@@ -62,7 +62,7 @@ def line_table(shown: Sequence[Shown]) -> Table:
         for one in shown
     ]  # fmt: skip
     columns = [Column("claim", text=True), Column("tier", text=True), Column("checks", text=True),
-               Column("run", text=True), Column("seconds")]  # fmt: skip
+               Column("on", text=True), Column("seconds")]  # fmt: skip
     return Table(columns, rows, repeats=True)
 
 

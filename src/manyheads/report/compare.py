@@ -61,8 +61,8 @@ def _fields(fields: dict[str, str]) -> str:
 
 def headlines(summary: Summary) -> list[str]:
     """What the figures say, a sentence for each metric that arms are ranked by; computed, never typed."""
-    said = [_sentence(summary, one) for one in summary.measured if one.ranks]
-    return said + [f"{_capital(one.name)}: {one.weak}." for one in summary.measured if one.weak]
+    weak = [f"{_capital(one.name)}: {one.weak}." for one in summary.measured if one.weak]
+    return weak + [_sentence(summary, one) for one in summary.measured if one.ranks]
 
 
 def _sentence(summary: Summary, one: Measured) -> str:
@@ -78,6 +78,11 @@ def _sentence(summary: Summary, one: Measured) -> str:
             more = f" and {len(best) - _NAMED} more, not told apart" if len(best) > _NAMED else ""
             who = " and ".join(arm.name for arm in best[:_NAMED]) + more
             parts.append(f"{at}{who} {'is' if len(best) == 1 else 'are'} best, {_words(summary, one, best[0])}")
+        elif known and (top := summary.top(one, known)) is not None and summary.fails(one, top):
+            closest = f" ({top.name} comes closest, {_words(summary, one, top)})"
+            some = summary.estimate(one, top)
+            more = closest if some is not None and some.value > 0 else ""
+            parts.append(f"{at}no strategy exceeds {formatting.percent(one.metric.floor or 0.0)}{more}")
         elif known:
             parts.append(f"{at}no strategy is told apart from the others")
     than = "" if base is None else f", {summary.base.name} {_value(one, base)}"
@@ -169,7 +174,7 @@ def table(summary: Summary, measured: Sequence[Measured] | None = None) -> Table
         *([Column("cache held")] if held else []), *(_column(summary, one) for one in chosen),
     ]  # fmt: skip
     return Table(
-        columns, rows,
+        columns, rows, labels=1 + budgets,
         note="Below a figure its 95 % interval, for means the paired difference to "
         f"{summary.base.name} with its interval, for times and sizes the ratio. * marks a difference to "
         f"{summary.base.name} whose interval excludes zero; the best (of each budget), and those that are not told "
@@ -218,18 +223,40 @@ def print_summary(summary: Summary, console: Console) -> None:
     run, base = summary.results.run, summary.base.name
     of_budget = " at its budget" if any(arm.budget is not None for arm in summary.arms) else ""
     shown = table(summary)
-    print_table(Table(shown.columns, shown.rows, _short(run)), console)
+    for one in summary.measured:
+        if one.weak:
+            console.print(f"warning: {one.name}: {one.weak}", style="yellow", markup=False, soft_wrap=True)
+    print_table(dataclasses.replace(shown, title=_short(run), note=""), console)
     print_lines(
         [
-            *[f"{one.name}: {one.weak}" for one in summary.measured if one.weak],
             f"second line: 95 % interval, for means the difference to {base}, for times and sizes the ratio to it; "
-            f"* differs from {base}; green: best{of_budget}, or not told apart from it",
+            f"* differs from {base}; green: best{of_budget}, or not told apart from it and above 0",
             f"intervals: {'; '.join(_intervals(summary))}",
+            *_trained(run),
+            *_floors(summary),
             *[f"skipped {task}: {reason}" for task, reason in run["skipped"].items()],
             f"seed {summary.experiment['seed']}; report: {summary.results.report}",
         ],
         console,
     )
+
+
+def _trained(run: dict[str, Any]) -> list[str]:
+    """What every arm of a training has read; the budget holds the choice of a learning rate and the recall too."""
+    if not (size := run.get("training")):
+        return []
+    steps, step = size["steps"], max(1, size["tokens"] // size["length"]) * size["length"]
+    recall = steps["recall"] * size["recall_batch"] * size["recall_length"]
+    return [
+        f"every arm: {steps['text'] * step:,} bytes of text in {steps['text']} steps, for each of {size['seeds']} "
+        f"seeds; {steps['tune'] * step:,} for each of {len(size['rates'])} learning rates; {recall:,} tokens of recall"
+    ]
+
+
+def _floors(summary: Summary) -> list[str]:
+    floors = [(one.name, one.metric.floor) for one in summary.measured if one.metric.floor is not None]
+    said = ", ".join(f"{name} {formatting.percent(floor)}" for name, floor in floors)
+    return [f"floors, at or below which a share tells nothing (guessing may reach it): {said}"] if floors else []
 
 
 def _intervals(summary: Summary) -> list[str]:

@@ -113,8 +113,8 @@ def print_diagnosis(found: Diagnosis, place: Path, console: Console) -> None:
     print_lines([read(found.run, found.loss)], console)
     styles = {"watch": "bold yellow", "note": "cyan", "fine": "green", "unknown": "dim"}
     for one in found.checks:
-        console.print(Words.assemble((f"{one.level:7}", styles[one.level]), (one.title, "bold"), f": {one.figure}"))
+        console.print(Words.assemble((f"{one.level:8}", styles[one.level]), (one.title, "bold"), f": {one.figure}"))
         message = Words(f"{one.message} {one.advice}".strip())
         message.append(f" (threshold: {one.threshold})" if one.threshold else "", "dim")
-        console.print(Padding(message, (0, 0, 1, 7)))
+        console.print(Padding(message, (0, 0, 1, 8)))
     print_lines([f"page: {place}"], console)

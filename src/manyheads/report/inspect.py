@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..formatting import interval, number
+from ..heads import HeadTable
 from ..inspect.run import WHERE
-from .colours import plain, scale_of
+from .colours import LEVELS, plain, scale_of
 from .heads import card_of, heads_of, layer_card, maps_of, pictures, script_data
 from .page import Card, Cards, Figure, Headline, Page, Section, Text, Thumbs, made
 from .plots import Panel, Series, lines, stacked
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..heads import AblationCurve, HeadTable
+    from ..heads import AblationCurve
     from ..inspect.run import Inspection
 
 __all__ = ["made_of", "page", "print_findings", "read", "run_of"]
@@ -40,14 +41,18 @@ def page(seen: Inspection) -> Page:
     sites = list(
         dict.fromkeys(site for found in seen.found.values() for t in found.tables.values() for site in t.sites)
     )
-    groups, layers = [], []
+    groups, layers, drawn = [], [], dict[str, HeadTable]()
     for spec, found in seen.found.items():
         cards = []
         for name, one in found.tables.items():
             if one.values.shape[2] == 1:
                 layers.append(layer_card(one, f"{name}: {spec.partition(':')[0]}"))
             elif _listed(seen, spec, name):
-                cards.append(card_of(one, name, tables, sites))
+                if (twin := _drawn(one, drawn)) is None:
+                    drawn[f"{name} of {spec.partition(':')[0]}"] = one
+                    cards.append(card_of(one, name, tables, sites))
+                else:
+                    cards.append(Card(name, about=one.name if one.name != name else "", said=f"the map of {twin}"))
         groups.append(Cards([card for card in cards if card], spec, _about(spec)))
     own = seen.found[WHERE]
     maps, cell = maps_of(own, sites, max(len(p.ids) for p in seen.prompts))
@@ -95,6 +100,20 @@ def page(seen: Inspection) -> Page:
         ],
         "inspect.js", data,
     )  # fmt: skip
+
+
+def _drawn(one: HeadTable, drawn: Mapping[str, HeadTable]) -> str | None:
+    """The name of a map that looks the same: no cell differs by half a step of its colours."""
+    scale = scale_of(one.mean)
+    if scale is None or np.nanmin(one.mean) == np.nanmax(one.mean):
+        return None  # not a map
+    for name, other in drawn.items():
+        if other.sites == one.sites and other.mean.shape == one.mean.shape:
+            apart = np.abs(one.mean - other.mean)
+            nothing = np.isnan(one.mean) & np.isnan(other.mean)
+            if bool((nothing | (apart < (scale.high - scale.low) / (2 * LEVELS))).all()):
+                return name
+    return None
 
 
 def _listed(seen: Inspection, spec: str, name: str) -> bool:

@@ -8,6 +8,7 @@ are CSS pixels. Texts from outside are escaped by matplotlib, which also is what
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -30,7 +31,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _INK, _PAPER, _FAINT = "#010203", "#fdfcfb", "#c0c1c2"  # stand-ins, replaced by CSS variables
 _ROOM = 1000  # CSS pixels that a picture may be wide
+_TITLE = 34  # letters of a title above bars
 _APART = 1.25  # ratio of labels on a log axis that do not touch
+_LETTER, _KEY = 6.4, 44  # CSS pixels of a letter of a legend, and of what stands before a label
 _BARS = 24  # points at most whose intervals are bars; of more they are a band
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "manyheads", "font.family": "sans-serif",
@@ -93,15 +96,21 @@ def lines(panels: Sequence[Panel], alt: str, *, width: float = 0, height: float 
     if not any(math.isfinite(v) for panel in panels for one in panel.series for v in one.y):
         return ""
 
+    width = width or (500 if len(panels) == 1 else min(_ROOM, 440 * len(panels)))
+    named = list(dict.fromkeys(one.label for panel in panels for one in panel.series))
+    across = max(1, min(len(named), 5, int(width // (_KEY + _LETTER * max(map(len, named), default=1)))))
+
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             _panel(axis, panel)
-        handles, labels = axes[-1].get_legend_handles_labels()
-        if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+        found = [axis.get_legend_handles_labels() for axis in axes]
+        handles = dict(pair for each in found for pair in zip(each[1], each[0], strict=True))
+        if len(handles) > 1 or any(panel.level is not None for panel in panels):
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across)
 
-    return _svg(draw, width or (500 if len(panels) == 1 else min(_ROOM, 440 * len(panels))), height, alt)
+    rows = math.ceil(len(named) / across)
+    return _svg(draw, width, height + 18 * max(0, rows - 2), alt)
 
 
 def _panel(axis: Axes, panel: Panel) -> None:
@@ -209,13 +218,14 @@ def bars(labels: Sequence[str], panels: Sequence[Bars], alt: str, tints: Sequenc
                 axis.text(1.62 * top, y, note, ha="right", va="center", fontsize=8.5)
             if panel.base is not None:
                 axis.axvline(panel.base, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
-            axis.set(xlim=(0, 1.62 * top), title=panel.title)
+            axis.set(xlim=(0, 1.62 * top), title=textwrap.fill(panel.title, _TITLE))
             axis.set_xticks([t for t in axis.get_xticks() if 0 <= t <= 1.001 * top][::2])
             axis.grid(axis="y", visible=False)
         axes[0].set_yticks(range(len(labels)), list(labels))
         axes[0].set_ylim(len(labels) - 0.4, -0.6)
 
-    return _svg(draw, min(_ROOM, 280 * len(panels) + 170), 26 * len(labels) + 80, alt)
+    high = max(len(textwrap.wrap(panel.title, _TITLE)) for panel in panels)
+    return _svg(draw, min(_ROOM, 280 * len(panels) + 170), 26 * len(labels) + 66 + 14 * high, alt)
 
 
 def stacked(rows: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], alt: str, x: str) -> str:

@@ -150,19 +150,35 @@ class Summary:
 
         return self._once(("delta", one.key, arm.key, other.key, *_items(where)), find)
 
-    def best(self, one: Measured, arms: Sequence[Arm]) -> list[Arm]:
-        """Of arms with one budget the best, and those that are not told apart from it; empty where all are alike."""
+    def top(self, one: Measured, arms: Sequence[Arm]) -> Arm | None:
+        """The arm with the best figure of those that have one; the first of equals."""
         sign = 1 if one.metric.higher else -1
         known = [(arm, found) for arm in arms if (found := self.estimate(one, arm)) is not None]
-        if not one.ranks or len(known) < 2:
+        return max(known, key=lambda pair: sign * pair[1].value)[0] if known else None
+
+    def fails(self, one: Measured, arm: Arm, least: float | None = None) -> bool:
+        """Whether a share is so low that no arm with it is called best: at the floor of the metric, or at ``least``."""
+        found, floor = self.estimate(one, arm), one.metric.floor if least is None else least
+        return one.metric.kind == "share" and one.metric.higher and found is not None and found.value <= (floor or 0.0)
+
+    def best(self, one: Measured, arms: Sequence[Arm]) -> list[Arm]:
+        """Of arms with one budget the best, and those that are not told apart from it.
+
+        Empty where all are alike, and where the best share does not exceed what tells something (:meth:`fails`). An
+        arm with nothing right is not among them.
+        """
+        known = [arm for arm in arms if self.estimate(one, arm) is not None]
+        top = self.top(one, known)
+        if not one.ranks or top is None or len(known) < 2 or self.fails(one, top):
             return []
-        top = max(known, key=lambda pair: sign * pair[1].value)[0]
         alike = [top]
-        for arm, _ in known:
+        for arm in known:
             apart = self.delta(one, arm, than=top)
             if arm != top and (apart is None or not apart.excludes_zero):
                 alike.append(arm)
-        return alike if len(alike) < len(known) else []
+        if len(alike) < len(known):
+            return [arm for arm in alike if not self.fails(one, arm, 0.0)]
+        return []
 
     def held(self, arm: Arm) -> float | None:
         """Bytes that the strategy held, a mean over the samples where something looked; None where nothing did."""

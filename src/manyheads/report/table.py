@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Cell:
 class Table:
     """A table of columns and rows; a string stands for a cell.
 
-    Labels of the first column that repeat the one above are left out if not ``repeats``.
+    Labels of the first column that repeat the one above are left out if not ``repeats``. A terminal that is too narrow
+    gets several tables, each with the first ``labels`` columns.
     """
 
     columns: Sequence[Column]
@@ -54,6 +55,7 @@ class Table:
     title: str = ""
     note: str = ""
     repeats: bool = False
+    labels: int = 1
 
     @property
     def cells(self) -> list[list[Cell]]:
@@ -65,8 +67,45 @@ class Table:
         return made
 
 
+def _wide(column: Column, cells: Sequence[Cell]) -> int:
+    """Characters that a column takes, with the space around it."""
+    lines = [*column.name.splitlines(), column.unit, *(text for cell in cells for text in (cell.text, cell.small))]
+    return 3 + max(map(len, lines))
+
+
+def _fitting(table: Table, width: int) -> list[Table]:
+    """The table, or pieces of its columns that fit into ``width`` characters; one with sentences breaks its lines."""
+    by_column = list(zip(*table.cells, strict=True)) or [()] * len(table.columns)
+    wide = [_wide(column, cells) for column, cells in zip(table.columns, by_column, strict=True)]
+    if sum(wide) <= width or any(_sentences(c, cells) for c, cells in zip(table.columns, by_column, strict=True)):
+        return [table]
+    labels = list(range(table.labels))
+    room = width - sum(wide[i] for i in labels)
+    pieces: list[list[int]] = [[]]
+    for i in range(table.labels, len(table.columns)):
+        if pieces[-1] and sum(wide[j] for j in pieces[-1]) + wide[i] > room:
+            pieces.append([])
+        pieces[-1].append(i)
+    return [
+        replace(
+            table, columns=[table.columns[i] for i in (*labels, *piece)],
+            rows=[[row[i] for i in (*labels, *piece)] for row in table.rows], title=table.title if not n else "",
+        )
+        for n, piece in enumerate(pieces)
+    ]  # fmt: skip
+
+
+def _sentences(column: Column, cells: Sequence[Cell]) -> bool:
+    return column.text and any(len(cell.text) > 40 for cell in cells)
+
+
 def print_table(table: Table, console: Console) -> None:
     """Print a table: figures on the right, intervals below them in grey."""
+    for part in _fitting(table, console.width):
+        _print_table(part, console)
+
+
+def _print_table(table: Table, console: Console) -> None:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -76,7 +115,7 @@ def print_table(table: Table, console: Console) -> None:
     rows = table.cells
     for i, column in enumerate(table.columns):
         heading = column.name + (f"\n{column.unit}" if column.unit else "")
-        words = column.text and any(len(row[i].text) > 40 for row in rows)
+        words = _sentences(column, [row[i] for row in rows])
         made.add_column(Text(heading), justify="left" if column.text else "right", no_wrap=not words,
                         ratio=1 if words else None)  # fmt: skip
     for row in rows:

@@ -126,9 +126,9 @@ class ActiveDormant(Lens, Residual):
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         about, made = {"lens": self.spec, "kinds": [site.kind for site, _ in sites]}, LensResult()
 
-        def mean(key: str, name: str) -> None:
+        def mean(key: str, name: str, **more: bool) -> None:
             if kept := [(site, memory) for site, memory in sites if key in memory]:
-                made.tables[key] = table(name, kept, key, **about)
+                made.tables[key] = table(name, kept, key, **about, **more)
 
         def ratio(key: str, name: str, of: str) -> None:
             if kept := [(site, memory) for site, memory in sites if f"{of} of sink" in memory]:
@@ -136,13 +136,13 @@ class ActiveDormant(Lens, Residual):
                     rows = [memory[f"{of} of sink"].mean() / memory[f"{of} of others"].mean() for _, memory in kept]
                 made.tables[key] = table_of(name, [site for site, _ in kept], rows, **about)
 
-        mean("sink", "attention on the first token")
+        mean("sink", "attention on the first token", share=True)
         mean("gap", "logit of the first token above the others, nats")
         ratio("drain", "norm of the first value over the others'", "value")
         ratio("peak", "norm of the first token's residual stream over the others'", "stream")
-        mean("learned", "mass on the learned sink")
+        mean("learned", "mass on the learned sink", share=True)
         for domain in self.domains:
-            mean(f"sink of {domain}", f"attention on the first token by {domain}")
+            mean(f"sink of {domain}", f"attention on the first token by {domain}", share=True)
         if len(self.domains) > 1:
             made.tables["switch"] = switch(*(made.tables[f"sink of {d}"] for d in self.domains[:2]))
         made.series["sink"] = _over_layers(sites)
@@ -159,7 +159,7 @@ def switch(first: HeadTable, second: HeadTable) -> HeadTable:
     if known and first.values.shape == second.values.shape and first.about == second.about:
         return first.minus(second)
     name = f"{first.name} minus {second.name}"
-    return HeadTable(name, first.sites, first.mean - second.mean, first.about, first.layers)
+    return HeadTable(name, first.sites, first.mean - second.mean, {**first.about, "share": False}, first.layers)
 
 
 def _over_layers(sites: Sequence[tuple[Site, Memory]]) -> list[Any]:

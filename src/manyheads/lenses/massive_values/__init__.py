@@ -187,7 +187,7 @@ class MassiveValues(Lens, AttentionEdit):
                 found.channels[f"{name} pairs"] = stack_ragged([mean_over_prompts(pair) for pair in pairs])
             for score, rows in scores.items():
                 found.tables[f"{score} {name}"] = table_of(
-                    f"{score} {name}", [site for site, _ in here], rows, lens=self.spec
+                    f"{score} {name}", [site for site, _ in here], rows, lens=self.spec, share=score == "agreement"
                 )
         if any("pace" in memory for _, memory in sites):
             found.channels["tokens a turn"] = stack_ragged([tokens_per_turn(memory) for _, memory in sites])

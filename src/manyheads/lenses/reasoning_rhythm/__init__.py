@@ -126,7 +126,7 @@ class ReasoningRhythm(Lens):
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
         span = table("head span, tokens", sites, "span", sinks=True)
         beyond = table("head span without the first token, tokens", sites, "beyond", sinks=False)
-        first = table("weight on the first token", sites, "first")
+        first = table("weight on the first token", sites, "first", share=True)
         made = LensResult(tables={"span": span, "span_without_first": beyond, "first": first})
         chosen = span if self.sinks else beyond
         waad = [memory["waad"].rows() for _, memory in sites]
