@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks whose reply is written, token by token, and scored as text by code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from ...errors import UserError
+from ...experiment.rows import Row, Value, WorkUnit
+from ...experiment.subjects import CausalLM
+from ...experiment.task import RunContext
+from ...integrations.decoding import end_tokens, greedy
+from ...models.chat import chat_text, chats
+from ._corpus import encode
+from ._haystack import Haystack, TooShort
+from ._prefill import Prefix, chunk_size
+from ._text_task import TextTask, model_of, tensor
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+    from ...experiment import Arm
+
+__all__ = ["AnsweredTask", "Asked", "Query"]
+
+_SHOWN = 600  # characters of a reply that a row keeps
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is read behind a context, to where the reply begins, and what the reply is worth.
+
+    Attributes:
+        tail: the text, template included.
+        judge: values of the metrics, by name, of a reply.
+        at: conditions of the rows.
+        settled: a reply that has reached 1 in all metrics cannot lose it, so that its writing may stop.
+    """
+
+    tail: str
+    judge: Callable[[str], Mapping[str, float]]
+    at: Mapping[str, Value] = field(default_factory=dict)
+    settled: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A context and what is asked of it; each query starts from the context alone and sees none of the others.
+
+    Attributes:
+        heads: texts that are read one after the other before any question, template included; mostly one.
+        queries: what is asked then.
+        text: name of the text that the context is made of.
+        plain: asked of the baseline only: what a reply is worth that could not know.
+    """
+
+    heads: tuple[str, ...]
+    queries: tuple[Query, ...]
+    text: str = ""
+    plain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredTask(TextTask):
+    """Base of the tasks with a written reply: greedy, from a cache that was compressed when the context was read.
+
+    Attributes:
+        lengths: most tokens of a context, with its template and the longest question; contexts end with a sentence.
+        query_aware: the question is read before compression, all but its last token; one at a time, each with the
+            context anew. By default it comes after.
+        reply: most tokens of a reply.
+    """
+
+    text: str = "prose"
+    query_aware: bool = False
+    reply: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reply < 1:
+            raise UserError("reply counts tokens: give 1 or more")
+        if self.repeat:
+            raise UserError("repeat goes with the tasks on plain text: perplexity, niah_single, ...")
+
+    def sized(self, size: Mapping[str, Any]) -> Any:
+        """As for all tasks, but these are in prose whatever a model reads by default."""
+        return super().sized({name: value for name, value in size.items() if name != "text"})
+
+    def asked(self, run: RunContext, length: int, sample: int) -> list[Asked]:
+        """Contexts of one sample and their queries; the same in every process."""
+        raise NotImplementedError
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if reason := super().unsupported_reason(run):
+            return reason
+        most = cast(CausalLM, run.subject).max_context
+        if self.lengths[-1] + self.reply > most:
+            return f"{run.subject.name} reads {most} tokens, not {self.lengths[-1]} and a reply of {self.reply}"
+        try:
+            self.asked(run, self.lengths[0], 0)
+        except TooShort as error:
+            return f"{error}; give longer --lengths"
+        except UserError as error:
+            return str(error)
+        return None
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        return [
+            WorkUnit(
+                self.key, f"{length}/{sample}", length + len(run.arms) * self.reply * 10,
+                f"{self.name}, {length} tokens", {"length": length, "sample": sample},
+            )
+            for length in self.lengths
+            for sample in range(self.samples)
+        ]  # fmt: skip
+
+    def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        length, sample = unit.params["length"], unit.params["sample"]
+        for asked in self.asked(run, length, sample):
+            arms = run.arms[:1] if asked.plain else run.arms
+            number = 0
+            for heads, queries in self._read(run, asked):
+                for arm, cache in self.caches(run, heads, arms):
+                    yield from self._replies(run, arm, cache, queries, asked, (length, sample, number))
+                number += len(queries)
+        run.advance(unit.cost)
+
+    def _read(self, run: RunContext, asked: Asked) -> Iterator[tuple[list[list[int]], list[tuple[list[int], Query]]]]:
+        """What is read before compression and after it, in tokens."""
+        heads = [self.tokens(run, head, first=not i) for i, head in enumerate(asked.heads)]
+        tails = [(self.tokens(run, query.tail), query) for query in asked.queries]
+        if not self.query_aware:
+            yield heads, tails
+            return
+        for tail, query in tails:
+            yield [*heads[:-1], heads[-1] + tail[:-1]], [(tail[-1:], query)]
+
+    def caches(self, run: RunContext, heads: Sequence[list[int]], arms: Sequence[Arm]) -> Iterator[tuple[Arm, Any]]:
+        """The cache of each arm when all ``heads`` are read: here at once, compressed then."""
+        prefix = Prefix(model_of(run), tensor(run, [[token for head in heads for token in head]]), arms)
+        for arm in arms:
+            with prefix.open(arm) as cache:
+                yield arm, cache
+
+    def _replies(
+        self, run: RunContext, arm: Arm, cache: Any, queries: Sequence[tuple[list[int], Query]], asked: Asked,
+        place: tuple[int, int, int],
+    ) -> Iterator[Row]:  # fmt: skip
+        length, sample, first = place
+        held, size = cache.bytes(), chunk_size(arm, length)
+        for i, (tail, query) in enumerate(queries):
+            own = cache if i == len(queries) - 1 else copy.deepcopy(cache)  # no question sees another
+            reply = self._reply(run, own, tail, query, size)
+            name = f"{length}-{sample}"
+            for metric, value in query.judge(reply).items():
+                yield self.row(
+                    metric, arm, value, f"{name}.{first + i}", context=name, at={"length": length, **query.at},
+                    bytes=held, about={"reply": reply[:_SHOWN], "text": asked.text},
+                )  # fmt: skip
+
+    def _reply(self, run: RunContext, cache: Any, tail: list[int], query: Query, size: int | None) -> str:
+        subject = cast(CausalLM, run.subject)
+
+        def text(made: list[int]) -> str:
+            return str(subject.tokenizer.decode(made, skip_special_tokens=True))
+
+        def settled(made: list[int]) -> bool:
+            return all(value == 1 for value in query.judge(text(made)).values())
+
+        ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
+        made = greedy(
+            subject.model, cache, tensor(run, [tail]), self.reply, ends=ends, piece=size,
+            settled=settled if query.settled else None,
+        )  # fmt: skip
+        return text(made)
+
+    def draws(self, run: RunContext, length: int, sample: int) -> Generator:
+        """Draws of one sample; those of another length or task are others."""
+        return run.rng(task=self.name, length=length, sample=sample)
+
+    def haystack(self, run: RunContext) -> Haystack:
+        """Sentences of the user's texts, or of the task's own."""
+
+        def make() -> Haystack:
+            from ...data.texts import corpus
+
+            return Haystack.of(run.data.get("texts") or corpus(self.text))
+
+        return cast(Haystack, run.kept(("haystack", self.text), make))
+
+    def tokens(self, run: RunContext, text: str, first: bool = False) -> list[int]:
+        """``text`` in tokens; ``first``: nothing stands before it, so that a tokenizer without template begins it."""
+        tokenizer = cast(CausalLM, run.subject).tokenizer
+        if not first:
+            return encode(tokenizer, text)
+        return list(tokenizer.encode(text, add_special_tokens=not chats(tokenizer), verbose=False))
+
+    def size(self, run: RunContext, asked: Asked) -> int:
+        """Tokens of all heads and the longest tail."""
+        read = sum(len(self.tokens(run, head, first=not i)) for i, head in enumerate(asked.heads))
+        return read + max(len(self.tokens(run, query.tail)) for query in asked.queries)
+
+    def written(
+        self, run: RunContext, messages: Sequence[Mapping[str, str]], question: str, prefix: str = ""
+    ) -> tuple[str, str]:
+        """Messages in the model's words, parted where the last one says ``question``; ``prefix`` begins the reply.
+
+        A model without chat template reads what the messages say, an empty line between them.
+        """
+        tokenizer = cast(CausalLM, run.subject).tokenizer
+        if chats(tokenizer):
+            whole = chat_text(tokenizer, messages) + prefix
+        else:
+            whole = "\n\n".join(message["content"] for message in messages) + f"\n{prefix}"
+        place = whole.rindex(question)
+        return whole[:place], whole[place:]
