@@ -24,9 +24,18 @@ if TYPE_CHECKING:
 
     from ...experiment import Arm
 
-__all__ = ["AnsweredTask", "Asked", "Query"]
+__all__ = ["AnsweredTask", "Asked", "Judge", "Query"]
 
 _SHOWN = 600  # characters of a reply that a row keeps
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A row of a reply: the value of a metric, under conditions."""
+
+    metric: str
+    value: Callable[[str], float]
+    at: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,12 @@ class Query:
 
     Attributes:
         tail: the text, template included.
-        judge: values of the metrics, by name, of a reply.
-        at: conditions of the rows.
-        settled: a reply that has reached 1 in all metrics cannot lose it, so that its writing may stop.
+        judges: of the reply, a row each.
+        settled: a reply that all judges gave 1 cannot lose it by going on, so that its writing may stop.
     """
 
     tail: str
-    judge: Callable[[str], Mapping[str, float]]
-    at: Mapping[str, Value] = field(default_factory=dict)
+    judges: tuple[Judge, ...]
     settled: bool = False
 
 
@@ -155,10 +162,11 @@ class AnsweredTask(TextTask):
             own = cache if i == len(queries) - 1 else copy.deepcopy(cache)  # no question sees another
             reply = self._reply(run, own, tail, query, size)
             name = f"{length}-{sample}"
-            for metric, value in query.judge(reply).items():
+            for k, judge in enumerate(query.judges):
                 yield self.row(
-                    metric, arm, value, f"{name}.{first + i}", context=name, at={"length": length, **query.at},
-                    bytes=held, about={"reply": reply[:_SHOWN], "text": asked.text},
+                    judge.metric, arm, judge.value(reply), f"{name}.{first + i}.{k}", context=name,
+                    at={"length": length, **judge.at}, bytes=held,
+                    about={"reply": reply[:_SHOWN], "text": asked.text},
                 )  # fmt: skip
 
     def _reply(self, run: RunContext, cache: Any, tail: list[int], query: Query, size: int | None) -> str:
@@ -168,7 +176,7 @@ class AnsweredTask(TextTask):
             return str(subject.tokenizer.decode(made, skip_special_tokens=True))
 
         def settled(made: list[int]) -> bool:
-            return all(value == 1 for value in query.judge(text(made)).values())
+            return all(judge.value(text(made)) == 1 for judge in query.judges)
 
         ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
         made = greedy(

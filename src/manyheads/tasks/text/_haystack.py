@@ -48,7 +48,7 @@ class Haystack:
                 ]  # fmt: skip
         if not found:
             raise UserError("the text holds no sentence; give --text with prose")
-        return cls(*zip(*found, strict=True))  # type: ignore[arg-type]
+        return cls(*zip(*found, strict=True))
 
     def drawn(self, rng: Generator, most: int) -> tuple[list[str], str]:
         """``most`` sentences that follow each other from a random one on, begun again at the end; and their text."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ....experiment.rows import Metric, Value
 from ....experiment.task import RunContext
-from .._answered import AnsweredTask, Asked, Query
+from .._answered import AnsweredTask, Asked, Judge, Query
 from .._haystack import fitted
 from .._needles import QUALITIES, THINGS
 from .._scores import found
@@ -55,13 +55,11 @@ class RulerTask(AnsweredTask):
         judge: Callable[[Sequence[str], str], float] = found,
     ) -> list[Asked]:  # fmt: skip
         """The context ``write(n)`` with the largest ``n <= most`` that fits, and the question behind it."""
-
-        def value(reply: str) -> dict[str, float]:
-            return {"found": judge(answers, reply)}
+        judges = (Judge("found", partial(judge, answers), at or {}),)
 
         def asked(n: int) -> Asked:
             message = {"role": "user", "content": f"{write(n)}\n\n{question}"}
             head, tail = self.written(run, [message], question, prefix)
-            return Asked((head,), (Query(tail, value, at or {}, settled=True),), text)
+            return Asked((head,), (Query(tail, judges, settled=True),), text)
 
         return [fitted(asked, partial(self.size, run), length, most)]
