@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ...data import files
 from ...errors import UserError
 from ...experiment.rows import Row, Value, WorkUnit
 from ...experiment.subjects import CausalLM
@@ -24,9 +26,20 @@ if TYPE_CHECKING:
 
     from ...experiment import Arm
 
-__all__ = ["AnsweredTask", "Asked", "Judge", "Query"]
+__all__ = ["AnsweredTask", "Asked", "Judge", "Query", "users_folder"]
 
 _SHOWN = 600  # characters of a reply that a row keeps
+
+
+def users_folder(task: str, given: str, home: str, what: str) -> Path:
+    """The folder ``given``, or ``home`` below the folder of the data; raises UserError, which says what to do."""
+    place = Path(given).expanduser() if given else files.folder(home)
+    if place is None or not place.is_dir():
+        raise UserError(
+            f"{task} needs {what}: put it into {home} of a folder that MANYHEADS_DATA names, or write "
+            f"--tasks {task}:folder=DIR"
+        )
+    return place
 
 
 @dataclass(frozen=True)
@@ -46,11 +59,13 @@ class Query:
         tail: the text, template included.
         judges: of the reply, a row each.
         settled: a reply that all judges gave 1 cannot lose it by going on, so that its writing may stop.
+        most: tokens of the reply, where that is less than the task's.
     """
 
     tail: str
     judges: tuple[Judge, ...]
     settled: bool = False
+    most: int = 2**31
 
 
 @dataclass(frozen=True)
@@ -116,13 +131,15 @@ class AnsweredTask(TextTask):
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
-            WorkUnit(
-                self.key, f"{length}/{sample}", length + len(run.arms) * self.reply * 10,
-                f"{self.name}, {length} tokens", {"length": length, "sample": sample},
-            )
-            for length in self.lengths
-            for sample in range(self.samples)
-        ]  # fmt: skip
+            self.unit(run, length, sample, cost=self.reply) for length in self.lengths for sample in range(self.samples)
+        ]
+
+    def unit(self, run: RunContext, length: int, sample: int, cost: int) -> WorkUnit:
+        """One sample under all arms; a reply has ``cost`` tokens, each of which costs as much as several read."""
+        return WorkUnit(
+            self.key, f"{length}/{sample}", length + 10 * len(run.arms) * cost, f"{self.name}, {length} tokens",
+            {"length": length, "sample": sample},
+        )  # fmt: skip
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         length, sample = unit.params["length"], unit.params["sample"]
@@ -180,7 +197,7 @@ class AnsweredTask(TextTask):
 
         ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
         made = greedy(
-            subject.model, cache, tensor(run, [tail]), self.reply, ends=ends, piece=size,
+            subject.model, cache, tensor(run, [tail]), min(self.reply, query.most), ends=ends, piece=size,
             settled=settled if query.settled else None,
         )  # fmt: skip
         return text(made)

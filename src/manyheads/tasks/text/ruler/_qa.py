@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from ....data import files
 from ....errors import UserError
 from ....experiment.task import RunContext
-from .._answered import Asked
+from .._answered import Asked, users_folder
 from .._scores import any_found
 from ._ruler import RulerTask
 
@@ -111,10 +110,4 @@ class QaTask(RulerTask):
         )
 
     def _given(self) -> tuple[list[Question], list[str]]:
-        place = Path(self.folder).expanduser() if self.folder else files.folder(self.home)
-        if place is None or not place.is_dir():
-            raise UserError(
-                f"{self.name} needs {self.source}: put it into {self.home} of a folder that MANYHEADS_DATA names, or "
-                f"write --tasks {self.name}:folder=DIR"
-            )
-        return read(place)
+        return read(users_folder(self.name, self.folder, self.home, self.source))
