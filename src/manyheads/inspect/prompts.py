@@ -11,8 +11,8 @@ import numpy as np
 
 from ..data.texts import Text
 from ..errors import UserError
-from ..models.chat import chat_text, chats
 from ..lens import Span, TokenSpans
+from ..models.chat import chat_text, chats
 from ..tasks.text._corpus import Corpus
 from .naming import Part
 
