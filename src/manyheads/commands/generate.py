@@ -124,7 +124,7 @@ def generate(
         "--max-new-tokens": max_new_tokens, "--chat": chat,
     }  # fmt: skip
     used = [name for name, value in given.items() if value is not None]
-    if (subject := _language_model(model, dtype)) is not None:
+    if (subject := _language_model(model, dtype, specs)) is not None:
         if wrong := [name for name in used if name in _IMAGES]:
             raise UserError(f"{model} writes text, and {wrong[0]} is of images; leave it away")
         _texts(subject, specs, prompts, budget, max_new_tokens or _MOST, chat, out, device or "cpu", as_json)
@@ -148,13 +148,18 @@ def _specs(one: list[str] | None, several: list[str] | None) -> list[str]:
     return [*(one or []), *(spec for text in several or [] for spec in split_list(text))]
 
 
-def _language_model(model: str, dtype: str | None) -> CausalLM | None:
-    """The language model of that name; None for a pipeline."""
+def _language_model(model: str, dtype: str | None, specs: list[str]) -> CausalLM | None:
+    """The language model of that name; None for a pipeline, and for what strategies of denoisers are to act on."""
     from manyheads.experiment import CausalLM
     from manyheads.experiment.subjects import subject
+    from manyheads.spec import parse, split_together
+    from manyheads.strategy import Denoiser
 
     found = subject(model, dtype)
-    return found if isinstance(found, CausalLM) else None
+    if not isinstance(found, CausalLM):
+        return None
+    of_images = any(isinstance(parse(part), Denoiser) for spec in specs for part in split_together(spec))
+    return None if of_images else found
 
 
 def _texts(
