@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
     "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find", "show": "catalog:show",
-    "claims": "claims:app",
+    "tasks": "catalog:list_tasks", "claims": "claims:app",
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ...experiment import Arm
 
-__all__ = ["AnsweredTask", "Asked", "Judge", "Query", "users_folder"]
+__all__ = ["AnsweredTask", "Asked", "Judge", "Query", "haystack", "size", "tokens", "users_folder", "written"]
 
 _SHOWN = 600  # characters of a reply that a row keeps
 
@@ -146,21 +146,11 @@ class AnsweredTask(TextTask):
         for asked in self.asked(run, length, sample):
             arms = run.arms[:1] if asked.plain else run.arms
             number = 0
-            for heads, queries in self._read(run, asked):
+            for heads, queries in _read(run, asked, self.query_aware):
                 for arm, cache in self.caches(run, heads, arms):
                     yield from self._replies(run, arm, cache, queries, asked, (length, sample, number))
                 number += len(queries)
         run.advance(unit.cost)
-
-    def _read(self, run: RunContext, asked: Asked) -> Iterator[tuple[list[list[int]], list[tuple[list[int], Query]]]]:
-        """What is read before compression and after it, in tokens."""
-        heads = [self.tokens(run, head, first=not i) for i, head in enumerate(asked.heads)]
-        tails = [(self.tokens(run, query.tail), query) for query in asked.queries]
-        if not self.query_aware:
-            yield heads, tails
-            return
-        for tail, query in tails:
-            yield [*heads[:-1], heads[-1] + tail[:-1]], [(tail[-1:], query)]
 
     def caches(self, run: RunContext, heads: Sequence[list[int]], arms: Sequence[Arm]) -> Iterator[tuple[Arm, Any]]:
         """The cache of each arm when all ``heads`` are read: here at once, compressed then."""
@@ -174,10 +164,10 @@ class AnsweredTask(TextTask):
         place: tuple[int, int, int],
     ) -> Iterator[Row]:  # fmt: skip
         length, sample, first = place
-        held, size = cache.bytes(), chunk_size(arm, length)
+        held, piece = cache.bytes(), chunk_size(arm, length)
         for i, (tail, query) in enumerate(queries):
             own = cache if i == len(queries) - 1 else copy.deepcopy(cache)  # no question sees another
-            reply = self._reply(run, own, tail, query, size)
+            reply = self._reply(run, own, tail, query, piece)
             name = f"{length}-{sample}"
             for k, judge in enumerate(query.judges):
                 yield self.row(
@@ -186,7 +176,7 @@ class AnsweredTask(TextTask):
                     about={"reply": reply[:_SHOWN], "text": asked.text},
                 )  # fmt: skip
 
-    def _reply(self, run: RunContext, cache: Any, tail: list[int], query: Query, size: int | None) -> str:
+    def _reply(self, run: RunContext, cache: Any, tail: list[int], query: Query, piece: int | None) -> str:
         subject = cast(CausalLM, run.subject)
 
         def text(made: list[int]) -> str:
@@ -197,7 +187,7 @@ class AnsweredTask(TextTask):
 
         ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
         made = greedy(
-            subject.model, cache, tensor(run, [tail]), min(self.reply, query.most), ends=ends, piece=size,
+            subject.model, cache, tensor(run, [tail]), min(self.reply, query.most), ends=ends, piece=piece,
             settled=settled if query.settled else None,
         )  # fmt: skip
         return text(made)
@@ -206,39 +196,60 @@ class AnsweredTask(TextTask):
         """Draws of one sample; those of another length or task are others."""
         return run.rng(task=self.name, length=length, sample=sample)
 
-    def haystack(self, run: RunContext) -> Haystack:
-        """Sentences of the user's texts, or of the task's own."""
 
-        def make() -> Haystack:
-            from ...data.texts import corpus
+def _read(
+    run: RunContext, asked: Asked, query_aware: bool
+) -> Iterator[tuple[list[list[int]], list[tuple[list[int], Query]]]]:  # fmt: skip
+    """What is read before compression and after it, in tokens; if ``query_aware`` each query by itself."""
+    heads = [tokens(run, head, first=not i) for i, head in enumerate(asked.heads)]
+    tails = [(tokens(run, query.tail), query) for query in asked.queries]
+    if not query_aware:
+        yield heads, tails
+        return
+    for tail, query in tails:
+        yield [*heads[:-1], heads[-1] + tail[:-1]], [(tail[-1:], query)]
 
-            return Haystack.of(run.data.get("texts") or corpus(self.text))
 
-        return cast(Haystack, run.kept(("haystack", self.text), make))
+def haystack(run: RunContext, name: str) -> Haystack:
+    """Sentences of the user's texts, or of the texts called ``name``."""
 
-    def tokens(self, run: RunContext, text: str, first: bool = False) -> list[int]:
-        """``text`` in tokens; ``first``: nothing stands before it, so that a tokenizer without template begins it."""
-        tokenizer = cast(CausalLM, run.subject).tokenizer
-        if not first:
-            return encode(tokenizer, text)
-        return list(tokenizer.encode(text, add_special_tokens=not chats(tokenizer), verbose=False))
+    def make() -> Haystack:
+        from ...data.texts import corpus
 
-    def size(self, run: RunContext, asked: Asked) -> int:
-        """Tokens of all heads and the longest tail."""
-        read = sum(len(self.tokens(run, head, first=not i)) for i, head in enumerate(asked.heads))
-        return read + max(len(self.tokens(run, query.tail)) for query in asked.queries)
+        return Haystack.of(run.data.get("texts") or corpus(name))
 
-    def written(
-        self, run: RunContext, messages: Sequence[Mapping[str, str]], question: str, prefix: str = ""
-    ) -> tuple[str, str]:
-        """Messages in the model's words, parted where the last one says ``question``; ``prefix`` begins the reply.
+    return cast(Haystack, run.kept(("haystack", name), make))
 
-        A model without chat template reads what the messages say, an empty line between them.
-        """
-        tokenizer = cast(CausalLM, run.subject).tokenizer
-        if chats(tokenizer):
-            whole = chat_text(tokenizer, messages) + prefix
-        else:
-            whole = "\n\n".join(message["content"] for message in messages) + f"\n{prefix}"
-        place = whole.rindex(question)
-        return whole[:place], whole[place:]
+
+def tokens(run: RunContext, text: str, first: bool = False) -> list[int]:
+    """``text`` in tokens; ``first``: nothing stands before it, so that a tokenizer without template begins it."""
+    tokenizer = cast(CausalLM, run.subject).tokenizer
+    if not first:
+        return encode(tokenizer, text)
+    return list(tokenizer.encode(text, add_special_tokens=not chats(tokenizer), verbose=False))
+
+
+def size(run: RunContext, asked: Asked) -> int:
+    """Tokens of all heads and the longest tail."""
+    read = sum(len(tokens(run, head, first=not i)) for i, head in enumerate(asked.heads))
+    return read + max(len(tokens(run, query.tail)) for query in asked.queries)
+
+
+def written(
+    run: RunContext, messages: Sequence[Mapping[str, str]], question: str, prefix: str = ""
+) -> tuple[str, str]:  # fmt: skip
+    """Messages in the model's words, parted where the last one says ``question``; ``prefix`` begins the reply.
+
+    A model without chat template reads what the messages say, an empty line between them.
+
+    Raises:
+        UserError: the template says the question in other words.
+    """
+    tokenizer = cast(CausalLM, run.subject).tokenizer
+    if chats(tokenizer):
+        whole = chat_text(tokenizer, messages) + prefix
+    else:
+        whole = "\n\n".join(message["content"] for message in messages) + f"\n{prefix}"
+    if (place := whole.rfind(question)) < 0:
+        raise UserError("the chat template changes what messages say, so that nothing can be asked in it")
+    return whole[:place], whole[place:]

@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...experiment.rows import Metric, WorkUnit
 from ...experiment.subjects import CausalLM
 from ...experiment.task import RunContext
-from ._answered import AnsweredTask, Asked, Judge, Query, users_folder
+from ._answered import AnsweredTask, Asked, Judge, Query, size, users_folder, written
 from ._haystack import fitted
 from ._longbench import DATASETS, Dataset, rouge_l
 
@@ -90,11 +90,11 @@ class LongBench(AnsweredTask):
                 head, tail = f"{before}{context}\n\n", question
             else:
                 content = f"{before}{context}\n\n{question}"
-                head, tail = self.written(run, [{"role": "user", "content": content}], question)
+                head, tail = written(run, [{"role": "user", "content": content}], question)
             judge = Judge("score", value, {"dataset": name, "group": known.group})
             return Asked((head,), (Query(tail, (judge,), most=known.reply),), name)
 
-        return [fitted(write, partial(self.size, run), length, len(ids))]
+        return [fitted(write, partial(size, run), length, len(ids))]
 
     def _chosen(self, run: RunContext) -> list[tuple[str, Mapping[str, Any]]]:
         """The first rows of every dataset, as many as there are samples."""

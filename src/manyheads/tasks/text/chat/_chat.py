@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-from ....errors import UserError
 from ....experiment.subjects import CausalLM
 from ....experiment.task import RunContext
 from ....models.chat import chats
-from .._answered import AnsweredTask, Asked
+from .._answered import AnsweredTask, Asked, haystack, size
 from .._haystack import fitted
 
 __all__ = ["ChatTask", "said"]
@@ -37,15 +36,8 @@ class ChatTask(AnsweredTask):
         self, run: RunContext, length: int, write: Callable[[int], list[Asked]], most: int
     ) -> list[Asked]:  # fmt: skip
         """What ``write(n)`` asks with the largest ``n <= most`` with which all of it fits."""
-        return fitted(write, lambda made: max(map(partial(self.size, run), made)), length, most)
+        return fitted(write, lambda made: max(map(partial(size, run), made)), length, most)
 
     def passage(self, run: RunContext, length: int, sample: int) -> tuple[list[str], str]:
         """Sentences that a context is filled up with, more than fit, and the name of their text."""
-        return self.haystack(run).drawn(run.rng(passage=self.name, length=length, sample=sample), length)
-
-    def parts(self, run: RunContext, messages: Sequence[Mapping[str, str]], question: str) -> tuple[str, str]:
-        """As :meth:`written`; raises UserError where the template says the question otherwise."""
-        try:
-            return self.written(run, messages, question)
-        except ValueError:
-            raise UserError("the chat template changes what messages say, so that nothing can be asked in it") from None
+        return haystack(run, self.text).drawn(run.rng(passage=self.name, length=length, sample=sample), length)

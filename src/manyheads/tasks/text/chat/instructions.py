@@ -9,7 +9,7 @@ from typing import ClassVar
 from ....errors import UserError
 from ....experiment.rows import Metric
 from ....experiment.task import RunContext
-from .._answered import Asked, Judge, Query
+from .._answered import Asked, Judge, Query, written
 from ._chat import ChatTask, said
 from ._rules import draw
 
@@ -53,7 +53,7 @@ class Instructions(ChatTask):
             listed = _RULES.format("\n".join(f"{i}. {rule.text}" for i, rule in enumerate(rules, 1)))
             made = []
             for before, metric in ((listed, "followed"), ("", "unasked")):
-                head, tail = self.parts(run, [said("user", before + body + _QUESTION)], _QUESTION)
+                head, tail = written(run, [said("user", before + body + _QUESTION)], _QUESTION)
                 judges = tuple(Judge(metric, rule.kept, {"rule": rule.kind}) for rule in rules)
                 made.append(Asked((head,), (Query(tail, judges),), text, plain=metric == "unasked"))
             return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ....experiment.rows import Metric, Value
 from ....experiment.task import RunContext
-from .._answered import Asked, Judge, Query
+from .._answered import Asked, Judge, Query, written
 from .._scores import names_only
 from ._chat import ChatTask, said
 
@@ -91,7 +91,7 @@ class QuestionAnswering(ChatTask):
             heads, queries = set[str](), list[Query]()
             for i, (kind, _, question, values) in enumerate(FACTS):
                 asked = _QUESTION.format(question.format(who=people[i]))
-                head, tail = self.parts(run, [said("user", f"{_INTRO}{told}\n\n{asked}")], asked)
+                head, tail = written(run, [said("user", f"{_INTRO}{told}\n\n{asked}")], asked)
                 others = [value for value in values if value != facts[i][i]]
                 at: dict[str, Value] = {"kind": kind, "depth": round(float(depths[i]), 3)}
                 queries.append(Query(tail, (Judge("answered", partial(names_only, facts[i][i], others), at),)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ....experiment.rows import Metric
 from ....experiment.task import RunContext
-from .._answered import Asked, Judge, Query
+from .._answered import Asked, Judge, Query, written
 from .._scores import overlap
 from ._chat import ChatTask, said
 from ._rules import Rule, draw
@@ -86,7 +86,7 @@ class SystemPrompt(ChatTask):
         judges = (Judge(metrics[0], rule.kept, {"rule": rule.kind}), Judge(metrics[1], leaked))
         heads, queries = set[str](), list[Query]()
         for question, judge in zip((_FOLLOW, _LEAK), judges, strict=True):
-            head, tail = self.parts(run, [*messages, said("user", question)], question)
+            head, tail = written(run, [*messages, said("user", question)], question)
             heads.add(head)
             queries.append(Query(tail, (judge,)))
         (head,) = heads

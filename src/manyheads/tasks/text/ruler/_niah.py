@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ....experiment.task import RunContext
-from .._answered import Asked
+from .._answered import Asked, haystack
 from .._contexts import DEPTHS
 from .._haystack import spread
 from ._ruler import NOISE, RulerTask, names
@@ -87,5 +87,5 @@ class NiahTask(RulerTask):
             return lambda n: [NOISE[i % len(NOISE)] for i in range(n)], "noise"
         if self.hidden_in == "needles":
             return lambda n: others[:n], "needles"
-        sentences, text = self.haystack(run).drawn(rng, most)
+        sentences, text = haystack(run, self.text).drawn(rng, most)
         return lambda n: sentences[:n], text

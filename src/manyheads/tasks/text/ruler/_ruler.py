@@ -13,7 +13,7 @@ import numpy as np
 
 from ....experiment.rows import Metric, Value
 from ....experiment.task import RunContext
-from .._answered import AnsweredTask, Asked, Judge, Query
+from .._answered import AnsweredTask, Asked, Judge, Query, size, written
 from .._haystack import fitted
 from .._needles import QUALITIES, THINGS
 from .._scores import found
@@ -59,7 +59,7 @@ class RulerTask(AnsweredTask):
 
         def asked(n: int) -> Asked:
             message = {"role": "user", "content": f"{write(n)}\n\n{question}"}
-            head, tail = self.written(run, [message], question, prefix)
+            head, tail = written(run, [message], question, prefix)
             return Asked((head,), (Query(tail, judges, settled=True),), text)
 
-        return [fitted(asked, partial(self.size, run), length, most)]
+        return [fitted(asked, partial(size, run), length, most)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from ....experiment.rows import Metric
 from ....experiment.task import RunContext
-from .._answered import Asked
+from .._answered import Asked, haystack
 from ._ruler import RulerTask, metric
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class CommonWords(RulerTask):
         """Words of four to ten small letters that the haystack holds, but for its most frequent ones."""
 
         def make() -> list[str]:
-            said = (word.strip(".,;:!?()\"'") for one in self.haystack(run).sentences for word in one.split())
+            said = (word.strip(".,;:!?()\"'") for one in haystack(run, self.text).sentences for word in one.split())
             counts = Counter(
                 word for word in said if 4 <= len(word) <= 10 and word.isascii() and word.isalpha() and word.islower()
             )
