@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from ....errors import UserError
 from ....experiment.rows import Metric
 from ....experiment.task import RunContext
 from .._answered import Asked, haystack
@@ -65,6 +66,9 @@ class CommonWords(RulerTask):
             counts = Counter(
                 word for word in said if 4 <= len(word) <= 10 and word.isascii() and word.isalpha() and word.islower()
             )
-            return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[_USUAL:]]
+            known = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[_USUAL:]]
+            if len(known) < 4 * COMMON:
+                raise UserError(f"the text has too few different words for {self.name}; give more of it")
+            return known
 
         return cast("list[str]", run.kept(("words", self.text), make))
