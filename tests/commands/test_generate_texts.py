@@ -90,7 +90,7 @@ def test_the_default_is_auto_at_a_quarter(cli, folder):
 @pytest.mark.parametrize(
     ("one", "two", "place"),
     [("a b c", "a b c", None), ("a  b\nc", "a b c", None), ("a x c", "a b c", 1), ("a b", "a b c", 2), ("", "", None),
-     ("a b c d", "a b", 2), ("", "a", 0)],
+     ("a b c d", "a b", 2), ("", "a", 0), ("  a b", "a c", 1), (" ", "a", 0)],
 )  # fmt: skip
 def test_the_first_other_word(one, two, place):
     assert differs(one, two) == place
@@ -126,3 +126,20 @@ def test_a_chat_template_that_is_not_there(cli, tmp_path):
 def test_options_of_texts_do_not_go_with_images(cli):
     code, _, err = cli("--model", "scenes", "apple", "--strategy", "sag", "--budget", "0.5")
     assert code == 2 and "--budget is of texts" in err
+
+
+def test_seconds_are_those_of_the_clock(monkeypatch):
+    """The clock is read before and after reading, and before and after writing: 3 and 7 seconds, not 3,000 or 10."""
+    from manyheads.experiment.arms import Arm
+    from manyheads.generate import texts
+
+    times = iter([100.0, 103.0, 200.0, 207.0])
+    monkeypatch.setattr(texts, "_now", lambda device: next(times))
+    ((reply,),) = texts.run(
+        tiny(), chat.tokenizer(), [Arm("full")], [PROMPT], max_new_tokens=2, chat=None,
+        progress=lambda *said: None,
+    )  # fmt: skip
+    assert (reply.reading, reply.writing) == (3.0, 7.0)
+    facts = texts.facts([[reply]], tiny())
+    shown = generate_texts.table(facts["prompts"][0]).cells[0]
+    assert [cell.text for cell in shown[4:6]] == ["3.00", "7.00"]

@@ -55,8 +55,8 @@ class Reply:
 
 
 def pieces(text: str) -> list[str]:
-    """Words of ``text``, each with the space behind it; joined they are the text."""
-    return re.findall(r"\S+\s*|^\s+", text)
+    """Words of ``text``, each with the space behind it, the first with that before it too; joined they are the text."""
+    return re.findall(r"^\s*\S+\s*|\S+\s*", text) or [text]
 
 
 def differs(text: str, base: str) -> int | None:

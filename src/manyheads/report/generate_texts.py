@@ -44,7 +44,7 @@ def _where(reply: Mapping[str, Any]) -> str:
 
 def _parted(reply: Mapping[str, Any]) -> tuple[str, str]:
     """The words that are those of the first arm, and the others."""
-    at, said = reply["differs_at"], pieces(reply["text"].lstrip())
+    at, said = reply["differs_at"], pieces(reply["text"].lstrip("\n"))
     return ("".join(said), "") if at is None else ("".join(said[:at]), "".join(said[at:]))
 
 

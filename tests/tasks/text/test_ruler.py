@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 
+from manyheads import comparison
 from manyheads.errors import UserError
-from manyheads.experiment import Arm
+from manyheads.experiment import Arm, CausalLM
 from manyheads.tasks import given, load, names
 from manyheads.tasks.text._answered import size
 from manyheads.tasks.text._haystack import TooShort, fitted, spread
@@ -206,6 +207,21 @@ def test_fields_are_named_with_a_task():
             given(wrong)
     with pytest.raises(UserError, match="repeat goes with"):
         given("ruler.vt:repeat=0.5")
+
+
+def test_fields_that_are_named_stay_and_the_sizes_of_a_run_are_taken():
+    """A field that the text of a task names is not overwritten by the run's own, nor does it reach another task."""
+    model = tiny.scripted()
+    plan = comparison.plan(
+        CausalLM("tiny", model, tiny.tokenizer()), ["keydiff"], [0.5],
+        ["ruler.vt:samples=2,label=twice,text=plays", "ruler.vt", "perplexity:target=8"], [256], 5, text="code",
+    ).at("cpu")  # fmt: skip
+    one, other, loss = plan.tasks
+    assert (one.key, one.samples, one.text, one.lengths) == ("twice", 2, "plays", (256,))
+    assert (other.key, other.samples, other.text) == ("ruler.vt", 5, "prose")
+    assert (loss.target, loss.text, loss.samples) == (8, "code", 5)
+    with pytest.raises(UserError, match=r"two tasks are called ruler\.vt"):
+        comparison.plan(CausalLM("tiny", model, None), ["keydiff"], [0.5], ["ruler.vt", "ruler.vt:reply=9"]).at("cpu")
 
 
 def test_needles_stand_at_their_depths_in_their_order():
