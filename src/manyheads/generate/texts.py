@@ -16,7 +16,7 @@ from ..environment import environment
 from ..errors import UserError
 from ..integrations import use
 from ..integrations.decoding import end_tokens, greedy
-from ..integrations.transformers import new_cache
+from ..integrations.transformers import new_cache, prefill
 from ..models.chat import chat_text, chats
 from ..spec import parse
 from ..strategy import Cache
@@ -137,7 +137,7 @@ def _reply(
         stack.enter_context(use(model, *acting))
         cache = new_cache(model, keeping)
         started = _now(device)
-        greedy(model, cache, whole[:, :-1], 0)
+        prefill(model, whole, cache)
         between = _now(device)
         held = cache.bytes()
         resumed = _now(device)

@@ -6,6 +6,7 @@ the device at every token. In :func:`decode` the step with all that it changes (
 and replayed. :func:`greedy` goes on from a cache that any number of tokens was read into, in pieces.
 """
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -139,6 +140,8 @@ def greedy(
         The tokens.
     """
     given, made = cache_arguments(model, cache), list[int]()
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        given["logits_to_keep"] = 1  # those of a long text would not fit
     with torch.inference_mode():
         for fed in ids.split(piece or ids.shape[1], 1):
             logits = model(input_ids=fed, **given).logits
