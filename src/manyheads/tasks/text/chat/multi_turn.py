@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["MultiTurn", "between_turns"]
 
 _REPLY = "Thank you, I will keep that in mind."
-_QUESTION = "Answer with one short sentence: {}"
+_QUESTION = "Answer by what I told you. {}"
 _ASKED = 4  # facts of a dialogue, one of each kind
 
 

@@ -46,7 +46,7 @@ FACTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 ASKED = 4  # questions of a passage, one of each kind
 _INTRO = "Read this passage about some people.\n\n"
-_QUESTION = "Answer with one short sentence: {}"
+_QUESTION = "Answer by the passage above. {}"
 
 
 def person(rng: Generator) -> tuple[str, ...]:
