@@ -49,7 +49,7 @@ def test_import_loads_little():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["list"], ["list", "--json"], ["find", "cache"], ["claims", "--help"], ["--help"]]
+    "arguments", [["list"], ["list", "--json"], ["find", "cache"], ["tasks"], ["claims", "--help"], ["--help"]]
 )
 def test_cheap_commands_load_no_torch(arguments):
     code = f"import sys\nfrom manyheads.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass"

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _VERBS = {
     "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
     "ask": "ask:ask", "generate": "generate:generate", "list": "catalog:list_papers", "find": "catalog:find",
-    "show": "catalog:show", "claims": "claims:app", "lm-eval": "lm_eval:app",
+    "show": "catalog:show", "tasks": "catalog:list_tasks",
+    "claims": "claims:app", "lm-eval": "lm_eval:app",
 }  # fmt: skip
 
 

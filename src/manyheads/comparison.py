@@ -58,7 +58,8 @@ def compare(
             name does not speak of code, and the standard library's source for any other.
         strategies: specs, several that act together joined by `` + ``; the plain subject is always among the arms.
         budgets: fractions in (0, 1] of the tokens of a context, or whole numbers of slots.
-        tasks: names of tasks, see :func:`manyheads.tasks.names`; those of :data:`TASKS` for the subject when None.
+        tasks: names of tasks, see :func:`manyheads.tasks.names`, with fields as in ``ruler.vt:query_aware=true`` where
+            one is not to have its default; those of :data:`TASKS` for the subject when None.
         subject: what to compare on, see :mod:`manyheads.experiment.subjects`.
         lengths: tokens of a context; when None, 1024 and 2048 as far as the model reads so many.
         samples: contexts, or images, per task and length.
@@ -102,13 +103,14 @@ def plan(
         UserError: unknown strategy, field or task, a strategy that does not act on the subject, a budget that is none
             or cannot hold the protected tokens.
     """
-    from .tasks import load
+    from .tasks import given
 
     names = tuple(dict.fromkeys(TASKS[subject.kind] if tasks is None else tasks))
     if not names:
         raise UserError(f"no task is given; there are {', '.join(TASKS[subject.kind])}")
-    classes = {name: load(name) for name in names}
-    if wrong := [name for name, cls in classes.items() if cls.subject != subject.kind]:
+    read = [given(name) for name in names]
+    made: list[Any] = [task for task, _ in read]
+    if wrong := [task.name for task in made if task.subject != subject.kind]:
         fit = ", ".join(TASKS[subject.kind])
         raise UserError(f"{wrong[0]} does not measure on a {subject.kind.replace('_', ' ')}; there are {fit}")
     sizes: dict[str, Any] = {"rounds": rounds}
@@ -116,8 +118,9 @@ def plan(
         sizes |= {"lengths": _lengths(subject, lengths), "text": text}
     if samples is not None or isinstance(subject, CausalLM):
         sizes["samples"] = SAMPLES if samples is None else samples
-    made: list[Any] = [cls() for cls in classes.values()]
-    known = {f.name for task in made for f in dataclasses.fields(task)}
+    own = {f"{task.key}.{name}": value for task, fields in read for name, value in fields.items()}
+    known = {f.name for task in made for f in dataclasses.fields(task)} | set(own)
+    sizes |= own
     for task in made:
         task.sized(sizes)  # a size that a task refuses is said before a budget that does not fit it
     shortest = min(sizes.get("lengths", (2**31,)))

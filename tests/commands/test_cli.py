@@ -54,6 +54,20 @@ def test_list_filters(cli):
     assert {row["state"] for row in rows} <= {"planned"}
 
 
+def test_tasks_are_listed_and_found(cli):
+    rows = json.loads(cli("tasks", "--json")[1])
+    from manyheads.tasks import load, names
+
+    assert [row["task"] for row in rows] == names() and {"ruler.vt", "chat.qa", "longbench"} <= set(names())
+    assert all(load(row["task"])().name == row["task"] and row["summary"][-1] in ".?" for row in rows)
+    assert {row["field"] for row in json.loads(cli("tasks", "--field", "text", "--json")[1])} == {"text"}
+    code, _, err = cli("tasks", "--field", "nothing")
+    assert code == 2 and "there are diffusion" in err
+    for words, task in (("needle in a haystack", "niah_single"), ("variable tracking", "ruler.vt"), ("vt", "ruler.vt")):
+        found = [row["slug"] for row in json.loads(cli("find", words, "--json")[1]) if row["category"] == "tasks"]
+        assert task in found and "memory" not in found
+
+
 def test_find(cli):
     code, out, _ = cli("find", "shrink the cache without training", "--json", "--limit", "3")
     rows = json.loads(out)

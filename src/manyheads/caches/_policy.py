@@ -78,7 +78,7 @@ class CachePolicy(Cache):
 
     @property
     def kept_whole(self) -> int:
-        """Up to how many tokens a text is kept whole, whatever fraction may stay."""
+        """Up to how many tokens a text is kept whole and in the model's dtype, whatever fraction may stay."""
         return 0
 
     @property

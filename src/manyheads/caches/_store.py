@@ -62,6 +62,7 @@ class PolicyStore(Store):
         self._evidence: CacheView | None = None
         self._waiting: CacheView | None = None  # until the other layers have run
         self._ragged = False  # heads or rows keep unequal numbers
+        self._scaled = False  # the factors on encoded keys are found
         self._since = 0  # tokens since the last eviction
         self._forwards = 0
 
@@ -182,8 +183,8 @@ class PolicyStore(Store):
             if scoring:
                 _gather(self, call, latest)
         view = view_of(self, call)
-        if self.tokens.codec is not None and self._forwards == 1 and not waits:
-            self.tokens.key_scale = policy.key_scale(view)
+        if self.tokens.codec is not None and not (waits or self._scaled or _stays_whole(self)):
+            self.tokens.key_scale, self._scaled = policy.key_scale(view), True
         if evicting:
             self.compress(view)
             _warn_of_few(self, view)
@@ -209,7 +210,7 @@ class PolicyStore(Store):
         return {
             "tokens": self.tokens.state_dict(), "state": dict(self.state), "ragged": self._ragged,
             "queries": None if queries is None else {"q": queries.q, "positions": queries.positions},
-            "since": self._since, "forwards": self._forwards, "record": self.record, "room": self.room,
+            "since": self._since, "forwards": self._forwards, "scaled": self._scaled, "record": self.record, "room": self.room,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,7 +219,7 @@ class PolicyStore(Store):
         self.tokens.load_state_dict(state["tokens"])
         self.state, self._ragged = dict(state["state"]), state["ragged"]
         self._queries = None if state["queries"] is None else QueryWindow(**state["queries"])
-        self._since, self._forwards = state["since"], state["forwards"]
+        self._since, self._forwards, self._scaled = state["since"], state["forwards"], state["scaled"]
 
     def compress(self, view: CacheView, share: Tensor | float | None = None) -> None:
         """Drop all but the best-scored slots of each row and head.
@@ -307,8 +308,8 @@ def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
             target._queries = queries.last(policy.window)
         _gather(target, call, queries, evidence)
     view = view_of(target, call, evidence.shared)
-    if target.tokens.codec is not None:
-        target.tokens.key_scale = policy.key_scale(view)
+    if target.tokens.codec is not None and not _stays_whole(target):
+        target.tokens.key_scale, target._scaled = policy.key_scale(view), True
     target.compress(view)
     if target._waiting is None:
         _choose_storage(target, call.k, call.v)
@@ -390,5 +391,10 @@ def _choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         return  # the cache holds something else than keys and values
     accrues = policy.accumulated_attention and policy.schedule != "prefill"  # only padded caches keep it
     ragged = store._ragged and policy.schedule != "step" and not accrues
-    if tokens.codec is not None or (tokens.room and not store.prefilling) or ragged:
+    if (tokens.codec is not None and not _stays_whole(store)) or (tokens.room and not store.prefilling) or ragged:
         tokens.pack()
+
+
+def _stays_whole(store: PolicyStore) -> bool:
+    """Whether the text is so short that it stays as it is; storage for compiled decoding is made at once."""
+    return not store.room and store.live.seen <= store.policy.kept_whole

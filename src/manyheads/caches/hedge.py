@@ -26,7 +26,7 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
 So ``budget`` counts bytes: a fraction of what the whole cache takes in 16 bits, or the bytes of so many 16-bit tokens
 per head. Codes, scales, positions, the recent tokens and places for 16 tokens to come are counted. 1.0 keeps everything
 as it is. A fraction is a target for texts that are long: one of at most ``whole`` tokens, such as a chat prompt, keeps
-all of them, packed, because a quarter of forty tokens is no longer what was asked and saves next to nothing. With
+all of them as they are: a quarter of forty tokens is no longer what was asked, and saves next to nothing. With
 ``bits=none`` the budget counts tokens, as everywhere else.
 
 The rotation per position is read off the model's cosines and sines, of the longest forward that evicted. Where the
@@ -71,7 +71,8 @@ class Hedge(EvictionStrategy):
         budget: bytes, as a fraction of the 16-bit cache or as so many of its tokens per head; tokens if not packed.
         sinks: first tokens that are never dropped.
         recent: last tokens that are never dropped, and stay in the model's dtype.
-        whole: a text of at most so many tokens keeps them all, whatever the fraction; they are packed all the same.
+        whole: a text of at most so many tokens keeps them all as they are, whatever the fraction; they are packed when
+            it has grown longer.
         distinct: part of the ranking that goes by distinctness, between 0 and 1; the rest goes by foresight.
         window_size: last queries that are asked again.
         bits: ``int4``, ``fp8``, ``none`` for the model's own dtype, or ``auto``: INT4 where a fraction below 0.2 may

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs ``manyheads list``, ``find`` and ``show``."""
+"""The verbs ``manyheads list``, ``find``, ``show`` and ``tasks``."""
 
 from __future__ import annotations
 
@@ -45,18 +45,65 @@ def find(
     limit: Annotated[int, typer.Option(min=1, help="The most rows to show.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """Search papers and baselines by words: what can be used first, then what is planned."""
+    """Search papers, baselines and tasks by words: what can be used first, then what is planned, then tasks."""
     ranked = catalog.find(words, limit)
     kinds = [[one for one in ranked if (one[0].state == "planned") is planned] for planned in (False, True)]
     found = [one for kind in kinds for one in kind]
+    tasks = _tasks_about(words, limit)
     if as_json:
-        print_json([{**paper.row(), "score": round(score, 3)} for paper, score in found])
+        papers = [{**paper.row(), "score": round(score, 3)} for paper, score in found]
+        print_json([*papers, *({"slug": name, "category": "tasks", "summary": said} for name, _, said in tasks)])
         return
-    if not found:
-        raise UserError(f"nothing matches {words!r}; try other words, or `manyheads list`")
+    if not found and not tasks:
+        raise UserError(f"nothing matches {words!r}; try other words, `manyheads list` or `manyheads tasks`")
     for kind, title in zip(kinds, ("best first", "planned: a row and no code yet"), strict=True):
         if kind:
             print_table(_papers([paper for paper, _ in kind], title), console(140))
+    if tasks:
+        print_table(_tasks(tasks, "tasks: manyheads compare --tasks NAME"), console(140))
+
+
+def list_tasks(
+    field: Annotated[str | None, typer.Option(help="Only this field: text, diffusion, lenses, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what can be measured: the tasks of `manyheads compare --tasks NAME`, and those that claims have."""
+    from manyheads.tasks import summaries
+
+    rows = [(name, home, said) for name, (home, said) in summaries().items() if field in (None, home)]
+    if not rows:
+        fields = sorted({home for home, _ in summaries().values()})
+        raise UserError(f"there is no field {field!r}; there are {', '.join(fields)}")
+    if as_json:
+        print_json([{"task": name, "field": home, "summary": said} for name, home, said in rows])
+    else:
+        print_table(_tasks(rows, f"{len(rows)} tasks"), console(140))
+
+
+def _tasks_about(words: str, limit: int) -> list[tuple[str, str, str]]:
+    """Tasks on text that have at least half of ``words``, or words that begin with them, the most of them first."""
+    import re
+
+    from manyheads.tasks import summaries
+
+    def parts(text: str) -> set[str]:
+        return set(re.findall(r"[^\W_]+", text.lower()))
+
+    named = {part for name in summaries() for part in parts(name)}
+    asked = {word for word in parts(words) if len(word) > 3 or word in named}
+    scored = []
+    for name, (field, said) in summaries().items():
+        own = parts(f"{name} {said}")
+        score = sum(any(word.startswith(one) for word in own) for one in asked)
+        if field == "text" and score and 2 * score >= len(asked):  # those of other fields belong to claims
+            scored.append((-score, name, field, said))
+    best = min((score for score, *_ in scored), default=0)
+    return [(name, field, said) for score, name, field, said in sorted(scored) if score == best][:limit]
+
+
+def _tasks(rows: Sequence[tuple[str, str, str]], title: str) -> Table:
+    columns = [Column(name, text=True) for name in ("task", "field", "what is measured")]
+    return Table(columns, [list(row) for row in rows], title, repeats=True)
 
 
 def show(slug: Slug, as_json: Json = False) -> None:

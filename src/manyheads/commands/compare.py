@@ -113,7 +113,7 @@ def compare(
         "text": text and [_place(path) for path in text],
         "strategies": _specs(strategies),
         "budgets": _items(budgets),
-        "tasks": _items(tasks),
+        "tasks": _specs(tasks),
         "lengths": [_whole(length) for length in _items(lengths) or []] or None,
         "samples": samples,
         "seed": seed,

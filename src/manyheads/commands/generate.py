@@ -18,14 +18,23 @@ from .options import Device, Json, Seed, console, passive_threads, print_json, q
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from manyheads.experiment import CausalLM
     from manyheads.generate.rows import Row
 
-Pipeline = Annotated[
-    str, typer.Option(help="Folder of a saved pipeline of diffusers, or one that ships: scenes, unet, moving.")
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A pipeline of diffusers: its folder, or one that ships (scenes, unet, moving). Or a language model: "
+        "folder, hub name, or default."
+    ),
 ]
-Specs = Annotated[
+Said = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="As --prompt.")]
+Spec = Annotated[
     list[str] | None,
     typer.Option("--strategy", help='As "sag:scale=0.75"; may repeat, a column each. "A + B" are used together.'),
+]
+Specs = Annotated[
+    list[str] | None, typer.Option("--strategies", help="Several, with commas: full,auto,snapkv:budget=0.1.")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Text; may repeat, a row each.")]
 Classes = Annotated[
@@ -34,7 +43,13 @@ Classes = Annotated[
 Source = Annotated[
     str | None, typer.Option(help="Source of every prompt's image, as masactrl needs it: its text, or an image file.")
 ]
-Out = Annotated[Path, typer.Option(help="png, jpg, webp, pdf or gif; webp and gif move if the images do.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of images: png, jpg, webp, pdf or gif; webp and gif move if the images do \\[default: grid.png]. "
+        "Of texts: an HTML page \\[default: none]."
+    ),
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")]
 Guidance = Annotated[float | None, typer.Option(help="Scale of guidance. Default: the pipeline's.")]
 Seeds = Annotated[str | None, typer.Option(help="Several, as 0,1,2: a row each.")]
@@ -44,15 +59,33 @@ Words = Annotated[
     str | None, typer.Option(help="Words of the prompt, as cat+hat: maps of their attention in the baseline.")
 ]
 Page = Annotated[Path, typer.Option(help="HTML page of the maps.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Of texts: share of the tokens (0.25), or slots, of strategies that name none.")
+]
+Most = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Of texts: tokens of a reply. \\[default: 64]")
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat", help="Of texts: write prompts in the chat template. \\[default: where there is one]"
+    ),
+]
+
+_IMAGES = ("--class", "--source", "--steps", "--guidance", "--seed", "--seeds", "--samples", "--size", "--maps")
+_TEXTS = ("--budget", "--max-new-tokens", "--chat")
+_BUDGET, _MOST = "0.25", 64
 
 
 def generate(
-    model: Pipeline = "scenes",
-    strategy: Specs = None,
+    said: Said = None,
+    model: Model = "scenes",
+    strategy: Spec = None,
+    strategies: Specs = None,
     prompt: Prompts = None,
     classes: Classes = None,
     source: Source = None,
-    out: Out = Path("grid.png"),
+    out: Out = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = None,
@@ -63,9 +96,12 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: fits the device.")] = None,
     maps: Words = None,
     page: Page = Path("maps.html"),
+    budget: Budget = None,
+    max_new_tokens: Most = None,
+    chat: Chat = None,
     as_json: Json = False,
 ) -> None:
-    """Generate without and with strategies, from the same noise, side by side in one image.
+    """Generate without and with strategies, side by side: images from the same noise, or replies to the same prompt.
 
     manyheads generate --strategy sag:scale=0.75 --prompt "apple top left ship" --out grid.png
 
@@ -73,40 +109,128 @@ def generate(
 
     manyheads generate --model ./dit --strategy sag --class 207
 
-    manyheads generate --strategy masactrl:start_layer=2 --source "apple top left ship" --prompt "ghost top left ship"
-
     manyheads generate --strategy masactrl:start_layer=2 --source photo.png --prompt "ghost top left ship"
 
-    The columns are the baseline, and each strategy with its difference from it. The table shows what each cost.
+    manyheads generate --model HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote Hamlet?" --strategies full,auto
+
+    Of images the columns are the baseline, and each strategy with its difference from it. Of texts the words are marked
+    from where they leave those of the plain model. The table shows what each held and cost.
     """
     passive_threads()
+    specs, prompts = _specs(strategy, strategies), [*(said or []), *(prompt or [])]
+    given = {
+        "--class": classes, "--source": source, "--steps": steps, "--guidance": guidance, "--seed": seed,
+        "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
+        "--max-new-tokens": max_new_tokens, "--chat": chat,
+    }  # fmt: skip
+    used = [name for name, value in given.items() if value is not None]
+    if (subject := _language_model(model, dtype, specs)) is not None:
+        if wrong := [name for name in used if name in _IMAGES]:
+            raise UserError(f"{model} writes text, and {wrong[0]} is of images; leave it away")
+        _texts(subject, specs, prompts, budget, max_new_tokens or _MOST, chat, out, device or "cpu", as_json)
+        return
+    if wrong := [name for name in used if name in _TEXTS]:
+        raise UserError(
+            f"{model} makes images, and {wrong[0]} is of texts; name a language model by --model, as --model default"
+        )
     if find_spec("diffusers") is None:
         raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
+    from manyheads.generate import rows, run
+
+    wanted = (prompts, classes or [], source, rows.read_seeds(seed or 0, seeds, samples))
+    settings = run.Settings(steps, guidance, rows.read_size(size))
+    _images(model, specs, wanted, settings, out or Path("grid.png"), device or "cpu", dtype, maps, page, as_json)
+
+
+def _specs(one: list[str] | None, several: list[str] | None) -> list[str]:
+    from manyheads.spec import split_list
+
+    return [*(one or []), *(spec for text in several or [] for spec in split_list(text))]
+
+
+def _language_model(model: str, dtype: str | None, specs: list[str]) -> CausalLM | None:
+    """The language model of that name; None for a pipeline, and for what strategies of denoisers are to act on."""
+    from manyheads.experiment import CausalLM
+    from manyheads.experiment.subjects import subject
+    from manyheads.spec import parse, split_together
+    from manyheads.strategy import Denoiser
+
+    found = subject(model, dtype)
+    if not isinstance(found, CausalLM):
+        return None
+    of_images = any(isinstance(parse(part), Denoiser) for spec in specs for part in split_together(spec))
+    return None if of_images else found
+
+
+def _texts(
+    subject: CausalLM, specs: list[str], prompts: list[str], budget: str | None, most: int, chat: bool | None,
+    out: Path | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Replies of a language model."""
+    from manyheads.comparison import make_arms
+    from manyheads.experiment.arms import BASELINE, Arm
+    from manyheads.generate import texts
+    from manyheads.models.chat import chats
+    from manyheads.report import generate_texts as shown_by
+    from manyheads.report.page import write
+
+    if not prompts:
+        raise UserError(f'give a prompt, as `manyheads generate --model {subject.name} "Who wrote Hamlet?"`')
+    arms = [Arm(BASELINE), *make_arms(specs or ["auto"], [budget or _BUDGET], subject)]
+    if out is not None:
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"{out}: replies are written as a page; name it as --out {out.with_suffix('.html')}")
+        check_writable(out, "--out", file=True)
     quiet_libraries()
+    with shown(as_json) as progress:
+        subject.load(device)
+        model, tokenizer = subject.model, subject.tokenizer
+        if tokenizer is None:
+            raise UserError(f"{subject.name} has no tokenizer, so that it reads no text")
+        replies = texts.run(
+            model, tokenizer, arms, prompts, max_new_tokens=most, chat=chat, progress=progress
+        )  # fmt: skip
+    facts = texts.facts(replies, model) | {
+        "model": subject.name, "chat": chats(tokenizer) if chat is None else chat,
+        "out": None if out is None else str(out), "command": typed(),
+    }  # fmt: skip
+    if out is not None:
+        write(shown_by.page(facts), out)
+    if as_json:
+        print_json(facts)
+    else:
+        shown_by.print_facts(facts, console())
+
+
+def _images(
+    model: str, specs: list[str], asked: tuple[list[str], list[str], str | None, list[int]], settings: Any, out: Path,
+    device: str, dtype: str | None, maps: str | None, page: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Images or videos of a pipeline."""
     from manyheads.generate import rows, run, words
     from manyheads.models import pipeline as loading
     from manyheads.report import generate as shown_by
     from manyheads.report.grids import check_out
 
-    arms = [run.arm(text) for text in strategy or []]
+    quiet_libraries()
+    prompts, classes, source, seeds = asked
+    arms = [run.arm(text) for text in specs]
     if not arms and maps is None:
         raise UserError(
             'give --strategy, as --strategy "sag:scale=0.75"; `manyheads list --category diffusion` shows them'
         )
-    seeds_, pixels = rows.read_seeds(seed or 0, seeds, samples), rows.read_size(size)
     check_out(out)
     if maps is not None:
         check_writable(page, "--page", file=True)
-    if source is not None and (not prompt or maps is not None):
+    if source is not None and (not prompts or maps is not None):
         raise UserError("--source goes with the --prompt of its target, and without --maps")
     with shown(as_json) as progress:
-        pipe = loading.load(model, device or "cpu", dtype)
+        pipe = loading.load(model, device, dtype)
         image = None if source is None or not Path(source).is_file() else Path(source)
-        wanted = rows.rows_of(pipe, prompt or [], classes or [], None if image else source, seeds_)
-        settings = run.Settings(steps, guidance, pixels)
+        wanted = rows.rows_of(pipe, prompts, classes, None if image else source, seeds)
         run.check(pipe, arms, settings)
         if image is not None:
-            wanted = rows.from_image(pipe, image, wanted, steps)
+            wanted = rows.from_image(pipe, image, wanted, settings.steps)
         watched = words.find(pipe, wanted, maps) if maps is not None else None
         made = run.run(pipe, arms, wanted, settings, progress)
         if watched is not None:

@@ -287,12 +287,12 @@ def _groups(found: Estimate, half: float, gap: float) -> int | None:
 
 
 def not_discriminative(metric: Metric, rows: Sequence[Row], baseline: Arm) -> str | None:
-    """Why a share tells nothing: the baseline's interval is not wholly above the metric's floor."""
+    """Why a share tells nothing: the baseline's interval is not wholly on the good side of the metric's floor."""
     of_base = [row for row in rows if row.arm == baseline.key]
     if metric.floor is None or not of_base:
         return None
     found = estimate(of_base, metric)
-    if found.low > metric.floor:
+    if found.low > metric.floor if metric.higher else found.high < metric.floor:
         return None
     return (
         f"not discriminative: {baseline.name} itself reaches {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], "

@@ -25,7 +25,8 @@ class Metric:
         higher: whether more is better.
         kind: ``mean`` of any values; ``share`` of values in [0, 1], whose interval stays there; ``time`` of repetitions
             that are no sample of anything: a median.
-        floor: a share that the baseline has to be shown to exceed, or nothing can be told of any arm.
+        floor: a share that the baseline has to be shown to exceed, or to stay below where less is better; or nothing
+            can be told of any arm.
     """
 
     name: str

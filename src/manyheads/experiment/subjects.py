@@ -104,11 +104,12 @@ class CausalLM(Subject):
     def chats(self) -> bool:
         """Whether its tokenizer has a chat template. Loads no weights."""
         from .. import models
+        from ..models.chat import chats
 
         if self._parts is None and self.name in ("default", "recall"):
             return False
         tokenizer = self.tokenizer if self._parts is not None else models.tokenizer(self.name)
-        return bool(getattr(tokenizer, "chat_template", None))
+        return chats(tokenizer)
 
     @property
     def max_context(self) -> int:

@@ -108,8 +108,9 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
-        """Name of the task, as in ``--tasks``."""
-        return type(self).__module__.rpartition(".")[2]
+        """Name of the task, as in ``--tasks``; one of a family, a folder of tasks, is called ``family.task``."""
+        _, found, inside = type(self).__module__.partition(".tasks.")
+        return inside.partition(".")[2] if found else type(self).__module__.rpartition(".")[2]
 
     @property
     def key(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from ..data.texts import Text
 from ..errors import UserError
 from ..lens import Span, TokenSpans
+from ..models.chat import chat_text, chats
 from ..tasks.text._corpus import Corpus
 from .naming import Part
 
@@ -205,12 +206,9 @@ def chat(messages: Sequence[Mapping[str, str]], tokenizer: Any, generate: bool, 
     Raises:
         UserError: there is no template, or it leaves a message out.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not chats(tokenizer):
         raise UserError("this tokenizer has no chat template; give the prompt with --text and its parts with --role")
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
-    except Exception as error:  # a template raises what it likes
-        raise UserError(f"the chat template refuses these messages: {error}") from error
+    text = chat_text(tokenizer, messages, generate)
     ids, places = _encode(tokenizer, text, special=False)
     roles: dict[str, list[Span]] = {}
     behind = 0

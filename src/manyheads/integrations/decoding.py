@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding from a cache of fixed size as one CUDA graph per token: the host only replays it.
+"""Decoding from a cache: of fixed size as one CUDA graph per token, or of any size, token by token.
 
-``generate`` of transformers runs such a cache compiled too, but prepares inputs, checks guards and waits for the device
-at every token. Here the step with all that it changes (cache, token, position) is captured once and replayed.
+``generate`` of transformers runs a cache of fixed size compiled too, but prepares inputs, checks guards and waits for
+the device at every token. In :func:`decode` the step with all that it changes (cache, token, position) is captured once
+and replayed. :func:`greedy` goes on from a cache that any number of tokens was read into, in pieces.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .cache import SlotCache, StoreLayer, cache_arguments
 
-__all__ = ["decode"]
+__all__ = ["decode", "end_tokens", "greedy"]
 
 _WARM = 3  # steps before the capture: they compile, and let every library choose its kernels
 _LOOK = 32  # tokens between two looks at whether all rows have ended
@@ -108,3 +110,47 @@ def _captured(step: Callable[[], None]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: those of the model's generation config, and the tokenizer's end of text."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = given if isinstance(given, (list, tuple)) else [given]
+    return frozenset(int(x) for x in (*several, getattr(tokenizer, "eos_token_id", None)) if x is not None)
+
+
+def greedy(
+    model: nn.Module, cache: Any, ids: Tensor, max_new_tokens: int, *, ends: Collection[int] = (),
+    piece: int | None = None, settled: Callable[[list[int]], bool] | None = None,
+) -> list[int]:  # fmt: skip
+    """Read ``ids`` behind what ``cache`` holds, and go on with the likeliest tokens, each of which is read once.
+
+    The port of the model must be open.
+
+    Args:
+        model: a decoder-only transformers model.
+        cache: of one row; it is changed.
+        ids: ``[1, T]``, not read yet, at least one.
+        max_new_tokens: how many to make at most.
+        ends: tokens that end the answer; they are not part of it.
+        piece: most tokens of ``ids`` that are read at once.
+        settled: stop when this says so of the tokens that are made.
+
+    Returns:
+        The tokens.
+    """
+    given, made = cache_arguments(model, cache), list[int]()
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        given["logits_to_keep"] = 1  # those of a long text would not fit
+    with torch.inference_mode():
+        for fed in ids.split(piece or ids.shape[1], 1):
+            logits = model(input_ids=fed, **given).logits
+        while len(made) < max_new_tokens:
+            token = int(logits[0, -1].argmax())
+            if token in ends:
+                break
+            made.append(token)
+            if len(made) == max_new_tokens or (settled is not None and settled(made)):
+                break
+            logits = model(input_ids=ids.new_tensor([[token]]), **given).logits
+    return made

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Card", "Cards", "Check", "Code", "Details", "Facts", "Figure", "Headline", "Notes", "Overlays", "Page", "Part",
-    "Section", "Table", "Text", "Thumbs", "Tokens", "made", "render", "write",
+    "Replies", "Section", "Table", "Text", "Thumbs", "Tokens", "made", "render", "write",
 ]  # fmt: skip
 
 
@@ -135,6 +135,13 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Replies:
+    """Texts beside each other: ``(title, about, beginning, rest)`` each; the rest is marked."""
+
+    replies: Sequence[tuple[str, str, str, str]]
+
+
+@dataclass(frozen=True)
 class Overlays:
     """Maps over an image.
 
@@ -159,7 +166,7 @@ class Facts:
     rows: Sequence[tuple[str, Any, str]]
 
 
-Part = Figure | Cards | Thumbs | Text | Notes | Details | Code | Check | Tokens | Overlays | Facts | Table
+Part = Figure | Cards | Thumbs | Text | Notes | Details | Code | Check | Tokens | Replies | Overlays | Facts | Table
 
 
 @dataclass(frozen=True)

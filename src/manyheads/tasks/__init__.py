@@ -2,19 +2,24 @@
 """What can be measured: one file a task, below the folder of its field, found by its name.
 
 A task loads its data, states its metrics, and gives one value for every sample. ``load("niah_single")`` imports no
-other.
+other. Tasks that are one benchmark are a family, a folder of their own: ``load("ruler.vt")``.
 """
 
 from __future__ import annotations
 
+import ast
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..experiment.task import Task
 
-__all__ = ["load", "names"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["given", "load", "names", "summaries"]
 
 _FOLDER = Path(__file__).parent
 
@@ -23,14 +28,29 @@ _FOLDER = Path(__file__).parent
 def _homes() -> dict[str, str]:
     """Module of each task by its name; helpers begin with an underscore."""
     found = {}
-    for path in sorted(_FOLDER.glob("*/[a-z]*.py")):
-        found[path.stem] = f"{__name__}.{path.parent.name}.{path.stem}"
+    for path in sorted([*_FOLDER.glob("*/[a-z]*.py"), *_FOLDER.glob("*/[a-z]*/[a-z]*.py")]):
+        inside = path.relative_to(_FOLDER).with_suffix("").parts
+        found[".".join(inside[1:])] = ".".join((__name__, *inside))
     return found
+
+
+def _field(name: str) -> str:
+    return _homes()[name].removeprefix(f"{__name__}.").partition(".")[0]
 
 
 def names(field: str | None = None) -> list[str]:
     """Names of all tasks, or of those of a field, sorted."""
-    return sorted(name for name, home in _homes().items() if field in (None, home.split(".")[-2]))
+    return sorted(name for name in _homes() if field in (None, _field(name)))
+
+
+def summaries() -> Mapping[str, tuple[str, str]]:
+    """Field and first line of the description of every task, by its name; none is imported."""
+    found = {}
+    for name in names():
+        path = _FOLDER.joinpath(*_homes()[name].removeprefix(f"{__name__}.").split(".")).with_suffix(".py")
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[name] = (_field(name), said.partition("\n")[0])
+    return found
 
 
 def load(name: str) -> type[Task]:
@@ -42,10 +62,15 @@ def load(name: str) -> type[Task]:
     from ..catalog import nearest
 
     if name not in _homes():
+        family = [known for known in names() if known.startswith(f"{name}.")]
         close = nearest(name, names())
         raise UserError(
-            f"unknown task {name!r}: " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(names())}")
-        )
+            f"unknown task {name!r}: "
+            + (
+                f"there are {', '.join(family)}" if family
+                else f"did you mean {close[0]}?" if close else f"there are {', '.join(names())}"
+            )
+        )  # fmt: skip
     module = import_module(_homes()[name])
     found = [
         value
@@ -55,3 +80,16 @@ def load(name: str) -> type[Task]:
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define exactly one Task, not {[c.__name__ for c in found]}")
     return found[0]
+
+
+def given(text: str) -> tuple[Task, Mapping[str, object]]:
+    """The task that ``name`` or ``name:field=value,field=value`` says, and the fields that the text names.
+
+    Raises:
+        UserError: there is no such task or field, or the field refuses the value.
+    """
+    from ..spec import fill, read
+
+    spec = read(text)
+    made: Task = fill(load(spec.name), spec)
+    return made, {name: getattr(made, name) for name in spec.fields}

@@ -17,19 +17,19 @@ from numpy.random import Generator
 
 from ._corpus import Ids, encode
 
-__all__ = ["CODE", "PROSE", "Constant", "NeedleInserter", "UnfitVocabulary", "Wording"]
+__all__ = ["CODE", "PROSE", "QUALITIES", "THINGS", "Constant", "NeedleInserter", "UnfitVocabulary", "Wording"]
 
 _WORDS = (
     "alpha anchor batch border budget cache color count depth factor frame grade height index label layer level limit "
     "margin mode node offset order page phase pixel point port priority queue rate ratio region retry scale score "
     "secret seed shift size speed stage step table target timeout token total version volume weight width window"
 ).split()
-_QUALITIES = (
+QUALITIES = (
     "amber ancient bright broken calm clever crimson distant empty faded gentle golden green hidden hollow iron "
     "lonely narrow old patient pale quiet red rusty silent silver small soft steady stone tall tiny wandering white "
     "wild wooden"
 ).split()
-_THINGS = (
+THINGS = (
     "anchor arrow basket bell boat bridge candle castle clock cloud coat compass desert drum engine feather ferry "
     "field forest garden hammer harbor island kettle ladder lantern letter lighthouse market meadow mirror mountain "
     "painter piano river road rope saddle ship spoon street table tower train valley violin wagon window"
@@ -66,7 +66,7 @@ CODE = Wording(
     "\nassert {name} == ", "{other} == {value}", False,
 )  # fmt: skip
 PROSE = Wording(
-    (_QUALITIES, _THINGS), "the {0} {1}", " The secret number of {name} is {value}.",
+    (QUALITIES, THINGS), "the {0} {1}", " The secret number of {name} is {value}.",
     " The secret number of {name} is the same as that of {other}.",
     "\n\nWhat is the secret number of {name}? The secret number of {name} is", " {value}",
     "\n\nWhat is the secret number of {name}? It is the same as that of", " {other}, which is {value}", True,

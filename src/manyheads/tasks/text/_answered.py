@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks whose reply is written, token by token, and scored as text by code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ...data import files
+from ...errors import UserError
+from ...experiment.rows import Row, Value, WorkUnit
+from ...experiment.subjects import CausalLM
+from ...experiment.task import RunContext
+from ...integrations.decoding import end_tokens, greedy
+from ...models.chat import chat_text, chats
+from ._corpus import encode
+from ._haystack import Haystack, TooShort
+from ._prefill import Prefix, chunk_size
+from ._text_task import TextTask, model_of, tensor
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+    from ...experiment import Arm
+
+__all__ = ["AnsweredTask", "Asked", "Judge", "Query", "haystack", "size", "tokens", "users_folder", "written"]
+
+_SHOWN = 600  # characters of a reply that a row keeps
+
+
+def users_folder(task: str, given: str, home: str, what: str) -> Path:
+    """The folder ``given``, or ``home`` below the folder of the data; raises UserError, which says what to do."""
+    place = Path(given).expanduser() if given else files.folder(home)
+    if place is None or not place.is_dir():
+        raise UserError(
+            f"{task} needs {what}: put it into {home} of a folder that MANYHEADS_DATA names, or write "
+            f"--tasks {task}:folder=DIR"
+        )
+    return place
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A row of a reply: the value of a metric, under conditions."""
+
+    metric: str
+    value: Callable[[str], float]
+    at: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is read behind a context, to where the reply begins, and what the reply is worth.
+
+    Attributes:
+        tail: the text, template included.
+        judges: of the reply, a row each.
+        settled: a reply that all judges gave 1 cannot lose it by going on, so that its writing may stop.
+        most: tokens of the reply, where that is less than the task's.
+    """
+
+    tail: str
+    judges: tuple[Judge, ...]
+    settled: bool = False
+    most: int = 2**31
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A context and what is asked of it; each query starts from the context alone and sees none of the others.
+
+    Attributes:
+        heads: texts that are read one after the other before any question, template included; mostly one.
+        queries: what is asked then.
+        text: name of the text that the context is made of.
+        plain: asked of the baseline only: what a reply is worth that could not know.
+    """
+
+    heads: tuple[str, ...]
+    queries: tuple[Query, ...]
+    text: str = ""
+    plain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredTask(TextTask):
+    """Base of the tasks with a written reply: greedy, from a cache that was compressed when the context was read.
+
+    Attributes:
+        lengths: most tokens of a context, with its template and the longest question; contexts end with a sentence.
+        query_aware: the question is read before compression, all but its last token; one at a time, each with the
+            context anew. By default it comes after.
+        reply: most tokens of a reply.
+    """
+
+    text: str = "prose"
+    query_aware: bool = False
+    reply: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reply < 1:
+            raise UserError("reply counts tokens: give 1 or more")
+        if self.repeat:
+            raise UserError("repeat goes with the tasks on plain text: perplexity, niah_single, ...")
+
+    def sized(self, size: Mapping[str, Any]) -> Any:
+        """As for all tasks, but these are in prose whatever a model reads by default."""
+        return super().sized({name: value for name, value in size.items() if name != "text"})
+
+    def asked(self, run: RunContext, length: int, sample: int) -> list[Asked]:
+        """Contexts of one sample and their queries; the same in every process."""
+        raise NotImplementedError
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if reason := super().unsupported_reason(run):
+            return reason
+        most = cast(CausalLM, run.subject).max_context
+        if self.lengths[-1] + self.reply > most:
+            return f"{run.subject.name} reads {most} tokens, not {self.lengths[-1]} and a reply of {self.reply}"
+        try:
+            self.asked(run, self.lengths[0], 0)
+        except TooShort as error:
+            return f"{error}; give longer --lengths"
+        except UserError as error:
+            return str(error)
+        return None
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        return [
+            self.unit(run, length, sample, cost=self.reply) for length in self.lengths for sample in range(self.samples)
+        ]
+
+    def unit(self, run: RunContext, length: int, sample: int, cost: int) -> WorkUnit:
+        """One sample under all arms; a reply has ``cost`` tokens, each of which costs as much as several read."""
+        return WorkUnit(
+            self.key, f"{length}/{sample}", length + 10 * len(run.arms) * cost, f"{self.name}, {length} tokens",
+            {"length": length, "sample": sample},
+        )  # fmt: skip
+
+    def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        length, sample = unit.params["length"], unit.params["sample"]
+        for asked in self.asked(run, length, sample):
+            arms = run.arms[:1] if asked.plain else run.arms
+            number = 0
+            for heads, queries in _read(run, asked, self.query_aware):
+                for arm, cache in self.caches(run, heads, arms):
+                    yield from self._replies(run, arm, cache, queries, asked, (length, sample, number))
+                number += len(queries)
+        run.advance(unit.cost)
+
+    def caches(self, run: RunContext, heads: Sequence[list[int]], arms: Sequence[Arm]) -> Iterator[tuple[Arm, Any]]:
+        """The cache of each arm when all ``heads`` are read: here at once, compressed then."""
+        prefix = Prefix(model_of(run), tensor(run, [[token for head in heads for token in head]]), arms)
+        for arm in arms:
+            with prefix.open(arm) as cache:
+                yield arm, cache
+
+    def _replies(
+        self, run: RunContext, arm: Arm, cache: Any, queries: Sequence[tuple[list[int], Query]], asked: Asked,
+        place: tuple[int, int, int],
+    ) -> Iterator[Row]:  # fmt: skip
+        length, sample, first = place
+        held, piece = cache.bytes(), chunk_size(arm, length)
+        for i, (tail, query) in enumerate(queries):
+            own = cache if i == len(queries) - 1 else copy.deepcopy(cache)  # no question sees another
+            reply = self._reply(run, own, tail, query, piece)
+            name = f"{length}-{sample}"
+            for k, judge in enumerate(query.judges):
+                yield self.row(
+                    judge.metric, arm, judge.value(reply), f"{name}.{first + i}.{k}", context=name,
+                    at={"length": length, **judge.at}, bytes=held,
+                    about={"reply": reply[:_SHOWN], "text": asked.text},
+                )  # fmt: skip
+
+    def _reply(self, run: RunContext, cache: Any, tail: list[int], query: Query, piece: int | None) -> str:
+        subject = cast(CausalLM, run.subject)
+
+        def text(made: list[int]) -> str:
+            return str(subject.tokenizer.decode(made, skip_special_tokens=True))
+
+        def settled(made: list[int]) -> bool:
+            return all(judge.value(text(made)) == 1 for judge in query.judges)
+
+        ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
+        made = greedy(
+            subject.model, cache, tensor(run, [tail]), min(self.reply, query.most), ends=ends, piece=piece,
+            settled=settled if query.settled else None,
+        )  # fmt: skip
+        return text(made)
+
+    def draws(self, run: RunContext, length: int, sample: int) -> Generator:
+        """Draws of one sample; those of another length or task are others."""
+        return run.rng(task=self.name, length=length, sample=sample)
+
+
+def _read(
+    run: RunContext, asked: Asked, query_aware: bool
+) -> Iterator[tuple[list[list[int]], list[tuple[list[int], Query]]]]:  # fmt: skip
+    """What is read before compression and after it, in tokens; if ``query_aware`` each query by itself."""
+    heads = [tokens(run, head, first=not i) for i, head in enumerate(asked.heads)]
+    tails = [(tokens(run, query.tail), query) for query in asked.queries]
+    if not query_aware:
+        yield heads, tails
+        return
+    for tail, query in tails:
+        yield [*heads[:-1], heads[-1] + tail[:-1]], [(tail[-1:], query)]
+
+
+def haystack(run: RunContext, name: str) -> Haystack:
+    """Sentences of the user's texts, or of the texts called ``name``."""
+
+    def make() -> Haystack:
+        from ...data.texts import corpus
+
+        return Haystack.of(run.data.get("texts") or corpus(name))
+
+    return cast(Haystack, run.kept(("haystack", name), make))
+
+
+def tokens(run: RunContext, text: str, first: bool = False) -> list[int]:
+    """``text`` in tokens; ``first``: nothing stands before it, so that a tokenizer without template begins it."""
+    tokenizer = cast(CausalLM, run.subject).tokenizer
+    if not first:
+        return encode(tokenizer, text)
+    return list(tokenizer.encode(text, add_special_tokens=not chats(tokenizer), verbose=False))
+
+
+def size(run: RunContext, asked: Asked) -> int:
+    """Tokens of all heads and the longest tail."""
+    read = sum(len(tokens(run, head, first=not i)) for i, head in enumerate(asked.heads))
+    return read + max(len(tokens(run, query.tail)) for query in asked.queries)
+
+
+def written(
+    run: RunContext, messages: Sequence[Mapping[str, str]], question: str, prefix: str = ""
+) -> tuple[str, str]:  # fmt: skip
+    """Messages in the model's words, parted where the last one says ``question``; ``prefix`` begins the reply.
+
+    A model without chat template reads what the messages say, an empty line between them.
+
+    Raises:
+        UserError: the template says the question in other words.
+    """
+    tokenizer = cast(CausalLM, run.subject).tokenizer
+    if chats(tokenizer):
+        whole = chat_text(tokenizer, messages) + prefix
+    else:
+        whole = "\n\n".join(message["content"] for message in messages) + f"\n{prefix}"
+    if (place := whole.rfind(question)) < 0:
+        raise UserError("the chat template changes what messages say, so that nothing can be asked in it")
+    return whole[:place], whole[place:]
