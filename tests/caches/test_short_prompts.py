@@ -99,6 +99,16 @@ def test_control(llama):
     assert error(got, plain[1]) > 1e-2  # 34 tokens are more than 20
 
 
+def test_what_stays_short_is_not_rounded_and_what_grows_is_packed(llama):
+    """30 tokens, and 30 more: with a bound of 60 nothing is encoded; with one of 45 the whole text is, from there on."""
+    ids = models.tokens(1, 30)
+    made, want = under(llama, "full", ids)
+    assert_close(under(llama, "auto:budget=0.05,bits=fp8,whole=60", ids, forced=made)[1], want, SAME)
+    _, got = under(llama, "auto:budget=0.05,bits=fp8,whole=45", ids, forced=made)
+    assert_close(got[:, :16], want[:, :16], SAME)
+    assert error(got[:, 16:], want[:, 16:]) > 1e-4
+
+
 @pytest.mark.parametrize("bits", ["fp8", "none"])
 def test_auto_keeps_a_chat_prompt_whole(llama, bits):
     """Up to ``whole`` tokens, row by row; longer ones are cut to the budget. In 16 bits nothing changes at all."""

@@ -210,7 +210,8 @@ class PolicyStore(Store):
         return {
             "tokens": self.tokens.state_dict(), "state": dict(self.state), "ragged": self._ragged,
             "queries": None if queries is None else {"q": queries.q, "positions": queries.positions},
-            "since": self._since, "forwards": self._forwards, "scaled": self._scaled, "record": self.record, "room": self.room,
+            "since": self._since, "forwards": self._forwards, "scaled": self._scaled, "record": self.record,
+            "room": self.room,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
