@@ -100,7 +100,7 @@ def test_control(llama):
 
 
 def test_what_stays_short_is_not_rounded_and_what_grows_is_packed(llama):
-    """30 tokens, and 30 more: with a bound of 60 nothing is encoded; with one of 45 the whole text is, from there on."""
+    """30 tokens and 30 more: with a bound of 60 nothing is encoded; with one of 45 all of it is, from there on."""
     ids = models.tokens(1, 30)
     made, want = under(llama, "full", ids)
     assert_close(under(llama, "auto:budget=0.05,bits=fp8,whole=60", ids, forced=made)[1], want, SAME)
