@@ -28,7 +28,7 @@ class Case:
     def truth(self) -> Tensor:
         """``[M, N]`` float64: nibbles taken apart here, not by the library."""
         packed = self.meant
-        group, half = packed.group, packed.group // 2
+        half = packed.group // 2
         codes = packed.codes.cpu().long().unflatten(1, (-1, half))
         low, high = codes % 16 - 8, codes // 16 - 8
         numbers = torch.cat([low, high], 2).double() * packed.scale.cpu().double()[..., None]

@@ -84,8 +84,8 @@ class Port:
         self._entries, self._passes, self.thread = [], [], threading.current_thread()
         self._linears = []
         try:
-            for strategy in (s for s in self.strategies if isinstance(s, LinearCompute)):
-                self._linears.append(LinearLayers(self.model, sites, strategy))
+            for computing in (s for s in self.strategies if isinstance(s, LinearCompute)):
+                self._linears.append(LinearLayers(self.model, sites, computing))
                 self._restorers.append(self._linears[-1].detach)
                 self._linears[-1].attach()
             own = register_own((module for _, module in sites), ATTENTION)
