@@ -8,8 +8,8 @@ compression, as in the paper's needle test; asked after it, every arm finds next
 
 Length and budget come from a pilot on other texts (12 a length), made before this rule was written: where SnapKV and
 PyramidKV found between .2 and .8 of the needles. At 30 % of 512 to 1,024 tokens they nearly do; at 50 % of 1,024 they
-find all, at 15 % of 512 none. Knorm finds none at any of these sizes under any arm, so that its needles are not judged; its loss
-is. Pair recall is of our fixture: 40 asked among 60 others that all differ or are four, over and over.
+find all, at 15 % of 512 none. Knorm finds none at any of these sizes under any arm, so that its needles are not judged;
+its loss is. Pair recall is of our fixture: 40 asked among 60 others that all differ or are four, over and over.
 """
 
 from ..experiment import Claim, Experiment, Reported, Sizes, higher, lower, no_worse, over
