@@ -5,10 +5,10 @@
 
 D2O's paper reports more than three times the throughput of the full cache, from the larger batch that fits. Here every
 arm has the same bytes of cache (``--gib``) and the largest batch whose cache, measured after the prompt, stays within
-them; all of them decode the same number of tokens. Eight layers of Llama-3-8B with random weights in bf16: speed does not
-depend on what they say. ``full`` is transformers' DynamicCache. Eviction at every step is what the paper does; the arms
-``at the prompt`` evict once and show what the larger batch alone is worth. The limit of a row is what reading weights
-and cache takes at the rate of a copy.
+them; all of them decode the same number of tokens. Eight layers of Llama-3-8B with random weights in bf16: speed does
+not depend on what they say. ``full`` is transformers' DynamicCache. Eviction at every step is what the paper does; the
+arms ``at the prompt`` evict once and show what the larger batch alone is worth. The limit of a row is what reading
+weights and cache takes at the rate of a copy.
 """
 
 import argparse
