@@ -23,14 +23,12 @@ _PLAIN, _KEYS, _INPUTS = "perplexity.token_nll", "planted.token_nll", "planted_i
 # "Nearly lossless" is 2 % of perplexity, for a part. The paper's own step from FP16 to everything in few bits is 6.13
 # to 7.03: ln(7.03 / 6.13).
 _MARGIN, _STEP = 0.02, 0.137
+_JUDGED = {"int4": "fireq:scaling=none", "fireq": "fireq", "kivi": "kivi:group=64", "quarot": "quarot"}
 _CACHE = {
-    "int4": "fireq:scaling=none",
-    "fireq": "fireq",
+    **_JUDGED,
     "fireq, pre alone": "fireq:scaling=pre",
     "fireq, post alone": "fireq:scaling=post",
     "fp8": "fireq:bits=fp8,scaling=none",
-    "kivi": "kivi:group=64",
-    "quarot": "quarot",
 }
 _RTN = "fireq.linear:smoothing=none,scale=bf16,table=exact,activations=whole"
 _LINEAR = {
@@ -58,13 +56,13 @@ claim = Claim(
         subject="smollm2-135m-instruct",
         arms=over({**_CACHE, **_LINEAR, **_WHOLE}),
         tasks=(
-            Perplexity(**_TEXT),
+            Perplexity(**_TEXT, only=("full", *_JUDGED, *_LINEAR, *_WHOLE)),
             Perplexity(**_TEXT, label="planted", outliers=32.0, only=("full", *_CACHE)),
             Perplexity(**_TEXT, label="planted_inputs", channels=32.0, only=("full", *_LINEAR)),
         ),
         sizes=Sizes(
             quick={"subject": "default", "samples": 3, "lengths": (192,), "target": 96},
-            cpu={"samples": 24},
+            cpu={"samples": 16},
             cuda={"samples": 64, "lengths": (1024,), "target": 512},
         ),
         equal="bytes",
