@@ -4,9 +4,10 @@
 Prose is read whole, each arm compresses the same prefill, and the text goes on, 16 tokens at a time; after each piece
 every arm evicts down to its slots again. D2O, H2O and the random control keep four first tokens and a quarter of their
 slots for recent ones. What D2O gains over itself without mergers is what mergers are worth, and over itself with equal
-layers what its layer budgets are; a hundredth of a nat, 1 % of perplexity, is the least that counts either way. Pair
-recall, on the fixture, is the case without redundancy: no token stands for another, so that a merger has nothing to
-gain; it is reported and not judged.
+layers what its layer budgets are; a hundredth of a nat, 1 % of perplexity, is the least that counts either way. Mergers
+weighed by the attention that tokens received, which is ours, show whether it is the weights that harm; they are
+reported. Pair recall, on the fixture, is the case without redundancy: no token stands for another, so that a merger has
+nothing to gain; it is reported and not judged.
 """
 
 from ..experiment import Claim, Experiment, Reported, Sizes, lower, over
@@ -23,6 +24,7 @@ _ARMS = {
     "streaming_llm": "streaming_llm:schedule=step",
     "random": "random:schedule=step,sinks=4,recent=19",  # a quarter of the least budget of a full run on a CPU
 }
+_WEIGHTS = {"d2o, released weights": "d2o:weights=code", "d2o, weights by attention": "d2o:weights=attention"}
 
 claim = Claim(
     slug="d2o",
@@ -38,7 +40,7 @@ claim = Claim(
     ),
     experiment=Experiment(
         subject="smollm2-135m-instruct",
-        arms=over(_ARMS, _KEEP) + over({"d2o, released weights": "d2o:weights=code"}, _KEEP[1:]),
+        arms=over(_ARMS, _KEEP) + over(_WEIGHTS, _KEEP[1:]),
         tasks=(Perplexity(lengths=(384,), target=64, piece=16, text="prose"), PairRecall(sequences=192)),
         sizes=Sizes(
             quick={"subject": "default", "samples": 4, "lengths": (256,), "target": 32, "sequences": 8},
