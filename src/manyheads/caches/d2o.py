@@ -15,8 +15,8 @@ arXiv 2406.13035. Three operations:
   ones. Tokens with u_i >= tau are merged into their nearest, keys and values alike; the others are lost.
 
 ``weights="paper"`` makes a convex combination, w_c = e / Z and w_i = exp(u_i) / Z with Z = e + sum of exp(u_i).
-``weights="code"`` (released) is the plain mean of k_c and the u_i * k_i, which shortens keys where u_i < 1. Both weigh a
-token that was hardly attended to like one that was, and many that merge into one push it aside, whatever attention it
+``weights="code"`` (released) is the plain mean of k_c and the u_i * k_i, which shortens keys where u_i < 1. Both weigh
+a token that was hardly attended to like one that was, and many that merge into one push it aside, whatever attention it
 gets; ``weights="attention"`` (ours) is a convex combination by the attention that each received.
 
 Where this differs from paper or released code: with grouped queries the mass of a group is summed, and every key/value

@@ -16,6 +16,8 @@ A power of two is planted each time, so that the model computes bit for bit what
 ``fireq, whole`` is weights, activations and cache at once.
 """
 
+from typing import Any
+
 from ..experiment import Claim, Experiment, Reported, Sizes, lower, no_worse, over
 from ..tasks.text.perplexity import Perplexity
 
@@ -37,7 +39,7 @@ _LINEAR = {
     "linear": "fireq.linear",
 }
 _WHOLE = {"fireq, whole": "fireq.linear + fireq", "to nearest, whole": f"{_RTN} + fireq:scaling=none"}
-_TEXT = {"lengths": (256,), "target": 128, "piece": 64, "text": "prose"}
+_TEXT: dict[str, Any] = {"lengths": (256,), "target": 128, "piece": 64, "text": "prose"}
 
 claim = Claim(
     slug="fireq",
