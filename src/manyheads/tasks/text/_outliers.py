@@ -62,7 +62,7 @@ def planted_channels(model: Any, factor: float, rng: Generator) -> Any:
         UserError: feed-forward layers of another make than Llama's.
     """
     other = copy.deepcopy(model)
-    blocks = [getattr(layer, "mlp", None) for layer in other.get_decoder().layers]
+    blocks: list[Any] = [getattr(layer, "mlp", None) for layer in other.get_decoder().layers]
     if not all(hasattr(mlp, "up_proj") and hasattr(mlp, "down_proj") for mlp in blocks):
         raise UserError(f"{type(model).__name__} has no up_proj and down_proj in every layer to plant channels in")
     with torch.no_grad():
