@@ -44,7 +44,7 @@ claim = Claim(
         tasks=(Perplexity(lengths=(384,), target=64, piece=16, text="prose"), PairRecall(sequences=192)),
         sizes=Sizes(
             quick={"subject": "default", "samples": 4, "lengths": (256,), "target": 32, "sequences": 8},
-            cpu={"samples": 20, "sequences": 64},
+            cpu={"samples": 16, "sequences": 64},
             cuda={"samples": 96, "lengths": (2048,), "target": 128, "sequences": 384},
         ),
         equal="slots",
