@@ -161,9 +161,9 @@ class HashStore(PolicyStore):
         slots, new, replaced_by = self.live, call.q.shape[2], self._replaced_by
         self._replaced_by = None
         if replaced_by is not None and self._has_staging_slot:
-            self._move_in(slots, replaced_by)
+            _move_in(slots, replaced_by)
         elif replaced_by is not None:
-            self._drop(replaced_by == new)
+            _drop(self, replaced_by == new)
         if self.site.window is not None and not self._has_staging_slot:
             drop_outside_window(slots, self.site.window)
 
@@ -172,7 +172,7 @@ class HashStore(PolicyStore):
         slots = self.live
         if self.policy.prompt == "hashed":
             if self._replaced_by is not None:
-                self._drop(self._replaced_by == slots.size)
+                _drop(self, self._replaced_by == slots.size)
                 self._replaced_by = None
             elif slots.seen > self._capacity:
                 raise UserError("hashevict:prompt=hashed reads a prompt by itself: it is no fork of another cache")
@@ -191,16 +191,6 @@ class HashStore(PolicyStore):
             least = self.policy.protected  # also of a prompt that is shorter: the capacity is fixed by it
             self._capacity = max(keep_limit(budget, slots.seen + self.policy.reserve), least)
             self._caps = keep_counts(budget, counts + self.policy.reserve).clamp(min=least)
-
-    def _drop(self, kept: Tensor) -> None:
-        """Keep the slots ``kept [B, Hs, N]``, and make the place in which new tokens wait once all are taken."""
-        slots = self.live
-        kept = kept & (slots.columns() >= 0)
-        order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : self._capacity]
-        slots.keep(order, kept.gather(2, order))
-        if slots.size == self._capacity and not slots.keys.requires_grad:
-            _add_staging_slot(slots)
-            self._has_staging_slot = True
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
@@ -254,18 +244,30 @@ class HashStore(PolicyStore):
             alive[..., size - new + t] = mine[..., 0] >= 0
         return replaced_by
 
-    def _move_in(self, slots: PaddedCache, replaced_by: Tensor) -> None:
-        """The token in the staging slot overwrites the evicted one, or an empty slot of a row that is not full."""
-        assert slots.index is not None
-        columns = slots.columns()
-        place = ((replaced_by[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
-        arrived = columns[..., -1:] >= 0  # False where the new token is padding
-        slots.index.scatter_(2, place, torch.where(arrived, slots.index[..., -1:], slots.index.gather(2, place)))
-        slots.index[..., -1] = -1
-        for x in (slots.keys, slots.values, slots.extras["hash"]):
-            at = place.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[3])
-            came = arrived.expand(-1, x.shape[1], -1)[..., None]
-            x.scatter_(2, at, torch.where(came, x[:, :, -1:], x.gather(2, at)))
+
+def _drop(store: HashStore, kept: Tensor) -> None:
+    """Keep the slots ``kept [B, Hs, N]``, and make the place in which new tokens wait once all are taken."""
+    slots = store.live
+    kept = kept & (slots.columns() >= 0)
+    order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : store._capacity]
+    slots.keep(order, kept.gather(2, order))
+    if slots.size == store._capacity and not slots.keys.requires_grad:
+        _add_staging_slot(slots)
+        store._has_staging_slot = True
+
+
+def _move_in(slots: PaddedCache, replaced_by: Tensor) -> None:
+    """The token in the staging slot overwrites the evicted one, or an empty slot of a row that is not full."""
+    assert slots.index is not None
+    columns = slots.columns()
+    place = ((replaced_by[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
+    arrived = columns[..., -1:] >= 0  # False where the new token is padding
+    slots.index.scatter_(2, place, torch.where(arrived, slots.index[..., -1:], slots.index.gather(2, place)))
+    slots.index[..., -1] = -1
+    for x in (slots.keys, slots.values, slots.extras["hash"]):
+        at = place.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[3])
+        came = arrived.expand(-1, x.shape[1], -1)[..., None]
+        x.scatter_(2, at, torch.where(came, x[:, :, -1:], x.gather(2, at)))
 
 
 def _add_staging_slot(slots: PaddedCache) -> None:
