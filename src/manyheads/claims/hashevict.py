@@ -62,7 +62,7 @@ claim = Claim(
         ),
         sizes=Sizes(
             quick={"subject": "default", "samples": 2, "perplexity.lengths": (256,), "rounds": 2},
-            cpu={"samples": 12, "rounds": 4},
+            cpu={"samples": 8, "rounds": 3},
             cuda={"samples": 192, "speed.lengths": (2048,), "rounds": 12},
         ),
         equal="slots",
