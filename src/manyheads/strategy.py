@@ -26,6 +26,7 @@ __all__ = [
     "DenoiserModule",
     "DenoiserPrediction",
     "Layers",
+    "LinearCompute",
     "Mixer",
     "Residual",
     "Strategy",
@@ -205,6 +206,27 @@ class BlockParts(Residual):
         """Read the block's input ``before``, its output ``hidden``, and outputs of its children by path, ``[B, T, D]``.
 
         Called before :meth:`residual`; change none of them.
+        """
+
+
+class LinearCompute(Strategy, ABC):
+    """Computes the linear layers of a model's blocks another way. At most one such strategy per layer.
+
+    ``layers`` counts blocks, as it does attention. Embeddings and the output head stand in no block.
+    """
+
+    def selects_linear(self, name: str, layer: int | None) -> bool:
+        """Whether this strategy computes the linear layer at the module path ``name``, in the block of ``layer``."""
+        del name
+        return self.layers is None or layer in self.layers
+
+    @abstractmethod
+    def linear(self, weight: "Tensor", bias: "Tensor | None") -> "Callable[[Tensor], Tensor]":
+        """What computes ``x W^T + b`` for ``x [..., K]``; made once when the port opens.
+
+        Args:
+            weight: ``[N, K]``, not to be changed.
+            bias: ``[N]`` or None.
         """
 
 

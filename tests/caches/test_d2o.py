@@ -24,8 +24,10 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def merged(x, into, similarity, weights):
-    """One kept vector after ``into``, the vectors that join it, each with its similarity."""
+def merged(x, into, similarity, weights, masses=()):
+    """One kept vector after ``into`` joined it, with their similarities, and the masses of it and of them."""
+    if weights == "attention":
+        return sum(m * y for m, y in zip(masses, [x, *into], strict=True)) / sum(masses)
     if weights == "code":
         return (x + sum(u * y for y, u in zip(into, similarity, strict=True))) / (1 + len(into))
     total = math.e + sum(math.exp(u) for u in similarity)
@@ -67,7 +69,8 @@ def by_hand(policy, q, k, v, sizes):
                     joins = [(i, u) for i, (u, to) in near.items() if to == c and u >= tau[h]]
                     if joins:
                         into, similarity = [before[i] for i, _ in joins], [u for _, u in joins]
-                        x[h, c] = merged(before[c], into, similarity, policy.weights)
+                        masses = [mass[h][c], *(mass[h][i] for i, _ in joins)]
+                        x[h, c] = merged(before[c], into, similarity, policy.weights, masses)
     return out, held, k, v
 
 
@@ -75,6 +78,7 @@ SPECS = {
     "slots": "d2o:budget=8",
     "fraction": "d2o:budget=0.6,recent_share=0.5",
     "code": "d2o:budget=7,weights=code,sinks=2",
+    "attention": "d2o:budget=7,weights=attention,sinks=2",
     "ema": "d2o:budget=7,alpha=0.2,beta=0.7,sinks=1,recent_share=0.4",
     "drop": "d2o:budget=8,merging=False",
     "no recent": "d2o:budget=6,recent_share=0,sinks=0",
@@ -100,7 +104,9 @@ def test_against_loops(spec, heads, padding):
                     assert_close(store.values[b, h, slot].double(), values[h, position], SAME)
 
 
-@pytest.mark.parametrize("other", ["weights=code", "alpha=0.9", "recent_share=0.6", "merging=False", "sinks=6"])
+@pytest.mark.parametrize(
+    "other", ["weights=code", "weights=attention", "alpha=0.9", "recent_share=0.6", "merging=False", "sinks=6"]
+)
 def test_control_of_the_loops(other):
     q, k, v = sequences(1, 4, sum(SIZES), seed=5)
     out, _, _ = drive(parse("d2o:budget=8"), q, k, v, SIZES)

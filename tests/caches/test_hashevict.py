@@ -8,9 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import manyheads
 from caches.formula import DIM, drive, sequences
 from manyheads import UserError, parse
-from tolerance import SAME, assert_close
+from manyheads.integrations.transformers import new_cache
+from oracles import models
+from tolerance import SAME, assert_close, error
 
 
 def by_hand(policy, q, k, v, sizes):
@@ -30,6 +33,8 @@ def by_hand(policy, q, k, v, sizes):
         sorted(set(range(policy.num_global)) | set(range(prompt)), key=lambda s: (s >= policy.num_global, -s))[:room]
         for _ in k
     ]
+    if policy.prompt == "hashed":
+        prompt, held = 0, [[] for _ in k]
     out = torch.zeros(q.shape[1], q.shape[0], DIM, dtype=torch.float64)
     for t in range(q.shape[1]):
         for h, mine in enumerate(held):
@@ -54,6 +59,8 @@ SPECS = {
     "reserve": "hashevict:budget=0.5,num_global=1,num_recent=1,reserve=12",
     "unprotected": "hashevict:budget=4,num_global=0,num_recent=0,num_bits=64,seed=3",
     "room for the prompt": "hashevict:budget=12,num_global=2,num_recent=3",
+    "hashed": "hashevict:budget=6,num_global=1,num_recent=2,prompt=hashed",
+    "hashed fraction": "hashevict:budget=0.5,num_global=1,num_recent=1,prompt=hashed",
 }
 SIZES = [10] + [1] * 12
 
@@ -83,6 +90,48 @@ def test_control_of_the_loops():
         assert [sorted(p for p in head if p >= 0) for head in kept[-1][0].tolist()] != held, (
             f"{name}={value} changes nothing"
         )
+
+
+@pytest.mark.parametrize("padding", [None, [0, 3]])
+@pytest.mark.parametrize("probe", ["query", "key"])
+def test_a_hashed_prompt_is_read_as_it_streams(probe, padding):
+    """In one forward, in pieces, or token by token: the same outputs, and the same tokens are left."""
+    policy = parse(f"hashevict:budget=7,num_global=1,num_recent=2,prompt=hashed,probe={probe}")
+    q, k, v = sequences(2, 4, 22, seed=3)
+    want, kept, _ = drive(policy, q, k, v, [22], padding)
+    for sizes in ([5, 17], [9, 4, 9], [4] + [1] * 18, [21, 1]):
+        out, also, _ = drive(policy, q, k, v, sizes, padding)
+        assert_close(out, want, SAME)
+        assert torch.equal(also[-1].sort(-1).values[..., -7:], kept[-1].sort(-1).values[..., -7:])
+    recent, others, _ = drive(parse(policy.spec.replace("prompt=hashed", "prompt=recent")), q, k, v, [22], padding)
+    assert not torch.equal(others[-1].sort(-1).values[..., -7:], kept[-1].sort(-1).values[..., -7:])
+    assert error(recent, want) > 100 * SAME  # there, every query of the prompt sees all before it
+
+
+def test_a_hashed_prompt_is_no_fork():
+    """What it keeps depends on a prefill of its own, so that none is shared with it."""
+    assert parse("hashevict").dense_prefill and not parse("hashevict:prompt=hashed").dense_prefill
+    model = models.build("llama")
+    ids = torch.arange(30)[None] % 40 + 1
+    with torch.no_grad(), manyheads.use(model):
+        full = new_cache(model, parse("full"), record=64)
+        model(ids, past_key_values=full)
+        with pytest.raises(UserError, match="no fork"):
+            full.fork(parse("hashevict:budget=12,num_global=1,num_recent=2,prompt=hashed"))
+
+
+def test_a_hashed_prompt_in_a_model():
+    """One forward of a model equals its pieces, and generation goes on from either."""
+    model = models.build("llama")
+    ids = torch.arange(40)[None] * 7 % 40 + 1
+    policy = parse("hashevict:budget=14,num_global=2,num_recent=4,prompt=hashed")
+    with torch.no_grad(), manyheads.use(model):
+        whole, pieces = new_cache(model, policy), new_cache(model, policy)
+        want = model(ids, past_key_values=whole).logits
+        found = [model(piece, past_key_values=pieces).logits for piece in ids.split([9, 20, 11], 1)]
+        assert_close(torch.cat(found, 1), want, SAME)
+        after = [model(ids[:, :1], past_key_values=cache).logits for cache in (whole, pieces)]
+        assert_close(after[0], after[1], SAME)
 
 
 def test_room_for_everything_is_full():
@@ -207,6 +256,7 @@ def test_hashes_take_an_eighth_of_a_byte_per_bit():
         "reserve=-1",
         "schedule=prefill",
         "probe=value",
+        "prompt=whole",
     ],
 )
 def test_refuses(fields):

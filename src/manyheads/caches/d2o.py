@@ -15,7 +15,9 @@ arXiv 2406.13035. Three operations:
   ones. Tokens with u_i >= tau are merged into their nearest, keys and values alike; the others are lost.
 
 ``weights="paper"`` makes a convex combination, w_c = e / Z and w_i = exp(u_i) / Z with Z = e + sum of exp(u_i).
-``weights="code"`` (released) is the plain mean of k_c and the u_i * k_i, which shortens keys where u_i < 1.
+``weights="code"`` (released) is the plain mean of k_c and the u_i * k_i, which shortens keys where u_i < 1. Both weigh
+a token that was hardly attended to like one that was, and many that merge into one push it aside, whatever attention it
+gets; ``weights="attention"`` (ours) is a convex combination by the attention that each received.
 
 Where this differs from paper or released code: with grouped queries the mass of a group is summed, and every key/value
 head evicts, merges and has its threshold for itself (released: keys repeated for all query heads, and one threshold
@@ -58,7 +60,7 @@ class D2O(EvictionStrategy):
         layer_alloc: ``variance`` of attention mass, or the same budget for all (``uniform``).
         skip_layers: ``none`` (paper), or ``code``: the first two layers and the last one are never compressed.
         merging: merge dropped tokens; without, they are lost.
-        weights: of a merger, ``paper`` (convex) or ``code``.
+        weights: of a merger, ``paper`` (convex), ``code`` or ``attention``.
         alpha, beta: of the threshold that was and of the new mean similarity.
     """
 
@@ -74,7 +76,9 @@ class D2O(EvictionStrategy):
         default="none", metadata={"help": "layers left whole: none (paper), or code: first two and last"}
     )
     merging: bool = field(default=True, metadata={"help": "merge dropped tokens into similar kept ones"})
-    weights: Literal["paper", "code"] = field(default="paper", metadata={"help": "of a merger: paper (convex) or code"})
+    weights: Literal["paper", "code", "attention"] = field(
+        default="paper", metadata={"help": "of a merger: paper (convex), code, or attention received"}
+    )
     alpha: float = field(default=0.5, metadata={"help": "weight of the similarity threshold so far"})
     beta: float = field(default=0.5, metadata={"help": "weight of the new mean similarity"})
     schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
@@ -150,9 +154,10 @@ class D2O(EvictionStrategy):
         similarity, target = nearest(view.k, at, kept)
         tau = self._threshold(view, similarity, gone)
         joins = gone & (similarity >= tau[..., None])
+        mass = view.accumulated_attention
         return (
-            absorb(view.k, at, target, similarity, joins, self.weights),
-            absorb(view.v, at, target, similarity, joins, self.weights),
+            absorb(view.k, at, target, similarity, joins, self.weights, mass),
+            absorb(view.v, at, target, similarity, joins, self.weights, mass),
         )
 
     def _threshold(self, view: CacheView, similarity: Tensor, gone: Tensor) -> Tensor:
@@ -185,9 +190,12 @@ def nearest(k: Tensor, at: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([x.values for x in found], 2), torch.cat([x.indices for x in found], 2)
 
 
-def absorb(x: Tensor, at: Tensor, target: Tensor, similarity: Tensor, joins: Tensor, weights: str) -> Tensor:
+def absorb(
+    x: Tensor, at: Tensor, target: Tensor, similarity: Tensor, joins: Tensor, weights: str, mass: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Merge slots of ``x [B, Hkv, N, d]`` into others: ``at`` into ``target``, both ``[B, Hkv, E]``, where ``joins``.
 
+    ``mass [B, Hkv, N]`` is what ``weights="attention"`` weighs by.
     Written as what a target gains, sum of w_i (x_i - x_c) / Z: it is exactly nothing where they are equal.
     """
     values = reference.widened(x)
@@ -195,11 +203,16 @@ def absorb(x: Tensor, at: Tensor, target: Tensor, similarity: Tensor, joins: Ten
     def pick(slots: Tensor) -> Tensor:
         return values.gather(2, slots[..., None].expand(*slots.shape, x.shape[3]))
 
+    own = torch.ones_like(values[..., 0])  # [B, Hkv, N]
     if weights == "paper":
-        own, weight, moved = math.e, torch.where(joins, similarity.exp(), 0.0), pick(at)
+        own, weight, moved = math.e * own, torch.where(joins, similarity.exp(), 0.0), pick(at)
+    elif weights == "attention":
+        assert mass is not None
+        own = mass.to(values.dtype).clamp(min=torch.finfo(torch.float32).tiny)
+        weight, moved = torch.where(joins, own.gather(2, at), 0.0), pick(at)
     else:
-        own, weight, moved = 1.0, joins.to(values.dtype), similarity[..., None] * pick(at)
-    total = torch.full_like(values[..., 0], own).scatter_add(2, target, weight)  # [B, Hkv, N]
+        weight, moved = joins.to(values.dtype), similarity[..., None] * pick(at)
+    total = own.scatter_add(2, target, weight)
     gain = torch.zeros_like(values).scatter_add(
         2, target[..., None].expand_as(moved), weight[..., None] * (moved - pick(target))
     )

@@ -10,7 +10,10 @@ slot is overwritten by the new token, and only then the model attends. The first
 
 Paper and released code differ in the probe. ``probe="query"`` (paper) hashes the current query; with grouped queries
 the distances of a group are summed (our choice: the paper does not say). ``probe="key"`` (released code) hashes the
-current key. A prompt longer than the cache keeps its global and most recent tokens (released code's default).
+current key. A prompt longer than the cache keeps its global and most recent tokens (released code's default): of what
+lies between nothing is chosen, and on a long prompt read at once this is StreamingLLM. With ``prompt="hashed"`` (ours)
+a prompt is read as decoding would: each of its tokens is hashed, evicts one and attends to what is left, in one forward
+as in many. It needs a mask of T x N per key/value head; read long prompts in chunks.
 
 Budget: the cache holds N slots per head, N = ``budget`` if that is a whole number, else
 ceil(budget * (prompt + reserve)) fixed at the first forward; the released code reserves max_new_tokens there. While
@@ -47,6 +50,8 @@ class HashEvict(EvictionStrategy):
 
     Attributes:
         probe: what is hashed to find the token to evict, ``query`` (paper) or ``key`` (released code).
+        prompt: of one longer than the cache, ``recent`` keeps the most recent tokens (released code), ``hashed`` evicts
+            token by token.
         num_bits: random projections per hash.
         num_global: first tokens that are never evicted.
         num_recent: last tokens before the new one that are never evicted.
@@ -57,6 +62,9 @@ class HashEvict(EvictionStrategy):
     exact_chunks: ClassVar[bool] = True
 
     probe: Literal["query", "key"] = field(default="query", metadata={"help": "query (paper) or key (released code)"})
+    prompt: Literal["recent", "hashed"] = field(
+        default="recent", metadata={"help": "prompt longer than the cache: recent (released code), or hashed"}
+    )
     num_bits: int = field(default=16, metadata={"help": "random projections per hash"})
     num_global: int = field(default=4, metadata={"help": "first tokens that are never evicted"})
     num_recent: int = field(default=10, metadata={"help": "last tokens that are never evicted"})
@@ -75,11 +83,15 @@ class HashEvict(EvictionStrategy):
     def protected(self) -> int:
         return self.num_global + self.num_recent + 1  # and the slot that the new token takes
 
+    @property
+    def dense_prefill(self) -> bool:  # type: ignore[override]
+        return self.prompt == "recent"
+
     def store(self, site: Site) -> "HashStore":
         return HashStore(self, site)
 
     def score(self, view: CacheView) -> Tensor:
-        """The prompt keeps its global and most recent tokens."""
+        """A prompt that is not hashed keeps its global and most recent tokens."""
         return view.positions.float().masked_fill(view.positions < self.num_global, torch.inf)
 
     def projections(self, head_dim: int, layer: int, device: torch.device) -> Tensor:
@@ -121,10 +133,14 @@ class HashStore(PolicyStore):
     def mask(self, call: AttentionCall) -> AttentionCall:
         """Choose what each of the T new tokens evicts, one after the other, and mask it from that token's query on."""
         hidden = super().mask(call)
-        if self._forwards == 0:
+        first = self._forwards == 0
+        if first and self.policy.prompt == "recent":
             return hidden
         slots, new = self.live, call.q.shape[2]
         fresh = self._hash(call.k[:, :, -new:])
+        if first:
+            self._fix_capacity(slots.counts())
+            slots.extras = {"hash": fresh}
         slots.extras["hash"][:, :, -new:] = fresh
         if slots.seen <= self._capacity:
             return hidden  # the longest row was never full, and no other fills before it
@@ -145,29 +161,36 @@ class HashStore(PolicyStore):
         slots, new, replaced_by = self.live, call.q.shape[2], self._replaced_by
         self._replaced_by = None
         if replaced_by is not None and self._has_staging_slot:
-            self._move_in(slots, replaced_by)
+            _move_in(slots, replaced_by)
         elif replaced_by is not None:
-            kept = (replaced_by == new) & (slots.columns() >= 0)
-            order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : self._capacity]
-            slots.keep(order, kept.gather(2, order))
-            if slots.size == self._capacity and not slots.keys.requires_grad:
-                _add_staging_slot(slots)
-                self._has_staging_slot = True
+            _drop(self, replaced_by == new)
         if self.site.window is not None and not self._has_staging_slot:
             drop_outside_window(slots, self.site.window)
 
     def compress(self, view: CacheView, share: Tensor | float | None = None) -> None:
-        """Fix the capacity, hash the prompt's keys, keep its global and most recent tokens."""
+        """Fix the capacity, hash the prompt's keys, keep its global and most recent tokens or those not replaced."""
+        slots = self.live
+        if self.policy.prompt == "hashed":
+            if self._replaced_by is not None:
+                _drop(self, self._replaced_by == slots.size)
+                self._replaced_by = None
+            elif slots.seen > self._capacity:
+                raise UserError("hashevict:prompt=hashed reads a prompt by itself: it is no fork of another cache")
+            return
+        self._fix_capacity(view.counts)
+        slots.extras = {"hash": self._hash(view.k)}
+        super().compress(view, share)
+
+    def _fix_capacity(self, counts: Tensor) -> None:
+        """Slots of each row and of the longest, from the tokens ``[B]`` of the first forward."""
         slots, budget = self.live, self.policy.budget
         if isinstance(budget, int) or budget == 1.0:
             self._capacity = budget if isinstance(budget, int) else _UNBOUNDED
-            self._caps = torch.full_like(view.counts, self._capacity)
+            self._caps = torch.full_like(counts, self._capacity)
         else:
             least = self.policy.protected  # also of a prompt that is shorter: the capacity is fixed by it
             self._capacity = max(keep_limit(budget, slots.seen + self.policy.reserve), least)
-            self._caps = keep_counts(budget, view.counts + self.policy.reserve).clamp(min=least)
-        slots.extras = {"hash": self._hash(view.k)}
-        super().compress(view, share)
+            self._caps = keep_counts(budget, counts + self.policy.reserve).clamp(min=least)
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
@@ -205,7 +228,9 @@ class HashStore(PolicyStore):
         alive = positions >= 0
         alive[..., size - new :] = False
         replaced_by = torch.full_like(positions, new)
-        for t in range(new):
+        filling = max(0, min(new, int(caps.min()) - (size - new)))  # tokens that surely find an empty slot
+        alive[..., size - new : size - new + filling] = positions[..., size - new : size - new + filling] >= 0
+        for t in range(filling, new):
             distance = hamming(probes[:, :, t, None], hashes).unflatten(1, (heads, -1)).sum(2)
             mine = positions[..., size - new + t, None]  # also the number of tokens before it
             spared = (positions < policy.num_global) | (positions >= mine - policy.num_recent)
@@ -219,18 +244,30 @@ class HashStore(PolicyStore):
             alive[..., size - new + t] = mine[..., 0] >= 0
         return replaced_by
 
-    def _move_in(self, slots: PaddedCache, replaced_by: Tensor) -> None:
-        """The token in the staging slot overwrites the evicted one, or an empty slot of a row that is not full."""
-        assert slots.index is not None
-        columns = slots.columns()
-        place = ((replaced_by[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
-        arrived = columns[..., -1:] >= 0  # False where the new token is padding
-        slots.index.scatter_(2, place, torch.where(arrived, slots.index[..., -1:], slots.index.gather(2, place)))
-        slots.index[..., -1] = -1
-        for x in (slots.keys, slots.values, slots.extras["hash"]):
-            at = place.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[3])
-            came = arrived.expand(-1, x.shape[1], -1)[..., None]
-            x.scatter_(2, at, torch.where(came, x[:, :, -1:], x.gather(2, at)))
+
+def _drop(store: HashStore, kept: Tensor) -> None:
+    """Keep the slots ``kept [B, Hs, N]``, and make the place in which new tokens wait once all are taken."""
+    slots = store.live
+    kept = kept & (slots.columns() >= 0)
+    order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : store._capacity]
+    slots.keep(order, kept.gather(2, order))
+    if slots.size == store._capacity and not slots.keys.requires_grad:
+        _add_staging_slot(slots)
+        store._has_staging_slot = True
+
+
+def _move_in(slots: PaddedCache, replaced_by: Tensor) -> None:
+    """The token in the staging slot overwrites the evicted one, or an empty slot of a row that is not full."""
+    assert slots.index is not None
+    columns = slots.columns()
+    place = ((replaced_by[..., :-1] == 0).int() * 2 + (columns[..., :-1] < 0).int()).argmax(-1, keepdim=True)
+    arrived = columns[..., -1:] >= 0  # False where the new token is padding
+    slots.index.scatter_(2, place, torch.where(arrived, slots.index[..., -1:], slots.index.gather(2, place)))
+    slots.index[..., -1] = -1
+    for x in (slots.keys, slots.values, slots.extras["hash"]):
+        at = place.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[3])
+        came = arrived.expand(-1, x.shape[1], -1)[..., None]
+        x.scatter_(2, at, torch.where(came, x[:, :, -1:], x.gather(2, at)))
 
 
 def _add_staging_slot(slots: PaddedCache) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UserError
-from ..strategy import Attention, Cache, Denoiser, Mixer, Residual, Strategy
+from ..strategy import Attention, Cache, Denoiser, LinearCompute, Mixer, Residual, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class CausalLM(Subject):
     """
 
     kind = "causal_lm"
-    kinds = (Attention, Cache, Residual)
+    kinds = (Attention, Cache, LinearCompute, Residual)
 
     def __init__(
         self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from ..call import Site, Store
 from ..errors import UserError
-from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Residual, Strategy
+from ..strategy import Attention, AttentionCompute, Cache, Denoiser, LinearCompute, Residual, Strategy
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
@@ -29,6 +29,7 @@ from .forwards import by_place, count_forwards
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
 from .linear import LinearState, find_linear
+from .linear_layers import LinearLayers
 from .passes import Passes, missed, stack_of
 from .prompt_chunks import begin_forward, watch_generate
 from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
@@ -48,6 +49,7 @@ class Port:
         self._entries: list[tuple[Site, nn.Module, BoundStrategy]] = []
         self._restorers: list[Callable[[], None]] = []
         self._passes: list[tuple[Site, BoundStrategy, SiteState, Passes]] = []
+        self._linears: list[LinearLayers] = []
         self._ran = False
         self.thread: threading.Thread | None = None
 
@@ -80,7 +82,12 @@ class Port:
                         "all its calls go through that port: run the threads inside one `with manyheads.use(...)`"
                     )
         self._entries, self._passes, self.thread = [], [], threading.current_thread()
+        self._linears = []
         try:
+            for computing in (s for s in self.strategies if isinstance(s, LinearCompute)):
+                self._linears.append(LinearLayers(self.model, sites, computing))
+                self._restorers.append(self._linears[-1].detach)
+                self._linears[-1].attach()
             own = register_own((module for _, module in sites), ATTENTION)
             self._restorers.append(switch_configs(self.model, own))
             for site, module in sites:
@@ -128,6 +135,8 @@ class Port:
         self._restore()
         if kind is None:
             self._check_called()
+            for linears in self._linears:
+                linears.check()
             for sentence in missed(done):
                 warnings.warn(sentence, stacklevel=2)
 
@@ -148,6 +157,8 @@ class Port:
         for strategy in self.strategies:
             if isinstance(strategy, Denoiser):
                 raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
+            if isinstance(strategy, LinearCompute) and not isinstance(strategy, (Attention, Residual, Cache)):
+                continue
             if not isinstance(strategy, (Attention, Residual, Cache)):
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "

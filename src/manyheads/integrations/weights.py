@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-__all__ = ["effective_weight", "input_width", "weight_of"]
+__all__ = ["effective_weight", "held_weight", "input_width", "weight_of"]
 
 _ROWS = 1024  # unit vectors at a time
 _LINEAR = 1e-2  # how far from linear a layer may be, for those that quantise what they are given
@@ -57,7 +57,7 @@ def effective_weight(layer: nn.Module, name: str = "layer", dtype: torch.dtype |
     Raises:
         UserError: the layer cannot be asked: its weights are nowhere, it raises, or it is not linear.
     """
-    if (held := _held(layer)) is not None:
+    if (held := held_weight(layer)) is not None:
         return held
     width = input_width(layer)
     if width is None:
@@ -78,8 +78,8 @@ def effective_weight(layer: nn.Module, name: str = "layer", dtype: torch.dtype |
     return found
 
 
-def _held(layer: nn.Module) -> Tensor | None:
-    """The weight of a layer that is nothing but its weight and bias, ``[out, in]``."""
+def held_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of a layer that is nothing but its weight and bias, ``[out, in]``; None of any other."""
     turned = type(layer).__name__ == "Conv1D"
     if "forward" in vars(layer) or not (type(layer) is nn.Linear or turned):  # hooks of accelerate replace forward
         return None

@@ -67,9 +67,38 @@ def test_planted_channels_leave_the_model_and_break_plain_int4(subject, tmp_path
     assert harm["int4"] > 3 * harm["fireq"]
 
 
-def test_a_factor_that_rounds_is_refused(subject, tmp_path):
+@pytest.mark.parametrize("planted", [{"outliers": 3.0}, {"channels": 3.0}])
+def test_a_factor_that_rounds_is_refused(subject, tmp_path, planted):
     with pytest.raises(UserError, match="changed what the model computes"):
-        losses(subject, tmp_path, Perplexity(lengths=(LENGTH,), samples=1, outliers=3.0))
+        losses(subject, tmp_path, Perplexity(lengths=(LENGTH,), samples=1, **planted))
+
+
+def test_planted_inputs_leave_the_model_and_break_int4_weights(subject, tmp_path):
+    """Beside that, only the arms that are named are measured."""
+    whole = "activations=whole,group=128"
+    arms = (Arm("rough", f"fireq.linear:smoothing=none,{whole}"), Arm("smooth", f"fireq.linear:{whole}"))
+    found = {
+        factor: losses(
+            subject, tmp_path / str(factor),
+            Perplexity(lengths=(LENGTH,), samples=2, target=TARGET, channels=factor, only=("full", "rough", "smooth")),
+            *arms, Arm("small", "streaming_llm:schedule=step", 8),
+        )
+        for factor in (0.0, 64.0)
+    }  # fmt: skip
+    assert found[0.0]["full"] == found[64.0]["full"] and set(found[0.0]) == {"full", "rough", "smooth"}
+    harm = {
+        arm: max(abs(a - b) for a, b in zip(found[64.0][arm], found[0.0]["full"], strict=True))
+        for arm in ("rough", "smooth")
+    }
+    assert harm["rough"] > 2 * harm["smooth"]
+
+
+def test_keys_that_are_normed_cannot_be_planted():
+    from manyheads.tasks.text._outliers import why_no_keys
+    from oracles import models
+
+    assert "normalises its keys" in why_no_keys(models.build("qwen3"))
+    assert why_no_keys(models.build("llama")) is None
 
 
 def test_repeated_text_holds_its_passage_over_and_over(subject):

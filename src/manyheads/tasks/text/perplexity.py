@@ -12,7 +12,7 @@ import torch
 from ...errors import UserError
 from ...experiment.rows import Metric, Row, WorkUnit
 from ...experiment.task import RunContext
-from ._outliers import check_same, planted
+from ._outliers import check_same, planted, planted_channels, why_no_keys
 from ._prefill import Prefix, chunk_size, forward_chunked, token_nll
 from ._text_task import TARGET, TextTask, model_of, tensor
 
@@ -33,6 +33,8 @@ class Perplexity(TextTask):
             text goes through a cache that is full. 0 reads the context whole, and compresses then.
         outliers: factor of key channels that are planted in the model, a power of two, see :mod:`._outliers`; 0 leaves
             the model as it is.
+        channels: the same of input channels of linear layers.
+        only: keys of the arms that are measured, the baseline among them; all when empty.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("token_nll", "loss, nats/token", "nats/token"),)
@@ -41,6 +43,8 @@ class Perplexity(TextTask):
     piece: int = 0
     start: int = 0
     outliers: float = 0.0
+    channels: float = 0.0
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,17 +55,24 @@ class Perplexity(TextTask):
         most = run.subject.max_context  # type: ignore[attr-defined]
         if self.lengths[-1] + self.target > most:
             return f"{run.subject.name} reads {most} tokens, not the {self.lengths[-1] + self.target} that are needed"
-        return super().unsupported_reason(run)
+        reason = why_no_keys(model_of(run)) if self.outliers else None
+        return reason or super().unsupported_reason(run)
 
     def model(self, run: RunContext) -> Any:
-        if not self.outliers:
+        if not (self.outliers or self.channels):
             return model_of(run)
-        rng = run.rng(outliers=self.outliers)
-        return run.kept(("outliers", self.outliers), lambda: planted(model_of(run), self.outliers, rng))
+
+        def make() -> Any:
+            model = model_of(run)
+            if self.outliers:
+                model = planted(model, self.outliers, run.rng(outliers=self.outliers))
+            return planted_channels(model, self.channels, run.rng(channels=self.channels)) if self.channels else model
+
+        return run.kept(("outliers", self.outliers, self.channels), make)
 
     def guard(self, run: RunContext) -> None:
         super().guard(run)
-        if self.outliers:
+        if self.outliers or self.channels:
             ids = tensor(run, [self.contexts(run).plain("guard", _GUARDED, 1, 0)[0][0]])
             check_same(model_of(run), self.model(run), ids)
 
@@ -73,7 +84,8 @@ class Perplexity(TextTask):
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         """One prefill serves all lengths: it reads on from one to the next."""
-        first, last, arms = unit.params["first"], unit.params["last"], self.arms_of(run, unit)
+        first, last = unit.params["first"], unit.params["last"]
+        arms = [arm for arm in self.arms_of(run, unit) if not self.only or arm.key in self.only]
         contexts, model = self._texts(run)[first:last], self.model(run)
         ids = tensor(run, [context for context, _, _ in contexts])
         prefix: Prefix | None = None

@@ -2,8 +2,9 @@
 """Store old tokens in 4 bits, after making the channels of a key alike so that 4 bits are enough.
 
 Oh et al., "FireQ: Fast INT4-FP8 Kernel and RoPE-aware Quantization for LLM Inference Acceleration", arXiv 2505.20839;
-of that paper the cache. Keys and values are stored as INT4 with one scale per token and head. A few channels of a key
-are much larger than the others, the same ones in every token: they set the scale, and the other channels round to zero.
+of that paper the cache. :mod:`.linear` has its linear layers: ``use(model, "fireq.linear", "fireq")`` is both. Keys and
+values are stored as INT4 with one scale per token and head. A few channels of a key are much
+larger than the others, the same ones in every token: they set the scale, and the other channels round to zero.
 So every channel of a key is multiplied by a factor first and the query is divided by it, which leaves q k unchanged:
 
     pre:  s_i = s_{i+d/2} = alpha / max_t sqrt(k_{t,i}^2 + k_{t,i+d/2}^2)     per key/value head and rotary pair
@@ -21,7 +22,7 @@ largest of its head, so that one silent in the prompt cannot drown the others wh
 ``window_tokens`` tokens stay in the model's dtype, where factors on keys and queries cost a rounding, and each token is
 quantised once, when it leaves them (ours; the paper quantises at once). Codes are -7..7 as absmax / 7 gives them; the
 scale is rounded to bfloat16 before the codes are made (the released code: after). Queries stay in the model's dtype:
-the paper's FP8 queries and INT4 weights serve its kernels, not the cache.
+the paper's FP8 queries serve its prefill kernel, which is not built here.
 
 Sliding-window layers hold few tokens and are left as the base strategy keeps them; latent caches (MLA) are refused.
 """
@@ -32,17 +33,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..attention import rope
-from ..attention.budget import Budget
-from ..attention.codec import Codec, codec
-from ..call import Site
-from ..errors import UserError
-from ._store import PolicyStore
-from ._strategy import EvictionStrategy
-from ._view import CacheView
-from ._wrap import Wrapper
+from ...attention import rope
+from ...attention.budget import Budget
+from ...attention.codec import Codec, codec
+from ...call import Site
+from ...errors import UserError
+from .._store import PolicyStore
+from .._strategy import EvictionStrategy
+from .._view import CacheView
+from .._wrap import Wrapper
+from .linear import FireQLinear
 
-__all__ = ["FireQ"]
+__all__ = ["FireQ", "FireQLinear"]
 
 _FLOOR = 1e-3  # of the largest channel of the head, the least that a channel counts as
 _BLOCK = 4096  # keys looked at together
