@@ -56,7 +56,8 @@ claim = Claim(
                 "arms": (*(aligned(base, rule) for base in (T5, READER) for rule in RULES[:2] + RULES[3:]), READER),
             },
             cpu={
-                "steps": 300, "tune_steps": 60, "recall_in_text.samples": 48, "parameters": 170_000, "batch": 8,
+                "steps": 300, "tune_steps": 60, "recall_in_text.samples": 32, "parameters": 170_000, "batch": 16,
+                "recall_in_text.length": 64, "passage_among_filler.samples": 64,
             },
             cuda={
                 "seeds": 8, "dim": 192, "heads": 4, "length": 256, "batch": 64, "pairs": 6, "keys": 24, "asked": 8,
