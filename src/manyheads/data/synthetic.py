@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["associative_recall", "planted_values"]
+__all__ = ["associative_recall"]
 
 
 def associative_recall(
@@ -51,38 +51,3 @@ def associative_recall(
     ids.scatter_(1, at + 1, value.gather(1, order))
     loss_mask.scatter_(1, at, True)
     return ids, loss_mask[:, :-1]
-
-
-def planted_values(
-    batch: int, length: int, filler: int, kinds: int, values: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A value of each kind anywhere among filler; at the end each kind is asked for once and its value follows.
-
-    Args:
-        batch: B sequences.
-        length: T tokens to predict from; more than ``3 * kinds``.
-        filler: tokens that stand for nothing, the first of the vocabulary; behind them a question for each kind, and
-            the values of the first kind, the second, ...
-        kinds: values to be found.
-        values: that a kind has.
-        generator: of all draws; its device is that of the result.
-
-    Returns:
-        ``ids [B, T + 1]`` and ``loss_mask`` bool ``[B, T]``, True where the next token is a value asked for.
-
-    Raises:
-        UserError: the length does not hold so many kinds.
-    """
-    if length + 1 < 3 * kinds:
-        raise UserError(f"{kinds} values and questions need a length of {3 * kinds - 1}")
-    device = generator.device
-    ids = torch.randint(filler, (batch, length + 1), generator=generator, device=device)
-    drawn = torch.randint(values, (batch, kinds), generator=generator, device=device)
-    value = filler + kinds + torch.arange(kinds, device=device) * values + drawn
-    places = torch.rand(batch, length + 1 - 2 * kinds, generator=generator, device=device).argsort(1)[:, :kinds]
-    ids.scatter_(1, places, value)
-    order = torch.rand(batch, kinds, generator=generator, device=device).argsort(1)
-    ids[:, -2 * kinds :: 2], ids[:, 1 - 2 * kinds :: 2] = filler + order, value.gather(1, order)
-    loss_mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    loss_mask[:, 1 - 2 * kinds :: 2] = True
-    return ids, loss_mask
