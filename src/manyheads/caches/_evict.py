@@ -6,10 +6,13 @@ from torch import Tensor
 
 from ..attention import reference
 from ..attention.padded import PaddedCache
+from ..errors import warn
 from ._policy import CachePolicy
 from ._view import CacheView
 
-__all__ = ["keep_best"]
+__all__ = ["keep_best", "warn_of_few"]
+
+_FEW = 16  # tokens of a prompt: what is answered from fewer is often wrong
 
 
 def keep_best(
@@ -58,3 +61,12 @@ def keep_best(
         slots.keys, slots.values = merged
     slots.keep(order, kept, whole and slots.even)
     return ragged
+
+
+def warn_of_few(policy: CachePolicy, kept: int, size: int) -> None:
+    """Say it where a fraction keeps few of ``size`` tokens; codes are small, so that more stay than it says."""
+    if kept < min(_FEW, size) and not isinstance(policy.budget, int) and policy.codec is None:
+        warn(
+            f"{policy.spec} keeps {kept} of {size} tokens of this prompt, and answers from so few are often wrong: give "
+            "a larger budget, or a number of tokens such as budget=64"
+        )

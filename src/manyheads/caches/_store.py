@@ -10,8 +10,8 @@ from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
 from ..call import AttentionCall, Site, Store
-from ..errors import UserError, warn
-from ._evict import keep_best
+from ..errors import UserError
+from ._evict import keep_best, warn_of_few
 from ._policy import CachePolicy
 from ._tokens import Tokens
 from ._view import CacheView, QueryWindow
@@ -19,7 +19,6 @@ from ._view import CacheView, QueryWindow
 __all__ = ["PolicyStore", "drop_outside_window", "view_of"]
 
 _RECEIVED = "accumulated_attention"  # among the extras of each slot
-_FEW = 16  # tokens of a prompt: what is answered from fewer is often wrong
 
 
 def drop_outside_window(slots: PaddedCache, window: int) -> None:
@@ -187,7 +186,8 @@ class PolicyStore(Store):
             self.tokens.key_scale, self._scaled = policy.key_scale(view), True
         if evicting:
             self.compress(view)
-            _warn_of_few(self, view)
+            if self._forwards == 1 and self.site.layer == min(self.site.peers, default=self.site.layer):
+                warn_of_few(policy, self._limits(view.counts)[1], view.positions.shape[2])
         if self.record:
             earlier = {} if self._evidence is None else self._evidence.shared
             view.shared.update({name: x for name, x in earlier.items() if name.startswith("angle_")})
@@ -270,20 +270,6 @@ class PolicyStore(Store):
         self.tokens.crop(count)
         self._queries = None
         self._since = max(0, self._since - count)
-
-
-def _warn_of_few(store: PolicyStore, view: CacheView) -> None:
-    """Say it where a fraction leaves few tokens of a prompt; codes are small, so that more tokens stay than it says."""
-    policy, site = store.policy, store.site
-    first = store._forwards == 1 and site.layer == min(site.peers, default=site.layer)
-    if not first or isinstance(policy.budget, int) or policy.codec is not None:
-        return
-    _, limit = store._limits(view.counts)
-    if limit < min(_FEW, view.positions.shape[2]):
-        warn(
-            f"{policy.spec} keeps {limit} of {view.positions.shape[2]} tokens of this prompt, and answers from so few "
-            f"are often wrong: give a larger budget, or a number of tokens such as budget=64"
-        )
 
 
 def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
