@@ -9,7 +9,6 @@ import torch
 
 import manyheads
 from manyheads.attention.rope import rotate
-from manyheads.data.recall_and_facts import CONTEXTUAL, CONTRADICTED, FACT, LENGTH, VOCAB, facts, recall_and_facts
 from manyheads.errors import UserError
 from manyheads.lenses.massive_values import agreement, massive, peak
 from oracles import dense, models
@@ -331,20 +330,3 @@ def test_refusals():
         model(ids)
     with pytest.raises(UserError, match="massive_values"):
         manyheads.parse("massive_values:damage=all")
-
-
-def test_recall_and_facts():
-    """Every label is where its kind says, and nowhere else."""
-    table = facts()
-    ids, label, kind = recall_and_facts(512, table, torch.Generator().manual_seed(0))
-    assert ids.shape == (512, LENGTH) and int(ids.max()) < VOCAB
-    shares = [(kind == which).float().mean().item() for which in (CONTEXTUAL, FACT, CONTRADICTED)]
-    assert np.allclose(shares, [0.5, 0.25, 0.25], atol=0.07)
-    for row, right, which in zip(ids.tolist(), label.tolist(), kind.tolist(), strict=True):
-        pairs = dict(zip(row[1:9:2], row[2:9:2], strict=True))
-        assert len(pairs) == 4 and max(pairs) < 32 <= min(pairs.values()) and row[0] == 64
-        assert row[-2] == (65 if which == CONTEXTUAL else 66)
-        assert (row[-1] in pairs) == (which != FACT)
-        assert right == (pairs[row[-1]] if which == CONTEXTUAL else int(table[row[-1]]))
-    again = recall_and_facts(512, table, torch.Generator().manual_seed(0))
-    assert torch.equal(again[0], ids) and not torch.equal(facts(1), table)
