@@ -2,8 +2,8 @@
 """How many refusals are left when heads are taken out: those that write along the refusal direction, or random ones.
 
 A published chat model of little size refuses next to nothing (``before tuning`` says how much), so that refusals are
-tuned in, as the paper tunes them: all weights but the embeddings, for a few steps, 4 requests to be refused with one
-refusal to 8 harmless ones with the model's own greedy answers. A copy is tuned under each arm, on the same batches. In
+tuned in, as the paper tunes them: all weights but the embeddings, for a few steps, requests to be refused with one refusal,
+and as many harmless ones or more with the model's own greedy answers. A copy is tuned under each arm, on the same batches. In
 it the direction of refusal is found on the acts that were tuned on and chosen on others; on requests about acts that it
 has not seen heads are ranked prompt by prompt and zeroed, and the greedy reply is judged by its phrases
 (:func:`manyheads.data.requests.is_refusal`).
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Refusals"]
 
-_FEW, _MANY = 4, 8  # requests of a step: to be refused, and anchors
+_FEW = 4  # requests to be refused in a step
 _CHOICE = 4  # acts that the direction is chosen on
 _BLOCKS = (0.3, 0.45, 0.6, 0.75)  # of the depth: where the direction is looked for
 _REPLY = 8  # tokens of a reply that is judged, of REFUSAL all but its last
@@ -48,11 +48,10 @@ Heads = Sequence[tuple[str, ...]]  # of each prompt
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Requests of one kind: tokens, the act of each, and the name of each."""
+    """Requests of one kind: tokens, and the act of each."""
 
     ids: list[Ids]
     acts: list[int]
-    names: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,8 @@ class Refusals(WindowTask):
 
     Attributes:
         steps: of tuning.
-        lr: its highest rate.
+        anchors: harmless requests in a step, beside four to be refused; 16 in the paper.
+        lr: the highest rate.
         counts: of heads taken out.
         acts: how many of :data:`manyheads.data.requests.ACTS` are tested; the others are tuned on.
         draws: of random heads, of the layers of the ranked ones.
@@ -83,6 +83,7 @@ class Refusals(WindowTask):
     tokens: int = 96
     windows_of: int = 8
     steps: int = 30
+    anchors: int = 16
     lr: float = 5e-5
     counts: tuple[int, ...] = (8, 32)
     acts: int = 12
@@ -117,8 +118,8 @@ class Refusals(WindowTask):
             yield from self._without(run, arm, seed, model, test, drawn, count, "random")
         total = tables[0].values[0].size
         share = strength(tables[0], total // 10) / strength(tables[0], total)
-        for name, value in zip(test[0].names, share, strict=True):
-            yield self.row("score_share", arm, value, name, seed=seed)
+        for act, value in zip(test[0].acts, share, strict=True):
+            yield self.row("score_share", arm, value, f"act {act}", seed=seed)
         with torch.no_grad():
             yield from self.each("text_nll", arm, nll(model, self.windows(run)).mean(1).tolist(), seed=seed)
         run.advance(unit.cost / 2)
@@ -127,22 +128,20 @@ class Refusals(WindowTask):
         """Requests to be refused (kind 0) or harmless ones (1), of the acts that a use has.
 
         The acts of the test and of the choice of the direction are two shares of the list, in an order that a run
-        draws; the others are tuned on. Those of the test are worded in the last two ways, the others in all three.
+        draws; the others are tuned on. Those of the test are worded in the last way, which tuning and the direction do
+        not meet.
         """
         tokenizer: Any = cast(CausalLM, run.subject).tokenizer
         order = run.rng(acts="refusals").permutation(len(ACTS)).tolist()
-        parts = {
-            "test": order[: self.acts], "choice": order[self.acts : self.acts + _CHOICE],
-            "tuning": order[self.acts + _CHOICE :],
-        }  # fmt: skip
-        made = _Prompts([], [], [])
-        for act in parts[use]:
-            for i, phrasing in enumerate(PHRASINGS[1:] if use == "test" else PHRASINGS[:1] if use == "choice" else PHRASINGS):
-                text = rendered(tokenizer, [{"role": "user", "content": phrasing.format(ACTS[act][kind])}])
-                made.ids.append(tokenizer.encode(text, add_special_tokens=False))
-                made.acts.append(act)
-                made.names.append(f"{act}/{i}")
-        return made
+        test, choice = self.acts, self.acts + _CHOICE
+        acts, wordings = {
+            "test": (order[:test], PHRASINGS[2:]), "choice": (order[test:choice], PHRASINGS[:1]),
+            "direction": (order[choice:], PHRASINGS[:1]), "tuning": (order[choice:], PHRASINGS[:2]),
+        }[use]  # fmt: skip
+        asked = [(act, wording) for act in acts for wording in wordings]
+        texts = [rendered(tokenizer, [{"role": "user", "content": w.format(ACTS[act][kind])}]) for act, w in asked]
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return _Prompts(ids, [act for act, _ in asked])
 
     def _tuned(self, run: RunContext, unit: WorkUnit, arm: Arm, seed: int) -> Any:
         """A copy of the subject's model that refuses, in the precision of the subject."""
@@ -160,7 +159,7 @@ class Refusals(WindowTask):
 
         def draw(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             rng = run.rng(tune="refusals", seed=seed, step=step)
-            first, second = rng.permutation(len(bad))[:_FEW], rng.permutation(len(good))[:_MANY]
+            first, second = rng.permutation(len(bad))[:_FEW], rng.permutation(len(good))[: self.anchors]
             return (
                 _batch([bad[i] for i in first], [refusal] * len(first), run.device),
                 _batch([good[i] for i in second], [kept[i] for i in second], run.device),
@@ -182,7 +181,7 @@ class Refusals(WindowTask):
         from ...lenses.safety_heads import find_direction
 
         tokenizer: Any = cast(CausalLM, run.subject).tokenizer
-        train, check = ([self._tensors(run, kind, use) for kind in (0, 1)] for use in ("tuning", "choice"))
+        train, check = ([self._tensors(run, kind, use) for kind in (0, 1)] for use in ("direction", "choice"))
         answers = [tokenizer.encode(REFUSAL, add_special_tokens=False)[0]]
         layers = model.config.num_hidden_layers
         blocks = sorted({int(part * layers) for part in _BLOCKS})
@@ -230,8 +229,7 @@ class Refusals(WindowTask):
             ("refused", found[0]), ("wrongly_refused", found[1]), ("kept_apart", found[0] - found[1])
         ):  # fmt: skip
             for i, value in enumerate(values):
-                context = f"act {test[0].acts[i]}"
-                yield self.row(name, arm, value, test[0].names[i], context=context, seed=seed, at=at)
+                yield self.row(name, arm, value, f"act {test[0].acts[i]}", seed=seed, at=at)
 
 
 def _refused(model: Any, tokenizer: Any, prompts: _Prompts, heads: Heads) -> list[float]:
