@@ -40,7 +40,7 @@ claim = Claim(
                 "subject": "default", "text": "code", "letters": "code", "ratio": 100.0, "windows_of": 4, "tokens": 128,
                 "steps": 40, "dim": 32, "length": 24, "batch": 24, "sequences": 32,
             },
-            cpu={"windows_of": 16, "tokens": 256, "steps": 500, "dim": 48, "length": 32, "batch": 32, "seeds": 1},
+            cpu={"windows_of": 16, "tokens": 192, "steps": 250, "dim": 48, "length": 32, "batch": 32, "seeds": 1},
             cuda={"windows_of": 32, "tokens": 512, "steps": 500, "dim": 64, "length": 48, "batch": 128},
         ),
     ),

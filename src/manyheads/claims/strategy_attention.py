@@ -32,7 +32,7 @@ claim = Claim(
         tasks=(InstructedReplies(turns=TURNS),),
         sizes=Sizes(
             quick={"subject": "default", "source": "made", "samples": 2, "reply": 4},
-            cpu={"samples": 16},
+            cpu={"samples": 12},
             cuda={"samples": 64, "reply": 24},
         ),
     ),
