@@ -29,7 +29,9 @@ def rounded(bits: int, *keep: str) -> tuple[Arm, ...]:
 
 WAYS = ("top", "random", "bottom")
 FEW = damaged(*((way, "qk", 1) for way in WAYS), ("top", "qk", 2), ("random", "qk", 2), ("top", "v", 1))
-MANY = damaged(*((way, of, count) for of, counts in (("qk", (1, 2, 4)), ("v", (1,))) for count in counts for way in WAYS))
+MANY = damaged(
+    *((way, of, count) for of, counts in (("qk", (1, 2, 4)), ("v", (1,))) for count in counts for way in WAYS)
+)
 SMALL, LARGE = (*FEW, *rounded(4, "top", "random")), (*MANY, *rounded(4, *WAYS), *rounded(3, *WAYS))
 READ, KNOWN = ({"knowledge": kind} for kind in (CONTEXTUAL, PARAMETRIC))
 TOP = "top 1 of qk"  # as many as the paper's released code damages

@@ -44,7 +44,7 @@ claim = Claim(
         lower("same_words", "FAI", than="FAI", where=PEAK, than_where=BESIDE),
     ),
     caveat=(
-        "A model of this size solves few of the problems: its answers are worked, and mostly wrong. The gain of RL with "
-        "this credit is not tested: it takes a model that reinforcement improves."
+        "A model of this size solves few of the problems: its answers are worked, and mostly wrong. The gain of RL "
+        "with this credit is not tested."
     ),
 )  # fmt: skip

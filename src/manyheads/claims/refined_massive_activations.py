@@ -21,7 +21,7 @@ claim = Claim(
     tier="scaled",
     statement=(
         "Zeroing the massive activations of the first block that has them raises the loss, far more than zeroing as "
-        "many others does; setting them to their means costs less than a tenth of that, and less than 1 % of perplexity."
+        "many others does; set to their means they cost less than a tenth of that, and less than 1 % of perplexity."
     ),
     reported=Reported(
         value="perplexity with massive activations zeroed: Llama-2-7B 5.13 to 8977, Llama-3.2-1B 9.08 to 6249, GPT-2 "

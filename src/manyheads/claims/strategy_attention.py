@@ -11,6 +11,7 @@ from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher,
 from ..tasks.lenses.instructed_replies import InstructedReplies
 
 TURNS = (1, 3, 6)
+FORMS = ("c1_hf", "c1_hl")
 FEW, MANY = {"turns": TURNS[0]}, {"turns": TURNS[-1]}
 
 claim = Claim(
@@ -28,7 +29,7 @@ claim = Claim(
     ),
     experiment=Experiment(
         subject="smollm2-135m-instruct", baseline=Arm("standard"), equal="none",
-        arms=tuple(Arm(form, options={"form": form}) for form in ("c1_hf", "c1_hl")),
+        arms=tuple(Arm(form, options={"form": form}) for form in FORMS),
         tasks=(InstructedReplies(turns=TURNS),),
         sizes=Sizes(
             quick={"subject": "default", "source": "made", "samples": 2, "reply": 4},
@@ -40,7 +41,7 @@ claim = Claim(
         lower("accuracy", "standard", than="standard", where=MANY, than_where=FEW),
         lower("sra", "standard", than="standard", where=MANY, than_where=FEW),
         above("goes_with_accuracy", "standard", 0.0, where={"of": "sra", "over": "all"}),
-        *(higher(metric, form, than="standard", where=MANY) for metric in ("accuracy", "sra") for form in ("c1_hf", "c1_hl")),
+        *(higher(metric, form, than="standard", where=MANY) for metric in ("accuracy", "sra") for form in FORMS),
     ),
     caveat=(
         "Instructions are four forms of writing, not strategies of support, which need a judge to read; what is "

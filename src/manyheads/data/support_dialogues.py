@@ -14,7 +14,9 @@ from dataclasses import dataclass
 __all__ = ["INSTRUCTIONS", "Instruction", "dialogues"]
 
 Message = dict[str, str]
-_SPANISH = frozenset("el la los las un una de que no es por con para y me te lo su estoy esto eso cómo pero muy".split())
+_SPANISH = frozenset(
+    "el la los las un una de que no es por con para y me te lo su estoy esto eso cómo pero muy".split()
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def _spanish(reply: str) -> bool:
 
 INSTRUCTIONS = (
     Instruction(
-        "upper case", "Write every reply in upper case letters.", "I AM SORRY TO HEAR THAT. PLEASE TELL ME MORE.", _upper
+        "upper case", "Write every reply in upper case letters.", "I AM SORRY TO HEAR THAT. PLEASE TELL ME MORE.",
+        _upper,
     ),
     Instruction(
         "Spanish", "Write every reply in Spanish.", "Siento mucho oír eso. Por favor, cuéntame más.", _spanish

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores in worked answers: peaks are those of the response, replies are greedy, a forced token changes what follows."""
+"""Scores in worked answers: peaks are those of the response, replies are greedy, a forced token changes the rest."""
 
 import numpy as np
 import pytest

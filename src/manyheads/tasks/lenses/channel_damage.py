@@ -172,12 +172,8 @@ class ChannelDamage(WindowTask):
                 hits.append((logits.argmax(-1) == rows[:, 1:]).cpu())
                 losses.append(cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1).cpu())
         hit, known = torch.cat(hits), _known(text.cpu())
-        return {
-            name: values.double().numpy()
-            for name, values in (
-                ("new_token", _share(hit, ~known)), ("known_token", _share(hit, known)), ("text_nll", torch.cat(losses)),
-            )
-        }  # fmt: skip
+        found = {"new_token": _share(hit, ~known), "known_token": _share(hit, known), "text_nll": torch.cat(losses)}
+        return {name: values.double().numpy() for name, values in found.items()}
 
 
 def _known(ids: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ class HeadSinks(WindowTask):
         Metric("residual_peak", "norm of the first token's residual stream over the others', worst block"),
         Metric("head_worth", "loss added without one head", "nats/token"),
         Metric("joint_worth", "loss added by a tenth of the heads changed at once", "nats/token"),
-        Metric("switch_worth", "loss added without heads where they are active, above that where dormant", "nats/token"),
+        Metric(
+            "switch_worth", "loss added without heads where they are active, above that where dormant", "nats/token"
+        ),
     )
 
     heads: int = 12

@@ -117,7 +117,9 @@ class InstructedReplies(Task):
         for i, seen in enumerate(values):
             seen["accuracy"] = float(gain[i].argmax() == i)
         if self.reply:
-            for each, seen, made in zip(INSTRUCTIONS, values, greedy(model, tokenizer, prompts, self.reply), strict=True):
+            for each, seen, made in zip(
+                INSTRUCTIONS, values, greedy(model, tokenizer, prompts, self.reply), strict=True
+            ):
                 seen["obeyed"] = float(each.followed(tokenizer.decode(made)))
         return values
 

@@ -2,10 +2,10 @@
 """How many refusals are left when heads are taken out: those that write along the refusal direction, or random ones.
 
 A published chat model of little size refuses next to nothing (``before tuning`` says how much), so that refusals are
-tuned in, as the paper tunes them: all weights but the embeddings, for a few steps, requests to be refused with one refusal,
-and as many harmless ones or more with the model's own greedy answers. A copy is tuned under each arm, on the same batches. In
-it the direction of refusal is found on the acts that were tuned on and chosen on others; on requests about acts that it
-has not seen heads are ranked prompt by prompt and zeroed, and the greedy reply is judged by its phrases
+tuned in, as the paper tunes them, for a few steps: requests to be refused with one refusal, and as many harmless ones
+or more with the model's own greedy answers. A copy is tuned under each arm, its embeddings aside, on the same batches.
+In it the direction of refusal is found on the acts that were tuned on and chosen on others; on requests about acts that
+it has not seen heads are ranked prompt by prompt and zeroed, and the greedy reply is judged by its phrases
 (:func:`manyheads.data.requests.is_refusal`).
 """
 
@@ -66,6 +66,7 @@ class Refusals(WindowTask):
         steps: of tuning.
         anchors: harmless requests in a step, beside four to be refused; 16 in the paper.
         lr: the highest rate.
+        depth: part of the blocks that is tuned, the last ones; all of them in the paper.
         counts: of heads taken out.
         acts: how many of :data:`manyheads.data.requests.ACTS` are tested; the others are tuned on.
         draws: of random heads, of the layers of the ranked ones.
@@ -85,6 +86,7 @@ class Refusals(WindowTask):
     steps: int = 30
     anchors: int = 16
     lr: float = 5e-5
+    depth: float = 1.0
     counts: tuple[int, ...] = (8, 32)
     acts: int = 12
     draws: int = 1
@@ -147,12 +149,16 @@ class Refusals(WindowTask):
         """A copy of the subject's model that refuses, in the precision of the subject."""
         import manyheads
 
+        from ...lenses.refined_massive_activations.tvr import blocks_of
         from ...lenses.safety_heads import HeadDropout, ahd_loss
 
         tokenizer, own = cast(CausalLM, run.subject).tokenizer, model_of(run)
         precision = next(own.parameters()).dtype
         model, dropout = copy.deepcopy(own).float(), HeadDropout(p=float(arm.options.get("dropout", 0.0)))
-        model.get_input_embeddings().requires_grad_(False)
+        blocks = blocks_of(model)
+        model.requires_grad_(False)
+        for block in blocks[len(blocks) - max(1, round(self.depth * len(blocks))) :]:
+            block.requires_grad_(True)
         bad, good = (self._prompts(run, kind, "tuning").ids for kind in (0, 1))
         refusal: Ids = tokenizer.encode(REFUSAL, add_special_tokens=False)
         kept = run.kept(("own answers", self), lambda: greedy_in_parts(own, tokenizer, good, len(refusal)))
