@@ -37,7 +37,7 @@ claim = Claim(
                 "subject": "default", "text": "code", "arms": (AHD,), "steps": 2, "anchors": 4, "acts": 4,
                 "counts": (4,), "windows_of": 2, "tokens": 64,
             },
-            cpu={"arms": (AHD,), "steps": 14, "anchors": 4, "lr": 1e-4, "acts": 12, "counts": (16,), "windows_of": 4},
+            cpu={"arms": (AHD,), "steps": 30, "anchors": 4, "lr": 2e-4, "depth": 0.6, "counts": (16,), "windows_of": 4},
             cuda={"steps": 80, "acts": 12, "counts": (4, 8, 16, 32), "draws": 3, "windows_of": 24, "tokens": 256},
         ),
     ),
