@@ -77,6 +77,7 @@ claim = Claim(
     caveat=(
         "Heads have 64 channels, those of the paper 128. What is read are planted sentences, two in each context so "
         "that both kinds of questions are about equally hard; reasoning in the prompt (GSM8K, AQuA) is beyond the "
-        "model. Rounding is round to nearest of keys alone, not AWQ, SmoothQuant or GPTQ."
+        "model. A fact is asked for by a key in the prompt, which has to be read as well; grammar, a figure, needs no "
+        "such key. Rounding is round to nearest of keys alone, not AWQ, SmoothQuant or GPTQ."
     ),
 )  # fmt: skip

@@ -37,7 +37,10 @@ def test_a_unit_gives_the_same_rows_in_any_order_and_arms_differ(lm):
 def test_what_is_counted_are_phrases_of_the_reply(lm, monkeypatch):
     """Replies that refuse the first kind alone: all refused, none wrongly, and heads are each prompt's own."""
 
+    generate = refusals.greedy
+
     def reply(model, tokenizer, prompts, count):
+        generate(model, tokenizer, prompts, 1)  # what is ablated has to be run
         texts = [tokenizer.decode(ids) for ids in prompts]
         bad = [any(f" {act}" in text for act, _ in ACTS) for text in texts]
         return [tokenizer.encode(REFUSAL if is_bad else "Gladly.", add_special_tokens=False) for is_bad in bad]
