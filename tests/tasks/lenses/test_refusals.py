@@ -36,7 +36,6 @@ def test_a_unit_gives_the_same_rows_in_any_order_and_arms_differ(lm):
 
 def test_what_is_counted_are_phrases_of_the_reply(lm, monkeypatch):
     """Replies that refuse the first kind alone: all refused, none wrongly, and heads are each prompt's own."""
-
     generate = refusals.greedy
 
     def reply(model, tokenizer, prompts, count):
