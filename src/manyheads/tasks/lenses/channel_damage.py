@@ -118,8 +118,8 @@ class ChannelDamage(WindowTask):
             choices = tuple(encoded(f" {answer}")[0] for _, answer in facts.facts)
             for i in range(min(self.questions, len(choices))):
                 rng = run.rng(facts=name, question=i)
-                planted, people = rng.permutation(len(choices))[: self.planted + 1], rng.permutation(len(NAMES))
-                *planted, fact = map(int, planted)  # the fact that is asked for is not among those planted
+                drawn, people = rng.permutation(len(choices))[: self.planted + 1], rng.permutation(len(NAMES))
+                *planted, fact = map(int, drawn)  # the fact that is asked for is not among those planted
                 says, knows = facts.says[i % 2], facts.knows[i % 2]
                 sentences = [
                     f"{says.format(name=NAMES[person])} {facts.facts[answer][1]}."
