@@ -156,7 +156,7 @@ class ChannelDamage(WindowTask):
             last = [model(rows, use_cache=False, logits_to_keep=1).logits[:, -1].cpu() for rows in ids.split(_BATCH)]
         logits = torch.cat(last).float()
         return [
-            int(row[list(prompt.choices)].argmax()) == prompt.right
+            prompt.choices[int(row[list(prompt.choices)].argmax())] == prompt.choices[prompt.right]
             for row, prompt in zip(logits, prompts, strict=True)
         ]  # fmt: skip
 
