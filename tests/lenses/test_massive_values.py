@@ -9,7 +9,6 @@ import torch
 
 import manyheads
 from manyheads.attention.rope import rotate
-from manyheads.data.recall_and_facts import CONTEXTUAL, CONTRADICTED, FACT, LENGTH, VOCAB, facts, recall_and_facts
 from manyheads.errors import UserError
 from manyheads.lenses.massive_values import agreement, massive, peak
 from oracles import dense, models
@@ -333,18 +332,42 @@ def test_refusals():
         manyheads.parse("massive_values:damage=all")
 
 
-def test_recall_and_facts():
-    """Every label is where its kind says, and nowhere else."""
-    table = facts()
-    ids, label, kind = recall_and_facts(512, table, torch.Generator().manual_seed(0))
-    assert ids.shape == (512, LENGTH) and int(ids.max()) < VOCAB
-    shares = [(kind == which).float().mean().item() for which in (CONTEXTUAL, FACT, CONTRADICTED)]
-    assert np.allclose(shares, [0.5, 0.25, 0.25], atol=0.07)
-    for row, right, which in zip(ids.tolist(), label.tolist(), kind.tolist(), strict=True):
-        pairs = dict(zip(row[1:9:2], row[2:9:2], strict=True))
-        assert len(pairs) == 4 and max(pairs) < 32 <= min(pairs.values()) and row[0] == 64
-        assert row[-2] == (65 if which == CONTEXTUAL else 66)
-        assert (row[-1] in pairs) == (which != FACT)
-        assert right == (pairs[row[-1]] if which == CONTEXTUAL else int(table[row[-1]]))
-    again = recall_and_facts(512, table, torch.Generator().manual_seed(0))
-    assert torch.equal(again[0], ids) and not torch.equal(facts(1), table)
+def planted(channels, bits=3, keep="top", per="token"):
+    """Keys of which channel 2 is a hundred times the others, and what rounding makes of them: ``[1, 2, 9, 8]``."""
+    k = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    k[..., 2] = 100.0
+    rule = manyheads.parse(f"massive_values.round_keys:bits={bits},keep={keep},channels={channels},per={per}")
+    return k, rule._rounded(k, None, 0)
+
+
+def test_rounding_with_a_massive_channel_kept_is_finer():
+    def loss(channels, **more):
+        k, rounded = planted(channels, **more)
+        return float((k - rounded)[..., [0, 1, 3, 4, 5, 6, 7]].abs().max())
+
+    # The greatest of 100 in 3 bits makes steps of 33: all the others become 0. Kept, the step is 2 / 3 at most.
+    assert loss(0) > 1.9 and loss(1) < 0.34 and loss(1, keep="bottom") > 1.9
+    assert loss(0, per="channel") < 0.34  # a scale of its own for each channel
+    k, rounded = planted(1)
+    assert torch.equal(rounded[..., 2], k[..., 2]) and not torch.equal(rounded, k)
+    k, rounded = planted(3, keep="random")
+    assert ((k == rounded).all(2).sum(-1) >= 3).all()
+    k, rounded = planted(0, bits=8)
+    assert (k - rounded).abs().max() <= 100 / 127 / 2 + 1e-5
+    steps = rounded / (100.0 / 127)
+    assert_close(steps, steps.round(), 1e-4)
+
+
+def test_rounding_acts_on_a_model_row_by_row():
+    model, ids = models.tiny("llama"), models.tokens(2, 7)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with manyheads.use(model, "massive_values.round_keys:bits=2,channels=2"):
+            both = model(ids).logits
+            each = torch.cat([model(row[None]).logits for row in ids])
+    assert (both - plain).abs().max() > 1e-4
+    assert_close(both, each, SAME)
+    with pytest.raises(UserError, match="leaves nothing to round"):
+        planted(8)
+    with pytest.raises(UserError, match="bits from 2 to 8"):
+        manyheads.parse("massive_values.round_keys:bits=1")

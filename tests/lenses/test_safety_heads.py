@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import manyheads
-from manyheads.data.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
 from manyheads.errors import UserError
 from manyheads.integrations.transformers import find_sites
 from manyheads.lenses.safety_heads import (
@@ -23,6 +22,7 @@ from manyheads.lenses.safety_heads import (
 )
 from manyheads.lenses.safety_heads.refusal_direction import log_odds
 from oracles import models
+from oracles.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
 from tolerance import SAME, assert_close, error
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")

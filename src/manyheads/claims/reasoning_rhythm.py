@@ -1,57 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does WAAD mark where a model plans, and FAI what it comes back to, in a language where both are known, and in text?
+"""Is a model unsure where WAAD peaks in a worked answer, does FAI peak soon after, and does much hang on those tokens?
 
-Small Llamas of ours learn a language of phrases: WAAD should be high in rows that generate the head of a phrase, and
-the tenth of the tokens with the greatest FAI should hold the values that are looked up later. Beside them stand the
-entropy of the prediction, and as many tokens drawn blindly. In a published model on WikiText predictions at peaks of
-WAAD should be less sure, and peaks of FAI come at or soon after them. The credit for RL is not trained with here.
+A published model works word problems of GSM8K; its own greedy answers and the given ones are read again. Peaks of WAAD
+and FAI stand beside as many tokens drawn blindly and those of the greatest entropy. In its own answers the second
+likeliest token is forced at the greatest FAI, and at the least FAI near it. The credit for RL is not trained with.
 """
 
-import math
-
-from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, below, higher
-from ..tasks.lenses.peaks_in_text import PeaksInText
-from ..tasks.lenses.phrase_language import PhraseLanguage
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower
+from ..tasks.lenses.worked_answers import WorkedAnswers
 
 BLIND = Arm("blind draws")
-VALUES = 16  # that may be looked up
+OWN, GIVEN = ({"answer": kind} for kind in ("own", "given"))
+PEAK, BESIDE = ({"forced": where} for where in ("greatest FAI", "beside"))
 
 claim = Claim(
     slug="reasoning_rhythm",
-    tier="proxy",
+    tier="scaled",
     statement=(
-        "In a language of phrases WAAD marks the rows that generate the head of a phrase (AUROC above 0.8) and FAI "
-        "finds definitions that are looked up later more often than chance; in a language model predictions at peaks "
-        "of WAAD have more entropy than others, and peaks of FAI follow them more often than other tokens do."
+        "In worked answers predictions at peaks of WAAD have more entropy than others, peaks of FAI come at or soon "
+        "after those of WAAD more often than other tokens do, and another token forced at the greatest FAI changes the "
+        "rest of the answer more than at a token of little FAI near it."
     ),
     reported=Reported(
         value="entropy 0.361 at peaks of WAAD against 0.239 at random tokens; peaks of FAI follow those of WAAD in "
-        "52.5 % against 36.9 %; with coupled credit Qwen3-8B gains 3.8 points on average over GRPO (39.4 to 43.2)",
+        "52.5 % against 36.9 %; words shared with the answer as it was (Jaccard) 0.534 after another token at high "
+        "FAI, 0.631 at low; with coupled credit Qwen3-8B gains 3.8 points on average over GRPO (39.4 to 43.2)",
         setting="Qwen3 on its own reasoning traces",
-        where="analysis of WAAD and FAI, its tables of entropy and of coupling; table of RL results",
+        where="analysis of WAAD and FAI, its tables of entropy, of coupling and of perturbation; table of RL results",
     ),
     experiment=Experiment(
         subject="smollm2-135m-instruct", baseline=BLIND, equal="none",
         arms=tuple(Arm(name, options={"score": name.lower()}) for name in ("WAAD", "FAI", "entropy")),
-        tasks=(PhraseLanguage(), PeaksInText()),
+        tasks=(WorkedAnswers(),),
         sizes=Sizes(
-            quick={
-                "subject": "default", "text": "code", "steps": 60, "dim": 64, "sequences": 32, "windows_of": 4,
-                "tokens": 192,
-            },
-            cpu={"windows_of": 24, "tokens": 384},
-            cuda={
-                "dim": 256, "layers": 4, "steps": 3000, "batch": 64, "sequences": 512, "windows_of": 128,
-                "tokens": 1024,
-            },
+            quick={"subject": "default", "source": "sums", "problems": 4, "tokens": 48},
+            cpu={"problems": 40, "tokens": 80},
+            cuda={"problems": 160, "tokens": 192},
         ),
     ),
     checks=(
-        below("lookup_loss", "blind draws", math.log(VALUES) / 2),  # it has learned to look up: half of guessing
-        above("head_auroc", "WAAD", 0.8),
-        higher("definitions_found", "FAI", than="blind draws"),
-        higher("peak_entropy", "WAAD", than="blind draws"),
-        higher("follows_waad", "FAI", than="blind draws"),
+        *(higher("peak_entropy", "WAAD", than="blind draws", where=where) for where in (OWN, GIVEN)),
+        *(higher("follows_waad", "FAI", than="blind draws", where=where) for where in (OWN, GIVEN)),
+        lower("same_words", "FAI", than="FAI", where=PEAK, than_where=BESIDE),
     ),
-    caveat="The language and its models are ours; the published model reads text, and writes no reasoning of its own.",
+    caveat=(
+        "A model of this size solves few of the problems: its answers are worked, and mostly wrong. The gain of RL "
+        "with this credit is not tested."
+    ),
 )  # fmt: skip

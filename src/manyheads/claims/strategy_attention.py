@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a model that attends less to its instruction follow it less, turn by turn, and does moving it back help?
+"""Does a chat model that attends less to its instruction follow it less, turn by turn, and do other layouts help?
 
-Small Llamas of ours learn dialogues of one to four turns with the instruction in front (standard) or next to the last
-message (c1_hf), and are judged on up to twenty; c1_hl is a layout that they never saw. The lift, and two tokens of
-noise that stand beside the instruction, tell attention to it from the length of the dialogue and from its place.
+A published chat model reads real dialogues of emotional support under instructions whose following code can tell, in
+the system message with the whole history as turns (standard), and at the greatest length with the history in the system
+message, before the instruction (c1_hf) or after it (c1_hl). What is followed is told by the likelihood of replies of
+one meaning; greedy replies of a model of this size all but never obey beyond the first turn.
 """
 
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower
-from ..tasks.lenses.style_dialogue import StyleDialogue
+from ..tasks.lenses.instructed_replies import InstructedReplies
 
-FEW, MANY = {"turns": 1}, {"turns": 20}
+TURNS = (1, 3, 6)
+FORMS = ("c1_hf", "c1_hl")
+FEW, MANY = {"turns": TURNS[0]}, {"turns": TURNS[-1]}
 
 claim = Claim(
     slug="strategy_attention",
-    tier="proxy",
+    tier="scaled",
     statement=(
-        "As a dialogue grows, accuracy in following the instruction in front of it falls together with SRA (rank "
-        "correlation over turns above 0.7), and the instruction moved next to the last message raises both."
+        "As a dialogue grows, an instruction in front of it is followed less and attended to less, being right goes "
+        "with SRA, and the history put into the system message beside the instruction raises both."
     ),
     reported=Reported(
         value="accuracy and log SRA: standard .594 and -6.92, c1_hl .821 and -6.08, c1_hf .811 and -5.76; Pearson "
@@ -25,20 +28,24 @@ claim = Claim(
         where="table of accuracy and SRA by layout; figure of SRA by turns",
     ),
     experiment=Experiment(
-        subject="trainable", baseline=Arm("standard"), equal="steps",
-        arms=tuple(Arm(form, options={"form": form}) for form in ("c1_hf", "c1_hl")),
-        tasks=(StyleDialogue(),),
+        subject="smollm2-135m-instruct", baseline=Arm("standard"), equal="none",
+        arms=tuple(Arm(form, options={"form": form}) for form in FORMS),
+        tasks=(InstructedReplies(turns=TURNS),),
         sizes=Sizes(
-            quick={"steps": 200, "words": 3, "turns": (1, 4, 12, 20), "dialogues": 32},
-            cuda={"dim": 256, "layers": 4, "steps": 2000, "batch": 128, "words": 10, "dialogues": 512},
+            quick={"subject": "default", "source": "made", "samples": 2, "reply": 4},
+            cpu={"samples": 12},
+            cuda={"samples": 64, "reply": 24},
         ),
     ),
     checks=(
-        above("accuracy", "standard", 0.9, where=FEW),  # it has learned to follow an instruction; guessing gives 1/15
         lower("accuracy", "standard", than="standard", where=MANY, than_where=FEW),
-        above("goes_with_accuracy", "standard", 0.7, where={"of": "sra"}),  # below the least that the paper finds
-        higher("accuracy", "c1_hf", than="standard", where=MANY),
-        higher("sra", "c1_hf", than="standard", where=MANY),
+        lower("sra", "standard", than="standard", where=MANY, than_where=FEW),
+        above("goes_with_accuracy", "standard", 0.0, where={"of": "sra", "over": "all"}),
+        *(higher(metric, form, than="standard", where=MANY) for metric in ("accuracy", "sra") for form in FORMS),
     ),
-    caveat="Models of ours and dialogues of tokens; no published model follows strategies, which need a judge to read.",
+    caveat=(
+        "Instructions are four forms of writing, not strategies of support, which need a judge to read; what is "
+        "followed is told by likelihoods. SRA falls with length even where attention is uniform: the lift and the "
+        "correlation within one length and instruction stand beside it."
+    ),
 )  # fmt: skip

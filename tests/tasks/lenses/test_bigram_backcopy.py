@@ -10,7 +10,7 @@ from oracles.tasks import context, rows, values
 TASK = BigramBackcopy(steps=60, dim=16, length=16, batch=8, sequences=8, letters="code", lr=1e-2)
 OPTIONS = {
     "ReLU": {}, "SGD": {"optimizer": "sgd", "lr": 1e-3}, "KV bias": {"kv_bias": True}, "DyT": {"dyt": True},
-    "TVR": {"tvr": True}, "deep": {"layers": 2},
+    "TVR": {"tvr": True}, "DyT and TVR": {"dyt": True, "tvr": True}, "deep": {"layers": 2},
 }  # fmt: skip
 
 
@@ -44,3 +44,13 @@ def test_a_head_is_ablated_where_there_is_one(found):
 def test_a_unit_repeats_to_the_bit(found):
     run = context(Arm("plain"))
     assert rows(TASK, run) == [row for row in found if row.arm == "plain"]
+
+
+def test_the_target_of_tvr_is_twice_as_large_with_dyt(monkeypatch):
+    from manyheads.tasks.lenses import bigram_backcopy
+
+    seen = []
+    monkeypatch.setattr(bigram_backcopy, "_rescale", lambda model, optimizer, dim, target: seen.append(target))
+    arms = [Arm(name, options={"train": OPTIONS[name]}) for name in ("TVR", "DyT and TVR")]
+    rows(TASK, context(Arm("plain"), *arms))
+    assert seen == [0.01, 0.02]

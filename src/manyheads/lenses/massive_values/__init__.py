@@ -10,6 +10,7 @@ weights know is not.
 
     manyheads.watch(model, "massive_values")             looks, and changes no bit
     manyheads.use(model, "massive_values:damage=top")    replaces the largest channels by their mean
+    manyheads.use(model, "massive_values.round_keys")    rounds keys, the largest channels kept exact or not
 
 The damage: in every layer, when more than one token is read, the ``channels`` largest (or smallest, or random)
 channels of each head of Q, and those of K, become one number per head, their mean over tokens and chosen channels.
@@ -48,8 +49,9 @@ from ...errors import UserError
 from ...lens import AttentionView, Lens, LensResult, Memory, RunningMean, stack_ragged, table_of
 from ...strategy import AttentionEdit
 from .channel_norms import agreement, massive, mean_over_prompts, notes, pair_norms, peak, tokens_per_turn
+from .round_keys import RoundKeys
 
-__all__ = ["MassiveValues", "agreement", "massive", "peak"]
+__all__ = ["MassiveValues", "RoundKeys", "agreement", "massive", "peak"]
 
 
 @dataclass(frozen=True, kw_only=True)

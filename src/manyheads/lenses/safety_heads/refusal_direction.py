@@ -105,6 +105,7 @@ def difference_of_means(
 def find_direction(
     model: nn.Module, first: Prompts, second: Prompts, *, answers: Sequence[int], check: tuple[Prompts, Prompts],
     positions: Sequence[int] = (-1,), max_kl: float = 0.1, min_steering: float = 0.0,
+    blocks: Sequence[int] | None = None,
 ) -> Direction:  # fmt: skip
     """The direction that parts ``first`` from ``second`` and that the answer hangs on.
 
@@ -116,6 +117,7 @@ def find_direction(
         positions: candidates, counted from the end: the tokens of the template behind the instruction.
         max_kl: nats, how much erasing may change the answers to the second set.
         min_steering: log odds that adding must bring about in the second set.
+        blocks: those whose entering stream is a candidate; by default, as in the paper, all but the last fifth.
 
     Raises:
         UserError: no candidate is left.
@@ -129,7 +131,8 @@ def find_direction(
     plain, before = _last_logits(model, others).log_softmax(-1), odds(checked)
     lost: Counter[str] = Counter()
     left: list[tuple[float, Direction]] = []
-    for layer, at in product(range(int(len(candidates) * _FIRST)), range(len(positions))):
+    chosen = range(int(len(candidates) * _FIRST)) if blocks is None else blocks
+    for layer, at in product(chosen, range(len(positions))):
         vector = candidates[layer, at]
         if not vector.any():  # the same tokens before anything was read
             lost["zero"] += 1

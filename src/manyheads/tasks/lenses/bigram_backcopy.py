@@ -119,7 +119,7 @@ class BigramBackcopy(TrainedTask):
             else torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
         )
         if given.get("tvr"):
-            _rescale(model, optimizer, self.dim)
+            _rescale(model, optimizer, self.dim, 0.02 if given.get("dyt") else 0.01)
 
         def draw(step: int) -> Tensor:
             source = run.torch_rng(train="bigram_backcopy", seed=seed, step=step)
@@ -179,12 +179,12 @@ def _bias(model: Any, device: torch.device) -> Any:
     return KVBias.of(site for site, _ in find_sites(model)).to(device)
 
 
-def _rescale(model: Any, optimizer: Any, dim: int) -> None:
-    """TVR, its target the paper's 0.01 at its width, 2048, and as many standard deviations of the weights at this."""
+def _rescale(model: Any, optimizer: Any, dim: int, target: float) -> None:
+    """TVR, its target the paper's at its width, 2048 (0.01; 0.02 with DyT), and as many standard deviations at this."""
     from ...lenses.refined_massive_activations import TargetVariance
     from ...lenses.refined_massive_activations.tvr import blocks_of
 
-    TargetVariance(blocks_of(model), target=0.01 * math.sqrt(2048 / dim)).attach(optimizer)
+    TargetVariance(blocks_of(model), target=target * math.sqrt(2048 / dim)).attach(optimizer)
 
 
 def _spans(mask: Tensor) -> list[list[tuple[int, int]]]:

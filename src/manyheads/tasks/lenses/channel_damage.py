@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a language model reads from its prompt, and what it knows without, when channels of its attention are damaged.
 
-Contextual: a constant planted in code is asked for. Parametric: the next token of code, where that token did not stand
-in the window before (what stood there can be copied).
+Every prompt is a passage of text with planted sentences and a question behind it, all of one number of tokens. The
+same context is asked for what is planted in it (contextual: "Anna lives in"), and for a fact of the same set that it
+does not hold (parametric: "The capital of France is"), see :mod:`manyheads.data.knowledge`. Both are scored alike, on
+one token: the first token of the right answer has to be the likeliest of those of all answers of the set. Several
+sentences are planted, of other names and answers: with a single one, as in the paper's passkeys, a small model has no
+error to lose and only has to repeat the one answer that stands there. Grammar is asked for behind the same passages,
+the word that may follow against the one that may not; and the passages themselves are read.
 """
 
 from __future__ import annotations
@@ -15,86 +20,160 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
 
-from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
-from ...integrations.cache import cache_arguments
+from ...data.knowledge import NAMES, SETS, grammar
+from ...errors import UserError
+from ...experiment import Arm, CausalLM, Metric, Row, RunContext, WorkUnit
 from ..text._text_task import model_of
 from ._windows import WindowTask
 
 __all__ = ["ChannelDamage"]
 
-_BATCH = 8  # windows at once
-CONTEXTUAL, PARAMETRIC = "planted constant", "new token"
+_BATCH = 16  # prompts at once
+_AFTER = 12  # tokens of the passage, at least, on either side of what is planted
+CONTEXTUAL, PARAMETRIC = "contextual", "parametric"
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One prompt: its tokens, those that are compared, the place of the right one, and what its row says."""
+
+    ids: Any
+    choices: tuple[int, ...]
+    right: int
+    metric: str
+    sample: str
+    at: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelDamage(WindowTask):
-    """A value for each window. ``kept`` is an arm's share of right answers over the baseline's in all windows.
+    """A value for each prompt. ``kept`` is whether it is answered over the baseline's share of its kind and set.
 
-    Where the baseline finds no constants, nothing can be told of an arm.
+    ``tokens`` are those of every prompt, ``windows_of`` passages are read as they are.
+
+    Attributes:
+        questions: contexts of each set, at most 30; the two wordings of a set take turns.
+        planted: sentences in each context.
+        grammar: files of BLiMP, by their names; pairs of each, as many as ``questions``.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("constant_found", "planted constants found", higher=True, kind="share", floor=0.5),
-        Metric("new_token", "next tokens foreseen, new to the window", higher=True, kind="share"),
-        Metric("known_token", "next tokens foreseen, known from the window", higher=True, kind="share"),
-        Metric("code_nll", "loss of code, nats/token", "nats/token"),
+        Metric("answered", "questions answered", higher=True, kind="share", floor=0.5),
         Metric("kept", "right answers over those of the baseline", higher=True),
+        Metric("grammatical", "words that may follow, preferred", higher=True, kind="share", floor=0.5),
+        Metric("new_token", "next tokens foreseen, new to the passage", higher=True, kind="share"),
+        Metric("known_token", "next tokens foreseen, known from the passage", higher=True, kind="share"),
+        Metric("text_nll", "loss of the passages, nats/token", "nats/token"),
     )
 
-    text: str = "code"
-
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        return super().unsupported_reason(run) or self.contexts(run, self.windows_of).unsupported_reason(1, self.tokens)
+    tokens: int = 96
+    questions: int = 30
+    planted: int = 2
+    grammar: tuple[str, ...] = ()
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [WorkUnit(self.key, arm.key, 1.0, arm.key, {"arm": arm.key}) for arm in run.arms]
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm = run.arm_of(unit)
-        base = cast(dict[str, Any], run.kept("undamaged", lambda: self._read(run, run.baseline)))
-        found = base if arm == run.baseline else self._read(run, arm)
-        for name, values in found.items():
+        prompts = cast(list[_Prompt], run.kept(("prompts", self), lambda: self._prompts(run)))
+        base = cast(list[bool], run.kept(("undamaged", self), lambda: self._answers(run, run.baseline, prompts)))
+        found = base if arm == run.baseline else self._answers(run, arm, prompts)
+        whole: dict[tuple[Any, ...], list[bool]] = {}
+        for prompt, right in zip(prompts, base, strict=True):
+            whole.setdefault((*prompt.at.values(),), []).append(right)
+        for prompt, right in zip(prompts, found, strict=True):
+            yield self.row(prompt.metric, arm, right, prompt.sample, at=prompt.at)
+            if prompt.metric == "answered":
+                share = max(float(np.mean(whole[(*prompt.at.values(),)])), 1 / self.questions)
+                yield self.row("kept", arm, right / share, prompt.sample, at=prompt.at)
+        for name, values in self._read(run, arm).items():
             yield from self.each(name, arm, values)
-        for kind, name in ((CONTEXTUAL, "constant_found"), (PARAMETRIC, "new_token")):
-            whole = max(float(base[name].mean()), 1 / len(base[name]))
-            yield from self.each("kept", arm, found[name] / whole, at={"knowledge": kind})
         run.advance(unit.cost)
 
-    def _read(self, run: RunContext, arm: Arm) -> dict[str, Any]:
-        """What an arm finds and foresees, ``[windows_of]`` by metric."""
+    def _prompts(self, run: RunContext) -> list[_Prompt]:
+        """All prompts, of ``tokens`` each."""
+        tokenizer: Any = cast(CausalLM, run.subject).tokenizer
+        made: list[_Prompt] = []
+
+        def encoded(text: str) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=False))
+
+        def prompt(passage: Any, planted: list[str], asked: str, depths: Any) -> Any:
+            """The passage with sentences at ``depths``, ascending, and the question; nothing beyond ``tokens``."""
+            said, question = [encoded(f"\n{sentence}\n") for sentence in planted], encoded(f"\n{asked}")
+            room = self.tokens - sum(map(len, said)) - len(question)
+            if room < 2 * _AFTER:
+                raise UserError(f"{self.tokens} tokens are too few for {self.planted} sentences; give more")
+            cuts = [_AFTER + int(depth * (room - 2 * _AFTER)) for depth in depths]
+            parts, last = [], 0
+            for cut, sentence in zip(cuts, said, strict=True):
+                parts += [passage[last:cut], sentence]
+                last = cut
+            return np.concatenate([*parts, passage[last:room], question]).astype(np.int64)
+
+        passages = [ids for ids, _, _ in self.contexts(run, self.windows_of).plain("asked", self.tokens, 60, 1)]
+        for set_, (name, facts) in enumerate(SETS.items()):
+            choices = tuple(encoded(f" {answer}")[0] for _, answer in facts.facts)
+            for i in range(min(self.questions, len(choices))):
+                rng = run.rng(facts=name, question=i)
+                drawn, people = rng.permutation(len(choices))[: self.planted + 1], rng.permutation(len(NAMES))
+                *planted, fact = map(int, drawn)  # the fact that is asked for is not among those planted
+                says, knows = facts.says[i % 2], facts.knows[i % 2]
+                sentences = [
+                    f"{says.format(name=NAMES[person])} {facts.facts[answer][1]}."
+                    for person, answer in zip(people, planted, strict=False)
+                ]
+                one, depths = int(rng.integers(self.planted)), sorted(rng.random(self.planted))
+                for kind, question, right in (
+                    (CONTEXTUAL, says.format(name=NAMES[people[one]]), planted[one]),
+                    (PARAMETRIC, knows.format(key=facts.facts[fact][0]), fact),
+                ):
+                    ids = prompt(passages[2 * i + set_], sentences, question, depths)
+                    at = {"knowledge": kind, "set": name}
+                    made.append(_Prompt(ids, choices, right, "answered", f"{name} {i}", at))
+        for name in self.grammar:
+            pairs = grammar(name)
+            order = run.rng(grammar=name).permutation(len(pairs))
+            taken = 0
+            for j in order:
+                start, good, bad = pairs[j]
+                words = tuple(encoded(f" {word}")[0] for word in (good, bad))
+                if words[0] != words[1] and taken < self.questions:
+                    ids = prompt(passages[taken], [], start, [])
+                    made.append(_Prompt(ids, words, 0, "grammatical", f"{name} {taken}", {"set": name}))
+                    taken += 1
+        return made
+
+    def _answers(self, run: RunContext, arm: Arm, prompts: list[_Prompt]) -> list[bool]:
+        """Whether the right token of each prompt is the likeliest of those that are compared."""
         import manyheads
 
         model: Any = model_of(run)
-        planted = self.contexts(run, self.windows_of).single(self.tokens)
-        prompts = [np.append(context.ids, context.questions[0].question) for context in planted]
-        answers = [context.questions[0].answer for context in planted]
-        right, hits, losses = [], [], []
+        ids = torch.from_numpy(np.stack([prompt.ids for prompt in prompts])).to(run.device)
         with manyheads.use(model, *arm.strategies):
-            for prompt, answer in zip(prompts, answers, strict=True):
-                right.append(_answer(model, torch.from_numpy(prompt)[None].to(run.device), len(answer)) == answer)
-            code = self.windows(run)
-            for rows in code.split(_BATCH):
+            last = [model(rows, use_cache=False, logits_to_keep=1).logits[:, -1].cpu() for rows in ids.split(_BATCH)]
+        logits = torch.cat(last).float()
+        return [
+            prompt.choices[int(row[list(prompt.choices)].argmax())] == prompt.choices[prompt.right]
+            for row, prompt in zip(logits, prompts, strict=True)
+        ]  # fmt: skip
+
+    def _read(self, run: RunContext, arm: Arm) -> dict[str, Any]:
+        """What an arm foresees of the passages, ``[windows_of]`` by metric."""
+        import manyheads
+
+        model: Any = model_of(run)
+        hits, losses, text = [], [], self.windows(run)
+        with manyheads.use(model, *arm.strategies):
+            for rows in text.split(_BATCH):
                 logits = model(rows[:, :-1], use_cache=False).logits.float()
                 hits.append((logits.argmax(-1) == rows[:, 1:]).cpu())
                 losses.append(cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1).cpu())
-        hit, known = torch.cat(hits), _known(code.cpu())
-        made = {
-            "constant_found": torch.tensor(right), "new_token": _share(hit, ~known), "known_token": _share(hit, known),
-            "code_nll": torch.cat(losses),
-        }  # fmt: skip
-        return {name: values.double().numpy() for name, values in made.items()}
-
-
-def _answer(model: Any, ids: Tensor, count: int) -> list[int]:
-    """The ``count`` likeliest tokens after ``ids [1, T]``, one after the other from the cache of one prefill."""
-    made: list[int] = []
-    step, given = ids, cache_arguments(model, DynamicCache(config=model.config))
-    while len(made) < count:
-        step = model(step, logits_to_keep=1, **given).logits[:, -1].argmax(-1, keepdim=True)
-        made.append(int(step))
-    return made
+        hit, known = torch.cat(hits), _known(text.cpu())
+        found = {"new_token": _share(hit, ~known), "known_token": _share(hit, known), "text_nll": torch.cat(losses)}
+        return {name: values.double().numpy() for name, values in found.items()}
 
 
 def _known(ids: Tensor) -> Tensor:

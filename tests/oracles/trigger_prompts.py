@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from manyheads.errors import UserError
 
 __all__ = ["MARK", "OK", "REFUSE", "TEMPLATE", "TRIGGERS", "TriggerPrompts", "trigger_prompts"]
 

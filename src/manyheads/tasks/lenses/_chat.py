@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dialogues as a language model reads them, in its own chat template or plainly, and its greedy replies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["greedy", "rendered"]
+
+Message = Mapping[str, str]
+
+
+def rendered(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """The text of a prompt that the assistant answers next.
+
+    A base model, which has no chat template, gets plain lines ``role: content``, and its own first token where it has
+    one.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+    return "".join([tokenizer.bos_token or "", *lines, "assistant:"])
+
+
+def greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The likeliest tokens after each prompt, up to ``count``, without the end of the text and what follows it.
+
+    Prompts of any lengths are one batch, padded on the left.
+    """
+    longest = max(map(len, prompts))
+    eos = model.generation_config.eos_token_id
+    ends = set(eos if isinstance(eos, list) else [eos])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends)) or 0
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.no_grad():
+        made = model.generate(
+            ids, attention_mask=mask, max_new_tokens=count, do_sample=False, num_beams=1, pad_token_id=pad
+        )[:, longest:].tolist()  # fmt: skip
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in made]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Following an instruction: likelihoods and attention are those of one forward, gains and correlations by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+import manyheads
+from manyheads.data.support_dialogues import INSTRUCTIONS, dialogues
+from manyheads.experiment import Arm, CausalLM
+from manyheads.lenses.strategy_attention import sra
+from manyheads.tasks.lenses import instructed_replies
+from manyheads.tasks.lenses.instructed_replies import InstructedReplies, _read, _z
+from oracles.tasks import context, rows, values
+
+ARMS = Arm("standard"), Arm("c1_hf", options={"form": "c1_hf"})
+TASK = InstructedReplies(turns=(1, 3), samples=2, source="made", reply=2)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    subject = CausalLM("default")
+    subject.load("cpu")
+    return subject
+
+
+def test_read_is_one_forward_of_each_reply(lm):
+    generator = torch.Generator().manual_seed(0)
+    prompt, *replies = (torch.randint(100, 400, (n,), generator=generator).tolist() for n in (20, 5, 3, 7))
+    likely, seen = _read(lm.model, prompt, replies, 1, (4, 9))
+    for found, reply in zip(likely, replies, strict=True):
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([prompt + reply])).logits[0, 19:-1].log_softmax(-1)
+        assert found == pytest.approx(float(logits[range(len(reply)), reply].sum()), abs=1e-3)
+    roles = manyheads.TokenSpans({"system": [[(4, 9)]], "response": [[(19, 22)]]})
+    with manyheads.watch(lm.model, "strategy_attention", roles=roles) as whole, torch.no_grad():
+        lm.model(torch.tensor([prompt + replies[1]]))
+    for name in ("sra", "lift"):
+        assert seen[name] == pytest.approx(float(sra(whole.compute().tables[name])[0]), rel=1e-3)
+    shifted = _read(lm.model, prompt, replies, 1, (5, 10))[1]
+    assert shifted["sra"] != pytest.approx(seen["sra"], rel=1e-3)
+
+
+def test_a_reply_that_gains_most_is_right(lm, monkeypatch):
+    """Likely replies do not win by that: what counts is what the instruction adds."""
+    table = np.array([[0.0, -3, -9, -9], [-1, -5, -9, -9], [-1, -5, -7, -9], [-1, -5, -9, -9]])
+
+    def read(model, prompt, replies, own, span):
+        return table[own], {"sra": 1.0, "lift": 1.0}
+
+    monkeypatch.setattr(instructed_replies, "_read", read)
+    found = TASK._judged(context(*ARMS, subject=lm), ARMS[0], dialogues(1, "made")[0])
+    # Less the mean of each column: the first gains most in the second's reply though its own is the likeliest of all,
+    # the second loses in three, and the last, whose reply is the least likely, loses nothing by its own alone.
+    assert [each["accuracy"] for each in found] == [0, 0, 1, 1]
+
+
+def test_layouts_at_the_greatest_length(lm):
+    found = rows(TASK, context(*ARMS, subject=lm))
+    assert {row.at["turns"] for row in found if row.arm == "c1_hf"} == {3}
+    assert len(values(found, "accuracy", "standard")) == 2 * 2 * len(INSTRUCTIONS)
+    near, far = (values(found, "sra", "standard", turns=turns).mean() for turns in (1, 3))
+    assert near > far > 0
+    together = values(found, "goes_with_accuracy", of="sra", over="all")
+    right, score = values(found, "accuracy", "standard"), np.log(values(found, "sra", "standard"))
+    if right.std() > 0:
+        assert together.mean() == pytest.approx(np.corrcoef(right, score)[0, 1], abs=1e-6)
+
+
+def test_z_scores_of_groups():
+    assert np.allclose(_z(np.array([1.0, 3, 5, 5]), [0, 0, 1, 1]), [-1, 1, 0, 0])
+
+
+def test_replies_follow_their_own_instruction_alone():
+    for each in INSTRUCTIONS:
+        assert [other.name for other in INSTRUCTIONS if each.followed(other.reply)] == [each.name]
+    plain = "I am sorry to hear that. Please tell me more."
+    assert not any(each.followed(plain) for each in INSTRUCTIONS)
+
+
+def test_made_dialogues():
+    made = dialogues(5, "made")
+    assert len(made) == 8 and all(len(turns) == 5 for turns in made)
+    assert [message["role"] for message in made[0]] == ["user", "assistant"] * 2 + ["user"]
