@@ -232,8 +232,9 @@ def test_a_search_of_several_a_round_reports_and_breaks_ties_by_place():
     assert tried[4:] == [("2.0", "2.1", "10.0", head) for head in ("0.11", "0.2")]
     assert told == [(1, 10), (2, 10), (4, 10), (5, 10), (9, 10), (10, 10)]
     assert [set(turn) for turn in scores] == [{"10.0", "2.1", "0.11", "0.2"}, {"0.11", "0.2"}]
-    once, _ = hunt(HeadHunter(), candidates, objective)
-    assert once.heads == ("2.1", "10.0", "0.2", "0.11", "2.0")  # one round, two dozen at most
+    many = [f"0.{head}" for head in range(30)]
+    once, turns = hunt(HeadHunter(), [*many, *candidates[:2]], objective)
+    assert once.heads == ("2.1", "10.0", *many[:22]) and len(turns) == 1  # one round, two dozen at most
     resumed = {
         "chosen": ["2.0", "2.1", "10.0"],
         "scores": [{"10.0": 1.0, "2.1": 1.0, "0.11": 0.0, "0.2": 0.0, "done": 1.0}],
