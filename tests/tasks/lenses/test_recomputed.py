@@ -15,10 +15,9 @@ from manyheads.data.phrases import PhraseLanguage as Language
 from manyheads.data.recall_and_facts import facts, recall_and_facts
 from manyheads.data.strategy_dialogue import VOCAB, strategy_dialogues
 from manyheads.data.texts import standard_library
-from manyheads.data.trigger_prompts import OK, REFUSE
 from manyheads.experiment import Arm, CausalLM, RunContext, Trainable
 from manyheads.heads import HeadTable
-from manyheads.tasks.lenses import peaks_in_text, phrase_language, style_dialogue, trigger_refusals
+from manyheads.tasks.lenses import peaks_in_text, phrase_language, style_dialogue
 from manyheads.tasks.lenses.channel_damage import ChannelDamage
 from manyheads.tasks.lenses.channel_norms import ChannelNorms
 from manyheads.tasks.lenses.massive_ablation import MassiveAblation
@@ -26,7 +25,6 @@ from manyheads.tasks.lenses.peaks_in_text import PeaksInText
 from manyheads.tasks.lenses.phrase_language import PhraseLanguage
 from manyheads.tasks.lenses.recall_and_facts import KINDS, RecallAndFacts
 from manyheads.tasks.lenses.style_dialogue import StyleDialogue
-from manyheads.tasks.lenses.trigger_refusals import TriggerRefusals
 from oracles.tasks import context, rows
 
 
@@ -309,45 +307,6 @@ def test_a_style_is_followed_if_both_tokens_are(monkeypatch):
         (row,) = [row for row in found if row.metric == "goes_with_accuracy" and row.at == {"of": name}]
         assert row.value == pytest.approx(spearmanr(right, curve).statistic) and row.arm == "standard"
     assert {row.seed for row in found} == {2}
-
-
-def test_refusals_without_heads(monkeypatch):
-    """Means over draws of heads; what is kept apart; AUROC of one prompt against the other kind's."""
-    task, arm = TriggerRefusals(prompts=4, draws=3, layers=2, heads=4, counts=(2,)), Arm("plain")
-    draw = np.random.default_rng(0)
-    answers = {
-        (part, n): ((draw.random(4) < 0.5).astype(float), draw.integers(0, 5, 4).astype(float))
-        for part in ("yes", "no") for n in range(3)
-    }  # fmt: skip
-    monkeypatch.setattr(trigger_refusals, "_answers", lambda model, part, gone: answers[part, gone])
-    found = list(task._without(arm, 5, None, ["yes", "no"], [[n, n] for n in range(3)], 2, "random"))
-    refused, wrongly = (np.mean([answers[part, n][0] for n in range(3)], 0) for part in ("yes", "no"))
-    want = {"refused": refused, "wrongly_refused": wrongly, "kept_apart": refused - wrongly}
-    for name, values in want.items():
-        assert [row.value for row in found if row.metric == name] == pytest.approx(values.tolist())
-    above = [
-        mannwhitneyu(answers["yes", n][1], answers["no", n][1]).statistic / 16 for n in range(3)
-    ]  # fmt: skip
-    (row,) = [row for row in found if row.metric == "auroc"]
-    assert row.value == pytest.approx(np.mean(above))
-    assert all(row.at == {"heads": 2, "chosen": "random"} and row.seed == 5 for row in found)
-
-
-def test_a_refusal_is_the_likeliest_token_without_the_heads(monkeypatch):
-    used = []
-    monkeypatch.setattr(manyheads, "use", lambda model, *acting: used.append(acting) or nullcontext())
-    logits = torch.zeros(3, 5, 64)
-    logits[0, -1, REFUSE], logits[1, -1, OK], logits[2, -1, 40], logits[2, -1, REFUSE] = 3.0, 2.0, 9.0, 8.0
-    logits[:, -2] = 100 * torch.nn.functional.one_hot(torch.tensor(REFUSE), 64)
-    prompts = SimpleNamespace(ids=torch.zeros(3, 6, dtype=torch.long))
-    seen = []
-    refused, high = trigger_refusals._answers(
-        lambda ids: seen.append(ids.shape) or SimpleNamespace(logits=logits), prompts, [("0.1",), (), ("1.2",)]
-    )
-    assert refused.tolist() == [1.0, 0.0, 0.0] and high.tolist() == [3.0, -2.0, 8.0] and seen == [(3, 5)]
-    assert used[0][0].heads == (("0.1",), (), ("1.2",))
-    trigger_refusals._answers(lambda ids: SimpleNamespace(logits=logits), prompts, [(), (), ()])
-    assert used[1] == ()
 
 
 def test_questions_are_answered_by_their_kind(monkeypatch):
