@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
@@ -54,8 +55,8 @@ def test_refusals_without_heads(monkeypatch):
     found = list(task._without(arm, 5, None, ["yes", "no"], [[n, n] for n in range(3)], 2, "random"))
     refused, wrongly = (np.mean([answers[part, n][0] for n in range(3)], 0) for part in ("yes", "no"))
     want = {"refused": refused, "wrongly_refused": wrongly, "kept_apart": refused - wrongly}
-    for name, values in want.items():
-        assert [row.value for row in found if row.metric == name] == pytest.approx(values.tolist())
+    for name, each in want.items():
+        assert [row.value for row in found if row.metric == name] == pytest.approx(each.tolist())
     above = [
         mannwhitneyu(answers["yes", n][1], answers["no", n][1]).statistic / 16 for n in range(3)
     ]  # fmt: skip
