@@ -46,4 +46,4 @@ def share_error(counts: Tensor, p: Tensor) -> float:
 
 def mean_error(drawn: Tensor, mean: float, deviation: float) -> float:
     """Distance of the mean of ``drawn`` from ``mean``, in standard errors of draws with that standard deviation."""
-    return abs(float(drawn.double().mean()) - mean) / (deviation / math.sqrt(drawn.numel()))
+    return abs(float(drawn.double().mean()) - mean) / max(deviation / math.sqrt(drawn.numel()), 1e-12)

@@ -13,7 +13,7 @@ from manyheads.data.recall_and_facts import CONTEXTUAL, CONTRADICTED, FACT, LENG
 from manyheads.errors import UserError
 from manyheads.lenses.massive_values import agreement, massive, peak
 from oracles import dense, models
-from tolerance import SAME, assert_close, error
+from tolerance import DRAWN, SAME, WRONG, assert_close, error, share_error
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "bert", "bart", "whisper")
 
@@ -338,8 +338,9 @@ def test_recall_and_facts():
     table = facts()
     ids, label, kind = recall_and_facts(512, table, torch.Generator().manual_seed(0))
     assert ids.shape == (512, LENGTH) and int(ids.max()) < VOCAB
-    shares = [(kind == which).float().mean().item() for which in (CONTEXTUAL, FACT, CONTRADICTED)]
-    assert np.allclose(shares, [0.5, 0.25, 0.25], atol=0.07)
+    counts = torch.stack([(kind == which).sum() for which in (CONTEXTUAL, FACT, CONTRADICTED)])
+    assert share_error(counts, torch.tensor([0.5, 0.25, 0.25])) < DRAWN
+    assert share_error(counts, torch.full((3,), 1 / 3)) > WRONG  # the control: all kinds alike
     for row, right, which in zip(ids.tolist(), label.tolist(), kind.tolist(), strict=True):
         pairs = dict(zip(row[1:9:2], row[2:9:2], strict=True))
         assert len(pairs) == 4 and max(pairs) < 32 <= min(pairs.values()) and row[0] == 64
