@@ -156,3 +156,39 @@ def test_refusals(llama):
             generated(llama, ids, cache)  # ten tokens where eight fit
     with pytest.raises(UserError, match="sliding window"):
         new_cache(models.tiny("mistral"), parse("full"), room=8)
+
+
+@pytest.mark.parametrize("begun", [0, 6])
+def test_chunks_of_a_prompt_by_number(llama, begun):
+    """All tokens but the last, from where the cache stands; the stores are told while more of the prompt is to come."""
+    ids, told, said, kept = models.tokens(1, 31), [], [], []
+    with manyheads.use(llama):
+        cache = new_cache(llama, parse("full"))
+        if begun:
+            prefill(llama, ids[:, : begun + 1], cache)
+
+        def note(_, args, given):
+            said.append(given["input_ids"].shape[1])
+            kept.append(given["logits_to_keep"])
+            told.append(stores(cache)[0].prefilling)
+
+        handle = llama.register_forward_pre_hook(note, with_kwargs=True)
+        counts = []
+        prefill(llama, ids, cache, 8, counts.append)
+        handle.remove()
+        assert cache.get_seq_length() == 30
+    assert said == counts == ([8, 8, 8, 6] if not begun else [8, 8, 8]) and set(kept) == {1}
+    assert told == [True] * (len(said) - 1) + [False]
+
+
+def test_decoding_looks_now_and_then(llama):
+    """Every 32 tokens it tells how many there are, and there alone it stops where all rows have ended."""
+    ids, told = models.tokens(2, 20), []
+    with manyheads.use(llama):
+        cache, alone = (new_cache(llama, parse("full"), room=80) for _ in range(2))
+        prefill(llama, ids, cache)
+        free = decode(llama, ids, cache, 70, progress=told.append)
+        assert free.shape == (2, 70) and told == [32, 64]
+        first = int(free[0, 0])
+        prefill(llama, ids[:1], alone)
+        assert decode(llama, ids[:1], alone, 70, eos=first).tolist() == [[first] * 32]

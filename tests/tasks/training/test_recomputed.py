@@ -87,6 +87,23 @@ def test_what_a_training_reads(texts):
     assert few.shape == (2, len(data["validation"]) // 2)  # as many as stand beside each other
 
 
+def test_the_least_text_that_serves():
+    """Four trained lengths to train on, a window to tune by, and one to judge by, with the byte after each."""
+    task = ByteLM(**{**TEXT, "length": 34, "samples": 1}, validating=1)
+
+    def needs(train, validation, test):
+        texts = [Text("x", "ab" * 1000)]
+        run = context(texts)
+        parts = {"train": train, "validation": validation, "test": test}
+        run._kept["parts", "code"] = {name: [Text(name, "x" * size)] for name, size in parts.items()}
+        return task.units(run)
+
+    assert needs(4 * 34, 35, 35)
+    for few in ((4 * 34 - 1, 35, 35), (4 * 34, 34, 35), (4 * 34, 35, 34)):
+        with pytest.raises(ValueError, match="too short"):
+            needs(*few)
+
+
 def test_texts_are_parted_by_size_in_the_order_of_their_hashes():
     texts = [Text(f"{i}", f"{i:02d}" * 50) for i in range(40)]
     parts = split(texts)
