@@ -67,3 +67,14 @@ def test_hadamard_is_orthogonal_and_needs_a_power_of_two():
 def test_senseless_fields_are_refused(spec):
     with pytest.raises(UserError):
         parse(spec)
+
+
+def test_the_rotation_is_sylvesters():
+    """Entry (i, j) has the sign of the parity of i and j's common bits; other sizes have none."""
+    cpu = torch.device("cpu")
+    for size in (1, 2, 4, 16):
+        signs = [[(-1.0) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]
+        assert torch.allclose(hadamard(size, cpu), torch.tensor(signs) / size**0.5)
+    for size in (0, 3, 12, -4):
+        with pytest.raises(UserError, match=f"a head of {size} channels has no Sylvester rotation"):
+            hadamard(size, cpu)
