@@ -211,6 +211,8 @@ def test_the_angles_of_the_longest_forward():
         return dataclasses.replace(view, rotary=(whole.cos()[None].expand(batch, -1, -1), whole.sin()[None]))
 
     assert seen(1, step).angle_step() is None
+    two = dataclasses.replace(seen(2, step), state={}, shared={})
+    assert torch.allclose(two.angle_step(), step.expand(2, -1), atol=1e-5)  # two tokens are enough
     assert torch.allclose(seen(3, step).angle_step(), step.expand(2, -1), atol=1e-5)
     assert torch.allclose(seen(2, 2 * step).angle_step(), step.expand(2, -1), atol=1e-5)  # shorter
     assert torch.allclose(seen(5, 2 * step).angle_step(), 2 * step.expand(2, -1), atol=1e-5)

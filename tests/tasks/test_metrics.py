@@ -101,6 +101,6 @@ def test_what_tasks_say_of_themselves():
     assert not classes["offset_scores"].reports and not classes["planted_constant"].reports
     together = {"style_dialogue", "phrase_language", "recall_and_facts"}  # all arms look at one model of a seed
     assert not any(classes[name].apart for name in together) and classes["trigger_refusals"].apart
-    kinds = {"text": "causal_lm", "diffusion": "pipeline", "training": "trainable", "kernels": "machine"}
+    kinds = {"diffusion": "pipeline", "training": "trainable", "kernels": "machine"}
     for field, kind in kinds.items():
         assert {cls.subject for name, cls in classes.items() if name in names(field)} == {kind}

@@ -24,6 +24,7 @@ from manyheads.tasks.diffusion.fidelity import Fidelity, psnr
 from manyheads.tasks.diffusion.kept_background import KeptBackground, kept
 from manyheads.tasks.diffusion.module_change import ModuleChange
 from manyheads.tasks.diffusion.scene_quality import SceneQuality, likelihood, pseudo_values
+from oracles.tasks import rows
 
 PLAIN, ODD, FAR = Arm("plain"), Arm("odd"), Arm("far")
 ARMS = (PLAIN, ODD, FAR)
@@ -37,10 +38,6 @@ def shipped():
 @pytest.fixture
 def run(shipped):
     return RunContext(shipped, ARMS, seeds=(0, 3))
-
-
-def rows(task, run):
-    return [row for unit in task.units(run) for row in task.measure(run, unit)]
 
 
 def image(arm, seed, i, size=8):

@@ -107,9 +107,11 @@ def test_a_direction_is_found_on_some_prompts_and_chosen_on_others(monkeypatch):
         assert not {tuple(x.tolist()) for x in first} & {tuple(x.tolist()) for x in check[0]}
 
 
-def test_what_a_tuned_model_still_does(monkeypatch):
+def test_what_a_tuned_model_still_does(monkeypatch, tmp_path):
     """Copies, answers and scores with all heads, by hand; heads of the rank, as many at random, or none taken out."""
-    from manyheads.lenses.safety_heads import Direction
+    from manyheads.lenses.safety_heads import Direction, SafetyHeads
+
+    direction = Direction(torch.randn(16))
 
     task, run = (
         TriggerRefusals(prompts=6, draws=2, layers=2, heads=4, dim=16, length=10, counts=(1, 3)),
@@ -117,7 +119,7 @@ def test_what_a_tuned_model_still_does(monkeypatch):
     )
     torch.manual_seed(0)
     asked, model = [], llama(run, 64, 16, 2, 4, 0, tie_word_embeddings=False).eval()
-    monkeypatch.setattr(TriggerRefusals, "_direction", lambda self, run, model: (Direction(torch.randn(16)), True))
+    monkeypatch.setattr(TriggerRefusals, "_direction", lambda self, run, model: (direction, True))
 
     def without(self, arm, seed, model, test, draws, count, chosen):
         asked.append((count, chosen, draws, [bool(part.triggered.all()) for part in test]))
@@ -134,7 +136,11 @@ def test_what_a_tuned_model_still_does(monkeypatch):
     for row in found:
         by.setdefault(row.metric, []).append(row.value)
     assert by["copied"] == copied and by["answered_ok"] == okay and by["rule_lifted"] == [1.0] and len(okay) == 6
-    assert all(0 < share <= 1 for share in by["score_share"]) and len(by["score_share"]) == 6
+    lens = SafetyHeads(direction=str(direction.save(tmp_path / "direction.safetensors")))
+    with manyheads.watch(model, lens) as seen, torch.no_grad():
+        model(made.rows(True).ids[:, :-1])
+    scores = np.sort(seen.compute().tables["score"].values.reshape(6, -1))[:, ::-1]
+    assert by["score_share"] == pytest.approx((scores[:, :4].sum(1) / scores.sum(1)).tolist())
     assert [(count, chosen, len(draws), kinds) for count, chosen, draws, kinds in asked] == [
         (0, "none", 1, [True, False]), (1, "ranked", 1, [True, False]), (1, "random", 2, [True, False]),
         (3, "ranked", 1, [True, False]), (3, "random", 2, [True, False]),

@@ -17,6 +17,7 @@ from manyheads.tasks.text.niah_multikey import NiahMultikey
 from manyheads.tasks.text.niah_single import NiahSingle
 from manyheads.tasks.text.perplexity import Perplexity
 from manyheads.tasks.text.variable_tracking import VariableTracking
+from oracles.tasks import rows
 from tiny import compare as tiny
 
 texts, tokenizer, model = tiny.texts, tiny.tokenizer, tiny.model
@@ -28,10 +29,6 @@ SIZE = {"lengths": (448,), "samples": 3}
 def run(model, tokenizer, texts):
     """All arms compress after the whole prompt, so that a question may be fed token by token."""
     return RunContext(CausalLM("tiny", model, tokenizer), (FULL, SNAP, NORM), data={"texts": texts})
-
-
-def rows(task, run):
-    return [row for unit in task.units(run) for row in task.measure(run, unit)]
 
 
 def after(model, arm, read, fed):

@@ -49,7 +49,13 @@ def world(monkeypatch):
 
 def measured(task, model, tokenizer, texts):
     run = RunContext(CausalLM("tiny", model, tokenizer), ARMS, data={"texts": texts})
-    return run, [list(task.measure(run, unit)) for unit in task.units(run)]
+    found, told = [], []
+    run.advance = told.append
+    for unit in task.units(run):
+        found.append(list(task.measure(run, unit)))
+        assert sum(told) == pytest.approx(unit.cost)
+        told.clear()
+    return run, found
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -23,6 +23,7 @@ from manyheads.tasks.training.mixer_speed import MixerSpeed
 from manyheads.tasks.training.offset_scores import OffsetScores
 from manyheads.tasks.training.planted_constant import PlantedConstant
 from manyheads.tasks.training.planted_values import PlantedValues
+from oracles.tasks import rows
 
 from .conftest import MODEL, SOFTMAX, TEXT, Knows, context
 
@@ -261,7 +262,7 @@ def test_bytes_and_milliseconds_of_a_token(clock, monkeypatch):
     models = {"softmax": Costs(clock, "softmax", 1), "twice": Costs(clock, "twice", 2)}
     task = MixerCost(lengths=(16, 600), only=("softmax", "twice"), vocab=50)
     monkeypatch.setattr(MixerCost, "models", lambda self, run: models)
-    found = [row for unit in task.units(run) for row in task.measure(run, unit)]
+    found = rows(task, run)
     read = {16: 16, 600: 600}
     for length in (16, 600):
         for arm, factor in (("softmax", 1), ("twice", 2)):
@@ -287,7 +288,7 @@ def test_microseconds_of_a_token_of_training(clock, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", said.append)
     monkeypatch.setattr(MixerSpeed, "models", lambda self, run: models)
     task = MixerSpeed(length=8, times=(1, 4), tokens=64, rounds=3, vocab=50)
-    found = [row for unit in task.units(run) for row in task.measure(run, unit)]
+    found = rows(task, run)
     assert len(found) == 2 * 2 * 3 and said == [1, threads]
     for row in found:  # 64 tokens take 64 ms: a millisecond each
         assert row.value == pytest.approx({"softmax": 1000.0, "twice": 2000.0}[row.arm])
