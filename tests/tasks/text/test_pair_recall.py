@@ -49,8 +49,9 @@ def test_what_the_fixture_cannot_do_is_refused(options):
         ({"asked": 1}, {"asked": 0}), ({"asked": 60, "others": 40}, {"asked": 60, "others": 41}),
         ({"asked": 100}, {"asked": 101}), ({"asked": 5, "known": 8}, {"asked": 5, "known": 10}), ({}, {"known": -2}),
         ({"piece": 2}, {"piece": 0}), ({"piece": 4}, {"piece": 3}), ({"start": 200}, {"start": 201}),
-        ({"start": 0}, {"start": -1}), ({"asked": 50, "others": 9, "distinct": 9}, {"asked": 50, "others": 9, "distinct": 10}),
-        ({"asked": 50, "others": 9, "distinct": 0}, {"asked": 50, "others": 9, "distinct": -1}), ({}, {"others": -1}),
+        ({"start": 0}, {"start": -1}), ({}, {"others": -1}),
+        ({"asked": 50, "others": 9, "distinct": 9}, {"asked": 50, "others": 9, "distinct": 10}),
+        ({"asked": 50, "others": 9, "distinct": 0}, {"asked": 50, "others": 9, "distinct": -1}),
     ],
 )  # fmt: skip
 def test_the_ends_of_what_it_can_do(good, bad):
