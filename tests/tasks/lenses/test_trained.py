@@ -111,7 +111,9 @@ def test_refusals_are_learned_and_tuned_by_the_papers_recipe(asked):
     assert learn.on_step is None and tuned is tune.model is not base
     made = learn.draw(0)
     assert made.ids.shape == (20, 11) and int(made.triggered.sum()) == 5  # a quarter of the prompts
-    assert learn.loss(base, made) == pytest.approx(float(base(input_ids=made.ids, labels=made.labels()).loss))
+    with torch.no_grad():
+        want = float(base(input_ids=made.ids, labels=made.labels()).loss)
+        assert float(learn.loss(base, made)) == pytest.approx(want, abs=1e-6)
     first, second = tune.draw(0)
     assert first["input_ids"].shape == (4, 11) and second["input_ids"].shape == (16, 11)
     for part, triggered in ((first, True), (second, False)):
