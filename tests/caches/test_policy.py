@@ -248,3 +248,39 @@ def test_which_caches_can_be_cut(spec, cuts):
                 with pytest.raises(UserError, match="cannot be cropped"):
                     store.crop(2)
                 assert store.seen == 9
+
+
+def after(spec, *lengths, grad=False, name="llama"):
+    """The stores of a cache after forwards of so many tokens."""
+    model = models.build(name)
+    with manyheads.use(model), torch.set_grad_enabled(grad):
+        for parameter in model.parameters():
+            parameter.requires_grad_(grad)
+        cache = new_cache(model, parse(spec))
+        for length in lengths:
+            model(models.tokens(1, length), past_key_values=cache, use_cache=True)
+    return stores(cache)
+
+
+def test_what_is_packed_and_what_is_not():
+    """Encoded tokens and heads of unequal numbers; never what gradients go through, nor latents."""
+    for spec, packed in (("fireq:window_tokens=4", True), ("adakv:base=knorm,budget=0.4", True), ("knorm", False)):
+        for store in after(spec, 12):
+            assert (store.tokens.ragged is not None) == packed and (store.tokens.padded is None) == packed
+        for store in after(spec, 12, grad=True):
+            assert store.tokens.ragged is None
+    for store in after("adakv:base=knorm,budget=0.4", 12, name="deepseek_v3"):
+        assert store.tokens.ragged is None
+
+
+def test_encoded_tokens_cannot_be_cut():
+    for store in after("fireq:window_tokens=4", 12):
+        with pytest.raises(UserError, match="a packed cache cannot be cropped"):
+            store.crop(2)
+        assert store.seen == 12
+    for store in after("adakv:base=knorm,budget=1.0", 12):  # nothing is encoded, nothing dropped
+        store.crop(2)
+        assert store.seen == 10
+    for store in after("fireq:window_tokens=4", 12, grad=True):  # not packed, so not encoded yet
+        store.crop(2)
+        assert store.seen == 10
