@@ -7,7 +7,9 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 from manyheads.call import DiffusionStep, Layout, Site
+from manyheads.integrations.hook_chain import BoundStrategy
 from manyheads.integrations.sdpa_patch import SiteState
+from manyheads.strategy import AttentionWatch
 
 
 def located(q, k, layout=None, *, kind="self", axis="all", hidden=None, text=None, batch=1):
@@ -61,3 +63,31 @@ def test_an_axis_that_is_known_stays():
     assert located(5, 5, Layout(1, 2, 4), axis="time")[1] == "time"
     assert located(8, 5, Layout(3, 2, 4), text=(1, 5, 2), batch=3) == ("cross", "all")
     assert located(5, 5) == ("self", None)
+
+
+def test_a_processor_that_perturbs_by_itself_computes_twice():
+    """What it computes first is of all rows but the perturbed ones, what comes after of those alone."""
+    state = SiteState(Site("x", 0, 0, "self", False))
+    seen = []
+
+    class Note(AttentionWatch):
+        def watch(self, call, out):
+            seen.append(call.diffusion.branches)
+
+    state.add([BoundStrategy(None, Note())])
+    q = torch.randn(2, 1, 8, 4)
+
+    def computed(processor, branches, times):
+        seen.clear()
+        state.step = DiffusionStep(1, 0, 4, 500.0, branches, Layout(1, 2, 4))
+        state.enter(torch.zeros(2, 8, 4), None, processor)
+        for _ in range(times):
+            state.run(q, q, q, None, False, None, 0.0, lambda q, k, v, *_: (q + v).transpose(1, 2).transpose(1, 2))
+        return list(seen)
+
+    three = ("uncond", "cond", "perturbed")
+    assert computed("PAGCFGIdentitySelfAttnProcessor2_0", three, 3) == [three[:2], three[2:], three[2:]]
+    assert computed("PAGIdentitySelfAttnProcessor2_0", three[1:], 2) == [("cond",), ("perturbed",)]
+    assert computed("AttnProcessor2_0", three, 2) == [three, three]
+    assert computed("PAGIdentitySelfAttnProcessor2_0", ("uncond", "cond"), 2) == [("uncond", "cond")] * 2
+    assert computed("PAGIdentitySelfAttnProcessor2_0", ("perturbed",), 1) == [("perturbed",)]
