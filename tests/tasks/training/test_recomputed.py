@@ -279,6 +279,8 @@ def test_bytes_and_milliseconds_of_a_token(clock, monkeypatch):
     assert turns[:4] == ["softmax", "twice", "twice", "softmax"]
     (unit,) = task.units(run)
     assert unit.cost == 0.5 * 600 * 2
+    (unit,) = MixerCost(lengths=(16, 40, 600), only=("softmax", "twice")).units(run)
+    assert unit.cost == 0.5 * 600 * 2  # of the longest
 
 
 def test_microseconds_of_a_token_of_training(clock, monkeypatch):
@@ -402,6 +404,33 @@ def test_units_cost_what_they_train(texts):
         with pytest.raises(ValueError, match="give"):
             ByteLM(**{**TEXT, **wrong})
     assert (at_once(64), at_once(16384), at_once(20_000)) == (256, 1, 1)
+
+
+def test_what_a_training_depends_on(texts):
+    """Other settings, another seed, another run or another seed to tune by make another model."""
+    run = context(texts)
+    run.seeds = (4, 5)
+    plain = Training(ByteLM(**TEXT), run, SOFTMAX)
+    assert plain.settings(7)["first"] == 4 and plain.settings(7)["seed"] == 7 and plain.settings()["seed"] is None
+    assert plain.settings()["optimizer"] == "adamw" and plain.settings()["spec"] == "softmax"
+    other = Training(
+        ByteLM(**{**TEXT, "steps": 9}, tuned_by=ByteLM(**TEXT)), run, Arm("m", "softmax", options={"optimizer": "muon"})
+    )
+    assert other.settings()["optimizer"] == "muon" and other.settings()["tuned_by"]["steps"] == TEXT["steps"]
+    for name in (
+        "vocab",
+        "dim",
+        "layers",
+        "heads",
+        "parameters",
+        "length",
+        "batch",
+        "steps",
+        "rates",
+        "text",
+        "validating",
+    ):
+        assert name in plain.settings()
 
 
 def test_a_rate_that_diverges_later_gives_way_to_the_next_lower(texts, monkeypatch):
