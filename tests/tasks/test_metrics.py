@@ -75,7 +75,7 @@ def test_kinds_units_and_floors():
             assert tail in (metric.title, metric.unit) or "/" not in tail, name  # a title with a unit has the metric's
             assert metric.kind != "time" or not metric.higher
             assert metric.kind != "share" or metric.unit == ""
-            assert metric.floor is None or (metric.kind == "share" and metric.higher), name
+            assert metric.floor is None or (metric.kind == "share" and 0 < metric.floor < 1), name
             assert not metric.name.endswith(("_nll", "_loss")) or not metric.higher, name
 
 
