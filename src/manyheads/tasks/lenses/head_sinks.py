@@ -55,6 +55,7 @@ class HeadSinks(WindowTask):
         tables = seen.compute().tables
         sink, drain, peak = (tables[name].values for name in ("sink", "drain", "peak"))
         drawn = self._drawn(run, sink.shape[1:])
+        run.advance(unit.cost * (1 - len(drawn) / (self.heads + 1)))  # the plain pass, and heads that the model lacks
         cost = np.stack([self._cost(run, unit, tables["sink"].layers[row], head, plain) for row, head in drawn], 1)
         for i in range(len(ids)):
             greatest = sink[i] >= np.quantile(sink[i], 1 - GREATEST)
