@@ -29,8 +29,8 @@ BETTER = {
     "perplexity": ("", "token_nll"),
     "phrase_language": ("head_auroc is_head_auroc definitions_found", "lookup_loss phrase_loss"),
     "planted_constant": ("completed", "answer_nll"),
-    "planted_values": ("recalled", "tuning_nll training_nll"),
     "recall_and_facts": ("answered", ""),
+    "recall_in_text": ("recalled", "token_nll span_nll tuning_nll training_nll"),
     "scene_quality": ("likelihood object", "fd_small"),
     "speed": ("", "prefill decode"),
     "style_dialogue": ("accuracy", ""),
@@ -48,7 +48,7 @@ TIMES = {
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {
-    "associative_recall.recalled": 0.25, "planted_values.recalled": 0.25, "channel_damage.constant_found": 0.5,
+    "associative_recall.recalled": 0.25, "recall_in_text.recalled": 0.25, "channel_damage.constant_found": 0.5,
     "niah_multikey.multikey": 0.5, "niah_single.query_agnostic": 0.5, "niah_single.query_aware": 0.5,
     "pair_recall.recalled": 0.5, "trigger_refusals.copied": 0.9, "trigger_refusals.answered_ok": 0.9,
     "variable_tracking.tracked": 0.5,

@@ -22,7 +22,6 @@ from manyheads.tasks.training.mixer_cost import MixerCost
 from manyheads.tasks.training.mixer_speed import MixerSpeed
 from manyheads.tasks.training.offset_scores import OffsetScores
 from manyheads.tasks.training.planted_constant import PlantedConstant
-from manyheads.tasks.training.planted_values import PlantedValues
 from oracles.tasks import rows
 
 from .conftest import MODEL, SOFTMAX, TEXT, Knows, context
@@ -122,9 +121,8 @@ def test_texts_are_parted_by_size_in_the_order_of_their_hashes():
     assert Bytes().decode(Bytes().encode("é")) == "é" and Bytes().encode("é") == [0xC3, 0xA9]
 
 
-@pytest.mark.parametrize("cls", [AssociativeRecall, PlantedValues])
-def test_values_recalled_are_counted_by_hand(texts, cls):
-    task, run = cls(**MODEL, length=24, samples=9, batch=3, pairs=4, times=(1, 2)), context(texts)
+def test_values_recalled_are_counted_by_hand(texts):
+    task, run = AssociativeRecall(**MODEL, length=24, samples=9, batch=3, pairs=4, times=(1, 2)), context(texts)
     whole = [row for times in (1, 2) for row in task._drawn(run, 9, times, part="test")[0]]
 
     class Sometimes(Knows):
@@ -158,9 +156,8 @@ def test_values_recalled_are_counted_by_hand(texts, cls):
     batch, mask = task.batches(run, 2)(3)
     assert torch.equal(batch, task._drawn(run, 3, 1, training=2, step=3)[0]) and mask.shape == (3, 24)
     assert set(task.training_fields()) >= {"pairs", "tokens", "samples"}
-    assert ("values" in task.training_fields()) == (cls is PlantedValues)
     with pytest.raises(ValueError, match="four pairs"):
-        cls(pairs=3)
+        AssociativeRecall(pairs=3)
 
 
 def test_planted_constants_are_completed_if_every_byte_is(texts):
