@@ -95,9 +95,7 @@ def test_what_tasks_say_of_themselves():
     assert not alone & (set(BETTER) - {name.split(".")[0] for name in TIMES} - {"memory"})
     known = {name for name, cls in classes.items() if getattr(cls, "known_contents", False)}
     assert known == {"kept_background", "scene_quality"}
-    assert {name for name in ("byte_lm", "associative_recall", "planted_values") if classes[name].reports} == {
-        "byte_lm", "associative_recall", "planted_values"
-    }  # fmt: skip
+    assert all(classes[name].reports for name in ("byte_lm", "associative_recall", "recall_in_text"))
     assert not classes["offset_scores"].reports and not classes["planted_constant"].reports
     together = {"style_dialogue", "phrase_language", "recall_and_facts"}  # all arms look at one model of a seed
     assert not any(classes[name].apart for name in together) and classes["trigger_refusals"].apart
