@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread, fixed seeds, and the proof that no test changed a model that the session shares."""
+"""One thread, fixed seeds, no skip without a listed reason, and the proof that no test changed a shared model."""
 
 import hashlib
 import os
 
 import pytest
+
+from skips import checked
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,6 +18,16 @@ def pytest_configure(config):
     settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=slow)
     settings.register_profile("fuzz", deadline=None, max_examples=1000, suppress_health_check=slow)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return checked((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return checked((yield))
 
 
 @pytest.fixture(autouse=True)

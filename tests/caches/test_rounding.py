@@ -67,3 +67,26 @@ def test_hadamard_is_orthogonal_and_needs_a_power_of_two():
 def test_senseless_fields_are_refused(spec):
     with pytest.raises(UserError):
         parse(spec)
+
+
+def test_the_rotation_is_sylvesters():
+    """Entry (i, j) has the sign of the parity of i and j's common bits; other sizes have none."""
+    cpu = torch.device("cpu")
+    for size in (1, 2, 4, 16):
+        signs = [[(-1.0) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]
+        assert torch.allclose(hadamard(size, cpu), torch.tensor(signs) / size**0.5)
+    for size in (0, 3, 12, -4):
+        with pytest.raises(UserError, match=f"a head of {size} channels has no Sylvester rotation"):
+            hadamard(size, cpu)
+
+
+def test_quarot_rounds_each_key_over_its_turned_channels():
+    """By hand: turned, one scale a token, rounded to sixteen levels, turned back; tokens do not share a scale."""
+    k = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9, 1, 30, 1])[:, None]
+    made = parse("quarot").keys(k)
+    turn = hadamard(8, torch.device("cpu"))
+    for h in range(2):
+        for t in range(5):
+            row = k[0, h, t] @ turn
+            assert torch.allclose(made[0, h, t], rounded(row[None], -1)[0] @ turn.T, atol=1e-5)
+            assert float((made[0, h, t] - k[0, h, t]).norm() / k[0, h, t].norm()) < 0.2

@@ -134,7 +134,7 @@ def test_workers_give_what_a_serial_run_gives(cli, folder, tmp_path):
     assert cli(*base, "--workers", "2", "--ray", "local")[0] == 2
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_killed_and_resumed_equals_uninterrupted(cli, folder, tmp_path):
     """kill -9 between two units, then --resume: the same rows."""
     options = ["--model", str(folder), "--strategies", "snapkv:window_size=8,keydiff", "--budgets", "0.3"]

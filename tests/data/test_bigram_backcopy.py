@@ -7,6 +7,7 @@ import torch
 from manyheads.data import files
 from manyheads.data.bigram_backcopy import BigramBackcopy
 from manyheads.errors import UserError
+from tolerance import DRAWN, WRONG, share_error
 
 TEXT = "the cat sat on the mat and the rat ate the hat that the cat had " * 3
 
@@ -46,17 +47,25 @@ def test_letters_follow_the_pairs_of_the_text():
     assert {letters[i] for i in task.triggers.tolist()} == {" ", "t", "a"}
     assert task.transition[letters.index("c"), letters.index("a")] == 1  # "c" occurs in "cat" alone
     assert torch.allclose(task.transition.sum(1), torch.ones(task.bos).double())
-    ids = drawn(task, batch=400)
+    ids = drawn(task, batch=1000)
     free = ~torch.isin(ids[:, 1:-1], task.triggers)
     a, b = ids[:, 1:-1][free], ids[:, 2:][free]
     counted = torch.bincount(a * task.bos + b, minlength=task.bos**2).reshape(task.bos, -1).double()
     often = counted.sum(1) > 2000
     assert int(often.sum()) >= 3
-    share = counted[often] / counted[often].sum(1, keepdim=True)
-    assert float((share - task.transition[often]).abs().max()) < 0.04
-    assert float((share - task.start).abs().max()) > 0.2  # the letters alone are another distribution
-    first = torch.bincount(ids[:, 1], minlength=task.bos).double() / len(ids)
-    assert float((first - task.start).abs().max()) < 0.1
+    for pairs, p in zip(counted[often], task.transition[often], strict=True):
+        assert share_error(pairs, p) < DRAWN
+        assert share_error(pairs, task.start) > WRONG  # the control: the letters alone are another distribution
+
+
+def test_first_letters_are_those_of_the_text_without_the_triggers():
+    task = BigramBackcopy.of_text(TEXT)
+    first = torch.bincount(drawn(task, batch=2000, length=2)[:, 1], minlength=task.bos)
+    letters = sorted(set(TEXT))
+    counted = torch.tensor([0 if letter in " ta" else TEXT.count(letter) for letter in letters]).double()
+    assert share_error(first, counted / counted.sum()) < DRAWN
+    for wrong in ((counted > 0).double(), torch.tensor([TEXT.count(letter) for letter in letters]).double()):
+        assert share_error(first, wrong / wrong.sum()) > WRONG  # each letter alike; triggers among them
 
 
 def test_few_letters_and_rare_ones():

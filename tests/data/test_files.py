@@ -96,5 +96,5 @@ def test_entries():
 def test_files_on_this_machine_are_those_of_the_entries(name):
     where = files.local(name)
     if where is None:
-        pytest.skip(f"{files.entry(name).path} is neither in MANYHEADS_DATA nor in the cache")
+        pytest.skip("this file is neither in MANYHEADS_DATA nor in the cache")
     assert where.stat().st_size == files.entry(name).bytes

@@ -213,3 +213,95 @@ def test_scores_of_a_search_as_a_table(tmp_path):
             ranking([bad], (2, 5), 3)
     with pytest.raises(UserError, match="no scores"):
         ranking([], (2, 5), 3)
+
+
+def test_a_search_of_several_a_round_reports_and_breaks_ties_by_place():
+    """The best of a round together, ties by layer and head as numbers, those chosen before left out."""
+    candidates = ["10.0", "2.1", "2.0", "0.11", "0.2"]
+    told, tried = [], []
+
+    def objective(strategy):
+        tried.append(strategy.heads)
+        return float(any(head in ("2.1", "10.0") for head in strategy.heads[-1:]))
+
+    found, scores = hunt(
+        HeadHunter(heads=("2.0",)), candidates, objective, rounds=2, top=2, progress=lambda *x: told.append(x)
+    )
+    assert found.heads == ("2.0", "2.1", "10.0", "0.2", "0.11")
+    assert tried[:4] == [("2.0", head) for head in ("10.0", "2.1", "0.11", "0.2")]
+    assert tried[4:] == [("2.0", "2.1", "10.0", head) for head in ("0.11", "0.2")]
+    assert told == [(1, 10), (2, 10), (4, 10), (5, 10), (9, 10), (10, 10)]
+    assert [set(turn) for turn in scores] == [{"10.0", "2.1", "0.11", "0.2"}, {"0.11", "0.2"}]
+    many = [f"0.{head}" for head in range(30)]
+    once, turns = hunt(HeadHunter(), [*many, *candidates[:2]], objective)
+    assert once.heads == ("2.1", "10.0", *many[:22]) and len(turns) == 1  # one round, two dozen at most
+    resumed = {
+        "chosen": ["2.0", "2.1", "10.0"],
+        "scores": [{"10.0": 1.0, "2.1": 1.0, "0.11": 0.0, "0.2": 0.0, "done": 1.0}],
+    }
+    told.clear(), tried.clear()
+    again, _ = hunt(
+        HeadHunter(), candidates, objective, rounds=2, top=2, progress=lambda *x: told.append(x), state=resumed
+    )
+    assert again.heads == found.heads and len(tried) == 2 and told == [(9, 10), (10, 10)] and "done" not in scores[0]
+
+
+def test_defaults_and_refusals():
+    assert HeadHunter() == HeadHunter(heads=(), scale=3.0, strength=0.25, perturbation="pag", scope="all")
+    for strength in (-0.01, 1.01):
+        with pytest.raises(UserError, match="share from 0 to 1"):
+            HeadHunter(strength=strength)
+    assert HeadHunter(strength=0.0).strength == 0 and HeadHunter(strength=1.0).strength == 1
+    chosen = HeadHunter(heads=("3.1",))
+    assert chosen.selects(Site("x", 0, 3, "self", False)) and not chosen.selects(Site("x", 0, 2, "self", False))
+    assert not chosen.selects(Site("x", 0, 3, "cross", False)) and chosen.selects(Site("x", 0, 3, "joint", False))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "seg", "max"])
+def test_masks_of_each_head_and_of_text(kind):
+    """A mask for every head, and keys of text that are not perturbed: the degraded map is over what is left."""
+    layout = Layout(1, 2, 4, text=3, text_first=True)
+    mask = torch.rand(2, 3, 11, 11, generator=torch.Generator().manual_seed(1)) < 0.8
+    mask[..., 3] = True
+    mask[:, 1, :, 6] = False  # a key that nobody of head 1 sees, and all others do
+    mask[:, [0, 2], 0, 6] = True
+    given = call(kind="joint", layout=layout, mask=mask)
+    strategy = HeadHunter(heads=("0.1", "0.2"), perturbation=kind, strength=1.0, scope="image")
+    made, out = strategy.patch(given, given.attend()), given.attend()
+    assert torch.equal(made[:, :3], out[:, :3]) and torch.equal(made[:, :, 0], out[:, :, 0])
+    q, k, v = (x[:, :, 3:] for x in (given.q, given.k, given.v))
+    for head in (1, 2):
+        seen = mask[:, head, :, 3:].any(1)
+        scores = (
+            (q[:, head].mean(1, keepdim=True) if kind == "seg" else q[:, head]) @ k[:, head].transpose(-1, -2) * 0.4
+        )
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        want = {
+            "uniform": seen.double()[:, None] / seen.sum(-1)[:, None, None], "seg": scores.softmax(-1),
+            "max": torch.nn.functional.one_hot(scores.argmax(-1), 8).double(),
+        }[kind] @ v[:, head]  # fmt: skip
+        assert_close(made[:, 3:, head], want.expand(2, 8, 4), 1e-10)
+
+
+def test_nothing_is_predicted_again_where_nothing_would_change():
+    calls, given = [], torch.zeros(4, 3)
+
+    def denoise(strategy, branches, guidance):
+        def run(branch="", **changes):
+            calls.append(branch)
+            return torch.ones(len(changes.get("x", given)), 3)
+
+        step = DiffusionStep(1, 0, 10, 500.0, branches, None)
+        return strategy.denoise(DenoiserCall(step, {"x": given}, None, guidance, run))
+
+    full = HeadHunter(heads=("0.0",), scale=1.0, strength=0.5)
+    for strategy, branches, guidance in (
+        (HeadHunter(scale=1.0), ("all",), None), (HeadHunter(heads=("0.0",), scale=0.0), ("all",), None),
+        (HeadHunter(heads=("0.0",), strength=0.0), ("all",), None), (full, ("uncond",), 5.0),
+    ):  # fmt: skip
+        denoise(strategy, branches, guidance)
+    assert calls == [""] * 4
+    calls.clear()
+    for branches, guidance in ((("all",), None), (("cond",), 5.0), (("uncond", "cond"), 5.0), (("all",), 5.0)):
+        denoise(full, branches, guidance)
+    assert calls == ["", "perturbed"] * 4

@@ -125,3 +125,138 @@ def test_refusals():
     with pytest.raises(UserError, match="open the pipeline"):
         given = call()
         MasaCtrl().attend(given.replace(diffusion=None))
+
+
+def test_where_and_when_it_acts():
+    def site(kind, layer):
+        return Site("x", 0, layer, kind, False)
+
+    for layer, acts in ((9, False), (10, True), (None, False)):
+        assert MasaCtrl().selects(site("self", layer)) == MasaCtrl().selects(site("joint", layer)) == acts
+    assert not MasaCtrl().selects(site("cross", 0)) and MasaCtrl(tokens=(1,)).selects(site("cross", 0))
+    assert not MasaCtrl(layers=(3,)).selects(site("self", 12)) and not MasaCtrl().selects(site("linear", 12))
+    for index, acts in ((3, False), (4, True), (5, True)):
+        assert (MasaCtrl().acts(call(index=index)) is not None) == acts
+    assert MasaCtrl().acts(call(kind="cross")) is None
+    given = call()
+    text = DiffusionStep(1, 5, 10, 500.0, given.diffusion.branches, given.diffusion.layout, "text")
+    assert MasaCtrl().acts(given.replace(diffusion=text)) is None
+    with pytest.raises(UserError, match="does not say which rows"):
+        MasaCtrl().attend(call(("unknown",)))
+    with pytest.raises(UserError, match="open the pipeline"):
+        MasaCtrl().attend(call(index=None))
+    with pytest.raises(UserError, match="token layout of x is not known"):
+        joint = call(kind="joint")
+        nowhere = DiffusionStep(1, 5, 10, 500.0, joint.diffusion.branches, None)
+        MasaCtrl().attend(joint.replace(diffusion=nowhere))
+    odd = call(("all",))
+    with pytest.raises(UserError, match="3 rows in branches all are no pairs"):
+        three = {name: torch.cat([x, x[:1]]) for name, x in (("q", odd.q), ("k", odd.k), ("v", odd.v))}
+        MasaCtrl().attend(odd.replace(**three))
+
+
+def test_two_pictures_a_branch():
+    """Sources stand before their targets: rows 0, 1 are read by 2, 3."""
+    given = call(("uncond", "cond"))
+    q, k, v = (torch.cat([x, x.flip(0) * 0.7]) for x in (given.q, given.k, given.v))
+    made = MasaCtrl().attend(given.replace(q=q, k=k, v=v))
+    for source, target in ((0, 2), (1, 3), (4, 6), (5, 7)):
+        assert_close(made[target], attention(q[target], k[source], v[source]), 1e-10)
+        assert_close(made[source], attention(q[source], k[source], v[source]), 1e-10)
+
+
+@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_masks_and_biases_of_the_model_stay_with_the_targets(union, rows):
+    """A padding mask and a bias of the call, one for all rows or each its own."""
+    given = call()
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(rows, 1, 6, 6, generator=generator) < 0.7
+    mask[..., 0] = True
+    bias = torch.randn(rows, 1, 6, 6, generator=generator).double()
+    q, k, v = given.q, given.k, given.v
+    made = MasaCtrl(union=union).attend(given.replace(mask=mask))
+    for source, target in ((0, 1), (2, 3)):
+        own = mask[target if rows > 1 else 0, 0]
+        keys, values, seen = k[source], v[source], own
+        if union:
+            keys, values = torch.cat([k[target], k[source]], 1), torch.cat([v[target], v[source]], 1)
+            seen = torch.cat([own, own], -1)
+        assert_close(made[target], attention(q[target], keys, values, seen), 1e-10)
+        plain = attention(q[source], k[source], v[source], mask[source if rows > 1 else 0, 0])
+        assert_close(made[source], plain, 1e-10)
+    if not union:
+        for hides in (None, mask):
+            moved = MasaCtrl().attend(given.replace(bias=bias, mask=hides))
+            for source, target in ((0, 1), (2, 3)):
+                x = q[target] @ k[source].transpose(-1, -2) * 0.4 + bias[target if rows > 1 else 0, 0]
+                if hides is not None:
+                    x = x.masked_fill(~mask[target if rows > 1 else 0, 0], -torch.inf)
+                assert_close(moved[target], (x.softmax(-1) @ v[source]).transpose(-3, -2), 1e-10)
+
+
+def test_text_behind_the_image():
+    given = call(("all",), "joint", Layout(1, 2, 2, text=2, text_first=False))
+    made = MasaCtrl().attend(given)
+    k, v = (torch.cat([x[0, :, :4], x[1, :, 4:]], 1) for x in (given.k, given.v))
+    assert_close(made[1], attention(given.q[1], k, v), 1e-10)
+    both = MasaCtrl(union=True).attend(given)
+    k, v = (torch.cat([x[1], x[0, :, :4]], 1) for x in (given.k, given.v))
+    assert_close(both[1], attention(given.q[1], k, v), 1e-10)
+
+
+def noted(strategy, branches, index, maps, run_state, rows=2):
+    """As ``watch`` would note maps ``[rows, h, w]`` of cross-attention to one word."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = maps.shape[1:]
+    # Two words: the chosen one's logit is such that its share is the map.
+    q = torch.logit(maps.flatten(1).double(), 1e-6)[:, None, :, None]
+    k = torch.tensor([[0.0], [1.0]]).double().expand(rows, 1, 2, 1)
+    step = DiffusionStep(1, index, 10, 500.0, branches, Layout(1, 2, 3), run_state=run_state)
+    v = torch.randn(rows, 1, 2, 4, generator=generator).double()
+    given = AttentionCall(Site("y", 1, 0, "cross", False), q, k, v, scale=1.0, diffusion=step)
+    assert h * w == q.shape[2]
+    strategy.watch(given, given.attend())
+    return step
+
+
+def test_maps_of_the_conditional_call_decide_for_the_unconditional_one():
+    strategy, run_state = MasaCtrl(tokens=(1,), threshold=0.5), {}
+    first, second, other = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    cond = noted(strategy, ("cond",), 5, first, run_state)
+
+    def cut(*maps):
+        x = torch.stack(maps).mean(0).flatten(1)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        return (x - low) / (high - low) > 0.5
+
+    assert torch.equal(strategy.masks(cond, 2, 6), cut(first))
+    noted(strategy, ("cond",), 5, second, run_state)
+    assert torch.equal(strategy.masks(cond, 2, 6), cut(first, second))
+    uncond = noted(strategy, ("uncond",), 5, other, run_state)
+    assert torch.equal(strategy.masks(uncond, 2, 6), cut(first))  # of its call so far, one site
+    noted(strategy, ("uncond",), 5, other, run_state)
+    assert torch.equal(strategy.masks(uncond, 2, 6), cut(first, second))
+    later = noted(strategy, ("uncond",), 6, other, run_state)  # the conditional call of this step is yet to come
+    assert torch.equal(strategy.masks(later, 2, 6), cut(other))
+    assert strategy.masks(cond, 2, 6) is None  # of an earlier step
+    both = noted(strategy, ("cond", "uncond"), 7, torch.cat([first, other]), run_state, rows=4)
+    assert torch.equal(strategy.masks(both, 4, 6), cut(first).repeat(2, 1))
+    assert MasaCtrl(threshold=0.5).masks(both, 4, 6) is None
+
+
+def test_maps_that_are_taken():
+    """Of a site whose map's larger side is at most ``map_size``; with the layout and the step known."""
+    for size, taken in ((3, True), (2, False)):
+        run_state = {}
+        noted(MasaCtrl(tokens=(1,), map_size=size), ("all",), 5, torch.rand(2, 2, 3), run_state)
+        assert bool(run_state) == taken
+    given = call(kind="cross")
+    known = (1, 5, 10, 500.0, ("all",))
+    for step in (None, DiffusionStep(*known, None), DiffusionStep(1, None, *known[2:], Layout(1, 2, 3))):
+        MasaCtrl(tokens=(1,)).watch(given.replace(diffusion=step), given.v)
+        assert step is None or not step.run_state
+    image = call(kind="self")
+    MasaCtrl(tokens=(1,)).watch(image, image.v)
+    assert not image.diffusion.run_state
+    assert MasaCtrl() == MasaCtrl(start_step=4, start_layer=10, threshold=0.1, map_size=16, union=False, tokens=())

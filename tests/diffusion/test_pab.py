@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
+from manyheads.call import DiffusionStep, Site
 from manyheads.diffusion.pab import PAB
 from manyheads.errors import UserError
 from manyheads.strategy import AttentionWatch, DenoiserModule
@@ -144,3 +145,54 @@ def test_diffusers_own_shares_between_branches():
     if error(outs[2, 1], alone) < 1e-5:
         pytest.skip("this diffusers keeps branches apart")
     assert error(outs[2, 1], alone) > 1e-4
+
+
+def stood(kind, index, timestep, run=1, branches=("all",)):
+    axis = "time" if kind == "temporal" else "all"
+    site = Site("x", 0, 0, "cross" if kind == "cross" else "self", False)
+    return site, DiffusionStep(run, index, 12, float(timestep), branches, None, axis)
+
+
+@pytest.mark.parametrize("kind", ["spatial", "temporal", "cross"])
+def test_which_steps_are_computed_is_the_rule_by_hand(kind):
+    """Inside of the range, both ends left out, at multiples of n; outside always; and anew where nothing is kept."""
+    strategy = PAB(**{"spatial": 1, "temporal": 1, "cross": 1, kind: 3}, upper=900, lower=100)
+    state, outputs = {}, {}
+    times = [950, 900, 899, 800, 700, 600, 500, 400, 300, 101, 100, 50]
+    for index, timestep in enumerate(times):
+        # A pair, as joint attention returns; its first is what is counted.
+        made = strategy.around_module(
+            *stood(kind, index, timestep), state, lambda i=index: (torch.full((2, 3), float(i)), torch.zeros(99))
+        )
+        outputs[index] = int(made[0][0, 0])
+    # 2 is computed because nothing is kept, then 3, 6, 9 are multiples; 10 and 11 lie outside.
+    assert outputs == {0: 0, 1: 1, 2: 2, 3: 3, 4: 3, 5: 3, 6: 6, 7: 6, 8: 6, 9: 9, 10: 10, 11: 11}
+    assert state["counts"] == {"computed": 8, "reused": 4, "bytes": 24} and "kept" not in state
+    other = {"spatial": "cross", "temporal": "spatial", "cross": "temporal"}[kind]
+    always = {}
+    for index, timestep in enumerate(times):
+        strategy.around_module(*stood(other, index, timestep), always, lambda: torch.zeros(2))
+        assert "kept" not in always  # of a kind that is always run nothing is kept
+    assert always["counts"] == {"computed": 12, "reused": 0, "bytes": 0}
+
+
+def test_what_is_kept_is_of_one_run_and_its_largest_output_is_counted():
+    strategy, state = PAB(spatial=4, upper=900, lower=100), {}
+
+    def step(index, run, size):
+        return strategy.around_module(*stood("spatial", index, 500, run), state, lambda: torch.zeros(size))
+
+    step(1, 1, 8), step(2, 1, 5)
+    assert state["counts"] == {"computed": 1, "reused": 1, "bytes": 32}
+    assert step(3, 2, 2).shape == (2,) and state["counts"]["computed"] == 2 and state["kept"][0] == 2
+    assert step(5, 2, 99).shape == (2,) and state["counts"]["bytes"] == 32
+    step(8, 2, 16)
+    assert state["counts"] == {"computed": 3, "reused": 2, "bytes": 64}
+
+
+def test_defaults_are_the_papers():
+    assert PAB() == PAB(spatial=2, temporal=4, cross=6, upper=930.0, lower=450.0)
+    for wrong in ({"spatial": 0}, {"temporal": 0}, {"cross": -1}, {"upper": 450}, {"upper": 5.0, "lower": 5.0}):
+        with pytest.raises(UserError, match="pab:"):
+            PAB(**wrong)
+    assert PAB(spatial=1, temporal=1, cross=1, upper=451).upper == 451

@@ -152,3 +152,60 @@ def test_kinds_of_modules():
         assert step.module_kind(Site("x", 0, 0, kind, False)) == want
         every = PAB(spatial=2, temporal=3, cross=5).every(Site("x", 0, 0, kind, False), step)
         assert every == {"spatial": 2, "temporal": 3, "cross": 5, "text": 1}[want]
+
+
+def test_only_the_step_before_of_the_same_run_and_shape_is_compared():
+    site, measure, state = Site("x", 0, 4, "self", False), Redundancy(), {}
+
+    def step(index, value, *, run=1, total=9, shape=(2, 2), axis="all", pair=False):
+        out = torch.full(shape, float(value))
+        given = DiffusionStep(run, index, total, 1000.0 - 100 * index, ("all",), None, axis)
+        return measure.around_module(site, given, state, lambda: (out, 0) if pair else out)
+
+    step(0, 1.0)
+    step(1, 3.0, pair=True)  # change 4 of a size of 9
+    step(3, 5.0)  # one step is missing
+    step(4, 6.0)  # 1 of 36
+    step(5, 6.0, shape=(3, 2))  # another batch
+    step(6, 2.0, shape=(3, 2), run=2)  # another run
+    step(7, 4.0, shape=(3, 2), run=2)  # 4 of 16
+    step(8, 5.0, shape=(3, 2), run=2)  # the last: 1 of 25
+    assert "kept" not in state
+    assert {key: (kind, t, float(change), float(size)) for key, (kind, t, change, size) in state["steps"].items()} == {
+        (1, 1): ("spatial", 900.0, 4.0, 9.0), (1, 4): ("spatial", 600.0, 1.0, 36.0),
+        (2, 7): ("spatial", 300.0, 4.0, 16.0), (2, 8): ("spatial", 200.0, 1.0, 25.0),
+    }  # fmt: skip
+    step(1, 9.0, run=3, total=None), step(2, 9.0, run=3, total=None, axis="text")
+    assert "kept" not in state and (3, 2) not in state["steps"]  # among the text's tokens nothing is measured
+    step(8, 9.0, run=3, total=None)
+    assert "kept" in state  # the last step is not known
+
+    class Port:
+        @staticmethod
+        def kept(strategy):
+            other = Site("y", 1, 5, "cross", False)
+            steps = {(1, 1): ("cross", 900.0, torch.tensor(1.0), torch.tensor(0.0))}
+            twice = {(1, 1): ("spatial", 880.0, torch.tensor(2.0), torch.tensor(8.0))}
+            return [(site, {"all": state, "two": {"steps": twice}}), (other, {"all": {"steps": steps}, "none": {}})]
+
+    spatial, cross = measure.curves(Port)
+    assert (spatial.kind, spatial.modules) == ("spatial", 1) and (cross.kind, cross.modules) == ("cross", 1)
+    assert spatial.timesteps == (890.0, 600.0, 300.0, 200.0)
+    assert spatial.relative == pytest.approx(((4 / 9 + 2 / 8) / 2, 1 / 36, 4 / 16, 1 / 25))
+    assert spatial.absolute == pytest.approx(((4 + 2) / 2, 1, 4, 1))
+    assert cross.relative == pytest.approx((1 / 1e-20,))  # of an output of zero
+
+
+def test_a_range_is_the_longest_calm_one_and_may_reach_either_end():
+    calm, twice, more = 0.01, 0.02, 0.0201  # twice the median is calm still
+    spec = suggest([curve("spatial", twice, calm, calm, calm, calm, more, calm, calm)], drift=0.5)
+    assert spec.startswith("pab:upper=950,lower=450,")  # halfway to what would stand before, and to the wild one
+    late = suggest([curve("spatial", more, calm, more, calm, calm, calm, calm)], drift=0.5)
+    assert late.startswith("pab:upper=650,lower=150,")  # from step 3, and to half of the last timestep
+    two = [curve("spatial", calm, calm, calm, more, calm), curve("cross", calm, calm, calm, calm, more)]
+    assert suggest(two, drift=0.5).startswith("pab:upper=950,lower=650,")  # where every kind is calm
+    with pytest.raises(UserError, match="no range"):
+        suggest([curve("spatial", calm, more, calm, more, calm)])  # one step is no range
+    # Steps of 0.1: n - 1 of them stay within the drift; no more than eight are ever used.
+    for drift, every in ((0.09, 1), (0.1000001, 2), (0.29, 3), (0.65, 7), (0.69, 7), (0.71, 8), (9.0, 8)):
+        assert suggest([curve("temporal", *[0.01] * 4)], drift=drift).endswith(f"temporal={every}"), drift

@@ -185,3 +185,140 @@ def test_on_a_unet_it_is_the_middle_block():
     assert chosen and all(name.startswith("mid_block") for name in chosen)
     with pytest.raises(UserError, match="odd"):
         manyheads.parse("sag:kernel=8")
+
+
+@pytest.mark.parametrize(
+    ("sigma", "size", "shape"), [(1.0, 9, (3, 4)), (0.7, 3, (5, 2)), (2.0, 7, (1, 6)), (1.5, 11, (2, 1))]
+)
+def test_blur_is_a_sum_over_a_reflected_image(sigma, size, shape):
+    """Reflected as often as the kernel needs; an axis of one pixel is repeated."""
+    x = torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(0)).double()
+    weight = torch.exp(-0.5 * ((torch.arange(size).double() - size // 2) / sigma) ** 2)
+    weight = weight / weight.sum()
+
+    def place(i, n):
+        while n > 1 and not 0 <= i < n:
+            i = -i if i < 0 else 2 * (n - 1) - i
+        return 0 if n == 1 else i
+
+    want, half = torch.zeros_like(x), size // 2
+    for r in range(shape[0]):
+        for c in range(shape[1]):
+            for i in range(-half, half + 1):
+                for j in range(-half, half + 1):
+                    there = x[..., place(r + i, shape[0]), place(c + j, shape[1])]
+                    want[..., r, c] += weight[i + half] * weight[j + half] * there
+    assert_close(blur(x, sigma, size), want, 1e-10)
+    assert torch.equal(blur(x, -1.0, size), x)
+
+
+def test_layers_that_are_looked_at():
+    def site(name, layer, kind="self", peers=()):
+        return Site(name, 0, layer, kind, False, peers=peers)
+
+    assert SAG().selects(site("mid_block.attentions.0", 3)) and not SAG().selects(site("down_blocks.0", 1, peers=(1,)))
+    assert not SAG().selects(site("up_blocks.0", 1, peers=(1,))) and not SAG().selects(site("mid_block.x", 3, "cross"))
+    for peers, middle in (((2, 4, 6), 4), ((2, 4, 6, 8), 6), ((5,), 5)):
+        chosen = [layer for layer in peers if SAG().selects(site("blocks", layer, "joint", peers))]
+        assert chosen == [middle]
+    assert not SAG().selects(site("blocks", 0))
+    assert SAG(layers=(1,)).selects(site("up_blocks.0", 1)) and not SAG(layers=(1,)).selects(site("mid_block.x", 3))
+
+
+def test_masks_by_hand():
+    """Which tokens, on which grid, of which frames: turned around, everything, or as many at random."""
+    got = received(rows=4)
+    x0 = torch.zeros(2, 4, 8, 12)
+    for rows in (slice(0, 2), slice(2, 4)):
+        mask = SAG().blur_mask(got, x0, rows, 4, LAYOUT)
+        assert mask.shape == (2, 1, 8, 12)
+        for b in range(2):
+            for r in range(8):
+                for c in range(12):
+                    assert mask[b, 0, r, c] == float(got[rows][b, (r // 2) * 6 + c // 2] > 1)
+        assert torch.equal(SAG(mask="inverted").blur_mask(got, x0, rows, 4, LAYOUT), 1 - mask)
+    high = SAG(threshold=1.5).blur_mask(got, x0, slice(0, 2), 4, LAYOUT)
+    assert high.sum() < SAG().blur_mask(got, x0, slice(0, 2), 4, LAYOUT).sum()
+    torch.manual_seed(0)
+    random = SAG(mask="random").blur_mask(got, x0, slice(0, 2), 4, LAYOUT)
+    want = (got[:2] > 1).sum(1) * 4
+    assert torch.equal(random.sum((1, 2, 3)).long(), want) and not torch.equal(random, mask)
+    assert torch.equal(SAG(mask="all").blur_mask(None, x0, slice(0, 2), 4, None), torch.ones(2, 1, 8, 12))
+    for missing in ((None, LAYOUT), (got, None)):
+        with pytest.raises(UserError, match="was not run"):
+            SAG().blur_mask(missing[0], x0, slice(0, 2), 4, missing[1])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_masks_of_frames(apart):
+    """Frames that attend to each other, or as rows of their own; each frame has its own mask."""
+    layout = Layout(3, 2, 2)
+    got = torch.rand(2, 12, generator=torch.Generator().manual_seed(0)) * 2
+    given = got.view(6, 4) if apart else got
+    mask = SAG().blur_mask(given, torch.zeros(1, 4, 3, 4, 4), slice(1, 2), 2, layout)
+    assert mask.shape == (1, 1, 3, 4, 4)
+    for f in range(3):
+        for r in range(4):
+            for c in range(4):
+                assert mask[0, 0, f, r, c] == float(got[1, f * 4 + (r // 2) * 2 + c // 2] > 1)
+
+
+def test_packed_latents_are_blurred_over_their_grid():
+    bed = Bed(received())
+    bed.x = torch.randn(2, 24, 5, generator=torch.Generator().manual_seed(1)).double()
+
+    def run(branch="", **changes):
+        given = {**bed.call.given, **changes}
+        bed.run_state["sag"] = bed.received
+        return torch.tanh(given["sample"])
+
+    bed.call = DenoiserCall(bed.call.step, {"sample": bed.x}, Bed.scheduler, None, run)
+    made = SAG(scale=0.5).denoise(bed.call)
+    alpha, eps = float(Bed.scheduler.alphas_cumprod[400]), torch.tanh(bed.x)
+    x0 = ((bed.x - (1 - alpha) ** 0.5 * eps) / alpha**0.5).transpose(1, 2).reshape(2, 5, 4, 6)
+    mask = (bed.received > 1).double().reshape(2, 1, 4, 6)
+    degraded = (mask * blur(x0, 1.0, 9) + (1 - mask) * x0).flatten(2).transpose(1, 2)
+    again = torch.tanh(alpha**0.5 * degraded + (1 - alpha) ** 0.5 * eps)
+    assert_close(made, eps + 0.5 * (eps - again), 1e-10)
+    nowhere = DiffusionStep(1, 3, 10, 400.0, ("all",), None, run_state=bed.run_state)
+    with pytest.raises(UserError, match="packed into tokens"):
+        SAG().denoise(DenoiserCall(nowhere, {"sample": bed.x}, Bed.scheduler, None, run))
+
+
+def test_clipping_and_a_learned_variance():
+    """The clean sample alone is clipped; of a prediction with a variance behind it the first channels count."""
+    bed = Bed(received())
+    alpha = float(Bed.scheduler.alphas_cumprod[400])
+    eps = bed.run()
+    x0 = ((bed.x - (1 - alpha) ** 0.5 * eps) / alpha**0.5).clamp(-1, 1)
+    again = bed.run(sample=alpha**0.5 * blur(x0, 1.0, 9) + (1 - alpha) ** 0.5 * eps)
+    assert_close(SAG(scale=1, clip=True, mask="all").denoise(bed.call), 2 * eps - again, 1e-10)
+    variance = bed.call
+    wide = DenoiserCall(
+        variance.step, variance.given, Bed.scheduler, None, lambda *a, **k: torch.cat([bed.run(*a, **k), bed.x + 7], 1)
+    )
+    plain = SAG(scale=1).denoise(bed.call)
+    made = SAG(scale=1).denoise(wide)
+    assert_close(made[:, :4], plain, 1e-10)
+    assert torch.equal(made[:, 4:], bed.x + 7)
+
+
+def test_what_was_received_is_of_this_step_and_of_no_blurred_call():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 24, 4, generator=generator) for _ in "qkv")
+    for branches, mask in ((("blurred",), "attention"), (("all",), "all")):
+        step = DiffusionStep(1, 0, 10, 500.0, branches, LAYOUT)
+        SAG(mask=mask).watch(AttentionCall(Site("x", 0, 0, "self", False), q, k, v, scale=0.5, diffusion=step), v)
+        assert not step.run_state
+    with pytest.raises(UserError, match="layout of x is not known"):
+        step = DiffusionStep(1, 0, 10, 500.0, ("all",), None)
+        SAG().watch(AttentionCall(Site("x", 0, 0, "self", False), q, k, v, scale=0.5, diffusion=step), v)
+    stale = Bed(None)
+    stale.run_state["sag"] = received()
+    with pytest.raises(UserError, match="was not run"):  # of an earlier step
+        SAG().denoise(stale.call)
+    assert SAG(kernel=1).kernel == 1
+    for kernel in (0, -1, 4):
+        with pytest.raises(UserError, match="odd width"):
+            SAG(kernel=kernel)
+    assert SAG() == SAG(scale=0.75, sigma=1.0, kernel=9, threshold=1.0, mask="attention", clip=False)

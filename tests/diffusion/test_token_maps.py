@@ -293,6 +293,7 @@ def test_refusals():
         pass
     for spec, fault in (
         ("tokens=6", "tokens 0 to 5, not 6"), ("tokens=-1", "tokens 0 to 5, not -1"), ("queries=16", "tokens 0 to 15"),
+        ("queries=-1", "tokens 0 to 15, not -1"), ("queries=3+-1+2", "tokens 0 to 15"),
         ("tokens=1,steps=0-3", "open the pipeline"), ("tokens=1,per_step=true", "open the pipeline"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=fault), manyheads.use(model, f"token_maps:{spec}"):
@@ -347,3 +348,60 @@ def test_words_of_several_tokens():
     assert_close(found.of("big cat"), plain.of("token 0") + plain.of("token 2"), 1e-6)
     with pytest.raises(UserError, match=r"kept tokens 0\+2\+5, not \[3\]"):
         maps(port, strategy, words={"cow": (3,)})
+
+
+def test_sites_and_calls_that_are_taken():
+    """Words where there is text, what the image looks at where there is an image; neither over time nor in the text."""
+
+    def chosen(**wanted):
+        strategy = TokenMaps(layers=(0,), **wanted)
+        return {kind for kind in ("self", "cross", "joint") if strategy.selects(Site("x", 0, 0, kind, False))}
+
+    assert chosen(tokens=(1,)) == {"cross", "joint"}
+    assert chosen(received=True) == chosen(queries=(1,)) == {"self", "joint"}
+    assert chosen(tokens=(1,), received=True) == {"self", "cross", "joint"}
+    assert not TokenMaps(tokens=(1,), layers=(0,)).selects(Site("x", 0, 1, "cross", False))
+    for axis, taken in (("time", False), ("text", False), ("all", True), ("space", True)):
+        step = DiffusionStep(1, 0, 10, 500.0, ("uncond", "cond"), Layout(1, 8, 8), axis)
+        assert bool(made_up(8, TokenMaps(tokens=(1,)), diffusion=step)) == taken
+    for index, taken in ((0, False), (1, True), (2, False)):
+        assert bool(made_up(8, TokenMaps(tokens=(1,), steps=(1,)), index=index)) == taken
+    assert not made_up(7, TokenMaps(tokens=(1,)), diffusion=DiffusionStep(1, 0, 10, 5.0, ("all",), Layout(1, 8, 8)))
+    assert not made_up(8, TokenMaps(tokens=(1,)), diffusion=DiffusionStep(1, 0, 10, 5.0, ("all",), Layout(3, 16, 16)))
+
+
+def test_a_new_run_begins_anew_and_large_sites_may_be_left_out():
+    """Two sites of 4 x 4 and 8 x 8, the finer twice in a run; another run before is forgotten."""
+    strategy = TokenMaps(tokens=(1, 2), per_step=True)
+    fine = made_up(8, strategy, state=None, diffusion=DiffusionStep(1, 0, 10, 5.0, ("uncond", "cond"), Layout(1, 8, 8)))
+    for index in (0, 1):
+        step = DiffusionStep(2, index, 10, 5.0, ("uncond", "cond"), Layout(1, 8, 8))
+        made_up(8, strategy, state=fine, index=index, diffusion=step)
+    coarse = made_up(4, strategy, diffusion=DiffusionStep(2, 0, 10, 5.0, ("uncond", "cond"), Layout(1, 4, 4)))
+    old = made_up(4, strategy, index=5, diffusion=DiffusionStep(1, 0, 10, 5.0, ("uncond", "cond"), Layout(1, 4, 4)))
+    assert {key: mean.count for key, mean in fine["means"].items()} == {
+        ("words", None): 2, ("words", 0): 1, ("words", 1): 1
+    }  # fmt: skip
+    sites = [Site(name, i, layer, "cross", False) for i, (name, layer) in enumerate((("a", 0), ("b", 1), ("c", None)))]
+
+    class Port:
+        @staticmethod
+        def kept(strategy):
+            return [
+                (site, {"uncond+cond": kept, "none": {}}) for site, kept in zip(sites, (fine, coarse, old), strict=True)
+            ]
+
+    found, small = maps(Port, strategy), maps(Port, strategy, size=4)
+    mean = {name: kept["means"]["words", None].value.mean(1) for name, kept in (("fine", fine), ("coarse", coarse))}
+    for row, branch in enumerate(("uncond", "cond")):
+        grown = mean["coarse"][row : row + 1].repeat_interleave(2, -1).repeat_interleave(2, -2)
+        assert_close(found.maps[branch], (mean["fine"][row : row + 1] + grown) / 2, 1e-6)
+        assert_close(small.maps[branch], mean["coarse"][row : row + 1], 1e-6)
+    assert set(found.layers["cond"]) == {0, 1} and set(small.layers["cond"]) == {1}
+    assert found.names == ("token 1", "token 2") and found.units == ("share of attention",) * 2
+    assert list(found.steps["cond"]) == [0, 1] and list(small.steps["cond"]) == [0]
+    assert_close(found.of("token 2", layer=0), mean["fine"][1:, 1], 1e-6)
+    with pytest.raises(UserError, match="kept nothing"):
+        maps(Port, strategy, size=3)
+    with pytest.raises(UserError, match=r"not \[\] that words are made of"):
+        maps(Port, strategy, words={"a": ()})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from manyheads.experiment import Arm, above, at_most, below, estimates, higher, lower, no_worse
 from manyheads.experiment.checks import Check, evaluate, find_metric, resolve, word_of
@@ -189,3 +190,126 @@ def test_a_run_sees_what_it_says_it_can_detect(monkeypatch):
         made = rows(FULL, np.zeros(15)) + rows(A, rng.normal(effect, 1, 15))
         seen += evaluate(check, made, ARMS, METRICS).word == "holds"
     assert 0.72 <= seen / runs <= 0.88
+
+
+def judged(low, high, check, monkeypatch, *, value=None, groups=10, kind=CONTEXTS, error=None):
+    """What a check says of an effect with a given interval."""
+    from manyheads.experiment import checks
+
+    middle = (low + high) / 2 if value is None else value
+    error = (high - low) / 5 if error is None else error
+    found = Estimate(middle, low, high, 3 * groups, groups, kind, error)
+    for name in ("difference", "ratio", "estimate"):
+        monkeypatch.setattr(checks, name, lambda *_: found)
+    return evaluate(check, rows(FULL, [0.0]) + rows(A, [1.0]) + rows(B, [1.0]), ARMS, METRICS)
+
+
+def least(found, edge, power=0.8416212335729143, few=True):
+    """Fewest groups that see the effect four times of five, one by one."""
+    half = max(found.high - found.value, found.value - found.low)
+    for groups in range(2, 100_000):
+        t = stats.t.ppf(0.975, groups - 1) / stats.t.ppf(0.975, found.groups - 1) if few else 1.0
+        if (half * t + power * found.error) * math.sqrt(found.groups / groups) <= abs(found.value - edge):
+            return groups
+    return None
+
+
+@pytest.mark.parametrize("kind", [CONTEXTS, estimates.SEEDS, estimates.BOTH, estimates.REPEATS, estimates.WILSON])
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "tolerant", "edge"),
+    [
+        (-0.1, 0.5, 0.0, False, 0.0),  # towards the claim: zero is to be cleared
+        (-0.5, 0.1, 0.0, False, 0.0),
+        (-0.1, 0.5, 0.2, False, 0.0),
+        (-0.5, 0.1, 0.3, False, -0.3),  # away from it: the margin too
+        (-0.5, 0.1, 0.1, False, -0.1),
+        (-0.5, 0.1, 0.3, True, -0.3),  # non-inferiority: the margin on either side
+        (-0.7, 0.1, 0.2, True, -0.2),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_needed_groups_and_the_least_effect_by_hand(monkeypatch, kind, low, high, margin, tolerant, edge, sign):
+    check = Check(metric="loss", arm="a", than="b", sign=sign, margin=margin, tolerant=tolerant, at=0.5, than_at=0.5)
+    bounds = sorted((sign * low, sign * high))
+    said = judged(*bounds, check, monkeypatch, kind=kind)
+    assert said.word == "inconclusive" and said.bound == 0
+    assert said.detectable == pytest.approx((high - low) / 2 + stats.norm.ppf(0.8) * (high - low) / 5)
+    want = least(said.effect, sign * edge, few=kind != estimates.WILSON)
+    assert said.needed == pytest.approx(want, abs=1 if want > 500 else 0)  # from 500 groups on t is the normal quantile
+
+
+def test_a_lopsided_interval_counts_by_its_wider_side(monkeypatch):
+    said = judged(-0.1, 0.4, higher("loss", "a", than="b", at=0.5), monkeypatch, value=0.12)
+    assert said.detectable == pytest.approx(0.28 + stats.norm.ppf(0.8) * 0.1) and said.needed == least(said.effect, 0.0)
+
+
+def test_power_of_a_ratio_is_on_its_logarithm(monkeypatch):
+    check = at_most("loss", "a", times=0.5, than="b", at=0.5, margin=0.1)
+    said = judged(0.3, 0.6, check, monkeypatch, value=0.45, error=0.15)
+    assert (said.word, said.bound) == ("inconclusive", 0.5)
+    half = math.log(0.45 / 0.3)
+    assert said.detectable == pytest.approx(math.exp(half + stats.norm.ppf(0.8) * 0.15))
+    logs = Estimate(math.log(0.45), math.log(0.3), math.log(0.6), 30, 10, CONTEXTS, 0.15)
+    assert said.needed == least(logs, math.log(0.5))
+    wide = judged(0.3, 0.9, at_most("loss", "a", times=0.5, than="b", at=0.5, margin=0.1), monkeypatch, value=0.53)
+    assert wide.needed == least(
+        Estimate(math.log(0.53), math.log(0.3), math.log(0.9), 30, 10, CONTEXTS, 0.12), math.log(0.6)
+    )
+
+
+def test_what_has_no_power_says_none(monkeypatch):
+    check = higher("loss", "a", than="b", at=0.5)
+    endless = judged(-math.inf, math.inf, check, monkeypatch, value=1.0, error=math.nan)
+    assert (endless.word, endless.detectable, endless.needed) == ("inconclusive", None, None)
+    nothing = judged(-0.5, 0.5, check, monkeypatch)  # an effect of zero would need endless samples
+    assert nothing.needed is None and nothing.detectable == pytest.approx(0.5 + stats.norm.ppf(0.8) * 0.2)
+    tiny = judged(-0.5, 0.5 + 1e-9, check, monkeypatch)
+    assert tiny.needed is None  # more than could be asked for
+    huge = judged(-0.5, 0.52, check, monkeypatch, kind=estimates.WILSON)
+    assert huge.needed == pytest.approx((0.51 + stats.norm.ppf(0.8) * 0.204) ** 2 * 10 / 0.01**2, rel=1e-3)
+
+
+def test_a_check_in_words():
+    where, other = {"length": 64, "depth": 0.5}, {"length": 8}
+    said = [
+        (lower("loss", "a", than="b"), "loss of a lower than b"),
+        (higher("t.loss", "a", than="b", at=0.5), "t.loss of a higher than b at a budget of 0.5"),
+        (no_worse("loss", "a", than="b", margin=0.2, better="lower"), "loss of a no higher than b, margin 0.2"),
+        (no_worse("loss", "a", than="b", margin=0.2, better="higher"), "loss of a no lower than b, margin 0.2"),
+        (above("loss", "a", 0.25, margin=0.1), "loss of a above 0.25, margin 0.1"),
+        (below("loss", "a", 3, where=where), "loss of a below 3 (length 64, depth 0.5)"),
+        (at_most("time", "a", times=0.5, than="b"), "time of a lower than 0.5 x b, sample by sample"),
+        (lower("loss", "a", than="b", where=where, than_where=other),
+         "loss of a lower than b (length 8) (length 64, depth 0.5)"),
+    ]  # fmt: skip
+    for check, words in said:
+        assert str(check) == words
+    with pytest.raises(ValueError, match="sign of"):
+        Check(metric="loss", arm="a", than="b", sign=0)
+    for more in ({"relative": True}, {"than_where": {}}):
+        with pytest.raises(ValueError, match="against a number"):
+            above("loss", "a", 1.0, **more)
+
+
+def test_conditions_that_differ_on_purpose_are_left_out_of_the_pairs():
+    """Only those of the two sides: another condition still pairs, and without an other side so does the first."""
+    at = [{"length": n, "depth": d} for n in (8, 64) for d in (0.1, 0.9)]
+    made = [
+        Row(task="t", metric="loss", arm=arm.key, value=v + i, sample=f"{i}", at=here)
+        for i in range(4) for here in at for arm, v in ((A, here["length"] + here["depth"]), (B, 10 * here["depth"]))
+    ]  # fmt: skip
+    check = lower("loss", "a", than="b", at=0.5, where={"length": 64}, than_where={"length": 8})
+    found = evaluate(check, made, ARMS, METRICS).effect
+    assert found.n == 8 and found.value == pytest.approx(64 + 0.5 - 5)
+    both = evaluate(lower("loss", "a", than="b", at=0.5), made, ARMS, METRICS).effect
+    assert both.n == 16 and both.value == pytest.approx(36 + 0.5 - 5)
+
+
+def test_a_baseline_at_its_floor_or_without_rows():
+    from manyheads.experiment.checks import not_discriminative
+
+    good, poor = rows(FULL, [1] * 40, "right"), rows(FULL, [1, 0] * 20, "right")
+    assert not_discriminative(RIGHT, good, FULL) is None and not_discriminative(LOSS, poor, FULL) is None
+    assert not_discriminative(RIGHT, good, A) is None  # no row of it: nothing to say
+    said = not_discriminative(RIGHT, [*poor, *rows(A, [1] * 40, "right")], FULL)  # the baseline's rows alone count
+    assert said.startswith("not discriminative: full itself reaches 0.50 [0.35, 0.65], and 0.5 tells nothing")

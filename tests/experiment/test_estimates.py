@@ -10,7 +10,8 @@ from scipy import stats as scipy_stats
 from manyheads.errors import UserError
 from manyheads.experiment import estimates
 from manyheads.experiment.estimates import Estimate, difference, estimate, newcombe, paired, ratio, wilson
-from manyheads.experiment.rows import Metric, Row
+from manyheads.experiment.rows import Metric
+from oracles.rows import crossed, rows
 
 SHARE = Metric("m", "share", higher=True, kind="share")
 MEAN = Metric("m", "mean")
@@ -21,24 +22,6 @@ TIME = Metric("m", "time", "s", kind="time")
 def few_draws(monkeypatch):
     """A bootstrap of 500 draws, for simulations of many runs."""
     monkeypatch.setattr(estimates, "_DRAWS", 500)
-
-
-def rows(values, contexts=None, seeds=None, arm="a", **more):
-    contexts = range(len(values)) if contexts is None else contexts
-    seeds = [0] * len(values) if seeds is None else seeds
-    return [
-        Row(task="t", metric="m", arm=arm, value=float(v), sample=f"{i}", context=f"{c}", seed=int(s), **more)
-        for i, (v, c, s) in enumerate(zip(values, contexts, seeds, strict=True))
-    ]
-
-
-def crossed(values, arm="a"):
-    """Rows of values ``[S, C]``: every seed on the same contexts."""
-    return [
-        Row(task="t", metric="m", arm=arm, value=float(values[s, c]), sample=f"{c}", seed=s)
-        for s in range(values.shape[0])
-        for c in range(values.shape[1])
-    ]
 
 
 def coverage(make, truth, judge, runs):

@@ -82,7 +82,7 @@ def test_without_ray_it_is_said_how_to_get_it(tmp_path, monkeypatch):
 
 
 def test_ray_gives_what_a_serial_run_gives(tmp_path, serial, monkeypatch):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="needs the extra [ray]")
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)  # the workers' own
     assert run(experiment().at("cpu"), tmp_path / "a", executor=Ray("local")).rows == serial

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading in chunks, and decoding from a cache of fixed size: by hand, by ``generate``, and compiled."""
 
+import math
+
 import pytest
 import torch
 from transformers.generation.configuration_utils import CompileConfig
@@ -11,6 +13,7 @@ from manyheads.integrations.decoding import decode
 from manyheads.integrations.transformers import new_cache, prefill
 from oracles import models
 from oracles.caches import stores
+from tolerance import DRAWN, WRONG, mean_error, share_error
 
 SPECS = {
     "full": "full",
@@ -109,20 +112,30 @@ def test_rows_end_at_eos(llama):
         assert row[: end + 1] == plain[: min(end + 1, len(row))] and set(row[end:]) <= {eos}
 
 
-def test_drawing_follows_the_distribution(llama):
-    """First tokens drawn for many rows against the softmax; at a low temperature the likeliest."""
+def test_drawing_follows_the_distribution():
+    """First tokens drawn for many rows against the softmax, and at a tenth more of the temperature: another one."""
+    model = models.build("llama")
     ids = models.tokens(1, 12).expand(4000, -1).contiguous()
+    with torch.no_grad():
+        model.lm_head.weight.div_(model(ids[:1]).logits[0, -1].std() / 1.5)  # neither all alike nor one far above
     torch.manual_seed(0)
-    with manyheads.use(llama), torch.no_grad():
-        p = torch.softmax(llama(ids[:1]).logits[0, -1].float(), -1)
-        drawn = []
-        for temperature in (1.0, 1e-4):
-            cache = new_cache(llama, parse("full"), room=2)
-            prefill(llama, ids, cache)
-            drawn.append(decode(llama, ids, cache, 1, temperature=temperature)[:, 0])
-    share = torch.bincount(drawn[0], minlength=len(p)) / len(ids)
-    assert (share - p).abs().max() < 0.04 and int(share.argmax()) == int(p.argmax())
-    assert bool((drawn[1] == p.argmax()).all())
+    with manyheads.use(model), torch.no_grad():
+        logits = model(ids[:1]).logits[0, -1].double()
+        drawn = {}
+        for temperature in (1.0, 0.6, 1e-4):
+            cache = new_cache(model, parse("full"), room=2)
+            prefill(model, ids, cache)
+            drawn[temperature] = decode(model, ids, cache, 1, temperature=temperature)[:, 0]
+    for temperature in (1.0, 0.6):
+        counts = torch.bincount(drawn[temperature], minlength=len(logits))
+        p, hot = ((logits / (temperature * by)).softmax(-1) for by in (1.0, 1.1))
+        assert share_error(counts, p) < DRAWN
+        # The mean logit is what tells of a temperature, with the least error of all statistics.
+        for q, low, high in ((p, 0.0, DRAWN), (hot, WRONG, math.inf)):
+            mean = float((q * logits).sum())
+            spread = float((q * (logits - mean).square()).sum().sqrt())
+            assert low <= mean_error(logits[drawn[temperature]], mean, spread) <= high
+    assert bool((drawn[1e-4] == logits.argmax()).all())
 
 
 def test_refusals(llama):
@@ -143,3 +156,39 @@ def test_refusals(llama):
             generated(llama, ids, cache)  # ten tokens where eight fit
     with pytest.raises(UserError, match="sliding window"):
         new_cache(models.tiny("mistral"), parse("full"), room=8)
+
+
+@pytest.mark.parametrize("begun", [0, 6])
+def test_chunks_of_a_prompt_by_number(llama, begun):
+    """All tokens but the last, from where the cache stands; the stores are told while more of the prompt is to come."""
+    ids, told, said, kept = models.tokens(1, 31), [], [], []
+    with manyheads.use(llama):
+        cache = new_cache(llama, parse("full"))
+        if begun:
+            prefill(llama, ids[:, : begun + 1], cache)
+
+        def note(_, args, given):
+            said.append(given["input_ids"].shape[1])
+            kept.append(given["logits_to_keep"])
+            told.append(stores(cache)[0].prefilling)
+
+        handle = llama.register_forward_pre_hook(note, with_kwargs=True)
+        counts = []
+        prefill(llama, ids, cache, 8, counts.append)
+        handle.remove()
+        assert cache.get_seq_length() == 30
+    assert said == counts == ([8, 8, 8, 6] if not begun else [8, 8, 8]) and set(kept) == {1}
+    assert told == [True] * (len(said) - 1) + [False]
+
+
+def test_decoding_looks_now_and_then(llama):
+    """Every 32 tokens it tells how many there are, and there alone it stops where all rows have ended."""
+    ids, told = models.tokens(2, 20), []
+    with manyheads.use(llama):
+        cache, alone = (new_cache(llama, parse("full"), room=80) for _ in range(2))
+        prefill(llama, ids, cache)
+        free = decode(llama, ids, cache, 70, progress=told.append)
+        assert free.shape == (2, 70) and told == [32, 64]
+        first = int(free[0, 0])
+        prefill(llama, ids[:1], alone)
+        assert decode(llama, ids[:1], alone, 70, eos=first).tolist() == [[first] * 32]

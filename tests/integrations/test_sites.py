@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which attention a model has, as the port sees it, and what an AttentionCall says of one forward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import manyheads
-from manyheads.integrations.transformers import architectures, find_sites
+from manyheads.integrations import sites
+from manyheads.integrations.transformers import architectures, find_sites, new_cache
 from manyheads.strategy import AttentionWatch
 from oracles import models
 from oracles.strategies import Watch
@@ -102,3 +105,28 @@ def test_a_model_inside_another_module():
     with manyheads.use(wrapped, watch) as port:
         models.forward("llama", model)
     assert list(port.state(watch)) == ["lm.model.layers.0.self_attn", "lm.model.layers.1.self_attn"]
+
+
+def test_tables_masks_and_layers_by_hand():
+    """Rotary tables are two tensors ``[B, T, d]``; a mask's columns of keys that are allocated ahead are cut off."""
+    cos, sin = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    assert sites._tables((cos, sin)) == (cos, sin)
+    for other in (
+        [cos, sin], (cos,), (cos, sin, cos), None, cos, (cos, None), (None, sin), (cos[0], sin), (cos, sin[0]),
+        (cos[0], sin[0]), ("a", "b"), (cos[None], sin[None]),
+    ):  # fmt: skip
+        assert sites._tables(other) is None
+    mask = torch.arange(12.0).view(1, 1, 2, 6)
+    assert torch.equal(sites._first_columns(mask, 4), mask[..., :4]) and sites._first_columns(None, 4) is None
+    one = mask[..., :1]
+    assert sites._first_columns(one, 4) is one
+    for dtype in (torch.float32, torch.bfloat16):
+        made = sites._additive(torch.tensor([True, False]), dtype)
+        assert made.tolist() == [0.0, torch.finfo(dtype).min] and made.dtype == dtype
+    model = models.tiny("llama")
+    (first, _), (second, _) = find_sites(model)
+    with manyheads.use(model):
+        cache = new_cache(model, manyheads.parse("full:layers=0"))
+        assert sites._ours(cache, first) is cache.layers[0] and sites._ours(cache, second) is None
+        for layer in (None, 9):
+            assert sites._ours(cache, replace(first, layer=layer)) is None

@@ -35,7 +35,7 @@ class Codes(nn.Module):
 def adapted(name="llama", **more):
     """A model with an adapter on its output projections, and the same with the adapter merged into the weights."""
     torch.manual_seed(0)
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft")
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["o_proj"], lora_dropout=0.5, **more)
     model = peft.get_peft_model(models.build(name), config)
     for parameter_name, parameter in model.named_parameters():
@@ -52,7 +52,7 @@ def test_the_weight_of_a_layer(dtype):
     within = 2e-2 if dtype == torch.bfloat16 else SAME
     codes = Codes(nn.Linear(24, 17).to(dtype))
     assert_close(effective_weight(codes, dtype=dtype), (codes.weight * codes.scale).to(dtype), within)
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft")
     lora = peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
     layer = lora.base_model.model[0]
     layer.lora_B["default"].weight.data.normal_()
@@ -143,7 +143,7 @@ def test_absorbed_latents_of_adapted_and_offloaded_layers():
         model = models.build("deepseek_v3")
         if change == "adapter":
             torch.manual_seed(0)
-            peft = pytest.importorskip("peft")
+            peft = pytest.importorskip("peft", reason="needs peft")
             model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=["kv_b_proj"])).eval()
             for name, parameter in model.named_parameters():
                 if "lora_" in name:

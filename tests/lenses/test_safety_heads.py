@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads along a direction: scores equal what heads write, ablation is per row, AHD is dropout of heads and no more."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,7 +26,7 @@ from manyheads.lenses.safety_heads import (
 from manyheads.lenses.safety_heads.refusal_direction import log_odds
 from oracles import models
 from oracles.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
-from tolerance import SAME, assert_close, error
+from tolerance import DRAWN, SAME, WRONG, assert_close, error, mean_error, share_error
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")
 
@@ -248,27 +251,21 @@ def test_the_direction_of_a_toy_is_what_its_refusals_hang_on(tmp_path):
         find_direction(model, bad[:8], good[:8], answers=[OK], check=(good[8:16], bad[8:16]), max_kl=0.0)
 
 
-def test_dropout_of_heads():
+@pytest.mark.parametrize("p", [0.5, 0.2])
+def test_dropout_of_heads(p):
     model, ids = models.build("llama").train(), models.tokens(3, 9)
     outs = Outs()
     plain = Outs()
-    strategy = HeadDropout(p=0.5)
+    strategy = HeadDropout(p=p)
     with manyheads.use(model, plain, strategy, outs) as port:
         torch.manual_seed(1)
         model(ids)
         for name, memory in port.state(outs).items():
-            ratio = memory["out"] / port.state(plain)[name]["out"]
-            heads = ratio.nan_to_num().amax((0, 1, 3))  # one draw for all rows, tokens and channels
-            assert torch.allclose(ratio, heads[:, None].expand_as(ratio), atol=1e-4)
-            assert set(heads.round().tolist()) <= {0.0, 2.0}
-    site = port.state(outs)[find_sites(model)[0][0].name]["out"]
-    total, draws = torch.zeros_like(site), 400
-    with manyheads.use(model, plain, strategy, outs) as port:
-        for _ in range(draws):
-            model(ids)
-            total += port.state(outs)[find_sites(model)[0][0].name]["out"]
-        want = port.state(plain)[find_sites(model)[0][0].name]["out"]
-    assert error(total / draws, want) < 0.15  # 0.05 is expected
+            before = port.state(plain)[name]["out"]
+            heads = (memory["out"] / before).nan_to_num().amax((0, 1, 3))  # one draw for all rows, tokens and channels
+            whole = torch.where(heads > 0.5, 1 / (1 - p), 0.0)[:, None]
+            assert_close(memory["out"], whole * before, SAME)
+            assert error(memory["out"], 0.9 * whole * before) > WRONG * SAME
     for still, mode in ((HeadDropout(p=0.0), True), (strategy, False)):
         model.train(mode)
         want = model(ids).logits
@@ -276,6 +273,18 @@ def test_dropout_of_heads():
             assert torch.equal(model(ids).logits, want)
     with pytest.raises(UserError, match="below 1"):
         HeadDropout(p=1.0)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.2])
+def test_heads_are_kept_as_often_as_p_says_and_keep_their_mean(p):
+    call, ones = SimpleNamespace(training=True), torch.ones(1, 1, 8, 1)
+    factors = torch.cat([HeadDropout(p=p).patch(call, ones).flatten() for _ in range(1000)])
+    kept = torch.bincount((factors > 0).long(), minlength=2)
+    assert share_error(kept, torch.tensor([p, 1 - p])) < DRAWN
+    assert share_error(kept, torch.tensor([p + 0.05, 0.95 - p])) > WRONG  # the control: another p
+    deviation = math.sqrt(p / (1 - p))
+    assert mean_error(factors, 1.0, deviation) < DRAWN
+    assert mean_error(0.9 * factors, 1.0, 0.9 * deviation) > WRONG  # the control: a scale a tenth too small
 
 
 def test_a_dropped_head_learns_nothing():

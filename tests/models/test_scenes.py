@@ -10,6 +10,7 @@ import manyheads  # noqa: E402
 from manyheads.data import scenes as data  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
 from manyheads.models import judge, scenes  # noqa: E402
+from tolerance import DRAWN, WRONG, mean_error  # noqa: E402
 
 SMALL = {"scenes": {"num_layers": 2}, "unet": {"block_out_channels": (8, 16)}, "moving": {"num_layers": 1}}
 PROMPT = {"scenes": "fire, top left, frog", "unet": "fire, top left, frog", "moving": "fire, up, frog"}
@@ -125,7 +126,9 @@ def test_the_shipped_judge_sees_scenes():
     sample = data.draw("scenes", 200, torch.Generator().manual_seed(5), "test")
     seen = seer.see(sample.images / 2 + 0.5)
     for kind, accuracy in results["accuracy"].items():
-        assert float(seen.right(sample.labels, kind).mean()) == pytest.approx(accuracy, abs=0.1)
+        right = seen.right(sample.labels, kind)
+        assert mean_error(right, accuracy, (accuracy * (1 - accuracy)) ** 0.5) < DRAWN
+        assert mean_error(right, accuracy - 0.1, ((accuracy - 0.1) * (1.1 - accuracy)) ** 0.5) > WRONG  # the control
     noise = seer.see(torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert judge.frechet(noise.features, seen.features) > 20 * results["floor"]
     assert float(noise.right(sample.labels, "object").mean()) < 0.4

@@ -15,7 +15,15 @@ def context(*arms, subject=None, seeds=(0,)):
 
 
 def rows(task, run):
-    return [row for unit in task.units(run) for row in task.measure(run, unit)]
+    """All rows; what the task says of its progress adds up to the cost of each unit, or it says nothing."""
+    found = []
+    for unit in task.units(run):
+        told = []
+        run.advance = told.append
+        found += task.measure(run, unit)
+        trains = hasattr(task, "steps") and hasattr(task, "trained_arms")  # a part of it, every few steps
+        assert sum(told) <= unit.cost * (1 + 1e-9) and (trains or not told or sum(told) > unit.cost * (1 - 1e-9)), unit
+    return found
 
 
 def values(rows, metric, arm=None, /, **at):

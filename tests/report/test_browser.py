@@ -46,7 +46,7 @@ return faults;
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    selenium = pytest.importorskip("selenium.webdriver", reason="no selenium here")
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     if BROWSER is None or DRIVER is None:
         pytest.skip("no Chromium with its driver here")
     options = selenium.ChromeOptions()

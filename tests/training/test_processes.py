@@ -44,7 +44,7 @@ def close(a, b):
 
 
 def test_two_processes_are_twice_the_batches(tmp_path):
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs the extra [train]")
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes as t; "
     code += f"t.train({str(tmp_path / 'out')!r}, 2, True, {str(tmp_path / 'kept')!r})"
     script = tmp_path / "script.py"
@@ -65,7 +65,7 @@ def test_two_processes_are_twice_the_batches(tmp_path):
 
 
 def test_one_process_by_accelerate_is_one_without(tmp_path):
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs the extra [train]")
     assert train(tmp_path / "a", 1, True) == train(tmp_path / "b", 1, False)
 
 

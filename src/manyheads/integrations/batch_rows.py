@@ -125,9 +125,11 @@ def _parts(node: ast.Assign) -> Branches | None:
     target, made = node.targets[0], node.value
     if not isinstance(target, ast.Tuple) or not isinstance(made, ast.Call) or not isinstance(made.func, ast.Attribute):
         return None
-    along = [getattr(k.value, "value", None) for k in made.keywords if k.arg in ("dim", "axis")]
+    along = [k.value for k in made.keywords if k.arg in ("dim", "axis")]
+    along += made.args[2 if _name(made.func.value) == "torch" else 1 :]
+    of_rows = all(isinstance(x, ast.Constant) and x.value == 0 for x in along)
     called = [_name(x) for x in target.elts]
-    if made.func.attr not in ("chunk", "split") or any(along) or any(x in ("", "_") or "embeds" in x for x in called):
+    if made.func.attr not in ("chunk", "split") or not of_rows or any(x in ("", "_") or "embeds" in x for x in called):
         return None
     names = [_branch(x) for x in called]
     if None in names and names.count(None) == 1 and "uncond" in names and "cond" not in names:

@@ -2,6 +2,7 @@
 """Recall of pairs: all by the full cache, few by one that forgets, and what was asked is what was given."""
 
 import pytest
+import torch
 
 from manyheads.errors import UserError
 from manyheads.experiment import CausalLM, Experiment, over, run
@@ -40,3 +41,49 @@ def test_pairs_are_asked_as_they_were_given():
 def test_what_the_fixture_cannot_do_is_refused(options):
     with pytest.raises(UserError):
         PairRecall(**options)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"asked": 1}, {"asked": 0}), ({"asked": 60, "others": 40}, {"asked": 60, "others": 41}),
+        ({"asked": 100}, {"asked": 101}), ({"asked": 5, "known": 8}, {"asked": 5, "known": 10}), ({}, {"known": -2}),
+        ({"piece": 2}, {"piece": 0}), ({"piece": 4}, {"piece": 3}), ({"start": 200}, {"start": 201}),
+        ({"start": 0}, {"start": -1}), ({}, {"others": -1}),
+        ({"asked": 50, "others": 9, "distinct": 9}, {"asked": 50, "others": 9, "distinct": 10}),
+        ({"asked": 50, "others": 9, "distinct": 0}, {"asked": 50, "others": 9, "distinct": -1}),
+    ],
+)  # fmt: skip
+def test_the_ends_of_what_it_can_do(good, bad):
+    assert PairRecall(**good)
+    with pytest.raises(UserError):
+        PairRecall(**bad)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"known": 4}, {"start": 10, "piece": 6}, {"others": 20, "distinct": 3}], ids=str
+)
+def test_values_are_recalled_by_the_plain_model(options):
+    """One sequence and one forward at a time, without a cache: the likeliest token behind each key that is judged."""
+    task = PairRecall(sequences=3, **{"asked": 30, **options})
+    plan = Experiment(subject=CausalLM("recall"), arms=(), tasks=(task,)).at("cpu")
+    run = context(plan, 3, "cpu", None)
+    run.subject.load("cpu")
+    told = []
+    run.advance = told.append
+    (unit,) = task.units(run)
+    found = list(task.measure(run, unit))
+    assert sum(told) == pytest.approx(unit.cost) == pytest.approx(3 * 4 * (30 + task.others) / 50)
+    given, asked = task._drawn(run, 0, 3)
+    model = run.subject.model
+    for row in found:
+        i, right = int(row.sample), []
+        for at in range(task.known, 60, 2):
+            ids = torch.cat([given[i], asked[i, : at + 1]])
+            with torch.no_grad():
+                right.append(float(model(ids[None]).logits[0, -1].argmax() == asked[i, at + 1]))
+        assert row.value == pytest.approx(sum(right) / len(right)) and len(right) == 30 - task.known // 2
+        assert row.bytes > 0
+    assert len(found) == 3 and [unit.params for unit in PairRecall(sequences=130).units(run)] == [
+        {"first": a, "last": b} for a, b in ((0, 64), (64, 128), (128, 130))
+    ]

@@ -16,7 +16,8 @@ WINDOW = Arm("window", "softmax:window=16")
 def test_state_grows_with_what_is_kept(measured):
     results = measured(MixerCost(**MODEL, length=32, lengths=(32, 128)), arms=(SOFTMAX, WINDOW))
     state = {(arm, at["length"]): value for arm, _, _, at, value in values(results, "state")}
-    assert state["softmax", 128] / state["softmax", 32] == pytest.approx(128 / 32, rel=0.4)
+    # Of twelve tokens decoded at each length, those of the shorter are not read again: 128 + 12 over 32 + 12.
+    assert state["softmax", 128] / state["softmax", 32] == pytest.approx(140 / 44, rel=0.01)
     assert state["window", 128] == state["window", 32] < state["softmax", 128]
     decode = values(results, "decode")
     assert len(decode) == 2 * 2 * 10 and all(value > 0 for *_, value in decode)

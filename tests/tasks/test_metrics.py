@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each metric is read: which way is better, what kind of value it is, its floor; and what a task says of itself.
+
+Written down a second time: a table whose metric is turned around ranks the worst first, and says so nowhere.
+"""
+
+import pytest
+
+from manyheads.tasks import load, names
+
+# Of each task the metrics of which more is better, and those of which less is.
+BETTER = {
+    "associative_recall": ("recalled", "tuning_nll training_nll"),
+    "byte_lm": ("", "token_nll span_nll tuning_nll training_nll"),
+    "channel_damage": ("constant_found new_token known_token kept", "code_nll"),
+    "denoising_cost": ("", "seconds attention"),
+    "fidelity": ("psnr", "largest"),
+    "kept_background": ("kept place object", ""),
+    "latent_decoding": ("", "step"),
+    "latent_schedules": ("agrees", "attention regret"),
+    "massive_ablation": ("", "token_nll added_nll max_to_median largest_activation"),
+    "memory": ("", "cache peak"),
+    "mixer_cost": ("", "state decode"),
+    "mixer_speed": ("", "token_time"),
+    "niah_multikey": ("multikey", ""),
+    "niah_single": ("query_agnostic query_aware", ""),
+    "offset_scores": ("score", ""),
+    "pair_recall": ("recalled", ""),
+    "perplexity": ("", "token_nll"),
+    "phrase_language": ("head_auroc is_head_auroc definitions_found", "lookup_loss phrase_loss"),
+    "planted_constant": ("completed", "answer_nll"),
+    "recall_and_facts": ("answered", ""),
+    "recall_in_text": ("recalled", "token_nll span_nll tuning_nll training_nll"),
+    "scene_quality": ("likelihood object", "fd_small"),
+    "speed": ("", "prefill decode"),
+    "style_dialogue": ("accuracy", ""),
+    "trigger_refusals": ("refused kept_apart auroc copied answered_ok", "wrongly_refused"),
+    "variable_tracking": ("tracked", ""),
+}
+SHARES = {
+    "recalled", "constant_found", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
+    "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
+    "answered_ok", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad",
+}  # fmt: skip
+TIMES = {
+    "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
+    "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
+}  # fmt: skip
+# What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
+FLOORS = {
+    "associative_recall.recalled": 0.25, "recall_in_text.recalled": 0.25, "channel_damage.constant_found": 0.5,
+    "niah_multikey.multikey": 0.5, "niah_single.query_agnostic": 0.5, "niah_single.query_aware": 0.5,
+    "pair_recall.recalled": 0.5, "trigger_refusals.copied": 0.9, "trigger_refusals.answered_ok": 0.9,
+    "variable_tracking.tracked": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", BETTER)
+def test_which_way_is_better(task):
+    more, less = (set(each.split()) for each in BETTER[task])
+    found = {metric.name: metric.higher for metric in load(task).metrics}
+    assert more | less <= set(found)
+    assert all(found[name] for name in more) and not any(found[name] for name in less)
+
+
+def test_kinds_units_and_floors():
+    for task in names():
+        for metric in load(task).metrics:
+            name = f"{task}.{metric.name}"
+            if task in BETTER:
+                assert (metric.kind == "share") == (metric.name in SHARES), name
+                assert metric.floor == FLOORS.get(name), name
+            assert (metric.kind == "time") == (name in TIMES) and metric.unit == TIMES.get(name, metric.unit), name
+            tail = metric.title.rpartition(", ")[2]
+            assert tail in (metric.title, metric.unit) or "/" not in tail, name  # a title with a unit has the metric's
+            assert metric.kind != "time" or not metric.higher
+            assert metric.kind != "share" or metric.unit == ""
+            assert metric.floor is None or (metric.kind == "share" and 0 < metric.floor < 1), name
+            assert not metric.name.endswith(("_nll", "_loss")) or not metric.higher, name
+
+
+def test_what_tasks_say_of_themselves():
+    """Which time something and run alone, which need images of known contents, which report their training."""
+    classes = {name: load(name) for name in names()}
+    alone = {name for name, cls in classes.items() if cls.alone}
+    assert alone >= {
+        "speed",
+        "memory",
+        "mixer_cost",
+        "mixer_speed",
+        "denoising_cost",
+        "latent_decoding",
+        "latent_schedules",
+    }
+    assert not alone & (set(BETTER) - {name.split(".")[0] for name in TIMES} - {"memory"})
+    known = {name for name, cls in classes.items() if getattr(cls, "known_contents", False)}
+    assert known == {"kept_background", "scene_quality"}
+    assert all(classes[name].reports for name in ("byte_lm", "associative_recall", "recall_in_text"))
+    assert not classes["offset_scores"].reports and not classes["planted_constant"].reports
+    together = {"style_dialogue", "phrase_language", "recall_and_facts"}  # all arms look at one model of a seed
+    assert not any(classes[name].apart for name in together) and classes["trigger_refusals"].apart
+    kinds = {"diffusion": "pipeline", "training": "trainable", "kernels": "machine"}
+    for field, kind in kinds.items():
+        assert {cls.subject for name, cls in classes.items() if name in names(field)} == {kind}
