@@ -80,7 +80,7 @@ claim = Claim(
     ),
     report=("recall_in_text.tuning_nll", "passage_among_filler.temperature"),
     caveat=(
-        "In the paper the encoder of T5 is aligned; here a decoder with T5's bias, and an encoder with positions. At CPU "
-        "size the decoders have hardly learned (2.5 nats/byte), and what is said of them says little."
+        "In the paper the encoder of T5 is aligned; here a decoder with T5's bias, and an encoder with positions. At "
+        "CPU size the decoders have hardly learned (2.5 nats/byte), and what is said of them says little."
     ),
 )  # fmt: skip
