@@ -3,7 +3,8 @@
 
     python benchmarks/eight_bits.py --plain FOLDER --json benchmarks/eight_bits.json
 
-The UNet is shipped in float16: packed, its pictures were 27 dB from those of its plain weights (transformers: 49 and 50).
+The UNet is shipped in float16: packed, its pictures were 27 dB from those of its plain weights, and those of the two
+transformers 49 and 50.
 
 FOLDER holds ``default`` and ``pipelines/NAME`` with plain weights, as the recipes had them before they were packed.
 Loss and planted constants are those of the card of the default model; a picture is compared with the picture that the

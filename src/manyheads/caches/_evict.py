@@ -67,6 +67,6 @@ def warn_of_few(policy: CachePolicy, kept: int, size: int) -> None:
     """Say it where a fraction keeps few of ``size`` tokens; codes are small, so that more stay than it says."""
     if kept < min(_FEW, size) and not isinstance(policy.budget, int) and policy.codec is None:
         warn(
-            f"{policy.spec} keeps {kept} of {size} tokens of this prompt, and answers from so few are often wrong: give "
-            "a larger budget, or a number of tokens such as budget=64"
+            f"{policy.spec} keeps {kept} of {size} tokens of this prompt, and answers from so few are often wrong: "
+            "give a larger budget, or a number of tokens such as budget=64"
         )
