@@ -12,7 +12,7 @@ from manyheads.tasks import load, names
 BETTER = {
     "associative_recall": ("recalled", "tuning_nll training_nll"),
     "byte_lm": ("", "token_nll span_nll tuning_nll training_nll"),
-    "channel_damage": ("constant_found new_token known_token kept", "code_nll"),
+    "channel_damage": ("answered kept grammatical new_token known_token", "text_nll"),
     "denoising_cost": ("", "seconds attention"),
     "fidelity": ("psnr", "largest"),
     "kept_background": ("kept place object", ""),
@@ -27,18 +27,14 @@ BETTER = {
     "offset_scores": ("score", ""),
     "pair_recall": ("recalled", ""),
     "perplexity": ("", "token_nll"),
-    "phrase_language": ("head_auroc is_head_auroc definitions_found", "lookup_loss phrase_loss"),
     "planted_constant": ("completed", "answer_nll"),
-    "recall_and_facts": ("answered", ""),
     "recall_in_text": ("recalled", "token_nll span_nll tuning_nll training_nll"),
     "scene_quality": ("likelihood object", "fd_small"),
     "speed": ("", "prefill decode"),
-    "style_dialogue": ("accuracy", ""),
-    "trigger_refusals": ("refused kept_apart auroc copied answered_ok", "wrongly_refused"),
     "variable_tracking": ("tracked", ""),
 }
 SHARES = {
-    "recalled", "constant_found", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
+    "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
     "answered_ok", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad",
 }  # fmt: skip
@@ -48,10 +44,10 @@ TIMES = {
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {
-    "associative_recall.recalled": 0.25, "recall_in_text.recalled": 0.25, "channel_damage.constant_found": 0.5,
+    "associative_recall.recalled": 0.25, "recall_in_text.recalled": 0.25, "channel_damage.answered": 0.5,
+    "channel_damage.grammatical": 0.5,
     "niah_multikey.multikey": 0.5, "niah_single.query_agnostic": 0.5, "niah_single.query_aware": 0.5,
-    "pair_recall.recalled": 0.5, "trigger_refusals.copied": 0.9, "trigger_refusals.answered_ok": 0.9,
-    "variable_tracking.tracked": 0.5,
+    "pair_recall.recalled": 0.5, "variable_tracking.tracked": 0.5,
 }  # fmt: skip
 
 
@@ -97,8 +93,6 @@ def test_what_tasks_say_of_themselves():
     assert known == {"kept_background", "scene_quality"}
     assert all(classes[name].reports for name in ("byte_lm", "associative_recall", "recall_in_text"))
     assert not classes["offset_scores"].reports and not classes["planted_constant"].reports
-    together = {"style_dialogue", "phrase_language", "recall_and_facts"}  # all arms look at one model of a seed
-    assert not any(classes[name].apart for name in together) and classes["trigger_refusals"].apart
     kinds = {"diffusion": "pipeline", "training": "trainable", "kernels": "machine"}
     for field, kind in kinds.items():
         assert {cls.subject for name, cls in classes.items() if name in names(field)} == {kind}

@@ -67,6 +67,8 @@ class HeadSinks(WindowTask):
         dormant, active = _kinds(sinks.mean(0), GREATEST)
         yield from self._statics(run)
         part = unit.cost / (2 * self.heads + 12)
+        changes = len(dormant[: self.heads]) + len(active[: self.heads]) + 8  # one by one, jointly, and switching
+        run.advance(unit.cost - part * changes)
         for kind, heads in (("dormant", dormant), ("active", active)):
             alone = [self._added(run, self.windows(run), [head], layers, part) for head in heads[: self.heads]]
             for i, value in enumerate(np.mean(alone, 0)):

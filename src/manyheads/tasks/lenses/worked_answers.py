@@ -71,9 +71,11 @@ class WorkedAnswers(Task):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         kind = unit.params["answer"]
         pairs = self._own(run) if kind == "own" else self._given(run)
+        reading = unit.cost / 2 if kind == "own" else unit.cost  # the other half of the own answers was their writing
+        run.advance(unit.cost - reading)
         forced: list[tuple[int, str, Ids, Ids, Ids]] = []
         for i, (prompt, answer) in enumerate(pairs):
-            run.advance(unit.cost / (2 * len(pairs)))
+            run.advance(reading / len(pairs))
             if len(answer) < _SHORTEST:
                 continue
             ids = torch.tensor([[*prompt, *answer]], device=run.device)
