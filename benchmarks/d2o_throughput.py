@@ -8,7 +8,7 @@ arm has the same bytes of cache (``--gib``) and the largest batch whose cache, m
 them; all of them decode the same number of tokens. Eight layers of Llama-3-8B with random weights in bf16: speed does
 not depend on what they say. ``full`` is transformers' DynamicCache. Eviction at every step is what the paper does; the
 arms ``at the prompt`` evict once and show what the larger batch alone is worth. The limit of a row is what reading
-weights and cache takes at the rate of a copy.
+weights and cache takes at the rate of a copy. cuDNN's attention is off for all.
 """
 
 import argparse
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=2.0, help="cache of every arm, GiB")
     options = parser.parse_args()
     torch.manual_seed(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares itself anew for every length: tens of ms a step
     copy, model, rows = copy_rate(), build(), []
     with manyheads.use(model):
         for name in ARMS:

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tasks that train small models share: progress, first weights."""
+"""What tasks that train small models share: progress."""
 
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from manyheads.experiment import Arm
 from manyheads.experiment.rows import WorkUnit
 from manyheads.tasks.lenses import _trained
-from manyheads.tasks.lenses._trained import llama, told
+from manyheads.tasks.lenses._trained import told
 from oracles.tasks import context
 
 
@@ -22,14 +21,3 @@ def test_progress_is_told_every_twenty_steps_and_leaves_a_tenth_for_judging():
         on_step(SimpleNamespace(step=step))
     assert said == pytest.approx([18.0] * 5) and sum(said) == pytest.approx(0.9 * unit.cost)
     assert _trained._EVERY == 20
-
-
-def test_first_weights_are_those_of_a_seed():
-    run = context(Arm("full"))
-    one, same, other = (llama(run, 30, 16, 1, 2, seed) for seed in (3, 3, 4))
-    assert torch.equal(one.lm_head.weight, same.lm_head.weight) and not torch.equal(
-        one.lm_head.weight, other.lm_head.weight
-    )
-    config = one.config
-    assert (config.intermediate_size, config.num_key_value_heads, config.tie_word_embeddings) == (32, 2, True)
-    assert llama(run, 30, 16, 1, 2, 3, tie_word_embeddings=False).config.tie_word_embeddings is False

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-
-from ...experiment import Arm, RunContext, Task, WorkUnit, seeding
+from ...experiment import Arm, RunContext, Task, WorkUnit
 from ...training import TrainState
 
-__all__ = ["TrainedTask", "llama", "told"]
+__all__ = ["TrainedTask", "told"]
 
 _EVERY = 20  # steps between two reports of progress
 _TRAINING = 0.9  # of the cost of a unit; the rest is judging
@@ -56,18 +54,3 @@ def told(run: RunContext, unit: WorkUnit, steps: int) -> Callable[[TrainState], 
             run.advance(_EVERY * _TRAINING * unit.cost / steps)
 
     return on_step
-
-
-def llama(run: RunContext, vocab: int, dim: int, layers: int, heads: int, seed: int, **config: Any) -> Any:
-    """A Llama of transformers with random weights on the run's device: lenses meet it as they meet any other."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seeding.number(run.seed, weights="llama", seed=seed))
-    given: dict[str, Any] = {"intermediate_size": 2 * dim, "max_position_embeddings": 4096, "tie_word_embeddings": True}
-    made: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, bos_token_id=None, eos_token_id=None, pad_token_id=None, **given | config,
-        )
-    )  # fmt: skip
-    return made.to(run.device)
