@@ -32,7 +32,8 @@ class SceneQuality(ImageTask):
 
     An arm may say in its options what is chosen for it, on captions and noise of their own (``searched`` images):
 
-    - ``tune={"scale": (0.1, 0.3)}``: the value of a field with the least FD-small;
+    - ``tune={"scale": (0.1, 0.3)}``: the value of a field with the least FD-small; with ``tuned_for="NAME"`` the value
+      that is the best for the arm of that name, so that both act at the same; the metric ``tuned`` tells it;
     - ``heads="searched", count=6``: the heads that raise the likelihood most, each perturbed alone (a search of
       ``candidates`` of them); ``heads="layer"``: those of the best whole layer; ``heads="random", count=6``: as many
       drawn anew in each of ``draws`` sets, of which every image gets one in turn.
@@ -48,6 +49,7 @@ class SceneQuality(ImageTask):
         Metric("likelihood", "log-likelihood of the words, nats", "nats", higher=True),
         Metric("fd_small", "FD-small to real scenes"),
         Metric("object", "object as the caption says", higher=True, kind="share"),
+        Metric("tuned", "value chosen on other noise"),
     )
 
     searched: int = 48
@@ -64,7 +66,8 @@ class SceneQuality(ImageTask):
         seed = unit.params["seed"]
         labels = drawn(run, self.samples, seed)
         for arm in run.arms:
-            seen = self._seen(run, arm, seed, self.samples, "judged", self.chosen(run, arm, seed))
+            acting = self.chosen(run, arm, seed)
+            seen = self._seen(run, arm, seed, self.samples, "judged", acting)
             found = {
                 "likelihood": likelihood(seen, labels), "object": seen.right(labels, "object"),
                 "fd_small": pseudo_values(seen.features.cpu(), self.truth(run)),
@@ -72,6 +75,8 @@ class SceneQuality(ImageTask):
             if not self.conditioned:
                 found = {"fd_small": found["fd_small"]}
             yield from self.judged(arm, seed, found)
+            for field in arm.options.get("tune", ()):
+                yield self.row("tuned", arm, getattr(acting[0][0], field), "all", seed=seed)
             run.advance(unit.cost / len(run.arms))
 
     def chosen(self, run: RunContext, arm: Arm, seed: int) -> list[Sequence[Any]]:
@@ -81,11 +86,16 @@ class SceneQuality(ImageTask):
             (name, values), *rest = options["tune"].items()
             if rest:
                 raise UserError(f"{arm.key}: one field can be tuned, not {len(rest) + 1}")
-            tried = [replace(arm.strategy, **{name: value}) for value in values]
-            if len(tried) == 1:
-                return [tried]
-            key = (arm.key, "tuned")  # the same for all seeds
-            return [[run.kept(key, lambda: min(tried, key=lambda s: self._distance(run, arm, s)))]]
+            judged = next((other for other in run.arms if other.name == options.get("tuned_for", arm.name)), None)
+            if judged is None:
+                raise UserError(f"{arm.key} is tuned for {options['tuned_for']!r}, which is no arm of this run")
+
+            def distance(value: Any) -> float:
+                return self._distance(run, judged, replace(judged.strategy, **{name: value}))
+
+            key = (judged.key, "tuned")  # the same for all seeds
+            best = values[0] if len(values) == 1 else run.kept(key, lambda: min(values, key=distance))
+            return [[replace(arm.strategy, **{name: best})]]
         if "heads" in options:
             return [[each] for each in self._heads(run, arm, seed)]
         return [arm.strategies]
