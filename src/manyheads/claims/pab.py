@@ -44,7 +44,10 @@ claim = Claim(
         tasks=(ModuleChange(steps=40), Fidelity(steps=40)), seeds=1,
         sizes=Sizes(
             quick={"samples": 2, "arms": ARMS[:4], "batch": 1},
-            cpu={"samples": 20, "arms": ARMS[:4], "module_change.batch": 1, "fidelity.batch": 4},
+            cpu={
+                "module_change.samples": 24, "fidelity.samples": 8, "arms": ARMS[:4], "module_change.batch": 1,
+                "fidelity.batch": 4,
+            },
             cuda={"samples": 256, "module_change.batch": 1, "fidelity.batch": 4},
         ),
     ),
