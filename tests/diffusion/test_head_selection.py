@@ -55,6 +55,10 @@ def test_heads_for_a_style_give_it_on_other_images(pipe):
         assert value[goal] > torch.stack([style(goal)(images).mean() for images in others]).mean()
         assert len(found[goal].strategy.heads) == 2 and found[goal].found > found[goal].plain
     assert found["edges"].strategy.heads != found["warmth"].strategy.heads
+    # Joined they give more of each style than the heads for the other alone.
+    both = made(pipe, replace(base, heads=base.heads + found["warmth"].strategy.heads), prompts)
+    for goal, other in (("edges", "warmth"), ("warmth", "edges")):
+        assert style(goal)(both).mean() > style(goal)(seen[other]).mean()
 
 
 def test_a_function_is_an_objective_and_the_best_head_is_the_first(pipe):
