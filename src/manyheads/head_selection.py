@@ -168,9 +168,8 @@ def select_heads(
 
     def scored(*acting: Any) -> list[float]:
         with torch.no_grad(), use(pipe, *acting) if acting else nullcontext():
-            made = torch.cat([
-                _made(pipe, asked[at : at + batch], seed + at, steps, guidance) for at in range(0, images, batch)
-            ])  # fmt: skip
+            parts = [range(at, min(at + batch, images)) for at in range(0, images, batch)]
+            made = torch.cat([_made(pipe, asked, part, seed, steps, guidance) for part in parts])
         found = [float(x) for x in judge(made, asked)]
         if len(found) != images or not all(map(math.isfinite, found)):
             raise UserError(f"the objective gave {len(found)} values for {images} images, or one that is not finite")
@@ -219,18 +218,20 @@ def _prompts(pipe: Any, given: Sequence[str], count: int, seed: int) -> list[str
     return [given[i % len(given)] for i in range(count)] if given else [""] * count
 
 
-def _made(pipe: Any, prompts: Sequence[str], seed: int, steps: int | None, guidance: float | None) -> Tensor:
-    """An image for each prompt, from noise of its own, ``[N, 3, (F,) H, W]``."""
+def _made(
+    pipe: Any, prompts: Sequence[str], part: range, seed: int, steps: int | None, guidance: float | None
+) -> Tensor:  # fmt: skip
+    """The images numbered ``part``, each by its prompt and from noise of its own, ``[N, 3, (F,) H, W]``."""
     from .models.pipeline import parameters
     from .models.scenes import ScenePipeline
 
     takes, ours = parameters(pipe), isinstance(pipe, ScenePipeline)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed + i) for i in part]
     given: Mapping[str, Any] = {
-        "prompt": list(prompts), "num_inference_steps": steps, "guidance_scale": guidance,
+        "prompt": [prompts[i] for i in part], "num_inference_steps": steps, "guidance_scale": guidance,
         "generator": None if ours else generators, "output_type": "pt",
         "latents": torch.cat([pipe.noise(1, each) for each in generators]) if ours else None,
-        "class_labels": [i % 1000 for i in range(len(prompts))],
+        "class_labels": [i % 1000 for i in part],
     }  # fmt: skip
     made = pipe(**{name: value for name, value in given.items() if name in takes and value is not None})
     frames = getattr(made, "frames", None)

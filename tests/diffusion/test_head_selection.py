@@ -81,6 +81,27 @@ def test_a_function_is_an_objective_and_the_best_head_is_the_first(pipe):
     assert least.strategy.heads == (min(scores, key=scores.get),)  # control: another objective, another head
 
 
+@pytest.mark.parametrize("name", ["scenes", "dit"])
+def test_images_do_not_depend_on_their_batch(folders, name):
+    """Each has noise, and a caption or class, of its own, and keeps them for every head."""
+    from manyheads.models.pipeline import load
+
+    pipe, seen = load(str(folders[name])), []
+
+    def score(images, prompts):
+        seen.append(images)
+        return images.mean((1, 2, 3))
+
+    small = {**SMALL, "images": 3, "candidates": ("0.0",)}
+    whole = select_heads(pipe, score, **small)
+    single = select_heads(pipe, score, batch=1, **small)
+    assert torch.allclose(seen[0], seen[3], atol=1e-5) and torch.allclose(seen[1], seen[4], atol=1e-5)
+    assert not torch.allclose(seen[0][0], seen[0][1], atol=1e-2) and not torch.equal(seen[0], seen[1])
+    assert single.rounds[0]["0.0"] == pytest.approx(whole.rounds[0]["0.0"], abs=1e-5)
+    moved = select_heads(pipe, score, seed=1, **small)  # the noise of image i + 1
+    assert moved.plain != pytest.approx(whole.plain, abs=1e-5)
+
+
 def test_composed_by_starting_from_the_heads_of_another(pipe):
     start = "headhunter:heads=2.2,scale=3,strength=1"
     found = select_heads(pipe, "edges", strategy=start, candidates=("2.2", "3.1", "4.1"), **SMALL)
