@@ -90,7 +90,8 @@ class SceneQuality(ImageTask):
             (name, values), *rest = options["tune"].items()
             if rest:
                 raise UserError(f"{arm.key}: one field can be tuned, not {len(rest) + 1}")
-            judged = next((other for other in run.arms if other.name == options.get("tuned_for", arm.name)), None)
+            named = {other.name: other for other in run.arms} | {arm.name: arm}
+            judged = named.get(options.get("tuned_for", arm.name))
             if judged is None:
                 raise UserError(f"{arm.key} is tuned for {options['tuned_for']!r}, which is no arm of this run")
 
