@@ -20,7 +20,7 @@ FLOORS = (
     {"call", "calls", "catalog", "denoising", "heads", "lens", "strategy"},
     {"data", "integrations", "spec", *CATEGORIES},
     {"experiment", "models", "training"},
-    {"generate", "inspect", "lm_eval", "questions", "recipes", "tasks"},
+    {"generate", "head_selection", "inspect", "lm_eval", "questions", "recipes", "tasks"},
     {"claims", "comparison", "comparison_train", "report"},
     {"commands"},
     {"__main__", "cli"},

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manyheads.comparison import compare
     from manyheads.comparison_train import compare_trained
     from manyheads.errors import UserError
+    from manyheads.head_selection import select_heads
     from manyheads.heads import HeadTable
     from manyheads.inspect import watch
     from manyheads.integrations import use
@@ -45,6 +46,7 @@ __all__ = [
     "compare_trained",
     "papers",
     "parse",
+    "select_heads",
     "use",
     "watch",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "manyheads.comparison_train": ("compare_trained",),
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),
+    "manyheads.head_selection": ("select_heads",),
     "manyheads.heads": ("HeadTable",),
     "manyheads.lens": ("TokenSpans",),
     "manyheads.integrations": ("use",),

@@ -24,6 +24,8 @@ look at image keys only. With classifier-free guidance, the conditional rows are
 the guided prediction, as in diffusers' PAG. Keys that no query may see are left out. Only self-attention and joint
 attention are perturbed, in a pass of their own whose rows are named ``perturbed``; so guidance costs half as much again
 as classifier-free guidance does.
+
+:func:`hunt` is the bare search; :func:`manyheads.select_heads` makes and scores the images too.
 """
 
 from collections.abc import Callable, Mapping, Sequence

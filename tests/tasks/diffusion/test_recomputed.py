@@ -221,7 +221,8 @@ def test_what_is_chosen_for_an_arm(run, monkeypatch):
         value = -sum((float(head) - 2.3) ** 2 for head in heads) if heads else (strategy.scale - 0.4) ** 2
         return SimpleNamespace(features=torch.full((4, 2), value), value=value)
 
-    monkeypatch.setattr(SceneQuality, "_seen", seen)
+    monkeypatch.setattr(SceneQuality, "_made", seen)
+    monkeypatch.setattr(scene_quality, "judge_of", lambda run: SimpleNamespace(see=lambda images: images))
     monkeypatch.setattr(SceneQuality, "truth", lambda self, run: torch.zeros(3, 2))
     monkeypatch.setattr(scene_quality, "frechet", lambda a, b: float(a[0, 0]))
     monkeypatch.setattr(scene_quality, "likelihood", lambda seen, labels: torch.tensor([seen.value]))
@@ -263,8 +264,7 @@ def test_sets_of_heads_take_turns_and_masks_are_named(run, monkeypatch):
         return torch.stack([torch.full((1,), float(i)) for i in part])
 
     monkeypatch.setattr(SceneQuality, "_of", of)
-    monkeypatch.setattr(scene_quality, "judge_of", lambda run: SimpleNamespace(see=lambda images: images))
-    seen = task._seen(run, ODD, 3, 7, "judged", ["a", "b"])
+    seen = task._made(run, ODD, 3, 7, "judged", ["a", "b"])
     assert seen.flatten().tolist() == list(range(7))  # in their order, whoever made them
     assert [(part, acting) for part, acting, *_ in made] == [([0, 2], "a"), ([4, 6], "a"), ([1, 3], "b"), ([5], "b")]
     labels = drawn(run, 7, 3, "judged")
