@@ -212,15 +212,95 @@ def test_models_that_read_text(cli, framed, tmp_path, name):
         assert "no causal language model" in cli("doctor", "--model", place)[2]
 
 
-OTHERS = {
-    "Dinov2 Model": ({"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}, "image"),
-    "Whisper Model": ({**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}, "audio"),
-}
+VIT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+    "intermediate_size": 64,
+}  # fmt: skip
+WHISPER = {
+    **{key: value for key, value in SEQ2SEQ.items() if key != "max_position_embeddings"}, "num_mel_bins": 8,
+    "max_source_positions": 50, "max_target_positions": 12,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_models_that_read_something_else(cli, framed, tmp_path, name):
-    sizes, what = OTHERS[name]
-    sizes = {key: value for key, value in sizes.items() if key != "max_position_embeddings"}
-    code, _, err = cli("inspect", "--model", saved(name, sizes, framed, tmp_path / "model"))
-    assert code == 2 and f"reads {what}" in err and "manyheads.watch(model" in err and "Traceback" not in err
+def files(place):
+    """An image and a recording."""
+    import wave
+
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8)).save(place / "a.png")
+    with wave.open(str(place / "a.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(random.integers(-9999, 9999, 8000).astype("<i2").tobytes())
+
+
+def test_images(cli, framed, tmp_path):
+    files(tmp_path)
+    place = saved("ViT Model", VIT, framed, tmp_path / "model")
+    code, out, err = cli("inspect", "--model", place, "--image", "a.png", "--image", "a.png", "--out", "x")
+    assert code == 0, err
+    assert "patches farther away" in out and "reasoning_rhythm finds nothing" in out and "loss" not in out
+    page = (tmp_path / "x" / "inspect.html").read_text()
+    assert page.count('class="heat"') == 2 * 9 and "a.png, as the model sees it" in page and "row 1, column 0" in page
+    document = json.loads((tmp_path / "x" / "findings.json").read_text())
+    assert document["tokens"][0] == ["class token", *(f"row {r}, column {c}" for r in (0, 1) for c in (0, 1))]
+    sink = HeadTable.from_dict(document["findings"]["active_dormant"]["tables"]["sink"])
+    assert sink.values.shape == (2, 2, 4) and sorted(p.name for p in (tmp_path / "x").iterdir()) == [
+        "findings.json", "inspect.html",
+    ]  # fmt: skip
+
+
+def test_recordings(cli, framed, tmp_path):
+    import transformers
+
+    files(tmp_path)
+    place = saved("Whisper ForConditionalGeneration", WHISPER, framed, tmp_path / "model")
+    assert "preprocessor_config.json" in cli("inspect", "--model", place, "--audio", "a.wav")[2]
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(place)
+    code, out, err = cli("inspect", "--model", place, "--audio", "a.wav", "--json", "--out", "x")
+    assert code == 0 and err == "", err
+    document = json.loads(out)
+    assert document["encoder"]["tokens"][0][1] == "0.02 s" and len(document["losses"][0]) == len(document["tokens"][0])
+    assert set(document["cross"]["findings"]["attention"]["tables"]) == {
+        "the recording", "silence behind the recording", "entropy",
+    }  # fmt: skip
+    assert "What each token listens to" in (tmp_path / "x" / "inspect.html").read_text()
+    assert (tmp_path / "x" / "cross.html").exists() and "0.2 s around it" in (
+        tmp_path / "x" / "encoder.html"
+    ).read_text()
+
+
+NOT_FOR_SIGNALS = [
+    (["--image", "a.png", "--audio", "a.wav"], "--image beside --audio"),
+    (["--image", "a.png", "--length", "9"], "--length"),
+    (["--image", "a.png", "--ablate", "sink"], "--ablate is not for images"),
+    (["--audio", "a.wav"], "leave --audio away"),
+    (["--image", "a.png", "--lens", "spans:system=0-3"], "parts of a text"), (["--image", "none.png"], "no such file"),
+    (["--image", "a.png", "--lens", "rhythm"], "no attention to look at"), (["--image", "."], "cannot be read"),
+    (["--image", "a.wav"], "no image that can be read"), (["--image", "a.png", "--layers", "5"], "0 to 1"),
+    ([], "give --image FILE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "word"), NOT_FOR_SIGNALS, ids=[" ".join(options) for options, _ in NOT_FOR_SIGNALS]
+)
+def test_what_images_and_recordings_have_not(cli, framed, tmp_path, options, word):
+    files(tmp_path)
+    place = saved("ViT Model", VIT, framed, tmp_path / "model")
+    code, out, err = cli("inspect", "--model", place, "--out", "x", *options)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and out == "" and last.startswith("error: ") and word in last and not (tmp_path / "x").exists()
+
+
+def test_a_model_of_the_other_kind(cli, folder, framed, tmp_path):
+    files(tmp_path)
+    for option, word in (("--image", "it reads text"), ("--audio", "it reads text")):
+        assert word in cli("inspect", "--model", str(folder), option, f"a.{'png' if option == '--image' else 'wav'}")[2]
+    assert "name a model" in cli("inspect", "--image", "a.png")[2]
+    place = saved("Whisper Model", WHISPER, framed, tmp_path / "model")
+    assert "give --audio FILE" in cli("inspect", "--model", place)[2]

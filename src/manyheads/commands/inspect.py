@@ -26,6 +26,7 @@ from .options import (
     console,
     load_model,
     passive_threads,
+    quiet_libraries,
     typed,
     writable,
 )  # fmt: skip
@@ -52,6 +53,12 @@ def inspect(
         typer.Option(help='Tokens that play a part: system=0-12 (12 not included) or system="words of the text".'),
     ] = None,
     chat: Chat = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image that a vision transformer looks at; may repeat.")
+    ] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option(help="WAV file that a model as Whisper transcribes; may repeat.")
+    ] = None,
     generate: Annotated[
         int, typer.Option(min=0, help="The model says so many tokens to each prompt first: the role response.")
     ] = 0,
@@ -71,7 +78,8 @@ def inspect(
     """Look at what a model attends to: a table, a page with pictures, and all figures as JSON.
 
     Without options: the shipped model reads the source of Python's standard library. Text encoders are
-    looked at too, of encoder-decoder models the encoder; they have no loss. The page shows every score over
+    looked at too, of encoder-decoder models the encoder; they have no loss. Vision transformers take --image, speech
+    models of Whisper's kind --audio. The page shows every score over
     layers and heads, the map of each head, tokens coloured by what a lens says of them, and where the mass goes.
     """
     passive_threads()
@@ -79,6 +87,16 @@ def inspect(
     from manyheads.inspect.naming import DEFAULT, parse_lenses, parse_role
 
     lenses, roles = parse_lenses(lens or list(DEFAULT))
+    if image or audio:
+        no = {
+            "--text": text, "--role": role, "--chat": chat, "--generate": generate, "--length": length,
+            "--samples": samples, "--ablate": ablate, "--image beside --audio": image and audio,
+        }  # fmt: skip
+        _look_at_signals(
+            model, image, audio, lenses if lens else list(DEFAULT), [name for name, value in no.items() if value],
+            layers=_layers(layers), device=device, dtype=dtype, out=out, as_json=as_json,
+        )  # fmt: skip
+        return
     for given in role or []:
         roles |= parse_role(given)
     if chat is not None and roles:
@@ -102,6 +120,46 @@ def inspect(
             progress=progress,
             length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES),
         )  # fmt: skip
+    document = _write(place, "inspect.html", shown_by.page(seen), seen.document())
+    if as_json:
+        typer.echo(document, nl=False)
+    else:
+        shown_by.print_findings(seen, place / "inspect.html", console())
+
+
+def _look_at_signals(
+    model: str | None, image: list[Path] | None, audio: list[Path] | None, lenses: list[Any], no: list[str], *,
+    layers: list[int] | None, device: str | None, dtype: str | None, out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """``inspect`` of images or recordings; ``no`` are options that it has no use for."""
+    if no:
+        raise UserError(f"{no[0]} is not for {'images' if image else 'recordings'}: leave it away")
+    if model is None:
+        raise UserError("the shipped model reads text: name a model with --model that takes --image or --audio")
+    place = writable(out, _PROBE)
+    from manyheads import models
+    from manyheads.inspect.signal_run import inspect_signals
+    from manyheads.inspect.signals import read_audio, read_images
+    from manyheads.report import inspect as shown_by
+
+    quiet_libraries()
+    notes = []
+    with shown(as_json) as progress:
+        if image:
+            loaded, processor = models.load_vision(model, device or "cpu", models.named_dtype(dtype))
+            signals = read_images(image, loaded, processor)
+            if processor is None:
+                notes = ["Without preprocessor_config.json images are resized and normalised as those of ImageNet."]
+        else:
+            loaded, extractor, tokenizer = models.load_speech(model, device or "cpu", models.named_dtype(dtype))
+            signals = read_audio(audio or [], loaded, extractor, tokenizer)
+        seen = inspect_signals(
+            loaded, signals, lenses, layers=layers, notes=notes, origin=model, command=typed(), progress=progress
+        )
+    from manyheads.report.page import write
+
+    for part, other in seen.others.items():
+        write(shown_by.page(other), place / f"{part}.html")
     document = _write(place, "inspect.html", shown_by.page(seen), seen.document())
     if as_json:
         typer.echo(document, nl=False)

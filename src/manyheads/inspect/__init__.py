@@ -4,10 +4,12 @@
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     import torch
 
+    from ..call import Site
     from ..lens import Lens, LensResult, TokenSpans
 
 
@@ -54,11 +56,12 @@ class Watching:
     ) -> None:
         self._port.__exit__(kind, error, trace)
 
-    def compute(self, lens: "int | str | Lens" = 0) -> "LensResult":
+    def compute(self, lens: "int | str | Lens" = 0, where: "Callable[[Site], bool] | None" = None) -> "LensResult":
         """The result of a lens so far.
 
         Args:
             lens: its number, its slug or spec as it was given, or the lens itself.
+            where: which sites count; all when None.
 
         Raises:
             UserError: no such lens looks here, or it saw nothing.
@@ -67,7 +70,8 @@ class Watching:
 
         for i, mine in enumerate(self.lenses):
             if lens in (i, mine.slug, mine.spec) or lens is mine:
-                seen = self._bundle.of(i, self._port.kept(self._bundle))
+                kept = self._port.kept(self._bundle)
+                seen = self._bundle.of(i, [one for one in kept if where is None or where(one[0])])
                 if not seen:
                     raise UserError(f"{mine.spec} saw nothing: the model ran no attention that it looks at")
                 return mine.compute(seen)

@@ -90,8 +90,12 @@ class AttentionBreakdown(Lens):
         if total.shape == pooled.shape:
             memory["map"] = (total + pooled, n + count)
 
+    def named(self, sites: Sequence[tuple[Site, Memory]]) -> tuple[str, ...]:
+        """Names of the parts at ``sites``."""
+        return self.parts
+
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:
-        tables = {name: table(f"mass on {name}", sites, name, share=True) for name in self.parts}
+        tables = {name: table(f"mass on {name}", sites, name, share=True) for name in self.named(sites)}
         tables["entropy"] = table("entropy of the weights, 1 where they are even", sites, "entropy", share=True)
         maps = {
             (row, head): (memory["map"][0][head] / memory["map"][1]).numpy()

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..lens import Lens
 from ..spec import Spec, parse, read, split_list
 
-__all__ = ["DEFAULT", "SHORT", "Part", "check_roles", "parse_lenses", "parse_role"]
+__all__ = ["DEFAULT", "SHORT", "Part", "check_roles", "parse_lenses", "parse_role", "role_of"]
 
 # A short name stands for these lenses of the catalogue.
 SHORT: dict[str, tuple[str, ...]] = {
@@ -53,12 +53,16 @@ def check_roles(lenses: Sequence[Lens], known: Iterable[str]) -> None:
     """Raise UserError if a lens looks at tokens of a role that is not ``known``."""
     there = {*known, "bos", "response"}
     for lens in lenses:
-        for name in (getattr(lens, field, None) for field in _NAMING):
-            if isinstance(name, str) and name not in there:
-                raise UserError(
-                    f"{lens.slug} looks at tokens of the role {name!r}, and none are named: "
-                    f'add --role {name}=START-END or --role {name}="text of the prompt"'
-                )
+        if (name := role_of(lens)) is not None and name not in there:
+            raise UserError(
+                f"{lens.slug} looks at tokens of the role {name!r}, and none are named: "
+                f'add --role {name}=START-END or --role {name}="text of the prompt"'
+            )
+
+
+def role_of(lens: Lens) -> str | None:
+    """The role whose tokens ``lens`` looks at; None for one that looks at all."""
+    return next((name for field in _NAMING if isinstance(name := getattr(lens, field, None), str)), None)
 
 
 def _items(given: Spec, roles: dict[str, Part]) -> tuple[dict[str, str], list[str]]:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ..data.texts import Text
 from ..errors import UserError
-from ..lens import Span, TokenSpans
+from ..lens import Span, TokenSpans, device_of
 from ..models.chat import chat_text, chats
 from ..tasks.text._corpus import Corpus
 from .naming import Part
@@ -39,6 +41,10 @@ class Prompt:
     def parts(self) -> TokenSpans:
         """The roles as a lens takes them."""
         return TokenSpans({name: [spans] for name, spans in self.roles.items()})
+
+    def inputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the model is called with, on its device: ids ``[1, T]``."""
+        return {"input_ids": torch.tensor([self.ids], device=device_of(model))}
 
     def answered(self, ids: Sequence[int]) -> "Prompt":
         """This prompt with what the model said to it, which has the role ``response``."""
@@ -70,6 +76,7 @@ def draw(
     """
     if length is not None and length > max_context:
         raise UserError(f"the model reads {max_context} tokens; --length {length} is too long")
+    _check_known(texts, tokenizer)
     size = min(length or LENGTH, max_context)
     if roles:
         return _beginnings(texts, tokenizer, size, samples, roles)
@@ -86,6 +93,17 @@ def draw(
         raise UserError(str(error).replace("--lengths", "--length").replace("contexts", "prompts")) from None
     kept = [w for i, w in enumerate(windows) if i == 0 or not w.overlaps]  # the same tokens twice are no sample
     return [Prompt([*start, *(int(i) for i in window.ids), *end], window.text) for window in kept]
+
+
+def _check_known(texts: Sequence[Text], tokenizer: Any) -> None:
+    """Raise UserError where the tokenizer knows hardly a piece of a text: it is not the model's own."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ids = _encode(tokenizer, texts[0].content[:2000], special=False)[0] if texts and unknown is not None else []
+    if ids and 2 * ids.count(unknown) > len(ids):
+        raise UserError(
+            f"the tokenizer knows {len(ids) - ids.count(unknown)} of the first {len(ids)} tokens of {texts[0].name}: "
+            "give text of its kind, or put the tokenizer.json that the model was trained with beside the weights"
+        )
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -22,14 +22,14 @@ from ..integrations import use
 from ..integrations.transformers import find_sites
 from ..lens import Lens, LensResult, device_of
 from ..progress import Progress
-from . import watch
+from . import Watching, watch
 from .attention_breakdown import AttentionBreakdown
 from .naming import DEFAULT, Part, check_roles, parse_lenses
 from .prompts import SHORTEST, Prompt, draw
 
 __all__ = [
-    "SAMPLES", "WHERE", "Inspection", "describe", "document_of", "inspect_model", "max_context", "mean_loss",
-    "plain_values", "read_prompts", "reading", "token_nll",
+    "SAMPLES", "WHERE", "Inspection", "chosen_lenses", "describe", "document_of", "fitting", "inspect_model",
+    "label_tables", "look", "max_context", "mean_loss", "plain_values", "read_prompts", "reading", "token_nll",
 ]  # fmt: skip
 
 SAMPLES = 6
@@ -49,6 +49,7 @@ class Inspection:
         found: results by the spec of their lens; under ``attention`` where the mass of every head goes.
         parts: names of the tables of ``attention`` that add up to the whole mass.
         curve: what ablation does to the loss, and the score by which heads were chosen.
+        others: what was seen in the same forwards where the tokens are others: the encoder, the cross-attention.
     """
 
     run: dict[str, Any]
@@ -58,6 +59,7 @@ class Inspection:
     parts: tuple[str, ...]
     curve: tuple[str, AblationCurve] | None = None
     losses: list[Any] = field(default_factory=list)  # nats of each token of each prompt, NaN for the first
+    others: dict[str, "Inspection"] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -80,6 +82,8 @@ class Inspection:
         return {
             "run": self.run, "prompts": prompts, "loss": plain_values(self.loss), "losses": plain_values(self.losses),
             "findings": {spec: document_of(found) for spec, found in self.found.items()}, "ablation": curve,
+            **({"tokens": self.tokens} if self.run["settings"].get("reads") else {}),
+            **{n: {"tokens": one.tokens, "findings": one.document()["findings"]} for n, one in self.others.items()},
         }  # fmt: skip
 
 
@@ -155,10 +159,10 @@ def inspect_model(
         UserError: anything that the caller can mend.
     """
     begun, say = time.perf_counter(), progress or (lambda done, total, message: None)
-    chosen, more = _lenses(lenses, layers)
+    chosen, more = chosen_lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
-    named_lenses, chosen = chosen, _fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
+    named_lenses, chosen = chosen, fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
     predicts = _predicts(model)
     if not predicts and (generate or ablate is not None):
         raise UserError(f"{type(model).__name__} predicts no text and has no loss: leave generate and ablate away")
@@ -177,9 +181,9 @@ def inspect_model(
                 )
         parts |= {name: spans for prompt in prompts for name, spans in prompt.roles.items()}
     check_roles(chosen, parts)
-    named, heads = tuple(name for name in parts if name not in ("response", "bos")), _count_heads(model)
+    apart, heads = tuple(name for name in parts if name not in ("response", "bos")), _count_heads(model)
     own = AttentionBreakdown(
-        size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=named, layers=_tuple(layers)
+        size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=apart, layers=_tuple(layers)
     )
     looks = len(prompts) * (4 if ablate else 1)
     if generate:
@@ -194,11 +198,7 @@ def inspect_model(
         "generated": generate, "roles": sorted(parts), "layers": None if layers is None else list(layers),
         "seed": seed, "ablate": ablate, "device": str(device_of(model)),
     }  # fmt: skip
-    about = {"model": run["model"]["name"], "prompts": len(prompts), "tokens": run["settings"]["length"], "seed": seed}
-    for spec, one in shown.items():
-        one.tables = {
-            n: dataclasses.replace(t, about={**about, "lens": spec, **t.about}) for n, t in one.tables.items()
-        }
+    label_tables(shown, run)
     curve = None
     if ablate is not None:
         name, made = _score(shown, ablate)
@@ -209,7 +209,21 @@ def inspect_model(
     return Inspection(run, list(prompts), words, shown, own.parts, curve, losses)
 
 
-def _lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple[list[Lens], dict[str, Part]]:
+def label_tables(found: dict[str, LensResult], run: dict[str, Any]) -> None:
+    """Write into every table of ``found`` what it was measured on."""
+    settings = run["settings"]
+    about = {
+        "model": run["model"]["name"], "prompts": settings["samples"], "tokens": settings["length"],
+        "seed": settings["seed"],
+    }  # fmt: skip
+    for spec, one in found.items():
+        one.tables = {
+            n: dataclasses.replace(t, about={**about, "lens": spec, **t.about}) for n, t in one.tables.items()
+        }
+
+
+def chosen_lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple[list[Lens], dict[str, Part]]:
+    """The lenses that were named, those without layers of their own at ``layers``, and the roles named with them."""
     chosen: list[Lens] = []
     roles: dict[str, Part] = {}
     for given in lenses:
@@ -227,7 +241,7 @@ def _lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple
     return chosen, roles
 
 
-def _fitting(lenses: list[Lens], model: nn.Module, drop: bool) -> list[Lens]:
+def fitting(lenses: list[Lens], model: nn.Module, drop: bool) -> list[Lens]:
     """The lenses that find something to look at in ``model``; others are refused where they may not be dropped."""
     sites = [site for site, _ in find_sites(model)]
     kept = [lens for lens in lenses if not sites or any(lens.selects(site) for site in sites)]  # else the port says why
@@ -271,7 +285,7 @@ def max_context(model: nn.Module) -> int:
 
 def reading(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     """The tokens of a prompt on the device of the model, ``[1, T]``."""
-    return torch.tensor([prompt.ids], device=device_of(model))
+    return prompt.inputs(model)["input_ids"]
 
 
 def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> Any:
@@ -285,7 +299,7 @@ def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> Any:
 
 def mean_loss(losses: Sequence[Any]) -> float:
     """Mean over all tokens that have a loss, in nats; NaN where none has."""
-    known = np.concatenate([np.asarray(row, float) for row in losses])
+    known = np.concatenate([np.zeros(0), *(np.asarray(row, float) for row in losses)])
     known = known[np.isfinite(known)]
     return float(known.mean()) if known.size else math.nan
 
@@ -294,18 +308,29 @@ def read_prompts(
     model: nn.Module, prompts: Iterable[Prompt], lenses: Sequence[Lens], say: Any
 ) -> tuple[list[LensResult], list[Any]]:
     """What each lens finds, and the losses of the tokens of every prompt, NaN where the model predicts none."""
+    seen, losses = look(model, prompts, lenses, say)
+    return [seen.compute(i) for i in range(len(lenses))], losses
+
+
+def look(model: nn.Module, prompts: Iterable[Prompt], lenses: Sequence[Lens], say: Any) -> tuple[Watching, list[Any]]:
+    """The look at a model that read all prompts, and the losses of :func:`read_prompts`."""
     losses, predicts = [], _predicts(model)
     with watch(model, *lenses) as seen, torch.inference_mode():
         for i, prompt in enumerate(prompts):
             say(i, f"reading {prompt.name}")
             seen.roles = prompt.parts
-            ids = reading(model, prompt)
             if predicts:
-                losses.append(token_nll(model(input_ids=ids, use_cache=False).logits, ids))
+                losses.append(_losses(model, prompt))
             else:
-                model(input_ids=ids)
-                losses.append(np.full(ids.shape[1], math.nan))
-    return [seen.compute(i) for i in range(len(lenses))], losses
+                model(**prompt.inputs(model))
+                losses.append(np.full(len(prompt.ids), math.nan))
+    return seen, losses
+
+
+def _losses(model: nn.Module, prompt: Prompt) -> Any:
+    """:func:`token_nll` of a prompt's tokens."""
+    ids = torch.tensor([prompt.ids], device=device_of(model))
+    return token_nll(model(**prompt.inputs(model), use_cache=False).logits, ids)
 
 
 def _answered(model: Any, prompt: Prompt, count: int, say: Progress, i: int, total: int) -> Prompt:
@@ -348,11 +373,7 @@ def _curve(model: nn.Module, made: HeadTable, prompts: Sequence[Prompt], seed: i
             say(len(before) + steps / 3, steps * 4 / 3, f"without {len(heads)} heads")
             spec = [f"ablate:heads={'+'.join(heads)}"] if heads else []
             with use(model, *spec), torch.inference_mode():
-                rows = []
-                for prompt in prompts:
-                    ids = reading(model, prompt)
-                    rows.append(token_nll(model(input_ids=ids, use_cache=False).logits, ids))
-            before[heads] = mean_loss(rows)
+                before[heads] = mean_loss([_losses(model, prompt) for prompt in prompts])
         return before[heads]
 
     return ablation_curve(made, counts, loss, draws=_DRAWS, seed=seed)

@@ -117,29 +117,92 @@ def load_reader(
     return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer(name)
 
 
-def _text_class(name: str) -> Any:
-    """The class of a model that reads text and is no causal language model; None for those."""
+def load_vision(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, Any]":
+    """As ``load``, a model that reads images alone, and its image processor; None where it has none."""
+    from transformers import AutoImageProcessor
+
+    name = source(path_or_name)
+    kind, reads, _ = _class_of(name)
+    if reads != {"image"}:
+        raise UserError(f"{name} is no vision transformer, it reads {_listed(reads)}: leave --image away")
+    place, _ = placed(device, dtype)
+    model = _load_model(name, place, dtype or _own_dtype(name, place), kind=kind)
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        if (Path(name) / "preprocessor_config.json").is_file():
+            raise UserError(f"preprocessor_config.json of {name} cannot be used: {_line(error)}") from error
+        processor = None
+    return model, processor
+
+
+def load_speech(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]":
+    """As ``load``, an encoder-decoder of Whisper's kind that transcribes, its feature extractor and its tokenizer."""
+    import transformers
+
+    name = source(path_or_name)
+    _, reads, model_type = _class_of(name)
+    if model_type != "whisper":
+        raise UserError(
+            f"{name} is no encoder-decoder of Whisper's kind, it reads {_listed(reads)}: leave --audio away, or look "
+            "at it from Python with manyheads.watch(model, ...)"
+        )
+    place, _ = placed(device, dtype)
+    kind = transformers.WhisperForConditionalGeneration
+    model = _load_model(name, place, dtype or _own_dtype(name, place), kind=kind)
+    try:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{name} has no preprocessor_config.json that can be used ({_line(error)})") from error
+    return model, extractor, tokenizer(name)
+
+
+def _listed(reads: set[str]) -> str:
+    return " and ".join(sorted(reads)) or "what transformers does not say"
+
+
+def _class_of(name: str) -> tuple[Any, set[str], str]:
+    """The class of a model, what it reads (nothing where that is not known), and its type."""
     import transformers
     from transformers import PreTrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
-    except Exception:  # told in one line by ``load``
-        return None
+    except Exception as error:
+        raise UserError(f"{name} has no config that can be read ({_line(error)}); give a local folder") from error
     kind, classes = str(config.get("model_type") or ""), config.get("architectures") or []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if causal.intersection(classes) or kind not in MODEL_MAPPING_NAMES:
-        return None
+    if kind not in MODEL_MAPPING_NAMES:
+        return None, set(), kind
     known = MODEL_MAPPING_NAMES[kind]
     base = getattr(transformers, known if isinstance(known, str) else known[0])
     reads = {base.input_modalities} if isinstance(base.input_modalities, str) else set(base.input_modalities)
+    return (getattr(transformers, str(classes[0]), base) if classes else base), reads, kind
+
+
+def _text_class(name: str) -> Any:
+    """The class of a model that reads text and is no causal language model; None for those."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        classes = PreTrainedConfig.get_config_dict(name)[0].get("architectures") or []
+    except Exception:  # told in one line by ``load``
+        return None
+    made, reads, kind = _class_of(name)
+    if made is None or set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(classes):
+        return None
     if reads != {"text"}:
+        told = "--image FILE" if reads == {"image"} else "--audio FILE" if kind == "whisper" else ""
         raise UserError(
-            f"{name} reads {' and '.join(sorted(reads))}, and this command text: look at it from Python, with "
-            "manyheads.watch(model, ...) around your own call of it"
+            f"{name} reads {_listed(reads)}, and this command was given text: "
+            + (f"give {told}" if told else "look at it from Python, with manyheads.watch(model, ...) around its call")
         )
-    return getattr(transformers, str(classes[0]), base) if classes else base
+    return made
 
 
 def named_dtype(name: str | None) -> "torch.dtype | None":

@@ -26,8 +26,8 @@ _VALUES = 400  # heads whose values are written out
 
 
 def script_data(
-    tables: dict[str, Any], maps: dict[str, str], heads: dict[str, int], cell: int, prompts: Sequence[Any] = (),
-    series: Sequence[Any] = (),
+    tables: dict[str, Any], maps: dict[str, str], heads: dict[str, int], cell: tuple[int, int],
+    prompts: Sequence[Any] = (), series: Sequence[Any] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What ``inspect.js`` works on."""
     return {
@@ -108,8 +108,17 @@ def heads_of(own: Any, sites: Sequence[str]) -> dict[str, int]:
     return {str(sites.index(site)): table.values.shape[2] for site in table.sites}
 
 
-def maps_of(own: Any, sites: Sequence[str], length: int) -> tuple[dict[str, str], int]:
-    """Pictures of all heads, as large as the page has room for, and the tokens on a side of a cell."""
+def maps_of(
+    own: Any, sites: Sequence[str], length: int, queries: int | None = None
+) -> tuple[dict[str, str], tuple[int, int]]:
+    """Pictures of all heads, as large as the page has room for, and the queries and keys of a cell.
+
+    Args:
+        own: what :class:`AttentionBreakdown` found.
+        sites: their names, in the order of the script's numbers.
+        length: keys of a map.
+        queries: of it; ``length`` when None.
+    """
     table = next(iter(own.tables.values()))
     shown = {
         f"{sites.index(table.sites[row])}.{head}": np.asarray(values, float)
@@ -117,7 +126,7 @@ def maps_of(own: Any, sites: Sequence[str], length: int) -> tuple[dict[str, str]
         if np.isfinite(values).all()
     }
     if not shown:
-        return {}, 1
+        return {}, (1, 1)
     while True:
         made = {}
         for key, values in shown.items():
@@ -125,7 +134,7 @@ def maps_of(own: Any, sites: Sequence[str], length: int) -> tuple[dict[str, str]
             levels = Scale(top * 10**-_DECADES, top, log=True).levels(np.where(values > 0, values, np.nan))
             # Every other colour, as a reader tells no more apart: a fifth fewer bytes.
             made[key] = data_uri(pixels(np.where(levels < LEVELS, levels | 1, levels)))
-        side = next(iter(shown.values())).shape[0]
-        if sum(map(len, made.values())) <= _MAPS or side <= 16:
-            return made, math.ceil(length / side)
+        high, wide = next(iter(shown.values())).shape
+        if sum(map(len, made.values())) <= _MAPS or max(high, wide) <= 16:
+            return made, (math.ceil((queries or length) / high), math.ceil(length / wide))
         shown = {key: halved(values) for key, values in shown.items()}

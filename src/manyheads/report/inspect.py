@@ -12,11 +12,13 @@ import numpy as np
 
 from ..formatting import interval, number
 from ..heads import HeadTable
+from ..inspect.attention_breakdown import FIRST
 from ..inspect.run import WHERE
 from .colours import LEVELS, plain, scale_of
 from .heads import card_of, heads_of, layer_card, maps_of, pictures, script_data
 from .page import Card, Cards, Figure, Headline, Page, Section, Text, Thumbs, made
 from .plots import Panel, Series, lines, stacked
+from .signals import pictures_of, queries_of
 from .table import Cell, Column, Table, print_lines, print_table
 from .token_view import token_view
 
@@ -55,35 +57,39 @@ def page(seen: Inspection) -> Page:
                     cards.append(Card(name, about=one.name if one.name != name else "", said=f"the map of {twin}"))
         groups.append(Cards([card for card in cards if card], spec, _about(spec)))
     own = seen.found[WHERE]
-    maps, cell = maps_of(own, sites, max(len(p.ids) for p in seen.prompts))
+    maps, cell = maps_of(own, sites, max(len(p.ids) for p in seen.prompts), queries_of(seen))
     tokens, plots, prompts, series = token_view(seen)
     first = next((t for f in seen.found.values() for t in f.tables.values() if t.values.shape[2] > 1), None)
     thumbs = [] if first is None else list(_thumbs(first, own, maps, sites))
     channels = [card for spec, found in seen.found.items() for card in _channels(spec, found, tables)]
     settings = seen.run["settings"]
     rows_are = "the tokens of the response" if any(p.roles for p in seen.prompts) else "all tokens but the first"
+    shared = "Parts of the first token and of named roles come first; what is left is shared by distance."
+    if FIRST not in own.tables:  # an image or a recording
+        rows_are, shared = "all tokens", ""
+    unit = count_of(settings)
     flow, said = _flow(seen)
     data = script_data(tables, maps, heads_of(own, sites), cell, prompts, series)
     return Page(
         seen.run["model"]["name"], "What the model looks at", run_of(seen.run),
         [Headline(said), *_headlines(seen)],
         [
+            *pictures_of(seen),
             Section("Where the attention goes", [Figure(
-                flow, f"Share of the attention of {rows_are} by layer, mean over heads and prompts. Parts of the first "
-                "token and of named roles come first; what is left is shared by distance.",
+                flow, f"Share of the attention of {rows_are} by layer, mean over heads and prompts. {shared}",
             )]),
             Section("Heads", [
                 Text(
-                    f"Each cell is a head, its mean over {settings['samples']} prompt(s) of {settings['length']} "
-                    "tokens. Point at a cell for its value, its 95 % interval over prompts and its rank; click it for "
+                    f"Each cell is a head, its mean over {unit}. "
+                    "Point at a cell for its value, its 95 % interval over prompts and its rank; click it for "
                     "the head's map.", toggle=True,
                 ), *groups,
             ]),
             Section("Maps of some heads", [
                 Text(
                     f"The heads that are highest in {first.name if first else ''}. Rows are queries, columns are keys; "
-                    f"a cell is a mean over {cell} tokens a side, its colour is logarithmic over four decades. With "
-                    "scripts allowed, a click on any cell above shows the map of that head."
+                    f"a cell is a mean over {cell[0]} x {cell[1]} tokens, its colour is logarithmic over four decades. "
+                    "With scripts allowed, a click on any cell above shows the map of that head."
                 ), Thumbs(thumbs, "attention map of head"),
             ] if thumbs else []),
             Section("Layers", [Cards([card for card in layers if card])]),
@@ -91,8 +97,8 @@ def page(seen: Inspection) -> Page:
                 Text(
                     f"Tokens of {seen.prompts[0].name}: orange above 0, blue below, strongest at the greatest of the "
                     "values. Peaks are underlined, tokens with a role have a dotted line."
-                ), tokens, Cards(plots),
-            ] if tokens else []),
+                ) if tokens else None, tokens, Cards(plots),
+            ]),
             Section("Channels", [Cards(channels)]), Section("Found one by one", list(_records(seen))),
             Section("Ablation", [_curve(*seen.curve) if seen.curve else None]),
             made_of(seen.run, "Intervals are a bootstrap over prompts; with one prompt there are none. A score says "
@@ -134,12 +140,28 @@ def _about(spec: str) -> str:
     return f"{paper.title}" + (f", arXiv {paper.arxiv}" if paper.arxiv else "")
 
 
+def count_of(settings: dict[str, Any]) -> str:
+    """How much was read."""
+    what = _read_as(settings) + "(s)"
+    tokens = "frames" if settings.get("part") in ("cross", "encoder") else "tokens"
+    return f"{settings['samples']} {what} of {settings['length']} {tokens}"
+
+
+def _read_as(settings: dict[str, Any]) -> str:
+    return {"image": "image", "audio": "recording"}.get(settings.get("reads", ""), "prompt")
+
+
+def _part(settings: dict[str, Any]) -> str:
+    part = settings.get("part", "")
+    return f"{'cross-attention' if part == 'cross' else part}, " if part else ""
+
+
 def run_of(run: dict[str, Any]) -> str:
     """The run in a line."""
     model, settings = run["model"], run["settings"]
     return (
         f"{model['name']} ({model['class']}, {model['parameters'] / 1e6:.1f} million parameters, {model['dtype']}) on "
-        f"{settings['device']}; {settings['samples']} prompt(s) of {settings['length']} tokens at most; "
+        f"{settings['device']}; {_part(settings)}{count_of(settings)} at most; "
         f"seed {settings['seed']}; transformers {run['environment']['transformers']}"
     )
 
@@ -149,7 +171,11 @@ def made_of(run: dict[str, Any], care: str) -> Section:
     model, settings = run["model"], run["settings"]
     about = [
         ("model", model["name"], f"{model['class']}, {model['parameters']:,} parameters, {model['dtype']}"),
-        ("prompts", f"n = {settings['samples']}, of {settings['length']} tokens at most", ", ".join(run["sources"])),
+        (
+            {"image": "images", "audio": "recordings"}.get(settings.get("reads"), "prompts"),
+            f"n = {settings['samples']}, of {settings['length']} tokens at most",
+            ", ".join(run["sources"]),
+        ),
         ("text", f"{run['texts']['files']} files", f"sha256 {run['texts']['sha256']}"),
         ("seed", settings["seed"], ""),
     ]
@@ -180,11 +206,12 @@ def _flow(seen: Inspection) -> tuple[str, str]:
     means = {part: float(np.mean(values)) for part, values in shares}
     said = "; ".join(f"{part} {mean:.0%}" for part, mean in means.items())
     most = sorted(means, key=lambda part: -means[part])
+    whose = " of the transcript, which the model wrote itself" if seen.others else ""
     sentence = (
         f"Of the attention, {100 * means[most[0]]:.0f} % goes to {_place(most[0])}"
         + "".join(f", {100 * means[part]:.0f} % to {_place(part)}" for part in most[1:3])
         + " (mean over layers, heads and prompts)"
-        + (f"; the loss is {seen.loss:.3f} nats per token." if math.isfinite(seen.loss) else ".")
+        + (f"; the loss is {seen.loss:.3f} nats per token{whose}." if math.isfinite(seen.loss) else ".")
     )
     alt = f"Share of attention by part and layer. Mean over layers: {said}."
     return stacked([str(layer) for layer in layers], shares, alt, "share of the attention (rows: layers)"), sentence
@@ -279,14 +306,21 @@ def _curve(score: str, curve: AblationCurve) -> Figure:
 def read(run: dict[str, Any], loss: float) -> str:
     """What was read, in a line of the terminal; without a loss where the model predicts nothing."""
     settings = run["settings"]
-    return (
-        f"{run['model']['name']}: {settings['samples']} prompt(s) of {settings['length']} tokens, seed "
-        f"{settings['seed']}" + (f", loss {loss:.3f} nats/token" if math.isfinite(loss) else "")
+    return f"{run['model']['name']}: {_part(settings)}{count_of(settings)}, seed {settings['seed']}" + (
+        f", loss {loss:.3f} nats/token" if math.isfinite(loss) else ""
     )
 
 
 def print_findings(seen: Inspection, place: Path, console: Console) -> None:
     """The first heads of every score with their intervals over prompts, the notes, and where the page is."""
+    _print_scores(seen, console)
+    for other in seen.others.values():
+        _print_scores(other, console)
+    pages = [place, *(place.with_name(f"{part}.html") for part in seen.others)]
+    print_lines([*([ablated(*seen.curve)] if seen.curve else []), f"page: {', '.join(map(str, pages))}"], console)
+
+
+def _print_scores(seen: Inspection, console: Console) -> None:
     print_lines([read(seen.run, seen.loss)], console)
     columns = [Column("score", text=True), *(Column(name, text=True) for name in ("highest", "second", "third"))]
     for spec, found in seen.found.items():
@@ -295,7 +329,6 @@ def print_findings(seen: Inspection, place: Path, console: Console) -> None:
         ]
         print_table(Table([*columns, Column("median")], rows, spec), console)
         print_lines([*(f"  {note}" for note in found.notes), *([""] if found.notes else [])], console)
-    print_lines([*([ablated(*seen.curve)] if seen.curve else []), f"page: {place}"], console)
 
 
 def _highest(one: HeadTable) -> list[Cell]:

@@ -11,10 +11,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..formatting import number
-from .colours import LEVELS, Array, colours, data_uri, halved, pixels, ramp
+from .colours import Array, Scale, colours, data_uri, halved, pixels, ramp
 from .page import Facts, Headline, Overlays, Page, Section, Text
 
-__all__ = ["Maps", "page"]
+__all__ = ["Maps", "card", "page", "sources"]
 
 _BYTES = 350_000  # that all maps may take in the page, before those of layers and steps are made coarser
 _PICTURES = 500_000  # bytes that all images may take in the page
@@ -72,7 +72,7 @@ def page(
         for branch in branches
     }
     films = [_film(image) for image in images]
-    frames = _sources(films)
+    frames = sources(films)
     tops = [
         max((one["high"] for view in views.values() for one in _each(view, c)), default=1.0)
         for c in range(len(maps.names))
@@ -84,7 +84,7 @@ def page(
     }  # fmt: skip
     colour_row, sections = ramp(), []
     for r, film in enumerate(films):
-        over = [_card(whole[branches[0]][r, c], maps.names[c], maps.units[c]) for c in range(len(maps.names))]
+        over = [card(whole[branches[0]][r, c], maps.names[c], maps.units[c]) for c in range(len(maps.names))]
         name = prompts[r] if prompts else f"{'Video' if count > 1 else 'Image'} {r + 1}"
         size = (film.shape[2], film.shape[1])
         sections.append(Section(name, [Overlays(r, frames[r][0], size, over, colour_row)]))
@@ -176,7 +176,7 @@ def _film(image: Any) -> Array:
     return np.asarray(made)
 
 
-def _sources(films: Sequence[Array]) -> list[list[str]]:
+def sources(films: Sequence[Array]) -> list[list[str]]:
     """The frames of each row as sources of images: PNG, or as JPEG and smaller until all fit the page."""
     for quality, part in ((None, 1), (90, 1), (80, 1), *((80, 2**n) for n in range(1, 12))):
         made = [[_source(frame, quality, part) for frame in film] for film in films]
@@ -197,16 +197,18 @@ def _source(pixels_: Array, quality: int | None, part: int) -> str:
     return data_uri(file.getvalue(), "jpeg")
 
 
-def _card(x: Array, name: str, unit: str) -> dict[str, Any]:
-    """One map as it stands before any script runs: the first frame of the mean over layers and steps."""
+def card(x: Array, name: str, unit: str, log: bool = False) -> dict[str, Any]:
+    """One map as it stands before any script runs: the first frame of the mean over layers and steps.
+
+    ``log``: in logarithmic colours; all values are above 0.
+    """
     known = bool(np.isfinite(x).all())
     low, high = (float(x.min()), float(x.max())) if known else (math.nan, math.nan)
-    part = (x[0] - low) / ((high - low) or 1.0)
-    levels = np.clip(np.nan_to_num(part) * LEVELS, 0, LEVELS - 1).astype(np.uint8)
+    scale = Scale(low, high if high > low else low + 1, log=log)
     row, column = np.unravel_index(int(np.nan_to_num(x[0]).argmax()), x[0].shape)
     return {
-        "name": name, "unit": unit, "map": data_uri(pixels(levels)) if known else "",
+        "name": name, "unit": unit, "map": data_uri(pixels(scale.levels(x[0]))) if known else "",
         "said": f"greatest {number(float(x[0].max()))} in row {row}, column {column}; mean {number(float(x[0].mean()))}"
         if known else "not seen here",
-        "ends": [number(v) for v in (low, (low + high) / 2, high)],
+        "ends": [number(v) for v in (low, math.sqrt(low * high) if log else (low + high) / 2, high)],
     }  # fmt: skip

@@ -150,6 +150,7 @@ class Overlays:
         picture: source of the image, of ``size`` (width, height).
         maps: name, unit, what is said of it, source of the map or empty, and the ends of its colours.
         ramp: source of the colours in a row.
+        shown: what the image is.
     """
 
     number: int
@@ -157,6 +158,7 @@ class Overlays:
     size: tuple[int, int]
     maps: Sequence[Mapping[str, Any]]
     ramp: str
+    shown: str = "generated"
 
 
 @dataclass(frozen=True)

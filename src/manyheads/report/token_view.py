@@ -37,6 +37,8 @@ def _series(seen: Inspection) -> Iterator[tuple[str, list[Any]]]:
     for spec, found in seen.found.items():
         for name, rows in found.series.items():
             label = f"{name} ({spec})"
+            if not rows:
+                continue
             wide = np.asarray(rows[0])
             if wide.ndim == 1:
                 yield label, list(rows)
@@ -84,6 +86,11 @@ def token_view(seen: Inspection) -> tuple[Tokens | None, list[Card], list[Any], 
     kept = [(label, rows) for label, rows in _series(seen) if any(np.isfinite(np.asarray(rows[0], float)))]
     if not kept:
         return None, [], [], []
+    kind = seen.run["settings"].get("part", "")
+    if seen.run["settings"].get("reads") and kind != "decoder":  # patches are drawn over the image, frames are times
+        words = [{"name": p.name, "tokens": [f"{t} " for t in seen.tokens[i]]} for i, p in enumerate(seen.prompts[:1])]
+        lines_ = [_plot(label, _fit(rows[0], len(seen.prompts[0].ids)), "frame") for label, rows in kept if kind]
+        return None, lines_, [] if kind == "cross" else words, []
     prompts: list[dict[str, Any]] = [
         {"name": p.name, "tokens": [word(t) for t in seen.tokens[i]], "roles": _roles_of(p)}
         for i, p in enumerate(seen.prompts[:count])
@@ -123,10 +130,10 @@ def _roles_of(prompt: Prompt) -> list[str]:
     return names
 
 
-def _plot(label: str, values: Any) -> Card:
+def _plot(label: str, values: Any, token: str = "token") -> Card:
     peaks, known = _peaks(values), values[np.isfinite(values)]
     log = bool(known.min() > 0 and known.max() > 100 * np.median(known))
     series = Series(label, list(range(len(values))), [float(f"{v:.4g}") for v in values], peaks=peaks)
-    panel = Panel([series], "", "token", "log scale" if log else "", "y" if log else "")
-    said = f"{label} by token, from {number(known.min())} to {number(known.max())}, {len(peaks)} peaks"
+    panel = Panel([series], "", token, "log scale" if log else "", "y" if log else "")
+    said = f"{label} by {token}, from {number(known.min())} to {number(known.max())}, {len(peaks)} peaks"
     return Card(label, lines([panel], said, height=170), width="lines")

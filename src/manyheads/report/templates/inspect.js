@@ -30,7 +30,7 @@
     viewer.hidden = false;
     viewer.querySelector("b").textContent = "Head " + table.layers[row] + "." + head;
     viewer.querySelector("p").textContent = (group > 1 ? "first of the " + group + " heads that share these keys; " : "") +
-      "rows are queries, columns are keys; " + data.cell + " tokens to a cell, colours logarithmic over four decades";
+      "rows are queries, columns are keys; " + data.cell.join(" x ") + " tokens to a cell, colours logarithmic over four decades";
     const image = viewer.querySelector("img");
     image.src = source;
     image.alt = "attention map of head " + table.layers[row] + "." + head;
@@ -63,10 +63,11 @@
     const image = viewer.querySelector("img"), n = image.naturalWidth, m = image.naturalHeight;
     const at = cellAt(event, image.getBoundingClientRect(), m, n);
     if (!at || !n) return;
-    const piece = (i) => {
-      const start = i * data.cell, words = data.prompts.length ? data.prompts[0].tokens.slice(start, start + data.cell) : [];
+    const piece = (i, side) => {
+      const cell = data.cell[side], start = i * cell;
+      const words = data.prompts.length ? data.prompts[0].tokens.slice(start, start + cell) : [];
       const text = words.join("").replace(/\n/g, "↵").slice(0, 40);
-      return start + (data.cell > 1 ? "–" + (start + data.cell - 1) : "") + (text ? " “" + text + "”" : "");
+      return start + (cell > 1 ? "–" + (start + cell - 1) : "") + (text ? " “" + text + "”" : "");
     };
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = 1;
@@ -79,7 +80,7 @@
       if (d < near) { near = d; best = i; }
     });
     const weight = a < 128 ? "no weight" : "≈ " + format(10 ** (-data.decades * (1 - (best + .5) / data.colours.length))) + " of its greatest";
-    viewer.querySelector(".where").textContent = "query " + piece(at[0]) + " → key " + piece(at[1]) + ": " + weight;
+    viewer.querySelector(".where").textContent = "query " + piece(at[0], 0) + " → key " + piece(at[1], 1) + ": " + weight;
   });
 
   const log = document.getElementById("log");

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and recordings as prompts: their files are read, each token is named, and no tokenizer is asked.
+
+A token of an image is a patch, by row and column, behind the class token and the registers; one of a recording is a
+frame, by its time. What the decoder of a speech model reads is what it transcribes itself, greedily.
+"""
+
+import hashlib
+import math
+import wave
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..lens import TokenSpans, device_of
+from .prompts import Prompt
+
+__all__ = ["Laid", "Signal", "read_audio", "read_images"]
+
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+_CLASS = ("cls_token", "class_embedding", "class_token", "distillation_token")  # parameters that are a token
+
+
+@dataclass(frozen=True)
+class Signal(Prompt):
+    """An image or a recording. ``ids`` are its tokens' numbers, or those of the transcript.
+
+    Attributes:
+        values: what the model is given, by name, float32 or ids.
+        labels: a name for each token.
+        words: of the transcript, token by token.
+        digest: of the file.
+        prefix: tokens before the patches.
+        grid: rows and columns of patches; none for a recording.
+        picture: ``[H, W, 3]`` of ``uint8``, the image as the model sees it.
+        frames: of the encoder.
+        heard: frames until the recording ends; the rest is silence that fills the window.
+        step: seconds of a frame.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    digest: str = ""
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    picture: Any = None
+    frames: int = 0
+    heard: int = 0
+    step: float = 0.0
+
+    @property
+    def parts(self) -> TokenSpans:
+        return Laid(self)
+
+    def inputs(self, model: nn.Module) -> dict[str, Tensor]:
+        dtype = next(model.parameters()).dtype
+        return {
+            name: x.to(device_of(model), dtype if x.is_floating_point() else None) for name, x in self.values.items()
+        }
+
+    def in_frames(self) -> "Signal":
+        """This recording with the frames as its tokens."""
+        times = [f"{i * self.step:.2f} s" for i in range(self.frames)]
+        return replace(self, ids=list(range(self.frames)), labels=times)
+
+
+class Laid(TokenSpans):
+    """No roles, but which prompt is being read, so that a lens knows how its tokens lie."""
+
+    def __init__(self, signal: Signal) -> None:
+        super().__init__()
+        self.signal = signal
+
+
+def read_images(paths: Sequence[str | Path], model: nn.Module, processor: Any = None) -> list[Signal]:
+    """Images as ``processor`` of transformers prepares them.
+
+    Without one they are resized to the square that the config names and normalised by mean and deviation of ImageNet.
+
+    Raises:
+        UserError: no such file, no image, or a model that does not cut images into patches of one size.
+    """
+    from PIL import Image
+
+    config: Any = model.config
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int | list | tuple):
+        raise UserError(f"{type(model).__name__} has no patches of one size, so its tokens have no place in an image")
+    high, wide = (patch, patch) if isinstance(patch, int) else patch
+    named = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    first = [name for name in _CLASS if name in named]
+    before = ["class token", "distillation token"][: len(first)]
+    before += [f"register {i}" for i in range(int(getattr(config, "num_register_tokens", 0) or 0))]
+    made = []
+    for path in map(Path, paths):
+        raw = _bytes(path, "--image")
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} is no image that can be read ({error}); give a PNG or JPEG") from None
+        values = _prepared(image, processor, config)
+        rows, columns = values.shape[2] // high, values.shape[3] // wide
+        labels = [*before, *(f"row {r}, column {c}" for r in range(rows) for c in range(columns))]
+        made.append(Signal(
+            list(range(len(labels))), path.name, values={"pixel_values": values}, labels=labels, grid=(rows, columns),
+            prefix=len(before), picture=_seen(values, processor)[: rows * high, : columns * wide],
+            digest=hashlib.sha256(raw).hexdigest(),
+        ))  # fmt: skip
+    return made
+
+
+def _bytes(path: Path, option: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}; {option} takes a file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {option} takes a file") from None
+
+
+def _prepared(image: Any, processor: Any, config: Any) -> Tensor:
+    """``[1, 3, H, W]``."""
+    if processor is not None:
+        try:
+            values: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"the image processor refuses it ({error}); check preprocessor_config.json") from None
+        if values.ndim != 4:
+            raise UserError("the image processor cuts images into pieces of its own, which have no place in an image")
+        return values
+    size = getattr(config, "image_size", 224)
+    high, wide = (size, size) if isinstance(size, int) else size
+    pixels = np.asarray(image.resize((wide, high), 3), np.float32) / 255  # 3: bicubic
+    return torch.from_numpy(((pixels - _MEAN) / _DEVIATION).astype(np.float32).transpose(2, 0, 1))[None]
+
+
+def _seen(values: Tensor, processor: Any) -> Any:
+    """The image behind ``values [1, 3, H, W]``, ``[H, W, 3]`` of ``uint8``."""
+    mean, deviation = _MEAN, _DEVIATION
+    if processor is not None:
+        normal = bool(getattr(processor, "do_normalize", True))
+        mean = processor.image_mean if normal else (0.0,) * 3
+        deviation = processor.image_std if normal else (1.0,) * 3
+    shown = values[0].permute(1, 2, 0).double().numpy() * np.asarray(deviation) + np.asarray(mean)
+    return (np.clip(shown, 0, 1) * 255).round().astype(np.uint8)
+
+
+def read_audio(paths: Sequence[str | Path], model: Any, extractor: Any, tokenizer: Any) -> list[Signal]:
+    """Recordings, PCM in WAV files, and what the model transcribes of each.
+
+    Several channels are averaged; another rate becomes the model's through the Fourier transform of the whole.
+
+    Raises:
+        UserError: no such file, no WAV, nothing in it, or more of it than the model hears at once.
+    """
+    made = []
+    frames = int(model.config.max_source_positions)
+    for path in map(Path, paths):
+        raw = _bytes(path, "--audio")
+        sound, rate = _wave(path)
+        seconds = len(sound) / rate
+        if not 0 < seconds <= extractor.chunk_length:
+            raise UserError(
+                f"{path} has {seconds:.1f} s, and the model hears {extractor.chunk_length} s at once: "
+                + ("cut it" if seconds else "give a recording")
+            )
+        sound = _resampled(sound, rate, extractor.sampling_rate)
+        values = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+        signal = Signal([], path.name, values={"input_features": values}, digest=hashlib.sha256(raw).hexdigest())
+        with torch.inference_mode():
+            said = model.generate(
+                **signal.inputs(model), do_sample=False, num_beams=1, return_dict_in_generate=True,
+                force_unique_generate_call=True,
+            )  # fmt: skip
+        ids = said["sequences"][0].tolist()
+        words = [tokenizer.decode([i]) for i in ids]
+        step = extractor.chunk_length / frames
+        made.append(replace(
+            signal, ids=ids, labels=words, words=words, frames=frames, step=step,
+            heard=min(frames, math.ceil(seconds / step)),
+            values={**signal.values, "decoder_input_ids": torch.tensor([ids])},
+        ))  # fmt: skip
+    return made
+
+
+def _wave(path: Path) -> tuple[Any, int]:
+    """Samples of one channel from -1 to 1, and how many a second."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+    except (wave.Error, EOFError, OSError) as error:
+        why = str(error) or "it ends too early"
+        raise UserError(f"{path} is no WAV file of PCM samples ({why}); convert it to one") from None
+    raw = raw[: len(raw) // (width * channels) * width * channels].reshape(-1, width)
+    if width == 1:
+        sound = raw[:, 0].astype(np.float64) / 128 - 1
+    else:  # the highest bytes of 32 bits
+        whole = np.zeros((len(raw), 4), np.uint8)
+        whole[:, 4 - width :] = raw
+        sound = whole.view("<i4")[:, 0].astype(np.float64) / 2**31
+    return sound.reshape(-1, channels).mean(1), rate
+
+
+def _resampled(sound: Any, rate: int, wanted: int) -> Any:
+    """``sound`` at ``wanted`` samples a second: frequencies above what both rates carry are left out."""
+    if rate == wanted:
+        return sound.astype(np.float32)
+    count = max(1, round(len(sound) * wanted / rate))
+    spectrum = np.fft.rfft(sound)
+    return (np.fft.irfft(spectrum[: count // 2 + 1], count) * (count / len(sound))).astype(np.float32)
