@@ -78,9 +78,9 @@ def inspect(
     """Look at what a model attends to: a table, a page with pictures, and all figures as JSON.
 
     Without options: the shipped model reads the source of Python's standard library. Text encoders are
-    looked at too, of encoder-decoder models the encoder; they have no loss. Vision transformers take --image, speech
-    models of Whisper's kind --audio. The page shows every score over
-    layers and heads, the map of each head, tokens coloured by what a lens says of them, and where the mass goes.
+    looked at too, of encoder-decoder models the encoder; they have no loss. Vision transformers take --image,
+    speech models of Whisper's kind --audio. The page shows every score over layers and heads, the map of each
+    head, tokens coloured by what a lens says of them, and where the mass goes.
     """
     passive_threads()
     from manyheads.data.texts import read
@@ -90,7 +90,7 @@ def inspect(
     if image or audio:
         no = {
             "--text": text, "--role": role, "--chat": chat, "--generate": generate, "--length": length,
-            "--samples": samples, "--ablate": ablate, "--image beside --audio": image and audio,
+            "--samples": samples, "--ablate": ablate, "--quick": quick, "--seed": seed, "--image beside --audio": image and audio,
         }  # fmt: skip
         _look_at_signals(
             model, image, audio, lenses if lens else list(DEFAULT), [name for name, value in no.items() if value],

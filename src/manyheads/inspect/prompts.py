@@ -97,7 +97,7 @@ def draw(
 
 def _check_known(texts: Sequence[Text], tokenizer: Any) -> None:
     """Raise UserError where the tokenizer knows hardly a piece of a text: it is not the model's own."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
+    unknown: Any = getattr(tokenizer, "unk_token_id", None)
     ids = _encode(tokenizer, texts[0].content[:2000], special=False)[0] if texts and unknown is not None else []
     if ids and 2 * ids.count(unknown) > len(ids):
         raise UserError(

@@ -64,8 +64,10 @@ def inspect_signals(
             raise UserError(f"{lens.spec} looks at parts of a text, which an {reads} has not; take another lens")
     chosen = fitting(given, model, drop=tuple(lenses) == DEFAULT)
     sites = [site for site, _ in find_sites(model)]
+    if not sites:
+        raise UserError(f"{type(model).__name__} computes attention in its own way, which cannot be looked into")
     parts = _parts(sites, layers)
-    own = SignalBreakdown(size=256)
+    own = SignalBreakdown(size=256 if sum(site.num_heads or 1 for site in sites) <= 256 else 128)
     try:
         seen, losses = look(model, signals, [*chosen, own], lambda i, m: say(i, len(signals), m))
     except ValueError as error:
@@ -116,8 +118,8 @@ def _parts(sites: Sequence[Site], layers: Sequence[int] | None) -> dict[str, Cal
         if not any(map(where, sites)):
             known = sorted({_layer(site) for site in sites})
             raise UserError(
-                f"{part or 'the model'} has no attention to look at in layers {list(layers or known)}; there are "
-                f"{known[0] if known else 'no'} to {known[-1] if known else 'layers'}"
+                f"the {part or 'model'} has no attention to look at in layers {list(layers or known)}; there are "
+                f"{known[0]} to {known[-1]}"
             )
     return made
 
