@@ -90,7 +90,8 @@ def inspect(
     if image or audio:
         no = {
             "--text": text, "--role": role, "--chat": chat, "--generate": generate, "--length": length,
-            "--samples": samples, "--ablate": ablate, "--quick": quick, "--seed": seed, "--image beside --audio": image and audio,
+            "--samples": samples, "--ablate": ablate, "--quick": quick, "--seed": seed,
+            "--image beside --audio": image and audio,
         }  # fmt: skip
         _look_at_signals(
             model, image, audio, lenses if lens else list(DEFAULT), [name for name, value in no.items() if value],
