@@ -52,7 +52,7 @@ def test_other_keys_are_not(name, spec):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with manyheads.use(models.tiny(name), spec):
-            greedy(models.tiny(name), models.tokens(1, 20), count=2)
+            greedy(models.tiny(name), models.tokens(1, 40), count=2)
 
 
 def test_protected_tokens_stay():
