@@ -71,7 +71,7 @@ def ordinary(model):
             "acted in 1 of 2 runs of model.layers.0.self_attn.*attn_implementation was set inside",
         ),
         (switched, ("full",), "full acted in 1 of 2 runs"),
-        (partly_cached, ("keydiff:budget=6",), "keydiff kept the cache in 3 of 4 runs .*ran without a cache"),
+        (partly_cached, ("keydiff:budget=6",), "keydiff:budget=6 kept the cache in 3 of 4 runs .*ran without a cache"),
         (cut, (NoEdit(),), "acted 1 times at model.layers.1.self_attn and 2 times at model.layers.0.*not every run"),
         (ordinary, ("keydiff:budget=6", Watch()), None),
         (ordinary, (), None),
