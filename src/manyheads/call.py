@@ -137,6 +137,7 @@ class Store(ABC):
         record: last queries to keep for :meth:`fork`; 0 for a store that is never forked.
         room: tokens that can be decoded without the host, 0 without a fixed size; set by :meth:`reserve`.
         prefilling: more tokens of the prompt are to come, many at a time.
+        prompt: tokens of a prompt that comes in chunks, 0 where it comes at once.
     """
 
     covers_past: ClassVar[bool] = False
@@ -145,7 +146,7 @@ class Store(ABC):
     def __init__(self, site: Site, record: int = 0) -> None:
         self.site = site
         self.group: dict[int, Store] = {}
-        self.record, self.room, self.prefilling = record, 0, False
+        self.record, self.room, self.prefilling, self.prompt = record, 0, False, 0
 
     @property
     @abstractmethod

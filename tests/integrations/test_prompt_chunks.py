@@ -62,6 +62,15 @@ def test_prefill(llama, spec):
     assert_close(read(CHUNK), read(LENGTH), 1e-6)
 
 
+@pytest.mark.parametrize("spec", ["hashevict:budget=0.3", "h2o:budget=0.3"])
+def test_a_fraction_is_of_the_whole_prompt(llama, spec):
+    """What replaces tokens as they come holds as many in the end, chosen on the way."""
+    _, kept = generated(llama, spec)
+    _, held = generated(llama, spec, prefill_chunk_size=CHUNK)
+    assert [x.shape for x in held] == [x.shape for x in kept]
+    assert (held[0] >= 0).sum() == (kept[0] >= 0).sum()
+
+
 def test_control(llama, monkeypatch):
     """Who does not wait for the last chunk keeps nearly everything, as it was before."""
     monkeypatch.setattr(prompt_chunks._Prompt, "length", property(lambda _: 0, lambda _, value: None))

@@ -186,7 +186,8 @@ class PolicyStore(Store):
             self.tokens.key_scale, self._scaled = policy.key_scale(view), True
         if evicting:
             self.compress(view)
-            if self._forwards == 1 and self.site.layer == min(self.site.peers, default=self.site.layer):
+            first = self._forwards == 1 and not self.prefilling
+            if first and self.site.layer == min(self.site.peers, default=self.site.layer):
                 warn_of_few(policy, self._limits(view.counts)[1], view.positions.shape[2])
         if self.record:
             earlier = {} if self._evidence is None else self._evidence.shared

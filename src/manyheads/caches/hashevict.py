@@ -182,15 +182,16 @@ class HashStore(PolicyStore):
         super().compress(view, share)
 
     def _fix_capacity(self, counts: Tensor) -> None:
-        """Slots of each row and of the longest, from the tokens ``[B]`` of the first forward."""
+        """Slots of each row and of the longest, from the tokens ``[B]`` of the prompt, which may come in chunks."""
         slots, budget = self.live, self.policy.budget
+        rest = max(0, self.prompt - slots.seen)  # of the prompt; padding is in its first chunk
         if isinstance(budget, int) or budget == 1.0:
             self._capacity = budget if isinstance(budget, int) else _UNBOUNDED
             self._caps = torch.full_like(counts, self._capacity)
         else:
             least = self.policy.protected  # also of a prompt that is shorter: the capacity is fixed by it
-            self._capacity = max(keep_limit(budget, slots.seen + self.policy.reserve), least)
-            self._caps = keep_counts(budget, counts + self.policy.reserve).clamp(min=least)
+            self._capacity = max(keep_limit(budget, slots.seen + rest + self.policy.reserve), least)
+            self._caps = keep_counts(budget, counts + rest + self.policy.reserve).clamp(min=least)
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin
 
-__all__ = ["begin_forward", "more_to_come", "watch_generate"]
+from ..call import Store
+
+__all__ = ["begin_forward", "more_to_come", "tell", "watch_generate"]
 
 
 class _Prompt(threading.local):
@@ -28,6 +30,12 @@ _prompt = _Prompt()
 def more_to_come() -> bool | None:
     """Whether this forward is of a prompt in chunks and not its last; None where no prompt comes in chunks."""
     return _prompt.more
+
+
+def tell(store: Store) -> None:
+    """Tell a store of a prompt in chunks how long that is, and whether more of it is to come."""
+    if _prompt.more is not None:
+        store.prefilling, store.prompt = _prompt.more, _prompt.length
 
 
 def begin_forward(new: int, cache: Any) -> None:

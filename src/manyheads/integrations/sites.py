@@ -29,7 +29,7 @@ from .hook_chain import BoundStrategy, HookChain
 from .latent import latent_of
 from .masks import eager_mask, port_mask
 from .passes import Passes, in_one_thread
-from .prompt_chunks import more_to_come
+from .prompt_chunks import tell
 from .shared_keys import borrow, lend, lends
 from .thread_state import ThreadState
 
@@ -225,6 +225,8 @@ class SiteState(HookChain):
             if alone and (answered := store.attend(call)) is not None:
                 self.thread.end()
                 return answered, None
+            if not torch.compiler.is_compiling():
+                tell(store)
             call = store.mask(call)
             if self.site.kv_sharing == "store":
                 lend(k, call)
@@ -244,8 +246,6 @@ class SiteState(HookChain):
             out, weights = self._attend(module, call, original, kwargs)
         out = self.after(call, out)
         if store is not None:
-            if not torch.compiler.is_compiling() and (more := more_to_come()) is not None:
-                store.prefilling = more
             store.evict(call)
         self.thread.end()
         return out, weights

@@ -284,7 +284,7 @@ def prefill(
     for at in range(start, last, chunk):
         piece = ids[:, at : min(at + chunk, last)]
         for store in stores:
-            store.prefilling = at + chunk < last
+            store.prefilling, store.prompt = at + chunk < last, last
         with torch.no_grad():
             model(input_ids=piece, **more)
         if progress is not None:
