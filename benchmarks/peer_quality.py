@@ -239,9 +239,9 @@ def main() -> None:
     from rich.table import Table
 
     from manyheads.environment import commit, environment
-    from manyheads.models import _source
+    from manyheads.models import source
 
-    folder = _source(given.model)
+    folder = source(given.model)
     todo = cases(given.model, given.text, given.length, given.samples, given.target, given.seed)
     with tempfile.TemporaryDirectory() as place:
         passed = Path(place) / "cases.json"

@@ -254,9 +254,12 @@ def _trained(run: dict[str, Any]) -> list[str]:
 
 
 def _floors(summary: Summary) -> list[str]:
-    floors = [(one.name, one.metric.floor) for one in summary.measured if one.metric.floor is not None]
-    said = ", ".join(f"{name} {formatting.percent(floor)}" for name, floor in floors)
-    return [f"floors, at or below which a share tells nothing (guessing may reach it): {said}"] if floors else []
+    floors = [
+        f"{one.name} {'' if one.metric.higher else 'at most '}{formatting.percent(one.metric.floor)}"
+        for one in summary.measured
+        if one.metric.floor is not None
+    ]
+    return [f"what full has to be better than, or the task tells nothing: {', '.join(floors)}"] if floors else []
 
 
 def _intervals(summary: Summary) -> list[str]:
