@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prompt in chunks is compressed as the same prompt at once: after its last chunk, and not after the first."""
 
+import copy
 import threading
 
 import pytest
@@ -90,6 +91,27 @@ def test_the_chunk_size_of_the_models_own_configuration(llama):
     assert_close(got, want, 1e-6)
 
 
+def test_a_configuration_given_by_place(llama):
+    config = copy.deepcopy(llama.generation_config)
+    config.update(prefill_chunk_size=CHUNK, max_new_tokens=2, do_sample=False)
+    ids = models.tokens(1, LENGTH)
+    with manyheads.use(llama, SPECS[0]):
+        cache = new_cache(llama, parse(SPECS[0]))
+        llama.generate(ids, config, attention_mask=torch.ones_like(ids), past_key_values=cache)
+        assert (caches.stores(cache)[0].live.positions() >= 0).sum(-1).max() < 0.3 * LENGTH + 3
+
+
+def test_the_input_of_an_encoder_is_no_prompt():
+    """A decoder that begins with one token is told of no chunks, however long its encoder's input is."""
+    model, seen = models.tiny("t5"), []
+    with manyheads.use(model):
+        noted = vars(model)["generate"]
+        noted.generate = lambda *_, **__: seen.append(prompt_chunks._prompt.length)
+        model.generate(models.tokens(1, 50), attention_mask=torch.ones(1, 50), prefill_chunk_size=8)
+        model.generate(models.tokens(1, 50), decoder_input_ids=models.tokens(1, 20), prefill_chunk_size=8)
+    assert seen == [0, 20]
+
+
 def test_a_second_turn_and_what_is_left_behind(llama):
     """A turn in chunks after a kept prompt is kept, as one at once is; ``generate`` is the model's own again."""
     first, second = models.tokens(1, 60), models.tokens(1, 100)
@@ -104,7 +126,7 @@ def test_a_second_turn_and_what_is_left_behind(llama):
                 )  # fmt: skip
             held.append([store.live.positions() for store in caches.stores(cache)])
     assert all(torch.equal(a, b) for a, b in zip(*held, strict=True))
-    assert "generate" not in vars(llama) and prompt_chunks.more_to_come() is None
+    assert "generate" not in vars(llama) and prompt_chunks._prompt.more is None
 
 
 def test_threads_have_prompts_of_their_own(llama):

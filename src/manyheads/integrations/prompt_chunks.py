@@ -14,22 +14,22 @@ from transformers import GenerationMixin
 
 from ..call import Store
 
-__all__ = ["begin_forward", "more_to_come", "tell", "watch_generate"]
+__all__ = ["begin_forward", "tell", "watch_generate"]
 
 
 class _Prompt(threading.local):
-    """What this thread's ``generate`` reads: tokens of a prompt that comes in chunks, 0 for none, and what is left."""
+    """What this thread's ``generate`` reads.
+
+    Attributes:
+        length: tokens of a prompt that comes in chunks, 0 where it comes at once.
+        more: whether this forward is of such a prompt and not its last; None where no prompt comes in chunks.
+    """
 
     length: int = 0
     more: bool | None = None
 
 
 _prompt = _Prompt()
-
-
-def more_to_come() -> bool | None:
-    """Whether this forward is of a prompt in chunks and not its last; None where no prompt comes in chunks."""
-    return _prompt.more
 
 
 def tell(store: Store) -> None:
@@ -78,10 +78,14 @@ class _Noted:
         self.generate = module.generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or self.module.generation_config
+        config = kwargs.get("generation_config") or (args[1:2] or [None])[0] or self.module.generation_config
         size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        named = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
-        whole = next((x for x in (kwargs.get("attention_mask"), *args[:1], *named) if x is not None), None)
+        if self.module.config.is_encoder_decoder:  # the encoder reads its input at once
+            given = [kwargs.get(name) for name in ("decoder_attention_mask", "decoder_input_ids")]
+        else:
+            named = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+            given = [kwargs.get("attention_mask"), *args[:1], *named]
+        whole = next((x for x in given if x is not None), None)
         before = _prompt.length
         _prompt.length = int(whole.shape[1]) if size and whole is not None else 0
         try:

@@ -284,7 +284,9 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
 
     if kind is None:
         _check_architecture(name)
-        if (Path(name) / "weights.int8.safetensors").is_file():
+        from .eight_bits import FILE
+
+        if (Path(name) / FILE).is_file():
             return _load_packed(Path(name), place, dtype)
     try:
         loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
