@@ -1,34 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The product of INT4 weights and FP8 activations: under Triton's interpreter, and on a GPU."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
 from kernels.int4_cases import HALF, build, worst, wrong_variants
+from kernels.interpreter import needs_triton, run_interpreted
 from manyheads import kernels
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not kernels.available(), reason="needs a CUDA device and triton")]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_kernel_under_the_interpreter():
-    """Runs interpreted_int4_fp8.py in a process of its own."""
-    here = Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "interpreted_int4_fp8.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    run_interpreted("interpreted_int4_fp8.py")
 
 
 class TestGPU:

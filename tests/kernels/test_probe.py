@@ -1,34 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The statistics of lenses without a GPU: by blocks, and by kernels under Triton's interpreter in its own process."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
+from kernels.interpreter import needs_triton, run_interpreted
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads.calls.fused import visible_ranges
 from manyheads.calls.weights import measure
 from tolerance import FORMULA, SAME
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_kernels_under_the_interpreter():
-    """Runs interpreted_probe.py in a process of its own."""
-    here = Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "interpreted_probe.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    run_interpreted("interpreted_probe.py")
 
 
 @pytest.mark.parametrize("block", [None, 1, 16, 1000])

@@ -61,6 +61,6 @@ claim = Claim(
     report=("token_time", "tuning_nll"),
     caveat=(
         'The auxiliary "PCL" loss is left out: neither the abstract nor the released attention describes it, and the '
-        "paper itself has been withdrawn."
+        "paper itself has been withdrawn. At CPU size the models are hardly trained: read the run on a GPU."
     ),
 )  # fmt: skip
