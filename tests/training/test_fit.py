@@ -163,3 +163,10 @@ def test_compiling_is_asked_for_and_whole(monkeypatch):
     assert not asked
     trained(compiled=True)
     assert asked == [{"dynamic": False, "fullgraph": True}]
+
+
+def test_a_cpu_replays_nothing():
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="on a GPU"):
+        fit(net, lambda step: torch.ones(1, 2), lambda m, x: m(x).sum(), budget=1, replayed=True,
+            optimizers=[torch.optim.AdamW(net.parameters())])  # fmt: skip

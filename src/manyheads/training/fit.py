@@ -21,6 +21,7 @@ from ..errors import UserError
 from .budget import Budget
 from .checkpoint import Checkpoint, RandomState, newest, read, write
 from .processes import Processes, accelerated
+from .replay import Replayed
 from .schedules import Schedule
 
 __all__ = ["BatchFn", "Diverged", "Loss", "TrainState", "autocast", "fit"]
@@ -119,6 +120,7 @@ def fit(
     tokens_of: Callable[[BatchT], int] | None = None,
     checkpoint: Checkpoint | None = None,
     accelerate: bool = False,
+    replayed: bool = False,
     on_step: Callable[[TrainState], bool | None] | None = None,
 ) -> TrainState:
     """Train in place, and leave the model in evaluation mode.
@@ -139,10 +141,12 @@ def fit(
         tokens_of: tokens that a batch counts as; needed for a budget in tokens.
         checkpoint: where checkpoints go; if there is one, training goes on from it, to the bit on a CPU.
         accelerate: train in all processes that ``accelerate launch`` or ``torchrun`` started.
+        replayed: record a step as a CUDA graph and replay it; on a GPU, in one process and without checkpoints.
         on_step: told the state after each step; True ends the training.
 
     Raises:
         Diverged: the loss is NaN or infinite.
+        ValueError: ``replayed`` together with what it does not go with.
         UserError: a budget that cannot be followed, or a checkpoint of another training.
     """
     state = budget if isinstance(budget, TrainState) else TrainState(Budget.of(budget))
@@ -163,23 +167,35 @@ def fit(
     own = {"random": RandomState(), **(checkpoint.keep if checkpoint else {})}
     if checkpoint and (place := newest(checkpoint.folder)) is not None:
         read(place, shared, own, processes.rank)
+
+    def step(batches: list[BatchT]) -> Tensor:
+        _forget(optimizers)
+        total = torch.zeros((), device=device)
+        for i, batch in enumerate(batches, 1):
+            with processes.unsynchronised(called) if i < len(batches) else nullcontext():
+                total = total + _backward(measure, called, batch, len(batches), precision)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(trained, clip)
+        for each in optimizers:
+            each.step()
+        return total
+
+    if replayed and (device.type != "cuda" or processes.size != 1 or checkpoint is not None):
+        raise ValueError("only steps on a GPU, in one process and without checkpoints, are replayed")
+    take = Replayed(step, optimizers, device) if replayed else step
     begun = time.perf_counter() - state.seconds
     while not state.finished:
         if schedule is not None:
             factor = schedule(state)
             for group, rate in zip(_groups(optimizers), rates, strict=True):
-                group["lr"] = rate * factor
-        total, counted = torch.zeros((), device=device), 0
-        for i in range(accumulate):
-            batch = get_batch((state.step * accumulate + i) * processes.size + processes.rank)
-            with processes.unsynchronised(called) if i + 1 < accumulate else nullcontext():
-                total = total + _backward(measure, called, batch, accumulate, precision)
-            counted += tokens_of(batch) if tokens_of else 0
-        if clip is not None:
-            nn.utils.clip_grad_norm_(trained, clip)
-        for each in optimizers:
-            each.step()
-        _forget(optimizers)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+        first = state.step * accumulate
+        batches = [get_batch((first + i) * processes.size + processes.rank) for i in range(accumulate)]
+        total = take(batches)
+        counted = sum(map(tokens_of, batches)) if tokens_of else 0
         state.step += 1
         state.tokens += int(processes.total(counted)) if tokens_of else 0
         state.seconds = time.perf_counter() - begun
@@ -190,6 +206,7 @@ def fit(
         state.finished = ended or state.progress >= 1
         if checkpoint and (state.finished or state.step % checkpoint.every == 0):
             write(checkpoint.folder, state.step, shared, own, processes.rank, processes.wait)
+    _forget(optimizers)
     state.look()
     model.eval()
     return state

@@ -58,7 +58,7 @@ def train_lm(
 ) -> TrainState:  # fmt: skip
     """Train in place, as all arms are trained that are compared: warm-up, half a cosine down to a tenth, clipping.
 
-    On a GPU the forward runs in bfloat16; weights and optimiser stay in float32.
+    On a GPU the forward runs in bfloat16, weights and optimiser stay in float32, and steps are replayed as one graph.
 
     Args:
         model: gives logits for ids; left in evaluation mode.
@@ -75,7 +75,7 @@ def train_lm(
     return fit(
         model, get_batch, next_token_loss, budget=budget, on_step=on_step,
         optimizers=optimizers_of(model, lr, optimizer, weight_decay=weight_decay), tokens_of=predicted_tokens,
-        schedule=decay("cosine", warmup=0.1, floor=0.1),
+        schedule=decay("cosine", warmup=0.1, floor=0.1), replayed=next(model.parameters()).device.type == "cuda",
     )  # fmt: skip
 
 

@@ -64,9 +64,10 @@ class Muon(torch.optim.Optimizer):
                 )
                 torch._foreach_lerp_(momentum, grads, 0.05)
                 stack = torch.stack(torch._foreach_lerp(grads, momentum, 0.95)).view(-1, *shape[-2:])
-                update = orthogonalise(stack).to(held[0].dtype).view(len(held), *shape).unbind()
-                torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(held, update, alpha=-group["lr"] * 0.2 * max(shape[-2:]) ** 0.5)
+                update = orthogonalise(stack).to(held[0].dtype).view(len(held), *shape)
+                rate = group["lr"]  # a number, or a tensor where steps are replayed
+                torch._foreach_mul_(held, 1 - rate * group["weight_decay"])
+                torch._foreach_add_(held, (update * (-rate * 0.2 * max(shape[-2:]) ** 0.5)).unbind())
 
 
 def orthogonalise(g: Tensor) -> Tensor:
