@@ -23,8 +23,9 @@ def rope_tables(
 ) -> Rotary:
     """Cosines and sines, each ``[B, T, dim]``, of ``positions [B, T]``; ``theta`` a number or ``[B]``."""
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
-    base = torch.as_tensor(theta, dtype=torch.float64, device=positions.device)
-    angles = positions.double()[..., None] * (base.reshape(-1, 1) ** -exponents)[:, None]
+    if isinstance(theta, Tensor):
+        theta = theta.to(positions.device, torch.float64).reshape(-1, 1)
+    angles = positions.double()[..., None] * (theta**-exponents).reshape(-1, 1, dim // 2)
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
