@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-sparse softmax attention on a GPU; :mod:`manyheads.attention.sparse_twin` says what it computes.
+
+The forward pass is FlashAttention's (arXiv 2205.14135) along the list of key blocks of a block of queries; the backward
+pass makes the weights anew from the log-sum-exp, once along the same lists for the queries, and once along the
+transposed lists for keys and values, so no two programs add to one number and results are the same bits every time.
+What is seen whole is told apart beforehand and needs no mask. Programs with the longest lists start first.
+
+Where blocks of keys are smaller than 64 (tokens, vertical lines), the transposed lists are of tiles of 64 keys, with
+a bit for each block: their backward pass costs what the tiles cost that any key of them belongs to.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _block_sparse
+from ._passes import _strides, blocks, dense, like, padded
+
+__all__ = ["backward", "forward", "refusal"]
+
+_LOG2E = 1.4426950408889634
+
+
+class _Config(NamedTuple):
+    """Queries and keys of a tile, warps of a program, depth of the loop's pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def _config(kind: str, width: int, itemsize: int) -> _Config:
+    """Fixed, so that no first call spends its time on tuning. ``kind``: ``forward``, ``queries`` or ``keys``."""
+    if itemsize == 4:
+        return (
+            _Config(64, 32, 4, 2) if width <= 64 else _Config(32, 32, 4, 2) if width <= 128 else _Config(16, 32, 4, 1)
+        )
+    if width <= 64:
+        return _Config(64, 128, 8, 2) if kind == "keys" else _Config(128, 64, 4, 3)
+    if width <= 128:
+        return {
+            "forward": _Config(128, 64, 8, 3), "queries": _Config(128, 64, 8, 2), "keys": _Config(64, 128, 8, 2),
+        }[kind]  # fmt: skip
+    return {
+        "forward": _Config(128, 64, 8, 2), "queries": _Config(64, 32, 8, 2), "keys": _Config(32, 64, 8, 1),
+    }[kind]  # fmt: skip
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any) -> str | None:
+    """Why the kernel cannot take a call; None if it can."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the kernel takes 16 and 32 bit of one kind, not {q.dtype}, {k.dtype} and {v.dtype}"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return "the kernel takes up to 256 channels"
+    for size in (call.pattern.block_q, call.pattern.block_k):
+        if size & (size - 1):
+            return f"the kernel takes blocks of a power of two, not of {size}"
+    return None
+
+
+class _Launch:
+    """What the three kernels are told of a call."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Any) -> None:
+        (batch, self.heads, self.length, width), (_, self.kv_heads, self.size, _) = q.shape, k.shape
+        pattern, rule, bias, documents = call.pattern, call.rule, call.bias, call.documents
+        self.batch, self.pattern, self.rule = batch, pattern, rule
+        self.width = padded(max(width, v.shape[3]), q.element_size())
+        self.scale, self.factor = call.scale, call.scale * _LOG2E
+        self.bias = q if bias is None else bias.contiguous()
+        mine, theirs = (pattern.indices, pattern.indices) if documents is None else documents
+        self.extra = self.bias, mine, theirs
+        self.extra_strides = (
+            0 if bias is None or bias.shape[0] == 1 else self.bias.stride(0),
+            0 if bias is None or bias.shape[1] == 1 else self.bias.stride(1),
+            0 if mine.shape[0] == 1 or documents is None else self.length,
+            0 if theirs.shape[0] == 1 or documents is None else self.size,
+        )  # fmt: skip
+        self.window = rule.window or 0
+        self.constants = {
+            "G": self.heads // self.kv_heads, "D": width, "DV": v.shape[3], "WD": padded(width, q.element_size()),
+            "WV": padded(v.shape[3], q.element_size()), "BQ": pattern.block_q, "BK": pattern.block_k,
+            "CAUSAL": rule.causal, "WINDOW": rule.window is not None, "BIAS": bias is not None,
+            "DOCS": documents is not None,
+        }  # fmt: skip
+
+    def config(self, kind: str, itemsize: int) -> dict[str, int]:
+        """Tile and warps of a kernel, tiles no larger than what they are cut from."""
+        config, pattern = _config(kind, self.width, itemsize), self.pattern
+        queries, keys = config.queries, config.keys
+        if kind == "keys":
+            keys = min(keys, pattern.tile)
+        else:
+            queries = min(queries, max(16, pattern.block_q))
+        warps = config.warps if queries * keys >= 4096 else 4
+        return {"M": queries, "N": keys, "num_warps": warps, "STAGES": config.stages}
+
+
+def _rows(indices: Tensor) -> tuple[int, int]:
+    """Lists from one batch row, and from one head, to the next; 0 where they are shared."""
+    batch, heads, rows, _ = indices.shape
+    return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; arguments as for :func:`manyheads.attention.sparse_twin.forward`."""
+    q, k, v = dense(q), dense(k), dense(v)
+    run = _Launch(q, k, v, call)
+    lists = call.pattern.lists(call.rule)
+    out, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    config = run.config("forward", q.element_size())
+    grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
+    with torch.cuda.device_of(q):
+        _block_sparse.forward[grid](
+            q, k, v, out, lse, lists.indices, lists.spans, lists.order, *run.extra, *_strides(q), *_strides(k),
+            *_strides(v), *_strides(out), *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size,
+            call.pattern.rows, lists.indices.shape[3], run.window, run.factor, **run.constants, **config,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; arguments as for :func:`manyheads.attention.sparse_twin.backward`."""
+    q, k, v, dout = dense(q), dense(k), dense(v), dense(dout.to(q.dtype))
+    run = _Launch(q, k, v, call)
+    lists, turned = call.pattern.lists(call.rule), call.pattern.transposed(call.rule, run.heads // run.kv_heads)
+    delta = torch.empty_like(lse)
+    dq, dk, dv = like(q, q.shape[3]), like(k, k.shape[3]), like(v, v.shape[3])
+    dlse = lse if dlse is None else dlse.contiguous()
+    config = run.config("queries", q.element_size())
+    grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
+    with torch.cuda.device_of(q):
+        _block_sparse.backward_queries[grid](
+            q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *run.extra,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
+            *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size, call.pattern.rows,
+            lists.indices.shape[3], run.window, run.factor, run.scale, DLSE=dlse is not lse, **run.constants, **config,
+        )  # fmt: skip
+        config, tile = run.config("keys", q.element_size()), call.pattern.tile
+        bits, order = turned.bits, turned.order
+        tiles = turned.indices.shape[2]
+        _block_sparse.backward_keys[tiles * (tile // config["N"]), run.batch * run.kv_heads](
+            q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
+            turned.indices if bits is None else bits, *run.extra, *_strides(q), *_strides(k), *_strides(v),
+            *_strides(dout), *_strides(dk), *_strides(dv), *_rows(turned.indices), *_rows(order[..., None]),
+            *run.extra_strides, run.kv_heads, run.length, run.size, tiles, turned.indices.shape[3], run.window,
+            run.factor, run.scale, TILE=tile, BITS=bits is not None, **run.constants, **config,
+        )  # fmt: skip
+    return dq, dk, dv
