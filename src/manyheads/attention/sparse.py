@@ -2,10 +2,10 @@
 """Softmax attention over the keys that a block pattern names, forward and backward, with the log-sum-exp of each query.
 
 Parts of an attention over different keys (local and global, sparse and pooled) are put together exactly by
-:func:`merge`. One operator has four ways: the Triton kernel of :mod:`manyheads.kernels.block_sparse`; its twin
-:mod:`.sparse_twin` in torch, which gathers the keys of a few blocks of queries at a time; FlexAttention; and dense attention, flash where the
-pattern leaves nothing out, for patterns that hold too much of the map for anything else to be faster.
-:func:`choose` says which one is taken and why.
+:func:`merge`. One operator has several ways: the Triton kernel of :mod:`manyheads.kernels.block_sparse`; its twin
+:mod:`.sparse_twin` in torch, which gathers the keys of a few blocks of queries at a time; FlexAttention; flash
+attention where the pattern leaves nothing out; and dense attention with a mask. :func:`choose` says which one is taken
+and why.
 """
 
 import logging
@@ -96,6 +96,8 @@ def block_sparse_attention(
             return made
         out, sums = made
     else:
+        if chosen.impl == "triton" and (refusal := _kernel().refusal(q, k, v, call)) is not None:
+            raise UserError(f"{refusal}: choose impl=torch")
         apply: Any = _Sparse.apply
         out, sums = apply(q, k, v, call, chosen.impl)
     return (out, sums) if lse else out
@@ -114,9 +116,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, call: Call, *, lse: bool = False) ->
     maybe = pattern.indices.shape[3] >= pattern.columns and not capturing
     if maybe and _fits_flash(q, k, v, call, lse) and pattern.density(call.rule) == 1:
         return Choice("flash", "the pattern leaves nothing out, so dense attention is the same")
-    from ..kernels import block_sparse
-
-    if (refusal := block_sparse.refusal(q, k, v, call)) is None:
+    if (refusal := _kernel().refusal(q, k, v, call)) is None:
         return Choice("triton", "blocks that are not read cost nothing")
     if not lse and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _MASKED_UP_TO:
         return Choice("masked", f"{refusal}, so dense attention takes the pattern as a mask")
@@ -211,8 +211,10 @@ class _Sparse(torch.autograd.Function):
 
 
 def _way(impl: Impl) -> Any:
-    if impl == "torch":
-        return sparse_twin
+    return sparse_twin if impl == "torch" else _kernel()
+
+
+def _kernel() -> Any:
     from ..kernels import block_sparse
 
     return block_sparse

@@ -96,7 +96,7 @@ def _allowed(apart, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 def _row(
     list_ptr, span_ptr, order_ptr, list_batch, list_head, batch, head, T, ROWS, W, BQ: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The M queries of a program, which of them there are, the marks and the list of their block; longest lists first."""
+    """The M queries of a program, which of them there are, marks and list of their block; longest lists first."""
     parts: tl.constexpr = (BQ + M - 1) // M
     lists = batch * list_batch + head * list_head
     row = tl.load(order_ptr + lists + tl.program_id(0) // parts)

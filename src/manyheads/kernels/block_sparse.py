@@ -13,7 +13,6 @@ a bit for each block: their backward pass costs what the tiles cost that any key
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _block_sparse
