@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LARGE = {"block_q": 128, "block_k": 128}
 SHAPES = [
     {
         "length": 700,

@@ -22,6 +22,7 @@ from ..errors import UserError
 __all__ = ["BlockPattern", "Lists", "Rule", "blocks_of", "edges"]
 
 _TILE = 64  # keys that a backward pass takes together where blocks of keys are smaller
+_SHORT = 1024  # blocks that a list may have without being cut to the longest one
 
 
 class Rule(NamedTuple):
@@ -336,7 +337,8 @@ class BlockPattern:
             any_ = blocks.any(3)
         else:
             any_ = blocks
-        indices = _listed(any_, max(1, int(any_.sum(-1).max())))
+        most = self.rows if self.rows <= _SHORT else int(any_.sum(-1).max())  # asking the device would wait for it
+        indices = _listed(any_, max(1, most))
         if each > 1:
             bits = torch.zeros(indices.shape, dtype=torch.int64, device=indices.device)
             at = indices.long().clamp(max=blocks.shape[4] - 1)

@@ -196,7 +196,7 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: Impl) -> tuple[Tensor, Tensor]:
-        out, lse = _way(impl).forward(q, k, v, call)
+        out, lse = _way(impl).forward(q, k, v, call, any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.impl = call, impl
         ctx.set_materialize_grads(False)

@@ -88,8 +88,8 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[_Rows]:
         yield _Rows(queries, keys, q[queries], k[keys], v[keys], x, real)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in torch."""
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, grad: bool = False) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in torch; whether a backward pass follows makes no difference."""
     out = widened(q).new_zeros(q.shape[:3].numel(), v.shape[3])
     lse = out.new_full((len(out),), -torch.inf)
     for rows in _gathered(q, k, v, call):

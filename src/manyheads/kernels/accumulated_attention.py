@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import UserError
+from ._operator import launch, operator
 
 __all__ = ["accumulated_attention", "lse"]
 
@@ -151,7 +152,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return batch, head, row
 
 
-@torch.library.custom_op("manyheads::attention_lse", mutates_args=())
+@operator("attention_lse")
 def _lse_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     (batch, heads, length, dim), (_, kv_heads, size, _) = q.shape, k.shape
     if q.numel() == 0 or size == 0:
@@ -164,7 +165,8 @@ def _lse_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     splits = max(1, min(processors * 2 // (blocks * pairs), size // (4 * config.keys)))
     out = q.new_empty(splits, batch, heads, length, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _lse[(blocks, pairs, splits)](
+        launch(
+            _lse, (blocks, pairs, splits),
             q, k, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * _LOG2E, splits,
             G=group, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
             STAGES=config.stages, num_warps=config.warps,
@@ -172,7 +174,7 @@ def _lse_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return out[0] if splits == 1 else out.logsumexp(0)
 
 
-@torch.library.custom_op("manyheads::accumulated_attention", mutates_args=())
+@operator("accumulated_attention")
 def _mass_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     (batch, heads, length, dim), (_, kv_heads, size, _) = q.shape, k.shape
     out = q.new_zeros(batch, kv_heads, size, dtype=torch.float32)
@@ -181,7 +183,8 @@ def _mass_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     config = _config("mass", dim, q.element_size())
     sums = _lse_op(q, k, scale)
     with torch.cuda.device_of(q):
-        _mass[(triton.cdiv(size, config.keys), batch * kv_heads)](
+        launch(
+            _mass, (triton.cdiv(size, config.keys), batch * kv_heads),
             q, k, sums, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * _LOG2E,
             G=heads // kv_heads, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
             STAGES=config.stages, num_warps=config.warps,

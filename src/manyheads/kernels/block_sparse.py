@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _block_sparse
+from ._operator import compile_together, launch
 from ._passes import _strides, blocks, dense, like, padded
 
 __all__ = ["backward", "forward", "refusal"]
@@ -95,7 +96,7 @@ class _Launch:
             keys = min(keys, pattern.tile)
         else:
             queries = min(queries, max(16, pattern.block_q))
-        warps = config.warps if queries * keys >= 4096 else 4
+        warps = max(4, config.warps * queries * keys // (config.queries * config.keys))
         return {"M": queries, "N": keys, "num_warps": warps, "STAGES": config.stages}
 
 
@@ -105,8 +106,36 @@ def _rows(indices: Tensor) -> tuple[int, int]:
     return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; arguments as for :func:`manyheads.attention.sparse_twin.forward`."""
+_compiled: set[Any] = set()
+
+
+def _compile(q: Tensor, k: Tensor, v: Tensor, call: Any, grad: bool) -> None:
+    """Compile what calls of this kind launch, at once: the kernels of the backward pass with those of the forward pass."""
+    pattern, given = call.pattern, (call.bias is not None, call.documents is not None)
+    sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern.block_q, pattern.block_k
+    kind = q.dtype, q.device, sizes, call.rule.causal, call.rule.window is not None, given, grad
+    if kind in _compiled:
+        return
+    _compiled.add(kind)
+
+    def both() -> None:
+        out, lse = _forward(q, k, v, call)
+        if grad:
+            backward(q, k, v, call, out, lse, out, None)
+
+    compile_together(both)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Any, grad: bool = False) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; arguments as for :func:`manyheads.attention.sparse_twin.forward`.
+
+    ``grad``: a backward pass will follow.
+    """
+    _compile(q, k, v, call, grad)
+    return _forward(q, k, v, call)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]:
     q, k, v = dense(q), dense(k), dense(v)
     run = _Launch(q, k, v, call)
     lists = call.pattern.lists(call.rule)
@@ -114,8 +143,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]
     config = run.config("forward", q.element_size())
     grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
     with torch.cuda.device_of(q):
-        _block_sparse.forward[grid](
-            q, k, v, out, lse, lists.indices, lists.spans, lists.order, *run.extra, *_strides(q), *_strides(k),
+        launch(
+            _block_sparse.forward, grid, q, k, v, out, lse, lists.indices, lists.spans, lists.order, *run.extra, *_strides(q), *_strides(k),
             *_strides(v), *_strides(out), *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size,
             call.pattern.rows, lists.indices.shape[3], run.window, run.factor, **run.constants, **config,
         )  # fmt: skip
@@ -135,8 +164,8 @@ def backward(
     config = run.config("queries", q.element_size())
     grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
     with torch.cuda.device_of(q):
-        _block_sparse.backward_queries[grid](
-            q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *run.extra,
+        launch(
+            _block_sparse.backward_queries, grid, q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *run.extra,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
             *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size, call.pattern.rows,
             lists.indices.shape[3], run.window, run.factor, run.scale, DLSE=dlse is not lse, **run.constants, **config,
@@ -144,8 +173,8 @@ def backward(
         config, tile = run.config("keys", q.element_size()), call.pattern.tile
         bits, order = turned.bits, turned.order
         tiles = turned.indices.shape[2]
-        _block_sparse.backward_keys[tiles * (tile // config["N"]), run.batch * run.kv_heads](
-            q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
+        launch(
+            _block_sparse.backward_keys, (tiles * (tile // config["N"]), run.batch * run.kv_heads), q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
             turned.indices if bits is None else bits, *run.extra, *_strides(q), *_strides(k), *_strides(v),
             *_strides(dout), *_strides(dk), *_strides(dv), *_rows(turned.indices), *_rows(order[..., None]),
             *run.extra_strides, run.kv_heads, run.length, run.size, tiles, turned.indices.shape[3], run.window,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ._decode import combine, partial
+from ._operator import launch, operator
 
 __all__ = ["decode_attention"]
 
@@ -71,7 +72,7 @@ def _splits(pairs: int, capacity: int, config: _Config, processors: int, recent:
     return max(1, min(blocks, processors * config.programs // max(1, pairs) - recent, _MOST_PARTS - recent))
 
 
-@torch.library.custom_op("manyheads::decode_attention", mutates_args=())
+@operator("decode_attention")
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -108,7 +109,8 @@ def _decode(
     part_lse = lse if parts == 1 else q.new_empty(pairs * parts * group, dtype=torch.float32)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(q):
-        partial[(pairs, parts)](
+        launch(
+            partial, (pairs, parts),
             q, k.view(view), v.view(view),
             q if k_scale is None else k_scale.contiguous(), q if v_scale is None else v_scale.contiguous(),
             q if recent_k is None else recent_k, q if recent_v is None else recent_v,
@@ -122,7 +124,8 @@ def _decode(
         )  # fmt: skip
         if parts > 1:
             width = min(dim, 64)
-            combine[(batch * heads, dim // width)](
+            launch(
+                combine, (batch * heads, dim // width),
                 part, part_lse, out, lse, parts, G=group, D=dim, WIDTH=width, PARTS=triton.next_power_of_2(parts),
                 PDL=pdl, num_warps=4, **options,
             )  # fmt: skip

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import UserError
+from ._operator import launch, operator
 
 __all__ = ["int4_fp8_matmul"]
 
@@ -131,7 +132,7 @@ def _config(tokens: int, outputs: int, groups: int, processors: int) -> _Config:
     return _Config(rows, columns, warps, stages, parts)
 
 
-@torch.library.custom_op("manyheads::int4_fp8_matmul", mutates_args=())
+@operator("int4_fp8_matmul")
 def _op(
     x: Tensor, scale: Tensor, codes: Tensor, sigma: Tensor, group: int, factor: float, dtype: torch.dtype, exact: bool
 ) -> Tensor:
@@ -146,7 +147,8 @@ def _op(
         config.parts, tokens, outputs, dtype=dtype if config.parts == 1 else torch.float32, device=x.device
     )
     with torch.cuda.device_of(x):
-        _matmul[(triton.cdiv(outputs, config.columns), triton.cdiv(tokens, config.rows), config.parts)](
+        launch(
+            _matmul, (triton.cdiv(outputs, config.columns), triton.cdiv(tokens, config.rows), config.parts),
             x if fp8 else x.view(torch.uint8), scale, codes, sigma.view(torch.uint8) if narrow else sigma, out,
             tokens, outputs, width, groups, factor, GROUP=group, ROWS=config.rows, COLUMNS=config.columns, FP8=fp8,
             EXACT=exact, SIGMA8=narrow, STAGES=config.stages, num_warps=config.warps,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import _probe
+from ._operator import launch, operator
 from .accumulated_attention import _strides
 
 __all__ = ["Rows", "Spans", "band", "column_sum", "pool", "row_statistics"]
@@ -89,7 +90,7 @@ def _bounds(spans: Spans | None, like: Tensor) -> Spans:
     return lo, hi
 
 
-@torch.library.custom_op("manyheads::attention_statistics", mutates_args=())
+@operator("attention_statistics")
 def _statistics_op(
     q: Tensor, k: Tensor, features: Tensor, lo: Tensor, hi: Tensor, scale: float, ranged: bool, distance: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -105,7 +106,8 @@ def _statistics_op(
     config = _config("rows", dim, q.element_size())
     group = heads // kv_heads
     with torch.cuda.device_of(q):
-        _probe.statistics[(triton.cdiv(length * group, config.rows), batch * kv_heads)](
+        launch(
+            _probe.statistics, (triton.cdiv(length * group, config.rows), batch * kv_heads),
             q, k, high, low, lo, hi, lse, entropy, far, found, *_strides(q), *_strides(k),
             size * columns if features.shape[0] > 1 else 0, kv_heads, length, size, count, scale * _LOG2E, G=group,
             D=dim, WIDTH=_width(dim), F=columns, FAR=distance, RANGED=ranged, M=config.rows, N=config.keys,
@@ -123,7 +125,7 @@ def _(
     return rows, torch.empty_like(rows), far, rows.new_empty(*rows.shape, features.shape[2])
 
 
-@torch.library.custom_op("manyheads::attention_received", mutates_args=())
+@operator("attention_received")
 def _received_op(
     q: Tensor, k: Tensor, lse: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, scale: float, ranged: bool
 ) -> Tensor:
@@ -136,7 +138,8 @@ def _received_op(
     high, low, unit = _halves(weight, columns)
     config = _config("columns", dim, q.element_size())
     with torch.cuda.device_of(q):
-        _probe.received[(triton.cdiv(size, config.keys), batch * heads)](
+        launch(
+            _probe.received, (triton.cdiv(size, config.keys), batch * heads),
             q, k, high, low, lo, hi, lse, out, *_strides(q), *_strides(k),
             length * columns if weight.shape[0] > 1 else 0, heads, length, size, count, scale * _LOG2E,
             G=heads // kv_heads, D=dim, WIDTH=_width(dim), F=columns, RANGED=ranged, M=config.rows, N=config.keys,
@@ -150,7 +153,7 @@ def _(q: Tensor, k: Tensor, lse: Tensor, weight: Tensor, lo: Tensor, hi: Tensor,
     return q.new_empty(*q.shape[:2], k.shape[2], weight.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("manyheads::attention_band", mutates_args=())
+@operator("attention_band")
 def _band_op(
     q: Tensor, k: Tensor, lse: Tensor, profile: Tensor, counted: Tensor, lo: Tensor, hi: Tensor, scale: float,
     ranged: bool,
@@ -166,12 +169,15 @@ def _band_op(
         "G": heads // kv_heads, "D": dim, "WIDTH": _width(dim), "RANGED": ranged, "M": keys, "N": keys, "num_warps": 4,
     }  # fmt: skip
     with torch.cuda.device_of(q):
-        _probe.band_rows[(triton.cdiv(length, keys), batch * heads)](
-            q, k, profile, lo, hi, lse, rows, *about, *sizes, **const
-        )
-        _probe.band_columns[(triton.cdiv(size, keys), batch * heads)](
-            q, k, profile, counted, lo, hi, lse, columns, *about, length if counted.shape[0] > 1 else 0, *sizes, **const
-        )
+        launch(
+            _probe.band_rows, (triton.cdiv(length, keys), batch * heads),
+            q, k, profile, lo, hi, lse, rows, *about, *sizes, **const,
+        )  # fmt: skip
+        launch(
+            _probe.band_columns, (triton.cdiv(size, keys), batch * heads),
+            q, k, profile, counted, lo, hi, lse, columns, *about, length if counted.shape[0] > 1 else 0, *sizes,
+            **const,
+        )  # fmt: skip
     return rows, columns
 
 
@@ -183,7 +189,7 @@ def _(
     return torch.empty_like(lse), lse.new_empty(*lse.shape[:2], k.shape[2])
 
 
-@torch.library.custom_op("manyheads::attention_pool", mutates_args=())
+@operator("attention_pool")
 def _pool_op(
     q: Tensor, k: Tensor, lse: Tensor, cells: int, lo: Tensor, hi: Tensor, scale: float, ranged: bool
 ) -> Tensor:
@@ -195,7 +201,8 @@ def _pool_op(
     most = 64 if q.element_size() < 4 and dim <= 128 else 32
     rows, keys = (min(most, max(16, triton.next_power_of_2(n))) for n in (high, wide))
     with torch.cuda.device_of(q):
-        _probe.pooled[(out.shape[3], out.shape[2], batch * heads)](
+        launch(
+            _probe.pooled, (out.shape[3], out.shape[2], batch * heads),
             q, k, lo, hi, lse, out, *_strides(q), *_strides(k), heads, length, size, high, wide, scale * _LOG2E,
             G=heads // kv_heads, D=dim, WIDTH=_width(dim), RANGED=ranged, M=rows, N=keys, num_warps=4,
         )  # fmt: skip

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
+from ._operator import plain
 from ._passes import LONGEST, Pass, Plan, blocks, dense, launch, like, padded, states, tile_width
 from ._states import delta, gate, step
 
@@ -263,7 +264,7 @@ def _gradients(ctx: Any, dout: Any, dkv: Any, dn: Any, *_: Any) -> tuple[Any, ..
     dkv = None if dkv is None else dkv.contiguous()
     dn = None if dn is None or not ctx.norm else dn.contiguous()
     given = q, k, v, g, floor, cu_seqlens, out, rows, below, dout, dkv, dn, ctx.scale, ctx.norm, need_dg
-    if _plain(q):
+    if plain(q):
         with torch.cuda.device_of(q):
             found = _differentiate(*given)
     else:
@@ -278,11 +279,6 @@ def _gradients(ctx: Any, dout: Any, dkv: Any, dn: Any, *_: Any) -> tuple[Any, ..
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-
-
-def _plain(q: Tensor) -> bool:
-    """Whether nothing looks on: neither a compiler nor a subclass, as fakes are."""
-    return type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 class _Attention(torch.autograd.Function):
@@ -334,9 +330,9 @@ def decay_attention(
     if q.shape[2] == 1 and cu_seqlens is None and not (
         torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     ):  # fmt: skip
-        one = _advance if _plain(q) else _step
+        one = _advance if plain(q) else _step
         out, after, after_n = one(q, k, v, g, floor, kv, n, scale, norm or "")
     else:
-        many: Any = _Attention.apply if _plain(q) else _forward
+        many: Any = _Attention.apply if plain(q) else _forward
         out, after, after_n, *_ = many(q, k, v, g, floor, kv, n, cu_seqlens, scale, norm or "")
     return out, after, after_n if norm else None
