@@ -180,18 +180,12 @@ def fit(
             each.step()
         return total
 
-    if replayed and (device.type != "cuda" or processes.size != 1 or checkpoint is not None):
-        raise ValueError("only steps on a GPU, in one process and without checkpoints, are replayed")
-    take = Replayed(step, optimizers, device) if replayed else step
+    take = _recorded(step, optimizers, device, processes.size == 1 and not checkpoint) if replayed else step
     begun = time.perf_counter() - state.seconds
     while not state.finished:
         if schedule is not None:
             factor = schedule(state)
-            for group, rate in zip(_groups(optimizers), rates, strict=True):
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate * factor)
-                else:
-                    group["lr"] = rate * factor
+            _set_rates(optimizers, [rate * factor for rate in rates])
         first = state.step * accumulate
         batches = [get_batch((first + i) * processes.size + processes.rank) for i in range(accumulate)]
         total = take(batches)
@@ -238,6 +232,25 @@ def _backward(
 
 def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
     return [group for each in optimizers for group in each.param_groups]
+
+
+def _recorded(
+    step: Callable[[list[BatchT]], Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    device: torch.device,
+    alone: bool,
+) -> Replayed[list[BatchT]]:
+    if device.type != "cuda" or not alone:
+        raise ValueError("only steps on a GPU, in one process and without checkpoints, are replayed")
+    return Replayed(step, optimizers, device)
+
+
+def _set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: list[float]) -> None:
+    for group, rate in zip(_groups(optimizers), rates, strict=True):
+        if isinstance(group["lr"], Tensor):  # where a recorded step reads it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _forget(optimizers: Sequence[torch.optim.Optimizer]) -> None:
