@@ -166,8 +166,8 @@ class BlockPattern:
         mask = whole[:, :, : self.num_queries, : self.num_keys]
         if rule is None:
             return mask
-        columns = torch.arange(self.num_keys, device=mask.device)
-        return mask & rule.allows(columns[self.shift :, None], columns)
+        queries = torch.arange(self.num_queries, device=mask.device)[:, None] + self.shift
+        return mask & rule.allows(queries, torch.arange(self.num_keys, device=mask.device))
 
     def to_block_mask(self, rule: Rule, documents: tuple[Tensor, Tensor] | None = None) -> Any:
         """FlexAttention's ``BlockMask`` of the same pattern.
@@ -197,9 +197,6 @@ class BlockPattern:
             made = create_block_mask(mask_mod, *sizes, device=str(blocks.device))
             return made if documents is not None else self._memo.setdefault(key, made)
 
-        def by_position(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return rule.allows(t + shift, s)
-
         lists = self.lists(rule)
         place = torch.arange(self.indices.shape[3], device=blocks.device)
         first, left, right, last = lists.spans[..., None].unbind(-2)
@@ -210,7 +207,7 @@ class BlockPattern:
             table = self._like(self.indices.masked_fill(~kept, self.columns)).blocks()
             tables.append(_listed(table, self.columns).clamp(max=self.columns - 1))
         self._memo[key] = BlockMask.from_kv_blocks(
-            lengths[0], tables[0], lengths[1], tables[1], BLOCK_SIZE=(block_q, block_k), mask_mod=by_position,
+            lengths[0], tables[0], lengths[1], tables[1], BLOCK_SIZE=(block_q, block_k), mask_mod=mask_mod,
             seq_lengths=(self.num_queries, self.num_keys),
         )  # fmt: skip
         return self._memo[key]

@@ -36,9 +36,7 @@ class _Config(NamedTuple):
 def _config(kind: str, width: int, itemsize: int) -> _Config:
     """Fixed, so that no first call spends its time on tuning. ``kind``: ``forward``, ``queries`` or ``keys``."""
     if itemsize == 4:
-        return (
-            _Config(64, 32, 4, 2) if width <= 64 else _Config(32, 32, 4, 2) if width <= 128 else _Config(16, 32, 4, 1)
-        )
+        return _Config(32, 64, 4, 1) if kind == "keys" else _Config(64, 32, 4 if width <= 64 else 8, 1)
     if width <= 64:
         return _Config(64, 128, 8, 2) if kind == "keys" else _Config(128, 64, 4, 3)
     if width <= 128:
@@ -54,8 +52,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any) -> str | None:
     """Why the kernel cannot take a call; None if it can."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernel takes 16 and 32 bit of one kind, not {q.dtype}, {k.dtype} and {v.dtype}"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return "the kernel takes up to 256 channels"
+    if max(q.shape[3], v.shape[3]) > (256 if q.element_size() == 2 else 128):
+        return "the kernel takes up to 256 channels in 16 bits and 128 in 32"
     for size in (call.pattern.block_q, call.pattern.block_k):
         if size & (size - 1):
             return f"the kernel takes blocks of a power of two, not of {size}"
@@ -110,7 +108,7 @@ _compiled: set[Any] = set()
 
 
 def _compile(q: Tensor, k: Tensor, v: Tensor, call: Any, grad: bool) -> None:
-    """Compile what calls of this kind launch, at once: the kernels of the backward pass with those of the forward pass."""
+    """Compile all that calls of this kind launch, at once, the kernels of a backward pass with that of the forward."""
     pattern, given = call.pattern, (call.bias is not None, call.documents is not None)
     sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern.block_q, pattern.block_k
     kind = q.dtype, q.device, sizes, call.rule.causal, call.rule.window is not None, given, grad
@@ -144,7 +142,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor
     grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
     with torch.cuda.device_of(q):
         launch(
-            _block_sparse.forward, grid, q, k, v, out, lse, lists.indices, lists.spans, lists.order, *run.extra, *_strides(q), *_strides(k),
+            _block_sparse.forward, grid,
+            q, k, v, out, lse, lists.indices, lists.spans, lists.order, *run.extra, *_strides(q), *_strides(k),
             *_strides(v), *_strides(out), *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size,
             call.pattern.rows, lists.indices.shape[3], run.window, run.factor, **run.constants, **config,
         )  # fmt: skip
@@ -165,7 +164,8 @@ def backward(
     grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
     with torch.cuda.device_of(q):
         launch(
-            _block_sparse.backward_queries, grid, q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *run.extra,
+            _block_sparse.backward_queries, grid,
+            q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *run.extra,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
             *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size, call.pattern.rows,
             lists.indices.shape[3], run.window, run.factor, run.scale, DLSE=dlse is not lse, **run.constants, **config,
@@ -174,7 +174,8 @@ def backward(
         bits, order = turned.bits, turned.order
         tiles = turned.indices.shape[2]
         launch(
-            _block_sparse.backward_keys, (tiles * (tile // config["N"]), run.batch * run.kv_heads), q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
+            _block_sparse.backward_keys, (tiles * (tile // config["N"]), run.batch * run.kv_heads),
+            q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
             turned.indices if bits is None else bits, *run.extra, *_strides(q), *_strides(k), *_strides(v),
             *_strides(dout), *_strides(dk), *_strides(dv), *_rows(turned.indices), *_rows(order[..., None]),
             *run.extra_strides, run.kv_heads, run.length, run.size, tiles, turned.indices.shape[3], run.window,
