@@ -36,7 +36,7 @@ class _Config(NamedTuple):
 def _config(kind: str, width: int, itemsize: int) -> _Config:
     """Fixed, so that no first call spends its time on tuning. ``kind``: ``forward``, ``queries`` or ``keys``."""
     if itemsize == 4:
-        return _Config(32, 64, 4, 1) if kind == "keys" else _Config(64, 32, 4 if width <= 64 else 8, 1)
+        return _Config(64 if width <= 64 else 32, 32, 4, 2)
     if width <= 64:
         return _Config(64, 128, 8, 2) if kind == "keys" else _Config(128, 64, 4, 3)
     if width <= 128:
