@@ -2,6 +2,8 @@
 """Block-sparse attention in torch: against the formula, by gradcheck, in parts that are merged, and its other ways."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +191,9 @@ def test_strangers_are_refused():
         given = {"q": q, "k": k, "v": change.get("k", k), "pattern": pattern, "scale": 1.0, **change}
         with pytest.raises(UserError, match=message):
             block_sparse_attention(**given)
+
+
+def test_the_documented_example():
+    page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text(encoding="utf-8")
+    (code,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "block_sparse_attention" in x]
+    exec(code, {})

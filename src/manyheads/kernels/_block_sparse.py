@@ -9,7 +9,8 @@ no mask.
 
 Constants of a launch: D and DV channels of keys and values, WD and WV columns that hold them; BQ and BK queries and
 keys of a block; M queries and N keys of a tile; G query heads share a key head; CAUSAL, WINDOW: the rule; BIAS: logits
-of keys have a bias; DOCS: a query sees the keys of its own document.
+of keys have a bias; DOCS: a query sees the keys of its own document; ASM: NVIDIA's assembly runs, as it does not in an
+interpreter.
 """
 
 import triton
@@ -33,7 +34,26 @@ def _marks(ptr, BLOCK: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _places(list_ptr, start, left, whole, stop, BLOCK: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr):
+def _entry(list_ptr, at, stop, BLOCK: tl.constexpr, ASM: tl.constexpr):
+    """The block of elements ``at`` of a list that ends at ``stop``; the nearest one for others.
+
+    A plain load would become part of the loop's pipeline, take one of its stages, and have each step wait for all keys
+    that are on their way. Hidden from the pipeline it runs ahead for steps that do not come: hence the bounds.
+    """
+    at = tl.maximum(tl.minimum(at, stop - 1) // BLOCK, 0)
+    if ASM:
+        block = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [(list_ptr + at).to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        block = tl.load(list_ptr + at)
+    return block
+
+
+@triton.jit
+def _places(
+    list_ptr, start, left, whole, stop, BLOCK: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr
+):
     """Numbers of the N elements from ``start`` on, the place of the first, places of all, and which there are.
 
     In a masked tile what is seen whole, ``whole`` elements from ``left`` on, is left out of the count.
@@ -41,17 +61,14 @@ def _places(list_ptr, start, left, whole, stop, BLOCK: tl.constexpr, N: tl.const
     n = start + tl.arange(0, N)
     if MASK:
         n += tl.where(n >= left, whole, 0)
-    held = n < stop
     if BLOCK % N == 0:
         if MASK:
             start += tl.where(start >= left, whole, 0)
-        start = tl.load(list_ptr + start // BLOCK) * BLOCK + start % BLOCK
+        start = _entry(list_ptr, start, stop, BLOCK, ASM) * BLOCK + start % BLOCK
         at = start + tl.arange(0, N)
-    elif MASK:
-        at = tl.load(list_ptr + n // BLOCK, mask=held, other=0) * BLOCK + n % BLOCK
     else:
-        at = tl.load(list_ptr + n // BLOCK) * BLOCK + n % BLOCK
-    return n, start, at, held
+        at = _entry(list_ptr, n, stop, BLOCK, ASM) * BLOCK + n % BLOCK
+    return n, start, at, n < stop
 
 
 @triton.jit
@@ -128,9 +145,9 @@ def _forward_step(
     q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, start, left, whole, stop, k_row, v_row,
     S, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr,
     N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, DOCS: tl.constexpr,
-    MASK: tl.constexpr,
+    ASM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    _n, at, s, held = _places(list_ptr, start, left, whole, stop, BK, N, MASK)
+    _n, at, s, held = _places(list_ptr, start, left, whole, stop, BK, N, ASM, MASK)
     held = held & (s < S)
     k = _tile(k_ptr, at, s, k_row, held, D, WD, N, BK % N == 0, MASK)
     x = tl.dot(q, tl.trans(k), input_precision="tf32x3")
@@ -154,7 +171,7 @@ def forward(
     bias_batch, bias_head, mine_batch, theirs_batch, HEADS, T, S, ROWS, W, window, factor, G: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr,
-    DOCS: tl.constexpr, STAGES: tl.constexpr,
+    DOCS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a block of queries, query head): output of M queries and their log-sum-exp ``[B, H, T]``."""
     pair = tl.program_id(1).to(tl.int64)
@@ -178,12 +195,12 @@ def forward(
         for n in tl.range(left, left + whole, N, num_stages=STAGES):
             acc, top, total = _forward_step(
                 q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop, k_row,
-                v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, False,
+                v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, False,
             )  # fmt: skip
     for n in tl.range(first, stop - whole, N, num_stages=STAGES):
         acc, top, total = _forward_step(
             q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop, k_row,
-            v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, True,
+            v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, True,
         )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total)) * _LN2
@@ -198,9 +215,9 @@ def _queries_step(
     q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, start, left, whole, stop, k_row,
     v_row, S, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr,
     BK: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr,
-    DOCS: tl.constexpr, MASK: tl.constexpr,
+    DOCS: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    _n, at, s, held = _places(list_ptr, start, left, whole, stop, BK, N, MASK)
+    _n, at, s, held = _places(list_ptr, start, left, whole, stop, BK, N, ASM, MASK)
     held = held & (s < S)
     k = _tile(k_ptr, at, s, k_row, held, D, WD, N, BK % N == 0, MASK)
     v = _tile(v_ptr, at, s, v_row, held, DV, WV, N, BK % N == 0, MASK)
@@ -219,7 +236,7 @@ def backward_queries(
     mine_batch, theirs_batch, HEADS, T, S, ROWS, W, window, factor, scale, G: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, DOCS: tl.constexpr,
-    DLSE: tl.constexpr, STAGES: tl.constexpr,
+    DLSE: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a block of queries, query head): gradient of M queries; leaves ``do . out - dlse`` in delta."""
     pair = tl.program_id(1).to(tl.int64)
@@ -249,12 +266,12 @@ def backward_queries(
         for n in tl.range(left, left + whole, N, num_stages=STAGES):
             acc = _queries_step(
                 q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop,
-                k_row, v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, False,
+                k_row, v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, False,
             )  # fmt: skip
     for n in tl.range(first, stop - whole, N, num_stages=STAGES):
         acc = _queries_step(
             q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop, k_row,
-            v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, True,
+            v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, True,
         )  # fmt: skip
     c = tl.arange(0, WD)[None, :]
     spot = dq_ptr + b * dq_batch + h * dq_head + t.to(tl.int64)[:, None] * dq_row + c
@@ -266,10 +283,10 @@ def _keys_step(
     k, v, s, place, bias, theirs, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, list_ptr, bits_ptr, mine_ptr, start, left,
     whole, stop, q_row, do_row, T, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr,
     WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, DOCS: tl.constexpr, BITS: tl.constexpr, MASK: tl.constexpr,
+    BIAS: tl.constexpr, DOCS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """All tiles have keys before queries ``[N, M]``, so that no product is transposed after it was made."""
-    n, at, t, held = _places(list_ptr, start, left, whole, stop, BQ, M, MASK)
+    n, at, t, held = _places(list_ptr, start, left, whole, stop, BQ, M, ASM, MASK)
     held = held & (t < T)
     q = _tile(q_ptr, at, t, q_row, held, D, WD, M, BQ % M == 0, MASK)
     do = _tile(do_ptr, at, t, do_row, held, DV, WV, M, BQ % M == 0, MASK)
@@ -308,7 +325,7 @@ def backward_keys(
     bias_batch, bias_head, mine_batch, theirs_batch, HEADS, T, S, TILES, W, window, factor, scale, G: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, DOCS: tl.constexpr, BITS: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, DOCS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (part of a tile of keys, key head): gradients of N keys and values over the query heads of the group."""
     parts: tl.constexpr = TILE // N
@@ -343,13 +360,13 @@ def backward_keys(
                 dk, dv = _keys_step(
                     k, v, s, place, bias, theirs, dk, dv, q_at, do_at, lse_ptr + base, delta_ptr + base,
                     list_ptr + lists * W, bits_ptr + lists * W, mine_ptr, n, left, whole, stop, q_row, do_row, T,
-                    S - T, window, factor, D, DV, WD, WV, BQ, BK, M, CAUSAL, WINDOW, BIAS, DOCS, BITS, False,
+                    S - T, window, factor, D, DV, WD, WV, BQ, BK, M, CAUSAL, WINDOW, BIAS, DOCS, BITS, ASM, False,
                 )  # fmt: skip
         for n in tl.range(first, stop - whole, M, num_stages=STAGES):
             dk, dv = _keys_step(
                 k, v, s, place, bias, theirs, dk, dv, q_at, do_at, lse_ptr + base, delta_ptr + base,
                 list_ptr + lists * W, bits_ptr + lists * W, mine_ptr, n, left, whole, stop, q_row, do_row, T, S - T,
-                window, factor, D, DV, WD, WV, BQ, BK, M, CAUSAL, WINDOW, BIAS, DOCS, BITS, True,
+                window, factor, D, DV, WD, WV, BQ, BK, M, CAUSAL, WINDOW, BIAS, DOCS, BITS, ASM, True,
             )  # fmt: skip
     c = tl.arange(0, WD)[None, :]
     spot = dk_ptr + b * dk_batch + h * dk_head + s.to(tl.int64)[:, None] * dk_row + c

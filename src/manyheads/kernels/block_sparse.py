@@ -41,7 +41,7 @@ def _config(kind: str, width: int, itemsize: int) -> _Config:
         return _Config(64, 128, 8, 2) if kind == "keys" else _Config(128, 64, 4, 3)
     if width <= 128:
         return {
-            "forward": _Config(128, 64, 8, 3), "queries": _Config(128, 64, 8, 2), "keys": _Config(64, 128, 8, 2),
+            "forward": _Config(128, 64, 8, 3), "queries": _Config(128, 64, 8, 3), "keys": _Config(64, 128, 8, 3),
         }[kind]  # fmt: skip
     return {
         "forward": _Config(128, 64, 8, 2), "queries": _Config(64, 32, 8, 2), "keys": _Config(32, 64, 8, 1),
@@ -83,7 +83,7 @@ class _Launch:
             "G": self.heads // self.kv_heads, "D": width, "DV": v.shape[3], "WD": padded(width, q.element_size()),
             "WV": padded(v.shape[3], q.element_size()), "BQ": pattern.block_q, "BK": pattern.block_k,
             "CAUSAL": rule.causal, "WINDOW": rule.window is not None, "BIAS": bias is not None,
-            "DOCS": documents is not None,
+            "DOCS": documents is not None, "ASM": q.is_cuda and torch.version.hip is None,
         }  # fmt: skip
 
     def config(self, kind: str, itemsize: int) -> dict[str, int]:
