@@ -51,8 +51,9 @@ def test_import_loads_little():
 def test_mathematics_and_kernels_load_no_compiler():
     """Torch's compiler takes seconds to import: a kernel's first call would wait for it."""
     code = (
-        "import importlib, pkgutil, manyheads.attention as a, manyheads.kernels as k\n"
-        "for p in (a, k):\n    for m in pkgutil.iter_modules(p.__path__, p.__name__ + '.'): importlib.import_module(m.name)"
+        "from importlib import import_module as load\nfrom pkgutil import iter_modules\n"
+        "import manyheads.attention as a, manyheads.kernels as k\n"
+        "for p in (a, k):\n    for m in iter_modules(p.__path__, p.__name__ + '.'): load(m.name)"
     )
     modules = loaded(code)
     assert {"manyheads.attention.sparse", "manyheads.kernels.block_sparse"} <= modules
