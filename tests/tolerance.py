@@ -1,37 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every tolerance of the test suite, in one place. Errors are relative: RMS of the difference over RMS of the truth.
+"""Every tolerance of the test suite, in one place: twice the expected error. A wrong variant errs by three times that.
 
-What is drawn at random is compared with its distribution at twice the error that chance alone is expected to make
-(:data:`DRAWN`), and each such test has a wrong variant that errs by three times it (:data:`WRONG`) or more.
+Floating point. Errors are relative: RMS of the difference over RMS of the truth. A rounding errs by ``eps / sqrt(12)``
+(RMS of what is uniform over a unit in the last place). The error of one step does not know that of the next, so
+``steps`` in a row err by ``sqrt(steps)`` times that; two computations of the same numbers differ by ``sqrt(2)`` times
+that (:func:`rounding`). A sum of ``n`` terms in 16 lanes, which are then added in pairs, rounds ``n / 16 + 4`` times in
+a row. What is computed in a dtype below float32 is compared with float64 beside plain torch in the same dtype
+(:data:`HALF_FACTOR`).
+
+Chance. What is drawn at random is compared with its distribution at twice the error that chance alone is expected to
+make (:data:`DRAWN`), and each such test has a wrong variant that errs by three times it (:data:`WRONG`) or more.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-FORMULA = 1e-10  # float64 against the formula
-SAME = 2e-5  # float32, the same numbers in another order of summation, through a whole tiny model
-HALF = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # against float64
-HALF_FACTOR = 2.0  # times the error of plain torch in the same dtype
+PASSES, WRONG = 2.0, 3.0  # times the expected error: what passes at most, what a wrong variant has at least
+DRAWN = PASSES  # for what is drawn at random
+
+# Roundings in a row.
+CALL = 32  # a call of attention, or a formula of a few sums of up to 64 terms: 8 each, and some for scale and softmax
+MODEL = 256  # a whole tiny model: 2 or 3 layers of some 70 (two norms, seven projections, a call), then norm and head
+
+
+def rounding(dtype: torch.dtype, steps: int = CALL) -> float:
+    """Expected relative RMS difference of two computations of the same numbers that round ``steps`` times in a row."""
+    return torch.finfo(dtype).eps * math.sqrt(steps / 6)
+
+
+def within(dtype: torch.dtype, steps: int = CALL) -> float:
+    """Limit of the relative RMS error: what passes."""
+    return PASSES * rounding(dtype, steps)
+
+
+FORMULA = within(torch.float64)  # float64 against the formula: 1e-15
+CLOSE = within(torch.float32)  # float32 against the formula: 5.5e-7
+SAME = within(torch.float32, MODEL)  # float32, in another order of summation, through a whole tiny model: 1.6e-6
+DEEP = within(torch.float64, MODEL)  # float64 through a whole tiny model: 2.9e-15
+
+HALF = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # kernels, against float64
+DEVICE = 2e-5  # kernels on a GPU in float32, whose order of summation and exponential are its own
+HALF_FACTOR = PASSES  # times the error of plain torch in the same dtype
 BYTES = 0.01  # reported against held
-DRAWN, WRONG = 2.0, 3.0  # times the expected error: what passes at most, what a wrong variant has at least
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative RMS error of ``got``; infinite where one is finite and the other is not, or shapes differ."""
+def _numbers(x: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(x) if isinstance(x, list | tuple) else x).detach().double()
+
+
+def error(got: Any, want: Any, unit: float | None = None) -> float:
+    """Relative RMS error of ``got``; infinite where shapes or what is not finite differ (a NaN equals a NaN).
+
+    ``unit`` takes the place of the RMS of ``want`` where that says nothing of the roundings: of a difference that
+    cancels, the size of what was subtracted.
+    """
+    got, want = _numbers(got), _numbers(want)
     if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
         return float("inf")
     finite = want.isfinite()
-    got, want = got[finite].double(), want[finite].double()
+    if not torch.equal(got[~finite].nan_to_num(0.0), want[~finite].nan_to_num(0.0)):
+        return float("inf")
+    got, want = got[finite], want[finite]
     if want.numel() == 0:
         return 0.0
-    norm = want.pow(2).mean().sqrt()
-    return float((got - want).pow(2).mean().sqrt() / norm.clamp(min=1e-30))
+    norm = float(want.pow(2).mean().sqrt()) if unit is None else unit
+    return float((got - want).pow(2).mean().sqrt()) / max(norm, 1e-30)
 
 
-def assert_close(got: Tensor, want: Tensor, limit: float = SAME) -> None:
-    assert error(got, want) <= limit, f"relative error {error(got, want):.3g} above {limit:.1g}"
+def assert_close(got: Any, want: Any, limit: float = SAME, unit: float | None = None) -> None:
+    found = error(got, want, unit)
+    assert found <= limit, f"relative error {found:.3g} above {limit:.2g}"
+
+
+def is_close(got: Any, want: Any, limit: float = SAME, unit: float | None = None) -> bool:
+    return error(got, want, unit) <= limit
+
+
+def is_far(got: Any, want: Any, limit: float = SAME, unit: float | None = None) -> bool:
+    """For controls: whether the error is three times the expected one or more, where ``limit`` is twice it."""
+    return error(got, want, unit) >= WRONG / PASSES * limit
+
+
+def nearly(want: Any, dtype: torch.dtype = torch.float64, steps: int = CALL) -> Any:
+    """Figures: :func:`within` of the largest of ``want`` (a number, a sequence, a mapping), for ``==``."""
+    numbers = want.values() if isinstance(want, Mapping) else np.ravel(want)
+    sizes = [abs(float(x)) for x in numbers if math.isfinite(float(x))]
+    return pytest.approx(want, rel=0, abs=within(dtype, steps) * (max(sizes, default=0.0) or 1.0))
 
 
 def share_error(counts: Tensor, p: Tensor) -> float:

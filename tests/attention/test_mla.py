@@ -15,7 +15,7 @@ from manyheads.attention import mla, reference
 from manyheads.attention.mla import Dims, Platform
 from manyheads.errors import UserError
 from oracles import models
-from tolerance import FORMULA, HALF_FACTOR, assert_close, error
+from tolerance import FORMULA, HALF_FACTOR, assert_close, error, nearly
 
 SCHEDULES = ("expand", "absorb", "reuse", "recompute")
 SAME_F64 = 1e-12
@@ -271,7 +271,7 @@ def test_figures_of_deepseek_v3():
 
     assert flops("absorb", 4096) / 1e9 == pytest.approx(1.17, abs=0.01)
     assert flops("expand", 4096) / 1e9 == pytest.approx(137.8, abs=0.05)
-    assert mla.crossover(V3) == pytest.approx(131072 / 768)
+    assert mla.crossover(V3) == nearly(131072 / 768)
     far = mla.mla_cost("absorb", V3, 1, 1, 10**9, fused=True)
     attention = next(s for s in far if s.name == "attention")
     assert attention.intensity == pytest.approx(128 * (2 * 512 + 64) / (512 + 64), rel=1e-3)  # 241.8 FLOP per byte
@@ -345,7 +345,7 @@ def test_energy():
     stages = mla.mla_cost("absorb", V3, 1, 1, 4096)
     flops, moved = sum(s.flops for s in stages), sum(s.bytes for s in stages)
     platform = Platform(1e12, 1e12, flop_energy=2e-12, byte_energy=1e-11)
-    assert mla.energy(stages, platform) == pytest.approx(2e-12 * flops + 1e-11 * moved)
+    assert mla.energy(stages, platform) == nearly(2e-12 * flops + 1e-11 * moved)
     for name in mla.PLATFORMS:  # nothing is known of them, which is not nothing
         with pytest.raises(UserError, match="flop_energy"):
             mla.energy(stages, mla.platform_of(f"NVIDIA {name}" if name != "cpu" else name))

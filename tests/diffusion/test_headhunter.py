@@ -16,7 +16,7 @@ from manyheads.heads import HeadTable
 from manyheads.integrations.diffusers import find_sites
 from oracles import diffusion as tiny
 from oracles import pipelines
-from tolerance import SAME, assert_close, error
+from tolerance import FORMULA, SAME, assert_close, error
 
 
 def call(branches=("perturbed",), kind="self", layout=None, mask=None):
@@ -55,7 +55,7 @@ def test_closed_forms_equal_the_maps(kind, masked):
         strategy = HeadHunter(heads=("0.1", "0.2"), strength=u, perturbation=kind)
         made = strategy.patch(given, out)
         want = softened(given, [1, 2], u, kind)
-        assert_close(made, want, 1e-10)
+        assert_close(made, want, FORMULA)
         assert torch.equal(made[:, :, 0], out[:, :, 0])
         if u:
             assert error(made, softened(given, [1, 2], 0.9 * u, kind)) > 1e-3
@@ -280,7 +280,7 @@ def test_masks_of_each_head_and_of_text(kind):
             "uniform": seen.double()[:, None] / seen.sum(-1)[:, None, None], "seg": scores.softmax(-1),
             "max": torch.nn.functional.one_hot(scores.argmax(-1), 8).double(),
         }[kind] @ v[:, head]  # fmt: skip
-        assert_close(made[:, 3:, head], want.expand(2, 8, 4), 1e-10)
+        assert_close(made[:, 3:, head], want.expand(2, 8, 4), FORMULA)
 
 
 def test_nothing_is_predicted_again_where_nothing_would_change():

@@ -17,7 +17,7 @@ from manyheads.spec import parse
 from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 from oracles import pipelines
-from tolerance import assert_close, error
+from tolerance import assert_close, error, nearly
 
 TEXT = 6
 # Where the text of a joint sequence stands; cross-attention elsewhere.
@@ -274,7 +274,7 @@ def test_mask_and_mean_of_unlike_grids():
     both = merged([x, torch.tensor([[[2.0, 4], [6, 8]]])])
     assert both.shape == (1, 3, 3) and both[0, 0, 0] == 1.0 and both[0, 2, 2] == 8.0 and both[0, 1, 1] == 3.0
     assert merged([x[..., :2, :2]], (4, 4))[0, :, 0].tolist() == [0, 0, 3, 3]
-    assert scaled(x).max() == pytest.approx(1) and scaled(x).min() == 0
+    assert scaled(x).max() == nearly(1) and scaled(x).min() == 0
     rows = torch.cat([x, 10 * x])[:, None, None]  # a row is scaled by itself
     found = WordMaps(("cat", "dog"), ("", ""), {"cond": torch.cat([rows, rows], 1)}, {}, {})
     want = (x > 6).expand(2, -1, -1)[:, None]

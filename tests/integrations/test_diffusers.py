@@ -14,7 +14,7 @@ from manyheads.errors import UserError  # noqa: E402
 from manyheads.integrations import diffusers as port_  # noqa: E402
 from manyheads.strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch  # noqa: E402
 from oracles import diffusion as tiny  # noqa: E402
-from tolerance import SAME, assert_close, error  # noqa: E402
+from tolerance import SAME, assert_close, error, nearly  # noqa: E402
 
 
 class Watch(AttentionWatch):
@@ -95,11 +95,7 @@ def test_facts_of_a_call(name):
     frames = 3 if name in ("wan", "cogvideox", "latte", "ltx", "hunyuan") else 1
     size = 8 if name == "unet" else 4
     assert (step.layout.frames, step.layout.height, step.layout.width) == (frames, size, size)
-    assert (
-        step.index is None
-        and step.branches == ("all",)
-        and step.timestep == pytest.approx(0.5 if name == "flux" else 500)
-    )
+    assert step.index is None and step.branches == ("all",) and step.timestep == nearly(0.5 if name == "flux" else 500)
     wanted = {
         "dit": {"self"}, "unet": {"self", "cross"}, "pixart": {"self", "cross"}, "wan": {"self", "cross"},
         "latte": {"self", "cross"}, "ltx": {"self", "cross"}, "sd3": {"joint"}, "flux": {"joint"},

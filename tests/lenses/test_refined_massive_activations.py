@@ -14,7 +14,7 @@ from manyheads.lenses.refined_massive_activations import RefinedMassiveActivatio
 from manyheads.lenses.refined_massive_activations.extremes import Extremes, medians
 from manyheads.lenses.refined_massive_activations.writers import writer_of
 from oracles import models
-from tolerance import HALF, SAME, assert_close, error
+from tolerance import HALF, SAME, assert_close, error, is_close, is_far, nearly
 
 SLUG = "refined_massive_activations"
 LOW = "threshold=0.5,ratio=3"  # what tiny models reach
@@ -155,7 +155,7 @@ def test_batches_rows_and_decoding():
             model(row[None])
     found = seen.compute()
     for key in ("max", "median", "first / others"):
-        assert np.allclose(found.tables[key].values[:3], found.tables[key].values[3:], rtol=1e-5)
+        assert is_close(found.tables[key].values[:3], found.tables[key].values[3:])
     inputs = models.inputs("llama")
     with manyheads.watch(model, f"{SLUG}:{LOW}") as seen:
         out = model.generate(**inputs, max_new_tokens=9, do_sample=False)
@@ -201,7 +201,7 @@ def test_interventions():
     site = "model.layers.0.self_attn"
     assert set(calibrated[site]["start"]) == {"3"} and set(calibrated[site]["other"]) == {"4"}
     want = np.mean([s["value"] for s in spikes if s["position"] == 0])
-    assert calibrated[site]["start"]["3"] == pytest.approx(want)
+    assert calibrated[site]["start"]["3"] == nearly(want)
 
     def changed(strategy):
         with manyheads.use(model, strategy, RefinedMassiveActivations(layers=(0,))) as port, torch.no_grad():
@@ -322,5 +322,5 @@ def test_float64():
         with manyheads.watch(models.build("llama", dtype=dtype), f"{SLUG}:{LOW}") as seen, torch.no_grad():
             seen._port.model(models.tokens(2, 12))
         results.append(seen.compute().tables)
-    assert all(np.allclose(results[0][n].values, results[1][n].values, rtol=1e-4) for n in results[0])
-    assert not np.allclose(results[0]["max"].values, results[0]["median"].values)
+    assert all(is_close(results[0][n].values, results[1][n].values) for n in results[0])
+    assert is_far(results[0]["max"].values, results[0]["median"].values)

@@ -15,7 +15,7 @@ from manyheads.lenses.refined_massive_activations.dyt import DyT, ScaledEmbeddin
 from manyheads.lenses.refined_massive_activations.kv_bias import KVBias
 from manyheads.lenses.refined_massive_activations.tvr import TargetVariance, blocks_of, divide_by_depth
 from oracles import models
-from tolerance import FORMULA, SAME, assert_close, error
+from tolerance import FORMULA, SAME, assert_close, error, nearly
 
 
 def bias_of(model, **more):
@@ -218,7 +218,7 @@ def test_dyt_in_a_model(name, norms):
     alphas = {id(module) in inside: float(module.alpha) for module in model.modules() if isinstance(module, DyT)}
     assert alphas == {True: 1.0, False: 0.5}
     table = model.get_input_embeddings()
-    assert isinstance(table, ScaledEmbedding) and float(table.scale) == pytest.approx(32**0.5)
+    assert isinstance(table, ScaledEmbedding) and float(table.scale) == nearly(32**0.5)
     assert any(module is table for module in model.modules())
     inputs = models.inputs(name)
     for parameter in model.parameters():

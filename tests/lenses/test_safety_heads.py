@@ -26,7 +26,7 @@ from manyheads.lenses.safety_heads import (
 from manyheads.lenses.safety_heads.refusal_direction import log_odds
 from oracles import models
 from oracles.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
-from tolerance import DRAWN, SAME, WRONG, assert_close, error, mean_error, share_error
+from tolerance import DRAWN, SAME, WRONG, assert_close, error, is_close, is_far, mean_error, share_error
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")
 
@@ -130,8 +130,8 @@ def test_ranking_and_strength(saved):
     for row, heads in enumerate(ranked(score, 3)):
         best = flat[row].argsort(descending=True)[:3]
         assert heads == tuple(f"{int(i) // 4}.{int(i) % 4}" for i in best)
-    assert torch.allclose(torch.tensor(strength(score, 2)), flat.sort(1, descending=True)[0][:, :2].sum(1))
-    assert ranked(score, 3)[0] != ranked(score, 3)[1] or not torch.allclose(flat[0], flat[1])
+    assert is_close(torch.tensor(strength(score, 2)), flat.sort(1, descending=True)[0][:, :2].sum(1))
+    assert ranked(score, 3)[0] != ranked(score, 3)[1] or is_far(flat[0], flat[1])
 
 
 def test_a_head_without_weights_scores_nothing(saved):

@@ -130,8 +130,8 @@ def test_hedgehog_features():
     x = torch.randn(2, 3, 5, 4)
     y = hedgehog(x, torch.eye(4).expand(3, -1, -1))
     assert y.shape == (2, 3, 5, 8) and (y > 0).all()
-    torch.testing.assert_close(y.sum(-1), torch.ones(2, 3, 5))
-    torch.testing.assert_close(y, torch.softmax(torch.cat([x, -x], -1), -1))
+    assert_close(y.sum(-1), torch.ones(2, 3, 5))
+    assert_close(y, torch.softmax(torch.cat([x, -x], -1), -1))
 
 
 def test_convolution_is_causal_sums():

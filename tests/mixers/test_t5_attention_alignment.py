@@ -17,7 +17,7 @@ from manyheads.mixers.t5_attention_alignment.calibration import _solved, keys_se
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.strategy import AttentionEdit, AttentionWatch
 from oracles import models
-from tolerance import DRAWN, FORMULA, SAME, WRONG, assert_close, error
+from tolerance import DRAWN, FORMULA, SAME, WRONG, assert_close, error, nearly
 
 ENCODER, DECODER = Site("encoder", 0, 0, "self", False, 4, 2), Site("decoder", 1, 1, "self", True, 4, 2)
 TABLE = "t5_attention_alignment:align=entropy,trained=8,lengths=16+32,taus=0.8+0.6"
@@ -93,17 +93,17 @@ def test_what_each_rule_gives():
     n = torch.tensor([[[8, 12, 16, 24, 32, 99]]])
     ln = [math.log(x) for x in (8, 12, 16, 24, 32, 99)]
     got = {spec: parse(spec).temperature(0, n).flatten().tolist() for spec in SPECS}
-    assert got[SPECS[0]] == pytest.approx([ln[0] / x for x in ln])
-    assert got[SPECS[1]] == pytest.approx([1.3 / math.sqrt(1.3**2 + 2 * (x - ln[0])) for x in ln])
+    assert got[SPECS[0]] == nearly([ln[0] / x for x in ln])
+    assert got[SPECS[1]] == nearly([1.3 / math.sqrt(1.3**2 + 2 * (x - ln[0])) for x in ln])
     near, far = (ln[1] - ln[0]) / (ln[2] - ln[0]), (ln[3] - ln[2]) / (ln[4] - ln[2])
-    assert got[TABLE] == pytest.approx([1, 1 - 0.2 * near, 0.8, 0.8 - 0.2 * far, 0.6, 0.6])
+    assert got[TABLE] == nearly([1, 1 - 0.2 * near, 0.8, 0.8 - 0.2 * far, 0.6, 0.6])
 
 
 def test_a_table_by_site_and_head():
     s = parse("t5_attention_alignment:align=pmax,trained=8,lengths=16+32,sites=0+3,taus=.9+.8+.7+.6+.5+.4+.3+.2")
     n = torch.tensor([[[16, 32]]])
-    assert s.temperature(0, n)[0].tolist() == [pytest.approx([0.9, 0.5]), pytest.approx([0.8, 0.4])]
-    assert s.temperature(3, n)[0].tolist() == [pytest.approx([0.7, 0.3]), pytest.approx([0.6, 0.2])]
+    assert s.temperature(0, n)[0].tolist() == [nearly([0.9, 0.5]), nearly([0.8, 0.4])]
+    assert s.temperature(3, n)[0].tolist() == [nearly([0.7, 0.3]), nearly([0.6, 0.2])]
     assert s.selects(ENCODER) and not s.selects(DECODER)
     with pytest.raises(UserError, match="4 heads, 2 were calibrated"):
         s.edit(call())

@@ -71,9 +71,9 @@ def test_control_gradients():
 
 def test_decay_tables():
     rates = -log_decay("paper", 8, 0, 12)
-    torch.testing.assert_close(rates, torch.arange(8.0))
-    torch.testing.assert_close(-log_decay("paper", 8, 6, 12), torch.arange(8.0) / 2)
-    torch.testing.assert_close(-log_decay("alibi", 8, 0, 12), 2.0 ** -torch.arange(1.0, 9) * (1 + 1e-5))
+    assert_close(rates, torch.arange(8.0))
+    assert_close(-log_decay("paper", 8, 6, 12), torch.arange(8.0) / 2)
+    assert_close(-log_decay("alibi", 8, 0, 12), 2.0 ** -torch.arange(1.0, 9) * (1 + 1e-5))
     assert (log_decay("alibi", 8, 11, 12) < 0).all() and (log_decay("alibi", 8, 11, 12) > -1.1e-5).all()
     assert torch.isfinite(log_decay("alibi", 4, 0, 1)).all() and log_decay("none", 4, 0, 1) is None
     for table in ("paper", "alibi"):  # later layers forget less
