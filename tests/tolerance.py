@@ -13,7 +13,7 @@ make (:data:`DRAWN`), and each such test has a wrong variant that errs by three 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ FORMULA = within(torch.float64)  # float64 against the formula: 1e-15
 CLOSE = within(torch.float32)  # float32 against the formula: 5.5e-7
 SAME = within(torch.float32, MODEL)  # float32, in another order of summation, through a whole tiny model: 1.6e-6
 DEEP = within(torch.float64, MODEL)  # float64 through a whole tiny model: 2.9e-15
+GRADIENT = within(torch.float32, 5 * MODEL)  # and back, summed over all tokens: 3.5e-6
 
 HALF = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # kernels, against float64
 DEVICE = 2e-5  # kernels on a GPU in float32, whose order of summation and exponential are its own
@@ -50,8 +51,8 @@ HALF_FACTOR = PASSES  # times the error of plain torch in the same dtype
 BYTES = 0.01  # reported against held
 
 
-def _numbers(x: Any) -> Tensor:
-    return torch.as_tensor(np.asarray(x) if isinstance(x, list | tuple) else x).detach().double()
+def _tensor(x: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(x) if isinstance(x, list | tuple) else x).detach()
 
 
 def error(got: Any, want: Any, unit: float | None = None) -> float:
@@ -60,7 +61,7 @@ def error(got: Any, want: Any, unit: float | None = None) -> float:
     ``unit`` takes the place of the RMS of ``want`` where that says nothing of the roundings: of a difference that
     cancels, the size of what was subtracted.
     """
-    got, want = _numbers(got), _numbers(want)
+    got, want = _tensor(got).double(), _tensor(want).double()
     if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
         return float("inf")
     finite = want.isfinite()
@@ -73,18 +74,25 @@ def error(got: Any, want: Any, unit: float | None = None) -> float:
     return float((got - want).pow(2).mean().sqrt()) / max(norm, 1e-30)
 
 
-def assert_close(got: Any, want: Any, limit: float = SAME, unit: float | None = None) -> None:
-    found = error(got, want, unit)
+def _limit(*values: Any) -> float:
+    """Of a whole tiny model, in the coarser dtype of those."""
+    dtypes = [x.dtype for x in map(_tensor, values) if x.dtype in (torch.float32, torch.float64)]
+    return within(torch.float32 if torch.float32 in dtypes else torch.float64, MODEL)
+
+
+def assert_close(got: Any, want: Any, limit: float | None = None, unit: float | None = None) -> None:
+    """At most ``limit``; without one, what a whole tiny model errs by in the coarser of the two dtypes."""
+    found, limit = error(got, want, unit), _limit(got, want) if limit is None else limit
     assert found <= limit, f"relative error {found:.3g} above {limit:.2g}"
 
 
-def is_close(got: Any, want: Any, limit: float = SAME, unit: float | None = None) -> bool:
-    return error(got, want, unit) <= limit
+def is_close(got: Any, want: Any, limit: float | None = None, unit: float | None = None) -> bool:
+    return error(got, want, unit) <= (_limit(got, want) if limit is None else limit)
 
 
-def is_far(got: Any, want: Any, limit: float = SAME, unit: float | None = None) -> bool:
+def is_far(got: Any, want: Any, limit: float | None = None, unit: float | None = None) -> bool:
     """For controls: whether the error is three times the expected one or more, where ``limit`` is twice it."""
-    return error(got, want, unit) >= WRONG / PASSES * limit
+    return error(got, want, unit) >= WRONG / PASSES * (_limit(got, want) if limit is None else limit)
 
 
 def nearly(want: Any, dtype: torch.dtype = torch.float64, steps: int = CALL) -> Any:
@@ -92,6 +100,13 @@ def nearly(want: Any, dtype: torch.dtype = torch.float64, steps: int = CALL) -> 
     numbers = want.values() if isinstance(want, Mapping) else np.ravel(want)
     sizes = [abs(float(x)) for x in numbers if math.isfinite(float(x))]
     return pytest.approx(want, rel=0, abs=within(dtype, steps) * (max(sizes, default=0.0) or 1.0))
+
+
+def conditioned(function: Callable[..., Tensor], *inputs: Tensor) -> float:
+    """How many times the relative error of ``inputs`` that of the output is: 1, or more where numbers cancel."""
+    noise = torch.Generator().manual_seed(0)
+    moved = [x + 1e-7 * x.pow(2).mean().sqrt() * torch.randn(x.shape, generator=noise, dtype=x.dtype) for x in inputs]
+    return max(1.0, error(function(*moved), function(*inputs)) / 1e-7)
 
 
 def share_error(counts: Tensor, p: Tensor) -> float:

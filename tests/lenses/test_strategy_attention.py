@@ -19,7 +19,7 @@ from manyheads.lenses.strategy_attention import (
     sra,
 )
 from oracles import dense, models
-from tolerance import FORMULA, SAME, assert_close, error, is_close, is_far, nearly
+from tolerance import CLOSE, FORMULA, SAME, assert_close, error, is_close, is_far, nearly
 
 START, STOP, LENGTH = 6, 9, 20  # of the instruction; the reply begins at 13
 
@@ -62,7 +62,7 @@ def test_equals_dense_maps(name):
         wrong = formula(maps, torch.ones_like(mask).bool())[0]  # the padded part of the instruction counted
         assert error(torch.tensor(found.tables["sra"].values).float(), wrong) > 1e-2
         series = np.stack(found.series["sra"])
-        assert np.isnan(series[:, :13]).all() and is_close(series[:, 13:].mean(1), sra(found.tables["sra"]))
+        assert np.isnan(series[:, :13]).all() and is_close(series[:, 13:].mean(1), sra(found.tables["sra"]), CLOSE)
     assert "Instruction heads" in found.notes[1]
 
 
@@ -96,9 +96,9 @@ def test_generation_equals_one_forward(name):
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole = look(name, given=given, input_ids=ids[:, :-1], attention_mask=mask, position_ids=places)
     for key in ("sra", "lift"):
-        assert is_close(seen.compute().tables[key].values, whole.tables[key].values)
+        assert is_close(seen.compute().tables[key].values, whole.tables[key].values, CLOSE)
         a, b = np.stack(seen.compute().series[key]), np.stack(whole.series[key])
-        assert is_close(a, b) and np.isfinite(a[:, length:]).all()
+        assert is_close(a, b, CLOSE) and np.isfinite(a[:, length:]).all()
     if name == "gemma3_text":
         assert (whole.tables["sra"].values > 0).all()
         late = TokenSpans({"system": [[(0, 2)]], "response": [[(length + 10, length + 11)]]})
@@ -114,7 +114,7 @@ def test_a_batch_is_its_rows_and_looking_changes_no_bit():
         for row in ids:
             model(row[None])
     values = seen.compute().tables["lift"].values
-    assert is_close(values[:3], values[3:]) and is_far(values[0], values[1])
+    assert is_close(values[:3], values[3:]) and is_far(values[0], values[1], SAME)
 
 
 def closed(weights, span=(2, 5), response=(10, 16), lens=None):

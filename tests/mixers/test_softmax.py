@@ -10,7 +10,7 @@ from manyheads.attention.positions import alibi_bias, rope_tables, t5_buckets
 from manyheads.attention.reference import attention
 from manyheads.call import MixerConfig
 from manyheads.mixers.softmax import Softmax
-from tolerance import is_close, is_far
+from tolerance import SAME, is_close, is_far
 
 SHAPE = MixerConfig(dim=24, num_heads=4, num_kv_heads=2, head_dim=6, layer=0, num_layers=2, length=16)
 
@@ -85,7 +85,7 @@ def test_learned_frequencies_begin_as_rotary_ones_and_turn_each_head():
     learned, plain, x = mixer(learned=True), mixer(), torch.randn(2, 17, 24, dtype=torch.float64)
     torch.nn.init.zeros_(learned.log_factor)
     learned.load_state_dict(plain.state_dict(), strict=False)
-    assert is_close(learned(x)[0], plain(x)[0])
+    assert is_close(learned(x)[0], plain(x)[0], SAME)  # tables are float32
     whole, _ = learned(x)
     first, state = learned(x[:, :9])
     assert is_close(torch.cat([first, learned(x[:, 9:], state=state)[0]], 1), whole)

@@ -10,7 +10,7 @@ from manyheads.attention.recurrence import DecayState
 from manyheads.errors import UserError
 from manyheads.mixers.tnl_lightning import SGLU, TNLLightning, TNLState
 from oracles import mixers
-from tolerance import FORMULA, assert_close, error
+from tolerance import FORMULA, assert_close, error, within
 
 SPECS = ["tnl_lightning", "tnl_lightning:decay=alibi", "tnl_lightning:decay=none,lrpe=false,gate=false"]
 T = 70
@@ -96,7 +96,7 @@ def test_only_distances_count():
     x = torch.randn(2, T, mixers.DIM, dtype=torch.float64)
     want, state = mixer(x)
     empty = TNLState(DecayState(torch.zeros_like(state.decay.kv)), torch.full((2,), 1000))
-    assert_close(mixer(x, state=empty)[0], want)
+    assert_close(mixer(x, state=empty)[0], want, 1000 * within(torch.float64, 1))  # angles of 1000 are rounded
     turned, calls = mixer._rotate, []
 
     def only_q(y, at):
