@@ -13,7 +13,7 @@ from manyheads.diffusion.pab.redundancy import Curve, Redundancy, plot, suggest
 from manyheads.errors import UserError
 from manyheads.models.scenes import build
 from oracles import pipelines
-from tolerance import assert_close, is_far, nearly
+from tolerance import CLOSE, assert_close, is_far, nearly
 
 STEPS = 6
 CAPTIONS = torch.tensor([[1, 13, 17], [2, 14, 18]])
@@ -66,7 +66,7 @@ def test_changes_are_those_of_the_outputs():
     for curve in curves:
         seen = torch.tensor(curve.relative)
         assert curve.modules == 2 and len(seen) == STEPS - 1
-        assert_close(seen, want[curve.kind])
+        assert_close(seen, want[curve.kind], CLOSE)
         assert is_far(seen[1:], other[curve.kind])  # of two steps, the figures are others
         assert curve.timesteps == tuple(pipe.scheduler.timesteps[1:].tolist())
         assert min(curve.absolute) > 0
@@ -96,7 +96,7 @@ def test_every_run_counts_and_only_steps_of_one_run_are_compared():
         once = measure.curves(port)
         run(pipe)
     for first, both in zip(once, measure.curves(port), strict=True):
-        assert_close(torch.tensor(first.relative), torch.tensor(both.relative))
+        assert_close(torch.tensor(first.relative), torch.tensor(both.relative), CLOSE)
 
 
 def curve(kind, *relative):
@@ -113,6 +113,9 @@ def test_suggestion_follows_its_rule(tmp_path):
     assert spec == "pab:upper=850,lower=350,spatial=3,cross=6"
     assert manyheads.parse(spec).spatial == 3
     assert suggest(curves, drift=0.01) == "pab:upper=850,lower=350,spatial=1,cross=1"
+    even = [curve("temporal", *[0.01] * 5)]  # a step of 0.1
+    for drift, most in ((0.35, 4), (0.65, 7), (0.75, 8), (0.85, 8), (0.95, 8), (9.0, 8)):
+        assert suggest(even, drift=drift).endswith(f"temporal={most}")  # never more than LONGEST
     assert suggest([curve("temporal", *[0.0] * 5)]) == "pab:upper=950,lower=250,temporal=8"
     with pytest.raises(UserError, match="no range"):
         suggest([curve("spatial", 0.1, 9.0, 0.1, 9.0, 0.1)])

@@ -13,7 +13,7 @@ from manyheads.call import DenoiserCall, DiffusionStep  # noqa: E402
 from manyheads.diffusion._maps import check_words, merged, scaled  # noqa: E402
 from manyheads.diffusion._prediction import Prediction, add_guidance, is_flow, select_batch  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
-from tolerance import FORMULA, assert_close, is_close, nearly  # noqa: E402
+from tolerance import CLOSE, FORMULA, assert_close, is_close, nearly  # noqa: E402
 
 
 def call(branches=("all",), guidance=None, rescales=False, index=3, scheduler=None, given=None):
@@ -137,7 +137,7 @@ def test_maps_of_unlike_grids():
     wide, tall = torch.ones(1, 1, 2, 9), torch.ones(1, 1, 5, 3)  # 18 cells beside 15
     assert merged([tall, wide]).shape == (1, 1, 2, 9)
     rows = torch.tensor([[[1.0, 3.0], [5.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[-4.0, 4.0], [0.0, 0.0]]])
-    assert is_close(scaled(rows), torch.tensor([[[0, 0.5], [1, 0.25]], [[0, 0], [0, 0]], [[0, 1], [0.5, 0.5]]]))
+    assert is_close(scaled(rows), torch.tensor([[[0, 0.5], [1, 0.25]], [[0, 0], [0, 0]], [[0, 1], [0.5, 0.5]]]), CLOSE)
 
 
 def test_places_that_a_prompt_has():

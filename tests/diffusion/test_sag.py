@@ -14,7 +14,7 @@ from manyheads.diffusion._prediction import Prediction
 from manyheads.diffusion.sag import SAG, blur
 from manyheads.errors import UserError
 from oracles import pipelines
-from tolerance import FORMULA, SAME, assert_close, error
+from tolerance import FORMULA, MODEL, assert_close, error, within
 
 LAYOUT = Layout(1, 4, 6)
 
@@ -124,14 +124,15 @@ def test_beside_guidance_the_unconditional_rows_decide():
         return x[:2] + 5.0 * (x[2:] - x[:2])
 
     push = combined(made) - combined(plain)
-    assert_close(push, (made - plain)[:2], FORMULA)
+    size = float(plain.square().mean().sqrt())  # of what is subtracted
+    assert_close(push, (made - plain)[:2], FORMULA, unit=size)
     alone = Bed(received(rows=4)[:2], ("uncond",), 5.0, rows=4)
     alone.x = alone.x[:2]
     alone.call = DenoiserCall(
         alone.call.step, {"sample": alone.x, "label": torch.arange(2)}, Bed.scheduler, 5.0, alone.run
     )
     moved = SAG(scale=0.7).denoise(alone.call) - alone.run()
-    assert_close(moved * (1 - 5.0), push, FORMULA)
+    assert_close(moved * (1 - 5.0), push, FORMULA, unit=size)
     cond = Bed(received(), ("cond",), 5.0)
     assert torch.equal(SAG().denoise(cond.call), cond.run())
 
@@ -166,7 +167,7 @@ def test_in_pipelines(name):
     with manyheads.use(pipe, "sag:scale=0"):
         assert torch.equal(go(pipe), plain)
     with manyheads.use(pipe, "sag:sigma=0"):
-        assert_close(go(pipe), plain, 50 * SAME)
+        assert_close(go(pipe), plain, within(torch.float32, 16 * MODEL))  # a few steps of the sampler
     with manyheads.use(pipe, "sag:scale=2"):
         made = go(pipe)
         assert torch.equal(go(pipe), made)

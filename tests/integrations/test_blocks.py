@@ -127,7 +127,7 @@ def test_blocks_that_carry_several_streams():
     results = []
     for run in (lambda: model.generate(ids, max_new_tokens=5, do_sample=False), lambda: model(results[0][0][:, :-1])):
         with (
-            pytest.warns(UserWarning, match="no residual stream") as said,
+            pytest.warns(UserWarning, match=r"gives \[4, 2, \d+, 32\], no residual stream") as said,
             manyheads.watch(model, "active_dormant") as seen,
             torch.no_grad(),
         ):
