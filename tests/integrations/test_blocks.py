@@ -15,7 +15,7 @@ from manyheads.integrations.transformers import find_sites
 from manyheads.strategy import AttentionWatch, Residual
 from oracles import models
 from oracles.fingerprint import assert_same, of_model
-from tolerance import SAME, assert_close, error, is_close
+from tolerance import CLOSE, assert_close, error, is_close
 
 
 class Read(Residual):
@@ -65,7 +65,7 @@ def test_it_is_the_output_of_the_block(name):
     states = getattr(out, "decoder_hidden_states", None) or out.hidden_states
     kept = [hidden for state in port.state(read).values() for _, hidden in state.get("hidden", [])]
     mine = kept[-2] if name in models.SEQ2SEQ else kept[0]
-    assert_close(mine, states[1], SAME)
+    assert_close(mine, states[1], CLOSE)
     assert error(mine, states[0]) > 1e-3
 
 
@@ -96,7 +96,7 @@ def test_output_projection_mixes_the_heads(name):
         made = outs[site.name].flatten(2) @ weight.T
         want = modules[site.name]
         bias = (want - made).flatten(0, 1).mean(0)  # the one thing that is missing, the same for every token
-        assert_close(made + bias, want, SAME)
+        assert_close(made + bias, want, CLOSE)
         assert error(outs[site.name].flip(2).flatten(2) @ weight.T, want) > 1e-2
 
 

@@ -14,7 +14,7 @@ import manyheads
 from manyheads.errors import UserError
 from manyheads.integrations import hook_chain
 from oracles import models
-from tolerance import is_close, is_far
+from tolerance import CLOSE, is_close, is_far
 
 LENSES = ("active_dormant", "massive_values", "refined_massive_activations")
 
@@ -62,12 +62,12 @@ def test_gradient_checkpointing(reentrant):
     assert len(want[0]["sink"].values) == 4
     if not reentrant:
         got, again = steps(model, BATCHES, lambda m, ids: checkpoint(loss, m, ids, use_reentrant=False))
-        assert equal(got, want) and all(is_close(a, b) for a, b in zip(again, grads, strict=True))
+        assert equal(got, want) and all(is_close(a, b, CLOSE) for a, b in zip(again, grads, strict=True))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     got, again = steps(model, BATCHES, loss)
-    assert equal(got, want) and all(is_close(a, b) for a, b in zip(again, grads, strict=True))
+    assert equal(got, want) and all(is_close(a, b, CLOSE) for a, b in zip(again, grads, strict=True))
 
 
 def test_a_wrong_count_is_seen(monkeypatch):
@@ -89,7 +89,7 @@ def test_edits_act_when_a_layer_is_computed_again():
         with manyheads.use(model, "ablate:heads=0.1+1.2"):
             loss(model, BATCHES[0]).backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert all(is_close(a, b) for a, b in zip(*grads, strict=True))
+    assert all(is_close(a, b, CLOSE) for a, b in zip(*grads, strict=True))
 
 
 def albert(**changes):
@@ -112,7 +112,7 @@ def test_layers_that_share_a_module(changes):
     maps = [x for layer in maps for x in (layer if isinstance(layer, tuple) else (layer,))]
     want = np.stack([x[:, :, 1:, 0].mean(-1).numpy() for x in maps], 1)
     assert sink.values.shape == (5, len(maps), 4) and sink.layers == tuple(range(len(maps)))
-    assert is_close(sink.values[:2], want) and len(set(sink.sites)) == len(maps)
+    assert is_close(sink.values[:2], want, CLOSE) and len(set(sink.sites)) == len(maps)
     assert is_far(want[:, :-1], want[:, 1:])  # depths differ: a mean over them is another thing
     for lens, count in ((1, len(maps)), (2, 6)):  # the residual stream is that of blocks, of one or two layers
         assert all(t.values.shape[:2] == (5, count) for t in seen.compute(lens).tables.values())
