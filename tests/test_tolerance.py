@@ -2,6 +2,8 @@
 """What the tolerances stand on: what is expected is what is found, and what errs by three times it does not pass."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +112,12 @@ def test_draws_are_compared_with_what_chance_makes():
         assert found == nearly(times, steps=MODEL) and (found < DRAWN) == passes
         found = mean_error(torch.tensor([-1.0, 1.0]).double().repeat(n // 2) + times / math.sqrt(n), 0.0, 1.0)
         assert found == nearly(times, steps=MODEL**2) and (found < DRAWN) == passes
+
+
+def test_other_ways_of_comparing_are_not_used():
+    """Of torch, numpy and unittest: their tolerances know neither how the numbers were made nor what is expected."""
+    other = re.compile(r"\ballclose\(|\bisclose\(.*rtol|testing\.assert_close|assertAlmostEqual|assert_allclose")
+    here = Path(__file__).parent
+    found = [f"{path.relative_to(here)}:{n}" for path in here.rglob("*.py") if path != Path(__file__)
+             for n, line in enumerate(path.read_text().splitlines(), 1) if other.search(line)]  # fmt: skip
+    assert not found

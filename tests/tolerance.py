@@ -122,3 +122,11 @@ def share_error(counts: Tensor, p: Tensor) -> float:
 def mean_error(drawn: Tensor, mean: float, deviation: float) -> float:
     """Distance of the mean of ``drawn`` from ``mean``, in standard errors of draws with that standard deviation."""
     return abs(float(drawn.double().mean()) - mean) / max(deviation / math.sqrt(drawn.numel()), 1e-12)
+
+
+def spread_error(found: float, deviation: float, draws: int, kurtosis: float = 3.0) -> float:
+    """Distance of a standard deviation of so many draws from ``deviation``, in its standard errors (large numbers).
+
+    ``kurtosis`` of what is drawn: 3 for a normal, 1.8 for a uniform distribution.
+    """
+    return abs(found / deviation - 1) * math.sqrt(4 * draws / (kurtosis - 1))

@@ -12,7 +12,7 @@ from manyheads.experiment import estimates
 from manyheads.experiment.estimates import Estimate, difference, estimate, newcombe, paired, ratio, wilson
 from manyheads.experiment.rows import Metric
 from oracles.rows import crossed, rows
-from tolerance import nearly
+from tolerance import DRAWN, WRONG, nearly, spread_error
 
 SHARE = Metric("m", "share", higher=True, kind="share")
 MEAN = Metric("m", "mean")
@@ -40,7 +40,7 @@ def coverage(make, truth, judge, runs):
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 7), (12, 12), (50, 200)])
 def test_wilson_is_scipys(right, n):
     theirs = scipy_stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert wilson(right, n) == nearly((theirs.low, theirs.high))
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 30, 500])
@@ -131,15 +131,21 @@ def test_a_mean_covers_with_few_contexts(few_draws, groups):
 
 
 def test_a_mean_is_the_percentile_bootstrap_widened(monkeypatch):
-    monkeypatch.setattr(estimates, "_DRAWS", 20_000)
+    draws = 40_000
+    monkeypatch.setattr(estimates, "_DRAWS", draws)
     values = np.random.default_rng(3).gamma(2.0, 1.0, 40)
     found = estimate(rows(values), MEAN)
     theirs = scipy_stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=0
+        (values,), np.mean, method="percentile", n_resamples=draws, random_state=0
     ).confidence_interval  # fmt: skip
     wider = scipy_stats.t.ppf(0.975, 39) / scipy_stats.norm.ppf(0.975) * math.sqrt(40 / 39)
-    assert (found.high - found.low) / (theirs.high - theirs.low) == pytest.approx(wider, rel=0.03)
-    assert found.error == pytest.approx(values.std(ddof=1) / math.sqrt(40), rel=0.03)
+    ratio = (found.high - found.low) / (theirs.high - theirs.low)
+    # A bound, p = 0.025 of a normal distribution, has the error sqrt(p (1 - p) / draws) / density; four make the ratio.
+    expected = 2 * math.sqrt(0.025 * 0.975 / draws) / scipy_stats.norm.pdf(1.96) / 3.92
+    assert abs(ratio / wider - 1) < DRAWN * expected and abs(ratio / math.sqrt(40 / 39) - 1) > WRONG * expected
+    error = math.sqrt(40) * found.error
+    assert spread_error(error, values.std(ddof=1), draws) < DRAWN
+    assert spread_error(error, values.std(), draws) > WRONG  # the root of g / (g - 1) left out
 
 
 def test_many_contexts_are_drawn_in_parts(monkeypatch):

@@ -13,7 +13,7 @@ from manyheads.experiment import estimates
 from manyheads.experiment.estimates import Estimate, difference, estimate, newcombe, ratio
 from manyheads.experiment.rows import Metric
 from oracles.rows import crossed, rows
-from tolerance import nearly
+from tolerance import DRAWN, WRONG, nearly, spread_error
 
 SHARE = Metric("m", "share", higher=True, kind="share")
 MEAN = Metric("m", "mean")
@@ -37,8 +37,9 @@ def test_a_bootstrap_of_few_groups_is_every_resample_stretched_twice(monkeypatch
     for factor, close in ((few * t / z, True), (t / z, False), (few, False), (1.0, False)):
         want = np.mean(values) + factor * np.array([low, high])
         assert ((found.low, found.high) == pytest.approx(tuple(want), rel=0.02)) == close
-    assert found.error == pytest.approx(np.std(values, ddof=1) / math.sqrt(5), rel=0.01)
-    assert found.error != pytest.approx(np.std(values) / math.sqrt(5), rel=0.03)
+    error = math.sqrt(5) * found.error
+    assert spread_error(error, np.std(values, ddof=1), 40_000) < DRAWN
+    assert spread_error(error, np.std(values), 40_000) > WRONG
 
 
 def test_groups_of_unequal_size_are_resampled_whole(monkeypatch):
@@ -48,7 +49,9 @@ def test_groups_of_unequal_size_are_resampled_whole(monkeypatch):
     means = [np.mean(np.concatenate(picked)) for picked in itertools.product(groups, repeat=4)]
     found = estimate(rows(values, members), MEAN)
     assert found.value == nearly(values.mean()) and found.groups == 4 and found.n == 8
-    assert found.error == pytest.approx(math.sqrt(4 / 3) * np.std(means), rel=0.015)
+    kurtosis = float(scipy_stats.kurtosis(means, fisher=False))
+    assert spread_error(found.error, math.sqrt(4 / 3) * np.std(means), 40_000, kurtosis) < DRAWN
+    assert spread_error(found.error, np.std(means), 40_000, kurtosis) > WRONG
     alone = estimate(rows(values), MEAN)
     assert alone.groups == 8 and alone.error != pytest.approx(found.error, rel=0.1)
 
