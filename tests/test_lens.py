@@ -270,7 +270,7 @@ def test_the_interval_of_a_share_stays_one():
     low, high = share.interval()
     assert plain.interval()[1][0, 0] > 0.99 and (high <= 1).all() and (low >= 0).all()
     assert (low <= share.mean + 1e-9).all() and (high >= share.mean - 1e-9).all() and (low[0, :2] < high[0, :2]).all()
-    assert is_close([x[0, 1] for x in (low, high)], [x[0, 1] for x in plain.interval()])  # in the middle
+    assert is_close([x[0, 1] for x in (low, high)], [x[0, 1] for x in plain.interval()], 0.02)  # in the middle
     two = np.array([[[0.99]], [[0.6]]])
     assert (
         HeadTable("x", ("a",), two).interval()[1].max()

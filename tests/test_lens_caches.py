@@ -34,7 +34,7 @@ def same(got, want):
     assert got.tables.keys() == want.tables.keys()
     for name, table in want.tables.items():
         assert got.tables[name].values.shape == table.values.shape, name
-        if is_far(got.tables[name].values, table.values):
+        if not is_close(got.tables[name].values, table.values):
             return False
     pairs = [(a, b) for name in want.series for a, b in zip(got.series[name], want.series[name], strict=True)]
     return all(is_close(a, b) for a, b in pairs)

@@ -92,6 +92,9 @@ def test_what_is_not_finite_has_to_be_alike():
     assert error([1.0, nan, inf], [1.0, nan, inf]) == 0 == error([nan], [nan])
     for wrong in ([1.0, nan, -inf], [1.0, 2.0, inf], [1.0, inf, nan], [1.0, nan], [[1.0, nan, inf]]):
         assert error(wrong, [1.0, nan, inf]) == inf
+    assert is_close(torch.ones(2, 3), 1) and is_far([1.0, 2.0], 1) and not is_far(torch.ones(2, 3), 1)
+    with pytest.raises(AssertionError, match="unequal shapes"):
+        is_far([1.0, 2.0], [1.0])
     assert error([3.0, 4.5], [3.0, 4.0]) == nearly(0.5 / 5)
     assert error([1e-16], [0.0]) > 1 > error([1e-16], [0.0], unit=1.0) == nearly(1e-16)
 

@@ -58,10 +58,12 @@ def _tensor(x: Any) -> Tensor:
 def error(got: Any, want: Any, unit: float | None = None) -> float:
     """Relative RMS error of ``got``; infinite where shapes or what is not finite differ (a NaN equals a NaN).
 
-    ``unit`` takes the place of the RMS of ``want`` where that says nothing of the roundings: of a difference that
-    cancels, the size of what was subtracted.
+    A number stands for all entries. ``unit`` takes the place of the RMS of ``want`` where that says nothing of the
+    roundings: of a difference that cancels, the size of what was subtracted.
     """
     got, want = _tensor(got).double(), _tensor(want).double()
+    if want.ndim == 0:
+        want = want.expand_as(got)
     if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
         return float("inf")
     finite = want.isfinite()
@@ -92,6 +94,7 @@ def is_close(got: Any, want: Any, limit: float | None = None, unit: float | None
 
 def is_far(got: Any, want: Any, limit: float | None = None, unit: float | None = None) -> bool:
     """For controls: whether the error is three times the expected one or more, where ``limit`` is twice it."""
+    assert _tensor(want).ndim == 0 or _tensor(got).shape == _tensor(want).shape, "of unequal shapes nothing is said"
     return error(got, want, unit) >= WRONG / PASSES * (_limit(got, want) if limit is None else limit)
 
 

@@ -101,7 +101,7 @@ def test_pages_are_small_and_self_contained(seen, found):
     assert len(text) < 1_000_000 and len(data["maps"]) == 8 and len(data["series"]) >= 5
     table = next(t for t in data["tables"].values() if "rank" in t)
     mean = seen.found["active_dormant"].tables["sink"].mean
-    assert is_close(table["mean"], mean) and table["count"] == 8
+    assert is_close(table["mean"], mean, 1e-3) and table["count"] == 8
     assert "n = 2" in text and "transformers" in text and "seed 0" in text
     other = html(doctor.page(found))
     checked(other, 5)
