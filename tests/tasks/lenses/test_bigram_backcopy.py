@@ -61,7 +61,7 @@ def test_the_target_of_tvr_is_twice_as_large_with_dyt(monkeypatch):
 
 
 def test_weights_start_uniform_by_their_inputs():
-    """Between plus and minus the root of 1 / inputs, biases 0; the output layer has other numbers of inputs and outputs."""
+    """Between plus and minus the root of 1 / inputs, biases 0; the last layer has more outputs."""
     torch.manual_seed(0)
     model = _untrained(SimpleNamespace(vocab=200, bos=0), 48, 2, 16)
     sizes = []
