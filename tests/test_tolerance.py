@@ -118,9 +118,12 @@ def test_draws_are_compared_with_what_chance_makes():
 
 
 def test_other_ways_of_comparing_are_not_used():
-    """Of torch, numpy and unittest: their tolerances know neither how the numbers were made nor what is expected."""
+    """Of torch, numpy and unittest: their tolerances know neither how the numbers were made nor what is expected.
+
+    On a GPU the order of summation is the library's own: those tests state theirs.
+    """
     other = re.compile(r"\ballclose\(|\bisclose\(.*rtol|testing\.assert_close|assertAlmostEqual|assert_allclose")
     here = Path(__file__).parent
-    found = [f"{path.relative_to(here)}:{n}" for path in here.rglob("*.py") if path != Path(__file__)
+    found = [f"{path.relative_to(here)}:{n}" for path in here.rglob("*.py") if path != Path(__file__) and not path.stem.endswith("_gpu")
              for n, line in enumerate(path.read_text().splitlines(), 1) if other.search(line)]  # fmt: skip
     assert not found

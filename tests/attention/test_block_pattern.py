@@ -10,6 +10,7 @@ from manyheads import UserError
 from manyheads.attention import patterns
 from manyheads.attention.block_pattern import BlockPattern, Rule, refined
 from manyheads.attention.flex_mask import block_mask
+from tolerance import assert_close
 
 RULES = [Rule(), Rule(True, 7), Rule(False), Rule(False, 7)]
 
@@ -149,11 +150,11 @@ def test_block_means_and_scores():
         for i in range(3):
             part = x[b, :, 4 * i : 4 * i + 4][:, valid[b, 4 * i : 4 * i + 4]]
             want = part.mean(1) if part.shape[1] else torch.zeros(3, 4)
-            torch.testing.assert_close(means[b, :, i], want)
+            assert_close(means[b, :, i], want)
     scores = patterns.mean_scores(x, x[:, :1], scale=0.5, block_q=5, block_k=4, valid=valid)
     assert scores.shape == (2, 3, 2, 3) and (scores[0, :, :, 2] == -torch.inf).all()
     want = 0.5 * (x[1, 2, 5:].mean(0) * patterns.block_means(x, 4, valid)[1, 0, 0]).sum()
-    torch.testing.assert_close(scores[1, 2, 1, 0], want)
+    assert_close(scores[1, 2, 1, 0], want)
 
 
 def test_algebra():

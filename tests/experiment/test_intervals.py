@@ -116,6 +116,8 @@ def test_a_share_is_worth_at_most_its_answers_and_at_least_its_groups():
     assert (steady.low, steady.high) == pytest.approx(scipys_wilson(0.5, 6), rel=1e-6)
     one = estimate(rows([1, 0, 1, 1], [0] * 4), SHARE)  # one context is one answer
     assert (one.low, one.high) == pytest.approx(scipys_wilson(0.75, 1.0), rel=1e-6) and one.groups == 1
+    two = estimate(rows([1, 1, 1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]), SHARE)
+    assert (two.low, two.high) == pytest.approx(scipys_wilson(0.5, 2.0), rel=1e-6) and two.groups == 2
     plain = estimate(rows([1, 0, 1, 1, 0]), SHARE)  # every answer stands alone: no few-groups factor
     theirs = scipy_stats.binomtest(3, 5).proportion_ci(0.95, method="wilson")
     assert (plain.low, plain.high) == nearly((theirs.low, theirs.high))
