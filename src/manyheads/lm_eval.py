@@ -108,7 +108,7 @@ class ManyHeadsLM(HFLM):  # type: ignore[misc]
         self._arm = Arm(self.keeping.spec, self.keeping.spec)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        evicts_at_prompts = isinstance(self.keeping, Cache) and self.keeping.schedule in ("prefill", "chunk")
+        evicts_at_prompts = isinstance(self.keeping, Cache) and self.keeping.schedule in ("prefill", "turn", "chunk")
         if self.caches and evicts_at_prompts and self.keeping.spec != "full":
             tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
             raise UserError(

@@ -153,8 +153,18 @@ class Cache(Strategy, ABC):
 
     @property
     def schedule(self) -> str | int:
-        """When tokens are evicted: ``prefill``, ``chunk``, ``step``, or every so many tokens."""
+        """When tokens are evicted: ``prefill``, ``turn``, ``chunk``, ``step``, or every so many tokens."""
         return "prefill"
+
+    def for_turns(self) -> "Cache":
+        """The strategy for a chat: one that would compress the first prompt alone ranks anew at every later one.
+
+        A schedule of its own stays, and so does what never evicts.
+        """
+        fields = {f.name for f in dataclasses.fields(self)}
+        if self.has_budget and "schedule" in fields and self.schedule == "prefill":
+            return dataclasses.replace(self, schedule="turn")  # type: ignore[call-arg]
+        return self
 
     @property
     def record(self) -> int:

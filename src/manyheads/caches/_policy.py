@@ -15,13 +15,14 @@ from ..errors import UserError
 from ..strategy import Cache, Strategy
 from ._view import CacheView, QueryWindow
 
-__all__ = ["CachePolicy", "Schedule", "CacheView"]
+__all__ = ["SCHEDULES", "CachePolicy", "CacheView", "Schedule"]
 
 
 def _as_schedule(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+SCHEDULES = "prefill, turn, chunk, step, or every that many tokens"
 Schedule = Annotated[str | int, BeforeValidator(_as_schedule)]
 
 
@@ -37,8 +38,9 @@ class CachePolicy(Cache):
         budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head. A fraction
             never cuts into the protected tokens, so a text no longer than these is kept whole; a number of slots that
             cannot hold them is refused.
-        schedule: when to evict: ``prefill`` (once, after the first forward), ``chunk`` (after every forward of more
-            than one token), ``step`` (after every forward), or a number m (when m more tokens have come).
+        schedule: when to evict: ``prefill`` (once, after the first prompt), ``turn`` (after every prompt, so that a
+            fraction is one of a whole chat), ``chunk`` (after every forward of more than one token, which is every
+            chunk of a prompt in chunks), ``step`` (after every forward), or a number m (when m more tokens have come).
         sinks: first tokens that are never dropped.
         recent: last tokens that are never dropped.
     """
@@ -48,16 +50,16 @@ class CachePolicy(Cache):
     has_budget: ClassVar[bool] = True
 
     budget: Budget = field(default=0.5, metadata={"help": "fraction (0, 1] of the tokens seen, or a number of slots"})
-    schedule: Schedule = field(default="prefill", metadata={"help": "prefill, chunk, step, or every that many tokens"})
+    schedule: Schedule = field(default="prefill", metadata={"help": SCHEDULES})
     sinks: int = field(default=0, metadata={"help": "first tokens that are never dropped"})
     recent: int = field(default=0, metadata={"help": "last tokens that are never dropped"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", as_budget(self.budget))
-        if self.schedule not in ("prefill", "chunk", "step") and not (
+        if self.schedule not in ("prefill", "turn", "chunk", "step") and not (
             isinstance(self.schedule, int) and self.schedule > 0
         ):
-            raise UserError(f"{self.slug}: schedule is prefill, chunk, step or a number, not {self.schedule!r}")
+            raise UserError(f"{self.slug}: schedule is prefill, turn, chunk, step or a number, not {self.schedule!r}")
         if self.sinks < 0 or self.recent < 0:
             raise UserError(f"{self.slug}: sinks and recent count tokens and cannot be negative")
         if isinstance(self.budget, int):
@@ -80,6 +82,11 @@ class CachePolicy(Cache):
     def kept_whole(self) -> int:
         """Up to how many tokens a text is kept whole and in the model's dtype, whatever fraction may stay."""
         return 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether a prompt that comes in chunks is compressed after its last alone."""
+        return self.schedule in ("prefill", "turn")
 
     @property
     def window(self) -> int:
@@ -115,7 +122,9 @@ class CachePolicy(Cache):
         """Whether to evict after forward number ``forwards`` of ``new`` tokens, ``since`` tokens after the last one."""
         if forwards == 1 or self.schedule == "step":
             return True
-        return (self.schedule == "chunk" and new > 1) or (isinstance(self.schedule, int) and since >= self.schedule)
+        return (self.schedule in ("turn", "chunk") and new > 1) or (
+            isinstance(self.schedule, int) and since >= self.schedule
+        )
 
     def selects(self, site: Site) -> bool:
         return Strategy.selects(self, site) and site.causal and site.layer is not None

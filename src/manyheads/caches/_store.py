@@ -87,12 +87,12 @@ class PolicyStore(Store):
     @property
     def why_not_fixed(self) -> str | None:
         policy, site = self.policy, self.site
-        if policy.schedule not in ("prefill", "chunk"):
+        if policy.schedule not in ("prefill", "turn", "chunk"):
             return (
                 f"{policy.spec} evicts while it decodes, which cannot be compiled; leave room away or use "
                 "schedule=chunk"
             )
-        if policy.accumulated_attention and policy.schedule == "chunk":
+        if policy.accumulated_attention and policy.schedule != "prefill":
             return f"{policy.spec} goes on adding up attention while it decodes; use schedule=prefill"
         if site.window is not None or site.latent is not None:
             return f"{site.name} has a sliding window or latents and cannot be compiled; leave room away"
@@ -169,7 +169,7 @@ class PolicyStore(Store):
     def evict(self, call: AttentionCall) -> None:
         """Observe the attention call, and evict if the schedule says so."""
         slots, new, policy = self.live, call.q.shape[2], self.policy
-        waits = self.prefilling and policy.schedule == "prefill"  # for the rest of the prompt
+        waits = self.prefilling and policy.waits  # for the rest of the prompt
         self._forwards += not waits
         self._since += new
         evicting = not waits and policy.should_evict(self._forwards, new, self._since)
@@ -373,7 +373,7 @@ def _choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
         if not store.record:  # a fork chooses among all tokens, as its policy would after a prompt
             drop_outside_window(slots, store.site.window)
         return
-    if store.site.latent is not None or k.requires_grad or (store.prefilling and policy.schedule == "prefill"):
+    if store.site.latent is not None or k.requires_grad or (store.prefilling and policy.waits):
         return
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values

@@ -31,7 +31,7 @@ class Wrapper(EvictionStrategy):
 
     base: str = field(default="snapkv", metadata={"help": "strategy inside: snapkv, or snapkv(window_size=16)"})
     schedule: Schedule = field(
-        default="base", metadata={"help": "prefill, chunk, step, a number; the base's if not given"}
+        default="base", metadata={"help": "prefill, turn, chunk, step, a number; the base's if not given"}
     )
 
     def __post_init__(self) -> None:

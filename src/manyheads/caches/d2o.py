@@ -42,7 +42,7 @@ from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts
 from ..call import AttentionCall
 from ..errors import UserError
-from ._policy import Schedule
+from ._policy import SCHEDULES, Schedule
 from ._strategy import EvictionStrategy
 from ._view import CacheView, QueryWindow
 
@@ -81,7 +81,7 @@ class D2O(EvictionStrategy):
     )
     alpha: float = field(default=0.5, metadata={"help": "weight of the similarity threshold so far"})
     beta: float = field(default=0.5, metadata={"help": "weight of the new mean similarity"})
-    schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
+    schedule: Schedule = field(default="step", metadata={"help": SCHEDULES})
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
 
     def __post_init__(self) -> None:

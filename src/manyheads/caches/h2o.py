@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.budget import keep_counts
 from ..errors import UserError
-from ._policy import Schedule
+from ._policy import SCHEDULES, Schedule
 from ._strategy import EvictionStrategy
 from ._view import CacheView
 
@@ -35,7 +35,7 @@ class H2O(EvictionStrategy):
 
     accumulated_attention: ClassVar[bool] = True
 
-    schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
+    schedule: Schedule = field(default="step", metadata={"help": SCHEDULES})
     recent_share: float = field(default=0.5, metadata={"help": "part of the budget for the most recent tokens, 0 to 1"})
 
     def __post_init__(self) -> None:

@@ -34,8 +34,8 @@ model passes none on in halves, or caches latents, keys and queries are taken as
 sliding-window layers are not packed; a sliding-window layer has a ranking and a budget of its own, in tokens.
 
 Evicting waits until the last layer has read the prompt, so the peak of a prompt read at once is that of a full cache.
-Tokens that come after it are packed and kept (``schedule=prefill``); with ``chunk`` they are ranked anew whenever many
-come at once.
+Tokens that come after it are packed and kept (``schedule=prefill``); with ``turn`` all are ranked anew at every later
+prompt, with ``chunk`` whenever many come at once.
 """
 
 from collections.abc import Mapping
@@ -95,8 +95,10 @@ class Hedge(EvictionStrategy):
             raise UserError(f"hedge: distinct is a part between 0 and 1, not {self.distinct}")
         if self.window_size < 1:
             raise UserError("hedge: window_size counts queries and is at least 1")
-        if self.schedule not in ("prefill", "chunk"):
-            raise UserError(f"hedge ranks the whole model at once: schedule is prefill or chunk, not {self.schedule}")
+        if self.schedule not in ("prefill", "turn", "chunk"):
+            raise UserError(
+                f"hedge ranks the whole model at once: schedule is prefill, turn or chunk, not {self.schedule}"
+            )
         super().__post_init__()
 
     def store(self, site: Site) -> PolicyStore:

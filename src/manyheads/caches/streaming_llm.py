@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ._policy import Schedule
+from ._policy import SCHEDULES, Schedule
 from ._strategy import EvictionStrategy
 from ._view import CacheView
 
@@ -26,7 +26,7 @@ class StreamingLLM(EvictionStrategy):
     """First ``sinks`` tokens and the most recent others."""
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
-    schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
+    schedule: Schedule = field(default="step", metadata={"help": SCHEDULES})
 
     def score(self, view: CacheView) -> Tensor:
         return view.positions.float()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
-from ._policy import Schedule
+from ._policy import SCHEDULES, Schedule
 from ._strategy import EvictionStrategy
 from ._view import CacheView
 
@@ -26,7 +26,7 @@ __all__ = ["TOVA"]
 class TOVA(EvictionStrategy):
     """Tokens that the last query attends to most, averaged over all heads."""
 
-    schedule: Schedule = field(default="step", metadata={"help": "prefill, chunk, step, or every that many tokens"})
+    schedule: Schedule = field(default="step", metadata={"help": SCHEDULES})
 
     @property
     def window(self) -> int:

@@ -3,11 +3,11 @@
 
 ``generate`` of transformers runs a cache of fixed size compiled too, but prepares inputs, checks guards and waits for
 the device at every token. In :func:`decode` the step with all that it changes (cache, token, position) is captured once
-and replayed. :func:`greedy` goes on from a cache that any number of tokens was read into, in pieces.
+and replayed. :func:`greedy_rows` goes on from a cache that any number of tokens was read into, in pieces.
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .cache import SlotCache, StoreLayer, cache_arguments
 
-__all__ = ["decode", "end_tokens", "greedy"]
+__all__ = ["decode", "end_tokens", "greedy", "greedy_rows", "takes_padding"]
 
 _WARM = 3  # steps before the capture: they compile, and let every library choose its kernels
 _LOOK = 32  # tokens between two looks at whether all rows have ended
@@ -123,34 +123,91 @@ def greedy(
     model: nn.Module, cache: Any, ids: Tensor, max_new_tokens: int, *, ends: Collection[int] = (),
     piece: int | None = None, settled: Callable[[list[int]], bool] | None = None,
 ) -> list[int]:  # fmt: skip
-    """Read ``ids`` behind what ``cache`` holds, and go on with the likeliest tokens, each of which is read once.
+    """:func:`greedy_rows` of one row ``ids [1, T]``: its tokens."""
+    return greedy_rows(
+        model, cache, [ids[0].tolist()], [max_new_tokens], ends=ends, piece=piece, settled=[settled]
+    )[0]  # fmt: skip
 
-    The port of the model must be open.
+
+def greedy_rows(
+    model: nn.Module, cache: Any, tails: Sequence[Sequence[int]], most: Sequence[int], *, ends: Collection[int] = (),
+    piece: int | None = None, settled: Sequence[Callable[[list[int]], bool] | None] = (),
+) -> list[list[int]]:  # fmt: skip
+    """Read a tail in each row behind what ``cache`` holds, and go on with the likeliest tokens, read once each.
+
+    The port of the model must be open. A row that has ended leaves the batch. Tails of unequal length are padded in
+    front and the padding is masked, each row at positions of its own; :func:`takes_padding` says where that is exact.
 
     Args:
         model: a decoder-only transformers model.
-        cache: of one row; it is changed.
-        ids: ``[1, T]``, not read yet, at least one.
-        max_new_tokens: how many to make at most.
-        ends: tokens that end the answer; they are not part of it.
-        piece: most tokens of ``ids`` that are read at once.
-        settled: stop when this says so of the tokens that are made.
+        cache: of as many rows as there are tails; it is changed.
+        tails: token ids that are not read yet, at least one in each row.
+        most: how many to make at most, for each row, at least one.
+        ends: tokens that end a row; they are not part of it.
+        piece: most tokens of the tails that are read at once.
+        settled: for each row, stop it when this says so of its tokens.
 
     Returns:
-        The tokens.
+        The tokens of each row.
     """
-    given, made = cache_arguments(model, cache), list[int]()
+    given, device = cache_arguments(model, cache), next(model.parameters()).device
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = 1  # those of a long text would not fit
+    width, seen = max(map(len, tails)), int(cache.get_seq_length())
+    ids = torch.tensor([[0] * (width - len(tail)) + list(tail) for tail in tails], device=device)
+    told = None
+    if any(len(tail) < width for tail in tails):
+        told = torch.ones(len(tails), seen + width, dtype=torch.long, device=device)
+        for row, tail in zip(told, tails, strict=True):
+            row[seen : seen + width - len(tail)] = 0
+
+    def forward(fed: Tensor, upto: int) -> list[int]:
+        more = {}
+        if told is not None:
+            mask = told[:, :upto]
+            more = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, -fed.shape[1] :]}
+        chosen: list[int] = model(input_ids=fed, **given, **more).logits[:, -1].argmax(-1).tolist()
+        return chosen
+
+    made: list[list[int]] = [[] for _ in tails]
+    rows = list(range(len(tails)))  # that still go on
     with torch.inference_mode():
-        for fed in ids.split(piece or ids.shape[1], 1):
-            logits = model(input_ids=fed, **given).logits
-        while len(made) < max_new_tokens:
-            token = int(logits[0, -1].argmax())
-            if token in ends:
-                break
-            made.append(token)
-            if len(made) == max_new_tokens or (settled is not None and settled(made)):
-                break
-            logits = model(input_ids=ids.new_tensor([[token]]), **given).logits
-    return made
+        for start in range(0, width, piece or width):
+            fed = ids[:, start : start + (piece or width)]
+            chosen = forward(fed, seen + start + fed.shape[1])
+        while True:
+            going = []
+            for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+                if token in ends:
+                    continue
+                made[row].append(token)
+                done = settled[row] if settled else None
+                if len(made[row]) < most[row] and not (done is not None and done(made[row])):
+                    going.append(place)
+            if not going:
+                return made
+            if len(going) < len(rows):
+                cache.batch_select_indices(torch.tensor(going, device=device))
+                told = None if told is None else told[going]
+            rows, fed = [rows[place] for place in going], ids.new_tensor([[chosen[place]] for place in going])
+            if told is not None:
+                told = torch.cat([told, told.new_ones(len(rows), 1)], 1)
+            chosen = forward(fed, 0 if told is None else told.shape[1])
+
+
+def takes_padding(model: nn.Module, cache: Any) -> bool:
+    """Whether rows of unequal length can go on from ``cache`` together: each then is what it would be alone.
+
+    So where every layer is a store of ours without a window (which counts columns, padding too), no states stand beside
+    it, nothing is evicted any more by a schedule that counts tokens of a forward, and positions can be given.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    seen = int(cache.get_seq_length())
+    return all(
+        type(layer) is StoreLayer
+        and layer.site.window is None
+        and layer.strategy.schedule == "prefill"
+        and seen > getattr(layer.strategy, "kept_whole", 0)
+        for layer in cache.layers
+    )

@@ -7,18 +7,20 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ...data import files
 from ...errors import UserError
 from ...experiment.rows import Row, Value, WorkUnit
 from ...experiment.subjects import CausalLM
 from ...experiment.task import RunContext
-from ...integrations.decoding import end_tokens, greedy
+from ...integrations.decoding import end_tokens, greedy_rows, takes_padding
 from ...models.chat import chat_text, chats
+from ...strategy import Cache
+from ._choices import Choice, continued
 from ._corpus import encode
 from ._haystack import Haystack, TooShort
-from ._prefill import Prefix, chunk_size
+from ._prefill import Prefix, chunk_size, sequences_at_once
 from ._text_task import TextTask, model_of, tensor
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["AnsweredTask", "Asked", "Judge", "Query", "haystack", "size", "tokens", "users_folder", "written"]
 
 _SHOWN = 600  # characters of a reply that a row keeps
+_UNPACKED = 4  # times the bytes of a packed cache that it takes while rows are put together
 
 
 def users_folder(task: str, given: str, home: str, what: str) -> Path:
@@ -57,15 +60,17 @@ class Query:
 
     Attributes:
         tail: the text, template included.
-        judges: of the reply, a row each.
+        judges: of the written reply, a row each; without any none is written.
         settled: a reply that all judges gave 1 cannot lose it by going on, so that its writing may stop.
         most: tokens of the reply, where that is less than the task's.
+        choices: among replies that are given, a row each.
     """
 
     tail: str
     judges: tuple[Judge, ...]
     settled: bool = False
     most: int = 2**31
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,26 @@ class Asked:
     plain: bool = False
 
 
+_Read = tuple[list[int], Query]  # a query with the tokens of its tail
+
+
+@dataclass(frozen=True)
+class _At:
+    """What rows are about: an arm, a length and a sample, the number of its first query, bytes held, and the text."""
+
+    arm: Arm
+    length: int
+    sample: int
+    first: int
+    held: int
+    text: str
+
+    @property
+    def piece(self) -> int | None:
+        """Most tokens to read at once."""
+        return chunk_size(self.arm, self.length)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnsweredTask(TextTask):
     """Base of the tasks with a written reply: greedy, from a cache that was compressed when the context was read.
@@ -96,14 +121,16 @@ class AnsweredTask(TextTask):
         reply: most tokens of a reply.
     """
 
+    least_reply: ClassVar[int] = 1
+
     text: str = "prose"
     query_aware: bool = False
     reply: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reply < 1:
-            raise UserError("reply counts tokens: give 1 or more")
+        if self.reply < self.least_reply:
+            raise UserError(f"reply counts tokens: give {self.least_reply} or more")
         if self.repeat:
             raise UserError("repeat goes with the tasks on plain text: perplexity, niah_single, ...")
 
@@ -143,12 +170,15 @@ class AnsweredTask(TextTask):
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         length, sample = unit.params["length"], unit.params["sample"]
+        priors: dict[str, list[float]] = {}
         for asked in self.asked(run, length, sample):
             arms = run.arms[:1] if asked.plain else run.arms
             number = 0
             for heads, queries in _read(run, asked, self.query_aware):
                 for arm, cache in self.caches(run, heads, arms):
-                    yield from self._replies(run, arm, cache, queries, asked, (length, sample, number))
+                    at = _At(arm, length, sample, number, cache.bytes(), asked.text)
+                    yield from self._choose(run, cache, queries, priors, at)
+                    yield from self._replies(run, cache, queries, at)
                 number += len(queries)
         run.advance(unit.cost)
 
@@ -159,47 +189,88 @@ class AnsweredTask(TextTask):
             with prefix.open(arm) as cache:
                 yield arm, cache
 
-    def _replies(
-        self, run: RunContext, arm: Arm, cache: Any, queries: Sequence[tuple[list[int], Query]], asked: Asked,
-        place: tuple[int, int, int],
+    def _choose(
+        self, run: RunContext, cache: Any, queries: Sequence[_Read], priors: dict[str, list[float]], at: _At
     ) -> Iterator[Row]:  # fmt: skip
-        length, sample, first = place
-        held, piece = cache.bytes(), chunk_size(arm, length)
+        """Rows of all choices; ``cache`` stays as it is, and ``priors`` take those that have no metric."""
         for i, (tail, query) in enumerate(queries):
-            own = cache if i == len(queries) - 1 else copy.deepcopy(cache)  # no question sees another
-            reply = self._reply(run, own, tail, query, piece)
-            name = f"{length}-{sample}"
-            for k, judge in enumerate(query.judges):
-                yield self.row(
-                    judge.metric, arm, judge.value(reply), f"{name}.{first + i}.{k}", context=name,
-                    at={"length": length, **judge.at}, bytes=held,
-                    about={"reply": reply[:_SHOWN], "text": asked.text},
-                )  # fmt: skip
+            if not query.choices:
+                continue
+            texts = [
+                [tail + tokens(run, choice.opening + text) for text in choice.candidates] for choice in query.choices
+            ]
+            found = continued(model_of(run), copy.deepcopy(cache), texts, at.piece)
+            for k, (choice, nats) in enumerate(zip(query.choices, found, strict=True)):
+                if not choice.metric:
+                    priors[choice.prior] = nats
+                    continue
+                value, lead = choice.value(nats, priors[choice.prior] if choice.prior else None)
+                yield self._row(choice.metric, value, at, f"{at.first + i}.choice{k}", choice.at, lead=lead)
 
-    def _reply(self, run: RunContext, cache: Any, tail: list[int], query: Query, piece: int | None) -> str:
+    def _replies(self, run: RunContext, cache: Any, queries: Sequence[_Read], at: _At) -> Iterator[Row]:
+        """Rows of all written replies; ``cache`` is used up."""
+        asked = [i for i, (_, query) in enumerate(queries) if query.judges and self.reply]
+        replies: dict[int, str] = {}
+        for group in _groups(run, cache, {i: len(queries[i][0]) for i in asked}, at):
+            last = len(replies) + len(group) == len(asked)
+            own = cache if last else copy.deepcopy(cache)  # no question sees another
+            if len(group) > 1:
+                own.batch_repeat_interleave(len(group))
+            written = self._written(run, own, [queries[i] for i in group], at.piece)
+            replies |= zip(group, written, strict=True)
+        for i in asked:
+            for k, judge in enumerate(queries[i][1].judges):
+                shown, value = replies[i][:_SHOWN], judge.value(replies[i])
+                yield self._row(judge.metric, value, at, f"{at.first + i}.{k}", judge.at, reply=shown)
+
+    def _row(
+        self, metric: str, value: float, at: _At, part: str, where: Mapping[str, Value], **about: Any
+    ) -> Row:  # fmt: skip
+        name = f"{at.length}-{at.sample}"
+        return self.row(
+            metric, at.arm, value, f"{name}.{part}", context=name, at={"length": at.length, **where}, bytes=at.held,
+            about={**about, "text": at.text},
+        )  # fmt: skip
+
+    def _written(self, run: RunContext, cache: Any, group: Sequence[_Read], piece: int | None) -> list[str]:
+        """Replies to questions of which each has a row of ``cache``."""
         subject = cast(CausalLM, run.subject)
 
         def text(made: list[int]) -> str:
             return str(subject.tokenizer.decode(made, skip_special_tokens=True))
 
-        def settled(made: list[int]) -> bool:
-            return all(judge.value(text(made)) == 1 for judge in query.judges)
+        def settled(query: Query) -> Callable[[list[int]], bool] | None:
+            return (lambda made: all(judge.value(text(made)) == 1 for judge in query.judges)) if query.settled else None
 
         ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
-        made = greedy(
-            subject.model, cache, tensor(run, [tail]), min(self.reply, query.most), ends=ends, piece=piece,
-            settled=settled if query.settled else None,
+        made = greedy_rows(
+            subject.model, cache, [tail for tail, _ in group], [min(self.reply, query.most) for _, query in group],
+            ends=ends, piece=piece, settled=[settled(query) for _, query in group],
         )  # fmt: skip
-        return text(made)
+        return [text(one) for one in made]
 
     def draws(self, run: RunContext, length: int, sample: int) -> Generator:
         """Draws of one sample; those of another length or task are others."""
         return run.rng(task=self.name, length=length, sample=sample)
 
 
+def _groups(run: RunContext, cache: Any, lengths: Mapping[int, int], at: _At) -> list[list[int]]:
+    """Questions, by their number, that are answered together, of which the ``lengths`` in tokens are given.
+
+    As many as fit; of one length where padding would change a row; one by one beside strategies that act on attention.
+    """
+    alone = not all(isinstance(strategy, Cache) for strategy in at.arm.strategies)
+    most = 1 if alone else sequences_at_once(run.device, _UNPACKED, at.held)
+    padded = takes_padding(model_of(run), cache)
+    alike: dict[int, list[int]] = {}
+    for i, length in lengths.items():
+        alike.setdefault(0 if padded else length, []).append(i)
+    return [those[i : i + most] for those in alike.values() for i in range(0, len(those), most)]
+
+
 def _read(
     run: RunContext, asked: Asked, query_aware: bool
-) -> Iterator[tuple[list[list[int]], list[tuple[list[int], Query]]]]:  # fmt: skip
+) -> Iterator[tuple[list[list[int]], list[_Read]]]:  # fmt: skip
     """What is read before compression and after it, in tokens; if ``query_aware`` each query by itself."""
     heads = [tokens(run, head, first=not i) for i, head in enumerate(asked.heads)]
     tails = [(tokens(run, query.tail), query) for query in asked.queries]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 from ....experiment.subjects import CausalLM
 from ....experiment.task import RunContext
@@ -24,7 +24,9 @@ def said(role: str, content: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTask(AnsweredTask):
-    """Base of the tasks in a model's chat template."""
+    """Base of the tasks in a model's chat template. ``reply=0`` writes no replies and judges by likelihood alone."""
+
+    least_reply: ClassVar[int] = 0
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         subject = cast(CausalLM, run.subject)

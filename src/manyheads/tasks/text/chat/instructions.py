@@ -10,6 +10,7 @@ from ....errors import UserError
 from ....experiment.rows import Metric
 from ....experiment.task import RunContext
 from .._answered import Asked, Judge, Query, written
+from .._choices import Choice
 from ._chat import ChatTask, said
 from ._rules import draw
 
@@ -25,19 +26,23 @@ class Instructions(ChatTask):
     """The rules are read and compressed with the text; the request comes after. A rule is a row, so that one can see
     which of them eviction loses (arXiv 2510.00231).
 
-    ``unasked`` is what the baseline's reply to the same text without rules keeps of them: what a figure is worth.
+    ``preferred`` needs no reply: of two that differ only in what a rule is about, the one that keeps it has gained more
+    likelihood by the rules than the other, against what the baseline says without them; guessing gets half.
+    ``followed`` is of the written reply. Without the rules one kind of eight is mostly kept, the mark that is not to be
+    used; ``unasked`` is what the baseline's reply to the same text without rules keeps of them.
 
     Attributes:
         rules: in each context, of different kinds.
     """  # fmt: skip
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("followed", "rules kept", higher=True, kind="share", floor=0.5),
+        Metric("preferred", "rules preferred kept", higher=True, kind="share", floor=0.5),
+        Metric("followed", "rules kept", higher=True, kind="share", floor=0.2),
         Metric("unasked", "rules kept unasked", higher=True, kind="share"),
     )
-    lengths: tuple[int, ...] = (512,)
+    lengths: tuple[int, ...] = (384,)
     rules: int = 2
-    reply: int = 96
+    reply: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,15 +52,16 @@ class Instructions(ChatTask):
     def asked(self, run: RunContext, length: int, sample: int) -> list[Asked]:
         rules = draw(self.draws(run, length, sample), self.rules)
         sentences, text = self.passage(run, length, sample)
+        listed = _RULES.format("\n".join(f"{i}. {rule.text}" for i, rule in enumerate(rules, 1)))
 
         def write(n: int) -> list[Asked]:
             body = _TEXT.format(" ".join(sentences[: n + 1]))
-            listed = _RULES.format("\n".join(f"{i}. {rule.text}" for i, rule in enumerate(rules, 1)))
             made = []
-            for before, metric in ((listed, "followed"), ("", "unasked")):
+            for before, judged, chosen in (("", "unasked", ""), (listed, "followed", "preferred")):
                 head, tail = written(run, [said("user", before + body + _QUESTION)], _QUESTION)
-                judges = tuple(Judge(metric, rule.kept, {"rule": rule.kind}) for rule in rules)
-                made.append(Asked((head,), (Query(tail, judges),), text, plain=metric == "unasked"))
+                judges = tuple(Judge(judged, rule.kept, {"rule": rule.kind}) for rule in rules)
+                choices = tuple(Choice(chosen, rule.replies, prior=rule.kind, at={"rule": rule.kind}) for rule in rules)
+                made.append(Asked((head,), (Query(tail, judges, choices=choices),), text, plain=not before))
             return made
 
         return self.filled(run, length, write, len(sentences) - 1)

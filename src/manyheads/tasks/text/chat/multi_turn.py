@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
 from ....errors import UserError
-from ....experiment.rows import Metric
+from ....experiment.rows import Metric, Value
 from ....experiment.subjects import CausalLM
 from ....experiment.task import RunContext
 from ....integrations import use
@@ -22,80 +20,72 @@ from ....integrations.transformers import new_cache
 from ....models.chat import chat_text
 from ....spec import parse
 from ....strategy import Cache
-from .._answered import Asked, Judge, Query
+from .._answered import Asked, Query
 from .._prefill import cache_of, forward_chunked
-from .._scores import names_only
 from .._text_task import model_of, tensor
 from ._chat import ChatTask, said
-from .qa import FACTS, names, person
+from .qa import ASKED, FACTS, names, question, values
 
 if TYPE_CHECKING:
     from ....experiment import Arm
 
-__all__ = ["MultiTurn", "between_turns"]
+__all__ = ["MultiTurn"]
 
 _REPLY = "Thank you, I will keep that in mind."
 _QUESTION = "Answer by what I told you. {}"
-_ASKED = 4  # facts of a dialogue, one of each kind
-
-
-def between_turns(strategy: Cache) -> Cache:
-    """``strategy`` evicting after every turn where it would only after the first; a schedule of its own stays."""
-    fields = {f.name for f in dataclasses.fields(cast(Any, strategy))}
-    if "schedule" in fields and strategy.schedule == "prefill":
-        return dataclasses.replace(cast(Any, strategy), schedule="chunk")  # type: ignore[no-any-return]
-    return strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiTurn(ChatTask):
-    """Every turn tells a fact among sentences of other matter, and is answered by the same words. After the last turn
-    facts of the first, the last and two turns between are asked for, each question going on from the same cache; none
-    sees another. The cache goes from turn to turn: what was evicted is gone, and a budget that is a fraction is one of
-    all tokens so far. A strategy that would compress the first turn only evicts after every turn (``schedule=chunk``),
-    after that of the question too. Guessing gets 1 in 10 to 12.
+    """Every turn tells the same kind of fact of another person, among sentences of other matter, and is answered by the
+    same words. After the last turn the facts of the first, the last and two turns between are asked for, each question
+    going on from the same cache; none sees another. The cache goes from turn to turn: what was evicted is gone, and a
+    budget that is a fraction is one of all tokens so far. A strategy that would compress the first turn only ranks anew
+    at every turn (:meth:`manyheads.strategy.Cache.for_turns`), at that of the question too.
+
+    ``chosen`` and ``remembered`` are judged as in ``chat.qa``: of the values of the four turns the right one is the
+    likeliest, and the written reply names it and no other. Guessing gets a quarter of either, or less.
 
     Attributes:
         turns: of the user, before the question.
     """  # fmt: skip
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("remembered", "facts of earlier turns", higher=True, kind="share", floor=0.5),
+        Metric("chosen", "fact of an earlier turn chosen of 4", higher=True, kind="share", floor=1 / ASKED),
+        Metric("remembered", "facts of earlier turns", higher=True, kind="share", floor=1 / ASKED),
     )
-    lengths: tuple[int, ...] = (768,)
+    lengths: tuple[int, ...] = (512,)
     turns: int = 6
-    reply: int = 32
+    reply: int = 24
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.turns < _ASKED:
-            raise UserError(f"turns is {_ASKED} or more: as many facts are asked for")
+        if self.turns < ASKED:
+            raise UserError(f"turns is {ASKED} or more: as many facts are asked for")
         if self.query_aware:
             raise UserError("chat.multi_turn asks after turns that are compressed already: leave query_aware away")
 
     def asked(self, run: RunContext, length: int, sample: int) -> list[Asked]:
         rng = self.draws(run, length, sample)
-        people = names(rng, self.turns)
-        facts = [person(rng) for _ in people]
-        kinds = [int(k) for k in rng.permutation(len(FACTS))]
+        people, kind = names(rng, self.turns), int(rng.integers(len(FACTS)))
+        chosen = [round(x) for x in np.linspace(0, self.turns - 1, ASKED)]
+        drawn = values(rng, kind, self.turns)
+        told = dict(zip([*chosen, *(i for i in range(self.turns) if i not in chosen)], drawn, strict=True))
         sentences, text = self.passage(run, length, sample)
-        chosen = [round(x) for x in np.linspace(0, self.turns - 1, _ASKED)]
 
         def write(n: int) -> list[Asked]:
             messages = list[dict[str, str]]()
             for i in range(self.turns):
-                kind = kinds[chosen.index(i)] if i in chosen else kinds[i % len(kinds)]
-                fact = FACTS[kind][1].format(who=people[i], what=facts[i][kind])
+                fact = FACTS[kind][1].format(who=people[i], what=told[i])
                 other = " ".join(sentences[i :: self.turns][: n + 1])
                 messages += [said("user", f"{fact} {other}"), said("assistant", _REPLY)]
             queries = []
-            for i, kind in zip(chosen, kinds, strict=True):
-                name, _, question, values = FACTS[kind]
-                asked = [*messages, said("user", _QUESTION.format(question.format(who=people[i])))]
-                right = facts[i][kind]
-                judge = partial(names_only, right, [value for value in values if value != right])
-                heads, tail = self._turns(run, asked)
-                queries.append(Query(tail, (Judge("remembered", judge, {"turn": i + 1, "kind": name}),)))
+            for i in chosen:
+                mine = [told[i], *(told[j] for j in chosen if j != i)]
+                at: dict[str, Value] = {"turn": i + 1, "kind": FACTS[kind][0]}
+                asks, judge, choice = question(kind, people[i], mine, at, ("chosen", "remembered"))
+                heads, tail = self._turns(run, [*messages, said("user", _QUESTION.format(asks))])
+                queries.append(Query(tail, (judge,), choices=(choice,)))
             return [Asked(heads, tuple(queries), text)]
 
         return self.filled(run, length, write, len(sentences) // self.turns - 1)
@@ -116,7 +106,7 @@ class MultiTurn(ChatTask):
         for arm in arms:
             strategies = arm.strategies
             keeping = cache_of(strategies)
-            kept = between_turns(keeping) if keeping is not None else cast(Cache, parse("full"))
+            kept = (keeping if keeping is not None else cast(Cache, parse("full"))).for_turns()
             with ExitStack() as stack:
                 if acting := [strategy for strategy in strategies if not isinstance(strategy, Cache)]:
                     stack.enter_context(use(model, *acting))
