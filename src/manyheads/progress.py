@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "shown", "time_left"]
 
-_KNOWN = 2.0  # seconds after which the time left is said
+_KNOWN = 3.0  # seconds after which the time left is said,
+_PIECES, _SHARE = 2, 0.02  # and pieces of work done, or share of it: one piece says little of the others
 
 
 class Progress(Protocol):
@@ -33,14 +34,14 @@ def shown(quiet: bool) -> Iterator[Progress]:
         TimeElapsedColumn,
     )
 
-    console, begun = Console(stderr=True, highlight=False), time.monotonic()
+    console, pace = Console(stderr=True, highlight=False), _Pace(time.monotonic())
     if quiet or not console.is_terminal:
         said: list[str] = []
 
         def say(done: float, total: float, message: str) -> None:
+            left = pace.left(time.monotonic(), done, total)
             if message and not quiet and said[-1:] != [message]:
                 said.append(message)
-                left = time_left(time.monotonic() - begun, done / total)
                 console.print(f"{done / total:4.0%} {message}{left and f' ({left})'}", markup=False)
 
         yield say
@@ -56,18 +57,38 @@ def shown(quiet: bool) -> Iterator[Progress]:
         bar = display.add_task("", total=None, left="")
 
         def update(done: float, total: float, message: str) -> None:
-            left = time_left(time.monotonic() - begun, done / total)
+            left = pace.left(time.monotonic(), done, total)
             display.update(bar, completed=done, total=total, description=message, left=left)
 
         yield update
 
 
-def time_left(passed: float, share: float) -> str:
+class _Pace:
+    """How fast the work goes: what was done before the first report, as by a run that goes on, took no time of this."""
+
+    def __init__(self, begun: float) -> None:
+        self.begun = begun
+        self.first: float | None = None
+        self.last = 0.0
+        self.pieces = 0
+
+    def left(self, now: float, done: float, total: float) -> str:
+        if self.first is None:
+            self.first = self.last = done
+        self.pieces += done > self.last
+        self.last = max(self.last, done)
+        rest = total - self.first
+        return time_left(now - self.begun, (done - self.first) / rest if rest > 0 else 1.0, self.pieces)
+
+
+def time_left(passed: float, share: float, pieces: int = _PIECES) -> str:
     """How long it will take after ``passed`` seconds for a ``share`` of the work; empty where nobody can know.
+
+    That is in the first three seconds, and until two ``pieces`` of the work or a fiftieth of it are done.
 
     time_left(30, 0.25)  # "about 1:30 left"
     """
-    if passed < _KNOWN or not 0 < share < 1:
+    if passed < _KNOWN or not 0 < share < 1 or (pieces < _PIECES and share < _SHARE):
         return ""
     seconds = round(passed * (1 - share) / share)
     hours, minutes = seconds // 3600, seconds // 60 % 60

@@ -23,6 +23,8 @@ SIZES = {
 VISION = {
     "ViT": {"intermediate_size": 64}, "Dinov2": {"mlp_ratio": 2},
     "Dinov2WithRegisters": {"mlp_ratio": 2, "num_register_tokens": 2},
+    "Yolos": {"intermediate_size": 64, "num_detection_tokens": 5},  # tokens behind the patches
+    "Aimv2Vision": {"intermediate_size": 64},  # a class token that only its head has
 }  # fmt: skip
 SPEECH = {
     "vocab_size": 600, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -34,7 +36,9 @@ SPEECH = {
 
 def vision(name):
     torch.manual_seed(0)
-    sizes = SIZES if name == "ViT" else {**SIZES, "image_size": 48}  # the others stretch their positions
+    sizes = SIZES if name in ("ViT", "Yolos") else {**SIZES, "image_size": 48}  # the others stretch their positions
+    if name == "Aimv2Vision":
+        sizes = {**SIZES, "image_size": 32}
     config = getattr(transformers, f"{name}Config")(**sizes, **VISION[name])
     return getattr(transformers, f"{name}Model")(config).eval()
 
@@ -71,38 +75,49 @@ def speech():
 @pytest.mark.parametrize("name", VISION)
 def test_an_image_against_dense_maps(name, picture):
     model = vision(name)
-    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 48})
+    columns = 4 if name == "Aimv2Vision" else 6  # whose positions are of squares
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 8 * columns})
     (signal,) = read_images([picture], model, processor)
     seen = inspect_signals(model, [signal], ["sinks"])
     model.set_attn_implementation("eager")
     with torch.no_grad():
         maps = torch.cat(model(**signal.values, output_attentions=True).attentions).double()  # [L, H, T, T]
-    before = 1 + (2 if name.endswith("Registers") else 0)
-    size = before + 24
-    assert signal.grid == (4, 6) and maps.shape[-1] == size == len(signal.labels) == len(signal.ids)
-    assert signal.labels[0] == "class token" and signal.labels[before + 7] == "row 1, column 1"
+    before = {"Dinov2WithRegisters": 3, "Aimv2Vision": 0}.get(name, 1)
+    patches, behind = 4 * columns, 5 if name == "Yolos" else 0
+    size = before + patches + behind
+    assert signal.grid == (4, columns) and maps.shape[-1] == size == len(signal.labels) == len(signal.ids)
+    assert signal.labels[before + columns + 1] == "row 1, column 1"
+    assert signal.labels[:1] == (["class token"] if before else ["row 0, column 0"])
+    assert signal.labels[size - behind :] == [f"detection token {i}" for i in range(behind)]
     own = seen.found["attention"]
-    want = {"class token": maps[..., 0].clone(), "itself": maps.diagonal(dim1=2, dim2=3).clone()}
-    want["class token"][..., 0] = 0  # that is itself
+    want = {"itself": maps.diagonal(dim1=2, dim2=3).clone()}
+    if before:
+        want["class token"] = maps[..., 0].clone()
+        want["class token"][..., 0] = 0  # that is itself
     around = torch.zeros(size, size)
-    for a in range(24):
-        for b in range(24):
-            (r, c), (s, d) = divmod(a, 6), divmod(b, 6)
+    for a in range(patches):
+        for b in range(patches):
+            (r, c), (s, d) = divmod(a, columns), divmod(b, columns)
             around[before + a, before + b] = a != b and abs(r - s) <= 1 and abs(c - d) <= 1
     want["the patches around it"] = (maps * around).sum(-1)
     if before > 1:
         alone = (torch.arange(size) > 0) & (torch.arange(size) < before)  # a register's weight on itself
         want["registers"] = maps[..., 1:before].sum(-1) - want["itself"] * alone
+    if behind:
+        alone = torch.arange(size) >= size - behind
+        want["detection tokens"] = maps[..., size - behind :].sum(-1) - want["itself"] * alone
     for part, mass in want.items():
         assert is_close(own.tables[part].mean, mass.mean(-1)), part
     assert is_close(sum(own.tables[part].mean for part in seen.parts), 1)
     assert is_close(own.series[RECEIVED][0], maps.mean((0, 1, 2)) * size)
-    given = maps[-1, 2, 0] * size
-    assert is_close(own.series[f"{CLASS}, head 1.2"][0], given)
-    assert is_far(given, maps[-1, 2, :, 0] * size)  # what it is given is not what it gives
-    wrong = torch.zeros(size, size)  # neighbours if columns were counted first
-    order = torch.arange(24).reshape(4, 6).T.flatten()
-    wrong[before:, before:] = around[before:, before:][order][:, order]
+    if before:
+        given = maps[-1, 2, 0] * size
+        assert is_close(own.series[f"{CLASS}, head 1.2"][0], given)
+        assert is_far(given, maps[-1, 2, :, 0] * size)  # what it is given is not what it gives
+    else:
+        assert not any(name.startswith(CLASS) for name in own.series)
+    wrong = torch.zeros(size, size)  # neighbours one patch off, as where a token before them is not counted
+    wrong[1:, 1:] = around[:-1, :-1]
     assert is_far((maps * wrong).sum(-1).mean(-1), want["the patches around it"].mean(-1))
     best = int(maps.mean((0, 1, 2)).argmax())
     assert signal.labels[best] in own.notes[0] and own.records.popitem()[1][0]["column"] == best

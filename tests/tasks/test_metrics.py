@@ -44,7 +44,7 @@ TIMES = {
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {
-    "associative_recall.recalled": 0.25, "recall_in_text.recalled": 0.25, "channel_damage.answered": 0.5,
+    "associative_recall.recalled": 0.5657, "recall_in_text.recalled": 0.5657, "channel_damage.answered": 0.5,
     "channel_damage.grammatical": 0.5,
     "niah_multikey.multikey": 0.5, "niah_single.query_agnostic": 0.5, "niah_single.query_aware": 0.5,
     "pair_recall.recalled": 0.5, "variable_tracking.tracked": 0.5,
@@ -65,7 +65,7 @@ def test_kinds_units_and_floors():
             name = f"{task}.{metric.name}"
             if task in BETTER:
                 assert (metric.kind == "share") == (metric.name in SHARES), name
-                assert metric.floor == FLOORS.get(name), name
+                assert metric.floor == pytest.approx(FLOORS.get(name), abs=1e-4), name
             assert (metric.kind == "time") == (name in TIMES) and metric.unit == TIMES.get(name, metric.unit), name
             tail = metric.title.rpartition(", ")[2]
             assert tail in (metric.title, metric.unit) or "/" not in tail, name  # a title with a unit has the metric's

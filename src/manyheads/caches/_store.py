@@ -140,10 +140,9 @@ class PolicyStore(Store):
         if policy.schedule != "prefill":
             if policy.gathers:
                 return None
-            if policy.window and self._queries is not None:
-                self._queries = self._queries.join(QueryWindow(call.q, flat.counts[:, None].clone())).last(
-                    policy.window
-                )
+            if policy.window:
+                mine = QueryWindow(call.q, flat.counts[:, None].clone())
+                self._queries = mine if self._queries is None else self._queries.join(mine).last(policy.window)
         self._forwards += 1
         self._since += 1
         return self.tokens.decode(call)
@@ -238,9 +237,10 @@ class PolicyStore(Store):
                 _evict_all_layers(self)
                 return
             self._ragged |= keep_best(policy, view, slots, counts, limit, 1.0 if share is None else share)
-        if policy.schedule == "prefill" and not self.record:  # nothing is scored again
+        if policy.waits and not self.record:  # nothing is scored again, or by the queries that come from here on
             self._queries = None
-            slots.extras.pop(_RECEIVED, None)
+            if policy.schedule == "prefill":
+                slots.extras.pop(_RECEIVED, None)
             if policy.needs_queries:
                 self.state.clear()
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences made by a rule, on which a mixer shows what it can remember."""
 
+from math import comb
+
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["associative_recall"]
+__all__ = ["associative_recall", "guessed_recall"]
 
 
 def associative_recall(
@@ -51,3 +53,31 @@ def associative_recall(
     ids.scatter_(1, at + 1, value.gather(1, order))
     loss_mask.scatter_(1, at, True)
     return ids, loss_mask[:, :-1]
+
+
+def guessed_recall(pairs: int, values: int) -> float:
+    """Expected share of the values of :func:`associative_recall`, asked once, that the best guess without keys gets.
+
+    Such a guess knows which values stand in the sequence and which of them have been said since: it takes the one that
+    is left most often. With k pairs left their values are k independent uniform draws, so that it is right with
+    probability E[M_k] / k, M_k being how often the most frequent of them was drawn. A draw from all values of the
+    sequence, with nothing crossed out, gets ``1 / pairs + (1 - 1 / pairs) / values`` and less.
+
+    Args:
+        pairs: in a sequence, each asked for once.
+        values: that there are, all equally likely.
+    """
+    return sum(_most_frequent(left, values) / left for left in range(1, pairs + 1)) / pairs
+
+
+def _most_frequent(draws: int, values: int) -> float:
+    """Expected number of the most frequent of ``values`` in so many uniform draws: the sum of P(M > m) over m."""
+    return sum(1 - _sequences(draws, values, most) / values**draws for most in range(draws))
+
+
+def _sequences(draws: int, values: int, most: int) -> int:
+    """Sequences of ``draws`` in which none of ``values`` comes more than ``most`` times."""
+    ways = [1] + [0] * draws  # by length, value after value
+    for _ in range(values):
+        ways = [sum(comb(n, m) * ways[n - m] for m in range(min(n, most) + 1)) for n in range(draws + 1)]
+    return ways[draws]

@@ -234,7 +234,7 @@ def judge(
 
 def _metrics(plan: Planned) -> dict[tuple[str, str], Metric]:
     """Metrics of the tasks of a plan by task key and name."""
-    return {(task.key, metric.name): metric for task in plan.tasks for metric in task.metrics}
+    return {(task.key, metric.name): metric for task in plan.tasks for metric in task.stated}
 
 
 def _figures(rows: Sequence[Row], plan: Planned, metrics: Mapping[tuple[str, str], Metric]) -> list[dict[str, Any]]:

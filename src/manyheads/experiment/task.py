@@ -124,10 +124,19 @@ class Task(ABC):
 
     def metric(self, name: str) -> Metric:
         """The metric of that name."""
-        for metric in self.metrics:
+        for metric in self.stated:
             if metric.name == name:
                 return metric
-        raise ValueError(f"{self.key} has no metric {name!r}; it has {', '.join(m.name for m in self.metrics)}")
+        raise ValueError(f"{self.key} has no metric {name!r}; it has {', '.join(m.name for m in self.stated)}")
+
+    @property
+    def stated(self) -> tuple[Metric, ...]:
+        """The metrics as the task's fields have them: a floor by guessing can depend on how many there are to guess."""
+        return self.metrics
+
+    def floored(self, **floors: float) -> tuple[Metric, ...]:
+        """The metrics with other floors, by name."""
+        return tuple(dataclasses.replace(m, floor=floors.get(m.name, m.floor)) for m in self.metrics)
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         """Why this cannot be measured on the subject, None if it can; loads no more than it must."""

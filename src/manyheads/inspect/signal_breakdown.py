@@ -153,13 +153,18 @@ def _places(view: AttentionView) -> tuple[tuple[str, ...], Tensor]:
     )
     before = signal.labels[: signal.prefix]
     plain = [name for name in before if not name.startswith("register")]
-    names = (*plain, *(["registers"] if len(plain) < len(before) else []), _ITSELF, _AROUND, _ELSEWHERE)
+    last = signal.prefix + rows * columns  # behind the patches
+    names = (
+        *plain, *(["registers"] if len(plain) < len(before) else []), *(["detection tokens"] if last < size else []),
+        _ITSELF, _AROUND, _ELSEWHERE,
+    )  # fmt: skip
     first = len(names) - 3
     kinds = torch.full((size, size), first + 2, dtype=torch.uint8, device=device)  # what a class token sees of patches
-    kinds[signal.prefix :, signal.prefix :] = first + apart.clamp(max=2).to(torch.uint8)
+    kinds[signal.prefix : last, signal.prefix : last] = first + apart.clamp(max=2).to(torch.uint8)
     for i in range(signal.prefix):
         kinds[:, i] = min(i, len(plain))
-        kinds[i, i] = first
+    kinds[:, last:] = first - 1
+    kinds.fill_diagonal_(first)
     return names, kinds
 
 

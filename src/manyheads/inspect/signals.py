@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and recordings as prompts: their files are read, each token is named, and no tokenizer is asked.
 
-A token of an image is a patch, by row and column, behind the class token and the registers; one of a recording is a
-frame, by its time. What the decoder of a speech model reads is what it transcribes itself, greedily.
+A token of an image is a patch, by row and column, behind the class token and the registers, and before the tokens that
+detect objects; one of a recording is a frame, by its time. What the decoder of a speech model reads is what it
+transcribes itself, greedily.
 """
 
 import hashlib
@@ -25,6 +26,8 @@ __all__ = ["Laid", "Signal", "read_audio", "read_images"]
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _CLASS = ("cls_token", "class_embedding", "class_token", "distillation_token")  # parameters that are a token
+_DETECTS = "detection_tokens"  # one that is several, ``[1, N, D]``, behind the patches
+_BEHIND = ("head", "pool", "decoder")  # in the name of a module whose tokens no layer of the encoder sees
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Signal(Prompt):
         labels: a name for each token.
         words: of the transcript, token by token.
         digest: of the file.
-        prefix: tokens before the patches.
+        prefix: tokens before the patches; what is behind them are tokens that detect.
         grid: rows and columns of patches; none for a recording.
         picture: ``[H, W, 3]`` of ``uint8``, the image as the model sees it.
         frames: of the encoder.
@@ -94,10 +97,15 @@ def read_images(paths: Sequence[str | Path], model: nn.Module, processor: Any = 
     if not isinstance(patch, int | list | tuple):
         raise UserError(f"{type(model).__name__} has no patches of one size, so its tokens have no place in an image")
     high, wide = (patch, patch) if isinstance(patch, int) else patch
-    named = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    named = {
+        name.rpartition(".")[2]: x
+        for name, x in model.named_parameters()
+        if not any(word in part for part in name.split(".")[:-1] for word in _BEHIND)
+    }
     first = [name for name in _CLASS if name in named]
     before = ["class token", "distillation token"][: len(first)]
     before += [f"register {i}" for i in range(int(getattr(config, "num_register_tokens", 0) or 0))]
+    after = [f"detection token {i}" for i in range(named[_DETECTS].shape[1] if _DETECTS in named else 0)]
     made = []
     for path in map(Path, paths):
         raw = _bytes(path, "--image")
@@ -108,7 +116,7 @@ def read_images(paths: Sequence[str | Path], model: nn.Module, processor: Any = 
             raise UserError(f"{path} is no image that can be read ({error}); give a PNG or JPEG") from None
         values = _prepared(image, processor, config)
         rows, columns = values.shape[2] // high, values.shape[3] // wide
-        labels = [*before, *(f"row {r}, column {c}" for r in range(rows) for c in range(columns))]
+        labels = [*before, *(f"row {r}, column {c}" for r in range(rows) for c in range(columns)), *after]
         made.append(Signal(
             list(range(len(labels))), path.name, values={"pixel_values": values}, labels=labels, grid=(rows, columns),
             prefix=len(before), picture=_seen(values, processor)[: rows * high, : columns * wide],

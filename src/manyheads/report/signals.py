@@ -66,10 +66,11 @@ def _overlays(seen: Inspection, signals: list[Signal]) -> Section:
                 title, _, unit = name.partition(", ")
                 whole = np.asarray(rows[n], float)
                 kind, *more = unit.split(", ")  # of our own series: unit, then which layer and head
-                patches = whole[one.prefix :]
+                high, wide = one.grid or (0, 0)
+                patches = whole[one.prefix : one.prefix + high * wide]
                 log = bool(patches.min() > 0 and patches.max() > _FAR * patches.mean())  # else outliers hide the rest
                 of = (kind or spec) + (", logarithmic colours" if log else "")
-                made = card(patches.reshape(1, *(one.grid or ())), ", ".join([title, *more]), of, log)
+                made = card(patches.reshape(1, high, wide), ", ".join([title, *more]), of, log)
                 first = [f"{label} {number(v)}" for label, v in zip(one.labels, whole[: one.prefix], strict=False)]
                 over.append({**made, "said": "; ".join([made["said"], *first])})
         size = (films[n].shape[2], films[n].shape[1])

@@ -97,14 +97,12 @@ class Summary:
     @cached_property
     def measured(self) -> list[Measured]:
         """The metrics that have rows, in the order of tasks and metrics."""
-        from ..tasks import load
-
         found = []
         groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
         for row in self.results.rows:
             groups.setdefault((row.task, row.metric), {}).setdefault(row.arm, []).append(row)
         for task, about in self.experiment["tasks"].items():
-            for metric in load(about["task"]).metrics:
+            for metric in _metrics(about):
                 if rows := groups.get((task, metric.name)):
                     of_base = rows.get(self.base.key, [])
                     weak = not_discriminative(metric, of_base, self.base) or ""
@@ -214,6 +212,19 @@ class Summary:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+
+def _metrics(about: Mapping[str, str]) -> tuple[Metric, ...]:
+    """Metrics of a task whose fields a run has kept as text; by its defaults where this version has other fields."""
+    from ast import literal_eval
+
+    from ..tasks import load
+
+    kind = load(about["task"])
+    try:
+        return kind(**{name: literal_eval(text) for name, text in about.items() if name != "task"}).stated
+    except (TypeError, ValueError, SyntaxError):  # of which UserError is one
+        return kind.metrics
 
 
 def _items(where: Mapping[str, Value] | None) -> list[tuple[str, Value]]:

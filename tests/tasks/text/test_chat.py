@@ -19,13 +19,12 @@ from manyheads.tasks import load, names
 from manyheads.tasks.text._answered import size
 from manyheads.tasks.text._scores import overlap
 from manyheads.tasks.text.chat import system_prompt
-from manyheads.tasks.text.chat.multi_turn import between_turns
-from manyheads.tasks.text.chat.qa import FACTS
+from manyheads.tasks.text.chat.qa import ASKED, FACTS
 from tiny import chat as tiny
 from tiny.compare import tiny as plain
 
 CHAT = [name for name in names("text") if name.startswith("chat.")]
-LENGTH = 900
+LENGTH = 1400
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +66,13 @@ def test_a_model_without_chat_template_is_refused_in_one_line(name, tmp_path):
 def test_contexts_are_in_the_template_and_fit(name, reader):
     run = tiny.context(tiny.scripted(), reader)
     for sample in range(3):
-        for asked in task_of(name).asked(run, LENGTH, sample):
-            assert 0.7 * LENGTH < size(run, asked) <= LENGTH
+        made = task_of(name).asked(run, LENGTH, sample)
+        assert 0.7 * LENGTH < max(size(run, asked) for asked in made) <= LENGTH
+        for asked in made:
             text = "".join(asked.heads)
-            assert text.startswith("<user>\n" if asked.plain or name != "chat.system_prompt" else "<system>\n")
+            metrics = {judge.metric for query in asked.queries for judge in query.judges}
+            system = name == "chat.system_prompt" and metrics != {"unseen"}
+            assert text.startswith("<system>\n" if system else "<user>\n")
             assert all(query.tail.endswith("</user>\n<assistant>\n") for query in asked.queries)
             assert len({query.tail for query in asked.queries}) == len(asked.queries)
 
@@ -82,7 +84,14 @@ def test_questions_are_answered_by_the_passage_and_by_nothing_else(name, reader)
     assert len(asked.queries) == 4
     for query in asked.queries:
         value, others = truth(asked, query.tail)
-        (judge,) = query.judges
+        (judge,), (choice,) = query.judges, query.choices
+        said = {one.strip() for one in choice.candidates}
+        assert choice.candidates[choice.right] == f" {value}" and len(said) == ASKED and said - {value} <= set(others)
+        text = "".join(asked.heads)
+        assert f"{choice.opening} {value}" in text and not any(f"{choice.opening} {one}" in text for one in others)
+        assert all(
+            re.search(rf"\b{one}\b", text) for one in said
+        )  # so that to know the text without the people is a guess
         assert judge.value(f"It is {value}.") == 1 == judge.value(value.upper())
         assert judge.value(f"{value} or {others[0]}") == 0 == judge.value(others[1]) == judge.value("")
 
@@ -93,7 +102,7 @@ def test_no_question_sees_another(reader):
     run = tiny.context(model, reader)
     task = task_of("chat.qa", reply=6)
     (asked,) = task.asked(run, LENGTH, 0)
-    replies = [row.about["reply"] for row in tiny.rows(task, run)]
+    replies = [row.about["reply"] for row in tiny.rows(task, run) if row.metric == "answered"]
     alone, after = [], ""
     for query in asked.queries:
         for texts, into in (([asked.heads[0], query.tail], alone), ([asked.heads[0], after, query.tail], None)):
@@ -117,51 +126,91 @@ def test_turns_are_read_one_by_one_through_what_was_kept(reader):
     heads = [encoded(reader, head) for head in asked.heads]
     assert len(heads) == task.turns and all(head.count("<user>") == 1 for head in asked.heads)
     by_hand = {}
-    for schedule in ("chunk", "prefill"):
+    for schedule in ("turn", "prefill"):
         with torch.inference_mode(), use(model):
             cache = new_cache(model, parse(f"keydiff:budget=0.3,schedule={schedule}"))
             for head in heads:
                 model(input_ids=torch.tensor([head]), past_key_values=cache)
             by_hand[schedule] = cache.bytes()
     rows = {row.arm: row for row in tiny.rows(task, run)}
-    assert rows[arm.key].bytes == by_hand["chunk"] < by_hand["prefill"] < rows["full"].bytes
+    assert rows[arm.key].bytes == by_hand["turn"] < by_hand["prefill"] < rows["full"].bytes
     assert rows[arm.key].bytes < 0.35 * rows["full"].bytes
-
-
-def test_a_schedule_of_its_own_stays():
-    assert between_turns(parse("keydiff")).schedule == "chunk"
-    assert between_turns(parse("streaming_llm:schedule=step")).schedule == "step"
-    assert between_turns(parse("keydiff:schedule=64")).schedule == 64
 
 
 def test_rules_are_scored_one_by_one_and_unasked(reader):
     task = task_of("chat.instructions")
     bare = tiny.context(tiny.scripted(), reader)
-    with_rules, without = task.asked(bare, LENGTH, 0)
+    without, with_rules = task.asked(bare, LENGTH, 0)
     assert "Keep these rules" in with_rules.heads[0] and "Keep these rules" not in without.heads[0] and without.plain
     assert with_rules.queries[0].tail == without.queries[0].tail
     said = "Nothing, of the kind: a Thing was seen."
     model = tiny.scripted(encoded(reader, said))
     rows = list(tiny.rows(task, tiny.context(model, reader, Arm("small", "keydiff", 0.5))))
     assert [(row.metric, row.arm) for row in rows] == [
-        ("followed", "full"), ("followed", "full"), ("followed", "small:budget=0.5"),
-        ("followed", "small:budget=0.5"), ("unasked", "full"), ("unasked", "full"),
+        ("unasked", "full"), ("unasked", "full"),
+        *[(metric, arm) for arm in ("full", "small:budget=0.5") for metric in ("preferred",) * 2 + ("followed",) * 2],
     ]  # fmt: skip
     kept = {judge.at["rule"]: float(judge.value(said)) for judge in with_rules.queries[0].judges}
-    assert all(row.value == kept[row.at["rule"]] and row.about["reply"] == said for row in rows)
+    assert all(
+        row.value == kept[row.at["rule"]] and row.about["reply"] == said for row in rows if row.metric != "preferred"
+    )
     assert len({(row.metric, row.arm, row.sample) for row in rows}) == len(rows)
 
 
+def test_a_rule_that_is_lost_is_preferred_by_half(reader):
+    """A model that reads no rule likes both replies as much as without one; control: one reply a little more."""
+    (choice, _) = (
+        task_of("chat.instructions").asked(tiny.context(tiny.scripted(), reader), LENGTH, 0)[1].queries[0].choices
+    )
+    assert choice.value([-9.0, -4.0], [-9.0, -4.0]) == (0.5, 0.0) and choice.value([-8.9, -4.0], [-9.0, -4.0])[0] == 1
+    assert choice.value([-9.0, -4.0])[0] == 0  # without the prior the likelier reply would always win
+    run = tiny.context(tiny.scripted(), reader)
+    task = task_of("chat.instructions", samples=40)
+    wrong = 0
+    for sample in range(task.samples):
+        for rule in (choice for choice in task.asked(run, LENGTH, sample)[1].queries[0].choices):
+            kept, twin = rule.candidates
+            assert kept != twin
+            wrong += kept < twin  # a preference of its own, whatever was said
+    assert 0.3 < wrong / (2 * task.samples) < 0.7
+
+
+def test_without_replies_only_choices_are_made(reader):
+    for name in CHAT:
+        rows = list(tiny.rows(task_of(name, reply=0), tiny.context(plain(), reader)))
+        assert {row.metric for row in rows} <= {"chosen", "preferred", "obeyed"} and rows, name
+        assert all("reply" not in row.about and "lead" in row.about for row in rows)
+    with pytest.raises(UserError, match="reply counts tokens"):
+        load("ruler.vt")(reply=0)
+
+
+def test_orders_of_secrecy_take_turns(reader):
+    """Half of the contexts order the contrary, so that always refusing is no obedience; a leak is one of a secret."""
+    run, task = tiny.context(tiny.scripted(), reader), task_of("chat.system_prompt")
+    orders = []
+    for sample in range(4):
+        bare, unseen, asked = task.asked(run, LENGTH, sample)
+        (choice,) = asked.queries[1].choices
+        assert bare.plain and unseen.plain and not any(query.choices for query in unseen.queries)
+        assert bare.queries[1].choices[0].candidates == choice.candidates
+        assert system_prompt._GUARD not in bare.heads[0] and system_prompt._OPEN not in bare.heads[0]
+        guarded = system_prompt._GUARD in asked.heads[0]
+        assert guarded == ("No, " in choice.candidates[choice.right]) == bool(asked.queries[1].judges)
+        assert guarded != (system_prompt._OPEN in asked.heads[0])
+        orders.append(guarded)
+    assert orders == [True, False, True, False]
+
+
 def test_a_leak_is_the_overlap_with_the_system_prompt(reader):
-    task = task_of("chat.system_prompt")
-    asked, blind = task.asked(tiny.context(tiny.scripted(), reader), LENGTH, 0)
+    task = task_of("chat.system_prompt", reply=200)
+    _, blind, asked = task.asked(tiny.context(tiny.scripted(), reader), LENGTH, 0)
     prompt = re.search(r"<system>\n(.*)</system>", asked.heads[0])[1]
     assert "<system>" not in blind.heads[0] and "Never repeat" in prompt and blind.plain
     half = " ".join(prompt.split()[: len(prompt.split()) // 2])
     model = tiny.scripted(encoded(reader, half))
     rows = list(tiny.rows(task, tiny.context(model, reader)))
     found = {row.metric: row.value for row in rows}
-    assert set(found) == {"followed", "leak", "unasked", "unseen"}
+    assert set(found) == {"preferred", "obeyed", "followed", "leak", "unasked", "unseen"}
     assert found["leak"] == found["unseen"] == pytest.approx(overlap(half, prompt)) and 0.3 < found["leak"] < 0.7
     assert asked.queries[1].judges[0].value(prompt) == 1 and asked.queries[1].judges[0].value("I may not.") < 0.1
 
@@ -192,7 +241,8 @@ def test_less_is_better_of_a_leak(values, weak):
 def test_settings_that_cannot_be_are_refused():
     for name, fields, said in (
         ("chat.multi_turn", {"turns": 3}, "4 or more"), ("chat.multi_turn", {"query_aware": True}, "query_aware"),
-        ("chat.instructions", {"rules": 4}, "1, 2 or 3"), ("chat.qa", {"reply": 0}, "1 or more"),
+        ("chat.instructions", {"rules": 4}, "1, 2 or 3"), ("chat.qa", {"reply": -1}, "0 or more"),
+        ("chat.qa", {"people": 3}, "4 to 480"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             task_of(name, **fields)

@@ -49,7 +49,7 @@ FACTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ),
 )  # fmt: skip
 ASKED = 4  # questions of a passage, one of each kind, about as many people
-_TOKENS = 128  # of a passage for each person
+_TOKENS = 256  # of a passage for each person
 _INTRO = "Read this text. It also tells of some people.\n\n"
 _QUESTION = "Answer by the text above. {}"
 
@@ -97,7 +97,7 @@ class QuestionAnswering(ChatTask):
     if it names the value and no other of its kind. Guessing gets a quarter of either: one of what the four have.
 
     Attributes:
-        people: that the passage tells of; 0 for one in 128 tokens, at least four. Each further one is one more that a
+        people: that the passage tells of; 0 for one in 256 tokens, at least four. Each further one is one more that a
             model can take for another.
     """  # fmt: skip
 
