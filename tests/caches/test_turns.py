@@ -3,6 +3,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -105,15 +106,36 @@ def test_a_turn_in_chunks_is_one_turn(llama):
     assert all(map(torch.equal, found["turn", 90], found["chunk", 90]))
 
 
+def generated(model, cache, turns=TURNS):
+    """A chat by ``generate``, each call with the whole conversation so far."""
+    ids = models.tokens(1, 1, seed=9)[:, :0]
+    for n, length in enumerate(turns):
+        ids = torch.cat([ids, models.tokens(1, length, seed=n)], 1)
+        ids = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=2, do_sample=False,
+            eos_token_id=None,
+        )  # fmt: skip
+    return ids
+
+
 def test_generate_goes_on_with_a_chat(llama):
-    """The cache of ``generate`` after several calls, each with the whole conversation so far, is that of the turns."""
-    with manyheads.use(llama):
-        cache, ids = new_cache(llama, parse(f"knorm:budget={BUDGET},schedule=turn")), models.tokens(1, 1, seed=9)[:, :0]
-        for n, length in enumerate(TURNS):
-            ids = torch.cat([ids, models.tokens(1, length, seed=n)], 1)
-            ids = llama.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=2, do_sample=False,
-                eos_token_id=None,
-            )  # fmt: skip
+    """The cache of ``generate`` after several calls is that of the turns."""
+    with manyheads.use(llama), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*schedule=turn")
+        cache = new_cache(llama, parse(f"knorm:budget={BUDGET},schedule=turn"))
+        ids = generated(llama, cache)
         held = kept(cache) / heads(cache)
         assert held == math.ceil(BUDGET * (ids.shape[1] - 2)) + 1  # the reply's token comes on top until the next turn
+
+
+def test_a_chat_under_the_schedule_of_one_prompt_is_told(llama):
+    """Once, from the second later prompt on; a question about a prompt is no chat, nor is what keeps everything."""
+    with manyheads.use(llama):
+        for spec, turns, warns in (
+            ("knorm:budget=0.25", 3, True), ("knorm:budget=0.25", 2, False), ("knorm:budget=1.0", 3, False),
+            ("full", 3, False), ("tova:budget=0.25", 3, False),
+        ):  # fmt: skip
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                generated(llama, new_cache(llama, parse(spec)), TURNS[:turns])
+            assert sum("schedule=turn" in str(one.message) for one in said) == warns, spec

@@ -39,8 +39,9 @@ class CachePolicy(Cache):
             never cuts into the protected tokens, so a text no longer than these is kept whole; a number of slots that
             cannot hold them is refused.
         schedule: when to evict: ``prefill`` (once, after the first prompt), ``turn`` (after every prompt, so that a
-            fraction is one of a whole chat; what scores by queries goes by those since the last time), ``chunk`` (after every forward of more than one token, which is every
-            chunk of a prompt in chunks), ``step`` (after every forward), or a number m (when m more tokens have come).
+            fraction is one of a whole chat; what scores by queries goes by those since the last time), ``chunk`` (after
+            every forward of more than one token, which is every chunk of a prompt in chunks), ``step`` (after every
+            forward), or a number m (when m more tokens have come).
         sinks: first tokens that are never dropped.
         recent: last tokens that are never dropped.
     """

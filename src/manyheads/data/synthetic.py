@@ -72,7 +72,8 @@ def guessed_recall(pairs: int, values: int) -> float:
 
 def _most_frequent(draws: int, values: int) -> float:
     """Expected number of the most frequent of ``values`` in so many uniform draws: the sum of P(M > m) over m."""
-    return sum(1 - _sequences(draws, values, most) / values**draws for most in range(draws))
+    within = sum(_sequences(draws, values, most) for most in range(draws))
+    return draws - within / float(values**draws)
 
 
 def _sequences(draws: int, values: int, most: int) -> int:

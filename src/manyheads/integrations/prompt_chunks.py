@@ -13,8 +13,12 @@ from torch import nn
 from transformers import GenerationMixin
 
 from ..call import Store
+from ..errors import warn
+from .cache import StoreLayer, find_cache
 
 __all__ = ["begin_forward", "tell", "watch_generate"]
+
+_CHAT = 2  # prompts behind the first: one may be a question about it, more are a chat
 
 
 class _Prompt(threading.local):
@@ -87,8 +91,24 @@ class _Noted:
             given = [kwargs.get("attention_mask"), *args[:1], *named]
         whole = next((x for x in given if x is not None), None)
         before = _prompt.length
+        if whole is not None:
+            _note_turn(find_cache(*kwargs.values()), int(whole.shape[1]))
         _prompt.length = int(whole.shape[1]) if size and whole is not None else 0
         try:
             return self.generate(*args, **kwargs)
         finally:
             _prompt.length, _prompt.more = before, None
+
+
+def _note_turn(cache: Any, length: int) -> None:
+    """Say it once where a chat goes on behind a prompt that alone is compressed, so that a fraction is one of that."""
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    if not seen or length - seen < 2:  # one token is the last of a prompt that was read before
+        return
+    turns = vars(cache)["_turns"] = vars(cache).get("_turns", 0) + 1
+    kept = [layer.strategy for layer in cache.layers if isinstance(layer, StoreLayer) and layer.strategy.has_budget]
+    if turns == _CHAT and kept and kept[0].schedule == "prefill" and kept[0].budget != 1.0:
+        warn(
+            f"{kept[0].spec} compressed the first prompt of this chat and keeps all that came since: with "
+            "schedule=turn it ranks anew at every turn, and holds its budget of the whole chat"
+        )

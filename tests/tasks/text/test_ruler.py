@@ -240,3 +240,15 @@ def test_the_longest_that_fits(length):
     assert len(made) <= length and (len(made) == 26 or len(made) + 3 > length)
     with pytest.raises(TooShort):
         fitted(write, len, 1, 8)
+
+
+def test_documents_of_the_same_question_are_the_first_others(make, reader):
+    """HotpotQA gives ten for a question, and a text of no more of them shows no other; longer ones show others too."""
+    run = tiny.context(tiny.scripted(), reader)
+    for length, only in ((500, True), (1400, False)):
+        (asked,) = make("ruler.qa_2").asked(run, length, 0)
+        text = "".join(asked.heads)
+        (row,) = set(re.findall(r"town of poet (\d+)\?", text + asked.queries[0].tail))
+        hills = re.findall(r"hill (\d+)\.\d", text)
+        assert f"Town {row} lies in land {row}" in text and len(hills) > 2
+        assert (set(hills) == {row}) == only and (only or hills.count(row) == 8)

@@ -170,12 +170,54 @@ def test_other_scores_of_longbench():
     assert 0 < longbench.code_similarity("return y", "return x") < 1
 
 
-def test_rouge_l_is_that_of_the_subsequence():
-    pytest.importorskip("rouge_score", reason="needs the extra [longbench]")
-    one, two = "the cat sat on the mat", "a cat lay on the big mat"
-    same = longest(one.split(), two.split())
-    precision, recall = same / len(one.split()), same / len(two.split())
-    assert longbench.rouge_l(one, two) == nearly(2 * precision * recall / (precision + recall))
+def subsequence(one, two):
+    """Words of a longest common subsequence, by trying all of them."""
+    for size in range(len(one), 0, -1):
+        for part in itertools.combinations(one, size):
+            rest = iter(two)
+            if all(word in rest for word in part):
+                return set(part)
+    return set()
+
+
+def test_rouge_l_is_of_the_sets_of_words_of_sentences():
+    """As the benchmark's library has it; one sequence of all words would find less where sentences change places."""
+    pytest.importorskip("rouge", reason="needs the extra [longbench]")
+    reply, answer = "the cat sat on the mat. a dog ran", "one dog ran off. the old cat sat on a rug"
+    texts = [[part.split() for part in text.split(".")] for text in (reply, answer)]
+    words_ = [{word for part in text for word in part} for text in texts]
+    same = set().union(*(subsequence(one, two) for one in texts[0] for two in texts[1]))
+    precision, recall = (len(same) / len(each) for each in words_)
+    want = 2 * precision * recall / (precision + recall)
+    assert longbench.rouge_l(reply, answer) == nearly(want)
+    plain = longest(*([word for part in text for word in part] for text in texts))
+    assert 2 * plain / (9 + 11) < 0.8 * want
+    assert longbench.rouge_l("", answer) == longbench.rouge_l("...", answer) == 0
+
+
+def test_code_similarity_counts_matching_letters():
+    """By pairing letters of the longest common runs off, in whole hundredths; lines that are no code do not count."""
+
+    def matching(one, two):
+        runs = [
+            (size, i, j) for i in range(len(one)) for j in range(len(two))
+            for size in range(1, min(len(one) - i, len(two) - j) + 1) if one[i : i + size] == two[j : j + size]
+        ]  # fmt: skip
+        if not runs:
+            return 0
+        size, i, j = max(runs, key=lambda run: (run[0], -run[1], -run[2]))
+        return size + matching(one[:i], two[:j]) + matching(one[i + size :], two[j + size :])
+
+    for reply, answer in (
+        ("return xy", "return yx + 1"),
+        ("a = b", "if c:"),
+        ("x", ""),
+        ("for i in y:", "for j in y:"),
+    ):
+        ratio = 2 * matching(reply, answer) / (len(reply) + len(answer))
+        for written in (reply, f"\n\n{reply}\nmore", f"# a note\n```\n{reply}"):
+            assert longbench.code_similarity(written, answer) == pytest.approx(ratio, abs=0.0051)
+            assert (100 * longbench.code_similarity(written, answer)) % 1 == pytest.approx(0, abs=1e-6)
 
 
 def test_frequent_words_differ_in_number():

@@ -33,21 +33,30 @@ def token_f1(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def rouge_l(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """F-measure of ROUGE-L by the library rouge-score; LongBench's own library cuts words a little otherwise.
+    """F-measure of ROUGE-L by the library that LongBench takes, ``rouge``: of the set of words that stand in a longest
+    common subsequence of any two sentences, where rouge-score compares the texts as two sequences and finds far less.
+
+    What the library cannot read (nothing, or a sentence of a thousand words) gets 0, as in the benchmark.
 
     Raises:
         UserError: the library is not installed.
-    """
+    """  # fmt: skip
     del classes
-    if find_spec("rouge_score") is None:
-        raise UserError('ROUGE-L needs rouge-score; install it with `pip install "manyheads[longbench]"`')
-    from rouge_score.rouge_scorer import RougeScorer
+    if find_spec("rouge") is None:
+        raise UserError('ROUGE-L needs the library rouge; install it with `pip install "manyheads[longbench]"`')
+    from rouge import Rouge
 
-    return float(RougeScorer(["rougeL"]).score(answer, reply)["rougeL"].fmeasure)
+    try:
+        return float(Rouge(["rouge-l"]).get_scores(reply, answer)[0]["rouge-l"]["f"])
+    except (ValueError, RecursionError):
+        return 0.0
 
 
 def classification(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """1 over the number of classes that the reply names, if the answer is one; parts of its name do not count."""
+    """1 over the number of classes that the reply names, if the answer is one; parts of its name do not count.
+
+    LongBench's own code passes over every second of such parts where several follow each other.
+    """
     named = [one for one in classes if one in reply and not (one in answer and one != answer)]
     return 1 / len(named) if answer in named else 0.0
 
@@ -71,10 +80,13 @@ def retrieval(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def code_similarity(reply: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Ratio of matching letters of the reply's first line that is code and of the answer (``difflib``)."""
+    """Ratio of matching letters of the reply's first line that is code and of the answer, in whole hundredths.
+
+    By ``difflib``, as fuzzywuzzy, which LongBench takes, has it.
+    """
     del classes
     lines = (line for line in reply.lstrip("\n").split("\n") if not any(mark in line for mark in ("`", "#", "//")))
-    return SequenceMatcher(None, next(lines, ""), answer).ratio()
+    return round(100 * SequenceMatcher(None, next(lines, ""), answer).ratio()) / 100
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,9 @@ class LongBench(AnsweredTask):
         if reason := super().unsupported_reason(run):
             return reason
         summed = [name for name in self._rows(run) if DATASETS[name].score is rouge_l]
-        if summed and find_spec("rouge_score") is None:
+        if summed and find_spec("rouge") is None:
             return (
-                f"longbench scores {', '.join(summed)} by ROUGE-L, which needs rouge-score: "
+                f"longbench scores {', '.join(summed)} by ROUGE-L, which needs the library rouge: "
                 '`pip install "manyheads[longbench]"`, or name others, as longbench:datasets=qasper+trec'
             )
         return None

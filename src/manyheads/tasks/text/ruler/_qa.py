@@ -23,11 +23,16 @@ _PREFIX = "Answer:"
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the documents that answer it, and the wordings of the answer that count."""
+    """A question, the documents that answer it, and the wordings of the answer that count.
+
+    Attributes:
+        near: documents that are shown before any others: of the same article, or found for the same question.
+    """
 
     question: str
     documents: tuple[str, ...]
     answers: tuple[str, ...]
+    near: tuple[str, ...] = ()
 
 
 def read(folder: Path) -> tuple[list[Question], list[str]]:
@@ -52,12 +57,17 @@ def read(folder: Path) -> tuple[list[Question], list[str]]:
 
 def _squad(content: Any) -> Iterator[tuple[list[Question], list[str]]]:
     for article in content["data"]:
+        every = dict.fromkeys(str(paragraph["context"]) for paragraph in article["paragraphs"])
         for paragraph in article["paragraphs"]:
             context = str(paragraph["context"])
+            near = tuple(one for one in every if one != context)
             yield (
                 [
                     Question(
-                        str(qa["question"]), (context,), tuple(dict.fromkeys(str(a["text"]) for a in qa["answers"]))
+                        str(qa["question"]),
+                        (context,),
+                        tuple(dict.fromkeys(str(a["text"]) for a in qa["answers"])),
+                        near,
                     )
                     for qa in paragraph["qas"]
                     if qa["answers"] and not qa.get("is_impossible")
@@ -71,12 +81,16 @@ def _hotpot(content: Any) -> Iterator[tuple[list[Question], list[str]]]:
         every = {title: f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]}
         golden = dict.fromkeys(title for title, _ in row["supporting_facts"])
         documents = tuple(every[title] for title in golden)
-        yield [Question(str(row["question"]), documents, (str(row["answer"]),))], list(every.values())
+        near = tuple(one for one in every.values() if one not in documents)
+        yield [Question(str(row["question"]), documents, (str(row["answer"]),), near)], list(every.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class QaTask(RulerTask):
     """Base: the documents that answer a question, hidden among others; one of the answer's wordings is expected.
+
+    As in the paper, documents of the same article, or those found for the same question, are the first others. Of
+    HotpotQA the paper always shows all ten; here those that answer come first, so that a short context can be made.
 
     Attributes:
         folder: of the files; by default that below the folder that ``MANYHEADS_DATA`` names.
@@ -96,7 +110,9 @@ class QaTask(RulerTask):
         order = run.rng(task=self.name, questions="order").permutation(len(questions))
         one = questions[order[sample % len(questions)]]
         rng = self.draws(run, length, sample)
-        others = [documents[i] for i in rng.permutation(len(documents)) if documents[i] not in one.documents]
+        others = [one.near[i] for i in rng.permutation(len(one.near))]
+        shown = {*one.documents, *others}
+        others += [documents[i] for i in rng.permutation(len(documents)) if documents[i] not in shown]
         seed = int(rng.integers(2**32))
 
         def write(n: int) -> str:
