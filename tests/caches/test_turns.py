@@ -121,7 +121,7 @@ def generated(model, cache, turns=TURNS):
 def test_generate_goes_on_with_a_chat(llama):
     """The cache of ``generate`` after several calls is that of the turns."""
     with manyheads.use(llama), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*schedule=turn")
+        warnings.filterwarnings("error", message=".*ranks anew at every turn")
         cache = new_cache(llama, parse(f"knorm:budget={BUDGET},schedule=turn"))
         ids = generated(llama, cache)
         held = kept(cache) / heads(cache)
@@ -138,4 +138,4 @@ def test_a_chat_under_the_schedule_of_one_prompt_is_told(llama):
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 generated(llama, new_cache(llama, parse(spec)), TURNS[:turns])
-            assert sum("schedule=turn" in str(one.message) for one in said) == warns, spec
+            assert sum("ranks anew at every turn" in str(one.message) for one in said) == warns, spec

@@ -172,6 +172,8 @@ class AnsweredTask(TextTask):
         length, sample = unit.params["length"], unit.params["sample"]
         priors: dict[str, list[float]] = {}
         for asked in self.asked(run, length, sample):
+            if not any(query.choices or (query.judges and self.reply) for query in asked.queries):
+                continue
             arms = run.arms[:1] if asked.plain else run.arms
             number = 0
             for heads, queries in _read(run, asked, self.query_aware):
