@@ -116,6 +116,7 @@ def batched(run: Any, rounds: int, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure, and write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="cpu")

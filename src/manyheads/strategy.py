@@ -167,6 +167,11 @@ class Cache(Strategy, ABC):
         return self
 
     @property
+    def kept_whole(self) -> int:
+        """Up to how many tokens a text is kept whole and in the model's dtype, whatever fraction may stay."""
+        return 0
+
+    @property
     def record(self) -> int:
         """How many of the last queries of a shared prefill the strategy needs."""
         return 0

@@ -326,8 +326,8 @@ def test_a_fork_is_the_policy_itself():
     ("fields", "words"),
     [
         ({"distinct": 0.0}, "between 0 and 1"), ({"distinct": 1.0}, "between 0 and 1"),
-        ({"window_size": 0}, "at least 1"), ({"schedule": "step"}, "prefill or chunk"),
-        ({"schedule": 3}, "prefill or chunk"), ({"budget": 8}, "protected"), ({"budget": 1.5}, "at most 1.0"),
+        ({"window_size": 0}, "at least 1"), ({"schedule": "step"}, "prefill, turn or chunk"),
+        ({"schedule": 3}, "prefill, turn or chunk"), ({"budget": 8}, "protected"), ({"budget": 1.5}, "at most 1.0"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(fields, words):

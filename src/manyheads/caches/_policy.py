@@ -80,11 +80,6 @@ class CachePolicy(Cache):
         return self.sinks + self.recent
 
     @property
-    def kept_whole(self) -> int:
-        """Up to how many tokens a text is kept whole and in the model's dtype, whatever fraction may stay."""
-        return 0
-
-    @property
     def waits(self) -> bool:
         """Whether a prompt that comes in chunks is compressed after its last alone."""
         return self.schedule in ("prefill", "turn")

@@ -208,6 +208,6 @@ def takes_padding(model: nn.Module, cache: Any) -> bool:
         type(layer) is StoreLayer
         and layer.site.window is None
         and layer.strategy.schedule == "prefill"
-        and seen > getattr(layer.strategy, "kept_whole", 0)
+        and seen > layer.strategy.kept_whole
         for layer in cache.layers
     )

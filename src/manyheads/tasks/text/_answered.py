@@ -218,7 +218,7 @@ class AnsweredTask(TextTask):
             own = cache if last else copy.deepcopy(cache)  # no question sees another
             if len(group) > 1:
                 own.batch_repeat_interleave(len(group))
-            written = self._written(run, own, [queries[i] for i in group], at.piece)
+            written = _written(run, own, [queries[i] for i in group], self.reply, at.piece)
             replies |= zip(group, written, strict=True)
         for i in asked:
             for k, judge in enumerate(queries[i][1].judges):
@@ -234,26 +234,29 @@ class AnsweredTask(TextTask):
             about={**about, "text": at.text},
         )  # fmt: skip
 
-    def _written(self, run: RunContext, cache: Any, group: Sequence[_Read], piece: int | None) -> list[str]:
-        """Replies to questions of which each has a row of ``cache``."""
-        subject = cast(CausalLM, run.subject)
-
-        def text(made: list[int]) -> str:
-            return str(subject.tokenizer.decode(made, skip_special_tokens=True))
-
-        def settled(query: Query) -> Callable[[list[int]], bool] | None:
-            return (lambda made: all(judge.value(text(made)) == 1 for judge in query.judges)) if query.settled else None
-
-        ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
-        made = greedy_rows(
-            subject.model, cache, [tail for tail, _ in group], [min(self.reply, query.most) for _, query in group],
-            ends=ends, piece=piece, settled=[settled(query) for _, query in group],
-        )  # fmt: skip
-        return [text(one) for one in made]
-
     def draws(self, run: RunContext, length: int, sample: int) -> Generator:
         """Draws of one sample; those of another length or task are others."""
         return run.rng(task=self.name, length=length, sample=sample)
+
+
+def _written(
+    run: RunContext, cache: Any, group: Sequence[_Read], most: int, piece: int | None
+) -> list[str]:  # fmt: skip
+    """Replies to questions of which each has a row of ``cache``."""
+    subject = cast(CausalLM, run.subject)
+
+    def text(made: list[int]) -> str:
+        return str(subject.tokenizer.decode(made, skip_special_tokens=True))
+
+    def settled(query: Query) -> Callable[[list[int]], bool] | None:
+        return (lambda made: all(judge.value(text(made)) == 1 for judge in query.judges)) if query.settled else None
+
+    ends = run.kept("ends", lambda: end_tokens(subject.model, subject.tokenizer))
+    made = greedy_rows(
+        subject.model, cache, [tail for tail, _ in group], [min(most, query.most) for _, query in group],
+        ends=ends, piece=piece, settled=[settled(query) for _, query in group],
+    )  # fmt: skip
+    return [text(one) for one in made]
 
 
 def _groups(run: RunContext, cache: Any, lengths: Mapping[int, int], at: _At) -> list[list[int]]:
