@@ -96,7 +96,7 @@ def test_where_padding_would_change_a_row(llama):
     """A window counts columns, a schedule counts tokens, and what is kept whole up to a length counts them too."""
     gemma = models.build("gemma3_text", dtype=torch.float64)
     with manyheads.use(gemma):
-        assert not takes_padding(gemma, read(gemma, "knorm"))
+        assert not takes_padding(gemma, read(gemma, "keydiff"))
     with manyheads.use(llama):
         for spec, takes in (("knorm", True), ("knorm:schedule=turn", False), ("hedge:budget=0.5", False)):
             assert takes_padding(llama, read(llama, spec)) == takes, spec
