@@ -25,6 +25,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def theirs(model: Any, shares: list[float], todo: list[Case], rows: Rows) -> Non
         if not wanted:
             continue
         ids, fed = (torch.tensor([case[name]], device=model.device) for name in ("ids", "fed"))
+        torch.manual_seed(case["text"])  # two presses draw
         found, read = [], _read(model, ids, wanted)
         for name, (cache, masked, failed) in read.items():
             if failed:
@@ -211,7 +213,9 @@ def _read(model: Any, ids: torch.Tensor, presses: dict[str, Any]) -> dict[str, t
     hooks = []
     for layer in model.model.layers:
         layer.self_attn.masked_key_indices = None
-        layer.self_attn.rotary_emb = model.model.rotary_emb
+        kind = getattr(layer.self_attn, "layer_type", None)  # Gemma 3 has a rotation for each kind; kvpress names none
+        rotary = model.model.rotary_emb
+        layer.self_attn.rotary_emb = partial(rotary, layer_type=kind) if kind else rotary
         hooks.append(layer.self_attn.register_forward_hook(act, with_kwargs=True))
     try:
         model(input_ids=ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
