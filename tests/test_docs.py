@@ -81,7 +81,7 @@ def test_every_stored_claim_has_its_line_on_the_page():
     assert [tuple(line.split(" | ")[1:3]) for line in lines] == [(on, said) for _, on, said in stored]
     assert all(f"[{slug}](" in line for line, (slug, _, _) in zip(lines, stored, strict=True))
     assert {"cpu", "cpu, gemma3-270m"} <= {on for _, on, _ in stored}
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         measured.claim_lines("benchmarks/pab.json")  # no summary
 
 
