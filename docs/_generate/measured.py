@@ -3,8 +3,8 @@
 
 In a page, ``{{ figure("benchmarks/pab.json", "cpu", "overhead", "calls") }}`` is one figure. A path into a file is a
 sequence of keys; a dict among them picks the one entry of a list whose fields are as given. ``table`` and ``pivot``
-make tables of rows, ``machine`` says what a file was measured on and when, ``claim_lines`` what stored runs of all claims
-say.
+make tables of rows, ``machine`` says what a file was measured on and when, ``claim_lines`` what stored runs of all
+claims say.
 
     python docs/_generate/measured.py README.md    # writes the block of measured costs again
 """
