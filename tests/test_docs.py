@@ -85,6 +85,16 @@ def test_every_stored_claim_has_its_line_on_the_page():
         measured.claim_lines("benchmarks/pab.json")  # no summary
 
 
+def test_a_retracted_word_says_why_on_its_page():
+    retracted = [
+        (slug, run) for slug in claims.slugs() for one in claims.stored(slug) for run in one.runs if run.retracted
+    ]
+    assert retracted  # the test looks at something
+    for slug, run in retracted:
+        assert all(entry["reason"] in pages.claim_section(slug) for entry in run.retracted)
+    assert "Retracted" not in pages.claim_section("d2o")  # control
+
+
 def test_every_strategy_has_its_page():
     made = dict(pages.pages())
     for row in [*catalog.papers(), *catalog.baselines()]:
