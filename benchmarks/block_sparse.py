@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from decode import commit  # benchmarks/decode.py
 from manyheads.attention import patterns
 from manyheads.attention.block_pattern import BlockPattern, Rule
+from manyheads.attention.flex_mask import block_mask
 from manyheads.attention.sparse import Call, block_sparse_attention, choose
 from manyheads.environment import environment
 from manyheads.kernels import block_sparse
@@ -110,7 +111,7 @@ def flex(pattern: BlockPattern, **options: Any) -> Attend:
     """FlexAttention, compiled; ``options`` of its kernel."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = pattern.to_block_mask(Rule())
+    mask = block_mask(pattern, Rule())
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

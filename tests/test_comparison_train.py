@@ -14,6 +14,7 @@ from manyheads.errors import UserError
 from manyheads.models.decoder import Decoder
 from manyheads.report.summary import Summary
 from manyheads.strategy import Mixer
+from tolerance import nearly
 
 TINY = TrainingSize(
     dim=16, layers=1, heads=2, length=128, tokens=128, budget=7_000, rates=(3e-3, 1e-2), seeds=2, samples=4, reach=2,
@@ -109,7 +110,7 @@ def test_what_is_shown_follows_the_rows(results):
     moved = {
         key
         for key, figure in second["figures"].items()
-        if other["figures"][key]["estimate"]["value"] == pytest.approx(figure["estimate"]["value"] - 1)
+        if other["figures"][key]["estimate"]["value"] == nearly(figure["estimate"]["value"] - 1)
     }
     assert moved and all("token_nll" in key for key in moved)
     for tasks in (("byte_lm",), ("mixer_cost",)):  # an unfinished run

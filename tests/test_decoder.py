@@ -10,7 +10,7 @@ from manyheads.errors import UserError
 from manyheads.models.decoder import Decoder, DecoderConfig
 from oracles import mixers
 from oracles.mixers import SPECS
-from tolerance import DRAWN, WRONG, error
+from tolerance import DRAWN, WRONG, error, spread_error
 
 CONFIG = DecoderConfig(29, dim=32, layers=2, heads=4, length=64)
 IDS = torch.randint(29, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -74,8 +74,8 @@ def test_starts_as_gpt2():
         (model.embed.weight, 0.02), (attention.q_proj.weight, 0.02), (ffn.up.weight, 0.02),
         (attention.out_proj.weight, 0.02 / 4), (ffn.down.weight, 0.02 / 4),
     ):  # fmt: skip
-        off = abs(weight.std().item() / std - 1) * (2 * weight.numel()) ** 0.5  # in standard errors
-        assert off < DRAWN and abs(weight.std().item() / (0.9 * std) - 1) * (2 * weight.numel()) ** 0.5 > WRONG
+        found, draws = weight.std().item(), weight.numel()
+        assert spread_error(found, std, draws) < DRAWN and spread_error(found, 0.9 * std, draws) > WRONG
 
 
 def test_refusals():

@@ -48,6 +48,19 @@ def test_import_loads_little():
     assert {name for name in modules if name.startswith("manyheads")} == {"manyheads"}
 
 
+def test_mathematics_and_kernels_load_no_compiler():
+    """Torch's compiler takes seconds to import: a kernel's first call would wait for it."""
+    code = (
+        "from importlib import import_module as load\nfrom pkgutil import iter_modules\n"
+        "import manyheads.attention as a, manyheads.kernels as k\n"
+        "for p in (a, k):\n    for m in iter_modules(p.__path__, p.__name__ + '.'): load(m.name)"
+    )
+    modules = loaded(code)
+    assert {"manyheads.attention.sparse", "manyheads.kernels.block_sparse"} <= modules
+    assert "torch._dynamo" not in modules
+    assert "torch._dynamo" in loaded(code + "\nimport torch.nn.attention.bias")
+
+
 @pytest.mark.parametrize(
     "arguments", [["list"], ["list", "--json"], ["find", "cache"], ["tasks"], ["claims", "--help"], ["--help"]]
 )

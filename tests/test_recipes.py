@@ -22,6 +22,7 @@ from manyheads.recipes._llama import Llama
 from manyheads.recipes._planted import Planter
 from manyheads.recipes.average import average
 from manyheads.recipes.default_model import SMOKE
+from tolerance import assert_close
 
 PLAIN = "diffusion_pytorch_model.safetensors"
 
@@ -96,9 +97,7 @@ def test_training_model_is_the_llama_of_transformers(config: object) -> None:
     model = Llama(config, zero_output=False)  # type: ignore[arg-type]
     tokens = torch.randint(8, 256, (2, 70))
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.to_transformers(torch.float32)(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5
-        )
+        assert_close(model.to_transformers(torch.float32)(tokens).logits, model(tokens))
 
 
 def test_standard_library_is_recognised_in_disguise() -> None:
@@ -162,7 +161,7 @@ def test_average_lies_between_its_stages(tmp_path: Path) -> None:
     for share in (0.0, 0.25, 1.0):
         mixed = average(tmp_path / "first", tmp_path / "second", share).state_dict()
         for name, weight in mixed.items():
-            torch.testing.assert_close(weight, (1 - share) * second[name] + share * first[name])
+            assert_close(weight, (1 - share) * second[name] + share * first[name])
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ def llama(length, **scaling):
 
 def test_tables_are_the_models():
     for mine, theirs in zip(rope_tables(torch.arange(90)[None], 16), llama(90), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=0)
+        assert_close(mine, theirs)
 
 
 def test_scores_depend_on_distance_alone():
@@ -55,16 +55,16 @@ def test_dynamic_ntk(factor):
         theta = dynamic_ntk(10_000.0, 16, length, TRAINED, factor)
         mine = rope_tables(torch.arange(length)[None], 16, theta)
         for x, y in zip(mine, llama(length, rope_type="dynamic", factor=factor), strict=True):
-            torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+            assert_close(x, y)
         if length > TRAINED:
             assert error(rope_tables(torch.arange(length)[None], 16)[0], mine[0]) > 1e-3
 
 
 def test_alibi():
-    torch.testing.assert_close(alibi_slopes(8), torch.tensor([2.0**-h for h in range(1, 9)]))
+    assert_close(alibi_slopes(8), torch.tensor([2.0**-h for h in range(1, 9)]))
     bias = alibi_bias(torch.tensor([[4, 5]]), torch.tensor([[3, 4, 5]]), 8)
     assert bias.shape == (1, 8, 2, 3)
-    torch.testing.assert_close(bias[0, 0], torch.tensor([[-0.5, 0.0, 0.5], [-1.0, -0.5, 0.0]]))
+    assert_close(bias[0, 0], torch.tensor([[-0.5, 0.0, 0.5], [-1.0, -0.5, 0.0]]))
     moved = alibi_bias(torch.tensor([[104, 105]]), torch.tensor([[103, 104, 105]]), 8)
     assert_close(moved, bias)
 

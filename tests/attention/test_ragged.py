@@ -11,7 +11,7 @@ from manyheads.attention import reference
 from manyheads.attention.codec import FP8, INT4
 from manyheads.attention.padded import PaddedCache
 from manyheads.attention.ragged import RaggedCache, pack
-from tolerance import SAME, assert_close
+from tolerance import CLOSE, assert_close
 
 B, HEADS, D = 2, 2, 8
 CODECS = {"raw": (None, 0), "int4": (INT4, 4), "fp8": (FP8, 4), "int4 without a ring": (INT4, 0)}
@@ -68,7 +68,7 @@ def test_attends_as_slots_do(codec, window, heads, padding, scaled):
     factors = random(B, HEADS, D, seed=9).exp() if scaled and codec else None
     flat = pack(copy.deepcopy(held), codec=codec, window=window, key_scale=factors, room=3)
     held.update(k, v)
-    assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window, factors), 10 * SAME)
+    assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window, factors), CLOSE)
 
 
 @codecs
@@ -78,7 +78,7 @@ def test_control_of_attending(codec, window):
     held.update(k, v)
     flat.lengths -= 1
     with pytest.raises(AssertionError):
-        assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window), 10 * SAME)
+        assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window), CLOSE)
 
 
 @codecs
@@ -95,7 +95,7 @@ def test_decoding_equals_slots(codec, window, ragged):
             held.mark(real[:, None])
         here = slice(None) if real is None else real  # what a padding token sees means nothing
         want = expected(held, q[:, :, 0], codec, window)[here]
-        assert_close(flat.decode(q, k, v, 0.3, real)[here], want, 20 * SAME)
+        assert_close(flat.decode(q, k, v, 0.3, real)[here], want, CLOSE)
     assert flat.room == 0
     back = flat.unpack()
     assert back.seen == held.seen

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manyheads import UserError
 from manyheads.attention.recurrence import DecayState, chunk, decay_attention, mlstm_gates, quadratic, step
-from tolerance import FORMULA, assert_close, error
+from tolerance import CALL, FORMULA, assert_close, error, within
 
 NORMS = [None, "sum", "mlstm"]
 GATES = ["none", "head", "token"]
@@ -41,7 +41,10 @@ def part(args, rest, a, b):
     return (q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], gate), rest | floor
 
 
-def same(got, want, limit=FORMULA):
+LONG = within(torch.float64, 4 * CALL)  # up to 200 tokens, whose state is summed one by one or in parts
+
+
+def same(got, want, limit=LONG):
     assert_close(got[0], want[0], limit)
     assert_close(got[1].kv, want[1].kv, limit)
     if want[1].k is not None:
@@ -126,8 +129,8 @@ def test_packed_is_apart(norm, bounds):
             continue
         some, given_some = part(args, rest, a, b)
         alone, state = quadratic(*some, **given_some | {"state": before})
-        assert_close(out[:, :, a:b], alone, FORMULA)
-        assert_close(after.kv[n], state.kv[0], FORMULA)
+        assert_close(out[:, :, a:b], alone, LONG)
+        assert_close(after.kv[n], state.kv[0], LONG)
     if len(bounds) == 4:
         moved, _ = decay_attention(*args, **rest, cu_seqlens=torch.tensor([0, 4, 10, 30]))
         assert error(moved, out) > 1e-3
@@ -208,7 +211,7 @@ def test_mlstm_is_the_literal_recurrence(form):
     want, m, kv, n = literal(*leaves, zero, zero.new_zeros(2, 2, 5, 5), zero.new_zeros(2, 2, 5), 0.3)
     got, after = reduced(*leaves, form=form)
     for a, b in ((got, want), (after.kv, kv), (after.k, n), (after.m, m)):
-        assert_close(a, b, FORMULA)
+        assert_close(a, b, LONG)
     weight = torch.randn_like(want)
     wanted = torch.autograd.grad((want * weight).sum(), leaves)
     grads = torch.autograd.grad((got * weight).sum(), leaves)
@@ -226,7 +229,7 @@ def test_mlstm_continues():
     head, state = reduced(*(x[:, :, :5] for x in leaves))
     tail, after = reduced(*(x[:, :, 5:] for x in leaves), state=state)
     same((torch.cat([head, tail], 2), after), (want, final))
-    assert_close(after.m, final.m, FORMULA)
+    assert_close(after.m, final.m, LONG)
     lost, _ = reduced(*(x[:, :, 5:] for x in leaves), state=DecayState(state.kv, state.k))  # without m
     assert error(lost, want[:, :, 5:]) > 1e-3
 
@@ -238,8 +241,8 @@ def test_mlstm_does_not_depend_on_the_first_maximum():
         reduced(*leaves, state=DecayState(zero, zero[..., 0], torch.full((2, 2), first).double()))[0]
         for first in (0.0, -1e9, 3.0)
     ]
-    assert_close(outs[1], outs[0], 1e-5)  # up to the 1e-6 below the fraction
-    assert_close(outs[2], outs[0], 1e-4)
+    assert_close(outs[1], outs[0], 5e-8)  # up to the 1e-6 below the fraction, times exp(m)
+    assert_close(outs[2], outs[0], 3e-6)
     assert error(reduced(*leaves[:3], leaves[3] + 1, leaves[4])[0], outs[0]) > 1e-2
 
 
@@ -258,12 +261,12 @@ def test_mlstm_hides_and_floods():
     for form in (quadratic, step, chunk):
         out, after = reduced(*(x.float() for x in (q, k, v, i, f)), form=form)
         assert out.isfinite().all() and after.kv.isfinite().all()
-        assert error(out[:, :, 7].double(), v[:, :, 7] * sign) < 1e-3
+        assert error(out[:, :, 7].double(), v[:, :, 7] * sign) < 2e-5
     q1, k1 = torch.ones(1, 1, 3, 4).double(), torch.rand(1, 1, 3, 4).double()
     v1 = torch.randn(1, 1, 3, 4).double()
     free, _ = reduced(q1, k1, v1, torch.zeros(1, 1, 3).double(), torch.full((1, 1, 3), torch.inf).double(), scale=1.0)
     weights = (q1 @ k1.transpose(-1, -2)).tril()
-    assert_close(free, weights @ v1 / weights.sum(-1, keepdim=True).clamp(min=1), 1e-5)
+    assert_close(free, weights @ v1 / (weights.sum(-1, keepdim=True).clamp(min=1) + 1e-6), FORMULA)
 
 
 # States and errors

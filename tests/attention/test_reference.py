@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyheads.attention import reference
-from tolerance import FORMULA, HALF, HALF_FACTOR, assert_close, error
+from tolerance import FORMULA, HALF, HALF_FACTOR, assert_close, error, is_close, rounding, within
 
 LENGTHS = st.sampled_from([1, 2, 7, 8, 63, 64, 65])
 
@@ -70,7 +70,7 @@ def test_against_loops():
         ]
         total = sum(weights) + float(sinks[h].exp())
         want = sum(w / total * v[b, h // 2, s] for s, w in enumerate(weights))
-        assert torch.allclose(got[b, t, h], want, atol=1e-12)
+        assert is_close(got[b, t, h], want)
 
 
 def test_empty_rows_give_zero_and_zero_gradient():
@@ -116,7 +116,7 @@ def test_lower_precision(dtype, length):
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     k, v = (x.repeat_interleave(2, 1) for x in (k, v))
     plain = ((q @ k.transpose(-1, -2) * 0.25).masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(1, 2)
-    assert got <= HALF_FACTOR * error(plain, true) + 1e-7
+    assert got <= HALF_FACTOR * error(plain, true) + rounding(torch.float32, 1)
     assert got <= HALF[dtype]
 
 
@@ -137,7 +137,8 @@ def test_lse(queries, keys, density, sunk, seed):
 @given(shift=st.sampled_from([-1e4, 0.0, 700.0, 1e4]), seed=st.integers(0, 5))
 def test_softmax_does_not_overflow(shift, seed):
     x = draw((1, 2, 3, 7), seed)
-    assert_close(reference.softmax(x + shift), x.softmax(-1), 1e-9)
+    moved = within(torch.float64, 1) * abs(shift)  # `x + shift` is rounded
+    assert_close(reference.softmax(x + shift), x.softmax(-1), moved + FORMULA)
 
 
 def test_query_groups_are_interleaved():

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.models.phi3 import modeling_phi3
 
 from manyheads.attention import rope
-from tolerance import FORMULA, SAME, assert_close, error
+from tolerance import CLOSE, FORMULA, HALF, SAME, assert_close, error, is_close, within
 
 DIM, LENGTH = 16, 24
 SCALINGS = {
@@ -93,7 +93,7 @@ def test_unrotate_of_rounded_tables_and_of_partial_rotary():
     for rotary in (table("yarn", dtype=torch.bfloat16), partial(torch.bfloat16)[0]):
         wide, x = tuple(t.double() for t in rotary), vectors(2, 3, LENGTH, DIM)
         assert_close(rope.unrotate(rope.rotate(x, wide), wide), x, FORMULA)
-        assert_close(rope.unrotate(rope.rotate(x.float(), rotary), rotary).double(), x, 1e-2)
+        assert_close(rope.unrotate(rope.rotate(x.float(), rotary), rotary).double(), x, HALF[torch.bfloat16])
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -104,11 +104,11 @@ def test_scores_depend_on_the_distance_alone(kind):
     shift = torch.arange(LENGTH - 5)
     turned_q, turned_k = (rope.rotate(x.expand(-1, -1, LENGTH, -1), rotary) for x in (q, k))
     scores = turned_q @ turned_k.transpose(-1, -2)
-    assert_close(scores[..., shift[:, None] + 5, shift + 5], scores[..., shift[:, None], shift], 1e-6)
+    assert_close(scores[..., shift[:, None] + 5, shift + 5], scores[..., shift[:, None], shift], CLOSE)
     first, second = q.unflatten(-1, (-1, 2)).unbind(-1)  # the same channels in interleaved order
     other = torch.cat([first, second], -1)
     scores = rope.rotate(other.expand(-1, -1, LENGTH, -1), rotary) @ turned_k.transpose(-1, -2)
-    assert_close(scores[..., shift[:, None] + 5, shift + 5], scores[..., shift[:, None], shift], 1e-6)
+    assert_close(scores[..., shift[:, None] + 5, shift + 5], scores[..., shift[:, None], shift], CLOSE)
     assert error(scores, turned_q @ turned_k.transpose(-1, -2)) > 0.1
 
 
@@ -159,7 +159,7 @@ def test_pair_norms_of_partial_rotary():
     rotary, _ = partial()
     x = vectors(2, 3, LENGTH, DIM)
     norms = rope.pair_norms(x, DIM // 2)
-    assert_close(rope.pair_norms(rope.rotate(x, rotary), DIM // 2), norms, 1e-6)
+    assert_close(rope.pair_norms(rope.rotate(x, rotary), DIM // 2), norms, within(torch.float32, 1))
     assert torch.equal(norms[..., DIM // 2 :], x[..., DIM // 2 :].abs())
 
 
@@ -180,7 +180,7 @@ def frequencies(kind, positions=None):
 def test_angle_step_is_the_models_frequency(kind):
     step = rope.angle_step(table(kind))
     assert step.shape == (1, DIM // 2)
-    assert float((step[0] - frequencies(kind)).abs().max()) < 1e-6
+    assert_close(step[0], frequencies(kind), CLOSE)
 
 
 def test_angle_step_of_rounded_tables():
@@ -201,7 +201,7 @@ def test_angle_step_sees_through_padding():
         torch.tensor([[0] * 9 + [1] * 15, [1] * 11 + [0] * 13, [1] * 24, [0] * 23 + [1]]) > 0, places, -1
     )
     step, want = rope.angle_step(rotary, known), frequencies("default")
-    assert float((step[:3] - want).abs().max()) < 1e-6 and bool((step[3] == 0).all())
+    assert is_close(step[:3], want.expand(3, -1), CLOSE) and bool((step[3] == 0).all())
     for row in range(4):
         alone = rope.angle_step(tuple(x[row : row + 1] for x in rotary), known[row : row + 1])
         assert torch.equal(alone[0], step[row])
@@ -223,7 +223,7 @@ def test_mean_rotation_is_the_mean_of_rotations(kind, count):
     want = rope.rotate(x.expand(-1, -1, count, -1), ahead).mean(2, keepdim=True)
     mean = rope.mean_rotation(now, rope.angle_step(now), count)
     assert mean[0].shape == mean[1].shape == (1, 1, DIM)
-    assert_close(rope.rotate(x, mean), want, 1e-5)
+    assert_close(rope.rotate(x, mean), want, CLOSE)
     assert error(rope.rotate(x, tuple(t[:, -1:] for t in now)), want) > 0.05  # where the last position stands
     if count > 1:
         late = rope.mean_rotation(now, rope.angle_step(now), count + 1)

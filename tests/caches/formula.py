@@ -10,7 +10,7 @@ from torch import Tensor
 from manyheads.attention import reference
 from manyheads.caches._strategy import EvictionStrategy
 from manyheads.call import AttentionCall, Site
-from tolerance import SAME, assert_close
+from tolerance import FORMULA, assert_close
 
 DIM = 6
 Score = Callable[[list[int], Tensor, Tensor, int], list[float]]  # held, keys [S, d], queries [G, S, d], seen -> scores
@@ -124,4 +124,4 @@ def agrees(
                                 due=DUE[policy.schedule], sinks=sinks, recent=recent)  # fmt: skip
         for got, held in zip(kept, history, strict=True):
             assert [sorted(p for p in head if p >= 0) for head in got[b].tolist()] == held
-        assert_close(outputs[b, skip:].double(), want, SAME)
+        assert_close(outputs[b, skip:].double(), want, FORMULA)

@@ -13,7 +13,7 @@ from caches.formula import DIM, DUE, SIZES, sequences, site
 from manyheads.attention import reference
 from manyheads.caches._strategy import EvictionStrategy
 from manyheads.call import AttentionCall, Site
-from tolerance import SAME, assert_close
+from tolerance import FORMULA, assert_close
 
 
 @dataclass
@@ -151,4 +151,4 @@ def agrees(
         want, history = by_hand(policy, row, [sizes[0] - skip, *sizes[1:]], score, rooms, fixed)
         for got, held in zip(kept, history, strict=True):
             assert [sorted(p for p in head if p >= 0) for head in got[b].tolist()] == held
-        assert_close(outputs[b, skip:].double(), want, SAME)
+        assert_close(outputs[b, skip:].double(), want, FORMULA)

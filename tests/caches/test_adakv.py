@@ -8,6 +8,7 @@ from caches.formula import sequences
 from caches.rows import agrees, drive
 from caches.test_snapkv import formula as votes
 from manyheads import UserError, parse
+from tolerance import CLOSE, is_close
 
 
 def formula(window, kernel):
@@ -109,7 +110,7 @@ def test_alpha_1_is_the_base(base, schedule):
     plain = f"{slug}:budget=9,schedule={schedule}" + (f",{rest.rstrip(')')}" if rest else "")
     got, kept, _ = _kept(f"adakv:base={base},budget=9,alpha=1,schedule={schedule}", sizes)
     want, held, _ = _kept(plain, sizes)
-    assert torch.allclose(got, want, atol=1e-5)
+    assert is_close(got, want, CLOSE)
     for a, b in zip(kept, held, strict=True):
         assert [sorted(p for p in h if p >= 0) for row in a.tolist() for h in row] == [
             sorted(p for p in h if p >= 0) for row in b.tolist() for h in row

@@ -15,7 +15,7 @@ from manyheads.attention import reference
 from manyheads.caches._view import CacheView
 from manyheads.caches.d2o import absorb, density, nearest
 from oracles import caches, models
-from tolerance import SAME, assert_close
+from tolerance import CLOSE, SAME, assert_close, nearly
 
 SIZES = [13, 1, 1, 4, 1, 1, 1]
 
@@ -96,11 +96,11 @@ def test_against_loops(spec, heads, padding):
         own = [SIZES[0] - skip, *SIZES[1:]]
         want, held, keys, values = by_hand(policy, q[b, :, skip:], k[b, :, skip:], v[b, :, skip:], own)
         assert [sorted(p for p in head if p >= 0) for head in kept[-1][b].tolist()] == held
-        assert_close(out[b, skip:].double(), want, SAME)
+        assert_close(out[b, skip:].double(), want, CLOSE)
         for h, head in enumerate(kept[-1][b].tolist()):
             for slot, position in enumerate(head):
                 if position >= 0:
-                    assert_close(store.keys[b, h, slot].double(), keys[h, position], SAME)
+                    assert_close(store.keys[b, h, slot].double(), keys[h, position], CLOSE)
                     assert_close(store.values[b, h, slot].double(), values[h, position], SAME)
 
 
@@ -158,7 +158,7 @@ def test_blocks_change_nothing(monkeypatch):
     monkeypatch.setitem(reference._SCRATCH, "cpu", 500)
     got = nearest(k, at, kept)
     assert torch.equal(got[1], want[1])
-    assert_close(got[0], want[0])
+    assert_close(got[0], want[0], CLOSE)
 
 
 @pytest.mark.parametrize("weights", ["paper", "code"])
@@ -194,7 +194,7 @@ def test_equal_keys_and_values_keep_the_output():
     k[:], v[:] = k[:, :, :1], v[:, :, :1]
     for spec in ("d2o:budget=6", "d2o:budget=6,merging=False"):
         out, _, _ = drive(parse(spec), q, k, v, [14, 1, 1, 4])
-        assert_close(out, v[:, :, :1].transpose(1, 2).repeat_interleave(2, 2).expand_as(out), SAME)
+        assert_close(out, v[:, :, :1].transpose(1, 2).repeat_interleave(2, 2).expand_as(out), CLOSE)
     out, _, _ = drive(parse("d2o:budget=6,weights=code"), q, k, v * torch.linspace(1, 2, 20)[:, None], [14, 1, 1, 4])
     with pytest.raises(AssertionError):
         assert_close(out, v[:, :, :1].transpose(1, 2).repeat_interleave(2, 2).expand_as(out), SAME)
@@ -226,7 +226,7 @@ def test_threshold_closed_form():
         means.append(nearest(k, gone, kept)[0].mean(-1))
         policy.merge(seen, kept)
         closed = 0.3**n * means[0] + sum(0.3 ** (n - i) * 0.6 * means[i] for i in range(1, n + 1))
-        assert_close(state["threshold"], closed, SAME)
+        assert_close(state["threshold"], closed, CLOSE)
 
 
 def test_heads_that_drop_nothing_keep_their_threshold():
@@ -286,7 +286,7 @@ def test_shares():
     for spec in ("d2o:budget=0.3", "d2o:budget=300"):
         parts, views = shares(parse(spec), spread)
         want = torch.softmax(-torch.tensor(spread).double(), 0) * 4 * 0.3
-        assert_close(torch.stack(parts).double(), want, SAME)
+        assert_close(torch.stack(parts).double(), want, CLOSE)
         assert abs(float(torch.stack(parts)[:, 0].sum()) - 4 * 0.3) < 1e-5  # the sum is kept
         assert sorted(range(4), key=lambda layer: -parts[layer][0]) == [0, 2, 3, 1]  # spread is paid for
         assert all(abs(float(part[1]) - 0.3) < 1e-6 for part in parts)  # equal densities: rho for all
@@ -296,10 +296,10 @@ def test_shares():
 
 def test_shares_are_clamped():
     parts, _ = shares(parse("d2o:budget=0.9"), [[0.0], [0.0], [1.0]])
-    assert [float(part) for part in parts[:2]] == pytest.approx([1.0, 1.0])
+    assert [float(part) for part in parts[:2]] == nearly([1.0, 1.0])
     assert sum(float(part) for part in parts) < 3 * 0.9  # and not shared out again
     parts, _ = shares(parse("d2o:budget=0.015"), [[0.0], [1.0]])
-    assert float(parts[1]) == pytest.approx(0.01) and sum(map(float, parts)) > 2 * 0.015
+    assert float(parts[1]) == nearly(0.01, torch.float32) and sum(map(float, parts)) > 2 * 0.015
 
 
 def test_layers_left_whole_and_room_for_everything():
@@ -380,7 +380,7 @@ def test_a_fork_is_a_direct_run():
             direct = caches.prefilled(model, spec, ids)
             for t in range(5):
                 last = models.tokens(2, 1, seed=t)
-                assert_close(caches.step(model, last, fork), caches.step(model, last, direct))
+                assert_close(caches.step(model, last, fork), caches.step(model, last, direct), CLOSE)
 
 
 @pytest.mark.parametrize("spec", ["weights=code", "merging=False,schedule=3", "skip_layers=code,alpha=1,beta=0"])

@@ -229,6 +229,20 @@ def test_key_factors_leave_rotations_alone():
     assert_close((view.k * bare[:, :, None]).abs().amax(2), torch.ones_like(bare), SAME)
 
 
+def test_key_factors_are_of_tokens():
+    """The first token, at position 0, counts where it is the largest; an empty slot never, whatever lies in it."""
+    policy, (q, k, v) = Hedge(budget=0.5), contents(1)[0]
+    long, short = (q, 1.0 * k, v), (q[:, 20:], 0.01 * k[:, 20:], v[:, 20:])
+    long[1][:, 0] *= 100
+    view = seen_by(policy, [long, short], 0)
+    assert bool((view.positions[1] < 0).any()) and int(view.positions[0, 0, 0]) == 0
+    factors = policy.key_scale(view)
+    assert_close(factors[0], policy.key_scale(seen_by(policy, [long], 0))[0], SAME)
+    assert_close(factors[1], policy.key_scale(seen_by(policy, [short], 0))[0], SAME)
+    pairs = torch.hypot(*(view.k * factors[:, :, None]).chunk(2, -1))
+    assert_close(pairs[0, :, 0], torch.ones_like(pairs[0, :, 0]), SAME)
+
+
 @pytest.fixture(scope="module")
 def wide():
     """Heads of 64 channels in bfloat16, as real models have them."""

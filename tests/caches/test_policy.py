@@ -16,6 +16,7 @@ from manyheads.call import Site
 from manyheads.integrations.transformers import new_cache
 from oracles import models
 from oracles.caches import stores
+from tolerance import CLOSE, is_close
 
 # Fields that are the paper's, with the paper's values; common ones are written once.
 COMMON = {"budget": 0.5, "schedule": "prefill", "sinks": 0, "recent": 0}
@@ -212,13 +213,13 @@ def test_the_angles_of_the_longest_forward():
 
     assert seen(1, step).angle_step() is None
     two = dataclasses.replace(seen(2, step), state={}, shared={})
-    assert torch.allclose(two.angle_step(), step.expand(2, -1), atol=1e-5)  # two tokens are enough
-    assert torch.allclose(seen(3, step).angle_step(), step.expand(2, -1), atol=1e-5)
-    assert torch.allclose(seen(2, 2 * step).angle_step(), step.expand(2, -1), atol=1e-5)  # shorter
-    assert torch.allclose(seen(5, 2 * step).angle_step(), 2 * step.expand(2, -1), atol=1e-5)
-    assert torch.allclose(seen(1, step).angle_step(), 2 * step.expand(2, -1), atol=1e-5)  # as it is known
+    assert is_close(two.angle_step(), step.expand(2, -1), CLOSE)  # two tokens are enough
+    assert is_close(seen(3, step).angle_step(), step.expand(2, -1), CLOSE)
+    assert is_close(seen(2, 2 * step).angle_step(), step.expand(2, -1), CLOSE)  # shorter
+    assert is_close(seen(5, 2 * step).angle_step(), 2 * step.expand(2, -1), CLOSE)
+    assert is_close(seen(1, step).angle_step(), 2 * step.expand(2, -1), CLOSE)  # as it is known
     fork = dataclasses.replace(view, state={}, shared=view.state)
-    assert torch.allclose(fork.angle_step(), 2 * step.expand(2, -1), atol=1e-5) and "angle_span" in fork.state
+    assert is_close(fork.angle_step(), 2 * step.expand(2, -1), CLOSE) and "angle_span" in fork.state
 
 
 @pytest.mark.parametrize(

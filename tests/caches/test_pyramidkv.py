@@ -15,6 +15,7 @@ from caches.rows import agrees, drive
 from caches.test_snapkv import formula as votes
 from manyheads import UserError, parse
 from manyheads.caches._view import CacheView
+from tolerance import CLOSE, is_close
 
 
 def layer(index, layers):
@@ -115,7 +116,7 @@ def test_beta_1_is_the_base(base):
     for index in (0, 2):
         got, kept, _ = drive(wrapped, q, k, v, [20, *[1] * 10], at=layer(index, 3))
         want, held, _ = drive(plain, q, k, v, [20, *[1] * 10], at=layer(index, 3))
-        assert torch.allclose(got, want, atol=1e-5)
+        assert is_close(got, want, CLOSE)
         for a, b in zip(kept, held, strict=True):
             assert [sorted(h) for row in a.tolist() for h in row] == [sorted(h) for row in b.tolist() for h in row]
 

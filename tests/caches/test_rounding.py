@@ -9,6 +9,7 @@ from manyheads.caches.quarot import hadamard
 from manyheads.call import AttentionCall, Site
 from manyheads.errors import UserError
 from manyheads.spec import parse
+from tolerance import CLOSE, is_close
 
 OLD, WINDOW, NEW, DIM = 96, 8, 2, 32
 
@@ -58,7 +59,7 @@ def test_an_outlying_channel_does_not_drown_the_others(spec):
 
 def test_hadamard_is_orthogonal_and_needs_a_power_of_two():
     h = hadamard(32, torch.device("cpu"))
-    assert torch.allclose(h @ h.T, torch.eye(32), atol=1e-6)
+    assert is_close(h @ h.T, torch.eye(32), CLOSE)
     with pytest.raises(UserError, match="power of two"):
         hadamard(48, torch.device("cpu"))
 
@@ -74,7 +75,7 @@ def test_the_rotation_is_sylvesters():
     cpu = torch.device("cpu")
     for size in (1, 2, 4, 16):
         signs = [[(-1.0) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]
-        assert torch.allclose(hadamard(size, cpu), torch.tensor(signs) / size**0.5)
+        assert is_close(hadamard(size, cpu), torch.tensor(signs) / size**0.5, CLOSE)
     for size in (0, 3, 12, -4):
         with pytest.raises(UserError, match=f"a head of {size} channels has no Sylvester rotation"):
             hadamard(size, cpu)
@@ -88,5 +89,5 @@ def test_quarot_rounds_each_key_over_its_turned_channels():
     for h in range(2):
         for t in range(5):
             row = k[0, h, t] @ turn
-            assert torch.allclose(made[0, h, t], rounded(row[None], -1)[0] @ turn.T, atol=1e-5)
+            assert is_close(made[0, h, t], rounded(row[None], -1)[0] @ turn.T, CLOSE)
             assert float((made[0, h, t] - k[0, h, t]).norm() / k[0, h, t].norm()) < 0.2

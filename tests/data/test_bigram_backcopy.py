@@ -7,7 +7,7 @@ import torch
 from manyheads.data import files
 from manyheads.data.bigram_backcopy import BigramBackcopy
 from manyheads.errors import UserError
-from tolerance import DRAWN, WRONG, share_error
+from tolerance import DRAWN, WRONG, is_close, share_error
 
 TEXT = "the cat sat on the mat and the rat ate the hat that the cat had " * 3
 
@@ -46,7 +46,7 @@ def test_letters_follow_the_pairs_of_the_text():
     letters = sorted(set(TEXT))
     assert {letters[i] for i in task.triggers.tolist()} == {" ", "t", "a"}
     assert task.transition[letters.index("c"), letters.index("a")] == 1  # "c" occurs in "cat" alone
-    assert torch.allclose(task.transition.sum(1), torch.ones(task.bos).double())
+    assert is_close(task.transition.sum(1), torch.ones(task.bos).double())
     ids = drawn(task, batch=1000)
     free = ~torch.isin(ids[:, 1:-1], task.triggers)
     a, b = ids[:, 1:-1][free], ids[:, 2:][free]
@@ -72,6 +72,6 @@ def test_few_letters_and_rare_ones():
     small = BigramBackcopy.of_text(TEXT, triggers=1, letters=5)
     assert small.vocab == 6 and small.triggers.shape == (1,)
     alone = BigramBackcopy.of_text("abcabcz", triggers=1)  # nothing ever follows z
-    assert torch.allclose(alone.transition[-1], torch.tensor([2, 2, 2, 1]).double() / 7)
+    assert is_close(alone.transition[-1], torch.tensor([2, 2, 2, 1]).double() / 7)
     with pytest.raises(UserError, match="3 triggers need at least 4 letters"):
         BigramBackcopy.of_text("abab")

@@ -17,6 +17,7 @@ from manyheads.head_selection import named_objective, select_heads
 from manyheads.models.judge import load_judge
 from manyheads.models.scenes import load_scenes
 from tiny import pipelines
+from tolerance import is_close, is_far, nearly
 
 cli, folders = pipelines.cli, pipelines.folders
 SMALL = {"images": 2, "steps": 2, "rounds": 1, "top": 1}
@@ -75,7 +76,7 @@ def test_a_function_is_an_objective_and_the_best_head_is_the_first(pipe):
     assert one.strategy.heads == (max(scores, key=scores.get),) and one.found == max(scores.values()) != one.plain
     for head, score in scores.items():
         layer, number = map(int, head.split("."))
-        assert one.table.mean[one.table.layers.index(layer), number] == pytest.approx(score)
+        assert one.table.mean[one.table.layers.index(layer), number] == nearly(score)
     assert one.table.values.shape == (2, 6, 6) and np.isfinite(one.table.mean).sum() == 3
     least = select_heads(pipe, lambda i, p: -bright(i, p), prompts=given, candidates=("0.1", "3.2", "5.0"), **SMALL)
     assert least.strategy.heads == (min(scores, key=scores.get),)  # control: another objective, another head
@@ -95,9 +96,9 @@ def test_images_do_not_depend_on_their_batch(folders, name):
     small = {**SMALL, "images": 3, "candidates": ("0.0",)}
     whole = select_heads(pipe, score, **small)
     single = select_heads(pipe, score, batch=1, **small)
-    assert torch.allclose(seen[0], seen[3], atol=1e-5) and torch.allclose(seen[1], seen[4], atol=1e-5)
-    assert not torch.allclose(seen[0][0], seen[0][1], atol=1e-2) and not torch.equal(seen[0], seen[1])
-    assert single.rounds[0]["0.0"] == pytest.approx(whole.rounds[0]["0.0"], abs=1e-5)
+    assert is_close(seen[0], seen[3]) and is_close(seen[1], seen[4])
+    assert is_far(seen[0][0], seen[0][1]) and not torch.equal(seen[0], seen[1])
+    assert single.rounds[0]["0.0"] == nearly(whole.rounds[0]["0.0"], torch.float32)
     moved = select_heads(pipe, score, seed=1, **small)  # the noise of image i + 1
     assert moved.plain != pytest.approx(whole.plain, abs=1e-5)
 
@@ -147,10 +148,11 @@ def test_measures_of_images_by_another_route():
     }
     assert set(wanted) == set(STYLES)
     for name, values in wanted.items():
-        assert style(name)(images).tolist() == pytest.approx(values, rel=1e-5)
-        assert style(f"-{name}")(images).tolist() == pytest.approx([-v for v in values], rel=1e-5)
+        assert style(name)(images).tolist() == nearly(values, torch.float32)
+        assert style(f"-{name}")(images).tolist() == nearly([-v for v in values], torch.float32)
         film = images[:, :, None].expand(-1, -1, 2, -1, -1)
-        assert style(name)(film).tolist() == pytest.approx(values, rel=0.03 if name == "contrast" else 1e-5)
+        of_film = pytest.approx(values, rel=0.03) if name == "contrast" else nearly(values, torch.float32)
+        assert style(name)(film).tolist() == of_film
 
 
 def test_what_the_judge_says_is_an_objective(pipe):
@@ -167,9 +169,9 @@ def test_what_the_judge_says_is_an_objective(pipe):
 
     likely = named_objective("likelihood", pipe)(images, prompts)
     mean = sum(of(0, w) for w in ("ghost", "top left", "frog")) / 3
-    assert likely.tolist() == pytest.approx([mean, of(1, "frog")], rel=1e-4)
+    assert likely.tolist() == nearly([mean, of(1, "frog")], torch.float32)
     frog = named_objective("frog", pipe)(images, prompts)
-    assert frog.tolist() == pytest.approx([of(0, "frog"), of(1, "frog")], rel=1e-4)
+    assert frog.tolist() == nearly([of(0, "frog"), of(1, "frog")], torch.float32)
 
 
 @pytest.mark.parametrize(

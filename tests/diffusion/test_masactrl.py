@@ -11,7 +11,7 @@ from manyheads.call import AttentionCall, DiffusionStep, Layout, Site
 from manyheads.diffusion.masactrl import MasaCtrl
 from manyheads.errors import UserError
 from oracles import pipelines
-from tolerance import assert_close, error
+from tolerance import FORMULA, assert_close, error
 
 
 def call(branches=("uncond", "cond"), kind="self", layout=None, tokens=6, index=5, run_state=None):
@@ -32,17 +32,17 @@ def test_targets_read_sources_in_their_own_branch():
     given = call()
     q, k, v = given.q, given.k, given.v
     made = MasaCtrl().attend(given)
-    assert_close(made[[0, 2]], attention(q, k, v)[[0, 2]], 1e-10)
-    assert_close(made[1], attention(q[1], k[0], v[0]), 1e-10)
-    assert_close(made[3], attention(q[3], k[2], v[2]), 1e-10)
+    assert_close(made[[0, 2]], attention(q, k, v)[[0, 2]], FORMULA)
+    assert_close(made[1], attention(q[1], k[0], v[0]), FORMULA)
+    assert_close(made[3], attention(q[3], k[2], v[2]), FORMULA)
     assert error(made[3], attention(q[3], k[0], v[0])) > 1e-2
     both = MasaCtrl(union=True).attend(given)
-    assert_close(both[1], attention(q[1], torch.cat([k[1], k[0]], 1), torch.cat([v[1], v[0]], 1)), 1e-10)
+    assert_close(both[1], attention(q[1], torch.cat([k[1], k[0]], 1), torch.cat([v[1], v[0]], 1)), FORMULA)
     for off in (MasaCtrl(start_step=6), MasaCtrl(start_step=99)):
-        assert_close(off.attend(given), attention(q, k, v), 1e-10)
+        assert_close(off.attend(given), attention(q, k, v), FORMULA)
     order = torch.tensor([3, 1, 0, 5, 2, 4])
     moved = given.replace(k=k[:, :, order], v=v[:, :, order])
-    assert_close(MasaCtrl().attend(moved), made, 1e-10)
+    assert_close(MasaCtrl().attend(moved), made, FORMULA)
     low, high = v[0].amin(1)[None], v[0].amax(1)[None]
     assert (made[1] >= low - 1e-9).all() and (made[1] <= high + 1e-9).all()
 
@@ -52,7 +52,7 @@ def test_joint_attention_keeps_its_own_text():
     made = MasaCtrl().attend(given)
     k = torch.cat([given.k[1, :, :2], given.k[0, :, 2:]], 1)
     v = torch.cat([given.v[1, :, :2], given.v[0, :, 2:]], 1)
-    assert_close(made[1], attention(given.q[1], k, v), 1e-10)
+    assert_close(made[1], attention(given.q[1], k, v), FORMULA)
     assert error(made[1], attention(given.q[1], given.k[0], given.v[0])) > 1e-2
 
 
@@ -69,13 +69,13 @@ def test_masks():
     for source, target in ((0, 1), (2, 3)):
         inside = attention(given.q[target], given.k[source], given.v[source], there)
         outside = attention(given.q[target], given.k[source], given.v[source], ~there)
-        assert_close(made[target], torch.where(here[:, None, None], inside, outside), 1e-10)
+        assert_close(made[target], torch.where(here[:, None, None], inside, outside), FORMULA)
     for empty in (0.0, 1.0):  # nothing to look at: not masked
         maps[2] = empty
-        assert_close(strategy.attend(given), MasaCtrl().attend(given), 1e-10)
+        assert_close(strategy.attend(given), MasaCtrl().attend(given), FORMULA)
     given.diffusion.run_state["masactrl"]["at"] = (4, ("uncond", "cond"))  # of another step
     maps[2, 0] = 0.0
-    assert_close(strategy.attend(given), MasaCtrl().attend(given), 1e-10)
+    assert_close(strategy.attend(given), MasaCtrl().attend(given), FORMULA)
     assert layout.grid(6) == (2, 3)
 
 
@@ -161,8 +161,8 @@ def test_two_pictures_a_branch():
     q, k, v = (torch.cat([x, x.flip(0) * 0.7]) for x in (given.q, given.k, given.v))
     made = MasaCtrl().attend(given.replace(q=q, k=k, v=v))
     for source, target in ((0, 2), (1, 3), (4, 6), (5, 7)):
-        assert_close(made[target], attention(q[target], k[source], v[source]), 1e-10)
-        assert_close(made[source], attention(q[source], k[source], v[source]), 1e-10)
+        assert_close(made[target], attention(q[target], k[source], v[source]), FORMULA)
+        assert_close(made[source], attention(q[source], k[source], v[source]), FORMULA)
 
 
 @pytest.mark.parametrize("union", [False, True])
@@ -182,9 +182,9 @@ def test_masks_and_biases_of_the_model_stay_with_the_targets(union, rows):
         if union:
             keys, values = torch.cat([k[target], k[source]], 1), torch.cat([v[target], v[source]], 1)
             seen = torch.cat([own, own], -1)
-        assert_close(made[target], attention(q[target], keys, values, seen), 1e-10)
+        assert_close(made[target], attention(q[target], keys, values, seen), FORMULA)
         plain = attention(q[source], k[source], v[source], mask[source if rows > 1 else 0, 0])
-        assert_close(made[source], plain, 1e-10)
+        assert_close(made[source], plain, FORMULA)
     if not union:
         for hides in (None, mask):
             moved = MasaCtrl().attend(given.replace(bias=bias, mask=hides))
@@ -192,17 +192,17 @@ def test_masks_and_biases_of_the_model_stay_with_the_targets(union, rows):
                 x = q[target] @ k[source].transpose(-1, -2) * 0.4 + bias[target if rows > 1 else 0, 0]
                 if hides is not None:
                     x = x.masked_fill(~mask[target if rows > 1 else 0, 0], -torch.inf)
-                assert_close(moved[target], (x.softmax(-1) @ v[source]).transpose(-3, -2), 1e-10)
+                assert_close(moved[target], (x.softmax(-1) @ v[source]).transpose(-3, -2), FORMULA)
 
 
 def test_text_behind_the_image():
     given = call(("all",), "joint", Layout(1, 2, 2, text=2, text_first=False))
     made = MasaCtrl().attend(given)
     k, v = (torch.cat([x[0, :, :4], x[1, :, 4:]], 1) for x in (given.k, given.v))
-    assert_close(made[1], attention(given.q[1], k, v), 1e-10)
+    assert_close(made[1], attention(given.q[1], k, v), FORMULA)
     both = MasaCtrl(union=True).attend(given)
     k, v = (torch.cat([x[1], x[0, :, :4]], 1) for x in (given.k, given.v))
-    assert_close(both[1], attention(given.q[1], k, v), 1e-10)
+    assert_close(both[1], attention(given.q[1], k, v), FORMULA)
 
 
 def noted(strategy, branches, index, maps, run_state, rows=2):

@@ -13,6 +13,7 @@ from manyheads.diffusion.pab.redundancy import Curve, Redundancy, plot, suggest
 from manyheads.errors import UserError
 from manyheads.models.scenes import build
 from oracles import pipelines
+from tolerance import CLOSE, assert_close, is_far, nearly
 
 STEPS = 6
 CAPTIONS = torch.tensor([[1, 13, 17], [2, 14, 18]])
@@ -65,8 +66,8 @@ def test_changes_are_those_of_the_outputs():
     for curve in curves:
         seen = torch.tensor(curve.relative)
         assert curve.modules == 2 and len(seen) == STEPS - 1
-        torch.testing.assert_close(seen, want[curve.kind], rtol=1e-4, atol=0)
-        assert not torch.allclose(seen[1:], other[curve.kind], rtol=1e-2)  # of two steps, the figures are others
+        assert_close(seen, want[curve.kind], CLOSE)
+        assert is_far(seen[1:], other[curve.kind])  # of two steps, the figures are others
         assert curve.timesteps == tuple(pipe.scheduler.timesteps[1:].tolist())
         assert min(curve.absolute) > 0
     assert all("kept" not in state for _, kept in port.kept(measure) for state in kept.values())
@@ -95,7 +96,7 @@ def test_every_run_counts_and_only_steps_of_one_run_are_compared():
         once = measure.curves(port)
         run(pipe)
     for first, both in zip(once, measure.curves(port), strict=True):
-        torch.testing.assert_close(torch.tensor(first.relative), torch.tensor(both.relative), rtol=1e-6, atol=0)
+        assert_close(torch.tensor(first.relative), torch.tensor(both.relative), CLOSE)
 
 
 def curve(kind, *relative):
@@ -112,6 +113,9 @@ def test_suggestion_follows_its_rule(tmp_path):
     assert spec == "pab:upper=850,lower=350,spatial=3,cross=6"
     assert manyheads.parse(spec).spatial == 3
     assert suggest(curves, drift=0.01) == "pab:upper=850,lower=350,spatial=1,cross=1"
+    even = [curve("temporal", *[0.01] * 5)]  # a step of 0.1
+    for drift, most in ((0.35, 4), (0.65, 7), (0.75, 8), (0.85, 8), (0.95, 8), (9.0, 8)):
+        assert suggest(even, drift=drift).endswith(f"temporal={most}")  # never more than LONGEST
     assert suggest([curve("temporal", *[0.0] * 5)]) == "pab:upper=950,lower=250,temporal=8"
     with pytest.raises(UserError, match="no range"):
         suggest([curve("spatial", 0.1, 9.0, 0.1, 9.0, 0.1)])
@@ -191,9 +195,9 @@ def test_only_the_step_before_of_the_same_run_and_shape_is_compared():
     spatial, cross = measure.curves(Port)
     assert (spatial.kind, spatial.modules) == ("spatial", 1) and (cross.kind, cross.modules) == ("cross", 1)
     assert spatial.timesteps == (890.0, 600.0, 300.0, 200.0)
-    assert spatial.relative == pytest.approx(((4 / 9 + 2 / 8) / 2, 1 / 36, 4 / 16, 1 / 25))
-    assert spatial.absolute == pytest.approx(((4 + 2) / 2, 1, 4, 1))
-    assert cross.relative == pytest.approx((1 / 1e-20,))  # of an output of zero
+    assert spatial.relative == nearly(((4 / 9 + 2 / 8) / 2, 1 / 36, 4 / 16, 1 / 25))
+    assert spatial.absolute == nearly(((4 + 2) / 2, 1, 4, 1))
+    assert cross.relative == nearly((1 / 1e-20,))  # of an output of zero
 
 
 def test_a_range_is_the_longest_calm_one_and_may_reach_either_end():

@@ -13,7 +13,7 @@ from manyheads.call import DenoiserCall, DiffusionStep  # noqa: E402
 from manyheads.diffusion._maps import check_words, merged, scaled  # noqa: E402
 from manyheads.diffusion._prediction import Prediction, add_guidance, is_flow, select_batch  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
-from tolerance import assert_close  # noqa: E402
+from tolerance import CLOSE, FORMULA, assert_close, is_close, nearly  # noqa: E402
 
 
 def call(branches=("all",), guidance=None, rescales=False, index=3, scheduler=None, given=None):
@@ -27,10 +27,8 @@ def test_levels_of_a_diffusion_are_its_cumulative_alphas(kind):
     scheduler = diffusers.DDIMScheduler(prediction_type=kind)
     alpha = float(torch.cumprod(1 - scheduler.betas, 0)[400])
     for found in (Prediction.of(call(scheduler=scheduler)), Prediction.at(scheduler, 399.6)):
-        assert found.kind == kind and found.alpha == pytest.approx(math.sqrt(alpha))
-        assert found.sigma == pytest.approx(math.sqrt(1 - alpha)) and found.alpha**2 + found.sigma**2 == pytest.approx(
-            1
-        )
+        assert found.kind == kind and found.alpha == nearly(math.sqrt(alpha))
+        assert found.sigma == nearly(math.sqrt(1 - alpha)) and found.alpha**2 + found.sigma**2 == nearly(1)
 
 
 def test_levels_of_a_flow_are_the_sigmas_of_its_timesteps():
@@ -39,7 +37,7 @@ def test_levels_of_a_flow_are_the_sigmas_of_its_timesteps():
     for t, sigma in zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False):
         for near in (t, t + 0.4, t - 0.4):  # given in half precision, a timestep is not met to the bit
             found = Prediction.at(scheduler, near)
-            assert (found.kind, found.sigma, found.alpha) == ("flow", pytest.approx(sigma), pytest.approx(1 - sigma))
+            assert (found.kind, found.sigma, found.alpha) == ("flow", nearly(sigma), nearly(1 - sigma))
     assert is_flow(scheduler) and not is_flow(diffusers.DDIMScheduler())
     assert is_flow(diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))
     assert not is_flow(diffusers.UniPCMultistepScheduler())
@@ -87,11 +85,11 @@ def test_after_guidance_a_prediction_is_moved_by_what_was_meant(g):
     push = torch.randn(2, 3, 2, 2, generator=generator).double()
     before = plain.clone()
     both = add_guidance(call(("uncond", "cond"), g), plain, push)
-    assert_close(guided(both, g) - guided(plain, g), push, 1e-10)
-    assert_close(both - plain, torch.cat([push, push]), 1e-10)
+    assert_close(guided(both, g) - guided(plain, g), push, FORMULA)
+    assert_close(both - plain, torch.cat([push, push]), FORMULA)
     if g != 1:
         kept = add_guidance(call(("uncond", "cond"), g, rescales=True), plain, push)
-        assert_close(guided(kept, g) - guided(plain, g), push, 1e-10)
+        assert_close(guided(kept, g) - guided(plain, g), push, FORMULA)
         assert torch.equal(kept[2:], plain[2:])  # the conditional one is what the others are measured by
         swapped = add_guidance(call(("cond", "uncond"), g, rescales=True), plain, push)
         assert torch.equal(swapped[:2], plain[:2]) and not torch.equal(swapped[2:], plain[2:])
@@ -99,7 +97,7 @@ def test_after_guidance_a_prediction_is_moved_by_what_was_meant(g):
     for branch, own, weight in (("cond", cond, g), ("uncond", uncond, 1 - g)):
         if weight:
             moved = add_guidance(call((branch,), g), own, push)
-            assert_close((moved - own) * weight, push, 1e-10)
+            assert_close((moved - own) * weight, push, FORMULA)
         else:
             with pytest.raises(UserError, match=f"the {branch} prediction counts nothing"):
                 add_guidance(call((branch,), g), own, push)
@@ -139,7 +137,7 @@ def test_maps_of_unlike_grids():
     wide, tall = torch.ones(1, 1, 2, 9), torch.ones(1, 1, 5, 3)  # 18 cells beside 15
     assert merged([tall, wide]).shape == (1, 1, 2, 9)
     rows = torch.tensor([[[1.0, 3.0], [5.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[-4.0, 4.0], [0.0, 0.0]]])
-    assert torch.allclose(scaled(rows), torch.tensor([[[0, 0.5], [1, 0.25]], [[0, 0], [0, 0]], [[0, 1], [0.5, 0.5]]]))
+    assert is_close(scaled(rows), torch.tensor([[[0, 0.5], [1, 0.25]], [[0, 0], [0, 0]], [[0, 1], [0.5, 0.5]]]), CLOSE)
 
 
 def test_places_that_a_prompt_has():

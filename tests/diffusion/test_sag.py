@@ -14,7 +14,7 @@ from manyheads.diffusion._prediction import Prediction
 from manyheads.diffusion.sag import SAG, blur
 from manyheads.errors import UserError
 from oracles import pipelines
-from tolerance import SAME, assert_close, error
+from tolerance import FORMULA, MODEL, assert_close, error, within
 
 LAYOUT = Layout(1, 4, 6)
 
@@ -30,8 +30,8 @@ def test_predictions_come_apart_and_together(kind):
         "epsilon": noise, "sample": x0, "v_prediction": 0.8 * noise - 0.6 * x0, "flow": noise - x0,
     }[kind]  # fmt: skip
     got = rule.to_x0_eps(noisy, out)
-    assert_close(got[0], x0, 1e-10)
-    assert_close(got[1], noise, 1e-10)
+    assert_close(got[0], x0, FORMULA)
+    assert_close(got[1], noise, FORMULA)
     assert error(Prediction(0.7, 0.71, kind).to_x0_eps(noisy, out)[0], x0) > 1e-3 or kind == "sample"
 
 
@@ -40,13 +40,13 @@ def test_blur():
     assert torch.equal(blur(x, 0, 9), x) and torch.equal(blur(x, 1, 1), x)
     flat = torch.full_like(x, 3.0)
     for sigma, size in ((1, 9), (3, 31)):  # the kernel may be wider than the image
-        assert_close(blur(flat, sigma, size), flat, 1e-10)
+        assert_close(blur(flat, sigma, size), flat, FORMULA)
         assert blur(x, sigma, size).std() < 0.6 * x.std()
     point = torch.zeros(1, 1, 21, 21).double()
     point[0, 0, 10, 10] = 1
     weight = torch.tensor([math.exp(-0.5 * i * i) for i in range(-4, 5)], dtype=torch.float64)
     weight = weight / weight.sum()
-    assert_close(blur(point, 1, 9)[0, 0, 6:15, 6:15], weight[:, None] * weight, 1e-10)
+    assert_close(blur(point, 1, 9)[0, 0, 6:15, 6:15], weight[:, None] * weight, FORMULA)
 
 
 class Bed:
@@ -87,11 +87,11 @@ def test_it_vanishes_without_blur_or_mask_and_is_affine():
     plain = bed.run()
     assert torch.equal(SAG(scale=0.0).denoise(bed.call), plain)
     for none in (SAG(sigma=0.0), SAG(threshold=99.0), SAG(kernel=1)):
-        assert_close(none.denoise(bed.call), plain, 1e-10)
+        assert_close(none.denoise(bed.call), plain, FORMULA)
     even = Bed(torch.ones(2, 24).double())
-    assert_close(SAG().denoise(even.call), plain, 1e-10)  # a uniform map receives exactly 1 everywhere
+    assert_close(SAG().denoise(even.call), plain, FORMULA)  # a uniform map receives exactly 1 everywhere
     made = [SAG(scale=s).denoise(bed.call) - plain for s in (0.5, 1.0)]
-    assert_close(made[1], 2 * made[0], 1e-10)
+    assert_close(made[1], 2 * made[0], FORMULA)
     assert made[1].abs().max() > 1e-3
     clipped = SAG(clip=True, sigma=0.0).denoise(bed.call)
     assert error(clipped, plain) > 1e-3  # clipping alone moves the sample
@@ -108,7 +108,7 @@ def test_it_is_the_formula():
                             (SAG(scale=0.7, mask="all"), torch.ones_like(mask))):  # fmt: skip
         degraded = where * blur(x0, 1.0, 9) + (1 - where) * x0
         again = bed.run(sample=alpha**0.5 * degraded + (1 - alpha) ** 0.5 * eps)
-        assert_close(strategy.denoise(bed.call), eps + 0.7 * (eps - again), 1e-10)
+        assert_close(strategy.denoise(bed.call), eps + 0.7 * (eps - again), FORMULA)
     assert error(SAG(scale=0.7, mask="random").denoise(bed.call), SAG(scale=0.7).denoise(bed.call)) > 1e-4
 
 
@@ -124,14 +124,15 @@ def test_beside_guidance_the_unconditional_rows_decide():
         return x[:2] + 5.0 * (x[2:] - x[:2])
 
     push = combined(made) - combined(plain)
-    assert_close(push, (made - plain)[:2], 1e-10)
+    size = float(plain.square().mean().sqrt())  # of what is subtracted
+    assert_close(push, (made - plain)[:2], FORMULA, unit=size)
     alone = Bed(received(rows=4)[:2], ("uncond",), 5.0, rows=4)
     alone.x = alone.x[:2]
     alone.call = DenoiserCall(
         alone.call.step, {"sample": alone.x, "label": torch.arange(2)}, Bed.scheduler, 5.0, alone.run
     )
     moved = SAG(scale=0.7).denoise(alone.call) - alone.run()
-    assert_close(moved * (1 - 5.0), push, 1e-10)
+    assert_close(moved * (1 - 5.0), push, FORMULA, unit=size)
     cond = Bed(received(), ("cond",), 5.0)
     assert torch.equal(SAG().denoise(cond.call), cond.run())
 
@@ -146,8 +147,8 @@ def test_the_map_is_summed_over_queries():
         call = AttentionCall(Site("x", 0, 0, kind, False), *x, scale=0.5, diffusion=step)
         SAG().watch(call, call.attend())
         want = (x[0][:, :, at] @ x[1][:, :, at].transpose(-1, -2) * 0.5).softmax(-1).mean(1).sum(1)
-        assert_close(step.run_state["sag"], want, 1e-10)
-        assert_close(step.run_state["sag"].sum(1), torch.full((2,), 24.0).double(), 1e-10)
+        assert_close(step.run_state["sag"], want, FORMULA)
+        assert_close(step.run_state["sag"].sum(1), torch.full((2,), 24.0).double(), FORMULA)
     with pytest.raises(UserError, match="no image"):
         SAG().blur_mask(torch.ones(2, 23), torch.ones(2, 4, 8, 12), slice(0, 2), 2, LAYOUT)
 
@@ -166,7 +167,7 @@ def test_in_pipelines(name):
     with manyheads.use(pipe, "sag:scale=0"):
         assert torch.equal(go(pipe), plain)
     with manyheads.use(pipe, "sag:sigma=0"):
-        assert_close(go(pipe), plain, 50 * SAME)
+        assert_close(go(pipe), plain, within(torch.float32, 16 * MODEL))  # a few steps of the sampler
     with manyheads.use(pipe, "sag:scale=2"):
         made = go(pipe)
         assert torch.equal(go(pipe), made)
@@ -208,7 +209,7 @@ def test_blur_is_a_sum_over_a_reflected_image(sigma, size, shape):
                 for j in range(-half, half + 1):
                     there = x[..., place(r + i, shape[0]), place(c + j, shape[1])]
                     want[..., r, c] += weight[i + half] * weight[j + half] * there
-    assert_close(blur(x, sigma, size), want, 1e-10)
+    assert_close(blur(x, sigma, size), want, FORMULA)
     assert torch.equal(blur(x, -1.0, size), x)
 
 
@@ -279,7 +280,7 @@ def test_packed_latents_are_blurred_over_their_grid():
     mask = (bed.received > 1).double().reshape(2, 1, 4, 6)
     degraded = (mask * blur(x0, 1.0, 9) + (1 - mask) * x0).flatten(2).transpose(1, 2)
     again = torch.tanh(alpha**0.5 * degraded + (1 - alpha) ** 0.5 * eps)
-    assert_close(made, eps + 0.5 * (eps - again), 1e-10)
+    assert_close(made, eps + 0.5 * (eps - again), FORMULA)
     nowhere = DiffusionStep(1, 3, 10, 400.0, ("all",), None, run_state=bed.run_state)
     with pytest.raises(UserError, match="packed into tokens"):
         SAG().denoise(DenoiserCall(nowhere, {"sample": bed.x}, Bed.scheduler, None, run))
@@ -292,14 +293,14 @@ def test_clipping_and_a_learned_variance():
     eps = bed.run()
     x0 = ((bed.x - (1 - alpha) ** 0.5 * eps) / alpha**0.5).clamp(-1, 1)
     again = bed.run(sample=alpha**0.5 * blur(x0, 1.0, 9) + (1 - alpha) ** 0.5 * eps)
-    assert_close(SAG(scale=1, clip=True, mask="all").denoise(bed.call), 2 * eps - again, 1e-10)
+    assert_close(SAG(scale=1, clip=True, mask="all").denoise(bed.call), 2 * eps - again, FORMULA)
     variance = bed.call
     wide = DenoiserCall(
         variance.step, variance.given, Bed.scheduler, None, lambda *a, **k: torch.cat([bed.run(*a, **k), bed.x + 7], 1)
     )
     plain = SAG(scale=1).denoise(bed.call)
     made = SAG(scale=1).denoise(wide)
-    assert_close(made[:, :4], plain, 1e-10)
+    assert_close(made[:, :4], plain, FORMULA)
     assert torch.equal(made[:, 4:], bed.x + 7)
 
 

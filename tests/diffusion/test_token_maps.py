@@ -17,7 +17,7 @@ from manyheads.spec import parse
 from manyheads.strategy import AttentionWatch
 from oracles import diffusion as tiny
 from oracles import pipelines
-from tolerance import assert_close, error
+from tolerance import CLOSE, assert_close, error, nearly
 
 TEXT = 6
 # Where the text of a joint sequence stands; cross-attention elsewhere.
@@ -86,7 +86,7 @@ def test_words_equal_the_whole_map(name):
             assert not any(b for b in port.state(strategy)[site.name].values())
             continue
         got = mean_at(port, strategy, site.name)
-        assert_close(got.double(), want, 1e-6)
+        assert_close(got.double(), want, CLOSE)
         wrong += [error(got.double(), truth(name, kept["all"]["calls"][0], t)) for t in ((2, 3), (3, 1))]
         wrong += [error(got.double(), want.transpose(-1, -2)), error(got.double(), want.flip(0))]
         layers.setdefault(site.layer, []).append(want)
@@ -96,10 +96,10 @@ def test_words_equal_the_whole_map(name):
     large = max(x.shape[-1] for each in layers.values() for x in each)
     grown = [x.repeat_interleave(large // x.shape[-1], -1).repeat_interleave(large // x.shape[-2], -2)
              for each in layers.values() for x in each]  # fmt: skip
-    assert_close(found.maps["all"].double(), torch.stack(grown).mean(0), 1e-6)
+    assert_close(found.maps["all"].double(), torch.stack(grown).mean(0), CLOSE)
     assert torch.equal(found.of("b"), found.maps["all"][:, 1]) and set(found.layers["all"]) == set(layers)
     first = next(iter(layers))
-    assert_close(found.of("<a>", layer=first).double().mean(), layers[first][0][:, 0].mean(), 1e-5)
+    assert_close(found.of("<a>", layer=first).double().mean(), layers[first][0][:, 0].mean(), CLOSE)
 
 
 @pytest.mark.parametrize("name", ["dit", "sd3", "flux", "latte", "unet", "wan", "hunyuan"])
@@ -124,7 +124,7 @@ def test_what_the_image_looks_at_equals_the_whole_map(name):
             at = slice(TEXT, count) if FIRST[name] else slice(0, count - TEXT)
         whole = whole[:, :, at, at]
         got = mean_at(port, strategy, site.name, "received").double()
-        assert_close(got, picture(name, call, whole.sum(2)[..., None]), 1e-6)
+        assert_close(got, picture(name, call, whole.sum(2)[..., None]), CLOSE)
         assert error(got, picture(name, call, whole.sum(3)[..., None])) > 1e-3
         n, here = whole.shape[2], 8 if name == "unet" and whole.shape[2] == 64 else 4
         rows = mean_at(port, strategy, site.name, "queries").double()
@@ -138,15 +138,15 @@ def test_what_the_image_looks_at_equals_the_whole_map(name):
                 want[:, :, other] = 0
             else:
                 want = picture(name, call, n * whole[:, :, f * side**2 + cell if frames > 1 else cell, :, None])
-            assert_close(rows[:, i : i + 1], want, 1e-6)
+            assert_close(rows[:, i : i + 1], want, CLOSE)
         assert error(rows[:, 0], rows[:, 1]) > 1e-3
         seen += 1
     assert seen
     found = maps(port, strategy)
     assert found.names == ("received", f"from {places[0]}", f"from {places[1]}")
     if name in ("dit", "unet"):
-        assert_close(found.of("received").mean(), torch.tensor(1.0), 1e-5)
-        assert_close(found.of(found.names[1]).mean(), torch.tensor(1.0), 1e-5)
+        assert_close(found.of("received").mean(), torch.tensor(1.0), CLOSE)
+        assert_close(found.of(found.names[1]).mean(), torch.tensor(1.0), CLOSE)
 
 
 @pytest.mark.parametrize("name", ["pixart", "wan"])
@@ -174,12 +174,12 @@ def test_a_running_mean_is_the_mean_of_all_steps(name):
     assert set(found.maps) == {"cond", "uncond"} == set(part.maps) and part.steps == {}
     for branch in found.maps:
         steps = [torch.stack(want[branch, i]).mean(0) for i in range(4)]
-        assert_close(found.maps[branch].double(), torch.stack(steps).mean(0), 1e-6)
-        assert_close(part.maps[branch].double(), (steps[1] + steps[2]) / 2, 1e-6)
+        assert_close(found.maps[branch].double(), torch.stack(steps).mean(0), CLOSE)
+        assert_close(part.maps[branch].double(), (steps[1] + steps[2]) / 2, CLOSE)
         assert error(found.maps[branch].double(), steps[0]) > 1e-5
         assert list(found.steps[branch]) == [0, 1, 2, 3]
         for i, step in enumerate(steps):
-            assert_close(found.of("token 4", branch, step=i).double(), step[:, 1], 1e-6)
+            assert_close(found.of("token 4", branch, step=i).double(), step[:, 1], CLOSE)
             assert error(found.of("token 4", branch, step=i).double(), steps[i - 1][:, 1]) > 1e-5
     assert error(found.maps["cond"], found.maps["uncond"]) > 1e-3
     assert torch.equal(found.of("token 0"), found.of("token 0", "cond"))
@@ -209,7 +209,7 @@ def test_masks_and_biases_of_rows(first):
     }
     for what, x in want.items():
         got = call.state["means"][what, None].value[:, 0, :, 0].flatten(2)
-        assert_close(got.double(), x, 1e-6)
+        assert_close(got.double(), x, CLOSE)
         for change in ({"mask": None}, {"bias": None}, {"mask": mask.flip(2)}):
             other = dense(call.replace(**change))[:, :, image].mean(1)
             assert error(other[..., text].mT, want["words"]) > 1e-3
@@ -222,8 +222,8 @@ def test_heads():
     cross = {site.layer: kept["all"]["calls"][0] for site, kept in port.kept(note) if site.kind == "cross"}
     want = [picture("pixart", None, dense(cross[n])[:, [h], :, 2:3]) for n, h in ((0, 1), (1, 0))]
     found = maps(port, strategy, heads=("0.1", "1.0"))
-    assert_close(found.maps["all"].double(), (want[0] + want[1]) / 2, 1e-6)
-    assert_close(maps(port, strategy, heads=("0.1",)).maps["all"].double(), want[0], 1e-6)
+    assert_close(found.maps["all"].double(), (want[0] + want[1]) / 2, CLOSE)
+    assert_close(maps(port, strategy, heads=("0.1",)).maps["all"].double(), want[0], CLOSE)
     assert error(maps(port, strategy).maps["all"].double(), want[0]) > 1e-3
     with pytest.raises(UserError, match="heads 0 to 1, not 5"):
         maps(port, strategy, heads=("0.5",))
@@ -274,7 +274,7 @@ def test_mask_and_mean_of_unlike_grids():
     both = merged([x, torch.tensor([[[2.0, 4], [6, 8]]])])
     assert both.shape == (1, 3, 3) and both[0, 0, 0] == 1.0 and both[0, 2, 2] == 8.0 and both[0, 1, 1] == 3.0
     assert merged([x[..., :2, :2]], (4, 4))[0, :, 0].tolist() == [0, 0, 3, 3]
-    assert scaled(x).max() == pytest.approx(1) and scaled(x).min() == 0
+    assert scaled(x).max() == nearly(1) and scaled(x).min() == 0
     rows = torch.cat([x, 10 * x])[:, None, None]  # a row is scaled by itself
     found = WordMaps(("cat", "dog"), ("", ""), {"cond": torch.cat([rows, rows], 1)}, {}, {})
     want = (x > 6).expand(2, -1, -1)[:, None]
@@ -345,7 +345,7 @@ def test_words_of_several_tokens():
     plain, found = maps(port, strategy), maps(port, strategy, words={"dog": (5,), "big cat": (0, 2)})
     assert found.names == ("dog", "big cat", "received") and len(found.units) == 3
     assert torch.equal(found.of("dog"), plain.of("token 5")) and torch.equal(found.of("received"), plain.of("received"))
-    assert_close(found.of("big cat"), plain.of("token 0") + plain.of("token 2"), 1e-6)
+    assert_close(found.of("big cat"), plain.of("token 0") + plain.of("token 2"), CLOSE)
     with pytest.raises(UserError, match=r"kept tokens 0\+2\+5, not \[3\]"):
         maps(port, strategy, words={"cow": (3,)})
 
@@ -395,12 +395,12 @@ def test_a_new_run_begins_anew_and_large_sites_may_be_left_out():
     mean = {name: kept["means"]["words", None].value.mean(1) for name, kept in (("fine", fine), ("coarse", coarse))}
     for row, branch in enumerate(("uncond", "cond")):
         grown = mean["coarse"][row : row + 1].repeat_interleave(2, -1).repeat_interleave(2, -2)
-        assert_close(found.maps[branch], (mean["fine"][row : row + 1] + grown) / 2, 1e-6)
-        assert_close(small.maps[branch], mean["coarse"][row : row + 1], 1e-6)
+        assert_close(found.maps[branch], (mean["fine"][row : row + 1] + grown) / 2, CLOSE)
+        assert_close(small.maps[branch], mean["coarse"][row : row + 1], CLOSE)
     assert set(found.layers["cond"]) == {0, 1} and set(small.layers["cond"]) == {1}
     assert found.names == ("token 1", "token 2") and found.units == ("share of attention",) * 2
     assert list(found.steps["cond"]) == [0, 1] and list(small.steps["cond"]) == [0]
-    assert_close(found.of("token 2", layer=0), mean["fine"][1:, 1], 1e-6)
+    assert_close(found.of("token 2", layer=0), mean["fine"][1:, 1], CLOSE)
     with pytest.raises(UserError, match="kept nothing"):
         maps(Port, strategy, size=3)
     with pytest.raises(UserError, match=r"not \[\] that words are made of"):

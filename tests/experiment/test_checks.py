@@ -14,6 +14,7 @@ from manyheads.experiment import Arm, above, at_most, below, estimates, higher, 
 from manyheads.experiment.checks import Check, evaluate, find_metric, resolve, word_of
 from manyheads.experiment.estimates import CONTEXTS, Estimate
 from manyheads.experiment.rows import Metric, Row
+from tolerance import nearly
 
 LOSS, RIGHT = Metric("loss", "loss"), Metric("right", "right", higher=True, kind="share", floor=0.5)
 TIME = Metric("time", "time", "s", kind="time")
@@ -233,14 +234,14 @@ def test_needed_groups_and_the_least_effect_by_hand(monkeypatch, kind, low, high
     bounds = sorted((sign * low, sign * high))
     said = judged(*bounds, check, monkeypatch, kind=kind)
     assert said.word == "inconclusive" and said.bound == 0
-    assert said.detectable == pytest.approx((high - low) / 2 + stats.norm.ppf(0.8) * (high - low) / 5)
+    assert said.detectable == nearly((high - low) / 2 + stats.norm.ppf(0.8) * (high - low) / 5)
     want = least(said.effect, sign * edge, few=kind != estimates.WILSON)
     assert said.needed == pytest.approx(want, abs=1 if want > 500 else 0)  # from 500 groups on t is the normal quantile
 
 
 def test_a_lopsided_interval_counts_by_its_wider_side(monkeypatch):
     said = judged(-0.1, 0.4, higher("loss", "a", than="b", at=0.5), monkeypatch, value=0.12)
-    assert said.detectable == pytest.approx(0.28 + stats.norm.ppf(0.8) * 0.1) and said.needed == least(said.effect, 0.0)
+    assert said.detectable == nearly(0.28 + stats.norm.ppf(0.8) * 0.1) and said.needed == least(said.effect, 0.0)
 
 
 def test_power_of_a_ratio_is_on_its_logarithm(monkeypatch):
@@ -248,7 +249,7 @@ def test_power_of_a_ratio_is_on_its_logarithm(monkeypatch):
     said = judged(0.3, 0.6, check, monkeypatch, value=0.45, error=0.15)
     assert (said.word, said.bound) == ("inconclusive", 0.5)
     half = math.log(0.45 / 0.3)
-    assert said.detectable == pytest.approx(math.exp(half + stats.norm.ppf(0.8) * 0.15))
+    assert said.detectable == nearly(math.exp(half + stats.norm.ppf(0.8) * 0.15))
     logs = Estimate(math.log(0.45), math.log(0.3), math.log(0.6), 30, 10, CONTEXTS, 0.15)
     assert said.needed == least(logs, math.log(0.5))
     wide = judged(0.3, 0.9, at_most("loss", "a", times=0.5, than="b", at=0.5, margin=0.1), monkeypatch, value=0.53)
@@ -262,7 +263,7 @@ def test_what_has_no_power_says_none(monkeypatch):
     endless = judged(-math.inf, math.inf, check, monkeypatch, value=1.0, error=math.nan)
     assert (endless.word, endless.detectable, endless.needed) == ("inconclusive", None, None)
     nothing = judged(-0.5, 0.5, check, monkeypatch)  # an effect of zero would need endless samples
-    assert nothing.needed is None and nothing.detectable == pytest.approx(0.5 + stats.norm.ppf(0.8) * 0.2)
+    assert nothing.needed is None and nothing.detectable == nearly(0.5 + stats.norm.ppf(0.8) * 0.2)
     tiny = judged(-0.5, 0.5 + 1e-9, check, monkeypatch)
     assert tiny.needed is None  # more than could be asked for
     huge = judged(-0.5, 0.52, check, monkeypatch, kind=estimates.WILSON)
@@ -300,9 +301,9 @@ def test_conditions_that_differ_on_purpose_are_left_out_of_the_pairs():
     ]  # fmt: skip
     check = lower("loss", "a", than="b", at=0.5, where={"length": 64}, than_where={"length": 8})
     found = evaluate(check, made, ARMS, METRICS).effect
-    assert found.n == 8 and found.value == pytest.approx(64 + 0.5 - 5)
+    assert found.n == 8 and found.value == nearly(64 + 0.5 - 5)
     both = evaluate(lower("loss", "a", than="b", at=0.5), made, ARMS, METRICS).effect
-    assert both.n == 16 and both.value == pytest.approx(36 + 0.5 - 5)
+    assert both.n == 16 and both.value == nearly(36 + 0.5 - 5)
 
 
 def test_a_baseline_at_its_floor_or_without_rows():

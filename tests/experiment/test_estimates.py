@@ -12,6 +12,7 @@ from manyheads.experiment import estimates
 from manyheads.experiment.estimates import Estimate, difference, estimate, newcombe, paired, ratio, wilson
 from manyheads.experiment.rows import Metric
 from oracles.rows import crossed, rows
+from tolerance import DRAWN, WRONG, nearly, spread_error
 
 SHARE = Metric("m", "share", higher=True, kind="share")
 MEAN = Metric("m", "mean")
@@ -39,7 +40,7 @@ def coverage(make, truth, judge, runs):
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 7), (12, 12), (50, 200)])
 def test_wilson_is_scipys(right, n):
     theirs = scipy_stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert wilson(right, n) == nearly((theirs.low, theirs.high))
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 30, 500])
@@ -52,8 +53,8 @@ def test_newcombe_without_correlation_is_square_and_add():
     p1, p2, n = 0.6, 0.5, 40
     (low1, high1), (low2, high2) = wilson(p1 * n, n), wilson(p2 * n, n)
     low, high = newcombe(p1, p2, p1 * p2, n)
-    assert low == pytest.approx(0.1 - math.hypot(p1 - low1, high2 - p2))
-    assert high == pytest.approx(0.1 + math.hypot(high1 - p1, p2 - low2))
+    assert low == nearly(0.1 - math.hypot(p1 - low1, high2 - p2))
+    assert high == nearly(0.1 + math.hypot(high1 - p1, p2 - low2))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 0.75, 1.0])
@@ -130,15 +131,21 @@ def test_a_mean_covers_with_few_contexts(few_draws, groups):
 
 
 def test_a_mean_is_the_percentile_bootstrap_widened(monkeypatch):
-    monkeypatch.setattr(estimates, "_DRAWS", 20_000)
+    draws = 40_000
+    monkeypatch.setattr(estimates, "_DRAWS", draws)
     values = np.random.default_rng(3).gamma(2.0, 1.0, 40)
     found = estimate(rows(values), MEAN)
     theirs = scipy_stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=0
+        (values,), np.mean, method="percentile", n_resamples=draws, random_state=0
     ).confidence_interval  # fmt: skip
     wider = scipy_stats.t.ppf(0.975, 39) / scipy_stats.norm.ppf(0.975) * math.sqrt(40 / 39)
-    assert (found.high - found.low) / (theirs.high - theirs.low) == pytest.approx(wider, rel=0.03)
-    assert found.error == pytest.approx(values.std(ddof=1) / math.sqrt(40), rel=0.03)
+    ratio = (found.high - found.low) / (theirs.high - theirs.low)
+    # A bound, p = 0.025 of a normal distribution, has the error sqrt(p (1 - p) / draws) / density; four make the ratio.
+    expected = 2 * math.sqrt(0.025 * 0.975 / draws) / scipy_stats.norm.pdf(1.96) / 3.92
+    assert abs(ratio / wider - 1) < DRAWN * expected and abs(ratio / math.sqrt(40 / 39) - 1) > WRONG * expected
+    error = math.sqrt(40) * found.error
+    assert spread_error(error, values.std(ddof=1), draws) < DRAWN
+    assert spread_error(error, values.std(), draws) > WRONG  # the root of g / (g - 1) left out
 
 
 def test_many_contexts_are_drawn_in_parts(monkeypatch):
@@ -161,11 +168,11 @@ def test_the_draws_are_named_by_the_arm_and_one_context_has_no_interval():
 def test_a_share_counts_contexts_that_answer_as_one_once():
     members = np.repeat(np.arange(10), 4)
     alike = estimate(rows(np.repeat([1.0, 0.0], 20), members), SHARE)
-    assert (alike.low, alike.high) == pytest.approx(wilson(5, 10))
+    assert (alike.low, alike.high) == nearly(wilson(5, 10))
     apart = estimate(rows(np.tile([1.0, 0.0], 20), members), SHARE)
-    assert (apart.low, apart.high) == pytest.approx(wilson(20, 40))
+    assert (apart.low, apart.high) == nearly(wilson(20, 40))
     agreed = estimate(rows(np.ones(40), members), SHARE)
-    assert (agreed.low, agreed.high) == pytest.approx(wilson(10, 10)) and (agreed.n, agreed.groups) == (40, 10)
+    assert (agreed.low, agreed.high) == nearly(wilson(10, 10)) and (agreed.n, agreed.groups) == (40, 10)
     # One context that holds most of the answers is most of what there is to count.
     crowded = estimate(rows(np.ones(40), [0] * 31 + list(range(1, 10))), SHARE)
     assert crowded.low < 0.5 < agreed.low
@@ -229,7 +236,7 @@ def test_a_difference_takes_a_factor_and_conditions_that_are_left_out_of_the_pai
     with pytest.raises(UserError, match=r"a was measured on 0 \(seed 0\) and b was not"):
         difference(long, short, MEAN)
     found = difference(long, short, MEAN, factor=2.0, ignoring=frozenset({"length"}))
-    assert found.value == pytest.approx(1 / 3)
+    assert found.value == nearly(1 / 3)
 
 
 def test_pairs_are_whole():
@@ -265,7 +272,7 @@ def test_a_ratio_of_times_covers(few_draws):
     assert 0.91 <= held / runs <= 0.985
     assert np.mean(widths) < 1.3 and found.interval == estimates.REPEATS
     back = ratio(rows(other), rows(one, arm="b"), TIME)
-    assert back.value == pytest.approx(1 / found.value)
+    assert back.value == nearly(1 / found.value)
 
 
 def test_a_ratio_needs_positive_values_and_several_repetitions():

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,29 @@ def test_ray_gives_what_a_serial_run_gives(tmp_path, serial, monkeypatch):
         run(experiment(Draws(fails=1)).at("cpu"), tmp_path / "b", executor=Ray("local"))
     with pytest.raises(UserError, match="a worker died on experiment/3, and another"):
         run(experiment(Draws(dies=3)).at("cpu"), tmp_path / "c", executor=Ray("local"))
+
+
+def test_what_ray_is_asked_for(tmp_path, serial, monkeypatch):
+    """A processor and no GPU a unit, each given out twice at most; a cluster that runs already is not ended."""
+    asked, ended = [], []
+
+    class Future:
+        def __init__(self, call, given):
+            self.call, self.given = call, given
+
+    def remote(**options):
+        asked.append(options)
+        return lambda call: SimpleNamespace(remote=lambda *given: Future(call, given))
+
+    errors = {name: type(name, (Exception,), {}) for name in ("WorkerCrashedError", "OutOfMemoryError", "RayTaskError")}
+    stand_in = SimpleNamespace(
+        is_initialized=lambda: True, put=lambda x: x, remote=remote, shutdown=lambda: ended.append(1),
+        wait=lambda futures, num_returns: (futures[-num_returns:], futures[:-num_returns]),
+        get=lambda future: future.call(*future.given), exceptions=SimpleNamespace(**errors),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    assert run(experiment().at("cpu"), tmp_path, executor=Ray("local")).rows == serial
+    assert asked == [{"num_cpus": 1, "num_gpus": 0, "max_retries": 1}] and not ended
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from manyheads.inspect.attention_breakdown import FIRST, Parts
 from manyheads.inspect.naming import parse_lenses, parse_role
 from manyheads.inspect.prompts import Prompt, chat, draw
 from manyheads.inspect.run import inspect_model
-from tolerance import SAME, assert_close, error
+from tolerance import SAME, assert_close, error, is_close, is_far, nearly
 
 
 def test_findings_are_those_of_watch(model, seen):
@@ -27,9 +27,9 @@ def test_findings_are_those_of_watch(model, seen):
                 alone.roles = prompt.parts
                 model(torch.tensor([prompt.ids]))
         for name, made in alone.compute().tables.items():
-            assert np.allclose(seen.found[spec].tables[name].values, made.values, atol=SAME, equal_nan=True)
+            assert is_close(seen.found[spec].tables[name].values, made.values)
             assert seen.found[spec].tables[name].about["prompts"] == 2
-    assert not np.allclose(seen.found["active_dormant"].tables["sink"].values, 0)
+    assert is_far(seen.found["active_dormant"].tables["sink"].values, 0)
 
 
 def test_the_document_is_the_findings(seen):
@@ -67,14 +67,14 @@ def test_parts_add_up_and_equal_dense_maps():
 def test_parts_of_a_probe_are_the_whole(seen):
     own = seen.found["attention"].tables
     assert seen.parts[:2] == (FIRST, "system")
-    assert np.allclose(sum(own[part].mean for part in seen.parts), 1, atol=1e-5)
+    assert is_close(sum(own[part].mean for part in seen.parts), 1)
     assert len(seen.found["attention"].maps) == 8
 
 
 def test_ablation_has_its_control(seen):
     name, curve = seen.curve
     assert name == "active_dormant/sink" and curve.counts[0] == 0
-    assert curve.ranked[0] == pytest.approx(curve.control[0, 0]) and curve.control.shape == (3, len(curve.counts))
+    assert curve.ranked[0] == nearly(curve.control[0, 0]) and curve.control.shape == (3, len(curve.counts))
     assert curve.heads == seen.found["active_dormant"].tables["sink"].names(
         seen.found["active_dormant"].tables["sink"].top(curve.counts[-1])
     )

@@ -14,7 +14,7 @@ from manyheads.errors import UserError
 from manyheads.inspect.signal_breakdown import CLASS, RECEIVED
 from manyheads.inspect.signal_run import inspect_signals
 from manyheads.inspect.signals import _resampled, _wave, read_audio, read_images
-from tolerance import SAME
+from tolerance import is_close, is_far
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "image_size": [32, 48],
@@ -94,16 +94,16 @@ def test_an_image_against_dense_maps(name, picture):
         alone = (torch.arange(size) > 0) & (torch.arange(size) < before)  # a register's weight on itself
         want["registers"] = maps[..., 1:before].sum(-1) - want["itself"] * alone
     for part, mass in want.items():
-        assert np.allclose(own.tables[part].mean, mass.mean(-1), atol=SAME), part
-    assert np.allclose(sum(own.tables[part].mean for part in seen.parts), 1, atol=1e-5)
-    assert np.allclose(own.series[RECEIVED][0], maps.mean((0, 1, 2)) * size, atol=1e-4)
+        assert is_close(own.tables[part].mean, mass.mean(-1)), part
+    assert is_close(sum(own.tables[part].mean for part in seen.parts), 1)
+    assert is_close(own.series[RECEIVED][0], maps.mean((0, 1, 2)) * size)
     given = maps[-1, 2, 0] * size
-    assert np.allclose(own.series[f"{CLASS}, head 1.2"][0], given, atol=1e-4)
-    assert not np.allclose(given, maps[-1, 2, :, 0] * size, atol=1e-2)  # what it is given is not what it gives
+    assert is_close(own.series[f"{CLASS}, head 1.2"][0], given)
+    assert is_far(given, maps[-1, 2, :, 0] * size)  # what it is given is not what it gives
     wrong = torch.zeros(size, size)  # neighbours if columns were counted first
     order = torch.arange(24).reshape(4, 6).T.flatten()
     wrong[before:, before:] = around[before:, before:][order][:, order]
-    assert not np.allclose((maps * wrong).sum(-1).mean(-1), want["the patches around it"].mean(-1), atol=1e-3)
+    assert is_far((maps * wrong).sum(-1).mean(-1), want["the patches around it"].mean(-1))
     best = int(maps.mean((0, 1, 2)).argmax())
     assert signal.labels[best] in own.notes[0] and own.records.popitem()[1][0]["column"] == best
     assert set(seen.tokens[0]) == set(signal.labels) and math.isnan(seen.loss) and not seen.others
@@ -116,7 +116,7 @@ def test_an_image_is_prepared_as_the_processor_says(picture):
     want = np.asarray(Image.open(picture).resize((48, 32), 2))
     assert np.abs(signal.picture.astype(int) - want).max() <= 1 and signal.picture.shape == (32, 48, 3)
     (plain,) = read_images([picture], model)
-    assert not torch.allclose(plain.values["pixel_values"], signal.values["pixel_values"], atol=0.1)
+    assert is_far(plain.values["pixel_values"], signal.values["pixel_values"])
     assert np.abs(plain.picture.astype(int) - np.asarray(Image.open(picture).resize((48, 32), 3))).max() <= 1
 
 
@@ -160,19 +160,19 @@ def test_a_recording_against_dense_maps(speech, tokenizer, tmp_path):
     )
     assert set(seen.others) == {"cross", "encoder"} and "reasoning_rhythm" in seen.found
     own = seen.others["cross"].found["attention"]
-    assert np.allclose(own.tables["the recording"].mean, cross[..., :30].sum(-1).mean(-1), atol=1e-5)
-    assert not np.allclose(own.tables["the recording"].mean, cross[..., :31].sum(-1).mean(-1), atol=1e-4)
-    assert np.allclose(own.alignments[0], cross.mean((0, 1)), atol=1e-5) and own.alignments[0].shape == (
+    assert is_close(own.tables["the recording"].mean, cross[..., :30].sum(-1).mean(-1))
+    assert is_far(own.tables["the recording"].mean, cross[..., :31].sum(-1).mean(-1))
+    assert is_close(own.alignments[0], cross.mean((0, 1))) and own.alignments[0].shape == (
         len(ids[0]),
         50,
     )
     frame = torch.arange(50)
     near = ((frame[:, None] - frame).abs() <= 10) & (frame < 30) & (frame[:, None] != frame)
     own = seen.others["encoder"].found["attention"]
-    assert np.allclose(own.tables["0.2 s around it"].mean, (encoder * near).sum(-1).mean(-1), atol=1e-5)
-    assert not np.allclose(own.tables["0.2 s around it"].mean, (encoder * near.triu()).sum(-1).mean(-1), atol=1e-3)
+    assert is_close(own.tables["0.2 s around it"].mean, (encoder * near).sum(-1).mean(-1))
+    assert is_far(own.tables["0.2 s around it"].mean, (encoder * near.triu()).sum(-1).mean(-1))
     sink = seen.found["active_dormant"].tables["sink"]
-    assert np.allclose(sink.mean, decoder[:, :, 1:, 0].mean(-1), atol=1e-5) and sink.layers == (0, 1)
+    assert is_close(sink.mean, decoder[:, :, 1:, 0].mean(-1)) and sink.layers == (0, 1)
     loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], ids[0, 1:])
     assert seen.loss == pytest.approx(float(loss), abs=1e-5)
     assert seen.others["encoder"].tokens[0][3] == "0.06 s" and len(seen.tokens[0]) == len(ids[0])

@@ -9,11 +9,11 @@ from transformers.generation.configuration_utils import CompileConfig
 
 import manyheads
 from manyheads import UserError, parse
-from manyheads.integrations.decoding import decode
+from manyheads.integrations.decoding import decode, greedy
 from manyheads.integrations.transformers import new_cache, prefill
 from oracles import models
 from oracles.caches import stores
-from tolerance import DRAWN, WRONG, mean_error, share_error
+from tolerance import DRAWN, FORMULA, WRONG, is_close, mean_error, share_error
 
 SPECS = {
     "full": "full",
@@ -95,7 +95,7 @@ def test_prefill_goes_on_where_a_cache_stands(llama):
         prefill(llama, ids, parts, 8)
         prefill(llama, ids, whole)
         for a, b in zip(stores(parts), stores(whole), strict=True):
-            assert torch.allclose(a.keys, b.keys, atol=1e-5) and a.seen == b.seen == 59
+            assert is_close(a.keys, b.keys, FORMULA) and a.seen == b.seen == 59
 
 
 def test_rows_end_at_eos(llama):
@@ -192,3 +192,25 @@ def test_decoding_looks_now_and_then(llama):
         first = int(free[0, 0])
         prefill(llama, ids[:1], alone)
         assert decode(llama, ids[:1], alone, 70, eos=first).tolist() == [[first] * 32]
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_greedy_reads_what_it_makes_but_for_the_last(llama, most):
+    """The tokens of ``generate``, and each ends it where it has to: the number, an end, what is settled."""
+    ids = models.tokens(1, 12)
+    want = llama.generate(ids, max_new_tokens=5, do_sample=False)[0, 12:].tolist()
+    with manyheads.use(llama):
+        for piece in (None, 5):
+            cache = new_cache(llama, parse("full"))
+            assert greedy(llama, cache, ids, max_new_tokens=most, piece=piece) == want[:most]
+            assert cache.get_seq_length() == 12 + most - 1
+        end = next(i for i, token in enumerate(want) if token not in want[:i] and i == want.index(want[most - 1]))
+        cache = new_cache(llama, parse("full"))
+        assert greedy(llama, cache, ids, max_new_tokens=5, ends=(want[end],)) == want[:end]
+        assert cache.get_seq_length() == 12 + end
+        cache, seen = new_cache(llama, parse("full")), []
+        made = greedy(
+            llama, cache, ids, max_new_tokens=5, ends=(), settled=lambda x: seen.append(len(x)) or len(x) == most
+        )
+        assert made == want[:most] and cache.get_seq_length() == 12 + most - 1
+        assert seen == list(range(1, min(most, 4) + 1))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the model's mask says of columns that are cached already counts, whatever the storage; nothing of it is lost."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AttentionMaskInterface, DynamicCache
@@ -9,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 import manyheads
 from manyheads import UserError
 from manyheads.integrations import masks
+from manyheads.integrations.cache import Past
 from manyheads.integrations.transformers import new_cache
 from oracles import models
 from tolerance import SAME, error
@@ -209,3 +212,39 @@ def test_control_of_the_past(monkeypatch, later):
     plain = logits(model, LATER[later]())
     with manyheads.use(model, "full"):
         assert error(logits(model, LATER[later]()), plain) > 100 * SAME
+
+
+def asked(told, past=10, length=3, real=None, ours=True, **given):
+    """What the mask function is asked for, where ``past`` columns are cached of which the store knows ``real``."""
+    store = SimpleNamespace(real=real)
+    rule = {"q_length": length, "kv_length": length, "kv_offset": Past.of(store, past), "attention_mask": told}
+    rule |= {"mask_function": masks.causal_mask_function if ours else sdpa_mask, **given}
+    return masks._mask(lambda **found: found, True, rule)
+
+
+@pytest.mark.parametrize("hidden", range(13))
+def test_one_hidden_column_of_all_is_told(hidden):
+    """Whether it is cached or among the new ones, near the border or at an end."""
+    told = torch.ones(1, 13, dtype=torch.long)
+    assert asked(told)["attention_mask"] is None and asked(told)["kv_length"] == 3
+    told[:, hidden] = 0
+    found = asked(told)
+    assert found["attention_mask"] is told
+    if hidden < 10:
+        assert (found["kv_length"], found["kv_offset"], found["allow_is_causal_skip"]) == (13, 0, False)
+    else:  # the store says the same of the cached ones
+        assert found["kv_length"] == 3 and "allow_is_causal_skip" not in found
+    known = asked(told, real=told[:, :10].bool())
+    assert known["attention_mask"] is told and known["kv_length"] == 3
+
+
+def test_what_is_told_has_to_cover_all_columns():
+    """A column short, it is kept and all columns are asked for; further columns of a fixed size say nothing."""
+    short, long = torch.ones(1, 12, dtype=torch.long), torch.ones(1, 15, dtype=torch.long)
+    found = asked(short)
+    assert found["attention_mask"] is short and (found["kv_length"], found["kv_offset"]) == (13, 0)
+    long[:, 13:] = 0
+    assert asked(long)["attention_mask"] is None
+    own = asked(long, ours=False)
+    assert own["attention_mask"] is long and (own["kv_length"], own["kv_offset"]) == (13, 0)
+    assert "allow_is_causal_skip" not in own  # the past is as the store knows it

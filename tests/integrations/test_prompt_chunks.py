@@ -13,7 +13,7 @@ from manyheads.caches._store import PolicyStore
 from manyheads.integrations import prompt_chunks
 from manyheads.integrations.transformers import new_cache, prefill
 from oracles import caches, models
-from tolerance import assert_close
+from tolerance import CLOSE, assert_close
 
 SPECS = [
     "snapkv:budget=0.3,window_size=8", "keydiff:budget=0.3", "expected_attention:budget=0.3", "pyramidkv:budget=0.3",
@@ -47,7 +47,7 @@ def test_generate(llama, spec):
     want, kept = generated(llama, spec)
     got, held = generated(llama, spec, prefill_chunk_size=CHUNK)
     assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
-    assert_close(got, want, 1e-6)
+    assert_close(got, want, CLOSE)
 
 
 @each
@@ -60,7 +60,7 @@ def test_prefill(llama, spec):
             prefill(llama, ids, cache, chunk)
             return caches.step(llama, ids[:, -1:], cache)
 
-    assert_close(read(CHUNK), read(LENGTH), 1e-6)
+    assert_close(read(CHUNK), read(LENGTH), CLOSE)
 
 
 @pytest.mark.parametrize("spec", ["hashevict:budget=0.3", "h2o:budget=0.3"])
@@ -88,7 +88,7 @@ def test_the_chunk_size_of_the_models_own_configuration(llama):
     finally:
         llama.generation_config.prefill_chunk_size = None
     assert torch.equal(held[0], kept[0])
-    assert_close(got, want, 1e-6)
+    assert_close(got, want, CLOSE)
 
 
 def test_a_configuration_given_by_place(llama):

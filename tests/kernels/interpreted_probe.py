@@ -16,7 +16,7 @@ from manyheads.calls import weights
 from manyheads.calls.statistics import Entropy, Pooled
 from manyheads.calls.weights import measure
 from manyheads.kernels import probe
-from tolerance import SAME
+from tolerance import SAME, is_close
 
 CALLS = ((1, 1, 1, 32), (5, 5, 2, 24), (40, 130, 2, 32), (70, 70, 1, 64), (40, 90, 3, 128), (30, 12, 2, 32))
 
@@ -92,7 +92,7 @@ def test_measure_takes_kernels_and_blocks_together(monkeypatch):
         wanted = [Custom(), *case.statistics().values(), Pooled(2), Entropy()]
         first, *found, cells, last = measure(case.call(), wanted)
         assert max(errors(flat(case, found), case.truth()).values()) <= SAME
-        assert torch.allclose(first, last, atol=1e-5) and cells.shape[2:] == (2, 2)
+        assert is_close(first, last) and cells.shape[2:] == (2, 2)
     assert len(asked) == len(KINDS)
     call = build(torch.float32, 40, 60, 2, 32).call()
     holes = (torch.arange(60) % 4 > 0).expand(2, 1, 40, 60)
@@ -101,7 +101,7 @@ def test_measure_takes_kernels_and_blocks_together(monkeypatch):
         {"mask": torch.ones(2, 4, 40, 60, dtype=torch.bool)}, {"q": call.q.double(), "k": call.k.double()},
     ):  # fmt: skip
         got, want = measure(call.replace(**beyond), [Entropy()]), measure(call.replace(**beyond), [Entropy()], 7)
-        assert torch.allclose(got[0], want[0], atol=1e-5)
+        assert is_close(got[0], want[0])
     assert len(asked) == len(KINDS)
 
 

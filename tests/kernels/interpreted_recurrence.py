@@ -11,6 +11,7 @@ from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends th
 from manyheads import UserError
 from manyheads.attention.recurrence import DecayState, decay_attention
 from manyheads.kernels import _passes, recurrence
+from tolerance import SAME, assert_close, is_close, is_far
 
 CASES = [
     {"length": 1, "norm": "mlstm"},
@@ -95,11 +96,11 @@ def test_step(norm):
     given = {"scale": case.scale, "norm": norm, "floor": floor}
     out, after = decay_attention(q, k, v, g, state=DecayState(kv, n), impl="triton", **given)
     want = case.run("quadratic", torch.float64)
-    torch.testing.assert_close(out.double(), want["out"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(after.kv.double(), want["state"], atol=1e-5, rtol=1e-5)
-    assert norm is None or torch.allclose(after.k.double(), want["vector"], atol=1e-5)
+    assert_close(out.double(), want["out"], SAME)
+    assert_close(after.kv.double(), want["state"], SAME)
+    assert norm is None or is_close(after.k.double(), want["vector"], SAME)
     other, _ = decay_attention(q, k, v, g, state=DecayState(kv.flip(0), n), impl="triton", **given)
-    assert not torch.allclose(other.double(), want["out"], atol=1e-2)
+    assert is_far(other.double(), want["out"], SAME)
 
 
 def test_strong_decay_forgets_exactly():
@@ -108,7 +109,7 @@ def test_strong_decay_forgets_exactly():
     q, k, v, *_ = case.given.values()
     for g in (torch.full((1, 1, 70), -torch.inf), torch.full((1,), -1e4)):
         out, _ = decay_attention(q, k, v, g, impl="triton")
-        torch.testing.assert_close(out, (q * k).sum(-1, keepdim=True) * v, atol=1e-5, rtol=1e-5)
+        assert_close(out, (q * k).sum(-1, keepdim=True) * v)
 
 
 def test_large_states_in_half_precision():
@@ -118,7 +119,7 @@ def test_large_states_in_half_precision():
     out, after = decay_attention(*(x.half() for x in (q, k, v)), impl="triton")
     want, _ = decay_attention(q.double(), k.double(), v.double(), impl="quadratic")
     assert after.kv.max() > 4e5
-    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=0)
+    assert_close(out.double(), want, 2e-3)
 
 
 def test_the_operator_is_well_formed():

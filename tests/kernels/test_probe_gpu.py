@@ -9,7 +9,7 @@ import torch
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads import kernels
 from manyheads.calls.weights import measure
-from tolerance import SAME
+from tolerance import DEVICE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def agrees(case):
     got = case.kernels("cuda")
     wrong = errors(got, case.truth())
-    return max(wrong.values()) <= SAME and max(errors(got, case.truth(shift=1)).values()) > 10 * SAME, wrong
+    return max(wrong.values()) <= DEVICE and max(errors(got, case.truth(shift=1)).values()) > 10 * DEVICE, wrong
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,9 +44,9 @@ def test_what_is_seen(kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_features_and_sharp_rows(dtype):
     case = build(dtype, 500, 900, 4, 128, features=40, rows=33, width=1000, spread=30.0)
-    assert max(errors(case.kernels("cuda"), case.truth()).values()) <= SAME
+    assert max(errors(case.kernels("cuda"), case.truth()).values()) <= DEVICE
     wrong = dataclasses.replace(case, features=case.features.flip(2), weight=case.weight.flip(1))
-    assert max(errors(case.kernels("cuda"), wrong.truth()).values()) > 10 * SAME
+    assert max(errors(case.kernels("cuda"), wrong.truth()).values()) > 10 * DEVICE
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +64,7 @@ def test_measure_by_kernels_is_measure_by_blocks(kind):
         asked["columns"].index, asked["log"].keys = index.cuda(), case.sets().cuda()  # type: ignore[attr-defined]
         made.append(flat(case, measure(call, list(asked.values()), block)))
     wrong = errors(*made)
-    assert max(wrong.values()) <= SAME, wrong
+    assert max(wrong.values()) <= DEVICE, wrong
 
 
 def test_two_runs_give_the_same_bits():

@@ -8,7 +8,7 @@ import manyheads
 from manyheads.calls.edits import add_bias, append_kv, replace_channels, scale_heads
 from manyheads.errors import UserError
 from oracles import models
-from tolerance import SAME, assert_close, error
+from tolerance import FORMULA, SAME, assert_close, error
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "bert"])
@@ -78,18 +78,18 @@ def test_edits_equal_the_formula_with_gradients():
     extra = (q * more[0].repeat_interleave(2, 0)[:, None]).sum(-1, keepdim=True) * 0.5
     weights = torch.cat([extra, logits], -1).softmax(-1)
     values = torch.cat([more[1][None, :, None].expand(2, -1, 1, -1), v], 2).repeat_interleave(2, 1)
-    assert_close(appended(*more), (weights @ values).transpose(1, 2), 1e-10)
+    assert_close(appended(*more), (weights @ values).transpose(1, 2), FORMULA)
     assert torch.autograd.gradcheck(appended, [x.requires_grad_() for x in more])
     off = appended(torch.zeros(2, 4).double(), torch.zeros(2, 4).double())  # softmax with one more in the denominator
     e = logits.exp()
-    assert_close(off, ((e / (1 + e.sum(-1, keepdim=True))) @ v.repeat_interleave(2, 1)).transpose(1, 2), 1e-10)
+    assert_close(off, ((e / (1 + e.sum(-1, keepdim=True))) @ v.repeat_interleave(2, 1)).transpose(1, 2), FORMULA)
     assert error(off, call.attend()) > 1e-2
     bias = torch.randn(1, 1, 6, 6, generator=generator).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda b: add_bias(call, b).attend(), [bias])
     channels = torch.tensor([[[0], [3]], [[1], [2]]])
     mean = k.gather(3, channels[:, :, None].expand(-1, -1, 6, -1)).mean((2, 3), keepdim=True)
     made = replace_channels(k, channels, mean)
-    assert_close(made[1, 1, :, 2], k[1, 1, :, 2].mean().expand(6), 1e-10)
+    assert_close(made[1, 1, :, 2], k[1, 1, :, 2].mean().expand(6), FORMULA)
     assert torch.equal(replace_channels(made, channels, mean), made) and int((made != k).sum()) == 24
     factor = torch.tensor([1.0, 0.0, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f: scale_heads(q.transpose(1, 2), f), [factor])

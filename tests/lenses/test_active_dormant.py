@@ -15,7 +15,7 @@ from manyheads.lens import TokenSpans
 from manyheads.lenses.active_dormant import ActiveDormant, switch
 from manyheads.lenses.active_dormant.relu_attention import ReLUAttention, relu_weights
 from oracles import dense, models
-from tolerance import FORMULA, SAME, assert_close, error
+from tolerance import CLOSE, FORMULA, SAME, assert_close, error, is_close, is_far
 
 SITE = Site("x", 0, 0, "self", True, num_heads=4, num_kv_heads=2)
 
@@ -88,20 +88,20 @@ def test_tables_equal_dense_maps(name):
         rows = torch.ones(a.shape[0], a.shape[2]).bool() if kind == "cross" else keys & ~first
         sink = (a * first[:, None, None]).sum(-1)
         want = per_prompt(sink, rows)
-        assert np.allclose(found.tables["sink"].values[:, row], want, atol=1e-5)
+        assert is_close(found.tables["sink"].values[:, row], want, CLOSE)
         wrong = per_prompt(sink, rows & (torch.arange(a.shape[2]) > 6) if kind == "cross" else keys)  # t = 0 is no row
-        assert not np.allclose(found.tables["sink"].values[:, row], wrong)
+        assert is_far(found.tables["sink"].values[:, row], wrong, SAME)
         others = torch.where((a > 0) & ~first[:, None, None], a.log(), torch.nan).nanmean(-1)
         gap = torch.where(sink > 0, sink.log(), torch.nan) - others
-        assert np.allclose(found.tables["gap"].values[:, row], per_prompt(gap, rows), atol=1e-3)
+        assert is_close(found.tables["gap"].values[:, row], per_prompt(gap, rows), CLOSE)
         norms = call.v.norm(dim=-1).repeat_interleave(a.shape[1] // call.v.shape[1], 1).double()
         drain = per_prompt(norms, first) / per_prompt(norms, keys & ~first)
-        assert np.allclose(found.tables["drain"].values[:, row], drain, atol=1e-5)
+        assert is_close(found.tables["drain"].values[:, row], drain, CLOSE)
     assert all(used[kind] == len(maps[kind]) for kind in maps)
     if name == "gpt_oss":
         a = maps["self"][0].double()
         rows = padded & (padded.long().cumsum(1) > 1)
-        assert np.allclose(found.tables["learned"].values[:, 0], per_prompt(1 - a.sum(-1), rows), atol=1e-5)
+        assert is_close(found.tables["learned"].values[:, 0], per_prompt(1 - a.sum(-1), rows), CLOSE)
         assert found.tables["learned"].mean.min() > 0.01
         relu = look(model, "active_dormant:attention=relu", **inputs)  # rows need not sum to 1
         assert "learned" not in relu.tables
@@ -122,8 +122,8 @@ def test_peaks_equal_hidden_states(name):
     first = mask & (mask.long().cumsum(1) == 1)
     want = per_prompt(norms[:, None], first) / per_prompt(norms[:, None], mask & ~first)
     assert found.tables["peak"].values.shape == (2, 2, 1)
-    assert np.allclose(found.tables["peak"].values[:, 0], want, atol=1e-5)
-    assert not np.allclose(found.tables["peak"].values[:, 1], want, atol=1e-3)
+    assert is_close(found.tables["peak"].values[:, 0], want, CLOSE)
+    assert is_far(found.tables["peak"].values[:, 1], want, SAME)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
@@ -142,11 +142,11 @@ def test_decoding_and_batches_equal_one_forward(name):
     single = seen.compute()
     assert set(whole.tables) == {"sink", "gap", "drain", "peak"}
     for key, made in whole.tables.items():
-        assert np.allclose(made.values, decoded.tables[key].values, atol=1e-4), key
-        assert np.allclose(made.values, single.tables[key].values, atol=1e-4), key
-        assert not np.allclose(made.values[0], made.values[1], atol=1e-3), key
+        assert is_close(made.values, decoded.tables[key].values, CLOSE), key
+        assert is_close(made.values, single.tables[key].values, CLOSE), key
+        assert is_far(made.values[0], made.values[1], SAME), key
     for a, b in zip(whole.series["sink"], decoded.series["sink"], strict=True):
-        assert np.allclose(a, b, atol=1e-4, equal_nan=True) and a.shape == (ids.shape[1],)
+        assert is_close(a, b, CLOSE) and a.shape == (ids.shape[1],)
 
 
 def test_looking_changes_no_bit():
@@ -160,9 +160,10 @@ def test_looking_changes_no_bit():
 def test_uniform_attention_and_attention_to_oneself():
     q, k, v = drawn()
     even = alone(ActiveDormant(), call_of(torch.zeros_like(q), k, v))
-    assert np.allclose(even.tables["sink"].values, np.mean([1 / (t + 1) for t in range(1, 7)]))
-    assert np.allclose(even.tables["gap"].values, 0, atol=1e-6)
-    assert not np.allclose(even.tables["sink"].values, np.mean([1 / (t + 1) for t in range(7)]))  # row 0 is no row
+    sink = even.tables["sink"].values
+    assert is_close(sink, np.full_like(sink, np.mean([1 / (t + 1) for t in range(1, 7)])), CLOSE)
+    assert is_close(even.tables["gap"].values, np.zeros_like(sink), CLOSE, unit=1.0)
+    assert is_far(sink, np.full_like(sink, np.mean([1 / (t + 1) for t in range(7)])), CLOSE)  # row 0 is no row
     eye = 50.0 * torch.eye(7, 8).double().expand(2, 4, 7, 8)
     itself = alone(ActiveDormant(), call_of(eye, eye[:, :2], v))
     assert np.all(itself.tables["sink"].values < 1e-12)
@@ -175,17 +176,17 @@ def test_drain_has_no_scale_and_gap_is_of_logits():
     q, k, v = drawn()
     made = alone(ActiveDormant(), call_of(q, k, v))
     again = alone(ActiveDormant(), call_of(q, k, 7.0 * v))
-    assert np.allclose(made.tables["drain"].values, again.tables["drain"].values)
+    assert is_close(made.tables["drain"].values, again.tables["drain"].values, CLOSE)
     v[:, :, 0] *= 0.1
     drained = alone(ActiveDormant(), call_of(q, k, v))
-    assert np.allclose(drained.tables["drain"].values, 0.1 * made.tables["drain"].values)
+    assert is_close(drained.tables["drain"].values, 0.1 * made.tables["drain"].values, CLOSE)
     logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2)
     rows = [logits[:, :, t, 0] - logits[:, :, t, 1 : t + 1].mean(-1) for t in range(1, 7)]
-    assert np.allclose(made.tables["gap"].values[:, 0], torch.stack(rows).mean(0).numpy(), atol=1e-5)
+    assert is_close(made.tables["gap"].values[:, 0], torch.stack(rows).mean(0).numpy(), CLOSE)
     rows = [logits[:, :, t, 0] - logits[:, :, t, 1 : t + 1].logsumexp(-1) + np.log(t) for t in range(1, 7)]
     lse = alone(ActiveDormant(gap="lse"), call_of(q, k, v)).tables["gap"].values
-    assert np.allclose(lse[:, 0], torch.stack(rows).mean(0).numpy(), atol=1e-5)
-    assert not np.allclose(lse, made.tables["gap"].values, atol=0.1)
+    assert is_close(lse[:, 0], torch.stack(rows).mean(0).numpy(), CLOSE)
+    assert is_far(lse, made.tables["gap"].values, SAME)
 
 
 def test_domains_and_their_switch():
@@ -196,16 +197,16 @@ def test_domains_and_their_switch():
     maps = dense.maps(dense.eager("llama"), input_ids=ids)["self"]
     for row, a in enumerate(maps):
         code, prose = (a[:, :, cut, 0].mean(-1).numpy() for cut in (slice(1, 6), slice(6, 12)))
-        assert np.allclose(both.tables["sink of code"].values[:, row], code, atol=1e-5)
-        assert np.allclose(both.tables["switch"].values[:, row], code - prose, atol=1e-5)
+        assert is_close(both.tables["sink of code"].values[:, row], code, CLOSE)
+        assert is_close(both.tables["switch"].values[:, row], code - prose, SAME)
     assert any("code" in note and "0." in note for note in both.notes)
     apart = TokenSpans({"code": [[(0, 12)], []], "prose": [[], [(0, 12)]]})
     split = look(model, "active_dormant:domains=code+prose", roles=apart, input_ids=ids)
     want = split.tables["sink"].values[0] - split.tables["sink"].values[1]
-    assert np.allclose(split.tables["switch"].mean, want)
+    assert is_close(split.tables["switch"].mean, want)
     assert np.isnan(split.tables["sink of code"].values[1]).all()  # no such row gives NaN, not 0
     one, two = (look(model, input_ids=row[None]).tables["sink"] for row in ids)
-    assert np.allclose(switch(one, two).mean, want, atol=1e-5)
+    assert is_close(switch(one, two).mean, want)
 
 
 def test_another_sink_and_a_single_token():
@@ -213,7 +214,7 @@ def test_another_sink_and_a_single_token():
     found = look(model, "active_dormant:sink=mark", roles=TokenSpans({"mark": [[(3, 4)]]}), input_ids=ids)
     a = dense.maps(dense.eager("llama"), input_ids=ids)["self"][0]
     rows = [t for t in range(9) if t != 3]
-    assert np.allclose(found.tables["sink"].values[:, 0], a[:, :, rows, 3].mean(-1).numpy(), atol=1e-5)
+    assert is_close(found.tables["sink"].values[:, 0], a[:, :, rows, 3].mean(-1).numpy(), CLOSE)
     assert np.isfinite(found.tables["peak"].values).all()
     short = look(model, input_ids=ids[:, :1])
     assert np.isnan(short.tables["sink"].values).all() and "longer prompts" in short.notes[0]
@@ -280,5 +281,5 @@ def test_relu_attention_trains_through_the_port(name):
         model(ids)
     (_, memory), *_ = port.kept(port.strategies[1])
     want = relu_weights(memory["call"])[:, :, 1:, 0].mean(-1).numpy()
-    assert np.allclose(found.tables["sink"].values[:, 0], want, atol=1e-5)
+    assert is_close(found.tables["sink"].values[:, 0], want, CLOSE)
     assert error(torch.tensor(want), torch.tensor(look(model, input_ids=ids).tables["sink"].values[:, 0])) > SAME

@@ -12,7 +12,7 @@ from manyheads.attention.rope import rotate
 from manyheads.errors import UserError
 from manyheads.lenses.massive_values import agreement, massive, peak
 from oracles import dense, models
-from tolerance import SAME, assert_close, error
+from tolerance import CLOSE, SAME, assert_close, error, is_close, is_far
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "bert", "bart", "whisper")
 
@@ -76,13 +76,13 @@ def test_norms_equal_their_formula(name):
             square = (x.square() * rows[:, None, :, None]).sum(2) / rows.sum(1)[:, None, None]
             norms, heads = square.sqrt().numpy(), x.shape[1]
             want = norms.max(-1) / norms.mean(-1)
-            assert np.allclose(found.tables[f"peak {key}"].values[:, row, :heads], want, rtol=1e-4)
+            assert is_close(found.tables[f"peak {key}"].values[:, row, :heads], want, CLOSE)
             count = (norms > 1.5 * norms.mean(-1, keepdims=True)).sum(-1)
             assert np.array_equal(found.tables[f"massive {key}"].values[:, row, :heads], count)
-            assert np.allclose(found.channels[key][row][:heads, : x.shape[3]], norms.mean(0), rtol=1e-4)
+            assert is_close(found.channels[key][row][:heads, : x.shape[3]], norms.mean(0), CLOSE)
             if "attention_mask" in inputs and x.shape[2] == 19:
                 wrong = x.square().mean(2).sqrt().numpy()  # with padding
-                assert not np.allclose(found.channels[key][row][:heads, : x.shape[3]], wrong.mean(0), rtol=1e-3)
+                assert is_far(found.channels[key][row][:heads, : x.shape[3]], wrong.mean(0), SAME)
     # grouped heads have a row for each key head
     assert found.tables["peak k"].mean.shape[1] == (2 if name in models.ROTARY else 4)
 
@@ -108,20 +108,20 @@ def test_pairs_in_the_order_of_frequency():
     rows = valid(call)
     square = torch.stack([call.q[n][:, rows[n]].square().mean(1) for n in range(2)])
     want = (square[..., :4] + square[..., 4:]).sqrt().mean(0).numpy()
-    assert np.allclose(found.channels["q pairs"][0], want, rtol=1e-4)
+    assert is_close(found.channels["q pairs"][0], want, CLOSE)
     wrong = (square[..., ::2] + square[..., 1::2]).sqrt().mean(0).numpy()  # the interleaved layout
-    assert not np.allclose(found.channels["q pairs"][0], wrong, rtol=1e-2)
+    assert is_far(found.channels["q pairs"][0], wrong, SAME)
     turns = found.channels["tokens a turn"][0, 0]
     frequencies = model.model.rotary_emb.inv_freq
-    assert np.allclose(turns, 2 * math.pi / frequencies.double().numpy(), rtol=1e-3)
+    assert is_close(turns, 2 * math.pi / frequencies.double().numpy(), CLOSE)
     order = torch.tensor([2, 0, 3, 1])
     model.model.rotary_emb.inv_freq = frequencies[order]
     found, sites = looked(model, **inputs)
-    assert np.allclose(found.channels["tokens a turn"][0, 0], turns, rtol=1e-3)
+    assert is_close(found.channels["tokens a turn"][0, 0], turns)
     square = torch.stack([sites[0][1][0][0].q[n][:, rows[n]].square().mean(1) for n in range(2)])
     want = (square[..., :4] + square[..., 4:]).sqrt().mean(0).numpy()
-    assert np.allclose(found.channels["q pairs"][0], want[:, order.argsort().numpy()], rtol=1e-4)
-    assert not np.allclose(found.channels["q pairs"][0], want, rtol=1e-2)
+    assert is_close(found.channels["q pairs"][0], want[:, order.argsort().numpy()], CLOSE)
+    assert is_far(found.channels["q pairs"][0], want, SAME)
 
 
 def test_a_rotation_moves_no_energy_between_pairs():
@@ -137,7 +137,7 @@ def test_a_rotation_moves_no_energy_between_pairs():
     assert_close(before[..., :4] + before[..., 4:], after[..., :4] + after[..., 4:], SAME)
     assert error(before, after) > 1e-2
     for name, square in (("peak k before", before), ("peak k", after)):
-        assert np.allclose(found.tables[name].values[:, 0, :2], peak(square.sqrt().numpy()), rtol=1e-4)
+        assert is_close(found.tables[name].values[:, 0, :2], peak(square.sqrt().numpy()), CLOSE)
 
 
 def test_scores():
@@ -166,8 +166,8 @@ def test_decoding_padding_and_batches():
     found = seen.compute()
     for table in found.tables.values():
         values = table.values.reshape(5, 2, *table.values.shape[1:])
-        assert np.allclose(values, values[:1], rtol=1e-4, equal_nan=True), table.name
-    assert not np.allclose(found.tables["peak q"].values[0], found.tables["peak q"].values[1], rtol=1e-3)
+        assert is_close(values, np.broadcast_to(values[:1], values.shape).copy(), SAME), table.name
+    assert is_far(found.tables["peak q"].values[0], found.tables["peak q"].values[1])
     assert len(found.notes) == 3 and "turns once in" in found.notes[1]
 
 
@@ -314,9 +314,7 @@ def test_compiled():
     fast = torch.compile(model, backend="eager")
     with manyheads.watch(model, "massive_values") as seen, torch.no_grad():
         fast(ids)
-    assert np.allclose(
-        seen.compute().tables["peak k"].values, looked(model, input_ids=ids)[0].tables["peak k"].values, rtol=1e-4
-    )
+    assert is_close(seen.compute().tables["peak k"].values, looked(model, input_ids=ids)[0].tables["peak k"].values)
     with manyheads.use(model, "massive_values:damage=top"), torch.no_grad():
         assert_close(fast(ids).logits, model(ids).logits, SAME)
     torch._dynamo.reset()
@@ -355,7 +353,7 @@ def test_rounding_with_a_massive_channel_kept_is_finer():
     k, rounded = planted(0, bits=8)
     assert (k - rounded).abs().max() <= 100 / 127 / 2 + 1e-5
     steps = rounded / (100.0 / 127)
-    assert_close(steps, steps.round(), 1e-4)
+    assert_close(steps, steps.round(), CLOSE)
 
 
 def test_rounding_acts_on_a_model_row_by_row():

@@ -11,7 +11,7 @@ from manyheads.errors import UserError
 from manyheads.lens import AttentionView, TokenSpans
 from manyheads.lenses.reasoning_rhythm import ReasoningRhythm, credit, middle_layers, peaks, weigh
 from oracles import dense, models
-from tolerance import FORMULA, SAME, assert_close, error
+from tolerance import CLOSE, FORMULA, SAME, assert_close, error, is_close, is_far, nearly
 
 LENGTH, FIRST = 40, 9  # tokens, of which the response begins at
 SMALL = "reasoning_rhythm:window=4,nearest=3,farthest=9"
@@ -105,10 +105,10 @@ def test_generation_equals_one_forward(name):
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole = look(name, first=length, last=99, input_ids=ids[:, :-1], attention_mask=mask, position_ids=places)
     for key in whole.tables:
-        assert np.allclose(seen.compute().tables[key].values, whole.tables[key].values, rtol=1e-4)
+        assert is_close(seen.compute().tables[key].values, whole.tables[key].values, CLOSE)
     for key in ("waad", "fai"):  # repeated tokens tie, and gamma depends on what is just above what
         for a, b in zip(seen.compute().series[key], whole.series[key], strict=True):
-            assert np.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True)
+            assert is_close(a, b, CLOSE)
     assert np.isfinite(whole.series["fai"][0]).sum() > 15
 
 
@@ -123,9 +123,9 @@ def test_a_batch_is_its_rows_and_looking_changes_no_bit():
             model(row[None])
     found = seen.compute()
     for key in ("waad", "fai", "gamma"):
-        assert np.allclose(found.series[key][:3], found.series[key][3:], rtol=1e-3, atol=1e-6, equal_nan=True)
-        assert not np.allclose(found.series[key][0], found.series[key][1], equal_nan=True)
-    assert np.allclose(found.tables["span"].values[:3], found.tables["span"].values[3:], rtol=1e-4)
+        assert is_close(found.series[key][:3], found.series[key][3:])
+        assert is_far(found.series[key][0], found.series[key][1], SAME)
+    assert is_close(found.tables["span"].values[:3], found.tables["span"].values[3:])
 
 
 def closed(maps, block=None, **fields):
@@ -154,24 +154,24 @@ def test_closed_forms():
     before[0, t[1:].long(), t[:-1].long()] = 1
     found = closed(before)
     assert_close(torch.tensor(found.series["waad"][0]), (t > 0).double(), FORMULA)
-    assert found.tables["span"].mean[0, 0] == pytest.approx(29 / 30)
+    assert found.tables["span"].mean[0, 0] == nearly(29 / 30)
     uniform = torch.ones(1, 30, 30).double().tril() / (t + 1)[:, None]
     found = closed(uniform, nearest=4, farthest=7)
-    assert found.tables["span"].mean[0, 0] == pytest.approx(float(t.mean() / 2))
+    assert found.tables["span"].mean[0, 0] == nearly(float(t.mean() / 2))
     want = torch.stack([t[: n + 1].clamp(max=10).sum() / (n + 1) for n in range(30)])
     assert_close(torch.tensor(found.series["waad"][0]), want, FORMULA)
     fai = torch.tensor(found.series["fai"][0])
     assert fai[26:].isnan().all() and fai[:26].isfinite().all()  # no row is four tokens past the last four
-    assert fai[3] == pytest.approx(float((1 / (t[7:11] + 1)).mean())) and fai[25] == pytest.approx(1 / 30)
+    assert fai[3] == nearly(float((1 / (t[7:11] + 1)).mean())) and fai[25] == nearly(1 / 30)
     sunk = torch.zeros_like(eye)
     sunk[..., 0] = 1
     found = closed(sunk)
     assert_close(torch.tensor(found.series["waad"][0]), t.clamp(max=10), FORMULA)
-    assert found.tables["span"].mean[0, 0] == pytest.approx(float(t.mean()))
+    assert found.tables["span"].mean[0, 0] == nearly(float(t.mean()))
     assert np.isnan(found.tables["span_without_first"].mean[0, 0]) and found.tables["first"].mean[0, 0] == 1
-    assert found.series["fai"][0][0] == pytest.approx(1) and np.nanmax(found.series["fai"][0][1:]) < FORMULA
+    assert found.series["fai"][0][0] == nearly(1) and np.nanmax(found.series["fai"][0][1:]) < FORMULA
     half = closed(torch.cat([eye, sunk, (before + sunk) / 2, uniform]))
-    assert half.tables["span_without_first"].mean[0, 2] == pytest.approx(1)
+    assert half.tables["span_without_first"].mean[0, 2] == nearly(1)
     assert half.tables["span"].mean[0, 2] > 7
     assert "no FAI" in closed(eye[:, :9, :9]).notes[-1] and "100% of their weight" in half.notes[1]
 
@@ -226,7 +226,7 @@ def test_local_and_global_credit():
     assert credit(waad, fai, late, "local")[0, :3].tolist() == [1, 1, 1]
     assert credit(waad, fai, late, "global", amplify=3.0, share=1.0).tolist() == [[1, 1, 1, 3, 1, 1]]
     kept = credit(waad, fai, late, "global", share=1.0, normalise=True)
-    assert kept[late].mean() == pytest.approx(1) and kept[0, :3].tolist() == [1, 1, 1]
+    assert kept[late].mean() == nearly(1) and kept[0, :3].tolist() == [1, 1, 1]
 
 
 def test_coupled_credit():
@@ -236,7 +236,7 @@ def test_coupled_credit():
     fai = row(0, 0, 0, 0, 1, 0, 0, 0, 0.5, 0)
     gamma = credit(waad, fai, everywhere, share=0.2)
     assert gamma.tolist() == [[1, 1, 1.25, 1, 1.25, 1, 1, 1, 1.5, 1]]  # 4 introduced by 2; 8 is free
-    assert (gamma - 1).sum() == pytest.approx(0.5 * 2)
+    assert (gamma - 1).sum() == nearly(0.5 * 2)
     assert credit(waad, fai, everywhere, share=0.2, back=1)[0, 4] == 1.5  # its introduction is out of reach
     assert credit(waad, fai, everywhere, share=0.2, alpha=1.0)[0, [2, 4]].tolist() == [1.5, 1]
     assert credit(waad, fai, everywhere, share=0.2, waad_quantile=0.0, change_quantile=1.0)[0, 4] == 1.25

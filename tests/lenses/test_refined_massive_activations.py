@@ -14,7 +14,7 @@ from manyheads.lenses.refined_massive_activations import RefinedMassiveActivatio
 from manyheads.lenses.refined_massive_activations.extremes import Extremes, medians
 from manyheads.lenses.refined_massive_activations.writers import writer_of
 from oracles import models
-from tolerance import HALF, SAME, assert_close, error
+from tolerance import CLOSE, HALF, SAME, assert_close, error, is_close, is_far, nearly
 
 SLUG = "refined_massive_activations"
 LOW = "threshold=0.5,ratio=3"  # what tiny models reach
@@ -155,7 +155,7 @@ def test_batches_rows_and_decoding():
             model(row[None])
     found = seen.compute()
     for key in ("max", "median", "first / others"):
-        assert np.allclose(found.tables[key].values[:3], found.tables[key].values[3:], rtol=1e-5)
+        assert is_close(found.tables[key].values[:3], found.tables[key].values[3:])
     inputs = models.inputs("llama")
     with manyheads.watch(model, f"{SLUG}:{LOW}") as seen:
         out = model.generate(**inputs, max_new_tokens=9, do_sample=False)
@@ -164,7 +164,7 @@ def test_batches_rows_and_decoding():
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole, _ = seen_by(model, f"{SLUG}:{LOW}", input_ids=out[:, :-1], attention_mask=mask, position_ids=places)
     for key in ("max", "first / others"):
-        assert_close(torch.tensor(decoded.tables[key].values), torch.tensor(whole.tables[key].values))
+        assert_close(torch.tensor(decoded.tables[key].values), torch.tensor(whole.tables[key].values), CLOSE)
     assert_close(
         torch.tensor(decoded.tables["median"].values), torch.tensor(whole.tables["median"].values), HALF[torch.bfloat16]
     )
@@ -196,12 +196,12 @@ def test_interventions():
     spikes = [s for s in found.records["spikes"] if s["layer"] == 0]
     assert sorted({(s["position"], s["channel"]) for s in spikes}) == [(0, 3), (5, 4)] and len(spikes) == 8
     assert "first in layer 0" in found.notes[0] and "50000" not in found.notes[0]
-    assert found.tables["max"].values[:, 0, 0] == pytest.approx(100_000, rel=1e-3)
+    assert found.tables["max"].values[:, 0, 0] == pytest.approx(100_000, abs=20)
     calibrated = means(found)
     site = "model.layers.0.self_attn"
     assert set(calibrated[site]["start"]) == {"3"} and set(calibrated[site]["other"]) == {"4"}
     want = np.mean([s["value"] for s in spikes if s["position"] == 0])
-    assert calibrated[site]["start"]["3"] == pytest.approx(want)
+    assert calibrated[site]["start"]["3"] == nearly(want)
 
     def changed(strategy):
         with manyheads.use(model, strategy, RefinedMassiveActivations(layers=(0,))) as port, torch.no_grad():
@@ -217,7 +217,7 @@ def test_interventions():
     assert error(zero, plain) > 0.05
     mean, _, after = changed(RefinedMassiveActivations(intervene="mean", means=calibrated, layers=(0,)))
     assert {round(s["value"], 2) for s in after.records["spikes"] if s["position"] == 0} == {round(want, 2)}
-    assert error(mean, plain) < 1e-3 < error(zero, plain)
+    assert error(mean, plain) < SAME and error(zero, plain) > 0.1
     del calibrated[site]["other"]
     _, notes, after = changed(RefinedMassiveActivations(intervene="mean", means=calibrated, layers=(0,)))
     assert "4 of 8" in notes.notes[-1] and len(after.records["spikes"]) == 8
@@ -322,5 +322,5 @@ def test_float64():
         with manyheads.watch(models.build("llama", dtype=dtype), f"{SLUG}:{LOW}") as seen, torch.no_grad():
             seen._port.model(models.tokens(2, 12))
         results.append(seen.compute().tables)
-    assert all(np.allclose(results[0][n].values, results[1][n].values, rtol=1e-4) for n in results[0])
-    assert not np.allclose(results[0]["max"].values, results[0]["median"].values)
+    assert all(is_close(results[0][n].values, results[1][n].values, SAME) for n in results[0])
+    assert is_far(results[0]["max"].values, results[0]["median"].values, SAME)

@@ -26,7 +26,7 @@ from manyheads.lenses.safety_heads import (
 from manyheads.lenses.safety_heads.refusal_direction import log_odds
 from oracles import models
 from oracles.trigger_prompts import MARK, OK, REFUSE, TRIGGERS, trigger_prompts
-from tolerance import DRAWN, SAME, WRONG, assert_close, error, mean_error, share_error
+from tolerance import DRAWN, SAME, WRONG, assert_close, error, is_close, is_far, mean_error, nearly, share_error
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")
 
@@ -130,8 +130,8 @@ def test_ranking_and_strength(saved):
     for row, heads in enumerate(ranked(score, 3)):
         best = flat[row].argsort(descending=True)[:3]
         assert heads == tuple(f"{int(i) // 4}.{int(i) % 4}" for i in best)
-    assert torch.allclose(torch.tensor(strength(score, 2)), flat.sort(1, descending=True)[0][:, :2].sum(1))
-    assert ranked(score, 3)[0] != ranked(score, 3)[1] or not torch.allclose(flat[0], flat[1])
+    assert is_close(torch.tensor(strength(score, 2)), flat.sort(1, descending=True)[0][:, :2].sum(1))
+    assert ranked(score, 3)[0] != ranked(score, 3)[1] or is_far(flat[0], flat[1])
 
 
 def test_a_head_without_weights_scores_nothing(saved):
@@ -244,7 +244,7 @@ def test_the_direction_of_a_toy_is_what_its_refusals_hang_on(tmp_path):
     before = odds()
     assert before > 2
     with erased(model, found.vector):
-        assert odds() == pytest.approx(float(found.about["log odds when erased"]), abs=0.01)  # the prompts of `check`
+        assert odds() == pytest.approx(float(found.about["log odds when erased"]), abs=3e-5)  # the prompts of `check`
     with erased(model, other):
         assert abs(odds() - before) < 0.5 * (before - float(found.about["log odds when erased"]))
     with pytest.raises(UserError, match="fell out"):
@@ -334,10 +334,10 @@ def test_a_step_weighs_its_parts_and_spares_the_anchors():
     for alpha, share in ((0.2, 0.2), (None, 0.2), (0.7, 0.7)):  # 8 labels against 32
         got, losses = grads(alpha, still)
         assert_close(got, share * one + (1 - share) * two, SAME)
-        assert losses == pytest.approx([share * first, (1 - share) * second], rel=1e-5)
+        assert losses == nearly([share * first, (1 - share) * second], torch.float32)
     torch.manual_seed(0)
     _, losses = grads(0.2, HeadDropout(p=0.5))
-    assert losses[0] != pytest.approx(0.2 * first, rel=1e-3) and losses[1] == pytest.approx(0.8 * second, rel=1e-5)
+    assert losses[0] != pytest.approx(0.2 * first, rel=1e-3) and losses[1] == nearly(0.8 * second, torch.float32)
     _, losses = grads(0.2, HeadDropout(p=0.5), spare=False)
     assert losses[1] != pytest.approx(0.8 * second, rel=1e-3)
 

@@ -19,7 +19,7 @@ from manyheads.lenses.strategy_attention import (
     sra,
 )
 from oracles import dense, models
-from tolerance import FORMULA, SAME, assert_close, error
+from tolerance import CLOSE, FORMULA, SAME, assert_close, error, is_close, is_far, nearly
 
 START, STOP, LENGTH = 6, 9, 20  # of the instruction; the reply begins at 13
 
@@ -62,7 +62,7 @@ def test_equals_dense_maps(name):
         wrong = formula(maps, torch.ones_like(mask).bool())[0]  # the padded part of the instruction counted
         assert error(torch.tensor(found.tables["sra"].values).float(), wrong) > 1e-2
         series = np.stack(found.series["sra"])
-        assert np.isnan(series[:, :13]).all() and np.allclose(series[:, 13:].mean(1), sra(found.tables["sra"]))
+        assert np.isnan(series[:, :13]).all() and is_close(series[:, 13:].mean(1), sra(found.tables["sra"]), CLOSE)
     assert "Instruction heads" in found.notes[1]
 
 
@@ -96,9 +96,9 @@ def test_generation_equals_one_forward(name):
     places = (mask.cumsum(1) - 1).clamp(min=0)
     whole = look(name, given=given, input_ids=ids[:, :-1], attention_mask=mask, position_ids=places)
     for key in ("sra", "lift"):
-        assert np.allclose(seen.compute().tables[key].values, whole.tables[key].values, rtol=1e-4)
+        assert is_close(seen.compute().tables[key].values, whole.tables[key].values, CLOSE)
         a, b = np.stack(seen.compute().series[key]), np.stack(whole.series[key])
-        assert np.allclose(a, b, rtol=1e-4, equal_nan=True) and np.isfinite(a[:, length:]).all()
+        assert is_close(a, b, CLOSE) and np.isfinite(a[:, length:]).all()
     if name == "gemma3_text":
         assert (whole.tables["sra"].values > 0).all()
         late = TokenSpans({"system": [[(0, 2)]], "response": [[(length + 10, length + 11)]]})
@@ -114,7 +114,7 @@ def test_a_batch_is_its_rows_and_looking_changes_no_bit():
         for row in ids:
             model(row[None])
     values = seen.compute().tables["lift"].values
-    assert np.allclose(values[:3], values[3:], rtol=1e-4) and not np.allclose(values[0], values[1], rtol=1e-2)
+    assert is_close(values[:3], values[3:]) and is_far(values[0], values[1], SAME)
 
 
 def closed(weights, span=(2, 5), response=(10, 16), lens=None):
@@ -144,21 +144,21 @@ def test_closed_forms():
     assert_close(torch.tensor(found.tables["lift"].values), torch.ones(1, 1, 2).double(), FORMULA)
     later = closed(causal(torch.zeros(2, 64, 64).double()), response=(58, 64))  # SRA falls with length, lift does not
     assert later.tables["sra"].mean[0, 0] < found.tables["sra"].mean[0, 0] / 3
-    assert later.tables["lift"].mean[0, 0] == pytest.approx(1)
+    assert later.tables["lift"].mean[0, 0] == nearly(1)
     all_on = torch.zeros(1, 16, 16).double()
     all_on[:, :, 2] = 1
-    assert closed(all_on).tables["sra"].mean[0, 0] == pytest.approx(1 / 3)  # not 1 / 2, as printed
+    assert closed(all_on).tables["sra"].mean[0, 0] == nearly(1 / 3)  # not 1 / 2, as printed
     random = causal(torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0)).double())
     a, b, both = (sra(closed(random, span).tables["sra"])[0] for span in ((2, 5), (5, 6), (2, 6)))
-    assert (3 * a + b) / 4 == pytest.approx(both) and a != pytest.approx(b)
+    assert (3 * a + b) / 4 == nearly(both) and a != nearly(b)
     turned = closed(random[[2, 0, 3, 1]], (2, 5))
-    assert sra(turned.tables["sra"])[0] == pytest.approx(a)
-    assert turned.tables["sra"].mean[0, 0] == pytest.approx(closed(random, (2, 5)).tables["sra"].mean[0, 2])
+    assert sra(turned.tables["sra"])[0] == nearly(a)
+    assert turned.tables["sra"].mean[0, 0] == nearly(closed(random, (2, 5)).tables["sra"].mean[0, 2])
     nothing = closed(random, (2, 2))
     assert np.isnan(nothing.tables["sra"].values).all() and "No token" in nothing.notes[0]
     assert np.isnan(closed(random, response=(3, 3)).tables["lift"].values).all()
     curve = per_turn(closed(random).series["sra"][0], [(10, 13), (13, 16), (0, 5)])
-    assert curve[:2].mean() == pytest.approx(a) and np.isnan(curve[2])
+    assert curve[:2].mean() == nearly(a) and np.isnan(curve[2])
 
 
 def test_roles_have_to_be_given():

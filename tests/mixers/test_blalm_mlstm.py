@@ -12,7 +12,7 @@ from manyheads.errors import UserError
 from manyheads.mixers.blalm_mlstm import MLSTM, BlalmMLSTM, ShortConv, hedgehog
 from manyheads.models.decoder import Decoder, DecoderConfig
 from oracles import mixers
-from tolerance import FORMULA, SAME, assert_close, error
+from tolerance import DEEP, FORMULA, SAME, assert_close, conditioned, error, within
 
 ALL = "blalm_mlstm:conv=3,hedgehog=true,window=3"
 
@@ -33,7 +33,7 @@ def layer(dtype=torch.float32, mode="single"):
     return module.to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, SAME), (torch.float64, FORMULA)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, SAME), (torch.float64, DEEP)])
 def test_equals_transformers(dtype, limit):
     theirs = layer(dtype)
     ours = MLSTM.from_transformers(theirs)
@@ -84,7 +84,9 @@ def drawn(length=75, dtype=torch.float64):
 @pytest.mark.parametrize("length", [1, 75, 130])
 def test_is_its_formula(length, impl):
     inputs = drawn(length)
-    assert_close(mlstm(*inputs, impl=impl), reference(*inputs), FORMULA)
+    assert_close(
+        mlstm(*inputs, impl=impl), reference(*inputs), within(torch.float64, length) * conditioned(reference, *inputs)
+    )
     if length > 1:  # control: no floor
         assert error(reference(*inputs, floor=0.0), reference(*inputs)) > 1e-3
 
@@ -94,7 +96,7 @@ def test_the_running_maximum_does_not_matter():
     states = [DecayState(q.new_zeros(2, 3, 4, 6), m=q.new_full((2, 3), m)) for m in (0.0, -50.0, 3.0)]
     plain, *others = (mlstm(q, k, v, i, f, state) for state in states)
     for other in others:  # up to the 1e-6 that keeps from dividing by 0, which m scales
-        assert_close(other, plain, 1e-4)
+        assert_close(other, plain, 5e-7)
 
 
 def test_open_gates_are_plain_sums():
@@ -118,7 +120,7 @@ def test_a_closed_input_gate_hides_a_token_and_a_huge_one_shows_only_it():
     want = v[:, :, 4, None] * torch.sign((q * k[:, :, 4, None]).sum(-1))[:, :, 5:, None]
     sure = (q * k[:, :, 4, None]).sum(-1).abs()[:, :, 5:] > 0.1
     assert out.isfinite().all()
-    assert_close(out[:, :, 5:][sure], want[sure], 1e-4)
+    assert_close(out[:, :, 5:][sure], want[sure], 5e-6)
 
 
 @pytest.mark.parametrize("spec", ["blalm_mlstm", ALL, "blalm_mlstm:window=2,mix_by=scalar"])
@@ -130,8 +132,8 @@ def test_hedgehog_features():
     x = torch.randn(2, 3, 5, 4)
     y = hedgehog(x, torch.eye(4).expand(3, -1, -1))
     assert y.shape == (2, 3, 5, 8) and (y > 0).all()
-    torch.testing.assert_close(y.sum(-1), torch.ones(2, 3, 5))
-    torch.testing.assert_close(y, torch.softmax(torch.cat([x, -x], -1), -1))
+    assert_close(y.sum(-1), torch.ones(2, 3, 5))
+    assert_close(y, torch.softmax(torch.cat([x, -x], -1), -1))
 
 
 def test_convolution_is_causal_sums():

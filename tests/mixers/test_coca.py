@@ -10,7 +10,7 @@ from manyheads import UserError, parse
 from manyheads.attention.reference import causal_mask
 from manyheads.call import MixerConfig
 from manyheads.mixers.coca import CoCA
-from tolerance import FORMULA, assert_close, error
+from tolerance import FORMULA, SAME, assert_close, error, within
 
 D, H = 8, 4
 
@@ -136,8 +136,8 @@ def test_decoding_is_one_pass(form, kv_heads):
 def test_float32_and_bfloat16():
     m, x = mixer(), torch.randn(2, 300, 24, dtype=torch.float64)
     want = m(x)[0]
-    assert error(m.float()(x.float())[0], want) < 1e-5
-    assert error(m.bfloat16()(x.bfloat16())[0], want) < 0.05
+    assert_close(m.float()(x.float())[0], want, SAME)
+    assert_close(m.bfloat16()(x.bfloat16())[0], want, within(torch.bfloat16))
 
 
 def test_ntk_changes_nothing_up_to_the_trained_length():

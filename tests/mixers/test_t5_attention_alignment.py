@@ -17,7 +17,7 @@ from manyheads.mixers.t5_attention_alignment.calibration import _solved, keys_se
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.strategy import AttentionEdit, AttentionWatch
 from oracles import models
-from tolerance import DRAWN, FORMULA, SAME, WRONG, assert_close, error
+from tolerance import DRAWN, FORMULA, MODEL, SAME, WRONG, assert_close, error, nearly
 
 ENCODER, DECODER = Site("encoder", 0, 0, "self", False, 4, 2), Site("decoder", 1, 1, "self", True, 4, 2)
 TABLE = "t5_attention_alignment:align=entropy,trained=8,lengths=16+32,taus=0.8+0.6"
@@ -66,7 +66,7 @@ def test_rows_keep_their_order_and_a_cold_row_is_a_hard_maximum():
         assert torch.equal(x.argsort(-1), y.argsort(-1))
     best = c.v.repeat_interleave(2, 1).gather(2, x.argmax(-1)[..., None].expand(-1, -1, -1, 5)).transpose(1, 2)
     cold = parse("t5_attention_alignment:tau=0.0001,trained=8").edit(c).attend()
-    assert_close(cold, best, 1e-3)
+    assert_close(cold, best)
     assert error(c.attend(), best) > 0.1  # control
 
 
@@ -93,17 +93,17 @@ def test_what_each_rule_gives():
     n = torch.tensor([[[8, 12, 16, 24, 32, 99]]])
     ln = [math.log(x) for x in (8, 12, 16, 24, 32, 99)]
     got = {spec: parse(spec).temperature(0, n).flatten().tolist() for spec in SPECS}
-    assert got[SPECS[0]] == pytest.approx([ln[0] / x for x in ln])
-    assert got[SPECS[1]] == pytest.approx([1.3 / math.sqrt(1.3**2 + 2 * (x - ln[0])) for x in ln])
+    assert got[SPECS[0]] == nearly([ln[0] / x for x in ln])
+    assert got[SPECS[1]] == nearly([1.3 / math.sqrt(1.3**2 + 2 * (x - ln[0])) for x in ln])
     near, far = (ln[1] - ln[0]) / (ln[2] - ln[0]), (ln[3] - ln[2]) / (ln[4] - ln[2])
-    assert got[TABLE] == pytest.approx([1, 1 - 0.2 * near, 0.8, 0.8 - 0.2 * far, 0.6, 0.6])
+    assert got[TABLE] == nearly([1, 1 - 0.2 * near, 0.8, 0.8 - 0.2 * far, 0.6, 0.6])
 
 
 def test_a_table_by_site_and_head():
     s = parse("t5_attention_alignment:align=pmax,trained=8,lengths=16+32,sites=0+3,taus=.9+.8+.7+.6+.5+.4+.3+.2")
     n = torch.tensor([[[16, 32]]])
-    assert s.temperature(0, n)[0].tolist() == [pytest.approx([0.9, 0.5]), pytest.approx([0.8, 0.4])]
-    assert s.temperature(3, n)[0].tolist() == [pytest.approx([0.7, 0.3]), pytest.approx([0.6, 0.2])]
+    assert s.temperature(0, n)[0].tolist() == [nearly([0.9, 0.5]), nearly([0.8, 0.4])]
+    assert s.temperature(3, n)[0].tolist() == [nearly([0.7, 0.3]), nearly([0.6, 0.2])]
     assert s.selects(ENCODER) and not s.selects(DECODER)
     with pytest.raises(UserError, match="4 heads, 2 were calibrated"):
         s.edit(call())
@@ -142,7 +142,7 @@ def test_normal_logits_have_a_closed_form(s, expected):
         for x in (s, 1.3 * s)
     )
     assert abs(tau - right) < DRAWN * expected and abs(tau - wrong) > WRONG * expected
-    assert float(peakedness(x[2048], torch.full((1, 1, 1), tau), "entropy")) == pytest.approx(float(target), rel=1e-4)
+    assert float(peakedness(x[2048], torch.full((1, 1, 1), tau), "entropy")) == nearly(float(target), torch.float32)
 
 
 def test_the_closed_form_fails_for_wide_logits():
@@ -251,7 +251,7 @@ def test_calibration_finds_the_closed_form_or_the_rule():
     again = calibrate(chosen, model, ids, [48])
     assert (again.where, again.layers, again.tau, again.lengths) == ("decoder", (1,), None, (48,))
     assert again.taus != calibrate(trained, model, ids, [48]).taus  # control: of all layers
-    assert one.spread[0] ** 2 == pytest.approx(sum(x * x for x in by_head.spread) / 8, rel=1e-3)
+    assert one.spread[0] ** 2 == nearly(sum(x * x for x in by_head.spread) / 8, torch.float32, MODEL)
 
 
 @pytest.mark.parametrize("fields", [{}, {"position": "rope"}, {"position": "alibi"}, {"window": 12}], ids=str)
@@ -265,12 +265,12 @@ def test_a_decoder_reads_in_pieces_padded_or_packed_as_in_one(fields):
         for piece in ids.split([11, 1, 1, 27], 1):
             y, state = model(piece, state=state)
             parts.append(y)
-        assert_close(torch.cat(parts, 1), whole, SAME)
+        assert_close(torch.cat(parts, 1), whole)
         mask = torch.cat([torch.zeros(2, 5, dtype=torch.bool), torch.ones(2, 40, dtype=torch.bool)], 1)
         padded = model(torch.nn.functional.pad(ids, (5, 0)), mask=mask)[0]
-        assert_close(padded[:, 5:], whole, SAME)
+        assert_close(padded[:, 5:], whole)
         packed = model(ids.reshape(1, -1), cu_seqlens=torch.tensor([0, 40, 80]))[0]
-        assert_close(packed.view(2, 40, -1), whole, SAME)
+        assert_close(packed.view(2, 40, -1), whole)
     assert_close(plain[:, :8], whole[:, :8], FORMULA)
     assert error(plain[:, 8:], whole[:, 8:]) > 1e-3  # control: it does something
 

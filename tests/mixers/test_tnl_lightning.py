@@ -10,7 +10,7 @@ from manyheads.attention.recurrence import DecayState
 from manyheads.errors import UserError
 from manyheads.mixers.tnl_lightning import SGLU, TNLLightning, TNLState
 from oracles import mixers
-from tolerance import FORMULA, assert_close, error
+from tolerance import FORMULA, assert_close, error, within
 
 SPECS = ["tnl_lightning", "tnl_lightning:decay=alibi", "tnl_lightning:decay=none,lrpe=false,gate=false"]
 T = 70
@@ -71,9 +71,9 @@ def test_control_gradients():
 
 def test_decay_tables():
     rates = -log_decay("paper", 8, 0, 12)
-    torch.testing.assert_close(rates, torch.arange(8.0))
-    torch.testing.assert_close(-log_decay("paper", 8, 6, 12), torch.arange(8.0) / 2)
-    torch.testing.assert_close(-log_decay("alibi", 8, 0, 12), 2.0 ** -torch.arange(1.0, 9) * (1 + 1e-5))
+    assert_close(rates, torch.arange(8.0))
+    assert_close(-log_decay("paper", 8, 6, 12), torch.arange(8.0) / 2)
+    assert_close(-log_decay("alibi", 8, 0, 12), 2.0 ** -torch.arange(1.0, 9) * (1 + 1e-5))
     assert (log_decay("alibi", 8, 11, 12) < 0).all() and (log_decay("alibi", 8, 11, 12) > -1.1e-5).all()
     assert torch.isfinite(log_decay("alibi", 4, 0, 1)).all() and log_decay("none", 4, 0, 1) is None
     for table in ("paper", "alibi"):  # later layers forget less
@@ -96,7 +96,7 @@ def test_only_distances_count():
     x = torch.randn(2, T, mixers.DIM, dtype=torch.float64)
     want, state = mixer(x)
     empty = TNLState(DecayState(torch.zeros_like(state.decay.kv)), torch.full((2,), 1000))
-    assert_close(mixer(x, state=empty)[0], want)
+    assert_close(mixer(x, state=empty)[0], want, 1000 * within(torch.float64, 1))  # angles of 1000 are rounded
     turned, calls = mixer._rotate, []
 
     def only_q(y, at):

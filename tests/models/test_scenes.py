@@ -10,7 +10,7 @@ import manyheads  # noqa: E402
 from manyheads.data import scenes as data  # noqa: E402
 from manyheads.errors import UserError  # noqa: E402
 from manyheads.models import judge, scenes  # noqa: E402
-from tolerance import DRAWN, WRONG, mean_error  # noqa: E402
+from tolerance import DRAWN, WRONG, assert_close, mean_error  # noqa: E402
 
 SMALL = {"scenes": {"num_layers": 2}, "unet": {"block_out_channels": (8, 16)}, "moving": {"num_layers": 1}}
 PROMPT = {"scenes": "fire, top left, frog", "unet": "fire, top left, frog", "moving": "fire, up, frog"}
@@ -54,7 +54,7 @@ def test_guidance_is_that_of_two_calls_by_hand(name):
             x = pipe.scheduler.step(without + 4 * (within - without), t, x, return_dict=False)[0]
     want = torch.nn.functional.pixel_shuffle(x, 2) if name == "unet" else x
     got = pixels(pipe, PROMPT[name], guidance_scale=4.0)
-    torch.testing.assert_close(got, (want.float() / 2 + 0.5).clamp(0, 1), atol=1e-7, rtol=0)
+    assert_close(got, (want.float() / 2 + 0.5).clamp(0, 1))
     assert not torch.equal(got, pixels(pipe, PROMPT[name], guidance_scale=1.0))
     assert torch.equal(pixels(pipe, None, guidance_scale=4.0), pixels(pipe, "", guidance_scale=1.0))
 

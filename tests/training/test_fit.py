@@ -9,6 +9,7 @@ from torch import nn
 
 from manyheads.errors import UserError
 from manyheads.training import Budget, Diverged, TrainState, decay, fit
+from tolerance import assert_close, is_far, nearly
 
 
 def model(seed=0):
@@ -51,10 +52,10 @@ def test_a_run_is_torch_written_out():
         losses.append(value.item())
     wanted = torch.cat([p.detach().flatten() for p in net.parameters()])
     found, state = trained(schedule=decay("linear", warmup=4), clip=0.5)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert_close(found, wanted)
     assert state.losses == losses and state.step == 10 and state.finished
     for wrong in ({"clip": None}, {"schedule": None, "clip": 0.5}, {"get_batch": lambda step: rows(step + 1)}):
-        assert not torch.allclose(trained(**{"schedule": decay("linear", warmup=4), "clip": 0.5, **wrong})[0], wanted)
+        assert is_far(trained(**{"schedule": decay("linear", warmup=4), "clip": 0.5, **wrong})[0], wanted)
 
 
 def test_two_batches_accumulated_are_one_of_twice_the_size():
@@ -63,9 +64,9 @@ def test_two_batches_accumulated_are_one_of_twice_the_size():
 
     wanted, one = trained(both)
     found, two = trained(accumulate=2)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    assert one.losses == pytest.approx(two.losses) and two.step == 10
-    assert not torch.allclose(trained()[0], wanted)
+    assert_close(found, wanted)
+    assert one.losses == nearly(two.losses) and two.step == 10
+    assert is_far(trained()[0], wanted)
 
 
 def test_terms_of_a_loss_are_added_one_after_the_other():
@@ -78,8 +79,8 @@ def test_terms_of_a_loss_are_added_one_after_the_other():
 
     found, state = trained(loss=terms)
     wanted, whole = trained()
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    assert state.losses == pytest.approx(whole.losses)
+    assert_close(found, wanted)
+    assert state.losses == nearly(whole.losses)
     assert order[:3] == [("asked", 0, False), ("asked", 1, True), ("asked", 2, True)]  # each backward before the next
 
 

@@ -10,7 +10,8 @@ Legend: B batch, H query heads, T queries, S keys, n_q and n_k blocks of them (t
 longest list. Query t stands at column ``S - T + t``. ``[B, H, ...]`` may be 1 in the first two places: shared.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["BlockPattern", "Lists", "Rule", "blocks_of", "edges"]
+__all__ = ["BlockPattern", "Lists", "Rule", "blocks_of", "edges", "listed", "refined"]
 
 _TILE = 64  # keys that a backward pass takes together where blocks of keys are smaller
 _SHORT = 1024  # blocks that a list may have without being cut to the longest one
@@ -116,10 +117,7 @@ class BlockPattern:
 
     def to(self, device: torch.device | str) -> "BlockPattern":
         """The pattern on another device."""
-        return self._like(self.indices.to(device))
-
-    def _like(self, indices: Tensor) -> "BlockPattern":
-        return BlockPattern(indices, self.block_q, self.block_k, self.num_queries, self.num_keys)
+        return replace(self, indices=self.indices.to(device), _memo={})
 
     # ---- from lists and masks of blocks
 
@@ -152,7 +150,7 @@ class BlockPattern:
             raise UserError(f"a mask of blocks {tuple(blocks.shape)} is not of {given}")
         if most is None:
             most = int(blocks.sum(-1).max())
-        indices = _listed(blocks, max(1, most))
+        indices = listed(blocks, max(1, most))
         return cls(indices, block_q, block_k, num_queries, num_keys)
 
     def blocks(self) -> Tensor:
@@ -169,91 +167,19 @@ class BlockPattern:
         queries = torch.arange(self.num_queries, device=mask.device)[:, None] + self.shift
         return mask & rule.allows(queries, torch.arange(self.num_keys, device=mask.device))
 
-    def to_block_mask(self, rule: Rule, documents: tuple[Tensor, Tensor] | None = None) -> Any:
-        """FlexAttention's ``BlockMask`` of the same pattern.
-
-        Args:
-            rule: what is seen.
-            documents: numbers ``[B or 1, T]`` and ``[B or 1, S]``; a query sees the keys of its own.
-        """
-        from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-
-        blocks, shift, block_q, block_k = self.blocks(), self.shift, self.block_q, self.block_k
-
-        def mask_mod(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            row = b if blocks.shape[0] > 1 else b * 0
-            head = h if blocks.shape[1] > 1 else h * 0
-            seen = rule.allows(t + shift, s) & blocks[row, head, t // block_q, s // block_k]
-            if documents is not None:
-                mine, theirs = (x[b if x.shape[0] > 1 else b * 0] for x in documents)
-                seen = seen & (mine[t] == theirs[s])
-            return seen
-
-        if (key := ("flex", rule)) in self._memo and documents is None:
-            return self._memo[key]
-        if block_q % 128 or block_k % 128 or documents is not None:
-            batch = max(blocks.shape[0], 1 if documents is None else max(x.shape[0] for x in documents))
-            sizes = batch, blocks.shape[1], self.num_queries, self.num_keys
-            made = create_block_mask(mask_mod, *sizes, device=str(blocks.device))
-            return made if documents is not None else self._memo.setdefault(key, made)
-
-        lists = self.lists(rule)
-        place = torch.arange(self.indices.shape[3], device=blocks.device)
-        first, left, right, last = lists.spans[..., None].unbind(-2)
-        whole = (place >= left) & (place < right)
-        lengths, tables = [], []
-        for kept in ((place >= first) & (place < last) & ~whole, whole):
-            lengths.append(kept.sum(-1, dtype=torch.int32))
-            table = self._like(self.indices.masked_fill(~kept, self.columns)).blocks()
-            tables.append(_listed(table, self.columns).clamp(max=self.columns - 1))
-        self._memo[key] = BlockMask.from_kv_blocks(
-            lengths[0], tables[0], lengths[1], tables[1], BLOCK_SIZE=(block_q, block_k), mask_mod=mask_mod,
-            seq_lengths=(self.num_queries, self.num_keys),
-        )  # fmt: skip
-        return self._memo[key]
-
     # ---- algebra
-
-    def refined(self, block_q: int, block_k: int) -> "BlockPattern":
-        """The same pairs in smaller blocks, whose sizes divide these."""
-        if (block_q, block_k) == (self.block_q, self.block_k):
-            return self
-        if self.block_q % block_q or self.block_k % block_k:
-            raise UserError(
-                f"blocks of {self.block_q} x {self.block_k} cannot be cut into {block_q} x {block_k}: they must divide"
-            )
-        blocks = self.blocks().repeat_interleave(self.block_q // block_q, 2)
-        blocks = blocks.repeat_interleave(self.block_k // block_k, 3)
-        rows, columns = blocks_of(self.num_queries, block_q), blocks_of(self.num_keys, block_k)
-        sizes = {"block_q": block_q, "block_k": block_k}
-        most = min(columns, self.indices.shape[3] * (self.block_k // block_k))
-        cut = blocks[:, :, :rows, :columns]
-        return BlockPattern.from_blocks(cut, self.num_queries, self.num_keys, most=most, **sizes)
-
-    def _with(self, other: "BlockPattern") -> tuple["BlockPattern", Tensor, Tensor]:
-        if (self.num_queries, self.num_keys) != (other.num_queries, other.num_keys):
-            raise UserError("patterns of different numbers of queries or keys do not go together")
-        sizes = gcd(self.block_q, other.block_q), gcd(self.block_k, other.block_k)
-        mine = self.refined(*sizes)
-        return mine, mine.blocks(), other.refined(*sizes).blocks()
 
     def __or__(self, other: "BlockPattern") -> "BlockPattern":
         """What either reads."""
-        mine, a, b = self._with(other)
-        return mine._of(a | b)
+        return _joined(self, other, torch.logical_or)
 
     def __and__(self, other: "BlockPattern") -> "BlockPattern":
         """What both read."""
-        mine, a, b = self._with(other)
-        return mine._of(a & b)
+        return _joined(self, other, torch.logical_and)
 
     def __invert__(self) -> "BlockPattern":
         """What is not read."""
-        return self._of(~self.blocks())
-
-    def _of(self, blocks: Tensor) -> "BlockPattern":
-        sizes = {"block_q": self.block_q, "block_k": self.block_k}
-        return BlockPattern.from_blocks(blocks, self.num_queries, self.num_keys, **sizes)
+        return _of(self, ~self.blocks())
 
     # ---- what is derived, once for each rule
 
@@ -311,7 +237,7 @@ class BlockPattern:
                 whole, seen = (start + window).clamp(max=end), (stop + window).clamp(max=end)
             whole, seen = (whole - shift).clamp(min=0), (seen - shift).clamp(min=0)
             marks = torch.stack([before, left, whole // size, blocks_of(seen, size)], -1)
-            indices, bits = self._turned()
+            indices, bits = _turned(self)
             made = _spanned(indices, marks, groups if indices.shape[1] > 1 else 1)
             if bits is not None:
                 made.spans[..., 2] = made.spans[..., 1]  # what is seen whole is not known of a tile of several lists
@@ -324,26 +250,6 @@ class BlockPattern:
         """Keys of a list of :meth:`transposed`."""
         return self.block_k if self.block_k >= _TILE else _TILE // self.block_k * self.block_k
 
-    def _turned(self) -> tuple[Tensor, Tensor | None]:
-        if "turned" in self._memo:
-            return self._memo["turned"]  # type: ignore[no-any-return]
-        each = self.tile // self.block_k
-        blocks, bits = self.blocks().transpose(2, 3), None
-        if each > 1:
-            blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -blocks.shape[2] % each)).unflatten(2, (-1, each))
-            any_ = blocks.any(3)
-        else:
-            any_ = blocks
-        most = self.rows if self.rows <= _SHORT else int(any_.sum(-1).max())  # asking the device would wait for it
-        indices = _listed(any_, max(1, most))
-        if each > 1:
-            bits = torch.zeros(indices.shape, dtype=torch.int64, device=indices.device)
-            at = indices.long().clamp(max=blocks.shape[4] - 1)
-            for i in range(each):
-                bits |= blocks[:, :, :, i].gather(3, at).long() << i
-        self._memo["turned"] = indices, bits
-        return indices, bits
-
 
 def edges(length: int, size: int, shift: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """First and last column of each block."""
@@ -351,7 +257,7 @@ def edges(length: int, size: int, shift: int, device: torch.device | str) -> tup
     return first + shift, (first + size).clamp(max=length) - 1 + shift
 
 
-def _listed(blocks: Tensor, most: int) -> Tensor:
+def listed(blocks: Tensor, most: int) -> Tensor:
     """Numbers of the true columns of each row, ascending, ``[..., most]`` int32; the number of columns fills up."""
     columns = blocks.shape[-1]
     place = (blocks.cumsum(-1, dtype=torch.int32) - 1).masked_fill(~blocks, most).clamp(max=most).long()
@@ -392,3 +298,56 @@ def _pairs(rule: Rule, first: Tensor, last: Tensor, start: Tensor, width: Tensor
     else:
         held = (last - first + 1) * width * torch.ones_like(start)
     return held if rule.window is None else held - up_to(-rule.window)
+
+
+def refined(pattern: BlockPattern, block_q: int, block_k: int) -> BlockPattern:
+    """The same pairs in smaller blocks, whose sizes divide these."""
+    if (block_q, block_k) == (pattern.block_q, pattern.block_k):
+        return pattern
+    if pattern.block_q % block_q or pattern.block_k % block_k:
+        given = f"{pattern.block_q} x {pattern.block_k}"
+        raise UserError(f"blocks of {given} cannot be cut into {block_q} x {block_k}: they must divide")
+    blocks = pattern.blocks().repeat_interleave(pattern.block_q // block_q, 2)
+    blocks = blocks.repeat_interleave(pattern.block_k // block_k, 3)
+    rows, columns = blocks_of(pattern.num_queries, block_q), blocks_of(pattern.num_keys, block_k)
+    sizes = {"block_q": block_q, "block_k": block_k}
+    most = min(columns, pattern.indices.shape[3] * (pattern.block_k // block_k))
+    cut = blocks[:, :, :rows, :columns]
+    return BlockPattern.from_blocks(cut, pattern.num_queries, pattern.num_keys, most=most, **sizes)
+
+
+def _joined(one: BlockPattern, other: BlockPattern, how: Callable[[Tensor, Tensor], Tensor]) -> BlockPattern:
+    """Both in blocks that fit into those of either."""
+    if (one.num_queries, one.num_keys) != (other.num_queries, other.num_keys):
+        raise UserError("patterns of different numbers of queries or keys do not go together")
+    sizes = gcd(one.block_q, other.block_q), gcd(one.block_k, other.block_k)
+    one, other = refined(one, *sizes), refined(other, *sizes)
+    return _of(one, how(one.blocks(), other.blocks()))
+
+
+def _of(pattern: BlockPattern, blocks: Tensor) -> BlockPattern:
+    """Other blocks of the same sizes."""
+    sizes = {"block_q": pattern.block_q, "block_k": pattern.block_k}
+    return BlockPattern.from_blocks(blocks, pattern.num_queries, pattern.num_keys, **sizes)
+
+
+def _turned(pattern: BlockPattern) -> tuple[Tensor, Tensor | None]:
+    """Transposed lists, and the bits of tiles of several blocks."""
+    if "turned" in pattern._memo:
+        return pattern._memo["turned"]  # type: ignore[no-any-return]
+    each = pattern.tile // pattern.block_k
+    blocks, bits = pattern.blocks().transpose(2, 3), None
+    if each > 1:
+        blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -blocks.shape[2] % each)).unflatten(2, (-1, each))
+        any_ = blocks.any(3)
+    else:
+        any_ = blocks
+    most = pattern.rows if pattern.rows <= _SHORT else int(any_.sum(-1).max())  # asking the device would wait for it
+    indices = listed(any_, max(1, most))
+    if each > 1:
+        bits = torch.zeros(indices.shape, dtype=torch.int64, device=indices.device)
+        at = indices.long().clamp(max=blocks.shape[4] - 1)
+        for i in range(each):
+            bits |= blocks[:, :, :, i].gather(3, at).long() << i
+    pattern._memo["turned"] = indices, bits
+    return indices, bits

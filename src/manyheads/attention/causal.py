@@ -3,7 +3,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from .reference import repeat_kv
 
@@ -28,6 +27,8 @@ def causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 
         found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True, scale=scale)
         answer: Tensor = found[0]
         return answer.transpose(1, 2)
+    from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes seconds
+
     bias = causal_lower_right(q.shape[2], k.shape[2])
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
     return out.transpose(1, 2)

@@ -22,6 +22,7 @@ from ..errors import UserError
 from . import sparse_twin
 from .block_pattern import BlockPattern, Rule
 from .causal import causal_tail
+from .flex_mask import block_mask
 from .reference import repeat_kv, widened
 from .sparse_twin import Call
 
@@ -274,7 +275,7 @@ def _compiled() -> Any:
 def _flex(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    bias, mask = call.bias, call.pattern.to_block_mask(call.rule, call.documents)
+    bias, mask = call.bias, block_mask(call.pattern, call.rule, call.documents)
 
     def biased(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         assert bias is not None

@@ -25,6 +25,7 @@ from manyheads.tasks.diffusion.kept_background import KeptBackground, kept
 from manyheads.tasks.diffusion.module_change import ModuleChange
 from manyheads.tasks.diffusion.scene_quality import SceneQuality, likelihood, pseudo_values
 from oracles.tasks import rows
+from tolerance import nearly
 
 PLAIN, ODD, FAR = Arm("plain"), Arm("odd"), Arm("far")
 ARMS = (PLAIN, ODD, FAR)
@@ -66,7 +67,7 @@ def test_distances_to_the_plain_image(run, monkeypatch):
     assert len({(row.metric, row.arm, row.seed, row.sample) for row in found}) == len(found)
     one, off = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     off[0, 1, 2, 3] = 1e-6
-    assert float(psnr(off, one)) == pytest.approx(100.0)  # no more than images that do not differ
+    assert float(psnr(off, one)) == nearly(100.0)  # no more than images that do not differ
 
 
 def test_images_come_in_batches_of_a_seed(run):
@@ -131,7 +132,7 @@ def test_what_is_kept_and_what_is_seen(run, monkeypatch):
     turned = {int(x) for *_, labels in said for x in (labels.chunk(2)[1] - labels.chunk(2)[0])[:, 1] % 4}
     assert turned == {1, 2, 3}  # every other quarter is moved to
     same = torch.rand(2, 3, 8, 8)
-    assert kept(same, same, torch.tensor([[0, 1], [2, 3]])).tolist() == pytest.approx([100.0, 100.0])
+    assert kept(same, same, torch.tensor([[0, 1], [2, 3]])).tolist() == nearly([100.0, 100.0])
 
 
 def test_likelihood_and_jackknife(run):
@@ -271,7 +272,7 @@ def test_sets_of_heads_take_turns_and_masks_are_named(run, monkeypatch):
     for part, _, given, mask in made:
         assert torch.equal(given, labels[part])
         draw = torch.Generator().manual_seed(seeding.number(run.seed, masks="judged", seed=3, image=part[0]))
-        assert mask == pytest.approx(float(torch.rand(1, generator=draw)))
+        assert mask == nearly(float(torch.rand(1, generator=draw)))
 
 
 def test_change_is_the_mean_of_each_part_of_the_run(shipped, monkeypatch):

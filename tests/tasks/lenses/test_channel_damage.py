@@ -11,6 +11,7 @@ from manyheads.experiment import Arm, CausalLM
 from manyheads.tasks.lenses.channel_damage import CONTEXTUAL, PARAMETRIC, ChannelDamage, _known
 from manyheads.tasks.lenses.channel_norms import ChannelNorms
 from oracles.tasks import context, rows, values
+from tolerance import nearly
 
 SPEC = "massive_values:damage=top,of=qk,channels="
 TASK = ChannelDamage(tokens=96, windows_of=2, questions=4, text="code")
@@ -65,7 +66,7 @@ def test_kept_is_over_the_baseline_of_its_kind(lm):
     run.kept(("undamaged", TASK), lambda: answers)
     found = rows(TASK, run)
     for kind in (CONTEXTUAL, PARAMETRIC):
-        assert values(found, "kept", "full", knowledge=kind).mean() == pytest.approx(1)
+        assert values(found, "kept", "full", knowledge=kind).mean() == nearly(1)
     assert set(values(found, "kept", "full", knowledge=PARAMETRIC)) == {1.0}
     assert values(found, "kept", "full", knowledge=CONTEXTUAL).max() > 1
 

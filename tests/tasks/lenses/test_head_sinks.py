@@ -8,6 +8,7 @@ from manyheads.experiment import CausalLM
 from manyheads.tasks.lenses._windows import nll
 from manyheads.tasks.lenses.head_sinks import SECOND, HeadSinks, _kinds
 from oracles.tasks import context, rows, values
+from tolerance import is_close, is_far
 
 TASK = HeadSinks(tokens=48, windows_of=3, text="code", heads=2)
 
@@ -26,7 +27,7 @@ def test_a_head_costs_what_its_slice_costs():
         expected = (nll(model, ids) - plain).double().mean(1).numpy()
         weight.copy_(kept)
         other = TASK._added(run, ids, [(2, 0)], layers, 0)
-    assert np.allclose(found, expected, atol=1e-5) and not np.allclose(other, expected, atol=1e-5)
+    assert is_close(found, expected) and is_far(other, expected)
 
 
 def test_dormant_and_active_heads_are_others_of_the_same_layers():

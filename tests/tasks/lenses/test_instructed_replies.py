@@ -12,6 +12,7 @@ from manyheads.lenses.strategy_attention import sra
 from manyheads.tasks.lenses import instructed_replies
 from manyheads.tasks.lenses.instructed_replies import InstructedReplies, _read, _z
 from oracles.tasks import context, rows, values
+from tolerance import is_close
 
 ARMS = Arm("standard"), Arm("c1_hf", options={"form": "c1_hf"})
 TASK = InstructedReplies(turns=(1, 3), samples=2, source="made", reply=2)
@@ -68,7 +69,7 @@ def test_layouts_at_the_greatest_length(lm):
 
 
 def test_z_scores_of_groups():
-    assert np.allclose(_z(np.array([1.0, 3, 5, 5]), [0, 0, 1, 1]), [-1, 1, 0, 0])
+    assert is_close(_z(np.array([1.0, 3, 5, 5]), [0, 0, 1, 1]), [-1, 1, 0, 0])
 
 
 def test_replies_follow_their_own_instruction_alone():

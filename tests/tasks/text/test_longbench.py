@@ -9,6 +9,7 @@ from manyheads.errors import UserError
 from manyheads.tasks.text import _longbench, longbench
 from manyheads.tasks.text._answered import size
 from tiny import chat as tiny
+from tolerance import nearly
 
 LENGTH = 300
 CONTEXT = " ".join(f"Line {i} says that the {tiny.village(i)} is open." for i in range(200))
@@ -53,8 +54,8 @@ def test_every_dataset_of_the_folder_is_scored_by_its_own_rule(folder, reader):
         ("qasper", "one document"), ("qasper", "one document"), ("trec", "worked examples"), ("lcc", "code"),
     ]  # fmt: skip
     f1 = [2 * 1 / (3 + 1), 0.0]  # mill of (mill, return, x) and (mill); the better of two answers
-    assert [one.value for one in rows[:3]] == pytest.approx([*f1, 0.0])
-    assert rows[3].value == pytest.approx(_longbench.code_similarity(said, "    return x"))
+    assert [one.value for one in rows[:3]] == nearly([*f1, 0.0])
+    assert rows[3].value == nearly(_longbench.code_similarity(said, "    return x"))
     assert len({one.sample for one in rows}) == 4
 
 

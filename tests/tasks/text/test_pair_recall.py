@@ -8,6 +8,7 @@ from manyheads.errors import UserError
 from manyheads.experiment import CausalLM, Experiment, over, run
 from manyheads.experiment.runner import context
 from manyheads.tasks.text.pair_recall import PairRecall
+from tolerance import nearly
 
 
 def recalled(folder, task):
@@ -73,7 +74,7 @@ def test_values_are_recalled_by_the_plain_model(options):
     run.advance = told.append
     (unit,) = task.units(run)
     found = list(task.measure(run, unit))
-    assert sum(told) == pytest.approx(unit.cost) == pytest.approx(3 * 4 * (30 + task.others) / 50)
+    assert sum(told) == nearly(unit.cost) == nearly(3 * 4 * (30 + task.others) / 50)
     given, asked = task._drawn(run, 0, 3)
     model = run.subject.model
     for row in found:
@@ -82,7 +83,7 @@ def test_values_are_recalled_by_the_plain_model(options):
             ids = torch.cat([given[i], asked[i, : at + 1]])
             with torch.no_grad():
                 right.append(float(model(ids[None]).logits[0, -1].argmax() == asked[i, at + 1]))
-        assert row.value == pytest.approx(sum(right) / len(right)) and len(right) == 30 - task.known // 2
+        assert row.value == nearly(sum(right) / len(right)) and len(right) == 30 - task.known // 2
         assert row.bytes > 0
     assert len(found) == 3 and [unit.params for unit in PairRecall(sequences=130).units(run)] == [
         {"first": a, "last": b} for a, b in ((0, 64), (64, 128), (128, 130))

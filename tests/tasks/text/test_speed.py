@@ -10,6 +10,7 @@ from manyheads.experiment import Arm, CausalLM, RunContext
 from manyheads.tasks.text import speed
 from manyheads.tasks.text.speed import Speed
 from tiny import compare as tiny
+from tolerance import nearly
 
 texts, tokenizer, model = tiny.texts, tiny.tokenizer, tiny.model
 ARMS = tuple(Arm(name) for name in ("full", "one", "two", "own"))
@@ -53,7 +54,7 @@ def measured(task, model, tokenizer, texts):
     run.advance = told.append
     for unit in task.units(run):
         found.append(list(task.measure(run, unit)))
-        assert sum(told) == pytest.approx(unit.cost)
+        assert sum(told) == nearly(unit.cost)
         told.clear()
     return run, found
 
@@ -66,10 +67,10 @@ def test_seconds_of_a_prompt_and_milliseconds_of_a_token(world, model, tokenizer
         prompt = {row.arm: row for row in found if row.metric == "prefill"}
         for arm, row in prompt.items():
             dense = apart or arm != "own"  # what cannot share the prompt's forward has it within its own work
-            assert row.value == pytest.approx(OPEN[arm] + dense * LENGTH / 16)
+            assert row.value == nearly(OPEN[arm] + dense * LENGTH / 16)
             assert (row.sample, row.context, row.at) == (f"{turn}", f"{turn}", {"length": LENGTH})
             tokens = [row for row in found if (row.metric, row.arm) == ("decode", arm)]
-            assert [row.value for row in tokens] == pytest.approx([3, 4, 5, 6, 7, 8, 9, 10])  # ms; two warm up
+            assert [row.value for row in tokens] == nearly([3, 4, 5, 6, 7, 8, 9, 10])  # ms; two warm up
             assert [row.sample for row in tokens] == [f"{turn}.{i}" for i in range(8)]
             assert {row.context for row in tokens} == {f"{turn}"} and tokens[0].at == {"length": LENGTH}
     # Each round begins with another arm, and every token is fed once and alone.

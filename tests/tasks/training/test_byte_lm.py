@@ -13,6 +13,7 @@ from manyheads.experiment import Arm
 from manyheads.models.decoder import Decoder
 from manyheads.tasks.training.byte_lm import ByteLM, spans
 from manyheads.training import token_nll
+from tolerance import nearly
 
 from .conftest import SOFTMAX, TEXT, context, values
 
@@ -97,7 +98,7 @@ def test_weights_are_judged_with_a_calibrated_temperature(measured):
     by = {(arm, at["times"]): value for arm, sample, _, at, value in values(results, "token_nll") if sample == "0"}
     assert by["t5, none", 4] == by["t5", 4] and by["t5, logn", 1] == by["t5", 1] and by["t5, logn", 4] != by["t5", 4]
     found = {arm: value for arm, *_, value in values(results, "temperature")}
-    assert found == {"t5, none": 1.0, "t5, logn": pytest.approx(math.log(32) / math.log(4 * 32))}
+    assert found == {"t5, none": 1.0, "t5, logn": nearly(math.log(32) / math.log(4 * 32))}
 
 
 def test_spans_reach_as_far_as_the_text(measured, texts):

@@ -23,6 +23,7 @@ from manyheads.tasks.training.mixer_speed import MixerSpeed
 from manyheads.tasks.training.offset_scores import OffsetScores
 from manyheads.tasks.training.planted_constant import PlantedConstant
 from oracles.tasks import rows
+from tolerance import nearly
 
 from .conftest import MODEL, SOFTMAX, TEXT, Knows, context
 
@@ -267,9 +268,7 @@ def test_bytes_and_milliseconds_of_a_token(clock, monkeypatch):
             times = [row for row in found if (row.metric, row.arm, row.at["length"]) == ("decode", arm, length)]
             # What was read, and of twelve tokens decoded all; ten of them are timed.
             assert held.value == held.bytes == 10 * (read[length] + 12) + 4
-            assert [row.value for row in times] == pytest.approx(
-                [factor * (1 + 2 * (length + i)) for i in range(2, 12)]
-            )
+            assert [row.value for row in times] == nearly([factor * (1 + 2 * (length + i)) for i in range(2, 12)])
     parts = [shape for name, shape, _ in clock.calls if name == "twice"]
     assert parts == [(1, 16)] + [(1, 1)] * 12 + [(1, 512), (1, 60)] + [(1, 1)] * 12
     turns = [name for name, shape, _ in clock.calls if shape == (1, 1)]
@@ -290,7 +289,7 @@ def test_microseconds_of_a_token_of_training(clock, monkeypatch):
     found = rows(task, run)
     assert len(found) == 2 * 2 * 3 and said == [1, threads]
     for row in found:  # 64 tokens take 64 ms: a millisecond each
-        assert row.value == pytest.approx({"softmax": 1000.0, "twice": 2000.0}[row.arm])
+        assert row.value == nearly({"softmax": 1000.0, "twice": 2000.0}[row.arm])
     assert {row.sample for row in found} == {"0", "1", "2"} and {row.at["times"] for row in found} == {1, 4}
     assert {shape for _, shape, _ in clock.calls} == {(8, 8), (2, 32)} and len(clock.calls) == 2 * 2 * 5
     assert all(model.weight.grad is None for model in models.values())
@@ -369,7 +368,7 @@ def test_what_is_told_of_a_training(texts):
     trained = SimpleNamespace(model=model, rate=3e-3, losses=losses, seconds=2.5, order="abc")
     training = SimpleNamespace(task=task, run=run, arm=SOFTMAX, tuned=lambda: {3e-3: 2.0, 1e-2: math.inf})
     told, *tuned = _training_task._training_rows(training, 4, trained)
-    assert told.value == pytest.approx(np.mean(losses[-7:])) and (told.metric, told.seed) == ("training_nll", 4)
+    assert told.value == nearly(np.mean(losses[-7:])) and (told.metric, told.seed) == ("training_nll", 4)
     about = told.about
     assert (about["rate"], about["tokens"], about["parameters"], about["order"]) == (3e-3, 73 * 4 * 32, 123, "abc")
     curve = dict(about["curve"])
