@@ -16,14 +16,16 @@ Sliding-window layers are left alone by both. Presses act by their own ``forward
 """
 
 import argparse
+import copy
 import datetime
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +33,40 @@ import torch
 
 SHARES = (0.5, 0.25, 0.1)
 OURS = (
-    "random", "streaming_llm", "knorm", "keydiff", "snapkv", "pyramidkv", "adakv", "tova", "lagkv",
-    "expected_attention", "hedge",
+    "random", "streaming_llm", "knorm", "keydiff", "snapkv", "pyramidkv", "pyramidkv:base=snapkv(window_size=8)",
+    "adakv", "tova", "lagkv", "expected_attention", "hedge",
 )  # fmt: skip
+OF_OURS = {"window_size": 32, "kernel_size": 7}  # of snapkv, as in its paper; kvpress has 64 and 5
 PRESSES: dict[str, Callable[[Any, float], Any]] = {
     "RandomPress": lambda kv, drop: kv.RandomPress(compression_ratio=drop),
     "StreamingLLMPress": lambda kv, drop: kv.StreamingLLMPress(compression_ratio=drop),
     "KnormPress": lambda kv, drop: kv.KnormPress(compression_ratio=drop),
     "KeyDiffPress": lambda kv, drop: kv.KeyDiffPress(compression_ratio=drop),
     "SnapKVPress": lambda kv, drop: kv.SnapKVPress(compression_ratio=drop),
+    "SnapKVPress(32, 7)": lambda kv, drop: kv.SnapKVPress(compression_ratio=drop, **OF_OURS),
     "PyramidKVPress": lambda kv, drop: kv.PyramidKVPress(compression_ratio=drop),
+    "PyramidKVPress(8, 7)": lambda kv, drop: kv.PyramidKVPress(compression_ratio=drop, window_size=8, kernel_size=7),
     "TOVAPress": lambda kv, drop: kv.TOVAPress(compression_ratio=drop),
     "LagKVPress": lambda kv, drop: kv.LagKVPress(compression_ratio=drop),
     "ExpectedAttentionPress": lambda kv, drop: kv.ExpectedAttentionPress(compression_ratio=drop),
     "AdaKVPress(SnapKVPress)": lambda kv, drop: kv.AdaKVPress(kv.SnapKVPress(compression_ratio=drop)),
+    "AdaKVPress(SnapKVPress(32, 7))": lambda kv, drop: kv.AdaKVPress(kv.SnapKVPress(compression_ratio=drop, **OF_OURS)),
     "AdaKVPress(ExpectedAttentionPress)": lambda kv, drop: kv.AdaKVPress(
         kv.ExpectedAttentionPress(compression_ratio=drop, epsilon=1e-2)
     ),
     "LeverageScorePress": lambda kv, drop: kv.LeverageScorePress(compression_ratio=drop),
     "CriticalKVPress(SnapKVPress)": lambda kv, drop: kv.CriticalKVPress(kv.SnapKVPress(compression_ratio=drop)),
 }
-Case = dict[str, Any]  # task, sample, ids, fed, wanted
-Found = list[dict[str, Any]]  # arm, task, sample, nats, right, bytes
+PAIRS = (  # a press and what is here of the same name
+    ("RandomPress", "random"), ("StreamingLLMPress", "streaming_llm"), ("KnormPress", "knorm"),
+    ("KeyDiffPress", "keydiff"), ("SnapKVPress", "snapkv"), ("SnapKVPress(32, 7)", "snapkv"),
+    ("PyramidKVPress", "pyramidkv"), ("PyramidKVPress(8, 7)", "pyramidkv:base=snapkv(window_size=8)"),
+    ("TOVAPress", "tova"), ("LagKVPress", "lagkv"), ("ExpectedAttentionPress", "expected_attention"),
+    ("AdaKVPress(SnapKVPress)", "adakv"), ("AdaKVPress(SnapKVPress(32, 7))", "adakv"),
+)  # fmt: skip
+Case = dict[str, Any]  # task, sample, text (a sum over its tokens), ids, fed, wanted
+Found = list[dict[str, Any]]  # arm, task, sample, text, nats, right, bytes
+FULL = "full (kvpress's transformers)"
 
 
 def cases(model: str, text: str, length: int, samples: int, target: int, seed: int) -> list[Case]:
@@ -77,7 +91,41 @@ def cases(model: str, text: str, length: int, samples: int, target: int, seed: i
             "task": "needle", "sample": i, "ids": haystack.ids.tolist(),
             "fed": [*question.question, *question.answer], "wanted": len(question.answer),
         })  # fmt: skip
+    for case in made:  # other numbers of samples draw other texts under the same number
+        case["text"] = zlib.crc32(json.dumps([case["ids"], case["fed"]]).encode())
     return made
+
+
+class Rows:
+    """Rows of both processes in a file of JSON lines, the first of which says what was measured.
+
+    Raises:
+        SystemExit: the file is of other settings.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path = path
+        if not path.exists():
+            self._write([about])
+        first, *rows = map(json.loads, path.read_text().splitlines())
+        if first != about:
+            raise SystemExit(f"{path} holds rows of {first}, not of {about}")
+        self.rows: Found = rows
+        self._known = {(row["arm"], row.get("text")) for row in rows}
+
+    def has(self, arm: str, case: Case) -> bool:
+        """Whether ``arm`` was measured on ``case``, or cannot be measured at all."""
+        return bool({(arm, case["text"]), (arm, None)} & self._known)
+
+    def add(self, rows: Found) -> None:
+        """Append the rows of a case."""
+        self._write(rows)
+        self.rows += rows
+        self._known |= {(row["arm"], row.get("text")) for row in rows}
+
+    def _write(self, rows: Found) -> None:
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def judged(logits: torch.Tensor, fed: torch.Tensor, wanted: int) -> tuple[float, bool]:
@@ -88,15 +136,17 @@ def judged(logits: torch.Tensor, fed: torch.Tensor, wanted: int) -> tuple[float,
 
 
 @torch.inference_mode()
-def ours(model: Any, arms: list[str], todo: list[Case], told: Callable[[], None]) -> Found:
+def ours(model: Any, arms: list[str], todo: list[Case], rows: Rows) -> None:
     """Every arm of manyheads on every case; one prefill serves those that compress after it."""
     import manyheads
     from manyheads.experiment import Arm
     from manyheads.tasks.text._prefill import Prefix, forward_chunked
 
-    specs, found = [Arm(arm, arm) for arm in arms], []
     with manyheads.use(model):
         for case in todo:
+            specs, found = [Arm(arm, arm) for arm in arms if not rows.has(arm, case)], []
+            if not specs:
+                continue
             ids, fed = (torch.tensor([case[name]], device=model.device) for name in ("ids", "fed"))
             prefix = Prefix(model, ids, specs)
             for arm in specs:
@@ -104,67 +154,104 @@ def ours(model: Any, arms: list[str], todo: list[Case], told: Callable[[], None]
                     held = cache.bytes()
                     nats, right = judged(forward_chunked(model, cache, fed, fed.shape[1]), fed, case["wanted"])
                 found.append({**_named(case), "arm": arm.name, "nats": nats, "right": right, "bytes": held})
-            told()
-    return found
+            rows.add(found)
+            print(".", end="", flush=True)
 
 
 @torch.inference_mode()
-def theirs(model: Any, shares: list[float], todo: list[Case], told: Callable[[], None]) -> Found:
-    """Every press on every case, and the full cache of this version of transformers."""
+def theirs(model: Any, shares: list[float], todo: list[Case], rows: Rows) -> None:
+    """Every press on every case, and the full cache of this version of transformers; one prefill serves all."""
     import kvpress
-    from transformers import DynamicCache
 
-    arms: list[tuple[str, Any]] = [("full (kvpress's transformers)", None)]
-    arms += [(f"{name}:keep={share}", make(kvpress, 1 - share)) for name, make in PRESSES.items() for share in shares]
-    found: Found = []
-    failed: dict[str, str] = {}
+    presses = {f"{name}:keep={share}": make(kvpress, 1 - share) for name, make in PRESSES.items() for share in shares}
+    for press in presses.values():
+        press.post_init_from_model(model)
     for case in todo:
+        wanted = {name: press for name, press in {FULL: None, **presses}.items() if not rows.has(name, case)}
+        if not wanted:
+            continue
         ids, fed = (torch.tensor([case[name]], device=model.device) for name in ("ids", "fed"))
-        for name, press in arms:
-            cache = DynamicCache(config=model.config)
-            if name in failed:
-                continue
-            try:
-                with _hooked(model, press):
-                    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-            except Exception as error:  # of a press that does not take this architecture: said in its row
-                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+        torch.manual_seed(case["text"])  # two presses draw
+        found, read = [], _read(model, ids, wanted)
+        for name, (cache, masked, failed) in read.items():
+            if failed:
+                found.append({"arm": name, "task": "failed", "why": failed})
                 continue
             held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-            at = torch.arange(ids.shape[1], ids.shape[1] + fed.shape[1], device=model.device)[None]
-            # Layers of unequal length share no mask: token by token none is needed.
-            uneven = len({layer.keys.shape[2] for layer in cache.layers}) > 1
-            pieces = zip(*(x.split(1 if uneven else fed.shape[1], 1) for x in (fed, at)), strict=True)
-            logits = torch.cat([model(input_ids=x, past_key_values=cache, position_ids=p).logits for x, p in pieces], 1)
-            nats, right = judged(logits, fed, case["wanted"])
-            for layer in model.model.layers:
-                layer.self_attn.masked_key_indices = None
+            for layer, indices in zip(model.model.layers, masked, strict=True):
+                layer.self_attn.masked_key_indices = indices  # AdaKV's
+            nats, right = judged(_go_on(model, cache, fed, ids.shape[1]), fed, case["wanted"])
             found.append({**_named(case), "arm": name, "nats": nats, "right": right, "bytes": held})
-        told()
-    return [*found, *({"arm": name, "task": "failed", "why": why} for name, why in failed.items())]
+        rows.add(found)
+        print(".", end="", flush=True)
 
 
-@contextmanager
-def _hooked(model: Any, press: Any) -> Iterator[None]:
-    """A press on the layers that see everything, as its own context manager puts it on."""
-    if press is None:
-        yield
-        return
-    press.post_init_from_model(model)
+def _read(model: Any, ids: torch.Tensor, presses: dict[str, Any]) -> dict[str, tuple[Any, list[Any], str]]:
+    """For each press its cache, the keys that it masks in each layer, and why it failed.
+
+    A press acts after a layer's attention, on what the layer has put into the cache: each gets that layer for itself.
+    """
+    from transformers import DynamicCache
+
+    size = len(model.model.layers)
+    caches = {name: DynamicCache(config=model.config) for name in presses}
+    masked: dict[str, list[Any]] = {name: [None] * size for name in presses}
+    failed = dict.fromkeys(presses, "")
+
+    def act(module: Any, given: Any, kwargs: dict[str, Any], output: Any) -> None:
+        at = module.layer_idx
+        for name, press in presses.items():
+            caches[name].layers[at] = copy.copy(kwargs["past_key_values"].layers[at])
+            if press is None or failed[name] or getattr(module, "is_sliding", False):
+                continue
+            try:
+                press.forward_hook(module, given, {**kwargs, "past_key_values": caches[name]}, output)
+            except Exception as error:  # of a press that does not take this architecture: said in its row
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+            masked[name][at], module.masked_key_indices = getattr(module, "masked_key_indices", None), None
+
     hooks = []
     for layer in model.model.layers:
-        if not getattr(layer.self_attn, "is_sliding", False):
-            layer.self_attn.rotary_emb = model.model.rotary_emb
-            hooks.append(layer.self_attn.register_forward_hook(press.forward_hook, with_kwargs=True))
+        layer.self_attn.masked_key_indices = None
+        kind = getattr(layer.self_attn, "layer_type", None)  # Gemma 3 has a rotation for each kind; kvpress names none
+        rotary = model.model.rotary_emb
+        layer.self_attn.rotary_emb = partial(rotary, layer_type=kind) if kind else rotary
+        hooks.append(layer.self_attn.register_forward_hook(act, with_kwargs=True))
     try:
-        yield
+        model(input_ids=ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
+    return {name: (caches[name], masked[name], failed[name]) for name in presses}
+
+
+def _go_on(model: Any, cache: Any, fed: torch.Tensor, start: int) -> torch.Tensor:
+    """Logits of ``fed [1, T]`` behind a cache, at positions from ``start``.
+
+    Where layers that see everything hold as many keys as each other, T tokens go at once; a model with sliding layers
+    is given both masks. Otherwise no mask serves all layers, and they go one by one, which needs none.
+    """
+    new = fed.shape[1]
+    at = torch.arange(start, start + new, device=fed.device)
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(cache.layers)
+    held = {kind: {layer.keys.shape[2] for layer, k in zip(cache.layers, kinds, strict=True) if k == kind}
+            for kind in set(kinds)}  # fmt: skip
+    size = new if all(len(sizes) == 1 for sizes in held.values()) else 1
+    masks = None
+    if size > 1 and len(held) > 1:
+        masks = {}
+        for kind, (keys,) in held.items():
+            apart = at[:, None] - (torch.arange(keys + new, device=fed.device) + start - keys)  # of a layer's last keys
+            reach = model.config.sliding_window if kind == "sliding_attention" else start + new
+            masks[kind] = ((apart >= 0) & (apart < reach))[None, None]
+    pieces = zip(fed.split(size, 1), at[None].split(size, 1), strict=True)
+    return torch.cat([
+        model(input_ids=x, past_key_values=cache, position_ids=p, attention_mask=masks).logits for x, p in pieces
+    ], 1)  # fmt: skip
 
 
 def _named(case: Case) -> dict[str, Any]:
-    return {name: case[name] for name in ("task", "sample")}
+    return {name: case[name] for name in ("task", "sample", "text")}
 
 
 def load(folder: str, device: str, dtype: str | None) -> Any:
@@ -177,12 +264,15 @@ def load(folder: str, device: str, dtype: str | None) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa").to(device).eval()
 
 
-def figures(found: Found) -> list[dict[str, Any]]:
-    """For each arm: loss over the full cache of its own process, needles, bytes; 95 % intervals over contexts."""
+def figures(found: Found, shares: list[float], only: str) -> dict[str, list[dict[str, Any]]]:
+    """For each arm loss over the full cache of its own process, needles and bytes; and what pairs differ by.
+
+    95 % intervals over contexts; differences are paired by context.
+    """
     from manyheads.experiment.estimates import difference, estimate
     from manyheads.experiment.rows import Metric, Row
 
-    loss, needle = Metric("loss", "loss", "nats"), Metric("needle", "needle", higher=True, kind="share")
+    metrics = {"loss": Metric("loss", "loss", "nats"), "needle": Metric("needle", "needle", higher=True, kind="share")}
     rows: dict[str, dict[str, list[Row]]] = {}
     made = [{"arm": one["arm"], "failed": one["why"]} for one in found if one["task"] == "failed"]
     for one in found:
@@ -191,16 +281,34 @@ def figures(found: Found) -> list[dict[str, Any]]:
         value = one["nats"] if one["task"] == "loss" else float(one["right"])
         row = Row(task=one["task"], metric=one["task"], arm=one["arm"], value=value, sample=str(one["sample"]))
         rows.setdefault(one["arm"], {}).setdefault(one["task"], []).append(row)
-    held = {arm: [one["bytes"] for one in found if one["arm"] == arm and one["task"] == "loss"] for arm in rows}
+    held = {arm: sum(one["bytes"] for one in found if one["arm"] == arm and one["task"] == "loss") for arm in rows}
+
+    def apart(task: str, one: str, other: str) -> dict[str, Any]:
+        return difference(rows[one][task], rows[other][task], metrics[task]).plain()
+
     for arm, mine in rows.items():
-        base = "full (kvpress's transformers)" if "Press" in arm else "full"
-        same = arm == base
+        base = FULL if "Press" in arm else "full"
         made.append({
-            "arm": arm, "held": sum(held[arm]) / sum(held["full"]), "loss": estimate(mine["loss"], loss).plain(),
-            "over_full": None if same else difference(mine["loss"], rows[base]["loss"], loss).plain(),
-            "needle": estimate(mine["needle"], needle).plain(),
+            "arm": arm, "held": held[arm] / held["full"],
+            "loss": estimate(mine["loss"], metrics["loss"]).plain(),
+            "over_full": None if arm in (FULL, "full") else apart("loss", arm, base),
+            "needle": estimate(mine["needle"], metrics["needle"]).plain(),
         })  # fmt: skip
-    return made
+    named = [(FULL, "full", None)]
+    named += [
+        (f"{press}:keep={share}", spec(mine, share, only), share) for share in shares for press, mine in PAIRS
+    ]  # fmt: skip
+    pairs = [
+        {"press": press, "ours": mine, "share": share, **{task: apart(task, mine, press) for task in metrics}}
+        for press, mine, share in named
+        if press in rows and mine in rows
+    ]
+    return {"rows": made, "pairs": pairs}
+
+
+def spec(name: str, share: float, only: str) -> str:
+    """The spec of a strategy at a share of the tokens, on the layers that see everything."""
+    return f"{name}{',' if ':' in name else ':'}budget={share}{only}"
 
 
 def _shown(found: dict[str, Any] | None, digits: str) -> str:
@@ -222,64 +330,85 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--target", type=int, default=64, help="tokens whose loss is judged")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)))
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # where the second process finds the model
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32 or bfloat16; that of the checkpoint when not given")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--cases", type=Path, help=argparse.SUPPRESS)  # of the second process: cases in, rows out
+    parser.add_argument("--json", type=Path, help="file that takes the run, in place of one of this model and length")
+    parser.add_argument("--rows", type=Path, help="file of rows: a run that was cut off, or gets more samples, goes on")
+    parser.add_argument("--cases", type=Path, help=argparse.SUPPRESS)  # of the second process
     given = parser.parse_args()
     shares = [float(share) for share in given.shares.split(",")]
+    about = {
+        "model": given.model, "text": given.text, "length": given.length, "target": given.target,
+        "dtype": given.dtype, "seed": given.seed,
+    }  # fmt: skip
     if given.cases:
-        todo = json.loads(given.cases.read_text())
-        model = load(given.model, given.device, given.dtype)
-        given.cases.write_text(json.dumps(theirs(model, shares, todo, lambda: print(".", end="", flush=True))))
+        model = load(given.folder, given.device, given.dtype)
+        theirs(model, shares, json.loads(given.cases.read_text()), Rows(given.rows, about))
         return
 
-    from rich.console import Console
-    from rich.table import Table
-
-    from manyheads.environment import commit, environment
     from manyheads.models import source
 
     folder = source(given.model)
     todo = cases(given.model, given.text, given.length, given.samples, given.target, given.seed)
     with tempfile.TemporaryDirectory() as place:
-        passed = Path(place) / "cases.json"
+        passed, kept = Path(place) / "cases.json", given.rows or Path(place) / "rows.jsonl"
         passed.write_text(json.dumps(todo))
-        command = [
-            sys.executable, __file__, "--peer", str(given.peer), "--cases", str(passed), "--model", folder,
-            "--device", given.device, "--shares", given.shares, *(["--dtype", given.dtype] if given.dtype else []),
-        ]  # fmt: skip
-        # The folder comes first, so that its transformers is found before the installed one.
+        command = [sys.executable, __file__, *sys.argv[1:], "--cases", passed, "--rows", kept, "--folder", folder]
+        # The peer's folder comes first, so that its transformers is found before the installed one.
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(given.peer)})
-        found = json.loads(passed.read_text())
-    model = load(folder, given.device, given.dtype)
-    kinds = getattr(model.config, "layer_types", None) or []
-    sees_all = "+".join(str(i) for i, kind in enumerate(kinds) if kind == "full_attention")
-    only = f",layers={sees_all}" if "sliding_attention" in kinds else ""
-    arms = ["full", *(f"{name}:budget={share}{only}" for name in OURS for share in shares)]
-    found += ours(model, arms, todo, lambda: print(".", end="", flush=True))
-    rows = figures(found)
+        rows = Rows(kept, about)
+        model = load(folder, given.device, given.dtype)
+        kinds = getattr(model.config, "layer_types", None) or []
+        sees_all = "+".join(str(i) for i, kind in enumerate(kinds) if kind == "full_attention")
+        only = f",layers={sees_all}" if "sliding_attention" in kinds else ""
+        arms = ["full", *(spec(name, share, only) for name in OURS for share in shares)]
+        ours(model, arms, todo, rows)
+    wanted = {FULL, *arms, *(f"{name}:keep={share}" for name in PRESSES for share in shares)}
+    texts = {None, *(case["text"] for case in todo)}
+    made = figures([row for row in rows.rows if row["arm"] in wanted and row.get("text") in texts], shares, only)
+    show(made)
+    if given.json:
+        save(given.json, given.peer, {**about, "samples": given.samples, "dtype": str(model.dtype), **made})
+
+
+def show(made: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the arms, and the pairs."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("arm", "held", "loss over full, nats", "needle, asked after")
-    for row in rows:
+    for row in made["rows"]:
         if "failed" in row:
             table.add_row(row["arm"], "", row["failed"], "")
             continue
         over = row["over_full"]
         table.add_row(row["arm"], f"{row['held']:.3f}", _shown(over, "+.3f"), _shown(row["needle"], ".2f"))
+    pairs = Table("kvpress", "manyheads", "loss, ours - theirs", "needle, ours - theirs")
+    for pair in made["pairs"]:
+        pairs.add_row(pair["press"], pair["ours"], _shown(pair["loss"], "+.3f"), _shown(pair["needle"], "+.2f"))
     print()
-    Console().print(table)
-    if given.json:
-        import importlib.metadata
+    for each in (table, pairs):
+        Console().print(each)
 
-        versions = {d.name: d.version for d in importlib.metadata.distributions(path=[str(given.peer)])}
-        about = {
-            "command": " ".join(["python", "benchmarks/peer_quality.py", *sys.argv[1:]]), "model": given.model,
-            "text": given.text, "length": given.length, "samples": given.samples, "dtype": str(model.dtype),
-            "date": datetime.date.today().isoformat(), "commit": commit(), "environment": environment(),
-            "peer": {name: versions.get(name) for name in ("kvpress", "transformers")}, "rows": rows,
-        }  # fmt: skip
-        given.json.write_text(json.dumps(about, indent=1) + "\n")
+
+def save(path: Path, peer: Path, run: dict[str, Any]) -> None:
+    """Put a run into the file, in place of one of the same model, text and length."""
+    import importlib.metadata
+
+    from manyheads.environment import commit, environment
+
+    versions = {d.name: d.version for d in importlib.metadata.distributions(path=[str(peer)])}
+    run = {
+        "command": " ".join(["python", "benchmarks/peer_quality.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(), "commit": commit(), "environment": environment(),
+        "peer": {name: versions.get(name) for name in ("kvpress", "transformers")}, **run,
+    }  # fmt: skip
+    names = ("model", "text", "length")
+    stored = json.loads(path.read_text())["runs"] if path.exists() else []
+    others = [other for other in stored if any(other[name] != run[name] for name in names)]
+    path.write_text(json.dumps({"runs": [*others, run]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

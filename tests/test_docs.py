@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from manyheads import catalog
+from manyheads import catalog, claims
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -73,6 +73,26 @@ def test_figures_are_those_of_the_file():
     assert [measured.number(x) for x in (0.00012345, 1.0, 12.345, 98765.4, None)] == [
         "0.000123", "1", "12.3", "98,765", "–",
     ]  # fmt: skip
+
+
+def test_every_stored_claim_has_its_line_on_the_page():
+    lines = measured.claim_lines("src/manyheads/claims/summary.json").splitlines()[2:]
+    stored = [(slug, on, run["line"]) for slug, runs in claims.summary().items() for on, run in runs.items()]
+    assert [tuple(line.split(" | ")[1:3]) for line in lines] == [(on, said) for _, on, said in stored]
+    assert all(f"[{slug}](" in line for line, (slug, _, _) in zip(lines, stored, strict=True))
+    assert {"cpu", "cpu, gemma3-270m"} <= {on for _, on, _ in stored}
+    with pytest.raises(TypeError):
+        measured.claim_lines("benchmarks/pab.json")  # no summary
+
+
+def test_a_retracted_word_says_why_on_its_page():
+    retracted = [
+        (slug, run) for slug in claims.slugs() for one in claims.stored(slug) for run in one.runs if run.retracted
+    ]
+    assert retracted  # the test looks at something
+    for slug, run in retracted:
+        assert all(entry["reason"] in pages.claim_section(slug) for entry in run.retracted)
+    assert "Retracted" not in pages.claim_section("d2o")  # control
 
 
 def test_every_strategy_has_its_page():

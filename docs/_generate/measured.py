@@ -3,7 +3,8 @@
 
 In a page, ``{{ figure("benchmarks/pab.json", "cpu", "overhead", "calls") }}`` is one figure. A path into a file is a
 sequence of keys; a dict among them picks the one entry of a list whose fields are as given. ``table`` and ``pivot``
-make tables of rows, ``machine`` says what a file was measured on and when.
+make tables of rows, ``machine`` says what a file was measured on and when, ``claim_lines`` what stored runs of all
+claims say.
 
     python docs/_generate/measured.py README.md    # writes the block of measured costs again
 """
@@ -110,6 +111,16 @@ def pivot(
     return _grid([*rows.values(), *map(str, heads)], body)
 
 
+def claim_lines(path: str) -> str:
+    """What the deciding run of each claim says on each device and subject: the summary that the package has."""
+    body = [
+        [f"[{slug}](strategies/{slug}.md)", on, line["line"], line["date"][:10]]
+        for slug, lines in value(path).items()
+        for on, line in lines.items()
+    ]
+    return _grid(["claim", "measured on", "checks", "date"], body)
+
+
 def machine(path: str, *keys: Any, date: Sequence[Any] = ("date",)) -> str:
     """What a file was measured on, in words, and when."""
     found = value(path, *(keys or ("environment",)))
@@ -125,7 +136,7 @@ def render(text: str, **more: Any) -> str:
         LookupError, jinja2.TemplateError: a figure that is not there.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    names = {"figure": figure, "table": table, "pivot": pivot, "machine": machine}
+    names = {"figure": figure, "table": table, "pivot": pivot, "machine": machine, "claim_lines": claim_lines}
     return environment.from_string(text).render(**names, **more)
 
 

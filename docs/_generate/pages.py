@@ -128,6 +128,7 @@ def claim_section(slug: str) -> str:
     for result in found:
         for run in result.runs:
             parts += [f"**{run.size}, {run.measured}**: {run.line}", _checks(run)]
+            parts += [f"Retracted: {_cell(e['check'])}: {e['word']}. {_cell(e['reason'])}." for e in run.retracted]
             if run.date:
                 parts.append(f"`{run.command}`, {run.date[:10]}, {_machine(run.environment)}")
     if not found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SnapKV: attention weights of the last queries, summed, pooled over neighbours, averaged over the group."""
+"""SnapKV: attention weights of the last queries on what is before them, summed, pooled over neighbours and a group."""
 
 import math
 
@@ -9,8 +9,8 @@ from caches.formula import DIM, agrees, drive, sequences
 from manyheads import UserError, parse
 
 
-def formula(window, kernel):
-    """The score of each held token, from the definition."""
+def formula(window, kernel, own=False):
+    """The score of each held token, from the definition; ``own``: keys of the window have votes too (wrong)."""
 
     def score(held, k, q, seen):
         votes = [0.0] * len(held)
@@ -18,6 +18,7 @@ def formula(window, kernel):
             for t in range(max(0, seen - window), seen):
                 e = [math.exp(float(head[t] @ k[s]) / math.sqrt(DIM)) if s <= t else 0.0 for s in held]
                 votes = [x + y / sum(e) / len(q) for x, y in zip(votes, e, strict=True)]
+        votes = [x if own or s < seen - window else 0.0 for x, s in zip(votes, held, strict=True)]
         reach = kernel // 2
         return [sum(votes[max(0, i - reach) : i + reach + 1]) / kernel for i in range(len(held))]
 
@@ -40,6 +41,8 @@ def test_control_of_the_loops():
         agrees(parse("snapkv:budget=6,window_size=3,kernel_size=3"), formula(3, 1))
     with pytest.raises(AssertionError):
         agrees(parse("snapkv:budget=6,window_size=3,kernel_size=3"), formula(2, 3))
+    with pytest.raises(AssertionError):
+        agrees(parse("snapkv:budget=8,window_size=3,kernel_size=3"), formula(3, 3, own=True))
 
 
 def test_finds_the_key_that_the_window_asks_for():

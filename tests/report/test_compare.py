@@ -155,10 +155,24 @@ def test_what_is_not_discriminative_is_said_and_not_ranked():
     summary = made({"full": weak, "good": [1.0] * 24, "bad": [0.0] * 24})
     shown = table(summary)
     assert not [row for row in shown.rows if row[-1].best or "*" in row[-1].text]
-    assert "not discriminative" in shown.columns[-1].name and "full itself reaches" in shown.columns[-1].note
+    assert "not discriminative" in shown.columns[-1].unit and "itself" not in shown.columns[-1].note
     (said,) = headlines(summary)
-    assert "not discriminative" in said and "best" not in said
+    assert "full itself reaches 50 % (31 to 69); only where it is surely above 50 %" in said and "best" not in said
     assert "*" in table(made({"full": [1.0] * 24, "bad": [0.0] * 24})).rows[1][-1].text  # control
+
+
+def test_who_knows_none_of_it_is_told_what_is_compared():
+    from manyheads.report.compare import explained
+
+    of_texts = explained(made({"full": [1.0] * 4, "a": [1.0] * 4}, budget=0.5))
+    assert of_texts[0].startswith("Full: the model as it is") and of_texts[1].startswith("Budget: how much")
+    assert of_texts[2].startswith("One of several: several facts are planted")
+    of_images = explained(made({"full": [1.0] * 4, "pab": [1.0] * 4}, "none", None, "fidelity", "psnr"))
+    assert of_images[0] == "Full: all others are compared with it on the same samples." and len(of_images) == 1
+    from manyheads.comparison import TASKS
+    from manyheads.tasks import load
+
+    assert all(metric.what for name in TASKS["causal_lm"] for metric in load(name).metrics)
 
 
 def test_the_head_names_what_is_equal_and_the_interval_is_said_in_words():

@@ -2,9 +2,10 @@
 """Keep what the end of the prompt attends to.
 
 Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. The last ``window``
-queries of the prompt vote: their attention weights are summed per key, pooled over neighbours so that runs of tokens
-stay together, and the best keys stay beside the window itself. With grouped queries the votes of a group are summed,
-so that a key/value head keeps one set of tokens (the released code repeats the heads instead and saves nothing).
+queries of the prompt vote: their attention weights on the keys before them are summed per key, pooled over neighbours
+so that runs of tokens stay together, and the best keys stay beside the window itself. The window's own keys have no
+vote, so that they lift no neighbour. With grouped queries the votes of a group are summed, so that a key/value head
+keeps one set of tokens (the released code repeats the heads instead and saves nothing).
 """
 
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class SnapKV(EvictionStrategy):
             view.queries.q, view.k, view.queries.positions, view.positions, scale=view.scale, softcap=view.softcap,
             sinks=view.sinks,
         )  # fmt: skip
+        own = view.positions >= (view.counts - self.window_size)[:, None, None]
+        votes = votes.masked_fill(own, 0.0)
         # Neighbours are neighbours in the row: slots in the order of positions, empty ones last.
         order = view.positions.masked_fill(view.positions < 0, torch.iinfo(torch.int64).max).argsort(-1)
         order = reference.repeat_kv(order[..., None], votes.shape[1])[..., 0]

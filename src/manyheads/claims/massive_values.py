@@ -75,9 +75,11 @@ claim = Claim(
         higher("channel_peak", "full", than="full", where={"of": "k"}, than_where={"of": "v"}),
     ),
     caveat=(
-        "Heads have 64 channels, those of the paper 128. What is read are planted sentences, two in each context so "
-        "that both kinds of questions are about equally hard; reasoning in the prompt (GSM8K, AQuA) is beyond the "
-        "model. A fact is asked for by a key in the prompt, which has to be read as well; grammar, a figure, needs no "
-        "such key. Rounding is round to nearest of keys alone, not AWQ, SmoothQuant or GPTQ."
+        "Heads have 64 channels, Gemma's 256, those of the paper 128. What is read are planted sentences, two in each "
+        "context so that both kinds of questions are about equally hard; reasoning in the prompt (GSM8K, AQuA) is "
+        "beyond the model. A fact is asked for by a key in the prompt, which has to be read as well; grammar, a "
+        "figure, needs no such key. Who repeats either planted sentence is right in half of what is read and in none "
+        "of what is known, which `kept` does not take off. Rounding is round to nearest of keys alone, not AWQ, "
+        "SmoothQuant or GPTQ."
     ),
 )  # fmt: skip

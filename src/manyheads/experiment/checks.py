@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal
 
+from .. import formatting
 from .arms import Arm
 from .estimates import BOTH, CONTEXTS, REPEATS, SEEDS, Estimate, difference, estimate, ratio, t_quantile
 from .rows import Metric, Row, Value
@@ -294,9 +295,10 @@ def not_discriminative(metric: Metric, rows: Sequence[Row], baseline: Arm) -> st
     found = estimate(of_base, metric)
     if found.low > metric.floor if metric.higher else found.high < metric.floor:
         return None
+    within, bound = formatting.interval(found.low, found.high, True), formatting.percent(metric.floor)
     return (
-        f"not discriminative: {baseline.name} itself reaches {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], "
-        f"and {metric.floor:g} tells nothing of any arm"
+        f"not discriminative: {baseline.name} itself reaches {formatting.percent(found.value)} ({within}); only where "
+        f"it is surely {'above' if metric.higher else 'below'} {bound} does this tell anything of the others"
     )
 
 

@@ -27,6 +27,7 @@ class Metric:
             that are no sample of anything: a median.
         floor: a share that the baseline has to be shown to exceed, or to stay below where less is better; or nothing
             can be told of any arm.
+        what: what it is, as a sentence goes on after the title, for a reader who does not know the task.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Metric:
     higher: bool = False
     kind: Literal["mean", "share", "time"] = "mean"
     floor: float | None = None
+    what: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

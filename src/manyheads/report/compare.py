@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import formatting
+from ..experiment.arms import BASELINE
 from ..experiment.estimates import QUARTILES
 from .compare_plots import pictures
 from .page import Headline, Notes, Page, Section, made
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ..experiment import Arm, Estimate
     from .summary import Measured, Summary
 
-__all__ = ["caveats", "headlines", "page", "print_summary", "table"]
+__all__ = ["caveats", "explained", "headlines", "page", "print_summary", "table"]
 
 _FEW = 20  # contexts below which a note is made of them
 _NAMED = 3  # arms that a sentence names
@@ -41,7 +42,8 @@ def page(summary: Summary) -> Page:
     return Page(
         model["name"], "Strategies compared", _short(run), [Headline(line) for line in headlines(summary)],
         [
-            *pictures(summary), Section("All figures", _tables(summary)),
+            Section("What is compared", [Notes(explained(summary))]), *pictures(summary),
+            Section("All figures", _tables(summary)),
             Section("Read with care", [Notes([*caveats(summary), *skipped])]),
             made(
                 run, about,
@@ -57,6 +59,19 @@ def _fields(fields: dict[str, str]) -> str:
     shown = {name: value.strip("'") for name, value in fields.items() if name != "task" and value != "None"}
     tasks = {name for name, value in shown.items() if value[:1].isupper() and value.endswith(")")}
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value and name not in tasks)
+
+
+def explained(summary: Summary) -> list[str]:
+    """What the baseline, a budget and each metric are, for a reader who knows none of them."""
+    base, equal = summary.base, summary.experiment["equal"]
+    budgets = any(arm.budget is not None for arm in summary.arms)
+    what = "the model as it is, which keeps all that it has read; " if budgets and base.name == BASELINE else ""
+    said = [f"{_capital(base.name)}: {what}all others are compared with it on the same samples."]
+    if budgets:
+        said.append(
+            f"Budget: how much a strategy may keep of that{'' if equal == 'none' else f', equal {equal} for all'}."
+        )
+    return [*said, *(f"{_capital(one.name)}: {one.metric.what}." for one in summary.measured if one.metric.what)]
 
 
 def headlines(summary: Summary) -> list[str]:
@@ -184,10 +199,9 @@ def table(summary: Summary, measured: Sequence[Measured] | None = None) -> Table
 
 def _column(summary: Summary, one: Measured) -> Column:
     found = _of_base(summary, one)
-    known = "" if found is None else _counts(found)
-    note = "; ".join(filter(None, (known, one.weak)))
+    note = "" if found is None else _counts(found)
     unit = "" if one.metric.unit == "bytes" else one.metric.unit
-    return Column(one.name + ("\nnot discriminative" if one.weak else ""), unit, note)
+    return Column(one.name, "not discriminative" if one.weak else unit, note)
 
 
 def _cell(summary: Summary, one: Measured, arm: Arm, best: bool) -> Cell:
@@ -195,7 +209,7 @@ def _cell(summary: Summary, one: Measured, arm: Arm, best: bool) -> Cell:
     if found is None:
         return Cell("")
     if one.cost:
-        text = formatting.size(found.value) if one.metric.unit == "bytes" else f"{found.value:.3g}"
+        text = formatting.size(found.value) if one.metric.unit == "bytes" else formatting.number(found.value)
         return Cell(text, "" if delta is None else f"×{delta.value:.3g}", _quartiles(one, found))
     text, within = _value(one, found), formatting.interval(found.low, found.high, share)
     if one.weak or delta is None:
@@ -231,6 +245,7 @@ def print_summary(summary: Summary, console: Console) -> None:
         [
             f"second line: 95 % interval, for means the difference to {base}, for times and sizes the ratio to it; "
             f"* differs from {base}; green: best{of_budget}, or not told apart from it and above 0",
+            *(f"{one.name}: {one.metric.what}" for one in summary.measured if one.metric.what),
             f"intervals: {'; '.join(_intervals(summary))}",
             *_trained(run),
             *_floors(summary),

@@ -100,7 +100,9 @@ def _by_budget(summary: Summary, one: Measured) -> str:
             series.append(of_estimates(label, [x for x, _ in known], [e for _, e in known], _factor(one)))
         ticks = [(x, f"{x:.3g}") for x in apart(places)] if places else []
         title = ", ".join(f"{key} {value}" for key, value in where.items())
-        panels.append(_panel(summary, one, series, "budget, % or number (log scale)", ticks, title))
+        parts = all(isinstance(arm.budget, float) and arm.budget <= 1 for arm in summary.arms if arm.budget is not None)
+        axis = "budget, % (log scale)" if parts else "budget, % or number (log scale)"
+        panels.append(_panel(summary, one, series, axis, ticks, title))
     return lines(panels, f"{one.name} by budget. {_said(summary, one)}", height=360)
 
 
@@ -199,7 +201,7 @@ def _bars(summary: Summary, shown: list[Measured]) -> str:
         for arm, value in zip(summary.arms, values, strict=True):
             delta = summary.delta(one, arm) if one.cost else None
             times = "" if delta is None else f"  ×{delta.value:.2f}"
-            notes.append("" if value is None else f"{value.value:.3g}{times}")
+            notes.append("" if value is None else f"{formatting.number(value.value)}{times}")
         unit = "MB" if one.metric.unit == "bytes" else "%" if one.metric.kind == "share" else one.metric.unit
         base = values[0]
         panels.append(Bars(f"{one.name}, {unit}".removesuffix(", "), values, notes, base.value if base else None))

@@ -4,13 +4,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["greedy", "rendered"]
+from ...models.chat import chats
+
+if TYPE_CHECKING:
+    from ...experiment import CausalLM
+
+__all__ = ["base_model", "greedy", "rendered"]
 
 Message = Mapping[str, str]
+
+
+def base_model(subject: CausalLM, lacks: str) -> str | None:
+    """Why a task that is about chat models does not fit a base model, which ``lacks`` what it is about; else None.
+
+    The fixture, on which quick runs give figures and no word, stands in for a chat model.
+    """
+    if subject.chats or subject.name == "default":
+        return None
+    return f"{subject.name} is a base model: without a chat template it has {lacks}; give a chat model"
 
 
 def rendered(tokenizer: Any, messages: Sequence[Message]) -> str:
@@ -19,7 +34,7 @@ def rendered(tokenizer: Any, messages: Sequence[Message]) -> str:
     A base model, which has no chat template, gets plain lines ``role: content``, and its own first token where it has
     one.
     """
-    if getattr(tokenizer, "chat_template", None):
+    if chats(tokenizer):
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     lines = [f"{message['role']}: {message['content']}\n" for message in messages]
     return "".join([tokenizer.bos_token or "", *lines, "assistant:"])

@@ -24,7 +24,7 @@ from ...data.support_dialogues import INSTRUCTIONS, dialogues
 from ...experiment import Arm, CausalLM, Metric, Row, RunContext, Task, WorkUnit
 from ...lenses.strategy_attention import layout, span_of, sra
 from ..text._text_task import model_of
-from ._chat import greedy, rendered
+from ._chat import base_model, greedy, rendered
 
 __all__ = ["InstructedReplies"]
 
@@ -78,7 +78,7 @@ class InstructedReplies(Task):
             return f"{subject.name} has no tokenizer, so that it reads no text"
         if not subject.tokenizer.is_fast:
             return f"the tokenizer of {subject.name} does not tell where its tokens stand in a text"
-        return None
+        return base_model(subject, "no system message to follow")
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [WorkUnit(self.key, "dialogues", float(self.samples), f"{self.samples} dialogues")]

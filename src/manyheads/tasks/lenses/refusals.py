@@ -28,7 +28,7 @@ from ...experiment import Arm, CausalLM, Metric, Row, RunContext, WorkUnit, seed
 from ...heads import layer_matched_heads
 from ...training import decay, fit
 from ..text._text_task import model_of
-from ._chat import greedy, rendered
+from ._chat import base_model, greedy, rendered
 from ._trained import told
 from ._windows import WindowTask, nll
 
@@ -90,6 +90,10 @@ class Refusals(WindowTask):
     counts: tuple[int, ...] = (8, 32)
     acts: int = 12
     draws: int = 1
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        reason = super().unsupported_reason(run)
+        return reason or base_model(cast(CausalLM, run.subject), "no answers of an assistant, so none that refuse")
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [

@@ -23,8 +23,8 @@ class Memory(TextTask):
 
     alone: ClassVar[bool] = True  # the peak is the device's, whoever allocates
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("cache", "cache, bytes", "bytes"),
-        Metric("peak", "peak, bytes", "bytes"),
+        Metric("cache", "cache, bytes", "bytes", what="what is held of the text once it is read"),
+        Metric("peak", "peak, bytes", "bytes", what="the most memory while it is read"),
     )
 
     def units(self, run: RunContext) -> list[WorkUnit]:

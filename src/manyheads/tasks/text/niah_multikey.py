@@ -17,6 +17,13 @@ class NiahMultikey(Multikey):
     """Every planted constant is asked for in turn."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("multikey", "one of several", higher=True, kind="share", floor=0.5),
+        Metric(
+            "multikey",
+            "one of several",
+            higher=True,
+            kind="share",
+            floor=0.5,
+            what="several facts are planted, and each is asked for after the strategy has chosen what stays",
+        ),
     )
     asks: ClassVar[str] = "niah_multikey"

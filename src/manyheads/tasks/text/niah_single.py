@@ -24,8 +24,22 @@ class NiahSingle(TextTask):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("query_agnostic", "needle, asked after", higher=True, kind="share", floor=0.5),
-        Metric("query_aware", "needle, asked before", higher=True, kind="share", floor=0.5),
+        Metric(
+            "query_agnostic",
+            "needle, asked after",
+            higher=True,
+            kind="share",
+            floor=0.5,
+            what="one fact is planted in the text, and asked for after the strategy has chosen what stays",
+        ),
+        Metric(
+            "query_aware",
+            "needle, asked before",
+            higher=True,
+            kind="share",
+            floor=0.5,
+            what="the same, but the strategy has read the question before it chooses",
+        ),
     )
 
     def unsupported_reason(self, run: RunContext) -> str | None:

@@ -37,7 +37,12 @@ class Perplexity(TextTask):
         only: keys of the arms that are measured, the baseline among them; all when empty.
     """
 
-    metrics: ClassVar[tuple[Metric, ...]] = (Metric("token_nll", "loss, nats/token", "nats/token"),)
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            "token_nll", "loss, nats/token", "nats/token",
+            what="how unlikely the model finds the text that follows; 0.01 nats more are 1 % more perplexity",
+        ),
+    )  # fmt: skip
 
     target: int = TARGET
     piece: int = 0

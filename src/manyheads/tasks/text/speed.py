@@ -34,8 +34,8 @@ class Speed(TextTask):
 
     alone: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("prefill", "prompt, s", "s", kind="time"),
-        Metric("decode", "token, ms", "ms", kind="time"),
+        Metric("prefill", "prompt, s", "s", kind="time", what="time to read the text and to choose what stays"),
+        Metric("decode", "token, ms", "ms", kind="time", what="time for each token that is written afterwards"),
     )
 
     rounds: int = 2

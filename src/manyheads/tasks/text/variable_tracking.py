@@ -17,6 +17,13 @@ class VariableTracking(Multikey):
     """Every alias is asked for in turn; the answer names its constant and the constant's value."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("tracked", "variable tracking", higher=True, kind="share", floor=0.5),
+        Metric(
+            "tracked",
+            "variable tracking",
+            higher=True,
+            kind="share",
+            floor=0.5,
+            what="some planted facts name others, and the answer needs both",
+        ),
     )
     asks: ClassVar[str] = "variable_tracking"
