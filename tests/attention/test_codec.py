@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyheads import UserError
-from manyheads.attention.codec import FP8, INT4, codec, pack, unpack
+from manyheads.attention.codec import FP8, INT4, kv_codec, pack, unpack
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CODECS = [INT4, FP8]
@@ -174,9 +174,12 @@ def test_compiles_into_one_graph(c):
 
 
 def test_names():
-    assert codec("int4") is INT4 and codec("fp8") is FP8 and copy.deepcopy(INT4) == INT4 != FP8
-    with pytest.raises(UserError, match="int4 and fp8"):
-        codec("int3")
+    assert copy.deepcopy(INT4) == INT4 != FP8
+    named = {name: (kv_codec(name).keys, kv_codec(name).values) for name in ("int4", "k8v4", "fp8")}
+    assert named == {"int4": (INT4, INT4), "k8v4": (FP8, INT4), "fp8": (FP8, FP8)}
+    assert copy.deepcopy(kv_codec("k8v4")) == kv_codec("k8v4")
+    with pytest.raises(UserError, match="int4, k8v4 and fp8"):
+        kv_codec("int3")
 
 
 def test_odd_vectors_are_refused_by_int4_alone():

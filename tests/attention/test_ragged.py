@@ -8,13 +8,14 @@ import torch
 
 from manyheads import UserError
 from manyheads.attention import reference
-from manyheads.attention.codec import FP8, INT4
+from manyheads.attention.codec import KVCodec, kv_codec
 from manyheads.attention.padded import PaddedCache
 from manyheads.attention.ragged import RaggedCache, pack
 from tolerance import CLOSE, assert_close
 
 B, HEADS, D = 2, 2, 8
-CODECS = {"raw": (None, 0), "int4": (INT4, 4), "fp8": (FP8, 4), "int4 without a ring": (INT4, 0)}
+INT4, K8V4, FP8 = (kv_codec(name) for name in ("int4", "k8v4", "fp8"))
+CODECS = {"raw": (None, 0), "int4": (INT4, 4), "k8v4": (K8V4, 4), "fp8": (FP8, 4), "int4 without a ring": (INT4, 0)}
 codecs = pytest.mark.parametrize(("codec", "window"), CODECS.values(), ids=CODECS)
 
 
@@ -48,8 +49,9 @@ def expected(held, q, codec, window, key_scale=None):
     positions, counts = held.positions(), held.counts() - 1
     old = ((positions < (counts - window)[:, None, None]) & (positions >= 0))[..., None]
     factor = 1.0 if key_scale is None else key_scale[:, :, None]
-    k = torch.where(old, quantised(held.keys * factor, codec) / factor, held.keys)
-    v = torch.where(old, quantised(held.values, codec), held.values)
+    keys, values = (None, None) if codec is None else (codec.keys, codec.values)
+    k = torch.where(old, quantised(held.keys * factor, keys) / factor, held.keys)
+    v = torch.where(old, quantised(held.values, values), held.values)
     mask = reference.repeat_kv((positions >= 0)[:, :, None], q.shape[1])
     return reference.attention(q[:, :, None].double(), k.double(), v.double(), scale=0.3, mask=mask)
 
@@ -81,10 +83,23 @@ def test_control_of_attending(codec, window):
         assert_close(flat.decode(q, k, v, 0.3), expected(held, q[:, :, 0], codec, window), CLOSE)
 
 
+def test_control_of_which_codec_is_whose():
+    """Codecs of keys and values exchanged give other numbers, and so does one codec for both."""
+    held, (q, k, v) = slots(), token()
+    flat = pack(copy.deepcopy(held), codec=K8V4, window=4)
+    held.update(k, v)
+    got = flat.decode(q, k, v, 0.3)
+    assert_close(got, expected(held, q[:, :, 0], K8V4, 4), 10 * SAME)
+    for wrong in (KVCodec("v8k4", K8V4.values, K8V4.keys), INT4, FP8):
+        with pytest.raises(AssertionError):
+            assert_close(got, expected(held, q[:, :, 0], wrong, 4), 10 * SAME)
+
+
 @codecs
 @pytest.mark.parametrize("ragged", [False, True])
 def test_decoding_equals_slots(codec, window, ragged):
     """Twelve tokens one by one, a padding token among them; then the same back in slots."""
+    values = None if codec is None else codec.values
     held = slots(ragged=ragged, padding=(0, 3) if ragged else (0, 0))
     flat = pack(copy.deepcopy(held), codec=codec, window=window, room=12)
     for t in range(12):
@@ -106,8 +121,8 @@ def test_decoding_equals_slots(codec, window, ragged):
             got = back._raw[row, head]
             assert got[got >= 0].tolist() == want.tolist()
             assert_close(
-                quantised(back.values[row, head][got >= 0], codec),
-                quantised(held.values[row, head][columns >= 0], codec),
+                quantised(back.values[row, head][got >= 0], values),
+                quantised(held.values[row, head][columns >= 0], values),
             )
 
 
@@ -120,7 +135,7 @@ def test_past_its_end_fixed_storage_raises():
         flat.decode(*token(), 0.3)
 
 
-@pytest.mark.parametrize("codec", [INT4, FP8], ids=["int4", "fp8"])
+@pytest.mark.parametrize("codec", [INT4, K8V4, FP8], ids=lambda c: c.name)
 def test_codes_are_made_once(codec):
     """Old codes are the same bytes after many more tokens, and after going back to slots and into storage again."""
     held = slots(length=20, padding=(0, 0), ragged=False)
@@ -136,7 +151,7 @@ def test_codes_are_made_once(codec):
             flat = pack(flat.unpack(), codec=codec, window=4, room=40)
     assert all(torch.equal(x, y) for x, y in zip(old(flat), first, strict=True))
     # Control: made from what the codes gave back in bfloat16 and under another factor they would differ.
-    again = codec.encode((codec.decode(flat.k[:16], flat.k_scale[:16], torch.float32) * 1.3).bfloat16())[1]
+    again = codec.keys.encode((codec.keys.decode(flat.k[:16], flat.k_scale[:16], torch.float32) * 1.3).bfloat16())[1]
     assert not torch.equal(again, first[1])
 
 
@@ -147,8 +162,9 @@ def test_bytes_fall_with_every_token_that_goes():
         flat = pack(held, room=1)
         planes = flat.k.untyped_storage().nbytes() + flat.v.untyped_storage().nbytes()
         assert planes == (tokens + B * HEADS) * 2 * D * 4
-    packed = pack(slots(length=40, padding=(0, 0), ragged=False), codec=INT4, window=4, room=1)
-    assert packed.k.nbytes + packed.v.nbytes == B * HEADS * (36 + 1) * D
+    for codec, key, value in ((INT4, D // 2, D // 2), (K8V4, D, D // 2), (FP8, D, D)):
+        packed = pack(slots(length=40, padding=(0, 0), ragged=False), codec=codec, window=4, room=1)
+        assert (packed.k.nbytes, packed.v.nbytes) == tuple(B * HEADS * (36 + 1) * width for width in (key, value))
     assert packed.k_scale.nbytes + packed.v_scale.nbytes == B * HEADS * (36 + 1) * 4
 
 

@@ -7,7 +7,7 @@ import torch
 import manyheads
 from caches.codes import looked, packed
 from manyheads import parse
-from manyheads.attention.codec import FP8, INT4
+from manyheads.attention.codec import INT4, kv_codec
 from manyheads.caches._view import CacheView
 from manyheads.integrations.transformers import new_cache
 from manyheads.strategy import AttentionEdit
@@ -22,7 +22,7 @@ def vectors(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("codec", [INT4, FP8], ids=lambda c: c.name)
+@pytest.mark.parametrize("codec", [kv_codec(name) for name in ("int4", "k8v4", "fp8")], ids=lambda c: c.name)
 @pytest.mark.parametrize("scaling", ["none", "pre", "both"])
 def test_codes_are_those_of_the_scaled_keys(scaling, codec):
     """Each token as its vector alone is encoded; without factors that is plain INT4. The last tokens are left alone."""
@@ -39,16 +39,19 @@ def test_codes_are_those_of_the_scaled_keys(scaling, codec):
         assert sorted(found) == [(b, h, t) for b in range(2) for h in range(2) for t in range(23 - window)]
         for (b, h, t), (k_codes, v_codes, k_scale, v_scale) in found.items():
             if t < 20:
-                for x, codes, scale in ((keys, k_codes, k_scale), (seen.v, v_codes, v_scale)):
-                    want, own = codec.encode(x[b, h, t])
+                for by, x, codes, scale in (
+                    (codec.keys, keys, k_codes, k_scale),
+                    (codec.values, seen.v, v_codes, v_scale),
+                ):
+                    want, own = by.encode(x[b, h, t])
                     assert want.view(torch.uint8).tolist() == codes and float(own) == scale
         if scaling != "none":
-            plain = codec.encode(seen.k[0, 0, 0])[0].view(torch.uint8).tolist()
+            plain = codec.keys.encode(seen.k[0, 0, 0])[0].view(torch.uint8).tolist()
             assert plain != found[0, 0, 0][0]
 
 
 @pytest.mark.parametrize("scaling", ["none", "both"])
-@pytest.mark.parametrize("bits", ["int4", "fp8"])
+@pytest.mark.parametrize("bits", ["int4", "k8v4", "fp8"])
 def test_bytes_of_a_stored_token(bits, scaling):
     """d / 2 (or d) bytes and 2 bytes of scale for K and for V, per token and head; 4 for its column."""
     model, window = models.tiny("llama"), 8
@@ -62,11 +65,12 @@ def test_bytes_of_a_stored_token(bits, scaling):
             assert abs(cache.bytes() - held(cache)) <= 0.01 * held(cache)
             for store in stores(cache):
                 flat = store.tokens.ragged
-                vector = DIM // 2 if bits == "int4" else DIM
-                assert flat.k.shape[1] * flat.k.element_size() == vector == flat.v.shape[1] * flat.v.element_size()
+                key, value = {"int4": (DIM // 2, DIM // 2), "k8v4": (DIM, DIM // 2), "fp8": (DIM, DIM)}[bits]
+                assert flat.k.shape[1] * flat.k.element_size() == key
+                assert flat.v.shape[1] * flat.v.element_size() == value
                 assert flat.k_scale.element_size() == flat.v_scale.element_size() == 2
     per_token = (sizes[128] - sizes[64]) / 64 / len(stores(cache)) / HEADS
-    assert per_token == 2 * (vector + 2) + 4
+    assert per_token == key + value + 2 * 2 + 4
 
 
 def test_no_token_is_encoded_twice():
@@ -103,7 +107,7 @@ def read_back(x, codec, factors, old):
     return torch.cat([decoded.to(x.dtype), x[:, :, old:]], 2)
 
 
-@pytest.mark.parametrize("spec", ["", "scaling=none", "scaling=pre,bits=fp8", "scaling=post,beta=4.0"])
+@pytest.mark.parametrize("spec", ["", "scaling=none", "scaling=pre,bits=fp8", "scaling=pre,bits=k8v4", "scaling=post,beta=4.0"])
 def test_attention_reads_what_is_stored(spec):
     """Decoding, and several tokens at a time, against attention over keys and values that were read back by hand."""
     window, sizes = 5, [16, 1, 1, 4, 1, 3, 1]
@@ -123,8 +127,8 @@ def test_attention_reads_what_is_stored(spec):
                 return call
             old = seen - window - call.q.shape[2]  # tokens leave the window after they were looked at
             return call.replace(
-                k=read_back(call.k, policy.codec, call.state["factors"], old),
-                v=read_back(call.v, policy.codec, None, old),
+                k=read_back(call.k, policy.codec.keys, call.state["factors"], old),
+                v=read_back(call.v, policy.codec.values, None, old),
             )
 
     model, ids = models.tiny("llama"), models.tokens(2, sum(sizes))

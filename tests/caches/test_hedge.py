@@ -249,7 +249,7 @@ def wide():
     return models.build("llama", head_dim=64, num_key_value_heads=2).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("bits", ["int4", "fp8", "none"])
+@pytest.mark.parametrize("bits", ["int4", "k8v4", "fp8", "none"])
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
 def test_the_budget_bounds_the_bytes_held(wide, budget, bits):
     """In bytes of the 16-bit cache, everything counted; what is not used would not hold another token per head."""
@@ -264,7 +264,7 @@ def test_the_budget_bounds_the_bytes_held(wide, budget, bits):
         assert tokens == heads * math.ceil(budget * 600)
         return
     assert held <= budget * whole
-    if (budget, bits) != (0.5, "int4"):
+    if (budget, bits) not in ((0.5, "int4"), (0.5, "k8v4")):
         assert held > budget * whole - heads * 300
     else:
         assert all(int((s.live.positions() >= 0).sum()) == 2 * 600 for s in caches.stores(cache))
@@ -288,10 +288,11 @@ def test_few_heads_keep_more_tokens_instead(layers, want):
 def test_four_bits_hold_more_tokens_than_sixteen(wide):
     ids, count = models.tokens(1, 600), {}
     with manyheads.use(wide):
-        for bits in ("int4", "fp8", "none"):
+        for bits in ("int4", "k8v4", "fp8", "none"):
             cache = caches.prefilled(wide, Hedge(budget=0.2, bits=bits), ids)
             count[bits] = sum(int((s.live.positions() >= 0).sum()) for s in caches.stores(cache))
     assert count["int4"] > 2.5 * count["none"] and count["fp8"] > 1.4 * count["none"]
+    assert 1.15 * count["fp8"] < count["k8v4"] < count["int4"] / 1.15
 
 
 def test_off_means_off():

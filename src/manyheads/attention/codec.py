@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["FP8", "INT4", "Codec", "Fp8", "Int4", "codec", "pack", "unpack"]
+__all__ = ["FP8", "INT4", "Codec", "Fp8", "Int4", "KVCodec", "kv_codec", "pack", "unpack"]
 
 
 class Codec(Protocol):
@@ -108,13 +108,29 @@ class Fp8:
 INT4, FP8 = Int4(), Fp8()
 
 
-def codec(name: str) -> Codec:
-    """The codec of this name.
+@dataclass(frozen=True, slots=True)
+class KVCodec:
+    """How keys and values of a cache are stored: a codec for each.
+
+    Attributes:
+        name: as a user writes it.
+        keys, values: their codecs.
+    """
+
+    name: str
+    keys: Codec
+    values: Codec
+
+
+_KV_CODECS = {c.name: c for c in (KVCodec("int4", INT4, INT4), KVCodec("k8v4", FP8, INT4), KVCodec("fp8", FP8, FP8))}
+
+
+def kv_codec(name: str) -> KVCodec:
+    """The codecs of this name: ``int4`` and ``fp8`` for keys and values alike, ``k8v4`` for FP8 keys and INT4 values.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
-    for known in (INT4, FP8):
-        if known.name == name:
-            return known
-    raise UserError(f"no codec {name!r}: there are int4 and fp8")
+    if name not in _KV_CODECS:
+        raise UserError(f"no codec {name!r}: there are int4, k8v4 and fp8")
+    return _KV_CODECS[name]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import reference
-from .codec import Codec
+from .codec import Codec, KVCodec
 from .padded import PaddedCache
 
 __all__ = ["RaggedCache", "decode_attention", "kernel_takes", "pack"]
@@ -32,7 +32,7 @@ def decode_attention(
     lengths: Tensor,
     *,
     scale: float,
-    codec: Codec | None = None,
+    codec: KVCodec | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     recent_k: Tensor | None = None,
@@ -60,12 +60,13 @@ def decode_attention(
     where = (offsets[..., None] + at).clamp(max=max(0, k.shape[0] - 1))
     mask = at < lengths[..., None]
 
-    def read(codes: Tensor, factor: Tensor | None) -> Tensor:
-        if codec is None or factor is None:
+    def read(codes: Tensor, factor: Tensor | None, by: Codec | None) -> Tensor:
+        if by is None or factor is None:
             return codes[where]
-        return codec.decode(_bits(codes)[where].view(codes.dtype), factor[where], q.dtype)
+        return by.decode(_bits(codes)[where].view(codes.dtype), factor[where], q.dtype)
 
-    keys, values = read(k, k_scale), read(v, v_scale)
+    keys = read(k, k_scale, None if codec is None else codec.keys)
+    values = read(v, v_scale, None if codec is None else codec.values)
     if recent_k is not None and recent_v is not None and recent_length is not None:
         new = torch.arange(recent_k.shape[2], device=q.device) < recent_length[:, None, None]
         mask = torch.cat([mask, new.expand(-1, keys.shape[1], -1)], 2)
@@ -116,7 +117,7 @@ class RaggedCache:
     ring_index: Tensor | None
     key_scale: Tensor | None
     valid: Tensor | None
-    codec: Codec | None
+    codec: KVCodec | None
     dtype: torch.dtype
     capacity: int
     room: int
@@ -195,11 +196,12 @@ class RaggedCache:
         """Put ``k, v [B, Hs, d]`` behind the last slot of each head, but for rows where ``one`` is 0."""
         to = (self.offsets + self.lengths).where(self.offsets + self.lengths < self.ends, self.k.shape[0]).flatten()
         self.index.index_copy_(0, to, column[:, None].expand(-1, k.shape[1]).flatten())
-        for plane, factor, x in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
-            if self.codec is None or factor is None:
+        codecs = (None, None) if self.codec is None else (self.codec.keys, self.codec.values)
+        for plane, factor, x, codec in ((self.k, self.k_scale, k, codecs[0]), (self.v, self.v_scale, v, codecs[1])):
+            if codec is None or factor is None:
                 plane.index_copy_(0, to, x.flatten(0, 1).to(plane.dtype))
                 continue
-            codes, scale = self.codec.encode(x.flatten(0, 1))
+            codes, scale = codec.encode(x.flatten(0, 1))
             _bits(plane).index_copy_(0, to, _bits(codes))
             factor.index_copy_(0, to, scale)
         self.lengths.add_(one[:, None].int())
@@ -249,8 +251,8 @@ class RaggedCache:
         else:
             k, v = _bits(self.k)[where], _bits(self.v)[where]
             k_scale, v_scale = self.k_scale[where], self.v_scale[where]
-            keys = self.codec.decode(k.view(self.k.dtype), k_scale, torch.float32)
-            values = self.codec.decode(v.view(self.v.dtype), v_scale, self.dtype)
+            keys = self.codec.keys.decode(k.view(self.k.dtype), k_scale, torch.float32)
+            values = self.codec.values.decode(v.view(self.v.dtype), v_scale, self.dtype)
             extras = dict(zip(_CODED, (k, k_scale[..., None], v, v_scale[..., None]), strict=True))
         if self.ring_k is not None and self.ring_v is not None and self.ring_index is not None:
             width = self.ring_k.shape[2]
@@ -291,7 +293,7 @@ def kernel_takes(keys: Tensor) -> bool:
 
 
 def pack(
-    slots: PaddedCache, *, codec: Codec | None = None, window: int = 0, key_scale: Tensor | None = None, room: int = 16
+    slots: PaddedCache, *, codec: KVCodec | None = None, window: int = 0, key_scale: Tensor | None = None, room: int = 16
 ) -> RaggedCache:
     """Move the tokens of ``slots`` into ragged storage.
 
@@ -376,11 +378,11 @@ def _scatter(x: Tensor, place: Tensor, places: int) -> Tensor:
     return ring.scatter(2, place[..., None].expand(-1, -1, -1, x.shape[3]), x)[:, :, :places].contiguous()
 
 
-def _encoded(slots: PaddedCache, codec: Codec, key_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _encoded(slots: PaddedCache, codec: KVCodec, key_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and scales of keys and values; slots that have codes keep them."""
     keys = slots.keys.float() if key_scale is None else slots.keys * key_scale[:, :, None]
-    k, k_scale = codec.encode(keys)
-    v, v_scale = codec.encode(slots.values)
+    k, k_scale = codec.keys.encode(keys)
+    v, v_scale = codec.values.encode(slots.values)
     if slots.extras.keys() >= set(_CODED):
         old_k, old_ks, old_v, old_vs = (slots.extras[name] for name in _CODED)
         coded = old_ks > 0

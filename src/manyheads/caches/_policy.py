@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ..attention.budget import Budget, as_budget
-from ..attention.codec import Codec
+from ..attention.codec import KVCodec
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Cache, Strategy
@@ -100,7 +100,7 @@ class CachePolicy(Cache):
         return 2**31 if self.gathers else self.window
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> KVCodec | None:
         """How tokens are stored once they have left the last :attr:`codec_window`; None for the model's own dtype."""
         return None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.codec import Codec
+from ..attention.codec import KVCodec
 from ..attention.padded import PaddedCache
 from ..attention.ragged import RaggedCache, kernel_takes, pack
 from ..call import AttentionCall
@@ -28,7 +28,7 @@ class Tokens:
         room: tokens that can be decoded without the host, 0 for storage that grows by itself.
     """
 
-    def __init__(self, codec: Codec | None, window: int, room: int) -> None:
+    def __init__(self, codec: KVCodec | None, window: int, room: int) -> None:
         self.codec, self.window, self.room = codec, window, room
         self.padded: PaddedCache | None = None
         self.ragged: RaggedCache | None = None

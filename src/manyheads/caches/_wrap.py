@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..attention.codec import Codec
+from ..attention.codec import KVCodec
 from ..call import AttentionCall
 from ..errors import UserError
 from ..spec import parse, read
@@ -96,7 +96,7 @@ class Wrapper(EvictionStrategy):
         return self.inner.needs_queries
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> KVCodec | None:
         return self.inner.codec
 
     @property

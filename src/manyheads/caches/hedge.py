@@ -47,7 +47,7 @@ from torch import Tensor
 
 from ..attention import reference, rope
 from ..attention.budget import keep_counts
-from ..attention.codec import Codec, codec
+from ..attention.codec import KVCodec, kv_codec
 from ..call import Site
 from ..errors import UserError
 from ._store import PolicyStore
@@ -86,8 +86,8 @@ class Hedge(EvictionStrategy):
     whole: int = field(default=256, metadata={"help": "up to how many tokens a text is kept whole"})
     distinct: float = field(default=0.35, metadata={"help": "part of the ranking that goes by distinctness, 0 to 1"})
     window_size: int = field(default=512, metadata={"help": "last queries that are asked again"})
-    bits: Literal["auto", "int4", "fp8", "none"] = field(
-        default="auto", metadata={"help": "int4, fp8, none: 16 bits, or auto, by budget and model"}
+    bits: Literal["auto", "int4", "k8v4", "fp8", "none"] = field(
+        default="auto", metadata={"help": "int4, k8v4: FP8 keys and INT4 values, fp8, none: 16 bits, or auto, by budget and model"}
     )
 
     def __post_init__(self) -> None:
@@ -115,12 +115,12 @@ class Hedge(EvictionStrategy):
         return self.window_size
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> KVCodec | None:
         whole = isinstance(self.budget, float) and self.budget == 1.0
         if self.bits == "none" or whole:
             return None
         few = isinstance(self.budget, float) and self.budget < _FEW
-        return codec(("int4" if few else "fp8") if self.bits == "auto" else self.bits)
+        return kv_codec(("int4" if few else "fp8") if self.bits == "auto" else self.bits)
 
     @property
     def codec_window(self) -> int:
@@ -181,8 +181,8 @@ class Hedge(EvictionStrategy):
         packing, (key, value) = self.codec, (view.k.shape[-1], view.v.shape[-1])
         if packing is None or view.site.window is not None or view.site.latent is not None or key != value:
             return slots
-        vector = packing.encode(view.k.new_zeros(key))[0].nbytes + 2  # and its scale
-        token = 2 * vector + 4  # and its position
+        codes = sum(c.encode(view.k.new_zeros(key))[0].nbytes for c in (packing.keys, packing.values))
+        token = codes + 2 * 2 + 4  # two scales, a position
         rest = (self.recent + 1) * (4 * key + 4) + 6 * key + 72  # recent tokens, key factors and angles, counters
         packed = (slots * (4 * key) - rest - _TO_COME * token).div(token, rounding_mode="floor")
         packed = (packed + self.recent).clamp(min=self.protected)

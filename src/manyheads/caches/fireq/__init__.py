@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ...attention import rope
 from ...attention.budget import Budget
-from ...attention.codec import Codec, codec
+from ...attention.codec import KVCodec, kv_codec
 from ...call import Site
 from ...errors import UserError
 from .._store import PolicyStore
@@ -52,14 +52,14 @@ _BLOCK = 4096  # keys looked at together
 
 @dataclass(frozen=True, kw_only=True)
 class FireQ(Wrapper):
-    """INT4 or FP8 storage of what ``base`` keeps, with keys scaled by rotary pair.
+    """INT4 or FP8 storage (or FP8 keys with INT4 values) of what ``base`` keeps, with keys scaled by rotary pair.
 
     A cached vector takes d / 2 bytes as INT4 or d bytes as FP8, and 2 bytes of scale.
 
     Attributes:
         base: strategy that says what is kept, ``full`` for everything.
         budget: of the base; 1.0 keeps every token.
-        bits: ``int4`` or ``fp8``.
+        bits: ``int4``, ``fp8``, or ``k8v4`` for FP8 keys and INT4 values.
         window_tokens: last tokens in the model's dtype. Nearby tokens get most of the attention; 64 cost 4 % of the
             model's own cache at 1,600 tokens.
         scaling: factors on the keys: ``pre``, ``post``, ``both`` or ``none``.
@@ -71,7 +71,7 @@ class FireQ(Wrapper):
 
     base: str = field(default="full", metadata={"help": "strategy that says what is kept: full, snapkv(...), ..."})
     budget: Budget = field(default=1.0, metadata={"help": "of the base: fraction (0, 1], or a number of slots"})
-    bits: str = field(default="int4", metadata={"help": "int4 or fp8"})
+    bits: str = field(default="int4", metadata={"help": "int4, fp8, or k8v4: FP8 keys, INT4 values"})
     window_tokens: int = field(default=64, metadata={"help": "last tokens that stay in the model's dtype"})
     scaling: str = field(default="both", metadata={"help": "factors on the keys: pre, post, both or none"})
     alpha: float = field(default=1.0, metadata={"help": "size of a scaled pair"})
@@ -85,7 +85,7 @@ class FireQ(Wrapper):
             raise UserError("fireq: window_tokens and top_k count and cannot be negative")
         if not (self.alpha > 0 and self.beta > 0):
             raise UserError(f"fireq: alpha and beta are sizes above 0, not {self.alpha} and {self.beta}")
-        codec(self.bits)
+        kv_codec(self.bits)
         super().__post_init__()
 
     @property
@@ -99,8 +99,8 @@ class FireQ(Wrapper):
         return replace(inner, recent=max(inner.recent, self.window_tokens)) if inner.has_budget else inner
 
     @property
-    def codec(self) -> Codec:
-        return codec(self.bits)
+    def codec(self) -> KVCodec:
+        return kv_codec(self.bits)
 
     @property
     def codec_window(self) -> int:
