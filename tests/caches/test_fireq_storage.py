@@ -107,7 +107,9 @@ def read_back(x, codec, factors, old):
     return torch.cat([decoded.to(x.dtype), x[:, :, old:]], 2)
 
 
-@pytest.mark.parametrize("spec", ["", "scaling=none", "scaling=pre,bits=fp8", "scaling=pre,bits=k8v4", "scaling=post,beta=4.0"])
+@pytest.mark.parametrize(
+    "spec", ["", "scaling=none", "scaling=pre,bits=fp8", "scaling=pre,bits=k8v4", "scaling=post,beta=4.0"]
+)
 def test_attention_reads_what_is_stored(spec):
     """Decoding, and several tokens at a time, against attention over keys and values that were read back by hand."""
     window, sizes = 5, [16, 1, 1, 4, 1, 3, 1]

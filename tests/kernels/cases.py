@@ -78,9 +78,10 @@ def build(
     q = torch.randn(batch, kv_heads * group, dim).to(dtype)
     gap = 3
     total = sum(map(sum, lengths)) + gap * (batch * kv_heads + 1)
-    poison = {"plain": torch.nan, "int4": 255, "fp8": torch.nan}[codec]
-    kind, cells = {"plain": (dtype, dim), "int4": (torch.uint8, dim // 2), "fp8": (torch.float8_e4m3fn, dim)}[codec]
-    planes = [torch.full((total, cells), poison, dtype=torch.float32).to(kind) for _ in "kv"]
+    formats = ("fp8", "int4") if codec == "k8v4" else (codec, codec)
+    poison = {"plain": torch.nan, "int4": 255, "fp8": torch.nan}
+    kinds = {"plain": (dtype, dim), "int4": (torch.uint8, dim // 2), "fp8": (torch.float8_e4m3fn, dim)}
+    planes = [torch.full((total, kinds[f][1]), poison[f], dtype=torch.float32).to(kinds[f][0]) for f in formats]
     scales = [torch.full((total,), torch.nan, dtype=torch.bfloat16) for _ in "kv"]
     offsets = torch.zeros(batch, kv_heads, dtype=torch.int64)
     told: list[list[list[Tensor]]] = [[], []]
@@ -90,13 +91,13 @@ def build(
             tokens.insert(0, [])
         for h in range(kv_heads):
             offsets[b, h] = start
-            for plane, scale, tokens in zip(planes, scales, told, strict=True):
+            for form, plane, scale, tokens in zip(formats, planes, scales, told, strict=True):
                 x = (torch.randn(lengths[b][h], dim) * spread).to(dtype)
                 at = slice(start, start + lengths[b][h])
-                if codec == "plain":
+                if form == "plain":
                     plane[at], real = x, x.double()
                 else:
-                    plane[at], scale[at], real = {"int4": int4, "fp8": fp8}[codec](x)
+                    plane[at], scale[at], real = {"int4": int4, "fp8": fp8}[form](x)
                 tokens[0].append(real)
             start += lengths[b][h] + gap
     given: dict[str, object] = {

@@ -15,7 +15,7 @@ from manyheads import UserError
 from manyheads.kernels.accumulated_attention import accumulated_attention, lse
 from manyheads.kernels.decode import decode_attention
 
-CODECS = ["plain", "int4", "fp8"]
+CODECS = ["plain", "int4", "k8v4", "fp8"]
 HALVES = [torch.float32, torch.float16]
 
 
@@ -96,6 +96,23 @@ def test_wrong_variants_fail():
         assert not agrees(case.but(**change)), change
     case.keys, case.values = ([row[::-1] for row in x] for x in (case.keys, case.values))
     assert not agrees(case)  # the heads the wrong way round
+
+
+def test_wrong_variants_of_two_formats_fail():
+    """Keys and values in formats of their own: the scales of each, and its pieces in their order."""
+    case = build("k8v4", torch.float32, [[70, 5]], recent=[7], dim=32)
+    given = case.given
+    assert agrees(case)
+    for change in (
+        {"v": (given["v"] >> 4) | (given["v"] << 4)},
+        {"k": given["k"].view(torch.uint8).unflatten(1, (-1, 2)).flip(-1).flatten(1).view(given["k"].dtype)},
+        {"k_scale": given["v_scale"], "v_scale": given["k_scale"]},
+        {"k_scale": (given["k_scale"].float() / 256).bfloat16()},
+        {"v_scale": (given["v_scale"].float() / 256).bfloat16()},
+    ):
+        assert not agrees(case.but(**change)), change
+    with pytest.raises(UserError, match="decode_attention"):
+        decode_attention(case.q, **case.but(k=case.given["k"].float()).given)
 
 
 def test_strangers_are_refused():

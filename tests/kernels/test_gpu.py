@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="needs a CUDA device and triton"),
 ]
 
-CODECS = ["plain", "int4", "fp8"]
+CODECS = ["plain", "int4", "k8v4", "fp8"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LENGTHS = [[0, 1, 63, 64], [65, 200, 1000, 4097]]
 

@@ -293,7 +293,12 @@ def kernel_takes(keys: Tensor) -> bool:
 
 
 def pack(
-    slots: PaddedCache, *, codec: KVCodec | None = None, window: int = 0, key_scale: Tensor | None = None, room: int = 16
+    slots: PaddedCache,
+    *,
+    codec: KVCodec | None = None,
+    window: int = 0,
+    key_scale: Tensor | None = None,
+    room: int = 16,
 ) -> RaggedCache:
     """Move the tokens of ``slots`` into ragged storage.
 

@@ -87,7 +87,8 @@ class Hedge(EvictionStrategy):
     distinct: float = field(default=0.35, metadata={"help": "part of the ranking that goes by distinctness, 0 to 1"})
     window_size: int = field(default=512, metadata={"help": "last queries that are asked again"})
     bits: Literal["auto", "int4", "k8v4", "fp8", "none"] = field(
-        default="auto", metadata={"help": "int4, k8v4: FP8 keys and INT4 values, fp8, none: 16 bits, or auto, by budget and model"}
+        default="auto",
+        metadata={"help": "int4, k8v4 (FP8 keys, INT4 values), fp8, none (16 bits), or auto, by budget and model"},
     )
 
     def __post_init__(self) -> None:

@@ -4,8 +4,8 @@
 
 Constants of a launch: G query heads share a key/value head and fill ROWS rows of a matrix fragment; D channels; BLOCK
 tokens a step; CODEC ``plain``, ``int4`` or ``fp8``, in PIECES; ASM: turn codes into numbers by PTX, not by Triton's own
-operations; LAST: there is one part, so the partial result is the result; PDL: a kernel may start before its
-predecessor has ended, and waits for it itself.
+operations; these each of keys (K_) and of values (V_), of which both or none are plain; LAST: there is one part, so the
+partial result is the result; PDL: a kernel may start before its predecessor has ended, and waits for it itself.
 """
 
 import triton
@@ -89,7 +89,7 @@ def _channels(PIECE: tl.constexpr, PIECES: tl.constexpr, CODEC: tl.constexpr, D:
 
 @triton.jit
 def _scales(k_scale, v_scale, held, factor, FULL: tl.constexpr):
-    """Factor and summand of the logits of a block.
+    """Factor and summand of the logits of a block; codes of values are divided by FULL.
 
     The summand, the logarithm of the value's scale, makes the exponential of a logit the weight times that scale, so
     that the value needs none; the sum of the weights takes it back. It hides tokens that are not held.
@@ -102,47 +102,50 @@ def _scales(k_scale, v_scale, held, factor, FULL: tl.constexpr):
 def _span(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, start, stop, factor,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PIECES: tl.constexpr, CODEC: tl.constexpr, ASM: tl.constexpr, LAST: tl.constexpr,
+    K_PIECES: tl.constexpr, K_CODEC: tl.constexpr, K_ASM: tl.constexpr,
+    V_PIECES: tl.constexpr, V_CODEC: tl.constexpr, V_ASM: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of the G queries at ``q_ptr`` over the tokens ``start .. stop`` of one head."""
-    WIDTH: tl.constexpr = D // PIECES
+    K_WIDTH: tl.constexpr = D // K_PIECES
+    V_WIDTH: tl.constexpr = D // V_PIECES
     g = tl.arange(0, ROWS)
     n = tl.arange(0, BLOCK)
-    queries, unit = _queries(q_ptr, G, ROWS, D, PIECES, CODEC)
+    queries, unit = _queries(q_ptr, G, ROWS, D, K_PIECES, K_CODEC)
     acc = ()
-    for _ in tl.static_range(PIECES):
-        acc += (tl.zeros([ROWS, WIDTH], tl.float32),)
+    for _ in tl.static_range(V_PIECES):
+        acc += (tl.zeros([ROWS, V_WIDTH], tl.float32),)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     # Float16 weights reach up to 2^15, so that those far below the largest do not vanish.
     ROOM: tl.constexpr = 15.0 if queries[0].dtype == tl.float16 else 0.0
-    FULL: tl.constexpr = 256.0 if CODEC == "fp8" else 1.0
-    factor *= unit * FULL
-    k_ptr += start.to(tl.int64) * WIDTH
-    v_ptr += start.to(tl.int64) * WIDTH
-    cells = n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    if CODEC != "plain":  # scales are too narrow for the pipeline of the loop: fetched one block ahead by hand
+    V_FULL: tl.constexpr = 256.0 if V_CODEC == "fp8" else 1.0
+    factor *= unit * (256.0 if K_CODEC == "fp8" else 1.0)
+    k_ptr += start.to(tl.int64) * K_WIDTH
+    v_ptr += start.to(tl.int64) * V_WIDTH
+    k_cells = n[:, None] * K_WIDTH + tl.arange(0, K_WIDTH)[None, :]
+    v_cells = n[:, None] * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
+    if K_CODEC != "plain":  # scales are too narrow for the pipeline of the loop: fetched one block ahead by hand
         k_scale_ptr += start
         v_scale_ptr += start
         left = n < stop - start
         k_scale = tl.load(k_scale_ptr + n, mask=left, other=0.0)
         v_scale = tl.load(v_scale_ptr + n, mask=left, other=1.0)
-        k_scale, lift = _scales(k_scale, v_scale, left, factor, FULL)
+        k_scale, lift = _scales(k_scale, v_scale, left, factor, V_FULL)
     for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         held = n < stop - first
-        keys = tl.load(k_ptr + cells, mask=held[:, None], other=0)
-        values = tl.load(v_ptr + cells, mask=held[:, None], other=0)
-        if CODEC != "plain":
+        keys = tl.load(k_ptr + k_cells, mask=held[:, None], other=0)
+        values = tl.load(v_ptr + v_cells, mask=held[:, None], other=0)
+        if K_CODEC != "plain":
             k_scale_ptr += BLOCK
             v_scale_ptr += BLOCK
             left = n < stop - first - BLOCK
             next_k_scale = tl.load(k_scale_ptr + n, mask=left, other=0.0)
             next_v_scale = tl.load(v_scale_ptr + n, mask=left, other=1.0)
         x = tl.zeros([ROWS, BLOCK], tl.float32)
-        for i in tl.static_range(PIECES):
-            y = _numbers(keys, queries[i], i, CODEC, ASM)
+        for i in tl.static_range(K_PIECES):
+            y = _numbers(keys, queries[i], i, K_CODEC, K_ASM)
             x = tl.dot(queries[i], tl.trans(y), x, input_precision="tf32x3")
-        if CODEC == "plain":
+        if K_CODEC == "plain":
             x = tl.where(held[None, :], x * factor, float("-inf"))
         else:
             x = x * k_scale[None, :] + lift[None, :]
@@ -150,25 +153,25 @@ def _span(
         base = tl.where(new == float("-inf"), 0.0, new) - ROOM
         shrink = tl.exp2(top - ROOM - base)
         p = tl.exp2(x - base[:, None])
-        if CODEC == "plain":
+        if K_CODEC == "plain":
             total = total * shrink[:, None] + p
         else:
             total = total * shrink[:, None] + p * tl.exp2(-tl.maximum(lift, -100.0))[None, :]
         top = new
         p = p.to(queries[0].dtype)
         grown = ()
-        for i in tl.static_range(PIECES):
-            y = _numbers(values, queries[i], i, CODEC, ASM)
+        for i in tl.static_range(V_PIECES):
+            y = _numbers(values, queries[0], i, V_CODEC, V_ASM)
             grown += (tl.dot(p, y, acc[i] * shrink[:, None], input_precision="tf32x3"),)
         acc = grown
-        k_ptr += BLOCK * WIDTH
-        v_ptr += BLOCK * WIDTH
-        if CODEC != "plain":
-            k_scale, lift = _scales(next_k_scale, next_v_scale, left, factor, FULL)
+        k_ptr += BLOCK * K_WIDTH
+        v_ptr += BLOCK * V_WIDTH
+        if K_CODEC != "plain":
+            k_scale, lift = _scales(next_k_scale, next_v_scale, left, factor, V_FULL)
     sums = tl.sum(total, 1)
     share = 1.0 / tl.where(sums == 0.0, 1.0, sums)
-    for i in tl.static_range(PIECES):
-        at = g[:, None] * D + _channels(i, PIECES, CODEC, D)[None, :]
+    for i in tl.static_range(V_PIECES):
+        at = g[:, None] * D + _channels(i, V_PIECES, V_CODEC, D)[None, :]
         tl.store(out_ptr + at, acc[i] * share[:, None], mask=(g < G)[:, None])
     lse = tl.where(sums == 0.0, float("-inf"), top - ROOM + tl.log2(sums))
     tl.store(lse_ptr + g, lse * _LN2 if LAST else lse, mask=g < G)
@@ -179,8 +182,9 @@ def partial(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, recent_k_ptr, recent_v_ptr, recent_length_ptr, offset_ptr,
     length_ptr, out_ptr, lse_ptr, factor, splits, recent_size, recent_stride,
     HEADS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PIECES: tl.constexpr, CODEC: tl.constexpr, RECENT: tl.constexpr, ASM: tl.constexpr,
-    LAST: tl.constexpr, PDL: tl.constexpr, RECENT_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, K_PIECES: tl.constexpr, K_CODEC: tl.constexpr, K_ASM: tl.constexpr, V_PIECES: tl.constexpr,
+    V_CODEC: tl.constexpr, V_ASM: tl.constexpr, RECENT: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+    RECENT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (pair, split): a share of the tokens of a (row, key/value head); the recent ones are the last split."""
     if PDL:
@@ -198,16 +202,16 @@ def partial(
         share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
         start = tl.minimum(split * share, length)
         _span(
-            q_ptr, k_ptr + offset * (D // PIECES), v_ptr + offset * (D // PIECES), k_scale_ptr + offset,
+            q_ptr, k_ptr + offset * (D // K_PIECES), v_ptr + offset * (D // V_PIECES), k_scale_ptr + offset,
             v_scale_ptr + offset, out_ptr, lse_ptr, start, tl.minimum(start + share, length), factor,
-            G, ROWS, D, BLOCK, STAGES, PIECES, CODEC, ASM, LAST,
+            G, ROWS, D, BLOCK, STAGES, K_PIECES, K_CODEC, K_ASM, V_PIECES, V_CODEC, V_ASM, LAST,
         )  # fmt: skip
     elif RECENT:
         length = tl.load(recent_length_ptr + pair // HEADS * recent_stride)
         at = pair * recent_size * D
         _span(
             q_ptr, recent_k_ptr + at, recent_v_ptr + at, q_ptr, q_ptr, out_ptr, lse_ptr, length * 0, length, factor,
-            G, ROWS, D, RECENT_BLOCK, STAGES, 1, "plain", False, LAST,
+            G, ROWS, D, RECENT_BLOCK, STAGES, 1, "plain", False, 1, "plain", False, LAST,
         )  # fmt: skip
 
 

@@ -7,11 +7,11 @@ normalised partial output and its log-sum-exp, and a second kernel merges them b
 length on the device, so that neither lengths nor positions ever reach the host and a captured graph serves every
 length up to ``capacity``.
 
-Packed codes go to the tensor cores without a shuffle. INT4 and FP8 rows are read as 16-bit elements, each of which
-holds 4 or 2 channels; piece i of a row is the i-th channel of every element. One matrix fragment of elements is then,
-shifted and masked, the fragment of each piece: q·k is the sum over pieces of q_piece·k_piece, and the output comes out
-in pieces too. Codes become numbers by integer operations on two at a time; the scale of a token multiplies its logit
-and its probability, never its channels.
+Packed codes go to the tensor cores without a shuffle, those of keys and of values in a format of their own. INT4 and FP8
+rows are read as 16-bit elements, each of which holds 4 or 2 channels; piece i of a row is the i-th channel of every
+element. One matrix fragment of elements is then, shifted and masked, the fragment of each piece: q·k is the sum over
+pieces of q_piece·k_piece, and the output comes out in pieces too. Codes become numbers by integer operations on two at a
+time; the scale of a token multiplies its logit and its probability, never its channels.
 
 Legend: B rows, H query heads, Hkv key/value heads, G = H / Hkv, d head dimension, P tokens in the planes.
 """
@@ -48,7 +48,8 @@ class _Config(NamedTuple):
     programs: int
 
 
-# Measured on an H100, groups of 4. Fixed, so that no first call spends its time on tuning.
+# Measured on an H100, groups of 4. Fixed, so that no first call spends its time on tuning. FP8 keys beside INT4 values
+# are read as beside FP8 ones, which was not measured.
 _CONFIGS = {
     ("plain", 32): _Config(128, 4, 3, 2),
     ("plain", 64): _Config(64, 4, 3, 2),
@@ -64,6 +65,22 @@ _CONFIGS = {
     ("fp8", 256): _Config(64, 8, 3, 2),
 }
 _FLOAT32 = _Config(32, 4, 2, 2)
+
+
+class _Format(NamedTuple):
+    """How a plane of keys or values is read: as elements of dtype ``view``, each of ``pieces`` channels."""
+
+    codec: str
+    pieces: int
+    view: torch.dtype
+
+
+def _format(plane: Tensor, dim: int) -> _Format:
+    if plane.dtype == torch.uint8:  # 32 channels make 8 elements of 16 bits, too few for the tensor cores
+        return _Format("int4", 4, torch.int16) if dim >= 64 else _Format("int4", 2, torch.int8)
+    if plane.dtype == torch.float8_e4m3fn:
+        return _Format("fp8", 2, torch.int16)
+    return _Format("plain", 1, plane.dtype)
 
 
 def _splits(pairs: int, capacity: int, config: _Config, processors: int, recent: bool) -> int:
@@ -93,13 +110,9 @@ def _decode(
     out, lse = torch.empty_like(q), q.new_empty(batch, heads, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    codec, pieces, view = "plain", 1, k.dtype
-    if k.dtype == torch.uint8:  # 32 channels make 8 elements of 16 bits, too few for the tensor cores
-        codec, pieces, view = ("int4", 4, torch.int16) if dim >= 64 else ("int4", 2, torch.int8)
-    elif k.dtype == torch.float8_e4m3fn:
-        codec, pieces, view = "fp8", 2, torch.int16
+    keys, values = _format(k, dim), _format(v, dim)
     wide = q.element_size() == 4
-    config = _FLOAT32 if wide else _CONFIGS[codec, dim]
+    config = _FLOAT32 if wide else _CONFIGS[keys.codec, dim]
     nvidia = q.is_cuda and torch.version.hip is None
     pdl = nvidia and torch.cuda.get_device_capability(q.device) >= (9, 0)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
@@ -111,15 +124,17 @@ def _decode(
     with torch.cuda.device_of(q):
         launch(
             partial, (pairs, parts),
-            q, k.view(view), v.view(view),
+            q, k.view(keys.view), v.view(values.view),
             q if k_scale is None else k_scale.contiguous(), q if v_scale is None else v_scale.contiguous(),
             q if recent_k is None else recent_k, q if recent_v is None else recent_v,
             lengths if recent_length is None else recent_length, offsets, lengths, part, part_lse,
             scale * _LOG2E, splits, 0 if recent_k is None else recent_k.shape[2],
             0 if recent_length is None or recent_length.dim() == 0 else recent_length.stride(0),
             HEADS=kv_heads, G=group, ROWS=16 if group <= 16 else 32, D=dim, BLOCK=config.block, STAGES=config.stages,
-            PIECES=pieces, CODEC=codec, RECENT=recent_k is not None, ASM=nvidia and not wide and view == torch.int16,
-            LAST=parts == 1, PDL=pdl, RECENT_BLOCK=min(config.block, 64 if dim <= 128 else 32),
+            K_PIECES=keys.pieces, K_CODEC=keys.codec, K_ASM=nvidia and not wide and keys.view == torch.int16,
+            V_PIECES=values.pieces, V_CODEC=values.codec, V_ASM=nvidia and not wide and values.view == torch.int16,
+            RECENT=recent_k is not None, LAST=parts == 1, PDL=pdl,
+            RECENT_BLOCK=min(config.block, 64 if dim <= 128 else 32),
             num_warps=config.warps, **options,
         )  # fmt: skip
         if parts > 1:
@@ -156,7 +171,8 @@ def decode_attention(
 
     Args:
         q: queries ``[B, H, d]``, bfloat16, float16 or float32; d is 32, 64, 128 or 256, G at most 32.
-        k, v: planes ``[P, d]`` in q's dtype, or of codes: uint8 ``[P, d / 2]`` (INT4) or float8_e4m3fn ``[P, d]``.
+        k, v: planes ``[P, d]`` in q's dtype, or both of codes: uint8 ``[P, d / 2]`` (INT4) or float8_e4m3fn ``[P, d]``,
+            each of its own kind.
         offsets: ``[B, Hkv]`` int64, the first row of a head in the planes.
         lengths: ``[B, Hkv]`` int32, how many rows it holds. What lies in other rows is not read.
         scale: factor on ``q k^T``.
@@ -192,19 +208,20 @@ def _check(
 ) -> None:
     """Refuse what the kernel would read wrongly."""
     (batch, heads, dim), kv_heads = q.shape, offsets.shape[-1]
-    packed = k.dtype in (torch.uint8, torch.float8_e4m3fn)
-    rows = (k.shape[0], dim // 2 if k.dtype == torch.uint8 else dim)
+    packed = [x.dtype in (torch.uint8, torch.float8_e4m3fn) for x in (k, v)]
+    rows = [(k.shape[0], dim // 2 if x.dtype == torch.uint8 else dim) for x in (k, v)]
+    alike = all(packed) or k.dtype == v.dtype == q.dtype
     table = offsets.shape == lengths.shape == (batch, kv_heads)
     recent = [x is not None for x in (recent_k, recent_v, recent_length)]
     right = {
         f"d is 32, 64, 128 or 256, not {dim}": dim in (32, 64, 128, 256),
         f"{heads} heads share {kv_heads}, at most 32 each": heads % kv_heads == 0 and heads <= 32 * kv_heads,
-        f"planes {k.dtype}, {v.dtype}; queries {q.dtype}": k.dtype == v.dtype and (packed or k.dtype == q.dtype),
-        f"planes {tuple(k.shape)}, {tuple(v.shape)}, not {rows}": k.shape == v.shape == rows,
+        f"planes {k.dtype}, {v.dtype}; queries {q.dtype}": alike,
+        f"planes {tuple(k.shape)}, {tuple(v.shape)}, not {rows}": [k.shape, v.shape] == rows,
         "planes are contiguous": k.is_contiguous() and v.is_contiguous(),
         "offsets and lengths are [B, Hkv]": table,
         "offsets are int64, lengths int32": offsets.dtype == torch.int64 and lengths.dtype == torch.int32,
-        "codes, and only they, have scales": (k_scale is not None) == (v_scale is not None) == packed,
+        "codes, and only they, have scales": (k_scale is not None) == (v_scale is not None) == packed[0],
         "recent_k, recent_v and recent_length come together": all(recent) or not any(recent),
     }
     for rule, kept in right.items():
