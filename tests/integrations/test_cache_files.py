@@ -20,7 +20,8 @@ from oracles.caches import step
 
 SPECS = [
     "full", "keydiff:budget=0.5", "snapkv:budget=0.5,window_size=4", "adakv:budget=0.5", "d2o:budget=0.5",
-    "fireq:bits=fp8,window_tokens=4", "fireq:bits=int4", "hedge:budget=0.5,recent=4,window_size=8,whole=0",
+    "fireq:bits=fp8,window_tokens=4", "fireq:bits=int4", "fireq:bits=k8v4,window_tokens=4",
+    "hedge:budget=0.5,recent=4,window_size=8,whole=0",
     "h2o:budget=0.5", "hashevict:budget=16", "streaming_llm:budget=12", "tova:budget=12",
 ]  # fmt: skip
 

@@ -21,6 +21,7 @@ SPECS = {
     "ragged": "adakv:base=snapkv(window_size=4,kernel_size=3),budget=0.5",
     "packed": "fireq:window_tokens=8",
     "packed-fp8": "fireq:base=knorm,bits=fp8,budget=0.6,window_tokens=4",
+    "packed-k8v4": "fireq:bits=k8v4,window_tokens=8",
     "one ranking": "hedge:budget=0.5,recent=4,whole=0",
 }
 each = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

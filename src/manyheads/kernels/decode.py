@@ -7,11 +7,11 @@ normalised partial output and its log-sum-exp, and a second kernel merges them b
 length on the device, so that neither lengths nor positions ever reach the host and a captured graph serves every
 length up to ``capacity``.
 
-Packed codes go to the tensor cores without a shuffle, those of keys and of values in a format of their own. INT4 and FP8
+Packed codes go to the tensor cores without a shuffle, those of keys and of values each in their format. INT4 and FP8
 rows are read as 16-bit elements, each of which holds 4 or 2 channels; piece i of a row is the i-th channel of every
 element. One matrix fragment of elements is then, shifted and masked, the fragment of each piece: q·k is the sum over
-pieces of q_piece·k_piece, and the output comes out in pieces too. Codes become numbers by integer operations on two at a
-time; the scale of a token multiplies its logit and its probability, never its channels.
+pieces of q_piece·k_piece, and the output comes out in pieces too. Codes become numbers by integer operations on two at
+a time; the scale of a token multiplies its logit and its probability, never its channels.
 
 Legend: B rows, H query heads, Hkv key/value heads, G = H / Hkv, d head dimension, P tokens in the planes.
 """
