@@ -33,6 +33,10 @@ class Codec(Protocol):
         """``x [..., d]`` of any float dtype -> codes ``[..., w]`` and scale ``[...]`` bfloat16."""
         ...
 
+    def numbers(self, codes: Tensor) -> Tensor:
+        """Codes ``[..., w]`` as numbers ``[..., d]`` float32, which times the scale are the vectors."""
+        ...
+
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Codes ``[..., w]`` and scale ``[...]`` -> ``[..., d]`` in ``dtype``."""
         ...
@@ -40,7 +44,8 @@ class Codec(Protocol):
 
 def _scale(x: Tensor, top: float) -> Tensor:
     """Scale ``[...]`` bfloat16 that takes the largest magnitude of ``x [..., d]`` float32 to ``top``; 1 for zeros."""
-    scale = _rounded(x.abs().amax(-1) / top).bfloat16()
+    scale = x.abs().amax(-1) / top
+    scale = (_rounded(scale) if torch.compiler.is_compiling() else scale).bfloat16()
     return torch.where(scale == 0, 1.0, scale)  # also where the quotient is too small for bfloat16
 
 
@@ -82,8 +87,14 @@ class Int4:
         codes = (x / scale[..., None].float()).round().clamp(-7, 7)
         return pack((codes + 8).to(torch.uint8)), scale
 
+    def numbers(self, codes: Tensor) -> Tensor:
+        return unpack(codes).float() - 8
+
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return ((unpack(codes).float() - 8) * scale[..., None].float()).to(dtype)
+        return (self.numbers(codes) * scale[..., None].float()).to(dtype)
+
+
+_EVERY_FP8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +112,14 @@ class Fp8:
         # Clamped: the rounded scale may put the largest value a little past 448.
         return (x / scale[..., None].float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
+    def numbers(self, codes: Tensor) -> Tensor:
+        if codes.device.type != "cpu":
+            return codes.float()
+        # A CPU casts these one by one; looking them up takes a seventh of the time.
+        return _EVERY_FP8.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
+
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return (codes.float() * scale[..., None].float()).to(dtype)
+        return (self.numbers(codes) * scale[..., None].float()).to(dtype)
 
 
 INT4, FP8 = Int4(), Fp8()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import reference
 from .codec import Codec, KVCodec
 from .padded import PaddedCache
 
@@ -57,27 +56,34 @@ def decode_attention(
         ``[B, H, d]`` in the dtype of q.
     """
     at = torch.arange(capacity, device=q.device)
-    where = (offsets[..., None] + at).clamp(max=max(0, k.shape[0] - 1))
-    mask = at < lengths[..., None]
+    mask, none = (at < lengths[..., None])[:, :, None], (lengths == 0)[..., None, None]
+    # What lies behind a head's tokens may be NaN: its first token is read instead, with a weight of 0.
+    where = (offsets[..., None] + at * mask[:, :, 0]).clamp(max=max(0, k.shape[0] - 1))
+    work = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.unflatten(1, (offsets.shape[1], -1)).to(work)  # [B, Hkv, G, d]: keys are not repeated
 
-    def read(codes: Tensor, factor: Tensor | None, by: Codec | None) -> Tensor:
-        if by is None or factor is None:
-            return codes[where]
-        return by.decode(_bits(codes)[where].view(codes.dtype), factor[where], q.dtype)
+    def read(plane: Tensor, by: Codec | None) -> Tensor:
+        """Numbers ``[B, Hkv, N, d]``, without their scales: these multiply logits and weights instead."""
+        found = _bits(plane).index_select(0, where.flatten()).view(plane.dtype)
+        return (found if by is None else by.numbers(found)).to(work).unflatten(0, where.shape)
 
-    keys = read(k, k_scale, None if codec is None else codec.keys)
-    values = read(v, v_scale, None if codec is None else codec.values)
-    if recent_k is not None and recent_v is not None and recent_length is not None:
-        new = torch.arange(recent_k.shape[2], device=q.device) < recent_length[:, None, None]
-        mask = torch.cat([mask, new.expand(-1, keys.shape[1], -1)], 2)
-        keys, values = torch.cat([keys, recent_k], 2), torch.cat([values, recent_v], 2)
-    keys, values = (x.masked_fill(~mask[..., None], 0.0) for x in (keys, values))  # what lies there may be NaN
-    every = reference.repeat_kv(mask, q.shape[1])[:, :, None]
-    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, None], reference.repeat_kv(keys, q.shape[1]), reference.repeat_kv(values, q.shape[1]), every,
-        scale=scale,
-    )  # fmt: skip
-    return out[:, :, 0].masked_fill(~every.any(-1), 0.0)
+    def scales(factor: Tensor | None) -> Tensor | float:
+        return 1.0 if factor is None else factor[where][:, :, None].to(work)
+
+    x = grouped @ read(k, None if codec is None else codec.keys).transpose(-1, -2) * (scales(k_scale) * scale)
+    x = x.masked_fill(~mask, -torch.inf)
+    if recent_k is not None and recent_length is not None:
+        new = (torch.arange(recent_k.shape[2], device=q.device) < recent_length[:, None])[:, None]
+        late = (grouped @ recent_k.to(work).transpose(-1, -2) * scale).masked_fill(~new[:, :, None], -torch.inf)
+        x = torch.cat([x, late], -1)
+    weights = x.softmax(-1)
+    out: Tensor = (weights[..., :capacity] * scales(v_scale)) @ read(v, None if codec is None else codec.values)
+    out = out.masked_fill(none, 0.0)
+    if recent_v is not None and recent_length is not None:
+        late = weights[..., capacity:] @ recent_v.to(work).masked_fill(~new[..., None], 0.0)
+        out = out + late.masked_fill(none & (recent_length == 0)[:, None, None, None], 0.0)
+    together: Tensor = out.flatten(1, 2).to(q.dtype)
+    return together
 
 
 @dataclass(slots=True)

@@ -57,6 +57,8 @@ from ._view import CacheView
 __all__ = ["Hedge"]
 
 _NEAR = 32  # tokens around a query that new text will have of its own
+_FAR = 1e30  # a logit beside which no other has weight
+_SMALLER = 64  # times smaller blocks of logits stay in the caches of a CPU, between the passes over them
 _TO_COME = 16  # tokens that packed storage has places for from the beginning
 _FEW = 0.2  # of the bytes: below it tokens are worth more than their precision
 _FEW_HEADS = 32  # of keys and values in the whole model: below it what one drops no other has
@@ -237,28 +239,53 @@ def distinctness(view: CacheView) -> Tensor:
 def foresight(view: CacheView) -> Tensor:
     """Root mean square of what each token adds to the output when the last queries are asked again: ``[B, Hs, N]``."""
     assert view.queries is not None
-    asked, heads, cap = view.queries.positions, view.queries.q.shape[1], view.softcap
-    step, k, size = view.angle_step(), reference.widened(view.k), view.k.shape[2]
-    hidden = ~reference.repeat_kv(_seen(view), heads)[:, :, None]
-    # The tokens near a query are among the latest: one slot a position.
-    late = reference.repeat_kv(view.positions, k.shape[1]).topk(min(size, asked.shape[1] + _NEAR), -1)
-    beside = k.gather(2, late.indices[..., None].expand(-1, -1, -1, k.shape[3]))
-    places = reference.repeat_kv(late.values, heads)[:, :, None]
-    total = k.new_zeros(k.shape[0], heads, size)
-    block = reference.block_size(k, total.numel())
-    for q, at in zip(reference.widened(view.queries.q).split(block, 2), asked.split(block, 1), strict=True):
-        again, at = _turned(q, (view.counts[:, None] - at).float(), step), at[:, None, :, None]
-        new = reference.logits(again, k, scale=view.scale, softcap=cap).masked_fill_(hidden, -torch.inf)
-        old = reference.logits(q, beside, scale=view.scale, softcap=cap)
-        near = (places >= 0) & (places <= at) & (places > at - _NEAR)
-        top = new.amax(-1, keepdim=True).clamp(min=torch.finfo(new.dtype).min)  # finite where nothing is seen
-        new = new.sub_(top).exp_()
-        beside_them = reference.logsumexp(old, near, view.sinks)[..., None]
-        whole = torch.logaddexp(top + new.sum(-1, keepdim=True).log(), beside_them)
-        share = (top - whole).exp().masked_fill((at < 0) | (whole == -torch.inf), 0.0)  # of weight 1 at the top
-        total += (share.square().transpose(2, 3) @ new.square_())[:, :, 0]
-    mean = total / (asked >= 0).sum(1).clamp(min=1)[:, None, None]
-    used = mean.unflatten(1, (k.shape[1], -1)).mean(2).sqrt() * torch.linalg.vector_norm(
-        reference.widened(view.v), dim=-1
-    )
-    return _stored(used, view)
+    order = view.queries.positions.argsort(dim=1, stable=True)  # padding first, then one query a position up to the last
+    asked = view.queries.positions.gather(1, order)
+    q = view.queries.q.gather(2, order[:, None, :, None].expand_as(view.queries.q))
+    (batch, heads, size, _), step = view.k.shape, view.angle_step()
+    beside = _beside(view, q).clamp(min=-_FAR).masked_fill((asked < 0)[:, None], _FAR)  # then nothing else has weight
+    hidden = torch.zeros_like(view.positions, dtype=beside.dtype).masked_fill(~_seen(view), -torch.inf)
+    # What a query sees beside the tokens is a last column of the logits.
+    hidden = torch.nn.functional.pad(reference.repeat_kv(hidden, heads), (0, 1))[:, :, None]
+    k = torch.nn.functional.pad(reference.widened(view.k), (0, 0, 0, 1)).transpose(-1, -2)
+    groups, total = q.shape[1] // heads, beside.new_zeros(batch, heads, size + 1)
+    block = max(1, reference.block_size(k, total.numel() * groups) // (_SMALLER if k.device.type == "cpu" else 1))
+    for x, at, near in zip(q.split(block, 2), asked.split(block, 1), beside.split(block, 2), strict=True):
+        again = _turned(reference.widened(x), (view.counts[:, None] - at).float(), step) * view.scale
+        again = again.unflatten(1, (heads, groups)).flatten(2, 3)  # [B, Hkv, G T, d]: keys are not repeated
+        if view.softcap is None:
+            z = torch.baddbmm(hidden.flatten(0, 1), again.flatten(0, 1), k.flatten(0, 1)).unflatten(0, (batch, heads))
+        else:
+            z = torch.tanh(again @ k / view.softcap) * view.softcap + hidden
+        z[..., -1] = near.unflatten(1, (heads, groups)).flatten(2)
+        total += z.softmax(-1).square_().sum(2)
+    mean = total[..., :-1] / ((asked >= 0).sum(1).clamp(min=1)[:, None, None] * groups)
+    return _stored(mean.sqrt() * torch.linalg.vector_norm(reference.widened(view.v), dim=-1), view)
+
+
+def _beside(view: CacheView, q: Tensor) -> Tensor:
+    """Log-sum-exp ``[B, H, W]`` of the logits of the tokens near each of the last queries, ``[B, H, W, d]``, in place.
+
+    Query W - 1 is that of the last position, each before it one position earlier. Where padding comes first instead,
+    and for a query of which no near token is left, the result means nothing, or is -inf.
+    """
+    heads, asked = view.k.shape[1], q.shape[2]
+    more = -asked % _NEAR
+    blocks = (asked + more) // _NEAR
+    # The key of each position from the first that is near to a query; _NEAR queries look at 2 _NEAR of them.
+    place = view.positions - (view.counts - blocks * _NEAR - _NEAR)[:, None, None]
+    place = place.where((view.positions >= 0) & (place >= 0), (blocks + 1) * _NEAR)
+    slot = place.new_full((*place.shape[:2], (blocks + 1) * _NEAR + 1), -1)
+    slot = slot.scatter(2, place, torch.arange(place.shape[2], device=place.device).expand_as(place))[..., :-1]
+    slot = reference.repeat_kv(slot[..., None], heads)[..., 0]
+    k = view.k.gather(2, slot.clamp(min=0)[..., None].expand(-1, -1, -1, view.k.shape[3]))
+    k = reference.widened(k.masked_fill(slot[..., None] < 0, 0.0)).unfold(2, 2 * _NEAR, _NEAR)  # [B, Hkv, n, d, 2 NEAR]
+    q = torch.nn.functional.pad(reference.widened(q), (0, 0, more, 0))
+    q = q.unflatten(2, (blocks, _NEAR)).unflatten(1, (heads, -1)).transpose(2, 3)  # [B, Hkv, n, G, NEAR, d]
+    x = reference.logits(q.flatten(3, 4).flatten(0, 1), k.mT.flatten(0, 1), scale=view.scale, softcap=view.softcap)
+    x = x.unflatten(0, (-1, heads)).unflatten(3, (-1, _NEAR))
+    behind = torch.arange(2 * _NEAR, device=q.device) - torch.arange(_NEAR, device=q.device)[:, None]
+    held = (slot >= 0).unfold(2, 2 * _NEAR, _NEAR)[:, :, :, None, None]
+    x = x.masked_fill(~(held & (behind > 0) & (behind <= _NEAR)), -torch.inf)
+    x = x.transpose(2, 3).flatten(1, 2).flatten(2, 3)  # [B, H, n NEAR, 2 NEAR]
+    return reference.logsumexp(x, None, view.sinks)[:, :, more:]
