@@ -3,7 +3,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -212,6 +212,20 @@ class Store(ABC):
         It shares tensors with this store. Raises UserError where that is impossible.
         """
         raise UserError(f"the cache of {self.site.name} cannot be forked to another strategy: read the prompt for each")
+
+    @property
+    def rereads(self) -> bool:
+        """Whether the prompt, which has just been read, must be read again before anything is dropped."""
+        return False
+
+    def second_reading(self, ids: Tensor, encode: Callable[[str], list[int]]) -> Iterator[Tensor]:
+        """Tokens ``[B, T]`` to be read in turn by all layers of the cache, which then drop what they drop.
+
+        Args:
+            ids: the prompt ``[B, L]``.
+            encode: tokens of a text; raises UserError where the model has no tokenizer.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def reorder(self, rows: Tensor) -> None:

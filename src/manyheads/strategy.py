@@ -136,6 +136,7 @@ class Cache(Strategy, ABC):
         exact_chunks: if evicting at every step: many tokens at once give what one by one does.
         needs_queries: gathers statistics of the queries of every forward.
         cross_layer: decides for all layers together, when all have run.
+        rereads: has the model read the prompt again before anything is dropped.
         accumulated_attention: needs the attention that each slot received since it came.
     """
 
@@ -144,6 +145,7 @@ class Cache(Strategy, ABC):
     exact_chunks: ClassVar[bool] = False
     needs_queries: ClassVar[bool] = False
     cross_layer: ClassVar[bool] = False
+    rereads: ClassVar[bool] = False
     accumulated_attention: ClassVar[bool] = False
 
     @property

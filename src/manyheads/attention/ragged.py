@@ -65,7 +65,8 @@ def decode_attention(
     def read(plane: Tensor, by: Codec | None) -> Tensor:
         """Numbers ``[B, Hkv, N, d]``, without their scales: these multiply logits and weights instead."""
         found = _bits(plane).index_select(0, where.flatten()).view(plane.dtype)
-        return (found if by is None else by.numbers(found)).to(work).unflatten(0, where.shape)
+        numbers: Tensor = (found if by is None else by.numbers(found)).to(work).unflatten(0, where.shape)
+        return numbers
 
     def scales(factor: Tensor | None) -> Tensor | float:
         return 1.0 if factor is None else factor[where][:, :, None].to(work)

@@ -10,7 +10,7 @@ from ..errors import warn
 from ._policy import CachePolicy
 from ._view import CacheView
 
-__all__ = ["keep_best", "warn_of_few"]
+__all__ = ["drop_outside_window", "keep_best", "warn_of_few"]
 
 _FEW = 16  # tokens of a prompt: what is answered from fewer is often wrong
 
@@ -70,3 +70,15 @@ def warn_of_few(policy: CachePolicy, kept: int, size: int) -> None:
             f"{policy.spec} keeps {kept} of {size} tokens of this prompt, and answers from so few are often wrong: "
             "give a larger budget, or a number of tokens such as budget=64"
         )
+
+
+def drop_outside_window(slots: PaddedCache, window: int) -> None:
+    """Drop what no later query of a sliding-window layer can see: the same slots that an ordinary cache drops."""
+    reach = window - 1
+    if slots.index is None:
+        if slots.size > reach:
+            slots.narrow(slots.size - reach, reach)
+    else:
+        gone = slots.index <= slots.seen - window
+        order = gone.int().argsort(dim=-1, stable=True)[..., :reach]
+        slots.keep(order, ~gone.gather(2, order))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The protocol of an eviction strategy: which tokens matter (score), which may never go, how many stay, and when."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -33,6 +33,9 @@ class CachePolicy(Cache):
     A policy overrides :meth:`score`, and where its paper does so :meth:`protected_mask`, :meth:`head_budgets`,
     :meth:`layer_budgets`, :meth:`merge` or the storage (:attr:`codec`). Kept keys keep their rotary positions. Ties go
     to the newer token.
+
+    With ``rereads`` the model reads on behind the prompt before anything is dropped, and what it reads there is not
+    kept: :meth:`second_reading` says what, :meth:`reconstruct` sees the attention.
 
     Attributes:
         budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head. A fraction
@@ -136,6 +139,17 @@ class CachePolicy(Cache):
 
     def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
         """Gather statistics of the queries of a forward into ``state``, whose tensors have the batch first."""
+        raise NotImplementedError
+
+    def second_reading(self, ids: Tensor, encode: Callable[[str], list[int]]) -> Iterator[tuple[slice, Tensor]]:
+        """What is read behind the prompt ``ids [B, L]`` where ``rereads``: columns that are scored by it, and tokens.
+
+        ``encode`` gives the tokens of a text, and raises UserError where the model has no tokenizer.
+        """
+        raise NotImplementedError
+
+    def reconstruct(self, call: AttentionCall, columns: slice, state: dict[str, Tensor]) -> None:
+        """Score ``columns`` by a forward of :meth:`second_reading`, whose T tokens are the last keys of ``call``."""
         raise NotImplementedError
 
     def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:

@@ -1,36 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The store behind every eviction policy: update, attend, observe, evict."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from ..attention.accumulated_attention import accumulated_attention
 from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
 from ..call import AttentionCall, Site, Store
 from ..errors import UserError
-from ._evict import keep_best, warn_of_few
+from ._evict import drop_outside_window, keep_best, warn_of_few
 from ._policy import CachePolicy
 from ._tokens import Tokens
-from ._view import CacheView, QueryWindow
+from ._view import CacheView, QueryWindow, received
 
-__all__ = ["PolicyStore", "drop_outside_window", "view_of"]
+__all__ = ["PolicyStore", "view_of"]
 
 _RECEIVED = "accumulated_attention"  # among the extras of each slot
-
-
-def drop_outside_window(slots: PaddedCache, window: int) -> None:
-    """Drop what no later query of a sliding-window layer can see: the same slots that an ordinary cache drops."""
-    reach = window - 1
-    if slots.index is None:
-        if slots.size > reach:
-            slots.narrow(slots.size - reach, reach)
-    else:
-        gone = slots.index <= slots.seen - window
-        order = gone.int().argsort(dim=-1, stable=True)[..., :reach]
-        slots.keep(order, ~gone.gather(2, order))
 
 
 class PolicyStore(Store):
@@ -60,6 +49,7 @@ class PolicyStore(Store):
         self._queries: QueryWindow | None = None
         self._evidence: CacheView | None = None
         self._waiting: CacheView | None = None  # until the other layers have run
+        self._reading: slice | None = None  # what the forward under way reads again, and does not leave behind
         self._ragged = False  # heads or rows keep unequal numbers
         self._scaled = False  # the factors on encoded keys are found
         self._since = 0  # tokens since the last eviction
@@ -126,6 +116,13 @@ class PolicyStore(Store):
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take the next T tokens ``[B, Hs, T, d]``; return all slots, the new ones last, or a single new one alone."""
+        if self._reading is not None:
+            return torch.cat([self.live.keys, k], 2), torch.cat([self.live.values, v], 2)
+        if self.rereads:
+            raise UserError(
+                f"{self.policy.slug} reads a prompt twice, and the second time did not come: call the model that "
+                "manyheads.use was given, not a part of it"
+            )
         return self.tokens.update(k, v)
 
     def attend(self, call: AttentionCall) -> Tensor | None:
@@ -149,6 +146,10 @@ class PolicyStore(Store):
 
     def mask(self, call: AttentionCall) -> AttentionCall:
         """Note which new columns hold tokens, and give the call the mask of its slots."""
+        if self._reading is not None:
+            if call.mask is not None and (more := call.k.shape[2] - call.mask.shape[-1]):  # of the new columns alone
+                call = call.replace(mask=torch.nn.functional.pad(call.mask, (more, 0), value=True))
+            return call
         if self.tokens.ragged is not None:
             call = call.replace(k=self.live.keys, v=self.live.values)
         slots, new = self.live, call.q.shape[2]
@@ -167,6 +168,10 @@ class PolicyStore(Store):
 
     def evict(self, call: AttentionCall) -> None:
         """Observe the attention call, and evict if the schedule says so."""
+        if self._reading is not None:
+            if self._waiting is not None:
+                self.policy.reconstruct(call, self._reading, self.state)
+            return
         slots, new, policy = self.live, call.q.shape[2], self.policy
         waits = self.prefilling and policy.waits  # for the rest of the prompt
         self._forwards += not waits
@@ -234,7 +239,8 @@ class PolicyStore(Store):
         if limit < slots.seen:
             if policy.cross_layer and share is None:
                 self._waiting = view
-                _evict_all_layers(self)
+                if not policy.rereads:
+                    _evict_all_layers(self)
                 return
             self._ragged |= keep_best(policy, view, slots, counts, limit, 1.0 if share is None else share)
         if policy.waits and not self.record:  # nothing is scored again, or by the queries that come from here on
@@ -248,6 +254,24 @@ class PolicyStore(Store):
         """Slots that each row of ``counts [B]`` tokens may keep now, and the most that any row may."""
         budget, least, whole = self.policy.budget, self.policy.protected, self.policy.kept_whole
         return keep_counts(budget, counts, least, whole), keep_limit(budget, self.live.seen, least, whole)
+
+    @property
+    def rereads(self) -> bool:
+        return self._waiting is not None and self.policy.rereads
+
+    def second_reading(self, ids: Tensor, encode: Callable[[str], list[int]]) -> Iterator[Tensor]:
+        if (real := self.tokens.real) is not None and not bool(real.all()):
+            raise UserError(f"{self.policy.slug} reads a prompt twice, which padded rows cannot: give one length")
+        stores = [s for s in (self.group or {0: self}).values() if isinstance(s, PolicyStore)]
+        try:
+            for columns, piece in self.policy.second_reading(ids, encode):
+                for store in stores:
+                    store._reading = columns
+                yield piece
+        finally:
+            for store in stores:
+                store._reading = None
+        _evict_waiting(self)
 
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']`` of everything remembered."""
@@ -279,6 +303,8 @@ def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
     if evidence is None or slots is None or slots.index is not None:
         raise UserError("only a full cache made with record > 0 can be forked, before its rows are rearranged")
     policy = target.policy
+    if policy.rereads:
+        raise UserError(f"{policy.slug} reads the prompt twice: make a cache of its own")
     if policy.record > store.record:
         raise UserError(f"{policy.slug} needs the last {policy.record} queries; make the cache with that record")
     target.tokens.padded = slots.twin()
@@ -312,36 +338,21 @@ def _gather(store: PolicyStore, call: AttentionCall, latest: QueryWindow, source
     if store.policy.accumulated_attention:
         extras = store.live.extras
         if source is None:
-            new = _received(store, call, latest)
+            new = received(store.live, call, latest)
         else:
-            new = source.once(_RECEIVED, lambda _: _received(store, call, latest))
+            new = source.once(_RECEIVED, lambda _: received(store.live, call, latest))
         extras[_RECEIVED] = extras[_RECEIVED] + new if _RECEIVED in extras else new
     if store.policy.needs_queries:
         store.policy.observe(call, latest, store.state)
 
 
-def _received(store: PolicyStore, call: AttentionCall, queries: QueryWindow) -> Tensor:
-    """Attention that each slot received from ``queries``, ``[B, Hs, N, 1]``."""
-    slots, positions = store.live, store.live.positions()
-    if call.mask is not None and call.mask.shape[-1] == slots.size:  # no query may have seen a slot at all
-        seen = call.mask.any(2)
-        seen = seen if seen.shape[1] in (1, positions.shape[1]) else seen.unflatten(1, (positions.shape[1], -1)).any(2)
-        positions = positions.masked_fill(~seen, -1)
-    by_head = accumulated_attention(
-        queries.q, call.k, queries.positions, positions, scale=call.scale, softcap=call.softcap,
-        sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
-    )  # fmt: skip
-    stored: Tensor = by_head.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
-    return stored[..., None]
-
-
 def view_of(store: PolicyStore, call: AttentionCall, shared: dict[str, Tensor] | None = None) -> CacheView:
     """What the policy of ``store`` sees after ``call``; ``shared`` by all that look at the same tensors."""
     slots = store.live
-    received = slots.extras[_RECEIVED][..., 0] if _RECEIVED in slots.extras else None
+    mass = slots.extras[_RECEIVED][..., 0] if _RECEIVED in slots.extras else None
     return CacheView(
         call.k, call.v, slots.positions(), slots.counts(), store._queries, call.scale, call.softcap, call.sinks,
-        store.site, received, call.rotary, store.state, {} if shared is None else shared,
+        store.site, mass, call.rotary, store.state, {} if shared is None else shared,
     )  # fmt: skip
 
 
@@ -349,8 +360,13 @@ def _evict_all_layers(last: PolicyStore) -> None:
     """Evict in all layers of a cache, once the last of them has run."""
     policy = last.policy
     mine = [layer for layer in last.site.peers if policy.layers is None or layer in policy.layers]
-    if mine and last.site.layer != mine[-1]:
-        return
+    if not mine or last.site.layer == mine[-1]:
+        _evict_waiting(last)
+
+
+def _evict_waiting(last: PolicyStore) -> None:
+    """Evict in all layers of the cache of ``last`` that wait for it."""
+    policy = last.policy
     waiting = {
         n: (s, s._waiting)
         for n, s in sorted((last.group or {0: last}).items())

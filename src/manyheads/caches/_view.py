@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..attention import rope
+from ..attention.accumulated_attention import accumulated_attention
 from ..attention.padded import PaddedCache
-from ..call import Site
+from ..call import AttentionCall, Site
 
-__all__ = ["QueryWindow", "CacheView"]
+__all__ = ["CacheView", "QueryWindow", "received"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +104,18 @@ class CacheView:
             step, span = torch.where(longer[:, None], step, known["angle_step"]), span.maximum(known["angle_span"])
         self.state["angle_step"], self.state["angle_span"] = step, span
         return step
+
+
+def received(slots: PaddedCache, call: AttentionCall, queries: QueryWindow) -> Tensor:
+    """Attention that each slot received from ``queries``, ``[B, Hs, N, 1]``."""
+    positions = slots.positions()
+    if call.mask is not None and call.mask.shape[-1] == slots.size:  # no query may have seen a slot at all
+        seen = call.mask.any(2)
+        seen = seen if seen.shape[1] in (1, positions.shape[1]) else seen.unflatten(1, (positions.shape[1], -1)).any(2)
+        positions = positions.masked_fill(~seen, -1)
+    by_head = accumulated_attention(
+        queries.q, call.k, queries.positions, positions, scale=call.scale, softcap=call.softcap,
+        sinks=call.sinks, causal=call.mask is None and slots.valid is None and slots.even,
+    )  # fmt: skip
+    stored: Tensor = by_head.unflatten(1, (slots.keys.shape[1], -1)).sum(2)
+    return stored[..., None]

@@ -34,8 +34,9 @@ from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
 from ..call import AttentionCall, Site
 from ..errors import UserError
+from ._evict import drop_outside_window
 from ._policy import Schedule
-from ._store import PolicyStore, drop_outside_window
+from ._store import PolicyStore
 from ._strategy import EvictionStrategy
 from ._view import CacheView
 

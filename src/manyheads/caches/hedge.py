@@ -38,20 +38,18 @@ Tokens that come after it are packed and kept (``schedule=prefill``); with ``tur
 prompt, with ``chunk`` whenever many come at once.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..attention import reference, rope
-from ..attention.budget import keep_counts
 from ..attention.codec import KVCodec, kv_codec
 from ..call import Site
 from ..errors import UserError
+from ._ranking import JointRanking, places
 from ._store import PolicyStore
-from ._strategy import EvictionStrategy
 from ._view import CacheView
 
 __all__ = ["Hedge"]
@@ -66,7 +64,7 @@ _FLOOR = 1e-3  # of the largest pair of a head, the least that a pair counts as
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hedge(EvictionStrategy):
+class Hedge(JointRanking):
     """Distinct keys and what the prompt would look up next, ranked over all layers, stored in 8 or 4 bits.
 
     Attributes:
@@ -80,8 +78,6 @@ class Hedge(EvictionStrategy):
         bits: ``int4``, ``fp8``, ``none`` for the model's own dtype, or ``auto``: INT4 where a fraction below 0.2 may
             stay or the model has fewer than 32 key/value heads in all, FP8 otherwise.
     """
-
-    cross_layer: ClassVar[bool] = True
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     recent: int = field(default=16, metadata={"help": "last tokens that are never dropped and stay in 16 bits"})
@@ -140,47 +136,19 @@ class Hedge(EvictionStrategy):
         most = top.amax(-1, keepdim=True)
         return torch.where(most > 0, 1 / top.maximum(_FLOOR * most), 1.0)
 
-    def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
-        """Rank the tokens of all layers together, and note in each layer's state what it keeps."""
-        whole = [view for view in views.values() if view.site.window is None]
-        for pool in [whole, *([view] for view in views.values() if view.site.window is not None)]:
-            if pool:
-                self._rank(pool)
-        shares = {}
-        for layer, view in views.items():
-            equal = keep_counts(self.budget, view.counts, self.protected, self.whole).clamp(min=1)
-            shares[layer] = view.state["kept"].float().mean(1) / equal
-        return shares
-
-    def score(self, view: CacheView) -> Tensor:
-        if "ranking" not in view.state:
-            self._rank([view])
-        return view.state.pop("ranking")
-
-    def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
-        del scores, budgets
-        return view.state["kept"]
-
-    def _rank(self, views: list[CacheView]) -> None:
-        """Write the joint ranking ``[B, Hs, N]`` and how many of it stay ``[B, Hs]`` into the state of each view."""
+    def rank(self, views: list[CacheView]) -> list[Tensor]:
         for view in views:
             view.angle_step()  # noted in its state
-        keys = _places([view.once("distinctness", distinctness) for view in views])
-        uses = _places([view.once(f"foresight {self.window_size}", foresight) for view in views])
-        ranks, total = [], torch.zeros_like(views[0].counts)
-        for view, by_key, by_use in zip(views, keys, uses, strict=True):
-            rank = -torch.minimum(by_key / self.distinct, by_use / (1 - self.distinct))
-            ranks.append(rank.masked_fill(view.positions < 0, -torch.inf))
-            view.state["ranking"] = ranks[-1]
-            total = total + self.room(view) * view.positions.shape[1]
-        fixed = [r.masked_fill(self.protected_mask(view), torch.inf) for r, view in zip(ranks, views, strict=True)]
-        order = _places(fixed)
-        for view, place, rank in zip(views, order, fixed, strict=True):
-            view.state["kept"] = ((place <= total[:, None, None]) & (rank > -torch.inf)).sum(-1)
+        keys = places([view.once("distinctness", distinctness) for view in views])
+        uses = places([view.once(f"foresight {self.window_size}", foresight) for view in views])
+        return [
+            -torch.minimum(by_key / self.distinct, by_use / (1 - self.distinct))
+            for by_key, by_use in zip(keys, uses, strict=True)
+        ]
 
     def room(self, view: CacheView) -> Tensor:
         """Tokens of a head that the budget's bytes hold on average, ``[B]``."""
-        slots = keep_counts(self.budget, view.counts, self.protected, self.whole)
+        slots = super().room(view)
         packing, (key, value) = self.codec, (view.k.shape[-1], view.v.shape[-1])
         if packing is None or view.site.window is not None or view.site.latent is not None or key != value:
             return slots
@@ -190,16 +158,6 @@ class Hedge(EvictionStrategy):
         packed = (slots * (4 * key) - rest - _TO_COME * token).div(token, rounding_mode="floor")
         packed = (packed + self.recent).clamp(min=self.protected)
         return torch.where(slots < view.counts, packed.minimum(view.counts), view.counts)
-
-
-def _places(scores: list[Tensor]) -> list[Tensor]:
-    """Place of each of ``[B, Hs, N]`` among all of its row, 1 for the best; of equals the newer, then the first."""
-    flat = torch.cat([x.flip(-1).flatten(1) for x in scores], 1)
-    order = flat.argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=torch.float64)
-    ranked = torch.empty_like(place.expand_as(flat)).scatter(1, order, place.expand_as(flat))
-    pieces = ranked.split([x.shape[1] * x.shape[2] for x in scores], 1)
-    return [piece.view(x.shape).flip(-1) for piece, x in zip(pieces, scores, strict=True)]
 
 
 def _stored(x: Tensor, view: CacheView) -> Tensor:
@@ -239,7 +197,9 @@ def distinctness(view: CacheView) -> Tensor:
 def foresight(view: CacheView) -> Tensor:
     """Root mean square of what each token adds to the output when the last queries are asked again: ``[B, Hs, N]``."""
     assert view.queries is not None
-    order = view.queries.positions.argsort(dim=1, stable=True)  # padding first, then one query a position up to the last
+    order = view.queries.positions.argsort(
+        dim=1, stable=True
+    )  # padding first, then one query a position up to the last
     asked = view.queries.positions.gather(1, order)
     q = view.queries.q.gather(2, order[:, None, :, None].expand_as(view.queries.q))
     (batch, heads, size, _), step = view.k.shape, view.angle_step()

@@ -32,6 +32,7 @@ from .linear import LinearState, find_linear
 from .linear_layers import LinearLayers
 from .passes import Passes, missed, stack_of
 from .prompt_chunks import begin_forward, watch_generate
+from .second_reading import read_again
 from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
@@ -106,15 +107,20 @@ class Port:
                 """The model itself runs, and not only a part of it."""
                 if not self._ran:
                     self._ran = True
-                ids = next(
-                    (x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
-                )
-                if isinstance(ids, Tensor) and not torch.compiler.is_compiling():
+                ids = _read(args, kwargs)
+                if ids is not None and not torch.compiler.is_compiling():
                     cache = find_cache(*kwargs.values(), *args)
                     expand(cache, ids.shape[0])
                     begin_forward(ids.shape[1], cache)
 
+            def finish(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+                ids = _read(args, kwargs)
+                if ids is not None and not torch.compiler.is_compiling():
+                    made = out.values() if isinstance(out, dict) else ()  # a cache that the model made itself
+                    read_again(self.model, find_cache(*kwargs.values(), *args, *made), ids)
+
             self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
+            self._restorers.append(self.model.register_forward_hook(finish, with_kwargs=True).remove)
             self._restorers += watch_generate(self.model)
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
@@ -289,6 +295,13 @@ def prefill(
             model(input_ids=piece, **more)
         if progress is not None:
             progress(piece.shape[1])
+
+
+def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Tokens or embeddings that a model was called with."""
+    given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    found = next((x for x in given if x is not None), None)
+    return found if isinstance(found, Tensor) else None
 
 
 def _acts(strategy: Strategy, site: Site) -> bool:
