@@ -21,7 +21,8 @@ def test_all_papers_are_there():
     assert [paper.id for paper in catalog.papers()] == list(range(1, 120))
     assert {row.slug for row in catalog.baselines()} == {
         "full", "random", "streaming_llm", "snapkv", "keydiff", "knorm", "h2o", "tova", "lagkv", "pyramidkv", "adakv",
-        "expected_attention", "hedge", "kivi", "quarot", "softmax", "ablate", "logit_bias", "token_maps",
+        "expected_attention", "hedge", "kivi", "quarot", "kvzip", "fp8",
+        "softmax", "ablate", "logit_bias", "token_maps",
     }  # fmt: skip
     assert all(row.baseline for row in catalog.baselines())
     assert len(set(catalog.names())) == len(ROWS)

@@ -25,10 +25,12 @@ __all__ = [
     "MixerConfig",
     "ModuleKind",
     "Recurrence",
+    "SecondReading",
     "Site",
     "Store",
 ]
 
+SecondReading = Callable[[Tensor, Callable[[str], list[int]]], Iterator[Tensor]]
 Kind = Literal["self", "cross", "joint", "linear"]
 
 
@@ -214,18 +216,13 @@ class Store(ABC):
         raise UserError(f"the cache of {self.site.name} cannot be forked to another strategy: read the prompt for each")
 
     @property
-    def rereads(self) -> bool:
-        """Whether the prompt, which has just been read, must be read again before anything is dropped."""
-        return False
+    def second_reading(self) -> "SecondReading | None":
+        """Given where the prompt, which has just been read, must be read again before anything is dropped.
 
-    def second_reading(self, ids: Tensor, encode: Callable[[str], list[int]]) -> Iterator[Tensor]:
-        """Tokens ``[B, T]`` to be read in turn by all layers of the cache, which then drop what they drop.
-
-        Args:
-            ids: the prompt ``[B, L]``.
-            encode: tokens of a text; raises UserError where the model has no tokenizer.
+        It takes the prompt ``[B, L]`` and a function that gives the tokens of a text (UserError where the model has no
+        tokenizer), and yields tokens ``[B, T]`` to be read in turn; then all layers of the cache drop what they drop.
         """
-        raise NotImplementedError
+        return None
 
     @abstractmethod
     def reorder(self, rows: Tensor) -> None:

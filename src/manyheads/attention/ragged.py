@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..errors import UserError
 from .codec import Codec, KVCodec
 from .padded import PaddedCache
 
-__all__ = ["RaggedCache", "decode_attention", "kernel_takes", "pack"]
+__all__ = ["RaggedCache", "decode_attention", "pack"]
 
 
 def decode_attention(
@@ -292,13 +293,6 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def kernel_takes(keys: Tensor) -> bool:
-    """Whether the GPU kernel decodes over keys of this device and head dimension."""
-    from .. import kernels
-
-    return keys.is_cuda and keys.shape[-1] in (32, 64, 128, 256) and kernels.available()
-
-
 def pack(
     slots: PaddedCache,
     *,
@@ -361,7 +355,7 @@ def pack(
         flat(_bits(k)).view(k.dtype), flat(_bits(v)).view(v.dtype), k_scale, v_scale, flat(columns.int()),
         offsets, lengths.int(), ends, counts.clone(), torch.tensor(slots.seen, device=device), ring_k, ring_v,
         ring_index, key_scale, slots.valid, codec, slots.keys.dtype, capacity, room, slots.seen,
-        kernel_takes(slots.keys),
+        kernels.decode_takes(slots.keys),
     )  # fmt: skip
 
 
@@ -380,7 +374,7 @@ def _regular(slots: PaddedCache, counts: Tensor, room: int) -> RaggedCache:
     return RaggedCache(
         flat(slots.keys), flat(slots.values), None, None, flat(slots.columns().int()), ends - each, lengths, ends,
         counts.clone(), torch.tensor(slots.seen, device=counts.device), None, None, None, None, slots.valid, None,
-        slots.keys.dtype, each, room, slots.seen, kernel_takes(slots.keys),
+        slots.keys.dtype, each, room, slots.seen, kernels.decode_takes(slots.keys),
     )  # fmt: skip
 
 

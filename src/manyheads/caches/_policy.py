@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The protocol of an eviction strategy: which tokens matter (score), which may never go, how many stay, and when."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..strategy import Cache, Strategy
 from ._view import CacheView, QueryWindow
 
-__all__ = ["SCHEDULES", "CachePolicy", "CacheView", "Schedule"]
+__all__ = ["SCHEDULES", "CachePolicy", "CacheView", "Schedule", "why_not_fixed"]
 
 
 def _as_schedule(value: object) -> object:
@@ -33,9 +33,6 @@ class CachePolicy(Cache):
     A policy overrides :meth:`score`, and where its paper does so :meth:`protected_mask`, :meth:`head_budgets`,
     :meth:`layer_budgets`, :meth:`merge` or the storage (:attr:`codec`). Kept keys keep their rotary positions. Ties go
     to the newer token.
-
-    With ``rereads`` the model reads on behind the prompt before anything is dropped, and what it reads there is not
-    kept: :meth:`second_reading` says what, :meth:`reconstruct` sees the attention.
 
     Attributes:
         budget: fraction in (0, 1] of the tokens seen (1.0 keeps all), or a whole number of slots, per head. A fraction
@@ -141,17 +138,6 @@ class CachePolicy(Cache):
         """Gather statistics of the queries of a forward into ``state``, whose tensors have the batch first."""
         raise NotImplementedError
 
-    def second_reading(self, ids: Tensor, encode: Callable[[str], list[int]]) -> Iterator[tuple[slice, Tensor]]:
-        """What is read behind the prompt ``ids [B, L]`` where ``rereads``: columns that are scored by it, and tokens.
-
-        ``encode`` gives the tokens of a text, and raises UserError where the model has no tokenizer.
-        """
-        raise NotImplementedError
-
-    def reconstruct(self, call: AttentionCall, columns: slice, state: dict[str, Tensor]) -> None:
-        """Score ``columns`` by a forward of :meth:`second_reading`, whose T tokens are the last keys of ``call``."""
-        raise NotImplementedError
-
     def layer_budgets(self, views: Mapping[int, CacheView]) -> Mapping[int, Tensor | float]:
         """Factors on the equal budget of each layer, scalar or ``[B]``, from the views of all layers."""
         raise NotImplementedError
@@ -165,3 +151,14 @@ class CachePolicy(Cache):
         """New stored keys and values ``[B, Hs, N, d]`` in which kept slots absorb dropped ones; None: just drop."""
         del view, kept
         return None
+
+
+def why_not_fixed(policy: CachePolicy, site: Site) -> str | None:
+    """Why what ``policy`` keeps at ``site`` cannot have a fixed size, and what to do instead; None where it can."""
+    if policy.schedule not in ("prefill", "turn", "chunk"):
+        return f"{policy.spec} evicts while it decodes, which cannot be compiled; leave room away or use schedule=chunk"
+    if policy.accumulated_attention and policy.schedule != "prefill":
+        return f"{policy.spec} goes on adding up attention while it decodes; use schedule=prefill"
+    if site.window is not None or site.latent is not None:
+        return f"{site.name} has a sliding window or latents and cannot be compiled; leave room away"
+    return None

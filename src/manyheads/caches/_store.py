@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The store behind every eviction policy: update, attend, observe, evict."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
-from ..call import AttentionCall, Site, Store
+from ..call import AttentionCall, SecondReading, Site, Store
 from ..errors import UserError
 from ._evict import drop_outside_window, keep_best, warn_of_few
-from ._policy import CachePolicy
+from ._policy import CachePolicy, why_not_fixed
+from ._second_reading import Rereading
 from ._tokens import Tokens
 from ._view import CacheView, QueryWindow, received
 
@@ -76,17 +78,7 @@ class PolicyStore(Store):
 
     @property
     def why_not_fixed(self) -> str | None:
-        policy, site = self.policy, self.site
-        if policy.schedule not in ("prefill", "turn", "chunk"):
-            return (
-                f"{policy.spec} evicts while it decodes, which cannot be compiled; leave room away or use "
-                "schedule=chunk"
-            )
-        if policy.accumulated_attention and policy.schedule != "prefill":
-            return f"{policy.spec} goes on adding up attention while it decodes; use schedule=prefill"
-        if site.window is not None or site.latent is not None:
-            return f"{site.name} has a sliding window or latents and cannot be compiled; leave room away"
-        return None
+        return why_not_fixed(self.policy, self.site)
 
     @property
     def rows(self) -> int | None:
@@ -118,11 +110,9 @@ class PolicyStore(Store):
         """Take the next T tokens ``[B, Hs, T, d]``; return all slots, the new ones last, or a single new one alone."""
         if self._reading is not None:
             return torch.cat([self.live.keys, k], 2), torch.cat([self.live.values, v], 2)
-        if self.rereads:
-            raise UserError(
-                f"{self.policy.slug} reads a prompt twice, and the second time did not come: call the model that "
-                "manyheads.use was given, not a part of it"
-            )
+        if self.second_reading is not None:
+            why = "reads a prompt twice, and the second time did not come: call the model that manyheads.use was given"
+            raise UserError(f"{self.policy.slug} {why}, not a part of it")
         return self.tokens.update(k, v)
 
     def attend(self, call: AttentionCall) -> Tensor | None:
@@ -169,7 +159,7 @@ class PolicyStore(Store):
     def evict(self, call: AttentionCall) -> None:
         """Observe the attention call, and evict if the schedule says so."""
         if self._reading is not None:
-            if self._waiting is not None:
+            if self._waiting is not None and isinstance(self.policy, Rereading):
                 self.policy.reconstruct(call, self._reading, self.state)
             return
         slots, new, policy = self.live, call.q.shape[2], self.policy
@@ -256,22 +246,9 @@ class PolicyStore(Store):
         return keep_counts(budget, counts, least, whole), keep_limit(budget, self.live.seen, least, whole)
 
     @property
-    def rereads(self) -> bool:
-        return self._waiting is not None and self.policy.rereads
-
-    def second_reading(self, ids: Tensor, encode: Callable[[str], list[int]]) -> Iterator[Tensor]:
-        if (real := self.tokens.real) is not None and not bool(real.all()):
-            raise UserError(f"{self.policy.slug} reads a prompt twice, which padded rows cannot: give one length")
-        stores = [s for s in (self.group or {0: self}).values() if isinstance(s, PolicyStore)]
-        try:
-            for columns, piece in self.policy.second_reading(ids, encode):
-                for store in stores:
-                    store._reading = columns
-                yield piece
-        finally:
-            for store in stores:
-                store._reading = None
-        _evict_waiting(self)
+    def second_reading(self) -> SecondReading | None:
+        waits = self._waiting is not None and isinstance(self.policy, Rereading)
+        return functools.partial(_second_reading, self) if waits else None
 
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']`` of everything remembered."""
@@ -295,6 +272,24 @@ class PolicyStore(Store):
         self.tokens.crop(count)
         self._queries = None
         self._since = max(0, self._since - count)
+
+
+def _second_reading(store: PolicyStore, ids: Tensor, encode: Callable[[str], list[int]]) -> Iterator[Tensor]:
+    """As :attr:`PolicyStore.second_reading` says."""
+    policy = store.policy
+    assert isinstance(policy, Rereading)
+    if (real := store.real) is not None and not bool(real.all()):
+        raise UserError(f"{policy.slug} reads a prompt twice, which padded rows cannot: give one length")
+    stores = [s for s in (store.group or {0: store}).values() if isinstance(s, PolicyStore)]
+    try:
+        for columns, piece in policy.second_reading(ids, encode):
+            for each in stores:
+                each._reading = columns
+            yield piece
+    finally:
+        for each in stores:
+            each._reading = None
+    _evict_waiting(store)
 
 
 def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:

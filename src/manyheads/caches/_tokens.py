@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..attention.codec import KVCodec
 from ..attention.padded import PaddedCache
-from ..attention.ragged import RaggedCache, kernel_takes, pack
+from ..attention.ragged import RaggedCache, pack
 from ..call import AttentionCall
 from ..errors import UserError
 
@@ -153,7 +154,7 @@ class Tokens:
             plane = ragged["k"] if ragged["ring_k"] is None else ragged["ring_k"]
             dtype = getattr(torch, state["dtype"])
             self.ragged = RaggedCache(
-                **ragged, key_scale=self.key_scale, codec=self.codec, dtype=dtype, kernel=kernel_takes(plane)
+                **ragged, key_scale=self.key_scale, codec=self.codec, dtype=dtype, kernel=kernels.decode_takes(plane)
             )  # fmt: skip
             if self.ragged.fixed:
                 self.ragged.fix()

@@ -22,7 +22,6 @@ batch have one length. A prompt that comes in chunks is scored after its last.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from ..attention import reference
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ._ranking import JointRanking
+from ._second_reading import Rereading
 from ._store import PolicyStore
 from ._view import CacheView
 
@@ -43,7 +43,7 @@ _SCORES = "reconstruction"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVzip(JointRanking):
+class KVzip(Rereading, JointRanking):
     """Tokens that a repetition of the prompt attends to most, in one ranking over heads and layers.
 
     Attributes:
@@ -52,9 +52,6 @@ class KVzip(JointRanking):
         instruct: with the instruction to repeat, for which the model's tokenizer is looked up where its weights came
             from; without it the tokens alone come again.
     """
-
-    dense_prefill: ClassVar[bool] = False
-    rereads: ClassVar[bool] = True
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     chunk_size: int = field(default=2048, metadata={"help": "tokens of the prompt repeated in one forward"})

@@ -30,7 +30,7 @@ def read_again(model: nn.Module, cache: Cache | None, ids: Tensor) -> None:
     """
     layers = [] if cache is None else cache.layers
     stores = [x.store for x in layers if isinstance(x, StoreLayer) and x.strategy.rereads]
-    if cache is None or not any(store.rereads or store.prefilling for store in stores):
+    if cache is None or not any(store.second_reading or store.prefilling for store in stores):
         return
     before = cache.__dict__.pop(_PROMPT, None)
     if isinstance(before, _Reading):
@@ -39,8 +39,8 @@ def read_again(model: nn.Module, cache: Cache | None, ids: Tensor) -> None:
     if ids.ndim != 2:
         raise UserError(f"{stores[0].site.name}: a prompt that is read twice is given as input_ids, not as embeddings")
     ids = ids if before is None else torch.cat([before, ids], 1)
-    waiting = [store for store in stores if store.rereads]
-    if not waiting:
+    reading = next((store.second_reading for store in stores if store.second_reading), None)
+    if reading is None:
         cache.__dict__[_PROMPT] = ids
         return
     if any(type(layer) is not StoreLayer for layer in layers):
@@ -51,7 +51,7 @@ def read_again(model: nn.Module, cache: Cache | None, ids: Tensor) -> None:
     cache.__dict__[_PROMPT] = _Reading()
     try:
         with torch.no_grad():
-            for piece in waiting[0].second_reading(ids, lambda text: _encode(model, text)):
+            for piece in reading(ids, lambda text: _encode(model, text)):
                 model(input_ids=piece, **more)
     finally:
         del cache.__dict__[_PROMPT]

@@ -11,9 +11,14 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["available"]
+__all__ = ["available", "decode_takes"]
 
 
 def available() -> bool:
     """Whether the kernels can run: Triton is installed and there is a CUDA device."""
     return torch.cuda.is_available() and find_spec("triton") is not None
+
+
+def decode_takes(keys: torch.Tensor) -> bool:
+    """Whether the decode kernel runs over keys of this device and head dimension."""
+    return keys.is_cuda and keys.shape[-1] in (32, 64, 128, 256) and available()
