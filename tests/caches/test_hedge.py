@@ -276,12 +276,14 @@ def test_precision_goes_where_there_are_bytes_for_it(budget, want):
     assert Hedge(budget=1.0).codec is None and Hedge(budget=budget, bits="int4").codec.name == "int4"
 
 
-@pytest.mark.parametrize(("layers", "want"), [(2, "int4"), (16, "fp8")])
-def test_few_heads_keep_more_tokens_instead(layers, want):
+@pytest.mark.parametrize(
+    ("layers", "budget", "want"), [(2, 0.5, "k8v4"), (2, 0.49, "int4"), (2, 100, "int4"), (16, 0.5, "fp8")]
+)
+def test_few_heads_keep_more_tokens_instead(layers, budget, want):
     """Two key/value heads a layer: 4 in all remember for the whole model, or 32."""
     model = models.build("llama", num_key_value_heads=2, num_hidden_layers=layers)
     with manyheads.use(model):
-        cache = caches.prefilled(model, Hedge(budget=0.5), models.tokens(1, 200))
+        cache = caches.prefilled(model, Hedge(budget=budget, whole=0), models.tokens(1, 200))
     assert {store.tokens.codec.name for store in caches.stores(cache)} == {want}
 
 

@@ -17,11 +17,16 @@ be asked, and loses what ordinary text lives on. This one hedges, in four parts:
   where the better of its places, p_distinct / ``distinct`` and p_foresight / (1 - ``distinct``), puts it; the best
   stay. Both scores mean the same in every head, so a head whose keys are all alike, or that looks at its neighbours
   only, leaves its bytes to the few that look things up (Ada-KV, arXiv 2407.11550, does so among the heads of a layer).
-- **Few bits.** What stays is stored as FP8 or INT4 with keys scaled by rotary pair (FireQ, arXiv 2505.20839, "pre"),
-  but for the ``recent`` last tokens: about 1.9 or 3.5 tokens in the bytes of one. Rounding to INT4 costs
-  SmolLM2-135M loss at every budget and FP8 next to nothing. But where few bytes may stay, or where few heads remember
-  for the whole model (gemma-3-270m has 18 of them, SmolLM2-135M 90), the tokens that INT4 has room for are worth more
-  than that: ``bits=auto`` takes it below a fifth of the bytes, and in models of fewer than 32 key/value heads.
+- **Few bits.** What stays is stored as FP8, as INT4, or with keys in FP8 and values in INT4 (``k8v4``), keys scaled by
+  rotary pair (FireQ, arXiv 2505.20839, "pre"), but for the ``recent`` last tokens: about 1.9, 3.5 or 2.5 tokens in the
+  bytes of one. ``bits=auto`` follows what ``benchmarks/hedge_bits.json`` measured. SmolLM2-135M (90 key/value heads),
+  loss at 1,024 tokens: at a half and a quarter of the bytes INT4 loses more than either other format, at a half FP8
+  the least; at a quarter FP8 and ``k8v4`` are not told apart, at a tenth none of the three is, and needles tell none
+  apart anywhere. So FP8, and below a fifth INT4, which also holds most tokens. gemma-3-270m (18 key/value heads in
+  all, 3 of them in layers that see everything): at a quarter and a tenth the tokens that INT4 has room for are worth
+  more than their precision. At a half ``k8v4`` holds every token too, and nothing tells them apart there; on
+  SmolLM2-135M, where both hold every token at a half, ``k8v4`` loses less. So in models of fewer than 32 key/value
+  heads INT4, and ``k8v4`` from a half on.
 
 So ``budget`` counts bytes: a fraction of what the whole cache takes in 16 bits, or the bytes of so many 16-bit tokens
 per head. Codes, scales, positions, the recent tokens and places for 16 tokens to come are counted. 1.0 keeps everything
@@ -59,6 +64,7 @@ _FAR = 1e30  # a logit beside which no other has weight
 _SMALLER = 64  # times smaller blocks of logits stay in the caches of a CPU, between the passes over them
 _TO_COME = 16  # tokens that packed storage has places for from the beginning
 _FEW = 0.2  # of the bytes: below it tokens are worth more than their precision
+_HALF = 0.5  # of the bytes: from here on FP8 keys and INT4 values hold every token
 _FEW_HEADS = 32  # of keys and values in the whole model: below it what one drops no other has
 _FLOOR = 1e-3  # of the largest pair of a head, the least that a pair counts as
 
@@ -75,8 +81,9 @@ class Hedge(JointRanking):
             it has grown longer.
         distinct: part of the ranking that goes by distinctness, between 0 and 1; the rest goes by foresight.
         window_size: last queries that are asked again.
-        bits: ``int4``, ``fp8``, ``none`` for the model's own dtype, or ``auto``: INT4 where a fraction below 0.2 may
-            stay or the model has fewer than 32 key/value heads in all, FP8 otherwise.
+        bits: ``int4``, ``k8v4`` for FP8 keys and INT4 values, ``fp8``, ``none`` for the model's own dtype, or ``auto``:
+            INT4 where a fraction below 0.2 may stay, FP8 otherwise; in models of fewer than 32 key/value heads in all
+            ``k8v4`` where a fraction of 0.5 or more may stay, INT4 otherwise.
     """
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
@@ -102,8 +109,10 @@ class Hedge(JointRanking):
 
     def store(self, site: Site) -> PolicyStore:
         heads = (site.num_kv_heads or _FEW_HEADS) * len(site.peers)
-        few = self.bits == "auto" and heads < _FEW_HEADS
-        return PolicyStore(replace(self, bits="int4") if few else self, site)
+        if self.bits != "auto" or heads >= _FEW_HEADS:
+            return PolicyStore(self, site)
+        half = isinstance(self.budget, float) and self.budget >= _HALF
+        return PolicyStore(replace(self, bits="k8v4" if half else "int4"), site)
 
     @property
     def kept_whole(self) -> int:
