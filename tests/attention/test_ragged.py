@@ -89,10 +89,10 @@ def test_control_of_which_codec_is_whose():
     flat = pack(copy.deepcopy(held), codec=K8V4, window=4)
     held.update(k, v)
     got = flat.decode(q, k, v, 0.3)
-    assert_close(got, expected(held, q[:, :, 0], K8V4, 4), 10 * SAME)
+    assert_close(got, expected(held, q[:, :, 0], K8V4, 4), CLOSE)
     for wrong in (KVCodec("v8k4", K8V4.values, K8V4.keys), INT4, FP8):
         with pytest.raises(AssertionError):
-            assert_close(got, expected(held, q[:, :, 0], wrong, 4), 10 * SAME)
+            assert_close(got, expected(held, q[:, :, 0], wrong, 4), CLOSE)
 
 
 @codecs
