@@ -34,7 +34,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"subject": "default", "source": "made", "samples": 2, "reply": 4},
             cpu={"samples": 12},
-            cuda={"samples": 32, "reply": 16},
+            cuda={"samples": 24, "reply": 16},
         ),
     ),
     checks=(
