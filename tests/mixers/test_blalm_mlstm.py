@@ -84,9 +84,10 @@ def drawn(length=75, dtype=torch.float64):
 @pytest.mark.parametrize("length", [1, 75, 130])
 def test_is_its_formula(length, impl):
     inputs = drawn(length)
-    assert_close(
-        mlstm(*inputs, impl=impl), reference(*inputs), within(torch.float64, length) * conditioned(reference, *inputs)
-    )
+    limit = within(torch.float64, length) * conditioned(reference, *inputs)
+    if impl == "quadratic":  # decays between two tokens are differences of running sums, and err by the sums' last bit
+        limit *= max(1.0, float(-nn.functional.logsigmoid(inputs[4]).sum(-1).min()))
+    assert_close(mlstm(*inputs, impl=impl), reference(*inputs), limit)
     if length > 1:  # control: no floor
         assert error(reference(*inputs, floor=0.0), reference(*inputs)) > 1e-3
 
