@@ -194,3 +194,13 @@ def test_refusals(model):
         with pytest.raises(UserError, match="input_ids"):
             cache = new_cache(model, policy())
             model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+
+
+def test_a_decoder_behind_an_encoder():
+    """What it has been given to begin with is kept whole while that is short, and else refused in a line."""
+    bart, ids = models.tiny("bart"), models.tokens(1, 12)
+    with manyheads.use(bart, policy()), torch.no_grad():
+        made = bart.generate(ids, max_new_tokens=3)
+    assert torch.equal(made, bart.generate(ids, max_new_tokens=3))
+    with manyheads.use(bart, policy()), pytest.raises(UserError, match="with an encoder"), torch.no_grad():
+        bart.generate(ids, decoder_input_ids=models.tokens(1, 24), max_new_tokens=3)

@@ -313,4 +313,6 @@ def test_a_baseline_at_its_floor_or_without_rows():
     assert not_discriminative(RIGHT, good, FULL) is None and not_discriminative(LOSS, poor, FULL) is None
     assert not_discriminative(RIGHT, good, A) is None  # no row of it: nothing to say
     said = not_discriminative(RIGHT, [*poor, *rows(A, [1] * 40, "right")], FULL)  # the baseline's rows alone count
-    assert said.startswith("not discriminative: full itself reaches 0.50 [0.35, 0.65], and 0.5 tells nothing")
+    assert said.startswith(
+        "not discriminative: full itself reaches 50 % (35 to 65); only where it is surely above 50 %"
+    )

@@ -112,7 +112,7 @@ class PolicyStore(Store):
             return torch.cat([self.live.keys, k], 2), torch.cat([self.live.values, v], 2)
         if self.second_reading is not None:
             why = "reads a prompt twice, and the second time did not come: call the model that manyheads.use was given"
-            raise UserError(f"{self.policy.slug} {why}, not a part of it")
+            raise UserError(f"{self.policy.slug} {why}, not a part of it, nor one with an encoder")
         return self.tokens.update(k, v)
 
     def attend(self, call: AttentionCall) -> Tensor | None:

@@ -28,7 +28,7 @@ def read_again(model: nn.Module, cache: Cache | None, ids: Tensor) -> None:
     Raises:
         UserError: a layer of the cache is not kept by the strategy, or the prompt came as embeddings.
     """
-    layers = [] if cache is None else cache.layers
+    layers = getattr(cache, "layers", ())  # an encoder-decoder's cache is two, and its prompt is the encoder's
     stores = [x.store for x in layers if isinstance(x, StoreLayer) and x.strategy.rereads]
     if cache is None or not any(store.second_reading or store.prefilling for store in stores):
         return
