@@ -25,6 +25,7 @@ from manyheads.mixers.dhsa import fit_boundaries
 
 
 def main() -> None:
+    """Fit, print, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--text", default="essays")

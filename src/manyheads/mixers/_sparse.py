@@ -223,12 +223,18 @@ def grouped(x: Tensor, heads: int) -> Tensor:
 def _columns(call: AttentionCall, rule: Rule) -> list[tuple[int, int]]:
     """From and up to which column each row of a batch holds tokens."""
     (batch, _, length, _), size, mask = call.q.shape, call.k.shape[2], call.mask
-    if mask is None:
+    dropped = isinstance(call.step, int) and rule.window is None and call.step + length > size
+    if mask is None and not dropped:
         if length > 1 and not call.is_causal:
             raise UserError(f"{call.site.name} attends to what follows, and sparse attention here is causal")
         return [(0, size)] * batch
+    refusal = UserError(
+        f"the mask at {call.site.name} is not causality, a window and padding at the ends of rows: sparse attention "
+        "reads no other, and no cache from which tokens were dropped"
+    )
     mask = call.allowed()
-    assert mask is not None
+    if dropped or mask is None:
+        raise refusal
     mask = mask.expand(batch, -1, length, size)
     columns = torch.arange(size, device=mask.device)
     real = mask.any(2).any(1)
@@ -240,10 +246,7 @@ def _columns(call: AttentionCall, rule: Rule) -> list[tuple[int, int]]:
         wanted = rule.allows(columns[size - length :][begin:end, None], columns)
         wanted = wanted & (columns >= start) & (columns < stop)
         if end > begin and not bool((mask[b, :, begin:end] == wanted).all()):
-            raise UserError(
-                f"the mask at {call.site.name} is not causality, a window and padding at the ends of rows: sparse "
-                "attention reads no other, and no cache from which tokens were dropped"
-            )
+            raise refusal
         found.append((start, stop))
     return found
 

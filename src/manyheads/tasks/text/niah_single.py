@@ -21,6 +21,9 @@ class NiahSingle(TextTask):
 
     ``query_agnostic``: the question comes after compression. ``query_aware``: it is read before; its last token is fed
     after, so that the answer too is predicted from what was compressed.
+
+    Attributes:
+        only: keys of the arms that are measured, the baseline among them; all when empty.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -42,6 +45,8 @@ class NiahSingle(TextTask):
         ),
     )
 
+    only: tuple[str, ...] = ()
+
     def unsupported_reason(self, run: RunContext) -> str | None:
         return super().unsupported_reason(run) or self.contexts(run).unsupported_reason(1, self.lengths[0])
 
@@ -50,7 +55,7 @@ class NiahSingle(TextTask):
 
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         length, first, last = (unit.params[name] for name in ("length", "first", "last"))
-        arms = self.arms_of(run, unit)
+        arms = [arm for arm in self.arms_of(run, unit) if not self.only or arm.key in self.only]
         contexts = self.contexts(run).single(length)[first:last]
         prefix = Prefix(model_of(run), tensor(run, [context.ids for context in contexts]), arms)
         asked = tensor(run, [context.questions[0].question for context in contexts])
