@@ -220,9 +220,12 @@ class Boundaries:
 
     @classmethod
     def of(cls, folder: str, device: torch.device) -> "Boundaries":
-        """The same, read once a process unless the file has changed."""
-        path = Path(folder).expanduser() / _WEIGHTS
-        return _kept(folder, path.stat().st_mtime_ns if path.is_file() else 0, str(device))
+        """The same, or one that ships of that name; read once a process unless the file has changed."""
+        place, shipped = Path(folder).expanduser(), Path(__file__).parent / folder
+        if not place.exists() and (shipped / _WEIGHTS).is_file():
+            place = shipped
+        path = place / _WEIGHTS
+        return _kept(str(place), path.stat().st_mtime_ns if path.is_file() else 0, str(device))
 
 
 @functools.lru_cache(maxsize=8)

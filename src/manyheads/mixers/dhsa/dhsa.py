@@ -23,7 +23,8 @@ class DHSA(SparseAttention):
 
     Attributes:
         chunk: tokens of a chunk where no boundaries are given.
-        boundaries: folder of a predictor, as ``fit_boundaries(...).save`` wrote it.
+        boundaries: folder of a predictor, as ``fit_boundaries(...).save`` wrote it, or the name of one that ships:
+            ``smollm2-135m-instruct``.
         segment: of its boundaries ``top`` takes the ``per_block`` best for each block of queries, ``threshold`` those
             over ``theta``.
         per_block: boundaries for so many keys as a block has queries.

@@ -30,6 +30,7 @@ class Speed(TextTask):
         rounds: repetitions.
         apart: every arm reads the prompt by itself, and keeps of it what it alone needs.
         timed: keys of the arms that are timed; all of them when empty.
+        gpu_only: not on a CPU, for what is claimed of kernels.
     """
 
     alone: ClassVar[bool] = True
@@ -41,6 +42,12 @@ class Speed(TextTask):
     rounds: int = 2
     apart: bool = False
     timed: tuple[str, ...] = ()
+    gpu_only: bool = False
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if self.gpu_only and run.device.type != "cuda":
+            return f"what is claimed is the time of kernels of a GPU, and this ran on {run.device.type}"
+        return super().unsupported_reason(run)
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         length = self.lengths[-1]
