@@ -10,6 +10,7 @@ from manyheads.tasks import load, names
 
 # Of each task the metrics of which more is better, and those of which less is.
 BETTER = {
+    "attention_recall": ("recall", ""),
     "associative_recall": ("recalled", "tuning_nll training_nll"),
     "byte_lm": ("", "token_nll span_nll tuning_nll training_nll"),
     "channel_damage": ("answered kept grammatical new_token known_token", "text_nll"),
@@ -36,7 +37,7 @@ BETTER = {
 SHARES = {
     "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
-    "answered_ok", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad",
+    "answered_ok", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
 }  # fmt: skip
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",

@@ -31,8 +31,9 @@ Found = dict[int, dict[str, float]]  # by number of the strategy: sums over laye
 class AttentionRecall(TextTask):
     """Mean over layers, heads and queries of the dense attention that lies on what is read; the model itself is dense.
 
-    Judged are queries that lie behind what any arm reads anyway (first, chosen and local tokens, and a block), and not
-    in its dense tail. ``pairs`` is the share of their pairs that an arm reads: equal where budgets are.
+    The baseline reads everything. Judged are queries that lie behind what any arm reads anyway (first, chosen and local
+    tokens, and a block), and not in its dense tail. ``pairs`` is the share of their pairs that an arm reads: equal
+    where budgets are.
 
     An arm with the option ``fit`` has its boundaries fitted in this run, on other texts of the corpus, once for each
     seed; elsewhere such an arm has none, so leave it out there.
@@ -45,12 +46,21 @@ class AttentionRecall(TextTask):
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("recall", "attention on keys that are read", higher=True, kind="share"),
-        Metric("pairs", "pairs that are read", kind="share"),
+        Metric("pairs", "share of the pairs that is read"),
     )
 
     fit_texts: int = 9
     fit_tokens: int = 512
     fit_steps: int = 300
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        sparse = [cast(SparseAttention, arm.strategy) for arm in run.arms if _sparse(arm)]
+        if not sparse:
+            return "no arm chooses what a prompt reads, as dhsa does"
+        first, last = _judged(sparse, self.lengths[0])
+        if first >= last:
+            return f"a prompt of {self.lengths[0]} tokens is read whole at these budgets; give longer ones"
+        return super().unsupported_reason(run)
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         self._drawn(run, self.lengths[-1])  # too short a text is found now
@@ -69,11 +79,12 @@ class AttentionRecall(TextTask):
     def rows(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         seed = unit.params["seed"]
         arms = [arm for arm in run.arms if _sparse(arm) and bool(arm.options.get("fit")) == (seed >= 0)]
-        if not arms:
-            return
         strategies = [cast(SparseAttention, arm.strategy) for arm in arms]
         if seed < 0:
             length, i = unit.params["length"], unit.params["sample"]
+            for arm in (arm for arm in run.arms if not arm.strategies):
+                for metric in ("recall", "pairs"):
+                    yield self.row(metric, arm, 1.0, f"{length}-{i}", at={"length": length})
             yield from self._measured(run, arms, strategies, length, i, None)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -88,9 +99,7 @@ class AttentionRecall(TextTask):
         seed: int | None,
     ) -> Iterator[Row]:  # fmt: skip
         everyone = [cast(SparseAttention, arm.strategy) for arm in run.arms if _sparse(arm)]
-        judged = (
-            max(s.first + s.budget + s.local + s.block for s in everyone), length - max(s.last for s in everyone)
-        )  # fmt: skip
+        judged = _judged(everyone, length)
         ids, text, overlaps = self._drawn(run, length)[i]
         watcher = _Watcher(strategies=tuple(strategies), judged=judged)
         with use(model_of(run), watcher):
@@ -112,6 +121,11 @@ class AttentionRecall(TextTask):
         ids = tensor(run, [text[: self.fit_tokens] for text, _, _ in drawn])
         with torch.inference_mode(False):
             fit_boundaries(model_of(run), ids, port=use, steps=self.fit_steps, seed=seed).save(folder)
+
+
+def _judged(strategies: Sequence[SparseAttention], length: int) -> tuple[int, int]:
+    """From and up to which query something is left out by all, and none is in a dense tail."""
+    return max(strategy.most for strategy in strategies), length - max(strategy.last for strategy in strategies)
 
 
 def _sparse(arm: Arm) -> bool:
