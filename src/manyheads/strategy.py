@@ -107,8 +107,8 @@ class AttentionCompute(Attention):
     """Computes attention another way. At most one such strategy per site."""
 
     @abstractmethod
-    def attend(self, call: "AttentionCall") -> "Tensor":
-        """Return the output ``[B, T, H, dv]``."""
+    def attend(self, call: "AttentionCall") -> "Tensor | None":
+        """Return the output ``[B, T, H, dv]``; None leaves this call to the model, as it stands."""
 
 
 class AttentionWatch(Attention):

@@ -83,7 +83,7 @@ def test_a_budget_that_covers_all_is_dense(spec):
     rule = Rule()
     size = row.keys.shape[1]
     assert torch.equal(strategy.pattern(row).to_mask(rule).all(1)[0], causal_mask(size, size))
-    assert_close(strategy.attend(c), c.attend(), FORMULA)
+    assert strategy.attend(c) is None  # the model itself attends
     few = dataclasses.replace(strategy, budget=size - 30)  # control
     assert not torch.equal(few.pattern(row).to_mask(rule).all(1)[0], causal_mask(size, size))
 

@@ -74,7 +74,9 @@ class LinearState(SiteState):
             site=self.site, q=q, k=k, v=v, scale=1.0, mask=None if real is None else real[:, None, None],
             is_causal=True, recurrence=Recurrence(-module.slope_rate.flatten(), past), state=entry.state,
         )  # fmt: skip
-        out = module.norm(self.strategy.attend(call).flatten(2))
+        answered = self.strategy.attend(call)
+        assert answered is not None, "linear attention has no way but the strategy's"
+        out = module.norm(answered.flatten(2))
         out = module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * out)
         assert call.recurrence is not None
         if cache is not None:

@@ -104,11 +104,12 @@ class SparseAttention(AttentionCompute):
         """Tokens that a block of queries reads at most."""
         return self.first + self.budget + self.local + self.block
 
-    def attend(self, call: AttentionCall) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor | None:
+        """The sparse output; None, so that the model attends itself, where everything is read."""
         length, tail = call.q.shape[2], self._tail(call)
         self._check(call)
         if tail == length or call.k.shape[2] - tail - 1 <= self.first + self.budget + self.local:
-            return _dense(call)
+            return None
         out = call.v.new_zeros(*call.q.shape[:1], length, call.q.shape[1], call.v.shape[3])
         for b, start, stop, row in self.rows(call):
             q, k, v = call.q[b : b + 1], call.k[b : b + 1, :, start:stop], call.v[b : b + 1, :, start:stop]
@@ -249,18 +250,6 @@ def _columns(call: AttentionCall, rule: Rule) -> list[tuple[int, int]]:
             raise refusal
         found.append((start, stop))
     return found
-
-
-def _dense(call: AttentionCall) -> Tensor:
-    """The call by scaled_dot_product_attention."""
-    if call.mask is None and call.is_causal:
-        return causal_tail(call.q, call.k, call.v, call.scale)
-    k, v = repeat_kv(call.k, call.q.shape[1]), repeat_kv(call.v, call.q.shape[1])
-    allowed = call.allowed()
-    out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, attn_mask=allowed, scale=call.scale)
-    if allowed is not None:
-        out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    return out.transpose(1, 2)
 
 
 def _tail(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: Rule) -> Tensor:
