@@ -24,30 +24,26 @@ _OWN = ",boundaries=smollm2-135m-instruct"
 
 def _arms(sizes: str, own: str = _OWN) -> tuple[Arm, ...]:
     """All that is compared, at one size of everything that is read."""
-    rival = f"dhsa.rival:{sizes},by="
-    return (
-        Arm("dhsa", f"dhsa:{sizes}{own}"),
-        Arm("dhsa, fitted here", f"dhsa:{sizes}", options={"fit": True}),
-        Arm("dhsa, mean of a chunk", f"dhsa:{sizes}{own},norm=mean"),
-        Arm("dhsa, sum of a chunk", f"dhsa:{sizes}{own},norm=sum"),
-        Arm("dhsa, per kv head", f"dhsa:{sizes}{own},index=kv"),
-        Arm("dhsa, per query head", f"dhsa:{sizes}{own},index=query"),
-        Arm("block mean", f"{rival}block_mean"),
-        Arm("block mean, per query head", f"{rival}block_mean,index=query"),
-        Arm("a-shape", f"{rival}a_shape"),
-        Arm("vertical-slash", f"{rival}vertical_slash"),
-        Arm("minference", f"{rival}minference,index=query"),
-        Arm("random", f"{rival}random"),
-        Arm("oracle", f"{rival}oracle"),
-    )
+    ours = {
+        "dhsa": own, "dhsa, fitted here": "", "dhsa, mean of a chunk": f"{own},norm=mean",
+        "dhsa, sum of a chunk": f"{own},norm=sum", "dhsa, per kv head": f"{own},index=kv",
+        "dhsa, per query head": f"{own},index=query",
+    }  # fmt: skip
+    rivals = {
+        "block mean": "block_mean", "block mean, per query head": "block_mean,index=query", "a-shape": "a_shape",
+        "vertical-slash": "vertical_slash", "minference": "minference,index=query", "random": "random",
+        "oracle": "oracle",
+    }  # fmt: skip
+    specs = {name: f"dhsa:{sizes}{more}" for name, more in ours.items()}
+    specs |= {name: f"dhsa.rival:{sizes},by={by}" for name, by in rivals.items()}
+    return tuple(Arm(name, spec, options={"fit": True} if "fitted" in name else {}) for name, spec in specs.items())
 
 
 _RECALL, _LOSS, _NEEDLE = "attention_recall.recall", "perplexity.token_nll", "niah_single.query_aware"
 _RIVALS = ("block mean", "a-shape", "vertical-slash", "minference", "random")
 _FEW = ("full", "dhsa", "block mean", "random")
-_MANY = (*_FEW, "dhsa, per kv head", "a-shape", "vertical-slash", "minference")
-# Half a percent of the attention: less than one token of the budget is worth to a rival.
-_MARGIN = 0.005
+_MANY = (*_FEW, "vertical-slash", "minference")
+_MARGIN = 0.005  # half a percent of the attention
 
 claim = Claim(
     slug="dhsa",
@@ -76,29 +72,25 @@ claim = Claim(
         sizes=Sizes(
             quick={
                 "subject": "default", "arms": _arms("budget=48,block=16,first=16,local=16,last=16", ""), "samples": 2,
-                "lengths": (320,), "rounds": 1, "only": _FEW, "fit_texts": 3, "fit_tokens": 128,
-                "fit_steps": 20,
+                "lengths": (320,), "rounds": 1, "only": _FEW, "fit_texts": 3, "fit_tokens": 128, "fit_steps": 20,
             },
             cpu={
                 "arms": _arms(_SMALL), "lengths": (640,), "samples": 4, "seeds": 1, "only": _FEW, "fit_texts": 5,
                 "fit_tokens": 384, "fit_steps": 100,
             },
-            cuda={"samples": 24, "attention_recall.samples": 12, "rounds": 6},
+            cuda={"samples": 24, "attention_recall.samples": 8, "rounds": 6},
         ),
         equal="none",
         seeds=3,
     ),
     checks=(
         *(higher(_RECALL, "dhsa", than=rival, margin=_MARGIN) for rival in _RIVALS),
-        higher(_RECALL, "dhsa", than="dhsa, mean of a chunk", margin=_MARGIN),
-        higher(_RECALL, "dhsa", than="dhsa, sum of a chunk", margin=_MARGIN),
-        # A complaint of users: one choice for all heads loses what heads look at apart.
+        *(higher(_RECALL, "dhsa", than=f"dhsa, {norm} of a chunk", margin=_MARGIN) for norm in ("mean", "sum")),
         higher(_RECALL, "dhsa, per kv head", than="dhsa", margin=_MARGIN),
-        # "Matches dense": 0.05 nats are 5 % of perplexity, and a tenth of the needles some four of a figure's squares.
-        no_worse(_LOSS, "dhsa", than="full", margin=0.05, better="lower"),
-        *(lower(_LOSS, "dhsa", than=rival) for rival in ("block mean", "random")),
+        no_worse(_LOSS, "dhsa", than="full", margin=0.05, better="lower"),  # 5 % of perplexity
+        *(lower(_LOSS, "dhsa", than=rival) for rival in _FEW[2:]),
         no_worse(_NEEDLE, "dhsa", than="full", margin=0.1, better="higher"),
-        *(higher(_NEEDLE, "dhsa", than=rival) for rival in ("block mean", "random")),
+        *(higher(_NEEDLE, "dhsa", than=rival) for rival in _FEW[2:]),
         at_most("speed.prefill", "dhsa", times=0.8, than="full"),
     ),
     caveat=(
