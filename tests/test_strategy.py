@@ -99,7 +99,7 @@ def test_parts_of_a_tuple_are_joined_by_plus():
         ("hashevict:num_bits=8.5", "hashevict: num_bits=8.5: .*integer"),
         ("hashevict:probe=both", "hashevict: probe=both: .*'query' or 'key'"),
         ("keydiff:layers=a-b", "keydiff: layers=a-b"),
-        ("keydiff:schedule=often", "schedule is prefill, chunk, step or a number"),
+        ("keydiff:schedule=often", "schedule is prefill, turn, chunk, step or a number"),
         ("keydiff:schedule=0", "schedule is prefill"),
         ("keydiff:sinks=-1", "cannot be negative"),
         ("t5_attention_alignment:taus=.5+x", "taus=.5.x: .*number"),
