@@ -271,6 +271,7 @@ class AttentionCall:
         sinks: ``[H]`` learned sink logits (gpt-oss).
         dropout: probability on the weights, 0 outside training.
         training: whether the module is in training mode.
+        hidden: ``[B, T, D]`` that the attention module was given, after its norm; None where it is not known.
         positions: ``[B, T]`` rotary position ids where the model passes them on.
         rotary: cosines and sines ``[B, T, rotary_dim]`` of those positions, where the model passes them on.
         step: tokens that the sequence of the queries had before this call, a tensor in compiled decoding; 0 without a
@@ -298,6 +299,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     dropout: float = 0.0
     training: bool = False
+    hidden: Tensor | None = None
     positions: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     step: int | Tensor = 0

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strategies that do nothing, each in its own way, and strategies that are wrong on purpose."""
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor
 from manyheads.caches._store import PolicyStore
 from manyheads.caches._strategy import EvictionStrategy
 from manyheads.caches._view import CacheView
-from manyheads.call import AttentionCall
+from manyheads.caches.attention_gate import AttentionGate, Gates
+from manyheads.caches.attention_gate.store import GateStore
+from manyheads.call import AttentionCall, Site
 from manyheads.strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch
 
 
@@ -142,3 +146,29 @@ class Wrong(Norm):
 
     def store(self, site: object) -> PolicyStore:
         return self.how(self, site)  # type: ignore[arg-type]
+
+
+@functools.cache
+def drawn_gates(dim: int, kv_heads: int, layers: int = 2) -> Gates:
+    """Gates with random weights, which keep about half of what they read."""
+    with torch.random.fork_rng():
+        torch.manual_seed(kv_heads)
+        gates = Gates(dim, dict.fromkeys(range(layers), kv_heads), num_heads=1, head_dim=4, bias=0.0)
+        for layer in range(layers):
+            torch.nn.init.normal_(gates.gate(layer).out.weight, std=1.0)
+    return gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnGates(AttentionGate):
+    """Attention gates with weights drawn for the model at hand (width 32)."""
+
+    gates: str = "drawn"
+    kv_heads: int = 0
+
+    @functools.cached_property
+    def trained(self) -> Gates:
+        return drawn_gates(32, self.kv_heads)
+
+    def store(self, site: Site) -> GateStore:
+        return GateStore(dataclasses.replace(self, kv_heads=site.num_kv_heads), site)

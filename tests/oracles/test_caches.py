@@ -6,7 +6,7 @@ import torch
 
 import manyheads
 from oracles import caches, models
-from oracles.strategies import Blind, Forgetful, MaskedOnly, Norm, Unmarked, Wrong
+from oracles.strategies import Blind, DrawnGates, Forgetful, MaskedOnly, Norm, Unmarked, Wrong
 
 EVICTING = {
     "norm": Norm(budget=0.5),
@@ -35,6 +35,8 @@ EVICTING = {
     "graphkv": "graphkv:base=snapkv(window_size=2,kernel_size=3),budget=0.5",
     "fireq": "fireq:base=keydiff,budget=0.7,window_tokens=2",
     "hedge": "hedge:budget=0.6,sinks=1,recent=1,window_size=4,bits=none,whole=0",
+    "attention_gate": DrawnGates(),
+    "attention_gate-step": DrawnGates(schedule="step", sinks=1),
 }
 # The six that stand for the rest where a property is dear: one-shot and per step, key-only and with queries, in place.
 FEW = ("norm", "random-every-3", "streaming_llm-slots", "snapkv-step", "keydiff-chunk", "hashevict")

@@ -10,7 +10,7 @@ from ..errors import warn
 from ._policy import CachePolicy
 from ._view import CacheView
 
-__all__ = ["drop_outside_window", "keep_best", "warn_of_few"]
+__all__ = ["drop_outside_window", "keep_best", "keep_marked", "warn_of_few"]
 
 _FEW = 16  # tokens of a prompt: what is answered from fewer is often wrong
 
@@ -61,6 +61,13 @@ def keep_best(
         slots.keys, slots.values = merged
     slots.keep(order, kept, whole and slots.even)
     return ragged
+
+
+def keep_marked(slots: PaddedCache, kept: Tensor, limit: int | None = None) -> None:
+    """Keep the slots where ``kept [B, Hs, N]``, unequal numbers or not; ``limit`` bounds these, looked up if None."""
+    most = int(kept.sum(-1).max()) if limit is None else limit
+    order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., :most]
+    slots.keep(order, kept.gather(2, order))
 
 
 def warn_of_few(policy: CachePolicy, kept: int, size: int) -> None:

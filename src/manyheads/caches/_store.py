@@ -19,7 +19,7 @@ from ._second_reading import Rereading
 from ._tokens import Tokens
 from ._view import CacheView, QueryWindow, received
 
-__all__ = ["PolicyStore", "view_of"]
+__all__ = ["PolicyStore", "choose_storage", "view_of"]
 
 _RECEIVED = "accumulated_attention"  # among the extras of each slot
 
@@ -35,9 +35,13 @@ class PolicyStore(Store):
         site: the place in the model.
         record: keep the last ``record`` queries and the evidence of the last forward, so that :meth:`fork` can hand
             them to other policies; and all tokens of a sliding-window layer, which a policy may choose among.
+
+    Attributes:
+        steps_ragged: :meth:`attend` evicts at every step in ragged storage, so that the layer may stay in it.
     """
 
     covers_past: ClassVar[bool] = True
+    steps_ragged: ClassVar[bool] = False
 
     def __init__(self, policy: CachePolicy, site: Site, record: int = 0) -> None:
         super().__init__(site, record)
@@ -189,7 +193,7 @@ class PolicyStore(Store):
             replace(view, state=view.shared).angle_step()  # forks look at the latest forward only
             self._evidence = view
         if self._waiting is None:
-            _choose_storage(self, call.k, call.v)
+            choose_storage(self, call.k, call.v)
 
     def fork(self, target: Store | None = None) -> Store:
         """As in :class:`Store`: exact for policies with ``dense_prefill``, refused once this store dropped a token."""
@@ -321,7 +325,7 @@ def _fork(store: PolicyStore, target: PolicyStore) -> PolicyStore:
         target.tokens.key_scale, target._scaled = policy.key_scale(view), True
     target.compress(view)
     if target._waiting is None:
-        _choose_storage(target, call.k, call.v)
+        choose_storage(target, call.k, call.v)
     return target
 
 
@@ -371,10 +375,10 @@ def _evict_waiting(last: PolicyStore) -> None:
     for n, (store, view) in waiting.items():
         store._waiting = None
         store.compress(view, shares[n])
-        _choose_storage(store, view.k, view.v)
+        choose_storage(store, view.k, view.v)
 
 
-def _choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
+def choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
     """After a forward that used ``k, v``: drop what left the sliding window, or pack where that is smaller."""
     tokens, policy = store.tokens, store.policy
     if tokens.ragged is not None:
@@ -389,7 +393,7 @@ def _choose_storage(store: PolicyStore, k: Tensor, v: Tensor) -> None:
     if k.shape[1] != slots.keys.shape[1] or not k.shape[3] == v.shape[3] == slots.keys.shape[3]:
         return  # the cache holds something else than keys and values
     accrues = policy.accumulated_attention and policy.schedule != "prefill"  # only padded caches keep it
-    ragged = store._ragged and policy.schedule != "step" and not accrues
+    ragged = store._ragged and (policy.schedule != "step" or store.steps_ragged) and not accrues
     if (tokens.codec is not None and not _stays_whole(store)) or (tokens.room and not store.prefilling) or ragged:
         tokens.pack()
 

@@ -34,7 +34,7 @@ from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
 from ..call import AttentionCall, Site
 from ..errors import UserError
-from ._evict import drop_outside_window
+from ._evict import drop_outside_window, keep_marked
 from ._policy import Schedule
 from ._store import PolicyStore
 from ._strategy import EvictionStrategy
@@ -251,8 +251,7 @@ def _drop(store: HashStore, kept: Tensor) -> None:
     """Keep the slots ``kept [B, Hs, N]``, and make the place in which new tokens wait once all are taken."""
     slots = store.live
     kept = kept & (slots.columns() >= 0)
-    order = kept.logical_not().int().argsort(dim=-1, stable=True)[..., : store._capacity]
-    slots.keep(order, kept.gather(2, order))
+    keep_marked(slots, kept, store._capacity)
     if slots.size == store._capacity and not slots.keys.requires_grad:
         _add_staging_slot(slots)
         store._has_staging_slot = True

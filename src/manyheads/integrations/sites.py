@@ -172,6 +172,7 @@ class SiteState(HookChain):
         self.passes.enter()
         running = self.thread.begin()
         running.rotary = _tables(kwargs.get("position_embeddings"))
+        running.hidden = _hidden(kwargs.get("hidden_states", args[0] if args else None))
         cache = find_cache(*kwargs.values(), *args)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
@@ -297,8 +298,9 @@ class SiteState(HookChain):
             site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
             is_causal=is_causal, softcap=kwargs.get("softcap") if knows else None,
             sinks=kwargs.get("s_aux") if knows else None,
-            dropout=kwargs.get("dropout", 0.0), training=module.training, positions=kwargs.get("position_ids"),
-            rotary=_halves(self, module, q.shape[-1]), function=self.function, step=step, cache=store, past=past,
+            dropout=kwargs.get("dropout", 0.0), training=module.training, hidden=self.thread.now.hidden,
+            positions=kwargs.get("position_ids"), rotary=_halves(self, module, q.shape[-1]), function=self.function,
+            step=step, cache=store, past=past,
         )  # fmt: skip
 
     def _attend(
@@ -353,6 +355,11 @@ def _tables(given: Any) -> tuple[Tensor, Tensor] | None:
         return None
     cos, sin = given
     return (cos, sin) if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.ndim == sin.ndim == 3 else None
+
+
+def _hidden(given: Any) -> Tensor | None:
+    """The input ``[B, T, D]`` among the arguments of an attention module."""
+    return given if isinstance(given, Tensor) and given.ndim == 3 else None
 
 
 def _first_columns(x: Tensor | None, count: int) -> Tensor | None:

@@ -19,6 +19,7 @@ class Running:
 
     store: Store | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    hidden: Tensor | None = None  # that the module was given
     past: Cache | None = None  # of the sequence that the queries belong to
     lent: bool = False  # keys of another layer, that a store of ours holds
 
@@ -37,7 +38,7 @@ class ThreadState:
     def begin(self) -> Running:
         """A forward begins in this thread."""
         if torch.compiler.is_compiling():
-            self._shared.store = self._shared.rotary = self._shared.past = None
+            self._shared.store = self._shared.rotary = self._shared.hidden = self._shared.past = None
             self._shared.lent = False
             return self._shared
         self._here.running = self._shared = Running()
@@ -53,6 +54,6 @@ class ThreadState:
     def end(self) -> None:
         """Its attention is computed: an open port does not keep a cache alive."""
         now = self.now
-        now.store = now.rotary = now.past = None
+        now.store = now.rotary = now.hidden = now.past = None
         if not torch.compiler.is_compiling():
             self._here.running = None

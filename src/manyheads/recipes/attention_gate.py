@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gates for ``attention_gate``, trained on a frozen model: minutes on a GPU.
+
+    python -m manyheads.recipes.attention_gate --model MODEL --out FOLDER [--target 0.3] [--text prose] [--budget 5m]
+
+The loss is that of the next token of ordinary text under the gates, and the eviction loss, which pulls the part that is
+kept to the target. Only gates are trained. Afterwards the threshold is set so that the target is met on text that was
+not trained on. The same command goes on with a training that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import manyheads
+from manyheads.caches.attention_gate import Gates
+from manyheads.caches.attention_gate.soft import Counts, Relaxation, SoftGates, eviction_loss
+from manyheads.data.texts import CORPORA, Text, corpus, read
+from manyheads.errors import UserError
+from manyheads.integrations.transformers import find_sites
+from manyheads.progress import time_left
+from manyheads.training import Budget, Checkpoint, TrainState, decay, fit
+
+__all__ = ["calibrate", "text_batches", "train_gates"]
+
+_CHARACTERS = 4_000_000  # of the texts, at most
+_LOWERING = 0.5  # of the training: until then the target falls from 1 to what it is to be
+OnStep = Callable[[TrainState, float, float], bool | None]
+
+
+def text_batches(
+    texts: Sequence[Text], tokenizer: Any, length: int, batch: int, seed: int = 0, device: str | torch.device = "cpu"
+) -> Callable[[int], Tensor]:
+    """Batches ``[batch, length + 1]`` of ids by number, cut at random places out of ``texts``, joined in their order.
+
+    Raises:
+        UserError: the texts are shorter than that.
+    """
+    ids: list[int] = []
+    left = _CHARACTERS
+    for text in texts:
+        ids += tokenizer.encode(text.content[: max(0, left)], add_special_tokens=False, verbose=False)
+        left -= len(text.content)
+    if len(ids) <= length:
+        raise UserError(f"the text has {len(ids)} tokens, and a sequence takes {length + 1}: give more text")
+    whole = torch.tensor(ids)
+
+    def get_batch(number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        starts = torch.randint(len(whole) - length, (batch, 1), generator=generator)
+        return whole[starts + torch.arange(length + 1)].to(device)
+
+    return get_batch
+
+
+def train_gates(
+    model: nn.Module, get_batch: Callable[[int], Tensor], *, target: float = 0.3, budget: Budget | str | int = "5m",
+    lr: float = 1e-2, weight: float = 0.1, relaxation: Relaxation = "straight_through", counts: Counts = "flags",
+    hinge: bool = False, num_heads: int = 2, head_dim: int = 16, bias: float = 2.0, sinks: int = 4,
+    seed: int = 0, checkpoint: Checkpoint | None = None, on_step: OnStep | None = None,
+) -> Gates:  # fmt: skip
+    """Gates of ``model``, which stays as it is.
+
+    Args:
+        model: a decoder of transformers, on its device.
+        get_batch: ids ``[B, T + 1]`` by the number of the step; numbers below 0 are for :func:`calibrate`.
+        target: part of the tokens to be kept, on average over layers and heads.
+        budget: as in :func:`manyheads.training.fit`.
+        lr: highest learning rate, of AdamW.
+        weight: of the eviction loss.
+        relaxation, counts, hinge: see :mod:`manyheads.caches.attention_gate.soft`.
+        num_heads, head_dim, bias: of each gate.
+        sinks: first tokens that are always kept.
+        seed: of the weights at the start.
+        checkpoint: where checkpoints go; training goes on from one.
+        on_step: told the state, the loss of the text and the part that was kept after each step; True ends it.
+
+    Raises:
+        UserError: a target that is no part, or a model without layers that a gate can stand before.
+    """
+    if not 0 < target <= 1:
+        raise UserError(f"target is the part of the tokens that is kept, above 0 and at most 1, not {target}")
+    sites = [site for site, _ in find_sites(model)]
+    config: Any = model.config
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        gates = Gates.of(
+            config.get_text_config().hidden_size, sites, num_heads=num_heads, head_dim=head_dim, bias=bias, sinks=sinks
+        ).to(device)  # fmt: skip
+    soft = SoftGates(trained=gates, relaxation=relaxation, counts=counts)
+
+    state, seen = TrainState(Budget.of(budget)), [torch.zeros(()), torch.zeros(())]
+
+    def loss(_: nn.Module, ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+        text = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        kept = torch.stack([x.mean() for x in soft.counted.values()]).mean()
+        seen[:] = [text.detach(), kept.detach()]
+        now = 1 - (1 - target) * min(1.0, state.progress / _LOWERING)
+        return text + weight * eviction_loss(soft.counted.values(), now, hinge)
+
+    optimizer = torch.optim.AdamW(gates.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    with _frozen(model), manyheads.use(model, soft):
+        fit(
+            gates, get_batch, loss, budget=state, optimizers=[optimizer], bf16=False, checkpoint=checkpoint,
+            schedule=decay("cosine", warmup=0.1, floor=0.1),
+            on_step=None if on_step is None else lambda now: on_step(now, float(seen[0]), float(seen[1])),
+        )  # fmt: skip
+    gates.about = {
+        "model": type(model).__name__, "target": target, "steps": state.step, "weight": weight,
+        "relaxation": relaxation, "counts": counts, "text_loss": float(seen[0]), "kept": float(seen[1]),
+    }  # fmt: skip
+    gates.threshold = calibrate(model, gates, get_batch(-1), target)
+    return gates.requires_grad_(False)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, gates: Gates, ids: Tensor, target: float, rounds: int = 4) -> float:
+    """The threshold at which the gates keep ``target`` of the tokens of ``ids [B, T]`` over all layers and heads.
+
+    What is dropped changes what later gates read, so it is found in rounds, each under the threshold before.
+    """
+    found = gates.threshold
+    for _ in range(rounds):
+        soft = SoftGates(trained=gates, threshold=found)
+        with manyheads.use(model, soft):
+            model(input_ids=ids, use_cache=False)
+        p = torch.cat([x.flatten() for x in soft.probabilities.values()])
+        place = round((1 - target) * len(p))
+        found = 0.0 if place < 1 else float(p.kthvalue(place).values)
+    return found
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients of its own, as it was afterwards."""
+    trained, training = [p for p in model.parameters() if p.requires_grad], model.training
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the recipe."""
+    parser = argparse.ArgumentParser("python -m manyheads.recipes.attention_gate", description="Train attention gates.")
+    parser.add_argument("--model", default="default", help="folder or hub name of a decoder; default: the shipped one")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the gates; a training cut off goes on there")
+    parser.add_argument("--target", type=float, default=0.3, help="part of the tokens that is kept")
+    parser.add_argument("--text", default="prose", help=f"{', '.join(CORPORA)}, or files and folders, comma-separated")
+    parser.add_argument("--budget", default="5m", help="as 5m, 90s, 2M (tokens) or '200 steps'")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--lr", type=float, default=1e-2, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    if (args.out / "gates.json").exists():
+        parser.error(f"{args.out} holds gates; name a new folder")
+    try:
+        texts = corpus(args.text) if args.text in CORPORA else read([Path(part) for part in args.text.split(",")])
+        model, tokenizer = manyheads.models.load(args.model, args.device)
+        get_batch = text_batches(texts, tokenizer, args.length, args.batch, args.seed, args.device)
+        unfinished = args.out / "training"
+
+        def on_step(state: TrainState, text: float, kept: float) -> None:
+            if state.step % 10 == 0 or state.step == 1:
+                done, left = min(1.0, state.progress), time_left(state.seconds, state.progress)
+                print(f"{done:4.0%} step {state.step}: loss of text {text:.3f}, {kept:.0%} kept {left}", flush=True)
+
+        gates = train_gates(
+            model, get_batch, target=args.target, budget=args.budget, lr=args.lr, seed=args.seed,
+            checkpoint=Checkpoint(unfinished, every=50), on_step=on_step,
+        )  # fmt: skip
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    gates.about["text"] = args.text
+    gates.save(args.out)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{args.out}: keeps {args.target:.0%} at {gates.threshold:.3f}; use it as attention_gate:gates={args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
