@@ -64,7 +64,7 @@ def text_batches(
 
 def train_gates(
     model: nn.Module, get_batch: Callable[[int], Tensor], *, target: float = 0.3, budget: Budget | str | int = "5m",
-    lr: float = 1e-2, weight: float = 0.1, relaxation: Relaxation = "straight_through", counts: Counts = "flags",
+    lr: float = 1e-2, weight: float = 0.2, relaxation: Relaxation = "straight_through", counts: Counts = "flags",
     hinge: bool = False, num_heads: int = 2, head_dim: int = 16, bias: float = 2.0, sinks: int = 4,
     seed: int = 0, checkpoint: Checkpoint | None = None, on_step: OnStep | None = None,
 ) -> Gates:  # fmt: skip

@@ -34,7 +34,7 @@ class _Gated(TextTask):
         lr: highest learning rate.
     """
 
-    steps: int = 50
+    steps: int = 40
     batch: int = 1
     length: int = 256
     train_text: str = "brown"
