@@ -172,7 +172,7 @@ def attributes_are_declared(source: Source) -> Iterator[str]:
 def papers_stand_alone(source: Source) -> Iterator[str]:
     """A strategy file imports no other strategy, not even of its own category; what they share has an underscore.
 
-    A claim imports none but its own paper's; a task may measure what parts of any paper do.
+    A claim or a recipe imports none but its own paper's; a task may measure what parts of any paper do.
     """
     from manyheads import catalog
 
@@ -181,7 +181,7 @@ def papers_stand_alone(source: Source) -> Iterator[str]:
         parts = name.split(".")
         for target in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
             own = source.part == "tasks" or (
-                source.part == "claims" and target.rpartition(".")[2] == source.module.rpartition(".")[2]
+                source.part in ("claims", "recipes") and target.rpartition(".")[2] == source.module.rpartition(".")[2]
             )
             own = own or f"{source.module}.".startswith(f"{target}.")  # a part of the paper's own folder
             if target in strategies and not own:
@@ -255,6 +255,7 @@ RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
         Source("manyheads.caches.hashevict", "from . import snapkv"),
         Source("manyheads.caches", "from . import snapkv", package=True),
         Source("manyheads.claims.hashevict", "from ..caches.snapkv import SnapKV"),
+        Source("manyheads.recipes.hashevict", "from ..caches.snapkv import SnapKV"),
         Source("manyheads.caches.hashevict.part", "from ..snapkv.other import SnapKV"),
         Source("manyheads.diffusion.sag", "from .pab.redundancy import suggest"),
     ],

@@ -10,12 +10,10 @@ import torch
 
 import manyheads
 from manyheads import UserError, parse
-from manyheads.caches._store import PolicyStore
 from manyheads.caches.attention_gate import Gates
 from manyheads.caches.attention_gate.gates import Gate
 from manyheads.caches.attention_gate.soft import SoftGates, eviction_loss
 from manyheads.caches.attention_gate.store import GateStore
-from manyheads.integrations.cache import cache_arguments
 from manyheads.integrations.transformers import find_sites, new_cache, prefill
 from manyheads.recipes.attention_gate import calibrate, main, text_batches, train_gates
 from manyheads.training import Checkpoint
@@ -301,14 +299,15 @@ def test_soft_equals_hard_at_saturated_gates(llama):
     policy, ids = DrawnGates(kv_heads=2), models.tokens(2, 18)
     gates = policy.trained
     hard = logits(llama, ids, DrawnGates())
-    assert_close(logits(llama, ids, SoftGates(trained=gates)), hard, FORMULA)
+    limit = 1e-6  # a dropped key has 1e-12 of its weight, which may be large beside the others
+    assert_close(logits(llama, ids, SoftGates(trained=gates)), hard, limit)
     sharp = Gates(32, gates.kv_heads, 1, 4)
     sharp.load_state_dict(gates.state_dict())
     for layer in sharp.kv_heads:
         for p in sharp.gate(layer).out.parameters():
             p.data *= 1e5
     smooth = SoftGates(trained=sharp, relaxation="sigmoid")
-    assert_close(logits(llama, ids, smooth), hard, FORMULA)
+    assert_close(logits(llama, ids, smooth), hard, limit)
     assert error(logits(llama, ids, SoftGates(trained=gates, relaxation="sigmoid")), hard) > 1e-2
 
 
@@ -350,7 +349,8 @@ def test_gradient_is_that_of_the_relaxed_objective():
             gates.layers["0"].logits.copy_(start)
         assert float(grad[place]) == pytest.approx(float((ends[0] - ends[1]) / (2 * h)), rel=5e-3)
     straight = torch.autograd.grad(loss("straight_through"), gates.layers["0"].logits)[0]
-    assert bool((straight[..., :9] != 0).all()) and error(straight, grad) > 1e-3  # dropped ones too; another point
+    assert bool((straight[0, 0, :7] != 0).all())  # all of them are dropped
+    assert bool((straight[..., 8:] == 0).all()) and error(straight, grad) > 1e-3  # no later query has a loss
 
 
 def test_eviction_loss():
@@ -394,7 +394,8 @@ def test_training_moves_gates_alone(tmp_path):
     assert all(not torch.equal(whole.gate(n).out.weight, fresh.gate(n).out.weight) for n in whole.kv_heads)
     assert whole.about["steps"] == 12
 
-    def cut(state):
+    def cut(state, text, kept):
+        assert text > 0 and 0 < kept <= 1
         if state.step == 5:
             raise KeyboardInterrupt
 
@@ -442,7 +443,3 @@ def test_compiled_storage(llama):
         assert_close(step(llama, last, fixed), step(llama, last, plain), SAME)
         with pytest.raises(UserError, match="go on after the prompt, which cannot be compiled"):
             new_cache(llama, STEP, room=4)
-
-
-def test_store_is_a_policy_store_for_everything_else():
-    assert issubclass(GateStore, PolicyStore) and cache_arguments is not None

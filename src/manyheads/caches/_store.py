@@ -35,13 +35,10 @@ class PolicyStore(Store):
         site: the place in the model.
         record: keep the last ``record`` queries and the evidence of the last forward, so that :meth:`fork` can hand
             them to other policies; and all tokens of a sliding-window layer, which a policy may choose among.
-
-    Attributes:
-        steps_ragged: :meth:`attend` evicts at every step in ragged storage, so that the layer may stay in it.
     """
 
     covers_past: ClassVar[bool] = True
-    steps_ragged: ClassVar[bool] = False
+    steps_ragged: ClassVar[bool] = False  # attend evicts at every step in ragged storage
 
     def __init__(self, policy: CachePolicy, site: Site, record: int = 0) -> None:
         super().__init__(site, record)
