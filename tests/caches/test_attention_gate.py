@@ -61,7 +61,7 @@ def gate_by_hand(gate, x):
             q = weights[rows[0]] @ x[t]
             scores = torch.stack([q @ (weights[rows[1]] @ x[s]) / math.sqrt(gate.head_dim) for s in range(t + 1)])
             values = torch.stack([weights[rows[2]] @ x[s] for s in range(t + 1)])
-            heads.append(scores.softmax(0) @ values)
+            heads.append(scores.softmax(0) @ values + values[t])
         made.append(gate.out.weight.double() @ torch.cat(heads) + gate.out.bias.double())
     return torch.stack(made, 1)
 
@@ -404,7 +404,7 @@ def test_training_moves_gates_alone(tmp_path):
     again = trained(12, checkpoint=Checkpoint(tmp_path, every=4))
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in whole.state_dict().items())
     spec = f"attention_gate:gates={whole.save(tmp_path / 'gates')}"
-    ids = get_batch(-1)
+    ids = torch.cat([get_batch(-i) for i in range(1, 5)])
     with manyheads.use(model):
         cache = prefilled(model, spec, ids)
         kept = sum(int((s.live.positions() >= 0).sum()) for s in stores(cache)) / (2 * 2 * ids.numel())

@@ -64,7 +64,7 @@ def text_batches(
 
 def train_gates(
     model: nn.Module, get_batch: Callable[[int], Tensor], *, target: float = 0.3, budget: Budget | str | int = "5m",
-    lr: float = 1e-2, weight: float = 0.2, relaxation: Relaxation = "straight_through", counts: Counts = "flags",
+    lr: float = 1e-2, weight: float = 0.5, relaxation: Relaxation = "straight_through", counts: Counts = "flags",
     hinge: bool = False, num_heads: int = 2, head_dim: int = 16, bias: float = 2.0, sinks: int = 4,
     seed: int = 0, checkpoint: Checkpoint | None = None, on_step: OnStep | None = None,
 ) -> Gates:  # fmt: skip
@@ -72,7 +72,7 @@ def train_gates(
 
     Args:
         model: a decoder of transformers, on its device.
-        get_batch: ids ``[B, T + 1]`` by the number of the step; numbers below 0 are for :func:`calibrate`.
+        get_batch: ids ``[B, T + 1]`` by the number of the step; -1 to -4 are for :func:`calibrate`.
         target: part of the tokens to be kept, on average over layers and heads.
         budget: as in :func:`manyheads.training.fit`.
         lr: highest learning rate, of AdamW.
@@ -120,7 +120,7 @@ def train_gates(
         "model": type(model).__name__, "target": target, "steps": state.step, "weight": weight,
         "relaxation": relaxation, "counts": counts, "text_loss": float(seen[0]), "kept": float(seen[1]),
     }  # fmt: skip
-    gates.threshold = calibrate(model, gates, get_batch(-1), target)
+    gates.threshold = calibrate(model, gates, torch.cat([get_batch(-i) for i in range(1, 5)]), target)
     return gates.requires_grad_(False)
 
 

@@ -5,7 +5,7 @@ Zeng et al., "In-context KV-Cache Eviction for LLMs via Attention-Gate", arXiv 2
 small causal attention MHA' over the layer's inputs x (after their norm), and a linear layer to one logit for each
 key/value head; with the threshold tau
 
-    p = sigmoid(W MHA'(x) + b)        flag = [p > tau]
+    p = sigmoid(W (MHA'(x) + V x) + b)        flag = [p > tau]
     query i sees key j  iff  j <= i  and  (flag_j or j = i)
 
 and keys and values without a flag are not cached. As MHA' is causal, the flag of a token depends on nothing after it: a
@@ -22,9 +22,10 @@ tokens, 2 H' d' numbers each, beside what is left of the cache.
 
 We had abstracts and reviews of the paper, no text and no code. Inferred: H' = 2 heads of d' = 16 channels, tau = .5
 (the training recipe sets another, at which the target is met), gates by key/value head where heads are grouped, that a
-token always sees itself, no positions in the gate, and biases that start at 2. Ours: the recipe keeps the first four
-tokens whatever the gates say, without which a short training falls apart, and lowers the target from 1. Reading a
-prompt at once masks T x T for each key/value head; read a long one in chunks. Caches of latents (MLA) are refused.
+token always sees itself, no positions in the gate, and biases that start at 2. Ours: V x, the value of the token itself;
+and the recipe keeps the first four tokens whatever the gates say, without which a short training falls apart, and
+lowers the target from 1. Reading a prompt at once masks T x T for each key/value head; read a long one in chunks.
+Caches of latents (MLA) are refused.
 """
 
 import functools

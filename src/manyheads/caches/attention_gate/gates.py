@@ -34,6 +34,9 @@ HOW = "python -m manyheads.recipes.attention_gate --model MODEL --out FOLDER"
 class Gate(nn.Module):
     """Causal attention of H' heads over the layer's inputs, and a linear layer to one logit for each key/value head.
 
+    A token's own value is added to what its attention gives: with no training attention is an average over all that was
+    read, in which the token itself is hardly seen.
+
     Args:
         dim: D.
         kv_heads: Hkv.
@@ -48,7 +51,7 @@ class Gate(nn.Module):
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=False)
         self.out = nn.Linear(num_heads * head_dim, kv_heads)
         nn.init.normal_(self.qkv.weight, std=dim**-0.5)
-        nn.init.normal_(self.out.weight, std=(num_heads * head_dim) ** -0.5)
+        nn.init.normal_(self.out.weight, std=0.02)
         nn.init.constant_(self.out.bias, bias)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +79,7 @@ class Gate(nn.Module):
             own = torch.arange(size - new, size, device=q.device)[:, None] == torch.arange(size, device=q.device)
             mask = (mask | own)[:, None]  # padding sees itself: no row is empty
             out = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+        out = out + v[:, :, size - new :].transpose(1, 2)
         logits: Tensor = self.out(out.flatten(2).to(self.out.weight.dtype))
         return logits.transpose(1, 2)
 
