@@ -22,9 +22,9 @@ tokens, 2 H' d' numbers each, beside what is left of the cache.
 
 We had abstracts and reviews of the paper, no text and no code. Inferred: H' = 2 heads of d' = 16 channels, tau = .5
 (the training recipe sets another, at which the target is met), gates by key/value head where heads are grouped, that a
-token always sees itself, no positions in the gate, and biases that start at 2. Ours: V x, the value of the token itself;
-and the recipe keeps the first four tokens whatever the gates say, without which a short training falls apart, and
-lowers the target from 1. Reading a prompt at once masks T x T for each key/value head; read a long one in chunks.
+token always sees itself, no positions in the gate, and biases that start at 2. Ours: V x, the value of the token
+itself; and the recipe keeps the first four tokens whatever the gates say, without which a short training falls apart,
+and lowers the target from 1. Reading a prompt at once masks T x T for each key/value head; read a long one in chunks.
 Caches of latents (MLA) are refused.
 """
 
