@@ -14,7 +14,7 @@ from manyheads.caches.attention_gate import Gates
 from manyheads.caches.attention_gate.gates import Gate
 from manyheads.caches.attention_gate.soft import SoftGates, eviction_loss
 from manyheads.caches.attention_gate.store import GateStore
-from manyheads.integrations.transformers import find_sites, new_cache, prefill
+from manyheads.integrations.transformers import find_sites, load_cache, new_cache, prefill, save_cache
 from manyheads.recipes.attention_gate import calibrate, main, text_batches, train_gates
 from manyheads.training import Checkpoint
 from oracles import models
@@ -260,6 +260,11 @@ def test_saved_gates_are_the_same_gates(llama, tmp_path):
     ids = models.tokens(1, 20)
     with manyheads.use(llama):
         assert torch.equal(step(llama, ids, new_cache(llama, strategy)), step(llama, ids, new_cache(llama, strategy)))
+        cache = prefilled(llama, strategy, ids)
+        step(llama, ids[:, :1], cache)
+        save_cache(cache, tmp_path / "cache.safetensors")
+        back = load_cache(tmp_path / "cache.safetensors", llama)
+        assert torch.equal(step(llama, ids, back), step(llama, ids, cache))  # the gate's own keys, too
     config = json.loads((tmp_path / "gates" / "gates.json").read_text())
     (tmp_path / "gates" / "gates.json").write_text(json.dumps(config | {"head_dim": 8}))
     with pytest.raises(UserError, match=r"holds no gates .*; train some: python -m"):
