@@ -23,7 +23,8 @@ FIELDS = {
     "kvzip": "instruct=false,",
 }  # FireQ stores 4 bits always
 ONE_LENGTH = {"kvzip"}  # padded rows are refused
-SLUGS = [name for _, name, _ in pkgutil.iter_modules(wing.__path__) if not name.startswith("_")]
+TRAINED = {"attention_gate"}  # no spec says gates
+SLUGS = [name for _, name, _ in pkgutil.iter_modules(wing.__path__) if not name.startswith("_") and name not in TRAINED]
 SIZED = [
     s for s in SLUGS if {"budget", "schedule"} <= {f.name for f in dataclasses.fields(parse(s))}
     and s != "full" and getattr(parse(s), "has_budget", True)
