@@ -428,6 +428,15 @@ def test_the_loss_of_text_decides_who_stays():
     )
 
 
+def test_recipe_from_end_to_end(tmp_path, capsys):
+    out = tmp_path / "gates"
+    assert main(["--out", str(out), "--budget", "2 steps", "--length", "32", "--batch", "1", "--text", "code"]) == 0
+    said = capsys.readouterr().out
+    assert "step 1: loss of text" in said and f"attention_gate:gates={out}" in said
+    assert sorted(path.name for path in out.iterdir()) == ["gates.json", "gates.safetensors"]
+    assert Gates.load(out).about["text"] == "code" and Gates.load(out).sinks == 4
+
+
 def test_recipe_refuses_in_a_line(tmp_path, capsys):
     (tmp_path / "gates.json").write_text("{}")
     with pytest.raises(SystemExit):

@@ -26,6 +26,7 @@ from manyheads.caches.attention_gate import Gates
 from manyheads.caches.attention_gate.soft import Counts, Relaxation, SoftGates, eviction_loss
 from manyheads.data.texts import CORPORA, Text, corpus, read
 from manyheads.errors import UserError
+from manyheads.experiment import CausalLM
 from manyheads.integrations.transformers import find_sites
 from manyheads.progress import time_left
 from manyheads.training import Budget, Checkpoint, TrainState, decay, fit
@@ -172,8 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{args.out} holds gates; name a new folder")
     try:
         texts = corpus(args.text) if args.text in CORPORA else read([Path(part) for part in args.text.split(",")])
-        model, tokenizer = manyheads.models.load(args.model, args.device)
-        get_batch = text_batches(texts, tokenizer, args.length, args.batch, args.seed, args.device)
+        subject = CausalLM(args.model)
+        subject.load(args.device)
+        get_batch = text_batches(texts, subject.tokenizer, args.length, args.batch, args.seed, args.device)
         unfinished = args.out / "training"
 
         def on_step(state: TrainState, text: float, kept: float) -> None:
@@ -182,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{done:4.0%} step {state.step}: loss of text {text:.3f}, {kept:.0%} kept {left}", flush=True)
 
         gates = train_gates(
-            model, get_batch, target=args.target, budget=args.budget, lr=args.lr, seed=args.seed,
+            subject.model, get_batch, target=args.target, budget=args.budget, lr=args.lr, seed=args.seed,
             checkpoint=Checkpoint(unfinished, every=50), on_step=on_step,
         )  # fmt: skip
     except UserError as error:
