@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..errors import UserError
 from .cache import StoreLayer, cache_arguments
@@ -28,9 +28,11 @@ def read_again(model: nn.Module, cache: Cache | None, ids: Tensor) -> None:
     Raises:
         UserError: a layer of the cache is not kept by the strategy, or the prompt came as embeddings.
     """
-    layers = getattr(cache, "layers", ())  # an encoder-decoder's cache is two, and its prompt is the encoder's
+    if cache is None or isinstance(cache, EncoderDecoderCache):  # whose prompt is the encoder's
+        return
+    layers = cache.layers
     stores = [x.store for x in layers if isinstance(x, StoreLayer) and x.strategy.rereads]
-    if cache is None or not any(store.second_reading or store.prefilling for store in stores):
+    if not any(store.second_reading or store.prefilling for store in stores):
         return
     before = cache.__dict__.pop(_PROMPT, None)
     if isinstance(before, _Reading):
