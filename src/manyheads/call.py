@@ -241,9 +241,18 @@ class Store(ABC):
     def held(self) -> list[Tensor | None]:
         """Every tensor kept between steps."""
 
+    @property
+    def offloaded(self) -> list[Tensor | None]:
+        """Every tensor kept in host memory while the model is elsewhere; without a GPU, that would be."""
+        return []
+
     def nbytes(self) -> int:
-        """Bytes really held: storages of keys, values and bookkeeping, room for growth included."""
+        """Bytes really held: storages of keys, values and bookkeeping, room for growth included; not the offloaded."""
         return nbytes(*self.held)
+
+    def host_nbytes(self) -> int:
+        """Bytes of :attr:`offloaded`, likewise."""
+        return nbytes(*self.offloaded)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -231,8 +231,12 @@ class SlotCache(DynamicCache):
             twin.layers.append(_adapter(layer.store.fork(target), layer.site, module, chosen, layer))
         return twin
 
+    def host_bytes(self) -> int:
+        """Bytes that strategies which offload hold in host memory; counted so without a GPU, too."""
+        return sum(layer.store.host_nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
+
     def bytes(self) -> int:
-        """Bytes really held by all layers: storages of keys, values, states and bookkeeping."""
+        """Bytes really held by all layers: storages of keys, values, states and bookkeeping. Not :meth:`host_bytes`."""
         stores = sum(layer.store.nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
         return stores + sum(nbytes(*_tensors(layer)) for layer in self.layers)
 

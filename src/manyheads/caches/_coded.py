@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of one layer as codes on the device and values on the host, the first and the last of them exact.
+
+A *slot* is a token in its row. Rows that are padded are brought to the right when they are first coded, so that the
+same tokens are exact whatever stands beside a row; ``order`` says which column a slot was then.
+
+Legend: B rows, Hkv key/value heads, d channels, g sub-vectors, c centroids of w channels, S slots.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import product_codes
+from ..attention.codec import FP8
+from ..attention.offloaded import HostRows
+
+__all__ = ["CodedTokens", "Rows", "align", "joined"]
+
+_ROOM = 64  # tokens by which the codes grow at least
+Rows = tuple[Tensor, Tensor]  # keys and values [B, Hkv, T, d]
+
+
+def joined(*parts: Rows) -> Rows:
+    """Keys and values of one stretch of tokens after the other."""
+    keys, values = zip(*parts, strict=True)
+    return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def align(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Rows, Tensor, Tensor | None]:
+    """Bring what is not ``valid [B, S]`` to the front of each row.
+
+    Returns:
+        Keys and values, how many slots in front hold padding ``[B]``, and the column of each slot ``[B, S]``, None
+        where padding stood in front already.
+    """
+    order, pad = valid.int().argsort(dim=1, stable=True), (~valid).sum(1)
+    if bool((order == torch.arange(order.shape[1], device=order.device)).all()):
+        return (k, v), pad, None
+    at = order[:, None, :, None].expand(-1, k.shape[1], -1, -1)
+    moved = [x.gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in (k, v)]
+    return (moved[0], moved[1]), pad, order
+
+
+@dataclass(slots=True)
+class CodedTokens:
+    """S slots, of which the first ``coded`` are codes, and the others exact.
+
+    Attributes:
+        centroids: ``[B or 1, Hkv, g, c, w]``.
+        codes: ``[B, Hkv, g, C]``, with room for more.
+        values: of the coded slots, on the host.
+        value_scale: ``[B, Hkv, C]`` of values in FP8, None where they are as they came.
+        sinks: keys and values of the first tokens, also when they are coded; slots that are not coded hold zeros.
+        recent: keys and values of the slots from ``coded`` on.
+        window: how many of these there are at most between forwards.
+        key_error: largest distance of a coded key from what its code says, ``[B, Hkv]``.
+        pad: slots of padding in front ``[B]``, None where there is none.
+        order: column of each of the slots that were there when padding was moved.
+        coded: slots.
+    """
+
+    centroids: Tensor
+    codes: Tensor
+    values: HostRows
+    value_scale: Tensor | None
+    sinks: Rows
+    recent: Rows
+    window: int
+    key_error: Tensor
+    pad: Tensor | None = None
+    order: Tensor | None = None
+    coded: int = 0
+
+    @classmethod
+    def empty(cls, centroids: Tensor, recent: Rows, window: int, sinks: int, values: HostRows, fp8: bool) -> "CodedTokens":  # fmt: skip
+        """Nothing coded yet; ``recent`` will follow what is."""
+        k, v = recent
+        batch, heads = k.shape[:2]
+        codes = torch.zeros(
+            batch, heads, centroids.shape[2], 0, dtype=product_codes.code_dtype(centroids.shape[3]), device=k.device
+        )
+        scale = torch.zeros(batch, heads, 0, dtype=torch.bfloat16, device=k.device) if fp8 else None
+        first = tuple(x.new_zeros(batch, heads, sinks, x.shape[3]) for x in recent)
+        error = torch.zeros(batch, heads, device=k.device)
+        return cls(centroids, codes, values, scale, (first[0], first[1]), recent, window, error)
+
+    @property
+    def seen(self) -> int:
+        return self.coded + self.recent[0].shape[2]
+
+    @property
+    def device(self) -> list[Tensor | None]:
+        """Every tensor on the device."""
+        tails = [*self.sinks, *self.recent]
+        return [self.centroids, self.codes, self.value_scale, self.key_error, self.pad, self.order, *tails]
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for the codes of ``capacity`` tokens."""
+
+        def larger(x: Tensor) -> Tensor:
+            room = x.new_zeros(*x.shape[:-1], capacity)
+            room[..., : self.coded] = x[..., : self.coded]
+            return room
+
+        if capacity > self.codes.shape[3]:
+            self.codes = larger(self.codes)
+            self.value_scale = None if self.value_scale is None else larger(self.value_scale)
+
+    def code(self, k: Tensor, v: Tensor, written: bool = False) -> None:
+        """Code the next T tokens; ``written``: their values lie on the host already."""
+        start, stop = self.coded, self.coded + k.shape[2]
+        if start == stop:
+            return
+        if stop > self.codes.shape[3]:
+            self.reserve(max(stop, start + max(_ROOM, start // 32)))
+        codes = product_codes.encode(k, self.centroids)
+        error = product_codes.key_error(k, codes, self.centroids).to(self.key_error.dtype)
+        if self.pad is not None:
+            slot = torch.arange(start, stop, device=k.device)
+            error = error.masked_fill((slot < self.pad[:, None])[:, None], 0.0)
+        self.key_error = torch.maximum(self.key_error, error.amax(2))
+        self.codes[..., start:stop] = codes
+        self._keep_sinks(k, v, start)
+        if written:
+            self.values.size = stop
+        elif self.value_scale is None:
+            self.values.append(v)
+        else:
+            packed, self.value_scale[..., start:stop] = FP8.encode(v)
+            self.values.append(packed)
+        self.coded = stop
+
+    def _keep_sinks(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Keep those of the first tokens that are among ``[B, Hkv, T, d]`` from slot ``start`` on."""
+        count = self.sinks[0].shape[2]
+        if not count or (self.pad is None and start >= count):
+            return
+        slot = self.first_slots(count) - start
+        inside = ((slot >= 0) & (slot < k.shape[2]))[:, None, :, None]
+        at = slot.clamp(0, k.shape[2] - 1)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
+        kept = [
+            torch.where(inside, x.gather(2, at.expand(-1, -1, -1, x.shape[3])), held)
+            for x, held in zip((k, v), self.sinks, strict=True)
+        ]
+        self.sinks = kept[0], kept[1]
+
+    def first_slots(self, count: int) -> Tensor:
+        """Slots of the first ``count`` tokens of each row ``[B, count]``."""
+        slot = torch.arange(count, device=self.codes.device).expand(self.codes.shape[0], -1)
+        return slot if self.pad is None else slot + self.pad[:, None]
+
+    def take(self, new: Rows) -> tuple[Rows, int]:
+        """Add the new tokens, and code what is no longer among the last.
+
+        Returns:
+            All tokens that were exact before that, the new ones included, and the slot of the first of them.
+        """
+        tail, start = joined(self.recent, new), self.coded
+        gone = max(0, tail[0].shape[2] - self.window)
+        self.code(tail[0][:, :, :gone], tail[1][:, :, :gone])
+        self.recent = (tail[0][:, :, gone:].clone(), tail[1][:, :, gone:].clone()) if gone else tail
+        return tail, start
+
+    def by_slot(self, mask: Tensor | None) -> Tensor | None:
+        """A mask ``[B or 1, 1 or H, T, S]`` over columns as one over slots."""
+        if mask is None or self.order is None:
+            return mask
+        mask, early = mask.expand(len(self.order), -1, -1, -1), self.order.shape[1]
+        at = self.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+        return torch.cat([mask[..., :early].gather(3, at), mask[..., early:]], 3)
+
+    def exact(self, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Exact tokens: keys and values ``[B, Hkv, E, d]``, which may be attended to ``[B, E]``, None for all.
+
+        The last of the four says how many coded slots in front are none of the others ``[B]``: padding, and the sinks.
+
+        Args:
+            allowed: ``[B or 1, S]``, which slots the model allows; None for all.
+        """
+        count = min(self.sinks[0].shape[2], self.coded)
+        k, v = joined((self.sinks[0][:, :, :count], self.sinks[1][:, :, :count]), self.recent)
+        first = self.first_slots(count)
+        after = torch.full_like(first[:, 0], count) if count else torch.zeros_like(self.codes[:, 0, 0, 0]).long()
+        after = after if self.pad is None else self.pad + count
+        if self.pad is None and allowed is None:
+            return k, v, None, after
+        last = torch.arange(self.coded, self.seen, device=k.device).expand(k.shape[0], -1)
+        seen = torch.cat([first < self.coded, last >= self.first_slots(1)], 1)
+        if allowed is not None:
+            given = allowed.expand(k.shape[0], -1)
+            seen &= torch.cat([given.gather(1, first.clamp(max=self.seen - 1)), given[:, self.coded :]], 1)
+        return k, v, seen, after
+
+    def whole_keys(self, tail: Tensor, start: int, since: int) -> Tensor:
+        """Keys of all slots: as coded below ``since``, but for the first tokens. ``tail`` are exact from ``start``."""
+        if not since:
+            return tail
+        coded = product_codes.decode(self.codes[..., :since], self.centroids).to(tail.dtype)
+        k = torch.cat([coded, tail[:, :, since - start :]], 2)
+        slots = self.first_slots(self.sinks[0].shape[2])
+        for i in range(slots.shape[1]):
+            at = slots[:, i].clamp(max=since - 1)[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[3])
+            inside = (slots[:, i] < since)[:, None, None, None]
+            k.scatter_(2, at, torch.where(inside, self.sinks[0][:, :, i : i + 1], k.gather(2, at)))
+        return k
+
+    def whole_values(self, tail: Tensor, start: int) -> Tensor:
+        """Values of all slots, on the device."""
+        if not start:
+            return tail
+        v = self.values.read(0, start)
+        return torch.cat([v if self.value_scale is None else FP8.decode(v, self.value_scale[..., :start], tail.dtype), tail], 2)  # fmt: skip
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take batch rows ``[B']``."""
+        rows = rows.to(self.codes.device)
+        if self.centroids.shape[0] > 1 or len(rows) == 0:
+            self.centroids = self.centroids[rows]
+        self.codes, self.key_error = self.codes[rows], self.key_error[rows]
+        self.value_scale, self.pad, self.order = (
+            None if x is None else x[rows] for x in (self.value_scale, self.pad, self.order)
+        )
+        self.sinks, self.recent = ((x[rows], y[rows]) for x, y in (self.sinks, self.recent))
+        self.values.reorder(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as tensors and numbers by name; room for more is left out."""
+        end = self.coded
+        return {
+            "centroids": self.centroids, "codes": self.codes[..., :end].contiguous(),
+            "values": self.values.state_dict(),
+            "value_scale": None if self.value_scale is None else self.value_scale[..., :end].contiguous(),
+            "sink_k": self.sinks[0], "sink_v": self.sinks[1], "recent_k": self.recent[0], "recent_v": self.recent[1],
+            "window": self.window, "key_error": self.key_error, "pad": self.pad, "order": self.order, "coded": end,
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "CodedTokens":
+        """What :meth:`state_dict` gave, tensors on the device of the model."""
+        held = dict(state)
+        sinks, recent = ((held.pop(f"{name}_k"), held.pop(f"{name}_v")) for name in ("sink", "recent"))
+        values = HostRows.of(held.pop("values")["rows"], recent[0].device)
+        return cls(**held, values=values, sinks=sinks, recent=recent)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of product-quantised keys under Triton's interpreter, on the CPU. Collected in a process of its own by
+test_product_codes.py.
+"""
+
+import pytest
+import torch
+
+from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
+from kernels.product_cases import CASES, agrees, build, wrong_variants
+from manyheads import UserError
+from manyheads.kernels import product_codes
+
+
+@pytest.mark.parametrize("given", CASES, ids=str)
+def test_kernel_twin_and_formula(given):
+    case = build(**given)
+    assert agrees(case, product_codes)
+    assert agrees(case, None)
+
+
+def test_wrong_variants_fail():
+    case = build(count=150, first=[3, 9], batch=2, masked=True)
+    for name, wrong in wrong_variants(case).items():
+        assert not agrees(case, product_codes, wrong), name
+
+
+def test_strangers_are_refused():
+    case = build(count=20)
+    with pytest.raises(UserError, match="table_logits"):
+        product_codes.table_logits(case.table, case.codes.int(), 20)
+    with pytest.raises(UserError, match="table_logits"):
+        product_codes.table_logits(case.table, case.codes, 50)
+    x = torch.zeros(1, 4, 20)
+    with pytest.raises(UserError, match="fetch"):
+        product_codes.fetch(x, x[..., 0], x[..., 0], case.values[:10])
