@@ -250,10 +250,6 @@ class Store(ABC):
         """Bytes really held: storages of keys, values and bookkeeping, room for growth included; not the offloaded."""
         return nbytes(*self.held)
 
-    def host_nbytes(self) -> int:
-        """Bytes of :attr:`offloaded`, likewise."""
-        return nbytes(*self.offloaded)
-
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as tensors and plain values by name; what only :meth:`fork` needs is left out."""

@@ -3,6 +3,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def coded(k, books):
         for t in range(k.shape[1]):
             for g in range(books.shape[1]):
                 part = slice(g * width, (g + 1) * width)
-                out[h, t, part] = min(books[h, g], key=lambda c: float((k[h, t, part] - c).norm()))  # noqa: B023
+                out[h, t, part] = min(books[h, g], key=lambda c: float((k[h, t, part] - c).norm()))
     return out
 
 
@@ -152,7 +153,7 @@ def keys(draw_seed, count, dim=8, heads=2):
 
 
 def test_finer_codebooks_err_less():
-    """Distortion falls with every iteration, with more centroids and with more sub-vectors; few keys are met exactly."""
+    """Distortion falls with iterations, with more centroids and with more sub-vectors; few keys are met exactly."""
     k = keys(0, 600)
 
     def distortion(groups, centroids, iterations=10):
@@ -160,11 +161,11 @@ def test_finer_codebooks_err_less():
         return float(product_codes.key_error(k, product_codes.encode(k, books), books).pow(2).mean())
 
     by_step = [distortion(4, 16, i) for i in range(6)]
-    assert all(a >= b for a, b in zip(by_step, by_step[1:], strict=False)) and by_step[0] > 1.05 * by_step[5]
+    assert all(a >= b for a, b in pairwise(by_step)) and by_step[0] > 1.05 * by_step[5]
     by_size = [distortion(4, c) for c in (1, 4, 16, 64, 256)]
-    assert all(a > b for a, b in zip(by_size, by_size[1:], strict=False))
+    assert all(a > b for a, b in pairwise(by_size))
     by_part = [distortion(g, 16) for g in (1, 2, 4, 8)]  # one codebook for all channels, to one for each
-    assert all(a > b for a, b in zip(by_part, by_part[1:], strict=False))
+    assert all(a > b for a, b in pairwise(by_part))
     assert distortion(4, 600) == 0 and distortion(4, 599) > 0
     assert distortion(1, 1) == pytest.approx(float((k - k.mean(2, keepdim=True)).pow(2).sum(3).mean()))
 
@@ -284,7 +285,10 @@ def test_where_everything_lies(folder):
             assert 0 < int(store.fetched.max()) < 199 and bool((store.mass >= 0.9 - 1e-5).all())
         eight = prefilled(model, f"{spec},values=fp8", tokens(2, 200))
         assert 3.5 < cache.host_bytes() / eight.host_bytes() <= 4
-        assert error(step(model, tokens(2, 1), eight), step(model, tokens(2, 1), prefilled(model, spec, tokens(2, 200)))) < 0.1
+        assert (
+            error(step(model, tokens(2, 1), eight), step(model, tokens(2, 1), prefilled(model, spec, tokens(2, 200))))
+            < 0.1
+        )
     assert full.host_bytes() == 0
 
 
@@ -292,7 +296,10 @@ def test_a_text_without_codebooks():
     """Fitted on the prompt, once it has twice as many tokens as centroids; until then every token is exact."""
     model = models.tiny("llama")
     with manyheads.use(model):
-        cache, full = prefilled(model, "hcattention:centroids=16,recent=4", tokens(2, 20)), prefilled(model, "full", tokens(2, 20))
+        cache, full = (
+            prefilled(model, "hcattention:centroids=16,recent=4", tokens(2, 20)),
+            prefilled(model, "full", tokens(2, 20)),
+        )
         for t in range(14):
             last = tokens(2, 1, seed=t)
             got, want = step(model, last, cache), step(model, last, full)
@@ -359,7 +366,10 @@ def test_saved_copied_and_cropped(folder, name, tmp_path):
             save_cache(cache, path)
             again, copied = load_cache(path, model), copy.deepcopy(cache)
             step(model, tokens(2, 1, seed=9), copied)
-            goes = [torch.cat([step(model, x, c) for x in tokens(2, 4, seed=1).split([1, 1, 2], 1)], 1) for c in (again, cache)]
+            goes = [
+                torch.cat([step(model, x, c) for x in tokens(2, 4, seed=1).split([1, 1, 2], 1)], 1)
+                for c in (again, cache)
+            ]
             assert torch.equal(*goes)
         if name != "llama":  # its sliding layers are transformers' own
             return
@@ -368,12 +378,18 @@ def test_saved_copied_and_cropped(folder, name, tmp_path):
         short = prefilled(model, "hcattention", tokens(2, 9))
         step(model, tokens(2, 2), short)
         short.crop(-2)
-        assert_close(step(model, tokens(2, 1), short), step(model, tokens(2, 1), prefilled(model, "full", tokens(2, 9))))
+        assert_close(
+            step(model, tokens(2, 1), short), step(model, tokens(2, 1), prefilled(model, "full", tokens(2, 9)))
+        )
 
 
 def test_beside_others(folder):
     """Another strategy sees all slots, and what is not kept is hidden; the output is that without it."""
-    model, spec, ids = models.tiny("llama", torch.float64), f"hcattention:codebooks={folder},recent=3,top_p=0.7", tokens(2, 20)
+    model, spec, ids = (
+        models.tiny("llama", torch.float64),
+        f"hcattention:codebooks={folder},recent=3,top_p=0.7",
+        tokens(2, 20),
+    )
     with manyheads.use(model, spec):
         made, want = greedy(model, ids)
     with manyheads.use(model, spec, Watch()):
@@ -384,8 +400,8 @@ def test_beside_others(folder):
 
 def test_refusals(folder, tmp_path):
     for spec, reason in {
-        "top_p=0": "share", "top_k=-1": "top_k", "recent=0": "recent", "sinks=-1": "sinks", "centroids=40000": "codebook",
-        "groups=-1": "groups",
+        "top_p=0": "share", "top_k=-1": "top_k", "recent=0": "recent", "sinks=-1": "sinks", "groups=-1": "groups",
+        "centroids=40000": "codebook",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=reason):
             parse(f"hcattention:{spec}")

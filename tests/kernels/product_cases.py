@@ -128,7 +128,9 @@ def agrees(case: Case, fast: ModuleType | None, wrong: Case | None = None) -> bo
         enough = ((mass >= need - 1e-5) | all_of_it).all() and ((above < need + 1e-5) | (mass == 0)).all()
     out = (p[:, :, None] @ want["v"])[:, :, 0]
     # A weight is the exponential of a difference of float32 numbers: it is relatively as wrong as these are absolutely.
-    limit = 4 * torch.finfo(torch.float32).eps * float(want["x"].masked_fill(want["p"] == 0, 0.0).abs().max().clamp(min=8))
+    limit = (
+        4 * torch.finfo(torch.float32).eps * float(want["x"].masked_fill(want["p"] == 0, 0.0).abs().max().clamp(min=8))
+    )
     read = kept.unflatten(1, (want["heads"], -1)).any(2).sum(2)
     return (
         bool(enough)

@@ -219,5 +219,3 @@ def decode_attention(
     if renormalize:
         out = out / mass[..., None]
     return Attended(out.to(q.dtype), mass, fetched)
-
-

@@ -42,7 +42,8 @@ def _parts(k: Tensor, groups: int) -> Tensor:
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """Number of the nearest centroid ``[P, N]`` of ``x [P, N, w]`` among ``[P, c, w]``; of equals the first."""
     squares = (centroids * centroids).sum(2)[:, None]
-    return torch.baddbmm(squares, x, centroids.transpose(1, 2), alpha=-2.0).argmin(2)
+    nearest: Tensor = torch.baddbmm(squares, x, centroids.transpose(1, 2), alpha=-2.0).argmin(2)
+    return nearest
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:
@@ -115,7 +116,7 @@ def encode(k: Tensor, centroids: Tensor) -> Tensor:
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     """Keys ``[B, Hkv, N, d]`` in the dtype of the centroids, as the codes ``[B, Hkv, g, N]`` have them."""
-    batch, heads, groups, size = codes.shape
+    batch, heads, _, size = codes.shape
     width = centroids.shape[4]
     where = codes.long()[..., None].expand(-1, -1, -1, -1, width)
     return centroids.expand(batch, -1, -1, -1, -1).gather(3, where).transpose(2, 3).reshape(batch, heads, size, -1)

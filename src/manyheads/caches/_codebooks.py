@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -60,5 +59,3 @@ def _read(path: str, _written: int) -> tuple[dict[int, Tensor], dict[str, Any]]:
     if about.get("format") != _FORMAT:
         raise UserError(f"{path} holds no codebooks that this version wrote")
     return {int(name): x for name, x in found.items()}, json.loads(about["about"])
-
-

@@ -233,7 +233,7 @@ class SlotCache(DynamicCache):
 
     def host_bytes(self) -> int:
         """Bytes that strategies which offload hold in host memory; counted so without a GPU, too."""
-        return sum(layer.store.host_nbytes() for layer in self.layers if isinstance(layer, StoreLayer))
+        return sum(nbytes(*layer.store.offloaded) for layer in self.layers if isinstance(layer, StoreLayer))
 
     def bytes(self) -> int:
         """Bytes really held by all layers: storages of keys, values, states and bookkeeping. Not :meth:`host_bytes`."""

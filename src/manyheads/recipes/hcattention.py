@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from manyheads import models
 from manyheads.attention import product_codes
 from manyheads.caches._codebooks import write_codebooks
-from manyheads.caches.hcattention import HCAttention
 from manyheads.call import AttentionCall, Site
 from manyheads.data import texts
 from manyheads.errors import UserError
 from manyheads.integrations import use
 from manyheads.recipes import _card
+from manyheads.spec import parse
 from manyheads.strategy import AttentionWatch
 
 __all__ = ["fit", "main"]
@@ -37,7 +37,7 @@ class _Keys(AttentionWatch):
     """Keys of the sites that ``hcattention`` acts on."""
 
     def selects(self, site: Site) -> bool:
-        return HCAttention().selects(site)
+        return parse("hcattention").selects(site)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
         del out
@@ -104,9 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(argv)
     try:
-        model, tokenizer = (
-            models.load(given.model, given.device) if given.model else models.load_default(given.device)
-        )
+        model, tokenizer = models.load(given.model, given.device) if given.model else models.load_default(given.device)
         rows = _pieces(tokenizer, given.text, given.length, given.tokens)
         books = fit(
             model, [row.to(model.device) for row in rows], groups=given.groups, centroids=given.centroids,

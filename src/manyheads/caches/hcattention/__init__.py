@@ -32,12 +32,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..attention.product_codes import code_dtype
-from ..call import Site
-from ..errors import UserError
-from ..strategy import Cache
-from ._codebooks import read_codebooks
-from ._offload import OffloadStore
+from ...attention.product_codes import code_dtype
+from ...call import Site
+from ...errors import UserError
+from ...strategy import Cache
+from .._codebooks import read_codebooks
+from ._store import OffloadStore
 
 __all__ = ["HCAttention"]
 
@@ -78,7 +78,7 @@ class HCAttention(Cache):
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError("hcattention: top_p is a share of the attention, above 0 and at most 1, top_k counts tokens")
+            raise UserError("hcattention: top_p is a share of the attention in (0, 1], top_k counts tokens")
         if self.sinks < 0 or self.recent < 1 or self.groups < 0 or self.iterations < 1:
             raise UserError("hcattention: recent and iterations are at least 1, sinks and groups at least 0")
         if self.values not in ("whole", "fp8") or self.combine not in ("device", "host"):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention import product_codes, reference
-from ..attention.offloaded import HostRows, decode_attention
-from ..attention.reference import repeat_kv, widened
-from ..call import AttentionCall, Site, Store
-from ..errors import UserError
+from ...attention import product_codes, reference
+from ...attention.offloaded import HostRows, decode_attention
+from ...attention.reference import repeat_kv, widened
+from ...call import AttentionCall, Site, Store
+from ...errors import UserError
 from ._coded import CodedTokens, Rows, align, joined
 
 if TYPE_CHECKING:
-    from .hcattention import HCAttention
+    from . import HCAttention
 
 __all__ = ["OffloadStore"]
 
@@ -30,8 +30,8 @@ class OffloadStore(Store):
 
     Attributes:
         tokens: None while all tokens are exact.
-        fetched: values that the last token needed, ``[B, Hkv]``; mass: of attention, under the coded keys, that its kept
-            tokens had, ``[B, H]``. None before, and where several tokens came at once.
+        fetched: values that the last token needed, ``[B, Hkv]``; None before, and where several tokens came at once.
+        mass: of attention, under the coded keys, that its kept tokens had, ``[B, H]``; likewise.
     """
 
     def __init__(self, strategy: HCAttention, site: Site) -> None:
@@ -100,7 +100,7 @@ class OffloadStore(Store):
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         """Attention over codes, exact tokens and values on the host ``[B, T, H, dv]``; None while all are exact."""
-        self._check(call)
+        _check(call)
         if self.tokens is None or self._new is None:
             return None
         (tail, start), self._new = self.tokens.take(self._new), None
@@ -129,7 +129,7 @@ class OffloadStore(Store):
 
         Tokens of a chunk that comes after the prompt then are exact to each other.
         """
-        self._check(call)
+        _check(call)
         if self.tokens is None or self._new is None:
             return call
         if not self.strategy.renormalize:
@@ -139,7 +139,7 @@ class OffloadStore(Store):
         k, v = self.tokens.whole_keys(tail[0], start, since), self.tokens.whole_values(tail[1], start)
         allowed, always = self._rules(call, self.tokens, torch.full((1, 1), since, device=k.device))
         x = reference.logits(widened(call.q), widened(k), scale=call.scale, softcap=call.softcap)
-        return call.replace(k=k, v=v, mask=self._weights(x, allowed, always) > 0, is_causal=False)
+        return call.replace(k=k, v=v, mask=_weights(self.strategy, x, allowed, always) > 0, is_causal=False)
 
     def evict(self, call: AttentionCall) -> None:
         """While all tokens are exact: keep the new ones, and code all once the prompt is read."""
@@ -159,65 +159,11 @@ class OffloadStore(Store):
             self._exact = (new[0].clone(), new[1].clone()) if self._exact is None else joined(self._exact, new)
         given = self.strategy.given(self.site)
         if given is not None or self._seen >= 2 * self.strategy.centroids:
-            self.tokens = self._coded(None if call.mask is None else call.mask.any(2).any(1), given)
+            self.tokens = _coded(self, None if call.mask is None else call.mask.any(2).any(1), given)
             self._exact = None
         elif self._prompt is not None:
             self._exact = (self._prompt[0].read().clone(), self._prompt[1].read().clone())
         self._prompt = None
-
-    def _check(self, call: AttentionCall) -> None:
-        if call.bias is not None or call.sinks is not None:
-            raise UserError(
-                f"hcattention: {self.site.name} adds numbers to the logits, or has learned sinks, which its codes do "
-                "not cover; use a model with rotary positions and a boolean mask"
-            )
-
-    def _coded(self, valid: Tensor | None, given: Tensor | None) -> CodedTokens:
-        """All tokens that there are, coded but for the last; ``valid [B or 1, S]`` are no padding."""
-        strategy, prompt = self.strategy, self._prompt
-        fp8, count = strategy.values == "fp8", max(0, self._seen - strategy.recent)
-        if prompt is not None and (valid is None or bool(valid.all())):
-            at = ((2 * torch.arange(min(_SAMPLE, self._seen)) + 1) * self._seen) // (2 * min(_SAMPLE, self._seen))
-            prompt[0].settle()
-            sample = prompt[0].data[at].to(prompt[0].device).permute(1, 2, 0, 3)
-            end = prompt[0].read(count).clone(), prompt[1].read(count).clone()
-            pad = order = None
-        else:
-            whole = self._exact if prompt is None else (prompt[0].read(), prompt[1].read())
-            assert whole is not None
-            prompt = pad = order = None
-            if valid is not None and not bool(valid.all()):
-                whole, pad, order = align(*whole, valid.expand(len(whole[0]), -1))
-            sample, end = whole[0], (whole[0][:, :, count:].clone(), whole[1][:, :, count:].clone())
-        books = self._books(sample, pad, given)
-        if prompt is None or fp8:
-            values = HostRows(end[1], torch.float8_e4m3fn if fp8 else None, capacity=count + _ROOM)
-        else:  # they lie there already
-            values = prompt[1]
-            values.size = 0
-        tokens = CodedTokens.empty(books, end, strategy.recent, strategy.sinks, values, fp8)
-        tokens.pad, tokens.order = pad, order
-        tokens.reserve(count + _ROOM)
-        for start in range(0, count, _PIECE):
-            stop = min(start + _PIECE, count)
-            if prompt is None:
-                tokens.code(whole[0][:, :, start:stop], whole[1][:, :, start:stop])
-            else:
-                tokens.code(prompt[0].read(start, stop), prompt[1].read(start, stop), written=not fp8)
-        return tokens
-
-    def _books(self, sample: Tensor, pad: Tensor | None, given: Tensor | None) -> Tensor:
-        """Codebooks ``[B or 1, Hkv, g, c, w]``: those given, or fitted on keys ``[B, Hkv, N, d]``."""
-        strategy = self.strategy
-        if given is not None:
-            if given.shape[1] * given.shape[3] != sample.shape[3]:
-                raise UserError(f"the codebooks in {strategy.codebooks} are of other keys than {self.site.name} has")
-            return given[None].to(sample.device, sample.dtype)
-        real = None if pad is None else torch.arange(sample.shape[2], device=sample.device) >= pad[:, None]
-        return product_codes.fit(
-            sample, strategy.groups or max(1, sample.shape[3] // 2), strategy.centroids, real=real,
-            iterations=strategy.iterations, sample=_SAMPLE,
-        )  # fmt: skip
 
     def _rules(self, call: AttentionCall, tokens: CodedTokens, since: Tensor) -> tuple[Tensor, Tensor]:
         """Who may be attended to, and who is kept whatever it scores: ``[B or 1, 1 or H, T or 1, S]``.
@@ -232,10 +178,6 @@ class OffloadStore(Store):
         allowed, always = (x.view(-1, 1, *x.shape[-2:]) for x in (allowed, always))
         given = tokens.by_slot(call.mask)
         return (allowed if given is None else allowed & given), always
-
-    def _weights(self, x: Tensor, allowed: Tensor, always: Tensor) -> Tensor:
-        strategy = self.strategy
-        return product_codes.weights(x, allowed, strategy.top_p, strategy.top_k, always, strategy.renormalize)
 
     def _several(self, call: AttentionCall, tokens: CodedTokens, tail: Rows, start: int) -> Tensor:
         """Attention of several queries ``[B, T, H, dv]``: each sees what it would see if it came by itself."""
@@ -254,7 +196,7 @@ class OffloadStore(Store):
                 own = reference.logits(q, exact, scale=call.scale, softcap=call.softcap)
                 slot = torch.arange(start, tokens.coded, device=q.device)
                 x[..., left] = torch.where(slot >= since[cut], own, x[..., left])
-            out.append(self._weights(x, allowed[:, :, cut], always[:, :, cut]) @ v)
+            out.append(_weights(self.strategy, x, allowed[:, :, cut], always[:, :, cut]) @ v)
         return torch.cat(out, 2).transpose(1, 2).to(call.q.dtype)
 
     def reorder(self, rows: Tensor) -> None:
@@ -281,11 +223,13 @@ class OffloadStore(Store):
         self._exact = self._exact[0][:, :, : self._seen], self._exact[1][:, :, : self._seen]
 
     def state_dict(self) -> dict[str, Any]:
-        exact = self._exact
+        exact, prompt = self._exact, None
+        if self._prompt is not None:
+            prompt = dict(zip("kv", (x.state_dict() for x in self._prompt), strict=True))
         return {
             "seen": self._seen, "tokens": None if self.tokens is None else self.tokens.state_dict(),
             "exact_k": None if exact is None else exact[0], "exact_v": None if exact is None else exact[1],
-            "prompt": None if self._prompt is None else dict(zip("kv", (x.state_dict() for x in self._prompt), strict=True)),
+            "prompt": prompt,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -296,3 +240,65 @@ class OffloadStore(Store):
         if state["prompt"] is not None:
             k, v = (state["prompt"][name]["rows"] for name in "kv")
             self._prompt = HostRows.of(k, k.device), HostRows.of(v, v.device)
+
+
+def _check(call: AttentionCall) -> None:
+    if call.bias is not None or call.sinks is not None:
+        raise UserError(
+            f"hcattention: {call.site.name} adds numbers to the logits, or has learned sinks, which its codes do "
+            "not cover; use a model with rotary positions and a boolean mask"
+        )
+
+
+def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> CodedTokens:
+    """All tokens that there are, coded but for the last; ``valid [B or 1, S]`` are no padding."""
+    strategy, prompt = store.strategy, store._prompt
+    fp8, count = strategy.values == "fp8", max(0, store._seen - strategy.recent)
+    if prompt is not None and (valid is None or bool(valid.all())):
+        at = ((2 * torch.arange(min(_SAMPLE, store._seen)) + 1) * store._seen) // (2 * min(_SAMPLE, store._seen))
+        prompt[0].settle()
+        sample = prompt[0].data[at].to(prompt[0].device).permute(1, 2, 0, 3)
+        end = prompt[0].read(count).clone(), prompt[1].read(count).clone()
+        pad = order = None
+    else:
+        whole = store._exact if prompt is None else (prompt[0].read(), prompt[1].read())
+        assert whole is not None
+        prompt = pad = order = None
+        if valid is not None and not bool(valid.all()):
+            whole, pad, order = align(*whole, valid.expand(len(whole[0]), -1))
+        sample, end = whole[0], (whole[0][:, :, count:].clone(), whole[1][:, :, count:].clone())
+    books = _books(store, sample, pad, given)
+    if prompt is None or fp8:
+        values = HostRows(end[1], torch.float8_e4m3fn if fp8 else None, capacity=count + _ROOM)
+    else:  # they lie there already
+        values = prompt[1]
+        values.size = 0
+    tokens = CodedTokens.empty(books, end, strategy.recent, strategy.sinks, values, fp8)
+    tokens.pad, tokens.order = pad, order
+    tokens.reserve(count + _ROOM)
+    for start in range(0, count, _PIECE):
+        stop = min(start + _PIECE, count)
+        if prompt is None:
+            tokens.code(whole[0][:, :, start:stop], whole[1][:, :, start:stop])
+        else:
+            tokens.code(prompt[0].read(start, stop), prompt[1].read(start, stop), written=not fp8)
+    return tokens
+
+
+def _books(store: OffloadStore, sample: Tensor, pad: Tensor | None, given: Tensor | None) -> Tensor:
+    """Codebooks ``[B or 1, Hkv, g, c, w]``: those given, or fitted on keys ``[B, Hkv, N, d]``."""
+    strategy = store.strategy
+    if given is not None:
+        if given.shape[1] * given.shape[3] != sample.shape[3]:
+            raise UserError(f"the codebooks in {strategy.codebooks} are of other keys than {store.site.name} has")
+        return given[None].to(sample.device, sample.dtype)
+    real = None if pad is None else torch.arange(sample.shape[2], device=sample.device) >= pad[:, None]
+    return product_codes.fit(
+        sample, strategy.groups or max(1, sample.shape[3] // 2), strategy.centroids, real=real,
+        iterations=strategy.iterations, sample=_SAMPLE,
+    )  # fmt: skip
+
+
+def _weights(strategy: HCAttention, x: Tensor, allowed: Tensor, always: Tensor) -> Tensor:
+    """Weights of the kept tokens."""
+    return product_codes.weights(x, allowed, strategy.top_p, strategy.top_k, always, strategy.renormalize)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import product_codes
-from ..attention.codec import FP8
-from ..attention.offloaded import HostRows
+from ...attention import product_codes
+from ...attention.codec import FP8
+from ...attention.offloaded import HostRows
 
 __all__ = ["CodedTokens", "Rows", "align", "joined"]
 
@@ -75,9 +75,11 @@ class CodedTokens:
     coded: int = 0
 
     @classmethod
-    def empty(cls, centroids: Tensor, recent: Rows, window: int, sinks: int, values: HostRows, fp8: bool) -> "CodedTokens":  # fmt: skip
+    def empty(
+        cls, centroids: Tensor, recent: Rows, window: int, sinks: int, values: HostRows, fp8: bool
+    ) -> "CodedTokens":
         """Nothing coded yet; ``recent`` will follow what is."""
-        k, v = recent
+        k = recent[0]
         batch, heads = k.shape[:2]
         codes = torch.zeros(
             batch, heads, centroids.shape[2], 0, dtype=product_codes.code_dtype(centroids.shape[3]), device=k.device
@@ -212,7 +214,9 @@ class CodedTokens:
         if not start:
             return tail
         v = self.values.read(0, start)
-        return torch.cat([v if self.value_scale is None else FP8.decode(v, self.value_scale[..., :start], tail.dtype), tail], 2)  # fmt: skip
+        if self.value_scale is not None:
+            v = FP8.decode(v, self.value_scale[..., :start], tail.dtype)
+        return torch.cat([v, tail], 2)
 
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']``."""
