@@ -32,6 +32,7 @@ class Answers:
         tokens: of the context, with what the chat template puts around it.
         bytes: of its cache after compression, storages of every layer.
         full_bytes: that the whole cache of so many tokens takes.
+        host_bytes: that a strategy which offloads holds in host memory beside ``bytes``.
     """
 
     questions: list[str]
@@ -39,6 +40,7 @@ class Answers:
     tokens: int
     bytes: int
     full_bytes: int
+    host_bytes: int = 0
 
 
 def split(strategies: Sequence[Strategy]) -> tuple[list[Strategy], Strategy]:
@@ -94,9 +96,9 @@ def ask(
     with torch.inference_mode(), use(model, *acting):
         cache = new_cache(model, keeping)
         prefill(model, read, cache, chunk=read.shape[1])
-        held, whole = cache.bytes(), _whole(model, read)
+        held, whole, host = cache.bytes(), _whole(model, read), cache.host_bytes()
         answers = [_answer(model, tokenizer, copy.deepcopy(cache), read, ids, max_new_tokens) for ids in asked]
-    return Answers(list(questions), answers, read.shape[1], held, whole)
+    return Answers(list(questions), answers, read.shape[1], held, whole, host)
 
 
 def _template(tokenizer: Any) -> bool:

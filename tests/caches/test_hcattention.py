@@ -14,6 +14,7 @@ import manyheads
 from caches.formula import DIM, sequences, site
 from manyheads import UserError, parse
 from manyheads.attention import product_codes, reference
+from manyheads.attention.padded import nbytes
 from manyheads.caches._codebooks import FILE, read_codebooks, write_codebooks
 from manyheads.call import AttentionCall
 from manyheads.integrations.transformers import load_cache, new_cache, prefill, save_cache
@@ -281,7 +282,7 @@ def test_where_everything_lies(folder):
             step(model, tokens(2, 1, seed=t), cache)
         for store in stores(cache):
             assert store.tokens.coded == 199 and store.tokens.values.data.shape[1:] == (2, 2, 8)
-            assert store.nbytes() < full.bytes() / 2 / 4 and store.host_nbytes() >= 199 * 2 * 2 * 8 * 4
+            assert store.nbytes() < full.bytes() / 2 / 4 and nbytes(*store.offloaded) >= 199 * 2 * 2 * 8 * 4
             assert 0 < int(store.fetched.max()) < 199 and bool((store.mass >= 0.9 - 1e-5).all())
         eight = prefilled(model, f"{spec},values=fp8", tokens(2, 200))
         assert 3.5 < cache.host_bytes() / eight.host_bytes() <= 4

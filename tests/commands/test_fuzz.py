@@ -53,6 +53,8 @@ SPECS = [
     "adakv:base=nothing",
     "expected_attention:future=0",
     "mla_hw",
+    "hcattention",
+    "hcattention:codebooks=nowhere",
     "kivi:budget=0.5",
     "",
     ":",

@@ -23,6 +23,7 @@ SPECS = [
     "fireq:bits=fp8,window_tokens=4", "fireq:bits=int4", "fireq:bits=k8v4,window_tokens=4",
     "hedge:budget=0.5,recent=4,window_size=8,whole=0",
     "h2o:budget=0.5", "hashevict:budget=16", "streaming_llm:budget=12", "tova:budget=12",
+    "hcattention:centroids=8,recent=4,sinks=2",
 ]  # fmt: skip
 
 

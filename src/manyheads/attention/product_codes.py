@@ -36,7 +36,8 @@ def _parts(k: Tensor, groups: int) -> Tensor:
     """Sub-vectors ``[B, Hkv, g, N, w]`` of keys ``[B, Hkv, N, d]``."""
     if k.shape[3] % groups:
         raise UserError(f"{k.shape[3]} channels cannot be cut into {groups} sub-vectors of one size")
-    return k.unflatten(3, (groups, -1)).transpose(2, 3)
+    parts: Tensor = k.unflatten(3, (groups, -1)).transpose(2, 3)
+    return parts
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
@@ -132,7 +133,8 @@ def lookup_table(q: Tensor, centroids: Tensor, scale: float) -> Tensor:
     """
     heads, groups = centroids.shape[1:3]
     parts = widened(q).unflatten(1, (heads, -1)).unflatten(3, (groups, -1))  # [B, Hkv, G, g, w]
-    return widened(centroids).to(parts.dtype) @ (parts * scale).permute(0, 1, 3, 4, 2)
+    table: Tensor = widened(centroids).to(parts.dtype) @ (parts * scale).permute(0, 1, 3, 4, 2)
+    return table
 
 
 def table_logits(table: Tensor, codes: Tensor) -> Tensor:
@@ -159,7 +161,8 @@ def select(logits: Tensor, lse: Tensor, need: Tensor | int) -> Tensor:
     if not logits.shape[2]:
         return torch.full_like(lse, -torch.inf)
     if isinstance(need, int):
-        return logits.topk(min(max(1, need), logits.shape[2]), 2).values[..., -1]
+        top: Tensor = logits.topk(min(max(1, need), logits.shape[2]), 2).values
+        return top[..., -1]
     best = logits.sort(2, descending=True).values
     mass = (best - lse[..., None]).exp().cumsum(2)
     at = (mass < need[..., None]).sum(2)
@@ -170,7 +173,8 @@ def select(logits: Tensor, lse: Tensor, need: Tensor | int) -> Tensor:
 
 def key_error(k: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
     """Euclidean distance of each key ``[B, Hkv, N, d]`` from what its code says, ``[B, Hkv, N]``."""
-    return torch.linalg.vector_norm(widened(k) - widened(decode(codes, centroids)), dim=3)
+    distance: Tensor = torch.linalg.vector_norm(widened(k) - widened(decode(codes, centroids)), dim=3)
+    return distance
 
 
 def output_bound(error: Tensor, kept: Tensor | float, value: Tensor | float, *, renormalize: bool = True) -> Tensor:

@@ -50,6 +50,7 @@ def ask(
             {
                 "command": typed(), "model": model or "default", "strategy": strategy, "context": str(context),
                 "tokens": found.tokens, "bytes": found.bytes, "full_bytes": found.full_bytes,
+                "host_bytes": found.host_bytes,
                 "answers": [
                     {"question": q, "answer": a} for q, a in zip(found.questions, found.answers, strict=True)
                 ],
@@ -60,7 +61,9 @@ def ask(
     for question, answer in zip(found.questions, found.answers, strict=True):
         screen.print(question, style="bold", markup=False)
         screen.print(f"{answer or '(nothing)'}\n", markup=False)
+    beside = f", and {size(found.host_bytes)} in host memory" if found.host_bytes else ""
     screen.print(
         f"{found.tokens:,} tokens of context, cache of {size(found.bytes)} ({strategy}), "
-        f"{found.bytes / found.full_bytes:.0%} of the whole one's {size(found.full_bytes)}", style="dim", markup=False,
+        f"{found.bytes / found.full_bytes:.0%} of the whole one's {size(found.full_bytes)}{beside}",
+        style="dim", markup=False,
     )  # fmt: skip

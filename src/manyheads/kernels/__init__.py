@@ -4,7 +4,8 @@
 Each kernel has a twin in plain torch, which says what it computes: ``decode`` -> ``attention.ragged``,
 ``block_sparse`` -> ``attention.sparse_twin``,
 ``accumulated_attention`` -> ``attention.accumulated_attention``, ``probe`` -> ``calls.statistics``, ``recurrence`` ->
-``attention.recurrence``. The kernels are taken where :func:`available` says so.
+``attention.recurrence``, ``product_codes`` -> ``attention.product_codes`` and ``attention.offloaded``. The kernels are
+taken where :func:`available` says so.
 """
 
 from importlib.util import find_spec

@@ -17,7 +17,7 @@ from ...attention import product_codes
 from ...attention.codec import FP8
 from ...attention.offloaded import HostRows
 
-__all__ = ["CodedTokens", "Rows", "align", "joined"]
+__all__ = ["CodedTokens", "Rows", "align", "by_slot", "joined"]
 
 _ROOM = 64  # tokens by which the codes grow at least
 Rows = tuple[Tensor, Tensor]  # keys and values [B, Hkv, T, d]
@@ -42,6 +42,15 @@ def align(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Rows, Tensor, Tensor | N
     at = order[:, None, :, None].expand(-1, k.shape[1], -1, -1)
     moved = [x.gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in (k, v)]
     return (moved[0], moved[1]), pad, order
+
+
+def by_slot(mask: Tensor | None, order: Tensor | None) -> Tensor | None:
+    """A mask ``[B or 1, 1 or H, T, S]`` over columns as one over slots, of which ``order [B, S]`` says the column."""
+    if mask is None or order is None:
+        return mask
+    mask, early = mask.expand(len(order), -1, -1, -1), order.shape[1]
+    at = order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+    return torch.cat([mask[..., :early].gather(3, at), mask[..., early:]], 3)
 
 
 @dataclass(slots=True)
@@ -165,14 +174,6 @@ class CodedTokens:
         self.code(tail[0][:, :, :gone], tail[1][:, :, :gone])
         self.recent = (tail[0][:, :, gone:].clone(), tail[1][:, :, gone:].clone()) if gone else tail
         return tail, start
-
-    def by_slot(self, mask: Tensor | None) -> Tensor | None:
-        """A mask ``[B or 1, 1 or H, T, S]`` over columns as one over slots."""
-        if mask is None or self.order is None:
-            return mask
-        mask, early = mask.expand(len(self.order), -1, -1, -1), self.order.shape[1]
-        at = self.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
-        return torch.cat([mask[..., :early].gather(3, at), mask[..., early:]], 3)
 
     def exact(self, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Exact tokens: keys and values ``[B, Hkv, E, d]``, which may be attended to ``[B, E]``, None for all.

@@ -13,7 +13,7 @@ from ...attention.offloaded import HostRows, decode_attention
 from ...attention.reference import repeat_kv, widened
 from ...call import AttentionCall, Site, Store
 from ...errors import UserError
-from ._coded import CodedTokens, Rows, align, joined
+from ._coded import CodedTokens, Rows, align, by_slot, joined
 
 if TYPE_CHECKING:
     from . import HCAttention
@@ -108,7 +108,7 @@ class OffloadStore(Store):
         if call.q.shape[2] > 1:
             return self._several(call, self.tokens, tail, start)
         tokens, strategy = self.tokens, self.strategy
-        allowed = tokens.by_slot(call.mask)
+        allowed = by_slot(call.mask, tokens.order)
         allowed = None if allowed is None else allowed[:, :, 0].any(1)
         k, v, seen, first = tokens.exact(allowed)
         if not tokens.coded:
@@ -176,7 +176,7 @@ class OffloadStore(Store):
         allowed = (slot <= query) & (slot >= pad)
         always = (slot < pad + self.strategy.sinks) | (slot >= since)
         allowed, always = (x.view(-1, 1, *x.shape[-2:]) for x in (allowed, always))
-        given = tokens.by_slot(call.mask)
+        given = by_slot(call.mask, tokens.order)
         return (allowed if given is None else allowed & given), always
 
     def _several(self, call: AttentionCall, tokens: CodedTokens, tail: Rows, start: int) -> Tensor:
@@ -254,16 +254,16 @@ def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> C
     """All tokens that there are, coded but for the last; ``valid [B or 1, S]`` are no padding."""
     strategy, prompt = store.strategy, store._prompt
     fp8, count = strategy.values == "fp8", max(0, store._seen - strategy.recent)
+    whole, pad, order = store._exact, None, None
     if prompt is not None and (valid is None or bool(valid.all())):
         at = ((2 * torch.arange(min(_SAMPLE, store._seen)) + 1) * store._seen) // (2 * min(_SAMPLE, store._seen))
         prompt[0].settle()
         sample = prompt[0].data[at].to(prompt[0].device).permute(1, 2, 0, 3)
         end = prompt[0].read(count).clone(), prompt[1].read(count).clone()
-        pad = order = None
     else:
-        whole = store._exact if prompt is None else (prompt[0].read(), prompt[1].read())
+        if prompt is not None:
+            whole, prompt = (prompt[0].read(), prompt[1].read()), None
         assert whole is not None
-        prompt = pad = order = None
         if valid is not None and not bool(valid.all()):
             whole, pad, order = align(*whole, valid.expand(len(whole[0]), -1))
         sample, end = whole[0], (whole[0][:, :, count:].clone(), whole[1][:, :, count:].clone())
@@ -278,9 +278,9 @@ def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> C
     tokens.reserve(count + _ROOM)
     for start in range(0, count, _PIECE):
         stop = min(start + _PIECE, count)
-        if prompt is None:
+        if prompt is None and whole is not None:
             tokens.code(whole[0][:, :, start:stop], whole[1][:, :, start:stop])
-        else:
+        elif prompt is not None:
             tokens.code(prompt[0].read(start, stop), prompt[1].read(start, stop), written=not fp8)
     return tokens
 
