@@ -54,12 +54,13 @@ def table_logits(
     lse = table.new_empty(batch, heads * group, blocks)
     if count:
         start = torch.zeros(batch, dtype=torch.int32, device=table.device) if first is None else first.int()
-        launch(
-            logits, (batch * heads, blocks),
-            table.contiguous(), codes, start, start if mask is None else mask.contiguous().view(torch.uint8), out, lse,
-            count, codes.shape[3], HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
-            CENTROIDS=centroids, BLOCK=_BLOCK, MASKED=mask is not None, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(table):
+            launch(
+                logits, (batch * heads, blocks),
+                table.contiguous(), codes, start, start if mask is None else mask.contiguous().view(torch.uint8), out, lse,
+                count, codes.shape[3], HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
+                CENTROIDS=centroids, BLOCK=_BLOCK, MASKED=mask is not None, num_warps=8,
+            )  # fmt: skip
     return out, lse.logsumexp(2) if count else lse.new_full(lse.shape[:2], -torch.inf)
 
 
@@ -81,12 +82,13 @@ def select(x: Tensor, lse: Tensor, need: Tensor | int) -> Tensor:
     part = x.new_empty(passes, rows, chunks, _WAYS)
     prefix = torch.empty(passes, rows, dtype=torch.int32, device=x.device)
     for i in range(passes):
-        launch(
-            narrow, (rows, chunks),
-            x, lse.contiguous(), wanted.contiguous(), part[max(0, i - 1)], part[i], prefix, count,
-            32 - _BITS * (i + 1), chunks, i, CHUNKS=triton.next_power_of_2(chunks), WAYS=_WAYS, BITS=_BITS, BLOCK=256,
-            COUNTED=counted, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            launch(
+                narrow, (rows, chunks),
+                x, lse.contiguous(), wanted.contiguous(), part[max(0, i - 1)], part[i], prefix, count,
+                32 - _BITS * (i + 1), chunks, i, CHUNKS=triton.next_power_of_2(chunks), WAYS=_WAYS, BITS=_BITS, BLOCK=256,
+                COUNTED=counted, num_warps=4,
+            )  # fmt: skip
     last = (part[-1].sum(1) >= wanted.view(-1, 1)).sum(1).sub(1).clamp(min=0)
     found = (prefix[-1].long() & 0xFFFFFFFF) | last
     bits = torch.where(found >= 2**31, found - 2**31, 0xFFFFFFFF - found)  # what ``_ordered`` made of a float
@@ -119,12 +121,13 @@ def fetch(
     out = x.new_empty(pairs, splits, 16, width)
     mass = x.new_empty(pairs, splits, 16)
     fetched = torch.empty(pairs, splits, dtype=torch.int32, device=x.device)
-    launch(
-        gather, (pairs, splits),
-        x, lse.contiguous(), lowest.contiguous(), values.view(torch.uint8) if eight else values,
-        lse if value_scale is None else value_scale, out, mass, fetched, count, pairs * width,
-        0 if value_scale is None else value_scale.shape[2],
-        G=group, ROWS=16, D=width, BLOCK=_GATHERED, FP8=eight, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        launch(
+            gather, (pairs, splits),
+            x, lse.contiguous(), lowest.contiguous(), values.view(torch.uint8) if eight else values,
+            lse if value_scale is None else value_scale, out, mass, fetched, count, pairs * width,
+            0 if value_scale is None else value_scale.shape[2],
+            G=group, ROWS=16, D=width, BLOCK=_GATHERED, FP8=eight, num_warps=4,
+        )  # fmt: skip
     out, mass = out[:, :, :group].sum(1), mass[:, :, :group].sum(1)
     return out.view(batch, heads, width), mass.view(batch, heads), fetched.sum(1).view(batch, kv_heads)
