@@ -57,8 +57,8 @@ def table_logits(
         with torch.cuda.device_of(table):
             launch(
                 logits, (batch * heads, blocks),
-                table.contiguous(), codes, start, start if mask is None else mask.contiguous().view(torch.uint8), out, lse,
-                count, codes.shape[3], HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
+                table.contiguous(), codes, start, start if mask is None else mask.contiguous().view(torch.uint8),
+                out, lse, count, codes.shape[3], HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
                 CENTROIDS=centroids, BLOCK=_BLOCK, MASKED=mask is not None, num_warps=8,
             )  # fmt: skip
     return out, lse.logsumexp(2) if count else lse.new_full(lse.shape[:2], -torch.inf)
@@ -86,8 +86,8 @@ def select(x: Tensor, lse: Tensor, need: Tensor | int) -> Tensor:
             launch(
                 narrow, (rows, chunks),
                 x, lse.contiguous(), wanted.contiguous(), part[max(0, i - 1)], part[i], prefix, count,
-                32 - _BITS * (i + 1), chunks, i, CHUNKS=triton.next_power_of_2(chunks), WAYS=_WAYS, BITS=_BITS, BLOCK=256,
-                COUNTED=counted, num_warps=4,
+                32 - _BITS * (i + 1), chunks, i, CHUNKS=triton.next_power_of_2(chunks), WAYS=_WAYS, BITS=_BITS,
+                BLOCK=256, COUNTED=counted, num_warps=4,
             )  # fmt: skip
     last = (part[-1].sum(1) >= wanted.view(-1, 1)).sum(1).sub(1).clamp(min=0)
     found = (prefix[-1].long() & 0xFFFFFFFF) | last
