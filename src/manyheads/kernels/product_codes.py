@@ -58,7 +58,8 @@ def table_logits(
             launch(
                 logits, (batch * heads, blocks),
                 table.contiguous(), codes, start, start if mask is None else mask.contiguous().view(torch.uint8),
-                out, lse, count, codes.shape[3], HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
+                out, lse, count, codes.shape[3],
+                HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
                 CENTROIDS=centroids, BLOCK=_BLOCK, MASKED=mask is not None, num_warps=8,
             )  # fmt: skip
     return out, lse.logsumexp(2) if count else lse.new_full(lse.shape[:2], -torch.inf)
