@@ -114,6 +114,7 @@ class MixerConfig:
         head_dim: channels of a head.
         layer, num_layers: which layer of how many.
         length: tokens of the longest training context.
+        causal: whether a token may see the past only, as in a decoder; in an encoder it sees both sides.
     """
 
     dim: int
@@ -123,6 +124,7 @@ class MixerConfig:
     layer: int
     num_layers: int
     length: int
+    causal: bool = True
 
 
 class Store(ABC):

@@ -4,7 +4,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -270,7 +270,13 @@ class DenoiserPrediction(Denoiser):
 
 
 class Mixer(Strategy, ABC):
-    """Is a layer of a model that is trained from scratch."""
+    """Is a layer of a model that is trained from scratch.
+
+    Attributes:
+        directions: ``causal`` where it can be a layer of a decoder, ``bidirectional`` where of an encoder.
+    """
+
+    directions: ClassVar[tuple[Literal["causal", "bidirectional"], ...]] = ("causal",)
 
     @abstractmethod
     def build(self, config: "MixerConfig") -> "torch.nn.Module":

@@ -36,10 +36,11 @@ CONSTANT = ("tnl_lightning", "minimax_hybrid", "minimax_hybrid:window=5", "blalm
             *VARIANTS["blalm_mlstm"], "softmax:window=5")  # fmt: skip
 
 
-def mixing() -> list[str]:
-    """Slugs of all strategies that can be the mixer of a Decoder."""
+def mixing(direction: str = "causal") -> list[str]:
+    """Slugs of all strategies that can be the mixer of a Decoder, or of an Encoder."""
     slugs = [p.slug for p in [*catalog.papers(), *catalog.baselines()] if p.state != "planned"]
-    return [slug for slug in slugs if issubclass(catalog.load(slug), Mixer)]
+    found = [(slug, catalog.load(slug)) for slug in slugs]
+    return [slug for slug, made in found if issubclass(made, Mixer) and direction in made.directions]
 
 
 SPECS = [spec for slug in mixing() for spec in (slug, *VARIANTS.get(slug, ()))]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .reference import attention, repeat_kv
 
-__all__ = ["MaskSpec", "banded", "zero_padding", "masked_attention"]
+__all__ = ["MaskSpec", "banded", "masked_attention", "neighbours", "zero_padding"]
 
 Impl = Literal["auto", "dense", "banded", "flex"]
 
@@ -110,6 +110,16 @@ class MaskSpec:
         return mask_mod
 
 
+def neighbours(x: Tensor, causal: bool = False) -> Tensor:
+    """Blocks ``x [B, H, n, w, d]``, each with the one before it and the one after: ``[B, H, n, 3 w, d]``.
+
+    Where there is none stand zeros. A causal block has only the one before it, ``[B, H, n, 2 w, d]``.
+    """
+    empty = torch.zeros_like(x[:, :, :1])
+    parts = [torch.cat([empty, x[:, :, :-1]], 2), x] + ([] if causal else [torch.cat([x[:, :, 1:], empty], 2)])
+    return torch.cat(parts, 3)
+
+
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, causal: bool = True) -> Tensor:
     """Sliding-window attention in O(T w): blocks of ``window`` queries see their own block and its neighbours.
 
@@ -128,12 +138,6 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, causal
     pad = -length % window
     q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, window)) for x in (q, k, v))
     count = q.shape[2]
-
-    def beside(x: Tensor) -> Tensor:  # [B, H, n, 2w or 3w, d]: the block before, the block, the one after
-        empty = torch.zeros_like(x[:, :, :1])
-        parts = [torch.cat([empty, x[:, :, :-1]], 2), x] + ([] if causal else [torch.cat([x[:, :, 1:], empty], 2)])
-        return torch.cat(parts, 3)
-
     at = torch.arange(count * window, device=q.device).view(count, window)
     first = (torch.arange(count, device=q.device) - 1)[:, None] * window
     keys = first + torch.arange((2 if causal else 3) * window, device=q.device)  # [n, 2w or 3w]
@@ -141,7 +145,9 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, causal
     allowed = (apart < window) & (apart >= 0 if causal else apart > -window)
     allowed = allowed & (keys >= 0)[:, None] & (keys < length)[:, None]
     allowed = allowed | (at >= length)[:, :, None]  # rows of padding see anything, and are cut off
-    q, k, v = (x.flatten(0, 1) for x in (q, beside(k), beside(v)))  # [B * H, n, w or more, d]: blocks are SDPA's heads
+    q, k, v = (
+        x.flatten(0, 1) for x in (q, neighbours(k, causal), neighbours(v, causal))
+    )  # [B * H, n, w or more, d]: blocks are SDPA's heads
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed[None], scale=scale)
     return out.reshape(batch, heads, count * window, -1)[:, :, :length]
 
@@ -160,17 +166,18 @@ def masked_attention(
         bias: additive logits, broadcastable to ``[B, H, T, S]``.
         positions: as for :meth:`MaskSpec.dense`.
         real: ``[B, S]`` keys that are tokens.
-        impl: ``auto`` takes plain SDPA where the pattern is causal, ``banded`` for a window on all keys, and else
-            ``dense``; ``flex`` (GPU) is taken on request.
+        impl: ``auto`` takes plain SDPA where the pattern is causal or nothing, ``banded`` for a window on all keys, and
+            else ``dense``; ``flex`` (GPU) is taken on request.
 
     Returns:
         ``[B, H, T, dv]``; rows that may see nothing give 0.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     bare = bias is None and positions is None and real is None
-    if impl == "auto" and bare and spec.plain and num_queries in (1, num_keys):
+    if impl == "auto" and bare and replace(spec, causal=True).plain and num_queries in (1, num_keys):
         k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale)
+        causal = spec.causal and num_queries > 1
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     only_window = spec.window is not None and replace(spec, window=None, causal=True).plain
     if impl == "banded" and not (bare and only_window and num_queries == num_keys):
         raise UserError("banded attention is for a sliding window over all keys, without padding, bias or documents")

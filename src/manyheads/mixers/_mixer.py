@@ -4,11 +4,13 @@
 A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=None) -> (y [B, T, dim], state)``.
 ``mask [B, T]`` marks real tokens. The state returned is what the next call goes on from: ``mixer(x)`` equals
 ``mixer(x[:, :a])`` and then ``mixer(x[:, a:], state=...)``. ``cu_seqlens [N + 1]`` packs N sequences in one row.
+
+A mixer that is built with ``config.causal`` False sees both sides: it takes whole sequences and has no state.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from ..call import AttentionCall, MixerConfig, Site
 from ..errors import UserError
 from ..strategy import AttentionEdit
 
-__all__ = ["KVState", "SoftmaxMixer", "State", "edited", "positions_of", "split_heads"]
+__all__ = ["KVState", "SoftmaxMixer", "State", "edited", "positions_of", "split_heads", "whole"]
 
 
 class State(Protocol):
@@ -122,8 +124,18 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return heads.transpose(1, 2)
 
 
+def whole(state: Any) -> None:
+    """Refuse a state: what sees both sides reads a whole sequence at once.
+
+    Raises:
+        UserError: there is one.
+    """
+    if state is not None:
+        raise UserError("a bidirectional mixer has no state: give it whole sequences")
+
+
 class SoftmaxMixer(nn.Module):
-    """Causal softmax attention whose positions are a transform of q and of k, or a bias; the base of its variants.
+    """Softmax attention whose positions are a transform of q and of k, or a bias; the base of its variants.
 
     A variant overrides :meth:`transform_q` and :meth:`transform_k`, so that attention itself stays SDPA and the cache
     holds what it reads, or :meth:`bias`.
@@ -136,7 +148,7 @@ class SoftmaxMixer(nn.Module):
         super().__init__()
         self.config = config
         self.scale = config.head_dim**-0.5 if scale is None else scale
-        self.spec = MaskSpec(window=window)
+        self.spec = MaskSpec(causal=config.causal, window=window)
         self.editor: tuple[Site, AttentionEdit] | None = None
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj, self.k_proj, self.v_proj = (
@@ -178,8 +190,10 @@ class SoftmaxMixer(nn.Module):
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, state: KVState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, KVState]:
+    ) -> tuple[Tensor, KVState | None]:
         batch, length = x.shape[:2]
+        if not self.config.causal:
+            whole(state)
         x = zero_padding(x, mask)
         at = positions_of(batch, length, x.device, mask, None if state is None else state.seen, cu_seqlens)
         seen = at.amax(1) + 1 if state is None else torch.maximum(at.amax(1) + 1, state.seen)
@@ -188,20 +202,23 @@ class SoftmaxMixer(nn.Module):
         if cu_seqlens is not None:
             if state is not None:
                 raise UserError("softmax mixers take packed sequences from their start: no state with cu_seqlens")
-            return self._packed(q, k, v, at, cu_seqlens)
+            y, after = self._packed(q, k, v, at, cu_seqlens)
+            return y, after if self.config.causal else None
         padded = mask is not None or (state is not None and state.padded)
-        after = KVState(k, v, at, seen, padded) if state is None else state.join(k, v, at, seen, padded)
+        held = KVState(k, v, at, seen, padded) if state is None else state.join(k, v, at, seen, padded)
         given: dict[str, Any] = {}
         if padded or (self.spec.window is not None and state is not None):  # columns are not positions
-            given = {"positions": (at, after.positions), "real": after.positions >= 0}
-        out = self._attend(q, after.k, after.v, at, after.positions, self.spec, **given)
-        y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return y, after if padded or self.spec.window is None else after.last(self.spec.window)
+            given = {"positions": (at, held.positions), "real": held.positions >= 0}
+        out = self._attend(q, held.k, held.v, at, held.positions, self.spec, **given)
+        y = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not self.config.causal:
+            return y, None
+        return y, held if padded or self.spec.window is None else held.last(self.spec.window)
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, KVState]:
         """N sequences in one row; their states stand in N rows, padded on the left."""
         document = torch.cumsum(at[0] == 0, 0)[None]
-        spec = MaskSpec(window=self.spec.window, documents=document)
+        spec = replace(self.spec, documents=document)
         out = self._attend(q, k, v, at, at, spec, positions=(at, at))
         bounds = list(pairwise(cu_seqlens.tolist()))
         longest = max(b - a for a, b in bounds)

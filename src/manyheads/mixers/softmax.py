@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax attention: what every mixer has to be measured against, with the usual ways to tell it of positions.
 
-Scaled dot-product attention (Vaswani et al., arXiv 1706.03762), causal, with grouped queries and optionally a sliding
-window, and one of: rotary positions (arXiv 2104.09864; ``ntk`` grows their base beyond the trained length, ``learned``
-gives every head frequencies of its own), ALiBi
-(arXiv 2108.12409), T5's learned bias by bucket (arXiv 1910.10683), or none.
+Scaled dot-product attention (Vaswani et al., arXiv 1706.03762), causal or, in an encoder, of both sides, with grouped
+queries and optionally a sliding window, and one of: rotary positions (arXiv 2104.09864; ``ntk`` grows their base beyond
+the trained length, ``learned`` gives every head frequencies of its own), ALiBi (arXiv 2108.12409), T5's learned bias by
+bucket (arXiv 1910.10683), or none.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ Position = Literal["rope", "alibi", "t5", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Mixer):
-    """Causal softmax attention.
+    """Softmax attention.
 
     Attributes:
         position: ``rope``, ``alibi``, ``t5`` or ``none``.
@@ -37,6 +37,8 @@ class Softmax(Mixer):
         ntk: factor of dynamic NTK scaling beyond the trained length; 0 turns it off.
         learned: a learned factor on every rotary frequency, per key/value head and plane, which starts at 1.
     """
+
+    directions: ClassVar = ("causal", "bidirectional")
 
     position: Position = field(default="rope", metadata={"help": "rope, alibi, t5 or none"})
     window: int | None = field(default=None, metadata={"help": "keys that a query sees; all when not given"})
@@ -55,6 +57,8 @@ class Softmax(Mixer):
             raise UserError("softmax: learned frequencies are of rotary positions without ntk")
 
     def build(self, config: MixerConfig) -> nn.Module:
+        if self.position == "alibi" and not config.causal:
+            raise UserError("softmax: ALiBi is defined for the past only; give an encoder rope, t5 or no positions")
         return Attention(config, self)
 
 
@@ -90,5 +94,6 @@ class Attention(SoftmaxMixer):
             return alibi_bias(queries, keys, self.config.num_heads)
         if self.buckets is None:
             return None
-        bias: Tensor = self.buckets(t5_buckets(keys[:, None] - queries[:, :, None]))
+        apart = keys[:, None] - queries[:, :, None]
+        bias: Tensor = self.buckets(t5_buckets(apart, causal=self.config.causal))
         return bias.permute(0, 3, 1, 2)

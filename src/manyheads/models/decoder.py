@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small causal language model around any token mixer, the same for all of them but for the mixer.
 
+What it shares with :class:`manyheads.models.encoder.Encoder` is :class:`TokenModel`.
+
 Pre-norm blocks as in Llama: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` with RMSNorm and SwiGLU, tied embeddings,
 no dropout. A mixer that belongs to an architecture with blocks of its own says so by attributes, all optional:
 ``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
@@ -13,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,12 +28,12 @@ from ..spec import parse
 from ..strategy import Mixer, Strategy
 from ..training.matching import matched_width, parameters_of
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["Decoder", "DecoderConfig", "TokenModel"]
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Size of a decoder.
+    """Size of a decoder, or of an encoder.
 
     Attributes:
         vocab: tokens.
@@ -53,11 +55,12 @@ class DecoderConfig:
         """Channels within the feed-forward network."""
         return self.hidden or 8 * round(self.dim / 3)
 
-    def mixer_config(self, layer: int) -> MixerConfig:
+    def mixer_config(self, layer: int, causal: bool = True) -> MixerConfig:
         if self.dim % self.heads:
             raise UserError(f"{self.dim} channels do not part into {self.heads} heads")
         heads = self.kv_heads or self.heads
-        return MixerConfig(self.dim, self.heads, heads, self.dim // self.heads, layer, self.layers, self.length)
+        width = self.dim // self.heads
+        return MixerConfig(self.dim, self.heads, heads, width, layer, self.layers, self.length, causal)
 
 
 class SwiGLU(nn.Module):
@@ -99,18 +102,28 @@ def _rms_norm(dim: int) -> nn.Module:
     return nn.RMSNorm(dim, eps=1e-6)
 
 
-class Decoder(nn.Module):
-    """A causal language model of blocks with the mixer of ``strategy``."""
+class TokenModel(nn.Module):
+    """Embedding, blocks with the mixer of ``strategy``, and logits over the vocabulary; see :class:`Decoder`.
+
+    Attributes:
+        causal: whether a token sees the past only.
+    """
+
+    causal: ClassVar[bool] = True
 
     def __init__(self, strategy: Strategy | str, config: DecoderConfig) -> None:
         super().__init__()
         mixer = parse(strategy)
         if not isinstance(mixer, Mixer):
             raise UserError(f"{mixer.slug} is no token mixer: it acts on models as they are, by manyheads.use")
+        if ("causal" if self.causal else "bidirectional") not in mixer.directions:
+            model = "an Encoder" if self.causal else "a Decoder"
+            raise UserError(f"{mixer.slug} is {mixer.directions[0]}: it is a layer of {model}")
         self.strategy, self.config = mixer, config
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(
-            Block(self.strategy.build(config.mixer_config(i)), config.dim, config.width) for i in range(config.layers)
+            Block(self.strategy.build(config.mixer_config(i, self.causal)), config.dim, config.width)
+            for i in range(config.layers)
         )
         last = self.blocks[-1].mixer
         self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)
@@ -136,8 +149,8 @@ class Decoder(nn.Module):
                     nn.init.xavier_normal_(module.weight, (8 * self.config.layers) ** -0.25 if deep else 1.0)
 
     @classmethod
-    def matched(cls, strategy: Strategy | str, config: DecoderConfig, parameters: int) -> "Decoder":
-        """The decoder whose feed-forward width brings it closest to so many ``parameters``.
+    def matched(cls, strategy: Strategy | str, config: DecoderConfig, parameters: int) -> Self:
+        """The model whose feed-forward width brings it closest to so many ``parameters``.
 
         Raises:
             UserError: the mixer alone has more, or the match is off by more than 2 %.
@@ -167,7 +180,7 @@ class Decoder(nn.Module):
         Args:
             ids: tokens.
             mask: ``[B, T]``, True for tokens, False for padding.
-            state: what an earlier call returned.
+            state: what an earlier call of a decoder returned.
             cu_seqlens: ``[N + 1]`` bounds of N sequences packed in one row.
         """
         x = zero_padding(self.embed(ids), mask)
@@ -176,16 +189,6 @@ class Decoder(nn.Module):
             x, kept = block(x, None if state is None else state[i], mask=mask, cu_seqlens=cu_seqlens)
             after.append(kept)
         return self.norm(x) @ self.embed.weight.T, after
-
-    @torch.no_grad()
-    def generate(self, ids: Tensor, count: int) -> Tensor:
-        """The likeliest ``count`` tokens after ``ids [B, T]``: ``[B, count]``."""
-        logits, state = self(ids)
-        made = [logits[:, -1].argmax(-1, keepdim=True)]
-        while len(made) < count:
-            logits, state = self(made[-1], state=state)
-            made.append(logits[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(made, 1)[:, :count]
 
     def save(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
@@ -196,7 +199,7 @@ class Decoder(nn.Module):
         save_file({name: x.contiguous() for name, x in self.state_dict().items()}, place / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu") -> "Decoder":
+    def load(cls, folder: Path | str, device: str = "cpu") -> Self:
         """What :meth:`save` wrote."""
         place = Path(folder)
         try:
@@ -204,5 +207,21 @@ class Decoder(nn.Module):
             model = cls(config.pop("strategy"), DecoderConfig(**config))
             model.load_state_dict(load_file(place / "model.safetensors", device=device))
         except FileNotFoundError as error:
-            raise UserError(f"{folder} holds no decoder: {Path(error.filename or '').name} is missing") from error
+            raise UserError(
+                f"{folder} holds no {cls.__name__.lower()}: {Path(error.filename or '').name} is missing"
+            ) from error
         return model.to(device).eval()
+
+
+class Decoder(TokenModel):
+    """A causal language model of blocks with the mixer of ``strategy``."""
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, count: int) -> Tensor:
+        """The likeliest ``count`` tokens after ``ids [B, T]``: ``[B, count]``."""
+        logits, state = self(ids)
+        made = [logits[:, -1].argmax(-1, keepdim=True)]
+        while len(made) < count:
+            logits, state = self(made[-1], state=state)
+            made.append(logits[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(made, 1)[:, :count]

@@ -3,6 +3,9 @@
 
 ``B`` sequences of ``T + 1`` tokens; a batch is ``ids [B, T + 1]``, or that and ``loss_mask [B, T]``: the predictions
 that count (bool), or how much each counts (float); None for all.
+
+A batch of a masked language model is ``(ids [B, T], labels [B, T])``: what it reads, with some tokens hidden, and what
+stands there; -100 where nothing is asked, as in transformers.
 """
 
 from collections.abc import Callable
@@ -13,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .budget import Budget
-from .fit import BatchFn, TrainState, autocast, fit
+from .fit import BatchFn, Loss, TrainState, autocast, fit
 from .optimizers import OptimizerName, optimizers_of
 from .schedules import decay
 
-__all__ = ["Batch", "next_token_loss", "predicted_tokens", "token_nll", "train_lm"]
+__all__ = ["Batch", "masked_nll", "masked_token_loss", "next_token_loss", "predicted_tokens", "token_nll", "train_lm"]
 
 Batch = Tensor | tuple[Tensor, Tensor | None]
+_NOT_ASKED = -100
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -32,6 +36,12 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     mean = each.mean() if loss_mask is None else (each * loss_mask.flatten()).sum() / loss_mask.sum().clamp(min=1)
     more = getattr(model, "auxiliary_loss", None)
     return mean + more() if model.training and more is not None else mean
+
+
+def masked_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean negative log-likelihood of the tokens asked for, given all that is read: nats/token, float32 scalar."""
+    ids, labels = batch
+    return cross_entropy(_logits(model(ids)).flatten(0, 1), labels.flatten(), ignore_index=_NOT_ASKED)
 
 
 def predicted_tokens(batch: Batch) -> int:
@@ -51,9 +61,21 @@ def token_nll(model: nn.Module, ids: Tensor, batch: int = 16) -> Tensor:
     return torch.cat(found)
 
 
+@torch.no_grad()
+def masked_nll(model: nn.Module, ids: Tensor, labels: Tensor, batch: int = 16) -> Tensor:
+    """Negative log-likelihood of each token asked for, nats, 0 elsewhere: ``[N, T]`` -> float32 ``[N, T]``, CPU."""
+    found = []
+    for rows, asked in zip(ids.split(batch), labels.split(batch), strict=True):
+        with autocast(rows.device):
+            logits = _logits(model(rows))
+        each = cross_entropy(logits.transpose(1, 2), asked, reduction="none", ignore_index=_NOT_ASKED)
+        found.append(each.cpu())
+    return torch.cat(found)
+
+
 def train_lm(
-    model: nn.Module, get_batch: BatchFn[Batch], budget: Budget | str | int, *, lr: float = 3e-3,
-    optimizer: OptimizerName = "adamw", weight_decay: float = 0.1,
+    model: nn.Module, get_batch: BatchFn[Any], budget: Budget | str | int, *, lr: float = 3e-3,
+    optimizer: OptimizerName = "adamw", weight_decay: float = 0.1, loss: Loss[Any] = next_token_loss,
     on_step: Callable[[TrainState], bool | None] | None = None,
 ) -> TrainState:  # fmt: skip
     """Train in place, as all arms are trained that are compared: warm-up, half a cosine down to a tenth, clipping.
@@ -67,13 +89,14 @@ def train_lm(
         lr: highest learning rate.
         optimizer: ``adamw`` or ``muon``.
         weight_decay: on matrices only.
+        loss: of a model on a batch.
         on_step: see :func:`fit`.
 
     Raises:
         Diverged: the loss is NaN or infinite.
     """
     return fit(
-        model, get_batch, next_token_loss, budget=budget, on_step=on_step,
+        model, get_batch, loss, budget=budget, on_step=on_step,
         optimizers=optimizers_of(model, lr, optimizer, weight_decay=weight_decay), tokens_of=predicted_tokens,
         schedule=decay("cosine", warmup=0.1, floor=0.1), replayed=next(model.parameters()).device.type == "cuda",
     )  # fmt: skip

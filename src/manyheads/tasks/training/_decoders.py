@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ...experiment import Arm, RunContext, Task, WorkUnit, seeding
-from ...models.decoder import Decoder, DecoderConfig
+from ...models.decoder import Decoder, DecoderConfig, TokenModel
 from ...strategy import Strategy
 
-__all__ = ["UntrainedTask", "check_causal", "decoder_of", "mixer_of", "now", "perturb_zero_params"]
+__all__ = [
+    "UntrainedTask", "check_causal", "check_rows", "decoder_of", "mixer_of", "model_of", "now", "perturb_zero_params",
+]  # fmt: skip
+
+M = TypeVar("M", bound=TokenModel)
 
 _LEAK = 1e-5  # of the largest change that the tokens make to their own predictions; without a leak there is none at all
 
@@ -27,28 +31,34 @@ def mixer_of(run: RunContext, arm: Arm) -> Strategy:
 
 
 def decoder_of(run: RunContext, arm: Arm, config: DecoderConfig, parameters: int, seed: int = 0) -> Decoder:
-    """The arm's decoder with its first weights, on the run's device; no global generator is moved on.
+    """The arm's decoder with its first weights, see :func:`model_of`."""
+    return model_of(Decoder, run, arm, config, parameters, seed)
+
+
+def model_of(kind: type[M], run: RunContext, arm: Arm, config: DecoderConfig, parameters: int, seed: int = 0) -> M:
+    """The arm's model with its first weights, on the run's device; no global generator is moved on.
 
     Args:
+        kind: decoder or encoder.
         run: of the task.
         arm: whose mixer it has.
-        config: of the decoder.
+        config: of the model.
         parameters: that it is brought to; 0 for those of the baseline's as ``config`` has it.
         seed: of the first weights.
     """
 
     def of_baseline() -> int:
         with torch.device("meta"):
-            return Decoder(mixer_of(run, run.baseline), config).parameters_held
+            return kind(mixer_of(run, run.baseline), config).parameters_held
 
-    parameters = parameters or run.kept(("parameters", config), of_baseline)
+    parameters = parameters or run.kept(("parameters", kind, config), of_baseline)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.number(run.seed, weights=seed))
-        return Decoder.matched(mixer_of(run, arm), config, parameters).to(run.device)
+        return kind.matched(mixer_of(run, arm), config, parameters).to(run.device)
 
 
 @torch.no_grad()
-def check_causal(model: Decoder, ids: Tensor, name: str) -> None:
+def check_causal(model: TokenModel, ids: Tensor, name: str) -> None:
     """Change tokens ``ids [B, T]`` from some place on: no prediction before it may change.
 
     Raises:
@@ -68,6 +78,29 @@ def check_causal(model: Decoder, ids: Tensor, name: str) -> None:
                 f"{name} is not causal: tokens from position {cut} on change predictions before it, "
                 "so its loss would mean nothing; mend its mixer or leave it out"
             )
+    model.train(training)
+
+
+@torch.no_grad()
+def check_rows(model: TokenModel, ids: Tensor, name: str) -> None:
+    """Change a sequence of ``ids [B, T]``, B at least 2: what is said of the others may not change.
+
+    An encoder may see both sides of what is hidden, but not another window of the same text.
+
+    Raises:
+        UserError: it does.
+    """
+    training = model.training
+    model.eval()
+    before, _ = model(ids)
+    other = ids.clone()
+    other[0] = (other[0] + 1 + torch.arange(ids.shape[1], device=ids.device) % 7) % model.config.vocab
+    change = (model(other)[0] - before).abs()
+    if not bool(change[1:].amax() <= _LEAK * change[:1].amax()):
+        raise UserError(
+            f"{name} lets the sequences of a batch see each other, so its loss would mean nothing; mend its mixer or "
+            "leave it out"
+        )
     model.train(training)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ...files import write_atomically
-from ...models.decoder import Decoder
+from ...models.decoder import TokenModel
 
 __all__ = ["Trained", "arm_folder", "read_json", "read_trained", "write_json", "write_trained"]
 
@@ -24,7 +24,7 @@ _RECORD = "training.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """A decoder after its training.
+    """A decoder, or an encoder, after its training.
 
     Attributes:
         model: in evaluation mode.
@@ -34,7 +34,7 @@ class Trained:
         order: hash of all batches: the same for arms that read the same.
     """
 
-    model: Decoder
+    model: TokenModel
     rate: float
     losses: list[float]
     seconds: float
@@ -60,7 +60,7 @@ def write_json(path: Path, settings: Mapping[str, Any], **values: Any) -> None:
     write_atomically(path, json.dumps({"settings": settings, **values}) + "\n")
 
 
-def read_trained(place: Path, settings: Mapping[str, Any], build: Callable[[int], Decoder]) -> Trained | None:
+def read_trained(place: Path, settings: Mapping[str, Any], build: Callable[[int], TokenModel]) -> Trained | None:
     """The model in ``place``, None where there is none of these settings.
 
     Args:
@@ -78,7 +78,7 @@ def read_trained(place: Path, settings: Mapping[str, Any], build: Callable[[int]
 
 
 def write_trained(place: Path, settings: Mapping[str, Any], trained: Trained) -> None:
-    """Keep a model, also for :meth:`manyheads.models.decoder.Decoder.load`; what lay there is replaced."""
+    """Keep a model, also for :meth:`manyheads.models.decoder.TokenModel.load`; what lay there is replaced."""
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     draft.chmod(0o755)

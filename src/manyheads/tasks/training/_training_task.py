@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import catalog
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
-from ...models.decoder import Decoder, DecoderConfig
-from ...training import BatchFn, Diverged, train_lm
-from ._decoders import check_causal, decoder_of, mixer_of, perturb_zero_params
+from ...models.decoder import Decoder, DecoderConfig, TokenModel
+from ...training import BatchFn, Diverged, next_token_loss, train_lm
+from ._decoders import check_causal, mixer_of, model_of, perturb_zero_params
 from ._trained import Trained, arm_folder, read_json, read_trained, write_json, write_trained
 
 __all__ = ["TRAINING_METRICS", "Training", "TrainingTask", "at_once", "best_rate"]
@@ -84,6 +84,7 @@ class TrainingTask(Task):
     subject: ClassVar[str] = "trainable"
     reports: ClassVar[bool] = True  # whether what is known of the training is in this task's rows
     stored: ClassVar[str] = ""  # what the folder of a model begins with
+    kind: ClassVar[type[TokenModel]] = Decoder  # what is trained
 
     dim: int = 64
     layers: int = 3
@@ -113,15 +114,23 @@ class TrainingTask(Task):
 
     @abstractmethod
     def batches(self, run: RunContext, seed: int) -> BatchFn[tuple[Tensor, Tensor | None]]:
-        """Batches of a training on the CPU, ``ids [B, T + 1]`` and which predictions count; the same for all arms."""
+        """Batches of a training on the CPU, ``ids`` and a second tensor as the loss wants them; alike for all arms."""
 
     @abstractmethod
-    def validation(self, run: RunContext, model: Decoder) -> float:
+    def validation(self, run: RunContext, model: TokenModel) -> float:
         """Loss of a model on what is set aside for tuning."""
 
     @abstractmethod
-    def rows(self, run: RunContext, arm: Arm, seed: int, model: Decoder) -> Iterator[Row]:
+    def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         """Rows of a trained model, without gradients."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of a model on a batch."""
+        return next_token_loss(model, batch)
+
+    def check(self, model: TokenModel, ids: Tensor, name: str) -> None:
+        """Refuse, by UserError, a model whose loss on ``ids [2, T]`` would mean nothing."""
+        check_causal(model, ids, name)
 
     def calibrating(self, run: RunContext) -> Tensor:
         """Sequences to calibrate a strategy on, ``ids [B, times[-1] * length]``, on the run's device."""
@@ -150,19 +159,19 @@ class TrainingTask(Task):
         return found
 
     def guard(self, run: RunContext) -> None:
-        """Refuse an arm that sees the future before any is trained."""
+        """Refuse an arm that sees what it is asked for before any is trained."""
         ids = torch.randint(self.vocab, (2, self.length), generator=run.torch_rng(guard=self.name))
         for arm in self.trained_arms(run):
-            model = decoder_of(run, arm, self.config, self.parameters, run.seeds[0])
+            model = model_of(self.kind, run, arm, self.config, self.parameters, run.seeds[0])
             perturb_zero_params(model)
-            check_causal(model, ids.to(run.device), arm.key)
+            self.check(model, ids.to(run.device), arm.key)
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
         training = Training(self, run, arm)
         trained = training.model(seed)
-        ids = self.batches(run, seed)(0)[0][:1, :-1].to(run.device)
-        check_causal(trained.model, ids, arm.key)  # again: training may open a path that was shut
+        ids = self.batches(run, seed)(0)[0][:2, : self.length].to(run.device)
+        self.check(trained.model, ids, arm.key)  # again: training may open a path that was shut
         if self.reports:
             yield from _training_rows(training, seed, trained)
         for judged in (arm, *(other for other in run.arms if other.options.get("weights_of") == arm.name)):
@@ -254,7 +263,8 @@ class Training:
         raise UserError(f"{self.arm.key}: training diverges at every rate up to {best:g}; give lower ones")
 
     def _train(self, seed: int, rate: float, steps: int) -> Trained:
-        model = decoder_of(self.run, self.arm, self.task.config, self.task.parameters, seed)
+        task = self.task
+        model = model_of(task.kind, self.run, self.arm, task.config, self.task.parameters, seed)
         draw, order = self.task.batches(self.run, seed), hashlib.sha256()
 
         def get_batch(step: int) -> tuple[Tensor, Tensor | None]:
@@ -263,7 +273,7 @@ class Training:
             return ids.to(self.run.device), None if loss_mask is None else loss_mask.to(self.run.device)
 
         state = train_lm(
-            model, get_batch, steps, lr=rate, optimizer=self.arm.options.get("optimizer", "adamw"),
+            model, get_batch, steps, lr=rate, optimizer=self.arm.options.get("optimizer", "adamw"), loss=task.loss,
             on_step=lambda _: self.run.advance(self.task.batch * self.task.length),
         )  # fmt: skip
         return Trained(model, rate, state.losses, state.seconds, order.hexdigest()[:16])
@@ -275,9 +285,9 @@ class Training:
         if self.run.folder is None:
             return None
 
-        def build(hidden: int) -> Decoder:
+        def build(hidden: int) -> TokenModel:
             config = dataclasses.replace(self.task.config, hidden=hidden)
-            return Decoder(mixer_of(self.run, self.arm), config).to(self.run.device)
+            return self.task.kind(mixer_of(self.run, self.arm), config).to(self.run.device)
 
         return read_trained(self._place(f"seed-{seed}"), self.settings(seed), build)
 
@@ -287,10 +297,12 @@ class Training:
 
 
 @contextmanager
-def _under(task: TrainingTask, run: RunContext, arm: Arm, model: Decoder) -> Iterator[tuple[Decoder, float | None]]:
+def _under(
+    task: TrainingTask, run: RunContext, arm: Arm, model: TokenModel
+) -> Iterator[tuple[TokenModel, float | None]]:
     """The trained model as the arm has it judged; of a calibrated one, the temperature at the greatest length."""
     if "weights_of" in arm.options:
-        other = Decoder(mixer_of(run, arm), model.config)
+        other = task.kind(mixer_of(run, arm), model.config)
         other.load_state_dict(model.state_dict())
         model = other.to(run.device).eval()
     if "calibrated" not in arm.options:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...data.synthetic import associative_recall, guessed_recall
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext
-from ...models.decoder import Decoder
+from ...models.decoder import TokenModel
 from ...training import BatchFn, token_nll
 from ._training_task import TRAINING_METRICS, TrainingTask, at_once
 
@@ -70,14 +70,14 @@ class AssociativeRecall(TrainingTask):
 
         return get_batch
 
-    def validation(self, run: RunContext, model: Decoder) -> float:
+    def validation(self, run: RunContext, model: TokenModel) -> float:
         ids, judged = self._drawn(run, self.samples, 1, part="tuning")
         return float(token_nll(model, ids.to(run.device), at_once(self.length))[judged].mean())
 
     def calibrating(self, run: RunContext) -> Tensor:
         return self._drawn(run, _CALIBRATING, max(self.times), part="calibration")[0][:, :-1].to(run.device)
 
-    def rows(self, run: RunContext, arm: Arm, seed: int, model: Decoder) -> Iterator[Row]:
+    def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         for times in self.times:
             ids, judged = self._drawn(run, self.samples, times, part="test")
             parts = ids.to(run.device).split(at_once(times * self.length))

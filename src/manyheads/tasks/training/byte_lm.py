@@ -14,7 +14,7 @@ from torch import Tensor
 from ...data.texts import Text
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
-from ...models.decoder import Decoder
+from ...models.decoder import TokenModel
 from ...training import BatchFn, token_nll
 from ..text._corpus import Corpus
 from ._bytes import VOCAB, Bytes, flat, split
@@ -83,14 +83,14 @@ class ByteLM(TrainingTask):
 
         return get_batch
 
-    def validation(self, run: RunContext, model: Decoder) -> float:
+    def validation(self, run: RunContext, model: TokenModel) -> float:
         ids = self._cut(run, "validation", self.length + 1, self.validating).to(run.device)
         return float(token_nll(model, ids, at_once(self.length)).mean())
 
     def calibrating(self, run: RunContext) -> Tensor:
         return self._cut(run, "validation", max(self.times) * self.length, _CALIBRATING).to(run.device)
 
-    def rows(self, run: RunContext, arm: Arm, seed: int, model: Decoder) -> Iterator[Row]:
+    def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         for times in self.times:
             length = times * self.length
             ids, about = self._windows(run, max(self.times))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...data import files
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext
-from ...models.decoder import Decoder
+from ...models.decoder import TokenModel
 from ...training import token_nll
 from .byte_lm import ByteLM
 
@@ -50,7 +50,7 @@ class MinimalPairs(ByteLM):
             return f"BLiMP is not here: put its 67 files into {_FOLDER} of a folder that MANYHEADS_DATA names"
         return None
 
-    def rows(self, run: RunContext, arm: Arm, seed: int, model: Decoder) -> Iterator[Row]:
+    def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         ids, counts, names = self._pairs(run)
         losses = [
             (token_nll(model, part.to(run.device), _AT_ONCE) * counted).sum(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext
 from ...mixers._mixer import SoftmaxMixer, positions_of
-from ...models.decoder import Decoder
+from ...models.decoder import TokenModel
 from .byte_lm import ByteLM
 
 __all__ = ["OffsetScores"]
@@ -34,7 +34,7 @@ class OffsetScores(ByteLM):
 
     offsets: tuple[int, ...] = (0, 1, 2, 4, 8)
 
-    def rows(self, run: RunContext, arm: Arm, seed: int, model: Decoder) -> Iterator[Row]:
+    def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         ids, about = self._windows(run, 1)
         found: list[Tensor] = []
         mixers = [module for module in model.modules() if isinstance(module, SoftmaxMixer)]

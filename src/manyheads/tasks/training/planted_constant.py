@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import torch
 
 from ...experiment import Arm, Metric, Row, RunContext
-from ...models.decoder import Decoder
+from ...models.decoder import TokenModel
 from ...training import token_nll
 from ..text._contexts import Contexts
 from ._bytes import Bytes
@@ -36,7 +36,7 @@ class PlantedConstant(ByteLM):
     def unsupported_reason(self, run: RunContext) -> str | None:
         return self._contexts(run).unsupported_reason(1, self.length)
 
-    def rows(self, run: RunContext, arm: Arm, seed: int, model: Decoder) -> Iterator[Row]:
+    def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         contexts = self._contexts(run)
         size = contexts.inserter.answer_size
         planted = contexts.single(self.length - contexts.inserter.question_size - size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...data.synthetic import associative_recall, guessed_recall
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext
-from ...models.decoder import Decoder
+from ...models.decoder import TokenModel
 from ...training import BatchFn, token_nll
 from ._bytes import VOCAB
 from ._training_task import TRAINING_METRICS, at_once
@@ -85,14 +85,14 @@ class RecallInText(ByteLM):
 
         return get_batch
 
-    def validation(self, run: RunContext, model: Decoder) -> float:
+    def validation(self, run: RunContext, model: TokenModel) -> float:
         ids = self._cut(run, "validation", self.length + 1, self.validating)
         mixed, asked = self._planted(ids, run.torch_rng(recall=self.pairs, part="tuning"))
         text, planted = (token_nll(model, x.to(run.device), at_once(self.length)) for x in (ids, mixed))
         counts = self.weight * asked + (mixed[:, 1:] < VOCAB)
         return float((text.sum() + (planted * counts).sum()) / (text.numel() + counts.sum()))
 
-    def rows(self, run: RunContext, arm: Arm, seed: int, model: Decoder) -> Iterator[Row]:
+    def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         yield from super().rows(run, arm, seed, model)
         windows, about = self._windows(run, max(self.times))
         for times in self.times:
