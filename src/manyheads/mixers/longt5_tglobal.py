@@ -16,8 +16,8 @@ tokens to come. So a Decoder refuses it.
 
 Differs from the released code: T5 leaves out ``1 / sqrt(head_dim)`` and starts W_q smaller by it; here the factor
 stays, as in the softmax it is measured against, so T5's W_q is loaded times ``sqrt(head_dim)``. Every layer has bias
-tables of its own, where T5 shares those of its first. Blocks are counted from the first token of a text wherever its padding
-stands (in transformers, from the first column). The cost is ``T (3 r + T / k)``: linear for T up to some 3 r k, here
+tables of its own, where T5 shares those of its first. Blocks are counted from the first token of a text wherever its
+padding stands (in transformers, from the first column). The cost is ``T (3 r + T / k)``: linear up to some 3 r k, here
 6,000 tokens, and quadratic with a factor of 1 / k beyond. Grouped queries are ours.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders of arms: made alike, proven to see no future (without that a loss means nothing), and timed as they are."""
+"""Models of arms: made alike, proven to see no future (without that a loss means nothing), and timed as they are."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def perturb_zero_params(model: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class UntrainedTask(Task):
-    """Base of tasks on decoders with their first weights, all arms in turn: whatever else runs slows them alike.
+    """Base of tasks on models with their first weights, all arms in turn: whatever else runs slows them alike.
 
     Attributes:
         vocab, dim, layers, heads, parameters: of every decoder; 0 parameters for as many as the
@@ -125,6 +125,7 @@ class UntrainedTask(Task):
 
     subject: ClassVar[str] = "trainable"
     alone: ClassVar[bool] = True
+    kind: ClassVar[type[TokenModel]] = Decoder  # what is measured
 
     vocab: int = 256
     dim: int = 64
@@ -146,10 +147,10 @@ class UntrainedTask(Task):
         arms = [arm for arm in run.arms if not {"weights_of", "optimizer"} & set(arm.options)]
         return [arm for arm in arms if not self.only or arm.name in self.only]
 
-    def models(self, run: RunContext) -> dict[str, Decoder]:
-        """A decoder of every arm, by key."""
+    def models(self, run: RunContext) -> dict[str, TokenModel]:
+        """A model of every arm, by key."""
         config = DecoderConfig(self.vocab, self.dim, self.layers, self.heads, length=self.length)
-        return {arm.key: decoder_of(run, arm, config, self.parameters) for arm in self.measured(run)}
+        return {arm.key: model_of(self.kind, run, arm, config, self.parameters) for arm in self.measured(run)}
 
 
 def now(run: RunContext) -> float:

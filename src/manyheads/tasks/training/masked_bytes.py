@@ -87,13 +87,17 @@ class MaskedBytes(ByteLM):
     def rows(self, run: RunContext, arm: Arm, seed: int, model: TokenModel) -> Iterator[Row]:
         widest = max(self.times) * self.length
         text, about = self._windows(run, max(self.times))
-        ids, labels = self.hidden(text[:, :-1], run.torch_rng(hidden=self.span, part="test"))
+        generator = run.torch_rng(hidden=self.span, part="test")
         edge = (widest - (self.judged or self.length)) // 2
-        labels[:, :edge] = labels[:, widest - edge :] = NOT_ASKED
+        middle = text[:, edge : widest - edge]  # has as many hidden bytes in every window
+        parts = [self.hidden(x, generator) for x in (middle, text[:, :edge], text[:, widest - edge : widest])]
+        asked, left, right = (labels for _, labels in parts)
+        ids = torch.cat([parts[1][0], parts[0][0], parts[2][0]], 1)
+        labels = torch.cat([torch.full_like(left, NOT_ASKED), asked, torch.full_like(right, NOT_ASKED)], 1)
         for times in self.times:
             length = times * self.length
             first = (widest - length) // 2
-            read, asked = ids[:, first : first + length], labels[:, first : first + length]
+            read, asked = (x[:, first : first + length] for x in (ids, labels))
             found = masked_nll(model, read.to(run.device), asked.to(run.device), at_once(length))
             losses = (found.sum(1) / (asked >= 0).sum(1)).tolist()
             yield from self.each("masked_nll", arm, losses, about, seed=seed, at={"times": times})
@@ -102,7 +106,8 @@ class MaskedBytes(ByteLM):
         """What is read of ``text [N, T]``, and what stands where it is hidden, -100 elsewhere: each ``[N, T]``."""
         count, length = text.shape
         cells = length // self.span
-        chosen = torch.rand(count, cells, generator=generator).argsort(1) < max(1, round(self.share * cells))
+        shown = torch.rand(count, cells, generator=generator).argsort(1)
+        chosen = shown < max(1, round(self.share * cells))
         away = torch.nn.functional.pad(chosen.repeat_interleave(self.span, 1), (0, length - cells * self.span))
         return text.masked_fill(away, MASK), text.masked_fill(~away, NOT_ASKED)
 
