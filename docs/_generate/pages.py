@@ -104,6 +104,8 @@ def strategy_page(row: catalog.Paper) -> str:
 
 def usage(slug: str, cls: type[Strategy], category: str) -> str:
     """How it is written."""
+    if issubclass(cls, Mixer) and "causal" not in cls.directions:
+        return f'```python\nfrom manyheads.models.encoder import Encoder\n\nmodel = Encoder("{slug}", config)\n```'
     if issubclass(cls, Mixer):
         return f"```sh\nmanyheads compare --train --strategies softmax,{slug}\n```"
     what = "pipe" if category == "diffusion" else "model"

@@ -131,7 +131,7 @@ def mixers(strategies: Iterable[str | Strategy] | None = None) -> dict[str, Stra
     """Token mixers by their specs, softmax attention first, each once; those that stand when None are given.
 
     Raises:
-        UserError: unknown strategy or field, or a strategy that is no token mixer.
+        UserError: unknown strategy or field, or a strategy that is no token mixer of a decoder.
     """
     if strategies is None:
         strategies = [spec for spec in _WISHED if catalog.get(read(spec).name).state != "planned"]
@@ -139,6 +139,10 @@ def mixers(strategies: Iterable[str | Strategy] | None = None) -> dict[str, Stra
     for spec, strategy in found.items():
         if not isinstance(strategy, Mixer):
             raise UserError(f"{spec} is no token mixer: leave --train away to compare it on a model as it is")
+        if "causal" not in strategy.directions:
+            raise UserError(
+                f"{spec} sees both sides, and decoders are compared here: manyheads claims run, or an Encoder"
+            )
     return found
 
 

@@ -5,40 +5,38 @@ Masked byte language models of one size, trained from scratch on WikiText-2 in w
 up by their key: T5's full attention, LongT5's window alone, and the window with transient globals. Judged on articles
 that none has seen: records whose question stands near, in reach of the window, and far, half a sequence away, out of
 reach of the windows of all layers together; and the loss on the same hidden bytes with 1, 2 and 4 times the trained
-length around them. Time per token of whole encoders by length, beside full attention with rotary positions, which flash
-attention computes.
+length around them. Time per token by length is that of untrained encoders with the paper's radius and block, beside
+T5's full attention, and beside full attention with rotary positions, which flash attention computes.
 """
 
-from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, at_most, higher, lower, no_worse
+from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower, no_worse
 from manyheads.tasks.training.encoder_speed import EncoderSpeed
 from manyheads.tasks.training.masked_recall import MaskedRecall
 
 # What summaries may lose to full attention: no figure of the paper's says; a hundredth of a nat is what seeds of one
 # arm differ by, and one record in twenty is what 64 windows of four can tell.
 LOSS, RECALL = 0.01, 0.05
-FLAT = 1.25  # time per token at 8 times the length that still counts as linear in the length
 
-FULL, LOCAL, GLOBAL = "full", "local", "tglobal"
+FULL, LOCAL, GLOBAL, FLASH, PAPERS = "full", "local", "tglobal", "full, rope", "tglobal, r = 127, k = 16"
 
 
 def arms(radius: int, block: int) -> tuple[Arm, ...]:
-    """Full attention, the window, the window with summaries, and full attention as flash attention computes it."""
+    """What is trained: full attention, the window, and the window with summaries; and what is timed."""
     window = f"longt5_tglobal:radius={radius}"
     return (
         Arm(FULL, "softmax:position=t5"), Arm(LOCAL, f"{window},block=0"), Arm(GLOBAL, f"{window},block={block}"),
-        Arm("full, rope", "softmax"),
+        Arm(FLASH, "softmax"), Arm(PAPERS, "longt5_tglobal"),
     )  # fmt: skip
 
 
 SMALL, LARGE = arms(7, 4), arms(31, 16)
-FAR, LONG, SHORT = {"times": 1, "where": "far"}, {"times": 8}, {"times": 1}
-TRAINED = (FULL, LOCAL, GLOBAL)
+FAR, LONG = {"times": 1, "where": "far"}, {"times": 8}
 
 claim = Claim(
     slug="longt5_tglobal",
     statement=(
         "With block summaries an encoder that attends to a window looks up what stands far outside of it, predicts "
-        "better than the window alone and no worse than full attention, at a cost per token that hardly grows."
+        "better than the window alone and no worse than full attention, and is faster than that on long texts."
     ),
     tier="scaled",
     reported=Reported(
@@ -52,14 +50,16 @@ claim = Claim(
     experiment=Experiment(
         subject="trainable", arms=SMALL, baseline=SMALL[0], equal="parameters",
         tasks=(
-            MaskedRecall(text="wikitext", times=(1, 2, 4), keys=4, values=4, layers=2, only=TRAINED),
-            EncoderSpeed(only=("full, rope", *TRAINED)),
+            MaskedRecall(text="wikitext", times=(1, 2, 4), keys=4, values=4, layers=2, only=(FULL, LOCAL, GLOBAL)),
+            EncoderSpeed(only=(FULL, FLASH, PAPERS)),
         ),
         sizes=Sizes(
             quick={"steps": 30, "rates": (6e-3,), "masked_recall.parameters": 110_000, "samples": 16, "rounds": 2,
                    "tokens": 2048, "encoder_speed.dim": 32},
-            cpu={"steps": 600, "tune_steps": 100, "rates": (3e-3, 6e-3), "masked_recall.parameters": 110_000,
-                 "tokens": 2048},
+            cpu={
+                "steps": 300, "batch": 32, "share": 0.1, "rates": (3e-3, 6e-3), "masked_recall.parameters": 110_000,
+                "tokens": 2048,
+            },
             cuda={
                 "arms": LARGE, "seeds": 8, "masked_recall.length": 512, "batch": 32, "masked_recall.dim": 256,
                 "masked_recall.heads": 4, "masked_recall.layers": 4, "steps": 1500, "tune_steps": 400, "keys": 8,
@@ -74,9 +74,8 @@ claim = Claim(
         no_worse("recalled", GLOBAL, than=FULL, where=FAR, margin=RECALL, better="higher"),
         lower("masked_nll", GLOBAL, than=LOCAL, where={"times": 4}),
         no_worse("masked_nll", GLOBAL, than=FULL, where={"times": 4}, margin=LOSS, better="lower"),
-        at_most("token_time", GLOBAL, times=FLAT, than=GLOBAL, where=LONG, than_where=SHORT),
-        lower("token_time", GLOBAL, than=FULL, where=LONG),
-        lower("token_time", GLOBAL, than="full, rope", where=LONG),
+        lower("token_time", PAPERS, than=FULL, where=LONG),
+        lower("token_time", PAPERS, than=FLASH, where=LONG),
     ),
     report=("tuning_nll",),
     caveat=(
