@@ -28,12 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.local_global import block_sums, blocks_and_counts, local_global_attention
-from ..attention.masks import zero_padding
 from ..attention.positions import t5_buckets
 from ..call import MixerConfig
 from ..errors import UserError
 from ..strategy import Mixer
-from ._mixer import split_heads, whole
+from ._mixer import each_text, split_heads, whole
 
 __all__ = ["TransientGlobal"]
 
@@ -85,14 +84,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Output ``[B, T, dim]`` of ``x [B, T, dim]``, padded anywhere by ``mask`` or packed; there is no state."""
         whole(state)
-        if mask is None and cu_seqlens is None:
-            return self._attend(x, None), None
-        x = zero_padding(x, mask)
-        rows, lengths = _unpacked(x, mask, cu_seqlens)  # of each text, where its tokens stand in x
-        y = self._attend(x.flatten(0, 1)[rows], lengths)
-        real = torch.arange(rows.shape[1], device=x.device) < lengths[:, None]
-        out = y.new_zeros(x.shape[:2].numel(), y.shape[2])
-        return out.index_put((rows[real],), y[real]).view_as(x), None
+        return each_text(self._attend, x, mask, cu_seqlens), None
 
     def _attend(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """Texts ``x [N, T, dim]`` that begin at column 0, of ``lengths [N]``."""
@@ -118,15 +110,3 @@ class Attention(nn.Module):
         """Biases ``[H, 2 reach - 1]`` by distance."""
         apart = torch.arange(1 - reach, reach, device=buckets.weight.device)
         return buckets.weight[t5_buckets(apart, _BUCKETS, causal=False)].T
-
-
-def _unpacked(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the tokens of each text stand in ``x [B, T, dim]`` laid flat, ``[N, longest]``, and how many ``[N]``."""
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.diff()
-        at = torch.arange(max(1, int(lengths.max())), device=x.device)
-        return (cu_seqlens[:-1, None] + at).clamp(max=x.shape[1] - 1), lengths
-    assert mask is not None
-    lengths = mask.sum(1)
-    first = (~mask).long().argsort(dim=1, stable=True)[:, : max(1, int(lengths.max()))]
-    return first + x.shape[1] * torch.arange(len(x), device=x.device)[:, None], lengths

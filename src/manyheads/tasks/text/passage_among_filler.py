@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ... import catalog
-from ...data.texts import corpus
 from ...errors import UserError
 from ...experiment import Metric, Row, RunContext, Task, WorkUnit
 from ...integrations import use
+from ._reader import embedded, long_texts, reader, whole
 
 __all__ = ["PassageAmongFiller"]
 
-_AT_ONCE = 8  # texts embedded at once
 _CALIBRATING = 6  # texts
 
 
@@ -69,29 +68,24 @@ class PassageAmongFiller(Task):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, (model, _) = run.arm_of(unit), self._parts(run)
         passages, texts, others = (ids.to(run.device) for ids in self._texts(run))
-        queries = _embedded(model, passages)
+        queries = embedded(model, passages)
         if align := arm.options.get("align"):
             strategy: Any = catalog.load("t5_attention_alignment")
             made = strategy.calibrated(
                 model, others, [self.length], trained=self.trained, align=align, where="encoder", port=use
             )
             with use(model, made):
-                found = _embedded(model, texts)
+                found = embedded(model, texts)
             tau = float(made.temperature(0, torch.tensor([[[self.length]]])).mean())
             yield self.row("temperature", arm, tau, "calibration")
         else:
-            found = _embedded(model, texts)
+            found = embedded(model, texts)
         likeness = queries @ found.T
         place = (likeness >= likeness.diagonal()[:, None]).sum(1)
         yield from self.each("reciprocal_rank", arm, (1 / place).tolist())
 
     def _parts(self, run: RunContext) -> tuple[Any, Any]:
-        def make() -> tuple[Any, Any]:
-            from ...models import load_reader
-
-            return load_reader(self.model, run.device, torch.float32)
-
-        return cast(tuple[Any, Any], run.kept(("reader", self.model), make))
+        return reader(run, self.model)
 
     def _texts(self, run: RunContext) -> tuple[Tensor, Tensor, Tensor]:
         """Passages ``[N, passage + 2]``, texts and those to calibrate on ``[N or 6, length]``, int64."""
@@ -99,12 +93,7 @@ class PassageAmongFiller(Task):
         def make() -> tuple[Tensor, Tensor, Tensor]:
             tokenizer, body = self._parts(run)[1], self.length - 2
             rng = run.rng(passages=self.text)
-            given = run.data.get("texts") or corpus(self.text)
-            held = [given[int(i)] for i in rng.permutation(len(given))]
-            read = [tokenizer.encode(one.content, add_special_tokens=False, verbose=False) for one in held]
-            long = [ids for ids in read if len(ids) >= body]
-            if len(long) < 2 * self.samples + _CALIBRATING:
-                raise UserError(f"{2 * self.samples + _CALIBRATING} texts of {body} tokens are needed, not {len(long)}")
+            long = long_texts(run, tokenizer, self.text, body, 2 * self.samples + _CALIBRATING, rng)
             passages, texts = [], []
             for own, filler in zip(long[: self.samples], long[self.samples : 2 * self.samples], strict=True):
                 start = int(rng.integers(0, len(own) - self.passage + 1))
@@ -113,16 +102,6 @@ class PassageAmongFiller(Task):
                 texts.append([*filler[:at], *passages[-1], *filler[at : body - self.passage]])
             others = [ids[:body] for ids in long[2 * self.samples :][:_CALIBRATING]]
 
-            def whole(rows: list[list[int]]) -> Tensor:
-                return torch.tensor([[tokenizer.cls_token_id, *row, tokenizer.sep_token_id] for row in rows])
-
-            return whole(passages), whole(texts), whole(others)
+            return whole(tokenizer, passages), whole(tokenizer, texts), whole(tokenizer, others)
 
         return cast(tuple[Tensor, Tensor, Tensor], run.kept(("passages", self.text, self.samples), make))
-
-
-@torch.no_grad()
-def _embedded(model: Any, ids: Tensor) -> Tensor:
-    """Embeddings ``[N, dim]`` of length 1 of texts ``[N, T]``."""
-    means = [model(input_ids=part).last_hidden_state.mean(1) for part in ids.split(_AT_ONCE)]
-    return torch.nn.functional.normalize(torch.cat(means), dim=-1)
