@@ -8,7 +8,8 @@ from transformers import BertConfig, BertModel
 from manyheads import parse, use
 from manyheads.data.texts import Text
 from manyheads.experiment import Arm, RunContext, Trainable
-from manyheads.tasks.text.passage_among_filler import PassageAmongFiller, _embedded
+from manyheads.tasks.text._reader import embedded
+from manyheads.tasks.text.passage_among_filler import PassageAmongFiller
 from tolerance import is_far, nearly
 
 PLAIN, ALIGNED = Arm("reader", options={"reader": True}), Arm("aligned", options={"reader": True, "align": "entropy"})
@@ -54,7 +55,7 @@ def test_only_readers_are_measured_and_ranks_are_those_of_the_cosine(run):
     assert [unit.name for unit in TASK.units(run)] == ["reader", "aligned"]
     plain, aligned = (list(TASK.measure(run, unit)) for unit in TASK.units(run))
     model, (passages, texts, _) = run.kept(("reader", TASK.model), None)[0], TASK._texts(run)
-    likeness = _embedded(model, passages) @ _embedded(model, texts).T
+    likeness = embedded(model, passages) @ embedded(model, texts).T
     wanted = [1 / (1 + int((row > row[i]).sum())) for i, row in enumerate(likeness)]
     assert [row.value for row in plain] == nearly(wanted)
     assert {row.metric for row in aligned} == {"reciprocal_rank", "temperature"}
@@ -62,15 +63,15 @@ def test_only_readers_are_measured_and_ranks_are_those_of_the_cosine(run):
 
 def test_the_temperature_acts_on_texts_longer_than_trained_and_is_gone_after(run):
     model, (passages, texts, _) = run.kept(("reader", TASK.model), None)[0], TASK._texts(run)
-    before = _embedded(model, texts)
+    before = embedded(model, texts)
     rows = list(TASK.measure(run, TASK.units(run)[1]))
     tau = next(row.value for row in rows if row.metric == "temperature")
     assert 0.05 < tau < 1  # twice as many keys: sharper
-    assert torch.equal(_embedded(model, texts), before)
+    assert torch.equal(embedded(model, texts), before)
     with use(model, parse(f"t5_attention_alignment:trained=12,tau={tau}")):
-        assert is_far(_embedded(model, texts), before)
-        short = _embedded(model, passages)
-    assert torch.equal(short, _embedded(model, passages))
+        assert is_far(embedded(model, texts), before)
+        short = embedded(model, passages)
+    assert torch.equal(short, embedded(model, passages))
 
 
 def test_too_few_texts_are_a_reason_not_to_measure(run):
