@@ -25,7 +25,7 @@ VARIANTS = {
     "longt5_tglobal": [
         "longt5_tglobal:radius=6,block=4", "longt5_tglobal:radius=0,block=3", "longt5_tglobal:radius=6,block=0",
     ],
-    "mra": ["mra:block=4,per_row=2", "mra:block=4,per_row=2,sparse=true,band=1", "mra:block=5,per_row=0"],
+    "mra": ["mra:block=4,per_row=2", "mra:block=4,per_row=4,sparse=true,band=3", "mra:block=5,per_row=0"],
 }  # fmt: skip
 SPECS = [spec for slug in mixing("bidirectional") for spec in (slug, *VARIANTS.get(slug, ()))]
 ROWS = (9, 23, 1, 66)  # tokens of the rows of a batch

@@ -57,7 +57,7 @@ claim = Claim(
             quick={"steps": 30, "rates": (6e-3,), "masked_recall.parameters": 110_000, "samples": 16, "rounds": 2,
                    "tokens": 2048, "encoder_speed.dim": 32},
             cpu={
-                "steps": 300, "batch": 32, "share": 0.1, "rates": (3e-3, 6e-3), "masked_recall.parameters": 110_000,
+                "steps": 500, "batch": 32, "share": 0.1, "rates": (3e-3,), "masked_recall.parameters": 110_000,
                 "tokens": 2048,
             },
             cuda={
@@ -80,6 +80,7 @@ claim = Claim(
     report=("tuning_nll",),
     caveat=(
         "The paper pre-trains on 4,096 tokens and judges summaries; here small encoders fill in bytes. At CPU size the "
-        "window is 7 bytes, blocks are of 4, and the loss on text says little: it has hardly been learned."
+        "window is 7 bytes, blocks are of 4, the rate is one (twice it was worse for every arm in 300 steps), and the "
+        "loss on text says little: it has hardly been learned."
     ),
 )  # fmt: skip
