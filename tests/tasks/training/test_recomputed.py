@@ -2,6 +2,7 @@
 """Figures of the training tasks, recomputed from a decoder's logits one sequence at a time, and by a clock by hand."""
 
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,7 +226,7 @@ def test_scores_by_offset_are_means_over_pairs(texts):
 @pytest.fixture
 def clock(monkeypatch):
     """A decoder's forward takes what its mixer costs, and turns the clock; arms as they were run."""
-    made = SimpleNamespace(now=0.0, calls=[])
+    made = SimpleNamespace(now=Fraction(0), calls=[])
 
     def now(run):
         return made.now
@@ -246,7 +247,7 @@ class Costs(torch.nn.Module):
     def forward(self, ids, state=None):
         read = 0 if state is None else state[0].nbytes // 10
         self.clock.calls.append((self.name, tuple(ids.shape), read))
-        self.clock.now += self.factor * (ids.numel() + 2 * read) / 1000
+        self.clock.now += Fraction(self.factor * (ids.numel() + 2 * read), 1000)  # exact, however late it is
         state = SimpleNamespace(nbytes=10 * (read + ids.shape[1])), SimpleNamespace(nbytes=0)
         return self.weight * torch.ones(*ids.shape, 4), [
             SimpleNamespace(nbytes=state[0].nbytes),
