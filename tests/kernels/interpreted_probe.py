@@ -16,7 +16,7 @@ from manyheads.calls import weights
 from manyheads.calls.statistics import Entropy, Pooled
 from manyheads.calls.weights import measure
 from manyheads.kernels import probe
-from tolerance import SAME, is_close
+from tolerance import CLOSE, SAME, is_close
 
 CALLS = ((1, 1, 1, 32), (5, 5, 2, 24), (40, 130, 2, 32), (70, 70, 1, 64), (40, 90, 3, 128), (30, 12, 2, 32))
 
@@ -64,7 +64,8 @@ def test_many_features_weights_and_wide_bands(features, rows, width):
 def test_sharp_rows_and_far_tails():
     """Logits in the hundreds, and a sink beside very many tiny weights, whose sum half floats would lose."""
     sharp = build(torch.float32, 40, 60, 2, 32, spread=60.0)
-    assert max(errors(sharp.kernels(), sharp.truth()).values()) <= SAME
+    size = float(sharp.truth()["lse"].square().mean().sqrt())  # of a logit, whose last bit a weight errs by
+    assert max(errors(sharp.kernels(), sharp.truth()).values()) <= CLOSE * size
     case = build(torch.float32, 32, 2000, 1, 16, batch=1)
     q, k = torch.zeros_like(case.q), torch.zeros_like(case.k)
     q[..., 0], k[:, :, 0, 0] = 1.0, 4 * 18.0  # the sink's weight is e^18 times that of another key

@@ -83,7 +83,7 @@ def test_values_are_recalled_by_the_plain_model(options):
             ids = torch.cat([given[i], asked[i, : at + 1]])
             with torch.no_grad():
                 right.append(float(model(ids[None]).logits[0, -1].argmax() == asked[i, at + 1]))
-        assert row.value == nearly(sum(right) / len(right)) and len(right) == 30 - task.known // 2
+        assert row.value == nearly(sum(right) / len(right), torch.float32) and len(right) == 30 - task.known // 2
         assert row.bytes > 0
     assert len(found) == 3 and [unit.params for unit in PairRecall(sequences=130).units(run)] == [
         {"first": a, "last": b} for a, b in ((0, 64), (64, 128), (128, 130))
