@@ -22,7 +22,17 @@ from ..call import AttentionCall, MixerConfig, Site
 from ..errors import UserError
 from ..strategy import AttentionEdit
 
-__all__ = ["KVState", "SoftmaxMixer", "State", "each_text", "edited", "positions_of", "split_heads", "whole"]
+__all__ = [
+    "KVState",
+    "SoftmaxMixer",
+    "State",
+    "each_text",
+    "edited",
+    "positions_of",
+    "projections",
+    "split_heads",
+    "whole",
+]
 
 
 class State(Protocol):
@@ -163,6 +173,13 @@ def _texts(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[T
     return first + x.shape[1] * torch.arange(len(x), device=x.device)[:, None], lengths
 
 
+def projections(config: MixerConfig) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """Linear layers without a bias to q, k and v of all heads, and back to the model's width."""
+    wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    q, k, v = (nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow))
+    return q, k, v, nn.Linear(wide, config.dim, bias=False)
+
+
 class SoftmaxMixer(nn.Module):
     """Softmax attention whose positions are a transform of q and of k, or a bias; the base of its variants.
 
@@ -179,11 +196,7 @@ class SoftmaxMixer(nn.Module):
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.spec = MaskSpec(causal=config.causal, window=window)
         self.editor: tuple[Site, AttentionEdit] | None = None
-        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow)
-        )
-        self.out_proj = nn.Linear(wide, config.dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = projections(config)
 
     def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
         """``q [B, H, T, d]`` at ``positions [B, T]`` of sequences that are ``length [B]`` tokens long so far."""

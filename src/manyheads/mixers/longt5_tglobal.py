@@ -32,7 +32,7 @@ from ..attention.positions import t5_buckets
 from ..call import MixerConfig
 from ..errors import UserError
 from ..strategy import Mixer
-from ._mixer import each_text, split_heads, whole
+from ._mixer import each_text, projections, split_heads, whole
 
 __all__ = ["TransientGlobal"]
 
@@ -69,11 +69,7 @@ class Attention(nn.Module):
     def __init__(self, config: MixerConfig, strategy: TransientGlobal) -> None:
         super().__init__()
         self.config, self.strategy = config, strategy
-        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow)
-        )
-        self.out_proj = nn.Linear(wide, config.dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = projections(config)
         self.buckets = nn.Embedding(_BUCKETS, config.num_heads)
         if strategy.block:
             self.side_buckets = nn.Embedding(_BUCKETS, config.num_heads)

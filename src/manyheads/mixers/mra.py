@@ -42,7 +42,7 @@ from ..attention.sparse import block_sparse_attention, merge
 from ..call import AttentionCall, MixerConfig, Site
 from ..errors import UserError
 from ..strategy import AttentionCompute, Mixer
-from ._mixer import each_text, split_heads, whole
+from ._mixer import each_text, projections, split_heads, whole
 
 __all__ = ["MRA", "mra_attention", "refined_blocks"]
 
@@ -197,11 +197,7 @@ class Attention(nn.Module):
     def __init__(self, config: MixerConfig, strategy: MRA) -> None:
         super().__init__()
         self.config, self.strategy = config, strategy
-        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(config.dim, width, bias=False) for width in (wide, narrow, narrow)
-        )
-        self.out_proj = nn.Linear(wide, config.dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = projections(config)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, state: Any = None, cu_seqlens: Tensor | None = None

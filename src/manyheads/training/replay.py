@@ -4,6 +4,7 @@
 The first steps run as they are, on a stream of their own, so that kernels are compiled and the optimisers have their
 state. The next is recorded, and from then on batches are copied to where the recording reads them. Rates live on the
 device, for a recording holds no Python number. A batch of another shape runs as it is.
+What a step decides in Python, a number that it draws there for instance, is decided once for all that are replayed.
 """
 
 import warnings
