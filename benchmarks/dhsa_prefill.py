@@ -28,7 +28,7 @@ from manyheads import parse
 from manyheads.attention.block_pattern import Rule
 from manyheads.attention.sparse import block_sparse_attention
 from manyheads.call import AttentionCall, Site
-from manyheads.environment import environment
+from manyheads.environment import commit, environment
 from manyheads.mixers._sparse import SparseAttention
 from manyheads.mixers.dhsa import Boundaries
 from manyheads.mixers.dhsa.boundaries import BoundaryConfig, BoundaryNet
@@ -107,7 +107,7 @@ def main() -> None:
     }
     if given.json:
         settings = {key: value for key, value in vars(given).items() if key not in ("json", "lengths")}
-        about = {"date": datetime.date.today().isoformat(), "environment": environment(), **settings}
+        about = {"date": datetime.date.today().isoformat(), "environment": environment(), "commit": commit(), **settings}
         given.json.write_text(json.dumps({**about, "crossover": crossover, "rows": rows}, indent=1) + "\n")
 
 

@@ -26,7 +26,8 @@ DRAWN = PASSES  # for what is drawn at random
 
 # Roundings in a row.
 CALL = 32  # a call of attention, or a formula of a few sums of up to 64 terms: 8 each, and some for scale and softmax
-MODEL = 256  # a whole tiny model: 2 or 3 layers of some 70 (two norms, seven projections, a call), then norm and head
+LAYER = CALL + 4 * 8  # attention with its four projections
+MODEL = 512  # a whole tiny model: up to 4 layers of 104 (a call, seven projections and two norms of 8), cross-attention
 
 
 def rounding(dtype: torch.dtype, steps: int = CALL) -> float:
@@ -40,10 +41,11 @@ def within(dtype: torch.dtype, steps: int = CALL) -> float:
 
 
 FORMULA = within(torch.float64)  # float64 against the formula: 1e-15
+PROJECTED = within(torch.float64, LAYER)  # the same of attention with its projections: 1.5e-15
 CLOSE = within(torch.float32)  # float32 against the formula: 5.5e-7
-SAME = within(torch.float32, MODEL)  # float32, in another order of summation, through a whole tiny model: 1.6e-6
-DEEP = within(torch.float64, MODEL)  # float64 through a whole tiny model: 2.9e-15
-GRADIENT = within(torch.float32, 5 * MODEL)  # and back, summed over all tokens: 3.5e-6
+SAME = within(torch.float32, MODEL)  # float32, in another order of summation, through a whole tiny model: 2.2e-6
+DEEP = within(torch.float64, MODEL)  # float64 through a whole tiny model: 4.1e-15
+GRADIENT = within(torch.float32, 5 * MODEL)  # and back, summed over all tokens: 4.9e-6
 
 HALF = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # kernels, against float64
 DEVICE = 2e-5  # kernels on a GPU in float32, whose order of summation and exponential are its own

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyheads.attention import reference
+from manyheads.attention.causal import for_gradient_of
 from tolerance import FORMULA, HALF, HALF_FACTOR, assert_close, error, is_close, rounding, within
 
 LENGTHS = st.sampled_from([1, 2, 7, 8, 63, 64, 65])
@@ -145,3 +146,12 @@ def test_query_groups_are_interleaved():
     """Query heads 0..G-1 share key head 0: tiling instead of interleaving is the usual mistake."""
     k = torch.arange(2.0)[None, :, None, None]
     assert reference.repeat_kv(k, 6)[0, :, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_only_a_bias_that_asks_makes_queries_ask():
+    q, bias = torch.randn(1, 2, 3, 4), torch.zeros(3, 3)
+    assert for_gradient_of(bias, q, q, q) is q and for_gradient_of(None, q, q, q) is q
+    bias.requires_grad_()
+    assert for_gradient_of(bias, q, q, q).requires_grad and not q.requires_grad
+    asked = q.clone().requires_grad_()
+    assert for_gradient_of(bias, asked, q, q) is asked and for_gradient_of(bias, q, q, asked) is q

@@ -7,9 +7,12 @@ import torch
 import manyheads
 from integrations.test_decoding import each, generated
 from manyheads import kernels, parse
+from manyheads.caches.attention_gate import Gates
+from manyheads.caches.attention_gate.soft import SoftGates
 from manyheads.integrations.decoding import decode
-from manyheads.integrations.transformers import new_cache, prefill
+from manyheads.integrations.transformers import find_sites, new_cache, prefill
 from oracles import models
+from tolerance import DEVICE, assert_close, is_far
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,3 +72,19 @@ def test_drawing_is_drawn_anew_at_every_replay(llama):
     assert torch.equal(*draws)
     assert len(set(draws[0][:, 10].tolist())) > 8  # 64 rows, one prompt
     assert any(len(set(row.tolist())) > 8 for row in draws[0])
+
+
+def test_a_bias_has_its_gradient_on_frozen_weights():
+    """Where only the bias asks for one, as with gates that are trained; a CPU needs no help."""
+    model, ids, found = models.build("llama", head_dim=16).requires_grad_(False), models.tokens(2, 40), []
+    gates = Gates.of(32, [site for site, _ in find_sites(model)], num_heads=1, head_dim=16)
+    for gate in gates.layers.values():
+        torch.nn.init.normal_(gate.out.weight, std=1.0)
+    for device in ("cpu", "cuda"):
+        model, gates = model.to(device), gates.to(device)
+        with manyheads.use(model, SoftGates(trained=gates, relaxation="sigmoid")):
+            loss = model(ids.to(device), use_cache=False).logits.float().logsumexp(-1).mean()
+        first = gates.layers["0"].out.weight
+        found.append(torch.autograd.grad(loss, first)[0].cpu())
+    assert_close(found[1], found[0], DEVICE)
+    assert is_far(found[1] * (1 + 3 * DEVICE), found[0], DEVICE)

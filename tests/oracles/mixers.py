@@ -18,7 +18,7 @@ from manyheads.errors import UserError
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.spec import parse
 from manyheads.strategy import Mixer
-from tolerance import FORMULA, assert_close
+from tolerance import PROJECTED, assert_close
 
 HEADS, DIM, VOCAB = 4, 32, 29
 LONG = 150  # tokens: two chunks of 64 and a part of one
@@ -90,7 +90,7 @@ def nbytes(state: Any) -> int:
     return sum(part.nbytes for part in state) if isinstance(state, list) else int(state.nbytes)
 
 
-def split_equals_one_pass(module: nn.Module, limit: float = FORMULA) -> None:
+def split_equals_one_pass(module: nn.Module, limit: float = PROJECTED) -> None:
     """The state carries everything: pieces of any size give what one pass gives."""
     x = _drawn(module, 2, LONG)
     want, state, parts = module(x)[0], None, []
@@ -100,7 +100,7 @@ def split_equals_one_pass(module: nn.Module, limit: float = FORMULA) -> None:
     assert_close(torch.cat(parts, 1), want, limit)
 
 
-def decoding_equals_one_pass(module: nn.Module, limit: float = FORMULA) -> None:
+def decoding_equals_one_pass(module: nn.Module, limit: float = PROJECTED) -> None:
     """Token by token; a sequence of one token; a state kept aside is not changed by what goes on from it."""
     x = _drawn(module, 2, 11)
     want, state, parts = module(x)[0], None, []
@@ -113,7 +113,7 @@ def decoding_equals_one_pass(module: nn.Module, limit: float = FORMULA) -> None:
     assert_close(module(x[:, 7:], state=aside)[0], want[:, 7:], limit)
 
 
-def is_causal(module: nn.Module, limit: float = FORMULA) -> None:
+def is_causal(module: nn.Module, limit: float = PROJECTED) -> None:
     """What comes later changes nothing before it."""
     x = _drawn(module, 1, LONG)
     want = module(x)[0]
@@ -123,7 +123,7 @@ def is_causal(module: nn.Module, limit: float = FORMULA) -> None:
         assert_close(module(other)[0][:, :t], want[:, :t], limit)
 
 
-def padding_changes_nothing(module: nn.Module, limit: float = FORMULA) -> None:
+def padding_changes_nothing(module: nn.Module, limit: float = PROJECTED) -> None:
     """Rows padded left, right and in the middle, with NaN, give what they give alone, and so does what follows them."""
     rows = [_drawn(module, 1, n)[0] for n in ROWS]
     after = _drawn(module, len(ROWS), 3)
@@ -151,7 +151,7 @@ def padding_changes_nothing(module: nn.Module, limit: float = FORMULA) -> None:
                 raise AssertionError(f"padded {side}, row {i}: {wrong}") from None
 
 
-def packed_equals_apart(module: nn.Module, limit: float = FORMULA) -> None:
+def packed_equals_apart(module: nn.Module, limit: float = PROJECTED) -> None:
     """Sequences in one row know nothing of each other, and each can be gone on with from its state, apart or packed."""
     lengths = (5, 0, 1, 70)
     rows = [_drawn(module, 1, n) for n in lengths]
@@ -169,7 +169,7 @@ def packed_equals_apart(module: nn.Module, limit: float = FORMULA) -> None:
     assert_close(again, more.flatten(0, 1)[None], limit)
 
 
-def batch_equals_singles(module: nn.Module, limit: float = FORMULA) -> None:
+def batch_equals_singles(module: nn.Module, limit: float = PROJECTED) -> None:
     """Rows do not know their neighbours, and states follow their rows."""
     x = _drawn(module, 3, 9)
     y, state = module(x[:, :8])
@@ -214,7 +214,7 @@ ORACLES: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 
 
-def check(spec: str, limit: float = FORMULA, **given: Any) -> None:
+def check(spec: str, limit: float = PROJECTED, **given: Any) -> None:
     """All oracles on one mixer, its gradients too; ``given`` as for :func:`mixer`."""
     module = mixer(spec, **given)
     for oracle in ORACLES:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention of the last queries over a longer run of keys, by the fastest way that torch has."""
+"""What torch's own attention needs to be told: anchors at the bottom right, gradients of a bias."""
 
 import torch
 from torch import Tensor
 
 from .reference import repeat_kv
 
-__all__ = ["causal_tail"]
+__all__ = ["causal_tail", "for_gradient_of"]
 
 
 def causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -32,3 +32,13 @@ def causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 
     bias = causal_lower_right(q.shape[2], k.shape[2])
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
     return out.transpose(1, 2)
+
+
+def for_gradient_of(bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``q`` as torch's fused kernels need it where only ``bias`` asks for a gradient, as on frozen weights.
+
+    They keep what their backward pass reads when q, k or v ask for one, and fail in it otherwise.
+    """
+    if bias is None or not bias.requires_grad or q.requires_grad or k.requires_grad or v.requires_grad:
+        return q
+    return q.detach().requires_grad_()

@@ -11,6 +11,7 @@ import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
+from ..attention.causal import for_gradient_of
 from ..attention.reference import causal_mask
 from ..call import AttentionCall, Axis, DiffusionStep, Layout, Site
 from ..errors import UserError
@@ -244,4 +245,5 @@ class SiteState(HookChain):
             mask, causal = call.bias if allowed is None else torch.where(allowed, call.bias, floor), False
         elif causal and mask is not None:
             mask, causal = call.allowed(), False
-        return attention(call.q, call.k, call.v, mask, causal, call.scale).transpose(1, 2)
+        q = for_gradient_of(mask, call.q, call.k, call.v)
+        return attention(q, call.k, call.v, mask, causal, call.scale).transpose(1, 2)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..attention.causal import causal_tail
+from ..attention.causal import causal_tail, for_gradient_of
 from ..attention.reference import repeat_kv
 from ..attention.rope import copies
 from ..call import AttentionCall, Site
@@ -324,7 +324,8 @@ class SiteState(HookChain):
             return causal_tail(call.q, call.k, call.v, call.scale, call.dropout), None
         elif shorter:
             mask, kwargs["is_causal"] = call.allowed(), False
-        out, weights = self.base(module, call.q, call.k, call.v, mask, **kwargs)
+        q = for_gradient_of(mask, call.q, call.k, call.v)
+        out, weights = self.base(module, q, call.k, call.v, mask, **kwargs)
         return out, weights
 
 
