@@ -107,7 +107,8 @@ def main() -> None:
     }
     if given.json:
         settings = {key: value for key, value in vars(given).items() if key not in ("json", "lengths")}
-        about = {"date": datetime.date.today().isoformat(), "environment": environment(), "commit": commit(), **settings}
+        today = datetime.date.today().isoformat()
+        about = {"date": today, "environment": environment(), "commit": commit(), **settings}
         given.json.write_text(json.dumps({**about, "crossover": crossover, "rows": rows}, indent=1) + "\n")
 
 
