@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from manyheads import UserError, models
-from manyheads.models import eight_bits
+from manyheads.models import packed
 from manyheads.recipes import recall as recall_recipe
 from manyheads.recipes._evaluate import context_curve, losses, recall, stdlib_tokens
 from manyheads.recipes._planted import Planter
@@ -62,11 +62,11 @@ def test_default_model_saves_as_a_plain_checkpoint(default: tuple[Any, Any], tmp
         assert torch.equal(plain(ids).logits, default[0](ids).logits)
 
 
-def test_eight_bits() -> None:
+def test_weights_in_eight_bits() -> None:
     """Half a step of a row at most, vectors as they were, rows of zeros too; a step of twice the size is seen."""
     torch.manual_seed(0)
     state = {"a": torch.randn(5, 7, 3, 3) * torch.tensor([1e-3, 1, 50, 0, 2]).view(5, 1, 1, 1), "b": torch.randn(9)}
-    back = eight_bits.unpack(eight_bits.pack(state), torch.float32)
+    back = packed.unpack(packed.pack(state), torch.float32)
     step = state["a"].flatten(1).abs().amax(1) / 127
 
     def within(x: torch.Tensor) -> bool:
@@ -76,16 +76,34 @@ def test_eight_bits() -> None:
     assert not within(state["a"] + step.view(5, 1, 1, 1))
 
 
+def test_weights_in_six_bits() -> None:
+    """Half a step of 64 columns at most, in three quarters of a byte; what has other columns stays in 8 bits."""
+    torch.manual_seed(0)
+    state = {"a": torch.randn(5, 192) * torch.tensor([1e-2, 1, 50, 0, 2])[:, None], "b": torch.randn(9)}
+    state["a"][1, 64:128] *= 1e-3
+    held = packed.pack(state | {"odd": torch.randn(3, 70)}, bits=6)
+    assert held["a"].shape == (5, 144) and held["a"].dtype == torch.uint8 and held["odd"].dtype == torch.int8
+    back = packed.unpack(held, torch.float32)
+    step = state["a"].unflatten(1, (3, 64)).abs().amax(2, keepdim=True) / 31
+
+    def within(x: torch.Tensor) -> bool:
+        return bool(((x - state["a"]).unflatten(1, (3, 64)).abs() <= step * 0.52).all())  # scales are float16
+
+    assert torch.equal(back["b"], state["b"]) and within(back["a"]) and back["odd"].shape == (3, 70)
+    assert not within(state["a"] + step.expand(5, 3, 64).flatten(1))
+    assert not within(back["a"].roll(1, 1))  # control: codes in another order
+
+
 def test_packed_weights_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                          num_attention_heads=1, bos_token_id=None, eos_token_id=None))  # fmt: skip
     model.config.save_pretrained(tmp_path)
-    eight_bits.save(model, tmp_path)
+    packed.save(model, tmp_path)
     loaded, back = models._load_model(str(tmp_path), torch.device("cpu"), torch.float32), model.state_dict()
     assert all((x - back[name]).abs().max() <= back[name].abs().max() / 250 for name, x in loaded.state_dict().items())
-    packed = load_file(tmp_path / eight_bits.FILE)
+    held = load_file(tmp_path / packed.FILE)
     for changed in ({"more.weight": torch.zeros(2)}, {"model.norm.weight": None}):
-        save_file({n: x for n, x in {**packed, **changed}.items() if x is not None}, tmp_path / eight_bits.FILE)
+        save_file({n: x for n, x in {**held, **changed}.items() if x is not None}, tmp_path / packed.FILE)
         with pytest.raises(UserError, match="does not load"):
             models._load_model(str(tmp_path), torch.device("cpu"), torch.float32)
 

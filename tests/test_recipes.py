@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from manyheads.data import scenes
-from manyheads.models import eight_bits, load
+from manyheads.models import load, packed
 from manyheads.recipes import _corpus, recall
 from manyheads.recipes._llama import Llama
 from manyheads.recipes._planted import Planter
@@ -66,7 +66,7 @@ def test_recall_from_end_to_end(tmp_path: Path) -> None:
     done = run("recall", "--out", str(tmp_path / "recall"), "--smoke")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "recall").iterdir()) == [
-        "README.md", "config.json", "curves.json", "results.json", eight_bits.FILE,
+        "README.md", "config.json", "curves.json", "results.json", packed.FILE,
     ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_scenes_and_their_judge_from_end_to_end(tmp_path: Path) -> None:
 
     for name, part in (("scenes", "transformer"), ("unet", "unet"), ("moving", "transformer")):
         assert recipe.main(["--kind", name, "--out", str(tmp_path / name), "--smoke"]) == 0
-        file, dtype = (PLAIN, torch.float16) if part == "unet" else (eight_bits.FILE, torch.int8)
+        file, dtype = (PLAIN, torch.float16) if part == "unet" else (packed.FILE, torch.int8)
         weights = load_file(tmp_path / name / part / file)
         assert {x.dtype for x in weights.values() if x.ndim > 1} == {dtype}
         made = load_scenes(tmp_path / name)("fire over a frog", num_inference_steps=1, output_type="pt")

@@ -284,7 +284,7 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
 
     if kind is None:
         _check_architecture(name)
-        from .eight_bits import FILE
+        from .packed import FILE
 
         if (Path(name) / FILE).is_file():
             return _load_packed(Path(name), place, dtype)
@@ -303,10 +303,10 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
 
 
 def _load_packed(folder: Path, place: "torch.device", dtype: "torch.dtype") -> "PreTrainedModel":
-    """A causal language model whose weights are in 8 bits, see :mod:`.eight_bits`."""
+    """A causal language model whose weights are packed, see :mod:`.packed`."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from .eight_bits import load_into
+    from .packed import load_into
 
     try:
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)

@@ -23,7 +23,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ..data import scenes as data
 from ..diffusion._inversion import invert
 from ..errors import UserError
-from . import eight_bits, placed
+from . import packed, placed
 
 __all__ = ["NAMES", "Captions", "SceneOutput", "ScenePipeline", "is_scene_pipeline", "load_scenes", "predict"]
 
@@ -248,13 +248,13 @@ def load_scenes(
 
 
 def _packed_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The parts of a saved pipeline whose weights are in 8 bits."""
+    """The parts of a saved pipeline whose weights are packed."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if not (folder / "transformer" / eight_bits.FILE).is_file():
+    if not (folder / "transformer" / packed.FILE).is_file():
         return {}
     kind = getattr(diffusers, index["transformer"][1])
     made = kind.from_config(kind.load_config(str(folder / "transformer")))
-    return {"transformer": eight_bits.load_into(made, folder / "transformer", torch.float32).to(dtype).eval()}
+    return {"transformer": packed.load_into(made, folder / "transformer", torch.float32).to(dtype).eval()}
 
 
 def save(pipe: ScenePipeline, folder: Path) -> None:
@@ -265,7 +265,7 @@ def save(pipe: ScenePipeline, folder: Path) -> None:
     pipe.save_pretrained(folder)
     plain = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if plain.is_file():
-        eight_bits.save(pipe.denoiser, folder / "transformer")
+        packed.save(pipe.denoiser, folder / "transformer")
         plain.unlink()
 
 

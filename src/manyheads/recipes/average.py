@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from manyheads import models
-from manyheads.models import eight_bits
+from manyheads.models import packed
 from manyheads.recipes import _card
 from manyheads.recipes._evaluate import context_curve, recall, stdlib_tokens
 from manyheads.recipes._planted import Planter
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.out} exists; name a new folder")
     staging = args.out.with_name(f"{args.out.name}.partial")
     shutil.copytree(args.second, staging, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
-    eight_bits.save(average(args.first, args.second, args.share).to(torch.bfloat16), staging)
+    packed.save(average(args.first, args.second, args.share).to(torch.bfloat16), staging, bits=6)
     shipped: Any = models.load(staging, dtype=torch.float32)[0]
     tokenizer = Tokenizer.from_file(str(staging / "tokenizer.json"))
     figures = measure(shipped.eval(), tokenizer, args.files, args.questions, seed=1)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from manyheads.models import eight_bits
+from manyheads.models import packed
 from manyheads.recipes import _card
 from manyheads.recipes._llama import Llama
 from manyheads.training import Budget, TrainState, decay, fit
@@ -140,7 +140,7 @@ def make(out: Path, seconds: float, seed: int, smoke: bool) -> dict[str, Any]:
     }  # fmt: skip
     staging = out.with_name(f"{out.name}.partial")
     model.config.save_pretrained(staging)
-    eight_bits.save(model, staging)
+    packed.save(model, staging)
     (staging / "results.json").write_text(json.dumps(results, indent=1))
     (staging / "curves.json").write_text(json.dumps(curve))
     (staging / "README.md").write_text(_card.render("recall", results))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What 8-bit weights cost the shipped models: each beside its plain weights, on the same texts and the same noise.
+"""What packed weights cost the shipped models: each beside its plain weights, on the same texts and the same noise.
 
-    python benchmarks/eight_bits.py --plain FOLDER --json benchmarks/eight_bits.json
+    python benchmarks/packed_weights.py --plain FOLDER --json benchmarks/packed_weights.json
 
 The UNet is shipped in float16: packed, its pictures were 27 dB from those of its plain weights, and those of the two
 transformers 49 and 50.
@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+NAMES = ("default", "scenes", "unet", "moving")
 
 
 def language(plain: Path, device: str, files: int, count: int) -> dict[str, Any]:
@@ -85,16 +87,21 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=24)
     parser.add_argument("--constants", type=int, default=60)
     parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="models; others in the file stay")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    with torch.inference_mode():
-        found: dict[str, Any] = {"default": language(given.plain, given.device, given.files, given.constants)}
-        for name in ("scenes", "unet", "moving"):
-            found[name] = pictures(given.plain, name, given.device, given.pictures)
     about = {"date": datetime.date.today().isoformat(), "commit": commit(), "environment": environment()}
-    print(json.dumps(found, indent=1))
+    found: dict[str, Any] = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
+    with torch.inference_mode():
+        for name in given.only:
+            if name == "default":
+                made = language(given.plain, given.device, given.files, given.constants)
+            else:
+                made = pictures(given.plain, name, given.device, given.pictures)
+            print(json.dumps({name: made}, indent=1))
+            found[name] = {**about, **made}
     if given.json:
-        given.json.write_text(json.dumps({**about, "models": found}, indent=1) + "\n")
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
