@@ -46,9 +46,11 @@ def refused(match, model, *strategies, inside=None):
 
 
 def test_nothing_to_act_on():
-    sites = "finds no attention to act on in LlamaForCausalLM: it has 2 sites .*self causal.*layers"
+    sites = "finds no attention to act on in LlamaForCausalLM: the model has 2 sites .*self causal.*layers"
     refused(sites, models.tiny("llama"), Watch(layers=(7,)))
-    refused("keydiff.* finds no attention to act on in BertForMaskedLM", models.tiny("bert"), "keydiff:budget=0.5")
+    decoders = "finds no attention to act on in BertForMaskedLM: it acts on causal attention, that of decoders"
+    refused(f"keydiff.* {decoders}", models.tiny("bert"), "keydiff:budget=0.5")
+    refused("mra .*LlamaForCausalLM: it acts on that of encoders, which is not causal", models.tiny("llama"), "mra")
 
 
 def test_a_site_that_is_never_called():

@@ -11,6 +11,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -176,7 +177,8 @@ class Port:
             if not at:
                 there = ", ".join(sorted({f"{s.kind}{' causal' if s.causal else ''}" for s, _ in sites}))
                 raise UserError(
-                    f"{strategy.spec} finds no attention to act on in {type(self.model).__name__}: it has "
+                    f"{strategy.spec} finds no attention to act on in {type(self.model).__name__}: "
+                    f"{_wanted(strategy, [site for site, _ in sites])}the model has "
                     f"{len(sites)} sites ({there}), layers {sorted({s.layer for s, _ in sites if s.layer is not None})}"
                 )
             chosen.append((strategy, at))
@@ -307,6 +309,21 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 def _acts(strategy: Strategy, site: Site) -> bool:
     """Whether ``strategy`` acts at ``site``: nothing is stored where a layer reuses what another stores."""
     return strategy.selects(site) and not (isinstance(strategy, Cache) and site.kv_sharing == "reuse")
+
+
+_ELSEWHERE: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"causal": False}, "that of encoders, which is not causal"),
+    ({"causal": True}, "causal attention, that of decoders"),
+    *(({"kind": kind}, f"{kind}-attention") for kind in ("cross", "self", "joint")),
+)
+
+
+def _wanted(strategy: Strategy, sites: list[Site]) -> str:
+    """What ``strategy`` would act on if the sites were others, as the beginning of a sentence."""
+    for change, what in _ELSEWHERE:
+        if any(_acts(strategy, replace(site, **change)) for site in sites):
+            return f"it acts on {what}; "
+    return ""
 
 
 def _check_states(model: nn.Module, strategy: Strategy) -> None:
