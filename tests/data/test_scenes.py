@@ -107,5 +107,13 @@ def test_trees_are_those_of_git(tmp_path):
     assert row.sound(archive)
     write(b"One\n")
     assert not row.sound(archive)
+    with zipfile.ZipFile(archive, "w") as made:  # a mode is part of a tree, as `git update-index --chmod=+x` shows
+        for name, content, mode in (("a.txt", b"one\n", 0o755), ("b.txt", b"two\n", 0o644)):
+            member = zipfile.ZipInfo(f"repo-1/folder/{name}")
+            member.external_attr = (0o100000 | mode) << 16
+            made.writestr(member, content)
+    assert not row.sound(archive)
+    row.trees["folder"] = "a244162bc4add1bbf608d0fc5020d4568f0201b9"
+    assert row.sound(archive)
     archive.write_bytes(io.BytesIO(b"no archive").getvalue())
     assert not row.sound(archive)

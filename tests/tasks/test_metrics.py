@@ -30,6 +30,7 @@ BETTER = {
     "perplexity": ("", "token_nll"),
     "planted_constant": ("completed", "answer_nll"),
     "recall_in_text": ("recalled", "token_nll span_nll tuning_nll training_nll"),
+    "sequence_classification": ("accuracy", "label_nll tuning_nll training_nll"),
     "scene_quality": ("likelihood object", "fd_small"),
     "speed": ("", "prefill decode"),
     "variable_tracking": ("tracked", ""),

@@ -148,7 +148,8 @@ def _tree(archive: zipfile.ZipFile, folder: str) -> str:
     entries = b""
     for name in sorted(n for n in archive.namelist() if n.startswith(folder) and not n.endswith("/")):
         content = archive.read(name)
-        entries += b"100644 " + name.removeprefix(folder).encode() + b"\0" + _git(b"blob", content)
+        mode = b"100755 " if archive.getinfo(name).external_attr >> 16 & 0o100 else b"100644 "
+        entries += mode + name.removeprefix(folder).encode() + b"\0" + _git(b"blob", content)
     return _git(b"tree", entries).hex()
 
 

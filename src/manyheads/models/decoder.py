@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -110,6 +110,7 @@ class TokenModel(nn.Module):
     """
 
     causal: ClassVar[bool] = True
+    config_type: ClassVar[type[DecoderConfig]] = DecoderConfig
 
     def __init__(self, strategy: Strategy | str, config: DecoderConfig) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class TokenModel(nn.Module):
             model = "an Encoder" if self.causal else "a Decoder"
             raise UserError(f"{mixer.slug} is {mixer.directions[0]}: it is a layer of {model}")
         self.strategy, self.config = mixer, config
-        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.embed = self._stem()
         self.blocks = nn.ModuleList(
             Block(self.strategy.build(config.mixer_config(i, self.causal)), config.dim, config.width)
             for i in range(config.layers)
@@ -128,6 +129,10 @@ class TokenModel(nn.Module):
         last = self.blocks[-1].mixer
         self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)
         self._start()
+
+    def _stem(self) -> nn.Module:
+        """What makes vectors of the input."""
+        return nn.Embedding(self.config.vocab, self.config.dim)
 
     def _start(self) -> None:
         """Normal weights of 0.02, those that write to the residual stream scaled by depth, as in GPT-2.
@@ -164,7 +169,7 @@ class TokenModel(nn.Module):
         """What channel mixers add to the loss in training, as they left it in the last forward: scalar."""
         parts = (getattr(getattr(block, "ffn", None), "auxiliary", None) for block in self.blocks)
         found = [part for part in parts if isinstance(part, Tensor)]
-        return torch.stack(found).sum() if found else self.embed.weight.new_zeros(())
+        return torch.stack(found).sum() if found else next(self.parameters()).new_zeros(())
 
     @property
     def parameters_held(self) -> int:
@@ -183,12 +188,16 @@ class TokenModel(nn.Module):
             state: what an earlier call of a decoder returned.
             cu_seqlens: ``[N + 1]`` bounds of N sequences packed in one row.
         """
-        x = zero_padding(self.embed(ids), mask)
+        x, after = self.mixed(zero_padding(self.embed(ids), mask), mask=mask, state=state, cu_seqlens=cu_seqlens)
+        return self.norm(x) @ cast(nn.Embedding, self.embed).weight.T, after
+
+    def mixed(self, x: Tensor, *, state: list[Any] | None = None, **given: Any) -> tuple[Tensor, list[Any]]:
+        """All blocks over ``x [B, T, dim]``, and their states; ``given`` as for :meth:`forward`."""
         after = []
         for i, block in enumerate(self.blocks):
-            x, kept = block(x, None if state is None else state[i], mask=mask, cu_seqlens=cu_seqlens)
+            x, kept = block(x, None if state is None else state[i], **given)
             after.append(kept)
-        return self.norm(x) @ self.embed.weight.T, after
+        return x, after
 
     def save(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
@@ -204,7 +213,7 @@ class TokenModel(nn.Module):
         place = Path(folder)
         try:
             config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            model = cls(config.pop("strategy"), DecoderConfig(**config))
+            model = cls(config.pop("strategy"), cls.config_type(**config))
             model.load_state_dict(load_file(place / "model.safetensors", device=device))
         except FileNotFoundError as error:
             raise UserError(

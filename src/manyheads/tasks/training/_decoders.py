@@ -83,7 +83,7 @@ def check_causal(model: TokenModel, ids: Tensor, name: str) -> None:
 
 @torch.no_grad()
 def check_rows(model: TokenModel, ids: Tensor, name: str) -> None:
-    """Change a sequence of ``ids [B, T]``, B at least 2: what is said of the others may not change.
+    """Change a sequence of ``ids [B, T]`` (or values), B at least 2: what is said of the others may not change.
 
     An encoder may see both sides of what is hidden, but not another window of the same text.
 
@@ -94,7 +94,10 @@ def check_rows(model: TokenModel, ids: Tensor, name: str) -> None:
     model.eval()
     before, _ = model(ids)
     other = ids.clone()
-    other[0] = (other[0] + 1 + torch.arange(ids.shape[1], device=ids.device) % 7) % model.config.vocab
+    if ids.is_floating_point():
+        other[0] = 1 - 2 * other[0]
+    else:
+        other[0] = (other[0] + 1 + torch.arange(ids.shape[1], device=ids.device) % 7) % model.config.vocab
     change = (model(other)[0] - before).abs()
     if not bool(change[1:].amax() <= _LEAK * change[:1].amax()):
         raise UserError(

@@ -160,7 +160,7 @@ class TrainingTask(Task):
 
     def guard(self, run: RunContext) -> None:
         """Refuse an arm that sees what it is asked for before any is trained."""
-        ids = torch.randint(self.vocab, (2, self.length), generator=run.torch_rng(guard=self.name))
+        ids = self.batches(run, run.seeds[0])(0)[0][:2, : self.length]
         for arm in self.trained_arms(run):
             model = model_of(self.kind, run, arm, self.config, self.parameters, run.seeds[0])
             perturb_zero_params(model)
