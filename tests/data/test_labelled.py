@@ -2,6 +2,7 @@
 """Labelled sequences: what is said of a data set is so, and no group stands in two parts."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_speakers_are_held_out():
 
 def test_the_order_mixes_classes():
     labels = [item.label for item in labelled("tones").part("train")]
-    runs = sum(a != b for a, b in zip(labels, labels[1:], strict=False))
+    runs = sum(a != b for a, b in pairwise(labels))
     assert runs > len(labels) / 3
 
 

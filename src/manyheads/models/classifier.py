@@ -55,14 +55,13 @@ class Stem(nn.Module):
                 raise UserError("every byte is a token of an embedding: stride is for conv and patches")
             self.make: nn.Module = nn.Embedding(config.vocab, dim)
         elif config.stem == "conv":
-            self.make = nn.Sequential(
-                nn.Conv1d(config.channels, dim, wide, config.stride, bias=False), nn.GELU(),
-                nn.Conv1d(dim, dim, 3, padding=1),
-            )  # fmt: skip
+            self.make = nn.Conv1d(config.channels, dim, wide, config.stride, bias=False)
+            self.smooth = nn.Conv1d(dim, dim, 3, padding=1)
         else:
             self.make = nn.Conv1d(config.channels, dim, config.stride, config.stride)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Padding by ``mask`` of tokens."""
         if self.config.stem == "embedding":
             x = self.make(values)
         else:
@@ -70,6 +69,8 @@ class Stem(nn.Module):
             short = -values.shape[1] % self.config.stride
             rows = nn.functional.pad(values.mT, (more // 2, more - more // 2 + short))
             x = self.make(rows).mT
+        if self.config.stem == "conv":
+            x = self.smooth(zero_padding(nn.functional.gelu(x), mask).mT).mT
         at = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
         rate = _BASE ** (-torch.arange(0, x.shape[2], 2, device=x.device, dtype=torch.float32) / x.shape[2])
         angles = at[:, None] * rate
@@ -103,7 +104,7 @@ class Classifier(TokenModel):
             stride = cast(ClassifierConfig, self.config).stride
             ids = ids.masked_fill(~mask if ids.ndim == 2 else ~mask[..., None], 0)
             mask = nn.functional.pad(mask, (0, -mask.shape[1] % stride)).unflatten(1, (-1, stride)).any(2)
-        x, after = self.mixed(zero_padding(self.embed(ids), mask), mask=mask)
+        x, after = self.mixed(zero_padding(self.embed(ids, mask), mask), mask=mask)
         x = self.norm(x)
         weights = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
         pooled = (x * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
