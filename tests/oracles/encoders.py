@@ -25,6 +25,10 @@ VARIANTS = {
     "longt5_tglobal": [
         "longt5_tglobal:radius=6,block=4", "longt5_tglobal:radius=0,block=3", "longt5_tglobal:radius=6,block=0",
     ],
+    "maelre": [
+        "maelre:switch=4,merge=matching", "maelre:switch=4,form=xca,ratio=3", "maelre:switch=9,form=elu,merge=stride",
+        "maelre:switch=1,merge=random,ratio=4", "maelre:form=softmax,switch=8",
+    ],
     "mra": ["mra:block=4,per_row=2", "mra:block=4,per_row=4,sparse=true,band=3", "mra:block=5,per_row=0"],
 }  # fmt: skip
 SPECS = [spec for slug in mixing("bidirectional") for spec in (slug, *VARIANTS.get(slug, ()))]
@@ -57,7 +61,7 @@ def sees_both_sides(module: nn.Module, limit: float = FORMULA) -> None:
     want = module(x)[0]
     for t in (19, 21):
         other = x.clone()
-        other[:, t] = (other[:, t] + 1) % VOCAB if x.ndim == 2 else -other[:, t]
+        other[:, t] = (other[:, t] + 1) % VOCAB if x.ndim == 2 else 1 - other[:, t]
         alone = module(x[:, 20:21])[0]
         got = module(other)[0]
         if error(alone, want[:, 20:21]) > limit:  # a mixer may see nothing else

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .reference import attention, repeat_kv
 
-__all__ = ["MaskSpec", "banded", "masked_attention", "neighbours", "zero_padding"]
+__all__ = ["MaskSpec", "banded", "each_text", "masked_attention", "neighbours", "zero_padding"]
 
 Impl = Literal["auto", "dense", "banded", "flex"]
 
@@ -209,3 +209,32 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float, bare: b
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x [B, T, dim]`` with zeros, never NaN, where ``mask [B, T]`` is False."""
     return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+
+
+def each_text(
+    attend: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """What ``attend(texts [N, T', dim], lengths [N])`` gives for the texts of ``x [B, T, dim]``, each from column 0 on.
+
+    Without ``mask`` and ``cu_seqlens`` it is given x itself and None. Padding may stand anywhere, and gets 0.
+    """
+    if mask is None and cu_seqlens is None:
+        return attend(x, None)
+    x = zero_padding(x, mask)
+    rows, lengths = _texts(x, mask, cu_seqlens)
+    y = attend(x.flatten(0, 1)[rows], lengths)
+    real = torch.arange(rows.shape[1], device=x.device) < lengths[:, None]
+    out = y.new_zeros(x.shape[:2].numel(), y.shape[2])
+    return out.index_put((rows[real],), y[real]).view_as(x)
+
+
+def _texts(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where the tokens of each text stand in ``x [B, T, dim]`` laid flat, ``[N, longest]``, and how many ``[N]``."""
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff()
+        at = torch.arange(max(1, int(lengths.max())), device=x.device)
+        return (cu_seqlens[:-1, None] + at).clamp(max=x.shape[1] - 1), lengths
+    assert mask is not None
+    lengths = mask.sum(1)
+    first = (~mask).long().argsort(dim=1, stable=True)[:, : max(1, int(lengths.max()))]
+    return first + x.shape[1] * torch.arange(len(x), device=x.device)[:, None], lengths

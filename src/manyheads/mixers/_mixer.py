@@ -8,7 +8,7 @@ A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=
 A mixer that is built with ``config.causal`` False sees both sides: it takes whole sequences and has no state.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,7 +26,6 @@ __all__ = [
     "KVState",
     "SoftmaxMixer",
     "State",
-    "each_text",
     "edited",
     "positions_of",
     "projections",
@@ -142,35 +141,6 @@ def whole(state: Any) -> None:
     """
     if state is not None:
         raise UserError("a bidirectional mixer has no state: give it whole sequences")
-
-
-def each_text(
-    attend: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
-    """What ``attend(texts [N, T', dim], lengths [N])`` gives for the texts of ``x [B, T, dim]``, each from column 0 on.
-
-    Without ``mask`` and ``cu_seqlens`` it is given x itself and None. Padding may stand anywhere, and gets 0.
-    """
-    if mask is None and cu_seqlens is None:
-        return attend(x, None)
-    x = zero_padding(x, mask)
-    rows, lengths = _texts(x, mask, cu_seqlens)
-    y = attend(x.flatten(0, 1)[rows], lengths)
-    real = torch.arange(rows.shape[1], device=x.device) < lengths[:, None]
-    out = y.new_zeros(x.shape[:2].numel(), y.shape[2])
-    return out.index_put((rows[real],), y[real]).view_as(x)
-
-
-def _texts(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the tokens of each text stand in ``x [B, T, dim]`` laid flat, ``[N, longest]``, and how many ``[N]``."""
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.diff()
-        at = torch.arange(max(1, int(lengths.max())), device=x.device)
-        return (cu_seqlens[:-1, None] + at).clamp(max=x.shape[1] - 1), lengths
-    assert mask is not None
-    lengths = mask.sum(1)
-    first = (~mask).long().argsort(dim=1, stable=True)[:, : max(1, int(lengths.max()))]
-    return first + x.shape[1] * torch.arange(len(x), device=x.device)[:, None], lengths
 
 
 def projections(config: MixerConfig) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:

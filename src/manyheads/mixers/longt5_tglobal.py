@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.local_global import block_sums, blocks_and_counts, local_global_attention
+from ..attention.masks import each_text
 from ..attention.positions import t5_buckets
 from ..call import MixerConfig
 from ..errors import UserError
 from ..strategy import Mixer
-from ._mixer import each_text, projections, split_heads, whole
+from ._mixer import projections, split_heads, whole
 
 __all__ = ["TransientGlobal"]
 

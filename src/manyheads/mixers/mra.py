@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ..attention import rope
 from ..attention.block_pattern import BlockPattern
+from ..attention.masks import each_text
 from ..attention.patterns import block_means
 from ..attention.positions import rope_tables
 from ..attention.reference import repeat_kv
@@ -42,7 +43,7 @@ from ..attention.sparse import block_sparse_attention, merge
 from ..call import AttentionCall, MixerConfig, Site
 from ..errors import UserError
 from ..strategy import AttentionCompute, Mixer
-from ._mixer import each_text, projections, split_heads, whole
+from ._mixer import projections, split_heads, whole
 
 __all__ = ["MRA", "mra_attention", "refined_blocks"]
 

@@ -95,7 +95,7 @@ class Classifier(TokenModel):
 
         Args:
             ids: whole sequences.
-            mask: ``[B, T]``, True for what is no padding; a token counts if any of its values does.
+            mask: ``[B, T]``, True for what is no padding, from column 0 on; a token counts if any of its values does.
             refused: a classifier takes no state and no packed sequences.
         """
         if any(value is not None for value in refused.values()):
@@ -104,8 +104,12 @@ class Classifier(TokenModel):
             stride = cast(ClassifierConfig, self.config).stride
             ids = ids.masked_fill(~mask if ids.ndim == 2 else ~mask[..., None], 0)
             mask = nn.functional.pad(mask, (0, -mask.shape[1] % stride)).unflatten(1, (-1, stride)).any(2)
-        x, after = self.mixed(zero_padding(self.embed(ids, mask), mask), mask=mask)
+        x, weights = self.embed(ids, mask), None if mask is None else mask.float()
+        after: list[Any] = [None] * len(self.blocks)
+        if self.merges:
+            x, weights, _ = self.merged(zero_padding(x, mask), None if mask is None else mask.sum(1))
+        else:
+            x, after = self.mixed(zero_padding(x, mask), mask=mask)
         x = self.norm(x)
-        weights = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
-        pooled = (x * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+        pooled = x.mean(1) if weights is None else (x * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
         return self.head(pooled), after

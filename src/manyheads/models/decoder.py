@@ -6,7 +6,8 @@ What it shares with :class:`manyheads.models.encoder.Encoder` is :class:`TokenMo
 Pre-norm blocks as in Llama: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` with RMSNorm and SwiGLU, tied embeddings,
 no dropout. A mixer that belongs to an architecture with blocks of its own says so by attributes, all optional:
 ``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
-post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01). A channel mixer may have a loss of its own,
+post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01). Mixers with a method ``reduce`` merge
+tokens before their layer (:mod:`manyheads.mixers.maelre`). A channel mixer may have a loss of its own,
 ``auxiliary``, that its last forward in training left.
 """
 
@@ -21,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..attention.masks import zero_padding
+from ..attention.masks import each_text, zero_padding
+from ..attention.merging import Grouping
 from ..call import MixerConfig
 from ..errors import UserError
 from ..spec import parse
@@ -127,6 +129,7 @@ class TokenModel(nn.Module):
             for i in range(config.layers)
         )
         last = self.blocks[-1].mixer
+        self.merges = hasattr(last, "reduce")
         self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)
         self._start()
 
@@ -193,11 +196,44 @@ class TokenModel(nn.Module):
 
     def mixed(self, x: Tensor, *, state: list[Any] | None = None, **given: Any) -> tuple[Tensor, list[Any]]:
         """All blocks over ``x [B, T, dim]``, and their states; ``given`` as for :meth:`forward`."""
+        if self.merges:
+            if state is not None:
+                raise UserError(f"{self.strategy.slug} sees whole texts at once: there is no state")
+            return each_text(self._restored, x, given.get("mask"), given.get("cu_seqlens")), [None] * len(self.blocks)
         after = []
         for i, block in enumerate(self.blocks):
             x, kept = block(x, None if state is None else state[i], **given)
             after.append(kept)
         return x, after
+
+    def merged(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Grouping | None]:
+        """All blocks over texts ``x [N, T, dim]`` of ``lengths [N]``, tokens merging between them.
+
+        Returns:
+            ``[N, M, dim]``, how many tokens each stands for ``[N, M]`` (None: all as many), and what merged into what.
+        """
+        whole: Grouping | None = None
+        length = x.shape[1]
+        mask: Tensor | None = None
+        sizes: Tensor | None = None
+        if lengths is not None:
+            mask = torch.arange(length, device=x.device) < lengths[:, None]
+            sizes = mask.to(x.dtype)
+        for block in self.blocks:
+            mixer: Any = block.mixer
+            if (found := mixer.reduce(x, mask, sizes)) is not None:
+                each = length // x.shape[1] if sizes is None else 1
+                x, sizes, grouping = found
+                sizes = None if sizes is None else each * sizes
+                mask = None if mask is None or sizes is None else sizes > 0
+                whole = grouping if whole is None else whole.then(grouping)
+            x, _ = block(x, None, mask=mask, sizes=sizes)
+        return x, sizes, whole
+
+    def _restored(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """As :meth:`merged`, every token with what its merged token has become."""
+        y, _, grouping = self.merged(x, lengths)
+        return y if grouping is None else grouping.restore(y)
 
     def save(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors``."""

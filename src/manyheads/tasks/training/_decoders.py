@@ -150,10 +150,14 @@ class UntrainedTask(Task):
         arms = [arm for arm in run.arms if not {"weights_of", "optimizer"} & set(arm.options)]
         return [arm for arm in arms if not self.only or arm.name in self.only]
 
+    @property
+    def config(self) -> DecoderConfig:
+        """Of a model, before its feed-forward width is fitted."""
+        return DecoderConfig(self.vocab, self.dim, self.layers, self.heads, length=self.length)
+
     def models(self, run: RunContext) -> dict[str, TokenModel]:
         """A model of every arm, by key."""
-        config = DecoderConfig(self.vocab, self.dim, self.layers, self.heads, length=self.length)
-        return {arm.key: model_of(self.kind, run, arm, config, self.parameters) for arm in self.measured(run)}
+        return {arm.key: model_of(self.kind, run, arm, self.config, self.parameters) for arm in self.measured(run)}
 
 
 def now(run: RunContext) -> float:

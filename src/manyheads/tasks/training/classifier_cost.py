@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a classifier of each arm costs by the length of a sequence: time, bytes kept for backward, and products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...experiment import Metric, Row, RunContext, WorkUnit
+from ...models.classifier import Classifier, ClassifierConfig
+from ...models.decoder import TokenModel
+from ...training.fit import autocast
+from .mixer_speed import MixerSpeed
+
+__all__ = ["ClassifierCost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierCost(MixerSpeed):
+    """As ``mixer_speed``, of classifiers of bytes; and once for each length, of one sequence:
+
+    ``kept`` are the bytes that a training's forward leaves for the backward, every storage once and weights left out;
+    of flash attention those are q, k, v, the output and a number a row. ``products`` are the multiplications and
+    additions of a forward, those of attention as if it were computed in full.
+    """
+
+    kind: ClassVar[type[TokenModel]] = Classifier
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        *MixerSpeed.metrics,
+        Metric("kept", "kept for the backward, bytes/token", "bytes/token"),
+        Metric("products", "forward, floating-point operations/token", "floating-point operations/token"),
+    )
+
+    @property
+    def config(self) -> ClassifierConfig:
+        return ClassifierConfig(self.vocab, self.dim, self.layers, self.heads, length=self.length, classes=2)
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        yield from super().measure(run, unit)
+        models = self.models(run)
+        for times in self.times:
+            length = times * self.length
+            ids = torch.randint(self.vocab, (1, length), generator=run.torch_rng(length=length)).to(run.device)
+            for arm in self.measured(run):
+                for name, found in (("kept", kept_bytes), ("products", products)):
+                    with autocast(run.device):
+                        value = found(models[arm.key], ids) / length
+                    yield self.row(name, arm, value, "0", at={"times": times})
+
+
+def kept_bytes(model: nn.Module, ids: Tensor) -> int:
+    """Bytes of the storages that a forward of ``model`` keeps for its backward, but for its parameters'."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            found[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        out: Any = model(ids)
+    del out
+    return sum(x.untyped_storage().nbytes() for x in found.values())
+
+
+@torch.no_grad()
+def products(model: nn.Module, ids: Tensor) -> int:
+    """Floating-point operations of the matrix products of a forward."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids)
+    return int(counter.get_total_flops())
