@@ -13,6 +13,7 @@ BETTER = {
     "attention_recall": ("recall", ""),
     "associative_recall": ("recalled", "tuning_nll training_nll"),
     "byte_lm": ("", "token_nll span_nll tuning_nll training_nll"),
+    "classifier_cost": ("", "token_time kept products"),
     "channel_damage": ("answered kept grammatical new_token known_token", "text_nll"),
     "denoising_cost": ("", "seconds attention"),
     "fidelity": ("psnr", "largest"),
@@ -43,7 +44,7 @@ SHARES = {
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
     "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
-    "encoder_speed.token_time": "us/token",
+    "encoder_speed.token_time": "us/token", "classifier_cost.token_time": "us/token",
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {

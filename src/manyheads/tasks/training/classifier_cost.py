@@ -21,14 +21,16 @@ from .mixer_speed import MixerSpeed
 
 __all__ = ["ClassifierCost"]
 
+_BATCHES = (1, 2, 4)  # sequences whose bytes are counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierCost(MixerSpeed):
-    """As ``mixer_speed``, of classifiers of bytes; and once for each length, of one sequence:
+    """As ``mixer_speed``, of classifiers of bytes, and for each length:
 
-    ``kept`` are the bytes that a training's forward leaves for the backward, every storage once and weights left out;
-    of flash attention those are q, k, v, the output and a number a row. ``products`` are the multiplications and
-    additions of a forward, those of attention as if it were computed in full.
+    ``kept`` are the bytes that a training's forward leaves for the backward, by sequences at once, every storage once
+    and weights left out; of flash attention those are q, k, v, the output and a number a row. ``products`` are the
+    multiplications and additions of a forward, those of softmax attention with all of its pairs.
     """
 
     kind: ClassVar[type[TokenModel]] = Classifier
@@ -47,12 +49,15 @@ class ClassifierCost(MixerSpeed):
         models = self.models(run)
         for times in self.times:
             length = times * self.length
-            ids = torch.randint(self.vocab, (1, length), generator=run.torch_rng(length=length)).to(run.device)
+            ids = torch.randint(self.vocab, (max(_BATCHES), length), generator=run.torch_rng(length=length))
+            ids = ids.to(run.device)
             for arm in self.measured(run):
-                for name, found in (("kept", kept_bytes), ("products", products)):
-                    with autocast(run.device):
-                        value = found(models[arm.key], ids) / length
-                    yield self.row(name, arm, value, "0", at={"times": times})
+                with autocast(run.device):
+                    kept = [kept_bytes(models[arm.key], ids[:batch]) / (batch * length) for batch in _BATCHES]
+                    done = products(models[arm.key], ids[:1]) / length
+                for batch, found in zip(_BATCHES, kept, strict=True):
+                    yield self.row("kept", arm, found, f"{batch} at once", at={"times": times})
+                yield self.row("products", arm, done, "0", at={"times": times})
 
 
 def kept_bytes(model: nn.Module, ids: Tensor) -> int:
