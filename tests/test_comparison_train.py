@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from manyheads import comparison_train
-from manyheads.comparison_train import TrainingSize, compare_trained, mixers, plan_training, training_size
+from manyheads.comparison_train import (
+    TrainingSize,
+    compare_on,
+    compare_trained,
+    mixers,
+    plan_on,
+    plan_training,
+    training_size,
+)
 from manyheads.data.texts import standard_library
 from manyheads.errors import UserError
 from manyheads.models.decoder import Decoder
@@ -149,3 +157,31 @@ def test_options_that_cannot_be(texts, tmp_path):
         mixers(["snapkv"])
     assert not (tmp_path / "out").exists()
     assert training_size(length=512).lengths == (512, 1024, 4096, 16384) and training_size("cuda").times == (1, 4, 16)
+
+
+CLASSES = "sequence_classification:data=tones,length=256,stride=32,steps=4,dim=16,layers=2,batch=2"
+
+
+def test_mixers_that_see_both_sides_are_compared_on_tasks_of_encoders(tmp_path):
+    found = compare_on([CLASSES], ["maelre:switch=4"], seeds=2, samples=3, out=tmp_path)
+    said = [row for row in found.rows if row.metric == "accuracy"]
+    assert {row.arm for row in said} == {"softmax", "maelre:switch=4"} and len(said) == 2 * 2 * 3
+    again = compare_on([CLASSES], ["maelre:switch=4"], seeds=2, samples=3, out=tmp_path)
+    assert [row.value for row in again.rows] == [row.value for row in found.rows]
+    assert plan_on([CLASSES + ",samples=9"], ["mra"], samples=3).at("cpu").tasks[0].samples == 9
+    assert plan_on(["byte_lm"], ["coca"]).at("cpu").seeds == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "strategies", "says"),
+    [
+        ([CLASSES], ["coca"], "coca sees the past only"),
+        (["byte_lm"], ["maelre"], "name a task of encoders"),
+        ([CLASSES, "byte_lm"], ["softmax"], "compare them apart"),
+        (["perplexity"], ["softmax"], "leave --train away"),
+        ([CLASSES], ["snapkv"], "no token mixer"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tasks, strategies, says):
+    with pytest.raises(UserError, match=says):
+        plan_on(tasks, strategies)

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from .experiment.executors import Executor
     from .progress import Progress
 
-__all__ = ["BASE", "TrainingSize", "compare_trained", "mixers", "plan_training", "training_size"]
+__all__ = [
+    "BASE",
+    "TrainingSize",
+    "compare_on",
+    "compare_trained",
+    "mixers",
+    "plan_on",
+    "plan_training",
+    "training_size",
+]
 
 BASE = "softmax"
 _WISHED = ("softmax:window=64", "tnl_lightning", "minimax_hybrid:every=4", "blalm_mlstm", "coca")
@@ -127,11 +136,15 @@ def training_size(device: str = "cpu", quick: bool = False, **changes: Any) -> T
     return replace(size, lengths=lengths)
 
 
-def mixers(strategies: Iterable[str | Strategy] | None = None) -> dict[str, Strategy]:
+def mixers(strategies: Iterable[str | Strategy] | None = None, causal: bool = True) -> dict[str, Strategy]:
     """Token mixers by their specs, softmax attention first, each once; those that stand when None are given.
 
+    Args:
+        strategies: mixers or their specs.
+        causal: of decoders; else of models that see both sides.
+
     Raises:
-        UserError: unknown strategy or field, or a strategy that is no token mixer of a decoder.
+        UserError: unknown strategy or field, or a strategy that is no such token mixer.
     """
     if strategies is None:
         strategies = [spec for spec in _WISHED if catalog.get(read(spec).name).state != "planned"]
@@ -139,9 +152,14 @@ def mixers(strategies: Iterable[str | Strategy] | None = None) -> dict[str, Stra
     for spec, strategy in found.items():
         if not isinstance(strategy, Mixer):
             raise UserError(f"{spec} is no token mixer: leave --train away to compare it on a model as it is")
-        if "causal" not in strategy.directions:
+        if causal and "causal" not in strategy.directions:
             raise UserError(
-                f"{spec} sees both sides, and decoders are compared here: manyheads claims run, or an Encoder"
+                f"{spec} sees both sides, and decoders are compared here: name a task of encoders, such as "
+                "--tasks sequence_classification"
+            )
+        if not causal and "bidirectional" not in strategy.directions:
+            raise UserError(
+                f"{spec} sees the past only, and the task is one of models that see both sides: leave it out"
             )
     return found
 
@@ -254,6 +272,57 @@ def compare_trained(
     return run(
         plan_training(made.values(), size).at("cpu"), out, seed=seed, device=device, data=data, executor=executor,
         progress=progress, about=about,
+    )  # fmt: skip
+
+
+def plan_on(
+    tasks: Sequence[str], strategies: Iterable[str], seeds: int | None = None, samples: int | None = None
+) -> Experiment:
+    """The experiment of :func:`compare_on`; trains and reads nothing."""
+    from .tasks import given
+
+    read_tasks = [given(task) for task in tasks]
+    made: list[Any] = [
+        task if samples is None or "samples" in own else task.sized({"samples": samples}) for task, own in read_tasks
+    ]
+    if wrong := [task.name for task in made if task.subject != "trainable"]:
+        raise UserError(f"{wrong[0]} measures on a model as it is: leave --train away")
+    directions = {bool(getattr(getattr(task, "kind", None), "causal", True)) for task in made}
+    if len(directions) > 1:
+        raise UserError("some of these tasks are of decoders, others of models that see both sides: compare them apart")
+    arms = tuple(Arm(spec, spec) for spec in mixers(strategies, directions.pop()))
+    return Experiment(
+        subject="trainable", arms=arms, baseline=arms[0], tasks=tuple(made), equal="parameters", seeds=seeds or 3
+    )
+
+
+def compare_on(
+    tasks: Sequence[str], strategies: Iterable[str], *, seeds: int | None = None, samples: int | None = None,
+    texts: Sequence[Text] | None = None, seed: int = 0, device: str = "cpu", out: str | Path = FOLDER,
+    command: Sequence[str] = (), progress: Progress | None = None, options: Mapping[str, Any] | None = None,
+    executor: Executor | None = None,
+) -> Results:  # fmt: skip
+    """Train a small model for each token mixer on tasks of one's own choice, which say how large and how long.
+
+        results = compare_on(["sequence_classification:data=tones,length=1024,stride=16"], ["maelre"])
+
+    Args:
+        tasks: names of tasks that train, with fields, see :func:`manyheads.tasks.given`.
+        strategies: specs of mixers; ``softmax`` is always among them.
+        seeds: trainings of each arm; 3 when None.
+        samples: that are judged; each task's own number when None.
+        texts, seed, device, out, command, progress, options, executor: as for :func:`compare_trained`.
+
+    Raises:
+        UserError: a task or mixer that does not fit, before any training.
+    """
+    from .experiment.runner import run
+
+    data = {} if texts is None else {"texts": list(texts)}
+    about = {"command": list(command), "options": dict(options or {}), "kind": "train"}
+    return run(
+        plan_on(tasks, strategies, seeds, samples).at("cpu"), out, seed=seed, device=device, data=data,
+        executor=executor, progress=progress, about=about,
     )  # fmt: skip
 
 

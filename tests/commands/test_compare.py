@@ -189,6 +189,13 @@ BAD = [
     (["--resume", "nowhere"], "no run"),
     (["--nonsense"], "nonsense"),
 ]
+TRAINED = ["--train", "--tasks", "sequence_classification:data=tones"]
+BAD_TRAINED = [
+    (["--strategies", "coca"], "sees the past only"),
+    (["--budget", "1M"], "--budget does not go with --tasks"),
+    (["--lengths", "256"], "--lengths does not go with --tasks"),
+    (["--model", "x"], "--model does not go with --train"),
+]
 
 
 @pytest.mark.parametrize(("options", "word"), BAD, ids=[" ".join(options) for options, _ in BAD])
@@ -204,6 +211,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, folder, tmp_path, options
     first, *rest = err.strip().splitlines()
     assert first.startswith("error: ") and len(rest) == (options == ["--nonsense"] or "--samples" in options)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("options", "word"), BAD_TRAINED, ids=[options[0] for options, _ in BAD_TRAINED])
+def test_tasks_of_a_training_say_their_own_sizes(cli, options, word):
+    code, out, err = cli("compare", *TRAINED, *options, "--out", "out")
+    assert code == 2 and out == "" and re.search(word, err), err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_no_gpu_is_said(cli, folder):

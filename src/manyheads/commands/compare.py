@@ -71,7 +71,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help=f"Of a language model some of {_listed(comparison.TASKS['causal_lm'])}; of a pipeline "
-            f"{_listed(comparison.TASKS['pipeline'])} and any other task on images."
+            f"{_listed(comparison.TASKS['pipeline'])} and any other task on images; with --train any that trains, as "
+            "sequence_classification:data=fsdd,length=4096,stride=16."
         ),
     ] = None,
     lengths: Annotated[
@@ -187,8 +188,11 @@ def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[s
 
 def _training(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[str, Any]]:
     """What trains a model for each mixer and compares them, and with which arguments."""
-    from manyheads.comparison_train import compare_trained
+    from manyheads.comparison_train import compare_on, compare_trained
 
+    if "tasks" in options:
+        given = {name: options[name] for name in ("seeds", "samples", "tasks") if name in options}
+        return compare_on, given | {"strategies": options.get("strategies", [])}
     passed = ("budget", "minutes", "seeds", "samples", "quick", "strategies")
     arguments = {name: options[name] for name in passed if name in options}
     return compare_trained, arguments | {"length": options.get("lengths", [None])[0]}
@@ -227,8 +231,8 @@ _TRAINING = ("budget", "minutes", "seeds")  # options that go with --train alone
 _NO_TRAINING = {
     "model": "it makes its own models", "dtype": "it trains in float32, on a GPU in bfloat16",
     "budgets": "a training has one --budget, in tokens",
-    "tasks": "it measures all of its tasks",
 }  # fmt: skip
+_NO_TASKS = ("budget", "minutes", "lengths", "quick")  # options that a task's own fields stand for
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -239,6 +243,8 @@ def _refuse(options: dict[str, Any]) -> None:
         return
     if wrong := [name for name in _NO_TRAINING if name in options]:
         raise UserError(f"--{wrong[0]} does not go with --train: {_NO_TRAINING[wrong[0]]}")
+    if "tasks" in options and (wrong := [name for name in _NO_TASKS if name in options]):
+        raise UserError(f"--{wrong[0]} does not go with --tasks: write its size behind its name, as name:steps=300")
     if "budget" in options and "minutes" in options:
         raise UserError("give --budget or --minutes, not both")
     if len(options.get("lengths", [0])) != 1:

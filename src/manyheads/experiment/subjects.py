@@ -200,7 +200,7 @@ class Machine(Subject):
 def _where(strategy: Strategy) -> str:
     """What a strategy of this kind acts on."""
     if isinstance(strategy, Mixer) and "causal" not in strategy.directions:
-        return "train an Encoder with it (docs/mixers.md)"
+        return f"train it: manyheads compare --train --tasks sequence_classification --strategies {strategy.slug}"
     if isinstance(strategy, Mixer):
         return f"train it: manyheads compare --train --strategies {strategy.slug}"
     if isinstance(strategy, Denoiser):
