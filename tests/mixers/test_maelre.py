@@ -180,6 +180,16 @@ def test_a_classifier_merges_and_pools_by_size():
     assert_close(classifier(ids, mask=mask)[0][1:], classifier(ids[1:, :13])[0], SAME)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_errs_by_its_roundings(form):
+    encoder = model(f"maelre:form={form},switch=4", layers=3, dim=32)
+    ids = torch.randint(29, (2, 48), generator=torch.Generator().manual_seed(0))
+    want = encoder(ids)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = encoder(ids)[0]
+    assert 1e-4 < error(got, want) < 0.02
+
+
 def test_what_is_refused():
     for wrong, says in (
         ("maelre:ratio=1", "two or more"), ("maelre:merge=matching,ratio=3", "power of two"),

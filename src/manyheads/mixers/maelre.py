@@ -172,9 +172,10 @@ class Attention(nn.Module):
         weights = sizes if self.gate is None else sizes * self.gate(rms_norm(x, x.shape[2:])).sigmoid()[..., 0]
         return grouping.reduce(x, weights), None if alike else grouping.totals(sizes), grouping
 
+    @torch.no_grad()
     def _matching(self, x: Tensor, sizes: Tensor, kept: Tensor, count: int) -> Grouping:
         """Two become one, as often as the ratio takes."""
-        keys = self.k_proj(rms_norm(x.detach(), x.shape[2:])).unflatten(2, (self.config.num_kv_heads, -1)).mean(2)
+        keys = self.k_proj(rms_norm(x, x.shape[2:])).unflatten(2, (self.config.num_kv_heads, -1)).mean(2)
         choose: Literal["similar", "random"] = "random" if self.strategy.merge == "random" else "similar"
         found = adjacent(sizes > 0, 1, x.shape[1])
         for _ in range(self.strategy.ratio.bit_length() - 1):
