@@ -3,15 +3,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from manyheads.data.labelled import labelled
+from manyheads.data.labelled import Item, labelled
 from manyheads.errors import UserError
 from manyheads.experiment import Arm
 from manyheads.models.classifier import Classifier
 from manyheads.tasks.training._decoders import check_rows
-from manyheads.tasks.training.sequence_classification import SequenceClassification
+from manyheads.tasks.training.sequence_classification import SequenceClassification, _replayed
 
 from .conftest import MODEL, SOFTMAX, context, values
 
@@ -70,6 +71,32 @@ def test_short_sequences_are_filled_with_silence():
     task = SequenceClassification(**{**TONES, "length": 2048})
     rows, _ = task.batches(context([]), 0)(0)
     assert not rows[:, 1024:].any() and rows[:, :1024].any()
+
+
+@pytest.mark.parametrize("length", [512, 2048])
+def test_waveforms_are_read_slower_and_faster(length):
+    """A sine stays one, of another pitch within the share; half the time it is shorter, half the time longer."""
+    wave = torch.sin(2 * math.pi * torch.arange(1024) / 64)[:, None]
+    sines = [Item("a", wave, 0, "a", "train")] * 40
+    rng = np.random.default_rng(0)
+    rates, places = rng.uniform(0.8, 1.2, 40), rng.uniform(size=40)
+    rows = _replayed(sines, rates, places, length)
+    assert rows.shape == (40, length, 1)
+    for row, rate in zip(rows[..., 0], rates, strict=True):
+        held = row.nonzero()[:, 0]
+        first, last = int(held.min()), int(held.max())
+        assert length < 1024 or abs((last - first) * rate - 1024) < 4
+        crossings = ((row[first:last] > 0) != (row[first + 1 : last + 1] > 0)).sum()
+        assert abs(float(crossings) / (last - first) * 64 / 2 - rate) < 0.08
+    assert len({int(row.nonzero()[0, 0]) for row in rows[..., 0]}) > 5 or length < 1024
+    plain = _replayed(sines[:1], np.ones(1), np.zeros(1), 2048)[0, :1023]
+    assert torch.equal(plain, wave[:1023])
+    task = SequenceClassification(**TONES, stretch=0.15)
+    get_batch, still = (each.batches(context([]), 0) for each in (task, SequenceClassification(**TONES)))
+    assert torch.equal(get_batch(1)[0], get_batch(1)[0]) and not torch.equal(get_batch(1)[0], still(1)[0])
+    assert torch.equal(get_batch(1)[1], still(1)[1])
+    with pytest.raises(UserError, match="of waveforms"):
+        SequenceClassification(data="brown", stretch=0.1)
 
 
 class Leaks(torch.nn.Module):

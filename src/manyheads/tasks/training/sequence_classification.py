@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -42,6 +43,8 @@ class SequenceClassification(TrainingTask):
     Attributes:
         data: a data set of :mod:`manyheads.data.labelled`.
         stride: values of a token, for waveforms and series.
+        stretch: how much slower or faster a waveform may be read in training, as a share; a shorter one then begins
+            anywhere. Speakers differ by more than that: with few of them it is what tells words from voices.
         called: name of this task in an experiment that has it several times.
     """
 
@@ -56,6 +59,7 @@ class SequenceClassification(TrainingTask):
 
     data: str = "fsdd"
     stride: int = 1
+    stretch: float = 0.0
     called: str = ""
     samples: int = 256
 
@@ -65,6 +69,8 @@ class SequenceClassification(TrainingTask):
             raise UserError(f"there are no labelled sequences {self.data!r}; there are {', '.join(DATASETS)}")
         if self.stride < 1 or self.length % self.stride:
             raise UserError(f"{self.length} values do not part into tokens of {self.stride}")
+        if not 0 <= self.stretch < 1 or (self.stretch and DATASETS[self.data].kind != "waveform"):
+            raise UserError("stretch is a share below 1, of waveforms")
         if self.batch < 2:
             raise UserError("whether sequences see each other is tried on two of a batch: give a batch of 2 or more")
 
@@ -90,7 +96,7 @@ class SequenceClassification(TrainingTask):
         )  # fmt: skip
 
     def training_fields(self) -> Sequence[str]:
-        return ("data", "stride")
+        return ("data", "stride", "stretch")
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         self._part(run, "train")  # what cannot be had is found now
@@ -102,8 +108,12 @@ class SequenceClassification(TrainingTask):
         def get_batch(step: int) -> tuple[Tensor, Tensor]:
             rng = run.rng(training=seed, step=step)
             drawn = [items[i] for i in rng.integers(0, len(items), self.batch)]
+            labels = torch.tensor([item.label for item in drawn])
+            if self.stretch:
+                rates = rng.uniform(1 - self.stretch, 1 + self.stretch, len(drawn))
+                return _replayed(drawn, rates, rng.uniform(size=len(drawn)), self.length), labels
             first = [int(rng.integers(0, max(0, len(item.values) - self.length) + 1)) for item in drawn]
-            return self._stretches(drawn, first), torch.tensor([item.label for item in drawn])
+            return self._stretches(drawn, first), labels
 
         return get_batch
 
@@ -163,3 +173,20 @@ class SequenceClassification(TrainingTask):
     def _part(self, run: RunContext, part: str) -> list[Item]:
         found = cast(Labelled, run.kept(("labelled", self.data), lambda: labelled(self.data)))
         return cast(list[Item], run.kept(("labelled", self.data, part), lambda: found.part(part)))
+
+
+def _replayed(items: Sequence[Item], rates: np.ndarray, places: np.ndarray, length: int) -> Tensor:
+    """Waveforms ``[N, length, channels]`` read at so many times their rate, from or at ``places`` in [0, 1)."""
+    found = torch.zeros(len(items), length, items[0].values.shape[1])
+    for row, item, rate, place in zip(found, items, rates, places, strict=True):
+        at = np.arange(0, len(item.values) - 1, rate)
+        low = at.astype(np.int64)
+        part = torch.from_numpy(at - low).float()[:, None]
+        values = item.values[low] * (1 - part) + item.values[low + 1] * part
+        free = length - len(values)
+        first = int(place * (abs(free) + 1))
+        if free >= 0:
+            row[first : first + len(values)] = values
+        else:
+            row[:] = values[first : first + length]
+    return found
