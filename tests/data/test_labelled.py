@@ -2,6 +2,7 @@
 """Labelled sequences: what is said of a data set is so, and no group stands in two parts."""
 
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -16,10 +17,15 @@ FILES = {
 }  # fmt: skip
 
 
+@cache
+def whole(name):
+    return labelled(name)
+
+
 def read(name):
     if name in FILES and not any(files.local(file) for file in FILES[name]):
         pytest.skip("this file is neither in MANYHEADS_DATA nor in the cache")
-    return labelled(name)
+    return whole(name)
 
 
 @pytest.mark.parametrize("name", DATASETS)
