@@ -30,10 +30,27 @@ WORDS = ("alpha", "budget", "depth", "gamma", "limit", "needle", "ratio", "secre
 CODE = "import os\n\n\ndef area(width, height):\n    return width * height\n\n\nprint(area(3, 14))\n"
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"manyheads.recipes.{module}", *arguments]
+ONE_PROCESS = """
+import contextlib, io, json, runpy, sys
+module, found = sys.argv[1], []
+for arguments in json.loads(sys.argv[2]):
+    sys.argv[1:] = arguments
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        found.append([end.code, said.getvalue()])
+print("\\n" + json.dumps(found))
+"""
+
+
+def run(module: str, *calls: list[str]) -> list[tuple[int, str]]:
+    """Exit status and errors of ``python -m`` with each list of arguments; one process, which imports once."""
+    command = [sys.executable, "-c", ONE_PROCESS, f"manyheads.recipes.{module}", json.dumps(calls)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * len(calls), env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return [(status, said) for status, said in json.loads(done.stdout.splitlines()[-1])]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +59,12 @@ def tokenizer() -> Tokenizer:
 
 
 def test_default_model_from_end_to_end(tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    done = run("default_model", "--out", str(out), "--smoke")
-    assert done.returncode == 0, done.stderr
+    out, second = tmp_path / "model", tmp_path / "second"
+    first, after, again = run(
+        "default_model", ["--out", str(out), "--smoke"],
+        ["--out", str(second), "--start", str(out), "--smoke", "--minutes", "0.02"], ["--out", str(out), "--smoke"],
+    )  # fmt: skip
+    assert first[0] == 0, first[1]
     assert not out.with_name("model.partial").exists()
     model, tokenizer = load(out)
     assert tokenizer(" = 12345").input_ids == tokenizer(" =").input_ids + tokenizer(" 12345").input_ids
@@ -54,17 +74,15 @@ def test_default_model_from_end_to_end(tmp_path: Path) -> None:
     names = {row["name"] for row in json.loads((out / "results.json").read_text())["measured"]["figures"]}
     assert names >= {"loss", "recall: one", "recall: chained"}
     assert "standard library" in (out / "README.md").read_text()
-    second = run("default_model", "--out", str(tmp_path / "second"), "--start", str(out), "--smoke")
-    assert second.returncode == 0, second.stderr
-    assert "--start FIRST" in (tmp_path / "second" / "README.md").read_text()
-    again = run("default_model", "--out", str(out), "--smoke")
-    assert again.returncode == 2
-    assert "name a new folder" in again.stderr
+    assert after[0] == 0, after[1]
+    assert "--start FIRST" in (second / "README.md").read_text()
+    assert again[0] == 2
+    assert "name a new folder" in again[1]
 
 
 def test_recall_from_end_to_end(tmp_path: Path) -> None:
-    done = run("recall", "--out", str(tmp_path / "recall"), "--smoke")
-    assert done.returncode == 0, done.stderr
+    ((status, said),) = run("recall", ["--out", str(tmp_path / "recall"), "--smoke"])
+    assert status == 0, said
     assert sorted(p.name for p in (tmp_path / "recall").iterdir()) == [
         "README.md", "config.json", "curves.json", "results.json", packed.FILE,
     ]  # fmt: skip

@@ -4,9 +4,13 @@
 The interpreter computes bfloat16 wrongly, so float32 and float16 only.
 """
 
+import functools
+import math
+
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 import tolerance
@@ -19,24 +23,45 @@ CODECS = ["plain", "int4", "k8v4", "fp8"]
 HALVES = [torch.float32, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def _scalars(monkeypatch):
-    """What the interpreter gets wrong of scalars, and a compiled kernel does not.
+@pytest.fixture(autouse=True, scope="session")
+def _mended():
+    """What the interpreter gets wrong of scalars, and a compiled kernel does not; and what it does over and over.
 
     NumPy 2.4 gives no Python number for an array of one element, which Triton 3.6 still asks for as a loop bound. A
     comparison is broadcast to a block of integers, in the dtype of what was compared: Triton 3.9 takes no such mask.
+
+    Half of its time went into looking for what is left to patch in the language whenever a kernel calls a function,
+    where all has long been patched, and into a new shape of constants for each number. No number depends on either.
     """
-    patch = interpreter._patch_lang_tensor
+    patch, patch_tensor, patched = interpreter._patch_lang, interpreter._patch_lang_tensor, set()
+
+    def once(fn):
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
+            patch(fn)
+        return interpreter._LangPatchScope()  # which has nothing to restore
 
     def mended(tensor, scope):
-        patch(tensor, scope)
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def splat(self, kind, arg):
         return interpreter.TensorHandle(np.full(kind.shape, arg.data.flat[0]), arg.dtype.scalar)
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
+    @functools.cache
+    def shaped(sizes):
+        return tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(math.prod(sizes))
+
+    def init(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shaped(tuple(type.shape) if type.is_block() else ())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", once)
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
+        monkeypatch.setattr(tl.tensor, "__init__", init)
+        yield
 
 
 @pytest.mark.parametrize("dtype", HALVES)

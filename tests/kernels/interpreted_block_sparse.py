@@ -6,7 +6,7 @@ test_block_sparse.py. Float32 and float16 only: the interpreter computes bfloat1
 import pytest
 import torch
 
-from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
+from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the interpreter
 from kernels.sparse_cases import build, errors, kernel, worst, wrong_variants
 from manyheads import UserError
 from manyheads.attention import patterns

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.int4_cases import LIMIT, build, worst, wrong_variants
-from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
+from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the interpreter
 from manyheads import UserError
 from manyheads.attention import int4_fp8
 from manyheads.kernels.int4_fp8 import _e4m3_bits, _rounded, int4_fp8_matmul

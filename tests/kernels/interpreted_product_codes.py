@@ -6,7 +6,7 @@ test_product_codes.py.
 import pytest
 import torch
 
-from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
+from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the interpreter
 from kernels.product_cases import CASES, agrees, build, wrong_variants
 from manyheads import UserError
 from manyheads.kernels import product_codes

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.decay_cases import build, errors, kernel, worst, wrong_variants
-from kernels.interpreted import _scalars  # noqa: F401 - a fixture that mends the interpreter
+from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the interpreter
 from manyheads import UserError
 from manyheads.attention.recurrence import DecayState, decay_attention
 from manyheads.kernels import _passes, recurrence

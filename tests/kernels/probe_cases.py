@@ -36,7 +36,7 @@ class Case:
     counted: Tensor
     kind: str
     spread: float = 1.0
-    cells: int = 5
+    cells: int = 3
 
     @property
     def scale(self) -> float:

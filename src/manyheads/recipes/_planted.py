@@ -36,8 +36,8 @@ class Planter:
     @classmethod
     def build(cls, tokenizer: Tokenizer, words: Sequence[str], seed: int, names: int = 20_000) -> "Planter":
         """Return a planter whose names are one to three of ``words`` in capitals: ``WIDTH``, ``INDEX_RETRY_NAME``."""
-        rng = np.random.default_rng(seed)
-        pool = list(dict.fromkeys("_".join(rng.choice(words, rng.integers(1, 4))).upper() for _ in range(names)))
+        rng, drawn_from = np.random.default_rng(seed), np.array(words)  # once: a draw from a list makes one each time
+        pool = list(dict.fromkeys("_".join(rng.choice(drawn_from, rng.integers(1, 4))).upper() for _ in range(names)))
 
         def encode(text: str) -> list[int]:
             return list(tokenizer.encode(text).ids)

@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser("python -m manyheads.recipes.default_model", description=SUMMARY)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--minutes", type=float, default=6.5, help="of training; compiling, measuring not counted")
+    parser.add_argument("--minutes", type=float, help="of training (6.5, toys 0.1); compiling, measuring not counted")
     parser.add_argument("--data", type=Path, nargs="+", default=site_packages(), help="folders of packages")
     parser.add_argument("--start", type=Path, help="folder that the first stage made; trains the second")
     parser.add_argument("--batch-tokens", type=int, help="tokens of one step")
@@ -262,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.start and not (args.start / "results.json").is_file():
         parser.error(f"{args.start} holds no finished first stage")
     recipe = replace(SMOKE if args.smoke else SECOND if args.start else Recipe(), **changes)
-    make(args.out, 0.1 if args.smoke else args.minutes, args.data, recipe, args.smoke, args.start)
+    minutes = args.minutes or (0.1 if args.smoke else 6.5)
+    make(args.out, minutes, args.data, recipe, args.smoke, args.start)
     report(f"done: {args.out}")
     return 0
 

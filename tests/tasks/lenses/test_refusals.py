@@ -14,6 +14,12 @@ TASK = Refusals(text="code", steps=2, anchors=4, acts=3, counts=(1, 4), windows_
 ARMS = Arm("plain"), Arm("AHD", options={"dropout": 0.5})
 
 
+@pytest.fixture(autouse=True)
+def _few(monkeypatch):
+    """Acts of which some are left to be tuned on when the test and the choice have theirs."""
+    monkeypatch.setattr(refusals, "ACTS", ACTS[:14])
+
+
 @pytest.fixture(scope="module")
 def lm():
     subject = CausalLM("default")
