@@ -32,21 +32,21 @@ CODE = "import os\n\n\ndef area(width, height):\n    return width * height\n\n\n
 
 ONE_PROCESS = """
 import contextlib, io, json, runpy, sys
-module, found = sys.argv[1], []
-for arguments in json.loads(sys.argv[2]):
+found = []
+for name, *arguments in json.loads(sys.argv[1]):
     sys.argv[1:] = arguments
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            runpy.run_module(f"manyheads.recipes.{name}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         found.append([end.code, said.getvalue()])
 print("\\n" + json.dumps(found))
 """
 
 
-def run(module: str, *calls: list[str]) -> list[tuple[int, str]]:
-    """Exit status and errors of ``python -m`` with each list of arguments; one process, which imports once."""
-    command = [sys.executable, "-c", ONE_PROCESS, f"manyheads.recipes.{module}", json.dumps(calls)]
+def run(*calls: list[str]) -> list[tuple[int, str]]:
+    """Exit status and errors of ``python -m`` with each name and arguments; one process, which imports once."""
+    command = [sys.executable, "-c", ONE_PROCESS, json.dumps(calls)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120 * len(calls), env=env, check=False)
     assert done.returncode == 0, done.stderr
@@ -54,16 +54,25 @@ def run(module: str, *calls: list[str]) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """Models that the recipes made, by name, and what each of their runs came to."""
+    folder = tmp_path_factory.mktemp("recipes")
+    first, second = str(folder / "model"), str(folder / "second")
+    return folder, run(
+        ["default_model", "--out", first, "--smoke"],
+        ["default_model", "--out", second, "--start", first, "--smoke", "--minutes", "0.02"],
+        ["default_model", "--out", first, "--smoke"], ["recall", "--out", str(folder / "recall"), "--smoke"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return _corpus.train_tokenizer([CODE * 5, " ".join(w.upper() for w in WORDS) * 5], 512)
 
 
-def test_default_model_from_end_to_end(tmp_path: Path) -> None:
-    out, second = tmp_path / "model", tmp_path / "second"
-    first, after, again = run(
-        "default_model", ["--out", str(out), "--smoke"],
-        ["--out", str(second), "--start", str(out), "--smoke", "--minutes", "0.02"], ["--out", str(out), "--smoke"],
-    )  # fmt: skip
+def test_default_model_from_end_to_end(made: tuple[Path, list[tuple[int, str]]]) -> None:
+    folder, (first, after, again, _) = made
+    out = folder / "model"
     assert first[0] == 0, first[1]
     assert not out.with_name("model.partial").exists()
     model, tokenizer = load(out)
@@ -75,15 +84,15 @@ def test_default_model_from_end_to_end(tmp_path: Path) -> None:
     assert names >= {"loss", "recall: one", "recall: chained"}
     assert "standard library" in (out / "README.md").read_text()
     assert after[0] == 0, after[1]
-    assert "--start FIRST" in (second / "README.md").read_text()
+    assert "--start FIRST" in (folder / "second" / "README.md").read_text()
     assert again[0] == 2
     assert "name a new folder" in again[1]
 
 
-def test_recall_from_end_to_end(tmp_path: Path) -> None:
-    ((status, said),) = run("recall", ["--out", str(tmp_path / "recall"), "--smoke"])
+def test_recall_from_end_to_end(made: tuple[Path, list[tuple[int, str]]]) -> None:
+    folder, (*_, (status, said)) = made
     assert status == 0, said
-    assert sorted(p.name for p in (tmp_path / "recall").iterdir()) == [
+    assert sorted(p.name for p in (folder / "recall").iterdir()) == [
         "README.md", "config.json", "curves.json", "results.json", packed.FILE,
     ]  # fmt: skip
 

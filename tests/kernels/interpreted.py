@@ -30,8 +30,8 @@ def _mended():
     NumPy 2.4 gives no Python number for an array of one element, which Triton 3.6 still asks for as a loop bound. A
     comparison is broadcast to a block of integers, in the dtype of what was compared: Triton 3.9 takes no such mask.
 
-    Half of its time went into looking for what is left to patch in the language whenever a kernel calls a function,
-    where all has long been patched, and into a new shape of constants for each number. No number depends on either.
+    Half of its time would go into looking for what is left to patch in the language whenever a kernel calls a
+    function, though all is patched, and into new constants for the shape of each number. No result depends on either.
     """
     patch, patch_tensor, patched = interpreter._patch_lang, interpreter._patch_lang_tensor, set()
 
@@ -52,9 +52,9 @@ def _mended():
     def shaped(sizes):
         return tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(math.prod(sizes))
 
-    def init(self, handle, type):
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shaped(tuple(type.shape) if type.is_block() else ())
+    def init(self, handle, kind):
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.shape, self.numel = shaped(tuple(kind.shape) if kind.is_block() else ())
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", once)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention's kernels under Triton's interpreter, on the CPU. Collected in a process of its own by
-test_block_sparse.py. Float32 and float16 only: the interpreter computes bfloat16 wrongly.
+test_interpreter.py. Float32 and float16 only: the interpreter computes bfloat16 wrongly.
 """
 
 import pytest

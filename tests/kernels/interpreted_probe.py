@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of the lenses under Triton's interpreter, on the CPU. Collected in a process of its own by test_probe.py.
+"""The kernels of the lenses under Triton's interpreter, on the CPU. Collected in a process of its own by
+test_interpreter.py.
 
 Three ways to the same numbers: the formula in float64, blocks of rows in torch, and the kernels.
 """

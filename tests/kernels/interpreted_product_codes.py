@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of product-quantised keys under Triton's interpreter, on the CPU. Collected in a process of its own by
-test_product_codes.py.
+test_interpreter.py.
 """
 
 import pytest

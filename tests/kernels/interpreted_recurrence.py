@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decay attention's kernels under Triton's interpreter, on the CPU. Collected in a process of its own by
-test_recurrence.py. Float32 and float16 only: the interpreter computes bfloat16 wrongly.
+test_interpreter.py. Float32 and float16 only: the interpreter computes bfloat16 wrongly.
 """
 
 import pytest

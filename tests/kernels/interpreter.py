@@ -12,11 +12,22 @@ import pytest
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def run_interpreted(name: str) -> None:
-    """Run the tests in ``name``, a file beside this one."""
+def run_interpreted(*names: str) -> None:
+    """Run the tests in ``names``, files beside this one, in one process, which imports Triton once."""
     here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / name)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:unraisableexception",
+            *[str(here / name) for name in names],
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,

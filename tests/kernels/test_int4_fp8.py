@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product of INT4 weights and FP8 activations: under Triton's interpreter, and on a GPU."""
+"""The product of INT4 weights and FP8 activations on a GPU; under Triton's interpreter: interpreted_int4_fp8.py."""
 
 import pytest
 import torch
 
 from kernels.int4_cases import HALF, build, worst, wrong_variants
-from kernels.interpreter import needs_triton, run_interpreted
 from manyheads import kernels
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not kernels.available(), reason="needs a CUDA device and triton")]
-
-
-@needs_triton
-def test_kernel_under_the_interpreter():
-    run_interpreted("interpreted_int4_fp8.py")
 
 
 class TestGPU:

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics of lenses without a GPU: by blocks, and by kernels under Triton's interpreter in its own process."""
+"""The statistics of lenses by blocks; by kernels under Triton's interpreter: interpreted_probe.py."""
 
 import pytest
 import torch
 
-from kernels.interpreter import needs_triton, run_interpreted
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads.calls.fused import visible_ranges
 from manyheads.calls.weights import measure
 from tolerance import FORMULA, SAME
-
-
-@needs_triton
-def test_kernels_under_the_interpreter():
-    run_interpreted("interpreted_probe.py")
 
 
 @pytest.mark.parametrize("block", [None, 1, 16, 1000])

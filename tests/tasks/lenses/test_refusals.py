@@ -9,6 +9,7 @@ from manyheads.experiment import Arm, CausalLM
 from manyheads.tasks.lenses import refusals
 from manyheads.tasks.lenses.refusals import Refusals, _at_random, _batch
 from oracles.tasks import context, values
+from tiny import chat as tiny
 
 TASK = Refusals(text="code", steps=2, anchors=4, acts=3, counts=(1, 4), windows_of=2, tokens=48, lr=1e-3)
 ARMS = Arm("plain"), Arm("AHD", options={"dropout": 0.5})
@@ -22,9 +23,7 @@ def _few(monkeypatch):
 
 @pytest.fixture(scope="module")
 def lm():
-    subject = CausalLM("default")
-    subject.load("cpu")
-    return subject
+    return CausalLM("tiny", tiny.tiny(), tiny.tokenizer())
 
 
 def test_a_unit_gives_the_same_rows_in_any_order_and_arms_differ(lm):
