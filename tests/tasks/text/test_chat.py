@@ -220,7 +220,7 @@ def test_a_baseline_that_fails_is_said_not_to_discriminate(reader, tmp_path):
     parts = ["You are the assistant of", *system_prompt._PLACES, *system_prompt._TASKS, *system_prompt._SECRETS]
     model = tiny.scripted(encoded(reader, " ".join([*parts, system_prompt._GUARD])))
     results = compare(
-        model, reader, tiny.PROSE, ["random"], [0.5], ["chat.qa:reply=8", "chat.system_prompt:reply=400"],
+        model, reader, tiny.PROSE, ["random"], [0.5], ["chat.qa:reply=48", "chat.system_prompt:reply=400"],
         lengths=[LENGTH], samples=3, out=tmp_path,
     )  # fmt: skip
     weak = {one.key: one.weak for one in Summary(results).measured}
