@@ -22,7 +22,6 @@ def test_uniform_costs_no_more_than_the_pyramid_and_the_reversed_as_much():
             pipe("ghost down frog", latents=noise, num_inference_steps=40, guidance_scale=3.0, output_type="pt")
         return counter.get_total_flops()
 
-    compared = ("uniform", "pyramid", "reversed, equal FLOPs", "reversed, equal modules")
-    spent = {arm.name: flops(arm) for arm in plan.arms if arm.name in compared}
+    spent = {arm.name: flops(arm) for arm in plan.arms if arm.spec}
     assert spent["uniform"] < spent["pyramid"] <= spent["reversed, equal FLOPs"] < 1.02 * spent["pyramid"]
     assert spent["reversed, equal modules"] < spent["pyramid"]  # which is why the other one is there

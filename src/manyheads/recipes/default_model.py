@@ -64,6 +64,7 @@ class Recipe:
     planted: float = 0.3  # share of sequences with planted constants
     flatten: float = 0.6  # a package of n tokens is drawn with weight n ** flatten
     files: int | None = None  # read only so many
+    steps: int | None = None  # instead of the time
     seed: int = 0
 
     def config(self) -> LlamaConfig:
@@ -86,7 +87,7 @@ class Recipe:
 
 SMOKE = Recipe(
     vocab_size=512, hidden=64, mlp=128, layers=2, heads=2, kv_heads=1, head_dim=32, positions=256,
-    phases=((128, 0.6), (256, 1.0)), batch_tokens=1024, warmup=5, files=120,
+    phases=((128, 0.6), (256, 1.0)), batch_tokens=1024, warmup=5, files=120, steps=60,
 )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def train(
     data = [Sequences(corpus, planter, length, recipe) for length in lengths]
     sources = [batches(*of_phase, device) for of_phase in zip(data, rows, strict=True)]
     shapes = [(count, length + 1) for count, length in zip(rows, lengths, strict=True)]
-    state = TrainState(Budget(seconds, "seconds"))
+    state = TrainState(Budget(recipe.steps, "steps") if recipe.steps else Budget(seconds, "seconds"))
     curve: list[dict[str, float]] = []
 
     def phase() -> int:
@@ -222,7 +223,7 @@ def make(
     first = json.loads((start / "results.json").read_text()) if start else None
     results = {
         "parameters": sum(p.numel() for p in shipped.parameters()),
-        "recipe": {name: value for name, value in vars(recipe).items() if name != "files"},
+        "recipe": {name: value for name, value in vars(recipe).items() if name not in ("files", "steps")},
         "training": {
             "minutes": minutes, **{name: curve[-1][name] for name in ("steps", "tokens", "loss")},
             "whole_minutes": (time.perf_counter() - begun) / 60,
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser("python -m manyheads.recipes.default_model", description=SUMMARY)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--minutes", type=float, help="of training (6.5, toys 0.1); compiling, measuring not counted")
+    parser.add_argument("--minutes", type=float, default=6.5, help="of training; compiling, measuring not counted")
     parser.add_argument("--data", type=Path, nargs="+", default=site_packages(), help="folders of packages")
     parser.add_argument("--start", type=Path, help="folder that the first stage made; trains the second")
     parser.add_argument("--batch-tokens", type=int, help="tokens of one step")
@@ -262,8 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.start and not (args.start / "results.json").is_file():
         parser.error(f"{args.start} holds no finished first stage")
     recipe = replace(SMOKE if args.smoke else SECOND if args.start else Recipe(), **changes)
-    minutes = args.minutes or (0.1 if args.smoke else 6.5)
-    make(args.out, minutes, args.data, recipe, args.smoke, args.start)
+    make(args.out, args.minutes, args.data, recipe, args.smoke, args.start)
     report(f"done: {args.out}")
     return 0
 
