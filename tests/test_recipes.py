@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int
     first, second = str(folder / "model"), str(folder / "second")
     return folder, run(
         ["default_model", "--out", first, "--smoke"],
-        ["default_model", "--out", second, "--start", first, "--smoke"],
+        ["default_model", "--out", second, "--start", first, "--smoke", "--minutes", "0.02"],
         ["default_model", "--out", first, "--smoke"], ["recall", "--out", str(folder / "recall"), "--smoke"],
     )  # fmt: skip
 

@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser("python -m manyheads.recipes.default_model", description=SUMMARY)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--minutes", type=float, default=6.5, help="of training; compiling, measuring not counted")
+    parser.add_argument("--minutes", type=float, help="of training (6.5); compiling, measuring not counted")
     parser.add_argument("--data", type=Path, nargs="+", default=site_packages(), help="folders of packages")
     parser.add_argument("--start", type=Path, help="folder that the first stage made; trains the second")
     parser.add_argument("--batch-tokens", type=int, help="tokens of one step")
@@ -263,7 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.start and not (args.start / "results.json").is_file():
         parser.error(f"{args.start} holds no finished first stage")
     recipe = replace(SMOKE if args.smoke else SECOND if args.start else Recipe(), **changes)
-    make(args.out, args.minutes, args.data, recipe, args.smoke, args.start)
+    if args.minutes is not None:
+        recipe = replace(recipe, steps=None)
+    make(args.out, args.minutes or 6.5, args.data, recipe, args.smoke, args.start)
     report(f"done: {args.out}")
     return 0
 
