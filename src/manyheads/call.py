@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "MixerConfig",
     "ModuleKind",
+    "Piece",
     "Recurrence",
     "SecondReading",
     "Site",
@@ -125,6 +126,25 @@ class MixerConfig:
     num_layers: int
     length: int
     causal: bool = True
+
+
+@dataclass(slots=True)
+class Piece:
+    """A forward of a decoder over tokens given and tokens of a strategy's own (``strategy.Interleaved``).
+
+    Attributes:
+        embeds: ``[B, T, D]``.
+        positions: ``[T]`` of their rotary positions.
+        given: how many are the caller's; they come first, and only their outputs are handed on.
+        moved: other positions, ``[G]``, that the strategy wants the model's rotary tables of; None for none.
+        rotary: cosines and sines ``[1, G, rotary_dim]`` of those, from the port; None in a model without.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    given: int
+    moved: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 class Store(ABC):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Site, Store
+    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, Site, Store
 
 __all__ = [
     "Attention",
@@ -25,6 +25,7 @@ __all__ = [
     "Denoiser",
     "DenoiserModule",
     "DenoiserPrediction",
+    "Interleaved",
     "Layers",
     "LinearCompute",
     "Mixer",
@@ -238,12 +239,31 @@ class LinearCompute(Strategy, ABC):
         return self.layers is None or layer in self.layers
 
     @abstractmethod
-    def linear(self, weight: "Tensor", bias: "Tensor | None") -> "Callable[[Tensor], Tensor]":
+    def linear(self, weight: "Tensor", bias: "Tensor | None", name: str) -> "Callable[[Tensor], Tensor]":
         """What computes ``x W^T + b`` for ``x [..., K]``; made once when the port opens.
 
         Args:
             weight: ``[N, K]``, not to be changed.
             bias: ``[N]`` or None.
+            name: module path of the layer.
+        """
+
+
+class Interleaved(Strategy, ABC):
+    """Has a decoder read tokens of its own among those that it is given, in one forward or piece by piece.
+
+    Whoever calls the model sees none of them: it gives outputs for the tokens that it was given, and its cache counts
+    those alone. At most one such strategy per model.
+    """
+
+    @abstractmethod
+    def pieces(self, embeds: "Tensor", seen: int, cached: bool) -> "Iterator[Piece] | None":
+        """What is read in turn, each piece when the one before has been; None to read the tokens as they are.
+
+        Args:
+            embeds: embeddings of the tokens given, ``[B, T, D]``.
+            seen: tokens that the cache has seen before.
+            cached: whether there is a cache, without which pieces know nothing of each other.
         """
 
 

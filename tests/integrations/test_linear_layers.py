@@ -21,7 +21,7 @@ from tolerance import CLOSE, assert_close, error
 class Plain(LinearCompute):
     """The layer as it is, through the port."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight: Tensor, bias: Tensor | None, name: str) -> Callable[[Tensor], Tensor]:
         return lambda x: nn.functional.linear(x, weight, bias)
 
 
@@ -29,7 +29,7 @@ class Plain(LinearCompute):
 class Halved(LinearCompute):
     """Half of the layer."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight: Tensor, bias: Tensor | None, name: str) -> Callable[[Tensor], Tensor]:
         return lambda x: nn.functional.linear(x, weight, bias) / 2
 
 

@@ -16,7 +16,7 @@ from ..call import Site
 from ..strategy import AttentionWatch
 from .hook_chain import BoundStrategy, Forward
 
-__all__ = ["by_place", "count_forwards"]
+__all__ = ["by_place", "count_forwards", "owner_of"]
 
 
 def count_forwards(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, BoundStrategy]]) -> Callable[[], None]:
@@ -30,9 +30,7 @@ def count_forwards(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Bo
     for site, _, entry in entries:
         if not isinstance(entry.strategy, AttentionWatch):
             continue
-        parts = site.name.split(".")
-        around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
-        owner = next((module for module in around if isinstance(module, PreTrainedModel)), model)
+        owner = owner_of(model, site)
         key = id(owner), id(entry.strategy)
         if key not in forwards:
             made = forwards[key] = Forward()
@@ -48,6 +46,13 @@ def count_forwards(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Bo
             handle.remove()
 
     return restore
+
+
+def owner_of(model: nn.Module, site: Site) -> nn.Module:
+    """The innermost model of transformers around ``site``; ``model`` where there is none."""
+    parts = site.name.split(".")
+    around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
+    return next((module for module in around if isinstance(module, PreTrainedModel)), model)
 
 
 def by_place(kept: Sequence[tuple[Site, BoundStrategy]]) -> list[tuple[Site, dict[str, Any]]]:

@@ -30,7 +30,7 @@ class _Layer:
     def __init__(self, name: str, module: nn.Module, strategy: LinearCompute, weight: Tensor) -> None:
         self.name, self.module, self.strategy, self.called = name, module, strategy, False
         bias: Any = getattr(module, "bias", None)
-        compute = strategy.linear(weight, bias)
+        compute = strategy.linear(weight, bias, name)
 
         def forward(x: Tensor) -> Tensor:
             if not self.called:

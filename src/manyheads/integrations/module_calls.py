@@ -16,11 +16,11 @@ from torch import nn
 
 from ..errors import UserError
 
-__all__ = ["CallChain", "Restore", "unwrapped", "wrap_call"]
+__all__ = ["CALLS", "CallChain", "Restore", "unwrapped", "wrap_call"]
 
 Restore = Callable[[], None]
 
-_CHAIN = "_manyheads_calls"
+CALLS = "_manyheads_calls"
 
 
 class CallChain:
@@ -47,7 +47,7 @@ def _through_chain(kind: Any) -> Any:
     plain = kind.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inner, chain = functools.partial(plain, self), self.__dict__.get(_CHAIN)
+        inner, chain = functools.partial(plain, self), self.__dict__.get(CALLS)
         for around in () if chain is None else chain.around:  # compiled code may have kept this call
             inner = functools.partial(around, inner)
         return inner(*args, **kwargs)
@@ -63,9 +63,9 @@ def wrap_call(module: nn.Module, around: Callable[..., Any]) -> tuple[CallChain,
         What is around the module, and a function that takes ``around`` out again, in any order; with the last one the
         module's class is its own again.
     """
-    chain: CallChain | None = module.__dict__.get(_CHAIN)
+    chain: CallChain | None = module.__dict__.get(CALLS)
     if chain is None:
-        chain = module.__dict__[_CHAIN] = CallChain()
+        chain = module.__dict__[CALLS] = CallChain()
         kind: Any = type(module)
         object.__setattr__(module, "__class__", _through_chain(kind))
     kept = chain
@@ -76,7 +76,7 @@ def wrap_call(module: nn.Module, around: Callable[..., Any]) -> tuple[CallChain,
         kind: Any = type(module)
         if not kept.around and kind is _through_chain(kind.__base__):  # else another library's class is on top of it
             object.__setattr__(module, "__class__", kind.__base__)
-            del module.__dict__[_CHAIN]
+            del module.__dict__[CALLS]
 
     return kept, restore
 

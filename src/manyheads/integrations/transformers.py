@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from ..call import Site, Store
 from ..errors import UserError
-from ..strategy import Attention, AttentionCompute, Cache, Denoiser, LinearCompute, Residual, Strategy
+from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Interleaved, LinearCompute, Residual, Strategy
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
@@ -29,6 +29,7 @@ from .configs import switch_configs
 from .forwards import by_place, count_forwards
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
+from .interleaved import read_interleaved
 from .linear import LinearState, find_linear
 from .linear_layers import LinearLayers
 from .passes import Passes, missed, stack_of
@@ -123,6 +124,8 @@ class Port:
             self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
             self._restorers.append(self.model.register_forward_hook(finish, with_kwargs=True).remove)
             self._restorers += watch_generate(self.model)
+            if interleaved := [s for s in self.strategies if isinstance(s, Interleaved)]:
+                self._restorers.append(read_interleaved(self.model, sites[0][0], interleaved))
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):

@@ -71,7 +71,8 @@ class FireQLinear(LinearCompute):
         if self.group not in int4_fp8.GROUPS:
             raise UserError(f"fireq.linear: group is one of {', '.join(map(str, int4_fp8.GROUPS))}, not {self.group}")
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight: Tensor, bias: Tensor | None, name: str) -> Callable[[Tensor], Tensor]:
+        del name
         packed = int4_fp8.encode(
             weight, group=self.group, scale=_SCALES[self.scale], table=self.table, smoothing=self.smoothing
         )

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained: the embeddings of gists, projections of their own, and LoRA on the model.
+
+Legend: D width of the model, N x K weight of a linear layer, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ...call import Piece
+from ...errors import UserError
+from .segments import Columns, Segments
+
+__all__ = ["HOW", "GistPiece", "Gists"]
+
+_FORMAT = 1
+_WEIGHTS, _CONFIG = "gists.safetensors", "gists.json"
+HOW = "python -m manyheads.recipes.gist --model MODEL --out FOLDER"
+
+
+@dataclass(slots=True)
+class GistPiece(Piece):
+    """A forward over T tokens and G gists behind them.
+
+    Attributes:
+        columns: of both.
+        closes: whether its segment is whole: only the gists stay of it.
+        whole: whether it is a whole text in one forward, without a cache.
+        keys: of the gists, not rotated, by layer, ``[B, Hkv, G, d]``; gathered in a whole text.
+        values: theirs.
+        mask: of a whole text.
+    """
+
+    columns: Columns | None = None
+    closes: bool = False
+    whole: bool = False
+    keys: dict[int, Tensor] | None = None
+    values: dict[int, Tensor] | None = None
+    mask: Tensor | None = None
+
+
+class _Now(threading.local):
+    """What this thread reads: the piece under way; the plain model where it is switched off."""
+
+    piece: GistPiece | None = None
+    off: bool = False
+
+
+class Gists(nn.Module):
+    """The gists of a model.
+
+    A linear layer computes ``W x + B A x`` for every token, and for gists, where they have projections of their own,
+    ``(W + own) x`` in its place. All begin at zero: untrained, a gist is a token with the embedding it was given.
+
+    Args:
+        segments: their geometry.
+        embedding: ``[1, D]``, or ``[t, D]`` where each gist of a segment has one of its own.
+        layers: ``[N, K]`` of each linear layer that is changed, by module path.
+        own: names of the layers, as ``q_proj``, in which gists have projections of their own.
+        lora: rank R, 0 for none.
+        alpha: factor of LoRA.
+        about: how they were trained, plain values.
+    """
+
+    def __init__(
+        self, segments: Segments, embedding: Tensor, layers: Mapping[str, tuple[int, int]], own: Iterable[str] = (),
+        lora: int = 0, alpha: float = 2.0, about: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.segments, self.own, self.lora, self.alpha = segments, tuple(own), lora, alpha
+        self.layers, self.about = dict(layers), dict(about or {})
+        self.embedding = nn.Parameter(embedding.detach().float().clone())
+        self.projections, self.down, self.up = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for name, (n, k) in self.layers.items():
+            if name.rpartition(".")[2] in self.own:
+                self.projections[_key(name)] = nn.Parameter(torch.zeros(n, k))
+            if lora:
+                self.down[_key(name)] = nn.Parameter(torch.randn(lora, k) * k**-0.5)
+                self.up[_key(name)] = nn.Parameter(torch.zeros(n, lora))
+        self.now = _Now()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gists:
+        return self  # of the model, not of a sequence whose cache is copied
+
+    def compute(self, weight: Tensor, bias: Tensor | None, name: str) -> Callable[[Tensor], Tensor]:
+        """What a linear layer computes; with the parameters as they are now, unless they are being trained."""
+        key, live = _key(name), self.embedding.requires_grad
+        parts = [x.get(key) for x in (self.projections, self.down, self.up)]
+        if not live:
+            parts = [None if x is None else x.to(weight.device, weight.dtype) for x in parts]
+        own, down, up = parts
+        fixed = None if own is None or live else weight + own
+
+        def forward(x: Tensor) -> Tensor:
+            out, piece = linear(x, weight, bias), self.now.piece
+            if piece is None or self.now.off:
+                return out
+            if down is not None and up is not None:
+                out = out + self.alpha * linear(linear(x, down), up)
+            if own is None or piece.given == x.shape[1]:
+                return out
+            mine = linear(x[:, piece.given :], weight + own if fixed is None else fixed, bias)
+            return torch.cat([out[:, : piece.given], mine], 1)
+
+        return forward
+
+    def embedded(self, columns: Columns, like: Tensor) -> Tensor:
+        """Embeddings of gists ``[B, G, D]``, as ``like [B, T, D]``."""
+        table, number = self.embedding, torch.zeros_like(columns.segment)
+        if len(table) > 1:
+            number = torch.arange(len(number), device=number.device) % len(table)
+        return table.to(like.device)[number].to(like.dtype).expand(like.shape[0], -1, -1)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``gists.safetensors`` (bfloat16) and ``gists.json`` into ``folder``, which ``gist:gists=`` takes."""
+        place = Path(folder).expanduser()
+        place.mkdir(parents=True, exist_ok=True)
+        tensors = {name: x.detach().to("cpu", torch.bfloat16).contiguous() for name, x in self.state_dict().items()}
+        save_file(tensors, place / _WEIGHTS)
+        config = {
+            "format": _FORMAT, "segments": asdict(self.segments), "embedding": list(self.embedding.shape),
+            "layers": self.layers, "own": self.own, "lora": self.lora, "alpha": self.alpha, "about": self.about,
+        }  # fmt: skip
+        (place / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        return place
+
+    @staticmethod
+    def load(folder: str | Path) -> Gists:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: the folder does not hold gists.
+        """
+        place = Path(folder).expanduser()
+        try:
+            config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+            if config["format"] != _FORMAT:
+                raise ValueError(f"its format is {config['format']}, not {_FORMAT}")
+            made = Gists(
+                Segments(**config["segments"]), torch.zeros(config["embedding"]),
+                {name: tuple(shape) for name, shape in config["layers"].items()}, config["own"], config["lora"],
+                config["alpha"], config["about"],
+            )  # fmt: skip
+            made.load_state_dict(load_file(place / _WEIGHTS))
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip("'\"").splitlines()[0]
+            raise UserError(f"{folder} holds no gists ({reason}); train some: {HOW}") from None
+        return made.requires_grad_(False).eval()
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "|")  # torch has no dots in the names of parameters
