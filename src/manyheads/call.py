@@ -136,6 +136,7 @@ class Piece:
         embeds: ``[B, T, D]``.
         positions: ``[T]`` of their rotary positions.
         given: how many are the caller's; they come first, and only their outputs are handed on.
+        mask: ``[1, 1, T, S]`` that every layer is given, True = attend; None for the model's own.
         moved: other positions, ``[G]``, that the strategy wants the model's rotary tables of; None for none.
         rotary: cosines and sines ``[1, G, rotary_dim]`` of those, from the port; None in a model without.
     """
@@ -143,6 +144,7 @@ class Piece:
     embeds: Tensor
     positions: Tensor
     given: int
+    mask: Tensor | None = None
     moved: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
 

@@ -15,7 +15,8 @@ from manyheads.caches.attention_gate.gates import Gate
 from manyheads.caches.attention_gate.soft import SoftGates, eviction_loss
 from manyheads.caches.attention_gate.store import GateStore
 from manyheads.integrations.transformers import find_sites, load_cache, new_cache, prefill, save_cache
-from manyheads.recipes.attention_gate import calibrate, main, text_batches, train_gates
+from manyheads.recipes._adapters import text_batches
+from manyheads.recipes.attention_gate import calibrate, main, train_gates
 from manyheads.training import Checkpoint
 from oracles import models
 from oracles.caches import prefilled, step, stores

@@ -65,7 +65,8 @@ def read_interleaved(model: nn.Module, site: Site, strategies: Sequence[Interlea
         hidden, out = [], None
         for piece in pieces:
             piece.rotary = _tables(owner, piece)
-            out = inner(inputs_embeds=piece.embeds, position_ids=piece.positions.expand(embeds.shape[0], -1), **more)
+            places = piece.positions.expand(embeds.shape[0], -1)
+            out = inner(inputs_embeds=piece.embeds, position_ids=places, attention_mask=piece.mask, **more)
             hidden.append(out.last_hidden_state[:, : piece.given])
         assert out is not None
         out.last_hidden_state = torch.cat(hidden, 1)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +23,17 @@ from torch import Tensor, nn
 import manyheads
 from manyheads.caches.attention_gate import Gates
 from manyheads.caches.attention_gate.soft import Counts, Relaxation, SoftGates, eviction_loss
-from manyheads.data.texts import CORPORA, Text, corpus, read
 from manyheads.errors import UserError
 from manyheads.experiment import CausalLM
 from manyheads.integrations.transformers import find_sites
 from manyheads.progress import time_left
+from manyheads.recipes._adapters import add_options, frozen, text_batches, texts
 from manyheads.training import Budget, Checkpoint, TrainState, decay, fit
 
-__all__ = ["calibrate", "text_batches", "train_gates"]
+__all__ = ["calibrate", "train_gates"]
 
-_CHARACTERS = 4_000_000  # of the texts, at most
 _LOWERING = 0.5  # of the training: until then the target falls from 1 to what it is to be
 OnStep = Callable[[TrainState, float, float], bool | None]
-
-
-def text_batches(
-    texts: Sequence[Text], tokenizer: Any, length: int, batch: int, seed: int = 0, device: str | torch.device = "cpu"
-) -> Callable[[int], Tensor]:
-    """Batches ``[batch, length + 1]`` of ids by number, cut at random places out of ``texts``, joined in their order.
-
-    Raises:
-        UserError: the texts are shorter than that.
-    """
-    ids: list[int] = []
-    left = _CHARACTERS
-    for text in texts:
-        ids += tokenizer.encode(text.content[: max(0, left)], add_special_tokens=False, verbose=False)
-        left -= len(text.content)
-    if len(ids) <= length:
-        raise UserError(f"the text has {len(ids)} tokens, and a sequence takes {length + 1}: give more text")
-    whole = torch.tensor(ids)
-
-    def get_batch(number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        starts = torch.randint(len(whole) - length, (batch, 1), generator=generator)
-        return whole[starts + torch.arange(length + 1)].to(device)
-
-    return get_batch
 
 
 def train_gates(
@@ -111,7 +84,7 @@ def train_gates(
         return text + weight * eviction_loss(soft.counted.values(), now, hinge)
 
     optimizer = torch.optim.AdamW(gates.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    with _frozen(model), manyheads.use(model, soft):
+    with frozen(model), manyheads.use(model, soft):
         fit(
             gates, get_batch, loss, budget=state, optimizers=[optimizer], bf16=False, checkpoint=checkpoint,
             schedule=decay("cosine", warmup=0.1, floor=0.1),
@@ -142,40 +115,18 @@ def calibrate(model: nn.Module, gates: Gates, ids: Tensor, target: float, rounds
     return found
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients of its own, as it was afterwards."""
-    trained, training = [p for p in model.parameters() if p.requires_grad], model.training
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for p in trained:
-            p.requires_grad_(True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe."""
     parser = argparse.ArgumentParser("python -m manyheads.recipes.attention_gate", description="Train attention gates.")
-    parser.add_argument("--model", default="default", help="folder or hub name of a decoder; default: the shipped one")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the gates; a training cut off goes on there")
+    add_options(parser, of="gates", lr=1e-2)
     parser.add_argument("--target", type=float, default=0.3, help="part of the tokens that is kept")
-    parser.add_argument("--text", default="prose", help=f"{', '.join(CORPORA)}, or files and folders, comma-separated")
-    parser.add_argument("--budget", default="5m", help="as 5m, 90s, 2M (tokens) or '200 steps'")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
-    parser.add_argument("--lr", type=float, default=1e-2, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     if (args.out / "gates.json").exists():
         parser.error(f"{args.out} holds gates; name a new folder")
     try:
-        texts = corpus(args.text) if args.text in CORPORA else read([Path(part) for part in args.text.split(",")])
         subject = CausalLM(args.model)
         subject.load(args.device)
-        get_batch = text_batches(texts, subject.tokenizer, args.length, args.batch, args.seed, args.device)
+        get_batch = text_batches(texts(args.text), subject.tokenizer, args.length, args.batch, args.seed, args.device)
         unfinished = args.out / "training"
 
         def on_step(state: TrainState, text: float, kept: float) -> None:

@@ -43,7 +43,7 @@ from .segments import Segments, visible
 from .store import GistStore, moved, plain
 from .weights import HOW, GistPiece, Gists
 
-__all__ = ["Gist", "Gists", "Segments"]
+__all__ = ["Gist", "GistPass", "Gists", "Segments"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class Gist(LinearCompute, Interleaved, Cache):
                 own = segments.gists_of(number, number + 1, embeds.device)
                 columns, memory = columns.join(own), segments.memory_of(own).position
                 part = torch.cat([part, self.trained.embedded(own, embeds)], 1)
-            piece = GistPiece(part, columns.position, stop - start, memory, columns=columns, closes=closes)
+            piece = GistPiece(part, columns.position, stop - start, None, memory, columns=columns, closes=closes)
             self.trained.now.piece = piece
             try:
                 yield piece
@@ -153,8 +153,9 @@ class GistPass(LinearCompute, Interleaved, AttentionEdit):
         own = columns.where(columns.gist)
         memory = segments.memory_of(own)
         piece = GistPiece(
-            torch.cat([embeds, self.trained.embedded(own, embeds)], 1), columns.position, size, memory.position,
-            columns=columns, whole=True, keys={}, values={}, mask=visible(columns, columns.join(memory))[None, None],
+            torch.cat([embeds, self.trained.embedded(own, embeds)], 1), columns.position, size,
+            visible(columns, columns.join(memory))[None, None], memory.position, columns=columns, whole=True,
+            keys={}, values={},
         )  # fmt: skip
         self.trained.now.piece = piece
         self.latest[:] = [piece]
@@ -186,7 +187,5 @@ def _check(site: Site) -> None:
 
 
 def _check_width(trained: Gists, embeds: Tensor) -> None:
-    if embeds.shape[-1] != trained.embedding.shape[-1]:
-        raise UserError(
-            f"these gists are {trained.embedding.shape[-1]} wide and the model is {embeds.shape[-1]}: train on it: {HOW}"
-        )
+    if (width := trained.embedding.shape[-1]) != embeds.shape[-1]:
+        raise UserError(f"these gists are {width} wide and the model is {embeds.shape[-1]}: train on it: {HOW}")

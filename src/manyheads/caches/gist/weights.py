@@ -40,7 +40,6 @@ class GistPiece(Piece):
         whole: whether it is a whole text in one forward, without a cache.
         keys: of the gists, not rotated, by layer, ``[B, Hkv, G, d]``; gathered in a whole text.
         values: theirs.
-        mask: of a whole text.
     """
 
     columns: Columns | None = None
@@ -48,7 +47,6 @@ class GistPiece(Piece):
     whole: bool = False
     keys: dict[int, Tensor] | None = None
     values: dict[int, Tensor] | None = None
-    mask: Tensor | None = None
 
 
 class _Now(threading.local):

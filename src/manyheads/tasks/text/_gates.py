@@ -55,7 +55,8 @@ class _Gated(TextTask):
     def _folder(self, run: RunContext, arm: Arm) -> Path:
         """Gates for ``arm``, trained unless a unit of this run did so before."""
         from ...data.texts import corpus
-        from ...recipes.attention_gate import text_batches, train_gates
+        from ...recipes._adapters import text_batches
+        from ...recipes.attention_gate import train_gates
 
         base = Path(tempfile.mkdtemp(prefix="gates-")) if run.folder is None else Path(run.folder)
         place = base / f"{arm.name} {self.steps} {self.batch} {self.length}".replace(" ", "-")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What recipes share that train something small on a frozen model: texts in batches, the model frozen, options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.data.texts import CORPORA, Text, corpus, read
+from manyheads.errors import UserError
+
+__all__ = ["add_options", "frozen", "text_batches", "texts"]
+
+_CHARACTERS = 4_000_000  # of the texts, at most
+
+
+def add_options(parser: argparse.ArgumentParser, of: str, lr: float) -> None:
+    """Options of a training of ``of`` on a model, at a highest rate of ``lr`` by default."""
+    parser.add_argument("--model", default="default", help="folder or hub name of a decoder; default: the shipped one")
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"folder of the {of}; a training cut off goes on there"
+    )
+    parser.add_argument("--text", default="prose", help=f"{', '.join(CORPORA)}, or files and folders, comma-separated")
+    parser.add_argument("--budget", default="5m", help="as 5m, 90s, 2M (tokens) or '200 steps'")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--lr", type=float, default=lr, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def texts(given: str) -> list[Text]:
+    """Texts by name, or of files and folders, comma-separated."""
+    return corpus(given) if given in CORPORA else read([Path(part) for part in given.split(",")])
+
+
+def text_batches(
+    texts: Sequence[Text], tokenizer: Any, length: int, batch: int, seed: int = 0, device: str | torch.device = "cpu"
+) -> Callable[[int], Tensor]:
+    """Batches ``[batch, length + 1]`` of ids by number, cut at random places out of ``texts``, joined in their order.
+
+    Raises:
+        UserError: the texts are shorter than that.
+    """
+    ids: list[int] = []
+    left = _CHARACTERS
+    for text in texts:
+        ids += tokenizer.encode(text.content[: max(0, left)], add_special_tokens=False, verbose=False)
+        left -= len(text.content)
+    if len(ids) <= length:
+        raise UserError(f"the text has {len(ids)} tokens, and a sequence takes {length + 1}: give more text")
+    whole = torch.tensor(ids)
+
+    def get_batch(number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        starts = torch.randint(len(whole) - length, (batch, 1), generator=generator)
+        return whole[starts + torch.arange(length + 1)].to(device)
+
+    return get_batch
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients of its own, as it was afterwards."""
+    trained, training = [p for p in model.parameters() if p.requires_grad], model.training
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for p in trained:
+            p.requires_grad_(True)
