@@ -15,7 +15,7 @@ from manyheads.caches.attention_gate.gates import Gate
 from manyheads.caches.attention_gate.soft import SoftGates, eviction_loss
 from manyheads.caches.attention_gate.store import GateStore
 from manyheads.integrations.transformers import find_sites, load_cache, new_cache, prefill, save_cache
-from manyheads.recipes._adapters import text_batches
+from manyheads.recipes._adapters import encoded, id_batches
 from manyheads.recipes.attention_gate import calibrate, main, train_gates
 from manyheads.training import Checkpoint
 from oracles import models
@@ -381,14 +381,14 @@ class Tokens:
 def batches(length=24, batch=4):
     from manyheads.data.texts import Text
 
-    return text_batches([Text("a", "the quick brown fox jumps over the lazy dog. " * 40)], Tokens(), length, batch)
+    return id_batches(encoded([Text("a", "the quick brown fox jumps over the lazy dog. " * 40)], Tokens()), length, batch)
 
 
 def test_training_moves_gates_alone(tmp_path):
     """The model stays to the bit, gates move towards the target and the threshold meets it; resumed as in one go."""
     model = models.build("llama").requires_grad_(True)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    get_batch = batches()
+    get_batch = id_batches()
 
     def trained(steps, **more):
         return train_gates(model, get_batch, target=0.4, budget=12, num_heads=1, head_dim=4, lr=0.1, **more)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from manyheads.data.texts import CORPORA, Text, corpus, read
 from manyheads.errors import UserError
 
-__all__ = ["add_options", "frozen", "text_batches", "texts"]
+__all__ = ["add_options", "encoded", "frozen", "id_batches", "texts"]
 
 _CHARACTERS = 4_000_000  # of the texts, at most
 
@@ -40,27 +40,31 @@ def texts(given: str) -> list[Text]:
     return corpus(given) if given in CORPORA else read([Path(part) for part in given.split(",")])
 
 
-def text_batches(
-    texts: Sequence[Text], tokenizer: Any, length: int, batch: int, seed: int = 0, device: str | torch.device = "cpu"
-) -> Callable[[int], Tensor]:
-    """Batches ``[batch, length + 1]`` of ids by number, cut at random places out of ``texts``, joined in their order.
-
-    Raises:
-        UserError: the texts are shorter than that.
-    """
+def encoded(given: Sequence[Text], tokenizer: Any) -> Tensor:
+    """Ids ``[N]`` of texts, joined in their order, of four million characters at most."""
     ids: list[int] = []
     left = _CHARACTERS
-    for text in texts:
+    for text in given:
         ids += tokenizer.encode(text.content[: max(0, left)], add_special_tokens=False, verbose=False)
         left -= len(text.content)
+    return torch.tensor(ids)
+
+
+def id_batches(
+    ids: Tensor, length: int, batch: int, seed: int = 0, device: str | torch.device = "cpu"
+) -> Callable[[int], Tensor]:
+    """Batches ``[batch, length + 1]`` by number, cut at random places out of ``ids [N]``.
+
+    Raises:
+        UserError: there are fewer.
+    """
     if len(ids) <= length:
         raise UserError(f"the text has {len(ids)} tokens, and a sequence takes {length + 1}: give more text")
-    whole = torch.tensor(ids)
 
     def get_batch(number: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        starts = torch.randint(len(whole) - length, (batch, 1), generator=generator)
-        return whole[starts + torch.arange(length + 1)].to(device)
+        starts = torch.randint(len(ids) - length, (batch, 1), generator=generator)
+        return ids[starts + torch.arange(length + 1)].to(device)
 
     return get_batch
 

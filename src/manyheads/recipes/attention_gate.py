@@ -14,7 +14,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from manyheads.errors import UserError
 from manyheads.experiment import CausalLM
 from manyheads.integrations.transformers import find_sites
 from manyheads.progress import time_left
-from manyheads.recipes._adapters import add_options, frozen, text_batches, texts
+from manyheads.recipes._adapters import add_options, encoded, frozen, id_batches, texts
 from manyheads.training import Budget, Checkpoint, TrainState, decay, fit
 
 __all__ = ["calibrate", "train_gates"]
@@ -126,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         subject = CausalLM(args.model)
         subject.load(args.device)
-        get_batch = text_batches(texts(args.text), subject.tokenizer, args.length, args.batch, args.seed, args.device)
+        ids = encoded(texts(args.text), subject.tokenizer)
+        get_batch = id_batches(ids, args.length, args.batch, args.seed, args.device)
         unfinished = args.out / "training"
 
         def on_step(state: TrainState, text: float, kept: float) -> None:

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import manyheads
-from manyheads.caches.gist import GistPass, Gists, Segments
+from manyheads.caches.gist import Gists, Segments
 from manyheads.caches.gist.losses import WeakDecoder, context_weights
+from manyheads.caches.gist.one_pass import GistPass
 from manyheads.errors import UserError
 from manyheads.experiment import CausalLM
 from manyheads.integrations.transformers import find_sites
 from manyheads.progress import time_left
-from manyheads.recipes._adapters import add_options, frozen, text_batches, texts
+from manyheads.recipes._adapters import add_options, encoded, frozen, id_batches, texts
 from manyheads.training import Budget, Checkpoint, TrainState, decay, fit
 
 __all__ = ["new_gists", "train_gists"]
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--positions", choices=("compressed", "original"), default="compressed")
     parser.add_argument("--own", default="q_proj,k_proj,v_proj", help="projections that gists have of their own, or ''")
     parser.add_argument("--lora", type=int, default=16, help="rank of LoRA on the model's attention; 0 for none")
-    parser.add_argument("--ae", type=float, default=0.0, help="factor of the autoencoding loss; the paper's is not known")
+    parser.add_argument("--ae", type=float, default=0.0, help="factor of the autoencoding loss")
     parser.add_argument("--tie", action="store_true", help="weigh tokens by how much they need the context")
     parser.add_argument("--gamma", type=float, default=2.0, help="most nats that count in a token's importance")
     args = parser.parse_args(arguments)
@@ -181,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         subject = CausalLM(args.model)
         subject.load(args.device)
-        get_batch = text_batches(texts(args.text), subject.tokenizer, args.length, args.batch, args.seed, args.device)
+        ids = encoded(texts(args.text), subject.tokenizer)
+        get_batch = id_batches(ids, args.length, args.batch, args.seed, args.device)
         unfinished = args.out / "training"
 
         def on_step(state: TrainState, figures: dict[str, float]) -> None:

@@ -16,10 +16,9 @@ T / r + L. Of the study's two axes
     with manyheads.use(model, "gist:gists=gists"): ...
 
 trains gists and LoRA on the model in minutes, with the loss of the next token, the two losses of the paper if asked
-(:mod:`manyheads.caches.gist.losses`), and one pass over a whole text under the explicit mask
-(:class:`GistPass`, :meth:`Segments.mask`), which gives what segment by segment gives. The segment under way stays as it
-is, whole or not, until a token comes after it or its last token has been read: a text of up to L tokens is read as by
-the model (with its LoRA).
+(:mod:`manyheads.caches.gist.losses`), and one pass over a whole text under the explicit mask (:mod:`.one_pass`), which
+gives what segment by segment gives. The last segment of a text, whole or not, is read as if there were no gists, so
+that a text of up to L tokens is read as by the model (with its LoRA); once whole it is over, and its tokens are freed.
 
 We had the text of the paper in part. Inferred: where gists have projections of their own (q, k, v); one embedding for
 all gists where they are fine, one for each place where coarse; what tokens of the last whole segment see (no gists of
@@ -36,14 +35,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...call import AttentionCall, Site
+from ...call import Site
 from ...errors import UserError
-from ...strategy import AttentionEdit, Cache, Interleaved, LinearCompute
-from .segments import Segments, visible
-from .store import GistStore, moved, plain
-from .weights import HOW, GistPiece, Gists
+from ...strategy import Cache, Interleaved, LinearCompute
+from .segments import Segments
+from .store import GistStore
+from .weights import HOW, GistPiece, Gists, check_site
 
-__all__ = ["Gist", "GistPass", "Gists", "Segments"]
+__all__ = ["Gist", "Gists", "Segments"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +84,14 @@ class Gist(LinearCompute, Interleaved, Cache):
         return self.trained.compute(weight, bias, name)
 
     def store(self, site: Site) -> GistStore:
-        _check(site)
+        check_site(site)
         return GistStore(self, site)
 
     def pieces(self, embeds: Tensor, seen: int, cached: bool) -> Iterator[GistPiece]:
         """What is left of the segment under way, then segment by segment, gists behind the last token of each."""
         if not cached:
             raise UserError("gist keeps the cache: call the model with use_cache=True")
-        _check_width(self.trained, embeds)
+        self.trained.check(embeds)
         segments, end = self.segments, seen + embeds.shape[1]
         start = seen
         while start < end:
@@ -113,79 +112,3 @@ class Gist(LinearCompute, Interleaved, Cache):
             finally:
                 self.trained.now.piece = None
             start = stop
-
-
-@dataclass(frozen=True, kw_only=True)
-class GistPass(LinearCompute, Interleaved, AttentionEdit):
-    """A whole text in one forward under the explicit gist mask, without a cache: for training.
-
-    Attributes:
-        trained: the gists.
-        gather: layers whose gists' keys and values the piece keeps, ``[B, Hkv, G, d]``.
-        latest: the piece of the latest forward.
-    """
-
-    trained: Gists = field(compare=False)
-    gather: bool = False
-    latest: list[GistPiece] = field(default_factory=list, compare=False)
-
-    def selects(self, site: Site) -> bool:
-        return super().selects(site) and site.causal
-
-    def selects_linear(self, name: str, layer: int | None) -> bool:
-        return name in self.trained.layers
-
-    def linear(self, weight: Tensor, bias: Tensor | None, name: str) -> Callable[[Tensor], Tensor]:
-        return self.trained.compute(weight, bias, name)
-
-    def pieces(self, embeds: Tensor, seen: int, cached: bool) -> Iterator[GistPiece] | None:
-        """Everything at once."""
-        if self.trained.now.off:
-            return None
-        if cached:
-            raise UserError("gists are trained on whole texts, without a cache: call the model with use_cache=False")
-        return self._whole(embeds)
-
-    def _whole(self, embeds: Tensor) -> Iterator[GistPiece]:
-        _check_width(self.trained, embeds)
-        segments, size = self.trained.segments, embeds.shape[1]
-        columns = segments.whole(size, embeds.device)
-        own = columns.where(columns.gist)
-        memory = segments.memory_of(own)
-        piece = GistPiece(
-            torch.cat([embeds, self.trained.embedded(own, embeds)], 1), columns.position, size,
-            visible(columns, columns.join(memory))[None, None], memory.position, columns=columns, whole=True,
-            keys={}, values={},
-        )  # fmt: skip
-        self.trained.now.piece = piece
-        self.latest[:] = [piece]
-        try:
-            yield piece
-        finally:
-            self.trained.now.piece = None
-
-    def edit(self, call: AttentionCall) -> AttentionCall:
-        """The gists once more as the memory of later segments, and the mask."""
-        piece = self.trained.now.piece
-        if piece is None:
-            return call
-        _check(call.site)
-        k, v = call.k[:, :, piece.given :], call.v[:, :, piece.given :]
-        if self.gather and piece.keys is not None and piece.values is not None:
-            assert call.site.layer is not None
-            piece.keys[call.site.layer], piece.values[call.site.layer] = plain(k, call, piece.given), v
-        return call.replace(
-            k=torch.cat([call.k, moved(k, call, piece)], 2), v=torch.cat([call.v, v], 2), mask=piece.mask,
-            is_causal=False,
-        )  # fmt: skip
-
-
-def _check(site: Site) -> None:
-    if site.latent is not None or site.window is not None:
-        what = "caches latents" if site.latent is not None else f"has a window of {site.window} tokens"
-        raise UserError(f"{site.name} {what}, which gist does not know: use a model with full attention in all layers")
-
-
-def _check_width(trained: Gists, embeds: Tensor) -> None:
-    if (width := trained.embedding.shape[-1]) != embeds.shape[-1]:
-        raise UserError(f"these gists are {width} wide and the model is {embeds.shape[-1]}: train on it: {HOW}")

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...call import Piece
+from ...call import Piece, Site
 from ...errors import UserError
 from .segments import Columns, Segments
 
-__all__ = ["HOW", "GistPiece", "Gists"]
+__all__ = ["HOW", "GistPiece", "Gists", "check_site"]
 
 _FORMAT = 1
 _WEIGHTS, _CONFIG = "gists.safetensors", "gists.json"
@@ -121,6 +121,11 @@ class Gists(nn.Module):
             number = torch.arange(len(number), device=number.device) % len(table)
         return table.to(like.device)[number].to(like.dtype).expand(like.shape[0], -1, -1)
 
+    def check(self, embeds: Tensor) -> None:
+        """Raise UserError where the model is wider or narrower."""
+        if (width := self.embedding.shape[-1]) != embeds.shape[-1]:
+            raise UserError(f"these gists are {width} wide and the model is {embeds.shape[-1]}: train on it: {HOW}")
+
     def save(self, folder: str | Path) -> Path:
         """Write ``gists.safetensors`` (bfloat16) and ``gists.json`` into ``folder``, which ``gist:gists=`` takes."""
         place = Path(folder).expanduser()
@@ -156,6 +161,13 @@ class Gists(nn.Module):
             reason = str(error).strip("'\"").splitlines()[0]
             raise UserError(f"{folder} holds no gists ({reason}); train some: {HOW}") from None
         return made.requires_grad_(False).eval()
+
+
+def check_site(site: Site) -> None:
+    """Raise UserError for a layer that gists do not know."""
+    if site.latent is not None or site.window is not None:
+        what = "caches latents" if site.latent is not None else f"has a window of {site.window} tokens"
+        raise UserError(f"{site.name} {what}, which gist does not know: use a model with full attention in all layers")
 
 
 def _key(name: str) -> str:

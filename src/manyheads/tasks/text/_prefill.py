@@ -20,7 +20,7 @@ from ...integrations import use
 from ...integrations.cache import StoreLayer, cache_arguments
 from ...integrations.transformers import new_cache
 from ...spec import parse
-from ...strategy import Cache, Strategy
+from ...strategy import Cache, Interleaved, Strategy
 
 if TYPE_CHECKING:
     from ...experiment import Arm
@@ -101,7 +101,7 @@ class Prefix:
             yield self._dense.fork(keeping)
             return
         with ExitStack() as stack:
-            if acting := [strategy for strategy in strategies if not isinstance(strategy, Cache)]:
+            if acting := [x for x in strategies if isinstance(x, Interleaved) or not isinstance(x, Cache)]:
                 stack.enter_context(use(self.model, *acting))
             cache = new_cache(self.model, keeping)
             _forward(self.model, self.ids, cache, 1)
