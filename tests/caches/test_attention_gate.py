@@ -381,14 +381,15 @@ class Tokens:
 def batches(length=24, batch=4):
     from manyheads.data.texts import Text
 
-    return id_batches(encoded([Text("a", "the quick brown fox jumps over the lazy dog. " * 40)], Tokens()), length, batch)
+    texts = [Text("a", "the quick brown fox jumps over the lazy dog. " * 40)]
+    return id_batches(encoded(texts, Tokens()), length, batch)
 
 
 def test_training_moves_gates_alone(tmp_path):
     """The model stays to the bit, gates move towards the target and the threshold meets it; resumed as in one go."""
     model = models.build("llama").requires_grad_(True)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    get_batch = id_batches()
+    get_batch = batches()
 
     def trained(steps, **more):
         return train_gates(model, get_batch, target=0.4, budget=12, num_heads=1, head_dim=4, lr=0.1, **more)

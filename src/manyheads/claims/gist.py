@@ -14,7 +14,12 @@ from typing import Any
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, at_most, higher, lower, no_worse, over
 from ..tasks.text._gists import GistBoundary, GistMemory, GistNiah, GistPerplexity, GistRecitation, GistString
 
-_RULES = {"random": "random", "streaming_llm": "streaming_llm:schedule=prefill", "snapkv": "snapkv", "hedge": "hedge"}
+_RULES = {
+    "random": "random",
+    "streaming_llm": "streaming_llm:schedule=prefill",
+    "snapkv": "snapkv",
+    "hedge": "hedge:whole=0",
+}
 _PARTS: dict[str, dict[str, Any]] = {
     "coarse": {"granularity": "coarse"}, "fine": {}, "fine + AE": {"ae": 1.0}, "fine + TIE": {"tie": True},
     "fine + both": {"ae": 1.0, "tie": True}, "untrained": {"untrained": True},
@@ -55,6 +60,7 @@ claim = Claim(
         sizes=Sizes(
             quick={
                 "subject": "default", "samples": 1, "steps": 1, "length": 64, "segment": 32, "lengths": (96,),
+                "train_text": "plays",
             },
             cpu={"samples": 6, "steps": 8, "seeds": 1},
             cuda={
