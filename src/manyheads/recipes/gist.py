@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import manyheads
+from manyheads.attention import reference
 from manyheads.caches.gist import Gists, Segments
 from manyheads.caches.gist.losses import WeakDecoder, context_weights
 from manyheads.caches.gist.one_pass import GistPass
@@ -119,7 +120,9 @@ def train_gists(
     def plain(ids: Tensor) -> Tensor:
         gists.now.off = True
         try:
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+            # With a mask of its own the model does not wait for the device to ask whether texts are packed.
+            mask = reference.causal_mask(ids.shape[1], ids.shape[1], ids.device)[None, None]
+            logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             return logits
         finally:
             gists.now.off = False
@@ -171,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lora", type=int, default=16, help="rank of LoRA on the model's attention; 0 for none")
     parser.add_argument("--ae", type=float, default=0.0, help="factor of the autoencoding loss")
     parser.add_argument("--tie", action="store_true", help="weigh tokens by how much they need the context")
+    parser.add_argument("--replayed", action="store_true", help="steps as a CUDA graph; cannot go on if cut off")
     parser.add_argument("--gamma", type=float, default=2.0, help="most nats that count in a token's importance")
     args = parser.parse_args(arguments)
     if (args.out / "gists.json").exists():
@@ -195,7 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
         gists = train_gists(
             subject.model, get_batch, segments=segments, ae=args.ae, tie=args.tie, gamma=args.gamma,
             own=[name for name in args.own.split(",") if name], lora=args.lora, budget=args.budget, lr=args.lr,
-            seed=args.seed, checkpoint=Checkpoint(unfinished, every=50), on_step=on_step,
+            seed=args.seed, replayed=args.replayed, on_step=on_step,
+            checkpoint=None if args.replayed else Checkpoint(unfinished, every=50),
         )  # fmt: skip
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -130,7 +130,7 @@ class WeakDecoder(nn.Module):
             most: so many gists at most are read, drawn at random.
         """
         tokens = ids.reshape(-1, self.ratio)
-        chosen = torch.randperm(len(tokens), device=ids.device)[:most]
+        chosen = torch.rand(len(tokens), device=ids.device).argsort()[:most]
         k, v = ({i: x.transpose(1, 2).flatten(0, 1)[chosen, :, None] for i, x in p.items()} for p in (keys, values))
         logits = head(self(k, v, embed(tokens[chosen]))).float()
         wanted = tokens[chosen].flatten()

@@ -55,9 +55,8 @@ class GistPass(LinearCompute, Interleaved, AttentionEdit):
     def _whole(self, embeds: Tensor) -> Iterator[GistPiece]:
         self.trained.check(embeds)
         segments, size = self.trained.segments, embeds.shape[1]
-        columns = segments.whole(size, embeds.device)
-        own = columns.where(columns.gist)
-        memory = segments.memory_of(own)
+        own = segments.gists_of(0, size // segments.length, embeds.device)
+        columns, memory = segments.tokens(0, size, True, embeds.device).join(own), segments.memory_of(own)
         piece = GistPiece(
             torch.cat([embeds, self.trained.embedded(own, embeds)], 1), columns.position, size,
             visible(columns, columns.join(memory))[None, None], memory.position, columns=columns, whole=True,

@@ -44,10 +44,6 @@ class Columns:
         """These, and then the others."""
         return Columns(*(torch.cat([getattr(x, f.name) for x in (self, *others)]) for f in fields(self)))
 
-    def where(self, chosen: Tensor) -> Columns:
-        """Those of a mask or of indices."""
-        return Columns(*(getattr(self, f.name)[chosen] for f in fields(self)))
-
 
 def visible(queries: Columns, keys: Columns) -> Tensor:
     """The gist mask ``[n queries, n keys]``, True = sees.
@@ -125,12 +121,8 @@ class Segments:
         yes = torch.ones_like(gists.gist)
         return Columns(gists.segment, gists.place, yes, yes, yes, position)
 
-    def whole(self, tokens: int, device: torch.device | str | None = None) -> Columns:
-        """A text of T tokens, and behind them the gists of its whole segments."""
-        found = self.tokens(0, tokens, last=True, device=device)
-        return found.join(self.gists_of(0, tokens // self.length, device))
-
     def mask(self, tokens: int, device: torch.device | str | None = None) -> Tensor:
         """The explicit mask of one pass, ``[T + G, T + G + G]``: tokens, gists, and the gists as memory."""
-        columns = self.whole(tokens, device)
-        return visible(columns, columns.join(self.memory_of(columns.where(columns.gist))))
+        own = self.gists_of(0, tokens // self.length, device)
+        columns = self.tokens(0, tokens, True, device).join(own)
+        return visible(columns, columns.join(self.memory_of(own)))

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ...experiment import Arm, Row, RunContext, WorkUnit
+from ...experiment import Row, RunContext, WorkUnit
+from ...experiment.rows import Value
 from ._prefill import Prefix, chunk_size, forward_chunked
 from ._text_task import TextTask, model_of, tensor
 
-__all__ = ["FedTask"]
+__all__ = ["FedTask", "Judged"]
+
+Judged = tuple[str, Mapping[str, Value], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,8 @@ class FedTask(TextTask):
         """By variant, a context of ``length`` tokens and what is fed behind it, of one length, for each sample."""
 
     @abstractmethod
-    def judged(self, arm: Arm, variant: str, logits: Tensor, fed: Tensor) -> Iterator[tuple[str, list[float]]]:
-        """Metrics and a value for each row: ``logits [B, F - 1, V]`` of all tokens of ``fed [B, F]`` but the first."""
+    def judged(self, variant: str, logits: Tensor, fed: Tensor) -> Iterator[Judged]:
+        """Metric, condition and a value for each row, from ``logits [B, F - 1, V]`` of ``fed [B, F]`` but its last."""
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         cost = float(self.fed * len(run.arms))
@@ -46,7 +49,8 @@ class FedTask(TextTask):
                 with prefix.open(arm) as cache:
                     held, step = cache.bytes() / len(chosen), chunk_size(arm, length)
                     logits = forward_chunked(model_of(run), cache, fed[:, :-1], fed.shape[1] - 1, step)
-                for metric, found in self.judged(arm, variant, logits, fed):
+                for metric, at, found in self.judged(variant, logits, fed):
                     for i, value in enumerate(found, first):
-                        yield self.row(metric, arm, value, f"{length}-{i}", at={"length": length}, bytes=held)
+                        conditions = {"length": length, **at}
+                        yield self.row(metric, arm, value, f"{length}-{i}", at=conditions, bytes=held)
                 run.advance(unit.cost / len(arms) / len(drawn))

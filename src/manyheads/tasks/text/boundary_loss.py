@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...experiment import Arm, Metric, RunContext
-from ._fed import FedTask
+from ...experiment import Metric, RunContext
+from ._fed import FedTask, Judged
 from ._prefill import token_nll
 
 __all__ = ["BoundaryLoss"]
@@ -21,7 +21,8 @@ class BoundaryLoss(FedTask):
     """Loss of the first and of the last ``near`` of ``fed`` tokens that go on behind a context.
 
     Where a context ends with a segment, or was compressed, the first see little but what is left of it; the last see
-    the tokens before them, too. Against the full cache the difference of the two is the cost of the boundary alone.
+    the tokens before them, too (condition ``part``: ``after``, ``later``). What is lost against the full cache at the
+    one and not at the other is the cost of the boundary.
 
     Attributes:
         fed: tokens behind the context, the first of which is not judged.
@@ -29,8 +30,9 @@ class BoundaryLoss(FedTask):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("after", "loss right behind a boundary", "nats/token", what="of the first tokens behind what is packed"),
-        Metric("later", "loss further on", "nats/token", what="of the last tokens of the segment"),
+        Metric(
+            "token_nll", "loss by place behind a boundary", "nats/token", what="right after what is packed, or later"
+        ),
     )
 
     fed: int = 64
@@ -40,7 +42,7 @@ class BoundaryLoss(FedTask):
         found = self.contexts(run).plain("boundary", length, self.samples, self.fed)
         return {"plain": [(ids[:length], ids[length:]) for ids, _, _ in found]}
 
-    def judged(self, arm: Arm, variant: str, logits: Tensor, fed: Tensor) -> Iterator[tuple[str, list[float]]]:
+    def judged(self, variant: str, logits: Tensor, fed: Tensor) -> Iterator[Judged]:
         nats = token_nll(logits, fed[:, 1:])
-        yield "after", nats[:, : self.near].mean(1).tolist()
-        yield "later", nats[:, -self.near :].mean(1).tolist()
+        yield "token_nll", {"part": "after"}, nats[:, : self.near].mean(1).tolist()
+        yield "token_nll", {"part": "later"}, nats[:, -self.near :].mean(1).tolist()

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from torch import Tensor
 
-from ...experiment import Arm, Metric, RunContext
+from ...experiment import Metric, RunContext
 from ._corpus import encode
-from ._fed import FedTask
+from ._fed import FedTask, Judged
 from ._prefill import token_nll
 
 __all__ = ["ExactString"]
@@ -24,18 +24,22 @@ _SAID, _ASKED = "\n\nThe code of this document is: ", "\n\nThe code of this docu
 
 @dataclass(frozen=True, kw_only=True)
 class ExactString(FedTask):
-    """1 if all of the first 8, 16 or 32 digits of an identifier are the likeliest, 0 else; and their loss.
+    """1 if all of the first ``digits`` of an identifier, 8, 16 or 32, are the likeliest, 0 else; and their loss.
 
     32 hexadecimal digits, as of a UUID, stand in the text, a token each, and are asked for behind it. As every digit is
     predicted from the right ones before it, all of the first k are likeliest just where greedy decoding makes them.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        *(
-            Metric(f"first_{k}", f"first {k} of 32 digits", higher=True, kind="share", floor=0.5, what="said exactly")
-            for k in _LENGTHS
+        Metric(
+            "right",
+            "first digits of a string",
+            higher=True,
+            kind="share",
+            floor=0.5,
+            what="so many digits of a random string in the text are said exactly",
         ),
-        Metric("nats", "loss of a digit", "nats/digit", what="2.77 by guessing"),
+        Metric("digit_nll", "loss of a digit", "nats/digit", what="of a random string in the text; 2.77 by guessing"),
     )
 
     fed: int = 64
@@ -57,9 +61,9 @@ class ExactString(FedTask):
         key = ("exact string", length, self.samples)
         return cast(dict[str, list[tuple[Any, Any]]], run.kept(key, make))
 
-    def judged(self, arm: Arm, variant: str, logits: Tensor, fed: Tensor) -> Iterator[tuple[str, list[float]]]:
+    def judged(self, variant: str, logits: Tensor, fed: Tensor) -> Iterator[Judged]:
         wanted, logits = fed[:, -_LENGTHS[-1] :], logits[:, -_LENGTHS[-1] :]
         right = (logits.argmax(-1) == wanted).long().cumprod(1)
         for k in _LENGTHS:
-            yield f"first_{k}", right[:, k - 1].tolist()
-        yield "nats", token_nll(logits, wanted).mean(1).tolist()
+            yield "right", {"digits": k}, right[:, k - 1].tolist()
+        yield "digit_nll", {}, token_nll(logits, wanted).mean(1).tolist()

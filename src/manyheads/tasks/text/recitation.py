@@ -10,9 +10,9 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from torch import Tensor
 
-from ...experiment import Arm, Metric, RunContext
+from ...experiment import Metric, RunContext
 from ._corpus import encode
-from ._fed import FedTask
+from ._fed import FedTask, Judged
 from ._prefill import token_nll
 
 __all__ = ["Recitation"]
@@ -22,8 +22,8 @@ __all__ = ["Recitation"]
 class Recitation(FedTask):
     """Loss of a passage that comes a second time, behind the context: what is left of it there is what it saves.
 
-    ``own`` is a passage as it stands in the text; ``foreign`` one of another text in its place, which nothing around it
-    lets expect: a surprise. Both are begun by a few tokens that are not judged.
+    Condition ``passage``: ``own`` is one as it stands in the text; ``foreign`` one of another text in its place, which
+    nothing around it lets expect: a surprise. Both are begun by a few tokens that are not judged.
 
     Attributes:
         fed: tokens of a passage.
@@ -31,8 +31,7 @@ class Recitation(FedTask):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("own", "loss of the text's own passage, again", "nats/token", what="recited behind the context"),
-        Metric("foreign", "loss of a foreign passage, again", "nats/token", what="planted, recited behind the context"),
+        Metric("token_nll", "loss of a passage, again", "nats/token", what="recited behind the context it stands in"),
     )
 
     fed: int = 32
@@ -56,5 +55,6 @@ class Recitation(FedTask):
         key = ("recitation", length, self.samples, self.fed)
         return cast(dict[str, list[tuple[Any, Any]]], run.kept(key, make))
 
-    def judged(self, arm: Arm, variant: str, logits: Tensor, fed: Tensor) -> Iterator[tuple[str, list[float]]]:
-        yield variant, token_nll(logits, fed[:, 1:])[:, self.cue - self.fed :].mean(1).tolist()
+    def judged(self, variant: str, logits: Tensor, fed: Tensor) -> Iterator[Judged]:
+        nats = token_nll(logits, fed[:, 1:])[:, self.cue - self.fed :]
+        yield "token_nll", {"passage": variant}, nats.mean(1).tolist()
