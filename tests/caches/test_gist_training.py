@@ -123,6 +123,14 @@ def test_each_loss_counts():
     assert not gists.projections and gists.up
 
 
+def test_a_model_in_bfloat16():
+    """Gists stay in float32 beside it, and both losses go through."""
+    model = models.build("llama", dtype=torch.bfloat16)
+    gists = train_gists(model, batch_of(), segments=SEGMENTS, ae=0.5, tie=True, budget=2, lora=2)
+    assert {p.dtype for p in gists.parameters()} == {torch.float32} and gists.about["text"] < 10
+    assert gists.projections["model|layers|0|self_attn|v_proj"].abs().sum() > 0
+
+
 def test_recipe(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 60)

@@ -137,7 +137,9 @@ def train_gists(
             piece = reading.latest[0]
             assert piece.keys is not None and piece.values is not None
             covered = (ids.shape[1] - 1) // segments.length * segments.length
-            found, back = decoder.loss(piece.keys, piece.values, ids[:, :covered], table, head, most)
+            found, back = decoder.loss(
+                piece.keys, piece.values, ids[:, :covered], table, lambda h: head(h.to(head.weight.dtype)), most
+            )  # fmt: skip
             total = total + ae * found
             seen["ae"], seen["back"] = found.detach(), back.detach()
         return total

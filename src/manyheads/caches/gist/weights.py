@@ -59,8 +59,8 @@ class _Now(threading.local):
 class Gists(nn.Module):
     """The gists of a model.
 
-    A linear layer computes ``W x + B A x`` for every token, and for gists, where they have projections of their own,
-    ``(W + own) x`` in its place. All begin at zero: untrained, a gist is a token with the embedding it was given.
+    A linear layer computes ``W x + alpha B A x`` for every token, and for gists, where they have projections of their
+    own, ``own x`` more. All begin at zero: untrained, a gist is a token with the embedding it was given.
 
     Args:
         segments: their geometry.
@@ -99,17 +99,18 @@ class Gists(nn.Module):
         if not live:
             parts = [None if x is None else x.to(weight.device, weight.dtype) for x in parts]
         own, down, up = parts
-        fixed = None if own is None or live else weight + own
 
         def forward(x: Tensor) -> Tensor:
             out, piece = linear(x, weight, bias), self.now.piece
             if piece is None or self.now.off:
                 return out
             if down is not None and up is not None:
-                out = out + self.alpha * linear(linear(x, down), up)
+                out = out + self.alpha * linear(linear(x, down.to(x.dtype)), up.to(x.dtype))
             if own is None or piece.given == x.shape[1]:
                 return out
-            mine = linear(x[:, piece.given :], weight + own if fixed is None else fixed, bias)
+            mine = out[:, piece.given :] + linear(
+                x[:, piece.given :], own.to(x.dtype)
+            )  # summed first, bfloat16 loses it
             return torch.cat([out[:, : piece.given], mine], 1)
 
         return forward
