@@ -62,7 +62,7 @@ claim = Claim(
             },
             cpu={"samples": 6, "steps": 8, "seeds": 1},
             cuda={
-                "samples": 64, "steps": 100, "batch": 16, "length": 1024, "segment": 256, "lengths": (1024,),
+                "samples": 48, "steps": 120, "batch": 8, "length": 1024, "segment": 256, "lengths": (1024,),
                 "seeds": 3,
             },
         ),

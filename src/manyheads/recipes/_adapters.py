@@ -23,9 +23,7 @@ _CHARACTERS = 4_000_000  # of the texts, at most
 def add_options(parser: argparse.ArgumentParser, of: str, lr: float) -> None:
     """Options of a training of ``of`` on a model, at a highest rate of ``lr`` by default."""
     parser.add_argument("--model", default="default", help="folder or hub name of a decoder; default: the shipped one")
-    parser.add_argument(
-        "--out", type=Path, required=True, help=f"folder of the {of}; a training cut off goes on there"
-    )
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of the {of}; a training cut off goes on there")
     parser.add_argument("--text", default="prose", help=f"{', '.join(CORPORA)}, or files and folders, comma-separated")
     parser.add_argument("--budget", default="5m", help="as 5m, 90s, 2M (tokens) or '200 steps'")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")

@@ -131,7 +131,10 @@ class WeakDecoder(nn.Module):
         """
         tokens = ids.reshape(-1, self.ratio)
         chosen = torch.rand(len(tokens), device=ids.device).argsort()[:most]
-        k, v = ({i: x.transpose(1, 2).flatten(0, 1)[chosen, :, None] for i, x in p.items()} for p in (keys, values))
+        k, v = (
+            {i: x.transpose(1, 2).flatten(0, 1).index_select(0, chosen)[:, :, None] for i, x in p.items()}
+            for p in (keys, values)
+        )
         logits = head(self(k, v, embed(tokens[chosen]))).float()
         wanted = tokens[chosen].flatten()
         loss = cross_entropy(logits.flatten(0, 1), wanted)

@@ -120,7 +120,7 @@ class Gists(nn.Module):
         table, number = self.embedding, torch.zeros_like(columns.segment)
         if len(table) > 1:
             number = torch.arange(len(number), device=number.device) % len(table)
-        return table.to(like.device)[number].to(like.dtype).expand(like.shape[0], -1, -1)
+        return table.to(like.device).index_select(0, number).to(like.dtype).expand(like.shape[0], -1, -1)
 
     def check(self, embeds: Tensor) -> None:
         """Raise UserError where the model is wider or narrower."""

@@ -32,13 +32,11 @@ class _Gisted(TrainedArms):
 
     Attributes:
         segment: tokens of a segment.
-        replayed: record a step of training as a CUDA graph.
     """
 
     asks: ClassVar[str] = "ratio"
 
     segment: int = 64
-    replayed: bool = False
 
     def settings(self) -> Mapping[str, Any]:
         return {**super().settings(), "segment": self.segment}
@@ -54,7 +52,7 @@ class _Gisted(TrainedArms):
         train_gists(
             cast(CausalLM, run.subject).model, batches, segments=segments, ae=float(options.get("ae", 0.0)),
             tie=bool(options.get("tie")), budget=1 if untrained else self.steps, lr=0.0 if untrained else self.lr,
-            replayed=self.replayed, seed=seed,
+            replayed=run.device.type == "cuda", seed=seed,
         ).save(folder)  # fmt: skip
 
     def spec(self, folder: Path) -> str:

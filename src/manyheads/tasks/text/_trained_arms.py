@@ -54,12 +54,19 @@ class TrainedArms(TextTask):
         return {name: getattr(self, name) for name in ("steps", "batch", "length", "train_text", "lr")}
 
     def measure(self, run: RunContext, unit: WorkUnit) -> list[Row]:
-        rows = []
+        """Rows of each seed; an arm that is not trained is measured once, and has the same rows under each."""
+        start, stop = unit.params.get("arms", (0, len(run.arms)))
+        whole, rows = run.arms[start:stop], []
+        trained = {arm.key for arm in whole if self.asks in arm.options}
         for seed in run.seeds:
-            arms = tuple(self._trained(run, arm, seed) if self.asks in arm.options else arm for arm in run.arms)
+            chosen = whole if seed == run.seeds[0] else [arm for arm in whole if arm.key in trained]
+            arms = tuple(self._trained(run, arm, seed) if arm.key in trained else arm for arm in chosen)
             made = dataclasses.replace(run, arms=arms, advance=lambda done: run.advance(done / len(run.seeds)))
             made._kept = run._kept  # contexts are drawn once
-            rows += [dataclasses.replace(row, seed=seed) for row in super().measure(made, unit)]
+            part = dataclasses.replace(unit, params={**unit.params, "arms": [0, len(arms)]})
+            for row in super().measure(made, part) if arms else ():
+                seeds = (seed,) if row.arm in trained else run.seeds
+                rows += [dataclasses.replace(row, seed=each) for each in seeds]
         return rows
 
     def _trained(self, run: RunContext, arm: Arm, seed: int) -> Arm:
