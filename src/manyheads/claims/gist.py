@@ -60,7 +60,7 @@ claim = Claim(
                 "subject": "default", "samples": 1, "steps": 1, "length": 64, "segment": 32, "lengths": (96,),
                 "train_text": "plays",
             },
-            cpu={"samples": 6, "steps": 8, "seeds": 1},
+            cpu={"samples": 6, "steps": 16, "seeds": 1},
             cuda={
                 "samples": 48, "steps": 120, "batch": 8, "length": 1024, "segment": 256, "lengths": (1024,),
                 "seeds": 3,
