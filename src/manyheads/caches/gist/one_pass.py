@@ -27,7 +27,7 @@ class GistPass(LinearCompute, Interleaved, AttentionEdit):
 
     Attributes:
         trained: the gists.
-        gather: layers whose gists' keys and values the piece keeps, ``[B, Hkv, G, d]``.
+        gather: have the piece keep keys and values of its gists.
         latest: the piece of the latest forward.
     """
 
@@ -59,7 +59,7 @@ class GistPass(LinearCompute, Interleaved, AttentionEdit):
         columns, memory = segments.tokens(0, size, True, embeds.device).join(own), segments.memory_of(own)
         piece = GistPiece(
             torch.cat([embeds, self.trained.embedded(own, embeds)], 1), columns.position, size,
-            visible(columns, columns.join(memory))[None, None], memory.position, columns=columns, whole=True,
+            visible(columns, columns.join(memory))[None, None], memory.position, columns=columns,
             keys={}, values={},
         )  # fmt: skip
         self.trained.now.piece = piece

@@ -37,14 +37,12 @@ class GistPiece(Piece):
     Attributes:
         columns: of both.
         closes: whether its segment is whole: only the gists stay of it.
-        whole: whether it is a whole text in one forward, without a cache.
         keys: of the gists, not rotated, by layer, ``[B, Hkv, G, d]``; gathered in a whole text.
         values: theirs.
     """
 
     columns: Columns | None = None
     closes: bool = False
-    whole: bool = False
     keys: dict[int, Tensor] | None = None
     values: dict[int, Tensor] | None = None
 
@@ -93,7 +91,13 @@ class Gists(nn.Module):
         return self  # of the model, not of a sequence whose cache is copied
 
     def compute(self, weight: Tensor, bias: Tensor | None, name: str) -> Callable[[Tensor], Tensor]:
-        """What a linear layer computes; with the parameters as they are now, unless they are being trained."""
+        """What a linear layer computes; with the parameters as they are now, unless they are being trained.
+
+        Raises:
+            UserError: in the model at hand it has another shape.
+        """
+        if tuple(weight.shape) != tuple(self.layers[name]):
+            raise UserError(f"these gists were trained on another model, {name} has another shape: {HOW}")
         key, live = _key(name), self.embedding.requires_grad
         parts = [x.get(key) for x in (self.projections, self.down, self.up)]
         if not live:
