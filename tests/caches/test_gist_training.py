@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import manyheads
 from manyheads import UserError
@@ -129,6 +130,37 @@ def test_a_model_in_bfloat16():
     gists = train_gists(model, batch_of(), segments=SEGMENTS, ae=0.5, tie=True, budget=2, lora=2)
     assert {p.dtype for p in gists.parameters()} == {torch.float32} and gists.about["text"] < 10
     assert gists.projections["model|layers|0|self_attn|v_proj"].abs().sum() > 0
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations for which a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func == torch.ops.aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if masks or any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing(monkeypatch):
+    """So that steps can be recorded as a CUDA graph."""
+    model, found = models.tiny("llama"), []
+
+    def once(trained, get_batch, loss, **_):
+        with Waits() as waits:
+            loss(trained, get_batch(0)).backward()
+        found.append(waits.found)
+
+    monkeypatch.setattr("manyheads.recipes.gist.fit", once)
+    train_gists(model, batch_of(), segments=SEGMENTS, ae=0.5, tie=True, lora=2)
+    assert found == [[]]
+    with Waits() as waits, manyheads.use(model):  # as the model itself asks whether texts are packed
+        model(batch_of()(0), use_cache=False)
+    assert waits.found
 
 
 def test_recipe(tmp_path, capsys):
