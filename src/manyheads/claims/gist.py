@@ -91,9 +91,9 @@ claim = Claim(
         at_most("memory.cache", "fine, 4", times=1.05, than="snapkv", than_at=0.25),
     ),
     caveat=(
-        "A model of 135 million parameters and a million tokens where the paper has three billion, with LoRA in place of "
+        "A model of 135 million parameters and a million tokens, the paper has three billion, with LoRA instead of "
         "training all weights; on a CPU 4,096 tokens, next to no training, in segments of 64 and contexts of 256. LoRA "
-        "has read prose, which the rules' model was not tuned on. Rules choose after reading a prompt whole; gists read "
-        "it segment by segment, without the first token that this model's heads rest on. No recurrent memory."
+        "has read prose, which the rules' model was not tuned on. Rules choose after reading a prompt whole; gists "
+        "read it segment by segment, without the first token that this model's heads rest on. No recurrent memory."
     ),
 )  # fmt: skip
