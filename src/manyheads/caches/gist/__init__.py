@@ -25,7 +25,7 @@ all gists where they are fine, one for each place where coarse; what tokens of t
 their own, so that it does not matter in how many parts a prompt comes; those of earlier segments do, if they are read
 in one forward with what follows). Positions are ``compressed`` by default: a segment begins where the memory ends. A
 gist is rotated to the last token that it stands for while its segment is read, and its key is turned to its place in
-the memory afterwards. Differs: rows of a batch have one length; layers with a window, latents or sinks are refused.
+the memory afterwards. Differs: rows of a batch have one length; layers with a window or latents are refused.
 """
 
 import functools
