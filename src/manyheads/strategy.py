@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, Site, Store
+    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, RankerConfig, Site, Store
 
 __all__ = [
     "Attention",
@@ -29,6 +29,7 @@ __all__ = [
     "Layers",
     "LinearCompute",
     "Mixer",
+    "Ranker",
     "Residual",
     "Strategy",
 ]
@@ -301,3 +302,21 @@ class Mixer(Strategy, ABC):
     @abstractmethod
     def build(self, config: "MixerConfig") -> "torch.nn.Module":
         """The token mixer of one layer, see :mod:`manyheads.mixers._mixer`."""
+
+
+class Ranker(Strategy, ABC):
+    """Scores documents for queries by their words' vectors, in a model that is trained from scratch.
+
+    Attributes:
+        terms: words of a document that are read at most.
+    """
+
+    terms: int
+
+    @abstractmethod
+    def ranker(self, config: "RankerConfig") -> "torch.nn.Module":
+        """What scores, given vectors ``[B, T, dim]`` of words and which of them are real ``[B, T]``.
+
+        It has ``query(x, real)`` and ``document(x, real)``, which give vectors of words in their context, and
+        ``score(query, query_real, document, document_real)`` of these, ``[B]``. What is not real changes nothing.
+        """

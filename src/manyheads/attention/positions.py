@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions as softmax attention is told of them: rotary tables, ALiBi's slopes, T5's buckets.
+"""Positions as softmax attention is told of them: sinusoids, rotary tables, ALiBi's slopes, T5's buckets.
 
 - Rotary positions: Su et al., RoFormer, arXiv 2104.09864; half-split layout as in :mod:`manyheads.attention.rope`.
 - Dynamic NTK scaling: the base grows with the length L past the trained one, L_0:
@@ -12,10 +12,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .rope import Rotary
 
-__all__ = ["alibi_bias", "alibi_slopes", "dynamic_ntk", "rope_tables", "rotate_per_head", "t5_buckets"]
+__all__ = ["alibi_bias", "alibi_slopes", "dynamic_ntk", "rope_tables", "rotate_per_head", "sinusoids", "t5_buckets"]
 
 
 def rope_tables(
@@ -73,3 +74,13 @@ def t5_buckets(apart: Tensor, num_buckets: int = 32, furthest: int = 128, causal
     exact = num_buckets // 2
     far = (apart.clamp(min=1).double() / exact).log() / math.log(furthest / exact) * (num_buckets - exact)
     return side + torch.where(apart < exact, apart, (exact + far.long()).clamp(max=num_buckets - 1))
+
+
+def sinusoids(positions: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+    """Vaswani et al., arXiv 1706.03762: sines and then cosines, float32 ``[T, dim]`` of ``positions [T]``.
+
+    Wavelengths are ``2 pi`` to ``2 pi longest`` in a geometric row, both ends included, as in tensor2tensor.
+    """
+    scales = torch.arange(dim // 2, device=positions.device, dtype=torch.float64) / max(1, dim // 2 - 1)
+    angles = positions.double()[:, None] * float(longest) ** -scales
+    return pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2)).float()
