@@ -29,6 +29,7 @@ VARIANTS = {
         "maelre:switch=4,merge=matching", "maelre:switch=4,form=xca,ratio=3", "maelre:switch=9,form=elu,merge=stride",
         "maelre:switch=1,merge=random,ratio=4", "maelre:form=softmax,switch=8",
     ],
+    "tkl_local": ["tkl_local:chunk=6,overlap=2", "tkl_local:chunk=5,overlap=1", "tkl_local:chunk=0"],
     "mra": ["mra:block=4,per_row=2", "mra:block=4,per_row=4,sparse=true,band=3", "mra:block=5,per_row=0"],
 }  # fmt: skip
 SPECS = [spec for slug in mixing("bidirectional") for spec in (slug, *VARIANTS.get(slug, ()))]

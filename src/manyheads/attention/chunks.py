@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts cut into chunks that overlap, those without a word left out, and chunks put together again.
 
-Of ``size`` places and ``overlap`` on either side: chunk c holds the places ``[c size - overlap, (c + 1) size + overlap)``
-of a text, rows of ``size + 2 overlap``; its core are the ``size`` in the middle, and each place is in one core.
+Chunk c holds the places ``[c size - overlap, (c + 1) size + overlap)`` of a text. Its core are the ``size`` in the
+middle, and each place is in one core.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -43,4 +42,5 @@ def unpack_chunks(packed: Tensor, kept: Tensor, count: int, length: int) -> Tens
     """``count`` texts ``[count, length, ...]`` of the cores ``packed [P, size, ...]``; zeros in chunks left out."""
     out = packed.new_zeros(len(kept), *packed.shape[1:])
     out = out.index_put((kept.nonzero()[:, 0],), packed)
-    return out.unflatten(0, (count, -1)).flatten(1, 2)[:, :length]
+    texts: Tensor = out.unflatten(0, (count, -1)).flatten(1, 2)[:, :length]
+    return texts

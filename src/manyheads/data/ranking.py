@@ -5,9 +5,10 @@
 
     corpus.jsonl     {"_id": "d1", "title": "...", "text": "..."}      a line a document, the title may be missing
     queries.jsonl    {"_id": "q1", "text": "..."}
-    qrels.tsv        query, document, grade (BEIR; a first line of names is passed over), or query, 0, document, grade (TREC)
+    qrels.tsv        query, document, grade, where a first line of names is passed over; or query, 0, document, grade
 
-or ``qrels/test.tsv`` and ``qrels/train.tsv`` (BEIR), of which the queries are then for testing and for training.
+The first is BEIR's form of judgements, the other TREC's. With ``qrels/test.tsv`` and ``qrels/train.tsv`` in their place
+the queries of the one test and those of the other train.
 
 Long documents of short ones: :func:`bundled` lays several after each other. They are made up, of real text and real
 judgements: a bundle is as good as its best part, and where that stands is known.
@@ -90,7 +91,8 @@ def collection(given: str | Path | Collection) -> Collection:
     if str(given) == "cranfield":
         return _cranfield()
     raise UserError(
-        f"there is no collection {given}; give {', '.join(NAMES)}, or a folder with corpus.jsonl, queries.jsonl and qrels.tsv"
+        f"there is no collection {given}; give {', '.join(NAMES)}, or a folder with corpus.jsonl, queries.jsonl and "
+        "qrels.tsv"
     )
 
 
@@ -104,7 +106,9 @@ def folds(found: Collection, count: int, fold: int, rng: np.random.Generator) ->
     """
     judged = found.judged
     if len(judged) < 3 * count:
-        raise UserError(f"{found.name} has {len(judged)} judged queries; {3 * count} are needed to train and to test on")
+        raise UserError(
+            f"{found.name} has {len(judged)} judged queries; {3 * count} are needed to train and to test on"
+        )
     drawn = [judged[i] for i in rng.permutation(len(judged))]
     tested = [query for query in drawn if query in found.tested] or drawn[fold % count :: count]
     rest = drawn if found.tested else [q for i, q in enumerate(drawn) if i % count != fold % count]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ __all__ = ["PAD", "UNKNOWN", "RankingModel", "padded", "vocabulary"]
 
 PAD, UNKNOWN = 0, 1
 _AT_ONCE = 32_768  # words of documents that are read at once
-_PAIRS = 2**25  # entries of the kernels of the pairs that are scored at once
+_PAIRS = {"cpu": 2**22, "cuda": 2**28}  # entries of the kernels of pairs scored at once: what a cache holds, or 1 GB
 
 
 class RankingModel(nn.Module):
@@ -44,7 +45,7 @@ class RankingModel(nn.Module):
         self.strategy, self.config = ranker, config or RankerConfig()
         self.ids = {word: i for i, word in enumerate(vocabulary, UNKNOWN + 1)}
         self.embed = nn.Embedding(len(self.ids) + 2, self.config.dim, padding_idx=PAD)
-        self.ranker = ranker.ranker(self.config)
+        self.ranker: Any = ranker.ranker(self.config)
 
     @classmethod
     def on(
@@ -91,8 +92,8 @@ class RankingModel(nn.Module):
         read = [self.numbered(text[: self.strategy.terms]) for text in documents]
         asked: dict[int, list[tuple[int, int]]] = {}
         for i, some in enumerate(chosen):
-            for place, d in enumerate(some):
-                asked.setdefault(d, []).append((i, place))
+            for place, which in enumerate(some):
+                asked.setdefault(which, []).append((i, place))
         q = self.queries(queries)
         q_real = q > UNKNOWN
         q_read = self.ranker.query(self.embed(q) * q_real[..., None], q_real)
@@ -102,24 +103,26 @@ class RankingModel(nn.Module):
             d_real = d > UNKNOWN
             d_read = self.ranker.document(self.embed(d) * d_real[..., None], d_real)
             pairs = [(i, row, place) for row, document in enumerate(group) for i, place in asked[document]]
-            step = max(1, _PAIRS // (16 * q.shape[1] * d.shape[1]))
+            step = max(1, _PAIRS.get(q.device.type, 2**22) // (16 * q.shape[1] * d.shape[1]))
             for start in range(0, len(pairs), step):
-                some = pairs[start : start + step]
-                left, right = ([pair[k] for pair in some] for k in (0, 1))
+                part = pairs[start : start + step]
+                left, right = ([pair[k] for pair in part] for k in (0, 1))
                 scores = self.ranker.score(q_read[left], q_real[left], d_read[right], d_real[right]).tolist()
-                for (i, _, place), score in zip(some, scores, strict=True):
+                for (i, _, place), score in zip(part, scores, strict=True):
                     found[i][place] = score
         return found
 
     def rank(self, query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
         """Index and score of ``documents``, the best first.
 
-            model = RankingModel.load("runs/ranking/models/tkl_local/seed-0")
-            model.rank("lift of a swept wing", [page.read_text() for page in pages])
+        model = RankingModel.load("runs/ranking/models/tkl_local/seed-0")
+        model.rank("lift of a swept wing", [page.read_text() for page in pages])
         """
         read = [words(text) for text in documents]
         if not any(word in self.ids for word in words(query)):
-            raise UserError(f"none of the words of {query!r} is known to this model; ask in the words of its collection")
+            raise UserError(
+                f"none of the words of {query!r} is known to this model; ask in the words of its collection"
+            )
         found = self.scores([words(query)], read, [range(len(read))])[0]
         return sorted(enumerate(found), key=lambda pair: -pair[1])
 

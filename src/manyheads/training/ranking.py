@@ -19,7 +19,8 @@ def hinge_loss(model: nn.Module, batch: Pairs) -> Tensor:
     """``max(0, 1 - s(q, d+) + s(q, d-))``, the mean over ids ``queries [B, Q]``, ``better`` and ``worse [B, T]``."""
     queries, better, worse = batch
     first, second = model(queries.repeat(2, 1), torch.cat([better, worse])).chunk(2)
-    return (1 - first + second).clamp(min=0).mean()
+    loss: Tensor = (1 - first + second).clamp(min=0).mean()
+    return loss
 
 
 def ranking_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:

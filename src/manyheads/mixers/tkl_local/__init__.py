@@ -13,15 +13,14 @@ padding alone are not computed. With word vectors e of query and document:
     window  = w . sum_i sat(x)
     score   = v . (the 3 best windows apart from each other, and 2 neighbours on either side of each)
 
-It is a ``Ranker``, and the attention alone is a layer of an ``Encoder``: queries of a core attend to its chunk, whose
-words are told their places in it. There each layer cuts anew, so that layers see further; in the ranker all layers read
-one chunk.
+It is a ``Ranker``, and the attention alone is a layer of an ``Encoder``: words of a core attend to their chunk and are
+told their places in it. There each layer cuts anew, so that layers see further; in the ranker all layers read one chunk.
 
 Where the released code differs, this keeps to the paper. It takes a window's score of exactly 0 for an empty window,
-counts the window at a border once for each neighbour that is missing, so that short documents gain, and has more windows
-the longer the padding is that a batch needs. Here a missing neighbour adds nothing, and windows end with the text. Its
-sums over windows are made without a running sum, which cancels what ``ln x`` looks at. As there, unknown words count as
-padding, and the two inputs of a, b and c go through a LayerNorm, which leaves little but which one is larger.
+counts the window at a border once for each neighbour that is missing, and has more windows the longer the padding is
+that a batch needs. Here a missing neighbour adds nothing, and windows end with the text. Sums over windows are made
+without a running sum, which cancels what ``ln x`` looks at. As there, unknown words count as padding, and both inputs of
+a, b and c go through one LayerNorm, which leaves little but which is larger.
 
 ``chunk=0`` is attention over all of a document with sinusoids for positions (TK's way, arXiv 2002.01854, in which they
 are learned too, up to the greatest length), ``regions=0`` sums kernels over the whole document, and ``saturation=log``
@@ -54,7 +53,9 @@ class TKL(Mixer, Ranker):
 
     chunk: int = field(default=40, metadata={"help": "words of a chunk's core; 0: the whole document is one"})
     overlap: int = field(default=5, metadata={"help": "words read on either side of a core"})
-    window: int = field(default=30, metadata={"help": "words of a passage that is scored; every second word begins one"})
+    window: int = field(
+        default=30, metadata={"help": "words of a passage that is scored; every second word begins one"}
+    )
     regions: int = field(default=3, metadata={"help": "best passages that count; 0: kernels of the whole document"})
     saturation: Literal["embedding", "log"] = field(
         default="embedding", metadata={"help": "of matches: by query word and passage, or log (TK's)"}
@@ -66,8 +67,6 @@ class TKL(Mixer, Ranker):
             raise UserError("tkl_local: chunk, overlap and regions are 0 or more, terms 1 or more")
         if self.window < 2 or self.window % 2:
             raise UserError(f"tkl_local: every second word begins a window: give an even one, not {self.window}")
-        if self.saturation not in ("embedding", "log"):
-            raise UserError(f"tkl_local: saturation is embedding or log, not {self.saturation}")
 
     def build(self, config: MixerConfig) -> nn.Module:
         if config.causal:

@@ -22,11 +22,7 @@ class Words(nn.Module):
         if config.dim % config.heads:
             raise UserError(f"{config.dim} channels do not part into {config.heads} heads")
         self.chunk, self.overlap = chunk, overlap
-        layer = nn.TransformerEncoderLayer(
-            config.dim, config.heads, config.hidden, dropout=0.0, batch_first=True,
-            activation=torch.relu,  # nn.functional.relu would have torch take a path that holds a T x T map
-        )  # fmt: skip
-        self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.mixed = nn.Parameter(torch.tensor(0.5))
         self.query_places = nn.Parameter(sinusoids(torch.arange(config.query), config.dim))
         if chunk:
@@ -49,6 +45,29 @@ class Words(nn.Module):
         return unpack_chunks(cores(read, self.overlap), kept, *x.shape[:2])
 
     def _read(self, x: Tensor, real: Tensor, places: Tensor) -> Tensor:
-        hidden = ~real & real.any(1, keepdim=True)  # a row without a word has something to divide by
-        y: Tensor = self.layers(x + places, src_key_padding_mask=hidden)
+        y, seen = x + places, real | ~real.any(1, keepdim=True)  # a row without a word has something to divide by
+        for layer in self.layers:
+            y = layer(y, seen[:, None, None])
         return (self.mixed * x + (1 - self.mixed) * y) * real[..., None]
+
+
+class _Layer(nn.Module):
+    """A post-norm transformer layer as ``torch.nn.TransformerEncoderLayer``, whose evaluation holds a T x T map."""
+
+    def __init__(self, config: RankerConfig) -> None:
+        super().__init__()
+        dim, self.heads = config.dim, config.heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, config.hidden), nn.Linear(config.hidden, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        nn.init.xavier_uniform_(self.qkv.weight)
+        for bias in (self.qkv.bias, self.out.bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """``x [P, T, dim]`` after a look at what is ``seen [P, 1, 1, T]``."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+        x = self.norm1(x + self.out(mixed.transpose(1, 2).flatten(2)))
+        y: Tensor = self.norm2(x + self.down(self.up(x).relu()))
+        return y

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a ranker's training costs by the length of a document: time, and what is kept for the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...call import RankerConfig
+from ...errors import UserError
+from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
+from ...models.ranker import UNKNOWN, RankingModel
+from ...training.fit import autocast
+from ._decoders import mixer_of, now
+
+__all__ = ["RankerCost"]
+
+_WARM = 2  # rounds before those that count
+_VOCAB, _QUERY = 5000, 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankerCost(Task):
+    """A round is one pass forward and back of every arm at every length, on documents of drawn words.
+
+    ``kept`` are the bytes of all tensors that autograd holds between the two ways, each storage once: the memory that a
+    training needs beside weights and optimiser, alike on every device but for what a kernel of its own keeps.
+
+    Attributes:
+        lengths: words of a document.
+        words: of all documents of a pass.
+        rounds: repetitions.
+        dim, heads, layers, hidden: of a model.
+        only: names of the arms that are measured; all that are trained when empty.
+    """
+
+    subject: ClassVar[str] = "trainable"
+    alone: ClassVar[bool] = True
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("document_time", "training, ms/document", "ms", kind="time"),
+        Metric("kept", "activations of a document, bytes", "bytes"),
+    )
+
+    lengths: tuple[int, ...] = (500, 1000, 2000)
+    words: int = 2000
+    rounds: int = 5
+    dim: int = 100
+    heads: int = 10
+    layers: int = 2
+    hidden: int = 100
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.lengths or any(self.words % length for length in self.lengths):
+            raise UserError(f"{self.words} words do not part into documents of {self.lengths}")
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        cost = float((self.rounds + _WARM) * len(self.lengths))
+        return [WorkUnit(self.key, "all", cost, "cost of rankers")]
+
+    def measured(self, run: RunContext) -> list[Arm]:
+        """Arms that are measured."""
+        arms = [arm for arm in run.arms if "ranker" not in arm.options]
+        return [arm for arm in arms if not self.only or arm.name in self.only]
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        config = RankerConfig(dim=self.dim, heads=self.heads, layers=self.layers, hidden=self.hidden)
+        arms, words = self.measured(run), [f"{i}" for i in range(_VOCAB)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            models = {arm.key: RankingModel(mixer_of(run, arm), words, config).to(run.device) for arm in arms}
+        generator = run.torch_rng(words=self.words)
+        ids = torch.randint(UNKNOWN + 1, _VOCAB, (self.words,), generator=generator).to(run.device)
+        query = torch.randint(UNKNOWN + 1, _VOCAB, (1, _QUERY), generator=generator).to(run.device)
+        for turn in range(self.rounds + _WARM):
+            for length in self.lengths:
+                documents = ids.view(-1, length)
+                for arm in arms:
+                    model, start, held = models[arm.key], now(run), _Held()
+                    with held if turn == 0 else autocast(run.device):  # counted in float32
+                        scores = model(query.expand(len(documents), -1), documents)
+                    scores.sum().backward()
+                    passed = 1000 * (now(run) - start) / len(documents)
+                    model.zero_grad(set_to_none=True)
+                    if turn == 0:
+                        kept = held.bytes / len(documents)
+                        yield self.row("kept", arm, kept, "0", at={"terms": length}, bytes=kept)
+                    if turn >= _WARM:
+                        yield self.row("document_time", arm, passed, f"{turn - _WARM}", at={"terms": length})
+                run.advance(1.0)
+
+
+class _Held(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd keeps."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        self._held: list[Tensor] = []  # so that no address is taken twice
+        super().__init__(self._pack, lambda x: x)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        self._sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._sizes.values())

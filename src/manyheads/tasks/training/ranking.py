@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well rankers of each arm, trained on a collection's judgements, rank long documents for queries of their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+
+from ...call import RankerConfig
+from ...data.ranking import collection
+from ...errors import UserError
+from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
+from ...models.ranker import RankingModel
+from ...strategy import Ranker
+from ...training.fit import TrainState
+from ...training.ranking import Pairs, train_ranker
+from ._rankings import Rankings, Texts, judged, passage_vectors
+from ._trained import arm_folder
+
+__all__ = ["Ranking"]
+
+RULES = ("bm25", "embedding", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking(Task):
+    """Rank documents for queries that no training saw, by folds.
+
+    The seed says which fold of the queries tests, and which documents are laid together where ``parts`` is above 1:
+    long documents are then made up, of real texts and judgements (:mod:`manyheads.data.ranking`). Training documents
+    are laid together anew for every pair. Of the weights at ``looks`` times of the training those are kept that rank
+    the tuning queries best. An arm ranks by its strategy, or by the rule that its option ``ranker`` names: ``bm25``;
+    ``embedding``, the best cosine of the query and a passage of 160 words, by a published encoder as it is;
+    ``random``.
+
+    ``ndcg`` and ``mrr`` are of the first ten. ``ndcg_by_depth`` counts as relevant only the documents all of whose
+    relevant parts begin in a stretch of words, and leaves out those that have others.
+
+    Attributes:
+        collection: a name of :data:`manyheads.data.ranking.NAMES`, or a folder; the run's ``data["collection"]`` first.
+        parts: documents of the collection to one that is ranked.
+        folds: of the queries.
+        candidates: documents that BM25 puts first, which are ranked; 0 for all.
+        edges: words at which a stretch ends.
+        dim, heads, layers, hidden: of a model.
+        steps, batch, rate: of a training: pairs of a step, and the learning rate.
+        looks: times that the tuning queries are ranked.
+        encoder: whose embeddings rank, see :func:`manyheads.models.load_reader`.
+        only: names of the arms that are measured; all when empty.
+        named: what it is called where an experiment ranks twice.
+    """
+
+    subject: ClassVar[str] = "trainable"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("ndcg", "nDCG@10", higher=True, kind="share"),
+        Metric("mrr", "MRR@10", higher=True, kind="share"),
+        Metric("ndcg_by_depth", "nDCG@10 by where the answer begins", higher=True, kind="share"),
+        Metric("tuning_ndcg", "nDCG@10 on the tuning queries", higher=True, kind="share"),
+    )
+
+    collection: str = "cranfield"
+    parts: int = 8
+    folds: int = 5
+    candidates: int = 0
+    edges: tuple[int, ...] = (200, 400)
+    dim: int = 100
+    heads: int = 10
+    layers: int = 2
+    hidden: int = 100
+    steps: int = 300
+    batch: int = 16
+    rate: float = 1e-3
+    looks: int = 5
+    encoder: str = "all-minilm-l6-v2"
+    only: tuple[str, ...] = ()
+    named: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.named
+
+    def __post_init__(self) -> None:
+        if min(self.parts, self.steps, self.batch, self.looks) < 1 or self.folds < 3:
+            raise UserError("parts, steps, batch and looks are 1 or more, folds 3 or more")
+        if 0 < self.candidates < 10:
+            raise UserError("the first ten are judged: give 10 candidates or more, or 0 for all")
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        found = []
+        for seed in run.seeds:
+            for arm in self.measured(run):
+                trained = "ranker" not in arm.options
+                cost = float(self.steps if trained else 1)
+                label = f"{arm.key}: ranking, {'training' if trained else 'fold'} {seed + 1}"
+                given = {"arm": arm.key, "seed": seed}
+                found.append(WorkUnit(self.key, f"{arm.key}/{seed}", cost, label, given, shares=f"fold {seed}"))
+        return found
+
+    def measured(self, run: RunContext) -> list[Arm]:
+        """Arms that are measured.
+
+        Raises:
+            UserError: one ranks nothing.
+        """
+        arms = [arm for arm in run.arms if not self.only or arm.name in self.only]
+        for arm in arms:
+            rule = arm.options.get("ranker")
+            if (rule is None and not isinstance(self._strategy(run, arm), Ranker)) or rule not in (None, *RULES):
+                raise UserError(
+                    f"{arm.key} ranks no documents; give a Ranker, or the option ranker: {', '.join(RULES)}"
+                )
+        return arms
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        try:
+            self._rankings(run, run.seeds[0])
+        except UserError as error:
+            return str(error)
+        return None
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        arm, seed = run.arm_of(unit), unit.params["seed"]
+        held = self._rankings(run, seed)
+        rule = arm.options.get("ranker")
+        if rule is None:
+            model, seen, state = self._trained(run, arm, seed, held)
+            losses = [round(sum(x) / len(x), 4) for x in _pieces(state.losses, 8)]
+            about = {"losses": losses, "looks": seen, "seconds": state.seconds}
+            yield self.row("tuning_ndcg", arm, max(seen), f"fold {seed}", seed=seed, about=about)
+            scores = self._scores(model, held, held.test)
+        else:
+            scores = self._by_rule(run, rule, seed, held)
+        for query, some in zip(held.test, scores, strict=True):
+            grades, depths, name = held.grades(query), held.depths(query, self.edges), f"query {query}"
+            for metric, value in judged(some, held.chosen[query], grades, grades >= 0).items():
+                yield self.row(metric, arm, value, name, seed=seed)
+            for i, stretch in enumerate(_stretches(self.edges)):
+                if (depths == i).any():
+                    found = judged(some, held.chosen[query], grades, (depths == i) | (grades == 0))["ndcg"]
+                    yield self.row("ndcg_by_depth", arm, found, name, seed=seed, at={"depth": stretch})
+
+    def _strategy(self, run: RunContext, arm: Arm) -> Any:
+        own = run.data.get("strategies", {}).get(arm.key)
+        return arm.strategy if own is None else own
+
+    def _texts(self, run: RunContext) -> Texts:
+        return cast(
+            Texts,
+            run.kept(
+                ("ranked", self.collection),
+                lambda: Texts.read(collection(run.data.get("collection") or self.collection)),
+            ),
+        )
+
+    def _rankings(self, run: RunContext, seed: int) -> Rankings:
+        def make() -> Rankings:
+            return Rankings.of(
+                self._texts(run), parts=self.parts, count=self.folds, fold=seed, candidates=self.candidates,
+                order=run.rng(folds=self.folds), rng=run.rng(bundles=self.parts, training=seed),
+            )  # fmt: skip
+
+        return cast(Rankings, run.kept_last("rankings", (self.key, seed), make))
+
+    def _trained(
+        self, run: RunContext, arm: Arm, seed: int, held: Rankings
+    ) -> tuple[RankingModel, list[float], TrainState]:  # fmt: skip
+        """The arm's model of a seed, how it ranked the tuning queries at each look, and its training."""
+        config = RankerConfig(dim=self.dim, heads=self.heads, layers=self.layers, hidden=self.hidden)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeding.number(run.seed, weights=seed))
+            model = self._fresh(run, self._strategy(run, arm), config).to(run.device)
+
+        def get_batch(step: int) -> Pairs:
+            drawn = held.texts.pairs(held.train, self.batch, held.parts, run.rng(training=seed, step=step))
+            queries, better, worse = zip(*drawn, strict=True)
+            asked = model.queries([held.texts.queries[query] for query in queries])
+            both = model.documents([one.words for one in (*better, *worse)])
+            return asked, both[: self.batch], both[self.batch :]
+
+        seen: list[float] = []
+        best: dict[str, Any] = {}
+        every = max(1, self.steps // self.looks)
+
+        def on_step(state: TrainState) -> None:
+            run.advance(1.0)
+            if state.step % every and state.step < self.steps:
+                return
+            model.eval()
+            scores = self._scores(model, held, held.tuning)
+            found = [
+                judged(some, held.chosen[query], held.grades(query), held.grades(query) >= 0)["ndcg"]
+                for query, some in zip(held.tuning, scores, strict=True)
+            ]
+            seen.append(sum(found) / len(found))
+            if seen[-1] == max(seen):
+                best.update(copy.deepcopy(model.state_dict()))
+            model.train()
+
+        state = train_ranker(model, get_batch, self.steps, lr=self.rate, on_step=on_step)
+        model.load_state_dict(best)
+        if run.folder is not None:
+            model.save(arm_folder(run.folder, arm.key) / f"ranking-{seed}")
+        return model, seen, state
+
+    def _fresh(self, run: RunContext, strategy: Any, config: RankerConfig) -> RankingModel:
+        """An untrained model; the vectors of its words are made once for all arms."""
+        texts = self._texts(run).documents
+        first: RankingModel = run.kept(
+            ("vectors", self.collection, config.dim), lambda: RankingModel.on(strategy, texts.values(), config)
+        )
+        model = RankingModel(strategy, list(first.ids), config)
+        model.embed.load_state_dict({"weight": run.kept(("weights", config.dim), lambda: first.embed.weight.clone())})
+        return model
+
+    def _scores(self, model: RankingModel, held: Rankings, queries: Sequence[str]) -> list[list[float]]:
+        asked = [held.texts.queries[query] for query in queries]
+        return model.scores(asked, [one.words for one in held.bundles], [held.chosen[query] for query in queries])
+
+    def _by_rule(self, run: RunContext, rule: str, seed: int, held: Rankings) -> list[list[float]]:
+        """Scores of the test queries' documents without training."""
+        chosen = [held.chosen[query] for query in held.test]
+        if rule == "random":
+            rng = run.rng(ranked="random", training=seed)
+            return [rng.random(len(some)).tolist() for some in chosen]
+        if rule == "bm25":
+            every = [held.index.scores(held.texts.queries[query]) for query in held.test]
+            return [found[some].tolist() for found, some in zip(every, chosen, strict=True)]
+
+        def vectors() -> Any:
+            from ...models import load_reader
+
+            model, tokenizer = load_reader(self.encoder, run.device, torch.float32)
+            return passage_vectors(model, tokenizer, held.texts.documents), passage_vectors(
+                model, tokenizer, held.texts.queries
+            )
+
+        documents, queries = run.kept(("passages", self.collection, self.encoder), vectors)
+        return [
+            [
+                max(float((documents[part] @ queries[query][0]).max()) for part in held.bundles[i].parts)
+                for i in held.chosen[query]
+            ]
+            for query in held.test
+        ]
+
+
+def _stretches(edges: Sequence[int]) -> list[str]:
+    """Names of the stretches between edges."""
+    bounds = [0, *edges]
+    return [*(f"{a} to {b - 1}" for a, b in zip(bounds, edges, strict=False)), f"{bounds[-1]} on"]
+
+
+def _pieces(values: Sequence[float], count: int) -> list[Sequence[float]]:
+    """``values`` in at most ``count`` pieces of one length but the last."""
+    step = max(1, -(-len(values) // count))
+    return [values[i : i + step] for i in range(0, len(values), step)]
