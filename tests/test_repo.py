@@ -21,7 +21,7 @@ FLOORS = (
     {"data", "integrations", "spec", *CATEGORIES},
     {"experiment", "models", "training"},
     {"generate", "head_selection", "inspect", "lm_eval", "questions", "recipes", "tasks"},
-    {"claims", "comparison", "comparison_train", "report"},
+    {"claims", "comparison", "comparison_rank", "comparison_train", "report"},
     {"commands"},
     {"__main__", "cli"},
 )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from manyheads import catalog, claims
-from manyheads.strategy import Mixer, Strategy
+from manyheads.strategy import Mixer, Ranker, Strategy
 
 ABOUT = {
     "caches": "What a decoder keeps of the tokens it has read: which stay, in how many bits, where.",
@@ -104,6 +104,8 @@ def strategy_page(row: catalog.Paper) -> str:
 
 def usage(slug: str, cls: type[Strategy], category: str) -> str:
     """How it is written."""
+    if issubclass(cls, Ranker):
+        return f"```sh\nmanyheads compare --train --ranking cranfield --strategies {slug}\n```"
     if issubclass(cls, Mixer) and "causal" not in cls.directions:
         return f'```python\nfrom manyheads.models.encoder import Encoder\n\nmodel = Encoder("{slug}", config)\n```'
     if issubclass(cls, Mixer):

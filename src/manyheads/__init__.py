@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from manyheads.call import AttentionCall, Site
     from manyheads.catalog import Paper, baselines, find, get, load, papers
     from manyheads.comparison import compare
+    from manyheads.comparison_rank import compare_rankers
     from manyheads.comparison_train import compare_trained
     from manyheads.errors import UserError
     from manyheads.head_selection import select_heads
@@ -43,6 +44,7 @@ __all__ = [
     "get",
     "load",
     "compare",
+    "compare_rankers",
     "compare_trained",
     "papers",
     "parse",
@@ -54,6 +56,7 @@ __all__ = [
 _HOMES = {
     "manyheads.call": ("AttentionCall", "Site"),
     "manyheads.comparison": ("compare",),
+    "manyheads.comparison_rank": ("compare_rankers",),
     "manyheads.comparison_train": ("compare_trained",),
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),

@@ -15,7 +15,7 @@ from .experiment.arms import Arm
 from .experiment.design import Experiment, Planned
 from .experiment.journal import FOLDER, RUN, Results, read_run
 from .spec import parse, read
-from .strategy import Mixer, Strategy
+from .strategy import Mixer, Ranker, Strategy
 
 if TYPE_CHECKING:
     from .data.texts import Text
@@ -153,8 +153,9 @@ def mixers(strategies: Iterable[str | Strategy] | None = None, causal: bool = Tr
         if not isinstance(strategy, Mixer):
             raise UserError(f"{spec} is no token mixer: leave --train away to compare it on a model as it is")
         if causal and "causal" not in strategy.directions:
+            ranks = "--ranking COLLECTION, or " if isinstance(strategy, Ranker) else ""
             raise UserError(
-                f"{spec} sees both sides, and decoders are compared here: name a task of encoders, such as "
+                f"{spec} sees both sides, and decoders are compared here: {ranks}name a task of encoders, such as "
                 "--tasks sequence_classification"
             )
         if not causal and "bidirectional" not in strategy.directions:

@@ -100,6 +100,13 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="With --train: trainings of each arm. \\[default: 3]")
     ] = None,
+    ranking: Annotated[
+        str | None,
+        typer.Option(
+            help="With --train: rank the documents of this collection in place of modelling text: cranfield, or a "
+            "folder with corpus.jsonl, queries.jsonl and qrels.tsv. --model is then an encoder to rank beside."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare strategies on a model and text, or on a pipeline: quality, memory and speed, each with its uncertainty.
@@ -125,6 +132,7 @@ def compare(
         "budget": budget,
         "minutes": minutes,
         "seeds": seeds,
+        "ranking": ranking and _place(ranking),
     }
     options = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
@@ -188,6 +196,12 @@ def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[s
 
 def _training(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[str, Any]]:
     """What trains a model for each mixer and compares them, and with which arguments."""
+    if "ranking" in options:
+        from manyheads.comparison_rank import compare_rankers, plan_ranking
+
+        found = {name: options[name] for name in ("model", "seeds", "quick", "strategies") if name in options}
+        plan_ranking(options["ranking"], **found)
+        return _ranking(compare_rankers), found | {"given": options["ranking"]}
     from manyheads.comparison_train import compare_on, compare_trained
 
     if "tasks" in options:
@@ -196,6 +210,11 @@ def _training(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[str
     passed = ("budget", "minutes", "seeds", "samples", "quick", "strategies")
     arguments = {name: options[name] for name in passed if name in options}
     return compare_trained, arguments | {"length": options.get("lengths", [None])[0]}
+
+
+def _ranking(compare_rankers: Callable[..., Results]) -> Callable[..., Results]:
+    """It reads a collection, and no texts."""
+    return lambda texts=None, **given: compare_rankers(**given)
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -227,12 +246,14 @@ def _show(results: Results, as_json: bool) -> None:
         print_summary(summary, console(200))
 
 
-_TRAINING = ("budget", "minutes", "seeds")  # options that go with --train alone
+_TRAINING = ("budget", "minutes", "seeds", "ranking")  # options that go with --train alone
 _NO_TRAINING = {
     "model": "it makes its own models", "dtype": "it trains in float32, on a GPU in bfloat16",
     "budgets": "a training has one --budget, in tokens",
 }  # fmt: skip
 _NO_TASKS = ("budget", "minutes", "lengths", "quick")  # options that a task's own fields stand for
+
+_NO_RANKING = ("text", "dtype", "budgets", "budget", "minutes", "tasks", "lengths", "samples")
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -240,6 +261,10 @@ def _refuse(options: dict[str, Any]) -> None:
     if not options.get("train"):
         if wrong := [name for name in _TRAINING if name in options]:
             raise UserError(f"--{wrong[0]} goes with --train, which trains a model for each strategy; add it")
+        return
+    if "ranking" in options:
+        if wrong := [name for name in _NO_RANKING if name in options]:
+            raise UserError(f"--{wrong[0]} does not go with --ranking, which has texts and a size of its own")
         return
     if wrong := [name for name in _NO_TRAINING if name in options]:
         raise UserError(f"--{wrong[0]} does not go with --train: {_NO_TRAINING[wrong[0]]}")

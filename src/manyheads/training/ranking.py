@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .budget import Budget
 from .fit import BatchFn, TrainState, fit
+from .schedules import decay
 
 __all__ = ["Pairs", "hinge_loss", "ranking_optimizers", "train_ranker"]
 
@@ -35,12 +36,14 @@ def train_ranker(
     model: nn.Module, get_batch: BatchFn[Pairs], budget: Budget | TrainState | str | int, *, lr: float,
     on_step: Callable[[TrainState], bool | None] | None = None,
 ) -> TrainState:  # fmt: skip
-    """Train in place; see :func:`~manyheads.training.fit.fit`.
+    """Train in place, at a rate that rises for a tenth and falls by half a cosine, as all arms that are compared.
+
+    See :func:`~manyheads.training.fit.fit`.
 
     Raises:
         Diverged: the loss is NaN or infinite.
     """
     return fit(
         model, get_batch, hinge_loss, budget=budget, optimizers=ranking_optimizers(model, lr), on_step=on_step,
-        tokens_of=lambda batch: sum(x.numel() for x in batch),
+        schedule=decay("cosine", warmup=0.1, floor=0.1), tokens_of=lambda batch: sum(x.numel() for x in batch),
     )  # fmt: skip

@@ -89,8 +89,8 @@ def test_pairs_are_of_one_relevant_document_and_one_that_has_none(collection):
     texts, seen = Texts.read(collection), set()
     queries = collection.judged[:6]
     for query, better, worse in texts.pairs(queries, 60, 3, np.random.default_rng(0)):
-        relevant = [part in collection.qrels[query] for part in better.parts]
-        assert sum(relevant) == 1 and not any(part in collection.qrels[query] for part in worse.parts)
+        relevant = [part in collection.qrels[query] for part in better]
+        assert sum(relevant) == 1 and not any(part in collection.qrels[query] for part in worse)
         seen.add((query, relevant.index(True)))
     assert len({q for q, _ in seen}) == 6 and {place for _, place in seen} == {0, 1, 2}
     assert all(part not in collection.qrels[q] for q in queries for part in texts.hard[q])

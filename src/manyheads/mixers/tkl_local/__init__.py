@@ -13,13 +13,13 @@ padding alone are not computed. With word vectors e of query and document:
     window  = w . sum_i sat(x)
     score   = v . (the 3 best windows apart from each other, and 2 neighbours on either side of each)
 
-It is a ``Ranker``, and the attention alone is a layer of an ``Encoder``: words of a core attend to their chunk and are
-told their places in it. There each layer cuts anew, so that layers see further; in the ranker all layers read one chunk.
+It is a ``Ranker``, and the attention alone is a layer of an ``Encoder``: words of a core attend to their chunk, and are
+told their places in it. There each layer cuts anew, so that layers see further; in the ranker all read one chunk.
 
 Where the released code differs, this keeps to the paper. It takes a window's score of exactly 0 for an empty window,
 counts the window at a border once for each neighbour that is missing, and has more windows the longer the padding is
 that a batch needs. Here a missing neighbour adds nothing, and windows end with the text. Sums over windows are made
-without a running sum, which cancels what ``ln x`` looks at. As there, unknown words count as padding, and both inputs of
+without a running sum, which cancels what ``ln x`` looks at. As there, unknown words count as padding, and the inputs of
 a, b and c go through one LayerNorm, which leaves little but which is larger.
 
 ``chunk=0`` is attention over all of a document with sinusoids for positions (TK's way, arXiv 2002.01854, in which they

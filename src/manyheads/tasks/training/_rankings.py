@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.ranking import Bundle, Collection, bundle, bundled, folds, words
+from ...data.ranking import Bundle, Collection, bundled, folds, words
 from ...errors import UserError
 
 __all__ = ["BM25", "Rankings", "Texts", "judged", "passage_vectors"]
@@ -71,8 +71,8 @@ class Texts:
 
     def pairs(
         self, queries: Sequence[str], count: int, parts: int, rng: np.random.Generator
-    ) -> Iterator[tuple[str, Bundle, Bundle]]:
-        """Queries drawn from these, each with a document that is relevant by one part and one that has none.
+    ) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Queries drawn from these, each with the parts of a document of which one is relevant, and of one that is not.
 
         The part that the latter is built around is of the hard ones every second time.
         """
@@ -86,7 +86,7 @@ class Texts:
             for some in (good, other):
                 around = self._others(query, ids, parts - 1, rng)
                 around.insert(int(rng.integers(parts)), some[int(rng.integers(len(some)))])
-                made.append(bundle(around, self.documents))
+                made.append(around)
             yield query, made[0], made[1]
 
     def _others(self, query: str, ids: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
