@@ -195,6 +195,6 @@ def passage_vectors(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str
         batch = tokenizer([text for _, text in some], padding=True, truncation=True, return_tensors="pt").to(device)
         weight = batch["attention_mask"][..., None]
         means = (model(**batch).last_hidden_state * weight).sum(1) / weight.sum(1)
-        for (name, _), vector in zip(some, torch.nn.functional.normalize(means, dim=-1), strict=True):
+        for (name, _), vector in zip(some, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
             found[name].append(vector)
     return {name: torch.stack(vectors) for name, vectors in found.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...call import RankerConfig
@@ -47,7 +48,7 @@ class Ranking(Task):
         folds: of the queries.
         candidates: documents that BM25 puts first, which are ranked; 0 for all.
         edges: words at which a stretch ends.
-        dim, heads, layers, hidden: of a model.
+        dim, heads, layers, hidden: of a model; fused attention on a GPU needs 8, 16, 24, ... channels of a head.
         steps, batch, rate: of a training: pairs of a step, and the learning rate.
         looks: times that the tuning queries are ranked.
         encoder: whose embeddings rank, see :func:`manyheads.models.load_reader`.
@@ -68,7 +69,7 @@ class Ranking(Task):
     folds: int = 5
     candidates: int = 0
     edges: tuple[int, ...] = (200, 400)
-    dim: int = 100
+    dim: int = 160
     heads: int = 10
     layers: int = 2
     hidden: int = 100
@@ -122,6 +123,11 @@ class Ranking(Task):
         except UserError as error:
             return str(error)
         return None
+
+    def guard(self, run: RunContext) -> None:
+        """Refuse an encoder that cannot be loaded before anything is trained."""
+        if any(arm.options.get("ranker") == "embedding" for arm in self.measured(run)):
+            self._passages(run)
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
@@ -234,22 +240,26 @@ class Ranking(Task):
             every = [held.index.scores(held.texts.queries[query]) for query in held.test]
             return [found[some].tolist() for found, some in zip(every, chosen, strict=True)]
 
-        def vectors() -> Any:
+        documents, queries = self._passages(run)
+        found = []
+        for query, some in zip(held.test, chosen, strict=True):
+            best = {name: float((vectors @ queries[query][0]).max()) for name, vectors in documents.items()}
+            found.append([max(best[part] for part in held.bundles[i].parts) for i in some])
+        return found
+
+    def _passages(self, run: RunContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Embeddings of the passages of documents and queries, on the CPU."""
+
+        def make() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             from ...models import load_reader
 
             model, tokenizer = load_reader(self.encoder, run.device, torch.float32)
-            return passage_vectors(model, tokenizer, held.texts.documents), passage_vectors(
-                model, tokenizer, held.texts.queries
-            )
+            texts = self._texts(run)
+            return passage_vectors(model, tokenizer, texts.documents), passage_vectors(model, tokenizer, texts.queries)
 
-        documents, queries = run.kept(("passages", self.collection, self.encoder), vectors)
-        return [
-            [
-                max(float((documents[part] @ queries[query][0]).max()) for part in held.bundles[i].parts)
-                for i in held.chosen[query]
-            ]
-            for query in held.test
-        ]
+        return cast(
+            tuple[dict[str, Tensor], dict[str, Tensor]], run.kept(("passages", self.collection, self.encoder), make)
+        )
 
 
 def _stretches(edges: Sequence[int]) -> list[str]:
