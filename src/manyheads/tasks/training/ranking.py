@@ -20,6 +20,7 @@ from ...models.ranker import PAD, RankingModel
 from ...strategy import Ranker
 from ...training.fit import TrainState
 from ...training.ranking import Pairs, train_ranker
+from ._decoders import mixer_of
 from ._rankings import Rankings, Texts, judged, passage_vectors
 from ._trained import arm_folder
 
@@ -111,7 +112,7 @@ class Ranking(Task):
         arms = [arm for arm in run.arms if not self.only or arm.name in self.only]
         for arm in arms:
             rule = arm.options.get("ranker")
-            if (rule is None and not isinstance(self._strategy(run, arm), Ranker)) or rule not in (None, *RULES):
+            if (rule is None and not isinstance(mixer_of(run, arm), Ranker)) or rule not in (None, *RULES):
                 raise UserError(
                     f"{arm.key} ranks no documents; give a Ranker, or the option ranker: {', '.join(RULES)}"
                 )
@@ -127,7 +128,7 @@ class Ranking(Task):
     def guard(self, run: RunContext) -> None:
         """Refuse an encoder that cannot be loaded before anything is trained."""
         if any(arm.options.get("ranker") == "embedding" for arm in self.measured(run)):
-            self._passages(run)
+            _passages(run, self.encoder, self._texts(run))
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
@@ -140,7 +141,7 @@ class Ranking(Task):
             yield self.row("tuning_ndcg", arm, max(seen), f"fold {seed}", seed=seed, about=about)
             scores = self._scores(model, held, held.test)
         else:
-            scores = self._by_rule(run, rule, seed, held)
+            scores = _by_rule(self, run, rule, seed, held)
         for query, some in zip(held.test, scores, strict=True):
             grades, depths, name = held.grades(query), held.depths(query, self.edges), f"query {query}"
             for metric, value in judged(some, held.chosen[query], grades, grades >= 0).items():
@@ -149,10 +150,6 @@ class Ranking(Task):
                 if (depths == i).any():
                     found = judged(some, held.chosen[query], grades, (depths == i) | (grades == 0))["ndcg"]
                     yield self.row("ndcg_by_depth", arm, found, name, seed=seed, at={"depth": stretch})
-
-    def _strategy(self, run: RunContext, arm: Arm) -> Any:
-        own = run.data.get("strategies", {}).get(arm.key)
-        return arm.strategy if own is None else own
 
     def _texts(self, run: RunContext) -> Texts:
         return cast(
@@ -179,7 +176,7 @@ class Ranking(Task):
         config = RankerConfig(dim=self.dim, heads=self.heads, layers=self.layers, hidden=self.hidden)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.number(run.seed, weights=seed))
-            model = self._fresh(run, self._strategy(run, arm), config).to(run.device)
+            model = self._fresh(run, mixer_of(run, arm), config).to(run.device)
 
         ids = {name: torch.tensor(model.numbered(text)) for name, text in held.texts.documents.items()}
 
@@ -230,36 +227,35 @@ class Ranking(Task):
         asked = [held.texts.queries[query] for query in queries]
         return model.scores(asked, [one.words for one in held.bundles], [held.chosen[query] for query in queries])
 
-    def _by_rule(self, run: RunContext, rule: str, seed: int, held: Rankings) -> list[list[float]]:
-        """Scores of the test queries' documents without training."""
-        chosen = [held.chosen[query] for query in held.test]
-        if rule == "random":
-            rng = run.rng(ranked="random", training=seed)
-            return [rng.random(len(some)).tolist() for some in chosen]
-        if rule == "bm25":
-            every = [held.index.scores(held.texts.queries[query]) for query in held.test]
-            return [found[some].tolist() for found, some in zip(every, chosen, strict=True)]
 
-        documents, queries = self._passages(run)
-        found = []
-        for query, some in zip(held.test, chosen, strict=True):
-            best = {name: float((vectors @ queries[query][0]).max()) for name, vectors in documents.items()}
-            found.append([max(best[part] for part in held.bundles[i].parts) for i in some])
-        return found
+def _by_rule(task: Ranking, run: RunContext, rule: str, seed: int, held: Rankings) -> list[list[float]]:
+    """Scores of the test queries' documents without training."""
+    chosen = [held.chosen[query] for query in held.test]
+    if rule == "random":
+        rng = run.rng(ranked="random", training=seed)
+        return [rng.random(len(some)).tolist() for some in chosen]
+    if rule == "bm25":
+        every = [held.index.scores(held.texts.queries[query]) for query in held.test]
+        return [found[some].tolist() for found, some in zip(every, chosen, strict=True)]
+    documents, queries = _passages(run, task.encoder, held.texts)
+    found = []
+    for query, some in zip(held.test, chosen, strict=True):
+        best = {name: float((vectors @ queries[query][0]).max()) for name, vectors in documents.items()}
+        found.append([max(best[part] for part in held.bundles[i].parts) for i in some])
+    return found
 
-    def _passages(self, run: RunContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Embeddings of the passages of documents and queries, on the CPU."""
 
-        def make() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            from ...models import load_reader
+def _passages(run: RunContext, encoder: str, texts: Texts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Embeddings of the passages of documents and queries, on the CPU; made once a process."""
 
-            model, tokenizer = load_reader(self.encoder, run.device, torch.float32)
-            texts = self._texts(run)
-            return passage_vectors(model, tokenizer, texts.documents), passage_vectors(model, tokenizer, texts.queries)
+    def make() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        from ...models import load_reader
 
-        return cast(
-            tuple[dict[str, Tensor], dict[str, Tensor]], run.kept(("passages", self.collection, self.encoder), make)
-        )
+        model, tokenizer = load_reader(encoder, run.device, torch.float32)
+        return passage_vectors(model, tokenizer, texts.documents), passage_vectors(model, tokenizer, texts.queries)
+
+    key = ("passages", texts.of.name, encoder)
+    return cast(tuple[dict[str, Tensor], dict[str, Tensor]], run.kept(key, make))
 
 
 def _stretches(edges: Sequence[int]) -> list[str]:
