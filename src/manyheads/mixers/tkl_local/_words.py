@@ -3,6 +3,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...attention.chunks import cores, pack_chunks, unpack_chunks
 from ...attention.positions import sinusoids
@@ -11,6 +12,7 @@ from ...errors import UserError
 
 __all__ = ["Words"]
 
+_ALIGNED = 16  # places; of other numbers fused attention on a GPU writes out what is masked, for each pair of words
 _FIRST = 500  # position of a document's first word, so that no word of a query is at the same
 
 
@@ -36,8 +38,9 @@ class Words(nn.Module):
     def document(self, x: Tensor, real: Tensor) -> Tensor:
         """Of a document ``x [B, T, dim]``."""
         if not self.chunk:
-            places = _FIRST + torch.arange(x.shape[1], device=x.device)
-            return self._read(x, real, sinusoids(places, x.shape[2]).to(x.dtype))
+            length, more = x.shape[1], -x.shape[1] % _ALIGNED
+            places = sinusoids(_FIRST + torch.arange(length + more, device=x.device), x.shape[2]).to(x.dtype)
+            return self._read(pad(x, (0, 0, 0, more)), pad(real, (0, more)), places)[:, :length]
         chunks, held, kept = pack_chunks(x, real, self.chunk, self.overlap)
         if not len(chunks):
             return torch.zeros_like(x)
@@ -67,7 +70,7 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """``x [P, T, dim]`` after a look at what is ``seen [P, 1, 1, T]``."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen) if x.shape[1] > 1 else v
         x = self.norm1(x + self.out(mixed.transpose(1, 2).flatten(2)))
         y: Tensor = self.norm2(x + self.down(self.up(x).relu()))
         return y
