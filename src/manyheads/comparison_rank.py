@@ -23,7 +23,7 @@ __all__ = ["compare_rankers", "plan_ranking"]
 
 _STRATEGIES = ("tkl_local", "tkl_local:chunk=0")
 _BM25, _RANDOM = (Arm(name, options={"ranker": name}) for name in ("bm25", "random"))
-_QUICK: dict[str, Any] = {"steps": 20, "batch": 4, "dim": 40, "layers": 1, "candidates": 20, "looks": 1, "rate": 1e-3}
+_QUICK: dict[str, Any] = {"steps": 20, "batch": 4, "dim": 40, "layers": 1, "candidates": 20, "looks": 1}
 _CPU: dict[str, Any] = {"steps": 300, "batch": 8, "candidates": 100}
 _CUDA: dict[str, Any] = {"steps": 1000, "batch": 32, "dim": 300, "candidates": 1000}
 

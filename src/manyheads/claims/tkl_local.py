@@ -57,9 +57,9 @@ claim = Claim(
                 "ranking.layers": 1, f"{AS_IS}.dim": 60, f"{AS_IS}.layers": 1,
             },
             cuda={
-                "arms": ALL, "seeds": 5, "steps": 400, "batch": 32, "looks": 8, "dim": 320, "rounds": 20,
-                f"{AS_IS}.only": (TKL, FULL, WORDS, NEURAL, CHANCE), "words": 64_000,
-                "lengths": (500, 1000, 2000, 4000, 8000),
+                "arms": ALL, "seeds": 3, "steps": 700, "batch": 32, "looks": 7, "dim": 320, "rounds": 20,
+                "rates": (2e-4, 1e-3), "tune_steps": 250, f"{AS_IS}.only": (TKL, WORDS, NEURAL, CHANCE),
+                "words": 64_000, "lengths": (500, 1000, 2000, 4000, 8000),
             },
         ),
     ),

@@ -101,7 +101,9 @@ def results(collection, tmp_path_factory):
     from manyheads.experiment import Experiment, run
 
     out = tmp_path_factory.mktemp("ranking")
-    task = Ranking(**SMALL, parts=3, folds=4, steps=60, rate=3e-3, looks=2, candidates=0, edges=(10,))
+    task = Ranking(
+        **SMALL, parts=3, folds=4, steps=60, rates=(1e-4, 3e-3), tune_steps=12, looks=2, candidates=0, edges=(10,)
+    )
     arms = (TKL, FIRST, *RULES)
     experiment = Experiment(subject="trainable", arms=arms, baseline=TKL, tasks=(task,), equal="parameters", seeds=2)
     return run(experiment.at("cpu"), out, data={"collection": collection})
@@ -127,6 +129,8 @@ def test_rows_are_paired_by_query_and_every_fold_has_its_own(results):
     assert len({sample for sample, _ in by_arm["tkl"]}) == 12  # no query is tested twice
     tuned = [row for row in results.rows if row.metric == "tuning_ndcg"]
     assert len(tuned) == 4 and all(len(row.about["losses"]) == 8 for row in tuned)
+    rates = {(row.arm, row.about["rate"]) for row in tuned}
+    assert ("tkl", 3e-3) in rates and len(rates) == 2  # each arm keeps to the rate of its first fold
 
 
 def test_the_model_is_kept_for_the_user(results, collection):

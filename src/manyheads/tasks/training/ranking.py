@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...models.ranker import PAD, RankingModel
 from ...strategy import Ranker
-from ...training.fit import TrainState
+from ...training.fit import Diverged, TrainState
 from ...training.ranking import Pairs, train_ranker
 from ._decoders import mixer_of
 from ._rankings import Rankings, Texts, judged, passage_vectors
@@ -50,7 +50,9 @@ class Ranking(Task):
         candidates: documents that BM25 puts first, which are ranked; 0 for all.
         edges: words at which a stretch ends.
         dim, heads, layers, hidden: of a model; fused attention on a GPU needs 8, 16, 24, ... channels of a head.
-        steps, batch, rate: of a training: pairs of a step, and the learning rate.
+        steps, batch: of a training, and pairs of a step.
+        rates: learning rates that every arm tries on the first fold, judged by the tuning queries.
+        tune_steps: of a training that only chooses the rate; 0 for ``steps``.
         looks: times that the tuning queries are ranked.
         encoder: whose embeddings rank, see :func:`manyheads.models.load_reader`.
         only: names of the arms that are measured; all when empty.
@@ -76,7 +78,8 @@ class Ranking(Task):
     hidden: int = 100
     steps: int = 300
     batch: int = 16
-    rate: float = 2e-4
+    rates: tuple[float, ...] = (5e-4,)
+    tune_steps: int = 0
     looks: int = 5
     encoder: str = "all-minilm-l6-v2"
     only: tuple[str, ...] = ()
@@ -87,8 +90,8 @@ class Ranking(Task):
         return self.named
 
     def __post_init__(self) -> None:
-        if min(self.parts, self.steps, self.batch, self.looks) < 1 or self.folds < 3:
-            raise UserError("parts, steps, batch and looks are 1 or more, folds 3 or more")
+        if min(self.parts, self.steps, self.batch, self.looks) < 1 or self.folds < 3 or not self.rates:
+            raise UserError("parts, steps, batch and looks are 1 or more, folds 3 or more, rates one or more")
         if 0 < self.candidates < 10:
             raise UserError("the first ten are judged: give 10 candidates or more, or 0 for all")
 
@@ -132,12 +135,15 @@ class Ranking(Task):
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
-        held = self._rankings(run, seed)
         rule = arm.options.get("ranker")
+        held = self._rankings(run, seed)
         if rule is None:
-            model, seen, state = self._trained(run, arm, seed, held)
+            rate = self._rate(run, arm)
+            model, seen, state = self._trained(run, arm, seed, rate, self.steps)
+            if run.folder is not None:
+                model.save(arm_folder(run.folder, arm.key) / f"{self.key}-{seed}")
             losses = [round(sum(x) / len(x), 4) for x in _pieces(state.losses, 8)]
-            about = {"losses": losses, "looks": seen, "seconds": state.seconds}
+            about = {"rate": rate, "losses": losses, "looks": seen, "seconds": state.seconds}
             yield self.row("tuning_ndcg", arm, max(seen), f"fold {seed}", seed=seed, about=about)
             scores = self._scores(model, held, held.test)
         else:
@@ -169,15 +175,29 @@ class Ranking(Task):
 
         return cast(Rankings, run.kept_last("rankings", (self.key, seed), make))
 
+    def _rate(self, run: RunContext, arm: Arm) -> float:
+        """The rate at which the arm ranks the tuning queries of the first fold best, the lower of two equals."""
+        if len(self.rates) == 1:
+            return self.rates[0]
+
+        def make() -> float:
+            first, best = run.seeds[0], {}
+            for rate in self.rates:
+                try:
+                    best[rate] = max(self._trained(run, arm, first, rate, self.tune_steps or self.steps)[1])
+                except Diverged:
+                    continue
+            if not best:
+                raise UserError(f"{arm.key}: training diverges at all rates; give lower ones")
+            return max(best, key=lambda rate: (best[rate], -rate))
+
+        return cast(float, run.kept(("rate", self.key, arm.key), make))
+
     def _trained(
-        self, run: RunContext, arm: Arm, seed: int, held: Rankings
+        self, run: RunContext, arm: Arm, seed: int, rate: float, steps: int
     ) -> tuple[RankingModel, list[float], TrainState]:  # fmt: skip
         """The arm's model of a seed, how it ranked the tuning queries at each look, and its training."""
-        config = RankerConfig(dim=self.dim, heads=self.heads, layers=self.layers, hidden=self.hidden)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeding.number(run.seed, weights=seed))
-            model = self._fresh(run, mixer_of(run, arm), config).to(run.device)
-
+        held, model = self._rankings(run, seed), self._fresh(run, mixer_of(run, arm), seed).to(run.device)
         ids = {name: torch.tensor(model.numbered(text)) for name, text in held.texts.documents.items()}
 
         def get_batch(step: int) -> Pairs:
@@ -190,11 +210,11 @@ class Ranking(Task):
 
         seen: list[float] = []
         best: dict[str, Any] = {}
-        every = max(1, self.steps // self.looks)
+        every = max(1, steps // self.looks)
 
         def on_step(state: TrainState) -> None:
             run.advance(1.0)
-            if state.step % every and state.step < self.steps:
+            if state.step % every and state.step < steps:
                 return
             model.eval()
             scores = self._scores(model, held, held.tuning)
@@ -207,20 +227,20 @@ class Ranking(Task):
                 best.update(copy.deepcopy(model.state_dict()))
             model.train()
 
-        state = train_ranker(model, get_batch, self.steps, lr=self.rate, on_step=on_step)
+        state = train_ranker(model, get_batch, steps, lr=rate, on_step=on_step)
         model.load_state_dict(best)
-        if run.folder is not None:
-            model.save(arm_folder(run.folder, arm.key) / f"ranking-{seed}")
         return model, seen, state
 
-    def _fresh(self, run: RunContext, strategy: Any, config: RankerConfig) -> RankingModel:
+    def _fresh(self, run: RunContext, strategy: Any, seed: int) -> RankingModel:
         """An untrained model; the vectors of its words are made once for all arms."""
         texts = self._texts(run).documents
-        first: RankingModel = run.kept(
-            ("vectors", self.collection, config.dim), lambda: RankingModel.on(strategy, texts.values(), config)
-        )
-        model = RankingModel(strategy, list(first.ids), config)
-        model.embed.load_state_dict({"weight": run.kept(("weights", config.dim), lambda: first.embed.weight.clone())})
+        config = RankerConfig(dim=self.dim, heads=self.heads, layers=self.layers, hidden=self.hidden)
+        with torch.random.fork_rng(devices=[]):
+            key = ("vectors", self.collection, config.dim)
+            first: RankingModel = run.kept(key, lambda: RankingModel.on(strategy, texts.values(), config))
+            torch.manual_seed(seeding.number(run.seed, weights=seed))
+            model = RankingModel(strategy, list(first.ids), config)
+        model.embed.load_state_dict(first.embed.state_dict())
         return model
 
     def _scores(self, model: RankingModel, held: Rankings, queries: Sequence[str]) -> list[list[float]]:
