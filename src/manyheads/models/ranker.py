@@ -41,7 +41,7 @@ class RankingModel(nn.Module):
         super().__init__()
         ranker = parse(strategy)
         if not isinstance(ranker, Ranker):
-            raise UserError(f"{ranker.slug} ranks no documents; `manyheads list --tag ranking` says what does")
+            raise UserError(f"{ranker.slug} ranks no documents; `manyheads find ranking` says what does")
         self.strategy, self.config = ranker, config or RankerConfig()
         self.ids = {word: i for i, word in enumerate(vocabulary, UNKNOWN + 1)}
         self.embed = nn.Embedding(len(self.ids) + 2, self.config.dim, padding_idx=PAD)
