@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training by pairs: the loss, the rates of its optimiser, and that it learns which words matter."""
+"""Training by pairs: the loss, and that it learns which words matter."""
 
 import torch
 
 from manyheads.call import RankerConfig
 from manyheads.models.ranker import RankingModel
-from manyheads.training.ranking import hinge_loss, ranking_optimizers, train_ranker
+from manyheads.training.ranking import hinge_loss, train_ranker
 from tolerance import CLOSE, assert_close
 
 
@@ -23,14 +23,6 @@ def test_the_hinge_is_of_margin_one():
     # 3 - 1 is beyond the margin; 1.5 - 1 lacks 0.5; 1 - 4 lacks 4
     assert_close(hinge_loss(Sums(), (queries, better, worse)), (0 + 0.5 + 4) / 3, CLOSE)
     assert hinge_loss(Sums(), (queries, worse, better)) > 1  # control
-
-
-def test_the_layer_that_weighs_kernels_learns_faster():
-    model = RankingModel("tkl_local", ["a"], RankerConfig(dim=4, heads=2))
-    (optimizer,) = ranking_optimizers(model, 1e-3)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    named = {name: rates[id(p)] for name, p in model.named_parameters()}
-    assert named.pop("ranker.passages.dense.weight") == 1e-2 and set(named.values()) == {1e-3}
 
 
 def test_it_learns_to_look_for_the_words_of_the_query():

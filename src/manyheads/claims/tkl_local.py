@@ -58,7 +58,7 @@ claim = Claim(
             },
             cuda={
                 "arms": ALL, "seeds": 3, "steps": 700, "batch": 32, "looks": 7, "dim": 320, "rounds": 20,
-                "rates": (2e-4, 1e-3), "tune_steps": 250, f"{AS_IS}.only": (TKL, WORDS, NEURAL, CHANCE),
+                "rates": (3e-4, 1e-3), "tune_steps": 250, f"{AS_IS}.only": (TKL, WORDS, NEURAL, CHANCE),
                 "words": 64_000, "lengths": (500, 1000, 2000, 4000, 8000),
             },
         ),
@@ -81,6 +81,6 @@ claim = Claim(
     caveat=(
         "The paper trains on hundreds of thousands of queries of MS MARCO; here some 135 train, word vectors come from "
         "the collection itself, and long documents are abstracts laid together, whose parts have nothing to do with "
-        "each other."
+        "each other. The learning rates were looked for with TKL alone, on the tuning queries of the first fold."
     ),
 )  # fmt: skip
