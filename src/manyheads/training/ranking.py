@@ -37,5 +37,6 @@ def train_ranker(
     """
     return fit(
         model, get_batch, hinge_loss, budget=budget, on_step=on_step,
-        optimizers=[torch.optim.Adam(model.parameters(), lr=lr)], schedule=decay("cosine", warmup=0.1, floor=0.1), tokens_of=lambda batch: sum(x.numel() for x in batch),
+        optimizers=[torch.optim.Adam(model.parameters(), lr=lr)], schedule=decay("cosine", warmup=0.1, floor=0.1),
+        tokens_of=lambda batch: sum(x.numel() for x in batch),
     )  # fmt: skip
