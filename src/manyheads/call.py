@@ -149,23 +149,6 @@ class Piece:
     rotary: tuple[Tensor, Tensor] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RankerConfig:
-    """Size of a model that ranks documents.
-
-    Attributes:
-        dim: channels of a word's vector.
-        heads, layers, hidden: of the transformer that gives words their context.
-        query: words of a query at most.
-    """
-
-    dim: int = 300
-    heads: int = 10
-    layers: int = 2
-    hidden: int = 100
-    query: int = 30
-
-
 class Store(ABC):
     """What a site remembers between steps: made by ``Strategy.store``, driven by the port.
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, RankerConfig, Site, Store
+    from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, Site, Store
 
 __all__ = [
     "Attention",
@@ -30,6 +30,7 @@ __all__ = [
     "LinearCompute",
     "Mixer",
     "Ranker",
+    "RankerConfig",
     "Residual",
     "Strategy",
 ]
@@ -304,6 +305,23 @@ class Mixer(Strategy, ABC):
         """The token mixer of one layer, see :mod:`manyheads.mixers._mixer`."""
 
 
+@dataclass(frozen=True, slots=True)
+class RankerConfig:
+    """Size of a model that ranks documents.
+
+    Attributes:
+        dim: channels of a word's vector.
+        heads, layers, hidden: of the transformer that gives words their context.
+        query: words of a query at most.
+    """
+
+    dim: int = 300
+    heads: int = 10
+    layers: int = 2
+    hidden: int = 100
+    query: int = 30
+
+
 class Ranker(Strategy, ABC):
     """Scores documents for queries by their words' vectors, in a model that is trained from scratch.
 
@@ -314,7 +332,7 @@ class Ranker(Strategy, ABC):
     terms: int
 
     @abstractmethod
-    def ranker(self, config: "RankerConfig") -> "torch.nn.Module":
+    def ranker(self, config: RankerConfig) -> "torch.nn.Module":
         """What scores, given vectors ``[B, T, dim]`` of words and which of them are real ``[B, T]``.
 
         It has ``query(x, real)`` and ``document(x, real)``, which give vectors of words in their context, and

@@ -10,9 +10,10 @@ from torch.nn.functional import pad
 
 from manyheads import UserError, parse
 from manyheads.attention.chunks import cores, pack_chunks, unpack_chunks
-from manyheads.call import MixerConfig, RankerConfig
+from manyheads.call import MixerConfig
 from manyheads.mixers.tkl_local import TKL
 from manyheads.mixers.tkl_local._scoring import PassageScore, Saturation, best_regions, kernels, window_sums
+from manyheads.strategy import RankerConfig
 from tolerance import DEEP, FORMULA, assert_close, error, is_far
 
 DIM, HEADS = 12, 3

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from manyheads import UserError
-from manyheads.call import RankerConfig
 from manyheads.models.ranker import PAD, UNKNOWN, RankingModel, padded, vocabulary
 from manyheads.models.word_vectors import word_vectors
+from manyheads.strategy import RankerConfig
 from tolerance import SAME, assert_close, error
 
 CONFIG = RankerConfig(dim=8, heads=2, layers=1, hidden=8, query=4)

@@ -3,8 +3,8 @@
 
 import torch
 
-from manyheads.call import RankerConfig
 from manyheads.models.ranker import RankingModel
+from manyheads.strategy import RankerConfig
 from manyheads.training.ranking import hinge_loss, train_ranker
 from tolerance import CLOSE, assert_close
 

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..call import RankerConfig
 from ..data.ranking import words
 from ..errors import UserError
 from ..spec import parse
-from ..strategy import Ranker, Strategy
+from ..strategy import Ranker, RankerConfig, Strategy
 from .word_vectors import word_vectors
 
 __all__ = ["PAD", "UNKNOWN", "RankingModel", "padded", "vocabulary"]

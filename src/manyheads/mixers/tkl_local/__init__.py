@@ -34,11 +34,12 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.chunks import cores, pack_chunks, unpack_chunks
+from ...attention.masks import each_text
 from ...attention.positions import sinusoids
-from ...call import MixerConfig, RankerConfig
+from ...call import MixerConfig
 from ...errors import UserError
-from ...strategy import Mixer, Ranker
-from .._mixer import each_text, projections, split_heads, whole
+from ...strategy import Mixer, Ranker, RankerConfig
+from .._mixer import projections, split_heads, whole
 from ._scoring import PassageScore
 from ._words import Words
 

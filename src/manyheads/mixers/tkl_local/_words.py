@@ -7,8 +7,8 @@ from torch.nn.functional import pad
 
 from ...attention.chunks import cores, pack_chunks, unpack_chunks
 from ...attention.positions import sinusoids
-from ...call import RankerConfig
 from ...errors import UserError
+from ...strategy import RankerConfig
 
 __all__ = ["Words"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...call import RankerConfig
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ...models.ranker import UNKNOWN, RankingModel
+from ...strategy import RankerConfig
 from ...training.fit import autocast
 from ._decoders import mixer_of, now
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...call import RankerConfig
 from ...data.ranking import collection
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...models.ranker import PAD, RankingModel
-from ...strategy import Ranker
+from ...strategy import Ranker, RankerConfig
 from ...training.fit import Diverged, TrainState
 from ...training.ranking import Pairs, train_ranker
 from ._decoders import mixer_of
