@@ -53,8 +53,8 @@ claim = Claim(
                 "dim": 40, f"{AS_IS}.only": (TKL, WORDS), "rounds": 1, "lengths": (500, 2000),
             },
             cpu={
-                "steps": 70, "batch": 8, "ranking.parts": 4, "candidates": 40, "looks": 2, "ranking.dim": 60,
-                "ranking.layers": 1, f"{AS_IS}.dim": 60, f"{AS_IS}.layers": 1,
+                "steps": 120, "batch": 8, "ranking.parts": 3, "folds": 9, "candidates": 40, "looks": 1, "layers": 1,
+                "ranking.dim": 60, f"{AS_IS}.dim": 60, "ranker_cost.dim": 80, "rounds": 3,
             },
             cuda={
                 "arms": ALL, "seeds": 3, "steps": 700, "batch": 32, "looks": 7, "dim": 320, "rounds": 20,
