@@ -38,7 +38,6 @@ from .integrations.transformers import new_cache
 from .models import source
 from .questions import split
 from .spec import parse, read, split_together
-from .strategy import Cache
 from .tasks.text._prefill import chunk_size
 
 __all__ = ["ManyHeadsLM"]
@@ -108,7 +107,7 @@ class ManyHeadsLM(HFLM):  # type: ignore[misc]
         self._arm = Arm(self.keeping.spec, self.keeping.spec)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        evicts_at_prompts = isinstance(self.keeping, Cache) and self.keeping.schedule in ("prefill", "turn", "chunk")
+        evicts_at_prompts = self.keeping.schedule in ("prefill", "turn", "chunk")
         if self.caches and evicts_at_prompts and self.keeping.spec != "full":
             tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
             raise UserError(

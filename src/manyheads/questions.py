@@ -5,7 +5,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .errors import UserError
 from .integrations import use
 from .integrations.cache import SlotCache, StoreLayer, cache_arguments
 from .integrations.transformers import new_cache, prefill
+from .models.chat import chat_text, system_span
 from .spec import parse, split_together
 from .strategy import Cache, Strategy
 
@@ -43,12 +44,12 @@ class Answers:
     host_bytes: int = 0
 
 
-def split(strategies: Sequence[Strategy]) -> tuple[list[Strategy], Strategy]:
+def split(strategies: Sequence[Strategy]) -> tuple[list[Strategy], Cache]:
     """What acts while the model runs, and what says which tokens its cache keeps: ``full`` where none does."""
     keeping = [strategy for strategy in strategies if isinstance(strategy, Cache)]
     if len(keeping) > 1:
         raise UserError(f"{keeping[0].spec} and {keeping[1].spec} cannot hold together: each keeps the cache")
-    return [s for s in strategies if not isinstance(s, Cache)], keeping[0] if keeping else parse("full")
+    return [s for s in strategies if not isinstance(s, Cache)], keeping[0] if keeping else cast(Cache, parse("full"))
 
 
 def ask(
@@ -60,6 +61,7 @@ def ask(
     strategy: str | Strategy | Sequence[Strategy] = "full",
     max_new_tokens: int = 64,
     chat: bool = True,
+    system: str = "",
 ) -> Answers:
     """Answer questions on one context, which is read and compressed once.
 
@@ -79,6 +81,7 @@ def ask(
         strategy: how the cache is kept, what else acts, or both: ``"snapkv:budget=0.5"``, several joined by `` + ``.
         max_new_tokens: most tokens of an answer.
         chat: use the tokenizer's chat template if it has one.
+        system: a system message before the context, which ``protect=system`` keeps whole.
 
     Raises:
         UserError: there is no question, the model has no room for context, question and answer, or it refuses the
@@ -88,13 +91,13 @@ def ask(
         raise UserError("give a context that is not empty, and at least one question")
     given = [parse(s) for s in split_together(strategy)] if isinstance(strategy, str) else strategy
     acting, keeping = split([given] if isinstance(given, Strategy) else list(given))
-    before, after = _around(tokenizer, context, chat)
+    before, after, span = _around(tokenizer, context, chat, system, keeping.protects_system)
     device = next(model.parameters()).device
     read = _encode(tokenizer, before, special=not chat or not _template(tokenizer)).to(device)
     asked = [_encode(tokenizer, f"{question}{after}", special=False).to(device) for question in questions]
     _check_room(model, read.shape[1], max(ids.shape[1] for ids in asked), max_new_tokens)
     with torch.inference_mode(), use(model, *acting):
-        cache = new_cache(model, keeping)
+        cache = new_cache(model, keeping.with_system(span))
         prefill(model, read, cache, chunk=read.shape[1])
         held, whole, host = cache.bytes(), _whole(model, read), cache.host_bytes()
         answers = [_answer(model, tokenizer, copy.deepcopy(cache), read, ids, max_new_tokens) for ids in asked]
@@ -105,16 +108,21 @@ def _template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _around(tokenizer: Any, context: str, chat: bool) -> tuple[str, str]:
-    """The text before a question and the text behind it."""
+def _around(
+    tokenizer: Any, context: str, chat: bool, system: str, find: bool
+) -> tuple[str, str, tuple[int, int] | None]:
+    """The text before a question, the text behind it, and the tokens of the system message if asked for."""
     if not chat or not _template(tokenizer):
-        return f"{context}\n\n", "\n"
-    message = {"role": "user", "content": f"{context}\n\n{_MARK}"}
-    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        if system:
+            raise UserError("a system message needs a chat template: give a chat model, or leave it away")
+        return f"{context}\n\n", "\n", None
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": f"{context}\n\n{_MARK}"})
+    text = chat_text(tokenizer, messages)
     before, mark, after = text.rpartition(_MARK)
     if not mark:
         raise UserError("the chat template changes what the user says; give chat=False")
-    return before, after
+    return before, after, system_span(tokenizer, messages) if find else None
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> Tensor:

@@ -20,9 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from . import catalog
 from .errors import UserError
-from .strategy import Layers, Strategy
+from .strategy import Cache, Layers, Strategy
 
-__all__ = ["Spec", "fill", "numbers", "parse", "read", "split_list", "split_outside", "split_together"]
+__all__ = ["Spec", "fill", "numbers", "parse", "protecting", "read", "split_list", "split_outside", "split_together"]
 
 Made = TypeVar("Made")
 
@@ -144,6 +144,25 @@ def parse(spec: str | Strategy) -> Strategy:
     given = read(spec)
     slug = catalog.RECOMMENDED if given.name == "auto" else given.name
     return fill(catalog.load(slug), replace(given, name=slug))
+
+
+def protecting(spec: str, protect: str) -> str:
+    """``spec``, which may name several strategies, with ``protect`` for the one that keeps the cache.
+
+    Raises:
+        UserError: none does that may drop something, or it cannot hold to that.
+    """
+    made = [parse(part) for part in split_together(spec)]
+    if not any(isinstance(strategy, Cache) for strategy in made):
+        raise UserError(f"{spec} drops nothing from a cache, so that --protect means nothing there: leave one away")
+    for strategy in made:
+        if isinstance(strategy, Cache):
+            strategy.protecting(protect)
+    given = [read(part) for part in split_together(spec)]
+    return " + ".join(
+        replace(one, fields={**one.fields, "protect": protect}).text if isinstance(strategy, Cache) else one.text
+        for one, strategy in zip(given, made, strict=True)
+    )
 
 
 def fill(cls: type[Made], given: Spec) -> Made:

@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .errors import UserError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Self
 
     import torch
     from torch import Tensor
@@ -33,6 +36,7 @@ __all__ = [
     "RankerConfig",
     "Residual",
     "Strategy",
+    "protected",
 ]
 
 
@@ -186,6 +190,34 @@ class Cache(Strategy, ABC):
         """Whether a budget of 1.0 keeps every key and value as it is."""
         return True
 
+    def protecting(self, protect: object) -> "Self":
+        """The strategy with spans of tokens that it may not drop, see :mod:`manyheads.attention.protect`.
+
+        Raises:
+            UserError: it does not keep tokens one by one, or these are no spans.
+        """
+        raise UserError(
+            f"{self.slug} keeps its tokens in a storage of its own, where protect= is not known: use a strategy that "
+            "keeps slots, as snapkv, hedge or full"
+        )
+
+    def with_system(self, span: tuple[int, int] | None) -> "Cache":
+        """The strategy with ``protect=system`` made the tokens of the system message, None where there is none.
+
+        Raises:
+            UserError: it protects the system message, and there is none.
+        """
+        if not self.protects_system:
+            return self
+        if span is None:
+            raise UserError(f"{self.spec}: there is no system message here; write the tokens, as protect=0-39")
+        return self.protecting([span])
+
+    @property
+    def protects_system(self) -> bool:
+        """Whether it has yet to be told where the system message is."""
+        return False
+
     def check(self, slots: int) -> None:
         """Raise UserError when ``slots`` per head are too few for this strategy; any number is enough by default."""
         del slots
@@ -193,6 +225,17 @@ class Cache(Strategy, ABC):
     @abstractmethod
     def store(self, site: "Site") -> "Store":
         """What ``site`` remembers."""
+
+
+def protected(strategies: "Sequence[Strategy]", protect: object) -> "tuple[Strategy, ...]":
+    """The same strategies, of which the one that keeps the cache may not drop the spans ``protect``.
+
+    Raises:
+        UserError: none keeps a cache, or it cannot hold to that.
+    """
+    if not any(isinstance(strategy, Cache) for strategy in strategies):
+        raise UserError("protect= names tokens that no cache strategy may drop, and none is given: add one, as snapkv")
+    return tuple(s.protecting(protect) if isinstance(s, Cache) else s for s in strategies)
 
 
 class Residual(Strategy, ABC):

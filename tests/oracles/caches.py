@@ -117,6 +117,70 @@ def batch_equals_singles_padded_right(model: Any, strategy: Any, count: int = 6)
         assert_close(torch.stack(all_logits, 1)[i], own[0], 10 * SAME)
 
 
+SPANS = (((2, 5), (9, 11)), ((0, 1),), ((6, 9), (12, 30)))  # of each row; the last reaches what is yet to come
+
+
+def protected_stay(model: Any, strategy: Any, padded: bool = True) -> None:
+    """Tokens that ``protect`` names stay in every head and layer as they came, at whatever step, in each row its own.
+
+    They count from the first token of the row, padding left out. What the strategy does without ``protect`` drops some
+    of them, and after a reordering of rows the spans have moved with these.
+    """
+    _, ids, mask = _rows("left")
+    if not padded:
+        ids, mask = tokens(3, 17), torch.ones(3, 17, dtype=torch.long)
+    lost = 0
+    with manyheads.use(model):
+        for spans in (SPANS, ()):
+            cache = new_cache(model, manyheads.parse(strategy).protecting(spans))
+            full = new_cache(model, manyheads.parse("full"))
+            more, order, own = mask, torch.tensor([2, 0, 1]), list(SPANS)
+            for t, new in enumerate((None, 1, 1, 4, 1, 1)):
+                fed = ids if new is None else tokens(3, new, seed=t)
+                more = more if new is None else torch.cat([more, more.new_ones(3, new)], 1)
+                step(model, fed, cache, attention_mask=more)
+                step(model, fed, full, attention_mask=more)
+                lost += _missing(cache, full, own, check=bool(spans))
+                if t == 1:
+                    cache.reorder_cache(order)
+                    full.reorder_cache(order)
+                    more, own = more[order], [own[i] for i in order.tolist()]
+    assert lost, "nothing is dropped in the first place"
+
+
+def protected_rows_equal_singles(model: Any, strategy: Any) -> None:
+    """A padded batch with spans for each row gives what every row gives alone with its own."""
+    rows, ids, mask = _rows("left")
+    with manyheads.use(model, strategy, protect=SPANS):
+        together, logits = greedy(model, ids, mask)
+    for i, row in enumerate(rows):
+        with manyheads.use(model, strategy, protect=SPANS[i]):
+            _, own = greedy(model, row[None], forced=together[i : i + 1])
+        assert_close(logits[i], own[0], 10 * SAME)
+
+
+def _missing(cache: Any, full: Any, spans: list[Any], check: bool) -> int:
+    """Tokens of ``spans`` that a head of ``cache`` does not hold, or, with ``check``, an error if there is any."""
+    missing = 0
+    for layer, (store, whole) in enumerate(zip(stores(cache), stores(full), strict=True)):
+        held, every = store._copy, whole._copy
+        places, here = held.positions(), every.positions()
+        for row, own in enumerate(spans):
+            count = int(every.counts()[row])
+            for at in {p for start, stop in own for p in range(start, min(stop, count))}:
+                for head in range(places.shape[1]):
+                    found = (places[row, head] == at).nonzero()[:, 0]
+                    missing += len(found) != 1
+                    if not check:
+                        continue
+                    assert len(found) == 1, f"token {at} of row {row} is not in head {head} of layer {layer}"
+                    if layer == 0 and store.policy.codec is None:  # later layers see what was dropped
+                        column = (here[row, head] == at).nonzero()[0, 0]
+                        assert_close(held.values[row, head, found[0]], every.values[row, head, column])
+                        assert_close(held.keys[row, head, found[0]], every.keys[row, head, column])
+    return missing
+
+
 def _packed(strategy: Any) -> float | None:
     """Limit where what is kept was packed: codes are made and read in float32, whatever the model computes in."""
     return None if getattr(manyheads.parse(strategy), "codec", None) is None else SAME

@@ -138,6 +138,22 @@ class Forgetful(PolicyStore):
         return 0 if self.padded is None else self.padded.size
 
 
+class Careless(PolicyStore):
+    """Wrong: has not heard of protected spans."""
+
+    def compress(self, view: CacheView, share: object = None) -> None:
+        super().compress(dataclasses.replace(view, spans=None))
+
+
+class Miscounted(PolicyStore):
+    """Wrong: spans count columns, and so padding, too."""
+
+    def compress(self, view: CacheView, share: object = None) -> None:
+        padding = self.live.seen - view.counts
+        spans = None if view.spans is None else (view.spans - padding[:, None, None])
+        super().compress(dataclasses.replace(view, spans=spans))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wrong(Norm):
     """``Norm`` in a wrong store."""

@@ -6,7 +6,7 @@ import torch
 
 import manyheads
 from oracles import caches, models
-from oracles.strategies import Blind, DrawnGates, Forgetful, MaskedOnly, Norm, Unmarked, Wrong
+from oracles.strategies import Blind, Careless, DrawnGates, Forgetful, MaskedOnly, Miscounted, Norm, Unmarked, Wrong
 
 EVICTING = {
     "norm": Norm(budget=0.5),
@@ -148,6 +148,31 @@ def test_crops_or_refuses(llama, strategy):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_continues_where_it_was(name, strategy):
     caches.continues_where_it_was(models.build(name), strategy)
+
+
+PADLESS = {"kvzip": "kvzip:budget=0.4,sinks=1,instruct=false"}
+PACKED = {"hedge-int4": "hedge:budget=0.9,sinks=1,recent=1,window_size=4,bits=int4,whole=0"}
+
+
+@pytest.mark.parametrize("strategy", [*EVICTING.values(), *PACKED.values()], ids=[*EVICTING, *PACKED])
+def test_protected_stay(llama, strategy):
+    caches.protected_stay(llama, strategy)
+
+
+@pytest.mark.parametrize("strategy", PADLESS.values(), ids=PADLESS)
+def test_protected_stay_in_rows_of_one_length(llama, strategy):
+    caches.protected_stay(llama, strategy, padded=False)
+
+
+@pytest.mark.parametrize("how", [Careless, Miscounted])
+def test_control_of_protected(llama, how):
+    with pytest.raises(AssertionError, match="is not in head"):
+        caches.protected_stay(llama, Wrong(budget=0.5, how=how))
+
+
+@few
+def test_rows_with_protected_spans_equal_singles(llama, strategy):
+    caches.protected_rows_equal_singles(llama, strategy)
 
 
 CONTROLS = [

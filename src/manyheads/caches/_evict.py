@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..attention import reference
 from ..attention.padded import PaddedCache
+from ..attention.protect import within
 from ..errors import warn
-from ._policy import CachePolicy
+from ._policy import CachePolicy, must_stay
 from ._view import CacheView
 
 __all__ = ["drop_outside_window", "keep_best", "keep_marked", "warn_of_few"]
@@ -40,7 +41,8 @@ def keep_best(
     whole = slots.valid is None
     if not (isinstance(share, float) and share == 1.0):
         budgets = (budgets * torch.as_tensor(share, device=counts.device).reshape(-1, 1)).round().long()
-    scores = scores.masked_fill(policy.protected_mask(view), torch.inf).masked_fill(view.positions < 0, -torch.inf)
+    fixed = must_stay(policy, view)
+    scores = scores.masked_fill(fixed, torch.inf).masked_fill(view.positions < 0, -torch.inf)
     uneven = policy.head_budgets(view, scores, budgets)
     if uneven is not None or not (isinstance(share, float) and share == 1.0):
         budgets = budgets if uneven is None else uneven
@@ -48,6 +50,10 @@ def keep_best(
         budgets = torch.minimum(budgets.clamp(min=policy.protected), most)
         limit, whole = int(budgets.max()), False
         ragged = int(budgets.min()) < limit
+    if view.spans is not None:  # which a budget has to hold, whatever it is
+        budgets = budgets.maximum(fixed.sum(-1))
+        limit, whole = int(budgets.max()), False
+        ragged |= int(budgets.min()) < limit
     # Flipped, so that the stable sort puts the newer of two equal slots first.
     order = slots.size - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
     order = order[..., :limit]
@@ -58,6 +64,9 @@ def keep_best(
     stays = torch.zeros_like(scores, dtype=torch.bool).scatter(2, order, kept)
     merged = policy.merge(view, stays)
     if merged is not None:
+        if view.spans is not None:
+            own = within(view.positions, view.spans)[..., None]
+            merged = (torch.where(own, slots.keys, merged[0]), torch.where(own, slots.values, merged[1]))
         slots.keys, slots.values = merged
     slots.keep(order, kept, whole and slots.even)
     return ragged

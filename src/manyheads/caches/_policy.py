@@ -2,20 +2,21 @@
 """The protocol of an eviction strategy: which tokens matter (score), which may never go, how many stay, and when."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator
 from torch import Tensor
 
 from ..attention.budget import Budget, as_budget
 from ..attention.codec import KVCodec
+from ..attention.protect import Protect, Protected, as_protect, within
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Cache, Strategy
 from ._view import CacheView, QueryWindow
 
-__all__ = ["SCHEDULES", "CachePolicy", "CacheView", "Schedule", "why_not_fixed"]
+__all__ = ["SCHEDULES", "CachePolicy", "CacheView", "Schedule", "must_stay", "why_not_fixed"]
 
 
 def _as_schedule(value: object) -> object:
@@ -44,6 +45,8 @@ class CachePolicy(Cache):
             forward), or a number m (when m more tokens have come).
         sinks: first tokens that are never dropped.
         recent: last tokens that are never dropped.
+        protect: spans of tokens that are never dropped, nor changed by merging (:mod:`manyheads.attention.protect`).
+            The budget is then a target, which they may exceed. What is kept in few bits keeps them so, too.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"self"})
@@ -54,9 +57,11 @@ class CachePolicy(Cache):
     schedule: Schedule = field(default="prefill", metadata={"help": SCHEDULES})
     sinks: int = field(default=0, metadata={"help": "first tokens that are never dropped"})
     recent: int = field(default=0, metadata={"help": "last tokens that are never dropped"})
+    protect: Protect = field(default=Protected(), metadata={"help": "tokens never dropped: system, or 0-39+60-70"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", as_budget(self.budget))
+        object.__setattr__(self, "protect", as_protect(self.protect))
         if self.schedule not in ("prefill", "turn", "chunk", "step") and not (
             isinstance(self.schedule, int) and self.schedule > 0
         ):
@@ -134,6 +139,13 @@ class CachePolicy(Cache):
         late = view.positions >= (view.counts - self.recent)[:, None, None]
         return (view.positions >= 0) & ((view.positions < self.sinks) | late)
 
+    def protecting(self, protect: object) -> Self:
+        return replace(self, protect=as_protect(protect))
+
+    @property
+    def protects_system(self) -> bool:
+        return self.protect.system
+
     def observe(self, call: AttentionCall, queries: QueryWindow, state: dict[str, Tensor]) -> None:
         """Gather statistics of the queries of a forward into ``state``, whose tensors have the batch first."""
         raise NotImplementedError
@@ -151,6 +163,12 @@ class CachePolicy(Cache):
         """New stored keys and values ``[B, Hs, N, d]`` in which kept slots absorb dropped ones; None: just drop."""
         del view, kept
         return None
+
+
+def must_stay(policy: CachePolicy, view: CacheView) -> Tensor:
+    """The slots that ``policy`` protects and those that its ``protect`` names, bool ``[B, Hs, N]``."""
+    mask = policy.protected_mask(view)
+    return mask if view.spans is None else mask | within(view.positions, view.spans)
 
 
 def why_not_fixed(policy: CachePolicy, site: Site) -> str | None:

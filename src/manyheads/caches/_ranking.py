@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.budget import keep_counts
+from ._policy import must_stay
 from ._strategy import EvictionStrategy
 from ._view import CacheView
 
@@ -66,7 +67,7 @@ class JointRanking(EvictionStrategy):
         total, fixed = torch.zeros_like(views[0].counts), []
         for view, rank in zip(views, self.rank(views), strict=True):
             view.state["ranking"] = rank.masked_fill(view.positions < 0, -torch.inf)
-            fixed.append(view.state["ranking"].masked_fill(self.protected_mask(view), torch.inf))
+            fixed.append(view.state["ranking"].masked_fill(must_stay(self, view), torch.inf))
             total = total + self.room(view) * view.positions.shape[1]
         for view, place, rank in zip(views, places(fixed), fixed, strict=True):
-            view.state["kept"] = ((place <= total[:, None, None]) & (rank > -torch.inf)).sum(-1)
+            view.state["kept"] = (((place <= total[:, None, None]) | (rank == torch.inf)) & (rank > -torch.inf)).sum(-1)

@@ -47,7 +47,7 @@ class PolicyStore(Store):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.tokens = Tokens(self.policy.codec, self.policy.codec_window, self.room)
+        self.tokens = Tokens(self.policy.codec, self.policy.codec_window, self.room, self.policy.protect)
         self.state: dict[str, Tensor] = {}
         self._queries: QueryWindow | None = None
         self._evidence: CacheView | None = None
@@ -224,8 +224,7 @@ class PolicyStore(Store):
         ``share`` is the factor of this layer on the equal budget; a policy whose layers share one budget waits for
         the last of them to give it.
         """
-        slots, policy = self.live, self.policy
-        self._since = 0
+        slots, policy, self._since = self.live, self.policy, 0
         counts, limit = self._limits(view.counts)
         if limit < slots.seen:
             if policy.cross_layer and share is None:
@@ -349,6 +348,7 @@ def view_of(store: PolicyStore, call: AttentionCall, shared: dict[str, Tensor] |
     return CacheView(
         call.k, call.v, slots.positions(), slots.counts(), store._queries, call.scale, call.softcap, call.sinks,
         store.site, mass, call.rotary, store.state, {} if shared is None else shared,
+        store.tokens.spans(call.k.shape[0], call.k.device),
     )  # fmt: skip
 
 

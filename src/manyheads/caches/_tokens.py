@@ -10,12 +10,14 @@ from torch import Tensor
 from .. import kernels
 from ..attention.codec import KVCodec
 from ..attention.padded import PaddedCache
+from ..attention.protect import Protected
 from ..attention.ragged import RaggedCache, pack
 from ..call import AttentionCall
 from ..errors import UserError
 
 __all__ = ["Tokens"]
 
+_NOTHING = Protected()
 _ROOM = 16  # tokens that ragged storage has room for before it grows
 
 
@@ -27,10 +29,13 @@ class Tokens:
         codec, window: how ragged storage keeps tokens, and how many of the last it leaves as they are.
         key_scale: factors ``[B, Hs, d]`` on the keys before they are encoded.
         room: tokens that can be decoded without the host, 0 for storage that grows by itself.
+        protect: what may not be dropped.
     """
 
-    def __init__(self, codec: KVCodec | None, window: int, room: int) -> None:
-        self.codec, self.window, self.room = codec, window, room
+    def __init__(self, codec: KVCodec | None, window: int, room: int, protect: Protected = _NOTHING) -> None:
+        self.codec, self.window, self.room, self.protect = codec, window, room, protect
+        self._spans: Tensor | None = None
+        protect.check()
         self.padded: PaddedCache | None = None
         self.ragged: RaggedCache | None = None
         self.key_scale: Tensor | None = None
@@ -70,7 +75,13 @@ class Tokens:
     def held(self) -> list[Tensor | None]:
         """Every tensor kept."""
         store = self.padded if self.ragged is None else self.ragged
-        return [self.key_scale] if store is None else [*store.tensors, self.key_scale]
+        return [*([] if store is None else store.tensors), self.key_scale, self._spans]
+
+    def spans(self, batch: int, device: torch.device) -> Tensor | None:
+        """Starts and stops of what each of ``batch`` rows may not drop, ``[batch, n, 2]``; None for nothing."""
+        if self._spans is None:
+            self._spans = self.protect.tensor(batch, device)
+        return self._spans
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take ``k, v [B, Hs, T, d]``; return all slots, the new ones last, or a single new token alone."""
@@ -125,6 +136,8 @@ class Tokens:
             self.padded.reorder(rows)
         if self.key_scale is not None:
             self.key_scale = self.key_scale[rows.to(self.key_scale.device)]
+        if self._spans is not None:
+            self._spans = self._spans[rows.to(self._spans.device)]
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` columns; refused where that cannot restore what was."""
@@ -142,14 +155,14 @@ class Tokens:
             "padded": None if self.padded is None else _fields(self.padded, "_room"),
             "ragged": None if self.ragged is None else _fields(self.ragged, "codec", "kernel", "dtype", "key_scale"),
             "dtype": None if self.ragged is None else str(self.ragged.dtype).removeprefix("torch."),
-            "key_scale": self.key_scale,
-        }
+            "key_scale": self.key_scale, "spans": self._spans,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold what :meth:`state_dict` gave."""
         padded, ragged = state["padded"], state["ragged"]
         self.padded = None if padded is None else PaddedCache(**padded)
-        self.ragged, self.key_scale = None, state["key_scale"]
+        self.ragged, self.key_scale, self._spans = None, state["key_scale"], state["spans"]
         if ragged is not None:
             plane = ragged["k"] if ragged["ring_k"] is None else ragged["ring_k"]
             dtype = getattr(torch, state["dtype"])

@@ -62,6 +62,7 @@ class CacheView:
             group, ``[B, Hs, N]``, float32 or wider; None unless the policy asks for it.
         rotary: cosines and sines ``[B, T, rotary_dim]`` of the latest forward, None where the model passes none on.
         state: what the policy wrote here at earlier evictions of this layer; tensors with the batch first.
+        spans: ``[B, n, 2]`` starts and stops of what the user protects, by position; None for nothing.
         shared: what was computed once for all views of the same tensors, see :meth:`once`.
     """
 
@@ -78,6 +79,7 @@ class CacheView:
     rotary: tuple[Tensor, Tensor] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    spans: Tensor | None = None
 
     def once(self, name: str, make: Callable[["CacheView"], Tensor]) -> Tensor:
         """``make(self)``, computed once for all caches that are forked from one: it may not depend on a budget."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._policy import must_stay
 from ._view import CacheView
 from ._wrap import Wrapper
 
@@ -58,7 +59,7 @@ class AdaKV(Wrapper):
     def head_budgets(self, view: CacheView, scores: Tensor, budgets: Tensor) -> Tensor | None:
         uneven = super().head_budgets(view, scores, budgets)
         budgets = budgets if uneven is None else uneven
-        filled, fixed = view.positions >= 0, self.protected_mask(view)
+        filled, fixed = view.positions >= 0, must_stay(self, view)
         kept = (filled & fixed).sum(-1)
         equal = (budgets - kept).clamp(min=0)
         total = equal.sum(1)

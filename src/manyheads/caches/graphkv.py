@@ -30,6 +30,7 @@ from torch import Tensor
 from ..attention import reference
 from ..attention.budget import keep_counts
 from ..errors import UserError
+from ._policy import must_stay
 from ._view import CacheView
 from ._wrap import Wrapper
 
@@ -78,7 +79,7 @@ class GraphKV(Wrapper):
             return scores
         if scores.shape[1] != heads:
             scores = scores.unflatten(1, (heads, -1)).mean(2)
-        protected = self.protected_mask(view)
+        protected = must_stay(self, view)
         nodes = (view.positions >= 0) & ~protected & scores.isfinite()
         free = self._room(view, scores) - protected.sum(-1)
         sources = (free.clamp(min=0) * self.num_sources - 1e-6).ceil().long()

@@ -32,6 +32,7 @@ from ..attention import reference
 from ..attention.bits import hamming, pack_signs
 from ..attention.budget import keep_counts, keep_limit
 from ..attention.padded import PaddedCache
+from ..attention.protect import within
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ._evict import drop_outside_window, keep_marked
@@ -114,6 +115,7 @@ class HashStore(PolicyStore):
         super().reset()
         self._projections: Tensor | None = None
         self._capacity = 0
+        self._least = 0  # tokens up to which no row is full
         self._caps: Tensor | None = None  # [B], the capacity of each row
         self._replaced_by: Tensor | None = None  # [B, Hs, S], which of the T new tokens took a slot's place; T = none
         self._has_staging_slot = False
@@ -143,8 +145,8 @@ class HashStore(PolicyStore):
             self._fix_capacity(slots.counts())
             slots.extras = {"hash": fresh}
         slots.extras["hash"][:, :, -new:] = fresh
-        if slots.seen <= self._capacity:
-            return hidden  # the longest row was never full, and no other fills before it
+        if slots.seen <= self._least:
+            return hidden
         self._replaced_by = self._choose_evicted(self._hash(call.q) if self.policy.probe == "query" else fresh)
         alive = self._replaced_by[:, :, None, :] > torch.arange(new, device=call.q.device)[:, None]
         seen = hidden.allowed()
@@ -175,7 +177,7 @@ class HashStore(PolicyStore):
             if self._replaced_by is not None:
                 _drop(self, self._replaced_by == slots.size)
                 self._replaced_by = None
-            elif slots.seen > self._capacity:
+            elif slots.seen > self._least:
                 raise UserError("hashevict:prompt=hashed reads a prompt by itself: it is no fork of another cache")
             return
         self._fix_capacity(view.counts)
@@ -193,19 +195,28 @@ class HashStore(PolicyStore):
             least = self.policy.protected  # also of a prompt that is shorter: the capacity is fixed by it
             self._capacity = max(keep_limit(budget, slots.seen + rest + self.policy.reserve), least)
             self._caps = keep_counts(budget, counts + rest + self.policy.reserve).clamp(min=least)
+        spans = self.tokens.spans(len(counts), counts.device)
+        if spans is not None and self._capacity != _UNBOUNDED:
+            held = spans.diff(dim=-1).sum((1, 2)) + self.policy.protected
+            self._caps = self._caps.maximum(held)
+            self._capacity, self._least = int(self._caps.max()), int(self._caps.min())
+        else:
+            self._least = self._capacity  # the longest row is the first to be full
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         self._caps = None if self._caps is None else self._caps[rows.to(self._caps.device)]
 
     def state_dict(self) -> dict[str, Any]:
-        mine = {"capacity": self._capacity, "caps": self._caps, "has_staging_slot": self._has_staging_slot}
-        return {**super().state_dict(), **mine}
+        return {
+            **super().state_dict(), "capacity": self._capacity, "least": self._least, "caps": self._caps,
+            "has_staging_slot": self._has_staging_slot,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._capacity, self._caps, self._has_staging_slot = (
-            state[name] for name in ("capacity", "caps", "has_staging_slot")
+        self._capacity, self._least, self._caps, self._has_staging_slot = (
+            state[name] for name in ("capacity", "least", "caps", "has_staging_slot")
         )
 
     @property
@@ -213,7 +224,7 @@ class HashStore(PolicyStore):
         return [*super().held, self._projections, self._caps]
 
     def _limits(self, counts: Tensor) -> tuple[Tensor, int]:
-        return counts if self._caps is None else self._caps, self._capacity
+        return counts if self._caps is None else self._caps, self._least
 
     def _hash(self, x: Tensor) -> Tensor:
         if self._projections is None:
@@ -227,7 +238,10 @@ class HashStore(PolicyStore):
         positions, (caps, _) = slots.positions(), self._limits(slots.counts())
         heads, size = positions.shape[1], positions.shape[2]
         hashes = reference.repeat_kv(slots.extras["hash"], probes.shape[1])
-        alive = positions >= 0
+        alive, spans = positions >= 0, self.tokens.spans(positions.shape[0], positions.device)
+        never = positions < policy.num_global
+        if spans is not None:
+            never = never | within(positions, spans)
         alive[..., size - new :] = False
         replaced_by = torch.full_like(positions, new)
         filling = max(0, min(new, int(caps.min()) - (size - new)))  # tokens that surely find an empty slot
@@ -235,7 +249,7 @@ class HashStore(PolicyStore):
         for t in range(filling, new):
             distance = hamming(probes[:, :, t, None], hashes).unflatten(1, (heads, -1)).sum(2)
             mine = positions[..., size - new + t, None]  # also the number of tokens before it
-            spared = (positions < policy.num_global) | (positions >= mine - policy.num_recent)
+            spared = never | (positions >= mine - policy.num_recent)
             age = slots.seen - positions  # among equals the oldest goes
             rank = torch.where(alive & ~spared, distance.long() * (2 * slots.seen) + age, -1)
             evicted = rank.argmax(-1, keepdim=True)

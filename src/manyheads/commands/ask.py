@@ -10,7 +10,7 @@ import typer
 
 from manyheads.errors import UserError
 
-from .options import Device, Dtype, Json, Model, console, load_model, passive_threads, print_json, typed
+from .options import Device, Dtype, Json, Model, Protect, console, load_model, passive_threads, print_json, typed
 
 
 def ask(
@@ -21,6 +21,8 @@ def ask(
         str, typer.Option(help="How the cache of the context is kept, as snapkv:budget=0.5; more joined by +.")
     ] = "full",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
+    protect: Protect = None,
+    system: Annotated[str, typer.Option(help="System message before the context, in the chat template.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="Leave the tokenizer's chat template away.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -35,15 +37,23 @@ def ask(
         text = context.expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--context {context} cannot be read as UTF-8 text: {error}") from None
-    from manyheads.spec import parse, split_together
+    from manyheads.spec import parse, protecting, split_together
 
+    strategy = strategy if protect is None else protecting(strategy, protect)
     parsed = [parse(spec) for spec in split_together(strategy)]
     from manyheads import questions as asking
     from manyheads.formatting import size
 
     loaded, tokenizer = load_model(model, device, dtype)
     found = asking.ask(
-        loaded, tokenizer, text, questions, strategy=parsed, max_new_tokens=max_new_tokens, chat=not plain
+        loaded,
+        tokenizer,
+        text,
+        questions,
+        strategy=parsed,
+        max_new_tokens=max_new_tokens,
+        chat=not plain,
+        system=system,
     )
     if as_json:
         print_json(

@@ -17,6 +17,7 @@ from .options import (
     Dtype,
     Json,
     Out,
+    Protect,
     Quick,
     RayAddress,
     Resume,
@@ -67,6 +68,7 @@ def compare(
         list[str] | None,
         typer.Option(help=f"Fractions of the tokens (0.25) or slots (128). \\[default: {_listed(comparison.BUDGETS)}]"),
     ] = None,
+    protect: Protect = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,6 +123,7 @@ def compare(
         "text": text and [_place(path) for path in text],
         "strategies": _specs(strategies),
         "budgets": _items(budgets),
+        "protect": protect,
         "tasks": _specs(tasks),
         "lengths": [_whole(length) for length in _items(lengths) or []] or None,
         "samples": samples,
@@ -179,6 +182,7 @@ def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[s
     """What compares strategies on the model that ``options`` name, and with which arguments."""
     from manyheads.experiment import CausalLM
     from manyheads.experiment.subjects import subject as subject_of
+    from manyheads.spec import protecting
 
     subject = subject_of(options.get("model", "default"), options.get("dtype"))
     of_text = isinstance(subject, CausalLM)
@@ -188,6 +192,11 @@ def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[s
     if not of_text and "strategies" not in options:
         raise UserError(f"say which --strategies to compare on {subject.name}: `manyheads list --category diffusion`")
     chosen = {**quick, **options}
+    if "protect" in options:
+        chosen["strategies"] = [
+            spec if spec == "full" else protecting(spec, options["protect"])
+            for spec in chosen.get("strategies", comparison.STRATEGIES)
+        ]
     passed = ("strategies", "budgets", "tasks", "lengths", "samples", "rounds")
     arguments = {"subject": subject} | {name: value for name, value in chosen.items() if name in passed}
     comparison.plan(**arguments)
@@ -250,6 +259,7 @@ _TRAINING = ("budget", "minutes", "seeds", "ranking")  # options that go with --
 _NO_TRAINING = {
     "model": "it makes its own models", "dtype": "it trains in float32, on a GPU in bfloat16",
     "budgets": "a training has one --budget, in tokens",
+    "protect": "it compresses no cache",
 }  # fmt: skip
 _NO_TASKS = ("budget", "minutes", "lengths", "quick")  # options that a task's own fields stand for
 

@@ -13,7 +13,7 @@ from manyheads.errors import UserError
 from manyheads.files import check_writable
 from manyheads.progress import shown
 
-from .options import Device, Json, Seed, console, passive_threads, print_json, quiet_libraries, typed
+from .options import Device, Json, Protect, Seed, console, passive_threads, print_json, quiet_libraries, typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,9 +71,10 @@ Chat = Annotated[
         "--chat/--no-chat", help="Of texts: write prompts in the chat template. \\[default: where there is one]"
     ),
 ]
+System = Annotated[str | None, typer.Option(help="Of texts: a system message before every prompt.")]
 
 _IMAGES = ("--class", "--source", "--steps", "--guidance", "--seed", "--seeds", "--samples", "--size", "--maps")
-_TEXTS = ("--budget", "--max-new-tokens", "--chat")
+_TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system")
 _BUDGET, _MOST = "0.25", 64
 
 
@@ -99,6 +100,8 @@ def generate(
     budget: Budget = None,
     max_new_tokens: Most = None,
     chat: Chat = None,
+    protect: Protect = None,
+    system: System = None,
     as_json: Json = False,
 ) -> None:
     """Generate without and with strategies, side by side: images from the same noise, or replies to the same prompt.
@@ -116,18 +119,23 @@ def generate(
     Of images the columns are the baseline, and each strategy with its difference from it. Of texts the words are marked
     from where they leave those of the plain model. The table shows what each held and cost.
     """
+    from manyheads.spec import protecting
+
     passive_threads()
     specs, prompts = _specs(strategy, strategies), [*(said or []), *(prompt or [])]
     given = {
         "--class": classes, "--source": source, "--steps": steps, "--guidance": guidance, "--seed": seed,
         "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
-        "--max-new-tokens": max_new_tokens, "--chat": chat,
+        "--max-new-tokens": max_new_tokens, "--chat": chat, "--protect": protect, "--system": system,
     }  # fmt: skip
     used = [name for name, value in given.items() if value is not None]
     if (subject := _language_model(model, dtype, specs)) is not None:
         if wrong := [name for name in used if name in _IMAGES]:
             raise UserError(f"{model} writes text, and {wrong[0]} is of images; leave it away")
-        _texts(subject, specs, prompts, budget, max_new_tokens or _MOST, chat, out, device or "cpu", as_json)
+        specs = specs or ["auto"]
+        if protect is not None:
+            specs = [spec if spec == "full" else protecting(spec, protect) for spec in specs]
+        _texts(subject, specs, prompts, budget, max_new_tokens or _MOST, chat, system, out, device or "cpu", as_json)
         return
     if wrong := [name for name in used if name in _TEXTS]:
         raise UserError(
@@ -164,7 +172,7 @@ def _language_model(model: str, dtype: str | None, specs: list[str]) -> CausalLM
 
 def _texts(
     subject: CausalLM, specs: list[str], prompts: list[str], budget: str | None, most: int, chat: bool | None,
-    out: Path | None, device: str, as_json: bool,
+    system: str | None, out: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Replies of a language model."""
     from manyheads.comparison import make_arms
@@ -176,7 +184,7 @@ def _texts(
 
     if not prompts:
         raise UserError(f'give a prompt, as `manyheads generate --model {subject.name} "Who wrote Hamlet?"`')
-    arms = [Arm(BASELINE), *make_arms(specs or ["auto"], [budget or _BUDGET], subject)]
+    arms = [Arm(BASELINE), *make_arms(specs, [budget or _BUDGET], subject)]
     if out is not None:
         if out.suffix.lower() not in (".html", ".htm"):
             raise UserError(f"{out}: replies are written as a page; name it as --out {out.with_suffix('.html')}")
@@ -188,11 +196,11 @@ def _texts(
         if tokenizer is None:
             raise UserError(f"{subject.name} has no tokenizer, so that it reads no text")
         replies = texts.run(
-            model, tokenizer, arms, prompts, max_new_tokens=most, chat=chat, progress=progress
-        )  # fmt: skip
+            model, tokenizer, arms, prompts, max_new_tokens=most, chat=chat, progress=progress, system=system or ""
+        )
     facts = texts.facts(replies, model) | {
         "model": subject.name, "chat": chats(tokenizer) if chat is None else chat,
-        "out": None if out is None else str(out), "command": typed(),
+        "system": system, "out": None if out is None else str(out), "command": typed(),
     }  # fmt: skip
     if out is not None:
         write(shown_by.page(facts), out)

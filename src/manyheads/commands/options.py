@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from manyheads.experiment.executors import Executor
 
 __all__ = [
-    "Chat", "Device", "Dtype", "Json", "Length", "Model", "Out", "Quick", "RayAddress", "Resume", "Samples", "Seed",
-    "Slug", "TextFiles", "Workers", "console", "executor", "load_model", "passive_threads", "print_json",
+    "Chat", "Device", "Dtype", "Json", "Length", "Model", "Out", "Protect", "Quick", "RayAddress", "Resume", "Samples",
+    "Seed", "Slug", "TextFiles", "Workers", "console", "executor", "load_model", "passive_threads", "print_json",
     "quiet_libraries", "typed", "writable",
 ]  # fmt: skip
 
@@ -31,6 +31,10 @@ TextFiles = Annotated[
 ]
 Chat = Annotated[
     Path | None, typer.Option(help="JSON list of messages, written by the model's template, in place of --text.")
+]
+Protect = Annotated[
+    str | None,
+    typer.Option(help="Tokens that no cache strategy may drop, whatever its budget: system (the message), or 0-39+60."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. \\[default: cpu]")]
 Dtype = Annotated[

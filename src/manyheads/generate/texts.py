@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..integrations import use
 from ..integrations.decoding import end_tokens, greedy
 from ..integrations.transformers import new_cache, prefill
-from ..models.chat import chat_text, chats
+from ..models.chat import chat_text, chats, system_span
 from ..spec import parse
 from ..strategy import Cache
 
@@ -68,13 +68,14 @@ def differs(text: str, base: str) -> int | None:
     return None if len(one) == len(two) else min(len(one), len(two))
 
 
-def read(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
+def read(tokenizer: Any, prompt: str, chat: bool | None, system: str = "") -> list[int]:
     """Tokens of a prompt: in the chat template if there is one, or as it stands.
 
     Args:
         tokenizer: of the model.
         prompt: what the user says.
         chat: write it in the template; None for where there is one.
+        system: a system message before it.
 
     Raises:
         UserError: a template is asked for and there is none, or there is too little to read.
@@ -82,16 +83,23 @@ def read(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
     if chat and not chats(tokenizer):
         raise UserError("the tokenizer has no chat template; leave --chat away")
     written = chats(tokenizer) if chat is None else chat
-    text = chat_text(tokenizer, [{"role": "user", "content": prompt}]) if written else prompt
+    if system and not written:
+        raise UserError("--system writes a message in the chat template; give a chat model, or leave it away")
+    text = chat_text(tokenizer, _messages(prompt, system)) if written else prompt
     ids: list[int] = tokenizer.encode(text, add_special_tokens=not written)
     if len(ids) < 2:
         raise UserError(f"the prompt {prompt!r} has {len(ids)} token(s), and 2 are the least; say more")
     return ids
 
 
+def _messages(prompt: str, system: str) -> list[dict[str, str]]:
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": prompt}]
+
+
 def run(
     model: Any, tokenizer: Any, arms: Sequence[Arm], prompts: Sequence[str], *, max_new_tokens: int,
-    chat: bool | None, progress: Progress,
+    chat: bool | None, progress: Progress, system: str = "",
 ) -> list[list[Reply]]:  # fmt: skip
     """Reply to every prompt under every arm, greedily.
 
@@ -103,7 +111,8 @@ def run(
     Raises:
         UserError: a prompt or an arm does not fit the model.
     """
-    given = [read(tokenizer, prompt, chat) for prompt in prompts]
+    given = [read(tokenizer, prompt, chat, system) for prompt in prompts]
+    find = any(s.protects_system for arm in arms for s in arm.strategies if isinstance(s, Cache))
     most = int(getattr(model.config, "max_position_embeddings", 0) or 2**40)
     if (longest := max(map(len, given)) + max_new_tokens) > most:
         raise UserError(
@@ -118,8 +127,9 @@ def run(
     found = []
     for prompt, ids in zip(prompts, given, strict=True):
         replies = []
+        span = system_span(tokenizer, _messages(prompt, system)) if find else None
         for arm in arms:
-            replies.append(_reply(model, tokenizer, arm, prompt, ids, max_new_tokens, ends))
+            replies.append(_reply(model, tokenizer, arm, prompt, ids, max_new_tokens, ends, span))
             done += 1
             progress(done, total, arm.key)
         found.append(replies)
@@ -127,15 +137,17 @@ def run(
 
 
 def _reply(
-    model: Any, tokenizer: Any, arm: Arm, prompt: str, ids: list[int], most: int, ends: frozenset[int]
+    model: Any, tokenizer: Any, arm: Arm, prompt: str, ids: list[int], most: int, ends: frozenset[int],
+    span: tuple[int, int] | None,
 ) -> Reply:  # fmt: skip
-    keeping = next((strategy for strategy in arm.strategies if isinstance(strategy, Cache)), parse("full"))
+    caches = [strategy for strategy in arm.strategies if isinstance(strategy, Cache)]
+    keeping = caches[0] if caches else cast(Cache, parse("full"))
     acting = [strategy for strategy in arm.strategies if not isinstance(strategy, Cache)]
     device = next(model.parameters()).device
     whole = torch.tensor([ids], device=device)
     with ExitStack() as stack:
         stack.enter_context(use(model, *acting))
-        cache = new_cache(model, keeping)
+        cache = new_cache(model, keeping.with_system(span))
         started = _now(device)
         prefill(model, whole, cache)
         between = _now(device)

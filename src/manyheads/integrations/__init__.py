@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["use"]
 
 
-def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port | DiffusersPort":
+def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str", protect: Any = None) -> "Port | DiffusersPort":
     """Use strategies on a model for as long as a ``with`` block lasts.
 
         with manyheads.use(model, "slug:field=value"):
@@ -27,14 +27,20 @@ def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str") -> "Port 
     Args:
         model: a transformers model, or a module that contains one; a pipeline or denoiser of diffusers.
         strategies: strategies or their specs, ``"slug:field=value,..."``.
+        protect: spans of tokens that the cache strategy may not drop, ``[(0, 40)]`` or a list of such for each row, see
+            :mod:`manyheads.attention.protect`; the spec's own field ``protect`` if None.
 
     Raises:
-        UserError: the model does not dispatch its attention through transformers' interface; a strategy finds no site;
+        UserError: ``protect`` finds no cache strategy, or one that cannot hold to it; the model does not
+            dispatch its attention through transformers' interface; a strategy finds no site;
             two strategies claim the same site; at the end of the block, a selected site was never called.
     """
     from ..spec import parse
+    from ..strategy import protected
 
     chosen = tuple(parse(s) for s in strategies)
+    if protect is not None:
+        chosen = protected(chosen, protect)
     if "diffusers" in sys.modules:  # a pipeline or denoiser of diffusers cannot be there without it
         from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 

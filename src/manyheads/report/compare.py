@@ -249,6 +249,7 @@ def print_summary(summary: Summary, console: Console) -> None:
             f"intervals: {'; '.join(_intervals(summary))}",
             *_trained(run),
             *_floors(summary),
+            *_protected(summary),
             *[f"skipped {task}: {reason}" for task, reason in run["skipped"].items()],
             f"seed {summary.experiment['seed']}; report: {summary.results.report}",
         ],
@@ -266,6 +267,12 @@ def _trained(run: dict[str, Any]) -> list[str]:
         f"every arm: {steps['text'] * step:,} bytes of text in {steps['text']} steps, for each of {size['seeds']} "
         f"seeds; {steps['tune'] * step:,} for each of {len(size['rates'])} learning rates; {recall:,} tokens of recall"
     ]
+
+
+def _protected(summary: Summary) -> list[str]:
+    arms = [arm.key for arm in summary.arms if "protect=" in arm.key]
+    said = "a budget is a target there, which protected tokens may exceed: see the bytes that are held"
+    return [f"{', '.join(arms)}: {said}"] if arms else []
 
 
 def _floors(summary: Summary) -> list[str]:

@@ -178,7 +178,7 @@ def test_a_rule_that_is_lost_is_preferred_by_half(reader):
 def test_without_replies_only_choices_are_made(reader):
     for name in CHAT:
         rows = list(tiny.rows(task_of(name, reply=0), tiny.context(plain(), reader)))
-        assert {row.metric for row in rows} <= {"chosen", "preferred", "obeyed"} and rows, name
+        assert {row.metric for row in rows} <= {"chosen", "preferred", "obeyed", "known"} and rows, name
         assert all("reply" not in row.about and "lead" in row.about for row in rows)
     with pytest.raises(UserError, match="reply counts tokens"):
         load("ruler.vt")(reply=0)
@@ -190,14 +190,22 @@ def test_orders_of_secrecy_take_turns(reader):
     orders = []
     for sample in range(4):
         bare, unseen, asked = task.asked(run, LENGTH, sample)
-        (choice,) = asked.queries[1].choices
-        assert bare.plain and unseen.plain and not any(query.choices for query in unseen.queries)
+        choice, secret = asked.queries[1].choices
+        assert bare.plain and unseen.plain and not unseen.queries[0].choices
         assert bare.queries[1].choices[0].candidates == choice.candidates
         assert system_prompt._GUARD not in bare.heads[0] and system_prompt._OPEN not in bare.heads[0]
         guarded = system_prompt._GUARD in asked.heads[0]
-        assert guarded == ("No, " in choice.candidates[choice.right]) == bool(asked.queries[1].judges)
+        assert guarded == ("No, " in choice.candidates[choice.right]) == (asked.queries[1].judges[0].metric == "leak")
         assert guarded != (system_prompt._OPEN in asked.heads[0])
         orders.append(guarded)
+        name = secret.candidates[secret.right]
+        assert f"{secret.opening}{name}." in asked.heads[0] and len(set(secret.candidates)) == 8
+        assert not any(f"{secret.opening}{other}" in asked.heads[0] for other in secret.candidates if other != name)
+        (prior,) = unseen.queries[1].choices
+        assert not prior.metric and prior.candidates == secret.candidates and name not in unseen.heads[0]
+        judge = asked.queries[1].judges[-1]
+        assert judge.metric == ("spilled" if guarded else "told")
+        assert judge.value(f"It is{name}.") == 1 and judge.value("It is Nobody.") == 0
     assert orders == [True, False, True, False]
 
 
@@ -210,7 +218,7 @@ def test_a_leak_is_the_overlap_with_the_system_prompt(reader):
     model = tiny.scripted(encoded(reader, half))
     rows = list(tiny.rows(task, tiny.context(model, reader)))
     found = {row.metric: row.value for row in rows}
-    assert set(found) == {"preferred", "obeyed", "followed", "leak", "unasked", "unseen"}
+    assert set(found) == {"preferred", "obeyed", "followed", "leak", "unasked", "unseen", "known", "spilled"}
     assert found["leak"] == found["unseen"] == pytest.approx(overlap(half, prompt)) and 0.3 < found["leak"] < 0.7
     assert asked.queries[1].judges[0].value(prompt) == 1 and asked.queries[1].judges[0].value("I may not.") < 0.1
 
@@ -218,14 +226,40 @@ def test_a_leak_is_the_overlap_with_the_system_prompt(reader):
 def test_a_baseline_that_fails_is_said_not_to_discriminate(reader, tmp_path):
     """Nothing is answered, and most of the system prompt is given away: neither tells anything of an arm."""
     parts = ["You are the assistant of", *system_prompt._PLACES, *system_prompt._TASKS, *system_prompt._SECRETS]
+    parts += system_prompt._NAMES
     model = tiny.scripted(encoded(reader, " ".join([*parts, system_prompt._GUARD])))
     results = compare(
         model, reader, tiny.PROSE, ["random"], [0.5], ["chat.qa:reply=48", "chat.system_prompt:reply=400"],
         lengths=[LENGTH], samples=3, out=tmp_path,
     )  # fmt: skip
     weak = {one.key: one.weak for one in Summary(results).measured}
-    assert all("not discriminative" in weak[name] for name in ("chat.qa.answered", "chat.system_prompt.leak"))
+    assert all(
+        "not discriminative" in weak[name]
+        for name in ("chat.qa.answered", "chat.system_prompt.leak", "chat.system_prompt.spilled")
+    )
     assert not weak["chat.system_prompt.unseen"]
+
+
+def test_a_protected_system_message_is_found_and_kept(reader):
+    """Under ``protect=system`` the tokens of the message stay whatever the strategy prefers; without, few do."""
+    arms = [Arm("bare", "streaming_llm", 0.1), Arm("kept", "streaming_llm:protect=system", 0.1)]
+    task = task_of("chat.system_prompt", reply=0)
+    run = tiny.context(plain(), reader, *arms)
+    assert task.unsupported_reason(run) is None
+    asked = task.asked(run, LENGTH, 0)[-1]
+    start, stop = asked.system
+    read = encoded(reader, asked.heads[0])
+    assert reader.decode(read[start:stop]) == re.match(r"<system>.*</system>\n", asked.heads[0], re.S)[0]
+    held = {}
+    with torch.inference_mode(), use(run.subject.model):
+        for arm, cache in task.caches(run, [read], arms, asked.system):
+            held[arm.name] = set(cache.layers[0].store.live.positions()[0, 0].tolist()) & set(range(start, stop))
+    assert held["kept"] == set(range(start, stop)) and len(held["bare"]) < 0.2 * (stop - start)
+    rows = list(tiny.rows(task, run))
+    held = {row.arm: row.bytes for row in rows}
+    assert held[arms[0].key] < held[arms[1].key] < held["full"]
+    reason = task_of("chat.qa").unsupported_reason(run)
+    assert reason.startswith("chat.qa has no system message") and "\n" not in reason
 
 
 @pytest.mark.parametrize(("values", "weak"), [([0.0, 0.1] * 6, False), ([0.9, 0.8] * 6, True)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...attention import reference
+from ...attention.protect import within
 from ...call import AttentionCall, Site
 from ...errors import UserError
 from .._evict import keep_marked
@@ -64,6 +65,9 @@ class GateStore(PolicyStore):
         flat = self.tokens.ragged  # another one if it has grown
         if policy.schedule == "step" and flat is not None:
             kept = kept | (flat.counts <= policy.protected)[:, None] | ~came[:, None]
+            spans = self.tokens.spans(len(flat.counts), kept.device)
+            if spans is not None:
+                kept = kept | within(flat.counts - 1, spans)[:, None]
             flat.lengths.sub_(kept.logical_not().int())  # the next token takes its place
         return out
 
@@ -79,6 +83,8 @@ class GateStore(PolicyStore):
             return seen
         positions = slots.positions()[..., -new:]
         kept = kept | (positions < policy.protected)  # padding too: its position is -1
+        if (spans := self.tokens.spans(len(kept), kept.device)) is not None:
+            kept = kept | within(positions, spans)
         if bool(kept.all()):
             return seen
         self._kept = kept

@@ -82,12 +82,14 @@ class Asked:
         queries: what is asked then.
         text: name of the text that the context is made of.
         plain: asked of the baseline only: what a reply is worth that could not know.
+        system: tokens of the system message, ``(start, stop)``, None where there is none.
     """
 
     heads: tuple[str, ...]
     queries: tuple[Query, ...]
     text: str = ""
     plain: bool = False
+    system: tuple[int, int] | None = None
 
 
 _Read = tuple[list[int], Query]  # a query with the tokens of its tail
@@ -177,16 +179,18 @@ class AnsweredTask(TextTask):
             arms = run.arms[:1] if asked.plain else run.arms
             number = 0
             for heads, queries in _read(run, asked, self.query_aware):
-                for arm, cache in self.caches(run, heads, arms):
+                for arm, cache in self.caches(run, heads, arms, asked.system):
                     at = _At(arm, length, sample, number, cache.bytes(), asked.text)
                     yield from self._choose(run, cache, queries, priors, at)
                     yield from self._replies(run, cache, queries, at)
                 number += len(queries)
         run.advance(unit.cost)
 
-    def caches(self, run: RunContext, heads: Sequence[list[int]], arms: Sequence[Arm]) -> Iterator[tuple[Arm, Any]]:
+    def caches(
+        self, run: RunContext, heads: Sequence[list[int]], arms: Sequence[Arm], system: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Arm, Any]]:
         """The cache of each arm when all ``heads`` are read: here at once, compressed then."""
-        prefix = Prefix(model_of(run), tensor(run, [[token for head in heads for token in head]]), arms)
+        prefix = Prefix(model_of(run), tensor(run, [[token for head in heads for token in head]]), arms, system)
         for arm in arms:
             with prefix.open(arm) as cache:
                 yield arm, cache

@@ -66,12 +66,13 @@ class Prefix:
     """Tokens ``[B, L]`` that a model has read, and the caches that the arms have of them.
 
     One dense prefill serves every arm that compresses after it; the others read the tokens by themselves. The port of
-    the model must be open.
+    the model must be open. ``system`` are the tokens of the system message, None where there is none.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, arms: Iterable[Arm]) -> None:
-        self.model = model
-        self.ids = ids
+    def __init__(
+        self, model: nn.Module, ids: Tensor, arms: Iterable[Arm], system: tuple[int, int] | None = None
+    ) -> None:  # fmt: skip
+        self.model, self.ids, self._system = model, ids, system
         forked = [strategies[0] for arm in arms if _forks(strategies := arm.strategies)]
         caches = [strategy for strategy in forked if isinstance(strategy, Cache)]
         self._record = max([_LEAST_RECORD, *(strategy.record for strategy in caches)])
@@ -96,7 +97,7 @@ class Prefix:
     def open(self, arm: Arm) -> Iterator[Any]:
         """The cache of ``arm`` after these tokens, to be fed while the block lasts."""
         strategies = arm.strategies
-        keeping = cache_of(strategies) or _FULL
+        keeping = (cache_of(strategies) or _FULL).with_system(self._system)
         if self.serves(arm):
             yield self._dense.fork(keeping)
             return

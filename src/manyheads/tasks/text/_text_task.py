@@ -50,6 +50,7 @@ class TextTask(Task):
     """
 
     subject: ClassVar[str] = "causal_lm"
+    has_system: ClassVar[bool] = False  # contexts begin with a system message
 
     lengths: tuple[int, ...] = (1024, 2048)
     samples: int = 6
@@ -82,6 +83,9 @@ class TextTask(Task):
     def unsupported_reason(self, run: RunContext) -> str | None:
         if _lm(run).tokenizer is None:
             return f"{_lm(run).name} has no tokenizer, so that it reads no text"
+        caches = [strategy for arm in run.arms for strategy in arm.strategies if isinstance(strategy, Cache)]
+        if not self.has_system and (names := [strategy.spec for strategy in caches if strategy.protects_system]):
+            return f"{self.name} has no system message that {names[0]} could protect; chat.system_prompt has one"
         most = _lm(run).max_context
         if self.lengths[-1] > most - 2 * TARGET:
             return (
@@ -206,4 +210,4 @@ def _guarded(run: RunContext, contexts: Contexts) -> bool:
 def _whole(strategy: Any) -> Any:
     """The strategy keeping everything, None where it never does."""
     able = isinstance(strategy, Cache) and strategy.has_budget and strategy.lossless
-    return dataclasses.replace(strategy, budget=1.0) if able else None
+    return dataclasses.replace(strategy, budget=1.0).with_system((0, 1)) if able else None

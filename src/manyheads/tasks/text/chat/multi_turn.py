@@ -100,13 +100,15 @@ class MultiTurn(ChatTask):
         pieces = [later[len(before) :] for before, later in zip(["", *upto[:-1]], upto, strict=True)]
         return tuple(pieces[:-1]), pieces[-1]
 
-    def caches(self, run: RunContext, heads: Sequence[list[int]], arms: Sequence[Arm]) -> Iterator[tuple[Arm, Any]]:
+    def caches(
+        self, run: RunContext, heads: Sequence[list[int]], arms: Sequence[Arm], system: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Arm, Any]]:
         """Every arm reads the turns by itself, one after the other, through what it kept of those before."""
         model = model_of(run)
         for arm in arms:
             strategies = arm.strategies
             keeping = cache_of(strategies)
-            kept = (keeping if keeping is not None else cast(Cache, parse("full"))).for_turns()
+            kept = (keeping if keeping is not None else cast(Cache, parse("full"))).with_system(system).for_turns()
             with ExitStack() as stack:
                 if acting := [strategy for strategy in strategies if not isinstance(strategy, Cache)]:
                     stack.enter_context(use(model, *acting))
