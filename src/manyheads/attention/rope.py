@@ -154,7 +154,7 @@ def angle_step(rotary: Rotary, positions: Tensor | None = None) -> Tensor:
     return step
 
 
-def mean_rotation(rotary: Rotary, step: Tensor, count: int, positions: Tensor | None = None) -> Rotary:
+def mean_rotation(rotary: Rotary, step: Tensor, count: int | Tensor, positions: Tensor | None = None) -> Rotary:
     """The average of the rotations to the ``count`` positions after the last one, as a rotary of one position.
 
     ``rotate(x, mean_rotation(...))`` is the mean of ``rotate(x, r)`` over the rotary r of those positions; the mean of
@@ -163,12 +163,13 @@ def mean_rotation(rotary: Rotary, step: Tensor, count: int, positions: Tensor | 
     Args:
         rotary: cosines and sines of T positions.
         step: ``[B, r/2]`` of :func:`angle_step`.
-        count: how many positions to average, at least 1.
+        count: how many positions to average, at least 1; or how far ahead they are, ``[n]``.
         positions: ``[B, T]`` as for :func:`angle_step`.
     """
     turns = _phasors(rotary)
     _, last = _places(rotary, positions)
-    ahead = torch.arange(1, count + 1, device=step.device) * step[..., None]
+    ahead = torch.arange(1, count + 1, device=step.device) if isinstance(count, int) else count
+    ahead = ahead * step[..., None]
     mean = _at(turns, last) * torch.complex(ahead.cos().mean(-1), ahead.sin().mean(-1))
     cos, sin = (x.to(mean.real.dtype) for x in rotary)
     mean = mean * torch.hypot(_at(cos, last), _at(sin, last))[:, : mean.shape[1]]
