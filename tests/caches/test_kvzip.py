@@ -26,10 +26,11 @@ class Record(AttentionWatch):
         object.__setattr__(self, "seen", {})
 
     def watch(self, call, output):
-        self.seen.setdefault(call.site.layer, []).append((call.q.double(), call.k.double(), call.scale))
+        self.seen.setdefault(call.site.layer, []).append((call, call.site.output()))
 
 
-def scored(model, ids, chunk_size, *, group_max=True, sinks=True, own=True, top=True, reading=None):
+def scored(model, ids, chunk_size, *, group_max=True, sinks=True, own=True, top=True, reading=None,
+           plus=False):  # fmt: skip
     """Scores ``[layer][Hkv, L]`` from plain forwards of the model, in float64; flags leave out one part each."""
     made = []
     for start in range(SINKS, ids.shape[1], chunk_size):
@@ -39,7 +40,9 @@ def scored(model, ids, chunk_size, *, group_max=True, sinks=True, own=True, top=
         with torch.no_grad(), manyheads.use(model, record):
             model(torch.cat([ids, again], 1))
         for layer, calls in record.seen.items():
-            ((q, k, scale),) = calls
+            ((call, out),) = calls
+            q, k, v, scale = call.q.double(), call.k.double(), call.v.double(), call.scale
+            inputs = call.hidden.double()[0].norm(dim=-1)
             groups, new = q.shape[1] // k.shape[1], again.shape[1]
             if len(made) <= layer:
                 made.append(torch.zeros(k.shape[1], ids.shape[1], dtype=torch.float64))
@@ -52,7 +55,11 @@ def scored(model, ids, chunk_size, *, group_max=True, sinks=True, own=True, top=
                         query = q[0, h * groups + g, ids.shape[1] + t]
                         z = [math.exp(float(query @ k[0, h, j]) * scale) for j in columns]
                         weight = dict(zip(columns, (e / sum(z) for e in z), strict=True))
-                        by_query.append([weight[j] for j in range(start, stop)])
+                        size = dict.fromkeys(columns, 1.0)
+                        if plus:
+                            w = out.double()[:, (h * groups + g) * v.shape[3] :][:, : v.shape[3]]
+                            size = {j: float((w @ v[0, h, j]).norm() / inputs[ids.shape[1] + t]) for j in columns}
+                        by_query.append([weight[j] * size[j] for j in range(start, stop)])
                 by_query = torch.tensor(by_query, dtype=torch.float64)
                 if not group_max:
                     by_query = by_query.unflatten(0, (groups, -1)).mean(0)
@@ -85,12 +92,13 @@ def model():
     return models.build("llama", num_key_value_heads=2).double()
 
 
+@pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("chunk_size", [64, 15])
-def test_against_loops(model, chunk_size):
+def test_against_loops(model, chunk_size, plus):
     ids = models.tokens(1, LENGTH)
     with manyheads.use(model):
-        cache = caches.prefilled(model, policy(chunk_size=chunk_size), ids)
-    assert kept(cache) == kept_by_hand(scored(model, ids, chunk_size), 0.4)
+        cache = caches.prefilled(model, policy(chunk_size=chunk_size, plus=plus), ids)
+    assert kept(cache) == kept_by_hand(scored(model, ids, chunk_size, plus=plus), 0.4)
 
 
 def test_control_of_the_loops(model):
@@ -101,6 +109,7 @@ def test_control_of_the_loops(model):
     for part in ("group_max", "sinks", "own", "top"):
         assert got != kept_by_hand(scored(model, ids, 15, **{part: False}), 0.4), part
     assert got != kept_by_hand(scored(model, ids, 64), 0.4)
+    assert got != kept_by_hand(scored(model, ids, 15, plus=True), 0.4)
     reversed_ = scored(model, ids, 15, reading=lambda ids, start, stop: ids[:, start:stop].flip(1))
     assert got != kept_by_hand(reversed_, 0.4)
 

@@ -10,7 +10,9 @@ largest weight that any query of this reading gave it, over the query heads of i
 
 with a softmax over the chunk, what is read and the first tokens alone, so that the cost grows by n m and not by n^2.
 The best of all tokens of all heads and layers stay (the paper's non-uniform head budgets); layers with a sliding
-window are left as they are.
+window are left as they are. With ``plus`` (KVzip+, as KVzap, arXiv 2601.07891, calls it) a weight is multiplied by
+what the token would add to the residual stream, next to what is there: |W_o,h v_i| / |x_t|, with x_t the input of the
+attention at the reading query.
 
 The cost is the second reading: every token of the prompt goes through the model once more, with attention over the
 cache, and scores of m x 2 m beside it: more than the prompt itself took. Nothing of it is kept.
@@ -51,11 +53,14 @@ class KVzip(Rereading, JointRanking):
         chunk_size: tokens of the prompt repeated in one forward, m.
         instruct: with the instruction to repeat, for which the model's tokenizer is looked up where its weights came
             from; without it the tokens alone come again.
+        plus: weigh by the output that the value would give, over the input of the query.
     """
 
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     chunk_size: int = field(default=2048, metadata={"help": "tokens of the prompt repeated in one forward"})
     instruct: bool = field(default=True, metadata={"help": "say that the prompt is to be repeated, or repeat it only"})
+
+    plus: bool = field(default=False, metadata={"help": "weigh by the output of the value over the query's input"})
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -87,6 +92,7 @@ class KVzip(Rereading, JointRanking):
         q = reference.widened(call.q).unflatten(1, (heads, -1))  # [B, Hkv, G, T, d]
         before, size = k.shape[3] - new, columns.stop - columns.start
         best = q.new_zeros(q.shape[0], heads, size)
+        rows, sizes = self._plus(call, columns) if self.plus else (None, None)
         block = reference.block_size(k, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[3])
         for first in range(0, new, block):
             part = q[:, :, :, first : first + block]
@@ -95,10 +101,23 @@ class KVzip(Rereading, JointRanking):
                 x = torch.tanh(x / call.softcap) * call.softcap
             seen = torch.ones(part.shape[3], k.shape[3], dtype=torch.bool, device=x.device).tril(before + first)
             weights = reference.softmax(x.flatten(1, 2), seen, call.sinks).unflatten(1, (heads, -1))
-            best = torch.maximum(best, weights[..., before - size : before].amax((2, 3)))
+            weights = weights[..., before - size : before]
+            if rows is not None and sizes is not None:
+                weights = weights * sizes[:, :, :, None] / rows[:, None, None, first : first + block, None]
+            best = torch.maximum(best, weights.amax((2, 3)))
         if _SCORES not in state:
             state[_SCORES] = q.new_zeros(q.shape[0], heads, length)
         state[_SCORES][:, :, columns] = best
+
+    def _plus(self, call: AttentionCall, columns: slice) -> tuple[Tensor, Tensor]:
+        """``|x_t| [B, T]`` of the queries, and ``|W_o,h v_i| [B, Hkv, G, size]`` of the tokens that are scored."""
+        if call.hidden is None or call.site.output is None:
+            raise UserError(f"kvzip:plus=true reads input and output layer of {call.site.name}, which are not known")
+        v = reference.widened(call.v[:, :, columns])
+        weight = call.site.output().to(v.dtype).unflatten(1, (v.shape[1], -1, v.shape[3]))  # [D, Hkv, G, dv]
+        gram = torch.einsum("Dhgi,Dhgj->hgij", weight, weight)
+        sizes = torch.einsum("bhni,hgij,bhnj->bhgn", v, gram, v).clamp(min=0).sqrt()
+        return torch.linalg.vector_norm(reference.widened(call.hidden), dim=-1), sizes
 
     def rank(self, views: list[CacheView]) -> list[Tensor]:
         return [view.state.pop(_SCORES) for view in views]

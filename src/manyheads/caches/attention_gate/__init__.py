@@ -92,12 +92,5 @@ class AttentionGate(EvictionStrategy):
         return False
 
     def store(self, site: Site) -> GateStore:
-        known = self.trained.kv_heads
-        if site.latent is not None:
-            raise UserError(f"{site.name} caches latents, which are no heads to gate; choose hedge or snapkv")
-        if site.layer not in known or known[site.layer] != site.num_kv_heads:
-            raise UserError(
-                f"{self.gates} has no gate for layer {site.layer} with {site.num_kv_heads} key/value heads: train "
-                f"gates on this model: {HOW}"
-            )
+        self.trained.check(site, self.gates)
         return GateStore(self, site)

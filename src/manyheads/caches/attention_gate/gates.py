@@ -7,27 +7,18 @@ of the gate's own attention.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...attention import reference
 from ...attention.causal import causal_tail
-from ...errors import UserError
-
-if TYPE_CHECKING:
-    from ...call import Site
+from .._layer_modules import LayerModules
 
 __all__ = ["Gate", "Gates"]
 
-_FORMAT = 1
-_WEIGHTS, _CONFIG = "gates.safetensors", "gates.json"
 HOW = "python -m manyheads.recipes.attention_gate --model MODEL --out FOLDER"
 
 
@@ -88,7 +79,7 @@ class Gate(nn.Module):
         return self.decide(*self.project(hidden), real)
 
 
-class Gates(nn.Module):
+class Gates(LayerModules):
     """The gates of a model by layer, and what they were trained for.
 
     Args:
@@ -100,86 +91,25 @@ class Gates(nn.Module):
         about: how they were trained, plain values.
     """
 
+    files, what, how, user = "gates", "gates", HOW, "attention_gate"
+
     def __init__(
         self, dim: int, kv_heads: Mapping[int, int], num_heads: int = 2, head_dim: int = 16, bias: float = 2.0,
         threshold: float = 0.5, sinks: int = 0, about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.config: dict[str, Any] = {"dim": dim, "num_heads": num_heads, "head_dim": head_dim}
-        self.kv_heads, self.threshold, self.sinks, self.about = dict(kv_heads), threshold, sinks, dict(about or {})
-        self.layers = nn.ModuleDict({
-            str(layer): Gate(dim, heads, num_heads, head_dim, bias) for layer, heads in sorted(kv_heads.items())
-        })  # fmt: skip
-        self._placed: dict[tuple[Any, ...], Gate] = {}
+        config = {"dim": dim, "num_heads": num_heads, "head_dim": head_dim}
+        super().__init__(kv_heads, config, about, bias=bias)
+        self.threshold, self.sinks = threshold, sinks
 
-    @classmethod
-    def of(cls, dim: int, sites: Iterable[Site], **settings: Any) -> Gates:
-        """New gates for ``sites`` of a model of width ``dim``; ``settings`` as in the class.
+    @property
+    def described(self) -> dict[str, Any]:
+        return {**self.config, "threshold": self.threshold, "sinks": self.sinks}
 
-        Raises:
-            UserError: no causal self-attention that caches keys and values is among them.
-        """
-        heads = {
-            site.layer: site.num_kv_heads
-            for site in sites
-            if site.kind == "self" and site.causal and site.latent is None
-        }
-        known = {layer: count for layer, count in heads.items() if layer is not None and count is not None}
-        if not known:
-            raise UserError("attention_gate finds no layer that caches keys and values: give a decoder of transformers")
-        return cls(dim, known, **settings)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
-        return self  # of the model, not of a sequence whose cache is copied
+    def make(self, heads: int, **more: Any) -> Gate:
+        return Gate(self.config["dim"], heads, self.config["num_heads"], self.config["head_dim"], **more)
 
     def gate(self, layer: int) -> Gate:
         """The gate of a layer, the very module that is trained."""
-        found = self.layers[str(layer)]
+        found = self.layer(layer)
         assert isinstance(found, Gate)
         return found
-
-    def placed(self, layer: int, like: Tensor) -> Gate:
-        """The gate of a layer on the device of ``like``, in float32 or, where that has it, float64; for inference."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        key = layer, like.device, dtype
-        if key not in self._placed:
-            own, heads = self.gate(layer), self.kv_heads[layer]
-            made = Gate(self.config["dim"], heads, self.config["num_heads"], self.config["head_dim"])
-            made.load_state_dict(own.state_dict())
-            self._placed[key] = made.requires_grad_(False).to(like.device, dtype)
-        return self._placed[key]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``gates.safetensors`` and ``gates.json`` into ``folder``, which ``attention_gate:gates=`` takes."""
-        place = Path(folder).expanduser()
-        place.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        save_file(tensors, place / _WEIGHTS)
-        config = {
-            "format": _FORMAT, **self.config, "threshold": self.threshold, "sinks": self.sinks,
-            "kv_heads": {str(layer): heads for layer, heads in self.kv_heads.items()}, "about": self.about,
-        }  # fmt: skip
-        (place / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        return place
-
-    @staticmethod
-    def load(folder: str | Path) -> Gates:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: the folder does not hold gates.
-        """
-        place = Path(folder).expanduser()
-        try:
-            config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-            if config["format"] != _FORMAT:
-                raise ValueError(f"its format is {config['format']}, not {_FORMAT}")
-            made = Gates(
-                config["dim"], {int(layer): heads for layer, heads in config["kv_heads"].items()}, config["num_heads"],
-                config["head_dim"], threshold=config["threshold"], sinks=config["sinks"], about=config["about"],
-            )  # fmt: skip
-            made.load_state_dict(load_file(place / _WEIGHTS))
-        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip("'\"").splitlines()[0]
-            raise UserError(f"{folder} holds no gates ({reason}); train some: {HOW}") from None
-        return made.requires_grad_(False).eval()

@@ -16,7 +16,6 @@ from torch import Tensor
 from ...attention import reference
 from ...attention.protect import within
 from ...call import AttentionCall, Site
-from ...errors import UserError
 from .._evict import keep_marked
 from .._store import PolicyStore, choose_storage
 
@@ -120,18 +119,13 @@ class GateStore(PolicyStore):
 
     def _decide(self, call: AttentionCall, real: Tensor | None) -> Tensor:
         """Whether each of the T new tokens is kept, ``[B, Hs, T]``; the gate's keys and values go into the state."""
-        if call.hidden is None:
-            raise UserError(f"attention_gate reads the input of {self.site.name}, which the model does not pass on")
         gates = self.policy.trained
+        hidden = gates.reads(call, self.policy.gates)
         assert self.site.layer is not None
-        if call.hidden.shape[-1] != gates.config["dim"]:
-            raise UserError(
-                f"{self.policy.gates} has gates for a width of {gates.config['dim']}, and {self.site.name} has "
-                f"{call.hidden.shape[-1]}: train gates on this model"
-            )
-        gate = gates.placed(self.site.layer, call.hidden)
-        q, k, v = gate.project(call.hidden.detach())
+        gate = gates.placed(self.site.layer, hidden)
+        q, k, v = gate.project(hidden.detach())
         if self.state:
             k, v = torch.cat([self.state[_KEYS], k], 2), torch.cat([self.state[_VALUES], v], 2)
         self.state[_KEYS], self.state[_VALUES] = k, v
-        return gate.decide(q, k, v, real).sigmoid() > self.policy.limit
+        logits: Tensor = gate.decide(q, k, v, real)
+        return logits.sigmoid() > self.policy.limit
