@@ -40,6 +40,7 @@ __all__ = ["AttentionMatching", "MatchingStore", "fit"]
 
 _BETA = "beta"
 _BOUND = 3.0  # of beta, on either side
+_POWERS = 60  # of a matrix, until its largest eigenvalue is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def fit(view: CacheView, chosen: Tensor, free: Tensor, policy: AttentionMatching
         gram, target = held.transpose(-1, -2) @ held, held.transpose(-1, -2) @ rest
         low, high = math.exp(-_BOUND), math.exp(_BOUND)
         w = _solve(gram, target, free, policy.ridge).clamp(low, high)
-        step = 1 / torch.linalg.eigvalsh(gram)[..., -1:, None].clamp(min=torch.finfo(gram.dtype).tiny)
+        step = 1 / _largest(gram).clamp(min=torch.finfo(gram.dtype).tiny)
         for _ in range(policy.iterations):
             w = (w - step * (gram @ w - target)).clamp(low, high)
         beta = w[..., 0].log().masked_fill(~free, 0.0)
@@ -163,6 +164,16 @@ def fit(view: CacheView, chosen: Tensor, free: Tensor, policy: AttentionMatching
         gram, target = moving.transpose(-1, -2) @ moving, moving.transpose(-1, -2) @ missing
         values = torch.where(free[..., None], _solve(gram, target, free, policy.ridge), values)
     return beta, values
+
+
+def _largest(gram: Tensor) -> Tensor:
+    """The largest eigenvalue ``[..., 1, 1]`` of matrices without negative entries, by power iteration."""
+    x = torch.ones_like(gram[..., :1])
+    for _ in range(_POWERS):
+        x = gram @ x
+        x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    found: Tensor = torch.linalg.vector_norm(gram @ x, dim=-2, keepdim=True)
+    return found
 
 
 def _solve(gram: Tensor, target: Tensor, free: Tensor, ridge: float) -> Tensor:
