@@ -3,7 +3,7 @@
 
     python benchmarks/rivals.py --model HuggingFaceTB/SmolLM2-135M-Instruct --device cuda --json benchmarks/rivals.json
     python benchmarks/rivals.py ... --networks FOLDER --gates FOLDER     # with kvzap and fastkvzip, trained before by
-    python -m manyheads.recipes.kvzip_scores --model MODEL --out FOLDER [--strategy fastkvzip]
+    python -m manyheads.recipes.kvzap --model MODEL --out FOLDER --text essays    # and recipes.fastkvzip
 
 A share of the bytes of the whole cache in 16 bits is what every arm may hold: strategies that keep tokens keep that
 share of them, ThinK as many more as its thinner keys leave room for, packed ones as their codes do. What each really

@@ -14,7 +14,7 @@ from manyheads import UserError, parse
 from manyheads.caches.fastkvzip import FastKVzip, SinkGates
 from manyheads.caches.kvzap import KVzap, ScoreNetworks
 from manyheads.integrations.transformers import find_sites, new_cache
-from manyheads.recipes.kvzip_scores import collect, judged, predicted, train_modules
+from manyheads.recipes._kvzip_scores import collect, judged, predicted, train_modules
 from oracles import caches, models
 from oracles.caches import step
 from tolerance import CLOSE, SAME, assert_close

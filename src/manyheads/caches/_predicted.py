@@ -19,9 +19,27 @@ from ._ranking import JointRanking
 from ._store import PolicyStore
 from ._view import CacheView
 
-__all__ = ["Predicted", "PredictedStore"]
+__all__ = ["Predicted", "PredictedStore", "Predictors"]
 
 _SCORES = "predicted"
+
+
+class Predictors(LayerModules):
+    """Base of modules that give scores ``[B, Hkv, T]`` of ``[B, T, D]``.
+
+    Attributes:
+        plus: whether they learn KVzip+'s scores, or KVzip's.
+    """
+
+    plus: ClassVar[bool]
+
+    @abstractmethod
+    def target(self, scores: Tensor) -> Tensor:
+        """What they are to say where the score is ``scores``."""
+
+    @abstractmethod
+    def loss(self, found: Tensor, scores: Tensor) -> Tensor:
+        """A scalar: how far what they say is from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +77,12 @@ class Predicted(JointRanking):
 
     @classmethod
     @abstractmethod
-    def kind(cls) -> type[LayerModules]:
+    def kind(cls) -> type[Predictors]:
         """The modules that it takes."""
 
     @property
     @abstractmethod
-    def trained(self) -> LayerModules:
+    def trained(self) -> Predictors:
         """The modules."""
 
     @property

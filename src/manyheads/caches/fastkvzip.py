@@ -11,7 +11,7 @@ stand for everything else that the query could look at. For query head g of key/
 
 Gates are trained on KVzip's scores by cross-entropy, the model stays as it is:
 
-    python -m manyheads.recipes.kvzip_scores --model MODEL --out gates --strategy fastkvzip
+    python -m manyheads.recipes.fastkvzip --model MODEL --out gates
     with manyheads.use(model, "fastkvzip:modules=gates,budget=0.3"): ...
 
 The gate is that of the released code. A token is scored in the forward that reads it; the best of the whole model stay
@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import reference
-from ._layer_modules import LayerModules
-from ._predicted import Predicted
+from ._predicted import Predicted, Predictors
 
 __all__ = ["FastKVzip", "SinkGates"]
+
+_LEAST = 1e-6  # that a score is away from 0 and 1 where its logarithm is taken
 
 
 class _Gate(nn.Module):
@@ -62,7 +63,7 @@ def _normed(x: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-class SinkGates(LayerModules):
+class SinkGates(Predictors):
     """The gates of a model by layer.
 
     Args:
@@ -74,8 +75,8 @@ class SinkGates(LayerModules):
         about: how they were trained, plain values.
     """
 
-    files, what, user = "sink_gates", "gates", "fastkvzip"
-    how = "python -m manyheads.recipes.kvzip_scores --model MODEL --out FOLDER --strategy fastkvzip"
+    files, what, user, plus = "sink_gates", "gates", "fastkvzip", False
+    how = "python -m manyheads.recipes.fastkvzip --model MODEL --out FOLDER"
 
     def __init__(
         self, dim: int, kv_heads: Mapping[int, int], groups: int = 1, rank: int = 16, others: int = 16,
@@ -86,6 +87,12 @@ class SinkGates(LayerModules):
     def make(self, heads: int, **more: Any) -> nn.Module:
         c = self.config
         return _Gate(c["dim"], heads, c["groups"], c["rank"], c["others"])
+
+    def target(self, scores: Tensor) -> Tensor:
+        return scores.clamp(0, 1)
+
+    def loss(self, found: Tensor, scores: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy(found.clamp(_LEAST, 1 - _LEAST), self.target(scores))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ so that tokens that are made can be scored, too. Tokens below a ``threshold`` ar
 have come (delayed eviction, as DMS); with a ``budget`` instead, the best of the whole model stay. Networks are trained
 on the model, which stays as it is, in minutes:
 
-    python -m manyheads.recipes.kvzip_scores --model MODEL --out scores
+    python -m manyheads.recipes.kvzap --model MODEL --out scores
     with manyheads.use(model, "kvzap:modules=scores,threshold=-6"): ...
 
 As released: a hidden layer of 1/8 of the width (512 of 4,096), the mean squared error of the logarithm, ``recent`` of
@@ -26,10 +26,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention import reference
-from ._layer_modules import LayerModules
-from ._predicted import Predicted
+from ._predicted import Predicted, Predictors
 
 __all__ = ["KVzap", "ScoreNetworks"]
+
+_LEAST = 1e-12  # of a score whose logarithm is taken
 
 
 class _Network(nn.Module):
@@ -47,7 +48,7 @@ class _Network(nn.Module):
         return found.transpose(1, 2)
 
 
-class ScoreNetworks(LayerModules):
+class ScoreNetworks(Predictors):
     """The networks of a model by layer.
 
     Args:
@@ -57,8 +58,8 @@ class ScoreNetworks(LayerModules):
         about: how they were trained, plain values.
     """
 
-    files, what, user = "networks", "networks", "kvzap"
-    how = "python -m manyheads.recipes.kvzip_scores --model MODEL --out FOLDER"
+    files, what, user, plus = "networks", "networks", "kvzap", True
+    how = "python -m manyheads.recipes.kvzap --model MODEL --out FOLDER"
 
     def __init__(
         self, dim: int, kv_heads: Mapping[int, int], hidden: int = -1, about: Mapping[str, Any] | None = None
@@ -67,6 +68,12 @@ class ScoreNetworks(LayerModules):
 
     def make(self, heads: int, **more: Any) -> nn.Module:
         return _Network(self.config["dim"], heads, self.config["hidden"])
+
+    def target(self, scores: Tensor) -> Tensor:
+        return scores.clamp(min=_LEAST).log()
+
+    def loss(self, found: Tensor, scores: Tensor) -> Tensor:
+        return nn.functional.mse_loss(found, self.target(scores))
 
 
 @dataclass(frozen=True, kw_only=True)

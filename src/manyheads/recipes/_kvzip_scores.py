@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks for ``kvzap`` and gates for ``fastkvzip``, trained on KVzip's scores of a frozen model: minutes on a GPU.
-
-    python -m manyheads.recipes.kvzip_scores --model MODEL --out FOLDER [--strategy fastkvzip] [--text prose]
+"""What the recipes of predicted scores share: KVzip's scores of a frozen model, and modules that learn them.
 
 The model reads each piece of text, and reads it again behind an instruction to repeat it: what that attends to are the
-scores, KVzip+'s for ``kvzap`` and KVzip's for ``fastkvzip``. Of every piece some tokens are drawn, and the modules of
-all layers learn their scores from the hidden states. On pieces that were not trained on it is then said how much of the
-scores is predicted (R^2), and at which threshold which part of the tokens would stay.
+scores. Of every piece some tokens are drawn, and the modules of all layers learn their scores from the hidden states.
+On pieces that were not trained on it is then said how much of the scores is predicted (R^2), and at which threshold
+which part of the tokens would stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import manyheads
-from manyheads.caches._layer_modules import LayerModules
+from manyheads import catalog
+from manyheads.caches._predicted import Predictors
 from manyheads.caches._view import CacheView
-from manyheads.caches.fastkvzip import SinkGates
-from manyheads.caches.kvzap import ScoreNetworks
-from manyheads.caches.kvzip import KVzip
 from manyheads.call import AttentionCall
 from manyheads.data.texts import CORPORA, corpus, read
 from manyheads.errors import UserError
@@ -38,12 +35,10 @@ from manyheads.training import decay, fit
 
 from .attention_gate import text_batches
 
-__all__ = ["Examples", "collect", "predicted", "train_modules"]
+__all__ = ["Examples", "collect", "judged", "predicted", "run", "train_modules"]
 
-_LEAST = 1e-12  # of a score whose logarithm is taken
 _PARTS = (0.5, 0.25, 0.1)  # of the tokens, whose thresholds are noted
 _HELD_OUT = 0.1  # of the pieces
-STRATEGIES = ("kvzap", "fastkvzip")
 
 
 @dataclass(frozen=True)
@@ -55,16 +50,17 @@ class Examples:
     scores: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Noted(KVzip):
-    """KVzip that notes its scores, ``[B, Hkv, N]`` by layer."""
+def _noting(found: dict[int, Tensor], **fields: Any) -> Any:
+    """KVzip that notes its scores, ``[B, Hkv, N]`` by layer, in ``found``."""
+    base: Any = catalog.load("kvzip")
 
-    found: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    class Noted(base):  # type: ignore[misc]
+        def rank(self, views: list[CacheView]) -> list[Tensor]:
+            ranked: list[Tensor] = super().rank(views)
+            found.update({view.site.layer or 0: x for view, x in zip(views, ranked, strict=True)})
+            return ranked
 
-    def rank(self, views: list[CacheView]) -> list[Tensor]:
-        ranked = super().rank(views)
-        self.found.update({view.site.layer or 0: x for view, x in zip(views, ranked, strict=True)})
-        return ranked
+    return Noted(**fields)
 
 
 class _Inputs(AttentionWatch):
@@ -97,31 +93,32 @@ def collect(
     generator, hidden, scores = torch.Generator().manual_seed(seed), list[Tensor](), list[Tensor]()
     layers: tuple[int, ...] = ()
     for number, ids in enumerate(pieces):
-        noted, inputs = _Noted(plus=plus, instruct=instruct, budget=0.5), _Inputs()
+        noted, inputs = dict[int, Tensor](), _Inputs()
         object.__setattr__(inputs, "found", {})
+        policy = _noting(noted, plus=plus, instruct=instruct, budget=0.5)
         with manyheads.use(model, inputs):
-            model(input_ids=ids, **cache_arguments(model, new_cache(model, noted)))
-        layers = tuple(sorted(noted.found))
+            model(input_ids=ids, **cache_arguments(model, new_cache(model, policy)))
+        layers = tuple(sorted(noted))
         for row in range(ids.shape[0]):
-            drawn = noted.sinks + torch.randperm(ids.shape[1] - noted.sinks, generator=generator)[:tokens]
+            drawn = policy.sinks + torch.randperm(ids.shape[1] - policy.sinks, generator=generator)[:tokens]
             at = drawn.to(ids.device)
             hidden.append(torch.stack([inputs.found[n][row, at] for n in layers], 1))
-            scores.append(torch.stack([noted.found[n][row][:, at].T for n in layers], 1).float())
+            scores.append(torch.stack([noted[n][row][:, at].T for n in layers], 1).float())
         if said is not None:
             said(number)
     return Examples(layers, torch.cat(hidden), torch.cat(scores))
 
 
-def predicted(modules: LayerModules, examples: Examples) -> Tensor:
+def predicted(modules: Predictors, examples: Examples) -> Tensor:
     """What ``modules`` say of the tokens, ``[N, L, Hkv]``."""
     by_layer = [modules.layer(n)(examples.hidden[None, :, i])[0].T for i, n in enumerate(examples.layers)]
     return torch.stack(by_layer, 1)
 
 
 def train_modules(
-    modules: LayerModules, examples: Examples, *, steps: int = 2000, batch: int = 512, lr: float = 3e-3, seed: int = 0
-) -> LayerModules:  # fmt: skip
-    """Train in place: networks by the squared error of log scores, gates by the cross-entropy of scores."""
+    modules: Predictors, examples: Examples, *, steps: int = 2000, batch: int = 512, lr: float = 3e-3, seed: int = 0
+) -> Predictors:  # fmt: skip
+    """Train in place, all layers at once."""
 
     def get_batch(number: int) -> Examples:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -129,7 +126,7 @@ def train_modules(
         return Examples(examples.layers, examples.hidden[at], examples.scores[at])
 
     def loss(_: nn.Module, drawn: Examples) -> Tensor:
-        return _loss(modules, predicted(modules, drawn), drawn.scores)
+        return modules.loss(predicted(modules, drawn), drawn.scores)
 
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=0.01)
     fit(
@@ -144,18 +141,11 @@ def train_modules(
     return modules.requires_grad_(False)
 
 
-def _loss(modules: LayerModules, found: Tensor, scores: Tensor) -> Tensor:
-    if isinstance(modules, SinkGates):
-        return nn.functional.binary_cross_entropy(found.clamp(1e-6, 1 - 1e-6), scores.clamp(0, 1))
-    return nn.functional.mse_loss(found, scores.clamp(min=_LEAST).log())
-
-
 @torch.no_grad()
-def judged(modules: LayerModules, examples: Examples) -> dict[str, Any]:
-    """R^2 of the scores of a layer and head (of their logarithms, for networks), averaged, and thresholds by part."""
-    found = predicted(modules, examples)
-    wanted = examples.scores if isinstance(modules, SinkGates) else examples.scores.clamp(min=_LEAST).log()
-    apart, spread = (found - wanted).square().mean(0), wanted.var(0, correction=0).clamp(min=_LEAST)
+def judged(modules: Predictors, examples: Examples) -> dict[str, Any]:
+    """R^2 of what is to be said of each layer and head, averaged, and thresholds by the part that is above."""
+    found, wanted = predicted(modules, examples), modules.target(examples.scores)
+    apart, spread = (found - wanted).square().mean(0), wanted.var(0, correction=0).clamp(min=1e-12)
     order = found.flatten().sort(descending=True).values
     return {
         "r2": float((1 - apart / spread).mean()),
@@ -163,19 +153,24 @@ def judged(modules: LayerModules, examples: Examples) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the recipe."""
-    parser = argparse.ArgumentParser("python -m manyheads.recipes.kvzip_scores", description="Train score predictors.")
+def run(slug: str, kind: type[Predictors], own: Sequence[str], arguments: list[str] | None = None) -> int:
+    """Run the recipe of a strategy: train ``kind``, of which the options ``own`` set sizes.
+
+    Args:
+        slug: of the strategy.
+        kind: its modules.
+        own: settings of ``kind`` that the command line takes, whole numbers.
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(f"python -m manyheads.recipes.{slug}", description="Train what predicts scores.")
     parser.add_argument("--model", default="default", help="folder or hub name of a decoder; default: the shipped one")
     parser.add_argument("--out", type=Path, required=True, help="folder of the modules")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="kvzap")
     parser.add_argument("--text", default="prose", help=f"{', '.join(CORPORA)}, or files and folders, comma-separated")
     parser.add_argument("--pieces", type=int, default=256, help="of text that are read twice")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a piece")
     parser.add_argument("--tokens", type=int, default=512, help="of a piece that are trained on")
-    parser.add_argument(
-        "--hidden", type=int, default=-1, help="units of kvzap's networks, 0 for none; D / 8 if negative"
-    )
+    for name in own:
+        parser.add_argument(f"--{name}", type=int, help="of each module")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -192,9 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
             if number % 16 == 15:
                 print(f"{number + 1} of {len(pieces)} pieces", flush=True)
 
-        found = collect(subject.model, pieces, args.tokens, plus=args.strategy == "kvzap", seed=args.seed, said=said)
-        modules = _fresh(args, subject.model).to(args.device)
-        cut = len(found.hidden) - max(1, round(_HELD_OUT * len(pieces))) * min(args.tokens, args.length)
+        modules = _fresh(kind, subject.model, args.seed, {name: vars(args)[name] for name in own}).to(args.device)
+        found = collect(subject.model, pieces, args.tokens, plus=kind.plus, seed=args.seed, said=said)
+        cut = len(found.hidden) * (args.pieces - max(1, round(_HELD_OUT * args.pieces))) // args.pieces
         parts = [Examples(found.layers, found.hidden[at], found.scores[at]) for at in (slice(cut), slice(cut, None))]
         train_modules(modules, parts[0], steps=args.steps, lr=args.lr, seed=args.seed)
         modules.about = {
@@ -205,23 +200,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     modules.save(args.out)
-    print(
-        f"{args.out}: R^2 {modules.about['r2']:.2f}; thresholds by the part that stays: {modules.about['thresholds']}"
-    )
+    about = modules.about
+    print(f"{args.out}: R^2 {about['r2']:.2f}; thresholds by the part of the tokens that stays: {about['thresholds']}")
     return 0
 
 
-def _fresh(args: argparse.Namespace, model: nn.Module) -> LayerModules:
+def _fresh(kind: type[Predictors], model: nn.Module, seed: int, sizes: dict[str, int | None]) -> Predictors:
     """Modules that are not trained yet, for the layers that KVzip scores."""
     config: Any = model.config
-    dim, sites = config.get_text_config().hidden_size, [site for site, _ in find_sites(model) if site.window is None]
+    sites = [site for site, _ in find_sites(model) if site.window is None]
+    more: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    if "groups" in inspect.signature(kind).parameters:
+        more["groups"] = min((site.num_heads or 1) // (site.num_kv_heads or 1) for site in sites)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        if args.strategy == "kvzap":
-            return ScoreNetworks.of(dim, sites, hidden=args.hidden)
-        groups = {(site.num_heads or 1) // (site.num_kv_heads or 1) for site in sites}
-        return SinkGates.of(dim, sites, groups=min(groups))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        torch.manual_seed(seed)
+        return kind.of(config.get_text_config().hidden_size, sites, **more)
