@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import functools
+import importlib
 import math
 
 import pytest
@@ -234,3 +235,16 @@ def test_training_learns_the_scores(kind, examples):
     assert right["r2"] > 0.1 > wrong["r2"]
     assert list(right["thresholds"]) == ["0.5", "0.25", "0.1"]
     assert right["thresholds"]["0.5"] < right["thresholds"]["0.25"] < right["thresholds"]["0.1"]
+
+
+@pytest.mark.parametrize("slug", ["kvzap", "fastkvzip"])
+def test_recipe_from_end_to_end(slug, tmp_path, capsys):
+    out = tmp_path / slug
+    recipe = importlib.import_module(f"manyheads.recipes.{slug}")
+    some = ["--pieces", "2", "--length", "48", "--tokens", "8", "--steps", "2", "--text", "code", "--device", "cpu"]
+    assert recipe.main(["--out", str(out), *some]) == 0
+    assert "R^2" in capsys.readouterr().out
+    about = parse(f"{slug}:modules={out}").trained.about
+    assert about["text"] == "code" and about["pieces"] == 2 and set(about["thresholds"]) == {"0.5", "0.25", "0.1"}
+    assert recipe.main(["--out", str(out), "--text", str(tmp_path / "nothing")]) == 1
+    assert "error:" in capsys.readouterr().err
