@@ -239,12 +239,13 @@ def test_training_learns_the_scores(kind, examples):
 
 @pytest.mark.parametrize("slug", ["kvzap", "fastkvzip"])
 def test_recipe_from_end_to_end(slug, tmp_path, capsys):
-    out = tmp_path / slug
+    out, text = tmp_path / slug, tmp_path / "text.py"
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(60)))
     recipe = importlib.import_module(f"manyheads.recipes.{slug}")
-    some = ["--pieces", "2", "--length", "48", "--tokens", "8", "--steps", "2", "--text", "code", "--device", "cpu"]
+    some = ["--pieces", "2", "--length", "48", "--tokens", "8", "--steps", "2", "--text", str(text), "--device", "cpu"]
     assert recipe.main(["--out", str(out), *some]) == 0
     assert "R^2" in capsys.readouterr().out
     about = parse(f"{slug}:modules={out}").trained.about
-    assert about["text"] == "code" and about["pieces"] == 2 and set(about["thresholds"]) == {"0.5", "0.25", "0.1"}
+    assert about["text"] == str(text) and about["pieces"] == 2 and set(about["thresholds"]) == {"0.5", "0.25", "0.1"}
     assert recipe.main(["--out", str(out), "--text", str(tmp_path / "nothing")]) == 1
     assert "error:" in capsys.readouterr().err

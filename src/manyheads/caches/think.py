@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..attention import reference
+from ..attention.budget import Budget
 from ..call import Site
 from ..errors import UserError
 from ._policy import Schedule
@@ -47,7 +48,7 @@ class ThinK(Wrapper):
     """
 
     base: str = field(default="full", metadata={"help": "strategy that keeps the tokens: full, or snapkv"})
-    budget: int | float = field(default=1.0, metadata={"help": "of the base, in tokens"})
+    budget: Budget = field(default=1.0, metadata={"help": "of the base, in tokens"})
     schedule: Schedule = field(default="prefill", metadata={"help": "always prefill"})
     channels: float = field(default=0.6, metadata={"help": "part of the channels of a key that stays, above 0 to 1"})
     window_size: int = field(default=32, metadata={"help": "last queries that judge the channels"})
