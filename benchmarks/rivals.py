@@ -17,6 +17,7 @@ import datetime
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def strategies(share: float, networks: Path | None, gates: Path | None) -> list[
     return found
 
 
-def measured(given: argparse.Namespace, specs: list[str], tasks: tuple[str, ...], length: int) -> dict[str, Any]:
+def measured(given: argparse.Namespace, specs: list[str], tasks: Sequence[str], length: int) -> dict[str, Any]:
     """The document of a comparison."""
     from manyheads.comparison import compare
     from manyheads.data.texts import corpus
@@ -85,7 +86,7 @@ def short(arm: str) -> str:
 
 def rivals(given: argparse.Namespace, share: float) -> dict[str, Any]:
     """Every arm at one share of the bytes."""
-    document = measured(given, strategies(share, given.networks, given.gates), TASKS, given.length)
+    document = measured(given, strategies(share, given.networks, given.gates), given.tasks.split(";"), given.length)
     whole, arms = document["arms"][0], []
     for arm in document["arms"]:
         found = figures(arm, FIGURES)
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--networks", type=Path, help="folder of kvzap's networks")
     parser.add_argument("--gates", type=Path, help="folder of fastkvzip's gates")
     parser.add_argument("--only", choices=("shares", "prompts"), help="strategies by share, or system prompts")
+    parser.add_argument("--tasks", default=";".join(TASKS), help="of the strategies, parted by semicolons")
     parser.add_argument("--shares", default="0.5,0.25,0.1", help="of the bytes of the whole cache")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a context")
     parser.add_argument("--prompt-length", type=int, default=1024, help="tokens of a context with a system prompt")
