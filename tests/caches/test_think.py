@@ -14,7 +14,7 @@ from oracles import caches, models
 from tolerance import CLOSE, FORMULA, SAME, assert_close
 
 
-def by_hand(q, k, v, prompt, keep, window, *, norms=True, squares=True):
+def by_hand(q, k, v, prompt, keep, window, recent, *, norms=True):
     """One row in float64 loops: ``q [H, S, d]``, ``k, v [2, S, d]``; the outputs after the prompt, and channels."""
     groups, outputs, chosen = len(q) // len(k), [], []
     for h in range(len(k)):
@@ -24,14 +24,13 @@ def by_hand(q, k, v, prompt, keep, window, *, norms=True, squares=True):
                 sum(float(q[g, t, i]) ** 2 for t in range(prompt - window, prompt))
                 for g in range(h * groups, (h + 1) * groups)
             ]
-            asked = sum(asked) / groups if squares else sum(math.sqrt(x) for x in asked) ** 2
-            scores.append(asked * (sum(float(x) ** 2 for x in k[h, :prompt, i]) if norms else 1.0))
+            scores.append(sum(asked) / groups * (sum(float(x) ** 2 for x in k[h, :prompt, i]) if norms else 1.0))
         chosen.append(sorted(sorted(range(DIM), key=lambda i: -scores[i])[:keep]))
     for t in range(prompt, q.shape[1]):
         for head in range(len(q)):
             h, keys = head // groups, k[head // groups, : t + 1].clone()
             for i in set(range(DIM)) - set(chosen[h]):
-                keys[:prompt, i] = 0.0
+                keys[: max(0, prompt - recent), i] = 0.0
             outputs.append((keys @ q[head, t] / math.sqrt(DIM)).softmax(0) @ v[h, : t + 1])
     return torch.stack(outputs).view(-1, len(q), DIM), chosen
 
@@ -46,23 +45,25 @@ def outputs_of(policy, heads=4, padding=None):
 
 
 @pytest.mark.parametrize(
-    ("channels", "window", "heads", "padding"),
-    [(0.5, 3, 4, None), (0.34, 5, 2, [0, 5]), (0.85, 1, 8, [2, 0]), (0.5, 3, 8, [0, 5])],
+    ("channels", "window", "recent", "heads", "padding"),
+    [(0.5, 3, 0, 4, None), (0.34, 5, 2, 2, [0, 5]), (0.85, 1, 4, 8, [2, 0]), (0.5, 3, 3, 8, [0, 5])],
 )
-def test_against_loops(channels, window, heads, padding):
-    out, store, (q, k, v) = outputs_of(f"think:channels={channels},window_size={window}", heads, padding)
+def test_against_loops(channels, window, recent, heads, padding):
+    spec = f"think:channels={channels},window_size={window},recent_size={recent}"
+    out, store, (q, k, v) = outputs_of(spec, heads, padding)
     for b, skip in enumerate(padding or [0, 0]):
         rows = (x[b, :, skip:] for x in (q, k, v))
-        want, chosen = by_hand(*rows, SIZES[0] - skip, round(channels * DIM), window)
+        want, chosen = by_hand(*rows, SIZES[0] - skip, round(channels * DIM), window, recent)
         assert_close(out[b, SIZES[0] :], want, FORMULA)
         assert store._channels[b].tolist() == chosen
 
 
 def test_control_of_the_loops():
-    out, _, (q, k, v) = outputs_of("think:channels=0.5,window_size=3", 8)
+    out, _, (q, k, v) = outputs_of("think:channels=0.5,window_size=3,recent_size=2", 8)
     rows = (q[0], k[0], v[0], SIZES[0])
-    assert_close(out[0, SIZES[0] :], by_hand(*rows, 3, 3)[0], FORMULA)
-    for wrong in (by_hand(*rows, 4, 3), by_hand(*rows, 3, 3, norms=False), by_hand(*rows, 3, 8)):
+    assert_close(out[0, SIZES[0] :], by_hand(*rows, 3, 3, 2)[0], FORMULA)
+    wrong_ones = [(4, 3, 2), (3, 8, 2), (3, 3, 0), (3, 3, 5)]
+    for wrong in (by_hand(*rows, 3, 3, 2, norms=False), *(by_hand(*rows, *args) for args in wrong_ones)):
         with pytest.raises(AssertionError):
             assert_close(out[0, SIZES[0] :], wrong[0], FORMULA)
 
@@ -82,7 +83,7 @@ def test_channels_are_chosen_of_the_tokens_that_the_base_keeps():
     model, ids = models.tiny("llama", torch.float64), models.tokens(2, 30)
     spec = "snapkv(window_size=4,kernel_size=3)"
     with manyheads.use(model):
-        thin = caches.stores(caches.prefilled(model, f"think:base={spec},budget=0.4,channels=0.5", ids))
+        thin = caches.stores(caches.prefilled(model, f"think:base={spec},budget=0.4,channels=0.5,recent_size=0", ids))
         base = caches.stores(caches.prefilled(model, "snapkv:window_size=4,kernel_size=3,budget=0.4", ids))
     for mine, theirs in zip(thin, base, strict=True):
         if mine.site.layer == 0:
@@ -96,23 +97,27 @@ def test_channels_are_chosen_of_the_tokens_that_the_base_keeps():
 def test_bytes_are_those_of_thinner_keys():
     model, ids = models.tiny("llama"), models.tokens(2, 60)
     with manyheads.use(model):
-        cache, full = caches.prefilled(model, "think:channels=0.5", ids), caches.prefilled(model, "full", ids)
+        cache, full = (
+            caches.prefilled(model, "think:channels=0.5,recent_size=8", ids),
+            caches.prefilled(model, "full", ids),
+        )
         for t in range(3):
             assert cache.bytes() == caches.held(cache)
             caches.step(model, models.tokens(2, 1, seed=t), cache)
         width = 8
         numbers = 60 * (width // 2 + width) * 4 + width // 2 * 2  # and the numbers of the channels
-        fresh = caches.prefilled(model, "think:channels=0.5", ids)
+        numbers += 8 * (width * 4 + 4)  # whole keys of the last tokens, and where they are
+        fresh = caches.prefilled(model, "think:channels=0.5,recent_size=8", ids)
         queries = sum(x.q.nbytes + x.positions.nbytes for s in caches.stores(fresh) if (x := s._queries) is not None)
         assert fresh.bytes() - queries == 2 * 2 * 2 * numbers
-        assert queries == 0 and fresh.bytes() < 0.76 * full.bytes()
+        assert queries == 0 and fresh.bytes() < 0.85 * full.bytes()
 
 
 @pytest.mark.parametrize("oracle", [caches.batch_equals_singles_padded_left, caches.batch_equals_singles_padded_right,
                                     caches.rows_can_be_rearranged, caches.two_conversations, caches.on_means_on,
                                     caches.continues_where_it_was])  # fmt: skip
 def test_oracles(oracle):
-    oracle(models.tiny("llama", torch.float64), "think:channels=0.5,window_size=4")
+    oracle(models.tiny("llama", torch.float64), "think:channels=0.5,window_size=4,recent_size=2")
 
 
 def test_protected_tokens_stay():
@@ -127,8 +132,8 @@ def test_protected_tokens_stay():
 def test_a_copy_and_a_saved_state_go_on_alike():
     model, ids = models.tiny("llama", torch.float64), models.tokens(2, 20)
     with manyheads.use(model):
-        cache = caches.prefilled(model, "think:channels=0.5", ids)
-        other = caches.prefilled(model, "think:channels=0.5", models.tokens(2, 20, seed=9))
+        cache = caches.prefilled(model, "think:channels=0.5,recent_size=8", ids)
+        other = caches.prefilled(model, "think:channels=0.5,recent_size=8", models.tokens(2, 20, seed=9))
         for mine, theirs in zip(caches.stores(cache), caches.stores(other), strict=True):
             theirs.load_state_dict(copy.deepcopy(mine.state_dict()))
         for t in range(3):
@@ -139,7 +144,8 @@ def test_a_copy_and_a_saved_state_go_on_alike():
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("think:channels=0", "channels"), ("think:channels=1.5", "channels"), ("think:window_size=0", "window_size"),
+        ("think:channels=0", "channels"), ("think:channels=1.5", "channels"), ("think:window_size=0", "window_size"), 
+        ("think:recent_size=-1", "recent_size"),
         ("think:base=snapkv,schedule=chunk", "prefill"), ("think:base=fireq", "way of"), ("think:base=hedge", "way of"),
     ],
 )  # fmt: skip
