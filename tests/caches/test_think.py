@@ -144,7 +144,7 @@ def test_a_copy_and_a_saved_state_go_on_alike():
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("think:channels=0", "channels"), ("think:channels=1.5", "channels"), ("think:window_size=0", "window_size"), 
+        ("think:channels=0", "channels"), ("think:channels=1.5", "channels"), ("think:window_size=0", "window_size"),
         ("think:recent_size=-1", "recent_size"),
         ("think:base=snapkv,schedule=chunk", "prefill"), ("think:base=fireq", "way of"), ("think:base=hedge", "way of"),
     ],
