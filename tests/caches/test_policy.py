@@ -38,9 +38,16 @@ DEFAULTS = {
 @pytest.mark.parametrize("slug", DEFAULTS)
 def test_defaults_are_the_papers(slug):
     strategy = parse(slug)
-    found = {f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy) if f.name != "layers"}
+    found = {
+        f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy) if f.name not in ("layers", "protect")
+    }
     assert found == COMMON | DEFAULTS[slug]
-    assert strategy.layers is None and strategy.has_budget and strategy.protected == found["sinks"] + found["recent"]
+    assert (
+        strategy.layers is None
+        and not strategy.protect
+        and strategy.has_budget
+        and strategy.protected == found["sinks"] + found["recent"]
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
