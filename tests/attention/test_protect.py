@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spans that may not be dropped: how they are written, read, counted and refused."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 import manyheads
 from manyheads.attention.protect import Protected, as_protect, within
+from manyheads.comparison import compare
 from manyheads.errors import UserError
 from manyheads.models.chat import chat_text, system_span
+from manyheads.report.compare import print_summary
+from manyheads.report.summary import Summary
 from manyheads.spec import protecting
 from oracles import caches, models
 from tiny import chat as tiny
@@ -124,3 +130,19 @@ def test_what_a_model_is_asked_keeps_the_system_message(monkeypatch):
     bare, kept = ({p for p in caches.stores(cache)[0].live.positions()[0, 0].tolist() if p >= 0} for cache in seen)
     _, stop = system_span(reader, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}])
     assert set(range(stop)) <= kept and not set(range(stop)) <= bare
+
+
+def test_a_table_says_that_budgets_are_targets(tmp_path):
+    """And a task without a system message says that it has none, in a line."""
+    said = {}
+    for spec in ("streaming_llm", "streaming_llm:protect=system"):
+        results = compare(
+            tiny.scripted(), tiny.tokenizer(), tiny.PROSE, [spec], [0.2],
+            ["chat.system_prompt:reply=0", "chat.qa:reply=0"], lengths=[900], samples=1, out=tmp_path / spec.partition(":")[2],
+        )  # fmt: skip
+        screen = Console(file=io.StringIO(), width=200)
+        print_summary(Summary(results), screen)
+        said[spec] = screen.file.getvalue()
+    assert "a budget is a target there" in said["streaming_llm:protect=system"]
+    assert "chat.qa has no system message" in said["streaming_llm:protect=system"]
+    assert "a budget is a target" not in said["streaming_llm"] and "no system message" not in said["streaming_llm"]
