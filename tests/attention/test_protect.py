@@ -138,7 +138,8 @@ def test_a_table_says_that_budgets_are_targets(tmp_path):
     for spec in ("streaming_llm", "streaming_llm:protect=system"):
         results = compare(
             tiny.scripted(), tiny.tokenizer(), tiny.PROSE, [spec], [0.2],
-            ["chat.system_prompt:reply=0", "chat.qa:reply=0"], lengths=[900], samples=1, out=tmp_path / spec.partition(":")[2],
+            ["chat.system_prompt:reply=0", "chat.qa:reply=0"], lengths=[900], samples=1,
+            out=tmp_path / spec.partition(":")[2],
         )  # fmt: skip
         screen = Console(file=io.StringIO(), width=200)
         print_summary(Summary(results), screen)
