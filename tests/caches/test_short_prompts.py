@@ -23,7 +23,7 @@ FIELDS = {
     "kvzip": "instruct=false,",
 }  # FireQ stores 4 bits always
 ONE_LENGTH = {"kvzip"}  # padded rows are refused
-TRAINED = {"attention_gate", "kvzap", "fastkvzip"}  # no spec says what was trained
+TRAINED = {"attention_gate", "fastkvzip", "gist", "kvzap"}  # no spec says what was trained
 SLUGS = [name for _, name, _ in pkgutil.iter_modules(wing.__path__) if not name.startswith("_") and name not in TRAINED]
 SIZED = [
     s for s in SLUGS if {"budget", "schedule"} <= {f.name for f in dataclasses.fields(parse(s))}

@@ -25,7 +25,7 @@ from manyheads import catalog
 from manyheads.caches._predicted import Predictors
 from manyheads.caches._view import CacheView
 from manyheads.call import AttentionCall
-from manyheads.data.texts import CORPORA, corpus, read
+from manyheads.data.texts import CORPORA
 from manyheads.errors import UserError
 from manyheads.experiment import CausalLM
 from manyheads.integrations.cache import cache_arguments
@@ -33,7 +33,7 @@ from manyheads.integrations.transformers import find_sites, new_cache
 from manyheads.strategy import AttentionWatch
 from manyheads.training import decay, fit
 
-from .attention_gate import text_batches
+from ._adapters import encoded, id_batches, texts
 
 __all__ = ["Examples", "collect", "judged", "predicted", "run", "train_modules"]
 
@@ -177,10 +177,10 @@ def run(slug: str, kind: type[Predictors], own: Sequence[str], arguments: list[s
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     try:
-        texts = corpus(args.text) if args.text in CORPORA else read([Path(part) for part in args.text.split(",")])
         subject = CausalLM(args.model)
         subject.load(args.device)
-        get_batch = text_batches(texts, subject.tokenizer, args.length, 1, args.seed, args.device)
+        ids = encoded(texts(args.text), subject.tokenizer)
+        get_batch = id_batches(ids, args.length, 1, args.seed, args.device)
         pieces = [get_batch(i)[:, :-1] for i in range(args.pieces)]
 
         def said(number: int) -> None:
