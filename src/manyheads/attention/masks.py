@@ -8,7 +8,7 @@ FlexAttention's ``mask_mod`` for GPUs. :func:`masked_attention` picks.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from ..errors import UserError
 from .reference import attention, repeat_kv
 
-__all__ = ["MaskSpec", "banded", "each_text", "masked_attention", "neighbours", "zero_padding"]
+__all__ = ["MaskSpec", "banded", "each_text", "masked_attention", "neighbours", "texts_with_state", "zero_padding"]
 
 Impl = Literal["auto", "dense", "banded", "flex"]
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -218,14 +219,21 @@ def each_text(
 
     Without ``mask`` and ``cu_seqlens`` it is given x itself and None. Padding may stand anywhere, and gets 0.
     """
+    return texts_with_state(lambda texts, lengths: (attend(texts, lengths), None), x, mask, cu_seqlens)[0]
+
+
+def texts_with_state(
+    mix: Callable[[Tensor, Tensor | None], tuple[Tensor, S]], x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, S]:
+    """As :func:`each_text`, of what also gives a state."""
     if mask is None and cu_seqlens is None:
-        return attend(x, None)
+        return mix(x, None)
     x = zero_padding(x, mask)
     rows, lengths = _texts(x, mask, cu_seqlens)
-    y = attend(x.flatten(0, 1)[rows], lengths)
+    y, state = mix(x.flatten(0, 1)[rows], lengths)
     real = torch.arange(rows.shape[1], device=x.device) < lengths[:, None]
     out = y.new_zeros(x.shape[:2].numel(), y.shape[2])
-    return out.index_put((rows[real],), y[real]).view_as(x)
+    return out.index_put((rows[real],), y[real]).view_as(x), state
 
 
 def _texts(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ Pre-norm blocks as in Llama: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` w
 no dropout. A mixer that belongs to an architecture with blocks of its own says so by attributes, all optional:
 ``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
 post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01). Mixers with a method ``reduce`` merge
-tokens before their layer (:mod:`manyheads.mixers.maelre`). A channel mixer may have a loss of its own,
+tokens before their layer (:mod:`manyheads.mixers.maelre`). A mixer of either kind may have a loss of its own,
 ``auxiliary``, that its last forward in training left.
 """
 
@@ -169,8 +169,9 @@ class TokenModel(nn.Module):
         return cls(strategy, replace(config, hidden=hidden))
 
     def auxiliary_loss(self) -> Tensor:
-        """What channel mixers add to the loss in training, as they left it in the last forward: scalar."""
-        parts = (getattr(getattr(block, "ffn", None), "auxiliary", None) for block in self.blocks)
+        """What mixers add to the loss in training, as they left it in the last forward: scalar."""
+        held = (getattr(block, name, None) for block in self.blocks for name in ("mixer", "ffn"))
+        parts = (getattr(mixer, "auxiliary", None) for mixer in held)
         found = [part for part in parts if isinstance(part, Tensor)]
         return torch.stack(found).sum() if found else next(self.parameters()).new_zeros(())
 

@@ -20,7 +20,10 @@ from .fit import BatchFn, Loss, TrainState, autocast, fit
 from .optimizers import OptimizerName, optimizers_of
 from .schedules import decay
 
-__all__ = ["Batch", "masked_nll", "masked_token_loss", "next_token_loss", "predicted_tokens", "token_nll", "train_lm"]
+__all__ = [
+    "Batch", "masked_nll", "masked_token_loss", "next_token_loss", "predicted_tokens", "token_nll", "train_lm",
+    "with_auxiliary",
+]  # fmt: skip
 
 Batch = Tensor | tuple[Tensor, Tensor | None]
 _NOT_ASKED = -100
@@ -34,14 +37,23 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     ids, loss_mask = (batch, None) if isinstance(batch, Tensor) else batch
     each = cross_entropy(_logits(model(ids[:, :-1])).flatten(0, 1), ids[:, 1:].flatten().long(), reduction="none")
     mean = each.mean() if loss_mask is None else (each * loss_mask.flatten()).sum() / loss_mask.sum().clamp(min=1)
-    more = getattr(model, "auxiliary_loss", None)
-    return mean + more() if model.training and more is not None else mean
+    return with_auxiliary(mean, model)
 
 
 def masked_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean negative log-likelihood of the tokens asked for, given all that is read: nats/token, float32 scalar."""
+    """Mean negative log-likelihood of the tokens asked for, given all that is read: nats/token, float32 scalar.
+
+    While training, the model's ``auxiliary_loss()``, where it has one, is added.
+    """
     ids, labels = batch
-    return cross_entropy(_logits(model(ids)).flatten(0, 1), labels.flatten(), ignore_index=_NOT_ASKED)
+    loss = cross_entropy(_logits(model(ids)).flatten(0, 1), labels.flatten(), ignore_index=_NOT_ASKED)
+    return with_auxiliary(loss, model)
+
+
+def with_auxiliary(loss: Tensor, model: nn.Module) -> Tensor:
+    """``loss`` and, while training, what parts of the model add to it (``auxiliary_loss()``, where it has one)."""
+    more = getattr(model, "auxiliary_loss", None)
+    return loss + more() if model.training and more is not None else loss
 
 
 def predicted_tokens(batch: Batch) -> int:

@@ -16,16 +16,20 @@ _TOLERANCE = 0.02  # largest share by which a match may be off
 
 
 def parameters_of(model: nn.Module) -> int:
-    """Parameters that a token meets, those shared by two modules counted once.
+    """Numbers that are learned and that a token meets, those shared by two modules counted once.
 
-    A module says by an attribute ``active_share`` which part of its parameters that is, as experts do of which a token
-    is sent to some; elsewhere it is all.
+    They are parameters, and buffers that are saved with them, for a codebook that follows its keys is learned too. A
+    module says by an attribute ``active_share`` which part of its parameters that is, as experts do of which a token is
+    sent to some; elsewhere it is all.
     """
     idle = 0.0
     for part in model.modules():
         if isinstance(share := getattr(part, "active_share", None), float):
             idle += (1 - share) * sum(p.numel() for p in part.parameters())
-    return sum(p.numel() for p in model.parameters()) - round(idle)
+    held: dict[int, int] = {
+        id(x): x.numel() for x in model.state_dict(keep_vars=True).values() if x.is_floating_point()
+    }
+    return sum(held.values()) - round(idle)
 
 
 def matched_width(build: Callable[[int], nn.Module], parameters: int, *, name: str = "model") -> int:
