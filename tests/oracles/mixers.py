@@ -33,9 +33,10 @@ VARIANTS = {
     "tnl_lightning": ["tnl_lightning:decay=alibi", "tnl_lightning:decay=none,lrpe=false,gate=false"],
     "minimax_hybrid": ["minimax_hybrid:every=2", "minimax_hybrid:window=5", "minimax_hybrid:every=1,rotary=0"],
     "blalm_mlstm": ["blalm_mlstm:conv=4,hedgehog=true,window=5", "blalm_mlstm:window=8,mix_by=scalar"],
+    "longvq": ["longvq:block=4,codes=5,key_dim=8", "longvq:block=8,codes=0,key_dim=8"],
 }
 CONSTANT = ("tnl_lightning", "minimax_hybrid", "minimax_hybrid:window=5", "blalm_mlstm", *VARIANTS["tnl_lightning"],
-            *VARIANTS["blalm_mlstm"], "softmax:window=5")  # fmt: skip
+            *VARIANTS["blalm_mlstm"], "softmax:window=5", "longvq", *VARIANTS["longvq"])  # fmt: skip
 
 
 def mixing(direction: str = "causal") -> list[str]:

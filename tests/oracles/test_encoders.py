@@ -59,8 +59,8 @@ def test_saved_loaded_and_matched(spec, tmp_path):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_parameter_learns(spec):
-    model = encoders.encoder(spec).requires_grad_(True)
-    model(IDS)[0].square().mean().backward()
+    model = encoders.encoder(spec).requires_grad_(True).train()
+    (model(IDS)[0].square().mean() + model.auxiliary_loss()).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 

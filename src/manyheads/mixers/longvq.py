@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..attention.masks import each_text, texts_with_state
 from ..attention.moving_average import damped_average
+from ..attention.reference import widened
 from ..attention.vq_attention import VQState, bias_size, codewords, follow, quantize, vq_attention
 from ..call import MixerConfig
 from ..errors import UserError
@@ -165,7 +166,7 @@ class Codebook(nn.Module):
         )
         self.sums.copy_(sums)
         self.counts.copy_(counts)
-        each = (k - nearest).float().square().sum(-1)[:, 0]
+        each = widened(k - nearest).square().sum(-1)[:, 0]
         mean = each.mean() if valid is None else (each * valid).sum() / valid.sum().clamp(min=1)
         return k + (nearest - k).detach(), codes, table, self.strategy.commitment * mean
 
