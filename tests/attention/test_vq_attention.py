@@ -29,15 +29,17 @@ def dense(q, k, v, block, causal=True, bias=None, far=True, scale=1.0):
     return x.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
+@pytest.mark.parametrize("impl", ["blocks", "dense"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("length", "block"), [(1, 4), (4, 4), (9, 4), (23, 4), (24, 1), (40, 7), (17, 64)])
-def test_is_dense_attention_on_quantised_keys(length, block, causal):
+def test_is_dense_attention_on_quantised_keys(length, block, causal, impl):
     q, k, v, codebook = drawn(length, 6)
     codes, nearest = quantize(k, codebook)
     bias = torch.randn(bias_size(block, causal), dtype=torch.float64)
-    out, _ = vq_attention(q, nearest, v, codes, codebook, block=block, causal=causal, bias=bias, scale=0.7)
+    given = {"block": block, "causal": causal, "bias": bias, "scale": 0.7, "impl": impl}
+    out, _ = vq_attention(q, nearest, v, codes, codebook, **given)
     assert_close(out, dense(q, nearest, v, block, causal, bias, scale=0.7), FORMULA)
-    near, _ = vq_attention(q, nearest, v, block=block, causal=causal, bias=bias, scale=0.7)
+    near, _ = vq_attention(q, nearest, v, **given)
     assert_close(near, dense(q, nearest, v, block, causal, bias, far=False, scale=0.7), FORMULA)
     if length > 1:  # control: keys as they were
         assert is_far(out, dense(q, k, v, block, causal, bias, scale=0.7), FORMULA)
@@ -95,11 +97,14 @@ def test_state_goes_on_and_counts_what_was_seen(cuts):
     q, k, v, codebook = drawn(40, 6)
     codes, nearest = quantize(k, codebook)
     bias = torch.randn(8, dtype=torch.float64)
-    want, whole = vq_attention(q, nearest, v, codes, codebook, block=4, bias=bias)
+    want, whole = vq_attention(q, nearest, v, codes, codebook, block=4, bias=bias, impl="blocks")
+    _, same = vq_attention(q, nearest, v, codes, codebook, block=4, bias=bias, impl="dense")
+    for name in ("k", "v", "codes", "counts", "sums", "seen"):
+        assert_close(getattr(same, name), getattr(whole, name), FORMULA)
     state, outs = None, []
     for a, b in zip((0, *cuts), (*cuts, 40), strict=True):
         parts = (x[:, :, a:b] for x in (q, nearest, v, codes))
-        out, state = vq_attention(*parts, codebook, block=4, bias=bias, state=state)
+        out, state = vq_attention(*parts, codebook, block=4, bias=bias, state=state, impl="blocks")
         outs.append(out)
         far = max(0, b // 4 - 1) * 4  # all but the block that is begun and the one before
         assert state.counts.sum(-1).eq(far).all() and state.seen.eq(b).all()
@@ -115,8 +120,8 @@ def test_texts_of_several_lengths():
     q, k, v, codebook = drawn(33, 6, rows=4)
     codes, nearest = quantize(k, codebook)
     lengths = torch.tensor([33, 20, 1, 0])
-    for causal in (True, False):
-        out, state = vq_attention(q, nearest, v, codes, codebook, block=4, causal=causal, lengths=lengths)
+    for causal, impl in ((True, "blocks"), (False, "blocks"), (True, "dense"), (False, "dense")):
+        out, state = vq_attention(q, nearest, v, codes, codebook, block=4, causal=causal, lengths=lengths, impl=impl)
         for i, n in enumerate(lengths.tolist()):
             want = dense(q[i, :, :n], nearest[i, :, :n], v[i, :, :n], 4, causal) if n else v[i, :, :0]
             assert_close(out[i, :, :n], want, FORMULA)
@@ -128,23 +133,24 @@ def test_unused_codewords_are_nothing_and_never_nan():
     far = torch.cat([codebook, torch.full((H, 3, DK), 50.0, dtype=torch.float64)], 1)  # scores in the hundreds
     codes, nearest = quantize(k, codebook)
     for block, causal in ((4, True), (4, False), (0, False)):
-        want, _ = vq_attention(q, nearest, v, codes, codebook, block=block, causal=causal)
+        want, _ = vq_attention(q, nearest, v, codes, codebook, block=block, causal=causal, impl="blocks")
         q2 = q.clone().requires_grad_(True)
-        out, _ = vq_attention(q2, nearest, v, codes, far, block=block, causal=causal)
+        out, _ = vq_attention(q2, nearest, v, codes, far, block=block, causal=causal, impl="blocks")
         assert_close(out, want, FORMULA)
         out.sum().backward()
         assert q2.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("impl", ["blocks", "dense"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradients_are_those_of_dense_attention_but_for_keys_that_are_far(causal):
+def test_gradients_are_those_of_dense_attention_but_for_keys_that_are_far(causal, impl):
     q, k, v, codebook = drawn(11, 4)
     codes, nearest = quantize(k, codebook)
     bias = torch.randn(bias_size(2, causal), dtype=torch.float64)
     given = [x.requires_grad_(True) for x in (q, nearest, v, bias)]
 
     def own(q, k, v, bias):
-        return vq_attention(q, k, v, codes, codebook, block=2, causal=causal, bias=bias)[0]
+        return vq_attention(q, k, v, codes, codebook, block=2, causal=causal, bias=bias, impl=impl)[0]
 
     def whole(q, k, v, bias, cut):
         blocks = torch.arange(11) // 2
@@ -154,7 +160,8 @@ def test_gradients_are_those_of_dense_attention_but_for_keys_that_are_far(causal
         x = torch.where(near, q @ k.mT, q @ (k.detach() if cut else k).mT) + added
         return x.masked_fill((apart < 0) & causal, -torch.inf).softmax(-1) @ v
 
-    assert torch.autograd.gradcheck(own, given, fast_mode=True)
+    if impl == "blocks":  # where keys that are far are not read
+        assert torch.autograd.gradcheck(own, given, fast_mode=True)
     found, want, all_keys = (
         torch.autograd.grad(y.square().sum(), given)
         for y in (own(*given), whole(*given, cut=True), whole(*given, cut=False))

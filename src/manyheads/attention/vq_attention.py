@@ -15,6 +15,7 @@ Legend: B rows, H heads, T tokens, S codewords, L tokens of a block, n blocks, W
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .reference import softmax, widened
 
 __all__ = ["VQState", "bias_size", "codewords", "follow", "quantize", "vq_attention"]
 
+_FEW = 4  # keys that cost as much as a codeword, whose sums of values stand at every block
 _LEAST = 0.01  # of a count that divides, as in Transformer-VQ
 
 
@@ -110,7 +112,7 @@ def follow(
 def vq_attention(
     q: Tensor, k: Tensor, v: Tensor, codes: Tensor | None = None, codebook: Tensor | None = None, *, block: int,
     scale: float = 1.0, causal: bool = True, bias: Tensor | None = None, lengths: Tensor | None = None,
-    state: VQState | None = None,
+    state: VQState | None = None, impl: Literal["auto", "blocks", "dense"] = "auto",
 ) -> tuple[Tensor, VQState | None]:  # fmt: skip
     """Softmax attention of texts that begin at column 0, what is far by codeword.
 
@@ -127,23 +129,37 @@ def vq_attention(
             query from 0 on, or from ``1 - 2 block`` on where both sides are seen.
         lengths: ``[B]`` tokens of each text; None for T.
         state: what came before, of a causal call.
+        impl: ``blocks`` is the linear form; ``dense`` reads every key, for the same answer, which costs less in texts
+            that have few keys beside their codewords; ``auto`` takes that for these.
 
     Returns:
         ``[B, H, T, dv]``, and the state after the last token of each text, None where both sides are seen.
     """
     length, device = q.shape[2], q.device
     ends = torch.full(q.shape[:1], length, device=device) if lengths is None else lengths
+    if codebook is None or codes is None:
+        codebook = codes = None
+    size = 0 if codebook is None else codebook.shape[1]
     if not block:
         assert not causal and codes is not None and codebook is not None
         return _all_by_code(q, v, codes, codebook, ends, scale), None
     grid = _Grid(block, length, ends, None if state is None else state.seen, causal)
+    if state is None and (impl == "dense" or (impl == "auto" and 1 < length <= 2 * block + _FEW * size)):
+        out = _by_key(q, k, v, block, scale, causal, bias, ends, size > 0)
+        if not causal:
+            return out, None
+        far = (torch.arange(length, device=device) < (ends[:, None] // block - 1) * block)[:, None, None]
+        counts, sums = (None, None) if codes is None else _by_code(codes[:, :, None], v[:, :, None], far, size)
+        counts, sums = (None if x is None else x[:, :, 0] for x in (counts, sums))
+        codes = None if codes is None else grid.keys(codes[..., None])[..., 0]
+        return out, grid.after(grid.keys(k), grid.keys(v), codes, counts, sums)
     k = grid.keys(k, None if state is None else state.k)
     v = grid.keys(v, None if state is None else state.v)
     counts, sums = None, None
-    if codes is not None and codebook is not None:
-        held = None if state is None or state.codes is None else state.codes[..., None]
-        codes = grid.keys(codes[..., None], held)[..., 0]
-        counts, sums = _by_code(codes, v, grid.valid[:, None], codebook.shape[1])
+    if codes is not None:
+        before = None if state is None or state.codes is None else state.codes[..., None]
+        codes = grid.keys(codes[..., None], before)[..., 0]
+        counts, sums = _by_code(codes, v, grid.valid[:, None], size)
         if causal:
             counts = _earlier(counts, None if state is None else state.counts)
             sums = _earlier(sums, None if state is None else state.sums)
@@ -152,21 +168,43 @@ def vq_attention(
     apart = grid.at[..., None] - torch.arange((2 if causal else 3) * block, device=device)  # [B or 1, 1 or n, Lq, W]
     seen = neighbours(grid.valid[:, None, ..., None], causal)[..., 0][:, 0, grid.first :, None]
     allowed = seen & (apart >= 0) if causal else seen.expand(-1, -1, block, -1)
-    added = None if bias is None else bias[(apart if causal else apart + 2 * block - 1).clamp(0, len(bias) - 1)]
+    added = None if bias is None else _biases(bias, apart, causal)
     near_k, near_v = (neighbours(x, causal)[:, :, grid.first :] for x in (k, v))
-    far = [x if x is None else x[:, :, grid.first : grid.first + near_k.shape[2]] for x in (counts, sums)]
-    out = grid.back(_joint(grid.queries(q), near_k, near_v, allowed[:, None], added, scale, codebook, *far))
-    return out, grid.after(k, v, codes, counts, sums) if causal else None
+    of_queries = (x if x is None else x[:, :, grid.first : grid.first + near_k.shape[2]] for x in (counts, sums))
+    out = grid.back(_joint(grid.queries(q), near_k, near_v, allowed[:, None], added, scale, codebook, *of_queries))
+    if not causal:
+        return out, None
+    return out, grid.after(k, v, codes, grid.behind(counts), grid.behind(sums))
+
+
+def _biases(bias: Tensor, apart: Tensor, causal: bool) -> Tensor:
+    """By distance, query less key; what is too far for ``bias`` gets something."""
+    return bias[(apart if causal else apart + len(bias) // 2).clamp(0, len(bias) - 1)]
+
+
+def _by_key(
+    q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, causal: bool, bias: Tensor | None, ends: Tensor,
+    far: bool,
+) -> Tensor:  # fmt: skip
+    """Dense attention; keys that are far are constants, as codewords are."""
+    at = torch.arange(q.shape[2], device=q.device)
+    apart, near = at[:, None] - at, ((at // block)[:, None] - at // block).abs() <= 1
+    x = widened(q @ k.mT)
+    if far and k.requires_grad:
+        x = torch.where(near, x, widened(q @ k.detach().mT))
+    x = x * scale if bias is None else x * scale + _biases(bias, apart, causal) * near
+    seen = (near | far) & ((apart >= 0) | (not causal)) & (at < ends[:, None, None, None])
+    out: Tensor = softmax(x, seen.expand(x.shape)).to(v.dtype) @ v
+    return out
 
 
 def _all_by_code(q: Tensor, v: Tensor, codes: Tensor, codebook: Tensor, ends: Tensor, scale: float) -> Tensor:
     """``[B, H, T, dv]`` of a text that is one block, of which nothing is read key by key."""
     here = (torch.arange(v.shape[2], device=v.device) < ends[:, None])[:, None, None]
     counts, sums = _by_code(codes[:, :, None], v[:, :, None], here, codebook.shape[1])
-    none = q.new_zeros(*q.shape[:2], 1, 0, q.shape[3])
-    return _joint(q[:, :, None], none, v[:, :, None, :0], here[..., None, :0], None, scale, codebook, counts, sums)[
-        :, :, 0
-    ]
+    none, nobody = q.new_zeros(*q.shape[:2], 1, 0, q.shape[3]), here[..., None, :0]
+    out = _joint(q[:, :, None], none, v[:, :, None, :0], nobody, None, scale, codebook, counts, sums)
+    return out[:, :, 0]
 
 
 def _joint(
@@ -234,9 +272,12 @@ class _Grid:
             self.at = step[:, None, None]
         else:
             self.at = (block + torch.arange(block, device=ends.device))[None, None]
+        self.last = (
+            (0 if self.begun is None else self.begun) + ends
+        ) // block  # the block before that of the next token
         self.order = columns - first  # number of the new token, below 0 for those of the state
 
-    def keys(self, new: Tensor, held: Tensor | None) -> Tensor:
+    def keys(self, new: Tensor, held: Tensor | None = None) -> Tensor:
         """``new [B, H, T, d]`` behind what the state holds ``[B, H, 2 L, d]``: ``[B, H, n, L, d]``."""
         wide = self.count * self.block
         if held is None:
@@ -266,20 +307,22 @@ class _Grid:
             return out[:, :, : self.length]
         return _take(out, self.begun[:, None] + torch.arange(self.length, device=self.device))
 
+    def behind(self, by_block: Tensor | None) -> Tensor | None:
+        """Of what :func:`_earlier` gives, that of the next token."""
+        rows = torch.arange(len(self.ends), device=self.device)
+        return None if by_block is None else by_block[rows, :, self.last + 1]
+
     def after(
         self, k: Tensor, v: Tensor, codes: Tensor | None, counts: Tensor | None, sums: Tensor | None
     ) -> VQState:  # fmt: skip
         """The state behind the last token."""
-        rows = torch.arange(len(self.ends), device=self.device)
-        block = ((0 if self.begun is None else self.begun) + self.ends) // self.block  # that is the one before now
-        place = block[:, None] * self.block + torch.arange(2 * self.block, device=self.device)
+        place = self.last[:, None] * self.block + torch.arange(2 * self.block, device=self.device)
 
-        def last(x: Tensor) -> Tensor:
+        def near(x: Tensor) -> Tensor:
             return _take(pad(x.flatten(2, 3), (0, 0, 0, self.block)), place)
 
-        counts, sums = (None if x is None else x[rows, :, block + 1] for x in (counts, sums))
-        codes = None if codes is None else last(codes[..., None])[..., 0]
-        return VQState(last(k), last(v), codes, counts, sums, self.seen + self.ends)
+        codes = None if codes is None else near(codes[..., None])[..., 0]
+        return VQState(near(k), near(v), codes, counts, sums, self.seen + self.ends)
 
 
 def _parted(x: Tensor, block: int) -> Tensor:
