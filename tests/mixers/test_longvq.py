@@ -198,7 +198,7 @@ def test_half_precision_and_the_memory_begins_at_many_spans():
 
 
 def test_errors():
-    for wrong in ("codes=-1", "gamma=1.0", "key_dim=0", "block=0,cached=false"):
+    for wrong in ("codes=-1", "gamma=1.1", "key_dim=0", "block=0,cached=false"):
         with pytest.raises(UserError, match="longvq"):
             parse(f"longvq:{wrong}")
     with pytest.raises(UserError, match="near in blocks"):

@@ -12,10 +12,11 @@ So the cost is linear in T and what comes later changes nothing before it, not e
 import torch
 from torch import Tensor
 
-from .recurrence import CHUNK
 from .reference import widened
 
 __all__ = ["damped_average"]
+
+_CHUNK = 128  # tokens; the work of a token grows with it, and steps in a row with its inverse
 
 
 def damped_average(
@@ -37,7 +38,7 @@ def damped_average(
     """
     with torch.autocast(x.device.type, enabled=False):
         given, (batch, length, _) = x.dtype, x.shape
-        x, size = widened(x), max(1, min(CHUNK, length))
+        x, size = widened(x), max(1, min(_CHUNK, length))
         count = -(-length // size)
         chunks = torch.nn.functional.pad(x, (0, 0, 0, count * size - length)).unflatten(1, (count, size))
         at = torch.arange(size + 1, device=x.device)
@@ -50,7 +51,7 @@ def damped_average(
         h = x.new_zeros(batch, *alpha.shape) if state is None else state.to(x.dtype)
         before = [h]
         for i in range(count):  # the only sequential part
-            before.append(before[-1] * kept[size] + new[i])
+            before.append(torch.addcmul(new[i], before[-1], kept[size]))
         starts = torch.stack(before, 1)  # [B, n + 1, D, m]
         y = torch.einsum("tsd,bnsd->bntd", within, chunks)
         y = y + torch.einsum("bndm,tdm->bntd", starts[:, :count], kept[1:] * eta)

@@ -56,7 +56,7 @@ class LongVQ(Mixer):
         expand: channels of values, as a multiple of the model's.
         ndim: moving averages of each channel; 0 for no memory.
         commitment: weight of the squared distance of keys and codewords in the loss.
-        gamma: share of running means that a step of training keeps.
+        gamma: share of running means that a step of training keeps; 1 with ``dead=0`` leaves the codewords at random.
         dead: keys of a step, on average, below which a codeword is put elsewhere.
     """
 
@@ -77,8 +77,8 @@ class LongVQ(Mixer):
     def __post_init__(self) -> None:
         if min(self.codes, self.block, self.ndim, self.commitment, self.dead) < 0:
             raise UserError(f"{self.slug}: codes, block, ndim, commitment and dead are 0 or more: {self.spec}")
-        if min(self.key_dim, self.expand) < 1 or not 0 <= self.gamma < 1:
-            raise UserError(f"{self.slug}: key_dim and expand are 1 or more, gamma from 0 to below 1: {self.spec}")
+        if min(self.key_dim, self.expand) < 1 or not 0 <= self.gamma <= 1:
+            raise UserError(f"{self.slug}: key_dim and expand are 1 or more, gamma from 0 to 1: {self.spec}")
         if not self.block and self.codes and not self.cached:
             raise UserError(f"{self.slug}: without blocks and without codewords there is nothing to read: codes=0")
 
