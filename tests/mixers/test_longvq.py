@@ -43,7 +43,7 @@ def formula(m, x, causal, far=True, gate=True):
     c = silu(memory + m.memory.direct * x)
     z, v = silu(m.z_proj(c)), silu(m.v_proj(x))
     q, k = norm(z * m.q_scale + m.q_shift), norm(z * m.k_scale + m.k_shift)
-    table = (m.codebook.sums / m.codebook.counts[..., None])[0]
+    table = (m.codebook.sums / m.codebook.counts[..., None].clamp(min=0.01))[0]
     k = table[(k[:, :, None] - table).square().sum(-1).argmin(-1)]
     apart, size = at[:, None] - at, m.strategy.block
     near = (at[:, None] // size - at // size).abs() <= 1
@@ -121,7 +121,10 @@ def test_straight_through_in_training_alone():
     assert is_far(grad, k.detach().cos() * weight, FORMULA)  # control: as if there were no codebook
     assert_close(loss, 1e-4 * (k - table[0][codes[:, 0]][:, None]).square().sum(-1).mean(), FORMULA)
     assert_close(torch.autograd.grad(loss, k)[0], 2e-4 * (k - nearest).detach() / 40, FORMULA)
-    assert is_far(m.codebook.sums, before, FORMULA)  # it followed the keys
+    assert is_far(m.codebook.sums, before, FORMULA)  # it followed the keys: all codewords were nobody's, and are keys
+    assert m.codebook.counts.eq(1).all()
+    assert all((k.detach()[:, 0] == word).all(-1).any() for word in m.codebook.sums[0])
+    assert len(m.codebook.sums[0].unique(dim=0)) == 5  # each another
     moved = m.codebook.sums.clone()
     m.eval()(torch.randn(1, 9, mixers.DIM, dtype=torch.float64))
     assert torch.equal(m.codebook.sums, moved)

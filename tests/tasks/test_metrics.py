@@ -15,6 +15,7 @@ BETTER = {
     "byte_lm": ("", "token_nll span_nll tuning_nll training_nll"),
     "classifier_cost": ("", "token_time kept products"),
     "channel_damage": ("answered kept grammatical new_token known_token", "text_nll"),
+    "codebook_use": ("codebook_perplexity", "key_error"),
     "denoising_cost": ("", "seconds attention"),
     "fidelity": ("psnr", "largest"),
     "kept_background": ("kept place object", ""),

@@ -28,6 +28,7 @@ from .reference import softmax, widened
 __all__ = ["VQState", "bias_size", "codewords", "follow", "quantize", "vq_attention"]
 
 _FEW = 4  # keys that cost as much as a codeword, whose sums of values stand at every block
+_GOLDEN = (5**0.5 - 1) / 2
 _LEAST = 0.01  # of a count that divides, as in Transformer-VQ
 
 
@@ -92,7 +93,8 @@ def follow(
         sums, counts: before.
         k, codes: ``[B, H, T, d]`` and ``[B, H, T]``.
         gamma: share of what was that stays; with 0 a codeword is the mean of its keys, one step of Lloyd's.
-        dead: a codeword of a lower count becomes one of these keys, taken at equal distances, with a count of 1.
+        dead: a codeword of a lower count becomes one of these keys with a count of 1. Keys are taken by multiples of
+            the golden ratio, spread over rows and places alike; nothing is drawn.
         valid: ``[B, T]``, True for tokens.
     """
     with torch.autocast(k.device.type, enabled=False):
@@ -103,8 +105,8 @@ def follow(
         sums = gamma * sums + (1 - gamma) * (taken.mT @ k).sum(0)
         keys, size = k.transpose(0, 1).flatten(1, 2), sums.shape[1]  # [H, B * T, d]
         order = here.flatten().argsort(descending=True, stable=True)  # tokens first
-        spread = (2 * torch.arange(size, device=k.device) + 1) * here.sum().long() // (2 * size)
-        fresh = keys[:, order[spread.clamp(max=len(order) - 1)]]
+        spread = torch.arange(1, size + 1, device=k.device, dtype=torch.float64) * _GOLDEN % 1 * here.sum()
+        fresh = keys[:, order[spread.long().clamp(max=len(order) - 1)]]
         gone = (counts < dead) & (here.sum() > 0)
         return torch.where(gone[..., None], fresh, sums), counts.masked_fill(gone, 1.0)
 

@@ -17,7 +17,8 @@ and codewords is added to the loss. Decoding has a state of fixed size.
 Of the paper its abstract and summaries were at hand, no code is public. The attention is Transformer-VQ's, gates and
 memory are Mega's (arXiv 2209.10655): its post-norm block, so that X is normed before and Y after. Ours: RMS norms;
 averages that start forgetting between 4 tokens and the trained length, where Mega's all forget in some 4; a codeword
-that few keys take is put on a key of the batch; sizes of codebook and blocks, which we did not find.
+that few keys take is put on a key of the batch, as all are at first; sizes of codebook and blocks, which we did not
+find.
 
 The parts by themselves: ``codes=0`` is exact attention within near blocks (Mega-chunk, and to the blocks beside it;
 full attention where ``block`` is no less than the text), ``block=0`` beside it no attention; ``ndim=0`` no memory;
@@ -152,8 +153,10 @@ class Codebook(nn.Module):
     def __init__(self, strategy: LongVQ) -> None:
         super().__init__()
         self.strategy = strategy
-        self.register_buffer("sums", normed(torch.randn(1, strategy.codes, strategy.key_dim)))
-        self.register_buffer("counts", torch.ones(1, strategy.codes))
+        counts = torch.zeros(1, strategy.codes)  # nobody's: the first step of training puts them on keys
+        drawn = normed(torch.randn(1, strategy.codes, strategy.key_dim))
+        self.register_buffer("sums", drawn / codewords(torch.ones_like(drawn), counts))
+        self.register_buffer("counts", counts)
 
     def forward(self, k: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Keys ``k [B, 1, T, d]`` quantised, their codes, the codewords, and in training the commitment loss."""
