@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from manyheads import kernels
-from manyheads.mixers.softmax import Softmax
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.training import decay, fit, next_token_loss, optimizers_of
 from manyheads.training.replay import Replayed
@@ -25,14 +24,14 @@ def ids(step, rows=4):
     return batch, torch.rand(rows, 24, generator=generator).cuda()
 
 
-def trained(optimizer, batches=ids, replayed=True, schedule=True, loss=next_token_loss):
+def trained(optimizer, batches=ids, replayed=True, schedule=True, loss=next_token_loss, mixer="softmax"):
     torch.manual_seed(0)
-    net = Decoder(Softmax(), DecoderConfig(32, 32, 2, 2, length=24)).cuda()
+    net = Decoder(mixer, DecoderConfig(32, 32, 2, 2, length=24)).cuda()
     state = fit(
         net, batches, loss, budget=16, optimizers=optimizers_of(net, 1e-2, optimizer), replayed=replayed, bf16=False,
         schedule=decay("cosine", warmup=0.2, floor=0.1) if schedule else None,
     )  # fmt: skip
-    return torch.tensor(state.losses), torch.cat([p.detach().flatten() for p in net.parameters()])
+    return torch.tensor(state.losses), torch.cat([x.flatten() for x in net.state_dict().values()])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -43,6 +42,16 @@ def test_replayed_steps_are_the_steps(optimizer):
     assert (weights - held).norm() < 0.01 * held.norm()
     for wrong in ({"schedule": False}, {"batches": lambda step: ids(min(step, 3))}):  # a rate, a batch of the recording
         assert (trained(optimizer, **wrong)[0] - plain).abs().max() > 6e-3
+
+
+def test_a_codebook_follows_its_keys_in_replayed_steps():
+    vq = {"mixer": "longvq:codes=8,block=4,key_dim=8"}
+    plain, held = trained("adamw", replayed=False, **vq)
+    found, weights = trained("adamw", **vq)
+    torch.testing.assert_close(found, plain, rtol=0, atol=2e-3)
+    assert (weights - held).norm() < 0.01 * held.norm()
+    stopped = trained("adamw", replayed=False, mixer=f"{vq['mixer']},gamma=1,dead=0")[1]  # control: it stays
+    assert (stopped - held).norm() > 0.03 * held.norm()
 
 
 def test_a_batch_of_another_shape_runs_as_it_is():
