@@ -6,7 +6,7 @@ head, keys of d_k and values of d_v channels, and the layer's input X:
 
     X' = silu(EMA(X) + w X)         structured memory: moving averages of each channel, from both sides in encoders
     Z  = silu(X' W_z),  Q = norm(Z g_q + b_q),  K = norm(Z g_k + b_k),  V = silu(X W_v)
-    O  = attention of Q over the codewords nearest to K, exact by key within blocks that are near, with a bias there
+    O  = softmax attention of Q over K quantised: key by key in near blocks, with a bias there, by codeword elsewhere
     r  = silu(X' W_r),  u = sigmoid(X' W_u),  H = silu(X' W_h + (r O) U_h),  Y = u H + (1 - u) X
 
 The codebook is a length-fixed abstract of all that is far (:mod:`manyheads.attention.vq_attention`). It follows the
@@ -20,8 +20,8 @@ averages that start forgetting between 4 tokens and the trained length, where Me
 that few keys take is put on a key of the batch, as all are at first; sizes of codebook and blocks, which we did not
 find.
 
-The parts by themselves: ``codes=0`` is exact attention within near blocks (Mega-chunk, and to the blocks beside it;
-full attention where ``block`` is no less than the text), ``block=0`` beside it no attention; ``ndim=0`` no memory;
+The parts by themselves: ``codes=0`` is attention to keys as they are in near blocks (Mega-chunk, and to those beside
+it; full attention where ``block`` is no less than the text), ``block=0`` beside it no attention; ``ndim=0`` no memory;
 ``cached=false`` quantised keys and nothing far; in an encoder ``block=0`` alone reads all by codeword.
 """
 
