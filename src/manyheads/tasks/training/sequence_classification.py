@@ -19,6 +19,7 @@ from ...models.classifier import Classifier, ClassifierConfig, StemKind
 from ...models.decoder import TokenModel
 from ...training import BatchFn
 from ...training.fit import autocast
+from ...training.language import with_auxiliary
 from ._bytes import VOCAB
 from ._decoders import check_rows
 from ._training_task import TrainingTask, at_once
@@ -122,9 +123,7 @@ class SequenceClassification(TrainingTask):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         values, labels = batch
-        mean = cross_entropy(model(values)[0].float(), labels)
-        more = getattr(model, "auxiliary_loss", None)
-        return mean + more() if model.training and more is not None else mean
+        return with_auxiliary(cross_entropy(model(values)[0].float(), labels), model)
 
     def validation(self, run: RunContext, model: TokenModel) -> float:
         items = self._part(run, "validation")[: self.samples]
