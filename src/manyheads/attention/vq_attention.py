@@ -145,6 +145,8 @@ def vq_attention(
     if not block:
         assert not causal and codes is not None and codebook is not None
         return _all_by_code(q, v, codes, codebook, ends, scale), None
+    if state is not None and length == 1:
+        return _step(q, k, v, codes, codebook, block, scale, bias, ends, state)
     grid = _Grid(block, length, ends, None if state is None else state.seen, causal)
     if state is None and (impl == "dense" or (impl == "auto" and 1 < length <= 2 * block + _FEW * size)):
         out = _by_key(q, k, v, block, scale, causal, bias, ends, size > 0)
@@ -167,7 +169,8 @@ def vq_attention(
             sums = _earlier(sums, None if state is None else state.sums)
         else:
             counts, sums = _elsewhere(counts), _elsewhere(sums)
-    apart = grid.at[..., None] - torch.arange((2 if causal else 3) * block, device=device)  # [B or 1, 1 or n, Lq, W]
+    columns = torch.arange((2 if causal else 3) * block, device=device)
+    apart = (block + torch.arange(block, device=device))[None, None, :, None] - columns  # [1, 1, L, W]
     seen = neighbours(grid.valid[:, None, ..., None], causal)[..., 0][:, 0, grid.first :, None]
     allowed = seen & (apart >= 0) if causal else seen.expand(-1, -1, block, -1)
     added = None if bias is None else _biases(bias, apart, causal)
@@ -207,6 +210,40 @@ def _all_by_code(q: Tensor, v: Tensor, codes: Tensor, codebook: Tensor, ends: Te
     none, nobody = q.new_zeros(*q.shape[:2], 1, 0, q.shape[3]), here[..., None, :0]
     out = _joint(q[:, :, None], none, v[:, :, None, :0], nobody, None, scale, codebook, counts, sums)
     return out[:, :, 0]
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, codes: Tensor | None, codebook: Tensor | None, block: int, scale: float,
+    bias: Tensor | None, ends: Tensor, state: VQState,
+) -> tuple[Tensor, VQState]:  # fmt: skip
+    """One more token of each text, or of some (``ends [B]`` is 0 or 1)."""
+    begun, columns = state.seen % block, torch.arange(2 * block, device=q.device)
+    apart = (block + begun)[:, None] - columns  # [B, 2 L]
+    older = state.seen >= block  # there is a block before
+    seen = (apart >= 0) & ((columns >= block) | older[:, None])
+    full = (ends > 0) & (begun == block - 1)  # after this token the block is the one before
+
+    def put(held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """With the new token ``[B, H, 1, d]``, and as it will be kept."""
+        place = (block + begun)[:, None, None, None].expand_as(new)
+        now = held.scatter(2, place, new.to(held.dtype))
+        return now, torch.where(full[:, None, None, None], now.roll(-block, 2), now)
+
+    (near_k, kept_k), (near_v, kept_v) = put(state.k, k), put(state.v, v)
+    added = None if bias is None else _biases(bias, apart, True)[:, None, None]
+    counts, sums, kept = state.counts, state.sums, state.codes
+    far = (None if x is None else x[:, :, None] for x in (counts, sums))
+    out = _joint(
+        q[:, :, None], near_k[:, :, None], near_v[:, :, None], seen[:, None, None, None], added, scale, codebook, *far
+    )
+    if counts is not None and sums is not None and kept is not None and codes is not None:
+        share = (full & older)[:, None, None].to(sums.dtype)
+        old = kept[:, :, :block]
+        counts = counts.scatter_add(2, old, share.expand(old.shape))
+        values = widened(near_v[:, :, :block]) * share[..., None]
+        sums = sums.scatter_add(2, old[..., None].expand(values.shape), values.to(sums.dtype))
+        kept = put(kept[..., None], codes[..., None])[1][..., 0]
+    return out[:, :, 0], VQState(kept_k, kept_v, kept, counts, sums, state.seen + ends)
 
 
 def _joint(
@@ -267,13 +304,7 @@ class _Grid:
         if causal:
             here = torch.cat([(self.seen >= block)[:, None].expand(-1, block), here], 1)
         self.valid = here.unflatten(1, (-1, block))  # [B, n, L]
-        self.one = length == 1 and causal  # a step: one query, not a block of them
         first = 0 if self.begun is None else self.begun[:, None]
-        if self.one:
-            step = block + torch.zeros_like(self.seen) + (0 if self.begun is None else self.begun)
-            self.at = step[:, None, None]
-        else:
-            self.at = (block + torch.arange(block, device=ends.device))[None, None]
         self.last = (
             (0 if self.begun is None else self.begun) + ends
         ) // block  # the block before that of the next token
@@ -294,16 +325,12 @@ class _Grid:
 
     def queries(self, q: Tensor) -> Tensor:
         """``[B, H, n, Lq, d]`` of ``q [B, H, T, d]``."""
-        if self.one:
-            return q[:, :, None]
         if self.begun is None:
             return _parted(pad(q, (0, 0, 0, self.count * self.block - self.length)), self.block)
         return _parted(_take(q, self.order.clamp(0, self.length - 1)), self.block)
 
     def back(self, out: Tensor) -> Tensor:
         """``[B, H, T, dv]`` of what queries give."""
-        if self.one:
-            return out[:, :, 0]
         out = out.flatten(2, 3)
         if self.begun is None:
             return out[:, :, : self.length]
