@@ -27,7 +27,6 @@ from .reference import softmax, widened
 
 __all__ = ["VQState", "bias_size", "codewords", "follow", "quantize", "vq_attention"]
 
-_FEW = 4  # keys that cost as much as a codeword, whose sums of values stand at every block
 _GOLDEN = (5**0.5 - 1) / 2
 _LEAST = 0.01  # of a count that divides, as in Transformer-VQ
 
@@ -148,7 +147,8 @@ def vq_attention(
     if state is not None and length == 1:
         return _step(q, k, v, codes, codebook, block, scale, bias, ends, state)
     grid = _Grid(block, length, ends, None if state is None else state.seen, causal)
-    if state is None and (impl == "dense" or (impl == "auto" and 1 < length <= 2 * block + _FEW * size)):
+    few = 2 * block + size * (1 + 2 * v.shape[3] // block)  # a block has sums of values beside its scores
+    if state is None and (impl == "dense" or (impl == "auto" and 1 < length <= few)):
         out = _by_key(q, k, v, block, scale, causal, bias, ends, size > 0)
         if not causal:
             return out, None
