@@ -266,6 +266,8 @@ def test_which_strategies_act_on_which_subject():
         assert fit == acts[one.kind], one.kind
     said = CausalLM("x").unsupported_reason(strategies["softmax"])
     assert said.startswith("softmax does not act on causal lm: train it")
+    for spec, how in (("softmax", "--train --strategies"), ("maelre", "--tasks"), ("tkl_local", "--ranking")):
+        assert how in CausalLM("x").unsupported_reason(parse(spec))
     assert "open a pipeline" in CausalLM("x").unsupported_reason(strategies["pab"])
     assert "open a causal language model" in Trainable().unsupported_reason(strategies["snapkv"])
 

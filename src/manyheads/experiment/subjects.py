@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UserError
-from ..strategy import Attention, Cache, Denoiser, LinearCompute, Mixer, Residual, Strategy
+from ..strategy import Attention, Cache, Denoiser, LinearCompute, Mixer, Ranker, Residual, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -199,6 +199,8 @@ class Machine(Subject):
 
 def _where(strategy: Strategy) -> str:
     """What a strategy of this kind acts on."""
+    if isinstance(strategy, Ranker):
+        return f"train it: manyheads compare --train --ranking cranfield --strategies {strategy.slug}"
     if isinstance(strategy, Mixer) and "causal" not in strategy.directions:
         return f"train it: manyheads compare --train --tasks sequence_classification --strategies {strategy.slug}"
     if isinstance(strategy, Mixer):

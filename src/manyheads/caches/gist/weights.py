@@ -163,7 +163,7 @@ class Gists(nn.Module):
             )  # fmt: skip
             made.load_state_dict(load_file(place / _WEIGHTS))
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip("'\"").splitlines()[0]
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(f"{folder} holds no gists ({reason}); train some: {HOW}") from None
         return made.requires_grad_(False).eval()
 
