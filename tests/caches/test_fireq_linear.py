@@ -53,7 +53,7 @@ def test_the_layer_is_the_formula():
     torch.manual_seed(0)
     layer = nn.Linear(70, 24)
     x = torch.randn(2, 5, 70)
-    compute = FireQLinear(group=32, activations="whole").linear(layer.weight, layer.bias)
+    compute = FireQLinear(group=32, activations="whole").linear(layer.weight, layer.bias, "layer")
     weight = layer.weight.detach().double()
     s = weight.abs().mean(0).max() / weight.abs().mean(0)
     smooth = nn.functional.pad(weight * s, (0, 26)).unflatten(1, (-1, 32))
@@ -64,7 +64,7 @@ def test_the_layer_is_the_formula():
     numbers = (codes * sigma[..., None]).float().to(torch.float8_e4m3fn).double().flatten(1)[:, :70] / shift / s
     with torch.no_grad():
         assert error(compute(x).double(), x.double() @ numbers.T + layer.bias.double()) < 1e-6
-        whole = FireQLinear(group=32).linear(layer.weight, layer.bias)
+        whole = FireQLinear(group=32).linear(layer.weight, layer.bias, "layer")
         assert 1e-3 < error(whole(x), compute(x)) < 0.05
 
 

@@ -47,7 +47,7 @@ class RankerCost(Task):
     subject: ClassVar[str] = "trainable"
     alone: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("document_time", "training, ms/document", "ms", kind="time"),
+        Metric("document_time", "training, ms/document", "ms/document", kind="time"),
         Metric("kept", "activations of a document, bytes", "bytes"),
     )
 
