@@ -141,7 +141,7 @@ def store(run: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Read the options, measure, print."""
-    from manyheads.environment import environment
+    from manyheads.environment import commit, environment
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")
@@ -164,7 +164,7 @@ def main() -> None:
     shares = [float(share) for share in given.shares.split(",")]
     run: dict[str, Any] = {
         "model": name, "seed": given.seed, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(), "shares": [], "prompts": [],
+        "commit": commit(), "environment": environment(), "shares": [], "prompts": [],
     }  # fmt: skip
     jobs = [(kind, share) for kind in MEASURES for share in shares if given.only in (None, kind)]
     for kind, share in jobs:

@@ -74,4 +74,8 @@ def test_what_is_refused():
             model(ids, attention_mask=torch.tensor([[0] + [1] * 5, [1] * 6]))
         with pytest.raises(UserError, match="no hidden states"):
             model(ids, output_hidden_states=True)
-        model(ids)
+        with pytest.raises(UserError, match="leave position_ids away"):
+            model(ids, position_ids=torch.arange(6)[None] + 3)
+        with pytest.raises(UserError, match="masks of its own"):
+            model(ids, attention_mask=torch.zeros(2, 1, 6, 6))
+        model(ids, position_ids=torch.arange(6)[None], attention_mask=torch.ones_like(ids))

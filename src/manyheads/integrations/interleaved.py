@@ -59,7 +59,7 @@ def read_interleaved(model: nn.Module, site: Site, strategies: Sequence[Interlea
         pieces = strategy.pieces(embeds, seen, cache is not None)
         if pieces is None:
             return inner(*args, **kwargs)
-        _check(strategy, kwargs)
+        _check(strategy, kwargs, seen, embeds.shape[1])
         more = {name: x for name, x in kwargs.items() if name not in _REPLACED}
         more |= {"use_cache": False} if cache is None else cache_arguments(owner, cache)
         hidden, out = [], None
@@ -75,11 +75,15 @@ def read_interleaved(model: nn.Module, site: Site, strategies: Sequence[Interlea
     return wrap_call(owner, around)[1]
 
 
-def _check(strategy: Interleaved, kwargs: dict[str, Any]) -> None:
-    """Refuse what pieces cannot answer."""
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and not bool(mask.all()):
+def _check(strategy: Interleaved, kwargs: dict[str, Any], seen: int, new: int) -> None:
+    """Refuse what pieces cannot answer: they have masks and positions of their own."""
+    mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UserError(f"{strategy.spec} has masks of its own: give none, or which tokens are real, [B, T]")
+    if mask is not None and not bool(mask.all()):
         raise UserError(f"{strategy.spec} reads rows of one length: leave padding away, or run the rows one by one")
+    if isinstance(places, Tensor) and bool((places != torch.arange(seen, seen + new, device=places.device)).any()):
+        raise UserError(f"{strategy.spec} counts its tokens itself: leave position_ids away")
     if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")):
         raise UserError(f"{strategy.spec} reads in pieces, of which no hidden states or attentions are gathered")
 
