@@ -151,3 +151,26 @@ def test_on_a_gpu(length, kv_heads, dtype):
     for want, mine, theirs in zip(exact, fast, plain, strict=True):
         least = DEVICE if dtype == torch.float32 else HALF[dtype]
         assert error(mine, want) <= max(least, HALF_FACTOR * error(theirs, want))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not kernels.available(), reason="needs a CUDA device and triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_side_keys_and_gradients_on_a_gpu(dtype):
+    """As an encoder with a window alone is judged: tiles that fit a forward with gradients need not fit this."""
+    (q, k, v, *_), given_ = draw(512, 16, 32, heads=4, kv_heads=4, batch=16, width=64, device="cuda", dtype=dtype)
+    sides, given_["side_bias"] = (k[:, :, :0], v[:, :, :0]), given_["side_bias"][:, :1]
+    with torch.no_grad():
+        rest = {name: given_[name] for name in ("scale", "window", "size")}
+        biases = given_["bias"], given_["side_bias"]
+
+        def attended(impl, kind):
+            inputs = [x.to(kind) for x in (q, k, v, *sides, *biases)]
+            return local_global_attention(*inputs[:5], **rest, bias=inputs[5], side_bias=inputs[6], impl=impl)
+
+        exact, plain, fast = (
+            attended(impl, kind)
+            for impl, kind in (("torch", torch.float64), ("torch", dtype), ("flex", dtype))
+        )  # fmt: skip
+    least = DEVICE if dtype == torch.float32 else HALF[dtype]
+    assert error(fast, exact) <= max(least, HALF_FACTOR * error(plain, exact))

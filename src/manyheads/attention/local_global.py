@@ -162,6 +162,11 @@ def _flex(
     attend = _compiled() if q.is_cuda else flex_attention
     keys, values = torch.cat([k, side_k], 2), torch.cat([v, side_v], 2)
     mask = _block_mask(length, count, window, str(q.device))
-    out: Tensor = attend(q, keys, values, score_mod=biased, block_mask=mask, scale=scale,
-                         enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+    # Places in the tables of biases take shared memory beside keys and values: with FlexAttention's own tiles more than
+    # an H100 or H200 has.
+    options = {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 1 if q.dtype == torch.float32 else 2}
+    out: Tensor = attend(
+        q, keys, values, score_mod=biased, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+    )  # fmt: skip
     return out

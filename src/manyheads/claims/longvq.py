@@ -74,7 +74,7 @@ claim = Claim(
                 "tokens": 4096, "mixer_speed.length": 512,
             },
             cuda={
-                "arms": arms(8, 64, 512), "seeds": 4, "dim": 128, "heads": 4, "layers": 3, "parameters": 1_100_000,
+                "arms": arms(8, 64, 512), "seeds": 3, "dim": 128, "heads": 4, "layers": 3, "parameters": 1_100_000,
                 "rates": (2e-3, 4e-3), "samples": 256, "judged": 64, "steps": 200, "tune_steps": 60, "trainings": 3,
                 **text(length=128, batch=64, steps=700, tune_steps=120, trainings=0), "asked": 10, "batch": 32,
                 "brown.length": 512, **LENGTHS, "fsdd.stride": 8, "fsdd.stretch": 0.15, "fsdd.steps": 400, "rounds": 10,

@@ -57,8 +57,8 @@ claim = Claim(
                 "ranking.dim": 60, f"{AS_IS}.dim": 60, "ranker_cost.dim": 80, "rounds": 3,
             },
             cuda={
-                "arms": ALL, "seeds": 3, "steps": 700, "batch": 32, "looks": 7, "dim": 320, "rounds": 20,
-                "rates": (3e-4, 1e-3), "tune_steps": 250, f"{AS_IS}.only": (TKL, WORDS, NEURAL, CHANCE),
+                "arms": ALL, "seeds": 3, "steps": 600, "batch": 16, "looks": 6, "dim": 320, "rounds": 20,
+                "rates": (3e-4, 1e-3), "tune_steps": 200, f"{AS_IS}.only": (TKL, WORDS, NEURAL, CHANCE),
                 "words": 64_000, "lengths": (500, 1000, 2000, 4000, 8000),
             },
         ),

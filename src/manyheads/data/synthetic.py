@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences made by a rule, on which a mixer shows what it can remember."""
 
+from functools import cache
 from math import comb
 
 import torch
@@ -55,6 +56,7 @@ def associative_recall(
     return ids, loss_mask[:, :-1]
 
 
+@cache
 def guessed_recall(pairs: int, values: int) -> float:
     """Expected share of the values of :func:`associative_recall`, asked once, that the best guess without keys gets.
 
