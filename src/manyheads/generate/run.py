@@ -110,7 +110,8 @@ def run(
 ) -> list[Made]:  # fmt: skip
     """Make every row by every arm, the baseline first.
 
-    A call of few steps that is not counted goes before, so that the baseline does not pay for what is done once.
+    A call of few steps that is not counted goes before, so that the baseline does not pay for what is done once; on a
+    GPU the first row of every strategy too, for which kernels are loaded and compiled.
 
     Raises:
         UserError: the pipeline or a strategy refuses what it was given, or what was made is not finite.
@@ -181,13 +182,17 @@ def _made(
 ) -> Made:  # fmt: skip
     """All rows by one arm."""
     made = Made(each)
-    counts.calls = counts.passed = counts.steps = 0
     device = next(denoisers(pipe)[0][1].parameters()).device
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
 
     def fill() -> None:
+        if cuda and each.strategies:
+            counts.report, report = (lambda _: None), counts.report
+            generate(pipe, takes, rows[0], settings)
+            counts.report = report
+        counts.calls = counts.passed = counts.steps = 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         for row in rows:
             start = time.perf_counter()
             *source, image = generate(pipe, takes, row, settings)

@@ -103,7 +103,8 @@ def run(
 ) -> list[list[Reply]]:  # fmt: skip
     """Reply to every prompt under every arm, greedily.
 
-    A short forward that is not timed goes before, so that the first arm does not pay for what is done once.
+    A short forward that is not timed goes before, so that the first arm does not pay for what is done once; on a GPU a
+    short reply of every arm, for which kernels are loaded and compiled.
 
     Returns:
         For each prompt the replies of the arms, in their order.
@@ -124,11 +125,13 @@ def run(
     device = next(model.parameters()).device
     with torch.inference_mode():
         model(input_ids=torch.tensor([given[0][:2]], device=device))
-    found = []
+    found: list[list[Reply]] = []
     for prompt, ids in zip(prompts, given, strict=True):
         replies = []
         span = system_span(tokenizer, _messages(prompt, system)) if find else None
         for arm in arms:
+            if device.type == "cuda" and not found:
+                _reply(model, tokenizer, arm, prompt, ids, min(2, max_new_tokens), ends, span)
             replies.append(_reply(model, tokenizer, arm, prompt, ids, max_new_tokens, ends, span))
             done += 1
             progress(done, total, arm.key)
