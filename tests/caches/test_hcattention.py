@@ -16,6 +16,7 @@ from manyheads import UserError, parse
 from manyheads.attention import product_codes, reference
 from manyheads.attention.padded import nbytes
 from manyheads.caches._codebooks import FILE, read_codebooks, write_codebooks
+from manyheads.caches._rounding import rounded
 from manyheads.call import AttentionCall
 from manyheads.integrations.transformers import load_cache, new_cache, prefill, save_cache
 from manyheads.recipes import hcattention as recipe
@@ -73,9 +74,23 @@ def coded(k, books):
     return out
 
 
+def eighth(v):
+    """Values ``[Hkv, T, d]`` as FP8 with a bfloat16 scale has them, number by number."""
+    out = torch.zeros_like(v)
+    for h in range(v.shape[0]):
+        for t in range(v.shape[1]):
+            scale = (v[h, t].float().abs().max() / 448).bfloat16().double()
+            for i, x in enumerate(v[h, t]):
+                y = float(x / scale)
+                step = 2.0 ** max(math.floor(math.log2(max(abs(y), 1e-9))) - 3, -9)  # e4m3: 3 bits behind the point
+                out[h, t, i] = max(-448.0, min(448.0, round(y / step) * step)) * scale
+    return out
+
+
 def by_hand(policy, q, k, v, books, prompt, scale=DIM**-0.5):
     """One row in float64 and loops: ``q [H, T, d]``, ``k, v [Hkv, T, d]`` -> ``[T, H, d]``."""
     q, k, v, groups = q.double(), k.double(), v.double(), q.shape[0] // k.shape[0]
+    stored = {"whole": v, "int4": rounded(v, -1), "fp8": eighth(v)}[policy.values]
     hat, out = coded(k, books.double()), torch.zeros(q.shape[1], q.shape[0], v.shape[2], dtype=torch.float64)
     for t in range(q.shape[1]):
         for g in range(q.shape[0]):
@@ -91,11 +106,16 @@ def by_hand(policy, q, k, v, books, prompt, scale=DIM**-0.5):
                 if enough and (last is None or float(a[last] - a[s]) > 1e-9):  # what ties with the last stays with it
                     break
                 kept, mass, last = [*kept, s], mass + float(a[s]), s
-            out[t, g] = sum(float(a[s]) * v[h, s] for s in kept) / (mass if policy.renormalize or t < prompt else 1)
+            out[t, g] = sum(float(a[s]) * (v if s in exact else stored)[h, s] for s in kept) / (
+                mass if policy.renormalize or t < prompt else 1
+            )
     return out
 
 
-VARIANTS = ["top_p=0.9", "top_p=0.5", "top_p=1.0", "top_k=2", "top_p=0.6,renormalize=False", "combine=host", "sinks=0"]
+VARIANTS = [
+    "top_p=0.9", "top_p=0.5", "top_p=1.0", "top_k=2", "top_p=0.6,renormalize=False", "combine=host", "sinks=0",
+    "values=int4", "values=fp8",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("real", [None, [[0, 20], [5, 20]], [[0, 11], [0, 8]]], ids=["whole", "left", "right"])
@@ -128,7 +148,14 @@ def test_the_loops_notice(small):
     q, k, v = (x.double() for x in sequences(1, 4, sum(SIZES), seed=5))
     want = by_hand(policy, q[0], k[0], v[0], books, SIZES[0])
     assert error(drive(policy, q, k, v, SIZES)[0][0], want) < 1e-6
-    for change in ("top_p=0.9", f"recent={RECENT + 1}", f"sinks={SINKS + 1}", "renormalize=False", "top_k=1"):
+    for change in (
+        "top_p=0.9",
+        f"recent={RECENT + 1}",
+        f"sinks={SINKS + 1}",
+        "renormalize=False",
+        "top_k=1",
+        "values=int4",
+    ):
         name = change.partition("=")[0]
         other = ",".join([part for part in spec.split(",") if not part.startswith(f"{name}=")] + [change])
         assert error(drive(parse(other), q, k, v, SIZES)[0][0], want) > 1e-3, change
@@ -286,6 +313,8 @@ def test_where_everything_lies(folder):
             assert 0 < int(store.fetched.max()) < 199 and bool((store.mass >= 0.9 - 1e-5).all())
         eight = prefilled(model, f"{spec},values=fp8", tokens(2, 200))
         assert 3.5 < cache.host_bytes() / eight.host_bytes() <= 4
+        four = prefilled(model, f"{spec},values=int4", tokens(2, 200))
+        assert 6.5 < cache.host_bytes() / four.host_bytes() <= 8
         assert (
             error(step(model, tokens(2, 1), eight), step(model, tokens(2, 1), prefilled(model, spec, tokens(2, 200))))
             < 0.1
@@ -321,7 +350,7 @@ def test_many_tokens_are_each_as_alone(folder):
 
 
 @pytest.mark.parametrize("given", ["", "folder"])
-@pytest.mark.parametrize("values", ["whole", "fp8"])
+@pytest.mark.parametrize("values", ["whole", "fp8", "int4"])
 def test_a_prompt_in_chunks(folder, given, values):
     """Read exactly, from the host; what is remembered afterwards is bit for bit that of one forward."""
     model, ids = models.tiny("llama"), tokens(1, 40)
@@ -447,7 +476,7 @@ def test_the_recipe(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("values", ["whole", "fp8"])
+@pytest.mark.parametrize("values", ["whole", "fp8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_kernels_and_host_agree(dtype, values):
     """Values read by the kernel from page-locked memory, and summed on the host: the same attention, copies too."""

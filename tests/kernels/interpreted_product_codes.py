@@ -3,12 +3,15 @@
 test_interpreter.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the interpreter
 from kernels.product_cases import CASES, agrees, build, wrong_variants
 from manyheads import UserError
+from manyheads.attention.codec import INT4
 from manyheads.kernels import product_codes
 
 
@@ -23,6 +26,13 @@ def test_wrong_variants_fail():
     case = build(count=150, first=[3, 9], batch=2, masked=True)
     for name, wrong in wrong_variants(case).items():
         assert not agrees(case, product_codes, wrong), name
+
+
+def test_wrong_halves_of_a_byte_fail():
+    case = build(count=150, codec=INT4)
+    wrong = replace(case, values=(case.values >> 4) | (case.values << 4))
+    for fast in (product_codes, None):
+        assert agrees(case, fast) and not agrees(case, fast, wrong)
 
 
 def test_strangers_are_refused():

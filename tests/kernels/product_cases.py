@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tolerance
 from manyheads.attention import offloaded, product_codes
-from manyheads.attention.codec import FP8
+from manyheads.attention.codec import FP8, INT4, Codec
 
 CASES = [
     {"count": 1},
@@ -18,7 +18,9 @@ CASES = [
     {"count": 1025, "group": 3, "kv_heads": 1},
     {"count": 200, "batch": 2, "first": [0, 17], "masked": True},
     {"count": 90, "centroids": 300, "groups": 4, "dtype": torch.float16},
-    {"count": 130, "eight": True, "dim": 32},
+    {"count": 130, "codec": FP8, "dim": 32},
+    {"count": 130, "codec": INT4, "dim": 32},
+    {"count": 200, "codec": INT4, "batch": 2, "first": [0, 17], "masked": True},
     {"count": 130, "top_k": 7},
     {"count": 40, "top_p": 1.0},
     {"count": 40, "sure": 0.99},
@@ -31,7 +33,7 @@ class Case:
     q: Tensor
     centroids: Tensor
     codes: Tensor  # with places to come, which hold poison
-    values: Tensor  # [C, B, Hkv, d]
+    values: Tensor  # [C, B, Hkv, d], or d / 2
     value_scale: Tensor | None
     count: int
     first: Tensor | None
@@ -48,8 +50,8 @@ class Case:
 
 def build(
     count: int, batch: int = 1, kv_heads: int = 2, group: int = 2, dim: int = 64, groups: int = 8, centroids: int = 16,
-    first: list[int] | None = None, masked: bool = False, eight: bool = False, sure: float = 0.05, top_p: float = 0.9,
-    top_k: int = 0, dtype: torch.dtype = torch.float32, spread: float = 3.0,
+    first: list[int] | None = None, masked: bool = False, codec: Codec | None = None, sure: float = 0.05,
+    top_p: float = 0.9, top_k: int = 0, dtype: torch.dtype = torch.float32, spread: float = 3.0,
 ) -> Case:  # fmt: skip
     made = torch.Generator().manual_seed(count)
 
@@ -60,8 +62,8 @@ def build(
     books = product_codes.fit(k, groups, centroids, iterations=2)
     codes = torch.cat([product_codes.encode(k, books), torch.full((batch, kv_heads, groups, 9), 1)], 3)
     value_scale = None
-    if eight:
-        v, value_scale = FP8.encode(v)
+    if codec is not None:
+        v, value_scale = codec.encode(v)
         value_scale = value_scale.permute(1, 2, 0).contiguous()
     return Case(
         q=draw(batch, kv_heads * group, dim).to(dtype), centroids=books,
@@ -107,7 +109,10 @@ def truth(case: Case) -> dict[str, Any]:
     x = ((k @ case.q.double()[..., None])[..., 0] * case.scale).masked_fill(~seen(case), -torch.inf)
     lse = x.logsumexp(2)
     p = (x - lse[..., None]).exp() * (1 - case.sure)
-    v = case.values[: case.count].double().permute(1, 2, 0, 3)
+    v = case.values[: case.count]
+    if v.dtype == torch.uint8:  # channel j in the lower half of byte j, j + d / 2 in the upper one
+        v = torch.cat([v % 16, v // 16], 3).double() - 8
+    v = v.double().permute(1, 2, 0, 3)
     if case.value_scale is not None:
         v = v * case.value_scale[..., : case.count, None].double()
     return {"x": x, "lse": lse, "p": p, "v": v.repeat_interleave(group, 1), "heads": heads}

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .codec import FP8, INT4, Codec
 from .product_codes import lookup_table, select, table_logits
 from .reference import repeat_kv, widened
 
-__all__ = ["Attended", "HostRows", "decode_attention", "fetch", "kernel_takes"]
+__all__ = ["Attended", "HostRows", "codec_of", "decode_attention", "fetch", "kernel_takes"]
 
 _ROOM = 64  # tokens by which rows in host memory grow at least
+
+
+def codec_of(values: Tensor) -> Codec | None:
+    """What values on the host are stored by; None as they came."""
+    if values.dtype == torch.uint8:
+        return INT4
+    return FP8 if values.dtype == torch.float8_e4m3fn else None
 
 
 class HostRows:
@@ -36,10 +44,10 @@ class HostRows:
         device: of the model.
     """
 
-    def __init__(self, like: Tensor, dtype: torch.dtype | None = None, capacity: int = 0) -> None:
+    def __init__(self, like: Tensor, capacity: int = 0) -> None:
         batch, heads, _, width = like.shape
         self.device, self.size = like.device, 0
-        self.data = self._empty(capacity, (batch, heads, width), dtype or like.dtype)
+        self.data = self._empty(capacity, (batch, heads, width), like.dtype)
 
     def _empty(self, capacity: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(capacity, *shape, dtype=dtype, pin_memory=self.device.type == "cuda")
@@ -133,13 +141,14 @@ def fetch(
         lse: ``[B, H]`` that makes weights of them.
         lowest: ``[B, H]``, the lowest logit that is kept.
         values: at least N of them.
-        value_scale: ``[B, Hkv, C]`` of values in FP8.
+        value_scale: ``[B, Hkv, C]`` of values in FP8 or INT4.
 
     Returns:
         The sum ``[B, H, dv]``, the mass of the kept tokens ``[B, H]`` and the number of values read ``[B, Hkv]``.
     """
     batch, heads = logits.shape[:2]
-    kv_heads, width = values.data.shape[2:]
+    kv_heads, codec = values.data.shape[2], codec_of(values.data)
+    width = values.data.shape[3] * (2 if codec is INT4 else 1)
     kept = (logits >= lowest[..., None]) & (logits > -torch.inf)
     weight = torch.where(kept, (logits - lse[..., None]).exp(), 0.0).unflatten(1, (kv_heads, -1))
     needed = kept.unflatten(1, (kv_heads, -1)).any(2)
@@ -148,7 +157,8 @@ def fetch(
     for b in range(batch):
         for h in range(kv_heads):
             at = needed[b, h].nonzero()[:, 0]
-            rows = values.data[at.cpu(), b, h].to(weight.dtype)
+            rows = values.data[at.cpu(), b, h]
+            rows = (rows if codec is None else codec.numbers(rows)).to(weight.dtype)
             share = weight[b, h, :, at]
             if value_scale is not None:
                 share = share * value_scale[b, h, at].to(share.dtype)
@@ -168,7 +178,7 @@ def decode_attention(
         q: ``[B, H, d]``.
         codes: ``[B, Hkv, g, C]``, of which the first ``count`` tokens count.
         centroids: ``[B or 1, Hkv, g, c, w]``.
-        values: of the coded tokens, in host memory; in FP8 with ``value_scale``.
+        values: of the coded tokens, in host memory; in FP8 or INT4 with ``value_scale``.
         exact_k, exact_v: ``[B, Hkv, E, d]``, always kept, their mass counts.
         count: N.
         scale: factor on ``q k^T``.

@@ -3,7 +3,7 @@
 """The Triton kernels of :mod:`manyheads.kernels.product_codes`, where their method stands.
 
 Constants of a launch: HEADS key/value heads, each shared by G query heads that fill ROWS rows; GROUPS sub-vectors with
-CENTROIDS centroids each; D channels of a value; BLOCK tokens a step.
+CENTROIDS centroids each; D channels of a value, of BITS bits each; BLOCK tokens a step.
 """
 
 import triton
@@ -99,19 +99,21 @@ def narrow(
 @triton.jit(do_not_specialize=["count", "scale_stride"])
 def gather(
     x_ptr, lse_ptr, lowest_ptr, values_ptr, scale_ptr, out_ptr, mass_ptr, fetched_ptr, count, row_stride, scale_stride,
-    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Program (pair, split): the kept values of a share of the tokens, by their weights; others are not read."""
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     r = tl.arange(0, ROWS)
-    d = tl.arange(0, D)
+    width: tl.constexpr = D // 2 if BITS == 4 else D  # of a row where it lies
+    d = tl.arange(0, width)
     lse = tl.load(lse_ptr + pair * G + r, mask=r < G, other=0.0)
     lowest = tl.load(lowest_ptr + pair * G + r, mask=r < G, other=float("inf"))
     share = tl.cdiv(tl.cdiv(count, splits), BLOCK) * BLOCK
     start = split * share
-    acc = tl.zeros([ROWS, D], tl.float32)
+    acc = tl.zeros([ROWS, width], tl.float32)
+    high = tl.zeros([ROWS, width], tl.float32)  # second half of the channels, which shares bytes with the first
     mass = tl.zeros([ROWS], tl.float32)
     fetched = split * 0
     for first in range(start, tl.minimum(start + share, count), BLOCK):
@@ -125,16 +127,25 @@ def gather(
         if many > 0:
             fetched += many
             mass += tl.sum(p, 1)
-            rows = n.to(tl.int64) * row_stride + pair * D
+            rows = n.to(tl.int64) * row_stride + pair * width
             v = tl.load(values_ptr + rows[:, None] + d[None, :], mask=(needed > 0)[:, None], other=0)
-            if FP8:
-                # An e4m3 number has the bits of a float16 that is 256 times too small.
-                bits = v.to(tl.int32)
-                v = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
-                scale = tl.load(scale_ptr + pair * scale_stride + n, mask=needed > 0, other=0.0)
-                p = p * (scale.to(tl.float32) * 256.0)[None, :]
+            if BITS < 16:
+                scale = tl.load(scale_ptr + pair * scale_stride + n, mask=needed > 0, other=0.0).to(tl.float32)
+                if BITS == 8:
+                    # An e4m3 number has the bits of a float16 that is 256 times too small.
+                    bits = v.to(tl.int32)
+                    v = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+                    scale = scale * 256.0
+                p = p * scale[None, :]
+            if BITS == 4:
+                upper = (v.to(tl.int32) >> 4).to(tl.float32) - 8.0
+                high = tl.dot(p, upper, high, input_precision="tf32x3")
+                v = (v.to(tl.int32) & 15).to(tl.float32) - 8.0
             acc = tl.dot(p, v.to(tl.float32), acc, input_precision="tf32x3")
     slot = pair * splits + split
-    tl.store(out_ptr + (slot * ROWS + r)[:, None] * D + d[None, :], acc, mask=(r < G)[:, None])
+    out = out_ptr + (slot * ROWS + r)[:, None] * D + d[None, :]
+    tl.store(out, acc, mask=(r < G)[:, None])
+    if BITS == 4:
+        tl.store(out + width, high, mask=(r < G)[:, None])
     tl.store(mass_ptr + slot * ROWS + r, mass, mask=r < G)
     tl.store(fetched_ptr + slot, fetched)

@@ -107,28 +107,29 @@ def fetch(
         x: logits ``[B, H, N]`` float32; -inf is never kept.
         lse: ``[B, H]``.
         lowest: ``[B, H]``, the lowest logit that is kept.
-        values: ``[C, B, Hkv, dv]``, on the device or in page-locked host memory; float8_e4m3fn with ``value_scale``.
+        values: ``[C, B, Hkv, dv]``, on the device or in page-locked host memory; with ``value_scale`` float8_e4m3fn, or
+            INT4, which is uint8 ``[C, B, Hkv, dv / 2]``.
         value_scale: ``[B, Hkv, C]``.
 
     Returns:
         The sum ``[B, H, dv]`` and the mass of what is kept ``[B, H]``, float32; the number of values read ``[B, Hkv]``.
     """
     (batch, heads, count), (_, _, kv_heads, width) = x.shape, values.shape
-    eight = values.dtype == torch.float8_e4m3fn
-    if eight != (value_scale is not None) or not values.is_contiguous() or len(values) < count:
+    bits = {torch.float8_e4m3fn: 8, torch.uint8: 4}.get(values.dtype, 16)
+    if (bits < 16) != (value_scale is not None) or not values.is_contiguous() or len(values) < count:
         raise UserError(f"fetch: values {tuple(values.shape)} {values.dtype} do not fit {count} tokens or their scales")
-    pairs, group = batch * kv_heads, heads // kv_heads
+    pairs, group, channels = batch * kv_heads, heads // kv_heads, 2 * width if bits == 4 else width
     splits = max(1, min(triton.cdiv(count, _GATHERED), 2048 // max(1, pairs)))
-    out = x.new_empty(pairs, splits, 16, width)
+    out = x.new_empty(pairs, splits, 16, channels)
     mass = x.new_empty(pairs, splits, 16)
     fetched = torch.empty(pairs, splits, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         launch(
             gather, (pairs, splits),
-            x, lse.contiguous(), lowest.contiguous(), values.view(torch.uint8) if eight else values,
+            x, lse.contiguous(), lowest.contiguous(), values.view(torch.uint8) if bits == 8 else values,
             lse if value_scale is None else value_scale, out, mass, fetched, count, pairs * width,
             0 if value_scale is None else value_scale.shape[2],
-            G=group, ROWS=16, D=width, BLOCK=_GATHERED, FP8=eight, num_warps=4,
+            G=group, ROWS=16, D=channels, BLOCK=_GATHERED, BITS=bits, num_warps=4,
         )  # fmt: skip
     out, mass = out[:, :, :group].sum(1), mass[:, :, :group].sum(1)
-    return out.view(batch, heads, width), mass.view(batch, heads), fetched.sum(1).view(batch, kv_heads)
+    return out.view(batch, heads, channels), mass.view(batch, heads), fetched.sum(1).view(batch, kv_heads)

@@ -56,7 +56,7 @@ class HCAttention(Cache):
         renormalize: bring the weights of kept tokens back to a sum of one.
         sinks: first tokens that stay exact on the device.
         recent: last tokens that do, at least 1.
-        values: ``whole`` or ``fp8``, with 2 more bytes a token and head on the device.
+        values: ``whole`` (as they came), ``fp8`` or ``int4``, both with 2 more bytes a token and head on the device.
         combine: where kept values are summed: on the ``device``, which fetches them, or on the ``host``. Without a GPU
             both are the same.
         iterations: of k-means, where codebooks are fitted on the prompt.
@@ -72,7 +72,9 @@ class HCAttention(Cache):
     renormalize: bool = field(default=True, metadata={"help": "kept weights sum to one"})
     sinks: int = field(default=4, metadata={"help": "first tokens that stay exact on the device"})
     recent: int = field(default=32, metadata={"help": "last tokens that stay exact on the device"})
-    values: Literal["whole", "fp8"] = field(default="whole", metadata={"help": "whole or fp8, on the host"})
+    values: Literal["whole", "fp8", "int4"] = field(
+        default="whole", metadata={"help": "whole, fp8 or int4, on the host"}
+    )
     combine: Literal["device", "host"] = field(default="device", metadata={"help": "where values are summed"})
     iterations: int = field(default=10, metadata={"help": "of k-means on the prompt"})
 
@@ -81,8 +83,8 @@ class HCAttention(Cache):
             raise UserError("hcattention: top_p is a share of the attention in (0, 1], top_k counts tokens")
         if self.sinks < 0 or self.recent < 1 or self.groups < 0 or self.iterations < 1:
             raise UserError("hcattention: recent and iterations are at least 1, sinks and groups at least 0")
-        if self.values not in ("whole", "fp8") or self.combine not in ("device", "host"):
-            raise UserError("hcattention: values are whole or fp8, combine is device or host")
+        if self.values not in ("whole", "fp8", "int4") or self.combine not in ("device", "host"):
+            raise UserError("hcattention: values are whole, fp8 or int4, combine is device or host")
         code_dtype(self.centroids)
 
     @property

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...attention import product_codes
-from ...attention.codec import FP8
-from ...attention.offloaded import HostRows
+from ...attention.codec import Codec
+from ...attention.offloaded import HostRows, codec_of
 
 __all__ = ["CodedTokens", "Rows", "align", "by_slot", "joined"]
 
@@ -61,7 +61,7 @@ class CodedTokens:
         centroids: ``[B or 1, Hkv, g, c, w]``.
         codes: ``[B, Hkv, g, C]``, with room for more.
         values: of the coded slots, on the host.
-        value_scale: ``[B, Hkv, C]`` of values in FP8, None where they are as they came.
+        value_scale: ``[B, Hkv, C]`` of values in FP8 or INT4, None where they are as they came.
         sinks: keys and values of the first tokens, also when they are coded; slots that are not coded hold zeros.
         recent: keys and values of the slots from ``coded`` on.
         window: how many of these there are at most between forwards.
@@ -84,16 +84,14 @@ class CodedTokens:
     coded: int = 0
 
     @classmethod
-    def empty(
-        cls, centroids: Tensor, recent: Rows, window: int, sinks: int, values: HostRows, fp8: bool
-    ) -> "CodedTokens":
+    def empty(cls, centroids: Tensor, recent: Rows, window: int, sinks: int, values: HostRows) -> "CodedTokens":
         """Nothing coded yet; ``recent`` will follow what is."""
         k = recent[0]
         batch, heads = k.shape[:2]
         codes = torch.zeros(
             batch, heads, centroids.shape[2], 0, dtype=product_codes.code_dtype(centroids.shape[3]), device=k.device
         )
-        scale = torch.zeros(batch, heads, 0, dtype=torch.bfloat16, device=k.device) if fp8 else None
+        scale = None if codec_of(values.data) is None else k.new_zeros(batch, heads, 0, dtype=torch.bfloat16)
         first = tuple(x.new_zeros(batch, heads, sinks, x.shape[3]) for x in recent)
         error = torch.zeros(batch, heads, device=k.device)
         return cls(centroids, codes, values, scale, (first[0], first[1]), recent, window, error)
@@ -101,6 +99,11 @@ class CodedTokens:
     @property
     def seen(self) -> int:
         return self.coded + self.recent[0].shape[2]
+
+    @property
+    def codec(self) -> Codec | None:
+        """What the values are stored by."""
+        return codec_of(self.values.data)
 
     @property
     def device(self) -> list[Tensor | None]:
@@ -137,10 +140,10 @@ class CodedTokens:
         self._keep_sinks(k, v, start)
         if written:
             self.values.size = stop
-        elif self.value_scale is None:
+        elif self.codec is None or self.value_scale is None:
             self.values.append(v)
         else:
-            packed, self.value_scale[..., start:stop] = FP8.encode(v)
+            packed, self.value_scale[..., start:stop] = self.codec.encode(v)
             self.values.append(packed)
         self.coded = stop
 
@@ -202,22 +205,30 @@ class CodedTokens:
         if not since:
             return tail
         coded = product_codes.decode(self.codes[..., :since], self.centroids).to(tail.dtype)
-        k = torch.cat([coded, tail[:, :, since - start :]], 2)
-        slots = self.first_slots(self.sinks[0].shape[2])
-        for i in range(slots.shape[1]):
-            at = slots[:, i].clamp(max=since - 1)[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[3])
-            inside = (slots[:, i] < since)[:, None, None, None]
-            k.scatter_(2, at, torch.where(inside, self.sinks[0][:, :, i : i + 1], k.gather(2, at)))
-        return k
+        return self._with_sinks(torch.cat([coded, tail[:, :, since - start :]], 2), self.sinks[0], since)
 
-    def whole_values(self, tail: Tensor, start: int) -> Tensor:
-        """Values of all slots, on the device."""
-        if not start:
+    def whole_values(self, tail: Tensor, start: int, since: int) -> Tensor:
+        """Values of all slots, on the device: as stored below ``since``; otherwise as :meth:`whole_keys`."""
+        if not since:
             return tail
-        v = self.values.read(0, start)
-        if self.value_scale is not None:
-            v = FP8.decode(v, self.value_scale[..., :start], tail.dtype)
-        return torch.cat([v, tail], 2)
+        v = torch.cat([self.stored_values(0, since).to(tail.dtype), tail[:, :, since - start :]], 2)
+        return v if self.codec is None else self._with_sinks(v, self.sinks[1], since)
+
+    def stored_values(self, start: int, stop: int) -> Tensor:
+        """Values ``[B, Hkv, T, d]`` of coded slots, brought from the host."""
+        v = self.values.read(start, stop)
+        if self.codec is None or self.value_scale is None:
+            return v
+        return self.codec.decode(v, self.value_scale[..., start:stop], self.sinks[1].dtype)
+
+    def _with_sinks(self, x: Tensor, sinks: Tensor, since: int) -> Tensor:
+        """``x [B, Hkv, S, d]`` with the first tokens as they were."""
+        slots = self.first_slots(sinks.shape[2])
+        for i in range(slots.shape[1]):
+            at = slots[:, i].clamp(max=since - 1)[:, None, None, None].expand(-1, x.shape[1], 1, x.shape[3])
+            inside = (slots[:, i] < since)[:, None, None, None]
+            x.scatter_(2, at, torch.where(inside, sinks[:, :, i : i + 1], x.gather(2, at)))
+        return x
 
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']``."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention import product_codes, reference
+from ...attention.codec import FP8, INT4
 from ...attention.offloaded import HostRows, decode_attention
 from ...attention.reference import repeat_kv, widened
 from ...call import AttentionCall, Site, Store
@@ -136,7 +137,7 @@ class OffloadStore(Store):
             raise UserError("hcattention:renormalize=False cannot be used beside other strategies: leave it at True")
         (tail, start), self._new = self.tokens.take(self._new), None
         since = max(start, self._seen - call.q.shape[2] + 1 - self.strategy.recent)
-        k, v = self.tokens.whole_keys(tail[0], start, since), self.tokens.whole_values(tail[1], start)
+        k, v = self.tokens.whole_keys(tail[0], start, since), self.tokens.whole_values(tail[1], start, since)
         allowed, always = self._rules(call, self.tokens, torch.full((1, 1), since, device=k.device))
         x = reference.logits(widened(call.q), widened(k), scale=call.scale, softcap=call.softcap)
         return call.replace(k=k, v=v, mask=_weights(self.strategy, x, allowed, always) > 0, is_causal=False)
@@ -183,9 +184,10 @@ class OffloadStore(Store):
         """Attention of several queries ``[B, T, H, dv]``: each sees what it would see if it came by itself."""
         heads, count, seen = call.q.shape[1], call.q.shape[2], self._seen
         since = torch.arange(seen - count, seen, device=call.q.device)[:, None] + 1 - self.strategy.recent
-        k, v = tokens.whole_keys(tail[0], start, tokens.coded), tokens.whole_values(tail[1], start)
+        k, v = tokens.whole_keys(tail[0], start, tokens.coded), tokens.whole_values(tail[1], start, tokens.coded)
         left = slice(start, tokens.coded)  # coded now, exact for the first queries
-        k, v, exact = (repeat_kv(widened(x), heads) for x in (k, v, tail[0][:, :, : max(0, tokens.coded - start)]))
+        now = (x[:, :, : max(0, tokens.coded - start)] for x in tail)
+        k, v, exact, value = (repeat_kv(widened(x), heads) for x in (k, v, *now))
         allowed, always = self._rules(call, tokens, since)
         step = reference.block_size(call.q, 4 * call.q.shape[0] * heads * seen)
         out = []
@@ -196,7 +198,10 @@ class OffloadStore(Store):
                 own = reference.logits(q, exact, scale=call.scale, softcap=call.softcap)
                 slot = torch.arange(start, tokens.coded, device=q.device)
                 x[..., left] = torch.where(slot >= since[cut], own, x[..., left])
-            out.append(_weights(self.strategy, x, allowed[:, :, cut], always[:, :, cut]) @ v)
+            weights = _weights(self.strategy, x, allowed[:, :, cut], always[:, :, cut])
+            out.append(weights @ v)
+            if exact.shape[2] and tokens.codec is not None:
+                out[-1] += weights[..., left].masked_fill(slot < since[cut], 0.0) @ (value - v[:, :, left])
         return torch.cat(out, 2).transpose(1, 2).to(call.q.dtype)
 
     def reorder(self, rows: Tensor) -> None:
@@ -253,7 +258,7 @@ def _check(call: AttentionCall) -> None:
 def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> CodedTokens:
     """All tokens that there are, coded but for the last; ``valid [B or 1, S]`` are no padding."""
     strategy, prompt = store.strategy, store._prompt
-    fp8, count = strategy.values == "fp8", max(0, store._seen - strategy.recent)
+    codec, count = {"fp8": FP8, "int4": INT4}.get(strategy.values), max(0, store._seen - strategy.recent)
     whole, pad, order = store._exact, None, None
     if prompt is not None and (valid is None or bool(valid.all())):
         at = ((2 * torch.arange(min(_SAMPLE, store._seen)) + 1) * store._seen) // (2 * min(_SAMPLE, store._seen))
@@ -268,12 +273,13 @@ def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> C
             whole, pad, order = align(*whole, valid.expand(len(whole[0]), -1))
         sample, end = whole[0], (whole[0][:, :, count:].clone(), whole[1][:, :, count:].clone())
     books = _books(store, sample, pad, given)
-    if prompt is None or fp8:
-        values = HostRows(end[1], torch.float8_e4m3fn if fp8 else None, capacity=count + _ROOM)
+    if prompt is None or codec is not None:
+        like = end[1] if codec is None else codec.encode(end[1])[0]
+        values = HostRows(like, capacity=count + _ROOM)
     else:  # they lie there already
         values = prompt[1]
         values.size = 0
-    tokens = CodedTokens.empty(books, end, strategy.recent, strategy.sinks, values, fp8)
+    tokens = CodedTokens.empty(books, end, strategy.recent, strategy.sinks, values)
     tokens.pad, tokens.order = pad, order
     tokens.reserve(count + _ROOM)
     for start in range(0, count, _PIECE):
@@ -281,7 +287,7 @@ def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> C
         if prompt is None and whole is not None:
             tokens.code(whole[0][:, :, start:stop], whole[1][:, :, start:stop])
         elif prompt is not None:
-            tokens.code(prompt[0].read(start, stop), prompt[1].read(start, stop), written=not fp8)
+            tokens.code(prompt[0].read(start, stop), prompt[1].read(start, stop), written=codec is None)
     return tokens
 
 
