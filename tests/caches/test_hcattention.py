@@ -162,6 +162,123 @@ def test_the_loops_notice(small):
     assert error(want, by_hand(policy, q[0], k[0], v[0], books.roll(1, 1), SIZES[0])) > 1e-3
 
 
+def blocks_by_hand(policy, q, k, v, books, sizes, block=128, nearest=True):
+    """``prompt=blocks`` for one row in float64: ``q [H, T, d]``, ``k, v [Hkv, T, d]`` -> ``[T, H, d]``."""
+    parts = k.unflatten(2, (books.shape[1], -1)).transpose(1, 2)  # [Hkv, g, T, w]
+    at = torch.cdist(parts, books).argmin(3)
+    hat = books.gather(2, at[..., None].expand_as(parts)).transpose(1, 2).flatten(2)
+    stored = rounded(v, -1) if policy.values == "int4" else v
+    groups, out, begun, start = q.shape[0] // k.shape[0], [], 0, 0
+    for size in sizes:
+        end = begun + size
+        sinks = range(min(policy.sinks, start))
+        spare = [b for b in range(start // block) if b * block >= len(sinks)]
+        mean_q = [q[:, i : min(i + block, end)].mean(1) for i in range(begun, end, block)]
+        share = torch.zeros(len(spare), dtype=torch.float64)
+        for g in range(q.shape[0] if spare else 0):
+            mean_k = torch.stack([k[g // groups, b * block : (b + 1) * block].mean(0) for b in spare])
+            share += sum((mean_k @ x[g] * DIM**-0.5).softmax(0) for x in mean_q)
+        order = sorted(range(len(spare)), key=lambda i: -float(share[i]) if nearest else float(share[i]))
+        picked = [s for i in sorted(order[: policy.picked]) for s in range(spare[i] * block, (spare[i] + 1) * block)]
+        columns = [*sinks, *picked, *range(start, end)]
+        front, first = len(sinks) + len(picked), len(columns) - size
+        for t in range(size):
+            row_start = first + t - t % block
+            c = torch.arange(first + t + 1)
+            tile = c - c % block
+            near = (begun == 0) | (tile < front) | (row_start - (tile + block - 1) < policy.local)
+            seen = c[near].tolist()
+            at = [columns[c] for c in seen]
+            exact = torch.tensor([not len(sinks) <= c < front for c in seen])[:, None]
+            row = []
+            for g in range(q.shape[0]):
+                h = g // groups
+                keys, values = torch.where(exact, k[h, at], hat[h, at]), torch.where(exact, v[h, at], stored[h, at])
+                row.append((keys @ q[g, begun + t] * DIM**-0.5).softmax(0) @ values)
+            out.append(torch.stack(row))
+        last = max(policy.recent, policy.local) if end < sum(sizes) else policy.recent
+        begun, start = end, max(start, end - last)
+    return torch.stack(out)
+
+
+def read_over_blocks(policy, q, k, v, sizes):
+    """The store under a prompt in chunks: outputs ``[T, H, d]`` of one row."""
+    store, outputs, start = policy.store(site()), [], 0
+    store.prompt = sum(sizes)
+    for n in sizes:
+        cut = slice(start, start := start + n)
+        keys, values = store.update(k[None, :, cut], v[None, :, cut])
+        call = AttentionCall(site(), q[None, :, cut], keys, values, DIM**-0.5, is_causal=True)
+        if (out := store.attend(call)) is None:
+            out = call.attend()
+            store.evict(call)
+        outputs.append(out[0])
+    return torch.cat(outputs), store
+
+
+@pytest.mark.parametrize("more", ["", "values=int4,capacity=1000", "sinks=0,picked=9", "picked=0,local=300"])
+def test_a_prompt_over_blocks_against_loops(small, more):
+    """Sinks, picked blocks, a window: the formula; what is remembered afterwards is what a prompt at once leaves."""
+    given = dict(part.split("=") for part in f"sinks=2,picked=1,local=60,{more}".split(",") if part)
+    spec = ",".join(f"{name}={value}" for name, value in given.items())
+    policy = parse(f"hcattention:codebooks={small},recent={RECENT},prompt=blocks,{spec}")
+    sizes, books = [70, 400, 150], read_codebooks(str(small))[0][0].double()
+    q, k, v = (x[0].double() for x in sequences(1, 2, sum(sizes), seed=6))
+    got, store = read_over_blocks(policy, q, k, v, sizes)
+    want = blocks_by_hand(policy, q, k, v, books, sizes)
+    assert_close(got, want, 1e-9)
+    assert store.tokens.coded == sum(sizes) - RECENT and store.tokens.codes.shape[3] >= int(given.get("capacity", 0))
+    _, whole = read_over_blocks(parse(f"hcattention:codebooks={small},recent={RECENT},{spec}"), q, k, v, [sum(sizes)])
+    assert torch.equal(store.tokens.codes[..., :600], whole.tokens.codes[..., :600])
+    assert_close(store.tokens.stored_values(0, 600), whole.tokens.stored_values(0, 600), 1e-9)
+    if not more:
+        assert error(got, blocks_by_hand(policy, q, k, v, books, sizes, nearest=False)) > 1e-3
+        assert error(got, blocks_by_hand(policy, q, k, v, books.roll(1, 1), sizes)) > 1e-3
+
+
+def test_a_prompt_over_blocks_in_a_model(folder, tmp_path):
+    """A window as long as the prompt reads it exactly; codebooks of a first chunk; saved, copied, and no padding."""
+    model, ids = models.tiny("llama", torch.float64), tokens(2, 420)
+    spec = f"hcattention:codebooks={folder},recent=3,sinks=2,values=int4"
+    with manyheads.use(model):
+        exact, all_of_it, few = (
+            new_cache(model, parse(f"{spec},{more}"))
+            for more in ("prompt=exact", "prompt=blocks,local=500", "prompt=blocks,local=8,picked=1,capacity=600")
+        )
+        for cache in (exact, all_of_it, few):
+            prefill(model, ids, cache, chunk=150)
+        save_cache(few, tmp_path / "cache.safetensors")
+        again, copied = load_cache(tmp_path / "cache.safetensors", model), copy.deepcopy(few)
+        want = step(model, ids[:, -1:], exact)
+        assert_close(step(model, ids[:, -1:], all_of_it), want, 1e-9)
+        mine = step(model, ids[:, -1:], few)
+        assert error(mine, want) > 1e-3
+        more = torch.cat([ids, tokens(2, 200, seed=3)], 1)  # after a decoded token the text goes on
+        for cache in (few, again, copied):
+            prefill(model, more[:, :500], cache, chunk=50)
+        ends = [step(model, ids[:, -1:], cache) for cache in (few, again, copied)]
+        assert_close(ends[1], ends[2], 1e-9)
+        singles = [new_cache(model, parse(f"{spec},prompt=blocks,local=8,picked=1")) for _ in ids]
+        for row, cache in zip(ids, singles, strict=True):
+            prefill(model, row[None], cache, chunk=150)
+        alone = torch.cat([step(model, row[None, -1:], cache) for row, cache in zip(ids, singles, strict=True)])
+        assert_close(alone, mine, 1e-9)
+        own = new_cache(model, parse("hcattention:centroids=16,prompt=blocks,local=8"))
+        prefill(model, ids, own, chunk=150)
+        assert all(store.tokens.centroids.shape == (2, 2, 4, 16, 2) for store in stores(own))
+        masked = new_cache(model, parse(f"{spec},prompt=blocks,local=8"))
+        for store in stores(masked):
+            store.prompt = 300
+        mask = torch.ones(2, 300, dtype=torch.long)
+        mask[0, :5] = 0
+        model(input_ids=ids[:, :150], attention_mask=mask[:, :150], past_key_values=masked)
+        with pytest.raises(UserError, match="no padding"):
+            model(input_ids=ids[:, 150:300], attention_mask=mask, past_key_values=masked)
+    with manyheads.use(model, f"{spec},prompt=blocks,local=8,picked=1"):
+        made = model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=150)
+    assert made.shape == (2, 423)
+
+
 def test_as_many_centroids_as_keys_and_all_of_the_mass_is_full_attention(tmp_path):
     """Codebooks that hold every key: generation is the model's, to rounding."""
     model, ids = models.tiny("llama", torch.float64), tokens(1, 60)
@@ -431,7 +548,7 @@ def test_beside_others(folder):
 def test_refusals(folder, tmp_path):
     for spec, reason in {
         "top_p=0": "share", "top_k=-1": "top_k", "recent=0": "recent", "sinks=-1": "sinks", "groups=-1": "groups",
-        "centroids=40000": "codebook",
+        "centroids=40000": "codebook", "prompt=blocks,local=0": "local",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=reason):
             parse(f"hcattention:{spec}")

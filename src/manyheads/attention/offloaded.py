@@ -82,6 +82,16 @@ class HostRows:
         rows = self.data[start : self.size if stop is None else stop]
         return rows.to(self.device, non_blocking=True).permute(1, 2, 0, 3)
 
+    def read_pieces(self, starts: list[list[int]], size: int) -> Tensor:
+        """Stretches of ``size`` tokens, for each row those that begin at its ``starts``: ``[B, Hkv, n * size, d]``."""
+        if len(starts) > 1:
+            self.settle()  # a row is then gathered on the host
+        pieces = [
+            torch.cat([self.data[at : at + size, row].to(self.device, non_blocking=True) for at in mine])
+            for row, mine in enumerate(starts)
+        ]
+        return torch.stack(pieces).transpose(1, 2)
+
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']``."""
         self.settle()

@@ -18,7 +18,9 @@ No code is released. What the text leaves open, or we do otherwise:
 - Weights of kept tokens are brought back to a sum of one (``renormalize``); the paper's formula does not.
 - A GPU reads the values where they lie, in page-locked memory; the paper's CPU sums them (``combine=host``).
 - The prompt is read exactly. In chunks (``prefill``) keys and values of what was read lie on the host, keys until it
-  ends; the paper's approximate blocks are not built.
+  ends. The paper reads long ones in blocks that see themselves and an anchor. About so does ``prompt=blocks``: a chunk
+  is coded as soon as it is read, and its queries read the sinks, a window of exact keys and ``picked`` blocks of coded
+  ones, chosen by the means of keys and queries. Codebooks that are not given are those of the first chunk.
 
 Codebooks are of one model: ``python -m manyheads.recipes.hcattention`` fits them on a text, once. Without them every
 cache fits its own on its first prompt, which costs k-means in each layer and c x d more numbers on the device for each
@@ -37,6 +39,7 @@ from ...call import Site
 from ...errors import UserError
 from ...strategy import Cache
 from .._codebooks import read_codebooks
+from ._blocks import BlockStore
 from ._store import OffloadStore
 
 __all__ = ["HCAttention"]
@@ -60,6 +63,10 @@ class HCAttention(Cache):
         combine: where kept values are summed: on the ``device``, which fetches them, or on the ``host``. Without a GPU
             both are the same.
         iterations: of k-means, where codebooks are fitted on the prompt.
+        prompt: how one in chunks is read: ``exact``, or over ``blocks``, which takes time in proportion to its length.
+        local: for ``blocks``, how many tokens before it a token reads at least, all of them exact.
+        picked: for ``blocks``, how many stretches of 128 earlier tokens a chunk reads beside them.
+        capacity: tokens to have room for from the start, on device and host; 0 to grow as they come.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"self"})
@@ -77,6 +84,10 @@ class HCAttention(Cache):
     )
     combine: Literal["device", "host"] = field(default="device", metadata={"help": "where values are summed"})
     iterations: int = field(default=10, metadata={"help": "of k-means on the prompt"})
+    prompt: Literal["exact", "blocks"] = field(default="exact", metadata={"help": "how one in chunks is read"})
+    local: int = field(default=2048, metadata={"help": "for prompt=blocks: tokens before it that a token reads"})
+    picked: int = field(default=8, metadata={"help": "for prompt=blocks: 128 earlier tokens, so many times"})
+    capacity: int = field(default=0, metadata={"help": "tokens to have room for from the start"})
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1 or self.top_k < 0:
@@ -85,6 +96,8 @@ class HCAttention(Cache):
             raise UserError("hcattention: recent and iterations are at least 1, sinks and groups at least 0")
         if self.values not in ("whole", "fp8", "int4") or self.combine not in ("device", "host"):
             raise UserError("hcattention: values are whole, fp8 or int4, combine is device or host")
+        if self.prompt not in ("exact", "blocks") or self.local < 1 or min(self.picked, self.capacity) < 0:
+            raise UserError("hcattention: prompt is exact or blocks, local at least 1, picked and capacity at least 0")
         code_dtype(self.centroids)
 
     @property
@@ -96,7 +109,7 @@ class HCAttention(Cache):
         return super().selects(site) and full
 
     def store(self, site: Site) -> OffloadStore:
-        return OffloadStore(self, site)
+        return (BlockStore if self.prompt == "blocks" else OffloadStore)(self, site)
 
     def given(self, site: Site) -> Tensor | None:
         """Codebooks ``[Hkv, g, c, w]`` of a layer, on the CPU; None where the prompt has to give them."""

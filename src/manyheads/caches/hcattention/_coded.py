@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from ...attention import product_codes
+from ...attention.block_pattern import blocks_of
 from ...attention.codec import Codec
 from ...attention.offloaded import HostRows, codec_of
+from ...attention.reference import widened
 
-__all__ = ["CodedTokens", "Rows", "align", "by_slot", "joined"]
+__all__ = ["BLOCK", "CodedTokens", "Rows", "align", "by_slot", "joined"]
+
+BLOCK = 128  # tokens whose keys are summed, where blocks are picked by their means
 
 _ROOM = 64  # tokens by which the codes grow at least
 Rows = tuple[Tensor, Tensor]  # keys and values [B, Hkv, T, d]
@@ -69,6 +73,8 @@ class CodedTokens:
         pad: slots of padding in front ``[B]``, None where there is none.
         order: column of each of the slots that were there when padding was moved.
         coded: slots.
+        sums: of the coded keys of each BLOCK slots, ``[B, Hkv, C / BLOCK, d]`` at least float32; None where nothing
+            is picked by them.
     """
 
     centroids: Tensor
@@ -82,6 +88,7 @@ class CodedTokens:
     pad: Tensor | None = None
     order: Tensor | None = None
     coded: int = 0
+    sums: Tensor | None = None
 
     @classmethod
     def empty(cls, centroids: Tensor, recent: Rows, window: int, sinks: int, values: HostRows) -> "CodedTokens":
@@ -109,7 +116,7 @@ class CodedTokens:
     def device(self) -> list[Tensor | None]:
         """Every tensor on the device."""
         tails = [*self.sinks, *self.recent]
-        return [self.centroids, self.codes, self.value_scale, self.key_error, self.pad, self.order, *tails]
+        return [self.centroids, self.codes, self.value_scale, self.key_error, self.pad, self.order, self.sums, *tails]
 
     def reserve(self, capacity: int) -> None:
         """Have room for the codes of ``capacity`` tokens."""
@@ -122,6 +129,9 @@ class CodedTokens:
         if capacity > self.codes.shape[3]:
             self.codes = larger(self.codes)
             self.value_scale = None if self.value_scale is None else larger(self.value_scale)
+            if self.sums is not None:
+                more = blocks_of(capacity, BLOCK) - self.sums.shape[2]
+                self.sums = torch.nn.functional.pad(self.sums, (0, 0, 0, more))
 
     def code(self, k: Tensor, v: Tensor, written: bool = False) -> None:
         """Code the next T tokens; ``written``: their values lie on the host already."""
@@ -138,6 +148,10 @@ class CodedTokens:
         self.key_error = torch.maximum(self.key_error, error.amax(2))
         self.codes[..., start:stop] = codes
         self._keep_sinks(k, v, start)
+        if self.sums is not None:
+            first, last = start // BLOCK, blocks_of(stop, BLOCK)
+            whole = torch.nn.functional.pad(widened(k), (0, 0, start - first * BLOCK, last * BLOCK - stop))
+            self.sums[:, :, first:last] += whole.unflatten(2, (-1, BLOCK)).sum(3)
         if written:
             self.values.size = stop
         elif self.codec is None or self.value_scale is None:
@@ -236,8 +250,8 @@ class CodedTokens:
         if self.centroids.shape[0] > 1 or len(rows) == 0:
             self.centroids = self.centroids[rows]
         self.codes, self.key_error = self.codes[rows], self.key_error[rows]
-        self.value_scale, self.pad, self.order = (
-            None if x is None else x[rows] for x in (self.value_scale, self.pad, self.order)
+        self.value_scale, self.pad, self.order, self.sums = (
+            None if x is None else x[rows] for x in (self.value_scale, self.pad, self.order, self.sums)
         )
         self.sinks, self.recent = ((x[rows], y[rows]) for x, y in (self.sinks, self.recent))
         self.values.reorder(rows)
@@ -251,6 +265,7 @@ class CodedTokens:
             "value_scale": None if self.value_scale is None else self.value_scale[..., :end].contiguous(),
             "sink_k": self.sinks[0], "sink_v": self.sinks[1], "recent_k": self.recent[0], "recent_v": self.recent[1],
             "window": self.window, "key_error": self.key_error, "pad": self.pad, "order": self.order, "coded": end,
+            "sums": None if self.sums is None else self.sums[:, :, : blocks_of(end, BLOCK)].contiguous(),
         }  # fmt: skip
 
     @classmethod

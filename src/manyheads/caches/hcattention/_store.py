@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention import product_codes, reference
-from ...attention.codec import FP8, INT4
+from ...attention.codec import FP8, INT4, Codec
 from ...attention.offloaded import HostRows, decode_attention
 from ...attention.reference import repeat_kv, widened
 from ...call import AttentionCall, Site, Store
@@ -53,6 +53,16 @@ class OffloadStore(Store):
     @property
     def seen(self) -> int:
         return self._seen
+
+    @property
+    def _waits(self) -> bool:
+        """Whether keys are coded only when more of the prompt has come."""
+        return self.prefilling
+
+    @property
+    def _window(self) -> int:
+        """How many of the last tokens stay exact for now."""
+        return self.strategy.recent
 
     @property
     def _last(self) -> Rows | None:
@@ -147,14 +157,14 @@ class OffloadStore(Store):
         if self.tokens is not None or self._new is None:
             return
         new, self._new = (self._new[0].detach(), self._new[1].detach()), None
-        if self.prefilling or self._prompt is not None:
+        if self._waits or self._prompt is not None:
             if self._prompt is None:
                 self._prompt = HostRows(new[0], capacity=self.prompt), HostRows(new[1], capacity=self.prompt)
                 earlier, self._exact = self._exact, None
                 new = new if earlier is None else joined(earlier, new)
             for rows, x in zip(self._prompt, new, strict=True):
                 rows.append(x)
-            if self.prefilling:
+            if self._waits:
                 return
         else:  # copied: what a module hands out may be a view of more
             self._exact = (new[0].clone(), new[1].clone()) if self._exact is None else joined(self._exact, new)
@@ -258,7 +268,10 @@ def _check(call: AttentionCall) -> None:
 def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> CodedTokens:
     """All tokens that there are, coded but for the last; ``valid [B or 1, S]`` are no padding."""
     strategy, prompt = store.strategy, store._prompt
-    codec, count = {"fp8": FP8, "int4": INT4}.get(strategy.values), max(0, store._seen - strategy.recent)
+    codecs: dict[str, Codec] = {"fp8": FP8, "int4": INT4}
+    codec = codecs.get(strategy.values)
+    window, count = store._window, max(0, store._seen - store._window)
+    capacity = max(count, strategy.capacity) + _ROOM
     whole, pad, order = store._exact, None, None
     if prompt is not None and (valid is None or bool(valid.all())):
         at = ((2 * torch.arange(min(_SAMPLE, store._seen)) + 1) * store._seen) // (2 * min(_SAMPLE, store._seen))
@@ -275,13 +288,15 @@ def _coded(store: OffloadStore, valid: Tensor | None, given: Tensor | None) -> C
     books = _books(store, sample, pad, given)
     if prompt is None or codec is not None:
         like = end[1] if codec is None else codec.encode(end[1])[0]
-        values = HostRows(like, capacity=count + _ROOM)
+        values = HostRows(like, capacity=capacity)
     else:  # they lie there already
         values = prompt[1]
         values.size = 0
-    tokens = CodedTokens.empty(books, end, strategy.recent, strategy.sinks, values)
+    tokens = CodedTokens.empty(books, end, window, strategy.sinks, values)
     tokens.pad, tokens.order = pad, order
-    tokens.reserve(count + _ROOM)
+    if strategy.prompt == "blocks":
+        tokens.sums = widened(end[0][:, :, :0])
+    tokens.reserve(capacity)
     for start in range(0, count, _PIECE):
         stop = min(start + _PIECE, count)
         if prompt is None and whole is not None:
