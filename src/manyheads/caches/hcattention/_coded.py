@@ -214,19 +214,19 @@ class CodedTokens:
             seen &= torch.cat([given.gather(1, first.clamp(max=self.seen - 1)), given[:, self.coded :]], 1)
         return k, v, seen, after
 
-    def whole_keys(self, tail: Tensor, start: int, since: int) -> Tensor:
-        """Keys of all slots: as coded below ``since``, but for the first tokens. ``tail`` are exact from ``start``."""
-        if not since:
-            return tail
-        coded = product_codes.decode(self.codes[..., :since], self.centroids).to(tail.dtype)
-        return self._with_sinks(torch.cat([coded, tail[:, :, since - start :]], 2), self.sinks[0], since)
+    def whole(self, tail: Rows, start: int, since: int) -> Rows:
+        """Keys and values of all slots, on the device: as stored below ``since``, but for the first tokens.
 
-    def whole_values(self, tail: Tensor, start: int, since: int) -> Tensor:
-        """Values of all slots, on the device: as stored below ``since``; otherwise as :meth:`whole_keys`."""
+        ``tail`` are exact from ``start``.
+        """
         if not since:
             return tail
-        v = torch.cat([self.stored_values(0, since).to(tail.dtype), tail[:, :, since - start :]], 2)
-        return v if self.codec is None else self._with_sinks(v, self.sinks[1], since)
+        coded = product_codes.decode(self.codes[..., :since], self.centroids), self.stored_values(0, since)
+        k, v = (
+            torch.cat([x.to(y.dtype), y[:, :, since - start :]], 2) for x, y in zip(coded, tail, strict=True)
+        )  # fmt: skip
+        slots = self.first_slots(self.sinks[0].shape[2])
+        return _put(k, self.sinks[0], slots, since), _put(v, self.sinks[1], slots, since)
 
     def stored_values(self, start: int, stop: int) -> Tensor:
         """Values ``[B, Hkv, T, d]`` of coded slots, brought from the host."""
@@ -234,15 +234,6 @@ class CodedTokens:
         if self.codec is None or self.value_scale is None:
             return v
         return self.codec.decode(v, self.value_scale[..., start:stop], self.sinks[1].dtype)
-
-    def _with_sinks(self, x: Tensor, sinks: Tensor, since: int) -> Tensor:
-        """``x [B, Hkv, S, d]`` with the first tokens as they were."""
-        slots = self.first_slots(sinks.shape[2])
-        for i in range(slots.shape[1]):
-            at = slots[:, i].clamp(max=since - 1)[:, None, None, None].expand(-1, x.shape[1], 1, x.shape[3])
-            inside = (slots[:, i] < since)[:, None, None, None]
-            x.scatter_(2, at, torch.where(inside, sinks[:, :, i : i + 1], x.gather(2, at)))
-        return x
 
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows ``[B']``."""
@@ -275,3 +266,12 @@ class CodedTokens:
         sinks, recent = ((held.pop(f"{name}_k"), held.pop(f"{name}_v")) for name in ("sink", "recent"))
         values = HostRows.of(held.pop("values")["rows"], recent[0].device)
         return cls(**held, values=values, sinks=sinks, recent=recent)
+
+
+def _put(x: Tensor, rows: Tensor, slots: Tensor, since: int) -> Tensor:
+    """``x [B, H, S, d]`` with ``rows [B, H, n, d]`` in the slots ``[B, n]`` that are below ``since``."""
+    for i in range(slots.shape[1]):
+        at = slots[:, i].clamp(max=since - 1)[:, None, None, None].expand(-1, x.shape[1], 1, x.shape[3])
+        inside = (slots[:, i] < since)[:, None, None, None]
+        x.scatter_(2, at, torch.where(inside, rows[:, :, i : i + 1], x.gather(2, at)))
+    return x

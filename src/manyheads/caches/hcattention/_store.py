@@ -147,7 +147,7 @@ class OffloadStore(Store):
             raise UserError("hcattention:renormalize=False cannot be used beside other strategies: leave it at True")
         (tail, start), self._new = self.tokens.take(self._new), None
         since = max(start, self._seen - call.q.shape[2] + 1 - self.strategy.recent)
-        k, v = self.tokens.whole_keys(tail[0], start, since), self.tokens.whole_values(tail[1], start, since)
+        k, v = self.tokens.whole(tail, start, since)
         allowed, always = self._rules(call, self.tokens, torch.full((1, 1), since, device=k.device))
         x = reference.logits(widened(call.q), widened(k), scale=call.scale, softcap=call.softcap)
         return call.replace(k=k, v=v, mask=_weights(self.strategy, x, allowed, always) > 0, is_causal=False)
@@ -194,7 +194,7 @@ class OffloadStore(Store):
         """Attention of several queries ``[B, T, H, dv]``: each sees what it would see if it came by itself."""
         heads, count, seen = call.q.shape[1], call.q.shape[2], self._seen
         since = torch.arange(seen - count, seen, device=call.q.device)[:, None] + 1 - self.strategy.recent
-        k, v = tokens.whole_keys(tail[0], start, tokens.coded), tokens.whole_values(tail[1], start, tokens.coded)
+        k, v = tokens.whole(tail, start, tokens.coded)
         left = slice(start, tokens.coded)  # coded now, exact for the first queries
         now = (x[:, :, : max(0, tokens.coded - start)] for x in tail)
         k, v, exact, value = (repeat_kv(widened(x), heads) for x in (k, v, *now))
