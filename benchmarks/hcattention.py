@@ -32,6 +32,7 @@ Rows are written as they come, so a run that is cut off keeps them; what is besi
 """
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -88,11 +89,9 @@ class Bench:
         torch.set_default_dtype(torch.float32)
         self.weights = sum(p.nbytes for p in self.model.parameters())
         self.ids = torch.randint(config.vocab_size, (1, given.tokens + 64), device=self.device)
-        self.factors = [1.0] * given.layers
-        self.spread = SPREADS[-1]
+        self.factors, self.spread, self.path = [1.0] * given.layers, SPREADS[-1], given.json
         for i, layer in enumerate(self.model.model.layers):
             layer.self_attn.q_proj.register_forward_hook(lambda _, __, q, i=i: q * (self.factors[i] * self.spread))
-        self.path = given.json
         self.report: dict[str, Any] = {}
         self.stops: list[int] = []
 
@@ -158,6 +157,12 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize()
 
+    def tidy(self) -> None:
+        """Give back what nothing holds: caches and calls refer to each other."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
     def memory(self) -> dict[str, int]:
         """Bytes on the device since the last question at most, and now in the eyes of the driver."""
         if not self.cuda:
@@ -177,20 +182,20 @@ def calibrate(bench: Bench) -> None:
 
 
 def spied(store: Any) -> None:
-    """Have a store remember the queries of its last call."""
+    """Have a store remember the last single query ``[1, H, d]``, and its scale."""
     plain = store.attend
 
     def attend(call: AttentionCall) -> Tensor | None:
-        store.last = call
-        answer: Tensor | None = plain(call)
-        return answer
+        if call.q.shape[2] == 1:
+            store.last = call.q[:, :, 0], call.scale
+        return plain(call)  # type: ignore[no-any-return]
 
     store.attend = attend
 
 
 def parts(bench: Bench, store: Any) -> dict[str, float]:
     """Share of tokens that a head of this layer keeps, and seconds of the steps of its attention."""
-    tokens, q, scale = store.tokens, store.last.q[:, :, 0], store.last.scale
+    tokens, (q, scale) = store.tokens, store.last
     table = product_codes.lookup_table(q, tokens.centroids, scale)
     need = torch.full(q.shape[:2], TOP_P, device=q.device)
     if not offloaded.kernel_takes(q, tokens.centroids):
@@ -350,8 +355,7 @@ def peers(bench: Bench) -> None:
             arm()
         except (Late, RuntimeError) as error:
             bench.skip(name, context, error)
-        if bench.cuda:
-            torch.cuda.empty_cache()
+        bench.tidy()
 
 
 def main() -> None:
@@ -388,8 +392,7 @@ def main() -> None:
             part(bench)
         except RuntimeError as error:  # out of memory: what else there is may fit
             bench.skip(part.__name__, given.tokens, error)
-        if bench.cuda:
-            torch.cuda.empty_cache()
+        bench.tidy()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,19 @@ def build(
     )  # fmt: skip
 
 
+def moved(case: Case, device: str) -> Case:
+    """The case on another device, values too."""
+    tensors = {name: x.to(device) for name, x in vars(case).items() if isinstance(x, Tensor)}
+    return replace(case, **tensors)
+
+
+def nearest(k: Tensor, books: Tensor, codes: Tensor) -> bool:
+    """Whether no centroid is nearer than those of the codes, by distances in float64."""
+    parts = k.double().unflatten(3, (books.shape[2], -1)).transpose(2, 3)
+    far = torch.cdist(parts, books.double().expand(len(k), -1, -1, -1, -1))
+    return bool((far.gather(4, codes.long()[..., None])[..., 0] <= far.amin(4) * (1 + 1e-6) + 1e-7).all())
+
+
 def run(case: Case, fast: ModuleType | None) -> dict[str, Tensor]:
     """What kernels or twin make of a case."""
     if fast is not None:
@@ -94,9 +107,9 @@ def run(case: Case, fast: ModuleType | None) -> dict[str, Tensor]:
 
 def seen(case: Case) -> Tensor:
     """Which tokens may be attended to, ``[B, 1, N]``."""
-    allowed = torch.ones(len(case.q), case.count, dtype=torch.bool)
+    allowed = torch.ones(len(case.q), case.count, dtype=torch.bool, device=case.q.device)
     if case.first is not None:
-        allowed &= torch.arange(case.count) >= case.first[:, None]
+        allowed &= torch.arange(case.count, device=case.q.device) >= case.first[:, None]
     if case.mask is not None:
         allowed &= case.mask
     return allowed[:, None]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..errors import UserError
 from .reference import block_size, softmax, widened
 
@@ -102,7 +103,14 @@ def fit(
 
 
 def encode(k: Tensor, centroids: Tensor) -> Tensor:
-    """Codes ``[B, Hkv, g, N]`` of keys ``[B, Hkv, N, d]``: of the nearest centroids, as these are stored."""
+    """Codes ``[B, Hkv, g, N]`` of keys ``[B, Hkv, N, d]``: of the nearest centroids, as these are stored.
+
+    A GPU compares without writing distances down, and may differ where two centroids are equally near up to rounding.
+    """
+    if k.is_cuda and k.dtype in (torch.float32, torch.bfloat16, torch.float16) and kernels.available():
+        from ..kernels import product_codes as fast
+
+        return fast.encode(k, centroids)
     batch, heads, size, _ = k.shape
     groups, count = centroids.shape[2], centroids.shape[3]
     x = widened(_parts(k, groups)).flatten(0, 2)

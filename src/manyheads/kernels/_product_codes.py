@@ -9,7 +9,38 @@ CENTROIDS centroids each; D channels of a value, of BITS bits each; BLOCK tokens
 import triton
 import triton.language as tl
 
-__all__ = ["gather", "logits", "narrow"]
+__all__ = ["gather", "logits", "narrow", "nearest"]
+
+
+@triton.jit(do_not_specialize=["count", "book_stride"])
+def nearest(
+    k_ptr, books_ptr, out_ptr, count, book_stride,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, CENTROIDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
+):  # fmt: skip
+    """Program (pair and sub-vector, block): number of the nearest centroid of BLOCK tokens, WAYS at a time."""
+    pair = tl.program_id(0).to(tl.int64) // GROUPS
+    group = tl.program_id(0).to(tl.int64) % GROUPS
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    held = n < count
+    c = tl.arange(0, WAYS)
+    k_ptr += (pair * count + n) * (GROUPS * WIDTH) + group * WIDTH
+    books_ptr += pair // HEADS * book_stride + (pair % HEADS * GROUPS + group) * CENTROIDS * WIDTH
+    least = tl.full([BLOCK], float("inf"), tl.float32)
+    found = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, CENTROIDS, WAYS):
+        there = first + c < CENTROIDS
+        far = tl.zeros([BLOCK, WAYS], tl.float32)
+        for j in range(WIDTH):
+            x = tl.load(k_ptr + j, mask=held, other=0.0).to(tl.float32)
+            y = tl.load(books_ptr + (first + c) * WIDTH + j, mask=there, other=0.0).to(tl.float32)
+            apart = x[:, None] - y[None, :]
+            far += apart * apart
+        far = tl.where(there[None, :], far, float("inf"))
+        closest, number = tl.min(far, 1), tl.argmin(far, 1)
+        found = tl.where(closest < least, first + number, found)
+        least = tl.minimum(closest, least)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * count + n, found.to(out_ptr.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["count", "stride"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over product-quantised keys on the device and values in host memory, for one query per row.
 
-Three steps, none of which waits for the host:
+Three steps, none of which waits for the host, and :func:`encode`, which makes the codes:
 
 - :func:`table_logits`: a token's logit is the sum of one number per sub-vector out of a table. Codes lie sub-vector by
   sub-vector, so that a block of tokens goes through one slice of the table at a time, which stays in the first-level
@@ -20,16 +20,42 @@ import torch
 import triton
 from torch import Tensor
 
+from ..attention.product_codes import code_dtype
 from ..errors import UserError
 from ._operator import launch
-from ._product_codes import gather, logits, narrow
+from ._product_codes import gather, logits, narrow, nearest
 
-__all__ = ["fetch", "select", "table_logits"]
+__all__ = ["encode", "fetch", "select", "table_logits"]
 
 _BLOCK = 1024  # tokens of a program of the table
 _WAYS, _BITS = 16, 4
 _CHUNKS = 64  # programs that share the tokens of a head
 _GATHERED = 64  # tokens of a step that fetches
+_CODED = 32  # tokens of a program that codes
+_AT_ONCE = 256  # centroids that it looks at together
+
+
+def encode(k: Tensor, centroids: Tensor) -> Tensor:
+    """Codes ``[B, Hkv, g, N]`` of keys ``[B, Hkv, N, d]``: of the nearest centroids, of equals the first.
+
+    Args:
+        k: bfloat16, float16 or float32.
+        centroids: ``[B or 1, Hkv, g, c, w]``.
+    """
+    (batch, heads, count, width), (books, _, groups, size, _) = k.shape, centroids.shape
+    if width != groups * centroids.shape[4] or centroids.shape[1] != heads or books not in (1, batch):
+        raise UserError(f"encode: keys {tuple(k.shape)} do not fit centroids {tuple(centroids.shape)}")
+    out = torch.empty(batch, heads, groups, count, dtype=code_dtype(size), device=k.device)
+    if out.numel():
+        stride = centroids[0].numel() if books > 1 else 0
+        with torch.cuda.device_of(k):
+            launch(
+                nearest, (batch * heads * groups, triton.cdiv(count, _CODED)),
+                k.contiguous(), centroids.contiguous(), out, count, stride,
+                HEADS=heads, GROUPS=groups, CENTROIDS=size, WIDTH=centroids.shape[4], BLOCK=_CODED,
+                WAYS=min(_AT_ONCE, triton.next_power_of_2(size)), num_warps=8,
+            )  # fmt: skip
+    return out
 
 
 def table_logits(
