@@ -110,7 +110,7 @@ def encode(k: Tensor, centroids: Tensor) -> Tensor:
     if k.is_cuda and k.dtype in (torch.float32, torch.bfloat16, torch.float16) and kernels.available():
         from ..kernels import product_codes as fast
 
-        return fast.encode(k, centroids)
+        return fast.encode(k, centroids, code_dtype(centroids.shape[3]))
     batch, heads, size, _ = k.shape
     groups, count = centroids.shape[2], centroids.shape[3]
     x = widened(_parts(k, groups)).flatten(0, 2)

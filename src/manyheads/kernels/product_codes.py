@@ -20,7 +20,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..attention.product_codes import code_dtype
 from ..errors import UserError
 from ._operator import launch
 from ._product_codes import gather, logits, narrow, nearest
@@ -35,17 +34,18 @@ _CODED = 32  # tokens of a program that codes
 _AT_ONCE = 256  # centroids that it looks at together
 
 
-def encode(k: Tensor, centroids: Tensor) -> Tensor:
+def encode(k: Tensor, centroids: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes ``[B, Hkv, g, N]`` of keys ``[B, Hkv, N, d]``: of the nearest centroids, of equals the first.
 
     Args:
         k: bfloat16, float16 or float32.
         centroids: ``[B or 1, Hkv, g, c, w]``.
+        dtype: of the codes.
     """
     (batch, heads, count, width), (books, _, groups, size, _) = k.shape, centroids.shape
     if width != groups * centroids.shape[4] or centroids.shape[1] != heads or books not in (1, batch):
         raise UserError(f"encode: keys {tuple(k.shape)} do not fit centroids {tuple(centroids.shape)}")
-    out = torch.empty(batch, heads, groups, count, dtype=code_dtype(size), device=k.device)
+    out = torch.empty(batch, heads, groups, count, dtype=dtype, device=k.device)
     if out.numel():
         stride = centroids[0].numel() if books > 1 else 0
         with torch.cuda.device_of(k):
