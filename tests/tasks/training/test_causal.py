@@ -66,3 +66,25 @@ def test_no_mixer_of_ours_sees_the_future():
         model = Decoder.matched(strategy, config, 120_000).eval()
         perturb_zero_params(model)
         check_causal(model, ids, spec)
+
+
+class Tips(torch.nn.Module):
+    """In float32 alone, or always, what stands behind changes what stands before."""
+
+    def __init__(self, inner, always):
+        super().__init__()
+        self.inner, self.always = inner, always
+
+    def forward(self, x, **given):
+        y, state = self.inner(x, **given)
+        return (y + 1e-2 * y.mean(1, keepdim=True) if self.always or y.dtype == torch.float32 else y), state
+
+
+def test_a_choice_that_tips_by_rounding_is_no_leak():
+    model = Decoder("softmax", DecoderConfig(256, dim=16, layers=1, heads=2, length=16))
+    mixer, ids = model.blocks[0].mixer, torch.randint(0, 256, (2, 16))
+    model.blocks[0].mixer = Tips(mixer, always=False)
+    check_causal(model, ids, "tips")
+    model.blocks[0].mixer = Tips(mixer, always=True)
+    with pytest.raises(UserError, match="not causal"):
+        check_causal(model, ids, "leaks")
