@@ -61,8 +61,8 @@ claim = Claim(
             },
             cuda={
                 "seeds": 6, "dim": 192, "heads": 4, "recall_in_text.length": 256, "batch": 64, "pairs": 6, "keys": 24,
-                "asked": 8, "weight": 6.0, "steps": 1500, "rates": (2e-3, 5e-3), "recall_in_text.samples": 96, "judged": 64,
-                "parameters": 1_450_000,
+                "asked": 8, "weight": 6.0, "steps": 1500, "rates": (2e-3, 5e-3), "recall_in_text.samples": 96,
+                "judged": 64, "parameters": 1_450_000,
             },
         ),
     ),
