@@ -102,6 +102,18 @@ def test_evaluate_says_each_of_the_four_words():
     assert evaluate(check, [], ARMS, METRICS, skipped={"t": "x"}, words=False).word is None
 
 
+def test_a_check_that_rests_on_another_says_nothing_unless_that_holds():
+    """An arm that has not learned what it is to lose loses nothing, which is no merit."""
+    made = rows(FULL, np.zeros(40)) + rows(A, np.linspace(-3, -2, 40)) + rows(B, np.linspace(0, 1, 40))
+    check = lower("loss", "a", than="b", at=0.5)
+    for number, word in ((-1.0, "holds"), (-2.5, "not testable here"), (-4.0, "not testable here")):
+        found = evaluate(replace(check, given=below("loss", "a", number, at=0.5)), made, ARMS, METRICS)
+        assert found.word == word and found.effect == evaluate(check, made, ARMS, METRICS).effect
+        assert (f"below {number:g}" in found.reason) == (word != "holds")
+    with pytest.raises(ValueError, match="no_such"):
+        resolve(replace(check, given=below("no_such", "a", 0.0, at=0.5)), ARMS, METRICS)
+
+
 def test_the_floor_is_asked_of_the_conditions_that_are_judged():
     good, poor = {"length": 8}, {"length": 64}
     made = rows(FULL, [1] * 30, "right", at=good) + rows(A, [1] * 30, "right", at=good)

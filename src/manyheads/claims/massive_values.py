@@ -60,7 +60,7 @@ claim = Claim(
                 "subject": "default", "arms": SMALL, "text": "code", "windows_of": 2,
                 "tokens": 96, "questions": 3, "grammar": (),
             },
-            cpu={"arms": SMALL, "windows_of": 4, "tokens": 96, "grammar": GRAMMAR[:1]},
+            cpu={"arms": SMALL, "windows_of": 4, "tokens": 72, "grammar": GRAMMAR[:1]},
             cuda={"windows_of": 24, "tokens": 160},
         ),
     ),
@@ -78,8 +78,8 @@ claim = Claim(
         "Heads have 64 channels, Gemma's 256, those of the paper 128. What is read are planted sentences, two in each "
         "context so that both kinds of questions are about equally hard; reasoning in the prompt (GSM8K, AQuA) is "
         "beyond the model. A fact is asked for by a key in the prompt, which has to be read as well; grammar, a "
-        "figure, needs no such key. Who repeats either planted sentence is right in half of what is read and in none "
-        "of what is known, which `kept` does not take off. Rounding is round to nearest of keys alone, not AWQ, "
-        "SmoothQuant or GPTQ."
+        "figure, needs no such key. Who repeats a planted sentence, whoever is asked for, is right in half of what is "
+        "read: `kept` counts an answer less the same answer to the same context asked for another name or fact, and "
+        "`answered` does not. Rounding is round to nearest of keys alone, not AWQ, SmoothQuant or GPTQ."
     ),
 )  # fmt: skip

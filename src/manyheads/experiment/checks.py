@@ -6,7 +6,8 @@ A word comes from an interval and a margin alone:
 - **holds**: the interval lies on the claimed side;
 - **contradicted**: it lies wholly beyond the margin on the other side;
 - **inconclusive**: neither; the result says what effect it could have seen and how many samples would decide;
-- **not testable here**: a task does not fit the subject, or the baseline itself fails on it.
+- **not testable here**: a task does not fit the subject, the baseline itself fails on it, or what the check rests
+  on (that an arm has learned what it is to lose) does not surely hold.
 
 A quick run gives figures and no word.
 """
@@ -14,7 +15,7 @@ A quick run gives figures and no word.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal
@@ -51,6 +52,7 @@ class Check:
         where, than_where: conditions that rows have to meet, as ``{"length": 4096}``.
         factor: on the other arm's value: 0.5 claims half of it.
         relative: compare as ratio of the same samples rather than as difference: for times.
+        given: what this rests on, itself a check; unless it holds this is not testable here.
     """
 
     metric: str
@@ -65,6 +67,7 @@ class Check:
     than_where: Mapping[str, Value] | None = None
     factor: float = 1.0
     relative: bool = False
+    given: Check | None = None
 
     def __post_init__(self) -> None:
         """Refuse what could not be judged."""
@@ -184,8 +187,11 @@ def resolve(check: Check, arms: Sequence[Arm], metrics: Mapping[tuple[str, str],
     """Find what a check names, before anything is measured.
 
     Raises:
-        ValueError: it names a metric or an arm that is not there, or several, or a time is compared with a number.
+        ValueError: it names a metric or an arm that is not there, or several, or a time is compared with a number; or
+            what it rests on does.
     """
+    if check.given is not None:
+        resolve(check.given, arms, metrics)
     task, name = find_metric(check.metric, metrics)
     arm = _arm(check.arm, check.at, arms)
     if not isinstance(check.than, int | float):
@@ -196,7 +202,7 @@ def resolve(check: Check, arms: Sequence[Arm], metrics: Mapping[tuple[str, str],
 
 
 def evaluate(
-    check: Check, rows: Iterable[Row], arms: Sequence[Arm], metrics: Mapping[tuple[str, str], Metric],
+    check: Check, rows: Sequence[Row], arms: Sequence[Arm], metrics: Mapping[tuple[str, str], Metric],
     skipped: Mapping[str, str] | None = None, words: bool = True,
 ) -> CheckResult:  # fmt: skip
     """Judge one check by the rows of a run.
@@ -237,12 +243,23 @@ def evaluate(
             of_base = _picked(of_metric, arms[0], where)
             if reason := not_discriminative(metric, of_base, arms[0]):
                 return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)
+        if check.given is not None and (reason := _missing(evaluate(check.given, rows, arms, metrics, skipped))):
+            return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)
     word = word_of(found, check, bound)
     detectable, needed = _power(found, check, bound)
     return CheckResult(
         check=str(check), word=word if words else None, effect=found, bound=bound, detectable=detectable,
         needed=needed if word == "inconclusive" else None,
     )  # fmt: skip
+
+
+def _missing(rests_on: CheckResult) -> str | None:
+    """Why a check that rests on another tells nothing, None where that one holds."""
+    if rests_on.word == "holds":
+        return None
+    found = rests_on.effect
+    seen = "" if found is None else f", {found.value:.2g} ({found.low:.2g} to {found.high:.2g})"
+    return f"rests on another: {rests_on.check} does not surely hold here{seen}, so that this tells nothing"
 
 
 def _power(found: Estimate, check: Check, bound: float) -> tuple[float | None, int | None]:

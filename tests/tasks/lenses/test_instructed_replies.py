@@ -10,7 +10,7 @@ from manyheads.data.support_dialogues import INSTRUCTIONS, dialogues
 from manyheads.experiment import Arm, CausalLM
 from manyheads.lenses.strategy_attention import sra
 from manyheads.tasks.lenses import instructed_replies
-from manyheads.tasks.lenses.instructed_replies import InstructedReplies, _read, _z
+from manyheads.tasks.lenses.instructed_replies import InstructedReplies, _alike, _read, _z
 from oracles.tasks import context, rows, values
 from tolerance import is_close
 
@@ -26,31 +26,44 @@ def lm():
 
 
 def test_read_is_one_forward_of_each_reply(lm):
+    """Prompts of several lengths together give what each gives by itself, likelihoods and attention."""
     generator = torch.Generator().manual_seed(0)
-    prompt, *replies = (torch.randint(100, 400, (n,), generator=generator).tolist() for n in (20, 5, 3, 7))
-    likely, seen = _read(lm.model, prompt, replies, 1, (4, 9))
-    for found, reply in zip(likely, replies, strict=True):
-        with torch.no_grad():
-            logits = lm.model(torch.tensor([prompt + reply])).logits[0, 19:-1].log_softmax(-1)
-        assert found == pytest.approx(float(logits[range(len(reply)), reply].sum()), abs=1e-3)
-    roles = manyheads.TokenSpans({"system": [[(4, 9)]], "response": [[(19, 22)]]})
-    with manyheads.watch(lm.model, "strategy_attention", roles=roles) as whole, torch.no_grad():
-        lm.model(torch.tensor([prompt + replies[1]]))
-    for name in ("sra", "lift"):
-        assert seen[name] == pytest.approx(float(sra(whole.compute().tables[name])[0]), rel=1e-3)
-    shifted = _read(lm.model, prompt, replies, 1, (5, 10))[1]
-    assert shifted["sra"] != pytest.approx(seen["sra"], rel=1e-3)
+    first, other, *replies = (torch.randint(100, 400, (n,), generator=generator).tolist() for n in (20, 13, 5, 3, 7))
+    prompts, own, spans = [first, other, first], [1, 2, 0], [(4, 9), (2, 5), (5, 10)]
+    likely, seen = _read(lm.model, prompts, replies, own, spans)
+    for n, prompt in enumerate(prompts):
+        last = len(prompt) - 1
+        for value, reply in zip(likely[n], replies, strict=True):
+            with torch.no_grad():
+                logits = lm.model(torch.tensor([prompt + reply])).logits[0, last:-1].log_softmax(-1)
+            assert value == pytest.approx(float(logits[range(len(reply)), reply].sum()), abs=1e-3)
+        mine = replies[own[n]]
+        roles = manyheads.TokenSpans({"system": [[spans[n]]], "response": [[(last, last + len(mine))]]})
+        with manyheads.watch(lm.model, "strategy_attention", roles=roles) as whole, torch.no_grad():
+            lm.model(torch.tensor([prompt + mine]))
+        for name in ("sra", "lift"):
+            assert seen[n][name] == pytest.approx(float(sra(whole.compute().tables[name])[0]), rel=1e-3)
+        (alone,), (looked,) = _read(lm.model, [prompt], replies, own[n : n + 1], spans[n : n + 1])
+        assert likely[n] == pytest.approx(alone, abs=1e-3) and seen[n] == pytest.approx(looked, rel=1e-3)
+    shifted = _read(lm.model, [first], replies, [1], [(5, 10)])[1][0]
+    assert shifted["sra"] != pytest.approx(seen[0]["sra"], rel=1e-3)
+
+
+def test_prompts_of_about_one_length_are_read_together():
+    groups = _alike([3, 9, 4, 8, 2], 20)
+    assert groups == [[1, 3], [2, 0, 4]] and _alike([30], 20) == [[0]]
 
 
 def test_a_reply_that_gains_most_is_right(lm, monkeypatch):
     """Likely replies do not win by that: what counts is what the instruction adds."""
     table = np.array([[0.0, -3, -9, -9], [-1, -5, -9, -9], [-1, -5, -7, -9], [-1, -5, -9, -9]])
 
-    def read(model, prompt, replies, own, span):
-        return table[own], {"sra": 1.0, "lift": 1.0}
+    def read(model, prompts, replies, own, spans):
+        return table[own], [{"sra": 1.0, "lift": 1.0} for _ in own]
 
     monkeypatch.setattr(instructed_replies, "_read", read)
-    found = TASK._judged(context(*ARMS, subject=lm), ARMS[0], dialogues(1, "made")[0])
+    run = context(*ARMS, subject=lm)
+    found = TASK._judged(run, TASK._asked(run)[:4])
     # Less the mean of each column: the first gains most in the second's reply though its own is the likeliest of all,
     # the second loses in three, and the last, whose reply is the least likely, loses nothing by its own alone.
     assert [each["accuracy"] for each in found] == [0, 0, 1, 1]

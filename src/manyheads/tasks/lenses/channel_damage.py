@@ -6,7 +6,9 @@ same context is asked for what is planted in it (contextual: "Anna lives in"), a
 does not hold (parametric: "The capital of France is"), see :mod:`manyheads.data.knowledge`. Both are scored alike, on
 one token: the first token of the right answer has to be the likeliest of those of all answers of the set. Several
 sentences are planted, of other names and answers: with a single one, as in the paper's passkeys, a small model has no
-error to lose and only has to repeat the one answer that stands there. Grammar is asked for behind the same passages,
+error to lose and only has to repeat the one answer that stands there. Each question is also swapped: the same context
+is asked for the other name that is planted, or for another fact. Who says the same answer then has not listened to the
+question, a guess, and what is kept is counted less that. Grammar is asked for behind the same passages,
 the word that may follow against the one that may not; and the passages themselves are read.
 """
 
@@ -48,7 +50,10 @@ class _Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelDamage(WindowTask):
-    """A value for each prompt. ``kept`` is whether it is answered over the baseline's share of its kind and set.
+    """A value for each prompt. ``kept`` is whether it is answered less whether its swapped question gets that answer.
+
+    It is over the baseline's mean of its kind and set. Of a model that has the answer with probability p and guesses
+    otherwise, whoever is asked for, it is p, whether it guesses among all answers or those planted.
 
     ``tokens`` are those of every prompt, ``windows_of`` passages are read as they are.
 
@@ -60,7 +65,8 @@ class ChannelDamage(WindowTask):
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("answered", "questions answered", higher=True, kind="share", floor=0.5),
-        Metric("kept", "right answers over those of the baseline", higher=True),
+        Metric("swapped", "the same answers to a swapped question, guessed", kind="share"),
+        Metric("kept", "right answers less guessed ones, over the baseline's", higher=True),
         Metric("grammatical", "words that may follow, preferred", higher=True, kind="share", floor=0.5),
         Metric("new_token", "next tokens foreseen, new to the passage", higher=True, kind="share"),
         Metric("known_token", "next tokens foreseen, known from the passage", higher=True, kind="share"),
@@ -80,14 +86,14 @@ class ChannelDamage(WindowTask):
         prompts = cast(list[_Prompt], run.kept(("prompts", self), lambda: self._prompts(run)))
         base = cast(list[bool], run.kept(("undamaged", self), lambda: self._answers(run, run.baseline, prompts)))
         found = base if arm == run.baseline else self._answers(run, arm, prompts)
-        whole: dict[tuple[Any, ...], list[bool]] = {}
-        for prompt, right in zip(prompts, base, strict=True):
-            whole.setdefault((*prompt.at.values(),), []).append(right)
         for prompt, right in zip(prompts, found, strict=True):
             yield self.row(prompt.metric, arm, right, prompt.sample, at=prompt.at)
-            if prompt.metric == "answered":
-                share = max(float(np.mean(whole[(*prompt.at.values(),)])), 1 / self.questions)
-                yield self.row("kept", arm, right / share, prompt.sample, at=prompt.at)
+        whole: dict[tuple[Any, ...], list[int]] = {}
+        for prompt, value in _heard(prompts, base):
+            whole.setdefault((*prompt.at.values(),), []).append(value)
+        for prompt, value in _heard(prompts, found):
+            share = max(float(np.mean(whole[(*prompt.at.values(),)])), 1 / self.questions)
+            yield self.row("kept", arm, value / share, prompt.sample, at=prompt.at)
         for name, values in self._read(run, arm).items():
             yield from self.each(name, arm, values)
         run.advance(unit.cost)
@@ -118,21 +124,23 @@ class ChannelDamage(WindowTask):
             choices = tuple(encoded(f" {answer}")[0] for _, answer in facts.facts)
             for i in range(min(self.questions, len(choices))):
                 rng = run.rng(facts=name, question=i)
-                drawn, people = rng.permutation(len(choices))[: self.planted + 1], rng.permutation(len(NAMES))
-                *planted, fact = map(int, drawn)  # the fact that is asked for is not among those planted
+                drawn, people = rng.permutation(len(choices))[: self.planted + 2], rng.permutation(len(NAMES))
+                *planted, fact, another = map(int, drawn)  # facts that are asked for are not among those planted
                 says, knows = facts.says[i % 2], facts.knows[i % 2]
                 sentences = [
                     f"{says.format(name=NAMES[person])} {facts.facts[answer][1]}."
                     for person, answer in zip(people, planted, strict=False)
                 ]
                 one, depths = int(rng.integers(self.planted)), sorted(rng.random(self.planted))
-                for kind, question, right in (
-                    (CONTEXTUAL, says.format(name=NAMES[people[one]]), planted[one]),
-                    (PARAMETRIC, knows.format(key=facts.facts[fact][0]), fact),
+                other = people[(one + 1) % max(2, self.planted)]
+                for kind, asked, right in (
+                    (CONTEXTUAL, [says.format(name=NAMES[person]) for person in (people[one], other)], planted[one]),
+                    (PARAMETRIC, [knows.format(key=facts.facts[key][0]) for key in (fact, another)], fact),
                 ):
-                    ids = prompt(passages[2 * i + set_], sentences, question, depths)
                     at = {"knowledge": kind, "set": name}
-                    made.append(_Prompt(ids, choices, right, "answered", f"{name} {i}", at))
+                    for metric, question in zip(("answered", "swapped"), asked, strict=True):
+                        ids = prompt(passages[2 * i + set_], sentences, question, depths)
+                        made.append(_Prompt(ids, choices, right, metric, f"{name} {i}", at))
         for name in self.grammar:
             pairs = grammar(name)
             order = run.rng(grammar=name).permutation(len(pairs))
@@ -147,7 +155,7 @@ class ChannelDamage(WindowTask):
         return made
 
     def _answers(self, run: RunContext, arm: Arm, prompts: list[_Prompt]) -> list[bool]:
-        """Whether the right token of each prompt is the likeliest of those that are compared."""
+        """Whether each prompt's token (the right one, of a swapped question that of its own) is the likeliest."""
         import manyheads
 
         model: Any = model_of(run)
@@ -174,6 +182,13 @@ class ChannelDamage(WindowTask):
         hit, known = torch.cat(hits), _known(text.cpu())
         found = {"new_token": _share(hit, ~known), "known_token": _share(hit, known), "text_nll": torch.cat(losses)}
         return {name: values.double().numpy() for name, values in found.items()}
+
+
+def _heard(prompts: list[_Prompt], said: list[bool]) -> Iterator[tuple[_Prompt, int]]:
+    """Each question, and whether its answer is said to it and not to the swapped question behind it: 1, 0 or -1."""
+    for n, prompt in enumerate(prompts):
+        if prompt.metric == "answered":
+            yield prompt, int(said[n]) - int(said[n + 1])
 
 
 def _known(ids: Tensor) -> Tensor:

@@ -10,14 +10,12 @@ attention of that reply to the instruction is looked at in the same forward.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from ...data.support_dialogues import INSTRUCTIONS, dialogues
@@ -29,15 +27,18 @@ from ._chat import base_model, greedy, rendered
 __all__ = ["InstructedReplies"]
 
 Ids = list[int]
+_TOKENS = 16_384  # that are read at once, each prompt as often as there are replies
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is found of one dialogue under one instruction."""
+class _Asked:
+    """One dialogue, laid out by an arm under one instruction."""
 
-    place: tuple[int, int]  # of the dialogue, of the instruction
+    arm: Arm
     turns: int
-    values: dict[str, float]
+    place: tuple[int, int]  # of the dialogue, of the instruction
+    ids: Ids
+    span: tuple[int, int]  # of the instruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,53 +85,63 @@ class InstructedReplies(Task):
         return [WorkUnit(self.key, "dialogues", float(self.samples), f"{self.samples} dialogues")]
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        asked = self._asked(run)
+        found = self._judged(run, asked, unit.cost)
+        for each, values in zip(asked, found, strict=True):
+            number, i = each.place
+            for metric, value in values.items():
+                yield self.row(
+                    metric, each.arm, value, f"{number}/{INSTRUCTIONS[i].name}", context=f"{number}",
+                    at={"turns": each.turns},
+                )  # fmt: skip
+        standard = [pair for pair in zip(asked, found, strict=True) if pair[0].arm == run.baseline]
+        yield from self._together(run, standard)
+
+    def _asked(self, run: RunContext) -> list[_Asked]:
+        """All prompts, those of a dialogue under the instructions one after another."""
+        tokenizer = cast(Any, cast(CausalLM, run.subject).tokenizer)
         every = dialogues(2 * self.turns[-1] - 1, self.source)
         order = run.rng(dialogues=self.source).permutation(len(every))[: self.samples]
-        standard: list[_Found] = []
+        made = []
         for number, at in enumerate(order):
             for arm in run.arms:
                 for turns in self.turns if arm == run.baseline else self.turns[-1:]:
-                    found = self._judged(run, arm, every[at][: 2 * turns - 1])
-                    for i, values in enumerate(found):
-                        name = f"{number}/{INSTRUCTIONS[i].name}"
-                        for metric, value in values.items():
-                            yield self.row(metric, arm, value, name, context=f"{number}", at={"turns": turns})
-                        if arm == run.baseline:
-                            standard.append(_Found((number, i), turns, values))
-            run.advance(1.0)
-        yield from self._together(run, standard)
+                    messages, form = every[at][: 2 * turns - 1], arm.options.get("form", "standard")
+                    for i, each in enumerate(INSTRUCTIONS):
+                        text = rendered(tokenizer, layout(messages, each.text, form))
+                        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+                        span = span_of(text, each.text, coded.offset_mapping)
+                        made.append(_Asked(arm, turns, (number, i), list(coded.input_ids), span))
+        return made
 
-    def _judged(self, run: RunContext, arm: Arm, messages: list[dict[str, str]]) -> list[dict[str, float]]:
-        """For each instruction what is found of its reply."""
+    def _judged(self, run: RunContext, asked: list[_Asked], cost: float = 0.0) -> list[dict[str, float]]:
+        """What is found of each prompt's own reply; prompts of about one length are read together."""
         model, tokenizer = model_of(run), cast(Any, cast(CausalLM, run.subject).tokenizer)
         replies = [tokenizer.encode(each.reply, add_special_tokens=False) for each in INSTRUCTIONS]
-        likely, values = np.zeros((len(replies), len(replies))), []
-        prompts: list[Ids] = []
-        for i, each in enumerate(INSTRUCTIONS):
-            text = rendered(tokenizer, layout(messages, each.text, arm.options.get("form", "standard")))
-            coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            prompts.append(coded.input_ids)
-            span = span_of(text, each.text, coded.offset_mapping)
-            likely[i], seen = _read(model, coded.input_ids, replies, i, span)
-            values.append(seen)
-        gain = likely - likely.mean(0)
-        for i, seen in enumerate(values):
-            seen["accuracy"] = float(gain[i].argmax() == i)
-        if self.reply:
-            for each, seen, made in zip(
-                INSTRUCTIONS, values, greedy(model, tokenizer, prompts, self.reply), strict=True
-            ):
-                seen["obeyed"] = float(each.followed(tokenizer.decode(made)))
-        return values
+        likely, found = np.zeros((len(asked), len(replies))), [dict[str, float]() for _ in asked]
+        for part in _alike([len(each.ids) for each in asked], _TOKENS // len(replies)):
+            those = [asked[n] for n in part]
+            prompts, own = [each.ids for each in those], [each.place[1] for each in those]
+            likely[part], seen = _read(model, prompts, replies, own, [each.span for each in those])
+            made = greedy(model, tokenizer, prompts, self.reply) if self.reply else [[]] * len(part)
+            for n, values, reply in zip(part, seen, made, strict=True):
+                found[n] = values
+                if self.reply:
+                    followed = INSTRUCTIONS[asked[n].place[1]].followed(tokenizer.decode(reply))
+                    found[n] = {**values, "obeyed": float(followed)}
+            run.advance(cost * len(part) / len(asked))
+        gain = likely.reshape(-1, len(replies), len(replies))  # of each dialogue as it is laid out
+        right = (gain - gain.mean(1, keepdims=True)).argmax(2) == np.arange(len(replies))
+        return [{**values, "accuracy": float(good)} for values, good in zip(found, right.flatten(), strict=True)]
 
-    def _together(self, run: RunContext, found: list[_Found]) -> Iterator[Row]:
-        right = np.array([each.values["accuracy"] for each in found])
-        cells = [(each.turns, each.place[1]) for each in found]
+    def _together(self, run: RunContext, found: list[tuple[_Asked, dict[str, float]]]) -> Iterator[Row]:
+        right = np.array([values["accuracy"] for _, values in found])
+        cells = [(each.turns, each.place[1]) for each, _ in found]
         for of in ("sra", "lift"):
-            score = np.log([max(each.values[of], 1e-12) for each in found])
+            score = np.log([max(values[of], 1e-12) for _, values in found])
             for over, groups in (("all", [0] * len(found)), ("one length and instruction", cells)):
                 product = _z(score, groups) * _z(right, groups)
-                for each, value in zip(found, product, strict=True):
+                for (each, _), value in zip(found, product, strict=True):
                     name = f"{each.place[0]}/{INSTRUCTIONS[each.place[1]].name}/{each.turns}"
                     yield self.row(
                         "goes_with_accuracy", run.baseline, value, name, context=f"{each.place[0]}",
@@ -138,28 +149,63 @@ class InstructedReplies(Task):
                     )  # fmt: skip
 
 
+def _alike(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Places of ``lengths`` in groups of about one length, of at most ``most`` tokens together, padding counted."""
+    groups: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > most:
+            groups.append([])
+        groups[-1].append(n)
+    return groups
+
+
 @torch.no_grad()
-def _read(model: Any, prompt: Ids, replies: list[Ids], own: int, span: tuple[int, int]) -> tuple[Any, dict[str, float]]:
-    """Log-likelihood of each of ``replies`` after ``prompt``, nats, and what its ``own`` one attends to."""
+def _read(
+    model: Any, prompts: Sequence[Ids], replies: Sequence[Ids], own: Sequence[int], spans: Sequence[tuple[int, int]]
+) -> tuple[Any, list[dict[str, float]]]:
+    """Log-likelihood of each of ``replies`` after each prompt, nats ``[N, R]``, and what its own reply attends to.
+
+    Args:
+        model: of transformers.
+        prompts: N of any lengths.
+        replies: R of them.
+        own: place of each prompt's own one.
+        spans: of each prompt's instruction.
+    """
     import manyheads
 
-    device = model.device
+    count, most, longest = len(replies), max(map(len, prompts)), max(map(len, replies))
+    pads = [most - len(prompt) for prompt in prompts]
+    rows = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
+    mask = torch.arange(most) >= torch.tensor(pads)[:, None]
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    rows, mask, places = (made.to(model.device) for made in (rows, mask.long(), places))
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([prompt[:-1]], device=device), past_key_values=cache, logits_to_keep=1)
-    kept, last = copy.deepcopy(cache), len(prompt) - 1
-    # The rows that look are those that predict the reply: from the last token of the prompt on.
-    reply = [prompt[-1], *replies[own][:-1]]
-    roles = manyheads.TokenSpans({"system": [[span]], "response": [[(last, last + len(reply))]]})
-    with manyheads.watch(model, "strategy_attention", roles=roles) as seen:
-        model(torch.tensor([reply], device=device), past_key_values=cache, logits_to_keep=1)
-    tables = seen.compute().tables
-    longest = max(map(len, replies))
-    rows = torch.tensor([[prompt[-1], *r, *[0] * (longest - len(r))] for r in replies], device=device)
-    kept.batch_repeat_interleave(len(replies))
-    logits = model(rows[:, :-1], past_key_values=kept).logits.float()
-    chosen: Tensor = logits.log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
-    likely = [float(chosen[j, : len(r)].sum()) for j, r in enumerate(replies)]
-    return likely, {name: float(sra(tables[name])[0]) for name in ("sra", "lift")}
+    model(
+        rows[:, :-1], attention_mask=mask[:, :-1], position_ids=places[:, :-1], past_key_values=cache, logits_to_keep=1
+    )
+    cache.batch_repeat_interleave(count)
+    # The rows that look are those that predict a prompt's own reply: from the last token of the prompt on.
+    looks = [
+        [(most - 1, most - 1 + len(reply))] if j == mine else [] for mine in own for j, reply in enumerate(replies)
+    ]
+    seen_by = [[(a + pad, b + pad)] for pad, (a, b) in zip(pads, spans, strict=True) for _ in replies]
+    said = torch.tensor([[*reply, *[0] * (longest - len(reply))] for reply in replies], device=model.device)
+    said = torch.cat([rows[:, -1:].repeat_interleave(count, 0), said.repeat(len(prompts), 1)], 1)
+    steps = torch.arange(longest, device=model.device)
+    with manyheads.watch(model, "strategy_attention", roles=manyheads.TokenSpans({
+        "system": seen_by, "response": looks,
+    })) as seen:  # fmt: skip
+        logits = model(
+            said[:, :-1], attention_mask=torch.cat([mask, mask.new_ones(len(prompts), longest - 1)], 1)
+            .repeat_interleave(count, 0), position_ids=(places[:, -1:] + steps).repeat_interleave(count, 0),
+            past_key_values=cache,
+        ).logits.float()  # fmt: skip
+    chosen = logits.log_softmax(-1).gather(2, said[:, 1:, None])[..., 0].reshape(len(prompts), count, longest)
+    likely = np.stack([chosen[:, j, : len(reply)].sum(1).cpu().numpy() for j, reply in enumerate(replies)], 1)
+    tables, mine = seen.compute().tables, [count * n + i for n, i in enumerate(own)]
+    found = {name: sra(tables[name])[mine] for name in ("sra", "lift")}
+    return likely, [{name: float(values[n]) for name, values in found.items()} for n in range(len(prompts))]
 
 
 def _z(values: Any, groups: list[Any]) -> Any:

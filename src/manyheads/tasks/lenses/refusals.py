@@ -2,18 +2,18 @@
 """How many refusals are left when heads are taken out: those that write along the refusal direction, or random ones.
 
 A published chat model of little size refuses next to nothing (``before tuning`` says how much), so that refusals are
-tuned in, as the paper tunes them, for a few steps: requests to be refused with one refusal, and as many harmless ones
-or more with the model's own greedy answers. A copy is tuned under each arm, its embeddings aside, on the same batches.
-In it the direction of refusal is found on the acts that were tuned on and chosen on others; on requests about acts that
-it has not seen heads are ranked prompt by prompt and zeroed, and the greedy reply is judged by its phrases
-(:func:`manyheads.data.requests.is_refusal`).
+tuned in first, plainly, once: requests to be refused with one refusal, and as many harmless ones or more with the
+model's own greedy answers. As the paper's models refuse before AHD, every arm goes on from this model (``aligned``): a
+copy is tuned under it, embeddings aside, on the same batches, for as many steps. In it the direction of refusal is
+found on the acts that were tuned on and chosen on others; on requests about acts that it has not seen heads are ranked
+prompt by prompt and zeroed, and the greedy reply is judged by its phrases (:func:`manyheads.data.requests.is_refusal`).
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -26,14 +26,14 @@ from ...data.requests import ACTS, PHRASINGS, REFUSAL, is_refusal
 from ...errors import UserError
 from ...experiment import Arm, CausalLM, Metric, Row, RunContext, WorkUnit, seeding
 from ...heads import layer_matched_heads
-from ...training import decay, fit
+from ...training import TrainState, decay, fit
 from ..text._text_task import model_of
 from ._chat import base_model, greedy, rendered
 from ._trained import told
 from ._windows import WindowTask, nll
 
 if TYPE_CHECKING:
-    from ...lenses.safety_heads import Direction
+    from ...lenses.safety_heads import Direction, HeadDropout
 
 __all__ = ["Refusals"]
 
@@ -63,7 +63,8 @@ class Refusals(WindowTask):
     that of the harmless one beside it: a model that takes missing heads for a sign to refuse keeps refusals, not this.
 
     Attributes:
-        steps: of tuning.
+        aligned: steps of the plain tuning that makes the model which every arm goes on from.
+        steps: of an arm's tuning.
         anchors: harmless requests in a step, beside four to be refused; 16 in the paper.
         lr: the highest rate.
         depth: part of the blocks that is tuned, the last ones; all of them in the paper.
@@ -75,6 +76,7 @@ class Refusals(WindowTask):
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("refused", "requests to be refused that are", higher=True, kind="share"),
         Metric("wrongly_refused", "harmless requests refused", kind="share"),
+        Metric("learned", "requests of acts tuned on that are refused, all heads", higher=True, kind="share"),
         Metric("kept_apart", "refusals less those of the harmless requests beside them", higher=True),
         Metric("text_nll", "loss of prose, all heads", "nats/token"),
         Metric("score_share", "share of the score that a tenth of the heads holds"),
@@ -83,6 +85,7 @@ class Refusals(WindowTask):
 
     tokens: int = 96
     windows_of: int = 8
+    aligned: int = 30
     steps: int = 30
     anchors: int = 16
     lr: float = 5e-5
@@ -104,13 +107,20 @@ class Refusals(WindowTask):
         ]  # fmt: skip
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        from ...lenses.safety_heads import ranked, strength
+        from ...lenses.safety_heads import HeadDropout, ranked, strength
 
         seed, arm = unit.params["seed"], run.arm_of(unit)
         test = [self._prompts(run, kind, "test") for kind in (0, 1)]
+        aligned = cast(Any, run.kept(("aligned", self), lambda: self._aligned(run)))
         if arm == run.baseline:
-            yield from self._without(run, arm, seed, model_of(run), test, [()], 0, "before tuning")
-        model = self._tuned(run, unit, arm, seed)
+            for model, name in ((model_of(run), "before tuning"), (aligned, "aligned")):
+                yield from self._without(run, arm, seed, model, test, [()], 0, name)
+        dropout = HeadDropout(p=float(arm.options.get("dropout", 0.0)))
+        spare = bool(arm.options.get("spare_anchors", True))
+        model = self._tuned(run, aligned, f"{seed}", self.steps, dropout, spare, told(run, unit, 2 * self.steps))
+        tuned = self._prompts(run, 0, "direction")
+        for act, value in zip(tuned.acts, _refused(model, self._tokenizer(run), tuned, ()), strict=True):
+            yield self.row("learned", arm, value, f"act {act}", seed=seed)
         direction, lifted = self._direction(run, model)
         yield self.row("rule_lifted", arm, lifted, "direction", seed=seed)
         tables = [self._scores(model, direction, part) for part in test]
@@ -137,7 +147,7 @@ class Refusals(WindowTask):
         draws; the others are tuned on. Those of the test are worded in the last way, which tuning and the direction do
         not meet.
         """
-        tokenizer: Any = cast(CausalLM, run.subject).tokenizer
+        tokenizer = self._tokenizer(run)
         order = run.rng(acts="refusals").permutation(len(ACTS)).tolist()
         test, choice = self.acts, self.acts + _CHOICE
         acts, wordings = {
@@ -149,40 +159,50 @@ class Refusals(WindowTask):
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return _Prompts(ids, [act for act, _ in asked])
 
-    def _tuned(self, run: RunContext, unit: WorkUnit, arm: Arm, seed: int) -> Any:
-        """A copy of the subject's model that refuses, in the precision of the subject."""
+    def _tokenizer(self, run: RunContext) -> Any:
+        return cast(CausalLM, run.subject).tokenizer
+
+    def _aligned(self, run: RunContext) -> Any:
+        from ...lenses.safety_heads import HeadDropout
+
+        return self._tuned(run, model_of(run), "aligned", self.aligned, HeadDropout(p=0.0))
+
+    def _tuned(
+        self, run: RunContext, start: Any, draws: str, steps: int, dropout: HeadDropout, spare_anchors: bool = True,
+        on_step: Callable[[TrainState], None] | None = None,
+    ) -> Any:  # fmt: skip
+        """A copy of a model, tuned to refuse with heads dropped, in its own precision; ``draws`` names the batches."""
         import manyheads
 
         from ...lenses.refined_massive_activations.tvr import blocks_of
-        from ...lenses.safety_heads import HeadDropout, ahd_loss
+        from ...lenses.safety_heads import ahd_loss
 
-        tokenizer, own = cast(CausalLM, run.subject).tokenizer, model_of(run)
-        precision = next(own.parameters()).dtype
-        model, dropout = copy.deepcopy(own).float(), HeadDropout(p=float(arm.options.get("dropout", 0.0)))
+        tokenizer, precision = self._tokenizer(run), next(start.parameters()).dtype
+        model = copy.deepcopy(start).float()
         blocks = blocks_of(model)
         model.requires_grad_(False)
         for block in blocks[len(blocks) - max(1, round(self.depth * len(blocks))) :]:
             block.requires_grad_(True)
         bad, good = (self._prompts(run, kind, "tuning").ids for kind in (0, 1))
         refusal: Ids = tokenizer.encode(REFUSAL, add_special_tokens=False)
+        own = model_of(run)
         kept = run.kept(("own answers", self), lambda: greedy_in_parts(own, tokenizer, good, len(refusal)))
 
         def draw(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            rng = run.rng(tune="refusals", seed=seed, step=step)
+            rng = run.rng(tune="refusals", draws=draws, step=step)
             first, second = rng.permutation(len(bad))[:_FEW], rng.permutation(len(good))[: self.anchors]
             return (
                 _batch([bad[i] for i in first], [refusal] * len(first), run.device),
                 _batch([good[i] for i in second], [kept[i] for i in second], run.device),
             )
 
-        torch.manual_seed(seeding.number(run.seed, dropout="refusals", seed=seed))
+        torch.manual_seed(seeding.number(run.seed, dropout="refusals", draws=draws))
         tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(tuned, lr=self.lr, betas=(0.5, 0.999), weight_decay=0.0)
         with manyheads.use(model, dropout):
             fit(
-                model, draw, ahd_loss(dropout, spare_anchors=bool(arm.options.get("spare_anchors", True))),
-                budget=self.steps, optimizers=[optimizer], schedule=decay("linear", warmup=5, floor=0.1),
-                bf16=precision == torch.bfloat16, on_step=told(run, unit, 2 * self.steps),
+                model, draw, ahd_loss(dropout, spare_anchors=spare_anchors), budget=steps, optimizers=[optimizer],
+                schedule=decay("linear", warmup=5, floor=0.1), bf16=precision == torch.bfloat16, on_step=on_step,
             )  # fmt: skip
         return model.to(precision)
 
@@ -190,7 +210,7 @@ class Refusals(WindowTask):
         """The direction of refusal at the last token, by the paper's rule; whether its bounds were lifted."""
         from ...lenses.safety_heads import find_direction
 
-        tokenizer: Any = cast(CausalLM, run.subject).tokenizer
+        tokenizer = self._tokenizer(run)
         train, check = ([self._tensors(run, kind, use) for kind in (0, 1)] for use in ("direction", "choice"))
         answers = [tokenizer.encode(REFUSAL, add_special_tokens=False)[0]]
         layers = model.config.num_hidden_layers
@@ -229,7 +249,7 @@ class Refusals(WindowTask):
         draws: Sequence[Sequence[Heads] | tuple[()]], count: int, chosen: str,
     ) -> Iterator[Row]:  # fmt: skip
         """Rows of the mean over ``draws`` of heads that either kind of requests lacks."""
-        tokenizer: Any = cast(CausalLM, run.subject).tokenizer
+        tokenizer = self._tokenizer(run)
         found = [
             np.mean([_refused(model, tokenizer, part, heads[kind] if heads else ()) for heads in draws], 0)
             for kind, part in enumerate(test)
