@@ -53,7 +53,7 @@ claim = Claim(
             quick={"steps": 10, "rates": (3e-3,), "samples": 24, "parameters": 180_000, "each_of": 3},
             cpu={"steps": 120, "tune_steps": 40, "rates": (3e-3, 1e-2), "parameters": 180_000, "each_of": 15},
             cuda={
-                "arms": arms(64), "seeds": 8, "dim": 256, "length": 256, "batch": 64, "steps": 600, "tune_steps": 150,
+                "arms": arms(64), "seeds": 5, "dim": 256, "length": 256, "batch": 64, "steps": 300, "tune_steps": 80,
                 "rates": (2e-3, 6e-3), "samples": 192, "parameters": 2_800_000,
             },
         ),

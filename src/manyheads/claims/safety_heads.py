@@ -36,11 +36,14 @@ claim = Claim(
         subject="smollm2-135m-instruct", baseline=Arm(PLAIN), arms=(AHD, BOTH), equal="steps", tasks=(Refusals(),),
         sizes=Sizes(
             quick={
-                "subject": "default", "text": "code", "arms": (AHD,), "steps": 2, "anchors": 4, "acts": 4,
+                "subject": "default", "text": "code", "arms": (AHD,), "aligned": 2, "steps": 2, "anchors": 4, "acts": 4,
                 "counts": (4,), "windows_of": 2, "tokens": 64,
             },
-            cpu={"arms": (AHD,), "steps": 30, "anchors": 4, "lr": 2e-4, "depth": 0.6, "counts": (16,), "windows_of": 4},
-            cuda={"steps": 80, "acts": 12, "counts": (4, 8, 16, 32), "draws": 3, "windows_of": 24, "tokens": 256},
+            cpu={
+                "arms": (AHD,), "aligned": 30, "steps": 20, "anchors": 4, "lr": 2e-4, "depth": 0.6, "acts": 8,
+                "counts": (16,), "windows_of": 4,
+            },
+            cuda={"aligned": 80, "steps": 80, "acts": 12, "counts": (4, 8, 16, 32), "draws": 3, "windows_of": 24, "tokens": 256},
         ),
     ),
     checks=(

@@ -112,7 +112,7 @@ class Refusals(WindowTask):
         seed, arm = unit.params["seed"], run.arm_of(unit)
         test = [self._prompts(run, kind, "test") for kind in (0, 1)]
         aligned = cast(Any, run.kept(("aligned", self), lambda: self._aligned(run)))
-        if arm == run.baseline:
+        if arm == run.baseline and seed == run.seeds[0]:
             for model, name in ((model_of(run), "before tuning"), (aligned, "aligned")):
                 yield from self._without(run, arm, seed, model, test, [()], 0, name)
         dropout = HeadDropout(p=float(arm.options.get("dropout", 0.0)))
