@@ -43,7 +43,9 @@ claim = Claim(
                 "arms": (AHD,), "aligned": 30, "steps": 20, "anchors": 4, "lr": 2e-4, "depth": 0.6, "acts": 8,
                 "counts": (16,), "windows_of": 4,
             },
-            cuda={"aligned": 80, "steps": 80, "acts": 12, "counts": (4, 8, 16, 32), "draws": 3, "windows_of": 24, "tokens": 256},
+            cuda={
+                "aligned": 80, "steps": 80, "acts": 12, "counts": (8, 32), "draws": 2, "windows_of": 24, "tokens": 256,
+            },
         ),
     ),
     checks=(
