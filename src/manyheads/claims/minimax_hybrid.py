@@ -54,9 +54,9 @@ claim = Claim(
             quick={"steps": 30, "rates": (3e-3,), "samples": 24, "parameters": 130_000},
             cpu={"steps": 400, "rates": (4e-3,), "samples": 96, "parameters": 130_000},
             cuda={
-                "arms": arms(3, 8), "seeds": 8, "dim": 128, "heads": 4, "layers": 3, "length": 128, "batch": 96,
-                "pairs": 12, "keys": 48, "asked": 4, "steps": 1200, "rates": (2e-3, 5e-3), "samples": 256,
-                "judged": 64, "parameters": 700_000,
+                "arms": arms(3, 8), "seeds": 5, "dim": 128, "heads": 4, "layers": 3, "length": 96, "batch": 96,
+                "pairs": 6, "keys": 24, "steps": 800, "rates": (2e-3, 4e-3), "samples": 256, "judged": 64,
+                "parameters": 700_000,
             },
         ),
     ),
