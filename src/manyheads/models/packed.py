@@ -4,12 +4,12 @@
 In 8 bits a matrix ``[rows, ...]`` becomes int8 codes of its shape and a float32 scale a row, ``scale = max |x| / 127``.
 In 6 bits ``[rows, columns]`` becomes bytes ``[rows, 3 columns / 4]``, four codes in three of them, and a float16 scale
 for every 64 columns, ``max |x| / 31``; others stay in 8 bits. What is read back is off
-by at most half a scale. Vectors (norms, biases) stay as they were. The file is ``weights.packed.safetensors``, a name
+by at most half a scale. Vectors (norms, biases) and what is named ``whole`` stay as they were. The file is ``weights.packed.safetensors``, a name
 that no library takes for plain weights, and what is loaded is an ordinary model: ``save_pretrained`` writes it as a
 plain checkpoint. What rounding costs stands on each model's card.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +26,12 @@ _GROUP = 64  # columns of a scale in 6 bits
 _SHIFTS = (0, 6, 12, 18)  # of four codes in three bytes
 
 
-def pack(state: Mapping[str, Tensor], bits: Bits = 8) -> dict[str, Tensor]:
-    """Weights by name -> codes, scales and vectors by name."""
+def pack(state: Mapping[str, Tensor], bits: Bits = 8, whole: Collection[str] = ()) -> dict[str, Tensor]:
+    """Weights by name -> codes, scales and vectors by name; those of ``whole`` are not rounded."""
     packed = {}
     for name, x in state.items():
         x = x.detach().cpu()
-        if x.ndim < 2:
+        if x.ndim < 2 or name in whole:
             packed[name] = x.contiguous()
         else:
             narrow = bits == 6 and x.ndim == 2 and x.shape[1] % _GROUP == 0
@@ -79,15 +79,15 @@ def _codes(x: Tensor) -> Tensor:
     return torch.stack([word >> shift & 63 for shift in _SHIFTS], 2).flatten(1) - 32
 
 
-def save(model: nn.Module, folder: Path, bits: Bits = 8) -> None:
-    """Write the weights of ``model`` into ``folder``, those that are tied to others once."""
+def save(model: nn.Module, folder: Path, bits: Bits = 8, whole: Collection[str] = ()) -> None:
+    """Write the weights of ``model`` into ``folder``, those that are tied to others once; see :func:`pack`."""
     seen: set[int] = set()
     state = {}
     for name, x in model.state_dict().items():
         if x.data_ptr() not in seen:
             state[name] = x
             seen.add(x.data_ptr())
-    save_file(pack(state, bits), folder / FILE)
+    save_file(pack(state, bits, whole), folder / FILE)
 
 
 def load_into(model: Any, folder: Path, dtype: torch.dtype) -> Any:
