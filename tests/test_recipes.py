@@ -24,7 +24,6 @@ from manyheads.recipes.average import average
 from manyheads.recipes.default_model import SMOKE
 from tolerance import assert_close
 
-
 WORDS = ("alpha", "budget", "depth", "gamma", "limit", "needle", "ratio", "secret")
 CODE = "import os\n\n\ndef area(width, height):\n    return width * height\n\n\nprint(area(3, 14))\n"
 

@@ -29,8 +29,21 @@ def claim(**changes):
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def found(tmp_path_factory):
     return run_claim(claim(), "cpu", "cpu", tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def full(found, tmp_path_factory):
+    """As it is stored."""
+    return read_result(store(claim(), found, tmp_path_factory.mktemp("stored"))).runs[0]
+
+
+def test_figures_are_stored_with_six_digits(found, full):
+    for mine, kept in zip(found.checks, full.checks, strict=True):
+        assert (kept.check, kept.word) == (mine.check, mine.word)
+        assert kept.effect.value == float(f"{mine.effect.value:.6g}")
+    assert full.checks[0].effect.value != found.checks[0].effect.value  # which has more of them
 
 
 def test_a_claim_is_measured_and_judged(full):

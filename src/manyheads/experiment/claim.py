@@ -298,7 +298,7 @@ def _run_of(data: dict[str, Any]) -> ClaimRun:
 def store(claim: Claim, run: ClaimRun, folder: Path) -> Path:
     """Put ``run`` into the file of its claim, device and subject, in place of an earlier one of the same size; atomic.
 
-    Retractions of the earlier run are kept.
+    Retractions of the earlier run are kept. Figures have six digits.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -311,13 +311,22 @@ def store(claim: Claim, run: ClaimRun, folder: Path) -> Path:
     kept += [entry for entry in run.retracted if entry not in kept]
     run = dataclasses.replace(run, retracted=tuple(kept))
     result = ClaimResult(slug=claim.slug, statement=claim.statement, runs=tuple(sorted([*others, run], key=_order)))
-    data = {"format": _FORMAT, "reported": dataclasses.asdict(claim.reported), **result.plain()}
+    data = _rounded({"format": _FORMAT, "reported": dataclasses.asdict(claim.reported), **result.plain()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"the result could not be stored: {error.strerror}: {path}") from error
     return path
+
+
+def _rounded(value: Any) -> Any:
+    """Plain values with floats of six significant digits."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _order(run: ClaimRun) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 
 In 8 bits a matrix ``[rows, ...]`` becomes int8 codes of its shape and a float32 scale a row, ``scale = max |x| / 127``.
 In 6 bits ``[rows, columns]`` becomes bytes ``[rows, 3 columns / 4]``, four codes in three of them, and a float16 scale
-for every 64 columns, ``max |x| / 31``; others stay in 8 bits. What is read back is off
-by at most half a scale. Vectors (norms, biases) and what is named ``whole`` stay as they were. The file is ``weights.packed.safetensors``, a name
-that no library takes for plain weights, and what is loaded is an ordinary model: ``save_pretrained`` writes it as a
-plain checkpoint. What rounding costs stands on each model's card.
+for every 64 columns, ``max |x| / 31``; others stay in 8 bits. What is read back is off by at most half a scale. Vectors
+(norms, biases) and what is named ``whole`` stay as they were. The file is ``weights.packed.safetensors``, a name that
+no library takes for plain weights, and what is loaded is an ordinary model: ``save_pretrained`` writes it as a plain
+checkpoint. What rounding costs stands on each model's card.
 """
 
 from collections.abc import Collection, Mapping

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from manyheads.data import scenes as data
+from manyheads.models import packed
 from manyheads.models.judge import Judge, frechet
 from manyheads.recipes import _card
 from manyheads.training import TrainState, fit
@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     judge, start = Judge(given.kind), time.perf_counter()
     train(judge, 3 if given.smoke else given.steps, given.batch, given.seed, given.device)
     seconds = time.perf_counter() - start
-    judge.load_state_dict({name: x.half().float() for name, x in judge.state_dict().items()})  # as it is saved
+    given.out.mkdir(parents=True, exist_ok=True)
+    packed.save(judge.half(), given.out)
+    packed.load_into(judge.float(), given.out, torch.float32)  # what is judged is what is read back
     count = 64 if given.smoke else 2000
     (images, labels), (others, _) = real(given.kind, count, 2**31), real(given.kind, count, 2**31 + 1)
     seen = judge.see(images)
@@ -84,8 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
         "floor": round(frechet(seen.features, judge.see(others).features), 4),
         "environment": _card.environment(given.device),
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    save_file({n: x.half().contiguous().cpu() for n, x in judge.state_dict().items()}, given.out / "model.safetensors")
     (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results["accuracy"]), "floor", results["floor"])
     return 0
