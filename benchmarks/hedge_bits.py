@@ -91,7 +91,7 @@ def main() -> None:
             "command": command, "commit": commit(), "date": datetime.date.today().isoformat(),
             "environment": environment(), "dtype": str(model.dtype), "text": given.text, "rows": rows,
         }  # fmt: skip
-        write_atomically(given.json, json.dumps({"models": kept}, indent=1) + "\n")
+        write_atomically(given.json, json.dumps({"models": kept}, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

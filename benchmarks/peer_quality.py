@@ -408,7 +408,7 @@ def save(path: Path, peer: Path, run: dict[str, Any]) -> None:
     names = ("model", "text", "length")
     stored = json.loads(path.read_text())["runs"] if path.exists() else []
     others = [other for other in stored if any(other[name] != run[name] for name in names)]
-    path.write_text(json.dumps({"runs": [*others, run]}, indent=1) + "\n")
+    path.write_text(json.dumps({"runs": [*others, run]}, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

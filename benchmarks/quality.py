@@ -90,7 +90,7 @@ def store(run: dict[str, Any], path: Path) -> None:
     old = json.loads(path.read_text())["runs"] if path.exists() else []
     run = {**run, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
     runs = sorted([run, *(r for r in old if case(r) != case(run))], key=case)
-    write_atomically(path, json.dumps({"runs": runs}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"runs": runs}, separators=(",", ":")) + "\n")
 
 
 def table(runs: list[dict[str, Any]], length: int) -> str:
