@@ -49,7 +49,7 @@ claim = Claim(
     ),
     experiment=Experiment(
         subject="trainable", arms=arms(2, 4), baseline=SOFTMAX, equal="parameters",
-        tasks=(RecallInText(text="wikitext", layers=2, length=48, batch=48, judged=32, asked=5, weight=6.0),),
+        tasks=(RecallInText(text="wikitext", layers=2, length=48, batch=48, judged=32, asked=5, weight=20.0),),
         sizes=Sizes(
             quick={"steps": 30, "rates": (3e-3,), "samples": 24, "parameters": 130_000},
             cpu={"steps": 400, "rates": (4e-3,), "samples": 96, "parameters": 130_000},
