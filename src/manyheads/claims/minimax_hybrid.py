@@ -52,7 +52,7 @@ claim = Claim(
         tasks=(RecallInText(text="wikitext", layers=2, length=48, batch=48, judged=32, asked=5, weight=20.0),),
         sizes=Sizes(
             quick={"steps": 30, "rates": (3e-3,), "samples": 24, "parameters": 130_000},
-            cpu={"steps": 400, "rates": (4e-3,), "samples": 96, "parameters": 130_000},
+            cpu={"steps": 600, "keys": 8, "rates": (4e-3,), "samples": 96, "parameters": 130_000},
             cuda={
                 "arms": arms(3, 8), "seeds": 5, "dim": 128, "heads": 4, "layers": 3, "length": 96, "batch": 96,
                 "pairs": 6, "keys": 24, "steps": 800, "rates": (2e-3, 4e-3), "samples": 256, "judged": 64,
