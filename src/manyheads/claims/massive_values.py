@@ -60,7 +60,7 @@ claim = Claim(
                 "subject": "default", "arms": SMALL, "text": "code", "windows_of": 2,
                 "tokens": 96, "questions": 3, "grammar": (),
             },
-            cpu={"arms": SMALL, "windows_of": 4, "tokens": 72, "grammar": GRAMMAR[:1]},
+            cpu={"arms": SMALL, "windows_of": 4, "tokens": 84, "grammar": GRAMMAR[:1]},
             cuda={"windows_of": 24, "tokens": 160},
         ),
     ),
