@@ -247,7 +247,7 @@ class PolicyStore(Store):
 
     @property
     def second_reading(self) -> SecondReading | None:
-        waits = self._waiting is not None and isinstance(self.policy, Rereading)
+        waits = self._waiting is not None and self.policy.rereads
         return functools.partial(_second_reading, self) if waits else None
 
     def reorder(self, rows: Tensor) -> None:

@@ -41,6 +41,11 @@ sliding-window layers are not packed; a sliding-window layer has a ranking and a
 Evicting waits until the last layer has read the prompt, so the peak of a prompt read at once is that of a full cache.
 Tokens that come after it are packed and kept (``schedule=prefill``); with ``turn`` all are ranked anew at every later
 prompt, with ``chunk`` whenever many come at once.
+
+With ``agnostic=reconstruction`` the unknown question is stood for by KVzip's score (arXiv 2505.23416) in place of
+distinctness: the prompt is read a second time, behind an instruction to repeat it, and a token counts by the largest
+weight that it then gets. That costs more than the prompt itself took; whether it is worth that on SmolLM2-135M is
+measured by ``benchmarks/hedge_agnostic.json``. Layers with a sliding window go by distinctness nevertheless.
 """
 
 from dataclasses import dataclass, field, replace
@@ -51,9 +56,10 @@ from torch import Tensor
 
 from ..attention import reference, rope
 from ..attention.codec import KVCodec, kv_codec
-from ..call import Site
+from ..call import AttentionCall, Site
 from ..errors import UserError
 from ._ranking import JointRanking, places
+from ._second_reading import Rereading
 from ._store import PolicyStore
 from ._view import CacheView
 
@@ -70,7 +76,7 @@ _FLOOR = 1e-3  # of the largest pair of a head, the least that a pair counts as
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hedge(JointRanking):
+class Hedge(Rereading, JointRanking):
     """Distinct keys and what the prompt would look up next, ranked over all layers, stored in 8 or 4 bits.
 
     Attributes:
@@ -79,7 +85,9 @@ class Hedge(JointRanking):
         recent: last tokens that are never dropped, and stay in the model's dtype.
         whole: a text of at most so many tokens keeps them all as they are, whatever the fraction; they are packed when
             it has grown longer.
-        distinct: part of the ranking that goes by distinctness, between 0 and 1; the rest goes by foresight.
+        distinct: part of the ranking that is for the unknown question, between 0 and 1; the rest goes by foresight.
+        agnostic: what that part goes by: ``distinctness``, or ``reconstruction``, for which prompts are read twice.
+        chunk_size, instruct: of that second reading, as in ``kvzip``.
         window_size: last queries that are asked again.
         bits: ``int4``, ``k8v4`` for FP8 keys and INT4 values, ``fp8``, ``none`` for the model's own dtype, or ``auto``:
             INT4 where a fraction below 0.2 may stay, FP8 otherwise; in models of fewer than 32 key/value heads in all
@@ -89,7 +97,11 @@ class Hedge(JointRanking):
     sinks: int = field(default=4, metadata={"help": "first tokens that are never dropped"})
     recent: int = field(default=16, metadata={"help": "last tokens that are never dropped and stay in 16 bits"})
     whole: int = field(default=256, metadata={"help": "up to how many tokens a text is kept whole"})
-    distinct: float = field(default=0.35, metadata={"help": "part of the ranking that goes by distinctness, 0 to 1"})
+    distinct: float = field(default=0.35, metadata={"help": "part of the ranking for the unknown question, 0 to 1"})
+    agnostic: Literal["distinctness", "reconstruction"] = field(
+        default="distinctness",
+        metadata={"help": "what that part goes by: distinctness of keys, or kvzip's second reading of the prompt"},
+    )
     window_size: int = field(default=512, metadata={"help": "last queries that are asked again"})
     bits: Literal["auto", "int4", "k8v4", "fp8", "none"] = field(
         default="auto",
@@ -107,7 +119,19 @@ class Hedge(JointRanking):
             )
         super().__post_init__()
 
+    @property
+    def rereads(self) -> bool:  # type: ignore[override]
+        return self.agnostic == "reconstruction"
+
+    def reconstruct(self, call: AttentionCall, columns: slice, state: dict[str, Tensor]) -> None:
+        if call.site.window is None:
+            super().reconstruct(call, columns, state)
+
     def store(self, site: Site) -> PolicyStore:
+        if self.rereads and site.latent is not None:
+            raise UserError(
+                f"hedge: {site.name} caches latents, which a second reading does not score: leave agnostic= away"
+            )
         heads = (site.num_kv_heads or _FEW_HEADS) * len(site.peers)
         if self.bits != "auto" or heads >= _FEW_HEADS:
             return PolicyStore(self, site)
@@ -148,12 +172,18 @@ class Hedge(JointRanking):
     def rank(self, views: list[CacheView]) -> list[Tensor]:
         for view in views:
             view.angle_step()  # noted in its state
-        keys = places([view.once("distinctness", distinctness) for view in views])
+        keys = places([self._unknown(view) for view in views])
         uses = places([view.once(f"foresight {self.window_size}", foresight) for view in views])
         return [
             -torch.minimum(by_key / self.distinct, by_use / (1 - self.distinct))
             for by_key, by_use in zip(keys, uses, strict=True)
         ]
+
+    def _unknown(self, view: CacheView) -> Tensor:
+        """What stands for the unknown question, ``[B, Hs, N]``."""
+        if self.rereads and view.site.window is None:
+            return _stored(self.reconstruction(view), view)
+        return view.once("distinctness", distinctness)
 
     def room(self, view: CacheView) -> Tensor:
         """Tokens of a head that the budget's bytes hold on average, ``[B]``."""
