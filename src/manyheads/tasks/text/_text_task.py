@@ -30,7 +30,7 @@ __all__ = ["TARGET", "TextTask", "answers"]
 
 TARGET = 64  # tokens that the loss of a context is judged on
 _SHORTEST = 32  # tokens of a context
-_ARMS = 8  # arms of a unit on a GPU
+_ARMS = 4  # arms of a unit on a GPU: what a run that is cut off loses
 _GUARD = (96, 16)  # tokens read and fed by the guard
 _PATHS = {4: 5e-3, 2: 0.1}  # of the spread of the logits, by bytes of a number: of one path against another
 _SAME = 5e-3  # of it: of two runs of one path; one token lost in 96 is 0.015 and more in published models
