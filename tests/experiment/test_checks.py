@@ -123,6 +123,20 @@ def test_the_floor_is_asked_of_the_conditions_that_are_judged():
     assert evaluate(replace(check, where=poor), made, ARMS, METRICS).word == "not testable here"
 
 
+def test_a_check_may_name_what_has_to_succeed():
+    """The baseline fails, the named arm does not, and the other way round."""
+    fails, right = [0] * 30, [1] * 30
+    for of_base, of_b, plain, named in (
+        (fails, right, "not testable here", "holds"), (right, fails, "holds", "not testable here"),
+    ):  # fmt: skip
+        made = rows(FULL, of_base, "right") + rows(Arm("c"), of_b, "right") + rows(A, right, "right")
+        arms, check = (*ARMS, Arm("c")), above("right", "a", 0.6, at=0.5)
+        assert evaluate(check, made, arms, METRICS).word == plain
+        assert evaluate(replace(check, base="c"), made, arms, METRICS).word == named
+    with pytest.raises(ValueError, match="no arm 'd'"):
+        resolve(replace(check, base="d"), arms, METRICS)
+
+
 def test_a_factor_a_ratio_and_a_number():
     rng = np.random.default_rng(1)
     load = np.exp(rng.normal(0, 1, 20))

@@ -3,25 +3,21 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ._trained import load_trained, save_trained
 
 if TYPE_CHECKING:
     from ..call import AttentionCall, Site
 
 __all__ = ["LayerModules"]
-
-_FORMAT = 1
 
 
 class LayerModules(nn.Module):
@@ -123,16 +119,9 @@ class LayerModules(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write weights and settings into ``folder``, which the strategy takes."""
-        place = Path(folder).expanduser()
-        place.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        save_file(tensors, place / f"{self.files}.safetensors")
-        config = {
-            "format": _FORMAT, **self.described, "about": self.about,
-            "kv_heads": {str(layer): heads for layer, heads in self.kv_heads.items()},
-        }  # fmt: skip
-        (place / f"{self.files}.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        return place
+        kv_heads = {str(layer): heads for layer, heads in self.kv_heads.items()}
+        config = {**self.described, "about": self.about, "kv_heads": kv_heads}
+        return save_trained(folder, self.files, self.state_dict(), config)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -141,15 +130,9 @@ class LayerModules(nn.Module):
         Raises:
             UserError: the folder does not hold such modules.
         """
-        place = Path(folder).expanduser()
-        try:
-            config = json.loads((place / f"{cls.files}.json").read_text(encoding="utf-8"))
-            if (found := config.pop("format")) != _FORMAT:
-                raise ValueError(f"its format is {found}, not {_FORMAT}")
-            config["kv_heads"] = {int(layer): heads for layer, heads in config["kv_heads"].items()}
-            made = cls(**config)
-            made.load_state_dict(load_file(place / f"{cls.files}.safetensors"))
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip("'\"").splitlines()[0]
-            raise UserError(f"{folder} holds no {cls.what} ({reason}); train some: {cls.how}") from None
-        return made.requires_grad_(False).eval()
+        return load_trained(folder, cls.files, cls._made, cls.what, cls.how)
+
+    @classmethod
+    def _made(cls, config: dict[str, Any]) -> Self:
+        kv_heads = {int(layer): heads for layer, heads in config.pop("kv_heads").items()}
+        return cls(kv_heads=kv_heads, **config)

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ..attention import reference
 from ..errors import UserError
-from ._strategy import EvictionStrategy
+from ._strategy import LastQueries
 from ._view import CacheView
 
 __all__ = ["Finch"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finch(EvictionStrategy):
+class Finch(LastQueries):
     """Keys that the question attends to, by chunks.
 
     Attributes:
@@ -45,14 +45,9 @@ class Finch(EvictionStrategy):
     normalize: bool = field(default=True, metadata={"help": "weigh queries by how many keys they see"})
 
     def __post_init__(self) -> None:
-        if self.window_size < 1 or self.chunk_size < 0:
-            raise UserError("finch: window_size is at least 1, and chunk_size counts tokens, 0 for one chunk")
-        object.__setattr__(self, "recent", max(self.recent, self.window_size))
+        if self.chunk_size < 0:
+            raise UserError("finch: chunk_size counts tokens, 0 for one chunk")
         super().__post_init__()
-
-    @property
-    def window(self) -> int:
-        return self.window_size
 
     def score(self, view: CacheView) -> Tensor:
         assert view.queries is not None

@@ -16,33 +16,26 @@ from torch import Tensor
 from ..attention import reference
 from ..attention.accumulated_attention import accumulated_attention
 from ..errors import UserError
-from ._strategy import EvictionStrategy
+from ._strategy import LastQueries
 from ._view import CacheView
 
 __all__ = ["SnapKV"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(EvictionStrategy):
+class SnapKV(LastQueries):
     """Keys that the last ``window_size`` queries attend to most.
 
     Attributes:
-        window_size: queries that vote; their own keys are never dropped.
         kernel_size: width of the average pool over neighbouring tokens, odd.
     """
 
-    window_size: int = field(default=32, metadata={"help": "last queries that vote, kept themselves"})
     kernel_size: int = field(default=7, metadata={"help": "tokens pooled together, odd"})
 
     def __post_init__(self) -> None:
-        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise UserError("snapkv: window_size is at least 1 and kernel_size a positive odd number")
-        object.__setattr__(self, "recent", max(self.recent, self.window_size))
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UserError("snapkv: kernel_size is a positive odd number")
         super().__post_init__()
-
-    @property
-    def window(self) -> int:
-        return self.window_size
 
     def score(self, view: CacheView) -> Tensor:
         assert view.queries is not None

@@ -6,8 +6,8 @@ A word comes from an interval and a margin alone:
 - **holds**: the interval lies on the claimed side;
 - **contradicted**: it lies wholly beyond the margin on the other side;
 - **inconclusive**: neither; the result says what effect it could have seen and how many samples would decide;
-- **not testable here**: a task does not fit the subject, the baseline itself fails on it, or what the check rests
-  on (that an arm has learned what it is to lose) does not surely hold.
+- **not testable here**: a task does not fit the subject, the baseline (or the check's ``base``) itself fails on it, or
+  what the check rests on (that an arm has learned what it is to lose) does not surely hold.
 
 A quick run gives figures and no word.
 """
@@ -53,6 +53,7 @@ class Check:
         factor: on the other arm's value: 0.5 claims half of it.
         relative: compare as ratio of the same samples rather than as difference: for times.
         given: what this rests on, itself a check; unless it holds this is not testable here.
+        base: name of the arm that has to succeed for anything to be told; the experiment's baseline when empty.
     """
 
     metric: str
@@ -68,6 +69,7 @@ class Check:
     factor: float = 1.0
     relative: bool = False
     given: Check | None = None
+    base: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what could not be judged."""
@@ -194,6 +196,8 @@ def resolve(check: Check, arms: Sequence[Arm], metrics: Mapping[tuple[str, str],
         resolve(check.given, arms, metrics)
     task, name = find_metric(check.metric, metrics)
     arm = _arm(check.arm, check.at, arms)
+    if check.base:
+        _arm(check.base, None, arms)
     if not isinstance(check.than, int | float):
         return Resolved(task, metrics[task, name], arm, _arm(check.than, check.than_at, arms))
     if metrics[task, name].kind == "time":
@@ -239,9 +243,10 @@ def evaluate(
         else:
             found = difference(mine, other, metric, check.factor, ignoring)
     if words:
+        base = _arm(check.base, None, arms) if check.base else arms[0]
         for where in (check.where, than_where):
-            of_base = _picked(of_metric, arms[0], where)
-            if reason := not_discriminative(metric, of_base, arms[0]):
+            of_base = _picked(of_metric, base, where)
+            if reason := not_discriminative(metric, of_base, base):
                 return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)
         if check.given is not None and (reason := _missing(evaluate(check.given, rows, arms, metrics, skipped))):
             return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)

@@ -171,7 +171,7 @@ def test_cost_counts_what_is_kept(measured):
     task = RankerCost(dim=8, heads=2, layers=1, hidden=8, lengths=(64, 256), words=256, rounds=2)
     found = measured(task, arms=(*arms, RULES[0]))
     kept = {(arm, at["attention"], at["terms"]): value for arm, _, _, at, value in values(found, "kept")}
-    assert len(kept) == 2 * 2 * 2
+    assert len(kept) == 2 * 2 * 2 and len(values(found, "kept")) == 3 * len(kept)  # of three documents each
     growth = {key: kept[(*key, 256)] / kept[(*key, 64)] for key in {key[:2] for key in kept}}
     for key in (("tkl", "fused"), ("tkl", "map"), ("full", "fused")):
         assert 3 < growth[key] < 4.5  # linear where no map is kept, but for what a query takes

@@ -6,7 +6,6 @@ Legend: D width of the model, N x K weight of a linear layer, R rank.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...call import Piece, Site
 from ...errors import UserError
+from .._trained import load_trained, save_trained
 from .segments import Columns, Segments
 
 __all__ = ["HOW", "GistPiece", "Gists", "check_site"]
 
-_FORMAT = 1
-_WEIGHTS, _CONFIG = "gists.safetensors", "gists.json"
+_FILES = "gists"
 HOW = "python -m manyheads.recipes.gist --model MODEL --out FOLDER"
 
 
@@ -133,16 +130,11 @@ class Gists(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write ``gists.safetensors`` (bfloat16) and ``gists.json`` into ``folder``, which ``gist:gists=`` takes."""
-        place = Path(folder).expanduser()
-        place.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().to("cpu", torch.bfloat16).contiguous() for name, x in self.state_dict().items()}
-        save_file(tensors, place / _WEIGHTS)
         config = {
-            "format": _FORMAT, "segments": asdict(self.segments), "embedding": list(self.embedding.shape),
-            "layers": self.layers, "own": self.own, "lora": self.lora, "alpha": self.alpha, "about": self.about,
+            "segments": asdict(self.segments), "embedding": list(self.embedding.shape), "layers": self.layers,
+            "own": self.own, "lora": self.lora, "alpha": self.alpha, "about": self.about,
         }  # fmt: skip
-        (place / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        return place
+        return save_trained(folder, _FILES, {name: x.bfloat16() for name, x in self.state_dict().items()}, config)
 
     @staticmethod
     def load(folder: str | Path) -> Gists:
@@ -151,21 +143,13 @@ class Gists(nn.Module):
         Raises:
             UserError: the folder does not hold gists.
         """
-        place = Path(folder).expanduser()
-        try:
-            config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-            if config["format"] != _FORMAT:
-                raise ValueError(f"its format is {config['format']}, not {_FORMAT}")
-            made = Gists(
-                Segments(**config["segments"]), torch.zeros(config["embedding"]),
-                {name: tuple(shape) for name, shape in config["layers"].items()}, config["own"], config["lora"],
-                config["alpha"], config["about"],
-            )  # fmt: skip
-            made.load_state_dict(load_file(place / _WEIGHTS))
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(f"{folder} holds no gists ({reason}); train some: {HOW}") from None
-        return made.requires_grad_(False).eval()
+
+        def make(config: dict[str, Any]) -> Gists:
+            segments, embedding = Segments(**config.pop("segments")), torch.zeros(config.pop("embedding"))
+            config["layers"] = {name: tuple(shape) for name, shape in config["layers"].items()}
+            return Gists(segments, embedding, **config)
+
+        return load_trained(folder, _FILES, make, "gists", HOW)
 
 
 def check_site(site: Site) -> None:

@@ -29,20 +29,15 @@ class _Gated(TrainedArms):
     """Base: puts ``attention_gate`` with its gates in the place of the arms that ask for gates."""
 
     asks: ClassVar[str] = "target"
+    takes: ClassVar[str] = "attention_gate:gates"
 
     lr: float = 1e-2
 
     def train(self, run: RunContext, arm: Arm, seed: int, batches: Callable[[int], Tensor], folder: Path) -> None:
         from ...recipes.attention_gate import train_gates
 
-        subject, untrained = cast(CausalLM, run.subject), bool(arm.options.get("untrained"))
-        train_gates(
-            subject.model, batches, target=float(arm.options["target"]), budget=1 if untrained else self.steps,
-            lr=0.0 if untrained else self.lr, seed=seed,
-        ).save(folder)  # fmt: skip
-
-    def spec(self, folder: Path) -> str:
-        return f"attention_gate:gates={folder}"
+        model, target = cast(CausalLM, run.subject).model, float(arm.options["target"])
+        train_gates(model, batches, target=target, seed=seed, **self.effort(arm)).save(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

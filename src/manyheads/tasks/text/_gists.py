@@ -35,6 +35,7 @@ class _Gisted(TrainedArms):
     """
 
     asks: ClassVar[str] = "ratio"
+    takes: ClassVar[str] = "gist:gists"
 
     segment: int = 64
 
@@ -45,18 +46,14 @@ class _Gisted(TrainedArms):
         from ...caches.gist import Segments
         from ...recipes.gist import train_gists
 
-        options, untrained = arm.options, bool(arm.options.get("untrained"))
+        options = arm.options
         segments = Segments(
             length=self.segment, ratio=int(options["ratio"]), granularity=options.get("granularity", "fine")
         )  # fmt: skip
         train_gists(
             cast(CausalLM, run.subject).model, batches, segments=segments, ae=float(options.get("ae", 0.0)),
-            tie=bool(options.get("tie")), budget=1 if untrained else self.steps, lr=0.0 if untrained else self.lr,
-            replayed=run.device.type == "cuda", seed=seed,
+            tie=bool(options.get("tie")), replayed=run.device.type == "cuda", seed=seed, **self.effort(arm),
         ).save(folder)  # fmt: skip
-
-    def spec(self, folder: Path) -> str:
-        return f"gist:gists={folder}"
 
 
 @dataclass(frozen=True, kw_only=True)

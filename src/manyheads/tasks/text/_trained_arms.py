@@ -27,6 +27,7 @@ class TrainedArms(TextTask):
 
     Attributes:
         asks: option of an arm that is trained.
+        takes: field of a strategy that takes the folder, as ``gist:gists``.
         steps: of training.
         batch, length: sequences of a step, and their tokens.
         train_text: corpus that is trained on; no text of the measurement is in it.
@@ -34,6 +35,7 @@ class TrainedArms(TextTask):
     """
 
     asks: ClassVar[str]
+    takes: ClassVar[str]
 
     steps: int = 40
     batch: int = 1
@@ -45,9 +47,9 @@ class TrainedArms(TextTask):
     def train(self, run: RunContext, arm: Arm, seed: int, batches: Callable[[int], Tensor], folder: Path) -> None:
         """Train for ``arm`` and save it in ``folder``."""
 
-    @abstractmethod
-    def spec(self, folder: Path) -> str:
-        """The strategy with what lies in ``folder``."""
+    def effort(self, arm: Arm) -> dict[str, Any]:
+        """Budget and rate of the training of ``arm``; ``untrained`` ones are made, and stay as they were."""
+        return {"budget": 1, "lr": 0.0} if arm.options.get("untrained") else {"budget": self.steps, "lr": self.lr}
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the training, beside the arm and the seed."""
@@ -72,7 +74,7 @@ class TrainedArms(TextTask):
     def _trained(self, run: RunContext, arm: Arm, seed: int) -> Arm:
         key = (self.asks, arm.key, seed, *self.settings().values())
         folder = run.kept(key, lambda: self._folder(run, arm, seed))
-        return dataclasses.replace(arm, spec=self.spec(folder))
+        return dataclasses.replace(arm, spec=f"{self.takes}={folder}")
 
     def _folder(self, run: RunContext, arm: Arm, seed: int) -> Path:
         """What was trained for ``arm``, there whole or not at all, whichever process did it."""

@@ -34,12 +34,14 @@ class RankerCost(Task):
 
     ``kept`` are the bytes of all tensors that autograd holds between the two ways, each storage once and weights not:
     the memory that a training needs for a document, in float32. It is counted where attention is a fused operator,
-    which holds no map of it, and where it is a product, a softmax and a product, as it was when TKL was written.
+    which holds no map of it, and where it is a product, a softmax and a product, as it was when TKL was written; on
+    ``documents`` of each length, every one with a query of its own.
 
     Attributes:
         lengths: words of a document.
         words: of all documents of a pass.
         rounds: repetitions.
+        documents: of each length whose memory is counted.
         dim, heads, layers, hidden: of a model.
         only: names of the arms that are measured; all that are trained when empty.
     """
@@ -54,6 +56,7 @@ class RankerCost(Task):
     lengths: tuple[int, ...] = (500, 1000, 2000)
     words: int = 2000
     rounds: int = 5
+    documents: int = 3
     dim: int = 160
     heads: int = 10
     layers: int = 2
@@ -83,14 +86,7 @@ class RankerCost(Task):
         ids = torch.randint(UNKNOWN + 1, _VOCAB, (self.words,), generator=generator).to(run.device)
         query = torch.randint(UNKNOWN + 1, _VOCAB, (1, _QUERY), generator=generator).to(run.device)
         for arm in arms:
-            for length in self.lengths:
-                for attention, backends in _BACKENDS.items():
-                    held = _Held(models[arm.key])
-                    with held, sdpa_kernel(backends):
-                        scores = models[arm.key](query, ids[None, :length])
-                    del scores
-                    at = {"terms": length, "attention": attention}
-                    yield self.row("kept", arm, held.bytes, "0", at=at, bytes=held.bytes)
+            yield from self._kept(run, arm, models[arm.key])
         for turn in range(self.rounds + _WARM):
             for length in self.lengths:
                 documents = ids.view(-1, length)
@@ -104,6 +100,21 @@ class RankerCost(Task):
                     if turn >= _WARM:
                         yield self.row("document_time", arm, passed, f"{turn - _WARM}", at={"terms": length})
                 run.advance(1.0)
+
+    def _kept(self, run: RunContext, arm: Arm, model: nn.Module) -> Iterator[Row]:
+        """What is kept of each document, the same ones for every arm."""
+        for length in self.lengths:
+            generator = run.torch_rng(terms=length)
+            for number in range(self.documents):
+                drawn = [torch.randint(UNKNOWN + 1, _VOCAB, (1, n), generator=generator) for n in (_QUERY, length)]
+                query, document = (x.to(run.device) for x in drawn)
+                for attention, backends in _BACKENDS.items():
+                    held = _Held(model)
+                    with held, sdpa_kernel(backends):
+                        scores = model(query, document)
+                    del scores
+                    at = {"terms": length, "attention": attention}
+                    yield self.row("kept", arm, held.bytes, f"{number}", at=at, bytes=held.bytes)
 
 
 class _Held(torch.autograd.graph.saved_tensors_hooks):
