@@ -48,7 +48,7 @@ def judged(forward: Forward, following: Tensor, asked: Tensor, wanted: Tensor) -
 def cartridges(
     model: Any, ids: Tensor, given: argparse.Namespace, seconds: float
 ) -> Iterator[tuple[str, Forward, float, int]]:
-    """What it is, forward, seconds and steps, of a cartridge of ``ids [1, N]``: at first, after ``seconds``, at last."""
+    """What it is, forward, seconds, steps: a cartridge of ``ids [1, N]``: at first, after ``seconds``, at last."""
     from peft import CartridgeConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
     from transformers import DynamicCache
 
@@ -65,9 +65,11 @@ def cartridges(
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=given.lr, weight_decay=0.0)
     generator, losses, n = torch.Generator().manual_seed(given.seed), [], given.patience
     spent, told = 0.0, False
-    while spent < given.most and not (told and sum(losses[-n:]) > 0.98 * sum(losses[-2 * n : -n])):
+    while spent < given.most:
+        if told and len(losses) >= 2 * n and sum(losses[-n:]) > 0.98 * sum(losses[-2 * n : -n]):
+            break
         start = time.process_time()
-        rows = torch.randint(len(said), (8,), generator=generator)
+        rows = torch.randint(len(said), (4,), generator=generator)
         found = kl_div(forward(said[rows]).log_softmax(-1), target[rows], log_target=True, reduction="none")
         optimizer.zero_grad()
         loss = found.sum(-1).mean()

@@ -211,8 +211,10 @@ def store(run: dict[str, Any], path: Path) -> None:
     runs = [*(other for other in old if other["model"] != run["model"]), {**run, **more}]
     columns = [
         {
-            "model": one["model"], "length": entry["length"], "share": entry["share"], "samples": entry["samples"],
-            "finished": entry["finished"], **{name: said(found) for name, found in entry["stands"].items()},
+            "model": one["model"], "length": entry["length"], "share": entry["share"], "text": entry["text"],
+            "samples": entry["samples"], "finished": entry["finished"], "device": entry["device"],
+            "rivals": max(found["rivals"] for found in entry["stands"].values()),
+            **{name: said(found) for name, found in entry["stands"].items()},
         }
         for one in sorted(runs, key=lambda one: str(one["model"]), reverse=True)
         for entry in one["shares"]
@@ -275,7 +277,7 @@ def main() -> None:
         found = MEASURES[kind](given, share, length) if time.monotonic() < given.end else None
         if found is None:
             raise SystemExit("time is up: the same call goes on from --out")
-        run[kind].append(found)
+        run[kind].append({**found, **{name: run[name] for name in ("date", "commit", "environment")}})
         for arm in found["arms"]:
             cells = [f"{key} {one['value']:.3f}" for key, one in arm["figures"].items()]
             print(f"{length} {share:g} {arm['arm']}: kept {arm['kept']:.3f}, {', '.join(cells)}", flush=True)
