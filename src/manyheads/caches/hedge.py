@@ -45,7 +45,7 @@ prompt, with ``chunk`` whenever many come at once.
 With ``agnostic=reconstruction`` the unknown question is stood for by KVzip's score (arXiv 2505.23416) in place of
 distinctness: the prompt is read a second time, behind an instruction to repeat it, and a token counts by the largest
 weight that it then gets. That costs more than the prompt itself took; whether it is worth that on SmolLM2-135M is
-measured by ``benchmarks/hedge_agnostic.json``. Layers with a sliding window go by distinctness nevertheless.
+measured in ``benchmarks/rivals_lengths.json``. Layers with a sliding window go by distinctness nevertheless.
 """
 
 from dataclasses import dataclass, field, replace

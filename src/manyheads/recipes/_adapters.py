@@ -4,20 +4,35 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.data.texts import CORPORA, Text, corpus, read
 from manyheads.errors import UserError
+from manyheads.experiment import CausalLM
+from manyheads.progress import time_left
+from manyheads.training import Checkpoint, TrainState
 
-__all__ = ["add_options", "encoded", "frozen", "id_batches", "texts"]
+__all__ = ["Line", "add_options", "encoded", "frozen", "id_batches", "run_training", "texts"]
 
 _CHARACTERS = 4_000_000  # of the texts, at most
+Line = Callable[[TrainState, str], None]  # shows how far a training is, every ten steps, and what is said of the step
+
+
+class _Trained(Protocol):
+    about: dict[str, Any]
+
+    def save(self, folder: str | Path) -> Path: ...
+
+
+T = TypeVar("T", bound=_Trained)
 
 
 def add_options(parser: argparse.ArgumentParser, of: str, lr: float) -> None:
@@ -78,3 +93,37 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.train(training)
         for p in trained:
             p.requires_grad_(True)
+
+
+def run_training(
+    args: argparse.Namespace, train: Callable[[nn.Module, Callable[[int], Tensor], Line, Checkpoint], T],
+    told: Callable[[T], str],
+) -> int:  # fmt: skip
+    """Train with the options of :func:`add_options`, save in ``args.out``, and say what it is; the status to exit with.
+
+    Args:
+        args: of the command line.
+        train: by the model, batches of its text, what shows a step, and where checkpoints go.
+        told: what is said of the modules.
+    """
+    unfinished = args.out / "training"
+
+    def line(state: TrainState, said: str) -> None:
+        if state.step % 10 == 0 or state.step == 1:
+            done, left = min(1.0, state.progress), time_left(state.seconds, state.progress)
+            print(f"{done:4.0%} step {state.step}: {said} {left}", flush=True)
+
+    try:
+        subject = CausalLM(args.model)
+        subject.load(args.device)
+        ids = encoded(texts(args.text), subject.tokenizer)
+        get_batch = id_batches(ids, args.length, args.batch, args.seed, args.device)
+        made = train(subject.model, get_batch, line, Checkpoint(unfinished, every=50))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    made.about["text"] = args.text
+    made.save(args.out)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{args.out}: {told(made)}")
+    return 0

@@ -11,7 +11,6 @@ not trained on. The same command goes on with a training that was cut off.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +22,8 @@ import manyheads
 from manyheads.caches.attention_gate import Gates
 from manyheads.caches.attention_gate.soft import Counts, Relaxation, SoftGates, eviction_loss
 from manyheads.errors import UserError
-from manyheads.experiment import CausalLM
 from manyheads.integrations.transformers import find_sites
-from manyheads.progress import time_left
-from manyheads.recipes._adapters import add_options, encoded, frozen, id_batches, texts
+from manyheads.recipes._adapters import add_options, frozen, run_training
 from manyheads.training import Budget, Checkpoint, TrainState, decay, fit
 
 __all__ = ["calibrate", "train_gates"]
@@ -122,30 +119,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.out / "gates.json").exists():
         parser.error(f"{args.out} holds gates; name a new folder")
-    try:
-        subject = CausalLM(args.model)
-        subject.load(args.device)
-        ids = encoded(texts(args.text), subject.tokenizer)
-        get_batch = id_batches(ids, args.length, args.batch, args.seed, args.device)
-        unfinished = args.out / "training"
-
-        def on_step(state: TrainState, text: float, kept: float) -> None:
-            if state.step % 10 == 0 or state.step == 1:
-                done, left = min(1.0, state.progress), time_left(state.seconds, state.progress)
-                print(f"{done:4.0%} step {state.step}: loss of text {text:.3f}, {kept:.0%} kept {left}", flush=True)
-
-        gates = train_gates(
-            subject.model, get_batch, target=args.target, budget=args.budget, lr=args.lr, seed=args.seed,
-            checkpoint=Checkpoint(unfinished, every=50), on_step=on_step,
-        )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    gates.about["text"] = args.text
-    gates.save(args.out)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{args.out}: keeps {args.target:.0%} at {gates.threshold:.3f}; use it as attention_gate:gates={args.out}")
-    return 0
+    return run_training(
+        args,
+        lambda model, get_batch, line, checkpoint: train_gates(
+            model, get_batch, target=args.target, budget=args.budget, lr=args.lr, seed=args.seed, checkpoint=checkpoint,
+            on_step=lambda state, text, kept: line(state, f"loss of text {text:.3f}, {kept:.0%} kept"),
+        ),
+        lambda gates: f"keeps {args.target:.0%} at {gates.threshold:.3f}; use it as attention_gate:gates={args.out}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

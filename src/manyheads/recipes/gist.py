@@ -11,7 +11,6 @@ need the context. The same command goes on with a training that was cut off.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,10 +25,8 @@ from manyheads.caches.gist import Gists, Segments
 from manyheads.caches.gist.losses import WeakDecoder, context_weights
 from manyheads.caches.gist.one_pass import GistPass
 from manyheads.errors import UserError
-from manyheads.experiment import CausalLM
 from manyheads.integrations.transformers import find_sites
-from manyheads.progress import time_left
-from manyheads.recipes._adapters import add_options, encoded, frozen, id_batches, texts
+from manyheads.recipes._adapters import add_options, frozen, run_training
 from manyheads.training import Budget, Checkpoint, TrainState, decay, fit
 
 __all__ = ["new_gists", "train_gists"]
@@ -181,37 +178,20 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.out / "gists.json").exists():
         parser.error(f"{args.out} holds gists; name a new folder")
-    try:
-        segments = Segments(
-            length=args.segment, ratio=args.ratio, granularity="coarse" if args.coarse else "fine",
-            positions=args.positions,
-        )  # fmt: skip
-        subject = CausalLM(args.model)
-        subject.load(args.device)
-        ids = encoded(texts(args.text), subject.tokenizer)
-        get_batch = id_batches(ids, args.length, args.batch, args.seed, args.device)
-        unfinished = args.out / "training"
-
-        def on_step(state: TrainState, figures: dict[str, float]) -> None:
-            if state.step % 10 == 0 or state.step == 1:
-                done, left = min(1.0, state.progress), time_left(state.seconds, state.progress)
-                said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-                print(f"{done:4.0%} step {state.step}: {said} {left}", flush=True)
-
-        gists = train_gists(
-            subject.model, get_batch, segments=segments, ae=args.ae, tie=args.tie, gamma=args.gamma,
-            own=[name for name in args.own.split(",") if name], lora=args.lora, budget=args.budget, lr=args.lr,
-            seed=args.seed, replayed=args.replayed, on_step=on_step,
-            checkpoint=None if args.replayed else Checkpoint(unfinished, every=50),
-        )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    gists.about["text"] = args.text
-    gists.save(args.out)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{args.out}: a gist for {args.ratio} tokens; use it as gist:gists={args.out}")
-    return 0
+    return run_training(
+        args,
+        lambda model, get_batch, line, checkpoint: train_gists(
+            model, get_batch, ae=args.ae, tie=args.tie, gamma=args.gamma, lora=args.lora, budget=args.budget,
+            own=[name for name in args.own.split(",") if name], lr=args.lr, seed=args.seed, replayed=args.replayed,
+            segments=Segments(
+                length=args.segment, ratio=args.ratio, granularity="coarse" if args.coarse else "fine",
+                positions=args.positions,
+            ),
+            on_step=lambda state, seen: line(state, ", ".join(f"{name} {x:.3f}" for name, x in seen.items())),
+            checkpoint=None if args.replayed else checkpoint,
+        ),
+        lambda gists: f"a gist for {args.ratio} tokens; use it as gist:gists={args.out}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
