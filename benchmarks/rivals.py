@@ -43,7 +43,7 @@ TOKENS = (
 PROTECTED = ("random", "streaming_llm", "snapkv", "keydiff", "attention_matching", "kvzip", "hedge")
 OF_PROMPT = ("preferred", "obeyed", "known", "followed", "leak", "spilled", "told")
 CHANNELS = 0.6  # of the keys of ThinK
-ROOM = 1.1  # times its share is what an arm may hold to be a rival: positions of tokens count, too
+ROOM = 1.25  # times its share is what an arm may hold to be a rival: positions and uneven heads count, too
 
 
 def strategies(share: float, networks: Path | None, gates: Path | None) -> list[str]:
