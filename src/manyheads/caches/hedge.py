@@ -44,8 +44,8 @@ prompt, with ``chunk`` whenever many come at once.
 
 With ``agnostic=reconstruction`` the unknown question is stood for by KVzip's score (arXiv 2505.23416) in place of
 distinctness: the prompt is read a second time, behind an instruction to repeat it, and a token counts by the largest
-weight that it then gets. That costs more than the prompt itself took; whether it is worth that on SmolLM2-135M is
-measured in ``benchmarks/rivals_lengths.json``. Layers with a sliding window go by distinctness nevertheless.
+weight that it then gets. That costs several times what the prompt itself took, and on SmolLM2-135M nothing was seen to
+come of it (``benchmarks/rivals_lengths.json``). Layers with a sliding window go by distinctness nevertheless.
 """
 
 from dataclasses import dataclass, field, replace
