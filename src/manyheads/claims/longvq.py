@@ -65,10 +65,8 @@ claim = Claim(
             MixerSpeed(only=("softmax", DEFAULTS)),
         ),
         sizes=Sizes(
-            quick={
-                "steps": 6, "rates": (4e-3,), "samples": 16, "batch": 8, **SMALL, "brown.length": 64, "rounds": 1,
-                "tokens": 1024, "mixer_speed.length": 128,
-            },
+            quick={"steps": 6, "rates": (4e-3,), "samples": 16, "batch": 8, **SMALL, "brown.length": 64, "rounds": 1,
+                   "tokens": 1024, "mixer_speed.length": 128},
             cpu={
                 **text(steps=350), "steps": 120, "rates": (4e-3,), "samples": 96, **SMALL, "brown.length": 96,
                 "tokens": 4096, "mixer_speed.length": 512,
