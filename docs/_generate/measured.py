@@ -114,7 +114,7 @@ def pivot(
 def claim_lines(path: str) -> str:
     """What the deciding run of each claim says on each device and subject: the summary that the package has."""
     body = [
-        [f"[{slug}](strategies/{slug}.md)", on, line["line"], line["date"][:10]]
+        [f"[{slug}](strategies/{slug.partition('.')[0]}.md)", on, line["line"], line["date"][:10]]
         for slug, lines in value(path).items()
         for on, line in lines.items()
     ]

@@ -98,7 +98,9 @@ def strategy_page(row: catalog.Paper) -> str:
             parts.append(markdown(text))
         module = text
         parts += [usage(slug, cls, row.category), fields(cls)]
+    known = claims.of_paper(row.slug)
     parts += ["## Claim", claim_section(row.slug)]
+    parts += [f"### `{slug}`\n\n{claim_section(slug)}" for slug in known if slug != row.slug]
     return "\n\n".join(parts) + "\n"
 
 

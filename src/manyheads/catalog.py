@@ -80,8 +80,11 @@ class Paper:
 
     @property
     def checks(self) -> str:
-        """What the checks of its claim say, a line for each device and subject; empty where it was not run."""
-        return "; ".join(f"{found['line']} ({on})" for on, found in checks_in(PACKAGE, self.slug).items())
+        """What the checks of its claims say, a line for each device and subject; empty where none was run."""
+        parts = sorted(path.stem for path in (PACKAGE / "claims" / self.slug).glob("[a-z]*.py"))
+        named = {"": self.slug} | {f"{part}, ": f"{self.slug}.{part}" for part in parts}
+        known = {start: checks_in(PACKAGE, slug) for start, slug in named.items()}
+        return "; ".join(f"{one['line']} ({start}{on})" for start, every in known.items() for on, one in every.items())
 
     def row(self) -> dict[str, object]:
         """Return what ``--json`` prints of this paper."""
@@ -113,7 +116,7 @@ def state_in(package: Path, category: str, slug: str) -> State:
     test = f"test_{slug}.py"
     if in_checkout and not (tests / category / test).is_file() and not any(tests.rglob(test)):
         return "untested"
-    if not (package / "claims" / f"{slug}.py").is_file():
+    if not _is_there(package / "claims", slug):
         return "strategy"
     return "checked" if any(found["full"] for found in checks_in(package, slug).values()) else "claim"
 
@@ -179,7 +182,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _stands(package: Path, category: str, slug: str) -> bool:
     """Whether there is a strategy: a file, or a folder of several."""
-    place = package / category
+    return _is_there(package / category, slug)
+
+
+def _is_there(place: Path, slug: str) -> bool:
+    """Whether a folder has the module ``slug``: a file, or a folder of its own."""
     return (place / f"{slug}.py").is_file() or (place / slug / "__init__.py").is_file()
 
 

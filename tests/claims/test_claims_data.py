@@ -44,7 +44,18 @@ def test_a_check_of_nothing_is_found():
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_the_file_is_short(slug):
-    assert len((FOLDER / f"{slug}.py").read_text().splitlines()) <= 100
+    place = FOLDER / slug.replace(".", "/")
+    text = (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text()
+    assert len(text.splitlines()) <= 100
+
+
+def test_a_part_of_a_paper_has_a_claim_of_its_own():
+    """It is listed, loaded and stored under its own name, and none of its results is the paper's."""
+    name = "reasoning_rhythm.credit_assignment"
+    assert claims.of_paper("reasoning_rhythm") == ["reasoning_rhythm", name] and name in SLUGS
+    assert claims.load(name).slug == name and claims.load("reasoning_rhythm").slug == "reasoning_rhythm"
+    assert {result.slug for result in claims.stored("reasoning_rhythm")} == {"reasoning_rhythm"}
+    assert claims.of_paper("reasoning") == []
 
 
 @pytest.mark.parametrize("slug", SLUGS)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: the headline of each paper as data, checked at the scale of the machine at hand.
 
-``claims/<slug>.py`` exposes ``claim``, a :class:`manyheads.experiment.claim.Claim`, and nothing else. Results are kept
+``claims/<slug>.py`` exposes ``claim``, a :class:`manyheads.experiment.claim.Claim`, and nothing else. A paper of which
+two things are measured that share no arms is a folder: ``<slug>/__init__.py`` has the claim, ``<slug>/<part>.py`` that
+of ``slug.part``, which has results of its own. Results are kept
 per device in ``results/claims/<slug>.<device>.json`` of a checkout, those on another subject than the claim's own in
 ``<slug>.<device>.<subject>.json``; a run outside a checkout writes to the user's data
 folder and never into the installed package, which carries ``claims/summary.json``.
@@ -19,15 +21,22 @@ from manyheads.errors import UserError
 if TYPE_CHECKING:
     from manyheads.experiment.claim import Claim, ClaimResult
 
-__all__ = ["SUMMARY", "known", "load", "results_folder", "slugs", "stored", "summary"]
+__all__ = ["SUMMARY", "known", "load", "of_paper", "results_folder", "slugs", "stored", "summary"]
 
 _FOLDER = Path(__file__).resolve().parent
 SUMMARY = _FOLDER / "summary.json"
 
 
 def slugs() -> list[str]:
-    """Return the slugs that have a claim, sorted."""
-    return sorted(path.stem for path in _FOLDER.glob("[a-z]*.py"))
+    """Return the slugs that have a claim, sorted, those of parts of a paper as ``slug.part``."""
+    forms = ("[a-z]*.py", "[a-z]*/__init__.py", "[a-z]*/[a-z]*.py")
+    files = [path.relative_to(_FOLDER) for form in forms for path in _FOLDER.glob(form)]
+    return sorted(".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files)
+
+
+def of_paper(slug: str) -> list[str]:
+    """Return the slugs of the claims of a paper: its own, and those of its parts."""
+    return [name for name in slugs() if name.partition(".")[0] == slug]
 
 
 def known(slug: str) -> str:

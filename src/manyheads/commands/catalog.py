@@ -110,12 +110,12 @@ def show(slug: Slug, as_json: Json = False) -> None:
     """Show one strategy: what it does, its fields, how to write it, and what its claim gave."""
     slug = catalog.RECOMMENDED if slug == "auto" else slug
     paper = catalog.get(slug)
-    results = claims.stored(paper.slug)
+    results = {name: claims.stored(name) for name in claims.of_paper(paper.slug)}
     row: dict[str, Any] = paper.row() | {
         "doc": None,
         "fields": [],
         "spec": None,
-        "claim": [result.plain() for result in results] or None,
+        "claim": [result.plain() for found in results.values() for result in found] or None,
     }
     if paper.state != "planned":
         named = catalog.strategies(slug) if slug == paper.slug else {slug: catalog.load(slug)}
@@ -142,7 +142,7 @@ def show(slug: Slug, as_json: Json = False) -> None:
         screen.print("\nIts strategy does not stand yet.")
     if paper.state in ("claim", "checked"):
         screen.print()
-        for one in stored_runs(paper.slug, results):
+        for one in (one for name, found in results.items() for one in stored_runs(name, found)):
             print_run(one, screen)
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Word problems with worked answers: GSM8K's test part, or sums of our own where nothing is to be downloaded."""
+"""Problems with worked answers: GSM8K's test part, sums of our own, and what an answer comes to."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
-__all__ = ["word_problems"]
+__all__ = ["last_number", "word_problems", "worked_sum"]
 
 
 def word_problems(source: str = "gsm8k") -> list[tuple[str, str]]:
@@ -27,6 +28,25 @@ def word_problems(source: str = "gsm8k") -> list[tuple[str, str]]:
 
     rows = map(json.loads, files.text("gsm8k-test").splitlines())
     return [(row["question"], _plain(row["answer"])) for row in rows]
+
+
+def worked_sum(numbers: Sequence[int]) -> tuple[str, str]:
+    """Question and worked answer of the sum of two numbers or more, negative ones taken away, one step a line.
+
+    worked_sum([47, 85, -36])  # What is 47 + 85 - 36? ... 47 + 85 = 132. 132 - 36 = 96. The answer is 96.
+    """
+    total, steps, asked = numbers[0], [], f"{numbers[0]}"
+    for number in numbers[1:]:
+        term = f" {'-' if number < 0 else '+'} {abs(number)}"
+        steps.append(f"{total}{term} = {total + number}.")
+        total, asked = total + number, asked + term
+    return f"What is {asked}?", " ".join([*steps, f"The answer is {total}."])
+
+
+def last_number(text: str) -> int | None:
+    """The last whole number that a text names, to which its answer comes; None without one."""
+    found = re.findall(r"(?<![\w.])-?\d+(?![\w]|\.\d)", text.replace(",", ""))
+    return int(found[-1]) if found else None
 
 
 def _plain(answer: str) -> str:

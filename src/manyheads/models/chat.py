@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["chat_text", "chats", "system_span"]
+__all__ = ["chat_text", "chats", "rendered", "system_span"]
 
 
 def chats(tokenizer: Any) -> bool:
@@ -31,6 +31,18 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], generate: b
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
     except Exception as error:  # a template raises what it likes
         raise UserError(f"the chat template refuses these messages: {error}") from error
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """The text of a prompt that the assistant answers next.
+
+    A base model, which has no chat template, gets plain lines ``role: content``, and its own first token where it has
+    one.
+    """
+    if chats(tokenizer):
+        return chat_text(tokenizer, messages)
+    lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+    return "".join([tokenizer.bos_token or "", *lines, "assistant:"])
 
 
 def system_span(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, int]:

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.chat import chats
+from ...models.chat import rendered
 
 if TYPE_CHECKING:
     from ...experiment import CausalLM
 
 __all__ = ["base_model", "greedy", "rendered"]
-
-Message = Mapping[str, str]
 
 
 def base_model(subject: CausalLM, lacks: str) -> str | None:
@@ -26,18 +24,6 @@ def base_model(subject: CausalLM, lacks: str) -> str | None:
     if subject.chats or subject.name == "default":
         return None
     return f"{subject.name} is a base model: without a chat template it has {lacks}; give a chat model"
-
-
-def rendered(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """The text of a prompt that the assistant answers next.
-
-    A base model, which has no chat template, gets plain lines ``role: content``, and its own first token where it has
-    one.
-    """
-    if chats(tokenizer):
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-    return "".join([tokenizer.bos_token or "", *lines, "assistant:"])
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:

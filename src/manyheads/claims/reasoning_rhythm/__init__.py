@@ -3,11 +3,12 @@
 
 A published model works word problems of GSM8K; its own greedy answers and the given ones are read again. Peaks of WAAD
 and FAI stand beside as many tokens drawn blindly and those of the greatest entropy. In its own answers the second
-likeliest token is forced at the greatest FAI, and at the least FAI near it. The credit for RL is not trained with.
+likeliest token is forced at the greatest FAI, and at the least FAI near it. What RL gains by credit that follows them
+is judged in ``reasoning_rhythm.credit_assignment``.
 """
 
-from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower
-from ..tasks.lenses.worked_answers import WorkedAnswers
+from ...experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower
+from ...tasks.lenses.worked_answers import WorkedAnswers
 
 BLIND = Arm("blind draws")
 OWN, GIVEN = ({"answer": kind} for kind in ("own", "given"))
@@ -43,8 +44,5 @@ claim = Claim(
         *(higher("follows_waad", "FAI", than="blind draws", where=where) for where in (OWN, GIVEN)),
         lower("same_words", "FAI", than="FAI", where=PEAK, than_where=BESIDE),
     ),
-    caveat=(
-        "A model of this size solves few of the problems: its answers are worked, and mostly wrong. The gain of RL "
-        "with this credit is not tested."
-    ),
+    caveat="A model of this size solves few of the problems: its answers are worked, and mostly wrong.",
 )  # fmt: skip
