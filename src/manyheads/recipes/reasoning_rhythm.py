@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,7 +41,7 @@ __all__ = ["Problem", "Way", "drawn_sums", "problems_in", "prompts_of", "rhythm_
 
 Way = Literal["coupled", "local", "global", "entropy", "random", "uniform"]
 LENS = "reasoning_rhythm:middle=5"
-_LOOK = 5  # steps of imitation between two looks at how many responses are right
+_LOOK = 10  # steps of imitation between two looks at how many responses are right
 _ROWS = 256  # responses drawn at once where nothing is trained
 
 
@@ -103,23 +103,22 @@ def rhythm_credit(way: Way, lens: str = LENS, seed: int = 0) -> Credit | None:
 
     Args:
         way: what names the tokens.
-        lens: a spec of ``reasoning_rhythm``; its field ``by`` is set.
+        lens: a spec of ``reasoning_rhythm``; its field ``by`` is overruled.
         seed: of random tokens.
     """
     if way == "uniform":
         return None
     by = way if way in ("coupled", "local", "global") else "global"
-    spec = f"{lens}{',' if ':' in lens else ':'}by={by}"
-    parsed = manyheads.parse(spec)
+    parsed = manyheads.parse(lens)
     if not isinstance(parsed, ReasoningRhythm):
         raise UserError(f"the credit is read from reasoning_rhythm, not from {lens}")
-    rhythm = parsed
+    rhythm = replace(parsed, by=by)
 
     @torch.no_grad()
     def credit(model: Any, rollout: Rollout) -> Tensor:
         start, kept = rollout.start, rollout.ids.shape[1] - rollout.start
         spans = [[(start, start + int(count))] for count in rollout.response.sum(1)]
-        with manyheads.watch(model, spec, roles=manyheads.TokenSpans({"response": spans})) as seen:
+        with manyheads.watch(model, rhythm, roles=manyheads.TokenSpans({"response": spans})) as seen:
             logits = model(**rollout.inputs(), use_cache=False, logits_to_keep=kept + 1).logits[:, :-1].float()
         series = seen.compute().series
         gamma = torch.from_numpy(np.stack(series["gamma"]))
@@ -159,7 +158,7 @@ def warm_up(
         model: in float32, trained in place.
         tokenizer: its own.
         draw: given the number of a step, problems to imitate.
-        asked: problems on which it is looked, every five steps.
+        asked: problems on which it is looked, every ten steps, two responses to each.
         until: share of right responses at which it ends.
         lr: of AdamW.
         length: of a response at most.
@@ -171,7 +170,7 @@ def warm_up(
     """
     ends = sorted(ends_of(model))[:1]
     prompts = prompts_of(tokenizer, asked)
-    shares = [float(right(model, prompts, length, seed=seed).mean())]
+    shares = [float(right(model, prompts, length, draws=2, seed=seed).mean())]
     if shares[0] >= until:
         return 0, shares[0]
     device = next(model.parameters()).device
@@ -190,7 +189,7 @@ def warm_up(
 
     def on_step(state: TrainState) -> bool:
         if state.step % _LOOK == 0:
-            shares.append(float(right(model, prompts, length, seed=seed).mean()))
+            shares.append(float(right(model, prompts, length, draws=2, seed=seed).mean()))
         return shares[-1] >= until
 
     state = fit(
@@ -208,7 +207,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--credit", choices=get_args(Way), default="coupled", help="what names the tokens of credit")
     parser.add_argument("--lens", default=LENS, help="spec of the lens that is looked through")
     parser.add_argument("--warm", type=float, default=0.0, help="imitate answers until this share is right; 0 for not")
-    parser.add_argument("--warm-lr", type=float, default=2e-5)
+    parser.add_argument("--warm-lr", type=float, default=5e-5, help="rate of that imitation")
     parser.add_argument("--budget", default="60 steps", help="'60 steps', two a rollout, or as 5m, 90s")
     parser.add_argument("--prompts", type=int, default=16, help="of a rollout")
     parser.add_argument("--group", type=int, default=8, help="responses to each")
@@ -239,11 +238,11 @@ def main(arguments: list[str] | None = None) -> int:
         precision = next(model.parameters()).dtype
         model.float()
 
-        def draw(number: int, use: int = 0) -> list[Problem]:
+        def draw(number: int, use: int = 0, count: int = args.prompts) -> list[Problem]:
             rng = np.random.default_rng([args.seed, use, number])
             if known:
-                return [known[i] for i in rng.integers(len(known), size=args.prompts)]
-            return drawn_sums(args.prompts, rng, largest=args.largest)
+                return [known[i] for i in rng.integers(len(known), size=count)]
+            return drawn_sums(count, rng, largest=args.largest)
 
         def on_rollout(number: int, rollout: Rollout) -> None:
             curve.append({"rollout": number, "reward": float(rollout.rewards.mean())})
@@ -255,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if args.warm and newest(unfinished) is None:
             steps, share = warm_up(
-                model, tokenizer, lambda number: draw(number, 1), draw(0, 2), until=args.warm, lr=args.warm_lr,
+                model, tokenizer, lambda number: draw(number, 1), draw(0, 2, 32), until=args.warm, lr=args.warm_lr,
                 length=args.tokens, seed=args.seed,
             )  # fmt: skip
             print(f"{share:.0%} of responses right after {steps} steps on worked answers", flush=True)

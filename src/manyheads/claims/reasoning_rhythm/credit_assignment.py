@@ -33,11 +33,11 @@ claim = Claim(
         sizes=Sizes(
             quick={
                 "subject": "default", "arms": JUDGED, "steps": 2, "prompts": 2, "group": 2, "tokens": 16, "largest": 9,
-                "problems": 2, "answers": 2, "warm_steps": 5, "warm_lr": 5e-4,
+                "problems": 2, "answers": 2, "warm_steps": 2,
             },
             cpu={
-                "subject": "default", "arms": JUDGED, "seeds": 2, "steps": 12, "prompts": 4, "tokens": 36, "largest": 9,
-                "problems": 32, "warm": 0.3, "warm_steps": 120, "warm_lr": 5e-4, "lr": 5e-5,
+                "subject": "default", "arms": JUDGED, "seeds": 1, "steps": 16, "prompts": 4, "tokens": 36, "largest": 9,
+                "problems": 32, "warm_steps": 120, "warm_lr": 5e-4, "lr": 1e-4,
             },
             cuda={},
         ),
@@ -53,7 +53,7 @@ claim = Claim(
     caveat=(
         "Sums of our own in place of Countdown and mathematics, responses of some 30 tokens in place of thousands, of "
         "which all but the last ten have a FAI, and 30 rollouts of 128 responses in place of 500 of 512; the model has "
-        "imitated worked sums first. On a CPU the shipped model, 19 million parameters, six rollouts of 32 responses: "
-        "next to no training."
+        "imitated worked sums first. On a CPU the shipped model, 19 million parameters, one seed and eight rollouts of "
+        "32 responses: next to no training."
     ),
 )  # fmt: skip

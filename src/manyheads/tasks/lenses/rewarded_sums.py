@@ -33,7 +33,7 @@ __all__ = ["RewardedSums"]
 
 _PARTS = 5  # of a training, in which its rewards are shown
 _UPDATES = 2  # steps on the responses of a rollout
-_LOOKED = 16  # problems on which it is looked whether the imitation is enough
+_LOOKED = 32  # problems on which it is looked whether the imitation is enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class RewardedSums(TrainedTask):
     answers: int = 4
     warm: float = 0.4
     warm_steps: int = 200
-    warm_lr: float = 2e-5
+    warm_lr: float = 5e-5
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         return base_model(cast(CausalLM, run.subject), "no turn of its own to answer in")
