@@ -244,6 +244,23 @@ def test_checks_of_a_checkout_and_of_a_package(tmp_path, monkeypatch):
             catalog.checks_in(package, "foo")
 
 
+def test_claims_of_a_paper_and_of_its_parts(tmp_path, monkeypatch):
+    """Both are shown with the paper; a part's results are not the paper's own."""
+    package = tmp_path / "src" / "manyheads"
+    for place in ("pyproject.toml", ".git", "src/manyheads/caches/hashevict.py", "tests/test_hashevict.py"):
+        touch(tmp_path / place)
+    results, home = tmp_path / "results/claims", package / "claims/hashevict"
+    touch(home / "__init__.py")
+    assert catalog.state_in(package, "caches", "hashevict") == "claim"
+    touch(results / "hashevict.cpu.json", result("cpu", line="own"))
+    touch(results / "hashevict.part.cuda.json", result("cuda", line="of the part"))
+    monkeypatch.setattr(catalog, "PACKAGE", package)
+    assert catalog.get("hashevict").checks == "own (cpu)"  # control: there is no such part
+    touch(home / "part.py")
+    assert catalog.get("hashevict").checks == "own (cpu); of the part (part, cuda)"
+    assert set(catalog.checks_in(package, "hashevict")) == {"cpu"}
+
+
 @pytest.mark.parametrize("words", ["vllm", "needle in a haystack", "my GPU runs out of memory"])
 def test_what_people_say_finds_caches(words: str) -> None:
     found = [paper for paper, _ in catalog.find(words)]

@@ -33,8 +33,8 @@ def policy():
     return model
 
 
-def train(**given):
-    model = policy()
+def train(model=None, **given):
+    model = model or policy()
     state = train_policy(model, lambda number: PROMPTS, **{"budget": 4, "lr": 1e-2, "group": 4, "length": 6, **given})
     return torch.cat([p.detach().flatten() for p in model.parameters()]), state, model
 
@@ -151,8 +151,10 @@ def test_with_nothing_to_choose_nothing_changes_and_a_penalty_holds_it():
     assert (held - start).norm() != nearly(float((free - start).norm())) and all(x is not None for x in seen)
 
 
-def test_it_goes_on_from_a_checkpoint(tmp_path):
-    given = {"updates": 2, "budget": 6}
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_it_goes_on_from_a_checkpoint(tmp_path, beta):
+    """To the bit, whatever the model is that the second run begins with."""
+    given = {"updates": 2, "budget": 6, "beta": beta}
     whole, _, _ = train(**given)
     with pytest.raises(KeyboardInterrupt):
 
@@ -161,7 +163,9 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
                 raise KeyboardInterrupt
 
         train(**given, checkpoint=Checkpoint(tmp_path, every=4), on_step=stop)
-    again, state, _ = train(**given, checkpoint=Checkpoint(tmp_path, every=4))
+    other = policy()
+    other.load_state_dict({name: 0.5 * x for name, x in other.state_dict().items()})
+    again, state, _ = train(other, **given, checkpoint=Checkpoint(tmp_path, every=4))
     assert state.step == 6 and torch.equal(again, whole)
     assert is_far(train(**given, seed=1)[0], whole)  # control: other responses
     with pytest.raises(UserError, match="whole rollouts"):

@@ -117,7 +117,7 @@ def rhythm_credit(way: Way, lens: str = LENS, seed: int = 0) -> Credit | None:
     @torch.no_grad()
     def credit(model: Any, rollout: Rollout) -> Tensor:
         start, kept = rollout.start, rollout.ids.shape[1] - rollout.start
-        spans = [[(start, start + int(count))] for count in rollout.response.sum(1)]
+        spans = [[(start, start + count)] for count in rollout.response.sum(1).tolist()]
         with manyheads.watch(model, rhythm, roles=manyheads.TokenSpans({"response": spans})) as seen:
             logits = model(**rollout.inputs(), use_cache=False, logits_to_keep=kept + 1).logits[:, :-1].float()
         series = seen.compute().series

@@ -149,7 +149,7 @@ def sample(
     new = made[:, start:]
     ended = torch.isin(new, torch.tensor(sorted(ends), device=device, dtype=new.dtype)).long()
     inside = ended.cumsum(1) - ended == 0  # the first end is a decision of the policy's, what follows is padding
-    texts = [[t for t in row[: int(n)] if t not in ends] for row, n in zip(new.tolist(), inside.sum(1), strict=True)]
+    texts = [[t for t in row[:n] if t not in ends] for row, n in zip(new.tolist(), inside.sum(1).tolist(), strict=True)]
     rewards = [prompts[i // group].reward(text) for i, text in enumerate(texts)]
     response = nn.functional.pad(inside, (start, 0))
     zeros = torch.zeros(made.shape, device=device)
@@ -190,6 +190,8 @@ def train_policy(
     if checkpoint is not None and checkpoint.every % updates:
         raise UserError(f"a checkpoint comes after whole rollouts: keep one every multiple of {updates} steps")
     before = copy.deepcopy(model).eval().requires_grad_(False) if beta else None
+    if before is not None and checkpoint is not None:  # the model that a later run begins with is another
+        checkpoint = replace(checkpoint, keep={**checkpoint.keep, "reference": before})
     kept: dict[int, Rollout] = {}
 
     def made(number: int) -> Rollout:

@@ -20,6 +20,8 @@ As in GRPO, after the rollout and before the update:
     gamma = torch.stack([torch.from_numpy(row) for row in seen.compute().series["gamma"]])  # [B, T]
     advantages = weigh(advantages, gamma)
 
+``python -m manyheads.recipes.reasoning_rhythm`` trains so.
+
 What a head puts on the first token counts as a long span, so sinks fill the global set; the span without it stands
 beside, and ``sinks=false`` chooses by that one (what is left of each row, weighted by how much is left). Choices where
 the paper is silent: the sets are those of the mean span over all prompts looked at (``per_prompt`` for each its own);
