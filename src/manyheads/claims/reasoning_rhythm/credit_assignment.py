@@ -37,7 +37,7 @@ claim = Claim(
             },
             cpu={
                 "subject": "default", "arms": JUDGED, "seeds": 1, "steps": 16, "prompts": 4, "tokens": 36, "largest": 9,
-                "problems": 32, "warm_steps": 120, "warm_lr": 5e-4, "lr": 1e-4,
+                "problems": 32, "warm_steps": 120, "warm_lr": 5e-4, "lr": 2e-5,
             },
             cuda={"tokens": 40},
         ),
