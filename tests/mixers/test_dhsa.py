@@ -181,14 +181,30 @@ def test_blocks_and_chunks_meet_in_their_means():
             assert float(got[0, b, i]) == pytest.approx(float(mean) * math.sqrt(8 * (stop - start)))
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_lists_hold_the_first_the_chosen_and_the_local_tokens(spec):
+    strategy, c = parse(spec), call()
+    ((_, _, _, row),) = strategy.rows(c)
+    found = strategy.pattern(row).blocks()[0]
+
+    def wanted(local):
+        (begin, end), columns = strategy._edges(row), torch.arange(row.keys.shape[1])
+        near = (columns >= begin[:, None] - local) & (columns <= end[:, None])
+        tokens = strategy.choose(row).tokens() | near | (columns < strategy.first)
+        return tokens.repeat_interleave(len(found) // len(tokens), 0)
+
+    assert torch.equal(found, wanted(strategy.local))
+    assert not torch.equal(found, wanted(strategy.local - 1))
+
+
 def test_the_rest_of_a_budget_goes_to_the_first_tokens_of_the_next_chunk():
     strategy = parse("dhsa:block=4,last=0,first=2,local=2,budget=7")
     row = Row(torch.randn(4, 24, 6), torch.randn(2, 24, 6), 0, 1.0, Rule(), 0)
     bounds = torch.tensor([0, 5, 9, 14, 24])
     scores = torch.tensor([1.0, 3.0, 2.0, 9.0]).expand(1, 6, 4)
-    got = strategy.filled(scores, bounds, row)[0, 5].nonzero()[:, 0].tolist()  # from column 2 to 18
+    got = strategy.filled(scores, bounds, row).tokens()[0, 5].nonzero()[:, 0].tolist()  # from column 2 to 18
     assert got == [5, 6, 7, 14, 15, 16, 17]
-    assert not strategy.filled(scores, bounds, row, 0).any()
+    assert not strategy.filled(scores, bounds, row, 0).tokens().any()
 
 
 def test_a_sliding_window_is_kept():
@@ -433,6 +449,16 @@ def test_all_gaps_at_once_are_gap_by_gap(pool):
         assert error(got[4:37], torch.cat([net.compare(right, left) for left, right in sides])) > 1e-3  # control
     assert got.isfinite().sum() == 40 - 2 * 4 + 1
     assert not net(keys[:7]).isfinite().any()
+
+
+def test_windows_are_encoded_by_self_attention():
+    torch.manual_seed(0)
+    net, windows = BoundaryNet(BoundaryConfig(channels=16)).eval(), torch.randn(5, 4, 16)
+    x = torch.nn.functional.rms_norm(windows, (16,))
+    with torch.no_grad():
+        want = net.norm(x + net.attention(x, x, x, need_weights=False)[0]).mean(1)
+        assert_close(net.encode(windows), want)
+        assert error(net.encode(windows.flip(2)), want) > 1e-3  # control
 
 
 def planted(length=160, every=20, channels=16):

@@ -14,7 +14,7 @@ BETTER = {
     "associative_recall": ("recalled", "tuning_nll training_nll"),
     "byte_lm": ("", "token_nll span_nll tuning_nll training_nll"),
     "classifier_cost": ("", "token_time kept products"),
-    "channel_damage": ("answered kept grammatical new_token known_token", "text_nll"),
+    "channel_damage": ("answered kept grammatical new_token known_token", "swapped text_nll"),
     "codebook_use": ("codebook_perplexity", "key_error"),
     "denoising_cost": ("", "seconds attention"),
     "fidelity": ("psnr", "largest"),
@@ -40,7 +40,7 @@ BETTER = {
 SHARES = {
     "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
-    "answered_ok", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
+    "answered_ok", "swapped", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
 }  # fmt: skip
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",

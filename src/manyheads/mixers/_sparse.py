@@ -25,7 +25,7 @@ from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import AttentionCompute
 
-__all__ = ["Index", "Row", "SparseAttention", "grouped"]
+__all__ = ["Index", "Row", "SparseAttention", "Spans", "grouped"]
 
 Index = Literal["shared", "kv", "query"]
 
@@ -58,6 +58,42 @@ class Row(NamedTuple):
     def keys(self) -> Tensor:
         """``[Hkv, S - tail, d]``, those that are not behind all these queries."""
         return self.k[:, : self.k.shape[1] - self.tail]
+
+
+class Spans(NamedTuple):
+    """Tokens chosen for each block of queries: of each chunk, in their order, the first ones of what may be chosen.
+
+    Attributes:
+        start: ``[n, C]``, the column of the first.
+        width: ``[I, n, C]``, how many.
+        chunk: ``[S - tail]``, the chunk of each column.
+    """
+
+    start: Tensor
+    width: Tensor
+    chunk: Tensor
+
+    def tokens(self) -> Tensor:
+        """bool ``[I, n, S - tail]``."""
+        place = torch.arange(len(self.chunk), device=self.chunk.device) - self.start[:, self.chunk]
+        found: Tensor = (place >= 0) & (place < self.width[:, :, self.chunk])
+        return found
+
+    def listed(self, first: int, local: Tensor, stop: Tensor, most: int) -> Tensor:
+        """Lists ``[I, n, most]`` int32 of the columns below ``first``, those chosen, and ``local`` up to ``stop``.
+
+        They ascend; the number of columns fills up. Work is that of the lists, not that of all pairs.
+        """
+        width = self.width
+        begin = torch.cat([torch.zeros_like(local)[:, None], self.start, local[:, None]], 1).to(torch.int32)
+        parts = [torch.full_like(width[..., :1], first), width, (stop - local).expand(len(width), -1)[..., None]]
+        ends = torch.cat(parts, 2).cumsum(2, dtype=torch.int32)
+        number = torch.arange(most, dtype=torch.int32, device=begin.device).expand(*width.shape[:2], -1).contiguous()
+        span = torch.searchsorted(ends, number, right=True)
+        past, span = span == ends.shape[2], span.clamp(max=ends.shape[2] - 1)
+        before = torch.nn.functional.pad(ends[..., :-1], (1, 0))
+        columns = (begin - before).gather(2, span) + number
+        return columns.masked_fill(past, len(self.chunk))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +129,8 @@ class SparseAttention(AttentionCompute):
         return site.causal and super().selects(site)
 
     @abstractmethod
-    def choose(self, row: Row) -> Tensor:
-        """Which tokens each block of queries reads besides first and local ones: bool ``[I, n, S - tail]``.
+    def choose(self, row: Row) -> Spans:
+        """Which tokens each block of queries reads besides first and local ones.
 
         Make it with :meth:`filled`, which reads exactly what the budget allows of what may be chosen.
         """
@@ -143,17 +179,15 @@ class SparseAttention(AttentionCompute):
     def pattern(self, row: Row) -> BlockPattern:
         """What the queries of a row but its tail read, causality left out."""
         begin, end = self._edges(row)
-        columns = torch.arange(row.keys.shape[1], device=row.q.device)
-        read = (columns < self.first) | ((columns >= begin[:, None] - self.local) & (columns <= end[:, None]))
-        made = (self.choose(row) | read)[None]
+        few, size = row.queries.shape[1], row.keys.shape[1]
+        first = min(self.first, size)
+        local = (begin - self.local).clamp(min=first)
+        made = self.choose(row).listed(first, local, torch.maximum(end + 1, local), min(self.most, size))[None]
         if made.shape[1] not in (1, row.q.shape[0]):
             made = made.repeat_interleave(row.q.shape[0] // made.shape[1], 1)
-        return BlockPattern.from_blocks(
-            made, row.queries.shape[1], row.keys.shape[1], block_q=self.block, block_k=1,
-            most=min(self.most, row.keys.shape[1]),
-        )  # fmt: skip
+        return BlockPattern(made, self.block, 1, few, size)
 
-    def filled(self, scores: Tensor, bounds: Tensor, row: Row, budget: int | None = None) -> Tensor:
+    def filled(self, scores: Tensor, bounds: Tensor, row: Row, budget: int | None = None) -> Spans:
         """Tokens of the best chunks until the budget is spent; of the last one its first tokens. Ties: the earlier one.
 
         Args:
@@ -161,9 +195,6 @@ class SparseAttention(AttentionCompute):
             bounds: ``[C + 1]`` ascending columns from 0 to ``S - tail``.
             row: the sequence.
             budget: tokens, by default :attr:`budget`.
-
-        Returns:
-            bool ``[I, n, S - tail]``.
         """
         low, high = self._between(row)
         start = torch.maximum(bounds[:-1], low[:, None])  # [n, C], the part of a chunk that may be chosen
@@ -173,10 +204,7 @@ class SparseAttention(AttentionCompute):
         left = (self.budget if budget is None else budget) - (ranked.cumsum(2) - ranked)
         taken = torch.zeros_like(ranked).scatter(2, order, torch.minimum(ranked, left.clamp(min=0)))
         columns = torch.arange(row.keys.shape[1], device=scores.device)
-        chunk = torch.searchsorted(bounds, columns, right=True) - 1
-        place = columns - start[:, chunk]
-        found: Tensor = (place >= 0) & (place < taken[:, :, chunk])
-        return found
+        return Spans(start, taken, torch.searchsorted(bounds, columns, right=True) - 1)
 
     def sets(self, row: Row) -> int:
         """How many choices there are, I."""
@@ -217,8 +245,10 @@ class SparseAttention(AttentionCompute):
 
 def grouped(x: Tensor, heads: int) -> Tensor:
     """``[n, ...]`` as ``[heads, ...]`` in float32 or float64: means of groups, or repeated where heads are more."""
-    x = widened(x)
-    return x.repeat_interleave(heads // len(x), 0) if heads > len(x) else x.unflatten(0, (heads, -1)).mean(1)
+    if heads > len(x):
+        return widened(x).repeat_interleave(heads // len(x), 0)
+    found: Tensor = x.unflatten(0, (heads, -1)).mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return found
 
 
 def _columns(call: AttentionCall, rule: Rule) -> list[tuple[int, int]]:

@@ -30,7 +30,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, rms_norm
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cosine_similarity,
+    linear,
+    rms_norm,
+    scaled_dot_product_attention,
+)
 
 from ...attention import reference
 from ...call import AttentionCall, Site
@@ -81,7 +87,17 @@ class BoundaryNet(nn.Module):
     def encode(self, windows: Tensor) -> Tensor:
         """``[N, w, C] -> [N, C]``."""
         x = rms_norm(windows, windows.shape[-1:])
-        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return self._pooled(x, self._projected(x))
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values ``[..., 3 C]`` of ``[..., C]``: a token's are the same in all its windows."""
+        return linear(x, self.attention.in_proj_weight, self.attention.in_proj_bias)
+
+    def _pooled(self, x: Tensor, projected: Tensor) -> Tensor:
+        """What :attr:`attention` makes of windows ``[N, w, C]``, added, normalised and pooled."""
+        q, k, v = projected.unflatten(-1, (3, self.attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.norm(x + self.attention.out_proj(mixed))
         pooled: Tensor = x.mean(1) if self.gate is None else (self.gate(x).softmax(1) * x).sum(1)
         return pooled
 
@@ -97,8 +113,9 @@ class BoundaryNet(nn.Module):
         size, wide = len(keys), self.config.window
         found = keys.new_full((size + 1,), -torch.inf)
         if size >= 2 * wide:
-            windows = keys.unfold(0, wide, 1).mT  # [S - w + 1, w, C]
-            sides = torch.cat([self.encode(part) for part in windows.split(_AT_ONCE)])
+            keys = rms_norm(keys, keys.shape[-1:])
+            windows = [x.unfold(0, wide, 1).mT.split(_AT_ONCE) for x in (keys, self._projected(keys))]
+            sides = torch.cat([self._pooled(*parts) for parts in zip(*windows, strict=True)])  # [S - w + 1, C]
             found[wide : size - wide + 1] = self.compare(sides[:-wide], sides[wide:])
         return found
 

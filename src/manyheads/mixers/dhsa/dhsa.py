@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...attention.reference import widened
 from ...errors import UserError
-from .._sparse import Row, SparseAttention, grouped
+from .._sparse import Row, Spans, SparseAttention, grouped
 from .boundaries import Boundaries, cut
 
 __all__ = ["DHSA", "Norm", "chunk_scores", "even"]
@@ -56,7 +56,7 @@ class DHSA(SparseAttention):
         most = max(1, size // self.block) * self.per_block if self.segment == "top" else None
         return cut(scores, self.nms, most=most, theta=None if most else self.theta)
 
-    def choose(self, row: Row) -> Tensor:
+    def choose(self, row: Row) -> Spans:
         bounds = self.bounds(row)
         scores = chunk_scores(row, bounds, self.block, self.sets(row), self.norm)
         return self.filled(scores, bounds, row)
@@ -71,9 +71,10 @@ def even(size: int, chunk: int, device: torch.device | str = "cpu") -> Tensor:
 def summed(x: Tensor, bounds: Tensor, norm: Norm = "sqrt") -> Tensor:
     """Sums of ``x [I, S, d]`` between ``bounds [C + 1]`` over the root of their lengths, ``[I, C, d]``.
 
-    Prefix sums are float64: the difference of two of them is otherwise lost in what stands before a late chunk.
+    Prefix sums are float64: the difference of two of them is otherwise lost in what stands before a late chunk. They
+    run along the last axis, where a device adds many tokens at a time.
     """
-    sums = torch.nn.functional.pad(x.double().cumsum(1), (0, 0, 1, 0))
+    sums = torch.nn.functional.pad(x.mT.to(torch.float64, memory_format=torch.contiguous_format).cumsum(2), (1, 0)).mT
     lengths = bounds.diff().double()[:, None]
     scale = {"sqrt": lengths.sqrt(), "mean": lengths, "sum": torch.ones_like(lengths)}[norm]
     found: Tensor = ((sums[:, bounds[1:]] - sums[:, bounds[:-1]]) / scale).to(widened(x).dtype)

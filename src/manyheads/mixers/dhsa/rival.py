@@ -23,7 +23,7 @@ from torch import Tensor
 from ...attention.block_pattern import edges
 from ...attention.reference import block_size, repeat_kv, widened
 from ...errors import UserError
-from .._sparse import Row, SparseAttention, grouped
+from .._sparse import Row, Spans, SparseAttention, grouped
 from .dhsa import chunk_scores, even
 
 __all__ = ["Rival"]
@@ -58,12 +58,12 @@ class Rival(SparseAttention):
         if self.by == "minference" and self.index == "shared":
             raise UserError("dhsa.rival: minference chooses head by head: index=query, or index=kv")
 
-    def choose(self, row: Row) -> Tensor:
+    def choose(self, row: Row) -> Spans:
         if self.by == "minference":
             return self._best(row)
         return self._chosen(row, self.by)
 
-    def _chosen(self, row: Row, by: By) -> Tensor:
+    def _chosen(self, row: Row, by: By) -> Spans:
         """The tokens that one way chooses."""
         size, device = row.keys.shape[1], row.k.device
         if by == "vertical_slash":
@@ -105,12 +105,12 @@ class Rival(SparseAttention):
         few = min(self.estimate, row.q.shape[1])
         return self._weights(row.q[:, row.q.shape[1] - few :], row, row.k.shape[1] - few)
 
-    def _lines(self, row: Row) -> Tensor:
+    def _lines(self, row: Row) -> Spans:
         """Half the budget by column, half by distance."""
         weights, (begin, end), size = self._last(row), self._edges(row), row.keys.shape[1]
         every = even(size, 1, weights.device)
         columns = weights.sum(1)[:, None, :size].expand(-1, len(begin), -1)
-        upright = self.filled(columns, every, row, int(self.budget * self.vertical))
+        upright = self.filled(columns, every, row, int(self.budget * self.vertical)).tokens()
         length, whole = weights.shape[1], weights.shape[2]
         at = torch.arange(whole, device=weights.device)
         distance = (whole - length + torch.arange(length, device=weights.device))[:, None] - at
@@ -122,11 +122,12 @@ class Rival(SparseAttention):
         score = sums[:, (far + 1).clamp(max=whole)] - sums[:, near.clamp(min=0)]
         return self.filled(torch.where(upright, torch.inf, score), every, row)
 
-    def _best(self, row: Row) -> Tensor:
+    def _best(self, row: Row) -> Spans:
         """For each head the way whose choice for the last block holds most of the last queries' attention."""
         weights = self._last(row).sum(1)[:, : row.keys.shape[1]]
         ways: tuple[By, ...] = ("a_shape", "vertical_slash", "block_mean")
-        made = torch.stack([self._chosen(row, by).expand(len(weights), -1, -1) for by in ways])
+        made = torch.stack([self._chosen(row, by).tokens().expand(len(weights), -1, -1) for by in ways])
         held = torch.where(made[:, :, -1], weights, 0.0).sum(-1)  # [ways, I]
-        best = held.argmax(0)
-        return made[best, torch.arange(len(weights), device=weights.device)]
+        best = made[held.argmax(0), torch.arange(len(weights), device=weights.device)]
+        columns = torch.arange(best.shape[2], device=best.device)
+        return Spans(columns.expand(best.shape[1:]), best.long(), columns)
