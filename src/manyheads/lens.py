@@ -142,8 +142,7 @@ class AttentionView:
 
     def first(self) -> Tensor:
         """``[B, S]``, True at the first token of each row; all False where a sliding cache holds it no more."""
-        behind = self.keys.long().cumsum(1)
-        first = self.keys & (behind == 1)
+        first = self.keys & (self.keys.long().cumsum(1) == 1)
         return first & self.memory[_SHARED]["whole"] if not self.cross else first
 
     def columns(self, role: str) -> Tensor:
@@ -216,6 +215,7 @@ class LensResult:
         series: for each name, for each prompt, a value for each token, NaN for padding.
         channels: for each name ``[L, H, d]``.
         maps: pooled attention maps ``[R, C]`` of (row of the tables, head).
+        curves: for each name, lines by their names over the first of them, as lists of numbers.
         records: for each name, things that were found one by one, as plain values by name: spikes, events, spans.
         notes: sentences for a reader, computed from the figures.
     """
@@ -224,6 +224,7 @@ class LensResult:
     series: dict[str, list[Any]] = field(default_factory=dict)
     channels: dict[str, Any] = field(default_factory=dict)
     maps: dict[tuple[int, int], Any] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -353,8 +354,7 @@ def _tokens(call: AttentionCall, shared: Memory) -> tuple[Tensor, Tensor, int, b
     """
     (batch, _, length, _), more = call.q.shape, call.prepended
     size, start = call.k.shape[2] - more, int(call.step)
-    everything = torch.ones(batch, 1, dtype=torch.bool, device=call.q.device)
-    mask = call.mask
+    everything, mask = torch.ones(batch, 1, dtype=torch.bool, device=call.q.device), call.mask
     fresh = not _goes_on(call, shared, start)
     shared |= {
         "fresh": fresh, "start": start, "end": start + length,

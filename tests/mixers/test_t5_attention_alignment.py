@@ -9,11 +9,12 @@ import torch
 from manyheads import UserError, parse, use
 from manyheads.attention.reference import causal_mask
 from manyheads.call import AttentionCall, Site
+from manyheads.calls.visible import keys_seen
 from manyheads.integrations.transformers import find_sites
 from manyheads.mixers import _mixer
 from manyheads.mixers._mixer import edited
 from manyheads.mixers.t5_attention_alignment import AttentionAlignment, calibrate
-from manyheads.mixers.t5_attention_alignment.calibration import _solved, keys_seen, peakedness
+from manyheads.mixers.t5_attention_alignment.calibration import _solved, peakedness
 from manyheads.models.decoder import Decoder, DecoderConfig
 from manyheads.strategy import AttentionEdit, AttentionWatch
 from oracles import models

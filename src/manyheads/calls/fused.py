@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall
-from .statistics import Band, Columns, ColumnSum, Distance, Entropy, MeanLogWeight, Pooled, Statistic, WeightedSum
+from .statistics import (
+    Band,
+    Columns,
+    ColumnSum,
+    Distance,
+    Entropy,
+    LogPowerSum,
+    MeanLogWeight,
+    Pooled,
+    Statistic,
+    WeightedSum,
+)  # fmt: skip
 
 __all__ = ["fused", "mean_log_weight", "visible_ranges", "summed"]
 
@@ -27,7 +38,7 @@ _CELL = 16  # rows of a cell of the pooled map, likewise
 _HELD = 2**26  # numbers held at once
 _SUMS = 2**24  # sums of keys, likewise, in float64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KINDS = (Band, Columns, Distance, Entropy, WeightedSum, MeanLogWeight, Pooled, ColumnSum)
+_KINDS = (Band, Columns, Distance, Entropy, LogPowerSum, WeightedSum, MeanLogWeight, Pooled, ColumnSum)
 
 
 def visible_ranges(call: AttentionCall) -> Spans | None:
@@ -98,6 +109,9 @@ def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any
             made[i] = next(parts)
         elif isinstance(s, Entropy | Distance):
             made[i] = (rows.entropy if isinstance(s, Entropy) else rows.distance).clone()  # answers are one's own
+        elif isinstance(s, LogPowerSum):  # weights to a power are, but for their sum, those of a larger scale
+            sums = [probe.row_statistics(q, k, scale=a * scale, spans=spans).lse - a * lse for a in s.powers]
+            made[i] = torch.stack(sums, -1).masked_fill((lse == -torch.inf)[..., None], -torch.inf)
         elif isinstance(s, Columns):
             made[i] = _columns(call, s.index.to(q.device), lse, spans or _causal(call))
         elif isinstance(s, MeanLogWeight):

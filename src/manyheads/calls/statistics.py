@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 __all__ = [
-    "Band", "Columns", "ColumnSum", "Distance", "Entropy", "MeanLogWeight", "Pooled", "Rows", "Statistic",
-    "WeightedSum",
+    "Band", "Columns", "ColumnSum", "Distance", "Entropy", "LogPowerSum", "MeanLogWeight", "Pooled", "Rows",
+    "Statistic", "WeightedSum",
 ]  # fmt: skip
 
 
@@ -84,6 +84,21 @@ class Entropy(Rows):
     def update(self, rows: Tensor, start: int, length: int) -> None:
         log = rows.clamp(min=torch.finfo(rows.dtype).tiny).log_()
         self.put(-log.mul_(rows).sum(-1), start, length)
+
+
+@dataclass
+class LogPowerSum(Rows):
+    """``log sum over s of A[t, s]^a`` for some powers a: ``[B, H, T, P]``, -inf in a row that sees nothing.
+
+    Attributes:
+        powers: a, above 0.
+    """
+
+    powers: tuple[float, ...]
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        log = rows.log()
+        self.put(torch.stack([(a * log).logsumexp(-1) for a in self.powers], -1), start, length)
 
 
 @dataclass

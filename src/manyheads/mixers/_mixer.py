@@ -198,6 +198,10 @@ class SoftmaxMixer(nn.Module):
             if call.mask is not mask or call.is_causal != plain:
                 raise UserError(f"{strategy.spec} edits the mask, which {site.name} of a Decoder does not take")
             q, k, v, bias = call.q, call.k, call.v, call.bias
+        return self.attention(q, k, v, spec, bias, **given)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, bias: Tensor | None, **given: Any) -> Tensor:
+        """Attention itself, as :func:`masked_attention`."""
         return masked_attention(q, k, v, spec, scale=self.scale, bias=bias, **given)
 
     def forward(

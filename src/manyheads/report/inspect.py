@@ -99,6 +99,7 @@ def page(seen: Inspection) -> Page:
                     "values. Peaks are underlined, tokens with a role have a dotted line."
                 ) if tokens else None, tokens, Cards(plots),
             ]),
+            Section("Curves", [Cards(list(_curves(seen)))]),
             Section("Channels", [Cards(channels)]), Section("Found one by one", list(_records(seen))),
             Section("Ablation", [_curve(*seen.curve) if seen.curve else None]),
             made_of(seen.run, "Intervals are a bootstrap over prompts; with one prompt there are none. A score says "
@@ -251,6 +252,18 @@ def _channels(spec: str, found: Any, tables: dict[str, Any]) -> Iterator[Card]:
         columns = [str(i) for i in range(x.shape[2])]
         picture, log = pictures(flat, rows, columns, alt, ("layer.head", "channel"), tag)
         yield Card(f"{name}: {spec.partition(':')[0]}", picture, alt, log, width="wide")
+
+
+def _curves(seen: Inspection) -> Iterator[Card]:
+    """Lines over the first column of each table of numbers."""
+    for spec, found in seen.found.items():
+        for name, columns in found.curves.items():
+            over, *rest = columns
+            x, log = columns[over], "x" if min(columns[over], default=0) > 0 else ""
+            ends = "; ".join(f"{of} {number(columns[of][0])} to {number(columns[of][-1])}" for of in rest)
+            alt = f"{name} by {over}, {number(x[0])} to {number(x[-1])}: {ends}"
+            panel = Panel([Series(of, x, columns[of]) for of in rest], "", over, name, log)
+            yield Card(f"{name} by {over}: {spec.partition(':')[0]}", lines([panel], alt, width=640), alt, width="wide")
 
 
 def _records(seen: Inspection) -> Iterator[Table]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from ...attention.normalizers import Normalizer
 from ...attention.reference import logits, repeat_kv
 from ...call import AttentionCall
 from ...errors import UserError
@@ -26,11 +27,8 @@ __all__ = ["ReLUAttention", "relu_weights"]
 
 def relu_weights(call: AttentionCall) -> Tensor:
     """``relu(S[t, s]) / n_t`` of a call, ``[B, H, T, S]``; rows that may attend to nothing are 0."""
-    x = logits(call.q, call.k, scale=call.scale, bias=call.bias, softcap=call.softcap).relu()
-    allowed = call.allowed()
-    if allowed is None:
-        return x / x.shape[-1]
-    return x.masked_fill(~allowed, 0.0) / allowed.sum(-1, keepdim=True).clamp(min=1)
+    x = logits(call.q, call.k, scale=call.scale, bias=call.bias, softcap=call.softcap)
+    return Normalizer("relu")(x, call.allowed())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,10 +42,11 @@ import torch
 from torch import Tensor, nn
 
 from ...call import AttentionCall, Site
+from ...calls.visible import keys_seen, real
 from ...errors import UserError
 from ...strategy import AttentionEdit
 from .._mixer import edited
-from .calibration import Align, calibrate, keys_seen, real
+from .calibration import Align, calibrate
 
 __all__ = ["Align", "AttentionAlignment", "calibrate"]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...attention import reference
 from ...call import AttentionCall, Site
+from ...calls.visible import keys_seen, rows_of, visible
 from ...errors import UserError
 from ...strategy import AttentionEdit
 from .._mixer import edited
@@ -26,37 +27,13 @@ if TYPE_CHECKING:
 
     from . import AttentionAlignment
 
-__all__ = ["Align", "LogitRecorder", "Per", "calibrate", "keys_seen", "peakedness", "real"]
+__all__ = ["Align", "LogitRecorder", "Per", "calibrate", "peakedness"]
 
 Align = Literal["entropy", "pmax", "gaussian", "logn", "none"]
 Peak = Literal["entropy", "pmax"]
 Per = Literal["model", "layer", "head"]
 Logits = Mapping[int, tuple[Tensor, Tensor]]  # by site: [B, H, R, S], and the keys seen [B or 1, H or 1, R or 1]
 _RANGE = (math.log(1 / 16), math.log(4.0))  # of the logarithm of tau
-
-
-def real(bias: Tensor) -> Tensor:
-    """Where additive logits are a bias and not a mask."""
-    return bias > torch.finfo(bias.dtype).min / 4
-
-
-def _visible(call: AttentionCall) -> Tensor | None:
-    """All that masks ``call``, a float mask that stands in its bias too: broadcastable to ``[B, H, T, S]``."""
-    allowed = call.allowed()
-    if call.bias is None:
-        return allowed
-    return real(call.bias) if allowed is None else allowed & real(call.bias)
-
-
-def keys_seen(call: AttentionCall) -> Tensor:
-    """How many keys each row may attend to, ``[B or 1, H or 1, T or 1]``."""
-    queries, keys = call.q.shape[2], call.k.shape[2]
-    if call.is_causal and call.mask is None and call.bias is None:  # needs no mask of all pairs
-        return torch.arange(keys - queries + 1, keys + 1, device=call.q.device)[None, None]
-    allowed = _visible(call)
-    if allowed is None:
-        return torch.full((1, 1, 1), keys, device=call.q.device)
-    return allowed.expand(*allowed.shape[:-1], keys).sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +59,9 @@ class LogitRecorder(AttentionEdit):
         else:
             rows = torch.linspace(0, queries - 1, count, device=call.q.device).round().long()
 
-        def taken(x: Tensor | None) -> Tensor | None:
-            return x if x is None or x.shape[-2] == 1 else x[..., rows, :]
-
-        few = call.replace(q=call.q[:, :, rows], mask=taken(call.mask), bias=taken(call.bias))
+        few = rows_of(call, rows)
         x = reference.logits(few.q.float(), few.k.float(), scale=few.scale, bias=few.bias)
-        if (allowed := _visible(few)) is not None:
+        if (allowed := visible(few)) is not None:
             x = x.masked_fill(~allowed, -torch.inf)
         self.found[call.site.index] = x, keys_seen(few)
         return self.inner.edit(call)
