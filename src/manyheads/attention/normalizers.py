@@ -171,7 +171,7 @@ def sensitivity(p: Tensor, of: Normalizer, n: Tensor) -> Tensor:
         n: keys that each row sees, ``[...]``.
     """
     if of.kind == "sigmoid":
-        return torch.linalg.vector_norm(p * (1 - p), dim=-1) / of.temperature
+        return (p * (1 - p)).square().sum(-1).sqrt() / of.temperature
     if of.kind == "relu":
         return (p > 0).sum(-1).to(p.dtype).sqrt() / n / of.temperature
     q = p if of.order == 1 else torch.where(p > 0, p.pow(2 - of.order), 0.0)

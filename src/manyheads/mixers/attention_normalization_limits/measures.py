@@ -238,6 +238,7 @@ class NormalizationMeasures(Lens):
         mine = {f"T = {t:g}": column[f"sensitivity, T = {t:g}"] for t in self.temperatures}
         if self.rule(1.0).kind in ("softmax", "topk"):
             mine |= {f"bound, T = {t:g}": [1 / (2 * t)] * len(keys) for t in self.temperatures}
+            made.curves["beyond"] = {"keys": keys, "rows whose spectral norm exceeds 1 / (4 T)": column["beyond"]}
         made.curves["sensitivity"] = {"keys": keys, **mine}
         last = self.selections[-1]
         made.notes = [
