@@ -65,14 +65,13 @@ claim = Claim(
                 "recall_in_text.samples": 2, "steps": 8, "rates": (4e-3,), "parameters": 130_000, "length": 48,
             },
             cpu={
-                f"{MEASURES}.tokens": 4096, "windows_of": 6, "every_row": False, "lengths": (512,),
+                f"{MEASURES}.tokens": 2048, "windows_of": 6, "every_row": False, "lengths": (512,),
                 "perplexity.samples": 4, "recall_in_text.samples": 64, "judged": 32, "steps": 300, "rates": (4e-3,),
                 "parameters": 130_000, "length": 48, "batch": 24,
             },
             cuda={
                 "windows_of": 16, "perplexity.samples": 16, "recall_in_text.samples": 192, "judged": 64, "dim": 128,
-                "layers": 3, "length": 128, "batch": 96, "steps": 1200, "tune_steps": 150, "rates": (2e-3, 4e-3),
-                "parameters": 700_000,
+                "layers": 3, "length": 96, "batch": 64, "steps": 2500, "rates": (3e-3,), "parameters": 700_000,
             },
         ),
     ),

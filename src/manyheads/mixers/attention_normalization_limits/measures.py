@@ -149,7 +149,7 @@ class NormalizationMeasures(Lens):
         heads = view.call.q.shape[1]
         total = torch.zeros(len(place), heads, _OCTAVES * self.per_octave, len(self.features), dtype=torch.float64)
         worst, count = torch.zeros(len(place), dtype=torch.float64), torch.zeros(total.shape[:3], dtype=torch.float64)
-        for part, measured, ratio in self._measured(view.call, rows, view.keys):
+        for part, measured, ratio in self._measured(view.call, rows, view.keys) if len(rows) else ():
             mine = wanted[:, part, None].expand(-1, -1, heads).mT  # [B, H, R]
             where = (self.per_octave * measured[..., -1].clamp(min=1).log2()).round().long().cpu()
             kept = torch.where(mine[..., None], measured, 0.0).double().cpu()
