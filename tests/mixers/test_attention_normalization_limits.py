@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 import manyheads
 from manyheads import UserError, parse, use
 from manyheads.attention.normalizers import NORMALIZERS, log_n_scale
+from manyheads.call import MixerConfig
 from manyheads.calls.statistics import LogPowerSum
 from manyheads.calls.weights import measure
 from manyheads.mixers.attention_normalization_limits import NormalizationMeasures, Normalized, normalized_attention
 from manyheads.mixers.attention_normalization_limits.measures import chosen, row_measures, softmax_norms
 from manyheads.models.decoder import Decoder, DecoderConfig
-from oracles import dense, models
+from oracles import dense, mixers, models
 from oracles.normalizers import literal
-from tolerance import CLOSE, FORMULA, SAME, assert_close, error, is_close, is_far
+from tolerance import CLOSE, FORMULA, PROJECTED, SAME, assert_close, error, is_close, is_far
 
 SLUG = "attention_normalization_limits"
 KINDS = [kind for kind in NORMALIZERS if kind != "softmax"]
@@ -84,28 +85,31 @@ def test_softmax_is_the_model_itself():
 def test_decoding_and_blocks_give_what_one_forward_gives(kind, monkeypatch):
     model, inputs, spec = models.tiny("llama"), models.inputs("llama"), f"{SLUG}:normalizer={kind},k=3"
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    assert not mask.bool().all()  # rows are padded
+    real, places = mask.bool(), (mask.cumsum(1) - 1).clamp(min=0)
+    assert not real.all()  # rows are padded
+
+    def read(start, stop, **more):
+        cut = slice(start, stop)
+        return model(
+            input_ids=ids[:, cut], attention_mask=mask[:, :stop], position_ids=places[:, cut], use_cache=True, **more
+        )
+
+    size = ids.shape[1]
+    plain = read(0, size).logits[real]
     with torch.no_grad(), use(model, spec):
-        want = model(**inputs).logits
-        made = model(input_ids=ids[:, :9], attention_mask=mask[:, :9], use_cache=True)
-        parts, cache = [made.logits], made.past_key_values
-        for t in range(9, ids.shape[1]):
-            places = (mask[:, : t + 1].cumsum(1) - 1)[:, -1:].clamp(min=0)
-            parts.append(model(input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache,
-                               position_ids=places).logits)  # fmt: skip
+        want = read(0, size).logits[real]
+        made = read(0, 9)
+        parts = [made.logits]
+        parts += [read(t, t + 1, past_key_values=made.past_key_values).logits for t in range(9, size)]
         monkeypatch.setattr("manyheads.attention.reference.block_size", lambda x, per_row: 4)
-        blocks = model(**inputs).logits
-    real = mask.bool()
-    assert_close(blocks[real], want[real], SAME)
-    full = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    assert is_far(full.logits[real], want[real], SAME)  # control: softmax
-    with torch.no_grad(), use(model, spec):
-        want = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    assert_close(torch.cat(parts, 1)[:, 9:][real[:, 9:]], want[:, 9:][real[:, 9:]], SAME)
+        blocks = read(0, size).logits[real]
+    assert_close(blocks, want, SAME)
+    assert_close(torch.cat(parts, 1)[real], want, SAME)
+    assert is_far(plain, want, SAME)  # control: softmax
 
 
 def test_half_precision_and_gradients_through_a_model():
-    model, ids = models.build("llama"), models.tokens(2, 10)
+    model, ids = models.build("llama").requires_grad_(True), models.tokens(2, 10)
     with use(model, f"{SLUG}:normalizer=entmax15"):
         model(ids, labels=ids).loss.backward()
     gradients = [p.grad for p in model.parameters()]
@@ -119,19 +123,13 @@ def test_refusals():
     with pytest.raises(UserError, match="learned sinks"), use(models.tiny("gpt_oss"), SLUG):
         models.forward("gpt_oss", models.tiny("gpt_oss"))
     with pytest.raises(UserError, match="past only"):
-        Normalized(position="alibi").build(replace_config(causal=False))
+        Normalized(position="alibi").build(MixerConfig(16, 2, 2, 8, 0, 1, 32, causal=False))
     for wrong in ("normalizer=entmax,alpha=3", "trained=1", "normalizer=topk,k=0"):
         with pytest.raises(UserError):
             parse(f"{SLUG}:{wrong}")
     for wrong in ("shares=1.5", "counts=0", "per_octave=0", "temperatures=-1"):
         with pytest.raises(UserError):
             parse(f"{SLUG}.measures:{wrong}")
-
-
-def replace_config(**changes):
-    from manyheads.call import MixerConfig
-
-    return replace(MixerConfig(16, 2, 2, 8, 0, 1, 32), **changes)
 
 
 def test_a_layer_starts_as_softmax_does_and_learns_its_scale():
@@ -148,6 +146,12 @@ def test_a_layer_starts_as_softmax_does_and_learns_its_scale():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
         if kind == "ssmax":  # the last row sees as many keys as in training
             assert_close(got[:, -1], plain(ids)[0][:, -1], SAME)
+
+
+@pytest.mark.parametrize("kind", ["entmax15", "topk,k=5", "sigmoid"])
+def test_a_layer_keeps_what_mixers_promise(kind):
+    """The default, ``ssmax``, is among the mixers of the oracles; entmax rounds more, for its threshold."""
+    mixers.check(f"{SLUG}:normalizer={kind},position=alibi", 4 * PROJECTED)
 
 
 # The measures.
@@ -316,7 +320,7 @@ def test_heads_of_a_call_have_scales_of_their_own():
     kept = []
     with use(models.tiny("llama"), Keep(kept=kept)), torch.no_grad():
         models.forward("llama", models.tiny("llama"))
-    call, rule = kept[0][0], Normalized(normalizer="ssmax").rule
+    call, rule = kept[0][0], Normalized().rule
     s = torch.tensor([0.1, 0.3, 0.5, 0.7])[:, None, None]
     got = normalized_attention(call, rule, s)
     for h in range(4):

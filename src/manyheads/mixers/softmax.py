@@ -8,22 +8,16 @@ bucket (arXiv 1910.10683), or none.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..attention import rope
-from ..attention.positions import alibi_bias, dynamic_ntk, rope_tables, rotate_per_head, t5_buckets
-from ..attention.reference import repeat_kv
 from ..call import MixerConfig
 from ..errors import UserError
 from ..strategy import Mixer
-from ._mixer import SoftmaxMixer
+from ._positions import Position, PositionedMixer, Positions
 
 __all__ = ["Softmax"]
-
-Position = Literal["rope", "alibi", "t5", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,43 +51,5 @@ class Softmax(Mixer):
             raise UserError("softmax: learned frequencies are of rotary positions without ntk")
 
     def build(self, config: MixerConfig) -> nn.Module:
-        if self.position == "alibi" and not config.causal:
-            raise UserError("softmax: ALiBi is defined for the past only; give an encoder rope, t5 or no positions")
-        return Attention(config, self)
-
-
-class Attention(SoftmaxMixer):
-    """Multi-head attention with the positions of ``strategy``."""
-
-    def __init__(self, config: MixerConfig, strategy: Softmax) -> None:
-        super().__init__(config, window=strategy.window)
-        self.strategy = strategy
-        self.buckets = nn.Embedding(32, config.num_heads) if strategy.position == "t5" else None
-        planes = config.num_kv_heads * config.head_dim // 2
-        self.log_factor = nn.Parameter(torch.zeros(planes)) if strategy.learned else None
-
-    def _rotate(self, x: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        if self.strategy.position != "rope":
-            return x
-        theta: float | Tensor = self.strategy.theta
-        if self.log_factor is not None:
-            factor = self.log_factor.exp().view(1, self.config.num_kv_heads, 1, -1)
-            return rotate_per_head(x, positions, self.strategy.theta, repeat_kv(factor, x.shape[1]))
-        if self.strategy.ntk:
-            theta = dynamic_ntk(self.strategy.theta, x.shape[-1], length, self.config.length, self.strategy.ntk)
-        return rope.rotate(x, rope_tables(positions, x.shape[-1], theta)).to(x.dtype)
-
-    def transform_q(self, q: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._rotate(q, positions, length)
-
-    def transform_k(self, k: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-        return self._rotate(k, positions, length)
-
-    def bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        if self.strategy.position == "alibi":
-            return alibi_bias(queries, keys, self.config.num_heads)
-        if self.buckets is None:
-            return None
-        apart = keys[:, None] - queries[:, :, None]
-        bias: Tensor = self.buckets(t5_buckets(apart, causal=self.config.causal))
-        return bias.permute(0, 3, 1, 2)
+        positions = Positions(self.position, self.theta, self.ntk, self.learned)
+        return PositionedMixer(config, positions, self.window)

@@ -9,7 +9,7 @@ has steep gradients instead. The paper's three measures of that are a lens, :mod
 
     manyheads.use(model, "attention_normalization_limits:normalizer=entmax15")     changes attention, trains nothing
     manyheads.watch(model, "attention_normalization_limits.measures")              looks, and changes no bit
-    manyheads compare --train --strategies "softmax,attention_normalization_limits:normalizer=ssmax"
+    manyheads compare --train --strategies "softmax,attention_normalization_limits:normalizer=entmax15"
 
 In a published model logits are made and normalized in float32 or wider, a block of queries at a time, so that memory
 does not grow with the square of the length; time does. Mask, bias and cap stay. Learned sinks (gpt-oss) are a part of
@@ -33,7 +33,7 @@ from ...call import AttentionCall, MixerConfig, Site
 from ...calls.visible import rows_of, visible
 from ...errors import UserError
 from ...strategy import AttentionCompute, Mixer
-from ..softmax import Attention, Position, Softmax
+from .._positions import Position, PositionedMixer, Positions
 from .measures import NormalizationMeasures
 
 __all__ = ["NormalizationMeasures", "Normalized", "normalized_attention"]
@@ -86,7 +86,7 @@ class Normalized(AttentionCompute, Mixer):
     directions: ClassVar = ("causal", "bidirectional")
 
     normalizer: Kind = field(
-        default="entmax15", metadata={"help": "softmax, ssmax, sparsemax, entmax15, entmax, topk, sigmoid or relu"}
+        default="ssmax", metadata={"help": "softmax, ssmax, sparsemax, entmax15, entmax, topk, sigmoid or relu"}
     )
     temperature: float = field(default=1.0, metadata={"help": "divides the logits"})
     alpha: float = field(default=1.5, metadata={"help": "of entmax, above 1 (softmax) and at most 2 (sparsemax)"})
@@ -117,13 +117,11 @@ class Normalized(AttentionCompute, Mixer):
         return Layer(config, self)
 
 
-class Layer(Attention):
+class Layer(PositionedMixer):
     """Multi-head attention whose weights the strategy's normalizer makes."""
 
     def __init__(self, config: MixerConfig, strategy: Normalized) -> None:
-        position = Softmax(position=strategy.position)
-        position.build(config)  # refuses what does not go together
-        super().__init__(config, position)
+        super().__init__(config, Positions(strategy.position))
         self.rule = strategy.rule
         scale = torch.full((config.num_heads,), log_n_scale(config.length))
         self.s = nn.Parameter(scale) if strategy.normalizer == "ssmax" else None
