@@ -15,6 +15,7 @@ from manyheads.calls.statistics import (
     ColumnSum,
     Distance,
     Entropy,
+    LogPowerSum,
     MeanLogWeight,
     Pooled,
     Statistic,
@@ -76,7 +77,7 @@ class Case:
         return {
             "entropy": Entropy(), "found": WeightedSum(self.features), "received": ColumnSum(self.weight),
             "band": Band(self.profile, self.counted), "pooled": Pooled(self.cells), "columns": Columns(self.index()),
-            "distance": Distance(), "log": MeanLogWeight(self.sets()),
+            "distance": Distance(), "log": MeanLogWeight(self.sets()), "powers": LogPowerSum((2.0, 3.0)),
         }  # fmt: skip
 
     def index(self) -> Tensor:
@@ -109,6 +110,7 @@ class Case:
             "received": a.transpose(-1, -2) @ self.weight[:, None].double(), "band_rows": near.sum(-1),
             "band_columns": (near * self.counted[:, None, :, None]).sum(2), "pooled": cells / (high * wide),
             "columns": a[..., self.index()], "distance": (a * back).sum(-1), "log": torch.stack(logs, -1),
+            "powers": torch.stack([a.pow(power).sum(-1).log() for power in (2, 3)], -1),
         }  # fmt: skip
 
     def kernels(self, device: str = "cpu") -> dict[str, Tensor]:
