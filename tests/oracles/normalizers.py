@@ -23,7 +23,7 @@ def literal(x, kind, alpha=1.5, k=3, s=0.3, temperature=1.0):
     alpha = {"sparsemax": 2.0, "entmax15": 1.5}.get(kind, alpha)
     z = (alpha - 1) * x
     low, high = z.max() - 1, z.max()
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if (z - middle).clamp(min=0).pow(1 / (alpha - 1)).sum() > 1 else (low, middle)
     return (z - low).clamp(min=0).pow(1 / (alpha - 1))
