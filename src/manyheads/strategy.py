@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, Site, Store
+    from .lens import LensResult
 
 __all__ = [
     "Attention",
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionWatch",
     "BlockParts",
     "Cache",
+    "CausalLens",
     "Denoiser",
     "DenoiserModule",
     "DenoiserPrediction",
@@ -310,6 +312,14 @@ class Interleaved(Strategy, ABC):
             seen: tokens that the cache has seen before.
             cached: whether there is a cache, without which pieces know nothing of each other.
         """
+
+
+class CausalLens(Strategy, ABC):
+    """Looks at a model by interventions: it runs prompts of its own, changes something, and scores what follows."""
+
+    @abstractmethod
+    def locate(self, model: "torch.nn.Module", tokenizer: Any, use: "Callable[..., Any]") -> "LensResult":
+        """The scores of a model, which ``use`` (:func:`manyheads.use`) enters; it is left as it was."""
 
 
 class Denoiser(Strategy, ABC):
