@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..strategy import AttentionWatch, BlockParts, Residual
 from .weights import input_width, weight_of
 
-__all__ = ["block_of", "output_of", "watch_blocks"]
+__all__ = ["block_of", "output_of", "output_path", "watch_blocks"]
 
 _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "out_lin", "o", "dense")  # beside q, k and v
 _BEHIND = ("output.dense",)  # beside the attention module itself (BERT)
@@ -40,6 +40,12 @@ def output_of(model: nn.Module, name: str) -> Callable[[], Tensor] | None:
     Known by its name beside q, k and v; adapted, quantised and offloaded layers count with what they do, see
     :mod:`.weights`. The model is held weakly.
     """
+    path = output_path(model, name)
+    return None if path is None else weight_of(model, path)
+
+
+def output_path(model: nn.Module, name: str) -> str | None:
+    """The path of that layer."""
     parent = name.rpartition(".")[0]
     paths = [f"{name}.{last}" for last in _PROJECTIONS] + [f"{parent}.{last}" if parent else last for last in _BEHIND]
     for path in paths:
@@ -48,7 +54,7 @@ def output_of(model: nn.Module, name: str) -> Callable[[], Tensor] | None:
         except AttributeError:
             continue
         if input_width(layer) is not None:
-            return weight_of(model, path)
+            return path
     return None
 
 

@@ -10,7 +10,7 @@ of every forward with an intervention only the last token is computed, for many 
     logits = runs.logits(other, gates)                  # all heads, as far as their gates are open
 
 A head's output is ``z [B, T, H, dv]``, before the output projection, whatever the architecture (grouped queries, fused
-projections). With a gate g in 0..1 it becomes ``(1 - g) z + g z'``, z as it is in the forward at hand. Prompts may be of
+projections). With a gate g in 0..1 it becomes ``(1 - g) z + g z'``, z as it is in the forward at hand. Prompts may have
 other lengths than those that they are patched from: only last tokens are exchanged. ``use`` is :func:`manyheads.use`,
 by which the model is entered. Sizes: N prompts, H heads, D channels, V vocabulary.
 """

@@ -8,8 +8,8 @@ the projection, is replaced by z' of the counterfactual run, and the head's natu
 
     NIE = mean_i [P_i(anti) / P_i(pro)] / [P(anti) / P(pro)] - 1        (causal mediation analysis, CMA),
 
-pro the pronoun that goes with the stereotype, i under the intervention. The same is measured with z' = 0 and with z' the
-mean over the prompts (ablation), one head at a time; two scores of the first order need one backward for all heads:
+pro the pronoun that goes with the stereotype, i under the intervention. The same is measured with z' = 0 and with z'
+the mean over the prompts (ablation), one head at a time; scores of the first order take one backward for all heads:
 
     attribution = d log odds / d g at g = 0, of z + g (z' - z)          (attribution patching)
     direct = (z' - z) W_O[h]^T . d log odds / d h_L                     (past all later layers, straight to the logits)
@@ -25,9 +25,9 @@ Tuning the heads that were found, and nothing else, is ``python -m manyheads.rec
 
 Shapes: z ``[N, H, dv]``, W_O ``[D, H * dv]``, h_L ``[N, D]`` the residual stream behind the last block. The paper takes
 all 5,083 prompts of GPT-2 small (``prompts=0``); here some are drawn, as many of either gender. Components are heads:
-MLPs are not scored. Only the last token is computed anew, which is exact (:mod:`.._patching`). Chosen here: the zero and
-mean ablations at the last token too; the final norm is linear in ``direct``; where a norm follows the projection (Gemma
-2 and 3, OLMo 2) it is of what goes into that norm. A pronoun of several tokens counts by its first.
+MLPs are not scored. Only the last token is computed anew, which is exact (:mod:`.._patching`). Chosen here: ablations
+by zero and by the mean at the last token too; the final norm is linear in ``direct``; where a norm follows the
+projection (Gemma 2 and 3, OLMo 2) it is of what goes into that norm. A pronoun of several tokens counts by its first.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -111,13 +112,12 @@ def first_order(prompts: PronounPrompts) -> dict[str, HeadTable]:
     """``attribution`` and, where all output projections are known, ``direct``, from one backward: ``[N, L, H]``."""
     runs = prompts.runs
     gates = {s: z.new_zeros(z.shape[:2], dtype=torch.float32).requires_grad_() for s, z in runs.outputs.items()}
-    known = all(site.output is not None for site in runs.sites)
-    weights = {site.name: site.output().detach().float() for site in runs.sites if known and site.output is not None}
+    weights = {site.name: site.output().detach().float() for site in runs.sites if site.output is not None}
+    known = len(weights) == len(runs.sites)
     width = next(iter(weights.values())).shape[0] if known else 0
     shift = runs.plain.new_zeros(len(runs), width).requires_grad_()
-    also = [ShiftResidual(by=shift)] if known else []
-    odds = prompts.odds_of(runs.logits(prompts.other, gates, *also)).sum()
-    *slopes, back = torch.autograd.grad(odds, [*gates.values(), *([shift] if known else [])] + ([] if known else [odds]))
+    odds = prompts.odds_of(runs.logits(prompts.other, gates, *([ShiftResidual(by=shift)] if known else []))).sum()
+    *slopes, back = torch.autograd.grad(odds, [*gates.values(), shift], allow_unused=not known)
     made = {"attribution": _table("attribution patching", runs.sites, dict(zip(gates, slopes, strict=True)))}
     if known:
         rows = {}
@@ -134,10 +134,8 @@ def _table(name: str, sites: Sequence[Site], rows: dict[str, Tensor]) -> HeadTab
 
 def _agreement(tables: dict[str, HeadTable], count: int) -> list[str]:
     """How many of their first heads each two scores share, beside what chance gives."""
-    total = int((tables["nie"].mean == tables["nie"].mean).sum())
+    total = int(np.isfinite(tables["nie"].mean).sum())
     count = min(count, total // 2)
-    pairs = [
-        f"{one} and {two} {tables[one].overlap(tables[two], count)[0]}" for one, two in combinations(tables, 2)
-    ]
+    pairs = [f"{one} and {two} {tables[one].overlap(tables[two], count)[0]}" for one, two in combinations(tables, 2)]
     chance = count * count / total
     return [f"Of their first {count} heads two scores share (by chance {chance:.1f}): {', '.join(pairs)}."]

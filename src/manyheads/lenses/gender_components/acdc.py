@@ -5,8 +5,8 @@ From the last layer to the first, every head is patched from the counterfactual 
 before. If that moves the mean log odds of the two pronouns by less than ``threshold`` it stays patched and so has left;
 the others are the circuit. The score of a head is how far the odds moved when its turn came.
 
-The original prunes edges, with keys, queries and values apart, and the paper adds heads and MLPs that keep an edge; here
-an edge is a head's whole output at the last token, into all that reads it. The paper names no threshold.
+The original prunes edges, with keys, queries and values apart, and the paper adds heads and MLPs that keep an edge.
+Here an edge is a head's whole output at the last token, into all that reads it. The paper names no threshold.
 """
 
 from __future__ import annotations

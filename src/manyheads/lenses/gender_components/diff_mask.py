@@ -29,7 +29,7 @@ from ...heads import listed
 from ...lens import LensResult, table_of
 from ...strategy import CausalLens
 from .._patching import frozen
-from .prompts import Asked, PronounPrompts, drawn
+from .prompts import PronounPrompts, drawn
 
 __all__ = ["DiffMask", "bernoulli_kl", "hard_concrete", "open_probability"]
 
@@ -80,7 +80,7 @@ class DiffMask(CausalLens):
         with frozen(model):
             parts = max(1, min(8, self.steps // 4))  # batches that take turns, each read once
             asked = drawn(parts * self.batch, self.seed)
-            batches = [asked[i :: parts] for i in range(parts)]
+            batches = [asked[i::parts] for i in range(parts)]
             return self.fitted([PronounPrompts(model, tokenizer, use, part) for part in batches])
 
     def fitted(self, batches: list[PronounPrompts]) -> LensResult:

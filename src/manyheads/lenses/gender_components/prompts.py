@@ -42,7 +42,7 @@ def drawn(count: int, seed: int, among: Sequence[Profession] | None = None) -> l
         ])  # fmt: skip
     mixed = [each for both in zip(*sides, strict=False) for each in both]
     if count > len(mixed):
-        raise UserError(f"{len(known)} professions give {len(mixed)} balanced prompts, not {count}: prompts=0 takes all")
+        raise UserError(f"{len(known)} professions give {len(mixed)} balanced prompts, not {count}: 0 takes all")
     return mixed[:count]
 
 
