@@ -10,6 +10,7 @@ from ..catalog import nearest
 from ..errors import UserError
 from ..lens import Lens
 from ..spec import Spec, parse, read, split_list
+from ..strategy import CausalLens
 
 __all__ = ["DEFAULT", "SHORT", "Part", "check_roles", "parse_lenses", "parse_role", "role_of"]
 
@@ -28,7 +29,7 @@ _SHORTENED = frozenset(slug for slugs in SHORT.values() for slug in slugs if len
 Part = list[tuple[int, int]] | str  # spans of token positions, or text to be found
 
 
-def parse_lenses(texts: Sequence[str]) -> tuple[list[Lens], dict[str, Part]]:
+def parse_lenses(texts: Sequence[str]) -> tuple[list[Lens | CausalLens], dict[str, Part]]:
     """Lenses and the roles that are given among their fields, from comma-separated specs.
 
     ``sinks,spans:system=0-12`` gives the lens ``strategy_attention`` and the role ``system`` of the tokens 0 to 11.
@@ -36,7 +37,7 @@ def parse_lenses(texts: Sequence[str]) -> tuple[list[Lens], dict[str, Part]]:
     Raises:
         UserError: an unknown name or field, or a strategy that does not only look.
     """
-    lenses: list[Lens] = []
+    lenses: list[Lens | CausalLens] = []
     roles: dict[str, Part] = {}
     for spec in (spec for text in texts for spec in split_list(text)):
         given = read(spec)
@@ -103,7 +104,7 @@ def _fields(slug: str) -> set[str]:
         hint = f"did you mean {close[0]}?" if close else f"short names are {', '.join(SHORT)}"
         raise UserError(f"unknown lens {slug!r}: {hint} (`manyheads list --category lenses` has all)")
     cls = catalog.load(slug)
-    if not issubclass(cls, Lens):
+    if not issubclass(cls, Lens | CausalLens):
         raise UserError(f"{slug} acts on the model and does not only look; lenses: `manyheads list --category lenses`")
     return {field.name for field in dataclasses.fields(cls)}
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from ..integrations import use
 from ..integrations.transformers import find_sites
 from ..lens import Lens, LensResult, device_of
 from ..progress import Progress
+from ..strategy import CausalLens
 from . import Watching, watch
 from .attention_breakdown import AttentionBreakdown
+from .document import document_of, plain_values
 from .naming import DEFAULT, Part, check_roles, parse_lenses
 from .prompts import SHORTEST, Prompt, draw
 
@@ -36,6 +38,7 @@ SAMPLES = 6
 WHERE = "attention"  # the name under which our own lens is among the results
 _DRAWS = 3  # of the control of an ablation
 _ABLATED = 3  # prompts on which it is measured
+_AnyLens = TypeVar("_AnyLens", Lens, Lens | CausalLens)
 
 
 @dataclass(frozen=True)
@@ -87,36 +90,11 @@ class Inspection:
         }  # fmt: skip
 
 
-def document_of(found: LensResult) -> dict[str, Any]:
-    """A result fit for JSON, without its maps."""
-    return {
-        "tables": {name: made.to_dict() for name, made in found.tables.items()},
-        "series": {name: plain_values(rows) for name, rows in found.series.items()},
-        "channels": {name: plain_values(values) for name, values in found.channels.items()},
-        **({"curves": plain_values(found.curves)} if found.curves else {}),
-        "records": {name: plain_values(rows) for name, rows in found.records.items()},
-        "notes": list(found.notes),
-    }
-
-
-def plain_values(value: Any) -> Any:
-    """Arrays and tensors as lists, NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {str(k): plain_values(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_values(v) for v in value]
-    if isinstance(value, np.ndarray | torch.Tensor | np.generic):
-        return plain_values(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
-
-
 def inspect_model(
     model: nn.Module,
     tokenizer: Any,
     texts: Sequence[Text] | None = None,
-    lenses: Sequence[str | Lens] = DEFAULT,
+    lenses: Sequence[str | Lens | CausalLens] = DEFAULT,
     *,
     prompts: Sequence[Prompt] | None = None,
     roles: dict[str, Part] | None = None,
@@ -143,7 +121,7 @@ def inspect_model(
         tokenizer: its tokenizer.
         texts: what to read, the standard library's source when None.
         lenses: lenses, their specs, or the short names of :mod:`manyheads.inspect.naming`; of the default ones those
-            that find something in this model.
+            that find something in this model. Those that intervene ask prompts of their own, whatever is read.
         prompts: what to read in place of texts.
         roles: token positions by role, or text that has the role; they count from the beginning of a text.
         length: tokens of a prompt; 1,024 as far as model and text have so many when None.
@@ -181,7 +159,9 @@ def inspect_model(
                     f"the model reads {reads} tokens, and {prompt.name} has {len(prompt.ids) + generate}; cut it"
                 )
         parts |= {name: spans for prompt in prompts for name, spans in prompt.roles.items()}
-    check_roles(chosen, parts)
+    causal = [lens for lens in chosen if isinstance(lens, CausalLens)]
+    looking = [lens for lens in chosen if isinstance(lens, Lens)]
+    check_roles(looking, parts)
     apart, heads = tuple(name for name in parts if name not in ("response", "bos")), _count_heads(model)
     own = AttentionBreakdown(
         size=256 if heads <= 256 else 128 if heads <= 1024 else 64, roles=apart, layers=_tuple(layers)
@@ -189,8 +169,11 @@ def inspect_model(
     looks = len(prompts) * (4 if ablate else 1)
     if generate:
         prompts = [_answered(model, prompt, generate, say, i, looks) for i, prompt in enumerate(prompts)]
-    found, losses = read_prompts(model, prompts, [*chosen, own], lambda i, m: say(i, looks, m))
-    shown = {lens.spec: one for lens, one in zip(chosen, found, strict=False)}
+    found, losses = read_prompts(model, prompts, [*looking, own], lambda i, m: say(i, looks, m))
+    shown = {lens.spec: one for lens, one in zip(looking, found, strict=False)}
+    for lens in causal:
+        say(looks - 1, looks, f"{lens.spec} asks prompts of its own")
+        shown[lens.spec] = lens.locate(model, tokenizer, use)
     shown[WHERE] = found[-1]
     found[-1].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
     run = describe(model, prompts, read, origin, command)
@@ -223,12 +206,14 @@ def label_tables(found: dict[str, LensResult], run: dict[str, Any]) -> None:
         }
 
 
-def chosen_lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) -> tuple[list[Lens], dict[str, Part]]:
+def chosen_lenses(
+    lenses: Sequence[str | Lens | CausalLens], layers: Sequence[int] | None
+) -> tuple[list[Lens | CausalLens], dict[str, Part]]:
     """The lenses that were named, those without layers of their own at ``layers``, and the roles named with them."""
-    chosen: list[Lens] = []
+    chosen: list[Lens | CausalLens] = []
     roles: dict[str, Part] = {}
     for given in lenses:
-        if isinstance(given, Lens):
+        if isinstance(given, Lens | CausalLens):
             chosen.append(given)
         else:
             more, named = parse_lenses([given])
@@ -237,12 +222,12 @@ def chosen_lenses(lenses: Sequence[str | Lens], layers: Sequence[int] | None) ->
     if layers is not None:
         chosen = [lens if lens.layers else dataclasses.replace(lens, layers=_tuple(layers)) for lens in chosen]
     for lens in chosen:
-        if lens.edits_model:
+        if isinstance(lens, Lens) and lens.edits_model:
             raise UserError(f"{lens.spec} acts on the model and does not only look: open it with manyheads.use")
     return chosen, roles
 
 
-def fitting(lenses: list[Lens], model: nn.Module, drop: bool) -> list[Lens]:
+def fitting(lenses: Sequence[_AnyLens], model: nn.Module, drop: bool) -> list[_AnyLens]:
     """The lenses that find something to look at in ``model``; others are refused where they may not be dropped."""
     sites = [site for site, _ in find_sites(model)]
     kept = [lens for lens in lenses if not sites or any(lens.selects(site) for site in sites)]  # else the port says why

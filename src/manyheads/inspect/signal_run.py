@@ -57,7 +57,10 @@ def inspect_signals(
         UserError: anything that the caller can mend.
     """
     begun, say = time.perf_counter(), progress or (lambda done, total, message: None)
-    given, roles = chosen_lenses(lenses, None)
+    named, roles = chosen_lenses(lenses, None)
+    given = [lens for lens in named if isinstance(lens, Lens)]
+    if asking := [lens.spec for lens in named if lens not in given]:
+        raise UserError(f"{asking[0]} asks a language model prompts of its own: leave --image and --audio away")
     reads = "image" if signals[0].grid else "audio"
     for lens in given:
         if roles or role_of(lens):
