@@ -16,6 +16,7 @@ from manyheads.strategy import (
     AttentionPatch,
     AttentionWatch,
     Cache,
+    CausalLens,
     DenoiserModule,
     DenoiserPrediction,
     Mixer,
@@ -128,7 +129,7 @@ def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
 
 KINDS = {
     AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
-    Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise", Mixer: "build",
+    CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise", Mixer: "build",
 }  # fmt: skip
 
 

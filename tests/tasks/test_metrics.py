@@ -30,6 +30,8 @@ BETTER = {
     "offset_scores": ("score", ""),
     "pair_recall": ("recalled", ""),
     "perplexity": ("", "token_nll"),
+    "pronoun_heads": ("shared_head odds_moved", "stereotyped"),
+    "pronoun_tuning": ("grammatical", "pronoun_bias sentence_gap prefers_stereotype text_nll tuned"),
     "planted_constant": ("completed", "answer_nll"),
     "recall_in_text": ("recalled", "token_nll span_nll tuning_nll training_nll"),
     "sequence_classification": ("accuracy", "label_nll tuning_nll training_nll"),
@@ -40,7 +42,12 @@ BETTER = {
 SHARES = {
     "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
+<<<<<<< HEAD
     "answered_ok", "swapped", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
+=======
+    "answered_ok", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall", "shared_head",
+    "stereotyped", "prefers_stereotype",
+>>>>>>> f0d5e2a (gender_components: tests, documentation, catalogue)
 }  # fmt: skip
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
@@ -53,7 +60,7 @@ FLOORS = {
     "associative_recall.recalled": 0.5657, "recall_in_text.recalled": 0.5657, "channel_damage.answered": 0.5,
     "channel_damage.grammatical": 0.5,
     "niah_multikey.multikey": 0.5, "niah_single.query_agnostic": 0.5, "niah_single.query_aware": 0.5,
-    "pair_recall.recalled": 0.5, "variable_tracking.tracked": 0.5,
+    "pronoun_tuning.grammatical": 0.5, "pair_recall.recalled": 0.5, "variable_tracking.tracked": 0.5,
 }  # fmt: skip
 
 

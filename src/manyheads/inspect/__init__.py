@@ -96,11 +96,14 @@ def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "TokenSpans | 
     from ..errors import UserError
     from ..lens import Lens
     from ..spec import parse
+    from ..strategy import CausalLens
 
     if not lenses:
         raise UserError("name at least one lens: `manyheads list --category lenses`")
     chosen: list[Any] = [parse(lens) for lens in lenses]
     for strategy in chosen:
+        if isinstance(strategy, CausalLens):
+            raise UserError(f"{strategy.spec} asks prompts of its own: `manyheads inspect`, or its method locate")
         if not isinstance(strategy, Lens) or strategy.edits_model:
             raise UserError(f"{strategy.spec} acts on the model and does not only look: open it with manyheads.use")
     return Watching(model, tuple(chosen), roles)

@@ -21,7 +21,17 @@ from transformers import PreTrainedConfig
 
 from ..call import Site, Store
 from ..errors import UserError
-from ..strategy import Attention, AttentionCompute, Cache, Denoiser, Interleaved, LinearCompute, Residual, Strategy
+from ..strategy import (
+    Attention,
+    AttentionCompute,
+    Cache,
+    CausalLens,
+    Denoiser,
+    Interleaved,
+    LinearCompute,
+    Residual,
+    Strategy,
+)
 from .blocks import watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
@@ -169,6 +179,8 @@ class Port:
                 raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
             if isinstance(strategy, LinearCompute) and not isinstance(strategy, (Attention, Residual, Cache)):
                 continue
+            if isinstance(strategy, CausalLens):
+                raise UserError(f"{strategy.spec} asks prompts of its own: `manyheads inspect`, or its method locate")
             if not isinstance(strategy, (Attention, Residual, Cache)):
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "

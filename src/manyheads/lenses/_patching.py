@@ -144,6 +144,11 @@ class PatchedRuns:
     def __len__(self) -> int:
         return len(self._last)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt."""
+        return self._mask.shape[1]
+
     def logits(self, other: Outputs, gates: Outputs, *also: Residual) -> Tensor:
         """Logits at the last token, float32 ``[N, V]``, with gradients where ``gates`` have them.
 

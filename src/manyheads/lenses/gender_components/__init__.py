@@ -32,7 +32,7 @@ projection (Gemma 2 and 3, OLMo 2) it is of what goes into that norm. A pronoun 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -41,7 +41,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...call import Site
 from ...errors import UserError
 from ...heads import HeadTable, listed
 from ...lens import LensResult, table_of
@@ -91,6 +90,8 @@ class GenderComponents(CausalLens):
             f"Largest indirect effects: {listed(tables['nie'], tables['nie'].top(5))}.",
             *_agreement(tables, self.top),
         ]
+        if (dtype := next(model.parameters()).dtype).itemsize < 4:
+            notes.append(f"The model computes in {str(dtype)[6:]}, which hides small effects: load it in float32.")
         return LensResult(tables=tables, notes=notes)
 
 
@@ -99,7 +100,7 @@ def effects(prompts: PronounPrompts, other: Outputs, name: str) -> HeadTable:
     rows: dict[str, list[Tensor]] = {}
     for site, _, logits in prompts.runs.each_head(other):
         rows.setdefault(site.name, []).append(prompts.effect(logits))
-    return _table(name, prompts.runs.sites, {site: torch.stack(each, 1) for site, each in rows.items()})
+    return _table(name, prompts, {site: torch.stack(each, 1) for site, each in rows.items()})
 
 
 def ablation_outputs(prompts: PronounPrompts, by: str) -> Outputs:
@@ -111,25 +112,26 @@ def ablation_outputs(prompts: PronounPrompts, by: str) -> Outputs:
 def first_order(prompts: PronounPrompts) -> dict[str, HeadTable]:
     """``attribution`` and, where all output projections are known, ``direct``, from one backward: ``[N, L, H]``."""
     runs = prompts.runs
-    gates = {s: z.new_zeros(z.shape[:2], dtype=torch.float32).requires_grad_() for s, z in runs.outputs.items()}
-    weights = {site.name: site.output().detach().float() for site in runs.sites if site.output is not None}
+    gates = {s: z.new_zeros(z.shape[:2], dtype=runs.plain.dtype).requires_grad_() for s, z in runs.outputs.items()}
+    weights = {site.name: site.output().detach().to(runs.plain.dtype) for site in runs.sites if site.output is not None}
     known = len(weights) == len(runs.sites)
     width = next(iter(weights.values())).shape[0] if known else 0
     shift = runs.plain.new_zeros(len(runs), width).requires_grad_()
     odds = prompts.odds_of(runs.logits(prompts.other, gates, *([ShiftResidual(by=shift)] if known else []))).sum()
     *slopes, back = torch.autograd.grad(odds, [*gates.values(), shift], allow_unused=not known)
-    made = {"attribution": _table("attribution patching", runs.sites, dict(zip(gates, slopes, strict=True)))}
+    made = {"attribution": _table("attribution patching", prompts, dict(zip(gates, slopes, strict=True)))}
     if known:
         rows = {}
         for site, z in runs.outputs.items():
             through = (back @ weights[site]).unflatten(1, z.shape[1:])
-            rows[site] = ((prompts.other[site] - z).float() * through).sum(-1)
-        made["direct"] = _table("direct effect on the log odds", runs.sites, rows)
+            rows[site] = ((prompts.other[site] - z) * through).sum(-1)
+        made["direct"] = _table("direct effect on the log odds", prompts, rows)
     return made
 
 
-def _table(name: str, sites: Sequence[Site], rows: dict[str, Tensor]) -> HeadTable:
-    return table_of(name, sites, [rows[site.name].double().cpu().numpy() for site in sites])
+def _table(name: str, prompts: PronounPrompts, rows: dict[str, Tensor]) -> HeadTable:
+    sites = prompts.runs.sites
+    return table_of(name, sites, [rows[site.name].double().cpu().numpy() for site in sites], **prompts.about)
 
 
 def _agreement(tables: dict[str, HeadTable], count: int) -> list[str]:

@@ -68,8 +68,8 @@ class Acdc(CausalLens):
         rows = [moved[site.name].double().numpy() for site in runs.sites]
         kept = [1 - gates[site.name].double().cpu().numpy() for site in runs.sites]
         tables = {
-            "moved": table_of("log odds moved when patched in turn (ACDC)", runs.sites, rows),
-            "circuit": table_of("in the circuit (ACDC)", runs.sites, kept, share=True),
+            "moved": table_of("log odds moved when patched in turn (ACDC)", runs.sites, rows, **prompts.about),
+            "circuit": table_of("in the circuit (ACDC)", runs.sites, kept, share=True, **prompts.about),
         }
         total, left = sum(row.size for row in kept), int(sum(row.sum() for row in kept))
         note = (

@@ -85,6 +85,11 @@ class PronounPrompts:
         self.pro, self.anti = torch.where(male, he, she), torch.where(male, she, he)
         self.odds = self.odds_of(self.runs.plain)
 
+    @property
+    def about(self) -> dict[str, int]:
+        """What tables of scores were measured on: prompts, and tokens of the longest."""
+        return {"prompts": len(self.asked), "tokens": self.runs.length}
+
     def odds_of(self, logits: Tensor) -> Tensor:
         """``log P(anti) / P(pro)`` of logits ``[N, V]``; what is added to all logits does not count."""
         return (logits.gather(1, self.anti[:, None]) - logits.gather(1, self.pro[:, None]))[:, 0]
