@@ -129,7 +129,8 @@ def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
 
 KINDS = {
     AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
-    CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise", Mixer: "build",
+    CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise",
+    Mixer: "build",
 }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_pairs_go_with_the_stereotype_first():
     texts = {pair.pro: pair for pair in wino_bias(1)}
     assert "The janitor reprimanded the accountant because he got less allowance." in texts
     pronouns = set("he him his himself she her hers herself".split())
-    for pairs, faults in ((wino_bias(1), 5), (wino_bias(2), 5), (winogender(), 0)):  # of the publishers' own
+    for pairs, faults in ((wino_bias(1), 4), (wino_bias(2), 5), (winogender(), 0)):  # of the publishers' own
         found = 0
         for pair in pairs:
             assert pair.pro != pair.anti and "[" not in pair.pro

@@ -121,7 +121,7 @@ def inspect_model(
         tokenizer: its tokenizer.
         texts: what to read, the standard library's source when None.
         lenses: lenses, their specs, or the short names of :mod:`manyheads.inspect.naming`; of the default ones those
-            that find something in this model. Those that intervene ask prompts of their own, whatever is read.
+            that find something in this model. Causal lenses ask prompts of their own, whatever is read.
         prompts: what to read in place of texts.
         roles: token positions by role, or text that has the role; they count from the beginning of a text.
         length: tokens of a prompt; 1,024 as far as model and text have so many when None.
@@ -159,7 +159,6 @@ def inspect_model(
                     f"the model reads {reads} tokens, and {prompt.name} has {len(prompt.ids) + generate}; cut it"
                 )
         parts |= {name: spans for prompt in prompts for name, spans in prompt.roles.items()}
-    causal = [lens for lens in chosen if isinstance(lens, CausalLens)]
     looking = [lens for lens in chosen if isinstance(lens, Lens)]
     check_roles(looking, parts)
     apart, heads = tuple(name for name in parts if name not in ("response", "bos")), _count_heads(model)
@@ -171,7 +170,7 @@ def inspect_model(
         prompts = [_answered(model, prompt, generate, say, i, looks) for i, prompt in enumerate(prompts)]
     found, losses = read_prompts(model, prompts, [*looking, own], lambda i, m: say(i, looks, m))
     shown = {lens.spec: one for lens, one in zip(looking, found, strict=False)}
-    for lens in causal:
+    for lens in (lens for lens in chosen if isinstance(lens, CausalLens)):
         say(looks - 1, looks, f"{lens.spec} asks prompts of its own")
         shown[lens.spec] = lens.locate(model, tokenizer, use)
     shown[WHERE] = found[-1]
