@@ -142,6 +142,20 @@ def test_every_method_finds_a_planted_head():
     assert len(found.notes) == 3
 
 
+def test_layers_that_are_named_and_no_others():
+    model = models.tiny("llama")
+    whole = GenderComponents(prompts=4).locate(model, Words(), manyheads.use).tables
+    for lens in (
+        GenderComponents(prompts=4, layers=(1,)),
+        Acdc(prompts=4, layers=(1,)),
+        DiffMask(steps=2, layers=(1,)),
+    ):
+        for name, table in lens.locate(model, Words(), manyheads.use).tables.items():
+            assert table.layers == (1,) and table.values.shape[1:] == (1, 4), name
+            if name in ("nie", "direct"):
+                assert_close(torch.tensor(table.values), torch.tensor(whole[name].values[:, 1:]), SAME)
+
+
 def test_gates_have_the_odds_of_the_paper():
     """A hundred and forty-four locations of 0: 0.5798 each, 83.49 together; drawn gates are open as often."""
     chance = open_probability(torch.zeros(144, dtype=torch.float64))

@@ -5,13 +5,17 @@ import pytest
 import torch
 
 import manyheads
+from manyheads.data import gender_bias
+from manyheads.data.gender_bias import Profession
 from manyheads.errors import UserError
 from manyheads.integrations.head_weights import head_parts
 from manyheads.integrations.transformers import find_sites
-from manyheads.recipes.gender_components import balanced_batches, tune_heads
+from manyheads.models import load
+from manyheads.recipes.gender_components import balanced_batches, main, tune_heads
 from manyheads.training import fit, next_token_loss
 from manyheads.training.slices import OwnSlices, Slice, train_slices
 from oracles import models
+from tiny import chat as tiny
 from tolerance import SAME, assert_close, is_far
 
 HEADS = ("0.1", "1.3")
@@ -151,6 +155,28 @@ def test_what_cannot_be_tuned():
         OwnSlices([Slice(weight, 0, (1,)), Slice(weight, 0, (2,))])
     with pytest.raises(UserError, match="no slices"), train_slices(model, []):
         pass
+
+
+def test_the_recipe_saves_a_model_that_differs_there_alone(tmp_path, monkeypatch, capsys):
+    lm, out = tiny.tiny(), tmp_path / "tuned"
+    lm.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    known = [Profession("nurse", False, 0.0, -1.0)]
+    monkeypatch.setattr(gender_bias, "professions", lambda: known)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The nurse said that on day {i} he left. " for i in range(4)))
+    asked = ["--model", str(tmp_path / "model"), "--out", str(out), "--text", str(text), "--heads", "1.2",
+             "--parts", "qo", "--budget", "2 steps", "--batch", "4", "--lr", "0.01"]  # fmt: skip
+    assert main(asked) == 0 and "4 pairs of sentences; tuning 1.2" in capsys.readouterr().out
+    made = load(out)[0]
+    found = moved(made, copied(lm))
+    assert {name for name, mask in found.items() if mask.any()} == {
+        f"model.layers.1.self_attn.{part}_proj.weight" for part in "qo"
+    }
+    assert not found["model.layers.1.self_attn.q_proj.weight"][:32].any()
+    assert main([*asked[:3], str(tmp_path / "other"), *asked[4:8], "--heads", "9.0"]) == 1
+    with pytest.raises(SystemExit):
+        main(asked)
 
 
 def test_balanced_batches():

@@ -51,8 +51,8 @@ claim = Claim(
                 "grammar_of": 12, "windows_of": 6,
             },
             cuda={
-                "arms": (CMA, RANDOM, ALL, *MORE), "prompts": 128, "judged": 192, "steps": 200, "batch": 32,
-                "lr": 1e-4, "pairs": 200, "grammar_of": 200, "windows_of": 48, "tokens": 128,
+                "arms": (CMA, RANDOM, ALL, *MORE), "prompts": 128, "judged": 192, "steps": 100, "batch": 32,
+                "lr": 1e-4, "pairs": 150, "grammar_of": 150, "windows_of": 48, "tokens": 128,
             },
         ),
     ),

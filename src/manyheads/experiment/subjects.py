@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UserError
-from ..strategy import Attention, Cache, Denoiser, LinearCompute, Mixer, Ranker, Residual, Strategy
+from ..strategy import Attention, Cache, CausalLens, Denoiser, LinearCompute, Mixer, Ranker, Residual, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -205,6 +205,8 @@ def _where(strategy: Strategy) -> str:
         return f"train it: manyheads compare --train --tasks sequence_classification --strategies {strategy.slug}"
     if isinstance(strategy, Mixer):
         return f"train it: manyheads compare --train --strategies {strategy.slug}"
+    if isinstance(strategy, CausalLens):
+        return f"look with it: manyheads inspect --lens {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
     if isinstance(strategy, Cache):

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..lens import device_of
-from ..strategy import AttentionPatch, AttentionWatch, Residual
+from ..strategy import AttentionPatch, AttentionWatch, Layers, Residual
 
 __all__ = ["Inputs", "KeepOutputs", "Outputs", "PatchHeads", "PatchedRuns", "ShiftResidual", "frozen", "padded"]
 
 Inputs = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]  # by the name of a site
 
-_ROWS = 192  # of a batch with interventions
+_ROWS = {"cpu": 192, "cuda": 2048}  # of a batch with interventions
 
 
 def padded(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ class ShiftResidual(Residual):
     state: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def selects(self, site: Site) -> bool:
-        return super().selects(site) and site.layer == max(site.peers, default=site.layer)
+        return super().selects(site) and bool(site.peers) and site.layer == site.peers[-1]
 
     def residual(self, site: Site, hidden: Tensor, state: dict[str, Any]) -> Tensor:
         if self.by is not None:
@@ -122,18 +122,19 @@ class PatchedRuns:
         model: a causal language model of transformers, in evaluation mode.
         use: :func:`manyheads.use`.
         inputs: of :func:`padded`.
+        layers: where heads are patched, None for all.
 
     Attributes:
-        sites: where there are heads.
+        sites: of these layers.
         outputs: z of every site at the last token, ``[N, H, dv]``.
         plain: logits at the last token, float32 ``[N, V]``.
     """
 
-    def __init__(self, model: nn.Module, use: Callable[..., Any], inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, use: Callable[..., Any], inputs: Inputs, layers: Layers = None) -> None:
         self.model, self._use, self._mask = model, use, inputs["attention_mask"]
         self._last, ids = inputs["input_ids"][:, -1:], inputs["input_ids"][:, :-1]
         self._takes = set(inspect.signature(model.forward).parameters)
-        keep = KeepOutputs()
+        keep = KeepOutputs(layers=layers)
         with torch.no_grad():
             self._past = self._forward(ids, self._mask[:, :-1], None).past_key_values
             with use(model, keep) as port:
@@ -163,7 +164,8 @@ class PatchedRuns:
 
     def each_head(self, other: Outputs) -> Iterator[tuple[Site, int, Tensor]]:
         """Site, head and logits ``[N, V]`` of a forward in which that head alone is patched, for every head."""
-        count, most = len(self), max(1, _ROWS // len(self))
+        count, rows = len(self), _ROWS.get(self._last.device.type, 192)
+        most = max(1, rows // count)
         with torch.no_grad():
             for site in self.sites:
                 heads = self.outputs[site.name].shape[1]

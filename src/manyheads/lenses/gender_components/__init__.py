@@ -74,7 +74,7 @@ class GenderComponents(CausalLens):
 
     def locate(self, model: nn.Module, tokenizer: Any, use: Callable[..., Any]) -> LensResult:
         with frozen(model):
-            prompts = PronounPrompts(model, tokenizer, use, drawn(self.prompts, self.seed))
+            prompts = PronounPrompts(model, tokenizer, use, drawn(self.prompts, self.seed), self.layers)
             zero, mean = (ablation_outputs(prompts, by) for by in ("zero", "mean"))
             tables = {
                 "nie": effects(prompts, prompts.other, "natural indirect effect (CMA)"),

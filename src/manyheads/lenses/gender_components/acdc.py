@@ -47,7 +47,7 @@ class Acdc(CausalLens):
 
     def locate(self, model: nn.Module, tokenizer: Any, use: Callable[..., Any]) -> LensResult:
         with frozen(model):
-            return self.pruned(PronounPrompts(model, tokenizer, use, drawn(self.prompts, self.seed)))
+            return self.pruned(PronounPrompts(model, tokenizer, use, drawn(self.prompts, self.seed), self.layers))
 
     @torch.no_grad()
     def pruned(self, prompts: PronounPrompts) -> LensResult:

@@ -81,7 +81,7 @@ class DiffMask(CausalLens):
             parts = max(1, min(8, self.steps // 4))  # batches that take turns, each read once
             asked = drawn(parts * self.batch, self.seed)
             batches = [asked[i::parts] for i in range(parts)]
-            return self.fitted([PronounPrompts(model, tokenizer, use, part) for part in batches])
+            return self.fitted([PronounPrompts(model, tokenizer, use, part, self.layers) for part in batches])
 
     def fitted(self, batches: list[PronounPrompts]) -> LensResult:
         """The probability that each head's gate is open, after training on ``batches`` by turns."""

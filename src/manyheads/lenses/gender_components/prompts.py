@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...data.gender_bias import TEMPLATES, Profession, professions
 from ...errors import UserError
+from ...strategy import Layers
 from .._patching import Outputs, PatchedRuns, padded
 
 __all__ = ["Asked", "PronounPrompts", "drawn", "pronouns"]
@@ -72,12 +73,14 @@ class PronounPrompts:
         odds: ``log P(anti) / P(pro)`` as the model is, ``[N]``.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, use: Callable[..., Any], asked: Sequence[Asked]) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, use: Callable[..., Any], asked: Sequence[Asked], layers: Layers = None
+    ) -> None:  # fmt: skip
         self.asked = list(asked)
         texts = [template.format(profession.name) for profession, template in asked]
         turned = [template.format("woman" if profession.male else "man") for profession, template in asked]
-        beside = PatchedRuns(model, use, padded(model, tokenizer, turned))
-        self.runs = PatchedRuns(model, use, padded(model, tokenizer, texts))
+        beside = PatchedRuns(model, use, padded(model, tokenizer, turned), layers)
+        self.runs = PatchedRuns(model, use, padded(model, tokenizer, texts), layers)
         self.other: Outputs = beside.outputs
         self.other_logits = beside.plain
         he, she = pronouns(tokenizer)
