@@ -42,8 +42,8 @@ BETTER = {
 SHARES = {
     "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
-    "answered_ok", "swapped", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall", "shared_head",
-    "stereotyped", "prefers_stereotype",
+    "answered_ok", "swapped", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
+    "shared_head", "stereotyped", "prefers_stereotype",
 }  # fmt: skip
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
