@@ -10,7 +10,7 @@ from manyheads.lenses._patching import PatchedRuns, ShiftResidual, padded
 from oracles import models
 from tolerance import DEEP, SAME, assert_close, is_close, is_far
 
-NAMES = ("llama", "gpt2", "qwen3", "gemma2", "olmo2", "phi3", "deepseek_v3")
+NAMES = ("llama", "gpt2", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3", "mistral", "gpt_oss", "deepseek_v3")
 
 
 def runs(model, seed=0, padded=True):
