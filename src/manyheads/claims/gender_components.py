@@ -76,7 +76,7 @@ claim = Claim(
     caveat=(
         "BUG is not at hand: balanced sentences are a few hundred of Brown's with a profession and a pronoun, beside "
         "their swaps. Heads share keys and values here, so that tuned are a head's own: queries and output. MLPs are "
-        "not scored, ACDC's nodes are heads, and StereoSet is not asked. The CPU's twelve steps change heads by next to "
-        "nothing: that tuning them costs nothing says little there."
+        "not scored, ACDC's nodes are heads, and StereoSet is not asked. The CPU's twelve steps change heads by next "
+        "to nothing: that tuning them costs nothing says little there."
     ),
 )  # fmt: skip
