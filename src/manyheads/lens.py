@@ -19,7 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -250,7 +250,12 @@ def stack_ragged(rows: Sequence[Any]) -> Any:
 
 
 class Lens(AttentionWatch):
-    """Base of strategies that only look. A subclass overrides ``statistics``, ``update`` and ``compute``."""
+    """Base of strategies that only look. A subclass overrides ``statistics``, ``update`` and ``compute``.
+
+    ``asks`` is set by one that is about answers: without a text it is tried on questions whose answers are known.
+    """
+
+    asks: ClassVar[bool] = False
 
     def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         """Statistics of the weights of this call, by name; none where q, k, v and out are enough."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rows to a value with a 95 % interval, and how the interval was made. No other file makes one.
+"""From rows to a value with a 95 % interval, and how the interval was made. No other file makes one; bounds that a
+decision rests on are in :mod:`.risk_bounds`.
 
 Contexts are independent, the samples within one are not. Seeds are independent: where every seed is judged on the same
 contexts both axes count; where every seed has contexts of its own they share its training, and the seeds alone count.
