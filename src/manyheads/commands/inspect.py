@@ -32,10 +32,20 @@ from .options import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from manyheads.report.page import Page
 
 _PROBE, _DOCTOR = "manyheads-inspect", "manyheads-doctor"
 FINDINGS = "findings.json"
+
+Questions = Annotated[
+    Path | None, typer.Option(help="For hallucination_risk: JSON list of questions, each with its answers.")
+]
+Risk = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=0.99, help="Of those: share of wrong ones among answers given. \\[default: 0.2]"),
+]
 
 
 def inspect(
@@ -65,6 +75,8 @@ def inspect(
     length: Length = None,
     samples: Samples = None,
     layers: Annotated[str | None, typer.Option(help="Layers to look at, as 0-3+7. \\[default: all]")] = None,
+    questions: Questions = None,
+    risk: Risk = None,
     ablate: Annotated[
         str | None, typer.Option(help="Score such as sink: take its highest heads out and measure the loss.")
     ] = None,
@@ -79,8 +91,9 @@ def inspect(
 
     Without options: the shipped model reads the source of Python's standard library. Text encoders are
     looked at too, of encoder-decoder models the encoder; they have no loss. Vision transformers take --image,
-    speech models of Whisper's kind --audio. The page shows every score over layers and heads, the map of each
-    head, tokens coloured by what a lens says of them, and where the mass goes.
+    speech models of Whisper's kind --audio. --lens hallucination_risk asks questions whose answers are
+    known where no part of a text is named: --questions or our own, gaps of --text among them. The page shows every
+    score over layers and heads, the map of each head, tokens coloured by what a lens says, and where the mass goes.
     """
     passive_threads()
     from manyheads.data.texts import read
@@ -90,8 +103,8 @@ def inspect(
     if image or audio:
         no = {
             "--text": text, "--role": role, "--chat": chat, "--generate": generate, "--length": length,
-            "--samples": samples, "--ablate": ablate, "--quick": quick, "--seed": seed,
-            "--image beside --audio": image and audio,
+            "--samples": samples, "--ablate": ablate, "--quick": quick, "--seed": seed, "--questions": questions,
+            "--risk": risk, "--image beside --audio": image and audio,
         }  # fmt: skip
         _look_at_signals(
             model, image, audio, lenses if lens else list(DEFAULT), [name for name, value in no.items() if value],
@@ -105,6 +118,19 @@ def inspect(
     messages = _messages(chat, text)
     texts = read(text) if text else None
     chosen = _layers(layers)
+    if questions is not None or (any(one.asks for one in lenses) and not (roles or messages)):
+        no = {
+            "--role": role, "--chat": chat, "--generate": generate, "--length": length, "--layers": layers,
+            "--ablate": ablate, "--lens of another kind": lens and not all(one.asks for one in lenses),
+            "--text beside --questions": text and questions,
+        }  # fmt: skip
+        _ask(
+            model, questions, texts, [name for name, value in no.items() if value], risk=risk, out=out, as_json=as_json,
+            each=samples or (40 if quick else None), device=device, dtype=dtype, seed=seed or 0,
+        )  # fmt: skip
+        return
+    if risk is not None:
+        raise UserError("--risk is for questions: add --lens hallucination_risk, or --questions FILE")
     place = writable(out, _PROBE)
     from manyheads.inspect import run
     from manyheads.inspect.prompts import chat as as_prompt
@@ -121,11 +147,32 @@ def inspect(
             progress=progress,
             length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES),
         )  # fmt: skip
-    document = _write(place, "inspect.html", shown_by.page(seen), seen.document())
-    if as_json:
-        typer.echo(document, nl=False)
-    else:
-        shown_by.print_findings(seen, place / "inspect.html", console())
+    _show(place / "inspect.html", shown_by.page(seen), seen, shown_by.print_findings, as_json)
+
+
+def _ask(
+    model: str | None, questions: Path | None, texts: list[Any] | None, no: list[str], *, risk: float | None,
+    each: int | None, device: str | None, dtype: str | None, seed: int, out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """``inspect`` of answers to questions; ``no`` are options that it has no use for."""
+    if no:
+        raise UserError(f"{no[0]} is not for questions: leave it away, or name the parts of a text with --role source=")
+    place = writable(out, _PROBE)
+    from manyheads.inspect import risk as work
+    from manyheads.report import risk as shown_by
+
+    with shown(as_json) as progress:
+        asked = (
+            work.read_questions(questions)
+            if questions
+            else work.built_in_questions(each or work.EACH, seed, texts or ())
+        )
+        loaded, tokenizer = load_model(model, device, dtype)
+        found = work.risk_report(
+            loaded, tokenizer, asked, risk=risk or 0.2, seed=seed, origin=model or "the shipped model", command=typed(),
+            progress=progress,
+        )  # fmt: skip
+    _show(place / "inspect.html", shown_by.page(found), found, shown_by.print_report, as_json)
 
 
 def _look_at_signals(
@@ -161,11 +208,7 @@ def _look_at_signals(
 
     for part, other in seen.others.items():
         write(shown_by.page(other), place / f"{part}.html")
-    document = _write(place, "inspect.html", shown_by.page(seen), seen.document())
-    if as_json:
-        typer.echo(document, nl=False)
-    else:
-        shown_by.print_findings(seen, place / "inspect.html", console())
+    _show(place / "inspect.html", shown_by.page(seen), seen, shown_by.print_findings, as_json)
 
 
 def doctor(
@@ -205,11 +248,7 @@ def doctor(
             command=typed(), length=length or (512 if quick else None),
             samples=samples or (3 if quick else run.SAMPLES), quick=quick, progress=progress,
         )  # fmt: skip
-    document = _write(place, "doctor.html", shown_by.page(found), found.document())
-    if as_json:
-        typer.echo(document, nl=False)
-    else:
-        shown_by.print_diagnosis(found, place / "doctor.html", console())
+    _show(place / "doctor.html", shown_by.page(found), found, shown_by.print_diagnosis, as_json)
 
 
 def _messages(chat: Path | None, text: list[str] | None) -> list[dict[str, str]] | None:
@@ -230,14 +269,17 @@ def _layers(text: str | None) -> list[int] | None:
     return sorted(set(numbers(text)))
 
 
-def _write(place: Path, name: str, page: Page, document: dict[str, Any]) -> str:
-    """Write page and findings into ``place``; returns the findings as text."""
+def _show(place: Path, page: Page, found: Any, print_: Callable[[Any, Path, Any], None], as_json: bool) -> None:
+    """Write the page to ``place`` and what was ``found`` beside it, and print it."""
     import json
 
     from manyheads.files import write_asked
     from manyheads.report.page import write
 
-    text = json.dumps(document, allow_nan=False, ensure_ascii=False) + "\n"
-    write_asked(place / FINDINGS, text)
-    write(page, place / name)
-    return text
+    text = json.dumps(found.document(), allow_nan=False, ensure_ascii=False) + "\n"
+    write_asked(place.with_name(FINDINGS), text)
+    write(page, place)
+    if as_json:
+        typer.echo(text, nl=False)
+    else:
+        print_(found, place, console())

@@ -26,8 +26,8 @@ import numpy as np
 from ..errors import UserError
 
 __all__ = [
-    "binary_kl", "clopper_pearson", "gaussian_kl", "hoeffding", "kl_inverse", "massart", "mcallester", "rademacher",
-    "seeger",
+    "binary_kl", "binomial_cdf", "clopper_pearson", "gaussian_kl", "hoeffding", "kl_inverse", "massart", "mcallester",
+    "rademacher", "seeger",
 ]  # fmt: skip
 
 
@@ -43,8 +43,8 @@ def clopper_pearson(errors: int, n: int, delta: float = 0.05) -> tuple[float, fl
     A two-sided interval of 95 % has ``delta=0.025``.
     """
     _check(errors / max(n, 1), n, delta)
-    low = 0.0 if errors == 0 else _bisect(lambda p: 1 - _binomial(errors - 1, n, p) > delta)
-    return low, 1.0 if errors == n else _bisect(lambda p: _binomial(errors, n, p) < delta)
+    low = 0.0 if errors == 0 else _bisect(lambda p: 1 - binomial_cdf(errors - 1, n, p) > delta)
+    return low, 1.0 if errors == n else _bisect(lambda p: binomial_cdf(errors, n, p) < delta)
 
 
 def mcallester(risk: float, n: int, kl: float = 0.0, delta: float = 0.05) -> float:
@@ -84,6 +84,13 @@ def gaussian_kl(mean: Any, deviation: Any, prior_deviation: float, prior_mean: A
     return float((spread - 0.5 + np.log(prior_deviation / deviation)).sum())
 
 
+def binomial_cdf(most: int, n: int, p: float) -> float:
+    """Chance of at most ``most`` successes in n draws of probability ``p``, 0 < p < 1."""
+    k = np.arange(most + 1)
+    chosen = np.append(0.0, np.cumsum(np.log(n - k[1:] + 1) - np.log(k[1:])))  # ln of n over k
+    return float(np.exp(chosen + k * math.log(p) + (n - k) * math.log1p(-p)).sum())
+
+
 def binary_kl(q: float, p: float) -> float:
     """KL of a coin that falls with probability ``q`` from one with ``p``, nats; infinite where p excludes q."""
     total = 0.0
@@ -108,13 +115,6 @@ def _complexity(risk: float, n: int, kl: float, delta: float) -> float:
 def _check(risk: float, n: int, delta: float) -> None:
     if not (0 <= risk <= 1 and n >= 1 and 0 < delta < 1):
         raise UserError(f"a bound needs a risk in [0, 1], samples and 0 < delta < 1, not {risk}, {n}, {delta}")
-
-
-def _binomial(most: int, n: int, p: float) -> float:
-    """Chance of at most ``most`` successes in n draws of probability ``p``, 0 < p < 1."""
-    k = np.arange(most + 1)
-    logs = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k])
-    return float(np.exp(logs + k * math.log(p) + (n - k) * math.log1p(-p)).sum())
 
 
 def _bisect(beyond: Callable[[float], bool], low: float = 0.0) -> float:

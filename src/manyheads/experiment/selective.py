@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .risk_bounds import clopper_pearson
+from .risk_bounds import binomial_cdf
 
 __all__ = ["area", "calibration_error", "candidates", "conformal_threshold", "controlled_threshold", "risk_coverage"]
 
@@ -59,7 +59,8 @@ def controlled_threshold(scores: Any, wrong: Any, tried: Any, risk: float, delta
     scores, wrong, chosen = np.asarray(scores, float), np.asarray(wrong, bool), -math.inf
     for threshold in np.sort(tried):
         given = scores <= threshold
-        if not given.any() or clopper_pearson(int(wrong[given].sum()), int(given.sum()), delta)[1] > risk:
+        # The exact upper bound is at most the risk where so few errors are so unlikely at it.
+        if not given.any() or binomial_cdf(int(wrong[given].sum()), int(given.sum()), risk) > delta:
             break
         chosen = float(threshold)
     return chosen

@@ -61,7 +61,7 @@ class Answer:
 
 def read_answers(
     model: Any, tokenizer: Any, questions: Sequence[Question], judge: Judge = right, *, tokens: int = 8,
-    say: Callable[[int], None] = lambda done: None,
+    say: Callable[[float], None] = lambda done: None,
 ) -> list[Answer]:  # fmt: skip
     """Ask ``questions`` and look at the answers.
 
@@ -71,7 +71,7 @@ def read_answers(
         questions: in a chat template where the tokenizer has one.
         judge: whether an answer, without its opening, is right.
         tokens: of an answer, at most.
-        say: is told how many were read.
+        say: is told how many questions are done; one that is answered and not looked at yet counts half.
 
     Raises:
         UserError: the tokenizer does not tell where its tokens stand.
@@ -85,6 +85,7 @@ def read_answers(
         some = order[start : start + _WIDEST]
         made = greedy(model, tokenizer, [prompts[i][0] for i in some], tokens)
         said |= {i: _cut(tokenizer, ids, questions[i].words) for i, ids in zip(some, made, strict=True)}
+        say(len(said) / 2)
     told = [i for i in range(len(questions)) if said[i]]
     found: list[Answer] = []
     for start in range(0, len(told), _FORWARD):
@@ -92,7 +93,8 @@ def read_answers(
         rows = [(questions[i], *prompts[i], said[i]) for i in some]
         for answer in _looked_at(model, tokenizer, rows, judge):
             found.append(answer)
-            say(len(found))
+            say((len(questions) + len(found)) / 2)
+    say(float(len(questions)))
     return found
 
 

@@ -105,11 +105,11 @@ class Abstention(Task):
 
         texts = corpus("wikitext") if "cloze" in self.kinds else ()
         asked = [q for kind in self.kinds for q in known_answers(kind, self.questions, run.rng(questions=kind), texts)]
-        told: dict[str, int] = {"before": 0}
+        told = [0.0]
 
-        def say(done: int) -> None:
-            run.advance(float(done - told["before"]))
-            told["before"] = done
+        def say(done: float) -> None:
+            run.advance(done - told[-1])
+            told.append(done)
 
         answers = read_answers(model_of(run), cast(CausalLM, run.subject).tokenizer, asked, tokens=self.tokens, say=say)
         found = judged(answers)
