@@ -62,7 +62,7 @@ def test_a_controlled_threshold_keeps_the_risk():
     failed, naive = (np.mean([t / 2 > risk + 1e-9 for t in some]) for some in (found, plain))
     assert failed <= delta + 3 * error_of(delta) * math.sqrt(2) and naive > 2 * delta
     # It is no excuse: most draws answer a fifth or more.
-    assert np.mean([t >= 0.2 for t in found]) > 0.7
+    assert np.mean([t >= 0.2 for t in found]) > 0.5
     scores, wrong = world(rng, 4000)
     large = controlled_threshold(scores, wrong, tried, risk, delta)
     assert 0.3 <= large <= 2 * risk and controlled_threshold(scores, wrong, tried, 0.01, delta) == -math.inf

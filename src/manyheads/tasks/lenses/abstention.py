@@ -3,7 +3,7 @@
 
 A model answers questions whose answers are known (:mod:`manyheads.data.known_answers`). An arm is a detector of its
 wrong answers: one that needs no training, a classifier, ``random`` numbers, or ``shuffled``: the classifier of both
-kinds of features, fitted to labels that were shuffled within each kind of question.
+kinds of features, fitted to and judged by labels that were shuffled within each kind of question.
 """
 
 from __future__ import annotations
@@ -136,27 +136,28 @@ class Abstention(Task):
         part = found.parts(_PARTS, run.rng(parts=seed))
         stratum = np.array([f"{kind}/{k}" for kind, k in zip(found.kind, part, strict=True)])
         for arm in run.arms:
-            score = self._crossed(run, found, arm, part, seed)
+            score, wrong = self._crossed(run, found, arm, part, seed)
             for kind in ("all", *self.kinds):
                 mine = np.flatnonzero((found.kind == kind) | (kind == "all"))
-                values = auroc_values(score[mine], found.wrong[mine], stratum[mine])
+                values = auroc_values(score[mine], wrong[mine], stratum[mine])
                 for i, value in zip(mine, values, strict=True):
                     if math.isfinite(value):
                         yield self.row(
                             "auroc", arm, value, f"{i}", context=found.origin[i], seed=seed, at={"kind": kind}
                         )
 
-    def _crossed(self, run: RunContext, found: JudgedAnswers, arm: Arm, part: Any, seed: int) -> Any:
-        rng = run.rng(detector=arm.name, parts=seed)
+    def _crossed(self, run: RunContext, found: JudgedAnswers, arm: Arm, part: Any, seed: int) -> tuple[Any, Any]:
+        """Scores of all answers, and what they are to tell."""
+        rng, wrong = run.rng(detector=arm.name, parts=seed), found.wrong
         if arm.name == "random":
-            return rng.random(len(part))
+            return rng.random(len(part)), wrong
         if arm.name != "shuffled":
-            return found.crossed(arm.name, part, rng)
-        wrong = found.wrong.copy()
+            return found.crossed(arm.name, part, rng), wrong
+        wrong = wrong.copy()
         for kind in self.kinds:
             mine = np.flatnonzero(found.kind == kind)
             wrong[mine] = wrong[rng.permutation(mine)]
-        return found.crossed("both", part, rng, wrong)
+        return found.crossed("both", part, rng, wrong), wrong
 
     def _halves(self, run: RunContext, found: JudgedAnswers, arm: Arm) -> Iterator[tuple[Any, Any, Any]]:
         """Answers that are calibrated on, their scores, and candidates from the others, one half after the other."""
