@@ -83,6 +83,22 @@ def test_text_with_a_role(cli, folder, tmp_path):
     assert json.loads(out)["prompts"][0]["roles"]["system"][0][0] == 0
 
 
+def test_questions(cli, folder, tmp_path):
+    """A random model is right where nothing can be wrong; with a part of a text the lens looks as any other."""
+    rows = [{"question": f"What is it, number {i}?", "answers": ["it"] if i % 2 else []} for i in range(60)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    base = ("inspect", "--model", str(folder), "--lens", "hallucination_risk")
+    code, out, err = cli(*base, "--questions", "q.json", "--risk", "0.6")
+    assert code == 0, err
+    assert "50 % of 60 answers are wrong" in out and "source mass" in out and "Clopper-Pearson" in out
+    document = json.loads((tmp_path / "manyheads-inspect" / "findings.json").read_text())
+    assert document["run"]["settings"]["risk"] == 0.6 and len(document["answers"]) == 60
+    assert "wrong among them" in (tmp_path / "manyheads-inspect" / "inspect.html").read_text()
+    code, out, err = cli(*base[:-1], "hallucination_risk:source=0-9", *SMALL, "--generate", "3", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["findings"]["hallucination_risk"]["tables"]) == {"source mass", "lookback"}
+
+
 BAD = [
     (["--lens", "snaks"], "did you mean sinks"),
     (["--lens", "snapkv"], "does not only look"),
@@ -120,6 +136,13 @@ BAD = [
     ),
     (["--lens", "sinks,massive_values:layers=9", "--generate", "4"], "causal self attention in layers 0 to 1"),
     (["--out", "short.txt/x"], "cannot write"),
+    (["--risk", "0.3"], "--risk is for questions"),
+    (["--lens", "hallucination_risk", "--generate", "4"], "--generate is not for questions"),
+    (["--lens", "hallucination_risk,sinks"], "--lens of another kind is not for questions"),
+    (["--lens", "hallucination_risk"], "passages that end with a name"),
+    (["--questions", "good.json"], "write questions as"),
+    (["--questions", "missing.json"], "no such file"),
+    (["--questions", "few.json"], "0 of 1 answers are wrong"),
 ]
 
 
@@ -129,10 +152,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, folder, tmp_path, options
     (tmp_path / "two.txt").write_text("a few words more than two of them, but not many")
     (tmp_path / "bad.json").write_text('[{"role": "user"}]')
     (tmp_path / "good.json").write_text('[{"role": "user", "content": "hello there, what is the matter with it?"}]')
+    (tmp_path / "few.json").write_text('[{"question": "Who is it?", "answers": []}]')
     before = sorted(p.name for p in tmp_path.iterdir())
     model = [] if "--model" in options else ["--model", str(folder)]
-    small = [] if "--length" in options else ["--length", "80"]
-    given = [] if {"--text", "--chat"} & set(options) else ["--text", str(folder / "config.json")]
+    asks = "--questions" in options or any("hallucination_risk" in option for option in options)
+    small = [] if "--length" in options or asks else ["--length", "80"]
+    given = [] if {"--text", "--chat", "--questions"} & set(options) else ["--text", str(folder / "config.json")]
     out = [] if "--out" in options else ["--out", "out"]
     code, printed, err = cli("inspect", *model, "--samples", "1", *small, *given, *out, *options)
     last = err.strip().splitlines()[-1]
