@@ -46,10 +46,7 @@ _SHARED = "shared"  # where the lenses of one site keep what they share
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where ``model`` takes its inputs: weights that are offloaded stand on ``meta`` between uses, and do not say.
-
-    The processor where nothing says it.
-    """
+    """Where ``model`` takes its inputs, the processor where nothing says it: offloaded weights stand on ``meta``."""
     held = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
     return next((device for device in held if device.type != "meta"), torch.device("cpu"))
 
@@ -250,12 +247,9 @@ def stack_ragged(rows: Sequence[Any]) -> Any:
 
 
 class Lens(AttentionWatch):
-    """Base of strategies that only look. A subclass overrides ``statistics``, ``update`` and ``compute``.
+    """Base of strategies that only look. A subclass overrides ``statistics``, ``update`` and ``compute``."""
 
-    ``asks`` is set by one that is about answers: without a text it is tried on questions whose answers are known.
-    """
-
-    asks: ClassVar[bool] = False
+    asks: ClassVar[bool] = False  # it is about answers: without a text it is tried on questions with known ones
 
     def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         """Statistics of the weights of this call, by name; none where q, k, v and out are enough."""
