@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logistic regression with an L2 penalty, for a few hundred samples and as many features, by Newton's method.
+"""Logistic regression with an L2 penalty, for a few hundred samples and as many features.
 
-scikit-learn is no dependency; this is the part of it that a classifier over the heads of a model needs.
+scikit-learn is no dependency; this is the part of it that a classifier over the heads of a model needs. Along the
+principal axes of the features the curvature of the loss is at most a diagonal, a quarter of their squared singular
+values: steps by it cost no more than a gradient, and Nesterov's acceleration makes some hundred of them do.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +17,8 @@ import numpy as np
 
 __all__ = ["Logistic", "cross_scores", "fit_logistic", "folds"]
 
-_PENALTIES = (1.0, 10.0, 100.0, 1000.0)  # on standardised features, of the sum of losses
-_STEPS = 50
+_PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)  # on standardised features, of the sum of losses
+_STEPS, _STOP = 5000, 1e-7  # at most; root of the mean squared gradient of a sample
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,17 @@ def fit_logistic(x: Any, y: Any, rng: Any, penalty: float | None = None) -> Logi
         x: features; those that do not vary get no weight.
         y: labels of both kinds.
         rng: NumPy's generator of the parts of the inner cross-validation.
-        penalty: half of it times the squared weights is added to the sum of the losses; the one of 1, 10, 100 and
-            1,000 that predicts best in threefold cross-validation within these samples when None.
+        penalty: half of it times the squared weights is added to the sum of the losses; the one of 1, 10, ... and
+            10,000 that predicts best in threefold cross-validation within these samples when None.
     """
     x, y = np.asarray(x, float), np.asarray(y, bool)
     if penalty is None:
-        part = folds(y, 3, rng)
-        losses = [
-            sum(_loss(_solve(x[part != k], y[part != k], each)(x[part == k]), y[part == k]) for k in range(3))
-            for each in _PENALTIES
-        ]
+        part, losses = folds(y, 3, rng), np.zeros(len(_PENALTIES))
+        for k in range(3):
+            fitted = _fits(x[part != k], y[part != k], _PENALTIES)
+            losses += [_loss(each(x[part == k]), y[part == k]) for each in fitted]
         penalty = _PENALTIES[int(np.argmin(losses))]
-    return _solve(x, y, penalty)
+    return _fits(x, y, [penalty])[0]
 
 
 def folds(y: Any, count: int, rng: Any) -> Any:
@@ -81,27 +84,28 @@ def _loss(logits: Any, y: Any) -> float:
     return float(np.logaddexp(0, np.where(y, -logits, logits)).sum())
 
 
-def _solve(x: Any, y: Any, penalty: float) -> Logistic:
-    """In the space of the samples: weights of the penalised optimum lie in it, and it is smaller than that of heads."""
+def _fits(x: Any, y: Any, penalties: Sequence[float]) -> list[Logistic]:
+    """A classifier for each penalty; the weights of the optimum lie in the space of the samples."""
     mean, scale = x.mean(0), x.std(0)
     scale = np.where(scale > 1e-12, scale, np.inf)
     left, singular, right = np.linalg.svd((x - mean) / scale, full_matrices=False)
-    z = np.column_stack([left * singular, np.ones(len(x))])
-    ridge = np.append(np.full(len(singular), penalty), 1e-6)  # the bias all but free
-    w = np.zeros(z.shape[1])
-
-    def objective(w: Any) -> float:
-        return _loss(z @ w, y) + 0.5 * float(ridge @ w**2)
-
-    value = objective(w)
-    for _ in range(_STEPS):
-        chance = 1 / (1 + np.exp(-np.clip(z @ w, -40, 40)))
-        gradient = z.T @ (chance - y) + ridge * w
-        curvature = (z * (chance * (1 - chance))[:, None]).T @ z + np.diag(ridge)
-        step, length = np.linalg.solve(curvature, gradient), 1.0
-        while length > 1e-4 and (new := objective(w - length * step)) > value:
-            length /= 2
-        if length <= 1e-4 or value - new < 1e-9 * (1 + abs(value)):
-            break
-        w, value = w - length * step, new
-    return Logistic(w[:-1] @ right, float(w[-1]), mean, scale, penalty)
+    kept = singular > 1e-9 * singular[0]
+    left, singular, right = left[:, kept], singular[kept], right[kept]
+    z = np.column_stack([left * singular, np.ones(len(x))])  # columns at right angles
+    made = []
+    for penalty in penalties:
+        ridge = np.append(np.full(len(singular), penalty), 0.0)
+        step = 1 / (np.append(singular**2, len(x)) / 4 + ridge)
+        w = ahead = np.zeros(z.shape[1])
+        momentum = 1.0
+        for _ in range(_STEPS):
+            gradient = z.T @ (1 / (1 + np.exp(-np.clip(z @ ahead, -500, 500))) - y) + ridge * ahead
+            new, pace = ahead - step * gradient, (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+            if gradient @ (new - w) > 0:  # uphill: the momentum is let go
+                pace = 1.0
+                momentum = 1.0
+            ahead, w, momentum = new + (momentum - 1) / pace * (new - w), new, pace
+            if gradient @ gradient < (_STOP * len(x)) ** 2:
+                break
+        made.append(Logistic(w[:-1] @ right, float(w[-1]), mean, scale, penalty))
+    return made
