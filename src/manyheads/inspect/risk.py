@@ -163,7 +163,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def risk_report(
     model: Any, tokenizer: Any, questions: Sequence[Question] | None = None, judge: Judge = right, *,
-    detector: str = "both", risk: float = 0.2, delta: float = 0.1, kl: float = 0.0, tokens: int = 16, seed: int = 0,
+    detector: str = "both", risk: float = 0.2, delta: float = 0.1, kl: float = 0.0, tokens: int = 12, seed: int = 0,
     origin: str | None = None, command: Sequence[str] = (), progress: Progress | None = None,
 ) -> RiskReport:  # fmt: skip
     """Ask questions whose answers are known, and say how the wrong answers could be told and held back.

@@ -64,7 +64,7 @@ def _said(found: RiskReport) -> list[tuple[str, str]]:
     settings, whole, chosen = found.run["settings"], found.kinds["all"], found.chosen
     bound = min(found.bounds, key=lambda name: found.bounds[name])
     best = max(found.auroc, key=lambda name: found.auroc[name].value)
-    told = f"Answers whose {chosen.detector} score is above {number(chosen.value)} are to be held back"
+    told = f"Answers whose score of {chosen.detector} is above {number(chosen.value)} are to be held back"
     if chosen.wrong is None:
         told = (
             f"No threshold of {chosen.detector} is shown to keep wrong answers at {percent(settings['risk'])}: "
@@ -78,8 +78,9 @@ def _said(found: RiskReport) -> list[tuple[str, str]]:
         )
     return [
         ("risk", f"{percent(whole.value)} of {whole.n} answers are wrong ({_of(whole, True)}); with probability "
-         f"{1 - settings['delta']:g} the risk is below {percent(found.bounds[bound])} ({bound})."),
-        ("detector", f"{best} tells wrong answers best: AUROC {number(found.auroc[best].value)} "
+         f"{1 - settings['delta']:g} the risk is below {percent(found.bounds[bound])} ({bound}). The probabilities of "
+         f"answers miss the share right by {percent(found.calibration)} (expected calibration error)."),
+        ("detector", f"Wrong answers are told best by {best}: AUROC {number(found.auroc[best].value)} "
          f"({_of(found.auroc[best])})."),
         ("threshold", f"{told}."),
     ]  # fmt: skip
