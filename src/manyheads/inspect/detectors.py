@@ -37,14 +37,15 @@ class JudgedAnswers:
 
     Attributes:
         wrong: bool ``[N]``.
-        kind, origin: ``[N]`` of the questions; what has one origin is not independent.
+        kind, level, origin: ``[N]`` of the questions; levels as ``kind/level``; what has one origin is not independent.
         confidence: ``[N]`` probabilities of the answers.
         untrained: scores ``[N]`` of the detectors that need no training.
-        features: ``[N, F]`` of each classifier.
+        features: ``[N, F]`` of each classifier; ``level`` knows the question's alone, the control of the others.
     """
 
     wrong: Any
     kind: Any
+    level: Any
     origin: Any
     confidence: Any
     untrained: dict[str, Any]
@@ -78,12 +79,14 @@ def judged(answers: Sequence[Answer]) -> JudgedAnswers:
     ])  # fmt: skip
     heads = np.array([a.heads.ravel() for a in answers])
     heads = np.where(np.isfinite(heads), heads, 0.0)  # layers have different numbers of heads in some models
+    features = dict(zip(CLASSIFIERS, (uncertainty, heads, np.column_stack([uncertainty, heads])), strict=True))
+    level = np.array([f"{a.question.kind}/{a.question.level}" for a in answers])
     return JudgedAnswers(
-        np.array([not a.right for a in answers]), np.array([a.question.kind for a in answers]),
+        np.array([not a.right for a in answers]), np.array([a.question.kind for a in answers]), level,
         np.array([a.question.origin or f"question {i}" for i, a in enumerate(answers)]),
         np.array([a.confidence for a in answers]),
         {name: np.array([score(a) for a in answers]) for name, score in UNTRAINED.items()},
-        dict(zip(CLASSIFIERS, (uncertainty, heads, np.column_stack([uncertainty, heads])), strict=True)),
+        {**features, "level": (level[:, None] == np.unique(level)).astype(float)},
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 """How well made-up answers are told from right ones, and whether thresholds and bounds keep what they promise.
 
 A model answers questions whose answers are known (:mod:`manyheads.data.known_answers`). An arm is a detector of its
-wrong answers: one that needs no training, a classifier, ``random`` numbers, or ``shuffled``: the classifier of both
-kinds of features, fitted to and judged by labels that were shuffled within each kind of question.
+wrong answers: one that needs no training, a classifier, ``random`` numbers, ``level``, which knows how hard
+questions of a level are and nothing of the answer, or ``shuffled``: the classifier of both kinds of features, fitted to
+and judged by labels that were shuffled within each kind of question.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Abstention(Task):
 
     ``auroc`` counts pairs of a wrong and a right answer to questions of one kind (and of one part of the
     cross-validation), so that a detector gains nothing by telling kinds apart; its values are those of DeLong. It is
-    given over all kinds and for each. Of thresholds, ``answered_risk``, ``answered`` and ``false_alarm`` are of
+    given over all kinds and for each; for ``one level`` only pairs of the same level count, so that none gains
+    by telling hard questions from easy ones. Of thresholds, ``answered_risk``, ``answered`` and ``false_alarm`` are of
     questions that were not calibrated on: of one half, whose detector and candidates come from the other half, a random
     half calibrates and the rest is answered or not, again and again; a value stands for one question. Where nothing was
     answered at all the risk is 0, so it says nothing without ``answered``.
@@ -134,11 +136,15 @@ class Abstention(Task):
     def _told_apart(self, run: RunContext, found: JudgedAnswers, seed: int) -> Iterator[Row]:
         """Rows of AUROC in one cross-validation."""
         part = found.parts(_PARTS, run.rng(parts=seed))
-        stratum = np.array([f"{kind}/{k}" for kind, k in zip(found.kind, part, strict=True)])
+        by_kind, by_level = (
+            np.array([f"{name}/{k}" for name, k in zip(names, part, strict=True)])
+            for names in (found.kind, found.level)
+        )
         for arm in run.arms:
             score, wrong = self._crossed(run, found, arm, part, seed)
-            for kind in ("all", *self.kinds):
-                mine = np.flatnonzero((found.kind == kind) | (kind == "all"))
+            for kind in ("all", "one level", *self.kinds):
+                mine = np.flatnonzero((found.kind == kind) | (kind in ("all", "one level")))
+                stratum = by_level if kind == "one level" else by_kind
                 values = auroc_values(score[mine], wrong[mine], stratum[mine])
                 for i, value in zip(mine, values, strict=True):
                     if math.isfinite(value):
