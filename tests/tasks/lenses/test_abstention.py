@@ -15,7 +15,7 @@ from oracles.tasks import context, values
 from tiny.answers import drawn
 from tolerance import nearly
 
-NAMES = ("entropy", "source mass", "uncertainty", "attention", "both", "random", "shuffled")
+NAMES = ("entropy", "source mass", "uncertainty", "attention", "both", "level", "random", "shuffled")
 TASK = Abstention(questions=60, kinds=("sums", "facts"), splits=12, draws=20)
 SEEDS = (0, 1)
 
@@ -38,6 +38,8 @@ def test_detectors_tell_what_is_there_and_controls_nothing(rows):
     assert mean["entropy"] > 0.75 and mean["attention"] > 0.75 and mean["both"] > mean["entropy"] + 0.02
     assert mean["both"] > mean["uncertainty"] + 0.02
     assert abs(mean["random"] - 0.5) < 0.15 and abs(mean["shuffled"] - 0.5) < 0.2
+    assert mean["level"] == nearly(0.5)  # all are of one: their pairs are those of one kind
+    assert values(rows, "auroc", "both", kind="one level").mean() == nearly(mean["both"])
     assert len(values(rows, "auroc", "both", kind="sums")) == 60 * len(SEEDS)
     assert values(rows, "wrong", "entropy").mean() == pytest.approx(0.5, abs=0.15)
 
@@ -54,6 +56,19 @@ def test_kinds_are_not_told_apart(monkeypatch):
     wrong = np.array([not a.right for a in answers])
     assert auroc(np.array([a.entropy.mean() for a in answers]), wrong) > 0.85
     assert abs(values(found(monkeypatch, answers), "auroc", "entropy", kind="all").mean() - 0.5) < 0.25
+
+
+def test_levels_are_not_told_apart(monkeypatch):
+    """Every other question of a kind is hard: the level tells wrong answers, and nothing within one level."""
+    answers = drawn(120, told=0.0, by_heads=0.0, seed=4)
+    rng = np.random.default_rng(0)
+    for i, answer in enumerate(answers):
+        hard = i // 2 % 2 == 1
+        object.__setattr__(answer.question, "level", "hard" if hard else "easy")
+        object.__setattr__(answer, "right", bool(rng.random() < (0.2 if hard else 0.8)))
+    rows = found(monkeypatch, answers)
+    told, within = (values(rows, "auroc", "level", kind=kind).mean() for kind in ("all", "one level"))
+    assert told > 0.7 and within == nearly(0.5)
 
 
 def test_thresholds(rows):
