@@ -97,7 +97,7 @@ def inspect(
     """
     passive_threads()
     from manyheads.data.texts import read
-    from manyheads.inspect.naming import DEFAULT, parse_lenses, parse_role
+    from manyheads.inspect.naming import DEFAULT, asks, parse_lenses, parse_role
 
     lenses, roles = parse_lenses(lens or list(DEFAULT))
     if image or audio:
@@ -118,10 +118,10 @@ def inspect(
     messages = _messages(chat, text)
     texts = read(text) if text else None
     chosen = _layers(layers)
-    if questions is not None or (any(one.asks for one in lenses) and not (roles or messages)):
+    if questions is not None or (any(map(asks, lenses)) and not (roles or messages)):
         no = {
             "--role": role, "--chat": chat, "--generate": generate, "--length": length, "--layers": layers,
-            "--ablate": ablate, "--lens of another kind": lens and not all(one.asks for one in lenses),
+            "--ablate": ablate, "--lens of another kind": lens and not all(map(asks, lenses)),
             "--text beside --questions": text and questions,
         }  # fmt: skip
         _ask(

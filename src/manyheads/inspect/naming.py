@@ -12,7 +12,7 @@ from ..lens import Lens
 from ..spec import Spec, parse, read, split_list
 from ..strategy import CausalLens
 
-__all__ = ["DEFAULT", "SHORT", "Part", "check_roles", "parse_lenses", "parse_role", "role_of"]
+__all__ = ["DEFAULT", "SHORT", "Part", "asks", "check_roles", "parse_lenses", "parse_role", "role_of"]
 
 # A short name stands for these lenses of the catalogue.
 SHORT: dict[str, tuple[str, ...]] = {
@@ -59,6 +59,11 @@ def check_roles(lenses: Sequence[Lens], known: Iterable[str]) -> None:
                 f"{lens.slug} looks at tokens of the role {name!r}, and none are named: "
                 f'add --role {name}=START-END or --role {name}="text of the prompt"'
             )
+
+
+def asks(lens: Lens | CausalLens) -> bool:
+    """Whether ``lens`` is about answers, and without a text asks questions whose answers are known."""
+    return isinstance(lens, Lens) and lens.asks
 
 
 def role_of(lens: Lens) -> str | None:
