@@ -21,10 +21,11 @@ matrix products only, and every byte that a stage reads or writes once.
 """
 
 import re
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import inf
+from math import exp, inf, log
 from typing import Literal
 
 import torch
@@ -190,6 +191,9 @@ class Platform:
         fused_heads: whether torch's attention keeps logits on the chip where keys are wider than values. On CUDA it
             does, on a CPU it does not.
         flop_energy, byte_energy: joules per FLOP and per byte moved, None where unknown.
+        link: bytes/s from the host's memory; infinite where all memory is the host's.
+        rates: in place of ``bandwidth``, by the bytes that an operation moves, ascending: those, bytes/s to memory that
+            is in use already, and to memory that is new. Small ones stay in caches; new pages cost a CPU much.
     """
 
     peak_flops: float
@@ -198,6 +202,19 @@ class Platform:
     fused_heads: bool = True
     flop_energy: float | None = None
     byte_energy: float | None = None
+    link: float = inf
+    rates: tuple[tuple[float, float, float], ...] = ()
+
+    def rate(self, moved: float, fresh: bool = False) -> float:
+        """Bytes/s of an operation that moves so many bytes, in logarithms between two sizes that were measured."""
+        if not self.rates:
+            return self.bandwidth
+        found = [entry[2 if fresh else 1] for entry in self.rates]
+        sizes = [entry[0] for entry in self.rates]
+        at = min(max(bisect(sizes, moved), 1), len(sizes) - 1)
+        share = log(max(moved, 1.0) / sizes[at - 1]) / log(sizes[at] / sizes[at - 1])
+        low, high = log(found[at - 1]), log(found[at])
+        return exp(low + (high - low) * min(max(share, 0.0), 1.0))
 
 
 # Data sheets, dense: FLOP/s at 16 bits and at 32 (without TF32), bytes/s. A device is the first whose words are all in
@@ -236,15 +253,28 @@ def platform_of(name: str, itemsize: int = 2) -> Platform:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A piece of work between whose parts nothing goes through main memory."""
+    """A piece of work between whose parts nothing goes through main memory.
+
+    Attributes:
+        name: what it is.
+        flops, bytes: computed, and moved through main memory.
+        launches: operations that it is launched as; a mean over layers may be a part of one.
+        host: bytes that come from the host's memory.
+        fresh: whether results go to memory that is new.
+    """
 
     name: str
-    flops: int
-    bytes: int
+    flops: float
+    bytes: float
+    launches: float = 1
+    host: float = 0
+    fresh: bool = False
 
     def seconds(self, platform: Platform) -> float:
-        """The longer of computing and moving."""
-        return max(self.flops / platform.peak_flops, self.bytes / platform.bandwidth) + platform.overhead
+        """The longest of computing, moving and fetching, and the launches."""
+        rate = platform.rate(self.bytes / max(1, self.launches), self.fresh)
+        longest = max(self.flops / platform.peak_flops, self.bytes / rate, self.host / platform.link)
+        return longest + self.launches * platform.overhead
 
     @property
     def intensity(self) -> float:

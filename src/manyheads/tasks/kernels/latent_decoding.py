@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...costs.clock import Clock
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...integrations import use
 from ...integrations.cache import cache_arguments
 from ...integrations.transformers import new_cache
-from ._clock import Clock
 from ._latent import LatentTask
 
 __all__ = ["LatentDecoding"]

@@ -12,9 +12,9 @@ from typing import ClassVar, cast
 import torch
 
 from ...attention import mla
+from ...costs.clock import Clock
 from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...spec import read
-from ._clock import Clock
 from ._latent import LatentTask
 
 __all__ = ["LatentSchedules"]

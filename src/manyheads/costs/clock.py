@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...attention.mla import Platform
+from ..attention.mla import Platform
 
 __all__ = ["Clock"]
 
@@ -71,3 +71,20 @@ class Clock:
             2 * size**3 / self.best(partial(torch.matmul, a, a), 20), copied / self.best(source.clone, 20),
             self.best(partial(torch.matmul, tiny, tiny), 50), fused_heads=gpu,
         )  # fmt: skip
+
+    def rates(self) -> tuple[tuple[float, float, float], ...]:
+        """Bytes moved by a copy, ascending, with its bytes/s into memory in use and into new memory, without launches.
+
+        :attr:`manyheads.attention.mla.Platform.rates` of this machine.
+        """
+        tiny = torch.ones(8, device=self.device, dtype=self.dtype)
+        other, found = tiny.clone(), []
+        launch = self.best(partial(other.copy_, tiny), 50)
+        for power in range(16, 31 if self.device.type == "cuda" else 28, 2):
+            source = torch.ones((1 << power) // 2 // tiny.element_size(), device=self.device, dtype=self.dtype)
+            target = source.clone()
+            runs = 20 if power < 24 else 6
+            used, new = (self.best(work, runs) for work in (partial(target.copy_, source), source.clone))
+            rate = [2.0**power / max(t - launch, 0.1 * t) for t in (used, new)]
+            found.append((2.0**power, rate[0], rate[1]))
+        return tuple(found)
