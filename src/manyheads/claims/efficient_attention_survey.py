@@ -67,6 +67,7 @@ claim = Claim(
     caveat=(
         "Random tensors in one layer's shapes; choices that depend on the numbers (blocks, codewords) fall as they do "
         "there. Decoding is of one row. A crossover is that with full attention, where the lengths measured show one; "
-        "two that agree beyond them count nothing. Times are the shortest of several in turns, on a CPU by one thread."
+        "two that agree beyond them count nothing. Times are the shortest of several in turns; on a CPU they are the "
+        "processor's, of one thread, as other processes of a busy machine doubled the wall's several times over."
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ class Clock:
     """Seconds of work on a device.
 
     On a GPU they are the device's own: work is queued behind a long product, so that gaps of the launching host do not
-    count.
+    count. On a CPU they are the wall's or, where ``own``, the processor time of this thread: other processes do not count,
+    and neither do other threads, so that it wants work of one.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, own: bool = False) -> None:
+        self.device, self._now = device, thread_time if own else perf_counter
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._filler = self.draw(8192, 8192) if device.type == "cuda" else None
 
@@ -44,9 +45,9 @@ class Clock:
     def seconds(self, work: Callable[[], object]) -> float:
         """Seconds of one run of ``work``."""
         if self._filler is None:
-            start = perf_counter()
+            start = self._now()
             work()
-            return perf_counter() - start
+            return self._now() - start
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.queue()
         begin.record()

@@ -59,6 +59,15 @@ def config(path_or_name: str | Path) -> Any:
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
+def count_parameters(config: Any) -> int:
+    """Parameters of a causal language model of ``config``; none is made."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
+
+
 def load_default(
     device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -34,7 +34,7 @@ _FAR = float(1 << 26)  # tokens that stand for never
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyTimes(Task):
-    """All operators at all lengths, in turns; the shortest time of each counts. On a CPU one thread computes.
+    """All operators at all lengths, in turns; the shortest time of each counts, on a CPU the processor's of one thread.
 
     An arm's option ``only`` leaves the other resource out (``FLOPs``, ``bytes``), ``without`` a part (``launches``, or
     ``caches``: one bandwidth for all sizes), and ``shuffled`` gives every operator what is predicted of another one.
@@ -76,7 +76,7 @@ class FamilyTimes(Task):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            clock = Clock(run.device)
+            clock = Clock(run.device, own=True)
             platform = replace(clock.calibrate(), rates=clock.rates())
             with torch.inference_mode():
                 best = {length: self._best(clock, names, length) for length in grid}
@@ -95,14 +95,14 @@ class FamilyTimes(Task):
                 return self._predicted(pairs[name], length, _seen(platform, arm), clock)
 
             for length, times in best.items():
-                at = {"length": length}
                 for name, spent in times.items():
                     apart = log2(said(name, length) / spent)
-                    sample, where = f"{name}.{length}", {place: name, "length": length}
-                    yield self.row(metric, arm, abs(apart), sample, context=name, at=where)
-                    yield self.row("bias", arm, apart, sample, context=name, at=where)
+                    yield self.row(metric, arm, abs(apart), f"{name}.{length}", context=name)
+                    if arm is run.baseline:
+                        where = {place: name, "length": length}
+                        yield self.row("bias", arm, apart, f"{name}.{length}", context=name, at=where)
                 found = rank_correlation([said(name, length) for name in times], list(times.values()))
-                yield self.row("rank", arm, found, f"{unit.name}.{length}", at=at)
+                yield self.row("rank", arm, found, f"{unit.name}.{length}")
             yield from self._crossings(arm, best, said, names)
 
     def _layer(self, name: str, length: int, clock: Clock) -> Layer:
