@@ -129,6 +129,137 @@ def machine(path: str, *keys: Any, date: Sequence[Any] = ("date",)) -> str:
     return f"{processor}, {', '.join(versions)}, {value(path, *date)}"
 
 
+# ---- the cost model, and what was measured of the same
+
+
+def _llama(length: int, card: str, what: str, batch: int = 1, pretrained: bool = False) -> Any:
+    """Llama-3-8B's shape on a card; its weights count but for training, which takes more than one."""
+    from manyheads.costs import Layer, Setting
+    from manyheads.costs import card as named
+
+    layer = Layer(length=length, batch=batch)
+    return Setting(layer=layer, card=named(card), what=what, parameters=0 if what == "train" else 8_030_261_248,
+                   pretrained=pretrained)  # type: ignore[arg-type]  # fmt: skip
+
+
+def families_by_length(card: str, what: str, lengths: Sequence[int]) -> str:
+    """Predicted milliseconds of the attention of Llama-3-8B's shape: a line for each family, a column a length."""
+    from manyheads.costs import families, ranked
+
+    found = {n: {one.entry.name: one for one in ranked(_llama(n, card, what))} for n in lengths}
+    body = [
+        [entry.title, f"`{entry.spec}`", *(number(1e3 * found[n][name].seconds) for n in lengths)]
+        for name, entry in families().items()
+        if name in found[lengths[0]]
+    ]
+    return _grid(["family", "to try", *(f"{n:,}" for n in lengths)], body)
+
+
+def families_chosen(cards: Sequence[str], what: str, lengths: Sequence[int], pretrained: bool, batch: int = 1) -> str:
+    """The fastest family that fits, by card and length; full attention where nothing is faster by a tenth."""
+    from manyheads.costs import ranked
+
+    body = []
+    for card in cards:
+        line = [card]
+        for n in lengths:
+            found = ranked(_llama(n, card, what, batch, pretrained))
+            full = next(one for one in found if one.entry.name == "full")
+            kept = full.fits and full.seconds < 1.1 * found[0].seconds
+            best = full if kept else found[0]
+            line.append(f"`{best.entry.spec}`" if best.fits else "nothing fits")
+        body.append(line)
+    return _grid(["card", *(f"{n:,}" for n in lengths)], body)
+
+
+def stored_and_predicted() -> list[tuple[str, str, float, float]]:
+    """Measurements in ``benchmarks/`` that a formula speaks of: what, card, predicted and measured seconds."""
+    from manyheads.attention.mla import platform_of, seconds
+    from manyheads.costs import Layer
+    from manyheads.costs.linear import Decay
+    from manyheads.costs.sparse import Softmax, Sparse
+    from manyheads.costs.stored import Quantised
+
+    found = []
+
+    def add(what: str, path: str, stages: Any, measured: float) -> None:
+        gpu = value(path, "environment", "gpu")
+        found.append((what, gpu, seconds(stages, platform_of(gpu)), measured))
+
+    path = "benchmarks/decode.json"
+    kinds: Any = {"sdpa auto": Softmax(), "bf16": Softmax(), "int4": Quantised(bits=4), "fp8": Quantised(bits=8)}
+    for row in value(path, "rows"):
+        kind = kinds.get(row["attention"])
+        if kind is not None and isinstance(row["keys"], int):  # others hold rows of several lengths
+            layer = Layer(length=row["keys"], batch=row["batch"])
+            add(f"a token, {row['attention']}", path, kind.step(layer), 1e-6 * row["us"])
+    path = "benchmarks/decay_attention.json"
+    kinds = {"lightning": Decay(), "sdpa flash": Softmax()}
+    for row in value(path, "rows"):
+        if row["kind"] == "length" and row["attention"] in kinds and row.get("forward_graph_ms"):
+            layer = Layer(length=row["length"], batch=row["batch"], heads=16, kv_heads=16)
+            forward, backward = (getattr(kinds[row["attention"]], way)(layer) for way in ("forward", "backward"))
+            add(f"forward, {row['attention']}", path, forward, 1e-3 * row["forward_graph_ms"])
+            add(f"forward and backward, {row['attention']}", path, (*forward, *backward), 1e-3 * row["both_graph_ms"])
+        elif row["kind"] == "step" and row["attention"] == "ours":
+            layer = Layer(length=1, batch=row["batch"], heads=16, kv_heads=16)
+            add("a token, lightning", path, Decay().step(layer), 1e-6 * row["us"])
+    path = "benchmarks/block_sparse.json"
+    for row in value(path, "rows"):
+        if row["attention"] in ("kernel", "sdpa cudnn"):
+            layer = Layer(length=32768, heads=16, kv_heads=16)
+            kind = Sparse(density=row["density"]) if row["attention"] == "kernel" else Softmax()
+            stages = (*kind.forward(layer), *kind.backward(layer))
+            add(f"forward, {row['attention']}, blocks given", path, kind.forward(layer), 1e-3 * row["forward_ms"])
+            add(f"forward and backward, {row['attention']}, blocks given", path, stages, 1e-3 * row["both_ms"])
+    path = "benchmarks/dhsa_prefill.json"
+    for row in value(path, "rows"):
+        if row["spec"] == "dhsa:budget=2048":
+            layer = Layer(length=row["length"])
+            add("forward, sdpa flash, long", path, Softmax().forward(layer), 1e-3 * row["flash_ms"])
+            add("forward, 2048 keys, blocks given", path, Sparse(keys=2048).forward(layer), 1e-3 * row["read_ms"])
+    return found
+
+
+def families_checked() -> str:
+    """Predicted over measured, by what was measured: median, least and most."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for what, gpu, predicted, found in stored_and_predicted():
+        groups.setdefault((what, gpu), []).append(predicted / found)
+    body = [
+        [what, gpu, str(len(x)), number(sorted(x)[len(x) // 2], 2), number(min(x), 2), number(max(x), 2)]
+        for (what, gpu), x in groups.items()
+    ]
+    return _grid(["measured", "card", "shapes", "predicted / measured", "least", "most"], body)
+
+
+def families_timed(path: str, size: str, place: str) -> str:
+    """Predicted over measured of a run of the claim: a line for each operator, a column for each length."""
+    rows = [
+        row for row in value(path, "runs", {"size": size}, "figures")
+        if row["metric"] == "bias" and place in row["at"] and "length" in row["at"]
+    ]  # fmt: skip
+    lengths = sorted({row["at"]["length"] for row in rows})
+    cells = {(row["at"][place], row["at"]["length"]): 2 ** row["estimate"]["value"] for row in rows}
+    names = dict.fromkeys(name for name, _ in cells)
+    body = [[name, *(number(cells.get((name, n)), 2) for n in lengths)] for name in names]
+    return _grid([place, *(f"{n:,}" for n in lengths)], body)
+
+
+def taxonomy() -> str:
+    """Every family with its group, its strategies and its sources."""
+    from manyheads.costs import families
+
+    body = [
+        [
+            one.title, one.group, one.exactness, ", ".join(f"[`{m}`](strategies/{m}.md)" for m in one.members),
+            ", ".join(f"[{cited}](https://arxiv.org/abs/{cited})" for cited in one.cites),
+        ]
+        for one in families().values()
+    ]  # fmt: skip
+    return _grid(["family", "group", "against softmax", "strategies", "sources"], body)
+
+
 def render(text: str, **more: Any) -> str:
     """A page with its figures put in.
 
@@ -136,7 +267,9 @@ def render(text: str, **more: Any) -> str:
         LookupError, jinja2.TemplateError: a figure that is not there.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    names = {"figure": figure, "table": table, "pivot": pivot, "machine": machine, "claim_lines": claim_lines}
+    functions = (figure, table, pivot, machine, claim_lines, families_by_length, families_chosen, families_checked,
+                 families_timed, taxonomy)  # fmt: skip
+    names: dict[str, Any] = {one.__name__: one for one in functions}
     return environment.from_string(text).render(**names, **more)
 
 

@@ -74,6 +74,11 @@ class Paper:
         return f"manyheads.{self.category.replace('/', '.')}.{self.slug}"
 
     @property
+    def family(self) -> str | None:
+        """Name of the family of attention that it is in by what it costs, None where it is in none."""
+        return _families().get(self.slug)
+
+    @property
     def state(self) -> State:
         """What stands of this paper, read from the files (see `state_in`)."""
         return state_in(PACKAGE, self.category, self.slug)
@@ -92,6 +97,7 @@ class Paper:
             "id": self.id,
             "slug": self.slug,
             "category": self.category,
+            "family": self.family,
             "title": self.title,
             "state": self.state,
             "checks": self.checks,
@@ -188,6 +194,13 @@ def _stands(package: Path, category: str, slug: str) -> bool:
 def _is_there(place: Path, slug: str) -> bool:
     """Whether a folder has the module ``slug``: a file, or a folder of its own."""
     return (place / f"{slug}.py").is_file() or (place / slug / "__init__.py").is_file()
+
+
+@cache
+def _families() -> dict[str, str]:
+    """Family of each strategy by its slug, of ``costs/families.toml``; imports none of the formulas."""
+    with (PACKAGE / "costs" / "families.toml").open("rb") as file:
+        return {slug: name for name, row in tomllib.load(file).items() for slug in row["members"]}
 
 
 @cache

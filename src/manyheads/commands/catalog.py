@@ -129,7 +129,8 @@ def show(slug: Slug, as_json: Json = False) -> None:
     screen.print(f"[bold]{slug}[/] ({number}, {paper.category}, {paper.state})")
     arxiv = f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else ""
     needs = {"none": "no training", "calibration": "a calibration pass", "required": "training"}[paper.training]
-    lines = [paper.title, arxiv, paper.summary, f"needs {needs}; {', '.join(paper.tags)}"]
+    family = f"family {paper.family}: what it costs, `manyheads recommend`" if paper.family else ""
+    lines = [paper.title, arxiv, paper.summary, f"needs {needs}; {', '.join(paper.tags)}", family]
     for line in filter(None, lines):
         screen.print(line, markup=False)
     from manyheads.report.claims import print_run

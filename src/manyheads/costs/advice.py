@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import inf, log2
 from typing import Any, Literal
 
 from ..attention.mla import seconds
@@ -18,7 +18,6 @@ __all__ = ["WHATS", "Advice", "Setting", "crossover", "ranked"]
 
 What = Literal["prefill", "decode", "train"]
 WHATS: tuple[What, ...] = ("prefill", "decode", "train")
-_LONGEST = 1 << 26  # tokens up to which a crossover is looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,15 +134,18 @@ def work(one: Entry, setting: Setting) -> Stages:
     return (*forward, *formula.backward(layer, fused)) if setting.what == "train" else forward
 
 
-def crossover(first: Callable[[int], float], second: Callable[[int], float], start: int = 16) -> float | None:
-    """The length from which on ``second`` costs less than ``first``, None where it never does up to 2^26 tokens.
+def crossover(lengths: Sequence[int], first: Sequence[float], second: Sequence[float]) -> float:
+    """The length from which on ``second`` takes less than ``first`` at all longer ones; 0 always, infinite never.
 
-    Looked for from ``start`` on by doubling, and then between two lengths as if both were powers of it.
+    Args:
+        lengths: ascending.
+        first, second: seconds at these; between two lengths both are taken for powers of it.
     """
-    before, length = log(first(start) / second(start)), start
-    while length < _LONGEST:
-        after = log(first(2 * length) / second(2 * length))
-        if before <= 0 < after:
-            return length * exp(log(2) * -before / (after - before))
-        before, length = after, 2 * length
-    return None
+    gap = [log2(a / b) for a, b in zip(first, second, strict=True)]
+    if gap[-1] <= 0:
+        return inf
+    last = max((i for i, x in enumerate(gap) if x <= 0), default=-1)
+    if last < 0:
+        return 0.0
+    share = -gap[last] / (gap[last + 1] - gap[last])
+    return float(lengths[last] * (lengths[last + 1] / lengths[last]) ** share)

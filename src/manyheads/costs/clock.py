@@ -19,8 +19,8 @@ class Clock:
     """Seconds of work on a device.
 
     On a GPU they are the device's own: work is queued behind a long product, so that gaps of the launching host do not
-    count. On a CPU they are the wall's or, where ``own``, the processor time of this thread: other processes do not count,
-    and neither do other threads, so that it wants work of one.
+    count. On a CPU they are the wall's or, where ``own``, the processor time of this thread: other processes do not
+    count, and neither do other threads, so that it wants work of one.
     """
 
     def __init__(self, device: torch.device, own: bool = False) -> None:

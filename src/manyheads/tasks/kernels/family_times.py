@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf, log2
 from typing import Any, ClassVar
 
@@ -17,19 +16,18 @@ import numpy as np
 import torch
 
 from ...attention.mla import Platform, seconds
-from ...costs import Layer
-from ...costs.advice import crossover
+from ...costs import Layer, crossover
 from ...costs.clock import Clock
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ._operators import OPERATORS
 
-__all__ = ["FamilyTimes", "measured_crossover", "rank_correlation"]
+__all__ = ["FamilyTimes", "rank_correlation"]
 
 _PARTS: dict[str, Any] = {
     "FLOPs": {"bandwidth": inf, "rates": ()}, "bytes": {"peak_flops": inf}, "launches": {"overhead": 0.0},
     "caches": {"rates": ()},
 }  # fmt: skip
-_FAR = float(1 << 26)  # tokens that stand for never
+_GRID = [1 << power for power in range(4, 27)]  # tokens between which the model is asked for a crossover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +135,9 @@ class FamilyTimes(Task):
         """From which length each operator is cheaper than full attention, where the grid shows it."""
         grid, (full, *others) = list(best), names
         for name in others:
-            found = measured_crossover(grid, [best[n][full] for n in grid], [best[n][name] for n in grid])
-            predicted = crossover(partial(said, full), partial(said, name)) or _FAR
+            found = crossover(grid, *([best[n][one] for n in grid] for one in (full, name)))
+            predicted = crossover(_GRID, *([said(one, n) for n in _GRID] for one in (full, name)))
+            predicted = min(max(predicted, _GRID[0]), _GRID[-1])
             if found in (0.0, inf):  # beyond the grid: an error is that to its edge, at least
                 edge = float(grid[0] if found == 0 else grid[-1])
                 if (predicted <= edge) == (found == 0):
@@ -152,21 +151,6 @@ def _seen(platform: Platform, arm: Arm) -> Platform:
     """The platform as the model of an arm sees it."""
     left = _PARTS.get(str(arm.options.get("only", "")), {}) | _PARTS.get(str(arm.options.get("without", "")), {})
     return replace(platform, **left)
-
-
-def measured_crossover(lengths: list[int], first: list[float], second: list[float]) -> float:
-    """The length from which on ``second`` takes less than ``first`` at all longer ones; 0 always, infinite never.
-
-    Between two lengths both are taken for powers of it.
-    """
-    gap = [log2(a / b) for a, b in zip(first, second, strict=True)]
-    if gap[-1] <= 0:
-        return inf
-    last = max((i for i, x in enumerate(gap) if x <= 0), default=-1)
-    if last < 0:
-        return 0.0
-    share = -gap[last] / (gap[last + 1] - gap[last])
-    return float(lengths[last] * (lengths[last + 1] / lengths[last]) ** share)
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
