@@ -132,12 +132,12 @@ def machine(path: str, *keys: Any, date: Sequence[Any] = ("date",)) -> str:
 # ---- the cost model, and what was measured of the same
 
 
-def _llama(length: int, card: str, what: str, batch: int = 1, pretrained: bool = False) -> Any:
+def _llama(length: int, card: str, what: str, pretrained: bool = False) -> Any:
     """Llama-3-8B's shape on a card; its weights count but for training, which takes more than one."""
     from manyheads.costs import Layer, Setting
     from manyheads.costs import card as named
 
-    layer = Layer(length=length, batch=batch)
+    layer = Layer(length=length)
     return Setting(layer=layer, card=named(card), what=what, parameters=0 if what == "train" else 8_030_261_248,
                    pretrained=pretrained)  # type: ignore[arg-type]  # fmt: skip
 
@@ -155,7 +155,9 @@ def families_by_length(card: str, what: str, lengths: Sequence[int]) -> str:
     return _grid(["family", "to try", *(f"{n:,}" for n in lengths)], body)
 
 
-def families_chosen(cards: Sequence[str], what: str, lengths: Sequence[int], pretrained: bool, batch: int = 1) -> str:
+def families_chosen(
+    cards: Sequence[str], what: str, lengths: Sequence[int], pretrained: bool, among: Sequence[str] = ()
+) -> str:
     """The fastest family that fits, by card and length; full attention where nothing is faster by a tenth."""
     from manyheads.costs import ranked
 
@@ -163,7 +165,7 @@ def families_chosen(cards: Sequence[str], what: str, lengths: Sequence[int], pre
     for card in cards:
         line = [card]
         for n in lengths:
-            found = ranked(_llama(n, card, what, batch, pretrained))
+            found = ranked(_llama(n, card, what, pretrained), among)
             full = next(one for one in found if one.entry.name == "full")
             kept = full.fits and full.seconds < 1.1 * found[0].seconds
             best = full if kept else found[0]
@@ -217,7 +219,9 @@ def stored_and_predicted() -> list[tuple[str, str, float, float]]:
         if row["spec"] == "dhsa:budget=2048":
             layer = Layer(length=row["length"])
             add("forward, sdpa flash, long", path, Softmax().forward(layer), 1e-3 * row["flash_ms"])
+            kind = Sparse(keys=2048, chosen=True)
             add("forward, 2048 keys, blocks given", path, Sparse(keys=2048).forward(layer), 1e-3 * row["read_ms"])
+            add("forward, dhsa with what it chooses", path, kind.forward(layer), 1e-3 * row["ms"])
     return found
 
 

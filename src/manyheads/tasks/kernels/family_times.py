@@ -136,8 +136,10 @@ class FamilyTimes(Task):
         grid, (full, *others) = list(best), names
         for name in others:
             found = crossover(grid, *([best[n][one] for n in grid] for one in (full, name)))
-            predicted = crossover(_GRID, *([said(one, n) for n in _GRID] for one in (full, name)))
-            predicted = min(max(predicted, _GRID[0]), _GRID[-1])
+            times = [[said(one, n) for n in _GRID] for one in (full, name)]
+            start = sum(n <= grid[-1] for n in _GRID)  # up to the longest that was measured, or else beyond
+            ways = (crossover(_GRID[:n], times[0][:n], times[1][:n]) for n in range(start, len(_GRID) + 1))
+            predicted = max(next((way for way in ways if way < inf), _GRID[-1]), _GRID[0])
             if found in (0.0, inf):  # beyond the grid: an error is that to its edge, at least
                 edge = float(grid[0] if found == 0 else grid[-1])
                 if (predicted <= edge) == (found == 0):
