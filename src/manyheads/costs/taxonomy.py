@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
-from . import linear, sparse, stored
 from .base import Family
+from .linear import Decay, Mixed, VectorQuantised
+from .sparse import LocalGlobal, MultiResolution, Softmax, Sparse
+from .stored import Evicted, Latent, Offloaded, Quantised
 
 __all__ = ["Entry", "families", "family", "family_of"]
+
+_KINDS: tuple[type[Family], ...] = (
+    Decay, Evicted, Latent, LocalGlobal, Mixed, MultiResolution, Offloaded, Quantised, Softmax, Sparse, VectorQuantised,
+)  # fmt: skip
+_FORMULAS = {kind.__name__: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +86,11 @@ def _entry(name: str, row: dict[str, Any]) -> Entry:
 
 
 def _made(formula: str, given: dict[str, Any], parts: list[dict[str, Any]] | None = None) -> Family:
-    known: dict[str, type[Family]] = {
-        name: getattr(module, name) for module in (linear, sparse, stored) for name in module.__all__
-    }
-    kind = known[formula]
+    kind = _FORMULAS[formula]
     if parts is not None:
         made = tuple(
             (part["share"], part["length"], _made(part["formula"], part.get("parameters", {}))) for part in parts
         )
-        return linear.Mixed(parts=made)
+        return Mixed(parts=made)
     assert {field.name for field in fields(kind)} >= given.keys(), f"{formula} has no {given}"
     return kind(**given)

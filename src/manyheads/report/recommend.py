@@ -83,7 +83,7 @@ def page(found: Sequence[Advice], setting: Setting, run: dict[str, Any]) -> Page
     cites = [f"{one.entry.title}: {', '.join(f'arXiv {cited}' for cited in one.entry.cites)}" for one in found]
     return Page(
         "Which family of attention", f"Which family, at {layer.length:,} tokens on {setting.card.name}?",
-        shown.title, [Headline(said, "Fastest that fits:" if first.fits else "Nothing fits; the fastest:")],
+        shown.title, [Headline(said, "Fastest that fits" if first.fits else "Nothing fits; the fastest")],
         [
             Section("Families", [shown]),
             Section("By length", [Figure(curves(setting), "Where lines cross, the faster family changes.")]),
