@@ -68,8 +68,9 @@ def test_a_page_and_a_picture(cli, tmp_path):
 
 def test_the_picture_has_a_line_for_each_family():
     setting = Setting(layer=Layer(length=4096), card=card("h100"), what="decode")
-    assert all(one.entry.title in curves(setting) for one in ranked(setting))
-    assert "keys as codewords" not in curves(setting, ["full"])
+    drawn, few = curves(setting), ["full", "linear"]
+    assert all(one.entry.title in drawn for one in ranked(setting))
+    assert [one.entry.name for one in ranked(setting, few)] != few == sorted(few)
     assert [column.name for column in table(ranked(setting), setting).columns][1:3] == ["attention", "moved"]
 
 

@@ -17,6 +17,8 @@ BETTER = {
     "channel_damage": ("answered kept grammatical new_token known_token", "swapped text_nll"),
     "codebook_use": ("codebook_perplexity", "key_error"),
     "denoising_cost": ("", "seconds attention"),
+    "family_counts": ("", "flops state"),
+    "family_times": ("rank", "reading token crossover bias seconds"),
     "fidelity": ("psnr", "largest"),
     "kept_background": ("kept place object", ""),
     "latent_decoding": ("", "step"),
@@ -47,7 +49,7 @@ SHARES = {
 }  # fmt: skip
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
-    "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
+    "family_times.seconds": "s", "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
     "encoder_speed.token_time": "us/token", "classifier_cost.token_time": "us/token",
     "ranker_cost.document_time": "ms/document",
 }  # fmt: skip
