@@ -15,31 +15,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .attention.image_layout import ImageLayout
     from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, Site, Store
     from .lens import LensResult
 
 __all__ = [
-    "Attention",
-    "AttentionCompute",
-    "AttentionEdit",
-    "AttentionPatch",
-    "AttentionWatch",
-    "BlockParts",
-    "Cache",
-    "CausalLens",
-    "Denoiser",
-    "DenoiserModule",
-    "DenoiserPrediction",
-    "Interleaved",
-    "Layers",
-    "LinearCompute",
-    "Mixer",
-    "Ranker",
-    "RankerConfig",
-    "Residual",
-    "Strategy",
-    "protected",
-]
+    "Attention", "AttentionCompute", "AttentionEdit", "AttentionPatch", "AttentionWatch", "BlockParts", "Cache",
+    "CausalLens", "Denoiser", "DenoiserModule", "DenoiserPrediction", "ImagePositions", "Interleaved", "Layers",
+    "LinearCompute", "Mixer", "Ranker", "RankerConfig", "Residual", "Strategy", "protected",
+]  # fmt: skip
 
 
 Layers = tuple[int, ...] | None  # in a spec: 0-3+7
@@ -320,6 +304,23 @@ class CausalLens(Strategy, ABC):
     @abstractmethod
     def locate(self, model: "torch.nn.Module", tokenizer: Any, use: "Callable[..., Any]") -> "LensResult":
         """The scores of a model, which ``use`` (:func:`manyheads.use`) enters; it is left as it was."""
+
+
+class ImagePositions(Strategy, ABC):
+    """Says, for all layers, at which positions the tokens of images stand and which tokens see each other.
+
+    At most one such strategy per model.
+    """
+
+    one_axis: ClassVar[bool] = False  # it means positions of plain RoPE, and nothing on the axes of M-RoPE
+
+    @abstractmethod
+    def position_ids(self, layout: "ImageLayout") -> "Tensor":
+        """Positions ``[B, S]`` of all columns, integers or not; those of a column depend on none after its image."""
+
+    @abstractmethod
+    def allowed(self, layout: "ImageLayout", queries: int) -> "Tensor":
+        """Which of all S columns the last ``queries`` see, bool ``[B, queries, S]``; every query sees itself."""
 
 
 class Denoiser(Strategy, ABC):

@@ -27,6 +27,7 @@ from ..strategy import (
     Cache,
     CausalLens,
     Denoiser,
+    ImagePositions,
     Interleaved,
     LinearCompute,
     Residual,
@@ -39,6 +40,7 @@ from .configs import switch_configs
 from .forwards import by_place, count_forwards
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy
+from .image_positions import ImageReader, read_images
 from .interleaved import read_interleaved
 from .linear import LinearState, find_linear
 from .linear_layers import LinearLayers
@@ -63,6 +65,7 @@ class Port:
         self._restorers: list[Callable[[], None]] = []
         self._passes: list[tuple[Site, BoundStrategy, SiteState, Passes]] = []
         self._linears: list[LinearLayers] = []
+        self._images: ImageReader | None = None
         self._ran = False
         self.thread: threading.Thread | None = None
 
@@ -95,7 +98,7 @@ class Port:
                         "all its calls go through that port: run the threads inside one `with manyheads.use(...)`"
                     )
         self._entries, self._passes, self.thread = [], [], threading.current_thread()
-        self._linears = []
+        self._linears, self._images = [], None
         try:
             for computing in (s for s in self.strategies if isinstance(s, LinearCompute)):
                 self._linears.append(LinearLayers(self.model, sites, computing))
@@ -136,6 +139,9 @@ class Port:
             self._restorers += watch_generate(self.model)
             if interleaved := [s for s in self.strategies if isinstance(s, Interleaved)]:
                 self._restorers.append(read_interleaved(self.model, sites[0][0], interleaved))
+            if placing := [s for s in self.strategies if isinstance(s, ImagePositions)]:
+                self._images, restore = read_images(self.model, sites, placing)
+                self._restorers.append(restore)
             for site, module in linear:
                 for strategy in (s for s, at in chosen if site.index in at):
                     if not isinstance(strategy, AttentionCompute):
@@ -157,6 +163,8 @@ class Port:
             self._check_called()
             for linears in self._linears:
                 linears.check()
+            if self._images is not None:
+                self._images.check()
             for sentence in missed(done):
                 warnings.warn(sentence, stacklevel=2)
 
@@ -177,11 +185,12 @@ class Port:
         for strategy in self.strategies:
             if isinstance(strategy, Denoiser):
                 raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
-            if isinstance(strategy, LinearCompute) and not isinstance(strategy, (Attention, Residual, Cache)):
+            acts = isinstance(strategy, (Attention, Residual, Cache))
+            if isinstance(strategy, (ImagePositions, LinearCompute)) and not acts:
                 continue
             if isinstance(strategy, CausalLens):
                 raise UserError(f"{strategy.spec} asks prompts of its own: `manyheads inspect`, or its method locate")
-            if not isinstance(strategy, (Attention, Residual, Cache)):
+            if not acts:
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "
                     "with it"
