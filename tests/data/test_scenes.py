@@ -58,7 +58,7 @@ def test_object_and_window_move_one_pixel_a_frame(direction):
 @needs_data
 def test_outside_the_object_a_scene_is_a_photograph_of_its_backdrop():
     sample = data.draw("scenes", 8, seeded(3), backdrop=2)
-    photographs = data._photographs("train")[2].float() / 255 * 2 - 1
+    photographs = data.photographs("train")[2].float() / 255 * 2 - 1
     photographs = torch.cat([photographs, photographs.flip(-1)])
     for image, alpha in zip(sample.images, sample.alpha, strict=True):
         clear = (alpha == 0).expand_as(image)
@@ -70,7 +70,7 @@ def test_outside_the_object_a_scene_is_a_photograph_of_its_backdrop():
 @needs_data
 def test_test_photographs_are_others():
     train, test = (
-        {hashlib.sha1(p.numpy().tobytes()).digest() for part in data._photographs(s) for p in part}
+        {hashlib.sha1(p.numpy().tobytes()).digest() for part in data.photographs(s) for p in part}
         for s in ("train", "test")
     )
     assert not train & test

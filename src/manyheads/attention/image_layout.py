@@ -54,13 +54,13 @@ class ImageLayout:
         """
         first = torch.zeros(real.shape, dtype=torch.long)
         cell = torch.zeros(*real.shape, 4, dtype=torch.long)
-        for row, start, height, width in blocks:
-            index = torch.arange(height * width)
-            size = torch.tensor([height, width]).expand(len(index), 2)
-            cell[row, start : start + len(index)] = torch.cat(
-                [(index // width)[:, None], (index % width)[:, None], size], 1
-            )
-            first[row, start] = 1
+        row, start, height, width = torch.tensor(blocks, dtype=torch.long).reshape(-1, 4).T
+        count = height * width
+        which = torch.arange(len(count)).repeat_interleave(count)  # block of each patch
+        index = torch.arange(len(which)) - (count.cumsum(0) - count)[which]
+        patch = [index // width[which], index % width[which], height[which], width[which]]
+        cell[row[which], start[which] + index] = torch.stack(patch, 1)
+        first[row, start] = 1
         image, cell = (first.cumsum(1) - 1).to(real.device), cell.to(real.device)
         image = image if before is None else image + before[:, None]
         return cls(real, torch.where(cell[..., 2] > 0, image, -1), cell)

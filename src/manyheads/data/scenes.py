@@ -27,7 +27,7 @@ from . import files
 
 __all__ = [
     "BACKDROPS", "DIRECTIONS", "OBJECTS", "PLACES", "VOCABULARY", "WORDS", "Kind", "Sample", "available", "draw",
-    "read_caption",
+    "photographs", "placed", "read_caption", "sprites",
 ]  # fmt: skip
 
 Kind = Literal["scenes", "moving"]
@@ -103,14 +103,14 @@ _FILLERS = frozenset("a an the at in on of over before with and moving picture p
 
 def available() -> bool:
     """Whether photographs and emoji are on this machine, so that nothing has to be downloaded."""
-    photographs = files.local("cifar10-25k") or files.local("cifar10-images")
-    return bool(photographs) and (
+    stock = files.local("cifar10-25k") or files.local("cifar10-images")
+    return bool(stock) and (
         files.local("noto-emoji-32") is not None or all(files.local(f"emoji-{name}") for name in OBJECTS)
     )
 
 
 @cache
-def _sprites(size: int) -> Tensor:
+def sprites(size: int) -> Tensor:
     """The objects, premultiplied RGB in 0..1 and alpha: float32 ``[8, 4, size, size]``."""
     packed = files.local("noto-emoji-32")
     if packed is not None:
@@ -124,7 +124,7 @@ def _sprites(size: int) -> Tensor:
 
 
 @cache
-def _photographs(split: Split) -> list[Tensor]:
+def photographs(split: Split) -> list[Tensor]:
     """The photographs of each backdrop, uint8 ``[N, 3, 32, 32]``."""
     path = files.local("cifar10-25k") or files.path("cifar10-images")
     found = []
@@ -158,11 +158,11 @@ def draw(
     for i, name in enumerate(kinds):
         if name in fixed:
             labels[:, i] = fixed[name]
-    photographs = _photographs(split)
+    stock = photographs(split)
     random = torch.rand(4, count, generator=generator)
-    sizes = torch.tensor([len(p) for p in photographs])[labels[:, 2]]
+    sizes = torch.tensor([len(p) for p in stock])[labels[:, 2]]
     which = (random[0] * sizes).long()
-    back = torch.stack([photographs[b][i] for b, i in zip(labels[:, 2].tolist(), which.tolist(), strict=True)])
+    back = torch.stack([stock[b][i] for b, i in zip(labels[:, 2].tolist(), which.tolist(), strict=True)])
     back = torch.where(random[1][:, None, None, None] < 0.5, back, back.flip(-1)).float() / 255
     make: Any = _scene if kind == "scenes" else _film
     images, alpha = make(back, labels, random[2:])
@@ -174,7 +174,7 @@ def _scene(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor
     slack = SIDE // 2 - OBJECT + 1
     corner = torch.stack([labels[:, 1] // 2, labels[:, 1] % 2], 1) * (SIDE // 2)
     at = corner + (random.T * slack).long()
-    cover = _placed(_sprites(OBJECT)[labels[:, 0]], at, SIDE)
+    cover = placed(sprites(OBJECT)[labels[:, 0]], at, SIDE)
     return cover[:, :3] + (1 - cover[:, 3:]) * back, cover[:, 3:]
 
 
@@ -187,10 +187,10 @@ def _film(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor]
     start = torch.where(step < 0, start.clamp(min=FRAMES - 1), start)
     window = torch.where(step > 0, 0, torch.where(step < 0, FRAMES - 1, FRAMES // 2))
     small = interpolate(back, size=(WINDOW + FRAMES, WINDOW + FRAMES), mode="bilinear", antialias=True)
-    sprites = _sprites(MOVER)[labels[:, 0]]
+    movers = sprites(MOVER)[labels[:, 0]]
     images, masks = [], []
     for frame in range(FRAMES):
-        cover = _placed(sprites, start + frame * step, WINDOW)
+        cover = placed(movers, start + frame * step, WINDOW)
         seen = _cropped(small, window + frame * step, WINDOW)
         images.append(cover[:, :3] + (1 - cover[:, 3:]) * seen)
         masks.append(cover[:, 3:])
@@ -203,7 +203,7 @@ def _grid(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.arange(len(at))[:, None, None], (at[:, :1] + reach)[:, :, None], (at[:, 1:] + reach)[:, None, :]
 
 
-def _placed(sprites: Tensor, at: Tensor, side: int) -> Tensor:
+def placed(sprites: Tensor, at: Tensor, side: int) -> Tensor:
     """Sprites ``[N, 4, s, s]`` on empty canvases ``[N, 4, side, side]``, their corners at ``at [N, 2]``."""
     canvas = torch.zeros(len(sprites), side, side, 4)
     canvas[_grid(at, sprites.shape[-1])] = sprites.movedim(1, -1)

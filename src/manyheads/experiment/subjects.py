@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UserError
-from ..strategy import Attention, Cache, CausalLens, Denoiser, LinearCompute, Mixer, Ranker, Residual, Strategy
+from ..strategy import (
+    Attention,
+    Cache,
+    CausalLens,
+    Denoiser,
+    ImagePositions,
+    LinearCompute,
+    Mixer,
+    Ranker,
+    Residual,
+    Strategy,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +190,7 @@ class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
     kind = "trainable"
-    kinds = (Mixer, Attention, Residual)
+    kinds = (Mixer, Attention, ImagePositions, Residual)
     name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:

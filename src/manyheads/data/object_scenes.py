@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of several objects, and films in which objects come one after the other, of which all is known.
+
+The objects of :mod:`manyheads.data.scenes` stand in the cells of a grid before a photograph. Each of the eight is there
+with probability one half, on its own, so that what was said of one tells nothing of another; no two share a cell. In a
+film every frame shows one object, each at most once. Nothing is seen twice.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import interpolate
+
+from .scenes import BACKDROPS, OBJECTS, photographs, placed, sprites
+
+__all__ = ["Film", "Picture", "draw_films", "draw_pictures"]
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Pictures.
+
+    Attributes:
+        images: float32 in -1..1, ``[N, 3, side, side]``.
+        cells: cell of each object in raster order, int64 ``[N, 8]``; -1 where it is not there.
+    """
+
+    images: Tensor
+    cells: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Film:
+    """Films.
+
+    Attributes:
+        images: float32 in -1..1, ``[N, F, 3, side, side]``.
+        objects: that each frame shows, int64 ``[N, F]``.
+    """
+
+    images: Tensor
+    objects: Tensor
+
+
+def draw_pictures(count: int, generator: Generator, *, grid: int, size: int, split: Split = "train") -> Picture:
+    """Draw pictures of ``grid x grid`` cells of ``size`` pixels."""
+    there = torch.rand(count, len(OBJECTS), generator=generator) < 0.5
+    where = torch.rand(count, grid * grid, generator=generator).argsort(1)[:, : len(OBJECTS)]
+    images = _backdrops(count, grid * size, generator, split)
+    for i in range(len(OBJECTS)):
+        images = torch.where(there[:, i, None, None, None], _over(images, i, where[:, i], grid, size), images)
+    return Picture(images * 2 - 1, torch.where(there, where, -1))
+
+
+def draw_films(
+    count: int, frames: int, generator: Generator, *, grid: int, size: int, split: Split = "train"
+) -> Film:  # fmt: skip
+    """Draw films of ``frames`` frames, at most eight, each of ``grid x grid`` cells of ``size`` pixels."""
+    shown = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)[:, :frames]
+    back = _backdrops(count, grid * size, generator, split)
+    made = []
+    for frame in range(frames):
+        where = torch.randint(grid * grid, (count,), generator=generator)
+        made.append(_over(back, shown[:, frame], where, grid, size))
+    return Film(torch.stack(made, 1) * 2 - 1, shown)
+
+
+def _backdrops(count: int, side: int, generator: Generator, split: Split) -> Tensor:
+    """Photographs in 0..1, ``[count, 3, side, side]``."""
+    stock = photographs(split)
+    kind = torch.randint(len(BACKDROPS), (count,), generator=generator).tolist()
+    which = torch.rand(count, generator=generator).tolist()
+    chosen = torch.stack([stock[k][int(w * len(stock[k]))] for k, w in zip(kind, which, strict=True)])
+    return interpolate(chosen.float() / 255, size=(side, side), mode="bilinear", antialias=True)
+
+
+def _over(images: Tensor, kind: int | Tensor, cell: Tensor, grid: int, size: int) -> Tensor:
+    """``images`` with an object in a cell of each."""
+    chosen = sprites(size)[torch.as_tensor(kind).expand(len(images))]
+    cover = placed(chosen, torch.stack([cell // grid, cell % grid], 1) * size, images.shape[-1])
+    return cover[:, :3] + (1 - cover[:, 3:]) * images

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about pictures and films whose answers are known, as token ids for a model that reads images among text.
+
+    presence   [image] filler  is there a  apple yes  ghost no  ...
+    order      [frame] [frame] ...  is it before  apple ghost yes  ...
+
+Objects of :mod:`manyheads.data.object_scenes`; every other answer is yes, on average, whatever was said before. Filler
+is words that say nothing, between the images and the questions, for distance.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .object_scenes import draw_films, draw_pictures
+from .scenes import OBJECTS
+
+__all__ = ["ANSWERS", "FILLERS", "WORDS", "Language", "Questions", "order", "presence"]
+
+ANSWERS = ("no", "yes")
+FILLERS = tuple("time year people way day man thing life hand part place case week point home water".split())
+WORDS = (*"is there a it before".split(), *ANSWERS, *OBJECTS, *FILLERS)  # all that is said
+_NOT_ASKED = -100
+
+
+@dataclass(frozen=True)
+class Language:
+    """How a model writes text.
+
+    Attributes:
+        encode: token ids of words that stand after others.
+        start: tokens that a text begins with.
+        image: token that stands for a patch.
+        pad: token of padding.
+    """
+
+    encode: Callable[[str], list[int]]
+    start: tuple[int, ...]
+    image: int
+    pad: int
+
+    @property
+    def answers(self) -> tuple[int, int]:
+        """First tokens of no and yes."""
+        no, yes = (self.encode(word)[0] for word in ANSWERS)
+        return no, yes
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Texts with images, and what is asked in them.
+
+    Attributes:
+        ids: int64 ``[N, T]``, padded behind.
+        real: tokens that are no padding, bool ``[N, T]``.
+        images: float32 in -1..1, ``[N * images of a text, 3, side, side]``, in their order.
+        at: where the answer to each question is predicted, int64 ``[N, Q]``.
+        truth: whether it is yes, bool ``[N, Q]``.
+        cells: cell of the object asked for, ``[N, Q]``, -1 where there is none; of a film, frames that are between.
+    """
+
+    ids: Tensor
+    real: Tensor
+    images: Tensor
+    at: Tensor
+    truth: Tensor
+    cells: Tensor
+
+    def labels(self, language: Language) -> Tensor:
+        """The token of the answer behind each place where it is predicted, -100 elsewhere: ``[N, T]``."""
+        found = torch.full_like(self.ids, _NOT_ASKED)
+        found.scatter_(1, self.at, torch.tensor(language.answers)[self.truth.long()])
+        return found
+
+
+def presence(
+    language: Language, count: int, generator: Generator, *, grid: int, size: int, patches: int, asked: int = 6,
+    filler: int = 32, split: Literal["train", "test"] = "train",
+) -> Questions:  # fmt: skip
+    """Pictures, and whether each of ``asked`` objects is there.
+
+    Args:
+        language: of the model.
+        count: N.
+        generator: on the CPU.
+        grid: cells of a side.
+        size: pixels of a cell.
+        patches: tokens of a side.
+        asked: Q, at most 8.
+        filler: words between image and questions.
+        split: of the photographs.
+    """
+    picture = draw_pictures(count, generator, grid=grid, size=size, split=split)
+    chosen = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)[:, :asked]
+    cells = picture.cells.gather(1, chosen)
+    asks = [[OBJECTS[i] for i in row] for row in chosen.tolist()]
+    return _told(language, picture.images, patches, "is there a", asks, cells >= 0, cells, filler, generator)
+
+
+def order(
+    language: Language, count: int, generator: Generator, *, grid: int, size: int, patches: int, frames: int = 4,
+    asked: int = 6, filler: int = 0, split: Literal["train", "test"] = "train",
+) -> Questions:  # fmt: skip
+    """Films, and of ``asked`` pairs of objects in them whether the first comes before the second.
+
+    Args:
+        language, count, generator, grid, size, patches, filler, split: as for :func:`presence`, of a frame.
+        frames: of a film, at most 8.
+        asked: Q.
+    """
+    film = draw_films(count, frames, generator, grid=grid, size=size, split=split)
+    pairs = torch.rand(count, asked, frames, generator=generator).argsort(2)[..., :2]
+    first, second = (film.objects.gather(1, pairs[..., i]) for i in range(2))
+    asks = [
+        [f"{OBJECTS[a]} {OBJECTS[b]}" for a, b in zip(*row, strict=True)]
+        for row in zip(first.tolist(), second.tolist(), strict=True)
+    ]
+    apart = pairs[..., 1] - pairs[..., 0]
+    images = film.images.flatten(0, 1)
+    return _told(language, images, patches, "is it before", asks, apart > 0, apart.abs(), filler, generator)
+
+
+def _told(
+    language: Language, images: Tensor, patches: int, opening: str, asks: list[list[str]], truth: Tensor,
+    cells: Tensor, filler: int, generator: Generator,
+) -> Questions:  # fmt: skip
+    """Texts that begin with their images."""
+    drawn = torch.randint(len(FILLERS), (len(asks), filler), generator=generator).tolist()
+    tokens = len(images) // len(asks) * patches * patches
+    rows, at = [], []
+    for words, said, answers in zip(drawn, asks, truth.tolist(), strict=True):
+        row, places = [*language.start, *[language.image] * tokens], []
+        row += [token for word in words for token in language.encode(FILLERS[word])] + language.encode(opening)
+        for ask, answer in zip(said, answers, strict=True):
+            row += language.encode(ask)
+            places.append(len(row) - 1)
+            row += language.encode(ANSWERS[answer])
+        rows.append(torch.tensor(row))
+        at.append(places)
+    ids = pad_sequence(rows, batch_first=True, padding_value=language.pad)
+    real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return Questions(ids, real, images, torch.tensor(at), truth, cells)
