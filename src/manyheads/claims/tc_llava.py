@@ -21,8 +21,8 @@ MARGIN = 0.01
 claim = Claim(
     slug="tc_llava",
     statement=(
-        "Trained alike, a model orders frames better with temporal-aware dual RoPE and the frame-wise block causal mask "
-        "than without, and each of the two helps."
+        "Trained alike, a model orders frames better with temporal-aware dual RoPE and the frame-wise block causal "
+        "mask than without, and each of the two helps."
     ),
     tier="proxy",
     reported=Reported(
