@@ -24,7 +24,6 @@ __all__ = ["ANSWERS", "FILLERS", "WORDS", "Language", "Questions", "order", "pre
 ANSWERS = ("no", "yes")
 FILLERS = tuple("time year people way day man thing life hand part place case week point home water".split())
 WORDS = (*"is there a it before".split(), *ANSWERS, *OBJECTS, *FILLERS)  # all that is said
-_NOT_ASKED = -100
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,6 @@ class Questions:
     at: Tensor
     truth: Tensor
     cells: Tensor
-
-    def labels(self, language: Language) -> Tensor:
-        """The token of the answer behind each place where it is predicted, -100 elsewhere: ``[N, T]``."""
-        found = torch.full_like(self.ids, _NOT_ASKED)
-        found.scatter_(1, self.at, torch.tensor(language.answers)[self.truth.long()])
-        return found
 
 
 def presence(

@@ -7,6 +7,7 @@ the two. ``python -m manyheads.recipes.joined_vlm`` trains one; :func:`load` rea
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,16 @@ class JoinedVLM:
     normal: bool = False
     parts: tuple[str, ...] = ()
 
-    def inputs(self, asked: Questions) -> dict[str, Tensor]:
-        """What the model reads of questions, on its device."""
+    def batch(self, asked: Questions) -> dict[str, Tensor]:
+        """Questions as :mod:`manyheads.training.answers` takes them, on the model's device."""
         device = next(self.model.parameters()).device
         images = asked.images.to(device)
         if self.normal:
             mean, std = (images.new_tensor(x)[:, None, None] for x in (_MEAN, _STD))
             images = ((images / 2 + 0.5) - mean) / std
-        mask = asked.real.to(device).long()
-        return {"input_ids": asked.ids.to(device), "attention_mask": mask, "pixel_values": images}
+        answers = torch.tensor(self.language.answers)[asked.truth.long()]
+        read = {"input_ids": asked.ids, "attention_mask": asked.real.long(), "at": asked.at, "answers": answers}
+        return {**{name: x.to(device) for name, x in read.items()}, "pixel_values": images}
 
 
 def small(
@@ -143,12 +145,18 @@ def new_projector(vlm: JoinedVLM) -> None:
     connects.load_state_dict(made.state_dict())
 
 
-def save(vlm: JoinedVLM, folder: Path) -> None:
-    """Write what of a joined model was trained, and the names of its parts; :func:`load` reads it."""
+def save(vlm: JoinedVLM, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write what of a joined model was trained, and the names of its parts; :func:`load` reads it.
+
+    Args:
+        vlm: from :func:`join` or :func:`load`.
+        folder: to write to.
+        about: what else is worth keeping, as plain values.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name: p.detach().contiguous() for name, p in vlm.model.named_parameters() if p.requires_grad}
     save_file(trained, folder / _WEIGHTS)
-    write_atomically(folder / _ABOUT, json.dumps({"tower": vlm.parts[0], "text": vlm.parts[1]}) + "\n")
+    write_atomically(folder / _ABOUT, json.dumps({**(about or {}), "tower": vlm.parts[0], "text": vlm.parts[1]}) + "\n")
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> JoinedVLM:

@@ -114,7 +114,7 @@ class AnswerTask(Task):
             if wrong := [s.spec for s in arm.strategies if not isinstance(s, ImagePositions)]:
                 raise UserError(f"{self.name} trains models that read images, on which {wrong[0]} does not act")
         vlm = self._fresh(run, run.seeds[0])
-        batch = self._batch(vlm, self._drawn(run, vlm, 2, 1, "train", part="guard"))
+        batch = vlm.batch(self._drawn(run, vlm, 2, 1, "train", part="guard"))
         with torch.no_grad():
             plain = answer_logits(vlm.model, batch)
             with self._under(run.baseline, vlm):
@@ -129,7 +129,7 @@ class AnswerTask(Task):
         vlm = self._fresh(run, seed)
 
         def get_batch(step: int) -> dict[str, Tensor]:
-            return self._batch(vlm, self._drawn(run, vlm, self.batch, 1, "train", training=seed, step=step))
+            return vlm.batch(self._drawn(run, vlm, self.batch, 1, "train", training=seed, step=step))
 
         with self._under(arm, vlm):
             state = train_answers(
@@ -159,7 +159,7 @@ class AnswerTask(Task):
             parts.append(self._drawn(run, vlm, count, times, "test", part="test", behind=times, start=start))
         no, yes = vlm.language.answers
         with torch.no_grad():
-            logits = [answer_logits(vlm.model, self._batch(vlm, part)) for part in parts]
+            logits = [answer_logits(vlm.model, vlm.batch(part)) for part in parts]
         said = torch.cat([x[..., yes] > x[..., no] for x in logits]).cpu()
         truth, cells = (torch.cat([getattr(part, name) for part in parts]) for name in ("truth", "cells"))
         first = parts[0]
@@ -167,12 +167,6 @@ class AnswerTask(Task):
 
     def _drawn(self, run: RunContext, vlm: JoinedVLM, count: int, times: int, split: Split, **axes: Any) -> Questions:
         return self.questions(vlm, count, run.torch_rng(task=self.key, **axes), times * self.filler, split)
-
-    def _batch(self, vlm: JoinedVLM, asked: Questions) -> dict[str, Tensor]:
-        inputs = vlm.inputs(asked)
-        device = inputs["input_ids"].device
-        answers = torch.tensor(vlm.language.answers)[asked.truth.long()]
-        return {**inputs, "at": asked.at.to(device), "answers": answers.to(device)}
 
     def _under(self, arm: Arm, vlm: JoinedVLM) -> AbstractContextManager[Any]:
         return use(vlm.model, *arm.strategies) if arm.strategies else nullcontext()
