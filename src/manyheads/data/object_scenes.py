@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
+from ..errors import UserError
 from .scenes import BACKDROPS, OBJECTS, photographs, placed, sprites
 
 __all__ = ["Film", "Picture", "draw_films", "draw_pictures"]
@@ -47,7 +48,13 @@ class Film:
 
 
 def draw_pictures(count: int, generator: Generator, *, grid: int, size: int, split: Split = "train") -> Picture:
-    """Draw pictures of ``grid x grid`` cells of ``size`` pixels."""
+    """Draw pictures of ``grid x grid`` cells of ``size`` pixels.
+
+    Raises:
+        UserError: there are fewer cells than objects.
+    """
+    if grid * grid < len(OBJECTS):
+        raise UserError(f"{len(OBJECTS)} objects need as many cells; give a grid of 3 or more, not {grid}")
     there = torch.rand(count, len(OBJECTS), generator=generator) < 0.5
     where = torch.rand(count, grid * grid, generator=generator).argsort(1)[:, : len(OBJECTS)]
     images = _backdrops(count, grid * size, generator, split)

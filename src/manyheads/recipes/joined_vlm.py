@@ -28,7 +28,7 @@ from manyheads.training.answers import answer_logits, train_answers
 
 __all__ = ["train_joined"]
 
-_HELD = 256  # texts that are judged
+_HELD, _AT_ONCE = 256, 32  # texts that are judged
 OnStep = Callable[[TrainState], bool | None]
 
 
@@ -69,8 +69,8 @@ def train_joined(
         )  # fmt: skip
         no, yes = vlm.language.answers
         right = 0
-        for part in range(0, held, batch):
-            asks = drawn(part, min(batch, held - part), "test")
+        for part in range(0, held, _AT_ONCE):
+            asks = drawn(part, min(_AT_ONCE, held - part), "test")
             with torch.no_grad():
                 logits = answer_logits(vlm.model, vlm.batch(asks)).cpu()
             right += int(((logits[..., yes] > logits[..., no]) == asks.truth).sum())
