@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import UserError
-from .scenes import BACKDROPS, OBJECTS, photographs, placed, sprites
+from .scenes import BACKDROPS, OBJECTS, photographs, sprites
 
 __all__ = ["Film", "Picture", "draw_films", "draw_pictures"]
 
@@ -58,8 +58,8 @@ def draw_pictures(count: int, generator: Generator, *, grid: int, size: int, spl
     there = torch.rand(count, len(OBJECTS), generator=generator) < 0.5
     where = torch.rand(count, grid * grid, generator=generator).argsort(1)[:, : len(OBJECTS)]
     images = _backdrops(count, grid * size, generator, split)
-    for i in range(len(OBJECTS)):
-        images = torch.where(there[:, i, None, None, None], _over(images, i, where[:, i], grid, size), images)
+    rows, kinds = there.nonzero().unbind(1)
+    images = _over(images, rows, kinds, where[rows, kinds], grid, size)
     return Picture(images * 2 - 1, torch.where(there, where, -1))
 
 
@@ -69,10 +69,10 @@ def draw_films(
     """Draw films of ``frames`` frames, at most eight, each of ``grid x grid`` cells of ``size`` pixels."""
     shown = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)[:, :frames]
     back = _backdrops(count, grid * size, generator, split)
-    made = []
+    made, rows = [], torch.arange(count)
     for frame in range(frames):
         where = torch.randint(grid * grid, (count,), generator=generator)
-        made.append(_over(back, shown[:, frame], where, grid, size))
+        made.append(_over(back, rows, shown[:, frame], where, grid, size))
     return Film(torch.stack(made, 1) * 2 - 1, shown)
 
 
@@ -85,8 +85,10 @@ def _backdrops(count: int, side: int, generator: Generator, split: Split) -> Ten
     return interpolate(chosen.float() / 255, size=(side, side), mode="bilinear", antialias=True)
 
 
-def _over(images: Tensor, kind: int | Tensor, cell: Tensor, grid: int, size: int) -> Tensor:
-    """``images`` with an object in a cell of each."""
-    chosen = sprites(size)[torch.as_tensor(kind).expand(len(images))]
-    cover = placed(chosen, torch.stack([cell // grid, cell % grid], 1) * size, images.shape[-1])
-    return cover[:, :3] + (1 - cover[:, 3:]) * images
+def _over(images: Tensor, rows: Tensor, kinds: Tensor, cells: Tensor, grid: int, size: int) -> Tensor:
+    """``images [N, 3, side, side]`` with objects ``kinds [K]`` in ``cells [K]`` of the images ``rows [K]``."""
+    parts = images.unflatten(3, (grid, size)).unflatten(2, (grid, size)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    cover, parts = sprites(size)[kinds], parts.clone()
+    parts[rows, cells] = cover[:, :3] + (1 - cover[:, 3:]) * parts[rows, cells]
+    whole: Tensor = parts.unflatten(1, (grid, grid)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return whole

@@ -27,7 +27,7 @@ from . import files
 
 __all__ = [
     "BACKDROPS", "DIRECTIONS", "OBJECTS", "PLACES", "VOCABULARY", "WORDS", "Kind", "Sample", "available", "draw",
-    "photographs", "placed", "read_caption", "sprites",
+    "photographs", "read_caption", "sprites",
 ]  # fmt: skip
 
 Kind = Literal["scenes", "moving"]
@@ -174,7 +174,7 @@ def _scene(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor
     slack = SIDE // 2 - OBJECT + 1
     corner = torch.stack([labels[:, 1] // 2, labels[:, 1] % 2], 1) * (SIDE // 2)
     at = corner + (random.T * slack).long()
-    cover = placed(sprites(OBJECT)[labels[:, 0]], at, SIDE)
+    cover = _placed(sprites(OBJECT)[labels[:, 0]], at, SIDE)
     return cover[:, :3] + (1 - cover[:, 3:]) * back, cover[:, 3:]
 
 
@@ -190,7 +190,7 @@ def _film(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor]
     movers = sprites(MOVER)[labels[:, 0]]
     images, masks = [], []
     for frame in range(FRAMES):
-        cover = placed(movers, start + frame * step, WINDOW)
+        cover = _placed(movers, start + frame * step, WINDOW)
         seen = _cropped(small, window + frame * step, WINDOW)
         images.append(cover[:, :3] + (1 - cover[:, 3:]) * seen)
         masks.append(cover[:, 3:])
@@ -203,7 +203,7 @@ def _grid(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.arange(len(at))[:, None, None], (at[:, :1] + reach)[:, :, None], (at[:, 1:] + reach)[:, None, :]
 
 
-def placed(sprites: Tensor, at: Tensor, side: int) -> Tensor:
+def _placed(sprites: Tensor, at: Tensor, side: int) -> Tensor:
     """Sprites ``[N, 4, s, s]`` on empty canvases ``[N, 4, side, side]``, their corners at ``at [N, 2]``."""
     canvas = torch.zeros(len(sprites), side, side, 4)
     canvas[_grid(at, sprites.shape[-1])] = sprites.movedim(1, -1)

@@ -220,6 +220,8 @@ def _where(strategy: Strategy) -> str:
         return f"look with it: manyheads inspect --lens {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
+    if isinstance(strategy, ImagePositions):
+        return "open a model that reads images with it (docs/mixers.md, images among text)"
     if isinstance(strategy, Cache):
         return "open a causal language model with it"
     return "give it a model of its kind"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Number the tokens of an image in rings from its edge to its centre, and let a ring see itself and those around it.
 
-Xing et al., "Mitigating Object Hallucination via Concentric Causal Attention", NeurIPS 2024. RoPE lets attention fall
-with distance, and raster order puts the first rows of an image hundreds of positions from the question: what is there
-is seen less, and made up. The patch of row r and column c of H x W lies in the ring
+Xing et al., "Mitigating Object Hallucination via Concentric Causal Attention", NeurIPS 2024, arXiv 2410.15926. RoPE
+lets attention fall with distance, and raster order puts the first rows of an image hundreds of positions from the
+question: what is there is seen less, and made up. The patch of row r and column c of H x W lies in the ring
 
     ring(r, c) = min(r, c, H - 1 - r, W - 1 - c)
 

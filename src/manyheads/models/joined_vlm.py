@@ -6,6 +6,7 @@ as they are, DINOv2 and SmolLM2, and a new projector between them; only what was
 the two. ``python -m manyheads.recipes.joined_vlm`` trains one; :func:`load` reads it.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def join(
                 module.requires_grad_(True)
     start = tokenizer.bos_token_id
     language = Language(
-        lambda said: tokenizer.encode(f" {said}", add_special_tokens=False),
+        functools.cache(lambda said: tokenizer.encode(f" {said}", add_special_tokens=False)),
         () if start is None else (int(start),), image, int(tokenizer.pad_token_id or 0),
     )  # fmt: skip
     return JoinedVLM(model, language, config.vision_config.patch_size, True, (tower, text))
