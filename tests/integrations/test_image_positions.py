@@ -118,10 +118,10 @@ def test_padding_filled_with_anything_changes_nothing(model):
     with torch.no_grad(), manyheads.use(model, SPEC):
         before, after = model(**good).logits, model(**other).logits
         unmasked = model(**{**other, "attention_mask": None}).logits
-    assert torch.equal(before[real], after[real]) and before.isfinite().all()
-        order = (~real).long().argsort(1, stable=True)  # the same rows, padded behind
+        order = (~real).long().argsort(dim=1, stable=True)  # the same rows, padded behind
         behind = {name: good[name].gather(1, order) for name in ("input_ids", "attention_mask")}
         moved = model(**behind, pixel_values=good["pixel_values"]).logits
+    assert torch.equal(before[real], after[real]) and before.isfinite().all()
     assert_close(moved[behind["attention_mask"].bool()], before[real], SAME)
     assert is_far(unmasked[real], before[real], SAME)  # control
 
