@@ -53,6 +53,6 @@ claim = Claim(
         "Films are made up: emoji before one photograph, 4 frames of 2 x 2 patches (CPU) or 8 of 4 x 4. The paper "
         "fine-tunes a 7B model on real video; its rule for the time of text was not at hand. The learning rate was "
         "looked for with the plain model alone. Whether questions about a single frame suffer is not measured. At "
-        "CPU size one seed of three is still learning under every arm, and seeds differ more than arms: read the GPU run."
+        "CPU size one seed of three is still learning under every arm, so that seeds differ more than arms."
     ),
 )  # fmt: skip
