@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attention", "AttentionCompute", "AttentionEdit", "AttentionPatch", "AttentionWatch", "BlockParts", "Cache",
     "CausalLens", "Denoiser", "DenoiserModule", "DenoiserPrediction", "ImagePositions", "Interleaved", "Layers",
-    "LinearCompute", "Mixer", "Ranker", "RankerConfig", "Residual", "Strategy", "protected",
+    "LinearCompute", "MidBlock", "Mixer", "Ranker", "RankerConfig", "Residual", "Strategy", "protected",
 ]  # fmt: skip
 
 
@@ -256,6 +256,14 @@ class BlockParts(Residual):
 
         Called before :meth:`residual`; change none of them.
         """
+
+
+class MidBlock(Strategy, ABC):
+    """Adds to the residual stream within a block, between its attention and its feed-forward part."""
+
+    @abstractmethod
+    def added(self, site: "Site", hidden: "Tensor", state: dict[str, Any]) -> "Tensor":
+        """What is added ``[B, T, D]`` to the stream ``hidden [B, T, D]``; after the hooks of the attention itself."""
 
 
 class LinearCompute(Strategy, ABC):

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..attention.budget import Budget
 from ..attention.protect import within
 from ..call import AttentionCall, Site
+from ..calls.layer_modules import LayerModules
 from ..errors import UserError
 from ._evict import keep_marked
-from ._layer_modules import LayerModules
 from ._policy import Schedule
 from ._ranking import JointRanking
 from ._store import PolicyStore

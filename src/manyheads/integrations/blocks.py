@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies around an attention module: the block whose output is the residual stream, and the output projection."""
+"""What lies around an attention module: its block, the residual stream in and after it, and the output projection."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..call import Site
 from ..errors import UserError
-from ..strategy import AttentionWatch, BlockParts, Residual
+from ..strategy import AttentionWatch, BlockParts, MidBlock, Residual, Strategy
 from .weights import input_width, weight_of
 
-__all__ = ["block_of", "output_of", "output_path", "watch_blocks"]
+__all__ = ["add_in_blocks", "block_of", "output_of", "output_path", "watch_blocks"]
 
 _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "out_lin", "o", "dense")  # beside q, k and v
 _BEHIND = ("output.dense",)  # beside the attention module itself (BERT)
+_NORMED = ("pre_feedforward_layernorm", "post_feedforward_layernorm")  # attention's output has a norm too, called
+_NORM = "post_attention_layernorm"
 
 _Asking = tuple[Site, Any, Residual]
 
@@ -101,8 +104,7 @@ class _Block:
         return [*handles, block.register_forward_hook(self._leave)]
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3)
-        self.before, self.parts = next(given, None), {}
+        self.before, self.parts = _stream(args, kwargs), {}
 
     def _keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -137,3 +139,84 @@ class _Block:
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first ``[B, T, D]`` that a module is given."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3), None)
+
+
+def add_in_blocks(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Any]]) -> Callable[[], None]:
+    """Have the strategies that ask for it add to the stream between attention and feed-forward; returns what undoes it.
+
+    What they add goes into what attention writes to the stream. That this reaches the feed-forward part as meant is
+    looked at in the first forward.
+
+    Raises:
+        UserError: attention stands in no block.
+    """
+    handles: list[Any] = []
+    for site, module, entry in entries:
+        if not isinstance(entry.strategy, MidBlock):
+            continue
+        block = block_of(model, site.name)
+        if block is None:
+            raise UserError(f"{entry.strategy.spec} acts within a block, and {site.name} stands in none")
+        handles += _Middle(site, entry, entry.strategy).hooks(block, module)
+
+    def restore() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return restore
+
+
+class _Middle:
+    """What one strategy adds within one block."""
+
+    def __init__(self, site: Site, entry: Any, strategy: MidBlock) -> None:
+        self.site, self.entry, self.strategy = site, entry, strategy
+        self.before: Tensor | None = None
+        self.wanted: Tensor | None = None  # what the feed-forward part, or its norm, should be given
+        self.checked = False
+
+    def hooks(self, block: nn.Module, attention: nn.Module) -> list[Any]:
+        children = dict(block.named_children())
+        writer = children[_NORM] if _NORM in children and children.keys() & set(_NORMED) else attention
+        others = (child for child in children.values() if child is not writer)
+        return [
+            block.register_forward_pre_hook(self._enter, with_kwargs=True),
+            writer.register_forward_hook(self._write),
+            *(child.register_forward_pre_hook(self._look, with_kwargs=True) for child in others),
+            block.register_forward_hook(self._leave),
+        ]
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.before = _stream(args, kwargs)
+
+    def _write(self, module: nn.Module, args: Any, output: Any) -> Any:
+        given = output[0] if isinstance(output, tuple) else output
+        if self.before is None or not isinstance(given, Tensor) or given.shape != self.before.shape:
+            raise _no_middle(self.strategy, self.site)
+        given = given + self.strategy.added(self.site, self.before + given, self.entry.current)
+        if not self.checked:
+            self.wanted = (self.before + given).detach()
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.wanted is not None:
+            seen = _stream(args, kwargs)
+            if seen is not None and torch.equal(seen, self.wanted):
+                self.checked, self.wanted = True, None
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.before = self.wanted = None
+        if not self.checked:
+            raise _no_middle(self.strategy, self.site)
+
+
+def _no_middle(strategy: Strategy, site: Site) -> UserError:
+    return UserError(
+        f"{strategy.spec} acts between attention and feed-forward, and the block of {site.name} does not compute the "
+        "one after the other on one stream; use a model as Llama"
+    )

@@ -33,7 +33,7 @@ from ..strategy import (
     Residual,
     Strategy,
 )
-from .blocks import watch_blocks
+from .blocks import add_in_blocks, watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
 from .configs import switch_configs
@@ -115,6 +115,7 @@ class Port:
                 self._entries += [(site, module, entry) for entry in entries]
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
             self._restorers.append(watch_blocks(self.model, self._entries))
+            self._restorers.append(add_in_blocks(self.model, self._entries))
             self._restorers.append(count_forwards(self.model, self._entries))
             self._ran = False
 

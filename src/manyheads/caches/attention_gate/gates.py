@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...attention import reference
 from ...attention.causal import causal_tail
-from .._layer_modules import LayerModules
+from ...calls.layer_modules import LayerModules
 
 __all__ = ["Gate", "Gates"]
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...call import Piece, Site
+from ...calls.low_rank import LowRank, parameter_name
+from ...calls.trained import load_trained, save_trained
 from ...errors import UserError
-from .._trained import load_trained, save_trained
 from .segments import Columns, Segments
 
 __all__ = ["HOW", "GistPiece", "Gists", "check_site"]
@@ -51,7 +52,7 @@ class _Now(threading.local):
     off: bool = False
 
 
-class Gists(nn.Module):
+class Gists(LowRank):
     """The gists of a model.
 
     A linear layer computes ``W x + alpha B A x`` for every token, and for gists, where they have projections of their
@@ -71,42 +72,35 @@ class Gists(nn.Module):
         self, segments: Segments, embedding: Tensor, layers: Mapping[str, tuple[int, int]], own: Iterable[str] = (),
         lora: int = 0, alpha: float = 2.0, about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.segments, self.own, self.lora, self.alpha = segments, tuple(own), lora, alpha
-        self.layers, self.about = dict(layers), dict(about or {})
+        super().__init__(layers, lora, alpha)
+        self.segments, self.own, self.about = segments, tuple(own), dict(about or {})
         self.embedding = nn.Parameter(embedding.detach().float().clone())
-        self.projections, self.down, self.up = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.projections = nn.ParameterDict()
         for name, (n, k) in self.layers.items():
             if name.rpartition(".")[2] in self.own:
-                self.projections[_key(name)] = nn.Parameter(torch.zeros(n, k))
-            if lora:
-                self.down[_key(name)] = nn.Parameter(torch.randn(lora, k) * k**-0.5)
-                self.up[_key(name)] = nn.Parameter(torch.zeros(n, lora))
+                self.projections[parameter_name(name)] = nn.Parameter(torch.zeros(n, k))
         self.now = _Now()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gists:
         return self  # of the model, not of a sequence whose cache is copied
 
-    def compute(self, weight: Tensor, bias: Tensor | None, name: str) -> Callable[[Tensor], Tensor]:
+    def compute(self, weight: Tensor, bias: Tensor | None, name: str, how: str = HOW) -> Callable[[Tensor], Tensor]:
         """What a linear layer computes; with the parameters as they are now, unless they are being trained.
 
         Raises:
             UserError: in the model at hand it has another shape.
         """
-        if tuple(weight.shape) != tuple(self.layers[name]):
-            raise UserError(f"these gists were trained on another model, {name} has another shape: {HOW}")
-        key, live = _key(name), self.embedding.requires_grad
-        parts = [x.get(key) for x in (self.projections, self.down, self.up)]
-        if not live:
-            parts = [None if x is None else x.to(weight.device, weight.dtype) for x in parts]
-        own, down, up = parts
+        self.check_shape(weight, name, how)
+        live, own = self.embedding.requires_grad, self.projections.get(parameter_name(name))
+        own = own if live or own is None else own.to(weight.device, weight.dtype)
+        down, up = self.matrices(name, weight, live)
 
         def forward(x: Tensor) -> Tensor:
             out, piece = linear(x, weight, bias), self.now.piece
             if piece is None or self.now.off:
                 return out
             if down is not None and up is not None:
-                out = out + self.alpha * linear(linear(x, down.to(x.dtype)), up.to(x.dtype))
+                out = out + self.change(x, down, up)
             if own is None or piece.given == x.shape[1]:
                 return out
             mine = out[:, piece.given :] + linear(
@@ -157,7 +151,3 @@ def check_site(site: Site) -> None:
     if site.latent is not None or site.window is not None:
         what = "caches latents" if site.latent is not None else f"has a window of {site.window} tokens"
         raise UserError(f"{site.name} {what}, which gist does not know: use a model with full attention in all layers")
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "|")  # torch has no dots in the names of parameters

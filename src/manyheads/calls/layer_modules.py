@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ._trained import load_trained, save_trained
+from .trained import load_trained, save_trained
 
 if TYPE_CHECKING:
     from ..call import AttentionCall, Site
@@ -89,7 +89,7 @@ class LayerModules(nn.Module):
         if key not in self._placed:
             made = self.make(self.kv_heads[layer])
             made.load_state_dict(self.layer(layer).state_dict())
-            self._placed[key] = made.requires_grad_(False).to(like.device, dtype)
+            self._placed[key] = made.requires_grad_(False).eval().to(like.device, dtype)
         return self._placed[key]
 
     def reads(self, call: AttentionCall, folder: str) -> Tensor:
