@@ -17,7 +17,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,13 +155,16 @@ class Adapter(AttentionWatch, MidBlock):
             call.state["call"] = call.replace(state={})
 
     def added(self, site: Site, hidden: Tensor, state: dict[str, Any]) -> Tensor:
+        return self._added(site, hidden, state).to(hidden.dtype)
+
+    def _added(self, site: Site, hidden: Tensor, state: dict[str, Any]) -> Tensor:
         assert site.layer is not None
         if hidden.shape[-1] != (dim := self.trained.config["dim"]):
             raise UserError(f"these adapters are for a width of {dim}, and {site.name} has {hidden.shape[-1]}: {HOW}")
         gin = self.trained.used(site.layer, hidden)
-        own = gin.project(hidden.to(gin.project.weight.dtype))
+        own: Tensor = gin.project(hidden.to(gin.project.weight.dtype))
         if self.graph == "bottleneck":
-            return gin(own, own).to(hidden.dtype)
+            return cast(Tensor, gin(own, own))
         call: AttentionCall = state.pop("call")
         past = own if self.graph == "released" else self._seen(call, own, state)
         parts = []
@@ -173,7 +176,7 @@ class Adapter(AttentionWatch, MidBlock):
                 parts.append(self_loops.to(own.dtype) * own[:, cut])
             else:
                 parts.append(w.to(own.dtype) @ past)
-        return gin(own, torch.cat(parts, 1)).to(hidden.dtype)
+        return cast(Tensor, gin(own, torch.cat(parts, 1)))
 
     def _seen(self, call: AttentionCall, own: Tensor, state: dict[str, Any]) -> Tensor:
         """``z [B, S, W]`` of all keys of the call: of those before it as they were kept.

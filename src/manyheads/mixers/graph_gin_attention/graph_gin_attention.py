@@ -92,14 +92,15 @@ class HeadMLPs(nn.Module):
         super().__init__()
         self.up = nn.Parameter(0.02 * torch.randn(heads, inner, wide))
         self.down = nn.Parameter(0.02 / (2 * layers) ** 0.5 * torch.randn(heads, wide, dim))
-        biases = [nn.Parameter(torch.zeros(heads, 1, size)) if norm else None for size in (wide, dim)]
-        self.up_bias, self.down_bias = biases
-        self.norm = nn.Parameter(torch.ones(heads, 1, wide)) if norm else None
+        self.up_bias, self.down_bias, self.norm = (
+            nn.Parameter(torch.full((heads, 1, size), start)) if norm else None
+            for size, start in ((wide, 0.0), (dim, 0.0), (wide, 1.0))
+        )
         self.dropout = dropout
 
     def forward(self, z: Tensor) -> Tensor:
         y = z @ self.up
-        if self.norm is not None:
+        if self.norm is not None and self.up_bias is not None:
             y = nn.functional.dropout(y + self.up_bias, self.dropout, self.training)
             y = nn.functional.rms_norm(y, y.shape[-1:], eps=_EPS) * self.norm
         y = silu(y) @ self.down
@@ -144,7 +145,9 @@ class GinAttention(SoftmaxMixer):
         if plain:
             z = super()._attend(q, k, v, at, keys, spec, **given)
         elif self.editor is not None:
-            raise UserError(f"{self.strategy.spec} reads the weights themselves, which {self.editor[1].spec} cannot edit")
+            raise UserError(
+                f"{self.strategy.spec} reads the weights themselves, which {self.editor[1].spec} cannot edit"
+            )
         else:
             z = self._by_weights(q, k, v, at, keys, spec, given.get("real"))
         if self.eps is not None:

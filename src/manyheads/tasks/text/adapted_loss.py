@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss of a frozen language model on worked answers after a small adapter was trained on other problems.
+
+``kind`` of an arm, see ``manyheads.recipes.graph_gin_attention``, says what is trained; an arm without is the model as
+it is. All train on the same batches at as many parameters; each at that of the same learning rates which does best on
+problems set aside, after a training of the first seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from ...data.word_problems import word_problems
+from ...errors import UserError
+from ...experiment import Arm, CausalLM, Metric, Row, RunContext, Task, WorkUnit
+from ...integrations import use
+from ...strategy import Strategy
+from ._prefill import token_nll
+from ._text_task import model_of
+
+__all__ = ["AdaptedLoss"]
+
+_PARTS = ("first third", "second third", "last third")  # of the depth
+_AT_ONCE = 16  # problems judged in one batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedLoss(Task):
+    """A value for each held-out problem and seed, over the tokens of its answer.
+
+    Attributes:
+        steps, batch, length: of a training: sequences of a step, and their tokens.
+        rates: highest learning rates that every arm tries.
+        width: channels of Sparse-GIN; LoRA's rank follows from its parameters.
+        problems: that are judged.
+        tuning: problems that a rate is chosen by.
+        source: of :func:`manyheads.data.word_problems.word_problems`.
+    """
+
+    subject: ClassVar[str] = "causal_lm"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            "token_nll", "loss of worked answers, nats/token", "nats/token",
+            what="how unlikely the model finds the worked answers of problems that no training met",
+        ),
+        Metric("scale", "lambda after training"),
+        Metric("tuning_nll", "loss on what is set aside for tuning, nats/token", "nats/token"),
+    )  # fmt: skip
+
+    steps: int = 200
+    batch: int = 8
+    length: int = 256
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    width: int = 155
+    problems: int = 200
+    tuning: int = 50
+    source: str = "gsm8k"
+
+    def __post_init__(self) -> None:
+        if not self.rates or min(self.rates) <= 0 or min(self.steps, self.batch, self.problems, self.tuning) < 1:
+            raise UserError("rates are above 0; steps, batch, problems and tuning count, 1 or more")
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        lm = cast(CausalLM, run.subject)
+        return None if lm.tokenizer is not None else f"{lm.name} has no tokenizer, so that it reads no problems"
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        found = []
+        for arm in run.arms:
+            trainings = len(run.seeds) + (len(self.rates) if len(self.rates) > 1 else 0)
+            cost = float(self.steps * trainings) if "kind" in arm.options else 1.0
+            found.append(WorkUnit(self.key, arm.key, cost, f"training {arm.key}", {"arm": arm.key}))
+        return found
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        arm, model = run.arm_of(unit), model_of(run)
+        test = self._parts(run)[0]
+        if "kind" not in arm.options:
+            values = losses(model, test)
+            for seed in run.seeds:
+                yield from self.each("token_nll", arm, values, seed=seed)
+            return
+        rate = self.rates[0]
+        if len(self.rates) > 1:
+            tuned = {}
+            for each in self.rates:
+                _, acting = self._trained(run, unit, arm, run.seeds[0], each)
+                found = losses(model, self._parts(run)[1], acting)
+                tuned[each] = sum(found) / len(found)
+                yield self.row("tuning_nll", arm, tuned[each], "tuning", seed=run.seeds[0], at={"rate": each})
+            rate = min(tuned, key=lambda x: tuned[x])
+        for seed in run.seeds:
+            made, acting = self._trained(run, unit, arm, seed, rate)
+            about = {"rate": rate, **made.about}
+            values = losses(model, test, acting)
+            yield from self.each("token_nll", arm, values, [about] * len(values), seed=seed)
+            yield from self._scales(arm, made, seed)
+
+    def _trained(self, run: RunContext, unit: WorkUnit, arm: Arm, seed: int, rate: float) -> tuple[Any, Strategy]:
+        """What a training makes, and the strategy that acts with it."""
+        from ...mixers.graph_gin_attention import Adapter, Adapters, Lora
+        from ...recipes._adapters import id_batches
+        from ...recipes.graph_gin_attention import train_adapters
+
+        ids = run.kept((self.source, "ids"), lambda: torch.cat([torch.tensor(x) for _, x in self._parts(run)[2]]))
+        trainings = unit.cost / self.steps
+        made = train_adapters(
+            model_of(run), id_batches(ids, self.length, self.batch, seed, run.device),
+            kind=arm.options["kind"], width=self.width, budget=self.steps, lr=rate, seed=seed,
+            replayed=run.device.type == "cuda", on_step=lambda _: run.advance(unit.cost / trainings / self.steps),
+        )  # fmt: skip
+        return made, Adapter(live=made) if isinstance(made, Adapters) else Lora(live=made)
+
+    def _scales(self, arm: Arm, made: Any, seed: int) -> Iterator[Row]:
+        """Lambda by the depth of its layer."""
+        from ...mixers.graph_gin_attention import Adapters
+
+        if not isinstance(made, Adapters):
+            return
+        for place, (layer, value) in enumerate(made.scales().items()):
+            part = _PARTS[place * len(_PARTS) // len(made.kv_heads)]
+            yield self.row("scale", arm, value, f"{layer}", seed=seed, at={"depth": part})
+
+    def _parts(self, run: RunContext) -> tuple[list[tuple[int, list[int]]], ...]:
+        """Problems as tokens, with where their answers begin: judged, for tuning, and for training."""
+
+        def make() -> tuple[list[tuple[int, list[int]]], ...]:
+            encode: Callable[..., list[int]] = cast(CausalLM, run.subject).tokenizer.encode
+            given = word_problems(self.source)
+            if len(given) < 2 * (self.problems + self.tuning):
+                raise UserError(f"{self.source} has {len(given)} problems: judge and tune by half of them at most")
+            made = []
+            for i in run.rng(problems=self.source).permutation(len(given)):
+                question, answer = given[i]
+                asked = encode(f"Question: {question}\nAnswer:", add_special_tokens=False)
+                made.append((len(asked), asked + encode(f" {answer}\n\n", add_special_tokens=False)))
+            last = self.problems + self.tuning
+            return made[: self.problems], made[self.problems : last], made[last:]
+
+        return cast(tuple[list[tuple[int, list[int]]], ...], run.kept(("problems", self), make))
+
+
+@torch.inference_mode()
+def losses(model: Any, problems: list[tuple[int, list[int]]], *acting: Strategy) -> list[float]:
+    """Nats per token of each answer, the tokens from a place on, with strategies that act; padded on the right."""
+    found: list[float] = []
+    with use(model, *acting) if acting else nullcontext():
+        for i in range(0, len(problems), _AT_ONCE):
+            part = problems[i : i + _AT_ONCE]
+            width = max(len(ids) for _, ids in part)
+            ids = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in part], device=model.device)
+            nats: Tensor = token_nll(model(input_ids=ids[:, :-1], use_cache=False).logits.float(), ids[:, 1:])
+            found += [float(row[start - 1 : len(ids) - 1].mean()) for row, (start, ids) in zip(nats, part, strict=True)]
+    return found
