@@ -108,7 +108,7 @@ class Adapters(LayerModules):
 
     def scales(self) -> dict[int, float]:
         """Lambda by layer."""
-        return {layer: float(self.gin(layer).scale) for layer in self.kv_heads}
+        return {layer: float(self.gin(layer).scale.detach()) for layer in self.kv_heads}
 
 
 @dataclass(frozen=True, kw_only=True)
