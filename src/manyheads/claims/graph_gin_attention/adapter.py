@@ -38,7 +38,7 @@ claim = Claim(
                 "tuning": 4, "rates": (1e-3,), "width": 32,
             },
             cpu={
-                "subject": "default", "steps": 60, "batch": 2, "length": 96, "problems": 96, "tuning": 24,
+                "subject": "default", "steps": 40, "batch": 2, "length": 64, "problems": 48, "tuning": 24,
                 "rates": (3e-3,), "width": 64,
             },
             cuda={"steps": 240, "problems": 240, "tuning": 60},

@@ -149,12 +149,14 @@ class AdaptedLoss(Task):
 @torch.inference_mode()
 def losses(model: Any, problems: list[tuple[int, list[int]]], *acting: Strategy) -> list[float]:
     """Nats per token of each answer, the tokens from a place on, with strategies that act; padded on the right."""
-    found: list[float] = []
+    found = [0.0] * len(problems)
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i][1]))  # little padding
     with use(model, *acting) if acting else nullcontext():
         for i in range(0, len(problems), _AT_ONCE):
-            part = problems[i : i + _AT_ONCE]
+            part = [problems[place] for place in order[i : i + _AT_ONCE]]
             width = max(len(ids) for _, ids in part)
             ids = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in part], device=model.device)
             nats: Tensor = token_nll(model(input_ids=ids[:, :-1], use_cache=False).logits.float(), ids[:, 1:])
-            found += [float(row[start - 1 : len(ids) - 1].mean()) for row, (start, ids) in zip(nats, part, strict=True)]
+            for place, row, (start, ids) in zip(order[i : i + _AT_ONCE], nats, part, strict=True):
+                found[place] = float(row[start - 1 : len(ids) - 1].mean())
     return found
