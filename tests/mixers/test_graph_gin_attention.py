@@ -110,6 +110,12 @@ def test_gradients(spec):
     mixers.gradients_are_right(spec)
 
 
+@pytest.mark.parametrize("spec", ["adjacency=top_k,fraction=0.3", "aggregate=pna,adjacency=binary,threshold=0.1"])
+def test_steps_keep_the_protocol(spec):
+    for oracle in (mixers.split_equals_one_pass, mixers.padding_changes_nothing, mixers.packed_equals_apart):
+        oracle(mixers.mixer(f"graph_gin_attention:{spec}"))
+
+
 def test_without_eps_and_mlp_it_is_attention_with_the_values_folded():
     m, x = mixer(sharpen=False), drawn()
     plain = Softmax().build(MixerConfig(H * D, H, H, D, 0, 1, 16)).double()

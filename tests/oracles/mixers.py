@@ -33,7 +33,10 @@ VARIANTS = {
     "tnl_lightning": ["tnl_lightning:decay=alibi", "tnl_lightning:decay=none,lrpe=false,gate=false"],
     "minimax_hybrid": ["minimax_hybrid:every=2", "minimax_hybrid:window=5", "minimax_hybrid:every=1,rotary=0"],
     "blalm_mlstm": ["blalm_mlstm:conv=4,hedgehog=true,window=5", "blalm_mlstm:window=8,mix_by=scalar"],
-    "graph_gin_attention": ["graph_gin_attention:aggregate=pna", "graph_gin_attention:adjacency=top_k,fraction=0.3"],
+    "graph_gin_attention": [
+        "graph_gin_attention:aggregate=pna",
+        "graph_gin_attention:adjacency=relu,threshold=0.05,o_proj=true",
+    ],
     "longvq": ["longvq:block=4,codes=5,key_dim=8", "longvq:block=8,codes=0,key_dim=8"],
 }
 CONSTANT = ("tnl_lightning", "minimax_hybrid", "minimax_hybrid:window=5", "blalm_mlstm", *VARIANTS["tnl_lightning"],

@@ -18,6 +18,7 @@ from manyheads.tasks.training._bytes import Bytes, flat, split
 from manyheads.tasks.training._decoders import check_causal, decoder_of, mixer_of
 from manyheads.tasks.training._training_task import Training, at_once
 from manyheads.tasks.training.associative_recall import AssociativeRecall
+from manyheads.tasks.training.byte_gap import ByteGap
 from manyheads.tasks.training.byte_lm import ByteLM
 from manyheads.tasks.training.mixer_cost import MixerCost
 from manyheads.tasks.training.mixer_speed import MixerSpeed
@@ -45,6 +46,22 @@ def nats(model, ids):
 
 def close(found, want):
     return [row.value for row in found] == pytest.approx(want, abs=2e-5)
+
+
+def test_gap_to_the_bytes_that_were_kept(texts):
+    task = ByteGap(**{**TEXT, "samples": 3}, kept=700)
+    run, model = context(texts), decoder(256, 32)
+    found = list(task.rows(run, SOFTMAX, 7, model))
+    data = flat(split(texts)["train"], 700, "training")[:700]
+    starts = torch.linspace(0, 700 - 33, 3, dtype=torch.float64).long()
+    own = np.mean([nats(model, data[start : start + 33].long()) for start in starts.tolist()])
+    held = [row.value for row in found if row.metric == "token_nll"]
+    assert close([row for row in found if row.metric == "gap"], [value - own for value in held]) and len(held) == 3
+    drawn = torch.cat([task.batches(run, 1)(step)[0] for step in range(20)])
+    starts = {bytes(row.tolist()) for row in drawn}
+    assert all(bytes(data.tolist()).find(row) >= 0 for row in starts)
+    wider = ByteGap(**{**TEXT, "samples": 3}, kept=70_000)  # control: other bytes are drawn
+    assert any(bytes(data.tolist()).find(bytes(row.tolist())) < 0 for row in wider.batches(run, 1)(0)[0])
 
 
 def test_held_out_loss_by_length_and_by_position(texts):

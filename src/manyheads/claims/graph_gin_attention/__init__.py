@@ -50,7 +50,7 @@ claim = Claim(
             },
             cuda={
                 "seeds": 5, "dim": 256, "heads": 4, "length": 256, "batch": 32, "steps": 600, "tune_steps": 150,
-                "rates": (1e-3, 3e-3), "samples": 384, "judged": 128, "parameters": 2_500_000, "kept": 1_500_000,
+                "rates": (1e-3, 3e-3), "samples": 384, "judged": 128, "parameters": 2_500_000, "kept": 524_288,
             },
         ),
     ),

@@ -154,9 +154,10 @@ def losses(model: Any, problems: list[tuple[int, list[int]]], *acting: Strategy)
     with use(model, *acting) if acting else nullcontext():
         for i in range(0, len(problems), _AT_ONCE):
             part = [problems[place] for place in order[i : i + _AT_ONCE]]
-            width = max(len(ids) for _, ids in part)
-            ids = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in part], device=model.device)
+            width = max(len(tokens) for _, tokens in part)
+            padded = [tokens + [0] * (width - len(tokens)) for _, tokens in part]
+            ids = torch.tensor(padded, device=model.device)
             nats: Tensor = token_nll(model(input_ids=ids[:, :-1], use_cache=False).logits.float(), ids[:, 1:])
-            for place, row, (start, ids) in zip(order[i : i + _AT_ONCE], nats, part, strict=True):
-                found[place] = float(row[start - 1 : len(ids) - 1].mean())
+            for place, row, (start, tokens) in zip(order[i : i + _AT_ONCE], nats, part, strict=True):
+                found[place] = float(row[start - 1 : len(tokens) - 1].mean())
     return found
