@@ -64,7 +64,7 @@ claim = Claim(
     report=("training_nll", "tuning_nll"),
     caveat=(
         "Bytes of English stand for protein sequences, and no stop at the best epoch: the gap is that after the last "
-        "step. At CPU size the models see their text five times and are small, and one "
-        "seed of softmax has hardly begun to learn when it ends: read the run on a GPU."
+        "step. At CPU size the models see their text five times and are small, and softmax's seeds still lie far "
+        "apart at the end: read the run on a GPU."
     ),
 )  # fmt: skip

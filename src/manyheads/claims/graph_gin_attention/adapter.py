@@ -55,7 +55,7 @@ claim = Claim(
     report=("scale", "tuning_nll"),
     caveat=(
         "A model of 135 million parameters, on a CPU one of 19 million that was trained on code, and a thousand "
-        "problems of GSM8K's test part; trained on 5,000 tokens at one rate on a CPU, on half a million at the better of "
-        "two on a GPU."
+        "problems of GSM8K's test part; trained on 5,000 tokens at one rate on a CPU, on half a million at the "
+        "better of two on a GPU."
     ),
 )  # fmt: skip
