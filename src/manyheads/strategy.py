@@ -315,10 +315,7 @@ class CausalLens(Strategy, ABC):
 
 
 class ImagePositions(Strategy, ABC):
-    """Says, for all layers, at which positions the tokens of images stand and which tokens see each other.
-
-    At most one such strategy per model.
-    """
+    """Says, for all layers, at which positions tokens of images stand and which tokens see each other; one a model."""
 
     one_axis: ClassVar[bool] = False  # it means positions of plain RoPE, and nothing on the axes of M-RoPE
 
