@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attention", "AttentionCompute", "AttentionEdit", "AttentionPatch", "AttentionWatch", "BlockParts", "Cache",
-    "CausalLens", "Denoiser", "DenoiserModule", "DenoiserPrediction", "ImagePositions", "Interleaved", "Layers",
-    "LinearCompute", "MidBlock", "Mixer", "Ranker", "RankerConfig", "Residual", "Strategy", "protected",
+    "CausalLens", "ComparativeLens", "Denoiser", "DenoiserModule", "DenoiserPrediction", "ImagePositions",
+    "Interleaved", "Layers", "LinearCompute", "MidBlock", "Mixer", "Ranker", "RankerConfig", "Residual", "Strategy",
+    "protected",
 ]  # fmt: skip
 
 
@@ -326,6 +327,16 @@ class ImagePositions(Strategy, ABC):
     @abstractmethod
     def allowed(self, layout: "ImageLayout", queries: int) -> "Tensor":
         """Which of all S columns the last ``queries`` see, bool ``[B, queries, S]``; every query sees itself."""
+
+
+class ComparativeLens(CausalLens):
+    """Also says in what a model differs from another checkpoint of it."""
+
+    @abstractmethod
+    def compare(
+        self, model: "torch.nn.Module", other: "torch.nn.Module", tokenizer: Any, use: "Callable[..., Any]"
+    ) -> "LensResult":
+        """What ``model`` has that ``other``, the checkpoint before it, has not; both are left as they were."""
 
 
 class Denoiser(Strategy, ABC):

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 _PROBE, _DOCTOR = "manyheads-inspect", "manyheads-doctor"
 FINDINGS = "findings.json"
 
+Against = Annotated[
+    str | None,
+    typer.Option(help="Another checkpoint of the model, for a lens that compares two, such as thinking_sparks."),
+]
 Questions = Annotated[
     Path | None, typer.Option(help="For hallucination_risk: JSON list of questions, each with its answers.")
 ]
@@ -80,6 +84,7 @@ def inspect(
     ablate: Annotated[
         str | None, typer.Option(help="Score such as sink: take its highest heads out and measure the loss.")
     ] = None,
+    against: Against = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = None,
@@ -103,8 +108,8 @@ def inspect(
     if image or audio:
         no = {
             "--text": text, "--role": role, "--chat": chat, "--generate": generate, "--length": length,
-            "--samples": samples, "--ablate": ablate, "--quick": quick, "--seed": seed, "--questions": questions,
-            "--risk": risk, "--image beside --audio": image and audio,
+            "--samples": samples, "--ablate": ablate, "--against": against, "--quick": quick, "--seed": seed,
+            "--questions": questions, "--risk": risk, "--image beside --audio": image and audio,
         }  # fmt: skip
         _look_at_signals(
             model, image, audio, lenses if lens else list(DEFAULT), [name for name, value in no.items() if value],
@@ -121,7 +126,7 @@ def inspect(
     if questions is not None or (any(map(asks, lenses)) and not (roles or messages)):
         no = {
             "--role": role, "--chat": chat, "--generate": generate, "--length": length, "--layers": layers,
-            "--ablate": ablate, "--lens of another kind": lens and not all(map(asks, lenses)),
+            "--ablate": ablate, "--against": against, "--lens of another kind": lens and not all(map(asks, lenses)),
             "--text beside --questions": text and questions,
         }  # fmt: skip
         _ask(
@@ -138,14 +143,14 @@ def inspect(
 
     with shown(as_json) as progress:
         loaded, tokenizer = load_model(model, device, dtype, encoders=True)
-        prompts = (
-            None if messages is None else [as_prompt(messages, tokenizer, generate > 0, chat.name if chat else "")]
-        )
+        said = chat.name if chat else ""
+        prompts = None if messages is None else [as_prompt(messages, tokenizer, generate > 0, said)]
+        other = None if against is None else (load_model(against, device, dtype)[0], against)
         seen = run.inspect_model(
             loaded, tokenizer, texts, lenses if lens else DEFAULT, prompts=prompts, roles=roles, generate=generate,
-            layers=chosen, ablate=ablate, seed=seed or 0, origin=model or "the shipped model", command=typed(),
-            progress=progress,
-            length=length or (512 if quick else None), samples=samples or (3 if quick else run.SAMPLES),
+            layers=chosen, ablate=ablate, against=other, seed=seed or 0, origin=model or "the shipped model",
+            command=typed(), progress=progress, length=length or (512 if quick else None),
+            samples=samples or (3 if quick else run.SAMPLES),
         )  # fmt: skip
     _show(place / "inspect.html", shown_by.page(seen), seen, shown_by.print_findings, as_json)
 

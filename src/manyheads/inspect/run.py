@@ -22,7 +22,7 @@ from ..integrations import use
 from ..integrations.transformers import find_sites
 from ..lens import Lens, LensResult, device_of
 from ..progress import Progress
-from ..strategy import CausalLens
+from ..strategy import CausalLens, ComparativeLens
 from . import Watching, watch
 from .attention_breakdown import AttentionBreakdown
 from .document import document_of, plain_values
@@ -103,6 +103,7 @@ def inspect_model(
     generate: int = 0,
     layers: Sequence[int] | None = None,
     ablate: str | None = None,
+    against: tuple[nn.Module, str] | None = None,
     seed: int = 0,
     origin: str | None = None,
     command: Sequence[str] = (),
@@ -129,6 +130,7 @@ def inspect_model(
         generate: so many tokens that the model says to each prompt first; they have the role ``response``.
         layers: to look at; all when None.
         ablate: name of a score; the heads that it ranks highest are ablated, and the loss is measured.
+        against: another checkpoint of the model and its name, for lenses that compare two.
         seed: of all draws.
         origin: what the model is called.
         command: what was typed.
@@ -141,6 +143,10 @@ def inspect_model(
     chosen, more = chosen_lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
+    if against is not None and not any(isinstance(lens, ComparativeLens) for lens in chosen):
+        raise UserError(
+            "no lens compares two checkpoints: name one that does (thinking_sparks), or leave --against away"
+        )
     named_lenses, chosen = chosen, fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
     predicts = _predicts(model)
     if not predicts and (generate or ablate is not None):
@@ -172,14 +178,18 @@ def inspect_model(
     shown = {lens.spec: one for lens, one in zip(looking, found, strict=False)}
     for lens in (lens for lens in chosen if isinstance(lens, CausalLens)):
         say(looks - 1, looks, f"{lens.spec} asks prompts of its own")
-        shown[lens.spec] = lens.locate(model, tokenizer, use)
+        if against is not None and isinstance(lens, ComparativeLens):
+            shown[lens.spec] = lens.compare(model, against[0], tokenizer, use)
+        else:
+            shown[lens.spec] = lens.locate(model, tokenizer, use)
     shown[WHERE] = found[-1]
     found[-1].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
     run = describe(model, prompts, read, origin, command)
     run["settings"] = {
         "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),
         "generated": generate, "roles": sorted(parts), "layers": None if layers is None else list(layers),
-        "seed": seed, "ablate": ablate, "device": str(device_of(model)),
+        "seed": seed, "ablate": ablate, "against": None if against is None else against[1],
+        "device": str(device_of(model)),
     }  # fmt: skip
     label_tables(shown, run)
     curve = None

@@ -64,23 +64,31 @@ def card_of(one: HeadTable, name: str, tables: dict[str, Any], sites: Sequence[s
     if scale.low == scale.high or np.nanmin(mean) == np.nanmax(mean):
         return Card(name, about=about, said=f"{number(float(np.nanmin(mean)))} for every head")
     alt = f"{name} of every head. Greatest: {heads_shown(one)}."
-    picture, log = pictures(mean, rows, columns, alt, ("layer", "head"), tag)
+    outlined = _outlined(one)
+    picture, log = pictures(mean, rows, columns, alt, ("layer", "head"), tag, outlined)
     values = None
     if mean.size <= _VALUES:
         cells = [[row, *(number(v) for v in part)] for row, part in zip(rows, mean, strict=True)]
         values = Table([Column("layer", text=True), *(Column(name) for name in columns)], cells)
-    return Card(name, picture, about, log, f"greatest: {heads_shown(one)}", values)
+    said = f"greatest: {heads_shown(one)}" + (f"; outlined: {one.about['outlined']['what']}" if outlined else "")
+    return Card(name, picture, about, log, said, values)
 
 
 def pictures(
-    values: Any, rows: Sequence[str], columns: Sequence[str], alt: str, axes: tuple[str, str], tag: str
-) -> tuple[str, str]:
+    values: Any, rows: Sequence[str], columns: Sequence[str], alt: str, axes: tuple[str, str], tag: str,
+    outlined: Sequence[tuple[int, int]] = (),
+) -> tuple[str, str]:  # fmt: skip
     """A heat map in linear and, where they fit, in logarithmic colours."""
     scales = [scale_of(values), scale_of(values, log=True)]
-    first, second = (
-        heat([Heat(values)], rows, columns, scale=s, alt=alt, axes=axes, tag=tag) if s else "" for s in scales
-    )
+    drawn = [Heat(values, outlined=outlined)]
+    first, second = (heat(drawn, rows, columns, scale=s, alt=alt, axes=axes, tag=tag) if s else "" for s in scales)
     return first, second
+
+
+def _outlined(one: HeadTable) -> list[tuple[int, int]]:
+    """Cells of the heads that the table's ``about`` says are outlined."""
+    named = one.about.get("outlined", {}).get("heads", ())
+    return [(one.layers.index(int(layer)), int(head)) for layer, _, head in (name.partition(".") for name in named)]
 
 
 def layer_card(one: HeadTable, name: str) -> Card | None:

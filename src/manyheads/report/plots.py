@@ -249,11 +249,12 @@ def stacked(rows: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], a
 
 @dataclass(frozen=True)
 class Heat:
-    """One heat map: values ``[R, C]`` (NaN is left clear), a title, and texts that stand in the cells."""
+    """One heat map: values ``[R, C]`` (NaN is left clear), a title, texts in the cells, and cells with a frame."""
 
     values: Array
     title: str = ""
     texts: Sequence[Sequence[str]] | None = None
+    outlined: Sequence[tuple[int, int]] = ()
 
 
 def heat(
@@ -317,6 +318,9 @@ def _map(axis: Axes, one: Heat, scale: Scale, tag: str) -> None:
     shown = scale.rgba(one.values)
     axis.imshow(shown, aspect="auto", interpolation="none", gid=f"map-{tag}" if tag else None)
     axis.set_title(one.title, fontsize=8.5, fontweight="normal", pad=4)
+    for r, c in one.outlined:
+        axis.plot([c - 0.5, c + 0.5, c + 0.5, c - 0.5, c - 0.5], [r - 0.5, r - 0.5, r + 0.5, r + 0.5, r - 0.5],
+                  color="#d1242f", linewidth=1.1, clip_on=False)  # fmt: skip
     for (r, c), colour in ((at, shown[at]) for at in np.ndindex(shown.shape[:2]) if one.texts):
         if colour[3] and one.texts:
             dark = float(colour[:3] @ np.array([0.299, 0.587, 0.114])) < 140
