@@ -37,7 +37,9 @@ from manyheads.training import Checkpoint, TrainState, decay, fit, next_token_lo
 from manyheads.training.checkpoint import newest
 from manyheads.training.policy_gradient import Credit, Prompt, Rollout, ends_of, sample, train_policy
 
-__all__ = ["Problem", "Way", "drawn_sums", "problems_in", "prompts_of", "rhythm_credit", "right", "warm_up"]
+__all__ = [
+    "Problem", "Way", "drawn_sums", "imitation", "problems_in", "prompts_of", "rhythm_credit", "right", "warm_up",
+]  # fmt: skip
 
 Way = Literal["coupled", "local", "global", "entropy", "random", "uniform"]
 LENS = "reasoning_rhythm:middle=5"
@@ -148,6 +150,21 @@ def right(
     return torch.cat([part.rewards.view(-1, draws).mean(1).cpu() for part in parts])
 
 
+def imitation(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
+    """Problems with their worked answers and the end of a text, ids ``[N, T]`` padded with 0 on the right.
+
+    Beside them which predictions count, bool ``[N, T - 1]``: those of the answer. On the CPU.
+    """
+    ends, rows = sorted(ends_of(model))[:1], []
+    for problem, prompt in zip(problems, prompts_of(tokenizer, problems), strict=True):
+        between = "" if getattr(tokenizer, "chat_template", None) else " "
+        rows.append((prompt.ids, [*tokenizer.encode(between + problem.answer, add_special_tokens=False), *ends]))
+    longest = max(len(asked) + len(answer) for asked, answer in rows)
+    ids = [[*asked, *answer] + [0] * (longest - len(asked) - len(answer)) for asked, answer in rows]
+    counts = [[len(asked) <= t + 1 < len(asked) + len(answer) for t in range(longest - 1)] for asked, answer in rows]
+    return torch.tensor(ids), torch.tensor(counts)
+
+
 def warm_up(
     model: Any, tokenizer: Any, draw: Callable[[int], Sequence[Problem]], asked: Sequence[Problem], *, until: float,
     lr: float, length: int, most: int = 200, seed: int = 0,
@@ -168,7 +185,6 @@ def warm_up(
     Returns:
         Steps done, and the share that was right last.
     """
-    ends = sorted(ends_of(model))[:1]
     prompts = prompts_of(tokenizer, asked)
     shares = [float(right(model, prompts, length, draws=2, seed=seed).mean())]
     if shares[0] >= until:
@@ -176,16 +192,8 @@ def warm_up(
     device = next(model.parameters()).device
 
     def get_batch(number: int) -> tuple[Tensor, Tensor]:
-        rows = []
-        for problem, prompt in zip(some := draw(number), prompts_of(tokenizer, some), strict=True):
-            between = "" if getattr(tokenizer, "chat_template", None) else " "
-            rows.append((prompt.ids, [*tokenizer.encode(between + problem.answer, add_special_tokens=False), *ends]))
-        longest = max(len(asked) + len(answer) for asked, answer in rows)
-        ids = [[*asked, *answer] + [0] * (longest - len(asked) - len(answer)) for asked, answer in rows]
-        counts = [
-            [len(asked) <= t + 1 < len(asked) + len(answer) for t in range(longest - 1)] for asked, answer in rows
-        ]
-        return torch.tensor(ids, device=device), torch.tensor(counts, device=device)
+        ids, counts = imitation(model, tokenizer, draw(number))
+        return ids.to(device), counts.to(device)
 
     def on_step(state: TrainState) -> bool:
         if state.step % _LOOK == 0:

@@ -147,7 +147,8 @@ class Block:
         if self.site.output is None:
             raise UserError(f"{self.site.name} has no output projection that is known, so that no head's write is")
         weight: Tensor = self.site.output().detach()
-        return weight.T.unflatten(0, tuple(self.z.shape[2:]))
+        made: Tensor = weight.T.unflatten(0, tuple(self.z.shape[2:]))
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
