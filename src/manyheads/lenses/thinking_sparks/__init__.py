@@ -75,13 +75,13 @@ class ThinkingSparks(ComparativeLens):
             raise UserError("thinking_sparks: prompts and edges are 1 or more, tokens 2, steps and threshold 0")
 
     def locate(self, model: nn.Module, tokenizer: Any, use: Callable[..., Any]) -> LensResult:
-        questions = self._questions()
         with exact(model) as mine:
             pairs = []
-            for (question, _), (other, _) in zip(questions, [*questions[1:], self._questions(1)[0]], strict=True):
+            others = [asked(tokenizer, question) for part in range(1, 5) for question in self._questions(part)]
+            for question in self._questions():
                 ids, begun = asked(tokenizer, question), opening(mine, tokenizer, question, self.tokens)
-                there = asked(tokenizer, other)
-                if len(ids) == len(there) and len(begun) >= _SHORTEST:
+                there = next((other for other in others if len(other) == len(ids) and other != ids), None)
+                if there is not None and len(begun) >= _SHORTEST:
                     pairs.append(Pair((*ids, *begun), (*there, *begun), len(ids)))
             found = self._attributed(mine, use, pairs)
         table = found.importance()
@@ -91,9 +91,8 @@ class ThinkingSparks(ComparativeLens):
         )
 
     def compare(self, model: nn.Module, other: nn.Module, tokenizer: Any, use: Callable[..., Any]) -> LensResult:
-        questions = [question for question, _ in self._questions()]
         with exact(model) as post, exact(other) as base:
-            pairs = opening_pairs(post, base, tokenizer, questions, self.tokens)
+            pairs = opening_pairs(post, base, tokenizer, self._questions(), self.tokens)
             after = self._attributed(post, use, pairs)
             before = self._attributed(base, use, [Pair(p.corrupted, p.clean, p.start) for p in pairs])
         change = compared(before, after)
@@ -102,9 +101,9 @@ class ThinkingSparks(ComparativeLens):
         tables["post"] = replace(tables["post"], about={**tables["post"].about, "outlined": outlined})
         return LensResult(tables=tables, records=_records(tables, change), notes=_notes(before, after, change, tables))
 
-    def _questions(self, part: int = 0) -> list[tuple[str, str]]:
+    def _questions(self, part: int = 0) -> list[str]:
         draws = np.random.default_rng([self.seed, part])
-        return [worked_sum([int(n) for n in draws.integers(10, 100, 2)]) for _ in range(self.prompts)]
+        return [worked_sum([int(n) for n in draws.integers(10, 100, 2)])[0] for _ in range(self.prompts)]
 
     def _attributed(self, model: nn.Module, use: Callable[..., Any], pairs: Sequence[Pair]) -> Circuit:
         return attribute(model, use, pairs, edges=self.edges, threshold=self.threshold, steps=self.steps)

@@ -161,7 +161,7 @@ class PairRuns:
         points = [k / steps for k in range(1, steps + 1)] if steps else [0.0]
         found = torch.zeros(self.graph.writers, self.graph.readers, dtype=self._ends.dtype, device=self._ends.device)
         for start in range(0, len(points), _ROWS):
-            part = torch.tensor(points[start : start + _ROWS]).to(self._ends)[:, None, None]
+            part = self._ends.new_tensor(points[start : start + _ROWS])[:, None, None]
             path = (self._ends[1] + part * (self._ends[0] - self._ends[1])).requires_grad_()
             with torch.enable_grad():
                 run = run_model(self.model, self.use, path, self._kept)

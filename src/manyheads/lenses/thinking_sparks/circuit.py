@@ -122,7 +122,9 @@ def attribute(
         UserError: no pair is given.
     """
     if not pairs:
-        raise UserError("no prompt is left: both models answer every question alike; ask others, or more tokens")
+        raise UserError(
+            "no pair of prompts is left: both are answered alike, or too briefly; give more prompts, or more tokens"
+        )
     scores, losses = [], []
     for i, pair in enumerate(pairs):
         runs = PairRuns(model, use, pair)

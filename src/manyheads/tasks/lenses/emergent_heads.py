@@ -26,7 +26,6 @@ from ...heads import HeadTable, layer_matched_heads
 from ...training import TrainState
 from ..text._text_task import model_of
 from ._chat import base_model
-from ._trained import told
 
 if TYPE_CHECKING:
     from ...lenses.thinking_sparks import Circuit, HeadChange, Pair, PairRuns
@@ -234,11 +233,11 @@ class EmergentHeads(Task):
         model = copy.deepcopy(model_of(run)).float()
         model.requires_grad_(True)
         torch.manual_seed(seeding.number(run.seed, tune="worked answers", seed=seed))
-        tell, earlier = told(run, unit, self.steps), []
+        earlier: list[Any] = []
         at = {self.steps * (i + 1) // (self.looks + 1) for i in range(self.looks)}
 
         def on_step(state: TrainState) -> None:
-            tell(state)
+            run.advance(_TUNING * unit.cost / self.steps)
             if state.step in at:
                 earlier.append(copy.deepcopy(model).requires_grad_(False).eval())
 
