@@ -333,9 +333,7 @@ class ComparativeLens(CausalLens):
     """Also says in what a model differs from another checkpoint of it."""
 
     @abstractmethod
-    def compare(
-        self, model: "torch.nn.Module", other: "torch.nn.Module", tokenizer: Any, use: "Callable[..., Any]"
-    ) -> "LensResult":
+    def compare(self, model: Any, other: Any, tokenizer: Any, use: "Callable[..., Any]") -> "LensResult":
         """What ``model`` has that ``other``, the checkpoint before it, has not; both are left as they were."""
 
 

@@ -143,10 +143,7 @@ def inspect_model(
     chosen, more = chosen_lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
-    if against is not None and not any(isinstance(lens, ComparativeLens) for lens in chosen):
-        raise UserError(
-            "no lens compares two checkpoints: name one that does (thinking_sparks), or leave --against away"
-        )
+    _check_against(chosen, against)
     named_lenses, chosen = chosen, fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
     predicts = _predicts(model)
     if not predicts and (generate or ablate is not None):
@@ -176,12 +173,8 @@ def inspect_model(
         prompts = [_answered(model, prompt, generate, say, i, looks) for i, prompt in enumerate(prompts)]
     found, losses = read_prompts(model, prompts, [*looking, own], lambda i, m: say(i, looks, m))
     shown = {lens.spec: one for lens, one in zip(looking, found, strict=False)}
-    for lens in (lens for lens in chosen if isinstance(lens, CausalLens)):
-        say(looks - 1, looks, f"{lens.spec} asks prompts of its own")
-        if against is not None and isinstance(lens, ComparativeLens):
-            shown[lens.spec] = lens.compare(model, against[0], tokenizer, use)
-        else:
-            shown[lens.spec] = lens.locate(model, tokenizer, use)
+    say(looks - 1, looks, "lenses that intervene ask prompts of their own")
+    shown |= _intervened(model, tokenizer, chosen, against)
     shown[WHERE] = found[-1]
     found[-1].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
     run = describe(model, prompts, read, origin, command)
@@ -200,6 +193,24 @@ def inspect_model(
     run["seconds"] = round(time.perf_counter() - begun, 2)
     words = [[tokenizer.decode([i]) for i in prompt.ids] for prompt in prompts]
     return Inspection(run, list(prompts), words, shown, own.parts, curve, losses)
+
+
+def _check_against(lenses: Sequence[Lens | CausalLens], against: tuple[nn.Module, str] | None) -> None:
+    if against is not None and not any(isinstance(lens, ComparativeLens) for lens in lenses):
+        raise UserError("no lens compares two checkpoints: name thinking_sparks, or leave --against away")
+
+
+def _intervened(
+    model: nn.Module, tokenizer: Any, lenses: Sequence[Lens | CausalLens], against: tuple[nn.Module, str] | None
+) -> dict[str, LensResult]:  # fmt: skip
+    """What lenses find that ask prompts of their own, by their specs."""
+    return {
+        lens.spec: lens.compare(model, against[0], tokenizer, use)
+        if against is not None and isinstance(lens, ComparativeLens)
+        else lens.locate(model, tokenizer, use)
+        for lens in lenses
+        if isinstance(lens, CausalLens)
+    }
 
 
 def label_tables(found: dict[str, LensResult], run: dict[str, Any]) -> None:
