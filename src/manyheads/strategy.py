@@ -26,15 +26,13 @@ __all__ = [
     "protected",
 ]  # fmt: skip
 
-
 Layers = tuple[int, ...] | None  # in a spec: 0-3+7
 
 
 def _slug(module: str) -> str:
     """What names the strategy of a module: ``slug`` of a paper's file or ``slug.part`` of its folder.
 
-    Folders of papers lie in a category, ``manyheads.<category>.<slug>.<part>``, or ``manyheads.domains.<field>....``;
-    elsewhere it is the module's own name.
+    Folders of papers are ``manyheads.<category>`` or ``manyheads.domains.<field>``; elsewhere the module names itself.
     """
     package, *path = module.split(".")
     paper = path[2 if path[:1] == ["domains"] else 1 :]

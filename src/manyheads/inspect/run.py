@@ -22,10 +22,11 @@ from ..integrations import use
 from ..integrations.transformers import find_sites
 from ..lens import Lens, LensResult, device_of
 from ..progress import Progress
-from ..strategy import CausalLens, ComparativeLens
+from ..strategy import CausalLens
 from . import Watching, watch
 from .attention_breakdown import AttentionBreakdown
 from .document import document_of, plain_values
+from .intervening import check_against, intervened
 from .naming import DEFAULT, Part, check_roles, parse_lenses
 from .prompts import SHORTEST, Prompt, draw
 
@@ -112,7 +113,6 @@ def inspect_model(
     """Let lenses look at a model while it reads.
 
         from manyheads.inspect.run import inspect_model
-
         model, tokenizer = manyheads.models.load_default()
         seen = inspect_model(model, tokenizer, lenses=["sinks", "rhythm"])
         seen.found["active_dormant"].tables
@@ -143,7 +143,7 @@ def inspect_model(
     chosen, more = chosen_lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
-    _check_against(chosen, against)
+    check_against(chosen, against)
     named_lenses, chosen = chosen, fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
     predicts = _predicts(model)
     if not predicts and (generate or ablate is not None):
@@ -173,16 +173,14 @@ def inspect_model(
         prompts = [_answered(model, prompt, generate, say, i, looks) for i, prompt in enumerate(prompts)]
     found, losses = read_prompts(model, prompts, [*looking, own], lambda i, m: say(i, looks, m))
     shown = {lens.spec: one for lens, one in zip(looking, found, strict=False)}
-    say(looks - 1, looks, "lenses that intervene ask prompts of their own")
-    shown |= _intervened(model, tokenizer, chosen, against)
+    shown |= intervened(model, tokenizer, chosen, against)
     shown[WHERE] = found[-1]
     found[-1].notes += [f"{lens.slug} finds nothing to look at here." for lens in named_lenses if lens not in chosen]
     run = describe(model, prompts, read, origin, command)
     run["settings"] = {
         "lenses": [lens.spec for lens in chosen], "length": max(len(p.ids) for p in prompts), "samples": len(prompts),
         "generated": generate, "roles": sorted(parts), "layers": None if layers is None else list(layers),
-        "seed": seed, "ablate": ablate, "against": None if against is None else against[1],
-        "device": str(device_of(model)),
+        "seed": seed, "ablate": ablate, "against": against and against[1], "device": str(device_of(model)),
     }  # fmt: skip
     label_tables(shown, run)
     curve = None
@@ -193,24 +191,6 @@ def inspect_model(
     run["seconds"] = round(time.perf_counter() - begun, 2)
     words = [[tokenizer.decode([i]) for i in prompt.ids] for prompt in prompts]
     return Inspection(run, list(prompts), words, shown, own.parts, curve, losses)
-
-
-def _check_against(lenses: Sequence[Lens | CausalLens], against: tuple[nn.Module, str] | None) -> None:
-    if against is not None and not any(isinstance(lens, ComparativeLens) for lens in lenses):
-        raise UserError("no lens compares two checkpoints: name thinking_sparks, or leave --against away")
-
-
-def _intervened(
-    model: nn.Module, tokenizer: Any, lenses: Sequence[Lens | CausalLens], against: tuple[nn.Module, str] | None
-) -> dict[str, LensResult]:  # fmt: skip
-    """What lenses find that ask prompts of their own, by their specs."""
-    return {
-        lens.spec: lens.compare(model, against[0], tokenizer, use)
-        if against is not None and isinstance(lens, ComparativeLens)
-        else lens.locate(model, tokenizer, use)
-        for lens in lenses
-        if isinstance(lens, CausalLens)
-    }
 
 
 def label_tables(found: dict[str, LensResult], run: dict[str, Any]) -> None:
