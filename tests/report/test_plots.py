@@ -36,6 +36,22 @@ def test_a_heat_map_has_the_colours_of_its_values(sign):
     assert [tuple(x) for x in bar[0, :, :3]] == list(colours(sign < 0)) and scale.signed == (sign < 0)
 
 
+def test_cells_have_a_frame():
+    """Of the cell that is named, at its corners; the others stand where they stood."""
+    more = {"rows": ["0", "1"], "columns": list("abc"), "alt": "n", "axes": ("r", "c"), "cell": (20.0, 20.0)}
+    values = np.array([[0.0, 0.5, 1.0], [0.1, 0.25, 2.0]])
+    scale = scale_of(values)
+    plain, framed = (heat([Heat(values, outlined=cells)], scale=scale, **more) for cells in ([], [(1, 2)]))
+    assert "#d1242f" not in plain and framed.count("stroke: #d1242f") == 1
+    assert [x.tolist() for x in images(plain)] == [x.tolist() for x in images(framed)]
+    (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: #d1242f', framed)
+    points = np.array([[float(v) for v in pair] for pair in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)])
+    wide = np.ptp(points, axis=0)
+    assert wide == pytest.approx([15, 15], abs=0.5)  # 20 CSS pixels are 15 points
+    left, top = points.min(0)
+    assert left == pytest.approx((46 + 2 * 20) * 0.75, abs=0.5) and top == pytest.approx((6 + 20) * 0.75, abs=0.5)
+
+
 def test_maps_stand_beside_and_below_each_other():
     maps = [Heat(np.eye(2) * i, f"map {i}", [["1/2", ""], ["", "2/2"]]) for i in range(1, 9)]
     made = heat(maps, ["0", "1"], ["a", "b"], scale=scale_of(np.eye(2) * 8), alt="n", axes=("r", "c"))

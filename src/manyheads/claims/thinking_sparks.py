@@ -46,8 +46,8 @@ claim = Claim(
                 "exact": 30, "draws": 3, "problems": 20, "seeds": 1,
             },
             cuda={
-                "source": "both", "steps": 200, "batch": 16, "looks": 3, "prompts": 12, "tokens": 24, "patched": 8,
-                "exact": 96, "draws": 5, "problems": 64, "solved": 64, "seeds": 3,
+                "source": "both", "steps": 150, "batch": 16, "looks": 2, "prompts": 10, "tokens": 24, "patched": 8,
+                "exact": 64, "draws": 4, "problems": 64, "solved": 32, "seeds": 3,
             },
         ),
     ),

@@ -320,7 +320,7 @@ def _map(axis: Axes, one: Heat, scale: Scale, tag: str) -> None:
     axis.set_title(one.title, fontsize=8.5, fontweight="normal", pad=4)
     for r, c in one.outlined:
         axis.plot([c - 0.5, c + 0.5, c + 0.5, c - 0.5, c - 0.5], [r - 0.5, r - 0.5, r + 0.5, r + 0.5, r - 0.5],
-                  color="#d1242f", linewidth=1.1, clip_on=False)  # fmt: skip
+                  color="#d1242f", linewidth=1.1, clip_on=False, scalex=False, scaley=False)  # fmt: skip
     for (r, c), colour in ((at, shown[at]) for at in np.ndindex(shown.shape[:2]) if one.texts):
         if colour[3] and one.texts:
             dark = float(colour[:3] @ np.array([0.299, 0.587, 0.114])) < 140
