@@ -353,4 +353,6 @@ def test_openings_are_cut_to_the_shorter_and_differ(two):
     assert opening_pairs(model, model, tokenizer, ["What is 4 + 5?"], 4) == []
     with pytest.raises(UserError, match="prompts and edges"):
         ThinkingSparks(edges=0)
+    with pytest.raises(UserError, match="every layer"):
+        ThinkingSparks(layers=(0,))
     assert np.isfinite(ThinkingSparks().threshold)

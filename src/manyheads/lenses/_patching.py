@@ -78,10 +78,10 @@ class KeepOutputs(AttentionWatch):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchHeads(AttentionPatch):
-    """Outputs of heads at the last token, replaced as far as their gates are open.
+    """Outputs of heads, replaced as far as their gates are open, at the last token or at all of them.
 
     Attributes:
-        other: for each site that is patched, z' ``[B, H, dv]``.
+        other: for each site that is patched, z' ``[B, H, dv]`` of the last token, or ``[B, T, H, dv]`` of all.
         gates: for each of these, ``[B or 1, H]`` in 0..1.
     """
 
@@ -93,8 +93,10 @@ class PatchHeads(AttentionPatch):
 
     def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
         z, name = out[:, -1], call.site.name
-        gate = self.gates[name].to(z.dtype)[..., None]
-        mixed = (1 - gate) * z + gate * self.other[name].to(z.dtype)
+        gate, other = self.gates[name].to(z.dtype)[..., None], self.other[name].to(z.dtype)
+        if other.ndim == out.ndim:
+            return (1 - gate[:, None]) * out + gate[:, None] * other
+        mixed = (1 - gate) * z + gate * other
         return torch.cat([out[:, :-1], mixed[:, None]], 1)
 
 

@@ -39,6 +39,7 @@ from ...errors import UserError
 from ...heads import HeadTable, listed
 from ...lens import LensResult, device_of
 from ...strategy import ComparativeLens
+from .._patching import frozen
 from .attribution import Pair, PairRuns
 from .circuit import Circuit, HeadChange, attribute, cohorts, compared, effect, strongest
 
@@ -73,6 +74,8 @@ class ThinkingSparks(ComparativeLens):
     def __post_init__(self) -> None:
         if min(self.prompts, self.edges) < 1 or self.tokens < _SHORTEST or self.steps < 0 or self.threshold < 0:
             raise UserError("thinking_sparks: prompts and edges are 1 or more, tokens 2, steps and threshold 0")
+        if self.layers is not None:
+            raise UserError("thinking_sparks: a circuit goes through every layer; leave layers away")
 
     def locate(self, model: nn.Module, tokenizer: Any, use: Callable[..., Any]) -> LensResult:
         with exact(model) as mine:
@@ -115,13 +118,8 @@ def exact(model: nn.Module) -> Iterator[nn.Module]:
     made = model
     if next(model.parameters()).dtype.itemsize < 4:
         made = copy.deepcopy(model).float()
-    held = [p for p in made.parameters() if p.requires_grad]
-    made.requires_grad_(False)
-    try:
+    with frozen(made):
         yield made
-    finally:
-        for p in held:
-            p.requires_grad_(True)
 
 
 def asked(tokenizer: Any, question: str) -> list[int]:

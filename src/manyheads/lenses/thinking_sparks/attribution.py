@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ...call import AttentionCall, Site
+from ...calls.edits import heads_at
 from ...errors import UserError
 from ...lens import device_of
 from ...strategy import AttentionEdit, AttentionPatch, BlockParts
+from .._patching import PatchHeads
 from .graph import Block, Graph, Layer, run_model
 
 __all__ = ["Pair", "PairRuns"]
@@ -46,22 +48,6 @@ class Pair:
         """Refuse what cannot be interpolated."""
         if len(self.clean) != len(self.corrupted) or not 0 <= self.start < len(self.clean):
             raise UserError("the prompts of a pair have as many tokens, and an answer: cut the longer one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SwapHeads(AttentionPatch):
-    """In each row one head's output, at all tokens, taken from another run."""
-
-    heads: tuple[str, ...]
-    other: dict[str, Tensor] = field(compare=False)  # [T, H, dv] by site
-
-    def patch(self, call: AttentionCall, out: Tensor) -> Tensor:
-        made = out.clone()
-        number = call.site.index if call.site.layer is None else call.site.layer
-        for row, (layer, _, head) in enumerate(name.partition(".") for name in self.heads):
-            if int(layer) == number:
-                made[row, :, int(head)] = self.other[call.site.name][:, int(head)]
-        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +196,16 @@ class PairRuns:
     @torch.no_grad()
     def patched_heads(self, heads: Sequence[str]) -> Tensor:
         """L of a run in which one head (``layer.head``) gives what it does in the corrupted one, for each: ``[n]``."""
-        other = {block.site.name: block.z[0] for block in self.corrupted}
+        other = {block.site.name: block.z for block in self.corrupted}
         found = []
         for start in range(0, len(heads), _ROWS):
-            part = tuple(heads[start : start + _ROWS])
-            with self.use(self.model, _SwapHeads(heads=part, other=other)):
+            part = heads[start : start + _ROWS]
+            gates = {}
+            for layer in self.graph.layers:
+                gates[layer.site.name] = self._ends.new_zeros(len(part), layer.heads)
+                for row, name in enumerate(part):
+                    gates[layer.site.name][row, heads_at([name], layer.site, layer.heads)] = 1.0
+            with self.use(self.model, PatchHeads(other=other, gates=gates)):
                 logits = self.model(
                     inputs_embeds=self._ends[:1].expand(len(part), -1, -1), use_cache=False
                 ).logits[:, -self._kept :]  # fmt: skip
