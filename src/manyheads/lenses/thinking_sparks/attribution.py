@@ -109,7 +109,7 @@ class PairRuns:
     """The two runs of a pair, and what can be asked of them.
 
     Args:
-        model: a causal language model of transformers in float32 or float64, in evaluation mode, its weights frozen.
+        model: a causal language model of transformers in float32 or float64, in evaluation mode, best with frozen weights.
         use: :func:`manyheads.use`.
         pair: of prompts.
 
