@@ -109,7 +109,7 @@ class PairRuns:
     """The two runs of a pair, and what can be asked of them.
 
     Args:
-        model: a causal language model of transformers in float32 or float64, in evaluation mode, best with frozen weights.
+        model: a causal language model of transformers in float32 or float64, in evaluation mode; freeze its weights.
         use: :func:`manyheads.use`.
         pair: of prompts.
 
