@@ -5,7 +5,8 @@ A published chat model and its copies tuned on worked arithmetic begin to answer
 circuit for each. On problems that neither saw, the most important emergent heads are zeroed in both models, beside
 random heads of the same layers and beside the heads whose weights changed most. Scores are held against exact patching
 of single heads, and against EAP, whose one gradient is the corrupted run's; the circuit alone against as many random
-edges. Heads by first appearance, ablation by the mean and the scaling of emergent heads in the base are reported.
+edges. Reported are heads by first appearance, ablation by the mean, the most important heads whether new or not, and
+the scaling of emergent heads in the base.
 """
 
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower

@@ -121,8 +121,7 @@ def inspect(
     if chat is not None and roles:
         raise UserError("the roles of a chat are those of its messages; leave --role away")
     messages = _messages(chat, text)
-    texts = read(text) if text else None
-    chosen = _layers(layers)
+    texts, chosen = read(text) if text else None, _layers(layers)
     if questions is not None or (any(map(asks, lenses)) and not (roles or messages)):
         no = {
             "--role": role, "--chat": chat, "--generate": generate, "--length": length, "--layers": layers,

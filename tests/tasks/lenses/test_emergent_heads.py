@@ -47,7 +47,7 @@ def test_halves_share_no_question():
 
 
 def test_every_comparison_has_its_rows(found):
-    for model, heads in (("tuned", ("chosen", "random")), ("base", ("chosen",))):
+    for model, heads in (("tuned", ("chosen", "random", "most important")), ("base", ("chosen", "most important"))):
         assert len(values(found, "answer_nll", "EAP-IG", model=model)) == 5
         for chosen in heads:
             assert len(values(found, "heads_cost", "EAP-IG", model=model, heads=chosen, by="zero")) == 5

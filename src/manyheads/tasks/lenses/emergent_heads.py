@@ -125,7 +125,7 @@ class EmergentHeads(Task):
         yield from self._cohorts(run, seed, before, after, [self._circuit(m, pairs, first) for m in earlier])
         del earlier
         run.advance(rest)
-        yield from self._changed(run, seed, base, tuned, change)
+        yield from self._changed(run, seed, base, tuned, change, after.importance())
         run.advance(rest)
 
     def _judged(
@@ -174,7 +174,9 @@ class EmergentHeads(Task):
                 at = {"kind": "in the circuit", "checkpoint": number + 1, "since": since}
                 yield self.row("heads_of", run.baseline, value, "model", seed=seed, at=at)
 
-    def _changed(self, run: RunContext, seed: int, base: Any, tuned: Any, change: HeadChange) -> Iterator[Row]:
+    def _changed(
+        self, run: RunContext, seed: int, base: Any, tuned: Any, change: HeadChange, importance: HeadTable
+    ) -> Iterator[Row]:  # fmt: skip
         """What worked answers lose without heads, and how the base does with them scaled."""
         first, size = run.baseline, change.effect.mean.shape[1]
         emergent = change.emergent[: self.heads]
@@ -182,18 +184,20 @@ class EmergentHeads(Task):
             emergent = change.effect.names(change.effect.top(self.heads))
         count = len(emergent)
         random = [_others(change.effect, emergent, size, seed + 1000 * draw) for draw in range(self.draws)]
+        important = importance.names(importance.top(count))
+        by_weight = [arm for arm in run.arms if "steps" not in arm.options]
         test = self._drawn(run, test=True)
         for name, model in (("tuned", tuned), ("base", base)):
             whole = self._nll(run, model, test)
             yield from self.each("answer_nll", first, whole.tolist(), seed=seed, at={"model": name})
             ways: list[tuple[Arm, str, str, list[Heads]]] = [
-                (first, "chosen", "zero", [emergent]), (first, "random", "zero", random),
-                (first, "chosen", "mean", [emergent]), (first, "random", "mean", random),
+                (first, "chosen", "zero", [emergent]), (first, "most important", "zero", [important]),
+                *((arm, "chosen", "zero", [_most_changed(base, tuned, change.effect, count)]) for arm in by_weight),
             ]  # fmt: skip
-            by_weight = [arm for arm in run.arms if "steps" not in arm.options]
-            ways += [(arm, "chosen", "zero", [_most_changed(base, tuned, change.effect, count)]) for arm in by_weight]
-            if name == "base":
-                ways = [ways[0], (first, "chosen", "scale", [emergent]), (first, "random", "scale", random)]
+            by = "mean" if name == "tuned" else "scale"
+            ways += [(first, "chosen", by, [emergent]), (first, "random", by, random)]
+            if name == "tuned":
+                ways.append((first, "random", "zero", random))
             for arm, chosen, by, sets in ways:
                 found = [self._nll(run, model, test, _spec(heads, by)) - whole for heads in sets]
                 at = {"model": name, "heads": chosen, "by": by}
