@@ -17,7 +17,7 @@ CATEGORIES = {"mixers", "caches", "lenses", "diffusion", "decoding", "convert", 
 FLOORS = (
     {"errors", "environment", "files", "formatting", "html", "kernels", "progress"},
     {"attention"},
-    {"call", "calls", "catalog", "costs", "denoising", "heads", "lens", "strategy"},
+    {"call", "calls", "catalog", "causal_lens", "costs", "denoising", "heads", "lens", "strategy"},
     {"data", "integrations", "spec", *CATEGORIES},
     {"experiment", "models", "training"},
     {"generate", "head_selection", "inspect", "lm_eval", "questions", "recipes", "tasks"},

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import manyheads
 from manyheads import UserError, parse, spec
+from manyheads.causal_lens import CausalLens
 from manyheads.strategy import (
     Attention,
     AttentionCompute,
@@ -16,7 +17,6 @@ from manyheads.strategy import (
     AttentionPatch,
     AttentionWatch,
     Cache,
-    CausalLens,
     DenoiserModule,
     DenoiserPrediction,
     Mixer,

@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
     from .attention.image_layout import ImageLayout
     from .call import AttentionCall, DenoiserCall, DiffusionStep, MixerConfig, Piece, Site, Store
-    from .lens import LensResult
 
 __all__ = [
     "Attention", "AttentionCompute", "AttentionEdit", "AttentionPatch", "AttentionWatch", "BlockParts", "Cache",
-    "CausalLens", "ComparativeLens", "Denoiser", "DenoiserModule", "DenoiserPrediction", "ImagePositions",
-    "Interleaved", "Layers", "LinearCompute", "MidBlock", "Mixer", "Ranker", "RankerConfig", "Residual", "Strategy",
-    "protected",
+    "Denoiser", "DenoiserModule", "DenoiserPrediction", "ImagePositions", "Interleaved", "Layers", "LinearCompute",
+    "MidBlock", "Mixer", "Ranker", "RankerConfig", "Residual", "Strategy", "protected",
 ]  # fmt: skip
 
 Layers = tuple[int, ...] | None  # in a spec: 0-3+7
@@ -305,14 +303,6 @@ class Interleaved(Strategy, ABC):
         """
 
 
-class CausalLens(Strategy, ABC):
-    """Looks at a model by interventions: it runs prompts of its own, changes something, and scores what follows."""
-
-    @abstractmethod
-    def locate(self, model: "torch.nn.Module", tokenizer: Any, use: "Callable[..., Any]") -> "LensResult":
-        """The scores of a model, which ``use`` (:func:`manyheads.use`) enters; it is left as it was."""
-
-
 class ImagePositions(Strategy, ABC):
     """Says, for all layers, at which positions tokens of images stand and which tokens see each other; one a model."""
 
@@ -325,14 +315,6 @@ class ImagePositions(Strategy, ABC):
     @abstractmethod
     def allowed(self, layout: "ImageLayout", queries: int) -> "Tensor":
         """Which of all S columns the last ``queries`` see, bool ``[B, queries, S]``; every query sees itself."""
-
-
-class ComparativeLens(CausalLens):
-    """Also says in what a model differs from another checkpoint of it."""
-
-    @abstractmethod
-    def compare(self, model: Any, other: Any, tokenizer: Any, use: "Callable[..., Any]") -> "LensResult":
-        """What ``model`` has that ``other``, the checkpoint before it, has not; both are left as they were."""
 
 
 class Denoiser(Strategy, ABC):

@@ -12,11 +12,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..causal_lens import CausalLens
 from ..errors import UserError
 from ..strategy import (
     Attention,
     Cache,
-    CausalLens,
     Denoiser,
     ImagePositions,
     LinearCompute,

@@ -93,10 +93,10 @@ def watch(model: "torch.nn.Module", *lenses: "Lens | str", roles: "TokenSpans | 
     Raises:
         UserError: one of them is no lens, or as in :func:`manyheads.use`.
     """
+    from ..causal_lens import CausalLens
     from ..errors import UserError
     from ..lens import Lens
     from ..spec import parse
-    from ..strategy import CausalLens
 
     if not lenses:
         raise UserError("name at least one lens: `manyheads list --category lenses`")

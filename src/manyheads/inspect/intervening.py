@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from ..causal_lens import CausalLens, ComparativeLens
 from ..errors import UserError
 from ..integrations import use
 from ..lens import Lens, LensResult
-from ..strategy import CausalLens, ComparativeLens
 
 __all__ = ["check_against", "intervened"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..catalog import nearest
+from ..causal_lens import CausalLens
 from ..errors import UserError
 from ..lens import Lens
 from ..spec import Spec, parse, read, split_list
-from ..strategy import CausalLens
 
 __all__ = ["DEFAULT", "SHORT", "Part", "asks", "check_roles", "parse_lenses", "parse_role", "role_of"]
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import environment
 from ..catalog import nearest
+from ..causal_lens import CausalLens
 from ..data.texts import Text, digest, standard_library
 from ..errors import UserError
 from ..heads import AblationCurve, HeadTable, ablation_curve
@@ -22,7 +23,6 @@ from ..integrations import use
 from ..integrations.transformers import find_sites
 from ..lens import Lens, LensResult, device_of
 from ..progress import Progress
-from ..strategy import CausalLens
 from . import Watching, watch
 from .attention_breakdown import AttentionBreakdown
 from .document import document_of, plain_values

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..call import Site, Store
+from ..causal_lens import CausalLens
 from ..errors import UserError
 from ..strategy import (
     Attention,
     AttentionCompute,
     Cache,
-    CausalLens,
     Denoiser,
     ImagePositions,
     Interleaved,

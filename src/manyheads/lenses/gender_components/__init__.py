@@ -41,10 +41,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...causal_lens import CausalLens
 from ...errors import UserError
 from ...heads import HeadTable, listed
 from ...lens import LensResult, table_of
-from ...strategy import CausalLens
 from .._patching import Outputs, ShiftResidual, frozen
 from .acdc import Acdc
 from .diff_mask import DiffMask

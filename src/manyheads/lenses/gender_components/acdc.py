@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...causal_lens import CausalLens
 from ...errors import UserError
 from ...lens import LensResult, table_of
-from ...strategy import CausalLens
 from .._patching import frozen
 from .prompts import PronounPrompts, drawn
 

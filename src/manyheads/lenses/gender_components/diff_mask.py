@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from ...causal_lens import CausalLens
 from ...errors import UserError
 from ...heads import listed
 from ...lens import LensResult, table_of
-from ...strategy import CausalLens
 from .._patching import frozen
 from .prompts import PronounPrompts, drawn
 

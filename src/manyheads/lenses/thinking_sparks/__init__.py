@@ -34,11 +34,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...causal_lens import ComparativeLens
 from ...data.word_problems import worked_sum
 from ...errors import UserError
 from ...heads import HeadTable, listed
 from ...lens import LensResult, device_of
-from ...strategy import ComparativeLens
 from .._patching import frozen
 from .attribution import Pair, PairRuns
 from .circuit import Circuit, HeadChange, attribute, cohorts, compared, effect, strongest
