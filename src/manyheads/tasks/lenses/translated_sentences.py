@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A translation model is trained, translates sentences that it has not seen, and scores rank its translations.
+
+A score of a translation is an arm's: an ``attention_confidence``, with the option ``without`` less one part of it, with
+``shuffled`` that of weights that stand at random source tokens; or by the option ``score`` the mean log-probability of
+its tokens (``likelihood``), its shortness (``length``), a draw (``chance``), or which of two systems is the later one
+(``later``). Quality is chrF (Popovic 2015, of character 6-grams and words 2-grams, ``chrF++``) with the reference.
+
+The second system of the hybrid is the same model at ``early`` of its training: of two translations of a sentence that
+of the higher score is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ...calls.statistics import Statistic
+from ...data.translations import Pair, pairs
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
+from ...lens import AttentionView
+from ...lenses.attention_confidence import AttentionConfidence, Soft
+from ...models.translator import (
+    Translation,
+    batches,
+    collate,
+    likelihoods,
+    new_tokenizer,
+    new_translator,
+    translate,
+    translation_loss,
+)
+from ...training import TrainState, decay, fit, optimizers_of
+from ._scored import RANKED, judged
+from ._trained import TrainedTask, told
+
+__all__ = ["TranslatedSentences", "character_f"]
+
+_READ = 64  # sentences that are read at once
+
+
+def character_f(translations: Sequence[str], references: Sequence[str]) -> Any:
+    """chrF++ of each translation, 0 to 100: ``[N]``.
+
+    Raises:
+        ImportError: torchmetrics, of the extra ``train``, is not there.
+    """
+    from torchmetrics.functional.text import chrf_score
+
+    each: Any = chrf_score(list(translations), [[x] for x in references], return_sentence_level_score=True)
+    return 100 * each[1].double().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffled(AttentionConfidence):
+    """The same of weights that stand at random source tokens, drawn anew for each target token."""
+
+    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
+        made: Any = super().statistics(view)["sums"]
+        return {"sums": _ShuffledSoft(made.columns, made.rows, made.heads, made.whole)}
+
+
+class _ShuffledSoft(Soft):
+    def update(self, rows: torch.Tensor, start: int, length: int) -> None:
+        source = torch.Generator().manual_seed(start + rows.shape[2])
+        drawn = torch.rand(rows.shape[0], 1, *rows.shape[2:], generator=source).to(rows.device)
+        order = (drawn + ~self.columns[:, None, None]).argsort(-1)  # padding stays behind
+        super().update(rows.gather(-1, order.expand_as(rows)), start, length)
+
+
+@dataclass(frozen=True)
+class _System:
+    """What one system made of the test sentences."""
+
+    made: list[Translation]
+    quality: Any  # [N]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslatedSentences(TrainedTask):
+    """A value for each sentence.
+
+    Attributes:
+        corpus: of :func:`manyheads.data.translations.pairs`.
+        vocab, dim, layers, heads: of the model.
+        batch: pairs of a step.
+        lr: highest learning rate.
+        samples: test sentences.
+        early: share of the training after which the other system of the hybrid is taken.
+    """
+
+    apart: ClassVar[bool] = False
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("chrf", "chrF of the translations", higher=True),
+        Metric("chrf_gain", "chrF above that with another sentence's reference", higher=True),
+        *RANKED,
+        Metric("hybrid_quality", "chrF of the translation that the score takes of two systems'", higher=True),
+    )
+
+    corpus: str = "multi30k"
+    vocab: int = 6000
+    dim: int = 256
+    layers: int = 3
+    heads: int = 4
+    batch: int = 128
+    steps: int = 3000
+    lr: float = 2e-3
+    samples: int = 1000
+    early: float = 0.5
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        from ...errors import UserError
+
+        try:
+            import torchmetrics  # noqa: F401
+
+            pairs(self.corpus)("test")
+        except UserError as error:
+            return str(error)
+        except ImportError:
+            return "chrF needs torchmetrics: pip install 'manyheads[train]'"
+        return None
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        seed = unit.params["seed"]
+        read = pairs(self.corpus)
+        train, test = read("train"), read("test")[: self.samples]
+        tokenizer = run.kept(
+            ("tokens", self.corpus, self.vocab), lambda: new_tokenizer([x for pair in train for x in pair], self.vocab)
+        )
+        models = self._trained(run, unit, tokenizer, train, seed)
+        systems = [self._translated(model, tokenizer, test) for model in models]
+        later = systems[-1]
+        yield from self.each("chrf", run.baseline, later.quality, seed=seed)
+        others = character_f([x.text for x in later.made], [pair[1] for pair in test[1:] + test[:1]])
+        yield from self.each("chrf_gain", run.baseline, later.quality - others, seed=seed)
+        lengths = {
+            "source": [len(x.source) for x in later.made], "output": [len(x.target) for x in later.made]
+        }  # fmt: skip
+        known: dict[Any, dict[str, Any]] = {}
+        for arm in run.arms:
+            if arm.options.get("score") == "later":
+                yield from self.each("hybrid_quality", arm, later.quality, seed=seed)
+                continue
+            found = [self._scores(run, arm, *each, seed, known) for each in zip(models, systems, strict=True)]
+            for metric, values in judged(found[-1], later.quality, lengths):
+                yield from self.each(metric, arm, values, seed=seed)
+            taken = found[1] > found[0]
+            chosen = np.where(taken, later.quality, systems[0].quality)
+            yield from self.each("hybrid_quality", arm, chosen, seed=seed)
+
+    def _trained(self, run: RunContext, unit: WorkUnit, tokenizer: Any, train: list[Pair], seed: int) -> list[Any]:
+        """The model at ``early`` of its training, and at its end."""
+        torch.manual_seed(seeding.number(run.seed, weights="translation", seed=seed))
+        model = new_translator(len(tokenizer), self.dim, self.layers, self.heads).to(run.device)
+        kept: list[Any] = []
+        tell = told(run, unit, self.steps)
+
+        def on_step(state: TrainState) -> None:
+            tell(state)
+            if state.step == max(1, int(self.early * self.steps)):
+                kept.append(copy.deepcopy(model).eval())
+
+        fit(
+            model, batches(tokenizer, train, self.batch, seed, run.device), translation_loss, budget=self.steps,
+            optimizers=optimizers_of(model, self.lr, weight_decay=0.01),
+            schedule=decay("linear", warmup=max(1, self.steps // 8)), on_step=on_step,
+        )  # fmt: skip
+        return [*kept, model]
+
+    def _translated(self, model: Any, tokenizer: Any, test: list[Pair]) -> _System:
+        made = translate(model, tokenizer, [pair[0] for pair in test])
+        return _System(made, character_f([x.text for x in made], [pair[1] for pair in test]))
+
+    def _scores(
+        self, run: RunContext, arm: Arm, model: Any, system: _System, seed: int, known: dict[Any, dict[str, Any]]
+    ) -> Any:
+        """``[N]``, more where the arm thinks the translation better; ``known`` is what lenses saw for other arms."""
+        score = arm.options.get("score", "")
+        if score == "chance":
+            return run.rng(score="chance", seed=seed).permutation(len(system.made)).astype(float)
+        if score == "length":
+            return -np.array([len(x.target) for x in system.made], float)
+        if score == "likelihood":
+            return np.concatenate([likelihoods(model, batch).cpu().numpy() for _, batch in _read(model, system.made)])
+        lens: Any = arm.strategy
+        if arm.options.get("shuffled"):
+            lens = Shuffled(w=lens.w, heads=lens.heads, layers=lens.layers)
+        key = id(model), lens.spec
+        if key not in known:
+            known[key] = confidences(model, system.made, lens)
+        return known[key]["confidence"] - known[key].get(arm.options.get("without"), 0.0)
+
+
+def confidences(model: Any, made: Sequence[Translation], lens: AttentionConfidence) -> dict[str, Any]:
+    """The scores of each translation, by name, ``[N]``; see :mod:`manyheads.lenses.attention_confidence`."""
+    import manyheads
+
+    found: dict[str, Any] = {}
+    with manyheads.watch(model, replace(lens)) as seen, torch.no_grad():
+        for part, batch in _read(model, made):
+            seen.roles = manyheads.TokenSpans({"target": [[(0, len(x.target))] for x in part]})
+            model(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False)
+    records = sorted(seen.compute().records["sentences"], key=lambda record: record["prompt"])
+    for name in records[0]:
+        found[name] = np.array([record[name] for record in records])
+    return found
+
+
+def _read(model: Any, made: Sequence[Translation]) -> Iterator[tuple[Sequence[Translation], Any]]:
+    """Translations a few at a time, and as the model reads them."""
+    for start in range(0, len(made), _READ):
+        part = made[start : start + _READ]
+        yield part, collate([(x.source, x.target) for x in part], model.device)
