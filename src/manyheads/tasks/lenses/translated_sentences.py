@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A translation model is trained, translates sentences that it has not seen, and scores rank its translations.
 
-A score of a translation is an arm's: an ``attention_confidence``, with the option ``without`` less one part of it, with
-``shuffled`` that of weights that stand at random source tokens; or by the option ``score`` the mean log-probability of
-its tokens (``likelihood``), its shortness (``length``), a draw (``chance``), or which of two systems is the later one
-(``later``). Quality is chrF (Popovic 2015, of character 6-grams and words 2-grams, ``chrF++``) with the reference.
+Scores are those of :mod:`._scored`, and by the option ``later`` which of two systems is the later one. Quality is chrF
+with the reference (Popovic 2015; characters up to 6, words up to 2: chrF++).
 
 The second system of the hybrid is the same model at ``early`` of its training: of two translations of a sentence that
 of the higher score is taken.
@@ -14,17 +12,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from ...calls.statistics import Statistic
 from ...data.translations import Pair, pairs
-from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
-from ...lens import AttentionView
-from ...lenses.attention_confidence import AttentionConfidence, Soft
+from ...errors import UserError
+from ...experiment import Metric, Row, RunContext, WorkUnit, seeding
+from ...lenses.attention_confidence import AttentionConfidence
 from ...models.translator import (
     Translation,
     batches,
@@ -36,7 +34,7 @@ from ...models.translator import (
     translation_loss,
 )
 from ...training import TrainState, decay, fit, optimizers_of
-from ._scored import RANKED, judged
+from ._scored import RANKED, by_prompt, judged, score_of
 from ._trained import TrainedTask, told
 
 __all__ = ["TranslatedSentences", "character_f"]
@@ -54,23 +52,6 @@ def character_f(translations: Sequence[str], references: Sequence[str]) -> Any:
 
     each: Any = chrf_score(list(translations), [[x] for x in references], return_sentence_level_score=True)
     return 100 * each[1].double().numpy()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shuffled(AttentionConfidence):
-    """The same of weights that stand at random source tokens, drawn anew for each target token."""
-
-    def statistics(self, view: AttentionView) -> dict[str, Statistic]:
-        made: Any = super().statistics(view)["sums"]
-        return {"sums": _ShuffledSoft(made.columns, made.rows, made.heads, made.whole)}
-
-
-class _ShuffledSoft(Soft):
-    def update(self, rows: torch.Tensor, start: int, length: int) -> None:
-        source = torch.Generator().manual_seed(start + rows.shape[2])
-        drawn = torch.rand(rows.shape[0], 1, *rows.shape[2:], generator=source).to(rows.device)
-        order = (drawn + ~self.columns[:, None, None]).argsort(-1)  # padding stays behind
-        super().update(rows.gather(-1, order.expand_as(rows)), start, length)
 
 
 @dataclass(frozen=True)
@@ -114,8 +95,6 @@ class TranslatedSentences(TrainedTask):
     early: float = 0.5
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        from ...errors import UserError
-
         try:
             import torchmetrics  # noqa: F401
 
@@ -142,16 +121,21 @@ class TranslatedSentences(TrainedTask):
         lengths = {
             "source": [len(x.source) for x in later.made], "output": [len(x.target) for x in later.made]
         }  # fmt: skip
-        known: dict[Any, dict[str, Any]] = {}
+        looked: dict[Any, dict[str, Any]] = {}
         for arm in run.arms:
             if arm.options.get("score") == "later":
                 yield from self.each("hybrid_quality", arm, later.quality, seed=seed)
                 continue
-            found = [self._scores(run, arm, *each, seed, known) for each in zip(models, systems, strict=True)]
+            found = [
+                score_of(
+                    run, arm, seed, [len(x.target) for x in system.made], partial(_likelihood, model, system.made),
+                    partial(_confidences, looked, model, system.made),
+                )
+                for model, system in zip(models, systems, strict=True)
+            ]  # fmt: skip
             for metric, values in judged(found[-1], later.quality, lengths):
                 yield from self.each(metric, arm, values, seed=seed)
-            taken = found[1] > found[0]
-            chosen = np.where(taken, later.quality, systems[0].quality)
+            chosen = np.where(found[1] > found[0], later.quality, systems[0].quality)
             yield from self.each("hybrid_quality", arm, chosen, seed=seed)
 
     def _trained(self, run: RunContext, unit: WorkUnit, tokenizer: Any, train: list[Pair], seed: int) -> list[Any]:
@@ -177,39 +161,24 @@ class TranslatedSentences(TrainedTask):
         made = translate(model, tokenizer, [pair[0] for pair in test])
         return _System(made, character_f([x.text for x in made], [pair[1] for pair in test]))
 
-    def _scores(
-        self, run: RunContext, arm: Arm, model: Any, system: _System, seed: int, known: dict[Any, dict[str, Any]]
-    ) -> Any:
-        """``[N]``, more where the arm thinks the translation better; ``known`` is what lenses saw for other arms."""
-        score = arm.options.get("score", "")
-        if score == "chance":
-            return run.rng(score="chance", seed=seed).permutation(len(system.made)).astype(float)
-        if score == "length":
-            return -np.array([len(x.target) for x in system.made], float)
-        if score == "likelihood":
-            return np.concatenate([likelihoods(model, batch).cpu().numpy() for _, batch in _read(model, system.made)])
-        lens: Any = arm.strategy
-        if arm.options.get("shuffled"):
-            lens = Shuffled(w=lens.w, heads=lens.heads, layers=lens.layers)
-        key = id(model), lens.spec
-        if key not in known:
-            known[key] = confidences(model, system.made, lens)
-        return known[key]["confidence"] - known[key].get(arm.options.get("without"), 0.0)
+
+def _likelihood(model: Any, made: Sequence[Translation]) -> Any:
+    return np.concatenate([likelihoods(model, batch).cpu().numpy() for _, batch in _read(model, made)])
 
 
-def confidences(model: Any, made: Sequence[Translation], lens: AttentionConfidence) -> dict[str, Any]:
-    """The scores of each translation, by name, ``[N]``; see :mod:`manyheads.lenses.attention_confidence`."""
+def _confidences(
+    looked: dict[Any, dict[str, Any]], model: Any, made: Sequence[Translation], lens: AttentionConfidence
+) -> dict[str, Any]:
+    """Of each translation, by name; ``looked`` keeps what a lens saw."""
     import manyheads
 
-    found: dict[str, Any] = {}
-    with manyheads.watch(model, replace(lens)) as seen, torch.no_grad():
-        for part, batch in _read(model, made):
-            seen.roles = manyheads.TokenSpans({"target": [[(0, len(x.target))] for x in part]})
-            model(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False)
-    records = sorted(seen.compute().records["sentences"], key=lambda record: record["prompt"])
-    for name in records[0]:
-        found[name] = np.array([record[name] for record in records])
-    return found
+    if (key := (id(model), lens.spec)) not in looked:
+        with manyheads.watch(model, lens) as seen, torch.no_grad():
+            for part, batch in _read(model, made):
+                seen.roles = manyheads.TokenSpans({"target": [[(0, len(x.target))] for x in part]})
+                model(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False)
+        looked[key] = by_prompt(seen.compute())
+    return looked[key]
 
 
 def _read(model: Any, made: Sequence[Translation]) -> Iterator[tuple[Sequence[Translation], Any]]:
