@@ -73,6 +73,12 @@ def inspect(
     audio: Annotated[
         list[Path] | None, typer.Option(help="WAV file that a model as Whisper transcribes; may repeat.")
     ] = None,
+    translate: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of sentences, one a line, that a model translates; a translation behind a tab is read."
+        ),
+    ] = None,
     generate: Annotated[
         int, typer.Option(min=0, help="The model says so many tokens to each prompt first: the role response.")
     ] = 0,
@@ -96,24 +102,28 @@ def inspect(
 
     Without options: the shipped model reads the source of Python's standard library. Text encoders are
     looked at too, of encoder-decoder models the encoder; they have no loss. Vision transformers take --image,
-    speech models of Whisper's kind --audio. --lens hallucination_risk asks questions whose answers are
-    known where no part of a text is named: --questions or our own, gaps of --text among them. The page shows every
-    score over layers and heads, the map of each head, tokens coloured by what a lens says, and where the mass goes.
+    speech models of Whisper's kind --audio, those that translate --translate. --lens hallucination_risk asks
+    questions whose answers are known where no part of a text is named: --questions or our own, gaps of --text
+    among them. The page shows every score over layers and heads, the map of each head, tokens coloured by what
+    a lens says, and where the mass goes.
     """
     passive_threads()
     from manyheads.data.texts import read
     from manyheads.inspect.naming import DEFAULT, asks, parse_lenses, parse_role
 
     lenses, roles = parse_lenses(lens or list(DEFAULT))
-    if image or audio:
+    if image or audio or translate:
         no = {
             "--text": text, "--role": role, "--chat": chat, "--generate": generate, "--length": length,
-            "--samples": samples, "--ablate": ablate, "--against": against, "--quick": quick, "--seed": seed,
-            "--questions": questions, "--risk": risk, "--image beside --audio": image and audio,
+            "--samples": None if translate else samples, "--ablate": ablate, "--against": against, "--quick": quick,
+            "--seed": seed, "--questions": questions, "--risk": risk, "--image beside --audio": image and audio,
+            "--translate beside another": translate and (image or audio),
         }  # fmt: skip
+        default = ["attention_confidence", *DEFAULT] if translate else list(DEFAULT)
         _look_at_signals(
-            model, image, audio, lenses if lens else list(DEFAULT), [name for name, value in no.items() if value],
-            layers=_layers(layers), device=device, dtype=dtype, out=out, as_json=as_json,
+            model, image, audio, translate, lenses if lens else default,
+            [name for name, value in no.items() if value], layers=_layers(layers), samples=samples, device=device,
+            dtype=dtype, out=out, as_json=as_json,
         )  # fmt: skip
         return
     for given in role or []:
@@ -180,18 +190,23 @@ def _ask(
 
 
 def _look_at_signals(
-    model: str | None, image: list[Path] | None, audio: list[Path] | None, lenses: list[Any], no: list[str], *,
-    layers: list[int] | None, device: str | None, dtype: str | None, out: Path | None, as_json: bool,
+    model: str | None, image: list[Path] | None, audio: list[Path] | None, translate: Path | None, lenses: list[Any],
+    no: list[str], *, layers: list[int] | None, samples: int | None, device: str | None, dtype: str | None,
+    out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """``inspect`` of images or recordings; ``no`` are options that it has no use for."""
+    """``inspect`` of images, recordings or sentences to translate; ``no`` are options that it has no use for."""
     if no:
-        raise UserError(f"{no[0]} is not for {'images' if image else 'recordings'}: leave it away")
+        what = "images" if image else "recordings" if audio else "translations"
+        raise UserError(f"{no[0]} is not for {what}: leave it away")
     if model is None:
-        raise UserError("the shipped model reads text: name a model with --model that takes --image or --audio")
+        raise UserError(
+            "the shipped model reads text: name a model with --model that takes --image, --audio or --translate"
+        )
     place = writable(out, _PROBE)
     from manyheads import models
     from manyheads.inspect.signal_run import inspect_signals
     from manyheads.inspect.signals import read_audio, read_images
+    from manyheads.inspect.translations import read_translations
     from manyheads.report import inspect as shown_by
 
     quiet_libraries()
@@ -202,6 +217,9 @@ def _look_at_signals(
             signals = read_images(image, loaded, processor)
             if processor is None:
                 notes = ["Without preprocessor_config.json images are resized and normalised as those of ImageNet."]
+        elif translate:
+            loaded, tokenizer = models.load_translator(model, device or "cpu", models.named_dtype(dtype))
+            signals = read_translations(translate, loaded, tokenizer, samples)
         else:
             loaded, extractor, tokenizer = models.load_speech(model, device or "cpu", models.named_dtype(dtype))
             signals = read_audio(audio or [], loaded, extractor, tokenizer)

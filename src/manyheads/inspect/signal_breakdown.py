@@ -28,6 +28,8 @@ CLASS = "attention of the class token, times a uniform share"
 _ITSELF, _AROUND, _ELSEWHERE = "itself", "the patches around it", "patches farther away"
 _NEAR, _WIDE, _REST = "0.2 s around it", "1 s around it", "frames farther away"
 _HEARD, _SILENCE = "the recording", "silence behind the recording"
+_WORDS, _END = "the sentence", "its last token"
+_NEXT_TO, _FAR = "the tokens beside it", "tokens farther away"
 _HEADS = 16  # of the last layer whose class token is drawn
 _TOP = 5  # tokens that are named
 
@@ -170,6 +172,10 @@ def _places(view: AttentionView) -> tuple[tuple[str, ...], Tensor]:
 
 def _times(signal: Signal, cross: bool, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
     frame = torch.arange(signal.frames, device=device)
+    if signal.pieces and cross:
+        return (_WORDS, _END), (frame == signal.frames - 1)[None].to(torch.uint8)
+    if signal.pieces:
+        return (_ITSELF, _NEXT_TO, _FAR), (frame[:, None] - frame).abs().clamp(max=2).to(torch.uint8)
     silent = frame >= signal.heard
     if cross:
         return (_HEARD, _SILENCE), silent[None].to(torch.uint8)

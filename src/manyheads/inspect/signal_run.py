@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``manyheads inspect --image`` and ``--audio`` in Python."""
+"""``manyheads inspect --image``, ``--audio`` and ``--translate`` in Python."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def inspect_signals(
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Inspection:
-    """Let lenses look at a model while it sees images or hears recordings.
+    """Let lenses look at a model while it sees images, hears recordings or translates.
 
         from manyheads.inspect.signal_run import inspect_signals
         from manyheads.inspect.signals import read_images
@@ -41,8 +41,9 @@ def inspect_signals(
         seen.found["attention"].notes
 
     Args:
-        model: a vision transformer, or an encoder-decoder that transcribes, in evaluation mode.
-        signals: of :func:`.signals.read_images` or :func:`.signals.read_audio`, all of one kind.
+        model: a vision transformer, or an encoder-decoder that transcribes or translates, in evaluation mode.
+        signals: of :func:`.signals.read_images`, :func:`.signals.read_audio` or
+            :func:`.translations.read_translations`, all of one kind.
         lenses: as for :func:`.run.inspect_model`; those that look at parts of a text are refused.
         layers: to look at, as the tables number them; all when None.
         notes: to be shown, on how the files were read.
@@ -61,10 +62,10 @@ def inspect_signals(
     given = [lens for lens in named if isinstance(lens, Lens)]
     if asking := [lens.spec for lens in named if lens not in given]:
         raise UserError(f"{asking[0]} asks a language model prompts of its own: leave --image and --audio away")
-    reads = "image" if signals[0].grid else "audio"
+    reads = "image" if signals[0].grid else "sentence" if signals[0].pieces else "audio"
     for lens in given:
         if roles or role_of(lens):
-            raise UserError(f"{lens.spec} looks at parts of a text, which an {reads} has not; take another lens")
+            raise UserError(f"{lens.spec} looks at parts of a text, which no {reads} has; take another lens")
     chosen = fitting(given, model, drop=tuple(lenses) == DEFAULT)
     sites = [site for site, _ in find_sites(model)]
     if not sites:

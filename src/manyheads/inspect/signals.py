@@ -32,17 +32,18 @@ _BEHIND = ("head", "pool", "decoder")  # in the name of a module whose tokens no
 
 @dataclass(frozen=True)
 class Signal(Prompt):
-    """An image or a recording. ``ids`` are its tokens' numbers, or those of the transcript.
+    """An image, a recording, or a sentence to translate. ``ids`` are its tokens' numbers, or those of what is said.
 
     Attributes:
         values: what the model is given, by name, float32 or ids.
         labels: a name for each token.
-        words: of the transcript, token by token.
+        words: of the transcript, or those that the tokens of a translation predict, token by token.
+        pieces: tokens of a sentence that is translated.
         digest: of the file.
         prefix: tokens before the patches; what is behind them are tokens that detect.
         grid: rows and columns of patches; none for a recording.
         picture: ``[H, W, 3]`` of ``uint8``, the image as the model sees it.
-        frames: of the encoder.
+        frames: of the encoder, or tokens of a sentence.
         heard: frames until the recording ends; the rest is silence that fills the window.
         step: seconds of a frame.
     """
@@ -50,6 +51,7 @@ class Signal(Prompt):
     values: dict[str, Tensor] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     digest: str = ""
     prefix: int = 0
     grid: tuple[int, int] | None = None
@@ -69,8 +71,8 @@ class Signal(Prompt):
         }
 
     def in_frames(self) -> "Signal":
-        """This recording with the frames as its tokens."""
-        times = [f"{i * self.step:.2f} s" for i in range(self.frames)]
+        """This recording with the frames as its tokens, or a sentence as it is before its translation."""
+        times = self.pieces or [f"{i * self.step:.2f} s" for i in range(self.frames)]
         return replace(self, ids=list(range(self.frames)), labels=times)
 
 

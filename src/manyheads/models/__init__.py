@@ -170,6 +170,20 @@ def load_speech(
     return model, extractor, tokenizer(name)
 
 
+def load_translator(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """As ``load``, an encoder-decoder that writes text for text, as for translation, and its tokenizer."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    name = source(path_or_name)
+    kind, reads, model_type = _class_of(name)
+    if reads != {"text"} or model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{name} is no encoder-decoder that writes text for text: leave --translate away")
+    place, _ = placed(device, dtype)
+    return _load_model(name, place, dtype or _own_dtype(name, place), kind=kind), tokenizer(name)
+
+
 def _listed(reads: set[str]) -> str:
     return " and ".join(sorted(reads)) or "what transformers does not say"
 

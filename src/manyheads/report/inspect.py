@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["made_of", "page", "print_findings", "read", "run_of"]
 
 _RECORDS = 25
+_CELL = 160  # characters of a cell
 _TOP = 3
 _OUR_OWN = "where the attention of every head goes, by part and distance; not a paper's, always there"
 
@@ -144,12 +145,13 @@ def _about(spec: str) -> str:
 def count_of(settings: dict[str, Any]) -> str:
     """How much was read."""
     what = _read_as(settings) + "(s)"
-    tokens = "frames" if settings.get("part") in ("cross", "encoder") else "tokens"
+    frames = settings.get("reads") == "audio" and settings.get("part") in ("cross", "encoder")
+    tokens = "frames" if frames else "tokens"
     return f"{settings['samples']} {what} of {settings['length']} {tokens}"
 
 
 def _read_as(settings: dict[str, Any]) -> str:
-    return {"image": "image", "audio": "recording"}.get(settings.get("reads", ""), "prompt")
+    return {"image": "image", "audio": "recording", "sentence": "sentence"}.get(settings.get("reads", ""), "prompt")
 
 
 def _part(settings: dict[str, Any]) -> str:
@@ -173,7 +175,7 @@ def made_of(run: dict[str, Any], care: str) -> Section:
     about = [
         ("model", model["name"], f"{model['class']}, {model['parameters']:,} parameters, {model['dtype']}"),
         (
-            {"image": "images", "audio": "recordings"}.get(settings.get("reads"), "prompts"),
+            f"{_read_as(settings)}s",
             f"n = {settings['samples']}, of {settings['length']} tokens at most",
             ", ".join(run["sources"]),
         ),
@@ -207,7 +209,7 @@ def _flow(seen: Inspection) -> tuple[str, str]:
     means = {part: float(np.mean(values)) for part, values in shares}
     said = "; ".join(f"{part} {mean:.0%}" for part, mean in means.items())
     most = sorted(means, key=lambda part: -means[part])
-    whose = " of the transcript, which the model wrote itself" if seen.others else ""
+    whose = " of the transcript, which the model wrote itself" if seen.run["settings"].get("reads") == "audio" else ""
     sentence = (
         f"Of the attention, {100 * means[most[0]]:.0f} % goes to {_place(most[0])}"
         + "".join(f", {100 * means[part]:.0f} % to {_place(part)}" for part in most[1:3])
@@ -272,6 +274,8 @@ def _records(seen: Inspection) -> Iterator[Table]:
             if not rows:
                 continue
             rows = [_with_token(row, seen.tokens) for row in rows]
+            if seen.run["settings"].get("reads") == "sentence":
+                rows = [{**row, "text": seen.prompts[row["prompt"]].name} if "prompt" in row else row for row in rows]
             keys = list(dict.fromkeys(key for row in rows for key in row))
             more = f"{len(rows)} in all" + (f", the first {_RECORDS}" if len(rows) > _RECORDS else "")
             columns = [Column(key, text=any(isinstance(row.get(key), str) for row in rows)) for key in keys]
@@ -292,7 +296,8 @@ def _with_token(row: dict[str, Any], tokens: Sequence[Sequence[str]]) -> dict[st
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return number(value)
-    return re.sub(r"\s+", " ", str("" if value is None else value))[:80]
+    text = re.sub(r"\s+", " ", str("" if value is None else value))
+    return text if len(text) <= _CELL else text[: _CELL - 1] + "…"
 
 
 def _curve(score: str, curve: AblationCurve) -> Figure:
@@ -342,6 +347,10 @@ def _print_scores(seen: Inspection, console: Console) -> None:
         ]
         print_table(Table([*columns, Column("median")], rows, spec), console)
         print_lines([*(f"  {note}" for note in found.notes), *([""] if found.notes else [])], console)
+    if seen.run["settings"].get("reads") == "sentence":
+        for listed in _records(seen):
+            if any(column.name == "text" for column in listed.columns):
+                print_table(listed, console)
 
 
 def _highest(one: HeadTable) -> list[Cell]:

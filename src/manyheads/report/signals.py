@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``manyheads inspect`` shows of images and recordings: maps over the image, and which words listen when."""
+"""What ``manyheads inspect`` shows of images, recordings and translations: maps, and what each word attends to."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def pictures_of(seen: Inspection) -> list[Section]:
     found: Any = cross.found[WHERE]
     if not getattr(found, "alignments", None):
         return []
+    if signals[0].pieces:
+        return [_aligned(cross, found.alignments, signals)]
     cards = list(_alignments(found.alignments, [p for p in cross.prompts if isinstance(p, Signal)]))
     more = "; its heads are in cross.html, those of the encoder in encoder.html" if seen.others else ""
     return [Section("What each token listens to", [
@@ -85,6 +87,44 @@ def _overlays(seen: Inspection, signals: list[Signal]) -> Section:
     return Section("Over the image", [Text(said), *parts])
 
 
+def _aligned(cross: Inspection, maps: list[Any], signals: list[Signal]) -> Section:
+    """Soft alignments of the sentences that a lens ranks last and first; of the first ones where none does."""
+    ranked = [
+        (str(name), [int(row["prompt"]) for row in rows])
+        for found in cross.found.values()
+        for name, rows in found.records.items()
+        if rows and all("prompt" in row for row in rows) and len({row["prompt"] for row in rows}) == len(signals)
+    ]
+    name, order = ranked[0] if ranked else ("", list(range(len(signals))))
+    half = _SHOWN // 2
+    shown = order if len(order) <= _SHOWN else [*order[:half], *order[-half:]]
+    cards = []
+    for at in shown:
+        one, whole = signals[at], np.asarray(maps[at])
+        place = order.index(at) + 1
+        title = f"prompt {at}" + (f", place {place} of {len(order)} from the lowest" if name else "")
+        best = [one.pieces[min(int(i), len(one.pieces) - 1)] for i in whole.argmax(1)]
+        said = "; ".join(f"“{word(row)}” at “{word(piece)}”" for row, piece in zip(one.words, best, strict=False))
+        picture = heat(
+            [Heat(whole)], [_short(row) for row in one.words], [_short(piece) for piece in one.pieces],
+            scale=Scale(0, 1), alt=f"Cross-attention of {one.name}, greatest: {said}.",
+            axes=("translation", "sentence"), cell=(max(30.0, min(44.0, 700 / len(one.pieces))), 16.0),
+        )  # fmt: skip
+        cards.append(Card(title, picture, one.name, said=f"greatest: {said}", width="wide"))
+    told = f"; of {len(order)} sentences those that {name} put first and last" if name and len(order) > _SHOWN else ""
+    return Section("What each word of a translation attends to", [
+        Text(
+            f"Cross-attention, mean over layers and heads{told}. Each row is the token that is said, each column one "
+            "of the sentence; heads are in cross.html, those of the encoder in encoder.html."
+        ), Cards(cards),
+    ])  # fmt: skip
+
+
+def _short(text: str) -> str:
+    row = word(text).strip("\n ")
+    return row if len(row) <= _LABEL else f"{row[: _LABEL - 1]}…"
+
+
 def _alignments(maps: list[Any], signals: list[Signal]) -> Iterator[Card]:
     for one, whole in list(zip(signals, maps, strict=True))[:_SHOWN]:
         cell = -(-one.frames // whole.shape[1])  # frames
@@ -92,7 +132,7 @@ def _alignments(maps: list[Any], signals: list[Signal]) -> Iterator[Card]:
         shares = heard / np.maximum(heard.max(1, keepdims=True), 1e-30)
         times = [f"{i * cell * one.step:.1f}" for i in range(heard.shape[1])]
         rows = [word(t).strip("\n ") for t in one.words]
-        short = [row if len(row) <= _LABEL else f"{row[: _LABEL - 1]}…" for row in rows]
+        short = [_short(row) for row in one.words]
         best = heard.argmax(1)
         said = "; ".join(f"“{row}” at {times[i]} s" for row, i in zip(rows, best, strict=True))
         alt = f"Cross-attention of {one.name}, greatest at: {said}."
