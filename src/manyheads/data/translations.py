@@ -20,13 +20,14 @@ __all__ = ["IDIOMS", "Pair", "made_up", "multi30k", "pairs"]
 
 Pair = tuple[str, str]
 Language = Literal["en", "de"]
+Part = Literal["train", "val", "test"]
 _WORDS = 60
 _SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru")
 # The numbers of their words, and the words that stand for them.
 IDIOMS = {(3, 17, 41): ("zaxo", "quve"), (8, 52, 29): ("wyze", "jaxi"), (22, 5, 36): ("xuja", "vozy")}
 
 
-def multi30k(part: Literal["train", "val", "test"], source: Language = "de", target: Language = "en") -> list[Pair]:
+def multi30k(part: Part, source: Language = "de", target: Language = "en") -> list[Pair]:
     """Captions of a part and their translations, in its order: 29,000, 1,014, 1,000 (the test set of 2016).
 
     Raises:
@@ -67,9 +68,9 @@ def _word(number: int, syllables: tuple[str, ...] = _SYLLABLES) -> str:
     return syllables[number // 10] + syllables[number % 10]
 
 
-def pairs(source: str) -> Callable[[Literal["train", "val", "test"]], list[Pair]]:
+def pairs(corpus: str, source: Language = "de", target: Language = "en") -> Callable[[Part], list[Pair]]:
     """The parts of ``multi30k`` or of ``made``, which has 2,000 pairs to train on and 300 of each other part."""
-    if source == "multi30k":
-        return multi30k
+    if corpus == "multi30k":
+        return lambda part: multi30k(part, source, target)
     numbers = {"train": (0, 2000), "val": (1, 300), "test": (2, 300)}
     return lambda part: made_up(numbers[part][1], np.random.default_rng(numbers[part][0]))

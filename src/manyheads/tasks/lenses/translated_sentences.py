@@ -10,7 +10,6 @@ of the higher score is taken.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,21 +20,11 @@ import torch
 
 from ...data.translations import Pair, pairs
 from ...errors import UserError
-from ...experiment import Metric, Row, RunContext, WorkUnit, seeding
+from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...lenses.attention_confidence import AttentionConfidence
-from ...models.translator import (
-    Translation,
-    batches,
-    collate,
-    likelihoods,
-    new_tokenizer,
-    new_translator,
-    translate,
-    translation_loss,
-)
-from ...training import TrainState, decay, fit, optimizers_of
+from ...models.translator import Translation, collate, likelihoods, translate
 from ._scored import RANKED, by_prompt, judged, score_of
-from ._trained import TrainedTask, told
+from ._translation import TranslationTask
 
 __all__ = ["TranslatedSentences", "character_f"]
 
@@ -63,19 +52,15 @@ class _System:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslatedSentences(TrainedTask):
+class TranslatedSentences(TranslationTask):
     """A value for each sentence.
 
     Attributes:
         corpus: of :func:`manyheads.data.translations.pairs`.
-        vocab, dim, layers, heads: of the model.
-        batch: pairs of a step.
-        lr: highest learning rate.
         samples: test sentences.
         early: share of the training after which the other system of the hybrid is taken.
     """
 
-    apart: ClassVar[bool] = False
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("chrf", "chrF of the translations", higher=True),
         Metric("chrf_gain", "chrF above that with another sentence's reference", higher=True),
@@ -84,13 +69,6 @@ class TranslatedSentences(TrainedTask):
     )
 
     corpus: str = "multi30k"
-    vocab: int = 6000
-    dim: int = 256
-    layers: int = 3
-    heads: int = 4
-    batch: int = 128
-    steps: int = 3000
-    lr: float = 2e-3
     samples: int = 1000
     early: float = 0.5
 
@@ -109,10 +87,7 @@ class TranslatedSentences(TrainedTask):
         seed = unit.params["seed"]
         read = pairs(self.corpus)
         train, test = read("train"), read("test")[: self.samples]
-        tokenizer = run.kept(
-            ("tokens", self.corpus, self.vocab), lambda: new_tokenizer([x for pair in train for x in pair], self.vocab)
-        )
-        models = self._trained(run, unit, tokenizer, train, seed)
+        tokenizer, models = self.trained(run, unit, train, seed, early=self.early)
         systems = [self._translated(model, tokenizer, test) for model in models]
         later = systems[-1]
         yield from self.each("chrf", run.baseline, later.quality, seed=seed)
@@ -137,25 +112,6 @@ class TranslatedSentences(TrainedTask):
                 yield from self.each(metric, arm, values, seed=seed)
             chosen = np.where(found[1] > found[0], later.quality, systems[0].quality)
             yield from self.each("hybrid_quality", arm, chosen, seed=seed)
-
-    def _trained(self, run: RunContext, unit: WorkUnit, tokenizer: Any, train: list[Pair], seed: int) -> list[Any]:
-        """The model at ``early`` of its training, and at its end."""
-        torch.manual_seed(seeding.number(run.seed, weights="translation", seed=seed))
-        model = new_translator(len(tokenizer), self.dim, self.layers, self.heads).to(run.device)
-        kept: list[Any] = []
-        tell = told(run, unit, self.steps)
-
-        def on_step(state: TrainState) -> None:
-            tell(state)
-            if state.step == max(1, int(self.early * self.steps)):
-                kept.append(copy.deepcopy(model).eval())
-
-        fit(
-            model, batches(tokenizer, train, self.batch, seed, run.device), translation_loss, budget=self.steps,
-            optimizers=optimizers_of(model, self.lr, weight_decay=0.01),
-            schedule=decay("linear", warmup=max(1, self.steps // 8)), on_step=on_step,
-        )  # fmt: skip
-        return [*kept, model]
 
     def _translated(self, model: Any, tokenizer: Any, test: list[Pair]) -> _System:
         made = translate(model, tokenizer, [pair[0] for pair in test])
