@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How sure a translation model was of a translation, from its cross-attention alone.
 
-"Confidence through Attention" (MT Summit 2017; no arXiv id is known to us). The weights of I target tokens on J source
+"Confidence through Attention" (arXiv 1710.03743, MT Summit 2017). The weights of I target tokens on J source
 tokens, ``a[j, i]``, are a soft alignment. Of a good translation each source token is attended to about once, and each
 token of either side is aligned to few of the other. With ``H(p) = -sum p log p``,
 
