@@ -110,11 +110,11 @@ class MweAttention(Lens):
                 f"mwe_attention looks for expressions and their translations: watch with roles=TokenSpans("
                 f"{{{self.role!r}: rows}}, source={{{self.role!r}: rows}}), spans for each of the {batch} sentences"
             )
-        pairs = []
+        pairs: list[tuple[int, Span, Span]] = []
         for b, (said, stands) in enumerate(zip(*sides, strict=True)):  # type: ignore[arg-type]
             if len(said) != len(stands):
                 raise UserError(f"sentence {b} has {len(stands)} expressions and {len(said)} translations of them")
-            pairs += [(b, tuple(t), tuple(s)) for t, s in zip(said, stands, strict=True)]
+            pairs += [(b, t, s) for t, s in zip(said, stands, strict=True)]
         view.memory["of"] = [b for b, *_ in pairs]
         return {"blocks": Blocks(pairs, view.keys.sum(1))} if pairs else {}
 

@@ -103,7 +103,7 @@ class MatchedExpressions(TranslationTask):
 
     def _drawn(self, run: RunContext, train: Sequence[Pair]) -> tuple[list[tuple[_Place, _Place]], dict[Any, int]]:
         """Occurrences of a literal pair and of an expression, and how often each n-gram is met."""
-        said = [tuple([w for w, *_ in words(side)] for side in pair) for pair in train]
+        said = [([w for w, *_ in words(source)], [w for w, *_ in words(target)]) for source, target in train]
         sources, real = [source for source, _ in said], self.corpus == "multi30k"
         loose = expressions(sources, pmi=-math.inf, stop=20 if real else 0)
         kinds: dict[bool, list[Found]] = {
@@ -114,7 +114,8 @@ class MatchedExpressions(TranslationTask):
         for kind, grams in kinds.items():
             matched = matches(said, [one.words for one in grams], stop=50 if real else 0)
             standing[kind] = _standing(said, matched, rng)
-        counts, drawn = {one.words: one.count for grams in kinds.values() for one in grams}, []
+        drawn: list[tuple[_Place, _Place]] = []
+        counts = {one.words: one.count for grams in kinds.values() for one in grams}
         free = {shape: list(places) for shape, places in standing[False].items()}
         whole = [(shape, place) for shape, places in sorted(standing[True].items()) for place in places]
         for at in rng.permutation(len(whole)):
@@ -154,8 +155,9 @@ class MatchedExpressions(TranslationTask):
 
 
 def _standing(
-    said: Sequence[tuple[list[str], ...]], matched: dict[Expression, tuple[Expression, float]], rng: np.random.Generator
-) -> dict[tuple[int, int], list[_Place]]:
+    said: Sequence[tuple[list[str], list[str]]], matched: dict[Expression, tuple[Expression, float]],
+    rng: np.random.Generator,
+) -> dict[tuple[int, int], list[_Place]]:  # fmt: skip
     """Some occurrences of each expression beside its translation, by how many words both have."""
     firsts: dict[str, list[Expression]] = defaultdict(list)
     for one in matched:
