@@ -12,7 +12,7 @@ from manyheads.data.translations import made_up
 from manyheads.experiment import Arm
 from manyheads.models.translator import new_tokenizer, new_translator, translate
 from manyheads.tasks.lenses import spoken_digits
-from manyheads.tasks.lenses._scored import Shuffled, by_prompt, judged
+from manyheads.tasks.lenses._scored import Shuffled, by_prompt, judged, score_of
 from manyheads.tasks.lenses.translated_sentences import TranslatedSentences, _read, character_f
 from oracles.tasks import context, rows, values
 from tolerance import FORMULA, SAME, assert_close, is_far
@@ -77,6 +77,12 @@ def test_every_arm_has_a_value_for_each_sentence():
             assert len(values(table, "goes_with_quality", arm.name)) == 6
     best, later = values(table, "chrf"), values(table, "hybrid_quality", "later system")
     assert_close(best, later, FORMULA)
+
+
+def test_chance_is_drawn_for_each_system():
+    arm, run = Arm("chance", options={"score": "chance"}), context(Arm("full"))
+    first, second = (score_of(run, arm, 0, [5] * 200, list, dict, system) for system in (0, 1))
+    assert 70 < (second > first).sum() < 130 and (first == score_of(run, arm, 0, [5] * 200, list, dict)).all()
 
 
 def test_quality():

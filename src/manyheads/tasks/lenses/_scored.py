@@ -58,7 +58,7 @@ class _ShuffledSoft(Soft):
 
 def score_of(
     run: RunContext, arm: Arm, seed: int, lengths: Any, likelihood: Callable[[], Any],
-    look: Callable[[AttentionConfidence], Mapping[str, Any]],
+    look: Callable[[AttentionConfidence], Mapping[str, Any]], system: int = 0,
 ) -> Any:  # fmt: skip
     """What an arm thinks of each output, ``[N]``, more where it thinks it better.
 
@@ -67,10 +67,11 @@ def score_of(
         lengths: ``[N]``, tokens of the outputs.
         likelihood: gives the mean log-probability of each output's tokens.
         look: gives the confidence and its parts through a lens, by name.
+        system: which of several systems' outputs these are: chance draws for each.
     """
     score = arm.options.get("score", "")
     if score == "chance":
-        return run.rng(score="chance", seed=seed).permutation(len(lengths)).astype(float)
+        return run.rng(score="chance", seed=seed, system=system).permutation(len(lengths)).astype(float)
     if score == "length":
         return -np.asarray(lengths, float)
     if score == "likelihood":

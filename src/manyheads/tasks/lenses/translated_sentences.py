@@ -104,9 +104,9 @@ class TranslatedSentences(TranslationTask):
             found = [
                 score_of(
                     run, arm, seed, [len(x.target) for x in system.made], partial(_likelihood, model, system.made),
-                    partial(_confidences, looked, model, system.made),
+                    partial(_confidences, looked, model, system.made), i,
                 )
-                for model, system in zip(models, systems, strict=True)
+                for i, (model, system) in enumerate(zip(models, systems, strict=True))
             ]  # fmt: skip
             for metric, values in judged(found[-1], later.quality, lengths):
                 yield from self.each(metric, arm, values, seed=seed)
