@@ -43,6 +43,12 @@ Against = Annotated[
     str | None,
     typer.Option(help="Another checkpoint of the model, for a lens that compares two, such as thinking_sparks."),
 ]
+Image = Annotated[list[Path] | None, typer.Option(help="Image that a vision transformer looks at; may repeat.")]
+Audio = Annotated[list[Path] | None, typer.Option(help="WAV file that a model as Whisper transcribes; may repeat.")]
+Translate = Annotated[
+    Path | None,
+    typer.Option(help="File of sentences, one a line, that a model translates; a translation behind a tab is read."),
+]
 Questions = Annotated[
     Path | None, typer.Option(help="For hallucination_risk: JSON list of questions, each with its answers.")
 ]
@@ -67,18 +73,9 @@ def inspect(
         typer.Option(help='Tokens that play a part: system=0-12 (12 not included) or system="words of the text".'),
     ] = None,
     chat: Chat = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image that a vision transformer looks at; may repeat.")
-    ] = None,
-    audio: Annotated[
-        list[Path] | None, typer.Option(help="WAV file that a model as Whisper transcribes; may repeat.")
-    ] = None,
-    translate: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of sentences, one a line, that a model translates; a translation behind a tab is read."
-        ),
-    ] = None,
+    image: Image = None,
+    audio: Audio = None,
+    translate: Translate = None,
     generate: Annotated[
         int, typer.Option(min=0, help="The model says so many tokens to each prompt first: the role response.")
     ] = 0,
@@ -103,9 +100,8 @@ def inspect(
     Without options: the shipped model reads the source of Python's standard library. Text encoders are
     looked at too, of encoder-decoder models the encoder; they have no loss. Vision transformers take --image,
     speech models of Whisper's kind --audio, those that translate --translate. --lens hallucination_risk asks
-    questions whose answers are known where no part of a text is named: --questions or our own, gaps of --text
-    among them. The page shows every score over layers and heads, the map of each head, tokens coloured by what
-    a lens says, and where the mass goes.
+    questions whose answers are known where no part of a text is named: --questions or our own, gaps of --text too.
+    The page shows every score over layers and heads, maps, tokens coloured by a lens, and where the mass goes.
     """
     passive_threads()
     from manyheads.data.texts import read
