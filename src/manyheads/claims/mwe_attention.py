@@ -44,7 +44,7 @@ claim = Claim(
     ),
     caveat=(
         "The paper shows pictures; the measures are ours. Expressions are collocations by PMI in place of tagged "
-        "patterns, and literal pairs are few: samples are of sentences that the model was trained on. What expressions "
-        "added to the training data are worth is not measured."
+        "patterns, and literal pairs are few: samples are of sentences that the model was trained on. They are matched "
+        "by words, not by tokens. What expressions added to the training data are worth is not measured."
     ),
 )  # fmt: skip
