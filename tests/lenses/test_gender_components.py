@@ -142,6 +142,13 @@ def test_every_method_finds_a_planted_head():
     assert len(found.notes) == 3
 
 
+@pytest.mark.parametrize("lens", [GenderComponents(prompts=2), DiffMask(batch=2, steps=2), Acdc(prompts=2)])
+def test_a_checkpoint_in_half_precision(lens):
+    """As published models are loaded; what is computed in float32 beside them may not change their stream's dtype."""
+    found = lens.locate(planted(torch.bfloat16), Words(), manyheads.use)
+    assert found.tables and all(0 < abs(table.mean).max() < float("inf") for table in found.tables.values())
+
+
 def test_layers_that_are_named_and_no_others():
     model = models.tiny("llama")
     whole = GenderComponents(prompts=4).locate(model, Words(), manyheads.use).tables

@@ -112,7 +112,7 @@ class ShiftResidual(Residual):
 
     def residual(self, site: Site, hidden: Tensor, state: dict[str, Any]) -> Tensor:
         if self.by is not None:
-            hidden = torch.cat([hidden[:, :-1], (hidden[:, -1] + self.by)[:, None]], 1)
+            hidden = torch.cat([hidden[:, :-1], (hidden[:, -1] + self.by.to(hidden.dtype))[:, None]], 1)
         self.state["hidden"] = hidden[:, -1]
         return hidden
 
