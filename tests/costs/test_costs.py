@@ -211,6 +211,9 @@ def test_cards_are_found_by_any_spelling():
     assert card("h100") == card("H100") and card("rtx-4090").name == card("RTX 4090").name == "RTX 4090"
     assert card("a100 40gb").memory < card("a100").memory and card("h200").platform.bandwidth == 4.8e12
     assert card("cpu").fused is False and card("cpu").memory > 0 and card("cpu").platform.link == inf
+    assert card("4090") == card("RTX 4090")
+    with pytest.raises(UserError, match="no card 'a'"):  # of several
+        card("a")
     with pytest.raises(UserError, match=r"no card 'h99'.* this"):
         card("h99")
 

@@ -59,9 +59,10 @@ def card(name: str, itemsize: int = 2) -> Card:
     if _plain(name) == "this":
         return calibrate()
     known = {_plain(one): one for one in PLATFORMS}
-    if _plain(name) not in known:
+    among = [one for plain, one in known.items() if _plain(name) and _plain(name) in plain]  # 4090: RTX 4090
+    if _plain(name) not in known and len(among) != 1:
         raise UserError(f"no card {name!r} is known: give {', '.join(PLATFORMS)}, or this to measure your own")
-    found = known[_plain(name)]
+    found = known.get(_plain(name), among[0])
     memory, link = _MEMORY.get(found, (_host_memory(), inf))
     return Card(found, replace(platform_of(found, itemsize), link=link), memory)
 
