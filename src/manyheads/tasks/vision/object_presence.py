@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an object is in a picture, asked of a vision-language model that is trained on such questions: what it sees
-and what it makes up, by the part of the picture.
+"""Whether an object is in a picture, asked of a vision-language model: what it sees and makes up, by the part.
+
+The model is trained on such questions.
 """
 
 from __future__ import annotations
