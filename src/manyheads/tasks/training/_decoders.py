@@ -81,9 +81,7 @@ def _leak(model: TokenModel, ids: Tensor) -> int | None:
     before, _ = model(ids)
     for cut in {1, ids.shape[1] // 3, ids.shape[1] - 1}:
         other = ids.clone()
-        other[:, cut:] = (other[:, cut:] + 1 + torch.arange(ids.shape[1] - cut, device=ids.device) % 7) % (
-            model.config.vocab
-        )
+        other[:, cut:] = _others(ids[:, cut:], model.config.vocab)
         change = (model(other)[0] - before).abs()
         if not bool(change[:, :cut].amax() <= _LEAK * change[:, cut:].amax()):
             return cut
@@ -117,9 +115,14 @@ def _row_leaks(model: TokenModel, ids: Tensor) -> bool:
     if ids.is_floating_point():
         other[0] = 1 - 2 * other[0]
     else:
-        other[0] = (other[0] + 1 + torch.arange(ids.shape[1], device=ids.device) % 7) % model.config.vocab
+        other[0] = _others(ids[0], model.config.vocab)
     change = (model(other)[0] - model(ids)[0]).abs()
     return not bool(change[1:].amax() <= _LEAK * change[:1].amax())
+
+
+def _others(ids: Tensor, vocab: int) -> Tensor:
+    """Another token in the place of each of ``ids [..., T]``, at neighbouring places by another step."""
+    return (ids + 1 + torch.arange(ids.shape[-1], device=ids.device) % 7) % vocab
 
 
 def perturb_zero_params(model: nn.Module) -> None:
