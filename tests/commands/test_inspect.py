@@ -230,7 +230,8 @@ def test_models_that_read_text(cli, framed, tmp_path, name):
     assert ("reasoning_rhythm finds nothing to look at here." in notes) == (name != "Llama Model")
     code, out, err = cli("inspect", "--model", place, "--samples", "1", "--out", "y")
     assert code == 0 and "loss" not in out
-    for options, word in ((["--ablate", "sink"], "has no loss"), (["--generate", "3"], "predicts no text")):
+    asks = (["--lens", "gender_components"], "asks for the next token")
+    for options, word in ((["--ablate", "sink"], "has no loss"), (["--generate", "3"], "predicts no text"), asks):
         assert word in cli("inspect", "--model", place, *options)[2]
     if name != "Llama Model":
         assert "finds no attention to look at" in cli("inspect", "--model", place, "--lens", "rhythm")[2]

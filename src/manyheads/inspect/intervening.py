@@ -11,15 +11,17 @@ from ..errors import UserError
 from ..integrations import use
 from ..lens import Lens, LensResult
 
-__all__ = ["check_against", "intervened"]
+__all__ = ["check_intervening", "intervened"]
 
 Other = tuple[nn.Module, str] | None  # a checkpoint and its name
 
 
-def check_against(lenses: Sequence[Lens | CausalLens], against: Other) -> None:
-    """Refuse another checkpoint that no lens looks at."""
+def check_intervening(lenses: Sequence[Lens | CausalLens], against: Other, mute: str | None = None) -> None:
+    """Refuse another checkpoint that no lens looks at, and lenses that ask what a model named ``mute``, without text of its own, says next."""
     if against is not None and not any(isinstance(lens, ComparativeLens) for lens in lenses):
         raise UserError("no lens compares two checkpoints: name thinking_sparks, or leave --against away")
+    if mute and (asking := [lens.slug for lens in lenses if isinstance(lens, CausalLens)]):
+        raise UserError(f"{asking[0]} asks for the next token, and {mute} predicts none: take a decoder")
 
 
 def intervened(

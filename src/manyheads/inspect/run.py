@@ -26,7 +26,7 @@ from ..progress import Progress
 from . import Watching, watch
 from .attention_breakdown import AttentionBreakdown
 from .document import document_of, plain_values
-from .intervening import check_against, intervened
+from .intervening import check_intervening, intervened
 from .naming import DEFAULT, Part, check_roles, parse_lenses
 from .prompts import SHORTEST, Prompt, draw
 
@@ -143,9 +143,9 @@ def inspect_model(
     chosen, more = chosen_lenses(lenses, layers)
     parts = {**(roles or {}), **more}
     _check_layers(model, layers)
-    check_against(chosen, against)
     named_lenses, chosen = chosen, fitting(chosen, model, drop=tuple(lenses) == DEFAULT)
     predicts = _predicts(model)
+    check_intervening(chosen, against, None if predicts else type(model).__name__)
     if not predicts and (generate or ablate is not None):
         raise UserError(f"{type(model).__name__} predicts no text and has no loss: leave generate and ablate away")
     reads = max_context(model) if predicts else min(max_context(model), tokenizer.model_max_length)
