@@ -17,7 +17,7 @@ Other = tuple[nn.Module, str] | None  # a checkpoint and its name
 
 
 def check_intervening(lenses: Sequence[Lens | CausalLens], against: Other, mute: str | None = None) -> None:
-    """Refuse another checkpoint that no lens looks at, and lenses that ask what a model named ``mute``, without text of its own, says next."""
+    """Refuse another checkpoint that no lens looks at, and any lens that asks where ``mute`` predicts no token."""
     if against is not None and not any(isinstance(lens, ComparativeLens) for lens in lenses):
         raise UserError("no lens compares two checkpoints: name thinking_sparks, or leave --against away")
     if mute and (asking := [lens.slug for lens in lenses if isinstance(lens, CausalLens)]):
