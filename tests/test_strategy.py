@@ -23,8 +23,10 @@ from manyheads.strategy import (
     Residual,
     Strategy,
 )  # fmt: skip
+from manyheads.writing import DecodingLoop, TokenChoice
 
 SLUGS = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hashevict")
+
 SPECS = [
     *SLUGS, "random:seed=3", "keydiff:budget=64", "keydiff:schedule=8", "keydiff:schedule=chunk,layers=0+1+2+7",
     "hashevict:budget=0.25,probe=key,num_bits=8,num_global=2", "snapkv:budget=0.1,window_size=16,kernel_size=5",
@@ -130,7 +132,7 @@ def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
 KINDS = {
     AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
     CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise",
-    Mixer: "build",
+    Mixer: "build", TokenChoice: "choose", DecodingLoop: "write",
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manyheads.comparison_rank import compare_rankers
     from manyheads.comparison_train import compare_trained
     from manyheads.errors import UserError
+    from manyheads.generate.texts import reply
     from manyheads.head_selection import select_heads
     from manyheads.heads import HeadTable
     from manyheads.inspect import watch
@@ -48,6 +49,7 @@ __all__ = [
     "compare_trained",
     "papers",
     "parse",
+    "reply",
     "select_heads",
     "use",
     "watch",
@@ -60,6 +62,7 @@ _HOMES = {
     "manyheads.comparison_train": ("compare_trained",),
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),
+    "manyheads.generate.texts": ("reply",),
     "manyheads.head_selection": ("select_heads",),
     "manyheads.heads": ("HeadTable",),
     "manyheads.lens": ("TokenSpans",),

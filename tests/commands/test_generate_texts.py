@@ -70,6 +70,15 @@ def test_replies_are_those_of_generate(cli, folder):
     assert "no benchmark" in facts["timing"]
 
 
+def test_samples_are_rows_and_what_draws_nothing_replies_once(cli, folder):
+    code, out, _ = cli("--model", folder, PROMPT, "--strategy", "sampling:temperature=3", "--samples", "2", "--json")
+    rows = json.loads(out)["prompts"]
+    assert code == 0 and [[reply["seed"] for reply in row["replies"]] for row in rows] == [[None, 0], [None, 1]]
+    assert rows[0]["replies"][0] == rows[1]["replies"][0]
+    assert rows[0]["replies"][1]["text"] != rows[1]["replies"][1]["text"]
+    assert "seed 1" in cli("--model", folder, PROMPT, "--strategy", "sampling", "--seed", "1")[1]
+
+
 def test_a_page_and_a_table(cli, folder, tmp_path):
     code, out, err = cli(
         "--model", folder, "<b>bold</b> words", "--strategies", "random", "--budget", "0.1", "--out", "a/r.html",

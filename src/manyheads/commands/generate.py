@@ -73,7 +73,7 @@ Chat = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="Of texts: a system message before every prompt.")]
 
-_IMAGES = ("--class", "--source", "--steps", "--guidance", "--seed", "--seeds", "--samples", "--size", "--maps")
+_IMAGES = ("--class", "--source", "--steps", "--guidance", "--size", "--maps")
 _TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system")
 _BUDGET, _MOST = "0.25", 64
 
@@ -119,6 +119,7 @@ def generate(
     Of images the columns are the baseline, and each strategy with its difference from it. Of texts the words are marked
     from where they leave those of the plain model. The table shows what each held and cost.
     """
+    from manyheads.generate.rows import read_seeds
     from manyheads.spec import protecting
 
     passive_threads()
@@ -135,7 +136,9 @@ def generate(
         specs = specs or ["auto"]
         if protect is not None:
             specs = [spec if spec == "full" else protecting(spec, protect) for spec in specs]
-        _texts(subject, specs, prompts, budget, max_new_tokens or _MOST, chat, system, out, device or "cpu", as_json)
+        drawn = read_seeds(seed or 0, seeds, samples)
+        how = (max_new_tokens or _MOST, chat, system or "", drawn)
+        _texts(subject, specs, prompts, budget, how, out, device or "cpu", as_json)
         return
     if wrong := [name for name in used if name in _TEXTS]:
         raise UserError(
@@ -171,8 +174,8 @@ def _language_model(model: str, dtype: str | None, specs: list[str]) -> CausalLM
 
 
 def _texts(
-    subject: CausalLM, specs: list[str], prompts: list[str], budget: str | None, most: int, chat: bool | None,
-    system: str | None, out: Path | None, device: str, as_json: bool,
+    subject: CausalLM, specs: list[str], prompts: list[str], budget: str | None,
+    how: tuple[int, bool | None, str, list[int]], out: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Replies of a language model."""
     from manyheads.comparison import make_arms
@@ -184,6 +187,7 @@ def _texts(
 
     if not prompts:
         raise UserError(f'give a prompt, as `manyheads generate --model {subject.name} "Who wrote Hamlet?"`')
+    (most, chat, system, seeds) = how
     arms = [Arm(BASELINE), *make_arms(specs, [budget or _BUDGET], subject)]
     if out is not None:
         if out.suffix.lower() not in (".html", ".htm"):
@@ -196,11 +200,19 @@ def _texts(
         if tokenizer is None:
             raise UserError(f"{subject.name} has no tokenizer, so that it reads no text")
         replies = texts.run(
-            model, tokenizer, arms, prompts, max_new_tokens=most, chat=chat, progress=progress, system=system or ""
+            model,
+            tokenizer,
+            arms,
+            prompts,
+            max_new_tokens=most,
+            chat=chat,
+            progress=progress,
+            system=system,
+            seeds=seeds,
         )
     facts = texts.facts(replies, model) | {
         "model": subject.name, "chat": chats(tokenizer) if chat is None else chat,
-        "system": system, "out": None if out is None else str(out), "command": typed(),
+        "system": system or None, "out": None if out is None else str(out), "command": typed(),
     }  # fmt: skip
     if out is not None:
         write(shown_by.page(facts), out)

@@ -25,6 +25,7 @@ from ..strategy import (
     Residual,
     Strategy,
 )
+from ..writing import Decoding
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ class CausalLM(Subject):
     """
 
     kind = "causal_lm"
-    kinds = (Attention, Cache, LinearCompute, Residual)
+    kinds = (Attention, Cache, Decoding, LinearCompute, Residual)
 
     def __init__(
         self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None
@@ -218,6 +219,8 @@ def _where(strategy: Strategy) -> str:
         return f"train it: manyheads compare --train --strategies {strategy.slug}"
     if isinstance(strategy, CausalLens):
         return f"look with it: manyheads inspect --lens {strategy.slug}"
+    if isinstance(strategy, Decoding):
+        return f"write with it: manyheads generate --model MODEL --strategy {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
     if isinstance(strategy, ImagePositions):

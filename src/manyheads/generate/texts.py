@@ -7,25 +7,27 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..environment import environment
 from ..errors import UserError
+from ..experiment.arms import Arm
 from ..integrations import use
-from ..integrations.decoding import end_tokens, greedy
+from ..integrations.decoding import end_tokens, greedy, write
 from ..integrations.transformers import new_cache, prefill
 from ..models.chat import chat_text, chats, system_span
-from ..spec import parse
-from ..strategy import Cache
+from ..questions import split
+from ..spec import parse, split_together
+from ..strategy import Cache, Strategy
+from ..writing import Decoding, Request, Written
 
 if TYPE_CHECKING:
-    from ..experiment.arms import Arm
     from ..progress import Progress
 
-__all__ = ["Reply", "differs", "facts", "pieces", "read", "run"]
+__all__ = ["Reply", "differs", "facts", "pieces", "read", "reply", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,9 @@ class Reply:
         held: bytes of the cache when the prompt is read.
         at_end: bytes when the reply is written.
         reading, writing: seconds, measured once.
+        seed: of what was drawn; None where nothing is.
+        forwards: of the model while the reply was written, one after the other.
+        notes: other figures that the strategy has to tell.
     """
 
     arm: str
@@ -52,6 +57,9 @@ class Reply:
     at_end: int
     reading: float
     writing: float
+    seed: int | None = None
+    forwards: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def pieces(text: str) -> list[str]:
@@ -99,15 +107,25 @@ def _messages(prompt: str, system: str) -> list[dict[str, str]]:
 
 def run(
     model: Any, tokenizer: Any, arms: Sequence[Arm], prompts: Sequence[str], *, max_new_tokens: int,
-    chat: bool | None, progress: Progress, system: str = "",
+    chat: bool | None, progress: Progress, system: str = "", seeds: Sequence[int] = (0,),
 ) -> list[list[Reply]]:  # fmt: skip
-    """Reply to every prompt under every arm, greedily.
+    """Reply to every prompt under every arm, with the likeliest token unless a strategy of the arm chooses others.
 
     A short forward that is not timed goes before, so that the first arm does not pay for what is done once; on a GPU a
     short reply of every arm, for which kernels are loaded and compiled.
 
+    Args:
+        model, tokenizer: a causal language model.
+        arms: what replies.
+        prompts: at least one.
+        max_new_tokens: of a reply, at most.
+        chat: write prompts in the template; None for where there is one.
+        progress: told after each reply.
+        system: a system message before every prompt.
+        seeds: a reply of every arm for each; arms that draw nothing reply once, and the same for all.
+
     Returns:
-        For each prompt the replies of the arms, in their order.
+        For each prompt and each seed the replies of the arms, in their order.
 
     Raises:
         UserError: a prompt or an arm does not fit the model.
@@ -119,7 +137,7 @@ def run(
         raise UserError(
             f"the model reads {most} tokens, and prompt and reply have up to {longest}: shorten one of them"
         )
-    total, done = len(arms) * len(prompts), 0
+    total, done = len(arms) * len(prompts) * len(seeds), 0
     progress(0, total, "warming up")
     ends = end_tokens(model, tokenizer)
     device = next(model.parameters()).device
@@ -127,40 +145,79 @@ def run(
         model(input_ids=torch.tensor([given[0][:2]], device=device))
     found: list[list[Reply]] = []
     for prompt, ids in zip(prompts, given, strict=True):
-        replies = []
         span = system_span(tokenizer, _messages(prompt, system)) if find else None
-        for arm in arms:
-            if device.type == "cuda" and not found:
-                _reply(model, tokenizer, arm, prompt, ids, min(2, max_new_tokens), ends, span)
-            replies.append(_reply(model, tokenizer, arm, prompt, ids, max_new_tokens, ends, span))
-            done += 1
-            progress(done, total, arm.key)
-        found.append(replies)
+        request = Request(model, tokenizer, torch.tensor([ids], device=device), max_new_tokens, ends, seeds[0])
+        if device.type == "cuda" and not found:
+            for arm in arms:
+                _reply(replace(request, most=min(2, max_new_tokens)), arm, prompt, span)
+        first: list[Reply] = []
+        for seed in seeds:
+            replies = []
+            for i, arm in enumerate(arms):
+                draws = any(isinstance(strategy, Decoding) for strategy in arm.strategies)
+                again = first and not draws
+                replies.append(first[i] if again else _reply(replace(request, seed=seed), arm, prompt, span))
+                done += 1
+                progress(done, total, arm.key)
+            first = first or replies
+            found.append(replies)
     return found
 
 
-def _reply(
-    model: Any, tokenizer: Any, arm: Arm, prompt: str, ids: list[int], most: int, ends: frozenset[int],
-    span: tuple[int, int] | None,
-) -> Reply:  # fmt: skip
-    caches = [strategy for strategy in arm.strategies if isinstance(strategy, Cache)]
-    keeping = caches[0] if caches else cast(Cache, parse("full"))
-    acting = [strategy for strategy in arm.strategies if not isinstance(strategy, Cache)]
-    device = next(model.parameters()).device
-    whole = torch.tensor([ids], device=device)
+def reply(
+    model: Any, tokenizer: Any, prompt: str, strategies: str | Strategy | Sequence[Strategy] = "full", *,
+    max_new_tokens: int = 64, seed: int = 0, chat: bool | None = None, system: str = "",
+) -> str:  # fmt: skip
+    """The reply of a language model to a prompt, with strategies.
+
+        manyheads.reply(model, tokenizer, "Who wrote Hamlet?", "snapkv:budget=0.5")
+
+    Args:
+        model: a decoder-only transformers model, in evaluation mode.
+        tokenizer: its tokenizer.
+        prompt: what the user says.
+        strategies: what acts, several as a list or joined by `` + ``; one at most that chooses what is written.
+        max_new_tokens: of the reply, at most.
+        seed: of what is drawn.
+        chat: write the prompt in the chat template; None for where there is one.
+        system: a system message before it.
+
+    Raises:
+        UserError: prompt or strategies do not fit the model.
+    """
+    given = [parse(s) for s in split_together(strategies)] if isinstance(strategies, str) else strategies
+    arm = Arm("reply", " + ".join(s.spec for s in ([given] if isinstance(given, Strategy) else given)))
+    told = run(
+        model, tokenizer, [arm], [prompt], max_new_tokens=max_new_tokens, chat=chat, progress=lambda *_: None,
+        system=system, seeds=[seed],
+    )  # fmt: skip
+    return told[0][0].text
+
+
+def _reply(request: Request, arm: Arm, prompt: str, span: tuple[int, int] | None) -> Reply:
+    acting, keeping = split(arm.strategies)
+    choosing = [strategy for strategy in acting if isinstance(strategy, Decoding)]
+    if len(choosing) > 1:
+        raise UserError(f"{choosing[0].spec} and {choosing[1].spec} cannot hold together: each chooses what is written")
+    model, ids, device = request.model, request.ids, request.ids.device
     with ExitStack() as stack:
-        stack.enter_context(use(model, *acting))
+        stack.enter_context(use(model, *(s for s in acting if s not in choosing)))
         cache = new_cache(model, keeping.with_system(span))
         started = _now(device)
-        prefill(model, whole, cache)
+        prefill(model, ids, cache)
         between = _now(device)
         held = cache.bytes()
         resumed = _now(device)
-        made = greedy(model, cache, whole[:, -1:], most, ends=ends)
+        if choosing:
+            made = write(choosing[0], replace(request, cache=cache))
+        else:
+            tokens = greedy(model, cache, ids[:, -1:], request.most, ends=request.ends)
+            made = Written(tokens, min(len(tokens) + 1, request.most))
         ended = _now(device)
     return Reply(
-        arm=arm.key, prompt=prompt, text=str(tokenizer.decode(made, skip_special_tokens=True)), tokens=len(made),
-        read=len(ids), held=held, at_end=cache.bytes(), reading=between - started, writing=ended - resumed,
+        arm=arm.key, prompt=prompt, text=str(request.tokenizer.decode(made.tokens, skip_special_tokens=True)),
+        tokens=len(made.tokens), read=ids.shape[1], held=held, at_end=cache.bytes(), reading=between - started,
+        writing=ended - resumed, seed=request.seed if choosing else None, forwards=made.forwards, notes=made.notes,
     )  # fmt: skip
 
 
@@ -188,7 +245,8 @@ def facts(replies: Sequence[Sequence[Reply]], model: Any) -> dict[str, Any]:
                         "arm": reply.arm, "text": reply.text, "tokens": reply.tokens, "held_bytes": reply.held,
                         "held_ratio": reply.held / each[0].held, "end_bytes": reply.at_end,
                         "prompt_seconds": reply.reading, "reply_seconds": reply.writing,
-                        "differs_at": differs(reply.text, each[0].text),
+                        "differs_at": differs(reply.text, each[0].text), "seed": reply.seed,
+                        "forwards": reply.forwards, "notes": reply.notes,
                     }
                     for reply in each
                 ],

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..writing import Decoding, DecodingLoop, Request, TokenChoice, Written
 from .cache import SlotCache, StoreLayer, cache_arguments
 
-__all__ = ["decode", "end_tokens", "greedy", "greedy_rows", "takes_padding"]
+__all__ = ["decode", "end_tokens", "greedy", "greedy_rows", "processor", "takes_padding", "write"]
 
 _WARM = 3  # steps before the capture: they compile, and let every library choose its kernels
 _LOOK = 32  # tokens between two looks at whether all rows have ended
@@ -211,3 +212,46 @@ def takes_padding(model: nn.Module, cache: Any) -> bool:
         and seen > layer.strategy.kept_whole
         for layer in cache.layers
     )
+
+
+def write(strategy: Decoding, request: Request) -> Written:
+    """Write on from a prompt as ``strategy`` chooses; the port of the model must be open.
+
+    Raises:
+        UserError: the strategy does not write with this model.
+    """
+    if isinstance(strategy, DecodingLoop):
+        return strategy.write(request)
+    if not isinstance(strategy, TokenChoice):
+        raise TypeError(f"{type(strategy).__name__} is neither TokenChoice nor DecodingLoop")
+    given, ids, generator = cache_arguments(request.model, request.cache), request.ids, request.generator()
+    fed, made = ids[:, -1:], list[int]()
+    with torch.inference_mode():
+        while len(made) < request.most:
+            logits = request.model(input_ids=fed, **given).logits[:, -1].float()
+            fed = strategy.choose(logits, ids, generator)[:, None]
+            if (token := int(fed)) in request.ends:
+                return Written(made, len(made) + 1)
+            made.append(token)
+            ids = torch.cat([ids, fed], 1)
+    return Written(made, len(made))
+
+
+def processor(strategy: TokenChoice, seed: int = 0) -> Any:
+    """``strategy`` as a ``LogitsProcessor``, for ``model.generate(logits_processor=LogitsProcessorList([...]))``.
+
+    It leaves one token of each row, so that ``generate`` takes it, drawing or not. Draws follow ``seed``.
+    """
+    from transformers import LogitsProcessor
+
+    class Chosen(LogitsProcessor):
+        def __init__(self) -> None:
+            self.generator: torch.Generator | None = None
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if self.generator is None:
+                self.generator = torch.Generator(scores.device).manual_seed(seed)
+            chosen = strategy.choose(scores.float(), input_ids, self.generator)[:, None]
+            return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+    return Chosen()

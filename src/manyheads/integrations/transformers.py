@@ -33,6 +33,7 @@ from ..strategy import (
     Residual,
     Strategy,
 )
+from ..writing import Decoding
 from .blocks import add_in_blocks, watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
 from .cache_files import load_cache, save_cache
@@ -191,6 +192,8 @@ class Port:
                 continue
             if isinstance(strategy, CausalLens):
                 raise UserError(f"{strategy.spec} asks prompts of its own: `manyheads inspect`, or its method locate")
+            if isinstance(strategy, Decoding) and not acts:
+                raise UserError(f"{strategy.spec} chooses what is written: `manyheads generate`, or manyheads.reply")
             if not acts:
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "

@@ -23,7 +23,7 @@ def table(prompt: Mapping[str, Any]) -> Table:
     """One row per arm: bytes held, seconds, and where its words leave those of the first arm."""
     columns = [
         Column("arm", text=True), Column("held after\nthe prompt"), Column("of full"), Column("at the end"),
-        Column("prompt", "s, once"), Column("reply", "s, once"), Column("tokens"),
+        Column("prompt", "s, once"), Column("reply", "s, once"), Column("tokens"), Column("forwards"),
         Column("first other word", text=True),
     ]  # fmt: skip
     rows = []
@@ -32,10 +32,16 @@ def table(prompt: Mapping[str, Any]) -> Table:
             [
                 reply["arm"], size(reply["held_bytes"]), percent(reply["held_ratio"]), size(reply["end_bytes"]),
                 f"{reply['prompt_seconds']:.2f}", f"{reply['reply_seconds']:.2f}", str(reply["tokens"]),
+                str(reply["forwards"]),
                 "" if not i else _where(reply),
             ]
         )  # fmt: skip
     return Table(columns, rows, repeats=True)
+
+
+def _title(prompt: Mapping[str, Any]) -> str:
+    seeds = {reply["seed"] for reply in prompt["replies"]} - {None}
+    return f"{prompt['prompt_tokens']} tokens" + "".join(f", seed {seed}" for seed in seeds)
 
 
 def _where(reply: Mapping[str, Any]) -> str:
@@ -67,7 +73,7 @@ def print_facts(facts: Mapping[str, Any], console: Console) -> None:
     from rich.text import Text as RichText
 
     for prompt in facts["prompts"]:
-        console.print(RichText(f"\n{prompt['prompt']}", "bold"), RichText(f"({prompt['prompt_tokens']} tokens)", "dim"))
+        console.print(RichText(f"\n{prompt['prompt']}", "bold"), RichText(f"({_title(prompt)})", "dim"))
         for reply in prompt["replies"]:
             same, other = _parted(reply)
             console.print(RichText(f"\n{reply['arm']}", "cyan"))
@@ -81,9 +87,7 @@ def page(facts: Mapping[str, Any]) -> Page:
     sections = []
     for prompt in facts["prompts"]:
         replies = [(reply["arm"], _about(reply), *_parted(reply)) for reply in prompt["replies"]]
-        sections.append(
-            Section(f"{prompt['prompt_tokens']} tokens", [Code(prompt["prompt"]), Replies(replies), table(prompt)])
-        )
+        sections.append(Section(_title(prompt), [Code(prompt["prompt"]), Replies(replies), table(prompt)]))
     run = {"command": facts["command"], "environment": facts["environment"]}
     about: list[tuple[str, Any, str]] = [
         ("model", facts["model"], facts["model_class"]), ("dtype", facts["dtype"], ""),
@@ -91,8 +95,8 @@ def page(facts: Mapping[str, Any]) -> Page:
     ]  # fmt: skip
     return Page(
         facts["model"], "Replies side by side",
-        f"{len(facts['prompts'])} prompt(s), the likeliest token at every step; marked from the first word that is "
-        "another than the first arm's",
+        f"{len(facts['prompts'])} prompt(s), the likeliest token at every step unless the arm chooses "
+        "others; marked from the first word that is another than the first arm's",
         [Headline(line + ".") for line in _alike(facts["prompts"])],
         [*sections, Section("Read with care", [Text(_ONCE.replace("`", ""))]), made(run, about, "", "made in Python")],
     )  # fmt: skip

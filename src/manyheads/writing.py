@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of strategies that choose what a language model writes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .strategy import Strategy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["Decoding", "DecodingLoop", "Request", "TokenChoice", "Written"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be written on, and how far.
+
+    Attributes:
+        model: the model, in whose port the strategies beside this one stand already.
+        tokenizer: of the model; None where only tokens matter.
+        ids: ``[1, T]`` of the prompt, on the model's device.
+        most: tokens to write at most.
+        ends: tokens that end the text; they are no part of it.
+        seed: of all that is drawn.
+        cache: has read all of the prompt but its last token; None for a model without one.
+    """
+
+    model: "nn.Module"
+    tokenizer: Any
+    ids: "Tensor"
+    most: int
+    ends: frozenset[int] = frozenset()
+    seed: int = 0
+    cache: Any = None
+
+    def generator(self) -> "torch.Generator":
+        """A fresh generator on the device of ``ids``, started from the seed."""
+        import torch
+
+        return torch.Generator(self.ids.device).manual_seed(self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        tokens: of the text, the prompt left away.
+        forwards: of the model, one after the other; what runs side by side in a batch counts once.
+        notes: other figures that the strategy has to tell, by name, of JSON's types.
+    """
+
+    tokens: list[int]
+    forwards: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Decoding(Strategy, ABC):
+    """Chooses what is written: one of the two kinds that follow. At most one such strategy writes a text."""
+
+
+class TokenChoice(Decoding):
+    """Chooses one token after the other, from the logits of the next; the loop is that of every other.
+
+    ``manyheads.integrations.decoding.processor`` makes it a ``LogitsProcessor``, for ``generate`` of transformers.
+    """
+
+    @abstractmethod
+    def choose(self, logits: "Tensor", ids: "Tensor", generator: "torch.Generator") -> "Tensor":
+        """The next token of each row, ``[B]``, of float32 ``logits [B, V]`` that follow ``ids [B, T]``."""
+
+
+class DecodingLoop(Decoding):
+    """Writes by a loop of its own over the model."""
+
+    @abstractmethod
+    def write(self, request: Request) -> Written:
+        """Write on from a prompt.
+
+        Raises:
+            UserError: the model is not one that can be written with so.
+        """
