@@ -53,6 +53,17 @@ def test_default_model_loads_as_any_other(default: tuple[Any, Any]) -> None:
     assert len(AutoTokenizer.from_pretrained(models.default_path())) == model.config.vocab_size == 8192
 
 
+def test_what_ships_has_a_name_wherever_a_model_is_named(default: tuple[Any, Any], tmp_path, monkeypatch) -> None:
+    """Verbs and recipes that take a model take `default`, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    for load in (models.load, models.load_reader):
+        model, reader = load("default")
+        assert model.dtype == default[0].dtype and len(reader) == len(default[1])
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), default[0].parameters(), strict=True))
+    assert models.config("recall").vocab_size == models.load_recall().config.vocab_size
+    assert len(models.tokenizer("default")) == len(default[1])
+
+
 def test_default_model_saves_as_a_plain_checkpoint(default: tuple[Any, Any], tmp_path: Path) -> None:
     default[0].save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)

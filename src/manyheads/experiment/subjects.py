@@ -95,8 +95,6 @@ class CausalLM(Subject):
         dtype = models.named_dtype(self.dtype)
         if self.name == "recall":
             self._parts = models.load_recall(device, dtype), None
-        elif self.name == "default":
-            self._parts = models.load_default(device, dtype)
         else:
             self._parts = models.load(self.name, device, dtype)
             if self.model.config.is_encoder_decoder:

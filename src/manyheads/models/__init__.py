@@ -41,6 +41,9 @@ def recall_path() -> Path:
     return Path(__file__).parent / "recall"
 
 
+_SHIPPED = {"default": default_path, "recall": recall_path}
+
+
 def shipped_pipelines() -> list[str]:
     """Names of the pipelines of diffusers that ship, made by ``recipes/scenes.py``; imports nothing."""
     return sorted(path.parent.name for path in (Path(__file__).parent / "pipelines").glob("*/model_index.json"))
@@ -53,8 +56,7 @@ def config(path_or_name: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
-    shipped = {"default": default_path(), "recall": recall_path()}
-    name = source(shipped.get(str(path_or_name), path_or_name))
+    name = source(path_or_name)
     _check_architecture(name)
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
@@ -85,13 +87,15 @@ def load(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
-    ``path_or_name``: a folder with config.json and safetensors weights, a name on the Hugging Face hub, or one of
-    ``published``.
+    ``path_or_name``: a folder with config.json and safetensors weights, a name on the Hugging Face hub, one of
+    ``published``, or ``default``.
     ``dtype``: that of the checkpoint when not given, so that its cache takes the bytes that it takes in use; bfloat16
     for a float16 one on a CPU, which is slow at float16.
     Raises UserError, in one line with what to do next, when that cannot be had.
     """
     place, _ = placed(device, dtype)
+    if path_or_name == "default":
+        return load_default(device, dtype)
     name = source(path_or_name)
     _check_architecture(name)
     return _load_model(name, place, dtype or _own_dtype(name, place)), tokenizer(name)
@@ -283,6 +287,8 @@ def source(path_or_name: str | Path) -> str:
     """The folder or hub name as transformers takes it; UserError for a folder that is missing or holds no model."""
     path = Path(path_or_name).expanduser()
     name = str(path_or_name)
+    if name in _SHIPPED:
+        return str(_SHIPPED[name]())
     if name in published():
         folders = [Path(root).expanduser() / name for root in (os.environ.get("MANYHEADS_MODELS"), _CACHE) if root]
         return next((str(folder) for folder in folders if (folder / "config.json").is_file()), published()[name]["hub"])
