@@ -158,15 +158,21 @@ def draw(
     for i, name in enumerate(kinds):
         if name in fixed:
             labels[:, i] = fixed[name]
-    stock = photographs(split)
+    sizes = torch.tensor([len(p) for p in photographs(split)])
     random = torch.rand(4, count, generator=generator)
-    sizes = torch.tensor([len(p) for p in stock])[labels[:, 2]]
-    which = (random[0] * sizes).long()
-    back = torch.stack([stock[b][i] for b, i in zip(labels[:, 2].tolist(), which.tolist(), strict=True)])
+    which = (sizes.cumsum(0) - sizes)[labels[:, 2]] + (random[0] * sizes[labels[:, 2]]).long()
+    labels, random = labels.to(device), random.to(device)
+    back = _stock(split, device)[which.to(device)]
     back = torch.where(random[1][:, None, None, None] < 0.5, back, back.flip(-1)).float() / 255
     make: Any = _scene if kind == "scenes" else _film
     images, alpha = make(back, labels, random[2:])
-    return Sample((images * 2 - 1).to(device), labels.to(device), alpha.to(device))
+    return Sample(images * 2 - 1, labels, alpha)
+
+
+@cache
+def _stock(split: Split, device: str) -> Tensor:
+    """All photographs, one after the other, where samples are put together."""
+    return torch.cat(photographs(split)).to(device)
 
 
 def _scene(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,20 +180,20 @@ def _scene(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor
     slack = SIDE // 2 - OBJECT + 1
     corner = torch.stack([labels[:, 1] // 2, labels[:, 1] % 2], 1) * (SIDE // 2)
     at = corner + (random.T * slack).long()
-    cover = _placed(sprites(OBJECT)[labels[:, 0]], at, SIDE)
+    cover = _placed(sprites(OBJECT).to(labels.device)[labels[:, 0]], at, SIDE)
     return cover[:, :3] + (1 - cover[:, 3:]) * back, cover[:, 3:]
 
 
 def _film(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """Frames ``[N, 3, F, h, w]``: object and window move one pixel a frame in the same direction."""
-    step = torch.tensor(_STEPS)[labels[:, 1]]  # [N, 2]
+    step = torch.tensor(_STEPS, device=labels.device)[labels[:, 1]]  # [N, 2]
     room = WINDOW - MOVER
     start = (random.T * (room + 1)).long()
     start = torch.where(step > 0, start.clamp(max=room - FRAMES + 1), start)
     start = torch.where(step < 0, start.clamp(min=FRAMES - 1), start)
     window = torch.where(step > 0, 0, torch.where(step < 0, FRAMES - 1, FRAMES // 2))
     small = interpolate(back, size=(WINDOW + FRAMES, WINDOW + FRAMES), mode="bilinear", antialias=True)
-    movers = sprites(MOVER)[labels[:, 0]]
+    movers = sprites(MOVER).to(labels.device)[labels[:, 0]]
     images, masks = [], []
     for frame in range(FRAMES):
         cover = _placed(movers, start + frame * step, WINDOW)
@@ -199,13 +205,17 @@ def _film(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor]
 
 def _grid(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of a square of ``size`` pixels at ``at [N, 2]`` of each of N images."""
-    reach = torch.arange(size)
-    return torch.arange(len(at))[:, None, None], (at[:, :1] + reach)[:, :, None], (at[:, 1:] + reach)[:, None, :]
+    reach = torch.arange(size, device=at.device)
+    return (
+        torch.arange(len(at), device=at.device)[:, None, None],
+        (at[:, :1] + reach)[:, :, None],
+        (at[:, 1:] + reach)[:, None, :],
+    )
 
 
 def _placed(sprites: Tensor, at: Tensor, side: int) -> Tensor:
     """Sprites ``[N, 4, s, s]`` on empty canvases ``[N, 4, side, side]``, their corners at ``at [N, 2]``."""
-    canvas = torch.zeros(len(sprites), side, side, 4)
+    canvas = torch.zeros(len(sprites), side, side, 4, device=sprites.device)
     canvas[_grid(at, sprites.shape[-1])] = sprites.movedim(1, -1)
     return canvas.movedim(-1, 1)
 
