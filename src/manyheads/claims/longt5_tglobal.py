@@ -64,7 +64,7 @@ claim = Claim(
                 "arms": LARGE, "seeds": 5, "masked_recall.length": 512, "batch": 32, "masked_recall.dim": 256,
                 "masked_recall.heads": 4, "masked_recall.layers": 4, "steps": 1200, "tune_steps": 300, "keys": 8,
                 "values": 8, "records": 8, "rates": (1e-3, 3e-3), "samples": 128, "masked_recall.parameters": 3_300_000,
-                "encoder_speed.dim": 512, "encoder_speed.heads": 8, "encoder_speed.length": 1024, "tokens": 65_536,
+                "encoder_speed.dim": 512, "encoder_speed.heads": 8, "encoder_speed.length": 1024, "tokens": 16_384,
                 "rounds": 10,
             },
         ),
