@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ class BM25:
     """Okapi BM25 as Lucene has it, by the library bm25s (``[train]``): scores of all of ``texts``."""
 
     def __init__(self, texts: Sequence[Sequence[str]]) -> None:
+        # bm25s starts JAX where that is installed, which by default takes three quarters of a GPU's memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             import bm25s
         except ImportError as error:
