@@ -16,7 +16,8 @@ Shapes: pruned keys are stored as ``[B, Hs, N, kept]`` beside the numbers of the
 back with zeros in the rest, one layer at a time: the bytes that are held are smaller, and nothing is faster. The whole
 keys of the last tokens lie beside them, so that these are held in both forms.
 
-Differs: the paper also prunes channels of values, in an appendix. Caches of latents are refused, and decoding is not
+Differs: the paper also prunes channels of values, in an appendix. Keys of layers with a sliding window, which are few,
+stay whole. Caches of latents are refused, and decoding is not
 compiled.
 """
 
@@ -133,7 +134,8 @@ class ThinKStore(PolicyStore):
         super().compress(view, share)
         slots, policy = self.live, self.policy
         keep = round(policy.channels * view.k.shape[-1])
-        if self._waiting is not None or self._pruned is not None or keep == view.k.shape[-1]:
+        windowed = self.site.window is not None  # tokens leave such a layer one by one
+        if windowed or self._waiting is not None or self._pruned is not None or keep == view.k.shape[-1]:
             return
         assert view.queries is not None
         held = (slots.positions() >= 0)[..., None]
