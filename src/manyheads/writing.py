@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["Decoding", "DecodingLoop", "Request", "TokenChoice", "Written"]
+__all__ = ["BatchedLoop", "Decoding", "DecodingLoop", "Request", "TokenChoice", "Written"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Request:
     Attributes:
         model: the model, in whose port the strategies beside this one stand already.
         tokenizer: of the model; None where only tokens matter.
-        ids: ``[1, T]`` of the prompt, on the model's device.
+        ids: ``[1, T]`` of the prompt, on the model's device; ``[P, T]`` where several are written on side by side.
         most: tokens to write at most.
         ends: tokens that end the text; they are no part of it.
         seed: of all that is drawn.
@@ -83,3 +83,17 @@ class DecodingLoop(Decoding):
         Raises:
             UserError: the model is not one that can be written with so.
         """
+
+
+class BatchedLoop(DecodingLoop):
+    """A loop that writes several texts side by side."""
+
+    @abstractmethod
+    def write_each(self, request: Request, copies: int = 1) -> list[list[Written]]:
+        """Write on from all prompts of ``request``, so many times from each, every time by itself.
+
+        All draws follow the one seed, so that a text is not what it would be alone; its distribution is.
+        """
+
+    def write(self, request: Request) -> Written:
+        return self.write_each(request)[0][0]

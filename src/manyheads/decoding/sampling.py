@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..writing import TokenChoice
 
-__all__ = ["Sampling", "kept"]
+__all__ = ["Cut", "Sampling", "kept"]
 
 
 def kept(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
@@ -39,8 +39,8 @@ def kept(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(TokenChoice):
-    """Draw from the model's distribution, sharpened and cut."""
+class Cut:
+    """What may be drawn, and how heavily it weighs; a temperature of 1 and no cut leave the model as it is."""
 
     temperature: float = field(default=1.0, metadata={"help": "logits are divided by it; above 0"})
     top_k: int = field(default=0, metadata={"help": "draw from so many of the likeliest; 0 for all"})
@@ -51,9 +51,23 @@ class Sampling(TokenChoice):
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature}: it is above 0; leave the strategy away for the likeliest")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise UserError(f"{self.spec}: top_k is not negative, top_p in (0, 1], min_p in [0, 1]")
+            raise UserError(
+                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: top_k is not negative, top_p in (0, 1], "
+                "min_p in [0, 1]"
+            )
+
+    def log_weights(self, logits: Tensor) -> Tensor:
+        """``log p / temperature`` of what may be drawn, minus infinity elsewhere, of ``logits [B, V]``.
+
+        Their sum of exponentials is the mass that sampling divides by at every token.
+        """
+        out = ~kept(logits / self.temperature, self.top_k, self.top_p, self.min_p)
+        return (logits.log_softmax(-1) / self.temperature).masked_fill(out, -torch.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Cut, TokenChoice):
+    """Draw from the model's distribution, sharpened and cut."""
 
     def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
-        logits = logits / self.temperature
-        logits = logits.masked_fill(~kept(logits, self.top_k, self.top_p, self.min_p), -torch.inf)
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        return torch.multinomial(self.log_weights(logits).softmax(-1), 1, generator=generator)[:, 0]

@@ -8,16 +8,17 @@ and replayed. :func:`greedy_rows` goes on from a cache that any number of tokens
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..writing import Decoding, DecodingLoop, Request, TokenChoice, Written
+from ..writing import BatchedLoop, Decoding, DecodingLoop, Request, TokenChoice, Written
 from .cache import SlotCache, StoreLayer, cache_arguments
 
-__all__ = ["decode", "end_tokens", "greedy", "greedy_rows", "processor", "takes_padding", "write"]
+__all__ = ["decode", "end_tokens", "greedy", "greedy_rows", "processor", "takes_padding", "write", "write_each"]
 
 _WARM = 3  # steps before the capture: they compile, and let every library choose its kernels
 _LOOK = 32  # tokens between two looks at whether all rows have ended
@@ -224,17 +225,60 @@ def write(strategy: Decoding, request: Request) -> Written:
         return strategy.write(request)
     if not isinstance(strategy, TokenChoice):
         raise TypeError(f"{type(strategy).__name__} is neither TokenChoice nor DecodingLoop")
+    return _chosen(strategy, request)[0]
+
+
+def write_each(
+    strategy: Decoding, request: Request, copies: int, fresh: Callable[[Tensor], Any]
+) -> list[list[Written]]:  # fmt: skip
+    """Write on from all prompts of ``request``, ``copies`` times from each, side by side where the strategy can.
+
+    The port of the model must be open.
+
+    Args:
+        strategy: as for :func:`write`.
+        request: prompts ``[P, T]``; its cache is not used. Texts that are written alone have seeds one after another.
+        copies: texts of each prompt, drawn independently.
+        fresh: a cache that has read all of its ids ``[P, T]`` but the last token.
+
+    Raises:
+        UserError: the strategy does not write with this model.
+    """
+    if isinstance(strategy, BatchedLoop):
+        return strategy.write_each(replace(request, cache=fresh(request.ids)), copies)
+    if isinstance(strategy, TokenChoice):
+        ids = request.ids.repeat_interleave(copies, 0)
+        made = _chosen(strategy, replace(request, ids=ids, cache=fresh(ids)))
+        return [made[at : at + copies] for at in range(0, len(made), copies)]
+    return [
+        [
+            write(strategy, replace(request, ids=ids[None], seed=request.seed + n * copies + m, cache=fresh(ids[None])))
+            for m in range(copies)
+        ]
+        for n, ids in enumerate(request.ids)
+    ]
+
+
+def _chosen(strategy: TokenChoice, request: Request) -> list[Written]:
+    """Every row's text, token by token; a row that has ended is fed what it chooses on, unseen."""
     given, ids, generator = cache_arguments(request.model, request.cache), request.ids, request.generator()
-    fed, made = ids[:, -1:], list[int]()
+    fed, made = ids[:, -1:], [list[int]() for _ in ids]
+    forwards = [request.most] * len(made)
     with torch.inference_mode():
-        while len(made) < request.most:
+        for step in range(request.most):
             logits = request.model(input_ids=fed, **given).logits[:, -1].float()
             fed = strategy.choose(logits, ids, generator)[:, None]
-            if (token := int(fed)) in request.ends:
-                return Written(made, len(made) + 1)
-            made.append(token)
+            for row, token in enumerate(fed[:, 0].tolist()):
+                if forwards[row] <= step:
+                    continue
+                if token in request.ends:
+                    forwards[row] = step + 1
+                else:
+                    made[row].append(token)
+            if max(forwards) <= step + 1:
+                break
             ids = torch.cat([ids, fed], 1)
-    return Written(made, len(made))
+    return [Written(tokens, count) for tokens, count in zip(made, forwards, strict=True)]
 
 
 def processor(strategy: TokenChoice, seed: int = 0) -> Any:
