@@ -86,7 +86,7 @@ def same(found, wanted, limit=FORMULA):
 
 def both(texts, cut, prompt=0):
     """Laws of whole texts and of plain sampling."""
-    log_p, log_w, log_z = weighed(texts, cut, prompt)
+    _, log_w, log_z = weighed(texts, cut, prompt)
     return log_w.softmax(0), (log_w - log_z).exp()
 
 
@@ -132,7 +132,7 @@ def test_particles_have_the_law_of_whole_texts_after_every_prompt(model, texts, 
         exact = float(log_w.exp().sum())
         assert mean_error(shares, exact, float(shares.std())) < DRAWN
         assert mean_error(shares, exact**0.9, float(shares.std())) > WRONG
-    assert 0 < found.resampled and float(found.effective.min()) >= 1
+    assert found.resampled > 0 and float(found.effective.min()) >= 1
 
 
 def test_what_particles_say_of_their_texts(model, texts):

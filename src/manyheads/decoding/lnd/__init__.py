@@ -7,7 +7,7 @@ distortion of local normalisation. As an equilibrium state plain sampling maximi
 plus mean ``log eps``; without that last reward one gets the text's weight over the sum A of all texts' weights, and
 ``log A``, per token the pressure, is what is gained. A is not known for a language model, but it can be drawn from:
 
-- ``lnd.rejection`` draws from the model itself and rejects what leaves the cut, which is exact and takes ``1 / A`` tries;
+- ``lnd.rejection`` draws from the model itself and rejects what leaves the cut, exactly, in ``1 / A`` tries;
 - ``lnd`` lets particles of plain sampling multiply by their masses Z, a sequential Monte Carlo.
 
 Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strategies for Large Language Models (arXiv
@@ -15,10 +15,10 @@ Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strat
 
 Shapes: ``logits [R, V]`` in float32, texts of P prompts and C copies of N particles, tokens int64.
 
-Differences. The paper's only sampler is rejection; particles are ours, and where A can be summed, in a chain of finitely
-many states, so is the exact law (``formalism``). Its corollary for temperature is printed with the distortion of the
-untempered model; what holds, and stands here, is that with ``Z = sum p^(1/temperature)``. A token that ends the text is
-one of its tokens, and a text that has ended keeps its weight.
+Differences. The paper's only sampler is rejection; particles are ours, and so is the exact law where A can be summed, in
+a chain of finitely many states (``formalism``). Its corollary for temperature is printed with the distortion of the
+untempered model; what holds, and stands here, is that with ``Z = sum p^(1/temperature)``. A token that ends the text
+is one of its tokens, and a text that has ended keeps its weight.
 """
 
 from .formalism import Chain, Law

@@ -2,10 +2,11 @@
 """Thermodynamics of decoding where nothing has to be estimated: a chain of finitely many states.
 
 A table ``log_w [S, V]`` says how heavy each of V tokens is after each of S states, minus infinity where it is cut, and
-``after [S, V]`` which state follows. Of all texts of n tokens the sum of their weights is A_n; ``log A_n / n`` tends to
-the pressure, the logarithm of the leading eigenvalue of the transfer operator ``(L h)(s) = sum_v w(s, v) h(after(s, v))``.
-The law of whole texts in that limit is the equilibrium state, itself a chain: ``w(s, v) h(after) / (lambda h(s))``. Among
-all stationary laws on that support it alone maximises entropy plus mean ``log w``, with the pressure as maximum.
+``after [S, V]`` which state follows. The weights of all texts of n tokens sum to A_n, and ``log A_n / n`` tends to
+the pressure, the logarithm of the leading eigenvalue of the transfer operator
+``(L h)(s) = sum_v w(s, v) h(after(s, v))``. The law of whole texts in that limit is the equilibrium state, itself a
+chain: ``w(s, v) h(after(s, v)) / (lambda h(s))``. Among all stationary laws on that support it alone maximises entropy
+plus mean ``log w``, with the pressure as maximum.
 
 Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strategies (arXiv 2503.21929).
 """
@@ -92,7 +93,7 @@ class Chain:
         raise UserError("the chain has no single equilibrium state: some states cannot be reached from others")
 
     def stationary(self, log_q: Tensor) -> Tensor:
-        """Share of the time ``[S]`` that a chain of log-probabilities ``log_q [S, V]`` is in each state, from all alike."""
+        """Share of the time ``[S]`` that a chain of log-probabilities ``log_q [S, V]`` is in each state."""
         q, share = log_q.exp(), self.log_w.new_full((len(self.log_w),), 1 / len(self.log_w))
         for _ in range(_MOST):
             flow = torch.zeros_like(share).index_add_(0, self.after.flatten(), (share[:, None] * q).flatten())

@@ -5,11 +5,11 @@ Each text is one of ``particles`` that grow side by side by plain sampling. Afte
 multiplied by the mass Z that its context keeps, before the next token is drawn; when the effective number falls below
 ``resample`` of them, they are drawn again by weight (systematically), and the last draw is by weight too. The mean
 weight is an unbiased estimate of A, the share of all texts that the cut keeps. With ``resample=0`` this is importance
-resampling; with one particle it is plain sampling. The law is that of the whole text as particles grow many; with few it
+resampling; with one particle it is plain sampling. As particles grow many the law is that of whole texts; with few it
 lies between that and plain sampling's.
 
-Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strategies (arXiv 2503.21929), which samples by
-rejection; the particles are ours.
+Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strategies (arXiv 2503.21929), which samples
+by rejection; the particles are ours.
 """
 
 from dataclasses import dataclass, field

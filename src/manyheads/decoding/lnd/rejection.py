@@ -5,8 +5,8 @@ A text is drawn token by token from the model itself and given up at the first t
 temperature of 1, that a coin of ``p^(1/temperature - 1)`` decides against. The first that comes through has exactly the
 law of its weight among all texts. It takes ``1 / A`` texts, which grow exponentially with the length.
 
-Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strategies (arXiv 2503.21929). The released code
-draws whole texts and looks at them afterwards; giving one up early changes nothing but the time.
+Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strategies (arXiv 2503.21929). The released
+code draws whole texts and looks at them afterwards; giving one up early changes nothing but the time.
 """
 
 from copy import deepcopy
