@@ -15,8 +15,8 @@ Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strat
 
 Shapes: ``logits [R, V]`` in float32, texts of P prompts and C copies of N particles, tokens int64.
 
-Differences. The paper's only sampler is rejection; particles are ours, and so is the exact law where A can be summed, in
-a chain of finitely many states (``formalism``). Its corollary for temperature is printed with the distortion of the
+Differences. The paper's only sampler is rejection; particles are ours, and so is the exact law where A can be summed,
+in a chain of finitely many states (``formalism``). Its corollary for temperature is printed with the distortion of the
 untempered model; what holds, and stands here, is that with ``Z = sum p^(1/temperature)``. A token that ends the text
 is one of its tokens, and a text that has ended keeps its weight.
 """

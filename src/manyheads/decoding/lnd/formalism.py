@@ -11,7 +11,7 @@ plus mean ``log w``, with the pressure as maximum.
 Local Normalization Distortion and the Thermodynamic Formalism of Decoding Strategies (arXiv 2503.21929).
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _MOST, _CLOSE = 10_000, 1e-13  # rounds of the power iteration, and the relative
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """A stationary law of texts, by its figures per token in nats.
+    """A law of texts, by its figures per token in nats.
 
     Attributes:
         entropy: of the next token given all before.
@@ -105,12 +105,21 @@ class Chain:
 
     def law(self, log_q: Tensor, log_p: Tensor) -> Law:
         """Figures of the stationary law of ``log_q [S, V]``, energies by the model's ``log_p [S, V]``."""
-        share = self.stationary(log_q)
-        joint = share[:, None] * log_q.exp()
-        log_mass = self.log_w.logsumexp(1)
+        return self._law(self.stationary(log_q), log_q, log_p)
+
+    def texts(self, log_q: Tensor, log_p: Tensor, start: Tensor) -> Law:
+        """Figures of the texts that ``log_q [T, S, V]`` writes from states of shares ``start [S]``, means over T tokens."""
+        share, laws = start, []
+        for own in log_q:
+            laws.append(self._law(share, own, log_p))
+            flow = (share[:, None] * own.exp()).flatten()
+            share = torch.zeros_like(share).index_add_(0, self.after.flatten(), flow)
+        return Law(*(sum(x) / len(laws) for x in zip(*map(astuple, laws), strict=True)))
+
+    def _law(self, share: Tensor, log_q: Tensor, log_p: Tensor) -> Law:
+        joint, log_mass = share[:, None] * log_q.exp(), self.log_w.logsumexp(1)
         return Law(
             entropy=-float((joint * log_q.masked_fill(joint == 0, 0.0)).sum()),
             energy=-float((joint * log_p.masked_fill(joint == 0, 0.0)).sum()),
-            mass=float((share * log_mass.exp()).sum()),
-            log_mass=float((share * log_mass).sum()),
+            mass=float((share * log_mass.exp()).sum()), log_mass=float((share * log_mass).sum()),
         )  # fmt: skip
