@@ -108,7 +108,7 @@ class Chain:
         return self._law(self.stationary(log_q), log_q, log_p)
 
     def texts(self, log_q: Tensor, log_p: Tensor, start: Tensor) -> Law:
-        """Figures of the texts that ``log_q [T, S, V]`` writes from states of shares ``start [S]``, means over T tokens."""
+        """Figures of texts that ``log_q [T, S, V]`` writes from states of shares ``start [S]``: means over T tokens."""
         share, laws = start, []
         for own in log_q:
             laws.append(self._law(share, own, log_p))

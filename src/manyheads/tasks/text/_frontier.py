@@ -14,11 +14,13 @@ from ...decoding.sampling import Cut, Sampling
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task
 
-__all__ = ["METRICS", "Curve", "FrontierTask", "at_level", "cut_of", "pseudo_values", "swept"]
+__all__ = ["METRICS", "Array", "Curve", "FrontierTask", "Rows", "at_level", "cut_of", "pseudo_values", "swept"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Rows = np.ndarray[Any, np.dtype[np.intp]]
+_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 METRICS = (
-    Metric("nll_at_entropy", "loss at equal entropy", "nats/token", what="by the model as it is, of texts of one entropy"),
+    Metric("nll_at_entropy", "loss at equal entropy", "nats/token", what="of texts of one entropy"),
     Metric("excess", "loss above nucleus at equal entropy", "nats/token", what="of top-k, normalised alike"),
     Metric("distortion_at_mass", "distortion at equal mass", what="where cuts keep the same mass of human contexts"),
     Metric("nll", "loss of what is written", "nats/token", what="by the model as it is"),
@@ -56,8 +58,7 @@ def cut_of(arm: Arm) -> tuple[Cut, str]:
     """
     for strategy in arm.strategies:
         if isinstance(strategy, (Sampling, GlobalSampling)):
-            fields = [name for name in ("temperature", "top_k", "top_p", "min_p")]
-            changed = [name for name in fields if getattr(strategy, name) != getattr(type(strategy), name)]
+            changed = [name for name in _FIELDS if getattr(strategy, name) != getattr(type(strategy), name)]
             if len(changed) == 1:
                 return strategy, changed[0]
     raise UserError(
@@ -66,12 +67,12 @@ def cut_of(arm: Arm) -> tuple[Cut, str]:
     )
 
 
-def swept(cut: Cut, family: str, value: float) -> Any:
+def swept(cut: Any, family: str, value: float) -> Any:
     """The sampler with another value of its field."""
     return replace(cut, **{family: int(value) if family == "top_k" else value})
 
 
-def pseudo_values(statistic: Callable[[Array], Array], count: int) -> Array:
+def pseudo_values(statistic: Callable[[Rows], Array], count: int) -> Array:
     """Jackknife pseudo-values ``[count, ...]`` of a statistic of the rows that it is given.
 
     Their mean estimates the statistic, and they are as independent as the rows are, however it combines them.
@@ -117,7 +118,7 @@ class FrontierTask(Task):
         return None
 
     def compared(self, curves: Sequence[Curve], pure: Array, greedy: Array) -> Iterator[Row]:
-        """Rows of all curves, given losses ``[C]`` of the ends that they share: pure sampling and the likeliest token."""
+        """Rows of all curves, given losses ``[C]`` of their common ends: pure sampling and the likeliest token."""
         count, ends = len(pure), np.zeros(len(pure))
         for curve in curves:
             for name, values in curve.figures.items():
@@ -145,5 +146,5 @@ class FrontierTask(Task):
                     yield from self.each("distortion_at_mass", curve.arm, found, at={"mass": mass})
 
 
-def _read(x: Array, y: Array, level: float) -> Callable[[Array], Array]:
+def _read(x: Array, y: Array, level: float) -> Callable[[Rows], Array]:
     return lambda rows: np.asarray(at_level(x[rows].mean(0), y[rows].mean(0), level))
