@@ -51,7 +51,9 @@ class ChainFrontier(FrontierTask):
     text: str = "prose"
 
     def units(self, run: RunContext) -> list[WorkUnit]:
-        cost = float(self.samples * len(run.arms) * len(self.top_k) * self.steps * 27**self.order)
+        cost = (
+            self.samples * len(run.arms) * len(self.top_k) * self.steps * 27**self.order / 2000
+        )  # as tokens of SmolLM2
         return [WorkUnit(self.key, "chains", cost, f"{self.samples} chains of letters")]
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
