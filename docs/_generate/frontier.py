@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of docs/decoding.md: samplers as curves on chains of letters, exact, of the same draw as the claim's.
 
-    python docs/_generate/frontier.py  # writes docs/frontier.svg
+python docs/_generate/frontier.py  # writes docs/frontier.svg
 """
 
 from collections import defaultdict

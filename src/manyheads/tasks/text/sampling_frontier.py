@@ -104,6 +104,7 @@ class SamplingFrontier(FrontierTask):
         total, curves, texts = sum(self._work(arm) for arm in run.arms), [], dict[str, list[_Drawn]]()
         with torch.inference_mode(), use(model):
             pure = self._drawn(run, start, GlobalSampling(particles=1), "pure sampling")
+            read = [model(input_ids=row).logits[0] for row in ids[:, : self.length + self.tokens].split(1)]
             greedy = self._drawn(run, start, GlobalSampling(particles=1, top_k=1), "likeliest token")
             for arm in run.arms:
                 cut, family = cut_of(arm)
@@ -111,7 +112,7 @@ class SamplingFrontier(FrontierTask):
                 for value in values:
                     own = swept(self._sized(cut) if whole else _plain(cut), family, value)
                     drawn.append(self._drawn(run, start, own, f"{arm.key}/{value}", whole))
-                    drawn[-1].figures["mass"] = self._masses(run, ids, own)
+                    drawn[-1].figures["mass"] = np.array([_mass(own, logits) for logits in read])
                 figures = {name: np.column_stack([one.figures[name] for one in drawn]) for name in drawn[0].figures}
                 curves.append(Curve(arm, family, whole, values, figures))
                 texts[arm.key] = drawn
@@ -152,14 +153,6 @@ class SamplingFrontier(FrontierTask):
             "self_bleu": np.array([self_bleu(own) for own in texts]),
             "distinct": np.array([distinct(own) for own in texts]),
         }, texts)  # fmt: skip
-
-    def _masses(self, run: RunContext, ids: Tensor, cut: Cut) -> Array:
-        """Mean mass that the cut keeps over the tokens of each context and of what follows it, ``[C]``."""
-        found = []
-        for row in ids.split(1):
-            logits = model_of(run)(input_ids=row[:, : self.length + self.tokens]).logits[0].float()
-            found.append(float(cut.log_weights(logits).logsumexp(-1).exp().mean()))
-        return np.array(found)
 
     def _human(
         self, run: RunContext, curves: Sequence[Curve], texts: dict[str, list[_Drawn]], pure: _Drawn, greedy: _Drawn,
@@ -213,3 +206,8 @@ def _mauves(every: Array, rows: Rows) -> Array:
 
 def _mauve_at(every: Array, entropies: Array, level: float, rows: Rows) -> Array:
     return np.asarray(at_level(entropies[rows].mean(0), _mauves(every, rows), level))
+
+
+def _mass(cut: Cut, logits: Tensor) -> float:
+    """Mean mass that the cut keeps over contexts of ``logits [T, V]``."""
+    return float(cut.log_weights(logits.float()).logsumexp(-1).exp().mean())
