@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads
 from manyheads import UserError, parse
+from manyheads.decoding._cut import Cut
 from manyheads.decoding.lnd import Chain
 from manyheads.decoding.lnd.lnd import _ancestors
-from manyheads.decoding.sampling import Cut
 from manyheads.integrations.decoding import write, write_each
 from manyheads.integrations.transformers import new_cache, prefill
 from manyheads.writing import Request

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...integrations.cache import cache_arguments
 from ...writing import DecodingLoop, Request, Written
-from ..sampling import Cut
+from .._cut import Cut
 
 __all__ = ["GlobalRejection"]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ...decoding._cut import Cut
 from ...decoding.lnd import GlobalSampling
-from ...decoding.sampling import Cut, Sampling
+from ...decoding.sampling import Sampling
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task
 

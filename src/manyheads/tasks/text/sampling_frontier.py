@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...data.texts import corpus
+from ...decoding._cut import Cut
 from ...decoding.lnd import GlobalSampling
-from ...decoding.sampling import Cut
 from ...errors import UserError
 from ...experiment import CausalLM, Metric, Row, RunContext, WorkUnit
 from ...integrations import use
@@ -67,6 +67,7 @@ class SamplingFrontier(FrontierTask):
         Metric("mauve", "MAUVE beside what people wrote", higher=True, what="by cells of MiniLM embeddings"),
         Metric("self_bleu", "self-BLEU", what="of the texts of one context, each beside the others"),
         Metric("distinct", "distinct bigrams", higher=True, kind="share"),
+        Metric("effective", "particles that count at the end", kind="share", what="1 where none weighs more"),
     )
 
     length: int = 48
@@ -139,15 +140,17 @@ class SamplingFrontier(FrontierTask):
                 x.cpu() for x in (
                     -(weight * found.log_p).sum(1).view(shape), found.log_share.view(shape),
                     found.log_mass.gather(1, chosen).view(shape), picked.view(*shape, -1),
+                    found.effective.view(shape) / cut.particles,
                 )
             ])  # fmt: skip
-        loss, share, mass, tokens = (torch.cat(x) for x in zip(*parts, strict=True))
+        loss, share, mass, tokens, counts = (torch.cat(x) for x in zip(*parts, strict=True))
         pooled = share.logsumexp(1) - np.log(self.copies) if whole else mass.mean(1)
         upper = torch.triu_indices(self.copies, self.copies, 1)
         pairs = (mass[:, upper[0]] - mass[:, upper[1]]).abs().mean(1)
         texts: list[list[list[int]]] = tokens.tolist()
         nll, per = loss.mean(1) / self.tokens, pooled / self.tokens
         figures = {"nll": nll, "entropy": nll / cut.temperature + per, "pressure": per, "distortion": pairs}
+        figures["effective"] = counts.mean(1).clamp(max=1.0)
         return _Drawn({
             **{name: x.double().numpy() for name, x in figures.items()},
             "self_bleu": np.array([self_bleu(own) for own in texts]),
