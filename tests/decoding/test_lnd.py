@@ -22,7 +22,13 @@ from tolerance import DRAWN, FORMULA, WRONG, assert_close, is_close, is_far, mea
 V, N, END = 5, 4, 0
 SETTLED = 2e-12  # of a power iteration that ends at changes of 1e-13
 PROMPTS = torch.tensor([[3, 1, 4], [2, 2, 1]])
-SPECS = {"top_k": "top_k=2", "top_p": "top_p=0.7", "temperature": "temperature=0.6", "both": "temperature=0.8,top_k=3"}
+SPECS = {
+    "top_k": "top_k=2",
+    "top_p": "top_p=0.7",
+    "temperature": "temperature=0.6",
+    "both": "temperature=0.8,top_k=3",
+    "min_p": "min_p=0.4",
+}
 CUTS = {name: parse(f"sampling:{spec}") for name, spec in SPECS.items()}
 
 

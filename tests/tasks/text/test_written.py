@@ -145,6 +145,8 @@ def test_a_model_in_figures(run, model):
     for law in ("local", "global"):
         x = {m: found[m, f"top-k, {law}", "top_k=2"] for m in ("nll", "entropy", "pressure", "mass")}
         assert_close(x["entropy"], x["nll"] + x["pressure"], 1e-6)
+        counts = found["effective", f"top-k, {law}", "top_k=2"]
+        assert (counts == 1).all() if law == "local" else ((counts > 0.25) & (counts < 1)).all()
         assert (x["pressure"] < 0).all() and ((x["mass"] > 0) & (x["mass"] < 1)).all()
         assert x["entropy"].mean() < math.log(2) < found["entropy", f"top-k, {law}", "top_k=30"].mean()
         assert (
