@@ -43,7 +43,7 @@ claim = Claim(
         where="abstract, and the figures of entropy and of distortion, read in the released code",
     ),
     experiment=Experiment(
-        subject="smollm2-135m-instruct", arms=ARMS, baseline=NUCLEUS, equal="none",
+        subject="smollm2-135m-instruct", arms=ARMS, baseline=NUCLEUS, equal="none", seeds=1,
         tasks=(ChainFrontier(), SamplingFrontier()),
         sizes=Sizes(
             quick={
