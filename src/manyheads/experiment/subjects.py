@@ -25,6 +25,7 @@ from ..strategy import (
     Residual,
     Strategy,
 )
+from ..unlearning import Unlearning
 from ..writing import Decoding
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
     kind = "trainable"
-    kinds = (Mixer, Attention, ImagePositions, Residual)
+    kinds = (Mixer, Attention, ImagePositions, Residual, Unlearning)
     name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:
@@ -219,6 +220,8 @@ def _where(strategy: Strategy) -> str:
         return f"look with it: manyheads inspect --lens {strategy.slug}"
     if isinstance(strategy, Decoding):
         return f"write with it: manyheads generate --model MODEL --strategy {strategy.slug}"
+    if isinstance(strategy, Unlearning):
+        return f"run it: python -m manyheads.recipes.unlearning_bench --method {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
     if isinstance(strategy, ImagePositions):

@@ -33,6 +33,7 @@ from ..strategy import (
     Residual,
     Strategy,
 )
+from ..unlearning import Unlearning
 from ..writing import Decoding
 from .blocks import add_in_blocks, watch_blocks
 from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
@@ -194,6 +195,8 @@ class Port:
                 raise UserError(f"{strategy.spec} asks prompts of its own: `manyheads inspect`, or its method locate")
             if isinstance(strategy, Decoding) and not acts:
                 raise UserError(f"{strategy.spec} chooses what is written: `manyheads generate`, or manyheads.reply")
+            if isinstance(strategy, Unlearning):
+                raise UserError(f"{strategy.spec} trains a model: python -m manyheads.recipes.unlearning_bench")
             if not acts:
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "

@@ -8,10 +8,10 @@ the two. ``python -m manyheads.recipes.joined_vlm`` trains one; :func:`load` rea
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -24,13 +24,26 @@ from ..files import write_atomically
 from . import load as load_decoder
 from . import load_vision, placed
 
-__all__ = ["TEXT", "TOWER", "JoinedVLM", "join", "load", "new_projector", "save", "small"]
+__all__ = ["TEXT", "TOWER", "JoinedVLM", "Text", "join", "load", "new_projector", "save", "small"]
 
 TOWER, TEXT = "dinov2-small", "smollm2-135m-instruct"
 _ABOUT, _WEIGHTS = "joined.json", "joined.safetensors"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that DINOv2 was trained on
 _IMAGE_TOKEN = "<empty_output>"  # one of SmolLM2's that no text has
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Text(Protocol):
+    """Token ids ``[N, T]`` among which images stand, which of them are no padding, and the images in -1..1."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def real(self) -> Tensor: ...
+
+    @property
+    def images(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -53,19 +66,22 @@ class JoinedVLM:
 
     def batch(self, asked: Questions) -> dict[str, Tensor]:
         """Questions as :mod:`manyheads.training.answers` takes them, on the model's device."""
+        return self.read(asked, asked.at, torch.tensor(self.language.answers)[asked.truth.long()])
+
+    def read(self, text: Text, at: Tensor, answers: Tensor) -> dict[str, Tensor]:
+        """The same of any text with images: ``answers`` are tokens ``[N, Q]`` that are predicted ``at`` places."""
         device = next(self.model.parameters()).device
-        images = asked.images.to(device)
+        images = text.images.to(device)
         if self.normal:
             mean, std = (images.new_tensor(x)[:, None, None] for x in (_MEAN, _STD))
             images = ((images / 2 + 0.5) - mean) / std
-        answers = torch.tensor(self.language.answers)[asked.truth.long()]
-        read = {"input_ids": asked.ids, "attention_mask": asked.real.long(), "at": asked.at, "answers": answers}
+        read = {"input_ids": text.ids, "attention_mask": text.real.long(), "at": at, "answers": answers}
         return {**{name: x.to(device) for name, x in read.items()}, "pixel_values": images}
 
 
 def small(
     *, patches: int = 6, size: int = 8, dim: int = 64, layers: int = 2, heads: int = 4, theta: float = 100.0,
-    device: str | torch.device = "cpu",
+    words: Sequence[str] = WORDS, device: str | torch.device = "cpu",
 ) -> JoinedVLM:  # fmt: skip
     """A model from scratch: its tower is DINOv2's patch and position embeddings with one layer.
 
@@ -74,6 +90,7 @@ def small(
         size: pixels of a patch's side.
         dim, layers, heads: of the decoder.
         theta: base of its RoPE; the smaller, the more distance counts before anything is learned.
+        words: that it knows; each is a token.
         device: where it runs.
     """
     tower = transformers.Dinov2Config(
@@ -82,11 +99,11 @@ def small(
     )  # fmt: skip
     text = transformers.LlamaConfig(
         hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=layers, num_attention_heads=heads,
-        vocab_size=len(WORDS) + 3, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0,
+        vocab_size=len(words) + 3, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": theta}, initializer_range=dim**-0.5,
     )  # fmt: skip
     model: Any = transformers.LlavaForConditionalGeneration(_config(tower, text, 2))
-    token = {word: i + 3 for i, word in enumerate(WORDS)}
+    token = {word: i + 3 for i, word in enumerate(words)}
     language = Language(lambda said: [token[word] for word in said.split()], start=(1,), image=2, pad=0)
     return JoinedVLM(model.to(device), language, size)
 

@@ -11,20 +11,19 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
 from ... import use
-from ...data import scenes
 from ...data.visual_questions import Questions
 from ...errors import UserError
-from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
-from ...models import joined_vlm
+from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ...models.joined_vlm import JoinedVLM
 from ...strategy import ImagePositions
 from ...training.answers import answer_logits, train_answers
+from ._models import VLMTask
 
 __all__ = ["ANSWER_METRICS", "AnswerTask", "Split"]
 
@@ -40,15 +39,12 @@ _SAME = 1e-4  # of the largest logit: what an arm that changes nothing may diffe
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerTask(Task):
+class AnswerTask(VLMTask):
     """Base of tasks that train a model that reads images.
 
     Attributes:
-        model: ``small``, from scratch, or ``joined``, of two published models: see :mod:`manyheads.models.joined_vlm`.
-        dim, layers, heads, theta: of the decoder of a small one.
         grid: cells of an image's side.
         cell: patches of a cell's side.
-        patch: pixels of a patch's side in a small model.
         asked: questions of a text.
         filler: words between images and questions in training.
         batch: texts of a step.
@@ -60,16 +56,8 @@ class AnswerTask(Task):
         at_once: texts judged at once.
     """
 
-    subject: ClassVar[str] = "trainable"
-
-    model: Literal["small", "joined"] = "small"
-    dim: int = 64
-    layers: int = 2
-    heads: int = 4
-    theta: float = 100.0
     grid: int = 6
     cell: int = 1
-    patch: int = 8
     asked: int = 6
     filler: int = 32
     batch: int = 16
@@ -79,11 +67,6 @@ class AnswerTask(Task):
     times: tuple[int, ...] = (1,)
     samples: int = 256
     at_once: int = 64
-
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        if not scenes.available():
-            return "the photographs and emoji are not on this machine (docs/compare.md, data)"
-        return None
 
     @abstractmethod
     def questions(self, vlm: JoinedVLM, count: int, generator: Generator, filler: int, split: Split) -> Questions:
@@ -113,7 +96,7 @@ class AnswerTask(Task):
         for arm in run.arms:
             if wrong := [s.spec for s in arm.strategies if not isinstance(s, ImagePositions)]:
                 raise UserError(f"{self.name} trains models that read images, on which {wrong[0]} does not act")
-        vlm = self._fresh(run, run.seeds[0])
+        vlm = self.fresh(run, run.seeds[0])
         batch = vlm.batch(self._drawn(run, vlm, 2, 1, "train", part="guard"))
         with torch.no_grad():
             plain = answer_logits(vlm.model, batch)
@@ -126,7 +109,7 @@ class AnswerTask(Task):
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
-        vlm = self._fresh(run, seed)
+        vlm = self.fresh(run, seed)
 
         def get_batch(step: int) -> dict[str, Tensor]:
             return vlm.batch(self._drawn(run, vlm, self.batch, 1, "train", training=seed, step=step))
@@ -170,25 +153,3 @@ class AnswerTask(Task):
 
     def _under(self, arm: Arm, vlm: JoinedVLM) -> AbstractContextManager[Any]:
         return use(vlm.model, *arm.strategies) if arm.strategies else nullcontext()
-
-    def _fresh(self, run: RunContext, seed: int) -> JoinedVLM:
-        """A model with its first weights, on the run's device; no global generator is moved on."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeding.number(run.seed, weights=seed))
-            if self.model == "small":
-                return joined_vlm.small(
-                    patches=self.patches, size=self.patch, dim=self.dim, layers=self.layers, heads=self.heads,
-                    theta=self.theta, device=run.device,
-                )  # fmt: skip
-            vlm: JoinedVLM
-            vlm, first = run.kept("joined", lambda: self._joined(run))
-            with torch.no_grad():
-                for name, parameter in vlm.model.named_parameters():
-                    if parameter.requires_grad:
-                        parameter.copy_(first[name])
-                joined_vlm.new_projector(vlm)
-            return vlm
-
-    def _joined(self, run: RunContext) -> tuple[JoinedVLM, dict[str, Tensor]]:
-        vlm = joined_vlm.join(attention=True, device=run.device)
-        return vlm, {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
