@@ -119,30 +119,37 @@ def right(vlm: JoinedVLM, bench: Benchmark, items: Sequence[Item]) -> list[bool]
     return found
 
 
+@dataclass(frozen=True)
 class _Step:
-    """The batches of a step, as :class:`manyheads.unlearning.Readings` has them."""
+    """The questions of a step, as :class:`manyheads.unlearning.Readings` has them; ``model`` is that before."""
 
-    def __init__(self, model: nn.Module, before: nn.Module | None, given: Mapping[str, Batch]) -> None:
-        self.model, self._before, self.given = model, before, given
-        self.concepts = [name for name in given if name in CONCEPTS]
+    vlm: JoinedVLM
+    bench: Benchmark
+    model: nn.Module | None
+    given: Mapping[str, Sequence[Item]]
+
+    @property
+    def concepts(self) -> list[str]:
+        return [name for name in self.given if name != "retain"]
 
     def forget(self, concept: str) -> Answers:
-        return self._read(self.model, concept)
+        return self._read(self.vlm.model, concept)
 
     def refused(self, concept: str) -> Answers:
-        return self._read(self.model, f"{concept} refused")
+        return self._read(self.vlm.model, concept, refuse=True)
 
     def retain(self) -> Answers:
-        return self._read(self.model, "retain")
+        return self._read(self.vlm.model, "retain")
 
     @torch.no_grad()
     def before(self, concept: str) -> Answers:
-        if self._before is None:
+        if self.model is None:
             raise ValueError("a strategy that reads the model before says so: refers = True")
-        return self._read(self._before, concept)
+        return self._read(self.model, concept)
 
-    def _read(self, model: nn.Module, name: str) -> Answers:
-        return Answers(answer_logits(model, self.given[name]), self.given[name]["answers"])
+    def _read(self, model: nn.Module, name: str, refuse: bool = False) -> Answers:
+        batch = read(self.vlm, self.bench, self.given[name], refuse)
+        return Answers(answer_logits(model, batch), batch["answers"])
 
 
 def unlearn(
@@ -173,16 +180,12 @@ def unlearn(
     if not isinstance(chosen, Unlearning):
         raise UserError(f"{chosen.slug} makes no model forget; `manyheads find unlearning` shows what does")
     before = copy.deepcopy(vlm.model).requires_grad_(False) if chosen.refers else None
-    kept = batches(bench.trained["retain"], batch, seed)
-    gone = {name: batches(bench.trained[f"forget {name}"], batch, seed) for name in concepts}
+    drawn = {name: batches(bench.trained[f"forget {name}"], batch, seed) for name in concepts}
+    drawn["retain"] = batches(bench.trained["retain"], batch, seed)
     asked = batches(bench.trained["retain"], 2 * _AT_ONCE, seed + 1)(0)
 
-    def get_batch(step: int) -> dict[str, Batch]:
-        made = {"retain": read(vlm, bench, kept(step))}
-        for name, items in gone.items():
-            made[name] = read(vlm, bench, items(step))
-            made[f"{name} refused"] = read(vlm, bench, items(step), refuse=True)
-        return made
+    def get_batch(step: int) -> _Step:
+        return _Step(vlm, bench, before, {name: items(step) for name, items in drawn.items()})
 
     known = sum(right(vlm, bench, asked))
     with _trained(vlm, chosen) as (parameters, held, optimizer):
@@ -205,8 +208,7 @@ def unlearn(
             return bool(on_step and on_step(state)) or stops
 
         fit(
-            vlm.model, get_batch, _loss(chosen, parameters, before), budget=steps, optimizers=[optimizer(lr)],
-            on_step=look,
+            vlm.model, get_batch, _loss(chosen, parameters), budget=steps, optimizers=[optimizer(lr)], on_step=look,
         )  # fmt: skip
         if whole:
             return Unlearned(taken, 1.0, sum(p.numel() for p in parameters))
@@ -218,11 +220,11 @@ def unlearn(
         return Unlearned(steps, share, sum(p.numel() for p in parameters))
 
 
-def _loss(strategy: Unlearning, parameters: Sequence[Tensor], before: nn.Module | None) -> Any:
+def _loss(strategy: Unlearning, parameters: Sequence[Tensor]) -> Any:
     """The loss of a step as :func:`manyheads.training.fit` takes it: its terms, gradients put together at the end."""
 
-    def loss(model: nn.Module, given: Mapping[str, Batch]) -> Iterator[Tensor]:
-        terms = strategy.terms(_Step(model, before, given))
+    def loss(model: nn.Module, step: _Step) -> Iterator[Tensor]:
+        terms = strategy.terms(step)
         if not strategy.apart:
             yield from terms
             return

@@ -78,11 +78,11 @@ class UnlearningTask(VLMTask):
     forget_events: int = 2
     views: int = 10
     side: int = 6
-    learn_steps: int = 1000
+    learn_steps: int = 900
     learn_batch: int = 32
     learn_lr: float = 5e-3
     slower: float = 1.0
-    steps: int = 40
+    steps: int = 60
     batch: int = 16
     lr: float = 5e-4
     drop: float = 0.1
