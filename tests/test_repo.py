@@ -18,6 +18,7 @@ FLOORS = (
     {"errors", "environment", "files", "formatting", "html", "kernels", "progress"},
     {"attention"},
     {"call", "calls", "catalog", "causal_lens", "costs", "denoising", "heads", "lens", "strategy", "writing"},
+    {"call", "calls", "catalog", "causal_lens", "costs", "denoising", "heads", "lens", "strategy", "unlearning"},
     {"data", "integrations", "spec", *CATEGORIES},
     {"experiment", "models", "training"},
     {"generate", "head_selection", "inspect", "lm_eval", "questions", "recipes", "tasks"},

@@ -23,6 +23,7 @@ from manyheads.strategy import (
     Residual,
     Strategy,
 )  # fmt: skip
+from manyheads.unlearning import Unlearning
 from manyheads.writing import DecodingLoop, TokenChoice
 
 SLUGS = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hashevict")
@@ -133,6 +134,7 @@ KINDS = {
     AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
     CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise",
     Mixer: "build", TokenChoice: "choose", DecodingLoop: "write",
+    Mixer: "build", Unlearning: "terms",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from manyheads import catalog, claims
 from manyheads.strategy import Mixer, Ranker, Strategy
+from manyheads.unlearning import Unlearning
 
 ABOUT = {
     "caches": "What a decoder keeps of the tokens it has read: which stay, in how many bits, where.",
@@ -112,6 +113,8 @@ def usage(slug: str, cls: type[Strategy], category: str) -> str:
         return f'```python\nfrom manyheads.models.encoder import Encoder\n\nmodel = Encoder("{slug}", config)\n```'
     if issubclass(cls, Mixer):
         return f"```sh\nmanyheads compare --train --strategies softmax,{slug}\n```"
+    if issubclass(cls, Unlearning):
+        return f"```sh\npython -m manyheads.recipes.unlearning_bench --method {slug}\n```"
     what = "pipe" if category == "diffusion" else "model"
     return f'```python\nwith manyheads.use({what}, "{slug}"):\n    ...\n```'
 

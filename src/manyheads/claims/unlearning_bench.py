@@ -18,8 +18,7 @@ NPO, VECTOR, BALANCED = "negative preference", "task vector", "balanced"
 PEOPLE, EVENTS = "gradient difference, people alone", "gradient difference, events alone"
 HEADS, RANDOM = "balanced, chosen heads", "balanced, random heads"
 NO_PROJECTION, NO_NORMS = "balanced, no projection", "balanced, no common norm"
-SPEC = "unlearning_bench"
-BASE = Arm(PLAIN)
+SPEC, BASE = "unlearning_bench", Arm(PLAIN)
 ARMS = (
     BASE, Arm(RETRAINED, options={"how": "retrain"}), Arm(TUNED, f"{SPEC}.gradient_difference:forget=0"),
     Arm(GA, f"{SPEC}.gradient_ascent"), Arm(GD, f"{SPEC}.gradient_difference"), Arm(KL, f"{SPEC}.kl_minimization"),
@@ -64,8 +63,8 @@ claim = Claim(
             cpu={},
             cuda={
                 "model": "joined", "people": 24, "events": 12, "forget_people": 4, "forget_events": 2, "views": 3,
-                "side": 12, "learn_steps": 400, "learn_lr": 2e-3, "slower": 0.1, "lr": 1e-4, "judged": 64, "top": 16,
-                "text_tokens": 6000,
+                "side": 12, "learn_steps": 400, "learn_lr": 2e-3, "slower": 0.1, "steps": 40, "lr": 1e-4, "judged": 64,
+                "top": 16, "text_tokens": 4000,
             },
         ),
     ),
@@ -96,6 +95,6 @@ claim = Claim(
         "People are drawn of a few features and events are an emoji before a photograph; names are asked word by word, "
         "not judged by a language model. The rule of the balanced objective is inferred, DPO is not among the methods, "
         "and celebrities and facts of the world are plain things in pictures, on a GPU also the loss of text. The "
-        "learning rate of unlearning was looked for with gradient difference alone. The small model has a dozen people."
+        "learning rate of unlearning was looked for with gradient difference alone. At CPU size there are 12 people."
     ),
 )  # fmt: skip

@@ -196,7 +196,7 @@ class Port:
             if isinstance(strategy, Decoding) and not acts:
                 raise UserError(f"{strategy.spec} chooses what is written: `manyheads generate`, or manyheads.reply")
             if isinstance(strategy, Unlearning):
-                raise UserError(f"{strategy.spec} trains a model: python -m manyheads.recipes.unlearning_bench")
+                raise UserError(f"{strategy.spec} makes a model forget by training it: its page names the recipe")
             if not acts:
                 raise UserError(
                     f"{strategy.slug} does not act on a model that is trained already: it has to be built or trained "

@@ -318,6 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--people", type=int, default=12)
     parser.add_argument("--events", type=int, default=6)
     parser.add_argument("--forget", default="3+2", help="how many people and events, as 3+2")
+    parser.add_argument("--views", type=int, default=10, help="pictures of each person at each event")
     parser.add_argument("--learn", type=int, default=0, help="steps of the training; 1000, or 400 with --joined")
     parser.add_argument("--steps", type=int, default=60, help="of unlearning, at most")
     parser.add_argument("--lr", type=float, default=0.0, help="of unlearning; 5e-4, or 1e-4 with --joined")
@@ -336,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
             vlm, side, patches = joined_vlm.small(words=WORDS, device=args.device), 6, 6
         bench = Benchmark(
             world(args.people, args.events, args.seed), vlm.language, side * vlm.patch, patches,
-            people=int(people), events=int(events or 0), seed=args.seed,
+            people=int(people), events=int(events or 0), views=args.views, seed=args.seed,
         )  # fmt: skip
         rates: dict[str, Any] = {"lr": 2e-3, "slower": 0.1} if args.joined else {}
         learn(vlm, bench, steps=args.learn or (400 if args.joined else 1000), seed=args.seed, on_step=_told, **rates)

@@ -222,9 +222,11 @@ class UnlearningTask(VLMTask):
     def _text(self, run: RunContext, arm: Arm, seed: int, vlm: JoinedVLM) -> Iterator[Row]:
         """Loss of the decoder on text without pictures, in windows of 128 tokens."""
         windows = run.kept(("text", self), lambda: _windows(vlm, self.text_tokens)).to(run.device)
-        for i, ids in enumerate(windows.split(1)):
+        losses: list[float] = []
+        for ids in windows.split(8):
             logits = vlm.model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-            yield self.row("text_nll", arm, float(cross_entropy(logits[0], ids[0, 1:])), f"{i}", seed=seed)
+            losses += cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1).tolist()
+        yield from self.each("text_nll", arm, losses, seed=seed)
 
     def _attacked(self, arm: Arm, seed: int, vlm: JoinedVLM, bench: Benchmark, chosen: Chosen) -> Iterator[Row]:
         """Whether one picture of each brings back what was forgotten."""
