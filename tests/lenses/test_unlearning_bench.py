@@ -262,7 +262,7 @@ def test_heads_alone_change_where_they_are_named(fresh, known):
         f"model.language_model.{name}" for name, _ in decoder.named_parameters() if name.startswith("layers.1.")
     } - found  # fmt: skip
     recipe.unlearn(vlm, SLUG, bench, steps=1, batch=4, drop=1)
-    assert "lm_head.weight" in weights or len(changed(vlm, weights)) > 20  # control: everything
+    assert len(changed(vlm, weights)) > 20  # control: everything
     with pytest.raises(UserError, match="nothing in these layers"):
         recipe.unlearn(vlm, f"{SLUG}:layers=7", bench, steps=1)
     with pytest.raises(UserError, match="makes no model forget"):
