@@ -9,7 +9,7 @@ random. A short training on one picture of each then says whether it is gone or 
 and from scratch, on a GPU it is DINOv2 and SmolLM2 with a new projector, of which attention is trained too.
 """
 
-from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, below, higher, lower, no_worse
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower, no_worse
 from ..tasks.vision.unlearning import UnlearningTask
 
 PLAIN, RETRAINED, TUNED, NOISE = "as it is", "never learned", "tuned on what is kept", "random direction"
@@ -30,10 +30,10 @@ ARMS = (
     Arm(NOISE, options={"how": "noise", "like": BALANCED}),
 )  # fmt: skip
 PERSON, EVENT = {"concept": "person"}, {"concept": "event"}
-KNOWN = {where["concept"]: below("efficacy", PLAIN, 0.1, where=where) for where in (PERSON, EVENT)}
+# Not a bound on a share: three trainings that agree in every answer cannot show one (the first run was for nothing).
+KNOWN = {where["concept"]: lower("efficacy", PLAIN, than=RETRAINED, where=where) for where in (PERSON, EVENT)}
 ACTS = higher("efficacy", BALANCED, than=TUNED, where=PERSON)
-# What may be lost before it counts: a twentieth of the answers, half of what unlearning itself may cost.
-MARGIN = 0.05
+MARGIN = 0.05  # of the answers: half of what unlearning itself may cost
 
 claim = Claim(
     slug="unlearning_bench",
