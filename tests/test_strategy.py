@@ -134,7 +134,7 @@ KINDS = {
     AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
     CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise",
     Mixer: "build", TokenChoice: "choose", DecodingLoop: "write",
-    Mixer: "build", Unlearning: "terms",
+    Unlearning: "terms",
 }  # fmt: skip
 
 
