@@ -92,9 +92,10 @@ claim = Claim(
         lower("drift", HEADS, than=BALANCED, given=ACTS),
     ),
     caveat=(
-        "People are drawn of a few features and events are an emoji before a photograph; names are asked word by word, "
-        "not judged by a language model. The rule of the balanced objective is inferred, DPO is not among the methods, "
-        "and celebrities and facts of the world are plain things in pictures, on a GPU also the loss of text. The "
-        "learning rate of unlearning was looked for with gradient difference alone. At CPU size there are 12 people."
+        "People are drawn of a few features, events are an emoji before a photograph; every word of an answer counts, no "
+        "language model judges. The rule of the balanced objective is inferred, DPO is left out; celebrities and facts "
+        "of the world are plain things in pictures, on a GPU also the loss of text. The learning rate of unlearning was "
+        "looked for with gradient difference alone. At CPU size there are 12 people, and three seeds differ by much: "
+        "most differences between objectives would take six or more."
     ),
 )  # fmt: skip
