@@ -30,7 +30,7 @@ ARMS = (
     Arm(NOISE, options={"how": "noise", "like": BALANCED}),
 )  # fmt: skip
 PERSON, EVENT = {"concept": "person"}, {"concept": "event"}
-# Not a bound on a share: three trainings that agree in every answer cannot show one (the first run was for nothing).
+# Not a bound on a share: three trainings that agree in every answer cannot show one (so the first run told nothing).
 KNOWN = {where["concept"]: lower("efficacy", PLAIN, than=RETRAINED, where=where) for where in (PERSON, EVENT)}
 ACTS = higher("efficacy", BALANCED, than=TUNED, where=PERSON)
 MARGIN = 0.05  # of the answers: half of what unlearning itself may cost
@@ -52,8 +52,7 @@ claim = Claim(
         where="PEBench, arXiv 2503.12545, abstract and introduction",
     ),
     experiment=Experiment(
-        subject="trainable", arms=ARMS, baseline=BASE, equal="steps",
-        tasks=(UnlearningTask(),),
+        subject="trainable", arms=ARMS, baseline=BASE, equal="steps", tasks=(UnlearningTask(),),
         sizes=Sizes(
             quick={
                 "learn_steps": 20, "learn_batch": 8, "steps": 2, "batch": 4, "attack_steps": 1, "judged": 6,
@@ -92,10 +91,10 @@ claim = Claim(
         lower("drift", HEADS, than=BALANCED, given=ACTS),
     ),
     caveat=(
-        "People are drawn of a few features, events are an emoji before a photograph; every word of an answer counts, no "
-        "language model judges. The rule of the balanced objective is inferred, DPO is left out; celebrities and facts "
-        "of the world are plain things in pictures, on a GPU also the loss of text. The learning rate of unlearning was "
-        "looked for with gradient difference alone. At CPU size there are 12 people, and three seeds differ by much: "
-        "most differences between objectives would take six or more."
+        "People are drawn of a few features, events are an emoji before a photograph; no language model judges. "
+        "The rule of the balanced objective is inferred, DPO is left out; celebrities and facts of the world are plain "
+        "things in pictures, on a GPU also the loss of text. The rate of unlearning was looked for with gradient "
+        "difference alone. At CPU size there are 12 people, and three seeds differ by much: most differences of "
+        "objectives would take six or more."
     ),
 )  # fmt: skip
