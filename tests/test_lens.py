@@ -213,8 +213,12 @@ def test_refusals():
         manyheads.watch(model)
     with pytest.raises(UserError, match="does not look here"):
         look("llama", input_ids=models.tokens(1, 4))[1].compute("sinks")
-    with pytest.raises(UserError, match="without a cache strategy"), manyheads.use(model, "full"):
-        look("llama", input_ids=models.tokens(1, 4))
+    with (
+        pytest.raises(UserError, match="has dropped some"),
+        manyheads.use(model, "knorm:budget=0.5"),
+        manyheads.watch(model, "active_dormant"),
+    ):
+        model.generate(models.tokens(1, 24), max_new_tokens=3)
 
 
 def test_head_table():

@@ -159,6 +159,7 @@ class Store(ABC):
     Attributes:
         covers_past: :meth:`mask` knows what is visible of the past: the model's mask may be that of the new tokens.
         computes: its use is that :meth:`attend` answers instead of the model's own function.
+        appends: keys stay as they came and where they are.
         group: the stores of one cache by layer, which share this dict.
         record: last queries to keep for :meth:`fork`; 0 for a store that is never forked.
         room: tokens that can be decoded without the host, 0 without a fixed size; set by :meth:`reserve`.
@@ -168,6 +169,7 @@ class Store(ABC):
 
     covers_past: ClassVar[bool] = False
     computes: ClassVar[bool] = False
+    appends: bool = False
 
     def __init__(self, site: Site, record: int = 0) -> None:
         self.site = site
@@ -198,6 +200,11 @@ class Store(ABC):
     @abstractmethod
     def values(self) -> Tensor | None:
         """Values held, None before the first token."""
+
+    @property
+    def places(self) -> Tensor | None:
+        """The column of what each slot holds ``[B, Hs, S]``; None where they stand in place. Raises if unknown."""
+        raise UserError(f"the cache of {self.site.name} does not say where its keys stand: look with full, or without")
 
     @property
     def fixed(self) -> bool:

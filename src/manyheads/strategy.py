@@ -108,6 +108,12 @@ class AttentionWatch(Attention):
     def watch(self, call: "AttentionCall", out: "Tensor") -> None:
         """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.state``."""
 
+    def entering(self, state: dict[str, Any], past: Any) -> None:
+        """The module is about to run with the cache ``past``; what is kept of that cache's tensors should go."""
+
+    def settle(self, site: "Site", state: dict[str, Any]) -> None:
+        """No further call is at hand: finish what was put off. The results are asked for, or ``generate`` has ended."""
+
 
 class AttentionPatch(Attention):
     """Changes what attention gives."""

@@ -152,3 +152,42 @@ def test_seconds_are_those_of_the_clock(monkeypatch):
     facts = texts.facts([[reply]], tiny())
     shown = generate_texts.table(facts["prompts"][0]).cells[0]
     assert [cell.text for cell in shown[4:6]] == ["3.00", "7.00"]
+
+
+def test_lenses_look_on(cli, folder, tmp_path):
+    """The replies are those without; each arm's figures are in the JSON, step by step, and pictures on the page."""
+    arms = "full,ablate:heads=0.1,keydiff:budget=0.3"
+    given = ["--model", folder, PROMPT, "--strategies", arms, "--max-new-tokens", "6", "--json"]
+    plain = json.loads(cli(*given)[1])
+    code, out, err = cli(*given, "--lens", "heads", "--out", "looked.html")
+    assert code == 0 and err == ""
+    facts = json.loads(out)
+    model, reader = tiny(), chat.tokenizer()
+    for one, other in zip(facts["prompts"][0]["replies"], plain["prompts"][0]["replies"], strict=True):
+        assert one["text"] == other["text"] and "lenses" not in other
+        steps = one["lenses"]["head_statistics"]["steps"]
+        layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        for name in ("entropy", "logit", "first", "last", "top"):
+            shape = [len(steps[name]), len(steps[name][0]), len(steps[name][0][0])]
+            assert shape[:2] == [layers, heads] and shape[2] >= one["tokens"], name
+        assert "".join(one["words"][-one["tokens"] :]) == reader.decode(
+            reader.encode(one["text"], add_special_tokens=False)
+        )
+    full, without, small = (r["lenses"]["head_statistics"] for r in facts["prompts"][0]["replies"])
+    assert full["steps"]["entropy"] != without["steps"]["entropy"]
+    assert small["steps"]["first"] != full["steps"]["first"]
+    page = (tmp_path / "looked.html").read_text()
+    assert page.count("what its heads did") == 3 and "entropy by head and step" in page
+    assert "places that most heads attend to" in page
+
+
+@pytest.mark.parametrize(
+    ("lens", "message"),
+    [
+        ("thinking_sparks", "does not only look on"), ("spans:mine=0-3", "leave mine= away"),
+        ("nothing", "unknown lens"), ("gender_components", "does not only look on"),
+    ],
+)  # fmt: skip
+def test_lenses_that_cannot_look_on(cli, folder, lens, message):
+    code, _, err = cli("--model", folder, PROMPT, "--strategies", "full", "--lens", lens)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1

@@ -17,6 +17,7 @@ from manyheads.calls.statistics import (
     Entropy,
     LogPowerSum,
     MeanLogWeight,
+    Peak,
     Pooled,
     Statistic,
     WeightedSum,
@@ -78,6 +79,7 @@ class Case:
             "entropy": Entropy(), "found": WeightedSum(self.features), "received": ColumnSum(self.weight),
             "band": Band(self.profile, self.counted), "pooled": Pooled(self.cells), "columns": Columns(self.index()),
             "distance": Distance(), "log": MeanLogWeight(self.sets()), "powers": LogPowerSum((2.0, 3.0)),
+            "peak": Peak(),
         }  # fmt: skip
 
     def index(self) -> Tensor:
@@ -110,7 +112,8 @@ class Case:
             "received": a.transpose(-1, -2) @ self.weight[:, None].double(), "band_rows": near.sum(-1),
             "band_columns": (near * self.counted[:, None, :, None]).sum(2), "pooled": cells / (high * wide),
             "columns": a[..., self.index()], "distance": (a * back).sum(-1), "log": torch.stack(logs, -1),
-            "powers": torch.stack([a.pow(power).sum(-1).log() for power in (2, 3)], -1),
+            "powers": torch.stack([a.pow(power).sum(-1).log() for power in (2, 3)], -1), "peak": x.amax(-1),
+            "column": x.argmax(-1).masked_fill(~self.mask().any(-1), -1),
         }  # fmt: skip
 
     def kernels(self, device: str = "cpu") -> dict[str, Tensor]:
@@ -120,16 +123,19 @@ class Case:
         q, k, given = self.q.to(device), self.k.to(device), self.spans()
         spans = None if given is None else (given[0].to(device), given[1].to(device))
         about = {"scale": self.scale, "spans": spans}
-        rows = poisoned(probe.row_statistics, q, k, features=self.features.to(device), distance=True, **about)
-        lse, entropy, distance, found = rows  # type: ignore[misc]
+        rows = poisoned(
+            probe.row_statistics, q, k, features=self.features.to(device), distance=True, peak=True, **about
+        )
+        lse, entropy, distance, found, peak, column = rows  # type: ignore[misc]
         received = poisoned(probe.column_sum, q, k, lse, self.weight.to(device), **about)
         near = poisoned(probe.band, q, k, lse, self.profile, queries=self.counted.to(device), **about)
         made = {
             "lse": lse, "entropy": entropy, "distance": distance, "found": found, "received": received,
-            "band_rows": near[0], "band_columns": near[1],
+            "band_rows": near[0], "band_columns": near[1], "peak": peak,
             "pooled": poisoned(probe.pool, q, k, lse, self.cells, **about),
         }  # fmt: skip
         assert all(x.dtype == torch.float32 for x in made.values())
+        made["column"] = column
         return {name: x.cpu() for name, x in made.items()}
 
 
@@ -162,4 +168,5 @@ def flat(case: Case, found: list[object]) -> dict[str, Tensor]:
     """Answers of ``measure`` in the order of ``statistics``, by the names of ``truth``."""
     made = dict(zip(case.statistics(), found, strict=True))
     rows, columns = made.pop("band")  # type: ignore[misc]
-    return {**made, "band_rows": rows, "band_columns": columns}  # type: ignore[dict-item]
+    peak, column = made.pop("peak")  # type: ignore[misc]
+    return {**made, "band_rows": rows, "band_columns": columns, "peak": peak, "column": column}  # type: ignore[dict-item]

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import manyheads
 from manyheads.calls.edits import add_bias, append_kv, replace_channels, scale_heads
@@ -93,3 +94,88 @@ def test_edits_equal_the_formula_with_gradients():
     assert torch.equal(replace_channels(made, channels, mean), made) and int((made != k).sum()) == 24
     factor = torch.tensor([1.0, 0.0, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f: scale_heads(q.transpose(1, 2), f), [factor])
+
+
+def sliced(model, layer, heads, name="o_proj"):
+    """The columns of the output projection that some heads write through."""
+    attention = model.model.layers[layer].self_attn
+    weight, width = getattr(attention, name).weight, attention.head_dim
+    return [(weight, slice(head * width, (head + 1) * width)) for head in heads]
+
+
+def generated(model, ids, *specs, **how):
+    with manyheads.use(model, *specs):
+        out = model.generate(
+            ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True, **how
+        )  # fmt: skip
+    return torch.stack(out.logits), out.sequences
+
+
+@pytest.mark.parametrize(("spec", "factor"), [("by=zero", 0.0), ("by=scale,factor=0.25", 0.25)])
+@pytest.mark.parametrize("cache", [(), ("full",), ("streaming_llm:budget=0.5",)])
+def test_heads_are_taken_out_of_what_is_generated_too(spec, factor, cache):
+    """Against scaled slices of the output projection; the control scales the next head."""
+    model, ids = models.build("llama"), models.tokens(2, 14)
+    got, said = generated(model, ids, f"ablate:heads=1.2+0.0,{spec}", *cache)
+    plain, _ = generated(model, ids, *cache)
+    with torch.no_grad():
+        for layer, head in ((1, 2), (0, 0)):
+            for weight, cut in sliced(model, layer, [head]):
+                weight[:, cut] *= factor
+    want, same = generated(model, ids, *cache)
+    assert_close(got, want, SAME)
+    assert torch.equal(said, same) and error(plain, want) > 1e-3
+    assert error(generated(models.build("llama"), ids, f"ablate:heads=1.3+0.0,{spec}", *cache)[0][:1], want[:1]) > 1e-3
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_mean_goes_on_with_what_is_generated(padded):
+    """Against a loop that keeps the sum of what the head wrote; left padding counts in none."""
+    model, ids, heads = models.tiny("llama"), models.tokens(2, 10), [3]
+    mask = torch.ones_like(ids)
+    mask[0, : 4 * padded] = 0
+    (weight, cut), sums, counts, tokens = sliced(model, 0, heads)[0], [], [], mask
+    assert weight.shape[1] >= cut.stop
+
+    def replaced(module, args):
+        written = args[0].clone()
+        now = tokens[:, -written.shape[1] :, None].float()
+        sums.append((written[..., cut] * now).sum(1, keepdim=True))
+        counts.append(now.sum(1, keepdim=True))
+        written[..., cut] = sum(sums) / sum(counts)
+        return (written,)
+
+    handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(replaced)
+    cache, logits, fed = DynamicCache(config=model.config), [], ids
+    with torch.no_grad():
+        for _ in range(6):
+            places = (tokens.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+            logits.append(
+                model(fed, attention_mask=tokens, position_ids=places, past_key_values=cache).logits[:, -1]
+            )  # fmt: skip
+            fed, tokens = logits[-1].argmax(-1)[:, None], torch.cat([tokens, mask[:, -1:]], 1)
+    handle.remove()
+    got = generated(model, ids, "ablate:heads=0.3,by=mean", attention_mask=mask)[0][:6]
+    assert_close(got, torch.stack(logits), SAME)
+    assert error(generated(model, ids, attention_mask=mask)[0][:6], got) > 1e-3
+    again = generated(model, ids, "ablate:heads=0.3,by=mean", attention_mask=mask)[0][:6]
+    assert torch.equal(got, again)  # a new prompt starts anew
+
+
+@pytest.mark.parametrize("cache", [(), ("full",), ("knorm:budget=0.5",)])
+def test_the_temperature_of_single_heads(cache):
+    """Against scaled rows of the query projection, with grouped heads; at 1 nothing changes."""
+    model, ids = models.build("llama"), models.tokens(2, 14)
+    spec = "head_temperature:heads=1.2+0.0,temperature=0.4"
+    got, plain = (generated(model, ids, *specs, *cache)[0] for specs in ((spec,), ()))
+    one = generated(model, ids, "head_temperature:heads=1.2,temperature=1", *cache)[0]
+    assert_close(one, plain, SAME)
+    with torch.no_grad():
+        for layer, head in ((1, 2), (0, 0)):
+            for weight, cut in sliced(model, layer, [head], "q_proj"):
+                weight[cut] /= 0.4
+    want = generated(model, ids, *cache)[0]
+    assert_close(got, want, 4 * SAME)
+    assert error(plain[:1], want[:1]) > 1e-3
+    with pytest.raises(UserError, match="above 0"):
+        manyheads.parse("head_temperature:heads=0.1,temperature=0")

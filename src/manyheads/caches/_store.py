@@ -43,10 +43,10 @@ class PolicyStore(Store):
     def __init__(self, policy: CachePolicy, site: Site, record: int = 0) -> None:
         super().__init__(site, record)
         self.policy = policy
+        self.appends = policy.lossless and policy.budget == 1.0 and policy.codec is None and site.window is None
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
         self.tokens = Tokens(self.policy.codec, self.policy.codec_window, self.room, self.policy.protect)
         self.state: dict[str, Tensor] = {}
         self._queries: QueryWindow | None = None
@@ -78,6 +78,10 @@ class PolicyStore(Store):
         return self.tokens.ragged is not None or (self.padded is not None and self.padded.index is not None)
 
     @property
+    def places(self) -> Tensor | None:
+        return self.live.columns() if self.dropped else None
+
+    @property
     def why_not_fixed(self) -> str | None:
         return why_not_fixed(self.policy, self.site)
 
@@ -103,7 +107,6 @@ class PolicyStore(Store):
 
     @property
     def held(self) -> list[Tensor | None]:
-        """Every tensor kept between steps."""
         queries = [] if self._queries is None else [self._queries.q, self._queries.positions]
         return [*self.tokens.held, *queries, *self.state.values()]
 
@@ -158,7 +161,6 @@ class PolicyStore(Store):
         return call.replace(mask=slots.visible(call.mask, new, self.site.window is None), is_causal=False)
 
     def evict(self, call: AttentionCall) -> None:
-        """Observe the attention call, and evict if the schedule says so."""
         if self._reading is not None:
             if self._waiting is not None and isinstance(self.policy, Rereading):
                 self.policy.reconstruct(call, self._reading, self.state)
@@ -251,7 +253,6 @@ class PolicyStore(Store):
         return functools.partial(_second_reading, self) if waits else None
 
     def reorder(self, rows: Tensor) -> None:
-        """Take batch rows ``[B']`` of everything remembered."""
         self._evidence = None
         self.tokens.reorder(rows)
         self.state = {name: x[rows.to(x.device)] for name, x in self.state.items()}
@@ -259,7 +260,6 @@ class PolicyStore(Store):
             self._queries = self._queries.reorder(rows)
 
     def crop(self, count: int) -> None:
-        """Forget the last ``count`` tokens; refused once something was dropped."""
         self._evidence = None
         if not count or (self.padded is None and self.tokens.ragged is None):
             return

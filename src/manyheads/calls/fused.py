@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..call import AttentionCall
 from .statistics import (
@@ -24,6 +25,7 @@ from .statistics import (
     Entropy,
     LogPowerSum,
     MeanLogWeight,
+    Peak,
     Pooled,
     Statistic,
     WeightedSum,
@@ -38,7 +40,7 @@ _CELL = 16  # rows of a cell of the pooled map, likewise
 _HELD = 2**26  # numbers held at once
 _SUMS = 2**24  # sums of keys, likewise, in float64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KINDS = (Band, Columns, Distance, Entropy, LogPowerSum, WeightedSum, MeanLogWeight, Pooled, ColumnSum)
+_KINDS = (Band, Columns, Distance, Entropy, LogPowerSum, WeightedSum, MeanLogWeight, Peak, Pooled, ColumnSum)
 
 
 def visible_ranges(call: AttentionCall) -> Spans | None:
@@ -74,13 +76,14 @@ def summed(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Ca
     asked = [(i, s) for i, s in enumerate(statistics) if type(s) is MeanLogWeight]
     if not asked or not _plain(call):
         return {}
-    spans = _causal(call) if call.is_causal and call.mask is None else visible_ranges(call)
-    if spans is None:
+    causal = call.is_causal and call.mask is None
+    spans = None if causal else visible_ranges(call)
+    if spans is None and not causal:
         return {}
     return {i: partial(_later, call, s.keys, spans) for i, s in asked}
 
 
-def _later(call: AttentionCall, sets: Tensor, spans: Spans, lse: Tensor) -> Tensor:
+def _later(call: AttentionCall, sets: Tensor, spans: Spans | None, lse: Tensor) -> Tensor:
     return mean_log_weight(call, sets.to(lse.device), lse, spans)
 
 
@@ -101,25 +104,35 @@ def fused(call: AttentionCall, statistics: Sequence[Statistic]) -> dict[int, Any
     batch = max((x.shape[0] for x in wanted), default=1)
     features = torch.cat([x.expand(batch, -1, -1).float() for x in wanted], 2) if wanted else None
     far = any(isinstance(s, Distance) for _, s in asked)
-    rows = probe.row_statistics(q, k, scale=scale, features=features, distance=far, spans=spans)
+    peak = any(isinstance(s, Peak) for _, s in asked)
+    rows = probe.row_statistics(q, k, scale=scale, features=features, distance=far, peak=peak, spans=spans)
     parts = iter(rows.found.split([x.shape[2] for x in wanted], 3) if wanted else ())
-    lse, made = rows.lse, dict[int, Any]()
+    lse, made, given = rows.lse, dict[int, Any](), set[int]()
+
+    def own(x: Tensor) -> Tensor:
+        """Answers are one's own: what a second statistic is given is a copy."""
+        mine = x.clone() if id(x) in given else x
+        given.add(id(x))
+        return mine
+
     for i, s in asked:
         if isinstance(s, WeightedSum):
             made[i] = next(parts)
         elif isinstance(s, Entropy | Distance):
-            made[i] = (rows.entropy if isinstance(s, Entropy) else rows.distance).clone()  # answers are one's own
+            made[i] = own(rows.entropy if isinstance(s, Entropy) else rows.distance)
+        elif isinstance(s, Peak):
+            made[i] = own(rows.peak), rows.column.long()
         elif isinstance(s, LogPowerSum):  # weights to a power are, but for their sum, those of a larger scale
             sums = [probe.row_statistics(q, k, scale=a * scale, spans=spans).lse - a * lse for a in s.powers]
             made[i] = torch.stack(sums, -1).masked_fill((lse == -torch.inf)[..., None], -torch.inf)
         elif isinstance(s, Columns):
             made[i] = _columns(call, s.index.to(q.device), lse, spans or _causal(call))
         elif isinstance(s, MeanLogWeight):
-            made[i] = mean_log_weight(call, s.keys.to(q.device), lse, spans or _causal(call))
+            made[i] = mean_log_weight(call, s.keys.to(q.device), lse, spans)
         elif isinstance(s, ColumnSum):
             made[i] = probe.column_sum(q, k, lse, s.weight.to(q.device), scale=scale, spans=spans)
         elif isinstance(s, Band):
-            made[i] = probe.band(q, k, lse, s.profile, queries=s.queries, scale=scale, spans=spans)
+            made[i] = probe.band(q, k, lse, s.profile, queries=s.queries, by=s.by, scale=scale, spans=spans)
         elif isinstance(s, Pooled):
             made[i] = probe.pool(q, k, lse, s.size, scale=scale, spans=spans)
     return made
@@ -141,26 +154,55 @@ def _columns(call: AttentionCall, index: Tensor, lse: Tensor, spans: Spans) -> T
     return out
 
 
-def mean_log_weight(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans) -> Tensor:
-    """``scale q . (mean of the keys of a set that the row sees) - lse``: running sums of keys, no pass over pairs."""
+def mean_log_weight(call: AttentionCall, sets: Tensor, lse: Tensor, spans: Spans | None) -> Tensor:
+    """``scale q . (mean of the keys of a set that the row sees) - lse``: running sums of keys, no pass over pairs.
+
+    Args:
+        call: the attention computation.
+        sets: ``[B or 1, S, F]`` boolean.
+        lse: of the rows.
+        spans: what each row sees; None for causal.
+    """
     batch, kv_heads, size, dim = call.k.shape
+    length, count_of_sets = call.q.shape[2], sets.shape[2]
     q, k = call.q.detach().unflatten(1, (kv_heads, -1)), call.k.detach()
-    rest = lse.unflatten(1, (kv_heads, -1))
-    out = lse.new_empty(*rest.shape, sets.shape[2])
-    lo, hi = (x.expand(batch, -1)[:, None, None] for x in spans)  # [B, 1, 1, T]
-    step = max(1, _SUMS // (batch * size * dim))  # heads at a time
+    old = size - length if spans is None and size >= length else 0  # keys that every row sees
+    if spans is None and size < length:
+        spans = _causal(call)
+    held = sets.permute(2, 0, 1).expand(-1, batch, -1)  # [F, B, S]
+    before = _sums(k[:, :, :old], held[..., :old]) if old else None
+    new = held[:, :, None, None, old:].double()  # [F, B, 1, 1, S - old]
+    count = _between(new, spans)
+    if old:
+        count = count + held[:, :, None, None, :old].sum(-1, keepdim=True)
+    step = max(1, _SUMS // (count_of_sets * batch * (size - old) * dim))  # heads at a time
+    parts = []
+    for h in range(0, kv_heads, step):
+        some = slice(h, h + step)
+        sums = _between(k[:, some, old:].mT.double() * new, spans)  # [F, B, h, d, T]
+        sums = sums if before is None else sums.add_(before[:, :, some, :, None])
+        # 0 / 0 is NaN, on purpose: a row that sees no key of the set has no mean
+        mean = (sums / count).to(lse.dtype).permute(1, 2, 4, 3, 0)  # [B, h, T, d, F]
+        parts.append((q[:, some].to(lse.dtype).transpose(2, 3) @ mean).transpose(2, 3))  # [B, h, G, T, F]
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return x.flatten(1, 2) * call.scale - lse[..., None]
 
-    def between(x: Tensor) -> Tensor:
-        """Sum of ``x [B, h, d, S]`` over the columns that each row sees: ``[B, h, d, T]``."""
-        sums = torch.nn.functional.pad(x.cumsum(3), (1, 0))
-        return sums.gather(3, hi.expand(*x.shape[:3], -1)) - sums.gather(3, lo.expand(*x.shape[:3], -1))
 
-    for f in range(sets.shape[2]):
-        held = sets[..., f].double().expand(batch, -1)[:, None, None]  # [B, 1, 1, S]
-        count = between(held)
-        for h in range(0, kv_heads, step):
-            some = slice(h, h + step)
-            # [B, h, T, d]; 0 / 0 is NaN, on purpose: a row that sees no key of the set has no mean
-            mean = (between(k[:, some].mT.double() * held) / count).mT.to(lse.dtype)
-            out[:, some, ..., f] = (q[:, some].to(lse.dtype) * mean[:, :, None]).sum(-1) * call.scale - rest[:, some]
-    return out.flatten(1, 2)
+def _between(x: Tensor, spans: Spans | None) -> Tensor:
+    """Sum of ``x [F, B, h, d, S]`` over the columns that each row sees: ``[..., T]``; causal without ``spans``."""
+    if spans is None:
+        return x.cumsum(-1)
+    lo, hi = (bound.expand(x.shape[1], -1)[:, None, None].expand(*x.shape[:4], -1) for bound in spans)
+    sums = pad(x.cumsum(-1), (1, 0))
+    return sums.gather(-1, hi) - sums.gather(-1, lo)
+
+
+def _sums(keys: Tensor, held: Tensor) -> Tensor:
+    """Sums ``[F, B, Hkv, d]`` in float64 of the keys ``[B, Hkv, S, d]`` that are ``held [F, B, S]``, in pieces."""
+    batch, heads, size, dim = keys.shape
+    total = keys.new_zeros(len(held), batch, heads, dim, dtype=torch.float64)
+    piece = max(1, _SUMS // (len(held) * batch * heads * dim))
+    for start in range(0, size, piece):
+        cut = slice(start, start + piece)
+        total += (keys[:, :, cut] * held[:, :, None, cut, None]).sum(3, dtype=torch.float64)
+    return total

@@ -10,14 +10,14 @@ Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys. Query ``
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 __all__ = [
-    "Band", "Columns", "ColumnSum", "Distance", "Entropy", "LogPowerSum", "MeanLogWeight", "Pooled", "Rows",
+    "Band", "Columns", "ColumnSum", "Distance", "Entropy", "LogPowerSum", "MeanLogWeight", "Peak", "Pooled", "Rows",
     "Statistic", "WeightedSum",
 ]  # fmt: skip
 
@@ -84,6 +84,28 @@ class Entropy(Rows):
     def update(self, rows: Tensor, start: int, length: int) -> None:
         log = rows.clamp(min=torch.finfo(rows.dtype).tiny).log_()
         self.put(-log.mul_(rows).sum(-1), start, length)
+
+
+@dataclass
+class Peak(Rows):
+    """The greatest logit of each row and its column, ``[B, H, T]`` and int64; -inf and -1 in a row that sees nothing.
+
+    The logit is that before the softmax: scaled, capped, with the bias. Of equal ones the first column counts.
+    """
+
+    column: Tensor | None = field(default=None, init=False)
+
+    def update(self, rows: Tensor, start: int, length: int) -> None:
+        top, column = rows.max(-1)
+        if self.column is None:
+            self.column = column.new_empty(*column.shape[:2], length)
+        self.column[:, :, start : start + rows.shape[2]] = column.masked_fill_(top == 0, -1)
+        self.put(top, start, length)
+
+    def logits(self, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """The result from the rows' log-sum-exp ``[B, H, T]``: weights alone do not tell how great logits are."""
+        assert self.made is not None and self.column is not None
+        return torch.where(self.made > 0, self.made.log() + lse, -torch.inf), self.column
 
 
 @dataclass
@@ -164,10 +186,12 @@ class Band(Rows):
     Attributes:
         profile: ``[W]`` weights of the distances 0 to W - 1.
         queries: ``[B, T]``, rows that count for ``columns``; None for all.
+        by: what is wanted; the other result may be None.
     """
 
     profile: Tensor
     queries: Tensor | None = None
+    by: Literal["rows", "columns", "both"] = "both"
     columns: Tensor | None = field(default=None, init=False)
 
     def update(self, rows: Tensor, start: int, length: int) -> None:
@@ -180,14 +204,15 @@ class Band(Rows):
         inside = (back >= 0) & (back < width)
         near = near * torch.where(inside, self.profile.to(rows)[back.clamp(0, width - 1)], 0.0)
         self.put(near.sum(-1), start, length)
+        if self.by == "rows":
+            return
         if self.columns is None:
             self.columns = rows.new_zeros(*rows.shape[:2], size)
         if self.queries is not None:
             near = near * self.queries[:, None, start : start + rows.shape[2], None]
         self.columns[..., low:high] += near.sum(2)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        assert self.made is not None and self.columns is not None
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
         return self.made, self.columns
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from .. import kernels
 from ..call import AttentionCall
 from .fused import fused, summed
-from .statistics import Statistic
+from .statistics import Peak, Statistic
 
 __all__ = ["measure", "weights"]
 
@@ -42,15 +42,17 @@ def _blocks(call: AttentionCall, block: int | None) -> Iterator[tuple[int, Tenso
     q, k = call.q.detach(), call.k.detach()
     dtype = _precision(q)
     (batch, heads, length, _), (_, kv_heads, size, _) = q.shape, k.shape
-    k = k.to(dtype)
+    wide = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)  # products of halves with float32 sums, no copies
+    k = k if wide else k.to(dtype)
     block = block or max(1, _BLOCK.get(q.device.type, 2**20) // max(1, batch * heads * size))
     column = torch.arange(size, device=q.device)
     for start in range(0, length, block):
         cut = slice(start, min(start + block, length))
         end = max(1, cut.stop + size - length) if call.is_causal else size  # no row of these sees a column behind
-        grouped = q[:, :, cut].to(dtype).unflatten(1, (kv_heads, -1))  # keys are not repeated
+        grouped = q[:, :, cut].to(k.dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # keys are not repeated
         keys = k[:, :, :end].transpose(-1, -2)
-        x = (grouped.flatten(2, 3) @ keys).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
+        x = _products(grouped, keys) if wide else grouped @ keys
+        x = x.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
         x *= call.scale
         if call.softcap is not None:
             x.div_(call.softcap).tanh_().mul_(call.softcap)
@@ -63,6 +65,12 @@ def _blocks(call: AttentionCall, block: int | None) -> Iterator[tuple[int, Tenso
             x.masked_fill_(column[:end] > row[:, None], -torch.inf)
         rows, lse = _softmax(x, None if call.sinks is None else call.sinks.detach())
         yield start, pad(rows, (0, size - end)) if end < size else rows, lse
+
+
+def _products(q: Tensor, keys: Tensor) -> Tensor:
+    """``q @ keys`` of half precision ``[B, Hkv, n, d]`` and ``[B, Hkv, d, S]`` in float32."""
+    made: Tensor = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
+    return made.view(*q.shape[:2], *made.shape[1:])
 
 
 def _precision(q: Tensor) -> torch.dtype:
@@ -111,6 +119,8 @@ def measure(call: AttentionCall, statistics: Sequence[Statistic], block: int | N
                     statistic.update(rows, start, call.q.shape[2])
         for i, answer in later.items():
             made[i] = answer(lse)
+        peaks = {i: s.logits(lse) for i, s in enumerate(statistics) if isinstance(s, Peak) and i not in made}
+    made |= peaks
     return [made[i] if i in made else statistic.result() for i, statistic in enumerate(statistics)]
 
 

@@ -72,9 +72,17 @@ Chat = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="Of texts: a system message before every prompt.")]
+Lenses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lens",
+        help="Of texts: lenses that look on, step by step: heads, or any of `manyheads list --category lenses`; their "
+        "figures are in the JSON and on the page.",
+    ),
+]
 
 _IMAGES = ("--class", "--source", "--steps", "--guidance", "--size", "--maps")
-_TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system")
+_TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system", "--lens")
 _BUDGET, _MOST = "0.25", 64
 
 
@@ -102,6 +110,7 @@ def generate(
     chat: Chat = None,
     protect: Protect = None,
     system: System = None,
+    lens: Lenses = None,
     as_json: Json = False,
 ) -> None:
     """Generate without and with strategies, side by side: images from the same noise, or replies to the same prompt.
@@ -116,6 +125,8 @@ def generate(
 
     manyheads generate --model HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote Hamlet?" --strategies full,auto
 
+    manyheads generate --model default "def f(x):" --strategy ablate:heads=3.1 --lens heads --out reply.html
+
     Of images the columns are the baseline, and each strategy with its difference from it. Of texts the words are marked
     from where they leave those of the plain model. The table shows what each held and cost.
     """
@@ -128,16 +139,17 @@ def generate(
         "--class": classes, "--source": source, "--steps": steps, "--guidance": guidance, "--seed": seed,
         "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
         "--max-new-tokens": max_new_tokens, "--chat": chat, "--protect": protect, "--system": system,
+        "--lens": lens,
     }  # fmt: skip
     used = [name for name, value in given.items() if value is not None]
     if (subject := _language_model(model, dtype, specs)) is not None:
         if wrong := [name for name in used if name in _IMAGES]:
             raise UserError(f"{model} writes text, and {wrong[0]} is of images; leave it away")
-        specs = specs or ["auto"]
+        specs = specs or ([] if lens else ["auto"])
         if protect is not None:
             specs = [spec if spec == "full" else protecting(spec, protect) for spec in specs]
         drawn = read_seeds(seed or 0, seeds, samples)
-        how = (max_new_tokens or _MOST, chat, system or "", drawn)
+        how = (max_new_tokens or _MOST, chat, system or "", drawn, lens or [])
         _texts(subject, specs, prompts, budget, how, out, device or "cpu", as_json)
         return
     if wrong := [name for name in used if name in _TEXTS]:
@@ -175,7 +187,7 @@ def _language_model(model: str, dtype: str | None, specs: list[str]) -> CausalLM
 
 def _texts(
     subject: CausalLM, specs: list[str], prompts: list[str], budget: str | None,
-    how: tuple[int, bool | None, str, list[int]], out: Path | None, device: str, as_json: bool,
+    how: tuple[int, bool | None, str, list[int], list[str]], out: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Replies of a language model."""
     from manyheads.comparison import make_arms
@@ -187,12 +199,13 @@ def _texts(
 
     if not prompts:
         raise UserError(f'give a prompt, as `manyheads generate --model {subject.name} "Who wrote Hamlet?"`')
-    (most, chat, system, seeds) = how
+    (most, chat, system, seeds, lens) = how
     arms = [Arm(BASELINE), *make_arms(specs, [budget or _BUDGET], subject)]
     if out is not None:
         if out.suffix.lower() not in (".html", ".htm"):
             raise UserError(f"{out}: replies are written as a page; name it as --out {out.with_suffix('.html')}")
         check_writable(out, "--out", file=True)
+    lenses = texts.looking(lens) if lens else []
     quiet_libraries()
     with shown(as_json) as progress:
         subject.load(device)
@@ -209,13 +222,14 @@ def _texts(
             progress=progress,
             system=system,
             seeds=seeds,
+            lenses=lenses,
         )
     facts = texts.facts(replies, model) | {
         "model": subject.name, "chat": chats(tokenizer) if chat is None else chat,
         "system": system or None, "out": None if out is None else str(out), "command": typed(),
     }  # fmt: skip
     if out is not None:
-        write(shown_by.page(facts), out)
+        write(shown_by.page(facts, replies if lenses else ()), out)
     if as_json:
         print_json(facts)
     else:

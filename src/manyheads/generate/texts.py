@@ -15,9 +15,12 @@ import torch
 from ..environment import environment
 from ..errors import UserError
 from ..experiment.arms import Arm
+from ..inspect import watch
+from ..inspect.document import document_of
 from ..integrations import use
 from ..integrations.decoding import end_tokens, greedy, write
 from ..integrations.transformers import new_cache, prefill
+from ..lens import Lens, TokenSpans
 from ..models.chat import chat_text, chats, system_span
 from ..questions import split
 from ..spec import parse, split_together
@@ -25,9 +28,10 @@ from ..strategy import Cache, Strategy
 from ..writing import Decoding, Request, Written
 
 if TYPE_CHECKING:
+    from ..lens import LensResult
     from ..progress import Progress
 
-__all__ = ["Reply", "differs", "facts", "pieces", "read", "reply", "run"]
+__all__ = ["Reply", "differs", "facts", "looking", "pieces", "read", "reply", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,12 @@ class Reply:
         read: tokens of the prompt, template included.
         held: bytes of the cache when the prompt is read.
         at_end: bytes when the reply is written.
-        reading, writing: seconds, measured once.
+        reading, writing: seconds, measured once; with lenses theirs among them.
         seed: of what was drawn; None where nothing is.
         forwards: of the model while the reply was written, one after the other.
         notes: other figures that the strategy has to tell.
+        found: what lenses saw in it, by their specs.
+        words: the text of every token that was read or written, where lenses looked.
     """
 
     arm: str
@@ -60,6 +66,27 @@ class Reply:
     seed: int | None = None
     forwards: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, LensResult] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+
+
+def looking(texts: Sequence[str]) -> list[Lens]:
+    """The lenses of ``--lens``, comma-separated specs or short names.
+
+    Raises:
+        UserError: one of them asks prompts of its own, acts on the model, or looks at a role that no reply has.
+    """
+    from ..inspect.naming import check_roles, parse_lenses
+
+    lenses, roles = parse_lenses(texts)
+    if roles:
+        raise UserError(f"a reply has the roles prompt, system and response: leave {next(iter(roles))}= away")
+    looking = [lens for lens in lenses if isinstance(lens, Lens) and not lens.edits_model]
+    if len(looking) < len(lenses):
+        other = next(lens for lens in lenses if lens not in looking)
+        raise UserError(f"{other.spec} does not only look on: it is for `manyheads inspect`, or a --strategy")
+    check_roles(looking, ("prompt", "system"))
+    return looking
 
 
 def pieces(text: str) -> list[str]:
@@ -108,6 +135,7 @@ def _messages(prompt: str, system: str) -> list[dict[str, str]]:
 def run(
     model: Any, tokenizer: Any, arms: Sequence[Arm], prompts: Sequence[str], *, max_new_tokens: int,
     chat: bool | None, progress: Progress, system: str = "", seeds: Sequence[int] = (0,),
+    lenses: Sequence[Lens] = (),
 ) -> list[list[Reply]]:  # fmt: skip
     """Reply to every prompt under every arm, with the likeliest token unless a strategy of the arm chooses others.
 
@@ -131,7 +159,9 @@ def run(
         UserError: a prompt or an arm does not fit the model.
     """
     given = [read(tokenizer, prompt, chat, system) for prompt in prompts]
-    find = any(s.protects_system for arm in arms for s in arm.strategies if isinstance(s, Cache))
+    find = bool(system and lenses) or any(
+        s.protects_system for arm in arms for s in arm.strategies if isinstance(s, Cache)
+    )
     most = int(getattr(model.config, "max_position_embeddings", 0) or 2**40)
     if (longest := max(map(len, given)) + max_new_tokens) > most:
         raise UserError(
@@ -156,7 +186,7 @@ def run(
             for i, arm in enumerate(arms):
                 draws = any(isinstance(strategy, Decoding) for strategy in arm.strategies)
                 again = first and not draws
-                replies.append(first[i] if again else _reply(replace(request, seed=seed), arm, prompt, span))
+                replies.append(first[i] if again else _reply(replace(request, seed=seed), arm, prompt, span, lenses))
                 done += 1
                 progress(done, total, arm.key)
             first = first or replies
@@ -194,14 +224,18 @@ def reply(
     return told[0][0].text
 
 
-def _reply(request: Request, arm: Arm, prompt: str, span: tuple[int, int] | None) -> Reply:
+def _reply(
+    request: Request, arm: Arm, prompt: str, span: tuple[int, int] | None, lenses: Sequence[Lens] = ()
+) -> Reply:  # fmt: skip
     acting, keeping = split(arm.strategies)
     choosing = [strategy for strategy in acting if isinstance(strategy, Decoding)]
     if len(choosing) > 1:
         raise UserError(f"{choosing[0].spec} and {choosing[1].spec} cannot hold together: each chooses what is written")
     model, ids, device = request.model, request.ids, request.ids.device
+    spoken = {"prompt": [[(0, ids.shape[1])]], **({} if span is None else {"system": [[span]]})}
     with ExitStack() as stack:
         stack.enter_context(use(model, *(s for s in acting if s not in choosing)))
+        seen = stack.enter_context(watch(model, *lenses, roles=TokenSpans(spoken))) if lenses else None
         cache = new_cache(model, keeping.with_system(span))
         started = _now(device)
         prefill(model, ids, cache)
@@ -213,11 +247,15 @@ def _reply(request: Request, arm: Arm, prompt: str, span: tuple[int, int] | None
         else:
             tokens = greedy(model, cache, ids[:, -1:], request.most, ends=request.ends)
             made = Written(tokens, min(len(tokens) + 1, request.most))
+        if seen is not None:
+            seen.settle()
         ended = _now(device)
+    found = {} if seen is None else {lens.spec: seen.compute(lens) for lens in lenses}
     return Reply(
         arm=arm.key, prompt=prompt, text=str(request.tokenizer.decode(made.tokens, skip_special_tokens=True)),
         tokens=len(made.tokens), read=ids.shape[1], held=held, at_end=cache.bytes(), reading=between - started,
         writing=ended - resumed, seed=request.seed if choosing else None, forwards=made.forwards, notes=made.notes,
+        found=found, words=[request.tokenizer.decode([i]) for i in (*ids[0].tolist(), *made.tokens)] if lenses else [],
     )  # fmt: skip
 
 
@@ -247,6 +285,8 @@ def facts(replies: Sequence[Sequence[Reply]], model: Any) -> dict[str, Any]:
                         "prompt_seconds": reply.reading, "reply_seconds": reply.writing,
                         "differs_at": differs(reply.text, each[0].text), "seed": reply.seed,
                         "forwards": reply.forwards, "notes": reply.notes,
+                        **({"words": reply.words} if reply.words else {}),
+                        **({"lenses": {k: document_of(v) for k, v in reply.found.items()}} if reply.found else {}),
                     }
                     for reply in each
                 ],

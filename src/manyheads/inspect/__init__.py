@@ -56,6 +56,10 @@ class Watching:
     ) -> None:
         self._port.__exit__(kind, error, trace)
 
+    def settle(self) -> None:
+        """Have all that waits looked at now, as :meth:`compute` does first."""
+        self._port.settle()
+
     def compute(self, lens: "int | str | Lens" = 0, where: "Callable[[Site], bool] | None" = None) -> "LensResult":
         """The result of a lens so far.
 

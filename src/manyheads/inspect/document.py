@@ -18,6 +18,7 @@ def document_of(found: LensResult) -> dict[str, Any]:
         "tables": {name: made.to_dict() for name, made in found.tables.items()},
         "series": {name: plain_values(rows) for name, rows in found.series.items()},
         "channels": {name: plain_values(values) for name, values in found.channels.items()},
+        **({"steps": plain_values(found.steps)} if found.steps else {}),
         **({"curves": plain_values(found.curves)} if found.curves else {}),
         "records": {name: plain_values(rows) for name, rows in found.records.items()},
         "notes": list(found.notes),

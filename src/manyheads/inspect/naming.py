@@ -20,6 +20,7 @@ SHORT: dict[str, tuple[str, ...]] = {
     "massive": ("massive_values", "refined_massive_activations"),
     "rhythm": ("reasoning_rhythm",),
     "spans": ("strategy_attention",),
+    "heads": ("head_statistics",),
 }
 DEFAULT = ("sinks", "massive", "rhythm")
 _POSITIONS = re.compile(r"\d+-\d+(?:\+\d+-\d+)*")

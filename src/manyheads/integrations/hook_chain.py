@@ -39,6 +39,11 @@ class BoundStrategy:
     def __post_init__(self) -> None:
         self.current = self.state
 
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        """Every scratch: one, or one for each place in a forward."""
+        return [state for _, state in self.places] or [self.state]
+
     def enter(self) -> None:
         """A call of the site begins: choose the scratch that belongs to it."""
         if not self.called:
@@ -106,6 +111,7 @@ class HookChain:
         pairs = [(entry, entry.strategy) for entry in self.entries]
         self._editors = [(e, s) for e, s in pairs if isinstance(s, AttentionEdit)]
         self._attenders = [(e, s) for e, s in pairs if isinstance(s, AttentionCompute)]
+        self._watchers = [(e, s) for e, s in pairs if isinstance(s, AttentionWatch)]
         self._after = [
             (e, s.patch if isinstance(s, AttentionPatch) else None, s.watch if isinstance(s, AttentionWatch) else None)
             for e, s in pairs
@@ -123,6 +129,12 @@ class HookChain:
         """A call of the site begins."""
         for entry in self.entries:
             entry.enter()
+
+    def entering(self, past: Any) -> None:
+        """The module is about to run with the cache ``past``."""
+        for entry, strategy in self._watchers:
+            for state in entry.states:
+                strategy.entering(state, past)
 
     def state_of(self, entry: BoundStrategy) -> dict[str, Any] | None:
         """What a strategy keeps for the call at hand; None where it does not act on it."""
@@ -147,7 +159,9 @@ class HookChain:
         for entry, patch, watch in self._after:
             if (state := self.state_of(entry)) is None:
                 continue
-            seen = call.replace(state=state)
+            last = entry is self._after[-1][0]  # the call is no one else's any more: it needs no copy
+            seen = call if last else call.replace(state=state)
+            seen.state = state
             if patch is not None:
                 out = patch(seen, out)
             if watch is not None:

@@ -48,19 +48,25 @@ def begin_forward(new: int, cache: Any) -> None:
         _prompt.more = new + (0 if cache is None else int(cache.get_seq_length())) < _prompt.length
 
 
-def watch_generate(model: nn.Module) -> list[Callable[[], None]]:
-    """Note the prompts of ``generate`` of ``model`` and of models within it; return what undoes it."""
-    return [_watch(module) for module in model.modules() if isinstance(module, GenerationMixin)]
+def watch_generate(model: nn.Module, done: Callable[[], None]) -> list[Callable[[], None]]:
+    """Note the prompts of ``generate`` of ``model`` and of models within it, and call ``done`` when one has ended.
+
+    Returns:
+        what undoes it.
+    """
+    return [_watch(module, done) for module in model.modules() if isinstance(module, GenerationMixin)]
 
 
-def _watch(module: Any) -> Callable[[], None]:
+def _watch(module: Any, done: Callable[[], None]) -> Callable[[], None]:
     own = vars(module).get("generate")
     noted = own if isinstance(own, _Noted) else _Noted(module, own)
     noted.ports += 1
+    noted.done.append(done)
     module.generate = noted
 
     def undo() -> None:
         noted.ports -= 1
+        noted.done.remove(done)
         if not noted.ports and vars(module).get("generate") is noted:  # ports may close in any order
             del module.generate
             if noted.own is not None:
@@ -75,10 +81,12 @@ class _Noted:
     Attributes:
         own: what the instance had of that name before, None where it was its class's.
         ports: that are open.
+        done: what they do when one has ended.
     """
 
     def __init__(self, module: Any, own: Any) -> None:
         self.module, self.own, self.ports = module, own, 0
+        self.done: list[Callable[[], None]] = []
         self.generate = module.generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +103,10 @@ class _Noted:
             _note_turn(find_cache(*kwargs.values()), int(whole.shape[1]))
         _prompt.length = int(whole.shape[1]) if size and whole is not None else 0
         try:
-            return self.generate(*args, **kwargs)
+            made = self.generate(*args, **kwargs)
+            for done in self.done:
+                done()
+            return made
         finally:
             _prompt.length, _prompt.more = before, None
 

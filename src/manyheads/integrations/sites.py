@@ -177,6 +177,7 @@ class SiteState(HookChain):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         running.past = cache
+        self.entering(cache)
         if cache is None or self.site.layer is None or not self.site.causal:
             return
         if self.site.kv_sharing == "reuse":

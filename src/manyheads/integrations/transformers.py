@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..strategy import (
     Attention,
     AttentionCompute,
+    AttentionWatch,
     Cache,
     Denoiser,
     ImagePositions,
@@ -139,7 +140,7 @@ class Port:
 
             self._restorers.append(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
             self._restorers.append(self.model.register_forward_hook(finish, with_kwargs=True).remove)
-            self._restorers += watch_generate(self.model)
+            self._restorers += watch_generate(self.model, self.settle)
             if interleaved := [s for s in self.strategies if isinstance(s, Interleaved)]:
                 self._restorers.append(read_interleaved(self.model, sites[0][0], interleaved))
             if placing := [s for s in self.strategies if isinstance(s, ImagePositions)]:
@@ -161,7 +162,11 @@ class Port:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         done = [(site, entry, state.passes.since(before)) for site, entry, state, before in self._passes]
-        self._restore()
+        try:
+            if kind is None:
+                self.settle()
+        finally:
+            self._restore()
         if kind is None:
             self._check_called()
             for linears in self._linears:
@@ -175,11 +180,19 @@ class Port:
         """What ``strategy`` kept in ``call.state``, by site name; readable after closing too."""
         return {site.name: state for site, state in self.kept(strategy)}
 
+    def settle(self) -> None:
+        """Have strategies that watch finish what they put off, while the keys are there."""
+        for site, _, entry in self._entries:
+            if isinstance(entry.strategy, AttentionWatch):
+                for state in entry.states:
+                    entry.strategy.settle(site, state)
+
     def kept(self, strategy: Strategy) -> list[tuple[Site, dict[str, Any]]]:
         """The same with the sites themselves, in the order of the model.
 
         A module that watchers saw several times in one forward (layers that share it) is a site for each call.
         """
+        self.settle()
         return by_place([(site, entry) for site, _, entry in self._entries if entry.strategy is strategy])
 
     def _choose(self, sites: list[tuple[Site, nn.Module]]) -> list[tuple[Strategy, set[int]]]:

@@ -49,15 +49,21 @@ def _sums(p, acc, tail, high_ptr, low_ptr, i, count, F: tl.constexpr):
 
 @triton.jit
 def _statistics_step(
-    q, lo, hi, own, top, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, first, k_row, S, factor,
-    D: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, FAR: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
+    q, lo, hi, own, top, column, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, first, k_row, S, factor,
+    D: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, FAR: tl.constexpr, PEAK: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the sums are those of ``2^(x - top)`` and move along when ``top`` does."""
     n = first + tl.arange(0, N)
     x = tl.dot(q, tl.trans(_keys(k_ptr, first, k_row, S, D, WIDTH, N)), input_precision="tf32x3")
     if MASK:
         x = tl.where((n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None]), x, float("-inf"))
-    new = tl.maximum(top, tl.max(x, 1) * factor)
+    if PEAK:
+        most, at = tl.max(x, 1, return_indices=True)
+        column = tl.where(most * factor > top, first + at, column)  # of equal ones the first
+    else:
+        most = tl.max(x, 1)
+    new = tl.maximum(top, most * factor)
     base = tl.where(new == float("-inf"), 0.0, new)
     fade = tl.exp2(top - base)
     y = x * factor - base[:, None]
@@ -72,17 +78,17 @@ def _statistics_step(
         far = far * fade + tl.sum(p * (own[:, None] - n[None, :]).to(tl.float32), 1)
     if F > 0:
         found, tail = _sums(p, found * fade[:, None], tail * fade[:, None], high_ptr, low_ptr, n, S, F)
-    return new, total, heat, far, found, tail
+    return new, column, total, heat, far, found, tail
 
 
 @triton.jit(do_not_specialize=["T", "S", "count"])
 def statistics(
-    q_ptr, k_ptr, high_ptr, low_ptr, lo_ptr, hi_ptr, lse_ptr, entropy_ptr, far_ptr, found_ptr, q_batch, q_head, q_row,
-    k_batch, k_head, k_row, features_batch, HEADS, T, S, count, factor, G: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, F: tl.constexpr, FAR: tl.constexpr, RANGED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr,
+    q_ptr, k_ptr, high_ptr, low_ptr, lo_ptr, hi_ptr, lse_ptr, entropy_ptr, far_ptr, found_ptr, peak_ptr, column_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, features_batch, HEADS, T, S, count, factor, G: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, FAR: tl.constexpr, PEAK: tl.constexpr, RANGED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, pair): log-sum-exp, entropy, distance ``[B, H, T]``, features ``[B, H, T, count]``."""
+    """Program (rows, pair): log-sum-exp, entropy, distance, peak ``[B, H, T]``, features ``[B, H, T, count]``."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the rows that see most start first
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // HEADS
@@ -104,6 +110,7 @@ def statistics(
         most = tl.minimum((first + M - 1) // G, T - 1) + S - T + 1
     last = tl.maximum(full, tl.minimum(least, most))
     top = tl.full([M], float("-inf"), tl.float32)
+    column = tl.full([M], -1, tl.int32)
     total = tl.zeros([M], tl.float32)
     heat = tl.zeros([M], tl.float32)
     far = tl.zeros([M], tl.float32)
@@ -112,19 +119,19 @@ def statistics(
     tail = found
     if RANGED:
         for n in tl.range(some, tl.minimum(full, most), N, num_stages=STAGES):
-            top, total, heat, far, found, tail = _statistics_step(
-                q, lo, hi, own, top, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, n, k_row, S, factor, D,
-                WIDTH, F, FAR, N, True,
+            top, column, total, heat, far, found, tail = _statistics_step(
+                q, lo, hi, own, top, column, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, n, k_row, S,
+                factor, D, WIDTH, F, FAR, PEAK, N, True,
             )  # fmt: skip
     for n in tl.range(full, last, N, num_stages=STAGES):
-        top, total, heat, far, found, tail = _statistics_step(
-            q, lo, hi, own, top, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, n, k_row, S, factor, D, WIDTH,
-            F, FAR, N, False,
+        top, column, total, heat, far, found, tail = _statistics_step(
+            q, lo, hi, own, top, column, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, n, k_row, S,
+            factor, D, WIDTH, F, FAR, PEAK, N, False,
         )  # fmt: skip
     for n in tl.range(last, most, N, num_stages=STAGES):
-        top, total, heat, far, found, tail = _statistics_step(
-            q, lo, hi, own, top, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, n, k_row, S, factor, D, WIDTH,
-            F, FAR, N, True,
+        top, column, total, heat, far, found, tail = _statistics_step(
+            q, lo, hi, own, top, column, total, heat, far, found, tail, k_ptr, high_ptr, low_ptr, n, k_row, S,
+            factor, D, WIDTH, F, FAR, PEAK, N, True,
         )  # fmt: skip
     r = first + tl.arange(0, M)
     at = (pair * G + r % G) * T + t
@@ -133,6 +140,9 @@ def statistics(
     log = tl.log2(total)
     tl.store(lse_ptr + at, tl.where(some_seen, (top + log) * _LN2, float("-inf")), mask=t < T)
     tl.store(entropy_ptr + at, (log - heat / total) * _LN2, mask=t < T)
+    if PEAK:
+        tl.store(peak_ptr + at, top * _LN2, mask=t < T)
+        tl.store(column_ptr + at, column, mask=t < T)
     if FAR:
         tl.store(far_ptr + at, far / total, mask=t < T)
     if F > 0:

@@ -14,7 +14,7 @@ Legend: B batch, H query heads, Hkv key/value heads, T queries, S keys, d channe
 ``S - T + t`` and sees the columns up to its own, or those of ``spans``: first and end ``[B, T]`` of a range.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -41,12 +41,15 @@ class Rows(NamedTuple):
         entropy: in nats.
         distance: expected ``t - s`` in columns, where it was asked for.
         found: expected features ``[B, H, T, F]``.
+        peak, column: greatest logit and its column (int32, -1 for none), where they were asked for.
     """
 
     lse: Tensor
     entropy: Tensor
     distance: Tensor
     found: Tensor
+    peak: Tensor
+    column: Tensor
 
 
 class _Config(NamedTuple):
@@ -92,15 +95,20 @@ def _bounds(spans: Spans | None, like: Tensor) -> Spans:
 
 @operator("attention_statistics")
 def _statistics_op(
-    q: Tensor, k: Tensor, features: Tensor, lo: Tensor, hi: Tensor, scale: float, ranged: bool, distance: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, features: Tensor, lo: Tensor, hi: Tensor, scale: float, ranged: bool, distance: bool,
+    peak: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, heads, length, dim), (_, kv_heads, size, _) = q.shape, k.shape
     count = features.shape[2]
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     entropy, far = torch.empty_like(lse), torch.empty_like(lse) if distance else lse.new_empty(0)
     found = lse.new_empty(*lse.shape, count)
+    top = torch.empty_like(lse) if peak else lse.new_empty(0)
+    column = torch.empty_like(top, dtype=torch.int32)
     if q.numel() == 0 or size == 0:
-        return lse.fill_(-torch.inf), entropy.zero_(), far.zero_(), found.zero_()
+        return (
+            lse.fill_(-torch.inf), entropy.zero_(), far.zero_(), found.zero_(), top.fill_(-torch.inf), column.fill_(-1)
+        )  # fmt: skip
     columns = max(16, triton.next_power_of_2(count)) if count else 0
     high, low, unit = _halves(features, columns) if count else (features, features, features)
     config = _config("rows", dim, q.element_size())
@@ -108,21 +116,23 @@ def _statistics_op(
     with torch.cuda.device_of(q):
         launch(
             _probe.statistics, (triton.cdiv(length * group, config.rows), batch * kv_heads),
-            q, k, high, low, lo, hi, lse, entropy, far, found, *_strides(q), *_strides(k),
+            q, k, high, low, lo, hi, lse, entropy, far, found, top, column, *_strides(q), *_strides(k),
             size * columns if features.shape[0] > 1 else 0, kv_heads, length, size, count, scale * _LOG2E, G=group,
-            D=dim, WIDTH=_width(dim), F=columns, FAR=distance, RANGED=ranged, M=config.rows, N=config.keys,
-            STAGES=config.stages, num_warps=config.warps,
+            D=dim, WIDTH=_width(dim), F=columns, FAR=distance, PEAK=peak, RANGED=ranged, M=config.rows,
+            N=config.keys, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
-    return lse, entropy, far, found.mul_(unit) if count else found
+    return lse, entropy, far, found.mul_(unit) if count else found, top, column
 
 
 @_statistics_op.register_fake
 def _(
-    q: Tensor, k: Tensor, features: Tensor, lo: Tensor, hi: Tensor, scale: float, ranged: bool, distance: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, features: Tensor, lo: Tensor, hi: Tensor, scale: float, ranged: bool, distance: bool,
+    peak: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = q.new_empty(q.shape[:3], dtype=torch.float32)
-    far = torch.empty_like(rows) if distance else rows.new_empty(0)
-    return rows, torch.empty_like(rows), far, rows.new_empty(*rows.shape, features.shape[2])
+    far, top = (torch.empty_like(rows) if asked else rows.new_empty(0) for asked in (distance, peak))
+    found = rows.new_empty(*rows.shape, features.shape[2])
+    return rows, torch.empty_like(rows), far, found, top, torch.empty_like(top, dtype=torch.int32)
 
 
 @operator("attention_received")
@@ -156,10 +166,11 @@ def _(q: Tensor, k: Tensor, lse: Tensor, weight: Tensor, lo: Tensor, hi: Tensor,
 @operator("attention_band")
 def _band_op(
     q: Tensor, k: Tensor, lse: Tensor, profile: Tensor, counted: Tensor, lo: Tensor, hi: Tensor, scale: float,
-    ranged: bool,
+    ranged: bool, by_rows: bool, by_columns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, heads, length, dim), (_, kv_heads, size, _) = q.shape, k.shape
-    rows, columns = torch.zeros_like(lse), lse.new_zeros(batch, heads, size)
+    rows = torch.zeros_like(lse) if by_rows else lse.new_empty(0)
+    columns = lse.new_zeros(batch, heads, size) if by_columns else lse.new_empty(0)
     if q.numel() == 0 or size == 0 or len(profile) == 0:
         return rows, columns
     keys = 64 if q.element_size() < 4 else 32
@@ -169,24 +180,27 @@ def _band_op(
         "G": heads // kv_heads, "D": dim, "WIDTH": _width(dim), "RANGED": ranged, "M": keys, "N": keys, "num_warps": 4,
     }  # fmt: skip
     with torch.cuda.device_of(q):
-        launch(
-            _probe.band_rows, (triton.cdiv(length, keys), batch * heads),
-            q, k, profile, lo, hi, lse, rows, *about, *sizes, **const,
-        )  # fmt: skip
-        launch(
-            _probe.band_columns, (triton.cdiv(size, keys), batch * heads),
-            q, k, profile, counted, lo, hi, lse, columns, *about, length if counted.shape[0] > 1 else 0, *sizes,
-            **const,
-        )  # fmt: skip
+        if by_rows:
+            launch(
+                _probe.band_rows, (triton.cdiv(length, keys), batch * heads),
+                q, k, profile, lo, hi, lse, rows, *about, *sizes, **const,
+            )  # fmt: skip
+        if by_columns:
+            launch(
+                _probe.band_columns, (triton.cdiv(size, keys), batch * heads),
+                q, k, profile, counted, lo, hi, lse, columns, *about, length if counted.shape[0] > 1 else 0, *sizes,
+                **const,
+            )  # fmt: skip
     return rows, columns
 
 
 @_band_op.register_fake
 def _(
     q: Tensor, k: Tensor, lse: Tensor, profile: Tensor, counted: Tensor, lo: Tensor, hi: Tensor, scale: float,
-    ranged: bool,
+    ranged: bool, by_rows: bool, by_columns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(lse), lse.new_empty(*lse.shape[:2], k.shape[2])
+    rows = torch.empty_like(lse) if by_rows else lse.new_empty(0)
+    return rows, lse.new_empty(*lse.shape[:2], k.shape[2]) if by_columns else lse.new_empty(0)
 
 
 @operator("attention_pool")
@@ -223,7 +237,7 @@ def _checked(q: Tensor, k: Tensor, scale: float, spans: Spans | None) -> tuple[T
 
 
 def row_statistics(
-    q: Tensor, k: Tensor, *, scale: float, features: Tensor | None = None, distance: bool = False,
+    q: Tensor, k: Tensor, *, scale: float, features: Tensor | None = None, distance: bool = False, peak: bool = False,
     spans: Spans | None = None,
 ) -> Rows:  # fmt: skip
     """Log-sum-exp, entropy and expected features of each row, in one pass over the keys (32 features a pass).
@@ -233,14 +247,15 @@ def row_statistics(
         k: keys ``[B, Hkv, S, d]`` of the same dtype: float32, bfloat16 or float16.
         scale: positive factor on ``q k^T``.
         features: ``[B or 1, S, F]``, exact to 22 bits of the greatest of each feature.
-        distance: whether the expected distance is wanted.
+        distance, peak: whether the expected distance and the greatest logit are wanted.
         spans: what each query sees, where that is not all up to its own column.
     """
     q, k, lo, hi = _checked(q, k, scale, spans)
     parts = [q.new_zeros(1, k.shape[2], 0)] if features is None or not features.shape[2] else features.split(_MOST, 2)
     ranged = spans is not None
     made = [
-        Rows(*_statistics_op(q, k, part, lo, hi, scale, ranged, distance and i == 0)) for i, part in enumerate(parts)
+        Rows(*_statistics_op(q, k, part, lo, hi, scale, ranged, distance and i == 0, peak and i == 0))
+        for i, part in enumerate(parts)
     ]
     return made[0] if len(made) == 1 else made[0]._replace(found=torch.cat([rows.found for rows in made], 3))
 
@@ -262,7 +277,7 @@ def column_sum(
 
 def band(
     q: Tensor, k: Tensor, lse: Tensor, profile: Tensor, *, scale: float, queries: Tensor | None = None,
-    spans: Spans | None = None,
+    by: Literal["rows", "columns", "both"] = "both", spans: Spans | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums of the weights at the distances 0 to W - 1 times ``profile [W]``, by row and by key.
 
@@ -271,6 +286,7 @@ def band(
         lse: from there, of the same spans.
         profile: weights of the distances.
         queries: ``[B or 1, T]``, rows that count by key; None for all.
+        by: which is wanted; the other is empty.
 
     Returns:
         ``[B, H, T]`` and ``[B, H, S]`` float32.
@@ -278,7 +294,9 @@ def band(
     q, k, lo, hi = _checked(q, k, scale, spans)
     counted = lse.new_ones(1, q.shape[2]) if queries is None else queries.float().contiguous()
     profile = profile.to(device=q.device, dtype=torch.float32).contiguous()
-    made: tuple[Tensor, Tensor] = _band_op(q, k, lse, profile, counted, lo, hi, scale, spans is not None)
+    made: tuple[Tensor, Tensor] = _band_op(
+        q, k, lse, profile, counted, lo, hi, scale, spans is not None, by != "columns", by != "rows"
+    )
     return made
 
 

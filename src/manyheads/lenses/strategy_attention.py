@@ -145,11 +145,12 @@ class StrategyAttention(Lens):
                     f"strategy_attention looks for tokens of the role {role!r}, and none are given: watch with "
                     f"roles=TokenSpans({where}{{{role!r}: [[(first, last + 1)]]}}), or set its field span or rows"
                 )
-        return {"mass": WeightedSum(view.columns(self.span)[..., None].float())}
+        column = view.once(("column", self.span), lambda: view.columns(self.span)[..., None].float())
+        return {"mass": WeightedSum(column)}
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory = view.memory
-        count = view.columns(self.span).sum(1)
+        count = view.once(("count", self.span), lambda: view.columns(self.span).sum(1))
         if not view.fresh and "count" in memory:  # a sliding window may have left some behind
             count = torch.maximum(count, memory["count"])
         memory["count"] = count
@@ -157,7 +158,7 @@ class StrategyAttention(Lens):
         weight = found["mass"][..., 0] / count[:, None, None].to(found["mass"].dtype).masked_fill(
             count[:, None, None] == 0, torch.nan
         )
-        lift = weight * _reach(view.call, view.keys)[:, None]
+        lift = weight * view.once("reach", lambda: _reach(view.call, view.keys))[:, None]
         for name, value in (("sra", weight), ("lift", lift)):
             view.add_mean(name, value, rows[:, None])
             view.add_tokens(f"{name} of tokens", value.mean(1), rows)

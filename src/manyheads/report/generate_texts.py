@@ -6,13 +6,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..formatting import percent, size
+from ..formatting import number, percent, size
 from ..generate.texts import pieces
-from .page import Code, Headline, Page, Replies, Section, Text, made
+from .heads import card_of, script_data
+from .inspect import rows_of_heads
+from .page import Cards, Code, Headline, Page, Replies, Section, Text, made
 from .table import Column, Table, print_lines, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..generate.texts import Reply
+    from ..lens import LensResult
 
 __all__ = ["page", "print_facts", "table"]
 
@@ -82,12 +87,13 @@ def print_facts(facts: Mapping[str, Any], console: Console) -> None:
     print_lines([_ONCE.replace("`", ""), *([f"page: {facts['out']}"] if facts["out"] else [])], console)
 
 
-def page(facts: Mapping[str, Any]) -> Page:
-    """The same as a page."""
-    sections = []
-    for prompt in facts["prompts"]:
+def page(facts: Mapping[str, Any], found: Sequence[Sequence[Reply]] = ()) -> Page:
+    """The same as a page, with what lenses saw in the replies that were ``found``."""
+    sections, tables = [], dict[str, Any]()
+    for i, prompt in enumerate(facts["prompts"]):
         replies = [(reply["arm"], _about(reply), *_parted(reply)) for reply in prompt["replies"]]
         sections.append(Section(_title(prompt), [Code(prompt["prompt"]), Replies(replies), table(prompt)]))
+        sections += _looked(prompt, found[i], tables) if found else []
     run = {"command": facts["command"], "environment": facts["environment"]}
     about: list[tuple[str, Any, str]] = [
         ("model", facts["model"], facts["model_class"]), ("dtype", facts["dtype"], ""),
@@ -99,7 +105,48 @@ def page(facts: Mapping[str, Any]) -> Page:
         "others; marked from the first word that is another than the first arm's",
         [Headline(line + ".") for line in _alike(facts["prompts"])],
         [*sections, Section("Read with care", [Text(_ONCE.replace("`", ""))]), made(run, about, "", "made in Python")],
+        *(("inspect.js", script_data(tables, {}, {}, (1, 1))) if tables else ()),
     )  # fmt: skip
+
+
+def _looked(prompt: Mapping[str, Any], replies: Sequence[Reply], tables: dict[str, Any]) -> list[Section]:
+    """What lenses saw in each reply: tables of heads, and a map of heads by step."""
+    sections = []
+    for reply in replies:
+        groups: list[Any] = []
+        for spec, found in reply.found.items():
+            sites = list(dict.fromkeys(site for one in found.tables.values() for site in one.sites))
+            cards = [card_of(one, name, tables, sites) for name, one in found.tables.items() if one.values.shape[2] > 1]
+            shown = [*rows_of_heads(spec, found, tables), *(card for card in cards if card)]
+            if found.notes:
+                groups.append(Text(" ".join(found.notes)))
+            groups += [Cards(shown, spec), *_places(found, reply)]
+        if groups:
+            sections.append(
+                Section(f"{reply.arm}: what its heads did, {prompt['prompt_tokens']} tokens and on", groups)
+            )
+    return sections
+
+
+def _places(found: LensResult, reply: Reply) -> list[Table]:
+    """Records of a lens, with the text of the tokens that they name."""
+    made = []
+    for name, rows in found.records.items():
+        known = [row for row in rows if isinstance(row.get("column"), int) and row["column"] < len(reply.words)]
+        if not known:
+            continue
+        others = [key for key in known[0] if key not in ("prompt", "column")]
+        columns = [Column("token", text=True), Column("place"), *(Column(key) for key in others)]
+        cells: list[list[Any]] = [
+            [repr(reply.words[row["column"]]), str(row["column"]), *(_figure(row[key]) for key in others)]
+            for row in known
+        ]
+        made.append(Table(columns, cells, name))
+    return made
+
+
+def _figure(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def _about(reply: Mapping[str, Any]) -> str:

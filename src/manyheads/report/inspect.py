@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..heads import AblationCurve
     from ..inspect.run import Inspection
 
-__all__ = ["made_of", "page", "print_findings", "read", "run_of"]
+__all__ = ["made_of", "page", "print_findings", "read", "rows_of_heads", "run_of"]
 
 _RECORDS = 25
 _CELL = 160  # characters of a cell
@@ -62,7 +62,7 @@ def page(seen: Inspection) -> Page:
     tokens, plots, prompts, series = token_view(seen)
     first = next((t for f in seen.found.values() for t in f.tables.values() if t.values.shape[2] > 1), None)
     thumbs = [] if first is None else list(_thumbs(first, own, maps, sites))
-    channels = [card for spec, found in seen.found.items() for card in _channels(spec, found, tables)]
+    channels = [card for spec, found in seen.found.items() for card in rows_of_heads(spec, found, tables)]
     settings = seen.run["settings"]
     rows_are = "the tokens of the response" if any(p.roles for p in seen.prompts) else "all tokens but the first"
     shared = "Parts of the first token and of named roles come first; what is left is shared by distance."
@@ -101,7 +101,7 @@ def page(seen: Inspection) -> Page:
                 ) if tokens else None, tokens, Cards(plots),
             ]),
             Section("Curves", [Cards(list(_curves(seen)))]),
-            Section("Channels", [Cards(channels)]), Section("Found one by one", list(_records(seen))),
+            Section("Channels and steps", [Cards(channels)]), Section("Found one by one", list(_records(seen))),
             Section("Ablation", [_curve(*seen.curve) if seen.curve else None]),
             made_of(seen.run, "Intervals are a bootstrap over prompts; with one prompt there are none. A score says "
                   "what a head does on this text, not what it is for: --ablate SCORE takes heads out and measures."),
@@ -236,10 +236,12 @@ def _thumbs(first: HeadTable, own: Any, maps: dict[str, str], sites: Sequence[st
             yield f"{first.layers[head[0]]}.{at}", number(first.mean[head]), source
 
 
-def _channels(spec: str, found: Any, tables: dict[str, Any]) -> Iterator[Card]:
-    """Maps of channels: a row for each head, the heads of a layer beside one another."""
+def rows_of_heads(spec: str, found: Any, tables: dict[str, Any]) -> Iterator[Card]:
+    """Maps of channels or steps: a row for each head, the heads of a layer beside one another."""
     layers = next((t.layers for t in found.tables.values()), ())
-    for name, values in found.channels.items():
+    for what, name, values in (
+        *(("channel", *item) for item in found.channels.items()), *(("step", *item) for item in found.steps.items())
+    ):  # fmt: skip
         x = np.asarray(values, float)
         x = x[:, None] if x.ndim == 2 else x
         flat, heads = x.reshape(-1, x.shape[2]), x.shape[1]
@@ -250,9 +252,9 @@ def _channels(spec: str, found: Any, tables: dict[str, Any]) -> Iterator[Card]:
         tag = f"c{len(tables)}"
         if flat.size <= 40_000:
             tables[tag] = {"mean": plain(flat), "names": rows}
-        alt = f"{name} by head and channel, from {number(float(np.nanmin(flat)))} to {number(float(np.nanmax(flat)))}"
+        alt = f"{name} by head and {what}, from {number(float(np.nanmin(flat)))} to {number(float(np.nanmax(flat)))}"
         columns = [str(i) for i in range(x.shape[2])]
-        picture, log = pictures(flat, rows, columns, alt, ("layer.head", "channel"), tag)
+        picture, log = pictures(flat, rows, columns, alt, ("layer.head", what), tag)
         yield Card(f"{name}: {spec.partition(':')[0]}", picture, alt, log, width="wide")
 
 

@@ -81,19 +81,21 @@ class ActiveDormant(Lens, Residual):
 
     def statistics(self, view: AttentionView) -> dict[str, Statistic]:
         sink = view.columns(self.sink)
-        mass = WeightedSum(torch.stack([sink, view.keys], -1).float())  # on the sink, and in all
+        both = view.once(("sink, all", self.sink), lambda: torch.stack([sink, view.keys], -1).float())
+        mass = WeightedSum(both)
         if self.attention == "relu":
             with torch.no_grad():
                 mass.update(relu_weights(view.call), 0, view.call.q.shape[2])
             view.memory["mass"] = mass.result()
             return {}
-        return {"mass": mass, "gap": MeanLogWeight(torch.stack([sink, ~sink], -1)) if self.gap == "mean" else Gap(sink)}
+        if self.gap == "lse":
+            return {"mass": mass, "gap": Gap(sink)}
+        apart = view.once(("sink, others", self.sink), lambda: torch.stack([sink, ~sink], -1))
+        return {"mass": mass, "gap": MeanLogWeight(apart)}
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory, length = view.memory, view.call.q.shape[2]
-        columns = view.columns(self.sink)
-        newest = columns if view.cross else columns[:, -length:]
-        counted = view.valid if view.cross else view.valid & ~newest  # rows t >= 1
+        counted, sinks, others = view.once(("parts", self.sink), lambda: self._parts(view))
         rows = counted[:, None]
         mass, everything = (memory.pop("mass") if self.attention == "relu" else found["mass"]).float().unbind(-1)
         view.add_mean("sink", mass, rows)
@@ -109,18 +111,25 @@ class ActiveDormant(Lens, Residual):
             return  # the source was counted before
         values = view.call.v if view.cross else view.call.v[:, :, -length:]
         norms = repeat_kv(torch.linalg.vector_norm(values.float(), dim=-1, keepdim=True), view.call.q.shape[1])[..., 0]
+        view.add_mean("value of sink", norms, sinks[:, None])
+        view.add_mean("value of others", norms, others[:, None])
+        memory["now"] = None if view.cross else (view.memo, sinks, counted, view.fresh)
+
+    def _parts(self, view: AttentionView) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that are counted, and which of the newest tokens are sinks and which not."""
+        columns = view.columns(self.sink)
+        newest = columns if view.cross else columns[:, -view.call.q.shape[2] :]
         tokens = view.keys if view.cross else view.valid
-        view.add_mean("value of sink", norms, (newest & tokens)[:, None])
-        view.add_mean("value of others", norms, (tokens & ~newest)[:, None])
-        memory["now"] = None if view.cross else (newest & view.valid, counted, view.fresh)
+        counted = view.valid if view.cross else view.valid & ~newest  # rows t >= 1
+        return counted, newest & tokens, tokens & ~newest
 
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         if memory.get("now") is not None:  # else the block looks at another sequence first
             norms = torch.linalg.vector_norm(hidden.detach().float(), dim=-1)
-            sink, others, fresh = memory["now"]
-            for name, rows in (("stream of sink", sink), ("stream of others", others)):
-                total = norms.masked_fill(~rows, 0).sum(1, keepdim=True)
-                memory.setdefault(name, RunningMean()).add(total, rows.sum(1, keepdim=True), fresh)
+            memo, *parts, fresh = memory["now"]
+            for name, rows in zip(("stream of sink", "stream of others"), parts, strict=True):
+                others, count = memo.counted(rows[:, None])
+                memory.setdefault(name, RunningMean()).add(norms[:, None].masked_fill(others, 0).sum(-1), count, fresh)
         return hidden
 
     def compute(self, sites: Sequence[tuple[Site, Memory]]) -> LensResult:

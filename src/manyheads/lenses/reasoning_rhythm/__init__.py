@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ...call import Site
@@ -92,14 +93,18 @@ class ReasoningRhythm(Lens):
         )
 
     def statistics(self, view: AttentionView) -> dict[str, Statistic]:
+        near, far, masks = view.once(("rhythm", self.window, self.nearest, self.farthest), lambda: self._features(view))
+        return {
+            "mass": WeightedSum(masks), "distance": Distance(), "near": Band(near, by="rows"),
+            "far": Band(far, view.rows("response"), by="columns"),
+        }  # fmt: skip
+
+    def _features(self, view: AttentionView) -> tuple[Tensor, Tensor, Tensor]:
+        """Profiles of both bands, and indicators of all keys and of the first."""
         device = view.call.q.device
         near = self.window - torch.arange(self.window, device=device, dtype=torch.float32)
         far = (torch.arange(self.farthest + 1, device=device) >= self.nearest).float()
-        masks = torch.stack([torch.ones_like(view.keys), view.first()], -1)
-        return {
-            "mass": WeightedSum(masks.float()), "distance": Distance(), "near": Band(near),
-            "far": Band(far, view.rows("response")),
-        }  # fmt: skip
+        return near, far, torch.stack([torch.ones_like(view.keys), view.first()], -1).float()
 
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory, fresh = view.memory, view.fresh
