@@ -20,6 +20,7 @@ import json
 import statistics
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -101,9 +102,15 @@ def in_turns(
             except torch.OutOfMemoryError:
                 failed[name] = "out of memory"
                 continue
+            except Exception as error:  # the other cases go on
+                failed[name] = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+                continue
             if turn >= warm:
                 times[name].append(found)
     rows: dict[str, Row] = {}
+    if "plain" in failed:
+        return {"plain": {"error": failed["plain"]}}
     base = statistics.median(s for s, _ in times["plain"])
     floor = max(peak for _, peak in times["plain"])
     for name, found in times.items():
@@ -140,7 +147,7 @@ def transformer_lens(model: LlamaForCausalLM) -> Callable[[torch.Tensor], Any]:
     return forward
 
 
-def reading(model: LlamaForCausalLM, length: int, timer: Timer, runs: int) -> dict[str, Row]:
+def reading(model: LlamaForCausalLM, length: int, timer: Timer, runs: int, warm: bool) -> dict[str, Row]:
     """Forwards over a prompt."""
     device = next(model.parameters()).device
     ids = torch.randint(0, VOCABULARY, (1, length), device=device)
@@ -172,7 +179,7 @@ def reading(model: LlamaForCausalLM, length: int, timer: Timer, runs: int) -> di
     bytes_of_maps = model.config.num_hidden_layers * model.config.num_attention_heads * length**2 * 2
     if bytes_of_maps < 30 * 2**30:
         cases["maps"] = lambda: maps
-    return in_turns(cases, timer, runs) | (
+    return in_turns(cases, timer, runs, warm) | (
         {} if "maps" in cases else {"maps": {"error": f"{bytes_of_maps / 2**30:.0f} GiB of maps do not fit"}}
     )
 
@@ -277,10 +284,24 @@ def main() -> None:
     device = next(model.parameters()).device
     timer = Timer(device)
     result: Row = {"layers": model.config.num_hidden_layers, "lenses": LENSES, "reading": [], "writing": []}
-    for length, runs in {64: 2, 256: 2}.items() if small else {4096: 7, 32768: 3, 131072: 1}.items():
-        result["reading"] += listed(length, reading(model, length, timer, runs))
-    for length, tokens in {64: 70, 256: 70}.items() if small else {4096: 192, 131072: 128}.items():
-        result["writing"] += listed(length, writing(model, length, tokens, timer, 2 if small else 3))
+    path = options.json or (None if small else Path(__file__).with_suffix(".json"))
+
+    def store() -> None:
+        """Write what is known so far."""
+        result["total_seconds"] = round(time.perf_counter() - begun, 1)
+        if path is not None:
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    result |= {"environment": environment(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    # (what, tokens before, tokens written or 0, runs, whether one more comes first): the most wanted come first
+    plan = [(64, 70, 2, True), (64, 0, 2, True), (256, 70, 2, True), (256, 0, 2, True)]
+    if not small:
+        plan = [(4096, 192, 3, True), (4096, 0, 7, True), (131072, 128, 2, True), (131072, 0, 1, False)]
+        plan += [(32768, 0, 3, True)]
+    for length, tokens, runs, warm in plan:
+        made = writing(model, length, tokens, timer, runs) if tokens else reading(model, length, timer, runs, warm)
+        result["writing" if tokens else "reading"] += listed(length, made)
+        store()
     if options.profile is not None:
         profiled(model, 64 if small else 4096, options.profile)
     if find_spec("transformer_lens") is not None:  # last, since it puts hooks of its own on the model
@@ -292,13 +313,7 @@ def main() -> None:
         seconds = statistics.median(timer(lambda: forward(ids))[0] for _ in range(4))
         found = {"seconds": seconds, "times_plain": round(seconds / floor, 3), "version": version("transformer-lens")}
         result["reading"] += listed(length, {"transformer_lens": found})
-    result |= {
-        "environment": environment(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "total_seconds": round(time.perf_counter() - begun, 1),
-    }  # fmt: skip
-    path = options.json or (None if small else Path(__file__).with_suffix(".json"))
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    store()
     print(f"{result['total_seconds']} s in all")
 
 

@@ -114,3 +114,12 @@ def test_strangers_are_refused():
             probe.row_statistics(*given, scale=1.0)
     with pytest.raises(UserError, match="attention probe"):
         probe.row_statistics(q, k[:, :2], scale=-1.0)
+
+
+def test_of_equal_logits_the_first_counts():
+    q, k = torch.zeros(1, 4, 40, 16), torch.randn(1, 2, 90, 16)
+    found = probe.row_statistics(q, k, scale=1.0, peak=True)
+    assert not found.column.any() and not found.peak.any()
+    ends = torch.arange(40)[None]
+    later = probe.row_statistics(q, k, scale=1.0, peak=True, spans=(ends + 3, ends + 50))
+    assert torch.equal(later.column, (ends + 3).int()[:, None].expand(1, 4, -1))

@@ -90,6 +90,13 @@ class Case:
         column = torch.arange(self.k.shape[2])
         return torch.stack([column == 0, column % 2 == 1], -1)[None]
 
+    def logits_at(self, column: Tensor) -> Tensor:
+        """The float64 logits in columns ``[B, H, T]``, -inf at -1: of two that nearly tie either may be named."""
+        keys = self.k.double().repeat_interleave(self.q.shape[1] // self.k.shape[1], 1)
+        index = column.long().clamp(min=0)[..., None].expand(*column.shape, keys.shape[3])
+        found = (self.q.double() * keys.gather(2, index)).sum(-1) * self.scale
+        return found.masked_fill(column < 0, -torch.inf)
+
     def truth(self, shift: int = 0) -> dict[str, Tensor]:
         """From the map in float64; ``shift`` moves the keys along, for a wrong variant."""
         heads, length, size = self.q.shape[1], self.q.shape[2], self.k.shape[2]
@@ -113,7 +120,7 @@ class Case:
             "band_columns": (near * self.counted[:, None, :, None]).sum(2), "pooled": cells / (high * wide),
             "columns": a[..., self.index()], "distance": (a * back).sum(-1), "log": torch.stack(logs, -1),
             "powers": torch.stack([a.pow(power).sum(-1).log() for power in (2, 3)], -1), "peak": x.amax(-1),
-            "column": x.argmax(-1).masked_fill(~self.mask().any(-1), -1),
+            "column": x.amax(-1),
         }  # fmt: skip
 
     def kernels(self, device: str = "cpu") -> dict[str, Tensor]:
@@ -135,7 +142,7 @@ class Case:
             "pooled": poisoned(probe.pool, q, k, lse, self.cells, **about),
         }  # fmt: skip
         assert all(x.dtype == torch.float32 for x in made.values())
-        made["column"] = column
+        made["column"] = self.logits_at(column.cpu())
         return {name: x.cpu() for name, x in made.items()}
 
 
@@ -169,4 +176,5 @@ def flat(case: Case, found: list[object]) -> dict[str, Tensor]:
     made = dict(zip(case.statistics(), found, strict=True))
     rows, columns = made.pop("band")  # type: ignore[misc]
     peak, column = made.pop("peak")  # type: ignore[misc]
-    return {**made, "band_rows": rows, "band_columns": columns, "peak": peak, "column": column}  # type: ignore[dict-item]
+    at = case.logits_at(column.cpu())  # type: ignore[attr-defined]
+    return {**made, "band_rows": rows, "band_columns": columns, "peak": peak, "column": at}  # type: ignore[dict-item]

@@ -5,11 +5,15 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import StaticCache
 
+import manyheads
 from kernels.probe_cases import KINDS, build, errors, flat
 from manyheads import kernels
 from manyheads.calls.weights import measure
-from tolerance import DEVICE
+from manyheads.lenses.head_statistics import MEASURES
+from oracles import models
+from tolerance import DEVICE, is_close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,3 +77,23 @@ def test_two_runs_give_the_same_bits():
     for _ in range(5):
         for name, x in case.kernels("cuda").items():
             assert torch.equal(x, first[name]), name
+
+
+def test_steps_of_a_generation():
+    """What waits is looked at by kernels, what does not by blocks; both are what the CPU says of the same text."""
+    ids, found = models.tokens(2, 20), []
+    cpu = models.tiny("llama")
+    text = cpu.generate(ids, max_new_tokens=40, do_sample=False)
+    for device, how in (("cpu", {}), ("cuda", {}), ("cuda", {"cache_implementation": "static"})):
+        model, cache = models.build("llama").to(device), None
+        with manyheads.watch(model, "head_statistics", "active_dormant") as seen, torch.no_grad():
+            if how:
+                cache = StaticCache(config=model.config, max_cache_len=70)
+            out = model(text[:, :20].to(device), past_key_values=cache, use_cache=True)
+            for i in range(20, 59):
+                out = model(text[:, i : i + 1].to(device), past_key_values=out.past_key_values)
+        found.append((seen.compute(0).steps, seen.compute(1).tables["sink"].values))
+    for steps, sink in found[1:]:
+        assert is_close(sink, found[0][1], DEVICE)
+        assert all(is_close(steps[name], found[0][0][name], DEVICE) for name in MEASURES if name != "top")
+        assert (steps["top"] == found[0][0]["top"]).mean() > 0.99

@@ -261,6 +261,10 @@ def test_steps_are_kept_up_to_a_number():
         steps.add(torch.tensor([[float(i)]]), False)
     assert steps.rows()[0].tolist() == [7, 8, 9, 10, 11] and steps.forgotten == [7]
     assert sum(block.shape[1] for block in steps.parts[0]) == 5
+    many = Steps(1000)
+    for i in range(0, 600, 60):
+        many.add(torch.arange(i, i + 60.0).expand(2, -1), i == 0)
+    assert [row.tolist() for row in many.rows()] == [list(range(600))] * 2
     steps.add(torch.zeros(2, 1), True)
     assert [len(row) for row in steps.rows()] == [5, 1, 1]
     found, got, _ = written("llama", "head_statistics:keep=4")

@@ -294,11 +294,12 @@ class SiteState(HookChain):
                 mask, bias = _first_columns(mask, seen), _first_columns(bias, seen)
         elif self.site.kind == "cross":
             step = 0
-        knows = self.eager or implementation_of(module) != "sdpa"  # SDPA reads neither cap nor sinks
+        cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        if not (cap is None and sinks is None) and not self.eager and implementation_of(module) == "sdpa":
+            cap = sinks = None  # SDPA reads neither
         return AttentionCall(
             site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
-            is_causal=is_causal, softcap=kwargs.get("softcap") if knows else None,
-            sinks=kwargs.get("s_aux") if knows else None,
+            is_causal=is_causal, softcap=cap, sinks=sinks,
             dropout=kwargs.get("dropout", 0.0), training=module.training, hidden=self.thread.now.hidden,
             positions=kwargs.get("position_ids"), rotary=_halves(self, module, q.shape[-1]), function=self.function,
             step=step, cache=store, past=past,

@@ -72,7 +72,8 @@ class Waiting:
     def goes_on(self, call: AttentionCall) -> bool:
         """Whether ``call`` is of the next token behind those that wait."""
         rows = self.rows
-        return call.step == self._start + len(rows) and call.past is self._past() and len(call.q) == len(rows[0][0])
+        step = int(call.step)
+        return step == self._start + len(rows) and call.past is self._past() and len(call.q) == len(rows[0][0])
 
     def add(self, call: AttentionCall, out: Tensor) -> None:
         """Let ``call`` wait."""
