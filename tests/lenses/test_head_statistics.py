@@ -254,6 +254,23 @@ def test_tokens_wait_as_they_come_through_a_loop_of_ones_own():
         model(ids[:, :1], past_key_values=cache)
 
 
+def test_a_text_with_its_response_has_the_same_steps():
+    """Read at once as written token by token; the control is a response that begins elsewhere."""
+    model, ids = models.tiny("llama"), models.tokens(1, 12)
+    with manyheads.watch(model, "head_statistics") as seen:
+        text = model.generate(ids, max_new_tokens=8, do_sample=False)
+    found = []
+    for start in (12, 11):
+        with manyheads.watch(model, "head_statistics", roles=TokenSpans({"response": [[(start, 20)]]})) as read:
+            model(text, use_cache=False)
+        found.append(read.compute())
+    for name in NAMES:
+        assert is_close(found[0].steps[name], seen.compute().steps[name], SAME), name
+        assert found[1].steps[name].shape[2] == 9
+    means = [each.tables["prompt entropy"].values for each in (seen.compute(), *found)]
+    assert is_close(means[0], means[1], SAME) and is_far(means[0], means[2])
+
+
 def test_steps_are_kept_up_to_a_number():
     steps = Steps(5)
     steps.add(torch.arange(3.0)[None], True)

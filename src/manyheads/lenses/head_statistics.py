@@ -7,7 +7,8 @@
     found.steps["entropy"]        # [L, H, steps], of the first prompt
     found.tables["logit"].top(5)  # heads with the greatest logits
 
-A step is a token that is chosen: the first is chosen by the last token of the prompt. For each step and head,
+A step is a token that is chosen: the first is chosen by the last token of the prompt. A text that is read with its
+response, as ``manyheads inspect --generate`` does, has the steps of that. For each step and head,
 
 - ``entropy``: ``-sum A log A`` of the weights ``A`` in nats;
 - ``logit``: the greatest logit, scaled and capped, before the softmax: what overflows in low precision, and what
@@ -118,12 +119,13 @@ class HeadStatistics(Lens):
         else:
             first, last = found["first"][..., 0], found["last"][0]
         mine = {"entropy": found["entropy"], "first": first, "last": last}
+        some = _steps(view)
         if not view.decoded:
+            read = view.once("prompt", lambda: view.valid & ~view.rows("response") if view.roles.spans else view.valid)
             for name, x in mine.items():
-                view.add_mean(f"prompt {name}", x.float(), rows)
-        some = slice(None if view.decoded else -1, None)  # of a prompt the last token alone is a step
+                view.add_mean(f"prompt {name}", x.float(), read[:, None])
         place = self._places(view, column[..., some])
-        values = [x[..., some].float() for x in (mine["entropy"], logit, first, last, place)]
+        values = [*(x[..., some].float() for x in (mine["entropy"], logit, first, last)), place.float()]
         steps = view.memory.setdefault("steps", Steps(self.keep))
         steps.add(torch.stack(values, -1).transpose(1, 2), view.fresh)  # [B, steps, H, 5]
         greatest = logit.float().masked_fill(~rows, -torch.inf).amax(-1)
@@ -164,6 +166,19 @@ class HeadStatistics(Lens):
         forgotten = max(max(memory["steps"].forgotten) for _, memory in sites)
         made.notes = _notes(made.tables, forgotten)
         return made
+
+
+def _steps(view: AttentionView) -> slice:
+    """Which queries choose a token: all that came alone; of a text with its response those before each token of that.
+
+    Of any other text the last.
+    """
+    spans = view.roles.spans.get("response", ())
+    if not view.decoded and len(spans) == 1 and len(spans[0]) == 1:
+        start, stop = spans[0][0]
+        if view.start < start < stop <= view.end:
+            return slice(start - 1 - view.start, stop - 1 - view.start)
+    return slice(None if view.decoded else -1, None)
 
 
 def _first_prompt(rows: Sequence[Any]) -> Any:
