@@ -7,8 +7,9 @@ Pre-norm blocks as in Llama: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` w
 no dropout. A mixer that belongs to an architecture with blocks of its own says so by attributes, all optional:
 ``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
 post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01). Mixers with a method ``reduce`` merge
-tokens before their layer (:mod:`manyheads.mixers.maelre`). A mixer of either kind may have a loss of its own,
-``auxiliary``, that its last forward in training left.
+tokens before their layer (:mod:`manyheads.mixers.maelre`); a first one with a method ``prepare`` is given the embeddings,
+and says what is read and what all layers are given (:mod:`manyheads.mixers.skim_attention`). A mixer of either kind may
+have a loss of its own, ``auxiliary``, that its last forward in training left.
 """
 
 import json
@@ -201,6 +202,11 @@ class TokenModel(nn.Module):
             if state is not None:
                 raise UserError(f"{self.strategy.slug} sees whole texts at once: there is no state")
             return each_text(self._restored, x, given.get("mask"), given.get("cu_seqlens")), [None] * len(self.blocks)
+        layout = given.pop("layout", None)
+        if hasattr(self.blocks[0].mixer, "prepare"):
+            first: Any = self.blocks[0].mixer
+            x, shared = first.prepare(x, layout=layout, **given)
+            given |= shared
         after = []
         for i, block in enumerate(self.blocks):
             x, kept = block(x, None if state is None else state[i], **given)

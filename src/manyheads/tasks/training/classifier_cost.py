@@ -50,7 +50,7 @@ class ClassifierCost(MixerSpeed):
         for times in self.times:
             length = times * self.length
             ids = torch.randint(self.vocab, (max(_BATCHES), length), generator=run.torch_rng(length=length))
-            ids = ids.to(run.device)
+            ids = self.read(ids.to(run.device))
             for arm in self.measured(run):
                 with autocast(run.device):
                     kept = [kept_bytes(models[arm.key], ids[:batch]) / (batch * length) for batch in _BATCHES]

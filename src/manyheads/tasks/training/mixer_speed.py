@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ...errors import UserError
 from ...experiment import Metric, Row, RunContext, WorkUnit
@@ -44,6 +45,10 @@ class MixerSpeed(UntrainedTask):
     def cost(self, run: RunContext) -> float:
         return float((self.rounds + _WARM) * len(self.measured(run)) * len(self.times) * self.tokens)
 
+    def read(self, ids: Tensor) -> Tensor:
+        """What a model is given of tokens ``ids [B, T]``."""
+        return ids
+
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         models = self.models(run)
         ids = torch.randint(self.vocab, (self.tokens,), generator=run.torch_rng(tokens=self.tokens)).to(run.device)
@@ -53,7 +58,7 @@ class MixerSpeed(UntrainedTask):
             for turn in range(self.rounds + _WARM):
                 for arm in self.measured(run):
                     for times in self.times:
-                        rows = ids.view(-1, times * self.length)
+                        rows = self.read(ids.view(-1, times * self.length))
                         start = now(run)
                         with autocast(run.device):
                             logits, _ = models[arm.key](rows)
