@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...spec import parse
 from ...strategy import AttentionEdit
 from .layout import check_boxes
-from .skim_attention import Page, SkimAttention, SkimMixer
+from .skim_attention import SkimAttention, SkimMixer
 
 __all__ = ["SkimmingMask", "load_map"]
 
@@ -84,8 +84,7 @@ class SkimmingMask(AttentionEdit):
             return -(gap + 1e-3 * middle)[:, None]
         if mixer is None:
             mixer = load_map(self.weights).to(boxes.device)
-        at = placed.long().cumsum(1) - 1
-        return mixer.weights(Page(mixer.layout_norm(mixer.layout(boxes, at)), None, None)).float()
+        return _in_place(mixer, boxes, placed)
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         if self.seen is None:
@@ -99,6 +98,17 @@ class SkimmingMask(AttentionEdit):
         heads = torch.arange(call.q.shape[1], device=self.seen.device) % self.seen.shape[1]
         seen = self.seen[:, heads].to(call.q.device)
         return call.replace(mask=seen if call.mask is None else call.mask & seen)
+
+
+def _in_place(mixer: SkimMixer, boxes: Tensor, placed: Tensor) -> Tensor:
+    """Weights ``[B, H, T, T]`` of the map between the tokens that are ``placed [B, T]``, 0 elsewhere."""
+    page = mixer.page(boxes, placed.long().cumsum(1) - 1, placed)
+    weights = mixer.weights(page).float()
+    at = (~placed).long().argsort(dim=1, stable=True).argsort(1)  # of each token, its column among those placed first
+    pages, heads, longest, _ = weights.shape
+    rows = at.clamp(max=longest - 1)[:, None, :, None].expand(-1, heads, -1, longest)
+    wide = weights.gather(2, rows).gather(3, at.clamp(max=longest - 1)[:, None, None].expand(-1, heads, at.shape[1], -1))
+    return wide * (placed[:, None, None] & placed[:, None, :, None])
 
 
 def load_map(folder: str | Path) -> SkimMixer:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention whose weights come of the boxes of words alone, once for all layers of a model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import gelu, pad
 
 from ...attention.masks import each_text, neighbours, texts_with_state
 from ...attention.reference import repeat_kv, softmax
@@ -28,6 +28,7 @@ class SkimAttention(Mixer):
             degraded boxes.
         resolution: rows of the tables of coordinates.
         window: keys fewer than so many words away in the text are seen, those of LongSkimformer; None for all.
+        context: layers of an encoder over the layouts, before the map is made of them; the released model has two.
         shared: one map of attention for all layers; else each layer has a query and a key projection of its own.
     """
 
@@ -36,11 +37,12 @@ class SkimAttention(Mixer):
     axes: Axes = field(default="all", metadata={"help": "of a box: all, x, y, centre, order (no box) or none"})
     resolution: int = field(default=1024, metadata={"help": "rows of the tables of coordinates"})
     window: int | None = field(default=None, metadata={"help": "words that a word sees on either side; all without"})
+    context: int = field(default=0, metadata={"help": "layers of an encoder over layouts before the map; released: 2"})
     shared: bool = field(default=True, metadata={"help": "one map of attention for all layers"})
 
     def __post_init__(self) -> None:
-        if self.resolution < 2 or (self.window is not None and self.window < 1):
-            raise UserError("skim_attention: resolution is a number of at least 2 steps, window of at least 1 word")
+        if self.resolution < 2 or self.context < 0 or (self.window is not None and self.window < 1):
+            raise UserError("skim_attention: resolution is at least 2 steps, window at least 1 word, context 0 or more")
 
     def build(self, config: MixerConfig) -> nn.Module:
         if config.causal:
@@ -94,6 +96,34 @@ def _blocks(x: Tensor, window: int) -> Tensor:
     return blocks
 
 
+def _read(weights: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Values ``[N, H, T, d]`` weighted by :func:`layout_weights`: ``[N, T, H * d]``."""
+    if window is None:
+        out = weights.to(v.dtype) @ v
+    else:
+        out = (weights.to(v.dtype) @ neighbours(_blocks(v, window))).flatten(2, 3)[:, :, : v.shape[2]]
+    return out.transpose(1, 2).flatten(2)
+
+
+class LayoutBlock(nn.Module):
+    """A layer of BERT over layouts."""
+
+    def __init__(self, config: MixerConfig, window: int | None) -> None:
+        super().__init__()
+        self.heads, self.window, dim = config.num_heads, window, config.dim
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = projections(replace(config, num_kv_heads=self.heads))
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mixer_norm, self.ffn_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """Layouts ``[N, T, dim]`` of texts of ``lengths [N]``."""
+        q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        read = _read(layout_weights(q, k, lengths, self.window), v, self.window)
+        x = self.mixer_norm(x + self.out_proj(read))
+        y: Tensor = self.ffn_norm(x + self.down(gelu(self.up(x))))
+        return y
+
+
 class SkimMixer(nn.Module):
     """One layer: values of the text, weights of the page. The first layer embeds boxes for all of them."""
 
@@ -104,6 +134,7 @@ class SkimMixer(nn.Module):
         if config.layer == 0:
             self.layout = LayoutEmbedding(config.dim, strategy.axes, strategy.resolution)
             self.layout_norm = nn.LayerNorm(config.dim)
+            self.context = nn.ModuleList(LayoutBlock(config, strategy.window) for _ in range(strategy.context))
         if config.layer == 0 or not strategy.shared:
             self.q_proj, self.k_proj = q_proj, nn.Linear(config.dim, q_proj.out_features, bias=False)
 
@@ -112,10 +143,18 @@ class SkimMixer(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         """What the first layer reads, as it is, and for all layers the page of boxes ``layout [B, T, 4]``."""
         at = positions_of(*x.shape[:2], x.device, mask, None, cu_seqlens)
-        embedded = self.layout_norm(self.layout(layout, at).to(self.layout_norm.weight.dtype))
+        page = self.page(layout, at, mask, cu_seqlens)
+        return x, {"page": replace(page, weights=self.weights(page)) if self.strategy.shared else page}
+
+    def page(
+        self, layout: Tensor | None, positions: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Page:
+        """Layouts of boxes ``[B, T, 4]``, or of ``positions [B, T]``, without weights."""
+        embedded = self.layout_norm(self.layout(layout, positions).to(self.layout_norm.weight.dtype))
         _, (texts, lengths) = texts_with_state(lambda rows, n: (rows, (rows, n)), embedded, mask, cu_seqlens)
-        page = Page(texts, lengths, None)
-        return x, {"page": Page(texts, lengths, self.weights(page)) if self.strategy.shared else page}
+        for block in self.context:
+            texts = block(texts, lengths)
+        return Page(texts, lengths, None)
 
     def weights(self, page: Page) -> Tensor:
         """Of this layer's own queries and keys."""
@@ -142,9 +181,5 @@ class SkimMixer(nn.Module):
     def _mixed(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Values of texts ``rows [N, T, dim]`` weighted."""
         v = repeat_kv(split_heads(self.v_proj(rows), self.config.num_kv_heads), self.config.num_heads)
-        if (window := self.strategy.window) is not None:
-            out = (weights.to(v.dtype) @ neighbours(_blocks(v, window))).flatten(2, 3)[:, :, : v.shape[2]]
-        else:
-            out = weights.to(v.dtype) @ v
-        y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        y: Tensor = self.out_proj(_read(weights, v, self.strategy.window))
         return y
