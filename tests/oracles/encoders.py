@@ -32,7 +32,8 @@ VARIANTS = {
     "tkl_local": ["tkl_local:chunk=6,overlap=2", "tkl_local:chunk=5,overlap=1", "tkl_local:chunk=0"],
     "longvq": ["longvq:block=4,codes=5,key_dim=8", "longvq:block=0,codes=7,key_dim=8"],
     "skim_attention": [
-        "skim_attention:window=7,context=1,resolution=70", "skim_attention:shared=false", "skim_attention:axes=order,resolution=80",
+        "skim_attention:window=7,context=1,resolution=70", "skim_attention:shared=false",
+        "skim_attention:axes=order,resolution=80",
         "skim_attention.embeddings:resolution=70,position=none",
     ],
     "mra": ["mra:block=4,per_row=2", "mra:block=4,per_row=4,sparse=true,band=3", "mra:block=5,per_row=0"],

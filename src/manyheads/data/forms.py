@@ -149,7 +149,9 @@ def _ordered(sheet: _Sheet, rng: np.random.Generator, style: Literal["beside", "
     }[order]  # fmt: skip
     words, *numbers = zip(*(sheet.words[i] for i in at), strict=True)
     table = torch.tensor(numbers).T
-    return Form(tuple(map(str, words)), table[:, :4].contiguous(), table[:, 4].clone(), order, style, table[:, 5].clone())
+    return Form(
+        tuple(map(str, words)), table[:, :4].contiguous(), table[:, 4].clone(), order, style, table[:, 5].clone()
+    )
 
 
 def stacked(forms: list[Form]) -> Tensor:

@@ -7,9 +7,9 @@ Pre-norm blocks as in Llama: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))`` w
 no dropout. A mixer that belongs to an architecture with blocks of its own says so by attributes, all optional:
 ``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
 post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01). Mixers with a method ``reduce`` merge
-tokens before their layer (:mod:`manyheads.mixers.maelre`); a first one with a method ``prepare`` is given the embeddings,
-and says what is read and what all layers are given (:mod:`manyheads.mixers.skim_attention`). A mixer of either kind may
-have a loss of its own, ``auxiliary``, that its last forward in training left.
+tokens before their layer (:mod:`manyheads.mixers.maelre`); a first one with a method ``prepare`` is given embeddings,
+and says what is read and what all layers are given (:mod:`manyheads.mixers.skim_attention`). A mixer of either kind
+may have a loss of its own, ``auxiliary``, that its last forward in training left.
 """
 
 import json

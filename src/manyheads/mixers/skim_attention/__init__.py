@@ -25,9 +25,10 @@ of an encoder that was trained without layout:
 
 Differs from the released code: blocks are those that all mixers here have (pre-norm, RMSNorm, SwiGLU, no dropout), and
 there are no segment embeddings; a model that is given no boxes takes the words' numbers, as with ``axes=order``.
-``context=2`` is its optional encoder over the layouts, which is off by default there and on in its pre-trained model. In a mask, special tokens see and are seen, where the
-released code gives them boxes; an encoder with more heads than the map goes through the map's heads in turn. The
-paper's pre-training on documents is not here: maps are trained on labels of generated forms.
+``context=2`` is its optional encoder over the layouts, which is off by default there and on in its pre-trained model.
+In a mask, special tokens see and are seen, where the released code gives them boxes; an encoder with more heads than
+the map goes through the map's heads in turn. The paper's pre-training on documents is not here: maps are trained on
+labels of generated forms.
 """
 
 from .embeddings import SkimEmbeddings

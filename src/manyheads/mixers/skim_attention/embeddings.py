@@ -52,5 +52,5 @@ class _Embedded(PositionedMixer):
         self, x: Tensor, *, layout: Tensor | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """The words ``x [B, T, dim]`` plus embeddings of their boxes ``layout [B, T, 4]``."""
-        at = positions_of(*x.shape[:2], x.device, mask, None, cu_seqlens)
+        at = positions_of(x.shape[0], x.shape[1], x.device, mask, None, cu_seqlens)
         return x + self.layout(layout, at), {}

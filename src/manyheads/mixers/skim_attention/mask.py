@@ -81,7 +81,8 @@ class SkimmingMask(AttentionEdit):
             a, b = boxes[:, :, None].float(), boxes[:, None].float()
             gap = torch.maximum(a[..., :2] - b[..., 2:], b[..., :2] - a[..., 2:]).clamp(min=0).norm(dim=-1)
             middle = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]).norm(dim=-1) / 2
-            return -(gap + 1e-3 * middle)[:, None]
+            score: Tensor = -(gap + 1e-3 * middle)[:, None]
+            return score
         if mixer is None:
             mixer = load_map(self.weights).to(boxes.device)
         return _in_place(mixer, boxes, placed)
@@ -105,9 +106,11 @@ def _in_place(mixer: SkimMixer, boxes: Tensor, placed: Tensor) -> Tensor:
     page = mixer.page(boxes, placed.long().cumsum(1) - 1, placed)
     weights = mixer.weights(page).float()
     at = (~placed).long().argsort(dim=1, stable=True).argsort(1)  # of each token, its column among those placed first
-    pages, heads, longest, _ = weights.shape
+    heads, longest = weights.shape[1:3]
     rows = at.clamp(max=longest - 1)[:, None, :, None].expand(-1, heads, -1, longest)
-    wide = weights.gather(2, rows).gather(3, at.clamp(max=longest - 1)[:, None, None].expand(-1, heads, at.shape[1], -1))
+    wide = weights.gather(2, rows).gather(
+        3, at.clamp(max=longest - 1)[:, None, None].expand(-1, heads, at.shape[1], -1)
+    )
     return wide * (placed[:, None, None] & placed[:, None, :, None])
 
 
@@ -128,7 +131,9 @@ def load_map(folder: str | Path) -> SkimMixer:
     if not isinstance(strategy, SkimAttention) or strategy.window is not None:
         raise UserError(f"{folder} was trained with {config['strategy']}, not with skim_attention without a window")
     heads, dim = config["heads"], config["dim"]
-    size = MixerConfig(dim, heads, config["kv_heads"] or heads, dim // heads, 0, config["layers"], config["length"], False)
+    size = MixerConfig(
+        dim, heads, config["kv_heads"] or heads, dim // heads, 0, config["layers"], config["length"], False
+    )
     mixer = SkimMixer(size, strategy)
     held = load_file(place / "model.safetensors")
     mixer.load_state_dict({name.removeprefix(own): x for name, x in held.items() if name.startswith(own)})

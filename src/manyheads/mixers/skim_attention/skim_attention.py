@@ -142,7 +142,7 @@ class SkimMixer(nn.Module):
         self, x: Tensor, *, layout: Tensor | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """What the first layer reads, as it is, and for all layers the page of boxes ``layout [B, T, 4]``."""
-        at = positions_of(*x.shape[:2], x.device, mask, None, cu_seqlens)
+        at = positions_of(x.shape[0], x.shape[1], x.device, mask, None, cu_seqlens)
         page = self.page(layout, at, mask, cu_seqlens)
         return x, {"page": replace(page, weights=self.weights(page)) if self.strategy.shared else page}
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...models.classifier import Classifier, ClassifierConfig
-from ...models.decoder import TokenModel
+from ...models.decoder import DecoderConfig, TokenModel
 from ...training.fit import autocast
 from .mixer_speed import MixerSpeed
 
@@ -41,7 +41,7 @@ class ClassifierCost(MixerSpeed):
     )
 
     @property
-    def config(self) -> ClassifierConfig:
+    def config(self) -> DecoderConfig:
         return ClassifierConfig(self.vocab, self.dim, self.layers, self.heads, length=self.length, classes=2)
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
