@@ -24,9 +24,9 @@ MAIN = (
     Arm(NONE, f"{OWN},axes=none"),
 )  # fmt: skip
 PARTS = (
-    Arm(ORDER, f"{OWN},axes=order"), Arm(CONTEXT, f"{OWN},context=2"),
-    Arm(ADDED, "skim_attention.embeddings:resolution=64,position=none"),
+    Arm(ORDER, f"{OWN},axes=order"), Arm(ADDED, "skim_attention.embeddings:resolution=64,position=none"),
 )  # fmt: skip
+LARGE = Arm(CONTEXT, f"{OWN},context=2")  # more than all parameters of the small models
 
 
 def reading(by: str) -> Arm:
@@ -36,7 +36,7 @@ def reading(by: str) -> Arm:
 
 READERS = tuple(reading(by) for by in ("full", "skim", "nearest", "random"))
 FULL, MASKED, NEAREST, RANDOM = (arm.name for arm in READERS)
-NAMES = tuple(arm.name for arm in (*MAIN, *PARTS))
+NAMES = tuple(arm.name for arm in (*MAIN, *PARTS, LARGE))
 COSTS, LONG = (TEXT, LAYOUT, SKIM, EACH), {"times": 8}
 
 claim = Claim(
@@ -69,7 +69,7 @@ claim = Claim(
                 "page_cost.length": 64, "page_cost.layers": 4, "page_cost.heads": 4, "tokens": 1024, "rounds": 4,
             },
             cuda={
-                "seeds": 5, "form_labels.dim": 128, "form_reader.dim": 128,
+                "arms": (*MAIN, *PARTS, LARGE, *READERS), "seeds": 5, "form_labels.dim": 128, "form_reader.dim": 128,
                 "form_labels.heads": 4, "form_reader.heads": 4, "form_labels.layers": 4, "form_reader.layers": 4,
                 "form_labels.length": 80, "form_reader.length": 80, "batch": 32, "steps": 600, "rates": (1e-3, 3e-3),
                 "tune_steps": 200, "form_labels.samples": 256, "form_reader.samples": 256, "fitted": 384,
