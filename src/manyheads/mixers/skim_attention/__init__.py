@@ -33,10 +33,10 @@ labels of generated forms.
 
 from .embeddings import SkimEmbeddings
 from .layout import LayoutEmbedding, check_boxes, token_boxes
-from .mask import SkimmingMask, load_map
+from .mask import SkimmingMask, load_map, page_weights
 from .skim_attention import SkimAttention, SkimMixer, layout_weights
 
 __all__ = [
     "LayoutEmbedding", "SkimAttention", "SkimEmbeddings", "SkimMixer", "SkimmingMask", "check_boxes", "layout_weights",
-    "load_map", "token_boxes",
+    "load_map", "page_weights", "token_boxes",
 ]  # fmt: skip

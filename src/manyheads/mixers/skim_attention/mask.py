@@ -17,7 +17,7 @@ from ...strategy import AttentionEdit
 from .layout import check_boxes
 from .skim_attention import SkimAttention, SkimMixer
 
-__all__ = ["SkimmingMask", "load_map"]
+__all__ = ["SkimmingMask", "load_map", "page_weights"]
 
 By = Literal["skim", "nearest", "random"]
 
@@ -65,13 +65,12 @@ class SkimmingMask(AttentionEdit):
         """
         boxes = check_boxes(boxes)
         placed = boxes.any(-1)
-        score = self._scores(boxes, placed, mixer).masked_fill(~placed[:, None, None], -torch.inf)
+        score = self._scores(boxes, mixer).masked_fill(~placed[:, None, None], -torch.inf)
         best = score.topk(min(self.top_k, boxes.shape[1]), -1).indices
         seen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
         return replace(self, seen=seen | ~placed[:, None, None] | ~placed[:, None, :, None])
 
-    @torch.no_grad()
-    def _scores(self, boxes: Tensor, placed: Tensor, mixer: SkimMixer | None) -> Tensor:
+    def _scores(self, boxes: Tensor, mixer: SkimMixer | None) -> Tensor:
         """By what keys are chosen, ``[B, H or 1, T, T]``."""
         pages, length = boxes.shape[:2]
         if self.by == "random":
@@ -85,7 +84,7 @@ class SkimmingMask(AttentionEdit):
             return score
         if mixer is None:
             mixer = load_map(self.weights).to(boxes.device)
-        return _in_place(mixer, boxes, placed)
+        return page_weights(mixer, boxes)
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         if self.seen is None:
@@ -101,8 +100,15 @@ class SkimmingMask(AttentionEdit):
         return call.replace(mask=seen if call.mask is None else call.mask & seen)
 
 
-def _in_place(mixer: SkimMixer, boxes: Tensor, placed: Tensor) -> Tensor:
-    """Weights ``[B, H, T, T]`` of the map between the tokens that are ``placed [B, T]``, 0 elsewhere."""
+@torch.no_grad()
+def page_weights(mixer: SkimMixer, boxes: Tensor) -> Tensor:
+    """Skim-Attention ``[B, H, T, T]`` of boxes ``[B, T, 4]``; 0 from and to what has none, all zeros.
+
+    Args:
+        mixer: the first layer of a trained page encoder, see :func:`load_map`, without a window.
+        boxes: int64, 0 to 1000.
+    """
+    placed = boxes.any(-1)
     page = mixer.page(boxes, placed.long().cumsum(1) - 1, placed)
     weights = mixer.weights(page).float()
     at = (~placed).long().argsort(dim=1, stable=True).argsort(1)  # of each token, its column among those placed first
