@@ -69,9 +69,9 @@ claim = Claim(
                 "page_cost.length": 64, "page_cost.layers": 4, "page_cost.heads": 4, "tokens": 1024, "rounds": 4,
             },
             cuda={
-                "arms": (*MAIN, *PARTS, LARGE, *READERS), "seeds": 5, "form_labels.dim": 128, "form_reader.dim": 128,
+                "arms": (*MAIN, *PARTS, LARGE, *READERS), "seeds": 4, "form_labels.dim": 128, "form_reader.dim": 128,
                 "form_labels.heads": 4, "form_reader.heads": 4, "form_labels.layers": 4, "form_reader.layers": 4,
-                "form_labels.length": 80, "form_reader.length": 80, "batch": 32, "steps": 600, "rates": (1e-3, 3e-3),
+                "form_labels.length": 80, "form_reader.length": 80, "batch": 24, "steps": 600, "rates": (1e-3, 3e-3),
                 "tune_steps": 200, "form_labels.samples": 256, "form_reader.samples": 256, "fitted": 384,
                 "top_k": 20, "page_cost.dim": 384, "page_cost.heads": 12, "page_cost.layers": 12,
                 "page_cost.length": 256, "tokens": 16_384, "rounds": 8,

@@ -5,6 +5,9 @@ A mixer is a module ``mixer(x [B, T, dim], *, mask=None, state=None, cu_seqlens=
 ``mask [B, T]`` marks real tokens. The state returned is what the next call goes on from: ``mixer(x)`` equals
 ``mixer(x[:, :a])`` and then ``mixer(x[:, a:], state=...)``. ``cu_seqlens [N + 1]`` packs N sequences in one row.
 
+Where layers share what is made once, of boxes on a page for instance, the first has ``prepare(x, layout=, mask=,
+cu_seqlens=) -> (x, shared)``: what is read, and by name what every layer's mixer is given in addition.
+
 A mixer that is built with ``config.causal`` False sees both sides: it takes whole sequences and has no state.
 """
 

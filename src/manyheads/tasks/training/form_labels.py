@@ -71,10 +71,18 @@ class FormLabels(TrainingTask):
         return PageConfig(self.vocab, self.dim, self.layers, self.heads, length=self.length, labels=len(LABELS))
 
     def batches(self, run: RunContext, seed: int) -> BatchFn[tuple[Tensor, Tensor | None]]:
-        def get_batch(step: int) -> tuple[Tensor, Tensor]:
+        def drawn(step: int) -> tuple[Tensor, Tensor]:
             rng = run.rng(training=seed, step=step)
             forms = [form(rng, self.length) for _ in range(self.batch)]
             return stacked(forms), torch.stack([each.labels for each in forms])
+
+        # the arms of a seed follow each other, and drawing takes longer than a step on a GPU
+        held: dict[int, tuple[Tensor, Tensor]] = run.kept_last("forms", (seed, self.length, self.batch), dict)
+
+        def get_batch(step: int) -> tuple[Tensor, Tensor]:
+            if step not in held:
+                held[step] = drawn(step)
+            return held[step]
 
         return get_batch
 

@@ -87,8 +87,8 @@ class FormReader(FormLabels):
             for part, count in (("probe", self.fitted), ("validation", self.samples), ("test", self.samples))
         }
         states = {part: self._states(run, arm, forms, mixer, seed) for part, forms in parts.items()}
-        labels = {part: torch.stack([each.labels for each in forms]) for part, forms in parts.items()}
-        said = _probe(states, labels)
+        labels = {part: torch.stack([each.labels for each in forms]).to(run.device) for part, forms in parts.items()}
+        said = _probe(states, labels).cpu()
         for i, (each, found) in enumerate(zip(parts["test"], said, strict=True)):
             right = (found == each.labels).float()
             more: dict[str, Any] = {"seed": seed, "at": {"order": each.order}}
@@ -104,7 +104,7 @@ class FormReader(FormLabels):
 
     @torch.no_grad()
     def _states(self, run: RunContext, arm: Arm, forms: Sequence[Form], mixer: Any, seed: int) -> Tensor:
-        """Of the words of forms, ``[N, T, width]`` in float32 on the CPU."""
+        """Of the words of forms, ``[N, T, width]`` in float32."""
         model, tokenizer = reader(run, self.model)
         by, found = self._by(arm), []
         strategy: Any = catalog.load("skim_attention.mask")
@@ -125,8 +125,8 @@ class FormReader(FormLabels):
                 mask = strategy(top_k=self.top_k, by=by, seed=1000 * seed + first)
                 with use(model, mask.on_pages(each_piece.to(run.device), mixer)):
                     out = model(**given).last_hidden_state
-            of = torch.nn.functional.one_hot(words + 1, self.length + 1)[..., 1:].float()
-            found.append((of.mT @ out.float().cpu()) / of.sum(1)[..., None])
+            of = torch.nn.functional.one_hot(words + 1, self.length + 1)[..., 1:].to(run.device, torch.float32)
+            found.append((of.mT @ out.float()) / of.sum(1)[..., None])
             run.advance(float(len(some) * self.length))
         return torch.cat(found)
 
@@ -138,8 +138,8 @@ def _probe(states: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     x = {part: (each - mean) / spread for part, each in x.items()}
     best: tuple[float, Tensor] | None = None
     for penalty in _PENALTIES:
-        weight = torch.zeros(x["probe"].shape[1], len(LABELS), requires_grad=True)
-        bias = torch.zeros(len(LABELS), requires_grad=True)
+        weight = torch.zeros(x["probe"].shape[1], len(LABELS), device=mean.device, requires_grad=True)
+        bias = torch.zeros(len(LABELS), device=mean.device, requires_grad=True)
         solver = torch.optim.LBFGS([weight, bias], max_iter=150, line_search_fn="strong_wolfe")
 
         def closure(
