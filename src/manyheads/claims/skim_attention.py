@@ -89,7 +89,7 @@ claim = Claim(
     caveat=(
         "Forms are generated, with four fields; the paper pre-trains on real documents by masked words and fine-tunes "
         "what it masks. Maps are trained on labels of other forms, the masked encoder is frozen and a probe is fitted. "
-        "Costs are beside flash attention, which keeps no map, where a shared map is kept once. At CPU size encoders are "
-        "still learning, and seeds differ by more than arms."
+        "Costs are beside flash attention, which keeps no map, where a shared map is kept once. At CPU size encoders "
+        "are still learning, and seeds differ by more than arms."
     ),
 )  # fmt: skip
