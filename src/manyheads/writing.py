@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .strategy import Strategy
 
@@ -25,7 +25,7 @@ class Request:
         most: tokens to write at most.
         ends: tokens that end the text; they are no part of it.
         seed: of all that is drawn.
-        cache: has read all of the prompt but its last token; None for a model without one.
+        cache: has read all of the prompt but its last token; None for a loop that reads none.
     """
 
     model: "nn.Module"
@@ -74,7 +74,13 @@ class TokenChoice(Decoding):
 
 
 class DecodingLoop(Decoding):
-    """Writes by a loop of its own over the model."""
+    """Writes by a loop of its own over the model.
+
+    Attributes:
+        reads_cache: whether the prompt has to be in a cache when it begins.
+    """
+
+    reads_cache: ClassVar[bool] = True
 
     @abstractmethod
     def write(self, request: Request) -> Written:

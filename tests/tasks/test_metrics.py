@@ -16,6 +16,8 @@ BETTER = {
     "classifier_cost": ("", "token_time kept products"),
     "channel_damage": ("answered kept grammatical new_token known_token", "swapped text_nll"),
     "codebook_use": ("codebook_perplexity", "key_error"),
+    "denoised_prose": ("", "block_nll"),
+    "denoised_sums": ("solved exact", "ms forwards read written training_nll"),
     "denoising_cost": ("", "seconds attention"),
     "family_counts": ("", "flops state"),
     "family_times": ("rank", "reading token crossover bias seconds"),
@@ -45,13 +47,13 @@ SHARES = {
     "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
     "answered_ok", "swapped", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
-    "shared_head", "stereotyped", "prefers_stereotype",
+    "shared_head", "stereotyped", "prefers_stereotype", "solved", "exact",
 }  # fmt: skip
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
     "family_times.seconds": "s", "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
     "encoder_speed.token_time": "us/token", "classifier_cost.token_time": "us/token",
-    "ranker_cost.document_time": "ms/document",
+    "ranker_cost.document_time": "ms/document", "denoised_sums.ms": "ms",
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {

@@ -145,7 +145,8 @@ def generate(
     if (subject := _language_model(model, dtype, specs)) is not None:
         if wrong := [name for name in used if name in _IMAGES]:
             raise UserError(f"{model} writes text, and {wrong[0]} is of images; leave it away")
-        specs = specs or ([] if lens else ["auto"])
+        plain = "dpad" if subject.fills_masks else "auto"
+        specs = specs or ([] if lens else [plain])
         if protect is not None:
             specs = [spec if spec == "full" else protecting(spec, protect) for spec in specs]
         drawn = read_seeds(seed or 0, seeds, samples)

@@ -123,6 +123,15 @@ class CausalLM(Subject):
         return chats(tokenizer)
 
     @property
+    def fills_masks(self) -> bool:
+        """Whether it is a masked diffusion language model, by its config. Loads no weights."""
+        from .. import models
+        from ..integrations.masked_diffusion import mask_token
+
+        config = getattr(self.model, "config", None) if self._parts is not None else models.config(self.name)
+        return mask_token(config) is not None
+
+    @property
     def max_context(self) -> int:
         """Tokens that the model reads, by its config; 2**40 where that does not say. Loads no weights."""
         if self._parts is not None:
@@ -190,7 +199,7 @@ class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
     kind = "trainable"
-    kinds = (Mixer, Attention, ImagePositions, Residual, Unlearning)
+    kinds = (Mixer, Attention, ImagePositions, Residual, Unlearning, Decoding)
     name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:

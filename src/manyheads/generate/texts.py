@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,13 +19,14 @@ from ..inspect import watch
 from ..inspect.document import document_of
 from ..integrations import use
 from ..integrations.decoding import end_tokens, greedy, write
+from ..integrations.masked_diffusion import mask_token
 from ..integrations.transformers import new_cache, prefill
 from ..lens import Lens, TokenSpans
 from ..models.chat import chat_text, chats, system_span
 from ..questions import split
 from ..spec import parse, split_together
 from ..strategy import Cache, Strategy
-from ..writing import Decoding, Request, Written
+from ..writing import Decoding, DecodingLoop, Request, Written
 
 if TYPE_CHECKING:
     from ..lens import LensResult
@@ -139,6 +140,8 @@ def run(
 ) -> list[list[Reply]]:  # fmt: skip
     """Reply to every prompt under every arm, with the likeliest token unless a strategy of the arm chooses others.
 
+    A masked diffusion language model fills blocks of masks, as ``block_diffusion`` does, where an arm chooses nothing.
+
     A short forward that is not timed goes before, so that the first arm does not pay for what is done once; on a GPU a
     short reply of every arm, for which kernels are loaded and compiled.
 
@@ -232,15 +235,22 @@ def _reply(
     if len(choosing) > 1:
         raise UserError(f"{choosing[0].spec} and {choosing[1].spec} cannot hold together: each chooses what is written")
     model, ids, device = request.model, request.ids, request.ids.device
+    if not choosing and mask_token(model.config) is not None:
+        choosing = [cast(Decoding, parse("block_diffusion"))]
+    cached = not (choosing and isinstance(choosing[0], DecodingLoop) and not choosing[0].reads_cache)
+    if not cached and (keeping.slug != "full" or lenses):
+        beside = f"{keeping.spec} keeps" if keeping.slug != "full" else f"{lenses[0].spec} sees"
+        raise UserError(f"{choosing[0].spec} writes without a cache, reading all anew: {beside} nothing beside it")
     spoken = {"prompt": [[(0, ids.shape[1])]], **({} if span is None else {"system": [[span]]})}
     with ExitStack() as stack:
         stack.enter_context(use(model, *(s for s in acting if s not in choosing)))
         seen = stack.enter_context(watch(model, *lenses, roles=TokenSpans(spoken))) if lenses else None
-        cache = new_cache(model, keeping.with_system(span))
+        cache = new_cache(model, keeping.with_system(span)) if cached else None
         started = _now(device)
-        prefill(model, ids, cache)
+        if cache is not None:
+            prefill(model, ids, cache)
         between = _now(device)
-        held = cache.bytes()
+        held = 0 if cache is None else cache.bytes()
         resumed = _now(device)
         if choosing:
             made = write(choosing[0], replace(request, cache=cache))
@@ -253,9 +263,10 @@ def _reply(
     found = {} if seen is None else {lens.spec: seen.compute(lens) for lens in lenses}
     return Reply(
         arm=arm.key, prompt=prompt, text=str(request.tokenizer.decode(made.tokens, skip_special_tokens=True)),
-        tokens=len(made.tokens), read=ids.shape[1], held=held, at_end=cache.bytes(), reading=between - started,
-        writing=ended - resumed, seed=request.seed if choosing else None, forwards=made.forwards, notes=made.notes,
-        found=found, words=[request.tokenizer.decode([i]) for i in (*ids[0].tolist(), *made.tokens)] if lenses else [],
+        tokens=len(made.tokens), read=ids.shape[1], held=held, at_end=0 if cache is None else cache.bytes(),
+        reading=between - started, writing=ended - resumed, seed=request.seed if choosing else None,
+        forwards=made.forwards, notes=made.notes, found=found,
+        words=[request.tokenizer.decode([i]) for i in (*ids[0].tolist(), *made.tokens)] if lenses else [],
     )  # fmt: skip
 
 
@@ -281,7 +292,7 @@ def facts(replies: Sequence[Sequence[Reply]], model: Any) -> dict[str, Any]:
                 "replies": [
                     {
                         "arm": reply.arm, "text": reply.text, "tokens": reply.tokens, "held_bytes": reply.held,
-                        "held_ratio": reply.held / each[0].held, "end_bytes": reply.at_end,
+                        "held_ratio": reply.held / each[0].held if each[0].held else 1.0, "end_bytes": reply.at_end,
                         "prompt_seconds": reply.reading, "reply_seconds": reply.writing,
                         "differs_at": differs(reply.text, each[0].text), "seed": reply.seed,
                         "forwards": reply.forwards, "notes": reply.notes,
