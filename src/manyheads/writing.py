@@ -50,12 +50,15 @@ class Written:
     Attributes:
         tokens: of the text, the prompt left away.
         forwards: of the model, one after the other; what runs side by side in a batch counts once.
-        notes: other figures that the strategy has to tell, by name, of JSON's types.
+        notes: other figures that the strategy has to tell, by name, of JSON's types; under ``texts`` what else was
+            written, by whom.
+        held: bytes of the cache at the end, where the strategy kept one of its own; None where it used the request's.
     """
 
     tokens: list[int]
     forwards: int
     notes: dict[str, Any] = field(default_factory=dict)
+    held: int | None = None
 
 
 class Decoding(Strategy, ABC):

@@ -263,11 +263,18 @@ def _reply(
     found = {} if seen is None else {lens.spec: seen.compute(lens) for lens in lenses}
     return Reply(
         arm=arm.key, prompt=prompt, text=str(request.tokenizer.decode(made.tokens, skip_special_tokens=True)),
-        tokens=len(made.tokens), read=ids.shape[1], held=held, at_end=0 if cache is None else cache.bytes(),
+        tokens=len(made.tokens), read=ids.shape[1], held=held, at_end=_end(cache, made),
         reading=between - started, writing=ended - resumed, seed=request.seed if choosing else None,
         forwards=made.forwards, notes=made.notes, found=found,
         words=[request.tokenizer.decode([i]) for i in (*ids[0].tolist(), *made.tokens)] if lenses else [],
     )  # fmt: skip
+
+
+def _end(cache: Any, made: Written) -> int:
+    """Bytes that a reply held at its end."""
+    if made.held is not None:
+        return made.held
+    return 0 if cache is None else int(cache.bytes())
 
 
 def _now(device: torch.device) -> float:
