@@ -25,9 +25,9 @@ from manyheads.integrations.decoding import write
 from manyheads.integrations.shared_blocks import Block, SharedBlocks
 from manyheads.integrations.transformers import new_cache, prefill
 from manyheads.writing import Request
-from tiny.serial import Serial, exact
 from tiny import chat
 from tiny.compare import tiny
+from tiny.serial import Serial, exact
 from tolerance import DEEP, assert_close, is_far
 
 SIZES = {
@@ -53,7 +53,11 @@ def model(request):
 def script(read, move, block):
     """Three workers over a prompt and a heading, with texts of unequal lengths, and a paragraph that moves."""
     prompt, past, heading, a, b, c = (block(name) for name in ("prompt", "past", "heading", "a", "b", "c"))
-    out = [read([([prompt], IDS[:9])]), read([([prompt, past], IDS[9:12])]), read([([prompt, past, heading], IDS[12:14])])]
+    out = [
+        read([([prompt], IDS[:9])]),
+        read([([prompt, past], IDS[9:12])]),
+        read([([prompt, past, heading], IDS[12:14])]),
+    ]
     views = [[prompt, past, *others, heading, own] for own, others in ((a, [b, c]), (b, [c, a]), (c, [a, b]))]
     fed = [[[4], [5, 6, 7], [8, 9]], [[10], [11], [12]], [[13], [14], [15]]]
     out += [read(list(zip(views, tokens, strict=True))) for tokens in fed]
@@ -155,12 +159,14 @@ def test_the_prompt_is_held_once_and_its_tensors_are_those_of_its_cache():
             assert first == 0 and keys.shape[2] == 400
             assert keys.untyped_storage().data_ptr() == layer.store.keys.untyped_storage().data_ptr()
             assert torch.equal(values, layer.store.values[:, :, :400])
-        stored = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.store.keys, layer.store.values))
+        stored = sum(
+            x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.store.keys, layer.store.values)
+        )
         request = Request(model, None, ids, 4, cache=cache)
         held = {n: write(parse(f"hogwild:workers={n},told=false"), request).held for n in (1, 8)}
     token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, channels, bytes
     assert stored >= 499 * token
-    assert held[1] == stored + 64 * token and held[8] == stored + 8 * 64 * token
+    assert held[1] == stored + 16 * token and held[8] == stored + 8 * 16 * token
 
 
 STEP = "Some of it is done. \n\n"
@@ -203,7 +209,7 @@ def test_what_workers_see_in_each_layout(talking, monkeypatch, layout):
     else:
         assert blocks == [there.head, there.common, titles[0], alice.block, carol.block, titles[1], bob.block]
     if layout != "contiguous":
-        assert reader.decode(there.past) == "**Alice [1]:** " + STEP
+        assert reader.decode(there.past) == "**Alice [1]:** I am Alice. We can divide the work like this: " + STEP
         assert there.common.length == len(there.rules) + len(there.past) - 1  # the last is read with what follows
         assert reader.decode(alice.step).startswith("**Alice [2]:** Quick check")
     assert made.held == there.blocks.nbytes(there.head, there.common, *titles, *(w.block for w in there.workers))
@@ -236,15 +242,18 @@ def test_a_boxed_answer_ends_it_and_a_majority_answers(talking, monkeypatch):
 
 def test_told_workers_do_not_end_and_others_do(talking):
     model, reader, ids = talking
-    every = frozenset(range(1500)) - {7}
+    sharp = {reader.encode(text)[0] for text in ("#", "##", "###")}
+    every = frozenset(range(1500)) - {7} - sharp
     told = room(model, ids, "hogwild:finish=2", 8, reader, ends=every)
-    assert told.notes["steps"] == 6 and set(told.notes["texts"].values()) == {reader.decode([7] * 6)}
+    assert told.notes["steps"] == 6 and set(told.notes["texts"].values()) == {reader.decode([7] * 6)}  # and no headings
     assert room(model, ids, "hogwild:finish=2,told=false", 8, reader, ends=every).notes["steps"] == 1
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
 REFUSED = {
-    "no rotary positions": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0)),
+    "no rotary positions": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0)
+    ),
     "by the length": lambda: LlamaForCausalLM(LlamaConfig(**DYNAMIC, **SIZES)),
     "no plain rotary": lambda: SmolLM3ForCausalLM(SmolLM3Config(**{**SIZES, "num_hidden_layers": 4})),
 }  # fmt: skip

@@ -19,7 +19,9 @@ def exact(model):
             gain = 1 + module.weight if "Gemma" in type(module).__name__ else module.weight
             eps = getattr(module, "variance_epsilon", None) or module.eps
             module.forward = lambda x, gain=gain, eps=eps: x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gain
-    model.model.rotary_emb = (Typed if hasattr(model.config, "query_pre_attn_scalar") else Plain)(model.model.rotary_emb)
+    model.model.rotary_emb = (Typed if hasattr(model.config, "query_pre_attn_scalar") else Plain)(
+        model.model.rotary_emb
+    )
     return model.eval()
 
 
@@ -69,7 +71,9 @@ class Layer(CacheLayerMixin):
         for row, (view, tokens) in enumerate(serial.rows):
             new = [x[row : row + 1, :, -len(tokens) :] for x in (k, v)]
             held = self.raw.get(view[-1])
-            self.raw[view[-1]] = tuple(torch.cat([a, b], 2) for a, b in zip(held, new, strict=True)) if held else tuple(new)
+            self.raw[view[-1]] = (
+                tuple(torch.cat([a, b], 2) for a, b in zip(held, new, strict=True)) if held else tuple(new)
+            )
         for view, _ in serial.rows:
             parts = [self.raw[name] for name in view[:-1] if name in self.raw]
             if not serial.same_step:

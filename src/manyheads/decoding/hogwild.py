@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several workers of one model write at once and read each other's tokens the moment they are written.
+r"""Several workers of one model write at once and read each other's tokens the moment they are written.
 
 Hogwild! Inference: Parallel LLM Generation via Concurrent Attention (arXiv 2504.06261). All workers share the weights
-and one cache of blocks: the prompt, what has been finished, and the text that each is at. A worker's own text comes last
-in what it sees, so that the others' new tokens move it on: positions are those of its own view at every step, reached by
-turning queries and not keys (``manyheads.integrations.shared_blocks``). A step feeds one token of every worker, in one
-batch; a worker whose paragraph ends reads the heading of its next one with it. What is seen, by ``layout``:
+and one cache of blocks: the prompt, what has been finished, and the text that each is at. A worker's own text comes
+last in what it sees, so that the others' new tokens move it on: positions are those of its own view at every step,
+reached by turning queries and not keys (``manyheads.integrations.shared_blocks``). A step feeds one token of every
+worker, in one batch; a worker whose paragraph ends reads the heading of its next one with it. By ``layout`` it sees
 
     contiguous   prompt | texts of the others, each as a whole | own text
     interleaved  prompt | finished paragraphs of all, in the order in which they ended | own paragraph
     combined     prompt | finished paragraphs | unfinished ones of the others | own paragraph
 
 A paragraph ends with a blank line behind the end of a sentence; it moves to what is finished with its keys turned on.
-Two workers or more are told of each other, by rules and headings; about every ``remind`` tokens the one that begins a
-paragraph is asked whether it repeats what others do. They end at ``\\boxed{...}`` in a finished paragraph, or with their
-tokens; then an answer of up to ``finish`` tokens is drawn out of all texts, read once more as one (as the released code
-does). Keys and values of a token are as it saw the world when it was written: reading the whole text again would give
-others.
+Two workers or more are told of each other, by rules, headings and their first words; about every ``remind`` tokens the
+one that begins a paragraph is asked whether it repeats what others do. They write no headings and no end of the text,
+and end at ``\boxed{...}`` in a finished paragraph, or with their tokens; then an answer of up to ``finish`` tokens is
+drawn out of all texts, read once more as one (as the released code does). Keys and values of a token are as it saw the
+world when it was written: reading the whole text again would give others.
 
 The released code has the combined layout, for two; the other layouts are as the paper describes them. Ours beside it:
-rules and examples are in words of our own, without worked examples, and stand behind the user's words in place of before
-them, so that a prompt that has been read serves as it is; ``told=False``, ``others=False`` and ``answer=vote`` make the
+rules are in words of our own, without worked examples, and stand behind the user's words in place of before them, so
+that a prompt that has been read serves as it is; ``told=False``, ``others=False`` and ``answer=vote`` make the
 controls: workers that know of no others, that see none, and a majority of their answers.
 """
 
@@ -42,10 +42,10 @@ __all__ = ["Hogwild"]
 NAMES = ("Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi")
 _RULES = """
 
-Several assistants work on this at the same time: {names}. Each writes its own thoughts and sees at once what the others \
-write. Paragraphs that are finished stand under "### Past steps", each as **name [number]:**. Those that others are still \
-writing stand under "### Work in progress (others)" and grow while you write; the last of their words stand before <...>. \
-What you write yourself stands under "### Work in progress (own)".
+Several assistants work on this at the same time: {names}. Each writes its own thoughts and sees at once what the \
+others write. Paragraphs that are finished stand under "### Past steps", each as **name [number]:**. Those that others \
+are still writing stand under "### Work in progress (others)" and grow while you write; the last of their words stand \
+before <...>. What you write yourself stands under "### Work in progress (own)".
 
 - Divide the work, say what you will do next, and do what nobody else is doing.
 - Look at what the others write. Correct their mistakes, and answer when you are asked.
@@ -54,6 +54,8 @@ What you write yourself stands under "### Work in progress (own)".
 _HISTORY = "### Past steps\n\n"
 _OTHERS = "### Work in progress (others)\n\n"
 _OWN = "<...>\n\n### Work in progress (own)\n\n"
+_LEAD = "I am {name}. We can divide the work like this: "
+_JOIN = "I am {name}. "
 _REMINDER = "Quick check: is somebody else doing what I do? (yes/no): "
 _FINISHER = "\n\nThere is no time left, and one answer has to be given now. From all of this, the final answer is"
 _ENDED = re.compile(r"[.?!…。？！।]\s*\n\s*\n\s*$")
@@ -82,7 +84,9 @@ class Hogwild(DecodingLoop):
     layout: Literal["contiguous", "interleaved", "combined"] = field(
         default="combined", metadata={"help": "what of the others stands where: contiguous, interleaved or combined"}
     )
-    remind: int = field(default=256, metadata={"help": "tokens of all between two questions of redundant work; 0: none"})
+    remind: int = field(
+        default=256, metadata={"help": "tokens of all between two questions of redundant work; 0: none"}
+    )
     finish: int = field(default=16, metadata={"help": "tokens of the answer at the end"})
     temperature: float = field(default=0.0, metadata={"help": "of what is drawn; 0 takes the likeliest token"})
     same_step: bool = field(default=True, metadata={"help": "others' tokens of the same step are seen, too"})
@@ -125,13 +129,16 @@ class _Room:
         self.past: list[int] = []
         self.since = 0
         self.workers = [_Worker(name, list(self.last)) for name in NAMES[: strategy.workers]]
+        self.forbidden = request.ends
         if told:
+            self.forbidden |= {self._ids(text)[0] for text in ("#", "##", "###", " #", " ##", " ###")}
             blocks.read_long([self.head, self.common], self.rules)
             if strategy.layout == "combined":
                 for title, text in zip(self.titles, (_OTHERS, _OWN), strict=True):
                     blocks.read([([self.head, self.common, title], self._ids(text))])
             for worker in self.workers:
-                worker.fed = self._ids(f"**{worker.name} [1]:** ")
+                first = worker is self.workers[0]
+                worker.fed = self._ids(_heading(worker.name, 1) + (_LEAD if first else _JOIN).format(name=worker.name))
                 worker.step = list(worker.fed)
 
     def _head(self, ids: list[int]) -> Block:
@@ -155,11 +162,10 @@ class _Room:
     def write(self) -> Written:
         """All of it."""
         request, answers = self.request, self.strategy.workers > 1 and self.request.tokenizer is not None
-        boxed, steps = None, 0
-        for steps in range(1, request.most - (self.strategy.finish if answers else 0) + 1):
+        boxed, steps, most = None, 0, request.most - (self.strategy.finish if answers else 0)
+        while steps < most and boxed is None and not all(worker.ended for worker in self.workers):
             boxed = self._step()
-            if boxed is not None or all(worker.ended for worker in self.workers):
-                break
+            steps += 1
         texts = {worker.name: worker.step if self.told and not worker.text else worker.text for worker in self.workers}
         notes: dict[str, Any] = {"steps": steps}
         if request.tokenizer is not None and len(texts) > 1:
@@ -179,8 +185,8 @@ class _Room:
         rows = [(self.view(worker), worker.fed) for worker in going]
         logits = self.blocks.read(rows, same_step=self.strategy.same_step).float()
         self.since += sum(len(worker.fed) for worker in going)
-        if self.told and self.request.ends:
-            logits[:, list(self.request.ends)] = -torch.inf
+        if self.told:
+            logits[:, list(self.forbidden)] = -torch.inf
         boxed = None
         for worker, token in zip(going, self._chosen(logits), strict=True):
             worker.fed = [token]
@@ -206,7 +212,7 @@ class _Room:
     def _next(self, worker: _Worker) -> None:
         """A worker's paragraph is finished: it joins the others', and the next one begins with its heading."""
         worker.number += 1
-        heading = f"**{worker.name} [{worker.number}]:** "
+        heading = _heading(worker.name, worker.number)
         if self.strategy.remind and self.since > self.strategy.remind:
             heading, self.since = heading + _REMINDER, 0
         if self.strategy.layout != "contiguous" and self.strategy.others:
@@ -251,6 +257,11 @@ def _continued(
             break
         logits = blocks.read([([head, own[row]], [chosen[row]]) for row in going])
     return made
+
+
+def _heading(name: str, number: int) -> str:
+    """What a paragraph begins with."""
+    return f"**{name} [{number}]:** "
 
 
 def _asked(tokenizer: Any, ids: list[int], workers: int) -> tuple[int, list[int]]:

@@ -2,11 +2,10 @@
 """A cache of blocks that several rows read in orders of their own, each block held once.
 
 A :class:`Block` holds keys turned to positions that count from its own first token. A row sees a list of blocks as one
-sequence: block b begins at the offset ``o_b``, the tokens before it in that list, and writes to the last one. Its query,
-turned to the place p in its own block, stands at ``o_own + p``; so what it needs against the keys of b is the same query
-turned on by ``o_own - o_b``, whatever p is. Keys are never touched: one turn of the queries for each block, softmax
-over the block, and parts merge by their log-sum-exp (:func:`manyheads.attention.sparse.merge`). All rows that see a
-block are one product with its keys, which are read once for all of them.
+sequence, in which block b begins behind ``o_b`` tokens, and writes to the last one. Its query, turned to the place p in
+its own block, stands at ``o_own + p``; so what it needs against the keys of b is the same query turned on by
+``o_own - o_b``, whatever p is. Keys are never touched: one turn of the queries for each block, softmax over the block,
+and parts merge by their log-sum-exp. All rows that see a block are one product with its keys.
 """
 
 import inspect
@@ -34,7 +33,7 @@ from .transformers import Port
 
 __all__ = ["Block", "SharedBlocks"]
 
-_ROOM = 64  # tokens that a block grows by, and doubles with
+_ROOM = 16  # a block grows to twice its tokens, in whole pieces of so many
 _CHUNK = 512  # tokens of a long text that are read at once
 _SAME = {4: 5e-3, 2: 0.1, 8: 5e-3}  # of the spread of the logits, by bytes of a number: of one path against another
 _FIXED_ANGLES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})  # by position alone

@@ -10,7 +10,7 @@ from ..formatting import number, percent, size
 from ..generate.texts import pieces
 from .heads import card_of, script_data
 from .inspect import rows_of_heads
-from .page import Cards, Code, Headline, Page, Replies, Section, Text, made
+from .page import Cards, Code, Headline, Notes, Page, Replies, Section, Text, made
 from .table import Column, Table, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -59,6 +59,18 @@ def _parted(reply: Mapping[str, Any]) -> tuple[str, str]:
     return ("".join(said), "") if at is None else ("".join(said[:at]), "".join(said[at:]))
 
 
+def _beside(reply: Mapping[str, Any]) -> dict[str, str]:
+    """What else was written for a reply, by whom."""
+    texts: dict[str, str] = reply["notes"].get("texts", {})
+    return texts
+
+
+def _noted(reply: Mapping[str, Any]) -> str:
+    """The other figures that a strategy has to tell."""
+    told = ((name, value) for name, value in reply["notes"].items() if name != "texts")
+    return ", ".join(f"{name} {' | '.join(map(str, x)) if isinstance(x, list) else x}" for name, x in told)
+
+
 def _alike(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each arm but the first: how many replies are the same, word by word."""
     first = prompts[0]["replies"][0]["arm"]
@@ -83,6 +95,10 @@ def print_facts(facts: Mapping[str, Any], console: Console) -> None:
             same, other = _parted(reply)
             console.print(RichText(f"\n{reply['arm']}", "cyan"))
             console.print(RichText(same).append(other, "bold yellow"), soft_wrap=True)
+            for name, text in _beside(reply).items():
+                console.print(RichText(f"{name}: ", "cyan").append(text.strip(), "dim"), soft_wrap=True)
+            if noted := _noted(reply):
+                console.print(RichText(noted, "dim"), soft_wrap=True)
         print_table(table(prompt), console)
     print_lines([_ONCE.replace("`", ""), *([f"page: {facts['out']}"] if facts["out"] else [])], console)
 
@@ -92,7 +108,14 @@ def page(facts: Mapping[str, Any], found: Sequence[Sequence[Reply]] = ()) -> Pag
     sections, tables = [], dict[str, Any]()
     for i, prompt in enumerate(facts["prompts"]):
         replies = [(reply["arm"], _about(reply), *_parted(reply)) for reply in prompt["replies"]]
-        sections.append(Section(_title(prompt), [Code(prompt["prompt"]), Replies(replies), table(prompt)]))
+        texts = [
+            (name, f"written for the reply of {reply['arm']}", text, "")
+            for reply in prompt["replies"] for name, text in _beside(reply).items()
+        ]  # fmt: skip
+        noted = [f"{reply['arm']}: {said}" for reply in prompt["replies"] if (said := _noted(reply))]
+        beside, listed = Replies(texts) if texts else None, Notes(noted) if noted else None
+        asked, cost = Code(prompt["prompt"]), table(prompt)
+        sections.append(Section(_title(prompt), [asked, Replies(replies), beside, listed, cost]))
         sections += _looked(prompt, found[i], tables) if found else []
     run = {"command": facts["command"], "environment": facts["environment"]}
     about: list[tuple[str, Any, str]] = [
