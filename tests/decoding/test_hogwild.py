@@ -224,6 +224,9 @@ def test_rules_end_the_users_turn_and_are_told_to_nobody_alone(talking, monkeypa
     assert whole.endswith("\\boxed{answer}.</user>\n<assistant>\n### Past steps\n\n")
     room(model, ids, "hogwild:finish=2,told=false", 8, reader)
     assert kept[1].rules == [] and kept[1].head.length == ids.shape[1] - 1
+    room(model, ids, "hogwild:finish=2", 8, chat.tokenizer(chat=False))
+    whole = reader.decode([*ids[0, : kept[2].head.length].tolist(), *kept[2].rules])
+    assert whole.startswith(reader.decode(ids[0]) + "\n\nSeveral assistants") and whole.endswith("### Past steps\n\n")
 
 
 def test_a_boxed_answer_ends_it_and_a_majority_answers(talking, monkeypatch):

@@ -282,5 +282,5 @@ def _asked(tokenizer: Any, ids: list[int], workers: int) -> tuple[int, list[int]
         said = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         close = encode(said.rpartition(mark)[2])
     if not close or ids[-len(close) :] != close:
-        return len(ids), [*encode(rules + "\n\n"), *encode(_HISTORY)]
+        return len(ids) - 1, [ids[-1], *encode(rules + "\n\n"), *encode(_HISTORY)]
     return len(ids) - len(close), [*encode(rules), *close, *encode(_HISTORY)]

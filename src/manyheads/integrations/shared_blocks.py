@@ -182,7 +182,7 @@ class SharedBlocks:
             if layer.strategy.slug != "full":
                 raise UserError(f"{layer.strategy.spec} drops or packs keys that all are to share: leave it away")
             k, v, seen = layer.store.keys, layer.store.values, int(layer.store.seen)
-            if k is None or v is None or (k.shape[2] < seen and count < seen):
+            if k is None or v is None or count > seen or (k.shape[2] < seen and count < seen):
                 return None
             assert layer.site.layer is not None
             cut = seen - count
