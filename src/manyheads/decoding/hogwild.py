@@ -166,7 +166,7 @@ class _Room:
         while steps < most and boxed is None and not all(worker.ended for worker in self.workers):
             boxed = self._step()
             steps += 1
-        texts = {worker.name: worker.step if self.told and not worker.text else worker.text for worker in self.workers}
+        texts = {worker.name: worker.text for worker in self.workers}
         notes: dict[str, Any] = {"steps": steps}
         if request.tokenizer is not None and len(texts) > 1:
             notes["texts"] = {name: str(request.tokenizer.decode(ids)) for name, ids in texts.items()}
