@@ -4,8 +4,8 @@
 A :class:`Block` holds keys turned to positions that count from its own first token. A row sees a list of blocks as one
 sequence, in which block b begins behind ``o_b`` tokens, and writes to the last one. Its query, turned to the place p in
 its own block, stands at ``o_own + p``; so what it needs against the keys of b is the same query turned on by
-``o_own - o_b``, whatever p is. Keys are never touched: one turn of the queries for each block, softmax over the block,
-and parts merge by their log-sum-exp. All rows that see a block are one product with its keys.
+``o_own - o_b``, whatever p is. Keys are never touched: queries are turned once for each block, all rows are one product
+with its keys, which are read once for all of them, and one softmax goes over what the blocks give.
 """
 
 import inspect
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention.padded import nbytes
-from ..attention.reference import widened
+from ..attention.reference import block_size, softmax, widened
 from ..attention.rope import Rotary, rotate
-from ..attention.sparse import merge
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..strategy import Attention, AttentionCompute
@@ -34,7 +33,7 @@ from .transformers import Port
 __all__ = ["Block", "SharedBlocks"]
 
 _ROOM = 16  # a block grows to twice its tokens, in whole pieces of so many
-_CHUNK = 512  # tokens of a long text that are read at once
+_CHUNK = 512  # tokens of a long text that are read at once at most
 _SAME = {4: 5e-3, 2: 0.1, 8: 5e-3}  # of the spread of the logits, by bytes of a number: of one path against another
 _FIXED_ANGLES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})  # by position alone
 
@@ -91,25 +90,49 @@ View = Sequence[Block]
 
 
 @dataclass
-class _Seen:
-    """A block as the rows of a forward see it: which rows, how far on each of them stands, how many keys it sees."""
-
-    block: Block
-    rows: list[int] = field(default_factory=list)
-    ahead: list[int] = field(default_factory=list)
-    upto: list[int] = field(default_factory=list)
-    writer: int | None = None  # among ``rows``
-
-
-@dataclass
 class _Forward:
-    """What the layers of a forward need: what is seen, and which places of which blocks its tokens are written to."""
+    """What the layers of a forward need to know.
 
-    seen: list[_Seen]
-    writes: list[tuple[Block, int, int]]  # block, place of the first token, how many; of each row
-    places: Tensor  # [W, T] of the queries in their own blocks
-    furthest: int  # of them
-    turns: dict[str, list[Rotary]] = field(default_factory=dict)
+    Attributes:
+        seen: the blocks that any row sees.
+        ahead: for each of them and each row, positions from the row's place to where the block sees it stand.
+        upto: likewise how many of its keys the row sees; those that it writes, causally.
+        writer: for each of them the row that writes to it, None for none.
+        writes: block, place of the first token and how many, of each row.
+        places: ``[W, T]`` of the queries in their own blocks.
+    """
+
+    seen: list[Block]
+    ahead: list[list[int]]
+    upto: list[list[int]]
+    writer: list[int | None]
+    writes: list[tuple[Block, int, int]]
+    places: Tensor
+    turns: dict[str, Rotary] = field(default_factory=dict)
+    masks: dict[tuple[int | None, ...], Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, firsts: Sequence[int]) -> Tensor | None:
+        """Which keys of all blocks each row's queries see, bool ``[W, T, N]``; None for all of them.
+
+        Positions are those of the row's own view, so that a window reaches as far back as it would in one sequence.
+        """
+        key = (window, *firsts)
+        if key not in self.masks:
+            masks = [self._mask(n, window, first) for n, first in enumerate(firsts)]
+            whole = torch.cat(masks, -1)
+            self.masks[key] = None if bool(whole.all()) else whole
+        return self.masks[key]
+
+    def _mask(self, number: int, window: int | None, first: int) -> Tensor:
+        device = self.places.device
+        keys = torch.arange(first, self.seen[number].length, device=device)
+        upto, ahead = (torch.tensor(x[number], device=device)[:, None] for x in (self.upto, self.ahead))
+        upto = upto.expand_as(self.places)
+        if (writer := self.writer[number]) is not None:
+            upto = upto.clone()
+            upto[writer] = self.places[writer] + 1
+        mask = keys < upto[..., None]
+        return mask if window is None else mask & (keys > (self.places + ahead)[..., None] - window)
 
 
 class SharedBlocks:
@@ -208,8 +231,10 @@ class SharedBlocks:
 
     def read_long(self, view: View, tokens: Sequence[int]) -> Tensor:
         """:meth:`read` of one row, in pieces."""
-        for start in range(0, len(tokens), _CHUNK):
-            logits = self.read([(view, tokens[start : start + _CHUNK])])
+        keys, heads = sum(block.length for block in view) + len(tokens), self._site.num_heads or 1
+        size = min(_CHUNK, block_size(next(self.model.parameters()), keys * heads))
+        for start in range(0, len(tokens), size):
+            logits = self.read([(view, tokens[start : start + size])])
         return logits[0]
 
     def read(self, rows: Sequence[tuple[View, Sequence[int]]], *, same_step: bool = True) -> Tensor:
@@ -230,23 +255,21 @@ class SharedBlocks:
         for block, _, count in writes:
             block.length += count
         places = [[max(0, start + i - width + n) for i in range(width)] for _, start, n in writes]
-        found: dict[int, _Seen] = {}
+        seen = list({id(block): block for view, _ in rows for block in view if block.length}.values())
+        number = {id(block): n for n, block in enumerate(seen)}
+        ahead, upto = ([[0] * len(rows) for _ in seen] for _ in range(2))
+        writer: list[int | None] = [None] * len(seen)
         for row, (view, _) in enumerate(rows):
-            ahead = sum(block.length for block in view[:-1])
-            if not same_step:
-                ahead = sum(before[id(block)] for block in view[:-1])
-            for block in view:
-                length = block.length if same_step or block is view[-1] else before[id(block)]
-                if length:
-                    seen = found.setdefault(id(block), _Seen(block))
-                    seen.writer = len(seen.rows) if block is view[-1] else seen.writer
-                    seen.rows.append(row)
-                    seen.ahead.append(ahead)
-                    seen.upto.append(length)
-                ahead -= length if block is not view[-1] else 0
+            far, writer[number[id(view[-1])]] = 0, row
+            for block in reversed(view):
+                own = block is view[-1]
+                length = block.length if same_step or own else before[id(block)]
+                far += 0 if own else length
+                if block.length:
+                    ahead[number[id(block)]][row], upto[number[id(block)]][row] = far, length
         ids = [[0] * (width - len(tokens)) + list(tokens) for _, tokens in rows]
         at = torch.tensor(places, device=self._device)
-        self._now = _Forward(list(found.values()), writes, at, max(map(max, places)))
+        self._now = _Forward(seen, ahead, upto, writer, writes, at)
         self.fed, given = width, cache_arguments(self.model, self._cache)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             given["logits_to_keep"] = 1
@@ -298,25 +321,13 @@ class SharedBlocks:
             return None
         kind, q = self._types.get(layer, ""), widened(call.q)
         if kind not in now.turns:
-            cos, sin = self._turn([0], kind, q)
+            cos, _ = self._turn([0], kind, q)
             self._halved |= call.rotary is not None and call.rotary[0].shape[-1] == 2 * cos.shape[-1]
-            cos, sin = self._turn([n for seen in now.seen for n in seen.ahead], kind, q)
-            sizes = [len(seen.rows) for seen in now.seen]
-            now.turns[kind] = list(zip(cos.split(sizes), sin.split(sizes), strict=True))
-        outputs, lses = [], []
-        for seen, turn in zip(now.seen, now.turns[kind], strict=True):
-            k, v, first = seen.block.held(layer)
-            out, lse = _part(rotate(q[seen.rows], turn), k, v, call, _mask(seen, now, call.site.window, first))
-            if len(seen.rows) < len(q):
-                whole = out.new_zeros(len(q), *out.shape[1:]), lse.new_full((len(q), *lse.shape[1:]), -torch.inf)
-                whole[0][seen.rows], whole[1][seen.rows] = out, lse
-                out, lse = whole
-            outputs.append(out)
-            lses.append(lse)
-        if call.sinks is not None:
-            outputs.append(torch.zeros_like(outputs[0]))
-            lses.append(call.sinks.to(lses[0].dtype)[None, :, None].expand_as(lses[0]))
-        return merge(outputs, lses)[0].to(call.q.dtype).transpose(1, 2)
+            now.turns[kind] = self._turn([far for each in now.ahead for far in each], kind, q)
+        held = [block.held(layer) for block in now.seen]
+        mask = now.mask(call.site.window, [first for _, _, first in held])
+        turned = rotate(q.repeat(len(held), 1, 1, 1), now.turns[kind])  # [n * W, H, T, d]
+        return _attention(turned, held, call, mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,42 +366,23 @@ class _Writer(CacheLayerMixin):
         return query_length, 0
 
 
-def _mask(seen: _Seen, now: _Forward, window: int | None, first: int) -> Tensor | None:
-    """Which keys of a block each row's queries see, bool ``[R, T, n]``; None for all.
-
-    Positions are those of the row's own view, so that a window reaches as far back as it would in one sequence.
-    """
-    places, length = now.places[seen.rows], seen.block.length
-    cut = window is not None and max(seen.ahead) + now.furthest - first >= window
-    if places.shape[1] == 1 and min(seen.upto) == length and not cut:
-        return None
-    keys = torch.arange(first, length, device=places.device)
-    upto = torch.tensor(seen.upto, device=places.device)[:, None].expand_as(places).clone()
-    if seen.writer is not None:
-        upto[seen.writer] = places[seen.writer] + 1
-    mask = keys < upto[..., None]
-    if window is not None:
-        at = places + torch.tensor(seen.ahead, device=places.device)[:, None]
-        mask = mask & (keys > at[..., None] - window)
-    return mask
-
-
-def _part(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of ``q [R, H, T, d]`` over one block ``[1, Hkv, n, d]``: output, and log-sum-exp ``[R, H, T]``."""
-    rows, heads, count, dim = q.shape
-    groups = heads // k.shape[1]
-    flat = q.reshape(rows, k.shape[1], groups * count, dim).transpose(0, 1).reshape(k.shape[1], -1, dim)
-    x = _product(flat.to(k.dtype), k[0].mT) * call.scale
+def _attention(
+    q: Tensor, held: Sequence[tuple[Tensor, Tensor, int]], call: AttentionCall, mask: Tensor | None
+) -> Tensor:
+    """``[W, T, H, dv]`` of queries ``[n * W, H, T, d]`` turned for each of n blocks, over the keys of all of them."""
+    rows, heads, count, dim = call.q.shape
+    kv = held[0][0].shape[1]
+    flat = q.view(len(held), rows, kv, heads // kv * count, dim).transpose(1, 2)
+    flat = flat.reshape(len(held), kv, -1, dim).to(call.k.dtype)
+    x = torch.cat([_product(part, k[0].mT) for part, (k, _, _) in zip(flat, held, strict=True)], -1) * call.scale
     if call.softcap is not None:
         x = torch.tanh(x / call.softcap) * call.softcap
-    x = x.view(k.shape[1], rows, groups, count, -1)
-    if mask is not None:
-        x = x.masked_fill(~mask[:, None], -torch.inf)
-    lse = x.logsumexp(-1)
-    weights = (x - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    out = _product(weights.view(k.shape[1], -1, x.shape[-1]).to(v.dtype), v[0])
-    out = out.view(k.shape[1], rows, groups, count, -1).transpose(0, 1).reshape(rows, heads, count, -1)
-    return out, lse.transpose(0, 1).reshape(rows, heads, count)
+    x = x.view(kv, rows, heads // kv, count, -1).transpose(0, 1).reshape(rows, heads, count, -1)
+    weights = softmax(x, None if mask is None else mask[:, None], call.sinks).to(call.v.dtype)
+    weights = weights.view(rows, kv, -1, x.shape[-1]).transpose(0, 1).reshape(kv, -1, x.shape[-1])
+    parts = zip(weights.split([k.shape[2] for k, _, _ in held], -1), held, strict=True)
+    out = torch.stack([_product(part, v[0]) for part, (_, v, _) in parts]).sum(0)
+    return out.view(kv, rows, heads // kv, count, -1).permute(1, 3, 0, 2, 4).flatten(2, 3).to(call.q.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
