@@ -346,7 +346,7 @@ class _Writer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, blocks: SharedBlocks, site: Site) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.blocks, self.layer = blocks, cast(int, site.layer)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -96,14 +96,13 @@ class SharedCache(TextTask):
         self, run: RunContext, cache: Any, ids: Tensor, fed: Tensor, kind: str, cut: int
     ) -> tuple[Tensor, int, list[float]]:
         with SharedBlocks(model_of(run)) as blocks:
-            heads = [blocks.of(cache, ids.shape[1])]
-            if kind == "swapped" or (kind == "joint" and len(fed) == 1) or heads[0] is None:
-                heads = [Block(), Block()]
-                blocks.read_long(heads[:1], ids[0, :cut].tolist())
-                blocks.read_long(heads, ids[0, cut:].tolist())
+            whole = blocks.of(cache, ids.shape[1])
+            head = [Block(), Block()] if whole is None or kind == "swapped" or len(fed) == 1 else [whole]
+            if len(head) == 2:
+                blocks.read_long(head[:1], ids[0, :cut].tolist())
+                blocks.read_long(head, ids[0, cut:].tolist())
             if kind == "swapped":
-                heads.reverse()
-            head = [block for block in heads if block is not None]
+                head.reverse()
             own = [Block() for _ in fed]
             views = [
                 [*head, *(b for b in own if kind != "apart" and b is not block), block] for block in own
