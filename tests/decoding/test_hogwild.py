@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers over shared blocks beside a serial reference in float64, and what they read, share, write and end with."""
 
+import html
+import io
+
 import pytest
 import torch
 from transformers import (
@@ -20,10 +23,14 @@ import manyheads
 from manyheads import UserError, parse
 from manyheads.attention.rope import rotate
 from manyheads.decoding import hogwild
+from manyheads.experiment.arms import Arm
+from manyheads.generate import texts
 from manyheads.integrations import shared_blocks
 from manyheads.integrations.decoding import write
 from manyheads.integrations.shared_blocks import Block, SharedBlocks
 from manyheads.integrations.transformers import new_cache, prefill
+from manyheads.report import generate_texts
+from manyheads.report.page import render
 from manyheads.writing import Request
 from tiny import chat
 from tiny.compare import tiny
@@ -172,9 +179,9 @@ def test_the_prompt_is_held_once_and_its_tensors_are_those_of_its_cache():
 STEP = "Some of it is done. \n\n"
 
 
-def scripted(monkeypatch, texts, reader):
+def scripted(monkeypatch, lines, reader):
     """Workers that write what they are told to, token by token, and then go on with a word."""
-    queues = [reader.encode(text, add_special_tokens=False) for text in texts]
+    queues = [reader.encode(text, add_special_tokens=False) for text in lines]
     word = reader.encode(" river", add_special_tokens=False)[0]
     monkeypatch.setattr(hogwild._Room, "_chosen", lambda room, logits: [q.pop(0) if q else word for q in queues])
     kept = []
@@ -197,9 +204,9 @@ def test_what_workers_see_in_each_layout(talking, monkeypatch, layout):
     made = room(model, ids, f"hogwild:workers=3,layout={layout},finish=2,remind=30", 40, reader)
     (there,) = kept
     alice, bob, carol = there.workers
-    texts = made.notes["texts"]
-    assert texts["Alice"].startswith(STEP) and "**Alice [2]:** Quick check" in texts["Alice"] and alice.number == 2
-    assert texts["Bob"].startswith("Now river") and "[2]" not in texts["Bob"] and len(made.tokens) == 2
+    wrote = made.notes["texts"]
+    assert wrote["Alice"].startswith(STEP) and "**Alice [2]:** Quick check" in wrote["Alice"] and alice.number == 2
+    assert wrote["Bob"].startswith("Now river") and "[2]" not in wrote["Bob"] and len(made.tokens) == 2
     blocks = [block for block in there.view(bob) if block.length]
     titles = [there.titles[0], there.titles[1]]
     if layout == "contiguous":
@@ -283,3 +290,26 @@ def test_what_cannot_hold_is_refused_in_a_line(talking):
         with pytest.raises(UserError):
             parse(f"hogwild:{wrong}")
     assert manyheads.reply(model, reader, "Who was it", "hogwild", **how)
+
+
+def test_generate_shows_what_every_worker_wrote(talking):
+    from rich.console import Console
+
+    model, reader, _ = talking
+    spec = "hogwild:workers=3,finish=2,told=false,temperature=1"
+    found = texts.run(
+        model, reader, [Arm("full"), Arm(spec, spec)], ["Who was it"], max_new_tokens=9, chat=None,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    more = {"command": "", "model": "tiny", "chat": True, "out": ""}
+    facts = {**texts.facts(found, model), **more}
+    full, ours = facts["prompts"][0]["replies"]
+    assert full["notes"] == {} and list(ours["notes"]["texts"]) == ["Alice", "Bob", "Carol"]
+    assert ours["end_bytes"] != full["end_bytes"] and ours["forwards"] > 7
+    console = Console(record=True, width=200, file=io.StringIO())
+    generate_texts.print_facts(facts, console)
+    page = render(generate_texts.page(facts))
+    said = console.export_text()
+    for name, text in ours["notes"]["texts"].items():
+        assert f"{name}: {text.strip()[:12]}" in said and name in page and html.escape(text.split()[0]) in page
+    assert "steps 7" in said and "steps 7" in page and said.count("Alice") == 1
