@@ -46,7 +46,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"subject": "default", "arms": FEW, "lists": 1, "sums": 2, "tokens": 8},
             cpu={"arms": FEW, "lists": 8, "tokens": 30},
-            cuda={"lists": 48},
+            cuda={"lists": 20},
         ),
     ),
     checks=(
