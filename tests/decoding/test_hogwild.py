@@ -284,8 +284,9 @@ def test_what_cannot_hold_is_refused_in_a_line(talking):
         SharedBlocks(model)
     with pytest.raises(UserError, match="give a tokenizer"):
         room(model, ids, "hogwild")
-    with pytest.raises(UserError, match="write more"):
-        room(model, ids, "hogwild", 16, reader)
+    with pytest.raises(UserError, match="positions, and the model has 2048: write less"):
+        room(model, ids, "hogwild", 1000, reader)
+    assert [len(room(model, ids, "hogwild:temperature=1", n, reader).tokens) for n in (1, 2, 6)] == [1, 1, 3]
     for wrong in ("workers=0", "workers=9", "temperature=-1", "finish=0", "layout=none", "answer=none"):
         with pytest.raises(UserError):
             parse(f"hogwild:{wrong}")

@@ -59,6 +59,7 @@ _JOIN = "I am {name}. "
 _REMINDER = "Quick check: is somebody else doing what I do? (yes/no): "
 _FINISHER = "\n\nThere is no time left, and one answer has to be given now. From all of this, the final answer is"
 _ENDED = re.compile(r"[.?!…。？！।]\s*\n\s*\n\s*$")
+_TITLES = 128  # tokens at most of headings and first words, beside the rules
 _TAIL = 16  # tokens in which the end of a paragraph shows
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
@@ -87,7 +88,7 @@ class Hogwild(DecodingLoop):
     remind: int = field(
         default=256, metadata={"help": "tokens of all between two questions of redundant work; 0: none"}
     )
-    finish: int = field(default=16, metadata={"help": "tokens of the answer at the end"})
+    finish: int = field(default=16, metadata={"help": "tokens of the answer at the end, half of all at most"})
     temperature: float = field(default=0.0, metadata={"help": "of what is drawn; 0 takes the likeliest token"})
     same_step: bool = field(default=True, metadata={"help": "others' tokens of the same step are seen, too"})
     told: bool = field(default=True, metadata={"help": "workers are told of each other; false is a control"})
@@ -108,8 +109,6 @@ class Hogwild(DecodingLoop):
         told = self.told and self.workers > 1
         if told and request.tokenizer is None:
             raise UserError(f"{self.spec} tells its workers of each other in words: give a tokenizer, or told=false")
-        if self.workers > 1 and request.tokenizer is not None and request.most <= self.finish:
-            raise UserError(f"{self.spec} keeps {self.finish} of {request.most} tokens for the answer: write more")
         with SharedBlocks(request.model) as blocks, torch.inference_mode():
             blocks.check(request.ids[0].tolist())
             return _Room(self, request, blocks, told).write()
@@ -123,6 +122,12 @@ class _Room:
         self.generator = request.generator()
         ids: list[int] = request.ids[0].tolist()
         kept, self.rules = _asked(request.tokenizer, ids, strategy.workers) if told else (len(ids) - 1, [])
+        limit = getattr(request.model.config, "max_position_embeddings", None) or 2**40
+        if (most := len(ids) + len(self.rules) + strategy.workers * request.most + _TITLES) > limit:
+            raise UserError(f"{strategy.spec} may come to {most} positions, and the model has {limit}: write less")
+        self.finish = 0
+        if strategy.workers > 1 and request.tokenizer is not None:
+            self.finish = max(1, min(strategy.finish, request.most // 2))
         self.last = ids[kept:]  # read by every worker that is told nothing
         self.head = self._head(ids[:kept])
         self.common, self.titles = Block(), (Block(), Block())
@@ -161,16 +166,15 @@ class _Room:
 
     def write(self) -> Written:
         """All of it."""
-        request, answers = self.request, self.strategy.workers > 1 and self.request.tokenizer is not None
-        boxed, steps, most = None, 0, request.most - (self.strategy.finish if answers else 0)
-        while steps < most and boxed is None and not all(worker.ended for worker in self.workers):
+        request, boxed, steps = self.request, None, 0
+        while steps < request.most - self.finish and boxed is None and not all(worker.ended for worker in self.workers):
             boxed = self._step()
             steps += 1
         texts = {worker.name: worker.text for worker in self.workers}
         notes: dict[str, Any] = {"steps": steps}
         if request.tokenizer is not None and len(texts) > 1:
             notes["texts"] = {name: str(request.tokenizer.decode(ids)) for name, ids in texts.items()}
-        if not answers:
+        if not self.finish:
             tokens = self.workers[0].text
         elif boxed is not None:
             tokens = self._ids(boxed)
@@ -234,7 +238,7 @@ class _Room:
             between = self._ids("<...>\n\n" if self.told else "\n\n")
             titled = self._ids(_OTHERS) if self.told and self.strategy.layout == "combined" else []
             tails = [[*begun, *titled, *(token for text in texts for token in [*text, *between]), *end]]
-        made = _continued(self.blocks, self.head, tails, self.strategy.finish, self.request.ends)
+        made = _continued(self.blocks, self.head, tails, self.finish, self.request.ends)
         said = [str(self.request.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in made]
         most = Counter(said).most_common(1)[0][0]  # of equals the first
         return made[said.index(most)], said
