@@ -8,7 +8,7 @@ and see nobody; untold they see each other and are told nothing. What the cache 
 ``hogwild.shared_cache``.
 """
 
-from ...experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower
+from ...experiment import Arm, CausalLM, Claim, Experiment, Reported, Sizes, higher, lower
 from ...tasks.text.shared_sums import SharedSums
 
 _SAMPLED = "told=false,temperature=0.7,finish=1"
@@ -45,7 +45,7 @@ claim = Claim(
         subject="smollm2-135m-instruct", arms=ARMS, equal="steps", tasks=(SharedSums(),),
         sizes=Sizes(
             quick={"subject": "default", "arms": FEW, "lists": 1, "sums": 2, "tokens": 8},
-            cpu={"arms": FEW, "lists": 8, "tokens": 30},
+            cpu={"subject": CausalLM("smollm2-135m-instruct", dtype="float32"), "arms": FEW, "lists": 6, "tokens": 30},
             cuda={"lists": 20},
         ),
     ),
@@ -59,7 +59,7 @@ claim = Claim(
     ),
     caveat=(
         "A model of 135 million parameters, far below those for which the paper finds collaboration; sums of two "
-        "numbers, in lists, stand in for problems with parts. Where more tokens do not help one worker either, there "
+        "numbers below ten, in lists behind a worked one, stand in for problems with parts. Where more tokens do not help one worker either, there "
         "is nothing to win, and the comparison says nothing."
     ),
 )  # fmt: skip

@@ -6,12 +6,12 @@ predict what the batch does; a prompt cut into two blocks what the whole one doe
 order something else. Writers that see each other read more keys than the batch does.
 """
 
-from ...experiment import Arm, Claim, Experiment, Reported, Sizes, above, at_most, below
+from ...experiment import Arm, CausalLM, Claim, Experiment, Reported, Sizes, above, at_most, below
 from ...tasks.text.shared_cache import SharedCache
 
 BATCH = Arm("batch")
 FOUR, ONE = {"writers": 4}, {"writers": 1}
-EXACT = 0.05  # of the spread of the logits: bfloat16 through 30 layers; float32 is far below
+EXACT = 0.005  # of the spread of the logits: as the guard of tasks on text has it for float32
 
 claim = Claim(
     slug="hogwild.shared_cache",
@@ -27,12 +27,12 @@ claim = Claim(
         where="section on the attention with concurrent cache and its table of latencies, seen at second hand",
     ),
     experiment=Experiment(
-        subject="smollm2-135m-instruct", baseline=BATCH, equal="none",
+        subject=CausalLM("smollm2-135m-instruct", dtype="float32"), baseline=BATCH, equal="none",
         arms=tuple(Arm(f"blocks, {kind}", options={"blocks": kind}) for kind in ("joint", "apart", "swapped")),
         tasks=(SharedCache(text="prose", lengths=(1024, 4096), samples=4),),
         sizes=Sizes(
             quick={"subject": "default", "text": "code", "lengths": (192,), "samples": 2, "steps": 4},
-            cpu={"lengths": (384,), "samples": 4, "steps": 8},
+            cpu={"lengths": (384,), "samples": 6, "steps": 6},
             cuda={"lengths": (1024, 7168), "samples": 8, "steps": 24},
         ),
     ),
@@ -44,7 +44,8 @@ claim = Claim(
         at_most("step", "blocks, joint", times=1.15, than="batch", where=FOUR),
     ),
     caveat=(
-        "Products and softmax of plain PyTorch, one after the other for each block; the paper has a kernel. Bytes "
-        "count room for growth."
+        "Products of plain PyTorch, one after the other for each block, and one softmax; the paper has a kernel. Bytes "
+        "count room for growth. The model is in float32: a first run in bfloat16 differed by .04 of the spread, which "
+        "that dtype alone does, so that it could not tell, and its margin of .05 was made .005."
     ),
 )  # fmt: skip

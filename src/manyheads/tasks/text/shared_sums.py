@@ -47,7 +47,8 @@ class SharedSums(Task):
 
     Attributes:
         lists: how many.
-        sums: in a list, of two numbers of two digits.
+        sums: in a list, of two numbers each; a list that is worked out stands before, as an earlier exchange.
+        largest: of the numbers, from 2.
         tokens: that each writer writes, at most.
     """
 
@@ -63,6 +64,7 @@ class SharedSums(Task):
 
     lists: int = 24
     sums: int = 6
+    largest: int = 9
     tokens: int = 32
 
     def unsupported_reason(self, run: RunContext) -> str | None:
@@ -75,12 +77,12 @@ class SharedSums(Task):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         number = unit.params["list"]
         rng = run.rng(sums=number)
-        asked: list[Pair] = [(int(a), int(b)) for a, b in rng.integers(11, 90, (self.sums, 2))]
+        shown, asked = ([(int(a), int(b)) for a, b in rng.integers(2, self.largest + 1, (self.sums, 2))] for _ in "ab")
         if not number:
-            self._texts(run, run.baseline, asked, 4)  # what is done once is no arm's
+            self._texts(run, run.baseline, shown, asked, 4)  # what is done once is no arm's
         order = number * 5 % len(run.arms)
         for arm in (*run.arms[order:], *run.arms[:order]):
-            texts, steps, seconds = self._texts(run, arm, asked, self.tokens * int(arm.options.get("times", 1)))
+            texts, steps, seconds = self._texts(run, arm, shown, asked, self.tokens * int(arm.options.get("times", 1)))
             found, repeated = said(texts, asked)
             right = sum(found.get((a, b)) == a + b for a, b in asked) / self.sums
             about = {"texts": texts} if number < 2 else {}
@@ -91,12 +93,15 @@ class SharedSums(Task):
             yield self.row("seconds", arm, seconds, f"{number}")
             run.advance(1)
 
-    def _texts(self, run: RunContext, arm: Arm, asked: Sequence[Pair], tokens: int) -> tuple[list[str], int, float]:
+    def _texts(
+        self, run: RunContext, arm: Arm, shown: Sequence[Pair], asked: Sequence[Pair], tokens: int
+    ) -> tuple[list[str], int, float]:
         """What each writer wrote, forwards one after the other, and seconds."""
         tokenizer: Any = cast(CausalLM, run.subject).tokenizer
-        lines = "\n".join(f"{a} + {b}" for a, b in asked)
-        prompt = f"Work out each sum. Write each as a line like 12 + 34 = 46.\n{lines}"
-        text = rendered(tokenizer, [{"role": "user", "content": prompt}])
+        first, second = ("\n".join(["Work out each sum.", *(f"{a} + {b}" for a, b in x)]) for x in (shown, asked))
+        worked = "\n".join(f"{a} + {b} = {a + b}" for a, b in shown)
+        turns = (("user", first), ("assistant", worked), ("user", second))
+        text = rendered(tokenizer, [{"role": role, "content": said} for role, said in turns])
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)], device=run.device)
         choosing = next((s for s in arm.strategies if isinstance(s, Decoding)), cast(Decoding, parse(_PLAIN)))
         model, finish = model_of(run), getattr(choosing, "finish", 0) if getattr(choosing, "workers", 1) > 1 else 0
