@@ -59,7 +59,8 @@ claim = Claim(
     ),
     caveat=(
         "A model of 135 million parameters, far below those for which the paper finds collaboration; sums of two "
-        "numbers below ten, in lists behind a worked one, stand in for problems with parts. Where more tokens do not help one worker either, there "
-        "is nothing to win, and the comparison says nothing."
+        "numbers below ten, in lists behind a worked one, stand in for problems with parts. Where more tokens do not "
+        "help one worker either, there is nothing to win, and the comparison says nothing. A first run, on sums of two "
+        "digits, was stopped after four lists, of which the baseline solved next to nothing."
     ),
 )  # fmt: skip
