@@ -22,7 +22,8 @@ def test_all_papers_are_there():
     assert {row.slug for row in catalog.baselines()} == {
         "full", "random", "streaming_llm", "snapkv", "keydiff", "knorm", "h2o", "tova", "lagkv", "pyramidkv", "adakv",
         "expected_attention", "hedge", "kivi", "quarot", "kvzip", "fp8",
-        "finch", "think", "triattention", "attention_matching", "kvzap", "fastkvzip", "sampling", "block_diffusion",
+        "finch", "think", "triattention", "attention_matching", "kvzap", "fastkvzip", "sampling", "green_list",
+        "block_diffusion",
         "softmax", "ablate", "head_statistics", "head_temperature", "logit_bias", "token_maps",
     }  # fmt: skip
     assert all(row.baseline for row in catalog.baselines())

@@ -24,7 +24,7 @@ from manyheads.strategy import (
     Strategy,
 )  # fmt: skip
 from manyheads.unlearning import Unlearning
-from manyheads.writing import DecodingLoop, TokenChoice
+from manyheads.writing import DecodingLoop, TokenChoice, Watermark
 
 SLUGS = ("full", "random", "streaming_llm", "snapkv", "keydiff", "hashevict")
 
@@ -133,7 +133,7 @@ def test_strategies_are_frozen_and_say_what_their_fields_are(slug):
 KINDS = {
     AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
     CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise",
-    Mixer: "build", TokenChoice: "choose", DecodingLoop: "write",
+    Mixer: "build", TokenChoice: "choose", DecodingLoop: "write", Watermark: "read",
     Unlearning: "terms",
 }  # fmt: skip
 

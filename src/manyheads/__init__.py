@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manyheads.comparison_rank import compare_rankers
     from manyheads.comparison_train import compare_trained
     from manyheads.errors import UserError
+    from manyheads.generate.detect import detect
     from manyheads.generate.texts import reply
     from manyheads.head_selection import select_heads
     from manyheads.heads import HeadTable
@@ -47,6 +48,7 @@ __all__ = [
     "compare",
     "compare_rankers",
     "compare_trained",
+    "detect",
     "papers",
     "parse",
     "reply",
@@ -62,6 +64,7 @@ _HOMES = {
     "manyheads.comparison_train": ("compare_trained",),
     "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
     "manyheads.errors": ("UserError",),
+    "manyheads.generate.detect": ("detect",),
     "manyheads.generate.texts": ("reply",),
     "manyheads.head_selection": ("select_heads",),
     "manyheads.heads": ("HeadTable",),

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of strategies that choose what a language model writes."""
+"""Kinds of strategies that choose what a language model writes, or hide something in it."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .errors import UserError
 from .strategy import Strategy
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["BatchedLoop", "Decoding", "DecodingLoop", "Request", "TokenChoice", "Written"]
+__all__ = [
+    "BatchedLoop", "Decoding", "DecodingLoop", "Reading", "Request", "TokenChoice", "Watermark", "Written",
+    "binomial_tail",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +112,61 @@ class BatchedLoop(DecodingLoop):
 
     def write(self, request: Request) -> Written:
         return self.write_each(request)[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a watermark's reader finds in a text.
+
+    Attributes:
+        evidence: for each bit, positive for a 1, negative for a 0, 0 where nothing speaks for either.
+        tokens: that were read.
+        p_value: the chance of a text that knows nothing of the message agreeing with it as well; 1 for too short a one.
+    """
+
+    evidence: tuple[float, ...]
+    tokens: int
+    p_value: float
+
+    @property
+    def bits(self) -> str:
+        """The message that was read."""
+        return "".join("1" if x > 0 else "0" for x in self.evidence)
+
+    def right(self, message: str) -> float:
+        """The share of bits that are those of ``message``; a bit without evidence counts half."""
+        found = (
+            0.5 if x == 0 else float((x > 0) == (bit == "1")) for x, bit in zip(self.evidence, message, strict=True)
+        )
+        return sum(found) / len(message)
+
+
+class Watermark(Strategy, ABC):
+    """Hides a message of bits in what is written, and reads it from the text alone.
+
+    Attributes:
+        message: the bits, as ``1011``.
+    """
+
+    message: str
+
+    @abstractmethod
+    def read(self, texts: Sequence[Sequence[int]], messages: Sequence[str] | None = None) -> list[Reading]:
+        """What each text, as tokens, says of the bits, and how surprising it is that it agrees with a message.
+
+        Args:
+            texts: without their prompts.
+            messages: that each is to agree with, of as many bits as :attr:`message`, which is taken if None.
+        """
+
+    def check_message(self, bits: int | None = None) -> None:
+        """Raise UserError unless the message is of ``bits`` bits, or of some where None."""
+        if not self.message or set(self.message) - {"0", "1"} or bits not in (None, len(self.message)):
+            wanted = "bits" if bits is None else f"{bits} bits"
+            raise UserError(f"{self.slug}: message={self.message} is not {wanted}; write zeros and ones, as 1011")
+
+
+def binomial_tail(successes: int, trials: int) -> float:
+    """The chance of ``successes`` or more heads in so many tosses of a fair coin."""
+    ways: int = sum(math.comb(trials, k) for k in range(max(0, successes), trials + 1))
+    return ways / int(2**trials)

@@ -20,6 +20,7 @@ from ..strategy import (
     Denoiser,
     ImagePositions,
     LinearCompute,
+    MidBlock,
     Mixer,
     Ranker,
     Residual,
@@ -71,7 +72,7 @@ class CausalLM(Subject):
     """
 
     kind = "causal_lm"
-    kinds = (Attention, Cache, Decoding, LinearCompute, Residual)
+    kinds = (Attention, Cache, Decoding, LinearCompute, MidBlock, Residual)
 
     def __init__(
         self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None

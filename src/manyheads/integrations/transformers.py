@@ -31,6 +31,7 @@ from ..strategy import (
     ImagePositions,
     Interleaved,
     LinearCompute,
+    MidBlock,
     Residual,
     Strategy,
 )
@@ -201,7 +202,7 @@ class Port:
         for strategy in self.strategies:
             if isinstance(strategy, Denoiser):
                 raise UserError(f"{strategy.slug} acts on denoisers: open a pipeline of diffusers with it")
-            acts = isinstance(strategy, (Attention, Residual, Cache))
+            acts = isinstance(strategy, (Attention, Residual, MidBlock, Cache))
             if isinstance(strategy, (ImagePositions, LinearCompute)) and not acts:
                 continue
             if isinstance(strategy, CausalLens):
