@@ -71,6 +71,12 @@ def test_ragged_lengths(codec, dtype, lengths):
     assert agrees(build(codec, dtype, lengths))
 
 
+@pytest.mark.parametrize("pairs", [1, 5, 33])
+def test_a_long_head_is_shared_by_more_programs(pairs):
+    """Lengths as uneven as they can be: nearly all tokens are those of one head, and some have none."""
+    assert agrees(build("int4", torch.float16, [[700 if i == pairs // 2 else i % 3 for i in range(pairs)]], dim=32))
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(("group", "dim"), [(1, 32), (2, 128), (3, 32), (4, 64), (8, 128), (20, 32)])
 def test_groups_and_dims(codec, group, dim):

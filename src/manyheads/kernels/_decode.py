@@ -88,6 +88,14 @@ def _channels(PIECE: tl.constexpr, PIECES: tl.constexpr, CODEC: tl.constexpr, D:
 
 
 @triton.jit
+def _soon(ptr):
+    """Bring scales to the L2 cache: fetched from memory only a block ahead, they come too late."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _scales(k_scale, v_scale, held, factor, FULL: tl.constexpr):
     """Factor and summand of the logits of a block; codes of values are divided by FULL.
 
@@ -127,6 +135,11 @@ def _span(
     if K_CODEC != "plain":  # scales are too narrow for the pipeline of the loop: fetched one block ahead by hand
         k_scale_ptr += start
         v_scale_ptr += start
+        if K_ASM:  # noqa: SIM102 - a constant, and a number on the device
+            if start < stop:
+                for i in tl.static_range(1, STAGES):
+                    _soon(k_scale_ptr + tl.minimum(i * BLOCK + n, stop - start - 1))
+                    _soon(v_scale_ptr + tl.minimum(i * BLOCK + n, stop - start - 1))
         left = n < stop - start
         k_scale = tl.load(k_scale_ptr + n, mask=left, other=0.0)
         v_scale = tl.load(v_scale_ptr + n, mask=left, other=1.0)
@@ -139,6 +152,10 @@ def _span(
             k_scale_ptr += BLOCK
             v_scale_ptr += BLOCK
             left = n < stop - first - BLOCK
+            if K_ASM:
+                ahead = tl.minimum((STAGES - 1) * BLOCK + n, stop - first - BLOCK - 1)
+                _soon(k_scale_ptr + ahead)
+                _soon(v_scale_ptr + ahead)
             next_k_scale = tl.load(k_scale_ptr + n, mask=left, other=0.0)
             next_v_scale = tl.load(v_scale_ptr + n, mask=left, other=1.0)
         x = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -177,61 +194,104 @@ def _span(
     tl.store(lse_ptr + g, lse * _LN2 if LAST else lse, mask=g < G)
 
 
-@triton.jit(do_not_specialize=["splits", "recent_size"])
+@triton.jit
+def _shares(lengths, programs, pairs, LEAST: tl.constexpr):
+    """Tokens of a program, and the program behind the last one of each pair, by the ``lengths`` of all pairs."""
+    share = tl.maximum(tl.cdiv(tl.sum(tl.cdiv(lengths, 16), 0), programs - pairs) * 16, LEAST)
+    return share, tl.cumsum(tl.cdiv(lengths, share), 0)
+
+
+@triton.jit(do_not_specialize=["programs", "pairs", "recent_size"])
 def partial(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, recent_k_ptr, recent_v_ptr, recent_length_ptr, offset_ptr,
-    length_ptr, out_ptr, lse_ptr, factor, splits, recent_size, recent_stride,
-    HEADS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, K_PIECES: tl.constexpr, K_CODEC: tl.constexpr, K_ASM: tl.constexpr, V_PIECES: tl.constexpr,
-    V_CODEC: tl.constexpr, V_ASM: tl.constexpr, RECENT: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
-    RECENT_BLOCK: tl.constexpr,
+    length_ptr, out_ptr, lse_ptr, factor, programs, pairs, recent_size, recent_stride,
+    LENGTHS: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, K_PIECES: tl.constexpr, K_CODEC: tl.constexpr,
+    K_ASM: tl.constexpr, V_PIECES: tl.constexpr, V_CODEC: tl.constexpr, V_ASM: tl.constexpr, RECENT: tl.constexpr,
+    LAST: tl.constexpr, PDL: tl.constexpr, RECENT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (pair, split): a share of the tokens of a (row, key/value head); the recent ones are the last split."""
+    """A program reads a share of the tokens of one (row, key/value head), a pair; those behind them recent tokens."""
+    slot = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    pair = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    slot = pair * tl.num_programs(1) + split
-    q_ptr += pair * G * D
-    out_ptr += slot * G * D
-    lse_ptr += slot * G
-    if split < splits:
-        length = tl.load(length_ptr + pair)
-        offset = tl.load(offset_ptr + pair)
-        share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-        start = tl.minimum(split * share, length)
-        _span(
-            q_ptr, k_ptr + offset * (D // K_PIECES), v_ptr + offset * (D // V_PIECES), k_scale_ptr + offset,
-            v_scale_ptr + offset, out_ptr, lse_ptr, start, tl.minimum(start + share, length), factor,
-            G, ROWS, D, BLOCK, STAGES, K_PIECES, K_CODEC, K_ASM, V_PIECES, V_CODEC, V_ASM, LAST,
-        )  # fmt: skip
+    out_ptr += slot.to(tl.int64) * G * D
+    lse_ptr += slot.to(tl.int64) * G
+    if slot < programs:
+        if LENGTHS > 0:  # no load waits for another one: what belongs to the pair is picked from what all loaded
+            i = tl.arange(0, LENGTHS)
+            lengths = tl.load(length_ptr + i, mask=i < pairs, other=0)
+            offsets = tl.load(offset_ptr + i, mask=i < pairs, other=0)
+            share, ends = _shares(lengths, programs, pairs, BLOCK)
+            before = ends <= slot
+            pair = tl.sum(before.to(tl.int32), 0)
+            start = (slot - tl.max(tl.where(before, ends, 0), 0)) * share
+            length = tl.sum(tl.where(i == pair, lengths, 0), 0)
+            offset = tl.sum(tl.where(i == pair, offsets, 0), 0)
+            stop = tl.minimum(start + share, length)
+        else:
+            pair = slot
+            start = slot * 0
+            stop = tl.load(length_ptr + pair)
+            offset = tl.load(offset_ptr + pair)
+        pair = pair.to(tl.int64)
+        if pair < pairs:
+            _span(
+                q_ptr + pair * G * D, k_ptr + offset * (D // K_PIECES), v_ptr + offset * (D // V_PIECES),
+                k_scale_ptr + offset, v_scale_ptr + offset, out_ptr, lse_ptr, start, stop, factor,
+                G, ROWS, D, BLOCK, STAGES, K_PIECES, K_CODEC, K_ASM, V_PIECES, V_CODEC, V_ASM, LAST,
+            )  # fmt: skip
     elif RECENT:
+        pair = (slot - programs).to(tl.int64)
         length = tl.load(recent_length_ptr + pair // HEADS * recent_stride)
         at = pair * recent_size * D
         _span(
-            q_ptr, recent_k_ptr + at, recent_v_ptr + at, q_ptr, q_ptr, out_ptr, lse_ptr, length * 0, length, factor,
-            G, ROWS, D, RECENT_BLOCK, STAGES, 1, "plain", False, 1, "plain", False, LAST,
+            q_ptr + pair * G * D, recent_k_ptr + at, recent_v_ptr + at, q_ptr, q_ptr, out_ptr, lse_ptr, length * 0,
+            length, factor, G, ROWS, D, RECENT_BLOCK, STAGES, 1, "plain", False, 1, "plain", False, LAST,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["programs", "pairs"])
 def combine(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, parts,
-    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    part_ptr, part_lse_ptr, length_ptr, out_ptr, lse_ptr, programs, pairs,
+    LENGTHS: tl.constexpr, LEAST: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, RECENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head, columns): the partial outputs of a query head, each by its share of the exponentials."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    head = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, PARTS)
+    head = tl.program_id(0)
+    pair = head // G
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    slots = (head // G * parts + s) * G + head % G
-    lse = tl.load(part_lse_ptr + slots, mask=s < parts, other=float("-inf"))
-    part = tl.load(part_ptr + slots[:, None] * D + c[None, :], mask=(s < parts)[:, None], other=0.0)
-    top = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, 0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + head * D + c, out)
+    first = pair
+    end = pair + 1
+    if LENGTHS > 0:
+        i = tl.arange(0, LENGTHS)
+        _share, ends = _shares(tl.load(length_ptr + i, mask=i < pairs, other=0), programs, pairs, LEAST)
+        end = tl.sum(tl.where(i == pair, ends, 0), 0)
+        first = tl.sum(tl.where(i == pair - 1, ends, 0), 0)
+    if PDL:  # lengths were there before the kernel that is waited for
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    count = end - first
+    if RECENT:  # one more, that stands behind those of all pairs
+        count += 1
+    top = float("-inf")
+    total = 0.0
+    out = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, count, PARTS):
+        s = start + tl.arange(0, PARTS)
+        held = s < count
+        slots = first + s
+        if RECENT:
+            slots = tl.where(s == count - 1, programs + pair, slots)
+        slots = slots.to(tl.int64) * G + head % G
+        lse = tl.load(part_lse_ptr + slots, mask=held, other=float("-inf"))
+        part = tl.load(part_ptr + slots[:, None] * D + c[None, :], mask=held[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(lse, 0))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        weight = tl.exp2(lse - base)
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 0)
+        out = out * shrink + tl.sum(part * weight[:, None], 0)
+        top = new
+    tl.store(out_ptr + head.to(tl.int64) * D + c, out / tl.where(total == 0.0, 1.0, total))
     tl.store(lse_ptr + head, (top + tl.log2(total)) * _LN2)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one query per row over a ragged, possibly packed cache, at the speed at which the cache can be read.
 
-Every (row, key/value head) holds its own number of tokens in flat planes. Its tokens are shared out among ``parts``
-programs (split-K, as in Flash-Decoding; the running softmax is that of FlashAttention, arXiv 2205.14135); each writes a
-normalised partial output and its log-sum-exp, and a second kernel merges them by these. The share is taken from the
-length on the device, so that neither lengths nor positions ever reach the host and a captured graph serves every
-length up to ``capacity``.
+Every (row, key/value head), a pair, holds its own number of tokens in flat planes. The tokens of all pairs are shared
+out among as many programs as the device runs at once, to each an equal share of one pair's, so that a long one gets
+more of them (split-K, as in Flash-Decoding; the running softmax is that of FlashAttention, arXiv 2205.14135); each
+writes a normalised partial output and its log-sum-exp, and a second kernel merges them by these. Every program finds
+its share from the lengths on the device, so that neither lengths nor positions ever reach the host and a captured graph
+serves every length up to ``capacity``.
 
 Packed codes go to the tensor cores without a shuffle, those of keys and of values each in their format. INT4 and FP8
 rows are read as 16-bit elements, each of which holds 4 or 2 channels; piece i of a row is the i-th channel of every
@@ -19,7 +20,6 @@ Legend: B rows, H query heads, Hkv key/value heads, G = H / Hkv, d head dimensio
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..errors import UserError
@@ -28,7 +28,8 @@ from ._operator import launch, operator
 
 __all__ = ["decode_attention"]
 
-_MOST_PARTS = 128  # that the second kernel merges
+_MOST_PAIRS = 1024  # whose lengths each program looks at; of more, each is read by one program
+_PARTS = 64  # that the second kernel merges at a time
 _LOG2E = 1.4426950408889634
 
 
@@ -83,10 +84,11 @@ def _format(plane: Tensor, dim: int) -> _Format:
     return _Format("plain", 1, plane.dtype)
 
 
-def _splits(pairs: int, capacity: int, config: _Config, processors: int, recent: bool) -> int:
-    """Programs that share the tokens of a head, so that the grid fills the device once."""
-    blocks = -(-capacity // config.block)
-    return max(1, min(blocks, processors * config.programs // max(1, pairs) - recent, _MOST_PARTS - recent))
+def _programs(pairs: int, capacity: int, config: _Config, processors: int) -> int:
+    """Programs that share the tokens of all pairs, so that the grid fills the device once; 0 for one each."""
+    if capacity <= config.block or pairs > _MOST_PAIRS:
+        return 0
+    return max(processors * config.programs, 2 * pairs)
 
 
 @operator("decode_attention")
@@ -116,33 +118,39 @@ def _decode(
     nvidia = q.is_cuda and torch.version.hip is None
     pdl = nvidia and torch.cuda.get_device_capability(q.device) >= (9, 0)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
-    splits = _splits(pairs, capacity, config, processors, recent_k is not None)
-    parts = splits + (recent_k is not None)
-    part = out if parts == 1 else q.new_empty(pairs * parts * group * dim, dtype=torch.float32)
-    part_lse = lse if parts == 1 else q.new_empty(pairs * parts * group, dtype=torch.float32)
+    programs = _programs(pairs, capacity, config, processors)
+    recent = recent_k is not None
+    room = 0 if not programs else 32 if pairs <= 32 else _MOST_PAIRS
+    programs = programs or pairs
+    last = not recent and room == 0
+    parts = programs + recent * pairs
+    part = out if last else q.new_empty(parts * group * dim, dtype=torch.float32)
+    part_lse = lse if last else q.new_empty(parts * group, dtype=torch.float32)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(q):
         launch(
-            partial, (pairs, parts),
+            partial, (parts,),
             q, k.view(keys.view), v.view(values.view),
             q if k_scale is None else k_scale.contiguous(), q if v_scale is None else v_scale.contiguous(),
             q if recent_k is None else recent_k, q if recent_v is None else recent_v,
             lengths if recent_length is None else recent_length, offsets, lengths, part, part_lse,
-            scale * _LOG2E, splits, 0 if recent_k is None else recent_k.shape[2],
+            scale * _LOG2E, programs, pairs, 0 if recent_k is None else recent_k.shape[2],
             0 if recent_length is None or recent_length.dim() == 0 else recent_length.stride(0),
-            HEADS=kv_heads, G=group, ROWS=16 if group <= 16 else 32, D=dim, BLOCK=config.block, STAGES=config.stages,
+            LENGTHS=room, HEADS=kv_heads, G=group, ROWS=16 if group <= 16 else 32, D=dim, BLOCK=config.block,
+            STAGES=config.stages,
             K_PIECES=keys.pieces, K_CODEC=keys.codec, K_ASM=nvidia and not wide and keys.view == torch.int16,
             V_PIECES=values.pieces, V_CODEC=values.codec, V_ASM=nvidia and not wide and values.view == torch.int16,
-            RECENT=recent_k is not None, LAST=parts == 1, PDL=pdl,
+            RECENT=recent, LAST=last, PDL=pdl,
             RECENT_BLOCK=min(config.block, 64 if dim <= 128 else 32),
             num_warps=config.warps, **options,
         )  # fmt: skip
-        if parts > 1:
+        if not last:
             width = min(dim, 64)
             launch(
                 combine, (batch * heads, dim // width),
-                part, part_lse, out, lse, parts, G=group, D=dim, WIDTH=width, PARTS=triton.next_power_of_2(parts),
-                PDL=pdl, num_warps=4, **options,
+                part, part_lse, lengths, out, lse, programs, pairs,
+                LENGTHS=room, LEAST=config.block, G=group, D=dim, WIDTH=width, PARTS=_PARTS,
+                RECENT=recent, PDL=pdl, num_warps=4, **options,
             )  # fmt: skip
     return out, lse
 
