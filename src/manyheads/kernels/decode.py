@@ -145,12 +145,12 @@ def _decode(
             num_warps=config.warps, **options,
         )  # fmt: skip
         if not last:
-            width = min(dim, 64)
+            width = min(dim, 32)
             launch(
                 combine, (batch * heads, dim // width),
                 part, part_lse, lengths, out, lse, programs, pairs,
                 LENGTHS=room, LEAST=config.block, G=group, D=dim, WIDTH=width, PARTS=_PARTS,
-                RECENT=recent, PDL=pdl, num_warps=4, **options,
+                RECENT=recent, PDL=pdl, num_warps=1, **options,
             )  # fmt: skip
     return out, lse
 
