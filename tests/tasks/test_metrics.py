@@ -54,7 +54,8 @@ TIMES = {
     "family_times.seconds": "s", "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
     "encoder_speed.token_time": "us/token", "page_cost.token_time": "us/token",
     "classifier_cost.token_time": "us/token",
-    "ranker_cost.document_time": "ms/document", "denoised_sums.ms": "ms", "shared_cache.step": "ms", "shared_sums.step": "ms",
+    "ranker_cost.document_time": "ms/document", "denoised_sums.ms": "ms", "shared_cache.step": "ms",
+    "shared_sums.step": "ms", "shared_sums.seconds": "s",
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {
