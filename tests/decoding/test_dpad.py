@@ -17,43 +17,20 @@ from manyheads.decoding.dpad import keep_probability
 from manyheads.integrations.decoding import write
 from manyheads.integrations.masked_diffusion import TokenDenoiser, mask_token, predicts_next
 from manyheads.writing import Request
-from tiny import chat
+from tiny import chat, denoisers
 from tiny.compare import make_tokenizer, tiny
+from tiny.denoisers import MASK, PROMPT, SIZES, VOCAB, model, naive, tokens, written
 from tolerance import assert_close, is_far
-
-MASK, VOCAB = 59, 60
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 256, "bos_token_id": None,
-    "eos_token_id": None,
-}  # fmt: skip
-PROMPT = torch.tensor([[5, 7, 9, 11, 3]])
-
-
-def model(kind=LlamaForCausalLM, config=LlamaConfig, **changes):
-    torch.manual_seed(1)
-    return kind(config(**SIZES, **{"is_causal": False, "mask_token_id": MASK, **changes})).double().eval()
 
 
 @pytest.fixture(scope="module")
 def llada():
-    return model()
+    return denoisers.model()
 
 
 @pytest.fixture(scope="module")
 def dream():
-    return model(Qwen2ForCausalLM, Qwen2Config, predicts_next=True)
-
-
-def written(denoiser, spec, most=24, prompt=PROMPT, seed=0, ends=()):
-    return parse(spec).write_rows(denoiser, prompt, most, seed=seed, ends=ends)
-
-
-def tokens(denoiser, spec, **more):
-    return [row.tokens for row in written(denoiser, spec, **more)]
-
-
-# The subset of the suffix.
+    return denoisers.model(Qwen2ForCausalLM, Qwen2Config, predicts_next=True)
 
 
 def test_probabilities_are_those_of_the_formula_and_fall():
@@ -86,9 +63,6 @@ def test_a_block_draws_once_by_its_seed_and_as_many_as_the_formula_says():
     assert not len(drawn(parse("dpad:window=0"), 0))
 
 
-# What the model reads.
-
-
 @pytest.mark.parametrize("name", ["llada", "dream"])
 def test_dropping_is_hiding_from_all_in_every_layer_with_positions_kept(name, request):
     """Exact: what is dropped may neither be seen nor shift what is kept."""
@@ -109,36 +83,8 @@ def test_dropping_is_hiding_from_all_in_every_layer_with_positions_kept(name, re
     assert is_far(net(ids).logits[:, first : first + 4].float()[finite], want[finite])
 
 
-def naive(net, prompt, most, block, steps, kept, end=None):
-    """One row, lists and loops: the whole sequence is read each time, what is dropped hidden by the mask."""
-    row, length = prompt[0].tolist() + [MASK] * most, prompt.shape[1] + most
-    shift, read, forwards = predicts_next(net.config), 0, 0
-    for number, start in enumerate(range(prompt.shape[1], length, block)):
-        stop = min(start + block, length)
-        seen = [*range(stop), *(stop + j for j in kept(length - stop, number))]
-        see = torch.zeros(length, dtype=torch.bool)
-        see[seen] = True
-        for count in shares(stop - start, steps):
-            with torch.no_grad():
-                logits = net(torch.tensor([row]), attention_mask=see.expand(1, 1, length, length)).logits[0].double()
-            sure = []
-            for i in range(start, stop):
-                if row[i] == MASK:
-                    p = logits[i - shift].clone()
-                    p[MASK] = -torch.inf
-                    p = p.softmax(0)
-                    sure.append((-float(p.max()), i, int(p.argmax())))
-            for _, i, token in sorted(sure)[:count]:
-                row[i] = token
-            read, forwards = read + len(seen), forwards + 1
-        if end is not None and end in row[start:stop]:
-            row = row[:stop]
-            break
-    return row[prompt.shape[1] :], forwards, read
-
-
 @pytest.mark.parametrize("name", ["llada", "dream"])
-@pytest.mark.parametrize("spec", ["dpad:window=12,block=5,steps=2", "block_diffusion:block=6,steps=4", "dpad:block=7"])
+@pytest.mark.parametrize("spec", ["dpad:window=12,block=5,steps=2", "dpad:block=7"])
 def test_a_naive_decoder_in_float64_writes_the_same_and_counts_the_same(name, spec, request):
     net, strategy = request.getfixturevalue(name), parse(spec)
 
@@ -178,15 +124,6 @@ def test_steps_forwards_tokens_and_flops_are_those_of_the_formula(llada):
     assert counter.get_total_flops() == want
 
 
-def test_the_fullest_step_fills_the_surest_places_and_a_threshold_all_that_are_surer(llada):
-    one = written(llada, "block_diffusion:block=8,threshold=1", most=16)[0]
-    assert one.tokens == tokens(llada, "block_diffusion:block=8", most=16)[0] and one.forwards == 16
-    quick = written(llada, "block_diffusion:block=8,threshold=0.000001", most=16)[0]
-    assert quick.forwards == 2 and quick.tokens == tokens(llada, "block_diffusion:block=8,steps=1", most=16)[0]
-    between = written(llada, "block_diffusion:block=8,threshold=0.3", most=16)[0]
-    assert 2 < between.forwards < 16 and between.tokens != one.tokens
-
-
 def test_rows_are_what_they_are_alone(llada):
     rows = torch.cat([PROMPT, PROMPT + 13, PROMPT.flip(1)])
     alone = [tokens(llada, "block_diffusion:block=6", prompt=row[None])[0] for row in rows]
@@ -197,53 +134,6 @@ def test_rows_are_what_they_are_alone(llada):
             assert made == written(llada, spec, prompt=row[None], seed=3, ends={end})[0]
     drawn = [tokens(llada, "dpad:block=6,temperature=0.7", seed=s)[0] for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_it_stops_behind_the_block_with_an_end_and_says_the_same_as_if_it_went_on(llada):
-    said = tokens(llada, "block_diffusion:block=6")[0]
-    end = said[8]
-    cut = said.index(end)
-    short, whole = (written(llada, f"block_diffusion:block=6,stop={s}", ends={end})[0] for s in ("true", "false"))
-    assert short.tokens == whole.tokens == said[:cut]
-    blocks = cut // 6 + 1
-    assert (short.forwards, short.notes["blocks"], whole.forwards, whole.notes["blocks"]) == (6 * blocks, blocks, 24, 4)
-    assert blocks < 4
-    # The end of a prompt ends nothing.
-    asked = torch.cat([PROMPT, torch.tensor([[end]])], 1)
-    assert written(llada, "block_diffusion:block=6", most=6, prompt=asked, ends={end})[0].notes["blocks"] == 1
-
-
-def test_a_cache_of_the_prefix_is_exact_where_the_prefix_sees_nothing_of_the_block():
-    """A causal model's keys do not change with what follows; a bidirectional one's do, so that it approximates."""
-
-    def logits(net, cached):
-        denoiser, places = TokenDenoiser(net, MASK), torch.arange(12)
-        ids = torch.cat([PROMPT, torch.full((1, 7), MASK)], 1)
-        later = ids.clone()
-        later[0, 5:7] = torch.tensor([17, 19])
-        if not cached:
-            return denoiser(later, places, 5, 9)
-        _, past = denoiser.begin(ids, places, 5, 9)
-        first = denoiser(later, places, 5, 9, past)
-        assert past.get_seq_length() == 5 - denoiser.shifted
-        again = denoiser(later, places, 5, 9, past)
-        assert torch.equal(first, again)
-        return again
-
-    seen = [i for i in range(VOCAB) if i != MASK]
-    for more in ({}, {"predicts_next": True}):
-        causal, both = model(is_causal=True, **more), model(**more)
-        assert_close(logits(causal, True)[..., seen], logits(causal, False)[..., seen])
-        assert is_far(logits(both, True)[..., seen], logits(both, False)[..., seen])
-        # One step a block: what is cached is not used again.
-        one = "block_diffusion:block=6,steps=1"
-        assert tokens(both, one) == tokens(both, f"{one},prefix_cache=true")
-        made = written(both, "block_diffusion:block=6,steps=3,prefix_cache=true", most=12)[0]
-        extra = bool(more)
-        assert made.notes["tokens_read"] == 17 + 2 * (12 + extra) + 17 + 2 * (6 + extra)
-
-
-# Models.
 
 
 class Mapping(nn.Module):
