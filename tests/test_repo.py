@@ -25,6 +25,7 @@ FLOORS = (
         "costs",
         "denoising",
         "heads",
+        "inpainting",
         "lens",
         "strategy",
         "unlearning",

@@ -125,6 +125,8 @@ class DenoiserCall:
         rescales: whether the pipeline brings what it guided to the size of the conditional prediction afterwards.
         run: ``run(branch, **changes)`` is the prediction for the given arguments with some changed, its attention seen
             under the name ``branch``; under an empty name it is the branches as they are.
+        encode: ``encode(images, height, width)`` are the latents of that size of images ``[B, 3, H, W]`` in 0..1; None
+            for a bare denoiser.
     """
 
     step: DiffusionStep
@@ -133,6 +135,7 @@ class DenoiserCall:
     guidance_scale: float | None
     run: Callable[..., Tensor]
     rescales: bool = False
+    encode: Callable[[Tensor, int, int], Tensor] | None = None
 
     @property
     def latents(self) -> Tensor:

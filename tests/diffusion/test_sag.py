@@ -10,8 +10,9 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 import manyheads
 from manyheads.call import AttentionCall, DenoiserCall, DiffusionStep, Layout, Site
+from manyheads.diffusion._maps import blur
 from manyheads.diffusion._prediction import Prediction
-from manyheads.diffusion.sag import SAG, blur
+from manyheads.diffusion.sag import SAG
 from manyheads.errors import UserError
 from oracles import pipelines
 from tolerance import FORMULA, MODEL, assert_close, error, within

@@ -41,7 +41,11 @@ Classes = Annotated[
     list[str] | None, typer.Option("--class", help="Number or label, for class-conditional pipelines; may repeat.")
 ]
 Source = Annotated[
-    str | None, typer.Option(help="Source of every prompt's image, as masactrl needs it: its text, or an image file.")
+    str | None,
+    typer.Option(
+        help="Source of every prompt's image, as masactrl needs it: its text, or an image file. For harmonpaint the "
+        "image file to fill in."
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -122,6 +126,8 @@ def generate(
     manyheads generate --model ./dit --strategy sag --class 207
 
     manyheads generate --strategy masactrl:start_layer=2 --source photo.png --prompt "ghost top left ship"
+
+    manyheads generate --strategy harmonpaint:mask=hole.png --source photo.png --prompt "apple top left ship"
 
     manyheads generate --model HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote Hamlet?" --strategies full,auto
 
@@ -263,11 +269,14 @@ def _images(
         pipe = loading.load(model, device, dtype)
         image = None if source is None or not Path(source).is_file() else Path(source)
         wanted = rows.rows_of(pipe, prompts, classes, None if image else source, seeds)
+        arms, fills = (arms, False) if image is None else run.on_image(arms, image)
         run.check(pipe, arms, settings)
         if image is not None:
-            wanted = rows.from_image(pipe, image, wanted, settings.steps)
+            wanted = rows.filled(image, wanted) if fills else rows.from_image(pipe, image, wanted, settings.steps)
         watched = words.find(pipe, wanted, maps) if maps is not None else None
         made = run.run(pipe, arms, wanted, settings, progress)
+        if fills and image is not None:
+            made[0].sources = [rows.shown(image, each.shape) for each in made[0].images]
         if watched is not None:
             _write_maps(page, *words.watch(pipe, watched, wanted, settings), wanted, model)
     facts = run.facts(made, wanted, settings, pipe) | {"model": model, "out": str(out), "command": typed()}

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..errors import UserError
 from ._prediction import Prediction, is_flow
 
-__all__ = ["invert"]
+__all__ = ["invert", "levels"]
 
 
 def invert(
@@ -48,10 +48,10 @@ def invert(
     """
     if iterations < 1:
         raise UserError(f"inversion takes at least one evaluation a step, not {iterations}")
-    times, levels = scheduler.timesteps, _levels(scheduler)
+    times, between = scheduler.timesteps, levels(scheduler)
     x = latents
     with torch.no_grad():
-        for t, (before, after) in zip(reversed(times), reversed(levels), strict=True):
+        for t, (before, after) in zip(reversed(times), reversed(between), strict=True):
             a, b = (float(after.add_noise(*before.to_x0_eps(*one))) for one in _UNITS)
             if abs(a) < 1e-6:
                 raise UserError(
@@ -67,15 +67,14 @@ def invert(
 _UNITS = tuple((torch.tensor(i, dtype=torch.float64), torch.tensor(1 - i, dtype=torch.float64)) for i in (1, 0))
 
 
-def _levels(scheduler: Any) -> list[tuple[Prediction, Prediction]]:
+def levels(scheduler: Any) -> list[tuple[Prediction, Prediction]]:
     """The noise levels that each step of a scheduler goes from and comes to, the noisiest first."""
     name, times = type(scheduler).__name__, [float(t) for t in scheduler.timesteps]
     if not is_flow(scheduler) and getattr(scheduler, "num_inference_steps", None) is None:
         raise UserError(f"{name} has no timesteps; call its set_timesteps first")
     if name == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling:
         sigmas = [float(s) for s in scheduler.sigmas]
-        made = [Prediction(1 - s, s, "flow") for s in sigmas]
-        return list(pairwise(made))
+        return list(pairwise(Prediction(1 - s, s, "flow") for s in sigmas))
     if name != "DDIMScheduler" or scheduler.config.clip_sample or scheduler.config.thresholding:
         raise UserError(
             f"the steps of this {name} cannot be taken backwards; use a DDIMScheduler without clip_sample and "
@@ -83,9 +82,9 @@ def _levels(scheduler: Any) -> list[tuple[Prediction, Prediction]]:
         )
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     final = float(scheduler.final_alpha_cumprod)
-    levels = []
+    made = []
     for t in times:
         before = Prediction.at(scheduler, t)
         last = Prediction(final**0.5, (1 - final) ** 0.5, before.kind)
-        levels.append((before, Prediction.at(scheduler, t - stride) if t >= stride else last))
-    return levels
+        made.append((before, Prediction.at(scheduler, t - stride) if t >= stride else last))
+    return made

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What strategies that read maps of words share: places of words, maps of unlike grids, and masks of maps.
+"""What strategies that use maps share: places of words, maps of unlike grids, masks of maps, and a blur.
 
 Shapes: maps ``[B, ..., h, w]``.
 """
@@ -8,11 +8,35 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import conv2d, interpolate, pad
 
 from ..errors import UserError
 
-__all__ = ["check_words", "merged", "scaled"]
+__all__ = ["blur", "check_words", "merged", "scaled"]
+
+
+def blur(x: Tensor, sigma: float, size: int) -> Tensor:
+    """Gaussian blur of the last two axes by a kernel of ``size`` (odd) with reflected borders."""
+    if sigma <= 0 or size <= 1:
+        return x
+    reach = torch.arange(size, device=x.device, dtype=torch.float64) - size // 2
+    weight = torch.exp(-0.5 * (reach / sigma) ** 2)
+    weight = (weight / weight.sum()).to(x.dtype)
+    flat: Tensor = x.reshape(-1, 1, *x.shape[-2:])
+    for axis in (0, 1):
+        kernel = weight.reshape(1, 1, -1, 1) if axis == 0 else weight.reshape(1, 1, 1, -1)
+        left = size // 2
+        length = flat.shape[2 + axis]
+        while left > 0:  # a reflection reaches no farther than the image
+            step = min(left, length - 1)
+            if step == 0:
+                break
+            flat = pad(flat, (0, 0, step, step) if axis == 0 else (step, step, 0, 0), mode="reflect")
+            left, length = left - step, length + 2 * step
+        if left:
+            flat = pad(flat, (0, 0, left, left) if axis == 0 else (left, left, 0, 0), mode="replicate")
+        flat = conv2d(flat, kernel)
+    return flat.reshape(x.shape)
 
 
 def check_words(tokens: Sequence[int], count: int, slug: str) -> None:

@@ -81,6 +81,14 @@ class Prediction:
             return a * x - s * out, s * x + a * out
         return x - s * out, x + (1 - s) * out
 
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What a denoiser says that means this clean sample and this noise."""
+        if self.kind == "epsilon":
+            return eps
+        if self.kind == "sample":
+            return x0
+        return self.alpha * eps - self.sigma * x0 if self.kind == "v_prediction" else eps - x0
+
     def add_noise(self, x0: Tensor, eps: Tensor) -> Tensor:
         """The noisy sample of both."""
         return torch.as_tensor(self.alpha * x0 + self.sigma * eps)

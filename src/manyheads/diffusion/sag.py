@@ -28,42 +28,19 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import interpolate
 
 from ..call import AttentionCall, DenoiserCall, Layout, Site
 from ..calls.statistics import ColumnSum
 from ..calls.weights import measure
 from ..errors import UserError
 from ..strategy import AttentionWatch, DenoiserPrediction
+from ._maps import blur
 from ._prediction import Prediction, add_guidance, select_batch
 
-__all__ = ["SAG", "blur"]
+__all__ = ["SAG"]
 
 _KEY = "sag"
-
-
-def blur(x: Tensor, sigma: float, size: int) -> Tensor:
-    """Gaussian blur of the last two axes by a kernel of ``size`` (odd) with reflected borders."""
-    if sigma <= 0 or size <= 1:
-        return x
-    reach = torch.arange(size, device=x.device, dtype=torch.float64) - size // 2
-    weight = torch.exp(-0.5 * (reach / sigma) ** 2)
-    weight = (weight / weight.sum()).to(x.dtype)
-    flat: Tensor = x.reshape(-1, 1, *x.shape[-2:])
-    for axis in (0, 1):
-        kernel = weight.reshape(1, 1, -1, 1) if axis == 0 else weight.reshape(1, 1, 1, -1)
-        left = size // 2
-        length = flat.shape[2 + axis]
-        while left > 0:  # a reflection reaches no farther than the image
-            step = min(left, length - 1)
-            if step == 0:
-                break
-            flat = pad(flat, (0, 0, step, step) if axis == 0 else (step, step, 0, 0), mode="reflect")
-            left, length = left - step, length + 2 * step
-        if left:
-            flat = pad(flat, (0, 0, left, left) if axis == 0 else (left, left, 0, 0), mode="replicate")
-        flat = conv2d(flat, kernel)
-    return flat.reshape(x.shape)
 
 
 def _to_grid(x: Tensor, layout: Layout | None) -> Tensor:

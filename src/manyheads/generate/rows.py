@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from ..catalog import nearest
 from ..errors import UserError
 from ..models.pipeline import parameters
 
-__all__ = ["Row", "from_image", "read_seeds", "read_size", "rows_of"]
+__all__ = ["Row", "filled", "from_image", "read_seeds", "read_size", "rows_of", "shown"]
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,18 @@ def from_image(pipe: Any, path: Path, rows: Sequence[Row], steps: int | None) ->
         raise UserError(f"{path} is no image; give --source a text, or a png, jpg or webp") from None
     label = f"{path.name} \u2192 "
     return [replace(row, source="", image=str(path), noise=noise, label=label + row.label) for row in rows]
+
+
+def filled(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Rows that say of which image they fill the hole."""
+    return [replace(row, image=str(path), label=f"{path.name}: {row.label}") for row in rows]
+
+
+def shown(path: Path, shape: Sequence[int]) -> Array:
+    """An image file ``[1, H, W, 3]``, float32 in 0..1, in the size of what was made, ``[F, H, W, 3]``."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB").resize((shape[2], shape[1])), dtype=np.float32)
+    return np.divide(pixels[None], 255, dtype=np.float32)
 
 
 def _label(text: str, seed: int, seeds: Sequence[int]) -> str:

@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from ..environment import environment
 from ..errors import UserError
+from ..inpainting import Inpainter
 from ..integrations import use
 from ..integrations.diffusers import denoisers
 from ..integrations.module_calls import Restore, wrap_call
@@ -25,7 +27,7 @@ from ..spec import parse, split_together
 from ..strategy import Strategy
 from .rows import Row
 
-__all__ = ["Arm", "Made", "Settings", "arm", "check", "facts", "generate", "run"]
+__all__ = ["Arm", "Made", "Settings", "arm", "check", "facts", "generate", "on_image", "run"]
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -84,6 +86,23 @@ class Made:
 def arm(text: str) -> Arm:
     """Strategies from their specs, joined by `` + ``."""
     return Arm(text.strip(), tuple(parse(spec) for spec in split_together(text)))
+
+
+def on_image(arms: Sequence[Arm], path: Path) -> tuple[list[Arm], bool]:
+    """The arms, those that fill a hole at the image ``path`` where they name none; and whether that is what it is for.
+
+    Raises:
+        UserError: some fill a hole, and some do something else with an image.
+    """
+    fills = [any(isinstance(s, Inpainter) for s in each.strategies) for each in arms]
+    if any(fills) and not all(fills):
+        raise UserError("--source is filled by some strategies and a pair's source for others; make two calls of this")
+
+    def on(strategy: Any) -> Strategy:
+        fills = isinstance(strategy, Inpainter) and not strategy.source
+        return cast("Strategy", replace(strategy, source=str(path)) if fills else strategy)
+
+    return [replace(each, strategies=tuple(map(on, each.strategies))) for each in arms], any(fills)
 
 
 class _Checked(Exception):

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from ..call import Axis, DenoiserCall, DiffusionStep, Layout, Site
 from ..errors import UserError
+from ..inpainting import Inpainter
 from ..strategy import Attention, Cache, Denoiser, DenoiserModule, DenoiserPrediction, Strategy
 from .hook_chain import BoundStrategy
+from .images import encode
 from .layouts import arguments
 from .module_calls import CallChain, Restore, unwrapped, wrap_call
 from .pipeline_state import PipelineObserver
@@ -202,6 +204,7 @@ class DiffusersPort:
                 (self._owners[id(module)], state, entry) for module, state, entries in attached for entry in entries
             ]
             if not self._lasting:
+                self.observer.inpainters = tuple(s for s in self.strategies if isinstance(s, Inpainter))
                 self.observer.open([unwrapped(model) for model in models], self._restorers)
         except BaseException:
             self._restore()
@@ -331,7 +334,9 @@ class DiffusersPort:
         for strategy in (s for s in self.strategies if isinstance(s, DenoiserPrediction)):
             scale = self.observer.guidance(strategy.slug, model, step, given)
             start = len(made)
-            call = DenoiserCall(step, given, self.observer.scheduler, scale, run, self.observer.rescales)
+            observer, pipe = self.observer, self.observer.pipe
+            to_latents = None if pipe is None else functools.partial(encode, pipe)
+            call = DenoiserCall(step, given, observer.scheduler, scale, run, observer.rescales, to_latents)
             out = strategy.denoise(call)
             total = out if total is None else total + (out - made[start][0])
             self._runs.predicted(strategy, id(model))

@@ -22,7 +22,9 @@ from torch import nn
 
 from ..call import DiffusionStep
 from ..errors import UserError
+from ..inpainting import Inpainter
 from .batch_rows import UNKNOWN, PromptRows, guidance_of, of_one_sample, rescales, rows_of, tensors_of
+from .images import put_back
 from .layouts import arguments, layout_of, timestep_of
 from .module_calls import Restore
 from .step_count import StepCounter
@@ -49,6 +51,7 @@ class PipelineObserver:
         run_marker: an object for the run at hand where a guider tells it; a new run has another.
         idle_calls: calls of the pipeline that ended without a call of a denoiser of ours.
         failed: runs in which an error ended the pipeline's call.
+        inpainters: strategies that put pixels back into the images that the pipeline's call returns.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -58,6 +61,7 @@ class PipelineObserver:
         self.run_marker: Any = None
         self.idle_calls = 0
         self.failed: set[int] = set()
+        self.inpainters: tuple[Inpainter, ...] = ()
         self._guiders: list[BaseGuidance] = []
         self._context: str | None = None
         self._call_arguments: dict[str, Any] | None = None
@@ -187,6 +191,7 @@ class PipelineObserver:
             processors = _perturbing(this)
             try:
                 made = kind.__call__(this, *args, **kwargs)
+                made = put_back(made, self._call_arguments.get("output_type"), self.inpainters)
             except BaseException:
                 if self._counter.run != before:
                     self.failed.add(self._counter.run)

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import logging
 from PIL import Image
 from torch import Generator, Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
 from ..data import scenes as data
 from ..diffusion._inversion import invert
@@ -139,12 +139,23 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         if self.config.kind == "moving":
             raise UserError("this pipeline makes videos, and an image is none; use scenes")
         square = image.convert("RGB").resize((data.SIDE, data.SIDE))
-        pixels = torch.from_numpy(np.array(square)).movedim(-1, 0)[None] / 127.5 - 1
-        x = self._packed(pixels.to(self.denoiser.device, self.denoiser.dtype))
+        x = self.encode_images(torch.from_numpy(np.array(square)).movedim(-1, 0)[None] / 255)
         with torch.no_grad():
             text = self.captions(torch.zeros(1, 3, dtype=torch.long, device=x.device))
         self.scheduler.set_timesteps(num_inference_steps, device=x.device)
         return invert(self.scheduler, x, lambda x, t: predict(self.denoiser, x, t, text), iterations)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in 0..1, which are brought to the pipeline's size.
+
+        Raises:
+            UserError: a pipeline of videos.
+        """
+        if self.config.kind == "moving":
+            raise UserError("this pipeline makes videos, and an image is none; use scenes")
+        if images.shape[-2:] != (data.SIDE, data.SIDE):
+            images = interpolate(images, (data.SIDE, data.SIDE), mode="bilinear", antialias=True).clamp(0, 1)
+        return self._packed((images * 2 - 1).to(self.denoiser.device, self.denoiser.dtype))
 
     def _packed(self, pixels: Tensor) -> Tensor:
         return pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
