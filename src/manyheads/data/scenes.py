@@ -60,11 +60,13 @@ class Sample:
         images: float32 in -1..1, ``[N, 3, H, W]``, or ``[N, 3, F, H, W]`` for films.
         labels: int64 ``[N, 3]``, which word of each kind.
         alpha: how much the object covers, float32 ``[N, 1, H, W]`` or ``[N, 1, F, H, W]``, 0 to 1.
+        photographs: behind the objects of scenes, as the images; None for films.
     """
 
     images: Tensor
     labels: Tensor
     alpha: Tensor
+    photographs: Tensor | None = None
 
     def tokens(self, kind: Kind) -> Tensor:
         """Captions, int64 ``[N, 3]``."""
@@ -166,7 +168,7 @@ def draw(
     back = torch.where(random[1][:, None, None, None] < 0.5, back, back.flip(-1)).float() / 255
     make: Any = _scene if kind == "scenes" else _film
     images, alpha = make(back, labels, random[2:])
-    return Sample(images * 2 - 1, labels, alpha)
+    return Sample(images * 2 - 1, labels, alpha, back * 2 - 1 if kind == "scenes" else None)
 
 
 @cache
