@@ -41,7 +41,7 @@ class Canvas:
     """What is there and where it is missing.
 
     Attributes:
-        hole: how much of a pixel is in the hole, float32 ``[B or 1, 1, H, W]``, 0 to 1.
+        hole: how much of a pixel is in the hole, 0 to 1 or bool, ``[B or 1, 1, H, W]``.
         image: float32 ``[B or 1, 3, H, W]`` in 0..1; None where the pipeline knows the image itself.
     """
 
@@ -54,9 +54,14 @@ class Canvas:
         if wrong or (self.image is not None and (self.image.ndim != 4 or self.image.shape[1] != 3)):
             raise UserError("a canvas has a hole [B, 1, H, W] and an image [B, 3, H, W]")
 
+    @property
+    def area(self) -> Tensor:
+        """The hole as numbers, where it was given as true and false."""
+        return self.hole if self.hole.is_floating_point() else self.hole.float()
+
     def sized(self, height: int, width: int) -> "Canvas":
         """Both at a size, averaged over the pixels that become one."""
-        hole = self.hole.float()
+        hole = self.area
         if hole.shape[-2:] != (height, width):
             hole = interpolate(hole, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
         image = self.image
@@ -126,8 +131,8 @@ class Inpainting(Inpainter):
         key = f"known latents {id(self)}"
         if key not in state:
             z = call.encode(canvas.image.to(call.latents.device), height, width).to(call.latents.dtype)
-            state[key] = z, adaptive_avg_pool2d(canvas.hole.float().to(z.device), (height, width)) > 0
-        known, hole = (_rows(x, len(call.latents), self.slug) for x in state[key])
+            state[key] = self, z, adaptive_avg_pool2d(canvas.area.to(z.device), (height, width)) > 0
+        known, hole = (_rows(x, len(call.latents), self.slug) for x in state[key][1:])
         if self.resamples > 1:
             return self._resampled(call, rule, known, hole)
         return _toward(rule, call.predict(), call.latents, known, hole)

@@ -125,20 +125,20 @@ class HarmonPaint(Inpainting, AttentionEdit):
         """
         key = f"harmonpaint {id(self)} {size}"
         if key not in step.run_state:
-            area = adaptive_avg_pool2d(self.opened(step.run_state).hole.float(), size)
+            area = adaptive_avg_pool2d(self.opened(step.run_state).area, size)
             softened = blur(area, self.softness, 2 * ceil(3 * self.softness) + 1)
             soft, hole = softened.flatten(1), (area >= 0.5).flatten(1)
             if self.mask_tokens == "random":
                 order = torch.randperm(hole.shape[1], generator=torch.Generator().manual_seed(0)).to(hole.device)
                 soft, hole = soft[:, order], hole[:, order]
             one = bool((area == area.amax()).all()) and float(area.amax()) in (0.0, 1.0)
-            step.run_state[key] = soft, None if one else hole
-        made: tuple[Tensor, Tensor | None] = step.run_state[key]
+            step.run_state[key] = self, soft, None if one else hole  # the number names this one as long as it is kept
+        made: tuple[Tensor, Tensor | None] = step.run_state[key][1:]
         return made
 
     def separated(self, call: AttentionCall, soft: Tensor, image: slice) -> AttentionCall:
         """SAMS: the call with a bias ``[rows, 1, T, S]`` between image tokens."""
-        apart = soft[:, :, None] - soft[:, None]  # [rows, query, key]
+        apart = soft[:, :, None] - soft[:, None]  # [rows, query, key], in the mask's own precision
         apart = {"both": apart.abs(), "hole": apart.clamp(min=0), "known": (-apart).clamp(min=0)}[self.side]
         bias = call.q.new_zeros(len(soft), 1, call.q.shape[2], call.k.shape[2])
         bias[:, 0, image, image] = torch.log1p(-self.alpha * apart.clamp(max=1)).to(bias.dtype)
