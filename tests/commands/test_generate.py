@@ -135,6 +135,32 @@ def test_a_pair_beside_an_image(cli, folders, tmp_path):
     assert code == 2 and "has its own noise" in err
 
 
+def test_a_hole_is_filled(cli, folders, tmp_path):
+    """The source is the image to fill in: no pair, and its pixels around the hole are in the picture."""
+    pipe, rng = load_scenes(folders["scenes"]), np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    hole = np.zeros((32, 32), np.uint8)
+    hole[:20, :20] = 255
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    spec, photo = f"harmonpaint:mask={tmp_path / 'hole.png'}", str(tmp_path / "photo.png")
+    given = ["generate", "--model", str(folders["scenes"]), "--strategy", spec, "--source", photo, "--prompt", PROMPT]
+    code, out, err = cli(*given, *STEPS, "--json", "--seeds", "0,1")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert [row["source"] for row in facts["rows"]] == [photo] * 2
+    assert facts["arms"][1]["strategies"] == [f"{spec},source={photo}"]
+    filled = levels(made(pipe, PROMPT, f"{spec},source={photo}"))
+    source = np.asarray(Image.open(photo))
+    assert np.array_equal(filled[hole == 0], source[hole == 0]) and not np.array_equal(filled, source)
+    page = Image.open(tmp_path / "grid.png")
+    for column, picture in enumerate((source, levels(made(pipe, PROMPT)), filled)):
+        assert len(places(page, column, picture)) == (2 if column == 0 else 1)
+    code, _, err = cli(*given, "--strategy", "masactrl:start_step=1", *STEPS)
+    assert code == 2 and "make two calls" in err
+    code, _, err = cli("generate", "--model", str(folders["scenes"]), "--strategy", "harmonpaint", *STEPS)
+    assert code == 2 and "say where the hole is" in err
+
+
 def test_films(cli, folders, tmp_path):
     base = (
         "generate",

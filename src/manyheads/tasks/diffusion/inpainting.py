@@ -58,6 +58,7 @@ class Inpaint(ImageTask):
         assert sample.photographs is not None
         photographs = styled(sample.photographs / 2 + 0.5, source)
         truth = sample.images / 2 + 0.5 + (1 - sample.alpha) * (photographs - sample.photographs / 2 - 0.5)
+        truth = torch.where(sample.alpha > 0, truth, photographs)
         part = slice(first, last)
         labels, truth, given = sample.labels[part], truth[part], photographs[part]
         places = labels[:, 1]
