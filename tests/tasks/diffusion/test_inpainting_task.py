@@ -16,7 +16,7 @@ from manyheads.data import scenes
 from manyheads.experiment import Arm, Pipeline, RunContext
 from manyheads.models.scenes import load_scenes
 from manyheads.tasks.diffusion import inpainting
-from manyheads.tasks.diffusion.inpainting import Inpaint, colour, corner, seam, styled, to_lab
+from manyheads.tasks.diffusion.inpainting import Inpaint, colour, corner, seam, structure, styled, to_lab
 from oracles.tasks import rows, values
 from tolerance import FORMULA, assert_close, error, is_far, nearly
 
@@ -100,6 +100,29 @@ def test_a_seam_is_a_step_at_the_edge():
 
 
 @needs_data
+def test_structure_is_that_of_the_object():
+    sample = scenes.draw("scenes", 16, torch.Generator().manual_seed(3), "test")
+    given = sample.images / 2 + 0.5
+    found = structure(given, sample.labels)
+    assert (found > 0.999).all()  # a hundredth of what is behind may shine through
+    assert_close(structure(given * 0.5 + 0.2, sample.labels), found, 1e-6)  # light and contrast do not count
+    weight, size = scenes.sprites(14)[:, 3] > 0.99, 14
+    for i, (kind, place, _) in enumerate(sample.labels.tolist()):
+        best = -1.0
+        for r in range(3):
+            for c in range(3):
+                top, left = place // 2 * 16 + r, place % 2 * 16 + c
+                x = (given[i, :, top : top + size, left : left + size].double().numpy().T @ [0.2126, 0.7152, 0.0722]).T
+                y = (scenes.sprites(14)[kind, :3].double().numpy().T @ [0.2126, 0.7152, 0.0722]).T
+                inside = weight[kind].numpy()
+                best = max(best, np.corrcoef(x[inside], y[inside])[0, 1])
+        assert float(found[i]) == pytest.approx(best, rel=1e-6)
+    other = sample.labels.clone()
+    other[:, 0] = (other[:, 0] + 1) % 8
+    assert (structure(given, other) < found).all() and float(structure(given, other).mean()) < 0.6
+
+
+@needs_data
 def test_every_arm_fills_the_same_holes(monkeypatch):
     plain, truth, other = (
         Arm("plain", OFF),
@@ -132,4 +155,4 @@ def test_every_arm_fills_the_same_holes(monkeypatch):
     ]
     assert values(found, "colour", "true").mean() < values(found, "colour", "plain").mean()
     assert len({row.sample for row in found if row.metric == "colour"}) == 5
-    assert inpainting.HOLE == 20 and [arm.name for arm in ARMS][-1] == "true scene"
+    assert inpainting.HOLE == 20 and ARMS[-1].name == "true scene"

@@ -27,7 +27,7 @@ from ._image_task import ImageTask, judge_of
 if TYPE_CHECKING:
     from ...experiment import Arm
 
-__all__ = ["Inpaint", "colour", "seam", "styled", "to_lab"]
+__all__ = ["Inpaint", "colour", "seam", "structure", "styled", "to_lab"]
 
 HOLE, OBJECT, BAND = 20, 16, 4  # pixels from the corner: of the hole, of the object's quarter; around both
 
@@ -45,6 +45,12 @@ class Inpaint(ImageTask):
         Metric("colour", "colour distance of hole and surroundings, Lab", what="2-Wasserstein, of background alone"),
         Metric("seam", "gradient across the seam, log of its ratio to that outside", what="0 where there is no seam"),
         Metric("object", "object that the caption says", higher=True, kind="share"),
+        Metric(
+            "structure",
+            "correlation with the object's own light",
+            higher=True,
+            what="of the pixels it covers, at the best of the places where it may stand",
+        ),
         Metric("changed", "share of the kept pixels that changed"),
         Metric("seconds", "seconds an image", "s", kind="time"),
     )
@@ -75,7 +81,7 @@ class Inpaint(ImageTask):
             apart = ((made != given) & (hole < 0.5)).float().mean((1, 2, 3))
             found = {
                 "colour": colour(made, places), "seam": seam(made, places), "changed": apart,
-                "object": judge_of(run).see(made).right(labels, "object"),
+                "object": judge_of(run).see(made).right(labels, "object"), "structure": structure(made, labels),
             }  # fmt: skip
             yield from self.judged(arm, seed, found, first)
             if not arm.options.get("truth"):
@@ -133,6 +139,34 @@ def colour(images: Tensor, places: Tensor) -> Tensor:
     for each, inside, outside in zip(to_lab(images), hole & ~quarter, around & ~hole, strict=True):
         found.append(max(frechet(each[:, inside].T, each[:, outside].T), 0.0) ** 0.5)
     return torch.tensor(found, dtype=torch.float64)
+
+
+def structure(images: Tensor, labels: Tensor) -> Tensor:
+    """How the light of an object's pixels goes with that of the object as it is drawn: ``[N]``, -1 to 1.
+
+    A correlation over the pixels that the object covers wholly, so that another brightness or contrast changes nothing;
+    the largest over the places where the object may stand in its quarter ``labels [N, 3]``.
+    """
+    from ...data.scenes import OBJECT as size
+    from ...data.scenes import SIDE, sprites
+
+    luma = torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)
+    light, drawn = (torch.einsum("c,nchw->nhw", luma, x.double()) for x in (images, sprites(size)[:, :3]))
+    cover = (sprites(size)[:, 3] > 0.99).double()
+    found = []
+    for each, (kind, place, _) in zip(light, labels.tolist(), strict=True):
+        top, left = place // 2 * (SIDE // 2), place % 2 * (SIDE // 2)
+        reach = range(SIDE // 2 - size + 1)
+        parts = [each[top + i : top + i + size, left + j : left + j + size] for i in reach for j in reach]
+        found.append(max(float(_correlation(part, drawn[kind], cover[kind])) for part in parts))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _correlation(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Of two fields of numbers, weighted; 0 where one of them is flat."""
+    weight = weight / weight.sum()
+    x, y = (z - (weight * z).sum() for z in (x, y))
+    return (weight * x * y).sum() / ((weight * x * x).sum() * (weight * y * y).sum()).sqrt().clamp(min=1e-12)
 
 
 def seam(images: Tensor, places: Tensor) -> Tensor:
