@@ -20,11 +20,12 @@ __all__ = ["draw", "print_facts", "table"]
 
 
 def draw(made: Sequence["Made"], rows: Sequence["Row"], facts: Mapping[str, Any], out: Path) -> None:
-    """Write the grid: the sources of pairs, the baseline, and each arm with its difference."""
+    """Write the grid: sources of pairs or images that are filled in, the baseline, and each arm with its difference."""
     base = made[0]
     seconds = f"{base.seconds:.3g} s"
     columns = [grids.Column("source", "", base.sources)] if base.sources else []
-    columns.append(grids.Column("target alone" if base.sources else "baseline", seconds, base.images))
+    paired = base.sources and rows[0].source is not None  # beside its source, and no image that is filled in
+    columns.append(grids.Column("target alone" if paired else "baseline", seconds, base.images))
     for each, known in zip(made[1:], facts["arms"][1:], strict=True):
         apart = [np.abs(a - b).mean(-1) for a, b in zip(each.images, base.images, strict=True)]
         columns.append(grids.Column(each.arm.name, f"{known['ratio']:.2f} \u00d7 the time", each.images))
