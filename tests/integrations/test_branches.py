@@ -15,6 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusion]
 from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance  # noqa: E402
 
 import manyheads  # noqa: E402
+from manyheads.diffusion.harmonpaint import Canvas, HarmonPaint  # noqa: E402
 from manyheads.diffusion.headhunter import HeadHunter  # noqa: E402
 from manyheads.diffusion.masactrl import MasaCtrl  # noqa: E402
 from manyheads.diffusion.pab import PAB  # noqa: E402
@@ -28,10 +29,14 @@ PICTURES = within(torch.float64, 4 * MODEL)  # a few steps of a sampler
 FLOWS = ("sd3", "flux", "wan", "ltx", "hunyuan")
 SHARED = ("txt_ids", "img_ids", "num_frames", "height", "width")  # arguments without rows
 SCALE, STEPS = 3.0, 4
+HOLE = torch.zeros(1, 1, 8, 8)
+HOLE[..., :5, :4] = 1
 OFF = ("pab:spatial=1,temporal=1,cross=1", "pab:upper=0.2,lower=0.1", "headhunter:heads=0.0,scale=0",
-       "headhunter:heads=0.0,strength=0", "sag:scale=0", "masactrl:start_step=99,start_layer=0")  # fmt: skip
+       "headhunter:heads=0.0,strength=0", "sag:scale=0", "masactrl:start_step=99,start_layer=0",
+       HarmonPaint(canvas=Canvas(HOLE), alpha=0, shift=0))  # fmt: skip
 ON = ("pab:spatial=2,temporal=3,cross=4,upper=999,lower=0.5", "headhunter:heads=0.0+1.1,strength=1", "sag:scale=2",
-      "masactrl:start_step=1,start_layer=0", "masactrl:start_step=1,start_layer=0,union=True")  # fmt: skip
+      "masactrl:start_step=1,start_layer=0", "masactrl:start_step=1,start_layer=0,union=True",
+      HarmonPaint(canvas=Canvas(HOLE.double()), where="all"))  # fmt: skip
 _models = {}
 
 
