@@ -205,7 +205,14 @@ def test_files_and_tensors_say_the_same(scenes, files):
         assert not torch.equal(scenes("apple top left ship", **given).images, made[0])
 
 
-@pytest.mark.parametrize("make", [pipelines.sd, pipelines.sd3])
+def solved(name):
+    return pipelines.sd(scheduler=getattr(diffusers, name)(**({"clip_sample": False} if "DDIM" in name else {})))
+
+
+SOLVERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler")
+
+
+@pytest.mark.parametrize("make", [*(partial(solved, name) for name in SOLVERS), pipelines.sd3])
 def test_in_a_pipeline_with_an_autoencoder(make):
     """Latents that the hole does not touch are the image's at the end, and pixels outside of it are its pixels."""
     pipe = make()

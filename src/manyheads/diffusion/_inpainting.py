@@ -4,7 +4,8 @@
 At a step with ``x_t = alpha x0 + sigma eps`` the prediction around the hole is replaced by the one that says ``x0`` is
 the given image z. A sampler of one step (DDIM, Euler) then goes through ``alpha_t z + sigma_t eps`` there, with the
 noise ``eps`` that the run began with: so the next latents are the blend ``m x + (1 - m) q(z, t)``, and the last ones
-are z. Nothing of a pipeline's loop is changed, and predictions of noise, clean samples, v and flows all do.
+are z. Nothing of a pipeline's loop is changed, and predictions of noise, clean samples, v and flows all do. Solvers of
+several steps (DPM-Solver, UniPC) come to z as well, since what is predicted there never changes.
 
 With ``resamples`` above 1 a step is taken, noised back, and taken again, so that the hole can agree with what is around
 it. The pipeline is told the one prediction that leads from its own latents to where the last of these steps came.

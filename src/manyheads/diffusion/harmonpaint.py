@@ -110,22 +110,25 @@ class HarmonPaint(Inpainting, AttentionEdit):
         if not (self.alpha if early else self.shift):
             return call
         image, frames, size = _tokens(call, step)
-        soft, hole = self.masks(step, size)
+        soft, hole = self.masks(step, size, call.q.device)
         if hole is None:
             return call
-        soft, hole = (_rows(x.to(call.q.device), call, step, frames) for x in (soft, hole))
+        soft, hole = (_rows(x, call, step, frames) for x in (soft, hole))
         return self.separated(call, soft, image) if early else self.harmonised(call, soft, hole, image)
 
-    def masks(self, step: DiffusionStep, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def masks(
+        self, step: DiffusionStep, size: tuple[int, int], device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The soft mask and which tokens are of the hole, ``[B or 1, h * w]``; None for the latter where all are one.
 
         Args:
             step: whose run keeps them.
             size: rows and columns of tokens.
+            device: where they are to lie; where the hole is if not given.
         """
         key = f"harmonpaint {id(self)} {size}"
         if key not in step.run_state:
-            area = adaptive_avg_pool2d(self.opened(step.run_state).area, size)
+            area = adaptive_avg_pool2d(self.opened(step.run_state).area.to(device), size)
             softened = blur(area, self.softness, 2 * ceil(3 * self.softness) + 1)
             soft, hole = softened.flatten(1), (area >= 0.5).flatten(1)
             if self.mask_tokens == "random":

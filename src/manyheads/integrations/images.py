@@ -47,15 +47,19 @@ def encode(pipe: Any, images: Tensor, height: int, width: int) -> Tensor:
 
 def put_back(made: Any, output_type: Any, strategies: Sequence[Inpainter]) -> Any:
     """What a pipeline's call returns, with pixels that are kept as they were; latents and videos as they are."""
-    tuples = isinstance(made, tuple)
-    images = made[0] if tuples else getattr(made, "images", None)
-    if images is None or output_type == "latent" or not strategies:
+    if not strategies or output_type == "latent":
+        return made
+    bare = isinstance(made, (list, np.ndarray, Tensor))  # as a modular pipeline gives one of its outputs
+    images = made if bare else made[0] if isinstance(made, tuple) else getattr(made, "images", None)
+    if images is None or (isinstance(images, list) and not all(isinstance(x, Image.Image) for x in images)):
         return made
     pixels = _tensor(images)
     for strategy in strategies:
         pixels = strategy.kept(pixels)
     changed = _like(pixels, images)
-    return (changed, *made[1:]) if tuples else dataclasses.replace(made, images=changed)
+    if bare:
+        return changed
+    return (changed, *made[1:]) if isinstance(made, tuple) else dataclasses.replace(made, images=changed)
 
 
 def _tensor(images: Any) -> Tensor:
