@@ -250,6 +250,10 @@ def test_refusals(scenes, files, tmp_path):
     two = Canvas(torch.zeros(2, 1, 32, 32), torch.zeros(2, 3, 32, 32))
     with pytest.raises(UserError, match="2 images or holes for 3 rows"), manyheads.use(scenes, HarmonPaint(canvas=two)):
         scenes(["apple", "ghost", "tree"], num_inference_steps=2, guidance_scale=1.0)
+    clips = solved("DPMSolverMultistepScheduler")
+    strategy = HarmonPaint(canvas=Canvas(hole_of(), torch.zeros(1, 3, 8, 8)), resamples=2)
+    with pytest.raises(UserError, match="give resamples=1, which any scheduler does"), manyheads.use(clips, strategy):
+        pipelines.run_sd(clips)
     film = build("moving")
     film.set_progress_bar_config(disable=True)
     with (

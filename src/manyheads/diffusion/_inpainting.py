@@ -150,8 +150,12 @@ class Inpainting(Inpainter):
         branches, g, channels = call.step.branches, call.guidance_scale, known.shape[1]
         if g is not None and sorted(branches) != ["cond", "uncond"]:
             raise UserError(f"{self.slug}: resamples need both branches of guidance in one batch")
+        try:
+            steps = levels(call.scheduler)
+        except UserError as error:
+            raise UserError(f"{self.slug}: give resamples=1, which any scheduler does; {error}") from None
         at = (call.scheduler.timesteps.double().cpu() - call.step.timestep).abs().argmin()
-        after, name = levels(call.scheduler)[int(at)][1], next(iter(call.given))
+        after, name = steps[int(at)][1], next(iter(call.given))
         rows = len(call.latents) // len(branches)
         x, out = call.latents[:rows, :channels], call.predict()
         source = call.step.run_state.setdefault("resampling", torch.Generator(x.device).manual_seed(0))
