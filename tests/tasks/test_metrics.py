@@ -55,7 +55,7 @@ TIMES = {
     "encoder_speed.token_time": "us/token", "page_cost.token_time": "us/token",
     "classifier_cost.token_time": "us/token",
     "ranker_cost.document_time": "ms/document", "denoised_sums.ms": "ms", "shared_cache.step": "ms",
-    "shared_sums.step": "ms", "shared_sums.seconds": "s",
+    "shared_sums.step": "ms", "shared_sums.seconds": "s", "inpainting.seconds": "s",
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {
@@ -105,7 +105,7 @@ def test_what_tasks_say_of_themselves():
     }
     assert not alone & (set(BETTER) - {name.split(".")[0] for name in TIMES} - {"memory"})
     known = {name for name, cls in classes.items() if getattr(cls, "known_contents", False)}
-    assert known == {"kept_background", "scene_quality"}
+    assert known == {"inpainting", "kept_background", "scene_quality"}
     assert all(classes[name].reports for name in ("byte_lm", "associative_recall", "recall_in_text"))
     assert not classes["offset_scores"].reports and not classes["planted_constant"].reports
     kinds = {"diffusion": "pipeline", "training": "trainable", "kernels": "machine"}
