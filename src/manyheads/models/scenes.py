@@ -2,7 +2,8 @@
 """The image and video models that ship with the package, as a pipeline of diffusers.
 
 ``scenes``: an MMDiT (diffusers' SD3 class) of 32 x 32 pixels; ``unet``: a UNet of the same; ``moving``: a Latte of 8
-frames of 16 x 16. All are made by ``recipes/scenes.py`` and told by three words, see :mod:`manyheads.data.scenes`.
+frames of 16 x 16; ``moving3d``: a Wan of the same, whose attention is over all tokens of a video. All are made by
+``recipes/scenes.py`` and told by three words, see :mod:`manyheads.data.scenes`.
 """
 
 import json
@@ -34,7 +35,10 @@ _configured: Any = register_to_config
 
 _DENOISERS = ("transformer", "unet")  # parts of a pipeline, one of which it has
 _WHOLE = ("conv_in.weight", "conv_out.weight")  # of a UNet
-NAMES: dict[str, str] = {"scenes": "MMDiT, 32 x 32", "unet": "UNet, 32 x 32", "moving": "Latte, 8 frames of 16 x 16"}
+NAMES: dict[str, str] = {
+    "scenes": "MMDiT, 32 x 32", "unet": "UNet, 32 x 32", "moving": "Latte, 8 frames of 16 x 16",
+    "moving3d": "Wan, 8 frames of 16 x 16",
+}  # fmt: skip
 
 
 class Captions(_Model, _Config):  # type: ignore[misc]
@@ -63,7 +67,7 @@ def predict(denoiser: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor
     """The denoiser's output for ``latents``, by the names that its class gives its inputs.
 
     Args:
-        denoiser: SD3Transformer2DModel, LatteTransformer3DModel or UNet2DConditionModel.
+        denoiser: SD3Transformer2DModel, LatteTransformer3DModel, WanTransformer3DModel or UNet2DConditionModel.
         latents: ``[B, C, (F,) H, W]``.
         timestep: ``[B]`` or scalar, of 1,000.
         text: ``[B, 3, dim]``.
@@ -320,6 +324,13 @@ def build(kind: str, **changes: Any) -> ScenePipeline:
                 "num_embeds_ada_norm": 1000, "activation_fn": "gelu-approximate", "attention_bias": True,
             },
         ),
+        "moving3d": (
+            "WanTransformer3DModel",
+            {
+                "patch_size": (1, 2, 2), "in_channels": 3, "out_channels": 3, "num_layers": 4, "num_attention_heads": 3,
+                "attention_head_dim": 32, "ffn_dim": 384, "text_dim": 64, "freq_dim": 64, "rope_max_seq_len": 64,
+            },
+        ),
     }  # fmt: skip
     name, config = shapes[kind]
     denoiser = getattr(diffusers, name)(**{**config, **changes})
@@ -328,4 +339,4 @@ def build(kind: str, **changes: Any) -> ScenePipeline:
         scheduler: Any = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
         return ScenePipeline(captions, scheduler, unet=denoiser, kind="scenes", patch=2)
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
-    return ScenePipeline(captions, flow, transformer=denoiser, kind=kind)
+    return ScenePipeline(captions, flow, transformer=denoiser, kind=kind.removesuffix("3d"))

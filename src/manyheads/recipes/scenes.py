@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of scenes and films that ship with the package, and the judge of what they make.
 
-    python -m manyheads.recipes.scenes --kind scenes|unet|moving --out DIR [--budget "4000 steps"] [--device cuda]
+    python -m manyheads.recipes.scenes --kind scenes|unet|moving|moving3d --out DIR [--budget "4000 steps"]
 
 Denoisers are diffusers' own classes. Samples are put together as they are needed (``data/scenes.py``), so none is seen
-twice. MMDiT and Latte predict the velocity of a flow at noise levels drawn from a logit-normal (arXiv 2403.03206), the
+twice. MMDiT, Latte and Wan predict the velocity of a flow at noise levels of a logit-normal (arXiv 2403.03206), the
 UNet predicts the noise at uniform timesteps of a cosine schedule. A tenth of the captions is empty, and each word is
 left out another tenth of the time. AdamW, warm-up and half a cosine; what is saved is a moving average of the weights,
 in float16. Every 500 steps the average so far is written, so that an interrupted run leaves a model. On a GPU samples
@@ -30,7 +30,7 @@ from manyheads.models.scenes import NAMES, ScenePipeline, build, load_scenes, pr
 from manyheads.recipes import _card
 from manyheads.training import TrainState, decay, fit
 
-RATES = {"scenes": 2e-3, "unet": 1.5e-3, "moving": 2e-3}
+RATES = {"scenes": 2e-3, "unet": 1.5e-3, "moving": 2e-3, "moving3d": 2e-3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
