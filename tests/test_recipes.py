@@ -98,18 +98,22 @@ def test_recall_from_end_to_end(made: tuple[Path, list[tuple[int, str]]]) -> Non
 @pytest.mark.skipif(not scenes.available(), reason="CIFAR-10 and Noto Emoji are not on this machine")
 def test_scenes_and_their_judge_from_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
-    from manyheads.models.scenes import load_scenes
-    from manyheads.recipes import judge
+    from manyheads.models.scenes import NAMES, load_scenes
+    from manyheads.recipes import judge, video_blade
     from manyheads.recipes import scenes as recipe
 
-    for name, part in (("scenes", "transformer"), ("unet", "unet"), ("moving", "transformer")):
+    for name, part in zip(NAMES, ("transformer", "unet", "transformer", "transformer"), strict=True):
         assert recipe.main(["--kind", name, "--out", str(tmp_path / name), "--smoke"]) == 0
         weights = load_file(tmp_path / name / part / packed.FILE)
         whole = {key for key, x in weights.items() if x.ndim > 1 and x.dtype != torch.int8}
         assert whole == ({"conv_in.weight", "conv_out.weight"} if part == "unet" else set())
         made = load_scenes(tmp_path / name)("fire over a frog", num_inference_steps=1, output_type="pt")
-        assert torch.isfinite(made.images if name != "moving" else made.frames).all()
+        assert torch.isfinite(made.frames if name.startswith("moving") else made.images).all()
         assert f'load_scenes("{name}")' in (tmp_path / name / "README.md").read_text()
+    students = ["--smoke", "--model", str(tmp_path / "moving3d"), "--out", str(tmp_path / "student")]
+    assert video_blade.main(students) == 0
+    judged = json.loads((tmp_path / "student" / "results.json").read_text())["judged"]
+    assert set(judged) == {"teacher", "teacher, few steps", "student, dense", "student, joint", "student, post hoc"}
     assert judge.main(["--kind", "scenes", "--out", str(tmp_path / "judge"), "--smoke"]) == 0
     assert set(json.loads((tmp_path / "judge" / "results.json").read_text())["accuracy"]) == set(
         scenes.VOCABULARY["scenes"]

@@ -12,8 +12,11 @@ from manyheads.errors import UserError  # noqa: E402
 from manyheads.models import judge, scenes  # noqa: E402
 from tolerance import DRAWN, WRONG, assert_close, mean_error  # noqa: E402
 
-SMALL = {"scenes": {"num_layers": 2}, "unet": {"block_out_channels": (8, 16)}, "moving": {"num_layers": 1}}
-PROMPT = {"scenes": "fire, top left, frog", "unet": "fire, top left, frog", "moving": "fire, up, frog"}
+SMALL = {
+    "scenes": {"num_layers": 2}, "unet": {"block_out_channels": (8, 16)}, "moving": {"num_layers": 1},
+    "moving3d": {"num_layers": 1},
+}  # fmt: skip
+PROMPT = {name: "fire, up, frog" if name.startswith("moving") else "fire, top left, frog" for name in SMALL}
 
 
 def small(name):
@@ -35,7 +38,7 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert scenes.is_scene_pipeline(tmp_path) and list(tmp_path.rglob("*.safetensors"))
     assert torch.equal(pixels(scenes.load_scenes(tmp_path), PROMPT[name]), want)
-    assert want.shape == ((1, 3, 8, 16, 16) if name == "moving" else (1, 3, 32, 32))
+    assert want.shape == ((1, 3, 8, 16, 16) if name.startswith("moving") else (1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("name", scenes.NAMES)

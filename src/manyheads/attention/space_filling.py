@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An order of the cells of a grid in which what stands together lies together: a generalised Hilbert curve.
 
-Hilbert's curve needs sides of a power of two. Here a box of any sides is cut into two, three or five, and its pieces are
+Hilbert's curve needs sides of a power of two. Here a box of any sides is cut into two, three or five, and these are
 walked so that each begins beside the end of the one before (the scheme known as *gilbert*). A step goes to a cell that
 shares a face, except that where a side is odd a few steps cut a corner.
 """

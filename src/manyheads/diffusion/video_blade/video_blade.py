@@ -23,9 +23,9 @@ number); here the mass is reached. Tokens are drawn without replacement, from a 
 so that a run can be repeated. The share of blocks is rounded to a number, at least 1. The order is applied around the
 attention and undone behind it; the released models reorder once. Selected blocks are counted a second time within their
 windows' means, as in the paper. Attention over the tokens of one frame (UNets, Latte, images) is treated as a video of
-one frame. The model's own attention is kept where tokens are of text alone or of one place over time, where a bias or a
-mask by queries is given, where there is a single block, and on a GPU below ``from_tokens``, where dense attention is
-faster: :func:`VideoBlade.refusal` says why, and the log says it once.
+one frame. The model's own attention is kept where tokens are of text alone or of one place over time; and, with a
+warning once, where a bias or a mask by queries is given, where there is a single block, and on a GPU below
+``from_tokens``, where dense attention is faster (benchmarks/video_blade.py). On a CPU it acts at any length.
 """
 
 import logging
@@ -52,6 +52,7 @@ __all__ = ["Plan", "VideoBlade", "pooled_attention", "sampled_scores"]
 _log = logging.getLogger(__name__)
 _LOGITS = 2**27  # of samples, at once
 _OPEN = Rule(causal=False)
+_ELSEWHERE = "attention to or among other tokens than an image's or a video's is left to the model"
 
 
 class Plan(NamedTuple):
@@ -106,10 +107,12 @@ class VideoBlade(AttentionCompute):
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         if (reason := self.refusal(call)) is not None:
-            _tell(reason)
+            if reason != _ELSEWHERE:
+                _tell(reason)
             return None
-        plan = self.plan(call)
-        q, k, v = (x[:, :, plan.order] for x in (call.q, call.k, call.v))
+        order, _ = self._order(call)
+        q, k, v = (x[:, :, order] for x in (call.q, call.k, call.v))
+        plan = self._plan(call, q, k)
         out, lse = block_sparse_attention(
             q, k, v, plan.pattern, scale=call.scale, causal=False, valid=plan.valid, lse=True
         )
@@ -131,8 +134,8 @@ class VideoBlade(AttentionCompute):
             raise UserError(
                 f"{self.slug}: how the tokens of {call.site.name} lie is not known; leave this denoiser dense"
             )
-        if step.axis in ("text", "time") or _grid(step.layout, length) is None:
-            return "attention among the tokens of the text, or over time at one place, is left to the model"
+        if step.axis in ("text", "time") or _grid(step.layout, length) is None or call.k.shape[2] != length:
+            return _ELSEWHERE
         if call.bias is not None or call.is_causal or call.dropout or call.softcap or call.sinks is not None:
             return "attention with a bias, a cap, sinks or dropout is left to the model"
         if call.mask is not None and (call.mask.ndim != 4 or call.mask.shape[1] != 1 or call.mask.shape[2] != 1):
@@ -145,8 +148,12 @@ class VideoBlade(AttentionCompute):
 
     def plan(self, call: AttentionCall) -> Plan:
         """Order and blocks of a call that is not refused."""
+        order, _ = self._order(call)
+        return self._plan(call, call.q[:, :, order], call.k[:, :, order])
+
+    def _plan(self, call: AttentionCall, q: Tensor, k: Tensor) -> Plan:
+        """The same, of q and k in order."""
         order, video = self._order(call)
-        q, k = (x[:, :, order] for x in (call.q, call.k))
         valid = None
         if call.mask is not None:
             valid = call.mask[:, 0, 0].expand(q.shape[0], -1)[:, order]
@@ -166,7 +173,7 @@ class VideoBlade(AttentionCompute):
     def _order(self, call: AttentionCall) -> tuple[Tensor, int]:
         assert call.diffusion is not None and call.diffusion.layout is not None
         layout, length = call.diffusion.layout, call.q.shape[2]
-        key = f"order of {layout} {length} {call.q.device}"
+        key = f"{self.order} {layout} {length} {call.q.device}"
         if key not in call.state:
             grid = _grid(layout, length)
             assert grid is not None
@@ -252,9 +259,11 @@ def pooled_attention(q: Tensor, k: Tensor, v: Tensor, size: int, *, scale: float
     """
     length, tokens = q.shape[2], k.shape[2]
     keys, values = (patterns.block_means(x, size).to(x.dtype) for x in (k, v))
-    count = torch.full((keys.shape[2],), float(size), device=q.device)
+    count = torch.full((keys.shape[2],), float(size), dtype=torch.float64, device=q.device)
     count[-1] = tokens - size * (len(count) - 1)
-    every = patterns.dense(length, len(count), rule=_OPEN, device=q.device)
+    rows, n = blocks_of(length, 128), blocks_of(len(count), 128)
+    lists = torch.arange(n, dtype=torch.int32, device=q.device).expand(1, 1, rows, n).contiguous()
+    every = BlockPattern(lists, 128, 128, length, len(count))
     bias = count.log().to(q.dtype if q.dtype == torch.float64 else torch.float32)[None, None]
     return block_sparse_attention(q, keys, values, every, scale=scale, causal=False, key_bias=bias, lse=True)
 
@@ -262,4 +271,4 @@ def pooled_attention(q: Tensor, k: Tensor, v: Tensor, size: int, *, scale: float
 @cache
 def _tell(reason: str) -> None:
     """Say once a process why attention stays dense."""
-    _log.info("video_blade: %s", reason)
+    _log.warning("video_blade: %s", reason)
