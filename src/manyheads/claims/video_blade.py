@@ -22,7 +22,7 @@ SHARE = 0.17
 
 def _arms(share: float, name: str) -> tuple[Arm, ...]:
     """All that is compared at one share of the blocks."""
-    sizes = f"block=16,samples=4,most={share}"
+    sizes = f"block=16,samples=4,from_tokens=0,most={share}"
     specs = {
         "asa": f"video_blade:{sizes},mass=1", "asa_g": f"video_blade:{sizes},mass=1,pool=16",
         "adaptive": f"video_blade:{sizes}", "raster": f"video_blade:{sizes},mass=1,order=raster",

@@ -18,6 +18,7 @@ from diffusers import ModelMixin  # by this name in this module diffusers knows 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import logging
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
@@ -34,6 +35,7 @@ _Pipeline: Any = diffusers.DiffusionPipeline
 _configured: Any = register_to_config
 
 _DENOISERS = ("transformer", "unet")  # parts of a pipeline, one of which it has
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _WHOLE = ("conv_in.weight", "conv_out.weight")  # of a UNet
 NAMES: dict[str, str] = {
     "scenes": "MMDiT, 32 x 32", "unet": "UNet, 32 x 32", "moving": "Latte, 8 frames of 16 x 16",
@@ -254,7 +256,7 @@ def load_scenes(
     kind = dtype or torch.float32
     try:
         pipe: ScenePipeline = ScenePipeline.from_pretrained(
-            str(folder), **_packed_parts(folder, kind), dtype=kind, low_cpu_mem_usage=False, use_safetensors=True
+            str(folder), **_denoiser_parts(folder, kind), dtype=kind, low_cpu_mem_usage=False, use_safetensors=True
         )
     finally:
         if shown:
@@ -264,14 +266,19 @@ def load_scenes(
     return pipe
 
 
-def _packed_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The parts of a saved pipeline whose weights are packed."""
+def _denoiser_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The denoiser of a saved pipeline; packed or not, since diffusers would load some classes by accelerate only."""
     index, found = json.loads((folder / "model_index.json").read_text(encoding="utf-8")), {}
     for part in _DENOISERS:
-        if (folder / part / packed.FILE).is_file():
+        is_packed, plain = (folder / part / packed.FILE).is_file(), folder / part / _WEIGHTS
+        if is_packed or plain.is_file():
             kind = getattr(diffusers, index[part][1])
             made = kind.from_config(kind.load_config(str(folder / part)))
-            found[part] = packed.load_into(made, folder / part, torch.float32).to(dtype).eval()
+            if is_packed:
+                made = packed.load_into(made, folder / part, torch.float32)
+            else:
+                made.load_state_dict(load_file(plain))
+            found[part] = made.to(dtype).eval()
     return found
 
 
@@ -283,7 +290,7 @@ def save(pipe: ScenePipeline, folder: Path) -> None:
     """
     pipe.save_pretrained(folder)
     for part in _DENOISERS:
-        plain = folder / part / "diffusion_pytorch_model.safetensors"
+        plain = folder / part / _WEIGHTS
         if plain.is_file():
             packed.save(pipe.denoiser, folder / part, whole=_WHOLE)
             plain.unlink()

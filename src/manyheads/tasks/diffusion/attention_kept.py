@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -49,9 +49,9 @@ class AttentionKept(ImageTask):
         watcher = _Watcher(strategies=tuple(cast(VideoBlade, arm.strategy) for arm in arms), every=self.every)
         with manyheads.use(pipe_of(run), watcher):
             self.images(run, run.baseline, seed, first, last, acting=())
-        for arm, sums in zip(arms, watcher.found, strict=True):
+        for number, sums in watcher.found.items():
             for metric in ("kept", "read"):
-                value = sums[metric] / max(1, sums["calls"])
+                arm, value = arms[number], sums[metric] / sums["calls"]
                 yield self.row(metric, arm, value, f"{first}", seed=seed, context=f"{seed}.{first}")
         run.advance(unit.cost)
 
@@ -66,11 +66,7 @@ class _Watcher(AttentionWatch):
 
     strategies: tuple[VideoBlade, ...]
     every: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "found", [dict.fromkeys(("kept", "read", "calls"), 0.0) for _ in self.strategies])
-
-    found: ClassVar[Any]
+    found: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
 
     def selects(self, site: Site) -> bool:
         return any(strategy.selects(site) for strategy in self.strategies)
@@ -80,7 +76,7 @@ class _Watcher(AttentionWatch):
             return
         weights: Tensor | None = None
         for number, strategy in enumerate(self.strategies):
-            own = call.replace(state=call.state.setdefault(number, {}))  # type: ignore[call-overload]
+            own = call.replace(state=call.state.setdefault(strategy.spec, {}))
             if not strategy.selects(call.site) or strategy.refusal(own) is not None:
                 continue
             if weights is None:
@@ -91,7 +87,7 @@ class _Watcher(AttentionWatch):
             plan = strategy.plan(own)
             mask = plan.pattern.to_mask()
             ordered = weights[:, :, plan.order][:, :, :, plan.order]
-            sums = self.found[number]
+            sums = self.found.setdefault(number, dict.fromkeys(("kept", "read", "calls"), 0.0))
             sums["kept"] += float((ordered * mask).sum(-1).mean())
             sums["read"] += plan.pattern.blocks().float().mean().item()
             sums["calls"] += 1

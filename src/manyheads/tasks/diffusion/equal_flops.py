@@ -34,6 +34,7 @@ class EqualFlops(ImageTask):
 
     Attributes:
         arm: whose FLOPs are not exceeded.
+        caches: names of diffusers' caches, see :mod:`manyheads.integrations.diffusers_caches`.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -42,6 +43,7 @@ class EqualFlops(ImageTask):
     )
 
     arm: str = ""
+    caches: tuple[str, ...] = tuple(KNOBS)
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         if self.arm not in {arm.name for arm in run.arms}:
@@ -101,13 +103,22 @@ class EqualFlops(ImageTask):
             self._made(run, FEWER, self.steps, 0, 0, 0, 1, "calibrated")
         whole, steps = counter.get_total_flops(), max(1, int(self.steps * most))
         found: dict[str, tuple[Way, float]] = {FEWER: ((steps, 0.0), steps / self.steps)}
-        for name, knobs in KNOBS.items():
-            for knob in knobs:  # from careful to daring
+        for name in self.caches:
+
+            def share(knob: float, name: str = name) -> float:
                 with _counted() as counter:
                     self._made(run, name, self.steps, knob, 0, 0, 1, "calibrated")
-                if (share := counter.get_total_flops() / whole) <= most:
-                    found[name] = (self.steps, knob), share
-                    break
+                return float(counter.get_total_flops() / whole)
+
+            careful, daring, cost = 0, len(KNOBS[name]), 0.0  # a more daring knob costs no more: halve what is left
+            while careful < daring:
+                middle = (careful + daring) // 2
+                if (spent := share(KNOBS[name][middle])) <= most:
+                    daring, cost = middle, spent
+                else:
+                    careful = middle + 1
+            if careful < len(KNOBS[name]):
+                found[name] = (self.steps, KNOBS[name][careful]), cost
         return found
 
 
