@@ -30,7 +30,7 @@ ARMS = (
 def wan():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = build("moving3d", num_layers=2, num_attention_heads=1, attention_head_dim=16, ffn_dim=32)
+        pipe = build("moving3d", num_layers=3, num_attention_heads=1, attention_head_dim=16, ffn_dim=256)
         for name, weight in pipe.transformer.named_parameters():
             if "to_q" in name or "to_k" in name:
                 weight.data *= 3  # attention that is not flat
