@@ -64,6 +64,7 @@ def diffusers_cache(
         "fastercache": lambda: diffusers.FasterCacheConfig(
             spatial_attention_block_skip_range=int(knob), unconditional_batch_skip_range=int(knob),
             current_timestep_callback=lambda: at["timestep"], tensor_format="BCFHW",
+            attention_weight_callback=lambda _: 0.5,  # the default, which is warned of
         ),
         "magcache": lambda: diffusers.MagCacheConfig(
             threshold=knob, num_inference_steps=steps, mag_ratios=list(ratios or ()) or None

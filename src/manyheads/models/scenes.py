@@ -278,7 +278,7 @@ def _denoiser_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
                 made = packed.load_into(made, folder / part, torch.float32)
             else:
                 made.load_state_dict(load_file(plain))
-            found[part] = made.to(dtype).eval()
+            found[part] = (made if dtype == torch.float32 else made.to(dtype)).eval()
     return found
 
 

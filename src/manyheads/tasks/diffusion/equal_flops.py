@@ -30,7 +30,8 @@ class EqualFlops(ImageTask):
     """Rows of the arms, and of the baseline run in other ways (``at={"way": ...}``) that cost no more than ``arm``.
 
     FLOPs are counted on one video of its own draw: of each way the dearest setting is taken that costs no more than the
-    arm does; a way without one is left out. Fewer steps are the whole schedule with fewer steps; caches are diffusers'.
+    arm does, and its cheapest one where all cost more (``flops`` tells). Fewer steps are the whole schedule with fewer
+    steps; caches are diffusers'.
 
     Attributes:
         arm: whose FLOPs are not exceeded.
@@ -110,15 +111,14 @@ class EqualFlops(ImageTask):
                     self._made(run, name, self.steps, knob, 0, 0, 1, "calibrated")
                 return float(counter.get_total_flops() / whole)
 
-            careful, daring, cost = 0, len(KNOBS[name]), 0.0  # a more daring knob costs no more: halve what is left
-            while careful < daring:
+            knobs, careful, daring = KNOBS[name], 0, len(KNOBS[name]) - 1
+            while careful < daring:  # a more daring knob costs no more: halve what is left
                 middle = (careful + daring) // 2
-                if (spent := share(KNOBS[name][middle])) <= most:
-                    daring, cost = middle, spent
+                if share(knobs[middle]) <= most:
+                    daring = middle
                 else:
                     careful = middle + 1
-            if careful < len(KNOBS[name]):
-                found[name] = (self.steps, KNOBS[name][careful]), cost
+            found[name] = (self.steps, knobs[careful]), share(knobs[careful])
         return found
 
 
