@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-NAMES = ("default", "scenes", "unet", "moving")
+NAMES = ("default", "scenes", "unet", "moving", "moving3d")
 
 
 def language(plain: Path, device: str, files: int, count: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def pictures(plain: Path, name: str, device: str, count: int) -> dict[str, Any]:
     def made(pipe: Any) -> torch.Tensor:
         noise = pipe.noise(count, torch.Generator().manual_seed(0))
         out = pipe([""] * count, num_inference_steps=20, latents=noise, guidance_scale=1.0, output_type="pt")
-        return (out.frames if name == "moving" else out.images).float().cpu()
+        return (out.frames if name.startswith("moving") else out.images).float().cpu()
 
     want = made(load_scenes(plain / "pipelines" / name, device))
     arms = {

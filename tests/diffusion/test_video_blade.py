@@ -20,7 +20,6 @@ from oracles import diffusion as tiny
 from oracles import pipelines
 from tolerance import FORMULA, SAME, WRONG, assert_close, error
 
-VIDEO = ("wan", "cogvideox", "ltx", "hunyuan")
 LAYOUT = Layout(4, 6, 5)
 
 
@@ -197,8 +196,8 @@ def test_gradients_are_those_of_the_mask():
 # ---- on diffusers' classes
 
 
-@pytest.mark.parametrize("name", VIDEO)
-def test_unmodified_video_transformers(name):
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_unmodified_denoisers(name):
     model = tiny.tiny(name)
     plain = tiny.forward(name, model)
     every = "video_blade:block=4,mass=1,most=1"
@@ -239,6 +238,10 @@ def test_what_is_left_to_the_model():
         "one block": call(Layout(1, 2, 4)),
         "below 8192": given.replace(q=on_gpu),
     }
+    quarter = given.replace(diffusion=dataclasses.replace(step, layout=Layout(2, 20, 24)))  # 120 = 10 x 12 tokens
+    left["image's or a video's"] = quarter  # of a text, not of a frame at half the size
+    frame = dataclasses.replace(quarter.diffusion, axis="space")
+    assert strategy.refusal(quarter.replace(diffusion=frame)) is None
     for reason, other in left.items():
         assert reason in strategy.refusal(other)
         assert strategy.attend(other) is None

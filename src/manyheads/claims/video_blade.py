@@ -56,7 +56,7 @@ claim = Claim(
         tasks=(AttentionKept(steps=40), EqualFlops(steps=40, arm="asa")),
         sizes=Sizes(
             quick={"samples": 1, "steps": 3, "arms": (*ARMS[:2], *ARMS[3:7]), "batch": 1},
-            cpu={"samples": 4, "steps": 12, "equal_flops.batch": 4},
+            cpu={"samples": 12, "steps": 12, "equal_flops.batch": 4},
             cuda={"samples": 64, "attention_kept.samples": 32, "attention_kept.batch": 1, "equal_flops.batch": 4},
         ),
     ),

@@ -43,7 +43,7 @@ from ...attention.block_pattern import BlockPattern, Rule, blocks_of
 from ...attention.reference import repeat_kv, widened
 from ...attention.space_filling import hilbert_order
 from ...attention.sparse import block_sparse_attention, merge
-from ...call import AttentionCall, Layout
+from ...call import AttentionCall, DiffusionStep
 from ...errors import UserError
 from ...strategy import AttentionCompute
 
@@ -134,7 +134,7 @@ class VideoBlade(AttentionCompute):
             raise UserError(
                 f"{self.slug}: how the tokens of {call.site.name} lie is not known; leave this denoiser dense"
             )
-        if step.axis in ("text", "time") or _grid(step.layout, length) is None or call.k.shape[2] != length:
+        if step.axis in ("text", "time") or _grid(step, length) is None or call.k.shape[2] != length:
             return _ELSEWHERE
         if call.bias is not None or call.is_causal or call.dropout or call.softcap or call.sinks is not None:
             return "attention with a bias, a cap, sinks or dropout is left to the model"
@@ -172,16 +172,15 @@ class VideoBlade(AttentionCompute):
 
     def _order(self, call: AttentionCall) -> tuple[Tensor, int]:
         assert call.diffusion is not None and call.diffusion.layout is not None
-        layout, length = call.diffusion.layout, call.q.shape[2]
+        layout, length, grid = call.diffusion.layout, call.q.shape[2], _grid(call.diffusion, call.q.shape[2])
+        assert grid is not None
         key = f"{self.order} {layout} {length} {call.q.device}"
         if key not in call.state:
-            grid = _grid(layout, length)
-            assert grid is not None
             image = layout.image(length) if call.site.kind == "joint" else slice(0, math.prod(grid))
             video = hilbert_order(*grid) if self.order == "hilbert" else range(math.prod(grid))
             call.state[key] = torch.tensor(_with_text(video, image.start, length), device=call.q.device)
         order: Tensor = call.state[key]
-        return order, math.prod(_grid(layout, length) or ())
+        return order, math.prod(grid)
 
     def _pattern(self, call: AttentionCall, q: Tensor, k: Tensor, video: int, valid: Tensor | None) -> BlockPattern:
         length = q.shape[2]
@@ -200,11 +199,14 @@ class VideoBlade(AttentionCompute):
         )
 
 
-def _grid(layout: Layout, length: int) -> tuple[int, int, int] | None:
+def _grid(step: DiffusionStep, length: int) -> tuple[int, int, int] | None:
     """Frames, rows and columns of the image or video tokens among ``length``; None where these are other tokens."""
+    layout = step.layout
+    if layout is None:
+        return None
     if length in (layout.tokens, layout.tokens + layout.text):
         return layout.frames, layout.height, layout.width
-    frame = layout.grid(length)
+    frame = layout.grid(length) if layout.frames == 1 or step.axis == "space" else None
     return None if frame is None else (1, *frame)
 
 
