@@ -98,18 +98,20 @@ def test_recall_from_end_to_end(made: tuple[Path, list[tuple[int, str]]]) -> Non
 @pytest.mark.skipif(not scenes.available(), reason="CIFAR-10 and Noto Emoji are not on this machine")
 def test_scenes_and_their_judge_from_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
-    from manyheads.models.scenes import NAMES, load_scenes
+    from manyheads.models.scenes import build, load_scenes, save
     from manyheads.recipes import judge, video_blade
     from manyheads.recipes import scenes as recipe
 
-    for name, part in zip(NAMES, ("transformer", "unet", "transformer", "transformer"), strict=True):
+    for name, part in (("scenes", "transformer"), ("unet", "unet"), ("moving", "transformer")):
         assert recipe.main(["--kind", name, "--out", str(tmp_path / name), "--smoke"]) == 0
         weights = load_file(tmp_path / name / part / packed.FILE)
         whole = {key for key, x in weights.items() if x.ndim > 1 and x.dtype != torch.int8}
         assert whole == ({"conv_in.weight", "conv_out.weight"} if part == "unet" else set())
         made = load_scenes(tmp_path / name)("fire over a frog", num_inference_steps=1, output_type="pt")
-        assert torch.isfinite(made.frames if name.startswith("moving") else made.images).all()
+        assert torch.isfinite(made.images if name != "moving" else made.frames).all()
         assert f'load_scenes("{name}")' in (tmp_path / name / "README.md").read_text()
+    sizes = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16, "ffn_dim": 32}
+    save(build("moving3d", **sizes), tmp_path / "moving3d")
     students = ["--smoke", "--model", str(tmp_path / "moving3d"), "--out", str(tmp_path / "student")]
     assert video_blade.main(students) == 0
     judged = json.loads((tmp_path / "student" / "results.json").read_text())["judged"]
@@ -118,6 +120,30 @@ def test_scenes_and_their_judge_from_end_to_end(tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "judge" / "results.json").read_text())["accuracy"]) == set(
         scenes.VOCABULARY["scenes"]
     )
+
+
+def test_a_distilled_student_is_written_as_its_adapters_compute() -> None:
+    pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
+    from manyheads.recipes.video_blade import Adapted
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    attention = torch.nn.Module()
+    attention.to_q = torch.nn.Linear(6, 5, dtype=torch.float64)
+    model.add_module("attn", attention)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    plain = attention.to_q(x)
+    adapted = Adapted(model, rank=2).to(torch.float64)
+    for part in ("student", "fake"):
+        torch.nn.init.normal_(adapted.parts[part].up["attn|to_q"])
+    assert torch.equal(attention.to_q(x), plain)  # none is at work
+    made = {}
+    for adapted.active in ("student", "fake"):
+        made[adapted.active] = attention.to_q(x)
+    adapted.active = ""
+    adapted.merge()
+    assert_close(attention.to_q(x), made["student"])
+    assert (made["fake"] - made["student"]).abs().max() > 0.1 and (made["student"] - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("config", [SMOKE.config(), recall.config()], ids=["tied", "untied"])
