@@ -12,8 +12,8 @@ steps, and the caches of diffusers. A sparse attention that pays has to be neare
 on a GPU, at lengths at which attention is most of the time, are in benchmarks/video_blade.py; here attention is two
 fifths of the FLOPs. Nothing is trained, so all videos are of one seed and count each.
 
-The CPU size was raised from 4 to 12 videos after a first full run of 4, which left four checks open (two of them hold now,
-no word turned round); checks and margins are those from before it.
+The CPU size was raised from 4 to 12 videos after a first full run of 4, which left four checks open (two hold now, no
+word turned round); checks and margins are those from before it.
 """
 
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher
