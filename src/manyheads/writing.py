@@ -3,7 +3,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +31,10 @@ class Request:
         most: tokens to write at most.
         ends: tokens that end the text; they are no part of it.
         seed: of all that is drawn.
-        cache: has read all of the prompt but its last token; None for a loop that reads none.
+        cache: has read all of the prompt but its last token; None for a loop that reads none, and where there is more to
+            the prompt than its tokens.
+        given: what else the model is given with the prompt, by the names of its arguments: ``pixel_values`` of a model
+            that reads images.
     """
 
     model: "nn.Module"
@@ -41,6 +44,7 @@ class Request:
     ends: frozenset[int] = frozenset()
     seed: int = 0
     cache: Any = None
+    given: Mapping[str, "Tensor"] = field(default_factory=dict)
 
     def generator(self) -> "torch.Generator":
         """A fresh generator on the device of ``ids``, started from the seed."""
