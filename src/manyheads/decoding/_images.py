@@ -2,6 +2,7 @@
 """What strategies share that write about images: choosing a token, and edits of attention to the columns of images."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +12,9 @@ from ..attention import reference
 from ..call import AttentionCall, Site
 from ..calls.edits import add_bias
 from ..errors import UserError
+from ..integrations.streams import Streams
 from ..strategy import AttentionEdit, Layers
-from ..writing import DecodingLoop
+from ..writing import DecodingLoop, Request, Written
 
 __all__ = ["ColumnEdit", "ImageDecoding", "Switch", "Switched", "plausible"]
 
@@ -33,9 +35,23 @@ class ImageDecoding(DecodingLoop):
             return int(logits.argmax())
         return int(torch.multinomial((logits / self.temperature).softmax(0), 1, generator=generator))
 
+    def follow(
+        self, request: Request, streams: Streams, generator: Generator, combine: Callable[[Tensor], Tensor]
+    ) -> Written:
+        """Write by the logits ``[V]`` that ``combine`` makes of those of readings that see all that follows."""
+        tokens: list[int] = []
+        everyone = torch.ones_like(streams.seen[:, 0])
+        for _ in range(request.most):
+            token = self.picked(combine(streams.next()), generator)
+            if token in request.ends:
+                return Written(tokens, len(tokens) + 1)
+            tokens.append(token)
+            streams.append(token, everyone)
+        return Written(tokens, len(tokens))
+
 
 def plausible(logits: Tensor, by: Tensor, share: float) -> Tensor:
-    """``logits [V]`` of tokens that are at least ``share`` times as likely as the likeliest, by the logits ``by [V]``."""
+    """``logits [V]`` of tokens that are at least ``share`` times as likely as the likeliest, by logits ``by [V]``."""
     if share == 0:
         return logits
     return logits.masked_fill(by < by.max() + torch.tensor(share).log(), -torch.inf)
@@ -45,7 +61,7 @@ def plausible(logits: Tensor, by: Tensor, share: float) -> Tensor:
 class ColumnEdit(AttentionEdit):
     """Shifts what the newest token attends to, over columns of images: base of what differs by how much."""
 
-    columns: Layers = field(default=(), metadata={"help": "of the image among the prompt's tokens from 0, as 5-580"})
+    columns: Layers = field(default=None, metadata={"help": "of the image among the prompt's tokens from 0, as 5-580"})
 
     @abstractmethod
     def shift(self, scores: Tensor, image: Tensor, sinks: Tensor | None) -> Tensor:
@@ -57,10 +73,12 @@ class ColumnEdit(AttentionEdit):
     def bias(self, call: AttentionCall) -> Tensor:
         """Of a call, ``[B, H, T, S]``, in float32 or wider: nothing but in the last row."""
         call.require_softmax()
+        if not self.columns:
+            raise UserError(f"{self.slug}: say which columns the image has, as {self.slug}:columns=5-580")
         if call.site.window is not None:
             raise UserError(f"{self.spec}: a sliding window counts columns from its own begin; use another model")
         size, wide = call.k.shape[2], reference.widened
-        place = torch.tensor(self.columns or (), dtype=torch.long, device=call.q.device)
+        place = torch.tensor(self.columns, dtype=torch.long, device=call.q.device)
         image = torch.zeros(size, dtype=torch.bool, device=call.q.device)
         image[place[place < size]] = True
         own = call.bias if call.bias is None or call.bias.shape[-2] == 1 else call.bias[..., -1:, :]
@@ -91,6 +109,10 @@ class Switched(AttentionEdit):
 
     inner: ColumnEdit
     switch: Switch
+
+    @property
+    def spec(self) -> str:
+        return self.inner.slug
 
     def selects(self, site: Site) -> bool:
         return self.inner.selects(site)

@@ -10,10 +10,14 @@ over tokens at least ``beta`` times as likely as the likeliest.
 
 Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs (arXiv 2407.21771). Where
 the paper leaves the image's tokens out of the second reading, they are hidden here, at unchanged positions; both
-readings are one batch. With ``gamma=1`` there is one reading.
+readings are one batch. With ``gamma=1`` there is one reading. For ``generate`` of transformers the amplification alone
+is an edit of attention, to whose image ``columns`` have to be named:
+
+    with manyheads.use(model, "pai:columns=5-580"):
+        model.generate(**inputs)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,25 +29,11 @@ from ..integrations.streams import Streams, image_columns
 from ..writing import Request, Written
 from ._images import ColumnEdit, ImageDecoding, Switch, Switched, plausible
 
-__all__ = ["Amplified", "MoreAttention"]
+__all__ = ["MoreAttention"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amplified(ColumnEdit):
-    """``s + alpha |s|`` on image columns, from a layer on."""
-
-    alpha: float
-    start_layer: int
-
-    def selects(self, site: Site) -> bool:
-        return super().selects(site) and (self.layers is not None or (site.layer or 0) >= self.start_layer)
-
-    def shift(self, scores: Tensor, image: Tensor, sinks: Tensor | None) -> Tensor:
-        return torch.where(image & scores.isfinite(), self.alpha * scores.abs(), 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoreAttention(ImageDecoding):
+class MoreAttention(ColumnEdit, ImageDecoding):
     """Write about an image with attention to it amplified, against what text alone would say."""
 
     alpha: float = field(default=0.5, metadata={"help": "of the size of an image column's logit, added to it"})
@@ -59,27 +49,28 @@ class MoreAttention(ImageDecoding):
                 "start_layer are 0 or more, gamma 1 or more, beta in [0, 1]"
             )
 
+    def selects(self, site: Site) -> bool:
+        return super().selects(site) and (self.layers is not None or (site.layer or 0) >= self.start_layer)
+
+    def shift(self, scores: Tensor, image: Tensor, sinks: Tensor | None) -> Tensor:
+        return torch.where(image & scores.isfinite(), self.alpha * scores.abs(), 0.0)
+
     def write(self, request: Request) -> Written:
         image, generator = image_columns(request.model, request.ids, self.spec), request.generator()
-        columns = tuple(image.nonzero()[:, 0].tolist())
-        inner = Amplified(columns=columns, layers=self.layers, alpha=self.alpha, start_layer=self.start_layer)
+        inner = replace(self, columns=tuple(image.nonzero()[:, 0].tolist()))
         seen = torch.stack([torch.ones_like(image), ~image])[: 1 if self.gamma == 1 else 2]
         if not bool(seen[:, 0].all()):
             raise UserError(f"{self.spec} hides images, and the prompt begins with one: begin it with a start of text")
         switch = Switch()
-        tokens: list[int] = []
+
+        def combined(logits: Tensor) -> Tensor:
+            told = logits[0]
+            if len(logits) > 1:
+                with_image, alone = logits.log_softmax(-1)
+                told = self.gamma * with_image - (self.gamma - 1) * alone
+            return plausible(told, logits[0], self.beta)
+
         with use(request.model, Switched(inner=inner, switch=switch)), torch.inference_mode():
             streams = Streams(request.model, request.ids, seen, [request.given] * len(seen))
             switch.on = True
-            for step in range(1, request.most + 1):
-                read = streams.next()
-                logits = read[0]
-                if len(read) > 1:
-                    with_image, alone = read.log_softmax(-1)
-                    logits = self.gamma * with_image - (self.gamma - 1) * alone
-                token = self.picked(plausible(logits, read[0], self.beta), generator)
-                if token in request.ends:
-                    break
-                tokens.append(token)
-                streams.append(token, torch.ones_like(seen[:, 0]))
-        return Written(tokens, step)
+            return self.follow(request, streams, generator, combined)

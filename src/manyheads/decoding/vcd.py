@@ -3,9 +3,9 @@
 
     logits = (1 + alpha) l(image) - alpha l(noisy image)
 
-over tokens at least ``beta`` times as likely as the likeliest. What noise hides and a model says all the same comes from
-its text alone, and is taken away. The noise is that of a diffusion process after ``noise`` of its 1000 steps, with the
-released code's sigmoid schedule.
+over tokens at least ``beta`` times as likely as the likeliest. What noise hides and a model says all the same comes
+from its text alone, and is taken away. The noise is that of a diffusion process after ``noise`` of its 1000 steps, with
+the released code's sigmoid schedule.
 
 Mitigating Object Hallucinations in Large Vision-Language Models through Visual Contrastive Decoding (arXiv 2311.16922).
 Both readings are one batch.
@@ -31,7 +31,8 @@ def noisy(pixels: Tensor, step: int, generator: torch.Generator) -> Tensor:
     betas = torch.linspace(-6, 6, _STEPS, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
     kept = float((1 - betas)[:step].prod())
     drawn = torch.randn(pixels.shape, generator=generator, device=generator.device).to(pixels)
-    return kept**0.5 * pixels + (1 - kept) ** 0.5 * drawn
+    made: Tensor = kept**0.5 * pixels + (1 - kept) ** 0.5 * drawn
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,12 @@ class VisualContrast(ImageDecoding):
         if pixels is None:
             raise UserError(f"{self.spec} puts noise on pixel_values, and the request has none")
         blurred = {**request.given, "pixel_values": noisy(pixels, self.noise, generator)}
-        tokens: list[int] = []
-        both = torch.ones(2, dtype=torch.bool, device=image.device)
+
+        def combined(logits: Tensor) -> Tensor:
+            clear, dull = logits
+            return plausible((1 + self.alpha) * clear - self.alpha * dull, clear, self.beta)
+
         with torch.inference_mode():
-            streams = Streams(request.model, request.ids, both[:, None].expand(2, len(image)), [request.given, blurred])
-            for step in range(1, request.most + 1):
-                clear, dull = streams.next()
-                logits = plausible((1 + self.alpha) * clear - self.alpha * dull, clear, self.beta)
-                token = self.picked(logits, generator)
-                if token in request.ends:
-                    break
-                tokens.append(token)
-                streams.append(token, both)
-        return Written(tokens, step)
+            seen = torch.ones(2, len(image), dtype=torch.bool, device=image.device)
+            streams = Streams(request.model, request.ids, seen, [request.given, blurred])
+            return self.follow(request, streams, generator, combined)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One prompt with images, read several times side by side: each reading hides columns, or is given other images.
 
-Ids and positions are the same in all rows of the batch, and a column that a row hides stays hidden from all of its later
-tokens, so that one cache holds them all.
+Ids and positions are the same in all rows of the batch, and a column that a row hides stays hidden from all of its
+later tokens, so that one cache holds them all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def image_columns(model: nn.Module, ids: Tensor, by: str) -> Tensor:
         )
     if len(ids) != 1:
         raise UserError(f"{by} writes on from one prompt at a time, not from {len(ids)}")
-    found = ids[0] == token
+    found: Tensor = ids[0] == token
     if not bool(found.any()):
         raise UserError(
             f"{by} finds no image in the prompt: give one, as manyheads.reply(model, processor, prompt, ..., "
@@ -57,7 +57,8 @@ class Streams:
 
     def __init__(self, model: nn.Module, ids: Tensor, seen: Tensor, given: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.seen = model, seen
-        self._cache = cache_arguments(model, DynamicCache(config=model.config))
+        config: Any = model.config
+        self._cache = cache_arguments(model, DynamicCache(config=config))
         self._fed = ids[:, -1:]
         rows = len(seen)
         extra = {name: torch.cat([each[name] for each in given]) for name in given[0]}

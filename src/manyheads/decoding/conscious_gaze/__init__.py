@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looking again at the image where a vision-language model decodes without it: a sensor, a gate and a shift.
 
-While it writes, a model may go on from its text alone and name what is likely rather than what is there. Image ``V`` and
-text ``X`` are taken as players of a game. The value ``v_c(S)`` of players S for a candidate token c is its
+While it writes, a model may go on from its text alone and name what is likely rather than what is there. Image ``V``
+and text ``X`` are taken as players of a game. The value ``v_c(S)`` of players S for a candidate token c is its
 log-probability where the columns of the others are hidden; what the two give together beyond what each gives is their
 Harsanyi dividend
 

@@ -53,8 +53,8 @@ class ConsciousGaze(ImageDecoding):
         self._steering(())
         if self.candidates < 2 or self.warmup < 1 or self.head < 1 or self.tail < 0:
             raise UserError(
-                f"candidates={self.candidates}, warmup={self.warmup}, head={self.head}, tail={self.tail}: candidates are "
-                "2 or more, warmup and head 1 or more, tail not negative"
+                f"candidates={self.candidates}, warmup={self.warmup}, head={self.head}, tail={self.tail}: candidates "
+                "are 2 or more, warmup and head 1 or more, tail not negative"
             )
         if not 0 <= self.quantile <= 1 or not 0 <= self.rate <= 1:
             raise UserError(f"quantile={self.quantile}, rate={self.rate}: both are in [0, 1]")
