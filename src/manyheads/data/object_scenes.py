@@ -47,15 +47,26 @@ class Film:
     objects: Tensor
 
 
-def draw_pictures(count: int, generator: Generator, *, grid: int, size: int, split: Split = "train") -> Picture:
+def draw_pictures(
+    count: int, generator: Generator, *, grid: int, size: int, split: Split = "train", there: Tensor | None = None
+) -> Picture:
     """Draw pictures of ``grid x grid`` cells of ``size`` pixels.
+
+    Args:
+        count: N.
+        generator: on the CPU.
+        grid: cells of a side.
+        size: pixels of a cell.
+        split: of the photographs.
+        there: which objects each shows, bool ``[N, 8]``; each with probability one half if None.
 
     Raises:
         UserError: there are fewer cells than objects.
     """
     if grid * grid < len(OBJECTS):
         raise UserError(f"{len(OBJECTS)} objects need as many cells; give a grid of 3 or more, not {grid}")
-    there = torch.rand(count, len(OBJECTS), generator=generator) < 0.5
+    if there is None:
+        there = torch.rand(count, len(OBJECTS), generator=generator) < 0.5
     where = torch.rand(count, grid * grid, generator=generator).argsort(1)[:, : len(OBJECTS)]
     images = _backdrops(count, grid * size, generator, split)
     rows, kinds = there.nonzero().unbind(1)

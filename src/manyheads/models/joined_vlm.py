@@ -71,12 +71,16 @@ class JoinedVLM:
     def read(self, text: Text, at: Tensor, answers: Tensor) -> dict[str, Tensor]:
         """The same of any text with images: ``answers`` are tokens ``[N, Q]`` that are predicted ``at`` places."""
         device = next(self.model.parameters()).device
-        images = text.images.to(device)
+        read = {"input_ids": text.ids, "attention_mask": text.real.long(), "at": at, "answers": answers}
+        return {**{name: x.to(device) for name, x in read.items()}, "pixel_values": self.pixels(text.images)}
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images ``[N, 3, H, W]`` in -1..1 as the tower was trained on them, on the model's device."""
+        images = images.to(next(self.model.parameters()).device)
         if self.normal:
             mean, std = (images.new_tensor(x)[:, None, None] for x in (_MEAN, _STD))
             images = ((images / 2 + 0.5) - mean) / std
-        read = {"input_ids": text.ids, "attention_mask": text.real.long(), "at": at, "answers": answers}
-        return {**{name: x.to(device) for name, x in read.items()}, "pixel_values": images}
+        return images
 
 
 def small(
