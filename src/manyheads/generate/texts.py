@@ -27,6 +27,7 @@ from ..questions import split
 from ..spec import parse, split_together
 from ..strategy import Cache, Strategy
 from ..writing import Decoding, DecodingLoop, Request, Written
+from . import pictures
 
 if TYPE_CHECKING:
     from ..lens import LensResult
@@ -199,26 +200,33 @@ def run(
 
 def reply(
     model: Any, tokenizer: Any, prompt: str, strategies: str | Strategy | Sequence[Strategy] = "full", *,
-    max_new_tokens: int = 64, seed: int = 0, chat: bool | None = None, system: str = "",
+    max_new_tokens: int = 64, seed: int = 0, chat: bool | None = None, system: str = "", image: Any = None,
 ) -> str:  # fmt: skip
     """The reply of a language model to a prompt, with strategies.
 
         manyheads.reply(model, tokenizer, "Who wrote Hamlet?", "snapkv:budget=0.5")
+        manyheads.reply(model, processor, "What is in the picture?", "conscious_gaze", image=picture)
 
     Args:
-        model: a decoder-only transformers model, in evaluation mode.
-        tokenizer: its tokenizer.
+        model: a decoder-only transformers model, in evaluation mode; with an image one as LLaVA.
+        tokenizer: its tokenizer; with an image its processor.
         prompt: what the user says.
         strategies: what acts, several as a list or joined by `` + ``; one at most that chooses what is written.
         max_new_tokens: of the reply, at most.
         seed: of what is drawn.
         chat: write the prompt in the chat template; None for where there is one.
         system: a system message before it.
+        image: what the prompt is about, as the processor takes it: an image of Pillow, or an array.
 
     Raises:
         UserError: prompt or strategies do not fit the model.
     """
     given = [parse(s) for s in split_together(strategies)] if isinstance(strategies, str) else strategies
+    if image is not None:
+        return pictures.reply(
+            model, tokenizer, prompt, image, [given] if isinstance(given, Strategy) else given,
+            max_new_tokens=max_new_tokens, seed=seed, chat=chat, system=system,
+        )  # fmt: skip
     arm = Arm("reply", " + ".join(s.spec for s in ([given] if isinstance(given, Strategy) else given)))
     told = run(
         model, tokenizer, [arm], [prompt], max_new_tokens=max_new_tokens, chat=chat, progress=lambda *_: None,
