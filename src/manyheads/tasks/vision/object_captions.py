@@ -16,6 +16,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ...data.captions import KINDS, PAIRS, WORDS, Kind, absent, ask, describe, draw_there, mentioned, texts
 from ...data.object_scenes import draw_pictures
@@ -41,6 +42,8 @@ class ObjectCaptions(VLMTask):
     Attributes:
         grid: cells of a picture's side.
         cell: patches of a cell's side.
+        sharp: pixels of a cell's side as it is drawn, before it is scaled to its patches: with few, what is seen is
+            uncertain, and what usually stands together counts.
         together: how often the second of a pair is there in training when the first is.
         batch: texts of a step, half captions and half questions.
         steps: of training.
@@ -69,15 +72,17 @@ class ObjectCaptions(VLMTask):
     )  # fmt: skip
 
     layers: int = 4
+    patch: int = 4
     grid: int = 4
     cell: int = 1
+    sharp: int = 4
     together: float = 0.9
     batch: int = 32
-    steps: int = 800
+    steps: int = 500
     lr: float = 5e-3
     slower: float = 1.0
     calibration: int = 32
-    samples: int = 64
+    samples: int = 96
     own: int = 32
     most: int = 40
 
@@ -108,8 +113,9 @@ class ObjectCaptions(VLMTask):
         def get_batch(step: int) -> dict[str, Tensor]:
             drawn = texts(
                 vlm.language, self.batch, run.torch_rng(task=self.key, training=seed, step=step), grid=self.grid,
-                size=self.cell * vlm.patch, patches=self.patches, together=self.together,
+                size=self.sharp, patches=self.patches, together=self.together,
             )  # fmt: skip
+            drawn = replace(drawn, images=self._scaled(vlm, drawn.images))
             return vlm.read(drawn, drawn.at, drawn.answers)
 
         state = train_answers(
@@ -151,10 +157,15 @@ class ObjectCaptions(VLMTask):
         generator = run.torch_rng(task=self.key, pictures=f"{part} {own}", **axes)
         there = draw_there(count, generator, self.together if own else None)
         images = draw_pictures(
-            count, generator, grid=self.grid, size=self.cell * vlm.patch, there=there,
+            count, generator, grid=self.grid, size=self.sharp, there=there,
             split="train" if part == "train" else "test",
         ).images  # fmt: skip
-        return there, vlm.pixels(images)
+        return there, vlm.pixels(self._scaled(vlm, images))
+
+    def _scaled(self, vlm: JoinedVLM, images: Tensor) -> Tensor:
+        """Pictures as large as the model's patches."""
+        side = self.patches * vlm.patch
+        return images if images.shape[-1] == side else interpolate(images, size=(side, side), mode="bilinear")
 
     def _request(self, vlm: JoinedVLM, ids: list[int], image: Tensor, seed: int) -> Request:
         end = vlm.language.encode(".")[-1]
