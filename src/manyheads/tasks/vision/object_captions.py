@@ -203,7 +203,7 @@ class ObjectCaptions(VLMTask):
             yield self.row(name, arm, thing in named, f"{kind} {i}.{thing}", at=at, **about)
         false = sum(not bool(shown[thing]) for thing in named)
         right = sorted(named) == shown.nonzero()[:, 0].tolist()
-        steps = len(made.tokens) + 1
+        steps = min(len(made.tokens) + 1, self.most)
         for name, value in (
             ("chair", false / max(1, len(named))), ("exact", right), ("forwards", made.forwards / steps),
             ("intervened", made.notes.get("intervened", 0.0)), ("token_seconds", seconds / steps),
