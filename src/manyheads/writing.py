@@ -31,8 +31,8 @@ class Request:
         most: tokens to write at most.
         ends: tokens that end the text; they are no part of it.
         seed: of all that is drawn.
-        cache: has read all of the prompt but its last token; None for a loop that reads none, and where there is more to
-            the prompt than its tokens.
+        cache: has read all of the prompt but its last token; None for a loop that reads none, and where there is more
+            to the prompt than its tokens.
         given: what else the model is given with the prompt, by the names of its arguments: ``pixel_values`` of a model
             that reads images.
     """

@@ -4,6 +4,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -21,7 +22,9 @@ __all__ = ["ColumnEdit", "ImageDecoding", "Switch", "Switched", "plausible"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDecoding(DecodingLoop):
-    """Writes about the image in a prompt, from logits that it works out for every token."""
+    """Writes about the image in a prompt, from logits that it works out for every token and a cache of its own."""
+
+    reads_cache: ClassVar[bool] = False
 
     temperature: float = field(default=0.0, metadata={"help": "of draws; 0 takes the likeliest token"})
 
