@@ -6,6 +6,7 @@ import torch
 
 from manyheads.data import captions, scenes
 from manyheads.data.captions import OFTEN, PAIRS, WORDS, absent, ask, caption, describe, draw_there, mentioned, texts
+from manyheads.data.object_scenes import draw_pictures
 from manyheads.data.scenes import OBJECTS
 from manyheads.data.visual_questions import Language
 from tolerance import DRAWN, WRONG, mean_error
@@ -62,6 +63,14 @@ def test_questions_are_about_what_is_absent():
 def test_prompts_begin_with_the_picture():
     assert describe(LANGUAGE, 2)[:5] == [1, 2, 2, 2, 2] and said(describe(LANGUAGE, 2)[5:]) == "what is there"
     assert said(ask(LANGUAGE, 2, 7)[5:]) == "is there a ball"
+
+
+@needs_data
+def test_pictures_show_what_they_are_told_to():
+    there = draw_there(5, generator(), 0.9)
+    found = draw_pictures(5, generator(), grid=3, size=4, there=there)
+    assert torch.equal(found.cells >= 0, there)
+    assert not torch.equal(draw_pictures(5, generator(), grid=3, size=4).cells >= 0, there)
 
 
 @needs_data

@@ -196,6 +196,18 @@ def test_gates_that_stay_shut_write_what_the_model_writes(model, request_):
     assert vars(model.model.language_model.layers[1].self_attn).get("_manyheads") is None  # the port is shut again
 
 
+@pytest.mark.parametrize(("make", "tokens", "shape"), [("smolvlm", 4, (1, 1)), ("internvl", 16, (1,))])
+def test_other_models_that_read_images_write_too(make, tokens, shape):
+    model, pixels = getattr(vision, make)(), vision.pixels(1, 8, 8).reshape(*shape, 3, 16, 16)
+    ids = torch.tensor([vision.prompt(2, (1, tokens), 3)])
+    asked = Request(model, None, ids, MOST, given={"pixel_values": pixels})
+    plain = greedy(model, asked)
+    shut, raised = (
+        write(parse(f"conscious_gaze:{x}"), asked).tokens for x in ("threshold=1e9", "gate=always,target=0.9")
+    )
+    assert shut == plain != raised
+
+
 def test_a_gate_opens_above_its_threshold_and_a_running_quantile(model, request_):
     shut = write(parse("conscious_gaze:threshold=1e9"), request_).notes["sensed"]
     between = sorted(shut)[2]

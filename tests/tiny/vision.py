@@ -12,6 +12,9 @@ _TEXT = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": VOCAB, "max_position_embeddings": 256, "pad_token_id": 0,
 }  # fmt: skip
+_TOWER = {
+    "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 16,
+}  # fmt: skip
 
 
 def llava(seed: int = 0, **text: object):
@@ -41,6 +44,25 @@ def qwen(seed: int = 0):
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=57, vision_end_token_id=56,
     )  # fmt: skip
     return _spread(transformers.Qwen2VLForConditionalGeneration(config))
+
+
+def smolvlm():
+    """SmolVLM, whose image of 16 pixels is four tokens, in float64."""
+    tower = {**_TOWER, "patch_size": 4}
+    config = transformers.SmolVLMConfig(
+        text_config={"model_type": "llama", **_TEXT}, vision_config=tower, scale_factor=2, image_token_id=IMAGE,
+        pad_token_id=0,
+    )  # fmt: skip
+    return _spread(transformers.SmolVLMForConditionalGeneration(config))
+
+
+def internvl():
+    """InternVL, whose image of 16 pixels is sixteen tokens, in float64."""
+    tower = {**_TOWER, "image_size": [16, 16], "patch_size": [2, 2]}
+    config = transformers.InternVLConfig(
+        text_config={"model_type": "qwen2", **_TEXT}, vision_config=tower, image_token_id=IMAGE, downsample_ratio=0.5
+    )
+    return _spread(transformers.InternVLForConditionalGeneration(config))
 
 
 def _spread(model):
