@@ -82,7 +82,7 @@ class ObjectCaptions(VLMTask):
     lr: float = 5e-3
     slower: float = 1.0
     calibration: int = 32
-    samples: int = 96
+    samples: int = 72
     own: int = 32
     most: int = 40
 
@@ -142,12 +142,12 @@ class ObjectCaptions(VLMTask):
         if not isinstance(strategy, ConsciousGaze) or strategy.gate not in ("interaction", "entropy"):
             return strategy
         there, images = self._pictures(run, vlm, self.calibration, "train", seed, own=True)
-        prompts = [describe(vlm.language, self.patches) for _ in there]
-        prompts += [ask(vlm.language, self.patches, i % there.shape[1]) for i in range(len(there))]
-        pictures = [*images.split(1), *images.split(1)]
-        return calibrated(
-            strategy, (self._request(vlm, ids, image, 0) for ids, image in zip(prompts, pictures, strict=True))
-        )
+        requests = []
+        for i, image in enumerate(images.split(1)):
+            question = self._request(vlm, ask(vlm.language, self.patches, i % there.shape[1]), image, 0)
+            requests.append(self._request(vlm, describe(vlm.language, self.patches), image, 0))
+            requests.append(replace(question, most=1))  # what is behind an answer is no text of this world
+        return calibrated(strategy, requests)
 
     def _pictures(
         self, run: RunContext, vlm: JoinedVLM, count: int, part: str, seed: int, own: bool
