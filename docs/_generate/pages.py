@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from manyheads import catalog, claims
-from manyheads.strategy import Mixer, Ranker, Strategy
+from manyheads.decoding._images import ImageDecoding
+from manyheads.strategy import Attention, Mixer, Ranker, Strategy
 from manyheads.unlearning import Unlearning
+from manyheads.writing import Decoding
 
 ABOUT = {
     "caches": "What a decoder keeps of the tokens it has read: which stay, in how many bits, where.",
@@ -115,6 +117,10 @@ def usage(slug: str, cls: type[Strategy], category: str) -> str:
         return f"```sh\nmanyheads compare --train --strategies softmax,{slug}\n```"
     if issubclass(cls, Unlearning):
         return f"```sh\npython -m manyheads.recipes.unlearning_bench --method {slug}\n```"
+    if issubclass(cls, ImageDecoding):
+        return f'```python\nmanyheads.reply(model, processor, prompt, "{slug}", image=picture)\n```'
+    if issubclass(cls, Decoding) and not issubclass(cls, Attention):
+        return f'```python\nmanyheads.reply(model, tokenizer, prompt, "{slug}")\n```'
     what = "pipe" if category == "diffusion" else "model"
     return f'```python\nwith manyheads.use({what}, "{slug}"):\n    ...\n```'
 
