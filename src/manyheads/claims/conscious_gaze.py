@@ -74,7 +74,7 @@ claim = Claim(
         "a photograph, 4 pixels wide so that what is seen is uncertain (only plain decoding was looked at for that); a "
         "small model from scratch at CPU size, DINOv2 and SmolLM2 joined on a GPU. Heads of the small one already give "
         "the image a half of their attention, where the paper's models have drifted below a fifth. Captions are lists "
-        "of names. Trainings of the small model differ by much, three are too few to say how often it makes up, and the "
-        "gate changed no judged figure of any: read the run on a GPU."
+        "of names. Trainings of the small model differ by much, three are too few to say how often it makes up, and "
+        "the gate changed no judged figure of any: read the run on a GPU."
     ),
 )  # fmt: skip
