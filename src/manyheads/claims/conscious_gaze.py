@@ -71,7 +71,8 @@ claim = Claim(
     ),
     caveat=(
         "The paper's formulas for sensor and shift are inferred (see the strategy). Pictures are made up: emoji before "
-        "a photograph, 4 pixels wide so that what is seen is uncertain (only plain decoding was looked at for that); a "
+        "a photograph, 4 pixels wide so that what is seen is uncertain (chosen by plain decoding on training pictures, "
+        "where some gated figures were seen too); a "
         "small model from scratch at CPU size, DINOv2 and SmolLM2 joined on a GPU. Heads of the small one already give "
         "the image a half of their attention, where the paper's models have drifted below a fifth. Captions are lists "
         "of names. Trainings of the small model differ by much, three are too few to say how often it makes up, and "
