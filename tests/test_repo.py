@@ -22,6 +22,7 @@ FLOORS = (
         "calls",
         "catalog",
         "causal_lens",
+        "conditioning",
         "costs",
         "denoising",
         "heads",

@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Rotary", "angle_step", "copies", "mean_rotation", "pair_norms", "partners", "rotate", "unrotate"]
+__all__ = [
+    "Rotary",
+    "angle_step",
+    "copies",
+    "mean_rotation",
+    "pair_norms",
+    "partners",
+    "rotate",
+    "rotate_pairs",
+    "unrotate",
+]
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -38,6 +48,14 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """``x [B, H, T, d]`` at the positions of ``rotary``, in the arithmetic of the model."""
     return _turn(x, *rotary)
+
+
+def rotate_pairs(x: Tensor, rotary: Rotary) -> Tensor:
+    """``x [B, T, H, d]`` turned in pairs of neighbouring channels by tables ``[1, T, 1, d]``, every entry twice."""
+    cos, sin = rotary
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-second, first], -1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 def unrotate(x: Tensor, rotary: Rotary) -> Tensor:

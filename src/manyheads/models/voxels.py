@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An editor of voxel objects by instruction: diffusers' Wan transformer over patches of voxels, shown the source.
+
+A rectified flow over the occupancy itself, +1 where a voxel is filled and -1 elsewhere, as the first stage of TRELLIS
+has it over latents. The instruction is one token of text. ``recipes/native3d_edit.py`` trains one.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+
+from ..data.voxels import INSTRUCTIONS, Edits, Instruction
+from ..errors import UserError
+from ..files import write_atomically
+from ..integrations.source_condition import conditioned
+
+__all__ = ["EditorConfig", "Noisy", "VoxelEditor", "fitted", "noisy"]
+
+_CONFIG, _WEIGHTS, _TEXT = "editor.json", "model.safetensors", 32
+
+
+@dataclass(frozen=True, slots=True)
+class EditorConfig:
+    """Size of an editor.
+
+    Attributes:
+        side: voxels along an axis of the grid.
+        patch: of a token.
+        dim, heads, layers: of the blocks.
+        hidden: width of their feed-forward part; 0 for four times ``dim``.
+        strategy: spec of the condition; empty for none, an editor that never sees what it edits.
+    """
+
+    side: int = 8
+    patch: int = 2
+    dim: int = 48
+    heads: int = 2
+    layers: int = 3
+    hidden: int = 0
+    strategy: str = "native3d_edit"
+
+
+class Noisy(NamedTuple):
+    """Edits as an editor is trained on them.
+
+    Attributes:
+        latents: of targets with noise, ``[N, 1, S, S, S]``.
+        source: as latents, clean.
+        time: of 1,000, ``[N]``.
+        instruction: int64 ``[N]``.
+        velocity: what is to be predicted.
+    """
+
+    latents: Tensor
+    source: Tensor
+    time: Tensor
+    instruction: Tensor
+    velocity: Tensor
+
+
+class VoxelEditor(nn.Module):
+    """A conditioned denoiser and the vectors of the instructions.
+
+    Attributes:
+        config: its size.
+        denoiser: see :func:`manyheads.integrations.source_condition.conditioned`.
+        words: a vector for each instruction.
+    """
+
+    def __init__(self, config: EditorConfig) -> None:
+        super().__init__()
+        if config.side % config.patch or config.dim % config.heads or config.dim // config.heads % 6:
+            raise UserError("a patch parts the side, and a head has a multiple of six channels, for three axes")
+        self.config = config
+        self.words = nn.Embedding(len(INSTRUCTIONS), _TEXT)
+        transformer: nn.Module = diffusers.WanTransformer3DModel(
+            patch_size=(config.patch,) * 3, num_attention_heads=config.heads,
+            attention_head_dim=config.dim // config.heads, in_channels=1, out_channels=1, text_dim=_TEXT, freq_dim=64,
+            ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers,
+            rope_max_seq_len=config.side // config.patch,
+        )  # fmt: skip
+        self.denoiser = conditioned(transformer, config.strategy or None)  # last: others' first weights are the same
+
+    @property
+    def parameters_held(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, latents: Tensor, source: Tensor, time: Tensor, instruction: Tensor) -> Tensor:
+        """Velocity of ``latents [N, 1, S, S, S]``, as :class:`Noisy` has what is given."""
+        text = self.words(instruction)[:, None]
+        out: Tensor = self.denoiser(latents, source, time, encoder_hidden_states=text)
+        return out
+
+    def loss(self, given: Noisy) -> Tensor:
+        """Mean squared error of the velocity."""
+        said: Tensor = self(*given[:4])
+        return (said.float() - given.velocity).square().mean()
+
+    @torch.no_grad()
+    def edited(self, source: Tensor, instruction: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
+        """Objects as they are after their instructions, by Euler steps of the flow.
+
+        Args:
+            source: bool ``[N, S, S, S]``.
+            instruction: int64 ``[N]``.
+            noise: to start from, float32 ``[N, S, S, S]``.
+            steps: as many evaluations of the denoiser.
+        """
+        x, clean = noise[:, None], _latents(source)
+        for i in range(steps):
+            time = torch.full((len(x),), 1000 * (1 - i / steps), device=x.device)
+            x = x - self(x, clean, time, instruction).float() / steps
+        return x[:, 0] > 0
+
+    def edit(
+        self, source: Tensor, instruction: Instruction | Sequence[Instruction], steps: int = 10, seed: int = 0
+    ) -> Tensor:  # fmt: skip
+        """The same of objects on the CPU, told by name: bool ``[N, S, S, S]``, or one object ``[S, S, S]``.
+
+        Raises:
+            UserError: an instruction that it does not know, or objects of another size.
+        """
+        many = source if source.ndim == 4 else source[None]
+        names = [instruction] * len(many) if isinstance(instruction, str) else list(instruction)
+        if unknown := sorted(set(names) - set(INSTRUCTIONS)) or len(names) != len(many):
+            raise UserError(f"an object has one of {', '.join(INSTRUCTIONS)} for its instruction, not {unknown}")
+        if many.shape[1:] != (self.config.side,) * 3 or many.dtype != torch.bool:
+            raise UserError(f"objects are bool, of {self.config.side} voxels a side, not {list(many.shape)}")
+        device = self.words.weight.device
+        noise = torch.randn(many.shape, generator=Generator().manual_seed(seed)).to(device)
+        told = torch.tensor([INSTRUCTIONS.index(name) for name in names], device=device)
+        out = self.edited(many.to(device), told, noise, steps).cpu()
+        return out if source.ndim == 4 else out[0]
+
+    def save(self, folder: Path | str) -> None:
+        """Write weights and size, for :meth:`load`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}, folder / _WEIGHTS)
+        write_atomically(folder / _CONFIG, json.dumps(asdict(self.config)) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "VoxelEditor":
+        """The editor that :meth:`save` wrote.
+
+        Raises:
+            UserError: there is none.
+        """
+        folder = Path(folder)
+        if not (folder / _CONFIG).is_file():
+            raise UserError(
+                f"{folder} has no editor: train one, python -m manyheads.recipes.native3d_edit --out {folder}"
+            )
+        made = cls(EditorConfig(**json.loads((folder / _CONFIG).read_text("utf-8"))))
+        made.load_state_dict(load_file(folder / _WEIGHTS))
+        return made.to(device).eval()
+
+
+def fitted(config: EditorConfig, parameters: int) -> EditorConfig:
+    """The same with the feed-forward width that brings an editor nearest to so many parameters.
+
+    Raises:
+        UserError: it has more without any.
+    """
+    hidden = config.hidden or 4 * config.dim
+    with torch.random.fork_rng(devices=[]):
+        held = VoxelEditor(config).parameters_held
+    width = hidden + round((parameters - held) / (config.layers * (2 * config.dim + 1)))
+    if width < 1:
+        raise UserError(
+            f"{config.strategy or 'an editor'} has more than {parameters} parameters without a feed-forward"
+        )
+    return replace(config, hidden=width)
+
+
+def _latents(voxels: Tensor) -> Tensor:
+    return voxels[:, None].float() * 2 - 1
+
+
+def noisy(edits: Edits, generator: Generator) -> Noisy:
+    """Targets with noise at levels of a logit-normal (arXiv 2403.03206), drawn on the device of the edits."""
+    clean = _latents(edits.target)
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    sigma = torch.randn(len(clean), generator=generator, device=clean.device).sigmoid()
+    mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+    return Noisy(mixed, _latents(edits.source), 1000 * sigma, edits.instruction, noise - clean)
