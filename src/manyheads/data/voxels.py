@@ -114,8 +114,8 @@ def held_out(voxels: Tensor) -> Tensor:
         weight = weight * _FACTOR % _PRIME
         weights.append(weight)
     table = torch.tensor(weights, device=voxels.device)
-    hashed: Tensor = (voxels.flatten(1) * table).sum(1) % _PRIME % _JUDGED
-    return hashed == 0
+    judged: Tensor = (voxels.flatten(1) * table).sum(1) % _PRIME % _JUDGED == 0
+    return judged
 
 
 def _objects(count: int, side: int, generator: Generator, device: torch.device) -> Tensor:

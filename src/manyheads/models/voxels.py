@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -80,7 +80,7 @@ class VoxelEditor(nn.Module):
             raise UserError("a patch parts the side, and a head has a multiple of six channels, for three axes")
         self.config = config
         self.words = nn.Embedding(len(INSTRUCTIONS), _TEXT)
-        transformer: nn.Module = diffusers.WanTransformer3DModel(
+        transformer: Any = diffusers.WanTransformer3DModel(
             patch_size=(config.patch,) * 3, num_attention_heads=config.heads,
             attention_head_dim=config.dim // config.heads, in_channels=1, out_channels=1, text_dim=_TEXT, freq_dim=64,
             ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers,
@@ -130,8 +130,9 @@ class VoxelEditor(nn.Module):
         """
         many = source if source.ndim == 4 else source[None]
         names = [instruction] * len(many) if isinstance(instruction, str) else list(instruction)
-        if unknown := sorted(set(names) - set(INSTRUCTIONS)) or len(names) != len(many):
-            raise UserError(f"an object has one of {', '.join(INSTRUCTIONS)} for its instruction, not {unknown}")
+        if (unknown := sorted(set(names) - set(INSTRUCTIONS))) or len(names) != len(many):
+            said = f"not {', '.join(unknown)}" if unknown else f"and {len(names)} are given for {len(many)} objects"
+            raise UserError(f"an object has one of {', '.join(INSTRUCTIONS)} for its instruction, {said}")
         if many.shape[1:] != (self.config.side,) * 3 or many.dtype != torch.bool:
             raise UserError(f"objects are bool, of {self.config.side} voxels a side, not {list(many.shape)}")
         device = self.words.weight.device

@@ -11,14 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...data.voxels import INSTRUCTIONS, Edits, draw, spread, targets
+from ...data.voxels import INSTRUCTIONS, Edits, draw, targets
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ...models.voxels import Noisy, VoxelEditor, noisy
-from ...training import TrainState, decay, fit
+from ...recipes.native3d_edit import train_editor
+from ...training import TrainState
 from ._editors import EditorTask
+from ._voxel_scores import judge
 
-__all__ = ["VoxelEdit", "chamfer", "followed", "iou"]
+__all__ = ["VoxelEdit"]
 
 _AT_ONCE = 64  # objects edited at once
 
@@ -110,11 +112,8 @@ class VoxelEdit(EditorTask):
             rng = run.torch_rng(training=seed, step=step)
             return self._batch(run, draw(self.batch, self.side, rng, device=run.device), training=seed, step=step)
 
-        state = fit(
-            editor, get_batch, lambda _, given: editor.loss(given), budget=steps,
-            optimizers=[torch.optim.AdamW(editor.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)],
-            schedule=decay("cosine", warmup=max(1, steps // 20)), replayed=run.device.type == "cuda",
-            on_step=lambda _: run.advance(self.batch),
+        state = train_editor(
+            editor, get_batch, steps, rate, lambda _: run.advance(self.batch), warmup=max(1, steps // 20)
         )  # fmt: skip
         return editor, state
 
@@ -139,42 +138,3 @@ class VoxelEdit(EditorTask):
             return source
         noise = torch.randn(source.shape, generator=run.torch_rng(part="edits", seed=seed, first=first))
         return editor.edited(source, told, noise.to(run.device), self.denoising)
-
-
-def iou(found: Tensor, target: Tensor, within: Tensor) -> Tensor:
-    """Intersection over union of voxels in a region, ``[N]``; 1 where both are empty. All ``[N, S, S, S]``."""
-    both, either = ((x & within).flatten(1).sum(1) for x in (found & target, found | target))
-    return torch.where(either == 0, 1.0, both / either.clamp(min=1))
-
-
-def chamfer(found: Tensor, target: Tensor) -> float:
-    """Mean distance to the nearest voxel of the other, the mean of both ways; ``[S, S, S]``.
-
-    Where one is empty the diagonal of the grid, where both are, 0.
-    """
-    first, second = (x.nonzero().float() for x in (found, target))
-    if not min(len(first), len(second)):
-        return math.sqrt(3) * found.shape[0] if max(len(first), len(second)) else 0.0
-    apart = torch.cdist(first, second)
-    return float(apart.amin(0).mean() + apart.amin(1).mean()) / 2
-
-
-def followed(found: Tensor, edits: Edits) -> Tensor:
-    """Whether outputs ``[N, S, S, S]`` are nearer to what was asked than to all else that could be, bool ``[N]``."""
-    others = torch.cat([targets(edits.source), edits.source[:, None]], 1)
-    wrong = (others ^ found[:, None]).flatten(2).sum(2)
-    asked = wrong.gather(1, edits.instruction[:, None])
-    return (wrong <= asked).sum(1) == 1
-
-
-def judge(found: Tensor, edits: Edits) -> Iterator[dict[str, float]]:
-    """Figures of outputs, an edit after the other."""
-    changed = edits.source ^ edits.target
-    inner, kept = iou(found, edits.target, spread(changed)), iou(found, edits.target, ~changed)
-    right, exact = followed(found, edits), (found == edits.target).flatten(1).all(1)
-    for i in range(len(found)):
-        yield {
-            "edited_iou": float(inner[i]), "kept_iou": float(kept[i]),
-            "kept_chamfer": chamfer(found[i] & ~changed[i], edits.target[i] & ~changed[i]),
-            "followed": float(right[i]), "exact": float(exact[i]),
-        }  # fmt: skip
