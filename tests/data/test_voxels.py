@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from tests.tolerance import DRAWN, share_error
 
 from manyheads.data.voxels import INSTRUCTIONS, draw, edited, held_out, inside, spread, targets
 from manyheads.errors import UserError
-from tests.tolerance import DRAWN, share_error
 
 SIDE = 8
 STEPS = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]

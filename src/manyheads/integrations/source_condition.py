@@ -55,7 +55,7 @@ def size_of(denoiser: nn.Module) -> DenoiserConfig:
 def conditioned(denoiser: nn.Module, strategy: str | SourceCondition | None) -> "ConditionedDenoiser":
     """``denoiser`` with new weights, on its device; None for a denoiser that is shown no source.
 
-        edit = conditioned(transformer, "native3d_edit")
+        edit = conditioned(transformer, "STRATEGY")
         velocity = edit(noisy, source, timestep, encoder_hidden_states=text)
 
     Raises:
@@ -63,7 +63,7 @@ def conditioned(denoiser: nn.Module, strategy: str | SourceCondition | None) -> 
     """
     made: Any = parse(strategy) if isinstance(strategy, str) else strategy
     if made is not None and not isinstance(made, SourceCondition):
-        raise UserError(f"{made.slug} shows a denoiser no source: give native3d_edit or another that does")
+        raise UserError(f"{made.slug} shows a denoiser no source: docs/diffusion.md names strategies that do")
     weights = Condition() if made is None else made.condition(size_of(denoiser))
     first = next(unwrapped(denoiser).parameters())
     return ConditionedDenoiser(denoiser, weights.to(first.device, first.dtype))
@@ -86,7 +86,7 @@ class ConditionedDenoiser(nn.Module):
         if condition.beside_text and not places.text:
             raise UserError(f"{name} has no attention to text of its own that another could stand beside")
         if condition.joined and condition.clean and not places.timed:
-            raise UserError(f"{name} has one time for all tokens; write native3d_edit:time=same")
+            raise UserError(f"{name} has one time for all tokens; give the strategy time=same")
         self.denoiser, self.condition, self._places = denoiser, condition, places
 
     def forward(self, target: Tensor, source: Tensor, timestep: Tensor, **given: Any) -> Tensor:
