@@ -294,7 +294,7 @@ def test_a_source_on_another_grid_and_other_strategies_are_refused():
         conditioned(denoiser, "sag")
     with pytest.raises(UserError, match="Linear is not known"):
         conditioned(nn.Linear(2, 2), None)
-    with pytest.raises(UserError, match="does not act on the attention"):
+    with pytest.raises(UserError, match="trained with a denoiser"):
         manyheads.use(denoiser, "native3d_edit").__enter__()
 
 

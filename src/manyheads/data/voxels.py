@@ -114,8 +114,7 @@ def held_out(voxels: Tensor) -> Tensor:
         weight = weight * _FACTOR % _PRIME
         weights.append(weight)
     table = torch.tensor(weights, device=voxels.device)
-    judged: Tensor = (voxels.flatten(1) * table).sum(1) % _PRIME % _JUDGED == 0
-    return judged
+    return (voxels.flatten(1) * table).sum(1) % _PRIME % _JUDGED == 0
 
 
 def _objects(count: int, side: int, generator: Generator, device: torch.device) -> Tensor:
@@ -137,7 +136,8 @@ def _objects(count: int, side: int, generator: Generator, device: torch.device) 
     filled = torch.where(kind[..., None], scaled.abs().amax(-1), scaled.norm(dim=-1)) <= 1
     filled &= there[..., None]
     room = ((at >= low) & (at <= high)).all(-1)
-    return filled.any(1).unflatten(1, (side,) * 3) & room
+    anywhere: Tensor = filled.any(1).unflatten(1, (side,) * 3)
+    return anywhere & room
 
 
 def draw(

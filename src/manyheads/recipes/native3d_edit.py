@@ -57,8 +57,8 @@ def judged(editor: VoxelEditor, count: int, seed: int, steps: int = 20) -> dict[
     noise, device = torch.randn(edits.source.shape, generator=generator), next(editor.parameters()).device
     found = []
     for rows in torch.arange(count).split(64):
-        given = (x[rows].to(device) for x in (edits.source, edits.instruction, noise))
-        found.append(editor.edited(*given, steps=steps).cpu())
+        source, told, start = (x[rows].to(device) for x in (edits.source, edits.instruction, noise))
+        found.append(editor.edited(source, told, start, steps).cpu())
     figures = list(judge(torch.cat(found), edits))
     return {name: round(sum(each[name] for each in figures) / count, 4) for name in figures[0]}
 

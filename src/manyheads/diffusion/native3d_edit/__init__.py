@@ -23,7 +23,8 @@ changed; train the two together. On voxels, with the instruction as text:
 What the paper's text does not say and was chosen here: source tokens are told time 0 (``time=clean``), which needs a
 denoiser with a time for every token (Wan); the vectors of the halves; that attention to the source stands beside that
 to the text, reads the same normalised tokens and rotates queries and keys by the denoiser's positions. The paper's
-second stage (features of the occupied voxels), its generator's weights, data and captions are not here.
+second stage (features of the occupied voxels), its generator's weights, data and captions are not here, nor is
+guidance, for which instruction or source would be left out of a part of the training.
 """
 
 from .channels import SourceChannels
