@@ -66,6 +66,6 @@ claim = Claim(
         "Objects are boxes and ellipsoids on 8 voxels a side (16 on a GPU), denoised themselves and not as latents, by "
         "a small Wan from scratch; four instructions, each one token. The paper fine-tunes a trained generator in two "
         "stages. Source and target lie on one grid, which is what channels need and tokens do not. At CPU size "
-        "training ends long before it is done."
+        "training ends long before it is done: no arm follows instructions that change few voxels (add, hollow)."
     ),
 )  # fmt: skip
