@@ -56,7 +56,7 @@ TIMES = {
     "classifier_cost.token_time": "us/token",
     "ranker_cost.document_time": "ms/document", "denoised_sums.ms": "ms", "shared_cache.step": "ms",
     "shared_sums.step": "ms", "shared_sums.seconds": "s", "inpainting.seconds": "s",
-    "object_captions.token_seconds": "s",
+    "object_captions.token_seconds": "s", "voxel_edit_cost.seconds": "s",
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {

@@ -10,8 +10,8 @@ steps.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower, no_worse
-from manyheads.tasks.diffusion.voxel_edit import VoxelEdit
-from manyheads.tasks.diffusion.voxel_edit_cost import VoxelEditCost
+from manyheads.tasks.training.voxel_edit import VoxelEdit
+from manyheads.tasks.training.voxel_edit_cost import VoxelEditCost
 
 NONE, TOKENS, SAME, CHANNELS = "no source", "tokens", "tokens, same time", "channels"
 CROSS, EQUAL, LONGER = "cross-attention", "cross-attention, as many parameters", "cross-attention, twice the steps"

@@ -22,7 +22,7 @@ from torch import Generator
 
 from manyheads.data.voxels import draw
 from manyheads.models.voxels import EditorConfig, Noisy, VoxelEditor, noisy
-from manyheads.tasks.diffusion._voxel_scores import judge
+from manyheads.tasks.training._voxel_scores import judge
 from manyheads.training import Budget, TrainState, decay, fit
 
 __all__ = ["main", "train_editor"]

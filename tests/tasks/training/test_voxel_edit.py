@@ -20,9 +20,9 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 from manyheads.models.voxels import EditorConfig, VoxelEditor, fitted, noisy
 from manyheads.recipes import native3d_edit as recipe
 from manyheads.report import voxels as picture
-from manyheads.tasks.diffusion._voxel_scores import chamfer, followed, iou, judge
-from manyheads.tasks.diffusion.voxel_edit import VoxelEdit
-from manyheads.tasks.diffusion.voxel_edit_cost import VoxelEditCost, operations
+from manyheads.tasks.training._voxel_scores import chamfer, followed, iou, judge
+from manyheads.tasks.training.voxel_edit import VoxelEdit
+from manyheads.tasks.training.voxel_edit_cost import VoxelEditCost, operations
 
 TINY = {"dim": 12, "heads": 2, "layers": 1, "denoising": 2}
 ARMS = (
