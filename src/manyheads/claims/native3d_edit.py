@@ -45,8 +45,8 @@ claim = Claim(
             cpu={"steps": 500, "samples": 96, "layers": 2, "rates": (3e-3, 6e-3), "tune_steps": 120},
             cuda={
                 "arms": (*ARMS, Arm(LONGER, "native3d_edit.cross_attention", options={"times": 2})),
-                "side": 16, "dim": 192, "heads": 4, "layers": 6, "batch": 32, "steps": 1000, "rates": (1e-3, 2e-3),
-                "tune_steps": 200, "samples": 256, "denoising": 20, "rounds": 8,
+                "side": 16, "dim": 192, "heads": 4, "layers": 6, "batch": 48, "steps": 600, "rates": (1e-3, 2e-3),
+                "tune_steps": 100, "samples": 256, "denoising": 20, "rounds": 8,
             },
         ),
     ),

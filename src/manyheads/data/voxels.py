@@ -27,6 +27,7 @@ Instruction = Literal["add", "delete", "hollow", "grow"]
 INSTRUCTIONS: tuple[Instruction, ...] = get_args(Instruction)
 Split = Literal["train", "test"]
 _PARTS, _JUDGED = 3, 8  # parts of an object at most; one object of so many is judged
+_AT_ONCE = 2048  # objects drawn at once
 _LEAST = 6  # side of the smallest grid: objects leave room for what is added
 _PRIME, _FACTOR = 2_147_483_647, 48_271
 
@@ -156,8 +157,8 @@ def draw(
         raise UserError(f"a grid has a side of at least {_LEAST}, and there is at least one object")
     found, there = [], 0
     while there < count:
-        some = _objects(max(32, 2 * (count - there) * (_JUDGED if split == "test" else 1)), side, generator,
-                        torch.device(device))  # fmt: skip
+        tried = 2 * (count - there) * (_JUDGED if split == "test" else 1)
+        some = _objects(min(max(32, tried), _AT_ONCE), side, generator, torch.device(device))
         fit = inside(some).flatten(1).any(1)  # and then the other edits change it too
         fit &= held_out(some) == (split == "test")
         found.append(some[fit])
