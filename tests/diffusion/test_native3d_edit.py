@@ -9,7 +9,7 @@ from tests.tolerance import DEEP, assert_close, is_far
 from torch import nn
 
 import manyheads
-from manyheads.conditioning import Condition
+from manyheads.calls.condition import Condition
 from manyheads.errors import UserError
 from manyheads.integrations.source_condition import conditioned, size_of
 from manyheads.strategy import AttentionEdit

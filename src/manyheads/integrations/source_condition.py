@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import Condition, DenoiserConfig, Rotary, SourceCondition
+from ..attention.rope import Rotary
+from ..calls.condition import Condition
+from ..conditioning import DenoiserConfig, SourceCondition
 from ..errors import UserError
 from ..spec import parse
 from .module_calls import unwrapped, wrap_call

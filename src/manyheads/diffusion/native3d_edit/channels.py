@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...conditioning import Condition, DenoiserConfig, SourceCondition
+from ...calls.condition import Condition
+from ...conditioning import DenoiserConfig, SourceCondition
 
 __all__ = ["SourceChannels"]
 

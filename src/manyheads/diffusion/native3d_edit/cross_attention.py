@@ -16,8 +16,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from ...attention.rope import rotate_pairs
-from ...conditioning import Condition, DenoiserConfig, Rotary, SourceCondition
+from ...attention.rope import Rotary, rotate_pairs
+from ...calls.condition import Condition
+from ...conditioning import DenoiserConfig, SourceCondition
 
 __all__ = ["SourceAttention"]
 

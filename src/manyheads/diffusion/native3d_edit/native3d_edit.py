@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...conditioning import Condition, DenoiserConfig, SourceCondition
+from ...calls.condition import Condition
+from ...conditioning import DenoiserConfig, SourceCondition
 
 __all__ = ["ContextTokens"]
 
