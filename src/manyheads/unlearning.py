@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from .calls.edits import Heads
+from .calls.head_names import Heads
 from .strategy import Strategy
 
 if TYPE_CHECKING:

@@ -6,30 +6,15 @@ queries, S keys.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from ..call import AttentionCall, Site
 from ..errors import UserError
+from .head_names import Heads
 
 __all__ = ["Heads", "add_bias", "append_kv", "heads_at", "replace_channels", "replace_heads", "scale_heads"]
-
-
-def _as_heads(value: object) -> object:
-    """``"3.1+4.2"`` -> ``("3.1", "4.2")``, checked."""
-    names = tuple(value.split("+")) if isinstance(value, str) else value
-    if isinstance(names, tuple):
-        for name in names:
-            layer, dot, head = str(name).partition(".")
-            if not (dot and layer.isdecimal() and head.isdecimal()):
-                raise ValueError(f"write heads as layer.head, joined by +, not {name!r}")
-    return names
-
-
-Heads = Annotated[tuple[str, ...], BeforeValidator(_as_heads)]
 
 
 def heads_at(heads: Sequence[str], site: Site, count: int | None = None) -> list[int]:

@@ -33,7 +33,7 @@ from .prompt_chunks import tell
 from .shared_keys import borrow, lend, lends
 from .thread_state import ThreadState
 
-__all__ = ["ATTENTION", "BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager"]
+__all__ = ["ATTENTION", "BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager", "register"]
 
 _STATE = "_manyheads"
 _DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
@@ -386,6 +386,10 @@ def _attention(
 
 
 ATTENTION = _attention
-for _name, _mask in ((SDPA, port_mask), (EAGER, eager_mask)):
-    AttentionInterface.register(_name, _attention)
-    AttentionMaskInterface.register(_name, _mask)
+
+
+def register() -> None:
+    """Make the port's functions known to transformers by their names. Importing this module does not."""
+    for name, mask in ((SDPA, port_mask), (EAGER, eager_mask)):
+        AttentionInterface.register(name, _attention)
+        AttentionMaskInterface.register(name, mask)

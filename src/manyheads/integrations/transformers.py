@@ -51,7 +51,7 @@ from .linear_layers import LinearLayers
 from .passes import Passes, missed, stack_of
 from .prompt_chunks import begin_forward, watch_generate
 from .second_reading import read_again
-from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager
+from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager, register
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 
@@ -80,6 +80,7 @@ class Port:
     def _open(self) -> Self:
         if self._restorers:
             raise RuntimeError("this port is open already; call manyheads.use again for a nested one")
+        register()
         sites = find_sites(self.model)
         linear = find_linear(self.model, len(sites))
         if not sites and not linear:
