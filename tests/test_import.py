@@ -137,3 +137,31 @@ def test_every_public_name_is_there():
 
     assert all(getattr(manyheads, name) is not None for name in manyheads.__all__)
     assert callable(manyheads.compare) and callable(manyheads.compare_trained)
+
+
+def test_texts_are_generated_without_diffusers():
+    """It is an extra of images: a verb that serves both asks for it only where it makes some."""
+    code = """
+import importlib.util, sys
+known = importlib.util.find_spec
+def find_spec(name, *rest):
+    return None if name.split(".")[0] == "diffusers" else known(name, *rest)
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == "diffusers":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+importlib.util.find_spec = find_spec
+sys.meta_path.insert(0, Absent())
+from manyheads.cli import main
+asked = ["--model", "default", "def area(", "--strategy", "sampling:top_k=5"] if sys.argv[1:] else ["--strategy", "sag"]
+try:
+    main(["generate", *asked, "--max-new-tokens", "2"] if sys.argv[1:] else ["generate", *asked, "--prompt", "ghost"])
+except SystemExit as stop:
+    print("ended with", stop.code)
+"""
+    done = [
+        subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, timeout=120)
+        for given in (["text"], [])
+    ]
+    assert "def area(" in done[0].stdout and "ended with 0" in done[0].stdout, done[0].stderr
+    assert "needs diffusers" in done[1].stderr and "ended with 0" not in done[1].stdout

@@ -79,6 +79,11 @@ def test_samples_are_rows_and_what_draws_nothing_replies_once(cli, folder):
     assert "seed 1" in cli("--model", folder, PROMPT, "--strategy", "sampling", "--seed", "1")[1]
 
 
+def test_what_writes_side_by_side_is_not_looked_at(cli, folder):
+    code, out, err = cli("--model", folder, PROMPT, "--strategy", "lnd:top_k=5", "--lens", "heads")
+    assert code and "writes several texts side by side" in err and "Traceback" not in err
+
+
 def test_a_page_and_a_table(cli, folder, tmp_path):
     code, out, err = cli(
         "--model", folder, "<b>bold</b> words", "--strategies", "random", "--budget", "0.1", "--out", "a/r.html",

@@ -136,7 +136,7 @@ def generate(
     Of images the columns are the baseline, and each strategy with its difference from it. Of texts the words are marked
     from where they leave those of the plain model. The table shows what each held and cost.
     """
-    from manyheads.generate.rows import read_seeds
+    from manyheads.generate.seeds import read_seeds
     from manyheads.spec import protecting
 
     passive_threads()
@@ -167,7 +167,7 @@ def generate(
         raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
     from manyheads.generate import rows, run
 
-    wanted = (prompts, classes or [], source, rows.read_seeds(seed or 0, seeds, samples))
+    wanted = (prompts, classes or [], source, read_seeds(seed or 0, seeds, samples))
     settings = run.Settings(steps, guidance, rows.read_size(size))
     _images(model, specs, wanted, settings, out or Path("grid.png"), device or "cpu", dtype, maps, page, as_json)
 

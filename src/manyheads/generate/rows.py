@@ -14,7 +14,7 @@ from ..catalog import nearest
 from ..errors import UserError
 from ..models.pipeline import parameters
 
-__all__ = ["Row", "filled", "from_image", "read_seeds", "read_size", "rows_of", "shown"]
+__all__ = ["Row", "filled", "from_image", "read_size", "rows_of", "shown"]
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -40,18 +40,6 @@ class Row:
     label: str = ""
     image: str | None = None
     noise: Tensor | None = field(default=None, compare=False, repr=False)
-
-
-def read_seeds(first: int, several: str | None, samples: int | None) -> list[int]:
-    """Seeds: ``several`` as ``0,1,2``, or so many from ``first`` on, or ``first`` alone."""
-    if several is None:
-        return list(range(first, first + (samples or 1)))
-    if samples is not None:
-        raise UserError("give --seeds or --samples, not both")
-    parts = [part.strip() for part in several.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"{several!r} are no seeds; write for instance --seeds 0,1,2")
-    return [int(part) for part in parts]
 
 
 def read_size(text: str | None) -> tuple[int, int] | None:

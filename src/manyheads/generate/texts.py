@@ -26,7 +26,7 @@ from ..models.chat import chat_text, chats, system_span
 from ..questions import split
 from ..spec import parse, split_together
 from ..strategy import Cache, Strategy
-from ..writing import Decoding, DecodingLoop, Request, Written
+from ..writing import BatchedLoop, Decoding, DecodingLoop, Request, Written
 from . import pictures
 
 if TYPE_CHECKING:
@@ -246,6 +246,10 @@ def _reply(
     if not choosing and mask_token(model.config) is not None:
         choosing = [cast(Decoding, parse("block_diffusion"))]
     cached = not (choosing and isinstance(choosing[0], DecodingLoop) and not choosing[0].reads_cache)
+    if lenses and (wide := [s for s in choosing if isinstance(s, BatchedLoop)]):
+        raise UserError(
+            f"{wide[0].spec} writes several texts side by side, and {lenses[0].spec} looks at one: leave it"
+        )
     if not cached and (keeping.slug != "full" or lenses):
         beside = f"{keeping.spec} keeps" if keeping.slug != "full" else f"{lenses[0].spec} sees"
         raise UserError(f"{choosing[0].spec} writes without a cache, reading all anew: {beside} nothing beside it")
