@@ -80,7 +80,7 @@ def test_samples_are_rows_and_what_draws_nothing_replies_once(cli, folder):
 
 
 def test_what_writes_side_by_side_is_not_looked_at(cli, folder):
-    code, out, err = cli("--model", folder, PROMPT, "--strategy", "lnd:top_k=5", "--lens", "heads")
+    code, _, err = cli("--model", folder, PROMPT, "--strategy", "lnd:top_k=5", "--lens", "heads")
     assert code and "writes several texts side by side" in err and "Traceback" not in err
 
 
