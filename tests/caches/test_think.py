@@ -10,8 +10,9 @@ import torch
 import manyheads
 from caches.formula import DIM, drive, sequences
 from manyheads import UserError, parse
+from manyheads.integrations.transformers import new_cache, prefill
 from oracles import caches, models
-from tolerance import CLOSE, FORMULA, SAME, assert_close
+from tolerance import CLOSE, FORMULA, SAME, assert_close, is_far
 
 
 def by_hand(q, k, v, prompt, keep, window, recent, *, norms=True):
@@ -152,3 +153,25 @@ def test_a_copy_and_a_saved_state_go_on_alike():
 def test_refuses(spec, said):
     with pytest.raises(UserError, match=said):
         parse(spec)
+
+
+def test_layers_with_a_sliding_window_are_as_they_were():
+    """What a window drops must leave every form in which keys are held: here nothing is pruned, so nothing differs."""
+    model = models.tiny("gemma3_text", torch.float64)
+    kinds, window = model.config.layer_types, model.config.sliding_window
+    ids = models.tokens(2, 6 * window)
+    found = {}
+    for kind in set(kinds):
+        at = "+".join(str(i) for i, x in enumerate(kinds) if x == kind)
+        cut = 4 * window
+        with manyheads.use(model), torch.no_grad():
+            cache = new_cache(model, parse(f"think:channels=0.5,recent_size=2,layers={at}"))
+            prefill(model, ids[:, : cut + 1], cache)
+            out = [
+                model(input_ids=x, past_key_values=cache).logits for x in ids[:, cut:].split([5, 1, 2 * window - 6], 1)
+            ]
+        found[kind] = torch.cat(out, 1)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits[:, 4 * window :]
+    assert_close(found["sliding_attention"], want, SAME)
+    assert is_far(found["full_attention"], want)

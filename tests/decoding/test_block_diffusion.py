@@ -3,23 +3,11 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from manyheads import parse
 from manyheads.integrations.masked_diffusion import TokenDenoiser
-from tiny import denoisers
 from tiny.denoisers import MASK, PROMPT, VOCAB, model, naive, tokens, written
 from tolerance import assert_close, is_far
-
-
-@pytest.fixture(scope="module")
-def llada():
-    return denoisers.model()
-
-
-@pytest.fixture(scope="module")
-def dream():
-    return denoisers.model(Qwen2ForCausalLM, Qwen2Config, predicts_next=True)
 
 
 @pytest.mark.parametrize("name", ["llada", "dream"])

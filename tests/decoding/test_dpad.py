@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads
 from manyheads import UserError, parse
@@ -17,20 +17,10 @@ from manyheads.decoding.dpad import keep_probability
 from manyheads.integrations.decoding import write
 from manyheads.integrations.masked_diffusion import TokenDenoiser, mask_token, predicts_next
 from manyheads.writing import Request
-from tiny import chat, denoisers
+from tiny import chat
 from tiny.compare import make_tokenizer, tiny
 from tiny.denoisers import MASK, PROMPT, SIZES, VOCAB, model, naive, tokens, written
 from tolerance import assert_close, is_far
-
-
-@pytest.fixture(scope="module")
-def llada():
-    return denoisers.model()
-
-
-@pytest.fixture(scope="module")
-def dream():
-    return denoisers.model(Qwen2ForCausalLM, Qwen2Config, predicts_next=True)
 
 
 def test_probabilities_are_those_of_the_formula_and_fall():

@@ -202,6 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         "trainings": [
             *earlier,
             {
+                "budget": plan.budget,
                 "steps": state.step,
                 "batch": plan.batch,
                 "rate": plan.rate,
