@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import transformers
 
 import manyheads
 from manyheads.models import joined_vlm

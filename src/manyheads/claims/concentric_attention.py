@@ -42,7 +42,8 @@ claim = Claim(
             quick={"steps": 3, "samples": 8, "layers": 1, "grid": 3},
             cpu={"steps": 400, "samples": 192},
             cuda={
-                "model": "joined", "cell": 2, "filler": 112, "steps": 200, "lr": 2e-3, "slower": 0.1, "samples": 256,
+                "model": "joined", "cell": 2, "filler": 112, "steps": 600, "lr": 2e-3, "slower": 0.25, "samples": 256,
+                "pool": 4096, "align": 300,
             },
         ),
     ),

@@ -48,8 +48,8 @@ claim = Claim(
             },
             cpu={},
             cuda={
-                "model": "joined", "steps": 400, "lr": 2e-3, "slower": 0.1, "samples": 96, "own": 32,
-                "calibration": 48,
+                "model": "joined", "steps": 600, "lr": 2e-3, "slower": 0.25, "samples": 32, "own": 8,
+                "calibration": 16, "pool": 8192, "align": 300, "arms": tuple(arm for arm in ARMS if arm.name != HALF),
             },
         ),
     ),

@@ -85,7 +85,8 @@ class ImagePool:
         names: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "attention_mask", "at", "answers")}
         features = []
         for batch in batches:
-            features.append(image_features(vlm, batch["pixel_values"]))
+            if len(batch["pixel_values"]):
+                features.append(image_features(vlm, batch["pixel_values"]))
             for name, found in names.items():
                 found.append(batch[name])
         fill = {"input_ids": vlm.language.pad, "answers": _LEFT_OUT}

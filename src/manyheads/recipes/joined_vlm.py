@@ -72,7 +72,8 @@ def align(
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         read, wanted = batch
-        return (model(read).float() - wanted).square().mean() / unit
+        made: Tensor = model(read)
+        return (made.float() - wanted).square().mean() / unit
 
     state = fit(
         connects, lambda step: (patches[place[step]].float(), targets[label[place[step]]]), loss, budget=steps,
