@@ -106,7 +106,7 @@ class AdaptedLoss(Task):
         """The rate that did best for the first seed, and what a training of ``seed`` makes at it."""
         tuned = self._tuned(run, arm)
         rate = min(tuned, key=lambda x: tuned[x]) if tuned else self.rates[0]
-        made = run.kept_last("adapters", (self, arm.key, run.seeds[0]), lambda: {}) if seed == run.seeds[0] else {}
+        made = run.kept_last("adapters", (self, arm.key, run.seeds[0]), dict) if seed == run.seeds[0] else {}
         return rate, made[rate] if rate in made else self._trained(run, arm, seed, rate)
 
     def _tuned(self, run: RunContext, arm: Arm) -> dict[float, float]:
@@ -119,7 +119,7 @@ class AdaptedLoss(Task):
             place = None if run.folder is None else arm_folder(Path(run.folder), arm.key) / f"{self.key}-tuning.json"
             if place is not None and (kept := read_json(place, settings)) is not None:
                 return dict(kept["losses"])
-            made = run.kept_last("adapters", (self, arm.key, run.seeds[0]), lambda: {})
+            made = run.kept_last("adapters", (self, arm.key, run.seeds[0]), dict)
             found = {}
             for rate in self.rates:
                 made[rate] = self._trained(run, arm, run.seeds[0], rate)
