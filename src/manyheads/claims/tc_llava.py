@@ -51,7 +51,8 @@ claim = Claim(
     ),
     caveat=(
         "Films are made up: emoji before one photograph, 4 frames of 2 x 2 patches (CPU) or 8 of 4 x 4. The paper "
-        "fine-tunes a 7B model on real video; its rule for the time of text was not at hand. The learning rate was "
+        "fine-tunes a 7B model on real video, here attention behind a projector that knows the words of patches; "
+        "its rule for the time of text was not at hand. The learning rate was "
         "looked for with the plain model alone. Whether questions about a single frame suffer is not measured. At "
         "CPU size one seed of three is still learning under every arm, so that seeds differ more than arms."
     ),

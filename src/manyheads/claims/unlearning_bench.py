@@ -63,7 +63,7 @@ claim = Claim(
             cpu={},
             cuda={
                 "model": "joined", "people": 24, "events": 12, "forget_people": 4, "forget_events": 2, "views": 3,
-                "side": 12, "learn_steps": 1000, "learn_lr": 2e-3, "slower": 0.25, "steps": 40, "lr": 1e-4, "pool": 1,
+                "side": 12, "learn_steps": 800, "learn_lr": 2e-3, "slower": 0.25, "steps": 40, "lr": 1e-4, "pool": 1,
                 "judged": 48, "top": 16, "text_tokens": 4000, "arms": ASKED,
             },
         ),

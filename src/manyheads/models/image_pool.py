@@ -30,7 +30,9 @@ _LEFT_OUT = -100  # answers behind the last of a text
 
 @torch.no_grad()
 def image_features(vlm: JoinedVLM, pixels: Tensor) -> Tensor:
-    """What a tower makes of pixels ``[N, 3, H, W]``: ``[N, patches, D]`` before the projector, bfloat16 on a GPU.
+    """What a tower makes of pixels ``[N, 3, H, W]``: float32 ``[N, patches, D]`` before the projector.
+
+    On a GPU products are of bfloat16, and the stream between layers, whose channels lie far from 0, is not.
 
     Raises:
         UserError: the tower is trained, so that its features change.
@@ -38,13 +40,10 @@ def image_features(vlm: JoinedVLM, pixels: Tensor) -> Tensor:
     tower = vlm.model.model.vision_tower
     if any(p.requires_grad for p in tower.parameters()):
         raise UserError("features of a tower that is trained change in every step: leave pool and align away")
-    on_gpu, layer = pixels.is_cuda, vlm.model.config.vision_feature_layer
-    made = []
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=on_gpu):
-        for part in pixels.split(_AT_ONCE):
-            hidden = tower(part, output_hidden_states=True).hidden_states[layer][:, 1:]
-            made.append(hidden.to(torch.bfloat16) if on_gpu else hidden)
-    return torch.cat(made)
+    layer = vlm.model.config.vision_feature_layer
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        read = (tower(part, output_hidden_states=True).hidden_states[layer] for part in pixels.split(_AT_ONCE))
+        return torch.cat([hidden[:, 1:].float() for hidden in read])
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,12 @@ def align(
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         read, wanted = batch
         made: Tensor = model(read)
-        return (made.float() - wanted).square().mean() / unit
+        return (made - wanted).square().mean() / unit
 
     state = fit(
-        connects, lambda step: (patches[place[step]].float(), targets[label[place[step]]]), loss, budget=steps,
+        connects, lambda step: (patches[place[step]], targets[label[place[step]]]), loss, budget=steps,
         optimizers=[torch.optim.AdamW(connects.parameters(), lr=lr, weight_decay=0.0)],
-        schedule=decay("cosine", warmup=0.1, floor=0.1), replayed=device.type == "cuda",
+        schedule=decay("cosine", warmup=0.1, floor=0.1), replayed=device.type == "cuda", bf16=False,
     )  # fmt: skip
     return sum(state.losses[-10:]) / len(state.losses[-10:])
 

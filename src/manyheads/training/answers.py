@@ -39,11 +39,9 @@ def answer_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def _read(llava: Any, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states ``[N, T, D]`` of the decoder, images given by their features."""
-    features = batch[_FEATURES]
-    if not torch.is_autocast_enabled(features.device.type):
-        features = features.to(llava.multi_modal_projector.linear_1.weight.dtype)
-    embedded = llava.get_input_embeddings()(batch["input_ids"])
-    shown = llava.multi_modal_projector(features).flatten(0, 1).to(embedded.dtype)
+    features, embedded = batch[_FEATURES], llava.get_input_embeddings()(batch["input_ids"])
+    with torch.autocast(features.device.type, enabled=False):  # channels far from 0 have no room for it in halves
+        shown = llava.multi_modal_projector(features).flatten(0, 1).to(embedded.dtype)
     read = embedded.flatten(0, 1).index_copy(0, batch["places"], shown).view_as(embedded)
     hidden: Tensor = llava.language_model(
         inputs_embeds=read, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"],
