@@ -99,9 +99,8 @@ def pooled(vlm: JoinedVLM, bench: Benchmark) -> ImagePool:
 
     def parts() -> Iterator[Batch]:
         for start in range(0, len(items), _AT_ONCE):
-            batch = read(vlm, bench, items[start : start + _AT_ONCE])
-            first = (shown > before)[start : start + _AT_ONCE].to(batch["at"].device)
-            yield {**batch, "pixel_values": batch["pixel_values"][first]}
+            batch, first = read(vlm, bench, items[start : start + _AT_ONCE]), (shown > before)[start : start + _AT_ONCE]
+            yield {**batch, "pixel_values": batch["pixel_values"][first.to(batch["at"].device)]}
 
     return ImagePool.of(vlm, parts(), shown[:, None])
 
@@ -125,11 +124,10 @@ def learn(
     get = batches(items, batch, seed)
     if pool is not None:
         fit_projector(vlm, pool.features)
-        every = (item for found in bench.trained.values() for item in found)
-        number, device = {item: i for i, item in enumerate(every)}, pool.ids.device
-        rows = torch.tensor([[number[item] for item in get(step)] for step in range(steps)]).to(device)
+        number = {item: i for i, item in enumerate(item for found in bench.trained.values() for item in found)}
+        rows = torch.tensor([[number[item] for item in get(step)] for step in range(steps)]).to(pool.ids.device)
         return train_answers(vlm.model, lambda step: pool.batch(rows[step]), steps, lr=lr, slower=slower,
-                             replayed=device.type == "cuda", on_step=on_step)  # fmt: skip
+                             replayed=rows.is_cuda, on_step=on_step)  # fmt: skip
     return train_answers(vlm.model, lambda step: read(vlm, bench, get(step)), steps, lr=lr, slower=slower,
                          on_step=on_step)  # fmt: skip
 

@@ -49,9 +49,8 @@ claim = Claim(
                 "parameters": 170_000, "kept": 32_768,
             },
             cuda={
-                "arms": JUDGED, "seeds": 5, "dim": 256, "heads": 4, "length": 256, "batch": 32, "steps": 600,
-                "tune_steps": 150, "rates": (1e-3, 3e-3), "samples": 384, "judged": 128, "parameters": 2_500_000,
-                "kept": 524_288,
+                "seeds": 5, "dim": 256, "heads": 4, "length": 256, "batch": 32, "steps": 600, "tune_steps": 150,
+                "rates": (1e-3, 3e-3), "samples": 384, "judged": 128, "parameters": 2_500_000, "kept": 524_288,
             },
         ),
     ),
