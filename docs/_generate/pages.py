@@ -117,7 +117,7 @@ def usage(slug: str, cls: type[Strategy], category: str) -> str:
     if issubclass(cls, Mixer):
         return f"```sh\nmanyheads compare --train --strategies softmax,{slug}\n```"
     if issubclass(cls, SourceCondition):
-        return f"```sh\npython -m manyheads.recipes.native3d_edit --strategy {slug} --out FOLDER\n```"
+        return f"```sh\npython -m manyheads.recipes.{cls.recipe} --strategy {slug} --out FOLDER\n```"
     if issubclass(cls, Unlearning):
         return f"```sh\npython -m manyheads.recipes.unlearning_bench --method {slug}\n```"
     if issubclass(cls, ImageDecoding):

@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .strategy import Strategy
 
@@ -31,7 +31,13 @@ class DenoiserConfig:
 
 
 class SourceCondition(Strategy, ABC):
-    """Shows a denoiser a source, in weights that are trained with it."""
+    """Shows a denoiser a source, in weights that are trained with it.
+
+    Attributes:
+        recipe: by which one is trained, of :mod:`manyheads.recipes`.
+    """
+
+    recipe: ClassVar[str] = "native3d_edit"
 
     @abstractmethod
     def condition(self, config: DenoiserConfig) -> "Condition":

@@ -234,7 +234,7 @@ def _where(strategy: Strategy) -> str:
     if isinstance(strategy, Unlearning):
         return f"run it: python -m manyheads.recipes.unlearning_bench --method {strategy.slug}"
     if isinstance(strategy, SourceCondition):
-        return f"train it: python -m manyheads.recipes.native3d_edit --strategy {strategy.slug}"
+        return f"train it: python -m manyheads.recipes.{strategy.recipe} --strategy {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
     if isinstance(strategy, ImagePositions):

@@ -17,7 +17,8 @@ from manyheads.experiment.task import RunContext
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
-from manyheads.models.voxels import EditorConfig, VoxelEditor, fitted, noisy
+from manyheads.models.rectified import fitted
+from manyheads.models.voxels import EditorConfig, VoxelEditor, noisy
 from manyheads.recipes import native3d_edit as recipe
 from manyheads.report import voxels as picture
 from manyheads.tasks.training._voxel_scores import chamfer, followed, iou, judge
@@ -138,7 +139,7 @@ def test_a_fitted_arm_has_as_many_parameters():
     assert counts["tokens"] == counts["none"] + 2 * 24 and counts["cross"] == counts["none"] + 4 * 24**2 + 6 * 24
     assert abs(counts["equal"] - counts["none"]) <= 2 * 24 + 1 < counts["channels"] - counts["none"]
     with pytest.raises(UserError, match="more than 10 parameters"):
-        fitted(EditorConfig(dim=12, layers=1), 10)
+        fitted(VoxelEditor, EditorConfig(dim=12, layers=1), 10)
 
 
 def test_rows_of_a_run_and_objects_that_no_training_saw():
