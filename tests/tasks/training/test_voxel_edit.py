@@ -24,6 +24,7 @@ from manyheads.report import voxels as picture
 from manyheads.tasks.training._voxel_scores import chamfer, followed, iou, judge
 from manyheads.tasks.training.voxel_edit import VoxelEdit
 from manyheads.tasks.training.voxel_edit_cost import VoxelEditCost, operations
+from manyheads.training import train_flow
 
 TINY = {"dim": 12, "heads": 2, "layers": 1, "denoising": 2}
 ARMS = (
@@ -245,7 +246,7 @@ def test_a_few_steps_teach_something(edits):
     given = noisy(edits, torch.Generator().manual_seed(0))
     before = float(editor.loss(given).detach())
     frozen = replace(editor.config)
-    recipe.train_editor(editor, lambda _: given, 25, 1e-2)
+    train_flow(editor, lambda _: given, 25, 1e-2)
     assert float(editor.loss(given).detach()) < 0.8 * before and editor.config == frozen
 
 
