@@ -9,7 +9,7 @@ from tests.tolerance import CLOSE, DRAWN, FORMULA, SAME, assert_close, is_far, m
 
 from manyheads.data import filmed_scenes as scenes_of
 from manyheads.data.cameras import centres, orbit, rays, render, rotation_error, shrunk
-from manyheads.data.filmed_scenes import AWAY, PITCH, PIVOT, YAW, draw, film, path
+from manyheads.data.filmed_scenes import AWAY, PITCH, PIVOT, YAW, depths, draw, film, path
 from manyheads.errors import UserError
 
 SIDE, FRAMES, TIMES = 8, 3, 2
@@ -69,7 +69,7 @@ def by_hand(scenes, i, pose, side, row, column, time):
 def test_a_pixel_is_what_its_ray_meets(drawn):
     """Every frame's discs where they are then; control: the camera of the frame before."""
     scenes, shots = drawn
-    video, depth = film(scenes, shots.cameras, SIDE, samples=1)
+    video, depth = film(scenes, shots.cameras, SIDE, samples=1), depths(scenes, shots.cameras, SIDE)
     got, want, far, other = [], [], [], []
     for i in range(3):
         for f in range(FRAMES):
@@ -87,8 +87,8 @@ def test_a_pixel_is_what_its_ray_meets(drawn):
 
 def test_a_pixel_is_the_mean_of_its_rays(drawn):
     scenes, shots = drawn
-    one, fine = (film(scenes, shots.cameras, side, samples=1)[0] for side in (SIDE, 2 * SIDE))
-    got = film(scenes, shots.cameras, SIDE, samples=2)[0]
+    one, fine = (film(scenes, shots.cameras, side, samples=1) for side in (SIDE, 2 * SIDE))
+    got = film(scenes, shots.cameras, SIDE, samples=2)
     mean = torch.nn.functional.avg_pool3d(fine, (1, 2, 2))
     assert_close(got, mean, CLOSE)
     assert is_far(got, one, CLOSE)
@@ -113,7 +113,8 @@ def test_a_rendering_by_the_exact_depth_is_the_exact_view():
     assert_close(seen[..., :-1], video[..., 1:], SAME)
     assert torch.equal(seen[..., -1], torch.full_like(seen[..., -1], -1.0))  # nothing was seen there
     half = render(video, depth / 2, source, target, SIDE)
-    assert_close(half[..., :-2], video[..., 2:], SAME) and is_far(half[..., :-1], video[..., 1:], SAME)
+    assert_close(half[..., :-2], video[..., 2:], SAME)
+    assert is_far(half[..., :-1], video[..., 1:], SAME)
 
 
 def test_what_is_in_front_hides_what_is_behind():
@@ -146,14 +147,14 @@ def test_shots_are_what_they_say(drawn):
     scenes, shots = drawn
     assert shots.source.shape == shots.target.shape == (8, 3, FRAMES, SIDE, SIDE)
     assert shots.proxy.shape == (8, 3, FRAMES, SIDE // TIMES, SIDE // TIMES)
-    assert torch.equal(film(scenes, still(8), SIDE)[0], shots.source)
-    assert torch.equal(film(scenes, shots.cameras, SIDE)[0], shots.target)
+    assert torch.equal(film(scenes, still(8), SIDE), shots.source)
+    assert torch.equal(film(scenes, shots.cameras, SIDE), shots.target)
     assert_close(shots.cameras[:, -1], orbit(*shots.ends.unbind(1), PIVOT), CLOSE)
     assert is_far(shots.cameras[:, 0], shots.cameras[:, -1], CLOSE)
     exact = shrunk(render(shots.source, shots.depth, still(8), shots.cameras, SIDE), TIMES)
     assert is_far(shots.proxy, exact, CLOSE)
     part = scenes.part(slice(2, 5))
-    assert torch.equal(film(part, shots.cameras[2:5], SIDE)[0], shots.target[2:5])
+    assert torch.equal(film(part, shots.cameras[2:5], SIDE), shots.target[2:5])
     with pytest.raises(UserError, match="a side that down-sampling parts"):
         draw(1, 8, 3, 3, torch.Generator())
 

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from ..errors import UserError
 from .cameras import orbit, rays, render, shrunk
 
-__all__ = ["AWAY", "PITCH", "PIVOT", "YAW", "Scenes", "Shots", "draw", "film", "path"]
+__all__ = ["AWAY", "PITCH", "PIVOT", "YAW", "Scenes", "Shots", "depths", "draw", "film", "path"]
 
 PIVOT = 3.0  # depth of the point that cameras go around
 YAW, PITCH, AWAY = 30.0, 20.0, 0.25  # the ends of a path at most: degrees, degrees, share of the distance
@@ -87,14 +87,18 @@ def scenes(count: int, generator: Generator, device: torch.device | str = "cpu")
     )  # fmt: skip
 
 
-def film(given: Scenes, poses: Tensor, side: int, samples: int = _SAMPLES) -> tuple[Tensor, Tensor]:
-    """Videos ``[N, 3, F, S, S]`` from cameras ``[N, F, 3, 4]``, and depths ``[N, F, S, S]`` at the middle of pixels.
+def film(given: Scenes, poses: Tensor, side: int, samples: int = _SAMPLES) -> Tensor:
+    """Videos ``[N, 3, F, S, S]`` from cameras ``[N, F, 3, 4]``; frame f is at the time f / (F - 1).
 
-    The focal length is ``side`` pixels. Frame f is at the time f / (F - 1). ``samples`` rays along an axis of a pixel.
+    The focal length is ``side`` pixels. ``samples`` rays along an axis of a pixel.
     """
-    fine, depth = _cast(given, poses, side * samples)
-    video = fine.movedim(-1, 1).unflatten(-1, (side, samples)).mean(-1).unflatten(-2, (side, samples)).mean(-2)
-    return video, depth if samples == 1 else _cast(given, poses, side)[1]
+    fine = _cast(given, poses, side * samples)[0].movedim(-1, 1)
+    return fine.unflatten(-1, (side, samples)).mean(-1).unflatten(-2, (side, samples)).mean(-2)
+
+
+def depths(given: Scenes, poses: Tensor, side: int) -> Tensor:
+    """Depths ``[N, F, S, S]`` at the middle of pixels, along the axes of cameras."""
+    return _cast(given, poses, side)[1]
 
 
 def _cast(given: Scenes, poses: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +156,7 @@ def draw(
     ends = unit * torch.tensor([PITCH, YAW, AWAY], device=device) + torch.tensor([0.0, 0.0, 1.0], device=device)
     still = torch.eye(3, 4, device=device).expand(count, frames, 3, 4)
     cameras = path(ends, frames)
-    (source, depth), (target, _) = film(made, still, side), film(made, cameras, side)
+    source, target, depth = film(made, still, side), film(made, cameras, side), depths(made, still, side)
     wrong = _FACTOR * torch.randn(count, 1, 1, 1, generator=generator)
     wrong = (wrong + _GRAIN * torch.randn(depth.shape, generator=generator)).exp().to(device)
     proxy = shrunk(render(source, depth * wrong, still, cameras, side), times)

@@ -35,10 +35,10 @@ class RefilmerConfig:
         strategy: spec of the condition, one that is told cameras.
     """
 
-    side: int = 16
+    side: int = 8
     frames: int = 3
-    times: int = 4
-    patch: int = 4
+    times: int = 2
+    patch: int = 2
     dim: int = 48
     heads: int = 2
     layers: int = 2

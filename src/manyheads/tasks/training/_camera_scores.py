@@ -14,6 +14,7 @@ __all__ = ["found_cameras", "judge"]
 _COARSE = (10.0, 10.0, 0.15)  # first steps of pitch, yaw (degrees) and distance (shares)
 _REACH = (3, 4, 2)  # so many of them each way
 _ROUNDS = 5  # of half as long steps: to a third of a degree
+_RAYS = 1 << 17  # pixels filmed at once
 
 
 def found_cameras(videos: Tensor, scenes: Scenes) -> Tensor:
@@ -24,25 +25,24 @@ def found_cameras(videos: Tensor, scenes: Scenes) -> Tensor:
     Returns:
         ``[N, F, 3, 4]``.
     """
-    side, frames = videos.shape[-1], videos.shape[2]
-    step = torch.tensor(_COARSE, device=videos.device)
+    side, frames, step = videos.shape[-1], videos.shape[2], torch.tensor(_COARSE, device=videos.device)
     best = torch.tensor([0.0, 0.0, 1.0], device=videos.device).expand(len(videos), frames, 3)
-    least = torch.full(best.shape[:2], float("inf"), device=videos.device)
+    at_once = max(1, _RAYS // (len(videos) * frames * side * side))
 
-    def tried(about: Tensor, moves: Tensor, samples: int) -> None:
-        nonlocal best, least
-        for move in moves:
-            ends = about + move
-            seen = film(scenes, orbit(*ends.unbind(-1), PIVOT), side, samples)[0]
-            wrong = (seen - videos).square().mean((1, 3, 4))
-            better = wrong < least
-            best, least = torch.where(better[..., None], ends, best), torch.where(better, wrong, least)
+    def tried(about: Tensor, moves: Tensor, samples: int) -> Tensor:
+        """The best of ``moves [C, 3]`` from ``about [N, F, 3]``."""
+        errors = []
+        for some in moves.split(at_once):
+            ends = (about + some[:, None, None]).flatten(0, 1)
+            many = scenes.part(torch.arange(len(videos), device=videos.device).repeat(len(some)))
+            seen = film(many, orbit(*ends.unbind(-1), PIVOT), side, samples).unflatten(0, (len(some), -1))
+            errors.append((seen - videos).square().mean((2, 4, 5)))
+        return about + moves[torch.cat(errors).argmin(0)]
 
-    tried(best, _grid(_REACH, videos.device) * step, 1)
-    least = torch.full_like(least, float("inf"))
+    best = tried(best, _grid(_REACH, videos.device) * step, 1)
     for _ in range(_ROUNDS):
         step = step / 2
-        tried(best, _grid((1, 1, 1), videos.device) * step, 2)
+        best = tried(best, _grid((1, 1, 1), videos.device) * step, 2)
     return orbit(*best.unbind(-1), PIVOT)
 
 
