@@ -6,6 +6,8 @@ view from each are exactly known; the rendering is not exact, for its depth is e
 frame of the output and compared with the commanded one. Beside the paper's module, trained in its two stages: poses or
 rendering alone in it; a softmax for each, summed; one stage; poses added to tokens, as its strongest rival has it; a
 model that is told neither; and the enlarged rendering and the source themselves. All models have as many parameters.
+The CPU size was chosen after trials of 300 and 500 steps on shots of its own, of which were seen the loss and the error
+of pixels of two arms, and the error of the camera of the one that is told neither.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower
@@ -43,7 +45,7 @@ claim = Claim(
         subject="trainable", arms=ARMS, baseline=BASE, equal="steps", tasks=(NovelView(),),
         sizes=Sizes(
             quick={"steps": 4, "samples": 4, "pool": 8, "layers": 1, "dim": 24, "denoising": 2, "batch": 4},
-            cpu={"steps": 300, "samples": 48, "batch": 16, "rates": (8e-3,), "pool": 4096},
+            cpu={"steps": 250, "samples": 48, "batch": 16, "rates": (8e-3,), "pool": 4096},
             cuda={
                 "side": 32, "frames": 4, "times": 4, "patch": 4, "dim": 192, "heads": 4, "layers": 6, "batch": 64,
                 "steps": 2000, "rates": (1e-3,), "pool": 16384, "samples": 128, "denoising": 20,
