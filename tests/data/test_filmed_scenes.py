@@ -104,8 +104,8 @@ def test_from_the_same_camera_a_rendering_is_the_video(drawn):
 
 def test_a_rendering_by_the_exact_depth_is_the_exact_view():
     """Of a wall across the view, a step to the right by one pixel; control: by half of its depth."""
-    video = torch.rand(1, 3, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
-    depth = torch.full((1, 1, SIDE, SIDE), 4.0)
+    video = torch.rand(1, 3, 1, SIDE - 2, SIDE, generator=torch.Generator().manual_seed(2))
+    depth = torch.full((1, 1, SIDE - 2, SIDE), 4.0)
     source, target = torch.eye(3, 4).expand(1, 1, 3, 4), torch.eye(3, 4).clone()
     target[0, 3] = -4.0 / SIDE  # a camera that stands that much to the right
     target = target.expand(1, 1, 3, 4)
@@ -139,7 +139,7 @@ def test_down_sampling_takes_the_middle():
     middle = video.unfold(3, 4, 4).unfold(4, 4, 4)[..., 1:3, 1:3].mean((-1, -2))
     assert_close(got, middle, CLOSE)
     assert is_far(got, torch.nn.functional.avg_pool3d(video, (1, 4, 4)), CLOSE)
-    assert_close(rays(2, 2.0)[0, 1], torch.tensor([0.25, -0.25, 1.0]), CLOSE)
+    assert_close(rays(2, 4, 2.0)[0, 1], torch.tensor([-0.25, -0.25, 1.0]), CLOSE)
 
 
 def test_shots_are_what_they_say(drawn):

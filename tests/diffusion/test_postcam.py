@@ -97,7 +97,8 @@ def mixed(layer, weights, values):
 @torch.no_grad()
 def test_one_softmax_over_both_streams():
     """By a dense softmax over concatenated keys, and as the merge of two by their log-sum-exp; controls: the sum of two
-    softmaxes, values swapped, keys of the rendering turned by other positions."""
+    softmaxes, values swapped, keys of the rendering turned by other positions.
+    """
     layer = made(SHORT).condition.layers[0]
     hidden, poses, render = streams()
     got = layer(hidden, poses, render)
@@ -198,7 +199,8 @@ def by_hand(film, given, wrong=""):
 @torch.no_grad()
 def test_the_whole_denoiser_by_hand():
     """Positions of the source go on, the rendering passes through the blocks apart, text is told to the target alone;
-    controls: a rendering that stays as embedded, one read before its norm, one in a corner of the grid."""
+    controls: a rendering that stays as embedded, one read before its norm, one in a corner of the grid.
+    """
     film, given = made(SHORT), inputs()
     got = film(**given)
     assert_close(got, by_hand(film, given), SAME)  # norms of Wan are in float32

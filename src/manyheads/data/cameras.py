@@ -48,10 +48,14 @@ def rotation_error(poses: Tensor, others: Tensor) -> Tensor:
     return 2 * (apart / math.sqrt(8)).clamp(max=1).asin() * 180 / math.pi
 
 
-def rays(side: int, focal: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Directions ``[side, side, 3]`` of pixels, rows first; the third number is 1."""
-    at = (torch.arange(side, device=device, dtype=dtype) + 0.5 - side / 2) / focal
-    y, x = torch.meshgrid(at, at, indexing="ij")
+def rays(
+    height: int, width: int, focal: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Directions ``[height, width, 3]`` of pixels; the third number is 1."""
+    y, x = (
+        (torch.arange(size, device=device, dtype=dtype) + 0.5 - size / 2) / focal for size in (height, width)
+    )  # fmt: skip
+    y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([x, y, torch.ones_like(x)], -1)
 
 
@@ -59,25 +63,26 @@ def render(video: Tensor, depth: Tensor, source: Tensor, target: Tensor, focal: 
     """A video as it would be seen from other cameras: every pixel splatted on four, those in front before others.
 
     Args:
-        video: ``[B, C, F, S, S]``.
-        depth: along the cameras' axes, ``[B, F, S, S]``.
+        video: ``[B, C, F, H, W]``.
+        depth: along the cameras' axes, ``[B, F, H, W]``.
         source, target: poses ``[B, F, 3, 4]`` of the cameras it was and is to be filmed with.
         focal: in pixels, of both.
         empty: of pixels on which nothing falls.
 
     Returns:
-        ``[B, C, F, S, S]``.
+        ``[B, C, F, H, W]``.
     """
-    side, wide = video.shape[-1], video.shape[-1] + 2
-    points = rays(side, focal, video.device, video.dtype) * depth[..., None] - source[:, :, None, None, :, 3]
+    height, width = video.shape[-2:]
+    points = rays(height, width, focal, video.device, video.dtype) * depth[..., None] - source[:, :, None, None, :, 3]
     points = points @ source[:, :, None, :, :3]  # row vectors: the inverse rotation
     points = points @ target[:, :, None, :, :3].mT + target[:, :, None, None, :, 3]
     near = points[..., 2]
-    place = points[..., :2] / near.clamp(min=_NEAR)[..., None] * focal + side / 2 + 0.5  # in a frame with a rim
-    place = place.nan_to_num(-1).clamp(0, wide - 1.001)
+    size = torch.tensor([width, height], device=video.device, dtype=video.dtype)
+    place = points[..., :2] / near.clamp(min=_NEAR)[..., None] * focal + size / 2 + 0.5  # in a frame with a rim
+    place = place.clamp(min=0).minimum(size + 0.999)
     front = (-50 * (near.clamp(min=0) + 1).log() / (near.amax((2, 3), keepdim=True).clamp(min=_NEAR) + 1).log()).exp()
     front = torch.where(near > _NEAR, front, 0)
-    low, shape = place.floor(), (*video.shape[:1], video.shape[2], wide * wide)
+    low, shape = place.floor(), (len(video), video.shape[2], (height + 2) * (width + 2))
     total, weights = video.new_zeros(shape[0], video.shape[1], *shape[1:]), video.new_zeros(shape)
     for across in (0, 1):
         for down in (0, 1):
@@ -85,16 +90,16 @@ def render(video: Tensor, depth: Tensor, source: Tensor, target: Tensor, focal: 
             share = (1 - (place - low - step).abs()).clamp(min=0).prod(-1)
             weight = torch.where(share > _LEAST, share * front, 0)
             index = (low + step).long()
-            flat = (index[..., 1] * wide + index[..., 0]).clamp(max=wide * wide - 1).flatten(2)
+            flat = (index[..., 1] * (width + 2) + index[..., 0]).flatten(2)
             weights.scatter_add_(2, flat, weight.flatten(2))
             each = (video * weight[:, None]).flatten(3)
             total.scatter_add_(3, flat[:, None].expand_as(each), each)
     seen = torch.where(weights[:, None] > 0, total / weights[:, None].clamp(min=1e-30), empty)
-    return seen.unflatten(3, (wide, wide))[..., 1:-1, 1:-1]
+    return seen.unflatten(3, (height + 2, width + 2))[..., 1:-1, 1:-1]
 
 
 def shrunk(video: Tensor, times: int) -> Tensor:
-    """A video ``[B, C, F, S, S]`` down-sampled, bilinear: of every ``times`` pixels the middle ones."""
+    """A video ``[B, C, F, H, W]`` down-sampled, bilinear: of every ``times`` pixels the middle ones."""
     frames = video.transpose(1, 2).flatten(0, 1)
     small = interpolate(frames, scale_factor=1 / times, mode="bilinear", align_corners=False)
     return small.unflatten(0, (len(video), -1)).transpose(1, 2)

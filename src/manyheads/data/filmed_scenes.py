@@ -105,7 +105,7 @@ def _cast(given: Scenes, poses: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Colours ``[N, F, S, S, 3]`` and depths ``[N, F, S, S]``, a ray for a pixel."""
     frames, device = poses.shape[1], poses.device
     turn, centre = poses[:, :, None, None, :, :3], -(poses[..., :3].mT @ poses[..., 3:])[:, :, None, None, :, 0]
-    toward = (rays(side, side, device, poses.dtype)[..., None, :] @ turn)[..., 0, :]
+    toward = (rays(side, side, side, device, poses.dtype)[..., None, :] @ turn)[..., 0, :]
     time = torch.arange(frames, device=device, dtype=poses.dtype) / max(1, frames - 1)
 
     def hit(depth: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _paler(depth: Tensor) -> Tensor:
 
 
 def path(ends: Tensor, frames: int) -> Tensor:
-    """Cameras ``[N, F, 3, 4]`` of a path to ``ends [N, 3]`` (pitch, yaw, distance), frame f at (f + 1) / F of the way."""
+    """Cameras ``[N, F, 3, 4]`` on the way to ``ends [N, 3]`` (pitch, yaw, distance), frame f at (f + 1) / F of it."""
     part = torch.arange(1, frames + 1, device=ends.device) / frames
     pitch, yaw, away = (ends[:, :1] * part, ends[:, 1:2] * part, 1 + (ends[:, 2:] - 1) * part)
     return orbit(pitch, yaw, away, PIVOT)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Query-shared cross-attention: one softmax of one query over poses and rendering; with either alone an ordinary one."""
+"""Query-shared cross-attention: one softmax of one query over poses and rendering; an ordinary one with one stream."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -110,7 +111,7 @@ class _SharedQuery(nn.Module):
 def pose_encoder(dim: int, hidden: int) -> nn.Sequential:
     """Four layers with GELU between and a layer norm behind, ``[..., 12] -> [..., dim]``."""
     widths, layers = (12, hidden, hidden, hidden), list[nn.Module]()
-    for first, second in zip(widths[:-1], widths[1:], strict=True):
+    for first, second in pairwise(widths):
         layers += [nn.Linear(first, second), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(hidden, dim), nn.LayerNorm(dim, eps=1e-6))
 
