@@ -48,7 +48,7 @@ claim = Claim(
             cpu={"steps": 250, "samples": 48, "batch": 16, "rates": (8e-3,), "pool": 4096},
             cuda={
                 "side": 32, "frames": 4, "times": 4, "patch": 4, "dim": 192, "heads": 4, "layers": 6, "batch": 64,
-                "steps": 2000, "rates": (1e-3,), "pool": 16384, "samples": 128, "denoising": 20,
+                "steps": 800, "rates": (1e-3, 2e-3), "tune_steps": 100, "pool": 8192, "samples": 96, "denoising": 20,
             },
         ),
     ),
