@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-__all__ = ["centres", "rays", "render", "rotation_error", "orbit", "shrunk"]
+__all__ = ["centres", "orbit", "rays", "render", "rotation_error", "shrunk"]
 
 _NEAR = 1e-3  # depth of what still lies before a camera
 _LEAST = 1e-3  # share of a splatted pixel that counts: roundings of one in front would hide what is behind

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from ..errors import UserError
 from .cameras import orbit, rays, render, shrunk
 
-__all__ = ["AWAY", "PITCH", "PIVOT", "YAW", "Scenes", "Shots", "depths", "draw", "film", "path"]
+__all__ = ["AWAY", "PITCH", "PIVOT", "YAW", "Scenes", "Shots", "depths", "draw", "film", "path", "scenes"]
 
 PIVOT = 3.0  # depth of the point that cameras go around
 YAW, PITCH, AWAY = 30.0, 20.0, 0.25  # the ends of a path at most: degrees, degrees, share of the distance

@@ -74,8 +74,10 @@ def conditioned(denoiser: nn.Module, strategy: str | SourceCondition | None) -> 
         raise UserError(f"{made.slug} shows a denoiser no source: docs/diffusion.md names strategies that do")
     weights = Condition() if made is None else made.condition(size_of(denoiser))
     first = next(unwrapped(denoiser).parameters())
-    kind = ViewedDenoiser if isinstance(weights, ViewCondition) else ConditionedDenoiser
-    return kind(denoiser, weights.to(first.device, first.dtype))
+    weights = weights.to(first.device, first.dtype)
+    if isinstance(weights, ViewCondition):
+        return ViewedDenoiser(denoiser, weights)
+    return ConditionedDenoiser(denoiser, weights)
 
 
 class ConditionedDenoiser(nn.Module):
@@ -203,15 +205,16 @@ class ViewedDenoiser(ConditionedDenoiser):
         if getattr(model, "gradient_checkpointing", False) and self.training:
             raise UserError("a rendering passes through blocks once: turn gradient checkpointing off")
         render, seen = render if self.condition.rendered else None, dict[str, Any]()
-        around = [*self._views(target, cameras[:, :, :3], render, seen), *self._around(source, seen)]
+        poses = self.condition.poses(cameras[:, :, :3].to(target.dtype))
+        around = [*self._views(target, poses, render, seen), *self._around(source, seen)]
         return self._predicted(target, source, timestep, given, around)
 
     def _views(
-        self, target: Tensor, cameras: Tensor, render: Tensor | None, seen: dict[str, Any]
-    ) -> "Iterator[Around]":
-        condition, model, places = self.condition, unwrapped(self.denoiser), self._places
-        poses, grid = condition.poses(cameras), self._grid(target)
-        count, aside = torch.Size(grid).numel(), dict[str, Any]()  # something only while the rendering passes
+        self, target: Tensor, poses: Tensor, render: Tensor | None, seen: dict[str, Any]
+    ) -> "Iterator[Around]":  # fmt: skip
+        """What is around which module beside the source; ``aside`` has something while the rendering passes alone."""
+        condition, model, places, grid = self.condition, unwrapped(self.denoiser), self._places, self._grid(target)
+        count, aside = torch.Size(grid).numel(), dict[str, Any]()
 
         def embed(inner: Callable[..., Tensor], latents: Tensor) -> Tensor:
             if render is not None and "render" not in seen:

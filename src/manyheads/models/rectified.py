@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,15 +17,15 @@ from ..files import write_atomically
 __all__ = ["Flow", "euler", "fitted", "noised"]
 
 _CONFIG, _WEIGHTS = "{}.json", "model.safetensors"
-ConfigT = TypeVar("ConfigT", bound=Any)
+ConfigT = TypeVar("ConfigT")
 
 
 class Flow(nn.Module):
     """A denoiser that is trained from scratch under a condition. Subclasses have a name, a recipe and a config."""
 
-    named: str
-    recipe: str
-    config_type: type
+    named: ClassVar[str]
+    recipe: ClassVar[str]
+    config_type: ClassVar[type]
     config: Any
 
     @property
@@ -69,15 +69,14 @@ def fitted(make: Callable[[ConfigT], Flow], config: ConfigT, parameters: int) ->
     Raises:
         UserError: it has more without any.
     """
-    hidden = config.hidden or 4 * config.dim
+    size: Any = config
+    hidden = size.hidden or 4 * size.dim
     with torch.random.fork_rng(devices=[]):
         held = make(config).parameters_held
-    width = hidden + round((parameters - held) / (config.layers * (2 * config.dim + 1)))
+    width = hidden + round((parameters - held) / (size.layers * (2 * size.dim + 1)))
     if width < 1:
-        raise UserError(
-            f"{config.strategy or 'an editor'} has more than {parameters} parameters without a feed-forward"
-        )
-    found: ConfigT = replace(config, hidden=width)
+        raise UserError(f"{size.strategy or 'an editor'} has more than {parameters} parameters without a feed-forward")
+    found: ConfigT = replace(size, hidden=width)
     return found
 
 
