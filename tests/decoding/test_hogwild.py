@@ -22,12 +22,13 @@ from transformers import (
 import manyheads
 from manyheads import UserError, parse
 from manyheads.attention.rope import rotate
+from manyheads.attention.shared_block import Block
 from manyheads.decoding import hogwild
 from manyheads.experiment.arms import Arm
 from manyheads.generate import texts
 from manyheads.integrations import shared_blocks
 from manyheads.integrations.decoding import write
-from manyheads.integrations.shared_blocks import Block, SharedBlocks
+from manyheads.integrations.shared_blocks import SharedBlocks
 from manyheads.integrations.transformers import new_cache, prefill
 from manyheads.report import generate_texts
 from manyheads.report.page import render

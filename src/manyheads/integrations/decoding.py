@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..writing import BatchedLoop, Decoding, DecodingLoop, Request, TokenChoice, Written
 from .cache import SlotCache, StoreLayer, cache_arguments
+from .model_access import Access
 
 __all__ = ["decode", "end_tokens", "greedy", "greedy_rows", "processor", "takes_padding", "write", "write_each"]
 
@@ -222,7 +223,7 @@ def write(strategy: Decoding, request: Request) -> Written:
         UserError: the strategy does not write with this model.
     """
     if isinstance(strategy, DecodingLoop):
-        return strategy.write(request)
+        return strategy.write(request, Access(request.model))
     if not isinstance(strategy, TokenChoice):
         raise TypeError(f"{type(strategy).__name__} is neither TokenChoice nor DecodingLoop")
     return _chosen(strategy, request)[0]
@@ -245,7 +246,7 @@ def write_each(
         UserError: the strategy does not write with this model.
     """
     if isinstance(strategy, BatchedLoop):
-        return strategy.write_each(replace(request, cache=fresh(request.ids)), copies)
+        return strategy.write_each(replace(request, cache=fresh(request.ids)), Access(request.model), copies)
     if isinstance(strategy, TokenChoice):
         ids = request.ids.repeat_interleave(copies, 0)
         made = _chosen(strategy, replace(request, ids=ids, cache=fresh(ids)))
@@ -261,13 +262,12 @@ def write_each(
 
 def _chosen(strategy: TokenChoice, request: Request) -> list[Written]:
     """Every row's text, token by token; a row that has ended is fed what it chooses on, unseen."""
-    given, ids, generator = cache_arguments(request.model, request.cache), request.ids, request.generator()
+    read, ids, generator = Access(request.model).reader(request.cache), request.ids, request.generator()
     fed, made = ids[:, -1:], [list[int]() for _ in ids]
     forwards = [request.most] * len(made)
     with torch.inference_mode():
         for step in range(request.most):
-            logits = request.model(input_ids=fed, **given).logits[:, -1].float()
-            fed = strategy.choose(logits, ids, generator)[:, None]
+            fed = strategy.choose(read(fed), ids, generator)[:, None]
             for row, token in enumerate(fed[:, 0].tolist()):
                 if forwards[row] <= step:
                     continue

@@ -184,7 +184,7 @@ class ObjectCaptions(VLMTask):
             question = _request(vlm, self.most, ask(vlm.language, self.patches, i % there.shape[1]), image, 0)
             requests.append(_request(vlm, self.most, describe(vlm.language, self.patches), image, 0))
             requests.append(replace(question, most=1))  # what is behind an answer is no text of this world
-        return calibrated(strategy, requests)
+        return calibrated(strategy, requests, write)
 
     def _pictures(
         self, run: RunContext, vlm: JoinedVLM, count: int, part: str, seed: int, own: bool
