@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError
 from ..integrations import use
 from ..integrations.decoding import end_tokens, write
+from ..lens import device_of
 from ..questions import split
 from ..strategy import Strategy
 from ..writing import Decoding, Request
@@ -38,7 +39,7 @@ def reply(
             "transformers.AutoProcessor.from_pretrained reads it"
         )
     read = processor(images=image, text=_text(processor, prompt, chat, system), return_tensors="pt")
-    device, dtype = model.device, model.dtype
+    device, dtype = device_of(model), model.dtype
     given = {
         name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
         for name, x in read.items() if name not in _DROPPED

@@ -21,7 +21,7 @@ from ..integrations import use
 from ..integrations.decoding import end_tokens, greedy, write
 from ..integrations.masked_diffusion import mask_token
 from ..integrations.transformers import new_cache, prefill
-from ..lens import Lens, TokenSpans
+from ..lens import Lens, TokenSpans, device_of
 from ..models.chat import chat_text, chats, system_span
 from ..questions import split
 from ..spec import parse, split_together
@@ -174,7 +174,7 @@ def run(
     total, done = len(arms) * len(prompts) * len(seeds), 0
     progress(0, total, "warming up")
     ends = end_tokens(model, tokenizer)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.inference_mode():
         model(input_ids=torch.tensor([given[0][:2]], device=device))
     found: list[list[Reply]] = []

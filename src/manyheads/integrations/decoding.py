@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..lens import device_of
 from ..writing import BatchedLoop, Decoding, DecodingLoop, Request, TokenChoice, Written
 from .cache import SlotCache, StoreLayer, cache_arguments
 from .model_access import Access
@@ -153,7 +154,7 @@ def greedy_rows(
     Returns:
         The tokens of each row.
     """
-    given, device = cache_arguments(model, cache), next(model.parameters()).device
+    given, device = cache_arguments(model, cache), device_of(model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = 1  # those of a long text would not fit
     width, seen = max(map(len, tails)), int(cache.get_seq_length())
@@ -222,6 +223,8 @@ def write(strategy: Decoding, request: Request) -> Written:
     Raises:
         UserError: the strategy does not write with this model.
     """
+    if len(request.ids) != 1:
+        raise UserError(f"{strategy.spec} writes on from one prompt at a time, not from {len(request.ids)}")
     if isinstance(strategy, DecodingLoop):
         return strategy.write(request, Access(request.model))
     if not isinstance(strategy, TokenChoice):

@@ -24,6 +24,7 @@ from ..attention.rope import Rotary, rotate
 from ..attention.shared_block import Block
 from ..call import AttentionCall, Site
 from ..errors import UserError
+from ..lens import device_of
 from ..strategy import Attention, AttentionCompute
 from .cache import SlotCache, StoreLayer, cache_arguments
 from .forwards import owner_of
@@ -110,6 +111,9 @@ class SharedBlocks:
             self._refuse(site, module)
         if not sites or find_linear(model, len(sites)):
             raise UserError(f"{type(model).__name__} has layers without softmax attention, which have no keys to share")
+        placed = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+        if len(placed) > 1:
+            raise UserError(f"{type(model).__name__} is on several devices, and blocks are on one: load it on one")
         self._site = sites[0][0]
         self._port = Port(model, (_SharedAttention(blocks=self),))
         self._cache = Cache(layers=[_Writer(self, site) for site, _ in sites])
@@ -184,7 +188,7 @@ class SharedBlocks:
     def read_long(self, view: View, tokens: Sequence[int]) -> Tensor:
         """:meth:`read` of one row, in pieces."""
         keys, heads = sum(block.length for block in view) + len(tokens), self._site.num_heads or 1
-        size = min(_CHUNK, block_size(next(self.model.parameters()), keys * heads))
+        size = min(_CHUNK, block_size(torch.empty(0, device=self._device), keys * heads))
         for start in range(0, len(tokens), size):
             logits = self.read([(view, tokens[start : start + size])])
         return logits[0]
@@ -247,7 +251,7 @@ class SharedBlocks:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def _turn(self, places: Sequence[int], kind: str, like: Tensor) -> Rotary:
         """Cosines and sines ``[n, 1, r]`` of turns by so many positions, without the model's scaling of rotations."""

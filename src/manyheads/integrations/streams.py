@@ -22,7 +22,7 @@ def image_columns(model: nn.Module, ids: Tensor, by: str) -> Tensor:
     """Which tokens of ``ids [1, T]`` stand for patches of images, bool ``[T]``, for the strategy ``by``.
 
     Raises:
-        UserError: the model reads no images or has positions of several axes, there is no image, or several prompts.
+        UserError: the model reads no images, has positions of several axes, or there is no image.
     """
     config: Any = model.config
     token = getattr(config, "image_token_id", None)
@@ -34,8 +34,6 @@ def image_columns(model: nn.Module, ids: Tensor, by: str) -> Tensor:
             f"{by} hides columns of a model with plain positions, and {type(model).__name__} has axes of time, height "
             "and width (M-RoPE); give a model as LLaVA"
         )
-    if len(ids) != 1:
-        raise UserError(f"{by} writes on from one prompt at a time, not from {len(ids)}")
     found: Tensor = ids[0] == token
     if not bool(found.any()):
         raise UserError(
