@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import UserError
-from .cache import cache_arguments
+from .cache import cache_arguments, given_with
 
 __all__ = ["Streams", "image_columns"]
 
@@ -60,6 +60,7 @@ class Streams:
         self._fed = ids[:, -1:]
         rows = len(seen)
         extra = {name: torch.cat([each[name] for each in given]) for name in given[0]}
+        extra = given_with(extra, ids.shape[1] - 1)
         model(input_ids=ids[:, :-1].expand(rows, -1), **extra, **self._masked(ids.shape[1] - 1), **self._cache)
 
     def next(self) -> Tensor:
