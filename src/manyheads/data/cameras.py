@@ -39,7 +39,8 @@ def orbit(pitch: Tensor, yaw: Tensor, away: Tensor, pivot: float | Tensor) -> Te
 
 def centres(poses: Tensor) -> Tensor:
     """Where cameras ``[..., 3, 4]`` stand, ``[..., 3]``."""
-    return -(poses[..., :3].mT @ poses[..., 3:])[..., 0]
+    at: Tensor = -(poses[..., :3].mT @ poses[..., 3:])[..., 0]
+    return at
 
 
 def rotation_error(poses: Tensor, others: Tensor) -> Tensor:
@@ -95,11 +96,13 @@ def render(video: Tensor, depth: Tensor, source: Tensor, target: Tensor, focal: 
             each = (video * weight[:, None]).flatten(3)
             total.scatter_add_(3, flat[:, None].expand_as(each), each)
     seen = torch.where(weights[:, None] > 0, total / weights[:, None].clamp(min=1e-30), empty)
-    return seen.unflatten(3, (height + 2, width + 2))[..., 1:-1, 1:-1]
+    framed: Tensor = seen.unflatten(3, (height + 2, width + 2))[..., 1:-1, 1:-1]
+    return framed
 
 
 def shrunk(video: Tensor, times: int) -> Tensor:
     """A video ``[B, C, F, H, W]`` down-sampled, bilinear: of every ``times`` pixels the middle ones."""
     frames = video.transpose(1, 2).flatten(0, 1)
     small = interpolate(frames, scale_factor=1 / times, mode="bilinear", align_corners=False)
-    return small.unflatten(0, (len(video), -1)).transpose(1, 2)
+    found: Tensor = small.unflatten(0, (len(video), -1)).transpose(1, 2)
+    return found

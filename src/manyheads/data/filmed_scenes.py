@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from ..errors import UserError
 from .cameras import orbit, rays, render, shrunk
 
-__all__ = ["AWAY", "PITCH", "PIVOT", "YAW", "Scenes", "Shots", "depths", "draw", "film", "path", "scenes"]
+__all__ = ["AWAY", "PITCH", "PIVOT", "YAW", "Scenes", "Shots", "aimed", "depths", "draw", "film", "path", "scenes"]
 
 PIVOT = 3.0  # depth of the point that cameras go around
 YAW, PITCH, AWAY = 30.0, 20.0, 0.25  # the ends of a path at most: degrees, degrees, share of the distance
@@ -93,7 +93,8 @@ def film(given: Scenes, poses: Tensor, side: int, samples: int = _SAMPLES) -> Te
     The focal length is ``side`` pixels. ``samples`` rays along an axis of a pixel.
     """
     fine = _cast(given, poses, side * samples)[0].movedim(-1, 1)
-    return fine.unflatten(-1, (side, samples)).mean(-1).unflatten(-2, (side, samples)).mean(-2)
+    video: Tensor = fine.unflatten(-1, (side, samples)).mean(-1).unflatten(-2, (side, samples)).mean(-2)
+    return video
 
 
 def depths(given: Scenes, poses: Tensor, side: int) -> Tensor:
@@ -132,8 +133,13 @@ def _paler(depth: Tensor) -> Tensor:
 def path(ends: Tensor, frames: int) -> Tensor:
     """Cameras ``[N, F, 3, 4]`` on the way to ``ends [N, 3]`` (pitch, yaw, distance), frame f at (f + 1) / F of it."""
     part = torch.arange(1, frames + 1, device=ends.device) / frames
-    pitch, yaw, away = (ends[:, :1] * part, ends[:, 1:2] * part, 1 + (ends[:, 2:] - 1) * part)
-    return orbit(pitch, yaw, away, PIVOT)
+    start = torch.tensor([0.0, 0.0, 1.0], device=ends.device)
+    return aimed(start + part[:, None] * (ends - start)[:, None])
+
+
+def aimed(ends: Tensor) -> Tensor:
+    """Cameras ``[..., 3, 4]`` that have gone around the point by ``ends [..., 3]``: pitch, yaw, distance."""
+    return orbit(ends[..., 0], ends[..., 1], ends[..., 2], PIVOT)
 
 
 def draw(

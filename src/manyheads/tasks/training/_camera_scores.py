@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...data.cameras import centres, orbit, rotation_error
-from ...data.filmed_scenes import PIVOT, Scenes, Shots, film
+from ...data.cameras import centres, rotation_error
+from ...data.filmed_scenes import PIVOT, Scenes, Shots, aimed, film
 
 __all__ = ["found_cameras", "judge"]
 
@@ -35,7 +35,7 @@ def found_cameras(videos: Tensor, scenes: Scenes) -> Tensor:
         for some in moves.split(at_once):
             ends = (about + some[:, None, None]).flatten(0, 1)
             many = scenes.part(torch.arange(len(videos), device=videos.device).repeat(len(some)))
-            seen = film(many, orbit(*ends.unbind(-1), PIVOT), side, samples).unflatten(0, (len(some), -1))
+            seen = film(many, aimed(ends), side, samples).unflatten(0, (len(some), -1))
             errors.append((seen - videos).square().mean((2, 4, 5)))
         return about + moves[torch.cat(errors).argmin(0)]
 
@@ -43,7 +43,7 @@ def found_cameras(videos: Tensor, scenes: Scenes) -> Tensor:
     for _ in range(_ROUNDS):
         step = step / 2
         best = tried(best, _grid((1, 1, 1), videos.device) * step, 2)
-    return orbit(*best.unbind(-1), PIVOT)
+    return aimed(best)
 
 
 def _grid(reach: tuple[int, int, int], device: torch.device) -> Tensor:
