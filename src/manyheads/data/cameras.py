@@ -46,7 +46,8 @@ def centres(poses: Tensor) -> Tensor:
 def rotation_error(poses: Tensor, others: Tensor) -> Tensor:
     """Angle between the rotations of two cameras in degrees, ``[...]``; exact for small ones too."""
     apart = (poses[..., :3] - others[..., :3]).flatten(-2).norm(dim=-1)
-    return 2 * (apart / math.sqrt(8)).clamp(max=1).asin() * 180 / math.pi
+    angle: Tensor = 2 * (apart / math.sqrt(8)).clamp(max=1).asin() * 180 / math.pi
+    return angle
 
 
 def rays(

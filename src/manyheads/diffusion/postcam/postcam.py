@@ -102,7 +102,8 @@ class _SharedQuery(nn.Module):
         return mixed
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        split: Tensor = x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return split
 
     def _turned(self, x: Tensor, rotary: Rotary) -> Tensor:
         return rotate_pairs(x.unflatten(2, (self.heads, -1)), rotary).transpose(1, 2)
