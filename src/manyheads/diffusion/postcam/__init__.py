@@ -25,10 +25,11 @@ works for diffusers' Wan, which is not changed; train it with the new weights (t
     python -m manyheads.recipes.postcam --out FOLDER
 
 The paper's text was not at hand but its abstract. The module is that of the released code, which samples and does not
-train; what begins at zero, what trains and the stages are as notes of others have it. Of the code, one thing is not followed: it spreads the rendering's positions by the ratio of one's width to the other's
-height, which leaves them in the middle of a wide picture; here they are spread over all of it. The lengths of stages
-and the share of weights that train are the caller's. :mod:`.pose_added` is the rival that adds poses to tokens. No
-released weights, depth estimator, captions or text-to-video generator are here.
+train; what begins at zero, what trains and the stages are as notes of others have it. One thing of the code is not
+followed: it spreads the rendering's positions by the ratio of one's width to the other's height, which leaves them in
+the middle of a wide picture; here they are spread over all of it. The lengths of stages and the share of weights that
+train are the caller's. :mod:`.pose_added` is the rival that adds poses to tokens. No released weights, depth estimator,
+captions or text-to-video generator are here.
 """
 
 from .pose_added import PoseAdded
