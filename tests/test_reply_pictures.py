@@ -165,7 +165,7 @@ def test_the_command_refuses_what_does_not_fit(folder, capsys):
         (("--model", folder / "text", *image), "reads text: leave --image away"),
         (("--model", folder, "--image", folder / "none.png"), "no image that can be read"),
         (("--model", folder, *image, "--lens", "heads"), "--lens counts words"),
-        (("--model", folder, *image, "--strategy", "hogwild"), "puts its rules among words"),
+        (("--model", folder, *image, "--strategy", "hogwild"), "reads blocks of words alone"),
         (("--model", folder, *image, "--strategy", "dpad"), "no masked diffusion language model"),
         (("--model", folder, *image, "--strategy", "vcd + streaming_llm:budget=0.5"), "writes without a cache"),
         (image, "makes images, and --image is of texts"),
@@ -175,7 +175,7 @@ def test_the_command_refuses_what_does_not_fit(folder, capsys):
 
 
 def test_what_does_not_fit_is_refused(model, processor):
-    for wrong, why in (("hogwild", "puts its rules among words"), ("vcd + pai", "cannot hold together")):
+    for wrong, why in (("hogwild", "reads blocks of words alone"), ("vcd + pai", "cannot hold together")):
         with pytest.raises(UserError, match=why):
             manyheads.reply(model, processor, PROMPT, wrong, image=PICTURE)
     with pytest.raises(UserError, match="reads no pictures"):

@@ -9,6 +9,7 @@ import torch
 
 from manyheads import catalog, parse
 from manyheads.attention.shared_block import Block
+from manyheads.decoding._images import ImageDecoding
 from manyheads.writing import DecodingLoop, Request, Written
 
 V, MASK, LAST, MOST = 12, 11, 10, 7  # what counts on after LAST is 0
@@ -85,15 +86,17 @@ class Access:
         return Rule()
 
 
-def request():
+def request(images):
     pixels = {"pixel_values": torch.zeros(1, 3, 2, 2)}
-    return Request(None, None, PROMPT, MOST, cache=Rule(), given=pixels)
+    return Request(None, None, PROMPT, MOST, cache=Rule(), given=pixels if images else {})
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_loop_needs_only_the_access(spec):
-    assert parse(spec).write(request(), Access()).tokens == CHAIN
-    assert parse(spec).write(replace(request(), ends=frozenset({1})), Access()).tokens == CHAIN[:3]
+    strategy = parse(spec)
+    asked = request(images=isinstance(strategy, ImageDecoding))
+    assert strategy.write(asked, Access()).tokens == CHAIN
+    assert strategy.write(replace(asked, ends=frozenset({1})), Access()).tokens == CHAIN[:3]
 
 
 def test_these_are_all_loops_there_are():
@@ -109,4 +112,4 @@ def test_a_loop_that_asks_the_model_itself_is_caught():
             return Written(request.model(input_ids=request.ids).logits[0, -1:].argmax(-1).tolist(), 1)
 
     with pytest.raises(TypeError):
-        Reaching().write(request(), Access())
+        Reaching().write(request(images=False), Access())

@@ -108,7 +108,7 @@ class Hogwild(DecodingLoop):
     def write(self, request: Request, access: ModelAccess) -> Written:
         told = self.told and self.workers > 1
         if request.given:
-            raise UserError(f"{self.spec} puts its rules among words, and this prompt has an image: leave it away")
+            raise UserError(f"{self.spec} reads blocks of words alone, and this prompt has an image: leave it away")
         if told and request.tokenizer is None:
             raise UserError(f"{self.spec} tells its workers of each other in words: give a tokenizer, or told=false")
         with access.blocks() as blocks, torch.inference_mode():
