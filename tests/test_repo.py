@@ -25,6 +25,7 @@ FLOORS = (
         "conditioning",
         "costs",
         "denoising",
+        "editing",
         "heads",
         "inpainting",
         "lens",

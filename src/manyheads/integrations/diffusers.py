@@ -339,7 +339,9 @@ class DiffusersPort:
             start = len(made)
             observer, pipe = self.observer, self.observer.pipe
             to_latents = None if pipe is None else functools.partial(encode, pipe)
-            call = DenoiserCall(step, given, observer.scheduler, scale, run, observer.rescales, to_latents)
+            call = DenoiserCall(
+                step, given, observer.scheduler, scale, run, observer.rescales, to_latents, observer.prompts
+            )  # fmt: skip
             out = strategy.denoise(call)
             total = out if total is None else total + (out - made[start][0])
             self._runs.predicted(strategy, id(model))

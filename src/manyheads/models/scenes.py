@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
+from ..call import Prompt
 from ..data import scenes as data
-from ..diffusion._inversion import invert
+from ..diffusion._inversion import path
 from ..errors import UserError
 from . import packed, placed
 
@@ -131,25 +132,59 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         pixels = torch.randn(count, *shape, generator=generator, device=at).to(device, self.denoiser.dtype)
         return self._packed(pixels)
 
-    def invert(self, image: Image.Image, num_inference_steps: int = 20, iterations: int = 5) -> Tensor:
-        """The noise ``[1, C, H, W]`` from which so many steps without a caption lead to an image.
+    def prompt_tokens(self, prompt: "str | list[str] | Tensor | None") -> tuple[Prompt, ...]:
+        """The tokens of each prompt, each a word of its own; a missing one is none."""
+        made = []
+        for row in self._tokens(prompt).tolist():
+            words = tuple(data.WORDS[token] for token in row)
+            made.append(Prompt(tuple(row), tuple(i if word else -1 for i, word in enumerate(words)), words))
+        return tuple(made)
+
+    def invert(
+        self, image: "Image.Image | list[Image.Image]", num_inference_steps: int = 20, iterations: int = 5,
+        prompt: str = "",
+    ) -> Tensor:  # fmt: skip
+        """The noise ``[1, C, (F,) H, W]`` from which so many steps without guidance lead to an image or video.
 
         Args:
-            image: is scaled to the pipeline's size.
+            image: is scaled to the pipeline's size; of a video its frames, of which as many as it makes are taken.
             num_inference_steps: of the call that is to start from it.
             iterations: see :func:`manyheads.diffusion.masactrl.invert`.
+            prompt: what it shows; it is inverted without a caption where none is given.
 
         Raises:
-            UserError: a pipeline of videos, or a scheduler whose steps cannot be taken backwards.
+            UserError: a video for a pipeline of images or the other way around, or a scheduler whose steps cannot be
+                taken backwards.
         """
-        if self.config.kind == "moving":
-            raise UserError("this pipeline makes videos, and an image is none; use scenes")
-        square = image.convert("RGB").resize((data.SIDE, data.SIDE))
-        x = self.encode_images(torch.from_numpy(np.array(square)).movedim(-1, 0)[None] / 255)
+        return self.path(self.encode_frames(image), num_inference_steps, iterations, prompt)[0]
+
+    def path(
+        self, latents: Tensor, num_inference_steps: int = 20, iterations: int = 5, prompt: str | list[str] | Tensor = ""
+    ) -> Tensor:  # fmt: skip
+        """Latents ``[T + 1, B, C, (F,) H, W]`` by which T steps without guidance lead to ``latents``, noise first."""
         with torch.no_grad():
-            text = self.captions(torch.zeros(1, 3, dtype=torch.long, device=x.device))
-        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
-        return invert(self.scheduler, x, lambda x, t: predict(self.denoiser, x, t, text), iterations)
+            text = self.captions(self._tokens(prompt).to(latents.device))
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        return path(self.scheduler, latents, lambda x, t: predict(self.denoiser, x, t, text), iterations)
+
+    def encode_frames(self, image: "Image.Image | list[Image.Image]") -> Tensor:
+        """Latents ``[1, C, (F,) H, W]`` of an image, or of a video's frames.
+
+        Raises:
+            UserError: the pipeline makes the other of the two.
+        """
+        moving, frames = self.config.kind == "moving", image if isinstance(image, list) else [image]
+        if moving != (len(frames) > 1):
+            made, given = ("videos", "an image is none") if moving else ("images", "a video is none")
+            raise UserError(f"this pipeline makes {made}, and {given}; use {'scenes' if moving else 'moving'}")
+        side = data.WINDOW if moving else data.SIDE
+        if moving:
+            frames = [frames[i * len(frames) // data.FRAMES] for i in range(data.FRAMES)]
+        pixels = [np.array(frame.convert("RGB").resize((side, side))) for frame in frames]
+        x = torch.from_numpy(np.stack(pixels)).movedim(-1, 0)[None] / 255  # [1, 3, F, H, W]
+        if not moving:
+            return self.encode_images(x[:, :, 0])
+        return (x * 2 - 1).to(self.denoiser.device, self.denoiser.dtype)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in 0..1, which are brought to the pipeline's size.
