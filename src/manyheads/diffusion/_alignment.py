@@ -96,7 +96,8 @@ def changed(source: Texts, target: Texts, words: Sequence[str] = ()) -> tuple[li
             if not any(_places(prompt, word) for prompt in (source, target)):
                 raise UserError(f"video_p2p: {word!r} is neither in {_text(source)!r} nor in {_text(target)!r}")
         return found[0], found[1]
-    there, here = [], []
+    there: list[int] = []
+    here: list[int] = []
     for a, b in zip(source, target, strict=True):
         kept = common([w.lower() for w in a.words], [w.lower() for w in b.words])
         for prompt, places, same in ((a, there, {i for i, _ in kept}), (b, here, {j for _, j in kept})):

@@ -88,7 +88,7 @@ class MasaCtrl(AttentionCompute, AttentionWatch):
             UserError: the step is not known, or the rows do not pair.
         """
         step = known_step(call, self.slug)
-        if call.site.kind == "cross" or step.axis == "text" or step.index < self.start_step:
+        if call.site.kind == "cross" or step.axis == "text" or (step.index or 0) < self.start_step:
             return None
         check_pairs(call, step, self.slug)
         return step

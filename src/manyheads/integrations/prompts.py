@@ -31,7 +31,7 @@ def prompts_of(pipe: Any, asked: dict[str, Any]) -> tuple[tuple[Prompt, ...], ..
     else:
         parts = _tokenizers(pipe)
         texts = [given] if isinstance(given, str) else given
-        found = [tuple(prompt_of(tokenizer, text, *where) for tokenizer, *where in parts) for text in texts]
+        found = [tuple(prompt_of(tokenizer, text, at, room) for tokenizer, at, room in parts) for text in texts]
     count = asked.get("num_images_per_prompt") or asked.get("num_videos_per_prompt") or 1
     return tuple(prompt for prompt in found for _ in range(count))
 
