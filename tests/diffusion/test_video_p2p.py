@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video-P2P: maps are carried over as the formula has it, the source comes out as it was, equal prompts change nothing."""
+"""Video-P2P: maps are carried over by the formula, the source comes out as it was, equal prompts change nothing."""
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -77,7 +78,7 @@ def test_longest_common_subsequences():
         )
         found = common(a, b)
         assert len(found) == best and all(a[i] == b[j] for i, j in found)
-        assert all(i < k and j < n for (i, j), (k, n) in zip(found, found[1:], strict=False))
+        assert all(i < k and j < n for (i, j), (k, n) in pairwise(found))
 
 
 def _within(part, whole):

@@ -43,10 +43,11 @@ Classes = Annotated[
 Source = Annotated[
     str | None,
     typer.Option(
-        help="Source of every prompt's image, as masactrl needs it: its text, or an image file. For harmonpaint the "
-        "image file to fill in."
+        help="Source of every prompt's image, as masactrl and video_p2p need it: its text, or a file of an image or "
+        "of a video (gif, webp). For harmonpaint the image file to fill in."
     ),
 ]
+Caption = Annotated[str | None, typer.Option(help="What --source shows where it is a file, as video_p2p needs it.")]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -89,7 +90,7 @@ Lenses = Annotated[
     ),
 ]
 
-_IMAGES = ("--class", "--source", "--steps", "--guidance", "--size", "--maps")
+_IMAGES = ("--class", "--source", "--caption", "--steps", "--guidance", "--size", "--maps")
 _TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system", "--lens", "--image")
 _BUDGET, _MOST = "0.25", 64
 
@@ -102,6 +103,7 @@ def generate(
     prompt: Prompts = None,
     classes: Classes = None,
     source: Source = None,
+    caption: Caption = None,
     out: Out = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -132,6 +134,8 @@ def generate(
 
     manyheads generate --strategy masactrl:start_layer=2 --source photo.png --prompt "ghost top left ship"
 
+    manyheads generate --model moving --strategy video_p2p --source "apple up frog" --prompt "ghost up frog" --out a.gif
+
     manyheads generate --strategy harmonpaint:mask=hole.png --source photo.png --prompt "apple top left ship"
 
     manyheads generate --model HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote Hamlet?" --strategies full,auto
@@ -149,7 +153,7 @@ def generate(
     passive_threads()
     specs, prompts = _specs(strategy, strategies), [*(said or []), *(prompt or [])]
     given = {
-        "--class": classes, "--source": source, "--steps": steps, "--guidance": guidance, "--seed": seed,
+        "--class": classes, "--source": source, "--caption": caption, "--steps": steps, "--guidance": guidance, "--seed": seed,
         "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
         "--max-new-tokens": max_new_tokens, "--chat": chat, "--protect": protect, "--system": system,
         "--lens": lens, "--image": image,
@@ -176,7 +180,7 @@ def generate(
         raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
     from manyheads.generate import rows, run
 
-    wanted = (prompts, classes or [], source, read_seeds(seed or 0, seeds, samples))
+    wanted = (prompts, classes or [], source, caption, read_seeds(seed or 0, seeds, samples))
     settings = run.Settings(steps, guidance, rows.read_size(size))
     _images(model, specs, wanted, settings, out or Path("grid.png"), device or "cpu", dtype, maps, page, as_json)
 
@@ -259,7 +263,7 @@ def _texts(
 
 
 def _images(
-    model: str, specs: list[str], asked: tuple[list[str], list[str], str | None, list[int]], settings: Any, out: Path,
+    model: str, specs: list[str], asked: tuple[list[str], list[str], str | None, str | None, list[int]], settings: Any, out: Path,
     device: str, dtype: str | None, maps: str | None, page: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Images or videos of a pipeline."""
@@ -269,7 +273,7 @@ def _images(
     from manyheads.report.grids import check_out
 
     quiet_libraries()
-    prompts, classes, source, seeds = asked
+    prompts, classes, source, caption, seeds = asked
     arms = [run.arm(text) for text in specs]
     if not arms and maps is None:
         raise UserError(
@@ -284,10 +288,17 @@ def _images(
         pipe = loading.load(model, device, dtype)
         image = None if source is None or not Path(source).is_file() else Path(source)
         wanted = rows.rows_of(pipe, prompts, classes, None if image else source, seeds)
+        if caption is not None and image is None:
+            raise UserError("--caption says what the file of --source shows; give --source a file, or leave it away")
         arms, fills = (arms, False) if image is None else run.on_image(arms, image)
         run.check(pipe, arms, settings)
         if image is not None:
-            wanted = rows.filled(image, wanted) if fills else rows.from_image(pipe, image, wanted, settings.steps)
+            if fills:
+                wanted = rows.filled(image, wanted)
+            else:
+                run.check_caption(arms, caption)
+                wanted, path = rows.from_image(pipe, image, wanted, settings.steps, caption or "")
+                arms = [run.on_path(each, path) for each in arms]
         watched = words.find(pipe, wanted, maps) if maps is not None else None
         made = run.run(pipe, arms, wanted, settings, progress)
         if fills and image is not None:

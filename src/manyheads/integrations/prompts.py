@@ -23,7 +23,7 @@ def prompts_of(pipe: Any, asked: dict[str, Any]) -> tuple[tuple[Prompt, ...], ..
     Raises:
         UserError: it was given no texts, or where its tokens come to stand is not known.
     """
-    given = asked.get("prompt")
+    given, found = asked.get("prompt"), list[tuple[Prompt, ...]]()
     if hasattr(pipe, "prompt_tokens"):
         found = [(prompt,) for prompt in pipe.prompt_tokens(given)]
     elif given is None:

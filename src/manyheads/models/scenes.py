@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
 from ..call import Prompt
 from ..data import scenes as data
-from ..diffusion._inversion import path
+from ..diffusion._inversion import levels, path
 from ..errors import UserError
 from . import packed, placed
 
@@ -167,6 +167,10 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         return path(self.scheduler, latents, lambda x, t: predict(self.denoiser, x, t, text), iterations)
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Latents of images or videos ``[B, 3, (F,) H, W]`` in 0..1, of the pipeline's own size."""
+        return self._packed((pixels * 2 - 1).to(self.denoiser.device, self.denoiser.dtype))
+
     def encode_frames(self, image: "Image.Image | list[Image.Image]") -> Tensor:
         """Latents ``[1, C, (F,) H, W]`` of an image, or of a video's frames.
 
@@ -184,7 +188,7 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         x = torch.from_numpy(np.stack(pixels)).movedim(-1, 0)[None] / 255  # [1, 3, F, H, W]
         if not moving:
             return self.encode_images(x[:, :, 0])
-        return (x * 2 - 1).to(self.denoiser.device, self.denoiser.dtype)
+        return self.latents(x)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in 0..1, which are brought to the pipeline's size.
@@ -196,7 +200,7 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
             raise UserError("this pipeline makes videos, and an image is none; use scenes")
         if images.shape[-2:] != (data.SIDE, data.SIDE):
             images = interpolate(images, (data.SIDE, data.SIDE), mode="bilinear", antialias=True).clamp(0, 1)
-        return self._packed((images * 2 - 1).to(self.denoiser.device, self.denoiser.dtype))
+        return self.latents(images)
 
     def _packed(self, pixels: Tensor) -> Tensor:
         return pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
@@ -229,7 +233,32 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
             tokens = torch.cat([torch.zeros_like(tokens), tokens])
         text = self.captions(tokens)
         self.scheduler.set_timesteps(num_inference_steps, device=x.device)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        return self._denoised(x, text, self.scheduler.timesteps, output_type)
+
+    @torch.no_grad()
+    def renoise(
+        self, latents: Tensor, noise: Tensor, prompt: str | list[str] | Tensor, share: float,
+        num_inference_steps: int = 20, guidance_scale: float = 3.0, output_type: str = "pt",
+    ) -> SceneOutput:  # fmt: skip
+        """Add noise to ``latents [B, ...]``, as much as at a share of the steps from the end, and take it off again.
+
+        SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations (arXiv 2108.01073).
+        """
+        tokens = self._tokens(prompt).to(latents.device)
+        self._guidance_scale = guidance_scale
+        if self.do_classifier_free_guidance:
+            tokens = torch.cat([torch.zeros_like(tokens), tokens])
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        steps = round(share * num_inference_steps)
+        if not 1 <= steps <= num_inference_steps:
+            raise UserError(f"a share of {share:g} of {num_inference_steps} steps is none of them")
+        start = num_inference_steps - steps
+        before = levels(self.scheduler)[start][0]
+        x = before.add_noise(latents, noise.to(latents))
+        return self._denoised(x, self.captions(tokens), self.scheduler.timesteps[start:], output_type)
+
+    def _denoised(self, x: Tensor, text: Tensor, timesteps: Tensor, output_type: str) -> SceneOutput:
+        for t in self.progress_bar(timesteps):
             twice = torch.cat([x, x]) if self.do_classifier_free_guidance else x
             out = predict(self.denoiser, twice, t, text)
             if self.do_classifier_free_guidance:

@@ -56,4 +56,5 @@ def in_joint(
         found.append(sdpa(select_queries(rows, image), rows.k, wide).split((width, width, 1, 1), -1))
     (theirs, there, mass, shown), (ours, here, more, seen_here) = found
     picture = there / shown.clamp(min=1e-12) if carried else here / seen_here.clamp(min=1e-12)
-    return theirs + ours + (1 - mass - more).clamp(min=0) * picture
+    out: Tensor = theirs + ours + (1 - mass - more).clamp(min=0) * picture
+    return out
