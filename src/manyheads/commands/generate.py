@@ -153,8 +153,8 @@ def generate(
     passive_threads()
     specs, prompts = _specs(strategy, strategies), [*(said or []), *(prompt or [])]
     given = {
-        "--class": classes, "--source": source, "--caption": caption, "--steps": steps, "--guidance": guidance, "--seed": seed,
-        "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
+        "--class": classes, "--source": source, "--caption": caption, "--steps": steps, "--guidance": guidance,
+        "--seed": seed, "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
         "--max-new-tokens": max_new_tokens, "--chat": chat, "--protect": protect, "--system": system,
         "--lens": lens, "--image": image,
     }  # fmt: skip
@@ -263,8 +263,8 @@ def _texts(
 
 
 def _images(
-    model: str, specs: list[str], asked: tuple[list[str], list[str], str | None, str | None, list[int]], settings: Any, out: Path,
-    device: str, dtype: str | None, maps: str | None, page: Path, as_json: bool,
+    model: str, specs: list[str], asked: tuple[list[str], list[str], str | None, str | None, list[int]], settings: Any,
+    out: Path, device: str, dtype: str | None, maps: str | None, page: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Images or videos of a pipeline."""
     from manyheads.generate import rows, run, words

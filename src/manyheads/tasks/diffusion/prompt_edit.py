@@ -8,13 +8,14 @@ everything outside the rectangle of the object in each frame, grown by one pixel
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...editing import PromptEditor
 from ...experiment import Metric, Row, RunContext, WorkUnit
@@ -71,15 +72,16 @@ class PromptEdit(ImageTask):
         path = pipe.path(latents, self.steps, self.iterations, captions[: len(labels)])
         for arm in run.arms:
             found: dict[str, Tensor] = {}
-            if "renoise" in arm.options:
-                made = self._renoised(run, arm, latents, captions[len(labels) :], images, (seed, first))
-                share = round(arm.options["renoise"] * self.steps) * arm.options.get("draws", 1)
-                found["evaluations"] = torch.full((len(made),), float(2 * share))
-            elif arm.options.get("copy"):
-                made = images
-            else:
-                source, made = self._edited(run, arm.strategies, path, captions).chunk(2)
-                found["source"] = _psnr(source, images, torch.ones_like(keep))
+            with _counted(pipe.denoiser) as given:
+                if "renoise" in arm.options:
+                    made = self._renoised(run, arm, latents, captions[len(labels) :], images, (seed, first))
+                elif arm.options.get("copy"):
+                    made = images
+                else:
+                    source, made = self._edited(run, arm.strategies, path, captions).chunk(2)
+                    found["source"] = _psnr(source, images, torch.ones_like(keep))
+                    given["rows"] += self.steps * self.iterations * len(labels)
+            found["evaluations"] = torch.full((len(labels),), given["rows"] / len(labels))
             found |= {
                 "object": judge_of(run).see(made).right(targets, "object"), "kept": _psnr(made, images, keep),
             }  # fmt: skip
@@ -122,6 +124,21 @@ class PromptEdit(ImageTask):
     def _images(out: Any) -> Tensor:
         made: Tensor = out.frames if out.images is None else out.images
         return made.float().cpu()
+
+
+@contextmanager
+def _counted(denoiser: nn.Module) -> Iterator[Counter[str]]:
+    """Count the rows that a denoiser is given inside."""
+    counts: Counter[str] = Counter()
+
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counts["rows"] += next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 3)
+
+    handle = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
 
 
 def outside(alpha: Tensor) -> Tensor:
