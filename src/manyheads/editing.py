@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kind of strategies that edit a source by the difference of two prompts."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 from .strategy import DenoiserPrediction
 
@@ -17,3 +18,7 @@ class PromptEditor(DenoiserPrediction):
     """
 
     path: Any
+
+    def on_path(self, path: Any) -> Self:
+        """The strategy for an inverted source."""
+        return replace(self, path=path)  # type: ignore[call-arg]

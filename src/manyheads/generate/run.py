@@ -127,11 +127,8 @@ def check_caption(arms: Sequence[Arm], caption: str | None) -> None:
 
 def on_path(given: Arm, path: torch.Tensor) -> Arm:
     """An arm whose strategies that edit by prompts know by which latents the source comes out."""
-
-    def on(strategy: Any) -> Strategy:
-        return cast("Strategy", replace(strategy, path=path) if isinstance(strategy, PromptEditor) else strategy)
-
-    return replace(given, strategies=tuple(map(on, given.strategies)))
+    acting = (s.on_path(path) if isinstance(s, PromptEditor) else s for s in given.strategies)
+    return replace(given, strategies=tuple(acting))
 
 
 class _Checked(Exception):

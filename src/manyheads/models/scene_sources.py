@@ -43,9 +43,6 @@ class Sources:
     config: Any
     denoiser: Any
     scheduler: Any
-    do_classifier_free_guidance: bool
-    _denoised: Any
-    _guidance_scale: float
     _packed: Any
     _tokens: Any
 
@@ -119,7 +116,6 @@ class Sources:
             images = interpolate(images, (data.SIDE, data.SIDE), mode="bilinear", antialias=True).clamp(0, 1)
         return self.latents(images)
 
-    @torch.no_grad()
     def renoise(
         self, latents: Tensor, noise: Tensor, prompt: str | list[str] | Tensor, share: float,
         num_inference_steps: int = 20, guidance_scale: float = 3.0, output_type: str = "pt",
@@ -131,15 +127,11 @@ class Sources:
 
         SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations (arXiv 2108.01073).
         """
-        tokens = self._tokens(prompt).to(latents.device)
-        self._guidance_scale = guidance_scale
-        if self.do_classifier_free_guidance:
-            tokens = torch.cat([torch.zeros_like(tokens), tokens])
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        steps = round(share * num_inference_steps)
-        if not 1 <= steps <= num_inference_steps:
-            raise UserError(f"a share of {share:g} of {num_inference_steps} steps is none of them")
-        start = num_inference_steps - steps
-        before = levels(self.scheduler)[start][0]
-        x = before.add_noise(latents, noise.to(latents))
-        return self._denoised(x, self.captions(tokens), self.scheduler.timesteps[start:], output_type)
+        start = min(num_inference_steps - round(share * num_inference_steps), num_inference_steps - 1)
+        x = levels(self.scheduler)[max(start, 0)][0].add_noise(latents, noise.to(latents))
+        call: Any = self
+        return call(
+            prompt, latents=x, share=share, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            output_type=output_type,
+        )  # fmt: skip

@@ -118,7 +118,7 @@ class ScenePipeline(Sources, _Pipeline):  # type: ignore[misc]
     def __call__(
         self, prompt: str | list[str] | Tensor | None = None, *, num_inference_steps: int = 20,
         guidance_scale: float = 3.0, generator: Generator | None = None, latents: Tensor | None = None,
-        num_images_per_prompt: int = 1, output_type: str = "pil",
+        num_images_per_prompt: int = 1, output_type: str = "pil", share: float = 1.0,
     ) -> SceneOutput:  # fmt: skip
         """Generate.
 
@@ -129,6 +129,7 @@ class ScenePipeline(Sources, _Pipeline):  # type: ignore[misc]
             generator: of the noise.
             latents: the noise itself, as :meth:`noise` gives it.
             num_images_per_prompt: how many of each caption, side by side.
+            share: of the steps that is made, the last ones; ``latents`` are those where they begin.
             output_type: ``pil``, ``np`` (0..1, channels last) or ``pt`` (0..1, float32 ``[B, 3, (F,) H, W]``).
         """
         if num_inference_steps < 1:
@@ -142,10 +143,10 @@ class ScenePipeline(Sources, _Pipeline):  # type: ignore[misc]
             tokens = torch.cat([torch.zeros_like(tokens), tokens])
         text = self.captions(tokens)
         self.scheduler.set_timesteps(num_inference_steps, device=x.device)
-        return self._denoised(x, text, self.scheduler.timesteps, output_type)
-
-    def _denoised(self, x: Tensor, text: Tensor, timesteps: Tensor, output_type: str) -> SceneOutput:
-        for t in self.progress_bar(timesteps):
+        made = round(share * num_inference_steps)
+        if not 1 <= made <= num_inference_steps:
+            raise UserError(f"a share of {share:g} of {num_inference_steps} steps is none of them")
+        for t in self.progress_bar(self.scheduler.timesteps[num_inference_steps - made :]):
             twice = torch.cat([x, x]) if self.do_classifier_free_guidance else x
             out = predict(self.denoiser, twice, t, text)
             if self.do_classifier_free_guidance:

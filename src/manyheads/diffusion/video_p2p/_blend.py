@@ -58,7 +58,8 @@ class BlendMaps:
         wide = max_pool2d(maps.flatten(0, 1)[:, None], 3, 1, 1)[:, 0].unflatten(0, maps.shape[:2])
         top = wide.amax((2, 3), keepdim=True)
         inside: Tensor = (wide > threshold * top) & (top > 0)
-        return inside.unflatten(0, (2, -1)).any(0)
+        either: Tensor = inside.unflatten(0, (2, -1)).any(0)
+        return either
 
 
 def as_latents(mask: Tensor, shape: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -93,7 +93,7 @@ class PromptEdit(ImageTask):
         import manyheads
 
         pipe = pipe_of(run)
-        acting = [replace(s, path=path) if isinstance(s, PromptEditor) else s for s in strategies]  # type: ignore[type-var]
+        acting = [s.on_path(path) if isinstance(s, PromptEditor) else s for s in strategies]
         with manyheads.use(pipe, *acting) if acting else nullcontext():
             return self._images(
                 pipe(
