@@ -301,7 +301,7 @@ def _images(
                 arms = [run.on_path(each, path) for each in arms]
         watched = words.find(pipe, wanted, maps) if maps is not None else None
         made = run.run(pipe, arms, wanted, settings, progress)
-        if fills and image is not None:
+        if image is not None:
             made[0].sources = [rows.shown(image, each.shape) for each in made[0].images]
         if watched is not None:
             _write_maps(page, *words.watch(pipe, watched, wanted, settings), wanted, model)

@@ -133,10 +133,12 @@ def filled(path: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def shown(path: Path, shape: Sequence[int]) -> Array:
-    """An image file ``[1, H, W, 3]``, float32 in 0..1, in the size of what was made, ``[F, H, W, 3]``."""
+    """An image file, or as many frames of a video's, float32 in 0..1, in the size of what was made, ``[F, H, W, 3]``."""
+    count, high, wide, _ = shape
     with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB").resize((shape[2], shape[1])), dtype=np.float32)
-    return np.divide(pixels[None], 255, dtype=np.float32)
+        frames = [frame.convert("RGB").resize((wide, high)) for frame in ImageSequence.Iterator(image)]
+    chosen = [np.asarray(frames[i * len(frames) // count], dtype=np.float32) for i in range(count)]
+    return np.divide(np.stack(chosen), 255, dtype=np.float32)
 
 
 def _label(text: str, seed: int, seeds: Sequence[int]) -> str:

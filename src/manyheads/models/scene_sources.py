@@ -83,7 +83,8 @@ class Sources:
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents of images or videos ``[B, 3, (F,) H, W]`` in 0..1, of the pipeline's own size."""
-        return self._packed((pixels * 2 - 1).to(self.denoiser.device, self.denoiser.dtype))
+        made: Tensor = self._packed((pixels * 2 - 1).to(self.denoiser.device, self.denoiser.dtype))
+        return made
 
     def encode_frames(self, image: "Image.Image | list[Image.Image]") -> Tensor:
         """Latents ``[1, C, (F,) H, W]`` of an image, or of a video's frames.
