@@ -133,7 +133,7 @@ def filled(path: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def shown(path: Path, shape: Sequence[int]) -> Array:
-    """An image file, or as many frames of a video's, float32 in 0..1, in the size of what was made, ``[F, H, W, 3]``."""
+    """An image file, or as many frames of a video's, float32 in 0..1, in the size of what was made ``[F, H, W, 3]``."""
     count, high, wide, _ = shape
     with Image.open(path) as image:
         frames = [frame.convert("RGB").resize((wide, high)) for frame in ImageSequence.Iterator(image)]

@@ -49,7 +49,7 @@ claim = Claim(
     experiment=Experiment(
         subject="scenes", arms=ARMS, baseline=Arm(PLAIN), equal="steps", seeds=1, tasks=(PromptEdit(batch=16),),
         sizes=Sizes(
-            quick={"samples": 4, "arms": ARMS[:1], "batch": 4}, cpu={"samples": 48},
+            quick={"samples": 4, "steps": 6, "batch": 4}, cpu={"samples": 48},
             cuda={"samples": 1024, "batch": 32, "arms": (*ARMS, *MORE)},
         ),
     ),

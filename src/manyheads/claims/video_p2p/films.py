@@ -37,7 +37,7 @@ claim = Claim(
     experiment=Experiment(
         subject="moving", arms=ARMS, baseline=Arm(PLAIN), equal="steps", seeds=1, tasks=(PromptEdit(batch=8),),
         sizes=Sizes(
-            quick={"samples": 2, "arms": ARMS[:1], "batch": 2}, cpu={"samples": 12},
+            quick={"samples": 2, "steps": 4, "batch": 2}, cpu={"samples": 12},
             cuda={"samples": 256, "batch": 8, "arms": (*ARMS, *MORE)},
         ),
     ),
