@@ -5,25 +5,22 @@ A rectified flow over the occupancy itself, +1 where a voxel is filled and -1 el
 has it over latents. The instruction is one token of text. ``recipes/native3d_edit.py`` trains one.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from ..data.voxels import INSTRUCTIONS, Edits, Instruction
 from ..errors import UserError
-from ..files import write_atomically
 from ..integrations.source_condition import conditioned
+from ._weights import Saved, fitted_width
 
 __all__ = ["EditorConfig", "Noisy", "VoxelEditor", "fitted", "noisy"]
 
-_CONFIG, _WEIGHTS, _TEXT = "editor.json", "model.safetensors", 32
+_TEXT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class Noisy(NamedTuple):
     velocity: Tensor
 
 
-class VoxelEditor(nn.Module):
+class VoxelEditor(Saved):
     """A conditioned denoiser and the vectors of the instructions.
 
     Attributes:
@@ -73,6 +70,8 @@ class VoxelEditor(nn.Module):
         denoiser: see :func:`manyheads.integrations.source_condition.conditioned`.
         words: a vector for each instruction.
     """
+
+    sizes, what, recipe = EditorConfig, "editor", "manyheads.recipes.native3d_edit"
 
     def __init__(self, config: EditorConfig) -> None:
         super().__init__()
@@ -87,11 +86,6 @@ class VoxelEditor(nn.Module):
             rope_max_seq_len=config.side // config.patch,
         )  # fmt: skip
         self.denoiser = conditioned(transformer, config.strategy or None)  # last: others' first weights are the same
-
-    @property
-    def parameters_held(self) -> int:
-        """Numbers that are trained."""
-        return sum(p.numel() for p in self.parameters())
 
     def forward(self, latents: Tensor, source: Tensor, time: Tensor, instruction: Tensor) -> Tensor:
         """Velocity of ``latents [N, 1, S, S, S]``, as :class:`Noisy` has what is given."""
@@ -141,29 +135,6 @@ class VoxelEditor(nn.Module):
         out = self.edited(many.to(device), told, noise, steps).cpu()
         return out if source.ndim == 4 else out[0]
 
-    def save(self, folder: Path | str) -> None:
-        """Write weights and size, for :meth:`load`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}, folder / _WEIGHTS)
-        write_atomically(folder / _CONFIG, json.dumps(asdict(self.config)) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "VoxelEditor":
-        """The editor that :meth:`save` wrote.
-
-        Raises:
-            UserError: there is none.
-        """
-        folder = Path(folder)
-        if not (folder / _CONFIG).is_file():
-            raise UserError(
-                f"{folder} has no editor: train one, python -m manyheads.recipes.native3d_edit --out {folder}"
-            )
-        made = cls(EditorConfig(**json.loads((folder / _CONFIG).read_text("utf-8"))))
-        made.load_state_dict(load_file(folder / _WEIGHTS))
-        return made.to(device).eval()
-
 
 def fitted(config: EditorConfig, parameters: int) -> EditorConfig:
     """The same with the feed-forward width that brings an editor nearest to so many parameters.
@@ -171,15 +142,8 @@ def fitted(config: EditorConfig, parameters: int) -> EditorConfig:
     Raises:
         UserError: it has more without any.
     """
-    hidden = config.hidden or 4 * config.dim
     with torch.random.fork_rng(devices=[]):
-        held = VoxelEditor(config).parameters_held
-    width = hidden + round((parameters - held) / (config.layers * (2 * config.dim + 1)))
-    if width < 1:
-        raise UserError(
-            f"{config.strategy or 'an editor'} has more than {parameters} parameters without a feed-forward"
-        )
-    return replace(config, hidden=width)
+        return replace(config, hidden=fitted_width(VoxelEditor(config), parameters))
 
 
 def _latents(voxels: Tensor) -> Tensor:
