@@ -20,7 +20,22 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-__all__ = ["LAYERS", "Avatar", "Clip", "Pose", "boxes", "chest", "cut", "draw", "covered", "keypoints", "layers", "painted", "regions", "skeleton"]
+__all__ = [
+    "LAYERS",
+    "Avatar",
+    "Clip",
+    "Pose",
+    "boxes",
+    "chest",
+    "cut",
+    "draw",
+    "covered",
+    "keypoints",
+    "layers",
+    "painted",
+    "regions",
+    "skeleton",
+]
 
 LAYERS = ("backdrop", "clothes", "head", "mouth", "hands")  # what has a colour of its own
 _UNIT = 16.0  # pixels of the frame that lengths are given for
@@ -102,7 +117,9 @@ def chest(pose: Pose, side: int) -> Tensor:
     """Corners of the chest, ``[..., 4, 2]``, pixels of a frame of ``side``."""
     half, top, low = _TORSO
     corners = [(-half, top), (half, top), (-half, low), (half, low)]
-    return torch.stack([torch.stack([8 + pose.sway + x, 0 * pose.sway + y], -1) for x, y in corners], -2) * (side / _UNIT)
+    return torch.stack([torch.stack([8 + pose.sway + x, 0 * pose.sway + y], -1) for x, y in corners], -2) * (
+        side / _UNIT
+    )
 
 
 def _segment(at: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -133,12 +150,16 @@ def layers(pose: Pose, finger: Tensor, side: int, blur: Tensor | None = None) ->
 
     moved = at[:, 0] - 8 - pose.sway[..., None]
     height = at[:, 1] + 0 * moved
-    torso = torch.maximum(moved.abs() - _TORSO[0], (height - (_TORSO[1] + _TORSO[2]) / 2).abs() - (_TORSO[2] - _TORSO[1]) / 2)
+    torso = torch.maximum(
+        moved.abs() - _TORSO[0], (height - (_TORSO[1] + _TORSO[2]) / 2).abs() - (_TORSO[2] - _TORSO[1]) / 2
+    )
     arm = _segment(at, shoulder, palm).amin(-2) - 0.6
     clothes = cover(torch.minimum(torso, arm))
     head = cover((moved.square() + (height - _FACE).square()).sqrt() - _HEAD)
     tall = (0.25 + 0.75 * pose.mouth)[..., None]
-    mouth = cover((((moved / 0.9).square() + ((height - _FACE - 0.9) / tall).square()).sqrt() - 1) * tall.clamp(max=0.9))
+    mouth = cover(
+        (((moved / 0.9).square() + ((height - _FACE - 0.9) / tall).square()).sqrt() - 1) * tall.clamp(max=0.9)
+    )
     fingers = torch.stack([_segment(at, palm, tip) for tip in tips]).amin((0, -2)) - _FINGER
     middle = (at - palm[..., None, :]).norm(dim=-1).amin(-2) - _PALM
     hands = cover(torch.minimum(middle, fingers), edge)

@@ -68,7 +68,12 @@ class CyberHost(InsertedBlocks):
             raise UserError(f"{self.slug}: without codebook and identity nothing would be added")
 
     def blocks(self, stages: Sequence[StageConfig]) -> "RegionBlocks":
-        if self.codebook and self.orthogonal and stages and max(self.spatial, self.temporal) > min(s.dim for s in stages):
+        if (
+            self.codebook
+            and self.orthogonal
+            and stages
+            and max(self.spatial, self.temporal) > min(s.dim for s in stages)
+        ):
             least = min(s.dim for s in stages)
             raise UserError(f"{self.slug}: of {least} channels at most {least} codes are orthogonal; give fewer")
         return RegionBlocks(self, stages)
