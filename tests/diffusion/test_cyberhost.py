@@ -14,7 +14,13 @@ from manyheads.conditioning import StageConfig
 from manyheads.diffusion.cyberhost import CyberHost, gram_schmidt
 from manyheads.diffusion.cyberhost.cyberhost import Codebook, Region
 from manyheads.diffusion.cyberhost.priors import (
-    MASK_WEIGHT, ClarityEmbedding, PoseEncoder, clarity_score, heat_maps, local_loss, movement_map,
+    MASK_WEIGHT,
+    ClarityEmbedding,
+    PoseEncoder,
+    clarity_score,
+    heat_maps,
+    local_loss,
+    movement_map,
 )  # fmt: skip
 from manyheads.errors import UserError
 from manyheads.integrations.stage_blocks import adapted, stages_of

@@ -2,10 +2,11 @@
 """Are hands of an audio-driven video drawn better with region codebook attention than with as many plain parameters?
 
 Denoisers of small avatars, trained from scratch on the same clips, of which every part is known: what a signal and a
-reference image ask for is one video. The plain denoiser and what is left of region codebook attention without one of its
-parts get a wider feed-forward part, so that all have as many parameters, and as many steps. Two arms are no models: the
-right video, which says how exactly keypoints are read off, and the reference as every frame, which every model has to
-be better than for anything to be told. All arms have the paper's priors but the one that has none.
+reference image ask for is one video. The plain denoiser and what is left of region codebook attention without one of
+its parts get a wider feed-forward part, so that all have as many parameters, and as many steps. Two arms are no models:
+the right video, which says how exactly keypoints are read off, and the reference as every frame, which the plain
+denoiser has to be better than for anything to be told of keypoints. All arms have the paper's priors but the one that
+has none.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower, no_worse
@@ -72,9 +73,9 @@ claim = Claim(
     ),
     report=("training_loss", "parameters"),
     caveat=(
-        "Avatars of 16 pixels that a formula draws, moved by two numbers a frame, denoised in pixels by a small Wan from "
-        "scratch; the paper trains a UNet of latents on 200 hours of people, with audio features, a second network for "
-        "the reference and ArcFace for faces. Fréchet distances say what is like real videos; here distances to the one "
-        "right video do. At CPU size training ends long before it is done."
+        "Avatars of 16 pixels that a formula draws, moved by two numbers a frame, denoised in pixels by a small Wan "
+        "from scratch; the paper trains a UNet of latents on 200 hours of people, with audio features, a second "
+        "network for the reference and ArcFace for faces. Fréchet distances say what is like real videos; here "
+        "distances to the one right video do. At CPU size training ends long before it is done."
     ),
 )  # fmt: skip

@@ -2,11 +2,13 @@
 """Videos of small avatars that speak and wave by a signal, drawn from parameters, so that every part is exactly known.
 
 An avatar is a torso, a head with a mouth, two arms, and two hands: a palm and two fingers of the avatar's own length.
-Colours of backdrop, clothes, head and hands are drawn for each; that of the hands is seen on the hands alone, and its red
-is on the other side of grey than the backdrop's, so that hands can be seen. The *signal* has two values in 0..1 for each frame, smooth over time, and moves all:
+Colours of backdrop, clothes, head and hands are drawn for each; that of the hands is seen on the hands alone, and its
+red is on the other side of grey than the backdrop's, so that hands can be seen. The *signal* has two values in 0..1 for
+each frame, smooth over time, and moves all:
 
-    mouth opens by the first; right hand is raised by the first, its fingers spread by the second; the left the other way
-    round; the body sways to the side with the first, as far as a number of the clip's own says (0 to 1 pixel)
+    the mouth opens by the first
+    the right hand is raised by the first, its fingers are spread by the second; the left the other way round
+    the body sways to the side with the first, as far as a number of the clip's own says (0 to 1 pixel)
 
 Lengths are in pixels of a frame of 16, and grow with it. Edges are soft by a pixel, so that a frame is a continuous
 function of its parameters. In training clips hands are blurred by as much as the clip says: that many pixels of edge.
@@ -108,7 +110,7 @@ def _points(pose: Pose, finger: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def keypoints(pose: Pose, finger: Tensor, side: int) -> Tensor:
-    """Palm and two finger tips of the right hand and of the left, ``[..., 6, 2]`` (x, y), pixels of a frame of ``side``."""
+    """Palm and two finger tips of the right hand, then of the left, ``[..., 6, 2]`` (x, y), in pixels of ``side``."""
     _, palm, *tips = _points(pose, finger)
     return torch.stack([palm, *tips], -2).flatten(-3, -2) * (side / _UNIT)
 
@@ -185,7 +187,7 @@ def regions(pose: Pose, finger: Tensor, side: int) -> dict[str, Tensor]:
 
 
 def covered(box: Tensor, side: int, grid: int) -> Tensor:
-    """Cells of a grid that any of boxes ``[..., K, 4]`` in a frame of ``side`` pixels touches, bool ``[..., grid, grid]``."""
+    """Cells of a grid that any of boxes ``[..., K, 4]`` in pixels of ``side`` touches, bool ``[..., grid, grid]``."""
     cell = side / grid
     at = (torch.arange(grid, device=box.device) + 0.5) * cell
     x, y = ((at + cell / 2 > box[..., i, None]) & (at - cell / 2 < box[..., i + 2, None]) for i in (0, 1))
@@ -198,7 +200,7 @@ def boxes(points: Tensor, margin: float) -> Tensor:
 
 
 def cut(images: Tensor, box: Tensor, size: int) -> Tensor:
-    """Crops ``[N, 3, size, size]`` of images ``[N, 3, S, S]`` by boxes ``[N, 4]`` in pixels; beyond the edge it repeats."""
+    """Crops ``[N, 3, size, size]`` of images ``[N, 3, S, S]`` by boxes ``[N, 4]`` in pixels; edges are repeated."""
     half = images.shape[-1] / 2
     middle, reach = (box[:, :2] + box[:, 2:]) / (2 * half) - 1, (box[:, 2:] - box[:, :2]) / (2 * half)
     theta = torch.zeros(len(box), 2, 3, device=images.device)
@@ -252,5 +254,5 @@ def draw(
 
 def _moved(signal: Tensor, far: Tensor) -> Pose:
     """The pose that a signal ``[..., 2]`` asks for."""
-    first, second = signal.unbind(-1)
+    first = signal[..., 0]
     return Pose((2 * first - 1) * far, first, signal, signal.flip(-1))

@@ -2,8 +2,8 @@
 """A denoiser of videos of diffusers, as it is, with blocks inserted behind its own and a vector added to its time.
 
 Both act around the calls of the denoiser's own modules (:mod:`.module_calls`), for the time of a call. What a block
-gives is brought to ``[B, T, H, W, D]`` and back: tokens of Wan lie frame by frame, UNetMotionModel has its frames in the
-batch. Skip connections of a UNet leave its blocks before what is inserted.
+gives is brought to ``[B, T, H, W, D]`` and back: tokens of Wan lie frame by frame, UNetMotionModel has its frames in
+the batch. Skip connections of a UNet leave its blocks before what is inserted.
 """
 
 from collections.abc import Callable, Sequence

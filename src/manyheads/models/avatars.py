@@ -17,7 +17,12 @@ from torch import Generator, Tensor, nn
 from ..data.avatars import Clip, chest, covered, cut, keypoints, regions, skeleton
 from ..diffusion.cyberhost.cyberhost import KEYPOINTS
 from ..diffusion.cyberhost.priors import (
-    ClarityEmbedding, PoseEncoder, clarity_score, heat_maps, local_loss, movement_map,
+    ClarityEmbedding,
+    PoseEncoder,
+    clarity_score,
+    heat_maps,
+    local_loss,
+    movement_map,
 )  # fmt: skip
 from ..errors import UserError
 from ..integrations.stage_blocks import Denoised, adapted
@@ -127,8 +132,9 @@ class AvatarModel(Saved):
         self.clarity = ClarityEmbedding(config.dim) if config.clarity else None
         transformer: Any = diffusers.WanTransformer3DModel(
             patch_size=(1, config.patch, config.patch), num_attention_heads=config.heads,
-            attention_head_dim=config.dim // config.heads, in_channels=3 + _SIGNAL + _PLACE, out_channels=3, text_dim=_TEXT,
-            freq_dim=64, ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers, rope_max_seq_len=64,
+            attention_head_dim=config.dim // config.heads, in_channels=3 + _SIGNAL + _PLACE, out_channels=3,
+            text_dim=_TEXT, freq_dim=64, ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers,
+            rope_max_seq_len=64,
         )  # fmt: skip
         self.denoiser = adapted(transformer, config.strategy or None)  # last: others' first weights are the same
 

@@ -3,9 +3,9 @@
 
     python -m manyheads.recipes.cyberhost --out FOLDER [--strategy SPEC] [--budget "2000 steps"]
 
-Clips are drawn as they are needed (:mod:`manyheads.data.avatars`), so that none is seen twice. ``--strategy`` is what is
-inserted behind the denoiser's blocks, empty for nothing; ``--without`` leaves out priors of the paper. At the end clips
-of avatars and signals that were never trained on are judged. Then
+Clips are drawn as they are needed (:mod:`manyheads.data.avatars`), so that none is seen twice. ``--strategy`` is what
+is inserted behind the denoiser's blocks, empty for nothing; ``--without`` leaves out priors of the paper. At the end
+clips of avatars and signals that were never trained on are judged. Then
 
     model = AvatarModel.load("FOLDER")                        # manyheads.models.avatars
     video = model.animate(draw(2, 8, 16, generator), signal)  # of avatars of manyheads.data.avatars, [2, T, 3, 16, 16]

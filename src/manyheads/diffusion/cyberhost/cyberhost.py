@@ -143,7 +143,7 @@ class Region(nn.Module):
 
     def forward(self, features: Tensor, described: Tensor | None) -> tuple[Tensor, RegionSeen]:
         """What is added, ``[B, T, H, W, D]``, and what was predicted on the way."""
-        batch, frames, *grid, dim = features.shape
+        batch, frames, *grid, _ = features.shape
         tokens = features.flatten(2, 3)  # [B, T, N, D]
         added = torch.zeros_like(tokens)
         if self.strategy.codebook:
@@ -228,7 +228,7 @@ def _maps(dim: int, count: int) -> nn.Sequential:
 
 def _clock(frames: int, dim: int, like: Tensor) -> Tensor:
     """Sinusoidal positions of frames ``[T, D]``; an odd channel more stays zero."""
-    rate = torch.exp(torch.arange(dim // 2, device=like.device) * (-math.log(10_000.0) / max(1, dim // 2)))
+    rate = torch.exp(torch.arange(dim // 2, device=like.device).double() * (-math.log(10_000.0) / max(1, dim // 2)))
     phase = torch.arange(frames, device=like.device)[:, None] * rate
     made = torch.cat([phase.sin(), phase.cos()], 1)
     return torch.nn.functional.pad(made, (0, dim - made.shape[1])).to(like.dtype)

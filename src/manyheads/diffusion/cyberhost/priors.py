@@ -3,8 +3,8 @@
 
 - **Body movement map**: a box around all places of the chest in the clip, enlarged, encoded and added to the noisy
   latents of every frame: how much the body moves, not where it is when.
-- **Hand clarity score**: the standard deviation of the Laplacian of a crop of the hands, added to the embedding of time.
-  Training sees what blur is; in inference a high score is given.
+- **Hand clarity score**: the standard deviation of the Laplacian of a crop of the hands, added to the embedding of
+  time. Training sees what blur is; in inference a high score is given.
 - **Pose-aligned reference**: a drawing of the reference's skeleton, encoded and added to the latents of the reference.
 - **Local supervision**: (1 + M) L, M being 1 in the regions, with the squared error of the keypoints' heat maps, which
   counts for half of the samples and only below a noise of 0.5 (t < 500), and the masks' own loss.

@@ -2,9 +2,9 @@
 """How near videos of avatars are to the one that is right: pixels by region, and keypoints of the hands.
 
 Keypoints of an output are those of the pose whose frame is nearest to it, among frames of the same avatar with the arm
-raised, the fingers spread and the body moved by steps of a grid (:data:`GRID`). One hand is looked for at a time, in its
-half of the frame without the head; the left one as a right one in the mirrored frame. The video itself is off by what
-the grid leaves.
+raised, the fingers spread and the body moved by steps of a grid (:data:`GRID`). One hand is looked for at a time, in
+its half of the frame without the head; the left one as a right one in the mirrored frame. The right video itself is off
+by what the grid leaves.
 """
 
 from collections.abc import Iterator

@@ -28,9 +28,9 @@ _AT_ONCE = 64  # clips at once
 class AvatarVideo(Task):
     """Train a denoiser of every arm on the same clips, and have it animate avatars that no training saw.
 
-    The signal, the reference and the range of the body's movement leave one right video, which is known exactly. Arms of
-    a seed start from the same noise. ``options`` of an arm: ``fitted``, the spec of the blocks with which a model has as
-    many parameters, to which its feed-forward width brings it; ``without``, priors that it is trained without
+    The signal, the reference and the range of the body's movement leave one right video, which is known exactly. Arms
+    of a seed start from the same noise. ``options`` of an arm: ``fitted``, the spec of the blocks with which a model
+    has as many parameters, to which its feed-forward width brings it; ``without``, priors that it is trained without
     (movement, clarity, pose, local); ``shown``, ``truth`` or ``reference``: no model, but the video itself, which says
     how exact keypoints are, or the reference as every frame, which says what is lost by not moving.
 
@@ -112,7 +112,7 @@ class AvatarVideo(Task):
 
     def config(self, arm: Arm) -> AvatarConfig:
         """Of an arm's model."""
-        without = {name: False for name in arm.options.get("without", ())}
+        without = dict.fromkeys(arm.options.get("without", ()), False)
         sizes = (self.side, self.patch, self.dim, self.heads, self.layers)
         own = AvatarConfig(*sizes, strategy=arm.full_spec, **without)
         if not (spec := arm.options.get("fitted")):
