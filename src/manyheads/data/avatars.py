@@ -105,8 +105,8 @@ def _points(pose: Pose, finger: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
     palm = shoulder + _ARM * along(angle)
     opened = (1 / 18 + 5 / 18 * pose.spread) * torch.pi  # 10 to 60 degrees to either side
-    tips = [palm + finger[..., None, None] * along(angle + sign * opened) for sign in (-1, 1)]
-    return shoulder, palm, *tips
+    first, second = (palm + finger[..., None, None] * along(angle + sign * opened) for sign in (-1, 1))
+    return shoulder, palm, first, second
 
 
 def keypoints(pose: Pose, finger: Tensor, side: int) -> Tensor:
@@ -128,7 +128,8 @@ def _segment(at: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Distance of ``at [P, 2]`` from segments ``[..., 2]``, ``[..., P]``."""
     line, to = (end - start)[..., None, :], at - start[..., None, :]
     share = ((to * line).sum(-1) / line.square().sum(-1).clamp(min=1e-9)).clamp(0, 1)
-    return (to - share[..., None] * line).norm(dim=-1)
+    away: Tensor = (to - share[..., None] * line).norm(dim=-1)
+    return away
 
 
 def layers(pose: Pose, finger: Tensor, side: int, blur: Tensor | None = None) -> Tensor:
@@ -169,7 +170,8 @@ def layers(pose: Pose, finger: Tensor, side: int, blur: Tensor | None = None) ->
     for alpha in (hands, mouth, head, clothes):  # what is in front first
         found.append(left * alpha)
         left = left * (1 - alpha)
-    return torch.stack([left, *reversed(found)], -2).unflatten(-1, (side, side))
+    made: Tensor = torch.stack([left, *reversed(found)], -2).unflatten(-1, (side, side))
+    return made
 
 
 def painted(cover: Tensor, colours: Tensor) -> Tensor:
@@ -218,7 +220,8 @@ def skeleton(pose: Pose, finger: Tensor, side: int) -> Tensor:
     shoulder, palm, *tips = _points(pose, finger)
     ends = torch.stack([shoulder, *tips], -2)
     found = _segment(at, palm[..., None, :].expand_as(ends), ends).flatten(-3, -2).amin(-2)
-    return (1 - found * scale).clamp(0, 1).unflatten(-1, (1, side, side))
+    drawn: Tensor = (1 - found * scale).clamp(0, 1).unflatten(-1, (1, side, side))
+    return drawn
 
 
 def draw(

@@ -55,7 +55,7 @@ class Saved(nn.Module):
         folder, said = Path(folder), f"{cls.what}.json"
         if not (folder / said).is_file():
             raise UserError(f"{folder} has no {cls.what}: train one, python -m {cls.recipe} --out {folder}")
-        made: Any = cls(cls.sizes(**json.loads((folder / said).read_text("utf-8"))))  # type: ignore[call-arg]
+        made: Any = cls(cls.sizes(**json.loads((folder / said).read_text("utf-8"))))
         made.load_state_dict(load_file(folder / _WEIGHTS))
         kept: Self = made.to(device).eval()
         return kept

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..data.avatars import Clip, chest, covered, cut, keypoints, regions, skeleton
-from ..diffusion.cyberhost.cyberhost import KEYPOINTS
 from ..diffusion.cyberhost.priors import (
     ClarityEmbedding,
     PoseEncoder,
@@ -199,8 +199,7 @@ class AvatarModel(Saved):
         if reference.reference.shape[-1] != self.config.side:
             raise UserError(f"frames have {self.config.side} pixels a side, not {reference.reference.shape[-1]}")
         device = self.text.device
-        given = shown(reference)._replace(signal=signal)
-        given = Given(*(x.to(device) if isinstance(x, Tensor) else tuple(y.to(device) for y in x) for x in given))
+        given: Given = tree_map(lambda x: x.to(device), shown(reference)._replace(signal=signal))
         shape = (len(signal), 3, signal.shape[1], self.config.side, self.config.side)
         noise = torch.randn(shape, generator=Generator().manual_seed(seed))
         return self.animated(given, noise.to(device), steps)[0].cpu()
@@ -234,7 +233,8 @@ def shown(clip: Clip, factor: Tensor | None = None, clarity: Tensor | None = Non
 def _crops(images: Tensor, box: Tensor) -> Tensor:
     """Crops ``[N, K, 3, C, C]`` of ``images [N, 3, S, S]`` by boxes ``[N, K, 4]``."""
     many = images[:, None].expand(-1, box.shape[1], -1, -1, -1)
-    return cut(many.flatten(0, 1), box.flatten(0, 1), _CROP).unflatten(0, box.shape[:2])
+    made: Tensor = cut(many.flatten(0, 1), box.flatten(0, 1), _CROP).unflatten(0, box.shape[:2])
+    return made
 
 
 def hand_clarity(clip: Clip) -> Tensor:
@@ -257,7 +257,6 @@ def noisy(clip: Clip, patch: int, generator: Generator) -> Noisy:
     within = {name: covered(each, side, side) for name, each in box.items()}
     tokens = {name: covered(each, side, side // patch).float() for name, each in box.items()}
     heat = heat_maps(keypoints(clip.pose, finger, side), side, side // patch, side / 16)
-    assert heat.shape[2] == KEYPOINTS["hand"]
     factor = _FACTOR[0] + (_FACTOR[1] - _FACTOR[0]) * drawn[0]
     return Noisy(
         torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma, shown(clip, factor, hand_clarity(clip)),

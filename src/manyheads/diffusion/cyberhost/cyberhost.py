@@ -34,10 +34,9 @@ from ...calls.stage_blocks import RegionSeen, StageBlocks, StageOutput
 from ...conditioning import InsertedBlocks, StageConfig
 from ...errors import UserError
 
-__all__ = ["KEYPOINTS", "REGIONS", "CyberHost", "RegionBlocks", "gram_schmidt"]
+__all__ = ["REGIONS", "CyberHost", "RegionBlocks", "gram_schmidt"]
 
 REGIONS = ("face", "hand")
-KEYPOINTS = {"face": 0, "hand": 6}  # heat maps of a region: a palm and two finger tips of each hand
 _DEAD = 1e-4  # of a code's own length: what Gram-Schmidt leaves of one that lies in the span of those before it
 
 
@@ -51,6 +50,8 @@ class CyberHost(InsertedBlocks):
         orthogonal: whether codes go through Gram-Schmidt; otherwise they are used as they are learned.
         mask: whether what is added is held to the region; otherwise M_r is 1.
         clock: whether queries of the temporal codebook are told their frame.
+        keypoints: heat maps of the hands; 6 are a palm and two finger tips of each hand of ``data.avatars``, 42 the
+            usual 21 of two hands.
     """
 
     spatial: int = field(default=64, metadata={"help": "codes of the spatial codebook of a region"})
@@ -60,21 +61,17 @@ class CyberHost(InsertedBlocks):
     orthogonal: bool = field(default=True, metadata={"help": "Gram-Schmidt over the codes of a codebook"})
     mask: bool = field(default=True, metadata={"help": "a learned mask of the region; false adds everywhere"})
     clock: bool = field(default=True, metadata={"help": "tells the temporal codebook's queries their frame"})
+    keypoints: int = field(default=6, metadata={"help": "heat maps of keypoints of the hands, for a loss; 0 for none"})
 
     def __post_init__(self) -> None:
-        if min(self.spatial, self.temporal) < 1:
-            raise UserError(f"{self.slug}: a codebook has a code at least")
+        if min(self.spatial, self.temporal) < 1 or self.keypoints < 0:
+            raise UserError(f"{self.slug}: a codebook has a code at least, and keypoints count from 0")
         if not (self.codebook or self.identity):
             raise UserError(f"{self.slug}: without codebook and identity nothing would be added")
 
     def blocks(self, stages: Sequence[StageConfig]) -> "RegionBlocks":
-        if (
-            self.codebook
-            and self.orthogonal
-            and stages
-            and max(self.spatial, self.temporal) > min(s.dim for s in stages)
-        ):
-            least = min(s.dim for s in stages)
+        codes = max(self.spatial, self.temporal) if self.codebook and self.orthogonal else 0
+        if codes > (least := min((s.dim for s in stages), default=codes)):
             raise UserError(f"{self.slug}: of {least} channels at most {least} codes are orthogonal; give fewer")
         return RegionBlocks(self, stages)
 
@@ -97,7 +94,8 @@ def gram_schmidt(codes: Tensor, spare: Tensor | None = None) -> Tensor:
         codes = torch.where(dead[:, None], spare, codes)
     q, r = torch.linalg.qr(codes.T)
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return (q * sign).T
+    made: Tensor = (q * sign).T
+    return made
 
 
 class RegionBlocks(StageBlocks):
@@ -108,7 +106,8 @@ class RegionBlocks(StageBlocks):
         width = max((s.dim for s in stages), default=8)
         self.describe = nn.ModuleDict({r: CropEncoder(width) for r in REGIONS} if strategy.identity else {})
         self.stages = nn.ModuleList(
-            nn.ModuleDict({r: Region(strategy, stage, width, KEYPOINTS[r]) for r in REGIONS}) for stage in stages
+            nn.ModuleDict({r: Region(strategy, stage, width, strategy.keypoints * (r == "hand")) for r in REGIONS})
+            for stage in stages
         )
 
     def described(self, crops: Sequence[Tensor]) -> list[Tensor]:
@@ -172,6 +171,8 @@ class Region(nn.Module):
 class Codebook(nn.Module):
     """Learned codes, orthonormal whenever they are read."""
 
+    spare: Tensor
+
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
         self.learned = nn.Parameter(torch.randn(count, dim) / math.sqrt(dim))
@@ -182,7 +183,7 @@ class Codebook(nn.Module):
         with torch.autocast(self.learned.device.type, enabled=False):
             wide = torch.promote_types(self.learned.dtype, torch.float32)
             learned = self.learned.to(wide)
-            return gram_schmidt(learned, self.spare.to(wide)) if orthogonal else learned  # type: ignore[operator]
+            return gram_schmidt(learned, self.spare.to(wide)) if orthogonal else learned
 
 
 class CrossAttention(nn.Module):
@@ -217,7 +218,8 @@ class CropEncoder(nn.Module):
     def forward(self, crops: Tensor) -> Tensor:
         x = silu(self.second(silu(self.first(crops.flatten(0, 1)))))
         x = x + self.within(x)
-        return x.flatten(2).transpose(1, 2).unflatten(0, crops.shape[:2]).flatten(1, 2)
+        tokens: Tensor = x.flatten(2).transpose(1, 2).unflatten(0, crops.shape[:2]).flatten(1, 2)
+        return tokens
 
 
 def _maps(dim: int, count: int) -> nn.Sequential:

@@ -51,7 +51,8 @@ def clarity_score(crops: Tensor, size: int = 128) -> Tensor:
     if grey.shape[-1] != size:
         grey = interpolate(grey, size=(size, size), mode="bilinear")
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=crops.device)[None, None]
-    return conv2d(grey, kernel).flatten(1).std(1, unbiased=False).unflatten(0, crops.shape[:-3])
+    score: Tensor = conv2d(grey, kernel).flatten(1).std(1, unbiased=False).unflatten(0, crops.shape[:-3])
+    return score
 
 
 def heat_maps(points: Tensor, side: int, grid: int, spread: float) -> Tensor:
@@ -70,8 +71,8 @@ class PoseEncoder(nn.Module):
     def __init__(self, channels: int, inner: int = 8) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(1, inner, 3, padding=1), nn.Conv2d(inner, channels, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, drawn: Tensor) -> Tensor:
         out: Tensor = self.second(silu(self.first(drawn)))
@@ -84,8 +85,8 @@ class ClarityEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(1, dim), nn.Linear(dim, dim)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, score: Tensor) -> Tensor:
         out: Tensor = self.second(silu(self.first(score[:, None])))

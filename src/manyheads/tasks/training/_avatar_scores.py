@@ -93,5 +93,5 @@ def found_keypoints(video: Tensor, known: Candidates) -> Tensor:
     """As :func:`true_keypoints`, read off ``video [N, T, 3, S, S]``."""
     both = torch.stack([video, video.flip(-1)], 2)[..., known.read].flatten(3)  # [N, T, 2, P]
     best = torch.cdist(both.flatten(1, 2).float(), known.frames).argmin(-1)  # [N, 2 T]
-    points = known.points.gather(1, best[..., None, None].expand(-1, -1, 3, 2))
-    return points.unflatten(1, (-1, 2))
+    points: Tensor = known.points.gather(1, best[..., None, None].expand(-1, -1, 3, 2)).unflatten(1, (-1, 2))
+    return points

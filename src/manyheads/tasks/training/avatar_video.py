@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ...conditioning import InsertedBlocks
 from ...data.avatars import Clip, draw
@@ -95,9 +96,9 @@ class AvatarVideo(Task):
         clips = self.judged(run)
         known: Candidates = run.kept(("candidates", self.side, self.frames, self.samples), lambda: candidates(clips))
         for seed in run.seeds:
-            found, masks = [clips.reference[:, None].expand_as(clips.video)], [None]
-            if arm.options.get("shown") == "truth":
-                found = [clips.video]
+            truth = arm.options.get("shown") == "truth"
+            found = clips.video if truth else clips.reference[:, None].expand_as(clips.video)
+            mask: Tensor | None = None
             if rate is not None:
                 model, state = self.trained(run, arm, seed, rate, self.steps)
                 tail = state.losses[-max(1, len(state.losses) // 10) :]
@@ -105,8 +106,8 @@ class AvatarVideo(Task):
                 yield self.row("training_loss", arm, sum(tail) / len(tail), "training", seed=seed, about=about)
                 yield self.row("parameters", arm, model.parameters_held, "training", seed=seed)
                 noise = torch.randn(clips.video.transpose(1, 2).shape, generator=run.torch_rng(part="noise", seed=seed))
-                found[0], masks[0] = model.animated(shown(clips), noise.to(run.device), self.denoising)
-            for i, values in enumerate(judge(found[0], masks[0], clips, known)):
+                found, mask = model.animated(shown(clips), noise.to(run.device), self.denoising)
+            for i, values in enumerate(judge(found, mask, clips, known)):
                 for name, value in values.items():
                     yield self.row(name, arm, value, f"{i}", seed=seed)
 
