@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tests.tolerance import CLOSE, DEEP, FORMULA, PROJECTED, assert_close, is_far, nearly, within
+from tests.tolerance import CLOSE, DEEP, FORMULA, MODEL, PROJECTED, assert_close, is_far, nearly, within
 from torch import nn
 
 import manyheads
@@ -249,7 +249,7 @@ def test_blocks_begin_as_nothing_and_act_once_they_are_trained(name):
     other = [crops[0], crops[1] + 1]
     assert is_far(model(sample, time, other, encoder_hidden_states=text).sample, told, DEEP)
     one = model(sample[:1], time[:1], [c[:1] for c in crops], encoder_hidden_states=text[:texts]).sample
-    assert_close(one, told[:1], DEEP)  # samples of a batch do not meet
+    assert_close(one, told[:1], within(torch.float64, 4 * MODEL))  # samples of a batch do not meet; five blocks deep
     assert torch.equal(denoiser(**given)[0], plain) and [type(m) for m in denoiser.modules()] == kinds
     with pytest.raises(RuntimeError):
         model(sample, time, crops, encoder_hidden_states=text[..., :3])
