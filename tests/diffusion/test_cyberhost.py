@@ -9,11 +9,7 @@ from tests.tolerance import CLOSE, DEEP, FORMULA, MODEL, PROJECTED, assert_close
 from torch import nn
 
 import manyheads
-from manyheads.calls.stage_blocks import RegionSeen
-from manyheads.conditioning import StageConfig
-from manyheads.diffusion.cyberhost import CyberHost, gram_schmidt
-from manyheads.diffusion.cyberhost.cyberhost import Codebook, Region
-from manyheads.diffusion.cyberhost.priors import (
+from manyheads.calls.human_priors import (
     MASK_WEIGHT,
     ClarityEmbedding,
     PoseEncoder,
@@ -22,6 +18,9 @@ from manyheads.diffusion.cyberhost.priors import (
     local_loss,
     movement_map,
 )  # fmt: skip
+from manyheads.calls.stage_blocks import RegionSeen
+from manyheads.conditioning import StageConfig
+from manyheads.diffusion.cyberhost import Codebook, CyberHost, Region, gram_schmidt
 from manyheads.errors import UserError
 from manyheads.integrations.stage_blocks import adapted, stages_of
 

@@ -15,8 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..data.avatars import Clip, chest, covered, cut, keypoints, regions, skeleton
-from ..diffusion.cyberhost.priors import (
+from ..calls.human_priors import (
     ClarityEmbedding,
     PoseEncoder,
     clarity_score,
@@ -24,6 +23,7 @@ from ..diffusion.cyberhost.priors import (
     local_loss,
     movement_map,
 )  # fmt: skip
+from ..data.avatars import Clip, chest, covered, cut, keypoints, regions, skeleton
 from ..errors import UserError
 from ..integrations.stage_blocks import Denoised, adapted
 from ._weights import Saved, fitted_width
@@ -160,7 +160,7 @@ class AvatarModel(Saved):
         return Denoised(out[:, :, 1:], seen)
 
     def loss(self, given: Noisy) -> Tensor:
-        """What training makes small, see :func:`manyheads.diffusion.cyberhost.priors.local_loss`."""
+        """What training makes small, see :func:`manyheads.calls.human_priors.local_loss`."""
         out, seen = self(given.latents, given.time, given.given)
         error = (out.float() - given.velocity).square()
         return local_loss(

@@ -15,7 +15,7 @@ from manyheads.experiment.task import RunContext
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
-from manyheads.diffusion.cyberhost.priors import movement_map
+from manyheads.calls.human_priors import movement_map
 from manyheads.models.avatars import AvatarConfig, AvatarModel, fitted, hand_clarity, noisy, shown
 from manyheads.recipes import cyberhost as recipe
 from manyheads.tasks.training._avatar_scores import candidates, found_keypoints, judge, true_keypoints

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CyberHost tells the denoiser of the body, and what it is trained to get right there.
+"""What a denoiser of people is told of the body, and what it is trained to get right there, as ``cyberhost`` has it.
 
 - **Body movement map**: a box around all places of the chest in the clip, enlarged, encoded and added to the noisy
   latents of every frame: how much the body moves, not where it is when.
@@ -9,7 +9,7 @@
 - **Local supervision**: (1 + M) L, M being 1 in the regions, with the squared error of the keypoints' heat maps, which
   counts for half of the samples and only below a noise of 0.5 (t < 500), and the masks' own loss.
 
-Chosen here, where notes of the paper are silent: maps go through two convolutions of which the second is zero at first
+Chosen here, where notes of the paper (arXiv 2409.01876) are silent: maps go through two convolutions of which the second is zero at first
 (:class:`PoseEncoder`); the box is 1 to 1.5 times as wide and high ("enlarged by 100 to 150 %" can be read otherwise);
 masks are learned by binary cross-entropy with weight 0.1; a score is of a clip, the mean over its frames and hands.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, interpolate, silu
 
-from ...calls.stage_blocks import RegionSeen
+from .stage_blocks import RegionSeen
 
 __all__ = ["MASK_WEIGHT", "ClarityEmbedding", "PoseEncoder", "clarity_score", "heat_maps", "local_loss", "movement_map"]
 

@@ -11,7 +11,8 @@ each region r, with features F ``[B, T, H, W, D]``,
     F <- F + sum over r of M_r (F_motion + F_id)
 
 and for the hands conv(F) also gives heat maps of the keypoints, for a loss. In inference only crops of the reference
-image are needed. ``priors`` has the rest of the paper: what is done for training.
+image are needed. :mod:`manyheads.calls.human_priors` has the rest of the paper: what is done
+for training.
 
 "CyberHost: Taming Audio-driven Avatar Diffusion Model with Region Codebook Attention" (arXiv 2409.01876). No code is
 published, and the paper's text was at hand as notes of others. Chosen here: n = 64, m = 32 (at most D); queries are
@@ -30,9 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
 
-from ...calls.stage_blocks import RegionSeen, StageBlocks, StageOutput
-from ...conditioning import InsertedBlocks, StageConfig
-from ...errors import UserError
+from ..calls.stage_blocks import RegionSeen, StageBlocks, StageOutput
+from ..conditioning import InsertedBlocks, StageConfig
+from ..errors import UserError
 
 __all__ = ["REGIONS", "CyberHost", "RegionBlocks", "gram_schmidt"]
 
