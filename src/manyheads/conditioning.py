@@ -50,7 +50,7 @@ class DenoiserWeights(Strategy, ABC):
     """Has weights that are trained with a denoiser; one of the two kinds that follow.
 
     Attributes:
-        recipe: name of the recipe that trains them.
+        recipe: by which one is trained, of :mod:`manyheads.recipes`.
     """
 
     recipe: ClassVar[str] = ""

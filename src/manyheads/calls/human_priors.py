@@ -9,10 +9,10 @@
 - **Local supervision**: (1 + M) L, M being 1 in the regions, with the squared error of the keypoints' heat maps, which
   counts for half of the samples and only below a noise of 0.5 (t < 500), and the masks' own loss.
 
-Chosen here, where notes of the paper (arXiv 2409.01876) are silent: maps go through two convolutions of which the second
-is zero at first (:class:`PoseEncoder`); the box is 1 to 1.5 times as wide and high ("enlarged by 100 to 150 %" can be
-read otherwise); masks are learned by binary cross-entropy with weight 0.1; a score is of a clip, the mean over its
-frames and hands.
+Chosen here, where notes of the paper (arXiv 2409.01876) are silent: maps go through two convolutions of which the
+second is zero at first (:class:`PoseEncoder`); the box is 1 to 1.5 times as wide and high ("enlarged by 100 to 150 %"
+can be read otherwise); masks are learned by binary cross-entropy with weight 0.1; a score is of a clip, the mean over
+its frames and hands.
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,7 +23,7 @@ ARMS = (
     Arm(NO_CROPS, f"{SPEC},identity=false", options={"fitted": SPEC}),
     Arm(NO_MASK, f"{SPEC},mask=false", options={"fitted": SPEC}),
     Arm(NO_PRIORS, SPEC, options={"without": PRIORS}),
-    Arm(STILL, options={"shown": "reference"}), Arm(TRUTH, options={"shown": "truth"}),
+    Arm(STILL, options={"copies": "reference"}), Arm(TRUTH, options={"copies": "truth"}),
 )  # fmt: skip
 MORE = (
     Arm(LEARNED, f"{SPEC},orthogonal=false"),

@@ -76,6 +76,10 @@ Chat = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="Of texts: a system message before every prompt.")]
+Picture = Annotated[
+    Path | None,
+    typer.Option("--image", help="Of texts: a picture that every prompt is about, for a model that reads images."),
+]
 Lenses = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,7 +90,7 @@ Lenses = Annotated[
 ]
 
 _IMAGES = ("--class", "--source", "--steps", "--guidance", "--size", "--maps")
-_TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system", "--lens")
+_TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system", "--lens", "--image")
 _BUDGET, _MOST = "0.25", 64
 
 
@@ -115,6 +119,7 @@ def generate(
     protect: Protect = None,
     system: System = None,
     lens: Lenses = None,
+    image: Picture = None,
     as_json: Json = False,
 ) -> None:
     """Generate without and with strategies, side by side: images from the same noise, or replies to the same prompt.
@@ -133,6 +138,8 @@ def generate(
 
     manyheads generate --model default "def f(x):" --strategy ablate:heads=3.1 --lens heads --out reply.html
 
+    manyheads generate --model ./llava "What is in the picture?" --image photo.png --strategies vcd,pai
+
     Of images the columns are the baseline, and each strategy with its difference from it. Of texts the words are marked
     from where they leave those of the plain model. The table shows what each held and cost.
     """
@@ -145,18 +152,20 @@ def generate(
         "--class": classes, "--source": source, "--steps": steps, "--guidance": guidance, "--seed": seed,
         "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
         "--max-new-tokens": max_new_tokens, "--chat": chat, "--protect": protect, "--system": system,
-        "--lens": lens,
+        "--lens": lens, "--image": image,
     }  # fmt: skip
     used = [name for name, value in given.items() if value is not None]
-    if (subject := _language_model(model, dtype, specs)) is not None:
+    if (subject := _vlm(model, dtype, device) if image else _language_model(model, dtype, specs)) is not None:
         if wrong := [name for name in used if name in _IMAGES]:
             raise UserError(f"{model} writes text, and {wrong[0]} is of images; leave it away")
         plain = "dpad" if subject.fills_masks else "auto"
         specs = specs or ([] if lens else [plain])
+        if image and (lens or protect):
+            raise UserError(f"{'--lens' if lens else '--protect'} counts words, and --image has others: leave one away")
         if protect is not None:
             specs = [spec if spec == "full" else protecting(spec, protect) for spec in specs]
         drawn = read_seeds(seed or 0, seeds, samples)
-        how = (max_new_tokens or _MOST, chat, system or "", drawn, lens or [])
+        how = (max_new_tokens or _MOST, chat, system or "", drawn, lens or [], image)
         _texts(subject, specs, prompts, budget, how, out, device or "cpu", as_json)
         return
     if wrong := [name for name in used if name in _TEXTS]:
@@ -192,21 +201,34 @@ def _language_model(model: str, dtype: str | None, specs: list[str]) -> CausalLM
     return None if of_images else found
 
 
+def _vlm(model: str, dtype: str | None, device: str | None) -> CausalLM | None:
+    """The language model of that name that reads images, loaded; None for a pipeline."""
+    from manyheads import models
+    from manyheads.experiment import CausalLM
+    from manyheads.experiment.subjects import subject
+
+    if not isinstance(subject(model, dtype), CausalLM):
+        return None
+    quiet_libraries()
+    return CausalLM(model, *models.load_vlm(model, device or "cpu", models.named_dtype(dtype)))
+
+
 def _texts(
     subject: CausalLM, specs: list[str], prompts: list[str], budget: str | None,
-    how: tuple[int, bool | None, str, list[int], list[str]], out: Path | None, device: str, as_json: bool,
+    how: tuple[int, bool | None, str, list[int], list[str], Path | None], out: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Replies of a language model."""
     from manyheads.comparison import make_arms
     from manyheads.experiment.arms import BASELINE, Arm
     from manyheads.generate import texts
+    from manyheads.inspect.signals import open_image
     from manyheads.models.chat import chats
     from manyheads.report import generate_texts as shown_by
     from manyheads.report.page import write
 
     if not prompts:
         raise UserError(f'give a prompt, as `manyheads generate --model {subject.name} "Who wrote Hamlet?"`')
-    (most, chat, system, seeds, lens) = how
+    (most, chat, system, seeds, lens, image) = how
     arms = [Arm(BASELINE), *make_arms(specs, [budget or _BUDGET], subject)]
     if out is not None:
         if out.suffix.lower() not in (".html", ".htm"):
@@ -220,20 +242,13 @@ def _texts(
         if tokenizer is None:
             raise UserError(f"{subject.name} has no tokenizer, so that it reads no text")
         replies = texts.run(
-            model,
-            tokenizer,
-            arms,
-            prompts,
-            max_new_tokens=most,
-            chat=chat,
-            progress=progress,
-            system=system,
-            seeds=seeds,
-            lenses=lenses,
-        )
+            model, tokenizer, arms, prompts, max_new_tokens=most, chat=chat, progress=progress, system=system,
+            seeds=seeds, lenses=lenses, image=None if image is None else open_image(image),
+        )  # fmt: skip
     facts = texts.facts(replies, model) | {
         "model": subject.name, "chat": chats(tokenizer) if chat is None else chat,
-        "system": system or None, "out": None if out is None else str(out), "command": typed(),
+        "system": system or None, "image": None if image is None else str(image),
+        "out": None if out is None else str(out), "command": typed(),
     }  # fmt: skip
     if out is not None:
         write(shown_by.page(facts, replies if lenses else ()), out)

@@ -151,6 +151,23 @@ def load_vision(
     return model, processor
 
 
+def load_vlm(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, Any]":
+    """As ``load``, a model that reads images and text, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    name = source(path_or_name)
+    if not (reads := _class_of(name)[1]) >= {"image", "text"}:
+        raise UserError(f"{name} reads {_listed(reads)}: leave --image away, or name a model as LLaVA")
+    try:
+        processor: Any = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{name} has no processor that can be read: {_line(error)}") from error
+    place, _ = placed(device, dtype)
+    return _load_model(name, place, dtype or _own_dtype(name, place), kind=AutoModelForImageTextToText), processor
+
+
 def load_speech(
     path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]":

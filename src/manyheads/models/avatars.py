@@ -7,8 +7,8 @@ channels of its frame, which is what attention of a frame to one token of audio 
 two more say where a pixel is; there are no motion frames. ``recipes/cyberhost.py`` trains one.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
@@ -26,9 +26,9 @@ from ..calls.human_priors import (
 from ..data.avatars import Clip, chest, covered, cut, keypoints, regions, skeleton
 from ..errors import UserError
 from ..integrations.stage_blocks import Denoised, adapted
-from ._weights import Saved, fitted_width
+from .rectified import Flow, euler, noised
 
-__all__ = ["AvatarConfig", "AvatarModel", "Given", "Noisy", "fitted", "noisy", "shown"]
+__all__ = ["AvatarConfig", "AvatarModel", "Given", "Noisy", "hand_clarity", "noisy", "shown"]
 
 _CROP, _TEXT, _SIGNAL, _PLACE = (
     8,
@@ -111,7 +111,7 @@ class Noisy(NamedTuple):
     counted: Tensor
 
 
-class AvatarModel(Saved):
+class AvatarModel(Flow):
     """A denoiser with inserted blocks, and the encoders of the priors.
 
     Attributes:
@@ -119,7 +119,9 @@ class AvatarModel(Saved):
         denoiser: see :func:`manyheads.integrations.stage_blocks.adapted`.
     """
 
-    sizes, what, recipe = AvatarConfig, "avatar model", "manyheads.recipes.cyberhost"
+    named: ClassVar[str] = "avatars"
+    recipe: ClassVar[str] = "cyberhost"
+    config_type: ClassVar[type] = AvatarConfig
 
     def __init__(self, config: AvatarConfig) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class AvatarModel(Saved):
         out, seen = self.denoiser(frames, times, given.crops, lead=1, time_added=added, encoder_hidden_states=text)
         return Denoised(out[:, :, 1:], seen)
 
-    def loss(self, given: Noisy) -> Tensor:
+    def loss(self, given: Any) -> Tensor:
         """What training makes small, see :func:`manyheads.calls.human_priors.local_loss`."""
         out, seen = self(given.latents, given.time, given.given)
         error = (out.float() - given.velocity).square()
@@ -177,14 +179,15 @@ class AvatarModel(Saved):
             noise: to start from, ``[N, 3, T, S, S]``.
             steps: as many evaluations of the denoiser.
         """
-        x, mask = noise, None
-        for i in range(steps):
-            time = torch.full((len(x),), 1000 * (1 - i / steps), device=x.device)
+        masks: list[Tensor] = []
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
             out, seen = self(x, time, given)
-            x = x - out.float() / steps
-            logits = [stage["hand"].mask for stage in seen if stage["hand"].mask is not None]
-            mask = torch.stack([one.float().sigmoid() for one in logits]).mean(0) if logits else None
-        return x.transpose(1, 2), mask
+            masks[:] = [logits for stage in seen if (logits := stage["hand"].mask) is not None]
+            return out
+
+        video = euler(velocity, noise, steps).transpose(1, 2)
+        return video, torch.stack(masks).float().sigmoid().mean(0) if masks else None
 
     def animate(self, reference: Clip, signal: Tensor, steps: int = 8, seed: int = 0) -> Tensor:
         """Have the avatars of a clip's references follow another signal ``[N, T, 2]``: ``[N, T, 3, S, S]`` in -1..1.
@@ -203,16 +206,6 @@ class AvatarModel(Saved):
         shape = (len(signal), 3, signal.shape[1], self.config.side, self.config.side)
         noise = torch.randn(shape, generator=Generator().manual_seed(seed))
         return self.animated(given, noise.to(device), steps)[0].cpu()
-
-
-def fitted(config: AvatarConfig, parameters: int) -> AvatarConfig:
-    """The same with the feed-forward width that brings a model nearest to so many parameters.
-
-    Raises:
-        UserError: it has more without any.
-    """
-    with torch.random.fork_rng(devices=[]):
-        return replace(config, hidden=fitted_width(AvatarModel(config), parameters))
 
 
 def shown(clip: Clip, factor: Tensor | None = None, clarity: Tensor | None = None) -> Given:
@@ -249,8 +242,7 @@ def noisy(clip: Clip, patch: int, generator: Generator) -> Noisy:
     """Clips with noise at levels of a logit-normal (arXiv 2403.03206), drawn on the device of the clips."""
     device, side = clip.video.device, clip.video.shape[-1]
     clean = clip.video.transpose(1, 2)
-    noise = torch.randn(clean.shape, generator=generator, device=device)
-    sigma = torch.randn(len(clean), generator=generator, device=device).sigmoid()
+    latents, time, velocity = noised(clean, generator)
     drawn = torch.rand(2, len(clean), generator=generator, device=device)
     finger = clip.avatar.finger[:, None].expand(clip.video.shape[:2])
     box = regions(clip.pose, finger, side)
@@ -259,7 +251,7 @@ def noisy(clip: Clip, patch: int, generator: Generator) -> Noisy:
     heat = heat_maps(keypoints(clip.pose, finger, side), side, side // patch, side / 16)
     factor = _FACTOR[0] + (_FACTOR[1] - _FACTOR[0]) * drawn[0]
     return Noisy(
-        torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1)), 1000 * sigma, shown(clip, factor, hand_clarity(clip)),
-        noise - clean, (within["face"] | within["hand"]).float(), tokens["face"], tokens["hand"], heat,
-        ((sigma < 0.5) & (drawn[1] < 0.5)).float(),
+        latents, time, shown(clip, factor, hand_clarity(clip)),
+        velocity, (within["face"] | within["hand"]).float(), tokens["face"], tokens["hand"], heat,
+        ((time < 500) & (drawn[1] < 0.5)).float(),
     )  # fmt: skip

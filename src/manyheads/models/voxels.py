@@ -6,8 +6,8 @@ has it over latents. The instruction is one token of text. ``recipes/native3d_ed
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
@@ -16,9 +16,9 @@ from torch import Generator, Tensor, nn
 from ..data.voxels import INSTRUCTIONS, Edits, Instruction
 from ..errors import UserError
 from ..integrations.source_condition import conditioned
-from ._weights import Saved, fitted_width
+from .rectified import Flow, euler, noised
 
-__all__ = ["EditorConfig", "Noisy", "VoxelEditor", "fitted", "noisy"]
+__all__ = ["EditorConfig", "Noisy", "VoxelEditor", "noisy"]
 
 _TEXT = 32
 
@@ -62,7 +62,7 @@ class Noisy(NamedTuple):
     velocity: Tensor
 
 
-class VoxelEditor(Saved):
+class VoxelEditor(Flow):
     """A conditioned denoiser and the vectors of the instructions.
 
     Attributes:
@@ -71,7 +71,9 @@ class VoxelEditor(Saved):
         words: a vector for each instruction.
     """
 
-    sizes, what, recipe = EditorConfig, "editor", "manyheads.recipes.native3d_edit"
+    named: ClassVar[str] = "editor"
+    recipe: ClassVar[str] = "native3d_edit"
+    config_type: ClassVar[type] = EditorConfig
 
     def __init__(self, config: EditorConfig) -> None:
         super().__init__()
@@ -93,11 +95,6 @@ class VoxelEditor(Saved):
         out: Tensor = self.denoiser(latents, source, time, encoder_hidden_states=text)
         return out
 
-    def loss(self, given: Noisy) -> Tensor:
-        """Mean squared error of the velocity."""
-        said: Tensor = self(*given[:4])
-        return (said.float() - given.velocity).square().mean()
-
     @torch.no_grad()
     def edited(self, source: Tensor, instruction: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
         """Objects as they are after their instructions, by Euler steps of the flow.
@@ -108,11 +105,8 @@ class VoxelEditor(Saved):
             noise: to start from, float32 ``[N, S, S, S]``.
             steps: as many evaluations of the denoiser.
         """
-        x, clean = noise[:, None], _latents(source)
-        for i in range(steps):
-            time = torch.full((len(x),), 1000 * (1 - i / steps), device=x.device)
-            x = x - self(x, clean, time, instruction).float() / steps
-        return x[:, 0] > 0
+        clean = _latents(source)
+        return euler(lambda x, time: self(x, clean, time, instruction), noise[:, None], steps)[:, 0] > 0
 
     def edit(
         self, source: Tensor, instruction: Instruction | Sequence[Instruction], steps: int = 10, seed: int = 0
@@ -136,24 +130,11 @@ class VoxelEditor(Saved):
         return out if source.ndim == 4 else out[0]
 
 
-def fitted(config: EditorConfig, parameters: int) -> EditorConfig:
-    """The same with the feed-forward width that brings an editor nearest to so many parameters.
-
-    Raises:
-        UserError: it has more without any.
-    """
-    with torch.random.fork_rng(devices=[]):
-        return replace(config, hidden=fitted_width(VoxelEditor(config), parameters))
-
-
 def _latents(voxels: Tensor) -> Tensor:
     return voxels[:, None].float() * 2 - 1
 
 
 def noisy(edits: Edits, generator: Generator) -> Noisy:
     """Targets with noise at levels of a logit-normal (arXiv 2403.03206), drawn on the device of the edits."""
-    clean = _latents(edits.target)
-    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-    sigma = torch.randn(len(clean), generator=generator, device=clean.device).sigmoid()
-    mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-    return Noisy(mixed, _latents(edits.source), 1000 * sigma, edits.instruction, noise - clean)
+    mixed, time, velocity = noised(_latents(edits.target), generator)
+    return Noisy(mixed, _latents(edits.source), time, edits.instruction, velocity)

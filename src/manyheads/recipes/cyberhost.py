@@ -14,7 +14,6 @@ clips of avatars and signals that were never trained on are judged. Then
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +23,11 @@ from torch import Generator
 from manyheads.data.avatars import draw
 from manyheads.models.avatars import AvatarConfig, AvatarModel, Noisy, noisy, shown
 from manyheads.tasks.training._avatar_scores import judge
-from manyheads.training import Budget, TrainState, decay, fit
+from manyheads.training import TrainState, train_flow
 
-__all__ = ["main", "train_avatars"]
+__all__ = ["PRIORS", "main"]
 
 PRIORS = ("movement", "clarity", "pose", "local")
-
-
-def train_avatars(
-    model: AvatarModel, get_batch: Callable[[int], Noisy], budget: Budget | TrainState | str | int, rate: float,
-    on_step: Callable[[TrainState], bool | None] | None = None, *, warmup: int | float = 0.05,
-) -> TrainState:  # fmt: skip
-    """Train in place: AdamW, a rise and half a cosine; on a GPU steps are replayed.
-
-    Args:
-        model: on its device.
-        get_batch: by the number of the step, on that device.
-        budget: as in :func:`manyheads.training.fit`.
-        rate: highest learning rate.
-        on_step: told the state after each step.
-        warmup: of :func:`manyheads.training.decay`.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-    return fit(
-        model, get_batch, lambda _, given: model.loss(given), budget=budget, optimizers=[optimizer],
-        schedule=decay("cosine", warmup=warmup), on_step=on_step,
-        replayed=next(model.parameters()).device.type == "cuda",
-    )  # fmt: skip
 
 
 def judged(model: AvatarModel, count: int, frames: int, seed: int, steps: int = 20) -> dict[str, float]:
@@ -102,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     def get_batch(_: int) -> Noisy:
         return noisy(draw(given.batch, given.frames, given.side, generator, device=given.device), 2, drawn)
 
-    state = train_avatars(model, get_batch, 3 if given.smoke else given.budget, given.rate, told)
+    state = train_flow(model, get_batch, 3 if given.smoke else given.budget, given.rate, told)
     model.save(given.out)
     results: dict[str, Any] = {
         "steps": state.step, "batch": given.batch, "rate": given.rate, "seed": given.seed,

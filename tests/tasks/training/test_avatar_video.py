@@ -16,17 +16,19 @@ from manyheads.experiment.task import RunContext
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
 from manyheads.calls.human_priors import movement_map
-from manyheads.models.avatars import AvatarConfig, AvatarModel, fitted, hand_clarity, noisy, shown
+from manyheads.models.avatars import AvatarConfig, AvatarModel, hand_clarity, noisy, shown
+from manyheads.models.rectified import fitted
 from manyheads.recipes import cyberhost as recipe
 from manyheads.tasks.training._avatar_scores import candidates, found_keypoints, judge, true_keypoints
 from manyheads.tasks.training.avatar_video import AvatarVideo
+from manyheads.training import train_flow
 
 SPEC = "cyberhost:spatial=8,temporal=4"
 TINY = {"dim": 12, "heads": 2, "layers": 1, "denoising": 2, "frames": 2}
 ARMS = (
     Arm("plain", options={"fitted": SPEC}), Arm("whole", SPEC), Arm("free", f"{SPEC},mask=false"),
     Arm("bare", SPEC, options={"without": ("movement", "clarity", "pose", "local")}),
-    Arm("still", options={"shown": "reference"}), Arm("truth", options={"shown": "truth"}),
+    Arm("still", options={"copies": "reference"}), Arm("truth", options={"copies": "truth"}),
 )  # fmt: skip
 
 
@@ -153,7 +155,7 @@ def test_arms_have_as_many_parameters_and_the_same_first_weights():
     again = task.fresh(run, ARMS[1], 0)
     assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), again.parameters(), strict=True))
     with pytest.raises(UserError, match="more than 10 parameters"):
-        fitted(AvatarConfig(dim=12, layers=1, strategy=SPEC), 10)
+        fitted(AvatarModel, AvatarConfig(dim=12, layers=1, strategy=SPEC), 10)
 
 
 def test_rows_of_a_run():
@@ -192,7 +194,7 @@ def test_a_few_steps_teach_something(clip):
     made = model()
     given = noisy(clip, 2, torch.Generator().manual_seed(0))
     before = float(made.loss(given).detach())
-    recipe.train_avatars(made, lambda _: given, 20, 1e-2)
+    train_flow(made, lambda _: given, 20, 1e-2)
     assert float(made.loss(given).detach()) < 0.8 * before
 
 
@@ -212,7 +214,7 @@ def test_the_recipe_leaves_a_model_that_animates(clip, tmp_path):
             made.animate(clip, wrong)
     with pytest.raises(UserError, match="16 pixels a side"):
         made.animate(draw(6, 2, 32, torch.Generator()), signal)
-    with pytest.raises(UserError, match="has no avatar model: train one"):
+    with pytest.raises(UserError, match="has no avatars: train one"):
         AvatarModel.load(tmp_path / "none")
     with pytest.raises(SystemExit):
         recipe.main(["--out", str(tmp_path), "--without", "audio"])
