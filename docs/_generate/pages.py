@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from manyheads import catalog, claims
-from manyheads.conditioning import SourceCondition
+from manyheads.conditioning import DenoiserWeights
 from manyheads.decoding._images import ImageDecoding
 from manyheads.strategy import Attention, Mixer, Ranker, Strategy
 from manyheads.unlearning import Unlearning
@@ -116,7 +116,7 @@ def usage(slug: str, cls: type[Strategy], category: str) -> str:
         return f'```python\nfrom manyheads.models.encoder import Encoder\n\nmodel = Encoder("{slug}", config)\n```'
     if issubclass(cls, Mixer):
         return f"```sh\nmanyheads compare --train --strategies softmax,{slug}\n```"
-    if issubclass(cls, SourceCondition):
+    if issubclass(cls, DenoiserWeights):
         return f"```sh\npython -m manyheads.recipes.{cls.recipe} --strategy {slug} --out FOLDER\n```"
     if issubclass(cls, Unlearning):
         return f"```sh\npython -m manyheads.recipes.unlearning_bench --method {slug}\n```"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..causal_lens import CausalLens
-from ..conditioning import SourceCondition
+from ..conditioning import DenoiserWeights
 from ..errors import UserError
 from ..strategy import (
     Attention,
@@ -201,7 +201,7 @@ class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
     kind = "trainable"
-    kinds = (Mixer, Attention, ImagePositions, Residual, SourceCondition, Unlearning, Decoding)
+    kinds = (Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding)
     name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:
@@ -233,7 +233,7 @@ def _where(strategy: Strategy) -> str:
         return f"write with it: manyheads generate --model MODEL --strategy {strategy.slug}"
     if isinstance(strategy, Unlearning):
         return f"run it: python -m manyheads.recipes.unlearning_bench --method {strategy.slug}"
-    if isinstance(strategy, SourceCondition):
+    if isinstance(strategy, DenoiserWeights):
         return f"train it: python -m manyheads.recipes.{strategy.recipe} --strategy {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
