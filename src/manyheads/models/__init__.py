@@ -328,6 +328,11 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
     """The model with its weights; a causal language model unless its class is given."""
     from transformers import AutoModelForCausalLM
 
+    from ..integrations import surgery_files
+
+    if (Path(name) / surgery_files.FILE).is_file():
+        converted: PreTrainedModel = surgery_files.load(Path(name), place, dtype)
+        return converted
     if kind is None:
         _check_architecture(name)
         from .packed import FILE
