@@ -99,7 +99,10 @@ class Pruning(Conversion):
             wide = () if channels == model.width else (Prune(axis="width", keep=top(scores.width, channels)),)
             if neurons >= shape.neurons:
                 return wide
-            return (*wide, *(Prune(axis="neurons", keep=top(s, neurons), layer=i) for i, s in enumerate(scores.neurons)))
+            return (
+                *wide,
+                *(Prune(axis="neurons", keep=top(s, neurons), layer=i) for i, s in enumerate(scores.neurons)),
+            )
 
         def shallow(layers: int) -> tuple[Step, ...]:
             return (Drop(part="block", layers=least(scores.layers, count - layers)),) if layers < count else ()

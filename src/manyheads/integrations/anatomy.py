@@ -142,4 +142,3 @@ class ModelAnatomy:
 def turned(module: nn.Module) -> bool:
     """Whether a linear layer keeps its weight as ``[in, out]``, as GPT-2's does."""
     return type(module).__name__ == "Conv1D"
-

@@ -118,7 +118,9 @@ class _Sums:
     def _inputs(self, place: str, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             x = args[0]
-            self._add(place, layer, x.unflatten(-1, (-1, self.anatomy.layers[layer].head_dim)) if place == "heads" else x)
+            self._add(
+                place, layer, x.unflatten(-1, (-1, self.anatomy.layers[layer].head_dim)) if place == "heads" else x
+            )
 
         return hook
 

@@ -231,7 +231,9 @@ def _brought(step: Step, name: str, shape: tuple[int, ...], like: Tensor) -> Ten
 
 def _put(anatomy: ModelAnatomy, part: str, layer: int, make: Callable[[nn.Parameter | None], nn.Module]) -> None:
     if part not in anatomy.map.parts:
-        raise UserError(f"{anatomy.family} has no layer {part} of its own: its parts are {', '.join(anatomy.map.parts)}")
+        raise UserError(
+            f"{anatomy.family} has no layer {part} of its own: its parts are {', '.join(anatomy.map.parts)}"
+        )
     bias = getattr(anatomy.linear(part, layer), "bias", None)
     anatomy.blocks[layer].set_submodule(anatomy.map.parts[part], make(bias))
 
@@ -259,7 +261,9 @@ def _drop(anatomy: ModelAnatomy, steps: list[Drop]) -> None:
     setattr(config, anatomy.map.fields["layers"], len(left))
     kinds = getattr(config, "layer_types", None) or ()
     if len(set(kinds)) > 1 and left[0] in silent:
-        raise UserError("the first layer keeps its attention in a model whose layers differ: its cache is counted there")
+        raise UserError(
+            "the first layer keeps its attention in a model whose layers differ: its cache is counted there"
+        )
     number = 0
     for place, i in enumerate(left):
         for module in blocks[i].modules():
