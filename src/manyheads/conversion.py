@@ -212,7 +212,9 @@ class SurgeryPlan:
                 raise ValueError(f"format {data['format']}")
             steps = []
             for given in data["steps"]:
-                own = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "step"}
+                own: dict[str, Any] = {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "step"
+                }
                 steps.append(_STEPS[given["step"]](**own))
             return cls(tuple(steps))
         except (KeyError, TypeError, ValueError) as error:

@@ -125,7 +125,7 @@ class Converted:
 
 def convert_model(
     model: Any, conversion: Conversion | str, material: Material, *, recover: str | int | None = None,
-    sequences: int = 32, batch: int = 4, seed: int = 0, folder: Path | None = None, progress: Progress | None = None,
+    sequences: int = 32, batch: int = 4, seed: int = 0, folder: Path | None = None, progress: Progress | None = None, stages: bool = True,
 ) -> Converted:  # fmt: skip
     """Convert a model of transformers, which stays as it is.
 
@@ -140,6 +140,7 @@ def convert_model(
         folder: of the recovery's checkpoints; a training that was cut off goes on there, and they are removed at its
             end.
         progress: is told how far the work is.
+        stages: measure the loss before and after surgery too, and not at the end alone.
 
     Raises:
         UserError: the strategy converts nothing, does not fit the model, or has not enough text.
@@ -166,8 +167,10 @@ def convert_model(
         {},
         copy.deepcopy(model.config),
     )  # fmt: skip
-    result.windows["before"] = measured(model, model, material, batch)
-    result.windows["after surgery"] = measured(made, model, material, batch)
+    if stages:
+        result.windows["before"] = measured(model, model, material, batch)
+    if stages or recover is None:
+        result.windows["after surgery"] = measured(made, model, material, batch)
     if recover is not None:
         result.state = _recovered(result, model, strategy, anatomy, material, recover, seed, folder, progress)
         result.windows["after recovery"] = measured(result.model, model, material, batch)
@@ -208,10 +211,10 @@ def measured(model: Any, original: Any, material: Material, batch: int = 4) -> l
         if causal:
             found += nats(model, ids).mean(1).tolist()
         else:
-            states = [each.base_model(input_ids=ids[:, :-1])[0].float() for each in (model, original)]
-            if states[0].shape != states[1].shape:
+            own, theirs = (each.base_model(input_ids=ids[:, :-1])[0].float() for each in (model, original))
+            if own.shape != theirs.shape:
                 return [float("nan")] * len(material.held_out)
-            found += (1 - torch.cosine_similarity(*states, dim=-1)).mean(1).tolist()
+            found += (1 - torch.cosine_similarity(own, theirs, dim=-1)).mean(1).tolist()
     return found
 
 

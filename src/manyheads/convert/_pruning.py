@@ -113,12 +113,17 @@ class Pruning(Conversion):
         if self.axis == "width":
             most = largest(1, model.width // unit, lambda n: fits(*narrow(n * unit, shape.neurons)))
             return narrow(most * unit, shape.neurons)
+
+        def wide(channels: int) -> int:
+            """The most neurons at a width."""
+            most = largest(1, -(-shape.neurons // _MULTIPLE), lambda n: fits(*narrow(channels, n * _MULTIPLE)))
+            return min(most * _MULTIPLE, shape.neurons)
+
         found = []
         for channels in range(unit, model.width + 1, unit) if self.axis == "both" else (model.width,):
             if channels < 0.5 * self.keep * model.width or not fits(*narrow(channels, _MULTIPLE)):
                 continue
-            most = largest(1, -(-shape.neurons // _MULTIPLE), lambda n, c=channels: fits(*narrow(c, n * _MULTIPLE)))
-            neurons = min(most * _MULTIPLE, shape.neurons)
+            neurons = wide(channels)
             found.append((abs(neurons / shape.neurons - channels / model.width), channels, neurons))
         if not found:
             raise UserError(f"{self.spec} leaves fewer parameters than can be reached by {self.axis}: keep more")

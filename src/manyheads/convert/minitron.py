@@ -67,7 +67,9 @@ class Minitron(Pruning):
         layers = [float(x) for x in stats[_COSINE]]
         if self.depth == "loss" and self.axis == "layers":
             layers = [stats.loss(SurgeryPlan((Drop(part="block", layers=(i,)),))) for i in range(len(model.layers))]
-        scores = Scores(stats[_NEURONS], torch.stack(list(stats[_HEADS])), sum(stats[_NORMS]), layers)
+        scores = Scores(
+            stats[_NEURONS], torch.stack(list(stats[_HEADS])), torch.stack(list(stats[_NORMS])).sum(0), layers
+        )
         return self.pruned(model, scores)
 
     def recovery(self, model: Anatomy) -> Recovery:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..causal_lens import CausalLens
 from ..conditioning import DenoiserWeights
+from ..conversion import Conversion
 from ..errors import UserError
 from ..strategy import (
     Attention,
@@ -33,7 +34,7 @@ from ..writing import Decoding
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CausalLM", "Machine", "Pipeline", "Subject", "Trainable", "subject"]
+__all__ = ["CausalLM", "Convertible", "Machine", "Pipeline", "Subject", "Trainable", "subject"]
 
 
 class Subject(ABC):
@@ -168,6 +169,12 @@ class CausalLM(Subject):
         }  # fmt: skip
 
 
+class Convertible(CausalLM):
+    """A causal language model that every arm is made of anew, by a conversion."""
+
+    kinds = (Conversion,)
+
+
 class Pipeline(Subject):
     """A pipeline of diffusers: one that ships (``scenes``, ``unet``, ``moving``) or a folder."""
 
@@ -231,6 +238,8 @@ def _where(strategy: Strategy) -> str:
         return f"look with it: manyheads inspect --lens {strategy.slug}"
     if isinstance(strategy, Decoding):
         return f"write with it: manyheads generate --model MODEL --strategy {strategy.slug}"
+    if isinstance(strategy, Conversion):
+        return f"convert the model first: manyheads convert {strategy.spec} --model MODEL --out FOLDER"
     if isinstance(strategy, Unlearning):
         return f"run it: python -m manyheads.recipes.unlearning_bench --method {strategy.slug}"
     if isinstance(strategy, DenoiserWeights):

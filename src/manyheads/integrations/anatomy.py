@@ -93,7 +93,13 @@ class ModelAnatomy:
         return part in self.map.parts or (part in _QKV and "qkv" in self.map.parts)
 
     def linear(self, part: str, layer: int) -> nn.Module:
-        """The linear layer of a part, fused or not."""
+        """The linear layer of a part, fused or not.
+
+        Raises:
+            UserError: the family has none of that name.
+        """
+        if part not in self.map.parts:
+            raise UserError(f"{self.family} has no layer {part} of its own: there are {', '.join(self.map.parts)}")
         return self.blocks[layer].get_submodule(self.map.parts[part])
 
     def weight(self, part: str, layer: int | None = None) -> Tensor:
@@ -107,14 +113,15 @@ class ModelAnatomy:
     def _tensor(self, part: str, layer: int | None, kind: str) -> Tensor | None:
         if layer is None:
             place = self.model.get_input_embeddings() if part == "embedding" else self.model.get_output_embeddings()
-            return getattr(place, kind).detach()
+            whole: Tensor = getattr(place, kind)
+            return whole.detach()
         fused = part in _QKV and "qkv" in self.map.parts
         module: Any = self.linear("qkv" if fused else part, layer)
-        found = getattr(module, kind, None)
-        if found is None:
+        held: Tensor | None = getattr(module, kind, None)
+        if held is None:
             return None
-        found = found.detach().mT if turned(module) and found.ndim == 2 else found.detach()
-        return found.chunk(3)[_QKV.index(part)] if fused else found
+        held = held.detach().mT if turned(module) and held.ndim == 2 else held.detach()
+        return held.chunk(3)[_QKV.index(part)] if fused else held
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by all their names, tied ones under each."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -72,7 +73,8 @@ def _prune(anatomy: ModelAnatomy, steps: list[Prune]) -> None:
 
 def _rows(anatomy: ModelAnatomy, steps: list[Prune], layer: int) -> dict[str, Tensor]:
     """Entries that are kept of the axes of a layer's parameters, those that are pruned."""
-    shape, rows = anatomy.layers[layer], {}
+    shape = anatomy.layers[layer]
+    rows: dict[str, Tensor] = {}
     for step in steps:
         if step.layer not in (None, layer):
             continue
@@ -150,16 +152,15 @@ def _tell(anatomy: ModelAnatomy, steps: list[Prune], before: Any, kept: list[dic
 
 def _rescale(anatomy: ModelAnatomy, width: int) -> None:
     """Embeddings are multiplied by the root of the new width: have what follows them see the same numbers."""
-    embedding = anatomy.model.get_input_embeddings()
-    factor = (anatomy.width / width) ** 0.5
-    weight = embedding.weight
+    embedding: Any = anatomy.model.get_input_embeddings()
+    weight, old = embedding.weight.detach(), embedding.embed_scale
+    new = torch.tensor(width**0.5).to(old)
+    factor = float(old.to(weight.dtype)) / float(new.to(weight.dtype))
     tied = anatomy.tied
-    made = nn.Parameter(weight.detach() * factor)
-    embedding.weight = made
-    embedding.embed_scale = torch.full_like(embedding.embed_scale, width**0.5)
+    embedding.weight, embedding.embed_scale = nn.Parameter(weight * factor), new
     if tied:  # the output layer has the factor too; the last norm, whose gain is 1 + w, takes it away
-        anatomy.model.get_output_embeddings().weight = made
-        norm = anatomy.model.get_submodule(f"{anatomy.prefix}norm")
+        anatomy.model.get_output_embeddings().weight = embedding.weight
+        norm: Any = anatomy.model.get_submodule(f"{anatomy.prefix}norm")
         norm.weight = nn.Parameter((1 + norm.weight.detach()) / factor - 1)
 
 
@@ -168,7 +169,7 @@ def _factorise(anatomy: ModelAnatomy, step: Factorise) -> None:
     like = anatomy.weight(step.part, step.layer)
     left = _brought(step, "left", (out, step.rank), like)
     right = _brought(step, "right", (step.rank, inside), like)
-    _put(anatomy, step.part, step.layer, lambda bias: LowRankLinear(left, right, bias))
+    _put(anatomy, step.part, step.layer, partial(LowRankLinear, left, right))
 
 
 def _share(anatomy: ModelAnatomy, step: Share) -> None:
@@ -176,8 +177,7 @@ def _share(anatomy: ModelAnatomy, step: Share) -> None:
     atoms = nn.Parameter(_brought(step, "atoms", (step.atoms, *like.shape), like))
     coefficients = _brought(step, "coefficients", (len(step.layers), step.atoms), like)
     for i, layer in enumerate(step.layers):
-        row = coefficients[i].clone()
-        _put(anatomy, step.part, layer, lambda bias, row=row: SharedLinear(atoms, row, bias))
+        _put(anatomy, step.part, layer, partial(SharedLinear, atoms, coefficients[i].clone()))
 
 
 def _replace(anatomy: ModelAnatomy, step: Replace) -> None:
@@ -189,7 +189,7 @@ def _replace(anatomy: ModelAnatomy, step: Replace) -> None:
     module = module.to(like.device, like.dtype)
     if step.tensors:
         module.load_state_dict(dict(step.tensors))
-    paths = anatomy.map.modules | anatomy.map.parts
+    paths = {**anatomy.map.modules, **anatomy.map.parts}
     anatomy.blocks[step.layer].set_submodule(paths[step.part], module)
 
 
@@ -230,10 +230,6 @@ def _brought(step: Step, name: str, shape: tuple[int, ...], like: Tensor) -> Ten
 
 
 def _put(anatomy: ModelAnatomy, part: str, layer: int, make: Callable[[nn.Parameter | None], nn.Module]) -> None:
-    if part not in anatomy.map.parts:
-        raise UserError(
-            f"{anatomy.family} has no layer {part} of its own: its parts are {', '.join(anatomy.map.parts)}"
-        )
     bias = getattr(anatomy.linear(part, layer), "bias", None)
     anatomy.blocks[layer].set_submodule(anatomy.map.parts[part], make(bias))
 
@@ -266,6 +262,7 @@ def _drop(anatomy: ModelAnatomy, steps: list[Drop]) -> None:
         )
     number = 0
     for place, i in enumerate(left):
+        module: Any
         for module in blocks[i].modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place if len(set(kinds)) > 1 else number

@@ -53,7 +53,7 @@ def plain(model: Any) -> Any | None:
 
 
 def outputs(model: Any) -> Tensor:
-    """What a model gives for made-up input, in float32 ``[N]``: logits, or its last states."""
+    """What a model gives for made-up input, ``[N]``: logits, or its last states."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     if hasattr(model.config, "vocab_size"):
@@ -63,7 +63,8 @@ def outputs(model: Any) -> Tensor:
         given = {"pixel_values": torch.randn(1, model.config.num_channels, side, side, generator=generator)}
         given = {name: x.to(device, dtype) for name, x in given.items()}
     found: Any = model.eval()(**given)[0]
-    return torch.cat([x.float().flatten() for x in found])  # of a backbone, maps of features
+    wide = next(model.parameters()).dtype == torch.float64
+    return torch.cat([(x if wide else x.float()).flatten() for x in found])  # of a backbone, maps of features
 
 
 def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[str, Any]) -> bool:
