@@ -125,7 +125,8 @@ class Converted:
 
 def convert_model(
     model: Any, conversion: Conversion | str, material: Material, *, recover: str | int | None = None,
-    sequences: int = 32, batch: int = 4, seed: int = 0, folder: Path | None = None, progress: Progress | None = None, stages: bool = True,
+    sequences: int = 32, batch: int = 4, seed: int = 0, folder: Path | None = None, progress: Progress | None = None,
+    stages: bool = True,
 ) -> Converted:  # fmt: skip
     """Convert a model of transformers, which stays as it is.
 

@@ -26,8 +26,8 @@ from manyheads.errors import UserError
 from manyheads.integrations.anatomy import ModelAnatomy
 from manyheads.integrations.surgery import converted
 from manyheads.integrations.surgery_files import FILE, load, outputs, save
-from tests.oracles.conversions import FAMILIES, HEADS, NEURONS, WIDTH, masked, tiny
-from tests.tolerance import MODEL, assert_close, is_far, within
+from oracles.conversions import FAMILIES, HEADS, NEURONS, WIDTH, masked, tiny
+from tolerance import MODEL, assert_close, is_far, within
 
 SAME = within(torch.float64, 4 * MODEL)  # another order of summation, through a model whose norms divide small numbers
 PLAIN = {  # what a stock config can say
@@ -211,14 +211,14 @@ def test_unknown_models_are_refused():
         ModelAnatomy(model)
     model = tiny("llama")
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="extra.weight"):
+    with pytest.raises(UserError, match=r"extra\.weight"):
         ModelAnatomy(model)
 
 
 def test_files_that_are_damaged_are_refused(models, tmp_path):
     plan = SurgeryPlan(PLANS["ragged"])
     save(converted(models["llama"], plan), tmp_path, plan, models["llama"].config, {})
-    with pytest.raises(OSError, match="model.safetensors"):  # stock transformers does not take it for its own
+    with pytest.raises(OSError, match=r"model\.safetensors"):  # stock transformers does not take it for its own
         type(models["llama"]).from_pretrained(tmp_path)
     written = json.loads((tmp_path / FILE).read_text())
     (tmp_path / FILE).write_text(json.dumps(written | {"plan": {"format": 1, "steps": []}}))

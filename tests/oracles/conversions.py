@@ -59,7 +59,7 @@ def tiny(kind: str, **changed: Any) -> Any:
 
 @contextmanager
 def masked(model: Any, plan: SurgeryPlan, over_all: bool = False) -> Iterator[Any]:
-    """The model with what ``plan`` prunes and drops held at zero; norms over all channels where ``over_all`` (wrong)."""
+    """The model with what ``plan`` prunes and drops held at zero; ``over_all`` is wrong: norms over all."""
     anatomy, handles = ModelAnatomy(model), []
 
     def on_input(module: Any, keep: Tensor) -> None:

@@ -155,7 +155,7 @@ def _rescale(anatomy: ModelAnatomy, width: int) -> None:
     embedding: Any = anatomy.model.get_input_embeddings()
     weight, old = embedding.weight.detach(), embedding.embed_scale
     new = torch.tensor(width**0.5).to(old)
-    factor = float(old.to(weight.dtype)) / float(new.to(weight.dtype))
+    factor = old.to(weight.dtype) / new.to(weight.dtype)
     tied = anatomy.tied
     embedding.weight, embedding.embed_scale = nn.Parameter(weight * factor), new
     if tied:  # the output layer has the factor too; the last norm, whose gain is 1 + w, takes it away
