@@ -22,9 +22,10 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .data.texts import Text
     from .progress import Progress
+    from .strategy import Strategy
     from .training import TrainState
 
-__all__ = ["Converted", "Material", "convert_model"]
+__all__ = ["Converted", "Material", "as_conversion", "convert_model", "measured"]
 
 _HELD_OUT = 0.1
 
@@ -149,11 +150,11 @@ def convert_model(
     from .integrations.anatomy import ModelAnatomy
     from .integrations.calibrate import calibrate
     from .integrations.surgery import converted
-    from .spec import parse
+    from .training import Budget
 
-    strategy = parse(conversion) if isinstance(conversion, str) else conversion
-    if not isinstance(strategy, Conversion):
-        raise UserError(f"{strategy.slug} is no conversion; `manyheads list --category convert` shows those there are")
+    strategy = as_conversion(conversion)
+    if recover is not None:
+        Budget.of(recover)  # one that cannot be read is refused before anything is done
     anatomy = ModelAnatomy(model)
     if strategy.families and anatomy.family not in strategy.families:
         known = ", ".join(sorted(strategy.families))
@@ -176,6 +177,20 @@ def convert_model(
         result.state = _recovered(result, model, strategy, anatomy, material, recover, seed, folder, progress)
         result.windows["after recovery"] = measured(result.model, model, material, batch)
     return result
+
+
+def as_conversion(given: Strategy | str) -> Conversion:
+    """A strategy or its spec as the conversion that it is.
+
+    Raises:
+        UserError: it is none, or the spec cannot be read.
+    """
+    from .spec import parse
+
+    strategy = parse(given) if isinstance(given, str) else given
+    if not isinstance(strategy, Conversion):
+        raise UserError(f"{strategy.slug} is no conversion; `manyheads list --category convert` shows those there are")
+    return strategy
 
 
 def _recovered(

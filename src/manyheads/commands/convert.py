@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -67,10 +67,12 @@ def convert(
 
     place = writable(out, str(out))
     texts = read(text) if text else standard_library()
-    from manyheads.converter import Material, convert_model
-    from manyheads.spec import parse
+    from manyheads.converter import Material, as_conversion, convert_model
+    from manyheads.training import Budget
 
-    strategy: Any = parse(spec)
+    strategy = as_conversion(spec)
+    if recover is not None:
+        Budget.parse(recover)
     with shown(as_json) as progress:
         loaded, tokenizer = load_model(model, device, dtype, encoders=True)
         made = convert_model(

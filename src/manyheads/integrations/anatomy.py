@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..conversion import LayerShape, SurgeryPlan
+from ..conversion import Drop, LayerShape, Prune, SurgeryPlan
 from ..errors import UserError
 from .architectures import Family, family_of
 
@@ -137,13 +138,18 @@ class ModelAnatomy:
         inside = name.removeprefix(f"{self.prefix}{self.map.layers}.")
         return int(inside.split(".")[0]) if inside != name else None
 
-    def parameters(self, plan: SurgeryPlan | None = None) -> int:
-        model = self.model
-        if plan is not None:
-            from .surgery import operate
+    @cached_property
+    def sizes(self) -> list[tuple[str, tuple[str, ...], int | None, torch.Size]]:
+        """Name, axes, layer and shape of every parameter, tied ones once."""
+        named = self.model.named_parameters()
+        return [(name, self.axes(name, p) or (), self.layer_of(name), p.shape) for name, p in named]
 
-            model = operate(shared_copy(model, meta=True), plan)
-        return sum(p.numel() for p in model.parameters())
+    def parameters(self, plan: SurgeryPlan | None = None) -> int:
+        from .surgery import count, operate
+
+        if plan is None or all(isinstance(step, Prune | Drop) for step in plan.steps):
+            return count(self, plan or SurgeryPlan(()))
+        return sum(p.numel() for p in operate(shared_copy(self.model, meta=True), plan).parameters())
 
 
 def turned(module: nn.Module) -> bool:

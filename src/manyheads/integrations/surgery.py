@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..errors import UserError
 from .anatomy import ModelAnatomy, shared_copy, turned
 from .surgery_parts import Absent, LowRankLinear, Same, SharedLinear
 
-__all__ = ["converted", "operate"]
+__all__ = ["converted", "count", "operate"]
 
 
 def converted(model: Any, plan: SurgeryPlan) -> Any:
@@ -39,6 +40,30 @@ def operate(model: Any, plan: SurgeryPlan) -> Any:
                 _CHANGES[type(step)](anatomy, step)
         _drop(anatomy, [step for step in steps if isinstance(step, Drop)])
     return model
+
+
+def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
+    """Parameters after a plan that prunes and drops; nothing is made."""
+    prunes = [step for step in plan.steps if isinstance(step, Prune)]
+    kept = [
+        {axis: len(rows) for axis, rows in _rows(anatomy, prunes, layer).items()}
+        for layer in range(len(anatomy.layers))
+    ]
+    shared = {axis: size for axis, size in kept[0].items() if axis == "width"}
+    home = anatomy.prefix + anatomy.map.layers
+    gone = tuple(
+        f"{home}.{layer}.{path}"
+        for step in plan.steps
+        if isinstance(step, Drop)
+        for layer in step.layers
+        for path in ([""] if step.part == "block" else [f"{path}." for path in anatomy.map.off[step.part]])
+    )
+    total = 0
+    for name, axes, layer, shape in anatomy.sizes:
+        if not name.startswith(gone):
+            sizes = shared if layer is None else kept[layer]
+            total += prod(sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True))
+    return total
 
 
 def _prune(anatomy: ModelAnatomy, steps: list[Prune]) -> None:
