@@ -74,7 +74,7 @@ class CausalLM(Subject):
     """
 
     kind = "causal_lm"
-    kinds = (Attention, Cache, Decoding, LinearCompute, MidBlock, Residual)
+    kinds: ClassVar[tuple[type, ...]] = (Attention, Cache, Decoding, LinearCompute, MidBlock, Residual)
 
     def __init__(
         self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None

@@ -114,7 +114,10 @@ def recover(
         part = Budget(_share(whole, how.correct), whole.unit)
         _train(teacher, _nll, get_batch, part, how, None if folder is None else folder / "teacher", on_step)
         whole = Budget(_share(whole, 1 - how.correct), whole.unit)
-    loss = {"kl": _kl, "hidden": _hidden, "nll": lambda _: _nll}[how.loss](teacher)
+    losses: dict[str, Callable[[Any], Callable[[Any, Tensor], Tensor]]] = {
+        "kl": _kl, "hidden": _hidden, "nll": lambda _: _nll,
+    }  # fmt: skip
+    loss = losses[how.loss](teacher)
     place = None if folder is None else folder / "student"
     if not how.lora:
         return _train(student, loss, get_batch, whole, how, place, on_step)
