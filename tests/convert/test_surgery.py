@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Surgery: the cut model is the masked one, files give it again, and what cannot be cut is refused."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
@@ -23,9 +25,11 @@ from manyheads.conversion import (
     largest,
 )
 from manyheads.errors import UserError
+from manyheads.integrations import surgery_parts
 from manyheads.integrations.anatomy import ModelAnatomy
 from manyheads.integrations.surgery import converted
 from manyheads.integrations.surgery_files import FILE, load, outputs, save
+from manyheads.integrations.surgery_parts import LowRankLinear
 from oracles.conversions import FAMILIES, HEADS, NEURONS, WIDTH, masked, tiny
 from tolerance import MODEL, assert_close, is_far, within
 
@@ -149,6 +153,7 @@ def test_factors_of_full_rank_and_as_many_atoms_as_layers_change_nothing(models,
     plan = SurgeryPlan(steps)
     cut = converted(model, plan)
     assert_close(run(cut), run(model), SAME)
+    assert sum(p.numel() for p in cut.parameters()) == anatomy.parameters(plan)
     assert not save(cut, tmp_path, plan, model.config, {})
     assert torch.equal(run(load(tmp_path)), run(cut))
     low = Factorise(part="o", layer=0, rank=2, tensors={"left": (u * s)[:, :2], "right": vh[:2]})
@@ -179,6 +184,20 @@ def test_generation_with_a_cache_after_dropping_equals_one_forward():
         assert_close(rest, whole, SAME)
         held = [layer for layer in first.past_key_values.layers if layer.is_initialized]
         assert len(held) == 1
+
+
+def test_another_module_stands_in_the_place_of_one(models, tmp_path):
+    """It comes back with its weights, and is counted."""
+    model, anatomy = models["llama"], ModelAnatomy(models["llama"])
+    step = Replace(part="mlp", layer=1, module="manyheads.integrations.surgery_parts:LowRankLinear", config={})
+    made = LowRankLinear(torch.randn(WIDTH, 3), torch.randn(3, WIDTH), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(surgery_parts, "LowRankLinear", lambda: copy.deepcopy(made))
+        plan = SurgeryPlan((dataclasses.replace(step, tensors=made.state_dict()), Drop(part="block", layers=(0,))))
+        cut = converted(model, plan)
+        assert sum(p.numel() for p in cut.parameters()) == anatomy.parameters(plan)
+        assert not save(cut, tmp_path, plan, model.config, {})
+        assert torch.equal(run(load(tmp_path)), run(cut))
 
 
 def test_settings_reach_the_attention_modules(models):

@@ -11,25 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Drop, LayerShape, Prune, SurgeryPlan
+from ..conversion import LayerShape, SurgeryPlan
 from ..errors import UserError
 from .architectures import Family, family_of
+from .plan_size import count
 
 __all__ = ["ModelAnatomy", "shared_copy", "turned"]
 
 _QKV = ("q", "k", "v")
 
 
-def shared_copy(model: Any, meta: bool = False) -> Any:
-    """A copy of the modules and of the config whose parameters are the model's own, or on ``meta`` take no memory."""
-    tensors = [*model.parameters(), *model.buffers()]
-    held = {id(x): x for x in tensors}
-    if meta:
-        held = {
-            id(x): nn.Parameter(x.detach().to("meta"), False) if isinstance(x, nn.Parameter) else x.to("meta")
-            for x in tensors
-        }
-    made: Any = copy.deepcopy(model, dict(held))
+def shared_copy(model: Any) -> Any:
+    """A copy of the modules and of the config whose parameters and buffers are the model's own."""
+    made: Any = copy.deepcopy(model, {id(x): x for x in [*model.parameters(), *model.buffers()]})
     return made
 
 
@@ -94,14 +88,19 @@ class ModelAnatomy:
         return part in self.map.parts or (part in _QKV and "qkv" in self.map.parts)
 
     def linear(self, part: str, layer: int) -> nn.Module:
-        """The linear layer of a part, fused or not.
+        """The linear layer of a part, fused or not; see :meth:`part`."""
+        return self.blocks[layer].get_submodule(self.part(part))
+
+    def part(self, name: str) -> str:
+        """Where in a block a linear layer, or ``attention`` or ``mlp``, stands.
 
         Raises:
             UserError: the family has none of that name.
         """
-        if part not in self.map.parts:
-            raise UserError(f"{self.family} has no layer {part} of its own: there are {', '.join(self.map.parts)}")
-        return self.blocks[layer].get_submodule(self.map.parts[part])
+        known = {**self.map.modules, **self.map.parts}
+        if name not in known:
+            raise UserError(f"{self.family} has no layer {name} of its own: there are {', '.join(known)}")
+        return known[name]
 
     def weight(self, part: str, layer: int | None = None) -> Tensor:
         found = self._tensor(part, layer, "weight")
@@ -145,11 +144,7 @@ class ModelAnatomy:
         return [(name, self.axes(name, p) or (), self.layer_of(name), p.shape) for name, p in named]
 
     def parameters(self, plan: SurgeryPlan | None = None) -> int:
-        from .surgery import count, operate
-
-        if plan is None or all(isinstance(step, Prune | Drop) for step in plan.steps):
-            return count(self, plan or SurgeryPlan(()))
-        return sum(p.numel() for p in operate(shared_copy(self.model, meta=True), plan).parameters())
+        return count(self, plan or SurgeryPlan(()))
 
 
 def turned(module: nn.Module) -> bool:

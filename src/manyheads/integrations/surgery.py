@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
-from math import prod
 from typing import Any
 
 import torch
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 from ..conversion import Assign, Configure, Drop, Factorise, Prune, Replace, Share, Step, SurgeryPlan
 from ..errors import UserError
 from .anatomy import ModelAnatomy, shared_copy, turned
+from .plan_size import kept_rows, module_of
 from .surgery_parts import Absent, LowRankLinear, Same, SharedLinear
 
-__all__ = ["converted", "count", "operate"]
+__all__ = ["converted", "operate"]
 
 
 def converted(model: Any, plan: SurgeryPlan) -> Any:
@@ -30,7 +29,7 @@ def converted(model: Any, plan: SurgeryPlan) -> Any:
 
 
 def operate(model: Any, plan: SurgeryPlan) -> Any:
-    """The same in place. Tensors that steps bring along are left uninitialised where they do not."""
+    """The same in place. Where a step does not bring its tensors along, room is made for them."""
     anatomy = ModelAnatomy(model)
     steps = plan.ordered
     with torch.no_grad():
@@ -42,35 +41,11 @@ def operate(model: Any, plan: SurgeryPlan) -> Any:
     return model
 
 
-def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
-    """Parameters after a plan that prunes and drops; nothing is made."""
-    prunes = [step for step in plan.steps if isinstance(step, Prune)]
-    kept = [
-        {axis: len(rows) for axis, rows in _rows(anatomy, prunes, layer).items()}
-        for layer in range(len(anatomy.layers))
-    ]
-    shared = {axis: size for axis, size in kept[0].items() if axis == "width"}
-    home = anatomy.prefix + anatomy.map.layers
-    gone = tuple(
-        f"{home}.{layer}.{path}"
-        for step in plan.steps
-        if isinstance(step, Drop)
-        for layer in step.layers
-        for path in ([""] if step.part == "block" else [f"{path}." for path in anatomy.map.off[step.part]])
-    )
-    total = 0
-    for name, axes, layer, shape in anatomy.sizes:
-        if not name.startswith(gone):
-            sizes = shared if layer is None else kept[layer]
-            total += prod(sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True))
-    return total
-
-
 def _prune(anatomy: ModelAnatomy, steps: list[Prune]) -> None:
     """Select along every dimension of every parameter what stays of its axis."""
     if not steps:
         return
-    kept = [_rows(anatomy, steps, layer) for layer in range(len(anatomy.layers))]
+    kept = [kept_rows(anatomy, steps, layer) for layer in range(len(anatomy.layers))]
     shared = {name: kept[0][name] for name in ("width",) if name in kept[0]}
     made: dict[int, nn.Parameter] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -94,39 +69,6 @@ def _prune(anatomy: ModelAnatomy, steps: list[Prune]) -> None:
             module.register_parameter(last, made[key])
             _resized(module)
     _tell(anatomy, steps, before, kept)
-
-
-def _rows(anatomy: ModelAnatomy, steps: list[Prune], layer: int) -> dict[str, Tensor]:
-    """Entries that are kept of the axes of a layer's parameters, those that are pruned."""
-    shape = anatomy.layers[layer]
-    rows: dict[str, Tensor] = {}
-    for step in steps:
-        if step.layer not in (None, layer):
-            continue
-        keep = torch.tensor(step.keep)
-        size = {"width": anatomy.width, "neurons": shape.neurons, "heads": shape.heads}[step.axis]
-        if step.keep[-1] >= size:
-            raise UserError(f"layer {layer} has {size} {step.axis}, so number {step.keep[-1]} cannot be kept")
-        if ("q" if step.axis == "heads" else step.axis) in rows:
-            raise UserError(f"the plan prunes the {step.axis} of layer {layer} twice")
-        if step.axis != "heads":
-            rows[step.axis] = keep
-            continue
-        groups = keep // (shape.heads // shape.kv_heads)
-        kv, counts = groups.unique(return_counts=True)
-        if len(set(counts.tolist())) > 1:
-            raise UserError(
-                f"layer {layer} would keep {counts.tolist()} query heads of its key/value heads {kv.tolist()}: keep as "
-                "many of each"
-            )
-        rows["q"], rows["kv"] = _channels(keep, shape.head_dim), _channels(kv, shape.head_dim)
-        whole = shape.heads * shape.head_dim
-        rows["qkv"] = torch.cat([rows["q"] + i * whole for i in range(3)])
-    return rows
-
-
-def _channels(heads: Tensor, dim: int) -> Tensor:
-    return (heads[:, None] * dim + torch.arange(dim)).flatten()
 
 
 def _resized(module: Any) -> None:
@@ -206,16 +148,11 @@ def _share(anatomy: ModelAnatomy, step: Share) -> None:
 
 
 def _replace(anatomy: ModelAnatomy, step: Replace) -> None:
-    home, _, name = step.module.partition(":")
-    if not home.startswith(f"{__package__.partition('.')[0]}."):
-        raise UserError(f"{step.module} is no module of this package; nothing else is put into a model")
     like = next(anatomy.blocks[step.layer].parameters())
-    module: nn.Module = getattr(import_module(home), name)(**step.config)
-    module = module.to(like.device, like.dtype)
+    module = module_of(step).to(like.device, like.dtype)
     if step.tensors:
         module.load_state_dict(dict(step.tensors))
-    paths = {**anatomy.map.modules, **anatomy.map.parts}
-    anatomy.blocks[step.layer].set_submodule(paths[step.part], module)
+    anatomy.blocks[step.layer].set_submodule(anatomy.part(step.part), module)
 
 
 def _assign(anatomy: ModelAnatomy, step: Assign) -> None:
@@ -256,7 +193,7 @@ def _brought(step: Step, name: str, shape: tuple[int, ...], like: Tensor) -> Ten
 
 def _put(anatomy: ModelAnatomy, part: str, layer: int, make: Callable[[nn.Parameter | None], nn.Module]) -> None:
     bias = getattr(anatomy.linear(part, layer), "bias", None)
-    anatomy.blocks[layer].set_submodule(anatomy.map.parts[part], make(bias))
+    anatomy.blocks[layer].set_submodule(anatomy.part(part), make(bias))
 
 
 def _drop(anatomy: ModelAnatomy, steps: list[Drop]) -> None:
