@@ -19,7 +19,7 @@ from ..conversion import SurgeryPlan
 from ..errors import UserError
 from ..files import write_asked
 
-__all__ = ["FILE", "load", "outputs", "plain", "save"]
+__all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save"]
 
 FILE, _WEIGHTS = "surgery.json", "surgery.safetensors"
 _EQUAL = 1e-5  # relative difference of outputs in float32
@@ -95,6 +95,11 @@ def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[s
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / _WEIGHTS)
     write_asked(folder / FILE, json.dumps(written) + "\n")
     return False
+
+
+def load_if_converted(folder: Path, device: torch.device, dtype: torch.dtype) -> Any | None:
+    """As :func:`load`; None where the folder has no plan."""
+    return load(folder, device, dtype) if (folder / FILE).is_file() else None
 
 
 def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyheads.errors import UserError
+from manyheads.formatting import first_line as _line
 
 if TYPE_CHECKING:
     import torch
@@ -328,10 +329,9 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
     """The model with its weights; a causal language model unless its class is given."""
     from transformers import AutoModelForCausalLM
 
-    from ..integrations import surgery_files
+    from ..integrations.surgery_files import load_if_converted
 
-    if (Path(name) / surgery_files.FILE).is_file():
-        converted: PreTrainedModel = surgery_files.load(Path(name), place, dtype)
+    if (converted := load_if_converted(Path(name), place, dtype)) is not None:
         return converted
     if kind is None:
         _check_architecture(name)
@@ -397,9 +397,3 @@ def _check_architecture(name: str) -> None:
         raise UserError(
             f"{name} is no causal language model ({what}); give one that generates text, such as a Llama or GPT-2"
         )
-
-
-def _line(error: Exception) -> str:
-    """The first sentence of an error's text."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")[:160]
