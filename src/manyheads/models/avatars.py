@@ -182,9 +182,9 @@ class AvatarModel(Flow):
         masks: list[Tensor] = []
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
-            out, seen = self(x, time, given)
-            masks[:] = [logits for stage in seen if (logits := stage["hand"].mask) is not None]
-            return out
+            made: Denoised = self(x, time, given)
+            masks[:] = [logits for stage in made.seen if (logits := stage["hand"].mask) is not None]
+            return made.sample
 
         video = euler(velocity, noise, steps).transpose(1, 2)
         return video, torch.stack(masks).float().sigmoid().mean(0) if masks else None
