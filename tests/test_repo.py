@@ -28,6 +28,7 @@ FLOORS = (
         "heads",
         "inpainting",
         "lens",
+        "reducing",
         "strategy",
         "unlearning",
         "writing",
