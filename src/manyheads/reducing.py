@@ -211,7 +211,8 @@ class AttentionReducer(Reducer, AttentionEdit, AttentionPatch):
         reduction: Reduction | None = call.state.pop(_REDUCTION, None)
         if reduction is None:
             return out
-        return reduction.restore(out.flatten(2)).unflatten(2, out.shape[2:])
+        restored: Tensor = reduction.restore(out.flatten(2)).unflatten(2, out.shape[2:])
+        return restored
 
 
 class StreamReducer(Reducer, AttentionEdit):
@@ -252,7 +253,8 @@ def _joined(heads: "Tensor") -> "Tensor":
 def _each_head(heads: "Tensor", reduction: Reduction) -> "Tensor":
     """``[B, H, N, d] -> [B, H, M, d]``."""
     count, width = heads.shape[1], heads.shape[3]
-    return reduction.merge(_joined(heads)).unflatten(2, (count, width)).transpose(1, 2)
+    fewer: Tensor = reduction.merge(_joined(heads)).unflatten(2, (count, width)).transpose(1, 2)
+    return fewer
 
 
 def _counted(call: "AttentionCall", size: "Tensor | None") -> "AttentionCall":

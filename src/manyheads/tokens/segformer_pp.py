@@ -16,11 +16,12 @@ SegFormer reduces them by R itself. A ViT is one stage of full width and is trea
 and registers are never merged.
 
 Where this follows neither, each an option that is off by default: ``proportional`` lets a merged key count as often as
-the keys that it stands for (log of their number on its logits, as ToMe), ``every`` uses one matching for several layers in a row, ``reach`` compares with the targets of nearby cells alone. The released presets ``bsm_fast`` and
-``n2d_2x2`` name modes that its code does not know, so that nothing is merged; here an unknown preset is an error.
-Queries and keys are merged behind their projections, which is the same but for rounding, since both are linear; the
-projections themselves are not saved. Keys that SegFormer has reduced are compared as keys, the released code compares
-what they are projected from.
+the keys that it stands for (log of their number on its logits, as ToMe), ``every`` uses one matching for several layers
+in a row, ``reach`` compares with the targets of nearby cells alone. The released presets ``bsm_fast`` and ``n2d_2x2``
+name modes that its code does not know, so that nothing is merged; here an unknown preset is an error. Queries and keys
+are merged behind their projections, which is the same but for rounding, since both are linear; the projections
+themselves are not saved. Keys that SegFormer has reduced are compared as keys, the released code compares what they are
+projected from.
 
 Merging that costs more than it saves is refused, see ``refuse``.
 """

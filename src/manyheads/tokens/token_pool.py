@@ -38,7 +38,7 @@ class TokenPool(StreamReducer):
     layers: Layers = field(default=(0,), metadata={"help": "blocks at whose outputs tokens are pooled"})
     how: Literal["mean", "first", "random"] = field(default="mean", metadata={"help": "what becomes of a cell"})
     cell: int = field(default=2, metadata={"help": "tokens of a cell's side"})
-    proportional: bool = field(default=False, metadata={"help": "a token weighs as many as its cell has"})  # type: ignore[assignment]
+    proportional: bool = field(default=False, metadata={"help": "a token weighs as many as its cell has"})
     restore: Literal["copy", "change"] = field(default="copy", metadata={"help": "what every token is given back"})
     seed: int = field(default=0, metadata={"help": "of how=random"})
 

@@ -39,7 +39,7 @@ class ToMe(StreamReducer):
     """
 
     share: float = field(default=0.08, metadata={"help": "fraction of a block's tokens that join another"})
-    proportional: bool = field(default=True, metadata={"help": "a merged token weighs as many in the softmax"})  # type: ignore[assignment]
+    proportional: bool = field(default=True, metadata={"help": "a merged token weighs as many in the softmax"})
     restore: Literal["copy", "change"] = field(default="copy", metadata={"help": "what every token is given back"})
     choose: Choice = field(default="similar", metadata={"help": "random: a control"})
 
