@@ -17,7 +17,8 @@ from tiny.image_encoders import NAMES, build, forward, images
 from tolerance import CALL, FORMULA, SAME, assert_close, is_far, within
 
 SPECS = (
-    "segformer_pp:refuse=never", "segformer_pp:refuse=never,preset=fast,reach=1", "segformer_pp:refuse=never,preset=2x2",
+    "segformer_pp:refuse=never", "segformer_pp:refuse=never,preset=fast,reach=1",
+    "segformer_pp:refuse=never,preset=2x2",
     "segformer_pp:refuse=never,of=keys,proportional=true,ratio=0.5,cell=2", "segformer_pp:refuse=never,choose=random",
 )  # fmt: skip
 LINEAR = within(torch.float64, 4 * CALL)  # two projections and two means beside the call
@@ -163,7 +164,7 @@ def test_one_matching_serves_several_layers_and_ends_with_the_forward(monkeypatc
 @pytest.mark.parametrize("name", NAMES)
 def test_what_costs_more_than_it_saves_is_refused(name):
     model = build(name)
-    with pytest.raises(UserError, match="costs more than it saves at .* queries"), manyheads.use(model, "segformer_pp"):
+    with pytest.raises(UserError, match="costs more than it saves"), manyheads.use(model, "segformer_pp"):
         forward(model, images())
 
 

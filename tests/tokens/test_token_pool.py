@@ -22,8 +22,9 @@ def test_mean_first_and_random_of_a_cell():
     x, layout = drawn(), reducers.layout(5, 6)
     patches = x[:, 1:].mT.unflatten(2, (5, 6))
     mean, first, random, other = (
-        manyheads.parse(f"token_pool:how={how}").reduce(x, layout) for how in ("mean", "first", "random", "random,seed=1")
-    )  # fmt: skip
+        manyheads.parse(f"token_pool:how={how}").reduce(x, layout)
+        for how in ("mean", "first", "random", "random,seed=1")
+    )
     for reduction in (mean, first, random):
         assert reduction.grid == (3, 3)
         assert torch.equal(reduction.merge(x)[:, 0], x[:, 0])

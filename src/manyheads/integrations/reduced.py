@@ -62,7 +62,7 @@ def _in_stream(
     if blocks is None or stage.told:
         raise UserError(
             f"{strategy.spec} shortens what blocks give each other, and those of {type(model).__name__} need every "
-            "token in its place; use a strategy around attention, as segformer_pp"
+            "token in its place; use a strategy that reduces around attention"
         )
     stream = streams.setdefault(id(blocks), _Stream(strategy, stage, len(blocks)))
     if stream.strategy is not strategy:
