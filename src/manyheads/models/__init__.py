@@ -130,6 +130,15 @@ def load_reader(
     return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer(name)
 
 
+def reads_images(path_or_name: str | Path) -> bool:
+    """Whether a folder on this machine, or one of ``published``, is an encoder that reads images alone."""
+    name = str(path_or_name)
+    found = Path(source(name) if name in published() else name).expanduser()
+    if not (found / "config.json").is_file():
+        return name.startswith("dinov2") and name in published()
+    return _class_of(str(found))[1] == {"image"}
+
+
 def load_vision(
     path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "tuple[PreTrainedModel, Any]":
