@@ -49,7 +49,7 @@ claim = Claim(
         subject=MODEL, arms=(*ARMS, HALF), equal="none", seeds=1,
         tasks=(Saliency(), EncoderCost(device="cuda")),
         sizes=Sizes(
-            quick={"samples": 3}, cpu={"side": 336},
+            quick={"samples": 3}, cpu={"side": 336, "samples": 20},
             cuda={
                 "subject": Vision(MODEL, dtype="bfloat16"), "side": 448, "batch": 13, "sides": (448, 896, 1792),
                 "encoder_cost.batch": 4, "rounds": 9,

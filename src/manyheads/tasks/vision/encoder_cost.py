@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -61,7 +62,7 @@ class EncoderCost(Task):
         for arm in run.arms[first:] + run.arms[:first]:
             if (arm.key, side) not in refused:
                 try:
-                    run.kept(("warm", self.key, arm.key, side), lambda arm=arm: self._seconds(run, arm, side))
+                    run.kept(("warm", self.key, arm.key, side), partial(self._seconds, run, arm, side))
                     seconds = self._seconds(run, arm, side)
                 except UserError as error:
                     refused[arm.key, side] = str(error)
