@@ -190,9 +190,8 @@ def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[s
         raise UserError(f"{subject.name} reads no text: leave --{wrong[0]} away")
     quick = _QUICK | ({"lengths": _QUICK_LENGTHS} if of_text else {}) if options.get("quick") else {}
     if not of_text and "strategies" not in options:
-        raise UserError(
-            f"say which --strategies to compare on {subject.name}: `manyheads list --category {_CATEGORY[subject.kind]}`"
-        )
+        category = "tokens" if subject.kind == "vision" else "diffusion"
+        raise UserError(f"say which --strategies to compare on {subject.name}: `manyheads list --category {category}`")
     chosen = {**quick, **options}
     if "protect" in options:
         chosen["strategies"] = [
@@ -257,7 +256,6 @@ def _show(results: Results, as_json: bool) -> None:
         print_summary(summary, console(200))
 
 
-_CATEGORY = {"pipeline": "diffusion", "vision": "tokens"}
 _TRAINING = ("budget", "minutes", "seeds", "ranking")  # options that go with --train alone
 _NO_TRAINING = {
     "model": "it makes its own models", "dtype": "it trains in float32, on a GPU in bfloat16",

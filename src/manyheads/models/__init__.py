@@ -4,6 +4,7 @@
 Weights are read from safetensors alone, and no code of a checkpoint's own is ever run.
 """
 
+import json
 import os
 import tomllib
 from functools import cache
@@ -131,12 +132,13 @@ def load_reader(
 
 
 def reads_images(path_or_name: str | Path) -> bool:
-    """Whether a folder on this machine, or one of ``published``, is an encoder that reads images alone."""
+    """Whether a folder, or one of ``published``, is an encoder of images, by its config; imports no transformers."""
     name = str(path_or_name)
-    found = Path(source(name) if name in published() else name).expanduser()
-    if not (found / "config.json").is_file():
-        return name.startswith("dinov2") and name in published()
-    return _class_of(str(found))[1] == {"image"}
+    file = Path(source(name) if name in published() else name).expanduser() / "config.json"
+    if not file.is_file():
+        return name in published() and name.startswith("dinov2")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return "num_channels" in config and config.keys().isdisjoint({"vocab_size", "text_config"})
 
 
 def load_vision(
