@@ -115,4 +115,5 @@ def pixel_labels(picture: Picture, grid: int, size: int) -> Tensor:
     rows, kinds = (picture.cells >= 0).nonzero().unbind(1)
     covered = (sprites(size)[:, 3] > 0.5) * torch.arange(1, len(OBJECTS) + 1)[:, None, None]
     parts[rows, picture.cells[rows, kinds]] = covered[kinds]
-    return parts.unflatten(1, (grid, grid)).transpose(2, 3).flatten(1, 2).flatten(2)
+    whole: Tensor = parts.unflatten(1, (grid, grid)).transpose(2, 3).flatten(1, 2).flatten(2)
+    return whole

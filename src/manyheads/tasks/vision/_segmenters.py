@@ -39,11 +39,13 @@ class SegmenterTask(Task):
         """A model with its first weights on the run's device; no global generator is moved on."""
         config = transformers.SegformerConfig(
             hidden_sizes=[self.width * times for times in (1, 2, 5, 8)], depths=[self.depth] * 4,
-            decoder_hidden_size=8 * self.width, num_labels=len(OBJECTS) + 1, drop_path_rate=0.0,
+            decoder_hidden_size=8 * self.width, drop_path_rate=0.0,
         )  # fmt: skip
+        config.num_labels = len(OBJECTS) + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.number(run.seed, weights=seed))
-            return transformers.SegformerForSemanticSegmentation(config).to(run.device).eval()
+            model: Any = transformers.SegformerForSemanticSegmentation(config)
+        return model.to(run.device).eval()
 
     def guard(self, run: RunContext) -> None:
         """Refuse arms that do not reduce tokens."""

@@ -43,7 +43,7 @@ class SceneSegmentation(SegmenterTask):
     cell: int = 32
     batch: int = 8
     steps: int = 300
-    lr: float = 2e-3
+    lr: float = 3e-3
     samples: int = 64
     at_once: int = 16
 

@@ -5,12 +5,13 @@ A published DINOv2 encoder with its saliency decoder maps photographs of streets
 every map is compared with the plain one, photograph by photograph. Beside the presets: the same number of merges at
 random, plain downsampling of the photographs, ToMe and average pooling between blocks, and what is new here: a merged
 key that counts as many, one matching for four layers, a matching among neighbouring cells. Seconds are judged on a GPU
-alone, at sizes from that of the quality on.
+alone, at sizes from that of the quality on. What the presets do to a SegFormer is judged in
+``segformer_pp.segformer``.
 """
 
-from ..experiment import Arm, Claim, Experiment, Reported, Sizes, Vision, at_most, higher, lower, no_worse
-from ..tasks.vision.encoder_cost import EncoderCost
-from ..tasks.vision.saliency import Saliency
+from ...experiment import Arm, Claim, Experiment, Reported, Sizes, Vision, at_most, higher, lower, no_worse
+from ...tasks.vision.encoder_cost import EncoderCost
+from ...tasks.vision.saliency import Saliency
 
 MODEL = "dinov2-small-saliency"
 PAPER = {
