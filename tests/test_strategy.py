@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import manyheads
 from manyheads import UserError, parse, spec
 from manyheads.causal_lens import CausalLens
-from manyheads.conditioning import SourceCondition
+from manyheads.conditioning import InsertedBlocks, SourceCondition
 from manyheads.strategy import (
     Attention,
     AttentionCompute,
@@ -135,7 +135,7 @@ KINDS = {
     AttentionEdit: "edit", AttentionCompute: "attend", AttentionWatch: "watch", AttentionPatch: "patch", Cache: "store",
     CausalLens: "locate", Residual: "residual", DenoiserModule: "around_module", DenoiserPrediction: "denoise",
     Mixer: "build", TokenChoice: "choose", DecodingLoop: "write", Watermark: "read",
-    Unlearning: "terms", SourceCondition: "condition",
+    Unlearning: "terms", SourceCondition: "condition", InsertedBlocks: "blocks",
 }  # fmt: skip
 
 

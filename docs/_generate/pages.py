@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from manyheads import catalog, claims
-from manyheads.conditioning import SourceCondition
+from manyheads.conditioning import DenoiserWeights
 from manyheads.decoding._images import ImageDecoding
 from manyheads.strategy import Attention, Mixer, Ranker, Strategy
 from manyheads.unlearning import Unlearning
@@ -28,7 +28,8 @@ ABOUT = {
 }
 GUIDES = {
     "caches": "caches.md", "mixers": "mixers.md", "lenses": "lenses.md", "diffusion": "diffusion.md",
-    "decoding": "decoding.md", "parallel": "diffusion.md#several-devices", "tokens": "tokens.md",
+    "decoding": "decoding.md", "convert": "convert.md", "parallel": "diffusion.md#several-devices",
+    "tokens": "tokens.md",
 }  # fmt: skip
 NEEDS = {"none": "no training", "calibration": "a calibration pass", "required": "training"}
 
@@ -116,8 +117,8 @@ def usage(slug: str, cls: type[Strategy], category: str) -> str:
         return f'```python\nfrom manyheads.models.encoder import Encoder\n\nmodel = Encoder("{slug}", config)\n```'
     if issubclass(cls, Mixer):
         return f"```sh\nmanyheads compare --train --strategies softmax,{slug}\n```"
-    if issubclass(cls, SourceCondition):
-        return f"```sh\npython -m manyheads.recipes.native3d_edit --strategy {slug} --out FOLDER\n```"
+    if issubclass(cls, DenoiserWeights):
+        return f"```sh\npython -m manyheads.recipes.{cls.recipe} --strategy {slug} --out FOLDER\n```"
     if issubclass(cls, Unlearning):
         return f"```sh\npython -m manyheads.recipes.unlearning_bench --method {slug}\n```"
     if issubclass(cls, ImageDecoding):

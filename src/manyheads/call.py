@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import reference
 from .attention.padded import nbytes
-from .denoising import Axis, DenoiserCall, DiffusionStep, Layout, ModuleKind
+from .denoising import Axis, DenoiserCall, DiffusionStep, Layout, ModuleKind, Prompt
 from .errors import UserError
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "MixerConfig",
     "ModuleKind",
     "Piece",
+    "Prompt",
     "Recurrence",
     "SecondReading",
     "Site",

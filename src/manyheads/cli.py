@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
     "ask": "ask:ask", "generate": "generate:generate", "hunt": "hunt:hunt", "detect": "detect:detect",
-    "recommend": "recommend:recommend", "list": "catalog:list_papers",
+    "recommend": "recommend:recommend", "convert": "convert:convert", "list": "catalog:list_papers",
     "find": "catalog:find", "show": "catalog:show", "tasks": "catalog:list_tasks",
     "claims": "claims:app", "lm-eval": "lm_eval:app",
 }  # fmt: skip

@@ -82,7 +82,9 @@ def compare(
     if subject is None:
         subject = CausalLM(origin or type(model).__name__, model, tokenizer) if model is not None else CausalLM()
     if model is not None:
-        device = str(next(model.parameters()).device)
+        from .lens import device_of
+
+        device = str(device_of(model))
     text = "code" if texts is not None or not isinstance(subject, CausalLM) else _fitting(subject)
     experiment = plan(subject, strategies, budgets, tasks, lengths, samples, rounds, text)
     data = {"texts": list(texts)} if texts is not None else {}

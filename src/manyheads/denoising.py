@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .call import Site
 
-__all__ = ["Axis", "DenoiserCall", "DiffusionStep", "Layout", "ModuleKind"]
+__all__ = ["Axis", "DenoiserCall", "DiffusionStep", "Layout", "ModuleKind", "Prompt"]
 
 Axis = Literal["space", "time", "all", "text"]
 ModuleKind = Literal["spatial", "temporal", "cross", "text"]
@@ -114,6 +114,25 @@ class DiffusionStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """The tokens of a prompt by one tokenizer, without padding.
+
+    Attributes:
+        tokens: their ids.
+        word_of: of each token the place of its word among ``words``; -1 where it is of none (a special token).
+        words: as they were written.
+        start: the first token's place among all text tokens of the denoiser.
+        room: places for tokens there, padding included; None for all that are left.
+    """
+
+    tokens: tuple[int, ...]
+    word_of: tuple[int, ...]
+    words: tuple[str, ...]
+    start: int = 0
+    room: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DenoiserCall:
     """One call of a denoiser, for strategies that call it more than once (guidance).
 
@@ -127,6 +146,9 @@ class DenoiserCall:
             under the name ``branch``; under an empty name it is the branches as they are.
         encode: ``encode(images, height, width)`` are the latents of that size of images ``[B, 3, H, W]`` in 0..1; None
             for a bare denoiser.
+        prompts: ``prompts()`` are those of the pipeline's call, a row of the conditional branch each, by every
+            tokenizer whose tokens the denoiser reads; it raises UserError where they are not known. None for a bare
+            denoiser.
     """
 
     step: DiffusionStep
@@ -136,6 +158,7 @@ class DenoiserCall:
     run: Callable[..., Tensor]
     rescales: bool = False
     encode: Callable[[Tensor, int, int], Tensor] | None = None
+    prompts: Callable[[], tuple[tuple[Prompt, ...], ...]] | None = None
 
     @property
     def latents(self) -> Tensor:

@@ -3,7 +3,7 @@
 
 import math
 
-__all__ = ["budget", "interval", "number", "percent", "size"]
+__all__ = ["budget", "first_line", "interval", "number", "percent", "size"]
 
 
 def number(value: float) -> str:
@@ -44,3 +44,9 @@ def interval(low: float, high: float, share: bool = False) -> str:
     if share:
         return f"{100 * low:.0f} to {100 * high:.0f}"
     return f"{number(low)} to {number(high)}"
+
+
+def first_line(error: Exception) -> str:
+    """The first sentence of an error's text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")[:160]

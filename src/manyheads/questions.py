@@ -14,6 +14,7 @@ from .errors import UserError
 from .integrations import use
 from .integrations.cache import SlotCache, StoreLayer, cache_arguments
 from .integrations.transformers import new_cache, prefill
+from .lens import device_of
 from .models.chat import chat_text, system_span
 from .spec import parse, split_together
 from .strategy import Cache, Strategy
@@ -92,7 +93,7 @@ def ask(
     given = [parse(s) for s in split_together(strategy)] if isinstance(strategy, str) else strategy
     acting, keeping = split([given] if isinstance(given, Strategy) else list(given))
     before, after, span = _around(tokenizer, context, chat, system, keeping.protects_system)
-    device = next(model.parameters()).device
+    device = device_of(model)
     read = _encode(tokenizer, before, special=not chat or not _template(tokenizer)).to(device)
     asked = [_encode(tokenizer, f"{question}{after}", special=False).to(device) for question in questions]
     _check_room(model, read.shape[1], max(ids.shape[1] for ids in asked), max_new_tokens)

@@ -3,9 +3,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import UserError
 from .strategy import Strategy
@@ -14,10 +15,129 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .attention.shared_block import Block
+
 __all__ = [
-    "BatchedLoop", "Decoding", "DecodingLoop", "Reading", "Request", "TokenChoice", "Watermark", "Written",
-    "binomial_tail",
+    "BatchedLoop", "BlockCache", "Decoding", "DecodingLoop", "MaskedLM", "ModelAccess", "Reading", "Readings",
+    "Request", "TokenChoice", "Watermark", "Written", "binomial_tail",
 ]  # fmt: skip
+
+
+class Readings(Protocol):
+    """Readings of one prompt side by side, S of them, which hide columns or are given other images.
+
+    Attributes:
+        seen: which columns each reading sees, bool ``[S, T]``.
+    """
+
+    seen: "Tensor"
+
+    def next(self) -> "Tensor":
+        """Logits of what follows, float32 ``[S, V]``."""
+
+    def again(self) -> "Tensor":
+        """The same of the same token, which is read anew."""
+
+    def append(self, token: int, seen: "Tensor") -> None:
+        """Go on with a token, that later ones of the readings ``seen [S]`` see."""
+
+
+class BlockCache(Protocol):
+    """A cache of blocks that several rows read in orders of their own, each held once.
+
+    Attributes:
+        forwards: of the model so far.
+    """
+
+    forwards: int
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise UserError where the model, read in blocks, predicts otherwise than as one text."""
+
+    def of(self, cache: Any, count: int) -> "Block | None":
+        """The first ``count`` tokens that ``cache`` has read, without a copy; None where it holds fewer."""
+
+    def read(self, rows: "Sequence[tuple[Sequence[Block], Sequence[int]]]", *, same_step: bool = True) -> "Tensor":
+        """Read tokens in every row into the last block of those it sees; logits ``[W, V]`` of what follows.
+
+        With ``same_step`` a row sees what the others write in this forward.
+        """
+
+    def read_long(self, view: "Sequence[Block]", tokens: Sequence[int]) -> "Tensor":
+        """The same of one row, in pieces: logits ``[V]``."""
+
+    def move(self, source: "Block", target: "Block") -> None:
+        """Put the tokens of ``source`` behind those of ``target``, computing nothing."""
+
+    def nbytes(self, *blocks: "Block") -> int:
+        """Bytes of what blocks hold."""
+
+
+class MaskedLM(Protocol):
+    """A masked diffusion language model as a function of tokens and their positions.
+
+    Attributes:
+        mask: its mask token, which is never likely.
+    """
+
+    mask: int
+
+    def __call__(self, ids: "Tensor", places: "Tensor", first: int, last: int, past: Any = None) -> "Tensor":
+        """Logits of the tokens at columns ``first`` to ``last``, float32 ``[B, last - first, V]``.
+
+        Args:
+            ids: ``[B, T]``.
+            places: positions of the columns, ``[T]``, ascending.
+            first, last: columns.
+            past: from :meth:`begin`, which has read the columns before ``first``.
+        """
+
+    def begin(self, ids: "Tensor", places: "Tensor", first: int, last: int) -> "tuple[Tensor, Any]":
+        """As a call, and a cache of what stands before ``first``, as it is seen now."""
+
+
+class ModelAccess(Protocol):
+    """What a loop can do with a model; :mod:`manyheads.integrations.model_access` does it for those of transformers."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text that it reads; None where it does not say."""
+
+    def use(self, *strategies: Strategy) -> AbstractContextManager[Any]:
+        """:func:`manyheads.use` of the model."""
+
+    def reader(self, cache: Any) -> "Callable[[Tensor], Tensor]":
+        """Reads tokens ``[B, T]`` behind what ``cache`` holds; gives logits of the next, float32 ``[B, V]``."""
+
+    def image_columns(self, ids: "Tensor", by: str) -> "Tensor":
+        """Which tokens of ``ids [1, T]`` stand for images, bool ``[T]``, for the strategy ``by``.
+
+        Raises:
+            UserError: there are none, or the model does not read them by plain positions.
+        """
+
+    def readings(self, ids: "Tensor", seen: "Tensor", given: "Sequence[Mapping[str, Tensor]]") -> Readings:
+        """Readings of a prompt ``ids [1, T]``, all of it read but the last token.
+
+        Args:
+            ids: of the prompt.
+            seen: which columns each sees, bool ``[S, T]``, the first among them.
+            given: what else each is given, S mappings.
+        """
+
+    def blocks(self) -> AbstractContextManager[BlockCache]:
+        """A cache of blocks, open in a ``with`` block.
+
+        Raises:
+            UserError: its attention cannot be put together from blocks.
+        """
+
+    def masked_lm(self) -> MaskedLM:
+        """The model as a masked diffusion language model.
+
+        Raises:
+            UserError: it is none.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +207,7 @@ class TokenChoice(Decoding):
 
 
 class DecodingLoop(Decoding):
-    """Writes by a loop of its own over the model.
+    """Writes by a loop of its own over the model, which ``manyheads.integrations.decoding.write`` gives it access to.
 
     Attributes:
         reads_cache: whether the prompt has to be in a cache when it begins.
@@ -96,8 +216,8 @@ class DecodingLoop(Decoding):
     reads_cache: ClassVar[bool] = True
 
     @abstractmethod
-    def write(self, request: Request) -> Written:
-        """Write on from a prompt.
+    def write(self, request: Request, access: ModelAccess) -> Written:
+        """Write on from a prompt; ``access`` is to the request's model.
 
         Raises:
             UserError: the model is not one that can be written with so.
@@ -108,14 +228,14 @@ class BatchedLoop(DecodingLoop):
     """A loop that writes several texts side by side."""
 
     @abstractmethod
-    def write_each(self, request: Request, copies: int = 1) -> list[list[Written]]:
+    def write_each(self, request: Request, access: ModelAccess, copies: int = 1) -> list[list[Written]]:
         """Write on from all prompts of ``request``, so many times from each, every time by itself.
 
         All draws follow the one seed, so that a text is not what it would be alone; its distribution is.
         """
 
-    def write(self, request: Request) -> Written:
-        return self.write_each(request)[0][0]
+    def write(self, request: Request, access: ModelAccess) -> Written:
+        return self.write_each(request, access)[0][0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,7 +219,7 @@ def test_a_gate_opens_above_its_threshold_and_a_running_quantile(model, request_
         t >= 2 and value > float(torch.tensor(past[:t]).quantile(0.5)) if t else False for t, value in enumerate(past)
     ]
     assert running["opened"] == want and any(want)
-    set_ = calibrated(parse("conscious_gaze:quantile=0.5"), [request_])
+    set_ = calibrated(parse("conscious_gaze:quantile=0.5"), [request_], write)
     assert set_.threshold == nearly(float(torch.tensor(shut, dtype=torch.float64).quantile(0.5)))
     assert set_.threshold != nearly(max(shut))
 
@@ -241,18 +241,18 @@ def test_models_and_prompts_that_do_not_fit_are_refused(model, spec):
     words, pixels = torch.tensor([[3, 4, 5]]), {"pixel_values": vision.pixels(1, 4, 4)}
     strategy = parse(spec)
     with pytest.raises(UserError, match="no image in the prompt"):
-        strategy.write(Request(model, None, words, 2))
+        write(strategy, Request(model, None, words, 2))
     with pytest.raises(UserError, match="reads none"):
-        strategy.write(Request(tiny(), None, words, 2))
+        write(strategy, Request(tiny(), None, words, 2))
     with pytest.raises(UserError, match="M-RoPE"):
-        strategy.write(Request(vision.qwen(), None, words, 2))
+        write(strategy, Request(vision.qwen(), None, words, 2))
     two = Request(model, None, torch.tensor([PROMPT] * 2), 2, given=pixels)
     with pytest.raises(UserError, match="one prompt at a time"):
-        strategy.write(two)
+        write(strategy, two)
     if spec != "vcd":
         bare = replace(two, ids=torch.tensor([PROMPT[2:]]))
         with pytest.raises(UserError, match="begins with one"):
-            strategy.write(bare)
+            write(strategy, bare)
     with pytest.raises(UserError, match="chooses what is written"), manyheads.use(model, "conscious_gaze"):
         pass
 
@@ -267,7 +267,7 @@ def test_fields_out_of_range_are_refused(model):
     with pytest.raises(UserError, match="say which columns"), manyheads.use(model, "conscious_gaze.steering"):
         model(input_ids=torch.tensor([[3, 4, 5]]))
     with pytest.raises(UserError, match="no threshold"):
-        calibrated(parse("conscious_gaze:gate=always"), [])
+        calibrated(parse("conscious_gaze:gate=always"), [], write)
 
 
 def test_image_columns_are_found(model):

@@ -22,12 +22,13 @@ from transformers import (
 import manyheads
 from manyheads import UserError, parse
 from manyheads.attention.rope import rotate
+from manyheads.attention.shared_block import Block
 from manyheads.decoding import hogwild
 from manyheads.experiment.arms import Arm
 from manyheads.generate import texts
 from manyheads.integrations import shared_blocks
-from manyheads.integrations.decoding import write
-from manyheads.integrations.shared_blocks import Block, SharedBlocks
+from manyheads.integrations.decoding import write, write_each
+from manyheads.integrations.shared_blocks import SharedBlocks
 from manyheads.integrations.transformers import new_cache, prefill
 from manyheads.report import generate_texts
 from manyheads.report.page import render
@@ -153,6 +154,24 @@ def test_one_worker_is_ordinary_generation_and_workers_that_see_none_are_rows_of
     assert room(model, ids, "hogwild:workers=1", ends=frozenset(plain[4:5])).tokens == plain[: plain.index(plain[4])]
     drawn = [room(model, ids, "hogwild:workers=2,told=false,temperature=2", seed=seed).tokens for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_several_prompts_are_written_on_one_after_the_other_and_not_at_once():
+    model, prompts = tiny(), torch.tensor([[5, 7, 9, 11], [3, 8, 2, 6]])
+
+    def fresh(ids):
+        cache = new_cache(model, parse("full"))
+        prefill(model, ids, cache)
+        return cache
+
+    strategy = parse("hogwild:told=false")
+    alone = [room(model, ids[None], strategy.spec, 5).tokens for ids in prompts]
+    with manyheads.use(model):
+        found = write_each(strategy, Request(model, None, prompts, 5), 2, fresh)
+        assert [[one.tokens for one in texts] for texts in found] == [[tokens] * 2 for tokens in alone]
+        with pytest.raises(UserError, match="one prompt at a time"):
+            write(strategy, Request(model, None, prompts, 5, cache=fresh(prompts)))
+    assert alone[0] != alone[1]
 
 
 def test_the_prompt_is_held_once_and_its_tensors_are_those_of_its_cache():

@@ -13,6 +13,7 @@ from manyheads.decoding._cut import Cut
 from manyheads.decoding.lnd import Chain
 from manyheads.decoding.lnd.lnd import _ancestors
 from manyheads.integrations.decoding import write, write_each
+from manyheads.integrations.model_access import Access
 from manyheads.integrations.transformers import new_cache, prefill
 from manyheads.writing import Request
 from tiny import chat
@@ -125,7 +126,7 @@ def test_identities_of_whole_texts(texts, name):
 def test_particles_have_the_law_of_whole_texts_after_every_prompt(model, texts, name):
     strategy = parse(f"lnd:particles=20,resample=0.9,{SPECS[name]}")
     with manyheads.use(model), torch.inference_mode():
-        found = strategy.grow(asked(model), 1200, torch.Generator().manual_seed(1))
+        found = strategy.grow(asked(model), Access(model), 1200, torch.Generator().manual_seed(1))
     chosen = torch.multinomial(found.log_weight.exp(), 1, generator=torch.Generator().manual_seed(2))
     picked = found.tokens.gather(1, chosen[..., None].expand(-1, 1, found.tokens.shape[2]))[:, 0]
     for prompt in range(2):
@@ -144,7 +145,7 @@ def test_particles_have_the_law_of_whole_texts_after_every_prompt(model, texts, 
 def test_what_particles_say_of_their_texts(model, texts):
     strategy = parse("lnd:particles=64,top_k=2,resample=0.9")
     with manyheads.use(model), torch.inference_mode():
-        found = strategy.grow(asked(model), 3, torch.Generator().manual_seed(5))
+        found = strategy.grow(asked(model), Access(model), 3, torch.Generator().manual_seed(5))
     own = found.tokens[0]  # of the first prompt
     log_p, _, log_z = weighed(texts, CUTS["top_k"])
     place = [int(counted(texts, row[None]).argmax()) for row in own]
@@ -158,7 +159,9 @@ def test_what_particles_say_of_their_texts(model, texts):
 def test_rejection_has_the_law_of_whole_texts_and_accepts_their_share(model, texts, name):
     strategy, count = parse(f"lnd.rejection:{SPECS[name]}"), 6_000
     with manyheads.use(model):
-        found, _ = strategy.accepted(asked(model, prompts=PROMPTS[:1]), count, torch.Generator().manual_seed(4))
+        found, _ = strategy.accepted(
+            asked(model, prompts=PROMPTS[:1]), Access(model), count, torch.Generator().manual_seed(4)
+        )
     whole, plain = both(texts, CUTS[name])
     counts = counted(texts, found)
     assert share_error(counts, whole) < DRAWN < WRONG < share_error(counts, plain)
@@ -180,8 +183,8 @@ def test_rejection_goes_on_until_one_comes_through_or_says_so(model):
 def test_without_a_cut_every_text_weighs_the_same_and_one_token_is_plain(model, texts):
     generator = torch.Generator().manual_seed(0)
     with manyheads.use(model), torch.inference_mode():
-        free = parse("lnd").grow(asked(model), 2, generator)
-        cut = parse("lnd:top_k=2").grow(asked(model), 2, generator)
+        free = parse("lnd").grow(asked(model), Access(model), 2, generator)
+        cut = parse("lnd:top_k=2").grow(asked(model), Access(model), 2, generator)
     assert_close(free.log_share.exp(), torch.ones(4), 1e-5)
     assert_close(free.effective, torch.full((4,), 16.0), 1e-5)
     assert free.resampled == 0 and is_far(cut.log_share.exp(), torch.ones(4), 1e-3)

@@ -2,7 +2,6 @@
 """A tower and a decoder joined: the parts stay what they were, and what is trained comes back from its folder."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,34 +13,15 @@ from manyheads.data.visual_questions import WORDS, Questions
 from manyheads.models import joined_vlm
 from manyheads.recipes import joined_vlm as recipe
 from manyheads.training.answers import answer_logits, train_answers
-from tiny import compare
+from tiny.joined import make_parts, make_words
 from tolerance import SAME, assert_close, is_far
 
 needs_data = pytest.mark.skipif(not scenes.available(), reason="CIFAR-10 and Noto Emoji are not on this machine")
 
 
-def words():
-    return compare.make_tokenizer([SimpleNamespace(content=" ".join(WORDS))])
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folders of a tiny DINOv2 and a tiny Llama with a tokenizer."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    tower = transformers.Dinov2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=2, image_size=8, mlp_ratio=1
-    )
-    transformers.Dinov2Model(tower).save_pretrained(folder / "tower")
-    tokenizer = words()
-    tokenizer.add_tokens(["<empty_output>"])
-    text = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(text).save_pretrained(folder / "text")
-    tokenizer.save_pretrained(folder / "text")
-    return str(folder / "tower"), str(folder / "text")
+    return make_parts(tmp_path_factory.mktemp("parts"))
 
 
 def asked(vlm, rows=2, patches=2):
@@ -118,7 +98,7 @@ def test_folders_without_a_joined_model_are_refused(parts, tmp_path):
     plain = transformers.PreTrainedTokenizerFast.from_pretrained(parts[1])
     other = tmp_path / "text"
     transformers.LlamaForCausalLM.from_pretrained(parts[1]).save_pretrained(other)
-    words().save_pretrained(other)
+    make_words().save_pretrained(other)
     assert plain.convert_tokens_to_ids("<empty_output>") is not None
     with pytest.raises(manyheads.UserError, match="can stand for a patch"):
         joined_vlm.join(parts[0], str(other))

@@ -3,10 +3,9 @@
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
-from manyheads import UserError, models
+from manyheads import UserError
 from manyheads.models.saliency import FILE, SaliencyDecoder, load_decoder, normalised
 from tolerance import CALL, CLOSE, assert_close, is_far, within
 
@@ -73,11 +72,3 @@ def test_what_an_encoder_reads():
     images = torch.full((1, 3, 2, 2), 0.5)
     want = [(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]
     assert_close(normalised(images)[0, :, 0, 0], want, CLOSE, unit=1.0)
-
-
-def test_which_models_read_images(tmp_path):
-    transformers.Dinov2Config(architectures=["Dinov2Model"]).save_pretrained(tmp_path / "images")
-    transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "text")
-    assert models.reads_images(tmp_path / "images")
-    assert not models.reads_images(tmp_path / "text") and not models.reads_images("default")
-    assert models.reads_images("dinov2-small") and not models.reads_images("smollm2-135m-instruct")

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads import parse
 from manyheads.decoding._blocks import shares
-from manyheads.integrations.masked_diffusion import predicts_next
+from manyheads.integrations.masked_diffusion import TokenDenoiser, predicts_next
 
 MASK, VOCAB = 59, 60
 SIZES = {
@@ -22,12 +22,12 @@ def model(kind=LlamaForCausalLM, config=LlamaConfig, **changes):
     return kind(config(**SIZES, **{"is_causal": False, "mask_token_id": MASK, **changes})).double().eval()
 
 
-def written(denoiser, spec, most=24, prompt=PROMPT, seed=0, ends=()):
-    return parse(spec).write_rows(denoiser, prompt, most, seed=seed, ends=ends)
+def written(net, spec, most=24, prompt=PROMPT, seed=0, ends=()):
+    return parse(spec).write_rows(TokenDenoiser(net), prompt, most, seed=seed, ends=ends)
 
 
-def tokens(denoiser, spec, **more):
-    return [row.tokens for row in written(denoiser, spec, **more)]
+def tokens(net, spec, **more):
+    return [row.tokens for row in written(net, spec, **more)]
 
 
 def naive(net, prompt, most, block, steps, kept, end=None):

@@ -42,7 +42,8 @@ claim = Claim(
             quick={"steps": 3, "samples": 8, "layers": 1, "grid": 3},
             cpu={"steps": 400, "samples": 192},
             cuda={
-                "model": "joined", "cell": 2, "filler": 112, "steps": 200, "lr": 2e-3, "slower": 0.1, "samples": 256,
+                "model": "joined", "cell": 2, "filler": 112, "steps": 600, "lr": 2e-3, "slower": 0.25, "samples": 256,
+                "pool": 4096, "align": 300,
             },
         ),
     ),
@@ -61,7 +62,8 @@ claim = Claim(
         "Pictures are made up: up to eight emoji before a photograph, on 6 x 6 (CPU) or 12 x 12 patches where LLaVA "
         "has 24 x 24, so that raster order puts them less far away. The small model has a RoPE base of 100, at which "
         "distance matters over so few tokens. The learning rate was looked for with raster order alone. The tower is "
-        "DINOv2, not CLIP; the paper trains all of a language model, here its attention. At CPU size models are in the "
+        "DINOv2, not CLIP; the paper trains all of a language model, here its attention, from a projector that has "
+        "learned the words of patches without any order. At CPU size models are in the "
         "midst of learning, which raster order does sooner, and seeds differ by much: read the run on a GPU."
     ),
 )  # fmt: skip

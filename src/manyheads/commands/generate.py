@@ -43,10 +43,11 @@ Classes = Annotated[
 Source = Annotated[
     str | None,
     typer.Option(
-        help="Source of every prompt's image, as masactrl needs it: its text, or an image file. For harmonpaint the "
-        "image file to fill in."
+        help="Source of every prompt's image, as masactrl and video_p2p need it: its text, or a file of an image or "
+        "of a video (gif, webp). For harmonpaint the image file to fill in."
     ),
 ]
+Caption = Annotated[str | None, typer.Option(help="What --source shows where it is a file, as video_p2p needs it.")]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -76,6 +77,10 @@ Chat = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="Of texts: a system message before every prompt.")]
+Picture = Annotated[
+    Path | None,
+    typer.Option("--image", help="Of texts: a picture that every prompt is about, for a model that reads images."),
+]
 Lenses = Annotated[
     list[str] | None,
     typer.Option(
@@ -85,8 +90,8 @@ Lenses = Annotated[
     ),
 ]
 
-_IMAGES = ("--class", "--source", "--steps", "--guidance", "--size", "--maps")
-_TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system", "--lens")
+_IMAGES = ("--class", "--source", "--caption", "--steps", "--guidance", "--size", "--maps")
+_TEXTS = ("--budget", "--max-new-tokens", "--chat", "--protect", "--system", "--lens", "--image")
 _BUDGET, _MOST = "0.25", 64
 
 
@@ -98,6 +103,7 @@ def generate(
     prompt: Prompts = None,
     classes: Classes = None,
     source: Source = None,
+    caption: Caption = None,
     out: Out = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -115,6 +121,7 @@ def generate(
     protect: Protect = None,
     system: System = None,
     lens: Lenses = None,
+    image: Picture = None,
     as_json: Json = False,
 ) -> None:
     """Generate without and with strategies, side by side: images from the same noise, or replies to the same prompt.
@@ -127,11 +134,15 @@ def generate(
 
     manyheads generate --strategy masactrl:start_layer=2 --source photo.png --prompt "ghost top left ship"
 
+    manyheads generate --model moving --strategy video_p2p --source "apple up frog" --prompt "ghost up frog" --out a.gif
+
     manyheads generate --strategy harmonpaint:mask=hole.png --source photo.png --prompt "apple top left ship"
 
     manyheads generate --model HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote Hamlet?" --strategies full,auto
 
     manyheads generate --model default "def f(x):" --strategy ablate:heads=3.1 --lens heads --out reply.html
+
+    manyheads generate --model ./llava "What is in the picture?" --image photo.png --strategies vcd,pai
 
     Of images the columns are the baseline, and each strategy with its difference from it. Of texts the words are marked
     from where they leave those of the plain model. The table shows what each held and cost.
@@ -142,21 +153,23 @@ def generate(
     passive_threads()
     specs, prompts = _specs(strategy, strategies), [*(said or []), *(prompt or [])]
     given = {
-        "--class": classes, "--source": source, "--steps": steps, "--guidance": guidance, "--seed": seed,
-        "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
+        "--class": classes, "--source": source, "--caption": caption, "--steps": steps, "--guidance": guidance,
+        "--seed": seed, "--seeds": seeds, "--samples": samples, "--size": size, "--maps": maps, "--budget": budget,
         "--max-new-tokens": max_new_tokens, "--chat": chat, "--protect": protect, "--system": system,
-        "--lens": lens,
+        "--lens": lens, "--image": image,
     }  # fmt: skip
     used = [name for name, value in given.items() if value is not None]
-    if (subject := _language_model(model, dtype, specs)) is not None:
+    if (subject := _vlm(model, dtype, device) if image else _language_model(model, dtype, specs)) is not None:
         if wrong := [name for name in used if name in _IMAGES]:
             raise UserError(f"{model} writes text, and {wrong[0]} is of images; leave it away")
         plain = "dpad" if subject.fills_masks else "auto"
         specs = specs or ([] if lens else [plain])
+        if image and (lens or protect):
+            raise UserError(f"{'--lens' if lens else '--protect'} counts words, and --image has others: leave one away")
         if protect is not None:
             specs = [spec if spec == "full" else protecting(spec, protect) for spec in specs]
         drawn = read_seeds(seed or 0, seeds, samples)
-        how = (max_new_tokens or _MOST, chat, system or "", drawn, lens or [])
+        how = (max_new_tokens or _MOST, chat, system or "", drawn, lens or [], image)
         _texts(subject, specs, prompts, budget, how, out, device or "cpu", as_json)
         return
     if wrong := [name for name in used if name in _TEXTS]:
@@ -167,7 +180,7 @@ def generate(
         raise UserError('this needs diffusers; install it with `pip install "manyheads[diffusion]"`')
     from manyheads.generate import rows, run
 
-    wanted = (prompts, classes or [], source, read_seeds(seed or 0, seeds, samples))
+    wanted = (prompts, classes or [], source, caption, read_seeds(seed or 0, seeds, samples))
     settings = run.Settings(steps, guidance, rows.read_size(size))
     _images(model, specs, wanted, settings, out or Path("grid.png"), device or "cpu", dtype, maps, page, as_json)
 
@@ -192,21 +205,34 @@ def _language_model(model: str, dtype: str | None, specs: list[str]) -> CausalLM
     return None if of_images else found
 
 
+def _vlm(model: str, dtype: str | None, device: str | None) -> CausalLM | None:
+    """The language model of that name that reads images, loaded; None for a pipeline."""
+    from manyheads import models
+    from manyheads.experiment import CausalLM
+    from manyheads.experiment.subjects import subject
+
+    if not isinstance(subject(model, dtype), CausalLM):
+        return None
+    quiet_libraries()
+    return CausalLM(model, *models.load_vlm(model, device or "cpu", models.named_dtype(dtype)))
+
+
 def _texts(
     subject: CausalLM, specs: list[str], prompts: list[str], budget: str | None,
-    how: tuple[int, bool | None, str, list[int], list[str]], out: Path | None, device: str, as_json: bool,
+    how: tuple[int, bool | None, str, list[int], list[str], Path | None], out: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Replies of a language model."""
     from manyheads.comparison import make_arms
     from manyheads.experiment.arms import BASELINE, Arm
     from manyheads.generate import texts
+    from manyheads.inspect.signals import open_image
     from manyheads.models.chat import chats
     from manyheads.report import generate_texts as shown_by
     from manyheads.report.page import write
 
     if not prompts:
         raise UserError(f'give a prompt, as `manyheads generate --model {subject.name} "Who wrote Hamlet?"`')
-    (most, chat, system, seeds, lens) = how
+    (most, chat, system, seeds, lens, image) = how
     arms = [Arm(BASELINE), *make_arms(specs, [budget or _BUDGET], subject)]
     if out is not None:
         if out.suffix.lower() not in (".html", ".htm"):
@@ -220,20 +246,13 @@ def _texts(
         if tokenizer is None:
             raise UserError(f"{subject.name} has no tokenizer, so that it reads no text")
         replies = texts.run(
-            model,
-            tokenizer,
-            arms,
-            prompts,
-            max_new_tokens=most,
-            chat=chat,
-            progress=progress,
-            system=system,
-            seeds=seeds,
-            lenses=lenses,
-        )
+            model, tokenizer, arms, prompts, max_new_tokens=most, chat=chat, progress=progress, system=system,
+            seeds=seeds, lenses=lenses, image=None if image is None else open_image(image),
+        )  # fmt: skip
     facts = texts.facts(replies, model) | {
         "model": subject.name, "chat": chats(tokenizer) if chat is None else chat,
-        "system": system or None, "out": None if out is None else str(out), "command": typed(),
+        "system": system or None, "image": None if image is None else str(image),
+        "out": None if out is None else str(out), "command": typed(),
     }  # fmt: skip
     if out is not None:
         write(shown_by.page(facts, replies if lenses else ()), out)
@@ -244,8 +263,8 @@ def _texts(
 
 
 def _images(
-    model: str, specs: list[str], asked: tuple[list[str], list[str], str | None, list[int]], settings: Any, out: Path,
-    device: str, dtype: str | None, maps: str | None, page: Path, as_json: bool,
+    model: str, specs: list[str], asked: tuple[list[str], list[str], str | None, str | None, list[int]], settings: Any,
+    out: Path, device: str, dtype: str | None, maps: str | None, page: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Images or videos of a pipeline."""
     from manyheads.generate import rows, run, words
@@ -254,7 +273,7 @@ def _images(
     from manyheads.report.grids import check_out
 
     quiet_libraries()
-    prompts, classes, source, seeds = asked
+    prompts, classes, source, caption, seeds = asked
     arms = [run.arm(text) for text in specs]
     if not arms and maps is None:
         raise UserError(
@@ -269,13 +288,20 @@ def _images(
         pipe = loading.load(model, device, dtype)
         image = None if source is None or not Path(source).is_file() else Path(source)
         wanted = rows.rows_of(pipe, prompts, classes, None if image else source, seeds)
+        if caption is not None and image is None:
+            raise UserError("--caption says what the file of --source shows; give --source a file, or leave it away")
         arms, fills = (arms, False) if image is None else run.on_image(arms, image)
         run.check(pipe, arms, settings)
         if image is not None:
-            wanted = rows.filled(image, wanted) if fills else rows.from_image(pipe, image, wanted, settings.steps)
+            if fills:
+                wanted = rows.filled(image, wanted)
+            else:
+                run.check_caption(arms, caption)
+                wanted, path = rows.from_image(pipe, image, wanted, settings.steps, caption or "")
+                arms = [run.on_path(each, path) for each in arms]
         watched = words.find(pipe, wanted, maps) if maps is not None else None
         made = run.run(pipe, arms, wanted, settings, progress)
-        if fills and image is not None:
+        if image is not None:
             made[0].sources = [rows.shown(image, each.shape) for each in made[0].images]
         if watched is not None:
             _write_maps(page, *words.watch(pipe, watched, wanted, settings), wanted, model)

@@ -41,10 +41,12 @@ class Film:
     Attributes:
         images: float32 in -1..1, ``[N, F, 3, side, side]``.
         objects: that each frame shows, int64 ``[N, F]``.
+        cells: where, int64 ``[N, F]``.
     """
 
     images: Tensor
     objects: Tensor
+    cells: Tensor
 
 
 def draw_pictures(
@@ -80,11 +82,11 @@ def draw_films(
     """Draw films of ``frames`` frames, at most eight, each of ``grid x grid`` cells of ``size`` pixels."""
     shown = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)[:, :frames]
     back = _backdrops(count, grid * size, generator, split)
-    made, rows = [], torch.arange(count)
+    made, cells, rows = [], [], torch.arange(count)
     for frame in range(frames):
-        where = torch.randint(grid * grid, (count,), generator=generator)
-        made.append(_over(back, rows, shown[:, frame], where, grid, size))
-    return Film(torch.stack(made, 1) * 2 - 1, shown)
+        cells.append(torch.randint(grid * grid, (count,), generator=generator))
+        made.append(_over(back, rows, shown[:, frame], cells[-1], grid, size))
+    return Film(torch.stack(made, 1) * 2 - 1, shown, torch.stack(cells, 1))
 
 
 def _backdrops(count: int, side: int, generator: Generator, split: Split) -> Tensor:

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
-from ..integrations.masked_diffusion import TokenDenoiser
-from ..writing import DecodingLoop, Request, Written
+from ..writing import DecodingLoop, MaskedLM, ModelAccess, Request, Written
 
 __all__ = ["BlockDecoding", "Row", "shares"]
 
@@ -80,28 +79,24 @@ class BlockDecoding(DecodingLoop):
             draws: on the CPU; a block has its own numbers whatever was drawn before.
         """
 
-    def write(self, request: Request) -> Written:
-        return self.write_rows(request.model, request.ids, request.most, ends=request.ends, seed=request.seed)[0]
+    def write(self, request: Request, access: ModelAccess) -> Written:
+        return self.write_rows(access.masked_lm(), request.ids, request.most, ends=request.ends, seed=request.seed)[0]
 
     @torch.inference_mode()
     def write_rows(
-        self, model: nn.Module | TokenDenoiser, ids: Tensor, most: int, *, ends: Collection[int] = (), seed: int = 0,
+        self, denoiser: MaskedLM, ids: Tensor, most: int, *, ends: Collection[int] = (), seed: int = 0,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> list[Written]:  # fmt: skip
         """Write on from prompts of one length, each as it would be alone.
 
         Args:
-            model: a masked diffusion language model.
+            denoiser: a masked diffusion language model.
             ids: ``[B, P]``.
             most: tokens of a reply, masks at first.
             ends: tokens that end a reply.
             seed: of suffixes and noise, the same for every row.
             advance: told the rows that a block was filled of.
-
-        Raises:
-            UserError: the model is none.
         """
-        denoiser = model if isinstance(model, TokenDenoiser) else TokenDenoiser(model)
         found = [Row() for _ in ids]
         going = list(range(len(found)))  # rows that are written on
         prompt, length = ids.shape[1], ids.shape[1] + most
@@ -126,7 +121,7 @@ class BlockDecoding(DecodingLoop):
         return [row.written(ends) for row in found]
 
     def _filled(
-        self, denoiser: TokenDenoiser, ids: Tensor, places: Tensor, size: int, noise: torch.Generator, rows: list[Row]
+        self, denoiser: MaskedLM, ids: Tensor, places: Tensor, size: int, noise: torch.Generator, rows: list[Row]
     ) -> Tensor:  # fmt: skip
         """The next block, ``[B, size]``, behind ``ids [B, S]``; what it took is added to ``rows``."""
         start = ids.shape[1]

@@ -13,9 +13,8 @@ from ..attention import reference
 from ..call import AttentionCall, Site
 from ..calls.edits import add_bias
 from ..errors import UserError
-from ..integrations.streams import Streams
 from ..strategy import AttentionEdit, Layers
-from ..writing import DecodingLoop, Request, Written
+from ..writing import DecodingLoop, Readings, Request, Written
 
 __all__ = ["ColumnEdit", "ImageDecoding", "Switch", "Switched", "plausible"]
 
@@ -39,7 +38,7 @@ class ImageDecoding(DecodingLoop):
         return int(torch.multinomial((logits / self.temperature).softmax(0), 1, generator=generator))
 
     def follow(
-        self, request: Request, streams: Streams, generator: Generator, combine: Callable[[Tensor], Tensor]
+        self, request: Request, streams: Readings, generator: Generator, combine: Callable[[Tensor], Tensor]
     ) -> Written:
         """Write by the logits ``[V]`` that ``combine`` makes of those of readings that see all that follows."""
         tokens: list[int] = []

@@ -4,7 +4,7 @@ r"""Several workers of one model write at once and read each other's tokens the 
 Hogwild! Inference: Parallel LLM Generation via Concurrent Attention (arXiv 2504.06261). All workers share the weights
 and one cache of blocks: the prompt, what has been finished, and the text that each is at. A worker's own text comes
 last in what it sees, so that the others' new tokens move it on: positions are those of its own view at every step,
-reached by turning queries and not keys (``manyheads.integrations.shared_blocks``). A step feeds one token of every
+reached by turning queries and not keys (``writing.BlockCache``). A step feeds one token of every
 worker, in one batch; a worker whose paragraph ends reads the heading of its next one with it. By ``layout`` it sees
 
     contiguous   prompt | texts of the others, each as a whole | own text
@@ -33,9 +33,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..attention.shared_block import Block
 from ..errors import UserError
-from ..integrations.shared_blocks import Block, SharedBlocks
-from ..writing import DecodingLoop, Request, Written
+from ..writing import BlockCache, DecodingLoop, ModelAccess, Request, Written
 
 __all__ = ["Hogwild"]
 
@@ -105,24 +105,28 @@ class Hogwild(DecodingLoop):
         if self.layout not in ("contiguous", "interleaved", "combined") or self.answer not in ("joint", "vote"):
             raise UserError(f"{self.spec}: layout is contiguous, interleaved or combined, answer is joint or vote")
 
-    def write(self, request: Request) -> Written:
+    def write(self, request: Request, access: ModelAccess) -> Written:
         told = self.told and self.workers > 1
+        if request.given:
+            raise UserError(f"{self.spec} reads blocks of words alone, and this prompt has an image: leave it away")
         if told and request.tokenizer is None:
             raise UserError(f"{self.spec} tells its workers of each other in words: give a tokenizer, or told=false")
-        with SharedBlocks(request.model) as blocks, torch.inference_mode():
+        with access.blocks() as blocks, torch.inference_mode():
             blocks.check(request.ids[0].tolist())
-            return _Room(self, request, blocks, told).write()
+            return _Room(self, request, blocks, told, access.max_positions).write()
 
 
 class _Room:
     """What the workers of one text share."""
 
-    def __init__(self, strategy: Hogwild, request: Request, blocks: SharedBlocks, told: bool) -> None:
+    def __init__(
+        self, strategy: Hogwild, request: Request, blocks: BlockCache, told: bool, longest: int | None
+    ) -> None:
         self.strategy, self.request, self.blocks, self.told = strategy, request, blocks, told
         self.generator = request.generator()
         ids: list[int] = request.ids[0].tolist()
         kept, self.rules = _asked(request.tokenizer, ids, strategy.workers) if told else (len(ids) - 1, [])
-        limit = getattr(request.model.config, "max_position_embeddings", None) or 2**40
+        limit = longest or 2**40
         if (most := len(ids) + len(self.rules) + strategy.workers * request.most + _TITLES) > limit:
             raise UserError(f"{strategy.spec} may come to {most} positions, and the model has {limit}: write less")
         self.finish = 0
@@ -245,7 +249,7 @@ class _Room:
 
 
 def _continued(
-    blocks: SharedBlocks, head: Block, tails: Sequence[list[int]], most: int, ends: frozenset[int]
+    blocks: BlockCache, head: Block, tails: Sequence[list[int]], most: int, ends: frozenset[int]
 ) -> list[list[int]]:
     """The likeliest tokens, up to ``most``, after each tail behind what all begin with."""
     own = [Block() for _ in tails]

@@ -24,9 +24,7 @@ from torch import Tensor
 
 from ..call import Site
 from ..errors import UserError
-from ..integrations import use
-from ..integrations.streams import Streams, image_columns
-from ..writing import Request, Written
+from ..writing import ModelAccess, Request, Written
 from ._images import ColumnEdit, ImageDecoding, Switch, Switched, plausible
 
 __all__ = ["MoreAttention"]
@@ -55,8 +53,8 @@ class MoreAttention(ColumnEdit, ImageDecoding):
     def shift(self, scores: Tensor, image: Tensor, sinks: Tensor | None) -> Tensor:
         return torch.where(image & scores.isfinite(), self.alpha * scores.abs(), 0.0)
 
-    def write(self, request: Request) -> Written:
-        image, generator = image_columns(request.model, request.ids, self.spec), request.generator()
+    def write(self, request: Request, access: ModelAccess) -> Written:
+        image, generator = access.image_columns(request.ids, self.spec), request.generator()
         inner = replace(self, columns=tuple(image.nonzero()[:, 0].tolist()))
         seen = torch.stack([torch.ones_like(image), ~image])[: 1 if self.gamma == 1 else 2]
         if not bool(seen[:, 0].all()):
@@ -70,7 +68,7 @@ class MoreAttention(ColumnEdit, ImageDecoding):
                 told = self.gamma * with_image - (self.gamma - 1) * alone
             return plausible(told, logits[0], self.beta)
 
-        with use(request.model, Switched(inner=inner, switch=switch)), torch.inference_mode():
-            streams = Streams(request.model, request.ids, seen, [request.given] * len(seen))
+        with access.use(Switched(inner=inner, switch=switch)), torch.inference_mode():
+            streams = access.readings(request.ids, seen, [request.given] * len(seen))
             switch.on = True
             return self.follow(request, streams, generator, combined)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..integrations.streams import Streams, image_columns
-from ..writing import Request, Written
+from ..writing import ModelAccess, Request, Written
 from ._images import ImageDecoding, plausible
 
 __all__ = ["VisualContrast", "noisy"]
@@ -51,8 +50,8 @@ class VisualContrast(ImageDecoding):
                 f"in 0..{_STEPS}"
             )
 
-    def write(self, request: Request) -> Written:
-        image, generator = image_columns(request.model, request.ids, self.spec), request.generator()
+    def write(self, request: Request, access: ModelAccess) -> Written:
+        image, generator = access.image_columns(request.ids, self.spec), request.generator()
         pixels = request.given.get("pixel_values")
         if pixels is None:
             raise UserError(f"{self.spec} puts noise on pixel_values, and the request has none")
@@ -64,5 +63,5 @@ class VisualContrast(ImageDecoding):
 
         with torch.inference_mode():
             seen = torch.ones(2, len(image), dtype=torch.bool, device=image.device)
-            streams = Streams(request.model, request.ids, seen, [request.given, blurred])
+            streams = access.readings(request.ids, seen, [request.given, blurred])
             return self.follow(request, streams, generator, combined)

@@ -29,17 +29,24 @@ from torch import Tensor
 from ..errors import UserError
 from ._prediction import Prediction, is_flow
 
-__all__ = ["invert", "levels"]
+__all__ = ["affine", "fitted", "invert", "levels", "path"]
 
 
 def invert(
     scheduler: Any, latents: Tensor, predict: Callable[[Tensor, Tensor], Tensor], iterations: int = 5
 ) -> Tensor:  # fmt: skip
-    """The noise ``[B, ...]`` from which a sampler's steps lead to ``latents``, up to what the iterations leave.
+    """The noise ``[B, ...]`` from which a sampler's steps lead to ``latents``; see :func:`path`."""
+    return path(scheduler, latents, predict, iterations)[0]
+
+
+def path(
+    scheduler: Any, latents: Tensor, predict: Callable[[Tensor, Tensor], Tensor], iterations: int = 5
+) -> Tensor:  # fmt: skip
+    """Latents ``[T + 1, B, ...]`` by which T steps of a sampler lead to the given ones, up to what iterations leave.
 
     Args:
         scheduler: a ``DDIMScheduler`` (with ``eta`` 0) or ``FlowMatchEulerDiscreteScheduler`` whose timesteps are set.
-        latents: clean, as the denoiser's are scaled.
+        latents: clean, as the denoiser's are scaled; the last of the path, whose first are the noise.
         predict: ``predict(x, t)`` is the denoiser's output for latents ``x`` at the timestep ``t``, a scalar tensor.
         iterations: evaluations of the denoiser for a step; 1 is DDIM inversion.
 
@@ -49,10 +56,10 @@ def invert(
     if iterations < 1:
         raise UserError(f"inversion takes at least one evaluation a step, not {iterations}")
     times, between = scheduler.timesteps, levels(scheduler)
-    x = latents
+    x, passed = latents, [latents]
     with torch.no_grad():
         for t, (before, after) in zip(reversed(times), reversed(between), strict=True):
-            a, b = (float(after.add_noise(*before.to_x0_eps(*one))) for one in _UNITS)
+            a, b = affine(before, after)
             if abs(a) < 1e-6:
                 raise UserError(
                     "a step of this scheduler leaves nothing of the latents it came from, so that nothing leads back; "
@@ -61,7 +68,38 @@ def invert(
             start = x
             for _ in range(iterations):
                 x = (start - b * predict(x, t)) / a
-    return x
+            passed.append(x)
+    return torch.stack(passed[::-1])
+
+
+def affine(before: Prediction, after: Prediction) -> tuple[float, float]:
+    """A and B of the step ``x_s = A x_t + B out`` between two noise levels."""
+    a, b = (float(after.add_noise(*before.to_x0_eps(*one))) for one in _UNITS)
+    return a, b
+
+
+def fitted(
+    start: Tensor, loss: Callable[[Tensor], Tensor], *, rate: float, most: int, enough: float
+) -> Tensor:  # fmt: skip
+    """An embedding near ``start [B, ...]`` at which a loss is small: by Adam, each row on its own.
+
+    Args:
+        start: where to begin.
+        loss: ``loss(x)`` of each row, ``[B]``.
+        rate: of Adam.
+        most: steps.
+        enough: no more steps once every row's loss, before a step, was below it.
+    """
+    found = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([found], lr=rate)
+    for _ in range(most):
+        with torch.enable_grad():
+            off = loss(found)
+            (found.grad,) = torch.autograd.grad(off.sum(), found)
+        optimizer.step()
+        if bool((off < enough).all()):
+            break
+    return found.detach()
 
 
 _UNITS = tuple((torch.tensor(i, dtype=torch.float64), torch.tensor(1 - i, dtype=torch.float64)) for i in (1, 0))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
+from ..call import AttentionCall, Layout
 from ..errors import UserError
 
-__all__ = ["blur", "check_words", "merged", "scaled"]
+__all__ = ["blur", "check_words", "grid_of", "merged", "scaled", "select_queries", "to_grid"]
 
 
 def blur(x: Tensor, sigma: float, size: int) -> Tensor:
@@ -62,3 +63,23 @@ def scaled(maps: Tensor) -> Tensor:
     flat = maps.flatten(1)
     low, high = (x.reshape(-1, *[1] * (maps.ndim - 1)) for x in (flat.amin(1), flat.amax(1)))
     return (maps - low) / (high - low + 1e-8)
+
+
+def grid_of(layout: Layout, length: int, batch: int) -> tuple[int, int, int, int] | None:
+    """Frames in rows of the batch, frames, rows and columns among ``length`` tokens; None where they are no image."""
+    if length == layout.tokens:
+        return 1, layout.frames, layout.height, layout.width
+    size = layout.grid(length)
+    return None if size is None or batch % layout.frames else (layout.frames, 1, *size)
+
+
+def to_grid(x: Tensor, grid: tuple[int, int, int, int]) -> Tensor:
+    """``[B, H, T, C]`` as ``[rows, H, C, frames, h, w]``."""
+    x = x.unflatten(2, grid[1:]).unflatten(0, (-1, grid[0]))  # [rows, frames, H, frames, h, w, C], one frames is 1
+    return x.permute(0, 2, 6, 1, 3, 4, 5).flatten(3, 4)
+
+
+def select_queries(call: AttentionCall, at: Tensor | slice) -> AttentionCall:
+    """The call with some of its queries only."""
+    mask, bias = (x if x is None or x.shape[-2] == 1 else x[..., at, :] for x in (call.allowed(), call.bias))
+    return call.replace(q=call.q[:, :, at], mask=mask, bias=bias, is_causal=False)

@@ -45,6 +45,7 @@ from ..errors import UserError
 from ..strategy import AttentionCompute, AttentionWatch
 from ._inversion import invert
 from ._maps import check_words, merged, scaled
+from ._pairs import check_pairs, known_step, of_rows, pairs, sdpa
 
 __all__ = ["MasaCtrl", "invert"]
 
@@ -86,46 +87,38 @@ class MasaCtrl(AttentionCompute, AttentionWatch):
         Raises:
             UserError: the step is not known, or the rows do not pair.
         """
-        step = call.diffusion
-        if step is None or step.index is None:
-            raise UserError("masactrl has to know the step: open the pipeline, not its denoiser")
-        if call.site.kind == "cross" or step.axis == "text" or step.index < self.start_step:
+        step = known_step(call, self.slug)
+        if call.site.kind == "cross" or step.axis == "text" or (step.index or 0) < self.start_step:
             return None
-        if step.branches == ("unknown",):
-            raise UserError("masactrl: the pipeline guides and does not say which rows are conditional")
-        if call.q.shape[0] % (2 * len(step.branches)):
-            raise UserError(
-                f"masactrl: {call.q.shape[0]} rows in branches {'+'.join(step.branches)} are no pairs of source and "
-                "target; give the pipeline the prompts of the sources, then those of their targets"
-            )
+        check_pairs(call, step, self.slug)
         return step
 
     def attend(self, call: AttentionCall) -> Tensor:
         step = self.acts(call)
-        own = _sdpa(call, call.k, call.v)
+        own = sdpa(call, call.k, call.v)
         if step is None:
             return own
         batch, _, length, _ = call.q.shape
-        source, target = _pairs(batch, len(step.branches), call.q.device)
+        source, target = pairs(batch, len(step.branches), call.q.device)
         image = slice(0, length)
         if call.site.kind == "joint":
             if step.layout is None:
                 raise UserError(f"masactrl: the token layout of {call.site.name} is not known")
             image = step.layout.image(length)
         k, v = (_exchanged(x, source, target, image, self.union) for x in (call.k, call.v))
-        part = call.replace(q=call.q[target], mask=_of(call.mask, target), bias=_of(call.bias, target))
+        part = call.replace(q=call.q[target], mask=of_rows(call.mask, target), bias=of_rows(call.bias, target))
         masks = self.masks(step, batch, length) if call.site.kind == "self" and not self.union else None
         if masks is None:
             if self.union and part.mask is not None:
                 part = part.replace(mask=torch.cat([part.mask, part.mask[..., image]], -1))
-            out = _sdpa(part, k, v)
+            out = sdpa(part, k, v)
         else:
             there, here = masks[source], masks[target]  # [rows, T]
-            inside, outside = (_sdpa(part.replace(mask=m[:, None, None]), k, v) for m in (there, ~there))
+            inside, outside = (sdpa(part.replace(mask=m[:, None, None]), k, v) for m in (there, ~there))
             out = torch.where(here[:, :, None, None], inside, outside)
             whole = there.all(1) | ~there.any(1)
             if whole.any():
-                out = torch.where(whole[:, None, None, None], _sdpa(part, k, v), out)
+                out = torch.where(whole[:, None, None, None], sdpa(part, k, v), out)
         made = own.clone()
         made[target] = out
         return made
@@ -165,31 +158,9 @@ class MasaCtrl(AttentionCompute, AttentionWatch):
         return made
 
 
-def _of(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    return x if x is None or x.shape[0] == 1 else x[rows]
-
-
-def _pairs(batch: int, branches: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of the sources and of their targets, for each branch one half after the other."""
-    rows = torch.arange(batch, device=device).reshape(branches, 2, -1)
-    return rows[:, 0].flatten(), rows[:, 1].flatten()
-
-
 def _exchanged(x: Tensor, source: Tensor, target: Tensor, image: slice, union: bool) -> Tensor:
     """Keys or values for the targets: the source's image tokens in place of, or behind, their own."""
     theirs = x[source][:, :, image]
     if union:
         return torch.cat([x[target], theirs], 2)
     return torch.cat([x[target][:, :, : image.start], theirs, x[target][:, :, image.stop :]], 2)
-
-
-def _sdpa(call: AttentionCall, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the call's queries over other keys and values, ``[B, T, H, dv]``."""
-    mask = call.mask
-    if call.bias is not None:
-        floor = torch.finfo(call.q.dtype).min
-        mask = call.bias if mask is None else torch.where(mask, call.bias, floor)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        call.q, k, v, mask, scale=call.scale, enable_gqa=call.q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)

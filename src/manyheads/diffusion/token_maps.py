@@ -45,7 +45,7 @@ from ..calls.statistics import Columns, ColumnSum, Statistic
 from ..calls.weights import measure, weights
 from ..errors import UserError
 from ..strategy import AttentionWatch, Layers, Strategy
-from ._maps import check_words, merged, scaled
+from ._maps import check_words, grid_of, merged, scaled, select_queries, to_grid
 
 __all__ = ["TokenMaps", "WordMaps", "maps", "places"]
 
@@ -108,12 +108,12 @@ class TokenMaps(AttentionWatch):
             return
         layout, length = step.layout, call.q.shape[2]
         image = layout.image(length) if kind == "joint" else slice(0, length)
-        grid = _grid_of(layout, image.stop - image.start, call.q.shape[0])
+        grid = grid_of(layout, image.stop - image.start, call.q.shape[0])
         if grid is None:
             return
-        part = _select_queries(call, image)
+        part = select_queries(call, image)
         found = self._found(part, layout, image, grid)
-        self._keep(call, step, {what: _to_grid(x, grid) for what, x in found.items()})
+        self._keep(call, step, {what: to_grid(x, grid) for what, x in found.items()})
 
     def _found(
         self, part: AttentionCall, layout: Layout, image: slice, grid: tuple[int, int, int, int]
@@ -145,7 +145,7 @@ class TokenMaps(AttentionWatch):
         at = torch.tensor(self.queries, device=part.q.device)
         frame, row, column = at // (layout.height * layout.width), at // layout.width % layout.height, at % layout.width
         cell = row * high // layout.height * wide + column * wide // layout.width
-        asked = _select_queries(part, cell if apart > 1 else frame * high * wide + cell)
+        asked = select_queries(part, cell if apart > 1 else frame * high * wide + cell)
         rows = torch.cat([x for _, x in weights(asked)], 2)[..., image].transpose(2, 3) * (frames * high * wide)
         if apart == 1:
             return rows
@@ -167,26 +167,6 @@ class TokenMaps(AttentionWatch):
             for index in (None, step.index) if self.per_step else (None,):
                 before = state["means"].get((what, index))
                 state["means"][what, index] = _Mean(x) if before is None else before.plus(x)
-
-
-def _grid_of(layout: Layout, length: int, batch: int) -> tuple[int, int, int, int] | None:
-    """Frames in rows of the batch, frames, rows and columns among ``length`` tokens; None where they are no image."""
-    if length == layout.tokens:
-        return 1, layout.frames, layout.height, layout.width
-    size = layout.grid(length)
-    return None if size is None or batch % layout.frames else (layout.frames, 1, *size)
-
-
-def _to_grid(x: Tensor, grid: tuple[int, int, int, int]) -> Tensor:
-    """``[B, H, T, C]`` as ``[rows, H, C, frames, h, w]``."""
-    x = x.unflatten(2, grid[1:]).unflatten(0, (-1, grid[0]))  # [rows, frames, H, frames, h, w, C], one frames is 1
-    return x.permute(0, 2, 6, 1, 3, 4, 5).flatten(3, 4)
-
-
-def _select_queries(call: AttentionCall, at: Tensor | slice) -> AttentionCall:
-    """The call with some of its queries only."""
-    mask, bias = (x if x is None or x.shape[-2] == 1 else x[..., at, :] for x in (call.allowed(), call.bias))
-    return call.replace(q=call.q[:, :, at], mask=mask, bias=bias, is_causal=False)
 
 
 class _Port(Protocol):

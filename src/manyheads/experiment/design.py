@@ -81,7 +81,7 @@ class Experiment:
         Raises:
             UserError: a value of the size is of no task, two arms or tasks have one name, or ``on`` is of another kind.
         """
-        from .subjects import subject
+        from .subjects import Convertible, subject
 
         values: Mapping[str, Any] = getattr(self.sizes, size)
         fields = [(task.key, f.name) for task in self.tasks for f in dataclasses.fields(task)]  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ class Experiment:
                 raise UserError(f"two {what} are called {', '.join(twice)}; give each a name of its own")
         seeds = int(values.get("seeds", 1 if size == "quick" else self.seeds))
         own = subject(values.get("subject", self.subject))
-        measured = own if on is None else subject(on)
+        measured = own if on is None else subject(on) if not isinstance(own, Convertible) else Convertible(on)
         if measured.kind != own.kind:
             raise UserError(f"this is measured on {_said(own.kind)}; {on} is {_said(measured.kind)}")
         return Planned(

@@ -68,6 +68,8 @@ def run(
         with attention_planned_once():
             for task in tasks:
                 task.guard(made)
+            for task in tasks:
+                task.prepare(made)
     start = time.perf_counter()
     total = sum(unit.cost for unit in units)
     done = total - sum(unit.cost for unit in waiting)

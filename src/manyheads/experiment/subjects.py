@@ -8,12 +8,14 @@ worker process can be sent one.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..causal_lens import CausalLens
-from ..conditioning import SourceCondition
+from ..conditioning import DenoiserWeights
+from ..conversion import Conversion
 from ..errors import UserError
 from ..strategy import (
     Attention,
@@ -33,7 +35,7 @@ from ..writing import Decoding
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CausalLM", "Machine", "Pipeline", "Subject", "Trainable", "Vision", "subject"]
+__all__ = ["CausalLM", "Convertible", "Machine", "Pipeline", "Subject", "Trainable", "Vision", "subject"]
 
 
 class Subject(ABC):
@@ -73,7 +75,7 @@ class CausalLM(Subject):
     """
 
     kind = "causal_lm"
-    kinds = (Attention, Cache, Decoding, LinearCompute, MidBlock, Residual)
+    kinds: ClassVar[tuple[type, ...]] = (Attention, Cache, Decoding, LinearCompute, MidBlock, Residual)
 
     def __init__(
         self, name: str = "default", model: Any = None, tokenizer: Any = None, dtype: str | None = None
@@ -168,6 +170,12 @@ class CausalLM(Subject):
         }  # fmt: skip
 
 
+class Convertible(CausalLM):
+    """A causal language model that every arm is made of anew, by a conversion."""
+
+    kinds = (Conversion,)
+
+
 class Pipeline(Subject):
     """A pipeline of diffusers: one that ships (``scenes``, ``unet``, ``moving``) or a folder."""
 
@@ -243,7 +251,7 @@ class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
     kind = "trainable"
-    kinds = (Mixer, Attention, ImagePositions, Residual, SourceCondition, Unlearning, Decoding)
+    kinds = (Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding)
     name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:
@@ -273,10 +281,12 @@ def _where(strategy: Strategy) -> str:
         return f"look with it: manyheads inspect --lens {strategy.slug}"
     if isinstance(strategy, Decoding):
         return f"write with it: manyheads generate --model MODEL --strategy {strategy.slug}"
+    if isinstance(strategy, Conversion):
+        return f"convert the model first: manyheads convert {strategy.spec} --model MODEL --out FOLDER"
     if isinstance(strategy, Unlearning):
         return f"run it: python -m manyheads.recipes.unlearning_bench --method {strategy.slug}"
-    if isinstance(strategy, SourceCondition):
-        return f"train it: python -m manyheads.recipes.native3d_edit --strategy {strategy.slug}"
+    if isinstance(strategy, DenoiserWeights):
+        return f"train it: python -m manyheads.recipes.{strategy.recipe} --strategy {strategy.slug}"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
     if isinstance(strategy, ImagePositions):
@@ -284,6 +294,17 @@ def _where(strategy: Strategy) -> str:
     if isinstance(strategy, Cache):
         return "open a causal language model with it"
     return "give it a model of its kind"
+
+
+def _reads_images(name: str) -> bool:
+    """Whether a folder, or a published model, is an encoder of images, by its config; imports no transformers."""
+    from ..models import published, source
+
+    file = Path(source(name) if name in published() else name).expanduser() / "config.json"
+    if not file.is_file():
+        return name in published() and name.startswith("dinov2")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return "num_channels" in config and config.keys().isdisjoint({"vocab_size", "text_config"})
 
 
 def subject(given: str | Subject, dtype: str | None = None) -> Subject:
@@ -304,6 +325,6 @@ def subject(given: str | Subject, dtype: str | None = None) -> Subject:
     folder = Path(given).expanduser()
     if given in models.shipped_pipelines() or (folder / "model_index.json").is_file():
         return Pipeline(given, dtype=dtype)
-    if models.reads_images(given):
+    if _reads_images(given):
         return Vision(given, dtype=dtype)
     return CausalLM(given, dtype=dtype)

@@ -153,6 +153,12 @@ class Task(ABC):
     def guard(self, run: RunContext) -> None:  # noqa: B027 - most tasks have nothing to guard
         """Raise UserError if an arm that keeps everything is not the baseline; called before any unit."""
 
+    def prepare(self, run: RunContext) -> None:  # noqa: B027 - most tasks have nothing to prepare
+        """Make what units read from the run's folder, once and before any of them; where there is none, units make it.
+
+        It is called again when a run that was cut off goes on, and leaves what is there.
+        """
+
     def row(self, metric: str, arm: Arm, value: float, sample: str, **more: Any) -> Row:
         """A row of this task."""
         self.metric(metric)

@@ -1,57 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reply about a picture, with strategies, from a model of transformers with its processor."""
+"""Prompts about a picture, as the processor of a model of transformers reads them."""
 
-from collections.abc import Sequence
+import inspect
 from typing import Any
 
 from ..errors import UserError
-from ..integrations import use
-from ..integrations.decoding import end_tokens, write
-from ..questions import split
-from ..strategy import Strategy
-from ..writing import Decoding, Request
+from ..lens import device_of
 
-__all__ = ["reply"]
+__all__ = ["read"]
 
-_DROPPED = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # of one row without padding they say nothing
+_UNNEEDED = {"mm_token_type_ids", "token_type_ids"}  # by models that do not name them
 
 
-def reply(
-    model: Any, processor: Any, prompt: str, image: Any, strategies: Sequence[Strategy], *, max_new_tokens: int,
-    seed: int, chat: bool | None, system: str,
-) -> str:  # fmt: skip
-    """See :func:`manyheads.reply`; ``image`` is whatever the processor takes.
+def read(
+    model: Any, processor: Any, prompt: str, image: Any, chat: bool | None, system: str
+) -> tuple[list[int], dict[str, Any]]:
+    """Tokens of a prompt, and what else the model is given with them, on its device.
+
+    Args:
+        model: that is to reply.
+        processor: of the model.
+        prompt: what the user says; the picture stands before it where it does not say.
+        image: the picture, whatever the processor takes.
+        chat: write it in the template; None for where there is one.
+        system: a system message before it.
 
     Raises:
-        UserError: model, processor and strategies do not fit each other.
+        UserError: the processor reads no pictures, or has no template that is asked for.
     """
-    acting, keeping = split(strategies)
-    choosing = [strategy for strategy in acting if isinstance(strategy, Decoding)]
-    if len(choosing) > 1:
-        raise UserError(f"{choosing[0].spec} and {choosing[1].spec} cannot hold together: each chooses what is written")
-    if keeping.spec != "full":
-        raise UserError(f"{keeping.spec} keeps the cache, which a reply about a picture does not do yet; leave it away")
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(
             f"{type(processor).__name__} reads no pictures: give the model's processor, as "
             "transformers.AutoProcessor.from_pretrained reads it"
         )
-    read = processor(images=image, text=_text(processor, prompt, chat, system), return_tensors="pt")
-    device, dtype = model.device, model.dtype
+    found = processor(images=image, text=_text(processor, prompt, chat, system), return_tensors="pt")
+    device, unused = device_of(model), _UNNEEDED - set(inspect.signature(model.forward).parameters) | {"attention_mask"}
     given = {
-        name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        for name, x in read.items() if name not in _DROPPED
+        name: x.to(device, model.dtype) if x.is_floating_point() else x.to(device)
+        for name, x in found.items() if name not in unused
     }  # fmt: skip
-    ids = given.pop("input_ids")
-    request = Request(model, tokenizer, ids, max_new_tokens, end_tokens(model, tokenizer), seed, given=given)
-    with use(model, *(strategy for strategy in acting if strategy not in choosing)):
-        if choosing:
-            tokens = write(choosing[0], request).tokens
-        else:
-            made = model.generate(input_ids=ids, **given, max_new_tokens=max_new_tokens, do_sample=False)
-            tokens = made[0, ids.shape[1] :].tolist()
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    ids: list[int] = given.pop("input_ids")[0].tolist()
+    return ids, given
 
 
 def _text(processor: Any, prompt: str, chat: bool | None, system: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from ..catalog import nearest
@@ -87,32 +87,44 @@ def rows_of(
     return [Row(s, label=_label("", s, seeds)) for s in seeds]
 
 
-def from_image(pipe: Any, path: Path, rows: Sequence[Row], steps: int | None) -> list[Row]:
-    """Rows without a source, made beside an image instead: they start from the noise that it would have come from.
+def from_image(
+    pipe: Any, path: Path, rows: Sequence[Row], steps: int | None, caption: str = ""
+) -> tuple[list[Row], Tensor]:  # fmt: skip
+    """Rows without a source, made beside an image or video: they start from the noise that it would have come from.
 
     Args:
         pipe: a pipeline that inverts its steps.
-        path: of the image.
+        path: of the image or video.
         rows: targets.
         steps: that will be made; the pipeline's own number if None.
+        caption: what it shows; it is inverted without one where empty.
+
+    Returns:
+        the rows, and the latents ``[T + 1, 1, ...]`` from the noise to the source.
 
     Raises:
         UserError: the pipeline cannot, the file is no image, or the rows differ by their seeds.
     """
-    if not hasattr(pipe, "invert"):
+    if not hasattr(pipe, "path"):
         raise UserError(
             f"{type(pipe).__name__} is not inverted by this command; in Python, manyheads.diffusion.masactrl.invert "
             "does it, or give --source a text"
         )
     if len({row.seed for row in rows}) > 1:
         raise UserError("an image has its own noise, which no seed changes; give --source IMAGE one seed")
+    if caption and hasattr(pipe, "words"):
+        pipe.words(caption)
     try:
         with Image.open(path) as image:
-            noise = pipe.invert(image, *([] if steps is None else [steps]))
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
     except UnidentifiedImageError:
-        raise UserError(f"{path} is no image; give --source a text, or a png, jpg or webp") from None
+        raise UserError(f"{path} is no image; give --source a text, or a png, jpg, gif or webp") from None
+    latents = pipe.encode_frames(frames if len(frames) > 1 else frames[0])
+    found = pipe.path(latents, *([] if steps is None else [steps]), prompt=caption)
     label = f"{path.name} \u2192 "
-    return [replace(row, source="", image=str(path), noise=noise, label=label + row.label) for row in rows]
+    return [
+        replace(row, source=caption, image=str(path), noise=found[0], label=label + row.label) for row in rows
+    ], found
 
 
 def filled(path: Path, rows: Sequence[Row]) -> list[Row]:
@@ -121,10 +133,12 @@ def filled(path: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def shown(path: Path, shape: Sequence[int]) -> Array:
-    """An image file ``[1, H, W, 3]``, float32 in 0..1, in the size of what was made, ``[F, H, W, 3]``."""
+    """An image file, or as many frames of a video's, float32 in 0..1, in the size of what was made ``[F, H, W, 3]``."""
+    count, high, wide, _ = shape
     with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB").resize((shape[2], shape[1])), dtype=np.float32)
-    return np.divide(pixels[None], 255, dtype=np.float32)
+        frames = [frame.convert("RGB").resize((wide, high)) for frame in ImageSequence.Iterator(image)]
+    chosen = [np.asarray(frames[i * len(frames) // count], dtype=np.float32) for i in range(count)]
+    return np.divide(np.stack(chosen), 255, dtype=np.float32)
 
 
 def _label(text: str, seed: int, seeds: Sequence[int]) -> str:

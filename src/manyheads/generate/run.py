@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import torch
 
+from ..editing import PromptEditor
 from ..environment import environment
 from ..errors import UserError
 from ..inpainting import Inpainter
@@ -27,7 +28,19 @@ from ..spec import parse, split_together
 from ..strategy import Strategy
 from .rows import Row
 
-__all__ = ["Arm", "Made", "Settings", "arm", "check", "facts", "generate", "on_image", "run"]
+__all__ = [
+    "Arm",
+    "Made",
+    "Settings",
+    "arm",
+    "check",
+    "check_caption",
+    "facts",
+    "generate",
+    "on_image",
+    "on_path",
+    "run",
+]
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -103,6 +116,19 @@ def on_image(arms: Sequence[Arm], path: Path) -> tuple[list[Arm], bool]:
         return cast("Strategy", replace(strategy, source=str(path)) if fills else strategy)
 
     return [replace(each, strategies=tuple(map(on, each.strategies))) for each in arms], any(fills)
+
+
+def check_caption(arms: Sequence[Arm], caption: str | None) -> None:
+    """Refuse strategies that edit a source by its prompt where it has none."""
+    for each in arms:
+        if caption is None and (edits := [s.slug for s in each.strategies if isinstance(s, PromptEditor)]):
+            raise UserError(f"{edits[0]} edits by what differs from the source's prompt; say it, as --caption TEXT")
+
+
+def on_path(given: Arm, path: torch.Tensor) -> Arm:
+    """An arm whose strategies that edit by prompts know by which latents the source comes out."""
+    acting = (s.on_path(path) if isinstance(s, PromptEditor) else s for s in given.strategies)
+    return replace(given, strategies=tuple(acting))
 
 
 class _Checked(Exception):

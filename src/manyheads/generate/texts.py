@@ -21,7 +21,7 @@ from ..integrations import use
 from ..integrations.decoding import end_tokens, greedy, write
 from ..integrations.masked_diffusion import mask_token
 from ..integrations.transformers import new_cache, prefill
-from ..lens import Lens, TokenSpans
+from ..lens import Lens, TokenSpans, device_of
 from ..models.chat import chat_text, chats, system_span
 from ..questions import split
 from ..spec import parse, split_together
@@ -137,7 +137,7 @@ def _messages(prompt: str, system: str) -> list[dict[str, str]]:
 def run(
     model: Any, tokenizer: Any, arms: Sequence[Arm], prompts: Sequence[str], *, max_new_tokens: int,
     chat: bool | None, progress: Progress, system: str = "", seeds: Sequence[int] = (0,),
-    lenses: Sequence[Lens] = (),
+    lenses: Sequence[Lens] = (), image: Any = None,
 ) -> list[list[Reply]]:  # fmt: skip
     """Reply to every prompt under every arm, with the likeliest token unless a strategy of the arm chooses others.
 
@@ -147,7 +147,7 @@ def run(
     short reply of every arm, for which kernels are loaded and compiled.
 
     Args:
-        model, tokenizer: a causal language model.
+        model, tokenizer: a causal language model; with an image one that reads it, and its processor.
         arms: what replies.
         prompts: at least one.
         max_new_tokens: of a reply, at most.
@@ -155,6 +155,8 @@ def run(
         progress: told after each reply.
         system: a system message before every prompt.
         seeds: a reply of every arm for each; arms that draw nothing reply once, and the same for all.
+        lenses: that look on.
+        image: what every prompt is about, as the processor takes it.
 
     Returns:
         For each prompt and each seed the replies of the arms, in their order.
@@ -162,25 +164,31 @@ def run(
     Raises:
         UserError: a prompt or an arm does not fit the model.
     """
-    given = [read(tokenizer, prompt, chat, system) for prompt in prompts]
-    find = bool(system and lenses) or any(
-        s.protects_system for arm in arms for s in arm.strategies if isinstance(s, Cache)
+    if image is None:
+        given = [(read(tokenizer, prompt, chat, system), dict[str, Any]()) for prompt in prompts]
+    else:
+        given = [pictures.read(model, tokenizer, prompt, image, chat, system) for prompt in prompts]
+        tokenizer = tokenizer.tokenizer
+    find = image is None and (
+        bool(system and lenses)
+        or any(s.protects_system for arm in arms for s in arm.strategies if isinstance(s, Cache))
     )
     most = int(getattr(model.config, "max_position_embeddings", 0) or 2**40)
-    if (longest := max(map(len, given)) + max_new_tokens) > most:
+    if (longest := max(len(ids) for ids, _ in given) + max_new_tokens) > most:
         raise UserError(
             f"the model reads {most} tokens, and prompt and reply have up to {longest}: shorten one of them"
         )
     total, done = len(arms) * len(prompts) * len(seeds), 0
     progress(0, total, "warming up")
     ends = end_tokens(model, tokenizer)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.inference_mode():
-        model(input_ids=torch.tensor([given[0][:2]], device=device))
+        model(input_ids=torch.tensor([given[0][0][-2:]], device=device))
     found: list[list[Reply]] = []
-    for prompt, ids in zip(prompts, given, strict=True):
+    for prompt, (ids, more) in zip(prompts, given, strict=True):
         span = system_span(tokenizer, _messages(prompt, system)) if find else None
-        request = Request(model, tokenizer, torch.tensor([ids], device=device), max_new_tokens, ends, seeds[0])
+        there = torch.tensor([ids], device=device)
+        request = Request(model, tokenizer, there, max_new_tokens, ends, seeds[0], given=more)
         if device.type == "cuda" and not found:
             for arm in arms:
                 _reply(replace(request, most=min(2, max_new_tokens)), arm, prompt, span)
@@ -222,15 +230,10 @@ def reply(
         UserError: prompt or strategies do not fit the model.
     """
     given = [parse(s) for s in split_together(strategies)] if isinstance(strategies, str) else strategies
-    if image is not None:
-        return pictures.reply(
-            model, tokenizer, prompt, image, [given] if isinstance(given, Strategy) else given,
-            max_new_tokens=max_new_tokens, seed=seed, chat=chat, system=system,
-        )  # fmt: skip
     arm = Arm("reply", " + ".join(s.spec for s in ([given] if isinstance(given, Strategy) else given)))
     told = run(
         model, tokenizer, [arm], [prompt], max_new_tokens=max_new_tokens, chat=chat, progress=lambda *_: None,
-        system=system, seeds=[seed],
+        system=system, seeds=[seed], image=image,
     )  # fmt: skip
     return told[0][0].text
 
@@ -260,7 +263,7 @@ def _reply(
         cache = new_cache(model, keeping.with_system(span)) if cached else None
         started = _now(device)
         if cache is not None:
-            prefill(model, ids, cache)
+            prefill(model, ids, cache, given=request.given)
         between = _now(device)
         held = 0 if cache is None else cache.bytes()
         resumed = _now(device)

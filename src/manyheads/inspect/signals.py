@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..lens import TokenSpans, device_of
 from .prompts import Prompt
 
-__all__ = ["Laid", "Signal", "read_audio", "read_images"]
+__all__ = ["Laid", "Signal", "open_image", "read_audio", "read_images"]
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _CLASS = ("cls_token", "class_embedding", "class_token", "distillation_token")  # parameters that are a token
@@ -84,6 +84,17 @@ class Laid(TokenSpans):
         self.signal = signal
 
 
+def open_image(path: Path) -> Any:
+    """The image in a file; UserError where it holds none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no image that can be read ({error}); give a PNG or JPEG") from None
+
+
 def read_images(paths: Sequence[str | Path], model: nn.Module, processor: Any = None) -> list[Signal]:
     """Images as ``processor`` of transformers prepares them.
 
@@ -92,8 +103,6 @@ def read_images(paths: Sequence[str | Path], model: nn.Module, processor: Any = 
     Raises:
         UserError: no such file, no image, or a model that does not cut images into patches of one size.
     """
-    from PIL import Image
-
     config: Any = model.config
     patch = getattr(config, "patch_size", None)
     if not isinstance(patch, int | list | tuple):
@@ -111,12 +120,7 @@ def read_images(paths: Sequence[str | Path], model: nn.Module, processor: Any = 
     made = []
     for path in map(Path, paths):
         raw = _bytes(path, "--image")
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is no image that can be read ({error}); give a PNG or JPEG") from None
-        values = _prepared(image, processor, config)
+        values = _prepared(open_image(path), processor, config)
         rows, columns = values.shape[2] // high, values.shape[3] // wide
         labels = [*before, *(f"row {r}, column {c}" for r in range(rows) for c in range(columns)), *after]
         made.append(Signal(

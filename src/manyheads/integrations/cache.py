@@ -4,7 +4,7 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -27,8 +27,19 @@ from ..call import Site, Store
 from ..errors import UserError
 from ..strategy import Cache as CacheKind
 
-__all__ = ["Past", "SlotCache", "StoreLayer", "cache_arguments", "expand", "find_cache", "install", "seen_by"]
+__all__ = [
+    "Past",
+    "SlotCache",
+    "StoreLayer",
+    "cache_arguments",
+    "expand",
+    "find_cache",
+    "given_with",
+    "install",
+    "seen_by",
+]
 
+_OF_TOKENS = ("mm_token_type_ids", "token_type_ids")  # arguments beside ``input_ids`` that have a value for each token
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 _HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
@@ -282,6 +293,11 @@ def cache_arguments(model: nn.Module, cache: Cache) -> dict[str, Any]:
             if name in inspect.signature(function).parameters:
                 return {name: cache, "use_cache": True}
     raise UserError(f"{type(model).__name__} takes no cache: use a decoder of transformers")
+
+
+def given_with(given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """What a model is given beside the first ``count`` tokens of a prompt, of what belongs to all of it."""
+    return {name: x[:, :count] if name in _OF_TOKENS else x for name, x in given.items()}
 
 
 def expand(cache: Cache | None, rows: int) -> None:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..lens import device_of
 from ..writing import BatchedLoop, Decoding, DecodingLoop, Request, TokenChoice, Written
 from .cache import SlotCache, StoreLayer, cache_arguments
+from .model_access import Access
 
 __all__ = ["decode", "end_tokens", "greedy", "greedy_rows", "processor", "takes_padding", "write", "write_each"]
 
@@ -152,7 +154,7 @@ def greedy_rows(
     Returns:
         The tokens of each row.
     """
-    given, device = cache_arguments(model, cache), next(model.parameters()).device
+    given, device = cache_arguments(model, cache), device_of(model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = 1  # those of a long text would not fit
     width, seen = max(map(len, tails)), int(cache.get_seq_length())
@@ -221,8 +223,10 @@ def write(strategy: Decoding, request: Request) -> Written:
     Raises:
         UserError: the strategy does not write with this model.
     """
+    if len(request.ids) != 1:
+        raise UserError(f"{strategy.spec} writes on from one prompt at a time, not from {len(request.ids)}")
     if isinstance(strategy, DecodingLoop):
-        return strategy.write(request)
+        return strategy.write(request, Access(request.model))
     if not isinstance(strategy, TokenChoice):
         raise TypeError(f"{type(strategy).__name__} is neither TokenChoice nor DecodingLoop")
     return _chosen(strategy, request)[0]
@@ -245,7 +249,7 @@ def write_each(
         UserError: the strategy does not write with this model.
     """
     if isinstance(strategy, BatchedLoop):
-        return strategy.write_each(replace(request, cache=fresh(request.ids)), copies)
+        return strategy.write_each(replace(request, cache=fresh(request.ids)), Access(request.model), copies)
     if isinstance(strategy, TokenChoice):
         ids = request.ids.repeat_interleave(copies, 0)
         made = _chosen(strategy, replace(request, ids=ids, cache=fresh(ids)))
@@ -261,13 +265,12 @@ def write_each(
 
 def _chosen(strategy: TokenChoice, request: Request) -> list[Written]:
     """Every row's text, token by token; a row that has ended is fed what it chooses on, unseen."""
-    given, ids, generator = cache_arguments(request.model, request.cache), request.ids, request.generator()
+    read, ids, generator = Access(request.model).reader(request.cache), request.ids, request.generator()
     fed, made = ids[:, -1:], [list[int]() for _ in ids]
     forwards = [request.most] * len(made)
     with torch.inference_mode():
         for step in range(request.most):
-            logits = request.model(input_ids=fed, **given).logits[:, -1].float()
-            fed = strategy.choose(logits, ids, generator)[:, None]
+            fed = strategy.choose(read(fed), ids, generator)[:, None]
             for row, token in enumerate(fed[:, 0].tolist()):
                 if forwards[row] <= step:
                     continue

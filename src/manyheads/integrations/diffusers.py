@@ -24,7 +24,7 @@ from diffusers.models.attention_processor import MochiAttention
 from torch import Tensor, nn
 
 from ..call import Axis, DenoiserCall, DiffusionStep, Layout, Site
-from ..conditioning import SourceCondition
+from ..conditioning import DenoiserWeights
 from ..errors import UserError
 from ..inpainting import Inpainter
 from ..strategy import Attention, Cache, Denoiser, DenoiserModule, DenoiserPrediction, Strategy
@@ -93,8 +93,8 @@ def _acts(strategy: Strategy) -> bool:
 
 def _choose(target: Any, strategy: Strategy, sites: list[tuple[Site, nn.Module]]) -> set[int]:
     """Sites that a strategy may act at: those it selects as any kind, since a joint sequence shows only later."""
-    if isinstance(strategy, SourceCondition):
-        raise UserError(f"{strategy.slug} has weights that are trained with a denoiser: docs/diffusion.md, editing")
+    if isinstance(strategy, DenoiserWeights):
+        raise UserError(f"{strategy.slug} has weights that are trained with a denoiser: docs/diffusion.md")
     if not isinstance(strategy, (Attention, Denoiser)):
         raise UserError(
             f"{strategy.slug} does not act on the attention of a denoiser: `manyheads list --category diffusion`"
@@ -339,7 +339,9 @@ class DiffusersPort:
             start = len(made)
             observer, pipe = self.observer, self.observer.pipe
             to_latents = None if pipe is None else functools.partial(encode, pipe)
-            call = DenoiserCall(step, given, observer.scheduler, scale, run, observer.rescales, to_latents)
+            call = DenoiserCall(
+                step, given, observer.scheduler, scale, run, observer.rescales, to_latents, observer.prompts
+            )  # fmt: skip
             out = strategy.denoise(call)
             total = out if total is None else total + (out - made[start][0])
             self._runs.predicted(strategy, id(model))

@@ -20,13 +20,14 @@ from diffusers.guiders.smoothed_energy_guidance import SmoothedEnergyGuidance
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 
-from ..call import DiffusionStep
+from ..call import DiffusionStep, Prompt
 from ..errors import UserError
 from ..inpainting import Inpainter
 from .batch_rows import UNKNOWN, PromptRows, guidance_of, of_one_sample, rescales, rows_of, tensors_of
 from .images import put_back
 from .layouts import arguments, layout_of, timestep_of
 from .module_calls import Restore
+from .prompts import prompts_of
 from .step_count import StepCounter
 
 __all__ = ["PipelineObserver", "patch_attr"]
@@ -108,6 +109,12 @@ class PipelineObserver:
     def rescales(self) -> bool:
         """Whether the pipeline's call brings what it guided to the size of the conditional prediction."""
         return self.guider is None and self._call_arguments is not None and rescales(self.pipe, self._call_arguments)
+
+    @property
+    def prompts(self) -> Callable[[], tuple[tuple[Prompt, ...], ...]] | None:
+        """Gives the prompts of the pipeline's call; None outside of one."""
+        asked = self._call_arguments
+        return None if asked is None else lambda: prompts_of(self.pipe, asked)
 
     def guidance(self, slug: str, model: nn.Module, step: DiffusionStep, given: dict[str, Any]) -> float | None:
         """The scale g of guidance, None where there is none: branches count g and 1 - g for cond and uncond.

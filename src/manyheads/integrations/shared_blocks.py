@@ -21,8 +21,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..attention.padded import nbytes
 from ..attention.reference import block_size, softmax, widened
 from ..attention.rope import Rotary, rotate
+from ..attention.shared_block import Block
 from ..call import AttentionCall, Site
 from ..errors import UserError
+from ..lens import device_of
 from ..strategy import Attention, AttentionCompute
 from .cache import SlotCache, StoreLayer, cache_arguments
 from .forwards import owner_of
@@ -30,60 +32,11 @@ from .linear import find_linear
 from .sites import SiteState, find_sites
 from .transformers import Port
 
-__all__ = ["Block", "SharedBlocks"]
+__all__ = ["SharedBlocks"]
 
-_ROOM = 16  # a block grows to twice its tokens, in whole pieces of so many
 _CHUNK = 512  # tokens of a long text that are read at once at most
 _SAME = {4: 5e-3, 2: 0.1, 8: 5e-3}  # of the spread of the logits, by bytes of a number: of one path against another
 _FIXED_ANGLES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})  # by position alone
-
-
-class Block:
-    """Keys and values of tokens that follow each other, in every layer.
-
-    Attributes:
-        length: tokens, those that the forward at hand writes included.
-        first: by layer, the place of the first key that is held; 0 where none was dropped.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.first: dict[int, int] = {}
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def held(self, layer: int) -> tuple[Tensor, Tensor, int]:
-        """Keys and values ``[1, Hkv, n, d]`` up to ``length``, and the place of the first."""
-        first = self.first.get(layer, 0)
-        keys, values = (x[:, :, : self.length - first] for x in self._held[layer])
-        return keys, values, first
-
-    def write(self, layer: int, k: Tensor, v: Tensor, place: int) -> None:
-        """Put ``k, v [1, Hkv, n, d]`` at ``place`` and what follows; the storage doubles when it is full."""
-        at = place - self.first.get(layer, 0)
-        stop = at + k.shape[2]
-        held = self._held.get(layer)
-        if held is None or held[0].shape[2] < stop:
-            room = -(-max(stop, 2 * at) // _ROOM) * _ROOM
-            new = tuple(x.new_empty(1, x.shape[1], room, x.shape[3]) for x in (k, v))
-            if held is not None:
-                for x, old in zip(new, held, strict=True):
-                    x[:, :, :at] = old[:, :, :at]
-            held = self._held[layer] = (new[0], new[1])
-        for x, given in zip(held, (k, v), strict=True):
-            x[:, :, at:stop] = given
-
-    def hold(self, layer: int, k: Tensor, v: Tensor, first: int) -> None:
-        """Hold tensors of another cache as they are, without a copy."""
-        self._held[layer], self.first[layer] = (k, v), first
-
-    def clear(self) -> None:
-        """Forget the tokens and keep the room."""
-        self.length = 0
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that is held."""
-        return [x for pair in self._held.values() for x in pair]
 
 
 View = Sequence[Block]
@@ -158,6 +111,9 @@ class SharedBlocks:
             self._refuse(site, module)
         if not sites or find_linear(model, len(sites)):
             raise UserError(f"{type(model).__name__} has layers without softmax attention, which have no keys to share")
+        placed = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+        if len(placed) > 1:
+            raise UserError(f"{type(model).__name__} is on several devices, and blocks are on one: load it on one")
         self._site = sites[0][0]
         self._port = Port(model, (_SharedAttention(blocks=self),))
         self._cache = Cache(layers=[_Writer(self, site) for site, _ in sites])
@@ -232,7 +188,7 @@ class SharedBlocks:
     def read_long(self, view: View, tokens: Sequence[int]) -> Tensor:
         """:meth:`read` of one row, in pieces."""
         keys, heads = sum(block.length for block in view) + len(tokens), self._site.num_heads or 1
-        size = min(_CHUNK, block_size(next(self.model.parameters()), keys * heads))
+        size = min(_CHUNK, block_size(torch.empty(0, device=self._device), keys * heads))
         for start in range(0, len(tokens), size):
             logits = self.read([(view, tokens[start : start + size])])
         return logits[0]
@@ -295,7 +251,7 @@ class SharedBlocks:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def _turn(self, places: Sequence[int], kind: str, like: Tensor) -> Rotary:
         """Cosines and sines ``[n, 1, r]`` of turns by so many positions, without the model's scaling of rotations."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import UserError
-from .cache import cache_arguments
+from .cache import cache_arguments, given_with
 
 __all__ = ["Streams", "image_columns"]
 
@@ -22,7 +22,7 @@ def image_columns(model: nn.Module, ids: Tensor, by: str) -> Tensor:
     """Which tokens of ``ids [1, T]`` stand for patches of images, bool ``[T]``, for the strategy ``by``.
 
     Raises:
-        UserError: the model reads no images or has positions of several axes, there is no image, or several prompts.
+        UserError: the model reads no images, has positions of several axes, or there is no image.
     """
     config: Any = model.config
     token = getattr(config, "image_token_id", None)
@@ -34,8 +34,6 @@ def image_columns(model: nn.Module, ids: Tensor, by: str) -> Tensor:
             f"{by} hides columns of a model with plain positions, and {type(model).__name__} has axes of time, height "
             "and width (M-RoPE); give a model as LLaVA"
         )
-    if len(ids) != 1:
-        raise UserError(f"{by} writes on from one prompt at a time, not from {len(ids)}")
     found: Tensor = ids[0] == token
     if not bool(found.any()):
         raise UserError(
@@ -62,6 +60,7 @@ class Streams:
         self._fed = ids[:, -1:]
         rows = len(seen)
         extra = {name: torch.cat([each[name] for each in given]) for name in given[0]}
+        extra = given_with(extra, ids.shape[1] - 1)
         model(input_ids=ids[:, :-1].expand(rows, -1), **extra, **self._masked(ids.shape[1] - 1), **self._cache)
 
     def next(self) -> Tensor:

@@ -10,7 +10,7 @@ end, untouched, so that another model sharing a config notices nothing. All stat
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
@@ -38,7 +38,7 @@ from ..strategy import (
 from ..unlearning import Unlearning
 from ..writing import Decoding
 from .blocks import add_in_blocks, watch_blocks
-from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, install
+from .cache import SlotCache, StoreLayer, cache_arguments, expand, find_cache, given_with, install
 from .cache_files import load_cache, save_cache
 from .configs import switch_configs
 from .forwards import by_place, count_forwards
@@ -317,8 +317,9 @@ def new_cache(model: nn.Module, strategy: Strategy, record: int = 0, room: int =
 
 
 def prefill(
-    model: nn.Module, ids: Tensor, cache: SlotCache, chunk: int = 4096, progress: Callable[[int], None] | None = None
-) -> None:
+    model: nn.Module, ids: Tensor, cache: SlotCache, chunk: int = 4096, progress: Callable[[int], None] | None = None,
+    given: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Read all of ``ids [B, L]`` but the last token into ``cache``, ``chunk`` tokens at a time.
 
     A strategy that evicts after the prompt waits for the last chunk. With one that evicts after every chunk
@@ -331,12 +332,14 @@ def prefill(
         cache: from :func:`new_cache`.
         chunk: tokens at a time.
         progress: receives the number of tokens read, after every chunk.
+        given: what else the model is given, as ``pixel_values``; the prompt is then one chunk.
     """
     stores = [layer.store for layer in cache.layers if isinstance(layer, StoreLayer)]
-    more = cache_arguments(model, cache)
+    more = {**cache_arguments(model, cache), **given_with(given or {}, ids.shape[1] - 1)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         more["logits_to_keep"] = 1
     start, last = int(cache.get_seq_length()), ids.shape[1] - 1
+    chunk = last if given else chunk
     for at in range(start, last, chunk):
         piece = ids[:, at : min(at + chunk, last)]
         for store in stores:

@@ -4,7 +4,6 @@
 Weights are read from safetensors alone, and no code of a checkpoint's own is ever run.
 """
 
-import json
 import os
 import tomllib
 from functools import cache
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyheads.errors import UserError
+from manyheads.formatting import first_line as _line
 
 if TYPE_CHECKING:
     import torch
@@ -131,16 +131,6 @@ def load_reader(
     return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer(name)
 
 
-def reads_images(path_or_name: str | Path) -> bool:
-    """Whether a folder, or one of ``published``, is an encoder of images, by its config; imports no transformers."""
-    name = str(path_or_name)
-    file = Path(source(name) if name in published() else name).expanduser() / "config.json"
-    if not file.is_file():
-        return name in published() and name.startswith("dinov2")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return "num_channels" in config and config.keys().isdisjoint({"vocab_size", "text_config"})
-
-
 def load_vision(
     path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "tuple[PreTrainedModel, Any]":
@@ -160,6 +150,23 @@ def load_vision(
             raise UserError(f"preprocessor_config.json of {name} cannot be used: {_line(error)}") from error
         processor = None
     return model, processor
+
+
+def load_vlm(
+    path_or_name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "tuple[PreTrainedModel, Any]":
+    """As ``load``, a model that reads images and text, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    name = source(path_or_name)
+    if not (reads := _class_of(name)[1]) >= {"image", "text"}:
+        raise UserError(f"{name} reads {_listed(reads)}: leave --image away, or name a model as LLaVA")
+    try:
+        processor: Any = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{name} has no processor that can be read: {_line(error)}") from error
+    place, _ = placed(device, dtype)
+    return _load_model(name, place, dtype or _own_dtype(name, place), kind=AutoModelForImageTextToText), processor
 
 
 def load_speech(
@@ -322,6 +329,10 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
     """The model with its weights; a causal language model unless its class is given."""
     from transformers import AutoModelForCausalLM
 
+    from ..integrations.surgery_files import load_if_converted
+
+    if (converted := load_if_converted(Path(name), place, dtype)) is not None:
+        return converted
     if kind is None:
         _check_architecture(name)
         from .packed import FILE
@@ -386,9 +397,3 @@ def _check_architecture(name: str) -> None:
         raise UserError(
             f"{name} is no causal language model ({what}); give one that generates text, such as a Llama or GPT-2"
         )
-
-
-def _line(error: Exception) -> str:
-    """The first sentence of an error's text."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")[:160]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import ModelMixin  # by this name in this module diffusers knows what `Captions` is
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -20,12 +19,12 @@ from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
-from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..data import scenes as data
-from ..diffusion._inversion import invert
 from ..errors import UserError
 from . import packed, placed
+from .scene_sources import Sources, predict
 
 __all__ = ["NAMES", "Captions", "SceneOutput", "ScenePipeline", "is_scene_pipeline", "load_scenes", "predict"]
 
@@ -65,26 +64,7 @@ class SceneOutput:
     frames: Any = None
 
 
-def predict(denoiser: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """The denoiser's output for ``latents``, by the names that its class gives its inputs.
-
-    Args:
-        denoiser: SD3Transformer2DModel, LatteTransformer3DModel, WanTransformer3DModel or UNet2DConditionModel.
-        latents: ``[B, C, (F,) H, W]``.
-        timestep: ``[B]`` or scalar, of 1,000.
-        text: ``[B, 3, dim]``.
-    """
-    timestep = timestep.expand(latents.shape[0])
-    given: dict[str, Any] = {"encoder_hidden_states": text, "timestep": timestep, "return_dict": False}
-    name = type(denoiser).__name__
-    given["sample" if name.startswith("UNet") else "hidden_states"] = latents
-    if name.startswith("SD3"):
-        given["pooled_projections"] = text.mean(1)
-    out: Tensor = denoiser(**given)[0]
-    return out
-
-
-class ScenePipeline(_Pipeline):  # type: ignore[misc]
+class ScenePipeline(Sources, _Pipeline):  # type: ignore[misc]
     """Scenes or videos from three words, with classifier-free guidance in one batch, unconditional rows first."""
 
     _optional_components: ClassVar[list[str]] = ["transformer", "unet"]
@@ -131,38 +111,6 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
         pixels = torch.randn(count, *shape, generator=generator, device=at).to(device, self.denoiser.dtype)
         return self._packed(pixels)
 
-    def invert(self, image: Image.Image, num_inference_steps: int = 20, iterations: int = 5) -> Tensor:
-        """The noise ``[1, C, H, W]`` from which so many steps without a caption lead to an image.
-
-        Args:
-            image: is scaled to the pipeline's size.
-            num_inference_steps: of the call that is to start from it.
-            iterations: see :func:`manyheads.diffusion.masactrl.invert`.
-
-        Raises:
-            UserError: a pipeline of videos, or a scheduler whose steps cannot be taken backwards.
-        """
-        if self.config.kind == "moving":
-            raise UserError("this pipeline makes videos, and an image is none; use scenes")
-        square = image.convert("RGB").resize((data.SIDE, data.SIDE))
-        x = self.encode_images(torch.from_numpy(np.array(square)).movedim(-1, 0)[None] / 255)
-        with torch.no_grad():
-            text = self.captions(torch.zeros(1, 3, dtype=torch.long, device=x.device))
-        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
-        return invert(self.scheduler, x, lambda x, t: predict(self.denoiser, x, t, text), iterations)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in 0..1, which are brought to the pipeline's size.
-
-        Raises:
-            UserError: a pipeline of videos.
-        """
-        if self.config.kind == "moving":
-            raise UserError("this pipeline makes videos, and an image is none; use scenes")
-        if images.shape[-2:] != (data.SIDE, data.SIDE):
-            images = interpolate(images, (data.SIDE, data.SIDE), mode="bilinear", antialias=True).clamp(0, 1)
-        return self._packed((images * 2 - 1).to(self.denoiser.device, self.denoiser.dtype))
-
     def _packed(self, pixels: Tensor) -> Tensor:
         return pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
 
@@ -170,7 +118,7 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
     def __call__(
         self, prompt: str | list[str] | Tensor | None = None, *, num_inference_steps: int = 20,
         guidance_scale: float = 3.0, generator: Generator | None = None, latents: Tensor | None = None,
-        num_images_per_prompt: int = 1, output_type: str = "pil",
+        num_images_per_prompt: int = 1, output_type: str = "pil", share: float = 1.0,
     ) -> SceneOutput:  # fmt: skip
         """Generate.
 
@@ -181,6 +129,7 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
             generator: of the noise.
             latents: the noise itself, as :meth:`noise` gives it.
             num_images_per_prompt: how many of each caption, side by side.
+            share: of the steps that is made, the last ones; ``latents`` are those where they begin.
             output_type: ``pil``, ``np`` (0..1, channels last) or ``pt`` (0..1, float32 ``[B, 3, (F,) H, W]``).
         """
         if num_inference_steps < 1:
@@ -194,7 +143,10 @@ class ScenePipeline(_Pipeline):  # type: ignore[misc]
             tokens = torch.cat([torch.zeros_like(tokens), tokens])
         text = self.captions(tokens)
         self.scheduler.set_timesteps(num_inference_steps, device=x.device)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        made = round(share * num_inference_steps)
+        if not 1 <= made <= num_inference_steps:
+            raise UserError(f"a share of {share:g} of {num_inference_steps} steps is none of them")
+        for t in self.progress_bar(self.scheduler.timesteps[num_inference_steps - made :]):
             twice = torch.cat([x, x]) if self.do_classifier_free_guidance else x
             out = predict(self.denoiser, twice, t, text)
             if self.do_classifier_free_guidance:

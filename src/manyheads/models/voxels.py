@@ -5,25 +5,22 @@ A rectified flow over the occupancy itself, +1 where a voxel is filled and -1 el
 has it over latents. The instruction is one token of text. ``recipes/native3d_edit.py`` trains one.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from ..data.voxels import INSTRUCTIONS, Edits, Instruction
 from ..errors import UserError
-from ..files import write_atomically
 from ..integrations.source_condition import conditioned
+from .rectified import Flow, euler, noised
 
-__all__ = ["EditorConfig", "Noisy", "VoxelEditor", "fitted", "noisy"]
+__all__ = ["EditorConfig", "Noisy", "VoxelEditor", "noisy"]
 
-_CONFIG, _WEIGHTS, _TEXT = "editor.json", "model.safetensors", 32
+_TEXT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class Noisy(NamedTuple):
     velocity: Tensor
 
 
-class VoxelEditor(nn.Module):
+class VoxelEditor(Flow):
     """A conditioned denoiser and the vectors of the instructions.
 
     Attributes:
@@ -73,6 +70,10 @@ class VoxelEditor(nn.Module):
         denoiser: see :func:`manyheads.integrations.source_condition.conditioned`.
         words: a vector for each instruction.
     """
+
+    named: ClassVar[str] = "editor"
+    recipe: ClassVar[str] = "native3d_edit"
+    config_type: ClassVar[type] = EditorConfig
 
     def __init__(self, config: EditorConfig) -> None:
         super().__init__()
@@ -88,21 +89,11 @@ class VoxelEditor(nn.Module):
         )  # fmt: skip
         self.denoiser = conditioned(transformer, config.strategy or None)  # last: others' first weights are the same
 
-    @property
-    def parameters_held(self) -> int:
-        """Numbers that are trained."""
-        return sum(p.numel() for p in self.parameters())
-
     def forward(self, latents: Tensor, source: Tensor, time: Tensor, instruction: Tensor) -> Tensor:
         """Velocity of ``latents [N, 1, S, S, S]``, as :class:`Noisy` has what is given."""
         text = self.words(instruction)[:, None]
         out: Tensor = self.denoiser(latents, source, time, encoder_hidden_states=text)
         return out
-
-    def loss(self, given: Noisy) -> Tensor:
-        """Mean squared error of the velocity."""
-        said: Tensor = self(*given[:4])
-        return (said.float() - given.velocity).square().mean()
 
     @torch.no_grad()
     def edited(self, source: Tensor, instruction: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
@@ -114,11 +105,8 @@ class VoxelEditor(nn.Module):
             noise: to start from, float32 ``[N, S, S, S]``.
             steps: as many evaluations of the denoiser.
         """
-        x, clean = noise[:, None], _latents(source)
-        for i in range(steps):
-            time = torch.full((len(x),), 1000 * (1 - i / steps), device=x.device)
-            x = x - self(x, clean, time, instruction).float() / steps
-        return x[:, 0] > 0
+        clean = _latents(source)
+        return euler(lambda x, time: self(x, clean, time, instruction), noise[:, None], steps)[:, 0] > 0
 
     def edit(
         self, source: Tensor, instruction: Instruction | Sequence[Instruction], steps: int = 10, seed: int = 0
@@ -141,46 +129,6 @@ class VoxelEditor(nn.Module):
         out = self.edited(many.to(device), told, noise, steps).cpu()
         return out if source.ndim == 4 else out[0]
 
-    def save(self, folder: Path | str) -> None:
-        """Write weights and size, for :meth:`load`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}, folder / _WEIGHTS)
-        write_atomically(folder / _CONFIG, json.dumps(asdict(self.config)) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "VoxelEditor":
-        """The editor that :meth:`save` wrote.
-
-        Raises:
-            UserError: there is none.
-        """
-        folder = Path(folder)
-        if not (folder / _CONFIG).is_file():
-            raise UserError(
-                f"{folder} has no editor: train one, python -m manyheads.recipes.native3d_edit --out {folder}"
-            )
-        made = cls(EditorConfig(**json.loads((folder / _CONFIG).read_text("utf-8"))))
-        made.load_state_dict(load_file(folder / _WEIGHTS))
-        return made.to(device).eval()
-
-
-def fitted(config: EditorConfig, parameters: int) -> EditorConfig:
-    """The same with the feed-forward width that brings an editor nearest to so many parameters.
-
-    Raises:
-        UserError: it has more without any.
-    """
-    hidden = config.hidden or 4 * config.dim
-    with torch.random.fork_rng(devices=[]):
-        held = VoxelEditor(config).parameters_held
-    width = hidden + round((parameters - held) / (config.layers * (2 * config.dim + 1)))
-    if width < 1:
-        raise UserError(
-            f"{config.strategy or 'an editor'} has more than {parameters} parameters without a feed-forward"
-        )
-    return replace(config, hidden=width)
-
 
 def _latents(voxels: Tensor) -> Tensor:
     return voxels[:, None].float() * 2 - 1
@@ -188,8 +136,5 @@ def _latents(voxels: Tensor) -> Tensor:
 
 def noisy(edits: Edits, generator: Generator) -> Noisy:
     """Targets with noise at levels of a logit-normal (arXiv 2403.03206), drawn on the device of the edits."""
-    clean = _latents(edits.target)
-    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-    sigma = torch.randn(len(clean), generator=generator, device=clean.device).sigmoid()
-    mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-    return Noisy(mixed, _latents(edits.source), 1000 * sigma, edits.instruction, noise - clean)
+    mixed, time, velocity = noised(_latents(edits.target), generator)
+    return Noisy(mixed, _latents(edits.source), time, edits.instruction, velocity)

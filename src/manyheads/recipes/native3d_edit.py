@@ -13,7 +13,6 @@ to show a denoiser a source, empty for none. At the end edits of objects that we
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,11 @@ import torch
 from torch import Generator
 
 from manyheads.data.voxels import draw
-from manyheads.models.voxels import EditorConfig, Noisy, VoxelEditor, noisy
+from manyheads.models.voxels import EditorConfig, VoxelEditor, noisy
 from manyheads.tasks.training._voxel_scores import judge
-from manyheads.training import Budget, TrainState, decay, fit
+from manyheads.training import TrainState, train_flow
 
-__all__ = ["main", "train_editor"]
-
-
-def train_editor(
-    editor: VoxelEditor, get_batch: Callable[[int], Noisy], budget: Budget | TrainState | str | int, rate: float,
-    on_step: Callable[[TrainState], bool | None] | None = None, *, warmup: int | float = 0.05,
-) -> TrainState:  # fmt: skip
-    """Train in place: AdamW, a rise and half a cosine; on a GPU steps are replayed.
-
-    Args:
-        editor: on its device.
-        get_batch: by the number of the step, on that device.
-        budget: as in :func:`manyheads.training.fit`.
-        rate: highest learning rate.
-        on_step: told the state after each step.
-        warmup: of :func:`manyheads.training.decay`.
-    """
-    optimizer = torch.optim.AdamW(editor.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-    return fit(
-        editor, get_batch, lambda _, given: editor.loss(given), budget=budget, optimizers=[optimizer],
-        schedule=decay("cosine", warmup=warmup), on_step=on_step,
-        replayed=next(editor.parameters()).device.type == "cuda",
-    )  # fmt: skip
+__all__ = ["main"]
 
 
 def judged(editor: VoxelEditor, count: int, seed: int, steps: int = 20) -> dict[str, float]:
@@ -91,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             last = state.losses[-100:]
             print(f"{state.step:6d} steps  loss {sum(last) / len(last):.4f}  {state.seconds:5.0f} s", flush=True)
 
-    state = train_editor(
+    state = train_flow(
         editor, lambda _: noisy(draw(given.batch, given.side, generator, device=given.device), drawn),
         3 if given.smoke else given.budget, given.rate, told,
     )  # fmt: skip

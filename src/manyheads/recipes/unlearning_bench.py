@@ -33,6 +33,7 @@ from manyheads.heads import HeadTable
 from manyheads.integrations.head_weights import head_parts
 from manyheads.lenses.unlearning_bench.attribution import importance, more_important
 from manyheads.models import joined_vlm
+from manyheads.models.image_pool import ImagePool, fit_projector
 from manyheads.models.joined_vlm import JoinedVLM
 from manyheads.spec import parse
 from manyheads.training import TrainState, fit
@@ -40,7 +41,7 @@ from manyheads.training.answers import answer_logits, answer_loss, train_answers
 from manyheads.training.slices import Slice, train_slices
 from manyheads.unlearning import Answers, Unlearning
 
-__all__ = ["CONCEPTS", "Unlearned", "batches", "important_heads", "learn", "read", "right", "unlearn"]
+__all__ = ["CONCEPTS", "Unlearned", "batches", "important_heads", "learn", "pooled", "read", "right", "unlearn"]
 
 CONCEPTS = ("person", "event")
 _KNOWN = ("scope person", "scope event", "retain", "real")  # what a model that never learned the rest is trained on
@@ -90,9 +91,23 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def pooled(vlm: JoinedVLM, bench: Benchmark) -> ImagePool:
+    """All that a model is trained on, each picture read once; for a model whose tower is frozen."""
+    items, seen = [item for found in bench.trained.values() for item in found], dict[tuple[int, int, int], int]()
+    shown = torch.tensor([seen.setdefault((item.person, item.event, item.view), len(seen)) for item in items])
+    before = torch.cat([shown.new_tensor([-1]), shown.cummax(0).values[:-1]])
+
+    def parts() -> Iterator[Batch]:
+        for start in range(0, len(items), _AT_ONCE):
+            batch, first = read(vlm, bench, items[start : start + _AT_ONCE]), (shown > before)[start : start + _AT_ONCE]
+            yield {**batch, "pixel_values": batch["pixel_values"][first.to(batch["at"].device)]}
+
+    return ImagePool.of(vlm, parts(), shown[:, None])
+
+
 def learn(
     vlm: JoinedVLM, bench: Benchmark, *, forgotten: bool = True, steps: int = 1000, batch: int = 32, lr: float = 5e-3,
-    slower: float = 1.0, seed: int = 0, on_step: OnStep | None = None,
+    slower: float = 1.0, seed: int = 0, pool: ImagePool | None = None, on_step: OnStep | None = None,
 ) -> TrainState:  # fmt: skip
     """Train a model on a benchmark.
 
@@ -102,10 +117,17 @@ def learn(
         forgotten: also those that are to be forgotten; without, the model is what unlearning ideally leads to.
         steps, batch, lr, slower: of the training, as for :func:`manyheads.training.answers.train_answers`.
         seed: of the order.
+        pool: from :func:`pooled`; steps read it, recorded on a GPU, and the projector is fitted to its features.
         on_step: see :func:`manyheads.training.fit`.
     """
     items = [item for part, found in bench.trained.items() if forgotten or part in _KNOWN for item in found]
     get = batches(items, batch, seed)
+    if pool is not None:
+        fit_projector(vlm, pool.features)
+        number = {item: i for i, item in enumerate(item for found in bench.trained.values() for item in found)}
+        rows = torch.tensor([[number[item] for item in get(step)] for step in range(steps)]).to(pool.ids.device)
+        return train_answers(vlm.model, lambda step: pool.batch(rows[step]), steps, lr=lr, slower=slower,
+                             replayed=rows.is_cuda, on_step=on_step)  # fmt: skip
     return train_answers(vlm.model, lambda step: read(vlm, bench, get(step)), steps, lr=lr, slower=slower,
                          on_step=on_step)  # fmt: skip
 

@@ -7,6 +7,7 @@ state = fit(model, get_batch, loss, budget="10m", optimizers=optimizers_of(model
 from .budget import Budget, Unit
 from .checkpoint import Checkpoint
 from .fit import BatchFn, Diverged, TrainState, fit
+from .flow import train_flow
 from .language import masked_nll, masked_token_loss, next_token_loss, token_nll, train_lm
 from .matching import matched_width
 from .optimizers import Muon, OptimizerName, optimizers_of
@@ -15,5 +16,5 @@ from .schedules import Schedule, decay
 __all__ = [
     "BatchFn", "Budget", "Checkpoint", "Diverged", "Muon", "OptimizerName", "Schedule", "TrainState", "Unit",
     "decay", "fit", "masked_nll", "masked_token_loss", "matched_width", "next_token_loss", "optimizers_of",
-    "token_nll", "train_lm",
+    "token_nll", "train_flow", "train_lm",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from manyheads import UserError, parse
 from manyheads.data.word_problems import last_number
 from manyheads.experiment import Arm, RunContext, Trainable
+from manyheads.integrations.masked_diffusion import TokenDenoiser
 from manyheads.recipes import masked_diffusion_lm as recipe
 from manyheads.tasks.training.denoised_prose import DenoisedProse
 from manyheads.tasks.training.denoised_sums import DenoisedSums
@@ -39,7 +40,9 @@ def test_sums_are_written_once_trained_and_judged_by_their_last_number(run, monk
         assert mine["training_nll", "training"] == nearly(loss)
         for i, problem in enumerate(problems):
             prompt = torch.tensor([recipe.solved_row(tokenizer, problem)[0]])
-            (made,) = parse(arm.strategy.spec).write_rows(model, prompt, 24, ends={tokenizer.eos_token_id})
+            (made,) = parse(arm.strategy.spec).write_rows(
+                TokenDenoiser(model), prompt, 24, ends={tokenizer.eos_token_id}
+            )
             text = tokenizer.decode(made.tokens)
             assert mine["solved", f"{i}"] == (last_number(text) == problem.result)
             assert mine["forwards", f"{i}"] == made.forwards and mine["written", f"{i}"] == len(made.tokens)

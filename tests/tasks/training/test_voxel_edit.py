@@ -17,12 +17,14 @@ from manyheads.experiment.task import RunContext
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusion]")
 
-from manyheads.models.voxels import EditorConfig, VoxelEditor, fitted, noisy
+from manyheads.models.rectified import fitted
+from manyheads.models.voxels import EditorConfig, VoxelEditor, noisy
 from manyheads.recipes import native3d_edit as recipe
 from manyheads.report import voxels as picture
 from manyheads.tasks.training._voxel_scores import chamfer, followed, iou, judge
 from manyheads.tasks.training.voxel_edit import VoxelEdit
 from manyheads.tasks.training.voxel_edit_cost import VoxelEditCost, operations
+from manyheads.training import train_flow
 
 TINY = {"dim": 12, "heads": 2, "layers": 1, "denoising": 2}
 ARMS = (
@@ -138,7 +140,7 @@ def test_a_fitted_arm_has_as_many_parameters():
     assert counts["tokens"] == counts["none"] + 2 * 24 and counts["cross"] == counts["none"] + 4 * 24**2 + 6 * 24
     assert abs(counts["equal"] - counts["none"]) <= 2 * 24 + 1 < counts["channels"] - counts["none"]
     with pytest.raises(UserError, match="more than 10 parameters"):
-        fitted(EditorConfig(dim=12, layers=1), 10)
+        fitted(VoxelEditor, EditorConfig(dim=12, layers=1), 10)
 
 
 def test_rows_of_a_run_and_objects_that_no_training_saw():
@@ -244,7 +246,7 @@ def test_a_few_steps_teach_something(edits):
     given = noisy(edits, torch.Generator().manual_seed(0))
     before = float(editor.loss(given).detach())
     frozen = replace(editor.config)
-    recipe.train_editor(editor, lambda _: given, 25, 1e-2)
+    train_flow(editor, lambda _: given, 25, 1e-2)
     assert float(editor.loss(given).detach()) < 0.8 * before and editor.config == frozen
 
 

@@ -10,6 +10,7 @@ from manyheads.data.visual_questions import Questions
 from manyheads.experiment import Arm
 from manyheads.tasks.vision.frame_order import FrameOrder
 from manyheads.tasks.vision.object_presence import ObjectPresence
+from manyheads.tasks.vision.unlearning import UnlearningTask
 from oracles import tasks
 from tolerance import nearly
 
@@ -67,3 +68,51 @@ def test_arms_that_mean_nothing_are_refused():
         task.guard(tasks.context(RINGS, RASTER))
     with pytest.raises(manyheads.UserError, match="does not act"):
         task.guard(tasks.context(RASTER, Arm("linear", "tnl_lightning")))
+
+
+@needs_data
+def test_a_joined_model_is_trained_on_a_pool_from_one_aligned_start(parts, monkeypatch):
+    joined = {**TINY, "model": "joined", "tower": parts[0], "text": parts[1], "pool": 6, "align": 2, "steps": 5}
+    task = ObjectPresence(**joined)
+    run = tasks.context(RASTER, RINGS, Arm("plain"))
+    task.guard(run)
+    begun = []
+    monkeypatch.setattr(type(task), "_trained", noting(begun, type(task)._trained))
+    rows = tasks.rows(task, run)
+    assert len(begun) == 3 and all(torch.equal(first, begun[0]) for first in begun)
+    raster, plain, rings = (tasks.values(rows, "training_nll", arm) for arm in ("raster", "plain", "rings"))
+    assert raster == nearly(plain, torch.float32, 4096) and abs(rings - plain) > 1e-6
+    drawn = tasks.context(RASTER)
+    other = ObjectPresence(**{**joined, "align": 0})
+    assert not torch.equal(projector(other.fresh(drawn, 0)), begun[0])  # control
+    assert not torch.equal(projector(task.fresh(run, 1)), begun[0])
+    films = FrameOrder(**{**joined, "frames": 2})
+    found = tasks.rows(films, tasks.context(Arm("plain"), Arm("tc", "tc_llava")))
+    assert len(tasks.values(found, "ordered", "tc")) == 18
+
+
+@needs_data
+def test_what_pictures_show_stands_where_it_is_said_to_be():
+    for task in (ObjectPresence(**TINY), FrameOrder(**{**TINY, "frames": 3})):
+        vlm = task.fresh(tasks.context(RASTER), 0)
+        images, cells, grid, cell = task.pictures(vlm, 2, torch.Generator().manual_seed(0))
+        assert len(images) == len(cells) and cells.shape[1] == 8 and (cells >= 0).any() and cells.max() < grid * grid
+        side = images.shape[-1] // grid
+        there = {int(x) for x in cells[0] if x >= 0}
+        blank = images[0].unfold(1, side, side).unfold(2, side, side).flatten(1, 2).std((0, 2, 3))
+        assert cell * vlm.patch == side and len(blank) == grid * grid
+        assert max(blank[i] for i in there) > blank.mean()  # an emoji is no smooth photograph
+    with pytest.raises(manyheads.UserError, match="leave align away"):
+        UnlearningTask().pictures(vlm, 1, torch.Generator())
+
+
+def projector(vlm):
+    return torch.cat([p.detach().flatten() for p in vlm.model.model.multi_modal_projector.parameters()])
+
+
+def noting(begun, inner):
+    def trained(self, run, arm, vlm, seed):
+        begun.append(projector(vlm))
+        return inner(self, run, arm, vlm, seed)
+
+    return trained

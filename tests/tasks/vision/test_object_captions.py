@@ -74,3 +74,23 @@ def test_arms_that_write_nothing_are_refused():
         TASK.guard(tasks.context(PLAIN, Arm("rings", "concentric_attention")))
     with pytest.raises(manyheads.UserError, match="has to stand before it"):
         TASK.guard(tasks.context(PLAIN, RANDOM, GATED))
+
+
+@needs_data
+def test_a_seed_is_trained_once_in_a_run(parts, tmp_path, monkeypatch):
+    joined = {"model": "joined", "tower": parts[0], "text": parts[1], "pool": 6, "align": 2, "sharp": 2}
+    task = replace(TASK, **joined)
+    run = replace(tasks.context(PLAIN, Arm("twin", "conscious_gaze:gate=never"), seeds=(0, 1)), folder=tmp_path)
+    trained, inner = [], ObjectCaptions._train
+    monkeypatch.setattr(ObjectCaptions, "_train", lambda *given: trained.append(given[2]) or inner(*given))
+    task.prepare(run)
+    task.prepare(run)
+    rows = tasks.rows(task, run)
+    assert trained == [0, 1] and len(task.units(run)) == 4
+    same = [[(r.seed, r.metric, r.value) for r in rows if r.arm == arm and r.metric in ("recall", "right", "forwards")]
+            for arm in ("plain", "twin")]  # fmt: skip
+    assert same[0] == same[1] and len(tasks.values(rows, "training_nll", "plain")) == 2
+    replace(task, steps=3).prepare(run)  # control: another training
+    assert trained == [0, 1, 0, 1]
+    grouped = [unit.params["arms"] for unit in TASK.units(tasks.context(PLAIN, GATED, RANDOM))]
+    assert grouped == [["plain"], ["gated", "random"]]

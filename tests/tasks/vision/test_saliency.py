@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import manyheads
@@ -97,6 +98,10 @@ def test_what_is_left_out(folder):
 def test_the_subject(folder):
     one = subject(str(folder / "model"))
     assert isinstance(one, Vision) and one.described() == {"kind": "vision", "name": str(folder / "model")}
+    transformers.LlamaConfig().save_pretrained(folder / "text")
+    assert [subject(name).kind for name in ("dinov2-small", "default", "gemma3-270m", str(folder / "text"))] == [
+        "vision", "causal_lm", "causal_lm", "causal_lm",
+    ]  # fmt: skip
     with pytest.raises(RuntimeError, match="load the subject first"):
         _ = one.model
     assert one.__getstate__()["_model"] is None

@@ -7,9 +7,11 @@ import torch
 import manyheads
 from manyheads.data import scenes
 from manyheads.experiment import Arm
+from manyheads.recipes.unlearning_bench import pooled, read
 from manyheads.tasks.vision.unlearning import UnlearningTask
+from manyheads.training.answers import answer_logits
 from oracles import tasks
-from tolerance import CLOSE, is_close, nearly
+from tolerance import CLOSE, SAME, assert_close, is_close, is_far, nearly
 
 needs_data = pytest.mark.skipif(not scenes.available(), reason="CIFAR-10 and Noto Emoji are not on this machine")
 TINY = {
@@ -67,3 +69,26 @@ def test_arms_that_do_not_unlearn_are_refused():
         task.guard(tasks.context(PLAIN, Arm("rings", "concentric_attention")))
     with pytest.raises(manyheads.UserError, match="the baseline is the model as it is"):
         task.guard(tasks.context(MOVED, PLAIN))
+
+
+@needs_data
+def test_a_pool_is_learned_as_its_pictures_are(parts):
+    joined = {"model": "joined", "tower": parts[0], "text": parts[1], "pool": 1}
+    task = UnlearningTask(**{**TINY, **joined, "views": 2, "learn_steps": 30})
+    run = tasks.context(PLAIN, GOLD)
+    vlm = task.fresh(run, 0)
+    bench = task._bench(run, vlm)
+    pool = pooled(vlm, bench)
+    items = [item for found in bench.trained.values() for item in found]
+    assert len(pool) == len(items) and len(pool.features) == len({(i.person, i.event, i.view) for i in items})
+    rows = torch.tensor([len(items) - 1, 0, 7])
+    with torch.no_grad():
+        found = answer_logits(vlm.model, pool.batch(rows))
+        apart = [read(vlm, bench, [items[i]]) for i in rows]
+        wanted = [answer_logits(vlm.model, x)[0] for x in apart]
+    for mine, other, batch in zip(found, wanted, apart, strict=True):
+        real = batch["answers"][0] >= 0
+        assert_close(mine[: len(real)][real], other[real], SAME)
+        assert is_far(found.flip(0)[0][: len(real)][real], other[real], SAME) or batch is apart[2]
+    rows = tasks.rows(task, run)
+    assert tasks.values(rows, "gap", "gold") == nearly([0.0]) and len(tasks.values(rows, "drift", "gold"))

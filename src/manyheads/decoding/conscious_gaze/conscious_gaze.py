@@ -7,7 +7,7 @@ reading, and ``always`` and ``random`` know before a step. See :mod:`manyheads.d
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...integrations import use
-from ...integrations.streams import Streams, image_columns
-from ...writing import Request, Written
+from ...writing import Decoding, ModelAccess, Request, Written
 from .._images import ImageDecoding, Switch, Switched
 from .interaction import sensed
 from .steering import Place, Steering
@@ -59,15 +57,15 @@ class ConsciousGaze(ImageDecoding):
         if not 0 <= self.quantile <= 1 or not 0 <= self.rate <= 1:
             raise UserError(f"quantile={self.quantile}, rate={self.rate}: both are in [0, 1]")
 
-    def write(self, request: Request) -> Written:
-        image = image_columns(request.model, request.ids, self.spec)
+    def write(self, request: Request, access: ModelAccess) -> Written:
+        image = access.image_columns(request.ids, self.spec)
         seen = self.players(image) if self.gate == "interaction" else torch.ones_like(image)[None]
         if not bool(seen[:, 0].all()):
             raise UserError(f"{self.spec} hides images, and the prompt begins with one: begin it with a start of text")
         switch = Switch()
         edit = Switched(inner=self._steering(tuple(image.nonzero()[:, 0].tolist())), switch=switch)
-        with use(request.model, edit) if self.gate != "never" else nullcontext(), torch.inference_mode():
-            return self._write(request, seen, switch)
+        with access.use(edit) if self.gate != "never" else nullcontext(), torch.inference_mode():
+            return self._write(request, access, seen, switch)
 
     def players(self, image: Tensor) -> Tensor:
         """What each reading sees of a prompt whose image columns are ``image [T]``: bool ``[4, T]``."""
@@ -81,8 +79,8 @@ class ConsciousGaze(ImageDecoding):
             columns=columns, layers=self.layers, target=self.target, shape=self.shape, place=self.place
         )  # fmt: skip
 
-    def _write(self, request: Request, seen: Tensor, switch: Switch) -> Written:
-        streams = Streams(request.model, request.ids, seen, [request.given] * len(seen))
+    def _write(self, request: Request, access: ModelAccess, seen: Tensor, switch: Switch) -> Written:
+        streams = access.readings(request.ids, seen, [request.given] * len(seen))
         generator, later = request.generator(), seen.new_tensor([True, False, True, False])[: len(seen)]
         tokens: list[int] = []
         past: list[float] = []
@@ -124,12 +122,15 @@ class ConsciousGaze(ImageDecoding):
         return len(past) >= self.warmup and value > float(torch.tensor(past).quantile(self.quantile))
 
 
-def calibrated(strategy: ConsciousGaze, requests: Iterable[Request]) -> ConsciousGaze:
+def calibrated(
+    strategy: ConsciousGaze, requests: Iterable[Request], write: Callable[[Decoding, Request], Written]
+) -> ConsciousGaze:
     """``strategy`` with the threshold above which its gate opens at a share ``1 - quantile`` of tokens.
 
     Args:
         strategy: whose gate is interaction or entropy.
         requests: texts that are written on without looking again; a hundred do.
+        write: :func:`manyheads.integrations.decoding.write`.
 
     Raises:
         UserError: the gate goes by nothing, or nothing was written.
@@ -137,7 +138,7 @@ def calibrated(strategy: ConsciousGaze, requests: Iterable[Request]) -> Consciou
     if strategy.gate not in ("interaction", "entropy"):
         raise UserError(f"{strategy.spec}: a gate that goes by {strategy.gate} has no threshold")
     watching = replace(strategy, threshold=math.inf)
-    values = [value for request in requests for value in watching.write(request).notes["sensed"]]
+    values = [value for request in requests for value in write(watching, request).notes["sensed"]]
     if not values:
         raise UserError(f"{strategy.spec}: nothing was written, so that there is no quantile")
     return replace(strategy, threshold=float(torch.tensor(values, dtype=torch.float64).quantile(strategy.quantile)))

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...integrations.cache import cache_arguments
-from ...writing import BatchedLoop, Request, Written
+from ...writing import BatchedLoop, ModelAccess, Request, Written
 from .._cut import Cut
 
 __all__ = ["GlobalSampling", "Particles"]
@@ -70,10 +69,10 @@ class GlobalSampling(Cut, BatchedLoop):
                 f"particles={self.particles}, resample={self.resample}: particles are 1 or more, resample in [0, 1]"
             )
 
-    def write_each(self, request: Request, copies: int = 1) -> list[list[Written]]:
+    def write_each(self, request: Request, access: ModelAccess, copies: int = 1) -> list[list[Written]]:
         generator = request.generator()
         with torch.inference_mode():
-            found = self.grow(request, copies, generator)
+            found = self.grow(request, access, copies, generator)
             chosen = torch.multinomial(found.log_weight.exp(), 1, generator=generator)  # [G, 1]
         effective = found.effective.tolist()
         texts = []
@@ -87,11 +86,11 @@ class GlobalSampling(Cut, BatchedLoop):
             texts.append(Written(tokens, found.forwards, notes))
         return [texts[at : at + copies] for at in range(0, len(texts), copies)]
 
-    def grow(self, request: Request, copies: int, generator: torch.Generator) -> Particles:
+    def grow(self, request: Request, access: ModelAccess, copies: int, generator: torch.Generator) -> Particles:
         """Particles in ``P * copies`` groups, after the prompts ``[P, T]`` of a request whose cache has read them."""
         groups, count = len(request.ids) * copies, self.particles
         rows = torch.arange(len(request.ids), device=request.ids.device).repeat_interleave(copies * count)
-        cache, given = request.cache, cache_arguments(request.model, request.cache)
+        cache, read = request.cache, access.reader(request.cache)
         cache.batch_select_indices(rows)
         fed = request.ids[rows, -1:]
         weight, share = (torch.zeros(shape, device=fed.device) for shape in ((groups, count), (groups,)))
@@ -100,7 +99,7 @@ class GlobalSampling(Cut, BatchedLoop):
         ended, resampled, forwards = torch.zeros_like(fed[:, 0], dtype=torch.bool), 0, 0
         ends = torch.tensor(sorted(request.ends), device=fed.device, dtype=torch.long)
         while forwards < request.most and not bool(ended.all()):
-            logits = request.model(input_ids=fed, **given).logits[:, -1].float()
+            logits = read(fed)
             forwards += 1
             heavy = self.log_weights(logits)
             mass = heavy.logsumexp(-1).masked_fill(ended, 0.0)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...integrations.cache import cache_arguments
-from ...writing import DecodingLoop, Request, Written
+from ...writing import DecodingLoop, ModelAccess, Request, Written
 from .._cut import Cut
 
 __all__ = ["GlobalRejection"]
@@ -39,10 +38,11 @@ class GlobalRejection(Cut, DecodingLoop):
                 f"batch={self.batch}, tries={self.tries}: 1 or more are drawn at once, and no more than tries"
             )
 
-    def write(self, request: Request) -> Written:
+    def write(self, request: Request, access: ModelAccess) -> Written:
         generator, forwards, tried = request.generator(), 0, 0
         while tried < self.tries:
-            accepted, steps = self.accepted(replace(request, cache=deepcopy(request.cache)), self.batch, generator)
+            fresh = replace(request, cache=deepcopy(request.cache))
+            accepted, steps = self.accepted(fresh, access, self.batch, generator)
             tried, forwards = tried + self.batch, forwards + steps
             if len(accepted):
                 own = accepted[0]
@@ -53,20 +53,22 @@ class GlobalRejection(Cut, DecodingLoop):
             "tokens, cut less, or take lnd, which needs no luck"
         )
 
-    def accepted(self, request: Request, count: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    def accepted(
+        self, request: Request, access: ModelAccess, count: int, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
         """Texts ``[K, T]`` of ``count`` drawn that come through, in the order in which they were begun, and forwards.
 
         ``-1`` stands behind the end of a text. The request's cache is changed.
         """
         request.cache.batch_select_indices(torch.zeros(count, dtype=torch.long, device=request.ids.device))
-        given, fed = cache_arguments(request.model, request.cache), request.ids[:, -1:].expand(count, 1)
+        read, fed = access.reader(request.cache), request.ids[:, -1:].expand(count, 1)
         tokens, alive = fed[:, :0], torch.ones(count, dtype=torch.bool, device=fed.device)
         ended = ~alive
         ends = torch.tensor(sorted(request.ends), device=fed.device, dtype=torch.long)
         steps = 0
         with torch.inference_mode():
             while steps < request.most and bool((alive & ~ended).any()):
-                logits = request.model(input_ids=fed, **given).logits[:, -1].float()
+                logits = read(fed)
                 steps += 1
                 likely = logits.log_softmax(-1)
                 fed = torch.multinomial(likely.exp(), 1, generator=generator)

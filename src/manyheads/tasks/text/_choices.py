@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...experiment.rows import Value
+from ...lens import device_of
 from ._prefill import forward_chunked, token_nll
 
 __all__ = ["Choice", "continued"]
@@ -69,7 +70,7 @@ def continued(
     rows = [list(row) for group in choices for row in group]
     shared = _shared(rows)
     rest = [row[shared:] for row in rows]
-    width, device = max(map(len, rest)), next(model.parameters()).device
+    width, device = max(map(len, rest)), device_of(model)
     logits = forward_chunked(model, cache, torch.tensor([rows[0][:shared]], device=device), 1, piece)
     logits = logits.expand(len(rows), -1, -1)
     padded = torch.tensor([row + [0] * (width - len(row)) for row in rest], device=device)  # nothing follows it

@@ -19,6 +19,7 @@ from ...errors import UserError
 from ...integrations import use
 from ...integrations.cache import StoreLayer, cache_arguments
 from ...integrations.transformers import new_cache
+from ...lens import device_of
 from ...spec import parse
 from ...strategy import Cache, Interleaved, Strategy
 
@@ -142,7 +143,7 @@ def bytes_per_token(model: nn.Module) -> float:
         UserError: a model without a cache, with one that ours cannot stand in for, or that does not read on where it
             stopped.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids, held = torch.arange(16, device=device)[None], []
     for length in (8, 16):
         cache = new_cache(model, _FULL, record=1)

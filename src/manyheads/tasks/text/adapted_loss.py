@@ -3,7 +3,7 @@
 
 ``kind`` of an arm, see ``manyheads.recipes.graph_gin_attention``, says what is trained; an arm without is the model as
 it is. All train on the same batches at as many parameters; each at that of the same learning rates which does best on
-problems set aside, after a training of the first seed.
+problems set aside, after a training of the first seed, which is that seed's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,6 +22,7 @@ from ...errors import UserError
 from ...experiment import Arm, CausalLM, Metric, Row, RunContext, Task, WorkUnit
 from ...integrations import use
 from ...strategy import Strategy
+from ..training._trained import arm_folder, read_json, write_json
 from ._prefill import token_nll
 from ._text_task import model_of
 
@@ -71,51 +73,75 @@ class AdaptedLoss(Task):
         return None if lm.tokenizer is not None else f"{lm.name} has no tokenizer, so that it reads no problems"
 
     def units(self, run: RunContext) -> list[WorkUnit]:
+        """A unit for each training, those of the first seed, which choose the rates, before all others."""
         found = []
-        for arm in run.arms:
-            trainings = len(run.seeds) + (len(self.rates) if len(self.rates) > 1 else 0)
-            cost = float(self.steps * trainings) if "kind" in arm.options else 1.0
-            found.append(WorkUnit(self.key, arm.key, cost, f"training {arm.key}", {"arm": arm.key}))
+        for seed in run.seeds:
+            for arm in run.arms:
+                trained = "kind" in arm.options
+                if trained or seed == run.seeds[0]:
+                    runs = len(self.rates) if seed == run.seeds[0] else 1
+                    cost = float(self.steps * runs) if trained else 1.0
+                    label = f"training {arm.key}, seed {seed}"
+                    found.append(WorkUnit(self.key, f"{arm.key}/{seed}", cost, label, {"arm": arm.key, "seed": seed}))
         return found
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        arm, model = run.arm_of(unit), model_of(run)
+        arm, model, seed = run.arm_of(unit), model_of(run), int(unit.params["seed"])
         test = self._parts(run)[0]
         if "kind" not in arm.options:
             values = losses(model, test)
-            for seed in run.seeds:
-                yield from self.each("token_nll", arm, values, seed=seed)
+            for each in run.seeds:
+                yield from self.each("token_nll", arm, values, seed=each)
             return
-        rate = self.rates[0]
-        if len(self.rates) > 1:
-            tuned = {}
-            for each in self.rates:
-                _, acting = self._trained(run, unit, arm, run.seeds[0], each)
-                found = losses(model, self._parts(run)[1], acting)
-                tuned[each] = sum(found) / len(found)
-                yield self.row("tuning_nll", arm, tuned[each], "tuning", seed=run.seeds[0], at={"rate": each})
-            rate = min(tuned, key=lambda x: tuned[x])
-        for seed in run.seeds:
-            made, acting = self._trained(run, unit, arm, seed, rate)
-            about = {"rate": rate, **made.about}
-            values = losses(model, test, acting)
-            yield from self.each("token_nll", arm, values, [about] * len(values), seed=seed)
-            yield from self._scales(arm, made, seed)
+        rate, made = self._chosen(run, arm, seed)
+        if seed == run.seeds[0]:
+            for tried, found in self._tuned(run, arm).items():
+                yield self.row("tuning_nll", arm, found, "tuning", seed=seed, at={"rate": tried})
+        about = {"rate": rate, **made.about}
+        values = losses(model, test, _acting(made))
+        yield from self.each("token_nll", arm, values, [about] * len(values), seed=seed)
+        yield from self._scales(arm, made, seed)
 
-    def _trained(self, run: RunContext, unit: WorkUnit, arm: Arm, seed: int, rate: float) -> tuple[Any, Strategy]:
-        """What a training makes, and the strategy that acts with it."""
-        from ...mixers.graph_gin_attention import Adapter, Adapters, Lora
+    def _chosen(self, run: RunContext, arm: Arm, seed: int) -> tuple[float, Any]:
+        """The rate that did best for the first seed, and what a training of ``seed`` makes at it."""
+        tuned = self._tuned(run, arm)
+        rate = min(tuned, key=lambda x: tuned[x]) if tuned else self.rates[0]
+        made = run.kept_last("adapters", (self, arm.key, run.seeds[0]), dict) if seed == run.seeds[0] else {}
+        return rate, made[rate] if rate in made else self._trained(run, arm, seed, rate)
+
+    def _tuned(self, run: RunContext, arm: Arm) -> dict[float, float]:
+        """Loss on what is set aside by rate, of the first seed; read from the run's folder where a unit wrote it."""
+        if len(self.rates) == 1:
+            return {}
+
+        def make() -> dict[float, float]:
+            settings = {"task": repr(self), "arm": repr(arm.described()), "seed": run.seed, "first": run.seeds[0]}
+            place = None if run.folder is None else arm_folder(Path(run.folder), arm.key) / f"{self.key}-tuning.json"
+            if place is not None and (kept := read_json(place, settings)) is not None:
+                return dict(kept["losses"])
+            made = run.kept_last("adapters", (self, arm.key, run.seeds[0]), dict)
+            found = {}
+            for rate in self.rates:
+                made[rate] = self._trained(run, arm, run.seeds[0], rate)
+                values = losses(model_of(run), self._parts(run)[1], _acting(made[rate]))
+                found[rate] = sum(values) / len(values)
+            if place is not None:
+                write_json(place, settings, losses=list(found.items()))
+            return found
+
+        return cast(dict[float, float], run.kept(("tuned", self, arm.key), make))
+
+    def _trained(self, run: RunContext, arm: Arm, seed: int, rate: float) -> Any:
+        """What a training makes."""
         from ...recipes._adapters import id_batches
         from ...recipes.graph_gin_attention import train_adapters
 
         ids = run.kept((self.source, "ids"), lambda: torch.cat([torch.tensor(x) for _, x in self._parts(run)[2]]))
-        trainings = unit.cost / self.steps
-        made = train_adapters(
+        return train_adapters(
             model_of(run), id_batches(ids, self.length, self.batch, seed, run.device),
             kind=arm.options["kind"], width=self.width, budget=self.steps, lr=rate, seed=seed,
-            replayed=run.device.type == "cuda", on_step=lambda _: run.advance(unit.cost / trainings / self.steps),
+            replayed=run.device.type == "cuda", on_step=lambda _: run.advance(1.0),
         )  # fmt: skip
-        return made, Adapter(live=made) if isinstance(made, Adapters) else Lora(live=made)
 
     def _scales(self, arm: Arm, made: Any, seed: int) -> Iterator[Row]:
         """Lambda by the depth of its layer."""
@@ -144,6 +170,13 @@ class AdaptedLoss(Task):
             return made[: self.problems], made[self.problems : last], made[last:]
 
         return cast(tuple[list[tuple[int, list[int]]], ...], run.kept(("problems", self), make))
+
+
+def _acting(made: Any) -> Strategy:
+    """The strategy that acts with what was trained."""
+    from ...mixers.graph_gin_attention import Adapter, Adapters, Lora
+
+    return Adapter(live=made) if isinstance(made, Adapters) else Lora(live=made)
 
 
 @torch.inference_mode()

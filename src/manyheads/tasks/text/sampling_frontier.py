@@ -18,6 +18,7 @@ from ...decoding.lnd import GlobalSampling
 from ...errors import UserError
 from ...experiment import CausalLM, Metric, Row, RunContext, WorkUnit
 from ...integrations import use
+from ...integrations.model_access import Access
 from ...integrations.transformers import new_cache, prefill
 from ...spec import parse
 from ...writing import Request
@@ -132,7 +133,7 @@ class SamplingFrontier(FrontierTask):
             cache = new_cache(model, parse("full"))
             prefill(model, part, cache)
             request = Request(model, None, part, self.tokens, cache=cache)
-            found = cut.grow(request, self.copies, generator)
+            found = cut.grow(request, Access(model), self.copies, generator)
             chosen = torch.multinomial(found.log_weight.exp(), 1, generator=generator)
             weight, shape = found.log_weight.exp(), (len(part), self.copies)
             picked = found.tokens.gather(1, chosen[..., None].expand(-1, 1, found.tokens.shape[2]))[:, 0]

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ...attention.shared_block import Block
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ...integrations.cache import cache_arguments
-from ...integrations.shared_blocks import Block, SharedBlocks
+from ...integrations.shared_blocks import SharedBlocks
 from ...integrations.transformers import new_cache, prefill
 from ...spec import parse
 from ._text_task import TextTask, model_of, tensor

@@ -11,7 +11,8 @@ import torch
 from ...conditioning import SourceCondition
 from ...errors import UserError
 from ...experiment import Arm, RunContext, Task, seeding
-from ...models.voxels import EditorConfig, VoxelEditor, fitted
+from ...models.rectified import fitted
+from ...models.voxels import EditorConfig, VoxelEditor
 
 __all__ = ["EditorTask"]
 
@@ -49,7 +50,7 @@ class EditorTask(Task):
         if not arm.options.get("fitted"):
             return own
         with torch.random.fork_rng(devices=[]):
-            return fitted(own, VoxelEditor(plain).parameters_held)
+            return fitted(VoxelEditor, own, VoxelEditor(plain).parameters_held)
 
     def fresh(self, run: RunContext, arm: Arm, seed: int) -> VoxelEditor:
         """An arm's editor with its first weights; those that all editors have are the same for all arms of a seed."""

@@ -44,6 +44,7 @@ class DenoisedSums(DiffusionLMTask):
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         from ...integrations.decoding import end_tokens
+        from ...integrations.masked_diffusion import TokenDenoiser
         from ...recipes.masked_diffusion_lm import solved_row
 
         arm, seed = run.arm_of(unit), unit.params["seed"]
@@ -51,6 +52,7 @@ class DenoisedSums(DiffusionLMTask):
         model, tokenizer, loss = self.trained(run, seed)
         yield self.row("training_nll", arm, loss, "training", seed=seed)
         problems = self.problems(run, self.judged, "test")[: self.samples]
+        denoiser = TokenDenoiser(model)
         rows, ends = [solved_row(tokenizer, problem) for problem in problems], end_tokens(model, tokenizer)
         groups: dict[int, list[int]] = defaultdict(list)
         for i, (prompt, _) in enumerate(rows):
@@ -59,7 +61,7 @@ class DenoisedSums(DiffusionLMTask):
 
         def write(chunk: list[int], most: int) -> list[Any]:
             ids = torch.tensor([rows[i][0] for i in chunk], device=run.device)
-            return decoding.write_rows(model, ids, most, ends=ends, seed=seed)
+            return decoding.write_rows(denoiser, ids, most, ends=ends, seed=seed)
 
         write(chunks[0], decoding.block)  # what is done once is done before the clock starts
         for number, chunk in enumerate(chunks):

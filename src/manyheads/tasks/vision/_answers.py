@@ -8,7 +8,7 @@ the same order, the same steps at one learning rate.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,8 +20,10 @@ from ... import use
 from ...data.visual_questions import Questions
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
+from ...models.image_pool import ImagePool, orders
 from ...models.joined_vlm import JoinedVLM
 from ...strategy import ImagePositions
+from ...training import TrainState
 from ...training.answers import answer_logits, train_answers
 from ._models import VLMTask
 
@@ -35,6 +37,7 @@ ANSWER_METRICS = (
     Metric("f1", "F1 of yes", higher=True),
     Metric("training_nll", "loss in the last tenth of training, nats/answer", "nats/answer"),
 )
+_DRAWN = 128  # texts of a pool that are drawn at once
 _SAME = 1e-4  # of the largest logit: what an arm that changes nothing may differ by in float32
 
 
@@ -111,14 +114,8 @@ class AnswerTask(VLMTask):
         arm, seed = run.arm_of(unit), unit.params["seed"]
         vlm = self.fresh(run, seed)
 
-        def get_batch(step: int) -> dict[str, Tensor]:
-            return vlm.batch(self._drawn(run, vlm, self.batch, 1, "train", training=seed, step=step))
-
+        state = self._trained(run, arm, vlm, seed)
         with self._under(arm, vlm):
-            state = train_answers(
-                vlm.model, get_batch, self.steps, lr=self.lr, slower=self.slower,
-                on_step=lambda _: run.advance(self.batch),
-            )  # fmt: skip
             found = [(times, *self._said(run, vlm, times)) for times in self.times]
         tail = state.losses[-max(1, len(state.losses) // 10) :]
         about = {"seconds": state.seconds, "losses": [round(x, 3) for x in state.losses[:: max(1, self.steps // 16)]]}
@@ -134,12 +131,38 @@ class AnswerTask(VLMTask):
             yield self.row("f1", arm, f1, "all", seed=seed, at=at)
             yield from self.judged(arm, seed, times, asked, yes)
 
+    def _trained(self, run: RunContext, arm: Arm, vlm: JoinedVLM, seed: int) -> TrainState:
+        """Train under an arm; all arms of a seed read the same texts in the same order."""
+
+        def train(get_batch: Callable[[int], dict[str, Tensor]], replayed: bool = False) -> TrainState:
+            return train_answers(
+                vlm.model, get_batch, self.steps, lr=self.lr, slower=self.slower, replayed=replayed,
+                on_step=lambda _: run.advance(self.batch),
+            )  # fmt: skip
+
+        if not self.pool:
+            with self._under(arm, vlm):
+                return train(
+                    lambda step: vlm.batch(self._drawn(run, vlm, self.batch, 1, "train", training=seed, step=step))
+                )
+        pool: ImagePool = run.kept_last("pool", (self, seed), lambda: ImagePool.of(vlm, self._parts(run, vlm, seed)))
+        order = run.torch_rng(task=self.key, training=seed, part="order")
+        rows = orders(len(pool), self.steps, self.batch, order, run.device)
+        return train(lambda step: pool.batch(rows[step], arm.strategies), run.device.type == "cuda")
+
+    def _parts(self, run: RunContext, vlm: JoinedVLM, seed: int) -> Iterator[dict[str, Tensor]]:
+        """The texts of a pool."""
+        for start in range(0, self.pool, _DRAWN):
+            count = min(_DRAWN, self.pool - start)
+            yield vlm.batch(self._drawn(run, vlm, count, 1, "train", training=seed, pool=start))
+
     def _said(self, run: RunContext, vlm: JoinedVLM, times: int) -> tuple[Questions, Tensor]:
         """The test's texts, and which questions are answered with yes."""
-        parts = []
-        for start in range(0, self.samples, self.at_once):
-            count = min(self.at_once, self.samples - start)
-            parts.append(self._drawn(run, vlm, count, times, "test", part="test", behind=times, start=start))
+        parts: list[Questions] = run.kept(("judged", self, times), lambda: [
+            self._drawn(run, vlm, min(self.at_once, self.samples - start), times, "test", part="test", behind=times,
+                        start=start)
+            for start in range(0, self.samples, self.at_once)
+        ])  # fmt: skip
         no, yes = vlm.language.answers
         with torch.no_grad():
             logits = [answer_logits(vlm.model, vlm.batch(part)) for part in parts]

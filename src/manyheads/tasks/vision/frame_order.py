@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Generator, Tensor
 
+from ...data.object_scenes import draw_films
+from ...data.scenes import OBJECTS
 from ...data.visual_questions import Questions, order
 from ...experiment import Arm, Metric, Row
 from ...models.joined_vlm import JoinedVLM
@@ -33,6 +36,12 @@ class FrameOrder(AnswerTask):
     frames: int = 4
     grid: int = 2
     filler: int = 4
+
+    def pictures(self, vlm: JoinedVLM, count: int, generator: Generator) -> tuple[Tensor, Tensor, int, int]:
+        films = draw_films(count, self.frames, generator, grid=self.grid, size=self.cell * vlm.patch)
+        shown, where = films.objects.flatten()[:, None], films.cells.flatten()[:, None]
+        cells = torch.full((len(shown), len(OBJECTS)), -1).scatter(1, shown, where)
+        return films.images.flatten(0, 1), cells, self.grid, self.cell
 
     def questions(self, vlm: JoinedVLM, count: int, generator: Generator, filler: int, split: Split) -> Questions:
         return order(

@@ -9,13 +9,17 @@ option ``rate_of`` opens a random gate as often as the arm of that name did.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from ...data.captions import KINDS, PAIRS, WORDS, Kind, absent, ask, describe, draw_there, mentioned, texts
@@ -24,7 +28,9 @@ from ...decoding.conscious_gaze import ConsciousGaze, calibrated
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ...integrations.decoding import write
+from ...models.image_pool import ImagePool, orders
 from ...models.joined_vlm import JoinedVLM
+from ...training import TrainState
 from ...training.answers import train_answers
 from ...writing import Decoding, Request, Written
 from ._models import VLMTask
@@ -32,12 +38,13 @@ from ._models import VLMTask
 __all__ = ["ObjectCaptions"]
 
 _OWN, _APART = "of its world", "decorrelated"
-_WRITING = 0.05  # what an arm costs, in that of a training
+_DRAWN = 128  # texts of a pool that are drawn at once
+_TAIL = "training_nll"  # what stands beside the weights of a training
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCaptions(VLMTask):
-    """A unit for each seed: a training, and all arms.
+    """A unit for each arm and seed, those of a seed on one training, which is kept in the run's folder.
 
     Attributes:
         grid: cells of a picture's side.
@@ -91,9 +98,16 @@ class ObjectCaptions(VLMTask):
         return self.grid * self.cell
 
     def units(self, run: RunContext) -> list[WorkUnit]:
-        cost = 1 + _WRITING * len(run.arms)
+        groups: dict[str, list[Arm]] = {}  # an arm with those that follow its rate
+        for arm in run.arms:
+            groups.setdefault(str(arm.options.get("rate_of", arm.name)), []).append(arm)
         return [
-            WorkUnit(self.key, f"{s}", cost, f"training and captions, seed {s}", {"seed": s}) for s in run.seeds
+            WorkUnit(
+                self.key, f"{arms[0].key}/{seed}", float(len(arms)), f"{arms[0].key}: captions, seed {seed}",
+                {"arms": [arm.key for arm in arms], "seed": seed}, f"{seed}",
+            )
+            for seed in run.seeds
+            for arms in groups.values()
         ]  # fmt: skip
 
     def guard(self, run: RunContext) -> None:
@@ -106,33 +120,56 @@ class ObjectCaptions(VLMTask):
                 raise UserError(f"{arm.key} opens as often as {like}, which has to stand before it")
             done.add(arm.name)
 
+    def prepare(self, run: RunContext) -> None:
+        for seed in run.seeds if run.folder is not None else ():
+            _learned(run, self, seed)
+
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         seed = int(unit.params["seed"])
+        state, tail = _learned(run, self, seed)
         vlm = self.fresh(run, seed)
-
-        def get_batch(step: int) -> dict[str, Tensor]:
-            drawn = texts(
-                vlm.language, self.batch, run.torch_rng(task=self.key, training=seed, step=step), grid=self.grid,
-                size=self.sharp, patches=self.patches, together=self.together,
-            )  # fmt: skip
-            drawn = replace(drawn, images=self._scaled(vlm, drawn.images))
-            return vlm.read(drawn, drawn.at, drawn.answers)
-
-        state = train_answers(
-            vlm.model, get_batch, self.steps, lr=self.lr, slower=self.slower,
-            on_step=lambda _: run.advance(1 / self.steps),
-        )  # fmt: skip
-        tail = state.losses[-max(1, len(state.losses) // 10) :]
+        vlm.model.load_state_dict(state, strict=False)
+        vlm.model.eval()
         rates: dict[str, float] = {}
-        for arm in run.arms:
+        for arm in (arm for arm in run.arms if arm.key in unit.params["arms"]):
             if arm == run.baseline:
-                yield self.row("training_nll", arm, sum(tail) / len(tail), "training", seed=seed)
+                yield self.row("training_nll", arm, tail, "training", seed=seed)
             strategy = self._set(run, arm, vlm, seed, rates)
             rows = list(self._judged(run, arm, strategy, vlm, seed))
             yield from rows
             opened = [row.value for row in rows if row.metric == "intervened"]
             rates[arm.name] = sum(opened) / len(opened)
-            run.advance(_WRITING)
+            run.advance(1.0)
+
+    def _train(self, run: RunContext, seed: int) -> tuple[dict[str, Tensor], float]:
+        vlm = self.fresh(run, seed)
+
+        def drawn(count: int, **axes: int) -> dict[str, Tensor]:
+            said = texts(
+                vlm.language, count, run.torch_rng(task=self.key, training=seed, **axes), grid=self.grid,
+                size=self.sharp, patches=self.patches, together=self.together,
+            )  # fmt: skip
+            said = replace(said, images=_scaled(vlm, self.patches, said.images))
+            return vlm.read(said, said.at, said.answers)
+
+        def train(get_batch: Callable[[int], dict[str, Tensor]], replayed: bool = False) -> TrainState:
+            return train_answers(vlm.model, get_batch, self.steps, lr=self.lr, slower=self.slower, replayed=replayed)
+
+        if self.pool:
+            parts = [min(_DRAWN, self.pool - start) for start in range(0, self.pool, _DRAWN)]
+            pool = ImagePool.of(vlm, (drawn(count, pool=i) for i, count in enumerate(parts)))
+            order = run.torch_rng(task=self.key, training=seed, part="order")
+            rows = orders(len(pool), self.steps, self.batch, order, run.device)
+            trained = train(lambda step: pool.batch(rows[step]), run.device.type == "cuda")
+        else:
+            trained = train(lambda step: drawn(self.batch, step=step))
+        tail = trained.losses[-max(1, len(trained.losses) // 10) :]
+        state = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
+        return state, sum(tail) / len(tail)
+
+    def pictures(self, vlm: JoinedVLM, count: int, generator: Generator) -> tuple[Tensor, Tensor, int, int]:
+        drawn = draw_pictures(count, generator, grid=self.grid, size=self.sharp)
+        return _scaled(vlm, self.patches, drawn.images), drawn.cells, self.grid, self.cell
 
     def _set(self, run: RunContext, arm: Arm, vlm: JoinedVLM, seed: int, rates: dict[str, float]) -> Decoding:
         """The arm's strategy, with a gate that is set for this model."""
@@ -144,10 +181,10 @@ class ObjectCaptions(VLMTask):
         there, images = self._pictures(run, vlm, self.calibration, "train", seed, own=True)
         requests = []
         for i, image in enumerate(images.split(1)):
-            question = self._request(vlm, ask(vlm.language, self.patches, i % there.shape[1]), image, 0)
-            requests.append(self._request(vlm, describe(vlm.language, self.patches), image, 0))
+            question = _request(vlm, self.most, ask(vlm.language, self.patches, i % there.shape[1]), image, 0)
+            requests.append(_request(vlm, self.most, describe(vlm.language, self.patches), image, 0))
             requests.append(replace(question, most=1))  # what is behind an answer is no text of this world
-        return calibrated(strategy, requests)
+        return calibrated(strategy, requests, write)
 
     def _pictures(
         self, run: RunContext, vlm: JoinedVLM, count: int, part: str, seed: int, own: bool
@@ -160,25 +197,13 @@ class ObjectCaptions(VLMTask):
             count, generator, grid=self.grid, size=self.sharp, there=there,
             split="train" if part == "train" else "test",
         ).images  # fmt: skip
-        return there, vlm.pixels(self._scaled(vlm, images))
-
-    def _scaled(self, vlm: JoinedVLM, images: Tensor) -> Tensor:
-        """Pictures as large as the model's patches."""
-        side = self.patches * vlm.patch
-        return images if images.shape[-1] == side else interpolate(images, size=(side, side), mode="bilinear")
-
-    def _request(self, vlm: JoinedVLM, ids: list[int], image: Tensor, seed: int) -> Request:
-        end = vlm.language.encode(".")[-1]
-        given = {"pixel_values": image}
-        return Request(
-            vlm.model, None, torch.tensor([ids], device=image.device), self.most, frozenset({end}), seed, given=given
-        )
+        return there, vlm.pixels(_scaled(vlm, self.patches, images))
 
     def _judged(self, run: RunContext, arm: Arm, strategy: Decoding, vlm: JoinedVLM, seed: int) -> Iterator[Row]:
         for kind, count in ((_APART, self.samples), (_OWN, self.own)):
             there, images = self._pictures(run, vlm, count, "test", seed, own=kind == _OWN)
             for i, (shown, image) in enumerate(zip(there, images.split(1), strict=True)):
-                request = self._request(vlm, describe(vlm.language, self.patches), image, i)
+                request = _request(vlm, self.most, describe(vlm.language, self.patches), image, i)
                 run.synchronise()
                 started = time.perf_counter()
                 made = write(strategy, request)
@@ -224,7 +249,9 @@ class ObjectCaptions(VLMTask):
                 if gone is None or not seen:
                     continue
                 for thing in (gone, seen[int(torch.randint(len(seen), (), generator=generator))]):
-                    request = replace(self._request(vlm, ask(vlm.language, self.patches, thing), image, i), most=1)
+                    request = replace(
+                        _request(vlm, self.most, ask(vlm.language, self.patches, thing), image, i), most=1
+                    )
                     told = write(strategy, request).tokens == [yes]
                     truth = bool(shown[thing])
                     hits, said, real = hits + (told and truth), said + told, real + truth
@@ -232,3 +259,33 @@ class ObjectCaptions(VLMTask):
                     yield self.row("right", arm, told == truth, f"{i}.{thing}", **more)
                     yield self.row("said_yes", arm, told, f"{i}.{thing}", **more)
             yield self.row("f1", arm, 2 * hits / max(1, said + real), "all", seed=seed, at={"kind": kind})
+
+
+def _scaled(vlm: JoinedVLM, patches: int, images: Tensor) -> Tensor:
+    """Pictures as large as the model's patches."""
+    side = patches * vlm.patch
+    return images if images.shape[-1] == side else interpolate(images, size=(side, side), mode="bilinear")
+
+
+def _request(vlm: JoinedVLM, most: int, ids: list[int], image: Tensor, seed: int) -> Request:
+    end, given = vlm.language.encode(".")[-1], {"pixel_values": image}
+    return Request(
+        vlm.model, None, torch.tensor([ids], device=image.device), most, frozenset({end}), seed, given=given
+    )  # fmt: skip
+
+
+def _learned(run: RunContext, task: ObjectCaptions, seed: int) -> tuple[dict[str, Tensor], float]:
+    """What a seed's training made of what is trained, and its loss in the last tenth."""
+    if run.folder is None:
+        made = run.kept_last("learned", (task, seed), lambda: task._train(run, seed))
+        return cast(tuple[dict[str, Tensor], float], made)
+    digest = hashlib.sha256(repr((task, run.seed, seed)).encode()).hexdigest()[:16]
+    place = Path(run.folder) / "models" / f"{task.key}-{seed}-{digest}.safetensors"
+    if not place.is_file():
+        state, tail = task._train(run, seed)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = place.with_name(f".{place.name}.{os.getpid()}")
+        save_file({_TAIL: torch.tensor(tail, dtype=torch.float64), **state}, draft)
+        draft.replace(place)
+    state = load_file(place, device=str(run.device))
+    return state, float(state.pop(_TAIL))

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
+from ...data.object_scenes import draw_pictures
 from ...data.visual_questions import Questions, presence
 from ...experiment import Arm, Metric, Row
 from ...models.joined_vlm import JoinedVLM
@@ -34,6 +35,10 @@ class ObjectPresence(AnswerTask):
         Metric("seen", "objects said to be there that are", higher=True, kind="share", floor=0.5),
         Metric("half_gap", "distance of the shares seen in the upper and the lower half"),
     )
+
+    def pictures(self, vlm: JoinedVLM, count: int, generator: Generator) -> tuple[Tensor, Tensor, int, int]:
+        drawn = draw_pictures(count, generator, grid=self.grid, size=self.cell * vlm.patch)
+        return drawn.images, drawn.cells, self.grid, self.cell
 
     def questions(self, vlm: JoinedVLM, count: int, generator: Generator, filler: int, split: Split) -> Questions:
         return presence(

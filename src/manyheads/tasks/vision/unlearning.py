@@ -25,7 +25,7 @@ from ...experiment import Arm, Metric, Row, RunContext, WorkUnit, seeding
 from ...heads import HeadTable, layer_matched_heads
 from ...lenses.unlearning_bench.losses import kl
 from ...models.joined_vlm import JoinedVLM
-from ...recipes.unlearning_bench import CONCEPTS, batches, important_heads, learn, read, right, unlearn
+from ...recipes.unlearning_bench import CONCEPTS, batches, important_heads, learn, pooled, read, right, unlearn
 from ...training.answers import answer_logits, train_answers
 from ...unlearning import Answers, Unlearning
 from ._models import VLMTask
@@ -53,6 +53,7 @@ class UnlearningTask(VLMTask):
         top: heads that are chosen.
         judged: questions of a part, of seen and of new pictures each.
         text_tokens: of the library's source, whose loss tells what else is lost; 0 for none.
+        pool: for any but 0 a tower reads each picture that is learned once.
     """
 
     words: ClassVar[Sequence[str]] = WORDS
@@ -109,7 +110,7 @@ class UnlearningTask(VLMTask):
         seed = int(unit.params["seed"])
         vlm = self.fresh(run, seed)
         bench = self._bench(run, vlm)
-        self._learn(vlm, bench, seed, True)
+        self._learn(run, vlm, bench, seed, True)
         first = _state(vlm)
         chosen = run.kept(("asked", self), lambda: self._chosen(run, bench))
         kept = [item for (part, pictures, _), items in chosen.items() if (part, pictures) == ("retain", "new")
@@ -149,9 +150,10 @@ class UnlearningTask(VLMTask):
             people=self.forget_people, events=self.forget_events, views=self.views, seed=seed,
         )))  # fmt: skip
 
-    def _learn(self, vlm: JoinedVLM, bench: Benchmark, seed: int, forgotten: bool) -> None:
+    def _learn(self, run: RunContext, vlm: JoinedVLM, bench: Benchmark, seed: int, forgotten: bool) -> None:
+        pool = run.kept(("pool", self), lambda: pooled(vlm, bench)) if self.pool else None
         learn(vlm, bench, forgotten=forgotten, steps=self.learn_steps, batch=self.learn_batch, lr=self.learn_lr,
-              slower=self.slower, seed=seed)  # fmt: skip
+              slower=self.slower, seed=seed, pool=pool)  # fmt: skip
 
     def _chosen(self, run: RunContext, bench: Benchmark) -> Chosen:
         """The questions that all arms are asked."""
@@ -173,7 +175,7 @@ class UnlearningTask(VLMTask):
         how = arm.options.get("how", "")
         if how == "retrain":
             mine = self.fresh(run, seed)
-            self._learn(mine, bench, seed, False)
+            self._learn(run, mine, bench, seed, False)
             return mine, None
         if how == "noise":
             generator = run.torch_rng(noise="direction", seed=seed)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb ``manyheads convert``. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyheads.progress import shown
+
+from .options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    TextFiles,
+    console,
+    load_model,
+    passive_threads,
+    print_json,
+    typed,
+    writable,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from manyheads.converter import Converted
+
+_TRAINING = "training"
+
+Spec = Annotated[
+    str, typer.Argument(metavar="SPEC", help="Conversion with its fields, as minitron:keep=0.8; see `manyheads list`.")
+]
+Out = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
+Recover = Annotated[
+    str | None,
+    typer.Option(help="Train it afterwards, as 10m (minutes), 2M (tokens) or '700 steps'. \\[default: no training]"),
+]
+Length = Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")]
+Sequences = Annotated[int, typer.Option(min=1, help="Sequences that activations are gathered on.")]
+
+
+def convert(
+    spec: Spec,
+    out: Out,
+    model: Model = None,
+    text: TextFiles = None,
+    recover: Recover = None,
+    length: Length = 512,
+    sequences: Sequences = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint smaller, or otherwise another one, for good.
+
+    One pass over the text says what matters, the model is cut, and with --recover it is trained to say again what it
+    said before; a training that was cut off goes on when the command is repeated. Losses are of the last tenth of the
+    text, which nothing else reads. Where the config of the stock class can say what is left, the result is a plain
+    checkpoint, which transformers loads; else manyheads.models.load loads it, and so do compare and inspect.
+    """
+    passive_threads()
+    from manyheads.data.texts import read, standard_library
+
+    place = writable(out, str(out))
+    texts = read(text) if text else standard_library()
+    from manyheads.converter import Material, as_conversion, convert_model
+    from manyheads.training import Budget
+
+    strategy = as_conversion(spec)
+    if recover is not None:
+        Budget.parse(recover)
+    with shown(as_json) as progress:
+        loaded, tokenizer = load_model(model, device, dtype, encoders=True)
+        made = convert_model(
+            loaded, strategy, Material.of(texts, tokenizer, length), recover=recover, sequences=sequences,
+            seed=seed or 0, folder=place / _TRAINING, progress=progress,
+        )  # fmt: skip
+    made.about |= {"model": model or "default", "command": typed()}
+    plain = made.save(place, tokenizer)
+    following = _following(place, plain, recover)
+    if as_json:
+        print_json({**made.document(), "folder": str(place), "plain": plain, "next": following})
+    else:
+        _print(made, place, plain, following)
+
+
+def _following(place: Path, plain: bool, recover: str | None) -> list[str]:
+    """Commands that make sense next."""
+    again = [] if recover else ["the same command with --recover 10m trains it"]
+    loads = f"AutoModel.from_pretrained('{place}')" if plain else f"manyheads.models.load('{place}')"
+    return [f"manyheads compare --model {place}", f"manyheads inspect --model {place}", loads, *again]
+
+
+def _print(made: Converted, place: Path, plain: bool, following: list[str]) -> None:
+    from rich.table import Table
+
+    table = Table("", "before", "after", "", title=made.spec, title_justify="left", box=None, pad_edge=False)
+    for name, (before, after) in (("parameters", made.parameters), ("bytes", made.bytes)):
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+    own = made.losses
+    for stage in ("after surgery", "after recovery"):
+        if stage in own:
+            table.add_row(
+                f"{made.measure}, {stage}", f"{own['before']:.4f}", f"{own[stage]:.4f}",
+                f"{own[stage] - own['before']:+.4f}",
+            )  # fmt: skip
+    shown_on = console()
+    shown_on.print(table)
+    what = "a plain checkpoint of transformers" if plain else "weights beside their plan: stock transformers refuses it"
+    shown_on.print(f"\n{place}: {what}", markup=False)
+    for line in following:
+        shown_on.print(f"  {line}", markup=False)

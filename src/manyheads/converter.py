@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model, a text and a conversion: calibrate, cut, recover, and say what each of it cost.
+
+The last tenth of the text is held out: losses are of it, and neither calibration nor recovery reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .conversion import Conversion, SurgeryPlan
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .data.texts import Text
+    from .progress import Progress
+    from .strategy import Strategy
+    from .training import TrainState
+
+__all__ = ["Converted", "Material", "as_conversion", "convert_model", "measured"]
+
+_HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Material:
+    """Token ids that a conversion reads.
+
+    Attributes:
+        train: ``[N]``, for calibration and recovery.
+        held_out: windows ``[n, T + 1]`` that losses are measured on.
+        length: T.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, texts: Sequence[Text], tokenizer: Any, length: int = 512, windows: int = 16) -> Material:
+        """Texts in their order, of which the last tenth of the tokens is held out.
+
+        Raises:
+            UserError: there is not enough text for a window of each.
+        """
+        from .recipes._adapters import encoded
+
+        ids = encoded(texts, tokenizer)
+        split = len(ids) - max(int(_HELD_OUT * len(ids)), length + 1)
+        if split <= length:
+            raise UserError(
+                f"the text has {len(ids)} tokens, and windows of {length + 1} of it are calibrated on and held out: "
+                "give more --text or a shorter --length"
+            )
+        rest = ids[split:]
+        count = min(windows, len(rest) // (length + 1))
+        starts = torch.linspace(0, len(rest) - length - 1, count).long()
+        return cls(ids[:split], rest[starts[:, None] + torch.arange(length + 1)], length)
+
+    def calibration(self, sequences: int, batch: int, device: str | torch.device) -> list[Tensor]:
+        """Windows ``[batch, T]`` from all over the training part, the same every time."""
+        starts = torch.linspace(0, len(self.train) - self.length, sequences).long()
+        rows = self.train[starts[:, None] + torch.arange(self.length)]
+        return [part.to(device) for part in rows.split(batch)]
+
+
+@dataclass
+class Converted:
+    """What a conversion made.
+
+    Attributes:
+        model: after it, in evaluation mode.
+        plan: of the surgery.
+        spec: of the conversion.
+        parameters, bytes: before and after.
+        measure: what ``losses`` are: ``nats/token``, or for encoders the distance of last states from the model's.
+        losses: means over the windows held out, by stage: ``before``, ``after surgery``, ``after recovery``.
+        windows: the values that the means are of.
+        state: of the recovery, None without.
+        before: config of the model that it was made of.
+    """
+
+    model: Any
+    plan: SurgeryPlan
+    spec: str
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    measure: str
+    windows: dict[str, list[float]]
+    before: Any
+    state: TrainState | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return {stage: sum(values) / len(values) for stage, values in self.windows.items()}
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        recovered = self.state and {
+            "steps": self.state.step, "tokens": self.state.tokens, "seconds": round(self.state.seconds, 2),
+        }  # fmt: skip
+        return {
+            "spec": self.spec, "parameters": dict(zip(("before", "after"), self.parameters, strict=True)),
+            "bytes": dict(zip(("before", "after"), self.bytes, strict=True)), "measure": self.measure,
+            "losses": self.losses, "windows": self.windows, "recovery": recovered, **self.about,
+        }  # fmt: skip
+
+    def save(self, folder: Path, tokenizer: Any = None) -> bool:
+        """Write it; whether it is a plain checkpoint, which any transformers loads."""
+        from .integrations.surgery_files import save
+
+        plain = save(self.model, folder, self.plan, self.before, self.document())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return plain
+
+
+def convert_model(
+    model: Any, conversion: Conversion | str, material: Material, *, recover: str | int | None = None,
+    sequences: int = 32, batch: int = 4, seed: int = 0, folder: Path | None = None, progress: Progress | None = None,
+    stages: bool = True,
+) -> Converted:  # fmt: skip
+    """Convert a model of transformers, which stays as it is.
+
+    Args:
+        model: in evaluation mode, on the device to use; decoders and encoders of text.
+        conversion: or its spec.
+        material: what is read.
+        recover: budget of a training afterwards, as ``10m``, ``2M`` or a number of steps; none when None.
+        sequences: of the calibration.
+        batch: sequences of a forward.
+        seed: of the batches of the recovery.
+        folder: of the recovery's checkpoints; a training that was cut off goes on there, and they are removed at its
+            end.
+        progress: is told how far the work is.
+        stages: measure the loss before and after surgery too, and not at the end alone.
+
+    Raises:
+        UserError: the strategy converts nothing, does not fit the model, or has not enough text.
+    """
+    from .integrations.anatomy import ModelAnatomy
+    from .integrations.calibrate import calibrate
+    from .integrations.surgery import converted
+    from .training import Budget
+
+    strategy = as_conversion(conversion)
+    if recover is not None:
+        Budget.of(recover)  # one that cannot be read is refused before anything is done
+    anatomy = ModelAnatomy(model)
+    if strategy.families and anatomy.family not in strategy.families:
+        known = ", ".join(sorted(strategy.families))
+        raise UserError(f"{strategy.slug} converts models of {known}, and this one is of {anatomy.family}")
+    device = next(model.parameters()).device
+    stats = calibrate(model, material.calibration(sequences, batch, device), strategy.wants(anatomy), progress)
+    plan = strategy.plan(anatomy, stats)
+    made = converted(model, plan)
+    result = Converted(
+        made, plan, strategy.spec, (_count(model), _count(made)), (_bytes(model), _bytes(made)),
+        "nats/token" if anatomy.causal else "distance of last states",
+        {},
+        copy.deepcopy(model.config),
+    )  # fmt: skip
+    if stages:
+        result.windows["before"] = measured(model, model, material, batch)
+    if stages or recover is None:
+        result.windows["after surgery"] = measured(made, model, material, batch)
+    if recover is not None:
+        result.state = _recovered(result, model, strategy, anatomy, material, recover, seed, folder, progress)
+        result.windows["after recovery"] = measured(result.model, model, material, batch)
+    return result
+
+
+def as_conversion(given: Strategy | str) -> Conversion:
+    """A strategy or its spec as the conversion that it is.
+
+    Raises:
+        UserError: it is none, or the spec cannot be read.
+    """
+    from .spec import parse
+
+    strategy = parse(given) if isinstance(given, str) else given
+    if not isinstance(strategy, Conversion):
+        raise UserError(f"{strategy.slug} is no conversion; `manyheads list --category convert` shows those there are")
+    return strategy
+
+
+def _recovered(
+    result: Converted, model: Any, strategy: Conversion, anatomy: Any, material: Material, recover: str | int,
+    seed: int, folder: Path | None, progress: Progress | None,
+) -> TrainState:  # fmt: skip
+    from .recipes._adapters import id_batches
+    from .training.recovery import recover as train
+
+    how = strategy.recovery(anatomy)
+    result.model = own = copy.deepcopy(result.model)  # parameters of its own
+    batches = id_batches(material.train, material.length, how.batch, seed, next(model.parameters()).device)
+
+    def told(state: TrainState) -> None:
+        if progress is not None:
+            progress(min(state.progress, 1.0), 1.0, f"recovery, step {state.step}")
+
+    state = train(own, model, batches, recover, how, folder=folder, on_step=told)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return state
+
+
+@torch.inference_mode()
+def measured(model: Any, original: Any, material: Material, batch: int = 4) -> list[float]:
+    """Of each window held out: nats per token, or for encoders 1 - cosine of last states to the original's."""
+    from .integrations.anatomy import ModelAnatomy
+    from .integrations.calibrate import nats
+
+    device, found = next(model.parameters()).device, list[float]()
+    causal = ModelAnatomy(original).causal
+    for rows in material.held_out.split(batch):
+        ids = rows.to(device)
+        if causal:
+            found += nats(model, ids).mean(1).tolist()
+        else:
+            own, theirs = (each.base_model(input_ids=ids[:, :-1])[0].float() for each in (model, original))
+            if own.shape != theirs.shape:
+                return [float("nan")] * len(material.held_out)
+            found += (1 - torch.cosine_similarity(own, theirs, dim=-1)).mean(1).tolist()
+    return found
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
