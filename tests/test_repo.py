@@ -30,6 +30,7 @@ FLOORS = (
         "heads",
         "inpainting",
         "lens",
+        "reducing",
         "strategy",
         "unlearning",
         "writing",

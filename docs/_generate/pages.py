@@ -29,6 +29,7 @@ ABOUT = {
 GUIDES = {
     "caches": "caches.md", "mixers": "mixers.md", "lenses": "lenses.md", "diffusion": "diffusion.md",
     "decoding": "decoding.md", "convert": "convert.md", "parallel": "diffusion.md#several-devices",
+    "tokens": "tokens.md",
 }  # fmt: skip
 NEEDS = {"none": "no training", "calibration": "a calibration pass", "required": "training"}
 

@@ -32,6 +32,7 @@ ROUNDS = 2
 TASKS: Mapping[str, tuple[str, ...]] = {
     "causal_lm": ("perplexity", "niah_single", "niah_multikey", "variable_tracking", "speed", "memory"),
     "pipeline": ("fidelity", "denoising_cost"),
+    "vision": ("saliency", "encoder_cost"),
 }
 
 

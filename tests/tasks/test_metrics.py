@@ -39,6 +39,9 @@ BETTER = {
     "planted_constant": ("completed", "answer_nll"),
     "recall_in_text": ("recalled", "token_nll span_nll tuning_nll training_nll"),
     "sequence_classification": ("accuracy", "label_nll tuning_nll training_nll"),
+    "encoder_cost": ("", "seconds"),
+    "saliency": ("overlap correlation patches", ""),
+    "scene_segmentation": ("iou", "training_loss"),
     "scene_quality": ("likelihood object", "fd_small"),
     "speed": ("", "prefill decode"),
     "variable_tracking": ("tracked", ""),
@@ -47,7 +50,7 @@ SHARES = {
     "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
     "answered_ok", "swapped", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
-    "shared_head", "stereotyped", "prefers_stereotype", "solved", "exact",
+    "shared_head", "stereotyped", "prefers_stereotype", "solved", "exact", "overlap", "iou",
 }  # fmt: skip
 TIMES = {
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
@@ -56,7 +59,8 @@ TIMES = {
     "classifier_cost.token_time": "us/token",
     "ranker_cost.document_time": "ms/document", "denoised_sums.ms": "ms", "shared_cache.step": "ms",
     "shared_sums.step": "ms", "shared_sums.seconds": "s", "inpainting.seconds": "s",
-    "object_captions.token_seconds": "s", "voxel_edit_cost.seconds": "s",
+    "object_captions.token_seconds": "s", "voxel_edit_cost.seconds": "s", "encoder_cost.seconds": "s",
+    "segmenter_cost.seconds": "s",
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {
@@ -64,6 +68,7 @@ FLOORS = {
     "channel_damage.grammatical": 0.5,
     "niah_multikey.multikey": 0.5, "niah_single.query_agnostic": 0.5, "niah_single.query_aware": 0.5,
     "pronoun_tuning.grammatical": 0.5, "pair_recall.recalled": 0.5, "variable_tracking.tracked": 0.5,
+    "scene_segmentation.iou": 0.3,
 }  # fmt: skip
 
 

@@ -18,9 +18,10 @@ from torch.nn.functional import normalize, pad
 
 from .reference import widened
 
-_GRID = 4096.0  # steps of a cosine that are told apart: equal tokens tie, however a product was rounded
+__all__ = ["STEPS", "Choice", "Grouping", "adjacent", "matched"]
 
-__all__ = ["Grouping", "adjacent", "matched"]
+STEPS = 4096.0  # steps of a cosine that are told apart: equal tokens tie, however a product was rounded
+Choice = Literal["similar", "random"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,7 @@ def adjacent(real: Tensor, ratio: Tensor | int, count: int) -> Grouping:
     return Grouping((at // each).expand_as(real).masked_fill(~real, count), count)
 
 
-def matched(
-    metric: Tensor, real: Tensor, kept: Tensor, count: int, *, choose: Literal["similar", "random"] = "similar"
-) -> Grouping:
+def matched(metric: Tensor, real: Tensor, kept: Tensor, count: int, *, choose: Choice = "similar") -> Grouping:
     """Bipartite soft matching (ToMe, Bolya et al., arXiv 2210.09461).
 
     Tokens at even columns each look for the token at an odd column that is most like them by the cosine; those most
@@ -91,7 +90,7 @@ def matched(
     if metric.shape[1] < 2:
         return adjacent(real, 1, count)
     a, b = (normalize(widened(x.detach()), dim=2) for x in (metric[:, ::2], metric[:, 1::2]))
-    score = (a @ b.mT * _GRID).round()
+    score = (a @ b.mT * STEPS).round()
     if choose == "random":
         at = torch.arange(metric.shape[1], dtype=torch.float64, device=score.device)
         noise = (12.9898 * at[::2, None] + 78.233 * at[1::2]).sin() * 43758.5453

@@ -190,7 +190,8 @@ def _comparison(options: dict[str, Any]) -> tuple[Callable[..., Results], dict[s
         raise UserError(f"{subject.name} reads no text: leave --{wrong[0]} away")
     quick = _QUICK | ({"lengths": _QUICK_LENGTHS} if of_text else {}) if options.get("quick") else {}
     if not of_text and "strategies" not in options:
-        raise UserError(f"say which --strategies to compare on {subject.name}: `manyheads list --category diffusion`")
+        category = "tokens" if subject.kind == "vision" else "diffusion"
+        raise UserError(f"say which --strategies to compare on {subject.name}: `manyheads list --category {category}`")
     chosen = {**quick, **options}
     if "protect" in options:
         chosen["strategies"] = [

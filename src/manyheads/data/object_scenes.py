@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from ..errors import UserError
 from .scenes import BACKDROPS, OBJECTS, photographs, sprites
 
-__all__ = ["Film", "Picture", "draw_films", "draw_pictures"]
+__all__ = ["Film", "Picture", "draw_films", "draw_pictures", "pixel_labels"]
 
 Split = Literal["train", "test"]
 
@@ -104,4 +104,18 @@ def _over(images: Tensor, rows: Tensor, kinds: Tensor, cells: Tensor, grid: int,
     cover, parts = sprites(size)[kinds], parts.clone()
     parts[rows, cells] = cover[:, :3] + (1 - cover[:, 3:]) * parts[rows, cells]
     whole: Tensor = parts.unflatten(1, (grid, grid)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return whole
+
+
+def pixel_labels(picture: Picture, grid: int, size: int) -> Tensor:
+    """What each pixel shows, int64 ``[N, side, side]``: 0 for the photograph, else an object's number from 1 on.
+
+    A pixel is an object's where the object covers more than half of it.
+    """
+    count = len(picture.cells)
+    parts = torch.zeros(count, grid * grid, size, size, dtype=torch.long)
+    rows, kinds = (picture.cells >= 0).nonzero().unbind(1)
+    covered = (sprites(size)[:, 3] > 0.5) * torch.arange(1, len(OBJECTS) + 1)[:, None, None]
+    parts[rows, picture.cells[rows, kinds]] = covered[kinds]
+    whole: Tensor = parts.unflatten(1, (grid, grid)).transpose(2, 3).flatten(1, 2).flatten(2)
     return whole

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from .journal import Results
     from .rows import Metric, Row, WorkUnit
     from .runner import run
-    from .subjects import CausalLM, Pipeline, Subject, Trainable
+    from .subjects import CausalLM, Pipeline, Subject, Trainable, Vision
     from .task import RunContext, Task
 
 __all__ = [
     "Arm", "CausalLM", "Check", "CheckResult", "Claim", "Estimate", "Experiment", "Metric", "Pipeline", "Reported",
-    "Results", "Row", "RunContext", "Sizes", "Subject", "Task", "Trainable", "WorkUnit", "above", "at_most", "below",
-    "higher", "lower", "no_worse", "over", "run",
+    "Results", "Row", "RunContext", "Sizes", "Subject", "Task", "Trainable", "Vision", "WorkUnit", "above", "at_most",
+    "below", "higher", "lower", "no_worse", "over", "run",
 ]  # fmt: skip
 
 _HOMES = {
@@ -27,7 +27,7 @@ _HOMES = {
     **dict.fromkeys(("Check", "CheckResult", "above", "at_most", "below", "higher", "lower", "no_worse"), "checks"),
     **dict.fromkeys(("Claim", "Reported"), "claim"),
     **dict.fromkeys(("Experiment", "Sizes"), "design"),
-    **dict.fromkeys(("CausalLM", "Pipeline", "Subject", "Trainable"), "subjects"),
+    **dict.fromkeys(("CausalLM", "Pipeline", "Subject", "Trainable", "Vision"), "subjects"),
     **dict.fromkeys(("Metric", "Row", "WorkUnit"), "rows"),
     **dict.fromkeys(("RunContext", "Task"), "task"),
     "Estimate": "estimates", "Results": "journal", "run": "runner",

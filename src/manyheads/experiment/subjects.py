@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on: a causal language model, a pipeline of diffusers, or a small model that is trained for the test.
+"""What is measured on: a language model, an encoder of images, a pipeline of diffusers, or what is trained for it.
 
 A subject names itself and loads its parts when they are first asked for, so that listing and planning stay quick and a
 worker process can be sent one.
@@ -8,6 +8,7 @@ worker process can be sent one.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,7 +35,7 @@ from ..writing import Decoding
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CausalLM", "Convertible", "Machine", "Pipeline", "Subject", "Trainable", "subject"]
+__all__ = ["CausalLM", "Convertible", "Machine", "Pipeline", "Subject", "Trainable", "Vision", "subject"]
 
 
 class Subject(ABC):
@@ -204,6 +205,48 @@ class Pipeline(Subject):
         return self._pipe
 
 
+class Vision(Subject):
+    """An encoder of images: ViT, DINOv2, SegFormer.
+
+    Args:
+        name: a folder, or a name of :func:`manyheads.models.published`.
+        model: already loaded, on the device to use.
+        dtype: to load in, as ``float32``; that of the checkpoint when None.
+    """
+
+    kind = "vision"
+    kinds = (Attention, LinearCompute, MidBlock, Residual)
+
+    def __init__(self, name: str, model: Any = None, dtype: str | None = None) -> None:
+        self.name, self.dtype = name, dtype
+        self._model, self._given = model, model is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._given:
+            raise UserError("a model that is already loaded cannot be sent to workers; give its folder")
+        return {**self.__dict__, "_model": None}
+
+    def load(self, device: str | torch.device) -> None:
+        if self._model is None:
+            from .. import models
+
+            self._model = models.load_vision(self.name, device, models.named_dtype(self.dtype))[0]
+
+    @property
+    def model(self) -> Any:
+        """The model, in evaluation mode."""
+        if self._model is None:
+            raise RuntimeError("load the subject first")
+        return self._model
+
+    @property
+    def folder(self) -> str:
+        """Where its weights are, or its name on the hub."""
+        from .. import models
+
+        return models.source(self.name)
+
+
 class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
@@ -253,11 +296,23 @@ def _where(strategy: Strategy) -> str:
     return "give it a model of its kind"
 
 
-def subject(given: str | Subject, dtype: str | None = None) -> Subject:
-    """The subject of that name: a pipeline that ships or whose folder has model_index.json, else a causal LM.
+def _reads_images(name: str) -> bool:
+    """Whether a folder, or a published model, is an encoder of images, by its config; imports no transformers."""
+    from ..models import published, source
 
-    ``dtype`` is what its weights are loaded in, as ``float32``. ``trainable`` is a model that the task trains,
-    ``machine`` none at all: operators are timed.
+    file = Path(source(name) if name in published() else name).expanduser() / "config.json"
+    if not file.is_file():
+        return name in published() and name.startswith("dinov2")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return "num_channels" in config and config.keys().isdisjoint({"vocab_size", "text_config"})
+
+
+def subject(given: str | Subject, dtype: str | None = None) -> Subject:
+    """The subject of that name: a pipeline, an encoder of images, else a causal language model.
+
+    A pipeline ships, or its folder has model_index.json; an encoder of images is one by its config.json. ``dtype`` is
+    what its weights are loaded in, as ``float32``. ``trainable`` is a model that the task trains, ``machine`` none at
+    all: operators are timed.
     """
     if isinstance(given, Subject):
         return given
@@ -270,4 +325,6 @@ def subject(given: str | Subject, dtype: str | None = None) -> Subject:
     folder = Path(given).expanduser()
     if given in models.shipped_pipelines() or (folder / "model_index.json").is_file():
         return Pipeline(given, dtype=dtype)
+    if _reads_images(given):
+        return Vision(given, dtype=dtype)
     return CausalLM(given, dtype=dtype)

@@ -50,6 +50,7 @@ from .linear import LinearState, find_linear
 from .linear_layers import LinearLayers
 from .passes import Passes, missed, stack_of
 from .prompt_chunks import begin_forward, watch_generate
+from .reduced import reduce_tokens
 from .second_reading import read_again
 from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager, register
 
@@ -121,6 +122,7 @@ class Port:
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
             self._restorers.append(watch_blocks(self.model, self._entries))
             self._restorers.append(add_in_blocks(self.model, self._entries))
+            self._restorers.append(reduce_tokens(self.model, self._entries))
             self._restorers.append(count_forwards(self.model, self._entries))
             self._ran = False
 

@@ -23,12 +23,12 @@ from ..errors import UserError
 from ..files import write_atomically
 from . import load as load_decoder
 from . import load_vision, placed
+from .saliency import normalised
 
 __all__ = ["TEXT", "TOWER", "JoinedVLM", "Text", "join", "load", "new_projector", "save", "small"]
 
 TOWER, TEXT = "dinov2-small", "smollm2-135m-instruct"
 _ABOUT, _WEIGHTS = "joined.json", "joined.safetensors"
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that DINOv2 was trained on
 _IMAGE_TOKEN = "<empty_output>"  # one of SmolLM2's that no text has
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -78,8 +78,7 @@ class JoinedVLM:
         """Images ``[N, 3, H, W]`` in -1..1 as the tower was trained on them, on the model's device."""
         images = images.to(next(self.model.parameters()).device)
         if self.normal:
-            mean, std = (images.new_tensor(x)[:, None, None] for x in (_MEAN, _STD))
-            images = ((images / 2 + 0.5) - mean) / std
+            images = normalised(images / 2 + 0.5)
         return images
 
 
