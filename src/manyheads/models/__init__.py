@@ -331,7 +331,8 @@ def _load_model(name: str, place: "torch.device", dtype: "torch.dtype", kind: An
 
     from ..integrations.surgery_files import load_if_converted
 
-    if (converted := load_if_converted(Path(name), place, dtype)) is not None:
+    converted: PreTrainedModel | None = load_if_converted(Path(name), place, dtype)
+    if converted is not None:
         return converted
     if kind is None:
         _check_architecture(name)
