@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
+"""Block-sparse attention for Hopper, where blocks are whole tiles of 128: what :mod:`._block_sparse` does, in Gluon.
+
+A program stays on its multiprocessor and takes one tile of 128 queries after the other. One warp of it fetches (TMA):
+queries for each of two warpgroups, keys and values into a ring that both read. A warpgroup has 64 of the queries; while
+the tensor cores multiply its weights of one tile of keys with the values, it makes the weights of the next. Marks
+``first, left, right, last`` of a list are those of :mod:`._block_sparse`; keys that need a mask come before those that
+are seen whole.
+
+A slot of the ring is filled and read in the order K0, K1, V0, K2, V1, ..., its barriers ``full`` and ``empty`` alternate.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = ["forward"]
+
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _tile(turn, TILES):
+    """Number of the turn-th tile of a program; every other round goes backwards, so that long lists are shared out."""
+    programs = gl.num_programs(0)
+    at = gl.program_id(0)
+    return turn * programs + gl.where(turn % 2 == 0, at, programs - 1 - at)
+
+
+@gluon.jit
+def _row(tile, order_ptr, list_batch, list_head, HEADS, ROWS, BQ: gl.constexpr):
+    """Batch row, head, list and first query of a tile of 128 queries; longest lists of a head first."""
+    parts: gl.constexpr = BQ // 128
+    pair = tile // (ROWS * parts)
+    place = tile % (ROWS * parts)
+    b = pair // HEADS
+    h = pair % HEADS
+    lists = b * list_batch + h * list_head
+    row = gl.load(order_ptr + lists + place // parts)
+    return b, h, lists + row, row * BQ + place % parts * 128
+
+
+@gluon.jit
+def _marks(span_ptr, list_, BK: gl.constexpr, N: gl.constexpr):
+    """First element of a list, first one of those seen whole, how many tiles are masked, how many there are."""
+    at = span_ptr + list_ * 4
+    first = gl.load(at)
+    left = gl.load(at + 1)
+    right = gl.load(at + 2)
+    last = gl.load(at + 3)
+    each: gl.constexpr = BK // N
+    return first * BK, left * BK, (last - first - (right - left)) * each, (last - first) * each
+
+
+@gluon.jit
+def _key(j, list_ptr, first, left, masked, count, BK: gl.constexpr, N: gl.constexpr):
+    """First key of the j-th tile of a list: those that need a mask, then those seen whole."""
+    at = first + j * N
+    at += gl.where(at >= left, (count - masked) * N, 0)
+    at = gl.where(j >= masked, left + (j - masked) * N, at)
+    return gl.load(list_ptr + at // BK) * BK + at % BK
+
+
+@gluon.jit
+def _fetch(
+    q, k, v, q_smem, ring, q_full, q_empty, full, empty, list_ptr, span_ptr, order_ptr, list_batch, list_head, HEADS,
+    ROWS, W, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr,
+    BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that fetches."""
+    at = 0
+    for turn in range(gl.cdiv(TILES, gl.num_programs(0))):
+        tile = _tile(turn, TILES)
+        if tile < TILES:
+            b, h, list_, begin = _row(tile, order_ptr, list_batch, list_head, HEADS, ROWS, BQ)
+            first, left, masked, count = _marks(span_ptr, list_, BK, N)
+            list_at = list_ptr + list_.to(gl.int64) * W
+            for group in gl.static_range(2):
+                slot = turn % BUFFERS * 2 + group
+                mbarrier.wait(q_empty.index(slot), turn // BUFFERS % 2 ^ 1)
+                mbarrier.expect(q_full.index(slot), 64 * D * 2)
+                tma.async_copy_global_to_shared(
+                    q, [b, h, begin + group * 64, 0], q_full.index(slot), q_smem.index(slot)
+                )
+            before = 0
+            for j in range(count + 1):
+                key = before
+                if j < count:
+                    key = _key(j, list_at, first, left, masked, count, BK, N)
+                    slot = at % STAGES
+                    mbarrier.wait(empty.index(slot), at // STAGES % 2 ^ 1)
+                    mbarrier.expect(full.index(slot), N * D * 2)
+                    tma.async_copy_global_to_shared(k, [b, h // G, key, 0], full.index(slot), ring.index(slot))
+                    at += 1
+                if j > 0:
+                    slot = at % STAGES
+                    mbarrier.wait(empty.index(slot), at // STAGES % 2 ^ 1)
+                    mbarrier.expect(full.index(slot), N * D * 2)
+                    tma.async_copy_global_to_shared(v, [b, h // G, before, 0], full.index(slot), ring.index(slot))
+                    at += 1
+                before = key
+
+
+@gluon.jit
+def _weights(
+    x, top, total, query, key, S, window, factor, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    MASK: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Weights over the exponential of the new maximum, that maximum, the new sum, by how much the old one shrinks."""
+    if MASK:
+        s = (key + gl.arange(0, N, gl.SliceLayout(0, LAYOUT)))[None, :]
+        end = S + gl.zeros_like(query)
+        if CAUSAL:
+            end = gl.minimum(end, query + 1)
+        elif WINDOW:
+            end = gl.minimum(end, query + window)
+        seen = s < end[:, None]
+        if WINDOW:
+            seen = seen & (s > (query - window)[:, None])
+        x = gl.where(seen, x, float("-inf"))
+    new = gl.maximum(top, gl.max(x, 1) * factor)
+    base = new
+    if MASK:
+        base = gl.where(new == float("-inf"), 0.0, new)
+    shrink = gl.exp2(top - base)
+    p = gl.exp2(x * factor - base[:, None])
+    return p, new, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _step(
+    q, p, acc, top, total, more, at, ring, full, empty, query, key, S, window, factor, D: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
+    X: gl.constexpr, O: gl.constexpr,
+):  # fmt: skip
+    """Weights of a tile of keys while those of the one before are multiplied with its values.
+
+    The keys, at place ``at`` of the ring, are there. That ``more`` are is waited for before the values are: a place that
+    the assembler moves no weights across.
+    """
+    k_slot = at % STAGES
+    k = ring.index(k_slot).reshape([N, D]).permute([1, 0])
+    x = warpgroup_mma(q, k, gl.zeros([64, N], gl.float32, X), use_acc=False, is_async=True)
+    v_slot = (at + 1) % STAGES
+    mbarrier.wait(full.index(v_slot), (at + 1) // STAGES % 2)
+    acc = warpgroup_mma(p, ring.index(v_slot).reshape([N, D]), acc, is_async=True)
+    x = warpgroup_mma_wait(1, [x])
+    mbarrier.arrive(empty.index(k_slot))
+    y, top, total, shrink = _weights(x, top, total, query, key, S, window, factor, N, CAUSAL, WINDOW, MASK, X)
+    mbarrier.wait(full.index((at + 2) % STAGES), (at + 2) // STAGES % 2, pred=more)
+    acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(empty.index(v_slot))
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    return gl.convert_layout(y.to(p.dtype), p.type.layout), acc, top, total, at + 2
+
+
+@gluon.jit
+def _attend(
+    GROUP: gl.constexpr, out, q_smem, ring, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, order_ptr,
+    list_batch, list_head, HEADS, T, S, ROWS, W, window, factor, TILES, D: gl.constexpr, BQ: gl.constexpr,
+    BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MORE: gl.constexpr,
+    BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: 64 queries of each tile."""
+    X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    at = 0
+    for turn in range(gl.cdiv(TILES, gl.num_programs(0))):
+        tile = _tile(turn, TILES)
+        if tile < TILES:
+            b, h, list_, begin = _row(tile, order_ptr, list_batch, list_head, HEADS, ROWS, BQ)
+            first, left, masked, count = _marks(span_ptr, list_, BK, N)
+            list_at = list_ptr + list_.to(gl.int64) * W
+            begin += GROUP * 64
+            t = begin + gl.arange(0, 64, gl.SliceLayout(1, X))
+            query = t + (S - T)
+            acc = gl.zeros([64, D], gl.float32, O)
+            top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, X))
+            total = gl.zeros([64], gl.float32, gl.SliceLayout(1, X))
+            slot = turn % BUFFERS * 2 + GROUP
+            mbarrier.wait(q_full.index(slot), turn // BUFFERS % 2)
+            if count > 0:
+                q = q_smem.index(slot).reshape([64, D])
+                key = _key(0, list_at, first, left, masked, count, BK, N)
+                mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
+                k = ring.index(at % STAGES).reshape([N, D]).permute([1, 0])
+                x = warpgroup_mma(q, k, gl.zeros([64, N], gl.float32, X), use_acc=False, is_async=True)
+                x = warpgroup_mma_wait(0, [x])
+                mbarrier.arrive(empty.index(at % STAGES))
+                at += 1
+                y, top, total, _s = _weights(x, top, total, query, key, S, window, factor, N, CAUSAL, WINDOW, True, X)
+                p = gl.convert_layout(y.to(ring.dtype), P)
+                mbarrier.wait(full.index(at % STAGES), at // STAGES % 2, pred=count > 1)
+                if MORE:
+                    for j in range(1, masked):
+                        key = _key(j, list_at, first, left, masked, count, BK, N)
+                        p, acc, top, total, at = _step(
+                            q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, key, S, window, factor,
+                            D, N, STAGES, CAUSAL, WINDOW, True, X, O,
+                        )  # fmt: skip
+                for j in range(gl.maximum(masked, 1) if MORE else 1, count):
+                    p, acc, top, total, at = _step(
+                        q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, 0, S, window, factor, D, N,
+                        STAGES, CAUSAL, WINDOW, False, X, O,
+                    )  # fmt: skip
+                mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
+                acc = warpgroup_mma(p, ring.index(at % STAGES).reshape([N, D]), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, [acc])
+                mbarrier.arrive(empty.index(at % STAGES))
+                at += 1
+            lse = gl.where(total == 0.0, float("-inf"), top + gl.log2(total)) * _LN2
+            gl.store(lse_ptr + (b * HEADS + h).to(gl.int64) * T + t, lse, mask=t < T)
+            whole = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, O))
+            q_smem.index(slot).reshape([64, D]).store((acc * whole[:, None]).to(q_smem.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out, [b, h, begin, 0], q_smem.index(slot))
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(slot))
+
+
+@gluon.jit(do_not_specialize=["T", "S", "ROWS", "W", "window", "list_batch", "list_head", "TILES"])
+def forward(
+    q, k, v, out, lse_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, HEADS, T, S, ROWS, W, window, factor,
+    TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Output of all queries and their log-sum-exp ``[B, H, T]``; ``TILES`` tiles of 128 queries of all heads."""
+    q_smem = gl.allocate_shared_memory(q.dtype, [BUFFERS * 2, 1, 1, 64, D], q.layout)
+    ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, N, D], k.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS * 2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS * 2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(BUFFERS * 2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (_attend, (
+                0, out, q_smem, ring, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, order_ptr, list_batch,
+                list_head, HEADS, T, S, ROWS, W, window, factor, TILES, D, BQ, BK, N, CAUSAL, WINDOW, MORE,
+                BUFFERS, STAGES,
+            )),
+            (_attend, (
+                1, out, q_smem, ring, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, order_ptr, list_batch,
+                list_head, HEADS, T, S, ROWS, W, window, factor, TILES, D, BQ, BK, N, CAUSAL, WINDOW, MORE,
+                BUFFERS, STAGES,
+            )),
+            (_fetch, (
+                q, k, v, q_smem, ring, q_full, q_empty, full, empty, list_ptr, span_ptr, order_ptr, list_batch,
+                list_head, HEADS, ROWS, W, TILES, G, D, BQ, BK, N, BUFFERS, STAGES,
+            )),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip

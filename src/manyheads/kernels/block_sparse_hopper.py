@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which calls of block-sparse attention the kernels for Hopper take, and how these are launched."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._operator import launch
+from ._passes import like
+
+__all__ = ["forward", "refusal"]
+
+_TILE = 128  # queries and keys of a tile
+_LOG2E = 1.4426950408889634
+_SHARED = 224 * 1024  # bytes of shared memory for queries, keys and values; the rest is for barriers
+
+
+@cache
+def _device(index: int) -> tuple[bool, int]:
+    """Whether the device is one that the kernels are written for, and its multiprocessors."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(index)
+    known = triton.__version__.split(".")[:2] == ["3", "6"]  # Gluon is new, and changes with every release
+    hopper = (properties.major, properties.minor) == (9, 0) and torch.version.hip is None
+    return known and hopper, int(properties.multi_processor_count)
+
+
+def _fetched(x: Tensor) -> bool:
+    """Whether the copy engine takes a tensor: rows, heads and tokens that begin at multiples of 16 bytes."""
+    steps = [x.stride(i) for i in range(3) if x.shape[i] > 1]
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any) -> str | None:
+    """Why these kernels do not take a call; None if they do."""
+    if not q.is_cuda or not _device(q.device.index)[0]:
+        return "Hopper's kernels take a GPU of compute capability 9.0 under Triton 3.6"
+    if q.element_size() != 2 or not q.shape[3] == v.shape[3] in (64, 128):
+        return "Hopper's kernels take 16 bits and heads of 64 or 128 channels"
+    if call.pattern.block_q % _TILE or call.pattern.block_k % _TILE:
+        return f"Hopper's kernels take blocks of a multiple of {_TILE}"
+    if call.bias is not None or call.documents is not None:
+        return "Hopper's kernels know no bias, padding or documents"
+    if not all(_fetched(x) for x in (q, k, v)):
+        return "Hopper's kernels take rows that begin at multiples of 16 bytes"
+    return None
+
+
+def _described(x: Tensor, rows: int) -> Any:
+    """What the copy engine is told of ``[B, H, T, d]``, of which it moves so many rows at a time."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    strides = [x.stride(i) if x.shape[i] > 1 else 8 for i in range(3)]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[3]], layout)
+
+
+def _rows(indices: Tensor) -> tuple[int, int]:
+    """Lists from one batch row, and from one head, to the next; 0 where they are shared."""
+    batch, heads, rows, _ = indices.shape
+    return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a call that is not refused."""
+    from . import _block_sparse_hopper
+
+    (batch, heads, length, width), size = q.shape, k.shape[2]
+    pattern, rule = call.pattern, call.rule
+    lists = pattern.lists(rule)
+    out, lse = like(q, width), q.new_empty(q.shape[:3], dtype=torch.float32)
+    tiles = batch * heads * pattern.rows * (pattern.block_q // _TILE)
+    one = rule.window is None and pattern.block_k == _TILE
+    one = one and (not rule.causal or (pattern.block_q == _TILE and (size - length) % _TILE == 0))
+    buffers = 2
+    ring = (_SHARED - buffers * _TILE * width * 2) // (_TILE * width * 2)
+    with torch.cuda.device_of(q):
+        launch(
+            _block_sparse_hopper.forward, (min(tiles, _device(q.device.index)[1]),),
+            _described(q, _TILE // 2), _described(k, _TILE), _described(v, _TILE), _described(out, _TILE // 2), lse,
+            lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, pattern.rows,
+            lists.indices.shape[3], rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width,
+            BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None,
+            MORE=not one, BUFFERS=buffers, STAGES=min(ring, 8), num_warps=4,
+        )  # fmt: skip
+    return out, lse
