@@ -2,13 +2,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 """Block-sparse attention for Hopper, where blocks are whole tiles of 128: what :mod:`._block_sparse` does, in Gluon.
 
-A program stays on its multiprocessor and takes one tile of 128 queries after the other. One warp of it fetches (TMA):
-queries for each of two warpgroups, keys and values into a ring that both read. A warpgroup has 64 of the queries; while
-the tensor cores multiply its weights of one tile of keys with the values, it makes the weights of the next. Marks
-``first, left, right, last`` of a list are those of :mod:`._block_sparse`; keys that need a mask come before those that
-are seen whole.
+A program stays on its multiprocessor and takes one tile of 128 queries after the other, the next that no program has
+begun. One warp of it fetches (TMA): queries for each of two warpgroups, keys and values into a ring that both read. A
+warpgroup has 64 of the queries; while the tensor cores multiply its weights of one tile of keys with the values, it
+makes the weights of the next. Marks ``first, left, right, last`` of a list are those of :mod:`._block_sparse`; keys that
+need a mask come before those that are seen whole.
 
-A slot of the ring is filled and read in the order K0, K1, V0, K2, V1, ..., its barriers ``full`` and ``empty`` alternate.
+What is fetched has two barriers, ``full`` and ``empty``. The ring is filled and read in the order K0, K1, V0, K2, V1,
+... What the warp finds out of a tile it leaves in ``notes`` for the warpgroups, before the queries are there.
 """
 
 from triton.experimental import gluon
@@ -27,11 +28,27 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _tile(turn, TILES):
-    """Number of the turn-th tile of a program; every other round goes backwards, so that long lists are shared out."""
-    programs = gl.num_programs(0)
-    at = gl.program_id(0)
-    return turn * programs + gl.where(turn % 2 == 0, at, programs - 1 - at)
+def _write(notes, a, b, c, d, e, f, g):
+    """Leave seven numbers, before a barrier that this warp arrives at."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    i = gl.arange(0, 8, LAYOUT)
+    x = gl.where(i == 0, a, gl.where(i == 1, b, gl.where(i == 2, c, d)))
+    x = gl.where(i < 4, x, gl.where(i == 4, e, gl.where(i == 5, f, g)))
+    notes.store(x)
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _read(notes):
+    """The seven numbers; every thread of a warpgroup has all of them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    i = gl.arange(0, 8, LAYOUT)
+    x = notes.load(LAYOUT)
+    return (
+        gl.sum(gl.where(i == 0, x, 0), 0), gl.sum(gl.where(i == 1, x, 0), 0), gl.sum(gl.where(i == 2, x, 0), 0),
+        gl.sum(gl.where(i == 3, x, 0), 0), gl.sum(gl.where(i == 4, x, 0), 0), gl.sum(gl.where(i == 5, x, 0), 0),
+        gl.sum(gl.where(i == 6, x, 0), 0),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -70,42 +87,54 @@ def _key(j, list_ptr, first, left, masked, count, BK: gl.constexpr, N: gl.conste
 
 @gluon.jit
 def _fetch(
-    q, k, v, q_smem, ring, q_full, q_empty, full, empty, list_ptr, span_ptr, order_ptr, list_batch, list_head, HEADS,
-    ROWS, W, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr,
-    BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, q_smem, ring, notes, q_full, q_empty, full, empty, next_ptr, list_ptr, span_ptr, order_ptr, list_batch,
+    list_head, HEADS, ROWS, W, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr,
+    N: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches."""
     at = 0
-    for turn in range(gl.cdiv(TILES, gl.num_programs(0))):
-        tile = _tile(turn, TILES)
-        if tile < TILES:
-            b, h, list_, begin = _row(tile, order_ptr, list_batch, list_head, HEADS, ROWS, BQ)
-            first, left, masked, count = _marks(span_ptr, list_, BK, N)
-            list_at = list_ptr + list_.to(gl.int64) * W
-            for group in gl.static_range(2):
-                slot = turn % BUFFERS * 2 + group
-                mbarrier.wait(q_empty.index(slot), turn // BUFFERS % 2 ^ 1)
-                mbarrier.expect(q_full.index(slot), 64 * D * 2)
-                tma.async_copy_global_to_shared(
-                    q, [b, h, begin + group * 64, 0], q_full.index(slot), q_smem.index(slot)
-                )
-            before = 0
-            for j in range(count + 1):
-                key = before
-                if j < count:
-                    key = _key(j, list_at, first, left, masked, count, BK, N)
-                    slot = at % STAGES
-                    mbarrier.wait(empty.index(slot), at // STAGES % 2 ^ 1)
-                    mbarrier.expect(full.index(slot), N * D * 2)
-                    tma.async_copy_global_to_shared(k, [b, h // G, key, 0], full.index(slot), ring.index(slot))
-                    at += 1
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < TILES:
+        b, h, list_, begin = _row(tile, order_ptr, list_batch, list_head, HEADS, ROWS, BQ)
+        tile = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        first, left, masked, count = _marks(span_ptr, list_, BK, N)
+        list_at = list_ptr + list_.to(gl.int64) * W
+        key = 0
+        if count > 0:
+            key = _key(0, list_at, first, left, masked, count, BK, N)
+        held = turn % BUFFERS
+        for group in gl.static_range(2):
+            mbarrier.wait(q_empty.index(held * 2 + group), turn // BUFFERS % 2 ^ 1)
+        _write(notes.index(held), b, h, begin, masked, count, key, list_)
+        for group in gl.static_range(2):
+            slot = held * 2 + group
+            mbarrier.expect(q_full.index(slot), 64 * D * 2)
+            tma.async_copy_global_to_shared(q, [b, h, begin + group * 64, 0], q_full.index(slot), q_smem.index(slot))
+        before = key
+        for j in range(count + 1):
+            if j < count:
                 if j > 0:
-                    slot = at % STAGES
-                    mbarrier.wait(empty.index(slot), at // STAGES % 2 ^ 1)
-                    mbarrier.expect(full.index(slot), N * D * 2)
-                    tma.async_copy_global_to_shared(v, [b, h // G, before, 0], full.index(slot), ring.index(slot))
-                    at += 1
-                before = key
+                    key = _key(j, list_at, first, left, masked, count, BK, N)
+                slot = at % STAGES
+                mbarrier.wait(empty.index(slot), at // STAGES % 2 ^ 1)
+                mbarrier.expect(full.index(slot), N * D * 2)
+                tma.async_copy_global_to_shared(k, [b, h // G, key, 0], full.index(slot), ring.index(slot))
+                at += 1
+            if j > 0:
+                slot = at % STAGES
+                mbarrier.wait(empty.index(slot), at // STAGES % 2 ^ 1)
+                mbarrier.expect(full.index(slot), N * D * 2)
+                tma.async_copy_global_to_shared(v, [b, h // G, before, 0], full.index(slot), ring.index(slot))
+                at += 1
+            before = key
+        turn += 1
+    held = turn % BUFFERS
+    for group in gl.static_range(2):
+        mbarrier.wait(q_empty.index(held * 2 + group), turn // BUFFERS % 2 ^ 1)
+    _write(notes.index(held), 0, 0, 0, 0, -1, 0, 0)
+    for group in gl.static_range(2):
+        mbarrier.arrive(q_full.index(held * 2 + group))
 
 
 @gluon.jit
@@ -163,78 +192,82 @@ def _step(
 
 @gluon.jit
 def _attend(
-    GROUP: gl.constexpr, out, q_smem, ring, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, order_ptr,
-    list_batch, list_head, HEADS, T, S, ROWS, W, window, factor, TILES, D: gl.constexpr, BQ: gl.constexpr,
-    BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MORE: gl.constexpr,
-    BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, HEADS, T,
+    S, W, window, factor, D: gl.constexpr, BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each tile."""
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     at = 0
-    for turn in range(gl.cdiv(TILES, gl.num_programs(0))):
-        tile = _tile(turn, TILES)
-        if tile < TILES:
-            b, h, list_, begin = _row(tile, order_ptr, list_batch, list_head, HEADS, ROWS, BQ)
-            first, left, masked, count = _marks(span_ptr, list_, BK, N)
-            list_at = list_ptr + list_.to(gl.int64) * W
-            begin += GROUP * 64
-            t = begin + gl.arange(0, 64, gl.SliceLayout(1, X))
-            query = t + (S - T)
-            acc = gl.zeros([64, D], gl.float32, O)
-            top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, X))
-            total = gl.zeros([64], gl.float32, gl.SliceLayout(1, X))
-            slot = turn % BUFFERS * 2 + GROUP
-            mbarrier.wait(q_full.index(slot), turn // BUFFERS % 2)
-            if count > 0:
-                q = q_smem.index(slot).reshape([64, D])
-                key = _key(0, list_at, first, left, masked, count, BK, N)
-                mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
-                k = ring.index(at % STAGES).reshape([N, D]).permute([1, 0])
-                x = warpgroup_mma(q, k, gl.zeros([64, N], gl.float32, X), use_acc=False, is_async=True)
-                x = warpgroup_mma_wait(0, [x])
-                mbarrier.arrive(empty.index(at % STAGES))
-                at += 1
-                y, top, total, _s = _weights(x, top, total, query, key, S, window, factor, N, CAUSAL, WINDOW, True, X)
-                p = gl.convert_layout(y.to(ring.dtype), P)
-                mbarrier.wait(full.index(at % STAGES), at // STAGES % 2, pred=count > 1)
-                if MORE:
-                    for j in range(1, masked):
-                        key = _key(j, list_at, first, left, masked, count, BK, N)
-                        p, acc, top, total, at = _step(
-                            q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, key, S, window, factor,
-                            D, N, STAGES, CAUSAL, WINDOW, True, X, O,
-                        )  # fmt: skip
-                for j in range(gl.maximum(masked, 1) if MORE else 1, count):
+    turn = 0
+    mbarrier.wait(q_full.index(GROUP), 0)
+    b, h, begin, masked, count, key, list_ = _read(notes.index(0))
+    while count >= 0:
+        slot = turn % BUFFERS * 2 + GROUP
+        begin += GROUP * 64
+        t = begin + gl.arange(0, 64, gl.SliceLayout(1, X))
+        query = t + (S - T)
+        acc = gl.zeros([64, D], gl.float32, O)
+        top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, X))
+        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, X))
+        if count > 0:
+            q = q_smem.index(slot).reshape([64, D])
+            mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
+            k = ring.index(at % STAGES).reshape([N, D]).permute([1, 0])
+            x = warpgroup_mma(q, k, gl.zeros([64, N], gl.float32, X), use_acc=False, is_async=True)
+            x = warpgroup_mma_wait(0, [x])
+            mbarrier.arrive(empty.index(at % STAGES))
+            at += 1
+            y, top, total, _s = _weights(x, top, total, query, key, S, window, factor, N, CAUSAL, WINDOW, True, X)
+            p = gl.convert_layout(y.to(ring.dtype), gl.DotOperandLayout(0, O, 2))
+            mbarrier.wait(full.index(at % STAGES), at // STAGES % 2, pred=count > 1)
+            if MORE:
+                first, left, _masked, _count = _marks(span_ptr, list_, BK, N)
+                list_at = list_ptr + list_.to(gl.int64) * W
+                for j in range(1, masked):
+                    key = _key(j, list_at, first, left, masked, count, BK, N)
                     p, acc, top, total, at = _step(
-                        q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, 0, S, window, factor, D, N,
-                        STAGES, CAUSAL, WINDOW, False, X, O,
+                        q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, key, S, window, factor, D,
+                        N, STAGES, CAUSAL, WINDOW, True, X, O,
                     )  # fmt: skip
-                mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
-                acc = warpgroup_mma(p, ring.index(at % STAGES).reshape([N, D]), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, [acc])
-                mbarrier.arrive(empty.index(at % STAGES))
-                at += 1
-            lse = gl.where(total == 0.0, float("-inf"), top + gl.log2(total)) * _LN2
-            gl.store(lse_ptr + (b * HEADS + h).to(gl.int64) * T + t, lse, mask=t < T)
-            whole = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, O))
-            q_smem.index(slot).reshape([64, D]).store((acc * whole[:, None]).to(q_smem.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out, [b, h, begin, 0], q_smem.index(slot))
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(slot))
+            for j in range(gl.maximum(masked, 1) if MORE else 1, count):
+                p, acc, top, total, at = _step(
+                    q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, 0, S, window, factor, D, N,
+                    STAGES, CAUSAL, WINDOW, False, X, O,
+                )  # fmt: skip
+            mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
+            acc = warpgroup_mma(p, ring.index(at % STAGES).reshape([N, D]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(empty.index(at % STAGES))
+            at += 1
+        lse = gl.where(total == 0.0, float("-inf"), top + gl.log2(total)) * _LN2
+        gl.store(lse_ptr + (b * HEADS + h).to(gl.int64) * T + t, lse, mask=t < T)
+        whole = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, O))
+        q_smem.index(slot).reshape([64, D]).store((acc * whole[:, None]).to(q_smem.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [b, h, begin, 0], q_smem.index(slot))
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(slot))
+        turn += 1
+        mbarrier.wait(q_full.index(turn % BUFFERS * 2 + GROUP), turn // BUFFERS % 2)
+        b, h, begin, masked, count, key, list_ = _read(notes.index(turn % BUFFERS))
 
 
-@gluon.jit(do_not_specialize=["T", "S", "ROWS", "W", "window", "list_batch", "list_head", "TILES"])
+@gluon.jit(do_not_specialize=["HEADS", "T", "S", "ROWS", "W", "window", "list_batch", "list_head", "TILES"])
 def forward(
-    q, k, v, out, lse_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, HEADS, T, S, ROWS, W, window, factor,
-    TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr,
+    q, k, v, out, lse_ptr, next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, HEADS, T, S, ROWS, W, window,
+    factor, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Output of all queries and their log-sum-exp ``[B, H, T]``; ``TILES`` tiles of 128 queries of all heads."""
+    """Output of all queries and their log-sum-exp ``[B, H, T]``.
+
+    ``TILES`` tiles of 128 queries of all heads; ``next_ptr`` counts from 0 those that were begun after the first of
+    each program. MORE: lists may have more than one tile that needs a mask.
+    """
     q_smem = gl.allocate_shared_memory(q.dtype, [BUFFERS * 2, 1, 1, 64, D], q.layout)
     ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, N, D], k.layout)
+    notes = gl.allocate_shared_memory(gl.int32, [BUFFERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS * 2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS * 2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -248,18 +281,16 @@ def forward(
     gl.warp_specialize(
         [
             (_attend, (
-                0, out, q_smem, ring, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, order_ptr, list_batch,
-                list_head, HEADS, T, S, ROWS, W, window, factor, TILES, D, BQ, BK, N, CAUSAL, WINDOW, MORE,
-                BUFFERS, STAGES,
+                0, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, HEADS, T, S, W,
+                window, factor, D, BK, N, CAUSAL, WINDOW, MORE, BUFFERS, STAGES,
             )),
             (_attend, (
-                1, out, q_smem, ring, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, order_ptr, list_batch,
-                list_head, HEADS, T, S, ROWS, W, window, factor, TILES, D, BQ, BK, N, CAUSAL, WINDOW, MORE,
-                BUFFERS, STAGES,
+                1, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, HEADS, T, S, W,
+                window, factor, D, BK, N, CAUSAL, WINDOW, MORE, BUFFERS, STAGES,
             )),
             (_fetch, (
-                q, k, v, q_smem, ring, q_full, q_empty, full, empty, list_ptr, span_ptr, order_ptr, list_batch,
-                list_head, HEADS, ROWS, W, TILES, G, D, BQ, BK, N, BUFFERS, STAGES,
+                q, k, v, q_smem, ring, notes, q_full, q_empty, full, empty, next_ptr, list_ptr, span_ptr, order_ptr,
+                list_batch, list_head, HEADS, ROWS, W, TILES, G, D, BQ, BK, N, BUFFERS, STAGES,
             )),
         ],
         [4, 1], [240, 24],

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _block_sparse
+from . import _block_sparse, block_sparse_hopper
 from ._operator import compile_together, launch
 from ._passes import _strides, blocks, dense, like, padded
 
@@ -135,6 +135,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Any, grad: bool = False) -> t
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]:
     q, k, v = dense(q), dense(k), dense(v)
+    if block_sparse_hopper.refusal(q, k, v, call) is None:
+        return block_sparse_hopper.forward(q, k, v, call)
     run = _Launch(q, k, v, call)
     lists = call.pattern.lists(call.rule)
     out, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -155,6 +157,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; arguments as for :func:`manyheads.attention.sparse_twin.backward`."""
     q, k, v, dout = dense(q), dense(k), dense(v), dense(dout.to(q.dtype))
+    if block_sparse_hopper.refusal(q, k, v, call, dout) is None:
+        return block_sparse_hopper.backward(q, k, v, call, out, lse, dout, dlse)
     run = _Launch(q, k, v, call)
     lists, turned = call.pattern.lists(call.rule), call.pattern.transposed(call.rule, run.heads // run.kv_heads)
     delta = torch.empty_like(lse)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ._operator import launch
-from ._passes import like
+from ._passes import _strides, blocks, like
 
-__all__ = ["forward", "refusal"]
+__all__ = ["backward", "forward", "refusal"]
 
 _TILE = 128  # queries and keys of a tile
 _LOG2E = 1.4426950408889634
-_SHARED = 224 * 1024  # bytes of shared memory for queries, keys and values; the rest is for barriers
+_SHARED = 224 * 1024  # bytes of shared memory for tiles; the rest is for barriers
 
 
 @cache
@@ -34,8 +34,8 @@ def _fetched(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any) -> str | None:
-    """Why these kernels do not take a call; None if they do."""
+def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any, dout: Tensor | None = None) -> str | None:
+    """Why these kernels do not take a call, or its backward pass; None if they do."""
     if not q.is_cuda or not _device(q.device.index)[0]:
         return "Hopper's kernels take a GPU of compute capability 9.0 under Triton 3.6"
     if q.element_size() != 2 or not q.shape[3] == v.shape[3] in (64, 128):
@@ -44,12 +44,12 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any) -> str | None:
         return f"Hopper's kernels take blocks of a multiple of {_TILE}"
     if call.bias is not None or call.documents is not None:
         return "Hopper's kernels know no bias, padding or documents"
-    if not all(_fetched(x) for x in (q, k, v)):
+    if not all(_fetched(x) for x in (q, k, v, dout) if x is not None):
         return "Hopper's kernels take rows that begin at multiples of 16 bytes"
     return None
 
 
-def _described(x: Tensor, rows: int) -> Any:
+def _described(x: Tensor, rows: int = _TILE // 2) -> Any:
     """What the copy engine is told of ``[B, H, T, d]``, of which it moves so many rows at a time."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -65,6 +65,10 @@ def _rows(indices: Tensor) -> tuple[int, int]:
     return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
 
 
+def _programs(tiles: int, x: Tensor) -> tuple[int]:
+    return (min(tiles, _device(x.device.index)[1]),)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a call that is not refused."""
     from . import _block_sparse_hopper
@@ -76,15 +80,71 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]
     tiles = batch * heads * pattern.rows * (pattern.block_q // _TILE)
     one = rule.window is None and pattern.block_k == _TILE
     one = one and (not rule.causal or (pattern.block_q == _TILE and (size - length) % _TILE == 0))
-    buffers = 2
-    ring = (_SHARED - buffers * _TILE * width * 2) // (_TILE * width * 2)
     with torch.cuda.device_of(q):
         launch(
-            _block_sparse_hopper.forward, (min(tiles, _device(q.device.index)[1]),),
-            _described(q, _TILE // 2), _described(k, _TILE), _described(v, _TILE), _described(out, _TILE // 2), lse,
-            lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, pattern.rows,
-            lists.indices.shape[3], rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width,
-            BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None,
-            MORE=not one, BUFFERS=buffers, STAGES=min(ring, 8), num_warps=4,
+            _block_sparse_hopper.forward, _programs(tiles, q),
+            _described(q), _described(k, _TILE), _described(v, _TILE), _described(out), lse, lists.indices, lists.spans,
+            lists.order, *_rows(lists.indices), heads, length, size, pattern.rows, lists.indices.shape[3],
+            rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width, BQ=pattern.block_q,
+            BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None, MORE=not one,
+            BUFFERS=BUFFERS, STAGES=_ring(width, BUFFERS), num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+BUFFERS = 2
+
+
+def _ring(width: int, held: int) -> int:
+    """Tiles of keys or values that fit beside so many of queries."""
+    return min(8, _SHARED // (_TILE * width * 2) - held)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of a call that is not refused; ``dout`` is fetched as they are."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import _block_sparse_hopper_backward as kernels
+
+    (batch, heads, length, width), (_, kv_heads, size, _) = q.shape, k.shape
+    pattern, rule, pairs, group = call.pattern, call.rule, batch * heads, heads // kv_heads
+    lists, turned = pattern.lists(rule), pattern.transposed(rule, group)
+    padded = blocks(length, _TILE) * _TILE
+    rows = lse.new_empty(2 * pairs, padded)
+    dq, dk, dv = like(q, width), like(k, width), like(v, width)
+    tiles = pairs * pattern.rows * (pattern.block_q // _TILE)
+    given = rule.window or 0, call.scale * _LOG2E, call.scale
+    constants = {"G": group, "D": width, "BQ": pattern.block_q, "CAUSAL": rule.causal}
+    constants["WINDOW"] = rule.window is not None
+    with torch.cuda.device_of(q):
+        launch(
+            kernels.rows, (padded // 32, pairs),
+            out, dout, lse, lse if dlse is None else dlse.contiguous(), rows, *_strides(out), *_strides(dout), heads,
+            length, padded, pairs, D=width, M=32, DLSE=dlse is not None, num_warps=4,
+        )  # fmt: skip
+        launch(
+            kernels.queries, _programs(tiles, q),
+            _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), _described(dq), rows,
+            lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, padded, pairs,
+            pattern.rows, lists.indices.shape[3], *given, tiles, BK=pattern.block_k, N=_TILE, STAGES=_ring(width, 2),
+            num_warps=4, **constants,
+        )  # fmt: skip
+        parts = turned.indices.shape[2]
+        tiles = batch * kv_heads * parts * (pattern.tile // _TILE)
+        described = TensorDescriptor(
+            rows, [2 * pairs, padded], [padded, 1], [1, _TILE // 2], NVMMASharedLayout(0, 32, 2)
+        )
+        launch(
+            kernels.keys, _programs(tiles, q),
+            _described(q), _described(k), _described(v), _described(dout), described, _described(dk), _described(dv),
+            turned.indices, turned.spans, turned.order, *_rows(turned.indices), *_rows(turned.order[..., None]),
+            kv_heads, length, size, pairs, parts, turned.indices.shape[3], *given, tiles, TILE=pattern.tile,
+            M=_TILE // 2, BUFFERS=KEYS[0], STAGES=KEYS[1], num_warps=4, **constants,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+KEYS = 1, 4
