@@ -5,8 +5,8 @@
 A program stays on its multiprocessor and takes one tile of 128 queries after the other, the next that no program has
 begun. One warp of it fetches (TMA): queries for each of two warpgroups, keys and values into a ring that both read. A
 warpgroup has 64 of the queries; while the tensor cores multiply its weights of one tile of keys with the values, it
-makes the weights of the next. Marks ``first, left, right, last`` of a list are those of :mod:`._block_sparse`; keys that
-need a mask come before those that are seen whole.
+makes the weights of the next. Marks ``first, left, right, last`` of a list are those of :mod:`._block_sparse`; keys
+that need a mask come before those that are seen whole.
 
 What is fetched has two barriers, ``full`` and ``empty``. The ring is filled and read in the order K0, K1, V0, K2, V1,
 ... What the warp finds out of a tile it leaves in ``notes`` for the warpgroups, before the queries are there.
@@ -167,12 +167,12 @@ def _weights(
 def _step(
     q, p, acc, top, total, more, at, ring, full, empty, query, key, S, window, factor, D: gl.constexpr,
     N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
-    X: gl.constexpr, O: gl.constexpr,
+    X: gl.constexpr, Y: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile of keys while those of the one before are multiplied with its values.
 
-    The keys, at place ``at`` of the ring, are there. That ``more`` are is waited for before the values are: a place that
-    the assembler moves no weights across.
+    The keys, at place ``at`` of the ring, are there. If there are ``more`` they are waited for before the product with
+    the values is: the assembler moves no weights across that place.
     """
     k_slot = at % STAGES
     k = ring.index(k_slot).reshape([N, D]).permute([1, 0])
@@ -186,19 +186,19 @@ def _step(
     mbarrier.wait(full.index((at + 2) % STAGES), (at + 2) // STAGES % 2, pred=more)
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(empty.index(v_slot))
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, Y))[:, None]
     return gl.convert_layout(y.to(p.dtype), p.type.layout), acc, top, total, at + 2
 
 
 @gluon.jit
 def _attend(
     GROUP: gl.constexpr, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, HEADS, T,
-    S, W, window, factor, D: gl.constexpr, BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr,
-    STAGES: gl.constexpr,
+    S, W, window, factor, D: gl.constexpr, BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each tile."""
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     at = 0
     turn = 0
     mbarrier.wait(q_full.index(GROUP), 0)
@@ -208,7 +208,7 @@ def _attend(
         begin += GROUP * 64
         t = begin + gl.arange(0, 64, gl.SliceLayout(1, X))
         query = t + (S - T)
-        acc = gl.zeros([64, D], gl.float32, O)
+        acc = gl.zeros([64, D], gl.float32, Y)
         top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, X))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, X))
         if count > 0:
@@ -220,7 +220,7 @@ def _attend(
             mbarrier.arrive(empty.index(at % STAGES))
             at += 1
             y, top, total, _s = _weights(x, top, total, query, key, S, window, factor, N, CAUSAL, WINDOW, True, X)
-            p = gl.convert_layout(y.to(ring.dtype), gl.DotOperandLayout(0, O, 2))
+            p = gl.convert_layout(y.to(ring.dtype), gl.DotOperandLayout(0, Y, 2))
             mbarrier.wait(full.index(at % STAGES), at // STAGES % 2, pred=count > 1)
             if MORE:
                 first, left, _masked, _count = _marks(span_ptr, list_, BK, N)
@@ -229,12 +229,12 @@ def _attend(
                     key = _key(j, list_at, first, left, masked, count, BK, N)
                     p, acc, top, total, at = _step(
                         q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, key, S, window, factor, D,
-                        N, STAGES, CAUSAL, WINDOW, True, X, O,
+                        N, STAGES, CAUSAL, WINDOW, True, X, Y,
                     )  # fmt: skip
             for j in range(gl.maximum(masked, 1) if MORE else 1, count):
                 p, acc, top, total, at = _step(
                     q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, 0, S, window, factor, D, N,
-                    STAGES, CAUSAL, WINDOW, False, X, O,
+                    STAGES, CAUSAL, WINDOW, False, X, Y,
                 )  # fmt: skip
             mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
             acc = warpgroup_mma(p, ring.index(at % STAGES).reshape([N, D]), acc, is_async=True)
@@ -243,7 +243,7 @@ def _attend(
             at += 1
         lse = gl.where(total == 0.0, float("-inf"), top + gl.log2(total)) * _LN2
         gl.store(lse_ptr + (b * HEADS + h).to(gl.int64) * T + t, lse, mask=t < T)
-        whole = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, O))
+        whole = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, Y))
         q_smem.index(slot).reshape([64, D]).store((acc * whole[:, None]).to(q_smem.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out, [b, h, begin, 0], q_smem.index(slot))
@@ -278,6 +278,7 @@ def forward(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
     gl.warp_specialize(
         [
             (_attend, (

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ._operator import launch
-from ._passes import _strides, blocks, like
+from ._passes import _strides, like
 
 __all__ = ["backward", "forward", "refusal"]
 
 _TILE = 128  # queries and keys of a tile
 _LOG2E = 1.4426950408889634
 _SHARED = 224 * 1024  # bytes of shared memory for tiles; the rest is for barriers
+BUFFERS = 2  # tiles of queries of a program at once
+KEYS = 1, 4  # of the pass for keys: tiles of keys, and of queries, of a program at once
 
 
 @cache
@@ -80,19 +82,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]
     tiles = batch * heads * pattern.rows * (pattern.block_q // _TILE)
     one = rule.window is None and pattern.block_k == _TILE
     one = one and (not rule.causal or (pattern.block_q == _TILE and (size - length) % _TILE == 0))
+    begun = torch.zeros(1, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
         launch(
             _block_sparse_hopper.forward, _programs(tiles, q),
-            _described(q), _described(k, _TILE), _described(v, _TILE), _described(out), lse, lists.indices, lists.spans,
-            lists.order, *_rows(lists.indices), heads, length, size, pattern.rows, lists.indices.shape[3],
-            rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width, BQ=pattern.block_q,
-            BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None, MORE=not one,
+            _described(q), _described(k, _TILE), _described(v, _TILE), _described(out), lse,
+            begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, pattern.rows,
+            lists.indices.shape[3], rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width,
+            BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None, MORE=not one,
             BUFFERS=BUFFERS, STAGES=_ring(width, BUFFERS), num_warps=4,
         )  # fmt: skip
     return out, lse
-
-
-BUFFERS = 2
 
 
 def _ring(width: int, held: int) -> int:
@@ -112,8 +112,9 @@ def backward(
     (batch, heads, length, width), (_, kv_heads, size, _) = q.shape, k.shape
     pattern, rule, pairs, group = call.pattern, call.rule, batch * heads, heads // kv_heads
     lists, turned = pattern.lists(rule), pattern.transposed(rule, group)
-    padded = blocks(length, _TILE) * _TILE
+    padded = pattern.rows * pattern.block_q
     rows = lse.new_empty(2 * pairs, padded)
+    begun = torch.zeros(2, dtype=torch.int32, device=q.device)
     dq, dk, dv = like(q, width), like(k, width), like(v, width)
     tiles = pairs * pattern.rows * (pattern.block_q // _TILE)
     given = rule.window or 0, call.scale * _LOG2E, call.scale
@@ -128,7 +129,7 @@ def backward(
         launch(
             kernels.queries, _programs(tiles, q),
             _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), _described(dq), rows,
-            lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, padded, pairs,
+            begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, padded, pairs,
             pattern.rows, lists.indices.shape[3], *given, tiles, BK=pattern.block_k, N=_TILE, STAGES=_ring(width, 2),
             num_warps=4, **constants,
         )  # fmt: skip
@@ -140,11 +141,8 @@ def backward(
         launch(
             kernels.keys, _programs(tiles, q),
             _described(q), _described(k), _described(v), _described(dout), described, _described(dk), _described(dv),
-            turned.indices, turned.spans, turned.order, *_rows(turned.indices), *_rows(turned.order[..., None]),
-            kv_heads, length, size, pairs, parts, turned.indices.shape[3], *given, tiles, TILE=pattern.tile,
-            M=_TILE // 2, BUFFERS=KEYS[0], STAGES=KEYS[1], num_warps=4, **constants,
+            begun[1:], turned.indices, turned.spans, turned.order, *_rows(turned.indices),
+            *_rows(turned.order[..., None]), kv_heads, length, size, pairs, parts, turned.indices.shape[3], *given, tiles,
+            TILE=pattern.tile, M=_TILE // 2, BUFFERS=KEYS[0], STAGES=KEYS[1], num_warps=4, **constants,
         )  # fmt: skip
     return dq, dk, dv
-
-
-KEYS = 1, 4
