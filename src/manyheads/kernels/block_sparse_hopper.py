@@ -89,8 +89,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]
             _described(q), _described(k, _TILE), _described(v, _TILE), _described(out), lse,
             begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, pattern.rows,
             lists.indices.shape[3], rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width,
-            BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None, MORE=not one,
-            BUFFERS=BUFFERS, STAGES=_ring(width, BUFFERS), num_warps=4,
+            BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None,
+            MORE=not one, BUFFERS=BUFFERS, STAGES=_ring(width, BUFFERS), num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -107,13 +107,14 @@ def backward(
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from . import _block_sparse_hopper_backward as kernels
+    from ._block_sparse_hopper_keys import keys
+    from ._block_sparse_hopper_queries import queries, rows
 
     (batch, heads, length, width), (_, kv_heads, size, _) = q.shape, k.shape
     pattern, rule, pairs, group = call.pattern, call.rule, batch * heads, heads // kv_heads
     lists, turned = pattern.lists(rule), pattern.transposed(rule, group)
     padded = pattern.rows * pattern.block_q
-    rows = lse.new_empty(2 * pairs, padded)
+    sums = lse.new_empty(2 * pairs, padded)
     begun = torch.zeros(2, dtype=torch.int32, device=q.device)
     dq, dk, dv = like(q, width), like(k, width), like(v, width)
     tiles = pairs * pattern.rows * (pattern.block_q // _TILE)
@@ -122,13 +123,13 @@ def backward(
     constants["WINDOW"] = rule.window is not None
     with torch.cuda.device_of(q):
         launch(
-            kernels.rows, (padded // 32, pairs),
-            out, dout, lse, lse if dlse is None else dlse.contiguous(), rows, *_strides(out), *_strides(dout), heads,
+            rows, (padded // 32, pairs),
+            out, dout, lse, lse if dlse is None else dlse.contiguous(), sums, *_strides(out), *_strides(dout), heads,
             length, padded, pairs, D=width, M=32, DLSE=dlse is not None, num_warps=4,
         )  # fmt: skip
         launch(
-            kernels.queries, _programs(tiles, q),
-            _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), _described(dq), rows,
+            queries, _programs(tiles, q),
+            _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), _described(dq), sums,
             begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, padded, pairs,
             pattern.rows, lists.indices.shape[3], *given, tiles, BK=pattern.block_k, N=_TILE, STAGES=_ring(width, 2),
             num_warps=4, **constants,
@@ -136,13 +137,13 @@ def backward(
         parts = turned.indices.shape[2]
         tiles = batch * kv_heads * parts * (pattern.tile // _TILE)
         described = TensorDescriptor(
-            rows, [2 * pairs, padded], [padded, 1], [1, _TILE // 2], NVMMASharedLayout(0, 32, 2)
+            sums, [2 * pairs, padded], [padded, 1], [1, _TILE // 2], NVMMASharedLayout(0, 32, 2)
         )
         launch(
-            kernels.keys, _programs(tiles, q),
+            keys, _programs(tiles, q),
             _described(q), _described(k), _described(v), _described(dout), described, _described(dk), _described(dv),
             begun[1:], turned.indices, turned.spans, turned.order, *_rows(turned.indices),
-            *_rows(turned.order[..., None]), kv_heads, length, size, pairs, parts, turned.indices.shape[3], *given, tiles,
-            TILE=pattern.tile, M=_TILE // 2, BUFFERS=KEYS[0], STAGES=KEYS[1], num_warps=4, **constants,
+            *_rows(turned.order[..., None]), kv_heads, length, size, pairs, parts, turned.indices.shape[3], *given,
+            tiles, TILE=pattern.tile, M=_TILE // 2, BUFFERS=KEYS[0], STAGES=KEYS[1], num_warps=4, **constants,
         )  # fmt: skip
     return dq, dk, dv
