@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
-"""Gradients of the queries of block-sparse attention for Hopper; :mod:`._block_sparse_hopper` says how the programs are made up.
+"""Gradients of the queries of block-sparse attention for Hopper, in programs like those of
+:mod:`._block_sparse_hopper`.
 
 ``rows`` ``[2, B H, P]``, P a multiple of 128 and at least T, are the log-sum-exp over ln 2 (infinite where there is no
 query, or none that sees a key) and ``do . out - dlse`` of each query.
