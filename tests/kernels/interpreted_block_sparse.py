@@ -12,6 +12,7 @@ from manyheads import UserError
 from manyheads.attention import patterns
 from manyheads.attention.block_pattern import BlockPattern
 from manyheads.attention.sparse import block_sparse_attention
+from manyheads.kernels import block_sparse_hopper
 
 CASES = [
     {"length": 1},
@@ -59,6 +60,21 @@ def test_entries_out_of_sight_are_left_out():
     for x in (pattern, everything):
         out = block_sparse_attention(q, k, k, x, scale=1.0, impl="triton")
         assert out[:, :, :48].isfinite().all() and out[:, :, 48:].isnan().all()
+
+
+def test_kernels_for_hopper_are_not_reached(monkeypatch):
+    """They are Gluon, which has no interpreter. The call is one that they would take on their GPU."""
+    case = build(length=140, block_q=128, block_k=128, width=64, columns=64, dtype=torch.float16)
+
+    def reached(*_):
+        raise AssertionError("a kernel for Hopper")
+
+    monkeypatch.setattr(block_sparse_hopper, "forward", reached)
+    monkeypatch.setattr(block_sparse_hopper, "backward", reached)
+    assert worst(case, kernel(case)) <= 1
+    monkeypatch.setattr(block_sparse_hopper, "refusal", lambda *_: None)
+    with pytest.raises(AssertionError, match="for Hopper"):
+        kernel(case)
 
 
 def test_strangers_are_refused():

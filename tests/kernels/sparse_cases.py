@@ -19,6 +19,24 @@ LIMIT = {
     torch.bfloat16: (tolerance.HALF[torch.bfloat16], 2 * tolerance.HALF[torch.bfloat16]),
 }
 
+_LARGE = {"block_q": 128, "block_k": 128, "width": 128, "columns": 128}
+_NARROW = {**_LARGE, "width": 64, "columns": 64}
+BLOCKS_OF_128 = {  # what the kernels for Hopper take
+    "even": {**_LARGE, "length": 1024, "kv_heads": 2},
+    "gqa": {**_LARGE, "length": 700, "heads": 4, "kv_heads": 2, "batch": 2},
+    "ragged": {**_NARROW, "length": 333, "size": 500},
+    "ragged, wide": {**_LARGE, "length": 333, "size": 500, "density": 0.7},
+    "odd": {**_NARROW, "length": 501, "heads": 3, "kv_heads": 3},
+    "window": {**_LARGE, "length": 650, "size": 777, "window": 200, "density": 0.7},
+    "both sides": {**_NARROW, "length": 300, "size": 450, "kv_heads": 2, "causal": False, "window": 90},
+    "no rule": {**_LARGE, "length": 300, "size": 450, "kv_heads": 2, "causal": False},
+    "short": {**_LARGE, "length": 10, "size": 7, "kv_heads": 2, "causal": False, "density": 1.0},
+    "queries without a key": {**_LARGE, "length": 600, "size": 400, "kv_heads": 2, "density": 0.8},
+    "256 queries": {**_LARGE, "length": 900, "block_q": 256, "density": 0.6},
+    "256 keys": {**_LARGE, "length": 900, "block_k": 256, "density": 0.6},
+    "shared lists": {**_LARGE, "length": 520, "batch": 2, "heads": 4, "shared": True},
+}  # fmt: skip
+
 
 @dataclass
 class Case:

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-sparse attention on a GPU: three dtypes, all gradients against float64, every way, no waiting, same bits."""
+"""Block-sparse attention on a GPU: three dtypes, all gradients against float64, every way, no waiting, same bits.
+
+Gluon, in which the kernels for Hopper are written, has no interpreter: these are the only tests that run them. Which
+calls they take is tested without a GPU in test_block_sparse_hopper.py.
+"""
 
 import pytest
 import torch
 
 import tolerance
-from kernels.sparse_cases import build, errors, kernel, worst, wrong_variants
+from kernels.sparse_cases import BLOCKS_OF_128, build, errors, kernel, worst, wrong_variants
 from manyheads import kernels
 from manyheads.attention import patterns
 from manyheads.attention.block_pattern import Rule
@@ -70,6 +74,51 @@ def test_wrong_variants_fail(dtype):
             assert worst(wrong, got) > 2, name
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """Whether this GPU is one, and the passes that its own kernels have made since."""
+    from manyheads.kernels import block_sparse_hopper
+
+    passes = []
+    for name in ("forward", "backward"):
+        taken = getattr(block_sparse_hopper, name)
+        monkeypatch.setattr(block_sparse_hopper, name, lambda *a, n=name, f=taken: (passes.append(n), f(*a))[1])
+    return block_sparse_hopper._device(torch.cuda.current_device())[0], passes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BLOCKS_OF_128)
+def test_blocks_of_128(name, dtype, hopper):
+    """What the kernels for Hopper take; elsewhere the others do. The same bits every time, or there is a race."""
+    case = build(**BLOCKS_OF_128[name], dtype=dtype)
+    got = kernel(case, "cuda")
+    assert worst(case, got) <= 1, errors(case, got)
+    on_hopper, passes = hopper
+    assert set(passes) == ({"forward", "backward"} if on_hopper else set())
+    for _ in range(10):
+        again = case.run("triton", "cuda")
+        assert all(torch.equal(again[part], x) for part, x in got.items())
+    for wrong in wrong_variants(case).values() if name in ("gqa", "window") else ():
+        assert worst(wrong, got) > 2
+
+
+def test_ways_mix(hopper):
+    """A gradient that the copy engine does not take: the backward pass is that of the other kernels, of one function."""
+    on_hopper, passes = hopper
+    leaves = [torch.randn(1, h, 700, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (4, 2, 2)]
+    pattern = patterns.BlockPattern.from_blocks(torch.rand(1, 4, 6, 6, device="cuda") < 0.6, 700, 700)
+    out = block_sparse_attention(*leaves, pattern, scale=0.1, impl="triton")
+    weight = torch.randn(700, 4, 128 + 1, device="cuda", dtype=torch.bfloat16)[..., 1:].transpose(0, 1)[None]
+    grads = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+    assert passes.count("forward") == (2 if on_hopper else 0) and passes.count("backward") <= 1  # one compiles only
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    want = block_sparse_attention(*wide, pattern, scale=0.1, impl="torch")
+    for got, right in zip(grads, torch.autograd.grad(want, wide, weight.double()), strict=True):
+        tolerance.assert_close(got.double(), right, 2 * tolerance.HALF[torch.bfloat16])
+    wrong = torch.autograd.grad(out, leaves, weight.roll(1, 2).contiguous())
+    assert all(tolerance.error(a.double(), b.double()) > 0.1 for a, b in zip(wrong, grads, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_long_rows(dtype):
     """16 heads of 8,192 tokens at a tenth of the blocks, against the twin in float64 on some of the heads."""
@@ -116,6 +165,9 @@ def test_what_is_chosen():
 
     full = patterns.dense(512, 512, device="cuda")
     assert way(full) == "flash"
+    almost = torch.ones(1, 1, 4, 4, dtype=torch.bool, device="cuda").tril()
+    almost[..., 3, 0] = False
+    assert way(patterns.BlockPattern.from_blocks(almost, 512, 512)) == "triton"  # dense attention is another function
     assert way(full, lse=True) == "flash"
     assert way(full, lse=True, x=q.detach().requires_grad_()) == "triton"
     assert way(full, rule=Rule(True, 300)) == "triton"

@@ -31,9 +31,9 @@ def _device(index: int) -> tuple[bool, int]:
 
 
 def _fetched(x: Tensor) -> bool:
-    """Whether the copy engine takes a tensor: rows, heads and tokens that begin at multiples of 16 bytes."""
+    """Whether the copy engine takes a tensor: some rows, and rows, heads and tokens at multiples of 16 bytes."""
     steps = [x.stride(i) for i in range(3) if x.shape[i] > 1]
-    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any, dout: Tensor | None = None) -> str | None:
@@ -47,7 +47,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any, dout: Tensor | None = No
     if call.bias is not None or call.documents is not None:
         return "Hopper's kernels know no bias, padding or documents"
     if not all(_fetched(x) for x in (q, k, v, dout) if x is not None):
-        return "Hopper's kernels take rows that begin at multiples of 16 bytes"
+        return "Hopper's kernels take rows, at least one, that begin at multiples of 16 bytes"
     return None
 
 
