@@ -6,7 +6,9 @@
 16 heads of 128 channels in bfloat16, one row of 32,768 tokens, causal; blocks of 128 x 128 that are drawn at random for
 each head, with the block of the query itself always among them. Times are medians of calls as the host issues them, and
 follow each other closely. ``operator`` is :func:`block_sparse_attention` as a user calls it, with a pattern that was
-used before; ``fresh`` is one whose lists have to be made first. Ratios are to the fastest of SDPA's flash and cuDNN,
+used before; ``fresh`` is one whose lists have to be made first; ``kernel`` is our kernel whatever the pattern. ``way``
+is what ran: ``gluon`` are the kernels for Hopper, and where they do, ``kernel`` is also timed with the Triton kernels.
+Ratios are to the fastest of SDPA's flash and cuDNN,
 of the same passes. The physical limit is that of the products (4 d numbers a pair forward, 14 d with
 the backward pass) at the rate of torch's largest square matrix product, measured in the same run. FlexAttention is
 compiled, with its Triton kernel and, where torch has one, with its FLASH backend. What has not begun when the seconds
@@ -20,8 +22,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,11 +38,11 @@ from manyheads.attention.block_pattern import BlockPattern, Rule
 from manyheads.attention.flex_mask import block_mask
 from manyheads.attention.sparse import Call, block_sparse_attention, choose
 from manyheads.environment import environment
-from manyheads.kernels import block_sparse
+from manyheads.kernels import block_sparse, block_sparse_hopper
 
 HEADS, DIM, LENGTH, BLOCK = 16, 128, 32768, 128
 SCALE = DIM**-0.5
-DENSITIES = (0.1, 1.0, 0.05, 0.25, 0.5, 0.02)  # the one that is asked for first comes first
+DENSITIES = (0.1, 1.0, 0.05, 0.25, 0.5, 0.75, 0.02)  # the one that is asked for first comes first
 BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 TILES = {
     "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
@@ -121,6 +125,11 @@ def flex(pattern: BlockPattern, **options: Any) -> Attend:
     return attend
 
 
+def without_hopper() -> Any:
+    """While it is open, calls go to the Triton kernels."""
+    return mock.patch.object(block_sparse_hopper, "refusal", lambda *_: "switched off")
+
+
 def ways(density: float) -> dict[str, Callable[[], Attend]]:
     """What is timed at a density; each is made when its turn comes."""
     pattern = drawn(density)
@@ -163,7 +172,7 @@ def errors(leaves: list[Tensor]) -> dict[str, float]:
 
 
 def tune(leaves: list[Tensor], grad: Tensor, deadline: float) -> None:
-    """Times of other tiles at a tenth of the blocks, one kernel at a time, for whoever chooses those in kernels/."""
+    """Times of other tiles of the Triton kernels at a tenth of the blocks, one at a time, for whoever chooses them."""
     pattern, known = drawn(0.1), block_sparse._config
     call = Call(pattern, Rule(), SCALE)
     x = [leaf.detach() for leaf in leaves]
@@ -202,7 +211,8 @@ def main() -> None:
     leaves = [torch.randn(1, HEADS, LENGTH, DIM, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in "qkv"]
     grad = torch.randn(1, HEADS, LENGTH, DIM, device="cuda", dtype=torch.bfloat16)
     if options.tune:
-        tune(leaves, grad, deadline)
+        with without_hopper():
+            tune(leaves, grad, deadline)
         return
     rows: list[dict[str, object]] = []
     result: dict[str, object] = {
@@ -239,17 +249,22 @@ def main() -> None:
             made = ways(density)
             pattern = drawn(density)
             share = pattern.density(Rule())
-            way = choose(*leaves, Call(pattern, Rule(), SCALE))
-            for name, make in made.items():
+            call = Call(pattern, Rule(), SCALE)
+            ours = "gluon" if block_sparse_hopper.refusal(*leaves, call) is None else "triton"
+            chosen = choose(*leaves, call).impl
+            taken = ours if chosen == "triton" else chosen
+            for name, way in (
+                ("operator", taken), *(("kernel", way) for way in dict.fromkeys((ours, "triton"))), ("fresh", taken),
+                ("flex", "flex"), ("flex FLASH", "flex"),
+            ):  # fmt: skip
                 if (name in peers) != late or time.monotonic() > deadline:
                     continue
-                row = {"attention": name, "density": density, "measured_density": share}
-                if name == "operator":
-                    row["way"] = way.impl
-                try:
-                    row |= measured(make(), leaves, grad)
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+                row = {"attention": name, "way": way, "density": density, "measured_density": share}
+                with without_hopper() if (ours, way) == ("gluon", "triton") else nullcontext():
+                    try:
+                        row |= measured(made[name](), leaves, grad)
+                    except Exception as error:
+                        row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 add(row, share)
             torch.cuda.empty_cache()
 

@@ -103,7 +103,7 @@ def test_blocks_of_128(name, dtype, hopper):
 
 
 def test_ways_mix(hopper):
-    """A gradient that the copy engine does not take: the backward pass is that of the other kernels, of one function."""
+    """A gradient that the copy engine does not take: forward on Hopper's kernels, backward on the others."""
     on_hopper, passes = hopper
     leaves = [torch.randn(1, h, 700, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (4, 2, 2)]
     pattern = patterns.BlockPattern.from_blocks(torch.rand(1, 4, 6, 6, device="cuda") < 0.6, 700, 700)

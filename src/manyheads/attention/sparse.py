@@ -2,10 +2,10 @@
 """Softmax attention over the keys that a block pattern names, forward and backward, with the log-sum-exp of each query.
 
 Parts of an attention over different keys (local and global, sparse and pooled) are put together exactly by
-:func:`merge`. One operator has several ways: the Triton kernel of :mod:`manyheads.kernels.block_sparse`; its twin
-:mod:`.sparse_twin` in torch, which gathers the keys of a few blocks of queries at a time; FlexAttention; flash
-attention where the pattern leaves nothing out; and dense attention with a mask. :func:`choose` says which one is taken
-and why.
+:func:`merge`. One operator has several ways: the kernels of :mod:`manyheads.kernels.block_sparse` (Triton, and Gluon for
+what Hopper's take); their twin :mod:`.sparse_twin` in torch, which gathers the keys of a few blocks of queries at a time;
+FlexAttention; flash attention where the pattern leaves nothing out; and dense attention with a mask. :func:`choose` says
+which one is taken and why.
 """
 
 import logging
@@ -108,7 +108,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, call: Call, *, lse: bool = False) ->
     """The fastest way that computes the call exactly.
 
     Whether a pattern holds every pair is asked of the device, once for a pattern, and only if one of its lists may
-    name all blocks; not while a CUDA graph is captured.
+    name all blocks; not while a CUDA graph is captured. Where one pair is missing, dense attention is another
+    function: the kernels run however little is left out, also where dense attention takes less time.
     """
     pattern = call.pattern
     if not q.is_cuda or not kernels.available():

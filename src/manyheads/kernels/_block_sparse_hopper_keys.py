@@ -68,7 +68,7 @@ def _fetch_keys(
     q, k, v, do, rows_, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty,
     next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, order_batch, order_head, KV_HEADS, PAIRS, ROWS, W,
     TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, TILE: gl.constexpr, M: gl.constexpr,
-    BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches: keys and values of a tile, then queries, their gradients and rows."""
     at = 0
@@ -84,16 +84,14 @@ def _fetch_keys(
             _first, _left, some, all_ = _marks(span_ptr, lists + g * list_head, BQ, M)
             masked += some
             count += all_
-        held = turn % BUFFERS
         for group in gl.static_range(2):
-            mbarrier.wait(k_empty.index(held * 2 + group), turn // BUFFERS % 2 ^ 1)
-        _write(notes.index(held), b, h, begin, masked, count, 0, 0)
+            mbarrier.wait(k_empty.index(group), turn % 2 ^ 1)
+        _write(notes.index(0), b, h, begin, masked, count, 0, 0)
         for group in gl.static_range(2):
-            slot = held * 2 + group
-            mbarrier.expect(k_full.index(slot), 2 * 64 * D * 2)
+            mbarrier.expect(k_full.index(group), 2 * 64 * D * 2)
             place = [b, h, begin + group * 64, 0]
-            tma.async_copy_global_to_shared(k, place, k_full.index(slot), k_smem.index(slot))
-            tma.async_copy_global_to_shared(v, place, k_full.index(slot), v_smem.index(slot))
+            tma.async_copy_global_to_shared(k, place, k_full.index(group), k_smem.index(group))
+            tma.async_copy_global_to_shared(v, place, k_full.index(group), v_smem.index(group))
         at = _fetch_queries_of(
             False, q, do, rows_, q_ring, do_ring, row_ring, t_ring, full, empty, list_ptr, span_ptr, lists, list_head,
             b, h, KV_HEADS * G, PAIRS, W, at, G, D, BQ, M, STAGES,
@@ -103,12 +101,11 @@ def _fetch_keys(
             b, h, KV_HEADS * G, PAIRS, W, at, G, D, BQ, M, STAGES,
         )  # fmt: skip
         turn += 1
-    held = turn % BUFFERS
     for group in gl.static_range(2):
-        mbarrier.wait(k_empty.index(held * 2 + group), turn // BUFFERS % 2 ^ 1)
-    _write(notes.index(held), 0, 0, 0, 0, -1, 0, 0)
+        mbarrier.wait(k_empty.index(group), turn % 2 ^ 1)
+    _write(notes.index(0), 0, 0, 0, 0, -1, 0, 0)
     for group in gl.static_range(2):
-        mbarrier.arrive(k_full.index(held * 2 + group))
+        mbarrier.arrive(k_full.index(group))
 
 
 @gluon.jit
@@ -147,7 +144,7 @@ def _keys_step(
 def _attend_keys(
     GROUP: gl.constexpr, dk_, dv_, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full,
     empty, T, S, window, factor, scale, D: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 keys of each tile."""
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
@@ -161,9 +158,8 @@ def _attend_keys(
         s = begin + gl.arange(0, 64, gl.SliceLayout(1, X))
         dk = gl.zeros([64, D], gl.float32, Y)
         dv = gl.zeros([64, D], gl.float32, Y)
-        slot = turn % BUFFERS * 2 + GROUP
-        k = k_smem.index(slot).reshape([64, D])
-        v = v_smem.index(slot).reshape([64, D])
+        k = k_smem.index(GROUP).reshape([64, D])
+        v = v_smem.index(GROUP).reshape([64, D])
         for _j in range(masked):
             dk, dv, at = _keys_step(
                 k, v, dk, dv, at, q_ring, do_ring, row_ring, t_ring, full, empty, s, S, S - T, window, factor, D, M,
@@ -177,13 +173,13 @@ def _attend_keys(
         k.store((dk * scale).to(k_smem.dtype))
         v.store(dv.to(v_smem.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dk_, [b, h, begin, 0], k_smem.index(slot))
-        tma.async_copy_shared_to_global(dv_, [b, h, begin, 0], v_smem.index(slot))
+        tma.async_copy_shared_to_global(dk_, [b, h, begin, 0], k_smem.index(GROUP))
+        tma.async_copy_shared_to_global(dv_, [b, h, begin, 0], v_smem.index(GROUP))
         tma.store_wait(0)
-        mbarrier.arrive(k_empty.index(slot))
+        mbarrier.arrive(k_empty.index(GROUP))
         turn += 1
-        mbarrier.wait(k_full.index(turn % BUFFERS * 2 + GROUP), turn // BUFFERS % 2)
-        b, h, begin, masked, count, _5, _6 = _read(notes.index(turn % BUFFERS))
+        mbarrier.wait(k_full.index(GROUP), turn % 2)
+        b, h, begin, masked, count, _5, _6 = _read(notes.index(0))
 
 
 @gluon.jit(
@@ -195,22 +191,22 @@ def _attend_keys(
 def keys(
     q, k, v, do, rows_, dk, dv, next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, order_batch, order_head,
     KV_HEADS, T, S, PAIRS, ROWS, W, window, factor, scale, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
-    TILE: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BUFFERS: gl.constexpr,
+    TILE: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Gradients of all keys and values; ``TILES`` tiles of 128 keys of all key heads."""
-    k_smem = gl.allocate_shared_memory(k.dtype, [BUFFERS * 2, 1, 1, 64, D], k.layout)
-    v_smem = gl.allocate_shared_memory(k.dtype, [BUFFERS * 2, 1, 1, 64, D], k.layout)
+    k_smem = gl.allocate_shared_memory(k.dtype, [2, 1, 1, 64, D], k.layout)
+    v_smem = gl.allocate_shared_memory(k.dtype, [2, 1, 1, 64, D], k.layout)
     q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, D], q.layout)
     do_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, D], q.layout)
     row_ring = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, M], rows_.layout)
     t_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    notes = gl.allocate_shared_memory(gl.int32, [BUFFERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS * 2, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS * 2, 1], mbarrier.MBarrierLayout())
+    notes = gl.allocate_shared_memory(gl.int32, [1, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS * 2):
+    for i in gl.static_range(2):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -221,16 +217,16 @@ def keys(
         [
             (_attend_keys, (
                 0, dk, dv, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty, T, S,
-                window, factor, scale, D, M, CAUSAL, WINDOW, BUFFERS, STAGES,
+                window, factor, scale, D, M, CAUSAL, WINDOW, STAGES,
             )),
             (_attend_keys, (
                 1, dk, dv, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty, T, S,
-                window, factor, scale, D, M, CAUSAL, WINDOW, BUFFERS, STAGES,
+                window, factor, scale, D, M, CAUSAL, WINDOW, STAGES,
             )),
             (_fetch_keys, (
                 q, k, v, do, rows_, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full,
                 empty, next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, order_batch, order_head,
-                KV_HEADS, PAIRS, ROWS, W, TILES, G, D, BQ, TILE, M, BUFFERS, STAGES,
+                KV_HEADS, PAIRS, ROWS, W, TILES, G, D, BQ, TILE, M, STAGES,
             )),
         ],
         [4, 1], [240, 24],

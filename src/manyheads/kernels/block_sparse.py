@@ -8,6 +8,10 @@ What is seen whole is told apart beforehand and needs no mask. Programs with the
 
 Where blocks of keys are smaller than 64 (tokens, vertical lines), the transposed lists are of tiles of 64 keys, with
 a bit for each block: their backward pass costs what the tiles cost that any key of them belongs to.
+
+Forward and backward each ask whether the kernels for Hopper (:mod:`.block_sparse_hopper`) take the call; what these
+refuse runs in Triton. Output and log-sum-exp mean the same, so that a forward of one goes with a backward of the
+other. No kernel takes the place of another after a failure.
 """
 
 from typing import Any, NamedTuple

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calls of block-sparse attention the kernels for Hopper take, and how these are launched."""
+"""Which calls of block-sparse attention the kernels for Hopper take, and how these are launched.
+
+They are Gluon, which Triton's interpreter does not run: nothing but a GPU of compute capability 9.0 reaches them.
+"""
 
 from functools import cache
 from typing import Any
@@ -15,8 +18,8 @@ __all__ = ["backward", "forward", "refusal"]
 _TILE = 128  # queries and keys of a tile
 _LOG2E = 1.4426950408889634
 _SHARED = 224 * 1024  # bytes of shared memory for tiles; the rest is for barriers
-BUFFERS = 2  # tiles of queries of a program at once
-KEYS = 1, 4  # of the pass for keys: tiles of keys, and of queries, of a program at once
+_BUFFERS = 2  # tiles of queries of a program at once
+_STAGES = 4  # tiles of queries of the pass for keys at once
 
 
 @cache
@@ -90,7 +93,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]
             begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, pattern.rows,
             lists.indices.shape[3], rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width,
             BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None,
-            MORE=not one, BUFFERS=BUFFERS, STAGES=_ring(width, BUFFERS), num_warps=4,
+            MORE=not one, BUFFERS=_BUFFERS, STAGES=_ring(width, _BUFFERS), num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -144,6 +147,6 @@ def backward(
             _described(q), _described(k), _described(v), _described(dout), described, _described(dk), _described(dv),
             begun[1:], turned.indices, turned.spans, turned.order, *_rows(turned.indices),
             *_rows(turned.order[..., None]), kv_heads, length, size, pairs, parts, turned.indices.shape[3], *given,
-            tiles, TILE=pattern.tile, M=_TILE // 2, BUFFERS=KEYS[0], STAGES=KEYS[1], num_warps=4, **constants,
+            tiles, TILE=pattern.tile, M=_TILE // 2, STAGES=_STAGES, num_warps=4, **constants,
         )  # fmt: skip
     return dq, dk, dv
