@@ -2,10 +2,10 @@
 """Softmax attention over the keys that a block pattern names, forward and backward, with the log-sum-exp of each query.
 
 Parts of an attention over different keys (local and global, sparse and pooled) are put together exactly by
-:func:`merge`. One operator has several ways: the kernels of :mod:`manyheads.kernels.block_sparse` (Triton, and Gluon for
-what Hopper's take); their twin :mod:`.sparse_twin` in torch, which gathers the keys of a few blocks of queries at a time;
-FlexAttention; flash attention where the pattern leaves nothing out; and dense attention with a mask. :func:`choose` says
-which one is taken and why.
+:func:`merge`. One operator has several ways: the kernels of :mod:`manyheads.kernels.block_sparse`, for Hopper in Gluon
+and else in Triton; their twin :mod:`.sparse_twin` in torch, which gathers the keys of a few blocks of queries at a
+time; FlexAttention; flash attention where the pattern leaves nothing out; and dense attention with a mask.
+:func:`choose` says which one is taken and why.
 """
 
 import logging
