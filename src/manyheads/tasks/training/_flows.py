@@ -74,7 +74,8 @@ class FlowTask(Task):
 
     def steps_of(self, arm: Arm) -> int:
         """Steps of an arm's training."""
-        return round(self.steps * arm.options.get("times", 1))
+        times: float = arm.options.get("times", 1)
+        return round(self.steps * times)
 
     def rate(self, run: RunContext, arm: Arm) -> float:
         """The learning rate of an arm."""
