@@ -280,7 +280,10 @@ def _join(store: Store, group: dict[int, Store]) -> Store:
 
 def find_cache(*given: Any) -> Cache | None:
     """The cache among what a module was called with: transformers changes the name of that argument."""
-    return next((x for x in given if isinstance(x, Cache)), None)
+    for x in given:
+        if isinstance(x, Cache):
+            return x
+    return None
 
 
 def cache_arguments(model: nn.Module, cache: Cache) -> dict[str, Any]:
@@ -367,6 +370,6 @@ def seen_by(cache: Cache, site: Site, layer: int | None = None) -> int:
     """
     index = site.layer if layer is None else layer
     mine = cache.layers[index] if index is not None and 0 <= index < len(cache.layers) else None
-    if site.kind != "cross" and isinstance(mine, CacheLayerMixin):
+    if site.kind != "cross" and (type(mine) is DynamicLayer or isinstance(mine, CacheLayerMixin)):
         return int(mine.get_seq_length())
     return int(cache.get_seq_length())  # keys are another layer's, or another sequence's

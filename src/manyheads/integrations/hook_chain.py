@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall
-from ..strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch, Cache, Strategy
+from ..strategy import AttentionCompute, AttentionEdit, AttentionPatch, AttentionWatch, Cache, Residual, Strategy
 
 __all__ = ["BoundStrategy", "Forward", "HookChain", "recomputing"]
 
@@ -31,6 +31,7 @@ class BoundStrategy:
     current: dict[str, Any] = field(init=False)
     forward: "Forward | None" = None
     places: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    watches: bool = field(init=False)  # what it keeps is of what it sees from call to call
     place: int = -1
     called: bool = False
     stored: bool = False
@@ -38,6 +39,7 @@ class BoundStrategy:
 
     def __post_init__(self) -> None:
         self.current = self.state
+        self.watches = isinstance(self.strategy, AttentionWatch | Residual)
 
     @property
     def states(self) -> list[dict[str, Any]]:
@@ -91,7 +93,11 @@ def recomputing() -> bool:
 
 
 class HookChain:
-    """Bound strategies sorted once by the hooks that they implement, so that a call does not look them up."""
+    """Bound strategies sorted once by the hooks that they implement, so that a call does not look them up.
+
+    Attributes:
+        has_hooks: a strategy acts on a call, beyond storing keys and values.
+    """
 
     def __init__(self) -> None:
         self.entries: list[BoundStrategy] = []
@@ -111,19 +117,15 @@ class HookChain:
         pairs = [(entry, entry.strategy) for entry in self.entries]
         self._editors = [(e, s) for e, s in pairs if isinstance(s, AttentionEdit)]
         self._attenders = [(e, s) for e, s in pairs if isinstance(s, AttentionCompute)]
-        self._watchers = [(e, s) for e, s in pairs if isinstance(s, AttentionWatch)]
+        watchers = [(e, s) for e, s in pairs if isinstance(s, AttentionWatch)]
+        self._entered = [(e, s) for e, s in watchers if type(s).entering is not AttentionWatch.entering]
         self._after = [
             (e, s.patch if isinstance(s, AttentionPatch) else None, s.watch if isinstance(s, AttentionWatch) else None)
             for e, s in pairs
             if isinstance(s, (AttentionPatch, AttentionWatch))
         ]
         self.cache_strategy = next(((e, s) for e, s in reversed(pairs) if isinstance(s, Cache)), None)
-
-    @property
-    def has_hooks(self) -> bool:
-        """Whether a strategy acts on a call, beyond storing keys and values."""
-        # Counted, since Dynamo of torch 2.11 cannot trace bool(list).
-        return len(self._editors) + len(self._attenders) + len(self._after) > 0
+        self.has_hooks = bool(self._editors or self._attenders or self._after)
 
     def mark_called(self) -> None:
         """A call of the site begins."""
@@ -132,7 +134,7 @@ class HookChain:
 
     def entering(self, past: Any) -> None:
         """The module is about to run with the cache ``past``."""
-        for entry, strategy in self._watchers:
+        for entry, strategy in self._entered:
             for state in entry.states:
                 strategy.entering(state, past)
 

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..call import Site
 from ..errors import UserError
-from ..strategy import AttentionWatch, Cache, Residual
-from .hook_chain import BoundStrategy
+from ..strategy import Cache
+from .hook_chain import BoundStrategy, recomputing
 
 __all__ = ["Passes", "in_one_thread", "missed", "stack_of"]
 
@@ -34,16 +32,14 @@ class Passes:
 
     def enter(self) -> None:
         """The module is called."""
-        if not torch.compiler.is_compiling():
-            with self._lock:
-                self.entered += 1
+        with self._lock:
+            self.entered += 1
 
     def run(self, stored: bool) -> None:
         """Its attention comes to the port."""
-        if not torch.compiler.is_compiling():
-            with self._lock:
-                self.ran += 1
-                self.stored += stored
+        with self._lock:
+            self.ran += 1
+            self.stored += stored
 
     def since(self, before: "Passes") -> "Passes":
         """What has happened after ``before``."""
@@ -60,15 +56,13 @@ def in_one_thread(entries: Iterable[BoundStrategy]) -> None:
 
     Caches keep theirs with the sequence, and strategies without memory nothing: any number of threads may run.
     """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:  # a backward pass runs forwards again
-        return
     here = threading.current_thread()
     for entry in entries:
-        if not (entry.state or isinstance(entry.strategy, AttentionWatch | Residual)):
+        if entry.thread is here or not (entry.state or entry.watches) or recomputing():
             continue
         if entry.thread is None or not entry.thread.is_alive():
             entry.thread = here
-        elif entry.thread is not here:
+        else:
             raise UserError(
                 f"{entry.strategy.spec} keeps what it sees from call to call and was called in two threads: run the "
                 "model in one thread, or in one after the other has ended"

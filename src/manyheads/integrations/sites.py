@@ -31,7 +31,7 @@ from .masks import eager_mask, port_mask
 from .passes import Passes, in_one_thread
 from .prompt_chunks import tell
 from .shared_keys import borrow, lend, lends
-from .thread_state import ThreadState
+from .thread_state import Running, ThreadState
 
 __all__ = ["ATTENTION", "BoundStrategy", "SiteState", "architectures", "find_sites", "is_eager", "register"]
 
@@ -169,8 +169,9 @@ class SiteState(HookChain):
 
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
-        self.passes.enter()
         running = self.thread.begin()
+        if not torch.compiler.is_compiling():
+            self.passes.enter()
         running.rotary = _tables(kwargs.get("position_embeddings"))
         running.hidden = _hidden(kwargs.get("hidden_states", args[0] if args else None))
         cache = find_cache(*kwargs.values(), *args)
@@ -214,26 +215,28 @@ class SiteState(HookChain):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
-        store = self.thread.now.store
+        running, compiling = self.thread.now, torch.compiler.is_compiling()
+        store = running.store
         self.mark_called()
-        self.passes.run(stored=store is not None)
-        in_one_thread(self.entries)
+        if not compiling:
+            self.passes.run(stored=store is not None)
+            in_one_thread(self.entries)
         if self.function is not None and mask is not None and getattr(mask, "ndim", 0) != 4:
             return self._pass_through(module, q, k, v, mask, kwargs)
-        original = call = self._read(module, q, k, v, mask, kwargs)
+        original = call = self._read(module, q, k, v, mask, running, kwargs)
         if store is not None:
             alone = not self.has_hooks and not kwargs.get("output_attentions")  # the store may answer in its own way
             alone = alone and self.function is None and self.site.kv_sharing is None
             if alone and (answered := store.attend(call)) is not None:
-                self.thread.end()
+                running.clear()
                 return answered, None
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 tell(store)
             call = store.mask(call)
             if self.site.kv_sharing == "store":
                 lend(k, call)
         elif self.site.kv_sharing == "reuse":
-            call = borrow(k, call, self.thread.now.lent)
+            call = borrow(k, call, running.lent)
         if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
             call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
         call = self.edit(call)
@@ -249,7 +252,7 @@ class SiteState(HookChain):
         out = self.after(call, out)
         if store is not None:
             store.evict(call)
-        self.thread.end()
+        running.clear()
         return out, weights
 
     def _pass_through(
@@ -269,27 +272,29 @@ class SiteState(HookChain):
         return self.base is sdpa_attention_forward and (call.softcap is not None or call.sinks is not None)
 
     def _read(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> AttentionCall:
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, running: Running,
+        kwargs: dict[str, Any],
+    ) -> AttentionCall:  # fmt: skip
         """The AttentionCall that the model's arguments mean under its own attention function."""
-        store = self.thread.now.store
+        store, past, dim = running.store, running.past, q.shape[-1]
+        length, size = q.shape[2], k.shape[2]
         bias = kwargs.get("position_bias")
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        is_causal = bool(causal) and mask is None and q.shape[2] > 1 and not self.eager
+        is_causal = False
+        if length > 1 and mask is None and not self.eager:
+            causal = kwargs.get("is_causal")
+            is_causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
         if mask is not None and mask.dtype != torch.bool:  # a user's own additive mask
             bias, mask = mask if bias is None else bias + mask, None
-        if is_causal and k.shape[2] > q.shape[2] and store is None and self.site.kv_sharing != "reuse":
-            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]  # SDPA reads a static cache from its start
+        if is_causal and size > length and store is None and self.site.kv_sharing != "reuse":
+            k, v, size = k[:, :, :length], v[:, :, :length], length  # SDPA reads a static cache from its start
         scale = kwargs.get("scaling")
-        step: int | Tensor = k.shape[2] - q.shape[2]
-        past = self.thread.now.past
+        step: int | Tensor = size - length
         if store is not None:
-            step = store.seen - q.shape[2]
+            step = store.seen - length
         elif self.has_hooks and past is not None:
             seen = seen_by(past, self.site, kwargs.get("layer_idx"))
-            step = seen - q.shape[2]
-            if self.site.kind != "cross" and seen < k.shape[2]:  # what is allocated ahead is no key
+            step = seen - length
+            if self.site.kind != "cross" and seen < size:  # what is allocated ahead is no key
                 k, v = k[:, :, :seen], v[:, :, :seen]
                 mask, bias = _first_columns(mask, seen), _first_columns(bias, seen)
         elif self.site.kind == "cross":
@@ -298,10 +303,10 @@ class SiteState(HookChain):
         if not (cap is None and sinks is None) and not self.eager and implementation_of(module) == "sdpa":
             cap = sinks = None  # SDPA reads neither
         return AttentionCall(
-            site=self.site, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask, bias=bias,
+            site=self.site, q=q, k=k, v=v, scale=dim**-0.5 if scale is None else scale, mask=mask, bias=bias,
             is_causal=is_causal, softcap=cap, sinks=sinks,
-            dropout=kwargs.get("dropout", 0.0), training=module.training, hidden=self.thread.now.hidden,
-            positions=kwargs.get("position_ids"), rotary=_halves(self, module, q.shape[-1]), function=self.function,
+            dropout=kwargs.get("dropout", 0.0), training=module.training, hidden=running.hidden,
+            positions=kwargs.get("position_ids"), rotary=_halves(self, module, running.rotary, dim), function=self.function,
             step=step, cache=store, past=past,
         )  # fmt: skip
 
@@ -338,18 +343,19 @@ def _ours(cache: Cache, site: Site) -> StoreLayer | None:
     return layer if isinstance(layer, StoreLayer) else None
 
 
-def _halves(state: SiteState, module: nn.Module, head_dim: int) -> tuple[Tensor, Tensor] | None:
-    """The rotary tables of the latest forward in half-split layout, where the model's rotation has one."""
-    rotary = state.thread.now.rotary
-    if rotary is None or state.site.latent is not None:
-        return None
+def _halves(
+    state: SiteState, module: nn.Module, rotary: tuple[Tensor, Tensor] | None, head_dim: int
+) -> tuple[Tensor, Tensor] | None:
+    """Rotary tables in half-split layout, where the model's rotation has one."""
+    if rotary is None or state.copies == 1:
+        return rotary
     if state.copies is None:
         apply = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
-        state.copies = 0 if apply is None else copies(apply, rotary[0].shape[-1], head_dim)
-    if state.copies < 2:
-        return rotary if state.copies else None
+        known = apply is not None and state.site.latent is None
+        state.copies = copies(apply, rotary[0].shape[-1], head_dim) if known else 0
+        return _halves(state, module, rotary, head_dim)
     cos, sin = rotary
-    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if state.copies else None
 
 
 def _tables(given: Any) -> tuple[Tensor, Tensor] | None:

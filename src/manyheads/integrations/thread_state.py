@@ -23,6 +23,10 @@ class Running:
     past: Cache | None = None  # of the sequence that the queries belong to
     lent: bool = False  # keys of another layer, that a store of ours holds
 
+    def clear(self) -> None:
+        """Its attention is computed: an open port does not keep a cache alive."""
+        self.store = self.rotary = self.hidden = self.past = None
+
 
 class ThreadState:
     """The forward that a module is in, for each thread its own.
@@ -38,7 +42,7 @@ class ThreadState:
     def begin(self) -> Running:
         """A forward begins in this thread."""
         if torch.compiler.is_compiling():
-            self._shared.store = self._shared.rotary = self._shared.hidden = self._shared.past = None
+            self._shared.clear()
             self._shared.lent = False
             return self._shared
         self._here.running = self._shared = Running()
@@ -49,11 +53,4 @@ class ThreadState:
         """The forward that this thread is in."""
         if torch.compiler.is_compiling():
             return self._shared
-        return getattr(self._here, "running", None) or self._shared
-
-    def end(self) -> None:
-        """Its attention is computed: an open port does not keep a cache alive."""
-        now = self.now
-        now.store = now.rotary = now.hidden = now.past = None
-        if not torch.compiler.is_compiling():
-            self._here.running = None
+        return getattr(self._here, "running", self._shared)

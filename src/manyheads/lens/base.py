@@ -70,14 +70,17 @@ class LensGroup(AttentionWatch, BlockParts):
         return any(lens.selects(site) for lens in self.lenses)
 
     def watch(self, call: AttentionCall, out: Tensor) -> None:
-        shared = call.state.setdefault(SHARED, {})
-        waiting: Waiting = shared.setdefault("waiting", Waiting())
-        takes = waiting.takes(call)
-        if waiting.rows and (not takes or len(waiting.rows) >= BLOCK or not waiting.goes_on(call)):
+        shared = call.state.get(SHARED)
+        if shared is None:
+            shared = call.state[SHARED] = {}
+        waiting: Waiting | None = shared.get("waiting")
+        if waiting is None:
+            waiting = shared["waiting"] = Waiting()
+        if waiting.joins(call, out):
+            return
+        if waiting.rows:
             self._look_at(waiting, call.site, call.state, call if waiting.goes_on(call) else None)
-        if takes:
-            waiting.add(call, out)
-        else:
+        if not waiting.begins(call, out):
             self._look(call, out, call.state, call.q.shape[2] == 1 and bool(int(call.step)))
 
     def _look(self, call: AttentionCall, out: Tensor, memory: Memory, decoded: bool) -> None:
@@ -124,7 +127,7 @@ class LensGroup(AttentionWatch, BlockParts):
     def residual(self, site: Site, hidden: Tensor, memory: Memory) -> Tensor:
         waiting = memory.get(SHARED, {}).get("waiting")
         if waiting is not None and len(waiting.hidden) < len(waiting):
-            waiting.hidden.append(hidden.detach())
+            waiting.hidden.append(hidden.detach() if hidden.requires_grad else hidden)
             return hidden
         for lens, mine in self._at(site, memory):
             if isinstance(lens, Residual):

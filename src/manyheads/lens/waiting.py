@@ -52,35 +52,30 @@ class Waiting:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def takes(self, call: AttentionCall) -> bool:
-        """Whether this call may wait, alone or behind what waits."""
-        q, k, mask, step = call.q, call.k, call.mask, call.step
-        if q.shape[2] != 1 or not isinstance(step, int) or not step or k.shape[2] != step + 1 or call.past is None:
+    def joins(self, call: AttentionCall, out: Tensor) -> bool:
+        """Let ``call`` wait behind those that wait, where it is of their next token and the block has room."""
+        if not 0 < len(self.rows) < BLOCK or not self.goes_on(call) or not _may_wait(call):
             return False
-        if call.bias is not None or call.prepended or q.requires_grad or torch.compiler.is_compiling():
+        self._add(call, out)
+        return True
+
+    def begins(self, call: AttentionCall, out: Tensor) -> bool:
+        """Let ``call`` wait as the first of a block, where nothing waits and it may."""
+        if self.rows or not _may_wait(call) or not _keeps_all(call):
             return False
-        if mask is not None and (mask.shape[1:3] != (1, 1) or mask.shape[3] != k.shape[2]):
-            return False
-        if self.rows and self.goes_on(call):
-            return True  # it is the same cache
-        if call.site.kind != "self" or not call.site.causal:
-            return False
-        if call.cache is not None:
-            return call.cache.appends and not call.cache.fixed
-        return k.untyped_storage().nbytes() == k.numel() * k.element_size()
+        none = call.q[:, :, :0]  # not of the keys: a view would hold them all
+        self._first = call.replace(k=none, v=none, past=None, cache=None, hidden=None, rotary=None)
+        self._start, self._past = int(call.step), weakref.ref(call.past)
+        self._add(call, out)
+        return True
 
     def goes_on(self, call: AttentionCall) -> bool:
         """Whether ``call`` is of the next token behind those that wait."""
         rows = self.rows
         step = int(call.step)
-        return step == self._start + len(rows) and call.past is self._past() and len(call.q) == len(rows[0][0])
+        return step == self._start + len(rows) and call.past is self._past() and call.q.shape[0] == rows[0][0].shape[0]
 
-    def add(self, call: AttentionCall, out: Tensor) -> None:
-        """Let ``call`` wait."""
-        if not self.rows:
-            none = call.q[:, :, :0]  # not of the keys: a view would hold them all
-            self._first = call.replace(k=none, v=none, past=None, cache=None, hidden=None, rotary=None)
-            self._start, self._past = int(call.step), weakref.ref(call.past)
+    def _add(self, call: AttentionCall, out: Tensor) -> None:
         self._held = call.k, call.v
         self.rows.append((call.q, call.mask, call.hidden, call.positions, call.rotary, out))
 
@@ -135,6 +130,25 @@ class Waiting:
                 torch.cat([x for _, _, x in parts], 1),
             )
         return (torch.cat(hidden, 1) if hidden and len(hidden) == count else None), joined
+
+
+def _may_wait(call: AttentionCall) -> bool:
+    """Whether ``call`` is of a single token behind others, and nothing but a mask of keys is on it."""
+    q, mask, step, size = call.q, call.mask, call.step, call.k.shape[2]
+    if q.shape[2] != 1 or size == 1 or not isinstance(step, int) or size != step + 1 or call.past is None:
+        return False
+    if call.bias is not None or call.prepended or q.requires_grad or torch.compiler.is_compiling():
+        return False
+    return mask is None or (mask.shape[1:3] == (1, 1) and mask.shape[3] == size)
+
+
+def _keeps_all(call: AttentionCall) -> bool:
+    """Whether the keys of ``call`` are a tensor of their own, to which later tokens only add."""
+    if call.site.kind != "self" or not call.site.causal:
+        return False
+    if call.cache is not None:
+        return call.cache.appends and not call.cache.fixed
+    return call.k.untyped_storage().nbytes() == call.k.numel() * call.k.element_size()
 
 
 def _joined(given: Sequence[Tensor | None]) -> Tensor | None:
