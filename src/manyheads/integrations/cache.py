@@ -37,6 +37,7 @@ __all__ = [
     "given_with",
     "install",
     "seen_by",
+    "store_layers",
 ]
 
 _OF_TOKENS = ("mm_token_type_ids", "token_type_ids")  # arguments beside ``input_ids`` that have a value for each token
@@ -286,6 +287,11 @@ def find_cache(*given: Any) -> Cache | None:
     return None
 
 
+def store_layers(cache: Cache) -> list[StoreLayer]:
+    """The layers of ``cache`` that hold stores of ours."""
+    return [layer for layer in cache.layers if type(layer) is not DynamicLayer and isinstance(layer, StoreLayer)]
+
+
 def cache_arguments(model: nn.Module, cache: Cache) -> dict[str, Any]:
     """Arguments by which ``model`` uses ``cache``: transformers 5.24 renamed ``past_key_values`` to ``cache``.
 
@@ -310,7 +316,7 @@ def expand(cache: Cache | None, rows: int) -> None:
     """
     if cache is None:
         return
-    held = next((layer.store.rows for layer in cache.layers if isinstance(layer, StoreLayer)), None)
+    held = next((layer.store.rows for layer in store_layers(cache)), None)
     if held is not None and rows > held and rows % held == 0:
         cache.reorder_cache(cast("Any", torch.arange(held).repeat_interleave(rows // held)))
 

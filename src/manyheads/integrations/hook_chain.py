@@ -20,6 +20,7 @@ class BoundStrategy:
 
     Attributes:
         state: its scratch there.
+        states: every scratch: one, or one for each place in a forward.
         current: that of the call at hand, another one only where a watching strategy tells calls apart.
         forward: of the model, for a watching strategy.
         places: for a watching strategy, by place in a forward, the number of the call in it and what it keeps there.
@@ -28,6 +29,7 @@ class BoundStrategy:
     owner: Any
     strategy: Strategy
     state: dict[str, Any] = field(default_factory=dict)
+    states: list[dict[str, Any]] = field(init=False)
     current: dict[str, Any] = field(init=False)
     forward: "Forward | None" = None
     places: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
@@ -38,13 +40,8 @@ class BoundStrategy:
     thread: threading.Thread | None = None  # that runs it, where it keeps something
 
     def __post_init__(self) -> None:
-        self.current = self.state
+        self.current, self.states = self.state, [self.state]
         self.watches = isinstance(self.strategy, AttentionWatch | Residual)
-
-    @property
-    def states(self) -> list[dict[str, Any]]:
-        """Every scratch: one, or one for each place in a forward."""
-        return [state for _, state in self.places] or [self.state]
 
     def enter(self) -> None:
         """A call of the site begins: choose the scratch that belongs to it."""
@@ -57,7 +54,9 @@ class BoundStrategy:
             return
         self.place = self.place + 1 if self.forward.running else 0
         if self.place == len(self.places):
-            self.places.append((self.forward.calls, self.state if self.place == 0 else {}))
+            if self.place:
+                self.states.append({})
+            self.places.append((self.forward.calls, self.states[-1]))
         self.forward.calls += 1
         self.current = self.places[self.place][1]
 
@@ -97,6 +96,7 @@ class HookChain:
 
     Attributes:
         has_hooks: a strategy acts on a call, beyond storing keys and values.
+        has_changes: one edits a call or answers it.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,8 @@ class HookChain:
             if isinstance(s, (AttentionPatch, AttentionWatch))
         ]
         self.cache_strategy = next(((e, s) for e, s in reversed(pairs) if isinstance(s, Cache)), None)
-        self.has_hooks = bool(self._editors or self._attenders or self._after)
+        self.has_changes = bool(self._editors or self._attenders)
+        self.has_hooks = self.has_changes or bool(self._after)
 
     def mark_called(self) -> None:
         """A call of the site begins."""

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..errors import UserError
-from .cache import StoreLayer, cache_arguments
+from .cache import StoreLayer, cache_arguments, store_layers
 
 __all__ = ["read_again"]
 
@@ -31,7 +31,7 @@ def read_again(model: nn.Module, cache: Cache | None, ids: Tensor) -> None:
     if cache is None or isinstance(cache, EncoderDecoderCache):  # whose prompt is the encoder's
         return
     layers = cache.layers
-    stores = [x.store for x in layers if isinstance(x, StoreLayer) and x.strategy.rereads]
+    stores = [layer.store for layer in store_layers(cache) if layer.strategy.rereads]
     if not any(store.second_reading or store.prefilling for store in stores):
         return
     before = cache.__dict__.pop(_PROMPT, None)

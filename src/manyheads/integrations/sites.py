@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention.causal import causal_tail, for_gradient_of
@@ -170,10 +170,11 @@ class SiteState(HookChain):
     def _take_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: see which cache and positions it will use, and give an empty cache our stores."""
         running = self.thread.begin()
-        if not torch.compiler.is_compiling():
+        if not running.compiling:
             self.passes.enter()
         running.rotary = _tables(kwargs.get("position_embeddings"))
-        running.hidden = _hidden(kwargs.get("hidden_states", args[0] if args else None))
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        running.hidden = hidden if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
         cache = find_cache(*kwargs.values(), *args)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
@@ -215,10 +216,10 @@ class SiteState(HookChain):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """One attention computation through all strategies of the site: ``[B, T, H, d]``, and weights if eager."""
-        running, compiling = self.thread.now, torch.compiler.is_compiling()
+        running = self.thread.now
         store = running.store
         self.mark_called()
-        if not compiling:
+        if not running.compiling:
             self.passes.run(stored=store is not None)
             in_one_thread(self.entries)
         if self.function is not None and mask is not None and getattr(mask, "ndim", 0) != 4:
@@ -230,7 +231,7 @@ class SiteState(HookChain):
             if alone and (answered := store.attend(call)) is not None:
                 running.clear()
                 return answered, None
-            if not compiling:
+            if not running.compiling:
                 tell(store)
             call = store.mask(call)
             if self.site.kv_sharing == "store":
@@ -239,9 +240,12 @@ class SiteState(HookChain):
             call = borrow(k, call, running.lent)
         if call.mask is not None and call.mask.shape[1] not in (1, q.shape[1]):  # slots differ between kv heads
             call = call.replace(mask=repeat_kv(call.mask, q.shape[1]))
-        call = self.edit(call)
         weights: Tensor | None = None
-        if (answered := self.attend(call)) is not None:
+        answered: Tensor | None = None
+        if self.has_changes:
+            call = self.edit(call)
+            answered = self.attend(call)
+        if answered is not None:
             out = answered
         elif call is original and not (call.is_causal and q.shape[2] < k.shape[2]) and not self._dense(call):
             if mask is not None and mask.dtype == torch.bool and self.eager:
@@ -249,7 +253,8 @@ class SiteState(HookChain):
             out, weights = self.base(module, q, k, v, mask, **kwargs)
         else:
             out, weights = self._attend(module, call, original, kwargs)
-        out = self.after(call, out)
+        if self.has_hooks:
+            out = self.after(call, out)
         if store is not None:
             store.evict(call)
         running.clear()
@@ -340,7 +345,7 @@ def _ours(cache: Cache, site: Site) -> StoreLayer | None:
     """The layer of ``cache`` that holds a store of ours for ``site``."""
     index = site.layer
     layer = cache.layers[index] if index is not None and index < len(cache.layers) else None
-    return layer if isinstance(layer, StoreLayer) else None
+    return layer if type(layer) is not DynamicLayer and isinstance(layer, StoreLayer) else None
 
 
 def _halves(
@@ -364,11 +369,6 @@ def _tables(given: Any) -> tuple[Tensor, Tensor] | None:
         return None
     cos, sin = given
     return (cos, sin) if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.ndim == sin.ndim == 3 else None
-
-
-def _hidden(given: Any) -> Tensor | None:
-    """The input ``[B, T, D]`` among the arguments of an attention module."""
-    return given if isinstance(given, Tensor) and given.ndim == 3 else None
 
 
 def _first_columns(x: Tensor | None, count: int) -> Tensor | None:

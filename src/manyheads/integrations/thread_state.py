@@ -22,6 +22,7 @@ class Running:
     hidden: Tensor | None = None  # that the module was given
     past: Cache | None = None  # of the sequence that the queries belong to
     lent: bool = False  # keys of another layer, that a store of ours holds
+    compiling: bool = False  # torch traces it
 
     def clear(self) -> None:
         """Its attention is computed: an open port does not keep a cache alive."""
@@ -43,7 +44,7 @@ class ThreadState:
         """A forward begins in this thread."""
         if torch.compiler.is_compiling():
             self._shared.clear()
-            self._shared.lent = False
+            self._shared.lent, self._shared.compiling = False, True
             return self._shared
         self._here.running = self._shared = Running()
         return self._shared
@@ -52,5 +53,6 @@ class ThreadState:
     def now(self) -> Running:
         """The forward that this thread is in."""
         if torch.compiler.is_compiling():
+            self._shared.compiling = True
             return self._shared
         return getattr(self._here, "running", self._shared)

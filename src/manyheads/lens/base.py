@@ -76,7 +76,7 @@ class LensGroup(AttentionWatch, BlockParts):
         waiting: Waiting | None = shared.get("waiting")
         if waiting is None:
             waiting = shared["waiting"] = Waiting()
-        if waiting.joins(call, out):
+        if 0 < len(waiting.rows) < BLOCK and waiting.joins(call, out):
             return
         if waiting.rows:
             self._look_at(waiting, call.site, call.state, call if waiting.goes_on(call) else None)

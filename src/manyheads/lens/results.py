@@ -21,6 +21,11 @@ __all__ = ["LensResult", "Memory", "PerToken", "RunningMean", "stack_ragged", "t
 Memory = dict[str, Any]
 
 
+def _constant(x: Tensor) -> Tensor:
+    """``x`` without a gradient: a detach of what has none would cost the host as much as a kernel."""
+    return x.detach() if x.requires_grad else x
+
+
 class RunningMean:
     """Mean over the tokens of each prompt, ``[N, ...]``, as sums and counts; decoded tokens add to their prompt."""
 
@@ -28,9 +33,8 @@ class RunningMean:
         self.parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, total: Tensor, count: Tensor, fresh: bool) -> None:
-        """Add ``total [B, ...]`` of ``count`` (broadcastable) things."""
-        total = total.detach()
-        count = count.to(total.dtype).expand_as(total)
+        """Add ``total [B, ...]`` of ``count`` (broadcastable, always in the same way) things."""
+        total, count = _constant(total), count.to(total.dtype)
         if fresh or not self.parts:
             self.parts.append((total, count))
         else:
@@ -41,7 +45,8 @@ class RunningMean:
         """``[N, ...]`` float64; NaN where nothing was counted."""
         if not self.parts:
             return np.zeros((0,))
-        total, count = (torch.cat([part[i].double().cpu() for part in self.parts]) for i in (0, 1))
+        parts = [(total.double().cpu(), count.double().cpu().expand_as(total)) for total, count in self.parts]
+        total, count = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         return (total / count.masked_fill(count == 0, torch.nan)).numpy()
 
 
@@ -54,9 +59,9 @@ class PerToken:
     def add(self, values: Tensor, fresh: bool) -> None:
         """Add ``values [B, T, ...]``."""
         if fresh or not self.parts:
-            self.parts.append(values.detach())
+            self.parts.append(_constant(values))
         else:
-            self.parts[-1] = torch.cat([self.parts[-1], values.detach()], 1)
+            self.parts[-1] = torch.cat([self.parts[-1], _constant(values)], 1)
 
     def rows(self) -> list[Any]:
         """One array ``[T, ...]`` for each prompt."""

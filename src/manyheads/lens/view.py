@@ -69,6 +69,11 @@ class TokenSpans:
         return made.expand(batch, -1)
 
 
+def counted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What is not among ``rows [..., T]``, and how many are."""
+    return ~rows, rows.sum(-1, dtype=torch.float32)
+
+
 class Memo:
     """What is the same at every layer of a forward and is made at the first: parts of the tokens, what is made of them.
 
@@ -87,7 +92,7 @@ class Memo:
     def counted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What is not among ``rows [..., T]``, and how many are; the same rows are known by where they lie."""
         key = "counted", rows.data_ptr(), rows.shape, rows.stride()
-        _, others, count = self.once(key, lambda: (rows, ~rows, rows.sum(-1, dtype=torch.float32)))
+        _, others, count = self.once(key, lambda: (rows, *counted(rows)))
         return others, count
 
 
@@ -185,11 +190,19 @@ class AttentionView:
         )
         return made
 
-    def add_mean(self, key: str, values: Tensor, rows: Tensor) -> None:
-        """Keep under ``key`` the :class:`RunningMean` of ``values [B, ..., T]`` over ``rows``, broadcastable."""
-        others, count = self.memo.counted(rows)
+    def add_mean(self, key: str, values: Tensor, rows: Tensor, own: bool = False) -> None:
+        """Keep under ``key`` the :class:`RunningMean` of ``values [B, ..., T]`` over ``rows``, broadcastable.
+
+        Args:
+            key: of the memory.
+            values: of each row.
+            rows: boolean, those that count.
+            own: they are of this layer alone, so that nothing of them is kept for others.
+        """
+        others, count = counted(rows) if own else self.memo.counted(rows)
         self.memory.setdefault(key, RunningMean()).add(values.masked_fill(others, 0).sum(-1), count, self.fresh)
 
     def add_tokens(self, key: str, values: Tensor, rows: Tensor) -> None:
         """Keep under ``key`` the :class:`PerToken` of ``values [B, T]``, NaN elsewhere than at ``rows [B, T]``."""
-        self.memory.setdefault(key, PerToken()).add(values.masked_fill(~rows, torch.nan), self.fresh)
+        others, _ = self.memo.counted(rows)
+        self.memory.setdefault(key, PerToken()).add(values.masked_fill(others, torch.nan), self.fresh)

@@ -53,8 +53,8 @@ class Waiting:
         return len(self.rows)
 
     def joins(self, call: AttentionCall, out: Tensor) -> bool:
-        """Let ``call`` wait behind those that wait, where it is of their next token and the block has room."""
-        if not 0 < len(self.rows) < BLOCK or not self.goes_on(call) or not _may_wait(call):
+        """Let ``call`` wait behind those that wait, where it is of their next token and may."""
+        if not self.goes_on(call) or not _may_wait(call):
             return False
         self._add(call, out)
         return True

@@ -121,6 +121,11 @@ def _reach(call: AttentionCall, keys: Tensor) -> Tensor:
     return seen.sum(-1).amax(1).expand(keys.shape[0], length)
 
 
+def _divisor(count: Tensor) -> Tensor:
+    """``[B, 1, 1]`` of ``count [B]``, NaN for none."""
+    return count[:, None, None].float().masked_fill(count[:, None, None] == 0, torch.nan)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StrategyAttention(Lens):
     """Weight and lift of the tokens of an instruction, for each head, reply and token of a reply."""
@@ -151,13 +156,14 @@ class StrategyAttention(Lens):
     def update(self, view: AttentionView, found: dict[str, Any]) -> None:
         memory = view.memory
         count = view.once(("count", self.span), lambda: view.columns(self.span).sum(1))
-        if not view.fresh and "count" in memory:  # a sliding window may have left some behind
+        if view.fresh or "count" not in memory:
+            divisor = view.once(("divisor", self.span), lambda: _divisor(count))
+        else:  # a sliding window may have left some behind
             count = torch.maximum(count, memory["count"])
+            divisor = _divisor(count)
         memory["count"] = count
         rows = view.rows(self.rows)
-        weight = found["mass"][..., 0] / count[:, None, None].to(found["mass"].dtype).masked_fill(
-            count[:, None, None] == 0, torch.nan
-        )
+        weight = found["mass"][..., 0] / divisor.to(found["mass"].dtype)
         lift = weight * view.once("reach", lambda: _reach(view.call, view.keys))[:, None]
         for name, value in (("sra", weight), ("lift", lift)):
             view.add_mean(name, value, rows[:, None])

@@ -101,11 +101,11 @@ class ActiveDormant(Lens, Residual):
         view.add_mean("sink", mass, rows)
         if "gap" in found:
             gap = found["gap"] if self.gap == "lse" else found["gap"][..., 0] - found["gap"][..., 1]
-            view.add_mean("gap", gap.float(), rows & gap.isfinite())
+            view.add_mean("gap", gap.float(), rows & gap.isfinite(), own=True)
         if self.attention == "softmax" and (view.call.sinks is not None or view.call.prepended):
             view.add_mean("learned", 1 - everything, rows)
         for domain in self.domains:
-            view.add_mean(f"sink of {domain}", mass, rows & view.rows(domain)[:, None])
+            view.add_mean(f"sink of {domain}", mass, rows & view.rows(domain)[:, None], own=True)
         view.add_tokens("series", mass.mean(1), counted)
         if view.cross and not view.fresh:
             return  # the source was counted before

@@ -57,6 +57,13 @@ def middle_layers(peers: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(peers[i] for i in sorted(set(places.tolist())))
 
 
+def _back_to_first(view: AttentionView) -> Tensor:
+    """``[B, 1, T]``, by how many columns the first token of its row stands before each query."""
+    length, size = view.call.q.shape[2], view.keys.shape[1]
+    column = torch.arange(size - length, size, device=view.call.q.device)
+    return (column - view.first().int().argmax(1)[:, None])[:, None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReasoningRhythm(Lens):
     """WAAD and FAI of each token, the span of each head, and the credit of the tokens."""
@@ -110,17 +117,17 @@ class ReasoningRhythm(Lens):
         memory, fresh = view.memory, view.fresh
         (mass, on_first), distance = found["mass"].unbind(-1), found["distance"]
         length, size = view.call.q.shape[2], view.keys.shape[1]
-        column = torch.arange(size - length, size, device=mass.device)
-        of_first = on_first * (column - view.first().int().argmax(1)[:, None])[:, None]
-        response = view.rows("response")
-        rows = response[:, None]
+        of_first = on_first * view.once("rhythm, back to the first", lambda: _back_to_first(view))
+        rows = view.rows("response")[:, None]
         view.add_mean("span", distance, rows)
         view.add_mean("first", on_first, rows)
-        spans, weights = (x.masked_fill(~rows, 0).sum(-1) for x in (distance - of_first, mass - on_first))
+        others, _ = view.memo.counted(rows)
+        spans, weights = (x.masked_fill(others, 0).sum(-1) for x in (distance - of_first, mass - on_first))
         memory.setdefault("beyond", RunningMean()).add(spans, weights, fresh)
-        waad = (self.window * mass - found["near"][0]).masked_fill(~view.valid[:, None], torch.nan)
+        waad = (self.window * mass - found["near"][0]).masked_fill(view.memo.counted(view.valid)[0][:, None], torch.nan)
         memory.setdefault("waad", PerToken()).add(waad.transpose(1, 2), fresh)
-        memory.setdefault("tokens", PerToken()).add(torch.stack([view.valid, response], -1).float(), fresh)
+        tokens = view.once("rhythm, tokens", lambda: torch.stack([view.valid, view.rows("response")], -1).float())
+        memory.setdefault("tokens", PerToken()).add(tokens, fresh)
         parts, columns = memory.setdefault("received", []), found["far"][1]
         if fresh or not parts:
             parts.append(columns[..., -length:])
