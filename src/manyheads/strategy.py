@@ -108,6 +108,10 @@ class AttentionWatch(Attention):
     def watch(self, call: "AttentionCall", out: "Tensor") -> None:
         """Read ``call`` and ``out [B, T, H, dv]``; change neither. Keep results in ``call.state``."""
 
+    def follow(self, state: dict[str, Any], past: Any, qkv: Any, rest: Any, out: "Tensor") -> bool:
+        """Take a token that follows those seen, without mask or bias; False where :meth:`watch` is to have its call."""
+        return False
+
     def entering(self, state: dict[str, Any], past: Any) -> None:
         """The module is about to run with the cache ``past``; what is kept of that cache's tensors should go."""
 

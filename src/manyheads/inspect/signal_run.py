@@ -10,7 +10,7 @@ from torch import nn
 from ..call import Site
 from ..data.texts import Text
 from ..errors import UserError
-from ..integrations.sites import find_sites
+from ..integrations.site_search import find_sites
 from ..lens import Lens, device_of
 from ..progress import Progress
 from .naming import DEFAULT, role_of

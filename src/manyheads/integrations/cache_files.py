@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..spec import parse
 from ..strategy import Cache as CacheKind
 from .cache import SlotCache, StoreLayer, install
-from .sites import find_sites
+from .site_search import find_sites
 
 __all__ = ["load_cache", "save_cache"]
 

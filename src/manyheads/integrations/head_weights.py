@@ -10,7 +10,7 @@ from torch import nn
 from ..call import Site
 from ..errors import UserError
 from .blocks import output_path
-from .sites import find_sites
+from .site_search import find_sites
 from .weights import held_weight
 
 __all__ = ["HeadPart", "head_parts"]

@@ -97,6 +97,7 @@ class HookChain:
     Attributes:
         has_hooks: a strategy acts on a call, beyond storing keys and values.
         has_changes: one edits a call or answers it.
+        follower: the one strategy that acts, which watches and may take a token without a call.
     """
 
     def __init__(self) -> None:
@@ -127,6 +128,8 @@ class HookChain:
         self.cache_strategy = next(((e, s) for e, s in reversed(pairs) if isinstance(s, Cache)), None)
         self.has_changes = bool(self._editors or self._attenders)
         self.has_hooks = self.has_changes or bool(self._after)
+        alone = len(self._after) == len(watchers) == 1 and not self.has_changes
+        self.follower = next((w for w in watchers if alone and type(w[1]).follow is not AttentionWatch.follow), None)
 
     def mark_called(self) -> None:
         """A call of the site begins."""

@@ -29,7 +29,8 @@ from ..strategy import Attention, AttentionCompute
 from .cache import SlotCache, StoreLayer, cache_arguments
 from .forwards import owner_of
 from .linear import find_linear
-from .sites import SiteState, find_sites
+from .site_search import find_sites
+from .sites import SiteState
 from .transformers import Port
 
 __all__ = ["SharedBlocks"]

@@ -52,7 +52,8 @@ from .passes import Passes, missed, stack_of
 from .prompt_chunks import begin_forward, watch_generate
 from .reduced import reduce_tokens
 from .second_reading import read_again
-from .sites import ATTENTION, SiteState, architectures, find_sites, is_eager, register
+from .site_search import architectures, find_sites
+from .sites import ATTENTION, SiteState, is_eager, register
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 

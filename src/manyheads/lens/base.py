@@ -76,12 +76,16 @@ class LensGroup(AttentionWatch, BlockParts):
         waiting: Waiting | None = shared.get("waiting")
         if waiting is None:
             waiting = shared["waiting"] = Waiting()
-        if 0 < len(waiting.rows) < BLOCK and waiting.joins(call, out):
+        if len(waiting.rows) < BLOCK and waiting.joins(call, out):
             return
         if waiting.rows:
             self._look_at(waiting, call.site, call.state, call if waiting.goes_on(call) else None)
         if not waiting.begins(call, out):
             self._look(call, out, call.state, call.q.shape[2] == 1 and bool(int(call.step)))
+
+    def follow(self, state: Memory, past: Any, qkv: Any, rest: Any, out: Tensor) -> bool:
+        waiting: Waiting | None = state.get(SHARED, {}).get("waiting")
+        return waiting is not None and len(waiting.rows) < BLOCK and waiting.follow(past, qkv, None, rest, out)
 
     def _look(self, call: AttentionCall, out: Tensor, memory: Memory, decoded: bool) -> None:
         memos = self.state.setdefault("memos", Memos())

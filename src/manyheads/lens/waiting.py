@@ -52,12 +52,28 @@ class Waiting:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def joins(self, call: AttentionCall, out: Tensor) -> bool:
-        """Let ``call`` wait behind those that wait, where it is of their next token and may."""
-        if not self.goes_on(call) or not _may_wait(call):
+    def follow(self, past: Any, qkv: tuple[Tensor, ...], mask: Tensor | None, rest: Sequence[Any], out: Tensor) -> bool:
+        """Let a token wait behind those that wait, where it is the next of the same sequence.
+
+        Args:
+            past: its cache.
+            qkv: its query, and the keys and values of all.
+            mask: of the keys, None for all.
+            rest: its input, positions and rotary tables.
+            out: its output.
+        """
+        rows, (q, k, v) = self.rows, qkv
+        if not rows or past is None or past is not self._past() or k.shape[2] != self._start + len(rows) + 1:
             return False
-        self._add(call, out)
+        if q.requires_grad or q.shape[0] != rows[0][0].shape[0]:
+            return False
+        self._held = k, v
+        rows.append((q, mask, *rest, out))
         return True
+
+    def joins(self, call: AttentionCall, out: Tensor) -> bool:
+        """:meth:`follow` with ``call``, where it may wait."""
+        return _may_wait(call) and self.follow(call.past, (call.q, call.k, call.v), call.mask, _rest(call), out)
 
     def begins(self, call: AttentionCall, out: Tensor) -> bool:
         """Let ``call`` wait as the first of a block, where nothing waits and it may."""
@@ -66,7 +82,8 @@ class Waiting:
         none = call.q[:, :, :0]  # not of the keys: a view would hold them all
         self._first = call.replace(k=none, v=none, past=None, cache=None, hidden=None, rotary=None)
         self._start, self._past = int(call.step), weakref.ref(call.past)
-        self._add(call, out)
+        self._held = call.k, call.v
+        self.rows.append((call.q, call.mask, *_rest(call), out))
         return True
 
     def goes_on(self, call: AttentionCall) -> bool:
@@ -74,10 +91,6 @@ class Waiting:
         rows = self.rows
         step = int(call.step)
         return step == self._start + len(rows) and call.past is self._past() and call.q.shape[0] == rows[0][0].shape[0]
-
-    def _add(self, call: AttentionCall, out: Tensor) -> None:
-        self._held = call.k, call.v
-        self.rows.append((call.q, call.mask, call.hidden, call.positions, call.rotary, out))
 
     def entering(self, past: Any) -> None:
         """The module is about to run with the cache ``past``: it will have the keys again, and may now make others."""
@@ -130,6 +143,10 @@ class Waiting:
                 torch.cat([x for _, _, x in parts], 1),
             )
         return (torch.cat(hidden, 1) if hidden and len(hidden) == count else None), joined
+
+
+def _rest(call: AttentionCall) -> tuple[Any, ...]:
+    return call.hidden, call.positions, call.rotary
 
 
 def _may_wait(call: AttentionCall) -> bool:
