@@ -245,8 +245,8 @@ class SiteState(HookChain):
             site=self.site, q=q, k=k, v=v, scale=dim**-0.5 if scale is None else scale, mask=mask, bias=bias,
             is_causal=is_causal, softcap=cap, sinks=sinks,
             dropout=kwargs.get("dropout", 0.0), training=module.training, hidden=running.hidden,
-            positions=kwargs.get("position_ids"), rotary=_halves(self, module, running.rotary, dim), function=self.function,
-            step=step, cache=store, past=past,
+            positions=kwargs.get("position_ids"), rotary=_halves(self, module, running.rotary, dim),
+            function=self.function, step=step, cache=store, past=past,
         )  # fmt: skip
 
     def _attend(
