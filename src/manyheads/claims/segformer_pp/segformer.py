@@ -2,7 +2,9 @@
 """Do the paper's presets keep what a SegFormer says of pixels, and save seconds at the size of a street?
 
 For each seed a SegFormer is trained on pictures of emoji before photographs, without any merging; then the same weights
-segment the same pictures plain, under the presets, under controls, and with the picture downsampled. Seconds are of a
+segment the same pictures plain, under the presets, under controls, and with the picture downsampled. The control "one
+query", in which nearly all tokens ask as one, was added after a first run in which merging at random cost nothing
+either: what it does not harm tells nothing of merging, and the checks of quality rest on it. Seconds are of a
 MiT-B0 at 1024 x 2048, the paper's size, and judged on a GPU alone.
 """
 
@@ -15,9 +17,11 @@ SPECS = {
     "2x2": "segformer_pp:preset=2x2,refuse=never", "hq, random": "segformer_pp:choose=random,refuse=never",
     "hq, counted": "segformer_pp:proportional=true,refuse=never", "hq, nearby": "segformer_pp:reach=1,refuse=never",
     "hq, for 2 layers": "segformer_pp:every=2,refuse=never",
+    "one query": "segformer_pp:of=queries,ratio=0.9999,cell=9999,refuse=never",
 }  # fmt: skip
 ARMS = (*(Arm(name, spec) for name, spec in SPECS.items()), Arm("downsampled", options={"downsampled": 0.5}))
 PAPER = ("hq", "fast", "2x2")
+HARMED = lower("iou", "one query", than="full")
 
 claim = Claim(
     slug="segformer_pp.segformer",
@@ -42,12 +46,13 @@ claim = Claim(
         ),
     ),
     checks=(
-        *(no_worse("iou", name, than="full", margin=0.02, better="higher") for name in PAPER),
+        *(no_worse("iou", name, than="full", margin=0.02, better="higher", given=HARMED) for name in PAPER),
         *(higher("iou", name, than="downsampled") for name in PAPER),
-        higher("iou", "hq", than="hq, random"),
-        no_worse("iou", "hq, counted", than="hq", margin=0.005, better="higher"),
-        no_worse("iou", "hq, nearby", than="hq", margin=0.005, better="higher"),
-        no_worse("iou", "hq, for 2 layers", than="hq", margin=0.02, better="higher"),
+        HARMED,
+        higher("iou", "hq", than="hq, random", given=HARMED),
+        no_worse("iou", "hq, counted", than="hq", margin=0.005, better="higher", given=HARMED),
+        no_worse("iou", "hq, nearby", than="hq", margin=0.005, better="higher", given=HARMED),
+        no_worse("iou", "hq, for 2 layers", than="hq", margin=0.02, better="higher", given=HARMED),
         at_most("seconds", "hq", times=1 / 1.61, than="full"),
         at_most("seconds", "fast", times=1 / 1.94, than="full"),
         at_most("seconds", "2x2", times=1 / 1.90, than="full"),
