@@ -5,8 +5,8 @@ It learns fictitious people at fictitious events, then forgets some of either by
 at most as many steps each, fewer where a tenth of what is to be kept is lost. Beside them: a model that never learned
 it, training on what is kept, and a step as long in a random direction. People alone and events alone are forgotten too,
 for the interference of the two; so are both in a few heads alone, found by attribution or random. A short training on
-one picture of each then says whether it is gone or hidden. At CPU size the model is small and new, on a GPU it is DINOv2
-and SmolLM2 joined, of which attention is trained too, and fewer arms are judged.
+one picture of each then says whether it is gone or hidden. At CPU size the model is small and new, on a GPU it is
+DINOv2 and SmolLM2 joined, of which attention is trained too, and fewer arms are judged.
 """
 
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, lower, no_worse
