@@ -168,10 +168,11 @@ def test_the_reader_pools_what_queries_see_and_nothing_else():
     assert_close(found[1:], short, 4 * FORMULA)  # padding, whatever stands there, is not read
     assert is_far(made(made.embedded(ids[1:]), torch.ones(1, 9, dtype=torch.bool)), short, 1e-3)
     x = hidden["x"][0]
+    by_formula = []
     for bit in range(4):
         weights = (made.keys(x) @ made.queries[bit]).softmax(0)
-        by_formula = made.scale[bit] * weights @ (x @ made.answer[bit]) + made.bias[bit]
-        assert float(short[0, bit]) == nearly(float(by_formula), steps=200)
+        by_formula.append(float(made.scale[bit] * weights @ (x @ made.answer[bit]) + made.bias[bit]))
+    assert short[0].tolist() == nearly(by_formula, steps=200)  # of the largest: in a small one, larger terms cancel
     text = torch.nn.functional.one_hot(ids, 30).double()
     assert_close(made(made.embedded(text), real), found, 4 * FORMULA)
 

@@ -77,10 +77,7 @@ claim = Claim(
             higher("efficacy", BALANCED, than=GD, where=where, margin=MARGIN, given=KNOWN[where["concept"]])
             for where in (PERSON, EVENT)
         ),
-        *(
-            higher("generality", BALANCED, than=TUNED, where=where, given=KNOWN[where["concept"]])
-            for where in (PERSON, EVENT)
-        ),
+        *(higher("generality", BALANCED, than=TUNED, where=c, given=KNOWN[c["concept"]]) for c in (PERSON, EVENT)),
         no_worse("retain", BALANCED, than=GD, margin=MARGIN, better="higher"),
         lower("gap", BALANCED, than=GD, given=KNOWN["person"]),
         lower("gap", BALANCED, than=TUNED, given=KNOWN["person"]),
