@@ -206,16 +206,16 @@ def stored_and_predicted() -> list[tuple[str, str, float, float]]:
         elif row["kind"] == "step" and row["attention"] == "ours":
             layer = Layer(length=1, batch=row["batch"], heads=16, kv_heads=16)
             add("a token, lightning", path, Decay().step(layer), 1e-6 * row["us"])
-    path = "benchmarks/block_sparse.json"
-    for row in value(path, "rows"):
-        if row["attention"] in ("kernel", "sdpa cudnn"):
-            layer = Layer(length=32768, heads=16, kv_heads=16)
-            kind = Sparse(density=row["density"]) if row["attention"] == "kernel" else Softmax()
-            stages = (*kind.forward(layer), *kind.backward(layer))
-            what = f"{row['way']} kernel, blocks given" if row["attention"] == "kernel" else row["attention"]
-            add(f"forward, {what}", path, kind.forward(layer), 1e-3 * row["forward_ms"])
-            if "both_ms" in row:
-                add(f"forward and backward, {what}", path, stages, 1e-3 * row["both_ms"])
+    for path in ("benchmarks/block_sparse.json", "benchmarks/block_sparse_turns.json"):
+        for row in value(path, "rows"):
+            if row["attention"] in ("kernel", "sdpa cudnn"):
+                layer = Layer(length=32768, heads=16, kv_heads=16)
+                kind = Sparse(density=row["density"]) if row["attention"] == "kernel" else Softmax()
+                stages = (*kind.forward(layer), *kind.backward(layer))
+                what = f"{row['way']} kernel, blocks given" if row["attention"] == "kernel" else row["attention"]
+                add(f"forward, {what}", path, kind.forward(layer), 1e-3 * row["forward_ms"])
+                if "both_ms" in row:
+                    add(f"forward and backward, {what}", path, stages, 1e-3 * row["both_ms"])
     path = "benchmarks/dhsa_prefill.json"
     for row in value(path, "rows"):
         if row["spec"] == "dhsa:budget=2048":

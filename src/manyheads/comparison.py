@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .experiment.arms import BASELINE, Arm
-from .experiment.design import Experiment, Sizes
 from .experiment.journal import FOLDER, Results
-from .experiment.subjects import CausalLM, Subject
 from .strategy import Cache
 
 if TYPE_CHECKING:
     from .data.texts import Text
+    from .experiment.design import Experiment
     from .experiment.executors import Executor
+    from .experiment.subjects import CausalLM, Subject
     from .progress import Progress
 
 __all__ = ["BUDGETS", "LENGTHS", "SAMPLES", "STRATEGIES", "TASKS", "compare", "make_arms", "plan"]
@@ -78,6 +78,7 @@ def compare(
         UserError: anything that the caller can mend, before any work is done.
     """
     from .experiment.runner import run
+    from .experiment.subjects import CausalLM
 
     if subject is None:
         subject = CausalLM(origin or type(model).__name__, model, tokenizer) if model is not None else CausalLM()
@@ -106,6 +107,8 @@ def plan(
         UserError: unknown strategy, field or task, a strategy that does not act on the subject, a budget that is none
             or cannot hold the protected tokens.
     """
+    from .experiment.design import Experiment, Sizes
+    from .experiment.subjects import CausalLM
     from .tasks import given
 
     names = tuple(dict.fromkeys(TASKS[subject.kind] if tasks is None else tasks))

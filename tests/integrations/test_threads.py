@@ -147,18 +147,50 @@ class Count(AttentionEdit):
 @pytest.mark.parametrize("strategy", [Watch(), Count()], ids=["watch", "edit"])
 def test_what_keeps_findings_is_for_one_thread(strategy):
     """Findings of two sequences would be mixed: the second thread is refused, and may run when the first has ended."""
-    model, barrier = models.tiny("llama"), threading.Barrier(2)
+    model, barrier, refused = models.tiny("llama"), threading.Barrier(2), threading.Event()
 
-    def twice():
+    def often():
         barrier.wait()
-        for _ in range(20):
-            model(PROMPTS[0])
+        try:
+            while not refused.is_set():
+                model(PROMPTS[0])
+        finally:
+            refused.set()
 
     with manyheads.use(model, strategy), torch.no_grad():
-        errors = [x for x in together(twice, twice) if x is not None]
+        errors = [x for x in together(often, often) if x is not None]
         assert len(errors) == 1 and isinstance(errors[0], UserError)
         assert "was called in two threads" in str(errors[0]) and "\n" not in str(errors[0])
-        assert together(twice, barrier.wait)[0] is None
+        model(PROMPTS[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meet(AttentionEdit):
+    """Keeps something for the first time when two threads are in the midst of their first call."""
+
+    barrier: threading.Barrier
+
+    def edit(self, call):
+        if not call.state:
+            self.barrier.wait(20)
+            call.state["calls"] = 1
+        return call
+
+
+@pytest.mark.filterwarnings("ignore:.*not every run", "ignore:.*runs of")
+def test_two_threads_in_their_first_call():
+    """Neither keeps anything when it is called: after the call one has the strategy, and goes on in every layer."""
+    model, barrier = models.tiny("llama"), threading.Barrier(2)
+
+    def once():
+        try:
+            model(PROMPTS[0])
+        finally:
+            barrier.wait(20)  # a thread that has ended could be followed by the other
+
+    with manyheads.use(model, Meet(barrier=barrier, layers=(0,))), torch.no_grad():
+        errors = together(once, once)
+    assert sorted(isinstance(x, UserError) for x in errors) == [False, True] and None in errors
 
 
 def test_two_threads_with_a_port_each():

@@ -119,7 +119,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, call: Call, *, lse: bool = False) ->
     if maybe and _fits_flash(q, k, v, call, lse) and pattern.density(call.rule) == 1:
         return Choice("flash", "the pattern leaves nothing out, so dense attention is the same")
     if (refusal := _kernel().refusal(q, k, v, call)) is None:
-        return Choice("triton", "blocks that are not read cost nothing")
+        return Choice("triton", f"blocks that are not read cost nothing; {_kernel().written_for(q, k, v, call)}")
     if not lse and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _MASKED_UP_TO:
         return Choice("masked", f"{refusal}, so dense attention takes the pattern as a mask")
     return Choice("torch", refusal)

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads as a spec names them; loads no torch."""
 
-from typing import Annotated
-
-from pydantic import BeforeValidator
+from typing import Annotated, Any
 
 __all__ = ["Heads"]
 
@@ -19,4 +17,13 @@ def _as_heads(value: object) -> object:
     return names
 
 
-Heads = Annotated[tuple[str, ...], BeforeValidator(_as_heads)]
+class _Named:
+    """Read by pydantic when a spec is: its import is slow, and `manyheads --help` needs the kinds alone."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_as_heads, handler(source))
+
+
+Heads = Annotated[tuple[str, ...], _Named()]

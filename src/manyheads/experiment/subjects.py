@@ -239,6 +239,19 @@ class Vision(Subject):
             raise RuntimeError("load the subject first")
         return self._model
 
+    def encode(self, images: torch.Tensor) -> Any:
+        """What the model says of images ``[B, 3, h, w]``.
+
+        Raises:
+            UserError: it takes no images of that size.
+        """
+        try:
+            return self.model(pixel_values=images)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{self.name} takes no images of {images.shape[-1]} pixels: {error}") from error
+
     @property
     def folder(self) -> str:
         """Where its weights are, or its name on the hub."""

@@ -14,6 +14,24 @@ from ..strategy import AttentionCompute, AttentionEdit, AttentionPatch, Attentio
 __all__ = ["BoundStrategy", "Forward", "HookChain", "recomputing"]
 
 
+class Keeper:
+    """The one thread that may run a strategy that keeps something, at all sites of a port together."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def taken(self) -> bool:
+        """Whether another thread that still runs was here first; if not, it is this one's from now on."""
+        here = threading.current_thread()
+        if self._thread is here:
+            return False
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = here
+            return self._thread is not here
+
+
 @dataclass(slots=True, eq=False)
 class BoundStrategy:
     """One strategy of one open ``use`` at one site.
@@ -24,6 +42,7 @@ class BoundStrategy:
         current: that of the call at hand, another one only where a watching strategy tells calls apart.
         forward: of the model, for a watching strategy.
         places: for a watching strategy, by place in a forward, the number of the call in it and what it keeps there.
+        keeper: one for all sites of a port.
     """
 
     owner: Any
@@ -37,7 +56,7 @@ class BoundStrategy:
     place: int = -1
     called: bool = False
     stored: bool = False
-    thread: threading.Thread | None = None  # that runs it, where it keeps something
+    keeper: Keeper = field(default_factory=Keeper)
 
     def __post_init__(self) -> None:
         self.current, self.states = self.state, [self.state]

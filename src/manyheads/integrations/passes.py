@@ -54,15 +54,11 @@ class Passes:
 def in_one_thread(entries: Iterable[BoundStrategy]) -> None:
     """Refuse a second thread at strategies that keep something from call to call: it would mix two sequences.
 
-    Caches keep theirs with the sequence, and strategies without memory nothing: any number of threads may run.
+    Caches keep theirs with the sequence, and strategies without memory nothing: any number of threads may run. Looked
+    at before a call and after it, in which a strategy may keep something for the first time.
     """
-    here = threading.current_thread()
     for entry in entries:
-        if entry.thread is here or not (entry.state or entry.watches) or recomputing():
-            continue
-        if entry.thread is None or not entry.thread.is_alive():
-            entry.thread = here
-        else:
+        if (entry.state or entry.watches) and not recomputing() and entry.keeper.taken():
             raise UserError(
                 f"{entry.strategy.spec} keeps what it sees from call to call and was called in two threads: run the "
                 "model in one thread, or in one after the other has ended"

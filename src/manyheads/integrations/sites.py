@@ -177,6 +177,8 @@ class SiteState(HookChain):
             out, weights = self._attend(module, call, original, kwargs)
         if self.has_hooks:
             out = self.after(call, out)
+            if not running.compiling:
+                in_one_thread(self.entries)
         if store is not None:
             store.evict(call)
         running.clear()

@@ -43,7 +43,7 @@ from .cache_files import load_cache, save_cache
 from .configs import switch_configs
 from .forwards import by_place, count_forwards
 from .functions import own_function, register_own
-from .hook_chain import BoundStrategy
+from .hook_chain import BoundStrategy, Keeper
 from .image_positions import ImageReader, read_images
 from .interleaved import read_interleaved
 from .linear import LinearState, find_linear
@@ -113,10 +113,11 @@ class Port:
                 self._linears[-1].attach()
             own = register_own((module for _, module in sites), ATTENTION)
             self._restorers.append(switch_configs(self.model, own))
+            keepers = {id(strategy): Keeper() for strategy in self.strategies}
             for site, module in sites:
                 state = SiteState.attach(site, module, is_eager(module))
                 self._restorers.append(lambda m=module: SiteState.detach(m))  # type: ignore[misc]
-                entries = [BoundStrategy(self, s) for s, at in chosen if site.index in at]
+                entries = [BoundStrategy(self, s, keeper=keepers[id(s)]) for s, at in chosen if site.index in at]
                 self._restorers.append(lambda s=state: s.remove(self))  # type: ignore[misc]
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]

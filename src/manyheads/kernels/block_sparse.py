@@ -23,7 +23,7 @@ from . import _block_sparse, block_sparse_hopper
 from ._operator import compile_together, launch
 from ._passes import _strides, blocks, dense, like, padded
 
-__all__ = ["backward", "forward", "refusal"]
+__all__ = ["backward", "forward", "refusal", "written_for"]
 
 _LOG2E = 1.4426950408889634
 
@@ -126,6 +126,12 @@ def _compile(q: Tensor, k: Tensor, v: Tensor, call: Any, grad: bool) -> None:
             backward(q, k, v, call, out, lse, out, None)
 
     compile_together(both)
+
+
+def written_for(q: Tensor, k: Tensor, v: Tensor, call: Any) -> str:
+    """Which kernels take a call, and why not those for Hopper."""
+    why_not = block_sparse_hopper.refusal(dense(q), dense(k), dense(v), call)
+    return "the kernels for Hopper" if why_not is None else f"the Triton kernels ({why_not})"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Any, grad: bool = False) -> tuple[Tensor, Tensor]:

@@ -79,8 +79,10 @@ def test_maps_by_hand(folder):
     assert all(rows["overlap", arm, f"{i}"].value < 0.999 for arm in ("hq", "small") for i in range(3))
 
 
-def test_seconds_of_every_size_and_nothing_of_what_is_refused(folder):
+def test_seconds_of_every_size_and_nothing_of_what_is_refused(folder, caplog):
     rows = ran(folder, EncoderCost(sides=(16, 24), rounds=2))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("pixels has no seconds: segformer_pp: merging" in line for line in said)
     assert {(arm, row.at["side"]) for (_, arm, _), row in rows.items()} <= {
         (arm, side) for arm in ("full", "hq", "tome", "small", "off") for side in (16, 24)
     }
@@ -93,6 +95,15 @@ def test_what_is_left_out(folder):
     (folder / "model" / FILE).unlink()
     with pytest.raises(UserError, match="by which patches become a map"):
         ran(folder, Saliency(samples=1, side=16), ARMS[:1])
+
+
+def test_a_size_that_the_model_does_not_take(tmp_path):
+    build("vit").float().save_pretrained(tmp_path)
+    vision = Vision(str(tmp_path))
+    vision.load("cpu")
+    with pytest.raises(UserError, match="takes no images of 24 pixels"):
+        vision.encode(images(1, 24, 24).float())
+    assert torch.isfinite(vision.encode(images(1, 16, 16).float()).last_hidden_state).all()
 
 
 def test_the_subject(folder):

@@ -79,6 +79,7 @@ claim = Claim(
         "saliency map and is held against the plain model's, which is harder than against labels: any change counts. "
         "On a CPU photographs have 576 patches, on a GPU 1,024; the decoder was trained on 256, at which the strategy "
         "itself refuses, since merging does not pay. Photographs are of two drives of one car. 2x2 leaves a "
-        "quarter of the queries, hq a fifth, downsampling a quarter of everything: a GPU's seconds stand beside them."
+        "quarter of the queries, hq a fifth, downsampling a quarter of everything, ToMe and pooling have budgets of "
+        "their own: a GPU's seconds stand beside them, mostly of launches up to 896 pixels."
     ),
 )  # fmt: skip

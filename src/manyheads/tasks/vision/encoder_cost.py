@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,13 +19,15 @@ from ...integrations import use
 
 __all__ = ["EncoderCost"]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCost(Task):
     """One round is a batch of noise under every arm in turn, in another order each round; first calls are not timed.
 
     An arm with the option ``downsampled`` is the plain model on images whose sides are that fraction. An arm whose
-    strategy refuses the size has no rows of it.
+    strategy, or whose model, refuses the size has no rows of it, and the log says why.
 
     Attributes:
         sides: of images in pixels.
@@ -66,6 +69,7 @@ class EncoderCost(Task):
                     seconds = self._seconds(run, arm, side)
                 except UserError as error:
                     refused[arm.key, side] = str(error)
+                    _log.warning("%s at %s pixels has no seconds: %s", arm.name, side, error)
                 else:
                     yield self.row("seconds", arm, seconds, f"{turn}", at={"side": side})
             run.advance(side**2)
@@ -73,7 +77,8 @@ class EncoderCost(Task):
     @torch.no_grad()
     def _seconds(self, run: RunContext, arm: Arm, side: int) -> float:
         """Of an image; opening the port is no part of it."""
-        model: Any = cast(Vision, run.subject).model
+        vision = cast(Vision, run.subject)
+        model: Any = vision.model
         patch = getattr(model.config, "patch_size", 32)
         small = max(1, round(side * float(arm.options.get("downsampled", 1.0)) / patch)) * patch
         images = torch.randn(self.batch, 3, small, small, generator=run.torch_rng(side=side)).to(
@@ -82,6 +87,6 @@ class EncoderCost(Task):
         with use(model, *arm.strategies) if arm.strategies else nullcontext():
             run.synchronise()
             start = time.perf_counter()
-            model(pixel_values=images)
+            vision.encode(images)
             run.synchronise()
             return (time.perf_counter() - start) / self.batch

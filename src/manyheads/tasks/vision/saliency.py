@@ -85,13 +85,14 @@ class Saliency(Task):
     @torch.no_grad()
     def _mapped(self, run: RunContext, arm: Arm, decoder: SaliencyDecoder, images: Tensor) -> tuple[Tensor, Tensor]:
         """Maps ``[B, side, side]`` and patches ``[B, h * w, C]`` in float32."""
-        model: Any = cast(Vision, run.subject).model
+        vision = cast(Vision, run.subject)
+        model: Any = vision.model
         part = float(arm.options.get("downsampled", 1.0))
         patch = int(model.config.patch_size)
         side = max(1, round(self.side * part / patch)) * patch
         given = images if side == self.side else interpolate(images, size=(side, side), mode="area")
         with use(model, *arm.strategies) if arm.strategies else nullcontext():
-            hidden = model(pixel_values=normalised(given).to(model.dtype)).last_hidden_state
+            hidden = vision.encode(normalised(given).to(model.dtype)).last_hidden_state
         grid = side // patch
         patches = hidden[:, hidden.shape[1] - grid**2 :].float()
         return decoder(patches, (grid, grid), (self.side, self.side)), patches
