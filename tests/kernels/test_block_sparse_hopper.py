@@ -122,15 +122,18 @@ def test_dense_attention_is_taken_where_nothing_is_left_out(monkeypatch):
     """At density 1 alone: where a block is missing dense attention is another function, however few there are."""
     monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(block_sparse_hopper, "_device", lambda index: (False, 132))
     q = drawn(1, 2, 512, 64)
     blocks = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
 
     def way():
         pattern = BlockPattern.from_blocks(blocks, 512, 512)
-        return choose(q, q, q, Call(pattern, Rule(), 0.1)).impl
+        return choose(q, q, q, Call(pattern, Rule(), 0.1))
 
-    assert way() == "flash"
+    assert way().impl == "flash"
     blocks[..., 0, 3] = True  # no pair of it is allowed
-    assert way() == "flash"
+    assert way().impl == "flash"
     blocks[..., 3, 0] = False
-    assert way() == "triton"
+    assert way().impl == "triton" and HOPPER in way().reason
+    monkeypatch.setattr(block_sparse_hopper, "_device", lambda index: (True, 132))
+    assert "the kernels for Hopper" in way().reason

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import manyheads
-from manyheads.lens import TokenSpans, base
+from manyheads.lens import TokenSpans, base, waiting
 from manyheads.lens.steps import Steps
 from manyheads.lens.view import Memo
+from manyheads.lens.waiting import Waiting
 from oracles import models
 from tolerance import FORMULA, SAME, is_close, is_far, nearly
 
@@ -301,3 +302,47 @@ def test_roles_of_what_is_written_are_seen_late_too():
                 model.generate(ids, max_new_tokens=8, do_sample=False)
         found.append(next(iter(seen.compute().tables.values())).values)
     assert is_close(*found, SAME) and found[0].shape[1] == 2 and nearly(1) == 1
+
+
+def stepped(model, *texts, length=6):
+    """Steps of the lens ``[heads, steps, 5]`` a layer, of sequences whose tokens come in turn into a cache each."""
+    caches = [read_into_a_cache(model, text[:, : length + 1]) for text in texts]
+    with manyheads.watch(model, "head_statistics") as seen, torch.no_grad():
+        for i in range(length, texts[0].shape[1]):
+            for text, cache in zip(texts, caches, strict=True):
+                model(text[:, i : i + 1], past_key_values=cache)
+        seen.compute()
+        kept = seen._port.kept(seen._bundle)
+    return [torch.from_numpy(memory["0"]["steps"].rows()[0]).transpose(0, 1) for _, memory in kept]
+
+
+class Careless(Waiting):
+    """Takes any token that comes without a mask."""
+
+    def follow(self, past, qkv, mask, rest, out):
+        if self.rows:
+            self._held = qkv[1:]
+            self.rows.append((qkv[0], mask, *rest, out))
+        return bool(self.rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+def test_tokens_that_wait_without_a_call_are_those_of_the_text(name, monkeypatch):
+    """No padding, so that a token needs no call, and windows are left on the way; two caches in turn are refused."""
+    model, keep = models.tiny(name), Keep()
+    text, other = (models.tokens(1, 30, seed=seed) for seed in (1, 2))
+    with manyheads.use(model, keep) as port, torch.no_grad():
+        model(text, use_cache=False)
+    first = torch.zeros(1, dtype=torch.long)
+    want = [five(formula(state["calls"][0][0]), first)[0, :, 6:] for _, state in port.kept(keep)]
+    assert all(is_close(mine, theirs, SAME) for mine, theirs in zip(stepped(model, text), want, strict=True))
+    with pytest.raises(manyheads.errors.UserError, match="go on by turns"):
+        stepped(model, text, other)
+    if name == "llama":
+        monkeypatch.setattr(base, "Waiting", Careless)
+        found = stepped(model, text, other)
+        assert not all(a.shape == b.shape and is_close(a, b, SAME) for a, b in zip(found, want, strict=True))
+    else:
+        monkeypatch.setattr(waiting, "_keeps_all", lambda call: True)
+        with pytest.raises(manyheads.errors.UserError, match="was changed while"):
+            stepped(model, text)

@@ -20,7 +20,9 @@ try:
 except ImportError:  # it is no public interface; without it kernels are compiled one after the other
     AsyncCompileMode = None
 
-__all__ = ["compile_together", "launch", "operator", "plain"]
+__all__ = ["LOG2E", "compile_together", "launch", "operator", "plain"]
+
+LOG2E = 1.4426950408889634  # the kernels' exponentials are of base 2
 
 _dry: ContextVar[bool] = ContextVar("manyheads_dry", default=False)
 

@@ -106,6 +106,12 @@ class Plan(NamedTuple):
         return cls(length, per, batch * per, batch, size, per == 1)
 
 
+def _rows(indices: Tensor) -> tuple[int, int]:
+    """Lists from one batch row, and from one head, to the next; 0 where they are shared."""
+    batch, heads, rows, _ = indices.shape
+    return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
+
+
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of rows, heads and tokens. A single row has none, so that a length past 2^31 numbers compiles nothing anew."""
     batch, head, row, _ = x.stride()

@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import UserError
-from ._operator import launch, operator
+from ._operator import LOG2E, launch, operator
 
 __all__ = ["accumulated_attention", "lse"]
 
-_LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -167,7 +166,7 @@ def _lse_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     with torch.cuda.device_of(q):
         launch(
             _lse, (blocks, pairs, splits),
-            q, k, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * _LOG2E, splits,
+            q, k, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * LOG2E, splits,
             G=group, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
             STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
@@ -185,7 +184,7 @@ def _mass_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     with torch.cuda.device_of(q):
         launch(
             _mass, (triton.cdiv(size, config.keys), batch * kv_heads),
-            q, k, sums, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * _LOG2E,
+            q, k, sums, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * LOG2E,
             G=heads // kv_heads, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
             STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip

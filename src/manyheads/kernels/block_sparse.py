@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from . import _block_sparse, block_sparse_hopper
-from ._operator import compile_together, launch
-from ._passes import _strides, blocks, dense, like, padded
+from ._operator import LOG2E, compile_together, launch
+from ._passes import _rows, _strides, blocks, dense, like, padded
 
 __all__ = ["backward", "forward", "refusal", "written_for"]
-
-_LOG2E = 1.4426950408889634
 
 
 class _Config(NamedTuple):
@@ -72,7 +70,7 @@ class _Launch:
         pattern, rule, bias, documents = call.pattern, call.rule, call.bias, call.documents
         self.batch, self.pattern, self.rule = batch, pattern, rule
         self.width = padded(max(width, v.shape[3]), q.element_size())
-        self.scale, self.factor = call.scale, call.scale * _LOG2E
+        self.scale, self.factor = call.scale, call.scale * LOG2E
         self.bias = q if bias is None else bias.contiguous()
         mine, theirs = (pattern.indices, pattern.indices) if documents is None else documents
         self.extra = self.bias, mine, theirs
@@ -100,12 +98,6 @@ class _Launch:
             queries = min(queries, max(16, pattern.block_q))
         warps = max(4, config.warps * queries * keys // (config.queries * config.keys))
         return {"M": queries, "N": keys, "num_warps": warps, "STAGES": config.stages}
-
-
-def _rows(indices: Tensor) -> tuple[int, int]:
-    """Lists from one batch row, and from one head, to the next; 0 where they are shared."""
-    batch, heads, rows, _ = indices.shape
-    return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
 
 
 _compiled: set[Any] = set()

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._operator import launch
-from ._passes import _strides, like
+from ._operator import LOG2E, launch
+from ._passes import _rows, _strides, like
 
 __all__ = ["backward", "forward", "refusal"]
 
 _TILE = 128  # queries and keys of a tile
-_LOG2E = 1.4426950408889634
 _SHARED = 224 * 1024  # bytes of shared memory for tiles; the rest is for barriers
 _BUFFERS = 2  # tiles of queries of a program at once
 _STAGES = 4  # tiles of queries of the pass for keys at once
@@ -64,12 +63,6 @@ def _described(x: Tensor, rows: int = _TILE // 2) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[3]], layout)
 
 
-def _rows(indices: Tensor) -> tuple[int, int]:
-    """Lists from one batch row, and from one head, to the next; 0 where they are shared."""
-    batch, heads, rows, _ = indices.shape
-    return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
-
-
 def _programs(tiles: int, x: Tensor) -> tuple[int]:
     return (min(tiles, _device(x.device.index)[1]),)
 
@@ -91,7 +84,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]
             _block_sparse_hopper.forward, _programs(tiles, q),
             _described(q), _described(k, _TILE), _described(v, _TILE), _described(out), lse,
             begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, pattern.rows,
-            lists.indices.shape[3], rule.window or 0, call.scale * _LOG2E, tiles, G=heads // k.shape[1], D=width,
+            lists.indices.shape[3], rule.window or 0, call.scale * LOG2E, tiles, G=heads // k.shape[1], D=width,
             BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None,
             MORE=not one, BUFFERS=_BUFFERS, STAGES=_ring(width, _BUFFERS), num_warps=4,
         )  # fmt: skip
@@ -121,7 +114,7 @@ def backward(
     begun = torch.zeros(2, dtype=torch.int32, device=q.device)
     dq, dk, dv = like(q, width), like(k, width), like(v, width)
     tiles = pairs * pattern.rows * (pattern.block_q // _TILE)
-    given = rule.window or 0, call.scale * _LOG2E, call.scale
+    given = rule.window or 0, call.scale * LOG2E, call.scale
     constants = {"G": group, "D": width, "BQ": pattern.block_q, "CAUSAL": rule.causal}
     constants["WINDOW"] = rule.window is not None
     with torch.cuda.device_of(q):

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from ..errors import UserError
 from ._decode import combine, partial
-from ._operator import launch, operator
+from ._operator import LOG2E, launch, operator
 
 __all__ = ["decode_attention"]
 
 _MOST_PAIRS = 1024  # whose lengths each program looks at; of more, each is read by one program
 _PARTS = 64  # that the second kernel merges at a time
-_LOG2E = 1.4426950408889634
 
 
 class _Config(NamedTuple):
@@ -134,7 +133,7 @@ def _decode(
             q if k_scale is None else k_scale.contiguous(), q if v_scale is None else v_scale.contiguous(),
             q if recent_k is None else recent_k, q if recent_v is None else recent_v,
             lengths if recent_length is None else recent_length, offsets, lengths, part, part_lse,
-            scale * _LOG2E, programs, pairs, 0 if recent_k is None else recent_k.shape[2],
+            scale * LOG2E, programs, pairs, 0 if recent_k is None else recent_k.shape[2],
             0 if recent_length is None or recent_length.dim() == 0 else recent_length.stride(0),
             LENGTHS=room, HEADS=kv_heads, G=group, ROWS=16 if group <= 16 else 32, D=dim, BLOCK=config.block,
             STAGES=config.stages,

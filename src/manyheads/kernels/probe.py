@@ -22,14 +22,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import _probe
-from ._operator import launch, operator
+from ._operator import LOG2E, launch, operator
 from .accumulated_attention import _strides
 
 __all__ = ["Rows", "Spans", "band", "column_sum", "pool", "row_statistics"]
 
 Spans = tuple[Tensor, Tensor]
 
-_LOG2E = 1.4426950408889634
 _MOST = 32  # features of a launch
 
 
@@ -117,7 +116,7 @@ def _statistics_op(
         launch(
             _probe.statistics, (triton.cdiv(length * group, config.rows), batch * kv_heads),
             q, k, high, low, lo, hi, lse, entropy, far, found, top, column, *_strides(q), *_strides(k),
-            size * columns if features.shape[0] > 1 else 0, kv_heads, length, size, count, scale * _LOG2E, G=group,
+            size * columns if features.shape[0] > 1 else 0, kv_heads, length, size, count, scale * LOG2E, G=group,
             D=dim, WIDTH=_width(dim), F=columns, FAR=distance, PEAK=peak, RANGED=ranged, M=config.rows,
             N=config.keys, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
@@ -151,7 +150,7 @@ def _received_op(
         launch(
             _probe.received, (triton.cdiv(size, config.keys), batch * heads),
             q, k, high, low, lo, hi, lse, out, *_strides(q), *_strides(k),
-            length * columns if weight.shape[0] > 1 else 0, heads, length, size, count, scale * _LOG2E,
+            length * columns if weight.shape[0] > 1 else 0, heads, length, size, count, scale * LOG2E,
             G=heads // kv_heads, D=dim, WIDTH=_width(dim), F=columns, RANGED=ranged, M=config.rows, N=config.keys,
             STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
@@ -175,7 +174,7 @@ def _band_op(
         return rows, columns
     keys = 64 if q.element_size() < 4 else 32
     about = (*_strides(q), *_strides(k))
-    sizes = (heads, length, size, len(profile), scale * _LOG2E)
+    sizes = (heads, length, size, len(profile), scale * LOG2E)
     const = {
         "G": heads // kv_heads, "D": dim, "WIDTH": _width(dim), "RANGED": ranged, "M": keys, "N": keys, "num_warps": 4,
     }  # fmt: skip
@@ -217,7 +216,7 @@ def _pool_op(
     with torch.cuda.device_of(q):
         launch(
             _probe.pooled, (out.shape[3], out.shape[2], batch * heads),
-            q, k, lo, hi, lse, out, *_strides(q), *_strides(k), heads, length, size, high, wide, scale * _LOG2E,
+            q, k, lo, hi, lse, out, *_strides(q), *_strides(k), heads, length, size, high, wide, scale * LOG2E,
             G=heads // kv_heads, D=dim, WIDTH=_width(dim), RANGED=ranged, M=rows, N=keys, num_warps=4,
         )  # fmt: skip
     return out

@@ -107,6 +107,8 @@ class Waiting:
         first, past, start = self._first, self._past(), self._start
         assert first is not None
         size = start + len(q)
+        if now is not None and now.k.shape[2] < size + now.q.shape[2]:
+            now = None  # of what waits, some is gone
         held, self.rows, self._held, self._past, self._first = self._held, [], None, None, None
         if now is not None:
             keys, values = now.k[:, :, :size], now.v[:, :, :size]
@@ -165,6 +167,9 @@ def _keeps_all(call: AttentionCall) -> bool:
         return False
     if call.cache is not None:
         return call.cache.appends and not call.cache.fixed
+    layers = getattr(call.past, "layers", ())
+    if call.site.layer is not None and call.site.layer < len(layers) and layers[call.site.layer].is_sliding:
+        return False
     return call.k.untyped_storage().nbytes() == call.k.numel() * call.k.element_size()
 
 
