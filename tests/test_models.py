@@ -127,7 +127,7 @@ def test_planted_constants_are_recalled(
 ) -> None:
     model, tokenizer = default
     planter = Planter.build(tokenizer.backend_tokenizer, NAMES, seed=1, names=300)
-    measured = recall(model, planter, text, length, kind, 20, np.random.default_rng(0))
+    measured = recall(model, planter, text, length, kind, 8, np.random.default_rng(0))
     assert measured.value >= least
 
 

@@ -152,7 +152,7 @@ def held_out(pipe: ScenePipeline, count: int, device: str) -> float:
 
 
 @torch.no_grad()
-def met(pipe: ScenePipeline, count: int, device: str, steps: int = 20) -> dict[str, float]:
+def met(pipe: ScenePipeline, count: int, device: str, steps: int) -> dict[str, float]:
     """The share of ``count`` captions whose word of each kind the judge reads off what the pipeline makes of them."""
     kind = pipe.config.kind
     judge = load_judge(kind, device)[0]
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         budget="3 steps" if given.smoke else given.budget, batch=4 if given.smoke else given.batch,
         rate=given.rate or RATES[given.kind],
     )  # fmt: skip
-    judged = 8 if given.smoke else 2048
+    judged, steps = (2, 2) if given.smoke else (2048, 20)
     torch.manual_seed(given.seed)
     pipe, earlier = build(given.kind), []
     if given.start is not None:
@@ -211,13 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
             },
         ],
         "held_out": round(held_out(averaged, 64 if given.smoke else 1024, given.device), 4),
-        "met": met(averaged, judged, given.device),
+        "met": met(averaged, judged, given.device, steps),
         "judged": judged,
         "environment": _card.environment(given.device),
     }
     averaged.to(dtype=torch.float16)
     save(averaged, given.out)
-    results["met_stored"] = met(load_scenes(given.out), judged, given.device)
+    results["met_stored"] = met(load_scenes(given.out), judged, given.device, steps)
     (given.out / "results.json").write_text(json.dumps({**results, "curve": curve}, indent=1) + "\n", encoding="utf-8")
     (given.out / "README.md").write_text(_card.render("scenes", results), encoding="utf-8")
     print(f"captions met, by the judge: {results['met']}; with the stored weights: {results['met_stored']}")
