@@ -12,9 +12,9 @@ pyramid that pays has to be nearer to the uncached videos. The paper has no such
 it. Nothing is trained, so all videos are of one seed and count each.
 """
 
-from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher
-from ..tasks.diffusion.fidelity import Fidelity
-from ..tasks.diffusion.module_change import ModuleChange
+from ...experiment import Arm, Claim, Experiment, Reported, Sizes, higher
+from ...tasks.diffusion.fidelity import Fidelity
+from ...tasks.diffusion.module_change import ModuleChange
 
 SETS = {
     "pyramid": (2, 3, 6), "reversed, equal modules": (6, 3, 2), "reversed, equal FLOPs": (6, 3, 1),
