@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -96,6 +97,24 @@ def test_the_cut_model_is_the_masked_one_and_its_file_too(models, kind, name, tm
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64) if plain else load(tmp_path)
     assert_close(run(again), got, 1e-6)  # rotary frequencies of a plain one are of float32
     assert (tmp_path / FILE).is_file() != plain and (tmp_path / "model.safetensors").is_file() == plain
+
+
+@pytest.mark.parametrize("name", ["neurons", "ragged"])
+def test_rotary_frequencies_are_not_rounded_to_the_dtype_of_weights(name, tmp_path):
+    """In bfloat16 they would turn a token at position 200 by up to 0.4 radians too far or too little."""
+    tiny("llama", max_position_embeddings=512).float().save_pretrained(tmp_path / "whole")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    plan, out = SurgeryPlan(PLANS[name]), tmp_path / "cut"
+    cut = converted(model, plan)
+    plain = save(cut, out, plan, model.config, {})
+    assert plain == (name == "neurons")
+    again = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16) if plain else load(out)
+    ids = torch.arange(400)[None] % 61
+    with torch.inference_mode():
+        want = cut(ids).logits
+        assert torch.equal(again(ids).logits, want)
+        assert not torch.equal(again.bfloat16()(ids).logits, want)  # which rounds them
+    assert again.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

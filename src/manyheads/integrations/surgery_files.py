@@ -18,6 +18,7 @@ from torch import Tensor
 from ..conversion import SurgeryPlan
 from ..errors import UserError
 from ..files import write_asked
+from .precision import cast
 
 __all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save"]
 
@@ -38,7 +39,8 @@ def plain(model: Any) -> Any | None:
     held = model.state_dict()
     if {name: x.shape for name, x in made.state_dict().items()} != {name: x.shape for name, x in held.items()}:
         return None
-    made = type(model)(config).to(next(model.parameters()))
+    like = next(model.parameters())
+    made = cast(type(model)(config), like.dtype).to(like.device)
     made.load_state_dict(held)
     if getattr(config, "tie_word_embeddings", False):
         made.tie_weights()
@@ -120,7 +122,7 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
         config = kind.config_class.from_dict(written["config"])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} holds no converted model that can be read ({error}); convert it again") from error
-    model: Any = kind(config).to(dtype or next(iter(weights.values())).dtype)
+    model: Any = cast(kind(config), dtype or next(iter(weights.values())).dtype)
     operate(model, SurgeryPlan.of(written["plan"]))
     missing, unknown = model.load_state_dict(weights, strict=False)
     own = {name for name, _ in model.named_parameters()}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..conversion import Recovery
 from ..errors import UserError
+from ..integrations.precision import cast
 from .budget import Budget
 from .checkpoint import Checkpoint
 from .fit import BatchFn, TrainState, fit
@@ -151,7 +152,7 @@ def _train(
             checkpoint=None if folder is None else Checkpoint(folder), on_step=on_step,
         )  # fmt: skip
     finally:
-        model.to(dtype).eval()
+        cast(model, dtype).eval()
         if how.trained:
             model.requires_grad_(True)
 
