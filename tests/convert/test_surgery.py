@@ -28,8 +28,9 @@ from manyheads.conversion import (
 from manyheads.errors import UserError
 from manyheads.integrations import surgery_parts
 from manyheads.integrations.anatomy import ModelAnatomy
+from manyheads.integrations.precision import cast
 from manyheads.integrations.surgery import converted
-from manyheads.integrations.surgery_files import FILE, load, outputs, save
+from manyheads.integrations.surgery_files import FILE, load, load_if_converted, outputs, plain, save
 from manyheads.integrations.surgery_parts import LowRankLinear
 from oracles.conversions import FAMILIES, HEADS, NEURONS, WIDTH, masked, tiny
 from tolerance import MODEL, assert_close, is_far, within
@@ -92,11 +93,11 @@ def test_the_cut_model_is_the_masked_one_and_its_file_too(models, kind, name, tm
     assert torch.equal(before, run(model))  # the model that was cut stays as it was
     assert sum(p.numel() for p in cut.parameters()) == ModelAnatomy(model).parameters(plan)
 
-    plain = save(cut, tmp_path, plan, model.config, {"spec": "x"})
-    assert plain == (name in PLAIN[kind])
-    again = type(model).from_pretrained(tmp_path, dtype=torch.float64) if plain else load(tmp_path)
+    stock = save(cut, tmp_path, plan, model.config, {"spec": "x"})
+    assert stock == (name in PLAIN[kind])
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64) if stock else load(tmp_path)
     assert_close(run(again), got, 1e-6)  # rotary frequencies of a plain one are of float32
-    assert (tmp_path / FILE).is_file() != plain and (tmp_path / "model.safetensors").is_file() == plain
+    assert (tmp_path / FILE).is_file() != stock and (tmp_path / "model.safetensors").is_file() == stock
 
 
 @pytest.mark.parametrize("name", ["neurons", "ragged"])
@@ -106,9 +107,9 @@ def test_rotary_frequencies_are_not_rounded_to_the_dtype_of_weights(name, tmp_pa
     model = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     plan, out = SurgeryPlan(PLANS[name]), tmp_path / "cut"
     cut = converted(model, plan)
-    plain = save(cut, out, plan, model.config, {})
-    assert plain == (name == "neurons")
-    again = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16) if plain else load(out)
+    stock = save(cut, out, plan, model.config, {})
+    assert stock == (name == "neurons")
+    again = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16) if stock else load(out)
     ids = torch.arange(400)[None] % 61
     with torch.inference_mode():
         want = cut(ids).logits
@@ -265,6 +266,34 @@ def test_files_that_are_damaged_are_refused(models, tmp_path):
     (tmp_path / FILE).write_text("{")
     with pytest.raises(UserError, match="convert it again"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["layers", "attention"])
+def test_a_folder_holds_what_was_written_last(models, first, tmp_path):
+    """What an earlier conversion left there, plain or with its plan, is not loaded in its place."""
+    model = models["llama"]
+    names = {"layers": "model.safetensors", "attention": FILE}
+    for name in (first, *(names.keys() - {first})):
+        plan = SurgeryPlan(PLANS[name])
+        cut = converted(model, plan)
+        cut.generation_config.eos_token_id = [1, 5]
+        assert save(cut, tmp_path, plan, model.config, {}) == (name == "layers")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name in names.values()) == [names[name]]
+    again = load_if_converted(tmp_path, torch.device("cpu"), torch.float64)
+    assert (again is None) == (name == "layers")
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64) if again is None else again
+    assert_close(run(again), run(cut), 1e-6)
+    assert again.generation_config.eos_token_id == [1, 5]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_plain_one_is_tried_with_the_attention_that_the_model_has(attention):
+    """In bfloat16 two ways to compute it differ by more than a cut model and its stock class may."""
+    model = tiny("llama").float()
+    model.set_attn_implementation(attention)
+    cut = cast(converted(model, SurgeryPlan(PLANS["layers"])), torch.bfloat16)
+    stock = plain(cut)
+    assert stock is not None and stock.config._attn_implementation == attention
 
 
 def test_heads_are_chosen_in_equal_groups():

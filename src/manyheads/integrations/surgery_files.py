@@ -22,7 +22,8 @@ from .precision import cast
 
 __all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save"]
 
-FILE, _WEIGHTS = "surgery.json", "surgery.safetensors"
+FILE, _WEIGHTS, _ABOUT = "surgery.json", "surgery.safetensors", "conversion.json"
+_PLAIN = ("model*.safetensors", "model.safetensors.index.json", _ABOUT)  # what a plain one has and the other has not
 _EQUAL = 1e-5  # relative difference of outputs in float32
 
 
@@ -32,6 +33,7 @@ def plain(model: Any) -> Any | None:
 
     try:
         config = type(model.config).from_dict(model.config.to_dict())
+        config._attn_implementation = model.config._attn_implementation
         with torch.device("meta"):
             made: Any = type(model)(config)
     except Exception:  # a config that the class refuses is one that cannot say it
@@ -39,9 +41,8 @@ def plain(model: Any) -> Any | None:
     held = model.state_dict()
     if {name: x.shape for name, x in made.state_dict().items()} != {name: x.shape for name, x in held.items()}:
         return None
-    like = next(model.parameters())
-    made = cast(type(model)(config), like.dtype).to(like.device)
-    made.load_state_dict(held)
+    made = type(model)(config).to(next(model.parameters()).device)
+    made.load_state_dict(held, assign=True)
     if getattr(config, "tie_word_embeddings", False):
         made.tie_weights()
     made.eval()
@@ -70,7 +71,7 @@ def outputs(model: Any) -> Tensor:
 
 
 def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[str, Any]) -> bool:
-    """Write a converted model; whether it is a plain checkpoint.
+    """Write a converted model; whether it is a plain checkpoint. What an earlier one left in the folder goes.
 
     Args:
         model: after ``plan``.
@@ -88,7 +89,8 @@ def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[s
     stock = plain(model)
     if stock is not None:
         stock.save_pretrained(folder)
-        write_asked(folder / "conversion.json", json.dumps({**about, "plan": plan.plain()}) + "\n")
+        write_asked(folder / _ABOUT, json.dumps({**about, "plan": plan.plain()}) + "\n")
+        _remove(folder, FILE, _WEIGHTS)
         return True
     written = {"about": about, "class": type(model).__name__, "config": before.to_dict(), "plan": plan.plain()}
     before.save_pretrained(folder)
@@ -96,7 +98,13 @@ def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[s
         model.generation_config.save_pretrained(folder)
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / _WEIGHTS)
     write_asked(folder / FILE, json.dumps(written) + "\n")
+    _remove(folder, *_PLAIN)
     return False
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
 
 
 def load_if_converted(folder: Path, device: torch.device, dtype: torch.dtype) -> Any | None:
@@ -128,5 +136,7 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
     own = {name for name, _ in model.named_parameters()}
     if unknown or own & set(missing):
         raise UserError(f"the weights in {folder} do not fit its plan; convert the model again")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.name_or_path = str(folder)
     return model.to(device).eval()
