@@ -96,7 +96,7 @@ def test_a_training_that_was_cut_off_goes_on(tmp_path):
     from manyheads.training import recovery
 
     every = recovery.Checkpoint
-    recovery.Checkpoint = lambda folder: every(folder, every=2)
+    recovery.Checkpoint = lambda folder, seconds: every(folder, every=2)
     try:
         with pytest.raises(Stopped):
             recover(parts, teacher, batches, 6, Recovery(lr=1e-2), folder=tmp_path, on_step=stop)

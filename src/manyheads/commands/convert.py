@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyheads.errors import UserError
 from manyheads.progress import shown
 
 from .options import (
@@ -65,7 +66,7 @@ def convert(
     passive_threads()
     from manyheads.data.texts import read, standard_library
 
-    place = writable(out, str(out))
+    place = _place(out, model)
     texts = read(text) if text else standard_library()
     from manyheads.converter import Material, as_conversion, convert_model
     from manyheads.training import Budget
@@ -86,6 +87,22 @@ def convert(
         print_json({**made.document(), "folder": str(place), "plain": plain, "next": following})
     else:
         _print(made, place, plain, following)
+
+
+def _place(out: Path, model: str | None) -> Path:
+    """The folder to write to, which holds no model but of an earlier conversion.
+
+    Raises:
+        UserError: it holds another, or the one that is to be converted.
+    """
+    from manyheads.models import source
+
+    place = writable(out, str(out))
+    ours = any((place / name).is_file() for name in ("conversion.json", "surgery.json"))
+    same = model is not None and Path(source(model)).resolve() == place.resolve()
+    if same or (not ours and ((place / "config.json").exists() or any(place.glob("*.safetensors")))):
+        raise UserError(f"{place} holds a model, and none is written over: give another folder with --out")
+    return place
 
 
 def _following(place: Path, plain: bool, recover: str | None) -> list[str]:

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files import write_asked
 from .precision import cast
 
-__all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save"]
+__all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save", "stock_config"]
 
 FILE, _WEIGHTS, _ABOUT = "surgery.json", "surgery.safetensors", "conversion.json"
 _PLAIN = ("model*.safetensors", "model.safetensors.index.json", _ABOUT)  # what a plain one has and the other has not
@@ -31,18 +31,11 @@ def plain(model: Any) -> Any | None:
     """``model`` as an instance of its stock class, weights shared; None where its config cannot say what it is."""
     from transformers import GenerationConfig
 
-    try:
-        config = type(model.config).from_dict(model.config.to_dict())
-        config._attn_implementation = model.config._attn_implementation
-        with torch.device("meta"):
-            made: Any = type(model)(config)
-    except Exception:  # a config that the class refuses is one that cannot say it
+    config = stock_config(model)
+    if config is None:
         return None
-    held = model.state_dict()
-    if {name: x.shape for name, x in made.state_dict().items()} != {name: x.shape for name, x in held.items()}:
-        return None
-    made = type(model)(config).to(next(model.parameters()).device)
-    made.load_state_dict(held, assign=True)
+    made: Any = type(model)(config).to(next(model.parameters()).device)
+    made.load_state_dict(model.state_dict(), assign=True)
     if getattr(config, "tie_word_embeddings", False):
         made.tie_weights()
     made.eval()
@@ -53,6 +46,19 @@ def plain(model: Any) -> Any | None:
     if isinstance(getattr(model, "generation_config", None), GenerationConfig):
         made.generation_config = model.generation_config
     return made
+
+
+def stock_config(model: Any) -> Any | None:
+    """The config of which the stock class makes a model of equal shapes; None where it makes another, or refuses."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config._attn_implementation = model.config._attn_implementation
+    try:
+        with torch.device("meta"):
+            made: Any = type(model)(config)
+    except Exception:  # a config that the class refuses is one that cannot say it
+        return None
+    found, held = ({name: x.shape for name, x in each.state_dict().items()} for each in (made, model))
+    return config if found == held else None
 
 
 def outputs(model: Any) -> Tensor:
