@@ -107,6 +107,11 @@ class Converted:
     def losses(self) -> dict[str, float]:
         return {stage: sum(values) / len(values) for stage, values in self.windows.items() if values}
 
+    @property
+    def compared(self) -> bool:
+        """Whether its loss could be measured."""
+        return all(self.windows.values())
+
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
         recovered = self.state and {

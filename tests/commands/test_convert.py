@@ -159,6 +159,19 @@ def test_encoders_of_another_width_are_not_compared_and_not_trained(capsys):
         convert_model(model, spec, material(), sequences=2, recover="1 steps")
 
 
+def test_what_is_said_of_an_encoder_can_be_done(text, tmp_path, capsys):
+    _, tokenizer = models.load_default()
+    for part in (tiny("bert"), tokenizer):
+        part.save_pretrained(tmp_path / "bert")
+    spec, out = "minitron:keep=0.9,axis=width", tmp_path / "it is out"
+    code, said, _ = run(capsys, *small(text, out, spec, "--model", tmp_path / "bert", "--json"))
+    following = json.loads(said)["next"]
+    assert code == 0 and not any("compare" in line or "--recover" in line for line in following)
+    assert f"inspect --model '{out}'" in following[0] and "load_reader" in following[1]
+    assert sum(p.numel() for p in models.load_reader(out)[0].parameters()) == json.loads(said)["parameters"]["after"]
+    assert "another width" in run(capsys, *small(text, out, spec, "--model", tmp_path / "bert"))[1]
+
+
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForSequenceClassification"])
 def test_encoders_are_converted_with_their_heads(kind):
     """Norms of a head are none of the stream."""
