@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -38,7 +39,8 @@ from tolerance import MODEL, assert_close, is_far, within
 SAME = within(torch.float64, 4 * MODEL)  # another order of summation, through a model whose norms divide small numbers
 PLAIN = {  # what a stock config can say
     "llama": {"neurons", "heads", "width", "layers"}, "qwen2": {"neurons", "heads", "width", "layers"},
-    "qwen3": {"neurons", "heads", "width", "layers"}, "gemma3": {"neurons", "heads", "width", "layers"},
+    "qwen3": {"neurons", "heads", "width", "layers"}, "gemma": {"neurons", "heads", "width", "layers"},
+    "gemma3": {"neurons", "heads", "width", "layers"},
     "gpt2": {"neurons", "layers"}, "bert": {"neurons", "layers"}, "vit": {"neurons", "heads", "width", "layers"},
     "dinov2": {"heads"},
 }  # fmt: skip
@@ -62,7 +64,7 @@ def norms_of_float64(monkeypatch):
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
 
-    for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Gemma3RMSNorm):
+    for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, GemmaRMSNorm, Gemma3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)
 
 
@@ -149,8 +151,9 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert_close(run(again), run(cut), 1e-6)
 
 
-def test_gemma_tied_embeddings_are_rescaled_with_the_width(tmp_path):
-    model = tiny("gemma3", tie_word_embeddings=True)
+@pytest.mark.parametrize("kind", ["gemma", "gemma3"])
+def test_gemma_tied_embeddings_are_rescaled_with_the_width(kind, tmp_path):
+    model = tiny(kind, tie_word_embeddings=True)
     plan = SurgeryPlan(PLANS["width"])
     cut = converted(model, plan)
     with masked(model, plan):
