@@ -7,9 +7,11 @@ The last tenth of the text is held out: losses are of it, and neither calibratio
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from .conversion import Conversion, SurgeryPlan
 from .errors import UserError
+from .files import write_asked
 
 if TYPE_CHECKING:
     from .data.texts import Text
@@ -82,7 +85,8 @@ class Converted:
         spec: of the conversion.
         parameters, bytes: before and after.
         measure: what ``losses`` are: ``nats/token``, or for encoders the distance of last states from the model's.
-        losses: means over the windows held out, by stage: ``before``, ``after surgery``, ``after recovery``.
+        losses: means over the windows held out, by stage: ``before``, ``after surgery``, ``after recovery``; without
+            those at which states of an encoder have another width, and cannot be compared.
         windows: the values that the means are of.
         state: of the recovery, None without.
         before: config of the model that it was made of.
@@ -101,7 +105,12 @@ class Converted:
 
     @property
     def losses(self) -> dict[str, float]:
-        return {stage: sum(values) / len(values) for stage, values in self.windows.items()}
+        return {stage: sum(values) / len(values) for stage, values in self.windows.items() if values}
+
+    @property
+    def compared(self) -> bool:
+        """Whether its loss could be measured."""
+        return all(self.windows.values())
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -159,10 +168,16 @@ def convert_model(
     if strategy.families and anatomy.family not in strategy.families:
         known = ", ".join(sorted(strategy.families))
         raise UserError(f"{strategy.slug} converts models of {known}, and this one is of {anatomy.family}")
+    _check_reads(model, material)
     device = next(model.parameters()).device
     stats = calibrate(model, material.calibration(sequences, batch, device), strategy.wants(anatomy), progress)
     plan = strategy.plan(anatomy, stats)
     made = converted(model, plan)
+    if recover is not None and not anatomy.causal and not _comparable(made, model, material):
+        raise UserError(
+            "states of another width cannot be compared with the model's, nor trained to be them: cut an encoder by "
+            "axis=neurons or axis=layers, or leave --recover away"
+        )
     result = Converted(
         made, plan, strategy.spec, (_count(model), _count(made)), (_bytes(model), _bytes(made)),
         "nats/token" if anatomy.causal else "distance of last states",
@@ -201,6 +216,9 @@ def _recovered(
     from .training.recovery import recover as train
 
     how = strategy.recovery(anatomy)
+    if folder is not None:
+        begun = [_digest([material.train]), _digest(result.model.parameters())]
+        _claim(folder, [strategy.spec, seed, material.length, *begun])
     result.model = own = copy.deepcopy(result.model)  # parameters of its own
     batches = id_batches(material.train, material.length, how.batch, seed, next(model.parameters()).device)
 
@@ -214,9 +232,55 @@ def _recovered(
     return state
 
 
+def _check_reads(model: Any, material: Material) -> None:
+    """Raise where the model cannot read windows so long, or has shapes that its config does not say."""
+    from .integrations.surgery_files import stock_config
+
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and material.length > most:
+        raise UserError(f"the model reads {most} tokens at most, and the windows have {material.length}: give --length")
+    if stock_config(model) is None:
+        raise UserError(
+            "the model has other tensors than its config says, as one has that was cut by a plan: convert the one that "
+            "it was made of"
+        )
+
+
+def _claim(folder: Path, whose: list[Any]) -> None:
+    """Keep a folder of checkpoints for one training, by all that it begins with.
+
+    Raises:
+        UserError: there is something else in it.
+    """
+    own, said = folder / "training.json", json.dumps(whose)
+    if own.is_file() and own.read_text(encoding="utf-8") == said:
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds another training, or something else: remove it, or give another --out")
+    write_asked(own, said)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """A text that is another for tensors of other shapes, or other numbers at one of a thousand places of each."""
+    found = hashlib.sha256()
+    for x in tensors:
+        flat = x.detach().flatten()
+        found.update(repr(tuple(x.shape)).encode())
+        found.update(flat[:: max(1, len(flat) // 1000)].double().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _comparable(made: Any, model: Any, material: Material) -> bool:
+    """Whether two encoders give states of one shape."""
+    return bool(measured(made, model, replace(material, held_out=material.held_out[:1])))
+
+
 @torch.inference_mode()
 def measured(model: Any, original: Any, material: Material, batch: int = 4) -> list[float]:
-    """Of each window held out: nats per token, or for encoders 1 - cosine of last states to the original's."""
+    """Of each window held out: nats per token, or for encoders 1 - cosine of last states to the original's.
+
+    Nothing where an encoder's states are of another width, which have no angle with the original's.
+    """
     from .integrations.anatomy import ModelAnatomy
     from .integrations.calibrate import nats
 
@@ -229,7 +293,7 @@ def measured(model: Any, original: Any, material: Material, batch: int = 4) -> l
         else:
             own, theirs = (each.base_model(input_ids=ids[:, :-1])[0].float() for each in (model, original))
             if own.shape != theirs.shape:
-                return [float("nan")] * len(material.held_out)
+                return []
             found += (1 - torch.cosine_similarity(own, theirs, dim=-1)).mean(1).tolist()
     return found
 

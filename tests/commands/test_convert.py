@@ -5,12 +5,17 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from manyheads import UserError, models, parse
 from manyheads.cli import main
+from manyheads.conversion import Prune, SurgeryPlan
 from manyheads.converter import Material, convert_model
 from manyheads.data.texts import Text
+from manyheads.integrations.surgery import converted
+from manyheads.training import recovery
+from oracles import conversions
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +55,7 @@ def test_a_plain_checkpoint_is_written_and_loaded(text, tmp_path, capsys):
 
 def test_a_ragged_one_is_loaded_by_us(text, tmp_path, capsys):
     model, tokenizer = models.load_default()
-    from manyheads.conversion import Drop, SurgeryPlan
-    from manyheads.integrations.surgery import converted
+    from manyheads.conversion import Drop
     from manyheads.integrations.surgery_files import save
 
     plan = SurgeryPlan((Drop(part="attention", layers=(3,)),))
@@ -65,6 +69,22 @@ def test_a_ragged_one_is_loaded_by_us(text, tmp_path, capsys):
     code, said, _ = run(capsys, "inspect", "--model", tmp_path, "--text", text, "--lens", "sinks", "--length", 32,
                         "--samples", 1, "--out", tmp_path / "page", "--json")  # fmt: skip
     assert code == 0 and json.loads(said)
+
+
+def test_models_are_not_written_over(text, tmp_path, capsys):
+    """What a conversion wrote there before is."""
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    for part in models.load_default():
+        part.save_pretrained(mine)
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    spec = "structured_pruning:score=magnitude,axis=layers"
+    code, _, error = run(capsys, *small(text, mine, spec, "--model", mine))
+    assert code == 2 and "holds a model" in error
+    assert before == {path.name: path.read_bytes() for path in mine.iterdir()}
+    for _ in range(2):
+        assert run(capsys, *small(text, out, spec, "--model", mine))[0] == 0
+    code, _, error = run(capsys, *small(text, out, spec, "--model", out))
+    assert code == 2 and "holds a model" in error
 
 
 @pytest.mark.parametrize(
@@ -82,6 +102,90 @@ def test_what_is_wrong_is_said_in_a_line(text, tmp_path, capsys, arguments, said
 def test_conversions_are_no_strategies_of_a_comparison(capsys):
     code, _, error = run(capsys, "compare", "--strategies", "minitron")
     assert code == 2 and "manyheads convert minitron" in error
+
+
+def material(length=16):
+    _, tokenizer = models.load_default()
+    return Material.of([Text("a", "x = 1\n" * 600)], tokenizer, length)
+
+
+def tiny(kind, **changed):
+    return conversions.tiny(kind, vocab_size=8192, **{"num_hidden_layers": 4} | changed).float()
+
+
+NARROW = "structured_pruning:score=magnitude,axis=layers,keep=0.98"
+
+
+def test_a_recovery_that_was_cut_off_goes_on_with_its_own_conversion_alone(tmp_path):
+    """Weights of another cut of the same shapes, or of another text, fit and mean nothing."""
+    model, place = tiny("llama"), tmp_path / "training"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done, total, what):
+        if what.endswith("step 2"):
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "_SECONDS", 0.0)  # a checkpoint after every step
+        with pytest.raises(Stopped):
+            convert_model(model, NARROW, material(), recover="3 steps", folder=place, progress=stop)
+    assert list(place.glob("*/step-*"))
+    others = {"spec": "structured_pruning:score=random,axis=layers,keep=0.98,seed=3", "text": NARROW, "seed": NARROW}
+    for what, spec in others.items():
+        given = material(12) if what == "text" else material()
+        with pytest.raises(UserError, match="another training"):
+            convert_model(model, spec, given, recover="3 steps", folder=place, seed=5 if what == "seed" else 0)
+    steps = []
+    made = convert_model(
+        model, NARROW, material(), recover="3 steps", folder=place, progress=lambda *said: steps.append(said[2])
+    )
+    assert "recovery, step 1" not in steps and made.state.step == 3 and not place.exists()
+
+
+def test_a_folder_of_another_kind_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="another training"):
+        convert_model(tiny("llama"), NARROW, material(), recover="1 steps", folder=tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_encoders_of_another_width_are_not_compared_and_not_trained(capsys):
+    model, spec = tiny("bert"), "minitron:axis=width,keep=0.9"
+    made = convert_model(model, spec, material(), sequences=2)
+    assert set(made.losses) == {"before"} and "NaN" not in json.dumps(made.document())
+    with pytest.raises(UserError, match="axis=neurons"):
+        convert_model(model, spec, material(), sequences=2, recover="1 steps")
+
+
+def test_what_is_said_of_an_encoder_can_be_done(text, tmp_path, capsys):
+    _, tokenizer = models.load_default()
+    for part in (tiny("bert"), tokenizer):
+        part.save_pretrained(tmp_path / "bert")
+    spec, out = "minitron:keep=0.9,axis=width", tmp_path / "it is out"
+    code, said, _ = run(capsys, *small(text, out, spec, "--model", tmp_path / "bert", "--json"))
+    following = json.loads(said)["next"]
+    assert code == 0 and not any("compare" in line or "--recover" in line for line in following)
+    assert f"inspect --model '{out}'" in following[0] and "load_reader" in following[1]
+    assert sum(p.numel() for p in models.load_reader(out)[0].parameters()) == json.loads(said)["parameters"]["after"]
+    assert "another width" in run(capsys, *small(text, out, spec, "--model", tmp_path / "bert"))[1]
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForSequenceClassification"])
+def test_encoders_are_converted_with_their_heads(kind):
+    """Norms of a head are none of the stream."""
+    config = tiny("bert").config
+    made = convert_model(getattr(transformers, kind)(config), "minitron:axis=layers,keep=0.98", material(), sequences=2)
+    assert made.losses["after surgery"] > 0
+
+
+def test_what_a_model_cannot_read_or_was_cut_by_a_plan_is_refused():
+    with pytest.raises(UserError, match="64 tokens at most"):
+        convert_model(tiny("gpt2"), NARROW, material(65))
+    cut = converted(tiny("gpt2"), SurgeryPlan((Prune(axis="width", keep=tuple(range(42))),)))
+    with pytest.raises(UserError, match="one that it was made of"):
+        convert_model(cut, NARROW, material())
 
 
 def test_too_little_text_is_refused_and_the_model_stays():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minitron: importances equal those of the formula, sizes are those asked for, and the order of keeping is by them."""
 
+import re
+
 import pytest
 import torch
 
@@ -125,6 +127,13 @@ def test_fields_that_mean_nothing_are_refused(spec, said):
         parse(spec)
 
 
-def test_too_few_parameters_are_refused(model, stats):
-    with pytest.raises(UserError, match="keep more"):
-        parse("minitron:keep=0.01,axis=neurons").plan(ModelAnatomy(model), stats)
+@pytest.mark.parametrize("axis", ["neurons", "width", "both", "layers"])
+def test_too_few_parameters_are_refused_with_how_few_there_can_be(model, stats, axis):
+    anatomy = ModelAnatomy(model)
+    with pytest.raises(UserError, match=r"keep=\d") as refused:
+        parse(f"minitron:keep=0.01,axis={axis}").plan(anatomy, stats)
+    said = re.search(r"keep=(0\.\d\d) can be had", str(refused.value))[1]
+    plan = parse(f"minitron:keep={said},axis={axis}").plan(anatomy, stats)
+    assert plan.steps and anatomy.parameters(plan) <= float(said) * anatomy.parameters()
+    with pytest.raises(UserError):
+        parse(f"minitron:keep={float(said) - 0.01:.2f},axis={axis}").plan(anatomy, stats)

@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -27,8 +29,9 @@ from manyheads.conversion import (
 from manyheads.errors import UserError
 from manyheads.integrations import surgery_parts
 from manyheads.integrations.anatomy import ModelAnatomy
+from manyheads.integrations.precision import cast
 from manyheads.integrations.surgery import converted
-from manyheads.integrations.surgery_files import FILE, load, outputs, save
+from manyheads.integrations.surgery_files import FILE, load, load_if_converted, outputs, plain, save
 from manyheads.integrations.surgery_parts import LowRankLinear
 from oracles.conversions import FAMILIES, HEADS, NEURONS, WIDTH, masked, tiny
 from tolerance import MODEL, assert_close, is_far, within
@@ -36,7 +39,8 @@ from tolerance import MODEL, assert_close, is_far, within
 SAME = within(torch.float64, 4 * MODEL)  # another order of summation, through a model whose norms divide small numbers
 PLAIN = {  # what a stock config can say
     "llama": {"neurons", "heads", "width", "layers"}, "qwen2": {"neurons", "heads", "width", "layers"},
-    "qwen3": {"neurons", "heads", "width", "layers"}, "gemma3": {"neurons", "heads", "width", "layers"},
+    "qwen3": {"neurons", "heads", "width", "layers"}, "gemma": {"neurons", "heads", "width", "layers"},
+    "gemma3": {"neurons", "heads", "width", "layers"},
     "gpt2": {"neurons", "layers"}, "bert": {"neurons", "layers"}, "vit": {"neurons", "heads", "width", "layers"},
     "dinov2": {"heads"},
 }  # fmt: skip
@@ -60,7 +64,7 @@ def norms_of_float64(monkeypatch):
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
 
-    for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Gemma3RMSNorm):
+    for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, GemmaRMSNorm, Gemma3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)
 
 
@@ -91,11 +95,29 @@ def test_the_cut_model_is_the_masked_one_and_its_file_too(models, kind, name, tm
     assert torch.equal(before, run(model))  # the model that was cut stays as it was
     assert sum(p.numel() for p in cut.parameters()) == ModelAnatomy(model).parameters(plan)
 
-    plain = save(cut, tmp_path, plan, model.config, {"spec": "x"})
-    assert plain == (name in PLAIN[kind])
-    again = type(model).from_pretrained(tmp_path, dtype=torch.float64) if plain else load(tmp_path)
+    stock = save(cut, tmp_path, plan, model.config, {"spec": "x"})
+    assert stock == (name in PLAIN[kind])
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64) if stock else load(tmp_path)
     assert_close(run(again), got, 1e-6)  # rotary frequencies of a plain one are of float32
-    assert (tmp_path / FILE).is_file() != plain and (tmp_path / "model.safetensors").is_file() == plain
+    assert (tmp_path / FILE).is_file() != stock and (tmp_path / "model.safetensors").is_file() == stock
+
+
+@pytest.mark.parametrize("name", ["neurons", "ragged"])
+def test_rotary_frequencies_are_not_rounded_to_the_dtype_of_weights(name, tmp_path):
+    """In bfloat16 they would turn a token at position 200 by up to 0.4 radians too far or too little."""
+    tiny("llama", max_position_embeddings=512).float().save_pretrained(tmp_path / "whole")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    plan, out = SurgeryPlan(PLANS[name]), tmp_path / "cut"
+    cut = converted(model, plan)
+    stock = save(cut, out, plan, model.config, {})
+    assert stock == (name == "neurons")
+    again = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16) if stock else load(out)
+    ids = torch.arange(400)[None] % 61
+    with torch.inference_mode():
+        want = cut(ids).logits
+        assert torch.equal(again(ids).logits, want)
+        assert not torch.equal(again.bfloat16()(ids).logits, want)  # which rounds them
+    assert again.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -129,8 +151,9 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert_close(run(again), run(cut), 1e-6)
 
 
-def test_gemma_tied_embeddings_are_rescaled_with_the_width(tmp_path):
-    model = tiny("gemma3", tie_word_embeddings=True)
+@pytest.mark.parametrize("kind", ["gemma", "gemma3"])
+def test_gemma_tied_embeddings_are_rescaled_with_the_width(kind, tmp_path):
+    model = tiny(kind, tie_word_embeddings=True)
     plan = SurgeryPlan(PLANS["width"])
     cut = converted(model, plan)
     with masked(model, plan):
@@ -246,6 +269,34 @@ def test_files_that_are_damaged_are_refused(models, tmp_path):
     (tmp_path / FILE).write_text("{")
     with pytest.raises(UserError, match="convert it again"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["layers", "attention"])
+def test_a_folder_holds_what_was_written_last(models, first, tmp_path):
+    """What an earlier conversion left there, plain or with its plan, is not loaded in its place."""
+    model = models["llama"]
+    names = {"layers": "model.safetensors", "attention": FILE}
+    for name in (first, *(names.keys() - {first})):
+        plan = SurgeryPlan(PLANS[name])
+        cut = converted(model, plan)
+        cut.generation_config.eos_token_id = [1, 5]
+        assert save(cut, tmp_path, plan, model.config, {}) == (name == "layers")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name in names.values()) == [names[name]]
+    again = load_if_converted(tmp_path, torch.device("cpu"), torch.float64)
+    assert (again is None) == (name == "layers")
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64) if again is None else again
+    assert_close(run(again), run(cut), 1e-6)
+    assert again.generation_config.eos_token_id == [1, 5]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_plain_one_is_tried_with_the_attention_that_the_model_has(attention):
+    """In bfloat16 two ways to compute it differ by more than a cut model and its stock class may."""
+    model = tiny("llama").float()
+    model.set_attn_implementation(attention)
+    cut = cast(converted(model, SurgeryPlan(PLANS["layers"])), torch.bfloat16)
+    stock = plain(cut)
+    assert stock is not None and stock.config._attn_implementation == attention
 
 
 def test_heads_are_chosen_in_equal_groups():

@@ -24,7 +24,7 @@ _DECODER = _SHARED | {
     "vocab_size": WORDS, "head_dim": DIM, "num_key_value_heads": KV, "max_position_embeddings": 64,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "bert", "vit", "dinov2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma3", "gpt2", "bert", "vit", "dinov2")
 
 
 def tiny(kind: str, **changed: Any) -> Any:
@@ -45,7 +45,8 @@ def tiny(kind: str, **changed: Any) -> Any:
     else:
         config, made = {
             "llama": (t.LlamaConfig, t.LlamaForCausalLM), "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
-            "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM), "gemma3": (t.Gemma3TextConfig, t.Gemma3ForCausalLM),
+            "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM), "gemma": (t.GemmaConfig, t.GemmaForCausalLM),
+            "gemma3": (t.Gemma3TextConfig, t.Gemma3ForCausalLM),
         }[kind]  # fmt: skip
         own = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
         model = made(config(**_DECODER | (own if kind == "gemma3" else {}) | changed))

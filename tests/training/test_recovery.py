@@ -61,11 +61,13 @@ def test_training_lowers_the_loss_and_leaves_the_teacher(how):
     teacher = tiny("llama").float()
     before = copy.deepcopy(teacher.state_dict())
     student = copy.deepcopy(converted(teacher, PLAN)).bfloat16()
+    student.model.rotary_emb.inv_freq = teacher.model.rotary_emb.inv_freq.clone()  # as a loaded one has it
     names = set(student.state_dict())
     state = recover(student, teacher, lambda _: batches(0), 12, how)
     assert state.losses[-1] < state.losses[0]
     assert all(torch.equal(before[name], x) for name, x in teacher.state_dict().items())
     assert set(student.state_dict()) == names and next(student.parameters()).dtype == torch.bfloat16
+    assert torch.equal(student.model.rotary_emb.inv_freq, teacher.model.rotary_emb.inv_freq)  # not rounded
     assert all(p.requires_grad for p in student.parameters()) and not student.training
     assert state.step == (6 if how.correct else 12)
 
@@ -94,7 +96,7 @@ def test_a_training_that_was_cut_off_goes_on(tmp_path):
     from manyheads.training import recovery
 
     every = recovery.Checkpoint
-    recovery.Checkpoint = lambda folder: every(folder, every=2)
+    recovery.Checkpoint = lambda folder, seconds: every(folder, every=2)
     try:
         with pytest.raises(Stopped):
             recover(parts, teacher, batches, 6, Recovery(lr=1e-2), folder=tmp_path, on_step=stop)

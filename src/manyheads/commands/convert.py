@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyheads.errors import UserError
 from manyheads.progress import shown
 
 from .options import (
@@ -65,7 +67,7 @@ def convert(
     passive_threads()
     from manyheads.data.texts import read, standard_library
 
-    place = writable(out, str(out))
+    place = _place(out, model)
     texts = read(text) if text else standard_library()
     from manyheads.converter import Material, as_conversion, convert_model
     from manyheads.training import Budget
@@ -81,18 +83,38 @@ def convert(
         )  # fmt: skip
     made.about |= {"model": model or "default", "command": typed()}
     plain = made.save(place, tokenizer)
-    following = _following(place, plain, recover)
+    following = _following(made, place, plain, recover)
     if as_json:
         print_json({**made.document(), "folder": str(place), "plain": plain, "next": following})
     else:
         _print(made, place, plain, following)
 
 
-def _following(place: Path, plain: bool, recover: str | None) -> list[str]:
+def _place(out: Path, model: str | None) -> Path:
+    """The folder to write to, which holds no model but of an earlier conversion.
+
+    Raises:
+        UserError: it holds another, or the one that is to be converted.
+    """
+    from manyheads.models import source
+
+    place = writable(out, str(out))
+    ours = any((place / name).is_file() for name in ("conversion.json", "surgery.json"))
+    same = model is not None and Path(source(model)).resolve() == place.resolve()
+    if same or (not ours and ((place / "config.json").exists() or any(place.glob("*.safetensors")))):
+        raise UserError(f"{place} holds a model, and none is written over: give another folder with --out")
+    return place
+
+
+def _following(made: Converted, place: Path, plain: bool, recover: str | None) -> list[str]:
     """Commands that make sense next."""
-    again = [] if recover else ["the same command with --recover 10m trains it"]
-    loads = f"AutoModel.from_pretrained('{place}')" if plain else f"manyheads.models.load('{place}')"
-    return [f"manyheads compare --model {place}", f"manyheads inspect --model {place}", loads, *again]
+    words = made.measure == "nats/token"
+    where = shlex.quote(str(place))
+    verbs = [f"manyheads compare --model {where}"] if words else []
+    stock, load = ("AutoModelForCausalLM", "load") if words else ("AutoModel", "load_reader")
+    loads = f"{stock}.from_pretrained('{place}')" if plain else f"manyheads.models.{load}('{place}')"
+    again = [] if recover or not made.compared else ["the same command with --recover 10m trains it"]
+    return [*verbs, f"manyheads inspect --model {where}", loads, *again]
 
 
 def _print(made: Converted, place: Path, plain: bool, following: list[str]) -> None:
@@ -110,6 +132,8 @@ def _print(made: Converted, place: Path, plain: bool, following: list[str]) -> N
             )  # fmt: skip
     shown_on = console()
     shown_on.print(table)
+    if not made.compared:
+        shown_on.print("its states are of another width, so that they have no distance from the model's")
     what = "a plain checkpoint of transformers" if plain else "weights beside their plan: stock transformers refuses it"
     shown_on.print(f"\n{place}: {what}", markup=False)
     for line in following:

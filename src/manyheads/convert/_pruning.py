@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import lcm
+from math import ceil, lcm
 
 from torch import Tensor
 
@@ -107,9 +107,18 @@ class Pruning(Conversion):
         def shallow(layers: int) -> tuple[Step, ...]:
             return (Drop(part="block", layers=least(scores.layers, count - layers)),) if layers < count else ()
 
+        unit = _unit(model)
+        fewest = {"width": unit, "both": max(unit, unit * ceil(0.5 * self.keep * model.width / unit))}
+        smallest = (
+            shallow(2)
+            if self.axis == "layers"
+            else narrow(fewest.get(self.axis, model.width), shape.neurons if self.axis == "width" else _MULTIPLE)
+        )
+        if not fits(*smallest):
+            share = ceil(100 * model.parameters(SurgeryPlan(smallest)) / model.parameters()) / 100
+            raise UserError(f"{self.axis} alone cannot reach {self.spec}: keep={share:.2f} can be had, or another axis")
         if self.axis == "layers":
             return shallow(largest(2, count, lambda n: fits(*shallow(n))))
-        unit = _unit(model)
         if self.axis == "width":
             most = largest(1, model.width // unit, lambda n: fits(*narrow(n * unit, shape.neurons)))
             return narrow(most * unit, shape.neurons)
@@ -125,8 +134,6 @@ class Pruning(Conversion):
                 continue
             neurons = wide(channels)
             found.append((abs(neurons / shape.neurons - channels / model.width), channels, neurons))
-        if not found:
-            raise UserError(f"{self.spec} leaves fewer parameters than can be reached by {self.axis}: keep more")
         return narrow(*min(found)[1:])
 
 

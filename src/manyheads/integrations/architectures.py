@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from ..errors import UserError
@@ -114,7 +114,7 @@ def _inside(at: str, axes: Mapping[str, str]) -> dict[str, str]:
 
 _LLAMA = Family(
     name="llama",
-    types=frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "ministral"}),
+    types=frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral"}),
     layers="layers", parts=_QKVO | _GATED, modules={"attention": "self_attn", "mlp": "mlp"}, head="self_attn",
     axes=_LLAMA_AXES, fields=_FIELDS, norms=("input_layernorm", "post_attention_layernorm", "norm"),
     off={
@@ -122,6 +122,8 @@ _LLAMA = Family(
         "mlp": {"mlp": "zero", "post_attention_layernorm": "same"},
     },
 )  # fmt: skip
+
+_GEMMA1 = replace(_LLAMA, types=frozenset({"gemma"}), scaled_embedding=True)
 
 _GEMMA = Family(
     name="gemma",
@@ -210,7 +212,7 @@ _DINOV2 = Family(
     },
 )  # fmt: skip
 
-FAMILIES = (_LLAMA, _GEMMA, _GPT2, _BERT, _VIT, _DINOV2)
+FAMILIES = (_LLAMA, _GEMMA1, _GEMMA, _GPT2, _BERT, _VIT, _DINOV2)
 
 
 def family_of(model_type: str) -> Family:

@@ -80,7 +80,8 @@ class _Sums:
 
     def __init__(self, anatomy: ModelAnatomy, statistics: Sequence[Statistic]) -> None:
         self.anatomy, self.statistics = anatomy, statistics
-        self.norms = [m for n, m in anatomy.model.named_modules() if n.rpartition(".")[2] in anatomy.map.norms]
+        modules = anatomy.model.base_model.named_modules()  # a head has norms of its own, which read no stream
+        self.norms = [m for n, m in modules if n.rpartition(".")[2] in anatomy.map.norms]
         places = {statistic.name: statistic.place for statistic in statistics}
         count = {name: len(self.norms if place == "norms" else anatomy.layers) for name, place in places.items()}
         self.totals: dict[str, list[Any]] = {name: [None] * n for name, n in count.items()}

@@ -18,10 +18,12 @@ from torch import Tensor
 from ..conversion import SurgeryPlan
 from ..errors import UserError
 from ..files import write_asked
+from .precision import cast
 
-__all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save"]
+__all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save", "stock_config"]
 
-FILE, _WEIGHTS = "surgery.json", "surgery.safetensors"
+FILE, _WEIGHTS, _ABOUT = "surgery.json", "surgery.safetensors", "conversion.json"
+_PLAIN = ("model*.safetensors", "model.safetensors.index.json", _ABOUT)  # what a plain one has and the other has not
 _EQUAL = 1e-5  # relative difference of outputs in float32
 
 
@@ -29,17 +31,11 @@ def plain(model: Any) -> Any | None:
     """``model`` as an instance of its stock class, weights shared; None where its config cannot say what it is."""
     from transformers import GenerationConfig
 
-    try:
-        config = type(model.config).from_dict(model.config.to_dict())
-        with torch.device("meta"):
-            made: Any = type(model)(config)
-    except Exception:  # a config that the class refuses is one that cannot say it
+    config = stock_config(model)
+    if config is None:
         return None
-    held = model.state_dict()
-    if {name: x.shape for name, x in made.state_dict().items()} != {name: x.shape for name, x in held.items()}:
-        return None
-    made = type(model)(config).to(next(model.parameters()))
-    made.load_state_dict(held)
+    made: Any = type(model)(config).to(next(model.parameters()).device)
+    made.load_state_dict(model.state_dict(), assign=True)
     if getattr(config, "tie_word_embeddings", False):
         made.tie_weights()
     made.eval()
@@ -50,6 +46,19 @@ def plain(model: Any) -> Any | None:
     if isinstance(getattr(model, "generation_config", None), GenerationConfig):
         made.generation_config = model.generation_config
     return made
+
+
+def stock_config(model: Any) -> Any | None:
+    """The config of which the stock class makes a model of equal shapes; None where it makes another, or refuses."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config._attn_implementation = model.config._attn_implementation
+    try:
+        with torch.device("meta"):
+            made: Any = type(model)(config)
+    except Exception:  # a config that the class refuses is one that cannot say it
+        return None
+    found, held = ({name: x.shape for name, x in each.state_dict().items()} for each in (made, model))
+    return config if found == held else None
 
 
 def outputs(model: Any) -> Tensor:
@@ -68,7 +77,7 @@ def outputs(model: Any) -> Tensor:
 
 
 def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[str, Any]) -> bool:
-    """Write a converted model; whether it is a plain checkpoint.
+    """Write a converted model; whether it is a plain checkpoint. What an earlier one left in the folder goes.
 
     Args:
         model: after ``plan``.
@@ -86,7 +95,8 @@ def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[s
     stock = plain(model)
     if stock is not None:
         stock.save_pretrained(folder)
-        write_asked(folder / "conversion.json", json.dumps({**about, "plan": plan.plain()}) + "\n")
+        write_asked(folder / _ABOUT, json.dumps({**about, "plan": plan.plain()}) + "\n")
+        _remove(folder, FILE, _WEIGHTS)
         return True
     written = {"about": about, "class": type(model).__name__, "config": before.to_dict(), "plan": plan.plain()}
     before.save_pretrained(folder)
@@ -94,7 +104,13 @@ def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[s
         model.generation_config.save_pretrained(folder)
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / _WEIGHTS)
     write_asked(folder / FILE, json.dumps(written) + "\n")
+    _remove(folder, *_PLAIN)
     return False
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
 
 
 def load_if_converted(folder: Path, device: torch.device, dtype: torch.dtype) -> Any | None:
@@ -120,11 +136,13 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
         config = kind.config_class.from_dict(written["config"])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} holds no converted model that can be read ({error}); convert it again") from error
-    model: Any = kind(config).to(dtype or next(iter(weights.values())).dtype)
+    model: Any = cast(kind(config), dtype or next(iter(weights.values())).dtype)
     operate(model, SurgeryPlan.of(written["plan"]))
     missing, unknown = model.load_state_dict(weights, strict=False)
     own = {name for name, _ in model.named_parameters()}
     if unknown or own & set(missing):
         raise UserError(f"the weights in {folder} do not fit its plan; convert the model again")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.name_or_path = str(folder)
     return model.to(device).eval()

@@ -7,6 +7,7 @@ written under another name and renamed when complete, so that a reader finds a w
 """
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -39,11 +40,13 @@ class Checkpoint:
     Attributes:
         folder: holds the newest checkpoint and, while it is written, the next.
         every: steps between two; one more is written at the end.
+        seconds: between two, where that comes sooner.
         keep: whatever else a training draws from or changes, by name: generators, averages, schedulers.
     """
 
     folder: Path
     every: int = 500
+    seconds: float = math.inf
     keep: Mapping[str, "Stateful | torch.Generator"] = field(default_factory=dict)
 
 

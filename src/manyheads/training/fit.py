@@ -182,6 +182,12 @@ def fit(
 
     take = _recorded(step, optimizers, device, processes.size == 1 and not checkpoint) if replayed else step
     begun = time.perf_counter() - state.seconds
+    written = state.seconds
+
+    def due(each: Checkpoint) -> bool:
+        late = each.seconds < math.inf and processes.of_first(state.seconds - written) >= each.seconds
+        return state.finished or state.step % each.every == 0 or late
+
     while not state.finished:
         if schedule is not None:
             factor = schedule(state)
@@ -198,8 +204,9 @@ def fit(
         state.add(processes.mean(total))
         ended = on_step is not None and bool(on_step(state))
         state.finished = ended or state.progress >= 1
-        if checkpoint and (state.finished or state.step % checkpoint.every == 0):
+        if checkpoint and due(checkpoint):
             write(checkpoint.folder, state.step, shared, own, processes.rank, processes.wait)
+            written = state.seconds
     _forget(optimizers)
     state.look()
     model.eval()

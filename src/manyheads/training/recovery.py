@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..conversion import Recovery
 from ..errors import UserError
+from ..integrations.precision import cast
 from .budget import Budget
 from .checkpoint import Checkpoint
 from .fit import BatchFn, TrainState, fit
@@ -30,6 +31,7 @@ from .schedules import decay
 __all__ = ["recover", "vocabulary_kl"]
 
 _CHUNK = 8192  # words at a time
+_SECONDS = 120.0  # between two checkpoints
 _TARGETS = "all-linear"
 
 
@@ -148,10 +150,10 @@ def _train(
         return fit(
             model, get_batch, loss, budget=budget, optimizers=optimizers_of(model, how.lr, weight_decay=0.0),
             schedule=decay("cosine", warmup=0.1, floor=0.1), tokens_of=lambda ids: ids.shape[0] * (ids.shape[1] - 1),
-            checkpoint=None if folder is None else Checkpoint(folder), on_step=on_step,
+            checkpoint=None if folder is None else Checkpoint(folder, seconds=_SECONDS), on_step=on_step,
         )  # fmt: skip
     finally:
-        model.to(dtype).eval()
+        cast(model, dtype).eval()
         if how.trained:
             model.requires_grad_(True)
 
