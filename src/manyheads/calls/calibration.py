@@ -60,11 +60,13 @@ class Statistics:
         values: by name, a float64 tensor for each layer; for ``norms``, for each of them.
         tokens: that were read.
         trial: loss of the model on the same text after a plan, nats/token; None where the model predicts no text.
+        slope: gradient of that loss by a weight; None there too.
     """
 
     values: Mapping[str, Sequence[Tensor]]
     tokens: int = 0
     trial: Callable[[SurgeryPlan], float] | None = field(default=None, compare=False)
+    slope: Callable[[str, int], Tensor] | None = field(default=None, compare=False)
 
     def __getitem__(self, statistic: Statistic) -> Sequence[Tensor]:
         return self.values[statistic.name]
@@ -78,6 +80,18 @@ class Statistics:
         if self.trial is None:
             raise UserError("this chooses by the loss of text, which the model does not predict: choose otherwise")
         return self.trial(plan)
+
+    def gradient(self, part: str, layer: int) -> Tensor:
+        """Gradient of the loss of the calibration text by the weight ``[out, in]`` of a part of a layer.
+
+        All gradients come of one forward and backward over the text, when the first is asked for.
+
+        Raises:
+            UserError: the model predicts no text.
+        """
+        if self.slope is None:
+            raise UserError("this scores by the loss of text, which the model does not predict: choose another score")
+        return self.slope(part, layer)
 
 
 def _flat(x: Tensor) -> Tensor:

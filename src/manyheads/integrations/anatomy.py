@@ -21,9 +21,13 @@ __all__ = ["ModelAnatomy", "shared_copy", "turned"]
 _QKV = ("q", "k", "v")
 
 
-def shared_copy(model: Any) -> Any:
-    """A copy of the modules and of the config whose parameters and buffers are the model's own."""
-    made: Any = copy.deepcopy(model, {id(x): x for x in [*model.parameters(), *model.buffers()]})
+def shared_copy(model: Any, apart: bool = False) -> Any:
+    """A copy of the modules and of the config whose parameters and buffers are the model's own.
+
+    With ``apart`` its parameters are others, which may have gradients, over the same numbers.
+    """
+    parameters = {id(p): nn.Parameter(p.detach()) if apart else p for p in model.parameters()}
+    made: Any = copy.deepcopy(model, {**parameters, **{id(x): x for x in model.buffers()}})
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..calls.calibration import Statistic, Statistics
 from ..conversion import SurgeryPlan
 from ..progress import Progress
-from .anatomy import ModelAnatomy
+from .anatomy import ModelAnatomy, shared_copy
 from .surgery import converted
 
 __all__ = ["calibrate", "nats"]
@@ -45,13 +46,33 @@ def calibrate(
         name: [statistic.finish(total, sequences, tokens) for total in sums.totals[name]]
         for name, statistic in unique.items()
     }
-    trial = None
+    trial = slope = None
     if anatomy.causal:
+
+        @cache
+        def slopes() -> ModelAnatomy:
+            return _slopes(model, batches)
+
+        def slope(part: str, layer: int) -> Tensor:
+            return slopes().weight(part, layer)
 
         def trial(plan: SurgeryPlan) -> float:
             return float(torch.cat([nats(converted(model, plan), batch) for batch in batches]).mean())
 
-    return Statistics(values, tokens, trial)
+    return Statistics(values, tokens, trial, slope)
+
+
+def _slopes(model: Any, batches: Sequence[Tensor]) -> ModelAnatomy:
+    """The model with the gradient of its mean loss in the place of each weight."""
+    rows = sum(len(ids) for ids in batches)
+    with torch.inference_mode(False), torch.enable_grad():
+        own = shared_copy(model, apart=True)
+        for ids in batches:
+            logits = own(input_ids=ids[:, :-1], use_cache=False).logits.float()
+            (nn.functional.cross_entropy(logits.mT, ids[:, 1:]) * (len(ids) / rows)).backward()
+        for p in own.parameters():
+            p.data, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
+    return ModelAnatomy(own)
 
 
 @torch.inference_mode()
