@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Anatomy", "Assign", "Configure", "Conversion", "Drop", "Factorise", "LayerShape", "Prune", "Recovery", "Replace",
-    "Share", "Step", "SurgeryPlan", "choose_heads", "largest", "nearest_heads",
+    "Share", "Step", "Sublayer", "SurgeryPlan", "choose_heads", "largest", "nearest_heads",
 ]  # fmt: skip
 
 Axis = Literal["width", "heads", "neurons"]

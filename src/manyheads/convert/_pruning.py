@@ -75,7 +75,7 @@ class Pruning(Conversion):
     """Base: fields that say how much stays, and the plan of what the subclass scores highest.
 
     The sizes follow from the fields and the model's shapes alone: two ways to score leave the same number of
-    parameters.
+    parameters, but for less than eight neurons a layer where groups of heads can be kept in several ways.
     """
 
     keep: float = field(default=0.8, metadata={"help": "share of the model's parameters that stays"})
@@ -91,7 +91,6 @@ class Pruning(Conversion):
         default=False,
         metadata={"help": "give what stays of heads and neurons output weights that make up for what went"},
     )
-
     loss: str = field(default="kl", metadata={"help": "of the recovery: kl (to the model before) or nll (of the text)"})
     lr: float = field(default=3e-4, metadata={"help": "highest learning rate of the recovery"})
     rank: int = field(default=0, metadata={"help": "of adapters that the recovery trains; 0 for all weights"})

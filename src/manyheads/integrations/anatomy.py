@@ -106,6 +106,18 @@ class ModelAnatomy:
             raise UserError(f"{self.family} has no layer {name} of its own: there are {', '.join(known)}")
         return known[name]
 
+    @property
+    def middle(self) -> str:
+        """Where in a block the norm stands that its feed-forward part reads through.
+
+        Raises:
+            UserError: there is none: the family normalises what parts write.
+        """
+        norms = [path for path, how in self.map.off["mlp"].items() if how == "same"]
+        if not norms:
+            raise UserError(f"parts of {self.family} do not read a stream through norms: score whole blocks instead")
+        return norms[0]
+
     def weight(self, part: str, layer: int | None = None) -> Tensor:
         found = self._tensor(part, layer, "weight")
         assert found is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ class _Sums:
         count = {name: len(self.norms if place == "norms" else anatomy.layers) for name, place in places.items()}
         self.totals: dict[str, list[Any]] = {name: [None] * n for name, n in count.items()}
         self.read = 0
+        self.middles: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -115,6 +116,9 @@ class _Sums:
             places = {statistic.place for statistic in self.statistics}
             for layer, block in enumerate(self.anatomy.blocks):
                 handles.append(block.register_forward_hook(self._block(layer), with_kwargs=True))
+                if "stream" in places:
+                    middle = block.get_submodule(self.anatomy.middle)
+                    handles.append(middle.register_forward_pre_hook(partial(self._middle, layer)))
                 for place, part in (("attention", "q"), ("heads", "o"), ("mlp", "up"), ("neurons", "down")):
                     if place in places:
                         fused = place == "attention" and not self.anatomy.map.parts.get(part)
@@ -133,8 +137,13 @@ class _Sums:
             after = out[0] if isinstance(out, tuple) else out
             self.read = before.shape[0] * before.shape[1]
             self._add("block", layer, before, after)
+            if layer in self.middles:
+                self._add("stream", layer, before, self.middles.pop(layer), after)
 
         return hook
+
+    def _middle(self, layer: int, module: nn.Module, args: Any) -> None:
+        self.middles[layer] = args[0]
 
     def _inputs(self, place: str, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:

@@ -18,11 +18,12 @@ texts, tokenizer, model = tiny.texts, tiny.tokenizer, tiny.model
 
 
 def test_bytes_are_of_the_converted_model_and_of_its_cache(model, tokenizer):
-    cut = converted(model, SurgeryPlan((Drop(part="attention", layers=(1,)),)))
+    plan = SurgeryPlan((Drop(part="attention", layers=(1,)),))
+    cut = converted(model, plan)
     arms = (Arm("whole"), Arm("cut", "minitron"), Arm("left out"))
     task = ConvertedSpeed(prompt=24, written=3, rounds=2, timed=("whole", "cut"))
     run = RunContext(CausalLM("tiny", model, tokenizer), arms)
-    run.kept(("converted", "cut"), lambda: cut)
+    run.kept(("plan", "cut"), lambda: plan)
     run.kept("text of the speed", lambda: SimpleNamespace(train=torch.arange(60) % 50))
     told = []
     run.advance = told.append

@@ -15,10 +15,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 
+from ...conversion import SurgeryPlan
 from ...converter import Material, convert_model
 from ...errors import UserError
 from ...experiment import Arm, CausalLM, Metric, Row, RunContext, Task, WorkUnit
 from ...integrations.cache import cache_arguments
+from ...integrations.surgery import converted
 from ._text_task import model_of
 
 __all__ = ["ConvertedSpeed"]
@@ -36,7 +38,7 @@ class ConvertedSpeed(Task):
         prompt: tokens that are read.
         written: tokens after them that are timed.
         rounds: repetitions.
-        timed: keys of the arms that are timed; all of them when empty. Their models are held at once.
+        timed: keys of the arms that are timed; all of them when empty.
     """
 
     subject: ClassVar[str] = "causal_lm"
@@ -74,7 +76,8 @@ class ConvertedSpeed(Task):
         ids = text[: self.prompt + _WARM + self.written][None].to(run.device)
         first = turn * 5 % len(arms)
         for arm in arms[first:] + arms[:first]:
-            model = run.kept(("converted", arm.key), partial(self._made, run, arm))
+            plan = run.kept(("plan", arm.key), partial(self._plan, run, arm))
+            model = converted(model_of(run), plan)
             _timed(run, model, DynamicCache(config=model.config), ids[:, :16])
             cache: Any = DynamicCache(config=model.config)
             seconds = [_timed(run, model, cache, ids[:, : self.prompt])]
@@ -91,12 +94,12 @@ class ConvertedSpeed(Task):
     def _arms(self, run: RunContext) -> tuple[Arm, ...]:
         return tuple(arm for arm in run.arms if not self.timed or arm.key in self.timed)
 
-    def _made(self, run: RunContext, arm: Arm) -> Any:
+    def _plan(self, run: RunContext, arm: Arm) -> SurgeryPlan:
         if not arm.spec:
-            return model_of(run)
+            return SurgeryPlan(())
         material = run.kept("text of the speed", lambda: self._material(run))
         strategy: Any = arm.strategy
-        return convert_model(model_of(run), strategy, material, sequences=2, stages=False).model
+        return convert_model(model_of(run), strategy, material, sequences=2, stages=False).plan
 
     def _material(self, run: RunContext) -> Material:
         from ...data.texts import corpus
