@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Anatomy", "Assign", "Configure", "Conversion", "Drop", "Factorise", "LayerShape", "Prune", "Recovery", "Replace",
-    "Share", "Step", "SurgeryPlan", "choose_heads", "largest",
+    "Share", "Step", "Sublayer", "SurgeryPlan", "choose_heads", "largest", "nearest_heads",
 ]  # fmt: skip
 
 Axis = Literal["width", "heads", "neurons"]
@@ -285,6 +285,13 @@ def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+def nearest_heads(heads: int, kv_heads: int, keep: float) -> int:
+    """The number of query heads nearest to ``keep`` that leaves equal groups; the larger of two."""
+    size = heads // kv_heads
+    legal = {groups * each for groups in range(1, kv_heads + 1) for each in range(1, size + 1)}
+    return min(legal, key=lambda n: (abs(n - keep), -n))
+
+
 def choose_heads(scores: Tensor, kv_heads: int, keep: int) -> list[tuple[int, ...]]:
     """Query heads to keep, ``keep`` in each layer, of the highest scores that leave equal groups.
 
@@ -300,9 +307,8 @@ def choose_heads(scores: Tensor, kv_heads: int, keep: int) -> list[tuple[int, ..
     """
     layers, heads = scores.shape
     size = heads // kv_heads
-    legal = sorted({groups * each for groups in range(1, kv_heads + 1) for each in range(1, size + 1)})
-    if keep not in legal:
-        near = min(legal, key=lambda n: (abs(n - keep), -n))
+    near = nearest_heads(heads, kv_heads, keep)
+    if keep != near:
         raise UserError(
             f"{keep} of {heads} heads do not divide into equal groups of {kv_heads} key/value heads; keep {near} "
             f"({near / heads:.2f})"

@@ -119,7 +119,7 @@ def test_a_dead_neuron_goes_first_and_its_score_is_zero(model):
     ("spec", "said"),
     [
         ("minitron:keep=0", "shares"), ("minitron:axis=depth", "axis is"), ("minitron:depth=x", "cosine or loss"),
-        ("minitron:correct=1", "below 1"), ("structured_pruning:score=x", "random, magnitude or wanda"),
+        ("minitron:correct=1", "below 1"), ("structured_pruning:score=x", "random, magnitude, taylor or wanda"),
     ],
 )  # fmt: skip
 def test_fields_that_mean_nothing_are_refused(spec, said):

@@ -7,6 +7,8 @@ strategies want is gathered in the same pass; sums are of float64.
 Places, of each layer:
 
     block      its input and its output, ``[B, T, D]`` both
+    stream     its input, what is between its attention and its feed-forward part, and its output, ``[B, T, D]`` each;
+               of families whose layers normalise what a part reads, not what it writes
     attention  what is read by q, k and v, ``[B, T, D]``
     heads      what the output projection reads, ``[B, T, H, d]``
     mlp        what the feed-forward part reads, ``[B, T, D]``
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "Statistic", "Statistics", "absolute", "cosine", "gram", "mean", "rms", "sequence_norm"]
 
-Place = Literal["block", "attention", "heads", "mlp", "neurons", "norms"]
+Place = Literal["block", "stream", "attention", "heads", "mlp", "neurons", "norms"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class Statistics:
         values: by name, a float64 tensor for each layer; for ``norms``, for each of them.
         tokens: that were read.
         trial: loss of the model on the same text after a plan, nats/token; None where the model predicts no text.
+        slope: gradient of that loss by a weight; None there too.
     """
 
     values: Mapping[str, Sequence[Tensor]]
     tokens: int = 0
     trial: Callable[[SurgeryPlan], float] | None = field(default=None, compare=False)
+    slope: Callable[[str, int], Tensor] | None = field(default=None, compare=False)
 
     def __getitem__(self, statistic: Statistic) -> Sequence[Tensor]:
         return self.values[statistic.name]
@@ -78,6 +82,18 @@ class Statistics:
         if self.trial is None:
             raise UserError("this chooses by the loss of text, which the model does not predict: choose otherwise")
         return self.trial(plan)
+
+    def gradient(self, part: str, layer: int) -> Tensor:
+        """Gradient of the loss of the calibration text by the weight ``[out, in]`` of a part of a layer.
+
+        All gradients come of one forward and backward over the text, when the first is asked for.
+
+        Raises:
+            UserError: the model predicts no text.
+        """
+        if self.slope is None:
+            raise UserError("this scores by the loss of text, which the model does not predict: choose another score")
+        return self.slope(part, layer)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -125,10 +141,11 @@ def sequence_norm(place: Place) -> Statistic:
     return Statistic(f"{place}.sequence_norm", place, add, lambda total, *_: total.sqrt())
 
 
-def cosine() -> Statistic:
-    """Mean of ``1 - cos`` of a block's input and output: Block Influence, a scalar."""
+def cosine(part: Literal["block", "attention", "mlp"] = "block") -> Statistic:
+    """Mean of ``1 - cos`` of the stream before and after a block (Block Influence) or a part of it, a scalar."""
+    first, last = {"block": (0, -1), "attention": (0, 1), "mlp": (1, 2)}[part]
 
-    def add(before: Tensor, after: Tensor) -> Tensor:
-        return (1 - torch.cosine_similarity(before, after, dim=-1)).sum(dtype=torch.float64)
+    def add(*stream: Tensor) -> Tensor:
+        return (1 - torch.cosine_similarity(stream[first], stream[last], dim=-1)).sum(dtype=torch.float64)
 
-    return Statistic("block.cosine", "block", add, _per_token)
+    return Statistic(f"{part}.cosine", "block" if part == "block" else "stream", add, _per_token)

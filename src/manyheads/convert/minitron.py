@@ -26,7 +26,7 @@ earlier paper adds losses of hidden states; they are left out, as here where dep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -42,7 +42,7 @@ _NEURONS, _HEADS, _NORMS, _COSINE = sequence_norm("neurons"), sequence_norm("hea
 
 @dataclass(frozen=True, kw_only=True)
 class Minitron(Pruning):
-    """See the head of this file; ``keep``, ``axis`` and ``heads`` are those of the base."""
+    """See the head of this file; the other fields are those of the base."""
 
     depth: str = field(
         default="cosine", metadata={"help": "layers are scored by cosine (of input and output) or loss (without each)"}
@@ -50,18 +50,16 @@ class Minitron(Pruning):
     correct: float = field(
         default=0.2, metadata={"help": "share of the recovery in which the teacher is trained on the text"}
     )
-    lr: float = field(default=3e-4, metadata={"help": "highest learning rate of the recovery"})
-    loss: str = field(default="kl", metadata={"help": "of the recovery: kl (to the teacher) or nll (of the text)"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth not in ("cosine", "loss") or self.loss not in ("kl", "nll"):
-            raise UserError("depth is cosine or loss, and the recovery's loss is kl or nll")
-        if not 0 <= self.correct < 1 or self.lr <= 0:
-            raise UserError("correct is a share of the recovery below 1, and lr is above 0")
+        if self.depth not in ("cosine", "loss"):
+            raise UserError("depth is cosine or loss")
+        if not 0 <= self.correct < 1:
+            raise UserError("correct is a share of the recovery below 1")
 
     def wants(self, model: Anatomy) -> Sequence[Statistic]:
-        return (_NEURONS, _HEADS, _NORMS, _COSINE)
+        return (*super().wants(model), _NEURONS, _HEADS, _NORMS, _COSINE)
 
     def plan(self, model: Anatomy, stats: Statistics) -> SurgeryPlan:
         layers = [float(x) for x in stats[_COSINE]]
@@ -70,9 +68,7 @@ class Minitron(Pruning):
         scores = Scores(
             stats[_NEURONS], torch.stack(list(stats[_HEADS])), torch.stack(list(stats[_NORMS])).sum(0), layers
         )
-        return self.pruned(model, scores)
+        return self.pruned(model, scores, stats)
 
     def recovery(self, model: Anatomy) -> Recovery:
-        if not model.causal:
-            return Recovery(loss="hidden", lr=self.lr)
-        return Recovery(loss="kl" if self.loss == "kl" else "nll", lr=self.lr, correct=self.correct)
+        return replace(super().recovery(model), correct=self.correct if model.causal else 0.0)

@@ -21,9 +21,13 @@ __all__ = ["ModelAnatomy", "shared_copy", "turned"]
 _QKV = ("q", "k", "v")
 
 
-def shared_copy(model: Any) -> Any:
-    """A copy of the modules and of the config whose parameters and buffers are the model's own."""
-    made: Any = copy.deepcopy(model, {id(x): x for x in [*model.parameters(), *model.buffers()]})
+def shared_copy(model: Any, apart: bool = False) -> Any:
+    """A copy of the modules and of the config whose parameters and buffers are the model's own.
+
+    With ``apart`` its parameters are others, which may have gradients, over the same numbers.
+    """
+    parameters = {id(p): nn.Parameter(p.detach()) if apart else p for p in model.parameters()}
+    made: Any = copy.deepcopy(model, {**parameters, **{id(x): x for x in model.buffers()}})
     return made
 
 
@@ -101,6 +105,18 @@ class ModelAnatomy:
         if name not in known:
             raise UserError(f"{self.family} has no layer {name} of its own: there are {', '.join(known)}")
         return known[name]
+
+    @property
+    def middle(self) -> str:
+        """Where in a block the norm stands that its feed-forward part reads through.
+
+        Raises:
+            UserError: there is none: the family normalises what parts write.
+        """
+        norms = [path for path, how in self.map.off["mlp"].items() if how == "same"]
+        if not norms:
+            raise UserError(f"parts of {self.family} do not read a stream through norms: score whole blocks instead")
+        return norms[0]
 
     def weight(self, part: str, layer: int | None = None) -> Tensor:
         found = self._tensor(part, layer, "weight")

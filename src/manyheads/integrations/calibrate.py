@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..calls.calibration import Statistic, Statistics
 from ..conversion import SurgeryPlan
 from ..progress import Progress
-from .anatomy import ModelAnatomy
+from .anatomy import ModelAnatomy, shared_copy
 from .surgery import converted
 
 __all__ = ["calibrate", "nats"]
@@ -45,13 +46,33 @@ def calibrate(
         name: [statistic.finish(total, sequences, tokens) for total in sums.totals[name]]
         for name, statistic in unique.items()
     }
-    trial = None
+    trial = slope = None
     if anatomy.causal:
+
+        @cache
+        def slopes() -> ModelAnatomy:
+            return _slopes(model, batches)
+
+        def slope(part: str, layer: int) -> Tensor:
+            return slopes().weight(part, layer)
 
         def trial(plan: SurgeryPlan) -> float:
             return float(torch.cat([nats(converted(model, plan), batch) for batch in batches]).mean())
 
-    return Statistics(values, tokens, trial)
+    return Statistics(values, tokens, trial, slope)
+
+
+def _slopes(model: Any, batches: Sequence[Tensor]) -> ModelAnatomy:
+    """The model with the gradient of its mean loss in the place of each weight."""
+    rows = sum(len(ids) for ids in batches)
+    with torch.inference_mode(False), torch.enable_grad():
+        own = shared_copy(model, apart=True)
+        for ids in batches:
+            logits = own(input_ids=ids[:, :-1], use_cache=False).logits.float()
+            (nn.functional.cross_entropy(logits.mT, ids[:, 1:]) * (len(ids) / rows)).backward()
+        for p in own.parameters():
+            p.data, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
+    return ModelAnatomy(own)
 
 
 @torch.inference_mode()
@@ -86,6 +107,7 @@ class _Sums:
         count = {name: len(self.norms if place == "norms" else anatomy.layers) for name, place in places.items()}
         self.totals: dict[str, list[Any]] = {name: [None] * n for name, n in count.items()}
         self.read = 0
+        self.middles: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -95,6 +117,9 @@ class _Sums:
             places = {statistic.place for statistic in self.statistics}
             for layer, block in enumerate(self.anatomy.blocks):
                 handles.append(block.register_forward_hook(self._block(layer), with_kwargs=True))
+                if "stream" in places:
+                    middle = block.get_submodule(self.anatomy.middle)
+                    handles.append(middle.register_forward_pre_hook(partial(self._middle, layer)))
                 for place, part in (("attention", "q"), ("heads", "o"), ("mlp", "up"), ("neurons", "down")):
                     if place in places:
                         fused = place == "attention" and not self.anatomy.map.parts.get(part)
@@ -113,8 +138,13 @@ class _Sums:
             after = out[0] if isinstance(out, tuple) else out
             self.read = before.shape[0] * before.shape[1]
             self._add("block", layer, before, after)
+            if layer in self.middles:
+                self._add("stream", layer, before, self.middles.pop(layer), after)
 
         return hook
+
+    def _middle(self, layer: int, module: nn.Module, args: Any) -> None:
+        self.middles[layer] = args[0]
 
     def _inputs(self, place: str, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
