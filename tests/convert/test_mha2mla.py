@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MHA2MLA: the module is the formula, the split of heads loses nothing that is not asked for, and stock DeepSeek loads it."""
+"""MHA2MLA: the module is the formula, splitting heads loses nothing more, and stock DeepSeek loads the result."""
 
 import math
 

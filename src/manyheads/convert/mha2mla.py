@@ -173,7 +173,8 @@ class MHA2MLA(Conversion):
         weight, bias = model.weight(part, layer), model.bias(part, layer)
         whole = torch.cat([weight, (weight.new_zeros(len(weight)) if bias is None else bias)[:, None]], 1)
         whole = whole if whole.dtype == torch.float64 else whole.float()
-        return whole.unflatten(0, (-1, model.layers[layer].head_dim))
+        heads: Tensor = whole.unflatten(0, (-1, model.layers[layer].head_dim))
+        return heads
 
 
 def _channels(pairs: list[int], dim: int) -> list[int]:
@@ -190,11 +191,12 @@ def _svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _pair_norms(dim: int) -> Statistic:
-    """Mean over tokens of the norm of each rotary pair of queries and keys, ``[H + G, d / 2]``; turning changes none."""
+    """Mean over tokens of the norm of each rotary pair of queries and keys, ``[H + G, d / 2]``; turning keeps it."""
 
     def add(x: Tensor, q: Tensor, k: Tensor, q_bias: Tensor, k_bias: Tensor) -> Tensor:
         made = torch.cat([linear(x, q, q_bias), linear(x, k, k_bias)], -1)
-        return made.unflatten(-1, (-1, 2, dim // 2)).norm(dim=-2).flatten(0, 1).sum(0, dtype=torch.float64)
+        norms: Tensor = made.unflatten(-1, (-1, 2, dim // 2)).norm(dim=-2)
+        return norms.flatten(0, 1).sum(0, dtype=torch.float64)
 
     return Statistic(
         "attention.pair_norms", "attention", add, lambda total, _, tokens: total / tokens,

@@ -41,6 +41,8 @@ class LatentAttention(nn.Module):
 
     config: Any = None  # of the model, given by whoever puts the module there, as is the number of the layer
     layer_idx: int = 0
+    pairs: Tensor
+    own: Tensor
 
     def __init__(
         self, width: int, heads: int, head_dim: int, rank: int, pairs: Sequence[Sequence[int]], bias: bool = False,
@@ -62,7 +64,7 @@ class LatentAttention(nn.Module):
 
     def placed(self, rope: Tensor) -> Tensor:
         """Rotary channels of queries ``[..., H, r, n]`` among those of all key/value heads, ``[..., H, G r, n]``."""
-        halves = rope.unflatten(-2, (2, 1, -1)) * self.own[:, None, :, None, None].to(rope.dtype)
+        halves: Tensor = rope.unflatten(-2, (2, 1, -1)) * self.own[:, None, :, None, None].to(rope.dtype)
         return halves.flatten(-4, -2)
 
     def expand_kv(self, latents: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,13 +107,12 @@ def as_deepseek(model: Any) -> Any | None:
     """
     modules = [m for m in model.modules() if isinstance(m, LatentAttention)]
     old, first = model.config, modules[0]
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    like = {
-        (m.kv_lora_rank, m.own_rope_dim, tuple(m.pairs.tolist()), m.q_proj.bias is None, m.o_proj.bias is None)
-        for m in modules
-    }
-    plain = len(like) == 1 and first.q_proj.bias is None and first.o_proj.bias is None
-    if not plain or len(modules) != old.num_hidden_layers or getattr(rotary, "rope_type", "") not in _STATIC:
+    rotary: Any = getattr(model.base_model, "rotary_emb", None)
+    alike = len({(m.kv_lora_rank, m.own_rope_dim, tuple(m.pairs.tolist())) for m in modules}) == 1
+    biased = any(name.endswith("bias") for m in modules for name, _ in m.named_parameters())
+    if not alike or biased or len(modules) != old.num_hidden_layers:
+        return None
+    if getattr(rotary, "rope_type", "") not in _STATIC:
         return None
     rank, rope, heads = _stock_rank(first), first.qk_rope_head_dim, first.num_heads
     theta = float(old.rope_parameters["rope_theta"])

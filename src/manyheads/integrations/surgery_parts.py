@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan of surgery puts into a model: nothing at all, linear layers of another size, of low rank, and of shared atoms."""
+"""What a plan of surgery puts into a model: nothing at all, linear layers of another size, low rank, shared atoms."""
 
 from __future__ import annotations
 

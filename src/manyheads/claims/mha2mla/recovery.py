@@ -2,16 +2,17 @@
 """What does a short training make of latent attention, at half the cache, and what do four bits take from it?
 
 Each way to halve the cache is trained for the same number of steps on text, then judged through its cache on other
-texts: by the loss behind a context, and by a needle. Beside the latent stand separate SVDs, other pairs, key/value heads
-merged into one, and the model as it is with a cache of four bits, which is smaller and needs no training. On a GPU the
-model is SmolLM2-135M (a third of the cache, which merged heads have there) and the text WikiText, on a CPU the shipped
-model of 19 million parameters, which was trained to recall constants of code, and Python's standard library.
+texts: by the loss behind a context, and by a needle. Beside the latent stand separate SVDs, other pairs, key/value
+heads merged into one, and the model as it is with a cache of four bits, which is smaller and needs no training. On a
+GPU the model is SmolLM2-135M (a third of the cache, which merged heads have there) and the text WikiText, on a CPU the
+shipped model of 19 million parameters, which was trained to recall constants of code, and Python's standard library.
 """
 
 from ...experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower, no_worse
 from ...experiment.subjects import Convertible
 from ...tasks.text.converted_cache import ConvertedCache
 
+LR = 1e-3
 TRAINED, INT4 = {"recover": True}, {"cache": "int4"}
 BASE, WHOLE4, CUT = Arm("the whole model"), "whole model, int4", "latent, untrained"
 LATENT, LATENT4, SPLIT, HIGH, MERGED = "latent", "latent, int4", "latent, separate SVDs", "latent, high", "merged heads"
@@ -19,7 +20,7 @@ LATENT, LATENT4, SPLIT, HIGH, MERGED = "latent", "latent, int4", "latent, separa
 
 def arms(keep: float) -> tuple[Arm, ...]:
     """All arms, the latents at ``keep`` of the cache."""
-    spec = f"mha2mla:keep={keep}"
+    spec = f"mha2mla:keep={keep},lr={LR}"
     return (
         Arm(WHOLE4, options=INT4),
         Arm(CUT, spec),
@@ -27,7 +28,7 @@ def arms(keep: float) -> tuple[Arm, ...]:
         Arm(LATENT4, spec, options=TRAINED | INT4),
         Arm(SPLIT, f"{spec},factors=split", options=TRAINED),
         Arm(HIGH, f"{spec},select=high", options=TRAINED),
-        Arm(MERGED, "kv_merging:heads=1", options=TRAINED),
+        Arm(MERGED, f"kv_merging:heads=1,lr={LR}", options=TRAINED),
     )
 
 

@@ -102,14 +102,14 @@ class ConvertedCache(ConvertedLoss):
         ids = tensor(run, [[1 + i % 7 for i in range(self.context)]])
         strategy = parse(spec or "full")
         with torch.inference_mode(), use(model, strategy):
-            cache = new_cache(model, strategy)
+            cache: Any = new_cache(model, strategy)
             model(input_ids=ids, **cache_arguments(model, cache))
             held = [x for layer in cache.layers for x in layer.store.held if x is not None]
-        layers = len(cache.layers)
-        sizes = [x[..., : self.context, :] if x.ndim == 4 else x for x in held]
-        return sum(
-            x.numel() * min(x.element_size(), _HALF if x.is_floating_point() else 8) for x in sizes
-        ) / (self.context * layers)  # fmt: skip
+        whole = [x[..., : self.context, :] if x.ndim == 4 else x for x in held]
+        size = sum(
+            x.numel() * (min(x.element_size(), _HALF) if x.is_floating_point() else x.element_size()) for x in whole
+        )
+        return float(size / (self.context * len(cache.layers)))
 
     def _parts(self) -> tuple[tuple[Text, ...], tuple[Text, ...]]:
         """Texts to convert on, and texts to judge on."""

@@ -96,7 +96,8 @@ class ConvertedLoss(Task):
 
     def material(self, run: RunContext) -> Material:
         """What is read; the same for all arms."""
-        return run.kept((self.text, self.length, self.windows), lambda: self._material(run))
+        found: Material = run.kept((self.text, self.length, self.windows), lambda: self._material(run))
+        return found
 
     def _material(self, run: RunContext) -> Material:
         from ...data.texts import corpus
