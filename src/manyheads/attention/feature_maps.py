@@ -35,7 +35,7 @@ Radial = Literal["normal", "chi"]
 def dct_matrix(size: int) -> Tensor:
     """The orthonormal DCT-II ``[n, n]`` float64: row i is ``cos(pi (2 j + 1) i / 2 n)``, scaled to length 1."""
     i = torch.arange(size, dtype=torch.float64, device="cpu")  # also where parameters are made on meta
-    rows = torch.cos(torch.pi * (2 * i + 1) * i[:, None] / (2 * size)) * (2 / size) ** 0.5
+    rows: Tensor = torch.cos(torch.pi * (2 * i + 1) * i[:, None] / (2 * size)) * (2 / size) ** 0.5
     rows[0] *= 0.5**0.5
     return rows
 
@@ -44,7 +44,8 @@ def radii(count: int, dim: int, radial: Radial, source: torch.Generator) -> Tens
     """``t_i = Q(u_i)`` for uniform draws, float64 ``[count]``."""
     u = torch.rand(count, generator=source, dtype=torch.float64, device="cpu").clamp(1e-6, 1 - 1e-6)
     if radial == "normal":
-        return torch.special.ndtri(u)
+        drawn: Tensor = torch.special.ndtri(u)
+        return drawn
     from scipy.stats import chi
 
     return torch.from_numpy(chi.ppf(u.numpy(), dim))
@@ -89,10 +90,11 @@ class FeatureMap(nn.Module):
         if self.kind == "dct":
             return (x @ self.directions.T.to(x.dtype)).softmax(-1)
         x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * x.shape[-1] ** -0.25
-        y = x @ self.directions.T.to(x.dtype)
+        y: Tensor = x @ self.directions.T.to(x.dtype)
         if self.weight is not None:
             return y.exp() * self.weight.to(x.dtype)
-        return (y - x.square().sum(-1, keepdim=True) / 2).exp() * x.shape[-1] ** -0.5
+        y = y - x.square().sum(-1, keepdim=True) / 2 - log(x.shape[-1]) / 2
+        return y.exp()
 
 
 class KernelAttention(nn.Module):

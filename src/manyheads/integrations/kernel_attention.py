@@ -22,13 +22,13 @@ from ..errors import UserError
 __all__ = ["LinearAttention", "StateLayer"]
 
 
-class StateLayer(CacheLayerMixin):  # type: ignore[misc]
+class StateLayer(CacheLayerMixin):
     """A layer of a cache that holds the state of linear attention, and counts tokens."""
 
     is_compileable, is_sliding = False, False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.state: DecayState | None = None
         self.seen = 0
 

@@ -2,7 +2,7 @@
 """Latent attention in the place of a decoder's attention: what a plan of surgery puts there, and its stock checkpoint.
 
 The module has the attributes and the cache of DeepSeek's attention: a latent and one rotary key for each token, which
-:mod:`.latent` knows, so that whatever decodes such models (``mla_hw``) decodes these. Two things differ. Which rotary
+:mod:`.latent` knows, so that whatever decodes such models decodes these. Two things differ. Which rotary
 frequency turns a channel is said for each module, and queries have the rotary channels of their own key/value head
 alone; beside those of the others they are zero. As a checkpoint of DeepSeek-V3 the zeros are stored.
 
