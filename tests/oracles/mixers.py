@@ -37,10 +37,16 @@ VARIANTS = {
         "graph_gin_attention:aggregate=pna",
         "graph_gin_attention:adjacency=relu,threshold=0.05,o_proj=true",
     ],
+    "dijiang": [
+        "dijiang:features=dct,decay=true,norm=group",
+        "dijiang:features=favor,decay=true",
+        "dijiang:features=elu",
+    ],
     "longvq": ["longvq:block=4,codes=5,key_dim=8", "longvq:block=8,codes=0,key_dim=8"],
 }
 CONSTANT = ("tnl_lightning", "minimax_hybrid", "minimax_hybrid:window=5", "blalm_mlstm", *VARIANTS["tnl_lightning"],
-            *VARIANTS["blalm_mlstm"], "softmax:window=5", "longvq", *VARIANTS["longvq"])  # fmt: skip
+            *VARIANTS["blalm_mlstm"], "softmax:window=5", "longvq", *VARIANTS["longvq"], "dijiang",
+            *VARIANTS["dijiang"])  # fmt: skip
 
 
 def mixing(direction: str = "causal") -> list[str]:

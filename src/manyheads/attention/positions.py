@@ -16,7 +16,31 @@ from torch.nn.functional import pad
 
 from .rope import Rotary
 
-__all__ = ["alibi_bias", "alibi_slopes", "dynamic_ntk", "rope_tables", "rotate_per_head", "sinusoids", "t5_buckets"]
+__all__ = [
+    "alibi_bias", "alibi_slopes", "dynamic_ntk", "positions_of", "rope_tables", "rotate_per_head", "sinusoids",
+    "split_heads", "t5_buckets",
+]  # fmt: skip
+
+
+def positions_of(
+    batch: int, length: int, device: torch.device, mask: Tensor | None, seen: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Position of each token in its sequence ``[B, T]``, -1 for padding; ``seen [B]`` tokens came before."""
+    if cu_seqlens is not None:
+        columns = torch.arange(length, device=device)
+        which = torch.searchsorted(cu_seqlens, columns, right=True) - 1
+        at = columns - cu_seqlens[which]
+        return (at if seen is None else at + seen[which])[None]
+    first = torch.zeros(batch, dtype=torch.long, device=device) if seen is None else seen
+    counted = torch.arange(length, device=device).expand(batch, -1) if mask is None else mask.long().cumsum(1) - 1
+    at = first[:, None] + counted
+    return at if mask is None else at.masked_fill(~mask, -1)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[B, T, H * d] -> [B, H, T, d]``."""
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    return heads.transpose(1, 2)
 
 
 def rope_tables(

@@ -44,7 +44,7 @@ class Statistic:
         place: see the head of this file.
         add: given the tensors of the place in float32, and those of ``parts`` behind them, what is added to the sum.
         finish: given the sum, the number of sequences and of tokens, the value.
-        parts: linear layers of the layer whose weights ``[out, in]`` are given too, as ``o``.
+        parts: linear layers of the layer whose weights ``[out, in]`` are given too, as ``o``; biases as ``o.bias``.
     """
 
     name: str

@@ -158,7 +158,16 @@ class _Sums:
     def _add(self, place: str, at: int, *tensors: Tensor) -> None:
         for statistic in self.statistics:
             if statistic.place == place:
-                weights = [self.anatomy.weight(part, at).float() for part in statistic.parts]
+                weights = [self._weight(part, at).float() for part in statistic.parts]
                 more = statistic.add(*(x.float() for x in tensors), *weights)
                 held = self.totals[statistic.name][at]
                 self.totals[statistic.name][at] = more.double() if held is None else held + more
+
+    def _weight(self, part: str, at: int) -> Tensor:
+        """A weight, or of ``part.bias`` a bias, zeros where there is none."""
+        name, _, bias = part.partition(".")
+        weight = self.anatomy.weight(name, at)
+        if not bias:
+            return weight
+        found = self.anatomy.bias(name, at)
+        return weight.new_zeros(len(weight)) if found is None else found

@@ -149,9 +149,11 @@ def _share(anatomy: ModelAnatomy, step: Share) -> None:
 
 def _replace(anatomy: ModelAnatomy, step: Replace) -> None:
     like = next(anatomy.blocks[step.layer].parameters())
-    module = module_of(step).to(like.device, like.dtype)
+    module: Any = module_of(step).to(like.device, like.dtype)
     if step.tensors:
         module.load_state_dict(dict(step.tensors))
+    if step.part == "attention":  # what the attention of a model knows of it
+        module.config, module.layer_idx = anatomy.config, step.layer
     anatomy.blocks[step.layer].set_submodule(anatomy.part(step.part), module)
 
 

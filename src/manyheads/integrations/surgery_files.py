@@ -8,6 +8,7 @@ transformers loads it. Else ``surgery.json`` has the plan and the config of the 
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..conversion import SurgeryPlan
 from ..errors import UserError
 from ..files import write_asked
+from .latent_attention import LatentAttention, as_deepseek
 from .precision import cast
 
 __all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save", "stock_config"]
@@ -28,16 +30,19 @@ _EQUAL = 1e-5  # relative difference of outputs in float32
 
 
 def plain(model: Any) -> Any | None:
-    """``model`` as an instance of its stock class, weights shared; None where its config cannot say what it is."""
+    """``model`` as an instance of a stock class; None where no config can say what it is.
+
+    The class is the model's own, or DeepSeek's where all its attention was made latent.
+    """
     from transformers import GenerationConfig
 
-    config = stock_config(model)
-    if config is None:
+    latent = any(isinstance(module, LatentAttention) for module in model.modules())
+    dtype = next(model.parameters()).dtype
+    if latent and dtype.itemsize < 4:  # weights are scaled: equal is said before they are rounded again
+        model = copy.deepcopy(model).float()
+    made = as_deepseek(model) if latent else _same_class(model)
+    if made is None:
         return None
-    made: Any = type(model)(config).to(next(model.parameters()).device)
-    made.load_state_dict(model.state_dict(), assign=True)
-    if getattr(config, "tie_word_embeddings", False):
-        made.tie_weights()
     made.eval()
     with torch.inference_mode():
         got, want = outputs(made), outputs(model)
@@ -45,6 +50,18 @@ def plain(model: Any) -> Any | None:
         return None
     if isinstance(getattr(model, "generation_config", None), GenerationConfig):
         made.generation_config = model.generation_config
+    return made.to(dtype) if latent else made
+
+
+def _same_class(model: Any) -> Any | None:
+    """``model`` as its own class makes it of the config alone, weights shared."""
+    config = stock_config(model)
+    if config is None:
+        return None
+    made: Any = type(model)(config).to(next(model.parameters()).device)
+    made.load_state_dict(model.state_dict(), assign=True)
+    if getattr(config, "tie_word_embeddings", False):
+        made.tie_weights()
     return made
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan of surgery puts into a model: nothing at all, linear layers of low rank, and of shared atoms."""
+"""What a plan of surgery puts into a model: nothing at all, linear layers of another size, low rank, shared atoms."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 from torch.nn.functional import linear
 
-__all__ = ["Absent", "LowRankLinear", "Same", "SharedLinear"]
+__all__ = ["Absent", "Linear", "LowRankLinear", "Same", "SharedLinear"]
 
 
 class Absent(nn.Module):

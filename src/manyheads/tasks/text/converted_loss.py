@@ -78,18 +78,26 @@ class ConvertedLoss(Task):
         """Loss of each window, and the share of parameters that is left."""
         from ...converter import measured
 
-        model = model_of(run)
-        material = run.kept((self.text, self.length, self.windows), lambda: self._material(run))
         if not arm.spec:
+            model, material = model_of(run), self.material(run)
             return run.kept("loss of the model", lambda: measured(model, model, material)), 1.0
+        made = self.converted(run, arm, seed)
+        return list(made.windows.values())[-1], made.parameters[1] / made.parameters[0]
+
+    def converted(self, run: RunContext, arm: Arm, seed: int) -> Converted:
+        """What the conversion of an arm makes of the model, trained where the arm says so."""
         strategy: Any = arm.strategy
         if "seeded" in arm.options:
             strategy = dataclasses.replace(strategy, seed=seed)
-        made: Converted = convert_model(
-            model, strategy, material, recover=self.steps if "recover" in arm.options else None,
+        return convert_model(
+            model_of(run), strategy, self.material(run), recover=self.steps if "recover" in arm.options else None,
             sequences=self.sequences, seed=seed, stages=False,
         )  # fmt: skip
-        return list(made.windows.values())[-1], made.parameters[1] / made.parameters[0]
+
+    def material(self, run: RunContext) -> Material:
+        """What is read; the same for all arms."""
+        found: Material = run.kept((self.text, self.length, self.windows), lambda: self._material(run))
+        return found
 
     def _material(self, run: RunContext) -> Material:
         from ...data.texts import corpus
