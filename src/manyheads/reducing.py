@@ -8,6 +8,9 @@ tokens serves queries, keys and values, and may serve several layers.
 Where tokens are fewer is what the two kinds below differ in. Around one attention (:class:`AttentionReducer`) the rest
 of the block sees every token. In the stream (:class:`StreamReducer`) all blocks from one to another see fewer; a
 :class:`LearnedReducer` does that in weights of its own.
+
+In a decoder tokens see the past alone, have positions, and leave keys in a cache: a :class:`PromptReducer` drops tokens
+of images there, layer by layer, and those that are left keep their positions.
 """
 
 import dataclasses
@@ -27,7 +30,17 @@ if TYPE_CHECKING:
     from .attention.merging import Grouping
     from .call import AttentionCall, Site
 
-__all__ = ["AttentionReducer", "Layout", "LearnedReducer", "Part", "Reducer", "Reduction", "StreamReducer"]
+__all__ = [
+    "AttentionReducer",
+    "Layout",
+    "LearnedReducer",
+    "Part",
+    "PromptLayout",
+    "PromptReducer",
+    "Reducer",
+    "Reduction",
+    "StreamReducer",
+]
 
 Part = Literal["queries", "keys", "both"]
 _LAYOUT, _REDUCTION = "layout", "reduction"
@@ -262,6 +275,46 @@ class LearnedReducer(StreamReducer):
     @abstractmethod
     def having(self, weights: "nn.Module") -> "Self":
         """This strategy with ``weights``, which may be in training, rather than those of a folder."""
+
+
+@dataclass(slots=True, eq=False)
+class PromptLayout:
+    """What the tokens of a prompt are, those that are left at the block at hand; the port keeps it.
+
+    Attributes:
+        image: which stand for patches of images, bool ``[B, N]``.
+        asking: which are text behind the last of them, bool ``[B, N]``.
+        whole: tokens of images that each row had at first.
+        block, blocks: which block is next, or at hand in its attention, of how many.
+        received: what each token was given by attention, ``[B, N]``, as the strategy counts it; None before it has.
+    """
+
+    image: "Tensor"
+    asking: "Tensor"
+    whole: int
+    block: int = 0
+    blocks: int = 1
+    received: "Tensor | None" = None
+
+
+class PromptReducer(AttentionEdit):
+    """Drops tokens of images from the stream of a decoder, from some block on; text is never dropped.
+
+    A call's ``state["prompt"]`` has the :class:`PromptLayout` while a prompt with images is read, and None otherwise.
+    """
+
+    kinds = frozenset({"self"})
+
+    def selects(self, site: "Site") -> bool:
+        return site.kind in self.kinds and site.causal
+
+    @abstractmethod
+    def reduce(self, x: "Tensor", layout: PromptLayout) -> "tuple[Tensor, Tensor] | None":
+        """What goes into the block at hand instead of ``x [B, N, C]``; None for ``x`` itself.
+
+        Returns:
+            Which of the N tokens stay, ``[B, M]``, ascending, and the M tokens ``[B, M, C]``.
+        """
 
 
 def _joined(heads: "Tensor") -> "Tensor":
