@@ -6,7 +6,11 @@ One protocol for all: :meth:`Reducer.reduce` looks at tokens and gives a :class:
 tokens serves queries, keys and values, and may serve several layers.
 
 Where tokens are fewer is what the two kinds below differ in. Around one attention (:class:`AttentionReducer`) the rest
-of the block sees every token. In the stream (:class:`StreamReducer`) all blocks from one to another see fewer.
+of the block sees every token. In the stream (:class:`StreamReducer`) all blocks from one to another see fewer; a
+:class:`LearnedReducer` does that in weights of its own.
+
+In a decoder tokens see the past alone, have positions, and leave keys in a cache: a :class:`PromptReducer` drops tokens
+of images there, layer by layer, and those that are left keep their positions.
 """
 
 import dataclasses
@@ -19,13 +23,24 @@ from .strategy import AttentionEdit, AttentionPatch, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .attention.merging import Grouping
     from .call import AttentionCall, Site
 
-__all__ = ["AttentionReducer", "Layout", "Part", "Reducer", "Reduction", "StreamReducer"]
+__all__ = [
+    "AttentionReducer",
+    "Layout",
+    "LearnedReducer",
+    "Part",
+    "PromptLayout",
+    "PromptReducer",
+    "Reducer",
+    "Reduction",
+    "StreamReducer",
+]
 
 Part = Literal["queries", "keys", "both"]
 _LAYOUT, _REDUCTION = "layout", "reduction"
@@ -37,8 +52,11 @@ class Layout:
 
     Attributes:
         grid: height and width of the patches of an image; None where tokens stand on none, as merged ones or words.
+            Frames of a video stand below each other.
+        frames: of a video (or pairs of them, as the model reads them), 1 of an image.
         prefix: tokens before them that stand for no patch (a class token, registers).
         stage, stages: which stage of how many, 0 of 1 in a model of one width.
+        block: number of the block whose output is at hand, where the stream is reduced.
         stride: tokens of a side that are one key where attention reduces its keys itself (SegFormer).
         size: of the model's tokens that each one stands for, ``[B, N]``; None for one each.
         keys: ``[B, N, d]``, the mean over heads of the keys of the latest attention; None before the first. Only where
@@ -47,9 +65,11 @@ class Layout:
     """
 
     grid: tuple[int, int] | None = None
+    frames: int = 1
     prefix: int = 0
     stage: int = 0
     stages: int = 1
+    block: int = 0
     stride: int = 1
     size: "Tensor | None" = None
     keys: "Tensor | None" = None
@@ -84,7 +104,7 @@ class Layout:
     def clear(self) -> None:
         """Forget what is of one forward."""
         self.grid = self.size = self.keys = None
-        self.prefix = 0
+        self.prefix, self.frames = 0, 1
         self.kept.clear()
 
 
@@ -243,6 +263,58 @@ class StreamReducer(Reducer, AttentionEdit):
         layout: Layout = call.state[_LAYOUT]
         layout.keys = call.k.mean(1)
         return _counted(call, layout.size) if self.proportional else call
+
+
+class LearnedReducer(StreamReducer):
+    """Reduces the stream in weights of its own, which are trained together with the model."""
+
+    @abstractmethod
+    def new_weights(self, dim: int, blocks: int) -> "nn.Module":
+        """Weights for a model of ``blocks`` blocks of width ``dim``, as they are before any training."""
+
+    @abstractmethod
+    def having(self, weights: "nn.Module") -> "Self":
+        """This strategy with ``weights``, which may be in training, rather than those of a folder."""
+
+
+@dataclass(slots=True, eq=False)
+class PromptLayout:
+    """What the tokens of a prompt are, those that are left at the block at hand; the port keeps it.
+
+    Attributes:
+        image: which stand for patches of images, bool ``[B, N]``.
+        asking: which are text behind the last of them, bool ``[B, N]``.
+        whole: tokens of images that each row had at first.
+        block, blocks: which block is next, or at hand in its attention, of how many.
+        received: what each token was given by attention, ``[B, N]``, as the strategy counts it; None before it has.
+    """
+
+    image: "Tensor"
+    asking: "Tensor"
+    whole: int
+    block: int = 0
+    blocks: int = 1
+    received: "Tensor | None" = None
+
+
+class PromptReducer(AttentionEdit):
+    """Drops tokens of images from the stream of a decoder, from some block on; text is never dropped.
+
+    A call's ``state["prompt"]`` has the :class:`PromptLayout` while a prompt with images is read, and None otherwise.
+    """
+
+    kinds = frozenset({"self"})
+
+    def selects(self, site: "Site") -> bool:
+        return site.kind in self.kinds and site.causal
+
+    @abstractmethod
+    def reduce(self, x: "Tensor", layout: PromptLayout) -> "tuple[Tensor, Tensor] | None":
+        """What goes into the block at hand instead of ``x [B, N, C]``; None for ``x`` itself.
+
+        Returns:
+            Which of the N tokens stay, ``[B, M]``, ascending, and the M tokens ``[B, M, C]``.
+        """
 
 
 def _joined(heads: "Tensor") -> "Tensor":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import manyheads
-from manyheads.reducing import Layout, Reduction
+from manyheads.reducing import Layout, Reducer, Reduction
 from manyheads.strategy import AttentionWatch
 from oracles.fingerprint import assert_same, of_model
 from tiny.image_encoders import forward, images
@@ -22,7 +22,7 @@ class Counts(AttentionWatch):
         call.state["counts"] = call.q.shape[2], call.k.shape[2], out.shape[1]
 
 
-def is_off(model, spec: str) -> None:
+def is_off(model, spec: str | Reducer) -> None:
     """The model under ``spec``, which reduces nothing, is bit for bit the model."""
     x = images()
     plain = forward(model, x)
@@ -30,7 +30,7 @@ def is_off(model, spec: str) -> None:
         assert torch.equal(forward(model, x), plain)
 
 
-def is_on(model, spec: str) -> list[tuple[int, int]]:
+def is_on(model, spec: str | Reducer) -> list[tuple[int, int]]:
     """The output changes and has its shape; gives queries and keys of every attention, in order."""
     x, watch = images(), Counts()
     plain = forward(model, x)
@@ -41,7 +41,7 @@ def is_on(model, spec: str) -> list[tuple[int, int]]:
     return [state["counts"][:2] for _, state in port.kept(watch)]
 
 
-def is_restored(model, spec: str) -> None:
+def is_restored(model, spec: str | Reducer) -> None:
     """After use, and after an error in the middle of a forward, all is as before; a second use gives the first."""
     x, before, outputs = images(), of_model(model), []
     plain = forward(model, x)
@@ -66,7 +66,7 @@ def is_restored(model, spec: str) -> None:
     assert torch.equal(forward(model, x), plain)
 
 
-def is_row_by_row(model, spec: str) -> None:
+def is_row_by_row(model, spec: str | Reducer) -> None:
     """A batch is its images one by one."""
     x = images(3)
     with manyheads.use(model, spec):

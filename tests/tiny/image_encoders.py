@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random encoders of images, unmodified classes of transformers, and images for them; float64."""
+"""Tiny random encoders of images and videos, unmodified classes of transformers, and images for them; float64."""
 
 import torch
 import transformers
@@ -37,6 +37,20 @@ def images(batch: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> 
     x = torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
     x[..., : width // 2] = x[..., :1].mean(2, keepdim=True) + 0.01 * x[..., : width // 2]
     return x
+
+
+def video(seed: int = 0) -> nn.Module:
+    """A ViViT of two heads and four layers, which reads four pairs of frames of 4 x 4 patches."""
+    torch.manual_seed(seed)
+    shape = {name: size for name, size in _VIT.items() if name != "patch_size"}
+    config = transformers.VivitConfig(intermediate_size=24, image_size=8, num_frames=8, tubelet_size=[2, 2, 2], **shape)
+    return transformers.VivitModel(config).double().eval()
+
+
+def videos(batch: int = 2, seed: int = 1) -> Tensor:
+    """Noise ``[B, 8, 3, 8, 8]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 8, 3, 8, 8, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()

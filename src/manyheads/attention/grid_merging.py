@@ -23,7 +23,9 @@ def behind(prefix: int, grouping: Grouping) -> Grouping:
     return Grouping(torch.cat([alone, into + prefix], 1), count)
 
 
-def pooled_cells(batch: int, grid: tuple[int, int], cell: int, device: torch.device | str = "cpu") -> Grouping:
+def pooled_cells(
+    batch: int, grid: tuple[int, int], cell: int, device: torch.device | str = "cpu", *, across: int = 0
+) -> Grouping:
     """The tokens of each cell of ``cell x cell`` are a group, in reading order; at two edges perhaps fewer of them.
 
     Args:
@@ -31,11 +33,12 @@ def pooled_cells(batch: int, grid: tuple[int, int], cell: int, device: torch.dev
         grid: height and width.
         cell: tokens of a cell's side.
         device: of the grouping.
+        across: tokens of a cell's width where that is another than its height; 0 for the same.
     """
-    height, width = grid
+    (height, width), across = grid, across or cell
     at = torch.arange(height * width, device=device)
-    wide = -(width // -cell)
-    into = at // width // cell * wide + at % width // cell
+    wide = -(width // -across)
+    into = at // width // cell * wide + at % width // across
     return Grouping(into.expand(batch, -1), wide * -(height // -cell))
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of several objects, and films in which objects come one after the other, of which all is known.
+"""Pictures of several objects, films in which objects come one after the other, and scenes in depth; all is known.
 
 The objects of :mod:`manyheads.data.scenes` stand in the cells of a grid before a photograph. Each of the eight is there
 with probability one half, on its own, so that what was said of one tells nothing of another; no two share a cell. In a
-film every frame shows one object, each at most once. Nothing is seen twice.
+film every frame shows one object, each at most once. A scene in depth is a picture for each distance, nearest first, as
+a camera that measures depth parts what it sees; what is further is paler. Nothing is seen twice.
 """
 
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from torch.nn.functional import interpolate
 from ..errors import UserError
 from .scenes import BACKDROPS, OBJECTS, photographs, sprites
 
-__all__ = ["Film", "Picture", "draw_films", "draw_pictures", "pixel_labels"]
+__all__ = ["Depths", "Film", "Picture", "draw_depths", "draw_films", "draw_pictures", "pixel_labels"]
 
 Split = Literal["train", "test"]
+_HAZE = 0.6  # how far towards white the furthest distance is
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,21 @@ class Film:
     images: Tensor
     objects: Tensor
     cells: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """Scenes in depth.
+
+    Attributes:
+        images: float32 in -1..1, ``[N, P, 3, side, side]``, of the nearest distance first.
+        objects: those that are there, int64 ``[N, K]``.
+        places: distance, row and column of each, int64 ``[N, K, 3]``.
+    """
+
+    images: Tensor
+    objects: Tensor
+    places: Tensor
 
 
 def draw_pictures(
@@ -87,6 +104,30 @@ def draw_films(
         cells.append(torch.randint(grid * grid, (count,), generator=generator))
         made.append(_over(back, rows, shown[:, frame], cells[-1], grid, size))
     return Film(torch.stack(made, 1) * 2 - 1, shown, torch.stack(cells, 1))
+
+
+def draw_depths(
+    count: int, generator: Generator, *, planes: int, grid: int, size: int, objects: int, split: Split = "train"
+) -> Depths:
+    """Draw scenes of ``planes`` distances with ``grid x grid`` cells of ``size`` pixels each, and in them ``objects``.
+
+    Every object has a place of its own; all distances show the same photograph.
+
+    Raises:
+        UserError: there are fewer objects, or fewer places than are asked for.
+    """
+    if not 1 <= objects <= min(len(OBJECTS), planes * grid * grid):
+        raise UserError(f"there are {len(OBJECTS)} objects and {planes * grid * grid} places, not {objects}")
+    shown = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)[:, :objects]
+    where = torch.rand(count, planes * grid * grid, generator=generator).argsort(1)[:, :objects]
+    plane, cell = where // grid**2, where % grid**2
+    back, made = _backdrops(count, grid * size, generator, split), []
+    for depth in range(planes):
+        rows, which = (plane == depth).nonzero().unbind(1)
+        image = _over(back, rows, shown[rows, which], cell[rows, which], grid, size)
+        made.append(image + _HAZE * depth / max(1, planes - 1) * (1 - image))
+    places = torch.stack([plane, cell // grid, cell % grid], 2)
+    return Depths(torch.stack(made, 1) * 2 - 1, shown, places)
 
 
 def _backdrops(count: int, side: int, generator: Generator, split: Split) -> Tensor:

@@ -3,6 +3,7 @@
 
     presence   [image] filler  is there a  apple yes  ghost no  ...
     order      [frame] [frame] ...  is it before  apple ghost yes  ...
+    sides      [distance] [distance] ...  is it  near apple yes  left ghost no  ...
 
 Objects of :mod:`manyheads.data.object_scenes`; every other answer is yes, on average, whatever was said before. Filler
 is words that say nothing, between the images and the questions, for distance.
@@ -16,13 +17,16 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .object_scenes import draw_films, draw_pictures
+from ..errors import UserError
+from .object_scenes import draw_depths, draw_films, draw_pictures
 from .scenes import OBJECTS
 
-__all__ = ["ANSWERS", "FILLERS", "WORDS", "Language", "Questions", "order", "presence"]
+__all__ = ["ANSWERS", "FILLERS", "SIDES", "WORDS", "Language", "Questions", "order", "presence", "sides"]
 
 ANSWERS = ("no", "yes")
 FILLERS = tuple("time year people way day man thing life hand part place case week point home water".split())
+SIDES = ("near", "upper", "left", "there")  # of each axis the half that begins at 0, or anywhere
+_ASKED = (1.0, 1.0, 1.0, 3.0)  # how often each of them is asked for
 WORDS = (*"is there a it before".split(), *ANSWERS, *OBJECTS, *FILLERS)  # all that is said
 
 
@@ -59,7 +63,8 @@ class Questions:
         images: float32 in -1..1, ``[N * images of a text, 3, side, side]``, in their order.
         at: where the answer to each question is predicted, int64 ``[N, Q]``.
         truth: whether it is yes, bool ``[N, Q]``.
-        cells: cell of the object asked for, ``[N, Q]``, -1 where there is none; of a film, frames that are between.
+        cells: cell of the object asked for, ``[N, Q]``, -1 where there is none; of a film, frames that are between; of
+            a scene in depth, the word of ``SIDES`` that is asked for.
     """
 
     ids: Tensor
@@ -115,6 +120,46 @@ def order(
     apart = pairs[..., 1] - pairs[..., 0]
     images = film.images.flatten(0, 1)
     return _told(language, images, patches, "is it before", asks, apart > 0, apart.abs(), filler, generator)
+
+
+def sides(
+    language: Language, count: int, generator: Generator, *, planes: int, grid: int, size: int, patches: int,
+    objects: int, asked: int = 6, filler: int = 0, split: Literal["train", "test"] = "train",
+) -> Questions:  # fmt: skip
+    """Scenes in depth; of ``asked`` objects whether each is there, or in the near, upper or left half.
+
+    Half of the questions are whether an object is there, of which half are of one that is not. No object is asked
+    for twice in a text.
+
+    Args:
+        language, count, generator, grid, size, patches, filler, split: as for :func:`presence`, of a distance.
+        planes: distances, an even number, as is ``grid``.
+        objects: in a scene.
+        asked: Q, at most ``objects`` and as many as are not there.
+
+    Raises:
+        UserError: more are asked for.
+    """
+    if asked > (most := min(objects, len(OBJECTS) - objects)):
+        raise UserError(f"{asked} objects of {objects} that are there, and of the others, are too many: give {most}")
+    scene = draw_depths(count, generator, planes=planes, grid=grid, size=size, objects=objects, split=split)
+    there = torch.zeros(count, len(OBJECTS)).scatter(1, scene.objects, 1.0)
+    some, others = (
+        (torch.rand(count, len(OBJECTS), generator=generator) + rank).argsort(1)[:, :asked]
+        for rank in (1 - there, there)
+    )
+    axis = torch.multinomial(torch.tensor(_ASKED), count * asked, True, generator=generator).view(count, asked)
+    absent = (axis == len(SIDES) - 1) & (torch.rand(count, asked, generator=generator) < 0.5)
+    chosen = torch.where(absent, others, some)
+    spots = torch.zeros(count, len(OBJECTS), 3, dtype=torch.long)
+    spots.scatter_(1, scene.objects[..., None].expand(-1, -1, 3), scene.places)
+    near = spots.gather(1, chosen[..., None].expand(-1, -1, 3)) < torch.tensor([planes, grid, grid]) // 2
+    truth = torch.cat([near, ~absent[..., None]], 2).gather(2, axis[..., None])[..., 0]
+    asks = [
+        [f"{SIDES[b]} {OBJECTS[a]}" for a, b in zip(*row, strict=True)]
+        for row in zip(chosen.tolist(), axis.tolist(), strict=True)
+    ]
+    return _told(language, scene.images.flatten(0, 1), patches, "is it", asks, truth, axis, filler, generator)
 
 
 def _told(

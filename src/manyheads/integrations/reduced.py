@@ -92,7 +92,7 @@ class _Stage:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self.told = "height" in names and "width" in names  # where the tokens stand, at every call
         self.names = names
-        self.patch = _pair(getattr(getattr(owner, "config", None), "patch_size", None))
+        self.patch, self.depth = _patch(getattr(owner, "config", None))
         self.streams: list[_Stream] = []
 
     def hooks(self, owner: nn.Module) -> list[Any]:
@@ -104,8 +104,10 @@ class _Stage:
     def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end()
         pixels = kwargs.get("pixel_values", args[0] if args else None)
-        if self.patch is not None and isinstance(pixels, Tensor) and pixels.ndim == 4:
-            self.layout.grid = pixels.shape[2] // self.patch[0], pixels.shape[3] // self.patch[1]
+        if self.patch is not None and isinstance(pixels, Tensor) and pixels.ndim in (4, 5):
+            frames = pixels.shape[1] // self.depth if pixels.ndim == 5 else 1
+            height, width = (side // size for side, size in zip(pixels.shape[-2:], self.patch, strict=True))
+            self.layout.grid, self.layout.frames = (frames * height, width), frames
 
     def _end(self, *_: Any) -> None:
         self.layout.clear()
@@ -152,15 +154,16 @@ class _Stream:
             if self.strategy.restores_at(number, self.blocks):
                 hidden = self._restored(hidden)
             if self.strategy.reduces_at(number, self.blocks):
-                hidden = self._reduced(hidden)
+                hidden = self._reduced(hidden, number)
             if hidden is given:
                 return None
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
 
-    def _reduced(self, hidden: Tensor) -> Tensor:
+    def _reduced(self, hidden: Tensor, number: int) -> Tensor:
         layout = self.layout
+        layout.block = number
         reduction = self.strategy.reduce(hidden, layout)
         if reduction is None:
             return hidden
@@ -201,6 +204,14 @@ def _pair(size: Any) -> tuple[int, int] | None:
     if isinstance(size, int):
         return size, size
     return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+
+
+def _patch(config: Any) -> tuple[tuple[int, int] | None, int]:
+    """Height and width of a patch as a config says it, None where it does not; and its frames, 1 of an image."""
+    patch, tubelet = getattr(config, "patch_size", None), getattr(config, "tubelet_size", 1)
+    if isinstance(tubelet, (list, tuple)):  # ViViT: frames, height, width
+        patch, tubelet = tubelet[1:], tubelet[0]
+    return _pair(patch), int(tubelet)
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

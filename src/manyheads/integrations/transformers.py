@@ -50,6 +50,7 @@ from .linear import LinearState, find_linear
 from .linear_layers import LinearLayers
 from .passes import Passes, missed, stack_of
 from .prompt_chunks import begin_forward, watch_generate
+from .prompts_reduced import reduce_prompts
 from .reduced import reduce_tokens
 from .second_reading import read_again
 from .site_search import architectures, find_sites
@@ -125,6 +126,7 @@ class Port:
             self._restorers.append(watch_blocks(self.model, self._entries))
             self._restorers.append(add_in_blocks(self.model, self._entries))
             self._restorers.append(reduce_tokens(self.model, self._entries))
+            self._restorers.append(reduce_prompts(self.model, self._entries))
             self._restorers.append(count_forwards(self.model, self._entries))
             self._ran = False
 

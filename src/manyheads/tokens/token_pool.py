@@ -30,6 +30,7 @@ class TokenPool(StreamReducer):
         layers: blocks at whose outputs that happens.
         how: ``mean``, ``first`` or ``random``.
         cell: tokens of a cell's side.
+        across: tokens of a cell's width, where that is another than its height.
         proportional: a token weighs as many as its cell has.
         restore: every token is given a ``copy`` of its cell's, or the ``change`` of that.
         seed: of ``random``.
@@ -38,19 +39,25 @@ class TokenPool(StreamReducer):
     layers: Layers = field(default=(0,), metadata={"help": "blocks at whose outputs tokens are pooled"})
     how: Literal["mean", "first", "random"] = field(default="mean", metadata={"help": "what becomes of a cell"})
     cell: int = field(default=2, metadata={"help": "tokens of a cell's side"})
+    across: int = field(default=0, metadata={"help": "tokens of a cell's width; 0 for as many as of its height"})
     proportional: bool = field(default=False, metadata={"help": "a token weighs as many as its cell has"})
     restore: Literal["copy", "change"] = field(default="copy", metadata={"help": "what every token is given back"})
     seed: int = field(default=0, metadata={"help": "of how=random"})
 
     def __post_init__(self) -> None:
-        if self.cell < 2:
-            raise UserError(f"{self.slug}: a cell has at least 2 tokens on a side, not {self.cell}")
+        if self.cell < 2 or self.across < 0:
+            raise UserError(f"{self.slug}: a cell has at least 2 tokens on a side, not {self.cell} and {self.across}")
 
     def reduce(self, x: Tensor, layout: Layout) -> Reduction | None:
         height, width = layout.patches(self.spec)
-        grouping = pooled_cells(len(x), (height, width), self.cell, x.device)
+        across = self.across or self.cell
+        if layout.frames > 1 and height // layout.frames % self.cell:
+            raise UserError(
+                f"{self.spec}: {height // layout.frames} rows of a frame do not part into cells; give cell="
+            )
+        grouping = pooled_cells(len(x), (height, width), self.cell, x.device, across=across)
         weights = None if self.how == "mean" else _one_of_each(grouping, self.how == "random", self.seed, x)
-        grid = -(height // -self.cell), -(width // -self.cell)
+        grid = -(height // -self.cell), -(width // -across)
         if weights is not None:
             weights = torch.cat([weights.new_ones(len(x), layout.prefix), weights], 1)
         whole = behind(layout.prefix, grouping)
