@@ -7,25 +7,29 @@ tokens serves queries, keys and values, and may serve several layers.
 
 Where tokens are fewer is what the two kinds below differ in. Around one attention (:class:`AttentionReducer`) the rest
 of the block sees every token. In the stream (:class:`StreamReducer`) all blocks from one to another see fewer.
+
+:class:`TextReducer` shortens a text before any model reads it: what it leaves out is gone, and nothing is restored.
 """
 
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .errors import UserError
 from .strategy import AttentionEdit, AttentionPatch, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from .attention.merging import Grouping
     from .call import AttentionCall, Site
 
-__all__ = ["AttentionReducer", "Layout", "Part", "Reducer", "Reduction", "StreamReducer"]
+__all__ = [
+    "AttentionReducer", "Layout", "Part", "Reducer", "Reduction", "Shortened", "StreamReducer", "TextReducer",
+]  # fmt: skip
 
 Part = Literal["queries", "keys", "both"]
 _LAYOUT, _REDUCTION = "layout", "reduction"
@@ -243,6 +247,53 @@ class StreamReducer(Reducer, AttentionEdit):
         layout: Layout = call.state[_LAYOUT]
         layout.keys = call.k.mean(1)
         return _counted(call, layout.size) if self.proportional else call
+
+
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A text in pieces, and which of them are kept.
+
+    Attributes:
+        pieces: all of them joined are the text as it was read.
+        kept: one for each.
+        weights: what each is worth; None where they are not known.
+    """
+
+    pieces: tuple[str, ...]
+    kept: tuple[bool, ...]
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """What is left, with a space between words that have come together."""
+        made, gap = "", False
+        for piece, kept in zip(self.pieces, self.kept, strict=True):
+            if kept:
+                made += " " * (gap and made[-1:].isalnum() and piece[:1].isalnum()) + piece
+            gap = not kept
+        return made.strip()
+
+
+class TextReducer(Strategy):
+    """Shortens texts before a model reads them.
+
+    Attributes:
+        learns: needs weights of :meth:`learn`.
+    """
+
+    learns: ClassVar[bool] = False
+
+    @abstractmethod
+    def read(self, text: str, tokenizer: Any) -> Any:
+        """The text in pieces; its ``text`` is what a model is to read where attention is measured."""
+
+    def learn(self, read: "Sequence[Any]", received: "Sequence[Sequence[float]]") -> Any:
+        """Weights from texts as :meth:`read` gave them, and the attention that each token of each received."""
+        raise UserError(f"{self.slug} follows rules and learns nothing: give no model and no weights")
+
+    @abstractmethod
+    def shorten(self, text: str, tokenizer: Any, weights: Any = None) -> Shortened:
+        """The text in no more tokens of a fast ``tokenizer`` than the budget has."""
 
 
 def _joined(heads: "Tensor") -> "Tensor":
