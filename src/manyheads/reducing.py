@@ -12,15 +12,18 @@ of the block sees every token. In the stream (:class:`StreamReducer`) all blocks
 """
 
 import dataclasses
+import json
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .errors import UserError
+from .files import write_atomically
 from .strategy import AttentionEdit, AttentionPatch, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionReducer", "Layout", "Part", "Reducer", "Reduction", "Shortened", "StreamReducer", "TextReducer",
+    "TextWeights",
 ]  # fmt: skip
 
 Part = Literal["queries", "keys", "both"]
@@ -274,6 +278,36 @@ class Shortened:
         return made.strip()
 
 
+@dataclass(frozen=True, slots=True)
+class TextWeights:
+    """Attention that tokens receive, in means of their text.
+
+    Attributes:
+        statements: by category of the statement, or whatever else a text has parts of.
+        words: by word.
+    """
+
+    statements: "Mapping[str, float]"
+    words: "Mapping[str, float]"
+
+    def save(self, path: str | Path) -> None:
+        """Write them as JSON."""
+        write_atomically(Path(path), json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TextWeights":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: the file cannot be read, or is something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(*({str(k): float(v) for k, v in data[name].items()} for name in ("statements", "words")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} has no weights of words ({error}); write them with learn(...).save") from error
+
+
 class TextReducer(Strategy):
     """Shortens texts before a model reads them.
 
@@ -287,12 +321,12 @@ class TextReducer(Strategy):
     def read(self, text: str, tokenizer: Any) -> Any:
         """The text in pieces; its ``text`` is what a model is to read where attention is measured."""
 
-    def learn(self, read: "Sequence[Any]", received: "Sequence[Sequence[float]]") -> Any:
+    def learn(self, read: "Sequence[Any]", received: "Sequence[Sequence[float]]") -> TextWeights:
         """Weights from texts as :meth:`read` gave them, and the attention that each token of each received."""
         raise UserError(f"{self.slug} follows rules and learns nothing: give no model and no weights")
 
     @abstractmethod
-    def shorten(self, text: str, tokenizer: Any, weights: Any = None) -> Shortened:
+    def shorten(self, text: str, tokenizer: Any, weights: TextWeights | None = None) -> Shortened:
         """The text in no more tokens of a fast ``tokenizer`` than the budget has."""
 
 

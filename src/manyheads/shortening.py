@@ -20,7 +20,7 @@ from .calls.statistics import Statistic
 from .errors import UserError
 from .inspect import watch
 from .lens import AttentionView, Lens, LensResult, Memory, PerToken, device_of
-from .reducing import Shortened, TextReducer
+from .reducing import Shortened, TextReducer, TextWeights
 from .spec import parse
 from .strategy import Strategy
 
@@ -98,7 +98,7 @@ def attention_received(
     return [row[start : start + len(ids)].tolist() for ids, row in zip(read, rows, strict=True)]
 
 
-def learn(strategy: str | Strategy, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Any:
+def learn(strategy: str | Strategy, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> TextWeights:
     """What ``strategy`` learns of the attention of ``model`` on ``texts``: the weights that it shortens by.
 
     Raises:
@@ -113,7 +113,7 @@ def learn(strategy: str | Strategy, model: nn.Module, tokenizer: Any, texts: Seq
 
 def shorten(
     texts: Sequence[str], strategy: str | Strategy, tokenizer: Any, *, model: nn.Module | None = None,
-    weights: Any = None,
+    weights: TextWeights | None = None,
 ) -> list[Shortened]:  # fmt: skip
     """Each text in no more tokens than the strategy's budget.
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import manyheads
 from manyheads import UserError
+from manyheads.reducing import TextWeights
 from manyheads.tokens._programs import read_program
-from manyheads.tokens.dietcode import CodeWeights, DietCode, knapsack
+from manyheads.tokens.dietcode import DietCode, knapsack
 from tiny.tokenizers import BOTH
 
 PROGRAM = '''
@@ -49,7 +50,7 @@ KINDS = (
     "annotation method expression variable for if function if continue if expression while expression try function "
     "except raise finally function with pass match match delete match assert return"
 ).split()  # fmt: skip
-WEIGHTS = CodeWeights({"return": 4.0, "method": 3.0, "for": 0.5}, {"rows": 2.0, "(": 0.1, ")": 0.2, "self": 0.3})
+WEIGHTS = TextWeights({"return": 4.0, "method": 3.0, "for": 0.5}, {"rows": 2.0, "(": 0.1, ")": 0.2, "self": 0.3})
 
 
 def count(tokenizer, text):
@@ -155,7 +156,7 @@ def test_statements_and_words_by_the_formula(budget):
     made = DietCode(budget=budget).shorten(SHORT, tokenizer, WEIGHTS)
     kept = [i for i, one in enumerate(made.kept) if one]
     assert kept in dense(program, budget, WEIGHTS)
-    for wrong in (CodeWeights({}, {}), CodeWeights({"for": 9.0, "function": 9.0}, WEIGHTS.words)):
+    for wrong in (TextWeights({}, {}), TextWeights({"for": 9.0, "function": 9.0}, WEIGHTS.words)):
         assert kept not in dense(program, budget, wrong)
 
 
@@ -171,11 +172,11 @@ def test_weights_are_means_of_means():
 
 def test_weights_are_kept_in_a_file(tmp_path):
     WEIGHTS.save(tmp_path / "w.json")
-    assert CodeWeights.load(tmp_path / "w.json") == WEIGHTS
+    assert TextWeights.load(tmp_path / "w.json") == WEIGHTS
     (tmp_path / "w.json").write_text('{"words": 3}')
     for name in ("w.json", "none.json"):
-        with pytest.raises(UserError, match="no weights of programs"):
-            CodeWeights.load(tmp_path / name)
+        with pytest.raises(UserError, match="no weights of words"):
+            TextWeights.load(tmp_path / name)
 
 
 def test_random_choice_looks_at_no_weights():

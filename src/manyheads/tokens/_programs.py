@@ -19,7 +19,7 @@ from typing import Any
 
 from ..attention.budget import Budget, keep_limit
 from ..errors import UserError
-from ..reducing import Shortened, TextReducer
+from ..reducing import Shortened, TextReducer, TextWeights
 
 __all__ = ["CONTROL", "Piece", "Program", "ProgramReducer", "read_program"]
 
@@ -176,14 +176,14 @@ class ProgramReducer(TextReducer):
         return read_program(text, tokenizer)
 
     @abstractmethod
-    def order(self, program: Program, limit: int, weights: Any) -> Sequence[int]:
+    def order(self, program: Program, limit: int, weights: TextWeights | None) -> Sequence[int]:
         """Numbers of all pieces, in the order in which they go."""
 
-    def worth(self, program: Program, weights: Any) -> tuple[float, ...] | None:
+    def worth(self, program: Program, weights: TextWeights | None) -> tuple[float, ...] | None:
         """What each piece is worth, for pictures."""
         return None
 
-    def shorten(self, text: str, tokenizer: Any, weights: Any = None) -> Shortened:
+    def shorten(self, text: str, tokenizer: Any, weights: TextWeights | None = None) -> Shortened:
         limit = keep_limit(self.budget, _count(tokenizer, text))
         if _count(tokenizer, text) <= limit:
             return Shortened((text,), (True,))

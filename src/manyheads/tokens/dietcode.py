@@ -25,55 +25,23 @@ not here.
     manyheads.parse("dietcode:budget=0.6").shorten(program, tokenizer, weights).text
 """
 
-import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..reducing import TextWeights
 from ._programs import Program, ProgramReducer
 
-__all__ = ["CodeWeights", "DietCode", "knapsack"]
-
-
-@dataclass(frozen=True, slots=True)
-class CodeWeights:
-    """Attention that tokens of programs receive, in means of their program.
-
-    Attributes:
-        statements: by category.
-        words: by word.
-    """
-
-    statements: Mapping[str, float]
-    words: Mapping[str, float]
-
-    def save(self, path: str | Path) -> None:
-        """Write them as JSON."""
-        write_atomically(Path(path), json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CodeWeights":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: the file cannot be read, or is something else.
-        """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(*({str(k): float(v) for k, v in data[name].items()} for name in ("statements", "words")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} has no weights of programs ({error}); write them with learn(...).save") from error
+__all__ = ["DietCode", "knapsack"]
 
 
 def knapsack(values: Sequence[float], sizes: Sequence[int], capacity: int) -> list[int]:
-    """Which items have the greatest sum of ``values`` within ``capacity``, the sum of ``sizes``; of equal ones the first."""
+    """Which items have the greatest sum of ``values`` with ``sizes`` within ``capacity``; of equal ones the first."""
     best = np.zeros(capacity + 1)
     taken = np.zeros((len(values), capacity + 1), bool)
     for i in range(len(values) - 1, -1, -1):
@@ -110,7 +78,7 @@ class DietCode(ProgramReducer):
     value: Literal["category", "tokens"] = field(default="category", metadata={"help": "what a statement is worth"})
     seed: int = field(default=0, metadata={"help": "of choose=random"})
 
-    def learn(self, read: Sequence[Program], received: Sequence[Sequence[float]]) -> CodeWeights:
+    def learn(self, read: Sequence[Program], received: Sequence[Sequence[float]]) -> TextWeights:
         """Weights from programs and the attention that their tokens received; what a model did not read is left out."""
         words: dict[str, list[float]] = defaultdict(list)
         statements: dict[str, list[float]] = defaultdict(list)
@@ -127,14 +95,14 @@ class DietCode(ProgramReducer):
             for kind, all_of_it in zip(program.kinds, within, strict=True):
                 if all_of_it:
                     statements[kind].append(float(np.mean(all_of_it)))
-        return CodeWeights(*({k: float(np.mean(v)) for k, v in sorted(d.items())} for d in (statements, words)))
+        return TextWeights(*({k: float(np.mean(v)) for k, v in sorted(d.items())} for d in (statements, words)))
 
-    def worth(self, program: Program, weights: CodeWeights | None) -> tuple[float, ...] | None:
+    def worth(self, program: Program, weights: TextWeights | None) -> tuple[float, ...] | None:
         if self.choose != "attention" or weights is None:
             return None
         return tuple(weights.words.get(piece.word, 1.0) for piece in program.pieces)
 
-    def order(self, program: Program, limit: int, weights: CodeWeights | None) -> Sequence[int]:
+    def order(self, program: Program, limit: int, weights: TextWeights | None) -> Sequence[int]:
         pieces, sizes = program.pieces, program.sizes()
         if self.choose == "first":
             return range(len(pieces) - 1, -1, -1)

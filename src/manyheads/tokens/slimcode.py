@@ -12,8 +12,8 @@ import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from ..reducing import TextWeights
 from ._programs import CONTROL, Piece, Program, ProgramReducer
 
 __all__ = ["SlimCode"]
@@ -25,7 +25,7 @@ _NOT_NAMES = frozenset(map(str.lower, keyword.kwlist))
 class SlimCode(ProgramReducer):
     """Shortens Python programs by rules."""
 
-    def order(self, program: Program, limit: int, weights: Any) -> Sequence[int]:
+    def order(self, program: Program, limit: int, weights: TextWeights | None) -> Sequence[int]:
         level = [_level(piece, program.kinds[piece.statement]) for piece in program.pieces]
         return sorted(range(len(level)), key=lambda i: (level[i], -i))
 
