@@ -37,7 +37,7 @@ FLOORS = (
     },
     {"data", "integrations", "spec", *CATEGORIES},
     {"experiment", "models", "training"},
-    {"converter", "generate", "head_selection", "inspect", "lm_eval", "questions", "recipes", "tasks"},
+    {"converter", "generate", "head_selection", "inspect", "lm_eval", "questions", "recipes", "shortening", "tasks"},
     {"claims", "comparison", "comparison_rank", "comparison_train", "report"},
     {"commands"},
     {"__main__", "cli"},

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from manyheads.integrations import use
     from manyheads.lens import TokenSpans
     from manyheads.questions import ask
+    from manyheads.shortening import shorten
     from manyheads.spec import parse
     from manyheads.strategy import Strategy
 
@@ -53,6 +54,7 @@ __all__ = [
     "parse",
     "reply",
     "select_heads",
+    "shorten",
     "use",
     "watch",
 ]
@@ -72,6 +74,7 @@ _HOMES = {
     "manyheads.integrations": ("use",),
     "manyheads.inspect": ("watch",),
     "manyheads.questions": ("ask",),
+    "manyheads.shortening": ("shorten",),
     "manyheads.spec": ("parse",),
     "manyheads.strategy": ("Strategy",),
 }

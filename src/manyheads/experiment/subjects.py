@@ -17,6 +17,7 @@ from ..causal_lens import CausalLens
 from ..conditioning import DenoiserWeights
 from ..conversion import Conversion
 from ..errors import UserError
+from ..reducing import TextReducer
 from ..strategy import (
     Attention,
     Cache,
@@ -264,7 +265,7 @@ class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
     kind = "trainable"
-    kinds = (Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding)
+    kinds = (Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding, TextReducer)
     name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:
@@ -296,6 +297,8 @@ def _where(strategy: Strategy) -> str:
         return f"write with it: manyheads generate --model MODEL --strategy {strategy.slug}"
     if isinstance(strategy, Conversion):
         return f"convert the model first: manyheads convert {strategy.spec} --model MODEL --out FOLDER"
+    if isinstance(strategy, TextReducer):
+        return f"shorten texts with it: manyheads shorten FILE --strategy {strategy.slug} --model MODEL"
     if isinstance(strategy, Unlearning):
         return f"run it: python -m manyheads.recipes.unlearning_bench --method {strategy.slug}"
     if isinstance(strategy, DenoiserWeights):
