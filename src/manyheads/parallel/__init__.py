@@ -2,5 +2,12 @@
 """Attention on several devices: how tokens are shared among processes, and what these exchange."""
 
 from ._frames import FrameParallel, Traffic
+from .context import EXCHANGES, ContextParallel, World
+from .layouts import LAYOUTS, Layout, balance, layout
+from .ledger import Ledger
+from .masks import PATTERNS, AttnMask, AttnSlice, pattern
 
-__all__ = ["FrameParallel", "Traffic"]
+__all__ = [
+    "EXCHANGES", "LAYOUTS", "PATTERNS", "AttnMask", "AttnSlice", "ContextParallel", "FrameParallel", "Layout", "Ledger",
+    "Traffic", "World", "balance", "layout", "pattern",
+]  # fmt: skip

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over tokens that several processes share: mask x layout x exchange, exact forward and backward.
+
+    world = World()  # after torch.distributed.init_process_group
+    shared = ContextParallel(world, causal(32768), layout="zigzag", exchange="ring", heads=2)
+    q, k, v = (shared.shard(x, 2) for x in (q, k, v))  # [B, H, T, d] of this process
+    out, lse = shared.attend(q, k, v)
+
+With ``heads`` above 1 the processes form a grid: first an all-to-all among so many gives each of them all tokens of
+the grid's row for a part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509), then the exchange runs among the others.
+With as many ``heads`` as processes that is Ulysses, with 1 it is the exchange alone, in between the two-dimensional
+attention of LoongTrain (arXiv 2406.18485): for every mask and exchange here. Where there are fewer key/value heads than
+``heads``, they are repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..errors import UserError
+from . import partial as part
+from .exchanges import AllGather, Exchange, GroupCast, Ring
+from .layouts import Layout, layout
+from .ledger import Ledger
+from .masks import AttnMask
+from .peers import Peers
+
+__all__ = ["EXCHANGES", "ContextParallel", "World"]
+
+EXCHANGES: dict[str, type[Exchange]] = {"ring": Ring, "all_gather": AllGather, "group_cast": GroupCast}
+
+
+class World:
+    """All processes, and groups of them, each made once.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        ledger: of what this process sends.
+    """
+
+    def __init__(self, node: int = 0) -> None:
+        """Of the default group.
+
+        Args:
+            node: processes of a machine, whose ranks follow each other; 0 for all. Only for counting.
+
+        Raises:
+            UserError: there is no process group.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise UserError("there are no processes to share tokens with: start with torchrun, and call "
+                            "torch.distributed.init_process_group first")  # fmt: skip
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.ledger = Ledger(self.rank, node)
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(self.size)): None}
+
+    def peers(self, groups: Sequence[Sequence[int]]) -> Peers:
+        """The one of these groups that this process is in; every process has to ask for the same ones, in one order."""
+        for ranks in map(tuple, groups):
+            if ranks not in self._groups:
+                self._groups[ranks] = dist.new_group(list(ranks))
+        mine = next(tuple(ranks) for ranks in groups if self.rank in ranks)
+        return Peers(mine, self._groups[mine], self.ledger)
+
+
+class ContextParallel:
+    """Attention of a mask whose tokens the processes of a world share.
+
+    Attributes:
+        mask: which keys each token sees.
+        layout: tokens of each process.
+        rows: of this process, int64.
+    """
+
+    def __init__(
+        self, world: World, mask: AttnMask, layout: str | Layout = "greedy", exchange: str = "group_cast",
+        heads: int = 1, window: int | None = None, place: Literal["head", "context"] = "head",
+    ) -> None:  # fmt: skip
+        """How tokens are shared and keys exchanged.
+
+        Args:
+            world: of processes.
+            mask: of all tokens.
+            layout: one of :data:`manyheads.parallel.layouts.LAYOUTS`, or one of your own.
+            exchange: one of ``EXCHANGES``.
+            heads: processes that share heads among them; divides the number of processes.
+            window: of processes of a ring's inner ring; all of them when not given.
+            place: whether neighbours (as a rule on one machine) share heads, or context.
+
+        Raises:
+            UserError: numbers that do not divide, or names that are none.
+        """
+        if exchange not in EXCHANGES:
+            raise UserError(f"there is no exchange {exchange!r}; there are {', '.join(EXCHANGES)}")
+        if heads < 1 or world.size % heads:
+            raise UserError(f"{world.size} processes do not divide into {heads} that share heads")
+        if window is not None and exchange != "ring":
+            raise UserError(f"windows are of a ring, not of {exchange}")
+        self.world, self.mask, self.heads = world, mask, heads
+        self.layout = given = make_layout(mask, world.size, layout)
+        self.rows = given.rows[world.rank]
+        contexts = world.size // heads
+        step, other = (1, heads) if place == "head" else (contexts, 1)
+        grid = [[c * other + h * step for h in range(heads)] for c in range(contexts)]  # ranks, by context and head
+        self._heads = world.peers(grid)
+        along = world.peers(list(zip(*grid, strict=True)))
+        rows = [torch.cat([given.rows[rank] for rank in ranks]) for ranks in grid]
+        self._lengths = [len(given.rows[rank]) for rank in self._heads.ranks]
+        more = {"window": window} if exchange == "ring" else {}
+        self.exchange: Exchange = EXCHANGES[exchange](along, rows, mask, **more)
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """The tokens of this process, of all along ``dim``."""
+        return x.index_select(dim, self.rows.to(x.device))
+
+    def unshard(self, x: Tensor, dim: int) -> Tensor:
+        """All tokens, of those of this process along ``dim``; in every process, without gradients."""
+        peers = Peers(range(self.world.size), None, self.world.ledger)
+        lengths = [len(rows) for rows in self.layout.rows]
+        every = peers.all_gather(x.detach().transpose(0, dim), lengths, "unshard")
+        return torch.empty_like(every).index_copy_(0, torch.cat(self.layout.rows).to(x.device), every).transpose(0, dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """Output ``[B, H, T, dv]`` in the dtype of ``q``, and log-sum-exp ``[B, H, T]`` in float32 or float64.
+
+        Args:
+            q: ``[B, H, T, d]``, the tokens of this process.
+            k, v: ``[B, Hkv, T, d]`` and ``[B, Hkv, T, dv]``; Hkv divides H.
+            scale: of the logits; ``d ** -0.5`` when None.
+
+        Raises:
+            UserError: other numbers of tokens than the layout has, or heads that cannot be shared.
+        """
+        if any(x.shape[2] != len(self.rows) for x in (q, k, v)):
+            raise UserError(f"process {self.world.rank} has {len(self.rows)} tokens of this layout, not {q.shape[2]}")
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        if self.heads > 1:
+            k, v = (self._repeated(x, q.shape[1]) for x in (k, v))
+            q, k, v = (_ToHeads.apply(x, self._heads, self._lengths) for x in (q, k, v))  # type: ignore[no-untyped-call]
+        out, lse = _Attend.apply(q, k, v, self.exchange, scale)  # type: ignore[no-untyped-call]
+        if self.heads > 1:
+            out, lse = (
+                _ToTokens.apply(x, self._heads, self._lengths)
+                for x in (out, lse[..., None])  # type: ignore[no-untyped-call]
+            )
+            lse = lse[..., 0]
+        return out, lse
+
+    def _repeated(self, x: Tensor, heads: int) -> Tensor:
+        """Key/value heads, as often as it takes for each process to have one."""
+        kv_heads = x.shape[1]
+        times = max(1, self.heads // kv_heads)
+        if heads % self.heads or (kv_heads * times) % self.heads:
+            raise UserError(f"{heads} heads with {kv_heads} of keys cannot be shared by {self.heads} processes")
+        return x.repeat_interleave(times, 1)
+
+
+def make_layout(mask: AttnMask, ranks: int, given: str | Layout) -> Layout:
+    """A layout by name, or the one given, for so many processes."""
+    if isinstance(given, str):
+        return layout(given, mask, ranks)
+    if len(given.rows) != ranks or given.size != mask.size:
+        raise UserError(f"a layout of {given.size} tokens for {len(given.rows)} processes, not {mask.size} for {ranks}")
+    return given
+
+
+def _to_heads(x: Tensor, peers: Peers, lengths: Sequence[int], name: str) -> Tensor:
+    """``[B, H, T, d]`` of this process's tokens -> ``[B, H / n, T of all n, d]``."""
+    parts = x.permute(2, 0, 1, 3).chunk(len(peers), 2)  # [T, B, H / n, d]
+    return peers.all_to_all([p.contiguous() for p in parts], lengths, name).wait().permute(1, 2, 0, 3)
+
+
+def _to_tokens(x: Tensor, peers: Peers, lengths: Sequence[int], name: str) -> Tensor:
+    """The way back."""
+    mine = lengths[peers.rank]
+    found = peers.all_to_all(x.permute(2, 0, 1, 3).split(list(lengths)), [mine] * len(peers), name).wait()
+    every: Tensor = found.unflatten(0, (len(peers), mine)).permute(2, 0, 3, 1, 4)  # [B, n, H / n, T, d]
+    return every.flatten(1, 2)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int]) -> Tensor:
+        ctx.given = peers, lengths
+        return _to_heads(x, peers, lengths, "all-to-all")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        peers, lengths = ctx.given
+        return _to_tokens(dx, peers, lengths, "all-to-all, back"), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int]) -> Tensor:
+        ctx.given = peers, lengths
+        return _to_tokens(x, peers, lengths, "all-to-all")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        peers, lengths = ctx.given
+        return _to_heads(dx, peers, lengths, "all-to-all, back"), None, None
+
+
+class _Attend(torch.autograd.Function):
+    """Rows of this process to the keys of its group; what is kept for the way back is of this process alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, scale: float) -> tuple[Tensor, Tensor]:
+        kv = torch.cat([k, v], 3).permute(2, 0, 1, 3).contiguous()  # [T, B, Hkv, d + dv]
+        found = None
+        for tokens, block in exchange.visit(kv):
+            keys, values = _apart(block, k.shape[3])
+            some = part.attend(q, keys, values, _seen(exchange, tokens, q), scale)
+            found = some if found is None else part.merge(found, some)
+        assert found is not None
+        out, lse = found
+        ctx.save_for_backward(q, kv, out, lse)
+        ctx.exchange, ctx.scale, ctx.width = exchange, scale, k.shape[3]
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, out, lse = ctx.saved_tensors
+        delta = (dout * out).sum(-1) - dlse
+        dq = torch.zeros_like(out[..., :1]).expand(*q.shape).clone()
+
+        def gradient(tokens: Tensor, block: Tensor) -> Tensor:
+            keys, values = _apart(block, ctx.width)
+            seen = _seen(ctx.exchange, tokens, q)
+            more, dk, dv = part.backward(q, keys, values, seen, ctx.scale, lse, delta, dout)
+            dq.add_(more)
+            return torch.cat([dk, dv], 3).permute(2, 0, 1, 3)
+
+        dk, dv = _apart(ctx.exchange.back(kv, gradient), ctx.width)
+        return dq.to(q.dtype), dk.to(kv.dtype), dv.to(kv.dtype), None, None
+
+
+def _apart(block: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, Hkv, S, d]`` and values of a block ``[S, B, Hkv, d + dv]``."""
+    k, v = block.permute(1, 2, 0, 3).tensor_split([width], 3)
+    return k, v
+
+
+def _seen(exchange: Exchange, tokens: Tensor, q: Tensor) -> part.Seen:
+    mine, tokens = exchange.mine.to(q.device), tokens.to(q.device)
+    return partial(_rows_seen, exchange.mask, mine, tokens)
+
+
+def _rows_seen(mask: AttnMask, mine: Tensor, tokens: Tensor, rows: slice) -> Tensor:
+    return mask.dense(mine[rows], tokens)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the keys and values of a group of processes come to each of them, and their gradients back to their owners.
+
+An exchange visits blocks: ``(tokens, kv)``, the next of which is on its way while one is worked on. On the way back the
+blocks are visited once more, and what each process finds for a block goes to the block's owner.
+
+    Ring        W - 1 steps; each process passes on what it had from the one before. ``window``: two rings, as
+                LoongTrain has them: within windows of so many processes, while the blocks that a window began with go
+                on to the next window
+    AllGather   all at once
+    GroupCast   only rows that a process needs, straight from their owners, as MagiAttention has it
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .masks import AttnMask
+from .peers import Arriving, Peers
+
+__all__ = ["AllGather", "Exchange", "GroupCast", "Ring"]
+
+Block = tuple[Tensor, Tensor]
+Gradient = Callable[[Tensor, Tensor], Tensor]
+
+
+class Exchange(ABC):
+    """Base of all exchanges.
+
+    Attributes:
+        peers: the processes.
+        rows: tokens of each, int64.
+    """
+
+    def __init__(self, peers: Peers, rows: Sequence[Tensor], mask: AttnMask) -> None:
+        self.peers, self.rows, self.mask = peers, tuple(rows), mask
+
+    @property
+    def mine(self) -> Tensor:
+        """Tokens of this process."""
+        return self.rows[self.peers.rank]
+
+    @abstractmethod
+    def visit(self, kv: Tensor) -> Iterator[Block]:
+        """Blocks of all tokens that a row of this process may see, its own ``kv [T, ...]`` among them, each once."""
+
+    @abstractmethod
+    def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
+        """Visit again; the sum over all processes of ``gradient(tokens, kv)`` for the rows of this one."""
+
+    def _lengths(self) -> list[int]:
+        return [len(rows) for rows in self.rows]
+
+
+class Ring(Exchange):
+    """Blocks go round, in two rings where windows are smaller than the group."""
+
+    def __init__(self, peers: Peers, rows: Sequence[Tensor], mask: AttnMask, window: int | None = None) -> None:
+        super().__init__(peers, rows, mask)
+        self.window = window or len(peers)
+        if len(peers) % self.window:
+            raise UserError(f"{len(peers)} processes of a ring do not divide into windows of {self.window}")
+        self.windows = len(peers) // self.window
+
+    def visit(self, kv: Tensor) -> Iterator[Block]:
+        entry = kv
+        for outer in range(self.windows):
+            last = outer == self.windows - 1
+            coming = None if last else self._pass_on(entry, outer + 1, 0, "ring between windows", to=(1, 0))
+            held = entry
+            for inner in range(self.window):
+                ends = inner == self.window - 1
+                arriving = None if ends else self._pass_on(held, outer, inner + 1, "ring", to=(0, 1))
+                yield self.rows[self._source(outer, inner)], held
+                held = held if arriving is None else arriving.wait()
+            entry = entry if coming is None else coming.wait()
+
+    def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
+        """Gradients travel with their blocks, and one step further home."""
+        entry = kv
+        total = torch.zeros((), device=kv.device)
+        for outer in range(self.windows):
+            last = outer == self.windows - 1
+            coming = None if last else self._pass_on(entry, outer + 1, 0, "ring between windows, back", to=(1, 0))
+            held = entry
+            for inner in range(self.window):
+                ends = inner == self.window - 1
+                arriving = None if ends else self._pass_on(held, outer, inner + 1, "ring, back", to=(0, 1))
+                total = gradient(self.rows[self._source(outer, inner)], held) + total
+                total = self._pass_on(total, outer, inner + 1, "ring, gradients", to=(0, 1)).wait()
+                held = held if arriving is None else arriving.wait()
+            total = self._pass_on(total, outer + 1, 0, "ring between windows, gradients", to=(1, 0)).wait()
+            entry = entry if coming is None else coming.wait()
+        return total
+
+    def _source(self, outer: int, inner: int) -> int:
+        """Whose block this process works on."""
+        mine, place = divmod(self.peers.rank, self.window)
+        return (mine - outer) % self.windows * self.window + (place - inner) % self.window
+
+    def _pass_on(self, x: Tensor, outer: int, inner: int, name: str, to: tuple[int, int]) -> Arriving:
+        """Send ``x`` so many windows and places on; what arrives is the block of a later step."""
+        mine, place = divmod(self.peers.rank, self.window)
+
+        def other(sign: int) -> int:
+            return (mine + sign * to[0]) % self.windows * self.window + (place + sign * to[1]) % self.window
+
+        length = len(self.rows[self._source(outer, inner)])
+        return self.peers.shift(x, (length, *x.shape[1:]), other(1), other(-1), name)
+
+
+class AllGather(Exchange):
+    """All keys at once; gradients go straight to their owners, who add them."""
+
+    def visit(self, kv: Tensor) -> Iterator[Block]:
+        yield torch.cat(self.rows), self.peers.all_gather(kv, self._lengths(), "all-gather")
+
+    def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
+        every = self.peers.all_gather(kv, self._lengths(), "all-gather, back")
+        parts = gradient(torch.cat(self.rows), every).split(self._lengths())
+        found = self.peers.all_to_all(parts, [len(kv)] * len(self.peers), "all-gather, gradients").wait()
+        total: Tensor = found.unflatten(0, (len(self.peers), len(kv))).sum(0)
+        return total
+
+
+class GroupCast(Exchange):
+    """Rows that are needed, and no others."""
+
+    def __init__(self, peers: Peers, rows: Sequence[Tensor], mask: AttnMask) -> None:
+        super().__init__(peers, rows, mask)
+        me = peers.rank
+        needs = [mask.needs(each) for each in self.rows]
+        nothing = self.mine[:0]
+        self.sent = [
+            nothing if to == me else needs[to][self.mine].nonzero()[:, 0] for to in range(len(peers))
+        ]  # places among the rows of this process
+        self.asked = [nothing if of == me else each[needs[me][each]] for of, each in enumerate(self.rows)]
+
+    def _cast(self, kv: Tensor, name: str) -> Arriving:
+        parts = [kv[places.to(kv.device)] for places in self.sent]
+        return self.peers.all_to_all(parts, list(map(len, self.asked)), name)
+
+    def visit(self, kv: Tensor) -> Iterator[Block]:
+        arriving = self._cast(kv, "group-cast")
+        yield self.mine, kv
+        yield torch.cat(self.asked), arriving.wait()
+
+    def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
+        arriving = self._cast(kv, "group-cast, back")
+        total = gradient(self.mine, kv)
+        parts = gradient(torch.cat(self.asked), arriving.wait()).split(list(map(len, self.asked)))
+        found = self.peers.all_to_all(parts, list(map(len, self.sent)), "group-cast, gradients").wait()
+        return total.index_add(0, torch.cat(self.sent).to(kv.device), found)
