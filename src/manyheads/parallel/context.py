@@ -146,11 +146,9 @@ class ContextParallel:
             q, k, v = (_ToHeads.apply(x, self._heads, self._lengths) for x in (q, k, v))  # type: ignore[no-untyped-call]
         out, lse = _Attend.apply(q, k, v, self.exchange, scale)  # type: ignore[no-untyped-call]
         if self.heads > 1:
-            out, lse = (
-                _ToTokens.apply(x, self._heads, self._lengths)
-                for x in (out, lse[..., None])  # type: ignore[no-untyped-call]
-            )
-            lse = lse[..., 0]
+            given = self._heads, self._lengths
+            out = _ToTokens.apply(out, *given)  # type: ignore[no-untyped-call]
+            lse = _ToTokens.apply(lse[..., None], *given)[..., 0]  # type: ignore[no-untyped-call]
         return out, lse
 
     def _repeated(self, x: Tensor, heads: int) -> Tensor:

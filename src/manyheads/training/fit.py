@@ -181,13 +181,7 @@ def fit(
         return total
 
     take = _recorded(step, optimizers, device, processes.size == 1 and not checkpoint) if replayed else step
-    begun = time.perf_counter() - state.seconds
-    written = state.seconds
-
-    def due(each: Checkpoint) -> bool:
-        late = each.seconds < math.inf and processes.of_first(state.seconds - written) >= each.seconds
-        return state.finished or state.step % each.every == 0 or late
-
+    begun, written = time.perf_counter() - state.seconds, state.seconds
     while not state.finished:
         if schedule is not None:
             factor = schedule(state)
@@ -202,15 +196,20 @@ def fit(
         if state.budget.unit == "seconds":
             state.seconds = processes.of_first(state.seconds)
         state.add(processes.mean(total))
-        ended = on_step is not None and bool(on_step(state))
-        state.finished = ended or state.progress >= 1
-        if checkpoint and due(checkpoint):
+        state.finished = bool(on_step is not None and on_step(state)) or state.progress >= 1
+        if checkpoint and _due(checkpoint, state, written, processes):
             write(checkpoint.folder, state.step, shared, own, processes.rank, processes.wait)
             written = state.seconds
     _forget(optimizers)
     state.look()
     model.eval()
     return state
+
+
+def _due(checkpoint: Checkpoint, state: TrainState, written: float, processes: Processes) -> bool:
+    """Whether to write a checkpoint, if the last one was at ``written`` seconds; the same in all processes."""
+    late = checkpoint.seconds < math.inf and processes.of_first(state.seconds - written) >= checkpoint.seconds
+    return state.finished or state.step % checkpoint.every == 0 or late
 
 
 def autocast(device: torch.device, bf16: bool | None = None) -> AbstractContextManager[Any]:
