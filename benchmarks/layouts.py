@@ -17,6 +17,7 @@ from manyheads.parallel import LAYOUTS, PATTERNS, balance, layout, pattern
 
 
 def main() -> None:
+    """Count, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help="of a process")
