@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyheads.errors import UserError
 from manyheads.progress import shown
 
 from .options import (
@@ -26,6 +27,7 @@ from .options import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from manyheads.conversion import EncoderConversion
     from manyheads.converter import Converted
 
 _TRAINING = "training"
@@ -66,11 +68,19 @@ def convert(
     from manyheads.data.texts import read, standard_library
 
     place = writable(out, str(out))
-    texts = read(text) if text else standard_library()
+    from manyheads.conversion import EncoderConversion
     from manyheads.converter import Material, as_conversion, convert_model
     from manyheads.training import Budget
 
     strategy = as_conversion(spec)
+    if isinstance(strategy, EncoderConversion):
+        if text or recover:
+            raise UserError(
+                f"{strategy.slug} makes an encoder, which is trained on a task: leave --text and --recover away"
+            )
+        _encoder(strategy, place, model, device, dtype, as_json)
+        return
+    texts = read(text) if text else standard_library()
     if recover is not None:
         Budget.parse(recover)
     with shown(as_json) as progress:
@@ -86,6 +96,43 @@ def convert(
         print_json({**made.document(), "folder": str(place), "plain": plain, "next": following})
     else:
         _print(made, place, plain, following)
+
+
+def _encoder(
+    strategy: EncoderConversion, place: Path, model: str | None, device: str | None, dtype: str | None, as_json: bool
+) -> None:
+    """Make an encoder of texts, save it, and say how it is read and trained."""
+    from manyheads.converter import encoder_of
+    from manyheads.integrations.bidirectional import is_bidirectional
+
+    with shown(as_json):
+        loaded, tokenizer = load_model(model, device, dtype)
+        made = encoder_of(loaded, tokenizer, strategy)
+        made.save(place, {"spec": strategy.spec, "model": model or "default", "command": typed()})
+    count = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in (("model", made.model), ("pooler", made.pooler))
+    }
+    own = ", trust_remote_code=True" if made.pooler.standard is None else ""
+    following = [
+        f"python -m manyheads.recipes.text_encoder --encoder {place} --train FILE --out trained",
+        f"manyheads.models.text_encoder.TextEncoder.load('{place}').encode(texts)",
+        f"SentenceTransformer('{place}'{own}).encode(texts)",
+    ]
+    sees = is_bidirectional(made.model)
+    if as_json:
+        print_json({
+            "spec": strategy.spec, "folder": str(place), "parameters": count, "bidirectional": sees, "next": following,
+        })  # fmt: skip
+        return
+    out = console()
+    out.print(
+        f"{place}: an encoder of texts, {count['model']:,} parameters and {count['pooler']:,} of its pooler",
+        markup=False,
+    )
+    out.print(f"  tokens see {'both sides' if sees else 'what is before them'}; nothing is trained yet", markup=False)
+    for line in following:
+        out.print(f"  {line}", markup=False)
 
 
 def _following(place: Path, plain: bool, recover: str | None) -> list[str]:
