@@ -2,13 +2,14 @@
 """Gemma encoder: tokens see both sides, in a file too; poolers are their formulas, padding is no matter."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from transformers import AttentionInterface, PreTrainedTokenizerFast
+from transformers import AttentionInterface
 
 from manyheads import UserError, parse
 from manyheads.conversion import EncoderDesign
@@ -17,8 +18,10 @@ from manyheads.converter import convert_model, encoder_of
 from manyheads.integrations.anatomy import ModelAnatomy
 from manyheads.integrations.bidirectional import dropped_out, is_bidirectional
 from manyheads.models.text_encoder import FILE, TextEncoder
-from manyheads.training.encoding import class_loss, list_loss, score_loss, tune
+from manyheads.recipes.text_encoder import train_encoder
+from manyheads.training.encoding import class_loss, list_loss, pair_loss, score_loss, tune
 from oracles.conversions import WIDTH, WORDS, tiny
+from oracles.texts import words_tokenizer
 from tolerance import DEEP, FORMULA, SAME, assert_close, is_far
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
@@ -26,16 +29,6 @@ POOLERS = {
     "mean": Mean(), "first 2": Ends(2, last=False), "last": Ends(), "query": Probe(WIDTH, 2, 3),
     "kv": Memory(WIDTH, 2, 5),
 }  # fmt: skip
-
-
-def words_tokenizer():
-    """Splits at spaces: w0 to w60; w0 is padding."""
-    import tokenizers
-
-    words = {f"w{i}": i for i in range(WORDS)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w1")
 
 
 def drawn(*size, seed=0):
@@ -213,6 +206,11 @@ def test_losses_are_their_formulas():
     assert_close(list_loss(lambda _: said, (None, grades)), want, 4 * SAME)
     scores = torch.tensor([1.0, 2, 3, 4, 5, 1])
     assert_close(score_loss(lambda _: said, (None, scores)), (said[:, 0].float() - scores).square().mean(), SAME)
+    texts = [drawn(3, 5, seed=i) for i in range(3)]
+    unit = [x / x.norm(dim=1, keepdim=True) for x in texts]
+    found = (20 * unit[0] @ torch.cat(unit[1:]).T).log_softmax(1)[:, :3].diagonal()
+    plain = SimpleNamespace(embed=lambda x: x)
+    assert_close(pair_loss(plain, texts), -found.mean().float(), 20 * SAME)
     logits, labels = drawn(4, 3), torch.tensor([0, 2, 1, 1])
     assert_close(class_loss(lambda _: logits, (None, labels)), cross_entropy(logits.float(), labels), SAME)
 
@@ -237,9 +235,28 @@ def test_training_learns_the_class_and_touches_what_it_says(train, pooler):
     assert ("pooler" in moved) == (pooler == "query")
 
 
+@pytest.mark.parametrize("kind", ["classes", "scores", "pairs"])
+def test_the_recipe_learns_each_kind_of_line(kind):
+    rows = [[f"w{10 + i} w{4 + i % 2}", f"w{4 + i % 2}"] for i in range(16)]
+    if kind == "scores":
+        rows = [[a, b, f"{i % 2}"] for i, (a, b) in enumerate(rows)]
+    if kind == "pairs":
+        rows = [[f"w{10 + i}", f"w{30 + i}", f"w{30 + (i + 1) % 8}"] for i in range(8)]
+    state = []
+    made, classes = train_encoder(
+        encoder("qwen3", "gemma_encoder:dropout=0").float(), rows, kind, budget=30, lr=3e-3, head_lr=1e-2, batch=8,
+        on_step=lambda s: state.append(float(s.loss)),
+    )  # fmt: skip
+    assert state[-1] < 0.5 * state[0] and classes == (("w4", "w5") if kind == "classes" else ())
+    assert made.outputs == {"classes": 2, "scores": 1, "pairs": 0}[kind]
+    for wrong, said in ((rows[:3], "do not fill a batch"), ([*rows, ["w4", " "]], "line")):
+        with pytest.raises(UserError, match=said):
+            train_encoder(made, wrong, kind, batch=8)
+
+
 @pytest.mark.parametrize("spec", ["gemma_encoder", "gemma_encoder:pooler=last", "gemma_encoder:pooler=query"])
 def test_sentence_transformers_loads_it(spec, tmp_path):
-    theirs = pytest.importorskip("sentence_transformers")
+    theirs = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     made, texts = encoder(spec=spec).float(), ["w5 w9 w11", "w7"]
     made.save(tmp_path)
     found = theirs.SentenceTransformer(str(tmp_path), device="cpu", **{f"trust{'_'}remote_code": "query" in spec})

@@ -46,12 +46,16 @@ class TextEncoder(nn.Module):
         design: of what reads its states.
         outputs: of the head; 0 for none.
         length: tokens of a text at most.
+        pooler: of the design, where it is there already.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, design: EncoderDesign, outputs: int = 0, length: int = 512) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, design: EncoderDesign, outputs: int = 0, length: int = 512,
+        pooler: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.design, self.outputs, self.length = model, design, outputs, length
-        self.pooler = made_pooler(design.pooler, design.config)
+        self.pooler: Any = pooler or made_pooler(design.pooler, design.config)
         self.tokenizer = _prepared(tokenizer, design.eos)
         width = int(model.config.hidden_size)
         self.head: nn.Module | None = None

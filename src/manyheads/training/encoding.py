@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from ..integrations.bidirectional import dropped_out
 from .budget import Budget
@@ -17,9 +17,10 @@ from .fit import BatchFn, TrainState, fit
 from .lora import adapters
 from .schedules import decay
 
-__all__ = ["Examples", "Kind", "class_loss", "list_loss", "score_loss", "tune"]
+__all__ = ["Examples", "Kind", "class_loss", "list_loss", "pair_loss", "score_loss", "tune"]
 
 Kind = Literal["all", "lora", "head"]
+_SCALE = 20.0  # of cosines
 Examples = tuple[Mapping[str, Tensor], Tensor]  # what an encoder reads, and what is to be said of it
 
 
@@ -41,6 +42,17 @@ def list_loss(encoder: Any, batch: Examples) -> Tensor:
     read, grades = batch
     scores = encoder(read).float()[:, 0].view_as(grades)
     return -(grades / grades.sum(1, keepdim=True) * log_softmax(scores, 1)).sum(1).mean()
+
+
+def pair_loss(encoder: Any, batch: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """InfoNCE: ``-log softmax(20 cos(q_i, d_j))_i`` over all texts d of the batch, those that fit first.
+
+    Args:
+        encoder: its head is not asked.
+        batch: queries, what fits each, and perhaps others for each, which are hard to tell from that.
+    """
+    query, *texts = (normalize(encoder.embed(read).float(), dim=-1) for read in batch)
+    return cross_entropy(_SCALE * query @ torch.cat(texts).T, torch.arange(len(query), device=query.device))
 
 
 def tune(
@@ -76,6 +88,10 @@ def tune(
         top = [p for name, p in encoder.named_parameters() if not name.startswith("model.")]
         groups = [{"params": some, "lr": rate} for some, rate in ((body, lr), (top, head_lr or lr)) if some]
         return fit(
-            encoder, get_batch, loss, budget=budget, bf16=bf16, on_step=on_step,
+            encoder, get_batch, loss, budget=budget, bf16=bf16, on_step=on_step, tokens_of=_tokens,
             optimizers=[torch.optim.AdamW(groups, weight_decay=0.01)], schedule=decay("linear", warmup=0.1),
         )  # fmt: skip
+
+
+def _tokens(batch: Sequence[Any]) -> int:
+    return sum(read["input_ids"].numel() for read in batch if isinstance(read, Mapping))
