@@ -8,13 +8,11 @@ side that is; it gives ``[B, D]``. What padding holds changes nothing. Every tex
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-__all__ = ["Ends", "Mean", "Memory", "Pooler", "Probe", "attend", "mean"]
+__all__ = ["Ends", "Mean", "Memory", "Pooler", "Probe", "attend", "last", "mean"]
 
 
 def mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -22,6 +20,12 @@ def mean(states: Tensor, mask: Tensor) -> Tensor:
     weight = mask[..., None].to(states.dtype)
     found: Tensor = states.masked_fill(~mask[..., None], 0).sum(-2) / weight.sum(-2)
     return found
+
+
+def last(states: Tensor, mask: Tensor) -> Tensor:
+    """The last token of each text: states ``[B, ..., T, D]``, mask ``[B, T]``; ``[B, ..., D]``."""
+    at = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+    return states[torch.arange(len(states), device=states.device), ..., at, :]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -40,7 +44,7 @@ class Pooler(nn.Module):
         standard: its name among sentence-transformers' poolings, None where they have none.
     """
 
-    all_layers: ClassVar[bool] = False
+    all_layers: bool = False
     standard: str | None = None
 
 
