@@ -205,7 +205,10 @@ class EmbeddingTraining(Task):
             grades = [np.array([found.qrels[query].get(d, 0) for d in kept]) for query in chosen]
             return {q: found.queries[q] for q in chosen}, [found.documents[d] for d in kept], grades
 
-        return cast(Any, run.kept(("ranked", self.queries, self.documents), make))
+        held: tuple[dict[str, str], list[str], list[np.ndarray]] = run.kept(
+            ("ranked", self.queries, self.documents), make
+        )
+        return held
 
 
 def triples() -> list[tuple[str, str, str]]:
