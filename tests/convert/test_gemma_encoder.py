@@ -282,7 +282,8 @@ def test_the_files_are_those_that_sentence_transformers_reads(tmp_path):
     ("spec", "said"),
     [
         ("gemma_encoder:mask=left", "mask is"), ("gemma_encoder:pooler=max", "pooler is"),
-        ("gemma_encoder:count=0", "count is 1"), ("gemma_encoder:dropout=1", "below 1"),
+        ("gemma_encoder:count=0", "count is 1"),
+        ("gemma_encoder:mask=causal,pooler=first", "see nothing of the text"), ("gemma_encoder:dropout=1", "below 1"),
     ],
 )  # fmt: skip
 def test_fields_that_mean_nothing_are_refused(spec, said):

@@ -63,6 +63,8 @@ def convert(
     said before; a training that was cut off goes on when the command is repeated. Losses are of the last tenth of the
     text, which nothing else reads. Where the config of the stock class can say what is left, the result is a plain
     checkpoint, which transformers loads; else manyheads.models.load loads it, and so do compare and inspect.
+
+    gemma_encoder and pooling make an encoder of texts, which reads no text here and is trained on its task afterwards.
     """
     passive_threads()
     from manyheads.data.texts import read, standard_library
@@ -78,7 +80,7 @@ def convert(
             raise UserError(
                 f"{strategy.slug} makes an encoder, which is trained on a task: leave --text and --recover away"
             )
-        _encoder(strategy, place, model, device, dtype, as_json)
+        _encoder(strategy, place, model, device, dtype, length, seed or 0, as_json)
         return
     texts = read(text) if text else standard_library()
     if recover is not None:
@@ -99,15 +101,19 @@ def convert(
 
 
 def _encoder(
-    strategy: EncoderConversion, place: Path, model: str | None, device: str | None, dtype: str | None, as_json: bool
-) -> None:
+    strategy: EncoderConversion, place: Path, model: str | None, device: str | None, dtype: str | None, length: int,
+    seed: int, as_json: bool,
+) -> None:  # fmt: skip
     """Make an encoder of texts, save it, and say how it is read and trained."""
+    import torch
+
     from manyheads.converter import encoder_of
     from manyheads.integrations.bidirectional import is_bidirectional
 
     with shown(as_json):
         loaded, tokenizer = load_model(model, device, dtype)
-        made = encoder_of(loaded, tokenizer, strategy)
+        torch.manual_seed(seed)
+        made = encoder_of(loaded, tokenizer, strategy, length=length)
         made.save(place, {"spec": strategy.spec, "model": model or "default", "command": typed()})
     count = {
         name: sum(p.numel() for p in part.parameters())

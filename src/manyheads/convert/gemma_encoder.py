@@ -56,6 +56,8 @@ class GemmaEncoder(EncoderConversion):
             raise UserError("mask is bidirectional or causal, and head is mlp or linear")
         if self.pooler not in _POOLERS or self.count < 1:
             raise UserError(f"pooler is {', '.join(_POOLERS)}, and count is 1 or more")
+        if self.mask == "causal" and self.pooler == "first":
+            raise UserError("under a causal mask the first tokens see nothing of the text: take mask=bidirectional")
         if not 0 <= self.dropout < 1:
             raise UserError("dropout is a share below 1")
 
