@@ -52,10 +52,13 @@ def requests() -> list[Request]:
         UserError: they cannot be had.
     """
     found = []
-    with zipfile.ZipFile(files.path("snips")) as archive:
+    with zipfile.ZipFile(files.local("snips") or files.path("snips-jointbert")) as archive:
+        home = next(name for name in archive.namelist() if name.endswith("snips/train/label")).removesuffix(
+            "train/label"
+        )
         for part, folder in _PARTS:
             texts, intents = (
-                archive.read(f"snips/{folder}/{name}").decode().splitlines() for name in ("seq.in", "label")
+                archive.read(f"{home}{folder}/{name}").decode().splitlines() for name in ("seq.in", "label")
             )
             found += [
                 Request(f"{part} {i}", text.strip(), intent.strip(), part)
