@@ -25,11 +25,11 @@ def test_requests_of_either_packing(home, monkeypatch, tmp_path):
 
 
 def test_pairs_of_either_form(monkeypatch):
+    head = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
     held = {
-        "sick-train": "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n7\ta b\tc\t4.5\tNEUTRAL\n",
-        "sick-test": "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n8\td\te\t1\tENTAILMENT \n",
+        "sick-train": f"{head}7\ta b\tc\t4.5\tNEUTRAL\n", "sick-test": f"{head}8\td\te\t1\tENTAILMENT \n",
         "sts-2014-images": "3.6\ta\tb\n\tnot judged\tx\n0\tc\td\n",
-    }
+    }  # fmt: skip
     monkeypatch.setattr(files, "text", held.__getitem__)
     assert pairs("sick") == [
         Pair("train 7", "a b", "c", 4.5, "NEUTRAL", "train"), Pair("test 8", "d", "e", 1.0, "ENTAILMENT", "test"),
