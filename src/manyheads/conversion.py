@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from .calls.calibration import Statistic, Statistics
 
 __all__ = [
-    "Anatomy", "Assign", "Configure", "Conversion", "Drop", "Factorise", "LayerShape", "Prune", "Recovery", "Replace",
-    "Share", "Step", "Sublayer", "SurgeryPlan", "choose_heads", "largest", "nearest_heads",
+    "Anatomy", "Assign", "Configure", "Conversion", "Drop", "EncoderConversion", "EncoderDesign", "Factorise",
+    "LayerShape", "Prune", "Recovery", "Replace", "Share", "Step", "Sublayer", "SurgeryPlan", "bidirectional",
+    "choose_heads", "largest", "nearest_heads",
 ]  # fmt: skip
 
 Axis = Literal["width", "heads", "neurons"]
@@ -269,6 +270,51 @@ class Conversion(Strategy, ABC):
     def recovery(self, model: Anatomy) -> Recovery:
         """How the result is trained."""
         return Recovery(loss="kl" if model.causal else "hidden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDesign:
+    """What makes an encoder of texts of a model, beside the plan for the model itself.
+
+    Attributes:
+        pooler: the module of this package that makes one vector of the states of a text, as
+            ``manyheads.convert._poolers:Mean``; see there what it is given.
+        config: its keyword arguments, values of JSON.
+        eos: every text ends with the tokenizer's end of text.
+        normalize: vectors are brought to length 1.
+        hidden: neurons of a layer between vector and head, where a head is trained; 0 for a linear head.
+        dropout: in training, of attention weights, of the output of feed-forward parts, and before the head.
+    """
+
+    pooler: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    eos: bool = False
+    normalize: bool = False
+    hidden: int = 0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConversion(Conversion):
+    """Makes an encoder of texts of a decoder: a plan, and a design of what reads its states."""
+
+    @abstractmethod
+    def design(self, model: Anatomy) -> EncoderDesign:
+        """What reads the states.
+
+        Raises:
+            UserError: the model is no decoder, or does not allow what is asked.
+        """
+
+
+def bidirectional(model: Anatomy) -> Configure:
+    """The step after which every token of a decoder sees all others; the config keeps it where a model is saved.
+
+    Gemma 3 has a flag of its own, under which windows reach as far behind a token as before it. Elsewhere
+    ``is_causal`` is what masks are made by.
+    """
+    own = model.config.model_type == "gemma3_text"
+    return Configure(fields={"use_bidirectional_attention": True} if own else {"is_causal": False})
 
 
 def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:

@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .conversion import Conversion, SurgeryPlan
+from .conversion import Conversion, EncoderConversion, SurgeryPlan
 from .errors import UserError
 from .files import write_asked
 
 if TYPE_CHECKING:
     from .data.texts import Text
+    from .models.text_encoder import TextEncoder
     from .progress import Progress
     from .strategy import Strategy
     from .training import TrainState
 
-__all__ = ["Converted", "Material", "as_conversion", "convert_model", "measured"]
+__all__ = ["Converted", "Material", "as_conversion", "convert_model", "encoder_of", "measured"]
 
 _HELD_OUT = 0.1
 
@@ -164,10 +165,12 @@ def convert_model(
     strategy = as_conversion(conversion)
     if recover is not None:
         Budget.of(recover)  # one that cannot be read is refused before anything is done
+    if isinstance(strategy, EncoderConversion):
+        raise UserError(
+            f"{strategy.slug} makes an encoder, which has no loss of a text: encoder_of(model, ...) makes it"
+        )
     anatomy = ModelAnatomy(model)
-    if strategy.families and anatomy.family not in strategy.families:
-        known = ", ".join(sorted(strategy.families))
-        raise UserError(f"{strategy.slug} converts models of {known}, and this one is of {anatomy.family}")
+    _check_family(strategy, anatomy)
     _check_reads(model, material)
     device = next(model.parameters()).device
     stats = calibrate(model, material.calibration(sequences, batch, device), strategy.wants(anatomy), progress)
@@ -192,6 +195,47 @@ def convert_model(
         result.state = _recovered(result, model, strategy, anatomy, material, recover, seed, folder, progress)
         result.windows["after recovery"] = measured(result.model, model, material, batch)
     return result
+
+
+def encoder_of(
+    model: Any, tokenizer: Any, conversion: Conversion | str, *, outputs: int = 0, length: int = 512
+) -> TextEncoder:
+    """An encoder of texts made of a decoder, which stays as it is; nothing is trained, and weights are shared.
+
+    Args:
+        model: of transformers, with its output layer, which the encoder has not, or without.
+        tokenizer: its own.
+        conversion: or its spec.
+        outputs: of a head, which begins with random weights; 0 for none.
+        length: tokens of a text at most.
+
+    Raises:
+        UserError: the strategy makes no encoder, does not fit the model, or the model does not heed the mask.
+    """
+    from .calls.calibration import Statistics
+    from .integrations.anatomy import ModelAnatomy
+    from .integrations.bidirectional import is_bidirectional
+    from .integrations.surgery import converted
+    from .models.text_encoder import TextEncoder
+
+    strategy = as_conversion(conversion)
+    if not isinstance(strategy, EncoderConversion):
+        raise UserError(f"{strategy.slug} makes no encoder of texts; gemma_encoder and pooling do")
+    anatomy = ModelAnatomy(model)
+    _check_family(strategy, anatomy)
+    plan = strategy.plan(anatomy, Statistics({}, 0, None))
+    made = converted(model.base_model, plan)
+    if plan.steps and not is_bidirectional(made):
+        raise UserError(
+            f"{type(model).__name__} does not heed the mask that its config asks for; install a newer transformers"
+        )
+    return TextEncoder(made, tokenizer, strategy.design(anatomy), outputs, length)
+
+
+def _check_family(strategy: Conversion, anatomy: Any) -> None:
+    if strategy.families and anatomy.family not in strategy.families:
+        known = ", ".join(sorted(strategy.families))
+        raise UserError(f"{strategy.slug} converts models of {known}, and this one is of {anatomy.family}")
 
 
 def as_conversion(given: Strategy | str) -> Conversion:

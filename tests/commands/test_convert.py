@@ -13,7 +13,10 @@ from manyheads.cli import main
 from manyheads.conversion import Prune, SurgeryPlan
 from manyheads.converter import Material, convert_model
 from manyheads.data.texts import Text
+from manyheads.integrations.bidirectional import is_bidirectional
 from manyheads.integrations.surgery import converted
+from manyheads.models.text_encoder import TextEncoder
+from manyheads.recipes.text_encoder import main as recipe
 from manyheads.training import recovery
 from oracles import conversions
 
@@ -97,6 +100,38 @@ def test_models_are_not_written_over(text, tmp_path, capsys):
 def test_what_is_wrong_is_said_in_a_line(text, tmp_path, capsys, arguments, said):
     code, _, error = run(capsys, *small(text, tmp_path / "x", *arguments))
     assert code == 2 and said in error and len(error.strip().splitlines()) == 1
+
+
+def test_an_encoder_is_made_and_trained_from_the_command_line(text, tmp_path, capsys):
+    made, trained, examples = tmp_path / "made", tmp_path / "trained", tmp_path / "examples.tsv"
+    code, said, _ = run(capsys, "convert", "gemma_encoder", "--out", made, "--json")
+    found = json.loads(said)
+    assert code == 0 and found["bidirectional"] and is_bidirectional(TextEncoder.load(made).model)
+    code, said, _ = run(capsys, "convert", "gemma_encoder:mask=causal,pooler=query", "--out", tmp_path / "other")
+    assert code == 0 and "see what is before them" in said and "SentenceTransformer" in said
+    code, _, error = run(capsys, "convert", "gemma_encoder", "--out", made, "--recover", "2 steps")
+    assert code == 2 and "trained on a task" in error and len(error.strip().splitlines()) == 1
+    examples.write_text("".join(f"def f{i}\tdefinition\n{i} + {i}\tsum\n" for i in range(4)))
+    options = [
+        "--encoder",
+        made,
+        "--train",
+        examples,
+        "--out",
+        trained,
+        "--budget",
+        "3",
+        "--batch",
+        4,
+        "--parts",
+        "head",
+    ]
+    assert recipe([str(option) for option in options]) == 0
+    assert TextEncoder.load(trained).predict(["x + 1"]).shape == (1, 2)
+    assert json.loads((trained / "encoder.json").read_text())["about"]["classes"] == ["definition", "sum"]
+    examples.write_text("def f\n")
+    assert recipe([str(option) for option in options]) == 1
+    assert "line 1 has not the 2 cells" in capsys.readouterr().err
 
 
 def test_conversions_are_no_strategies_of_a_comparison(capsys):

@@ -168,8 +168,8 @@ def test_off_on_and_restored():
     model, inputs = reader(), prompts()
     before, plain, watch = of_model(model), model(**inputs).logits, reducers.Counts()
     real = inputs["attention_mask"].bool()
-    for spec in ("spatial_gating:eta=1", "spatial_gating:schedule=1+1+1+1", "spatial_gating:least=17", "spatial_gating.flow"):
-        with manyheads.use(model, spec):  # 18 tokens are too few for what stays in any case
+    for fields in (":eta=1", ":schedule=1+1+1+1", ":least=17", ".flow"):
+        with manyheads.use(model, f"spatial_gating{fields}"):  # 18 tokens are too few for what stays in any case
             assert torch.equal(model(**inputs).logits[real], plain[real])
     for spec in SPECS:
         with manyheads.use(model, spec, watch) as port:

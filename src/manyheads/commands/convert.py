@@ -28,6 +28,7 @@ from .options import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from manyheads.conversion import EncoderConversion
     from manyheads.converter import Converted
 
 _TRAINING = "training"
@@ -63,16 +64,26 @@ def convert(
     said before; a training that was cut off goes on when the command is repeated. Losses are of the last tenth of the
     text, which nothing else reads. Where the config of the stock class can say what is left, the result is a plain
     checkpoint, which transformers loads; else manyheads.models.load loads it, and so do compare and inspect.
+
+    gemma_encoder and pooling make an encoder of texts, which reads no text here and is trained on its task afterwards.
     """
     passive_threads()
     from manyheads.data.texts import read, standard_library
 
     place = _place(out, model)
-    texts = read(text) if text else standard_library()
+    from manyheads.conversion import EncoderConversion
     from manyheads.converter import Material, as_conversion, convert_model
     from manyheads.training import Budget
 
     strategy = as_conversion(spec)
+    if isinstance(strategy, EncoderConversion):
+        if text or recover:
+            raise UserError(
+                f"{strategy.slug} makes an encoder, which is trained on a task: leave --text and --recover away"
+            )
+        _encoder(strategy, place, model, device, dtype, length, seed or 0, as_json)
+        return
+    texts = read(text) if text else standard_library()
     if recover is not None:
         Budget.parse(recover)
     with shown(as_json) as progress:
@@ -99,11 +110,52 @@ def _place(out: Path, model: str | None) -> Path:
     from manyheads.models import source
 
     place = writable(out, str(out))
-    ours = any((place / name).is_file() for name in ("conversion.json", "surgery.json"))
+    ours = any((place / name).is_file() for name in ("conversion.json", "surgery.json", "encoder.json"))
     same = model is not None and Path(source(model)).resolve() == place.resolve()
     if same or (not ours and ((place / "config.json").exists() or any(place.glob("*.safetensors")))):
         raise UserError(f"{place} holds a model, and none is written over: give another folder with --out")
     return place
+
+
+def _encoder(
+    strategy: EncoderConversion, place: Path, model: str | None, device: str | None, dtype: str | None, length: int,
+    seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Make an encoder of texts, save it, and say how it is read and trained."""
+    import torch
+
+    from manyheads.converter import encoder_of
+    from manyheads.integrations.bidirectional import is_bidirectional
+
+    with shown(as_json):
+        loaded, tokenizer = load_model(model, device, dtype)
+        torch.manual_seed(seed)
+        made = encoder_of(loaded, tokenizer, strategy, length=length)
+        made.save(place, {"spec": strategy.spec, "model": model or "default", "command": typed()})
+    count = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in (("model", made.model), ("pooler", made.pooler))
+    }
+    own = ", trust_remote_code=True" if made.pooler.standard is None else ""
+    following = [
+        f"python -m manyheads.recipes.text_encoder --encoder {place} --train FILE --out trained",
+        f"manyheads.models.text_encoder.TextEncoder.load('{place}').encode(texts)",
+        f"SentenceTransformer('{place}'{own}).encode(texts)",
+    ]
+    sees = is_bidirectional(made.model)
+    if as_json:
+        print_json({
+            "spec": strategy.spec, "folder": str(place), "parameters": count, "bidirectional": sees, "next": following,
+        })  # fmt: skip
+        return
+    out = console()
+    out.print(
+        f"{place}: an encoder of texts, {count['model']:,} parameters and {count['pooler']:,} of its pooler",
+        markup=False,
+    )
+    out.print(f"  tokens see {'both sides' if sees else 'what is before them'}; nothing is trained yet", markup=False)
+    for line in following:
+        out.print(f"  {line}", markup=False)
 
 
 def _following(made: Converted, place: Path, plain: bool, recover: str | None) -> list[str]:

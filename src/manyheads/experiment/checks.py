@@ -27,7 +27,7 @@ from .rows import Metric, Row, Value
 
 __all__ = [
     "Check", "CheckResult", "Resolved", "Word", "above", "at_most", "below", "evaluate", "higher", "lower", "no_worse",
-    "not_discriminative", "resolve", "word_of",
+    "not_discriminative", "power", "resolve", "word_of",
 ]  # fmt: skip
 
 Word = Literal["holds", "contradicted", "inconclusive", "not testable here"]
@@ -251,7 +251,7 @@ def evaluate(
         if check.given is not None and (reason := _missing(evaluate(check.given, rows, arms, metrics, skipped))):
             return CheckResult(check=str(check), word="not testable here", effect=found, bound=bound, reason=reason)
     word = word_of(found, check, bound)
-    detectable, needed = _power(found, check, bound)
+    detectable, needed = power(found, check, bound)
     return CheckResult(
         check=str(check), word=word if words else None, effect=found, bound=bound, detectable=detectable,
         needed=needed if word == "inconclusive" else None,
@@ -267,7 +267,7 @@ def _missing(rests_on: CheckResult) -> str | None:
     return f"rests on another: {rests_on.check} does not surely hold here{seen}, so that this tells nothing"
 
 
-def _power(found: Estimate, check: Check, bound: float) -> tuple[float | None, int | None]:
+def power(found: Estimate, check: Check, bound: float) -> tuple[float | None, int | None]:
     """Effect that such a run sees four times of five, and groups with which one would see the effect found."""
     if not found.bounded:
         return None, None

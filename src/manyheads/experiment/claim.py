@@ -21,6 +21,7 @@ from ..files import write_atomically
 from .checks import Check, CheckResult, evaluate, find_metric, resolve
 from .design import Experiment, Planned, Size
 from .estimates import Estimate, difference, estimate, paired
+from .holm import holm
 from .rows import Metric, Row, conditions
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Claim:
         checks: what is judged. The rule is committed before the first full run.
         report: metrics (``task.metric``) whose figures are shown beside those judged; all of them when empty.
         caveat: what the reader has to know of the subject or the size.
+        together: intervals hold for all checks together (Holm), see :mod:`.holm`.
     """
 
     slug: str
@@ -75,6 +77,7 @@ class Claim:
     checks: tuple[Check, ...]
     report: tuple[str, ...] = ()
     caveat: str = ""
+    together: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a claim that judges nothing, or two things under one name, by which a word is retracted."""
@@ -222,6 +225,8 @@ def judge(
         evaluate(check, results.rows, plan.arms, metrics, skipped=run["skipped"], words=size != "quick")
         for check in claim.checks
     )
+    if claim.together:
+        checks = holm(checks, claim.checks)
     shown = {find_metric(name, metrics) for name in claim.report} or set(metrics)
     shown |= {find_metric(check.metric, metrics) for check in claim.checks}
     rows = [row for row in results.rows if (row.task, row.metric) in shown]

@@ -34,7 +34,7 @@ import numpy as np
 from ..errors import UserError
 from .rows import Metric, Row
 
-__all__ = ["Estimate", "difference", "estimate", "newcombe", "paired", "ratio", "t_quantile", "wilson"]
+__all__ = ["Estimate", "difference", "estimate", "newcombe", "paired", "ratio", "t_below", "t_quantile", "wilson"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Members = np.ndarray[Any, np.dtype[np.intp]]  # number of the group that each value belongs to
@@ -300,18 +300,19 @@ def _by_pair(rows: Sequence[Row], ignoring: frozenset[str]) -> dict[tuple[object
     return found
 
 
+def t_below(t: float, freedom: int) -> float:
+    """Chance that Student's t is below ``t`` of 0 or more, by an integral of its density."""
+    # With x = sqrt(f) tan(a) the density becomes a power of the cosine, smooth on a finite interval.
+    angle = np.linspace(0.0, math.atan(t / math.sqrt(freedom)), 2001)
+    factor = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    return 0.5 + factor * float(np.trapezoid(np.cos(angle) ** (freedom - 1), angle))
+
+
 @cache
 def t_quantile(p: float, freedom: int) -> float:
-    """Quantile of Student's t for ``p`` > 0.5, by bisection on the integral of its density."""
-
-    def below(t: float) -> float:
-        # With x = sqrt(f) tan(a) the density becomes a power of the cosine, smooth on a finite interval.
-        angle = np.linspace(0.0, math.atan(t / math.sqrt(freedom)), 2001)
-        factor = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-        return 0.5 + factor * float(np.trapezoid(np.cos(angle) ** (freedom - 1), angle))
-
+    """Quantile of Student's t for ``p`` > 0.5, by bisection."""
     low, high = 0.0, 1e4
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < p else (low, middle)
+        low, high = (middle, high) if t_below(middle, freedom) < p else (low, middle)
     return (low + high) / 2

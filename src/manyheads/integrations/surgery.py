@@ -172,6 +172,8 @@ def _assign(anatomy: ModelAnatomy, step: Assign) -> None:
 def _configure(anatomy: ModelAnatomy, step: Configure) -> None:
     for name, value in step.fields.items():
         setattr(anatomy.config, name, value)
+        if name == "use_bidirectional_attention":  # what an attention module was made to be by it
+            name, value = "is_causal", not value
         for block in anatomy.blocks:
             attention = block.get_submodule(anatomy.map.head)
             if name in vars(attention):

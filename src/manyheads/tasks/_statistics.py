@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["auroc", "auroc_values", "rank_correlation"]
+__all__ = ["auroc", "auroc_values", "rank_correlation", "rank_correlation_values"]
 
 
 def auroc(score: Any, label: Any) -> float:
@@ -23,6 +23,13 @@ def rank_correlation(a: Any, b: Any) -> float:
 
     one, two = (HeadTable("", ("",), np.asarray(x, float).reshape(1, -1)) for x in (a, b))
     return one.correlation(two)
+
+
+def rank_correlation_values(a: Any, b: Any) -> Any:
+    """Jackknife pseudo-values ``n r - (n - 1) r_i`` of :func:`rank_correlation`, ``[n]``; r_i is without pair i."""
+    a, b, n = np.asarray(a, float), np.asarray(b, float), len(a)
+    without = [rank_correlation(np.delete(a, i), np.delete(b, i)) for i in range(n)]
+    return n * rank_correlation(a, b) - (n - 1) * np.array(without)
 
 
 def auroc_values(score: Any, label: Any, stratum: Any) -> Any:

@@ -25,6 +25,7 @@ from ..integrations.precision import cast
 from .budget import Budget
 from .checkpoint import Checkpoint
 from .fit import BatchFn, TrainState, fit
+from .lora import adapters
 from .optimizers import optimizers_of
 from .schedules import decay
 
@@ -32,7 +33,6 @@ __all__ = ["recover", "vocabulary_kl"]
 
 _CHUNK = 8192  # words at a time
 _SECONDS = 120.0  # between two checkpoints
-_TARGETS = "all-linear"
 
 
 class _VocabularyKL(torch.autograd.Function):
@@ -121,15 +121,8 @@ def recover(
     }  # fmt: skip
     loss = losses[how.loss](teacher)
     place = None if folder is None else folder / "student"
-    if not how.lora:
-        return _train(student, loss, get_batch, whole, how, place, on_step)
-    from peft import LoraConfig, get_peft_model
-
-    adapted: Any = get_peft_model(student, LoraConfig(r=how.lora, lora_alpha=2 * how.lora, target_modules=_TARGETS))
-    state = _train(adapted, loss, get_batch, whole, how, place, on_step)
-    adapted.merge_and_unload()
-    student.requires_grad_(True)
-    return state
+    with adapters(student, how.lora) as trained:
+        return _train(trained, loss, get_batch, whole, how, place, on_step)
 
 
 def _share(budget: Budget, share: float) -> float:
