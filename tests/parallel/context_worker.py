@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from manyheads.parallel import LAYOUTS, PATTERNS, ContextParallel, Layout, World, exchanges, pattern
-from manyheads.parallel import context as shared
+from manyheads.parallel import LAYOUTS, PATTERNS, ContextParallel, Layout, World, _exchanges, pattern
+from manyheads.parallel import _context as shared
 
 SIZES = (2, 4, 8)
 SIZE, BATCH, HEADS, KV_HEADS, WIDTH, VALUES = 45, 2, 8, 2, 6, 4
@@ -74,7 +74,7 @@ def ways(ranks):
     yield "ring", {"heads": ranks}
 
 
-class Mislabelled(exchanges.Ring):
+class Mislabelled(_exchanges.Ring):
     """Takes each block for the one before it in the ring."""
 
     def _source(self, outer, inner):

@@ -12,7 +12,7 @@ import torch
 
 import manyheads.parallel as mp
 from manyheads.errors import UserError
-from manyheads.parallel import partial as part
+from manyheads.parallel import _partial as part
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)

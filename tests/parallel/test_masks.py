@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyheads.errors import UserError
-from manyheads.parallel import LAYOUTS, PATTERNS, AttnMask, AttnSlice, balance, layout, masks, pattern
+from manyheads.parallel import LAYOUTS, PATTERNS, AttnMask, AttnSlice, balance, layout, pattern
+from manyheads.parallel import _masks as masks
 
 KINDS = ("full", "causal", "inverse", "both")
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention on several devices: how tokens are shared among processes, and what these exchange."""
 
+from ._context import EXCHANGES, ContextParallel, World
 from ._frames import FrameParallel, Traffic
-from .context import EXCHANGES, ContextParallel, World
-from .layouts import LAYOUTS, Layout, balance, layout
-from .ledger import Ledger
-from .masks import PATTERNS, AttnMask, AttnSlice, pattern
+from ._layouts import LAYOUTS, Layout, balance, layout
+from ._ledger import Ledger
+from ._masks import PATTERNS, AttnMask, AttnSlice, pattern
 
 __all__ = [
     "EXCHANGES", "LAYOUTS", "PATTERNS", "AttnMask", "AttnSlice", "ContextParallel", "FrameParallel", "Layout", "Ledger",

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ledger import Ledger
+from ._ledger import Ledger
 
 __all__ = ["Arriving", "Peers"]
 

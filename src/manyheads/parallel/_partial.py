@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Seen", "attend", "backward", "merge"]
+__all__ = ["Seen", "attend", "attend_back", "merge"]
 
 Seen = Callable[[slice], Tensor | None]  # of some rows: which keys they see, bool [rows, keys]; None for all
 _ROWS = 1024
@@ -68,7 +68,7 @@ def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
     return (lse_1 - safe).exp()[..., None] * out_1 + (lse_2 - safe).exp()[..., None] * out_2, lse
 
 
-def backward(
+def attend_back(
     q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float, lse: Tensor, delta: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a part, wide: dq, dk, dv.

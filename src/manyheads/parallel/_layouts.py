@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .masks import AttnMask
+from ._masks import AttnMask
 
 __all__ = ["LAYOUTS", "Balance", "Layout", "balance", "layout"]
 

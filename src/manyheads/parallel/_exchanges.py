@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .masks import AttnMask
-from .peers import Arriving, Peers
+from ._masks import AttnMask
+from ._peers import Arriving, Peers
 
 __all__ = ["AllGather", "Exchange", "GroupCast", "Ring"]
 

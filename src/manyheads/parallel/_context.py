@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from . import partial as part
-from .exchanges import AllGather, Exchange, GroupCast, Ring
-from .layouts import Layout, layout
-from .ledger import Ledger
-from .masks import AttnMask
-from .peers import Peers
+from ._exchanges import AllGather, Exchange, GroupCast, Ring
+from ._layouts import Layout, layout
+from ._ledger import Ledger
+from ._masks import AttnMask
+from ._partial import Seen, attend, attend_back, merge
+from ._peers import Peers
 
 __all__ = ["EXCHANGES", "ContextParallel", "World"]
 
@@ -88,7 +88,7 @@ class ContextParallel:
         Args:
             world: of processes.
             mask: of all tokens.
-            layout: one of :data:`manyheads.parallel.layouts.LAYOUTS`, or one of your own.
+            layout: one of :data:`manyheads.parallel.LAYOUTS`, or one of your own.
             exchange: one of ``EXCHANGES``.
             heads: processes that share heads among them; divides the number of processes.
             window: of processes of a ring's inner ring; all of them when not given.
@@ -218,8 +218,8 @@ class _Attend(torch.autograd.Function):
         found = None
         for tokens, block in exchange.visit(kv):
             keys, values = _apart(block, k.shape[3])
-            some = part.attend(q, keys, values, _seen(exchange, tokens, q), scale)
-            found = some if found is None else part.merge(found, some)
+            some = attend(q, keys, values, _seen(exchange, tokens, q), scale)
+            found = some if found is None else merge(found, some)
         assert found is not None
         out, lse = found
         ctx.save_for_backward(q, kv, out, lse)
@@ -236,7 +236,7 @@ class _Attend(torch.autograd.Function):
         def gradient(tokens: Tensor, block: Tensor) -> Tensor:
             keys, values = _apart(block, ctx.width)
             seen = _seen(ctx.exchange, tokens, q)
-            more, dk, dv = part.backward(q, keys, values, seen, ctx.scale, lse, delta, dout)
+            more, dk, dv = attend_back(q, keys, values, seen, ctx.scale, lse, delta, dout)
             dq.add_(more)
             return torch.cat([dk, dv], 3).permute(2, 0, 1, 3)
 
@@ -250,7 +250,7 @@ def _apart(block: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _seen(exchange: Exchange, tokens: Tensor, q: Tensor) -> part.Seen:
+def _seen(exchange: Exchange, tokens: Tensor, q: Tensor) -> Seen:
     mine, tokens = exchange.mine.to(q.device), tokens.to(q.device)
     return partial(_rows_seen, exchange.mask, mine, tokens)
 
