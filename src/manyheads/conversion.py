@@ -80,6 +80,9 @@ class Anatomy(Protocol):
     def bias(self, part: str, layer: int) -> Tensor | None:
         """Its bias ``[out]``, None where it has none."""
 
+    def predicted(self, states: Tensor) -> Tensor:
+        """What a decoder would predict if ``states [N, D]`` of the residual stream were the last: logits ``[N, V]``."""
+
     def parameters(self, plan: SurgeryPlan | None = None) -> int:
         """Parameters of the model after ``plan``, exactly; of the model as it is when None."""
 
@@ -131,11 +134,16 @@ class Drop(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class Factorise(Step):
-    """A linear layer of rank ``rank``: tensors ``left [out, rank]``, ``right [rank, in]``; the bias stays."""
+    """A linear layer of rank ``rank``: tensors ``left [out, rank]``, ``right [rank, in]``; the bias stays.
+
+    Attributes:
+        reads: layer, factorised before by a step like this, whose ``right`` this one reads with too; it brings none.
+    """
 
     part: str
     layer: int
     rank: int
+    reads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +151,16 @@ class Share(Step):
     """A linear layer of many blocks as sums of few: ``atoms [S, out, in]``, ``coefficients [len(layers), S]``.
 
     Biases stay where they are.
+
+    Attributes:
+        rank: of what each layer adds of its own, ``left [len(layers), out, rank]`` and ``right [len(layers), rank,
+            in]``; nothing when 0.
     """
 
     part: str
     layers: tuple[int, ...]
     atoms: int
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,6 +129,7 @@ class TokenModel(nn.Module):
             Block(self.strategy.build(config.mixer_config(i, self.causal)), config.dim, config.width)
             for i in range(config.layers)
         )
+        self.strategy.tie([block.mixer for block in self.blocks])
         last = self.blocks[-1].mixer
         self.merges = hasattr(last, "reduce")
         self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)
