@@ -362,10 +362,6 @@ class Mixer(Strategy, ABC):
     def build(self, config: "MixerConfig") -> "torch.nn.Module":
         """The token mixer of one layer, see :mod:`manyheads.mixers._mixer`."""
 
-    def tie(self, mixers: "Sequence[Any]") -> None:
-        """Have the mixers of a model's layers share weights; nothing by default."""
-        del mixers
-
 
 @dataclass(frozen=True, slots=True)
 class RankerConfig:

@@ -106,6 +106,17 @@ class SharedProjection(nn.Module):
         return linear(x, self.weight)
 
 
+class _SharingMixer(PositionedMixer):
+    """Softmax attention, the first of a model's layers to be given the others."""
+
+    def tie(self, others: Sequence[nn.Module]) -> None:
+        """Have mixers of other layers use this one's dictionaries."""
+        for name in _NAMES.values():
+            own = getattr(self, name)
+            for other in others if isinstance(own, SharedProjection) else ():
+                getattr(other, name).take(own)
+
+
 def _low_rank(out: int, inside: int, rank: int, std: float) -> nn.Module:
     """Two linear layers whose product has entries of spread ``std``."""
     down, up = _Linear(inside, rank, bias=False), _Linear(rank, out, bias=False)
@@ -138,7 +149,7 @@ class WeightSharing(Mixer):
             if config.num_heads % self.kv_heads:
                 raise UserError(f"weight_sharing: {config.num_heads} heads do not divide into {self.kv_heads} groups")
             config = replace(config, num_kv_heads=self.kv_heads)
-        mixer = PositionedMixer(config, Positions())
+        mixer = _SharingMixer(config, Positions())
         layers, count = config.num_layers, max(1, round(self.keep * config.num_layers))
         for part in self.parts if self.share != "none" else "":
             out, inside = getattr(mixer, _NAMES[part]).weight.shape
@@ -149,9 +160,3 @@ class WeightSharing(Mixer):
                 made = SharedProjection(_Dictionary(self.share, layers, (count, out, inside), std), config.layer)
             setattr(mixer, _NAMES[part], made)
         return mixer
-
-    def tie(self, mixers: Sequence[nn.Module]) -> None:
-        for name in _NAMES.values():
-            first, *others = (getattr(mixer, name) for mixer in mixers)
-            for one in others if isinstance(first, SharedProjection) else ():
-                one.take(first)
