@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .calls.calibration import Statistic, Statistics
 
 __all__ = [
-    "Anatomy", "Assign", "Configure", "Conversion", "Drop", "Factorise", "LayerShape", "Prune", "Recovery", "Replace",
-    "Share", "Step", "SurgeryPlan", "choose_heads", "largest",
+    "Anatomy", "Assign", "Configure", "Conversion", "Drop", "Factorise", "HeadDim", "LayerShape", "Prune", "Recovery",
+    "Replace", "Share", "Step", "SurgeryPlan", "choose_heads", "largest",
 ]  # fmt: skip
 
 Axis = Literal["width", "heads", "neurons"]
@@ -147,6 +147,18 @@ class Factorise(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadDim(Step):
+    """Heads of ``dim`` channels in the attention of a layer of an encoder; their logits are then over its root.
+
+    Tensors ``q``, ``k``, ``v`` ``[H * dim, D]`` and ``o [D, H * dim]``; where the layer has biases ``q.bias`` and so
+    on. A stock config can say it if all layers have as many.
+    """
+
+    layer: int
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Share(Step):
     """A linear layer of many blocks as sums of few: ``atoms [S, out, in]``, ``coefficients [len(layers), S]``.
 
@@ -194,7 +206,7 @@ class Configure(Step):
 
 
 _STEPS: dict[str, type[Step]] = {
-    cls.__name__.lower(): cls for cls in (Prune, Drop, Factorise, Share, Replace, Assign, Configure)
+    cls.__name__.lower(): cls for cls in (Prune, Drop, Factorise, HeadDim, Share, Replace, Assign, Configure)
 }
 
 

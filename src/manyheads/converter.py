@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .strategy import Strategy
     from .training import TrainState
 
-__all__ = ["Converted", "Material", "as_conversion", "convert_model", "measured"]
+__all__ = ["Converted", "Material", "as_conversion", "calibrated", "convert_model", "measured"]
 
 _HELD_OUT = 0.1
 
@@ -148,21 +148,14 @@ def convert_model(
         UserError: the strategy converts nothing, does not fit the model, or has not enough text.
     """
     from .integrations.anatomy import ModelAnatomy
-    from .integrations.calibrate import calibrate
-    from .integrations.surgery import converted
     from .training import Budget
 
     strategy = as_conversion(conversion)
     if recover is not None:
         Budget.of(recover)  # one that cannot be read is refused before anything is done
     anatomy = ModelAnatomy(model)
-    if strategy.families and anatomy.family not in strategy.families:
-        known = ", ".join(sorted(strategy.families))
-        raise UserError(f"{strategy.slug} converts models of {known}, and this one is of {anatomy.family}")
     device = next(model.parameters()).device
-    stats = calibrate(model, material.calibration(sequences, batch, device), strategy.wants(anatomy), progress)
-    plan = strategy.plan(anatomy, stats)
-    made = converted(model, plan)
+    made, plan = calibrated(model, strategy, material.calibration(sequences, batch, device), progress)
     result = Converted(
         made, plan, strategy.spec, (_count(model), _count(made)), (_bytes(model), _bytes(made)),
         "nats/token" if anatomy.causal else "distance of last states",
@@ -177,6 +170,32 @@ def convert_model(
         result.state = _recovered(result, model, strategy, anatomy, material, recover, seed, folder, progress)
         result.windows["after recovery"] = measured(result.model, model, material, batch)
     return result
+
+
+def calibrated(
+    model: Any, strategy: Conversion, batches: Sequence[Tensor], progress: Progress | None = None
+) -> tuple[Any, SurgeryPlan]:
+    """A model after surgery, and the plan of it.
+
+    Args:
+        model: stays as it is.
+        strategy: what is done.
+        batches: what it is calibrated on: token ids ``[B, T]``, or images ``[B, C, h, w]``, on the model's device.
+        progress: is told of batches.
+
+    Raises:
+        UserError: the strategy does not fit the model.
+    """
+    from .integrations.anatomy import ModelAnatomy
+    from .integrations.calibrate import calibrate
+    from .integrations.surgery import converted
+
+    anatomy = ModelAnatomy(model)
+    if strategy.families and anatomy.family not in strategy.families:
+        known = ", ".join(sorted(strategy.families))
+        raise UserError(f"{strategy.slug} converts models of {known}, and this one is of {anatomy.family}")
+    plan = strategy.plan(anatomy, calibrate(model, batches, strategy.wants(anatomy), progress))
+    return converted(model, plan), plan
 
 
 def as_conversion(given: Strategy | str) -> Conversion:

@@ -19,7 +19,7 @@ from ..calls.calibration import Statistic, Statistics, gram
 from ..conversion import Anatomy, Conversion
 from ..errors import UserError
 
-__all__ = ["READS", "ProjectionConversion", "factors", "whitener"]
+__all__ = ["READS", "ProjectionConversion", "factors", "product_factors", "whitener"]
 
 _LEAST = 1e-6  # of the mean square of a channel: what a direction counts at least
 _ATTENTION, _HEADS = gram("attention"), gram("heads")
@@ -46,6 +46,31 @@ def factors(weight: Tensor, rank: int, root: Tensor | None = None) -> tuple[Tens
         right = torch.linalg.solve(root, right.mT).mT
     pad = torch.nn.functional.pad
     return pad(left, (0, rest)), pad(right, (0, 0, 0, rest))
+
+
+def product_factors(
+    a: Tensor, b: Tensor, root_a: Tensor | None = None, root_b: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of ``a^T b``, or of ``S_a a^T b S_b``, with the roots of singular values on both sides.
+
+    Args:
+        a: ``[d, C]``, float64; perhaps with leading dimensions, as ``b``.
+        b: ``[d, E]``.
+        root_a, root_b: S of each side, symmetric; none where None.
+
+    Returns:
+        ``a' [d, C]``, ``b' [d, E]`` and singular values ``[d]`` from the largest (fewer where C or E is less than d):
+        the first r rows are the best of rank r, and all of them give ``a^T b``.
+    """
+    left, right = a if root_a is None else a @ root_a, b if root_b is None else b @ root_b
+    (qa, ra), (qb, rb) = torch.linalg.qr(left.mT), torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(ra @ rb.mT, full_matrices=False)
+    one, other = (qa @ u * s.sqrt()[..., None, :]).mT, s.sqrt()[..., None] * (vh @ qb.mT)
+    if root_a is not None:
+        one = torch.linalg.solve(root_a, one.mT).mT
+    if root_b is not None:
+        other = torch.linalg.solve(root_b, other.mT).mT
+    return one, other, s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Drop, Factorise, Prune, Replace, Share, SurgeryPlan
+from ..conversion import Drop, Factorise, HeadDim, Prune, Replace, Share, SurgeryPlan
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
         for layer in range(len(anatomy.layers))
     ]
     shared = {axis: size for axis, size in kept[0].items() if axis == "width"}
+    for step in plan.steps:
+        if isinstance(step, HeadDim):
+            shape = anatomy.layers[step.layer]
+            heads = kept[step.layer].get("q", shape.heads * shape.head_dim) // shape.head_dim
+            kept[step.layer] |= {"q": heads * step.dim, "kv": heads * step.dim}
     home = anatomy.prefix + anatomy.map.layers
     gone: set[str] = set()
     for step in plan.steps:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Assign, Configure, Drop, Factorise, Prune, Replace, Share, Step, SurgeryPlan
+from ..conversion import Assign, Configure, Drop, Factorise, HeadDim, Prune, Replace, Share, Step, SurgeryPlan
 from ..errors import UserError
 from .anatomy import ModelAnatomy, shared_copy, turned
 from .plan_size import kept_rows, module_of
@@ -139,6 +139,25 @@ def _factorise(anatomy: ModelAnatomy, step: Factorise) -> None:
     _put(anatomy, step.part, step.layer, partial(LowRankLinear, left, right))
 
 
+def _head_dim(anatomy: ModelAnatomy, step: HeadDim) -> None:
+    attention: Any = anatomy.blocks[step.layer].get_submodule(anatomy.map.head)
+    if anatomy.causal or not hasattr(attention, "head_dim"):
+        raise UserError(f"the heads of {anatomy.family} models keep their channels: they turn with positions, or more")
+    width = anatomy.layers[step.layer].heads * step.dim
+    for part in "qkvo":
+        module: Any = anatomy.linear(part, step.layer)
+        old = module.weight
+        shape = (old.shape[0], width) if part == "o" else (width, old.shape[1])
+        module.register_parameter("weight", nn.Parameter(_brought(step, part, shape, old)))
+        if module.bias is not None:
+            module.register_parameter("bias", nn.Parameter(_brought(step, f"{part}.bias", shape[:1], old)))
+        _resized(module)
+    attention.head_dim, attention.scaling = step.dim, step.dim**-0.5
+    if {block.get_submodule(anatomy.map.head).head_dim for block in anatomy.blocks} == {step.dim}:
+        anatomy.config.head_dim = step.dim
+    anatomy.__dict__.pop("layers", None)
+
+
 def _right_of(anatomy: ModelAnatomy, step: Factorise) -> nn.Parameter:
     assert step.reads is not None
     other = anatomy.linear(step.part, step.reads)
@@ -189,7 +208,7 @@ def _configure(anatomy: ModelAnatomy, step: Configure) -> None:
 
 
 _CHANGES: Mapping[type[Step], Callable[[ModelAnatomy, Any], None]] = {
-    Factorise: _factorise, Share: _share, Replace: _replace, Assign: _assign, Configure: _configure,
+    Factorise: _factorise, HeadDim: _head_dim, Share: _share, Replace: _replace, Assign: _assign, Configure: _configure,
 }  # fmt: skip
 
 
