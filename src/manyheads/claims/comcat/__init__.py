@@ -7,9 +7,9 @@ saliency map that its decoder makes is compared with that of the model as it is,
 left out too: the biases, as in the released code, whitening, and ranks by singular values.
 """
 
-from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher
-from ..experiment.subjects import ConvertibleVision
-from ..tasks.vision.saliency import Saliency
+from ...experiment import Arm, Claim, Experiment, Reported, Sizes, higher
+from ...experiment.subjects import ConvertibleVision
+from ...tasks.vision.saliency import Saliency
 
 KEEPS, PAPER = (0.5, 0.7), 0.5
 WAYS = {"comcat": "comcat:ranks=uniform", "svd": "low_rank:method=svd", "whitened svd": "low_rank"}

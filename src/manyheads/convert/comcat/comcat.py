@@ -32,10 +32,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..calls.calibration import Statistic, Statistics, gram, mean
-from ..conversion import Anatomy, Conversion, Factorise, HeadDim, Step, SurgeryPlan
-from ..errors import UserError
-from ._low_rank import factors, product_factors, whitener
+from ...calls.calibration import Statistic, Statistics, gram, mean
+from ...conversion import Anatomy, Conversion, Factorise, HeadDim, Step, SurgeryPlan
+from ...errors import UserError
+from .._low_rank import factors, product_factors, whitener
 
 __all__ = ["COMCAT", "HeadProducts"]
 
