@@ -56,7 +56,7 @@ claim = Claim(
     experiment=Experiment(
         subject=ConvertibleVision("dinov2-small-saliency", dtype="float32"), arms=ARMS, baseline=BASE,
         equal="parameters", seeds=1, tasks=(Saliency(photographs="objects"),),
-        sizes=Sizes(quick={"samples": 3, "calibrating": 4}, cpu={"samples": 48}, cuda={"samples": 256}),
+        sizes=Sizes(quick={"samples": 3, "calibrating": 4}, cpu={"samples": 24}, cuda={"samples": 256}),
     ),
     checks=(
         *(higher("overlap", name("comcat", keep), than=name(way, keep)) for keep in KEEPS for way in list(WAYS)[1:]),
