@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls.low_rank import parameter_name
 from ..conditioning import AdaptedSite, AttentionAdaptor
 from ..errors import UserError
 
@@ -38,9 +37,14 @@ def adaptor_of(denoiser: nn.Module, strategy: AttentionAdaptor) -> nn.ModuleDict
         name: AdaptedSite(m.to_q.in_features, m.to_k.in_features, m.heads, m.to_q.out_features // m.heads)
         for name, m in cross_attention(denoiser).items()
     }
-    made = nn.ModuleDict({parameter_name(name): branch for name, branch in strategy.branches(sites).items()})
+    made = nn.ModuleDict({_key(name): branch for name, branch in strategy.branches(sites).items()})
     weight = next(denoiser.parameters())
     return made.to(weight.device, weight.dtype)
+
+
+def _key(path: str) -> str:
+    """A module path as a name in a ModuleDict, in which torch has no dots."""
+    return path.replace(".", "|")
 
 
 @contextmanager
@@ -50,7 +54,7 @@ def adapted(denoiser: nn.Module, adaptor: nn.ModuleDict) -> Iterator[nn.Module]:
     Raises:
         UserError: it was made for another denoiser.
     """
-    modules = {parameter_name(name): module for name, module in cross_attention(denoiser).items()}
+    modules = {_key(name): module for name, module in cross_attention(denoiser).items()}
     if modules.keys() != set(adaptor.keys()):
         raise UserError("the adaptor was made for a denoiser of other layers: make one for this")
     before = {name: module.processor for name, module in modules.items()}

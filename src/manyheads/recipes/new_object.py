@@ -63,6 +63,11 @@ def pictures(
     return Pictures(sample.images, captions, sample.alpha)
 
 
+def caption(text: str) -> Tensor:
+    """The caption, int64 ``[1, 3]``, of the new object at a place and before a backdrop: ``top left, over a frog``."""
+    return torch.tensor([[_TOKEN, *data.read_caption(text, "scenes")[1:]]])
+
+
 def adaptor_strategy(spec: str) -> AttentionAdaptor:
     """The strategy of a spec.
 
