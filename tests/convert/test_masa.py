@@ -167,5 +167,7 @@ def test_what_cannot_be_is_refused(model):
             parse(spec)
     with pytest.raises(UserError, match="3 layers"):
         planned(model, "masa:groups=4")
+    with pytest.raises(UserError, match="less than one matrix"):
+        planned(model, "masa:groups=2,keep=0.6,refine=false")
     with pytest.raises(UserError, match="keep more"):
         planned(model, "masa:groups=1,keep=0.2,atoms=1")

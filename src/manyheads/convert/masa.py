@@ -40,6 +40,7 @@ from ._low_rank import ProjectionConversion, factors, whitener
 __all__ = ["MASA", "cut_groups", "dictionary"]
 
 _MORE = {"q": 2, "k": 1, "v": 1, "o": 2}  # rank of what is left
+_ROUNDING = 1e-9
 _OUTPUT = Statistic(
     "block.mean_output", "block", lambda before, after: after.sum((0, 1), dtype=torch.float64),
     lambda total, _, tokens: total / tokens,
@@ -94,8 +95,15 @@ class MASA(ProjectionConversion):
         groups = cut_groups(self._distances(model, stats), self.groups)
         places = [(part, group) for group in groups if len(group) > 1 for part in self.parts]
         if not self.refine:
+            whole = sum(len(group) == 1 for group in groups)
+            share = (self.keep * count - whole) / max(1, count - whole)  # of the layers of other groups
+            if share * min((len(group) for _, group in places), default=1) < 1 - _ROUNDING and places:
+                raise UserError(f"{self.spec} leaves a group less than one matrix: keep more, or ask for fewer groups")
             return SurgeryPlan(
-                tuple(self._shared(model, stats, place, max(1, int(self.keep * len(place[1]))), 0) for place in places)
+                tuple(
+                    self._shared(model, stats, (part, group), int(share * len(group) + _ROUNDING), 0)
+                    for part, group in places
+                )
             )
         target = model.parameters() - (1 - self.keep) * self.projections(model)
         number = {place: max(1, round(self.atoms * len(place[1]))) for place in places}
