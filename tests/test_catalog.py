@@ -23,7 +23,7 @@ def test_all_papers_are_there():
         "full", "random", "streaming_llm", "snapkv", "keydiff", "knorm", "h2o", "tova", "lagkv", "pyramidkv", "adakv",
         "expected_attention", "hedge", "kivi", "quarot", "kvzip", "fp8",
         "finch", "think", "triattention", "attention_matching", "kvzap", "fastkvzip", "sampling", "green_list",
-        "block_diffusion", "vcd", "pai", "structured_pruning", "int4", "kv_merging",
+        "block_diffusion", "vcd", "pai", "structured_pruning", "int4", "kv_merging", "low_rank", "weight_sharing",
         "softmax", "ablate", "head_statistics", "head_temperature", "logit_bias", "token_maps", "tome", "token_pool",
         "slimcode",
     }  # fmt: skip

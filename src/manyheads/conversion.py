@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Anatomy", "Assign", "Configure", "Conversion", "Drop", "EncoderConversion", "EncoderDesign", "Factorise",
-    "LayerShape", "Prune", "Recovery", "Replace", "Share", "Step", "Sublayer", "SurgeryPlan", "bidirectional",
-    "choose_heads", "largest", "nearest_heads",
+    "HeadDim", "LayerShape", "Prune", "Recovery", "Replace", "Share", "Step", "Sublayer", "SurgeryPlan",
+    "bidirectional", "choose_heads", "largest", "nearest_heads",
 ]  # fmt: skip
 
 Axis = Literal["width", "heads", "neurons"]
@@ -80,6 +80,9 @@ class Anatomy(Protocol):
 
     def bias(self, part: str, layer: int) -> Tensor | None:
         """Its bias ``[out]``, None where it has none."""
+
+    def predicted(self, states: Tensor) -> Tensor:
+        """What a decoder would predict if ``states [N, D]`` of the residual stream were the last: logits ``[N, V]``."""
 
     def parameters(self, plan: SurgeryPlan | None = None) -> int:
         """Parameters of the model after ``plan``, exactly; of the model as it is when None."""
@@ -132,11 +135,28 @@ class Drop(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class Factorise(Step):
-    """A linear layer of rank ``rank``: tensors ``left [out, rank]``, ``right [rank, in]``; the bias stays."""
+    """A linear layer of rank ``rank``: tensors ``left [out, rank]``, ``right [rank, in]``; the bias stays.
+
+    Attributes:
+        reads: layer, factorised before by a step like this, whose ``right`` this one reads with too; it brings none.
+    """
 
     part: str
     layer: int
     rank: int
+    reads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadDim(Step):
+    """Heads of ``dim`` channels in the attention of a layer of an encoder; their logits are then over its root.
+
+    Tensors ``q``, ``k``, ``v`` ``[H * dim, D]`` and ``o [D, H * dim]``; where the layer has biases ``q.bias`` and so
+    on. A stock config can say it if all layers have as many.
+    """
+
+    layer: int
+    dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +164,16 @@ class Share(Step):
     """A linear layer of many blocks as sums of few: ``atoms [S, out, in]``, ``coefficients [len(layers), S]``.
 
     Biases stay where they are.
+
+    Attributes:
+        rank: of what each layer adds of its own, ``left [len(layers), out, rank]`` and ``right [len(layers), rank,
+            in]``; nothing when 0.
     """
 
     part: str
     layers: tuple[int, ...]
     atoms: int
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +207,7 @@ class Configure(Step):
 
 
 _STEPS: dict[str, type[Step]] = {
-    cls.__name__.lower(): cls for cls in (Prune, Drop, Factorise, Share, Replace, Assign, Configure)
+    cls.__name__.lower(): cls for cls in (Prune, Drop, Factorise, HeadDim, Share, Replace, Assign, Configure)
 }
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .strategy import Strategy
     from .training import TrainState
 
-__all__ = ["Converted", "Material", "as_conversion", "convert_model", "encoder_of", "measured"]
+__all__ = ["Converted", "Material", "as_conversion", "calibrated", "convert_model", "encoder_of", "measured"]
 
 _HELD_OUT = 0.1
 
@@ -158,8 +158,6 @@ def convert_model(
         UserError: the strategy converts nothing, does not fit the model, or has not enough text.
     """
     from .integrations.anatomy import ModelAnatomy
-    from .integrations.calibrate import calibrate
-    from .integrations.surgery import converted
     from .training import Budget
 
     strategy = as_conversion(conversion)
@@ -173,9 +171,7 @@ def convert_model(
     _check_family(strategy, anatomy)
     _check_reads(model, material)
     device = next(model.parameters()).device
-    stats = calibrate(model, material.calibration(sequences, batch, device), strategy.wants(anatomy), progress)
-    plan = strategy.plan(anatomy, stats)
-    made = converted(model, plan)
+    made, plan = calibrated(model, strategy, material.calibration(sequences, batch, device), progress)
     if recover is not None and not anatomy.causal and not _comparable(made, model, material):
         raise UserError(
             "states of another width cannot be compared with the model's, nor trained to be them: cut an encoder by "
@@ -195,6 +191,30 @@ def convert_model(
         result.state = _recovered(result, model, strategy, anatomy, material, recover, seed, folder, progress)
         result.windows["after recovery"] = measured(result.model, model, material, batch)
     return result
+
+
+def calibrated(
+    model: Any, strategy: Conversion, batches: Sequence[Tensor], progress: Progress | None = None
+) -> tuple[Any, SurgeryPlan]:
+    """A model after surgery, and the plan of it.
+
+    Args:
+        model: stays as it is.
+        strategy: what is done.
+        batches: what it is calibrated on: token ids ``[B, T]``, or images ``[B, C, h, w]``, on the model's device.
+        progress: is told of batches.
+
+    Raises:
+        UserError: the strategy does not fit the model.
+    """
+    from .integrations.anatomy import ModelAnatomy
+    from .integrations.calibrate import calibrate
+    from .integrations.surgery import converted
+
+    anatomy = ModelAnatomy(model)
+    _check_family(strategy, anatomy)
+    plan = strategy.plan(anatomy, calibrate(model, batches, strategy.wants(anatomy), progress))
+    return converted(model, plan), plan
 
 
 def encoder_of(

@@ -15,7 +15,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -27,7 +27,7 @@ from . import files
 
 __all__ = [
     "BACKDROPS", "DIRECTIONS", "OBJECTS", "PLACES", "VOCABULARY", "WORDS", "Kind", "Sample", "available", "draw",
-    "photographs", "read_caption", "sprites",
+    "new_object", "photographs", "read_caption", "sprites",
 ]  # fmt: skip
 
 Kind = Literal["scenes", "moving"]
@@ -120,9 +120,25 @@ def sprites(size: int) -> Tensor:
             data = [archive.read(f"emoji_u{code}.png") for code in _CODES.values()]
     else:
         data = [files.path(f"emoji-{name}").read_bytes() for name in OBJECTS]
-    raw = torch.stack([_pixels(each, "RGBA") for each in data]).float().movedim(-1, 1) / 255
-    raw[:, :3] *= raw[:, 3:]
-    return interpolate(raw, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
+    return torch.stack([_sprite(each, size) for each in data])
+
+
+def new_object(code: str) -> Tensor:
+    """An emoji by its code point, as ``1f680``, in the size of an object of a scene: as :func:`sprites`, ``[4, s, s]``.
+
+    Raises:
+        UserError: there is none.
+    """
+    with zipfile.ZipFile(files.path("noto-emoji-32")) as archive:
+        if f"emoji_u{code}.png" not in archive.namelist():
+            raise UserError(f"there is no emoji {code}: give a code point in hexadecimal, as 1f680 for a rocket")
+        return _sprite(archive.read(f"emoji_u{code}.png"), OBJECT)
+
+
+def _sprite(data: bytes, size: int) -> Tensor:
+    raw = _pixels(data, "RGBA").float().movedim(-1, 0) / 255
+    raw[:3] *= raw[3:]
+    return interpolate(raw[None], size=(size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
 @cache
@@ -143,7 +159,8 @@ def _pixels(data: bytes, mode: str) -> Tensor:
 
 
 def draw(
-    kind: Kind, count: int, generator: Generator, split: Split = "train", device: str = "cpu", **fixed: int
+    kind: Kind, count: int, generator: Generator, split: Split = "train", device: str = "cpu",
+    sprite: Tensor | None = None, **fixed: int,
 ) -> Sample:  # fmt: skip
     """Draw scenes or films.
 
@@ -153,6 +170,7 @@ def draw(
         generator: on the CPU.
         split: of the photographs.
         device: where the result lies.
+        sprite: what stands in scenes for the object, whatever its label, see :func:`new_object`.
         fixed: labels that are not drawn, as ``object=3``.
     """
     kinds = VOCABULARY[kind]
@@ -166,8 +184,10 @@ def draw(
     labels, random = labels.to(device), random.to(device)
     back = _stock(split, device)[which.to(device)]
     back = torch.where(random[1][:, None, None, None] < 0.5, back, back.flip(-1)).float() / 255
-    make: Any = _scene if kind == "scenes" else _film
-    images, alpha = make(back, labels, random[2:])
+    if kind == "scenes":
+        images, alpha = _scene(back, labels, random[2:], sprite)
+    else:
+        images, alpha = _film(back, labels, random[2:])
     return Sample(images * 2 - 1, labels, alpha, back * 2 - 1 if kind == "scenes" else None)
 
 
@@ -177,12 +197,13 @@ def _stock(split: Split, device: str) -> Tensor:
     return torch.cat(photographs(split)).to(device)
 
 
-def _scene(back: Tensor, labels: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+def _scene(back: Tensor, labels: Tensor, random: Tensor, sprite: Tensor | None) -> tuple[Tensor, Tensor]:
     """The object in its quarter, up to two pixels from where the quarter begins."""
     slack = SIDE // 2 - OBJECT + 1
     corner = torch.stack([labels[:, 1] // 2, labels[:, 1] % 2], 1) * (SIDE // 2)
     at = corner + (random.T * slack).long()
-    cover = _placed(sprites(OBJECT).to(labels.device)[labels[:, 0]], at, SIDE)
+    shown = sprites(OBJECT)[labels[:, 0].cpu()] if sprite is None else sprite.expand(len(labels), -1, -1, -1)
+    cover = _placed(shown.to(labels.device), at, SIDE)
     return cover[:, :3] + (1 - cover[:, 3:]) * back, cover[:, 3:]
 
 

@@ -36,7 +36,17 @@ from ..writing import Decoding
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CausalLM", "Convertible", "Machine", "Pipeline", "Subject", "Trainable", "Vision", "subject"]
+__all__ = [
+    "CausalLM",
+    "Convertible",
+    "ConvertibleVision",
+    "Machine",
+    "Pipeline",
+    "Subject",
+    "Trainable",
+    "Vision",
+    "subject",
+]
 
 
 class Subject(ABC):
@@ -259,6 +269,12 @@ class Vision(Subject):
         from .. import models
 
         return models.source(self.name)
+
+
+class ConvertibleVision(Vision):
+    """An encoder of images that every arm is made of anew, by a conversion."""
+
+    kinds = (Conversion,)
 
 
 class Trainable(Subject):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..conversion import LayerShape, SurgeryPlan
 from ..errors import UserError
 from .architectures import Family, family_of
-from .plan_size import count
+from .plan_size import count, turned
 
 __all__ = ["ModelAnatomy", "shared_copy", "turned"]
 
@@ -139,6 +139,13 @@ class ModelAnatomy:
         held = held.detach().mT if turned(module) and held.ndim == 2 else held.detach()
         return held.chunk(3)[_QKV.index(part)] if fused else held
 
+    def predicted(self, states: Tensor) -> Tensor:
+        weight = next(self.model.parameters())
+        with torch.no_grad():
+            last = self.model.get_submodule(self.prefix + self.map.norms[-1])(states.to(weight))
+            logits: Tensor = self.model.get_output_embeddings()(last)
+        return logits
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by all their names, tied ones under each."""
         yield from self.model.named_parameters(remove_duplicate=False)
@@ -161,8 +168,3 @@ class ModelAnatomy:
 
     def parameters(self, plan: SurgeryPlan | None = None) -> int:
         return count(self, plan or SurgeryPlan(()))
-
-
-def turned(module: nn.Module) -> bool:
-    """Whether a linear layer keeps its weight as ``[in, out]``, as GPT-2's does."""
-    return type(module).__name__ == "Conv1D"

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Drop, Factorise, Prune, Replace, Share, SurgeryPlan
+from ..conversion import Drop, Factorise, HeadDim, Prune, Replace, Share, SurgeryPlan
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from .anatomy import ModelAnatomy
 
-__all__ = ["count", "kept_rows", "module_of"]
+__all__ = ["count", "kept_rows", "module_of", "turned"]
 
 
 def kept_rows(anatomy: ModelAnatomy, steps: Sequence[Prune], layer: int) -> dict[str, Tensor]:
@@ -70,6 +70,11 @@ def module_of(step: Replace) -> nn.Module:
     return made
 
 
+def turned(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as ``[in, out]``, as GPT-2's does."""
+    return type(module).__name__ == "Conv1D"
+
+
 def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
     """Parameters after a plan, exactly."""
     prunes = [step for step in plan.steps if isinstance(step, Prune)]
@@ -78,18 +83,23 @@ def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
         for layer in range(len(anatomy.layers))
     ]
     shared = {axis: size for axis, size in kept[0].items() if axis == "width"}
+    for step in plan.steps:
+        if isinstance(step, HeadDim):
+            shape = anatomy.layers[step.layer]
+            heads = kept[step.layer].get("q", shape.heads * shape.head_dim) // shape.head_dim
+            kept[step.layer] |= {"q": heads * step.dim, "kv": heads * step.dim}
     home = anatomy.prefix + anatomy.map.layers
     gone: set[str] = set()
     for step in plan.steps:
         if isinstance(step, Drop):
             paths = [""] if step.part == "block" else [f"{path}." for path in anatomy.map.off[step.part]]
             gone.update(f"{home}.{layer}.{path}" for layer in step.layers for path in paths)
-    ranks: dict[str, int] = {}
+    low: dict[str, Factorise] = {}
     coefficients: dict[str, Share] = {}
     total = 0
     for step in plan.steps:
         if isinstance(step, Factorise):
-            ranks[f"{home}.{step.layer}.{anatomy.part(step.part)}.weight"] = step.rank
+            low[f"{home}.{step.layer}.{anatomy.part(step.part)}.weight"] = step
         elif isinstance(step, Share):
             coefficients |= {f"{home}.{layer}.{anatomy.part(step.part)}.weight": step for layer in step.layers}
         elif isinstance(step, Replace):
@@ -104,11 +114,13 @@ def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
             continue
         sizes = shared if layer is None else kept[layer]
         after = [sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True)]
-        if name in ranks:
-            total += ranks[name] * sum(after)
+        if name in low:
+            step = low[name]
+            out = after[1 if turned(anatomy.linear(step.part, step.layer)) else 0]
+            total += step.rank * (sum(after) if step.reads is None else out)
         elif name in coefficients:
             step = coefficients[name]
-            total += step.atoms
+            total += step.atoms + step.rank * sum(after)
             atoms[id(step)] = step.atoms * prod(after)
         else:
             total += prod(after)

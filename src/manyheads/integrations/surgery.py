@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Assign, Configure, Drop, Factorise, Prune, Replace, Share, Step, SurgeryPlan
+from ..conversion import Assign, Configure, Drop, Factorise, HeadDim, Prune, Replace, Share, Step, SurgeryPlan
 from ..errors import UserError
 from .anatomy import ModelAnatomy, shared_copy, turned
 from .plan_size import kept_rows, module_of
@@ -135,16 +135,47 @@ def _factorise(anatomy: ModelAnatomy, step: Factorise) -> None:
     out, inside = anatomy.weight(step.part, step.layer).shape
     like = anatomy.weight(step.part, step.layer)
     left = _brought(step, "left", (out, step.rank), like)
-    right = _brought(step, "right", (step.rank, inside), like)
+    right = _brought(step, "right", (step.rank, inside), like) if step.reads is None else _right_of(anatomy, step)
     _put(anatomy, step.part, step.layer, partial(LowRankLinear, left, right))
+
+
+def _head_dim(anatomy: ModelAnatomy, step: HeadDim) -> None:
+    attention: Any = anatomy.blocks[step.layer].get_submodule(anatomy.map.head)
+    if anatomy.causal or not hasattr(attention, "head_dim"):
+        raise UserError(f"the heads of {anatomy.family} models keep their channels: they turn with positions, or more")
+    width = anatomy.layers[step.layer].heads * step.dim
+    for part in "qkvo":
+        module: Any = anatomy.linear(part, step.layer)
+        old = module.weight
+        shape = (old.shape[0], width) if part == "o" else (width, old.shape[1])
+        module.register_parameter("weight", nn.Parameter(_brought(step, part, shape, old)))
+        if module.bias is not None:
+            module.register_parameter("bias", nn.Parameter(_brought(step, f"{part}.bias", shape[:1], old)))
+        _resized(module)
+    attention.head_dim, attention.scaling = step.dim, step.dim**-0.5
+    if {block.get_submodule(anatomy.map.head).head_dim for block in anatomy.blocks} == {step.dim}:
+        anatomy.config.head_dim = step.dim
+    anatomy.__dict__.pop("layers", None)
+
+
+def _right_of(anatomy: ModelAnatomy, step: Factorise) -> nn.Parameter:
+    assert step.reads is not None
+    other = anatomy.linear(step.part, step.reads)
+    if not isinstance(other, LowRankLinear) or len(other.right) != step.rank:
+        raise UserError(f"{step.part} of layer {step.reads} is not of rank {step.rank}: factorise it first")
+    return other.right
 
 
 def _share(anatomy: ModelAnatomy, step: Share) -> None:
     like = anatomy.weight(step.part, step.layers[0])
     atoms = nn.Parameter(_brought(step, "atoms", (step.atoms, *like.shape), like))
-    coefficients = _brought(step, "coefficients", (len(step.layers), step.atoms), like)
+    count, (out, inside) = len(step.layers), like.shape
+    coefficients = _brought(step, "coefficients", (count, step.atoms), like)
+    sizes = {"left": (count, out, step.rank), "right": (count, step.rank, inside)} if step.rank else {}
+    own = [_brought(step, name, size, like) for name, size in sizes.items()]
     for i, layer in enumerate(step.layers):
-        _put(anatomy, step.part, layer, partial(SharedLinear, atoms, coefficients[i].clone()))
+        factors = (own[0][i].clone(), own[1][i].clone()) if own else None
+        _put(anatomy, step.part, layer, partial(SharedLinear, atoms, coefficients[i].clone(), factors))
 
 
 def _replace(anatomy: ModelAnatomy, step: Replace) -> None:
@@ -181,7 +212,7 @@ def _configure(anatomy: ModelAnatomy, step: Configure) -> None:
 
 
 _CHANGES: Mapping[type[Step], Callable[[ModelAnatomy, Any], None]] = {
-    Factorise: _factorise, Share: _share, Replace: _replace, Assign: _assign, Configure: _configure,
+    Factorise: _factorise, HeadDim: _head_dim, Share: _share, Replace: _replace, Assign: _assign, Configure: _configure,
 }  # fmt: skip
 
 
@@ -192,7 +223,7 @@ def _brought(step: Step, name: str, shape: tuple[int, ...], like: Tensor) -> Ten
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     if tuple(value.shape) != shape:
         raise UserError(f"{name} of a step is {list(shape)} here, not {list(value.shape)}")
-    return value.detach().to(like).clone()
+    return value.detach().to(like).clone(memory_format=torch.contiguous_format)
 
 
 def _put(anatomy: ModelAnatomy, part: str, layer: int, make: Callable[[nn.Parameter | None], nn.Module]) -> None:

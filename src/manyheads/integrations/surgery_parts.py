@@ -37,7 +37,8 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, left: Tensor, right: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.left, self.right, self.bias = nn.Parameter(left), nn.Parameter(right), bias
+        self.left, self.bias = nn.Parameter(left), bias
+        self.right = right if isinstance(right, nn.Parameter) else nn.Parameter(right)  # perhaps of several layers
         self.out_features, self.in_features = left.shape[0], right.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,12 +46,16 @@ class LowRankLinear(nn.Module):
 
 
 class SharedLinear(nn.Module):
-    """``sum_s c_s D_s x + b``; the atoms ``D [S, out, in]`` are one parameter of several layers."""
+    """``(sum_s c_s D_s + left right) x + b``; the atoms ``D [S, out, in]`` are one parameter of several layers."""
 
-    def __init__(self, atoms: nn.Parameter, coefficients: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, atoms: nn.Parameter, coefficients: Tensor, own: tuple[Tensor, Tensor] | None, bias: nn.Parameter | None
+    ) -> None:
         super().__init__()
         self.atoms, self.coefficients, self.bias = atoms, nn.Parameter(coefficients), bias
+        self.own = own and LowRankLinear(*own, None)
         self.out_features, self.in_features = atoms.shape[1], atoms.shape[2]
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, torch.tensordot(self.coefficients, self.atoms, 1), self.bias)
+        y = linear(x, torch.tensordot(self.coefficients, self.atoms, 1), self.bias)
+        return y if self.own is None else y + self.own(x)

@@ -8,8 +8,9 @@ no dropout. A mixer that belongs to an architecture with blocks of its own says 
 ``norm(dim)`` and ``channel_mixer(dim, hidden)`` make other modules, and ``residual = (alpha, beta)`` makes the block
 post-norm, ``h = norm(h); h = alpha * h + beta * sublayer(h)`` (MiniMax-01). Mixers with a method ``reduce`` merge
 tokens before their layer (:mod:`manyheads.mixers.maelre`); a first one with a method ``prepare`` is given embeddings,
-and says what is read and what all layers are given (:mod:`manyheads.mixers.skim_attention`). A mixer of either kind
-may have a loss of its own, ``auxiliary``, that its last forward in training left.
+and says what is read and what all layers are given (:mod:`manyheads.mixers.skim_attention`); a first one with a method
+``tie`` has the others take weights of its own (:mod:`manyheads.mixers.weight_sharing`). A mixer of either kind may have
+a loss of its own, ``auxiliary``, that its last forward in training left.
 """
 
 import json
@@ -129,6 +130,9 @@ class TokenModel(nn.Module):
             Block(self.strategy.build(config.mixer_config(i, self.causal)), config.dim, config.width)
             for i in range(config.layers)
         )
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        if hasattr(mixers[0], "tie"):
+            mixers[0].tie(mixers[1:])
         last = self.blocks[-1].mixer
         self.merges = hasattr(last, "reduce")
         self.norm = (getattr(last, "norm", None) or _rms_norm)(config.dim)

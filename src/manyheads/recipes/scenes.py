@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -52,6 +52,14 @@ class Plan:
     average: float = 0.998
 
 
+class Captioned(Protocol):
+    """Pictures or films in -1..1 that say their captions, int64 ``[N, 3]``."""
+
+    @property
+    def images(self) -> Tensor: ...
+    def tokens(self, kind: data.Kind) -> Tensor: ...
+
+
 class Noisy(NamedTuple):
     """Samples as the denoiser is given them.
 
@@ -75,7 +83,7 @@ def dropped(tokens: Tensor, generator: Generator) -> Tensor:
     return tokens.masked_fill(gone.to(tokens.device), 0)
 
 
-def noisy(pipe: ScenePipeline, sample: data.Sample, generator: Generator, drawn: Generator | None = None) -> Noisy:
+def noisy(pipe: ScenePipeline, sample: Captioned, generator: Generator, drawn: Generator | None = None) -> Noisy:
     """``sample`` with noise; ``drawn`` is the generator of the noise, on the device of the sample."""
     clean = pipe._packed(sample.images)
     count, spread = len(clean), (-1, *[1] * (clean.ndim - 1))

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 import manyheads
 from manyheads import UserError
-from manyheads.experiment import Arm, Experiment, Sizes, Vision
-from manyheads.experiment.subjects import subject
+from manyheads.experiment import Arm, Experiment, Sizes, Vision, run
+from manyheads.experiment.subjects import ConvertibleVision, subject
 from manyheads.models.saliency import FILE, SaliencyDecoder, load_decoder, normalised
 from manyheads.tasks.vision import saliency
 from manyheads.tasks.vision.encoder_cost import EncoderCost
@@ -39,8 +39,6 @@ def folder(tmp_path, monkeypatch):
 
 
 def ran(folder, task, arms=ARMS, **sizes):
-    from manyheads.experiment import run
-
     experiment = Experiment(subject=str(folder / "model"), arms=arms, tasks=(task,), sizes=Sizes(cpu=sizes))
     results = run(experiment.at("cpu"), folder / "run")
     return {(r.metric, r.arm, r.sample): r for r in results.rows}
@@ -77,6 +75,29 @@ def test_maps_by_hand(folder):
                 assert_close(rows["patches", arm, f"{i}"].value, cosine, SAME)
     assert all(rows["overlap", arm, f"{i}"].value == 1 for arm in ("full", "off") for i in range(3))
     assert all(rows["overlap", arm, f"{i}"].value < 0.999 for arm in ("hq", "small") for i in range(3))
+
+
+def test_arms_that_are_conversions(folder, monkeypatch):
+    """Calibrated on photographs that are not judged; one of full rank changes nothing."""
+    shown = []
+
+    def photographs(split):
+        shown.append(split)
+        return [(images(4, 32, 32, seed=len(split)).float().sigmoid() * 255).to(torch.uint8) for _ in range(2)]
+
+    monkeypatch.setattr(saliency.scenes, "available", lambda: True)
+    monkeypatch.setattr(saliency.scenes, "photographs", photographs)
+    arms = (Arm("same", "comcat:keep=1"), Arm("half", "comcat:keep=0.5"), Arm("svd", "low_rank:keep=0.5"))
+    task = Saliency(samples=3, side=16, batch=2, photographs="objects", calibrating=4)
+    subject = ConvertibleVision(str(folder / "model"))
+    results = run(Experiment(subject=subject, arms=arms, tasks=(task,), sizes=Sizes(cpu={})).at("cpu"), folder / "run")
+    rows = {(r.metric, r.arm, r.sample): r.value for r in results.rows}
+    assert shown == ["test", "train", "train", "train"]
+    assert all(rows["overlap", "same", f"{i}"] == pytest.approx(1, abs=1e-4) for i in range(3))
+    assert all(rows["overlap", "half", f"{i}"] < 0.9999 for i in range(3))
+    assert rows["parameters", "same", "model"] == 1 > rows["parameters", "half", "model"] > 0.5
+    assert rows["parameters", "half", "model"] == pytest.approx(rows["parameters", "svd", "model"], abs=0.01)
+    assert subject.unsupported_reason(manyheads.parse("tome"))
 
 
 def test_seconds_of_every_size_and_nothing_of_what_is_refused(folder, caplog):
