@@ -11,19 +11,19 @@ from manyheads.data.visual_questions import WORDS
 from . import compare
 
 
-def make_words():
+def make_words(words=WORDS):
     """A tokenizer of the words that are said of pictures."""
-    return compare.make_tokenizer([SimpleNamespace(content=" ".join(WORDS))])
+    return compare.make_tokenizer([SimpleNamespace(content=" ".join(words))])
 
 
-def make_parts(folder):
+def make_parts(folder, words=WORDS):
     """Write both; their folders."""
     torch.manual_seed(0)
     tower = transformers.Dinov2Config(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=2, image_size=8, mlp_ratio=1
     )
     transformers.Dinov2Model(tower).save_pretrained(folder / "tower")
-    tokenizer = make_words()
+    tokenizer = make_words(words)
     tokenizer.add_tokens(["<empty_output>"])
     text = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,

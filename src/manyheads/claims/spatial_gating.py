@@ -9,7 +9,7 @@ neighbours. At CPU size the model is small and from scratch, on a GPU it is DINO
 which attention is trained too. The learning rate was looked for with the plain model alone.
 """
 
-from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, at_most, below, higher, lower, no_worse
+from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, at_most, higher, lower, no_worse
 from ..tasks.vision.spatial_questions import SpatialQuestions
 
 FULL, GATED, ANEW = "all tokens", "gated", "gated, each scene anew"
@@ -29,9 +29,9 @@ claim = Claim(
     slug="spatial_gating",
     tier="proxy",
     statement=(
-        "Most tokens of a scene get next to nothing of the attention to it; dropped layer by layer, as a few scenes say, "
-        "they cost no answers, where as many chosen by the last token alone, at random or by pooling do; reading a "
-        "prompt has less than half of the products and takes less time."
+        "Most tokens of a scene get next to nothing of the attention to it; dropped layer by layer, as a few scenes "
+        "say, they cost no answers, where as many that are chosen by the last token alone, at random or by pooling do; "
+        "a prompt is read in less time."
     ),
     reported=Reported(
         value="21 % faster and 63 % fewer FLOPs at the same accuracy; over 60 % of spatial tokens contribute below 5 %",
@@ -55,15 +55,15 @@ claim = Claim(
         no_worse("right", ANEW, than=FULL, margin=MARGIN, better="higher", given=TAUGHT),
         no_worse("seen", GATED, than=FULL, margin=MARGIN, better="higher", given=TAUGHT),
         *(higher("right", GATED, than=name, given=TAUGHT) for name in (ONCE, RANDOM, POOLED)),
-        below("flops", GATED, 0.37),
         lower("seconds", GATED, than=FULL, relative=True),
         at_most("seconds", GATED, times=1 / 1.21, than=FULL),
     ),
-    report=("kept", "training_nll"),
+    report=("kept", "flops", "training_nll"),
     caveat=(
         "Scenes are pictures of emoji at two or four distances, not point clouds; a distance is an image, and its haze "
-        "tells it. A small model has four blocks, of which the first two read everything, so that products fall by half "
-        "at most; the floor of 16 tokens is taken away where scenes have 32. The gate's rule is inferred. Seconds are of "
-        "new weights that drop what the trained model's schedule says; the arm without a schedule is not timed."
+        "tells it. A small model has four blocks, of which two read everything, and long questions: products cannot "
+        "fall as in 32 blocks and are reported alone. The floor of 16 tokens is taken away, as scenes of a small model "
+        "have 32. The gate's rule is inferred. Seconds are of new weights that drop what the trained model's schedule "
+        "says; the arm without a schedule is not timed."
     ),
 )  # fmt: skip

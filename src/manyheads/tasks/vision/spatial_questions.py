@@ -86,7 +86,7 @@ class SpatialQuestions(VLMTask):
     steps: int = 1200
     lr: float = 1.5e-3
     slower: float = 1.0
-    samples: int = 256
+    samples: int = 384
     wider: int = 256
     longer: int = 12
     rounds: int = 5
