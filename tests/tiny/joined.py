@@ -11,19 +11,19 @@ from manyheads.data.visual_questions import WORDS
 from . import compare
 
 
-def make_words():
+def make_words(words=WORDS):
     """A tokenizer of the words that are said of pictures."""
-    return compare.make_tokenizer([SimpleNamespace(content=" ".join(WORDS))])
+    return compare.make_tokenizer([SimpleNamespace(content=" ".join(words))])
 
 
-def make_parts(folder):
+def make_parts(folder, words=WORDS):
     """Write both; their folders."""
     torch.manual_seed(0)
     tower = transformers.Dinov2Config(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=2, image_size=8, mlp_ratio=1
     )
     transformers.Dinov2Model(tower).save_pretrained(folder / "tower")
-    tokenizer = make_words()
+    tokenizer = make_words(words)
     tokenizer.add_tokens(["<empty_output>"])
     text = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -32,20 +32,3 @@ def make_parts(folder):
     transformers.LlamaForCausalLM(text).save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
     return str(folder / "tower"), str(folder / "text")
-
-
-def small_reader(layers=4):
-    """A tiny LLaVA in float64 of two key/value heads for four, which reads images of 3 x 3 patches of 4 pixels."""
-    torch.manual_seed(0)
-    tower = transformers.Dinov2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=4, image_size=12, mlp_ratio=1
-    )
-    text = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=30, pad_token_id=0, initializer_range=0.5,
-    )  # fmt: skip
-    config = transformers.LlavaConfig(
-        vision_config=tower, text_config=text, image_token_index=2, vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )  # fmt: skip
-    return transformers.LlavaForConditionalGeneration(config).double().eval()

@@ -14,8 +14,8 @@ from manyheads.call import AttentionCall, Site
 from manyheads.tokens.spatial_gating import idle, needed, received, schedule_of
 from oracles import models, reducers
 from oracles.fingerprint import assert_same, of_model
+from tiny import vision
 from tiny.image_encoders import build
-from tiny.joined import small_reader
 from tolerance import CALL, DEEP, FORMULA, SAME, assert_close, is_far, within
 
 SCHEDULE = "schedule=1+1+0.5+0.25,least=2"
@@ -23,7 +23,7 @@ SPECS = (
     "spatial_gating:eta=0.7,least=2", f"spatial_gating:{SCHEDULE}", f"spatial_gating:{SCHEDULE},by=last",
     f"spatial_gating:{SCHEDULE},by=random", f"spatial_gating:{SCHEDULE},by=pooled",
 )  # fmt: skip
-IMAGE = 2
+IMAGE = vision.IMAGE
 
 
 def prompts(lengths=(6, 4), side="right", seed=0):
@@ -39,12 +39,11 @@ def prompts(lengths=(6, 4), side="right", seed=0):
     for row, text in enumerate(rows):
         at = slice(most - len(text), most) if side == "left" else slice(0, len(text))
         ids[row, at], mask[row, at] = text, 1
-    pixels = torch.randn(2 * len(rows), 3, 12, 12, generator=generator, dtype=torch.float64)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": vision.pixels(2 * len(rows), 3, 3)}
 
 
-def reader(layers=4):
-    return small_reader(layers)
+def reader():
+    return vision.llava(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 
 
 def stream(model, inputs):
@@ -166,7 +165,8 @@ def test_decoding_with_a_cache_is_one_forward(lengths):
 @torch.no_grad()
 def test_off_on_and_restored():
     model, inputs = reader(), prompts()
-    before, plain, watch = of_model(model), model(**inputs).logits, reducers.Counts()
+    plain, watch = model(**inputs).logits, reducers.Counts()
+    before = of_model(model)  # behind a forward, which puts hooks of transformers' own on
     real = inputs["attention_mask"].bool()
     for fields in (":eta=1", ":schedule=1+1+1+1", ":least=17", ".flow"):
         with manyheads.use(model, f"spatial_gating{fields}"):  # 18 tokens are too few for what stays in any case
@@ -183,6 +183,32 @@ def test_off_on_and_restored():
         text = {"input_ids": torch.arange(3, 9)[None]}
         short = model(**text).logits
     assert torch.equal(model(**text).logits, short)
+
+
+@torch.no_grad()
+def test_axes_of_positions_and_eager_attention():
+    """Qwen2-VL has three positions a token; under eager attention every forward has a mask."""
+    model, spec = vision.qwen(), "spatial_gating:schedule=1+0.5,start=1,least=1,by=random"
+    ids = torch.cat([torch.tensor([5, 57]), torch.full((4,), IMAGE), torch.tensor([56, 9, 8, 7])])[None]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(16, 3 * vision.PATCH**2, generator=generator, dtype=torch.float64)
+    given = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]]),
+             "mm_token_type_ids": (ids == IMAGE).int()}  # fmt: skip
+    with manyheads.use(model, spec):
+        whole = model(**given).logits
+        first = {name: x[:, :-2] if name.endswith("ids") else x for name, x in given.items()}
+        out = model(**first, use_cache=True)
+        assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [8, 6]
+        after = model(input_ids=ids[:, -2:], past_key_values=out.past_key_values, use_cache=True).logits
+    assert is_far(whole, model(**given).logits, DEEP)
+    assert_close(after, whole[:, -2:], SAME)
+    model, inputs, found = reader(), prompts(), []
+    real = inputs["attention_mask"].bool()
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        with manyheads.use(model, SPECS[1]):
+            found.append(model(**inputs).logits[real])
+    assert_close(*found, SAME)  # an eager softmax is in float32
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import manyheads
 from manyheads import UserError
 from manyheads.attention.merging import matched
 from oracles import reducers
+from oracles.fingerprint import assert_same, of_model
 from tiny.image_encoders import build, forward, images
 from tolerance import DEEP, assert_close, is_far
 
@@ -83,5 +84,8 @@ def test_refused():
         manyheads.parse("tome:share=0.6")
     with pytest.raises(UserError, match="in its place"), manyheads.use(build("segformer"), "tome"):
         pass
-    with pytest.raises(UserError, match="each shortens"), manyheads.use(build("vit"), "tome", "token_pool"):
+    model = build("vit")
+    before = of_model(model)
+    with pytest.raises(UserError, match="each shortens"), manyheads.use(model, "tome", "token_pool"):
         pass
+    assert_same(of_model(model), before)

@@ -17,7 +17,6 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import UserError
 from .object_scenes import draw_depths, draw_films, draw_pictures
 from .scenes import OBJECTS
 
@@ -26,7 +25,6 @@ __all__ = ["ANSWERS", "FILLERS", "SIDES", "WORDS", "Language", "Questions", "ord
 ANSWERS = ("no", "yes")
 FILLERS = tuple("time year people way day man thing life hand part place case week point home water".split())
 SIDES = ("near", "upper", "left", "there")  # of each axis the half that begins at 0, or anywhere
-_ASKED = (1.0, 1.0, 1.0, 3.0)  # how often each of them is asked for
 WORDS = (*"is there a it before".split(), *ANSWERS, *OBJECTS, *FILLERS)  # all that is said
 
 
@@ -124,41 +122,33 @@ def order(
 
 def sides(
     language: Language, count: int, generator: Generator, *, planes: int, grid: int, size: int, patches: int,
-    objects: int, asked: int = 6, filler: int = 0, split: Literal["train", "test"] = "train",
+    objects: int = 5, filler: int = 0, split: Literal["train", "test"] = "train",
 ) -> Questions:  # fmt: skip
-    """Scenes in depth; of ``asked`` objects whether each is there, or in the near, upper or left half.
+    """Scenes in depth; of every object whether it is there, or in the near, upper or left half.
 
-    Half of the questions are whether an object is there, of which half are of one that is not. No object is asked
-    for twice in a text.
+    Of one that is not there it is asked whether it is; of the others mostly where they are, and so often whether they
+    are there that about half of such answers are yes.
 
     Args:
         language, count, generator, grid, size, patches, filler, split: as for :func:`presence`, of a distance.
         planes: distances, an even number, as is ``grid``.
-        objects: in a scene.
-        asked: Q, at most ``objects`` and as many as are not there.
-
-    Raises:
-        UserError: more are asked for.
+        objects: in a scene; others are not there.
     """
-    if asked > (most := min(objects, len(OBJECTS) - objects)):
-        raise UserError(f"{asked} objects of {objects} that are there, and of the others, are too many: give {most}")
     scene = draw_depths(count, generator, planes=planes, grid=grid, size=size, objects=objects, split=split)
-    there = torch.zeros(count, len(OBJECTS)).scatter(1, scene.objects, 1.0)
-    some, others = (
-        (torch.rand(count, len(OBJECTS), generator=generator) + rank).argsort(1)[:, :asked]
-        for rank in (1 - there, there)
-    )
-    axis = torch.multinomial(torch.tensor(_ASKED), count * asked, True, generator=generator).view(count, asked)
-    absent = (axis == len(SIDES) - 1) & (torch.rand(count, asked, generator=generator) < 0.5)
-    chosen = torch.where(absent, others, some)
+    order = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)
+    there = torch.zeros(count, len(OBJECTS), dtype=torch.bool).scatter(1, scene.objects, True).gather(1, order)
     spots = torch.zeros(count, len(OBJECTS), 3, dtype=torch.long)
     spots.scatter_(1, scene.objects[..., None].expand(-1, -1, 3), scene.places)
-    near = spots.gather(1, chosen[..., None].expand(-1, -1, 3)) < torch.tensor([planes, grid, grid]) // 2
-    truth = torch.cat([near, ~absent[..., None]], 2).gather(2, axis[..., None])[..., 0]
+    spots = spots.gather(1, order[..., None].expand(-1, -1, 3))
+    whether = torch.rand(order.shape, generator=generator) < (len(OBJECTS) - objects) / objects
+    axis = torch.randint(len(SIDES) - 1, order.shape, generator=generator)
+    axis = torch.where(there & ~whether, axis, len(SIDES) - 1)
+    truth = torch.cat([spots < torch.tensor([planes, grid, grid]) // 2, there[..., None]], 2)
     asks = [
         [f"{SIDES[b]} {OBJECTS[a]}" for a, b in zip(*row, strict=True)]
-        for row in zip(chosen.tolist(), axis.tolist(), strict=True)
+        for row in zip(order.tolist(), axis.tolist(), strict=True)
     ]
+    truth = truth.gather(2, axis[..., None])[..., 0]
     return _told(language, scene.images.flatten(0, 1), patches, "is it", asks, truth, axis, filler, generator)
 
 

@@ -189,7 +189,7 @@ class _Prompt:
             if tables:
                 more["position_embeddings"] = tuple(_taken(x, rows) for x in tables)
             if isinstance(places, Tensor):
-                more["position_ids"] = places.expand(batch, -1).gather(1, rows)
+                more["position_ids"] = _taken(places[..., None], rows)[..., 0]
         return more
 
     def leaving(self, block: nn.Module, args: Any, output: Any) -> Any:
@@ -207,9 +207,9 @@ def _put(full: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _taken(x: Tensor, rows: Tensor) -> Tensor:
-    """Of ``x [B or 1, T, d]`` the ``rows [B, M]``."""
-    x = x.expand(len(rows), -1, -1)
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+    """Of ``x [..., B or 1, T, d]`` the ``rows [B, M]``; in front there may be axes of positions (M-RoPE)."""
+    x = x.expand(*x.shape[:-3], len(rows), *x.shape[-2:])
+    return x.gather(-2, rows[..., None].expand(*x.shape[:-3], *rows.shape, x.shape[-1]))
 
 
 def _held(cache: Any, number: int, rows: Tensor | None, count: int, batch: int) -> Tensor | None:

@@ -34,23 +34,27 @@ def reduce_tokens(model: nn.Module, entries: Sequence[_Entry]) -> Callable[[], N
     stages: dict[tuple[int, str], _Stage] = {}
     streams: dict[int, _Stream] = {}
     handles: list[Any] = []
-    for site, module, entry in reducing:
-        owner = _reads_pixels(model, site) or owner_of(model, site)
-        found = _STAGE.match(f"{site.name}.")
-        key = id(owner), found.group(0) if found else ""
-        if key not in stages:
-            stages[key] = _Stage(model, owner, module, found)
-            handles += stages[key].hooks(owner)
-        stage = stages[key]
-        entry.state["layout"] = stage.layout
-        handles.append(module.register_forward_pre_hook(stage.look, with_kwargs=True))
-        if isinstance(entry.strategy, StreamReducer):
-            handles += _in_stream(model, site, entry.strategy, stage, streams)
 
     def restore() -> None:
         for handle in handles:
             handle.remove()
 
+    try:
+        for site, module, entry in reducing:
+            owner = _reads_pixels(model, site) or owner_of(model, site)
+            found = _STAGE.match(f"{site.name}.")
+            key = id(owner), found.group(0) if found else ""
+            if key not in stages:
+                stages[key] = _Stage(model, owner, module, found)
+                handles += stages[key].hooks(owner)
+            stage = stages[key]
+            entry.state["layout"] = stage.layout
+            handles.append(module.register_forward_pre_hook(stage.look, with_kwargs=True))
+            if isinstance(entry.strategy, StreamReducer):
+                handles += _in_stream(model, site, entry.strategy, stage, streams)
+    except UserError:  # a strategy that is refused leaves no hook
+        restore()
+        raise
     return restore
 
 
