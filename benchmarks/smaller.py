@@ -28,7 +28,9 @@ WAYS = {
     "LLM-Pruner's score: heads and neurons": "structured_pruning:keep={keep},axis=heads_neurons,score=taylor",
     "at random: neurons": "structured_pruning:keep={keep},axis=neurons,score=random",
     "skip_attn: deepest feed-forward parts": "skip_attn:part=mlp,skip={mlp}",
+    "skip_attn: feed-forward parts by cosine": "skip_attn:part=mlp,skip={mlp},choose=cosine",
     "skip_attn: deepest blocks": "skip_attn:part=block,skip={block}",
+    "skip_attn: blocks by cosine": "skip_attn:part=block,skip={block},choose=cosine",
 }
 
 
