@@ -14,9 +14,10 @@ import datetime
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 KEEP = (0.8, 0.7)
+PARTS: tuple[Literal["mlp", "block"], ...] = ("mlp", "block")
 WAYS = {
     "minitron: neurons": "minitron:keep={keep},axis=neurons",
     "minitron: width and neurons": "minitron:keep={keep},axis=both",
@@ -28,11 +29,13 @@ WAYS = {
     "LLM-Pruner's score: heads and neurons": "structured_pruning:keep={keep},axis=heads_neurons,score=taylor",
     "at random: neurons": "structured_pruning:keep={keep},axis=neurons,score=random",
     "skip_attn: deepest feed-forward parts": "skip_attn:part=mlp,skip={mlp}",
+    "skip_attn: feed-forward parts by cosine": "skip_attn:part=mlp,skip={mlp},choose=cosine",
     "skip_attn: deepest blocks": "skip_attn:part=block,skip={block}",
+    "skip_attn: blocks by cosine": "skip_attn:part=block,skip={block},choose=cosine",
 }
 
 
-def skipped(model: Any, part: str, keep: float) -> float:
+def skipped(model: Any, part: Literal["mlp", "block"], keep: float) -> float:
     """The smallest share of layers without which no more than ``keep`` of the parameters are left."""
     from manyheads.conversion import Drop, SurgeryPlan
     from manyheads.integrations.anatomy import ModelAnatomy
@@ -93,7 +96,7 @@ def main() -> None:
     options = {"recover": True} if given.steps else {}
     arms = []
     for keep in KEEP:
-        shares = {part: round(skipped(subject.model, part, keep), 4) for part in ("mlp", "block")}
+        shares = {part: round(skipped(subject.model, part, keep), 4) for part in PARTS}
         arms += [
             Arm(f"{way} at {keep}", spec.format(keep=keep, **shares), options=options) for way, spec in WAYS.items()
         ]
