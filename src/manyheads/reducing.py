@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
 __all__ = [
-    "AttentionReducer", "Layout", "Part", "Reducer", "Reduction", "Shortened", "StreamReducer", "TextReducer",
-    "TextWeights",
+    "AttentionReducer", "ImageHiding", "ImageReducer", "ImageTokens", "Layout", "Part", "Reducer", "Reduction",
+    "Shortened", "StreamReducer", "TextReducer", "TextWeights",
 ]  # fmt: skip
 
 Part = Literal["queries", "keys", "both"]
@@ -251,6 +251,60 @@ class StreamReducer(Reducer, AttentionEdit):
         layout: Layout = call.state[_LAYOUT]
         layout.keys = call.k.mean(1)
         return _counted(call, layout.size) if self.proportional else call
+
+
+@dataclass(slots=True, eq=False)
+class ImageTokens:
+    """Tokens of images in the forward of a model that reads them; the port keeps it under ``images`` in a call's state.
+
+    Attributes:
+        columns: which of the keys that the decoder holds are of images, bool ``[B, S]``; None where none is.
+        real: which of them are no padding, bool ``[B, S]``.
+        now: what layers of one forward leave to the next.
+        memory: what lasts as long as the model's cache.
+    """
+
+    columns: "Tensor | None" = None
+    real: "Tensor | None" = None
+    now: dict[Any, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+
+class ImageReducer(AttentionEdit):
+    """Gives a decoder fewer tokens of each image than its tower and projector made, as many of every one.
+
+    It looks at the tower's attention, and changes none. What is left of a group stands where the member of the
+    greatest weight stood; behind the decoder every token has the state of its group, so that outputs have their shape.
+    """
+
+    kinds = frozenset({"self"})
+
+    def selects(self, site: "Site") -> bool:
+        return site.kind in self.kinds and not site.causal
+
+    @abstractmethod
+    def group(
+        self, features: "Tensor", grid: tuple[int, int], seen: "Sequence[dict[str, Any]]"
+    ) -> "tuple[Grouping, Tensor]":
+        """Groups of the tokens of images, and the weight of each in the mean of its group.
+
+        Args:
+            features: ``[N, V, D]``, behind the projector.
+            grid: height and width, V patches.
+            seen: states of the tower's attentions in their order, as :meth:`edit` left them.
+
+        Returns:
+            A grouping of as many groups for each image, none of them empty, and ``[N, V]``.
+        """
+
+
+class ImageHiding(AttentionEdit):
+    """Hides tokens of images in a decoder's layers, by what attention gave them in earlier ones."""
+
+    kinds = frozenset({"self"})
+
+    def selects(self, site: "Site") -> bool:
+        return site.kind in self.kinds and site.causal
 
 
 @dataclass(frozen=True, slots=True)

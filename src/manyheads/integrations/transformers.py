@@ -45,6 +45,7 @@ from .forwards import by_place, count_forwards
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy, Keeper
 from .image_positions import ImageReader, read_images
+from .image_tokens import place_images
 from .interleaved import read_interleaved
 from .linear import LinearState, find_linear
 from .linear_layers import LinearLayers
@@ -125,6 +126,7 @@ class Port:
             self._restorers.append(watch_blocks(self.model, self._entries))
             self._restorers.append(add_in_blocks(self.model, self._entries))
             self._restorers.append(reduce_tokens(self.model, self._entries))
+            self._restorers.append(place_images(self.model, self._entries))
             self._restorers.append(count_forwards(self.model, self._entries))
             self._ran = False
 
