@@ -123,11 +123,8 @@ class Port:
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
-            self._restorers.append(watch_blocks(self.model, self._entries))
-            self._restorers.append(add_in_blocks(self.model, self._entries))
-            self._restorers.append(reduce_tokens(self.model, self._entries))
-            self._restorers.append(place_images(self.model, self._entries))
-            self._restorers.append(count_forwards(self.model, self._entries))
+            for around in (watch_blocks, add_in_blocks, reduce_tokens, place_images, count_forwards):
+                self._restorers.append(around(self.model, self._entries))
             self._ran = False
 
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
