@@ -32,6 +32,7 @@ FLOORS = (
         "lens",
         "reducing",
         "strategy",
+        "text_reducing",
         "unlearning",
         "writing",
     },

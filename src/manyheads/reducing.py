@@ -9,25 +9,21 @@ Where tokens are fewer is what the two kinds below differ in. Around one attenti
 of the block sees every token. In the stream (:class:`StreamReducer`) all blocks from one to another see fewer; a
 :class:`LearnedReducer` does that in weights of its own.
 
-In a decoder tokens see the past alone, have positions, and leave keys in a cache: a :class:`PromptReducer` drops tokens
-of images there, layer by layer, and those that are left keep their positions.
-
-:class:`TextReducer` shortens a text before any model reads it: what it leaves out is gone, and nothing is restored.
+In a model of images and text, tokens of images can be fewer between tower and decoder (:class:`ImageReducer`), or be
+hidden from a decoder's words (:class:`ImageHiding`), or drop out of the decoder's stream layer by layer
+(:class:`PromptReducer`), where those that are left keep their positions.
 """
 
 import dataclasses
-import json
 from abc import abstractmethod
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UserError
-from .files import write_atomically
 from .strategy import AttentionEdit, AttentionPatch, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Self
 
     from torch import Tensor, nn
@@ -36,8 +32,8 @@ if TYPE_CHECKING:
     from .call import AttentionCall, Site
 
 __all__ = [
-    "AttentionReducer", "Layout", "LearnedReducer", "Part", "PromptLayout", "PromptReducer", "Reducer", "Reduction",
-    "Shortened", "StreamReducer", "TextReducer", "TextWeights",
+    "AttentionReducer", "ImageHiding", "ImageReducer", "ImageTokens", "Layout", "LearnedReducer", "Part",
+    "PromptLayout", "PromptReducer", "Reducer", "Reduction", "StreamReducer",
 ]  # fmt: skip
 
 Part = Literal["queries", "keys", "both"]
@@ -50,11 +46,8 @@ class Layout:
 
     Attributes:
         grid: height and width of the patches of an image; None where tokens stand on none, as merged ones or words.
-            Frames of a video stand below each other.
-        frames: of a video (or pairs of them, as the model reads them), 1 of an image.
         prefix: tokens before them that stand for no patch (a class token, registers).
         stage, stages: which stage of how many, 0 of 1 in a model of one width.
-        block: number of the block whose output is at hand, where the stream is reduced.
         stride: tokens of a side that are one key where attention reduces its keys itself (SegFormer).
         size: of the model's tokens that each one stands for, ``[B, N]``; None for one each.
         keys: ``[B, N, d]``, the mean over heads of the keys of the latest attention; None before the first. Only where
@@ -63,11 +56,9 @@ class Layout:
     """
 
     grid: tuple[int, int] | None = None
-    frames: int = 1
     prefix: int = 0
     stage: int = 0
     stages: int = 1
-    block: int = 0
     stride: int = 1
     size: "Tensor | None" = None
     keys: "Tensor | None" = None
@@ -102,7 +93,7 @@ class Layout:
     def clear(self) -> None:
         """Forget what is of one forward."""
         self.grid = self.size = self.keys = None
-        self.prefix, self.frames = 0, 1
+        self.prefix = 0
         self.kept.clear()
 
 
@@ -315,81 +306,58 @@ class PromptReducer(AttentionEdit):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Shortened:
-    """A text in pieces, and which of them are kept.
+@dataclass(slots=True, eq=False)
+class ImageTokens:
+    """Tokens of images in the forward of a model that reads them; the port keeps it under ``images`` in a call's state.
 
     Attributes:
-        pieces: all of them joined are the text as it was read.
-        kept: one for each.
-        weights: what each is worth; None where they are not known.
+        columns: which of the keys that the decoder holds are of images, bool ``[B, S]``; None where none is.
+        real: which of them are no padding, bool ``[B, S]``.
+        now: what layers of one forward leave to the next.
+        memory: what lasts as long as the model's cache.
     """
 
-    pieces: tuple[str, ...]
-    kept: tuple[bool, ...]
-    weights: tuple[float, ...] | None = None
-
-    @property
-    def text(self) -> str:
-        """What is left, with a space between words that have come together."""
-        made, gap = "", False
-        for piece, kept in zip(self.pieces, self.kept, strict=True):
-            if kept:
-                made += " " * (gap and made[-1:].isalnum() and piece[:1].isalnum()) + piece
-            gap = not kept
-        return made.strip()
+    columns: "Tensor | None" = None
+    real: "Tensor | None" = None
+    now: dict[Any, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class TextWeights:
-    """Attention that tokens receive, in means of their text.
+class ImageReducer(AttentionEdit):
+    """Gives a decoder fewer tokens of each image than its tower and projector made, as many of every one.
 
-    Attributes:
-        statements: by category of the statement, or whatever else a text has parts of.
-        words: by word.
+    It looks at the tower's attention, and changes none. What is left of a group stands where the member of the
+    greatest weight stood; behind the decoder every token has the state of its group, so that outputs have their shape.
     """
 
-    statements: "Mapping[str, float]"
-    words: "Mapping[str, float]"
+    kinds = frozenset({"self"})
 
-    def save(self, path: str | Path) -> None:
-        """Write them as JSON."""
-        write_atomically(Path(path), json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+    def selects(self, site: "Site") -> bool:
+        return site.kind in self.kinds and not site.causal
 
-    @classmethod
-    def load(cls, path: str | Path) -> "TextWeights":
-        """Read what :meth:`save` wrote.
+    @abstractmethod
+    def group(
+        self, features: "Tensor", grid: tuple[int, int], seen: "Sequence[dict[str, Any]]"
+    ) -> "tuple[Grouping, Tensor]":
+        """Groups of the tokens of images, and the weight of each in the mean of its group.
 
-        Raises:
-            UserError: the file cannot be read, or is something else.
+        Args:
+            features: ``[N, V, D]``, behind the projector.
+            grid: height and width, V patches.
+            seen: states of the tower's attentions in their order, as :meth:`edit` left them.
+
+        Returns:
+            A grouping of as many groups for each image, none of them empty, and ``[N, V]``.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(*({str(k): float(v) for k, v in data[name].items()} for name in ("statements", "words")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} has no weights of words ({error}); write them with learn(...).save") from error
 
 
-class TextReducer(Strategy):
-    """Shortens texts before a model reads them.
+class ImageHiding(AttentionEdit):
+    """Hides tokens of images in a decoder's layers, by what attention gave them in earlier ones."""
 
-    Attributes:
-        learns: needs weights of :meth:`learn`.
-    """
+    kinds = frozenset({"self"})
 
-    learns: ClassVar[bool] = False
-
-    @abstractmethod
-    def read(self, text: str, tokenizer: Any) -> Any:
-        """The text in pieces; its ``text`` is what a model is to read where attention is measured."""
-
-    def learn(self, read: "Sequence[Any]", received: "Sequence[Sequence[float]]") -> TextWeights:
-        """Weights from texts as :meth:`read` gave them, and the attention that each token of each received."""
-        raise UserError(f"{self.slug} follows rules and learns nothing: give no model and no weights")
-
-    @abstractmethod
-    def shorten(self, text: str, tokenizer: Any, weights: TextWeights | None = None) -> Shortened:
-        """The text in no more tokens of a fast ``tokenizer`` than the budget has."""
+    def selects(self, site: "Site") -> bool:
+        return site.kind in self.kinds and site.causal
 
 
 def _joined(heads: "Tensor") -> "Tensor":

@@ -20,9 +20,9 @@ from .calls.statistics import Statistic
 from .errors import UserError
 from .inspect import watch
 from .lens import AttentionView, Lens, LensResult, Memory, PerToken, device_of
-from .reducing import Shortened, TextReducer, TextWeights
 from .spec import parse
 from .strategy import Strategy
+from .text_reducing import Shortened, TextReducer, TextWeights
 
 __all__ = ["Received", "attention_received", "learn", "shorten"]
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from manyheads.cli import main
-from manyheads.reducing import TextWeights
+from manyheads.text_reducing import TextWeights
 
 PROGRAM = """def area(width, height):
     # both in metres

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import manyheads
 from manyheads import UserError
-from manyheads.reducing import TextWeights
+from manyheads.text_reducing import TextWeights
 from manyheads.tokens._programs import read_program
 from manyheads.tokens.dietcode import DietCode, knapsack
 from tiny.tokenizers import BOTH

@@ -46,8 +46,8 @@ def shorten(
     """
     passive_threads()
     from manyheads.data.texts import is_code, read
-    from manyheads.reducing import TextReducer, TextWeights
     from manyheads.spec import parse
+    from manyheads.text_reducing import TextReducer, TextWeights
 
     parsed = parse(strategy)
     if not isinstance(parsed, TextReducer):

@@ -2,6 +2,7 @@
 """Questions about pictures and films whose answers are known, as token ids for a model that reads images among text.
 
     presence   [image] filler  is there a  apple yes  ghost no  ...
+    instructed say logic [image] filler  is there a  apple .  ghost .  ...      answers true, false, ...
     order      [frame] [frame] ...  is it before  apple ghost yes  ...
     sides      [distance] [distance] ...  is it  near apple yes  left ghost no  ...
 
@@ -20,12 +21,20 @@ from torch.nn.utils.rnn import pad_sequence
 from .object_scenes import draw_depths, draw_films, draw_pictures
 from .scenes import OBJECTS
 
-__all__ = ["ANSWERS", "FILLERS", "SIDES", "WORDS", "Language", "Questions", "order", "presence", "sides"]
+__all__ = [
+    "ANSWERS", "FILLERS", "FORMATS", "INSTRUCTED_WORDS", "SIDES", "WORDS", "Instructed", "Language", "Questions",
+    "instructed", "order", "presence", "sides",
+]  # fmt: skip
 
 ANSWERS = ("no", "yes")
 FILLERS = tuple("time year people way day man thing life hand part place case week point home water".split())
 SIDES = ("near", "upper", "left", "there")  # of each axis the half that begins at 0, or anywhere
 WORDS = (*"is there a it before".split(), *ANSWERS, *OBJECTS, *FILLERS)  # all that is said
+
+FORMATS = {"plain": ANSWERS, "logic": ("false", "true"), "switch": ("off", "on"), "clock": ("never", "always")}
+INSTRUCTED_WORDS = (
+    *dict.fromkeys((*WORDS, "say", ".", *FORMATS, *(word for pair in FORMATS.values() for word in pair))),
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,56 @@ def presence(
     cells = picture.cells.gather(1, chosen)
     asks = [[OBJECTS[i] for i in row] for row in chosen.tolist()]
     return _told(language, picture.images, patches, "is there a", asks, cells >= 0, cells, filler, generator)
+
+
+@dataclass(frozen=True)
+class Instructed:
+    """Texts that say first in which words questions about the image are to be answered.
+
+    Attributes:
+        ids, real, images, at: as of :class:`Questions`; no answer stands in a text.
+        truth: whether the object is there, bool ``[N, Q]``.
+        formats: which of :data:`FORMATS`, ``[N]``.
+        answers: first tokens of the right answers, ``[N, Q]``.
+        tokens: of no and yes in each format, ``[formats, 2]``.
+    """
+
+    ids: Tensor
+    real: Tensor
+    images: Tensor
+    at: Tensor
+    truth: Tensor
+    formats: Tensor
+    answers: Tensor
+    tokens: Tensor
+
+
+def instructed(
+    language: Language, count: int, generator: Generator, *, grid: int, size: int, patches: int, asked: int = 4,
+    filler: int = 8, split: Literal["train", "test"] = "train",
+) -> Instructed:  # fmt: skip
+    """Pictures, an instruction before each, and questions behind it; arguments as for :func:`presence`."""
+    picture = draw_pictures(count, generator, grid=grid, size=size, split=split)
+    chosen = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)[:, :asked]
+    truth = picture.cells.gather(1, chosen) >= 0
+    formats = torch.randint(len(FORMATS), (count,), generator=generator)
+    drawn = torch.randint(len(FILLERS), (count, filler), generator=generator).tolist()
+    tokens = torch.tensor([[language.encode(word)[0] for word in pair] for pair in FORMATS.values()])
+    names, rows, at = list(FORMATS), [], []
+    for which, words, objects in zip(formats.tolist(), drawn, chosen.tolist(), strict=True):
+        row = [*language.start, *language.encode(f"say {names[which]}"), *[language.image] * patches**2]
+        row += [token for word in words for token in language.encode(FILLERS[word])] + language.encode("is there a")
+        places = []
+        for thing in objects:
+            row += language.encode(OBJECTS[thing])
+            places.append(len(row) - 1)
+            row += language.encode(".")
+        rows.append(torch.tensor(row))
+        at.append(places)
+    ids = pad_sequence(rows, batch_first=True, padding_value=language.pad)
+    real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    answers = tokens[formats[:, None], truth.long()]
+    return Instructed(ids, real, picture.images, torch.tensor(at), truth, formats, answers, tokens)
 
 
 def order(

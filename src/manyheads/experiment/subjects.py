@@ -17,7 +17,6 @@ from ..causal_lens import CausalLens
 from ..conditioning import DenoiserWeights
 from ..conversion import Conversion
 from ..errors import UserError
-from ..reducing import TextReducer
 from ..strategy import (
     Attention,
     Cache,
@@ -30,6 +29,7 @@ from ..strategy import (
     Residual,
     Strategy,
 )
+from ..text_reducing import TextReducer
 from ..unlearning import Unlearning
 from ..writing import Decoding
 

@@ -45,6 +45,7 @@ from .forwards import by_place, count_forwards
 from .functions import own_function, register_own
 from .hook_chain import BoundStrategy, Keeper
 from .image_positions import ImageReader, read_images
+from .image_tokens import place_images
 from .interleaved import read_interleaved
 from .linear import LinearState, find_linear
 from .linear_layers import LinearLayers
@@ -123,7 +124,7 @@ class Port:
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
-            for act in (watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, count_forwards):
+            for act in (watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, place_images, count_forwards):
                 self._restorers.append(act(self.model, self._entries))
             self._ran = False
 

@@ -84,9 +84,9 @@ class JoinedVLM:
 
 def small(
     *, patches: int = 6, size: int = 8, dim: int = 64, layers: int = 2, heads: int = 4, theta: float = 100.0,
-    words: Sequence[str] = WORDS, device: str | torch.device = "cpu",
+    words: Sequence[str] = WORDS, tower: str = "", device: str | torch.device = "cpu",
 ) -> JoinedVLM:  # fmt: skip
-    """A model from scratch: its tower is DINOv2's patch and position embeddings with one layer.
+    """A model from scratch: its tower is DINOv2's patch and position embeddings with one layer, or a published one.
 
     Args:
         patches: of a side.
@@ -94,21 +94,26 @@ def small(
         dim, layers, heads: of the decoder.
         theta: base of its RoPE; the smaller, the more distance counts before anything is learned.
         words: that it knows; each is a token.
+        tower: a DINOv2 as :func:`manyheads.models.load_vision` takes it, which is not trained; empty for a new one,
+            to which ``patches`` and ``size`` apply.
         device: where it runs.
     """
-    tower = transformers.Dinov2Config(
+    read: Any = load_vision(tower, *placed(device, torch.float32))[0] if tower else None
+    vision: Any = transformers.Dinov2Config(
         hidden_size=dim // 2, num_hidden_layers=1, num_attention_heads=heads, mlp_ratio=2, patch_size=size,
         image_size=patches * size, initializer_range=(dim // 2) ** -0.5, layerscale_value=1.0,
-    )  # fmt: skip
+    ) if read is None else read.config  # fmt: skip
     text = transformers.LlamaConfig(
         hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=layers, num_attention_heads=heads,
         vocab_size=len(words) + 3, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": theta}, initializer_range=dim**-0.5,
     )  # fmt: skip
-    model: Any = transformers.LlavaForConditionalGeneration(_config(tower, text, 2))
+    model: Any = transformers.LlavaForConditionalGeneration(_config(vision, text, 2))
+    if read is not None:
+        model.model.vision_tower = read.requires_grad_(False)
     token = {word: i + 3 for i, word in enumerate(words)}
     language = Language(lambda said: [token[word] for word in said.split()], start=(1,), image=2, pad=0)
-    return JoinedVLM(model.to(device), language, size)
+    return JoinedVLM(model.to(device), language, int(vision.patch_size), read is not None)
 
 
 def join(

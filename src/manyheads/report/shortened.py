@@ -13,7 +13,7 @@ from .page import Details, Headline, Page, Section, Text, Tokens, made
 from .table import Column, Table
 
 if TYPE_CHECKING:
-    from ..reducing import Shortened
+    from ..text_reducing import Shortened
 
 __all__ = ["page"]
 

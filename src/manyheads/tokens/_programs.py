@@ -19,7 +19,7 @@ from typing import Any
 
 from ..attention.budget import Budget, keep_limit
 from ..errors import UserError
-from ..reducing import Shortened, TextReducer, TextWeights
+from ..text_reducing import Shortened, TextReducer, TextWeights
 
 __all__ = ["CONTROL", "Piece", "Program", "ProgramReducer", "read_program"]
 

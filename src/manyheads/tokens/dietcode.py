@@ -34,7 +34,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ..errors import UserError
-from ..reducing import TextWeights
+from ..text_reducing import TextWeights
 from ._programs import Program, ProgramReducer
 
 __all__ = ["DietCode", "knapsack"]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..reducing import TextWeights
+from ..text_reducing import TextWeights
 from ._programs import CONTROL, Piece, Program, ProgramReducer
 
 __all__ = ["SlimCode"]

@@ -9,9 +9,9 @@ from transformers import BertConfig, BertModel
 from manyheads.data.texts import Text
 from manyheads.errors import UserError
 from manyheads.experiment import Arm, Experiment, RunContext, Trainable, run
-from manyheads.reducing import TextWeights
 from manyheads.tasks.text import code_search
 from manyheads.tasks.text.code_search import CodeSearch, _dealt, _embedded, reciprocal_ranks
+from manyheads.text_reducing import TextWeights
 from tiny.tokenizers import words_of
 
 SIZES = {"shortest": 5, "longest": 200, "batch": 3, "samples": 6, "learned": 4, "per_file": 2}

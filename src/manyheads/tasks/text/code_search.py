@@ -15,8 +15,8 @@ from ...data.functions import Function, documented_functions
 from ...data.texts import standard_library
 from ...errors import UserError
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
-from ...reducing import TextReducer
 from ...shortening import learn
+from ...text_reducing import TextReducer
 from ._reader import reader
 
 __all__ = ["CodeSearch", "reciprocal_ranks"]

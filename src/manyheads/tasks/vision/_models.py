@@ -30,10 +30,11 @@ class VLMTask(Task):
     """Base of tasks that train a model that reads images.
 
     Attributes:
-        model: ``small``, from scratch, or ``joined``, of two published models: see :mod:`manyheads.models.joined_vlm`.
+        model: ``small``, from scratch, ``towered``, the same on a published tower that is not trained, or ``joined``,
+            of two published models: see :mod:`manyheads.models.joined_vlm`.
         dim, layers, heads, theta: of the decoder of a small one.
         patch: pixels of a patch's side in a small model.
-        tower, text: of a joined one.
+        tower, text: of a joined one, the tower also of a towered one.
         pool: texts of a training that are drawn once, and whose images a joined model's tower reads once; 0 for new
             ones in every step, which is the only way where a tower is trained.
         align: steps in which a joined model's projector first learns the words of what patches show, see
@@ -43,7 +44,7 @@ class VLMTask(Task):
     subject: ClassVar[str] = "trainable"
     words: ClassVar[Sequence[str]] = WORDS  # that a small model knows
 
-    model: Literal["small", "joined"] = "small"
+    model: Literal["small", "towered", "joined"] = "small"
     dim: int = 64
     layers: int = 2
     heads: int = 4
@@ -68,10 +69,11 @@ class VLMTask(Task):
         """A model with its first weights, on the run's device; no global generator is moved on."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.number(run.seed, weights=seed))
-            if self.model == "small":
+            if self.model != "joined":
                 return joined_vlm.small(
                     patches=self.patches, size=self.patch, dim=self.dim, layers=self.layers, heads=self.heads,
-                    theta=self.theta, words=self.words, device=run.device,
+                    theta=self.theta, words=self.words, tower=self.tower if self.model == "towered" else "",
+                    device=run.device,
                 )  # fmt: skip
             vlm: JoinedVLM
             vlm, first = run.kept("joined", lambda: self._joined(run))
