@@ -170,7 +170,7 @@ def test_a_state_decodes_and_does_not_grow(spec):
         parts.append(logits(cut, piece, past_key_values=cache, use_cache=True))
         assert all(isinstance(layer, StateLayer) for layer in cache.layers) and len(cache.layers) == LAYERS
         sizes.add(sum(layer.state.nbytes for layer in cache.layers))
-    assert_close(torch.cat(parts, 1), want, 10 * DEEP**0.5)
+    assert_close(torch.cat(parts, 1), want, 1e-6)  # norms of the model are float32
     assert len(sizes) == 1 and cache.get_seq_length() == 12
     with pytest.raises(UserError, match="read the text anew"):
         cache.crop(-2)

@@ -20,7 +20,7 @@ from manyheads.integrations.anatomy import ModelAnatomy
 from manyheads.integrations.calibrate import calibrate
 from manyheads.integrations.latent_attention import LatentAttention
 from manyheads.integrations.surgery import converted
-from manyheads.integrations.surgery_files import FILE, load, save
+from manyheads.integrations.surgery_files import FILE, load, plain, save
 from manyheads.integrations.transformers import find_sites
 from oracles.caches import greedy
 from oracles.conversions import DIM, HEADS, KV, LAYERS, WIDTH, tiny
@@ -231,6 +231,14 @@ def test_a_stock_checkpoint_is_made_in_float32_and_is_absorbed(tmp_path):
     tokens, want = greedy(wide, IDS)
     with manyheads.use(wide, "mla_hw:schedule=absorb"):
         assert_close(greedy(wide, IDS, forced=tokens)[1], want, 1e-5)
+
+
+def test_a_window_is_not_forgotten():
+    """DeepSeek has none, and on a short text nothing would show it."""
+    cut = made(tiny("llama"), f"{HALF},same=true")
+    assert plain(cut) is not None
+    cut.config.sliding_window = 64
+    assert plain(cut) is None
 
 
 def test_merged_heads_are_means_and_equal_heads_lose_nothing():

@@ -110,7 +110,7 @@ def as_deepseek(model: Any) -> Any | None:
     rotary: Any = getattr(model.base_model, "rotary_emb", None)
     alike = len({(m.kv_lora_rank, m.own_rope_dim, tuple(m.pairs.tolist())) for m in modules}) == 1
     biased = any(name.endswith("bias") for m in modules for name, _ in m.named_parameters())
-    if not alike or biased or len(modules) != old.num_hidden_layers:
+    if not alike or biased or len(modules) != old.num_hidden_layers or getattr(old, "sliding_window", None):
         return None
     if getattr(rotary, "rope_type", "") not in _STATIC:
         return None
