@@ -49,7 +49,6 @@ class TrainState:
         losses: of each step, the last few possibly missing while training goes on.
         finished: whether the budget is spent, or ``on_step`` ended it.
         loss: of the last step, on the model's device.
-        written: seconds at the newest checkpoint.
     """
 
     budget: Budget
@@ -59,7 +58,6 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     finished: bool = False
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    written: float = 0.0
     _recent: list[Tensor] = field(default_factory=list)
 
     @property
@@ -104,7 +102,6 @@ class TrainState:
             raise ValueError(f"its budget is {state['budget'][0]:g} {state['budget'][1]}")
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.losses, self.finished = state["losses"].tolist(), state["finished"]
-        self.written = self.seconds
 
 
 def fit(
@@ -184,7 +181,7 @@ def fit(
         return total
 
     take = _recorded(step, optimizers, device, processes.size == 1 and not checkpoint) if replayed else step
-    begun = time.perf_counter() - state.seconds
+    begun, written = time.perf_counter() - state.seconds, state.seconds
     while not state.finished:
         if schedule is not None:
             factor = schedule(state)
@@ -199,24 +196,20 @@ def fit(
         if state.budget.unit == "seconds":
             state.seconds = processes.of_first(state.seconds)
         state.add(processes.mean(total))
-        ended = on_step is not None and bool(on_step(state))
-        state.finished = ended or state.progress >= 1
-        if checkpoint and _due(checkpoint, state, processes):
+        state.finished = bool(on_step is not None and on_step(state)) or state.progress >= 1
+        if checkpoint and _due(checkpoint, state, written, processes):
             write(checkpoint.folder, state.step, shared, own, processes.rank, processes.wait)
+            written = state.seconds
     _forget(optimizers)
     state.look()
     model.eval()
     return state
 
 
-def _due(checkpoint: Checkpoint, state: TrainState, processes: Processes) -> bool:
-    """Whether a checkpoint is written now, which is the same in all processes."""
-    due = state.finished or state.step % checkpoint.every == 0
-    if not due and checkpoint.seconds < math.inf:
-        due = processes.of_first(state.seconds - state.written) >= checkpoint.seconds
-    if due:
-        state.written = state.seconds
-    return due
+def _due(checkpoint: Checkpoint, state: TrainState, written: float, processes: Processes) -> bool:
+    """Whether to write a checkpoint, if the last one was at ``written`` seconds; the same in all processes."""
+    late = checkpoint.seconds < math.inf and processes.of_first(state.seconds - written) >= checkpoint.seconds
+    return state.finished or state.step % checkpoint.every == 0 or late
 
 
 def autocast(device: torch.device, bf16: bool | None = None) -> AbstractContextManager[Any]:
