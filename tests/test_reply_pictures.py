@@ -189,6 +189,8 @@ def test_what_does_not_fit_is_refused(model, processor):
         manyheads.reply(model, processor, PROMPT, image="nowhere.png")
     with pytest.raises(UserError, match="LlamaForCausalLM reads no pictures"):  # nor does it say so itself
         manyheads.reply(tiny(), processor, PROMPT, image=PICTURE)
+    with pytest.raises(UserError, match="prompt and reply have up to 10"):  # by what its decoder can read
+        manyheads.reply(model, processor, PROMPT, image=PICTURE, max_new_tokens=1000)
     processor.chat_template = TEMPLATE
     with pytest.raises(UserError, match="a message in the chat template"):
         manyheads.reply(model, processor, "w7", image=PICTURE, chat=False, system="w5")
