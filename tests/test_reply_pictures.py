@@ -15,6 +15,7 @@ from PIL import Image
 import manyheads
 from manyheads import UserError
 from manyheads.cli import main
+from manyheads.generate import pictures
 from manyheads.integrations.decoding import write
 from manyheads.integrations.transformers import new_cache, prefill
 from manyheads.writing import Request
@@ -182,3 +183,24 @@ def test_what_does_not_fit_is_refused(model, processor):
         manyheads.reply(model, processor.tokenizer, PROMPT, "vcd", image=PICTURE)
     with pytest.raises(UserError, match="no chat template"):
         manyheads.reply(model, processor, PROMPT, "vcd", image=PICTURE, chat=True)
+    with pytest.raises(UserError, match="2 <image> tokens and 1 images"):
+        manyheads.reply(model, processor, "<image> <image> w7", image=PICTURE)
+    with pytest.raises(UserError, match="does not take"):
+        manyheads.reply(model, processor, PROMPT, image="nowhere.png")
+    with pytest.raises(UserError, match="LlamaForCausalLM reads no pictures"):  # nor does it say so itself
+        manyheads.reply(tiny(), processor, PROMPT, image=PICTURE)
+    with pytest.raises(UserError, match="prompt and reply have up to 10"):  # by what its decoder can read
+        manyheads.reply(model, processor, PROMPT, image=PICTURE, max_new_tokens=1000)
+    processor.chat_template = TEMPLATE
+    with pytest.raises(UserError, match="a message in the chat template"):
+        manyheads.reply(model, processor, "w7", image=PICTURE, chat=False, system="w5")
+
+
+def test_a_template_that_begins_a_text_begins_it_once(model, processor):
+    """Where the tokenizer would begin it too, as Gemma's."""
+    begun = tokenizers.processors.TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    processor.tokenizer.backend_tokenizer.post_processor = begun
+    for template in (TEMPLATE, "w2 " + TEMPLATE):
+        processor.chat_template = template
+        ids, _ = pictures.read(model, processor, "w7", PICTURE, None, "")
+        assert ids == [2, *[vision.IMAGE] * 16, 7, 9]

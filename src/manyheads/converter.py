@@ -299,8 +299,9 @@ def _recovered(
 def _check_reads(model: Any, material: Material) -> None:
     """Raise where the model cannot read windows so long, or has shapes that its config does not say."""
     from .integrations.surgery_files import stock_config
+    from .lens import max_positions
 
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = max_positions(model.config)
     if most is not None and material.length > most:
         raise UserError(f"the model reads {most} tokens at most, and the windows have {material.length}: give --length")
     if stock_config(model) is None:

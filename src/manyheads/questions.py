@@ -14,7 +14,7 @@ from .errors import UserError
 from .integrations import use
 from .integrations.cache import SlotCache, StoreLayer, cache_arguments
 from .integrations.transformers import new_cache, prefill
-from .lens import device_of
+from .lens import device_of, max_positions
 from .models.chat import chat_text, system_span
 from .spec import parse, split_together
 from .strategy import Cache, Strategy
@@ -132,8 +132,7 @@ def _encode(tokenizer: Any, text: str, special: bool) -> Tensor:
 
 
 def _check_room(model: nn.Module, context: int, question: int, answer: int) -> None:
-    config: Any = model.config
-    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    room = max_positions(model.config)
     if room and context + question + answer > room:
         raise UserError(
             f"the model has {room:,} positions, and context ({context:,} tokens), question ({question:,}) and answer "

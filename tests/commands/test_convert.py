@@ -218,6 +218,14 @@ def test_encoders_are_converted_with_their_heads(kind):
 def test_what_a_model_cannot_read_or_was_cut_by_a_plan_is_refused():
     with pytest.raises(UserError, match="64 tokens at most"):
         convert_model(tiny("gpt2"), NARROW, material(65))
+    sizes = {name: getattr(tiny("bert").config, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    config = transformers.RobertaConfig(
+        **sizes, num_hidden_layers=4, intermediate_size=40, max_position_embeddings=34, pad_token_id=1
+    )
+    roberta = transformers.RobertaModel(config).eval()
+    with pytest.raises(UserError, match="32 tokens at most"):  # its positions begin behind that of padding
+        convert_model(roberta, NARROW, material(33))
+    assert convert_model(roberta, NARROW, material(32)).losses
     cut = converted(tiny("gpt2"), SurgeryPlan((Prune(axis="width", keep=tuple(range(42))),)))
     with pytest.raises(UserError, match="one that it was made of"):
         convert_model(cut, NARROW, material())

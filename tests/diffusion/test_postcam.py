@@ -290,6 +290,8 @@ def test_what_is_refused():
     assert torch.equal(film(**{**given, "cameras": square}), film(**given))  # the last row says nothing
     with pytest.raises(UserError, match="WanTransformer3DModel"):
         conditioned(diffusers.PixArtTransformer2DModel(2, 4, 2, 2, num_layers=1, sample_size=8), SHORT)
+    with pytest.raises(UserError, match="has a neuron at least"):
+        manyheads.parse("postcam:hidden=0")
     with pytest.raises(UserError, match="trained with a denoiser"):
         manyheads.use(wan(), SHORT).__enter__()
     film.denoiser.enable_gradient_checkpointing()

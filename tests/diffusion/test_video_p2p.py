@@ -224,6 +224,9 @@ def test_when_and_where():
         VideoP2P().attend(given.replace(diffusion=replace(given.diffusion, branches=("unknown",))))
     with pytest.raises(UserError, match="a path is given in Python"):
         manyheads.parse("video_p2p:path=x")
+    for wrong in ("cross_steps=-0.1", "self_steps=1.5", "blend_from=2", "fits=0", "map_size=0", "rate=0"):
+        with pytest.raises(UserError, match=r"shares of the steps|count from 1"):
+            manyheads.parse(f"video_p2p:{wrong}")
 
 
 def test_masks_are_where_words_act():

@@ -149,13 +149,15 @@ class CausalLM(Subject):
     @property
     def max_context(self) -> int:
         """Tokens that the model reads, by its config; 2**40 where that does not say. Loads no weights."""
+        from ..lens import max_positions
+
         if self._parts is not None:
             config: Any = getattr(self.model, "config", None)
         else:
             from .. import models
 
             config = models.config(self.name)
-        return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
+        return max_positions(config) or 2**40
 
     @property
     def _loaded(self) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 from ..errors import UserError
+from ..formatting import first_line
 from ..lens import device_of
 
 __all__ = ["read"]
@@ -26,15 +27,27 @@ def read(
         system: a system message before it.
 
     Raises:
-        UserError: the processor reads no pictures, or has no template that is asked for.
+        UserError: model or processor reads no pictures, the prompt has not a place for each, or there is no template
+            that is asked for.
     """
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(
             f"{type(processor).__name__} reads no pictures: give the model's processor, as "
             "transformers.AutoProcessor.from_pretrained reads it"
         )
-    found = processor(images=image, text=_text(processor, prompt, chat, system), return_tensors="pt")
-    device, unused = device_of(model), _UNNEEDED - set(inspect.signature(model.forward).parameters) | {"attention_mask"}
+    named = set(inspect.signature(model.forward).parameters)
+    if "pixel_values" not in named:
+        raise UserError(f"{type(model).__name__} reads no pictures: give a model as LLaVA, or leave the image away")
+    text = _text(processor, prompt, chat, system)
+    begin = getattr(processor.tokenizer, "bos_token", None)
+    once = {"add_special_tokens": False} if begin and text.startswith(begin) else {}  # a template's, not twice
+    try:
+        found = processor(images=image, text=text, return_tensors="pt", **once)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{type(processor).__name__} does not take this image and prompt: {first_line(error)}"
+        ) from error
+    device, unused = device_of(model), _UNNEEDED - named | {"attention_mask"}
     given = {
         name: x.to(device, model.dtype) if x.is_floating_point() else x.to(device)
         for name, x in found.items() if name not in unused
@@ -48,6 +61,8 @@ def _text(processor: Any, prompt: str, chat: bool | None, system: str) -> str:
     written = getattr(processor, "chat_template", None) is not None
     if (chat or system) and not written:
         raise UserError("the processor has no chat template; leave chat and system away")
+    if system and chat is False:
+        raise UserError("system is a message in the chat template: leave it away, or chat=False")
     if written and chat is not False:
         asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         before = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []

@@ -21,7 +21,7 @@ from ..integrations import use
 from ..integrations.decoding import end_tokens, greedy, write
 from ..integrations.masked_diffusion import mask_token
 from ..integrations.transformers import new_cache, prefill
-from ..lens import Lens, TokenSpans, device_of
+from ..lens import Lens, TokenSpans, device_of, max_positions
 from ..models.chat import chat_text, chats, system_span
 from ..questions import split
 from ..spec import parse, split_together
@@ -173,7 +173,7 @@ def run(
         bool(system and lenses)
         or any(s.protects_system for arm in arms for s in arm.strategies if isinstance(s, Cache))
     )
-    most = int(getattr(model.config, "max_position_embeddings", 0) or 2**40)
+    most = max_positions(model.config) or 2**40
     if (longest := max(len(ids) for ids, _ in given) + max_new_tokens) > most:
         raise UserError(
             f"the model reads {most} tokens, and prompt and reply have up to {longest}: shorten one of them"

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..heads import AblationCurve, HeadTable, ablation_curve
 from ..integrations import use
 from ..integrations.transformers import find_sites
-from ..lens import Lens, LensResult, device_of
+from ..lens import Lens, LensResult, device_of, max_positions
 from ..progress import Progress
 from . import Watching, watch
 from .attention_breakdown import AttentionBreakdown
@@ -265,8 +265,7 @@ def _count_heads(model: nn.Module) -> int:
 
 def max_context(model: nn.Module) -> int:
     """Tokens that the model says it reads at most; no bound where it does not say."""
-    config: Any = getattr(model, "config", None)
-    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**40)
+    return max_positions(getattr(model, "config", None)) or 2**40
 
 
 def reading(model: nn.Module, prompt: Prompt) -> torch.Tensor:

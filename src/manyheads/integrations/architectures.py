@@ -194,10 +194,11 @@ _VIT = Family(
     },
 )  # fmt: skip
 
-_DINOV2 = Family(
+_DINOV2 = replace(
+    _VIT,
     name="dinov2",
-    types=frozenset({"dinov2"}), layers="encoder.layer", parts=_VIT_PARTS,
-    modules={"attention": "attention", "mlp": "mlp"}, head="attention",
+    types=frozenset({"dinov2"}),
+    layers="encoder.layer",
     axes={
         **_VIT_EMBEDDINGS,
         **_inside("encoder.layer.*", {
@@ -205,7 +206,7 @@ _DINOV2 = Family(
         }),
     },
     fields={k: v for k, v in _FIELDS.items() if k not in ("kv_heads", "neurons")} | {"neurons": "mlp_ratio"},
-    causal=False, norms=("norm1", "norm2", "layernorm"),
+    norms=("norm1", "norm2", "layernorm"),
     off={
         "attention": {"attention": "zero", "norm1": "same", "layer_scale1": "same"},
         "mlp": {"mlp": "zero", "norm2": "same", "layer_scale2": "same"},

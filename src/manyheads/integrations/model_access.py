@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..lens import max_positions
 from ..strategy import Strategy
 from . import use
 from .cache import cache_arguments
@@ -25,8 +26,7 @@ class Access:
 
     @property
     def max_positions(self) -> int | None:
-        found = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        return None if found is None else int(found)
+        return max_positions(getattr(self.model, "config", None))
 
     def use(self, *strategies: Strategy) -> AbstractContextManager[Any]:
         return use(self.model, *strategies)

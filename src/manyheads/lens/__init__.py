@@ -16,9 +16,9 @@ what the model's cache says. Beam search, which reorders rows, does not; a cache
 
 from .base import Lens, LensGroup
 from .results import LensResult, Memory, PerToken, RunningMean, stack_ragged, table, table_of
-from .view import AttentionView, Span, TokenSpans, device_of
+from .view import AttentionView, Span, TokenSpans, device_of, max_positions
 
 __all__ = [
     "AttentionView", "Lens", "LensGroup", "LensResult", "Memory", "PerToken", "RunningMean", "Span", "TokenSpans",
-    "device_of", "stack_ragged", "table", "table_of",
+    "device_of", "max_positions", "stack_ragged", "table", "table_of",
 ]  # fmt: skip

@@ -16,16 +16,29 @@ from .results import Memory, PerToken, RunningMean
 if TYPE_CHECKING:
     from ..call import AttentionCall
 
-__all__ = ["SHARED", "AttentionView", "Memo", "Span", "TokenSpans", "device_of"]
+__all__ = ["SHARED", "AttentionView", "Memo", "Span", "TokenSpans", "device_of", "max_positions"]
 
 Span = tuple[int, int]
 SHARED = "shared"  # where the lenses of one site keep what they share
+_BEHIND_PADDING = frozenset(  # the first token's position is behind that of padding
+    {"camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where ``model`` takes its inputs, the processor where nothing says it: offloaded weights stand on ``meta``."""
     held = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
     return next((device for device in held if device.type != "meta"), torch.device("cpu"))
+
+
+def max_positions(config: Any) -> int | None:
+    """Tokens that a model reads at most, by its config, or that of its text decoder; None where it does not say."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if most and config.model_type in _BEHIND_PADDING:
+        most -= config.pad_token_id + 1
+    return int(most) if most else None
 
 
 class TokenSpans:

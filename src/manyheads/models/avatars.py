@@ -10,7 +10,6 @@ two more say where a pixel is; there are no motion frames. ``recipes/cyberhost.p
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import diffusers
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_map
@@ -26,16 +25,12 @@ from ..calls.human_priors import (
 from ..data.avatars import Clip, chest, covered, cut, keypoints, regions, skeleton
 from ..errors import UserError
 from ..integrations.stage_blocks import Denoised, adapted
-from .rectified import Flow, euler, noised
+from .rectified import Flow, euler, noised, small_wan
 
 __all__ = ["AvatarConfig", "AvatarModel", "Given", "Noisy", "hand_clarity", "noisy", "shown"]
 
-_CROP, _TEXT, _SIGNAL, _PLACE = (
-    8,
-    16,
-    2,
-    2,
-)  # pixels of a crop's side; of the text that is not there; values of the signal, and of a place
+_CROP, _TEXT = 8, 16  # pixels of a crop's side; channels of the text that is not there
+_SIGNAL, _PLACE = 2, 2  # values of the signal, and of a place
 _FACTOR = (1.0, 1.5)  # the movement map's box, in training; in inference the middle
 _SHARP = 0.25  # score that is asked for in inference: of ten sharp clips nine have less
 
@@ -125,19 +120,14 @@ class AvatarModel(Flow):
 
     def __init__(self, config: AvatarConfig) -> None:
         super().__init__()
-        if config.side % config.patch or config.dim % config.heads or config.dim // config.heads % 6:
-            raise UserError("a patch parts the side, and a head has a multiple of six channels, for three axes")
+        if config.side % config.patch:
+            raise UserError("a patch parts the side: give another side or patch")
         self.config = config
         self.text = nn.Parameter(torch.zeros(1, 1, _TEXT))
         self.movement = PoseEncoder(3) if config.movement else None
         self.pose = PoseEncoder(3) if config.pose else None
         self.clarity = ClarityEmbedding(config.dim) if config.clarity else None
-        transformer: Any = diffusers.WanTransformer3DModel(
-            patch_size=(1, config.patch, config.patch), num_attention_heads=config.heads,
-            attention_head_dim=config.dim // config.heads, in_channels=3 + _SIGNAL + _PLACE, out_channels=3,
-            text_dim=_TEXT, freq_dim=64, ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers,
-            rope_max_seq_len=64,
-        )  # fmt: skip
+        transformer = small_wan(config, (1, config.patch, config.patch), (3 + _SIGNAL + _PLACE, 3), _TEXT, 64)
         self.denoiser = adapted(transformer, config.strategy or None)  # last: others' first weights are the same
 
     def forward(self, latents: Tensor, time: Tensor, given: Given) -> Denoised:

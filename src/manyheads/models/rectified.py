@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from ..errors import UserError
 from ..files import write_atomically
 
-__all__ = ["Flow", "euler", "fitted", "noised"]
+__all__ = ["Flow", "euler", "fitted", "noised", "small_wan"]
 
 _CONFIG, _WEIGHTS = "{}.json", "model.safetensors"
 ConfigT = TypeVar("ConfigT")
@@ -62,6 +62,30 @@ class Flow(nn.Module):
         made: Self = make(cls.config_type(**json.loads((folder / file).read_text("utf-8"))))
         made.load_state_dict(load_file(folder / _WEIGHTS))
         return made.to(device).eval()
+
+
+def small_wan(config: Any, patch: tuple[int, int, int], channels: tuple[int, int], text: int, longest: int) -> Any:
+    """An untrained Wan of diffusers, of the blocks that ``config`` says (``dim``, ``heads``, ``layers``, ``hidden``).
+
+    Args:
+        config: of the flow.
+        patch: of a token: frames, rows and columns.
+        channels: that are read, and predicted.
+        text: channels of what stands for text.
+        longest: tokens along an axis.
+
+    Raises:
+        UserError: a head of channels that three axes cannot share.
+    """
+    from diffusers import WanTransformer3DModel
+
+    if config.dim % config.heads or config.dim // config.heads % 6:
+        raise UserError("a head has a multiple of six channels, for three axes; give another dim or other heads")
+    return WanTransformer3DModel(
+        patch_size=patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
+        in_channels=channels[0], out_channels=channels[1], text_dim=text, freq_dim=64,
+        ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers, rope_max_seq_len=longest,
+    )  # fmt: skip
 
 
 def fitted(make: Callable[[ConfigT], Flow], config: ConfigT, parameters: int) -> ConfigT:

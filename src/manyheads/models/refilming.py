@@ -5,16 +5,15 @@ A rectified flow over the frames themselves, in -1 to 1, without text. ``recipes
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-import diffusers
 import torch
 from torch import Generator, Tensor, nn
 
 from ..data.filmed_scenes import Shots
 from ..errors import UserError
 from ..integrations.source_condition import conditioned
-from .rectified import Flow, euler, noised
+from .rectified import Flow, euler, noised, small_wan
 
 __all__ = ["Filmed", "Refilmer", "RefilmerConfig", "noisy"]
 
@@ -81,16 +80,11 @@ class Refilmer(Flow):
 
     def __init__(self, config: RefilmerConfig) -> None:
         super().__init__()
-        if config.side % (config.patch * config.times) or config.dim % config.heads or config.dim // config.heads % 6:
-            raise UserError("patches part a rendering, and a head has a multiple of six channels, for three axes")
+        if config.side % (config.patch * config.times):
+            raise UserError("patches part a rendering: give another side, patch or times")
         self.config, tokens = config, config.side // config.patch
         self.text = nn.Parameter(torch.randn(1, 1, _TEXT))
-        transformer: Any = diffusers.WanTransformer3DModel(
-            patch_size=(1, config.patch, config.patch), num_attention_heads=config.heads,
-            attention_head_dim=config.dim // config.heads, in_channels=3, out_channels=3, text_dim=_TEXT, freq_dim=64,
-            ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers,
-            rope_max_seq_len=max(2 * config.frames, tokens),
-        )  # fmt: skip
+        transformer = small_wan(config, (1, config.patch, config.patch), (3, 3), _TEXT, max(2 * config.frames, tokens))
         self.denoiser = conditioned(transformer, config.strategy)  # last: others' first weights are the same
 
     def forward(

@@ -7,16 +7,15 @@ has it over latents. The instruction is one token of text. ``recipes/native3d_ed
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-import diffusers
 import torch
 from torch import Generator, Tensor, nn
 
 from ..data.voxels import INSTRUCTIONS, Edits, Instruction
 from ..errors import UserError
 from ..integrations.source_condition import conditioned
-from .rectified import Flow, euler, noised
+from .rectified import Flow, euler, noised, small_wan
 
 __all__ = ["EditorConfig", "Noisy", "VoxelEditor", "noisy"]
 
@@ -77,16 +76,12 @@ class VoxelEditor(Flow):
 
     def __init__(self, config: EditorConfig) -> None:
         super().__init__()
-        if config.side % config.patch or config.dim % config.heads or config.dim // config.heads % 6:
-            raise UserError("a patch parts the side, and a head has a multiple of six channels, for three axes")
+        if config.side % config.patch:
+            raise UserError("a patch parts the side: give another side or patch")
         self.config = config
         self.words = nn.Embedding(len(INSTRUCTIONS), _TEXT)
-        transformer: Any = diffusers.WanTransformer3DModel(
-            patch_size=(config.patch,) * 3, num_attention_heads=config.heads,
-            attention_head_dim=config.dim // config.heads, in_channels=1, out_channels=1, text_dim=_TEXT, freq_dim=64,
-            ffn_dim=config.hidden or 4 * config.dim, num_layers=config.layers,
-            rope_max_seq_len=config.side // config.patch,
-        )  # fmt: skip
+        patch = (config.patch, config.patch, config.patch)
+        transformer = small_wan(config, patch, (1, 1), _TEXT, config.side // config.patch)
         self.denoiser = conditioned(transformer, config.strategy or None)  # last: others' first weights are the same
 
     def forward(self, latents: Tensor, source: Tensor, time: Tensor, instruction: Tensor) -> Tensor:

@@ -11,11 +11,7 @@ clips of avatars and signals that were never trained on are judged. Then
     video = model.animate(draw(2, 8, 16, generator), signal)  # of avatars of manyheads.data.avatars, [2, T, 3, 16, 16]
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Generator
@@ -23,7 +19,9 @@ from torch import Generator
 from manyheads.data.avatars import draw
 from manyheads.models.avatars import AvatarConfig, AvatarModel, Noisy, noisy, shown
 from manyheads.tasks.training._avatar_scores import judge
-from manyheads.training import TrainState, train_flow
+from manyheads.training import train_flow
+
+from ._flows import finish, means, options, told
 
 __all__ = ["PRIORS", "main"]
 
@@ -36,14 +34,12 @@ def judged(model: AvatarModel, count: int, frames: int, seed: int, steps: int = 
     clips = draw(count, frames, model.config.side, generator, sharp=True, device=device)
     noise = torch.randn(count, 3, frames, *clips.video.shape[3:], generator=generator).to(device)
     video, mask = model.animated(shown(clips), noise, steps)
-    figures = list(judge(video, mask, clips))
-    return {name: round(sum(each[name] for each in figures) / count, 4) for name in figures[0]}
+    return means(list(judge(video, mask, clips)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe."""
-    parser = argparse.ArgumentParser(description="Train a denoiser of small speaking avatars.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = options("Train a denoiser of small speaking avatars.", batch=6, rate=4e-3)
     parser.add_argument(
         "--strategy", default="cyberhost:spatial=32,temporal=16", help="blocks to insert; empty for none"
     )
@@ -51,14 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", default="2000 steps", help="steps, or time as 5m")
     parser.add_argument("--side", type=int, default=16, help="pixels of a frame's side")
     parser.add_argument("--frames", type=int, default=4, help="of a clip")
-    parser.add_argument("--dim", type=int, default=48)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="three steps, to see that it runs")
     given = parser.parse_args(arguments)
     without = set(filter(None, given.without.split("+")))
     if unknown := sorted(without - set(PRIORS)):
@@ -70,24 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
     generator = Generator().manual_seed(given.seed)
     drawn = Generator(given.device).manual_seed(given.seed)
 
-    def told(state: TrainState) -> None:
-        if state.step % 100 == 0 or state.progress >= 1:
-            state.look()
-            last = state.losses[-100:]
-            print(f"{state.step:6d} steps  loss {sum(last) / len(last):.4f}  {state.seconds:5.0f} s", flush=True)
-
     def get_batch(_: int) -> Noisy:
         return noisy(draw(given.batch, given.frames, given.side, generator, device=given.device), 2, drawn)
 
     state = train_flow(model, get_batch, 3 if given.smoke else given.budget, given.rate, told)
-    model.save(given.out)
-    results: dict[str, Any] = {
-        "steps": state.step, "batch": given.batch, "rate": given.rate, "seed": given.seed,
-        "parameters": model.parameters_held, "seconds": round(state.seconds),
-        "judged": judged(model, 4 if given.smoke else 64, given.frames, given.seed, 2 if given.smoke else 20),
-    }  # fmt: skip
-    (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"on avatars never seen: {results['judged']}\nwritten to {given.out}")
+    found = judged(model, 4 if given.smoke else 64, given.frames, given.seed, 2 if given.smoke else 20)
+    finish(model, given, found, state.seconds, "avatars", steps=state.step)
     return 0
 
 

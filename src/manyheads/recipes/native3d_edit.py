@@ -10,11 +10,7 @@ to show a denoiser a source, empty for none. At the end edits of objects that we
     after = editor.edit(voxels, "hollow")                    # bool [side, side, side]
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Generator
@@ -22,7 +18,9 @@ from torch import Generator
 from manyheads.data.voxels import draw
 from manyheads.models.voxels import EditorConfig, VoxelEditor, noisy
 from manyheads.tasks.training._voxel_scores import judge
-from manyheads.training import TrainState, train_flow
+from manyheads.training import train_flow
+
+from ._flows import finish, means, options, told
 
 __all__ = ["main"]
 
@@ -36,25 +34,15 @@ def judged(editor: VoxelEditor, count: int, seed: int, steps: int = 20) -> dict[
     for rows in torch.arange(count).split(64):
         source, told, start = (x[rows].to(device) for x in (edits.source, edits.instruction, noise))
         found.append(editor.edited(source, told, start, steps).cpu())
-    figures = list(judge(torch.cat(found), edits))
-    return {name: round(sum(each[name] for each in figures) / count, 4) for name in figures[0]}
+    return means(list(judge(torch.cat(found), edits)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe."""
-    parser = argparse.ArgumentParser(description="Train an editor of voxel objects.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = options("Train an editor of voxel objects.", batch=16, rate=5e-3)
     parser.add_argument("--strategy", default="native3d_edit", help="how the source is shown; empty for not at all")
     parser.add_argument("--budget", default="2000 steps", help="steps, or time as 5m")
     parser.add_argument("--side", type=int, default=8, help="voxels along an axis")
-    parser.add_argument("--dim", type=int, default=48)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=5e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="three steps, to see that it runs")
     given = parser.parse_args(arguments)
     torch.manual_seed(given.seed)
     config = EditorConfig(given.side, 2, given.dim, given.heads, given.layers, strategy=given.strategy)
@@ -62,24 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     generator = Generator().manual_seed(given.seed)
     drawn = Generator(given.device).manual_seed(given.seed)
 
-    def told(state: TrainState) -> None:
-        if state.step % 100 == 0 or state.progress >= 1:
-            state.look()
-            last = state.losses[-100:]
-            print(f"{state.step:6d} steps  loss {sum(last) / len(last):.4f}  {state.seconds:5.0f} s", flush=True)
-
     state = train_flow(
         editor, lambda _: noisy(draw(given.batch, given.side, generator, device=given.device), drawn),
         3 if given.smoke else given.budget, given.rate, told,
     )  # fmt: skip
-    editor.save(given.out)
-    results: dict[str, Any] = {
-        "steps": state.step, "batch": given.batch, "rate": given.rate, "seed": given.seed,
-        "parameters": editor.parameters_held, "seconds": round(state.seconds),
-        "judged": judged(editor, 8 if given.smoke else 256, given.seed, 2 if given.smoke else 20),
-    }  # fmt: skip
-    (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"on objects never seen: {results['judged']}\nwritten to {given.out}")
+    found = judged(editor, 8 if given.smoke else 256, given.seed, 2 if given.smoke else 20)
+    finish(editor, given, found, state.seconds, "objects", steps=state.step)
     return 0
 
 

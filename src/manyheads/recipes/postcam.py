@@ -11,11 +11,7 @@ trained on are filmed, and the camera of every frame is found and compared. Then
     video = model.film(source, cameras, render)              # [N, 3, F, side, side] in -1 to 1
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Generator
@@ -23,7 +19,9 @@ from torch import Generator
 from manyheads.data.filmed_scenes import draw
 from manyheads.models.refilming import Filmed, Refilmer, RefilmerConfig, noisy
 from manyheads.tasks.training._camera_scores import judge
-from manyheads.training import TrainState, train_flow
+from manyheads.training import train_flow
+
+from ._flows import finish, means, options, told
 
 __all__ = ["main"]
 
@@ -33,14 +31,12 @@ def judged(model: Refilmer, count: int, seed: int, steps: int = 10) -> dict[str,
     config, device = model.config, next(model.parameters()).device
     scenes, shots = draw(count, config.side, config.frames, config.times, Generator().manual_seed(seed + 1), device)
     found = model.film(shots.source, shots.cameras, shots.proxy, steps=steps, seed=seed)
-    figures = list(judge(found, scenes, shots))
-    return {name: round(sum(each[name] for each in figures) / count, 4) for name in figures[0]}
+    return means(list(judge(found, scenes, shots)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe."""
-    parser = argparse.ArgumentParser(description="Train a model that films videos again from other cameras.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = options("Train a model that films videos again from other cameras.", batch=32, rate=8e-3, smoke="four")
     parser.add_argument("--strategy", default="postcam", help="how it is told cameras")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--first", type=float, default=0.5, help="share of the steps in which no rendering is shown")
@@ -48,25 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=3)
     parser.add_argument("--times", type=int, default=2, help="the rendering is smaller by that")
     parser.add_argument("--patch", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=48)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=8e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="four steps, to see that it runs")
     given = parser.parse_args(arguments)
     torch.manual_seed(given.seed)
     sizes = (given.side, given.frames, given.times, given.patch, given.dim, given.heads, given.layers)
     model = Refilmer(RefilmerConfig(*sizes, strategy=given.strategy)).to(given.device)
     generator, drawn = Generator().manual_seed(given.seed), Generator(given.device).manual_seed(given.seed)
-
-    def told(state: TrainState) -> None:
-        if state.step % 100 == 0 or state.progress >= 1:
-            state.look()
-            last = state.losses[-100:]
-            print(f"{state.step:6d} steps  loss {sum(last) / len(last):.4f}  {state.seconds:5.0f} s", flush=True)
 
     steps = 4 if given.smoke else given.steps
     first, seconds = round(steps * given.first), 0.0
@@ -79,14 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         if count:
             print(f"{count} steps, {'poses and rendering' if rendered else 'poses alone'}")
             seconds += train_flow(model, get_batch, count, given.rate, told).seconds
-    model.save(given.out)
-    results: dict[str, Any] = {
-        "steps": steps, "first": first, "batch": given.batch, "rate": given.rate, "seed": given.seed,
-        "parameters": model.parameters_held, "seconds": round(seconds),
-        "judged": judged(model, 8 if given.smoke else 64, given.seed, 2 if given.smoke else 10),
-    }  # fmt: skip
-    (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"on scenes never seen: {results['judged']}\nwritten to {given.out}")
+    found = judged(model, 8 if given.smoke else 64, given.seed, 2 if given.smoke else 10)
+    finish(model, given, found, seconds, "scenes", steps=steps, first=first)
     return 0
 
 

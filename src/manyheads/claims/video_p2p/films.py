@@ -6,12 +6,13 @@ those of ``video_p2p``, masactrl acts in the second half of the blocks. Here ``s
 released code does, stands beside maps of both kinds. No film was edited before the checks were written.
 """
 
-from ...experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, no_worse
-from ...tasks.diffusion.prompt_edit import PromptEdit
+from dataclasses import replace
 
-OURS, FITTED, PLAIN, BEST = "Video-P2P", "Video-P2P, fitted", "plain", "renoised 0.7, best of 7"
-MASA, LIGHT, NO_BLEND = "masactrl", "renoised 0.5", "maps alone"
-FAST = "video_p2p:source=unguided"
+from ...experiment import Arm, Claim, Experiment, Sizes, above, higher, no_worse
+from ...tasks.diffusion.prompt_edit import PromptEdit
+from . import BEST, FAST, FITTED, LIGHT, MASA, NO_BLEND, OURS, PLAIN
+from . import claim as of_pictures
+
 ARMS = (
     Arm(OURS, FAST), Arm(NO_BLEND, f"{FAST},blend=false"), Arm(MASA, "masactrl:start_step=1,start_layer=2"),
     Arm(LIGHT, options={"renoise": 0.5}), Arm(BEST, options={"renoise": 0.7, "draws": 7}),
@@ -28,12 +29,7 @@ claim = Claim(
         "Swapping a word, Video-P2P keeps more of an inverted film outside its moving object than the new caption "
         "alone, masactrl, and renoising at as many evaluations, while the new object comes out as often as plainly."
     ),
-    reported=Reported(
-        value="figures not at hand: better CLIP score, masked PSNR, LPIPS and object semantic variance than "
-        "Tune-A-Video and frame-wise edits",
-        setting="Stable Diffusion 1.5 inflated to frames and tuned on each of a few clips of 8 to 24 frames",
-        where="table of quantitative results; it was not at hand",
-    ),
+    reported=replace(of_pictures.reported, where="table of quantitative results; it was not at hand"),
     experiment=Experiment(
         subject="moving", arms=ARMS, baseline=Arm(PLAIN), equal="steps", seeds=1, tasks=(PromptEdit(batch=8),),
         sizes=Sizes(

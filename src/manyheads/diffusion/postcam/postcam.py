@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...attention.rope import Rotary, rotate_pairs
 from ...calls.condition import Condition, Stream, ViewCondition
 from ...conditioning import DenoiserConfig, SourceCondition
+from ...errors import UserError
 
 __all__ = ["PostCam", "frame_positions"]
 
@@ -30,6 +31,10 @@ class PostCam(SourceCondition):
         default="joint", metadata={"help": "one softmax over both streams, or one for each whose outputs are summed"}
     )
     hidden: int = field(default=256, metadata={"help": "width of the encoder of poses"})
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise UserError(f"{self.slug}: hidden={self.hidden}: an encoder of poses has a neuron at least")
 
     def condition(self, config: DenoiserConfig) -> Condition:
         return _Viewed(config, self)

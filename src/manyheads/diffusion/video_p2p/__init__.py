@@ -36,9 +36,10 @@ their attention over text are the cross-attention map, the distribution over ima
 what text leaves is the image's. Text queries stay the target's own. ``self_maps=temporal`` is what the released code
 does, whose hook misses attention within frames. In UNets, maps of a grid finer than ``map_size`` are left alone; other
 denoisers have but one grid. Maps of the local blend are those before they are edited, at all such sites. Where both
-prompts are the same and nothing is reweighted, no word differs: the target is the source, bit for bit. The blend is
-written into the target's predictions, so that any sampler carries it: where the scheduler's steps are known (DDIM that
-does not clip, Euler of a flow) the next latents are the source's at once, else they come to it by the last step.
+prompts are the same and nothing is reweighted, no word differs: under the blend the target is the source, bit for bit
+(without it, the two rows of an inverted source are guided apart). The blend is written into the target's predictions,
+so that any sampler carries it: where the scheduler's steps are known (DDIM that does not clip, Euler of a flow) the
+next latents are the source's at once, else they come to it by the last step.
 """
 
 from .._inversion import path

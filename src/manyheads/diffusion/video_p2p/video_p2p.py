@@ -63,7 +63,11 @@ class VideoP2P(PromptEditor, AttentionCompute, AttentionWatch):
     prompts: Any = field(default=None, compare=False, repr=False, metadata={"help": "in Python: prompts as tokens"})
 
     def __post_init__(self) -> None:
-        """Refuse factors that are none, and a path that is no tensor."""
+        """Refuse numbers that mean nothing, factors that are none, and a path that is no tensor."""
+        if not all(0 <= share <= 1 for share in (self.cross_steps, self.self_steps, self.blend_from)):
+            raise UserError("video_p2p: cross_steps, self_steps and blend_from are shares of the steps, 0 to 1")
+        if min(self.fits, self.map_size) < 1 or self.rate <= 0:
+            raise UserError("video_p2p: fits and map_size count from 1, and rate is above 0")
         self.factors()
         if self.path is not None and not isinstance(self.path, Tensor):
             raise UserError("video_p2p: a path is given in Python, as path=pipe.path(latents, steps, prompt=...)")
