@@ -46,8 +46,11 @@ class Layout:
 
     Attributes:
         grid: height and width of the patches of an image; None where tokens stand on none, as merged ones or words.
+            Frames of a video stand below each other.
+        frames: of a video (or pairs of them, as the model reads them), 1 of an image.
         prefix: tokens before them that stand for no patch (a class token, registers).
         stage, stages: which stage of how many, 0 of 1 in a model of one width.
+        block: number of the block whose output is at hand, where the stream is reduced.
         stride: tokens of a side that are one key where attention reduces its keys itself (SegFormer).
         size: of the model's tokens that each one stands for, ``[B, N]``; None for one each.
         keys: ``[B, N, d]``, the mean over heads of the keys of the latest attention; None before the first. Only where
@@ -56,9 +59,11 @@ class Layout:
     """
 
     grid: tuple[int, int] | None = None
+    frames: int = 1
     prefix: int = 0
     stage: int = 0
     stages: int = 1
+    block: int = 0
     stride: int = 1
     size: "Tensor | None" = None
     keys: "Tensor | None" = None
@@ -93,7 +98,7 @@ class Layout:
     def clear(self) -> None:
         """Forget what is of one forward."""
         self.grid = self.size = self.keys = None
-        self.prefix = 0
+        self.prefix, self.frames = 0, 1
         self.kept.clear()
 
 

@@ -85,8 +85,8 @@ def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
     shared = {axis: size for axis, size in kept[0].items() if axis == "width"}
     for step in plan.steps:
         if isinstance(step, HeadDim):
-            shape = anatomy.layers[step.layer]
-            heads = kept[step.layer].get("q", shape.heads * shape.head_dim) // shape.head_dim
+            before = anatomy.layers[step.layer]
+            heads = kept[step.layer].get("q", before.heads * before.head_dim) // before.head_dim
             kept[step.layer] |= {"q": heads * step.dim, "kv": heads * step.dim}
     home = anatomy.prefix + anatomy.map.layers
     gone: set[str] = set()

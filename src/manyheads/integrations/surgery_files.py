@@ -67,9 +67,9 @@ def _same_class(model: Any) -> Any | None:
 
 def stock_config(model: Any) -> Any | None:
     """The config of which the stock class makes a model of equal shapes; None where it makes another, or refuses."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    config._attn_implementation = model.config._attn_implementation
     try:
+        config = type(model.config).from_dict(model.config.to_dict())
+        config._attn_implementation = model.config._attn_implementation
         with torch.device("meta"):
             made: Any = type(model)(config)
     except Exception:  # a config that the class refuses is one that cannot say it
