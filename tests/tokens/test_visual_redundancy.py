@@ -19,12 +19,12 @@ from tolerance import DEEP, assert_close, is_far
 
 SIDE, IMAGE = 4, 2
 REDUCERS = (
-    "visual_redundancy.vmtc:primary=0.3,clusters=0.1", "visual_redundancy.vmtc:choose=random",
-    "visual_redundancy.vmtc:merge=false", "feature_pool", "feature_pool:how=first", "feature_pool:how=random",
+    "visual_redundancy:primary=0.3,clusters=0.1", "visual_redundancy:choose=random",
+    "visual_redundancy:merge=false", "feature_pool", "feature_pool:how=first", "feature_pool:how=random",
     "feature_pool:how=similar",
 )  # fmt: skip
 HIDERS = ("visual_redundancy.cmai", "fastv:start=1,keep=0.25")
-BOTH = "visual_redundancy.vmtc:primary=0.3,clusters=0.1", "visual_redundancy.cmai"
+BOTH = "visual_redundancy:primary=0.3,clusters=0.1", "visual_redundancy.cmai"
 
 
 def build():
@@ -111,7 +111,7 @@ def test_pooled_tokens_are_those_of_a_decoder_by_hand(how):
     assert_close(got[kept], literal(model, given, Grouping(cells, 4), weights)[kept], DEEP)
 
 
-@pytest.mark.parametrize("spec", ["visual_redundancy.vmtc:primary=1,clusters=0", "feature_pool:cell=1"])
+@pytest.mark.parametrize("spec", ["visual_redundancy:primary=1,clusters=0", "feature_pool:cell=1"])
 def test_all_tokens_are_the_model(spec):
     model, given = build(), inputs(padded=2)
     assert torch.equal(logits(model, spec, **given)[1], model(**given).logits.detach()[1])
@@ -218,12 +218,12 @@ def test_refused():
         pass
     with pytest.raises(UserError, match="as LLaVA"), manyheads.use(model.model.vision_tower, "feature_pool"):
         pass
-    for wrong in ("visual_redundancy.vmtc:primary=1.5", "visual_redundancy.cmai:start=0", "fastv:keep=0",
+    for wrong in ("visual_redundancy:primary=1.5", "visual_redundancy.cmai:start=0", "fastv:keep=0",
                   "feature_pool:cell=0", "visual_redundancy.cmai:ratio=2"):  # fmt: skip
         with pytest.raises(UserError):
             manyheads.parse(wrong)
     with pytest.raises(UserError, match="leaves no token"):
-        logits(model, "visual_redundancy.vmtc:primary=0.01,clusters=0", **given)
+        logits(model, "visual_redundancy:primary=0.01,clusters=0", **given)
     made = model(**given, use_cache=True)
     with pytest.raises(UserError, match="filled without it"):
         logits(model, REDUCERS[0], input_ids=given["input_ids"][:, :1], past_key_values=made.past_key_values)

@@ -12,11 +12,11 @@ filler as in training, and behind six times that, where instructions are farther
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower, no_worse
 from ..tasks.vision.instructed_answers import InstructedAnswers
 
-VMTC = "visual_redundancy.vmtc:primary=0.2,clusters=0.06,source=patches"
+VMTC = "visual_redundancy:primary=0.2,clusters=0.06,source=patches"
 CMAI = "visual_redundancy.cmai"
 SPECS = {
     "vmtc": VMTC, "cmai": CMAI, "vmtc + cmai": f"{VMTC} + {CMAI}", "random primary": f"{VMTC},choose=random",
-    "primary alone": "visual_redundancy.vmtc:primary=0.25,source=patches,merge=false", "pooled": "feature_pool",
+    "primary alone": "visual_redundancy:primary=0.25,source=patches,merge=false", "pooled": "feature_pool",
     "downsampled": "feature_pool:how=first", "random": "feature_pool:how=random", "tome": "feature_pool:how=similar",
     "fastv": "fastv:start=1,keep=0.25",
 }  # fmt: skip

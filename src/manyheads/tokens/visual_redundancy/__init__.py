@@ -2,16 +2,16 @@
 """Redundant image tokens keep a model from following instructions: fewer of them, and less attention of text to them.
 
 "Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image Redundancy" (Yang et al., 2024).
-Two parts, which go together as ``visual_redundancy.vmtc + visual_redundancy.cmai``:
+Two parts, which go together as ``visual_redundancy + visual_redundancy.cmai``:
 
-    vmtc   tokens that the tower's class token looks at stay, the rest is clustered and merged
-    cmai   from the decoder's second layer on, words do not see the image tokens that their context did not look at
+    visual_redundancy       VMTC: tokens that the tower's class token looks at stay, the rest is clustered and merged
+    visual_redundancy.cmai  CMAI: from the decoder's second layer on, words do not see the image tokens that their context did not look at
 
 The paper uses both in tuning and afterwards. Its constants, and what is said in neither abstract nor reviews, are
 inferred; each part says which.
 """
 
 from .cmai import CMAI, focus, least_focused
-from .vmtc import VMTC, cosine_clusters
+from .visual_redundancy import VMTC, cosine_clusters
 
 __all__ = ["CMAI", "VMTC", "cosine_clusters", "focus", "least_focused"]
