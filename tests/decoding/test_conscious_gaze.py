@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import manyheads
 from manyheads import UserError, parse
@@ -273,3 +274,27 @@ def test_fields_out_of_range_are_refused(model):
 def test_image_columns_are_found(model):
     assert torch.equal(image_columns(model, torch.tensor([PROMPT]), "x"), IMAGE)
     assert math.isclose(float(IMAGE.sum()), 16)
+
+
+def test_a_token_is_read_anew_beside_sliding_windows():
+    """Whose cache forgets: what goes back to before a token is what was there, and no more is kept than before."""
+    model = vision.llava(decoder=transformers.MistralConfig, sliding_window=6)
+    ids, everyone = torch.tensor([PROMPT]), torch.ones(2, dtype=torch.bool)
+    seen = torch.stack([torch.ones_like(IMAGE), ~IMAGE])
+    given = {"pixel_values": vision.pixels(1, 4, 4)}
+
+    def read(anew):
+        with torch.inference_mode():
+            streams, found = Streams(model, ids, seen, [given] * 2), []
+            for i in range(9):
+                first = streams.next()
+                assert i not in anew or torch.equal(first, streams.again())
+                found.append(first)
+                streams.append(5 + i, everyone)
+        cache = next(iter(streams._cache.values()))
+        return torch.stack(found), [layer.keys.shape[2] for layer in cache.layers]
+
+    plain, held = read(())
+    for anew in ((2,), (3, 7, 8), range(9)):
+        found, more = read(anew)
+        assert torch.equal(found, plain) and max(more) <= max(held) + 1 < 9

@@ -17,14 +17,14 @@ _TOWER = {
 }  # fmt: skip
 
 
-def llava(seed: int = 0, **text: object):
-    """LLaVA of a DINOv2 tower and a Llama decoder, in float64."""
+def llava(seed: int = 0, decoder: type = transformers.LlamaConfig, **text: object):
+    """LLaVA of a DINOv2 tower and a Llama decoder, or another, in float64."""
     torch.manual_seed(seed)
     tower = transformers.Dinov2Config(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=PATCH, image_size=8
     )
     config = transformers.LlavaConfig(
-        vision_config=tower, text_config=transformers.LlamaConfig(**_TEXT | text), image_token_index=IMAGE,
+        vision_config=tower, text_config=decoder(**_TEXT | text), image_token_index=IMAGE,
         vision_feature_layer=-1, initializer_range=0.3,
     )  # fmt: skip
     return _spread(transformers.LlavaForConditionalGeneration(config))

@@ -56,12 +56,14 @@ class Streams:
     def __init__(self, model: nn.Module, ids: Tensor, seen: Tensor, given: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.seen = model, seen
         config: Any = model.config
-        self._cache = cache_arguments(model, DynamicCache(config=config))
+        cache: Any = DynamicCache(config=config)
+        self._held, self._cache = cache, cache_arguments(model, cache)
         self._fed = ids[:, -1:]
         rows = len(seen)
         extra = {name: torch.cat([each[name] for each in given]) for name in given[0]}
         extra = given_with(extra, ids.shape[1] - 1)
         model(input_ids=ids[:, :-1].expand(rows, -1), **extra, **self._masked(ids.shape[1] - 1), **self._cache)
+        cache.activate_past_recording()  # a sliding window keeps what a token pushes out until it is sure to stay
 
     def next(self) -> Tensor:
         """Logits of what follows, float32 ``[S, V]``."""
@@ -71,11 +73,12 @@ class Streams:
 
     def again(self) -> Tensor:
         """The same of the same token, which is read anew: what changed about the model since counts from here on."""
-        next(iter(self._cache.values())).crop(-1)
+        self._held.crop(-1)
         return self.next()
 
     def append(self, token: int, seen: Tensor) -> None:
         """Go on with a token, that later ones of the readings ``seen [S]`` see."""
+        self._held.crop(0)
         self._fed = torch.full_like(self._fed, token)
         self.seen = torch.cat([self.seen, seen[:, None]], 1)
 

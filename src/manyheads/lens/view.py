@@ -36,7 +36,7 @@ def max_positions(config: Any) -> int | None:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if most and config.model_type in _BEHIND_PADDING:
+    if most and getattr(config, "model_type", "") in _BEHIND_PADDING:
         most -= config.pad_token_id + 1
     return int(most) if most else None
 
