@@ -91,6 +91,27 @@ def test_one_training_for_all_and_schedules_from_it(tmp_path):
             task.guard(RunContext(Trainable(), arms))
 
 
+def test_a_joined_model_learns_from_a_pool(tmp_path):
+    tower, text = make_parts(tmp_path, words=SpatialQuestions.words)
+    task = SpatialQuestions(
+        model="joined",
+        tower=tower,
+        text=text,
+        pool=4,
+        align=2,
+        batch=2,
+        steps=2,
+        samples=2,
+        wider=16,
+        longer=4,
+        rounds=1,
+    )
+    plan = Experiment(subject="trainable", arms=ARMS[1:2], baseline=ARMS[0], tasks=(task,), seeds=1).at("cpu")
+    rows = run(plan, tmp_path / "run").rows
+    assert {row.arm for row in rows if row.metric == "seen"} == {"full", "gated"}
+    assert len([row for row in rows if row.metric == "idle"]) == 2 * 16 * 8
+
+
 def test_schedules_of_arms():
     flows = [torch.tensor([[8.0, 1, 0.5, 0.5]])] * 3
     made = {arm.name: SpatialQuestions(**TINY)._strategy(arm, flows) for arm in ARMS}
