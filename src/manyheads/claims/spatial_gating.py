@@ -3,26 +3,35 @@
 
 Scenes in depth hold five objects, each in a place of its own, and a vision-language model of four blocks learns to say
 whether an object is there and whether it is in the near, upper or left half. Then the same weights answer about new
-scenes with all tokens, with the schedule that the flow in 16 scenes says, and with each scene saying it anew; and, with
-as many tokens left over all blocks, by the last token alone and all at once (as FastV), at random, and by means of
-neighbours. At CPU size the model is small and from scratch, on a GPU it is DINOv2 and SmolLM2 with a new projector, of
-which attention is trained too. The learning rate was looked for with the plain model alone.
+scenes with all tokens, with the schedule that the flow in 16 scenes says, and with each scene saying it anew. At CPU
+size the model is small and from scratch, on a GPU it is DINOv2 and SmolLM2 with a new projector, of which attention is
+trained too. The learning rate was looked for with the plain model alone.
+
+In a first full run on a CPU texts asked eight questions at once, of all objects, and 95 % of the attention took all
+tokens but one or two: every arm was the model as it is, and so were its rivals at as many tokens; upper and left were
+hardly learned. Changed since: a text that is judged or calibrates has one question, 160 scenes give eight of them each,
+and rivals, the last token alone (as FastV), chance and means of neighbours, stand beside an arm that keeps a quarter
+of the tokens from the third block on, in checks where the model had learned to answer, whether and near.
 """
 
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, at_most, higher, lower, no_worse
 from ..tasks.vision.spatial_questions import SpatialQuestions
 
 FULL, GATED, ANEW = "all tokens", "gated", "gated, each scene anew"
-ONCE, RANDOM, POOLED = "last token, at once", "random", "pooled"
+QUARTER, LAST, RANDOM, POOLED = "a quarter", "a quarter, last token", "a quarter, random", "a quarter, pooled"
 BASE = Arm(FULL)
-LIKE = {"like": GATED}
+KEEP = {"keep": 0.25}
 ARMS = (
     BASE, Arm(GATED, "spatial_gating:least=1", options={"calibrated": True}), Arm(ANEW, "spatial_gating:least=1"),
-    Arm(ONCE, "spatial_gating:least=1,by=last", options={**LIKE, "once": True}),
-    Arm(RANDOM, "spatial_gating:least=1", options={**LIKE, "by": "random"}),
-    Arm(POOLED, "spatial_gating:least=1", options={**LIKE, "by": "pooled"}),
+    Arm(QUARTER, "spatial_gating:least=1", options=KEEP),
+    *(
+        Arm(name, "spatial_gating:least=1", options={**KEEP, "by": by})
+        for name, by in ((LAST, "last"), (RANDOM, "random"), (POOLED, "pooled"))
+    ),
 )  # fmt: skip
 TAUGHT = above("right", FULL, 0.7)  # two fifths of the way from a guess, or nothing is told
+NEAR = {"asked": "near"}
+SEES, TELLS = above("seen", FULL, 0.7), above("right", FULL, 0.7, where=NEAR)
 MARGIN = 0.02
 
 claim = Claim(
@@ -54,9 +63,14 @@ claim = Claim(
         no_worse("right", GATED, than=FULL, margin=MARGIN, better="higher", given=TAUGHT),
         no_worse("right", ANEW, than=FULL, margin=MARGIN, better="higher", given=TAUGHT),
         no_worse("seen", GATED, than=FULL, margin=MARGIN, better="higher", given=TAUGHT),
-        *(higher("right", GATED, than=name, given=TAUGHT) for name in (ONCE, RANDOM, POOLED)),
+        no_worse("seen", QUARTER, than=FULL, margin=MARGIN, better="higher", given=SEES),
+        no_worse("right", QUARTER, than=FULL, margin=MARGIN, better="higher", where=NEAR, given=TELLS),
+        *(higher("seen", QUARTER, than=name, given=SEES) for name in (LAST, RANDOM, POOLED)),
+        *(higher("right", QUARTER, than=name, where=NEAR, given=TELLS) for name in (LAST, RANDOM, POOLED)),
         lower("seconds", GATED, than=FULL, relative=True),
         at_most("seconds", GATED, times=1 / 1.21, than=FULL),
+        lower("seconds", QUARTER, than=FULL, relative=True),
+        at_most("seconds", QUARTER, times=1 / 1.21, than=FULL),
     ),
     report=("kept", "flops", "training_nll"),
     caveat=(

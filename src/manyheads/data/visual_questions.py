@@ -181,7 +181,7 @@ def order(
 
 def sides(
     language: Language, count: int, generator: Generator, *, planes: int, grid: int, size: int, patches: int,
-    objects: int = 5, filler: int = 0, split: Literal["train", "test"] = "train",
+    objects: int = 5, filler: int = 0, split: Literal["train", "test"] = "train", apart: bool = False,
 ) -> Questions:  # fmt: skip
     """Scenes in depth; of every object whether it is there, or in the near, upper or left half.
 
@@ -192,6 +192,7 @@ def sides(
         language, count, generator, grid, size, patches, filler, split: as for :func:`presence`, of a distance.
         planes: distances, an even number, as is ``grid``.
         objects: in a scene; others are not there.
+        apart: a text for each question, one scene after the other, instead of one for all of a scene.
     """
     scene = draw_depths(count, generator, planes=planes, grid=grid, size=size, objects=objects, split=split)
     order = torch.rand(count, len(OBJECTS), generator=generator).argsort(1)
@@ -207,8 +208,11 @@ def sides(
         [f"{SIDES[b]} {OBJECTS[a]}" for a, b in zip(*row, strict=True)]
         for row in zip(order.tolist(), axis.tolist(), strict=True)
     ]
-    truth = truth.gather(2, axis[..., None])[..., 0]
-    return _told(language, scene.images.flatten(0, 1), patches, "is it", asks, truth, axis, filler, generator)
+    truth, images = truth.gather(2, axis[..., None])[..., 0], scene.images
+    if apart:
+        images, asks = images.repeat_interleave(len(OBJECTS), 0), [[ask] for row in asks for ask in row]
+        truth, axis = truth.view(-1, 1), axis.view(-1, 1)
+    return _told(language, images.flatten(0, 1), patches, "is it", asks, truth, axis, filler, generator)
 
 
 def _told(

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     drawn = sides(
         vlm.language, given.scenes, torch.Generator().manual_seed(given.seed), planes=given.planes, grid=given.grid,
-        size=vlm.patch, patches=given.grid,
+        size=vlm.patch, patches=given.grid, apart=True,
     )  # fmt: skip
     batch = vlm.batch(drawn)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}

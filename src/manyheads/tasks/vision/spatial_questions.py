@@ -50,9 +50,11 @@ class _Counts(AttentionWatch):
 class SpatialQuestions(VLMTask):
     """A unit for each seed: one training without any strategy, and every arm on the same weights, scenes and questions.
 
-    An arm with the option ``calibrated`` is given the schedule that scenes of the training say; one with the option
-    ``like`` that of the arm of that name or, with ``once``, a drop at one block that leaves as many in all blocks
-    together. Arms without a schedule read scene by scene.
+    An arm with the option ``calibrated`` is given the schedule that scenes of the training say, one with ``keep`` drops
+    all but that part at its first block, by whom its option ``by`` says. Arms without a schedule read text by text.
+
+    A text of the training asks all questions of a scene, one that is judged (or calibrates) a single one: with several,
+    the last token would know of the last alone.
 
     Seconds are of a decoder of new weights that is larger and reads larger images, of which arms with a schedule drop
     the same parts; on a CPU they are the processor's, of this thread.
@@ -61,7 +63,7 @@ class SpatialQuestions(VLMTask):
         planes, grid: distances of a scene, and cells of a side of each; a cell is a patch.
         objects: in a scene.
         batch, steps, lr, slower: of the training, as :func:`manyheads.training.answers.train_answers` has them.
-        samples: scenes that are judged.
+        samples: scenes that are judged, with eight questions each.
         wider, longer: channels of the decoder that is timed, and patches of a side of its images.
         rounds: repetitions of its forward.
     """
@@ -86,7 +88,7 @@ class SpatialQuestions(VLMTask):
     steps: int = 1200
     lr: float = 1.5e-3
     slower: float = 1.0
-    samples: int = 384
+    samples: int = 160
     wider: int = 256
     longer: int = 12
     rounds: int = 5
@@ -129,19 +131,19 @@ class SpatialQuestions(VLMTask):
         losses = self._trained(run, vlm, seed)
         tail = losses[-max(1, len(losses) // 10) :]
         yield self.row("training_nll", run.baseline, mean(tail), "training", seed=seed)
-        calibrating = vlm.batch(self._drawn(run, vlm, _CALIBRATED, "train", part="calibration", seed=seed))
+        calibrating = vlm.batch(self._drawn(run, vlm, _CALIBRATED, "train", apart=True, part="calibration", seed=seed))
         found = flows(vlm.model.model, [_inputs(calibrating)])
         for block, flow in enumerate(found):
             at, values = {"block": block}, idle(flow).tolist()
             for i, value in enumerate(values):
-                yield self.row("idle", run.baseline, value, f"{i}", context=f"{i}", seed=seed, at=at)
-        strategies: dict[str, SpatialGating | None] = {}
+                context = f"{i // len(OBJECTS)}"
+                yield self.row("idle", run.baseline, value, f"{i}", context=context, seed=seed, at=at)
+        strategies = {arm.name: self._strategy(arm, found) for arm in run.arms}
         for arm in run.arms:
-            strategies[arm.name] = self._strategy(arm, found, strategies)
             yield from self._judged(run, arm, strategies[arm.name], vlm, seed)
         yield from self._timed(run, strategies, seed)
 
-    def _strategy(self, arm: Arm, found: list[Tensor], made: dict[str, SpatialGating | None]) -> SpatialGating | None:
+    def _strategy(self, arm: Arm, found: list[Tensor]) -> SpatialGating | None:
         """What an arm does in the model at hand."""
         if not arm.strategies:
             return None
@@ -149,13 +151,8 @@ class SpatialQuestions(VLMTask):
         schedule = given.schedule
         if "calibrated" in arm.options:
             schedule = schedule_of(found, given.eta, given.start)
-        elif "like" in arm.options:
-            other = made[str(arm.options["like"])]
-            assert other is not None
-            schedule = other.schedule
-            if "once" in arm.options:
-                start = given.start
-                schedule = (*schedule[:start], *[mean(schedule[start:])] * (len(schedule) - start))
+        elif "keep" in arm.options:
+            schedule = (1.0,) * given.start + (float(arm.options["keep"]),) * (len(found) - given.start)
         strategy: SpatialGating = replace(given, schedule=schedule, by=arm.options.get("by", given.by))
         return strategy
 
@@ -163,12 +160,12 @@ class SpatialQuestions(VLMTask):
         self, run: RunContext, arm: Arm, strategy: SpatialGating | None, vlm: JoinedVLM, seed: int
     ) -> Iterator[Row]:
         """Answers, and what was read for them."""
-        asked = self._drawn(run, vlm, self.samples, "test", part="test")
+        asked = self._drawn(run, vlm, self.samples, "test", apart=True, part="test")
         part = 1 if strategy is not None and not strategy.schedule else _PART
         no, yes = vlm.language.answers
         counts, said = _Counts(), []
         with torch.no_grad(), _under(vlm, strategy, counts) as port:
-            for start in range(0, self.samples, part):
+            for start in range(0, len(asked.ids), part):
                 logits = answer_logits(vlm.model, vlm.batch(_part(asked, start, part, self.planes)))
                 said.append((logits[..., yes] > logits[..., no]).cpu())
         tokens = torch.tensor([state["tokens"] for _, state in port.kept(counts)], dtype=torch.float64)  # blocks, parts
@@ -182,11 +179,10 @@ class SpatialQuestions(VLMTask):
         ):
             yield self.row("kept", arm, float(kept), f"{i}", seed=seed)
             yield self.row("flops", arm, float(flops), f"{i}", seed=seed)
-        right = torch.cat(said) == asked.truth
-        for i, (answers, axes) in enumerate(zip(right.tolist(), asked.cells.tolist(), strict=True)):
-            for j, (answer, axis) in enumerate(zip(answers, axes, strict=True)):
-                name = "seen" if axis == _THERE else "right"
-                yield self.row(name, arm, answer, f"{i}.{j}", context=f"{i}", seed=seed, at={"asked": SIDES[axis]})
+        right = (torch.cat(said) == asked.truth)[:, 0].tolist()
+        for i, (answer, axis) in enumerate(zip(right, asked.cells[:, 0].tolist(), strict=True)):
+            name, context = "seen" if axis == _THERE else "right", f"{i // len(OBJECTS)}"
+            yield self.row(name, arm, answer, f"{i}", context=context, seed=seed, at={"asked": SIDES[axis]})
 
     def _timed(self, run: RunContext, strategies: dict[str, SpatialGating | None], seed: int) -> Iterator[Row]:
         """Seconds of the larger decoder, all arms in turn."""
@@ -200,9 +196,9 @@ class SpatialQuestions(VLMTask):
         vlm.model.eval()
         drawn = sides(
             vlm.language, 1, run.torch_rng(part="timed"), planes=self.planes, grid=self.longer, size=vlm.patch,
-            patches=self.longer, objects=self.objects,
+            patches=self.longer, objects=self.objects, apart=True,
         )  # fmt: skip
-        batch, clock = vlm.batch(drawn), Clock(run.device, own=True)
+        batch, clock = vlm.batch(_part(drawn, 0, 1, self.planes)), Clock(run.device, own=True)
         arms = [arm for arm in run.arms if (made := strategies[arm.name]) is None or made.schedule]
         for turn in range(self.rounds):
             for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
@@ -230,10 +226,12 @@ class SpatialQuestions(VLMTask):
             on_step=lambda _: run.advance(1 / self.steps),
         ).losses  # fmt: skip
 
-    def _drawn(self, run: RunContext, vlm: JoinedVLM, count: int, split: Any, **axes: Any) -> Questions:
+    def _drawn(
+        self, run: RunContext, vlm: JoinedVLM, count: int, split: Any, apart: bool = False, **axes: Any
+    ) -> Questions:
         return sides(
             vlm.language, count, run.torch_rng(task=self.key, **axes), planes=self.planes, grid=self.grid,
-            size=vlm.patch, patches=self.patches, objects=self.objects, split=split,
+            size=vlm.patch, patches=self.patches, objects=self.objects, split=split, apart=apart,
         )  # fmt: skip
 
 
