@@ -17,6 +17,7 @@ from manyheads.convert._poolers import Ends, Mean, Memory, Probe, mean
 from manyheads.converter import convert_model, encoder_of
 from manyheads.integrations.anatomy import ModelAnatomy
 from manyheads.integrations.bidirectional import dropped_out, is_bidirectional
+from manyheads.integrations.precision import cast
 from manyheads.models.text_encoder import FILE, TextEncoder
 from manyheads.recipes.text_encoder import train_encoder
 from manyheads.training.encoding import class_loss, list_loss, pair_loss, score_loss, tune
@@ -309,3 +310,13 @@ def test_what_is_no_encoder_is_refused(tmp_path):
         TextEncoder.load(tmp_path)
     made = ModelAnatomy(tiny("llama"))
     assert parse("gemma_encoder:head=linear").design(made).hidden == 0
+
+
+def test_rotary_frequencies_keep_their_precision():
+    """In bfloat16 a model's own buffers that are no weights stay as transformers makes them."""
+    model = cast(tiny("llama"), torch.bfloat16)
+    before = model.model.rotary_emb.inv_freq.clone()
+    made = encoder_of(model, words_tokenizer(), "gemma_encoder:pooler=query", outputs=3)
+    after = made.model.rotary_emb.inv_freq
+    assert after.dtype == before.dtype != torch.bfloat16 and torch.equal(after, before)
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}

@@ -63,7 +63,9 @@ class TextEncoder(nn.Module):
             first = (nn.Linear(width, design.hidden), nn.GELU()) if design.hidden else ()
             last = nn.Linear(design.hidden or width, outputs)
             self.head = nn.Sequential(*first, nn.Dropout(design.dropout), last)
-        self.to(next(model.parameters()))
+        for part in (self.pooler, self.head):  # the model itself stays: its rotary frequencies are no weights
+            if part is not None:
+                part.to(next(model.parameters()))
 
     def read(self, texts: Texts) -> dict[str, Tensor]:
         """Ids and mask ``[B, T]`` of texts on the model's device; two of a pair after each other, as one text."""

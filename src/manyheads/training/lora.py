@@ -16,6 +16,8 @@ __all__ = ["adapters"]
 def adapters(model: Any, rank: int) -> Iterator[Any]:
     """Put adapters in as long as this is open, and merge them into the weights at its end; alpha is twice the rank.
 
+    After an error they are taken out, and the weights are those from before.
+
     Args:
         model: of transformers; its own weights get no gradients meanwhile.
         rank: 0 for no adapters: all weights are trained.
@@ -31,6 +33,12 @@ def adapters(model: Any, rank: int) -> Iterator[Any]:
     except ImportError as error:
         raise UserError("adapters need peft: pip install 'manyheads[train]'") from error
     adapted: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    yield adapted
-    adapted.merge_and_unload()
-    model.requires_grad_(True)
+    try:
+        yield adapted
+    except BaseException:
+        adapted.unload()
+        raise
+    else:
+        adapted.merge_and_unload()
+    finally:
+        model.requires_grad_(True)
