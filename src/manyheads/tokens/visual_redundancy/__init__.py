@@ -5,7 +5,7 @@
 which go together as ``visual_redundancy + visual_redundancy.cmai``:
 
     visual_redundancy       VMTC: tokens that the tower's class token looks at stay, the rest is clustered and merged
-    visual_redundancy.cmai  CMAI: from the decoder's second layer on, words do not see what their context did not look at
+    visual_redundancy.cmai  CMAI: from the decoder's second layer on, words do not see what their context did not
 
 The paper uses both in tuning and afterwards. Its constants, and what is said in neither abstract nor reviews, are
 inferred; each part says which.
