@@ -163,6 +163,15 @@ def test_several_images_and_a_turn_without_any():
     assert_close(rest.logits, whole[:, cut:], DEEP)
 
 
+def test_a_model_is_tuned_through_both():
+    model, given = build(), inputs()
+    with manyheads.use(model, *BOTH):
+        model(**given).logits.square().mean().backward()
+    for part in (model.model.multi_modal_projector, model.model.vision_tower.embeddings):
+        assert all(bool(p.grad.abs().sum() > 0) for p in part.parameters() if p.grad is not None)
+        assert any(p.grad is not None for p in part.parameters())
+
+
 def test_hidden_tokens_by_the_formula():
     generator = torch.Generator().manual_seed(0)
     a = torch.rand(1, 9, 9, generator=generator, dtype=torch.float64).tril()

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not scenes.available(), reason="needs the photog
 ARMS = (Arm("pooled", "feature_pool"), Arm("hidden", "visual_redundancy.cmai"))
 SIZES = {
     "grid": 4, "steps": 2, "pool": 8, "batch": 4, "samples": 4, "at_once": 2, "asked": 2, "filler": 3, "times": (1, 2),
+    "model": "towered",
 }  # fmt: skip
 
 
@@ -45,8 +46,9 @@ def tower(tmp_path):
     return str(tmp_path / "tower")
 
 
-def test_every_arm_is_judged_on_the_same_answers(tower, tmp_path):
-    task = InstructedAnswers(**SIZES, tower=tower)
+@pytest.mark.parametrize("more", [{}, {"model": "small", "pool": 0}])
+def test_every_arm_is_judged_on_the_same_answers(more, tower, tmp_path):
+    task = InstructedAnswers(**SIZES | more, tower=tower)
     experiment = Experiment(subject="trainable", arms=ARMS, tasks=(task,), seeds=1, equal="none")
     rows = run(experiment.at("cpu"), tmp_path / "run").rows
     found = {}

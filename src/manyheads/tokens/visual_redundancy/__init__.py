@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Redundant image tokens keep a model from following instructions: fewer of them, and less attention of text to them.
 
-"Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image Redundancy" (Yang et al., 2024).
-Two parts, which go together as ``visual_redundancy + visual_redundancy.cmai``:
+"Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image Redundancy". It has two parts,
+which go together as ``visual_redundancy + visual_redundancy.cmai``:
 
     visual_redundancy       VMTC: tokens that the tower's class token looks at stay, the rest is clustered and merged
-    visual_redundancy.cmai  CMAI: from the decoder's second layer on, words do not see the image tokens that their context did not look at
+    visual_redundancy.cmai  CMAI: from the decoder's second layer on, words do not see what their context did not
 
 The paper uses both in tuning and afterwards. Its constants, and what is said in neither abstract nor reviews, are
 inferred; each part says which.
