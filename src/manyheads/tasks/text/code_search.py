@@ -107,7 +107,7 @@ class CodeSearch(Task):
                 run.synchronise()
                 yield self.row("seconds", arm, (time.perf_counter() - begun) / len(part), f"{start}")
                 for i, (one, text) in enumerate(zip(part, texts, strict=True), start):
-                    sizes = [len(tokenizer.tokenize(x)) for x in (text, one.program)]
+                    sizes = [_size(tokenizer, x) for x in (text, one.program)]
                     yield self.row("kept", arm, sizes[0] / sizes[1], f"{i}", context=one.module)
             run.advance(len(part))
         for arm in arms:
@@ -126,7 +126,7 @@ class CodeSearch(Task):
             known = run.kept("functions", lambda: documented_functions(run.data.get("texts") or standard_library()))
             by_file: dict[str, list[Function]] = {}
             for one in known:
-                if self.shortest <= len(tokenizer.tokenize(one.program)) <= self.longest:
+                if self.shortest <= _size(tokenizer, one.program) <= self.longest:
                     by_file.setdefault(one.module, []).append(one)
             rng, files, fit = run.rng(files=self.key), sorted(by_file), []
             for i in rng.permutation(len(files)):
@@ -162,6 +162,10 @@ def _dealt(weights: Any, run: RunContext, key: str) -> Any:
         dict(zip(table, [list(table.values())[int(i)] for i in rng.permutation(len(table))], strict=True))
         for table in (weights.statements, weights.words)
     ))  # fmt: skip
+
+
+def _size(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _shortened(arm: Arm, programs: Sequence[str], tokenizer: Any, weights: Any) -> list[str]:
