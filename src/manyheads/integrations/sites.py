@@ -270,7 +270,7 @@ class SiteState(HookChain):
             mask = None if allowed is None else _additive(allowed, call.q.dtype)
         elif shorter and mask is None and self.function is None:  # SDPA anchors at the top left
             return causal_tail(call.q, call.k, call.v, call.scale, call.dropout), None
-        elif shorter:
+        elif call.is_causal and (shorter or mask is not None):  # SDPA heeds one of the two: a mask alone
             mask, kwargs["is_causal"] = call.allowed(), False
         q = for_gradient_of(mask, call.q, call.k, call.v)
         out, weights = self.base(module, q, call.k, call.v, mask, **kwargs)
