@@ -12,6 +12,8 @@ tokens but one or two: every arm was the model as it is, and so were its rivals 
 hardly learned. Changed since: a text that is judged or calibrates has one question, 160 scenes give eight of them each,
 and rivals, the last token alone (as FastV), chance and means of neighbours, stand beside an arm that keeps a quarter
 of the tokens from the third block on, in checks where the model had learned to answer, whether and near.
+The second run says: a quarter at random costs nothing either, so that a small model has read what it answers with in
+its first two blocks, and nothing is told of the choice; read a run on a GPU.
 """
 
 from ..experiment import Arm, Claim, Experiment, Reported, Sizes, above, at_most, higher, lower, no_worse

@@ -141,7 +141,7 @@ class SpatialQuestions(VLMTask):
         strategies = {arm.name: self._strategy(arm, found) for arm in run.arms}
         for arm in run.arms:
             yield from self._judged(run, arm, strategies[arm.name], vlm, seed)
-        yield from self._timed(run, strategies, seed)
+        yield from self._timed(run, strategies, len(found), seed)
 
     def _strategy(self, arm: Arm, found: list[Tensor]) -> SpatialGating | None:
         """What an arm does in the model at hand."""
@@ -184,14 +184,15 @@ class SpatialQuestions(VLMTask):
             name, context = "seen" if axis == _THERE else "right", f"{i // len(OBJECTS)}"
             yield self.row(name, arm, answer, f"{i}", context=context, seed=seed, at={"asked": SIDES[axis]})
 
-    def _timed(self, run: RunContext, strategies: dict[str, SpatialGating | None], seed: int) -> Iterator[Row]:
+    def _timed(
+        self, run: RunContext, strategies: dict[str, SpatialGating | None], blocks: int, seed: int
+    ) -> Iterator[Row]:
         """Seconds of the larger decoder, all arms in turn."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vlm = joined_vlm.small(
-                patches=self.longer, size=self.patch, dim=self.wider, layers=len(next(
-                    s.schedule for s in strategies.values() if s is not None and s.schedule
-                )), heads=self.heads, words=self.words, device=run.device,
+                patches=self.longer, size=self.patch, dim=self.wider, layers=blocks, heads=self.heads,
+                words=self.words, device=run.device,
             )  # fmt: skip
         vlm.model.eval()
         drawn = sides(
