@@ -78,6 +78,6 @@ claim = Claim(
         "On a CPU the six lowest layers of thirty are kept, training has 12 steps of 6 pairs, and trained pooling has "
         "one width of neurons: what is seen is the beginning. Adapters of arms with smaller poolers have a higher "
         "rank, so that all train as many parameters. MiniLM has seen a billion pairs; it and what is not trained are "
-        "shown, not judged."
+        "shown, not judged. On a CPU the means of counts of words are above those of all that is trained."
     ),
 )  # fmt: skip
