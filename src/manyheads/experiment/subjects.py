@@ -225,7 +225,7 @@ class Vision(Subject):
     """
 
     kind = "vision"
-    kinds = (Attention, LinearCompute, MidBlock, Residual)
+    kinds: ClassVar[tuple[type, ...]] = (Attention, LinearCompute, MidBlock, Residual)
 
     def __init__(self, name: str, model: Any = None, dtype: str | None = None) -> None:
         self.name, self.dtype = name, dtype
