@@ -115,13 +115,13 @@ def count(anatomy: ModelAnatomy, plan: SurgeryPlan) -> int:
         sizes = shared if layer is None else kept[layer]
         after = [sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True)]
         if name in low:
-            step = low[name]
-            out = after[1 if turned(anatomy.linear(step.part, step.layer)) else 0]
-            total += step.rank * (sum(after) if step.reads is None else out)
+            thin = low[name]
+            out = after[1 if turned(anatomy.linear(thin.part, thin.layer)) else 0]
+            total += thin.rank * (sum(after) if thin.reads is None else out)
         elif name in coefficients:
-            step = coefficients[name]
-            total += step.atoms + step.rank * sum(after)
-            atoms[id(step)] = step.atoms * prod(after)
+            sums = coefficients[name]
+            total += sums.atoms + sums.rank * sum(after)
+            atoms[id(sums)] = sums.atoms * prod(after)
         else:
             total += prod(after)
     return total + sum(atoms.values())
