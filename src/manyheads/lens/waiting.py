@@ -168,7 +168,8 @@ def _keeps_all(call: AttentionCall) -> bool:
     if call.cache is not None:
         return call.cache.appends and not call.cache.fixed
     layers = getattr(call.past, "layers", ())
-    if call.site.layer is not None and call.site.layer < len(layers) and layers[call.site.layer].is_sliding:
+    layer = layers[call.site.layer] if call.site.layer is not None and call.site.layer < len(layers) else None
+    if getattr(layer, "is_sliding", False):
         return False
     return call.k.untyped_storage().nbytes() == call.k.numel() * call.k.element_size()
 

@@ -13,7 +13,7 @@ from manyheads.experiment import Arm, Experiment, RunContext, Trainable, run
 from manyheads.models import joined_vlm
 from manyheads.tasks.vision.instructed_answers import InstructedAnswers
 
-pytestmark = pytest.mark.skipif(not scenes.available(), reason="needs the photographs and emoji")
+pytestmark = pytest.mark.skipif(not scenes.available(), reason="CIFAR-10 and Noto Emoji are not on this machine")
 ARMS = (Arm("pooled", "feature_pool"), Arm("hidden", "visual_redundancy.cmai"))
 SIZES = {
     "grid": 4, "steps": 2, "pool": 8, "batch": 4, "samples": 4, "at_once": 2, "asked": 2, "filler": 3, "times": (1, 2),

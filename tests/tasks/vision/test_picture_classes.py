@@ -14,7 +14,8 @@ from manyheads.tasks.vision.picture_cost import PictureCost
 from tiny.image_encoders import forward
 
 pytestmark = pytest.mark.skipif(
-    not (scenes.available() and photograph_classes.available()), reason="CIFAR-10 and emoji are not on this machine"
+    not (scenes.available() and photograph_classes.available()),
+    reason="CIFAR-10 and Noto Emoji are not on this machine",
 )
 TINY = {"dim": 16, "layers": 4, "heads": 2}
 SHIFTS = ("score.2.bias", "mix.bias", "before.bias")  # of a softmax, and of all channels before a norm

@@ -38,7 +38,8 @@ def test_scenes_are_where_they_say_and_paler_behind():
             sprite, haze = scenes.sprites(10)[kind], 0.6 * plane / 3
             whole = sprite[3] > 0.999
             seen = (scene.images[at] + 1) / 2
-            assert torch.allclose(seen[:, whole], (sprite[:3] + haze * (1 - sprite[:3]))[:, whole], atol=2e-3)
+            wanted = sprite[:3] + haze * (1 - sprite[:3])
+            assert (seen - wanted)[:, whole].abs().max() < 2e-3  # of pixels that are all but opaque
     assert scene.images[:, 3].mean() > scene.images[:, 0].mean() and empty.images[:, 3].amin() > -0.2
     with pytest.raises(UserError, match="not 9"):
         draw_depths(1, torch.Generator(), planes=2, grid=2, size=4, objects=9)
