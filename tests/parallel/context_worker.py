@@ -100,7 +100,7 @@ def run(rank, ranks, folder):
         forward = {kind: [world.ledger.bytes(kind), world.ledger.bytes(kind, between=True)] for kind in names(world)}
         torch.autograd.grad(out.sum(), inputs)
         both = {kind: [world.ledger.bytes(kind), world.ledger.bytes(kind, between=True)] for kind in names(world)}
-        found["bytes"][f"{exchange}, {more}"] = {"forward": forward, "both": both, "steps": dict(world.ledger.steps)}
+        found["bytes"][f"{exchange}, {more}"] = {"forward": forward, "both": both}
     uneven = pattern("document_causal", SIZE, seed=1)
     cast = ContextParallel(world, uneven, "contiguous", "group_cast")
     found["asked"] = sum(map(len, cast.exchange.asked))

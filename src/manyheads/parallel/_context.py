@@ -140,15 +140,17 @@ class ContextParallel:
         """
         if any(x.shape[2] != len(self.rows) for x in (q, k, v)):
             raise UserError(f"process {self.world.rank} has {len(self.rows)} tokens of this layout, not {q.shape[2]}")
+        if q.shape[1] % k.shape[1]:
+            raise UserError(f"{q.shape[1]} heads cannot share {k.shape[1]} of keys evenly")
         scale = q.shape[3] ** -0.5 if scale is None else scale
+        given = self._heads, self._lengths
         if self.heads > 1:
             k, v = (self._repeated(x, q.shape[1]) for x in (k, v))
-            q, k, v = (_ToHeads.apply(x, self._heads, self._lengths) for x in (q, k, v))  # type: ignore[no-untyped-call]
+            q, k, v = (_Regroup.apply(x, *given, True) for x in (q, k, v))  # type: ignore[no-untyped-call]
         out, lse = _Attend.apply(q, k, v, self.exchange, scale)  # type: ignore[no-untyped-call]
         if self.heads > 1:
-            given = self._heads, self._lengths
-            out = _ToTokens.apply(out, *given)  # type: ignore[no-untyped-call]
-            lse = _ToTokens.apply(lse[..., None], *given)[..., 0]  # type: ignore[no-untyped-call]
+            out = _Regroup.apply(out, *given, False)  # type: ignore[no-untyped-call]
+            lse = _Regroup.apply(lse[..., None], *given, False)[..., 0]  # type: ignore[no-untyped-call]
         return out, lse
 
     def _repeated(self, x: Tensor, heads: int) -> Tensor:
@@ -183,30 +185,18 @@ def _to_tokens(x: Tensor, peers: Peers, lengths: Sequence[int], name: str) -> Te
     return every.flatten(1, 2)
 
 
-class _ToHeads(torch.autograd.Function):
+class _Regroup(torch.autograd.Function):
+    """One of the two ways, and the other for the gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int]) -> Tensor:
-        ctx.given = peers, lengths
-        return _to_heads(x, peers, lengths, "all-to-all")
+    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int], heads: bool) -> Tensor:
+        ctx.peers, ctx.lengths, ctx.other = peers, lengths, _to_tokens if heads else _to_heads
+        return (_to_heads if heads else _to_tokens)(x, peers, lengths, "all-to-all")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-        peers, lengths = ctx.given
-        return _to_tokens(dx, peers, lengths, "all-to-all, back"), None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int]) -> Tensor:
-        ctx.given = peers, lengths
-        return _to_tokens(x, peers, lengths, "all-to-all")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-        peers, lengths = ctx.given
-        return _to_heads(dx, peers, lengths, "all-to-all, back"), None, None
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.other(dx, ctx.peers, ctx.lengths, "all-to-all, back"), None, None, None
 
 
 class _Attend(torch.autograd.Function):

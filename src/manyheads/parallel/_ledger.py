@@ -17,23 +17,17 @@ class Ledger:
         rank: of this process among all.
         node: processes of a machine, whose ranks follow each other; 0 where all are on one.
         sent: bytes by ``(exchange, receiver)``.
-        messages: sendings by exchange, one for each receiver.
-        steps: exchanges that wait for one another, by name.
     """
 
     rank: int
     node: int = 0
     sent: Counter[tuple[str, int]] = field(default_factory=Counter)
-    messages: Counter[str] = field(default_factory=Counter)
-    steps: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str, to: dict[int, int]) -> None:
         """One exchange: bytes by receiver, each a rank among all."""
-        self.steps[name] += 1
         for receiver, size in to.items():
             if receiver != self.rank and size:
                 self.sent[name, receiver] += size
-                self.messages[name] += 1
 
     def bytes(self, name: str | None = None, *, between: bool | None = None) -> int:
         """Bytes of an exchange, or of all; ``between`` machines only, or within this one's only."""
@@ -49,5 +43,3 @@ class Ledger:
     def clear(self) -> None:
         """Count from nothing."""
         self.sent.clear()
-        self.messages.clear()
-        self.steps.clear()
