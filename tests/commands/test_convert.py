@@ -2,6 +2,8 @@
 """``manyheads convert``: what it writes is a model that every verb takes, and it says what it cost."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from manyheads import UserError, models, parse
 from manyheads.cli import main
+from manyheads.commands.convert import _following
 from manyheads.conversion import Prune, SurgeryPlan
 from manyheads.converter import Material, convert_model
 from manyheads.data.texts import Text
@@ -241,3 +244,11 @@ def test_too_little_text_is_refused_and_the_model_stays():
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     assert made.losses["after surgery"] > made.losses["before"]
     assert len(made.model.model.layers) < len(model.model.layers)
+
+
+def test_only_commands_that_work_are_suggested():
+    """A model without attention that a strategy can act on is neither compared nor inspected."""
+    for model, verbs in ((conversions.tiny("llama"), 2), (torch.nn.Linear(1, 1), 0)):
+        made = SimpleNamespace(measure="nats/token", compared=True, model=model)
+        lines = _following(made, Path("there"), True, "10m")
+        assert sum(line.startswith("manyheads ") for line in lines) == verbs and "from_pretrained" in lines[-1]

@@ -160,13 +160,17 @@ def _encoder(
 
 def _following(made: Converted, place: Path, plain: bool, recover: str | None) -> list[str]:
     """Commands that make sense next."""
+    from manyheads.integrations.site_search import find_sites
+
     words = made.measure == "nats/token"
     where = shlex.quote(str(place))
-    verbs = [f"manyheads compare --model {where}"] if words else []
+    seen = bool(find_sites(made.model))  # linear attention is none that a strategy acts on
+    verbs = [f"manyheads compare --model {where}"] if words and seen else []
+    verbs += [f"manyheads inspect --model {where}"] if seen else []
     stock, load = ("AutoModelForCausalLM", "load") if words else ("AutoModel", "load_reader")
     loads = f"{stock}.from_pretrained('{place}')" if plain else f"manyheads.models.{load}('{place}')"
     again = [] if recover or not made.compared else ["the same command with --recover 10m trains it"]
-    return [*verbs, f"manyheads inspect --model {where}", loads, *again]
+    return [*verbs, loads, *again]
 
 
 def _print(made: Converted, place: Path, plain: bool, following: list[str]) -> None:
