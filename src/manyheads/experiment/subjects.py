@@ -42,6 +42,7 @@ __all__ = [
     "ConvertibleVision",
     "Machine",
     "Pipeline",
+    "Processes",
     "Subject",
     "Trainable",
     "Vision",
@@ -301,6 +302,17 @@ class Machine(Subject):
         """Nothing: there is no model."""
 
 
+class Processes(Subject):
+    """Several processes that share one sequence: tasks start them, and say how many."""
+
+    kind = "processes"
+    kinds = (Strategy,)
+    name = "processes"
+
+    def load(self, device: str | torch.device) -> None:
+        """Nothing: tasks build what the processes run."""
+
+
 def _where(strategy: Strategy) -> str:
     """What a strategy of this kind acts on."""
     if isinstance(strategy, Ranker):
@@ -346,7 +358,7 @@ def subject(given: str | Subject, dtype: str | None = None) -> Subject:
 
     A pipeline ships, or its folder has model_index.json; an encoder of images is one by its config.json. ``dtype`` is
     what its weights are loaded in, as ``float32``. ``trainable`` is a model that the task trains, ``machine`` none at
-    all: operators are timed.
+    all: operators are timed. ``processes`` are several that share a sequence.
     """
     if isinstance(given, Subject):
         return given
@@ -356,6 +368,8 @@ def subject(given: str | Subject, dtype: str | None = None) -> Subject:
         return Trainable()
     if given == "machine":
         return Machine()
+    if given == "processes":
+        return Processes()
     folder = Path(given).expanduser()
     if given in models.shipped_pipelines() or (folder / "model_index.json").is_file():
         return Pipeline(given, dtype=dtype)

@@ -6,8 +6,9 @@ from ._frames import FrameParallel, Traffic
 from ._layouts import LAYOUTS, Layout, balance, layout
 from ._ledger import Ledger
 from ._masks import PATTERNS, AttnMask, AttnSlice, pattern
+from ._processes import Processes
 
 __all__ = [
     "EXCHANGES", "LAYOUTS", "PATTERNS", "AttnMask", "AttnSlice", "ContextParallel", "FrameParallel", "Layout", "Ledger",
-    "Traffic", "World", "balance", "layout", "pattern",
+    "Processes", "Traffic", "World", "balance", "layout", "pattern",
 ]  # fmt: skip

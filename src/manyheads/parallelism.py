@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kind of strategy that shares one sequence among several processes."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol
+
+from .strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .parallel import AttnMask, World
+
+__all__ = ["ContextParallelism", "SharedAttention"]
+
+
+class SharedAttention(Protocol):
+    """Attention over tokens of which each process has some; :class:`manyheads.parallel.ContextParallel` is one.
+
+    Attributes:
+        rows: tokens of this process, int64, by their place in the whole sequence.
+    """
+
+    rows: "Tensor"
+
+    def shard(self, x: "Tensor", dim: int) -> "Tensor":
+        """The tokens of this process, of all along ``dim``."""
+
+    def unshard(self, x: "Tensor", dim: int) -> "Tensor":
+        """All tokens, of those of this process along ``dim``; in every process, without gradients."""
+
+    def attend(self, q: "Tensor", k: "Tensor", v: "Tensor", scale: float | None = None) -> "tuple[Tensor, Tensor]":
+        """Output ``[B, H, T, dv]`` and log-sum-exp ``[B, H, T]`` of this process's tokens."""
+
+
+class ContextParallelism(Strategy, ABC):
+    """Says how processes share the tokens of a sequence, and what they exchange so that each token sees what it may."""
+
+    @abstractmethod
+    def share(self, world: "World", mask: "AttnMask") -> SharedAttention:
+        """Attention of ``mask`` among the processes of ``world``; every process has to ask, in one order."""
