@@ -71,7 +71,7 @@ def written(name, spec="head_statistics", near=1, **how):
     return seen.compute(), [torch.from_numpy(x).transpose(1, 2) for x in got], want
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "gpt_oss", "llama4", "gpt2"])
 def test_every_step_equals_the_formula_over_the_whole_text(name):
     """Grouped heads, left padding, windows, caps, learned sinks; the control is the step before."""
     found, got, want = written(name)
@@ -326,7 +326,7 @@ class Careless(Waiting):
         return bool(self.rows)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "llama4"])
 def test_tokens_that_wait_without_a_call_are_those_of_the_text(name, monkeypatch):
     """No padding, so that a token needs no call, and windows are left on the way; two caches in turn are refused."""
     model, keep = models.tiny(name), Keep()

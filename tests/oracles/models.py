@@ -70,6 +70,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": _ALTERNATING,
         },
     ),
+    "llama4": (
+        "Llama4 ForCausalLM",
+        {
+            "attention_chunk_size": WINDOW,
+            "intermediate_size_mlp": 48,
+            "moe_layers": [],
+            "no_rope_layers": [1, 0],
+            "num_local_experts": 2,
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3 ForCausalLM",
         {
@@ -144,7 +154,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-ROTARY = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3")
+ROTARY = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "mistral", "gemma2", "gemma3_text", "gpt_oss", "llama4", "deepseek_v3")
 DECODERS = (*ROTARY, "gpt2")
 SEQ2SEQ = ("t5", "bart", "whisper")
 ALL = tuple(CONFIGS)
@@ -154,7 +164,7 @@ _built: dict[tuple[str, torch.dtype], nn.Module] = {}
 def config(name: str, **changes: Any) -> Any:
     family, own = CONFIGS[name]
     base = _DECODER if name in ROTARY else _SEQ2SEQ if name in ("bart", "whisper") else {}
-    prefix = "Gemma3Text" if name == "gemma3_text" else family.split()[0]
+    prefix = {"gemma3_text": "Gemma3Text", "llama4": "Llama4Text"}.get(name, family.split()[0])
     return getattr(transformers, f"{prefix}Config")(**{**base, **own, **changes})
 
 
