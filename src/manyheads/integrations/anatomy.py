@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..conversion import LayerShape, SurgeryPlan
 from ..errors import UserError
-from .architectures import Family, family_of
+from .architectures import Family, families_of
 from .plan_size import count, turned
 
 __all__ = ["ModelAnatomy", "shared_copy", "turned"]
@@ -43,11 +43,15 @@ class ModelAnatomy:
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
-        self.map: Family = family_of(model.config.model_type)
+        families = families_of(model.config.model_type)
         prefix = model.base_model_prefix
         self.prefix = f"{prefix}." if hasattr(model, prefix) else ""
-        unknown = [name for name, parameter in self.named_parameters() if self.axes(name, parameter) is None]
-        if unknown:
+        for known in families:
+            self.map: Family = known
+            unknown = [name for name, parameter in self.named_parameters() if self.axes(name, parameter) is None]
+            if not unknown:
+                break
+        else:
             raise UserError(
                 f"{type(model).__name__} has parameters that are not known of {self.map.name}: {', '.join(unknown[:3])}"
             )

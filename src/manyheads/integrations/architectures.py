@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 
 from ..errors import UserError
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "families_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Family:
         parts: linear layers of a block by what they are; ``qkv`` where the three are one.
         modules: the modules of a block that a plan may replace: ``attention``, and ``mlp``.
         head: of the attention module, which holds the number of its heads.
+        narrows: the attribute of that module which holds the channels of a head, where these may become fewer.
         axes: by pattern (of fnmatch, ``*`` for the number of a layer), first match.
         off: modules of a block that are replaced when a part of it is dropped: by nothing (``zero``), or by what
             they are given (``same``).
@@ -50,6 +51,7 @@ class Family:
     parts: Mapping[str, str]
     modules: Mapping[str, str]
     head: str
+    narrows: str = ""
     axes: Mapping[str, str]
     off: Mapping[str, Mapping[str, str]]
     norms: tuple[str, ...]
@@ -184,7 +186,7 @@ _BERT = Family(
 _VIT = Family(
     name="vit",
     types=frozenset({"vit"}), layers="layers", parts=_VIT_PARTS,
-    modules={"attention": "attention", "mlp": "mlp"}, head="attention",
+    modules={"attention": "attention", "mlp": "mlp"}, head="attention", narrows="head_dim",
     axes={**_VIT_EMBEDDINGS, **_inside("layers.*", {**_attention("attention"), **_FC, "layernorm_?": "width"})},
     fields={k: v for k, v in _FIELDS.items() if k != "kv_heads"}, causal=False,
     norms=("layernorm_before", "layernorm_after", "layernorm"),
@@ -213,17 +215,32 @@ _DINOV2 = replace(
     },
 )  # fmt: skip
 
-FAMILIES = (_LLAMA, _GEMMA1, _GEMMA, _GPT2, _BERT, _VIT, _DINOV2)
+_DINOV2_NESTED = replace(  # as transformers had it before 5.18
+    _DINOV2,
+    parts={
+        **{x: f"attention.attention.{name}" for x, name in (("q", "query"), ("k", "key"), ("v", "value"))},
+        "o": "attention.output.dense", "up": "mlp.fc1", "down": "mlp.fc2",
+    },
+    head="attention.attention", narrows="attention_head_size",
+    axes={
+        **_DINOV2.axes,
+        **_inside("encoder.layer.*.attention", {
+            **_linear("attention.query", "q", "width"), **_linear("attention.key", "q", "width"),
+            **_linear("attention.value", "q", "width"), **_linear("output.dense", "width", "q"),
+        }),
+    },
+)  # fmt: skip
+
+FAMILIES = (_LLAMA, _GEMMA1, _GEMMA, _GPT2, _BERT, _VIT, _DINOV2, _DINOV2_NESTED)
 
 
-def family_of(model_type: str) -> Family:
-    """The axis map for a ``model_type``.
+def families_of(model_type: str) -> tuple[Family, ...]:
+    """The axis maps for a ``model_type``; several where its modules had other names in earlier versions.
 
     Raises:
         UserError: there is none.
     """
-    for family in FAMILIES:
-        if model_type in family.types:
-            return family
+    if found := tuple(family for family in FAMILIES if model_type in family.types):
+        return found
     known = ", ".join(sorted(kind for family in FAMILIES for kind in family.types))
     raise UserError(f"nothing is known of how models of type {model_type} are cut; known are {known}")

@@ -141,7 +141,7 @@ def _factorise(anatomy: ModelAnatomy, step: Factorise) -> None:
 
 def _head_dim(anatomy: ModelAnatomy, step: HeadDim) -> None:
     attention: Any = anatomy.blocks[step.layer].get_submodule(anatomy.map.head)
-    if anatomy.causal or not hasattr(attention, "head_dim"):
+    if not anatomy.map.narrows:
         raise UserError(f"the heads of {anatomy.family} models keep their channels: they turn with positions, or more")
     width = anatomy.layers[step.layer].heads * step.dim
     for part in "qkvo":
@@ -152,8 +152,9 @@ def _head_dim(anatomy: ModelAnatomy, step: HeadDim) -> None:
         if module.bias is not None:
             module.register_parameter("bias", nn.Parameter(_brought(step, f"{part}.bias", shape[:1], old)))
         _resized(module)
-    attention.head_dim, attention.scaling = step.dim, step.dim**-0.5
-    if {block.get_submodule(anatomy.map.head).head_dim for block in anatomy.blocks} == {step.dim}:
+    setattr(attention, anatomy.map.narrows, step.dim)
+    attention.all_head_size, attention.scaling = width, step.dim**-0.5
+    if {getattr(block.get_submodule(anatomy.map.head), anatomy.map.narrows) for block in anatomy.blocks} == {step.dim}:
         anatomy.config.head_dim = step.dim
     anatomy.__dict__.pop("layers", None)
 
