@@ -51,7 +51,7 @@ claim = Claim(
                 "longest": 180, "minilm.samples": 300, "minilm.learned": 120, "smollm2.samples": 60,
                 "smollm2.learned": 20, "smollm2.per_file": 2,
             },
-            cuda={"samples": 600, "batch": 50},
+            cuda={"samples": 450, "batch": 50},
         ),
     ),
     checks=(

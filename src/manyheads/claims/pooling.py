@@ -64,7 +64,9 @@ claim = Claim(
                 "arms": arms(1), "seeds": 5, "layers": 6, "steps": 12, "batch": 6, "samples": 60, "queries": 10,
                 "documents": 60, "length": 32, "sets": ("sts-2014-images",),
             },
-            cuda={"seeds": 5, "steps": 300, "batch": 64, "samples": 750, "documents": 1400},
+            cuda={
+                "seeds": 5, "layers": 12, "steps": 100, "batch": 32, "samples": 300, "queries": 100, "documents": 700,
+            },
         ),
     ),
     checks=(

@@ -45,7 +45,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"samples": 8, "steps": 4, "batch": 4},
             cpu={"samples": 128, "steps": 1000},
-            cuda={"model": "towered", "samples": 512, "steps": 3000, "pool": 8192, "layers": 4, "lr": 3e-3, "seeds": 3},
+            cuda={"model": "towered", "samples": 256, "steps": 800, "pool": 2048, "layers": 4, "lr": 3e-3, "seeds": 3},
         ),
     ),
     checks=(

@@ -47,7 +47,7 @@ claim = Claim(
                 "subject": Convertible("default"), "text": "code", "length": 64, "windows": 48, "sequences": 2,
                 "steps": 30, "seeds": 2,
             },
-            cuda={"length": 512, "windows": 64, "sequences": 2, "steps": 1000},
+            cuda={"length": 512, "windows": 64, "sequences": 2, "steps": 250},
         ),
     ),
     checks=(

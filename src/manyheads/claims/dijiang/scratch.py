@@ -41,7 +41,7 @@ claim = Claim(
                 "parameters": 220_000,
             },
             cuda={
-                "seeds": 5, "steps": 500, "tune_steps": 150, "rates": (1e-3, 3e-3), "samples": 128, "length": 512,
+                "seeds": 5, "steps": 300, "tune_steps": 80, "rates": (1e-3, 3e-3), "samples": 128, "length": 512,
                 "batch": 32, "dim": 256, "parameters": 3_300_000,
             },
         ),

@@ -46,7 +46,7 @@ claim = Claim(
             quick={"steps": 20, "rates": (4e-3,), "samples": 24, "layers": 3, "parameters": 170_000},
             cpu={"steps": 130, "rates": (4e-3,), "samples": 64, "parameters": 300_000, "seeds": 3},
             cuda={
-                "seeds": 5, "length": 256, "batch": 64, "dim": 256, "heads": 4, "steps": 1500, "tune_steps": 300,
+                "seeds": 5, "length": 256, "batch": 64, "dim": 256, "heads": 4, "steps": 300, "tune_steps": 80,
                 "rates": (1e-3, 3e-3), "samples": 128, "parameters": 5_000_000, "layers": 12,
             },
         ),

@@ -56,7 +56,7 @@ claim = Claim(
                 "subject": Convertible("default"), "text": "code", "arms": arms(0.5), "length": 96, "windows": 4,
                 "sequences": 16, "steps": 24, "context": 192, "samples": 16, "seeds": 2,
             },
-            cuda={"length": 512, "windows": 16, "sequences": 64, "steps": 400, "context": 1024, "samples": 64},
+            cuda={"length": 512, "windows": 16, "sequences": 64, "steps": 100, "context": 1024, "samples": 64},
         ),
     ),
     checks=(

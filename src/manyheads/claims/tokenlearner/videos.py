@@ -39,7 +39,7 @@ claim = Claim(
             quick={"steps": 3, "samples": 20, "dim": 16, "picture_cost.at_once": 2, "rounds": 2},
             cpu={"steps": 300, "batch": 16, "samples": 1000, "lr": 1e-3},
             cuda={
-                "dim": 192, "heads": 6, "batch": 128, "steps": 2500, "lr": 5e-4, "samples": 5000,
+                "dim": 192, "heads": 6, "batch": 128, "steps": 400, "lr": 5e-4, "samples": 2000,
                 "picture_cost.at_once": 512, "rounds": 15,
             },
         ),
