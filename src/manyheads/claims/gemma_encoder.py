@@ -67,8 +67,8 @@ claim = Claim(
     caveat=(
         "On a CPU the six lowest layers of thirty are kept and adapters of rank 16 are trained for 30 steps, on a GPU "
         "all weights of the twelve lowest for 120. Ranking, which the paper also claims, is in the task "
-        "(data=cranfield) and not judged here. MiniLM has seen a billion pairs of sentences and is shown, not judged. After so few steps arms "
-        "still differ by how fast they learn: with dropout and a mean the training loss is twice that without dropout "
-        "or with attention, and more."
+        "(data=cranfield) and not judged here. MiniLM has seen a billion pairs of sentences and is shown, not judged. "
+        "After so few steps arms still differ by how fast they learn: with dropout and a mean the training loss is "
+        "twice that without dropout or with attention, and more."
     ),
 )  # fmt: skip
