@@ -169,8 +169,7 @@ class Pruning(Conversion):
         if not fits(*smallest):
             share = ceil(100 * model.parameters(SurgeryPlan(smallest)) / model.parameters()) / 100
             raise UserError(
-                f"axis={self.axis} cannot reach keep={self.keep:g}: keep={share:.2f} can be had, or another "
-                "axis"
+                f"axis={self.axis} cannot reach keep={self.keep:g}: keep={share:.2f} can be had, or another axis"
             )
         if self.axis == "layers":
             return shallow(largest(2, count, lambda n: fits(*shallow(n))))
