@@ -93,6 +93,23 @@ def test_models_are_not_written_over(text, tmp_path, capsys):
     assert code == 2 and "holds a model" in error
 
 
+def test_a_folder_is_what_was_made_last(text, tmp_path, capsys):
+    """Of an encoder's files none outlasts a conversion into its folder, nor the other way round."""
+    out, ragged = tmp_path / "out", "skip_attn:skip=0.2"
+    for _ in range(2):
+        assert run(capsys, *small(text, out, ragged))[0] == 0
+        assert run(capsys, "convert", "pooling:latents=2,heads=1", "--out", out)[0] == 0
+        encoder = TextEncoder.load(out)
+        assert len(encoder.model.layers) == len(models.load_default()[0].model.layers)
+        assert all(type(layer.self_attn).__name__ == "LlamaAttention" for layer in encoder.model.layers)
+        assert not list(out.glob("surgery.*")) and not (out / "conversion.json").exists()
+    assert run(capsys, *small(text, out, ragged))[0] == 0
+    left = {path.name for path in out.iterdir()}
+    assert not left & {"encoder.json", "modules.json", "sentence_bert_config.json", "1_Pooling", "2_Normalize"}
+    with pytest.raises(UserError, match="no encoder of texts"):
+        TextEncoder.load(out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

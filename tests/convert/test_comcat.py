@@ -132,6 +132,12 @@ def test_what_cannot_be_is_refused():
     for spec, said in (("keep=0", "shares"), ("mlp=2", "shares"), ("ranks=x", "spectra or uniform")):
         with pytest.raises(UserError, match=said):
             parse(f"comcat:{spec}")
+    for ranks in ("spectra", "uniform"):
+        with pytest.raises(UserError, match=r"keep=0\.125 or more"):
+            made("vit", f"comcat:keep=0.1,ranks={ranks}")
+        assert {step.dim for step in made("vit", f"comcat:keep=0.125,ranks={ranks}")[2].steps} == {1}
+    with pytest.raises(UserError, match=r"more than 0\.01 of its parameters"):
+        made("vit", "comcat:mlp=0.01")
     model = tiny("llama")
     with pytest.raises(UserError, match="converts models of dinov2, vit"):
         calibrated(model, parse("comcat"), [])

@@ -144,7 +144,13 @@ def test_weights_are_the_sums_and_what_is_left_of_them(model):
 def test_as_many_matrices_as_layers_change_nothing(model):
     whole = run(model)
     assert_close(run(converted(model, planned(model, "masa:groups=1,keep=1,refine=false")[0])), whole, ROUND)
-    assert_close(run(converted(model, planned(model, "masa:groups=3,keep=1")[0])), whole, ROUND)
+
+
+@pytest.mark.parametrize("spec", ["masa", "low_rank", "low_rank:method=svd", "low_rank:method=basis,group=2"])
+def test_what_keeps_all_is_the_model(model, spec):
+    """Two thin matrices with as many parameters as a square one have half its rank."""
+    kept = f"{spec}{',' if ':' in spec else ':'}keep=1"
+    assert torch.equal(run(converted(model, planned(model, kept)[0])), run(model))
 
 
 def test_a_basis_is_one_parameter_of_its_layers_and_asked_for_in_order(model):
@@ -171,3 +177,7 @@ def test_what_cannot_be_is_refused(model):
         planned(model, "masa:groups=2,keep=0.6,refine=false")
     with pytest.raises(UserError, match="keep more"):
         planned(model, "masa:groups=1,keep=0.2,atoms=1")
+    with pytest.raises(UserError, match=r"more than 0\.01 of its parameters: keep 0\.042 or more"):
+        planned(model, "low_rank:keep=0.01,parts=q")
+    rank = planned(model, "low_rank:keep=0.042,parts=q")[0].steps[0].rank
+    assert rank == 1

@@ -157,6 +157,9 @@ def test_what_a_model_does_not_allow_is_refused(model):
         plan_of(model, "skip_attn:skip=0.95")
     with pytest.raises(UserError, match="score whole blocks"):
         plan_of(tiny("bert"), "skip_attn:choose=cosine")
+    with pytest.raises(UserError, match=r"skip=0\.167 for one"):  # a share that rounds to none is no silent no-op
+        plan_of(model, "skip_attn:skip=0.08")
+    assert gone(model, "skip_attn:skip=0.167") == (5,)
     assert plan_of(tiny("bert"), "skip_attn:skip=0.33").steps == (Drop(part="attention", layers=(2,)),)
     for fields, said in (("skip=1", "below 1"), ("part=heads", "attention, mlp or block"), ("choose=x", "choose one")):
         with pytest.raises(UserError, match=said):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from ..calls.calibration import Statistic, Statistics, gram
 from ..conversion import Anatomy, Conversion
 from ..errors import UserError
 
-__all__ = ["READS", "ProjectionConversion", "factors", "product_factors", "whitener"]
+__all__ = ["READS", "ProjectionConversion", "factors", "product_factors", "rank_for", "whitener"]
 
 _LEAST = 1e-6  # of the mean square of a channel: what a direction counts at least
 _ATTENTION, _HEADS = gram("attention"), gram("heads")
@@ -46,6 +47,19 @@ def factors(weight: Tensor, rank: int, root: Tensor | None = None) -> tuple[Tens
         right = torch.linalg.solve(root, right.mT).mT
     pad = torch.nn.functional.pad
     return pad(left, (0, rest)), pad(right, (0, 0, 0, rest))
+
+
+def rank_for(keep: float, out: int, inside: int) -> int:
+    """The largest rank at which two thin matrices have at most ``keep`` of the parameters of ``[out, inside]``.
+
+    Raises:
+        UserError: not even rank 1 has so few; the message has the least share.
+    """
+    rank = int(keep * out * inside / (out + inside))
+    if not rank:
+        least = ceil(1000 * (out + inside) / (out * inside)) / 1000
+        raise UserError(f"rank 1 of {out} x {inside} has more than {keep:g} of its parameters: keep {least:g} or more")
+    return rank
 
 
 def product_factors(
@@ -75,7 +89,7 @@ def product_factors(
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionConversion(Conversion):
-    """Base: which projections of attention are changed, and how many of their parameters stay."""
+    """Base: which projections of attention are changed, and how many of their parameters stay; all with ``keep=1``."""
 
     families: ClassVar[frozenset[str]] = frozenset({"llama", "gemma", "bert", "vit", "dinov2"})  # q, k, v of their own
 

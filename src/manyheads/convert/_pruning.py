@@ -168,7 +168,9 @@ class Pruning(Conversion):
         )
         if not fits(*smallest):
             share = ceil(100 * model.parameters(SurgeryPlan(smallest)) / model.parameters()) / 100
-            raise UserError(f"{self.axis} alone cannot reach {self.spec}: keep={share:.2f} can be had, or another axis")
+            raise UserError(
+                f"axis={self.axis} cannot reach keep={self.keep:g}: keep={share:.2f} can be had, or another axis"
+            )
         if self.axis == "layers":
             return shallow(largest(2, count, lambda n: fits(*shallow(n))))
         if self.axis == "width":

@@ -8,7 +8,7 @@
               mean of their inputs; Basis Sharing (arXiv 2410.03765). The output projection has a basis in every layer,
               as there.
 
-A weight keeps the rank at which ``keep`` of its parameters stay, the same in every layer.
+A weight keeps the rank at which ``keep`` of its parameters stay, the same in every layer; with ``keep=1`` it stays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from ..calls.calibration import Statistic, Statistics
 from ..conversion import Anatomy, Factorise, SurgeryPlan
 from ..errors import UserError
-from ._low_rank import ProjectionConversion, factors, whitener
+from ._low_rank import ProjectionConversion, factors, rank_for, whitener
 
 __all__ = ["LowRankAttention"]
 
@@ -41,9 +41,11 @@ class LowRankAttention(ProjectionConversion):
             raise UserError("a group has one layer at least")
 
     def wants(self, model: Anatomy) -> Sequence[Statistic]:
-        return () if self.method == "svd" else super().wants(model)
+        return () if self.method == "svd" or self.keep == 1 else super().wants(model)
 
     def plan(self, model: Anatomy, stats: Statistics) -> SurgeryPlan:
+        if self.keep == 1:  # thin matrices of as many parameters would have about half the rank
+            return SurgeryPlan(())
         count = len(model.layers)
         steps: list[Factorise] = []
         for part in self.parts:
@@ -59,7 +61,7 @@ class LowRankAttention(ProjectionConversion):
             root = whitener(torch.stack([self.moment(stats, part, i, weights[0]) for i in layers]).mean(0))
         whole = torch.cat(weights)
         out, inside = whole.shape
-        rank = max(1, int(self.keep * out * inside / (out + inside)))
+        rank = rank_for(self.keep, out, inside)
         left, right = factors(whole, rank, root)
         for i, own in zip(layers, left.split([len(w) for w in weights]), strict=True):
             tensors = {"left": own, "right": right} if i == layers[0] else {"left": own}

@@ -92,6 +92,8 @@ class MASA(ProjectionConversion):
         count = len(model.layers)
         if self.groups > count:
             raise UserError(f"the model has {count} layers: ask for that many groups at most")
+        if self.keep == 1 and self.refine:  # nothing has to go
+            return SurgeryPlan(())
         groups = cut_groups(self._distances(model, stats), self.groups)
         places = [(part, group) for group in groups if len(group) > 1 for part in self.parts]
         if not self.refine:

@@ -65,6 +65,11 @@ class SkipAttn(Conversion):
     def plan(self, model: Anatomy, stats: Statistics) -> SurgeryPlan:
         layers = range(1, len(model.layers) - self.keep_last)
         count = round(self.skip * len(model.layers))
+        if self.skip and not count:
+            raise UserError(
+                f"{self.spec} leaves nothing out of {len(model.layers)} layers: give skip={1 / len(model.layers):.3f} "
+                "for one, or skip=0 for none"
+            )
         if count > len(layers):
             raise UserError(f"of {len(model.layers)} layers {len(layers)} can lose their {self.part}, not {count}")
         return self._without(sorted(self._chosen(layers, count, stats)))

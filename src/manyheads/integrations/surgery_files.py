@@ -22,10 +22,15 @@ from ..files import write_asked
 from .latent_attention import LatentAttention, as_deepseek
 from .precision import cast
 
-__all__ = ["FILE", "load", "load_if_converted", "outputs", "plain", "save", "stock_config"]
+__all__ = ["FILE", "forget", "load", "load_if_converted", "outputs", "plain", "save", "stock_config"]
 
 FILE, _WEIGHTS, _ABOUT = "surgery.json", "surgery.safetensors", "conversion.json"
 _PLAIN = ("model*.safetensors", "model.safetensors.index.json", _ABOUT)  # what a plain one has and the other has not
+_OWN = (FILE, _WEIGHTS, _ABOUT)
+_ENCODER = (  # what one of texts has in its folder; the folders of its poolers behind what they hold
+    "encoder.json", "head.safetensors", "modules.json", "sentence_bert_config.json", "1_Pooling/*", "1_Pooling",
+    "2_Normalize/*", "2_Normalize",
+)  # fmt: skip
 _EQUAL = 1e-5  # relative difference of outputs in float32
 
 
@@ -110,6 +115,7 @@ def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[s
 
     folder.mkdir(parents=True, exist_ok=True)
     stock = plain(model)
+    _remove(folder, *_ENCODER)
     if stock is not None:
         stock.save_pretrained(folder)
         write_asked(folder / _ABOUT, json.dumps({**about, "plan": plan.plain()}) + "\n")
@@ -125,9 +131,14 @@ def save(model: Any, folder: Path, plan: SurgeryPlan, before: Any, about: dict[s
     return False
 
 
+def forget(folder: Path) -> None:
+    """Remove what says how an earlier conversion's weights are read, where an encoder of texts takes its folder."""
+    _remove(folder, *_OWN)
+
+
 def _remove(folder: Path, *patterns: str) -> None:
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        path.unlink()
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def load_if_converted(folder: Path, device: torch.device, dtype: torch.dtype) -> Any | None:

@@ -124,7 +124,7 @@ class TextEncoder(nn.Module):
         Raises:
             UserError: the config of the model's class cannot say what the model is.
         """
-        from ..integrations.surgery_files import plain
+        from ..integrations.surgery_files import forget, plain
 
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
@@ -135,6 +135,7 @@ class TextEncoder(nn.Module):
             raise UserError(
                 "a model that needs its plan of surgery is no encoder: convert the model as it was published"
             )
+        forget(place)
         config = stock.config
         if self.pooler.all_layers:
             config.output_hidden_states = True  # where sentence-transformers learns that they are wanted

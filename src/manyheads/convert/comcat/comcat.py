@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import ClassVar
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from ...calls.calibration import Statistic, Statistics, gram, mean
 from ...conversion import Anatomy, Conversion, Factorise, HeadDim, Step, SurgeryPlan
 from ...errors import UserError
-from .._low_rank import factors, product_factors, whitener
+from .._low_rank import factors, product_factors, rank_for, whitener
 
 __all__ = ["COMCAT", "HeadProducts"]
 
@@ -125,10 +126,14 @@ class COMCAT(Conversion):
     def _ranks(self, found: Sequence[HeadProducts]) -> list[int]:
         """Of each layer; their sum is ``keep`` of that of the heads' channels."""
         sizes = [len(products.lost) for products in found]
+        ranks = [int(self.keep * size) for size in sizes] if self.ranks == "uniform" else [1] * len(found)
+        more = int(self.keep * sum(sizes)) - len(ranks)
+        if min(ranks) < 1 or more < 0:
+            least = ceil(1000 / min(sizes)) / 1000
+            raise UserError(f"a head keeps one of its {min(sizes)} channels at least: give keep={least:g} or more")
         if self.ranks == "uniform":
-            return [max(1, int(self.keep * size)) for size in sizes]
-        ranks = [1] * len(found)
-        for _ in range(int(self.keep * sum(sizes)) - len(ranks)):
+            return ranks
+        for _ in range(more):
             most = max((i for i, size in enumerate(sizes) if ranks[i] < size), key=lambda i: found[i].lost[ranks[i]])
             ranks[most] += 1
         return ranks
@@ -138,7 +143,7 @@ class COMCAT(Conversion):
             for part, inputs in _MLP.items():
                 weight = model.weight(part, layer)
                 out, inside = weight.shape
-                rank = max(1, int(self.mlp * out * inside / (out + inside)))
+                rank = rank_for(self.mlp, out, inside)
                 left, right = factors(weight, rank, whitener(stats[inputs][layer].to(weight.device)))
                 yield Factorise(part=part, layer=layer, rank=rank, tensors={"left": left, "right": right})
 
