@@ -131,7 +131,8 @@ class TilePattern:
         device = self.words.device
         tiles = torch.from_numpy(state == WHOLE).to(device)[:, :, None, None].repeat(1, 1, BLOCK, BLOCK)
         part = torch.from_numpy(state == PART).to(device)
-        tiles[part] = unpack(self.words[torch.from_numpy(self._memo["number"][rows, columns][state == PART]).to(device)])
+        numbers = self._memo["number"][rows, columns][state == PART]
+        tiles[part] = unpack(self.words[torch.from_numpy(numbers).to(device)])
         start, end = rows.start * BLOCK, min(rows.stop * BLOCK, self.num_queries)
         width = len(columns) * BLOCK - (-self.num_keys % BLOCK if columns[-1] == self.columns - 1 else 0)
         return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[: end - start, :width]
