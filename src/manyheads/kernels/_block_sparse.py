@@ -150,7 +150,7 @@ def _logits(
         if DOCS:
             seen = seen & (mine[:, None] == tl.load(theirs_ptr + s, mask=held, other=0)[None, :])
         if TILED:
-            at = word_ptr + (start // BK).to(tl.int64) * (BQ * BK // 32)
+            at = word_ptr + tl.cast(start // BK, tl.int64) * (BQ * BK // 32)
             seen = seen & _bits(at, t % BQ, start % BK, x.shape[1], BK)
         x = tl.where(seen, x, float("-inf"))
     return x

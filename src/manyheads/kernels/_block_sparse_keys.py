@@ -43,7 +43,7 @@ def _keys_step(
             bits = tl.load(bits_ptr + n // BQ, mask=held, other=0)
             seen = seen & (((bits[None, :] >> (place // BK).to(tl.int64)[:, None]) & 1) != 0)
         if TILED:
-            words = word_ptr + (start // BQ).to(tl.int64) * (BQ * BK // 32)
+            words = word_ptr + tl.cast(start // BQ, tl.int64) * (BQ * BK // 32)
             seen = seen & _bits(words, place, start % BQ, M, BQ)
         x = tl.where(seen, x, float("-inf"))
     p = tl.exp2(x - lse[None, :])
