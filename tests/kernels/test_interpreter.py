@@ -12,6 +12,7 @@ from kernels.interpreter import needs_triton, run_interpreted
 FILES = [
     ["interpreted.py"], ["interpreted_probe.py"], ["interpreted_recurrence.py"],
     ["interpreted_block_sparse.py", "interpreted_int4_fp8.py", "interpreted_product_codes.py"],
+    ["interpreted_tiles.py"],
 ]  # fmt: skip
 
 

@@ -57,12 +57,15 @@ class Lists(NamedTuple):
             to the third are seen whole.
         order: ``[B, H, n]`` int32, rows by falling length.
         bits: ``[B, H, n, W]`` int64, which of the up to 64 key blocks of a tile an entry reads; None for all.
+        words, base: of a :class:`.tile_pattern.TilePattern`: the bits of its tiles, and the first one of each row.
     """
 
     indices: Tensor
     spans: Tensor
     order: Tensor
     bits: Tensor | None = None
+    words: Tensor | None = None
+    base: Tensor | None = None
 
 
 def blocks_of(a: Any, b: int) -> Any:
@@ -87,6 +90,8 @@ class BlockPattern:
     num_queries: int
     num_keys: int
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    masked = False  # by bits
 
     def __post_init__(self) -> None:
         if min(self.block_q, self.block_k) < 1 or min(self.num_queries, self.num_keys) < 1:

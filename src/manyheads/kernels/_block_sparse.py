@@ -9,14 +9,15 @@ no mask.
 
 Constants of a launch: D and DV channels of keys and values, WD and WV columns that hold them; BQ and BK queries and
 keys of a block; M queries and N keys of a tile; G query heads share a key head; CAUSAL, WINDOW: the rule; BIAS: logits
-of keys have a bias; DOCS: a query sees the keys of its own document; ASM: NVIDIA's assembly runs, as it does not in an
-interpreter.
+of keys have a bias; DOCS: a query sees the keys of its own document; TILED: blocks that are not seen whole have bits
+(:class:`manyheads.attention.tile_pattern.TilePattern`) and stand behind the others; ADD: what is there is added to;
+GIVEN: delta is known; ASM: NVIDIA's assembly runs, as it does not in an interpreter.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["backward_keys", "backward_queries", "forward"]
+__all__ = ["backward_queries", "forward"]
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -110,6 +111,17 @@ def _allowed(apart, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _bits(word_ptr, row, column, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the bits of a tile are set ``[rows, N]``: of these rows, N columns from ``column`` on."""
+    c = tl.arange(0, N)[None, :]
+    at = word_ptr + row * (BLOCK // 32) + column // 32
+    word = tl.load(at)[:, None]
+    for i in tl.static_range(1, N // 32):
+        word = tl.where(c // 32 == i, tl.load(at + i)[:, None], word)
+    return ((word >> (c % 32)) & 1) != 0
+
+
+@triton.jit
 def _row(
     list_ptr, span_ptr, order_ptr, list_batch, list_head, batch, head, T, ROWS, W, BQ: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -125,10 +137,11 @@ def _row(
 
 @triton.jit
 def _logits(
-    x, t, s, held, bias_ptr, mine, theirs_ptr, shift, window, factor, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, DOCS: tl.constexpr, MASK: tl.constexpr,
+    x, t, s, held, bias_ptr, mine, theirs_ptr, word_ptr, start, shift, window, factor, BQ: tl.constexpr,
+    BK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, DOCS: tl.constexpr,
+    TILED: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Logits ``[M, N]`` over ln 2; -inf where nothing is seen."""
+    """Logits ``[M, N]`` over ln 2; -inf where nothing is seen. ``start`` counts the elements of blocks with bits."""
     x = x * factor
     if MASK:
         seen = _allowed((t + shift)[:, None] - s[None, :], window, CAUSAL, WINDOW) & held[None, :]
@@ -136,22 +149,28 @@ def _logits(
             x += (tl.load(bias_ptr + s, mask=held, other=0.0).to(tl.float32) * _LOG2E)[None, :]
         if DOCS:
             seen = seen & (mine[:, None] == tl.load(theirs_ptr + s, mask=held, other=0)[None, :])
+        if TILED:
+            at = word_ptr + tl.cast(start // BK, tl.int64) * (BQ * BK // 32)
+            seen = seen & _bits(at, t % BQ, start % BK, x.shape[1], BK)
         x = tl.where(seen, x, float("-inf"))
     return x
 
 
 @triton.jit
 def _forward_step(
-    q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, start, left, whole, stop, k_row, v_row,
-    S, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr,
-    N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, DOCS: tl.constexpr,
-    ASM: tl.constexpr, MASK: tl.constexpr,
+    q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, word_ptr, start, left, whole, stop,
+    k_row, v_row, S, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr,
+    DOCS: tl.constexpr, TILED: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     _n, at, s, held = _places(list_ptr, start, left, whole, stop, BK, N, ASM, MASK)
     held = held & (s < S)
     k = _tile(k_ptr, at, s, k_row, held, D, WD, N, BK % N == 0, MASK)
     x = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    x = _logits(x, t, s, held, bias_ptr, mine, theirs_ptr, shift, window, factor, CAUSAL, WINDOW, BIAS, DOCS, MASK)
+    x = _logits(
+        x, t, s, held, bias_ptr, mine, theirs_ptr, word_ptr, start, shift, window, factor, BQ, BK, CAUSAL, WINDOW, BIAS,
+        DOCS, TILED, MASK,
+    )  # fmt: skip
     new = tl.maximum(top, tl.max(x, 1))
     base = new
     if MASK:
@@ -166,12 +185,12 @@ def _forward_step(
 
 @triton.jit(do_not_specialize=["T", "S", "ROWS", "W", "window", "list_batch", "list_head"])
 def forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, list_ptr, span_ptr, order_ptr, bias_ptr, mine_ptr, theirs_ptr, q_batch,
-    q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row, list_batch, list_head,
-    bias_batch, bias_head, mine_batch, theirs_batch, HEADS, T, S, ROWS, W, window, factor, G: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr,
-    DOCS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, list_ptr, span_ptr, order_ptr, word_ptr, base_ptr, bias_ptr, mine_ptr,
+    theirs_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    list_batch, list_head, bias_batch, bias_head, mine_batch, theirs_batch, HEADS, T, S, ROWS, W, window, factor,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr,
+    DOCS: tl.constexpr, TILED: tl.constexpr, ADD: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a block of queries, query head): output of M queries and their log-sum-exp ``[B, H, T]``."""
     pair = tl.program_id(1).to(tl.int64)
@@ -191,38 +210,49 @@ def forward(
     acc = tl.zeros([M, WV], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
+    c = tl.arange(0, WV)[None, :]
+    spot = out_ptr + b * o_batch + h * o_head + t.to(tl.int64)[:, None] * o_row + c
+    if TILED:
+        word_ptr += tl.load(base_ptr + begin // BQ).to(tl.int64) * (BQ * BK // 32)
+    if ADD:  # what was found of other keys counts as one key with that output and logit
+        top = tl.load(lse_ptr + pair * T + t, mask=real, other=float("-inf")) * _LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        acc = tl.load(spot, mask=real[:, None] & (c < DV), other=0.0).to(tl.float32)
     if not (BIAS or DOCS):
         for n in tl.range(left, left + whole, N, num_stages=STAGES):
             acc, top, total = _forward_step(
-                q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop, k_row,
-                v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, False,
+                q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, word_ptr, n, left, whole,
+                stop, k_row, v_row, S, S - T, window, factor, D, DV, WD, WV, BQ, BK, N, CAUSAL, WINDOW, BIAS, DOCS,
+                TILED, ASM, False,
             )  # fmt: skip
     for n in tl.range(first, stop - whole, N, num_stages=STAGES):
         acc, top, total = _forward_step(
-            q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop, k_row,
-            v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, True,
+            q, t, mine, acc, top, total, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, word_ptr, n, left, whole, stop,
+            k_row, v_row, S, S - T, window, factor, D, DV, WD, WV, BQ, BK, N, CAUSAL, WINDOW, BIAS, DOCS, TILED, ASM,
+            True,
         )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total)) * _LN2
     tl.store(lse_ptr + pair * T + t, lse, mask=real)
-    c = tl.arange(0, WV)[None, :]
-    spot = out_ptr + b * o_batch + h * o_head + t.to(tl.int64)[:, None] * o_row + c
     tl.store(spot, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & (c < DV))
 
 
 @triton.jit
 def _queries_step(
-    q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, start, left, whole, stop, k_row,
-    v_row, S, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr,
-    BK: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr,
-    DOCS: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr,
+    q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, word_ptr, start, left, whole, stop,
+    k_row, v_row, S, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr,
+    DOCS: tl.constexpr, TILED: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     _n, at, s, held = _places(list_ptr, start, left, whole, stop, BK, N, ASM, MASK)
     held = held & (s < S)
     k = _tile(k_ptr, at, s, k_row, held, D, WD, N, BK % N == 0, MASK)
     v = _tile(v_ptr, at, s, v_row, held, DV, WV, N, BK % N == 0, MASK)
     x = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    x = _logits(x, t, s, held, bias_ptr, mine, theirs_ptr, shift, window, factor, CAUSAL, WINDOW, BIAS, DOCS, MASK)
+    x = _logits(
+        x, t, s, held, bias_ptr, mine, theirs_ptr, word_ptr, start, shift, window, factor, BQ, BK, CAUSAL, WINDOW, BIAS,
+        DOCS, TILED, MASK,
+    )  # fmt: skip
     p = tl.exp2(x - lse[:, None])
     ds = p * (tl.dot(do, tl.trans(v), input_precision="tf32x3") - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="tf32x3")
@@ -230,13 +260,14 @@ def _queries_step(
 
 @triton.jit(do_not_specialize=["T", "S", "ROWS", "W", "window", "list_batch", "list_head"])
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, list_ptr, span_ptr, order_ptr,
-    bias_ptr, mine_ptr, theirs_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch,
-    o_head, o_row, do_batch, do_head, do_row, dq_batch, dq_head, dq_row, list_batch, list_head, bias_batch, bias_head,
-    mine_batch, theirs_batch, HEADS, T, S, ROWS, W, window, factor, scale, G: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, list_ptr, span_ptr, order_ptr, word_ptr,
+    base_ptr, bias_ptr, mine_ptr, theirs_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    o_batch, o_head, o_row, do_batch, do_head, do_row, dq_batch, dq_head, dq_row, list_batch, list_head, bias_batch,
+    bias_head, mine_batch, theirs_batch, HEADS, T, S, ROWS, W, window, factor, scale, G: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, DOCS: tl.constexpr,
-    DLSE: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    TILED: tl.constexpr, ADD: tl.constexpr, GIVEN: tl.constexpr, DLSE: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a block of queries, query head): gradient of M queries; leaves ``do . out - dlse`` in delta."""
     pair = tl.program_id(1).to(tl.int64)
@@ -249,11 +280,14 @@ def backward_queries(
     bias_ptr += b * bias_batch + h * bias_head
     theirs_ptr += b * theirs_batch
     do = _tile(do_ptr + b * do_batch + h * do_head, begin, t, do_row, real, DV, WV, M, True, True)
-    o = _tile(out_ptr + b * o_batch + h * o_head, begin, t, o_row, real, DV, WV, M, True, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if DLSE:
-        delta -= tl.load(dlse_ptr + pair * T + t, mask=real, other=0.0)
-    tl.store(delta_ptr + pair * T + t, delta, mask=real)
+    if GIVEN:
+        delta = tl.load(delta_ptr + pair * T + t, mask=real, other=0.0)
+    else:
+        o = _tile(out_ptr + b * o_batch + h * o_head, begin, t, o_row, real, DV, WV, M, True, True)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        if DLSE:
+            delta -= tl.load(dlse_ptr + pair * T + t, mask=real, other=0.0)
+        tl.store(delta_ptr + pair * T + t, delta, mask=real)
     lse = tl.load(lse_ptr + pair * T + t, mask=real, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse) * _LOG2E
     q = _tile(q_ptr + b * q_batch + h * q_head, begin, t, q_row, real, D, WD, M, True, True)
@@ -262,115 +296,24 @@ def backward_queries(
         mine = tl.load(mine_ptr + b * mine_batch + t, mask=real, other=-2)
     first, left, whole, stop = _marks(span_ptr, BK, N, BIAS or DOCS)
     acc = tl.zeros([M, WD], tl.float32)
+    if TILED:
+        word_ptr += tl.load(base_ptr + begin // BQ).to(tl.int64) * (BQ * BK // 32)
     if not (BIAS or DOCS):
         for n in tl.range(left, left + whole, N, num_stages=STAGES):
             acc = _queries_step(
-                q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop,
-                k_row, v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, False,
+                q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, word_ptr, n, left, whole,
+                stop, k_row, v_row, S, S - T, window, factor, D, DV, WD, WV, BQ, BK, N, CAUSAL, WINDOW, BIAS, DOCS,
+                TILED, ASM, False,
             )  # fmt: skip
     for n in tl.range(first, stop - whole, N, num_stages=STAGES):
         acc = _queries_step(
-            q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, n, left, whole, stop, k_row,
-            v_row, S, S - T, window, factor, D, DV, WD, WV, BK, N, CAUSAL, WINDOW, BIAS, DOCS, ASM, True,
+            q, do, t, mine, lse, delta, acc, k_ptr, v_ptr, list_ptr, bias_ptr, theirs_ptr, word_ptr, n, left, whole,
+            stop, k_row, v_row, S, S - T, window, factor, D, DV, WD, WV, BQ, BK, N, CAUSAL, WINDOW, BIAS, DOCS, TILED,
+            ASM, True,
         )  # fmt: skip
     c = tl.arange(0, WD)[None, :]
     spot = dq_ptr + b * dq_batch + h * dq_head + t.to(tl.int64)[:, None] * dq_row + c
-    tl.store(spot, (acc * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & (c < D))
-
-
-@triton.jit
-def _keys_step(
-    k, v, s, place, bias, theirs, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, list_ptr, bits_ptr, mine_ptr, start, left,
-    whole, stop, q_row, do_row, T, shift, window, factor, D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr,
-    WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, DOCS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """All tiles have keys before queries ``[N, M]``, so that no product is transposed after it was made."""
-    n, at, t, held = _places(list_ptr, start, left, whole, stop, BQ, M, ASM, MASK)
-    held = held & (t < T)
-    q = _tile(q_ptr, at, t, q_row, held, D, WD, M, BQ % M == 0, MASK)
-    do = _tile(do_ptr, at, t, do_row, held, DV, WV, M, BQ % M == 0, MASK)
-    if MASK:
-        lse = tl.load(lse_ptr + t, mask=held, other=float("inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse) * _LOG2E
-        delta = tl.load(delta_ptr + t, mask=held, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + t) * _LOG2E
-        delta = tl.load(delta_ptr + t)
-    x = tl.dot(k, tl.trans(q), input_precision="tf32x3") * factor
-    if BIAS:
-        x += bias[:, None]
-    if MASK:
-        seen = _allowed((t + shift)[None, :] - s[:, None], window, CAUSAL, WINDOW) & held[None, :]
-        if DOCS:
-            seen = seen & (theirs[:, None] == tl.load(mine_ptr + t, mask=held, other=-2)[None, :])
-        if BITS:
-            bits = tl.load(bits_ptr + n // BQ, mask=held, other=0)
-            seen = seen & (((bits[None, :] >> (place // BK).to(tl.int64)[:, None]) & 1) != 0)
-        x = tl.where(seen, x, float("-inf"))
-    p = tl.exp2(x - lse[None, :])
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32x3")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
-    return dk, dv
-
-
-@triton.jit(
-    do_not_specialize=["T", "S", "TILES", "W", "window", "list_batch", "list_head", "order_batch", "order_head"]
-)
-def backward_keys(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, list_ptr, span_ptr, order_ptr, bits_ptr, bias_ptr,
-    mine_ptr, theirs_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head,
-    do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, list_batch, list_head, order_batch, order_head,
-    bias_batch, bias_head, mine_batch, theirs_batch, HEADS, T, S, TILES, W, window, factor, scale, G: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, DOCS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Program (part of a tile of keys, key head): gradients of N keys and values over the query heads of the group."""
-    parts: tl.constexpr = TILE // N
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // HEADS, pair % HEADS
-    tile = tl.load(order_ptr + b * order_batch + h * order_head + tl.program_id(0) // parts)
-    begin = tile * TILE + tl.program_id(0) % parts * N
-    place = tl.program_id(0) % parts * N + tl.arange(0, N)
-    s = tile * TILE + place
-    real = s < S
-    k = _tile(k_ptr + b * k_batch + h * k_head, begin, s, k_row, real, D, WD, N, True, True)
-    v = _tile(v_ptr + b * v_batch + h * v_head, begin, s, v_row, real, DV, WV, N, True, True)
-    theirs = s
-    if DOCS:
-        theirs = tl.load(theirs_ptr + b * theirs_batch + s, mask=real, other=-1)
-    mine_ptr += b * mine_batch
-    dk = tl.zeros([N, WD], tl.float32)
-    dv = tl.zeros([N, WV], tl.float32)
-    for g in range(G):
-        head = h * G + g
-        lists = b * list_batch + head * list_head + tile
-        base = (b * HEADS * G + head) * T
-        q_at = q_ptr + b * q_batch + head * q_head
-        do_at = do_ptr + b * do_batch + head * do_head
-        bias = tl.zeros([N], tl.float32)
-        if BIAS:
-            at = bias_ptr + b * bias_batch + head * bias_head + s
-            bias = tl.load(at, mask=real, other=0.0).to(tl.float32) * _LOG2E
-        first, left, whole, stop = _marks(span_ptr + lists * 4, BQ, M, BIAS or DOCS or BITS)
-        if not (BIAS or DOCS or BITS):
-            for n in tl.range(left, left + whole, M, num_stages=STAGES):
-                dk, dv = _keys_step(
-                    k, v, s, place, bias, theirs, dk, dv, q_at, do_at, lse_ptr + base, delta_ptr + base,
-                    list_ptr + lists * W, bits_ptr + lists * W, mine_ptr, n, left, whole, stop, q_row, do_row, T,
-                    S - T, window, factor, D, DV, WD, WV, BQ, BK, M, CAUSAL, WINDOW, BIAS, DOCS, BITS, ASM, False,
-                )  # fmt: skip
-        for n in tl.range(first, stop - whole, M, num_stages=STAGES):
-            dk, dv = _keys_step(
-                k, v, s, place, bias, theirs, dk, dv, q_at, do_at, lse_ptr + base, delta_ptr + base,
-                list_ptr + lists * W, bits_ptr + lists * W, mine_ptr, n, left, whole, stop, q_row, do_row, T, S - T,
-                window, factor, D, DV, WD, WV, BQ, BK, M, CAUSAL, WINDOW, BIAS, DOCS, BITS, ASM, True,
-            )  # fmt: skip
-    c = tl.arange(0, WD)[None, :]
-    spot = dk_ptr + b * dk_batch + h * dk_head + s.to(tl.int64)[:, None] * dk_row + c
-    tl.store(spot, (dk * scale).to(dk_ptr.dtype.element_ty), mask=real[:, None] & (c < D))
-    c = tl.arange(0, WV)[None, :]
-    spot = dv_ptr + b * dv_batch + h * dv_head + s.to(tl.int64)[:, None] * dv_row + c
-    tl.store(spot, dv.to(dv_ptr.dtype.element_ty), mask=real[:, None] & (c < DV))
+    acc *= scale
+    if ADD:
+        acc += tl.load(spot, mask=real[:, None] & (c < D), other=0.0).to(tl.float32)
+    tl.store(spot, acc.to(dq_ptr.dtype.element_ty), mask=real[:, None] & (c < D))

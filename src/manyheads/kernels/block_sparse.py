@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _block_sparse, block_sparse_hopper
+from . import _block_sparse, _block_sparse_keys, block_sparse_hopper
 from ._operator import LOG2E, compile_together, launch
 from ._passes import _rows, _strides, blocks, dense, like, padded
 
-__all__ = ["backward", "forward", "refusal", "written_for"]
+__all__ = ["add_backward", "add_forward", "backward", "forward", "refusal", "written_for"]
 
 
 class _Config(NamedTuple):
@@ -85,7 +85,7 @@ class _Launch:
             "G": self.heads // self.kv_heads, "D": width, "DV": v.shape[3], "WD": padded(width, q.element_size()),
             "WV": padded(v.shape[3], q.element_size()), "BQ": pattern.block_q, "BK": pattern.block_k,
             "CAUSAL": rule.causal, "WINDOW": rule.window is not None, "BIAS": bias is not None,
-            "DOCS": documents is not None, "ASM": q.is_cuda and torch.version.hip is None,
+            "DOCS": documents is not None, "TILED": pattern.masked, "ASM": q.is_cuda and torch.version.hip is None,
         }  # fmt: skip
 
     def config(self, kind: str, itemsize: int) -> dict[str, int]:
@@ -139,19 +139,50 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor
     q, k, v = dense(q), dense(k), dense(v)
     if block_sparse_hopper.refusal(q, k, v, call) is None:
         return block_sparse_hopper.forward(q, k, v, call)
-    run = _Launch(q, k, v, call)
-    lists = call.pattern.lists(call.rule)
     out, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _launch_forward(q, k, v, call, out, lse, False)
+    return out, lse
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, add: bool) -> None:
+    run, lists, pattern = _Launch(q, k, v, call), call.pattern.lists(call.rule), call.pattern
     config = run.config("forward", q.element_size())
-    grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
+    rows = pattern.busy if add else pattern.rows
     with torch.cuda.device_of(q):
         launch(
-            _block_sparse.forward, grid,
-            q, k, v, out, lse, lists.indices, lists.spans, lists.order, *run.extra, *_strides(q), *_strides(k),
-            *_strides(v), *_strides(out), *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size,
-            call.pattern.rows, lists.indices.shape[3], run.window, run.factor, **run.constants, **config,
+            _block_sparse.forward, (rows * blocks(pattern.block_q, config["M"]), run.batch * run.heads),
+            q, k, v, out, lse, lists.indices, lists.spans, lists.order, *_bits(lists), *run.extra, *_strides(q),
+            *_strides(k), *_strides(v), *_strides(out), *_rows(lists.indices), *run.extra_strides, run.heads,
+            run.length, run.size, pattern.rows, lists.indices.shape[3], run.window, run.factor, ADD=add,
+            **run.constants, **config,
         )  # fmt: skip
-    return out, lse
+
+
+def _bits(lists: Any) -> tuple[Tensor, Tensor]:
+    """Words and bases of lists, or what stands in for them."""
+    return (lists.spans, lists.spans) if lists.words is None else (lists.words, lists.base)
+
+
+def add_forward(q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, add: bool) -> None:
+    """Output and log-sum-exp of a call with a :class:`.tile_pattern.TilePattern`, into what is there.
+
+    Args:
+        q, k, v, call: as for :func:`forward`; :func:`refusal` has let them pass.
+        out: float32 ``[B, H, T, dv]``.
+        lse: float32 ``[B, H, T]``, without gaps.
+        add: they hold those of other keys, and hold those of both in the end; otherwise they are overwritten.
+    """
+    q, k, v = dense(q), dense(k), dense(v)
+    _once("forward", q, k, v, add, lambda: _launch_forward(q, k, v, call, out, lse, add))
+    _launch_forward(q, k, v, call, out, lse, add)
+
+
+def _once(name: str, q: Tensor, k: Tensor, v: Tensor, add: bool, run: Any) -> None:
+    """Compile the kernels of a kind of call with a tile pattern, at once, before the first of them."""
+    kind = name, q.dtype, q.device, q.shape[1], k.shape[1], q.shape[3], v.shape[3], add
+    if kind not in _compiled:
+        _compiled.add(kind)
+        compile_together(run)
 
 
 def backward(
@@ -161,30 +192,58 @@ def backward(
     q, k, v, dout = dense(q), dense(k), dense(v), dense(dout.to(q.dtype))
     if block_sparse_hopper.refusal(q, k, v, call, dout) is None:
         return block_sparse_hopper.backward(q, k, v, call, out, lse, dout, dlse)
-    run = _Launch(q, k, v, call)
-    lists, turned = call.pattern.lists(call.rule), call.pattern.transposed(call.rule, run.heads // run.kv_heads)
     delta = torch.empty_like(lse)
     dq, dk, dv = like(q, q.shape[3]), like(k, k.shape[3]), like(v, v.shape[3])
     dlse = lse if dlse is None else dlse.contiguous()
-    config = run.config("queries", q.element_size())
-    grid = call.pattern.rows * blocks(call.pattern.block_q, config["M"]), run.batch * run.heads
+    _launch_backward(q, k, v, call, out, lse, dlse, delta, dout, dq, dk, dv, {"DLSE": dlse is not lse})
+    return dq, dk, dv
+
+
+def add_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Any, lse: Tensor, delta: Tensor, dout: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, add: bool,
+) -> None:  # fmt: skip
+    """Gradients of a call with a :class:`.tile_pattern.TilePattern`, of which the keys may be a part of all.
+
+    Args:
+        q, k, v, call: as for :func:`add_forward`.
+        lse: float32 ``[B, H, T]``, of the whole.
+        delta: float32 ``[B, H, T]``, the sum of ``dout`` times the output of the whole, less the gradient of ``lse``.
+        dout: ``[B, H, T, dv]``.
+        dq: float32, is added to where ``add`` says so, otherwise overwritten, as ``dk`` and ``dv`` are.
+    """
+    q, k, v, dout = dense(q), dense(k), dense(v), dense(dout.to(q.dtype))
+    lse, delta = lse.contiguous(), delta.contiguous()
+    given = q, k, v, call, q, lse, lse, delta, dout, dq, dk, dv, {"DLSE": False, "GIVEN": True, "ADD": add}
+    _once("backward", q, k, v, add, lambda: _launch_backward(*given))
+    _launch_backward(*given)
+
+
+def _launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, dlse: Tensor, delta: Tensor, dout: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, how: dict[str, bool],
+) -> None:  # fmt: skip
+    run, pattern = _Launch(q, k, v, call), call.pattern
+    lists, turned = pattern.lists(call.rule), pattern.transposed(call.rule, run.heads // run.kv_heads)
+    config, how = run.config("queries", q.element_size()), {"GIVEN": False, "ADD": False, **how}
+    rows = pattern.busy if how["ADD"] else pattern.rows
     with torch.cuda.device_of(q):
         launch(
-            _block_sparse.backward_queries, grid,
-            q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *run.extra,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
-            *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size, call.pattern.rows,
-            lists.indices.shape[3], run.window, run.factor, run.scale, DLSE=dlse is not lse, **run.constants, **config,
+            _block_sparse.backward_queries, (rows * blocks(pattern.block_q, config["M"]), run.batch * run.heads),
+            q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *_bits(lists),
+            *run.extra, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
+            *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size, pattern.rows,
+            lists.indices.shape[3], run.window, run.factor, run.scale, **how, **run.constants, **config,
         )  # fmt: skip
-        config, tile = run.config("keys", q.element_size()), call.pattern.tile
+        config, tile = run.config("keys", q.element_size()), pattern.tile
         bits, order = turned.bits, turned.order
         tiles = turned.indices.shape[2]
         launch(
-            _block_sparse.backward_keys, (tiles * (tile // config["N"]), run.batch * run.kv_heads),
+            _block_sparse_keys.backward_keys, (tiles * (tile // config["N"]), run.batch * run.kv_heads),
             q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
-            turned.indices if bits is None else bits, *run.extra, *_strides(q), *_strides(k), *_strides(v),
-            *_strides(dout), *_strides(dk), *_strides(dv), *_rows(turned.indices), *_rows(order[..., None]),
-            *run.extra_strides, run.kv_heads, run.length, run.size, tiles, turned.indices.shape[3], run.window,
-            run.factor, run.scale, TILE=tile, BITS=bits is not None, **run.constants, **config,
+            turned.indices if bits is None else bits, *_bits(turned), *run.extra, *_strides(q), *_strides(k),
+            *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv), *_rows(turned.indices),
+            *_rows(order[..., None]), *run.extra_strides, run.kv_heads, run.length, run.size, tiles,
+            turned.indices.shape[3], run.window, run.factor, run.scale, TILE=tile, BITS=bits is not None,
+            **run.constants, **config,
         )  # fmt: skip
-    return dq, dk, dv

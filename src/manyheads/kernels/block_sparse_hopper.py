@@ -46,6 +46,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any, dout: Tensor | None = No
         return "Hopper's kernels take 16 bits and heads of 64 or 128 channels"
     if call.pattern.block_q % _TILE or call.pattern.block_k % _TILE:
         return f"Hopper's kernels take blocks of a multiple of {_TILE}"
+    if call.pattern.masked:
+        return "Hopper's kernels know no bits"
     if call.bias is not None or call.documents is not None:
         return "Hopper's kernels know no bias, padding or documents"
     if not all(_fetched(x) for x in (q, k, v, dout) if x is not None):

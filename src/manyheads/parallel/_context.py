@@ -16,7 +16,7 @@ attention of LoongTrain (arXiv 2406.18485): for every mask and exchange here. Wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ from ._kept import kept
 from ._layouts import Layout, layout
 from ._ledger import Ledger
 from ._masks import AttnMask
-from ._partial import Seen, attend, attend_back, merge
+from ._partial import attend, attend_back
 from ._peers import Peers
 
 __all__ = ["EXCHANGES", "ContextParallel", "World"]
@@ -113,6 +113,7 @@ class ContextParallel:
         self.world, self.mask, self.heads = world, mask, heads
         self.layout = given = make_layout(mask, world.size, layout)
         self.rows = given.rows[world.rank]
+        self._rows: dict[torch.device, Tensor] = {}
         contexts = world.size // heads
         step, other = (1, heads) if place == "head" else (contexts, 1)
         grid = [[c * other + h * step for h in range(heads)] for c in range(contexts)]  # ranks, by context and head
@@ -125,7 +126,9 @@ class ContextParallel:
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """The tokens of this process, of all along ``dim``."""
-        return x.index_select(dim, self.rows.to(x.device))
+        if x.device not in self._rows:
+            self._rows[x.device] = self.rows.to(x.device)
+        return x.index_select(dim, self._rows[x.device])
 
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """All tokens, of those of this process along ``dim``; in every process, without gradients."""
@@ -214,10 +217,9 @@ class _Attend(torch.autograd.Function):
         keep = kept()
         found = None if keep is None else keep.next()
         if found is None:
-            for tokens, block in exchange.visit(kv):
+            for step, (tokens, block) in enumerate(exchange.visit(kv)):
                 keys, values = _apart(block, k.shape[3])
-                some = attend(q, keys, values, _seen(exchange, tokens, q), scale)
-                found = some if found is None else merge(found, some)
+                found = attend(q, keys, values, exchange.tiles(step, tokens, q.device), scale, found)
             assert found is not None
             if keep is not None:
                 keep.add(found)
@@ -231,16 +233,19 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
         delta = (dout * out).sum(-1) - dlse
-        dq = torch.zeros_like(out[..., :1]).expand(*q.shape).clone()
+        dq, steps = None, count()
 
         def gradient(tokens: Tensor, block: Tensor) -> Tensor:
+            nonlocal dq
             keys, values = _apart(block, ctx.width)
-            seen = _seen(ctx.exchange, tokens, q)
-            more, dk, dv = attend_back(q, keys, values, seen, ctx.scale, lse, delta, dout)
-            dq.add_(more)
-            return torch.cat([dk, dv], 3).permute(2, 0, 1, 3)
+            seen = ctx.exchange.tiles(next(steps), tokens, q.device)
+            dkv = torch.empty_like(block, dtype=out.dtype)
+            into = _apart(dkv, ctx.width)
+            dq, *_ = attend_back(q, keys, values, seen, ctx.scale, lse, delta, dout, dq, into)
+            return dkv
 
         dk, dv = _apart(ctx.exchange.back(kv, gradient), ctx.width)
+        assert dq is not None
         return dq.to(q.dtype), dk.to(kv.dtype), dv.to(kv.dtype), None, None
 
 
@@ -248,12 +253,3 @@ def _apart(block: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Keys ``[B, Hkv, S, d]`` and values of a block ``[S, B, Hkv, d + dv]``."""
     k, v = block.permute(1, 2, 0, 3).tensor_split([width], 3)
     return k, v
-
-
-def _seen(exchange: Exchange, tokens: Tensor, q: Tensor) -> Seen:
-    mine, tokens = exchange.mine.to(q.device), tokens.to(q.device)
-    return partial(_rows_seen, exchange.mask, mine, tokens)
-
-
-def _rows_seen(mask: AttnMask, mine: Tensor, tokens: Tensor, rows: slice) -> Tensor:
-    return mask.dense(mine[rows], tokens)

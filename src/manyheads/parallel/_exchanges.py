@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..attention.tile_pattern import TilePattern
 from ..errors import UserError
 from ._masks import AttnMask
 from ._peers import Arriving, Peers
+from ._tiles import tiles
 
 __all__ = ["AllGather", "Exchange", "GroupCast", "Ring"]
 
@@ -39,6 +41,8 @@ class Exchange(ABC):
 
     def __init__(self, peers: Peers, rows: Sequence[Tensor], mask: AttnMask) -> None:
         self.peers, self.rows, self.mask = peers, tuple(rows), mask
+        self._tiles: dict[tuple[int, torch.device], tuple[Tensor, TilePattern]] = {}
+        self._places: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
     def mine(self) -> Tensor:
@@ -52,6 +56,19 @@ class Exchange(ABC):
     @abstractmethod
     def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
         """Visit again; the sum over all processes of ``gradient(tokens, kv)`` for the rows of this one."""
+
+    def tiles(self, step: int, tokens: Tensor, device: torch.device) -> TilePattern:
+        """What the rows of this process see of the block of a step, made once for a step and a device."""
+        key = step, device
+        if key not in self._tiles or not (self._tiles[key][0] is tokens or torch.equal(self._tiles[key][0], tokens)):
+            self._tiles[key] = tokens, tiles(self.mask, self.mine, tokens, device)
+        return self._tiles[key][1]
+
+    def _there(self, name: str, places: Tensor, device: torch.device) -> Tensor:
+        """Places on a device, moved there once."""
+        if (name, device) not in self._places:
+            self._places[name, device] = places.to(device)
+        return self._places[name, device]
 
     def _lengths(self) -> list[int]:
         return [len(rows) for rows in self.rows]
@@ -82,8 +99,7 @@ class Ring(Exchange):
 
     def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
         """Gradients travel with their blocks, and one step further home."""
-        entry = kv
-        total = torch.zeros((), device=kv.device)
+        entry, total = kv, None
         for outer in range(self.windows):
             last = outer == self.windows - 1
             coming = None if last else self._pass_on(entry, outer + 1, 0, "ring between windows, back", to=(1, 0))
@@ -91,12 +107,13 @@ class Ring(Exchange):
             for inner in range(self.window):
                 ends = inner == self.window - 1
                 arriving = None if ends else self._pass_on(held, outer, inner + 1, "ring, back", to=(0, 1))
-                total = gradient(self.rows[self._source(outer, inner)], held) + total
-                total = self._pass_on(total, outer, inner + 1, "ring, gradients", to=(0, 1)).wait()
+                found = gradient(self.rows[self._source(outer, inner)], held)  # the others' sum is on its way meanwhile
+                found = found if total is None else found.add_(total.wait())
+                total = self._pass_on(found, outer, inner + 1, "ring, gradients", to=(0, 1))
                 held = held if arriving is None else arriving.wait()
-            total = self._pass_on(total, outer + 1, 0, "ring between windows, gradients", to=(1, 0)).wait()
+            total = self._pass_on(total.wait(), outer + 1, 0, "ring between windows, gradients", to=(1, 0))
             entry = entry if coming is None else coming.wait()
-        return total
+        return total.wait()
 
     def _source(self, outer: int, inner: int) -> int:
         """Whose block this process works on."""
@@ -117,12 +134,16 @@ class Ring(Exchange):
 class AllGather(Exchange):
     """All keys at once; gradients go straight to their owners, who add them."""
 
+    def __init__(self, peers: Peers, rows: Sequence[Tensor], mask: AttnMask) -> None:
+        super().__init__(peers, rows, mask)
+        self._every = torch.cat(self.rows)
+
     def visit(self, kv: Tensor) -> Iterator[Block]:
-        yield torch.cat(self.rows), self.peers.all_gather(kv, self._lengths(), "all-gather")
+        yield self._every, self.peers.all_gather(kv, self._lengths(), "all-gather")
 
     def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
         every = self.peers.all_gather(kv, self._lengths(), "all-gather, back")
-        parts = gradient(torch.cat(self.rows), every).split(self._lengths())
+        parts = gradient(self._every, every).split(self._lengths())
         found = self.peers.all_to_all(parts, [len(kv)] * len(self.peers), "all-gather, gradients").wait()
         total: Tensor = found.unflatten(0, (len(self.peers), len(kv))).sum(0)
         return total
@@ -140,19 +161,20 @@ class GroupCast(Exchange):
             nothing if to == me else needs[to][self.mine].nonzero()[:, 0] for to in range(len(peers))
         ]  # places among the rows of this process
         self.asked = [nothing if of == me else each[needs[me][each]] for of, each in enumerate(self.rows)]
+        self._asked, self._sent = torch.cat(self.asked), torch.cat(self.sent)
 
     def _cast(self, kv: Tensor, name: str) -> Arriving:
-        parts = [kv[places.to(kv.device)] for places in self.sent]
+        parts = kv[self._there("sent", self._sent, kv.device)].split(list(map(len, self.sent)))
         return self.peers.all_to_all(parts, list(map(len, self.asked)), name)
 
     def visit(self, kv: Tensor) -> Iterator[Block]:
         arriving = self._cast(kv, "group-cast")
         yield self.mine, kv
-        yield torch.cat(self.asked), arriving.wait()
+        yield self._asked, arriving.wait()
 
     def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
         arriving = self._cast(kv, "group-cast, back")
         total = gradient(self.mine, kv)
-        parts = gradient(torch.cat(self.asked), arriving.wait()).split(list(map(len, self.asked)))
+        parts = gradient(self._asked, arriving.wait()).split(list(map(len, self.asked)))
         found = self.peers.all_to_all(parts, list(map(len, self.sent)), "group-cast, gradients").wait()
-        return total.index_add(0, torch.cat(self.sent).to(kv.device), found)
+        return total.index_add(0, self._there("sent", self._sent, kv.device), found)
