@@ -1,42 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every conversion at equal parameters on a published model: loss, time for a prompt and for a token, bytes.
+"""Every conversion on published models: loss and RULER, with and without training, bytes, and time.
 
-    python benchmarks/smaller.py --model smollm2-135m-instruct --json benchmarks/smaller.json
-    python benchmarks/smaller.py --model smollm2-135m-instruct --device cuda --steps 500 --json benchmarks/smaller.json
+    python benchmarks/smaller.py --model smollm2-135m-instruct --model gemma3-270m --device cuda --seconds 1 \
+        --json benchmarks/smaller.json
 
-Each is asked for the largest model with at most a share of the parameters, and calibrated on the same windows of
-WikiText-2; losses are of its last tenth, which nothing else reads. With ``--steps`` each is trained afterwards, as it
-says itself. Nothing is chosen by what was measured. A run that was cut off goes on with the same ``--out``.
+Conversions of a whole model are asked for the largest with at most a share of its parameters; those of attention keep
+that share of its projections (``masa``, ``low_rank``) or of the cache (``mha2mla``, ``kv_merging``), as a row says. All
+are calibrated on the same windows of WikiText-2; losses are of its last tenth, which nothing else reads, as intervals
+over windows. With ``--seconds`` each is trained afterwards for as long, as it says itself. RULER is the share of
+needles found (niah_single_1) by greedy decoding. Nothing is chosen by what was measured.
+
+A process a model, all at once on one device. Time is measured behind that, one process after the other, all arms in
+turn; on a CPU it is not measured. What refuses a model says why. Of others' tools torch-pruning takes part where it is
+installed (``pip install torch-pruning``, or its folder on PYTHONPATH); modelopt prunes language models of Megatron-Core
+alone, and none of transformers.
 """
 
 import argparse
+import copy
 import datetime
 import json
+import multiprocessing
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 KEEP = (0.8, 0.7)
 PARTS: tuple[Literal["mlp", "block"], ...] = ("mlp", "block")
+MODEL, PROJECTIONS, CACHE = "model", "projections of attention", "cache"
 WAYS = {
-    "minitron: neurons": "minitron:keep={keep},axis=neurons",
-    "minitron: width and neurons": "minitron:keep={keep},axis=both",
-    "minitron: layers": "minitron:keep={keep},axis=layers",
-    "amp: heads and neurons": "amp:keep={keep}",
-    "amp, refit": "amp:keep={keep},refit=true",
-    "Wanda's score: neurons": "structured_pruning:keep={keep},axis=neurons",
-    "Wanda's score: neurons, refit": "structured_pruning:keep={keep},axis=neurons,refit=true",
-    "LLM-Pruner's score: heads and neurons": "structured_pruning:keep={keep},axis=heads_neurons,score=taylor",
-    "at random: neurons": "structured_pruning:keep={keep},axis=neurons,score=random",
-    "skip_attn: deepest feed-forward parts": "skip_attn:part=mlp,skip={mlp}",
-    "skip_attn: feed-forward parts by cosine": "skip_attn:part=mlp,skip={mlp},choose=cosine",
-    "skip_attn: deepest blocks": "skip_attn:part=block,skip={block}",
-    "skip_attn: blocks by cosine": "skip_attn:part=block,skip={block},choose=cosine",
+    "minitron: neurons": (MODEL, "minitron:keep={keep},axis=neurons"),
+    "minitron: width and neurons": (MODEL, "minitron:keep={keep},axis=both"),
+    "minitron: layers": (MODEL, "minitron:keep={keep},axis=layers"),
+    "amp: heads and neurons": (MODEL, "amp:keep={keep}"),
+    "amp, refit": (MODEL, "amp:keep={keep},refit=true"),
+    "Wanda's score: neurons": (MODEL, "structured_pruning:keep={keep},axis=neurons"),
+    "Wanda's score: neurons, refit": (MODEL, "structured_pruning:keep={keep},axis=neurons,refit=true"),
+    "LLM-Pruner's score: heads and neurons": (MODEL, "structured_pruning:keep={keep},axis=heads_neurons,score=taylor"),
+    "at random: neurons": (MODEL, "structured_pruning:keep={keep},axis=neurons,score=random"),
+    "skip_attn: deepest feed-forward parts": (MODEL, "skip_attn:part=mlp,skip={mlp}"),
+    "skip_attn: feed-forward parts by cosine": (MODEL, "skip_attn:part=mlp,skip={mlp},choose=cosine"),
+    "skip_attn: deepest blocks": (MODEL, "skip_attn:part=block,skip={block}"),
+    "skip_attn: blocks by cosine": (MODEL, "skip_attn:part=block,skip={block},choose=cosine"),
+    "masa": (PROJECTIONS, "masa:keep={keep}"),
+    "low_rank: whitened SVD": (PROJECTIONS, "low_rank:keep={keep}"),
+    "comcat": (PROJECTIONS, "comcat:keep={keep}"),
+    "mha2mla": (CACHE, "mha2mla:keep={keep}"),
+    "kv_merging: one head": (CACHE, "kv_merging"),
+    "dijiang": (CACHE, "dijiang"),
 }
+TORCH_PRUNING, MODELOPT = "torch-pruning: neurons by magnitude", "modelopt: minitron"
+_WARM, _BATCH = 2, 4
 
 
-def skipped(model: Any, part: Literal["mlp", "block"], keep: float) -> float:
-    """The smallest share of layers without which no more than ``keep`` of the parameters are left."""
+def skipped(model: Any, part: Literal["mlp", "block"], keep: float) -> float | None:
+    """The smallest share of layers without which no more than ``keep`` of the parameters are left; None: too many."""
     from manyheads.conversion import Drop, SurgeryPlan
     from manyheads.integrations.anatomy import ModelAnatomy
 
@@ -45,79 +65,256 @@ def skipped(model: Any, part: Literal["mlp", "block"], keep: float) -> float:
     for count in range(1, layers):
         plan = SurgeryPlan((Drop(part=part, layers=tuple(range(layers - count, layers))),))
         if anatomy.parameters(plan) <= keep * anatomy.parameters():
-            return count / layers
-    raise SystemExit(f"without all {part} parts more than {keep} of the parameters are left")
+            return round(count / layers, 4)
+    return None
 
 
-def rows_of(results: Any) -> list[dict[str, Any]]:
-    """A row for each arm: its figures, and their difference to the whole model's, of times the ratio."""
-    from manyheads.report.summary import Summary
+def torch_pruned(model: Any, keep: float) -> Any:
+    """A copy without the neurons whose weights are smallest, as torch-pruning traces and groups them.
 
-    summary = Summary(results)
-    rows = []
-    for arm in summary.arms:
-        way, _, keep = arm.name.rpartition(" at ")
-        row: dict[str, Any] = {"way": way or arm.name, "keep": float(keep) if way else 1.0}
-        for one in summary.measured:
-            found, delta = summary.estimate(one, arm), summary.delta(one, arm)
-            if found is not None:
-                row[one.metric.name] = found.value
-            if delta is not None and arm is not summary.base:
-                row[f"{one.metric.name}_more"] = {"value": delta.value, "low": delta.low, "high": delta.high}
-        row["tokens_per_second"] = 1000 / row["decode"]
-        rows.append(row)
-    return rows
+    Raises:
+        ImportError: it is not there.
+    """
+    import torch
+    import torch_pruning as tp
+
+    made = copy.deepcopy(model)
+    blocks = made.base_model.layers
+    inside = sum(p.numel() for block in blocks for p in block.mlp.parameters())
+    part = (1 - keep) * sum(p.numel() for p in made.parameters()) / inside
+    first = {id(module) for block in blocks for module in (block.mlp.gate_proj, block.mlp.up_proj)}
+    kept = [m for m in made.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding) and id(m) not in first]
+    uses, made.config.use_cache = made.config.use_cache, False
+    ids = torch.arange(16, device=made.device)[None]
+    pruner = tp.pruner.BasePruner(
+        made, example_inputs=ids, importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+        pruning_ratio=part, ignored_layers=kept, global_pruning=False, round_to=8,
+    )  # fmt: skip
+    pruner.step()
+    made.config.use_cache = uses
+    return made.eval()
+
+
+class Table:
+    """The rows of one model.
+
+    Args:
+        given: the options of the command.
+        name: of the model.
+    """
+
+    def __init__(self, given: argparse.Namespace, name: str) -> None:
+        import torch
+
+        from manyheads import models
+        from manyheads.converter import Material
+        from manyheads.data.texts import corpus
+
+        self.given, self.name = given, name
+        self.model, self.tokenizer = models.load(name, given.device, torch.float32)
+        self.material = Material.of(corpus("prose"), self.tokenizer, given.length, given.windows)
+        self.timed: list[tuple[dict[str, Any], Any]] = []
+        self.base: list[float] = []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All but times; models wait in ``timed`` for these where they will be measured."""
+        first: dict[str, Any] = {"way": "the whole model", "keep": 1.0}
+        self.base = self._judged(first, self.model)
+        found = [first]
+        for keep in KEEP:
+            shares = {part: skipped(self.model, part, keep) for part in PARTS}
+            for way, (of, spec) in WAYS.items():
+                row = {"way": way, "keep": keep, "of": of}
+                lacks = [part for part in PARTS if f"{{{part}}}" in spec and shares[part] is None]
+                if lacks:
+                    row["says"] = f"without all {lacks[0]} parts more is left"
+                else:
+                    self._converted(row, spec.format(keep=keep, **shares))
+                found.append(row)
+            row = {"way": TORCH_PRUNING, "keep": keep, "of": MODEL}
+            self._others(row, keep)
+            found.append(row)
+        found.append({"way": MODELOPT, "says": "prunes language models of Megatron-Core alone"})
+        return found
+
+    def _converted(self, row: dict[str, Any], spec: str) -> None:
+        from manyheads.converter import as_conversion, calibrated
+        from manyheads.errors import UserError
+        from manyheads.integrations.anatomy import ModelAnatomy
+
+        try:
+            strategy = as_conversion(spec)
+            batches = self.material.calibration(self.given.sequences, _BATCH, self.given.device)
+            made, _ = calibrated(self.model, strategy, batches)
+        except UserError as error:
+            row["says"] = str(error)
+            return
+        row["spec"] = strategy.spec
+        self._judged(row, made, strategy.recovery(ModelAnatomy(self.model)))
+
+    def _others(self, row: dict[str, Any], keep: float) -> None:
+        from manyheads.conversion import Recovery
+
+        try:
+            self._judged(row, torch_pruned(self.model, keep), Recovery())
+        except ImportError:
+            row["says"] = "not installed"
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            row["says"] = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+    def _judged(self, row: dict[str, Any], model: Any, how: Any = None) -> list[float]:
+        """Put into ``row`` what a model is worth, and after training; its losses by window."""
+        from manyheads.training.budget import Budget
+        from manyheads.training.recovery import recover
+
+        size = sum(p.numel() for p in model.parameters())
+        row["parameters"] = size / sum(p.numel() for p in self.model.parameters())
+        row["weights"] = sum(p.nbytes for p in model.parameters()) / 2**20
+        losses = self._measured(row, model, "")
+        if self.given.device != "cpu":
+            self.timed.append((row, model))
+        if how is not None and self.given.seconds:
+            student = copy.deepcopy(model)
+            get_batch = self.material.batches(how.batch, 0, self.given.device)
+            state = recover(student, self.model, get_batch, Budget(self.given.seconds, "seconds"), how)
+            row["steps"] = state.step
+            self._measured(row, student, "_trained")
+        print({k: v for k, v in row.items() if not isinstance(v, dict)}, flush=True)
+        return losses
+
+    def _measured(self, row: dict[str, Any], model: Any, when: str) -> list[float]:
+        from manyheads.converter import measured
+        from manyheads.experiment import Arm, CausalLM, Metric, Row, RunContext
+        from manyheads.experiment.estimates import difference
+        from manyheads.tasks.text.ruler.niah_single_1 import NiahSingle1
+
+        losses = measured(model, self.model, self.material)
+        row[f"token_nll{when}"] = sum(losses) / len(losses)
+        if self.base:
+            mine, theirs = (
+                [
+                    Row(task="loss", metric="token_nll", arm=arm, value=x, sample=f"{i}", context=f"{i}")
+                    for i, x in enumerate(values)
+                ]
+                for arm, values in ((f"{row['way']}{row['keep']}{when}", losses), ("base", self.base))
+            )
+            more = difference(mine, theirs, Metric("token_nll", "loss"))
+            row[f"token_nll{when}_more"] = {"value": more.value, "low": more.low, "high": more.high}
+        import torch
+
+        context = RunContext(CausalLM(self.name, model, self.tokenizer), (Arm("it"),), device=torch.device(self.device))
+        task = NiahSingle1(lengths=(self.given.context,), samples=self.given.needles, reply=16)
+        hits = [r.value for unit in task.units(context) for r in task.measure(context, unit) if r.metric == "found"]
+        row[f"ruler{when}"] = sum(hits) / len(hits)
+        return losses
+
+    @property
+    def device(self) -> str:
+        return str(self.given.device)
+
+    def clock(self) -> None:
+        """Time for a prompt and a token behind it, medians of rounds in which all arms take turns; bytes of caches."""
+        from statistics import median
+
+        import torch
+        from transformers import DynamicCache
+
+        from manyheads.tasks.text.converted_speed import held_bytes
+
+        ids = self.material.train[: self.given.prompt + _WARM + self.given.written][None].to(self.given.device)
+        times: dict[int, list[tuple[float, float]]] = {}
+        for turn in range(self.given.rounds + 1):  # the first is not counted
+            for row, model in self.timed:
+                cache = DynamicCache(config=model.config)
+                prompt = seconds(lambda m=model, c=cache: m(ids[:, : self.given.prompt], past_key_values=c))
+                tokens = ids[:, self.given.prompt :].split(1, 1)
+                each = [seconds(lambda m=model, c=cache, t=token: m(t, past_key_values=c)) for token in tokens]
+                row["cache"] = held_bytes(cache) / 2**20
+                if turn:
+                    times.setdefault(id(row), []).append((prompt, median(each[_WARM:])))
+        for row, _ in self.timed:
+            prompts, tokens = zip(*times[id(row)], strict=True)
+            row |= {"prefill": median(prompts), "tokens_per_second": 1 / median(tokens)}
+        whole = self.timed[0][0]["tokens_per_second"]
+        for row, _ in self.timed:
+            row["speed"] = row["tokens_per_second"] / whole
+        torch.cuda.empty_cache()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """That a call takes on the GPU."""
+    import torch
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def one(given: argparse.Namespace, name: str, place: Path, ready: Any, turn: Any) -> None:
+    """The rows of a model, into a file."""
+    from manyheads.files import write_atomically
+
+    try:
+        table = Table(given, name)
+        rows = table.rows()
+    except BaseException:
+        ready.abort()  # so that no other waits for this one
+        raise
+    ready.wait()  # no other process trains while time is measured
+    if table.timed:
+        with turn:
+            table.clock()
+    write_atomically(place, json.dumps(rows))
 
 
 def main() -> None:
-    """Measure on one model, print, and write its figures into the file."""
+    """Measure all models, print, and write their figures into the file."""
     from manyheads.environment import commit, environment
-    from manyheads.experiment import Arm, Experiment, Sizes
-    from manyheads.experiment.runner import run
-    from manyheads.experiment.subjects import Convertible
     from manyheads.files import write_atomically
-    from manyheads.tasks.text.converted_loss import ConvertedLoss
-    from manyheads.tasks.text.converted_speed import ConvertedSpeed
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="hub name, known name or folder")
-    parser.add_argument("--windows", type=int, default=16, help="that losses are of")
-    parser.add_argument("--sequences", type=int, default=12, help="of the calibration")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a window")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens that are read under the clock")
+    parser.add_argument("--model", action="append", help="hub name, known name or folder; may repeat")
+    parser.add_argument("--seconds", type=float, default=0, help="of the training of each; 0 for none")
+    parser.add_argument("--windows", type=int, default=32, help="that losses are of")
+    parser.add_argument("--sequences", type=int, default=32, help="of the calibration")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--context", type=int, default=512, help="tokens of RULER's contexts")
+    parser.add_argument("--needles", type=int, default=16, help="of RULER's contexts")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens that are read under the clock")
+    parser.add_argument("--written", type=int, default=8, help="tokens that are written under the clock")
     parser.add_argument("--rounds", type=int, default=3, help="of the clock")
-    parser.add_argument("--steps", type=int, default=0, help="of the recovery; 0 for none")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("smaller"), help="folder of the run, to go on with")
-    parser.add_argument("--json", type=Path, help="file to put the figures of this model into")
+    parser.add_argument("--out", type=Path, default=Path("smaller"), help="folder of the rows of each model")
+    parser.add_argument("--json", type=Path, help="file to put the figures into")
     given = parser.parse_args()
-    subject = Convertible(given.model, dtype="float32")
-    subject.load(given.device)
-    options = {"recover": True} if given.steps else {}
-    arms = []
-    for keep in KEEP:
-        shares = {part: round(skipped(subject.model, part, keep), 4) for part in PARTS}
-        arms += [
-            Arm(f"{way} at {keep}", spec.format(keep=keep, **shares), options=options) for way, spec in WAYS.items()
-        ]
-    loss = ConvertedLoss(length=given.length, windows=given.windows, sequences=given.sequences, steps=given.steps)
-    plan = Experiment(
-        subject=subject, arms=tuple(arms), baseline=Arm("the whole model"), equal="parameters", sizes=Sizes(),
-        tasks=(loss, ConvertedSpeed(prompt=given.prompt, rounds=given.rounds)), seeds=1,
-    ).at("cpu" if given.device == "cpu" else "cuda")  # fmt: skip
-    results = run(plan, given.out, device=given.device, progress=lambda done, all_, what: print(what, flush=True))
-    rows = rows_of(results)
-    for row in rows:
-        print(row)
+    names = given.model or ["smollm2-135m-instruct"]
+    given.out.mkdir(parents=True, exist_ok=True)
+    start, context = time.perf_counter(), multiprocessing.get_context("spawn")
+    ready, turn = context.Barrier(len(names)), context.Lock()
+    places = [given.out / f"{Path(name).name.lower()}.json" for name in names]
+    workers = [
+        context.Process(target=one, args=(given, name, place, ready, turn))
+        for name, place in zip(names, places, strict=True)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit("a model failed, see above; nothing is written")
+    print(f"{time.perf_counter() - start:.0f} s")
     if given.json:
-        name = f"{Path(given.model).name.lower()}, {given.steps} steps, {given.device}"
         kept = json.loads(given.json.read_text())["runs"] if given.json.exists() else {}
-        kept[name] = {
-            "command": " ".join(["python", "benchmarks/smaller.py", *sys.argv[1:]]), "commit": commit(),
-            "date": datetime.date.today().isoformat(), "environment": environment(), "text": loss.text,
-            "windows": given.windows, "length": given.length, "sequences": given.sequences, "prompt": given.prompt,
-            "rows": rows,
-        }  # fmt: skip
+        sizes = {key: value for key, value in vars(given).items() if isinstance(value, int | float)}
+        for name, place in zip(names, places, strict=True):
+            kept[f"{Path(name).name.lower()}, {given.device}"] = {
+                "command": " ".join(["python", "benchmarks/smaller.py", *sys.argv[1:]]), "commit": commit(),
+                "date": datetime.date.today().isoformat(), "environment": environment(), "text": "prose", **sizes,
+                "rows": json.loads(place.read_text()),
+            }  # fmt: skip
         write_atomically(given.json, json.dumps({"runs": kept}, separators=(",", ":")) + "\n")
 
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model, a text and a conversion: calibrate, cut, recover, and say what each of it cost.
-
-The last tenth of the text is held out: losses are of it, and neither calibration nor recovery reads it.
-"""
+"""A model, a text or images, and a conversion: calibrate, cut, recover, and say what each of it cost."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,59 +18,17 @@ from torch import Tensor
 from .conversion import Conversion, EncoderConversion, SurgeryPlan
 from .errors import UserError
 from .files import write_asked
+from .material import Material, Pictures
 
 if TYPE_CHECKING:
-    from .data.texts import Text
     from .models.text_encoder import TextEncoder
     from .progress import Progress
     from .strategy import Strategy
     from .training import TrainState
 
-__all__ = ["Converted", "Material", "as_conversion", "calibrated", "convert_model", "encoder_of", "measured"]
-
-_HELD_OUT = 0.1
-
-
-@dataclass(frozen=True)
-class Material:
-    """Token ids that a conversion reads.
-
-    Attributes:
-        train: ``[N]``, for calibration and recovery.
-        held_out: windows ``[n, T + 1]`` that losses are measured on.
-        length: T.
-    """
-
-    train: Tensor
-    held_out: Tensor
-    length: int
-
-    @classmethod
-    def of(cls, texts: Sequence[Text], tokenizer: Any, length: int = 512, windows: int = 16) -> Material:
-        """Texts in their order, of which the last tenth of the tokens is held out.
-
-        Raises:
-            UserError: there is not enough text for a window of each.
-        """
-        from .recipes._adapters import encoded
-
-        ids = encoded(texts, tokenizer)
-        split = len(ids) - max(int(_HELD_OUT * len(ids)), length + 1)
-        if split <= length:
-            raise UserError(
-                f"the text has {len(ids)} tokens, and windows of {length + 1} of it are calibrated on and held out: "
-                "give more --text or a shorter --length"
-            )
-        rest = ids[split:]
-        count = min(windows, len(rest) // (length + 1))
-        starts = torch.linspace(0, len(rest) - length - 1, count).long()
-        return cls(ids[:split], rest[starts[:, None] + torch.arange(length + 1)], length)
-
-    def calibration(self, sequences: int, batch: int, device: str | torch.device) -> list[Tensor]:
-        """Windows ``[batch, T]`` from all over the training part, the same every time."""
-        starts = torch.linspace(0, len(self.train) - self.length, sequences).long()
-        rows = self.train[starts[:, None] + torch.arange(self.length)]
-        return [part.to(device) for part in rows.split(batch)]
+__all__ = [
+    "Converted", "Material", "Pictures", "as_conversion", "calibrated", "convert_model", "encoder_of", "measured",
+]  # fmt: skip
 
 
 @dataclass
@@ -135,16 +90,16 @@ class Converted:
 
 
 def convert_model(
-    model: Any, conversion: Conversion | str, material: Material, *, recover: str | int | None = None,
+    model: Any, conversion: Conversion | str, material: Material | Pictures, *, recover: str | int | None = None,
     sequences: int = 32, batch: int = 4, seed: int = 0, folder: Path | None = None, progress: Progress | None = None,
     stages: bool = True,
 ) -> Converted:  # fmt: skip
     """Convert a model of transformers, which stays as it is.
 
     Args:
-        model: in evaluation mode, on the device to use; decoders and encoders of text.
+        model: in evaluation mode, on the device to use; decoders, and encoders of texts or images.
         conversion: or its spec.
-        material: what is read.
+        material: what is read: of a model of images, pictures.
         recover: budget of a training afterwards, as ``10m``, ``2M`` or a number of steps; none when None.
         sequences: of the calibration.
         batch: sequences of a forward.
@@ -273,10 +228,9 @@ def as_conversion(given: Strategy | str) -> Conversion:
 
 
 def _recovered(
-    result: Converted, model: Any, strategy: Conversion, anatomy: Any, material: Material, recover: str | int,
-    seed: int, folder: Path | None, progress: Progress | None,
+    result: Converted, model: Any, strategy: Conversion, anatomy: Any, material: Material | Pictures,
+    recover: str | int, seed: int, folder: Path | None, progress: Progress | None,
 ) -> TrainState:  # fmt: skip
-    from .recipes._adapters import id_batches
     from .training.recovery import recover as train
 
     how = strategy.recovery(anatomy)
@@ -284,7 +238,7 @@ def _recovered(
         begun = [_digest([material.train]), _digest(result.model.parameters())]
         _claim(folder, [strategy.spec, seed, material.length, *begun])
     result.model = own = copy.deepcopy(result.model)  # parameters of its own
-    batches = id_batches(material.train, material.length, how.batch, seed, next(model.parameters()).device)
+    batches: Callable[[int], Tensor] = material.batches(how.batch, seed, next(model.parameters()).device)
 
     def told(state: TrainState) -> None:
         if progress is not None:
@@ -296,13 +250,16 @@ def _recovered(
     return state
 
 
-def _check_reads(model: Any, material: Material) -> None:
-    """Raise where the model cannot read windows so long, or has shapes that its config does not say."""
+def _check_reads(model: Any, material: Material | Pictures) -> None:
+    """Raise where the model reads something else, or no windows so long, or has shapes that its config does not say."""
     from .integrations.surgery_files import stock_config
     from .lens import max_positions
 
+    sees = hasattr(model.config, "image_size")
+    if sees != isinstance(material, Pictures):
+        raise UserError(f"{type(model).__name__} reads {'images, not text' if sees else 'text, not images'}")
     most = max_positions(model.config)
-    if most is not None and material.length > most:
+    if isinstance(material, Material) and most is not None and material.length > most:
         raise UserError(f"the model reads {most} tokens at most, and the windows have {material.length}: give --length")
     if stock_config(model) is None:
         raise UserError(
@@ -335,28 +292,29 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def _comparable(made: Any, model: Any, material: Material) -> bool:
+def _comparable(made: Any, model: Any, material: Material | Pictures) -> bool:
     """Whether two encoders give states of one shape."""
     return bool(measured(made, model, replace(material, held_out=material.held_out[:1])))
 
 
 @torch.inference_mode()
-def measured(model: Any, original: Any, material: Material, batch: int = 4) -> list[float]:
-    """Of each window held out: nats per token, or for encoders 1 - cosine of last states to the original's.
+def measured(model: Any, original: Any, material: Material | Pictures, batch: int = 4) -> list[float]:
+    """Of each window or image held out: nats per token, or for encoders 1 - cosine of last states to the original's.
 
     Nothing where an encoder's states are of another width, which have no angle with the original's.
     """
     from .integrations.anatomy import ModelAnatomy
     from .integrations.calibrate import nats
 
-    device, found = next(model.parameters()).device, list[float]()
+    device, dtype, found = next(model.parameters()).device, next(model.parameters()).dtype, list[float]()
     causal = ModelAnatomy(original).causal
     for rows in material.held_out.split(batch):
-        ids = rows.to(device)
+        ids = rows.to(device, dtype if rows.is_floating_point() else None)
         if causal:
             found += nats(model, ids).mean(1).tolist()
         else:
-            own, theirs = (each.base_model(input_ids=ids[:, :-1])[0].float() for each in (model, original))
+            given = {"pixel_values": ids} if isinstance(material, Pictures) else {"input_ids": ids[:, :-1]}
+            own, theirs = (each.base_model(**given)[0].float() for each in (model, original))
             if own.shape != theirs.shape:
                 return []
             found += (1 - torch.cosine_similarity(own, theirs, dim=-1)).mean(1).tolist()

@@ -93,16 +93,51 @@ def test_models_are_not_written_over(text, tmp_path, capsys):
     assert code == 2 and "holds a model" in error
 
 
+@pytest.mark.parametrize("first", [(), (7,)])
+def test_windows_begin_as_the_tokenizer_begins_a_text(first):
+    """Gemma without its <bos> sees nothing like what it was trained on, nor does what is calibrated on it."""
+    tokenizer = SimpleNamespace(
+        encode=lambda text, add_special_tokens=True, **_: [*(first if add_special_tokens else ()), *map(ord, text)]
+    )
+    material = Material.of([Text("a", "".join(chr(100 + i % 20) for i in range(400)))], tokenizer, 16)
+    rows = [*material.calibration(4, 2, "cpu"), material.held_out, material.batches(3, 0, "cpu")(1)]
+    for row in torch.cat([x[:, :16] for x in rows]):
+        assert tuple(row[: len(first)].tolist()) == first and (row[len(first) :] >= 100).all()
+    assert material.held_out.shape[1] == 17 and (material.train >= 100).all()
+
+
+@pytest.mark.parametrize(("spec", "plain"), [("comcat:keep=0.5,mlp=0.6", False), ("comcat:ranks=uniform", True)])
+def test_a_vision_transformer_is_given_images(spec, plain, tmp_path, capsys):
+    from PIL import Image
+
+    vit, folder, out = tmp_path / "vit", tmp_path / "images", tmp_path / "out"
+    conversions.tiny("vit").float().save_pretrained(vit)
+    folder.mkdir()
+    for i in range(6):
+        Image.effect_noise((20, 20), 40 + 10 * i).convert("RGB").save(folder / f"{i}.png")
+    given = ("convert", spec, "--model", vit, "--out", out)
+    code, said, _ = run(capsys, *given, "--image", folder, "--recover", "12 steps", "--json")
+    found = json.loads(said)
+    assert code == 0 and found["plain"] == plain and found["parameters"]["after"] < found["parameters"]["before"]
+    losses = found["losses"]
+    assert abs(losses["before"]) < 1e-6 < losses["after recovery"] < losses["after surgery"]
+    model, _ = models.load_vision(out)
+    assert sum(p.numel() for p in model.parameters()) == found["parameters"]["after"]
+    assert any("load_vision" in line or "AutoModel" in line for line in found["next"])
+    for more, said in ((("--image", folder / "0.png"), "twice"), (("--image", folder, "--text", folder), "give one")):
+        code, _, error = run(capsys, *given, *more)
+        assert code == 2 and said in error
+
+
 def test_a_folder_is_what_was_made_last(text, tmp_path, capsys):
     """Of an encoder's files none outlasts a conversion into its folder, nor the other way round."""
     out, ragged = tmp_path / "out", "skip_attn:skip=0.2"
-    for _ in range(2):
-        assert run(capsys, *small(text, out, ragged))[0] == 0
-        assert run(capsys, "convert", "pooling:latents=2,heads=1", "--out", out)[0] == 0
-        encoder = TextEncoder.load(out)
-        assert len(encoder.model.layers) == len(models.load_default()[0].model.layers)
-        assert all(type(layer.self_attn).__name__ == "LlamaAttention" for layer in encoder.model.layers)
-        assert not list(out.glob("surgery.*")) and not (out / "conversion.json").exists()
+    assert run(capsys, *small(text, out, ragged))[0] == 0
+    assert run(capsys, "convert", "pooling:latents=2,heads=1", "--out", out)[0] == 0
+    encoder = TextEncoder.load(out)
+    assert len(encoder.model.layers) == len(models.load_default()[0].model.layers)
+    assert all(type(layer.self_attn).__name__ == "LlamaAttention" for layer in encoder.model.layers)
+    assert not list(out.glob("surgery.*")) and not (out / "conversion.json").exists()
     assert run(capsys, *small(text, out, ragged))[0] == 0
     left = {path.name for path in out.iterdir()}
     assert not left & {"encoder.json", "modules.json", "sentence_bert_config.json", "1_Pooling", "2_Normalize"}

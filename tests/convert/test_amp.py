@@ -93,7 +93,7 @@ def test_dead_heads_and_neurons_go_first_and_nothing_is_lost():
     with torch.inference_mode():
         assert_close(cut(IDS[0]).logits, model(IDS[0]).logits, 1e-5)
     control = plan_of(model, "amp:keep=0.8,order=highest")
-    assert set(range(0, NEURONS, 5)) <= set(kept(control, "neurons", 0))
+    assert set(range(0, NEURONS, 5)) <= set(kept(control, "neurons", 0)) and {2, 3} <= set(kept(control, "heads", 0))
 
 
 def test_the_ratio_is_that_of_the_blocks_weights(model, tmp_path):

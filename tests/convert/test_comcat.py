@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyheads import UserError, parse
-from manyheads.conversion import HeadDim, Prune, SurgeryPlan
+from manyheads.conversion import Factorise, HeadDim, Prune, SurgeryPlan
 from manyheads.convert._low_rank import product_factors, whitener
 from manyheads.convert.comcat import COMCAT, HeadProducts
 from manyheads.converter import calibrated
@@ -85,9 +85,15 @@ def test_whitened_products_lose_less_of_what_inputs_give():
     whitened = calibrated(model, strategy, IMAGES["vit"])[1]
     handle.remove()
     x = torch.cat([inputs[0].flatten(0, 1), torch.ones(inputs[0].shape[0] * inputs[0].shape[1], 1)], 1).double()
-    errors = []
+    errors, given = [], []
     for plan in (whitened, plain):
         tensors = plan.steps[1].tensors
+        v, whole_v = (
+            torch.cat([w, b[:, None]], 1).unflatten(0, (HEADS, -1))
+            for w, b in ((tensors["v"], tensors["v.bias"]), (anatomy.weight("v", 1), anatomy.bias("v", 1)))
+        )
+        o, whole_o = (w.unflatten(1, (HEADS, -1)).transpose(0, 1) for w in (tensors["o"], anatomy.weight("o", 1)))
+        given.append(float(((o @ v - whole_o @ whole_v) @ x.mT).square().sum()))
         q, k = (torch.cat([tensors[p], tensors[f"{p}.bias"][:, None]], 1).unflatten(0, (HEADS, -1)) for p in "qk")
         whole_q, whole_k = (
             torch.cat([anatomy.weight(p, 1), anatomy.bias(p, 1)[:, None]], 1).unflatten(0, (HEADS, -1)) for p in "qk"
@@ -95,7 +101,35 @@ def test_whitened_products_lose_less_of_what_inputs_give():
         scale = (DIM / plan.steps[1].dim) ** 0.5
         change = x @ (scale * q.mT @ k - whole_q.mT @ whole_k) @ x.mT
         errors.append(float(change.square().sum()))
-    assert errors[0] < errors[1]
+    assert errors[0] < errors[1] and given[0] < given[1]
+
+
+def test_what_a_rank_loses_is_its_share_of_the_squares():
+    model = tiny("vit")
+    anatomy = ModelAnatomy(model)
+    q, k, v = (
+        torch.cat([anatomy.weight(p, 1), anatomy.bias(p, 1)[:, None]], 1).unflatten(0, (HEADS, DIM)) for p in "qkv"
+    )
+    o = anatomy.weight("o", 1).unflatten(1, (HEADS, DIM)).transpose(0, 1)
+    squares = [torch.linalg.svdvals(product)[:, :DIM].square() for product in (q.mT @ k, o @ v)]
+    want = sum((s / s.sum(-1, keepdim=True)).sum(0) for s in squares)
+    assert_close(HeadProducts.of(model=anatomy, layer=1, moment=None).lost, want, ROUND)
+
+
+def test_feed_forward_layers_are_whitened_products():
+    model, _, plan = made("vit", "comcat:keep=1,mlp=0.6")
+    anatomy, read = ModelAnatomy(model), []
+    handle = anatomy.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with torch.inference_mode():
+        model(IMAGES["vit"][0])
+    handle.remove()
+    x = read[0].flatten(0, 1)
+    root, weight = whitener(x.mT @ x / len(x)), anatomy.weight("down", 1)
+    (step,) = (s for s in plan.steps if isinstance(s, Factorise) and (s.part, s.layer) == ("down", 1))
+    u, s, vh = torch.linalg.svd(weight @ root, full_matrices=False)
+    want = (u[:, : step.rank] * s[: step.rank]) @ vh[: step.rank] @ torch.linalg.inv(root)
+    assert_close(step.tensors["left"] @ step.tensors["right"], want, 1e-4)  # a Gram matrix of float32
+    assert is_far(want, weight, 0.01)
 
 
 @pytest.mark.parametrize(("spec", "plain"), [

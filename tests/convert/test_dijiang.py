@@ -198,8 +198,21 @@ def test_files_give_the_model_again(kind, spec, tmp_path):
     assert sum(p.numel() for p in cut.parameters()) == ModelAnatomy(model).parameters(plan)
     assert not save(cut, tmp_path, plan, model.config, {})
     assert_close(logits(load(tmp_path)), logits(cut), DEEP)
-    layer = cut.model.layers[0].self_attn
-    assert torch.equal(layer.k_proj.weight, model.model.layers[0].self_attn.k_proj.weight)
+    layer, before = cut.model.layers[0].self_attn, model.model.layers[0].self_attn
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        own, theirs = getattr(layer, part), getattr(before, part)
+        assert torch.equal(own.weight, theirs.weight)
+        assert theirs.bias is None if own.bias is None else torch.equal(own.bias, theirs.bias)
+    assert (before.k_proj.bias is not None) == (kind == "qwen2")
+
+
+def test_draws_are_those_of_the_seed_and_the_lengths_asked_for():
+    for fields in ("seed=3", "radial=chi", "seed=1,radial=chi"):
+        asked = parse(f"dijiang:{fields}")
+        found = made(tiny("llama"), f"dijiang:{fields}").model.layers[1].self_attn.inner.map.directions
+        want = FeatureMap("wdct", DIM, asked.radial, asked.seed).directions
+        assert_close(found.float(), want, FORMULA)
+        assert is_far(found.float(), FeatureMap("wdct", DIM).directions, 0.1)
 
 
 def test_recovery_trains_it():

@@ -320,3 +320,9 @@ def test_rotary_frequencies_keep_their_precision():
     after = made.model.rotary_emb.inv_freq
     assert after.dtype == before.dtype != torch.bfloat16 and torch.equal(after, before)
     assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+
+
+def test_the_head_and_the_dropout_are_those_asked_for():
+    anatomy = ModelAnatomy(tiny("llama"))
+    found = [parse(f"gemma_encoder{fields}").design(anatomy) for fields in ("", ":head=linear,dropout=0.3")]
+    assert [(design.hidden, design.dropout) for design in found] == [(WIDTH, 0.1), (0, 0.3)]

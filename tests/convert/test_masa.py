@@ -127,8 +127,8 @@ def test_budgets_are_kept_and_files_give_the_model_again(kind, spec, tmp_path):
 def test_weights_are_the_sums_and_what_is_left_of_them(model):
     plan, stats = planned(model, "masa:groups=1,keep=0.9,atoms=0.3")
     made, anatomy = converted(model, plan), ModelAnatomy(model)
-    q, k = (next(step for step in plan.steps if step.part == part) for part in "qk")
-    assert q.atoms == k.atoms == 1 and q.rank == 2 * k.rank > 0
+    q, k, v, o = (next(step for step in plan.steps if step.part == part) for part in "qkvo")
+    assert q.atoms == k.atoms == 1 and q.rank == o.rank == 2 * k.rank == 2 * v.rank > 0
     for part, step in (("q", q), ("k", k)):
         weights = torch.stack([anatomy.weight(part, i) for i in range(LAYERS)])
         rest = weights - sum_of(weights, 1, True)
@@ -154,8 +154,15 @@ def test_what_keeps_all_is_the_model(model, spec):
 
 
 def test_a_basis_is_one_parameter_of_its_layers_and_asked_for_in_order(model):
-    plan, _ = planned(model, "low_rank:method=basis,group=2")
+    plan, stats = planned(model, "low_rank:method=basis,group=2")
     made = converted(model, plan)
+    whole = torch.cat([ModelAnatomy(model).weight("q", i) for i in range(2)])
+    root = whitener(torch.stack(list(stats.values["attention.gram"][:2])).mean(0))  # of both layers' inputs
+    u, s, vh = torch.linalg.svd(whole @ root, full_matrices=False)
+    rank = plan.steps[0].rank
+    left = torch.cat([step.tensors["left"] for step in plan.steps[:2]])
+    want = (u[:, :rank] * s[:rank]) @ vh[:rank] @ torch.linalg.inv(root)
+    assert_close(left @ plan.steps[0].tensors["right"], want, 1e-8)
     layers = [layer.self_attn for layer in made.model.layers]
     assert layers[0].q_proj.right is layers[1].q_proj.right and layers[2].q_proj.right is not layers[0].q_proj.right
     assert layers[0].o_proj.right is not layers[1].o_proj.right

@@ -154,12 +154,26 @@ def test_pairs_are_chosen_by_the_product_of_norms():
     chosen = planned(model, HALF).steps[1].config["pairs"]
     assert chosen == score.topk(2, -1).indices.sort(-1).values.tolist()
     assert chosen != norms["q"].unflatten(0, (KV, -1)).mean(1).topk(2, -1).indices.sort(-1).values.tolist()
+    alike = planned(model, f"{HALF},same=true").steps
+    assert [step.config["pairs"] for step in alike] == LAYERS * [
+        _pairs_of_all(model).topk(2, -1).indices.sort(-1).values.tolist()
+    ]
     with torch.no_grad():  # a scale that keys take from queries, pair by pair, changes no choice
         scale = torch.rand(KV, 1, DIM // 2, dtype=torch.float64) + 0.5
         for part, by in (("k_proj", scale), ("q_proj", 1 / scale.repeat_interleave(HEADS // KV, 0))):
             weight = getattr(layer.self_attn, part).weight
             weight.copy_((weight.unflatten(0, (-1, 2, DIM // 2)) * by[..., None]).flatten(0, 2))
     assert planned(model, HALF).steps[1].config["pairs"] == chosen
+
+
+def _pairs_of_all(model):
+    """The sum over layers of the product of norms, ``[G, d / 2]``."""
+    strategy = parse(HALF)
+    stats = calibrate(model, [IDS], strategy.wants(ModelAnatomy(model)))
+    total = 0
+    for norms in stats.values["attention.pair_norms"]:
+        total = total + norms[:HEADS].unflatten(0, (KV, -1)).mean(1) * norms[HEADS:]
+    return total
 
 
 def test_pairs_by_frequency():

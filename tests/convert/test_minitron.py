@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from manyheads import UserError, parse
-from manyheads.conversion import Drop, Prune, SurgeryPlan
+from manyheads.conversion import Drop, Prune, SurgeryPlan, choose_heads
 from manyheads.integrations.anatomy import ModelAnatomy
 from manyheads.integrations.calibrate import calibrate, nats
 from manyheads.integrations.surgery import converted
-from oracles.conversions import HEADS, LAYERS, NEURONS, tiny
+from oracles.conversions import HEADS, KV, LAYERS, NEURONS, tiny
 from tolerance import CLOSE, assert_close, is_far
 
 IDS = [(torch.arange(20).view(2, 10) * 7 + i) % 61 for i in range(2)]
@@ -88,8 +88,39 @@ def test_what_is_kept_scores_highest(model, stats):
     scores = named(stats, "neurons.sequence_norm")[0]
     out = sorted(set(range(NEURONS)) - set(keep))
     assert len(keep) % 8 == 0 and scores[list(keep)].min() >= scores[out].max()
-    assert len(prunes["heads", 2]) == 4
+    heads = named(stats, "heads.sequence_norm")
+    assert [prunes["heads", i] for i in range(LAYERS)] == choose_heads(torch.stack(list(heads)), KV, 4)
     assert parse("minitron:keep=1").plan(ModelAnatomy(model), stats).steps == ()
+
+
+def test_channels_are_scored_by_all_norms(model, stats):
+    (prune,) = parse("minitron:keep=0.7,axis=width").plan(ModelAnatomy(model), stats).steps
+    norms = torch.stack(list(named(stats, "norms.sequence_norm")))
+    best = [tuple(sorted(x.topk(len(prune.keep)).indices.tolist())) for x in (norms.sum(0), norms[-1])]
+    assert prune.axis == "width" and prune.keep == best[0] != best[1]
+
+
+def test_the_layers_that_go_turn_the_stream_least_or_cost_the_least_loss():
+    deep = tiny("llama", num_hidden_layers=6).float()
+    with torch.no_grad():  # layer 3 writes next to nothing
+        for weight in (deep.model.layers[3].self_attn.o_proj.weight, deep.model.layers[3].mlp.down_proj.weight):
+            weight.mul_(1e-3)
+    anatomy, found = ModelAnatomy(deep), {}
+    for depth in ("cosine", "loss"):
+        strategy = parse(f"minitron:keep=0.9,axis=layers,depth={depth}")
+        found[depth] = calibrate(deep, IDS, strategy.wants(anatomy))
+        (drop,) = strategy.plan(anatomy, found[depth]).steps
+        assert drop == Drop(part="block", layers=drop.layers) and len(drop.layers) == 1
+        scores = [float(x) for x in named(found[depth], "block.cosine")]
+        if depth == "loss":
+            scores = [found[depth].loss(SurgeryPlan((Drop(part="block", layers=(i,)),))) for i in range(6)]
+        assert drop.layers == (min(range(1, 5), key=lambda i: scores[i]),)
+        assert depth == "loss" or drop.layers == (3,)
+
+
+def test_the_teacher_is_corrected_first_but_not_an_encoder(model):
+    assert parse("minitron").recovery(ModelAnatomy(model)).correct == 0.2
+    assert parse("minitron").recovery(ModelAnatomy(tiny("bert"))).correct == 0
 
 
 def test_layers_go_in_a_row_and_never_the_first_or_last():

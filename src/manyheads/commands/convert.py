@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,12 +29,16 @@ from .options import (
 
 if TYPE_CHECKING:
     from manyheads.conversion import EncoderConversion
-    from manyheads.converter import Converted
+    from manyheads.converter import Converted, Pictures
 
 _TRAINING = "training"
 
 Spec = Annotated[
     str, typer.Argument(metavar="SPEC", help="Conversion with its fields, as minitron:keep=0.8; see `manyheads list`.")
+]
+Image = Annotated[
+    list[Path] | None,
+    typer.Option(help="Image, or folder of PNG and JPEG, for a vision transformer in place of --text; may repeat."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
 Recover = Annotated[
@@ -42,7 +46,8 @@ Recover = Annotated[
     typer.Option(help="Train it afterwards, as 10m (minutes), 2M (tokens) or '700 steps'. \\[default: no training]"),
 ]
 Length = Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")]
-Sequences = Annotated[int, typer.Option(min=1, help="Sequences that activations are gathered on.")]
+Sequences = Annotated[int, typer.Option(min=1, help="Sequences, or images, that activations are gathered on.")]
+_IMAGES = (".png", ".jpg", ".jpeg")
 
 
 def convert(
@@ -50,6 +55,7 @@ def convert(
     out: Out,
     model: Model = None,
     text: TextFiles = None,
+    image: Image = None,
     recover: Recover = None,
     length: Length = 512,
     sequences: Sequences = 32,
@@ -63,7 +69,8 @@ def convert(
     One pass over the text says what matters, the model is cut, and with --recover it is trained to say again what it
     said before; a training that was cut off goes on when the command is repeated. Losses are of the last tenth of the
     text, which nothing else reads. Where the config of the stock class can say what is left, the result is a plain
-    checkpoint, which transformers loads; else manyheads.models.load loads it, and so do compare and inspect.
+    checkpoint, which transformers loads; else manyheads.models.load loads it, and so do compare and inspect. A vision
+    transformer is given images, and its last states on the last tenth of them are compared with those from before.
 
     gemma_encoder and pooling make an encoder of texts, which reads no text here and is trained on its task afterwards.
     """
@@ -77,24 +84,32 @@ def convert(
 
     strategy = as_conversion(spec)
     if isinstance(strategy, EncoderConversion):
-        if text or recover:
+        if text or recover or image:
             raise UserError(
-                f"{strategy.slug} makes an encoder, which is trained on a task: leave --text and --recover away"
+                f"{strategy.slug} makes an encoder, which is trained on a task: leave --text, --image and --recover "
+                "away"
             )
         _encoder(strategy, place, model, device, dtype, length, seed or 0, as_json)
         return
-    texts = read(text) if text else standard_library()
+    if text and image:
+        raise UserError("--text is for models that read text, --image for those that read images: give one")
     if recover is not None:
         Budget.parse(recover)
     with shown(as_json) as progress:
-        loaded, tokenizer = load_model(model, device, dtype, encoders=True)
+        material: Material | Pictures
+        if image:
+            loaded, tokenizer, material = _seen(image, model, device, dtype)
+        else:
+            texts = read(text) if text else standard_library()
+            loaded, tokenizer = load_model(model, device, dtype, encoders=True)
+            material = Material.of(texts, tokenizer, length)
         made = convert_model(
-            loaded, strategy, Material.of(texts, tokenizer, length), recover=recover, sequences=sequences,
-            seed=seed or 0, folder=place / _TRAINING, progress=progress,
+            loaded, strategy, material, recover=recover, sequences=sequences, seed=seed or 0,
+            folder=place / _TRAINING, progress=progress,
         )  # fmt: skip
     made.about |= {"model": model or "default", "command": typed()}
     plain = made.save(place, tokenizer)
-    following = _following(made, place, plain, recover)
+    following = _following(made, place, plain, recover, bool(image))
     if as_json:
         print_json({**made.document(), "folder": str(place), "plain": plain, "next": following})
     else:
@@ -115,6 +130,27 @@ def _place(out: Path, model: str | None) -> Path:
     if same or (not ours and ((place / "config.json").exists() or any(place.glob("*.safetensors")))):
         raise UserError(f"{place} holds a model, and none is written over: give another folder with --out")
     return place
+
+
+def _seen(image: list[Path], model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any, Pictures]:
+    """A vision transformer, its image processor, and images as it is given them.
+
+    Raises:
+        UserError: no model is named, or it reads something else; or images are too few, or none.
+    """
+    from manyheads import models
+    from manyheads.converter import Pictures
+    from manyheads.inspect.signals import read_images
+
+    if model is None:
+        raise UserError("the shipped model reads text: name a vision transformer with --model")
+    loaded, processor = models.load_vision(model, device or "cpu", models.named_dtype(dtype))
+    files = [
+        file
+        for path in image
+        for file in (sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGES) if path.is_dir() else [path])
+    ]
+    return loaded, processor, Pictures.of([x.values["pixel_values"][0] for x in read_images(files, loaded, processor)])
 
 
 def _encoder(
@@ -158,7 +194,7 @@ def _encoder(
         out.print(f"  {line}", markup=False)
 
 
-def _following(made: Converted, place: Path, plain: bool, recover: str | None) -> list[str]:
+def _following(made: Converted, place: Path, plain: bool, recover: str | None, images: bool = False) -> list[str]:
     """Commands that make sense next."""
     from manyheads.integrations.site_search import find_sites
 
@@ -166,8 +202,9 @@ def _following(made: Converted, place: Path, plain: bool, recover: str | None) -
     where = shlex.quote(str(place))
     seen = bool(find_sites(made.model))  # linear attention is none that a strategy acts on
     verbs = [f"manyheads compare --model {where}"] if words and seen else []
-    verbs += [f"manyheads inspect --model {where}"] if seen else []
+    verbs += [f"manyheads inspect --model {where}{' --image FILE' if images else ''}"] if seen else []
     stock, load = ("AutoModelForCausalLM", "load") if words else ("AutoModel", "load_reader")
+    load = "load_vision" if images else load
     loads = f"{stock}.from_pretrained('{place}')" if plain else f"manyheads.models.{load}('{place}')"
     again = [] if recover or not made.compared else ["the same command with --recover 10m trains it"]
     return [*verbs, loads, *again]

@@ -84,7 +84,7 @@ def nats(model: Any, ids: Tensor) -> Tensor:
 
 def _forward(model: Any, batch: Tensor) -> None:
     if batch.is_floating_point():
-        model.base_model(pixel_values=batch)
+        model.base_model(pixel_values=batch.to(next(model.parameters()).dtype))
     elif hasattr(model.config, "use_cache"):
         model.base_model(input_ids=batch, use_cache=False)
     else:

@@ -98,7 +98,7 @@ def recover(
     Args:
         student: a converted model.
         teacher: the model that it was made of, not changed; where ``how`` corrects it, a copy is trained first.
-        get_batch: token ids ``[B, T + 1]`` by number, on the device.
+        get_batch: token ids ``[B, T + 1]``, or images ``[B, C, h, w]``, by number, on the device.
         budget: of all the training, correction included.
         how: loss, rate, adapters.
         folder: of checkpoints, from which a training that was cut off goes on; none without.
@@ -142,7 +142,7 @@ def _train(
     try:
         return fit(
             model, get_batch, loss, budget=budget, optimizers=optimizers_of(model, how.lr, weight_decay=0.0),
-            schedule=decay("cosine", warmup=0.1, floor=0.1), tokens_of=lambda ids: ids.shape[0] * (ids.shape[1] - 1),
+            schedule=decay("cosine", warmup=0.1, floor=0.1), tokens_of=_read,
             checkpoint=None if folder is None else Checkpoint(folder, seconds=_SECONDS), on_step=on_step,
         )  # fmt: skip
     finally:
@@ -151,11 +151,17 @@ def _train(
             model.requires_grad_(True)
 
 
+def _read(batch: Tensor) -> int:
+    """Tokens of windows ``[B, T + 1]``; images count as one each."""
+    return len(batch) * (1 if batch.is_floating_point() else batch.shape[1] - 1)
+
+
 def _states(model: Any, ids: Tensor) -> Tensor:
     """Last states ``[N, D]`` of a model that may be an adapted one."""
     base = getattr(getattr(model, "base_model", model), "model", model) if hasattr(model, "peft_config") else model
     more = {"use_cache": False} if hasattr(base.config, "use_cache") else {}
-    found: Tensor = base.base_model(input_ids=ids[:, :-1], **more)[0]
+    given = {"pixel_values": ids.to(base.dtype)} if ids.is_floating_point() else {"input_ids": ids[:, :-1]}
+    found: Tensor = base.base_model(**given, **more)[0]
     return found.flatten(0, 1)
 
 

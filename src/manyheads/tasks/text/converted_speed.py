@@ -23,7 +23,7 @@ from ...integrations.cache import cache_arguments
 from ...integrations.surgery import converted
 from ._text_task import model_of
 
-__all__ = ["ConvertedSpeed"]
+__all__ = ["ConvertedSpeed", "held_bytes"]
 
 _WARM = 2  # tokens written before the clock counts
 _MIB = 2**20
@@ -47,7 +47,7 @@ class ConvertedSpeed(Task):
         Metric("prefill", "prompt, s", "s", kind="time", what="time to read the text"),
         Metric("decode", "token, ms", "ms", kind="time", what="time for each token that is written afterwards"),
         Metric("weights", "weights, MiB", "MiB", what="bytes of the parameters"),
-        Metric("cache", "cache, MiB", "MiB", what="bytes of keys and values after the prompt"),
+        Metric("cache", "cache, MiB", "MiB", what="bytes of keys and values, or of states, after the prompt"),
     )
 
     text: str = "prose"
@@ -81,7 +81,7 @@ class ConvertedSpeed(Task):
             _timed(run, model, DynamicCache(config=model.config), ids[:, :16])
             cache: Any = DynamicCache(config=model.config)
             seconds = [_timed(run, model, cache, ids[:, : self.prompt])]
-            held = sum(x.nbytes for layer in cache.layers if layer.is_initialized for x in (layer.keys, layer.values))
+            held = held_bytes(cache)
             seconds += [_timed(run, model, cache, token) for token in ids[:, self.prompt :].split(1, 1)]
             yield self.row("prefill", arm, seconds[0], f"{turn}")
             for i, value in enumerate(seconds[1 + _WARM :]):
@@ -105,6 +105,13 @@ class ConvertedSpeed(Task):
         from ...data.texts import corpus
 
         return Material.of(corpus(self.text), cast(CausalLM, run.subject).tokenizer, 64, 1)
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of keys and values in a cache of transformers, or of the states of linear attention."""
+    states = [layer.state for layer in cache.layers if getattr(layer, "state", None) is not None]
+    kept = [x for layer in cache.layers if layer.is_initialized for x in (layer.keys, layer.values) if x is not None]
+    return sum(x.nbytes for x in (*states, *kept))
 
 
 @torch.inference_mode()
