@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
 from ._masks import AttnMask
 from ._peers import Arriving, Peers
 
-__all__ = ["AllGather", "Exchange", "GroupCast", "Ring"]
+__all__ = ["AllGather", "Exchange", "GroupCast", "Ring", "steps_away"]
 
 Block = tuple[Tensor, Tensor]
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -55,6 +58,15 @@ class Exchange(ABC):
 
     def _lengths(self) -> list[int]:
         return [len(rows) for rows in self.rows]
+
+
+Place = TypeVar("Place", int, NDArray[np.int64])
+
+
+def steps_away(rank: Place, window: int, windows: int, outer: int, inner: int) -> Place:
+    """Process so many windows, and so many places within its window, behind ``rank`` in two rings."""
+    mine, place = rank // window, rank % window
+    return (mine + outer) % windows * window + (place + inner) % window
 
 
 class Ring(Exchange):
@@ -100,18 +112,13 @@ class Ring(Exchange):
 
     def _source(self, outer: int, inner: int) -> int:
         """Whose block this process works on."""
-        mine, place = divmod(self.peers.rank, self.window)
-        return (mine - outer) % self.windows * self.window + (place - inner) % self.window
+        return steps_away(self.peers.rank, self.window, self.windows, -outer, -inner)
 
     def _pass_on(self, x: Tensor, outer: int, inner: int, name: str, to: tuple[int, int]) -> Arriving:
         """Send ``x`` so many windows and places on; what arrives is the block of a later step."""
-        mine, place = divmod(self.peers.rank, self.window)
-
-        def other(sign: int) -> int:
-            return (mine + sign * to[0]) % self.windows * self.window + (place + sign * to[1]) % self.window
-
+        on, back = (steps_away(self.peers.rank, self.window, self.windows, sign * to[0], sign * to[1]) for sign in (1, -1))
         length = len(self.rows[self._source(outer, inner)])
-        return self.peers.shift(x, (length, *x.shape[1:]), other(1), other(-1), name)
+        return self.peers.shift(x, (length, *x.shape[1:]), on, back, name)
 
 
 class AllGather(Exchange):
