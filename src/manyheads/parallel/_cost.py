@@ -155,7 +155,8 @@ class Prediction:
 
 def predict(counts: Counts, cluster: Cluster, efficiency: Efficiency = ASSUMED) -> Prediction:
     """What attention takes that was counted by :func:`._counts.count`."""
-    return Prediction(*(_Pass(counts, cluster, efficiency, back).seconds() for back in (False, True)))
+    tiles = counts.tiles(efficiency)
+    return Prediction(*(_Pass(counts, cluster, efficiency, tiles, back).seconds() for back in (False, True)))
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class _Pass:
     counts: Counts
     cluster: Cluster
     efficiency: Efficiency
+    tiles: Floats
     back: bool
 
     def seconds(self) -> Floats:
@@ -183,7 +185,7 @@ class _Pass:
         A piece is as long as a run of queries, or as the keys that a query sees in the mean where these are fewer.
         """
         counts, rows = self.counts, np.maximum(self.counts.rows, 1)
-        share = np.minimum(counts.tiles(self.efficiency), self.efficiency(pairs / rows))
+        share = np.minimum(self.tiles, self.efficiency(pairs / rows))
         flops = pairs * counts.flops_of_pair * (BACKWARD if self.back else 1.0)
         each: Floats = flops / (self.cluster.flops * share) + self.cluster.launch * (pairs > 0)
         return each[counts.context_of]

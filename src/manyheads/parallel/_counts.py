@@ -148,7 +148,8 @@ class Counts:
         """The efficiency of each context by the lengths of its pieces, weighted by time."""
         found = []
         for area, length in self.pieces:
-            seconds = (area / efficiency(length)).sum()
+            some = area > 0
+            seconds = (area[some] / efficiency(length[some])).sum()
             found.append(area.sum() / seconds if seconds else 1.0)
         return np.array(found)
 
@@ -263,8 +264,11 @@ def count(
     joined = runs.grouped(groups, contexts)
     area, length = row_pairs(mask, joined), np.diff(joined.edges)
     short = np.minimum(length, area / length)
+    order = np.argsort(joined.owners, kind="stable")
+    ends = np.searchsorted(joined.owners[order], np.arange(1, contexts))
+    pieces = tuple(zip(np.split(area[order], ends), np.split(short[order], ends), strict=True))
     seen = needed(mask, joined, joined)
     return Counts(
         shape, exchange, window or contexts, grid, runs.lengths, joined.lengths, pairs(mask, joined), seen,
-        tuple((area[joined.owners == c], short[joined.owners == c]) for c in range(contexts)),
+        pieces,
     )  # fmt: skip

@@ -31,6 +31,7 @@ __all__ = ["LAYOUTS", "Balance", "Layout", "balance", "layout"]
 _BALANCED = 1.05
 _CHUNKS = (64, 32, 16, 8)  # of a process
 _WEIGHTS = (0.0, 0.03, 0.1, 0.3)
+_PIECES = 1 << 13  # chunks of all processes, beyond which only the largest are tried
 _TOKENS = 1 << 28  # keys of chunks, up to which they count one by one
 _LOOKED_AT = 1 << 31  # of keys (or chunks) by process and chunk, that a weighted layout may look at
 
@@ -111,21 +112,23 @@ def by_document(mask: AttnMask, ranks: int) -> Layout:
 
 
 def _mirrored(runs: Sequence[tuple[int, int]], ranks: int) -> Layout:
-    parts: list[list[Tensor]] = [[] for _ in range(ranks)]
+    chunks = np.arange(2 * ranks)
+    place = np.minimum(chunks, 2 * ranks - 1 - chunks)
+    owners = []
     for number, (start, end) in enumerate(runs):
-        chunks = torch.arange(start, end).tensor_split(2 * ranks)
-        for rank in range(ranks):
-            # What does not divide lies in the first chunks: take turns, so that it is not always the same process's.
-            at = (rank + number) % ranks
-            parts[rank] += [chunks[at], chunks[2 * ranks - 1 - at]]
-    return Layout(tuple(torch.cat(part) for part in parts))
+        # What does not divide lies in the first chunks: take turns, so that it is not always the same process's.
+        sizes = (end - start) // (2 * ranks) + (chunks < (end - start) % (2 * ranks))
+        owners.append(np.repeat((place - number) % ranks, sizes))
+    owner = np.concatenate(owners)
+    order = torch.from_numpy(np.argsort(owner, kind="stable"))
+    return Layout(order.split(np.bincount(owner, minlength=ranks).tolist()))
 
 
 def greedy(mask: AttnMask, ranks: int) -> Layout:
     """Of several sizes of chunks and weights the balanced layout that needs the fewest rows of others."""
     found = [contiguous(mask, ranks)]
     for chunks in _CHUNKS:
-        if mask.size >= ranks * chunks:
+        if mask.size >= ranks * chunks and (ranks * chunks <= _PIECES or chunks == _CHUNKS[-1]):
             found += _given_away(mask, ranks, chunks)
     judged = [(balance(mask, one), one) for one in found]
     limit = max(_BALANCED, min(b.imbalance for b, _ in judged))
