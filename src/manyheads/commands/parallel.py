@@ -44,7 +44,8 @@ def parallel(
         bool, typer.Option("--model-only", help="Start no process: count, and say modelled times.")
     ] = False,
     efficiency: Annotated[
-        Path | None, typer.Option(help="Measured curve (benchmarks/parallel_efficiency.py) in place of the assumed one.")
+        Path | None,
+        typer.Option(help="Measured curve (benchmarks/parallel_efficiency.py) in place of the assumed one."),
     ] = None,
     seed: Seed = None,
     out: Out = None,

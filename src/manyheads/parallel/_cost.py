@@ -244,7 +244,8 @@ class _Pass:
         for head in range(machines.shape[1]):
             here = (machines[:, head, None] == machines[None, :, head]).sum(1)  # of the group, on each one's machine
             moved = np.maximum(
-                (n - here) * size / here / self.cluster.between.bandwidth, (n - 1) * size / self.cluster.within.bandwidth
+                (n - here) * size / here / self.cluster.between.bandwidth,
+                (n - 1) * size / self.cluster.within.bandwidth,
             )
             apart = n / here - 1
             latency = apart * self.cluster.between.latency + (n - 1 - apart) * self.cluster.within.latency

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,6 +145,12 @@ class Counts:
         work = self.pairs.sum(1)
         return float(work.max() / (work.mean() or 1))
 
+    @property
+    def moved(self) -> float:
+        """Keys that contexts need of others, over those that a ring among them moves."""
+        ring = (len(self.rows) - 1) * int(self.rows.sum())
+        return int(self.seen.sum() - self.seen.trace()) / (ring or 1)
+
     def tiles(self, efficiency: Efficient) -> Floats:
         """The efficiency of each context by the lengths of its pieces, weighted by time."""
         found = []
@@ -257,7 +264,15 @@ def count(
     contexts = ranks // heads
     if contexts % (window or contexts):
         raise UserError(f"{contexts} processes of a ring do not divide into windows of {window}")
-    runs = Runs.of(layout(given, mask, ranks) if isinstance(given, str) else given)
+    given = layout(given, mask, ranks) if isinstance(given, str) else given
+    return Counts(shape, exchange, window or contexts, *_shared(mask, given, heads, place))
+
+
+@lru_cache(maxsize=4)
+def _shared(mask: AttnMask, given: Layout, heads: int, place: str) -> tuple[Any, ...]:
+    """What depends on mask, layout and grid alone: the last six fields of :class:`Counts`."""
+    ranks = len(given.rows)
+    contexts, runs = ranks // heads, Runs.of(given)
     grid = np.arange(ranks).reshape(contexts, heads) if place == "head" else np.arange(ranks).reshape(heads, -1).T
     groups = np.empty(ranks, np.int64)
     groups[grid] = np.arange(contexts)[:, None]
@@ -267,8 +282,4 @@ def count(
     order = np.argsort(joined.owners, kind="stable")
     ends = np.searchsorted(joined.owners[order], np.arange(1, contexts))
     pieces = tuple(zip(np.split(area[order], ends), np.split(short[order], ends), strict=True))
-    seen = needed(mask, joined, joined)
-    return Counts(
-        shape, exchange, window or contexts, grid, runs.lengths, joined.lengths, pairs(mask, joined), seen,
-        pieces,
-    )  # fmt: skip
+    return grid, runs.lengths, joined.lengths, pairs(mask, joined), needed(mask, joined, joined), pieces

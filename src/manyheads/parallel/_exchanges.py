@@ -116,7 +116,9 @@ class Ring(Exchange):
 
     def _pass_on(self, x: Tensor, outer: int, inner: int, name: str, to: tuple[int, int]) -> Arriving:
         """Send ``x`` so many windows and places on; what arrives is the block of a later step."""
-        on, back = (steps_away(self.peers.rank, self.window, self.windows, sign * to[0], sign * to[1]) for sign in (1, -1))
+        on, back = (
+            steps_away(self.peers.rank, self.window, self.windows, sign * to[0], sign * to[1]) for sign in (1, -1)
+        )
         length = len(self.rows[self._source(outer, inner)])
         return self.peers.shift(x, (length, *x.shape[1:]), on, back, name)
 

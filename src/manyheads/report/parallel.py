@@ -91,9 +91,22 @@ def table(results: Results) -> Table:
             continue
         cells += [_number(row, "error")] * checked + [_number(row, "error_ratio")] * (checked and half)
         gap = row["formula_gap"]
-        cells += [_size(row, "sent"), Cell("=" if not gap else f"{gap:+,.0f}"), _size(row, "least"), _size(row, "between")]
-        cells += [Cell(f"{row['imbalance']:.2f}"), Cell(formatting.number(row["slowest"]), best=fastest[row["mask"]] is row)]
-        cells += [_number(row, "mean"), _number(row, "rate"), *([_size(row, "memory")] * memory), _number(row, "modelled")]
+        cells += [
+            _size(row, "sent"),
+            Cell("=" if not gap else f"off by {gap:,.0f}"),
+            _size(row, "least"),
+            _size(row, "between"),
+        ]
+        cells += [
+            Cell(f"{row['imbalance']:.2f}"),
+            Cell(formatting.number(row["slowest"]), best=fastest[row["mask"]] is row),
+        ]
+        cells += [
+            _number(row, "mean"),
+            _number(row, "rate"),
+            *([_size(row, "memory")] * memory),
+            _number(row, "modelled"),
+        ]
         made_rows.append(cells)
     way = "forward and backward" if setting["backward"] else "forward"
     title = (
@@ -139,8 +152,16 @@ def _headlines(rows: Sequence[Mapping[str, Any]]) -> list[Headline]:
     off = [row for row in ran if row["formula_gap"]]
     lines = [Headline(f"{len(ran)} of {len(rows)} cases ran.", "Cases")]
     if errors := [row["error"] for row in ran if "error" in row]:
-        lines.append(Headline(f"The largest difference from one process in float64 is {formatting.number(max(errors))}.", "Error"))
-    said = "All bytes are those of the formulas." if not off else f"{len(off)} cases sent other bytes than the formulas say."
+        lines.append(
+            Headline(
+                f"The largest difference from one process in float64 is {formatting.number(max(errors))}.", "Error"
+            )
+        )
+    said = (
+        "All bytes are those of the formulas."
+        if not off
+        else f"{len(off)} cases sent other bytes than the formulas say."
+    )
     return [*lines, Headline(said, "Bytes")]
 
 
@@ -182,7 +203,11 @@ def modelled_table(found: Mapping[str, Any]) -> Table:
             continue
         cells += [Cell(f"{row['imbalance']:.2f}"), _size(row, "sent"), _size(row, "least"), _size(row, "between")]
         best = fastest[row["mask"]] is row
-        cells += [Cell(formatting.number(row["modelled"]), best=best), _number(row, "modelled_mean"), _number(row, "rate")]
+        cells += [
+            Cell(formatting.number(row["modelled"]), best=best),
+            _number(row, "modelled_mean"),
+            _number(row, "rate"),
+        ]
         made_rows.append(cells)
     way = "forward and backward" if setting["backward"] else "forward"
     title = (

@@ -86,7 +86,9 @@ def processes(run: RunContext, ranks: int, backend: str, limit: float = 300.0) -
         pool: Pool = run.kept(("processes", ranks, backend, limit), lambda: _Started(ranks, backend, limit))
         return pool
     if ranks != size():
-        raise UserError(f"torchrun has started {size()} processes, not {ranks}: give --world {size()}, or leave it away")
+        raise UserError(
+            f"torchrun has started {size()} processes, not {ranks}: give --world {size()}, or leave it away"
+        )
     present: Pool = run.kept(("processes", backend), lambda: _Present(backend))
     return present
 

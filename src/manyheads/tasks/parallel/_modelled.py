@@ -85,7 +85,7 @@ def _said(counts: Counts, setting: Setting) -> dict[str, Any]:
     return {
         "imbalance": counts.imbalance, "sent": counts.total(back) / counts.ranks,
         "least": counts.least(back) / counts.ranks,
-        "between": counts.total(back, setting.of_machine) / counts.ranks,
+        "between": counts.total(back, setting.of_machine) / counts.ranks, "moved": counts.moved,
     }  # fmt: skip
 
 
@@ -94,7 +94,10 @@ def _seconds(counts: Counts, setting: Setting, place: Any) -> dict[str, Any]:
     slowest = found.slowest(setting.backward)
     mean = float((found.forward + found.backward * setting.backward).mean())
     flops = counts.flops * (1 + BACKWARD * setting.backward) / counts.ranks
-    return {"modelled": 1e3 * slowest, "modelled_mean": 1e3 * mean, "rate": flops / slowest / 1e12}
+    both = counts.flops * (1 + BACKWARD) / counts.ranks / found.slowest()
+    return {
+        "modelled": 1e3 * slowest, "modelled_mean": 1e3 * mean, "rate": flops / slowest / 1e12, "rate_back": both / 1e12,
+    }  # fmt: skip
 
 
 def read_efficiency(path: Path) -> Efficiency:
@@ -106,6 +109,10 @@ def read_efficiency(path: Path) -> Efficiency:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         curve = data["curve"]
-        return Efficiency(tuple(map(int, curve["lengths"])), tuple(map(float, curve["shares"])), f"measured, {path.name}")
+        return Efficiency(
+            tuple(map(int, curve["lengths"])), tuple(map(float, curve["shares"])), f"measured, {path.name}"
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no curve of efficiency ({error}): run benchmarks/parallel_efficiency.py") from error
+        raise UserError(
+            f"{path} holds no curve of efficiency ({error}): run benchmarks/parallel_efficiency.py"
+        ) from error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
@@ -52,7 +53,7 @@ class ContextAttention(Task):
         Metric("error", "error", what="the largest difference from one process in float64, of output and gradients"),
         Metric("error_ratio", "error, ratio", what="the same over that of one process in the same dtype"),
         Metric("sent", "sent", "bytes", what="bytes that all processes sent, counted at the calls that send"),
-        Metric("formula_gap", "sent less formula", "bytes", what="measured less what the formula says"),
+        Metric("formula_gap", "sent, formula", "bytes", what="difference of measured bytes and those of the formula"),
         Metric("least", "needed", "bytes", what="what shares heads, and keys that are seen, alone"),
         Metric("between", "between machines", "bytes"),
         Metric("imbalance", "balance", what="work of the busiest process over the mean, 1 at best"),
@@ -143,10 +144,12 @@ class ContextAttention(Task):
 
     def _counted(self, counts: Counts, found: list[Found]) -> dict[str, float]:
         sent = sum(one.sent for one in found)
+        place = CLUSTERS[self.cluster]
+        place = dataclasses.replace(place, node=self.node or place.node)
         rows = {
-            "sent": sent, "formula_gap": sent - counts.total(self.backward), "least": counts.least(self.backward),
+            "sent": sent, "formula_gap": abs(sent - counts.total(self.backward)), "least": counts.least(self.backward),
             "between": sum(one.between for one in found), "imbalance": counts.imbalance,
-            "modelled": 1e3 * predict(counts, CLUSTERS[self.cluster]).slowest(self.backward),
+            "modelled": 1e3 * predict(counts, place).slowest(self.backward),
         }  # fmt: skip
         if errors := found[0].errors:
             rows["error"] = max(error for error, _ in errors.values())
