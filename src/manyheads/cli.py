@@ -27,6 +27,7 @@ _VERBS = {
     "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
     "ask": "ask:ask", "generate": "generate:generate", "hunt": "hunt:hunt", "detect": "detect:detect",
     "recommend": "recommend:recommend", "shorten": "shorten:shorten", "convert": "convert:convert",
+    "parallel": "parallel:parallel",
     "list": "catalog:list_papers", "find": "catalog:find", "show": "catalog:show", "tasks": "catalog:list_tasks",
     "claims": "claims:app", "lm-eval": "lm_eval:app",
 }  # fmt: skip

@@ -15,8 +15,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attention.tile_pattern import TilePattern
@@ -25,7 +28,7 @@ from ._masks import AttnMask
 from ._peers import Arriving, Peers
 from ._tiles import tiles
 
-__all__ = ["AllGather", "Exchange", "GroupCast", "Ring"]
+__all__ = ["AllGather", "Exchange", "GroupCast", "Ring", "steps_away"]
 
 Block = tuple[Tensor, Tensor]
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -74,6 +77,15 @@ class Exchange(ABC):
         return [len(rows) for rows in self.rows]
 
 
+Place = TypeVar("Place", int, NDArray[np.int64])
+
+
+def steps_away(rank: Place, window: int, windows: int, outer: int, inner: int) -> Place:
+    """Process so many windows, and so many places within its window, behind ``rank`` in two rings."""
+    mine, place = rank // window, rank % window
+    return (mine + outer) % windows * window + (place + inner) % window
+
+
 class Ring(Exchange):
     """Blocks go round, in two rings where windows are smaller than the group."""
 
@@ -117,18 +129,15 @@ class Ring(Exchange):
 
     def _source(self, outer: int, inner: int) -> int:
         """Whose block this process works on."""
-        mine, place = divmod(self.peers.rank, self.window)
-        return (mine - outer) % self.windows * self.window + (place - inner) % self.window
+        return steps_away(self.peers.rank, self.window, self.windows, -outer, -inner)
 
     def _pass_on(self, x: Tensor, outer: int, inner: int, name: str, to: tuple[int, int]) -> Arriving:
         """Send ``x`` so many windows and places on; what arrives is the block of a later step."""
-        mine, place = divmod(self.peers.rank, self.window)
-
-        def other(sign: int) -> int:
-            return (mine + sign * to[0]) % self.windows * self.window + (place + sign * to[1]) % self.window
-
+        on, back = (
+            steps_away(self.peers.rank, self.window, self.windows, sign * to[0], sign * to[1]) for sign in (1, -1)
+        )
         length = len(self.rows[self._source(outer, inner)])
-        return self.peers.shift(x, (length, *x.shape[1:]), other(1), other(-1), name)
+        return self.peers.shift(x, (length, *x.shape[1:]), on, back, name)
 
 
 class AllGather(Exchange):

@@ -7,12 +7,14 @@ processes need from others, of those that a ring would move.
 ``greedy`` gives chunks away by falling area to the process that they cost least, where load counts as a share of the
 mean and keys that the process does not have yet count ``weight`` for a process's worth of them. Giving the largest
 chunk to the emptiest process is MagiAttention's idea; that keys count too, and the search over sizes of chunks and
-weights, is ours: of the layouts that are balanced to 5 % it keeps the one that needs the fewest rows of others.
+weights, is ours: of the layouts that are balanced to 5 % it keeps the one that needs the fewest rows of others. Where
+there are many tokens and processes, keys count by chunk rather than one by one, and are left out where even that would
+take minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._areas import Runs, needed, row_pairs
 from ._masks import AttnMask
 
 __all__ = ["LAYOUTS", "Balance", "Layout", "balance", "layout"]
@@ -28,6 +31,9 @@ __all__ = ["LAYOUTS", "Balance", "Layout", "balance", "layout"]
 _BALANCED = 1.05
 _CHUNKS = (64, 32, 16, 8)  # of a process
 _WEIGHTS = (0.0, 0.03, 0.1, 0.3)
+_PIECES = 1 << 13  # chunks of all processes, beyond which only the largest are tried
+_TOKENS = 1 << 28  # keys of chunks, up to which they count one by one
+_LOOKED_AT = 1 << 31  # of keys (or chunks) by process and chunk, that a weighted layout may look at
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,12 @@ class Balance:
 
 def balance(mask: AttnMask, given: Layout) -> Balance:
     """How ``given`` shares ``mask`` out; nothing is computed."""
-    areas = [int(mask.row_areas[rows.numpy()].sum()) for rows in given.rows]
-    needs = [mask.needs(rows) for rows in given.rows]
-    foreign = [int(seen.sum() - seen[rows].sum()) for seen, rows in zip(needs, given.rows, strict=True)]
+    runs = Runs.of(given)
+    areas = np.bincount(runs.owners, row_pairs(mask, runs), runs.count).astype(int).tolist()
+    seen = needed(mask, runs, runs)
     ring = (len(given.rows) - 1) * given.size
-    return Balance(max(areas) / (sum(areas) / len(areas) or 1), sum(foreign) / (ring or 1), tuple(areas))
+    foreign = int(seen.sum() - seen.trace())
+    return Balance(max(areas) / (sum(areas) / len(areas) or 1), foreign / (ring or 1), tuple(areas))
 
 
 def contiguous(mask: AttnMask, ranks: int) -> Layout:
@@ -105,46 +112,55 @@ def by_document(mask: AttnMask, ranks: int) -> Layout:
 
 
 def _mirrored(runs: Sequence[tuple[int, int]], ranks: int) -> Layout:
-    parts: list[list[Tensor]] = [[] for _ in range(ranks)]
+    chunks = np.arange(2 * ranks)
+    place = np.minimum(chunks, 2 * ranks - 1 - chunks)
+    owners = []
     for number, (start, end) in enumerate(runs):
-        chunks = torch.arange(start, end).tensor_split(2 * ranks)
-        for rank in range(ranks):
-            # What does not divide lies in the first chunks: take turns, so that it is not always the same process's.
-            at = (rank + number) % ranks
-            parts[rank] += [chunks[at], chunks[2 * ranks - 1 - at]]
-    return Layout(tuple(torch.cat(part) for part in parts))
+        # What does not divide lies in the first chunks: take turns, so that it is not always the same process's.
+        sizes = (end - start) // (2 * ranks) + (chunks < (end - start) % (2 * ranks))
+        owners.append(np.repeat((place - number) % ranks, sizes))
+    owner = np.concatenate(owners)
+    order = torch.from_numpy(np.argsort(owner, kind="stable"))
+    return Layout(order.split(np.bincount(owner, minlength=ranks).tolist()))
 
 
 def greedy(mask: AttnMask, ranks: int) -> Layout:
     """Of several sizes of chunks and weights the balanced layout that needs the fewest rows of others."""
     found = [contiguous(mask, ranks)]
     for chunks in _CHUNKS:
-        if mask.size >= ranks * chunks:
-            found += [_given_away(mask, ranks, chunks, weight) for weight in _WEIGHTS]
+        if mask.size >= ranks * chunks and (ranks * chunks <= _PIECES or chunks == _CHUNKS[-1]):
+            found += _given_away(mask, ranks, chunks)
     judged = [(balance(mask, one), one) for one in found]
     limit = max(_BALANCED, min(b.imbalance for b, _ in judged))
     return min(((b, one) for b, one in judged if b.imbalance <= limit), key=lambda pair: pair[0].moved)[1]
 
 
-def _given_away(mask: AttnMask, ranks: int, chunks: int, weight: float) -> Layout:
+def _given_away(mask: AttnMask, ranks: int, chunks: int) -> Iterator[Layout]:
     """By falling area, each chunk to the process it costs least; all have equally many chunks, up to one."""
-    pieces = torch.arange(mask.size).tensor_split(ranks * chunks)
-    areas = np.array([mask.row_areas[piece.numpy()].sum() for piece in pieces], float)
-    needs = np.stack([mask.needs(piece).numpy() for piece in pieces])
-    mean, share = areas.sum() / ranks or 1.0, mask.size / ranks
-    load, count = np.zeros(ranks), np.zeros(ranks, int)
-    held = np.zeros((ranks, mask.size), bool)
-    taken: list[list[int]] = [[] for _ in range(ranks)]
-    for piece in np.argsort(-areas, kind="stable").tolist():
-        cost = (load + areas[piece]) / mean
-        if weight:
-            cost = cost + weight * (needs[piece] & ~held).sum(1) / share
-        rank = int(np.where(count < chunks, cost, np.inf).argmin())
-        load[rank], count[rank] = load[rank] + areas[piece], count[rank] + 1
-        held[rank] |= needs[piece]
-        held[rank, pieces[piece].numpy()] = True
-        taken[rank].append(piece)
-    return Layout(tuple(torch.cat([pieces[i] for i in sorted(mine)]) for mine in taken))
+    count = ranks * chunks
+    edges = np.cumsum([0, *map(len, torch.arange(mask.size).tensor_split(count))])
+    each = Runs(edges, np.arange(count), count)
+    areas = row_pairs(mask, each).astype(float)
+    by_token = count * mask.size <= _TOKENS
+    units = Runs(np.arange(mask.size + 1), np.arange(mask.size), mask.size) if by_token else each
+    wanted = count * ranks * units.count <= _LOOKED_AT
+    needs = needed(mask, each, units) > 0 if wanted else None
+    for weight in _WEIGHTS if wanted else (0.0,):
+        held = np.zeros((ranks, units.count), bool)
+        load, number = np.zeros(ranks), np.zeros(ranks, int)
+        mean, share = areas.sum() / ranks or 1.0, units.count / ranks
+        taken: list[list[int]] = [[] for _ in range(ranks)]
+        for piece in np.argsort(-areas, kind="stable").tolist():
+            cost = (load + areas[piece]) / mean
+            if weight and needs is not None:
+                cost = cost + weight * (needs[piece] & ~held).sum(1) / share
+            rank = int(np.where(number < chunks, cost, np.inf).argmin())
+            load[rank], number[rank] = load[rank] + areas[piece], number[rank] + 1
+            if weight and needs is not None:
+                held[rank] |= needs[piece]
+                held[rank, slice(*edges[piece : piece + 2]) if by_token else piece] = True
+            taken[rank].append(piece)
+        yield Layout(tuple(torch.cat([torch.arange(*edges[i : i + 2]) for i in sorted(mine)]) for mine in taken))
 
 
 LAYOUTS: dict[str, Callable[[AttnMask, int], Layout]] = {
