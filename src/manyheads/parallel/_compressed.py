@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from ._context import World
-from ._peers import Peers
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -84,7 +83,7 @@ class CompressedReduceScatter:
             raise UserError(
                 f"sums are sent as {', '.join(FORMATS)} and gathered as the first two, not {kind}/{gathered}"
             )
-        self.peers = Peers(range(world.size), None, world.ledger)
+        self.peers = world.peers([range(world.size)])
         self.kind, self.gathered, self.block = kind, gathered, block
         self._stream: Any = None
 

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ._context import World
-from ._peers import Peers
 from ._travel import Trip, gather, reduce_scatter
 
 __all__ = [
@@ -115,7 +114,7 @@ class ExpertParallel:
             raise UserError(f"{experts} experts cannot be shared by {world.size} processes: use fewer processes")
         if dispatch not in DISPATCHES:
             raise UserError(f"there is no dispatch {dispatch!r}; there are {', '.join(DISPATCHES)}")
-        self.peers = Peers(range(world.size), None, world.ledger)
+        self.peers = world.peers([range(world.size)])
         self.experts, self.top_k, self.dispatch = experts, top_k, dispatch
         self.first = [experts * rank // world.size for rank in range(world.size + 1)]
         self.mine = slice(self.first[world.rank], self.first[world.rank + 1])
