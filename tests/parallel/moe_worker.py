@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each process of the tests of experts runs; one start of a pool serves all of it."""
+"""Runs experts that 2, 4 and 8 processes share, and leaves errors and bytes as JSON for the test."""
 
+import json
+import multiprocessing
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 
-from manyheads.parallel import _compressed as compressed
-from manyheads.parallel._context import ContextParallel
+from manyheads.parallel import CompressedReduceScatter, World, compressed_hook
+from manyheads.parallel._compressed import FORMATS, decode, encode
 from manyheads.parallel._experts import DISPATCHES, ExpertParallel, feed_forward
-from manyheads.parallel._masks import pattern
-from manyheads.parallel._moe_block import MoeBlock, MoeConfig
+from manyheads.parallel._moe_block import HELD, MoeBlock, MoeConfig, held_numbers
 from manyheads.parallel._remat import saved_bytes
-from manyheads.parallel._travel import Trip, gather, reduce_scatter
+from manyheads.parallel._travel import gather, reduce_scatter
+
+SIZES = (2, 4, 8)
 
 EXPERTS, DIM, INNER, TOKENS = 8, 6, 5, 11  # TOKENS of the first process, one more of each that follows
 
@@ -68,7 +74,9 @@ def alike(world, dispatch, top_k, experts=EXPERTS, choice="mixed", wrong=None):
     out = shared(mine[0], index[tokens], mine[1], compute)
     got = (out, *torch.autograd.grad(out, mine, dout[tokens]))
     parts = (want[tokens], wanted[0][tokens], wanted[1][tokens], wanted[2][shared.mine], wanted[3][shared.mine])
-    found = torch.tensor([error(a, b) if b.abs().max() else float(a.abs().max()) for a, b in zip(got, parts, strict=True)])
+    found = torch.tensor(
+        [error(a, b) if b.abs().max() else float(a.abs().max()) for a, b in zip(got, parts, strict=True)]
+    )
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.tolist()
 
@@ -110,62 +118,182 @@ def dispatched(world, top_k, experts, tokens=512, seed=3):
 
 
 def attention_bytes(world):
-    """Numbers sent forward for attention with split weights, and by heads: ratio of the two."""
-    batch, tokens, heads, kv_heads, width = 1, 8, 16, 8, 4
-    x = torch.randn(tokens, batch * heads * width)
-    peers = ExpertParallel(world, EXPERTS, 1, "all_gather").peers
+    """Bytes sent forward for attention with split weights, and by heads."""
+    tokens, heads, kv_heads, width = 8, 16, 8, 4
     lengths = [tokens] * world.size
+    block = block_of(world, "all", heads=heads, kv_heads=kv_heads, dim=heads * width)
+    x = torch.randn(tokens, heads * width)
 
     def split():
-        every = gather(x, peers, lengths, "in")
-        reduce_scatter(every, peers, lengths, "out")
+        reduce_scatter(gather(x, block.peers, lengths, "in"), block.peers, lengths, "out")
 
-    block = block_of(world, "all", heads=heads, kv_heads=kv_heads, dim=heads * width)
-    shared = counted(world, lambda: block(x.view(batch, tokens, -1), lengths))
-    return {"split": counted(world, split), "heads": shared["heads"]}
+    return {
+        "split": sum(counted(world, split).values()),
+        "heads": counted(world, lambda: block(x[None], lengths))["heads"],
+    }
 
 
-def block_of(world, held, dispatch="all_to_all", dim=32, heads=8, kv_heads=8, top_k=2, inner=24):
+def block_of(world, held, dispatch="all_to_all", dim=32, heads=16, kv_heads=8, top_k=2, inner=24):
     torch.manual_seed(7)
     return MoeBlock(MoeConfig(dim, heads, kv_heads, EXPERTS, top_k, inner), world, dispatch, held)
 
 
-def blocks(world, dispatch, dtype=torch.float32):
-    """By what is held: gradients of two blocks, and bytes that one holds."""
+def blocks(world, dispatch):
+    """Two blocks by what they hold: whether outputs and gradients are bit for bit the same, and bytes of the first."""
     lengths = [12 + rank for rank in range(world.size)]
-    found = {}
-    for held in ("all", "products", "values"):
-        one, two = block_of(world, held, dispatch).to(dtype), block_of(world, held, dispatch).to(dtype)
+    found, first = {}, None
+    for held in HELD:
+        one, two = block_of(world, held, dispatch), block_of(world, held, dispatch)
         torch.manual_seed(world.rank)
-        hidden = torch.randn(2, lengths[world.rank], 32, dtype=dtype, requires_grad=True)
+        hidden = torch.randn(2, lengths[world.rank], 32, requires_grad=True)
         out = two(one(hidden, lengths), lengths)
         (out * torch.arange(32)).sum().backward()
-        gradients = [hidden.grad, *(p.grad for p in one.parameters()), *(p.grad for p in two.parameters())]
-        held_bytes = saved_bytes(lambda one=one, x=hidden: one(x, lengths), tuple(one.parameters()))
-        rows = torch.tensor(0)
-        found[held] = {"out": out.detach(), "gradients": gradients, "bytes": held_bytes}
+        made = [out, hidden.grad, *(p.grad for p in one.parameters()), *(p.grad for p in two.parameters())]
+        first = first or made
+        rows = []
+        send = one.shared.send
+
+        def watched(*given, send=send, rows=rows):
+            route = send(*given)
+
+            def arrive():
+                found = route.arrive()
+                rows.append(len(found.x))
+                return found
+
+            return route._replace(arrive=arrive)
+
+        one.shared.send = watched
+        size, _ = saved_bytes(lambda one=one, x=hidden: one(x, lengths), tuple(one.parameters()))
+        equal = [torch.equal(a, b) for a, b in zip(made, first, strict=True)]
+        found[held] = {"equal": all(equal), "moved": bool(made[1].abs().sum()), "bytes": size, "wanted": -1}
+        if held != "all":
+            found[held]["wanted"] = formula(one, held, hidden, sum(lengths), rows[0], world.size)
     return found
 
 
-def rows_of(world, dispatch):
-    """Rows that this process's experts are given in the block of :func:`blocks`."""
-    lengths = [12 + rank for rank in range(world.size)]
-    block = block_of(world, "all", dispatch)
-    torch.manual_seed(world.rank)
-    hidden = torch.randn(2, lengths[world.rank], 32)
-    seen = []
-    send = block.shared.send
+def formula(block, held, hidden, total, rows, ranks):
+    """Bytes that a block holds: attention's part is of its heads for all tokens, the experts' of the rows they have."""
+    c, (batch, tokens, _) = block.config, hidden.shape
+    own, heads = batch * tokens, batch * total * c.heads / ranks
+    numbers = 4 * own * c.dim + heads * c.dim / c.heads  # input, first norm or queries, second norm, output; attention
+    if held == "products":
+        numbers += 2 * own * c.dim * c.kv_heads / c.heads + 2 * rows * c.inner
+    mean = held_numbers(c, held)  # where all processes have as many tokens and rows
+    even = 4 * c.dim + (2 * c.dim * c.kv_heads / c.heads + 2 * c.top_k * c.inner if held == "products" else 0)
+    assert mean == even
+    return 4 * (numbers + heads)  # and a log-sum-exp for each head of a token
 
-    def watched(*given):
-        route = send(*given)
 
-        def arrive():
-            rows = route.arrive()
-            seen.append(len(rows.x))
-            return rows
+def summed(world):
+    """Sums of gradients by format: error against float64, bytes, and whether they are what one process computes."""
+    size = 256 * world.size
+    draws = [torch.Generator().manual_seed(rank) for rank in range(world.size)]
+    scale = torch.randn(size, generator=torch.Generator().manual_seed(99)).exp()
+    every = torch.stack([torch.randn(size, generator=g) * scale for g in draws])
+    part = slice(world.rank * 256, (world.rank + 1) * 256)
+    exact, found = every.double().sum(0)[part], {}
+    for kind in FORMATS:
+        reduce = CompressedReduceScatter(world, kind)
+        world.ledger.clear()
+        got = reduce(every[world.rank])
+        simulated = decode(encode(every, kind)).sum(0)[part]
+        found[kind] = {
+            "error": error(got.double(), exact), "bytes": world.ledger.bytes(), "same": torch.equal(got, simulated),
+            "all": error(reduce.all_reduce(every[world.rank][:-3]).double(), every.double().sum(0)[:-3]),
+        }  # fmt: skip
+    world.ledger.clear()
+    plain = reduce.peers.reduce_scatter(every[world.rank].contiguous(), [256] * world.size, "plain")
+    found["plain"] = {"error": error(plain.double(), exact), "bytes": world.ledger.bytes()}
+    return found
 
-        return route._replace(arrive=arrive)
 
-    block.shared.send = watched
-    block(hidden, lengths)
-    return seen[0]
+def hooked(world):
+    """Gradients of a model whose processes see other data, by the hook: error against the mean of all, and bytes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 16), nn.GELU(), nn.Linear(16, 7))
+    alone = [torch.zeros_like(p) for p in model.parameters()]
+    inputs = [torch.randn(5, 9) for _ in range(world.size)]
+    for x in inputs:
+        for total, g in zip(alone, torch.autograd.grad(model(x).square().sum(), list(model.parameters())), strict=True):
+            total += g / world.size
+    shared = nn.parallel.DistributedDataParallel(model)
+    shared.register_comm_hook(CompressedReduceScatter(world, "bfloat16"), compressed_hook)
+    world.ledger.clear()
+    shared(inputs[world.rank]).square().sum().backward()
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    every = [torch.empty_like(got) for _ in range(world.size)]
+    dist.all_gather(every, got)
+    sent = {name: world.ledger.bytes(name) for name in sorted({name for name, _ in world.ledger.sent})}
+    return {
+        "error": error(got, torch.cat([g.flatten() for g in alone])), "same": all(torch.equal(got, x) for x in every),
+        "numbers": got.numel(), "bytes": sent,
+    }  # fmt: skip
+
+
+def overlapped(world):
+    """What has left when that which needs no tokens is computed, and when its gradient is; and what comes out."""
+    (x, weight, gate_up, down), index, dout, lengths = drawn(world.size, 2)
+    start = sum(lengths[: world.rank])
+    tokens = slice(start, start + lengths[world.rank])
+    x, beside = x[tokens].clone().requires_grad_(), torch.randn(DIM, DIM, dtype=torch.float64)
+    found = {}
+    for dispatch in ("all_to_all", "dedupe"):
+        shared = ExpertParallel(world, EXPERTS, 2, dispatch)
+        compute = feed_forward(gate_up[shared.mine], down[shared.mine])
+        seen = []
+
+        def meanwhile(seen=seen):
+            seen.append({name for name, _ in world.ledger.sent})
+            out = x @ beside
+            out.register_hook(lambda _: seen.append({name for name, _ in world.ledger.sent}))
+            return out
+
+        world.ledger.clear()
+        out = shared(x, index[tokens], weight[tokens], compute, meanwhile)
+        out.backward(dout[tokens])
+        plain = shared(x.detach(), index[tokens], weight[tokens], compute) + x.detach() @ beside
+        found[dispatch] = {"seen": [sorted(names) for names in seen], "error": error(out, plain)}
+    return found
+
+
+def cases(ranks):
+    """Choices that are compared with the formula, for so many processes: ``top_k``, experts, how they are chosen."""
+    found = {"k=2": (2, EXPERTS, "mixed"), "none of the last": (1, EXPERTS, "none of the last")}
+    if ranks == 4:
+        found |= {"k=1": (1, EXPERTS, "mixed"), "all": (EXPERTS, EXPERTS, "mixed"), "11 experts": (3, 11, "mixed")}
+        found |= {"all to one": (1, EXPERTS, "all to one")}
+    return found
+
+
+def run(rank, ranks, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
+    world, found = World(), {"errors": {}}
+    for dispatch in DISPATCHES:
+        for name, case in cases(ranks).items():
+            found["errors"][f"{dispatch}, {name}"] = alike(world, dispatch, *case)
+    found |= {"attention": attention_bytes(world), "sums": summed(world)}
+    if ranks == 4:
+        found |= {wrong: alike(world, "dedupe", 2, 2 * EXPERTS, wrong=wrong) for wrong in ("unweighted", "shifted")}
+        found["blocks"] = {dispatch: blocks(world, dispatch) for dispatch in DISPATCHES}
+        found |= {"hook": hooked(world), "overlap": overlapped(world)}
+    if ranks > 2:
+        found["sent"] = {k: dispatched(world, k, 2 * EXPERTS) for k in (1, 4)}
+    Path(folder, f"{ranks}-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")  # so that torch is imported once
+    for ranks in SIZES:
+        processes = [fork.Process(target=run, args=(rank, ranks, sys.argv[1])) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        if any(codes):
+            sys.exit(f"{ranks} processes ended with {codes}")

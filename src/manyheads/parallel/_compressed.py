@@ -10,19 +10,15 @@ leaves: the error does not depend on how many there are, and bfloat16 sends half
     model.register_comm_hook(CompressedReduceScatter(World()), compressed_hook)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
 from ._context import World
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 __all__ = ["FORMATS", "CompressedReduceScatter", "Format", "compressed_hook", "decode", "encode", "ring_sum"]
 
@@ -131,7 +127,7 @@ class CompressedReduceScatter:
 def compressed_hook(state: CompressedReduceScatter, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Communication hook of DistributedDataParallel: the mean of gradients by :class:`CompressedReduceScatter`.
 
-    On a GPU it runs beside the backward pass, on a CPU it is waited for.
+    On a GPU it runs beside the backward pass, on a CPU it is waited for. (DDP wants its annotations as classes.)
     """
     return state.on_a_stream(bucket.buffer())
 
