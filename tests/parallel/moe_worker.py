@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from manyheads.parallel import CompressedReduceScatter, World, compressed_hook
+import manyheads
+from manyheads.errors import UserError
+from manyheads.parallel import CompressedReduceScatter, World, compressed_hook, sum_gradients
 from manyheads.parallel._compressed import FORMATS, decode, encode
 from manyheads.parallel._experts import DISPATCHES, ExpertParallel, feed_forward
 from manyheads.parallel._moe_block import HELD, MoeBlock, MoeConfig, held_numbers
@@ -257,6 +259,71 @@ def overlapped(world):
     return found
 
 
+def mixtral(**changes):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    chosen = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, **changes}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **chosen, max_position_embeddings=64)).double().eval()
+    model.set_experts_implementation("eager")  # the others have no float64
+    return model
+
+
+def in_a_model(world, spec, ids, **given):
+    """A MixtralForCausalLM as it is, against itself in one process: errors, and what stays afterwards."""
+    alone, model = mixtral(), mixtral()
+    want = alone(input_ids=ids, labels=ids, **given)
+    want.loss.backward()
+    kinds, before = [type(m) for m in model.modules()], world.ledger.bytes("tokens")
+    with manyheads.use(model, spec, mesh=world):
+        out = model(input_ids=ids, labels=ids, **given)
+        out.loss.backward()
+    sent = world.ledger.bytes("tokens") - before
+    first = [EXPERTS * rank // world.size for rank in range(world.size + 1)]
+    one = model.model.layers[0].mlp.experts.gate_up_proj.grad
+    others = one[: first[world.rank]].abs().sum() + one[first[world.rank + 1] :].abs().sum()
+    names, own = dict(alone.named_parameters()), {n: p.grad.clone() for n, p in model.named_parameters()}
+    sum_gradients(model, world)
+    return {
+        "logits": error(out.logits, want.logits[:, out.shared.rows]), "loss": error(out.loss[None], want.loss[None]),
+        "gradients": max(error(p.grad, names[n].grad) for n, p in model.named_parameters()),
+        "unsummed": min(error(own[n], names[n].grad) for n in own), "others": float(others), "sent": sent,
+        "restored": kinds == [type(m) for m in model.modules()],
+        "after": error(model(input_ids=ids).logits, alone(input_ids=ids).logits),
+    }  # fmt: skip
+
+
+def models(world):
+    ids = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(1))
+    found = {d: in_a_model(world, f"megascale_moe:dispatch={d}", ids) for d in ("auto", *DISPATCHES[1:])}
+    if world.size == 2:
+        model = mixtral()
+        want = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        with manyheads.use(model, "megascale_moe", mesh=world):
+            got = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        found["generated"] = torch.equal(got, want)
+    if world.size == 8:
+        found["refused"] = [refused(world, mixtral(num_local_experts=4)), refused(world, "llama")]
+    return found
+
+
+def refused(world, model):
+    """The line of a UserError."""
+    if model == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8))
+    try:
+        with manyheads.use(model, "megascale_moe", mesh=world):
+            model(input_ids=torch.arange(16)[None])
+    except UserError as told:
+        return str(told)
+    return ""
+
+
 def cases(ranks):
     """Choices that are compared with the formula, for so many processes: ``top_k``, experts, how they are chosen."""
     found = {"k=2": (2, EXPERTS, "mixed"), "none of the last": (1, EXPERTS, "none of the last")}
@@ -273,7 +340,7 @@ def run(rank, ranks, folder):
     for dispatch in DISPATCHES:
         for name, case in cases(ranks).items():
             found["errors"][f"{dispatch}, {name}"] = alike(world, dispatch, *case)
-    found |= {"attention": attention_bytes(world), "sums": summed(world)}
+    found |= {"attention": attention_bytes(world), "sums": summed(world), "models": models(world)}
     if ranks == 4:
         found |= {wrong: alike(world, "dedupe", 2, 2 * EXPERTS, wrong=wrong) for wrong in ("unweighted", "shifted")}
         found["blocks"] = {dispatch: blocks(world, dispatch) for dispatch in DISPATCHES}
@@ -285,7 +352,8 @@ def run(rank, ranks, folder):
 
 
 if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")  # so that torch is imported once
+    mixtral()  # so that it is imported once
+    fork = multiprocessing.get_context("fork")
     for ranks in SIZES:
         processes = [fork.Process(target=run, args=(rank, ranks, sys.argv[1])) for rank in range(ranks)]
         for process in processes:

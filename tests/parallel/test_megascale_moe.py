@@ -19,7 +19,7 @@ from manyheads.parallel import _experts as experts
 from manyheads.parallel import _experts_cost as cost
 from manyheads.parallel._cost import CLUSTERS
 from manyheads.parallel._remat import rematerialise, saved_bytes
-from tolerance import FORMULA, error, is_far
+from tolerance import DEEP, FORMULA, error, is_far
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -171,6 +171,22 @@ def test_hook_of_ddp(left):
         found, padded = one["hook"], 512
         assert found["error"] < 2**-8 and found["same"] and found["numbers"] <= padded
         assert found["bytes"] == {"all-gather, float32": 3 * padded, "reduce-scatter, bfloat16": 3 * padded // 2}
+
+
+@pytest.mark.parametrize("ranks", worker.SIZES)
+def test_one_line_on_a_mixtral(left, ranks):
+    """Logits, loss and summed gradients of the model as it is; each process uses its experts alone; no trace stays."""
+    for one in left[ranks]:
+        for dispatch in ("auto", "dedupe", "all_gather"):
+            found = one["models"][dispatch]
+            assert max(found[name] for name in ("logits", "loss", "gradients")) <= DEEP * 4
+            assert found["unsummed"] > 1e-2 and found["others"] == 0 and found["sent"] > 0
+            assert found["restored"] and found["after"] == 0
+    if ranks == 2:
+        assert left[2][0]["models"]["generated"]
+    if ranks == 8:
+        few, none = left[8][0]["models"]["refused"]
+        assert "4 experts cannot be shared by 8 processes" in few and "shares experts, and LlamaForCausalLM" in none
 
 
 def test_error_does_not_grow_with_the_processes():

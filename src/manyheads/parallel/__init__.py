@@ -6,6 +6,7 @@ from ._context import EXCHANGES, ContextParallel, World
 from ._experts import ExpertParallel, feed_forward
 from ._experts_cost import choose_dispatch
 from ._frames import FrameParallel, Traffic
+from ._gradients import sum_gradients
 from ._layouts import LAYOUTS, Layout, balance, layout
 from ._ledger import Ledger
 from ._masks import PATTERNS, AttnMask, AttnSlice, pattern
@@ -18,4 +19,5 @@ __all__ = [
     "Processes", "Traffic", "World", "balance", "layout", "pattern",
     "CompressedReduceScatter", "ExpertParallel", "MoeBlock", "MoeConfig", "choose_dispatch", "compressed_hook",
     "feed_forward", "rematerialise",
+    "sum_gradients",
 ]  # fmt: skip

@@ -79,7 +79,7 @@ class CompressedReduceScatter:
             raise UserError(
                 f"sums are sent as {', '.join(FORMATS)} and gathered as the first two, not {kind}/{gathered}"
             )
-        self.peers = world.peers([range(world.size)])
+        self.peers = world.peers()
         self.kind, self.gathered, self.block = kind, gathered, block
         self._stream: Any = None
 

@@ -114,7 +114,7 @@ class ExpertParallel:
             raise UserError(f"{experts} experts cannot be shared by {world.size} processes: use fewer processes")
         if dispatch not in DISPATCHES:
             raise UserError(f"there is no dispatch {dispatch!r}; there are {', '.join(DISPATCHES)}")
-        self.peers = world.peers([range(world.size)])
+        self.peers = world.peers()
         self.experts, self.top_k, self.dispatch = experts, top_k, dispatch
         self.first = [experts * rank // world.size for rank in range(world.size + 1)]
         self.mine = slice(self.first[world.rank], self.first[world.rank + 1])
