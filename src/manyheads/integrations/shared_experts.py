@@ -41,7 +41,7 @@ def share_experts(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Bou
     found = [module for module in model.modules() if _weights(module)]
     if not found:
         raise UserError(f"{sharing.spec} shares experts, and {type(model).__name__} has none that are known here: give "
-                        "a mixture of experts, as Mixtral, or share its tokens alone, as loongtrain does")  # fmt: skip
+                        "a mixture of experts, as Mixtral, or a strategy that shares tokens alone")  # fmt: skip
     for module in found:
         if any(getattr(module, name, value) != value for name, value in _PLAIN.items()):
             raise UserError(f"{sharing.spec} knows gated experts without biases, not those of {type(module).__name__}")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import GradBucket
 
 from ..errors import UserError
 from ._context import World
@@ -48,7 +48,7 @@ def decode(sent: Sequence[Tensor]) -> Tensor:
     if len(sent) == 1:
         return sent[0].float()
     codes, scales = sent
-    numbers = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (scales.shape[-1], -1))
+    numbers: Tensor = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (scales.shape[-1], -1))
     return (numbers * scales[..., None]).flatten(-2)
 
 
@@ -124,7 +124,7 @@ class CompressedReduceScatter:
         return future
 
 
-def compressed_hook(state: CompressedReduceScatter, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def compressed_hook(state: CompressedReduceScatter, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """Communication hook of DistributedDataParallel: the mean of gradients by :class:`CompressedReduceScatter`.
 
     On a GPU it runs beside the backward pass, on a CPU it is waited for. (DDP wants its annotations as classes.)

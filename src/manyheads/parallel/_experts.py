@@ -172,7 +172,8 @@ class ExpertParallel:
 
         def home(y: Tensor) -> Tensor:
             back = Trip(y[_inverse(place)], self.peers, received, sent, "outputs").arrive()
-            return back[_inverse(order)].unflatten(0, index.shape).sum(1)
+            out: Tensor = back[_inverse(order)].unflatten(0, index.shape).sum(1)
+            return out
 
         return Route(arrive, home)
 

@@ -176,4 +176,5 @@ def _to_heads(rows: Tensor) -> Tensor:
 def _home(x: Tensor, tokens: int, peers: Peers, lengths: Sequence[int]) -> Tensor:
     """``[B, H / n, S, d]`` of all tokens -> ``[B, T, H d]`` of this process's."""
     rows = Trip(x.permute(2, 0, 1, 3), peers, lengths, [tokens] * len(peers), "heads").arrive()
-    return rows.unflatten(0, (len(peers), -1)).permute(2, 1, 0, 3, 4).flatten(2)
+    found: Tensor = rows.unflatten(0, (len(peers), -1)).permute(2, 1, 0, 3, 4).flatten(2)
+    return found

@@ -69,20 +69,19 @@ class _Kept:
         if isinstance(packed, int):
             return self.values[self.results + packed]
         number, *geometry = packed
-        return self.args[number].detach().as_strided(*geometry)
+        found: Tensor = self.args[number].detach().as_strided(*geometry)
+        return found
 
     def back(self, args: Sequence[Tensor], douts: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the arguments, then of the parameters."""
         self.args = args
         ends = [(edge, dout) for edge, dout in zip(self.edges, douts, strict=True) if edge and dout is not None]
         asked = [edge for edge in self.inputs if edge is not None]
-        found = iter(
-            torch.autograd.grad(
-                [edge for edge, _ in ends], [*asked, *self.parameters], [dout for _, dout in ends], allow_unused=True
-            )
-            if ends
-            else [None] * (len(asked) + len(self.parameters))
-        )
+        wanted: list[Any] = [*asked, *self.parameters]
+        found: Any = iter([None] * len(wanted))
+        if ends:
+            edges, given = zip(*ends, strict=True)
+            found = iter(torch.autograd.grad(edges, wanted, given, allow_unused=True))
         gradients = [None if edge is None else next(found) for edge in self.inputs] + list(found)
         self.args, self.values = (), []
         return gradients
