@@ -56,7 +56,7 @@ claim = Claim(
         sizes=Sizes(
             quick={"draws": 2, "experts.ranks": 4, "experts.tokens": 32, "steps": 2, "samples": 8,
                    "summed_gradients.ranks": 4, "added": (8, 64), "experts.numbers": 1024},
-            cpu={"seeds": 2},
+            cpu={"seeds": 2, "steps": 80},
             cuda={"summed_gradients.dim": 128, "inner": 256, "length": 64, "steps": 200, "rate": 2e-3, "samples": 256,
                   "seeds": 2},
         ),

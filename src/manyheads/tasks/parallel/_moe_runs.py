@@ -32,13 +32,12 @@ def _sent(world: World, act: Callable[[], Any]) -> dict[tuple[str, int], int]:
 
 
 def dispatch_sent(
-    world: World, dispatch: Dispatch, experts: int, chosen: Tensor, dim: int
-) -> dict[tuple[str, int], int]:
-    """Bytes by name and receiver, both ways of a layer; ``chosen [n, T, k]`` are the experts of all tokens."""
-    index = chosen[world.rank]
-    shared = ExpertParallel(world, experts, index.shape[1], dispatch)
-    x, weight = torch.ones(len(index), dim), torch.ones(index.shape)
-    return _sent(world, lambda: shared(x, index, weight, _weighted))
+    world: World, dispatch: Dispatch, experts: int, draws: Tensor, dim: int
+) -> list[dict[tuple[str, int], int]]:
+    """Bytes by name and receiver, both ways of a layer, of each draw; ``draws [N, n, T, k]``: experts of all tokens."""
+    shared = ExpertParallel(world, experts, draws.shape[3], dispatch)
+    x, weight = torch.ones(draws.shape[2], dim), torch.ones(draws.shape[2:])
+    return [_sent(world, lambda index=chosen[world.rank]: shared(x, index, weight, _weighted)) for chosen in draws]
 
 
 def attention_sent(world: World, way: str, config: MoeConfig, tokens: int) -> int:

@@ -76,7 +76,7 @@ class ExpertTimes(Task):
         if "held" in arm.options:
             given = {**given, "tokens": self.block_tokens}
             found = pool.run(runs.block_times, arm.options["held"], self.config, given)
-            yield self.row("block_held", arm, max(held for held, _ in found) / 1e6, "0")
+            yield from self.each("block_held", arm, [held / 1e6 for held, _ in found])
             yield from self.each("block_time", arm, _slowest([times for _, times in found]))
         if "sum" in arm.options and "ring" not in arm.options:
             every = pool.run(runs.sum_times, arm.options["sum"], arm.options["sum"] == "float32", given)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from . import _moe_runs as runs
 __all__ = ["Experts"]
 
 _SKEW = 0.25  # standard deviation of the logarithm of how much experts are asked for, where choices are skewed
-_ROW = 4  # bytes of a number
+_ROW, _FEW = 4, 16  # bytes of a number; tokens of a process where no choice is counted
 _MIXTRAL = MoeConfig(dim=128, heads=32, kv_heads=8, experts=8, top_k=2, inner=448)
 
 
@@ -60,7 +60,7 @@ class Experts(Task):
     dim: int = 256
     cases: tuple[tuple[int, int], ...] = ((8, 2), (8, 6), (8, 7), (8, 8), (64, 2), (64, 8))
     config: MoeConfig = _MIXTRAL
-    numbers: int = 1 << 14
+    numbers: int = 1 << 16
     added: tuple[int, ...] = (8, 16, 32, 64)
 
     def units(self, run: RunContext) -> list[WorkUnit]:
@@ -72,17 +72,17 @@ class Experts(Task):
                 if arm.spec:
                     yield from self._dispatch(run, pool, arm)
                 if "attention" in arm.options:
-                    given = (arm.options["attention"], self.config, 16)
-                    sent = pool.run(runs.attention_sent, *given)[0]
-                    yield self.row("attention_sent", arm, sent / (16 * self.ranks * self.config.dim * _ROW), "0")
+                    sent = pool.run(runs.attention_sent, arm.options["attention"], self.config, _FEW)
+                    whole = _FEW * self.ranks * self.config.dim * _ROW
+                    yield from self.each("attention_sent", arm, [size / whole for size in sent])
                 if "held" in arm.options:
-                    for draw in range(self.draws):
-                        held = pool.run(runs.block_held, arm.options["held"], self.config, 16, draw)
-                        per_token = sum(held) / (16 * self.ranks * self.config.dim * _ROW)
+                    for draw in range(2):  # all draws give the same sums
+                        held = pool.run(runs.block_held, arm.options["held"], self.config, _FEW, draw)
+                        per_token = sum(held) / (_FEW * self.ranks * self.config.dim * _ROW)
                         yield self.row("held", arm, per_token, f"{draw}")
                 if "sum" in arm.options and "ring" not in arm.options:
-                    sent = pool.run(runs.sum_sent, arm.options["sum"], 1024)[0]
-                    yield self.row("sum_sent", arm, sent / (1024 * (self.ranks - 1)), "0")
+                    sent = pool.run(runs.sum_sent, arm.options["sum"], 1024)
+                    yield from self.each("sum_sent", arm, [size / (1024 * (self.ranks - 1)) for size in sent])
         for arm in run.arms:
             if "sum" in arm.options:
                 yield from self._errors(run, arm)
@@ -95,20 +95,23 @@ class Experts(Task):
             seconds = dispatch_time(way, experts, top_k, 8, tokens=4096, row=8192, cluster=cluster)
             yield self.row("modelled", arm, 1e6 * seconds, "0", at=at)
             for choice in ("even", "skewed"):
-                for draw in range(self.draws):
-                    chosen = self._chosen(run, experts, top_k, choice, draw)
-                    every = pool.run(runs.dispatch_sent, way, experts, chosen, self.dim)
-                    own = self.tokens * self.dim * _ROW
-                    gone, come = [sum(sent.values()) for sent in every], Counter[int]()
-                    for sent in every:
-                        for (_, to), size in sent.items():
-                            come[to] += size
-                    busiest = max(*gone, *come.values()) / own
-                    yield self.row("sent", arm, busiest, f"{draw}", at={**at, "choice": choice})
+                chosen = [self._chosen(run, experts, top_k, choice, draw) for draw in range(self.draws)]
+                found = pool.run(runs.dispatch_sent, way, experts, torch.stack(chosen), self.dim)
+                for draw, every in enumerate(zip(*found, strict=True)):
+                    yield self.row("sent", arm, self._busiest(every), f"{draw}", at={**at, "choice": choice})
                     rows = sum(size for sent in every for (name, _), size in sent.items() if name == "tokens")
-                    off = rows / (self.ranks * own) / dispatch_rows(way, experts, top_k, self.ranks) - 1
+                    rows /= self.ranks * self.tokens * self.dim * _ROW
+                    off = abs(rows / dispatch_rows(way, experts, top_k, self.ranks) - 1)
                     if choice == "even":
-                        yield self.row("unexpected", arm, abs(off), f"{draw}", at=at)
+                        yield self.row("unexpected", arm, off, f"{draw}", at=at)
+
+    def _busiest(self, every: Sequence[Mapping[tuple[str, int], int]]) -> float:
+        """What the process that sends or gets most does so of, in rows for each of its tokens."""
+        gone, come = [sum(sent.values()) for sent in every], Counter[int]()
+        for sent in every:
+            for (_, to), size in sent.items():
+                come[to] += size
+        return max(*gone, *come.values()) / (self.tokens * self.dim * _ROW)
 
     def _chosen(self, run: RunContext, experts: int, top_k: int, choice: str, draw: int) -> torch.Tensor:
         """Experts of the tokens of all processes, ``[n, T, k]``: each once, alike or some more than others."""
