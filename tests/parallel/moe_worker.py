@@ -20,6 +20,7 @@ from manyheads.parallel._experts import DISPATCHES, ExpertParallel, feed_forward
 from manyheads.parallel._moe_block import HELD, MoeBlock, MoeConfig, held_numbers
 from manyheads.parallel._remat import saved_bytes
 from manyheads.parallel._travel import gather, reduce_scatter
+from manyheads.tasks.parallel._held import Held
 
 SIZES = (2, 4, 8)
 
@@ -166,9 +167,12 @@ def blocks(world, dispatch):
             return route._replace(arrive=arrive)
 
         one.shared.send = watched
-        size, _ = saved_bytes(lambda one=one, x=hidden: one(x, lengths), tuple(one.parameters()))
+        size, indices = saved_bytes(lambda one=one, x=hidden: one(x, lengths), tuple(one.parameters()))
+        with Held(hidden, *one.parameters()) as there:
+            alive = one(hidden, lengths)
         equal = [torch.equal(a, b) for a, b in zip(made, first, strict=True)]
-        found[held] = {"equal": all(equal), "moved": bool(made[1].abs().sum()), "bytes": size, "wanted": -1}
+        found[held] = {"equal": all(equal), "moved": bool(first[1].abs().sum()), "bytes": size, "wanted": -1}
+        found[held]["alive"] = there.nbytes - indices + hidden.nbytes - (alive.nbytes if held == "all" else 0)
         if held != "all":
             found[held]["wanted"] = formula(one, held, hidden, sum(lengths), rows[0], world.size)
     return found

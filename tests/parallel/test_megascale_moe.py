@@ -107,6 +107,7 @@ def test_bytes_held_are_those_of_the_formula(left):
         for found in one["blocks"].values():
             assert all(found[held]["bytes"] == found[held]["wanted"] for held in ("products", "values"))
             assert found["values"]["bytes"] < found["products"]["bytes"] < 0.545 * found["all"]["bytes"]
+            assert all(0 <= held["alive"] - held["bytes"] < 64 for held in found.values())  # nothing else stays
 
 
 def test_what_is_kept_is_not_run_again():

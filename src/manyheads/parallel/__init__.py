@@ -7,6 +7,7 @@ from ._experts import ExpertParallel, feed_forward
 from ._experts_cost import choose_dispatch
 from ._frames import FrameParallel, Traffic
 from ._gradients import sum_gradients
+from ._kept import keep_attention
 from ._layouts import LAYOUTS, Layout, balance, layout
 from ._ledger import Ledger
 from ._masks import PATTERNS, AttnMask, AttnSlice, pattern
@@ -16,8 +17,7 @@ from ._remat import rematerialise
 
 __all__ = [
     "EXCHANGES", "LAYOUTS", "PATTERNS", "AttnMask", "AttnSlice", "ContextParallel", "FrameParallel", "Layout", "Ledger",
-    "Processes", "Traffic", "World", "balance", "layout", "pattern",
+    "Processes", "Traffic", "World", "balance", "keep_attention", "layout", "pattern", "sum_gradients",
     "CompressedReduceScatter", "ExpertParallel", "MoeBlock", "MoeConfig", "choose_dispatch", "compressed_hook",
     "feed_forward", "rematerialise",
-    "sum_gradients",
 ]  # fmt: skip

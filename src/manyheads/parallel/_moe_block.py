@@ -177,4 +177,4 @@ def _home(x: Tensor, tokens: int, peers: Peers, lengths: Sequence[int]) -> Tenso
     """``[B, H / n, S, d]`` of all tokens -> ``[B, T, H d]`` of this process's."""
     rows = Trip(x.permute(2, 0, 1, 3), peers, lengths, [tokens] * len(peers), "heads").arrive()
     found: Tensor = rows.unflatten(0, (len(peers), -1)).permute(2, 1, 0, 3, 4).flatten(2)
-    return found
+    return found.contiguous()  # of one process it is a view, and the product that follows would hold a copy
