@@ -84,6 +84,23 @@ def alike(world, dispatch, top_k, experts=EXPERTS, choice="mixed", wrong=None):
     return found.tolist()
 
 
+def in_few_bits(world, kind):
+    """Relative errors of output and gradients of tokens where sums travel as ``kind``, and bytes of them both ways."""
+    (x, weight, gate_up, down), index, dout, lengths = drawn(world.size, 2)
+    start = sum(lengths[: world.rank])
+    tokens = slice(start, start + lengths[world.rank])
+    made = []
+    for sums in (None, kind):
+        shared = ExpertParallel(world, EXPERTS, 2, "all_gather", sums)
+        mine = x[tokens].float().requires_grad_()
+        compute = feed_forward(gate_up[shared.mine].float(), down[shared.mine].float())
+        world.ledger.clear()
+        out = shared(mine, index[tokens], weight[tokens].float(), compute)
+        made.append((out, *torch.autograd.grad(out, mine, dout[tokens].float())))
+    sent = [world.ledger.bytes("outputs"), world.ledger.bytes("outputs, back")]
+    return {"errors": [error(got, want) for got, want in zip(made[1], made[0], strict=True)], "sent": sent}
+
+
 def counted(world, act):
     """Bytes that this process sent by name, in ``act()``."""
     world.ledger.clear()
@@ -191,6 +208,11 @@ def formula(block, held, hidden, total, rows, ranks):
     return 4 * (numbers + heads)  # and a log-sum-exp for each head of a token
 
 
+def off(got, want):
+    """Relative RMS error."""
+    return float((got - want).norm() / want.norm())
+
+
 def summed(world):
     """Sums of gradients by format: error against float64, bytes, and whether they are what one process computes."""
     size = 256 * world.size
@@ -205,12 +227,12 @@ def summed(world):
         got = reduce(every[world.rank])
         simulated = decode(encode(every, kind)).sum(0)[part]
         found[kind] = {
-            "error": error(got.double(), exact), "bytes": world.ledger.bytes(), "same": torch.equal(got, simulated),
-            "all": error(reduce.all_reduce(every[world.rank][:-3]).double(), every.double().sum(0)[:-3]),
+            "error": off(got.double(), exact), "bytes": world.ledger.bytes(), "same": torch.equal(got, simulated),
+            "all": off(reduce.all_reduce(every[world.rank][:-3]).double(), every.double().sum(0)[:-3]),
         }  # fmt: skip
     world.ledger.clear()
     plain = reduce.peers.reduce_scatter(every[world.rank].contiguous(), [256] * world.size, "plain")
-    found["plain"] = {"error": error(plain.double(), exact), "bytes": world.ledger.bytes()}
+    found["plain"] = {"error": off(plain.double(), exact), "bytes": world.ledger.bytes()}
     return found
 
 
@@ -349,6 +371,7 @@ def run(rank, ranks, folder):
         found |= {wrong: alike(world, "dedupe", 2, 2 * EXPERTS, wrong=wrong) for wrong in ("unweighted", "shifted")}
         found["blocks"] = {dispatch: blocks(world, dispatch) for dispatch in DISPATCHES}
         found |= {"hook": hooked(world), "overlap": overlapped(world)}
+        found["few bits"] = {kind: in_few_bits(world, kind) for kind in FORMATS}
     if ranks > 2:
         found["sent"] = {k: dispatched(world, k, 2 * EXPERTS) for k in (1, 4)}
     Path(folder, f"{ranks}-{rank}.json").write_text(json.dumps(found))

@@ -162,8 +162,20 @@ def test_sums_in_few_bits(left, ranks):
         assert found["plain"]["bytes"] == found["float32"]["bytes"] == 2 * found["bfloat16"]["bytes"] == 4 * numbers
         assert found["float8"]["bytes"] == numbers + 4 * numbers // 128
         assert max(found["float32"]["error"], found["plain"]["error"]) < 1e-6
-        assert 1e-4 < found["bfloat16"]["error"] < 8e-3 < found["float8"]["error"] < 0.1
-        assert found["bfloat16"]["all"] < 8e-3 and found["float32"]["all"] < 1e-6
+        assert 8e-4 < found["bfloat16"]["error"] < 4e-3 and 1e-2 < found["float8"]["error"] < 5e-2
+        assert found["bfloat16"]["all"] < 4e-3 and found["float32"]["all"] < 1e-6
+
+
+def test_outputs_summed_in_few_bits(left):
+    """Float32 is the reduce-scatter; the others err by their rounding, there and back, and send what they say."""
+    lengths = [worker.TOKENS + rank for rank in range(4)]
+    for rank, one in enumerate(left[4]):
+        found, others = one["few bits"], sum(lengths) - lengths[rank]
+        assert max(found["float32"]["errors"]) < 1e-6
+        assert all(1e-4 < e < 1e-2 for e in found["bfloat16"]["errors"])
+        assert all(1e-2 < e < 0.1 for e in found["float8"]["errors"])
+        for kind, row in (("float32", 4 * worker.DIM), ("bfloat16", 2 * worker.DIM), ("float8", worker.DIM + 4)):
+            assert found[kind]["sent"] == [others * row, 3 * max(lengths) * row]
 
 
 def test_hook_of_ddp(left):
@@ -211,10 +223,10 @@ def test_choice_of_dispatch():
     assert mp.choose_dispatch(8, 2, 8) == "all_to_all" and mp.choose_dispatch(64, 8, 8) == "dedupe"
     assert [cost.crossover(64, 8, imbalance=skew) for skew in (1.0, 1.25)] == [9, 7]
     assert mp.choose_dispatch(8, 7, 8, imbalance=1.25) == "all_gather" and mp.choose_dispatch(8, 1, 1) == "all_to_all"
-    link, row = CLUSTERS["h100"], {"tokens": 4096, "row": 8192}
+    link, row = CLUSTERS["h100"], {"tokens": 65536, "row": 8192}
     times = {d: cost.dispatch_time(d, 64, 4, 8, cluster=link, **row) for d in experts.DISPATCHES}
-    sent = {d: 2 * 4096 * 8192 * cost.dispatch_rows(d, 64, 4, 8) / link.within.bandwidth for d in times}
-    assert all(1 < times[d] / sent[d] < 1.1 for d in times)  # latencies and what comes with rows are little
+    sent = {d: 2 * 65536 * 8192 * cost.dispatch_rows(d, 64, 4, 8) / link.within.bandwidth for d in times}
+    assert all(1 < times[d] / sent[d] < 1.02 for d in times)  # latencies and what comes with rows are little
     assert cost.dispatch_rows("dedupe", 11, 3, 4) == pytest.approx(  # unequal shares: 2, 3, 3 and 3 experts
         3 / 4 * (4 - (comb(9, 3) + 3 * comb(8, 3)) / comb(11, 3))
     )
@@ -238,7 +250,7 @@ def test_balance_loss():
 def test_the_strategy():
     strategy = manyheads.parse("megascale_moe:dispatch=dedupe,heads=2")
     assert strategy.spec == "megascale_moe:dispatch=dedupe,heads=2"
-    for wrong in ("dispatch=sideways", "cluster=b300", "imbalance=0.5"):
+    for wrong in ("dispatch=sideways", "cluster=b300", "imbalance=0.5", "sums=float8"):
         with pytest.raises(UserError):
             manyheads.parse(f"megascale_moe:{wrong}")
     with pytest.raises(UserError, match="between 1 and all 8"):

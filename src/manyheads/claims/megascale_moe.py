@@ -8,7 +8,8 @@ On two GPUs dispatches, blocks and sums are timed. The paper's crossover of disp
 8 GPUs) is a matter of time: by bytes it is at 8, and it is judged by bytes here.
 
 Seen before the sizes were set: bytes of dispatches and attention in tests on 2 to 8 processes (by the formulas), bytes
-held by a block of other sizes (27 % and 46 % of all), and errors of sums of gradients (those that the notes give).
+held by a block of other sizes (27 % and 46 % of all), errors of sums of gradients (those that the notes give), and a
+quick run: four processes, two draws, two steps of training.
 """
 
 from typing import Any

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ._compressed import Format, summed_rows
 from ._context import World
 from ._travel import Trip, gather, reduce_scatter
 
@@ -98,7 +99,9 @@ class ExpertParallel:
         dispatch: the way that is taken.
     """
 
-    def __init__(self, world: World, experts: int, top_k: int, dispatch: Dispatch) -> None:
+    def __init__(
+        self, world: World, experts: int, top_k: int, dispatch: Dispatch, sums: Format | None = None
+    ) -> None:  # fmt: skip
         """Share experts out; every process in the same way.
 
         Args:
@@ -106,16 +109,20 @@ class ExpertParallel:
             experts: of a layer.
             top_k: of a token.
             dispatch: one of ``DISPATCHES``, see :func:`manyheads.parallel.choose_dispatch`.
+            sums: what the sums of ``all_gather`` are sent as, to be added in float32 where they arrive; None for the
+                backend's own reduce-scatter.
 
         Raises:
-            UserError: fewer experts than processes, or no such dispatch.
+            UserError: fewer experts than processes, no such dispatch, or sums of another than ``all_gather``.
         """
+        if sums is not None and dispatch != "all_gather":
+            raise UserError(f"{dispatch} sends outputs and no sums: use dispatch=all_gather where sums={sums}")
         if experts < world.size:
             raise UserError(f"{experts} experts cannot be shared by {world.size} processes: use fewer processes")
         if dispatch not in DISPATCHES:
             raise UserError(f"there is no dispatch {dispatch!r}; there are {', '.join(DISPATCHES)}")
         self.peers = world.peers()
-        self.experts, self.top_k, self.dispatch = experts, top_k, dispatch
+        self.experts, self.top_k, self.dispatch, self.sums = experts, top_k, dispatch, sums
         self.first = [experts * rank // world.size for rank in range(world.size + 1)]
         self.mine = slice(self.first[world.rank], self.first[world.rank + 1])
 
@@ -210,7 +217,10 @@ class ExpertParallel:
         found, row = self._chosen(gather(x, self.peers, lengths, "tokens"), chosen, weights)
 
         def home(y: Tensor) -> Tensor:
-            return reduce_scatter(_summed(y, row, sum(lengths)), self.peers, lengths, "outputs")
+            partial = _summed(y, row, sum(lengths))
+            if self.sums is not None:
+                return summed_rows(partial, self.peers, lengths, self.sums)
+            return reduce_scatter(partial, self.peers, lengths, "outputs")
 
         return Route(lambda: found, home)
 

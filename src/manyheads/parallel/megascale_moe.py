@@ -19,8 +19,8 @@ The other parts of the paper stand by themselves: :class:`manyheads.parallel.Moe
 computes the others again, :class:`manyheads.parallel.CompressedReduceScatter` sums gradients in few bits and is a hook
 of DistributedDataParallel. Of overlap there is this: tokens leave before what does not need them (``meanwhile`` of
 :class:`manyheads.parallel.ExpertParallel`, the projections of ``MoeBlock``), and gradients likewise. What is missing:
-an order of a whole layer's operators on several streams, kernels that compute on tiles while others travel, eight-bit
-sums of experts' outputs, and parallel pipelines.
+an order of a whole layer's operators on several streams, kernels that compute on tiles while others travel, and
+pipelines between machines.
 
 While a strategy is in use on a model of transformers, the weights of all experts stay in every process, and each uses
 its own: gradients of the others are 0 there, so that one rule holds for all parameters: add them over the processes.
@@ -51,6 +51,8 @@ class MegascaleMoe(ContextParallelism, ExpertParallelism):
     Attributes:
         dispatch: how tokens come to experts; ``auto`` is what :func:`manyheads.parallel.choose_dispatch` has as the
             quickest.
+        sums: what sums of experts' outputs are sent as, with ``dispatch=all_gather``: ``exact`` in the model's own
+            dtype by a reduce-scatter; ``bfloat16`` or ``float8`` rounded once and added in float32, and so gradients.
         heads: processes that share heads; all when 0. As many as divide the heads; the others share context.
         cluster: of the cost model.
         imbalance: rows of the busiest process over the mean, for the cost model.
@@ -58,6 +60,9 @@ class MegascaleMoe(ContextParallelism, ExpertParallelism):
 
     dispatch: Literal["auto", "all_to_all", "dedupe", "all_gather"] = field(
         default="auto", metadata={"help": "how tokens come to experts; auto: the quickest by the cost model"}
+    )
+    sums: Literal["exact", "bfloat16", "float8"] = field(
+        default="exact", metadata={"help": "what sums of outputs are sent as, with dispatch=all_gather"}
     )
     heads: int = field(default=0, metadata={"help": "processes that share heads, the others context; 0: all"})
     cluster: str = field(default="h100", metadata={"help": "links of the cost model: h100 or a100"})
@@ -68,6 +73,9 @@ class MegascaleMoe(ContextParallelism, ExpertParallelism):
         if self.dispatch not in ("auto", *DISPATCHES) or self.cluster not in CLUSTERS:
             raise UserError(f"dispatch is auto, {', '.join(DISPATCHES)} and cluster {' or '.join(CLUSTERS)}, not "
                             f"{self.dispatch}, {self.cluster}")  # fmt: skip
+        if self.sums not in ("exact", "bfloat16", "float8") or (self.sums != "exact" and self.dispatch != "all_gather"):
+            raise UserError(f"sums is exact, or bfloat16 or float8 with dispatch=all_gather, not {self.sums} with "
+                            f"{self.dispatch}")  # fmt: skip
         if self.heads < 0 or self.imbalance < 1:
             raise UserError(f"heads is 0 or more and imbalance 1 or more, not {self.heads}, {self.imbalance:g}")
 
@@ -77,4 +85,4 @@ class MegascaleMoe(ContextParallelism, ExpertParallelism):
     def share_experts(self, world: World, experts: int, top_k: int, row: int) -> ExpertParallel:
         given, more = (experts, top_k, world.size, self.cluster), {"row": row, "imbalance": self.imbalance}
         chosen = choose_dispatch(*given, **more) if self.dispatch == "auto" else self.dispatch  # type: ignore[arg-type]
-        return ExpertParallel(world, experts, top_k, chosen)
+        return ExpertParallel(world, experts, top_k, chosen, None if self.sums == "exact" else self.sums)
