@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def dispatch_sent(
     """Bytes by name and receiver, both ways of a layer, of each draw; ``draws [N, n, T, k]``: experts of all tokens."""
     shared = ExpertParallel(world, experts, draws.shape[3], dispatch)
     x, weight = torch.ones(draws.shape[2], dim), torch.ones(draws.shape[2:])
-    return [_sent(world, lambda index=chosen[world.rank]: shared(x, index, weight, _weighted)) for chosen in draws]
+    return [_sent(world, partial(shared, x, chosen[world.rank], weight, _weighted)) for chosen in draws]
 
 
 def attention_sent(world: World, way: str, config: MoeConfig, tokens: int) -> int:

@@ -103,7 +103,7 @@ class SummedGradients(Task):
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number(run.seed, weights=seed))
-            model = MixtralForCausalLM(config)
+            model: Any = MixtralForCausalLM(config)
         model.set_attn_implementation("eager")
         model.set_experts_implementation("batched_mm")  # these two can be mapped over sequences
         return model.to(run.device)
