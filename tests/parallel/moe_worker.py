@@ -58,6 +58,11 @@ def error(got, want):
     return float((got - want).abs().max()) / float(want.abs().max())
 
 
+def off(got, want):
+    """Relative RMS error."""
+    return float((got - want).detach().norm() / want.detach().norm())
+
+
 def alike(world, dispatch, top_k, experts=EXPERTS, choice="mixed", wrong=None):
     """Largest relative error of outputs and gradients against the formula over all tokens, over all processes."""
     (x, weight, gate_up, down), index, dout, lengths = drawn(world.size, top_k, experts, choice)
@@ -98,7 +103,7 @@ def in_few_bits(world, kind):
         out = shared(mine, index[tokens], weight[tokens].float(), compute)
         made.append((out, *torch.autograd.grad(out, mine, dout[tokens].float())))
     sent = [world.ledger.bytes("outputs"), world.ledger.bytes("outputs, back")]
-    return {"errors": [error(got, want) for got, want in zip(made[1], made[0], strict=True)], "sent": sent}
+    return {"errors": [off(got, want) for got, want in zip(made[1], made[0], strict=True)], "sent": sent}
 
 
 def counted(world, act):
@@ -206,11 +211,6 @@ def formula(block, held, hidden, total, rows, ranks):
     even = 4 * c.dim + (2 * c.dim * c.kv_heads / c.heads + 2 * c.top_k * c.inner if held == "products" else 0)
     assert mean == even
     return 4 * (numbers + heads)  # and a log-sum-exp for each head of a token
-
-
-def off(got, want):
-    """Relative RMS error."""
-    return float((got - want).norm() / want.norm())
 
 
 def summed(world):
