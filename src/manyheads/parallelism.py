@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .parallel import AttnMask, Layout, World
+    from .parallel._experts import FeedForward
 
-__all__ = ["ContextParallelism", "SharedAttention"]
+__all__ = ["ContextParallelism", "ExpertParallelism", "SharedAttention", "SharedExperts"]
 
 
 class SharedAttention(Protocol):
@@ -50,4 +51,32 @@ class ContextParallelism(Strategy, ABC):
             world: of processes.
             mask: which keys each token sees.
             layout: which process has which tokens, where that is settled; else the strategy's own choice.
+        """
+
+
+class SharedExperts(Protocol):
+    """Experts of which each process has some; :class:`manyheads.parallel.ExpertParallel` is one.
+
+    Attributes:
+        mine: experts of this process.
+    """
+
+    mine: slice
+
+    def __call__(self, x: "Tensor", index: "Tensor", weight: "Tensor", compute: "FeedForward") -> "Tensor":
+        """Outputs ``[T, D]`` of this process's tokens ``[T, D]``, which chose experts ``[T, k]`` with weights."""
+
+
+class ExpertParallelism(Strategy, ABC):
+    """Says how processes share experts; :func:`manyheads.use` does so in a model whose tokens are shared too."""
+
+    @abstractmethod
+    def share_experts(self, world: "World", experts: int, top_k: int, row: int) -> SharedExperts:
+        """Experts of a layer among the processes of ``world``.
+
+        Args:
+            world: of processes.
+            experts: of the layer.
+            top_k: that a token chooses.
+            row: bytes of a token.
         """

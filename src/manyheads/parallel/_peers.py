@@ -19,6 +19,7 @@ from ._ledger import Ledger
 __all__ = ["Arriving", "Peers"]
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name, from 2.13 on
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass
@@ -70,16 +71,36 @@ class Peers:
     def all_gather(self, x: Tensor, lengths: Sequence[int], name: str) -> Tensor:
         """The tensors of all processes, one behind the other, whose first dimension has these lengths."""
         longest = max(lengths)
-        padded = x if len(x) == longest else torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+        padded = x if len(x) == longest else _padded(x, longest)
         every = x.new_empty(len(self) * longest, *x.shape[1:])
         _all_gather(every, padded.contiguous(), group=self.group)
         self.ledger.add(name, dict.fromkeys(self.ranks, padded.nbytes))
         return torch.cat([part[:n] for part, n in zip(every.split(longest), lengths, strict=True)])
 
+    def reduce_scatter(self, x: Tensor, lengths: Sequence[int], name: str) -> Tensor:
+        """The sum over all processes of the rows of this one; ``x`` has those of all, of these lengths, one behind
+        the other.
+        """
+        longest, mine = max(lengths), lengths[self.rank]
+        parts = [part if len(part) == longest else _padded(part, longest) for part in x.split(list(lengths))]
+        into = x.new_empty(longest, *x.shape[1:])
+        _reduce_scatter(into, (x if min(lengths) == longest else torch.cat(parts)).contiguous(), group=self.group)
+        self.ledger.add(name, dict.fromkeys(self.ranks, into.nbytes))
+        return into[:mine]
+
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int], name: str) -> Arriving:
         """Send a part to each process; those that come stand one behind the other, of these lengths."""
-        sent = torch.cat(list(parts))
-        into = sent.new_empty(sum(lengths), *sent.shape[1:])
-        work = dist.all_to_all_single(into, sent, list(lengths), list(map(len, parts)), group=self.group, async_op=True)
-        self.ledger.add(name, {to: part.nbytes for to, part in zip(self.ranks, parts, strict=True)})
-        return Arriving(into, sent, (work,))
+        return self.exchange(torch.cat(list(parts)), list(map(len, parts)), lengths, name)
+
+    def exchange(self, x: Tensor, sent: Sequence[int], lengths: Sequence[int], name: str) -> Arriving:
+        """The same of parts that stand one behind the other, so many rows for each process."""
+        x = x.contiguous()
+        into = x.new_empty(sum(lengths), *x.shape[1:])
+        work = dist.all_to_all_single(into, x, list(lengths), list(sent), group=self.group, async_op=True)
+        row = x[:1].nbytes if len(x) else 0
+        self.ledger.add(name, {to: rows * row for to, rows in zip(self.ranks, sent, strict=True)})
+        return Arriving(into, x, (work,))
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
