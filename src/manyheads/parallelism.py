@@ -9,9 +9,10 @@ from .strategy import Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .attention.recurrence import DecayState
     from .parallel import AttnMask, World
 
-__all__ = ["ContextParallelism", "SharedAttention"]
+__all__ = ["ContextParallelism", "SharedAttention", "SharedStates", "StateParallelism"]
 
 
 class SharedAttention(Protocol):
@@ -39,3 +40,23 @@ class ContextParallelism(Strategy, ABC):
     @abstractmethod
     def share(self, world: "World", mask: "AttnMask") -> SharedAttention:
         """Attention of ``mask`` among the processes of ``world``; every process has to ask, in one order."""
+
+
+class SharedStates(Protocol):
+    """Linear attention over tokens of which each process has some that follow each other, in the order of ranks."""
+
+    def attend(
+        self, q: "Tensor", k: "Tensor", v: "Tensor", g: "Tensor | None" = None, *, state: "DecayState | None" = None
+    ) -> "tuple[Tensor, DecayState]":
+        """Output ``[B, H, T, dv]`` of this process's tokens, and the state after them."""
+
+    def last(self, state: "DecayState") -> "DecayState":
+        """The state after all tokens, of that after each process's; in every process, without gradients."""
+
+
+class StateParallelism(Strategy, ABC):
+    """Says how processes share the tokens of a sequence in layers that pass on a state of fixed size."""
+
+    @abstractmethod
+    def share_states(self, world: "World") -> SharedStates:
+        """Linear attention among the processes of ``world``; every process has to ask, in one order."""
