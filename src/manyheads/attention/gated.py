@@ -95,7 +95,8 @@ def delta_rule(
     written, taken = written.split([width, k.shape[3]], -1)
     left = (keys * (total[..., -1:] - total).exp()[..., None]).mT
     one = torch.eye(k.shape[3], dtype=k.dtype, device=k.device)
-    state = torch.cat([v.new_zeros(*k.shape[:2], k.shape[3], width), one.expand(*k.shape[:2], -1, -1)], -1)
+    nothing = k[:, :, :0].mT @ v[:, :, :0]  # zeros that gradients pass through, also where there are no tokens
+    state = torch.cat([nothing, one.expand(*k.shape[:2], -1, -1)], -1)
     states, wrote = [], []
     for i in range(keys.shape[2]):
         states.append(state)

@@ -101,7 +101,7 @@ def decay_attention(
     """
     if isinstance(state, SharedState):
         if cu_seqlens is not None:
-            raise UserError("packed sequences are not shared by processes: forget between them by a gate of 0 (g = -inf)")
+            raise UserError("processes share no packed sequences: forget between them by a gate of 0 (g = -inf)")
         return state.attend(q, k, v, g, scale=scale, norm=norm, floor=floor)
     _check(q, k, v, g, norm, floor, state, cu_seqlens)
     if impl == "auto":
@@ -141,9 +141,7 @@ def quadratic(
     carried = scale * q * rows.exp()[..., None]
     out = weights @ repeat_kv(v, q.shape[1]) + carried @ repeat_kv(state.kv, q.shape[1])
     if state.k is not None:
-        out = divide(
-            out, weights.sum(-1) + (carried * repeat_kv(state.k, q.shape[1])[:, :, None]).sum(-1), norm, floor
-        )
+        out = divide(out, weights.sum(-1) + (carried * repeat_kv(state.k, q.shape[1])[:, :, None]).sum(-1), norm, floor)
     return out.to(dtype), _after(k, v, total, state)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear attention with decay on GPUs that share a sequence: the passes of :mod:`.recurrence`, with an exchange between.
+"""Linear attention with decay on GPUs that share a sequence: the passes of :mod:`.recurrence`, an exchange between.
 
 Each pass first makes what the tokens of this process add to a state, and that is what travels. In the forward pass
 outputs are made from it once it has come, or meanwhile from a state of zeros (``overlap``), and then corrected by
@@ -98,12 +98,12 @@ class _Shared(torch.autograd.Function):
 
 def _correct(out: Tensor, q: Tensor, g: Tensor | None, scale: float, state: Tensor) -> None:
     """Add to ``out [B, H, T, V]`` what rows take from ``state [B, Hkv, K, V]`` before the first."""
-    left = None
+    x = scale * q
     if g is not None:
         steps = torch.arange(1, q.shape[2] + 1, device=q.device)
         total = g.clamp_min(LEAST)[:, None] * steps if g.ndim == 1 else g.clamp_min(LEAST).cumsum(-1)
         left = repeat_kv(total.exp().expand(q.shape[0], state.shape[1], -1), q.shape[1])
-    x = q * (scale if left is None else scale * left[..., None]).to(q.dtype) if left is not None else q * scale
+        x = q * (scale * left[..., None]).to(q.dtype)
     out += x @ repeat_kv(state, q.shape[1]).to(q.dtype)
 
 
@@ -122,8 +122,6 @@ def shared_decay_attention(
     Returns:
         As there, of the tokens of this process.
     """
-    found = _Shared.apply(  # type: ignore[no-untyped-call]
-        *(prepared(q, k, v, g, norm, floor, kv, n)), scale, norm or "", begin, overlap
-    )
-    out, after, after_n = found
+    given = prepared(q, k, v, g, norm, floor, kv, n)
+    out, after, after_n = _Shared.apply(*given, scale, norm or "", begin, overlap)  # type: ignore[no-untyped-call]
     return out, after, after_n if norm else None

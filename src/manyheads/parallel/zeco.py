@@ -4,8 +4,8 @@
 Linear attention keeps what came before in a state of dk x dv numbers a head. So a process needs one state of the one
 before it, not keys and values of all. Local states are made first; while they travel, what needs none is computed.
 
-ZeCO: Zero Communication Overhead Sequence Parallelism for Linear Attention (arXiv 2507.01004). For process p with tokens
-t, gates a_t, their product A_t up to t and A over all of its tokens:
+ZeCO: Zero Communication Overhead Sequence Parallelism for Linear Attention (arXiv 2507.01004). For process p with
+tokens t, gates a_t, their product A_t up to t and A over all of its tokens:
 
     local      S_p and o_t from a state of zeros                 sent       S_in(p + 1) = A S_in(p) + S_p: the All-Scan
     corrected  o_t + (q_t * A_t) S_in(p)
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..attention.gated import Outputs, channel_gated, delta_rule, suffixes
-from ..attention.recurrence import LEAST, DecayState, Norm, SharedState, chunk, decay_attention, divide
+from ..attention.recurrence import LEAST, DecayState, Norm, SharedState, chunk, divide
 from ..attention.reference import repeat_kv
 from ..errors import UserError
 from ..parallelism import ContextParallelism, StateParallelism
@@ -54,7 +54,8 @@ class ZeCO(StateParallelism, ContextParallelism):
     """See the head of this file."""
 
     exchange: Literal["chain", "doubling", "all_gather", "auto"] = field(
-        default="chain", metadata={"help": "of states: chain (the paper's), doubling, all_gather, or auto: by the model"}
+        default="chain",
+        metadata={"help": "of states: chain (the paper's), doubling, all_gather, auto: by the model"},
     )
     pieces: int | None = field(default=None, metadata={"help": "of a chain; the model's best when not given"})
     overlap: bool = field(default=True, metadata={"help": "outputs are made while states travel, and corrected"})
@@ -127,17 +128,16 @@ class LinearParallel:
         if g is not None and g.ndim == 4:
             if norm is not None or k.shape != q.shape or g.shape != k.shape:
                 raise UserError(f"gates of channels want q, k and g of one shape and no norm; g is {tuple(g.shape)}")
-            wide = [_wide(x) for x in (q, k, v, g)]
-            out, kv = self._from_zeros(channel_gated(*wide, scale), None if start is None else start.kv)
+            local = channel_gated(_wide(q), _wide(k), _wide(v), _wide(g), scale)
+            out, kv = self._from_zeros(local, None if start is None else start.kv)
             return out.to(q.dtype), DecayState(kv)
         held = q.is_cuda and q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256 and q.shape[2] > 0
         if impl == "triton" or (impl == "auto" and held and kernels.available()):
             from ..kernels.shared_recurrence import shared_decay_attention
 
-            given = (None, None) if start is None else (start.kv, start.k)
-            out, kv, n = shared_decay_attention(
-                q, k, v, g, scale, norm, floor, *given, self.scan.begin, self.overlap and norm is None
-            )
+            before, sums = (None, None) if start is None else (start.kv, start.k)
+            overlap, begin = self.overlap and norm is None, self.scan.begin
+            out, kv, n = shared_decay_attention(q, k, v, g, scale, norm, floor, before, sums, begin, overlap)
             return out, DecayState(kv, n)
         return self._in_torch(q, k, v, g, scale, norm, floor, start)
 
@@ -158,9 +158,8 @@ class LinearParallel:
         Returns:
             As :meth:`attend`.
         """
-        wide = [_wide(x) for x in (q, k, v, beta)]
         start = state.kv if state is not None and self.first else None
-        out, kv = self._from_zeros(delta_rule(*wide, g, scale), start)
+        out, kv = self._from_zeros(delta_rule(_wide(q), _wide(k), _wide(v), _wide(beta), g, scale), start)
         return out.to(q.dtype), DecayState(kv)
 
     def last(self, state: DecayState) -> DecayState:
@@ -182,8 +181,9 @@ class LinearParallel:
         blocks: Any = model.blocks
         for block in blocks:
             if not hasattr(block.mixer, "shared_state"):
-                raise UserError(f"zeco passes on states of linear attention, and {type(block.mixer).__name__} has others: "
-                                "minimax_hybrid:every=0, tnl_lightning and dijiang can be shared")  # fmt: skip
+                kind = type(block.mixer).__name__
+                raise UserError(f"zeco passes on states of linear attention, and {kind} has others: share "
+                                "minimax_hybrid:every=0, tnl_lightning or dijiang")  # fmt: skip
             weight = next(block.mixer.parameters())
             seen = torch.full((batch,), start, device=weight.device)
             found.append(block.mixer.shared_state(SharedState(weight.new_empty(0), attend=self.attend), seen))
