@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .attention.recurrence import DecayState
-    from .parallel import AttnMask, World
+    from .parallel import AttnMask, Layout, World
 
 __all__ = ["ContextParallelism", "SharedAttention", "SharedStates", "StateParallelism"]
 
@@ -20,9 +20,11 @@ class SharedAttention(Protocol):
 
     Attributes:
         rows: tokens of this process, int64, by their place in the whole sequence.
+        layout: those of every process.
     """
 
     rows: "Tensor"
+    layout: "Layout"
 
     def shard(self, x: "Tensor", dim: int) -> "Tensor":
         """The tokens of this process, of all along ``dim``."""
@@ -35,11 +37,21 @@ class SharedAttention(Protocol):
 
 
 class ContextParallelism(Strategy, ABC):
-    """Says how processes share the tokens of a sequence, and what they exchange so that each token sees what it may."""
+    """Says how processes share the tokens of a sequence, and what they exchange so that each token sees what it may.
+
+    ``manyheads.use(model, strategy, mesh=mesh)`` does so in a model: it asks once for the mask that most layers have,
+    whose layout all layers then share, and once more for each other mask.
+    """
 
     @abstractmethod
-    def share(self, world: "World", mask: "AttnMask") -> SharedAttention:
-        """Attention of ``mask`` among the processes of ``world``; every process has to ask, in one order."""
+    def share(self, world: "World", mask: "AttnMask", layout: "Layout | None" = None) -> SharedAttention:
+        """Attention of ``mask`` among the processes of ``world``; every process has to ask, in one order.
+
+        Args:
+            world: of processes.
+            mask: which keys each token sees.
+            layout: which process has which tokens, where that is settled; else the strategy's own choice.
+        """
 
 
 class SharedStates(Protocol):
@@ -55,7 +67,11 @@ class SharedStates(Protocol):
 
 
 class StateParallelism(Strategy, ABC):
-    """Says how processes share the tokens of a sequence in layers that pass on a state of fixed size."""
+    """Says how processes share the tokens of a sequence in layers that pass on a state of fixed size.
+
+    In a model that has softmax attention too the strategy is a :class:`ContextParallelism` as well, whose layout gives
+    processes tokens that follow each other.
+    """
 
     @abstractmethod
     def share_states(self, world: "World") -> SharedStates:

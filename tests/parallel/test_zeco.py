@@ -48,6 +48,7 @@ def left(request):
                 found[mixer] = pool.run(runs.losses, "zeco:pieces=2", mixer, _text(), STEPS, 1e-2)[0]
         if count == 2:
             arms = {"zeco": "zeco", "a": runs.ALL_TO_ALL, "b": runs.ALONE}
+            found["minimax"] = pool.run(worker.transformers_model)
             found["times"] = pool.run(runs.times, arms, 32, 2, 4, 1, 1)[0]
     return found
 
@@ -100,6 +101,16 @@ def test_a_model_trains_as_in_one_process(left):
             assert alone[0] - alone[-1] > 0.01
         other = pool.run(runs.losses, None, "tnl_lightning", _text(1), STEPS, 1e-2)[0]
     assert abs(other[-1] - left["tnl_lightning"][-1]) > 1e-6  # another text is told apart
+
+
+def test_a_model_of_transformers(left):
+    """MiniMax, of linear layers with softmax among them and alone: logits, padding, gradients, tokens generated."""
+    if left["count"] != 2:
+        return
+    for one in left["minimax"]:
+        shares = {one.pop(name) for name in list(one) if name.endswith("share")}
+        assert shares < {18 / 37, 19 / 37} and max(one.values()) < 1e-5, one  # of the whole; float32
+        assert one["hybrid, generated"] == one["linear alone, generated"] == 0
 
 
 def test_all_arms_of_the_timing_run(left):

@@ -205,3 +205,49 @@ def refused(world):
     except UserError as error:
         return str(error)
     return ""
+
+
+def minimax(types):
+    """A MiniMax of transformers, with layers of these types."""
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    torch.manual_seed(0)
+    config = MiniMaxConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=len(types), num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=2, block_size=8,
+        layer_types=list(types), bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    return MiniMaxForCausalLM(config).eval()
+
+
+def transformers_model(world):
+    """By what is asked of a MiniMax: this process's error beside the model itself in one process."""
+    import manyheads
+
+    ids = torch.randint(2, 97, (2, 37), generator=torch.Generator().manual_seed(0))
+    padded = torch.ones_like(ids)
+    padded[1, :9] = 0
+    found = {}
+    for name, types in (("hybrid", "LLFL"), ("linear alone", "LL")):
+        model = minimax([{"L": "linear_attention", "F": "full_attention"}[x] for x in types])
+        for case, mask in ((name, None), (f"{name}, padded", padded)):
+            with torch.no_grad(), manyheads.use(model, "minimax_hybrid"):
+                want = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with torch.no_grad(), manyheads.use(model, "zeco:pieces=2", mesh=world):
+                out = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            keep = padded.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool)
+            found[case] = relative(out.shared.unshard(out.logits, 1)[keep], want[keep])
+            found[f"{case}, share"] = out.logits.shape[1] / ids.shape[1]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        weight = next(m for m in model.modules() if type(m).__name__ == "MiniMaxLightningAttention").qkv_proj.weight
+        wanted, weight.grad = weight.grad.clone(), None
+        with manyheads.use(model, "zeco", mesh=world):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        dist.all_reduce(weight.grad)
+        found[f"{name}, gradient"] = relative(weight.grad, wanted)
+        with manyheads.use(model, "minimax_hybrid"):
+            want = model.generate(ids, max_new_tokens=6, do_sample=False)
+        with manyheads.use(model, "zeco", mesh=world):
+            found[f"{name}, generated"] = float((model.generate(ids, max_new_tokens=6, do_sample=False) != want).sum())
+    return found

@@ -43,6 +43,7 @@ from ..errors import UserError
 from ..parallelism import ContextParallelism, StateParallelism
 from . import _cost
 from ._context import ContextParallel, World
+from ._layouts import Layout
 from ._masks import AttnMask
 from ._scan import SCANS, StateScan, apply
 
@@ -74,8 +75,8 @@ class ZeCO(StateParallelism, ContextParallelism):
         link = _cost.CLUSTERS[self.cluster].link(world.size)
         return LinearParallel(StateScan(peers, self.exchange, self.pieces, link), self.overlap)
 
-    def share(self, world: World, mask: AttnMask) -> ContextParallel:
-        return ContextParallel(world, mask, layout="contiguous", exchange="group_cast")
+    def share(self, world: World, mask: AttnMask, layout: Layout | None = None) -> ContextParallel:
+        return ContextParallel(world, mask, layout or "contiguous", "group_cast")
 
 
 class LinearParallel:
