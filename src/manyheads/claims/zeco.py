@@ -13,11 +13,11 @@ from manyheads.tasks.parallel.scan_time import ScanTime
 from manyheads.tasks.parallel.state_scan import StateScan
 
 ALL_SCAN, LASP1, LASP2, DOUBLING = "All-Scan, 4 pieces", "LASP-1", "LASP-2", "doubling"
-ZECO, AFTER = "All-Scan", "All-Scan, outputs after"
-COUNTED, TIMED = (ALL_SCAN, LASP1, LASP2, DOUBLING), (ZECO, AFTER, LASP1, LASP2, ALL_TO_ALL, ALONE)
+ZECO, BEFORE = "All-Scan", "All-Scan, outputs corrected"
+COUNTED, TIMED = (ALL_SCAN, LASP1, LASP2, DOUBLING), (ZECO, BEFORE, LASP1, LASP2, ALL_TO_ALL, ALONE)
 ARMS = (
     Arm(ALL_SCAN, "zeco:pieces=4"), Arm(LASP1, "zeco:pieces=1,overlap=false"), Arm(LASP2, "zeco:exchange=all_gather"),
-    Arm(DOUBLING, "zeco:exchange=doubling"), Arm(ZECO, "zeco"), Arm(AFTER, "zeco:overlap=false"), Arm(ALL_TO_ALL),
+    Arm(DOUBLING, "zeco:exchange=doubling"), Arm(ZECO, "zeco"), Arm(BEFORE, "zeco:overlap=true"), Arm(ALL_TO_ALL),
     Arm(ALONE),
 )  # fmt: skip
 EXACT = 1e-11  # relative, in float64: the same numbers added in another order

@@ -104,7 +104,11 @@ def _correct(out: Tensor, q: Tensor, g: Tensor | None, scale: float, state: Tens
         total = g.clamp_min(LEAST)[:, None] * steps if g.ndim == 1 else g.clamp_min(LEAST).cumsum(-1)
         left = repeat_kv(total.exp().expand(q.shape[0], state.shape[1], -1), q.shape[1])
         x = q * (scale * left[..., None]).to(q.dtype)
-    out += x @ repeat_kv(state, q.shape[1]).to(q.dtype)
+    state = repeat_kv(state, q.shape[1]).to(q.dtype)
+    if out.is_contiguous():
+        out.flatten(0, 1).baddbmm_(x.flatten(0, 1), state.flatten(0, 1))
+    else:
+        out += x @ state
 
 
 def shared_decay_attention(

@@ -22,9 +22,10 @@ length, any shares, also none; a gate of 0 (``g = -inf``) starts a document. Whe
 heads, local passes, outputs and gradients are those of :mod:`manyheads.kernels.recurrence`.
 
 Chosen here, where the paper leaves it open: pieces are cut along dv, along which any A acts the same (the paper: along
-dk); states travel in float32; ``overlap=false`` waits for the state and makes outputs from it, which saves the
-correction and, with few processes, is faster; a normaliser's sums travel as one more column of the state, and outputs
-then wait. Softmax layers of a model that has both kinds share their tokens by a cast of the keys that are needed.
+dk); states travel in float32; with kernels, outputs are made from a state that has come where the model says that the
+exchange takes less than the correction (``overlap=true``: never, as in the paper); a normaliser's sums travel as one
+more column of the state, and with kernels outputs then wait. Softmax layers of a model that has both kinds share their
+tokens by a cast of the keys that are needed.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from ._scan import SCANS, StateScan, apply
 
 __all__ = ["LinearParallel", "ZeCO"]
 
+_MEMORY = 2.5e12  # bytes per second that an A100 or H100 reads or writes, about
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZeCO(StateParallelism, ContextParallelism):
@@ -59,7 +62,9 @@ class ZeCO(StateParallelism, ContextParallelism):
         metadata={"help": "of states: chain (the paper's), doubling, all_gather, auto: by the model"},
     )
     pieces: int | None = field(default=None, metadata={"help": "of a chain; the model's best when not given"})
-    overlap: bool = field(default=True, metadata={"help": "outputs are made while states travel, and corrected"})
+    overlap: bool | None = field(
+        default=None, metadata={"help": "outputs are made while states travel, and corrected; or as modelled"}
+    )
     cluster: str = field(default="h100", metadata={"help": f"whose links the model has: {', '.join(_cost.CLUSTERS)}"})
 
     def __post_init__(self) -> None:
@@ -87,9 +92,10 @@ class LinearParallel:
     Attributes:
         scan: of states over the processes.
         overlap: make outputs from zeros while the state travels, and correct them; or wait, and make them from it.
+            None: by the model, where there are kernels for the latter; else True.
     """
 
-    def __init__(self, scan: StateScan, overlap: bool = True) -> None:
+    def __init__(self, scan: StateScan, overlap: bool | None = None) -> None:
         self.scan, self.overlap = scan, overlap
 
     @property
@@ -137,8 +143,8 @@ class LinearParallel:
             from ..kernels.shared_recurrence import shared_decay_attention
 
             before, sums = (None, None) if start is None else (start.kv, start.k)
-            overlap, begin = self.overlap and norm is None, self.scan.begin
-            out, kv, n = shared_decay_attention(q, k, v, g, scale, norm, floor, before, sums, begin, overlap)
+            overlap = norm is None and self._pays(q, v) if self.overlap is None else self.overlap and norm is None
+            out, kv, n = shared_decay_attention(q, k, v, g, scale, norm, floor, before, sums, self.scan.begin, overlap)
             return out, DecayState(kv, n)
         return self._in_torch(q, k, v, g, scale, norm, floor, start)
 
@@ -190,6 +196,12 @@ class LinearParallel:
             found.append(block.mixer.shared_state(SharedState(weight.new_empty(0), attend=self.attend), seen))
         return found
 
+    def _pays(self, q: Tensor, v: Tensor) -> bool:
+        """Whether an exchange is modelled to take longer than to correct outputs: to read and write five like them."""
+        state = v.new_empty(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float32, device="meta")
+        times = self.scan.times(state[..., 0], state)
+        return times[self.scan.chosen(state[..., 0], state)] > 5 * v.nbytes / _MEMORY
+
     def _in_torch(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, norm: Norm, floor: Tensor | None,
         start: DecayState | None,
@@ -222,7 +234,7 @@ class LinearParallel:
         m, s, outputs = local
         if start is not None:
             s = s + apply(m, start.to(s.dtype))
-        if self.overlap:
+        if self.overlap is not False:
             before, (out, carried) = self.scan.state(m, s, outputs)
         else:
             before, _ = self.scan.state(m, s, lambda: None)

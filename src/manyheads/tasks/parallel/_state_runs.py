@@ -107,9 +107,8 @@ def errors(world: World, spec: str, length: int, seeds: Sequence[int]) -> list[f
         mine = [x.detach()[:, :, at].requires_grad_() for x in whole]
         out, _ = shared.attend(*mine, scale=SCALE)
         got = [out, *torch.autograd.grad(out, mine, dout[:, :, at])]
-        found.append(max(
-            float((x - y[:, :, at]).abs().max() / y.abs().max()) for x, y in zip(got, wanted, strict=True)
-        ))  # fmt: skip
+        pairs = [(x.detach(), y.detach()) for x, y in zip(got, wanted, strict=True)]
+        found.append(max(float((x - y[:, :, at]).abs().max() / y.abs().max()) for x, y in pairs))
     return found
 
 
