@@ -10,7 +10,7 @@ from manyheads import parse
 from manyheads.attention.gated import channel_gated, delta_rule
 from manyheads.attention.recurrence import decay_attention
 from manyheads.errors import UserError
-from manyheads.parallel import Processes, _cost
+from manyheads.parallel import _cost
 from manyheads.parallel._ledger import Ledger
 from manyheads.parallel._peers import Peers
 from manyheads.parallel._scan import StateScan, apply
@@ -35,21 +35,21 @@ def _text(seed=0):
 
 
 @pytest.fixture(scope="module", params=(2, 4, 8))
-def left(request):
+def left(request, processes):
     """What processes found, all in one start of them."""
     count = request.param
-    with Processes(count) as pool:
-        found = {"count": count, "exact": pool.run(worker.exact)}
-        found["bytes"] = {name: pool.run(runs.counted, spec, SHAPES) for name, spec in WAYS.items()}
-        if count == 4:
-            found["controls"], found["moved"] = pool.run(worker.controls), pool.run(worker.moved)
-            found["refused"] = pool.run(worker.refused)
-            for mixer in ("tnl_lightning", "minimax_hybrid:every=0", "dijiang"):
-                found[mixer] = pool.run(runs.losses, "zeco:pieces=2", mixer, _text(), STEPS, 1e-2)[0]
-        if count == 2:
-            arms = {"zeco": "zeco", "a": runs.ALL_TO_ALL, "b": runs.ALONE}
-            found["minimax"] = pool.run(worker.transformers_model)
-            found["times"] = pool.run(runs.times, arms, 32, 2, 4, 1, 1)[0]
+    pool = processes(count)
+    found = {"count": count, "exact": pool.run(worker.exact)}
+    found["bytes"] = {name: pool.run(runs.counted, spec, SHAPES) for name, spec in WAYS.items()}
+    if count == 4:
+        found["controls"], found["moved"] = pool.run(worker.controls), pool.run(worker.moved)
+        found["refused"] = pool.run(worker.refused)
+        for mixer in ("tnl_lightning", "minimax_hybrid:every=0", "dijiang"):
+            found[mixer] = pool.run(runs.losses, "zeco:pieces=2", mixer, _text(), STEPS, 1e-2)[0]
+    if count == 2:
+        arms = {"zeco": "zeco", "a": runs.ALL_TO_ALL, "b": runs.ALONE}
+        found["minimax"] = pool.run(worker.transformers_model)
+        found["times"] = pool.run(runs.times, arms, 32, 2, 4, 1, 1)[0]
     return found
 
 
@@ -91,15 +91,15 @@ def test_shares_and_values(left):
     assert "PositionedMixer has others" in left["refused"][0]
 
 
-def test_a_model_trains_as_in_one_process(left):
+def test_a_model_trains_as_in_one_process(left, processes):
     if left["count"] != 4:
         return
-    with Processes(1) as pool:
-        for mixer in ("tnl_lightning", "minimax_hybrid:every=0", "dijiang"):
-            alone = pool.run(runs.losses, None, mixer, _text(), STEPS, 1e-2)[0]
-            assert max(abs(x - y) for x, y in zip(alone, left[mixer], strict=True)) < 1e-9, mixer
-            assert alone[0] - alone[-1] > 0.01
-        other = pool.run(runs.losses, None, "tnl_lightning", _text(1), STEPS, 1e-2)[0]
+    pool = processes(1)
+    for mixer in ("tnl_lightning", "minimax_hybrid:every=0", "dijiang"):
+        alone = pool.run(runs.losses, None, mixer, _text(), STEPS, 1e-2)[0]
+        assert max(abs(x - y) for x, y in zip(alone, left[mixer], strict=True)) < 1e-9, mixer
+        assert alone[0] - alone[-1] > 0.01
+    other = pool.run(runs.losses, None, "tnl_lightning", _text(1), STEPS, 1e-2)[0]
     assert abs(other[-1] - left["tnl_lightning"][-1]) > 1e-6  # another text is told apart
 
 

@@ -6,6 +6,7 @@ outputs are made from it once it has come, or meanwhile from a state of zeros (`
 ``(q_t * A_t) S``. In the backward pass the queries' gradient, which needs the forward states only, is made meanwhile.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..attention.recurrence import LEAST
-from ..attention.reference import repeat_kv
 from ._passes import Pass
 from .recurrence import Join, _attend, _differentiate, prepared
 
 __all__ = ["shared_decay_attention"]
+
+_LEAST = -128 * math.log(2)  # what the kernels take a log decay for at least
 
 # (what is left of a state [N, Hkv, 1], what is added [N, Hkv, 1, size], in reverse) -> what waits for the one before
 Begin = Callable[[Tensor, Tensor, bool], Callable[[], Tensor]]
@@ -98,13 +99,13 @@ class _Shared(torch.autograd.Function):
 
 def _correct(out: Tensor, q: Tensor, g: Tensor | None, scale: float, state: Tensor) -> None:
     """Add to ``out [B, H, T, V]`` what rows take from ``state [B, Hkv, K, V]`` before the first."""
-    x = scale * q
+    x, group = scale * q, q.shape[1] // state.shape[1]
     if g is not None:
         steps = torch.arange(1, q.shape[2] + 1, device=q.device)
-        total = g.clamp_min(LEAST)[:, None] * steps if g.ndim == 1 else g.clamp_min(LEAST).cumsum(-1)
-        left = repeat_kv(total.exp().expand(q.shape[0], state.shape[1], -1), q.shape[1])
+        total = g.clamp_min(_LEAST)[:, None] * steps if g.ndim == 1 else g.clamp_min(_LEAST).cumsum(-1)
+        left = total.exp().expand(q.shape[0], state.shape[1], -1).repeat_interleave(group, 1)
         x = q * (scale * left[..., None]).to(q.dtype)
-    state = repeat_kv(state, q.shape[1]).to(q.dtype)
+    state = state.to(q.dtype).repeat_interleave(group, 1)
     if out.is_contiguous():
         out.flatten(0, 1).baddbmm_(x.flatten(0, 1), state.flatten(0, 1))
     else:

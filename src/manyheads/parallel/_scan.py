@@ -144,19 +144,8 @@ class StateScan:
 
         return wait
 
-    def _place(self, reverse: bool) -> tuple[int, Callable[[int], int | None]]:
-        """Where this process stands in the order of the scan, and which rank stands so many places on, if any."""
-        count, rank = len(self.peers), self.peers.rank
-        place = count - 1 - rank if reverse else rank
-
-        def other(by: int) -> int | None:
-            there = place + by
-            return None if not 0 <= there < count else count - 1 - there if reverse else there
-
-        return place, other
-
     def _chain(self, m: Tensor, s: Tensor, reverse: bool) -> Tensor:
-        _, other = self._place(reverse)
+        _, other = _place(self.peers, reverse)
         before, after, name = other(-1), other(1), f"chain{', back' * reverse}"
         parts = s.tensor_split(self._pieces(s), -1)
         found: list[Tensor] = []
@@ -176,7 +165,7 @@ class StateScan:
         return torch.cat(found, -1)
 
     def _doubling(self, m: Tensor, s: Tensor, reverse: bool) -> Tensor:
-        _, other = self._place(reverse)
+        _, other = _place(self.peers, reverse)
         dense, far = m.ndim == s.ndim, 1
         every = m, s  # of this process and those before it, as far as they have been read
         one = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).expand_as(m) if dense else torch.ones_like(m)
@@ -194,7 +183,7 @@ class StateScan:
         return found[1]
 
     def _all_gather(self, m: Tensor, s: Tensor, reverse: bool) -> Tensor:
-        place, _ = self._place(reverse)
+        place, _ = _place(self.peers, reverse)
         every = self._gather(_packed(m, s), f"all-gather{', back' * reverse}")
         found = torch.zeros_like(s)
         for packed in (every.flip(0) if reverse else every)[:place]:
@@ -228,6 +217,18 @@ class StateScan:
             if self.peers.rank == len(self.peers) - 1:
                 self.peers.ledger.add("last state", dict.fromkeys(self.peers.ranks, found.nbytes))
         return found
+
+
+def _place(peers: Peers, reverse: bool) -> tuple[int, Callable[[int], int | None]]:
+    """Where this process stands in the order of the scan, and which rank stands so many places on, if any."""
+    count, rank = len(peers), peers.rank
+    place = count - 1 - rank if reverse else rank
+
+    def other(by: int) -> int | None:
+        there = place + by
+        return None if not 0 <= there < count else count - 1 - there if reverse else there
+
+    return place, other
 
 
 def _packed(m: Tensor, s: Tensor) -> Tensor:
