@@ -9,10 +9,13 @@ from .strategy import Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .attention.recurrence import DecayState
     from .parallel import AttnMask, Layout, World
     from .parallel._experts import FeedForward
 
-__all__ = ["ContextParallelism", "ExpertParallelism", "SharedAttention", "SharedExperts"]
+__all__ = [
+    "ContextParallelism", "ExpertParallelism", "SharedAttention", "SharedExperts", "SharedStates", "StateParallelism",
+]  # fmt: skip
 
 
 class SharedAttention(Protocol):
@@ -80,3 +83,27 @@ class ExpertParallelism(Strategy, ABC):
             top_k: that a token chooses.
             row: bytes of a token.
         """
+
+
+class SharedStates(Protocol):
+    """Linear attention over tokens of which each process has some that follow each other, in the order of ranks."""
+
+    def attend(
+        self, q: "Tensor", k: "Tensor", v: "Tensor", g: "Tensor | None" = None, *, state: "DecayState | None" = None
+    ) -> "tuple[Tensor, DecayState]":
+        """Output ``[B, H, T, dv]`` of this process's tokens, and the state after them."""
+
+    def last(self, state: "DecayState") -> "DecayState":
+        """The state after all tokens, of that after each process's; in every process, without gradients."""
+
+
+class StateParallelism(Strategy, ABC):
+    """Says how processes share the tokens of a sequence in layers that pass on a state of fixed size.
+
+    In a model that has softmax attention too the strategy is a :class:`ContextParallelism` as well, whose layout gives
+    processes tokens that follow each other.
+    """
+
+    @abstractmethod
+    def share_states(self, world: "World") -> SharedStates:
+        """Linear attention among the processes of ``world``; every process has to ask, in one order."""

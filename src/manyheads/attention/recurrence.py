@@ -13,7 +13,9 @@ Stabilised mLSTM needs no kernel of its own: :func:`mlstm_gates` turns its input
 and the floor. The running maximum is left out of the gradient, which is exact: the output does not depend on it.
 """
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -24,11 +26,14 @@ from .. import kernels
 from ..errors import UserError
 from .reference import repeat_kv
 
-__all__ = ["DecayState", "chunk", "decay_attention", "mlstm_gates", "quadratic", "step"]
+__all__ = [
+    "LEAST", "DecayState", "SharedState", "chunk", "decay_attention", "divide", "mlstm_gates", "quadratic", "step",
+]  # fmt: skip
 
 Norm = Literal["sum", "mlstm"] | None
 CHUNK = 64
 EPS = 1e-6
+LEAST = -128 * math.log(2)  # what a log decay is at least, so that a gate of 0 (-inf) can be summed: 2^-128 is nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,17 @@ class DecayState:
         return sum(x.nbytes for x in (self.kv, self.k, self.m) if x is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class SharedState(DecayState):
+    """In place of what came before, where that stands in other processes; every mixer hands it on as its state.
+
+    Attributes:
+        attend: what :func:`decay_attention` does then, given its arguments but for ``state``.
+    """
+
+    attend: Callable[..., tuple[Tensor, DecayState]] = field(kw_only=True)
+
+
 def decay_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, scale: float = 1.0, norm: Norm = None,
     floor: Tensor | None = None, state: DecayState | None = None, cu_seqlens: Tensor | None = None,
@@ -68,11 +84,12 @@ def decay_attention(
         q: ``[B, H, T, K]``.
         k: ``[B, Hkv, T, K]``, each head for H / Hkv query heads.
         v: ``[B, Hkv, T, V]``.
-        g: log decay ``[Hkv]`` or ``[B, Hkv, T]``, at most 0; None for no decay.
+        g: log decay ``[Hkv]`` or ``[B, Hkv, T]``, at most 0; None for no decay. A gate counts as at least 2^-128: -inf
+            at the first token of a document forgets what came before it.
         scale: factor on q; papers of this family mostly have none.
         norm: ``sum`` divides by ``q_t n_t``, ``mlstm`` by ``max(|scale q_t n_t|, floor_t)``.
         floor: ``[B, H, T]`` for ``mlstm``.
-        state: what came before.
+        state: what came before; a :class:`SharedState` says who has that.
         cu_seqlens: ``[N + 1]`` bounds of N sequences packed in one row (B = 1); states are then ``[N, ...]``.
         impl: ``auto`` takes the kernel on a GPU, torch elsewhere.
 
@@ -82,6 +99,10 @@ def decay_attention(
     Raises:
         UserError: shapes that do not belong together.
     """
+    if isinstance(state, SharedState):
+        if cu_seqlens is not None:
+            raise UserError("processes share no packed sequences: forget between them by a gate of 0 (g = -inf)")
+        return state.attend(q, k, v, g, scale=scale, norm=norm, floor=floor)
     _check(q, k, v, g, norm, floor, state, cu_seqlens)
     if impl == "auto":
         held = q.is_cuda and q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256
@@ -120,9 +141,7 @@ def quadratic(
     carried = scale * q * rows.exp()[..., None]
     out = weights @ repeat_kv(v, q.shape[1]) + carried @ repeat_kv(state.kv, q.shape[1])
     if state.k is not None:
-        out = _divided(
-            out, weights.sum(-1) + (carried * repeat_kv(state.k, q.shape[1])[:, :, None]).sum(-1), norm, floor
-        )
+        out = divide(out, weights.sum(-1) + (carried * repeat_kv(state.k, q.shape[1])[:, :, None]).sum(-1), norm, floor)
     return out.to(dtype), _after(k, v, total, state)
 
 
@@ -158,7 +177,7 @@ def chunk(
     out = out.flatten(2, 3)[:, :, :length]
     if n is not None:
         below = weights.sum(-1) + (carried @ repeat_kv(torch.stack(sums_before, 2), heads)[..., None])[..., 0]
-        out = _divided(out, below.flatten(2, 3)[:, :, :length], norm, floor)
+        out = divide(out, below.flatten(2, 3)[:, :, :length], norm, floor)
     return out.to(dtype), DecayState(kv, n)
 
 
@@ -179,7 +198,7 @@ def step(
             below.append(scale * (q[:, :, t] * repeat_kv(n, heads)).sum(-1))
     out = torch.stack(outs, 2)
     if n is not None:
-        out = _divided(out, torch.stack(below, 2), norm, floor)
+        out = divide(out, torch.stack(below, 2), norm, floor)
     return out.to(dtype), DecayState(kv, n)
 
 
@@ -211,7 +230,7 @@ def _gates(k: Tensor, g: Tensor | None) -> Tensor:
     batch, heads, length = k.shape[:3]
     if g is None:
         return k.new_zeros(batch, heads, length)
-    g = g.to(k.dtype)
+    g = g.to(k.dtype).clamp_min(LEAST)
     return g[None, :, None].expand(batch, heads, length) if g.ndim == 1 else g
 
 
@@ -244,7 +263,8 @@ def _after(k: Tensor, v: Tensor, total: Tensor, state: DecayState) -> DecayState
     return DecayState(kv, None if state.k is None else state.k * last.exp() + left.sum(2))
 
 
-def _divided(out: Tensor, below: Tensor, norm: Norm, floor: Tensor | None) -> Tensor:
+def divide(out: Tensor, below: Tensor, norm: Norm, floor: Tensor | None) -> Tensor:
+    """Outputs ``[..., V]`` over their denominators ``[...]``, which ``floor`` bounds for ``mlstm``."""
     if norm == "mlstm":
         below = below.abs() if floor is None else torch.maximum(below.abs(), floor.to(below.dtype))
     return out / (below + EPS)[..., None]

@@ -37,7 +37,7 @@ from ..attention import rope
 from ..attention.feature_maps import Features, KernelAttention, Radial
 from ..attention.masks import zero_padding
 from ..attention.positions import positions_of, rope_tables, split_heads
-from ..attention.recurrence import DecayState
+from ..attention.recurrence import DecayState, SharedState
 from ..call import MixerConfig
 from ..calls.calibration import Statistics
 from ..conversion import Anatomy, Conversion, Recovery, Replace, SurgeryPlan
@@ -167,3 +167,7 @@ class DiJiangMixer(nn.Module):
         out, sums = self.inner(q.to(x.dtype), k.to(x.dtype), v, mask, None if state is None else state.sums, cu_seqlens)
         y: Tensor = self.out_proj(out if self.gate is None else out * nn.functional.silu(self.gate(x)))
         return y, DiJiangState(sums, count if past is None else past + count)
+
+    def shared_state(self, before: SharedState, seen: Tensor) -> DiJiangState:
+        """The state of a sequence of which other processes have the first ``seen [B]`` tokens."""
+        return DiJiangState(before, seen)

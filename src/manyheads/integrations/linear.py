@@ -10,18 +10,20 @@ is mended.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..call import AttentionCall, Recurrence, Site
-from ..strategy import AttentionCompute
+from ..errors import UserError
+from ..strategy import AttentionCompute, Strategy
 from .cache import find_cache
 from .hook_chain import BoundStrategy
 from .sites import SiteState
 
-__all__ = ["LinearState", "find_linear"]
+__all__ = ["LinearState", "compute_linear", "find_linear"]
 
 _KNOWN = "MiniMaxLightningAttention"
 _STATE = "_manyheads"
@@ -63,15 +65,17 @@ class LinearState(SiteState):
         layer, entry = module.layer_idx, self.entries[0]
         entry.called = True
         qkv = module.act_fn(module.qkv_proj(hidden_states))
-        real = None if attention_mask is None else attention_mask.bool()
+        handed = attention_mask is not None and attention_mask.ndim > 2  # of a plan for tokens that processes share
+        real = None if attention_mask is None or handed else attention_mask.bool()
         if real is not None:
             qkv = qkv.masked_fill(~real[..., None], 0.0)
         q, k, v = qkv.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2).chunk(3, -1)
         cache: Any = find_cache(*args, *kwargs.values())
         past = None if cache is None else cache.get_linear_cache(layer)
         past = past if isinstance(past, Tensor) else None  # an empty list stands for no state
+        mask = attention_mask if handed else None if real is None else real[:, None, None]
         call = AttentionCall(
-            site=self.site, q=q, k=k, v=v, scale=1.0, mask=None if real is None else real[:, None, None],
+            site=self.site, q=q, k=k, v=v, scale=1.0, mask=mask,
             is_causal=True, recurrence=Recurrence(-module.slope_rate.flatten(), past), state=entry.state,
         )  # fmt: skip
         answered = self.strategy.attend(call)
@@ -85,6 +89,26 @@ class LinearState(SiteState):
                 kind: Any = type(cache)
                 cache.__class__ = _mended(kind)
         return out, call.recurrence.state
+
+
+def compute_linear(
+    port: Any, linear: list[tuple[Site, nn.Module]], chosen: list[tuple[Strategy, set[int]]],
+    restorers: list[Callable[[], None]],
+) -> list[tuple[Site, nn.Module, BoundStrategy]]:  # fmt: skip
+    """Have the strategies of ``port`` compute the modules of linear attention whose indices they chose.
+
+    Raises:
+        UserError: a strategy that computes no attention.
+    """
+    found = []
+    for site, module in linear:
+        for strategy in (s for s, at in chosen if site.index in at):
+            if not isinstance(strategy, AttentionCompute):
+                raise UserError(f"{strategy.spec} computes no attention, all that can act at {site.name}")
+            entry = BoundStrategy(port, strategy)
+            restorers.append(LinearState(site, module, entry, strategy).detach)
+            found.append((site, module, entry))
+    return found
 
 
 class _Mended:

@@ -29,11 +29,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..call import AttentionCall, Site
+from ..attention.recurrence import DecayState, decay_attention
+from ..call import AttentionCall, Recurrence, Site
 from ..errors import UserError
 from ..parallel import World
 from ..parallel._runs import causal_runs
-from ..parallelism import ContextParallelism, SharedAttention
+from ..parallelism import ContextParallelism, SharedAttention, SharedStates, StateParallelism
 from ..strategy import AttentionCompute, LinearCompute, Strategy
 from .cache import find_cache
 from .hook_chain import BoundStrategy
@@ -88,6 +89,7 @@ class SharedTokens(AttentionCompute):
 
     given: ContextParallelism
     world: World
+    _states: list[SharedStates] = field(default_factory=list, compare=False, repr=False)
     _made: "dict[tuple[AttnMask, int], tuple[SharedAttention, Any]]" = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -95,6 +97,18 @@ class SharedTokens(AttentionCompute):
     @property
     def spec(self) -> str:
         return self.given.spec
+
+    def selects(self, site: Site) -> bool:
+        linear = site.kind == "linear" and isinstance(self.given, StateParallelism)
+        return linear or super().selects(site)
+
+    @property
+    def states(self) -> SharedStates:
+        """What the strategy makes of layers that pass on a state, once."""
+        assert isinstance(self.given, StateParallelism)
+        if not self._states:
+            self._states.append(self.given.share_states(self.world))
+        return self._states[0]
 
     def share(self, mask: "AttnMask", layout: "Layout | None" = None) -> SharedAttention:
         """What the strategy makes of a mask, once."""
@@ -112,6 +126,8 @@ class SharedTokens(AttentionCompute):
                 f"{self.spec}: {call.site.name} was called with another mask than the model was given: call the model "
                 "itself, with nothing that edits masks"
             )
+        if call.recurrence is not None:
+            return self._pass_on(call, call.recurrence, plan)
         cannot = {
             "a bias": call.bias is not None, "softcap": call.softcap is not None, "dropout": call.dropout > 0,
             "keys of no token": call.prepended > 0,
@@ -121,6 +137,23 @@ class SharedTokens(AttentionCompute):
         out, lse = plan.attend(call)
         if call.sinks is not None:  # a logit more in the softmax, with the value 0
             out = out * (lse - call.sinks[:, None]).sigmoid().to(out.dtype)[..., None]
+        return out.transpose(1, 2)
+
+    def _pass_on(self, call: AttentionCall, linear: Recurrence, plan: "Plan | Decoded") -> Tensor:
+        """Linear attention; in decoding every process has the state of the whole prompt.
+
+        Padding is skipped. Texts in a row are one to the layer, as they are to the model's own.
+        """
+        q, k, v, g = call.q, call.k, call.v, linear.decay
+        if isinstance(plan, Decoded):
+            state = None if linear.state is None else DecayState(linear.state)
+            out, after = decay_attention(q, k, v, g, state=state)
+        else:
+            if (real := plan.real(q)) is not None:
+                k, g = k * real[:, None, :, None], torch.where(real[:, None], g[:, None], 0.0)
+            out, after = self.states.attend(q, k, v, g)
+            after = self.states.last(after) if plan.kept else after
+        linear.state = after.kv
         return out.transpose(1, 2)
 
 
@@ -163,6 +196,15 @@ class Plan:
         outs, lses = zip(*found, strict=True)
         return torch.cat(outs), torch.cat(lses)
 
+    def real(self, like: Tensor) -> Tensor | None:
+        """Which tokens of this process are no padding, bool ``[B, t]``; None for all."""
+        whole = (((0, self.size),),)
+        if self.apart or set(self.runs) == set(whole):
+            return None
+        rows = self.main.rows.to(like.device)
+        found = [torch.stack([(rows >= a) & (rows < b) for a, b in runs]).any(0) for runs in self.runs]
+        return torch.stack(found)
+
     def _shared(self, runs: tuple[tuple[int, int], ...], before: int | None) -> SharedAttention:
         return self.strategy.share(causal_runs(self.size, runs, before, self.apart), self.main.layout)
 
@@ -193,7 +235,7 @@ def share_tokens(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, Boun
     if target is None or (reason := _unfit(target, sites, mine)) is not None:
         raise UserError(f"{mine.spec} cannot share the tokens of {type(model).__name__}: "
                         f"{'it holds no model of transformers' if target is None else reason}")  # fmt: skip
-    windows = [site.window for site in sites]
+    windows = [site.window for site in sites if site.kind != "linear"] or [None]
     before = None if None in windows else max(w for w in windows if w is not None) - 1
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -218,7 +260,9 @@ def _unfit(model: PreTrainedModel, sites: Sequence[Site], strategy: SharedTokens
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if strategy.given.layers is not None:
         return "all layers share them or none; leave layers away"
-    if any(not site.causal or site.kind != "self" for site in sites):
+    linear = [site for site in sites if site.kind == "linear"]
+    kinds -= {"linear_attention"} if linear else set()
+    if any(not (site.causal and site.kind == "self") for site in sites if site not in linear):
         return "it has attention that is not causal; give a decoder alone"
     if len(sites) != config.num_hidden_layers or any(site.kv_sharing for site in sites) or kinds:
         return "not every layer is attention with keys of its own, causal or in a window; give a plain decoder"
@@ -245,13 +289,13 @@ def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any]
         raise UserError(f"{strategy.spec} makes masks of its own: give attention_mask as [B, S], or none")
     if given.get("output_attentions"):
         raise UserError(f"{strategy.spec} has no attention weights: leave output_attentions away")
-    if cache is not None and int(cache.get_seq_length()) > 0:
+    if cache is not None and (isinstance(cache, SharedCache) or int(cache.get_seq_length()) > 0):
         if not isinstance(cache, SharedCache):
             raise UserError(
                 f"{strategy.spec} did not fill this cache for decoding: read the prompt with logits_to_keep=1, as "
                 "generate does, while the strategy is in use"
             )
-        return given | {"attention_mask": _marked(Decoded(strategy.world, cache, tokens.shape[1], told), tokens)}
+        return given | {"attention_mask": _marked(Decoded(strategy.world, cache, tokens.shape[1], told), tokens, model)}
     if strange := [name for name, x in given.items() if isinstance(x, Tensor) and name not in (
         *_BY_TOKEN, "attention_mask", "num_items_in_batch", "logits_to_keep")]:  # fmt: skip
         raise UserError(f"{strategy.spec} does not know how tokens share {strange[0]}: leave it away")
@@ -273,14 +317,18 @@ def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any]
     if kept:
         plan.kept = min(int(kept), size)
         shared["logits_to_keep"] = (plan.main.rows >= size - plan.kept).nonzero()[:, 0].to(tokens.device)
-    return given | shared | {"attention_mask": _marked(plan, tokens)}
+    return given | shared | {"attention_mask": _marked(plan, tokens, model)}
 
 
-def _marked(plan: "Plan | Decoded", tokens: Tensor) -> Tensor:
-    """A mask that models hand on as it is, of four dimensions, and that hides nothing."""
+def _marked(plan: "Plan | Decoded", tokens: Tensor, model: PreTrainedModel) -> Any:
+    """A mask that models hand on as it is, of four dimensions, and that hides nothing; where layers differ one by type.
+
+    The mask of layers that pass on a state would be made from it anew.
+    """
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     setattr(mask, _PLAN, plan)
-    return mask
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return dict.fromkeys({"full_attention", *types}, mask) if "linear_attention" in types else mask
 
 
 def _texts(places: Tensor) -> list[tuple[tuple[int, int], ...]]:
@@ -322,7 +370,8 @@ def _labelled(
 
 def _leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """Give the loss of all tokens, logits that were asked for by place, and how tokens were shared."""
-    plan = getattr(kwargs.get("attention_mask"), _PLAN, None)
+    mask = kwargs.get("attention_mask")
+    plan = getattr(mask["full_attention"] if isinstance(mask, dict) else mask, _PLAN, None)
     if not isinstance(plan, Plan):
         return out
     if not isinstance(out, dict):

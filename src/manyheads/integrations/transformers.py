@@ -47,7 +47,7 @@ from .hook_chain import BoundStrategy, Keeper
 from .image_positions import ImageReader, read_images
 from .image_tokens import place_images
 from .interleaved import read_interleaved
-from .linear import LinearState, find_linear
+from .linear import compute_linear, find_linear
 from .linear_layers import LinearLayers
 from .passes import Passes, missed, stack_of
 from .prompt_chunks import begin_forward, watch_generate
@@ -62,10 +62,7 @@ from .sites import ATTENTION, SiteState, is_eager, register
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 
 _OPENING = threading.RLock()  # ports of one model may open in several threads
-_ACTS = (
-    watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, place_images, count_forwards, share_tokens,
-    share_experts,
-)  # fmt: skip
+_ACTS = (watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, place_images, count_forwards)
 _EXCLUSIVE: dict[type[Strategy], str] = {AttentionCompute: "computes the output", Cache: "keeps the cache"}
 
 
@@ -130,8 +127,11 @@ class Port:
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
+            linears = compute_linear(self, linear, chosen, self._restorers)
             for act in _ACTS:
                 self._restorers.append(act(self.model, self._entries))
+            self._restorers.append(share_tokens(self.model, self._entries + linears))
+            self._restorers.append(share_experts(self.model, self._entries))
             self._ran = False
 
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -157,13 +157,7 @@ class Port:
             if placing := [s for s in self.strategies if isinstance(s, ImagePositions)]:
                 self._images, restore = read_images(self.model, sites, placing)
                 self._restorers.append(restore)
-            for site, module in linear:
-                for strategy in (s for s, at in chosen if site.index in at):
-                    if not isinstance(strategy, AttentionCompute):
-                        raise UserError(f"{strategy.spec} computes no attention, all that can act at {site.name}")
-                    entry = BoundStrategy(self, strategy)
-                    self._restorers.append(LinearState(site, module, entry, strategy).detach)
-                    self._entries.append((site, module, entry))
+            self._entries += linears
         except BaseException:
             self._restore()
             raise

@@ -206,6 +206,22 @@ class Pass:
             REVERSE=reverse, PACKED=self.packed, WHOLE=self.plan.whole, num_warps=4,
         )  # fmt: skip
 
+    def factor(self) -> Tensor:
+        """What a whole sequence leaves of a state, ``[N, Hkv]``; none packed, and after :meth:`scan`."""
+        return self.decay.view(self.plan.sequences, self.plan.per, self.heads).sum(1).exp2()
+
+    def enter(self, given: Tensor, reverse: bool) -> None:
+        """Add to the states of segments what is left there of ``given [N, Hkv, size]``, before a sequence or after it.
+
+        States are linear in what a scan starts from: this is the same as another scan from there; none packed.
+        """
+        faded = self.decay.view(self.plan.sequences, self.plan.per, self.heads)
+        none = torch.zeros_like(faded[:, :1])
+        left = faded.flip(1).cumsum(1).flip(1) if reverse else faded.cumsum(1)
+        left = torch.cat([left, none] if reverse else [none, left], 1).exp2()
+        rows = self.rows.view(self.plan.sequences, self.plan.per + 1, self.heads, self.plan.size)
+        rows.addcmul_(left[..., None], given[:, None])
+
     def last(self, end: Tensor, end_n: Tensor, reverse: bool) -> None:
         """Fill ``end`` if sequences are whole, from what ``chunks`` left beside their rows."""
         if self.plan.whole:

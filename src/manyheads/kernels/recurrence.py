@@ -24,6 +24,7 @@ dtype of q with float32 sums; states are float32 (rounded to q's dtype as a fact
 throughout, so nothing overflows; a gate counts as at least 2^-128.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cache
@@ -45,13 +46,18 @@ except ImportError:  # it is no public interface; without it kernels are compile
 
 __all__ = ["decay_attention"]
 
+# Told the states of a sequence's end when they are there; gives what is to be done before they are used.
+Join = Callable[[Pass, Tensor, Tensor, bool], Callable[[], None]]
+
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, floor: Tensor | None, kv: Tensor | None, n: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, norm: str, dry: bool = False,
+    cu_seqlens: Tensor | None, scale: float, norm: str, dry: bool = False, join: Join | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`_forward`; ``dry`` only compiles."""
+    """See :func:`_forward`; ``dry`` only compiles. ``join``: see :mod:`.shared_recurrence`."""
     run = Pass(q, k, v, g, cu_seqlens, scale, norm, dry)
+    if join is not None:
+        run.plan = run.plan._replace(whole=False)
     if not dry:
         _compile(_Kind.of(run, q, k, v, kv, n, cu_seqlens, True, g is not None and g.requires_grad))
     out, below = like(q, v.shape[3]), q.new_empty(q.shape[:3] if norm else (0,), dtype=torch.float32)
@@ -59,19 +65,24 @@ def _attend(
     if not run.plan.whole:
         run.chunks("state", q, k, v)
     run.scan(kv, n, after, after_n, False)
+    finish = None if join is None else join(run, after, after_n, False)
     run.chunks("out", q, k, v, out, aux=below if norm else None, floor=floor)
     run.last(after, after_n, False)
+    if finish is not None:
+        finish()
     return out, after, after_n, run.rows, below
 
 
 def _differentiate(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, floor: Tensor | None, cu_seqlens: Tensor | None, out: Tensor,
     rows: Tensor, below: Tensor, dout: Tensor, dkv: Tensor | None, dn: Tensor | None, scale: float, norm: str,
-    need_dg: bool, dry: bool = False,
+    need_dg: bool, dry: bool = False, join: Join | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`_backward`; ``dry`` only compiles."""
+    """See :func:`_backward`; ``dry`` only compiles. ``join``: see :mod:`.shared_recurrence`."""
     (batch, heads, length, _), columns = q.shape, v.shape[3]
     back = Pass(q, k, v, g, cu_seqlens, scale, norm, dry)
+    if join is not None:
+        back.plan = back.plan._replace(whole=False)
     if not dry:
         _compile(_Kind.of(back, q, k, v, dkv, dn, cu_seqlens, False, need_dg))
     forth = copy(back)
@@ -96,7 +107,10 @@ def _differentiate(
     if not back.plan.whole:
         back.chunks("dstate", q, q, dout, r=r, c=c)
     back.scan(dkv, dn, before, before_n, True)
+    finish = None if join is None else join(back, before, before_n, True)
     forth.chunks("dq", dout, v, k, dq, w=q if need_dg else None, aux=sums[0], r=r, c=c)
+    if finish is not None:
+        finish()
     back.chunks("dk", v, dout, q, dk, w=k if need_dg else None, aux=sums[1], r=r, c=c)
     back.chunks("dv", k, q, dout, dv, r=r, c=c)
     back.last(before, before_n, True)
@@ -316,16 +330,7 @@ def decay_attention(
     Raises:
         UserError: a dtype or a width that the kernels do not have.
     """
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or max(q.shape[3], v.shape[3]) > 256:
-        raise UserError(
-            f"the kernel takes 16 and 32 bit and up to 256 channels, not {q.dtype}, {q.shape[3]} and {v.shape[3]}: "
-            "choose impl=torch"
-        )
-    q, k, v = dense(q), dense(k.to(q.dtype)), dense(v.to(q.dtype))
-    g = None if g is None else g.to(torch.float32)
-    floor = None if floor is None else floor.to(torch.float32).contiguous()
-    kv = None if kv is None else kv.to(torch.float32).contiguous()
-    n = None if n is None or norm is None else n.to(torch.float32).contiguous()
+    q, k, v, g, floor, kv, n = prepared(q, k, v, g, norm, floor, kv, n)
     inputs = [x for x in (q, k, v, g, floor, kv, n) if x is not None]
     if q.shape[2] == 1 and cu_seqlens is None and not (
         torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -336,3 +341,25 @@ def decay_attention(
         many: Any = _Attention.apply if plain(q) else _forward
         out, after, after_n, *_ = many(q, k, v, g, floor, kv, n, cu_seqlens, scale, norm or "")
     return out, after, after_n if norm else None
+
+
+def prepared(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, norm: str | None, floor: Tensor | None, kv: Tensor | None,
+    n: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Inputs as the kernels read them.
+
+    Raises:
+        UserError: a dtype or a width that they do not have.
+    """
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or max(q.shape[3], v.shape[3]) > 256:
+        raise UserError(
+            f"the kernel takes 16 and 32 bit and up to 256 channels, not {q.dtype}, {q.shape[3]} and {v.shape[3]}: "
+            "choose impl=torch"
+        )
+    q, k, v = dense(q), dense(k.to(q.dtype)), dense(v.to(q.dtype))
+    g = None if g is None else g.to(torch.float32)
+    floor = None if floor is None else floor.to(torch.float32).contiguous()
+    kv = None if kv is None else kv.to(torch.float32).contiguous()
+    n = None if n is None or norm is None else n.to(torch.float32).contiguous()
+    return q, k, v, g, floor, kv, n

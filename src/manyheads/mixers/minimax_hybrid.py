@@ -36,7 +36,7 @@ from ..attention import rope
 from ..attention.decay import lightning_attention, log_decay
 from ..attention.masks import zero_padding
 from ..attention.positions import rope_tables
-from ..attention.recurrence import DecayState
+from ..attention.recurrence import DecayState, SharedState
 from ..call import AttentionCall, MixerConfig
 from ..errors import UserError
 from ..strategy import AttentionCompute, Mixer
@@ -192,6 +192,10 @@ class MiniMaxLightning(nn.Module):
         out = self.out_norm(out.transpose(1, 2).flatten(2)) * self.gate(x).sigmoid()
         y: Tensor = self.out_proj(out)
         return y, after
+
+    def shared_state(self, before: SharedState, seen: Tensor) -> DecayState:
+        """The state of a sequence of which other processes have the first ``seen [B]`` tokens."""
+        return before
 
 
 class HalfRotary(SoftmaxMixer):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..attention.decay import Decay, lightning_attention, log_decay
 from ..attention.masks import zero_padding
-from ..attention.recurrence import DecayState
+from ..attention.recurrence import DecayState, SharedState
 from ..call import MixerConfig
 from ..errors import UserError
 from ..strategy import Mixer
@@ -139,6 +139,10 @@ class TNLMixer(nn.Module):
         out = self.out_norm(out.transpose(1, 2).flatten(2))
         y: Tensor = self.out_proj(out if self.gate is None else out * self.gate(x))
         return y, TNLState(after, seen)
+
+    def shared_state(self, before: SharedState, seen: Tensor) -> TNLState:
+        """The state of a sequence of which other processes have the first ``seen [B]`` tokens."""
+        return TNLState(before, seen)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """``[B, H, T, d] -> [B, H, T, 2 d]``: x cos and x sin of theta times the position."""
