@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each process of the test of APB runs, and the reference."""
 
-import tolerance
 import torch
 
-from manyheads.parallel.apb import APB
+import tolerance
 from manyheads.parallel.apb.hosts import Layer, SharedPrompt, in_turn
 
 BATCH, HEADS, KV_HEADS, WIDTH, VALUES, LENGTH = 2, 4, 2, 6, 4, 61
@@ -36,7 +35,7 @@ def drawn(blocks, dtype=torch.float64, seed=0):
 
 
 def shared(world, dtype=torch.float64):
-    """For each case: how far what processes have is from what one has, and bytes that this one sends, and by the formula."""
+    """By case: how far what processes have is from what one has, bytes that this one sends, and by the formula."""
     found = {}
     for case in CASES:
         apb = policy(case, world.size)

@@ -4,14 +4,15 @@
 import itertools
 
 import pytest
-import tolerance
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 import manyheads
+import tolerance
 from manyheads.errors import UserError
 from manyheads.parallel import Processes
 from manyheads.parallel.apb import APB, Blocks
+from manyheads.parallel.apb.heads import causal_importance, features
 from manyheads.parallel.apb.hosts import in_turn
 from manyheads.parallel.apb.scorers import SCORERS, Block, selected
 from parallel import apb_worker as worker
@@ -113,7 +114,8 @@ def test_scores_are_those_of_the_formulas():
     query = (given.asked @ k.mT * 0.4).softmax(-1).unflatten(1, (2, 2)).mean((2, 3))
     assert tolerance.error(SCORERS["query"](given), query) < tolerance.FORMULA
     x = (given.q[:, :, -4:] @ k.mT * 0.4).masked_fill(~torch.ones(4, 40).tril(36).bool(), -torch.inf)
-    assert tolerance.error(SCORERS["snapkv"](given), x.softmax(-1).unflatten(1, (2, 2)).mean((2, 3))) < tolerance.FORMULA
+    window = x.softmax(-1).unflatten(1, (2, 2)).mean((2, 3))
+    assert tolerance.error(SCORERS["snapkv"](given), window) < tolerance.FORMULA
     distinct = -cosine_similarity(given.k, normalize(given.k, dim=-1).mean(2, keepdim=True), dim=-1)
     assert tolerance.error(SCORERS["distinct"](given), distinct) < tolerance.FORMULA
     order = (distinct, query * given.v.norm(dim=-1))
@@ -189,7 +191,7 @@ def test_the_first_host_is_always_exact(llama):
 
 @torch.no_grad()
 def by_parts(llama, hosts, query, front):
-    """Logits of the query where each host reads ``[front ; block]`` alone with the plain model, and caches are joined."""
+    """Logits of the query where each host reads ``[front ; block]`` alone by the plain model; caches are joined."""
     from transformers.cache_utils import DynamicCache
 
     model, ids = llama
@@ -257,3 +259,48 @@ def test_processes_give_what_one_process_gives(size):
                     assert error < limit, (rank, case, error)
                     assert sent == formula and (sent > 0 or "query=100" in case), (rank, case)
         assert min(pool.run(worker.wrong_order)) > 1e-2
+
+
+def test_heads_read_what_is_before_rotation_and_learn_what_will_be_looked_at(llama, tmp_path):
+    from manyheads.recipes.apb import train_heads
+
+    model, ids = llama
+    heads = train_heads(model, lambda _: ids, budget=60, lr=3e-2, answer=20, hidden=16)
+    untrained = train_heads(model, lambda _: ids, budget=1, lr=0.0, answer=20, hidden=16)
+    assert heads.about["r2"] > 0.5 > untrained.about["r2"] + 0.3
+    heads.save(tmp_path)
+    spec = f"apb:hosts=4,query=7,scorer=retaining,heads={tmp_path},passed=3"
+    trained = read(llama, spec)
+    untrained.save(tmp_path / "other")
+    other = read(llama, spec.replace(str(tmp_path), str(tmp_path / "other")))
+    assert tolerance.error(trained, other) > 1e-3  # they choose something else
+    with torch.no_grad():
+        assert tolerance.error(trained[:, :17], model(ids).logits[:, :17]) < tolerance.DEEP
+
+
+def test_what_heads_learn_is_the_formula():
+    q, k, v, rotary = rotated()
+    turned = [apply(x, rotary) for x in (q, k)]
+    assert tolerance.error(features(*turned, v, rotary), torch.cat(
+        [x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)) < tolerance.FORMULA  # fmt: skip
+    x = turned[0] @ turned[1].repeat_interleave(2, 1).mT * 0.4
+    want = [[max(float(x[0, h, t, s]) for h in (2 * kv, 2 * kv + 1) for t in range(max(s, 5), 9)) for s in range(9)]
+            for kv in range(2)]  # fmt: skip
+    want = torch.tensor(want, dtype=torch.float64)
+    assert tolerance.error(causal_importance(*turned, 0.4, 4)[0], want) < tolerance.FORMULA
+
+
+def rotated():
+    """Queries, keys and values of 9 tokens, and a rotation of their positions."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 9, 6, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
+    angles = torch.rand(1, 9, 3, dtype=torch.float64, generator=generator) * 6
+    angles = torch.cat([angles, angles], -1)
+    return q, k, v, (angles.cos(), angles.sin())
+
+
+def apply(x, rotary):
+    """The rotation by complex numbers."""
+    cos, sin = (t[:, None, :, :3] for t in rotary)
+    z = torch.complex(x[..., :3], x[..., 3:]) * torch.complex(cos, sin)
+    return torch.cat([z.real, z.imag], -1)

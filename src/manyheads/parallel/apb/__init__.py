@@ -12,8 +12,8 @@ from 0 on. In each layer it passes on, for each key/value head, the l_p tokens o
                               outputs are merged by their log-sum-exp; so does every token that is written then
 
 What is passed on is dropped after the layer, and the anchor after the prompt. A ring would move l_b where this moves
-l_p. With ``passed=0,anchor=1.0,asked=false`` it is Star Attention (arXiv 2411.17116); with ``passed=1.0`` and no query in
-the anchor it is exact.
+l_p. With ``passed=0,anchor=1.0,asked=false`` it is Star Attention (arXiv 2411.17116); with ``passed=1.0,asked=false``
+it is exact.
 
     with manyheads.use(model, "apb:hosts=8"):  # one process is all hosts in turn: what the answers are worth
         model.generate(**inputs)
@@ -178,6 +178,6 @@ class APB(AttentionCompute, Interleaved, ContextParallelism):
 
     def share(self, world: World, mask: AttnMask, layout: Layout | None = None) -> SharedPrompt:
         """The prompt of a causal ``mask`` among the processes of ``world``."""
-        if mask.area() != Blocks.causal(mask.size):
+        if mask.area != Blocks.causal(mask.size):
             raise UserError("apb shares whole causal prompts: leave padding, windows and texts in a row away")
         return SharedPrompt(self.blocks(mask.size, world.size), self.choose, world.peers([range(world.size)]))

@@ -9,6 +9,7 @@ front of their block: a few first tokens of the document, the query, and more of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -64,7 +65,7 @@ class Blocks:
         """
         each, more = divmod(max(0, length - query), hosts)
         starts = [host * each + min(host, more) for host in range(hosts + 1)]
-        bounds = tuple(zip(starts, starts[1:], strict=False))
+        bounds = tuple(pairwise(starts))
         anchored = keep_limit(anchor, starts[1]) if hosts > 1 else 0
         sizes = [stop - start for start, stop in bounds]
         # What stands in every anchor is not passed on, and nobody comes after the last host.

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention import reference
+from ...attention import reference, rope
 from ...calls.layer_modules import LayerModules
 
-__all__ = ["HOW", "RetainingHeads", "causal_importance"]
+__all__ = ["HOW", "RetainingHeads", "causal_importance", "features"]
 
 HOW = "python -m manyheads.recipes.apb --model MODEL --out FOLDER"
 _SMOOTHING = 0.0025
@@ -63,6 +63,17 @@ class RetainingHeads(LayerModules):
         """A scalar: how far scores ``[B, Hkv, T]`` are from ``target``, and how much they jump."""
         jumps = scores.diff(dim=-1).square().mean()
         return nn.functional.smooth_l1_loss(scores, target) + _SMOOTHING * jumps
+
+
+def features(q: Tensor, k: Tensor, v: Tensor, rotary: rope.Rotary) -> Tensor:
+    """What the heads of a layer read of its tokens: ``[B, T, (H + Hkv) d + Hkv dv]``, before rotation.
+
+    Args:
+        q, k, v: ``[B, H, T, d]``, ``[B, Hkv, T, d]`` and ``[B, Hkv, T, dv]``, rotated.
+        rotary: their cosines and sines, ``[B, T, r]``.
+    """
+    q, k = (rope.unrotate(reference.widened(x), rotary) for x in (q, k))
+    return torch.cat([x.transpose(1, 2).flatten(2).to(v.dtype) for x in (q, k, v)], -1)
 
 
 def causal_importance(q: Tensor, k: Tensor, scale: float, answer: int) -> Tensor:

@@ -76,7 +76,7 @@ def _block(blocks: Blocks, host: int, mine: Layer, passing: Tensor) -> Tensor:
 
 
 def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, tail: int) -> KV:
-    """Output and log-sum-exp of the last queries to a host's keys, of which the last ``tail`` are their own, or none."""
+    """Output and log-sum-exp of the query to a host's keys, of which the last ``tail`` are its own, or none."""
 
     def seen(rows: slice) -> Tensor:
         queries = torch.arange(q.shape[2], device=q.device)[rows]
@@ -96,7 +96,8 @@ def _merged(parts: Sequence[KV], like: Tensor) -> Tensor:
 
 def in_turn(blocks: Blocks, layer: Layer, choose: Choose) -> Tensor:
     """Output ``[B, n, H, dv]`` of a prompt, by one process that is each host in turn."""
-    asked, passing, outs, parts = layer.cut(blocks.document, blocks.length), [], [], []
+    asked = layer.cut(blocks.document, blocks.length)
+    passing, outs, parts = list[Tensor](), list[Tensor](), list[KV]()
     for host, (start, stop) in enumerate(blocks.bounds):
         mine, last = layer.cut(start, stop), host == blocks.hosts - 1
         before = torch.cat(passing) if passing else _none(mine)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which keys and values of its block a host passes on: scores ``[B, Hkv, T]``, of which each head's highest are taken.
 
-``query``: attention of the query to the block (Spava, arXiv 2601.21444, scores by the query, too). ``snapkv``: attention
-of the block's last tokens to it (SnapKV, arXiv 2404.14469, without the tokens that it always keeps). ``knorm``: small
-keys (arXiv 2406.11430). ``distinct``: keys unlike the mean of the block's (KeyDiff, arXiv 2504.15364). ``hedge``: the
-better of two places, by distinctness and by attention times the size of the value, as this library's cache of that name
-ranks. ``random``. ``retaining``: trained heads, see :mod:`.heads`.
+- ``query``: attention of the query to the block (Spava, arXiv 2601.21444, scores by the query, too), or as ``snapkv``
+  where there is none;
+- ``snapkv``: attention of the block's last tokens to it (SnapKV, arXiv 2404.14469, which also keeps those themselves);
+- ``knorm``: small keys (arXiv 2406.11430);
+- ``distinct``: keys unlike the mean of the block's (KeyDiff, arXiv 2504.15364);
+- ``hedge``: the better of two places, by distinctness and by attention times the size of the value, as the cache of
+  that name ranks;
+- ``random``;
+- ``retaining``: trained heads, see :mod:`.heads`.
 """
 
 from __future__ import annotations
@@ -17,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention import reference, rope
+from ...attention import reference
+from ...attention.rope import Rotary
+from ...errors import UserError
+from .heads import features
 
-__all__ = ["SCORERS", "Block", "features", "selected"]
+__all__ = ["SCORERS", "Block", "selected"]
 
 _DISTINCT = 0.35  # part of hedge's ranking that is by distinctness, as in the cache
 
@@ -44,7 +51,7 @@ class Block:
     v: Tensor
     asked: Tensor
     scale: float
-    rotary: rope.Rotary | None = None
+    rotary: Rotary | None = None
     layer: int = 0
     host: int = 0
     seed: int = 0
@@ -76,7 +83,8 @@ def _knorm(block: Block) -> Tensor:
 
 def _distinct(block: Block) -> Tensor:
     k = torch.nn.functional.normalize(reference.widened(block.k), dim=-1)
-    return -torch.nn.functional.cosine_similarity(k, k.sum(2, keepdim=True), dim=-1)
+    found: Tensor = -torch.nn.functional.cosine_similarity(k, k.sum(2, keepdim=True), dim=-1)
+    return found
 
 
 def _hedge(block: Block) -> Tensor:
@@ -91,16 +99,10 @@ def _random(block: Block) -> Tensor:
     return drawn.expand(len(block.k), -1, -1).to(block.k.device)
 
 
-def features(block: Block) -> Tensor:
-    """What retaining heads read: queries, keys and values of a token before rotation, ``[B, T, (H + Hkv) d + Hkv dv]``."""
-    q, k = block.q, block.k
-    if block.rotary is not None:
-        q, k = (rope.unrotate(reference.widened(x), block.rotary) for x in (q, k))
-    return torch.cat([x.transpose(1, 2).flatten(2).to(block.v.dtype) for x in (q, k, block.v)], -1)
-
-
 def _retaining(block: Block) -> Tensor:
-    scores: Tensor = block.heads(features(block))
+    if block.heads is None or block.rotary is None:
+        raise UserError("apb: retaining heads are trained ones, and read what a model shows before rotation")
+    scores: Tensor = block.heads(features(block.q, block.k, block.v, block.rotary))
     return scores
 
 
