@@ -9,7 +9,7 @@ from .strategy import Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .parallel import AttnMask, World
+    from .parallel import AttnMask, Layout, World
 
 __all__ = ["ContextParallelism", "SharedAttention"]
 
@@ -19,9 +19,11 @@ class SharedAttention(Protocol):
 
     Attributes:
         rows: tokens of this process, int64, by their place in the whole sequence.
+        layout: those of every process.
     """
 
     rows: "Tensor"
+    layout: "Layout"
 
     def shard(self, x: "Tensor", dim: int) -> "Tensor":
         """The tokens of this process, of all along ``dim``."""
@@ -34,8 +36,18 @@ class SharedAttention(Protocol):
 
 
 class ContextParallelism(Strategy, ABC):
-    """Says how processes share the tokens of a sequence, and what they exchange so that each token sees what it may."""
+    """Says how processes share the tokens of a sequence, and what they exchange so that each token sees what it may.
+
+    ``manyheads.use(model, strategy, mesh=mesh)`` does so in a model: it asks once for the mask that most layers have,
+    whose layout all layers then share, and once more for each other mask.
+    """
 
     @abstractmethod
-    def share(self, world: "World", mask: "AttnMask") -> SharedAttention:
-        """Attention of ``mask`` among the processes of ``world``; every process has to ask, in one order."""
+    def share(self, world: "World", mask: "AttnMask", layout: "Layout | None" = None) -> SharedAttention:
+        """Attention of ``mask`` among the processes of ``world``; every process has to ask, in one order.
+
+        Args:
+            world: of processes.
+            mask: which keys each token sees.
+            layout: which process has which tokens, where that is settled; else the strategy's own choice.
+        """

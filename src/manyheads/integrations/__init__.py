@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["use"]
 
 
-def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str", protect: Any = None) -> "Port | DiffusersPort":
+def use(
+    model: "torch.nn.Module | Any", *strategies: "Strategy | str", protect: Any = None, mesh: Any = None
+) -> "Port | DiffusersPort":
     """Use strategies on a model for as long as a ``with`` block lasts.
 
         with manyheads.use(model, "slug:field=value"):
@@ -29,12 +31,17 @@ def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str", protect: 
         strategies: strategies or their specs, ``"slug:field=value,..."``.
         protect: spans of tokens that the cache strategy may not drop, ``[(0, 40)]`` or a list of such for each row, see
             :mod:`manyheads.attention.protect`; the spec's own field ``protect`` if None.
+        mesh: processes among which a strategy shares tokens (``manyheads list --category parallel``): a device mesh of
+            one dimension, its process group, or a :class:`manyheads.parallel.World`; None for all processes. What the
+            model then takes and gives: :mod:`manyheads.integrations.shared_tokens`.
 
     Raises:
         UserError: ``protect`` finds no cache strategy, or one that cannot hold to it; the model does not
             dispatch its attention through transformers' interface; a strategy finds no site;
             two strategies claim the same site; at the end of the block, a selected site was never called.
     """
+    from ..errors import UserError
+    from ..parallelism import ContextParallelism
     from ..spec import parse
     from ..strategy import protected
 
@@ -45,9 +52,17 @@ def use(model: "torch.nn.Module | Any", *strategies: "Strategy | str", protect: 
         from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 
         if isinstance(model, (DiffusionPipeline, ModelMixin, ModularPipeline)):
+            if mesh is not None:
+                raise UserError(
+                    "mesh= shares the tokens of decoders; frames of a video: manyheads.parallel.FrameParallel"
+                )
             from .diffusers import DiffusersPort
 
             return DiffusersPort(model, chosen)
     from .transformers import Port
 
+    if mesh is not None or any(isinstance(one, ContextParallelism) for one in chosen):
+        from .shared_tokens import among
+
+        chosen = among(chosen, mesh)
     return Port(cast("torch.nn.Module", model), chosen)

@@ -54,12 +54,14 @@ from .prompt_chunks import begin_forward, watch_generate
 from .prompts_reduced import reduce_prompts
 from .reduced import reduce_tokens
 from .second_reading import read_again
+from .shared_tokens import share_tokens
 from .site_search import architectures, find_sites
 from .sites import ATTENTION, SiteState, is_eager, register
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 
 _OPENING = threading.RLock()  # ports of one model may open in several threads
+_ACTS = (watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, place_images, count_forwards, share_tokens)
 _EXCLUSIVE: dict[type[Strategy], str] = {AttentionCompute: "computes the output", Cache: "keeps the cache"}
 
 
@@ -124,14 +126,13 @@ class Port:
                 state.add(entries)
                 self._entries += [(site, module, entry) for entry in entries]
                 self._passes += [(site, entry, state, state.passes.copy()) for entry in entries]
-            for act in (watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, place_images, count_forwards):
+            for act in _ACTS:
                 self._restorers.append(act(self.model, self._entries))
             self._ran = False
 
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 """The model itself runs, and not only a part of it."""
-                if not self._ran:
-                    self._ran = True
+                self._ran = True
                 ids = _read(args, kwargs)
                 if ids is not None and not torch.compiler.is_compiling():
                     cache = find_cache(*kwargs.values(), *args)

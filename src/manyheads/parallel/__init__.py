@@ -3,6 +3,7 @@
 
 from ._context import EXCHANGES, ContextParallel, World
 from ._frames import FrameParallel, Traffic
+from ._gradients import sum_gradients
 from ._layouts import LAYOUTS, Layout, balance, layout
 from ._ledger import Ledger
 from ._masks import PATTERNS, AttnMask, AttnSlice, pattern
@@ -11,4 +12,5 @@ from ._processes import Processes
 __all__ = [
     "EXCHANGES", "LAYOUTS", "PATTERNS", "AttnMask", "AttnSlice", "ContextParallel", "FrameParallel", "Layout", "Ledger",
     "Processes", "Traffic", "World", "balance", "layout", "pattern",
+    "sum_gradients",
 ]  # fmt: skip

@@ -38,36 +38,42 @@ EXCHANGES: dict[str, type[Exchange]] = {"ring": Ring, "all_gather": AllGather, "
 
 
 class World:
-    """All processes, and groups of them, each made once.
+    """Processes that share tokens, and groups of them, each made once.
 
     Attributes:
-        rank, size: of this process, and how many there are.
+        group: of torch; None for all processes.
+        rank, size: of this process among them, and how many there are.
+        ranks: of each among all processes.
         ledger: of what this process sends.
     """
 
-    def __init__(self, node: int = 0) -> None:
-        """Of the default group.
+    def __init__(self, node: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        """Of all processes, or of a group's.
 
         Args:
             node: processes of a machine, whose ranks follow each other; 0 for all. Only for counting.
+            group: of this process, as ``mesh.get_group()`` gives it.
 
         Raises:
-            UserError: there is no process group.
+            UserError: there is no process group, or this process is not of it.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise UserError("there are no processes to share tokens with: start with torchrun, and call "
                             "torch.distributed.init_process_group first")  # fmt: skip
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.ledger = Ledger(self.rank, node)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(self.size)): None}
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise UserError(f"process {dist.get_rank()} is not one of the group that is to share tokens; give its own")
+        self.ranks = tuple(range(self.size) if group is None else dist.get_process_group_ranks(group))
+        self.ledger = Ledger(self.ranks[self.rank], node)
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(self.size)): group}
 
-    def peers(self, groups: Sequence[Sequence[int]]) -> Peers:
-        """The one of these groups that this process is in; every process has to ask for the same ones, in one order."""
-        for ranks in map(tuple, groups):
-            if ranks not in self._groups:
-                self._groups[ranks] = dist.new_group(list(ranks))
-        mine = next(tuple(ranks) for ranks in groups if self.rank in ranks)
-        return Peers(mine, self._groups[mine], self.ledger)
+    def peers(self, groups: Sequence[Sequence[int]] | None = None) -> Peers:
+        """All, or the one of these groups that this process is in; every process has to ask for them, in one order."""
+        mine = next(tuple(ranks) for ranks in groups or [range(self.size)] if self.rank in ranks)
+        ranks = [self.ranks[rank] for rank in mine]
+        if mine not in self._groups:
+            self._groups[mine] = dist.new_group(ranks, use_local_synchronization=True)
+        return Peers(ranks, self._groups[mine], self.ledger)
 
 
 class ContextParallel:
@@ -122,9 +128,8 @@ class ContextParallel:
 
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """All tokens, of those of this process along ``dim``; in every process, without gradients."""
-        peers = Peers(range(self.world.size), None, self.world.ledger)
         lengths = [len(rows) for rows in self.layout.rows]
-        every = peers.all_gather(x.detach().transpose(0, dim), lengths, "unshard")
+        every = self.world.peers().all_gather(x.detach().transpose(0, dim), lengths, "unshard")
         return torch.empty_like(every).index_copy_(0, torch.cat(self.layout.rows).to(x.device), every).transpose(0, dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
