@@ -43,7 +43,7 @@ def shared(world, dtype=torch.float64):
         whole = drawn(blocks, dtype)
         want = in_turn(blocks, whole, apb.choose)
         world.ledger.clear()
-        prompt = SharedPrompt(blocks, apb.choose, world.peers([range(world.size)]))
+        prompt = SharedPrompt(blocks, apb.choose, world.peers())
         q, k, v = (prompt.shard(x, 2) for x in (whole.q, whole.k, whole.v))
         got = prompt.attend(Layer(q, k, v, whole.scale, whole.anchor))
         sent, size = world.ledger.bytes(), torch.finfo(dtype).bits // 8
@@ -63,7 +63,50 @@ def wrong_order(world):
     apb = policy(CASES[0], world.size)
     blocks = apb.blocks(LENGTH)
     whole = drawn(blocks)
-    prompt = SharedPrompt(blocks, lambda *given: apb.choose(*given).flip(-1) * 0, world.peers([range(world.size)]))
+    prompt = SharedPrompt(blocks, lambda *given: apb.choose(*given).flip(-1) * 0, world.peers())
     q, k, v = (prompt.shard(x, 2) for x in (whole.q, whole.k, whole.v))
     got = prompt.unshard(prompt.attend(Layer(q, k, v, whole.scale, whole.anchor)), 1)
     return float((got - in_turn(blocks, whole, apb.choose)).abs().max())
+
+
+def model():
+    """A small model and prompts for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=50, initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval(), torch.randint(1, 50, (2, 75))
+
+
+def read(world, spec):
+    """Logits of all tokens, and tokens that are written, by processes and by one process; and bytes sent of passing."""
+    import manyheads
+
+    llama, ids = model()
+    found = []
+    with torch.inference_mode():
+        for mesh in (world, None):
+            with manyheads.use(llama, spec.replace("hosts=4", f"hosts={world.size}"), mesh=mesh):
+                world.ledger.clear()
+                out = llama(ids)
+                logits = out.logits if mesh is None else out.shared.unshard(out.logits, 1)
+                passed = world.ledger.bytes("passing")
+                made = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+            found += [(logits, made[:, 75:], passed)]
+    return found
+
+
+def trained(world):
+    """What happens where gradients are asked for."""
+    import manyheads
+
+    llama, ids = model()
+    try:
+        with manyheads.use(llama, "apb", mesh=world):
+            llama(ids)
+    except manyheads.errors.UserError as error:
+        return str(error)
+    return ""

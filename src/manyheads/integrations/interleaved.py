@@ -68,7 +68,9 @@ def read_interleaved(model: nn.Module, site: Site, strategies: Sequence[Interlea
             piece.rotary = _tables(owner, piece)
             places = piece.positions.expand(embeds.shape[0], -1)
             memory = kept if piece.cached else alone
-            out = inner(inputs_embeds=piece.embeds, position_ids=places, attention_mask=piece.mask, **{**more, **memory})
+            out = inner(
+                inputs_embeds=piece.embeds, position_ids=places, attention_mask=piece.mask, **{**more, **memory}
+            )
             hidden.append(out.last_hidden_state[:, : piece.given])
         assert out is not None
         out.last_hidden_state = torch.cat(hidden, 1)

@@ -29,11 +29,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..attention.causal import causal_tail
 from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..parallel import World
 from ..parallel._runs import causal_runs
-from ..parallelism import ContextParallelism, SharedAttention
+from ..parallelism import ContextParallelism, FrontedAttention, SharedAttention
 from ..strategy import AttentionCompute, LinearCompute, Strategy
 from .cache import find_cache
 from .hook_chain import BoundStrategy
@@ -49,6 +50,7 @@ _IGNORED = -100  # the label of a token that is not predicted, as transformers h
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")  # [B, S, ...]
 _KEPT = 16  # masks whose exchange is remembered
 _PLAN = "_manyheads_plan"
+_Shared = SharedAttention | FrontedAttention
 
 
 def among(strategies: Sequence[Strategy], mesh: Any) -> tuple[Strategy, ...]:
@@ -88,15 +90,13 @@ class SharedTokens(AttentionCompute):
 
     given: ContextParallelism
     world: World
-    _made: "dict[tuple[AttnMask, int], tuple[SharedAttention, Any]]" = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    _made: "dict[tuple[AttnMask, int], tuple[_Shared, Any]]" = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def spec(self) -> str:
         return self.given.spec
 
-    def share(self, mask: "AttnMask", layout: "Layout | None" = None) -> SharedAttention:
+    def share(self, mask: "AttnMask", layout: "Layout | None" = None) -> _Shared:
         """What the strategy makes of a mask, once."""
         key = mask, id(layout)
         if key not in self._made:
@@ -106,7 +106,7 @@ class SharedTokens(AttentionCompute):
         return self._made[key][0]
 
     def attend(self, call: AttentionCall) -> Tensor:
-        plan: Plan | Decoded | None = getattr(call.mask, _PLAN, None)
+        plan: Plan | Decoded | Front | None = getattr(call.mask, _PLAN, None)
         if plan is None:
             raise UserError(
                 f"{self.spec}: {call.site.name} was called with another mask than the model was given: call the model "
@@ -118,6 +118,10 @@ class SharedTokens(AttentionCompute):
         }  # fmt: skip
         if found := [name for name, there in cannot.items() if there]:
             raise UserError(f"{self.spec} computes no attention with {found[0]}, which {call.site.name} has")
+        if isinstance(plan, Front):
+            return plan.attend(call)
+        if isinstance(plan, Plan) and isinstance(plan.main, FrontedAttention):
+            return plan.main.attend_call(call, plan.front.get(call.site.name))
         out, lse = plan.attend(call)
         if call.sinks is not None:  # a logit more in the softmax, with the value 0
             out = out * (lse - call.sinks[:, None]).sigmoid().to(out.dtype)[..., None]
@@ -136,6 +140,7 @@ class Plan:
         main: attention of the mask that most layers have.
         kept: how many of the last tokens have logits; 0 for those of this process.
         labelled: whether there is a loss.
+        front: keys and values by site of what this process has read first.
     """
 
     strategy: SharedTokens
@@ -145,11 +150,14 @@ class Plan:
     before: int | None
     kept: int = 0
     labelled: bool = False
-    main: SharedAttention = field(init=False)
+    front: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    main: _Shared = field(init=False)
 
     def __post_init__(self) -> None:
         runs, apart = (self.runs[0], self.apart) if len(set(self.runs)) == 1 else (((0, self.size),), True)
         self.main = self.strategy.share(causal_runs(self.size, runs, self.before, apart))
+        if isinstance(self.main, FrontedAttention) and set(self.runs) != {((0, self.size),)}:
+            raise UserError(f"{self.strategy.spec} shares whole prompts: leave padding away, or run rows one by one")
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Output ``[B, H, T, dv]`` and log-sum-exp ``[B, H, T]``."""
@@ -164,7 +172,25 @@ class Plan:
         return torch.cat(outs), torch.cat(lses)
 
     def _shared(self, runs: tuple[tuple[int, int], ...], before: int | None) -> SharedAttention:
-        return self.strategy.share(causal_runs(self.size, runs, before, self.apart), self.main.layout)
+        found = self.strategy.share(causal_runs(self.size, runs, before, self.apart), self.main.layout)
+        assert not isinstance(found, FrontedAttention)
+        return found
+
+
+@dataclass(eq=False)
+class Front:
+    """One forward of tokens that a process reads for itself, before those that are shared.
+
+    Attributes:
+        kept: their keys and values, by site.
+    """
+
+    kept: dict[str, tuple[Tensor, Tensor]]
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Causal attention ``[B, T, H, dv]``, whose keys and values are noted."""
+        self.kept[call.site.name] = call.k, call.v
+        return causal_tail(call.q, call.k, call.v, call.scale)
 
 
 def share_tokens(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, BoundStrategy]]) -> Callable[[], None]:
@@ -237,6 +263,8 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any], before: int | None) -> dict[str, Any]:
     """Arguments of a call with those of this process's tokens alone."""
+    if isinstance(getattr(given.get("attention_mask"), _PLAN, None), Front):
+        return given
     tokens = next((x for name in _BY_TOKEN[:2] if (x := given.get(name)) is not None), None)
     if tokens is None:
         raise UserError(f"{strategy.spec} shares input_ids or inputs_embeds; the model was given neither")
@@ -266,6 +294,7 @@ def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any]
     apart = told is None and not cached  # when transformers itself looks for texts in a row
     runs = _texts(places) if apart else _real(told, batch, size)
     plan = Plan(strategy, size, runs, apart, before)
+    _read_first(plan, model, given)
     given = _labelled(strategy, model, given | {"position_ids": places}, plan)
     shared = {name: plan.main.shard(x, 1) for name in _BY_TOKEN if (x := given.get(name)) is not None}
     if isinstance(kept, Tensor) or (kept and plan.labelled):
@@ -276,7 +305,18 @@ def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any]
     return given | shared | {"attention_mask": _marked(plan, tokens)}
 
 
-def _marked(plan: "Plan | Decoded", tokens: Tensor) -> Tensor:
+def _read_first(plan: Plan, model: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Have the model under its head read what the plan's attention wants in front."""
+    if not isinstance(plan.main, FrontedAttention) or not len(plan.main.front):
+        return
+    name = next(name for name in _BY_TOKEN[:2] if given.get(name) is not None)
+    first = given[name][:, plan.main.front.to(given[name].device)]
+    places = torch.arange(first.shape[1], device=first.device).expand(len(first), -1)
+    mask = _marked(Front(plan.front), first)
+    model.base_model(**{name: first}, position_ids=places, attention_mask=mask, use_cache=False)
+
+
+def _marked(plan: "Plan | Decoded | Front", tokens: Tensor) -> Tensor:
     """A mask that models hand on as it is, of four dimensions, and that hides nothing."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     setattr(mask, _PLAN, plan)

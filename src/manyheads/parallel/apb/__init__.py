@@ -180,4 +180,6 @@ class APB(AttentionCompute, Interleaved, ContextParallelism):
         """The prompt of a causal ``mask`` among the processes of ``world``."""
         if mask.area != Blocks.causal(mask.size):
             raise UserError("apb shares whole causal prompts: leave padding, windows and texts in a row away")
-        return SharedPrompt(self.blocks(mask.size, world.size), self.choose, world.peers([range(world.size)]))
+        if mask.size < world.size:
+            raise UserError(f"apb: {mask.size} tokens are no prompt for {world.size} hosts: read it in one process")
+        return SharedPrompt(self.blocks(mask.size, world.size), self.choose, world.peers(), self._check)

@@ -58,12 +58,12 @@ class Blocks:
         Args:
             length: n.
             hosts: H.
-            query: l_q; a prompt that is no longer is all query.
+            query: l_q, or as many as leave each host a token.
             anchor: document tokens in the anchor, or a fraction of the longest block; at most that block.
             passed: tokens that a head passes on, or a fraction of each block.
             asked, sinks: as the attributes.
         """
-        each, more = divmod(max(0, length - query), hosts)
+        each, more = divmod(max(length - query, min(length, hosts)), hosts)
         starts = [host * each + min(host, more) for host in range(hosts + 1)]
         bounds = tuple(pairwise(starts))
         anchored = keep_limit(anchor, starts[1]) if hosts > 1 else 0

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...attention.causal import causal_tail
 from ...attention.rope import Rotary
+from ...call import AttentionCall
+from ...errors import UserError
 from .._layouts import Layout
 from .._partial import attend, merge
 from .._peers import Peers
@@ -156,12 +158,21 @@ class SharedPrompt:
     Attributes:
         blocks: which tokens each host has.
         rows, layout: tokens of this process, and of each.
-        front: tokens that this process reads first, in a forward of their own whose keys and values :meth:`attend` is
-            given; none in the first process.
+        front: tokens that this process reads first, in a forward of their own: the anchor, none in the first process.
     """
 
-    def __init__(self, blocks: Blocks, choose: Choose, peers: Peers) -> None:
-        self.blocks, self._choose, self._peers = blocks, choose, peers
+    def __init__(
+        self, blocks: Blocks, choose: Choose, peers: Peers, check: Callable[[AttentionCall], None] = lambda _: None
+    ) -> None:
+        """Of the processes of a group.
+
+        Args:
+            blocks: of as many hosts.
+            choose: what is passed on.
+            peers: the processes.
+            check: raises where a call is none that can be shared.
+        """
+        self.blocks, self._choose, self._peers, self._check = blocks, choose, peers, check
         stops = [*(stop for _, stop in blocks.bounds[:-1]), blocks.length]
         self.layout = Layout(tuple(torch.arange(a, b) for (a, _), b in zip(blocks.bounds, stops, strict=True)))
         self.rows = self.layout.rows[peers.rank]
@@ -177,5 +188,16 @@ class SharedPrompt:
         return self._peers.all_gather(x.detach().transpose(0, dim), lengths, "unshard").transpose(0, dim)
 
     def attend(self, layer: Layer) -> Tensor:
-        """Output ``[B, T, H, dv]`` of this process's tokens."""
+        """Output ``[B, T, H, dv]`` of this process's tokens; there are no gradients."""
         return among_processes(self.blocks, layer, self._choose, self._peers)
+
+    def attend_call(self, call: AttentionCall, front: KV | None) -> Tensor:
+        """The same of a call of a model.
+
+        Raises:
+            UserError: gradients are asked for, or a layer that is not plain and causal.
+        """
+        self._check(call)
+        if call.q.requires_grad and torch.is_grad_enabled():
+            raise UserError("apb has no gradients between processes: read prompts under torch.inference_mode()")
+        return self.attend(Layer(call.q, call.k, call.v, call.scale, front, call.rotary, call.site.layer or 0))
