@@ -140,6 +140,7 @@ class Piece:
         mask: ``[1, 1, T, S]`` that every layer is given, True = attend; None for the model's own.
         moved: other positions, ``[G]``, that the strategy wants the model's rotary tables of; None for none.
         rotary: cosines and sines ``[1, G, rotary_dim]`` of those, from the port; None in a model without.
+        cached: whether the cache keeps its keys and values, and what it has kept is seen.
     """
 
     embeds: Tensor
@@ -148,6 +149,7 @@ class Piece:
     mask: Tensor | None = None
     moved: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    cached: bool = True
 
 
 class Store(ABC):

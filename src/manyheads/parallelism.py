@@ -2,7 +2,7 @@
 """The kind of strategy that shares one sequence among several processes."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .strategy import Strategy
 
@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .attention.recurrence import DecayState
+    from .call import AttentionCall
     from .parallel import AttnMask, Layout, World
     from .parallel._experts import FeedForward
 
 __all__ = [
-    "ContextParallelism", "ExpertParallelism", "SharedAttention", "SharedExperts", "SharedStates", "StateParallelism",
+    "ContextParallelism", "ExpertParallelism", "FrontedAttention", "SharedAttention", "SharedExperts", "SharedStates",
+    "StateParallelism",
 ]  # fmt: skip
 
 
@@ -39,15 +41,42 @@ class SharedAttention(Protocol):
         """Output ``[B, H, T, dv]`` and log-sum-exp ``[B, H, T]`` of this process's tokens."""
 
 
+@runtime_checkable
+class FrontedAttention(Protocol):
+    """Attention over tokens that are shared, in front of which a process reads some for itself.
+
+    Attributes:
+        rows, layout, shard, unshard: as of :class:`SharedAttention`.
+        front: tokens, by their place in the whole, that this process reads first and alone, at positions from 0 on;
+            no cache keeps them.
+    """
+
+    rows: "Tensor"
+    layout: "Layout"
+    front: "Tensor"
+
+    def shard(self, x: "Tensor", dim: int) -> "Tensor":
+        """The tokens of this process, of all along ``dim``."""
+
+    def unshard(self, x: "Tensor", dim: int) -> "Tensor":
+        """All tokens, of those of this process along ``dim``; in every process, without gradients."""
+
+    def attend_call(self, call: "AttentionCall", front: "tuple[Tensor, Tensor] | None") -> "Tensor":
+        """Output ``[B, T, H, dv]`` of a layer's call, given the layer's keys and values of what was read first."""
+
+
 class ContextParallelism(Strategy, ABC):
     """Says how processes share the tokens of a sequence, and what they exchange so that each token sees what it may.
 
     ``manyheads.use(model, strategy, mesh=mesh)`` does so in a model: it asks once for the mask that most layers have,
-    whose layout all layers then share, and once more for each other mask.
+    whose layout all layers then share, and once more for each other mask. One that is itself an ``AttentionCompute``
+    also acts without ``mesh``, in one process.
     """
 
     @abstractmethod
-    def share(self, world: "World", mask: "AttnMask", layout: "Layout | None" = None) -> SharedAttention:
+    def share(
+        self, world: "World", mask: "AttnMask", layout: "Layout | None" = None
+    ) -> SharedAttention | FrontedAttention:
         """Attention of ``mask`` among the processes of ``world``; every process has to ask, in one order.
 
         Args:

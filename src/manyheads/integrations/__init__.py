@@ -32,8 +32,9 @@ def use(
         protect: spans of tokens that the cache strategy may not drop, ``[(0, 40)]`` or a list of such for each row, see
             :mod:`manyheads.attention.protect`; the spec's own field ``protect`` if None.
         mesh: processes among which a strategy shares tokens (``manyheads list --category parallel``): a device mesh of
-            one dimension, its process group, or a :class:`manyheads.parallel.World`; None for all processes. What the
-            model then takes and gives: :mod:`manyheads.integrations.shared_tokens`.
+            one dimension, its process group, or a :class:`manyheads.parallel.World`; None for all processes, or this
+            one alone where the strategy acts in one, as apb. What the model then takes and gives:
+            :mod:`manyheads.integrations.shared_tokens`.
 
     Raises:
         UserError: ``protect`` finds no cache strategy, or one that cannot hold to it; the model does not
@@ -43,7 +44,7 @@ def use(
     from ..errors import UserError
     from ..parallelism import ContextParallelism
     from ..spec import parse
-    from ..strategy import protected
+    from ..strategy import AttentionCompute, protected
 
     chosen = tuple(parse(s) for s in strategies)
     if protect is not None:
@@ -61,7 +62,9 @@ def use(
             return DiffusersPort(model, chosen)
     from .transformers import Port
 
-    if mesh is not None or any(isinstance(one, ContextParallelism) for one in chosen):
+    if mesh is not None or any(
+        isinstance(s, ContextParallelism) and not isinstance(s, AttentionCompute) for s in chosen
+    ):
         from .shared_tokens import among
 
         chosen = among(chosen, mesh)

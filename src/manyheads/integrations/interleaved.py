@@ -61,12 +61,16 @@ def read_interleaved(model: nn.Module, site: Site, strategies: Sequence[Interlea
             return inner(*args, **kwargs)
         _check(strategy, kwargs, seen, embeds.shape[1])
         more = {name: x for name, x in kwargs.items() if name not in _REPLACED}
-        more |= {"use_cache": False} if cache is None else cache_arguments(owner, cache)
+        alone: dict[str, Any] = {"use_cache": False}
+        kept = alone if cache is None else cache_arguments(owner, cache)
         hidden, out = [], None
         for piece in pieces:
             piece.rotary = _tables(owner, piece)
             places = piece.positions.expand(embeds.shape[0], -1)
-            out = inner(inputs_embeds=piece.embeds, position_ids=places, attention_mask=piece.mask, **more)
+            memory = kept if piece.cached else alone
+            out = inner(
+                inputs_embeds=piece.embeds, position_ids=places, attention_mask=piece.mask, **{**more, **memory}
+            )
             hidden.append(out.last_hidden_state[:, : piece.given])
         assert out is not None
         out.last_hidden_state = torch.cat(hidden, 1)

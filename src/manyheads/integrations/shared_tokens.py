@@ -33,12 +33,12 @@ from ..attention.recurrence import DecayState, decay_attention
 from ..call import AttentionCall, Recurrence, Site
 from ..errors import UserError
 from ..parallel import World
-from ..parallel._runs import causal_runs
-from ..parallelism import ContextParallelism, SharedAttention, SharedStates, StateParallelism
+from ..parallelism import ContextParallelism, FrontedAttention, SharedAttention, SharedStates, StateParallelism
 from ..strategy import AttentionCompute, LinearCompute, Strategy
 from .cache import find_cache
 from .hook_chain import BoundStrategy
 from .shared_decoding import Decoded, SharedCache
+from .shared_plan import Front, Plan, last_logits, marked, plan_of, real_runs, texts
 from .sites import SiteState
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ __all__ = ["SharedTokens", "among", "share_tokens"]
 _IGNORED = -100  # the label of a token that is not predicted, as transformers has it
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")  # [B, S, ...]
 _KEPT = 16  # masks whose exchange is remembered
-_PLAN = "_manyheads_plan"
+_Shared = SharedAttention | FrontedAttention
 
 
 def among(strategies: Sequence[Strategy], mesh: Any) -> tuple[Strategy, ...]:
@@ -90,9 +90,7 @@ class SharedTokens(AttentionCompute):
     given: ContextParallelism
     world: World
     _states: list[SharedStates] = field(default_factory=list, compare=False, repr=False)
-    _made: "dict[tuple[AttnMask, int], tuple[SharedAttention, Any]]" = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    _made: "dict[tuple[AttnMask, int], tuple[_Shared, Any]]" = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def spec(self) -> str:
@@ -110,7 +108,7 @@ class SharedTokens(AttentionCompute):
             self._states.append(self.given.share_states(self.world))
         return self._states[0]
 
-    def share(self, mask: "AttnMask", layout: "Layout | None" = None) -> SharedAttention:
+    def share(self, mask: "AttnMask", layout: "Layout | None" = None) -> _Shared:
         """What the strategy makes of a mask, once."""
         key = mask, id(layout)
         if key not in self._made:
@@ -120,13 +118,13 @@ class SharedTokens(AttentionCompute):
         return self._made[key][0]
 
     def attend(self, call: AttentionCall) -> Tensor:
-        plan: Plan | Decoded | None = getattr(call.mask, _PLAN, None)
+        plan = plan_of(call.mask)
         if plan is None:
             raise UserError(
                 f"{self.spec}: {call.site.name} was called with another mask than the model was given: call the model "
                 "itself, with nothing that edits masks"
             )
-        if call.recurrence is not None:
+        if call.recurrence is not None and not isinstance(plan, Front):
             return self._pass_on(call, call.recurrence, plan)
         cannot = {
             "a bias": call.bias is not None, "softcap": call.softcap is not None, "dropout": call.dropout > 0,
@@ -134,6 +132,10 @@ class SharedTokens(AttentionCompute):
         }  # fmt: skip
         if found := [name for name, there in cannot.items() if there]:
             raise UserError(f"{self.spec} computes no attention with {found[0]}, which {call.site.name} has")
+        if isinstance(plan, Front):
+            return plan.attend(call)
+        if isinstance(plan, Plan) and isinstance(plan.main, FrontedAttention):
+            return plan.main.attend_call(call, plan.front.get(call.site.name))
         out, lse = plan.attend(call)
         if call.sinks is not None:  # a logit more in the softmax, with the value 0
             out = out * (lse - call.sinks[:, None]).sigmoid().to(out.dtype)[..., None]
@@ -155,58 +157,6 @@ class SharedTokens(AttentionCompute):
             after = self.states.last(after) if plan.kept else after
         linear.state = after.kv
         return out.transpose(1, 2)
-
-
-@dataclass(eq=False)
-class Plan:
-    """One forward of a model over tokens that are shared.
-
-    Attributes:
-        strategy: that shares them.
-        size: tokens of the whole.
-        runs: of each row of the batch, or one for all: tokens that are seen.
-        apart: whether runs are texts in a row.
-        main: attention of the mask that most layers have.
-        kept: how many of the last tokens have logits; 0 for those of this process.
-        labelled: whether there is a loss.
-    """
-
-    strategy: SharedTokens
-    size: int
-    runs: list[tuple[tuple[int, int], ...]]
-    apart: bool
-    before: int | None
-    kept: int = 0
-    labelled: bool = False
-    main: SharedAttention = field(init=False)
-
-    def __post_init__(self) -> None:
-        runs, apart = (self.runs[0], self.apart) if len(set(self.runs)) == 1 else (((0, self.size),), True)
-        self.main = self.strategy.share(causal_runs(self.size, runs, self.before, apart))
-
-    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Output ``[B, H, T, dv]`` and log-sum-exp ``[B, H, T]``."""
-        before = None if call.site.window is None else call.site.window - 1
-        if len(set(self.runs)) == 1:
-            return self._shared(self.runs[0], before).attend(call.q, call.k, call.v, call.scale)
-        found = []
-        for i, runs in enumerate(self.runs):
-            q, k, v = (x[i : i + 1] for x in (call.q, call.k, call.v))
-            found.append(self._shared(runs, before).attend(q, k, v, call.scale))
-        outs, lses = zip(*found, strict=True)
-        return torch.cat(outs), torch.cat(lses)
-
-    def real(self, like: Tensor) -> Tensor | None:
-        """Which tokens of this process are no padding, bool ``[B, t]``; None for all."""
-        whole = (((0, self.size),),)
-        if self.apart or set(self.runs) == set(whole):
-            return None
-        rows = self.main.rows.to(like.device)
-        found = [torch.stack([(rows >= a) & (rows < b) for a, b in runs]).any(0) for runs in self.runs]
-        return torch.stack(found)
-
-    def _shared(self, runs: tuple[tuple[int, int], ...], before: int | None) -> SharedAttention:
-        return self.strategy.share(causal_runs(self.size, runs, before, self.apart), self.main.layout)
 
 
 def share_tokens(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, BoundStrategy]]) -> Callable[[], None]:
@@ -281,6 +231,8 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any], before: int | None) -> dict[str, Any]:
     """Arguments of a call with those of this process's tokens alone."""
+    if isinstance(plan_of(given.get("attention_mask")), Front):
+        return given
     tokens = next((x for name in _BY_TOKEN[:2] if (x := given.get(name)) is not None), None)
     if tokens is None:
         raise UserError(f"{strategy.spec} shares input_ids or inputs_embeds; the model was given neither")
@@ -295,7 +247,7 @@ def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any]
                 f"{strategy.spec} did not fill this cache for decoding: read the prompt with logits_to_keep=1, as "
                 "generate does, while the strategy is in use"
             )
-        return given | {"attention_mask": _marked(Decoded(strategy.world, cache, tokens.shape[1], told), tokens, model)}
+        return given | {"attention_mask": marked(Decoded(strategy.world, cache, tokens.shape[1], told), tokens, model)}
     if strange := [name for name, x in given.items() if isinstance(x, Tensor) and name not in (
         *_BY_TOKEN, "attention_mask", "num_items_in_batch", "logits_to_keep")]:  # fmt: skip
         raise UserError(f"{strategy.spec} does not know how tokens share {strange[0]}: leave it away")
@@ -308,8 +260,9 @@ def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any]
     if places.ndim != 2 or places.shape[1] != size:
         raise UserError(f"{strategy.spec} wants position_ids as [B, S], not {list(places.shape)}")
     apart = told is None and not cached  # when transformers itself looks for texts in a row
-    runs = _texts(places) if apart else _real(told, batch, size)
+    runs = texts(places) if apart else real_runs(told, batch, size)
     plan = Plan(strategy, size, runs, apart, before)
+    _read_first(plan, model, given)
     given = _labelled(strategy, model, given | {"position_ids": places}, plan)
     shared = {name: plan.main.shard(x, 1) for name in _BY_TOKEN if (x := given.get(name)) is not None}
     if isinstance(kept, Tensor) or (kept and plan.labelled):
@@ -317,37 +270,18 @@ def _taken(strategy: SharedTokens, model: PreTrainedModel, given: dict[str, Any]
     if kept:
         plan.kept = min(int(kept), size)
         shared["logits_to_keep"] = (plan.main.rows >= size - plan.kept).nonzero()[:, 0].to(tokens.device)
-    return given | shared | {"attention_mask": _marked(plan, tokens, model)}
+    return given | shared | {"attention_mask": marked(plan, tokens, model)}
 
 
-def _marked(plan: "Plan | Decoded", tokens: Tensor, model: PreTrainedModel) -> Any:
-    """A mask that models hand on as it is, of four dimensions, and that hides nothing; where layers differ one by type.
-
-    The mask of layers that pass on a state would be made from it anew.
-    """
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-    setattr(mask, _PLAN, plan)
-    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return dict.fromkeys({"full_attention", *types}, mask) if "linear_attention" in types else mask
-
-
-def _texts(places: Tensor) -> list[tuple[tuple[int, int], ...]]:
-    """Texts of each row: one begins where a position does not follow the one before."""
-    starts = torch.nn.functional.pad(places.diff(dim=1) != 1, (1, 0), value=True)
-    return [_between(row.nonzero()[:, 0].tolist(), places.shape[1]) for row in starts]
-
-
-def _between(starts: list[int], size: int) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(starts, [*starts[1:], size], strict=True))
-
-
-def _real(told: Tensor | None, batch: int, size: int) -> list[tuple[tuple[int, int], ...]]:
-    """Runs of tokens of each row that are no padding."""
-    if told is None or bool(told.bool().all()):
-        return [((0, size),)] * batch
-    edges = torch.nn.functional.pad(told.bool().to(torch.int8), (1, 1)).diff(dim=1)
-    firsts, lasts = ([(row == sign).nonzero()[:, 0].tolist() for row in edges] for sign in (1, -1))
-    return [tuple(zip(a, b, strict=True)) for a, b in zip(firsts, lasts, strict=True)]
+def _read_first(plan: Plan, model: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Have the model under its head read what the plan's attention wants in front."""
+    if not isinstance(plan.main, FrontedAttention) or not len(plan.main.front):
+        return
+    name = next(name for name in _BY_TOKEN[:2] if given.get(name) is not None)
+    first = given[name][:, plan.main.front.to(given[name].device)]
+    places = torch.arange(first.shape[1], device=first.device).expand(len(first), -1)
+    mask = marked(Front(plan.front), first, model)
+    model.base_model(**{name: first}, position_ids=places, attention_mask=mask, use_cache=False)
 
 
 def _labelled(
@@ -370,8 +304,7 @@ def _labelled(
 
 def _leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """Give the loss of all tokens, logits that were asked for by place, and how tokens were shared."""
-    mask = kwargs.get("attention_mask")
-    plan = getattr(mask["full_attention"] if isinstance(mask, dict) else mask, _PLAN, None)
+    plan = plan_of(kwargs.get("attention_mask"))
     if not isinstance(plan, Plan):
         return out
     if not isinstance(out, dict):
@@ -383,15 +316,8 @@ def _leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         dist.all_reduce(total, group=plan.strategy.world.group)
         made["loss"] = made["loss"] + (total - made["loss"].detach())
     if plan.kept:
-        made["logits"] = _last(plan, made["logits"])
+        made["logits"] = last_logits(plan, made["logits"])
         cache = find_cache(*kwargs.values(), *made.values())
         if isinstance(cache, Cache):
             SharedCache.of(cache, plan.main.rows, plan.size)
     return made
-
-
-def _last(plan: Plan, logits: Tensor) -> Tensor:
-    """Logits ``[B, n, V]`` of the last tokens, of those ``[B, t, V]`` that this process has of them; no gradients."""
-    rows = [rows[rows >= plan.size - plan.kept] for rows in plan.main.layout.rows]
-    every = plan.strategy.world.peers().all_gather(logits.detach().transpose(0, 1), list(map(len, rows)), "logits")
-    return every[torch.cat(rows).argsort().to(every.device)].transpose(0, 1)
