@@ -14,6 +14,7 @@ from ..experiment.estimates import Estimate
 from .colours import Scale
 from .page import Figure, Section
 from .plots import Bars, Heat, Panel, apart, bars, heat, lines, of_estimates
+from .training_plots import training_pictures
 
 if TYPE_CHECKING:
     from ..experiment import Arm

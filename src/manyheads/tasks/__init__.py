@@ -19,7 +19,7 @@ from ..experiment.task import Task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["given", "load", "names", "summaries"]
+__all__ = ["field_of", "given", "load", "names", "summaries"]
 
 _FOLDER = Path(__file__).parent
 
@@ -34,13 +34,14 @@ def _homes() -> dict[str, str]:
     return found
 
 
-def _field(name: str) -> str:
+def field_of(name: str) -> str:
+    """Field of a task, which has to be there."""
     return _homes()[name].removeprefix(f"{__name__}.").partition(".")[0]
 
 
 def names(field: str | None = None) -> list[str]:
     """Names of all tasks, or of those of a field, sorted."""
-    return sorted(name for name in _homes() if field in (None, _field(name)))
+    return sorted(name for name in _homes() if field in (None, field_of(name)))
 
 
 def summaries() -> Mapping[str, tuple[str, str]]:
@@ -49,7 +50,7 @@ def summaries() -> Mapping[str, tuple[str, str]]:
     for name in names():
         path = _FOLDER.joinpath(*_homes()[name].removeprefix(f"{__name__}.").split(".")).with_suffix(".py")
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found[name] = (_field(name), said.partition("\n")[0])
+        found[name] = (field_of(name), said.partition("\n")[0])
     return found
 
 
