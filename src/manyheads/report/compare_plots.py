@@ -57,6 +57,7 @@ def pictures(summary: Summary) -> list[Section]:
             f"× is the ratio to {summary.base.name}, the dashed line is {summary.base.name}. Times are medians with "
             "quartiles as thin lines; others have 95 % intervals.",
         ) for i in range(0, len(barred), _ACROSS)]),
+        *training_pictures(summary),
     ]  # fmt: skip
     return [section for section in found if section.shown]
 

@@ -66,7 +66,13 @@ def _maps(summary: Summary, rows: list[Row]) -> list[Section]:
         for i, picture in enumerate(row.about["pictures"]):
             kind = f"{picture['axes']}{len(picture['rows'])}x{len(picture['columns'])}"
             groups.setdefault((f"{row.task} {i}", kind), []).append((row.arm, picture))
-    return [Section(some[0][1]["title"], [_drawn(some)]) for some in groups.values()]
+    return [Section(_title(some), [_drawn(some)]) for some in groups.values()]
+
+
+def _title(some: list[tuple[str, dict[str, Any]]]) -> str:
+    """What all are called, or what is shown of them."""
+    called = {picture["title"] for _, picture in some}
+    return called.pop() if len(called) == 1 else " by ".join(some[0][1]["axes"])
 
 
 def _drawn(some: list[tuple[str, dict[str, Any]]]) -> Figure:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..data import files
 from ..errors import UserError
 from ..experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ..recipe import Batch, Part, Picture, Procedure, Recipe, Sample
@@ -249,7 +248,8 @@ class FieldTask(Task):
             if judged != arm:
                 model = recipe.build(self, trained.width).to(run.device).eval()
                 model.load_state_dict(trained.model.state_dict())
-            yield from self._judged(run, judged, seed, recipe, model, about)
+            kept = about if judged == arm else {"parameters": about["parameters"]}
+            yield from self._judged(run, judged, seed, recipe, model, kept)
 
     def _judged(
         self, run: RunContext, arm: Arm, seed: int, recipe: Recipe, model: nn.Module, about: Mapping[str, Any]
@@ -267,7 +267,8 @@ class FieldTask(Task):
                 own = recipe.pictures(model, to_device(self.collate(samples[: self.batch]), run.device))
             more["pictures"] = [_plain(picture) for picture in (*self.pictures(samples, said), *own)]
         yield self.row("parameters", arm, about["parameters"], "model", seed=seed, about={**about, **more})
-        yield self.row("training_time", arm, about["seconds"], "training", seed=seed)
+        if "seconds" in about:
+            yield self.row("training_time", arm, about["seconds"], "training", seed=seed)
 
 
 def _plain(picture: Picture) -> dict[str, Any]:
@@ -276,15 +277,3 @@ def _plain(picture: Picture) -> dict[str, Any]:
         "title": picture.title, "rows": list(picture.rows), "columns": list(picture.columns), "values": values,
         "axes": list(picture.axes),
     }  # fmt: skip
-
-
-def absent(kind: type[FieldTask]) -> str:
-    """What to do where the public data of a task is not on this machine; empty where it is."""
-    entries = [files.entry(name) for name in kind.files]
-    if any(files.local(entry.name) for entry in entries):
-        return ""
-    url = next((entry.url for entry in entries if entry.url), "")
-    fetched = f"it is fetched from {url} when first used" if url else f"put {entries[0].path} into $MANYHEADS_DATA"
-    return f"{fetched}; or give --data DIR: {kind.takes}"
-
-

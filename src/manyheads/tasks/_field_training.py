@@ -138,7 +138,8 @@ class FieldTraining:
                 best = made
         if best is None:
             raise UserError(f"{self.arm.key}: training diverges at all rates of {self.task.rates}; give lower ones")
-        self._keep(first, best, found_at)
+        kept = self._keep(first, best, found_at)
+        self.run.kept_last("field tried", repr(self.settings(first)), lambda: kept)
         if place is not None:
             write_json(place, settings, validation=_listed(found_at))
         return found_at
@@ -150,11 +151,13 @@ class FieldTraining:
         return mean(self.task.score(sample, one)[name] for sample, one in zip(samples, said, strict=True))
 
     def _fitted(self, seed: int) -> FieldModel:
-        rates = self.validation()
-        if (found := self._found(seed)) is not None:  # the choice of the rate has made it
-            return found
+        rates = self.validation()  # of the first seed this has made the model
         best = min(rates, key=lambda rate: (rates[rate], rate))
-        return self._keep(seed, self.train(seed, best), rates)
+
+        def made() -> FieldModel:
+            return self._found(seed) or self._keep(seed, self.train(seed, best), rates)
+
+        return cast(FieldModel, self.run.kept_last("field tried", repr(self.settings(seed)), made))
 
     def train(self, seed: int, rate: float, told: Callable[[TrainState], None] | None = None) -> FieldModel:
         """Train from a seed at a rate; ``told`` of each step."""

@@ -8,13 +8,10 @@ relative positions). Padding never reaches what stands beside it: it is zeroed b
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ParakeetEncoderConfig
-from transformers.audio_utils import mel_filter_bank
-from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderBlock, ParakeetEncoderRelPositionalEncoding
 
 from ...attention.masks import zero_padding
 
@@ -28,6 +25,8 @@ _FLOOR = 1e-3  # of the energy in a filter; what is quieter is silence
 
 @cache
 def _filters() -> Tensor:
+    from transformers.audio_utils import mel_filter_bank
+
     found = mel_filter_bank(_FFT // 2 + 1, MELS, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(found).float()
 
@@ -107,12 +106,15 @@ class Conformer(nn.Module):
 
     def __init__(self, dim: int, heads: int, width: int, dropout: float, kernel: int = 31) -> None:
         super().__init__()
-        kind: Literal["eager"] = "eager"
+        from transformers import ParakeetEncoderConfig
+        from transformers.models.parakeet import modeling_parakeet as parakeet
+
         config: Any = ParakeetEncoderConfig(
             hidden_size=dim, num_attention_heads=heads, intermediate_size=width, conv_kernel_size=kernel,
-            dropout=dropout, activation_dropout=dropout, attention_dropout=dropout, attn_implementation=kind,
+            dropout=dropout, activation_dropout=dropout, attention_dropout=dropout, attn_implementation="eager",
         )  # fmt: skip
-        self.block, self.positions = ParakeetEncoderBlock(config, 0), ParakeetEncoderRelPositionalEncoding(config)
+        self.block = parakeet.ParakeetEncoderBlock(config, 0)
+        self.positions = parakeet.ParakeetEncoderRelPositionalEncoding(config)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """``[B, T, dim]``."""

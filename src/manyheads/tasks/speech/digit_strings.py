@@ -112,10 +112,11 @@ class DigitStrings(FieldTask):
         )
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        made = []
+        made, groups = [], dict[str, list[Sample]]()
+        for sample in samples:
+            groups.setdefault(sample.group, []).append(sample)
         for _ in range(self.batch):
-            first = samples[rng.integers(len(samples))]
-            own = [sample for sample in samples if sample.group == first.group]
+            own = groups[samples[rng.integers(len(samples))].group]
             words = [own[i] for i in rng.integers(0, len(own), rng.integers(1, self.digits + 1))]
             made.append(_string(rng, [replace(word, inputs=self._paced(rng, word.inputs)) for word in words], "drawn"))
         return made
@@ -130,13 +131,14 @@ class DigitStrings(FieldTask):
         samples = self.samples(part)
         for i in rng.permutation(len(samples)):
             groups.setdefault(samples[i].group, []).append(samples[i])
-        made = [
-            _string(rng, words[at : at + self.digits], f"{group} {at // self.digits}")
+        named = [
+            (f"{group} {at // self.digits}", words[at : at + self.digits])
             for group, words in groups.items() for at in range(0, len(words) - self.digits + 1, self.digits)
         ]  # fmt: skip
-        if not made:
+        if not named:
             raise UserError(f"no speaker of the {part} part has {self.digits} recordings; give more, or fewer digits")
-        return [made[i] for i in rng.permutation(len(made))][: self.samples_judged]
+        chosen = [named[i] for i in rng.permutation(len(named))][: self.samples_judged]
+        return [_string(rng, words, name) for name, words in chosen]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         frames = [log_mel(sample.inputs) for sample in samples]
