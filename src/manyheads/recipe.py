@@ -120,7 +120,7 @@ class Recipe(Strategy, ABC):
         """Loss of a training batch, a scalar."""
         return task.loss(model, batch)
 
-    def after_step(self, model: "nn.Module", progress: float) -> None:  # noqa: B027 - most do nothing
+    def after_step(self, model: "nn.Module", progress: float) -> None:
         """Called after each step of the optimiser: moving averages, schedules; ``progress`` runs from 0 to 1."""
 
     def predict(self, task: FieldTask, model: "nn.Module", batch: Batch) -> Sequence[Any]:

@@ -10,10 +10,10 @@ import torch
 import transformers
 from PIL import Image
 
+from manyheads.data.audio import read_wave, resampled
 from manyheads.errors import UserError
 from manyheads.inspect.signal_breakdown import CLASS, RECEIVED
 from manyheads.inspect.signal_run import inspect_signals
-from manyheads.data.audio import read_wave, resampled
 from manyheads.inspect.signals import read_audio, read_images
 from tolerance import is_close, is_far
 

@@ -87,7 +87,9 @@ class FieldTraining:
 
         def of_baseline() -> int:
             with torch.device("meta"):
-                return parameters_of(recipe_of(self.run.baseline).build(self.task, self.task.width or 2 * self.task.dim))
+                return parameters_of(
+                    recipe_of(self.run.baseline).build(self.task, self.task.width or 2 * self.task.dim)
+                )
 
         def matched() -> int:
             wanted = self.task.parameters or self.run.kept(("field parameters", self.task), of_baseline)
@@ -231,7 +233,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> FieldM
         below = find_models(place)
         hint = f"give one of its models, {', '.join(below[:3])}" if below else "give what `manyheads train` wrote"
         raise UserError(f"{folder} holds no trained model of a field: {hint}") from error
-    recipe: Any = parse(settings["spec"]) if settings["spec"] else Reference(kind=settings["options"].get("reference", ""))
+    recipe: Any = (
+        parse(settings["spec"]) if settings["spec"] else Reference(kind=settings["options"].get("reference", ""))
+    )
     model = recipe.build(made, settings["width"]).to(device)
     model.load_state_dict(load_file(place / _WEIGHTS, device=str(device)))
     return FieldModel(made, recipe, model.eval(), settings["width"], record)

@@ -54,8 +54,8 @@ class RelativeAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         length, dim = x.shape[1:]
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        far = torch.arange(length - 1, -length, -1, device=x.device)  # i - j, largest first
-        rates = torch.exp(torch.arange(0, dim, 2, device=x.device) * (-math.log(10_000.0) / dim))
+        far = torch.arange(length - 1, -length, -1, device=x.device, dtype=torch.float64)  # i - j, largest first
+        rates = 10_000.0 ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float64) / dim)
         angles = far[:, None] * rates
         r = self.position(torch.stack((angles.sin(), angles.cos()), -1).flatten(1).to(x.dtype))
         by_distance = (q + self.v) @ r.unflatten(-1, (self.heads, -1)).permute(1, 2, 0)  # [B, H, T, 2 T - 1]
@@ -183,7 +183,9 @@ class Branchformer(Recipe):
     task: ClassVar[str] = "digit_strings"
 
     merge: Kind = field(default="concat", metadata={"help": "how branches are merged: concat, learned or fixed"})
-    share: Share = field(default=0.5, metadata={"help": "weight of the cgMLP with merge=fixed; 0 and 1 leave one alone"})
+    share: Share = field(
+        default=0.5, metadata={"help": "weight of the cgMLP with merge=fixed; 0 and 1 leave one alone"}
+    )
     attention: Literal["relative", "additive"] = field(default="relative", metadata={"help": "relative or additive"})
     kernel: int = field(default=31, metadata={"help": "frames of the gating convolution"})
     drop: Share = field(default=0.0, metadata={"help": "chance of training a layer without its attention"})
@@ -193,7 +195,9 @@ class Branchformer(Recipe):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"branchformer: kernel={self.kernel}: a window around a frame is odd; write kernel=31")
         if self.merge == "concat" and (self.drop or self.skip):
-            raise UserError("branchformer: drop and skip leave a branch out, which a concatenation needs: merge=learned")
+            raise UserError(
+                "branchformer: drop and skip leave a branch out, which a concatenation needs: merge=learned"
+            )
 
     def build(self, task: FieldTask, width: int) -> nn.Module:
         return task.around([Block(self, task, width, layer) for layer in range(task.layers)])
@@ -206,4 +210,6 @@ class Branchformer(Recipe):
         model(batch["inputs"], batch["mask"])
         shown = [block.shown.float().mean(0).tolist() for block in blocks if block.shown is not None]
         rows = [f"layer {i}" for i in range(len(shown))]
-        return (Picture("learned weights of the branches", rows, ["attention", "cgMLP"], shown, ("layers", "branches")),)
+        return (
+            Picture("learned weights of the branches", rows, ["attention", "cgMLP"], shown, ("layers", "branches")),
+        )
