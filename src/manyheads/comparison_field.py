@@ -76,8 +76,8 @@ def plan_field(
     for strategy in made:
         if _field(strategy.task) != _field(on.name):  # type: ignore[attr-defined]
             raise UserError(f"{strategy.slug} is of the field {_field(strategy.task)}, {on.name} is not")  # type: ignore[attr-defined]
-    changes = {"folder": str(Path(folder).expanduser().resolve())} if folder else {}
-    on = dataclasses.replace(on, **changes, **({"steps": steps} if steps else {}))
+    place = str(Path(folder).expanduser().resolve()) if folder else on.folder
+    on = dataclasses.replace(on, folder=place, steps=steps or on.steps)
     on.samples("train")  # what cannot be had is found now
     base = Arm(on.references[0], options={"reference": on.references[0]})
     arms = tuple({strategy.spec: Arm(strategy.spec, strategy.spec) for strategy in made}.values())
@@ -147,7 +147,8 @@ def _affordable(plan: Planned, seconds: float, seed: int, device: str) -> int:
     from .training import TrainState
 
     made, total = context(plan, seed, device, None), 0.0
-    task: FieldTask = dataclasses.replace(plan.tasks[0], steps=_TIMED)  # type: ignore[assignment]
+    own: Any = plan.tasks[0]
+    task: FieldTask = dataclasses.replace(own, steps=_TIMED)
     for arm in plan.arms:
         if arm.spec and isinstance(arm.strategy, Procedure):
             continue

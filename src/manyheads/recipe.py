@@ -78,7 +78,7 @@ class FieldTask(Protocol):
     def dropout(self) -> float: ...
 
     def around(self, blocks: "Sequence[nn.Module]") -> "nn.Module":
-        """The task's model with other blocks: ``block(x [B, T, dim], mask [B, T]) -> [B, T, dim]``, mask True: there."""
+        """The task's model with other blocks: ``block(x [B, T, dim], mask [B, T]) -> [B, T, dim]``, True: there."""
 
     def reference(self, width: int, kind: str = "") -> "nn.Module":
         """The model that papers are compared with; ``width`` is what is changed to match parameters."""

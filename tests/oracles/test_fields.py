@@ -14,8 +14,8 @@ from manyheads.errors import UserError
 from manyheads.experiment import Arm, RunContext, Trainable
 from manyheads.recipe import Recipe
 from manyheads.tasks import _field, _field_training, data_of, load, names
-from manyheads.tasks._field import FieldTask, Reference, recipe_of
-from manyheads.tasks._field_training import FieldTraining, load_model
+from manyheads.tasks._field import FieldTask
+from manyheads.tasks._field_training import FieldTraining, Reference, load_model, recipe_of
 from manyheads.training.matching import parameters_of
 from oracles import tasks
 from tolerance import SAME, error

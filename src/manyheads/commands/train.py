@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs ``manyheads train`` and ``manyheads predict``: papers of a field. What they need is imported when they run."""
+"""The verbs ``manyheads train`` and ``manyheads predict``. What they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def predict(
         print_json([{"file": str(path), "said": one} for path, one in zip(paths, said, strict=True)])
         return
     rows = [[str(path), one or "nothing"] for path, one in zip(paths, said, strict=True)]
-    title = f"{model.recipe.spec if model.recipe.slug != '_field' else 'reference'} on {model.task.name}"
+    title = f"{model.recipe.spec if model.recipe.slug != '_field_training' else 'reference'} on {model.task.name}"
     print_table(Table([Column("file", text=True), Column("said", text=True)], rows, title), console(120))
 
 

@@ -286,7 +286,8 @@ class Trainable(Subject):
 
     kind = "trainable"
     kinds = (
-        Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding, TextReducer, Recipe, Procedure,
+        Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding, TextReducer, Recipe,
+        Procedure,
     )  # fmt: skip
     name = "trained from scratch"
 

@@ -54,8 +54,8 @@ def _curves(summary: Summary, task: str, rows: list[Row]) -> Figure:
     said = f"Loss of {task} while training, at the end: {', '.join(ends)}."
     return Figure(
         lines([panel], said),
-        f"Each line is the mean of an arm's trainings, bars go from the least to the greatest. {said} Losses of recipes "
-        "with a loss of their own are not comparable; the table is.",
+        f"Each line is the mean of an arm's trainings, bars go from the least to the greatest. {said} "
+        "Losses of recipes with a loss of their own are not comparable; the table is.",
     )  # fmt: skip
 
 

@@ -22,46 +22,18 @@ from ..errors import UserError
 from ..experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ..recipe import Batch, Part, Picture, Procedure, Recipe, Sample
 from ..training.fit import autocast
+from ._field_training import FieldTraining, recipe_of, to_device
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MODEL_METRICS", "FieldTask", "Reference", "parted", "recipe_of", "to_device"]
+__all__ = ["MODEL_METRICS", "FieldData", "FieldTask", "parted"]
 
 MODEL_METRICS = (
     Metric("parameters", "parameters", "parameters"),
     Metric("training_time", "training, s", "s", kind="time"),
 )
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference(Recipe):
-    """The task's reference model, trained by the task's own loss."""
-
-    kind: str = ""
-
-    def build(self, task: Any, width: int) -> nn.Module:
-        made: nn.Module = task.reference(width, self.kind)
-        return made
-
-
-def recipe_of(arm: Arm) -> Recipe:
-    """What an arm trains: its recipe, or the reference that its options name.
-
-    Raises:
-        UserError: its strategy is no recipe.
-    """
-    if not arm.spec:
-        return Reference(kind=arm.options.get("reference", ""))
-    if not isinstance(found := arm.strategy, Recipe):
-        raise UserError(f"{arm.key} is no recipe of a field: `manyheads show {found.slug}` says what it acts on")
-    return found
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The tensors of a batch on a device."""
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
 def parted(groups: Sequence[str]) -> dict[str, Part]:
@@ -77,12 +49,12 @@ def parted(groups: Sequence[str]) -> dict[str, Part]:
             "learning rate and to test on, for no group is in two of them"
         )
     few = max(1, len(found) // 5)
-    first: list[Part] = ["train"] * (len(found) - 2 * few)
-    return dict(zip(found, [*first, *["validation"] * few, *["test"] * few], strict=True))
+    ends: dict[int, Part] = {1: "test", 2: "validation"}
+    return {group: ends.get(1 + (len(found) - 1 - i) // few, "train") for i, group in enumerate(found)}
 
 
 @cache
-def _read(kind: type[FieldTask], folder: str) -> dict[Part, tuple[Sample, ...]]:
+def _read(kind: type[FieldData], folder: str) -> dict[Part, tuple[Sample, ...]]:
     """Samples by part, read once; UserError where a part is empty or a group is in two parts."""
     found = kind.read(Path(folder) if folder else None)
     home: dict[str, Part] = {}
@@ -96,11 +68,8 @@ def _read(kind: type[FieldTask], folder: str) -> dict[Part, tuple[Sample, ...]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FieldTask(Task):
-    """Base of tasks of a field.
-
-    ``options`` of an arm: ``reference``, the kind of reference model where the arm has no spec; ``weights_of``, the
-    name of an arm whose trained weights it is judged with under a spec of its own.
+class FieldData(Task):
+    """The data of a task of a field, and the sizes of what is trained on them; see :class:`FieldTask`.
 
     Attributes:
         folder: of the user's own data, as :attr:`takes` says; the public data when empty.
@@ -142,8 +111,6 @@ class FieldTask(Task):
     def stated(self) -> tuple[Metric, ...]:
         return (*self.metrics, *MODEL_METRICS)
 
-    # What a field says.
-
     @classmethod
     @abstractmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
@@ -159,20 +126,44 @@ class FieldTask(Task):
         """A file of the user's as a sample without a target; UserError where it is none."""
 
     @abstractmethod
-    def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
-        """The task's model with these blocks."""
-
-    @abstractmethod
-    def reference(self, width: int, kind: str = "") -> nn.Module:
-        """The model that papers are compared with."""
-
-    @abstractmethod
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         """Samples of one training step, augmented."""
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch."""
+
+    def judged(self, part: Part) -> Sequence[Sample]:
+        """Samples of a part that models are judged on, in an order that says nothing."""
+        return self.samples(part)[: self.samples_judged]
+
+    def samples(self, part: Part) -> Sequence[Sample]:
+        """Samples of a part."""
+        return _read(type(self), self.folder)[part]
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        try:
+            self.samples("train")
+        except UserError as error:
+            return str(error)
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldTask(FieldData):
+    """Base of tasks of a field.
+
+    ``options`` of an arm: ``reference``, the kind of reference model where the arm has no spec; ``weights_of``, the
+    name of an arm whose trained weights it is judged with under a spec of its own.
+    """
+
+    @abstractmethod
+    def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
+        """The task's model with these blocks."""
+
+    @abstractmethod
+    def reference(self, width: int, kind: str = "") -> nn.Module:
+        """The model that papers are compared with."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -190,26 +181,9 @@ class FieldTask(Task):
     def truth(self, sample: Sample) -> Any:
         """The prediction that is right: what a metric is best for."""
 
-    def judged(self, part: Part) -> Sequence[Sample]:
-        """Samples of a part that models are judged on, in an order that says nothing."""
-        return self.samples(part)[: self.samples_judged]
-
     def pictures(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Picture]:
         """What a person of the field would look at."""
         return ()
-
-    # What the kit does with it.
-
-    def samples(self, part: Part) -> Sequence[Sample]:
-        """Samples of a part."""
-        return _read(type(self), self.folder)[part]
-
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self.samples("train")
-        except UserError as error:
-            return str(error)
-        return None
 
     def said(self, recipe: Recipe, model: nn.Module, samples: Sequence[Sample], device: torch.device) -> list[Any]:
         """Predictions for samples, batch by batch."""
@@ -233,8 +207,6 @@ class FieldTask(Task):
         return found
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        from ._field_training import FieldTraining
-
         arm, seed = run.arm_of(unit), unit.params["seed"]
         if arm.spec and isinstance(arm.strategy, Procedure):
             for metric, sample, value in arm.strategy.run(self, run.rng(procedure=seed)):

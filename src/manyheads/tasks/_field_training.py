@@ -11,28 +11,59 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..experiment import Arm, RunContext, seeding
-from ..recipe import Recipe
+from ..recipe import Batch, Recipe
 from ..spec import parse
 from ..training import Checkpoint, Diverged, TrainState, decay, fit, matched_width, optimizers_of
 from ..training.budget import Budget
 from ..training.matching import parameters_of
 from . import load as load_task
-from ._field import FieldTask, Reference, recipe_of, to_device
 from .training._trained import arm_folder, read_json, write_json
 
-__all__ = ["FieldModel", "FieldTraining", "find_models", "load_model"]
+if TYPE_CHECKING:
+    from ._field import FieldTask
+
+__all__ = ["FieldModel", "FieldTraining", "Reference", "find_models", "load_model", "recipe_of", "to_device"]
 
 _RECORD, _WEIGHTS = "training.json", "model.safetensors"
 _CURVE = 48  # points of the loss while training that are kept
 _SAVED = 60.0  # seconds between two checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(Recipe):
+    """The task's reference model, trained by the task's own loss."""
+
+    kind: str = ""
+
+    def build(self, task: Any, width: int) -> nn.Module:
+        made: nn.Module = task.reference(width, self.kind)
+        return made
+
+
+def recipe_of(arm: Arm) -> Recipe:
+    """What an arm trains: its recipe, or the reference that its options name.
+
+    Raises:
+        UserError: its strategy is no recipe.
+    """
+    if not arm.spec:
+        return Reference(kind=arm.options.get("reference", ""))
+    if not isinstance(found := arm.strategy, Recipe):
+        raise UserError(f"{arm.key} is no recipe of a field: `manyheads show {found.slug}` says what it acts on")
+    return found
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The tensors of a batch on a device."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -177,9 +208,12 @@ class FieldTraining:
                 if told is not None:
                     told(state)
 
+            def get_batch(step: int) -> dict[str, Any]:
+                return to_device(recipe.batches(task, run.rng(training=seed, step=step), samples), run.device)
+
             state = fit(
-                model, lambda step: to_device(recipe.batches(task, run.rng(training=seed, step=step), samples), run.device),
-                lambda made, batch: recipe.loss(task, made, batch), budget=Budget(task.steps, "steps"),
+                model, get_batch, lambda made, batch: recipe.loss(task, made, batch),
+                budget=Budget(task.steps, "steps"),
                 optimizers=optimizers_of(model, rate, weight_decay=task.weight_decay),
                 schedule=decay("cosine", warmup=0.1, floor=0.02), on_step=after,
                 checkpoint=None if place is None else Checkpoint(place, every=task.steps, seconds=_SAVED),
@@ -233,9 +267,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> FieldM
         below = find_models(place)
         hint = f"give one of its models, {', '.join(below[:3])}" if below else "give what `manyheads train` wrote"
         raise UserError(f"{folder} holds no trained model of a field: {hint}") from error
-    recipe: Any = (
-        parse(settings["spec"]) if settings["spec"] else Reference(kind=settings["options"].get("reference", ""))
-    )
+    kind = settings["options"].get("reference", "")
+    recipe: Any = parse(settings["spec"]) if settings["spec"] else Reference(kind=kind)
     model = recipe.build(made, settings["width"]).to(device)
     model.load_state_dict(load_file(place / _WEIGHTS, device=str(device)))
     return FieldModel(made, recipe, model.eval(), settings["width"], record)

@@ -63,7 +63,8 @@ class RelativeAttention(nn.Module):
         column = (length - 1 - at[:, None] + at).expand(*q.shape[:2], -1, -1)
         bias = by_distance.gather(-1, column) / math.sqrt(q.shape[-1])
         bias = bias.masked_fill(~mask[:, None, None], float("-inf"))
-        return self.out(scaled_dot_product_attention(q + self.u, k, v, bias).transpose(1, 2).flatten(2))
+        out: Tensor = self.out(scaled_dot_product_attention(q + self.u, k, v, bias).transpose(1, 2).flatten(2))
+        return out
 
 
 class AdditiveAttention(nn.Module):
@@ -79,14 +80,16 @@ class AdditiveAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, -1)
         p = k * self._pooled(q, self.of_query(q), mask)
         u = v * self._pooled(p, self.of_key(p), mask)
-        return self.out(u) + q
+        out: Tensor = self.out(u) + q
+        return out
 
     def _pooled(self, x: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
         """``[B, 1, D]``: each head's features summed by the softmax over time of its scores ``[B, T, H]``."""
         split = x.unflatten(-1, (self.heads, -1))
         scores = scores / math.sqrt(split.shape[-1])
         weights = scores.masked_fill(~mask[..., None], float("-inf")).softmax(1)
-        return (weights[..., None] * split).sum(1, keepdim=True).flatten(2)
+        pooled: Tensor = (weights[..., None] * split).sum(1, keepdim=True).flatten(2)
+        return pooled
 
 
 class ConvGatingMLP(nn.Module):
@@ -103,7 +106,8 @@ class ConvGatingMLP(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         held, gate = nn.functional.gelu(self.up(x)).chunk(2, -1)
         gate = self.conv(zero_padding(self.norm(gate), mask).mT).mT
-        return self.down(self.dropout(held * gate))
+        out: Tensor = self.down(self.dropout(held * gate))
+        return out
 
 
 class Merge(nn.Module):
@@ -117,7 +121,7 @@ class Merge(nn.Module):
             self.pool, self.weigh = (nn.ModuleList(nn.Linear(dim, 1) for _ in range(2)) for _ in range(2))
 
     def forward(self, x1: Tensor | None, x2: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The merged ``[B, T, D]``, and the weights ``[B, 2]`` of the branches (1 and 1 where they are concatenated)."""
+        """The merged ``[B, T, D]``, and the weights ``[B, 2]`` of the branches (1 and 1 where concatenated)."""
         one = next(x for x in (x1, x2) if x is not None)
         if x1 is None or x2 is None:
             return self.out(one), one.new_tensor([x1 is not None, x2 is not None]).expand(len(one), 2)

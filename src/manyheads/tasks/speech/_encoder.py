@@ -109,7 +109,8 @@ class Conformer(nn.Module):
         from transformers import ParakeetEncoderConfig
         from transformers.models.parakeet import modeling_parakeet as parakeet
 
-        config: Any = ParakeetEncoderConfig(
+        kind: Any = ParakeetEncoderConfig
+        config = kind(
             hidden_size=dim, num_attention_heads=heads, intermediate_size=width, conv_kernel_size=kernel,
             dropout=dropout, activation_dropout=dropout, attention_dropout=dropout, attn_implementation="eager",
         )  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import ctc_loss, interpolate
+from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
 
 from ...data.audio import read_wave, resampled
@@ -19,35 +19,19 @@ from ...data.labelled import labelled
 from ...errors import UserError
 from ...experiment import Metric, seeding
 from ...recipe import Batch, Part, Picture, Sample
-from .._field import FieldTask, parted
-from ._encoder import MELS, RATE, Conformer, SpeechEncoder, Transformer, log_mel
+from .._field import parted
+from ._ctc import CTCTask, Transcript, ctc_losses
+from ._encoder import MELS, RATE, log_mel
 
-__all__ = ["DigitStrings", "Transcript"]
+__all__ = ["DigitStrings"]
 
-_CLASSES = 11  # the blank, then ten digits
 _GAP = 0.1  # seconds of near silence at most, before, between and behind words
 _NOISE = 0.01  # of the recordings' own deviation: no silence is digital
 _LONGEST = 30.0  # seconds of a recording of the user's
 
 
-@dataclass(frozen=True, eq=False)
-class Transcript:
-    """What is recognised.
-
-    Attributes:
-        text: digits with a space between.
-        log_probs: ``[T, 11]`` of the blank and each digit by frame of 40 ms.
-    """
-
-    text: str
-    log_probs: Tensor
-
-    def __str__(self) -> str:
-        return self.text
-
-
 @dataclass(frozen=True, kw_only=True)
-class DigitStrings(FieldTask):
+class DigitStrings(CTCTask):
     """The Free Spoken Digit Dataset: recordings of one speaker, put together with short gaps.
 
     Four speakers are trained on, one validates, one tests. Training draws strings of 1 to ``digits`` words anew at each
@@ -58,7 +42,6 @@ class DigitStrings(FieldTask):
     Attributes:
         digits: words of a string.
         stretch: how much faster or slower a word may be read in training, as a share.
-        kernel: frames of the Conformer's convolution.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -71,16 +54,16 @@ class DigitStrings(FieldTask):
     )  # fmt: skip
     files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
     takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
-    references: ClassVar[tuple[str, ...]] = ("conformer", "transformer")
+
+    classes: ClassVar[int] = 11  # the blank, then ten digits
 
     digits: int = 4
     stretch: float = 0.15
-    kernel: int = 31
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.digits < 1 or not 0 <= self.stretch < 1 or self.kernel % 2 == 0:
-            raise UserError("digits count, 1 or more; stretch is a share below 1; a kernel is odd")
+        if self.digits < 1 or not 0 <= self.stretch < 1:
+            raise UserError("digits count, 1 or more; stretch is a share below 1")
 
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
@@ -88,43 +71,27 @@ class DigitStrings(FieldTask):
             items = labelled("fsdd").items
             return [Sample(i.name, i.group, i.part, i.values[:, 0], str(i.label)) for i in items]
         named = [(path, path.stem.split("_")) for path in sorted(folder.glob("*.wav"))]
-        good = [(path, *parts) for path, parts in named if len(parts) == 3 and parts[0] in set("0123456789")]
+        good = [(path, p[0], p[1]) for path, p in named if len(p) == 3 and p[0] in set("0123456789")]
         if not good:
             raise UserError(f"{folder} holds no recording that can be used; it should be {cls.takes}")
-        home = parted([speaker for _, _, speaker, _ in good])
-        return [Sample(path.stem, who, home[who], _sound(path), digit) for path, digit, who, _ in good]
+        home = parted([who for _, _, who in good])
+        return [Sample(path.stem, who, home[who], _sound(path), digit) for path, digit, who in good]
 
     @classmethod
     def open(cls, path: Path) -> Sample:
         return Sample(path.name, "", "test", _sound(path))
-
-    def around(self, blocks: Sequence[nn.Module], positions: bool = False) -> SpeechEncoder:
-        return SpeechEncoder(blocks, self.dim, _CLASSES, self.dropout, positions)
-
-    def reference(self, width: int, kind: str = "") -> nn.Module:
-        if (kind or self.references[0]) == "transformer":
-            blocks: list[nn.Module] = [
-                Transformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)
-            ]
-            return self.around(blocks, positions=True)
-        return self.around(
-            [Conformer(self.dim, self.heads, width, self.dropout, self.kernel) for _ in range(self.layers)]
-        )
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         made, groups = [], dict[str, list[Sample]]()
         for sample in samples:
             groups.setdefault(sample.group, []).append(sample)
         for _ in range(self.batch):
-            own = groups[samples[rng.integers(len(samples))].group]
+            own = groups[samples[int(rng.integers(len(samples)))].group]
             words = [own[i] for i in rng.integers(0, len(own), rng.integers(1, self.digits + 1))]
-            made.append(_string(rng, [replace(word, inputs=self._paced(rng, word.inputs)) for word in words], "drawn"))
+            made.append(
+                _string(rng, [replace(word, inputs=_paced(rng, word.inputs, self.stretch)) for word in words], "drawn")
+            )
         return made
-
-    def _paced(self, rng: np.random.Generator, sound: Tensor) -> Tensor:
-        pace = float(rng.uniform(1 - self.stretch, 1 + self.stretch))
-        length = max(1, round(len(sound) / pace))
-        return interpolate(sound[None, None], length, mode="linear", align_corners=True)[0, 0]
 
     def judged(self, part: Part) -> Sequence[Sample]:
         rng, groups = seeding.generator(0, strings=self.digits, part=part), dict[str, list[Sample]]()
@@ -150,35 +117,17 @@ class DigitStrings(FieldTask):
         counts = torch.tensor([len(one) for one in targets])
         return {"inputs": inputs, "mask": mask, "targets": pad_sequence(targets, batch_first=True), "counts": counts}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits, mask = model(batch["inputs"], batch["mask"])
-        return self.of_logits(logits, mask, batch).sum() / batch["counts"].sum()
-
-    def of_logits(self, logits: Tensor, mask: Tensor, batch: Batch) -> Tensor:
-        """CTC loss of each string, nats, float32 ``[B]``; 0 where a string is too short for its words."""
-        log_probs = logits.float().log_softmax(-1).transpose(0, 1)
-        lengths = mask.sum(1)
-        return ctc_loss(log_probs, batch["targets"], lengths, batch["counts"], reduction="none", zero_infinity=True)
-
-    def predict(self, model: nn.Module, batch: Batch) -> list[Transcript]:
-        logits, mask = model(batch["inputs"], batch["mask"])
-        found = []
-        for row, length in zip(logits.float().log_softmax(-1).cpu(), mask.sum(1).tolist(), strict=True):
-            best = row[:length].argmax(1).unique_consecutive().tolist()
-            found.append(Transcript(" ".join(str(k - 1) for k in best if k), row[:length]))
-        return found
-
     def score(self, sample: Sample, said: Transcript) -> Mapping[str, float]:
         words = sample.target.split()
         targets, counts = torch.tensor([[int(digit) + 1 for digit in words]]), torch.tensor([len(words)])
         mask = torch.ones(1, len(said.log_probs), dtype=torch.bool)
-        loss = self.of_logits(said.log_probs[None], mask, {"targets": targets, "counts": counts})
+        loss = ctc_losses(said.log_probs[None], mask, targets, counts)
         wrong = float(_aligned([sample.target], [said.text]).wer)
         return {"wer": wrong, "exact": float(wrong == 0), "ctc_nll": float(loss) / len(words)}
 
     def truth(self, sample: Sample) -> Transcript:
         path = [k for digit in sample.target.split() for k in (int(digit) + 1, 0)]
-        sure = torch.full((len(path), _CLASSES), 1e-4).scatter_(1, torch.tensor(path)[:, None], 1.0)
+        sure = torch.full((len(path), self.classes), 1e-4).scatter_(1, torch.tensor(path)[:, None], 1.0)
         return Transcript(sample.target, sure.log().log_softmax(-1))
 
     def pictures(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Picture]:
@@ -202,6 +151,12 @@ class DigitStrings(FieldTask):
         times = [f"{0.04 * i:.2f}" for i in place]
         title = f"{sample.target}: recognised {one.text or 'nothing'}"
         return confusion, Picture(title, rows, times, map_.tolist(), ("energies, then probabilities", "seconds"))
+
+
+def _paced(rng: np.random.Generator, sound: Tensor, stretch: float) -> Tensor:
+    """A recording read a little faster or slower."""
+    length = max(1, round(len(sound) / float(rng.uniform(1 - stretch, 1 + stretch))))
+    return interpolate(sound[None, None], length, mode="linear", align_corners=True)[0, 0]
 
 
 def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sample:
