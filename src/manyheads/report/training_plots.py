@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from .summary import Summary
 
 __all__ = ["training_pictures"]
+
+_WRITTEN = 150  # cells of a map that have their value written in them, at most
 
 
 def training_pictures(summary: Summary) -> list[Section]:
@@ -39,7 +40,7 @@ def _by_task(rows: list[Row], name: str) -> dict[str, list[Row]]:
 
 def _curves(summary: Summary, task: str, rows: list[Row]) -> Figure:
     """A line for each arm: the mean over its trainings, from the least to the greatest."""
-    series, ends = [], []
+    series, ends = list[Series](), list[str]()
     for arm in summary.arms:
         own = [row.about["curve"] for row in rows if row.arm == arm.key]
         if not own or len({len(curve) for curve in own}) > 1:
@@ -50,7 +51,8 @@ def _curves(summary: Summary, task: str, rows: list[Row]) -> Figure:
         series.append(line)
         ends.append(f"{arm.key} {line.y[-1]:.3g}")
     per = rows[0].about.get("per", "tokens")
-    panel = Panel(series, "", f"{per} seen", "loss while training", fit=True)
+    log = "y" if min((min(line.y) for line in series), default=0.0) > 0 else ""
+    panel = Panel(series, "", f"{per} seen", f"loss while training{' (log scale)' if log else ''}", log)
     said = f"Loss of {task} while training, at the end: {', '.join(ends)}."
     return Figure(
         lines([panel], said),
@@ -76,18 +78,20 @@ def _title(some: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _drawn(some: list[tuple[str, dict[str, Any]]]) -> Figure:
-    first, wide = some[0][1], len(some[0][1]["columns"]) > 2 * len(some[0][1]["rows"]) or len(some[0][1]["rows"]) > 30
+    first = some[0][1]
+    rows, columns, axes = first["rows"], first["columns"], first["axes"]
     values = [np.array(picture["values"], float) for _, picture in some]
     low, high = min(float(np.nanmin(v)) for v in values), max(float(np.nanmax(v)) for v in values)
-    titles = [arm if p["title"] == first["title"] else f"{arm}: {p['title']}" for arm, p in some]
-    few = values[0].size <= 150
+    titles = [arm if len({p["title"] for _, p in some}) == 1 else f"{arm}: {p['title']}" for arm, p in some]
+    few = values[0].size <= _WRITTEN
     maps = [
         Heat(v, title, [[f"{x:.2f}" if abs(x) >= 0.005 else "" for x in row] for row in v] if few else None)
         for v, title in zip(values, titles, strict=True)
-    ]  # fmt: skip
-    scale = Scale(min(0.0, low), high if math.isfinite(high) and high > min(0.0, low) else min(0.0, low) + 1)
+    ]
+    scale = Scale(min(0.0, low), high if high > min(0.0, low) else min(0.0, low) + 1)
+    wide = max(34.0, 6.0 * max(map(len, columns)))
     svg = heat(
-        maps, first["rows"], first["columns"], scale=scale, axes=tuple(first["axes"]),
-        alt=f"{'; '.join(titles)}. {first['axes'][0]} by {first['axes'][1]}.", cell=(34.0, 17.0) if few else None,
+        maps, rows, columns, scale=scale, axes=(axes[0], axes[1]), alt=f"{'; '.join(titles)}. {axes[0]} by {axes[1]}.",
+        cell=(wide, 17.0) if few else None,
     )  # fmt: skip
-    return Figure(svg, "Of the first training of each arm." + (" One sample of the test part." if wide else ""))
+    return Figure(svg, "Of the first training of each arm.")

@@ -221,7 +221,7 @@ def test_learned_weights_are_shown():
 
     batch = {"inputs": torch.randn(B, T, D), "mask": MASK}
     (picture,) = recipe.pictures(Model().eval(), batch)
-    assert picture.rows == ["layer 0", "layer 1"] and picture.columns == ["attention", "cgMLP"]
+    assert picture.rows == ["0", "1"] and picture.columns == ["attention", "cgMLP"]
     assert all(abs(sum(row) - 1) < 1e-6 for row in picture.values)
     assert Branchformer().pictures(Model(), batch) == ()
 

@@ -213,7 +213,7 @@ class Branchformer(Recipe):
             return ()
         model(batch["inputs"], batch["mask"])
         shown = [block.shown.float().mean(0).tolist() for block in blocks if block.shown is not None]
-        rows = [f"layer {i}" for i in range(len(shown))]
+        rows = list(map(str, range(len(shown))))
         return (
             Picture("learned weights of the branches", rows, ["attention", "cgMLP"], shown, ("layers", "branches")),
         )

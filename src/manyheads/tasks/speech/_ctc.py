@@ -81,7 +81,8 @@ class CTCTask(FieldTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, mask = model(batch["inputs"], batch["mask"])
         losses = ctc_losses(logits, mask, batch["targets"], batch["counts"])
-        return losses.sum() / batch["counts"].sum()
+        mean: Tensor = losses.sum() / batch["counts"].sum()
+        return mean
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Transcript]:
         logits, mask = model(batch["inputs"], batch["mask"])

@@ -147,10 +147,12 @@ class DigitStrings(CTCTask):
         mel, place = log_mel(sample.inputs)[::4][: len(one.log_probs)], np.arange(len(one.log_probs))
         low, high = mel.amin(), mel.amax()
         map_ = torch.cat((((mel - low) / (high - low)).flip(1), one.log_probs.exp()[: len(mel)]), 1).T
-        rows = [*(f"mel {MELS - i}" for i in range(MELS)), "blank", *digits]
+        rows = [*(f"m{MELS - i}" for i in range(MELS)), "blank", *digits]
         times = [f"{0.04 * i:.2f}" for i in place]
         title = f"{sample.target}: recognised {one.text or 'nothing'}"
-        return confusion, Picture(title, rows, times, map_.tolist(), ("energies, then probabilities", "seconds"))
+        return confusion, Picture(
+            title, rows, times, map_.tolist(), ("energies of mel filters, then probabilities", "seconds")
+        )
 
 
 def _paced(rng: np.random.Generator, sound: Tensor, stretch: float) -> Tensor:
