@@ -119,7 +119,11 @@ def test_public_names_resolve_lazily():
     from manyheads import catalog
     from manyheads.errors import UserError
 
-    assert manyheads.load is catalog.load and manyheads.UserError is UserError and manyheads.catalog is catalog
+    assert (
+        manyheads.load("hashevict") is catalog.load("hashevict")
+        and manyheads.UserError is UserError
+        and manyheads.catalog is catalog
+    )
     assert set(manyheads.__all__) <= set(dir(manyheads))
     assert callable(manyheads.parse) and callable(manyheads.use)
 

@@ -30,6 +30,7 @@ FLOORS = (
         "heads",
         "inpainting",
         "lens",
+        "recipe",
         "reducing",
         "strategy",
         "text_reducing",
@@ -39,7 +40,7 @@ FLOORS = (
     {"data", "integrations", "spec", *CATEGORIES},
     {"experiment", "models", "training"},
     {"converter", "generate", "head_selection", "inspect", "lm_eval", "questions", "recipes", "shortening", "tasks"},
-    {"claims", "comparison", "comparison_rank", "comparison_train", "report"},
+    {"claims", "comparison", "comparison_field", "comparison_rank", "comparison_train", "report"},
     {"commands"},
     {"__main__", "cli"},
 )

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyheads.call import AttentionCall, Site
-    from manyheads.catalog import Paper, baselines, find, get, load, papers
+    from manyheads.catalog import Paper, baselines, find, get, papers
     from manyheads.comparison import compare
+    from manyheads.comparison_field import load, train
     from manyheads.comparison_rank import compare_rankers
     from manyheads.comparison_train import compare_trained
     from manyheads.errors import UserError
@@ -55,6 +56,7 @@ __all__ = [
     "reply",
     "select_heads",
     "shorten",
+    "train",
     "use",
     "watch",
 ]
@@ -64,7 +66,8 @@ _HOMES = {
     "manyheads.comparison": ("compare",),
     "manyheads.comparison_rank": ("compare_rankers",),
     "manyheads.comparison_train": ("compare_trained",),
-    "manyheads.catalog": ("Paper", "baselines", "find", "get", "load", "papers"),
+    "manyheads.catalog": ("Paper", "baselines", "find", "get", "papers"),
+    "manyheads.comparison_field": ("load", "train"),
     "manyheads.errors": ("UserError",),
     "manyheads.generate.detect": ("detect",),
     "manyheads.generate.texts": ("reply",),

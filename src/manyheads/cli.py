@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # Verbs: name -> "file:function" in manyheads.commands.
 _VERBS = {
-    "compare": "compare:compare", "report": "compare:report", "inspect": "inspect:inspect", "doctor": "inspect:doctor",
+    "compare": "compare:compare", "report": "compare:report", "train": "train:train", "predict": "train:predict",
+    "inspect": "inspect:inspect", "doctor": "inspect:doctor",
     "ask": "ask:ask", "generate": "generate:generate", "hunt": "hunt:hunt", "detect": "detect:detect",
     "recommend": "recommend:recommend", "shorten": "shorten:shorten", "convert": "convert:convert",
     "parallel": "parallel:parallel",

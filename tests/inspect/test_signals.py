@@ -10,10 +10,11 @@ import torch
 import transformers
 from PIL import Image
 
+from manyheads.data.audio import read_wave, resampled
 from manyheads.errors import UserError
 from manyheads.inspect.signal_breakdown import CLASS, RECEIVED
 from manyheads.inspect.signal_run import inspect_signals
-from manyheads.inspect.signals import _resampled, _wave, read_audio, read_images
+from manyheads.inspect.signals import read_audio, read_images
 from tolerance import is_close, is_far
 
 SIZES = {
@@ -201,9 +202,9 @@ def test_a_recording_against_dense_maps(speech, tokenizer, tmp_path):
 def test_wav_files(speech, tokenizer, tmp_path):
     for width, error in ((1, 1e-2), (2, 1e-4), (3, 1e-6), (4, 1e-8)):
         sound = record(tmp_path / "a.wav", 0.3, 8000, width, 2)
-        got, rate = _wave(tmp_path / "a.wav")
+        got, rate = read_wave(tmp_path / "a.wav")
         assert rate == 8000 and np.abs(got - sound).max() < error
-    up = _resampled(sound, 8000, 16000)
+    up = resampled(sound, 8000, 16000)
     want = record(tmp_path / "b.wav", 0.3, 16000)
     middle = slice(400, -400)
     assert np.abs(up - want)[middle].max() < 5e-3 < np.abs(np.repeat(sound, 2) - want)[middle].max()

@@ -67,17 +67,24 @@ def list_tasks(
     field: Annotated[str | None, typer.Option(help="Only this field: text, diffusion, lenses, ...")] = None,
     as_json: Json = False,
 ) -> None:
-    """List what can be measured: the tasks of `manyheads compare --tasks NAME`, and those that claims have."""
-    from manyheads.tasks import summaries
+    """List what can be measured: the tasks of `manyheads compare --tasks NAME`, those that claims have, and the tasks
+    of a field, which `manyheads train` trains papers on, with their data.
+    """
+    from manyheads.tasks import data_of, summaries
 
     rows = [(name, home, said) for name, (home, said) in summaries().items() if field in (None, home)]
     if not rows:
         fields = sorted({home for home, _ in summaries().values()})
         raise UserError(f"there is no field {field!r}; there are {', '.join(fields)}")
+    data = {name: found for name, _, _ in rows if (found := data_of(name)) is not None}
     if as_json:
-        print_json([{"task": name, "field": home, "summary": said} for name, home, said in rows])
-    else:
-        print_table(_tasks(rows, f"{len(rows)} tasks"), console(140))
+        print_json([{"task": name, "field": home, "summary": said, **data.get(name, {})} for name, home, said in rows])
+        return
+    print_table(_tasks(rows, f"{len(rows)} tasks"), console(140))
+    if data:
+        cells = [[name, found["origin"], found["licence"], found["absent"] or "here"] for name, found in data.items()]
+        columns = [Column(name, text=True) for name in ("task", "data", "licence", "where")]
+        print_table(Table(columns, cells, "of a field: manyheads train PAPER --task NAME", repeats=True), console(140))
 
 
 def _tasks_about(words: str, limit: int) -> list[tuple[str, str, str]]:

@@ -30,6 +30,7 @@ from .options import (
     passive_threads,
     print_json,
     quiet_libraries,
+    resumed,
     typed,
 )  # fmt: skip
 
@@ -139,14 +140,14 @@ def compare(
     }
     options = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        options = _resumed(resume, options)
+        options = resumed(resume, options, ("compare", "train"), "compare")
         if out is not None and out.resolve() != resume.resolve():
             raise UserError("--resume goes on in its own folder; leave --out away")
         out = resume
     _refuse(options)
     where = executor(workers, ray)
     passive_threads()
-    _show(_results(options, out, where, as_json), as_json)
+    show_results(_results(options, out, where, as_json), as_json)
 
 
 def report(
@@ -156,7 +157,7 @@ def report(
     """Build the report page of a run again from its rows, and print the table."""
     from manyheads.experiment import Results
 
-    _show(Results.read(folder), as_json)
+    show_results(Results.read(folder), as_json)
 
 
 def _results(options: dict[str, Any], out: Path | None, where: Executor | None, as_json: bool) -> Results:
@@ -227,22 +228,7 @@ def _ranking(compare_rankers: Callable[..., Results]) -> Callable[..., Results]:
     return lambda texts=None, **given: compare_rankers(**given)
 
 
-def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of the run in ``folder``; UserError if others are ``given``."""
-    from manyheads.experiment.journal import read_run
-
-    run = read_run(folder)
-    if run.get("kind") not in ("compare", "train"):
-        raise UserError(f"{folder} holds no run of manyheads compare; run the command again that made it")
-    options: dict[str, Any] = run["options"]
-    if other := [name for name, value in given.items() if options.get(name) != value]:
-        raise UserError(
-            f"--resume goes on with the options of the run in {folder}; leave --{' and --'.join(other)} away"
-        )
-    return options
-
-
-def _show(results: Results, as_json: bool) -> None:
+def show_results(results: Results, as_json: bool) -> None:
     """Write the report page and print the figures."""
     from manyheads.report.compare import page, print_summary
     from manyheads.report.page import write

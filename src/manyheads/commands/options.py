@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chat", "Device", "Dtype", "Json", "Length", "Model", "Out", "Protect", "Quick", "RayAddress", "Resume", "Samples",
     "Seed", "Slug", "TextFiles", "Workers", "console", "executor", "load_model", "passive_threads", "print_json",
-    "quiet_libraries", "typed", "writable",
+    "quiet_libraries", "resumed", "typed", "writable",
 ]  # fmt: skip
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM. \\[default: the shipped one]")]
@@ -98,6 +98,21 @@ def quiet_libraries() -> None:
 
         theirs.disable_progress_bar()
         theirs.set_verbosity_error()
+
+
+def resumed(folder: Path, given: dict[str, Any], kinds: tuple[str, ...], verb: str) -> dict[str, Any]:
+    """The options of the run in ``folder``; UserError if it is no run of ``verb``, or others are ``given``."""
+    from manyheads.experiment.journal import read_run
+
+    run = read_run(folder)
+    if run.get("kind") not in kinds:
+        raise UserError(f"{folder} holds no run of manyheads {verb}; run the command again that made it")
+    options: dict[str, Any] = run["options"]
+    if other := [name for name, value in given.items() if options.get(name) != value]:
+        raise UserError(
+            f"--resume goes on with the options of the run in {folder}; leave --{' and --'.join(other)} away"
+        )
+    return options
 
 
 def executor(workers: int | None, ray: str | None) -> Executor | None:

@@ -17,6 +17,7 @@ from ..causal_lens import CausalLens
 from ..conditioning import DenoiserWeights
 from ..conversion import Conversion
 from ..errors import UserError
+from ..recipe import Procedure, Recipe
 from ..strategy import (
     Attention,
     Cache,
@@ -284,7 +285,10 @@ class Trainable(Subject):
     """A small model that a task trains from scratch under each arm; the task says which."""
 
     kind = "trainable"
-    kinds = (Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding, TextReducer)
+    kinds = (
+        Mixer, Attention, ImagePositions, Residual, DenoiserWeights, Unlearning, Decoding, TextReducer, Recipe,
+        Procedure,
+    )  # fmt: skip
     name = "trained from scratch"
 
     def load(self, device: str | torch.device) -> None:
@@ -325,6 +329,8 @@ def _where(strategy: Strategy) -> str:
         return f"look with it: manyheads inspect --lens {strategy.slug}"
     if isinstance(strategy, Decoding):
         return f"write with it: manyheads generate --model MODEL --strategy {strategy.slug}"
+    if isinstance(strategy, Recipe | Procedure):
+        return f"train it: manyheads train {strategy.slug}"
     if isinstance(strategy, Conversion):
         return f"convert the model first: manyheads convert {strategy.spec} --model MODEL --out FOLDER"
     if isinstance(strategy, TextReducer):

@@ -8,7 +8,6 @@ transcribes itself, greedily.
 
 import hashlib
 import math
-import wave
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.audio import read_wave, resampled
 from ..errors import UserError
 from ..lens import TokenSpans, device_of
 from .prompts import Prompt
@@ -179,14 +179,14 @@ def read_audio(paths: Sequence[str | Path], model: Any, extractor: Any, tokenize
     frames = int(model.config.max_source_positions)
     for path in map(Path, paths):
         raw = _bytes(path, "--audio")
-        sound, rate = _wave(path)
+        sound, rate = read_wave(path)
         seconds = len(sound) / rate
         if not 0 < seconds <= extractor.chunk_length:
             raise UserError(
                 f"{path} has {seconds:.1f} s, and the model hears {extractor.chunk_length} s at once: "
                 + ("cut it" if seconds else "give a recording")
             )
-        sound = _resampled(sound, rate, extractor.sampling_rate)
+        sound = resampled(sound, rate, extractor.sampling_rate)
         values = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
         signal = Signal([], path.name, values={"input_features": values}, digest=hashlib.sha256(raw).hexdigest())
         with torch.inference_mode():
@@ -203,31 +203,3 @@ def read_audio(paths: Sequence[str | Path], model: Any, extractor: Any, tokenize
             values={**signal.values, "decoder_input_ids": torch.tensor([ids])},
         ))  # fmt: skip
     return made
-
-
-def _wave(path: Path) -> tuple[Any, int]:
-    """Samples of one channel from -1 to 1, and how many a second."""
-    try:
-        with wave.open(str(path), "rb") as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
-    except (wave.Error, EOFError, OSError) as error:
-        why = str(error) or "it ends too early"
-        raise UserError(f"{path} is no WAV file of PCM samples ({why}); convert it to one") from None
-    raw = raw[: len(raw) // (width * channels) * width * channels].reshape(-1, width)
-    if width == 1:
-        sound = raw[:, 0].astype(np.float64) / 128 - 1
-    else:  # the highest bytes of 32 bits
-        whole = np.zeros((len(raw), 4), np.uint8)
-        whole[:, 4 - width :] = raw
-        sound = whole.view("<i4")[:, 0].astype(np.float64) / 2**31
-    return sound.reshape(-1, channels).mean(1), rate
-
-
-def _resampled(sound: Any, rate: int, wanted: int) -> Any:
-    """``sound`` at ``wanted`` samples a second: frequencies above what both rates carry are left out."""
-    if rate == wanted:
-        return sound.astype(np.float32)
-    count = max(1, round(len(sound) * wanted / rate))
-    spectrum = np.fft.rfft(sound)
-    return (np.fft.irfft(spectrum[: count // 2 + 1], count) * (count / len(sound))).astype(np.float32)

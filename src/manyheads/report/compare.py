@@ -142,7 +142,8 @@ def caveats(summary: Summary) -> list[str]:
         )
     if not summary.results.finished:
         said.append(
-            "This run is not finished: the figures are of the part that is done. Go on with manyheads compare --resume."
+            "This run is not finished: the figures are of the part that is done. Go on with manyheads "
+            f"{'train' if run.get('kind') == 'field' else 'compare'} --resume."
         )
     if any(row.about.get("overlaps") for row in rows):
         said.append(

@@ -14,6 +14,7 @@ from ..experiment.estimates import Estimate
 from .colours import Scale
 from .page import Figure, Section
 from .plots import Bars, Heat, Panel, apart, bars, heat, lines, of_estimates
+from .training_plots import training_pictures
 
 if TYPE_CHECKING:
     from ..experiment import Arm
@@ -56,6 +57,7 @@ def pictures(summary: Summary) -> list[Section]:
             f"× is the ratio to {summary.base.name}, the dashed line is {summary.base.name}. Times are medians with "
             "quartiles as thin lines; others have 95 % intervals.",
         ) for i in range(0, len(barred), _ACROSS)]),
+        *training_pictures(summary),
     ]  # fmt: skip
     return [section for section in found if section.shown]
 

@@ -53,7 +53,7 @@ class Measured:
     @property
     def cost(self) -> bool:
         """Whether it is a time or a size: compared as a ratio, and no quality."""
-        return self.metric.kind == "time" or self.metric.unit == "bytes"
+        return self.metric.kind == "time" or self.metric.unit in ("bytes", "parameters")
 
     @property
     def ranks(self) -> bool:

@@ -19,7 +19,7 @@ from ..experiment.task import Task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["given", "load", "names", "summaries"]
+__all__ = ["data_of", "field_of", "given", "load", "names", "summaries"]
 
 _FOLDER = Path(__file__).parent
 
@@ -34,23 +34,58 @@ def _homes() -> dict[str, str]:
     return found
 
 
-def _field(name: str) -> str:
+def field_of(name: str) -> str:
+    """Field of a task, which has to be there."""
     return _homes()[name].removeprefix(f"{__name__}.").partition(".")[0]
 
 
 def names(field: str | None = None) -> list[str]:
     """Names of all tasks, or of those of a field, sorted."""
-    return sorted(name for name in _homes() if field in (None, _field(name)))
+    return sorted(name for name in _homes() if field in (None, field_of(name)))
 
 
 def summaries() -> Mapping[str, tuple[str, str]]:
     """Field and first line of the description of every task, by its name; none is imported."""
     found = {}
     for name in names():
-        path = _FOLDER.joinpath(*_homes()[name].removeprefix(f"{__name__}.").split(".")).with_suffix(".py")
-        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found[name] = (_field(name), said.partition("\n")[0])
+        said = ast.get_docstring(_tree(name)) or ""
+        found[name] = (field_of(name), said.partition("\n")[0])
     return found
+
+
+@cache
+def _tree(name: str) -> ast.Module:
+    path = _FOLDER.joinpath(*_homes()[name].removeprefix(f"{__name__}.").split(".")).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def data_of(name: str) -> dict[str, str] | None:
+    """What the data of a field's task are; None of a task that says nothing of them. The task is not imported.
+
+    ``data``, ``licence`` and ``origin`` as ``data/files.toml`` has them; ``folder`` is what a folder of the user's own
+    holds, and ``absent`` what to do where the data are not on this machine, empty where they are.
+    """
+    from ..data import files
+
+    named = {
+        node.target.id: ast.literal_eval(node.value)
+        for cls in _tree(name).body if isinstance(cls, ast.ClassDef)
+        for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        and node.target.id in ("files", "takes") and node.value is not None
+    }  # fmt: skip
+    if "files" not in named:
+        return None
+    entries = [files.entry(one) for one in named["files"]]
+    last, mine = entries[-1], f"give --data DIR, {named['takes']}"
+    absent = ""
+    if not any(files.local(one.name) for one in entries):
+        url = next((one.url for one in entries if one.url), "")
+        absent = f"is fetched when first used, from {url}" if url else f"put {entries[0].path} into $MANYHEADS_DATA"
+        absent += f"; or {mine}"
+    return {
+        "data": entries[0].name, "licence": last.licence, "origin": last.origin, "folder": named["takes"],
+        "absent": absent,
+    }  # fmt: skip
 
 
 def load(name: str) -> type[Task]:

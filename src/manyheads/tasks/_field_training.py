@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One arm of a task of a field: trained once for each seed, kept in the run's folder, and found there again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..experiment import Arm, RunContext, seeding
+from ..recipe import Batch, Recipe
+from ..spec import parse
+from ..training import Checkpoint, Diverged, TrainState, decay, fit, matched_width, optimizers_of
+from ..training.budget import Budget
+from ..training.matching import parameters_of
+from . import load as load_task
+from .training._trained import arm_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from ._field import FieldTask
+
+__all__ = ["FieldModel", "FieldTraining", "Reference", "find_models", "load_model", "recipe_of", "to_device"]
+
+_RECORD, _WEIGHTS = "training.json", "model.safetensors"
+_CURVE = 48  # points of the loss while training that are kept
+_SAVED = 60.0  # seconds between two checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(Recipe):
+    """The task's reference model, trained by the task's own loss."""
+
+    kind: str = ""
+
+    def build(self, task: Any, width: int) -> nn.Module:
+        made: nn.Module = task.reference(width, self.kind)
+        return made
+
+
+def recipe_of(arm: Arm) -> Recipe:
+    """What an arm trains: its recipe, or the reference that its options name.
+
+    Raises:
+        UserError: its strategy is no recipe.
+    """
+    if not arm.spec:
+        return Reference(kind=arm.options.get("reference", ""))
+    if not isinstance(found := arm.strategy, Recipe):
+        raise UserError(f"{arm.key} is no recipe of a field: `manyheads show {found.slug}` says what it acts on")
+    return found
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The tensors of a batch on a device."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+
+
+@dataclass(frozen=True)
+class FieldModel:
+    """A trained model of a field, with all that is needed to use it.
+
+    Attributes:
+        task: that it was trained on.
+        recipe: that it was trained by.
+        model: in evaluation mode.
+        width: that matched its parameters.
+        record: of its training: ``rate``, ``losses``, ``seconds``, ``parameters``, ``validation`` by rate.
+    """
+
+    task: FieldTask
+    recipe: Recipe
+    model: nn.Module
+    width: int
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def predict(self, paths: Sequence[str | Path]) -> list[Any]:
+        """What the model says of files of the user's.
+
+        Raises:
+            UserError: a file is missing, or none of the kind that the task reads.
+        """
+        device = next(self.model.parameters()).device
+        return self.task.said(self.recipe, self.model, [self.task.open(Path(p)) for p in paths], device)
+
+
+@dataclass(frozen=True)
+class FieldTraining:
+    """The trainings of one arm.
+
+    Attributes:
+        task: says how.
+        run: in which.
+        arm: which.
+    """
+
+    task: FieldTask
+    run: RunContext
+    arm: Arm
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is trained."""
+        return recipe_of(self.arm)
+
+    def width(self) -> int:
+        """The width at which the arm has as many parameters as all have."""
+
+        def of_baseline() -> int:
+            with torch.device("meta"):
+                return parameters_of(
+                    recipe_of(self.run.baseline).build(self.task, self.task.width or 2 * self.task.dim)
+                )
+
+        def matched() -> int:
+            wanted = self.task.parameters or self.run.kept(("field parameters", self.task), of_baseline)
+            return matched_width(lambda width: self.recipe.build(self.task, width), wanted, name=self.arm.key)
+
+        return cast(int, self.run.kept(("field width", self.task, self.arm.key), matched))
+
+    def settings(self, seed: int | None = None) -> dict[str, Any]:
+        """What a training depends on, in plain values; without a seed, what the choice of the rate does."""
+        task = dataclasses.asdict(self.task)
+        return {
+            "task": self.task.name, "fields": task, "spec": self.arm.full_spec, "options": dict(self.arm.options),
+            "width": self.width(), "seed": seed, "first": self.run.seeds[0], "run": self.run.seed,
+        }  # fmt: skip
+
+    def model(self, seed: int) -> FieldModel:
+        """The arm's model of a seed: the one that was kept, or trained now."""
+        key = repr(self.settings(seed))
+        return cast(FieldModel, self.run.kept_last("field", key, lambda: self._found(seed) or self._fitted(seed)))
+
+    def validation(self) -> dict[float, float]:
+        """The task's first metric on the validation part by learning rate, infinitely bad where training diverged."""
+        settings = self.settings()
+        return cast(dict[float, float], self.run.kept(("rates", repr(settings)), lambda: self._tried(settings)))
+
+    def about(self, trained: FieldModel) -> dict[str, Any]:
+        """What is worth keeping of a training in a run's rows."""
+        losses, batch = trained.record["losses"], self.task.batch
+        points = sorted({round(i * (len(losses) - 1) / (_CURVE - 1)) for i in range(_CURVE)})
+        near = max(1, len(losses) // _CURVE)  # a point is the mean of those before it
+        curve = [[(i + 1) * batch, mean(losses[max(0, i + 1 - near) : i + 1])] for i in points]
+        kept = ("rate", "seconds", "parameters", "validation")
+        return {**{name: trained.record[name] for name in kept}, "per": "samples", "curve": curve}
+
+    def _tried(self, settings: Mapping[str, Any]) -> dict[float, float]:
+        place = self._place("rates.json")
+        if place is not None and (found := read_json(place, settings)) is not None:
+            return {rate: math.inf if value is None else value for rate, value in found["validation"]}
+        sign = -1 if self.task.metrics[0].higher else 1
+        first, found_at, best = self.run.seeds[0], dict.fromkeys(self.task.rates, math.inf), None
+        for rate in self.task.rates:
+            try:
+                made = self.train(first, rate)
+            except Diverged:
+                continue
+            found_at[rate] = sign * self._score(made)
+            if best is None or found_at[rate] < found_at[best.record["rate"]]:
+                best = made
+        if best is None:
+            raise UserError(f"{self.arm.key}: training diverges at all rates of {self.task.rates}; give lower ones")
+        kept = self._keep(first, best, found_at)
+        self.run.kept_last("field tried", repr(self.settings(first)), lambda: kept)
+        if place is not None:
+            write_json(place, settings, validation=_listed(found_at))
+        return found_at
+
+    def _score(self, made: FieldModel) -> float:
+        samples = self.task.judged("validation")
+        said = self.task.said(made.recipe, made.model, samples, self.run.device)
+        name = self.task.metrics[0].name
+        return mean(self.task.score(sample, one)[name] for sample, one in zip(samples, said, strict=True))
+
+    def _fitted(self, seed: int) -> FieldModel:
+        rates = self.validation()  # of the first seed this has made the model
+        best = min(rates, key=lambda rate: (rates[rate], rate))
+
+        def made() -> FieldModel:
+            return self._found(seed) or self._keep(seed, self.train(seed, best), rates)
+
+        return cast(FieldModel, self.run.kept_last("field tried", repr(self.settings(seed)), made))
+
+    def train(self, seed: int, rate: float, told: Callable[[TrainState], None] | None = None) -> FieldModel:
+        """Train from a seed at a rate; ``told`` of each step."""
+        task, run, recipe, width = self.task, self.run, self.recipe, self.width()
+        samples, cuda = task.samples("train"), run.device.type == "cuda"
+        name = hashlib.sha256(repr((self.settings(seed), rate)).encode()).hexdigest()[:12]
+        place = self._place(f"checkpoint-{name}")
+        with torch.random.fork_rng(devices=[run.device] if cuda else []):
+            torch.manual_seed(seeding.number(run.seed, weights=seed))
+            model = recipe.build(task, width).to(run.device)
+
+            def after(state: TrainState) -> None:
+                recipe.after_step(model, state.progress)
+                run.advance(1.0)
+                if told is not None:
+                    told(state)
+
+            def get_batch(step: int) -> dict[str, Any]:
+                return to_device(recipe.batches(task, run.rng(training=seed, step=step), samples), run.device)
+
+            state = fit(
+                model, get_batch, lambda made, batch: recipe.loss(task, made, batch),
+                budget=Budget(task.steps, "steps"),
+                optimizers=optimizers_of(model, rate, weight_decay=task.weight_decay),
+                schedule=decay("cosine", warmup=0.1, floor=0.02), on_step=after,
+                checkpoint=None if place is None else Checkpoint(place, every=task.steps, seconds=_SAVED),
+            )  # fmt: skip
+        record = {
+            "rate": rate, "losses": state.losses, "seconds": state.seconds, "parameters": parameters_of(model),
+        }  # fmt: skip
+        return FieldModel(task, recipe, model, width, record)
+
+    def _place(self, name: str) -> Path | None:
+        return None if self.run.folder is None else arm_folder(self.run.folder, self.arm.key) / name
+
+    def _found(self, seed: int) -> FieldModel | None:
+        place = self._place(f"seed-{seed}")
+        if place is None or read_json(place / _RECORD, self.settings(seed)) is None:
+            return None
+        return load_model(place, self.run.device)
+
+    def _keep(self, seed: int, made: FieldModel, rates: Mapping[float, float]) -> FieldModel:
+        """The record is written last: where it is, the model is whole. Checkpoints have done their work then."""
+        made = dataclasses.replace(made, record={**made.record, "validation": _listed(rates)})
+        if (place := self._place(f"seed-{seed}")) is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            state = {name: x.detach().cpu().contiguous() for name, x in made.model.state_dict().items()}
+            save_file(state, place / _WEIGHTS)
+            write_json(place / _RECORD, self.settings(seed), **made.record)
+            for old in place.parent.glob("checkpoint-*"):
+                shutil.rmtree(old, ignore_errors=True)
+        return made
+
+
+def _listed(rates: Mapping[float, float]) -> list[list[float | None]]:
+    return [[rate, value if math.isfinite(value) else None] for rate, value in rates.items()]
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> FieldModel:
+    """A model that ``manyheads train`` kept.
+
+    Raises:
+        UserError: there is none in the folder; the message names those below it.
+    """
+    import json
+
+    place = Path(folder)
+    try:
+        record = json.loads((place / _RECORD).read_text("utf-8"))
+        settings = record.pop("settings")
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in settings["fields"].items()}
+        made: Any = load_task(settings["task"])(**fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        below = find_models(place)
+        hint = f"give one of its models, {', '.join(below[:3])}" if below else "give what `manyheads train` wrote"
+        raise UserError(f"{folder} holds no trained model of a field: {hint}") from error
+    kind = settings["options"].get("reference", "")
+    recipe: Any = parse(settings["spec"]) if settings["spec"] else Reference(kind=kind)
+    model = recipe.build(made, settings["width"]).to(device)
+    model.load_state_dict(load_file(place / _WEIGHTS, device=str(device)))
+    return FieldModel(made, recipe, model.eval(), settings["width"], record)
+
+
+def find_models(folder: Path) -> list[str]:
+    """Folders of the models of a run, sorted."""
+    return sorted(str(found.parent) for found in folder.glob(f"models/*/seed-*/{_RECORD}"))

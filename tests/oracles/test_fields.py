@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every task of a field and every recipe must do, whichever there are; each test has a wrong variant."""
+
+import dataclasses
+from functools import cache
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+
+from manyheads import catalog
+from manyheads.errors import UserError
+from manyheads.experiment import Arm, RunContext, Trainable
+from manyheads.recipe import Recipe
+from manyheads.tasks import _field, _field_training, data_of, load, names
+from manyheads.tasks._field import FieldTask
+from manyheads.tasks._field_training import FieldTraining, Reference, load_model, recipe_of
+from manyheads.training.matching import parameters_of
+from oracles import tasks
+from tolerance import SAME, error
+
+TINY = {
+    "dim": 16, "layers": 2, "heads": 2, "batch": 4, "steps": 3, "rates": (3e-3,), "samples_judged": 8, "dropout": 0.1,
+}  # fmt: skip
+TASKS = [name for name in names() if data_of(name) is not None]
+RECIPES = [
+    row.slug
+    for row in [*catalog.papers(), *catalog.baselines()]
+    if row.category.startswith("domains") and row.state != "planned" and issubclass(catalog.load(row.slug), Recipe)
+]
+ARMS = [
+    *(Arm(slug, slug) for slug in RECIPES),
+    *(Arm(kind, options={"reference": kind}) for name in TASKS for kind in load(name).references),
+]
+
+
+def made(name, **fields):
+    """A tiny task; skipped where its data are not here, for nothing is fetched."""
+    if data_of(name)["absent"]:
+        pytest.skip("the data of this task are not on this machine")
+    return load(name)(**{**TINY, **fields})
+
+
+def task_of(arm, **fields):
+    if arm.spec:
+        return made(arm.strategy.task, **fields)
+    (name,) = [name for name in TASKS if arm.options["reference"] in load(name).references]
+    return made(name, **fields)
+
+
+def context(*arms, folder=None):
+    return RunContext(Trainable(), arms, device=torch.device("cpu"), folder=folder)
+
+
+def weights(model):
+    return torch.cat([x.detach().flatten().double() for x in model.state_dict().values()])
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """``planted(task, change)`` has the task's own samples changed one by one."""
+    own = {}
+
+    def change_all(task, change):
+        kind = type(task)
+        if kind not in own:
+            own[kind] = [sample for part in ("train", "validation", "test") for sample in task.samples(part)]
+        changed = [change(sample) for sample in own[kind]]
+        monkeypatch.setattr(kind, "read", classmethod(lambda cls, folder: changed))
+        _field._read = cache(_field._read.__wrapped__)
+
+    before = _field._read
+    yield change_all
+    _field._read = before
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_samples_and_batches_are_of_the_stated_shapes(name):
+    task = made(name)
+    assert isinstance(task, FieldTask) and task.files and task.takes and task.references and task.metrics
+    for part in ("train", "validation", "test"):
+        assert {sample.part for sample in task.samples(part)} == {part}
+        judged = task.judged(part)
+        assert 0 < len(judged) <= task.samples_judged and len({sample.name for sample in judged}) == len(judged)
+        assert {sample.group for sample in judged} <= {sample.group for sample in task.samples(part)}
+    drawn = task.draw(np.random.default_rng(0), task.samples("train"))
+    batch = task.collate(drawn)
+    assert len(drawn) == task.batch and {sample.part for sample in drawn} == {"train"}
+    tensors = [x for x in batch.values() if isinstance(x, torch.Tensor)]
+    assert tensors and all(len(x) == task.batch and x.double().isfinite().all() for x in tensors)
+    again = task.collate(task.draw(np.random.default_rng(0), task.samples("train")))
+    assert all(torch.equal(x, again[key]) for key, x in batch.items() if isinstance(x, torch.Tensor))
+    other = task.collate(task.draw(np.random.default_rng(1), task.samples("train")))
+    assert any(not torch.equal(x, other[key]) for key, x in batch.items() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_metric_is_best_for_the_truth_and_at_chance_for_noise(name):
+    task = made(name, samples_judged=200)
+    judged = task.judged("test")
+    of_truth = [task.score(sample, task.truth(sample)) for sample in judged]
+    of_noise = [task.score(a, task.truth(b)) for a, b in zip(judged, [*judged[1:], judged[0]], strict=True)]
+    for metric in task.metrics:
+        sign = 1 if metric.higher else -1
+        right, noise = ([sign * one[metric.name] for one in found] for found in (of_truth, of_noise))
+        assert mean(right) > mean(noise) and all(a >= b for a, b in zip(right, noise, strict=True))
+        if metric.floor is not None:  # what guesses reach: the truth of another sample is no better
+            chance = 2 * float(np.std(noise)) / len(noise) ** 0.5
+            assert mean(noise) <= sign * metric.floor + chance < mean(right)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_group_is_in_two_parts(name, planted):
+    task = made(name)
+    groups = [{sample.group for sample in task.samples(part)} for part in ("train", "validation", "test")]
+    assert sum(map(len, groups)) == len(set.union(*groups))
+    first = next(iter(groups[0]))
+    planted(task, lambda sample: dataclasses.replace(sample, group=first) if sample.part == "test" else sample)
+    with pytest.raises(UserError, match="two parts"):
+        task.samples("train")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_nothing_of_the_test_part_is_seen_in_training(name, planted):
+    """Other test samples under planted labels change no weight, no choice of a rate, and what is found of the test."""
+    task = made(name, rates=(1e-3, 3e-3))
+    arm = Arm("reference")
+
+    def trained():
+        run = context(arm)
+        rows = [row for row in tasks.rows(task, run) if row.metric == task.metrics[-1].name]
+        training = FieldTraining(task, run, arm)
+        return weights(training.model(0).model), training.validation(), [row.value for row in rows]
+
+    before = trained()
+    labels = [sample.target for sample in task.samples("test")]
+
+    def change(sample, part="test"):
+        turned = labels[(labels.index(sample.target) + 7) % len(labels)]
+        return dataclasses.replace(sample, target=turned, inputs=-sample.inputs) if sample.part == part else sample
+
+    planted(task, change)
+    after = trained()
+    assert torch.equal(before[0], after[0]) and before[1] == after[1] and before[2] != after[2]
+    planted(task, lambda sample: change(change(sample), "train"))  # control: what is trained on is seen
+    assert not torch.equal(before[0], trained()[0])
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_parameters_are_equal(arm):
+    task = task_of(arm)
+    base = Arm("reference")
+    run = context(base, arm)
+    held = [parameters_of(recipe_of(a).build(task, FieldTraining(task, run, a).width())) for a in (base, arm)]
+    assert abs(held[1] / held[0] - 1) <= 0.02
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_a_recipe_trains_is_killed_goes_on_and_is_kept(arm, tmp_path, monkeypatch):
+    task = task_of(arm)
+    whole = FieldTraining(task, context(arm, folder=tmp_path / "whole"), arm)
+    plain = whole.model(0)
+    before = recipe_of(arm).build(task, plain.width)
+    assert len(plain.record["losses"]) == task.steps and np.isfinite(plain.record["losses"]).all()
+    assert not torch.equal(weights(before), weights(plain.model)) and not plain.model.training
+
+    kept = load_model(tmp_path / "whole" / "models" / arm.name / "seed-0")
+    judged, cpu = task.judged("test"), torch.device("cpu")
+    first, again = (task.said(m.recipe, m.model, judged, cpu) for m in (plain, kept))
+    assert list(map(str, first)) == list(map(str, again)) and torch.equal(weights(plain.model), weights(kept.model))
+    assert [task.score(a, b) for a, b in zip(judged, first, strict=True)] == [
+        task.score(a, b) for a, b in zip(judged, again, strict=True)
+    ]
+
+    monkeypatch.setattr(_field_training, "_SAVED", 0.0)
+    killed = FieldTraining(task, context(arm, folder=tmp_path / "killed"), arm)
+
+    def kill(state):
+        if state.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed.train(0, 3e-3, kill)
+    steps = []
+    went_on = killed.train(0, 3e-3, lambda state: steps.append(state.step))
+    assert steps == [2, 3] and torch.equal(weights(went_on.model), weights(plain.model))
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_a_recipe_overfits_one_batch(arm):
+    """Its loss falls to a tenth, and its own predictions go three quarters of the way to those that are right."""
+    task = task_of(arm, dim=32, layers=1, dropout=0.0, batch=2)
+    recipe = recipe_of(arm)
+    torch.manual_seed(0)
+    model, samples = recipe.build(task, 48), task.draw(np.random.default_rng(5), task.samples("train"))
+    batch, name = task.collate(samples), task.metrics[0].name
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 5e-3), []
+
+    def found(said):
+        return mean(task.score(sample, one)[name] for sample, one in zip(samples, said, strict=True))
+
+    def way():
+        return (found(task.said(recipe, model.eval(), samples, torch.device("cpu"))) - start) / (best - start)
+
+    best = found([task.truth(sample) for sample in samples])
+    start = found(task.said(recipe, model.eval(), samples, torch.device("cpu")))
+    while len(losses) < 200 and not (len(losses) % 20 == 19 and losses[-1] < 0.1 * losses[0] and way() >= 0.75):
+        loss = recipe.loss(task, model.train(), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.1 * losses[0] and way() >= 0.75
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_a_batch_equals_its_samples_one_by_one(arm):
+    """What fills up a batch changes nothing of what is said."""
+    task, recipe = task_of(arm), recipe_of(arm)
+    torch.manual_seed(0)
+    model, judged = recipe.build(task, 16).eval(), task.judged("test")[:3]
+    cpu = torch.device("cpu")
+    together = task.said(recipe, model, judged, cpu)
+    alone = [task.said(recipe, model, [sample], cpu)[0] for sample in judged]
+    values = [
+        [list(task.score(a, b).values()) for a, b in zip(judged, said, strict=True)] for said in (together, alone)
+    ]
+    assert error(values[0], values[1]) <= SAME < error(values[0], values[0][::-1])
+
+
+def test_an_arm_that_is_no_recipe_is_refused():
+    assert recipe_of(Arm("x", options={"reference": "transformer"})) == Reference(kind="transformer")
+    with pytest.raises(UserError, match="no recipe"):
+        recipe_of(Arm("snapkv", "snapkv"))
