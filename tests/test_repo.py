@@ -32,6 +32,7 @@ FLOORS = (
         "heads",
         "inpainting",
         "lens",
+        "parallelism",
         "reducing",
         "strategy",
         "text_reducing",
@@ -171,11 +172,8 @@ def arrows_point_down(source: Source) -> Iterator[str]:
         target = [*name.split("."), "", ""][:2]
         if target[0] != "manyheads" or not source.part:
             continue
-        if (
-            source.part == "integrations"
-            and name.startswith("manyheads.parallel.")
-            and name.split(".")[2] not in SHARING
-        ):
+        sharing = source.part in ("integrations", "parallelism") and target[1] == "parallel"
+        if sharing and [*name.split("."), ""][2] not in SHARING:
             continue
         known = (source.module, name) in UPWARD or (source.module, name.rpartition(".")[0]) in UPWARD
         if target[1] in refused or (FLOOR.get(target[1], 0) > FLOOR.get(source.part, 0) and not known):

@@ -65,7 +65,8 @@ def among(strategies: Sequence[Strategy], mesh: Any) -> tuple[Strategy, ...]:
     """
     if not any(isinstance(one, ContextParallelism) for one in strategies):
         raise UserError(
-            "mesh= names processes that share tokens, and no strategy does: add one of `manyheads list --category parallel`"
+            "mesh= names processes that share tokens, and no strategy does: add one, see `manyheads list --category "
+            "parallel`"
         )
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
