@@ -31,7 +31,7 @@ def pack(seen: Tensor) -> Tensor:
     if seen.device.type == "cpu":
         return torch.from_numpy(np.packbits(seen.numpy(), axis=-1, bitorder="little").view(np.int32))
     shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=seen.device)
-    packed = (seen.contiguous().view(torch.uint8).unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (seen.contiguous().view(torch.uint8).unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
     return packed.view(torch.int32)
 
 
