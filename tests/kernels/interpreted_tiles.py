@@ -22,7 +22,7 @@ CASES = [  # of half precision, whose tiles are larger: the interpreter takes it
     for heads in [[{}, {"group": 2}, {"kv_heads": 2}][(i + j) % 3]]
 ]
 SHAPES = [
-    {"group": 4},
+    {"group": 4, "size": 60},
     {"width": 64, "dtype": torch.float16, "group": 2},
     {"width": 80, "columns": 48, "size": 131, "batch": 2},
     {"width": 128, "dtype": torch.float16, "name": "document_causal"},

@@ -22,7 +22,7 @@ __all__ = ["BLOCK", "PART", "WHOLE", "TilePattern", "pack", "unpack"]
 
 BLOCK = 128
 PART, WHOLE = 1, 2  # of a tile that is seen at all
-_SHIFTS = tuple(range(8))
+_WEIGHTS = tuple(1 << i for i in range(8))
 _AT_ONCE = 2048  # tiles that are unpacked together
 
 
@@ -30,8 +30,8 @@ def pack(seen: Tensor) -> Tensor:
     """``bool [..., 32 n] -> int32 [..., n]``."""
     if seen.device.type == "cpu":
         return torch.from_numpy(np.packbits(seen.numpy(), axis=-1, bitorder="little").view(np.int32))
-    shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=seen.device)
-    packed = (seen.contiguous().view(torch.uint8).unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=seen.device)
+    packed: Tensor = (seen.contiguous().view(torch.uint8).unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
     return packed.view(torch.int32)
 
 

@@ -2,7 +2,7 @@
 """Hand-written GPU kernels. Only the submodules import Triton, so this package is imported anywhere at no cost.
 
 Each kernel has a twin in plain torch, which says what it computes: ``decode`` -> ``attention.ragged``,
-``block_sparse`` -> ``attention.sparse_twin``,
+``block_sparse`` -> ``attention.sparse_twin`` and, where tiles have bits, ``parallel._partial``,
 ``accumulated_attention`` -> ``attention.accumulated_attention``, ``probe`` -> ``calls.statistics``, ``recurrence`` ->
 ``attention.recurrence``, ``product_codes`` -> ``attention.product_codes`` and ``attention.offloaded``. The kernels are
 taken where :func:`available` says so.

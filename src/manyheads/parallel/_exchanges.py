@@ -111,7 +111,7 @@ class Ring(Exchange):
 
     def back(self, kv: Tensor, gradient: Gradient) -> Tensor:
         """Gradients travel with their blocks, and one step further home."""
-        entry, total = kv, None
+        entry, total = kv, Arriving(kv, kv, ())  # no sum yet
         for outer in range(self.windows):
             last = outer == self.windows - 1
             coming = None if last else self._pass_on(entry, outer + 1, 0, "ring between windows, back", to=(1, 0))
@@ -120,7 +120,7 @@ class Ring(Exchange):
                 ends = inner == self.window - 1
                 arriving = None if ends else self._pass_on(held, outer, inner + 1, "ring, back", to=(0, 1))
                 found = gradient(self.rows[self._source(outer, inner)], held)  # the others' sum is on its way meanwhile
-                found = found if total is None else found.add_(total.wait())
+                found = found.add_(total.wait()) if outer or inner else found
                 total = self._pass_on(found, outer, inner + 1, "ring, gradients", to=(0, 1))
                 held = held if arriving is None else arriving.wait()
             total = self._pass_on(total.wait(), outer + 1, 0, "ring between windows, gradients", to=(1, 0))

@@ -93,10 +93,12 @@ def attend(
         before: what this function gave for other keys, which is put together with that of these; it may be overwritten.
         impl: ``triton`` or ``torch``; ``auto`` takes the kernels for tiles on a GPU, where they take the call.
     """
-    if before is not None and _nothing(seen, k):
-        return before
+    if _nothing(seen, k):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        return before or (q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), lse)
     fused = _kernel(q, k, v, seen, scale, impl)
-    if fused is not None and not _nothing(seen, k):
+    if fused is not None:
         found = before or (
             q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
         )  # fmt: skip
@@ -139,9 +141,12 @@ def attend_back(
         before: dq of other keys, to which that of these is added in place.
         into: where dk and dv shall be, wide; they are overwritten.
     """
-    dk, dv = into or (_wide(torch.empty_like(k)), _wide(torch.empty_like(v)))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = into or (torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide))
+    if _nothing(seen, k):
+        return torch.zeros_like(q, dtype=wide) if before is None else before, dk.zero_(), dv.zero_()
     fused = _kernel(q, k, v, seen, scale, impl)
-    if fused is not None and not _nothing(seen, k):
+    if fused is not None:
         dq = torch.empty_like(q, dtype=torch.float32) if before is None else before
         fused[0].add_backward(q, k, v, fused[1], lse, delta, dout, dq, dk, dv, before is not None)
         return dq, dk, dv

@@ -42,12 +42,12 @@ def tiles(mask: AttnMask, rows: Tensor, tokens: Tensor, device: torch.device | s
         # Complete blocks within the slice: of an incomplete one a place is -1, which is no token.
         within_q = (q[i].min(1) >= one.q[0]) & (q_high[i] < one.q[1])
         within_k = (k[j].min(1) >= one.k[0]) & (k_high[j] < one.k[1])
-        may, whole = True, within_q[:, None] & within_k
+        may, whole = np.ones((len(i), len(j)), bool), within_q[:, None] & within_k
         if one.kind in ("causal", "both"):
-            may = may & (k_low[j] - q_high[i, None] <= one.k[1] - one.q[1])
+            may &= k_low[j] - q_high[i, None] <= one.k[1] - one.q[1]
             whole &= k_high[j] - q_low[i, None] <= one.k[1] - one.q[1]
         if one.kind in ("inverse", "both"):
-            may = may & (k_high[j] - q_low[i, None] >= one.k[0] - one.q[0])
+            may &= k_high[j] - q_low[i, None] >= one.k[0] - one.q[0]
             whole &= k_low[j] - q_high[i, None] >= one.k[0] - one.q[0]
         part = state[np.ix_(i, j)]
         part[(part == 0) & may] = PART
@@ -70,35 +70,43 @@ def _ends(blocks: Ints) -> tuple[Ints, Ints]:
 
 def _look(mask: AttnMask, q: Ints, k: Ints, state: NDArray[np.uint8], device: torch.device | str) -> Tensor:
     """Bits of the tiles seen in part; what turns out to be seen as a whole, or not at all, is put down in ``state``."""
-    row, column = np.nonzero(state == PART)
     of, first, last = mask._spans
     runs = np.bincount(of, minlength=mask.size)
     runs, begin = (np.append(x, 0) for x in (runs, runs.cumsum() - runs))  # place -1, which is no token, sees none
     (low, high), complete = _ends(k), k.min(1) >= 0
+    row, column = np.nonzero(state == PART)
     for turn in range(int(runs[q].min(1).max(initial=0))):  # the run of the same number of all queries of a block
         run = np.where(turn < runs[q], begin[q] + turn, 0)
         end = np.where(turn < runs[q], last[run], 0).min(1)
         whole = (low[column] >= first[run].max(1)[row]) & (high[column] < end[row]) & complete[column]
         state[row[whole], column[whole]] = WHOLE
         row, column = row[~whole], column[~whole]
-    first, last = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (first, last))
-    told = [torch.from_numpy(x.astype(np.int32)).to(device) for x in (q, k, runs, begin)]
-    words = torch.empty(len(row), BLOCK, BLOCK // 32, dtype=torch.int32, device=device)
-    most = runs[q].max(1, initial=0)
+    told = [torch.from_numpy(x.astype(np.int32)).to(device) for x in (first, last, runs, begin)]
+    most, words = runs[q].max(1, initial=0), torch.empty(len(row), BLOCK, BLOCK // 32, dtype=torch.int32, device=device)
+    blocks = [torch.from_numpy(x.astype(np.int32)).to(device) for x in (q, k)]
     for start in range(0, len(row), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
-        at = [torch.from_numpy(x[some]).to(device) for x in (row, column)]
-        queries, keys = told[0][at[0]], told[1][at[1]]
-        count, begins = told[2][queries], told[3][queries]
-        seen = torch.zeros(len(keys), BLOCK, BLOCK, dtype=torch.bool, device=device)
-        low, high = keys.masked_fill(keys < 0, mask.size).amin(1, keepdim=True), keys.amax(1, keepdim=True)
-        for turn in range(int(most[row[some]].max(initial=0))):
-            run = (begins + turn).clamp(max=len(of) - 1)
-            end = torch.where(turn < count, last[run], 0)
-            met = ((first[run] <= high) & (end > low)).any(1).nonzero()[:, 0]
-            seen[met] |= (keys[met, None] >= first[run][met, :, None]) & (keys[met, None] < end[met, :, None])
-        words[some] = pack(seen)
-    whole, none = ((words == x).flatten(1).all(1) for x in (-1, 0))
-    for found, kind in ((whole, WHOLE), (none, 0)):
+        queries, keys = (
+            x[torch.from_numpy(at[some]).to(device)] for x, at in zip(blocks, (row, column), strict=True)
+        )  # fmt: skip
+        words[some] = pack(_seen(queries, keys, told, int(most[row[some]].max(initial=0)), mask.size))
+    every, none = ((words == x).flatten(1).all(1) for x in (-1, 0))
+    for found, kind in ((every, WHOLE), (none, 0)):
         state[row[found.cpu().numpy()], column[found.cpu().numpy()]] = kind
-    return words[~(whole | none)]
+    return words[~(every | none)]
+
+
+def _seen(queries: Tensor, keys: Tensor, told: list[Tensor], most: int, size: int) -> Tensor:
+    """``bool [n, 128, 128]`` of tokens ``[n, 128]``, by up to ``most`` runs of each query.
+
+    ``told``: first and last key of all runs, how many a token has, and the first of them.
+    """
+    first, last, count, begin = told
+    seen = torch.zeros(len(keys), BLOCK, BLOCK, dtype=torch.bool, device=keys.device)
+    low, high = keys.masked_fill(keys < 0, size).amin(1, keepdim=True), keys.amax(1, keepdim=True)
+    for turn in range(most):
+        run = (begin[queries] + turn).clamp(max=len(first) - 1)
+        begins, ends = first[run], torch.where(turn < count[queries], last[run], 0)
+        met = ((begins <= high) & (ends > low)).any(1).nonzero()[:, 0]
+        seen[met] |= (keys[met, None] >= begins[met, :, None]) & (keys[met, None] < ends[met, :, None])
+    return seen
