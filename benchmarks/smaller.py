@@ -75,6 +75,7 @@ def torch_pruned(model: Any, keep: float) -> Any:
 
     Raises:
         ImportError: it is not there.
+        ValueError: so few parameters cannot be had by neurons.
     """
     import torch
     import torch_pruning as tp
@@ -83,6 +84,8 @@ def torch_pruned(model: Any, keep: float) -> Any:
     blocks = made.base_model.layers
     inside = sum(p.numel() for block in blocks for p in block.mlp.parameters())
     part = (1 - keep) * sum(p.numel() for p in made.parameters()) / inside
+    if part >= 1:
+        raise ValueError("without all neurons more is left")
     first = {id(module) for block in blocks for module in (block.mlp.gate_proj, block.mlp.up_proj)}
     kept = [m for m in made.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding) and id(m) not in first]
     uses, made.config.use_cache = made.config.use_cache, False
