@@ -8,7 +8,8 @@ Conversions of a whole model are asked for the largest with at most a share of i
 that share of its projections (``masa``, ``low_rank``) or of the cache (``mha2mla``, ``kv_merging``), as a row says. All
 are calibrated on the same windows of WikiText-2; losses are of its last tenth, which nothing else reads, as intervals
 over windows. With ``--seconds`` each is trained afterwards for as long, as it says itself. RULER is the share of
-needles found (niah_single_1) by greedy decoding. Nothing is chosen by what was measured.
+needles found (niah_single_1) by greedy decoding; ``dijiang`` leaves no attention to ask through. Nothing is chosen by
+what was measured.
 
 A process a model, all at once on one device. Time is measured behind that, one process after the other, all arms in
 turn; on a CPU it is not measured. What refuses a model says why. Of others' tools torch-pruning takes part where it is
@@ -74,6 +75,7 @@ def torch_pruned(model: Any, keep: float) -> Any:
 
     Raises:
         ImportError: it is not there.
+        ValueError: so few parameters cannot be had by neurons.
     """
     import torch
     import torch_pruning as tp
@@ -82,6 +84,8 @@ def torch_pruned(model: Any, keep: float) -> Any:
     blocks = made.base_model.layers
     inside = sum(p.numel() for block in blocks for p in block.mlp.parameters())
     part = (1 - keep) * sum(p.numel() for p in made.parameters()) / inside
+    if part >= 1:
+        raise ValueError("without all neurons more is left")
     first = {id(module) for block in blocks for module in (block.mlp.gate_proj, block.mlp.up_proj)}
     kept = [m for m in made.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding) and id(m) not in first]
     uses, made.config.use_cache = made.config.use_cache, False
@@ -184,6 +188,7 @@ class Table:
 
     def _measured(self, row: dict[str, Any], model: Any, when: str) -> list[float]:
         from manyheads.converter import measured
+        from manyheads.errors import UserError
         from manyheads.experiment import Arm, CausalLM, Metric, Row, RunContext
         from manyheads.experiment.estimates import difference
         from manyheads.tasks.text.ruler.niah_single_1 import NiahSingle1
@@ -204,7 +209,10 @@ class Table:
 
         context = RunContext(CausalLM(self.name, model, self.tokenizer), (Arm("it"),), device=torch.device(self.device))
         task = NiahSingle1(lengths=(self.given.context,), samples=self.given.needles, reply=16)
-        hits = [r.value for unit in task.units(context) for r in task.measure(context, unit) if r.metric == "found"]
+        try:
+            hits = [r.value for unit in task.units(context) for r in task.measure(context, unit) if r.metric == "found"]
+        except UserError:  # no attention is left that the task could be asked through: dijiang
+            return losses
         row[f"ruler{when}"] = sum(hits) / len(hits)
         return losses
 

@@ -226,7 +226,7 @@ def test_recovery_trains_it():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UserError, match="attention of qwen3 models"):
+    with pytest.raises(UserError, match="keys of qwen3 models"):
         made(tiny("qwen3"), "dijiang")
     windowed = tiny("llama")
     windowed.config.sliding_window = 4

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import manyheads
 from manyheads import UserError
 from manyheads.call import AttentionCall, Site
-from manyheads.tokens.spatial_gating import idle, needed, received, schedule_of
+from manyheads.reducing import PromptLayout
+from manyheads.tokens.spatial_gating import SpatialGating, idle, needed, received, schedule_of
 from oracles import models, reducers
 from oracles.fingerprint import assert_same, of_model
 from tiny import vision
@@ -313,3 +314,14 @@ def test_refused():
     unequal[0, 1], unequal[1, 20] = 5, IMAGE
     with pytest.raises(UserError, match="equally many"), manyheads.use(model, SPECS[1]):
         model(input_ids=unequal, attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"])
+
+
+def test_rows_of_a_batch_keep_as_many_as_the_one_that_needs_most():
+    image = torch.tensor([[False, *[True] * 8, False]] * 2)
+    flow = torch.zeros(2, 10)
+    flow[0, 1:4] = 1.0  # three tokens have all of it
+    flow[1, 1:7] = 1.0  # six
+    layout = PromptLayout(image, ~image, 8, block=2, blocks=4, received=flow)
+    kept, _ = SpatialGating(least=1, floor=0.0).reduce(torch.randn(2, 10, 3), layout)
+    assert kept.shape == (2, 8)
+    assert all(set(range(1, 1 + n)) <= set(row.tolist()) for n, row in zip((3, 6), kept, strict=True))

@@ -239,3 +239,24 @@ def test_refused():
     given["input_ids"][0, 2] = 5
     with pytest.raises((UserError, ValueError)):
         logits(model, REDUCERS[0], **given)
+
+
+def test_importance_is_of_the_layer_before_the_last():
+    """Of the class token, or of all patches; a tower of one layer has that one."""
+    source = torch.Generator().manual_seed(0)
+    layers = [tuple(torch.rand(2, 5, generator=source) for _ in range(2)) for _ in range(3)]
+    seen = [{}, *({"received": pair} for pair in layers)]
+    assert torch.equal(VMTC().importance(4, seen), layers[1][0][:, 1:])
+    assert torch.equal(VMTC(source="patches").importance(4, seen), layers[1][1][:, 1:])
+    assert torch.equal(VMTC().importance(5, seen), layers[1][1])  # no class token
+    assert torch.equal(VMTC().importance(4, seen[:2]), layers[0][0][:, 1:])
+
+
+def test_clusters_are_moved_until_each_token_is_where_it_fits_best():
+    source = torch.Generator().manual_seed(3)
+    for seed in range(8):
+        x = torch.nn.functional.normalize(torch.randn(40, 2, generator=source), dim=1)
+        labels = cosine_clusters(x, 4, seed)
+        centres = torch.stack([x[labels == c].sum(0) for c in range(4)])
+        likeness = x @ torch.nn.functional.normalize(centres, dim=1).T
+        assert torch.equal(likeness.argmax(1), labels)

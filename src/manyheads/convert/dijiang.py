@@ -43,11 +43,11 @@ from ..calls.calibration import Statistics
 from ..conversion import Anatomy, Conversion, Recovery, Replace, SurgeryPlan
 from ..errors import UserError
 from ..strategy import Mixer
+from ._rotary import check_rotary
 
 __all__ = ["DiJiang"]
 
 _MODULE = "manyheads.integrations.kernel_attention:LinearAttention"
-_TYPES = frozenset({"llama", "mistral", "qwen2", "gemma"})
 _THETA = 10_000.0
 
 
@@ -77,11 +77,7 @@ class DiJiang(Conversion, Mixer):
         return DiJiangMixer(config, self)
 
     def plan(self, model: Anatomy, stats: Statistics) -> SurgeryPlan:
-        kind = model.config.model_type
-        if kind not in _TYPES:
-            raise UserError(
-                f"dijiang: attention of {kind} models is not known; convert one of {', '.join(sorted(_TYPES))}"
-            )
+        check_rotary(self.slug, model)
         if getattr(model.config, "sliding_window", None):
             raise UserError("dijiang: a window of attention has no state of fixed size; convert a model without")
         steps = []

@@ -39,11 +39,11 @@ from torch.nn.functional import linear
 from ..calls.calibration import Statistic, Statistics
 from ..conversion import Anatomy, Conversion, Recovery, Replace, SurgeryPlan
 from ..errors import UserError
+from ._rotary import check_rotary
 
 __all__ = ["MHA2MLA"]
 
 _MODULE = "manyheads.integrations.latent_attention:LatentAttention"
-_TYPES = frozenset({"llama", "mistral", "qwen2", "gemma"})  # whose keys are linear in what their attention reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,7 @@ class MHA2MLA(Conversion):
             raise UserError("mha2mla: keep and rope are shares above 0, lr is above 0, and loss is nll or kl")
 
     def wants(self, model: Anatomy) -> Sequence[Statistic]:
-        kind = model.config.model_type
-        if kind not in _TYPES:
-            raise UserError(
-                f"mha2mla: keys of {kind} models are not known to be linear in what their attention reads; convert one "
-                f"of {', '.join(sorted(_TYPES))}"
-            )
+        check_rotary(self.slug, model)
         return (_pair_norms(model.layers[0].head_dim),) if self.select == "2-norm" else ()
 
     def plan(self, model: Anatomy, stats: Statistics) -> SurgeryPlan:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..call import Site
 from ..errors import UserError
-from ..parallel import World
+from ..parallel._context import World
 from ..parallel._experts import Sorted, grouped
 from ..parallelism import ExpertParallelism, SharedExperts
 from .hook_chain import BoundStrategy
