@@ -193,13 +193,16 @@ def generated(world, kind, spec, padded):
     }
 
 
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # what knows sinks, and float64
+
+
 def sinks(world):
     """gpt-oss: a learned logit more in each softmax."""
     from transformers import GptOssConfig
 
     config = GptOssConfig(**BASE, layer_types=LAYERS, sliding_window=5, num_local_experts=2, num_experts_per_tok=1)
     with wide():
-        model = build(config, attn_implementation="eager")
+        model = build(config, **EAGER)
         for name, p in model.named_parameters():
             p.data += torch.randn_like(p) if name.endswith("sinks") else 0
         found = differences(model, batches()["plain"], "loongtrain:heads=2")
@@ -212,7 +215,7 @@ def sinks(world):
 def differences_between(model, config):
     """How much the sinks matter."""
     given = batches()["plain"]
-    other = build(config, attn_implementation="eager")
+    other = build(config, **EAGER)
     for name, p in other.named_parameters():
         p.data += torch.randn_like(p) if name.endswith("sinks") else 0
     return apart(model(**given).logits, other(**given).logits)
@@ -331,15 +334,15 @@ def refused(world):
 def beside_torch(world):
     """What torch's own context_parallel says to the same attention on this device, by what it is asked for."""
     from torch.distributed.tensor.experimental import _attention, context_parallel
-    from torch.nn.functional import scaled_dot_product_attention
 
     mesh = init_device_mesh("cpu", (world.size // 2, 2), mesh_dim_names=("heads", "context"))
     q, k, v = (torch.randn(1, 4, 16, 8) for _ in range(3))
 
     def shared():
         line = mesh["context"]
-        with context_parallel(line, buffers=[x.clone() for x in (q, k, v)], buffer_seq_dims=[2, 2, 2]):
-            scaled_dot_product_attention(q.requires_grad_(), k, v, is_causal=True)
+        own = [x.clone() for x in (q, k, v)]
+        with context_parallel(line, buffers=own, buffer_seq_dims=[2, 2, 2]):
+            torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True)
 
     def ring(group, causal):
         _attention._templated_ring_attention(group, 2, None, q, k, v, is_causal=causal)

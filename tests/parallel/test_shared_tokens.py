@@ -66,15 +66,14 @@ def test_a_mesh_of_batches_and_tokens(processes):
 
 def test_what_is_refused_is_said_in_a_line(processes):
     says = {
-        "layers": "leave layers away", "watcher": "loongtrain and watch", "nested": "loongtrain and watch",
-        "cache": "snapkv:budget=0.5", "heads": "do not divide into 3", "mask": "attention_mask as [B, S]",
+        "layers": "leave layers away", "watcher": "loongtrain and strategies", "nested": "loongtrain and strategies",
+        "cache": "loongtrain and snapkv", "heads": "do not divide into 3", "mask": "attention_mask as [B, S]",
         "weights": "leave output_attentions away", "filled": "logits_to_keep=1", "dropout": "with dropout",
         "softcap": "with softcap", "encoder": "finds no attention|not causal", "alibi": "AttentionInterface",
         "strange": "how tokens share token_type_ids", "kept": "without a loss", "short": "cannot be shared by 2",
     }  # fmt: skip
     for found in processes(2).run(worker.refused):
         assert found.pop("after") is None
-        print(found)
         for name, words in says.items():
             line = found.pop(name)
             assert line is not None and "\n" not in line, name

@@ -73,7 +73,7 @@ class LoongTrain(ContextParallelism):
 
     def __post_init__(self) -> None:
         if self.heads < 1 or (self.window is not None and self.window < 1):
-            raise ValueError("heads and window count processes: 1 or more")
+            raise UserError("loongtrain: heads and window count processes, 1 or more")
 
     def share(self, world: World, mask: AttnMask, layout: Layout | None = None) -> ContextParallel:
         return ContextParallel(world, mask, layout or "zigzag", "ring", self.heads, self.window, self.place)
