@@ -172,8 +172,8 @@ def test_outputs_summed_in_few_bits(left):
     for rank, one in enumerate(left[4]):
         found, others = one["few bits"], sum(lengths) - lengths[rank]
         assert max(found["float32"]["errors"]) < 1e-6
-        assert all(1e-4 < e < 1e-2 for e in found["bfloat16"]["errors"])
-        assert all(1e-2 < e < 0.1 for e in found["float8"]["errors"])
+        assert all(5e-4 < e < 4e-3 for e in found["bfloat16"]["errors"])
+        assert all(5e-3 < e < 5e-2 for e in found["float8"]["errors"])
         for kind, row in (("float32", 4 * worker.DIM), ("bfloat16", 2 * worker.DIM), ("float8", worker.DIM + 4)):
             assert found[kind]["sent"] == [others * row, 3 * max(lengths) * row]
 
