@@ -30,8 +30,10 @@ _JUDGING = 0.85  # of the minutes are for training; judging takes the rest
 _TIMED = 4  # steps that an arm's speed is taken from
 
 
-def load(what: str | Path, device: str = "cpu") -> Any:
+def load(what: str | Path, device: str = "cpu", recipe: Recipe | None = None) -> Any:
     """The strategy of a slug as a class, or the trained model in a folder that ``manyheads train`` wrote.
+
+    ``recipe`` is asked for where the model was trained by one of the caller's own.
 
     Raises:
         UserError: unknown slug, or a folder without a model.
@@ -40,7 +42,7 @@ def load(what: str | Path, device: str = "cpu") -> Any:
     if isinstance(what, Path) or place.is_absolute() or "/" in what or (place / "training.json").is_file():
         from .tasks._field_training import load_model
 
-        return load_model(place, device)
+        return load_model(place, device, recipe)
     return catalog.load(what)
 
 
@@ -51,7 +53,7 @@ def plan_field(
     """The experiment of :func:`train`; trains nothing.
 
     Args:
-        strategies: recipes or procedures of one field, or their specs.
+        strategies: recipes or procedures of one field, or their specs; also of the caller's own.
         task: with fields, as ``digit_strings:digits=3``; the first strategy's own when None.
         folder: of the user's own data; the task's public data when None.
         seeds: trainings of each arm; 3 when None.
@@ -80,10 +82,18 @@ def plan_field(
     on = dataclasses.replace(on, folder=place, steps=steps or on.steps)
     on.samples("train")  # what cannot be had is found now
     base = Arm(on.references[0], options={"reference": on.references[0]})
-    arms = tuple({strategy.spec: Arm(strategy.spec, strategy.spec) for strategy in made}.values())
+    arms = tuple({one.spec: Arm(one.spec, one.spec if _known(one) else "") for one in made}.values())
     return Experiment(
         subject="trainable", arms=arms, baseline=base, tasks=(on,), equal="parameters", seeds=seeds or 3
     )  # fmt: skip
+
+
+def _known(strategy: Strategy) -> bool:
+    """Whether any process can make it of its spec."""
+    try:
+        return parse(strategy.spec) == strategy
+    except UserError:
+        return False
 
 
 def _field(task: str) -> str:
@@ -125,32 +135,34 @@ def train(
     from .experiment.runner import run
     from .training.budget import Budget
 
-    specs, steps = list(strategies), None
+    specs, steps = [parse(one) for one in strategies], None
+    own = {"strategies": {one.spec: one for one in specs if not _known(one)}}
     plan = plan_field(specs, task, data, seeds)
     if budget is not None:
         given, batch = Budget.of(budget), plan.tasks[0].batch  # type: ignore[attr-defined]
         if given.unit == "seconds":
-            steps = _earlier_steps(Path(out), options) or _affordable(plan.at("cpu"), given.amount, seed, device)
+            steps = _earlier_steps(Path(out), options)
+            steps = steps or _affordable(plan.at("cpu"), given.amount, seed, device, own)
         else:
             steps = max(1, int(given.amount) // (1 if given.unit == "steps" else batch))
     about = {"command": list(command), "options": dict(options or {}), "kind": "field"}
     return run(
-        plan_field(specs, task, data, seeds, steps).at("cpu"), out, seed=seed, device=device, executor=executor,
-        progress=progress, about=about,
+        plan_field(specs, task, data, seeds, steps).at("cpu"), out, seed=seed, device=device, data=own,
+        executor=executor, progress=progress, about=about,
     )  # fmt: skip
 
 
-def _affordable(plan: Planned, seconds: float, seed: int, device: str) -> int:
+def _affordable(plan: Planned, seconds: float, seed: int, device: str, own: Mapping[str, Any] | None = None) -> int:
     """Steps of every training with which all together take so long on this machine."""
     from .experiment.runner import context
-    from .tasks._field_training import FieldTraining
+    from .tasks._field_training import FieldTraining, strategy_of
     from .training import TrainState
 
-    made, total = context(plan, seed, device, None), 0.0
-    own: Any = plan.tasks[0]
-    task: FieldTask = dataclasses.replace(own, steps=_TIMED)
+    made, total = context(plan, seed, device, own), 0.0
+    planned: Any = plan.tasks[0]
+    task: FieldTask = dataclasses.replace(planned, steps=_TIMED)
     for arm in plan.arms:
-        if arm.spec and isinstance(arm.strategy, Procedure):
+        if isinstance(strategy_of(made, arm), Procedure):
             continue
         stamps: list[float] = []
 

@@ -4,15 +4,17 @@
 import dataclasses
 from functools import cache
 from statistics import mean
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+import manyheads
 from manyheads import catalog
 from manyheads.errors import UserError
 from manyheads.experiment import Arm, RunContext, Trainable
-from manyheads.recipe import Recipe
+from manyheads.recipe import Procedure, Recipe
 from manyheads.tasks import _field, _field_training, data_of, load, names
 from manyheads.tasks._field import FieldTask
 from manyheads.tasks._field_training import FieldTraining, Reference, load_model, recipe_of
@@ -152,7 +154,7 @@ def test_parameters_are_equal(arm):
     task = task_of(arm)
     base = Arm("reference")
     run = context(base, arm)
-    held = [parameters_of(recipe_of(a).build(task, FieldTraining(task, run, a).width())) for a in (base, arm)]
+    held = [parameters_of(recipe_of(run, a).build(task, FieldTraining(task, run, a).width())) for a in (base, arm)]
     assert abs(held[1] / held[0] - 1) <= 0.02
 
 
@@ -161,7 +163,7 @@ def test_a_recipe_trains_is_killed_goes_on_and_is_kept(arm, tmp_path, monkeypatc
     task = task_of(arm)
     whole = FieldTraining(task, context(arm, folder=tmp_path / "whole"), arm)
     plain = whole.model(0)
-    before = recipe_of(arm).build(task, plain.width)
+    before = recipe_of(context(arm), arm).build(task, plain.width)
     assert len(plain.record["losses"]) == task.steps and np.isfinite(plain.record["losses"]).all()
     assert not torch.equal(weights(before), weights(plain.model)) and not plain.model.training
 
@@ -191,7 +193,7 @@ def test_a_recipe_trains_is_killed_goes_on_and_is_kept(arm, tmp_path, monkeypatc
 def test_a_recipe_overfits_one_batch(arm):
     """Its loss falls to a tenth, and its own predictions go three quarters of the way to those that are right."""
     task = task_of(arm, dim=32, layers=1, dropout=0.0, batch=2)
-    recipe = recipe_of(arm)
+    recipe = recipe_of(context(arm), arm)
     torch.manual_seed(0)
     model, samples = recipe.build(task, 48), task.draw(np.random.default_rng(5), task.samples("train"))
     batch, name = task.collate(samples), task.metrics[0].name
@@ -217,7 +219,7 @@ def test_a_recipe_overfits_one_batch(arm):
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_a_batch_equals_its_samples_one_by_one(arm):
     """What fills up a batch changes nothing of what is said."""
-    task, recipe = task_of(arm), recipe_of(arm)
+    task, recipe = task_of(arm), recipe_of(context(arm), arm)
     torch.manual_seed(0)
     model, judged = recipe.build(task, 16).eval(), task.judged("test")[:3]
     cpu = torch.device("cpu")
@@ -229,7 +231,53 @@ def test_a_batch_equals_its_samples_one_by_one(arm):
     assert error(values[0], values[1]) <= SAME < error(values[0], values[0][::-1])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other(Procedure):
+    """Says of each test sample what is right of the next: chance."""
+
+    task: ClassVar[str] = TASKS[0]
+
+    def run(self, task, rng):
+        judged = task.judged("test")
+        for sample, other in zip(judged, [*judged[1:], judged[0]], strict=True):
+            for metric, value in task.score(sample, task.truth(other)).items():
+                yield metric, sample.name, value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own(Recipe):
+    """A recipe that no catalogue knows: the reference, and what it is asked for."""
+
+    task: ClassVar[str] = TASKS[0]
+    gain: int = 2
+    calls: list = dataclasses.field(default_factory=list, compare=False)
+
+    def batches(self, task, rng, samples):
+        self.calls.append("batches")
+        return super().batches(task, rng, samples)
+
+    def after_step(self, model, progress):
+        self.calls.append(round(progress, 2))
+
+
+def test_a_procedure_and_a_recipe_of_ones_own(tmp_path):
+    made(TASKS[0])
+    own, fields = Own(gain=3), ",".join(f"{k}={v}" for k, v in TINY.items() if k != "rates")
+    out = tmp_path / "run"
+    results = manyheads.train([Other(), own], f"{TASKS[0]}:{fields},rates=0.003", seeds=1, out=out)
+    assert own.calls == ["batches", 0.33, "batches", 0.67, "batches", 1.0]
+    rows = {arm: [row for row in results.rows if row.arm == arm] for arm in (own.spec, Other().spec)}
+    first = load(TASKS[0]).metrics[0].name
+    assert all(sum(row.metric == first for row in some) == TINY["samples_judged"] for some in rows.values())
+    assert {row.metric for row in rows[Other().spec]} == {metric.name for metric in load(TASKS[0]).metrics}
+    folder = next(iter((out / "models").glob(f"{own.slug}*/seed-0")))
+    with pytest.raises(UserError, match="of your own"):
+        manyheads.load(folder)
+    assert manyheads.load(folder, recipe=own).recipe == own
+
+
 def test_an_arm_that_is_no_recipe_is_refused():
-    assert recipe_of(Arm("x", options={"reference": "transformer"})) == Reference(kind="transformer")
+    run = context(Arm("x"))
+    assert recipe_of(run, Arm("x", options={"reference": "transformer"})) == Reference(kind="transformer")
     with pytest.raises(UserError, match="no recipe"):
-        recipe_of(Arm("snapkv", "snapkv"))
+        recipe_of(run, Arm("snapkv", "snapkv"))

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ..recipe import Batch, Part, Picture, Procedure, Recipe, Sample
 from ..training.fit import autocast
-from ._field_training import FieldTraining, recipe_of, to_device
+from ._field_training import FieldTraining, recipe_of, strategy_of, to_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -208,15 +208,15 @@ class FieldTask(FieldData):
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
-        if arm.spec and isinstance(arm.strategy, Procedure):
-            for metric, sample, value in arm.strategy.run(self, run.rng(procedure=seed)):
+        if isinstance(strategy := strategy_of(run, arm), Procedure):
+            for metric, sample, value in strategy.run(self, run.rng(procedure=seed)):
                 yield self.row(metric, arm, value, sample, seed=seed)
             return
         training = FieldTraining(self, run, arm)
         trained = training.model(seed)
         about = training.about(trained)
         for judged in (arm, *(other for other in run.arms if other.options.get("weights_of") == arm.name)):
-            recipe, model = recipe_of(judged), trained.model
+            recipe, model = recipe_of(run, judged), trained.model
             if judged != arm:
                 model = recipe.build(self, trained.width).to(run.device).eval()
                 model.load_state_dict(trained.model.state_dict())

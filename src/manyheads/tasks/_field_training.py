@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..experiment import Arm, RunContext, seeding
-from ..recipe import Batch, Recipe
+from ..recipe import Batch, Procedure, Recipe
 from ..spec import parse
 from ..training import Checkpoint, Diverged, TrainState, decay, fit, matched_width, optimizers_of
 from ..training.budget import Budget
@@ -30,7 +30,9 @@ from .training._trained import arm_folder, read_json, write_json
 if TYPE_CHECKING:
     from ._field import FieldTask
 
-__all__ = ["FieldModel", "FieldTraining", "Reference", "find_models", "load_model", "recipe_of", "to_device"]
+__all__ = [
+    "FieldModel", "FieldTraining", "Reference", "find_models", "load_model", "recipe_of", "strategy_of", "to_device",
+]  # fmt: skip
 
 _RECORD, _WEIGHTS = "training.json", "model.safetensors"
 _CURVE = 48  # points of the loss while training that are kept
@@ -48,16 +50,30 @@ class Reference(Recipe):
         return made
 
 
-def recipe_of(arm: Arm) -> Recipe:
-    """What an arm trains: its recipe, or the reference that its options name.
+def strategy_of(run: RunContext, arm: Arm) -> Recipe | Procedure:
+    """What an arm is: of its spec, the caller's own (``data["strategies"]``), or the reference that its options name.
 
     Raises:
         UserError: its strategy is no recipe.
     """
+    own: Recipe | Procedure | None = run.data.get("strategies", {}).get(arm.key)
+    if own is not None:
+        return own
     if not arm.spec:
         return Reference(kind=arm.options.get("reference", ""))
-    if not isinstance(found := arm.strategy, Recipe):
+    if not isinstance(found := arm.strategy, Recipe | Procedure):
         raise UserError(f"{arm.key} is no recipe of a field: `manyheads show {found.slug}` says what it acts on")
+    return found
+
+
+def recipe_of(run: RunContext, arm: Arm) -> Recipe:
+    """What an arm trains.
+
+    Raises:
+        UserError: it trains nothing.
+    """
+    if not isinstance(found := strategy_of(run, arm), Recipe):
+        raise UserError(f"{arm.key} is no recipe: it trains nothing")
     return found
 
 
@@ -111,7 +127,7 @@ class FieldTraining:
     @property
     def recipe(self) -> Recipe:
         """What is trained."""
-        return recipe_of(self.arm)
+        return recipe_of(self.run, self.arm)
 
     def width(self) -> int:
         """The width at which the arm has as many parameters as all have."""
@@ -119,7 +135,7 @@ class FieldTraining:
         def of_baseline() -> int:
             with torch.device("meta"):
                 return parameters_of(
-                    recipe_of(self.run.baseline).build(self.task, self.task.width or 2 * self.task.dim)
+                    recipe_of(self.run, self.run.baseline).build(self.task, self.task.width or 2 * self.task.dim)
                 )
 
         def matched() -> int:
@@ -133,6 +149,7 @@ class FieldTraining:
         task = dataclasses.asdict(self.task)
         return {
             "task": self.task.name, "fields": task, "spec": self.arm.full_spec, "options": dict(self.arm.options),
+            "own": "" if self.arm.spec or isinstance(self.recipe, Reference) else self.recipe.spec,
             "width": self.width(), "seed": seed, "first": self.run.seeds[0], "run": self.run.seed,
         }  # fmt: skip
 
@@ -230,7 +247,7 @@ class FieldTraining:
         place = self._place(f"seed-{seed}")
         if place is None or read_json(place / _RECORD, self.settings(seed)) is None:
             return None
-        return load_model(place, self.run.device)
+        return load_model(place, self.run.device, self.recipe)
 
     def _keep(self, seed: int, made: FieldModel, rates: Mapping[float, float]) -> FieldModel:
         """The record is written last: where it is, the model is whole. Checkpoints have done their work then."""
@@ -249,8 +266,8 @@ def _listed(rates: Mapping[float, float]) -> list[list[float | None]]:
     return [[rate, value if math.isfinite(value) else None] for rate, value in rates.items()]
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu") -> FieldModel:
-    """A model that ``manyheads train`` kept.
+def load_model(folder: str | Path, device: str | torch.device = "cpu", recipe: Any = None) -> FieldModel:
+    """A model that ``manyheads train`` kept; ``recipe`` where it is the caller's own.
 
     Raises:
         UserError: there is none in the folder; the message names those below it.
@@ -268,7 +285,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> FieldM
         hint = f"give one of its models, {', '.join(below[:3])}" if below else "give what `manyheads train` wrote"
         raise UserError(f"{folder} holds no trained model of a field: {hint}") from error
     kind = settings["options"].get("reference", "")
-    recipe: Any = parse(settings["spec"]) if settings["spec"] else Reference(kind=kind)
+    if recipe is None and settings["own"]:
+        raise UserError(f"{folder} was trained by {settings['own']} of your own: manyheads.load(folder, recipe=...)")
+    recipe = recipe or (parse(settings["spec"]) if settings["spec"] else Reference(kind=kind))
     model = recipe.build(made, settings["width"]).to(device)
     model.load_state_dict(load_file(place / _WEIGHTS, device=str(device)))
     return FieldModel(made, recipe, model.eval(), settings["width"], record)
