@@ -9,7 +9,7 @@ gives every process the same bits, so that all choose the same token; who sample
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from ..call import AttentionCall
 from ..errors import UserError
-from ..parallel import World
+from ..parallel._context import World
 from ..parallel._partial import Seen, attend, merge
 
 __all__ = ["Decoded", "SharedCache"]
@@ -32,8 +32,8 @@ class SharedCache(Cache):
     @staticmethod
     def of(cache: Cache, rows: Tensor, prompt: int) -> None:
         """Make ``cache``, which has read ``rows`` of a prompt of so many tokens, one that knows it."""
-        made: Any = cache
-        made.__class__ = _shared(type(cache))
+        made, kind = cast("Any", cache), cast("Any", type(cache))
+        made.__class__ = _shared(kind)
         made.rows, made.prompt = rows, prompt
 
 

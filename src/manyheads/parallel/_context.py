@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 from ._exchanges import AllGather, Exchange, GroupCast, Ring
+from ._kept import kept
 from ._layouts import Layout, layout
 from ._ledger import Ledger
 from ._masks import AttnMask
@@ -118,7 +119,7 @@ class ContextParallel:
         self._heads = world.peers(grid)
         along = world.peers(list(zip(*grid, strict=True)))
         rows = [torch.cat([given.rows[rank] for rank in ranks]) for ranks in grid]
-        self._lengths = [len(given.rows[rank]) for rank in self._heads.ranks]
+        self._lengths = [len(given.rows[rank]) for ranks in grid if world.rank in ranks for rank in ranks]
         more = {"window": window} if exchange == "ring" else {}
         self.exchange: Exchange = EXCHANGES[exchange](along, rows, mask, **more)
 
@@ -210,12 +211,16 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, scale: float) -> tuple[Tensor, Tensor]:
         kv = torch.cat([k, v], 3).permute(2, 0, 1, 3).contiguous()  # [T, B, Hkv, d + dv]
-        found = None
-        for tokens, block in exchange.visit(kv):
-            keys, values = _apart(block, k.shape[3])
-            some = attend(q, keys, values, _seen(exchange, tokens, q), scale)
-            found = some if found is None else merge(found, some)
-        assert found is not None
+        keep = kept()
+        found = None if keep is None else keep.next()
+        if found is None:
+            for tokens, block in exchange.visit(kv):
+                keys, values = _apart(block, k.shape[3])
+                some = attend(q, keys, values, _seen(exchange, tokens, q), scale)
+                found = some if found is None else merge(found, some)
+            assert found is not None
+            if keep is not None:
+                keep.add(found)
         out, lse = found
         ctx.save_for_backward(q, kv, out, lse)
         ctx.exchange, ctx.scale, ctx.width = exchange, scale, k.shape[3]

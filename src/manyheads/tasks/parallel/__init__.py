@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks on processes that share a sequence: what they send, and what that takes."""
+"""Tasks on processes that share a sequence."""
