@@ -56,13 +56,13 @@ claim = Claim(
     experiment=Experiment(
         subject=CausalLM("smollm2-135m-instruct", dtype="float32"), arms=(*MAIN, *SHOWN),
         tasks=(
-            Passing(label="passing", lengths=(512,), text="prose"),
-            RetainingNiah(label="niah_single", lengths=(512,), text="prose"),
+            Passing(label="passing", lengths=(256,), text="prose"),
+            RetainingNiah(label="niah_single", lengths=(256,), text="prose"),
         ),
         sizes=Sizes(
             quick={"subject": "default", "arms": MAIN, "samples": 1, "passing.lengths": (128,), "steps": 2,
                    "niah_single.lengths": (128,), "length": 64},
-            cpu={"arms": MAIN, "samples": 6, "passing.samples": 12, "steps": 40, "lr": 3e-3},
+            cpu={"arms": MAIN, "samples": 4, "passing.samples": 6, "steps": 16, "lr": 3e-3},
             cuda={"subject": CausalLM("smollm2-135m-instruct"), "samples": 48, "passing.samples": 24, "steps": 300,
                   "length": 2048, "answer": 512, "passing.lengths": (7936,), "niah_single.lengths": (4096,)},
         ),
@@ -80,6 +80,6 @@ claim = Claim(
     ),
     caveat=(
         "One process is all hosts in turn, which changes no number beyond rounding. Needles are one of RULER's tasks. "
-        "On a CPU prompts have 512 tokens, blocks of 56, and heads are trained on 40 sequences of 256 tokens."
+        "On a CPU prompts have 256 tokens in blocks of 32, and heads are trained on 16 sequences of 256."
     ),
 )  # fmt: skip

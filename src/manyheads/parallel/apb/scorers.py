@@ -78,7 +78,8 @@ def _snapkv(block: Block) -> Tensor:
 
 
 def _knorm(block: Block) -> Tensor:
-    return -torch.linalg.vector_norm(reference.widened(block.k), dim=-1)
+    found: Tensor = -torch.linalg.vector_norm(reference.widened(block.k), dim=-1)
+    return found
 
 
 def _distinct(block: Block) -> Tensor:

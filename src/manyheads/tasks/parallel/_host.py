@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +60,7 @@ class _OneHost(AttentionCompute):
 
 
 @contextmanager
-def one_host(model: Any, apb: APB, ids: Tensor, host: int) -> Iterator[Any]:
+def one_host(model: Any, apb: APB, ids: Tensor, host: int) -> Iterator[Callable[[], Tensor]]:
     """What computes a host's share of the prompt ``ids [1, n]``: anchor, block, and what is its part of the query."""
     blocks = apb.blocks(ids.shape[1])
     acting = _OneHost(apb=apb, blocks=blocks, host=host)
@@ -68,12 +68,13 @@ def one_host(model: Any, apb: APB, ids: Tensor, host: int) -> Iterator[Any]:
     rows = torch.arange(blocks.bounds[host][0], stop, device=ids.device)[None]
     anchor = blocks.anchor.to(ids.device) if host else rows[0, :0]
 
-    def read() -> None:
+    def read() -> Tensor:
         acting.now["anchor"] = True
         if len(anchor):
             model(ids[:, anchor], use_cache=False)
         acting.now["anchor"] = False
-        model(ids[:, rows[0]], position_ids=rows, use_cache=False)
+        hidden: Tensor = model(ids[:, rows[0]], position_ids=rows, use_cache=False).last_hidden_state
+        return hidden
 
     with use(model, acting):
         yield read
@@ -88,14 +89,11 @@ def llama(layers: int, device: torch.device | str, longest: int, small: bool = F
     }  # fmt: skip
     if small:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        **sizes, num_hidden_layers=layers, vocab_size=512, rope_theta=500_000.0, max_position_embeddings=longest,
-        attn_implementation="sdpa",
-    )  # fmt: skip
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=512, max_position_embeddings=longest)
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = LlamaModel(config).to(torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    return model.eval()
+        model: Any = LlamaModel(config)
+    return model.to(torch.float32 if small else torch.bfloat16).eval()
 
 
 def counted(world: World, specs: Sequence[tuple[str, str]], length: int, shape: tuple[int, int, int]) -> Any:
@@ -139,11 +137,12 @@ def counted(world: World, specs: Sequence[tuple[str, str]], length: int, shape: 
 
 
 def together(world: World, spec: str, layers: int, length: int, rounds: int) -> list[float]:
-    """Seconds of prefill by all processes together, each with a GPU; by this one alone where the spec is empty."""
+    """Seconds of prefill by all processes, or by this one alone where the spec is empty; on CPUs of a small model."""
     from ...costs.clock import Clock
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    model, clock = llama(layers, device, length), Clock(device)
+    gpu = torch.distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    model, clock = llama(layers, device, length, small=not gpu), Clock(device)
     ids = torch.randint(512, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     times = []
     with torch.inference_mode(), use(model, *([spec] if spec else []), **({"mesh": world} if spec else {})):

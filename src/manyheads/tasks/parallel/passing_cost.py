@@ -47,7 +47,7 @@ class PassingCost(Task):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arms, hosts = [arm for arm in run.arms if arm != run.baseline], unit.params["hosts"]
         specs = [(arm.key, "ring" if arm.options.get("ring") else arm.spec) for arm in arms]
-        with Processes(hosts, limit=120) as pool:
+        with Processes(hosts, limit=600) as pool:
             for length in self.tokens:
                 by_sender = pool.run(counted, specs, length, _SHAPE)
                 at: dict[str, Any] = {"hosts": hosts, "length": length}

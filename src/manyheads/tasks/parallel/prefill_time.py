@@ -84,7 +84,7 @@ class PrefillTime(Task):
                         yield self.row("prefill", arm, spent + modelled, name, at=at, about=about)
 
     def _several(self, run: RunContext, length: int) -> Iterator[Row]:
-        with Processes(self.gpus, "nccl", limit=300) as pool:
+        with Processes(self.gpus, "nccl", limit=600) as pool:
             for arm in run.arms:
                 if not arm.options.get("ring"):
                     times = pool.run(together, arm.spec, self.layers, length, self.rounds)
