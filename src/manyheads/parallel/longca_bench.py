@@ -85,8 +85,8 @@ class LongcaBench(ContextParallelism):
             raise UserError(reason)
         return sorted(found, key=lambda one: one[1])
 
-    def share(self, world: World, mask: AttnMask) -> ContextParallel:
+    def share(self, world: World, mask: AttnMask, layout: Layout | None = None) -> ContextParallel:
         """Attention of ``mask`` by the first of :meth:`ranked`."""
         name, _, who = self.ranked(mask, world.size)[0]
         given = method(name).given(world.size, self.node or CLUSTERS[self.cluster].node, self.kv_heads)
-        return ContextParallel(world, mask, **(given | {"layout": who}))
+        return ContextParallel(world, mask, **(given | {"layout": layout or who}))
