@@ -8,7 +8,7 @@ import tolerance
 from kernels.tile_cases import build, flipped, kernel, worst
 from manyheads import kernels
 from manyheads.attention.tile_pattern import TilePattern
-from manyheads.parallel import PATTERNS, layout, pattern
+from manyheads.parallel import PATTERNS, AttnMask, layout, pattern
 from manyheads.parallel import _partial as part
 from manyheads.parallel._tiles import tiles
 
@@ -99,3 +99,29 @@ def test_offsets_past_31_bits():
     got = part.attend(q, k, k, seen, 0.1, None, "triton")
     want = part.attend(q, k.contiguous(), k.contiguous(), seen, 0.1, None, "triton")
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*PATTERNS, "nothing"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_kernels_for_hopper(name, dtype, width, monkeypatch):
+    """Of the same tiles, on the GPU that they are written for; the same bits every time, or there is a race."""
+    from manyheads.kernels import block_sparse_hopper
+
+    if not block_sparse_hopper._device(torch.cuda.current_device())[0]:
+        return  # nothing of its own runs here
+    monkeypatch.setattr(block_sparse_hopper, "TILED", True)
+    reached = []
+    for part_ in ("add_forward", "add_backward"):
+        taken = getattr(block_sparse_hopper, part_)
+        monkeypatch.setattr(block_sparse_hopper, part_, lambda *a, n=part_, f=taken: (reached.append(n), f(*a))[1])
+    given = {"mask": AttnMask((), 900)} if name == "nothing" else {"name": name}
+    case = build(**given, how="zigzag", size=900, kv_heads=2, group=2, width=width, batch=2, dtype=dtype)
+    got = kernel(case, "cuda")
+    assert worst(case, got) <= 1
+    assert name == "nothing" or set(reached) == {"add_forward", "add_backward"}
+    for _ in range(5):
+        assert all(torch.equal(x, got[part_]) for part_, x in kernel(case, "cuda").items())
+    if name == "causal":
+        wrong = build(size=140, ranks=1, width=width, dtype=dtype)
+        assert worst(wrong, kernel(flipped(wrong), "cuda")) > 2

@@ -6,7 +6,8 @@ A program stays on its multiprocessor and takes one tile of 128 queries after th
 begun. One warp of it fetches (TMA): queries for each of two warpgroups, keys and values into a ring that both read. A
 warpgroup has 64 of the queries; while the tensor cores multiply its weights of one tile of keys with the values, it
 makes the weights of the next. Marks ``first, left, right, last`` of a list are those of :mod:`._block_sparse`; keys
-that need a mask come before those that are seen whole.
+that need a mask come before those that are seen whole. TILED and ADD are those of that module too: the output is then
+float32 and stored from the registers.
 
 What is fetched has two barriers, ``full`` and ``empty``. The ring is filled and read in the order K0, K1, V0, K2, V1,
 ... What the warp finds out of a tile it leaves in ``notes`` for the warpgroups, before the queries are there.
@@ -25,6 +26,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 __all__ = ["forward"]
 
 _LN2 = gl.constexpr(0.6931471805599453)
+_LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _bits(word_ptr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Whether bits are set ``[64, N]``: of rows of 4 words, from the first word at ``word_ptr`` on."""
+    c = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))[None, :]
+    at = word_ptr + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) * 4
+    word = gl.load(at)[:, None]
+    for i in gl.static_range(1, N // 32):
+        word = gl.where(c // 32 == i, gl.load(at + i)[:, None], word)
+    return ((word >> (c % 32)) & 1) != 0
+
+
+@gluon.jit
+def _places(ptr, b, h, begin, T, batch, head, row, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where 64 rows of D numbers are, and which there are ``[64, D]``."""
+    t = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    c = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    at = ptr + b.to(gl.int64) * batch + h.to(gl.int64) * head
+    return at + t.to(gl.int64)[:, None] * row + c, (t < T)[:, None] & (c < D)
 
 
 @gluon.jit
@@ -139,20 +161,23 @@ def _fetch(
 
 @gluon.jit
 def _weights(
-    x, top, total, query, key, S, window, factor, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    MASK: gl.constexpr, LAYOUT: gl.constexpr,
+    x, top, total, query, key, words, S, window, factor, N: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, TILED: gl.constexpr, MASK: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Weights over the exponential of the new maximum, that maximum, the new sum, by how much the old one shrinks."""
     if MASK:
-        s = (key + gl.arange(0, N, gl.SliceLayout(0, LAYOUT)))[None, :]
-        end = S + gl.zeros_like(query)
-        if CAUSAL:
-            end = gl.minimum(end, query + 1)
-        elif WINDOW:
-            end = gl.minimum(end, query + window)
-        seen = s < end[:, None]
-        if WINDOW:
-            seen = seen & (s > (query - window)[:, None])
+        if TILED:
+            seen = _bits(words, N, LAYOUT)
+        else:
+            s = (key + gl.arange(0, N, gl.SliceLayout(0, LAYOUT)))[None, :]
+            end = S + gl.zeros_like(query)
+            if CAUSAL:
+                end = gl.minimum(end, query + 1)
+            elif WINDOW:
+                end = gl.minimum(end, query + window)
+            seen = s < end[:, None]
+            if WINDOW:
+                seen = seen & (s > (query - window)[:, None])
         x = gl.where(seen, x, float("-inf"))
     new = gl.maximum(top, gl.max(x, 1) * factor)
     base = new
@@ -165,9 +190,9 @@ def _weights(
 
 @gluon.jit
 def _step(
-    q, p, acc, top, total, more, at, ring, full, empty, query, key, S, window, factor, D: gl.constexpr,
-    N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
-    X: gl.constexpr, Y: gl.constexpr,
+    q, p, acc, top, total, more, at, ring, full, empty, query, key, words, S, window, factor, D: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TILED: gl.constexpr,
+    MASK: gl.constexpr, X: gl.constexpr, Y: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile of keys while those of the one before are multiplied with its values.
 
@@ -182,7 +207,9 @@ def _step(
     acc = warpgroup_mma(p, ring.index(v_slot).reshape([N, D]), acc, is_async=True)
     x = warpgroup_mma_wait(1, [x])
     mbarrier.arrive(empty.index(k_slot))
-    y, top, total, shrink = _weights(x, top, total, query, key, S, window, factor, N, CAUSAL, WINDOW, MASK, X)
+    y, top, total, shrink = _weights(
+        x, top, total, query, key, words, S, window, factor, N, CAUSAL, WINDOW, TILED, MASK, X
+    )
     mbarrier.wait(full.index((at + 2) % STAGES), (at + 2) // STAGES % 2, pred=more)
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(empty.index(v_slot))
@@ -192,9 +219,10 @@ def _step(
 
 @gluon.jit
 def _attend(
-    GROUP: gl.constexpr, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, HEADS, T,
-    S, W, window, factor, D: gl.constexpr, BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr,
+    out_ptr, o_batch, o_head, o_row, word_ptr, base_ptr, HEADS, T, S, W, window, factor, D: gl.constexpr,
+    BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TILED: gl.constexpr,
+    ADD: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each tile."""
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -205,12 +233,22 @@ def _attend(
     b, h, begin, masked, count, key, list_ = _read(notes.index(0))
     while count >= 0:
         slot = turn % BUFFERS * 2 + GROUP
+        words = word_ptr
+        if TILED:
+            base = gl.where(masked > 0, gl.load(base_ptr + begin // 128) + 1, 0)  # the first tile, if there is none
+            words += base.to(gl.int64) * 512 + GROUP * 256
         begin += GROUP * 64
         t = begin + gl.arange(0, 64, gl.SliceLayout(1, X))
         query = t + (S - T)
         acc = gl.zeros([64, D], gl.float32, Y)
         top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, X))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, X))
+        lse_at = lse_ptr + (b * HEADS + h).to(gl.int64) * T + t
+        if ADD:
+            top = gl.load(lse_at, mask=t < T, other=float("-inf")) * _LOG2E
+            total = gl.where(top == float("-inf"), 0.0, 1.0)
+            spot, real = _places(out_ptr, b, h, begin, T, o_batch, o_head, o_row, D, Y)
+            acc = gl.load(spot, mask=real, other=0.0)
         if count > 0:
             q = q_smem.index(slot).reshape([64, D])
             mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
@@ -219,7 +257,11 @@ def _attend(
             x = warpgroup_mma_wait(0, [x])
             mbarrier.arrive(empty.index(at % STAGES))
             at += 1
-            y, top, total, _s = _weights(x, top, total, query, key, S, window, factor, N, CAUSAL, WINDOW, True, X)
+            y, top, total, shrink = _weights(
+                x, top, total, query, key, words, S, window, factor, N, CAUSAL, WINDOW, TILED, True, X
+            )
+            if ADD:
+                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, Y))[:, None]
             p = gl.convert_layout(y.to(ring.dtype), gl.DotOperandLayout(0, Y, 2))
             mbarrier.wait(full.index(at % STAGES), at // STAGES % 2, pred=count > 1)
             if MORE:
@@ -228,13 +270,13 @@ def _attend(
                 for j in range(1, masked):
                     key = _key(j, list_at, first, left, masked, count, BK, N)
                     p, acc, top, total, at = _step(
-                        q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, key, S, window, factor, D,
-                        N, STAGES, CAUSAL, WINDOW, True, X, Y,
+                        q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, key, words + j * 512, S,
+                        window, factor, D, N, STAGES, CAUSAL, WINDOW, TILED, True, X, Y,
                     )  # fmt: skip
             for j in range(gl.maximum(masked, 1) if MORE else 1, count):
                 p, acc, top, total, at = _step(
-                    q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, 0, S, window, factor, D, N,
-                    STAGES, CAUSAL, WINDOW, False, X, Y,
+                    q, p, acc, top, total, j + 1 < count, at, ring, full, empty, query, 0, words, S, window, factor, D,
+                    N, STAGES, CAUSAL, WINDOW, TILED, False, X, Y,
                 )  # fmt: skip
             mbarrier.wait(full.index(at % STAGES), at // STAGES % 2)
             acc = warpgroup_mma(p, ring.index(at % STAGES).reshape([N, D]), acc, is_async=True)
@@ -242,12 +284,16 @@ def _attend(
             mbarrier.arrive(empty.index(at % STAGES))
             at += 1
         lse = gl.where(total == 0.0, float("-inf"), top + gl.log2(total)) * _LN2
-        gl.store(lse_ptr + (b * HEADS + h).to(gl.int64) * T + t, lse, mask=t < T)
+        gl.store(lse_at, lse, mask=t < T)
         whole = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, Y))
-        q_smem.index(slot).reshape([64, D]).store((acc * whole[:, None]).to(q_smem.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [b, h, begin, 0], q_smem.index(slot))
-        tma.store_wait(0)
+        if TILED:
+            spot, real = _places(out_ptr, b, h, begin, T, o_batch, o_head, o_row, D, Y)
+            gl.store(spot, acc * whole[:, None], mask=real)
+        else:
+            q_smem.index(slot).reshape([64, D]).store((acc * whole[:, None]).to(q_smem.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out, [b, h, begin, 0], q_smem.index(slot))
+            tma.store_wait(0)
         mbarrier.arrive(q_empty.index(slot))
         turn += 1
         mbarrier.wait(q_full.index(turn % BUFFERS * 2 + GROUP), turn // BUFFERS % 2)
@@ -256,14 +302,15 @@ def _attend(
 
 @gluon.jit(do_not_specialize=["HEADS", "T", "S", "ROWS", "W", "window", "list_batch", "list_head", "TILES"])
 def forward(
-    q, k, v, out, lse_ptr, next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, HEADS, T, S, ROWS, W, window,
-    factor, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, out, lse_ptr, next_ptr, list_ptr, span_ptr, order_ptr, out_ptr, o_batch, o_head, o_row, word_ptr, base_ptr,
+    list_batch, list_head, HEADS, T, S, ROWS, W, window, factor, TILES, G: gl.constexpr, D: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    TILED: gl.constexpr, ADD: gl.constexpr, MORE: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Output of all queries and their log-sum-exp ``[B, H, T]``.
 
     ``TILES`` tiles of 128 queries of all heads; ``next_ptr`` counts from 0 those that were begun after the first of
-    each program. MORE: lists may have more than one tile that needs a mask.
+    each program. MORE: lists may have more than one tile that needs a mask. The first tile of ``word_ptr`` is whole.
     """
     q_smem = gl.allocate_shared_memory(q.dtype, [BUFFERS * 2, 1, 1, 64, D], q.layout)
     ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, N, D], k.layout)
@@ -282,12 +329,14 @@ def forward(
     gl.warp_specialize(
         [
             (_attend, (
-                0, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, HEADS, T, S, W,
-                window, factor, D, BK, N, CAUSAL, WINDOW, MORE, BUFFERS, STAGES,
+                0, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, out_ptr,
+                o_batch, o_head, o_row, word_ptr, base_ptr, HEADS, T, S, W, window, factor, D, BK, N, CAUSAL, WINDOW,
+                TILED, ADD, MORE, BUFFERS, STAGES,
             )),
             (_attend, (
-                1, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, HEADS, T, S, W,
-                window, factor, D, BK, N, CAUSAL, WINDOW, MORE, BUFFERS, STAGES,
+                1, out, q_smem, ring, notes, q_full, q_empty, full, empty, lse_ptr, list_ptr, span_ptr, out_ptr,
+                o_batch, o_head, o_row, word_ptr, base_ptr, HEADS, T, S, W, window, factor, D, BK, N, CAUSAL, WINDOW,
+                TILED, ADD, MORE, BUFFERS, STAGES,
             )),
             (_fetch, (
                 q, k, v, q_smem, ring, notes, q_full, q_empty, full, empty, next_ptr, list_ptr, span_ptr, order_ptr,

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._block_sparse_hopper import _key, _marks, _read, _write
+from ._block_sparse_hopper import _bits, _key, _marks, _places, _read, _write
 from ._block_sparse_hopper_queries import _unseen
 
 __all__ = ["keys"]
@@ -36,7 +36,7 @@ def _keys_tile(tile, order_ptr, order_batch, order_head, KV_HEADS, ROWS, TILE: g
 
 @gluon.jit
 def _fetch_queries_of(
-    WHOLE: gl.constexpr, q, do, rows_, q_ring, do_ring, row_ring, t_ring, full, empty, list_ptr, span_ptr, lists,
+    WHOLE: gl.constexpr, q, do, rows_, q_ring, do_ring, row_ring, t_ring, full, empty, list_ptr, span_ptr, base, lists,
     list_head, b, h, HEADS, PAIRS, W, at, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def _fetch_queries_of(
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), at // STAGES % 2 ^ 1)
             if not WHOLE:
-                _write(t_ring.index(slot), t, 0, 0, 0, 0, 0, 0)
+                _write(t_ring.index(slot), t, base + j * M // BQ, 0, 0, 0, 0, 0)
             mbarrier.expect(bar, 2 * M * D * 2 + 2 * M * 4)
             tma.async_copy_global_to_shared(q, [b, head, t, 0], bar, q_ring.index(slot))
             tma.async_copy_global_to_shared(rows_, [pair, t], bar, row_ring.index(slot * 2))
@@ -66,9 +66,9 @@ def _fetch_queries_of(
 @gluon.jit
 def _fetch_keys(
     q, k, v, do, rows_, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty,
-    next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, order_batch, order_head, KV_HEADS, PAIRS, ROWS, W,
-    TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, TILE: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr,
+    next_ptr, list_ptr, span_ptr, order_ptr, base_ptr, list_batch, list_head, order_batch, order_head, KV_HEADS, PAIRS,
+    ROWS, W, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, TILE: gl.constexpr, M: gl.constexpr,
+    TILED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches: keys and values of a tile, then queries, their gradients and rows."""
     at = 0
@@ -78,6 +78,9 @@ def _fetch_keys(
         b, h, row, begin = _keys_tile(tile, order_ptr, order_batch, order_head, KV_HEADS, ROWS, TILE)
         tile = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
         lists = b * list_batch + h * G * list_head + row
+        base = 0
+        if TILED:
+            base = gl.load(base_ptr + row)
         masked = 0
         count = 0
         for g in range(G):
@@ -93,12 +96,12 @@ def _fetch_keys(
             tma.async_copy_global_to_shared(k, place, k_full.index(group), k_smem.index(group))
             tma.async_copy_global_to_shared(v, place, k_full.index(group), v_smem.index(group))
         at = _fetch_queries_of(
-            False, q, do, rows_, q_ring, do_ring, row_ring, t_ring, full, empty, list_ptr, span_ptr, lists, list_head,
-            b, h, KV_HEADS * G, PAIRS, W, at, G, D, BQ, M, STAGES,
+            False, q, do, rows_, q_ring, do_ring, row_ring, t_ring, full, empty, list_ptr, span_ptr, base, lists,
+            list_head, b, h, KV_HEADS * G, PAIRS, W, at, G, D, BQ, M, STAGES,
         )  # fmt: skip
         at = _fetch_queries_of(
-            True, q, do, rows_, q_ring, do_ring, row_ring, t_ring, full, empty, list_ptr, span_ptr, lists, list_head,
-            b, h, KV_HEADS * G, PAIRS, W, at, G, D, BQ, M, STAGES,
+            True, q, do, rows_, q_ring, do_ring, row_ring, t_ring, full, empty, list_ptr, span_ptr, base, lists,
+            list_head, b, h, KV_HEADS * G, PAIRS, W, at, G, D, BQ, M, STAGES,
         )  # fmt: skip
         turn += 1
     for group in gl.static_range(2):
@@ -110,9 +113,9 @@ def _fetch_keys(
 
 @gluon.jit
 def _keys_step(
-    k, v, dk, dv, at, q_ring, do_ring, row_ring, t_ring, full, empty, s, S, shift, window, factor, D: gl.constexpr,
-    M: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr,
-    X: gl.constexpr, Y: gl.constexpr,
+    k, v, dk, dv, at, q_ring, do_ring, row_ring, t_ring, full, empty, s, words, S, shift, window, factor,
+    D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    TILED: gl.constexpr, MASK: gl.constexpr, X: gl.constexpr, Y: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 keys and values from M queries; all tiles have keys before queries."""
     A: gl.constexpr = gl.DotOperandLayout(0, Y, 2)
@@ -127,9 +130,12 @@ def _keys_step(
     x = warpgroup_mma_wait(1, [x])
     p = gl.exp2(x * factor - lse[None, :])
     if MASK:
-        t, _1, _2, _3, _4, _5, _6 = _read(t_ring.index(slot))
-        query = t + shift + gl.arange(0, M, columns)
-        p = _unseen(p, query[None, :], s[:, None], S, window, CAUSAL, WINDOW)
+        t, number, _2, _3, _4, _5, _6 = _read(t_ring.index(slot))
+        if TILED:
+            p = gl.where(_bits(words + number.to(gl.int64) * 512 + t % 128 // 32, M, X), p, 0.0)
+        else:
+            query = t + shift + gl.arange(0, M, columns)
+            p = _unseen(p, query[None, :], s[:, None], S, window, CAUSAL, WINDOW)
     dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), A), do, dv, is_async=True)
     delta = row_ring.index(slot * 2 + 1).reshape([M]).load(columns)
     y = warpgroup_mma_wait(1, [y])
@@ -143,7 +149,8 @@ def _keys_step(
 @gluon.jit
 def _attend_keys(
     GROUP: gl.constexpr, dk_, dv_, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full,
-    empty, T, S, window, factor, scale, D: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    empty, dk_ptr, dk_batch, dk_head, dk_row, dv_ptr, dv_batch, dv_head, dv_row, word_ptr, T, S, window, factor, scale,
+    D: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TILED: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 keys of each tile."""
@@ -162,20 +169,26 @@ def _attend_keys(
         v = v_smem.index(GROUP).reshape([64, D])
         for _j in range(masked):
             dk, dv, at = _keys_step(
-                k, v, dk, dv, at, q_ring, do_ring, row_ring, t_ring, full, empty, s, S, S - T, window, factor, D, M,
-                STAGES, CAUSAL, WINDOW, True, X, Y,
+                k, v, dk, dv, at, q_ring, do_ring, row_ring, t_ring, full, empty, s, word_ptr + GROUP * 256, S, S - T,
+                window, factor, D, M, STAGES, CAUSAL, WINDOW, TILED, True, X, Y,
             )  # fmt: skip
         for _j in range(masked, count):
             dk, dv, at = _keys_step(
-                k, v, dk, dv, at, q_ring, do_ring, row_ring, t_ring, full, empty, s, S, S - T, window, factor, D, M,
-                STAGES, CAUSAL, WINDOW, False, X, Y,
+                k, v, dk, dv, at, q_ring, do_ring, row_ring, t_ring, full, empty, s, word_ptr + GROUP * 256, S, S - T,
+                window, factor, D, M, STAGES, CAUSAL, WINDOW, TILED, False, X, Y,
             )  # fmt: skip
-        k.store((dk * scale).to(k_smem.dtype))
-        v.store(dv.to(v_smem.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dk_, [b, h, begin, 0], k_smem.index(GROUP))
-        tma.async_copy_shared_to_global(dv_, [b, h, begin, 0], v_smem.index(GROUP))
-        tma.store_wait(0)
+        if TILED:
+            spot, real = _places(dk_ptr, b, h, begin, S, dk_batch, dk_head, dk_row, D, Y)
+            gl.store(spot, dk * scale, mask=real)
+            spot, real = _places(dv_ptr, b, h, begin, S, dv_batch, dv_head, dv_row, D, Y)
+            gl.store(spot, dv, mask=real)
+        else:
+            k.store((dk * scale).to(k_smem.dtype))
+            v.store(dv.to(v_smem.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dk_, [b, h, begin, 0], k_smem.index(GROUP))
+            tma.async_copy_shared_to_global(dv_, [b, h, begin, 0], v_smem.index(GROUP))
+            tma.store_wait(0)
         mbarrier.arrive(k_empty.index(GROUP))
         turn += 1
         mbarrier.wait(k_full.index(GROUP), turn % 2)
@@ -189,9 +202,10 @@ def _attend_keys(
     ]
 )  # fmt: skip
 def keys(
-    q, k, v, do, rows_, dk, dv, next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, order_batch, order_head,
-    KV_HEADS, T, S, PAIRS, ROWS, W, window, factor, scale, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
-    TILE: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    q, k, v, do, rows_, dk, dv, next_ptr, list_ptr, span_ptr, order_ptr, dk_ptr, dk_batch, dk_head, dk_row, dv_ptr,
+    dv_batch, dv_head, dv_row, word_ptr, base_ptr, list_batch, list_head, order_batch, order_head, KV_HEADS, T, S,
+    PAIRS, ROWS, W, window, factor, scale, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
+    TILE: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TILED: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Gradients of all keys and values; ``TILES`` tiles of 128 keys of all key heads."""
@@ -216,17 +230,19 @@ def keys(
     gl.warp_specialize(
         [
             (_attend_keys, (
-                0, dk, dv, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty, T, S,
-                window, factor, scale, D, M, CAUSAL, WINDOW, STAGES,
+                0, dk, dv, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty,
+                dk_ptr, dk_batch, dk_head, dk_row, dv_ptr, dv_batch, dv_head, dv_row, word_ptr, T, S, window, factor,
+                scale, D, M, CAUSAL, WINDOW, TILED, STAGES,
             )),
             (_attend_keys, (
-                1, dk, dv, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty, T, S,
-                window, factor, scale, D, M, CAUSAL, WINDOW, STAGES,
+                1, dk, dv, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full, empty,
+                dk_ptr, dk_batch, dk_head, dk_row, dv_ptr, dv_batch, dv_head, dv_row, word_ptr, T, S, window, factor,
+                scale, D, M, CAUSAL, WINDOW, TILED, STAGES,
             )),
             (_fetch_keys, (
                 q, k, v, do, rows_, k_smem, v_smem, q_ring, do_ring, row_ring, t_ring, notes, k_full, k_empty, full,
-                empty, next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, order_batch, order_head,
-                KV_HEADS, PAIRS, ROWS, W, TILES, G, D, BQ, TILE, M, STAGES,
+                empty, next_ptr, list_ptr, span_ptr, order_ptr, base_ptr, list_batch, list_head, order_batch,
+                order_head, KV_HEADS, PAIRS, ROWS, W, TILES, G, D, BQ, TILE, M, TILED, STAGES,
             )),
         ],
         [4, 1], [240, 24],

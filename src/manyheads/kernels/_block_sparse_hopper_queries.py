@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._block_sparse_hopper import _key, _marks, _read, _row, _write
+from ._block_sparse_hopper import _bits, _key, _marks, _places, _read, _row, _write
 
 __all__ = ["queries", "rows"]
 
@@ -110,9 +110,9 @@ def _fetch_queries(
 
 @gluon.jit
 def _queries_step(
-    q, do, acc, lse, delta, at, ring, full, empty, query, key, S, window, factor, D: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, MASK: gl.constexpr, X: gl.constexpr,
-    Y: gl.constexpr,
+    q, do, acc, lse, delta, at, ring, full, empty, query, key, words, S, window, factor, D: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TILED: gl.constexpr,
+    MASK: gl.constexpr, X: gl.constexpr, Y: gl.constexpr,
 ):  # fmt: skip
     """Gradient of 64 queries from a tile of keys."""
     slot = at % STAGES
@@ -126,8 +126,11 @@ def _queries_step(
     x = warpgroup_mma_wait(1, [x])
     p = gl.exp2(x * factor - lse[:, None])
     if MASK:
-        s = key + gl.arange(0, N, gl.SliceLayout(0, X))
-        p = _unseen(p, query[:, None], s[None, :], S, window, CAUSAL, WINDOW)
+        if TILED:
+            p = gl.where(_bits(words, N, X), p, 0.0)
+        else:
+            s = key + gl.arange(0, N, gl.SliceLayout(0, X))
+            p = _unseen(p, query[:, None], s[None, :], S, window, CAUSAL, WINDOW)
     y = warpgroup_mma_wait(0, [y])
     mbarrier.arrive(empty.index(slot_v))
     ds = gl.convert_layout((p * (y - delta[:, None])).to(ring.dtype), gl.DotOperandLayout(0, Y, 2))
@@ -140,8 +143,9 @@ def _queries_step(
 @gluon.jit
 def _attend_queries(
     GROUP: gl.constexpr, dq, q_smem, do_smem, ring, notes, q_full, q_empty, full, empty, rows_ptr, list_ptr, span_ptr,
-    HEADS, T, S, P, PAIRS, W, window, factor, scale, D: gl.constexpr, BK: gl.constexpr, N: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
+    dq_ptr, dq_batch, dq_head, dq_row, word_ptr, base_ptr, HEADS, T, S, P, PAIRS, W, window, factor, scale,
+    D: gl.constexpr, BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TILED: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each tile."""
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -153,6 +157,9 @@ def _attend_queries(
     mbarrier.wait(q_full.index(GROUP), 0)
     b, h, begin, masked, count, key, list_ = _read(notes)
     while count >= 0:
+        words = word_ptr
+        if TILED:
+            words += gl.load(base_ptr + begin // 128).to(gl.int64) * 512 + GROUP * 256
         begin += GROUP * 64
         t = begin + gl.arange(0, 64, gl.SliceLayout(1, X))
         row = rows_ptr + (b * HEADS + h).to(gl.int64) * P + t
@@ -165,18 +172,25 @@ def _attend_queries(
                 first, left, _masked, _count = _marks(span_ptr, list_, BK, N)
                 key = _key(j, list_ptr + list_.to(gl.int64) * W, first, left, masked, count, BK, N)
             acc, at = _queries_step(
-                q, do, acc, lse, delta, at, ring, full, empty, query, key, S, window, factor, D, N, STAGES, CAUSAL,
-                WINDOW, True, X, Y,
+                q, do, acc, lse, delta, at, ring, full, empty, query, key, words + j * 512, S, window, factor, D, N,
+                STAGES, CAUSAL, WINDOW, TILED, True, X, Y,
             )  # fmt: skip
         for _j in range(masked, count):
             acc, at = _queries_step(
-                q, do, acc, lse, delta, at, ring, full, empty, query, 0, S, window, factor, D, N, STAGES, CAUSAL,
-                WINDOW, False, X, Y,
+                q, do, acc, lse, delta, at, ring, full, empty, query, 0, words, S, window, factor, D, N, STAGES, CAUSAL,
+                WINDOW, TILED, False, X, Y,
             )  # fmt: skip
-        q.store((acc * scale).to(q_smem.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dq, [b, h, begin, 0], q_smem.index(GROUP))
-        tma.store_wait(0)
+        if TILED:
+            spot, real = _places(dq_ptr, b, h, begin, T, dq_batch, dq_head, dq_row, D, Y)
+            acc = acc * scale
+            if ADD:
+                acc += gl.load(spot, mask=real, other=0.0)
+            gl.store(spot, acc, mask=real)
+        else:
+            q.store((acc * scale).to(q_smem.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dq, [b, h, begin, 0], q_smem.index(GROUP))
+            tma.store_wait(0)
         mbarrier.arrive(q_empty.index(GROUP))
         turn += 1
         mbarrier.wait(q_full.index(GROUP), turn % 2)
@@ -187,9 +201,10 @@ def _attend_queries(
     do_not_specialize=["HEADS", "T", "S", "P", "PAIRS", "ROWS", "W", "window", "list_batch", "list_head", "TILES"]
 )
 def queries(
-    q, k, v, do, dq, rows_ptr, next_ptr, list_ptr, span_ptr, order_ptr, list_batch, list_head, HEADS, T, S, P, PAIRS,
-    ROWS, W, window, factor, scale, TILES, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr,
-    N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, do, dq, rows_ptr, next_ptr, list_ptr, span_ptr, order_ptr, dq_ptr, dq_batch, dq_head, dq_row, word_ptr,
+    base_ptr, list_batch, list_head, HEADS, T, S, P, PAIRS, ROWS, W, window, factor, scale, TILES, G: gl.constexpr,
+    D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    TILED: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Gradient of all queries; ``TILES`` tiles of 128 queries of all heads, ``next_ptr`` as in the forward pass."""
     q_smem = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 64, D], q.layout)
@@ -211,11 +226,13 @@ def queries(
         [
             (_attend_queries, (
                 0, dq, q_smem, do_smem, ring, notes, q_full, q_empty, full, empty, rows_ptr, list_ptr, span_ptr,
-                HEADS, T, S, P, PAIRS, W, window, factor, scale, D, BK, N, CAUSAL, WINDOW, STAGES,
+                dq_ptr, dq_batch, dq_head, dq_row, word_ptr, base_ptr, HEADS, T, S, P, PAIRS, W, window, factor, scale,
+                D, BK, N, CAUSAL, WINDOW, TILED, ADD, STAGES,
             )),
             (_attend_queries, (
                 1, dq, q_smem, do_smem, ring, notes, q_full, q_empty, full, empty, rows_ptr, list_ptr, span_ptr,
-                HEADS, T, S, P, PAIRS, W, window, factor, scale, D, BK, N, CAUSAL, WINDOW, STAGES,
+                dq_ptr, dq_batch, dq_head, dq_row, word_ptr, base_ptr, HEADS, T, S, P, PAIRS, W, window, factor, scale,
+                D, BK, N, CAUSAL, WINDOW, TILED, ADD, STAGES,
             )),
             (_fetch_queries, (
                 q, k, v, do, q_smem, do_smem, ring, notes, q_full, q_empty, full, empty, next_ptr, list_ptr, span_ptr,

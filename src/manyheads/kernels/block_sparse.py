@@ -173,8 +173,10 @@ def add_forward(q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Te
         add: they hold those of other keys, and hold those of both in the end; otherwise they are overwritten.
     """
     q, k, v = dense(q), dense(k), dense(v)
+    if block_sparse_hopper.refusal(q, k, v, call) is None:
+        return block_sparse_hopper.add_forward(q, k, v, call, out, lse, add)
     _once("forward", q, k, v, add, lambda: _launch_forward(q, k, v, call, out, lse, add))
-    _launch_forward(q, k, v, call, out, lse, add)
+    return _launch_forward(q, k, v, call, out, lse, add)
 
 
 def _once(name: str, q: Tensor, k: Tensor, v: Tensor, add: bool, run: Any) -> None:
@@ -214,9 +216,11 @@ def add_backward(
     """
     q, k, v, dout = dense(q), dense(k), dense(v), dense(dout.to(q.dtype))
     lse, delta = lse.contiguous(), delta.contiguous()
+    if block_sparse_hopper.refusal(q, k, v, call, dout) is None:
+        return block_sparse_hopper.add_backward(q, k, v, call, lse, delta, dout, dq, dk, dv, add)
     given = q, k, v, call, q, lse, lse, delta, dout, dq, dk, dv, {"DLSE": False, "GIVEN": True, "ADD": add}
     _once("backward", q, k, v, add, lambda: _launch_backward(*given))
-    _launch_backward(*given)
+    return _launch_backward(*given)
 
 
 def _launch_backward(

@@ -13,11 +13,12 @@ from torch import Tensor
 from ._operator import LOG2E, launch
 from ._passes import _rows, _strides, like
 
-__all__ = ["backward", "forward", "refusal"]
+__all__ = ["add_backward", "add_forward", "backward", "forward", "refusal"]
 
 _TILE = 128  # queries and keys of a tile
 _SHARED = 224 * 1024  # bytes of shared memory for tiles; the rest is for barriers
 _BUFFERS = 2  # tiles of queries of a program at once
+TILED = False  # whether tiles with bits are taken: compiled, but not yet run on a GPU
 _STAGES = 4  # tiles of queries of the pass for keys at once
 
 
@@ -46,7 +47,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any, dout: Tensor | None = No
         return "Hopper's kernels take 16 bits and heads of 64 or 128 channels"
     if call.pattern.block_q % _TILE or call.pattern.block_k % _TILE:
         return f"Hopper's kernels take blocks of a multiple of {_TILE}"
-    if call.pattern.masked:
+    if call.pattern.masked and not TILED:
         return "Hopper's kernels know no bits"
     if call.bias is not None or call.documents is not None:
         return "Hopper's kernels know no bias, padding or documents"
@@ -71,26 +72,49 @@ def _programs(tiles: int, x: Tensor) -> tuple[int]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a call that is not refused."""
+    out, lse = like(q, q.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _launch_forward(q, k, v, call, out, lse, call.pattern.rows, False)
+    return out, lse
+
+
+def add_forward(q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, add: bool) -> None:
+    """What :func:`.block_sparse.add_forward` does, for a call that is not refused."""
+    _launch_forward(q, k, v, call, out, lse, call.pattern.busy if add else call.pattern.rows, add)
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, rows: int, add: bool
+) -> None:  # fmt: skip
     from . import _block_sparse_hopper
 
     (batch, heads, length, width), size = q.shape, k.shape[2]
     pattern, rule = call.pattern, call.rule
     lists = pattern.lists(rule)
-    out, lse = like(q, width), q.new_empty(q.shape[:3], dtype=torch.float32)
-    tiles = batch * heads * pattern.rows * (pattern.block_q // _TILE)
-    one = rule.window is None and pattern.block_k == _TILE
+    tiles = batch * heads * rows * (pattern.block_q // _TILE)
+    one = rule.window is None and pattern.block_k == _TILE and not pattern.masked
     one = one and (not rule.causal or (pattern.block_q == _TILE and (size - length) % _TILE == 0))
     begun = torch.zeros(1, dtype=torch.int32, device=q.device)
+    words, base = _bits(lists)
+    if pattern.masked:
+        key = "words with a whole tile before them"
+        if key not in pattern._memo:
+            pattern._memo[key] = torch.cat([words.new_full((1, _TILE, _TILE // 32), -1), words])
+        words = pattern._memo[key]
     with torch.cuda.device_of(q):
         launch(
             _block_sparse_hopper.forward, _programs(tiles, q),
-            _described(q), _described(k, _TILE), _described(v, _TILE), _described(out), lse,
-            begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, pattern.rows,
-            lists.indices.shape[3], rule.window or 0, call.scale * LOG2E, tiles, G=heads // k.shape[1], D=width,
-            BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal, WINDOW=rule.window is not None,
-            MORE=not one, BUFFERS=_BUFFERS, STAGES=_ring(width, _BUFFERS), num_warps=4,
+            _described(q), _described(k, _TILE), _described(v, _TILE), _described(q if pattern.masked else out), lse,
+            begun, lists.indices, lists.spans, lists.order, out, *_strides(out), words, base, *_rows(lists.indices),
+            heads, length, size, rows, lists.indices.shape[3], rule.window or 0, call.scale * LOG2E, tiles,
+            G=heads // k.shape[1], D=width, BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal,
+            WINDOW=rule.window is not None, TILED=pattern.masked, ADD=add, MORE=not one, BUFFERS=_BUFFERS,
+            STAGES=_ring(width, _BUFFERS), num_warps=4,
         )  # fmt: skip
-    return out, lse
+
+
+def _bits(lists: Any) -> tuple[Tensor, Tensor]:
+    """Words and bases of lists, or what stands in for them."""
+    return (lists.spans, lists.spans) if lists.words is None or lists.base is None else (lists.words, lists.base)
 
 
 def _ring(width: int, held: int) -> int:
@@ -102,35 +126,62 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of a call that is not refused; ``dout`` is fetched as they are."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from ._block_sparse_hopper_queries import rows
 
-    from ._block_sparse_hopper_keys import keys
-    from ._block_sparse_hopper_queries import queries, rows
-
-    (batch, heads, length, width), (_, kv_heads, size, _) = q.shape, k.shape
-    pattern, rule, pairs, group = call.pattern, call.rule, batch * heads, heads // kv_heads
-    lists, turned = pattern.lists(rule), pattern.transposed(rule, group)
-    padded = pattern.rows * pattern.block_q
+    (batch, heads, length, width), pattern = q.shape, call.pattern
+    pairs, padded = batch * heads, pattern.rows * pattern.block_q
     sums = lse.new_empty(2 * pairs, padded)
-    begun = torch.zeros(2, dtype=torch.int32, device=q.device)
-    dq, dk, dv = like(q, width), like(k, width), like(v, width)
-    tiles = pairs * pattern.rows * (pattern.block_q // _TILE)
-    given = rule.window or 0, call.scale * LOG2E, call.scale
-    constants = {"G": group, "D": width, "BQ": pattern.block_q, "CAUSAL": rule.causal}
-    constants["WINDOW"] = rule.window is not None
     with torch.cuda.device_of(q):
         launch(
             rows, (padded // 32, pairs),
             out, dout, lse, lse if dlse is None else dlse.contiguous(), sums, *_strides(out), *_strides(dout), heads,
             length, padded, pairs, D=width, M=32, DLSE=dlse is not None, num_warps=4,
         )  # fmt: skip
+    dq, dk, dv = like(q, width), like(k, width), like(v, width)
+    _launch_backward(q, k, v, call, sums, dout, dq, dk, dv, pattern.rows, False)
+    return dq, dk, dv
+
+
+def add_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Any, lse: Tensor, delta: Tensor, dout: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, add: bool,
+) -> None:  # fmt: skip
+    """What :func:`.block_sparse.add_backward` does, for a call that is not refused."""
+    pattern, length = call.pattern, q.shape[2]
+    sums = lse.new_zeros(2, q.shape[0] * q.shape[1], pattern.rows * _TILE)
+    sums[0].fill_(torch.inf)
+    sums[0, :, :length] = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E).flatten(0, 1)
+    sums[1, :, :length] = delta.flatten(0, 1)
+    rows = pattern.busy if add else pattern.rows
+    _launch_backward(q, k, v, call, sums.flatten(0, 1), dout, dq, dk, dv, rows, add)
+
+
+def _launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Any, sums: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    rows: int, add: bool,
+) -> None:  # fmt: skip
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ._block_sparse_hopper_keys import keys
+    from ._block_sparse_hopper_queries import queries
+
+    (batch, heads, length, width), (_, kv_heads, size, _) = q.shape, k.shape
+    pattern, rule, pairs, group = call.pattern, call.rule, batch * heads, heads // kv_heads
+    lists, turned, padded = pattern.lists(rule), pattern.transposed(rule, group), sums.shape[1]
+    begun = torch.zeros(2, dtype=torch.int32, device=q.device)
+    given = rule.window or 0, call.scale * LOG2E, call.scale
+    constants = {"G": group, "D": width, "BQ": pattern.block_q, "CAUSAL": rule.causal}
+    constants |= {"WINDOW": rule.window is not None, "TILED": pattern.masked}
+    stored = [_described(x if pattern.masked else y) for x, y in ((q, dq), (k, dk), (v, dv))]
+    tiles = pairs * rows * (pattern.block_q // _TILE)
+    with torch.cuda.device_of(q):
         launch(
             queries, _programs(tiles, q),
-            _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), _described(dq), sums,
-            begun, lists.indices, lists.spans, lists.order, *_rows(lists.indices), heads, length, size, padded, pairs,
-            pattern.rows, lists.indices.shape[3], *given, tiles, BK=pattern.block_k, N=_TILE, STAGES=_ring(width, 2),
-            num_warps=4, **constants,
+            _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), stored[0], sums,
+            begun, lists.indices, lists.spans, lists.order, dq, *_strides(dq), *_bits(lists), *_rows(lists.indices),
+            heads, length, size, padded, pairs, rows, lists.indices.shape[3], *given, tiles, BK=pattern.block_k,
+            N=_TILE, ADD=add, STAGES=_ring(width, 2), num_warps=4, **constants,
         )  # fmt: skip
         parts = turned.indices.shape[2]
         tiles = batch * kv_heads * parts * (pattern.tile // _TILE)
@@ -139,9 +190,9 @@ def backward(
         )
         launch(
             keys, _programs(tiles, q),
-            _described(q), _described(k), _described(v), _described(dout), described, _described(dk), _described(dv),
-            begun[1:], turned.indices, turned.spans, turned.order, *_rows(turned.indices),
-            *_rows(turned.order[..., None]), kv_heads, length, size, pairs, parts, turned.indices.shape[3], *given,
-            tiles, TILE=pattern.tile, M=_TILE // 2, STAGES=_STAGES, num_warps=4, **constants,
+            _described(q), _described(k), _described(v), _described(dout), described, *stored[1:],
+            begun[1:], turned.indices, turned.spans, turned.order, dk, *_strides(dk), dv, *_strides(dv),
+            *_bits(turned), *_rows(turned.indices), *_rows(turned.order[..., None]), kv_heads, length, size, pairs,
+            parts, turned.indices.shape[3], *given, tiles, TILE=pattern.tile, M=_TILE // 2, STAGES=_STAGES,
+            num_warps=4, **constants,
         )  # fmt: skip
-    return dq, dk, dv
