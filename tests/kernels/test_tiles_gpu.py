@@ -90,8 +90,6 @@ def test_auto_takes_the_kernels_and_waits_for_nothing():
 def test_offsets_past_31_bits():
     """Keys whose rows lie 2^20 numbers apart, so that the last ones are 2^32 bytes away."""
     length, step = 2400, 2**20
-    if torch.cuda.mem_get_info()[0] < 2 * length * step + 2**31:
-        pytest.skip("needs 70 GB")
     room = torch.empty(length * step, device="cuda", dtype=torch.bfloat16)
     k = room.as_strided((1, 1, length, 64), (0, 0, step, 1)).normal_()
     q = torch.randn(1, 1, length, 64, device="cuda", dtype=torch.bfloat16)

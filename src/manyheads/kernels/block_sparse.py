@@ -12,8 +12,13 @@ a bit for each block: their backward pass costs what the tiles cost that any key
 Forward and backward each ask whether the kernels for Hopper (:mod:`.block_sparse_hopper`) take the call; what these
 refuse runs in Triton. Output and log-sum-exp mean the same, so that a forward of one goes with a backward of the
 other. No kernel takes the place of another after a failure.
+
+:func:`add_forward` and :func:`add_backward` take tiles with bits in place of a block pattern, and put what they find
+together with what other keys gave; :mod:`manyheads.parallel._partial` says what that is.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -173,18 +178,18 @@ def add_forward(q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse: Te
         add: they hold those of other keys, and hold those of both in the end; otherwise they are overwritten.
     """
     q, k, v = dense(q), dense(k), dense(v)
-    if block_sparse_hopper.refusal(q, k, v, call) is None:
-        return block_sparse_hopper.add_forward(q, k, v, call, out, lse, add)
-    _once("forward", q, k, v, add, lambda: _launch_forward(q, k, v, call, out, lse, add))
-    return _launch_forward(q, k, v, call, out, lse, add)
+    hopper = block_sparse_hopper.refusal(q, k, v, call) is None
+    way = block_sparse_hopper.add_forward if hopper else _launch_forward
+    _once((hopper, add), q, k, v, partial(way, q, k, v, call, out, lse, add))
 
 
-def _once(name: str, q: Tensor, k: Tensor, v: Tensor, add: bool, run: Any) -> None:
-    """Compile the kernels of a kind of call with a tile pattern, at once, before the first of them."""
-    kind = name, q.dtype, q.device, q.shape[1], k.shape[1], q.shape[3], v.shape[3], add
+def _once(how: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor, run: Callable[[], None]) -> None:
+    """Run; before the first call of a kind with a tile pattern compile its kernels, at once."""
+    kind = how, q.dtype, q.device, q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     if kind not in _compiled:
         _compiled.add(kind)
         compile_together(run)
+    run()
 
 
 def backward(
@@ -216,11 +221,12 @@ def add_backward(
     """
     q, k, v, dout = dense(q), dense(k), dense(v), dense(dout.to(q.dtype))
     lse, delta = lse.contiguous(), delta.contiguous()
-    if block_sparse_hopper.refusal(q, k, v, call, dout) is None:
-        return block_sparse_hopper.add_backward(q, k, v, call, lse, delta, dout, dq, dk, dv, add)
-    given = q, k, v, call, q, lse, lse, delta, dout, dq, dk, dv, {"DLSE": False, "GIVEN": True, "ADD": add}
-    _once("backward", q, k, v, add, lambda: _launch_backward(*given))
-    return _launch_backward(*given)
+    hopper = block_sparse_hopper.refusal(q, k, v, call, dout) is None
+    run = partial(block_sparse_hopper.add_backward, q, k, v, call, lse, delta, dout, dq, dk, dv, add)
+    if not hopper:
+        how = {"DLSE": False, "GIVEN": True, "ADD": add}
+        run = partial(_launch_backward, q, k, v, call, q, lse, lse, delta, dout, dq, dk, dv, how)
+    _once((hopper, add, True), q, k, v, run)
 
 
 def _launch_backward(
