@@ -54,18 +54,14 @@ from .prompt_chunks import begin_forward, watch_generate
 from .prompts_reduced import reduce_prompts
 from .reduced import reduce_tokens
 from .second_reading import read_again
-from .shared_experts import share_experts
-from .shared_tokens import share_tokens
+from .shared_experts import share_parts
 from .site_search import architectures, find_sites
 from .sites import ATTENTION, SiteState, is_eager, register
 
 __all__ = ["Port", "architectures", "find_sites", "load_cache", "new_cache", "prefill", "save_cache"]
 
 _OPENING = threading.RLock()  # ports of one model may open in several threads
-_ACTS = (
-    watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, place_images, count_forwards, share_tokens,
-    share_experts,
-)  # fmt: skip
+_ACTS = (watch_blocks, add_in_blocks, reduce_tokens, reduce_prompts, place_images, count_forwards, share_parts)
 _EXCLUSIVE: dict[type[Strategy], str] = {AttentionCompute: "computes the output", Cache: "keeps the cache"}
 
 
