@@ -21,7 +21,9 @@ from .shared_tokens import SharedTokens, share_tokens
 
 __all__ = ["share_experts", "share_parts"]
 
-_PLAIN = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False}
+_PLAIN = {
+    "has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False,
+}  # fmt: skip
 
 
 def share_parts(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, BoundStrategy]]) -> Callable[[], None]:
