@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache
 
 from ..call import AttentionCall, Site
 from ..errors import UserError
-from ..parallel import World
+from ..parallel._context import World
 from ..parallel._runs import causal_runs
 from ..parallelism import ContextParallelism, SharedAttention
 from ..strategy import AttentionCompute, LinearCompute, Strategy
@@ -41,7 +41,8 @@ from .shared_decoding import Decoded, SharedCache
 from .sites import SiteState
 
 if TYPE_CHECKING:
-    from ..parallel import AttnMask, Layout
+    from ..parallel._layouts import Layout
+    from ..parallel._masks import AttnMask
 
 __all__ = ["SharedTokens", "among", "share_tokens"]
 
@@ -63,7 +64,10 @@ def among(strategies: Sequence[Strategy], mesh: Any) -> tuple[Strategy, ...]:
         UserError: no strategy shares tokens, there are no processes, or the mesh has several dimensions.
     """
     if not any(isinstance(one, ContextParallelism) for one in strategies):
-        raise UserError("mesh= names processes that share tokens, and no strategy does: add one, as loongtrain")
+        raise UserError(
+            "mesh= names processes that share tokens, and no strategy does: add one, see `manyheads list --category "
+            "parallel`"
+        )
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise UserError(f"tokens are shared along one dimension of a mesh: give one, as mesh[{_names(mesh)[-1]!r}]")
