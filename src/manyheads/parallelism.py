@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from .strategy import Strategy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from .attention.recurrence import DecayState
     from .call import AttentionCall
     from .parallel import AttnMask, Layout, World
-    from .parallel._experts import FeedForward
 
 __all__ = [
     "ContextParallelism", "ExpertParallelism", "FrontedAttention", "SharedAttention", "SharedExperts", "SharedStates",
@@ -87,16 +88,20 @@ class ContextParallelism(Strategy, ABC):
 
 
 class SharedExperts(Protocol):
-    """Experts of which each process has some; :class:`manyheads.parallel.ExpertParallel` is one.
+    """Experts of which each process has some; :class:`manyheads.parallel.ExpertParallel` is one."""
 
-    Attributes:
-        mine: experts of this process.
-    """
+    def mixture(
+        self, x: "Tensor", index: "Tensor", weight: "Tensor", gate_up: "Tensor", down: "Tensor",
+        gate: "Callable[[Tensor], Tensor]",
+    ) -> "Tensor":  # fmt: skip
+        """Outputs ``[T, D]`` of this process's tokens, by the experts that they chose, wherever these are.
 
-    mine: slice
-
-    def __call__(self, x: "Tensor", index: "Tensor", weight: "Tensor", compute: "FeedForward") -> "Tensor":
-        """Outputs ``[T, D]`` of this process's tokens ``[T, D]``, which chose experts ``[T, k]`` with weights."""
+        Args:
+            x: ``[T, D]``.
+            index, weight: ``[T, k]``, experts chosen and their weights.
+            gate_up, down: ``[E, 2 I, D]`` and ``[E, D, I]`` of all experts, of which a process uses its own.
+            gate: gates and values ``[m, 2 I]`` -> ``[m, I]``.
+        """
 
 
 class ExpertParallelism(Strategy, ABC):

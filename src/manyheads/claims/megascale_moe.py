@@ -10,7 +10,7 @@ On two GPUs dispatches, blocks and sums are timed. The paper's crossover of disp
 Seen before the sizes were set: bytes of dispatches and attention in tests on 2 to 8 processes (by the formulas), bytes
 held by a block of other sizes (27 % and 46 % of all), errors of sums of gradients (those that the notes give), and a
 quick run: four processes, two draws, two steps of training. A first full run on a CPU had two seeds, which left the
-losses of two sums inconclusive; three decide.
+losses of two sums inconclusive; then three.
 """
 
 from typing import Any

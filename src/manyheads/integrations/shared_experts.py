@@ -14,16 +14,32 @@ from torch import Tensor, nn
 
 from ..call import Site
 from ..errors import UserError
-from ..parallel._context import World
-from ..parallel._experts import Sorted, grouped
 from ..parallelism import ExpertParallelism, SharedExperts
 from .hook_chain import BoundStrategy
 from .module_calls import wrap_call
-from .shared_tokens import SharedTokens
+from .shared_tokens import SharedTokens, share_tokens
 
-__all__ = ["share_experts"]
+__all__ = ["share_experts", "share_parts"]
 
-_PLAIN = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False}
+_PLAIN = {
+    "has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False,
+}  # fmt: skip
+
+
+def share_parts(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, BoundStrategy]]) -> Callable[[], None]:
+    """Share the tokens of ``model``, and its experts, where strategies say so; gives a function that undoes it."""
+    restorers = [share_tokens(model, entries)]
+    try:
+        restorers.append(share_experts(model, entries))
+    except BaseException:
+        restorers[0]()
+        raise
+
+    def restore() -> None:
+        while restorers:
+            restorers.pop()()
+
+    return restore
 
 
 def share_experts(model: nn.Module, entries: Sequence[tuple[Site, nn.Module, BoundStrategy]]) -> Callable[[], None]:
@@ -59,20 +75,16 @@ def _weights(module: nn.Module) -> bool:
     return all(x is not None and x.ndim == 3 for x in both)
 
 
-def _around(module: Any, strategy: ExpertParallelism, world: World) -> Callable[..., Tensor]:
+def _around(module: Any, strategy: ExpertParallelism, world: Any) -> Callable[..., Tensor]:
     """The call of a layer's experts on this process's tokens."""
     shared: dict[int, SharedExperts] = {}
 
     def call(_: Callable[..., Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        top_k, experts = top_k_index.shape[1], len(module.gate_up_proj)
+        top_k = top_k_index.shape[1]
         if top_k not in shared:
-            shared[top_k] = strategy.share_experts(world, experts, top_k, hidden_states[:1].nbytes)
-        mine = shared[top_k].mine
-
-        def compute(rows: Sorted) -> Tensor:
-            inner = module._apply_gate(grouped(rows.x, module.gate_up_proj[mine], rows.counts))
-            return grouped((inner * rows.weight[:, None]).to(rows.x.dtype), module.down_proj[mine], rows.counts)
-
-        return shared[top_k](hidden_states, top_k_index, top_k_weights, compute)
+            given = len(module.gate_up_proj), top_k, hidden_states[:1].nbytes
+            shared[top_k] = strategy.share_experts(world, *given)
+        weights = module.gate_up_proj, module.down_proj
+        return shared[top_k].mixture(hidden_states, top_k_index, top_k_weights, *weights, module._apply_gate)
 
     return call

@@ -54,8 +54,7 @@ from .prompt_chunks import begin_forward, watch_generate
 from .prompts_reduced import reduce_prompts
 from .reduced import reduce_tokens
 from .second_reading import read_again
-from .shared_experts import share_experts
-from .shared_tokens import share_tokens
+from .shared_experts import share_parts
 from .site_search import architectures, find_sites
 from .sites import ATTENTION, SiteState, is_eager, register
 
@@ -130,8 +129,7 @@ class Port:
             linears = compute_linear(self, linear, chosen, self._restorers)
             for act in _ACTS:
                 self._restorers.append(act(self.model, self._entries))
-            self._restorers.append(share_tokens(self.model, self._entries + linears))
-            self._restorers.append(share_experts(self.model, self._entries))
+            self._restorers.append(share_parts(self.model, self._entries + linears))
             self._ran = False
 
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

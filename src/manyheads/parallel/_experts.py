@@ -142,6 +142,17 @@ class ExpertParallel:
         out = route.home(compute(route.arrive()))
         return out if beside is None else out + beside
 
+    def mixture(
+        self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, gate: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The same with the weights of all experts at hand, see :class:`manyheads.parallelism.SharedExperts`."""
+
+        def compute(rows: Sorted) -> Tensor:
+            inner = gate(grouped(rows.x, gate_up[self.mine], rows.counts)) * rows.weight[:, None]
+            return grouped(inner.to(rows.x.dtype), down[self.mine], rows.counts)
+
+        return self(x, index, weight, compute)
+
     def send(self, x: Tensor, index: Tensor, weight: Tensor) -> Route:
         """Send tokens to the experts that they chose; what needs none of them can be computed until they arrive.
 

@@ -90,8 +90,10 @@ def dispatch_times(world: World, dispatch: Dispatch, experts: int, top_k: int, g
     return _clocked(lambda: shared(x, index, weight, _weighted).backward(x.detach()), given["rounds"])
 
 
-def block_times(world: World, held: Held, config: MoeConfig, given: Mapping[str, int]) -> tuple[int, list[float]]:
-    """Bytes of activations at their most, and seconds of forward and back, of a block in bfloat16."""
+def block_times(
+    world: World, held: Held, config: MoeConfig, given: Mapping[str, int]
+) -> tuple[int, int, list[float]]:  # fmt: skip
+    """Of a block in bfloat16: bytes held after its forward, the most until its gradients are there, and seconds."""
     torch.manual_seed(0)
     block = MoeBlock(config, world, "all_to_all", held).to("cuda", torch.bfloat16)
     x = torch.randn(1, given["tokens"], config.dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -102,12 +104,13 @@ def block_times(world: World, held: Held, config: MoeConfig, given: Mapping[str,
 
     act()  # gradients are there from now on
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = block(x, lengths)
     held_now = torch.cuda.memory_allocated() - before - out.nbytes
     out.backward(x.detach())
     del out
-    return held_now, _clocked(act, given["rounds"])
+    return held_now, torch.cuda.max_memory_allocated() - before, _clocked(act, given["rounds"])
 
 
 def sum_times(world: World, kind: Format, plain: bool, given: Mapping[str, int]) -> list[float]:

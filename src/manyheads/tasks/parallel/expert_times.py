@@ -39,6 +39,7 @@ class ExpertTimes(Task):
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("dispatch_time", "both ways of a layer, forward and back, ms", "ms", kind="time"),
         Metric("block_held", "activations that a block holds, MB", "MB"),
+        Metric("block_peak", "most memory that a block takes, forward and back, MB", "MB"),
         Metric("block_time", "a block forward and back, ms", "ms", kind="time"),
         Metric("sum_time", "each process gets its part of a sum, ms", "ms", kind="time"),
     )
@@ -76,8 +77,9 @@ class ExpertTimes(Task):
         if "held" in arm.options:
             given = {**given, "tokens": self.block_tokens}
             found = pool.run(runs.block_times, arm.options["held"], self.config, given)
-            yield from self.each("block_held", arm, [held / 1e6 for held, _ in found])
-            yield from self.each("block_time", arm, _slowest([times for _, times in found]))
+            yield from self.each("block_held", arm, [held / 1e6 for held, _, _ in found])
+            yield from self.each("block_peak", arm, [most / 1e6 for _, most, _ in found])
+            yield from self.each("block_time", arm, _slowest([times for _, _, times in found]))
         if "sum" in arm.options and "ring" not in arm.options:
             every = pool.run(runs.sum_times, arm.options["sum"], arm.options["sum"] == "float32", given)
             yield from self.each("sum_time", arm, _slowest(every))
