@@ -225,7 +225,8 @@ def test_verb_models_worlds_that_are_not_here():
         (["--masks", "plaid"], "no mask 'plaid'"), (["--methods", "pigeons"], "no method 'pigeons'"),
         (["--tokens", "many"], "a number of tokens is"), (["--dtype", "int3"], "no dtype 'int3'"),
         (["--world", "9", "--tokens", "8"], "cannot be shared by 9"), (["--backend", "mpi"], "no backend 'mpi'"),
-        (["--model-only", "--backend", "gloo"], "leave --backend away"), (["--efficiency", "x.json"], "goes with --model-only"),
+        (["--model-only", "--backend", "gloo"], "leave --backend away"),
+        (["--efficiency", "x.json"], "goes with --model-only"),
         (["--model-only", "--cluster", "abacus"], "no cluster 'abacus'"),
     ],
 )  # fmt: skip

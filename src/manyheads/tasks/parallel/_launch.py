@@ -34,7 +34,7 @@ class Pool(Protocol):
     """What runs a function in each process."""
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(world, *args)`` gives in each process, by rank; see :meth:`manyheads.parallel.Processes.run`."""
+        """What ``function(world, *args)`` gives in each process, by rank, as by :class:`.Processes`."""
 
 
 class _Started:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods would do among many processes: work and bytes counted, times modelled; and areas as published code counts."""
+"""What methods would do among many processes: work and bytes counted, times modelled; and areas as others count."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class ModelledAttention(Task):
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
-            WorkUnit(self.key, f"{mask}.{ranks}.{draw}", float(ranks), f"{mask}, {ranks}", {"mask": mask, "draw": draw, "ranks": ranks})
+            WorkUnit(
+                self.key, f"{mask}.{ranks}.{draw}", float(ranks), f"{mask}, {ranks}",
+                {"mask": mask, "draw": draw, "ranks": ranks},
+            )
             for mask in self.masks
             for ranks in self.ranks
             for draw in range(self.draws)
