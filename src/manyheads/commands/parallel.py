@@ -88,7 +88,7 @@ def _measure(options: dict[str, Any], out: Path | None, resume: Path | None, as_
     if resume is not None:
         options, out = _resumed(resume, options, out), resume
     task = _task(options)
-    if not _launch.leads():
+    if not _launch.leads(task.backend):
         _launch.serve(task.backend)
         return
     folder, finished = folder_for(out, options)
@@ -126,7 +126,9 @@ def _task(options: dict[str, Any]) -> ContextAttention:
 
     names = ("backend", "heads", "kv_heads", "width", "dtype", "backward", "node", "rounds", "cluster")
     fields = {name: options[name] for name in names if name in options}
-    here = _launch.size() if _launch.started() else 4
+    here = _launch.size(options.get("backend", "gloo")) if _launch.started() else 4
+    if _launch.started() and options.get("world", here) != here:
+        raise UserError(f"torchrun has started {here} processes: give --world {here}, or leave it away")
     if "tokens" in options:
         fields["tokens"] = _tokens(options["tokens"])
     return ContextAttention(

@@ -191,7 +191,7 @@ def _needed_evenly(mine: Ints, owner: int, keys: Runs, lengths: Ints, own: Ints)
     kept = (_covered(first, last, keys.edges[own + 1]) - _covered(first, last, keys.edges[own])).sum()
     share = lengths.astype(float)
     share[owner] = 0
-    found = np.rint(share * ((total - kept) / (share.sum() or 1))).astype(np.int64)
+    found: Ints = np.rint(share * ((total - kept) / (share.sum() or 1))).astype(np.int64)
     found[owner] = kept
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...experiment import Metric, Row, RunContext, Task, WorkUnit
 from ...parallel import AttnMask, AttnSlice
@@ -74,7 +74,7 @@ class ModelledAttention(Task):
             ranks=ranks, tokens=ranks * self.tokens, heads=self.heads, kv_heads=self.kv_heads, width=self.width,
             cluster=self.cluster, seed=draw,
         )  # fmt: skip
-        sample = {"sample": f"{mask}.{draw}", "at": {"mask": mask, "ranks": ranks}}
+        sample: dict[str, Any] = {"sample": f"{mask}.{draw}", "at": {"mask": mask, "ranks": ranks}}
         for row in modelled(setting, [mask], ways):
             arm = ways[row["method"]]
             yield self.row("can", arm, "why" not in row, **sample)
