@@ -9,8 +9,8 @@ Nothing is measured here. Three tables of others:
   among 8 to 256 H100. A latency and a bandwidth are fitted, alone and with a start-up and pieces of the scan.
 - MagiAttention's figure of causal texts: TFLOP/s of an H100 among 8 to 64, 8,192 tokens each, 64 heads with 8 of keys,
   read off. Nothing is fitted; ``order`` is Kendall's tau of the methods at a number of devices.
-- LoongTrain (arXiv 2406.18485): 32 A100, 131,072 tokens with 32 heads and 8 of keys: sharing heads among 8 is ahead of 1
-  and of 32. Nothing is fitted.
+- LoongTrain (arXiv 2406.18485): 32 A100, 131,072 tokens with 32 heads and 8 of keys: sharing heads among 8 is ahead
+  of 1 and of 32. Nothing is fitted.
 """
 
 import argparse
@@ -34,7 +34,8 @@ ZECO = {
 }  # fmt: skip
 FITTED = 32  # processes from which on the fit counts
 MAGI = {  # by method of ours: TFLOP/s at 8, 16, 32, 64 devices, forward and backward
-    "group_cast": ((387, 305, 275, 207), (335, 353, 325, 242)), "all_gather": ((288, 292, 240, 180), (179, 155, 104, 55)),
+    "group_cast": ((387, 305, 275, 207), (335, 353, 325, 242)),
+    "all_gather": ((288, 292, 240, 180), (179, 155, 104, 55)),
     "usp": ((260, 252, 255, 191), (325, 309, 284, 195)), "loongtrain": ((259, 252, 208, 193), (321, 253, 179, 171)),
     "ulysses": ((278, 198, 186, 163), (332, 294, 276, 248)), "ring": ((89, 68, 48, 28), (97, 86, 57, 29)),
 }  # fmt: skip

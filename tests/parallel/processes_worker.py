@@ -41,7 +41,7 @@ def die(world):
 
 
 def sent(world, cases, size, heads, kv_heads, width):
-    """Bytes by exchange and receiver of the forward pass, and of both, of each case (mask, method, processes of a machine)."""
+    """Bytes by exchange and receiver, forward and of both ways, of cases (mask, method, processes of a machine)."""
     found = []
     for mask_name, method, node in cases:
         mask = pattern(mask_name, size, 1)

@@ -209,14 +209,33 @@ def test_verb_measures_refuses_and_goes_on(tmp_path):
     assert json.loads(again.stdout)["rows"] == found["rows"]  # read, not measured once more
 
 
-def test_verb_models_worlds_that_are_not_here():
+def test_verb_models_worlds_that_are_not_here(tmp_path):
     done = CliRunner().invoke(app, ["parallel", "--model-only", "--world", "64", "--tokens", "64k", "--masks", "causal",
                                     "--methods", "ring,ulysses,usp", "--heads", "32", "--json"])  # fmt: skip
     rows = {row["method"]: row for row in json.loads(done.stdout)["rows"]}
     assert "cannot be shared by 64" in rows["ulysses"]["why"] and rows["usp"]["heads"] == 8
     assert 0 < rows["usp"]["modelled_mean"] <= rows["usp"]["modelled"] and math.isfinite(rows["ring"]["rate"])
-    shown = CliRunner().invoke(app, ["parallel", "--model-only", "--world", "8", "--tokens", "8k", "--masks", "full"])
-    assert "Modelled, not measured" in shown.output
+    curve = tmp_path / "curve.json"
+    given = [
+        "parallel",
+        "--model-only",
+        "--world",
+        "8",
+        "--tokens",
+        "8k",
+        "--masks",
+        "full",
+        "--efficiency",
+        str(curve),
+    ]
+    curve.write_text(json.dumps({"curve": {"lengths": [64, 128], "shares": [0.01, 0.02]}}))
+    shown = CliRunner().invoke(app, [*given, "--out", str(tmp_path)])
+    assert "Modelled, not measured" in shown.output and "measured, curve.json" in shown.output
+    assert "Nothing here was measured" in (tmp_path / "report.html").read_text()
+    slow = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)["rows"]
+    assert all(row["rate"] < 0.02 * 989 for row in slow)
+    curve.write_text("{}")
+    assert "holds no curve" in str(CliRunner().invoke(app, given).exception)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +244,8 @@ def test_verb_models_worlds_that_are_not_here():
         (["--masks", "plaid"], "no mask 'plaid'"), (["--methods", "pigeons"], "no method 'pigeons'"),
         (["--tokens", "many"], "a number of tokens is"), (["--dtype", "int3"], "no dtype 'int3'"),
         (["--world", "9", "--tokens", "8"], "cannot be shared by 9"), (["--backend", "mpi"], "no backend 'mpi'"),
-        (["--model-only", "--backend", "gloo"], "leave --backend away"), (["--efficiency", "x.json"], "goes with --model-only"),
+        (["--model-only", "--backend", "gloo"], "leave --backend away"),
+        (["--efficiency", "x.json"], "goes with --model-only"),
         (["--model-only", "--cluster", "abacus"], "no cluster 'abacus'"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ def test_results_by_rank_and_errors_of_the_user():
         assert all(one == {"rank": r, "size": 2, "node": 1, "sum": 3.0, "given": 7} for r, one in enumerate(found))
         assert [one["given"] for one in pool.run(worker.answer, 8)] == [8, 8]  # it stays up
         assert len(set(running()) - before) == 2  # the control: they would be seen
-        with pytest.raises(UserError, match="^give it something else$"):
+        with pytest.raises(UserError, match=r"^give it something else$"):
             pool.run(worker.refuse)
         with pytest.raises(RuntimeError, match="have ended"):
             pool.run(worker.answer, 7)

@@ -88,7 +88,7 @@ def _measure(options: dict[str, Any], out: Path | None, resume: Path | None, as_
     if resume is not None:
         options, out = _resumed(resume, options, out), resume
     task = _task(options)
-    if not _launch.leads():
+    if not _launch.leads(task.backend):
         _launch.serve(task.backend)
         return
     folder, finished = folder_for(out, options)
@@ -108,6 +108,7 @@ def _measure(options: dict[str, Any], out: Path | None, resume: Path | None, as_
 
 
 def _results(task: ContextAttention, options: dict[str, Any], folder: Path, progress: Any) -> Results:
+    from manyheads.environment import commit
     from manyheads.experiment import Experiment
     from manyheads.experiment.runner import run
     from manyheads.tasks.parallel.context_attention import ARMS
@@ -115,7 +116,7 @@ def _results(task: ContextAttention, options: dict[str, Any], folder: Path, prog
     wanted = _methods(options)
     arms = [arm for arm in ARMS if arm.name in wanted]
     plan = Experiment(subject="processes", arms=tuple(arms), baseline=arms[0], tasks=(task,), equal="none").at("cpu")
-    about = {"command": typed(), "options": options, "kind": _KIND}
+    about = {"command": typed(), "options": options, "kind": _KIND, "commit": commit()}
     return run(plan, folder, seed=options.get("seed", 0), progress=progress, about=about)
 
 
@@ -125,11 +126,14 @@ def _task(options: dict[str, Any]) -> ContextAttention:
 
     names = ("backend", "heads", "kv_heads", "width", "dtype", "backward", "node", "rounds", "cluster")
     fields = {name: options[name] for name in names if name in options}
-    here = _launch.size() if _launch.started() else 4
+    here = _launch.size(options.get("backend", "gloo")) if _launch.started() else 4
+    if _launch.started() and options.get("world", here) != here:
+        raise UserError(f"torchrun has started {here} processes: give --world {here}, or leave it away")
     if "tokens" in options:
         fields["tokens"] = _tokens(options["tokens"])
     return ContextAttention(
-        ranks=options.get("world", here), masks=tuple(_items(options.get("masks"))), seed=options.get("seed", 0), **fields
+        ranks=options.get("world", here), masks=tuple(_items(options.get("masks"))), seed=options.get("seed", 0),
+        **fields,
     )  # fmt: skip
 
 

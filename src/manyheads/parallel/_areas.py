@@ -77,7 +77,8 @@ def _under(q0: Ints, q1: Ints, k0: Ints, k1: Ints, most: Ints) -> Ints:
 
     def up_to(x: Ints) -> Ints:
         y = x.clip(0, n + 1)
-        return y * (y - 1) // 2 + n * (x - n - 1).clip(0)
+        found: Ints = y * (y - 1) // 2 + n * (x - n - 1).clip(0)
+        return found
 
     return up_to(q1 + start) - up_to(q0 + start)
 
@@ -190,7 +191,7 @@ def _needed_evenly(mine: Ints, owner: int, keys: Runs, lengths: Ints, own: Ints)
     kept = (_covered(first, last, keys.edges[own + 1]) - _covered(first, last, keys.edges[own])).sum()
     share = lengths.astype(float)
     share[owner] = 0
-    found = np.rint(share * ((total - kept) / (share.sum() or 1))).astype(np.int64)
+    found: Ints = np.rint(share * ((total - kept) / (share.sum() or 1))).astype(np.int64)
     found[owner] = kept
     return found
 
@@ -204,4 +205,5 @@ def _covered(first: Ints, last: Ints, edges: Ints) -> Ints:
     before = np.concatenate([[0], np.cumsum(ends - starts)])
     at = np.searchsorted(starts, edges, "right")
     inside = np.minimum(edges, ends[np.maximum(at - 1, 0)]) - starts[np.maximum(at - 1, 0)]
-    return np.where(at > 0, before[np.maximum(at - 1, 0)] + inside, 0)
+    found: Ints = np.where(at > 0, before[np.maximum(at - 1, 0)] + inside, 0)
+    return found

@@ -107,7 +107,7 @@ class Counts:
     @property
     def heads(self) -> int:
         """Processes that share heads among them."""
-        return self.grid.shape[1]
+        return int(self.grid.shape[1])
 
     @property
     def kv_heads(self) -> int:

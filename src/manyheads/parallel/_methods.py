@@ -3,7 +3,8 @@
 
 The Long-Context Attention Benchmark (arXiv 2510.17896) compares the first five, all with its one layout, a zigzag
 within each document, which it pads to a multiple of twice the processes; here nothing is padded. ``group_cast`` is
-MagiAttention's exchange over the layout that :mod:`._layouts` searches for, ``group_cast_2d`` the same with heads shared.
+MagiAttention's exchange over the layout that :mod:`._layouts` searches for, ``group_cast_2d`` the same where heads are
+shared too.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ short sequences here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import UserError
 from ..parallelism import ContextParallelism
@@ -45,14 +45,14 @@ class LongcaBench(ContextParallelism):
         backward: whether gradients are asked for.
     """
 
-    method: str = "auto"
-    heads: int = 32
-    kv_heads: int = 8
-    width: int = 128
-    itemsize: int = 2
-    cluster: str = "h100"
-    node: int = 0
-    backward: bool = True
+    method: str = field(default="auto", metadata={"help": f"auto for the fastest, or {', '.join(METHODS)}"})
+    heads: int = field(default=32, metadata={"help": "of queries, for which times are modelled"})
+    kv_heads: int = field(default=8, metadata={"help": "of keys"})
+    width: int = field(default=128, metadata={"help": "channels of a head"})
+    itemsize: int = field(default=2, metadata={"help": "bytes of a number"})
+    cluster: str = field(default="h100", metadata={"help": "for which times are modelled: h100 or a100"})
+    node: int = field(default=0, metadata={"help": "processes of a machine; 0: the cluster's"})
+    backward: bool = field(default=True, metadata={"help": "whether gradients are asked for"})
 
     def __post_init__(self) -> None:
         """Refuse names that are none."""

@@ -77,7 +77,8 @@ def table(results: Results) -> Table:
     memory, checked = any("memory" in row for row in rows), any("error" in row for row in rows)
     fastest = _fastest(rows, "slowest")
     columns = [
-        Column("mask", text=True), Column("method", text=True), Column("grid", "heads x tokens"), Column("layout", text=True),
+        Column("mask", text=True), Column("method", text=True), Column("grid", "heads x tokens"),
+        Column("layout", text=True),
         *([Column("error", "to float64")] * checked), *([Column("ratio", "to one process")] * (checked and half)),
         Column("sent"), Column("formula"), Column("needed"), Column("between", "machines"), Column("balance"),
         Column("slowest", "ms"), Column("mean", "ms"), Column("rate", "TFLOP/s"), *([Column("memory")] * memory),
@@ -111,7 +112,8 @@ def table(results: Results) -> Table:
     way = "forward and backward" if setting["backward"] else "forward"
     title = (
         f"{setting['ranks']} processes, {setting['backend']}, {setting['tokens']:,} tokens, {setting['heads']} heads "
-        f"with {setting['kv_heads']} of keys, {setting['width']} channels, {setting['dtype']}, {way}; times of {_machine(run)}"
+        f"with {setting['kv_heads']} of keys, {setting['width']} channels, {setting['dtype']}, {way}; "
+        f"times of {_machine(run)}"
     )
     return Table(columns, made_rows, title, labels=2)
 
@@ -147,6 +149,11 @@ def _refusals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{method} on {', '.join(masks)}: {why}" for (method, why), masks in reasons.items()]
 
 
+def _refused(rows: Sequence[Mapping[str, Any]]) -> Section:
+    reasons = _refusals(rows)
+    return Section("What could not be done", [Notes(reasons)] if reasons else [])
+
+
 def _headlines(rows: Sequence[Mapping[str, Any]]) -> list[Headline]:
     ran = [row for row in rows if "why" not in row]
     off = [row for row in ran if row["formula_gap"]]
@@ -172,7 +179,7 @@ def page(results: Results) -> Page:
     return Page(
         "Attention that processes share", "How methods share attention, on each mask", shown.title, _headlines(rows),
         [
-            Section("Methods", [shown]), Section("What could not be done", [Notes(_refusals(rows))] if _refusals(rows) else []),
+            Section("Methods", [shown]), _refused(rows),
             Section("Read with care", [Notes(_CARE)]),
             made(run, facts, "The rows are in the folder units beside this page.", "made in Python"),
         ],
@@ -191,7 +198,8 @@ def modelled_table(found: Mapping[str, Any]) -> Table:
     setting, rows = found["setting"], found["rows"]
     fastest = _fastest(rows, "modelled")
     columns = [
-        Column("mask", text=True), Column("method", text=True), Column("heads", "shared by"), Column("layout", text=True),
+        Column("mask", text=True), Column("method", text=True), Column("heads", "shared by"),
+        Column("layout", text=True),
         Column("balance"), Column("sent", "a process"), Column("needed"), Column("between", "machines"),
         Column("slowest", "modelled ms"), Column("mean", "modelled ms"), Column("rate", "TFLOP/s"),
     ]  # fmt: skip
@@ -212,8 +220,8 @@ def modelled_table(found: Mapping[str, Any]) -> Table:
     way = "forward and backward" if setting["backward"] else "forward"
     title = (
         f"Modelled, not measured: {setting['ranks']:,} devices of {setting['cluster']}, {setting['node']} a machine, "
-        f"{setting['tokens']:,} tokens, {setting['heads']} heads with {setting['kv_heads']} of keys, {setting['dtype']}, {way}; "
-        f"efficiency {setting['efficiency']}"
+        f"{setting['tokens']:,} tokens, {setting['heads']} heads with {setting['kv_heads']} of keys, "
+        f"{setting['dtype']}, {way}; efficiency {setting['efficiency']}"
     )
     return Table(columns, made_rows, title, labels=2)
 
@@ -232,7 +240,7 @@ def modelled_page(found: Mapping[str, Any], run: Mapping[str, Any]) -> Page:
         [Headline("Nothing here was measured.", "Modelled")],
         [
             Section("Methods", [shown]),
-            Section("What could not be done", [Notes(_refusals(found["rows"]))] if _refusals(found["rows"]) else []),
+            _refused(found["rows"]),
             made(run, [], _CARE[-1], "made in Python"),
         ],
     )  # fmt: skip

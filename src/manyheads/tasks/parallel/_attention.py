@@ -118,7 +118,8 @@ def _pass(
 ) -> tuple[tuple[float, float], list[Tensor]]:
     """Seconds of both ways, each begun by all processes at once; output and gradients."""
     start = _now(device, together=True)
-    out, _ = context.attend(*inputs)
+    q, k, v = inputs
+    out, _ = context.attend(q, k, v)
     forward, passed = _now(device) - start, 0.0
     found = [out.detach()]
     if backward:

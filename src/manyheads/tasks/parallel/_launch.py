@@ -9,7 +9,6 @@ Under torchrun the first process runs the experiment, all others :func:`serve`.
 
 from __future__ import annotations
 
-import os
 import traceback
 import weakref
 from collections.abc import Callable
@@ -34,7 +33,7 @@ class Pool(Protocol):
     """What runs a function in each process."""
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(world, *args)`` gives in each process, by rank; see :meth:`manyheads.parallel.Processes.run`."""
+        """What ``function(world, *args)`` gives in each process, by rank, as by :class:`.Processes`."""
 
 
 class _Started:
@@ -85,10 +84,9 @@ def processes(run: RunContext, ranks: int, backend: str, limit: float = 300.0) -
     if not started():
         pool: Pool = run.kept(("processes", ranks, backend, limit), lambda: _Started(ranks, backend, limit))
         return pool
-    if ranks != size():
-        raise UserError(
-            f"torchrun has started {size()} processes, not {ranks}: give --world {size()}, or leave it away"
-        )
+    here = size(backend)
+    if ranks != here:
+        raise UserError(f"torchrun has started {here} processes, not {ranks}: give --world {here}, or leave it away")
     present: Pool = run.kept(("processes", backend), lambda: _Present(backend))
     return present
 
@@ -98,14 +96,14 @@ def started() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-def size() -> int:
+def size(backend: str) -> int:
     """How many processes torchrun has started."""
-    return int(os.environ["WORLD_SIZE"])
+    return _joined(backend)[0].size
 
 
-def leads() -> bool:
+def leads(backend: str) -> bool:
     """Whether this process runs the experiment: the only one, or torchrun's first."""
-    return not started() or os.environ["RANK"] == "0"
+    return not started() or _joined(backend)[0].rank == 0
 
 
 def serve(backend: str) -> None:
@@ -122,7 +120,7 @@ def serve(backend: str) -> None:
 @cache
 def _joined(backend: str) -> tuple[World, dist.ProcessGroup]:
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group(backend)
     return World(), dist.new_group(backend="gloo", timeout=_DAY)
 
@@ -139,9 +137,9 @@ def _answered(world: World, talk: dist.ProcessGroup, function: Callable[..., Any
         error = RuntimeError(f"process {world.rank}:\n{traceback.format_exc()}")
     every: list[Any] | None = [None] * world.size if world.rank == 0 else None
     dist.gather_object((error, found), every, 0, talk)
-    for met, _ in every or [(error, None)]:
-        if met is not None:
-            raise met
+    for failure, _ in every or [(error, None)]:
+        if failure is not None:
+            raise failure
     return [one for _, one in every or ()]
 
 

@@ -96,7 +96,8 @@ def _seconds(counts: Counts, setting: Setting, place: Any) -> dict[str, Any]:
     flops = counts.flops * (1 + BACKWARD * setting.backward) / counts.ranks
     both = counts.flops * (1 + BACKWARD) / counts.ranks / found.slowest()
     return {
-        "modelled": 1e3 * slowest, "modelled_mean": 1e3 * mean, "rate": flops / slowest / 1e12, "rate_back": both / 1e12,
+        "modelled": 1e3 * slowest, "modelled_mean": 1e3 * mean, "rate": flops / slowest / 1e12,
+        "rate_back": both / 1e12,
     }  # fmt: skip
 
 

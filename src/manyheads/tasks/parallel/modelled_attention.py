@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods would do among many processes: work and bytes counted, times modelled; and areas as published code counts."""
+"""What methods would do among many processes: work and bytes counted, times modelled; and areas as others count."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...experiment import Metric, Row, RunContext, Task, WorkUnit
 from ...parallel import AttnMask, AttnSlice
@@ -53,7 +53,10 @@ class ModelledAttention(Task):
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
-            WorkUnit(self.key, f"{mask}.{ranks}.{draw}", float(ranks), f"{mask}, {ranks}", {"mask": mask, "draw": draw, "ranks": ranks})
+            WorkUnit(
+                self.key, f"{mask}.{ranks}.{draw}", float(ranks), f"{mask}, {ranks}",
+                {"mask": mask, "draw": draw, "ranks": ranks},
+            )
             for mask in self.masks
             for ranks in self.ranks
             for draw in range(self.draws)
@@ -71,7 +74,7 @@ class ModelledAttention(Task):
             ranks=ranks, tokens=ranks * self.tokens, heads=self.heads, kv_heads=self.kv_heads, width=self.width,
             cluster=self.cluster, seed=draw,
         )  # fmt: skip
-        sample = {"sample": f"{mask}.{draw}", "at": {"mask": mask, "ranks": ranks}}
+        sample: dict[str, Any] = {"sample": f"{mask}.{draw}", "at": {"mask": mask, "ranks": ranks}}
         for row in modelled(setting, [mask], ways):
             arm = ways[row["method"]]
             yield self.row("can", arm, "why" not in row, **sample)
