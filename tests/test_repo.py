@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from manyheads import catalog
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "manyheads"
 CATEGORIES = {"mixers", "caches", "lenses", "diffusion", "decoding", "convert", "tokens", "parallel", "domains"}
@@ -30,6 +32,7 @@ FLOORS = (
         "heads",
         "inpainting",
         "lens",
+        "parallelism",
         "reducing",
         "strategy",
         "text_reducing",
@@ -49,6 +52,8 @@ FORBIDDEN = {
     **{category: CATEGORIES - {category} | {"integrations"} for category in CATEGORIES},
     **dict.fromkeys(("integrations", "inspect", "comparison", "report"), CATEGORIES),
 }
+# Papers of parallel/; what else is there is ground, on which models share tokens too.
+SHARING = {paper.slug for paper in catalog.papers() if paper.category == "parallel"}
 # Imports of a higher floor, from where to where, until what they take has moved down; the list only gets shorter.
 UPWARD: set[tuple[str, str]] = set()
 # Asked by name until the protocol of stores declares it; the list only gets shorter.
@@ -167,6 +172,9 @@ def arrows_point_down(source: Source) -> Iterator[str]:
         target = [*name.split("."), "", ""][:2]
         if target[0] != "manyheads" or not source.part:
             continue
+        sharing = source.part in ("integrations", "parallelism") and target[1] == "parallel"
+        if sharing and [*name.split("."), ""][2] not in SHARING:
+            continue
         known = (source.module, name) in UPWARD or (source.module, name.rpartition(".")[0]) in UPWARD
         if target[1] in refused or (FLOOR.get(target[1], 0) > FLOOR.get(source.part, 0) and not known):
             yield f"{line}: {source.part} imports {name}"
@@ -257,6 +265,8 @@ RULES: dict[Callable[[Source], Iterator[str]], list[Source]] = {
         Source("manyheads.attention.a", "from ..caches.b import c"),
         Source("manyheads.integrations.transformers", "from ..caches.snapkv import SnapKV"),
         Source("manyheads.comparison", "from .caches import snapkv"),
+        Source("manyheads.integrations.a", "from ..parallel.loongtrain import LoongTrain"),
+        Source("manyheads.caches.a", "from ..parallel import World"),
         Source("manyheads.inspect.run", "from ..report import plots"),
         Source("manyheads.report.page", "def f():\n    from ..commands.options import console\n"),
         Source("manyheads.strategy", "def f():\n    from .spec import parse\n"),

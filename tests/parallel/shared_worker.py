@@ -256,10 +256,13 @@ def stepped(world):
             found[name] = {k: p.clone() for k, p in whole.items()}
             held = sum((p.to_local() if name != "one" else p).numel() for p in model.parameters())
             found[name, "held"] = held
+            if name == "sharded":
+                found["added"] = said(lambda model=model: sum_gradients(model))
     one = found["one"]
     return {
         "sharded": max(apart(found["sharded"][k], one[k]) for k in one), "held": found["sharded", "held"],
         "whole": found["one", "held"], "wrong": max(apart(found["alone"][k], one[k]) for k in one),
+        "added": found["added"],
     }  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def test_what_is_refused_is_said_in_a_line(processes):
 def test_without_processes():
     with pytest.raises(UserError, match="start with torchrun"):
         manyheads.use(torch.nn.Linear(1, 1), "loongtrain")
-    with pytest.raises(UserError, match="add one, as loongtrain"):
+    with pytest.raises(UserError, match="no strategy does"):
         manyheads.use(torch.nn.Linear(1, 1), "snapkv", mesh=object())
 
 

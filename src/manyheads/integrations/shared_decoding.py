@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from ..call import AttentionCall
 from ..errors import UserError
-from ..parallel import World
+from ..parallel._context import World
 from ..parallel._partial import Seen, attend, merge
 
 __all__ = ["Decoded", "SharedCache"]

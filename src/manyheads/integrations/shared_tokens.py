@@ -29,20 +29,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..attention.recurrence import DecayState, decay_attention
-from ..call import AttentionCall, Recurrence, Site
+from ..call import AttentionCall, Site
 from ..errors import UserError
-from ..parallel import World
+from ..parallel._context import World
 from ..parallel._runs import causal_runs
 from ..parallelism import ContextParallelism, SharedAttention, SharedStates, StateParallelism
 from ..strategy import AttentionCompute, LinearCompute, Strategy
 from .cache import find_cache
 from .hook_chain import BoundStrategy
 from .shared_decoding import Decoded, SharedCache
+from .shared_states import pass_on
 from .sites import SiteState
 
 if TYPE_CHECKING:
-    from ..parallel import AttnMask, Layout
+    from ..parallel._layouts import Layout
+    from ..parallel._masks import AttnMask
 
 __all__ = ["SharedTokens", "among", "share_tokens"]
 
@@ -64,7 +65,10 @@ def among(strategies: Sequence[Strategy], mesh: Any) -> tuple[Strategy, ...]:
         UserError: no strategy shares tokens, there are no processes, or the mesh has several dimensions.
     """
     if not any(isinstance(one, ContextParallelism) for one in strategies):
-        raise UserError("mesh= names processes that share tokens, and no strategy does: add one, as loongtrain")
+        raise UserError(
+            "mesh= names processes that share tokens, and no strategy does: add one, see `manyheads list --category "
+            "parallel`"
+        )
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise UserError(f"tokens are shared along one dimension of a mesh: give one, as mesh[{_names(mesh)[-1]!r}]")
@@ -127,7 +131,7 @@ class SharedTokens(AttentionCompute):
                 "itself, with nothing that edits masks"
             )
         if call.recurrence is not None:
-            return self._pass_on(call, call.recurrence, plan)
+            return pass_on(call, call.recurrence, plan, self.states)
         cannot = {
             "a bias": call.bias is not None, "softcap": call.softcap is not None, "dropout": call.dropout > 0,
             "keys of no token": call.prepended > 0,
@@ -137,23 +141,6 @@ class SharedTokens(AttentionCompute):
         out, lse = plan.attend(call)
         if call.sinks is not None:  # a logit more in the softmax, with the value 0
             out = out * (lse - call.sinks[:, None]).sigmoid().to(out.dtype)[..., None]
-        return out.transpose(1, 2)
-
-    def _pass_on(self, call: AttentionCall, linear: Recurrence, plan: "Plan | Decoded") -> Tensor:
-        """Linear attention; in decoding every process has the state of the whole prompt.
-
-        Padding is skipped. Texts in a row are one to the layer, as they are to the model's own.
-        """
-        q, k, v, g = call.q, call.k, call.v, linear.decay
-        if isinstance(plan, Decoded):
-            state = None if linear.state is None else DecayState(linear.state)
-            out, after = decay_attention(q, k, v, g, state=state)
-        else:
-            if (real := plan.real(q)) is not None:
-                k, g = k * real[:, None, :, None], torch.where(real[:, None], g[:, None], 0.0)
-            out, after = self.states.attend(q, k, v, g)
-            after = self.states.last(after) if plan.kept else after
-        linear.state = after.kv
         return out.transpose(1, 2)
 
 
@@ -198,12 +185,10 @@ class Plan:
 
     def real(self, like: Tensor) -> Tensor | None:
         """Which tokens of this process are no padding, bool ``[B, t]``; None for all."""
-        whole = (((0, self.size),),)
-        if self.apart or set(self.runs) == set(whole):
+        if self.apart or set(self.runs) == {((0, self.size),)}:
             return None
         rows = self.main.rows.to(like.device)
-        found = [torch.stack([(rows >= a) & (rows < b) for a, b in runs]).any(0) for runs in self.runs]
-        return torch.stack(found)
+        return torch.stack([torch.stack([(rows >= a) & (rows < b) for a, b in runs]).any(0) for runs in self.runs])
 
     def _shared(self, runs: tuple[tuple[int, int], ...], before: int | None) -> SharedAttention:
         return self.strategy.share(causal_runs(self.size, runs, before, self.apart), self.main.layout)

@@ -19,7 +19,7 @@ class Held(TorchDispatchMode):
 
     def __init__(self, *before: Tensor) -> None:
         """Do not count storages that were there before."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._before = {x.untyped_storage()._cdata for x in before}
         self._made: dict[int, tuple[Any, int]] = {}
 
@@ -33,7 +33,7 @@ class Held(TorchDispatchMode):
                 at = storage._cdata
                 known = self._made.get(at)
                 if at not in self._before and (known is None or known[0].expired()):
-                    self._made[at] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+                    self._made[at] = StorageWeakRef(storage), storage.nbytes()
         return out
 
     @property

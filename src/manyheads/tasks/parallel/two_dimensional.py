@@ -166,10 +166,10 @@ def exchange(world: World, spec: str, length: int, sizes: tuple[int, int, int], 
     drawn = [torch.randn(1, h, length, width, generator=generator, dtype=torch.float64)
              for h in (heads, kv_heads, kv_heads, heads)]  # fmt: skip
     shared = strategy.share(world, pattern("causal", length))
-    *inputs, dout = (shared.shard(x, 2) for x in drawn)
-    inputs = [x.requires_grad_() for x in inputs]
+    dout = shared.shard(drawn[3], 2)
+    q, k, v = inputs = [shared.shard(x, 2).requires_grad_() for x in drawn[:3]]
     world.ledger.clear()
-    out, lse = shared.attend(*inputs)
+    out, lse = shared.attend(q, k, v)
     forward = {name: world.ledger.bytes(name) for name in ("all-to-all", "ring", "ring between windows")}
     grads = torch.autograd.grad((out * dout).sum() + lse.sum(), inputs)
     counted = [world.ledger.bytes(between=between) / length for between in (False, True)]
@@ -193,7 +193,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return scores.softmax(-1) @ repeat_kv(v, q.shape[1]), scores.logsumexp(-1)
 
 
-def training(world: World, spec: str, sizes: dict[str, int], tokens: int, rounds: int, seed: int) -> dict[str, Any]:
+def training(world: World, spec: str, sizes: dict[str, Any], tokens: int, rounds: int, seed: int) -> dict[str, Any]:
     """Steps of a model in a process, under each kind of checkpointing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -241,7 +241,7 @@ def _measured(model: Any, ids: Tensor, world: World, layers: int) -> dict[str, A
 
     It counts calls where processes' attention asks for them.
     """
-    calls, real = [0], _context.attend
+    calls, real = [0], vars(_context)["attend"]
 
     def counted(*args: Any) -> Any:
         calls[0] += 1
