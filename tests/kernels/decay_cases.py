@@ -2,12 +2,14 @@
 """Inputs of decay attention that lie amid NaN, and everything that comes out of it: outputs, states, gradients."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 import tolerance
 from kernels.cases import poisoned
+from manyheads.attention import recurrence
 from manyheads.attention.recurrence import DecayState, decay_attention
 
 # Outputs and gradients. A gradient in 16 bits has rounded weights on both sides of a product; in float32 the limits
@@ -148,3 +150,35 @@ def wrong_variants(case: Case) -> dict[str, Case]:
         bounds[1] += 1
         made["bounds off by one"] = replace(case, cu_seqlens=bounds)
     return made
+
+
+class Line:
+    """Shares of a sequence one after the other, each given what those before left; on the way back, those after."""
+
+    def __init__(self, lost: bool = False):
+        self.states, self.lost = {False: 0.0, True: 0.0}, lost
+
+    def begin(self, m, s, reverse=False):
+        before = self.states[reverse] + torch.zeros_like(s)
+        self.states[reverse] = m[..., None] * before + s
+        return lambda: before * (not (self.lost and reverse))
+
+
+def in_shares(cuts, overlap, line):
+    """``decay_attention`` of shares that end at ``cuts``, by the kernels."""
+    from manyheads.kernels.shared_recurrence import shared_decay_attention
+
+    def attend(q, k, v, g, *, scale, norm, floor, state, cu_seqlens, impl):
+        if impl != "triton":
+            return recurrence.decay_attention(q, k, v, g, scale=scale, norm=norm, floor=floor, state=state, impl=impl)
+        outs, given = [], (None, None) if state is None else (state.kv, state.k)
+        for a, b in pairwise([0, *cuts, q.shape[2]]):
+            gate = g if g is None or g.ndim == 1 else g[:, :, a:b]
+            floors = None if floor is None else floor[:, :, a:b]
+            parts = q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], gate, scale, norm, floors
+            out, *after = shared_decay_attention(*parts, *given, line.begin, overlap)
+            outs.append(out)
+            given = (None, None)
+        return torch.cat(outs, 2), DecayState(*after)
+
+    return attend

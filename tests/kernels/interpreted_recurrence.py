@@ -3,8 +3,6 @@
 test_interpreter.py. Float32 and float16 only: the interpreter computes bfloat16 wrongly.
 """
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -14,7 +12,6 @@ from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the
 from manyheads import UserError
 from manyheads.attention.recurrence import DecayState, decay_attention
 from manyheads.kernels import _passes, recurrence
-from manyheads.kernels.shared_recurrence import shared_decay_attention
 from tolerance import SAME, assert_close, is_close, is_far
 
 CASES = [
@@ -141,37 +138,6 @@ def test_strangers_are_refused():
             decay_attention(x, x, x, impl="triton")
 
 
-class Line:
-    """Shares of a sequence one after the other, each given what those before left; on the way back, those after."""
-
-    def __init__(self, lost: bool = False):
-        self.states, self.lost = {False: 0.0, True: 0.0}, lost
-
-    def begin(self, m, s, reverse=False):
-        before = self.states[reverse] + torch.zeros_like(s)
-        self.states[reverse] = m[..., None] * before + s
-        return lambda: before * (not (self.lost and reverse))
-
-
-def in_shares(cuts, overlap, line):
-    """``decay_attention`` of shares that end at ``cuts``, by the kernels."""
-
-    def attend(q, k, v, g, *, scale, norm, floor, state, cu_seqlens, impl):
-        if impl != "triton":
-            return decay_attention(q, k, v, g, scale=scale, norm=norm, floor=floor, state=state, impl=impl)
-        outs, given = [], (None, None) if state is None else (state.kv, state.k)
-        for a, b in pairwise([0, *cuts, q.shape[2]]):
-            gate = g if g is None or g.ndim == 1 else g[:, :, a:b]
-            floors = None if floor is None else floor[:, :, a:b]
-            parts = q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], gate, scale, norm, floors
-            out, *after = shared_decay_attention(*parts, *given, line.begin, overlap)
-            outs.append(out)
-            given = (None, None)
-        return torch.cat(outs, 2), DecayState(*after)
-
-    return attend
-
-
 @pytest.mark.parametrize(
     ("given", "overlap"),
     [
@@ -190,6 +156,8 @@ def test_shares_of_a_sequence(given, overlap, monkeypatch):
     monkeypatch.setattr(_passes, "_PROGRAMS", 1)
     case = build(**given)
     for lost in (False, True):
-        monkeypatch.setattr(decay_cases, "decay_attention", in_shares([33, 40], overlap, Line(lost)))
+        monkeypatch.setattr(
+            decay_cases, "decay_attention", decay_cases.in_shares([33, 40], overlap, decay_cases.Line(lost))
+        )
         got = kernel(case)
         assert (worst(case, got) > 5) if lost else (worst(case, got) <= 1), errors(case, got)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tolerance
+from kernels import decay_cases
 from kernels.decay_cases import build, errors, kernel, worst, wrong_variants
 from manyheads import kernels
 from manyheads.attention.recurrence import DecayState, decay_attention
@@ -47,6 +48,18 @@ def test_lengths(dtype, length):
     case = build(length=length, width=64, columns=64, norm="mlstm", dtype=dtype)
     got = kernel(case, "cuda")
     assert worst(case, got, "cuda") <= 1, errors(case, got, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("norm", "overlap"), [(None, True), (None, False), ("sum", False), ("mlstm", False)])
+def test_shares_of_a_sequence(dtype, norm, overlap, monkeypatch):
+    """Three shares that pass on one state are the whole; without what comes on the way back they are not."""
+    case = build(length=1000, batch=2, heads=4, kv_heads=2, width=128, columns=128, dtype=dtype, norm=norm)
+    for lost in (False, True):
+        line = decay_cases.Line(lost)
+        monkeypatch.setattr(decay_cases, "decay_attention", decay_cases.in_shares([300, 813], overlap, line))
+        got = kernel(case, "cuda")
+        assert (worst(case, got, "cuda") > 2) if lost else (worst(case, got, "cuda") <= 1), errors(case, got, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

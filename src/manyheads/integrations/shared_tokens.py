@@ -29,8 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..attention.recurrence import DecayState, decay_attention
-from ..call import AttentionCall, Recurrence, Site
+from ..call import AttentionCall, Site
 from ..errors import UserError
 from ..parallel._context import World
 from ..parallelism import ContextParallelism, FrontedAttention, SharedAttention, SharedStates, StateParallelism
@@ -39,6 +38,7 @@ from .cache import find_cache
 from .hook_chain import BoundStrategy
 from .shared_decoding import Decoded, SharedCache
 from .shared_plan import Front, Plan, last_logits, marked, plan_of, real_runs, texts
+from .shared_states import pass_on
 from .sites import SiteState
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class SharedTokens(AttentionCompute):
                 "itself, with nothing that edits masks"
             )
         if call.recurrence is not None and not isinstance(plan, Front):
-            return self._pass_on(call, call.recurrence, plan)
+            return pass_on(call, call.recurrence, plan, self.states)
         cannot = {
             "a bias": call.bias is not None, "softcap": call.softcap is not None, "dropout": call.dropout > 0,
             "keys of no token": call.prepended > 0,
@@ -143,23 +143,6 @@ class SharedTokens(AttentionCompute):
         out, lse = plan.attend(call)
         if call.sinks is not None:  # a logit more in the softmax, with the value 0
             out = out * (lse - call.sinks[:, None]).sigmoid().to(out.dtype)[..., None]
-        return out.transpose(1, 2)
-
-    def _pass_on(self, call: AttentionCall, linear: Recurrence, plan: "Plan | Decoded") -> Tensor:
-        """Linear attention; in decoding every process has the state of the whole prompt.
-
-        Padding is skipped. Texts in a row are one to the layer, as they are to the model's own.
-        """
-        q, k, v, g = call.q, call.k, call.v, linear.decay
-        if isinstance(plan, Decoded):
-            state = None if linear.state is None else DecayState(linear.state)
-            out, after = decay_attention(q, k, v, g, state=state)
-        else:
-            if (real := plan.real(q)) is not None:
-                k, g = k * real[:, None, :, None], torch.where(real[:, None], g[:, None], 0.0)
-            out, after = self.states.attend(q, k, v, g)
-            after = self.states.last(after) if plan.kept else after
-        linear.state = after.kv
         return out.transpose(1, 2)
 
 
