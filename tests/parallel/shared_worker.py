@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import manyheads
 from manyheads import UserError
@@ -241,7 +249,7 @@ def stepped(world):
         for name in ("one", "sharded", "alone"):
             model = build("llama")
             if name != "one":
-                shard_parameters(model, mesh["data"], mesh["sequence"])
+                shard_parameters(model, mesh["data", "sequence"])
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
             mine = texts if name == "one" else [texts[mesh["data"].get_local_rank()]]
             for _ in range(2):
@@ -256,10 +264,13 @@ def stepped(world):
             found[name] = {k: p.clone() for k, p in whole.items()}
             held = sum((p.to_local() if name != "one" else p).numel() for p in model.parameters())
             found[name, "held"] = held
+            if name == "sharded":
+                found["added"] = said(lambda model=model: sum_gradients(model))
     one = found["one"]
     return {
         "sharded": max(apart(found["sharded"][k], one[k]) for k in one), "held": found["sharded", "held"],
         "whole": found["one", "held"], "wrong": max(apart(found["alone"][k], one[k]) for k in one),
+        "added": found["added"],
     }  # fmt: skip
 
 
@@ -296,6 +307,13 @@ def said(action):
     return None
 
 
+OWN = "own_for_processes"
+
+
+def sdpa_with_a_name(*args, **kwargs):
+    return sdpa_attention_forward(*args, **kwargs)
+
+
 def refused(world):
     """What cannot be shared, and what is said of it."""
     from transformers import BertConfig, BertModel, BloomConfig, BloomModel, Gemma2Config
@@ -313,6 +331,9 @@ def refused(world):
     capped = build(Gemma2Config(**BASE, layer_types=LAYERS), attn_implementation="eager")
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
     cache = llama(input_ids=ids).past_key_values
+    AttentionInterface.register(OWN, sdpa_with_a_name)
+    own = build("llama")
+    own.set_attn_implementation(OWN)
     found = {
         "layers": run(llama, "loongtrain:layers=0-1"), "watcher": run(llama, "loongtrain", Watch()),
         "cache": run(llama, "snapkv:budget=0.5", "loongtrain"), "heads": run(llama, "loongtrain:heads=3"),
@@ -321,14 +342,15 @@ def refused(world):
         "softcap": run(capped), "encoder": run(BertModel(BertConfig(**small, vocab_size=VOCAB))),
         "alibi": run(BloomModel(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCAB))),
         "strange": run(token_type_ids=torch.zeros_like(ids)), "kept": run(labels=ids, logits_to_keep=2),
-        "short": run(input_ids=ids[:, :1]),
+        "short": run(input_ids=ids[:, :1]), "own": run(own),
     }  # fmt: skip
 
     def nested():
         with manyheads.use(llama, "loongtrain"), manyheads.use(llama, Watch()):
             pass
 
-    return found | {"nested": said(nested), "after": run()}
+    kept = own.config._attn_implementation == OWN
+    return found | {"nested": said(nested), "after": run(), "kept its name": kept}
 
 
 def beside_torch(world):

@@ -17,6 +17,7 @@ from ..causal_lens import CausalLens
 from ..conditioning import DenoiserWeights
 from ..conversion import Conversion
 from ..errors import UserError
+from ..parallelism import ContextParallelism
 from ..strategy import (
     Attention,
     Cache,
@@ -333,6 +334,8 @@ def _where(strategy: Strategy) -> str:
         return f"run it: python -m manyheads.recipes.unlearning_bench --method {strategy.slug}"
     if isinstance(strategy, DenoiserWeights):
         return f"train it: python -m manyheads.recipes.{strategy.recipe} --strategy {strategy.slug}"
+    if isinstance(strategy, ContextParallelism):
+        return "start processes with torchrun, and use(model, strategy, mesh=mesh) in each (docs/parallel.md)"
     if isinstance(strategy, Denoiser):
         return "open a pipeline of diffusers with it (docs/diffusion.md)"
     if isinstance(strategy, ImagePositions):

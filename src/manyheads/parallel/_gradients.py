@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ._context import World
 
 __all__ = ["sum_gradients"]
@@ -24,12 +25,19 @@ def sum_gradients(model: nn.Module | Iterable[nn.Parameter], world: World | dist
     Args:
         model: whose parameters, or these themselves; not sharded by FSDP, which adds gradients itself.
         world: the processes that share tokens; None for all.
+
+    Raises:
+        UserError: parameters are sharded by FSDP.
     """
+    from torch.distributed.tensor import DTensor
+
     group = world.group if isinstance(world, World) else world
     given = model.parameters() if isinstance(model, nn.Module) else model
     params = [p for p in given if p.requires_grad]
     if not params:
         return
+    if any(isinstance(p, DTensor) for p in params):
+        raise UserError("these parameters are sharded by FSDP, which adds gradients itself: leave sum_gradients away")
     there = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
     dist.all_reduce(there, dist.ReduceOp.MAX, group=group)
     chosen = [p for p, some in zip(params, there.tolist(), strict=True) if some]

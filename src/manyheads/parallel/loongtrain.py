@@ -28,7 +28,7 @@ once. Hybrid ZeRO: :func:`shard_parameters` shards parameters, gradients and opt
 with other batches and those with other tokens, by FSDP2.
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
-    shard_parameters(model, mesh["data"], mesh["sequence"])
+    shard_parameters(model, mesh["data", "sequence"])
     with manyheads.use(model, "loongtrain:heads=4", mesh=mesh["sequence"]):
         model(input_ids=ids, labels=ids).loss.backward()
 
@@ -103,29 +103,26 @@ def numbers_sent(
     }
 
 
-def shard_parameters(model: nn.Module, data: DeviceMesh | None, sequence: DeviceMesh) -> None:
+def shard_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard parameters, gradients and optimiser states over all processes, layer by layer (the paper's hybrid ZeRO).
 
     Gradients are added among processes that share tokens, and averaged among those with other batches. Make the
     optimiser afterwards, and leave ``sum_gradients`` away.
 
     Args:
-        model: on the device of the meshes.
-        data: processes with other batches; None where all share one.
-        sequence: processes that share the tokens of a batch, another dimension of the same mesh.
+        model: on the device of the mesh.
+        mesh: of processes that share the tokens of one batch, or of two dimensions: other batches, and those.
 
     Raises:
-        UserError: the two are not dimensions of one mesh.
+        UserError: the mesh has more dimensions.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh, batches = sequence, 1
-    if data is not None:
-        names = [name for part in (data, sequence) for name in part.mesh_dim_names or ()]
-        root = sequence._get_root_mesh()
-        if len(names) != 2 or root is not data._get_root_mesh():
-            raise UserError("give two dimensions of one mesh that have names, as mesh['data'] and mesh['sequence']")
-        mesh, batches = root[tuple(names)]._flatten(), data.size()
+    if mesh.ndim > 2:
+        raise UserError(f"shard_parameters takes a mesh of batches and tokens, as mesh['data', 'sequence'], not of "
+                        f"{mesh.ndim} dimensions")  # fmt: skip
+    batches = mesh.size(0) if mesh.ndim == 2 else 1
+    mesh = mesh._flatten() if mesh.ndim == 2 else mesh
     for part in model.modules():
         if isinstance(part, nn.ModuleList):
             for layer in part:
