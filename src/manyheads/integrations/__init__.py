@@ -33,7 +33,7 @@ def use(
             :mod:`manyheads.attention.protect`; the spec's own field ``protect`` if None.
         mesh: processes among which a strategy shares tokens (``manyheads list --category parallel``): a device mesh of
             one dimension, its process group, or a :class:`manyheads.parallel.World`; None for all processes, or this
-            one alone where the strategy acts in one, as apb. What the model then takes and gives:
+            one alone where the strategy acts in one. What the model then takes and gives:
             :mod:`manyheads.integrations.shared_tokens`.
 
     Raises:

@@ -5,7 +5,8 @@ One process is all hosts in turn. SmolLM2 reads text whose last tokens are the q
 the end of the prompt. Beside APB at the paper's ratios (an anchor of a quarter of a block, an eighth passed on) stand
 Star Attention, APB without anchor, without passing, with other scorers and at other ratios. Retaining heads are trained
 on the Brown corpus and read WikiText. Before sizes and checks were set, the losses of ten of these arms on one text of
-1,024 tokens had been seen, under eight hosts, and no needle.
+1,024 tokens had been seen, under eight hosts, and no needle. Sizes of a CPU were then made small, unseen, for want of
+time. The arm whose anchor has no query is shown since a run on a CPU, where anchors with it seemed to lose a needle.
 """
 
 from ...experiment import Arm, CausalLM, Claim, Experiment, Reported, Sizes, higher, lower, no_worse
@@ -30,7 +31,8 @@ MAIN = (
 )  # fmt: skip
 SHOWN = (
     *(Arm(f"by {name}", apb(scorer=name)) for name in ("snapkv", "knorm", "distinct", "hedge")),
-    Arm("by the query, all", apb(passed=1.0)), Arm("by the query, a quarter", apb(passed=0.25)),
+    Arm("by the query, none in the anchor", apb(asked="false")), Arm("by the query, all", apb(passed=1.0)),
+    Arm("by the query, a quarter", apb(passed=0.25)),
     *(Arm(f"random, {name}", apb(scorer="random", passed=part)) for name, part in (("a sixteenth", 0.0625),
                                                                                    ("a half", 0.5))),
     Arm("by the query, 4 hosts", f"apb:hosts={OTHERS}"), Arm("random, 4 hosts", f"apb:hosts={OTHERS},scorer=random"),
@@ -64,7 +66,7 @@ claim = Claim(
                    "niah_single.lengths": (128,), "length": 64},
             cpu={"arms": MAIN, "samples": 4, "passing.samples": 6, "steps": 16, "lr": 3e-3},
             cuda={"subject": CausalLM("smollm2-135m-instruct"), "samples": 48, "passing.samples": 24, "steps": 300,
-                  "length": 2048, "answer": 512, "passing.lengths": (7936,), "niah_single.lengths": (4096,)},
+                  "length": 2048, "answer": 512, "passing.lengths": (7936,), "niah_single.lengths": (2048, 4096)},
         ),
         equal="none", seeds=1,
     ),
