@@ -62,7 +62,10 @@ claim = Claim(
                 **SMALL, "dim": 32, "batch": 8, "steps": 600, "rates": (4e-3,),
                 "arms": tuple(arm for arm in arms("1") if arm.name not in SHOWN),
             },
-            cuda={"dim": 192, "layers": 6, "heads": 4, "batch": 48, "steps": 600, "rates": (1e-3, 2e-3), "digits": 5, "seeds": 6},
+            cuda={
+                "dim": 192, "layers": 6, "heads": 4, "batch": 48, "steps": 600, "rates": (1e-3, 2e-3), "digits": 5,
+                "seeds": 6,
+            },
         ),
     ),
     checks=(
