@@ -11,6 +11,7 @@ from typing import Any
 from manyheads import catalog, claims
 from manyheads.conditioning import DenoiserWeights
 from manyheads.decoding._images import ImageDecoding
+from manyheads.recipe import Procedure, Recipe
 from manyheads.strategy import Attention, Mixer, Ranker, Strategy
 from manyheads.unlearning import Unlearning
 from manyheads.writing import Decoding
@@ -117,6 +118,8 @@ def usage(slug: str, cls: type[Strategy], category: str) -> str:
         return f'```python\nfrom manyheads.models.encoder import Encoder\n\nmodel = Encoder("{slug}", config)\n```'
     if issubclass(cls, Mixer):
         return f"```sh\nmanyheads compare --train --strategies softmax,{slug}\n```"
+    if issubclass(cls, Recipe | Procedure):
+        return f"```sh\nmanyheads train {slug}\n```"
     if issubclass(cls, DenoiserWeights):
         return f"```sh\npython -m manyheads.recipes.{cls.recipe} --strategy {slug} --out FOLDER\n```"
     if issubclass(cls, Unlearning):

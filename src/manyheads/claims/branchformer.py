@@ -7,7 +7,9 @@ and with a kernel of 1 the gate sees no other frame, which leaves attention besi
 learned weights are also judged without the attention of their upper half: one was trained with branch dropout.
 
 Seen before the sizes were set: one Conformer of 87 thousand parameters, trained 500 steps on strings of three, had a
-word error rate of 0.16 on the validation speaker. No other model was judged, none on the test speaker.
+word error rate of 0.16 on the validation speaker. No other model was judged, none on the test speaker. The cuda size
+was cut to half its steps, for its time, when the confusions of the CPU's first trainings had been seen, and was given
+six seeds after the CPU's run, whose three could not tell most arms apart. Rule and CPU size have stayed as they were.
 """
 
 from typing import Any
@@ -60,7 +62,10 @@ claim = Claim(
                 **SMALL, "dim": 32, "batch": 8, "steps": 600, "rates": (4e-3,),
                 "arms": tuple(arm for arm in arms("1") if arm.name not in SHOWN),
             },
-            cuda={"dim": 192, "layers": 6, "heads": 4, "batch": 48, "steps": 600, "rates": (1e-3, 2e-3), "digits": 5},
+            cuda={
+                "dim": 192, "layers": 6, "heads": 4, "batch": 48, "steps": 600, "rates": (1e-3, 2e-3), "digits": 5,
+                "seeds": 6,
+            },
         ),
     ),
     checks=(

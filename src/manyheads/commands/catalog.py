@@ -145,7 +145,7 @@ def show(slug: Slug, as_json: Json = False) -> None:
     for part in row.get("parts", [row]) if paper.state != "planned" else []:
         screen.print(f"\n{part['doc']}", markup=False)
         print_table(_fields(part["fields"]), screen)
-        screen.print(f'with manyheads.use(model, "{part["spec"]}"):', markup=False)
+        screen.print(part["use"], markup=False)
     if paper.state == "planned":
         screen.print("\nIts strategy does not stand yet.")
     if paper.state in ("claim", "checked"):
@@ -176,6 +176,8 @@ def _strategy_row(slug: str, strategy: type[Strategy]) -> dict[str, Any]:
     import dataclasses
     import inspect
 
+    from manyheads.recipe import Procedure, Recipe
+
     module = sys.modules[strategy.__module__]
     fields = [
         {
@@ -187,11 +189,13 @@ def _strategy_row(slug: str, strategy: type[Strategy]) -> dict[str, Any]:
         for field in dataclasses.fields(strategy)
     ]
     example = next((f"{f['name']}={f['default']}" for f in fields if f["default"] is not None), "")
+    spec, trained = f"{slug}:{example}" if example else slug, issubclass(strategy, Recipe | Procedure)
     return {
         "strategy": slug,
         "doc": inspect.cleandoc(module.__doc__ or strategy.__doc__ or ""),
         "fields": fields,
-        "spec": f"{slug}:{example}" if example else slug,
+        "spec": spec,
+        "use": f"manyheads train {spec}" if trained else f'with manyheads.use(model, "{spec}"):',
     }
 
 
