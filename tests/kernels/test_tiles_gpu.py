@@ -108,7 +108,6 @@ def test_kernels_for_hopper(name, dtype, width, monkeypatch):
 
     if not block_sparse_hopper._device(torch.cuda.current_device())[0]:
         return  # nothing of its own runs here
-    monkeypatch.setattr(block_sparse_hopper, "TILED", True)
     reached = []
     for part_ in ("add_forward", "add_backward"):
         taken = getattr(block_sparse_hopper, part_)

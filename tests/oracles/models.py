@@ -154,7 +154,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-ROTARY = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "mistral", "gemma2", "gemma3_text", "gpt_oss", "llama4", "deepseek_v3")
+ROTARY = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "olmo2",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "llama4",
+    "deepseek_v3",
+)
 DECODERS = (*ROTARY, "gpt2")
 SEQ2SEQ = ("t5", "bart", "whisper")
 ALL = tuple(CONFIGS)

@@ -18,7 +18,6 @@ __all__ = ["add_backward", "add_forward", "backward", "forward", "refusal"]
 _TILE = 128  # queries and keys of a tile
 _SHARED = 224 * 1024  # bytes of shared memory for tiles; the rest is for barriers
 _BUFFERS = 2  # tiles of queries of a program at once
-TILED = False  # whether tiles with bits are taken: compiled, but not yet run on a GPU
 _STAGES = 4  # tiles of queries of the pass for keys at once
 
 
@@ -47,8 +46,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, call: Any, dout: Tensor | None = No
         return "Hopper's kernels take 16 bits and heads of 64 or 128 channels"
     if call.pattern.block_q % _TILE or call.pattern.block_k % _TILE:
         return f"Hopper's kernels take blocks of a multiple of {_TILE}"
-    if call.pattern.masked and not TILED:
-        return "Hopper's kernels know no bits"
     if call.bias is not None or call.documents is not None:
         return "Hopper's kernels know no bias, padding or documents"
     if not all(_fetched(x) for x in (q, k, v, dout) if x is not None):
