@@ -5,6 +5,7 @@ Bytes are counted in processes of one machine that count as two, in float64; the
 same code (exactness, formula, calls, bytes of checkpointing) had been seen before the sizes were set, and which arm
 sends less had been worked out from the formulas; bytes by arm, held memory and modelled times had not been seen. Times
 of a step are measured on GPUs alone, for the report; nothing is claimed of them, since two GPUs have no second link.
+A double ring, which is LoongTrain's too, sends less between machines than the grid; no check compares the two.
 """
 
 from typing import Any

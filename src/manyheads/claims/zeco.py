@@ -5,6 +5,7 @@ Counted by a ledger and a logical clock on 2, 4 and 8 processes: All-Scan agains
 and a scan by doubling. Timed on two GPUs against those, an all-to-all of heads, and processes that exchange nothing.
 Seen before sizes and checks were set: errors of the tests (1e-14), a quick run's counts, and the fit of the model to
 the paper's times (from 32 processes on 5 % off, 13 % where a time is left out of the fit). Below 32 other links count.
+After the quick run the checks of modelled times became ratios over five sizes of a state, from differences over three.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, at_most, below, higher, lower
