@@ -11,20 +11,21 @@ over windows. With ``--seconds`` each is trained afterwards for as long, as it s
 needles found (niah_single_1) by greedy decoding; ``dijiang`` leaves no attention to ask through. Nothing is chosen by
 what was measured.
 
-A process a model, all at once on one device. Time is measured behind that, one process after the other, all arms in
-turn; on a CPU it is not measured. What refuses a model says why. Of others' tools torch-pruning takes part where it is
-installed (``pip install torch-pruning``, or its folder on PYTHONPATH); modelopt prunes language models of Megatron-Core
-alone, and none of transformers.
+Rows are written to ``--out`` as they come, so that a call that was cut off goes on, and with ``--limit`` it stops by
+itself after so many seconds; give each model a GPU of its own. Under the clock a row and the whole model take turns; on
+a CPU nothing is timed. What refuses a model says why. Of others' tools torch-pruning takes part where it is installed
+(``pip install torch-pruning``, or its folder on PYTHONPATH); modelopt prunes language models of Megatron-Core alone,
+and none of transformers.
 """
 
 import argparse
 import copy
 import datetime
 import json
-import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,43 +106,39 @@ class Table:
     Args:
         given: the options of the command.
         name: of the model.
+        base: losses of the whole model by window, where they are known.
     """
 
-    def __init__(self, given: argparse.Namespace, name: str) -> None:
+    def __init__(self, given: argparse.Namespace, name: str, base: list[float]) -> None:
         import torch
 
         from manyheads import models
         from manyheads.converter import Material
         from manyheads.data.texts import corpus
 
-        self.given, self.name = given, name
+        self.given, self.name, self.base = given, name, base
         self.model, self.tokenizer = models.load(name, given.device, torch.float32)
         self.material = Material.of(corpus("prose"), self.tokenizer, given.length, given.windows)
-        self.timed: list[tuple[dict[str, Any], Any]] = []
-        self.base: list[float] = []
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All but times; models wait in ``timed`` for these where they will be measured."""
-        first: dict[str, Any] = {"way": "the whole model", "keep": 1.0}
-        self.base = self._judged(first, self.model)
-        found = [first]
+    def rows(self) -> Iterator[tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]:
+        """Each row as far as it is known beforehand, and what measures the rest of it; the whole model first."""
+        yield {"way": "the whole model", "keep": 1.0}, self._whole
         for keep in KEEP:
             shares = {part: skipped(self.model, part, keep) for part in PARTS}
             for way, (of, spec) in WAYS.items():
                 row = {"way": way, "keep": keep, "of": of}
                 lacks = [part for part in PARTS if f"{{{part}}}" in spec and shares[part] is None]
                 if lacks:
-                    row["says"] = f"without all {lacks[0]} parts more is left"
+                    yield row | {"says": f"without all {lacks[0]} parts more is left"}, lambda _: None
                 else:
-                    self._converted(row, spec.format(keep=keep, **shares))
-                found.append(row)
-            row = {"way": TORCH_PRUNING, "keep": keep, "of": MODEL}
-            self._others(row, keep)
-            found.append(row)
-        found.append({"way": MODELOPT, "says": "prunes language models of Megatron-Core alone"})
-        return found
+                    yield row, partial(self._converted, spec.format(keep=keep, **shares))
+            yield {"way": TORCH_PRUNING, "keep": keep, "of": MODEL}, self._others
+        yield {"way": MODELOPT, "says": "prunes language models of Megatron-Core alone"}, lambda _: None
 
-    def _converted(self, row: dict[str, Any], spec: str) -> None:
+    def _whole(self, row: dict[str, Any]) -> None:
+        row["losses"] = self.base = self._judged(row, self.model)
+
+    def _converted(self, spec: str, row: dict[str, Any]) -> None:
         from manyheads.converter import as_conversion, calibrated
         from manyheads.errors import UserError
         from manyheads.integrations.anatomy import ModelAnatomy
@@ -156,11 +153,11 @@ class Table:
         row["spec"] = strategy.spec
         self._judged(row, made, strategy.recovery(ModelAnatomy(self.model)))
 
-    def _others(self, row: dict[str, Any], keep: float) -> None:
+    def _others(self, row: dict[str, Any]) -> None:
         from manyheads.conversion import Recovery
 
         try:
-            self._judged(row, torch_pruned(self.model, keep), Recovery())
+            self._judged(row, torch_pruned(self.model, row["keep"]), Recovery())
         except ImportError:
             row["says"] = "not installed"
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -176,14 +173,13 @@ class Table:
         row["weights"] = sum(p.nbytes for p in model.parameters()) / 2**20
         losses = self._measured(row, model, "")
         if self.given.device != "cpu":
-            self.timed.append((row, model))
+            self._timed(row, model)
         if how is not None and self.given.seconds:
             student = copy.deepcopy(model)
             get_batch = self.material.batches(how.batch, 0, self.given.device)
             state = recover(student, self.model, get_batch, Budget(self.given.seconds, "seconds"), how)
             row["steps"] = state.step
             self._measured(row, student, "_trained")
-        print({k: v for k, v in row.items() if not isinstance(v, dict)}, flush=True)
         return losses
 
     def _measured(self, row: dict[str, Any], model: Any, when: str) -> list[float]:
@@ -207,7 +203,9 @@ class Table:
             row[f"token_nll{when}_more"] = {"value": more.value, "low": more.low, "high": more.high}
         import torch
 
-        context = RunContext(CausalLM(self.name, model, self.tokenizer), (Arm("it"),), device=torch.device(self.device))
+        context = RunContext(
+            CausalLM(self.name, model, self.tokenizer), (Arm("it"),), device=torch.device(self.given.device)
+        )
         task = NiahSingle1(lengths=(self.given.context,), samples=self.given.needles, reply=16)
         try:
             hits = [r.value for unit in task.units(context) for r in task.measure(context, unit) if r.metric == "found"]
@@ -216,37 +214,31 @@ class Table:
         row[f"ruler{when}"] = sum(hits) / len(hits)
         return losses
 
-    @property
-    def device(self) -> str:
-        return str(self.given.device)
-
-    def clock(self) -> None:
-        """Time for a prompt and a token behind it, medians of rounds in which all arms take turns; bytes of caches."""
+    def _timed(self, row: dict[str, Any], model: Any) -> None:
+        """Time of a prompt and a token behind it, medians of rounds in turns with the whole model; bytes of a cache."""
         from statistics import median
 
-        import torch
         from transformers import DynamicCache
 
         from manyheads.tasks.text.converted_speed import held_bytes
 
         ids = self.material.train[: self.given.prompt + _WARM + self.given.written][None].to(self.given.device)
-        times: dict[int, list[tuple[float, float]]] = {}
+        prompts: dict[bool, list[float]] = {True: [], False: []}
+        tokens: dict[bool, list[float]] = {True: [], False: []}
         for turn in range(self.given.rounds + 1):  # the first is not counted
-            for row, model in self.timed:
-                cache = DynamicCache(config=model.config)
-                prompt = seconds(lambda m=model, c=cache: m(ids[:, : self.given.prompt], past_key_values=c))
-                tokens = ids[:, self.given.prompt :].split(1, 1)
-                each = [seconds(lambda m=model, c=cache, t=token: m(t, past_key_values=c)) for token in tokens]
-                row["cache"] = held_bytes(cache) / 2**20
+            for whole, it in ((True, self.model), (False, model)):
+                cache = DynamicCache(config=it.config)
+                prompt = seconds(lambda m=it, c=cache: m(ids[:, : self.given.prompt], past_key_values=c))
+                each = [
+                    seconds(lambda m=it, c=cache, t=token: m(t, past_key_values=c))
+                    for token in ids[:, self.given.prompt :].split(1, 1)
+                ]
                 if turn:
-                    times.setdefault(id(row), []).append((prompt, median(each[_WARM:])))
-        for row, _ in self.timed:
-            prompts, tokens = zip(*times[id(row)], strict=True)
-            row |= {"prefill": median(prompts), "tokens_per_second": 1 / median(tokens)}
-        whole = self.timed[0][0]["tokens_per_second"]
-        for row, _ in self.timed:
-            row["speed"] = row["tokens_per_second"] / whole
-        torch.cuda.empty_cache()
+                    prompts[whole].append(prompt)
+                    tokens[whole].append(median(each[_WARM:]))
+        row["cache"] = held_bytes(cache) / 2**20
+        row |= {"prefill": median(prompts[False]), "tokens_per_second": 1 / median(tokens[False])}
+        row["speed"] = median(tokens[True]) / median(tokens[False])
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -261,21 +253,25 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def one(given: argparse.Namespace, name: str, place: Path, ready: Any, turn: Any) -> None:
-    """The rows of a model, into a file."""
-    from manyheads.files import write_atomically
-
-    try:
-        table = Table(given, name)
-        rows = table.rows()
-    except BaseException:
-        ready.abort()  # so that no other waits for this one
-        raise
-    ready.wait()  # no other process trains while time is measured
-    if table.timed:
-        with turn:
-            table.clock()
-    write_atomically(place, json.dumps(rows))
+def measure(given: argparse.Namespace, name: str, until: float) -> list[dict[str, Any]]:
+    """The rows of a model as far as time allows; they are kept line by line, and none is measured twice."""
+    place = given.out / f"{Path(name).name.lower()}.jsonl"
+    found = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+    done = {(row["way"], row.get("keep")) for row in found}
+    table = Table(given, name, next((row["losses"] for row in found if "losses" in row), []))
+    with place.open("a") as journal:
+        for row, work in table.rows():
+            if (row["way"], row.get("keep")) in done:
+                continue
+            if time.perf_counter() > until:
+                print(f"{name}: time is up; the same call goes on from --out")
+                break
+            work(row)
+            found.append(row)
+            journal.write(json.dumps(row) + "\n")
+            journal.flush()
+            print({k: v for k, v in row.items() if not isinstance(v, dict | list)}, flush=True)
+    return [{k: v for k, v in row.items() if k != "losses"} for row in found]
 
 
 def main() -> None:
@@ -296,34 +292,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the clock")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("smaller"), help="folder of the rows of each model")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no row begins")
     parser.add_argument("--json", type=Path, help="file to put the figures into")
     given = parser.parse_args()
-    names = given.model or ["smollm2-135m-instruct"]
     given.out.mkdir(parents=True, exist_ok=True)
-    start, context = time.perf_counter(), multiprocessing.get_context("spawn")
-    ready, turn = context.Barrier(len(names)), context.Lock()
-    places = [given.out / f"{Path(name).name.lower()}.json" for name in names]
-    workers = [
-        context.Process(target=one, args=(given, name, place, ready, turn))
-        for name, place in zip(names, places, strict=True)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise SystemExit("a model failed, see above; nothing is written")
-    print(f"{time.perf_counter() - start:.0f} s")
-    if given.json:
-        kept = json.loads(given.json.read_text())["runs"] if given.json.exists() else {}
-        sizes = {key: value for key, value in vars(given).items() if isinstance(value, int | float)}
-        for name, place in zip(names, places, strict=True):
+    until = time.perf_counter() + given.limit
+    for name in given.model or ["smollm2-135m-instruct"]:
+        rows = measure(given, name, until)
+        if given.json:
+            kept = json.loads(given.json.read_text())["runs"] if given.json.exists() else {}
+            sizes = {k: v for k, v in vars(given).items() if isinstance(v, int | float) and k != "limit"}
             kept[f"{Path(name).name.lower()}, {given.device}"] = {
                 "command": " ".join(["python", "benchmarks/smaller.py", *sys.argv[1:]]), "commit": commit(),
                 "date": datetime.date.today().isoformat(), "environment": environment(), "text": "prose", **sizes,
-                "rows": json.loads(place.read_text()),
+                "rows": rows,
             }  # fmt: skip
-        write_atomically(given.json, json.dumps({"runs": kept}, separators=(",", ":")) + "\n")
+            write_atomically(given.json, json.dumps({"runs": kept}, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
