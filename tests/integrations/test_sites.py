@@ -24,7 +24,9 @@ SITES = {
     "bart": ENCODER + CROSSED,
     "whisper": [("self", False, None)] * 2 + CROSSED,
 }
-WINDOWS = {"mistral": [8, 8], "gemma2": [8, None], "gemma3_text": [8, None], "gpt_oss": [8, None]}
+WINDOWS = {
+    "mistral": [8, 8], "gemma2": [8, None], "gemma3_text": [8, None], "gpt_oss": [8, None], "llama4": [8, None],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", models.ALL)

@@ -62,6 +62,10 @@ TIMES = {
     "object_captions.token_seconds": "s", "voxel_edit_cost.seconds": "s", "encoder_cost.seconds": "s",
     "segmenter_cost.seconds": "s", "code_search.seconds": "s", "picture_cost.seconds": "s",
     "spatial_questions.seconds": "s", "converted_speed.prefill": "s", "converted_speed.decode": "ms",
+    "context_attention.slowest": "ms", "context_attention.mean": "ms", "context_times.slowest": "ms",
+    "context_times.mean": "ms", "expert_times.dispatch_time": "ms", "expert_times.block_time": "ms",
+    "expert_times.sum_time": "ms", "prefill_time.prefill": "s", "scan_time.step_time": "ms",
+    "two_dimensional.step_time": "s",
 }  # fmt: skip
 # What guessing reaches, or what the baseline has to exceed before an arm's loss of it means anything.
 FLOORS = {

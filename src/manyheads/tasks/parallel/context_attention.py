@@ -59,7 +59,7 @@ class ContextAttention(Task):
         Metric("imbalance", "balance", what="work of the busiest process over the mean, 1 at best"),
         Metric("slowest", "slowest", "ms", kind="time", what="time of the slowest process"),
         Metric("mean", "mean", "ms", kind="time", what="time of the mean process"),
-        Metric("rate", "TFLOP/s", "TFLOP/s", higher=True, kind="time", what="of a process, by the mask's true area"),
+        Metric("rate", "TFLOP/s", "TFLOP/s", higher=True, what="of a process, by the mask's true area"),
         Metric("memory", "memory", "bytes", what="the most that a device held beyond its share of the inputs"),
         Metric("modelled", "modelled", "ms", what="modelled time of the slowest process"),
     )
