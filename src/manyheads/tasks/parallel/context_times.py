@@ -19,7 +19,9 @@ __all__ = ["ContextTimes"]
 class ContextTimes(ContextAttention):
     """As :class:`.ContextAttention`, with rows of what is timed."""
 
-    metrics: ClassVar[tuple[Metric, ...]] = tuple(m for m in ContextAttention.metrics if m.kind == "time")
+    metrics: ClassVar[tuple[Metric, ...]] = tuple(
+        m for m in ContextAttention.metrics if m.name in ("slowest", "mean", "rate")
+    )
 
     backend: str = "nccl"
     dtype: str = "bfloat16"
