@@ -76,39 +76,28 @@ class _Arrive(Function):
         return dx, None  # stands in for what is under way
 
 
-class _Gather(Function):
+class _Rows(Function):
+    """One of an all-gather and a reduce-scatter of rows, and the other for the gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int], name: str) -> Tensor:
-        ctx.given = peers, lengths, f"{name}, back"
-        return peers.all_gather(x, lengths, name)
+    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int], name: str, gathers: bool) -> Tensor:
+        ctx.given = peers, lengths, f"{name}, back", not gathers
+        return (peers.all_gather if gathers else peers.reduce_scatter)(x, lengths, name)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None]:
-        peers, lengths, name = ctx.given
-        return peers.reduce_scatter(dx, lengths, name), None, None, None
-
-
-class _ReduceScatter(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, peers: Peers, lengths: Sequence[int], name: str) -> Tensor:
-        ctx.given = peers, lengths, f"{name}, back"
-        return peers.reduce_scatter(x, lengths, name)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None]:
-        peers, lengths, name = ctx.given
-        return peers.all_gather(dx, lengths, name), None, None, None
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        peers, lengths, name, gathers = ctx.given
+        return (peers.all_gather if gathers else peers.reduce_scatter)(dx, lengths, name), None, None, None, None
 
 
 def gather(x: Tensor, peers: Peers, lengths: Sequence[int], name: str) -> Tensor:
     """Rows of all processes, of these lengths; each gets the sum of the gradients of its own."""
-    found: Tensor = _Gather.apply(x, peers, lengths, name)  # type: ignore[no-untyped-call]
+    found: Tensor = _Rows.apply(x, peers, lengths, name, True)  # type: ignore[no-untyped-call]
     return found
 
 
 def reduce_scatter(x: Tensor, peers: Peers, lengths: Sequence[int], name: str) -> Tensor:
     """The sum over the processes of this one's rows, of those of all in ``x``."""
-    found: Tensor = _ReduceScatter.apply(x, peers, lengths, name)  # type: ignore[no-untyped-call]
+    found: Tensor = _Rows.apply(x, peers, lengths, name, False)  # type: ignore[no-untyped-call]
     return found
