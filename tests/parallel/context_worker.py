@@ -2,8 +2,6 @@
 """Runs attention that processes share, on 2, 4 and 8 of them, and leaves errors and bytes as JSON for the test."""
 
 import json
-import multiprocessing
-import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ import torch.distributed as dist
 
 from manyheads.parallel import LAYOUTS, PATTERNS, ContextParallel, Layout, World, _exchanges, pattern
 from manyheads.parallel import _context as shared
+from parallel.forked import start
 
 SIZES = (2, 4, 8)
 SIZE, BATCH, HEADS, KV_HEADS, WIDTH, VALUES = 45, 2, 8, 2, 6, 4
@@ -122,15 +121,4 @@ def names(world):
 
 
 if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")  # so that torch is imported once
-    for ranks in SIZES:
-        processes = [fork.Process(target=run, args=(rank, ranks, sys.argv[1])) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        if any(codes):
-            sys.exit(f"{ranks} processes ended with {codes}")
+    start(run, SIZES)

@@ -1,12 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention that processes share: exact for every mask, layout, exchange and grid; bytes by the formulas."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,9 +12,9 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
 from parallel import context_worker as worker
+from parallel import forked
 
 EXACT = 1e-12  # float64: the same numbers, added in another order
-TESTS = Path(__file__).parents[1]
 ITEM, TOKENS = 8, 16  # bytes of a number, tokens of a process where bytes are counted
 KV = worker.BATCH * worker.KV_HEADS * (worker.WIDTH + worker.VALUES) * TOKENS * ITEM  # keys and values of a process
 
@@ -28,14 +22,7 @@ KV = worker.BATCH * worker.KV_HEADS * (worker.WIDTH + worker.VALUES) * TOKENS * 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
     """What the processes left, by how many there were and by rank."""
-    folder = tmp_path_factory.mktemp("context")
-    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, worker.__file__, str(folder)], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    return {n: [json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in worker.SIZES}
+    return forked.left(worker, tmp_path_factory.mktemp("context"))
 
 
 @pytest.mark.parametrize("ranks", worker.SIZES)

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts that processes share: every dispatch is the formula; bytes are counted; what is held and what is summed."""
 
-import json
-import os
-import subprocess
-import sys
 from math import comb
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +19,9 @@ from tolerance import DEEP, FORMULA, error, is_far
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
+from parallel import forked
 from parallel import moe_worker as worker
 
-TESTS = Path(__file__).parents[1]
 ROW = 4 * worker.DIM  # bytes of a token where they are counted
 MORE = FORMULA * 16  # the same relative to the largest entry, of sums of up to 64 terms there and back
 
@@ -34,14 +29,7 @@ MORE = FORMULA * 16  # the same relative to the largest entry, of sums of up to 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
     """What the processes left, by how many there were and by rank."""
-    folder = tmp_path_factory.mktemp("experts")
-    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, worker.__file__, str(folder)], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    return {n: [json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in worker.SIZES}
+    return forked.left(worker, tmp_path_factory.mktemp("experts"))
 
 
 @pytest.mark.parametrize("ranks", worker.SIZES)
