@@ -16,7 +16,7 @@ from .experiment.arms import Arm
 from .experiment.design import Experiment, Planned
 from .experiment.journal import FOLDER, RUN, Results, read_run
 from .recipe import Procedure, Recipe
-from .spec import parse
+from .spec import parse, told_by_spec
 from .strategy import Strategy
 
 if TYPE_CHECKING:
@@ -82,18 +82,10 @@ def plan_field(
     on = dataclasses.replace(on, folder=place, steps=steps or on.steps)
     on.samples("train")  # what cannot be had is found now
     base = Arm(on.references[0], options={"reference": on.references[0]})
-    arms = tuple({one.spec: Arm(one.spec, one.spec if _known(one) else "") for one in made}.values())
+    arms = tuple({one.spec: Arm(one.spec, one.spec if told_by_spec(one) else "") for one in made}.values())
     return Experiment(
         subject="trainable", arms=arms, baseline=base, tasks=(on,), equal="parameters", seeds=seeds or 3
     )  # fmt: skip
-
-
-def _known(strategy: Strategy) -> bool:
-    """Whether any process can make it of its spec."""
-    try:
-        return parse(strategy.spec) == strategy
-    except UserError:
-        return False
 
 
 def _field(task: str) -> str:
@@ -136,7 +128,7 @@ def train(
     from .training.budget import Budget
 
     specs, steps = [parse(one) for one in strategies], None
-    own = {"strategies": {one.spec: one for one in specs if not _known(one)}}
+    own = {"strategies": {one.spec: one for one in specs if not told_by_spec(one)}}
     plan = plan_field(specs, task, data, seeds)
     if budget is not None:
         given, batch = Budget.of(budget), plan.tasks[0].batch  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from .errors import UserError
 from .experiment.arms import Arm
 from .experiment.design import Experiment, Planned
 from .experiment.journal import FOLDER, RUN, Results, read_run
-from .spec import parse, read
+from .spec import parse, read, told_by_spec
 from .strategy import Mixer, Ranker, Strategy
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def plan_training(
         ),
         MixerCost(**model, length=size.length, lengths=size.lengths),
     )  # fmt: skip
-    arms = tuple(Arm(spec, spec if _known(strategy) else "") for spec, strategy in mixers(strategies).items())
+    arms = tuple(Arm(spec, spec if told_by_spec(strategy) else "") for spec, strategy in mixers(strategies).items())
     return Experiment(
         subject="trainable", arms=arms, baseline=arms[0], tasks=tasks, equal="parameters", seeds=size.seeds
     )
@@ -255,7 +255,7 @@ def compare_trained(
     size = size or training_size(device, quick, seeds=seeds, samples=samples, length=length)
     size = replace(size, budget=tokens or size.budget)
     made = mixers(strategies)
-    own = {spec: strategy for spec, strategy in made.items() if not _known(strategy)}
+    own = {spec: strategy for spec, strategy in made.items() if not told_by_spec(strategy)}
     read_texts = list(standard_library() if texts is None else texts)
     data = {"texts": read_texts, "strategies": own}
     if minutes is not None:
@@ -325,14 +325,6 @@ def compare_on(
         plan_on(tasks, strategies, seeds, samples).at("cpu"), out, seed=seed, device=device, data=data,
         executor=executor, progress=progress, about=about,
     )  # fmt: skip
-
-
-def _known(strategy: Strategy) -> bool:
-    """Whether any process can make it of its spec."""
-    try:
-        return parse(strategy.spec) == strategy
-    except UserError:
-        return False
 
 
 def _budget(

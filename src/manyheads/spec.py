@@ -22,7 +22,10 @@ from . import catalog
 from .errors import UserError
 from .strategy import Cache, Layers, Strategy
 
-__all__ = ["Spec", "fill", "numbers", "parse", "protecting", "read", "split_list", "split_outside", "split_together"]
+__all__ = [
+    "Spec", "fill", "numbers", "parse", "protecting", "read", "split_list", "split_outside", "split_together",
+    "told_by_spec",
+]  # fmt: skip
 
 Made = TypeVar("Made")
 
@@ -144,6 +147,14 @@ def parse(spec: str | Strategy) -> Strategy:
     given = read(spec)
     slug = catalog.RECOMMENDED if given.name == "auto" else given.name
     return fill(catalog.load(slug), replace(given, name=slug))
+
+
+def told_by_spec(strategy: Strategy) -> bool:
+    """Whether any process can make this strategy of its spec alone."""
+    try:
+        return parse(strategy.spec) == strategy
+    except UserError:
+        return False
 
 
 def protecting(spec: str, protect: str) -> str:
