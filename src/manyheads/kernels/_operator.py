@@ -5,6 +5,9 @@ The dispatch of a custom operator imports the compiler the first time, which tak
 themselves do. So an operator that is called with plain tensors, without a gradient and outside of ``torch.compile``,
 runs its function directly; everyone else gets the operator. Its first call finds which kernels it launches, compiles
 them in threads, and only then launches them.
+
+Triton compiles for, and launches on, the current device of the thread, whatever the tensors lie on. :func:`launch`
+makes that the device of the tensors, in the caller's thread and in those that compile.
 """
 
 from collections.abc import Callable
@@ -24,7 +27,7 @@ __all__ = ["LOG2E", "compile_together", "launch", "operator", "plain"]
 
 LOG2E = 1.4426950408889634  # the kernels' exponentials are of base 2
 
-_dry: ContextVar[bool] = ContextVar("manyheads_dry", default=False)
+_dry: ContextVar[list[int] | None] = ContextVar("manyheads_dry", default=None)  # the devices of what is not run
 
 
 def plain(*inputs: Any) -> bool:
@@ -35,30 +38,40 @@ def plain(*inputs: Any) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run a kernel; within :func:`compile_together` it is compiled only."""
-    if _dry.get():
-        kernel.warmup(*args, grid=grid, **constants)
-    else:
-        kernel[grid](*args, **constants)
+    """Run a kernel on the device of its tensors; within :func:`compile_together` it is compiled only."""
+    of = next(x for x in args if isinstance(x, Tensor))
+    with torch.cuda.device_of(of):
+        if (devices := _dry.get()) is None:
+            kernel[grid](*args, **constants)
+        else:
+            devices.append(of.get_device())
+            kernel.warmup(*args, grid=grid, **constants)
 
 
 def compile_together(*calls: Callable[[], object]) -> None:
     """Compile all kernels that the calls :func:`launch`, at once, in threads, without running one.
 
-    What fails here is compiled when it is launched.
+    What fails here is compiled when it is launched. Calls within the calls compile nothing of their own.
     """
-    if AsyncCompileMode is None or _dry.get() or not torch.cuda.is_available():
+    if AsyncCompileMode is None or _dry.get() is not None or not torch.cuda.is_available():
         return
-    token = _dry.set(True)
+    devices: list[int] = []
+    token = _dry.set(devices)
     try:
         with ThreadPoolExecutor() as pool:
             with AsyncCompileMode(pool, ignore_errors=True) as mode:
                 for call in calls:
                     call()
             for kernel in [future.kernel for future in mode.future_kernels.values() if future.kernel is not None]:
-                pool.submit(getattr, kernel, "run")  # builds what launches it
+                pool.submit(_load, kernel, devices[0])
     finally:
         _dry.reset(token)
+
+
+def _load(kernel: Any, device: int) -> None:
+    """Load a compiled kernel onto a device, and build what launches it."""
+    with torch.cuda.device(device):
+        kernel.run  # noqa: B018
 
 
 class _Operator:

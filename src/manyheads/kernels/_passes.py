@@ -2,15 +2,16 @@
 """How :mod:`manyheads.kernels.recurrence` cuts a call into segments, and how its kernels are launched over them."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._operator import launch
 from ._recurrence import chunks
 from ._states import scan
 
-__all__ = ["LONGEST", "Pass", "Plan", "blocks", "dense", "launch", "like", "padded", "states", "tile_width"]
+__all__ = ["LONGEST", "Pass", "Plan", "blocks", "dense", "like", "padded", "states", "tile_width"]
 
 _PROGRAMS = 2  # of a multiprocessor at once
 LONGEST = 4096  # tokens of a segment
@@ -136,24 +137,15 @@ def states(k: Tensor, v: Tensor, count: int, norm: str) -> tuple[Tensor, Tensor]
     return kv, k.new_empty((count, k.shape[1], k.shape[3]) if norm else (0,), dtype=torch.float32)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, dry: bool, **constants: Any) -> None:
-    """Run a kernel, or see to it that it is compiled (``dry``)."""
-    if dry:
-        kernel.warmup(*args, grid=grid, **constants)
-    else:
-        kernel[grid](*args, **constants)
-
-
 class Pass:
     """One direction of a call: its segments, its states, and the launches of the kernels over them."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, scale: float, norm: str,
-        dry: bool,
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, scale: float, norm: str
     ) -> None:  # fmt: skip
         self.plan = plan = Plan.of(q, k, v, cu_seqlens, norm)
         self.heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
-        self.length, self.scale, self.norm, self.g, self.dry = q.shape[2], scale, norm, g, dry
+        self.length, self.scale, self.norm, self.g = q.shape[2], scale, norm, g
         self.rows = q.new_empty(plan.numel * self.heads, dtype=torch.float32)
         self.decay = q.new_empty(plan.segments, self.heads, dtype=torch.float32)
         self.gate, self.gate_strides = "none", (0, 0, 0)
@@ -188,7 +180,7 @@ class Pass:
             rows if aux is None else aux, self.decay, self.owner, self.first, self.cu, *strides, *_strides(y),
             *_strides(z), *(strides if w is None else _strides(w)), *self.gate_strides,
             *(strides if out is None else _strides(out)), self.length, plan.length, plan.per, plan.sequences,
-            1 if turned else columns, width if turned else 1, self.scale, dry=self.dry, HEADS=self.heads, G=self.group,
+            1 if turned else columns, width if turned else 1, self.scale, HEADS=self.heads, G=self.group,
             X=width, Z=columns, C=config.chunk, BX=wide, BZ=block, GATE=self.gate, OUT=out is not None,
             REVERSE=role in ("dstate", "dk", "dv"), ROLE=role if self.norm else "",
             MLSTM=self.norm == "mlstm" and role == "out", DG=w is not None, PACKED=self.packed, SIZE=plan.size,
@@ -201,7 +193,7 @@ class Pass:
         launch(
             scan, (self.plan.sequences * self.heads, blocks(size, block)),
             self.rows, self.decay, self.rows if start is None else start, self.rows if start_n is None else start_n,
-            end, end_n, self.first, self.plan.per, dry=self.dry, HEADS=self.heads, KV=cells, SIZE=size, BLOCK=block,
+            end, end_n, self.first, self.plan.per, HEADS=self.heads, KV=cells, SIZE=size, BLOCK=block,
             GATED=self.g is not None, GIVEN=start is not None, GIVEN_N=start_n is not None and bool(self.norm),
             REVERSE=reverse, PACKED=self.packed, WHOLE=self.plan.whole, num_warps=4,
         )  # fmt: skip

@@ -163,13 +163,12 @@ def _lse_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
     # A few queries fill no device by themselves: their keys are shared out too, four blocks at least to a share.
     splits = max(1, min(processors * 2 // (blocks * pairs), size // (4 * config.keys)))
     out = q.new_empty(splits, batch, heads, length, dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        launch(
-            _lse, (blocks, pairs, splits),
-            q, k, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * LOG2E, splits,
-            G=group, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
-            STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+    launch(
+        _lse, (blocks, pairs, splits),
+        q, k, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * LOG2E, splits,
+        G=group, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
     return out[0] if splits == 1 else out.logsumexp(0)
 
 
@@ -181,13 +180,12 @@ def _mass_op(q: Tensor, k: Tensor, scale: float) -> Tensor:
         return out
     config = _config("mass", dim, q.element_size())
     sums = _lse_op(q, k, scale)
-    with torch.cuda.device_of(q):
-        launch(
-            _mass, (triton.cdiv(size, config.keys), batch * kv_heads),
-            q, k, sums, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * LOG2E,
-            G=heads // kv_heads, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
-            STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+    launch(
+        _mass, (triton.cdiv(size, config.keys), batch * kv_heads),
+        q, k, sums, out, *_strides(q), *_strides(k), kv_heads, length, size, scale * LOG2E,
+        G=heads // kv_heads, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)), M=config.rows, N=config.keys,
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
     return out
 
 

@@ -153,14 +153,13 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, call: Any, out: Tensor, lse
     run, lists, pattern = _Launch(q, k, v, call), call.pattern.lists(call.rule), call.pattern
     config = run.config("forward", q.element_size())
     rows = pattern.busy if add else pattern.rows
-    with torch.cuda.device_of(q):
-        launch(
-            _block_sparse.forward, (rows * blocks(pattern.block_q, config["M"]), run.batch * run.heads),
-            q, k, v, out, lse, lists.indices, lists.spans, lists.order, *_bits(lists), *run.extra, *_strides(q),
-            *_strides(k), *_strides(v), *_strides(out), *_rows(lists.indices), *run.extra_strides, run.heads,
-            run.length, run.size, pattern.rows, lists.indices.shape[3], run.window, run.factor, ADD=add,
-            **run.constants, **config,
-        )  # fmt: skip
+    launch(
+        _block_sparse.forward, (rows * blocks(pattern.block_q, config["M"]), run.batch * run.heads),
+        q, k, v, out, lse, lists.indices, lists.spans, lists.order, *_bits(lists), *run.extra, *_strides(q),
+        *_strides(k), *_strides(v), *_strides(out), *_rows(lists.indices), *run.extra_strides, run.heads,
+        run.length, run.size, pattern.rows, lists.indices.shape[3], run.window, run.factor, ADD=add,
+        **run.constants, **config,
+    )  # fmt: skip
 
 
 def _bits(lists: Any) -> tuple[Tensor, Tensor]:
@@ -237,23 +236,22 @@ def _launch_backward(
     lists, turned = pattern.lists(call.rule), pattern.transposed(call.rule, run.heads // run.kv_heads)
     config, how = run.config("queries", q.element_size()), {"GIVEN": False, "ADD": False, **how}
     rows = pattern.busy if how["ADD"] else pattern.rows
-    with torch.cuda.device_of(q):
-        launch(
-            _block_sparse.backward_queries, (rows * blocks(pattern.block_q, config["M"]), run.batch * run.heads),
-            q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *_bits(lists),
-            *run.extra, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
-            *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size, pattern.rows,
-            lists.indices.shape[3], run.window, run.factor, run.scale, **how, **run.constants, **config,
-        )  # fmt: skip
-        config, tile = run.config("keys", q.element_size()), pattern.tile
-        bits, order = turned.bits, turned.order
-        tiles = turned.indices.shape[2]
-        launch(
-            _block_sparse_keys.backward_keys, (tiles * (tile // config["N"]), run.batch * run.kv_heads),
-            q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
-            turned.indices if bits is None else bits, *_bits(turned), *run.extra, *_strides(q), *_strides(k),
-            *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv), *_rows(turned.indices),
-            *_rows(order[..., None]), *run.extra_strides, run.kv_heads, run.length, run.size, tiles,
-            turned.indices.shape[3], run.window, run.factor, run.scale, TILE=tile, BITS=bits is not None,
-            **run.constants, **config,
-        )  # fmt: skip
+    launch(
+        _block_sparse.backward_queries, (rows * blocks(pattern.block_q, config["M"]), run.batch * run.heads),
+        q, k, v, out, dout, lse, dlse, delta, dq, lists.indices, lists.spans, lists.order, *_bits(lists),
+        *run.extra, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout), *_strides(dq),
+        *_rows(lists.indices), *run.extra_strides, run.heads, run.length, run.size, pattern.rows,
+        lists.indices.shape[3], run.window, run.factor, run.scale, **how, **run.constants, **config,
+    )  # fmt: skip
+    config, tile = run.config("keys", q.element_size()), pattern.tile
+    bits, order = turned.bits, turned.order
+    tiles = turned.indices.shape[2]
+    launch(
+        _block_sparse_keys.backward_keys, (tiles * (tile // config["N"]), run.batch * run.kv_heads),
+        q, k, v, dout, lse, delta, dk, dv, turned.indices, turned.spans, order,
+        turned.indices if bits is None else bits, *_bits(turned), *run.extra, *_strides(q), *_strides(k),
+        *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv), *_rows(turned.indices),
+        *_rows(order[..., None]), *run.extra_strides, run.kv_heads, run.length, run.size, tiles,
+        turned.indices.shape[3], run.window, run.factor, run.scale, TILE=tile, BITS=bits is not None,
+        **run.constants, **config,
+    )  # fmt: skip

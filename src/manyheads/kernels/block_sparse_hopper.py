@@ -97,16 +97,15 @@ def _launch_forward(
         if key not in pattern._memo:
             pattern._memo[key] = torch.cat([words.new_full((1, _TILE, _TILE // 32), -1), words])
         words = pattern._memo[key]
-    with torch.cuda.device_of(q):
-        launch(
-            _block_sparse_hopper.forward, _programs(tiles, q),
-            _described(q), _described(k, _TILE), _described(v, _TILE), _described(q if pattern.masked else out), lse,
-            begun, lists.indices, lists.spans, lists.order, out, *_strides(out), words, base, *_rows(lists.indices),
-            heads, length, size, rows, lists.indices.shape[3], rule.window or 0, call.scale * LOG2E, tiles,
-            G=heads // k.shape[1], D=width, BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal,
-            WINDOW=rule.window is not None, TILED=pattern.masked, ADD=add, MORE=not one, BUFFERS=_BUFFERS,
-            STAGES=_ring(width, _BUFFERS), num_warps=4,
-        )  # fmt: skip
+    launch(
+        _block_sparse_hopper.forward, _programs(tiles, q),
+        _described(q), _described(k, _TILE), _described(v, _TILE), _described(q if pattern.masked else out), lse,
+        begun, lists.indices, lists.spans, lists.order, out, *_strides(out), words, base, *_rows(lists.indices),
+        heads, length, size, rows, lists.indices.shape[3], rule.window or 0, call.scale * LOG2E, tiles,
+        G=heads // k.shape[1], D=width, BQ=pattern.block_q, BK=pattern.block_k, N=_TILE, CAUSAL=rule.causal,
+        WINDOW=rule.window is not None, TILED=pattern.masked, ADD=add, MORE=not one, BUFFERS=_BUFFERS,
+        STAGES=_ring(width, _BUFFERS), num_warps=4,
+    )  # fmt: skip
 
 
 def _bits(lists: Any) -> tuple[Tensor, Tensor]:
@@ -128,12 +127,11 @@ def backward(
     (batch, heads, length, width), pattern = q.shape, call.pattern
     pairs, padded = batch * heads, pattern.rows * pattern.block_q
     sums = lse.new_empty(2 * pairs, padded)
-    with torch.cuda.device_of(q):
-        launch(
-            rows, (padded // 32, pairs),
-            out, dout, lse, lse if dlse is None else dlse.contiguous(), sums, *_strides(out), *_strides(dout), heads,
-            length, padded, pairs, D=width, M=32, DLSE=dlse is not None, num_warps=4,
-        )  # fmt: skip
+    launch(
+        rows, (padded // 32, pairs),
+        out, dout, lse, lse if dlse is None else dlse.contiguous(), sums, *_strides(out), *_strides(dout), heads,
+        length, padded, pairs, D=width, M=32, DLSE=dlse is not None, num_warps=4,
+    )  # fmt: skip
     dq, dk, dv = like(q, width), like(k, width), like(v, width)
     _launch_backward(q, k, v, call, sums, dout, dq, dk, dv, pattern.rows, False)
     return dq, dk, dv
@@ -172,24 +170,21 @@ def _launch_backward(
     constants |= {"WINDOW": rule.window is not None, "TILED": pattern.masked}
     stored = [_described(x if pattern.masked else y) for x, y in ((q, dq), (k, dk), (v, dv))]
     tiles = pairs * rows * (pattern.block_q // _TILE)
-    with torch.cuda.device_of(q):
-        launch(
-            queries, _programs(tiles, q),
-            _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), stored[0], sums,
-            begun, lists.indices, lists.spans, lists.order, dq, *_strides(dq), *_bits(lists), *_rows(lists.indices),
-            heads, length, size, padded, pairs, rows, lists.indices.shape[3], *given, tiles, BK=pattern.block_k,
-            N=_TILE, ADD=add, STAGES=_ring(width, 2), num_warps=4, **constants,
-        )  # fmt: skip
-        parts = turned.indices.shape[2]
-        tiles = batch * kv_heads * parts * (pattern.tile // _TILE)
-        described = TensorDescriptor(
-            sums, [2 * pairs, padded], [padded, 1], [1, _TILE // 2], NVMMASharedLayout(0, 32, 2)
-        )
-        launch(
-            keys, _programs(tiles, q),
-            _described(q), _described(k), _described(v), _described(dout), described, *stored[1:],
-            begun[1:], turned.indices, turned.spans, turned.order, dk, *_strides(dk), dv, *_strides(dv),
-            *_bits(turned), *_rows(turned.indices), *_rows(turned.order[..., None]), kv_heads, length, size, pairs,
-            parts, turned.indices.shape[3], *given, tiles, TILE=pattern.tile, M=_TILE // 2, STAGES=_STAGES,
-            num_warps=4, **constants,
-        )  # fmt: skip
+    launch(
+        queries, _programs(tiles, q),
+        _described(q), _described(k, _TILE), _described(v, _TILE), _described(dout), stored[0], sums,
+        begun, lists.indices, lists.spans, lists.order, dq, *_strides(dq), *_bits(lists), *_rows(lists.indices),
+        heads, length, size, padded, pairs, rows, lists.indices.shape[3], *given, tiles, BK=pattern.block_k,
+        N=_TILE, ADD=add, STAGES=_ring(width, 2), num_warps=4, **constants,
+    )  # fmt: skip
+    parts = turned.indices.shape[2]
+    tiles = batch * kv_heads * parts * (pattern.tile // _TILE)
+    described = TensorDescriptor(sums, [2 * pairs, padded], [padded, 1], [1, _TILE // 2], NVMMASharedLayout(0, 32, 2))
+    launch(
+        keys, _programs(tiles, q),
+        _described(q), _described(k), _described(v), _described(dout), described, *stored[1:],
+        begun[1:], turned.indices, turned.spans, turned.order, dk, *_strides(dk), dv, *_strides(dv),
+        *_bits(turned), *_rows(turned.indices), *_rows(turned.order[..., None]), kv_heads, length, size, pairs,
+        parts, turned.indices.shape[3], *given, tiles, TILE=pattern.tile, M=_TILE // 2, STAGES=_STAGES,
+        num_warps=4, **constants,
+    )  # fmt: skip

@@ -126,31 +126,30 @@ def _decode(
     part = out if last else q.new_empty(parts * group * dim, dtype=torch.float32)
     part_lse = lse if last else q.new_empty(parts * group, dtype=torch.float32)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    with torch.cuda.device_of(q):
+    launch(
+        partial, (parts,),
+        q, k.view(keys.view), v.view(values.view),
+        q if k_scale is None else k_scale.contiguous(), q if v_scale is None else v_scale.contiguous(),
+        q if recent_k is None else recent_k, q if recent_v is None else recent_v,
+        lengths if recent_length is None else recent_length, offsets, lengths, part, part_lse,
+        scale * LOG2E, programs, pairs, 0 if recent_k is None else recent_k.shape[2],
+        0 if recent_length is None or recent_length.dim() == 0 else recent_length.stride(0),
+        LENGTHS=room, HEADS=kv_heads, G=group, ROWS=16 if group <= 16 else 32, D=dim, BLOCK=config.block,
+        STAGES=config.stages,
+        K_PIECES=keys.pieces, K_CODEC=keys.codec, K_ASM=nvidia and not wide and keys.view == torch.int16,
+        V_PIECES=values.pieces, V_CODEC=values.codec, V_ASM=nvidia and not wide and values.view == torch.int16,
+        RECENT=recent, LAST=last, PDL=pdl,
+        RECENT_BLOCK=min(config.block, 64 if dim <= 128 else 32),
+        num_warps=config.warps, **options,
+    )  # fmt: skip
+    if not last:
+        width = min(dim, 32)
         launch(
-            partial, (parts,),
-            q, k.view(keys.view), v.view(values.view),
-            q if k_scale is None else k_scale.contiguous(), q if v_scale is None else v_scale.contiguous(),
-            q if recent_k is None else recent_k, q if recent_v is None else recent_v,
-            lengths if recent_length is None else recent_length, offsets, lengths, part, part_lse,
-            scale * LOG2E, programs, pairs, 0 if recent_k is None else recent_k.shape[2],
-            0 if recent_length is None or recent_length.dim() == 0 else recent_length.stride(0),
-            LENGTHS=room, HEADS=kv_heads, G=group, ROWS=16 if group <= 16 else 32, D=dim, BLOCK=config.block,
-            STAGES=config.stages,
-            K_PIECES=keys.pieces, K_CODEC=keys.codec, K_ASM=nvidia and not wide and keys.view == torch.int16,
-            V_PIECES=values.pieces, V_CODEC=values.codec, V_ASM=nvidia and not wide and values.view == torch.int16,
-            RECENT=recent, LAST=last, PDL=pdl,
-            RECENT_BLOCK=min(config.block, 64 if dim <= 128 else 32),
-            num_warps=config.warps, **options,
+            combine, (batch * heads, dim // width),
+            part, part_lse, lengths, out, lse, programs, pairs,
+            LENGTHS=room, LEAST=config.block, G=group, D=dim, WIDTH=width, PARTS=_PARTS,
+            RECENT=recent, PDL=pdl, num_warps=1, **options,
         )  # fmt: skip
-        if not last:
-            width = min(dim, 32)
-            launch(
-                combine, (batch * heads, dim // width),
-                part, part_lse, lengths, out, lse, programs, pairs,
-                LENGTHS=room, LEAST=config.block, G=group, D=dim, WIDTH=width, PARTS=_PARTS,
-                RECENT=recent, PDL=pdl, num_warps=1, **options,
-            )  # fmt: skip
     return out, lse
 
 

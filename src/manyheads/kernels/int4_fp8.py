@@ -146,13 +146,12 @@ def _op(
     out = torch.empty(
         config.parts, tokens, outputs, dtype=dtype if config.parts == 1 else torch.float32, device=x.device
     )
-    with torch.cuda.device_of(x):
-        launch(
-            _matmul, (triton.cdiv(outputs, config.columns), triton.cdiv(tokens, config.rows), config.parts),
-            x if fp8 else x.view(torch.uint8), scale, codes, sigma.view(torch.uint8) if narrow else sigma, out,
-            tokens, outputs, width, groups, factor, GROUP=group, ROWS=config.rows, COLUMNS=config.columns, FP8=fp8,
-            EXACT=exact, SIGMA8=narrow, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+    launch(
+        _matmul, (triton.cdiv(outputs, config.columns), triton.cdiv(tokens, config.rows), config.parts),
+        x if fp8 else x.view(torch.uint8), scale, codes, sigma.view(torch.uint8) if narrow else sigma, out,
+        tokens, outputs, width, groups, factor, GROUP=group, ROWS=config.rows, COLUMNS=config.columns, FP8=fp8,
+        EXACT=exact, SIGMA8=narrow, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
     return out[0] if config.parts == 1 else out.sum(0).to(dtype)
 
 

@@ -112,14 +112,13 @@ def _statistics_op(
     high, low, unit = _halves(features, columns) if count else (features, features, features)
     config = _config("rows", dim, q.element_size())
     group = heads // kv_heads
-    with torch.cuda.device_of(q):
-        launch(
-            _probe.statistics, (triton.cdiv(length * group, config.rows), batch * kv_heads),
-            q, k, high, low, lo, hi, lse, entropy, far, found, top, column, *_strides(q), *_strides(k),
-            size * columns if features.shape[0] > 1 else 0, kv_heads, length, size, count, scale * LOG2E, G=group,
-            D=dim, WIDTH=_width(dim), F=columns, FAR=distance, PEAK=peak, RANGED=ranged, M=config.rows,
-            N=config.keys, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+    launch(
+        _probe.statistics, (triton.cdiv(length * group, config.rows), batch * kv_heads),
+        q, k, high, low, lo, hi, lse, entropy, far, found, top, column, *_strides(q), *_strides(k),
+        size * columns if features.shape[0] > 1 else 0, kv_heads, length, size, count, scale * LOG2E, G=group,
+        D=dim, WIDTH=_width(dim), F=columns, FAR=distance, PEAK=peak, RANGED=ranged, M=config.rows,
+        N=config.keys, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
     return lse, entropy, far, found.mul_(unit) if count else found, top, column
 
 
@@ -146,14 +145,13 @@ def _received_op(
     columns = max(16, triton.next_power_of_2(count))
     high, low, unit = _halves(weight, columns)
     config = _config("columns", dim, q.element_size())
-    with torch.cuda.device_of(q):
-        launch(
-            _probe.received, (triton.cdiv(size, config.keys), batch * heads),
-            q, k, high, low, lo, hi, lse, out, *_strides(q), *_strides(k),
-            length * columns if weight.shape[0] > 1 else 0, heads, length, size, count, scale * LOG2E,
-            G=heads // kv_heads, D=dim, WIDTH=_width(dim), F=columns, RANGED=ranged, M=config.rows, N=config.keys,
-            STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+    launch(
+        _probe.received, (triton.cdiv(size, config.keys), batch * heads),
+        q, k, high, low, lo, hi, lse, out, *_strides(q), *_strides(k),
+        length * columns if weight.shape[0] > 1 else 0, heads, length, size, count, scale * LOG2E,
+        G=heads // kv_heads, D=dim, WIDTH=_width(dim), F=columns, RANGED=ranged, M=config.rows, N=config.keys,
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
     return out.mul_(unit)
 
 
@@ -178,18 +176,17 @@ def _band_op(
     const = {
         "G": heads // kv_heads, "D": dim, "WIDTH": _width(dim), "RANGED": ranged, "M": keys, "N": keys, "num_warps": 4,
     }  # fmt: skip
-    with torch.cuda.device_of(q):
-        if by_rows:
-            launch(
-                _probe.band_rows, (triton.cdiv(length, keys), batch * heads),
-                q, k, profile, lo, hi, lse, rows, *about, *sizes, **const,
-            )  # fmt: skip
-        if by_columns:
-            launch(
-                _probe.band_columns, (triton.cdiv(size, keys), batch * heads),
-                q, k, profile, counted, lo, hi, lse, columns, *about, length if counted.shape[0] > 1 else 0, *sizes,
-                **const,
-            )  # fmt: skip
+    if by_rows:
+        launch(
+            _probe.band_rows, (triton.cdiv(length, keys), batch * heads),
+            q, k, profile, lo, hi, lse, rows, *about, *sizes, **const,
+        )  # fmt: skip
+    if by_columns:
+        launch(
+            _probe.band_columns, (triton.cdiv(size, keys), batch * heads),
+            q, k, profile, counted, lo, hi, lse, columns, *about, length if counted.shape[0] > 1 else 0, *sizes,
+            **const,
+        )  # fmt: skip
     return rows, columns
 
 
@@ -213,12 +210,11 @@ def _pool_op(
         return out
     most = 64 if q.element_size() < 4 and dim <= 128 else 32
     rows, keys = (min(most, max(16, triton.next_power_of_2(n))) for n in (high, wide))
-    with torch.cuda.device_of(q):
-        launch(
-            _probe.pooled, (out.shape[3], out.shape[2], batch * heads),
-            q, k, lo, hi, lse, out, *_strides(q), *_strides(k), heads, length, size, high, wide, scale * LOG2E,
-            G=heads // kv_heads, D=dim, WIDTH=_width(dim), RANGED=ranged, M=rows, N=keys, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _probe.pooled, (out.shape[3], out.shape[2], batch * heads),
+        q, k, lo, hi, lse, out, *_strides(q), *_strides(k), heads, length, size, high, wide, scale * LOG2E,
+        G=heads // kv_heads, D=dim, WIDTH=_width(dim), RANGED=ranged, M=rows, N=keys, num_warps=4,
+    )  # fmt: skip
     return out
 
 

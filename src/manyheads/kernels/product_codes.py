@@ -48,13 +48,12 @@ def encode(k: Tensor, centroids: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(batch, heads, groups, count, dtype=dtype, device=k.device)
     if out.numel():
         stride = centroids[0].numel() if books > 1 else 0
-        with torch.cuda.device_of(k):
-            launch(
-                nearest, (batch * heads * groups, triton.cdiv(count, _CODED)),
-                k.contiguous(), centroids.contiguous(), out, count, stride,
-                HEADS=heads, GROUPS=groups, CENTROIDS=size, WIDTH=centroids.shape[4], BLOCK=_CODED,
-                WAYS=min(_AT_ONCE, triton.next_power_of_2(size)), num_warps=8,
-            )  # fmt: skip
+        launch(
+            nearest, (batch * heads * groups, triton.cdiv(count, _CODED)),
+            k.contiguous(), centroids.contiguous(), out, count, stride,
+            HEADS=heads, GROUPS=groups, CENTROIDS=size, WIDTH=centroids.shape[4], BLOCK=_CODED,
+            WAYS=min(_AT_ONCE, triton.next_power_of_2(size)), num_warps=8,
+        )  # fmt: skip
     return out
 
 
@@ -80,14 +79,13 @@ def table_logits(
     lse = table.new_empty(batch, heads * group, blocks)
     if count:
         start = torch.zeros(batch, dtype=torch.int32, device=table.device) if first is None else first.int()
-        with torch.cuda.device_of(table):
-            launch(
-                logits, (batch * heads, blocks),
-                table.contiguous(), codes, start, start if mask is None else mask.contiguous().view(torch.uint8),
-                out, lse, count, codes.shape[3],
-                HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
-                CENTROIDS=centroids, BLOCK=_BLOCK, MASKED=mask is not None, num_warps=8,
-            )  # fmt: skip
+        launch(
+            logits, (batch * heads, blocks),
+            table.contiguous(), codes, start, start if mask is None else mask.contiguous().view(torch.uint8),
+            out, lse, count, codes.shape[3],
+            HEADS=heads, G=group, ROWS=triton.next_power_of_2(group), GROUPS=groups,
+            CENTROIDS=centroids, BLOCK=_BLOCK, MASKED=mask is not None, num_warps=8,
+        )  # fmt: skip
     return out, lse.logsumexp(2) if count else lse.new_full(lse.shape[:2], -torch.inf)
 
 
@@ -109,13 +107,12 @@ def select(x: Tensor, lse: Tensor, need: Tensor | int) -> Tensor:
     part = x.new_empty(passes, rows, chunks, _WAYS)
     prefix = torch.empty(passes, rows, dtype=torch.int32, device=x.device)
     for i in range(passes):
-        with torch.cuda.device_of(x):
-            launch(
-                narrow, (rows, chunks),
-                x, lse.contiguous(), wanted.contiguous(), part[max(0, i - 1)], part[i], prefix, count,
-                32 - _BITS * (i + 1), chunks, i, CHUNKS=triton.next_power_of_2(chunks), WAYS=_WAYS, BITS=_BITS,
-                BLOCK=256, COUNTED=counted, num_warps=4,
-            )  # fmt: skip
+        launch(
+            narrow, (rows, chunks),
+            x, lse.contiguous(), wanted.contiguous(), part[max(0, i - 1)], part[i], prefix, count,
+            32 - _BITS * (i + 1), chunks, i, CHUNKS=triton.next_power_of_2(chunks), WAYS=_WAYS, BITS=_BITS,
+            BLOCK=256, COUNTED=counted, num_warps=4,
+        )  # fmt: skip
     last = (part[-1].sum(1) >= wanted.view(-1, 1)).sum(1).sub(1).clamp(min=0)
     found = (prefix[-1].long() & 0xFFFFFFFF) | last
     bits = torch.where(found >= 2**31, found - 2**31, 0xFFFFFFFF - found)  # what ``_ordered`` made of a float
@@ -149,13 +146,12 @@ def fetch(
     out = x.new_empty(pairs, splits, 16, channels)
     mass = x.new_empty(pairs, splits, 16)
     fetched = torch.empty(pairs, splits, dtype=torch.int32, device=x.device)
-    with torch.cuda.device_of(x):
-        launch(
-            gather, (pairs, splits),
-            x, lse.contiguous(), lowest.contiguous(), values.view(torch.uint8) if bits == 8 else values,
-            lse if value_scale is None else value_scale, out, mass, fetched, count, pairs * width,
-            0 if value_scale is None else value_scale.shape[2],
-            G=group, ROWS=16, D=channels, BLOCK=_GATHERED, BITS=bits, num_warps=4,
-        )  # fmt: skip
+    launch(
+        gather, (pairs, splits),
+        x, lse.contiguous(), lowest.contiguous(), values.view(torch.uint8) if bits == 8 else values,
+        lse if value_scale is None else value_scale, out, mass, fetched, count, pairs * width,
+        0 if value_scale is None else value_scale.shape[2],
+        G=group, ROWS=16, D=channels, BLOCK=_GATHERED, BITS=bits, num_warps=4,
+    )  # fmt: skip
     out, mass = out[:, :, :group].sum(1), mass[:, :, :group].sum(1)
     return out.view(batch, heads, channels), mass.view(batch, heads), fetched.sum(1).view(batch, kv_heads)

@@ -25,7 +25,6 @@ throughout, so nothing overflows; a gate counts as at least 2^-128.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cache
 from typing import Any, NamedTuple
@@ -35,14 +34,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from ._operator import plain
-from ._passes import LONGEST, Pass, Plan, blocks, dense, launch, like, padded, states, tile_width
+from ._operator import compile_together, launch, plain
+from ._passes import LONGEST, Pass, Plan, blocks, dense, like, padded, states, tile_width
 from ._states import delta, gate, step
-
-try:
-    from triton.runtime._async_compile import AsyncCompileMode
-except ImportError:  # it is no public interface; without it kernels are compiled one after the other
-    AsyncCompileMode = None
 
 __all__ = ["decay_attention"]
 
@@ -52,14 +46,13 @@ Join = Callable[[Pass, Tensor, Tensor, bool], Callable[[], None]]
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, floor: Tensor | None, kv: Tensor | None, n: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, norm: str, dry: bool = False, join: Join | None = None,
+    cu_seqlens: Tensor | None, scale: float, norm: str, join: Join | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`_forward`; ``dry`` only compiles. ``join``: see :mod:`.shared_recurrence`."""
-    run = Pass(q, k, v, g, cu_seqlens, scale, norm, dry)
+    """See :func:`_forward`. ``join``: see :mod:`.shared_recurrence`."""
+    run = Pass(q, k, v, g, cu_seqlens, scale, norm)
     if join is not None:
         run.plan = run.plan._replace(whole=False)
-    if not dry:
-        _compile(_Kind.of(run, q, k, v, kv, n, cu_seqlens, True, g is not None and g.requires_grad))
+    _compile(_Kind.of(run, q, k, v, kv, n, cu_seqlens, True, g is not None and g.requires_grad))
     out, below = like(q, v.shape[3]), q.new_empty(q.shape[:3] if norm else (0,), dtype=torch.float32)
     after, after_n = states(k, v, run.plan.sequences, norm)
     if not run.plan.whole:
@@ -76,15 +69,14 @@ def _attend(
 def _differentiate(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, floor: Tensor | None, cu_seqlens: Tensor | None, out: Tensor,
     rows: Tensor, below: Tensor, dout: Tensor, dkv: Tensor | None, dn: Tensor | None, scale: float, norm: str,
-    need_dg: bool, dry: bool = False, join: Join | None = None,
+    need_dg: bool, join: Join | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`_backward`; ``dry`` only compiles. ``join``: see :mod:`.shared_recurrence`."""
+    """See :func:`_backward`. ``join``: see :mod:`.shared_recurrence`."""
     (batch, heads, length, _), columns = q.shape, v.shape[3]
-    back = Pass(q, k, v, g, cu_seqlens, scale, norm, dry)
+    back = Pass(q, k, v, g, cu_seqlens, scale, norm)
     if join is not None:
         back.plan = back.plan._replace(whole=False)
-    if not dry:
-        _compile(_Kind.of(back, q, k, v, dkv, dn, cu_seqlens, False, need_dg))
+    _compile(_Kind.of(back, q, k, v, dkv, dn, cu_seqlens, False, need_dg))
     forth = copy(back)
     forth.rows = rows
     dout = dense(dout)
@@ -96,7 +88,7 @@ def _differentiate(
         launch(
             delta, (max(1, blocks(length, block)), batch * heads),
             out, dout, below, below if floor is None else floor, r, c, dfloor, *out.stride()[:3], *dout.stride()[:3],
-            length, dry=dry, HEADS=heads, V=columns, BV=padded(columns), BLOCK=block, MLSTM=norm == "mlstm",
+            length, HEADS=heads, V=columns, BV=padded(columns), BLOCK=block, MLSTM=norm == "mlstm",
             num_warps=4,
         )  # fmt: skip
     dq, dk, dv = like(q, q.shape[3]), like(k, k.shape[3]), like(v, columns)
@@ -119,7 +111,7 @@ def _differentiate(
         launch(
             gate, (plan.segments * back.heads,),
             rows, back.rows, sums[0], sums[1], dg, back.owner, back.first, back.cu, length, plan.length, plan.per,
-            plan.sequences, batch, dry=dry, HEADS=back.heads, G=back.group, TILES=tiles, C=64, SIZE=plan.size,
+            plan.sequences, batch, HEADS=back.heads, G=back.group, TILES=tiles, C=64, SIZE=plan.size,
             BLOCK=1024, PACKED=back.packed, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv, dg, dfloor, before, before_n
@@ -134,13 +126,13 @@ def _advance(
     out, (after, after_n) = q.new_empty(batch, heads, 1, columns), states(k, v, batch, norm)
     block = min(32, padded(columns))
     strides = (0, 0) if g is None else (0, g.stride(0)) if g.ndim == 1 else g.stride()[:2]
-    with torch.cuda.device_of(q):
-        step[(batch * k.shape[1], blocks(columns, block))](
-            q, k, v, after if g is None else g, after if floor is None else floor, after if kv is None else kv,
-            after if n is None else n, out, after, after_n, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            *strides, scale, HEADS=k.shape[1], G=heads // k.shape[1], K=width, V=columns, BK=padded(width), BV=block,
-            GATE=g is not None, NORM=norm, GIVEN=kv is not None, GIVEN_N=n is not None and bool(norm), num_warps=4,
-        )  # fmt: skip
+    launch(
+        step, (batch * k.shape[1], blocks(columns, block)),
+        q, k, v, after if g is None else g, after if floor is None else floor, after if kv is None else kv,
+        after if n is None else n, out, after, after_n, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *strides, scale, HEADS=k.shape[1], G=heads // k.shape[1], K=width, V=columns, BK=padded(width), BV=block,
+        GATE=g is not None, NORM=norm, GIVEN=kv is not None, GIVEN_N=n is not None and bool(norm), num_warps=4,
+    )  # fmt: skip
     return out, after, after_n
 
 
@@ -178,7 +170,7 @@ def _compile(kind: _Kind) -> None:
 
     What fails here, or turns out to be of another kind, is compiled when it is launched.
     """
-    if AsyncCompileMode is None or kind.device.type != "cuda":
+    if kind.device.type != "cuda":
         return
     heads, kv_heads, width, columns = kind.sizes
     length = 1 if kind.whole else 2 * LONGEST
@@ -192,17 +184,16 @@ def _compile(kind: _Kind) -> None:
     g = {"none": None, "head": rows[0, :kv_heads, 0], "token": rows[:, :kv_heads]}[kind.gate]
     kv, n = (rows if given else None for given in kind.given)
     bounds = None if kind.bounds is None else torch.zeros(2, device=kind.device, dtype=kind.bounds)
-    with ThreadPoolExecutor() as pool:
-        with AsyncCompileMode(pool, ignore_errors=True) as mode:
-            if kind.forward:
-                _attend(q, k, v, g, rows, kv, n, bounds, 1.0, kind.norm, dry=True)
-                kv = n = None
-            if kind.backward:
-                _differentiate(
-                    q, k, v, g, rows, bounds, out, rows, rows, out, kv, n, 1.0, kind.norm, kind.need_dg, dry=True
-                )
-        for kernel in [future.kernel for future in mode.future_kernels.values() if future.kernel is not None]:
-            pool.submit(getattr, kernel, "run")  # builds what launches it
+
+    def both() -> None:
+        start, start_n = kv, n
+        if kind.forward:
+            _attend(q, k, v, g, rows, kv, n, bounds, 1.0, kind.norm)
+            start = start_n = None
+        if kind.backward:
+            _differentiate(q, k, v, g, rows, bounds, out, rows, rows, out, start, start_n, 1.0, kind.norm, kind.need_dg)
+
+    compile_together(both)
 
 
 @torch.library.custom_op("manyheads::decay_attention", mutates_args=())
@@ -211,8 +202,7 @@ def _forward(
     cu_seqlens: Tensor | None, scale: float, norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, state and its vector, and for the backward pass the states before segments and the denominators."""
-    with torch.cuda.device_of(q):
-        return _attend(q, k, v, g, floor, kv, n, cu_seqlens, scale, norm)
+    return _attend(q, k, v, g, floor, kv, n, cu_seqlens, scale, norm)
 
 
 @torch.library.custom_op("manyheads::decay_attention_backward", mutates_args=())
@@ -222,8 +212,7 @@ def _backward(
     need_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g (of every token), floor, and the state before the first token and its vector."""
-    with torch.cuda.device_of(q):
-        return _differentiate(q, k, v, g, floor, cu_seqlens, out, rows, below, dout, dkv, dn, scale, norm, need_dg)
+    return _differentiate(q, k, v, g, floor, cu_seqlens, out, rows, below, dout, dkv, dn, scale, norm, need_dg)
 
 
 @torch.library.custom_op("manyheads::decay_attention_step", mutates_args=())
@@ -279,8 +268,7 @@ def _gradients(ctx: Any, dout: Any, dkv: Any, dn: Any, *_: Any) -> tuple[Any, ..
     dn = None if dn is None or not ctx.norm else dn.contiguous()
     given = q, k, v, g, floor, cu_seqlens, out, rows, below, dout, dkv, dn, ctx.scale, ctx.norm, need_dg
     if plain(q):
-        with torch.cuda.device_of(q):
-            found = _differentiate(*given)
+        found = _differentiate(*given)
     else:
         found = _backward(*given)
     dq, dk, dv, dg, dfloor, dstate, dvector = found
@@ -302,8 +290,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*given: Any) -> Any:
-        with torch.cuda.device_of(given[0]):
-            return _attend(*given)
+        return _attend(*given)
 
     setup_context = staticmethod(_save)
     backward: Any = staticmethod(once_differentiable(_gradients))

@@ -64,13 +64,12 @@ class _Shared(torch.autograd.Function):
 
             return found
 
-        with torch.cuda.device_of(q):
-            out, after, after_n, rows, below = _attend(
-                q, k, v, g, floor, kv, n, None, scale, norm, join=_join(told, not overlap)
-            )
-            if overlap:
-                state = came[0].view(*k.shape[:2], k.shape[3], v.shape[3])
-                _correct(out, q, g, scale, state)
+        out, after, after_n, rows, below = _attend(
+            q, k, v, g, floor, kv, n, None, scale, norm, join=_join(told, not overlap)
+        )
+        if overlap:
+            state = came[0].view(*k.shape[:2], k.shape[3], v.shape[3])
+            _correct(out, q, g, scale, state)
         ctx.scale, ctx.norm, ctx.begin, ctx.given = scale, norm, begin, (kv is not None, n is not None)
         ctx.save_for_backward(q, k, v, g, floor, out, rows, below)
         ctx.set_materialize_grads(False)
@@ -84,11 +83,10 @@ class _Shared(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         dkv = None if dkv is None else dkv.contiguous()
         dn = None if dn is None or not ctx.norm else dn.contiguous()
-        with torch.cuda.device_of(q):
-            dq, dk, dv, dg, dfloor, dstate, dvector = _differentiate(
-                q, k, v, g, floor, None, out, rows, below, dout, dkv, dn, ctx.scale, ctx.norm, need_dg,
-                join=_join(ctx.begin, False),
-            )  # fmt: skip
+        dq, dk, dv, dg, dfloor, dstate, dvector = _differentiate(
+            q, k, v, g, floor, None, out, rows, below, dout, dkv, dn, ctx.scale, ctx.norm, need_dg,
+            join=_join(ctx.begin, False),
+        )  # fmt: skip
         if need_dg and g.ndim == 1:
             dg = dg.sum((0, 2))
         return (
