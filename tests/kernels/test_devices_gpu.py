@@ -21,7 +21,7 @@ def test_decay_attention_of_any_device(there: int, current: int) -> None:
     want = (x[0] @ x[1].mT).float().tril() @ x[2].float()
     with torch.cuda.device(current):
         leaves = [t.to(torch.device("cuda", there)).requires_grad_() for t in x]
-        out = decay_attention(*leaves, scale=1.0)[0]
+        out = decay_attention(*leaves, None, 1.0, None, None, None, None, None)[0]
         out.sum().backward()
     assert out.device.index == there
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
