@@ -65,7 +65,7 @@ claim = Claim(
             quick={"subject": "default", "arms": MAIN, "samples": 1, "passing.lengths": (128,), "steps": 2,
                    "niah_single.lengths": (128,), "length": 64},
             cpu={"arms": MAIN, "samples": 4, "passing.samples": 6, "steps": 16, "lr": 3e-3},
-            cuda={"subject": CausalLM("smollm2-135m-instruct"), "samples": 48, "passing.samples": 24, "steps": 300,
+            cuda={"subject": CausalLM("smollm2-135m-instruct"), "samples": 24, "passing.samples": 8, "steps": 300,
                   "length": 2048, "answer": 512, "passing.lengths": (7936,), "niah_single.lengths": (2048, 4096)},
         ),
         equal="none", seeds=1,
