@@ -32,7 +32,7 @@ class RunContext:
 
     Attributes:
         subject: what is measured on, loaded when its parts are first asked for.
-        arms: the baseline first.
+        arms: the baseline first, but in a part of a run (:meth:`among`).
         seed: of the whole run.
         seeds: of trainings and of repeated draws.
         device: to run on.
@@ -50,11 +50,18 @@ class RunContext:
     folder: Any = None
     advance: Callable[[float], None] = silent
     _kept: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+    _baseline: Arm | None = field(default=None, init=False, repr=False)
 
     @property
     def baseline(self) -> Arm:
         """The arm that others are compared with."""
-        return self.arms[0]
+        return self.arms[0] if self._baseline is None else self._baseline
+
+    def among(self, arms: tuple[Arm, ...], advance: Callable[[float], None]) -> RunContext:
+        """This run with some of its arms, or others in their stead; baseline and what is kept stay."""
+        made = dataclasses.replace(self, arms=arms, advance=advance)
+        made._kept, made._baseline = self._kept, self.baseline
+        return made
 
     def arm_of(self, unit: WorkUnit) -> Arm:
         """The arm that a unit names."""

@@ -63,8 +63,7 @@ class TrainedArms(TextTask):
         for seed in run.seeds:
             chosen = whole if seed == run.seeds[0] else [arm for arm in whole if arm.key in trained]
             arms = tuple(self._trained(run, arm, seed) if arm.key in trained else arm for arm in chosen)
-            made = dataclasses.replace(run, arms=arms, advance=lambda done: run.advance(done / len(run.seeds)))
-            made._kept = run._kept  # contexts are drawn once
+            made = run.among(arms, advance=lambda done: run.advance(done / len(run.seeds)))
             part = dataclasses.replace(unit, params={**unit.params, "arms": [0, len(arms)]})
             for row in super().measure(made, part) if arms else ():
                 seeds = (seed,) if row.arm in trained else run.seeds
