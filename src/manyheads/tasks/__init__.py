@@ -66,12 +66,13 @@ def data_of(name: str) -> dict[str, str] | None:
     holds, and ``absent`` what to do where the data are not on this machine, empty where they are.
     """
     from ..data import files
+    from ..models import published, source
 
     named = {
         node.target.id: ast.literal_eval(node.value)
         for cls in _tree(name).body if isinstance(cls, ast.ClassDef)
         for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        and node.target.id in ("files", "takes") and node.value is not None
+        and node.target.id in ("files", "takes", "models") and node.value is not None
     }  # fmt: skip
     if "files" not in named:
         return None
@@ -82,6 +83,8 @@ def data_of(name: str) -> dict[str, str] | None:
         url = next((one.url for one in entries if one.url), "")
         absent = f"is fetched when first used, from {url}" if url else f"put {entries[0].path} into $MANYHEADS_DATA"
         absent += f"; or {mine}"
+    elif missing := [name for name in named.get("models", ()) if source(name) == published()[name]["hub"]]:
+        absent = f"{missing[0]} is fetched from the hub when first used; or put a folder of it into $MANYHEADS_MODELS"
     return {
         "data": entries[0].name, "licence": last.licence, "origin": last.origin, "folder": named["takes"],
         "absent": absent,

@@ -81,10 +81,13 @@ class FieldData(Task):
         rates: learning rates that every arm tries on the first seed.
         weight_decay: on matrices.
         samples_judged: of the test part, and at most as many of the validation part.
+        only: names of the arms that are trained on it; all when empty.
+        named: what it is called where an experiment has it several times.
     """
 
     subject: ClassVar[str] = "trainable"
     files: ClassVar[tuple[str, ...]] = ()  # entries of data/files.toml, of which one will do
+    models: ClassVar[tuple[str, ...]] = ()  # published models without which nothing is read
     takes: ClassVar[str] = ""  # what a folder of the user's own holds
     references: ClassVar[tuple[str, ...]] = ()  # kinds of reference models, the default first
 
@@ -100,6 +103,12 @@ class FieldData(Task):
     rates: tuple[float, ...] = (1e-3, 3e-3)
     weight_decay: float = 0.01
     samples_judged: int = 1000
+    only: tuple[str, ...] = ()
+    named: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.named
 
     def __post_init__(self) -> None:
         if not self.rates or min(self.rates) <= 0:
@@ -198,7 +207,7 @@ class FieldTask(FieldData):
         found = []
         for seed in run.seeds:
             for arm in run.arms:
-                if "weights_of" in arm.options:
+                if "weights_of" in arm.options or (self.only and arm.name not in self.only):
                     continue
                 runs = len(self.rates) if seed == run.seeds[0] else 1
                 label = f"{arm.key}: {self.name.replace('_', ' ')}, training {seed + 1}"
