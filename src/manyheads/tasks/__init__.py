@@ -63,16 +63,17 @@ def data_of(name: str) -> dict[str, str] | None:
     """What the data of a field's task are; None of a task that says nothing of them. The task is not imported.
 
     ``data``, ``licence`` and ``origin`` as ``data/files.toml`` has them; ``folder`` is what a folder of the user's own
-    holds, and ``absent`` what to do where the data are not on this machine, empty where they are.
+    holds, and ``absent`` what to do where the data, or a published model that reads them, are not on this machine,
+    empty where they are.
     """
+    from .. import models
     from ..data import files
-    from ..models import published, source
 
     named = {
         node.target.id: ast.literal_eval(node.value)
         for cls in _tree(name).body if isinstance(cls, ast.ClassDef)
         for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        and node.target.id in ("files", "takes", "models") and node.value is not None
+        and node.target.id in ("files", "takes", "published") and node.value is not None
     }  # fmt: skip
     if "files" not in named:
         return None
@@ -83,8 +84,9 @@ def data_of(name: str) -> dict[str, str] | None:
         url = next((one.url for one in entries if one.url), "")
         absent = f"is fetched when first used, from {url}" if url else f"put {entries[0].path} into $MANYHEADS_DATA"
         absent += f"; or {mine}"
-    elif missing := [name for name in named.get("models", ()) if source(name) == published()[name]["hub"]]:
-        absent = f"{missing[0]} is fetched from the hub when first used; or put a folder of it into $MANYHEADS_MODELS"
+    for name in named.get("published", ()):
+        if models.source(name) == (hub := models.published()[name]["hub"]):
+            absent += f"{'; ' if absent else ''}needs the model {name}: {hub}, or a folder of it in $MANYHEADS_MODELS"
     return {
         "data": entries[0].name, "licence": last.licence, "origin": last.origin, "folder": named["takes"],
         "absent": absent,

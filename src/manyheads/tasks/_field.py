@@ -87,9 +87,9 @@ class FieldData(Task):
 
     subject: ClassVar[str] = "trainable"
     files: ClassVar[tuple[str, ...]] = ()  # entries of data/files.toml, of which one will do
-    models: ClassVar[tuple[str, ...]] = ()  # published models without which nothing is read
     takes: ClassVar[str] = ""  # what a folder of the user's own holds
     references: ClassVar[tuple[str, ...]] = ()  # kinds of reference models, the default first
+    published: ClassVar[tuple[str, ...]] = ()  # entries of models/published.toml that are needed
 
     folder: str = ""
     dim: int = 96
@@ -186,6 +186,13 @@ class FieldTask(FieldData):
     def score(self, sample: Sample, said: Any) -> Mapping[str, float]:
         """Every metric of :attr:`metrics` for one sample."""
 
+    def scores(self, samples: Sequence[Sample], said: Sequence[Any]) -> list[Mapping[str, float]]:
+        """Metrics of all samples that are judged together, those that apply to each.
+
+        A figure of all of them (a threshold that is found on them) becomes a value of each, whose mean it is.
+        """
+        return [self.score(sample, one) for sample, one in zip(samples, said, strict=True)]
+
     @abstractmethod
     def truth(self, sample: Sample) -> Any:
         """The prediction that is right: what a metric is best for."""
@@ -238,10 +245,11 @@ class FieldTask(FieldData):
         """Rows of the test part, and of the model."""
         samples = self.judged("test")
         said = self.said(recipe, model, samples, run.device)
-        for sample, one in zip(samples, said, strict=True):
-            for i, (metric, value) in enumerate(self.score(sample, one).items()):
+        for sample, one, found in zip(samples, said, self.scores(samples, said), strict=True):
+            context = str(sample.about.get("context", ""))
+            for i, (metric, value) in enumerate(found.items()):
                 told = {"group": sample.group, "said": str(one)} if i == 0 else {}
-                yield self.row(metric, arm, value, sample.name, seed=seed, about=told)
+                yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=context)
         more: dict[str, Any] = {}
         if seed == run.seeds[0]:
             with torch.no_grad():

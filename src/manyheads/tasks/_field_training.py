@@ -199,7 +199,7 @@ class FieldTraining:
         samples = self.task.judged("validation")
         said = self.task.said(made.recipe, made.model, samples, self.run.device)
         name = self.task.metrics[0].name
-        return mean(self.task.score(sample, one)[name] for sample, one in zip(samples, said, strict=True))
+        return mean(found[name] for found in self.task.scores(samples, said) if name in found)
 
     def _fitted(self, seed: int) -> FieldModel:
         rates = self.validation()  # of the first seed this has made the model
