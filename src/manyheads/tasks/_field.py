@@ -177,6 +177,14 @@ class FieldTask(FieldData):
     def score(self, sample: Sample, said: Any) -> Mapping[str, float]:
         """Every metric of :attr:`metrics` for one sample."""
 
+    def scores(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Mapping[str, float]]:
+        """:meth:`score` of each sample; a metric of them all together has values of which it is the mean."""
+        return [self.score(sample, one) for sample, one in zip(samples, said, strict=True)]
+
+    def context(self, sample: Sample) -> str:
+        """What test samples share that intervals should count in place of them, such as a person; empty for nothing."""
+        return ""
+
     @abstractmethod
     def truth(self, sample: Sample) -> Any:
         """The prediction that is right: what a metric is best for."""
@@ -229,10 +237,10 @@ class FieldTask(FieldData):
         """Rows of the test part, and of the model."""
         samples = self.judged("test")
         said = self.said(recipe, model, samples, run.device)
-        for sample, one in zip(samples, said, strict=True):
-            for i, (metric, value) in enumerate(self.score(sample, one).items()):
+        for sample, one, scored in zip(samples, said, self.scores(samples, said), strict=True):
+            for i, (metric, value) in enumerate(scored.items()):
                 told = {"group": sample.group, "said": str(one)} if i == 0 else {}
-                yield self.row(metric, arm, value, sample.name, seed=seed, about=told)
+                yield self.row(metric, arm, value, sample.name, seed=seed, context=self.context(sample), about=told)
         more: dict[str, Any] = {}
         if seed == run.seeds[0]:
             with torch.no_grad():

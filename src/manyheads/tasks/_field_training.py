@@ -198,7 +198,7 @@ class FieldTraining:
         samples = self.task.judged("validation")
         said = self.task.said(made.recipe, made.model, samples, self.run.device)
         name = self.task.metrics[0].name
-        return mean(self.task.score(sample, one)[name] for sample, one in zip(samples, said, strict=True))
+        return mean(scored[name] for scored in self.task.scores(samples, said))
 
     def _fitted(self, seed: int) -> FieldModel:
         rates = self.validation()  # of the first seed this has made the model
