@@ -193,6 +193,10 @@ class FieldTask(FieldData):
         """
         return [self.score(sample, one) for sample, one in zip(samples, said, strict=True)]
 
+    def context(self, sample: Sample) -> str:
+        """What test samples share that intervals count in their stead, such as a person; empty for nothing."""
+        return str(sample.about.get("context", ""))
+
     @abstractmethod
     def truth(self, sample: Sample) -> Any:
         """The prediction that is right: what a metric is best for."""
@@ -246,10 +250,9 @@ class FieldTask(FieldData):
         samples = self.judged("test")
         said = self.said(recipe, model, samples, run.device)
         for sample, one, found in zip(samples, said, self.scores(samples, said), strict=True):
-            context = str(sample.about.get("context", ""))
             for i, (metric, value) in enumerate(found.items()):
                 told = {"group": sample.group, "said": str(one)} if i == 0 else {}
-                yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=context)
+                yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=self.context(sample))
         more: dict[str, Any] = {}
         if seed == run.seeds[0]:
             with torch.no_grad():
