@@ -33,6 +33,7 @@ MODEL_METRICS = (
     Metric("parameters", "parameters", "parameters"),
     Metric("training_time", "training, s", "s", kind="time"),
 )
+_SAID = 400  # letters of a prediction that are kept with its score
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
@@ -148,7 +149,16 @@ class FieldData(Task):
 
     def samples(self, part: Part) -> Sequence[Sample]:
         """Samples of a part."""
-        return _read(type(self), self.folder)[part]
+        return _read(type(self), self.source)[part]
+
+    @property
+    def source(self) -> str:
+        """What :meth:`read` is given; a task of several public sets names the one that is asked for."""
+        return self.folder
+
+    def context(self, sample: Sample) -> str:
+        """What is independent of others and holds this sample (a person), which intervals count; empty for the sample."""
+        return str(sample.about.get("context", ""))
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         try:
@@ -193,10 +203,6 @@ class FieldTask(FieldData):
         """
         return [self.score(sample, one) for sample, one in zip(samples, said, strict=True)]
 
-    def context(self, sample: Sample) -> str:
-        """What test samples share that intervals count in their stead, such as a person; empty for nothing."""
-        return str(sample.about.get("context", ""))
-
     @abstractmethod
     def truth(self, sample: Sample) -> Any:
         """The prediction that is right: what a metric is best for."""
@@ -229,8 +235,9 @@ class FieldTask(FieldData):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
         if isinstance(strategy := strategy_of(run, arm), Procedure):
-            for metric, sample, value in strategy.run(self, run.rng(procedure=seed)):
-                yield self.row(metric, arm, value, sample, seed=seed)
+            contexts = {sample.name: self.context(sample) for sample in self.judged("test")}
+            for metric, name, value in strategy.run(self, run.rng(procedure=seed)):
+                yield self.row(metric, arm, value, name, seed=seed, context=contexts[name])
             return
         training = FieldTraining(self, run, arm)
         trained = training.model(seed)
@@ -251,7 +258,7 @@ class FieldTask(FieldData):
         said = self.said(recipe, model, samples, run.device)
         for sample, one, found in zip(samples, said, self.scores(samples, said), strict=True):
             for i, (metric, value) in enumerate(found.items()):
-                told = {"group": sample.group, "said": str(one)} if i == 0 else {}
+                told = {"group": sample.group, "said": str(one)[:_SAID]} if i == 0 else {}
                 yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=self.context(sample))
         more: dict[str, Any] = {}
         if seed == run.seeds[0]:
@@ -264,8 +271,8 @@ class FieldTask(FieldData):
 
 
 def _plain(picture: Picture) -> dict[str, Any]:
-    values = [[round(float(x), 5) for x in row] for row in picture.values]
+    values = [[None if x != x else round(float(x), 5) for x in row] for row in picture.values]
     return {
         "title": picture.title, "rows": list(picture.rows), "columns": list(picture.columns), "values": values,
-        "axes": list(picture.axes),
+        "axes": list(picture.axes), "kind": picture.kind,
     }  # fmt: skip
