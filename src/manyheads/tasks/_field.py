@@ -157,7 +157,7 @@ class FieldData(Task):
         return self.folder
 
     def context(self, sample: Sample) -> str:
-        """What is independent of others and holds this sample (a person), which intervals count; empty for the sample."""
+        """What is independent of others and holds this sample (a person): intervals count it; empty for the sample."""
         return str(sample.about.get("context", ""))
 
     def unsupported_reason(self, run: RunContext) -> str | None:
