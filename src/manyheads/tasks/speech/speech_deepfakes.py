@@ -26,7 +26,7 @@ from .._rates import equal_error_rate_values
 from .._statistics import auroc_values
 from ._cepstra import Kind, cepstra
 from ._spoof import Detector, ScoreAverage
-from ._whisper import WHISPER, encoder_features
+from ._whisper import encoder_features
 
 __all__ = ["Judgement", "SpeechDeepfakes"]
 
@@ -90,7 +90,7 @@ class SpeechDeepfakes(FieldTask):
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("nll", "held-out cross-entropy, nats/recording", "nats/recording"),)
     files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
-    published: ClassVar[tuple[str, ...]] = (WHISPER,)
+    published: ClassVar[tuple[str, ...]] = ("whisper-tiny.en",)
     takes: ClassVar[str] = (
         "a folder of real recordings, WAV files named speaker_anything.wav, of three speakers or more; fakes are made "
         "of them"
@@ -126,8 +126,10 @@ class SpeechDeepfakes(FieldTask):
         return Sample(path.name, "", "test", torch.from_numpy(_second(_sound(path))).float())
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        kinds = [[sample for sample in samples if sample.target == label] for label in (0, 1)]
-        return [kinds[i % 2][int(rng.integers(len(kinds[i % 2])))] for i in range(self.batch)]
+        labels = sorted({sample.target for sample in samples})
+        kinds = [[sample for sample in samples if sample.target == label] for label in labels]
+        turns = (kinds[i % len(kinds)] for i in range(self.batch))  # as many of one as of the other
+        return [of[int(rng.integers(len(of)))] for of in turns]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         sounds = [sample.inputs for sample in samples]
