@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from manyheads.data.sensors import _binned, read_csv
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
-from manyheads.tasks.series._windows import Judged
+from manyheads.tasks.series._window_classes import Judged
 from manyheads.tasks.series.sensor_windows import SensorWindows
 
 TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 12, "frames": 10, "hop": 5}

@@ -19,7 +19,7 @@ from ...data.sensors import ACTIVITIES, CHANNELS, Recording, read_csv, recording
 from ...errors import UserError
 from ...recipe import Part, Sample
 from .._field import parted
-from ._windows import TemporalCNN, TemporalLSTM, TemporalTransformer, WindowTask
+from ._window_classes import TemporalCNN, TemporalLSTM, TemporalTransformer, WindowTask
 
 __all__ = ["SensorWindows"]
 
