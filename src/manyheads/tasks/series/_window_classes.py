@@ -165,7 +165,7 @@ class WindowTask(FieldTask):
         if wrong := [sample.name for sample in samples if sample.inputs.shape[1] != len(self.channels)]:
             raise UserError(f"{wrong[0]} has other columns than {', '.join(self.channels[:6])}, ...")
         starts = [self.starts(sample) for sample in samples]
-        inputs = [sample.inputs[a : a + self.frames] for sample, at in zip(samples, starts, strict=True) for a in at]
+        inputs = [self.window(sample, start) for sample, at in zip(samples, starts, strict=True) for start in at]
         batch = {"inputs": torch.stack(inputs), "starts": starts}
         if any(sample.target is None for sample in samples):
             return batch
@@ -174,6 +174,11 @@ class WindowTask(FieldTask):
     def starts(self, sample: Sample) -> tuple[int, ...]:
         """First frames of what is judged of a sample: of a recording of the user's every window."""
         return (0,)
+
+    def window(self, sample: Sample, start: int) -> Tensor:
+        """``[frames, channels]`` as models read them."""
+        inputs: Tensor = sample.inputs[start : start + self.frames]
+        return inputs
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model(batch["inputs"]).float(), batch["targets"])
