@@ -51,8 +51,9 @@ class Picture:
     Attributes:
         title: of it, the same for every arm.
         rows, columns: labels.
-        values: ``[rows][columns]``.
+        values: ``[rows][columns]``; NaN where there is none.
         axes: what rows and columns are.
+        kind: ``map`` of cells; ``lines``, one a row, over columns that are numbers.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Picture:
     columns: Sequence[str]
     values: Sequence[Sequence[float]]
     axes: tuple[str, str]
+    kind: Literal["map", "lines"] = "map"
 
 
 class FieldTask(Protocol):

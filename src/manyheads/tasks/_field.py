@@ -33,6 +33,7 @@ MODEL_METRICS = (
     Metric("parameters", "parameters", "parameters"),
     Metric("training_time", "training, s", "s", kind="time"),
 )
+_SAID = 400  # letters of a prediction that are kept with its score
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
@@ -139,7 +140,16 @@ class FieldData(Task):
 
     def samples(self, part: Part) -> Sequence[Sample]:
         """Samples of a part."""
-        return _read(type(self), self.folder)[part]
+        return _read(type(self), self.source)[part]
+
+    @property
+    def source(self) -> str:
+        """What :meth:`read` is given; a task of several public sets names the one that is asked for."""
+        return self.folder
+
+    def context(self, sample: Sample) -> str:
+        """Names what is independent of others and holds this sample: what intervals count; empty for the sample."""
+        return ""
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         try:
@@ -181,10 +191,6 @@ class FieldTask(FieldData):
         """:meth:`score` of each sample; a metric of them all together has values of which it is the mean."""
         return [self.score(sample, one) for sample, one in zip(samples, said, strict=True)]
 
-    def context(self, sample: Sample) -> str:
-        """What test samples share that intervals should count in place of them, such as a person; empty for nothing."""
-        return ""
-
     @abstractmethod
     def truth(self, sample: Sample) -> Any:
         """The prediction that is right: what a metric is best for."""
@@ -217,8 +223,9 @@ class FieldTask(FieldData):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
         if isinstance(strategy := strategy_of(run, arm), Procedure):
-            for metric, sample, value in strategy.run(self, run.rng(procedure=seed)):
-                yield self.row(metric, arm, value, sample, seed=seed)
+            contexts = {sample.name: self.context(sample) for sample in self.judged("test")}
+            for metric, name, value in strategy.run(self, run.rng(procedure=seed)):
+                yield self.row(metric, arm, value, name, seed=seed, context=contexts[name])
             return
         training = FieldTraining(self, run, arm)
         trained = training.model(seed)
@@ -239,8 +246,8 @@ class FieldTask(FieldData):
         said = self.said(recipe, model, samples, run.device)
         for sample, one, scored in zip(samples, said, self.scores(samples, said), strict=True):
             for i, (metric, value) in enumerate(scored.items()):
-                told = {"group": sample.group, "said": str(one)} if i == 0 else {}
-                yield self.row(metric, arm, value, sample.name, seed=seed, context=self.context(sample), about=told)
+                told = {"group": sample.group, "said": str(one)[:_SAID]} if i == 0 else {}
+                yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=self.context(sample))
         more: dict[str, Any] = {}
         if seed == run.seeds[0]:
             with torch.no_grad():
@@ -252,8 +259,8 @@ class FieldTask(FieldData):
 
 
 def _plain(picture: Picture) -> dict[str, Any]:
-    values = [[round(float(x), 5) for x in row] for row in picture.values]
+    values = [[None if x != x else round(float(x), 5) for x in row] for row in picture.values]
     return {
         "title": picture.title, "rows": list(picture.rows), "columns": list(picture.columns), "values": values,
-        "axes": list(picture.axes),
+        "axes": list(picture.axes), "kind": picture.kind,
     }  # fmt: skip
