@@ -23,7 +23,9 @@ With ``signal=0`` neither moves a price. This is no market: it has no news, no c
 import csv
 import math
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ _LIMIT, _MARKET, _CANCEL = 0.7, 1.2, 0.05  # rates: at a side's nearest price, o
 _FEW = 12  # lots within reach that are not cancelled
 _SIZE, _TAKEN = 0.3, 0.12  # of geometric sizes of limit and market orders
 _MEMORY = 300.0  # events that the hidden processes remember
+_BURN_IN = 200  # snapshots that are not kept
 _EVERY = 5  # events from one snapshot to the next
 _JUMP = 0.05  # of a price: where a file goes on with another share
 
@@ -77,16 +80,15 @@ class BookDay:
         return found
 
 
-def simulated_day(seed: int, snapshots: int = 1000, signal: float = 0.5) -> BookDay:
+def simulated_day(seed: int, snapshots: int = 1000, signal: float = 0.8) -> BookDay:
     """A day of the simulator, after a burn-in; prices start at 10,000 ticks."""
     rng = np.random.default_rng((59, seed))
     book = _Book(rng, signal)
-    for _ in range(1500):
-        book.event()
+    for _ in range(_BURN_IN):
+        book.step()
     rows = np.empty((snapshots, 4 * LEVELS))
     for t in range(snapshots):
-        for _ in range(_EVERY):
-            book.event()
+        book.step()
         rows[t] = book.snapshot()
     return BookDay(f"simulated {seed}", f"simulated {seed}", rows)
 
@@ -95,7 +97,7 @@ class _Book:
     """Lots by price on each side, as lists, for one event touches few of them."""
 
     def __init__(self, rng: np.random.Generator, signal: float) -> None:
-        self.rng, self.signal, self.x, self.z = rng, signal, 0.0, 0.0
+        self.rng, self.signal, self.x, self.z, self.push, self.lean = rng, signal, 0.0, 0.0, 1.0, 1.0
         self.base, middle = 10_000 - _EDGE // 2, _EDGE // 2
         self.bids, self.asks = [0] * _EDGE, [0] * _EDGE
         for i in range(1, _REACH + 1):
@@ -103,7 +105,7 @@ class _Book:
         self.bid, self.ask = middle - 1, middle + 1
         self.falls = [(1.0 + 0.15 * (i - 1)) ** -1.2 for i in range(1, _REACH + 1)]
         self.near, self.deep = sum(self.falls[:2]), sum(self.falls[2:])
-        self.cumulated = np.cumsum(self.falls)
+        self.cumulated = list(accumulate(self.falls))
         self.left: list[float] = []
 
     def uniform(self) -> float:
@@ -114,12 +116,18 @@ class _Book:
     def geometric(self, p: float) -> int:
         return 1 + int(math.log(1.0 - self.uniform()) / math.log(1.0 - p))
 
+    def step(self) -> None:
+        """What happens up to the next snapshot: the hidden processes move, then there are a few events."""
+        keep = math.exp(-_EVERY / _MEMORY)
+        away = math.sqrt(1 - keep**2) * self.rng.standard_normal(2)
+        self.x, self.z = keep * self.x + float(away[0]), keep * self.z + float(away[1])
+        self.push, self.lean = math.exp(self.signal * (self.x + self.z) / math.sqrt(2)), math.exp(0.6 * self.z)
+        for _ in range(_EVERY):
+            self.event()
+
     def event(self) -> None:
-        """One event, and a step of the hidden processes."""
-        step = math.sqrt(2 / _MEMORY)
-        self.x += -self.x / _MEMORY + step * self._normal()
-        self.z += -self.z / _MEMORY + step * self._normal()
-        push, lean = math.exp(self.signal * (self.x + self.z) / math.sqrt(2)), math.exp(0.6 * self.z)
+        """One event."""
+        push, lean = self.push, self.lean
         lots = [sum(self.bids[self.bid - _REACH + 1 : self.bid + 1]), sum(self.asks[self.ask : self.ask + _REACH])]
         rates = (
             _LIMIT * self.near, _LIMIT * self.near, _LIMIT * self.deep * lean, _LIMIT * self.deep / lean,
@@ -137,12 +145,9 @@ class _Book:
             self._cancel(kind == 6, lots[kind - 6])
         self._settle()
 
-    def _normal(self) -> float:
-        return math.sqrt(-2 * math.log(1.0 - self.uniform())) * math.cos(2 * math.pi * self.uniform())
-
     def _limit(self, buys: bool, deep: bool) -> None:
         low, high = (self.cumulated[1], self.cumulated[-1]) if deep else (0.0, self.cumulated[1])
-        i = 1 + int(np.searchsorted(self.cumulated, low + self.uniform() * (high - low), "right"))
+        i = 1 + bisect_right(self.cumulated, low + self.uniform() * (high - low))
         i, size = min(i, _REACH), self.geometric(_SIZE)
         if buys:
             self.bids[self.ask - i] += size

@@ -188,6 +188,10 @@ class WindowTask(FieldTask):
         parts = said.split([len(at) for at in starts])
         return [Judged(part, self.classes, at) for part, at in zip(parts, starts, strict=True)]
 
+    def judgement(self, log_probs: Tensor) -> Judged:
+        """What ``log_probs [1, classes]`` say."""
+        return Judged(log_probs, self.classes)
+
     def score(self, sample: Sample, said: Judged) -> Mapping[str, float]:
         return self.scores([sample], [said])[0]
 

@@ -22,7 +22,7 @@ from ._window_classes import WindowTask
 
 __all__ = ["DeepLOB", "OrderBook", "trend"]
 
-_DAYS: tuple[tuple[Part, range], ...] = (("train", range(12)), ("validation", range(12, 16)), ("test", range(16, 24)))
+_DAYS: tuple[tuple[Part, range], ...] = (("train", range(32)), ("validation", range(32, 36)), ("test", range(36, 44)))
 _SNAPSHOTS = 800  # of a simulated day
 _FIRST = 0.8  # of FI-2010's training file that is trained on; the rest validates
 
@@ -45,11 +45,11 @@ def trend(mid: np.ndarray, horizon: int, smooth: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderBook(WindowTask):
-    """Twenty-four days of a simulated book (:mod:`manyheads.data.order_books`), or days of one's own.
+    """Forty-four days of a simulated book (:mod:`manyheads.data.order_books`), or days of one's own.
 
-    Twelve days are trained on, four validate, eight test; intervals are over days. A window is ``frames`` snapshots of
-    ten levels: prices in hundredths of a percent from the last mid price, logarithms of sizes. Its class says whether
-    :func:`trend` exceeds a threshold, which is taken from the days of the training part alone.
+    Thirty-two days are trained on, four validate, eight test; intervals are over days. A window is ``frames``
+    snapshots of ten levels: prices in hundredths of a percent from the last mid price, logarithms of sizes. Its class
+    says whether :func:`trend` exceeds a threshold, which is taken from the days of the training part alone.
 
     Attributes:
         horizon: snapshots ahead.
