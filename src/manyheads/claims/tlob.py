@@ -9,7 +9,8 @@ gradient boosting on four numbers of each column say what needs no network.
 Seen before the sizes were set, on simulated days: a DeepLOB of 39 thousand parameters, trained 300 steps, had a macro
 F1 of 0.49 on the validation days. The strength of the hidden processes and the number of days were then raised, by what
 logistic regression makes of other days of the simulator (macro F1 0.51 before and 0.62 after; 0.44 where orders follow
-nothing, since queues alone say something of the next move). No model was judged on the days of the test part.
+nothing, since queues alone say something of the next move). With them a DeepLOB had 0.63 on the validation days after
+400 steps. On days of the test part, models of three steps and logistic regression were seen in a quick run.
 """
 
 from typing import Any
