@@ -43,7 +43,7 @@ claim = Claim(
         sizes=Sizes(
             quick={**SMALL, "batch": 4, "steps": 3, "rates": (3e-3,), "samples_judged": 32},
             cpu={
-                **SMALL, "batch": 32, "steps": 300, "rates": (2e-3,), "seeds": 4,
+                **SMALL, "batch": 32, "steps": 300, "rates": (2e-3,),
                 "arms": tuple(arm for arm in ARMS if arm.name != "no BiN"),
             },
             cuda={

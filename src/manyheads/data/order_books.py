@@ -17,7 +17,8 @@ Two hidden processes make something predictable; each is a mean-reverting (Ornst
   the bid side and ``exp(-z)`` on the ask side, and market orders follow it as they do ``x``. It is seen across the
   levels of one snapshot.
 
-With ``signal=0`` market orders follow neither, and what is left is what queues say of the next move. This is no market: it has no news, no clock, no memory beyond the two.
+With ``signal=0`` market orders follow neither, and what is left is what queues say of the next move. This is no
+market: it has no news, no clock, no memory beyond the two.
 """
 
 import csv

@@ -10,6 +10,7 @@ from manyheads.domains.series.tabular_classes import TabularClasses
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks.series.order_book import DeepLOB, OrderBook, trend
+from tolerance import PASSES, WRONG
 
 TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 8, "frames": 12, "horizon": 6, "smooth": 4, "every": 2, "width": 8}
 
@@ -154,7 +155,7 @@ def followed(signal):
 
 def test_prices_follow_the_hidden_flow_and_without_a_signal_they_do_not():
     (told, n), (nothing, _) = followed(0.8), followed(0.0)
-    assert abs(nothing) < 2 / n**0.5 < 6 / n**0.5 < told
+    assert abs(nothing) < PASSES / n**0.5 < WRONG / n**0.5 < told
 
 
 def test_deeplob_reads_all_snapshots_and_levels():
