@@ -64,7 +64,7 @@ def _read(kind: type[FieldData], folder: str) -> dict[Part, tuple[Sample, ...]]:
             raise UserError(f"the group {sample.group} is in two parts, {home[sample.group]} and {sample.part}")
     made: dict[Part, tuple[Sample, ...]] = {part: tuple(s for s in found if s.part == part) for part in _PARTS}
     if empty := [part for part, some in made.items() if not some]:
-        raise UserError(f"there is nothing to {empty[0]} on in {folder or kind.files[0]}")
+        raise UserError(f"there is nothing to {empty[0]} on in {folder or ', '.join(kind.files)}")
     return made
 
 
