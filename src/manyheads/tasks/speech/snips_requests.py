@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 
 from ...data.sentences import requests
@@ -38,11 +38,13 @@ class Frame:
         intent: of the request.
         slots: that its words fill.
         words: of the request, to show; no part of what is compared.
+        log_probs: of intents ``[intents]`` and of each word's tags ``[W, tags]``; no part of what is compared.
     """
 
     intent: str
     slots: tuple[Span, ...]
     words: tuple[str, ...] = field(default=(), compare=False)
+    log_probs: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return " ".join([self.intent, *(f"{name}={'_'.join(self.words[a:b])}" for name, a, b in self.slots)])
@@ -123,6 +125,7 @@ class SnipsRequests(UnderstandingTask):
         ),
         Metric("intent", "requests whose intent is right", higher=True, kind="share"),
         Metric("frame", "requests of which intent and all slots are right", higher=True, kind="share"),
+        Metric("nll", "held-out loss, of the intent and the mean over words, nats", "nats/request"),
     )  # fmt: skip
     files: ClassVar[tuple[str, ...]] = ("snips", "snips-jointbert")
     models: ClassVar[tuple[str, ...]] = ("all-minilm-l6-v2",)
@@ -191,14 +194,9 @@ class SnipsRequests(UnderstandingTask):
         }  # fmt: skip
         if any(sample.target is None for sample in samples):
             return batch
-        intents, tags = ({name: i for i, name in enumerate(names)} for names in self.labels())
-        target = torch.where(there, tags["O"], -100)
-        for row, sample in zip(target, samples, strict=True):
-            for name, begin, end in sample.target.slots:
-                for i in range(begin, min(end, len(sample.inputs))):
-                    row[i] = tags.get(f"{'B' if i == begin else 'I'}-{name}", -100)
-        meant = torch.tensor([intents.get(sample.target.intent, -100) for sample in samples])
-        return {**batch, "tags": target, "intents": meant}
+        numbers = [self._numbers(sample.target, len(sample.inputs)) for sample in samples]
+        meant = torch.tensor([intent for intent, _ in numbers])
+        return {**batch, "intents": meant, "tags": pad_sequence([t for _, t in numbers], True, -100)}
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         intents, tags = self.labels()
@@ -218,22 +216,43 @@ class SnipsRequests(UnderstandingTask):
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Frame]:
         intents, tags = self.labels()
-        first, second = (logits.argmax(-1).tolist() for logits in model(batch))
-        return [
-            Frame(intents[k], spans([tags[j] for j in row[: len(words)]]), words)
-            for k, row, words in zip(first, second, batch["words"], strict=True)
-        ]
+        first, second = (logits.float().log_softmax(-1).cpu() for logits in model(batch))
+        found = []
+        for k, each, words in zip(first, second, batch["words"], strict=True):
+            each = each[: len(words)]
+            slots = spans([tags[j] for j in each.argmax(-1).tolist()])
+            found.append(Frame(intents[int(k.argmax())], slots, words, (k, each)))
+        return found
 
     def score(self, sample: Sample, said: Frame) -> Mapping[str, float]:
         right, found = set(sample.target.slots), set(said.slots)
         whole = len(right) + len(found)
         intent = float(sample.target.intent == said.intent)
         f1 = 2 * len(right & found) / whole if whole else 1.0
-        return {"slot_f1": f1, "intent": intent, "frame": intent * float(right == found)}
+        of_intents, of_tags = said.log_probs or self._sure(said, len(sample.inputs))
+        meant, tags = self._numbers(sample.target, len(sample.inputs))
+        nll = nll_loss(of_intents[None], torch.tensor([meant])) + nll_loss(of_tags, tags)
+        return {"slot_f1": f1, "intent": intent, "frame": intent * float(right == found), "nll": float(nll)}
 
     def truth(self, sample: Sample) -> Frame:
         made: Frame = sample.target
         return made
+
+    def _numbers(self, frame: Frame, words: int) -> tuple[int, Tensor]:
+        """An intent and the tags of words ``[W]`` as numbers; -100 for those that no training request has."""
+        intents, tags = _numbered(tuple(self.samples("train")))
+        found = torch.full((words,), tags["O"])
+        for name, begin, end in frame.slots:
+            for i in range(begin, min(end, words)):
+                found[i] = tags.get(f"{'B' if i == begin else 'I'}-{name}", -100)
+        return intents.get(frame.intent, -100), found
+
+    def _sure(self, frame: Frame, words: int) -> tuple[Tensor, Tensor]:
+        """Log probabilities that leave no doubt."""
+        meant, found = self._numbers(frame, words)
+        intents, tags = (len(names) for names in self.labels())
+        one_hot = torch.eye(max(intents, tags)).clamp(min=1e-4).log()
+        return one_hot[meant, :intents].log_softmax(-1), one_hot[found, :tags].log_softmax(-1)
 
     def pictures(self, samples: Sequence[Sample], said: Sequence[Frame]) -> Sequence[Picture]:
         names = self.labels()[0]
@@ -253,6 +272,12 @@ def _labels(samples: tuple[Sample, ...]) -> tuple[list[str], list[str]]:
     intents = sorted({sample.target.intent for sample in samples})
     names = sorted({name for sample in samples for name, _, _ in sample.target.slots})
     return intents, ["O", *(f"{mark}-{name}" for name in names for mark in "BI")]
+
+
+@lru_cache(maxsize=4)
+def _numbered(samples: tuple[Sample, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    intents, tags = ({name: i for i, name in enumerate(names)} for names in _labels(samples))
+    return intents, tags
 
 
 def _own(folder: Path, part: Part) -> list[tuple[Part, str, str, tuple[str, ...]]]:
