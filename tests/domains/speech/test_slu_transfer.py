@@ -45,9 +45,10 @@ def test_the_gate_is_its_formula():
     out = fusion(s, h)
     for b in range(B):
         for n in range(N):
-            both = torch.cat((s[b, n], h[b]))
+            u = fusion.text.weight @ h[b]
+            both = torch.cat((s[b, n], u))
             gate = 1 / (1 + torch.exp(-(fusion.gate.weight @ both + fusion.gate.bias)))
-            hidden = (fusion.hidden.weight @ torch.cat((s[b, n], gate * h[b])) + fusion.hidden.bias).clamp(min=0)
+            hidden = (fusion.hidden.weight @ torch.cat((s[b, n], gate * u)) + fusion.hidden.bias).clamp(min=0)
             assert is_close(out[b, n], fusion.out.weight @ hidden + fusion.out.bias, PROJECTED)
     assert is_far(fusion(s, h.flip(0)), out, PROJECTED)
 

@@ -10,9 +10,9 @@ the slots of a command one after the other; three strategies strengthen the enco
   published encoder in its place: Whisper's for speech, MiniLM's for text. ``freeze`` lets the encoder stand still
   first, ``rate`` has it learn more slowly than the decoder.
 - multitask: one encoder for both, loss = l L_commands + (1 - l) L_transcripts; l is ``multitask``.
-- fusion: the decoder's state s [B, n, D] meets the vector h [B, D_h] of the transcript, by a text encoder that learns
-  nothing: g = sigmoid(W_g [s; h] + b), s' = [s; g * h], logits = W relu(W' s' + b'). In half of the training samples
-  h = 0, and always in use, where no transcript is: the text helps to train, and is not needed.
+- fusion: the decoder's state s [B, n, D] meets the vector t [B, D_t] of the transcript, by a text encoder that learns
+  nothing: h = U t, g = sigmoid(W_g [s; h] + b), s' = [s; g * h], logits = W relu(W' s' + b'). In half of the training
+  samples t = 0, and always in use, where no transcript is: the text helps to train, and is not needed.
 
 The paper's text could not be read in full. From its abstract are the three strategies and their purpose; ours are CTC
 as the transcribing head, the gate's place and the dropout of the text, the published encoders, and all sizes.
@@ -61,16 +61,16 @@ class Transcribed(Protocol):
 
 
 class GatedFusion(nn.Module):
-    """Logits of decoder states ``[B, n, D]`` beside a text's vector ``[B, D_h]``, which is 0 where it is not given."""
+    """Logits of decoder states ``[B, n, D]`` beside a text's vector ``[B, D_t]``, which is 0 where it is not given."""
 
     def __init__(self, dim: int, text: int, classes: int) -> None:
         super().__init__()
-        self.gate, self.hidden = nn.Linear(dim + text, text), nn.Linear(dim + text, dim)
+        self.text = nn.Linear(text, dim, bias=False)
+        self.gate, self.hidden = nn.Linear(2 * dim, dim), nn.Linear(2 * dim, dim)
         self.out = nn.Linear(dim, classes)
 
     def forward(self, states: Tensor, text: Tensor | None = None) -> Tensor:
-        h = states.new_zeros(len(states), self.gate.out_features) if text is None else text.to(states)
-        h = h[:, None].expand(-1, states.shape[1], -1)
+        h = torch.zeros_like(states) if text is None else self.text(text)[:, None].expand_as(states)
         gate = self.gate(torch.cat((states, h), -1)).sigmoid()
         logits: Tensor = self.out(self.hidden(torch.cat((states, gate * h), -1)).relu())
         return logits

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...data.sentences import requests
 from ...errors import UserError
-from ...experiment import Metric
+from ...experiment import Metric, RunContext
 from ...recipe import Batch, Part, Picture, Sample
 from ._understanding import StandingEncoder, UnderstandingTask, confusion, take
 
@@ -166,6 +166,13 @@ class SnipsRequests(UnderstandingTask):
         if not words:
             raise UserError(f"{path} is empty; give a file with one request")
         return Sample(path.name, "", "test", tuple(words))
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        try:
+            _tokenizer(self.published)
+        except UserError as error:
+            return str(error)
+        return super().unsupported_reason(run)
 
     def labels(self) -> tuple[list[str], list[str]]:
         """Intents and tags of the whole training part, sorted."""

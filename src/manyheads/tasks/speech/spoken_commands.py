@@ -46,8 +46,9 @@ class Command:
 
     @classmethod
     def of(cls, digits: str) -> Command:
-        """The grammar: what three digits mean."""
-        return cls(tuple(int(d) % size for d, size in zip(digits.split(), _SIZES, strict=True)))
+        """The grammar: what three digits mean, or one, which is as if it were said three times."""
+        spoken = digits.split() * (3 if len(digits.split()) == 1 else 1)
+        return cls(tuple(int(d) % size for d, size in zip(spoken, _SIZES, strict=True)))
 
 
 @cache
@@ -131,11 +132,12 @@ class SpokenCommands(UnderstandingTask):
 
     No free recordings of spoken requests are published; commands are put together from real single words, and their
     meaning is ours: the first digit modulo 4 is the action, the second modulo 2 the object, the third modulo 5 the
-    place, so that there are 40 commands and 1,000 wordings. ``commands`` of them, of the first half of the speakers
-    that are trained on, have a meaning; every recording of all of these speakers has a transcript. Validation and test
-    have a speaker each. The encoder has the shape of Whisper's, and its features.
+    place, so that there are 40 commands and 1,000 wordings. Of a single word all three follow: ten commands. Those that
+    are labelled are of the first half of the speakers that are trained on; every recording of all of these speakers has
+    a transcript. Validation and test have a speaker each. The encoder has the shape of Whisper's, and its features.
 
     Attributes:
+        words: of a command, 3 or 1.
         commands: that are labelled; the same for all arms and trainings.
         stretch: how much faster or slower a word may be read in training, as a share.
     """
@@ -151,13 +153,14 @@ class SpokenCommands(UnderstandingTask):
     text: ClassVar[int] = 384  # features of a text, see :meth:`described`
 
     layers: int = 3
+    words: int = 3
     commands: int = 100
     stretch: float = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.commands < 1 or not 0 <= self.stretch < 1:
-            raise UserError("commands count, 1 or more; stretch is a share below 1")
+        if self.words not in (1, 3) or self.commands < 1 or not 0 <= self.stretch < 1:
+            raise UserError("words is 1 or 3, commands count, 1 or more, and stretch is a share below 1")
 
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
@@ -168,12 +171,12 @@ class SpokenCommands(UnderstandingTask):
         return DigitStrings.open(path)
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        known = _labelled(tuple(samples), self.commands)
+        known = _labelled(tuple(samples), self.commands, self.words)
         drawn = [known[i] for i in rng.integers(0, len(known), self.batch)]
         return [replace(sample, inputs=paced(rng, sample.inputs, self.stretch)) for sample in drawn]
 
     def judged(self, part: Part) -> Sequence[Sample]:
-        return [_command(s) for s in fixed_strings(self.samples(part), part, len(_SIZES))][: self.samples_judged]
+        return [_command(s) for s in fixed_strings(self.samples(part), part, self.words)][: self.samples_judged]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         frames = [whisper_mel(sample.inputs) for sample in samples]
@@ -184,7 +187,7 @@ class SpokenCommands(UnderstandingTask):
         return {"inputs": inputs, "mask": mask, "targets": torch.tensor([sample.target for sample in samples])}
 
     def transcribed(self, rng: np.random.Generator, samples: Sequence[Sample], letters: bool = False) -> Batch:
-        """A batch of strings of one to three words, with digits or letters ``targets`` from 1 on, and ``counts``.
+        """A batch of strings of as many words as a command at most: ``targets`` from 1 on, and ``counts`` of them.
 
         ``letters`` are of a language of its own: of no speaker of the labelled commands, if there are others.
         """
@@ -192,7 +195,7 @@ class SpokenCommands(UnderstandingTask):
             speakers = sorted({sample.group for sample in samples})
             others = set(speakers[max(1, len(speakers) // 2) :]) or set(speakers)
             samples = [sample for sample in samples if sample.group in others]
-        drawn = drawn_strings(rng, samples, self.batch, len(_SIZES), self.stretch)
+        drawn = drawn_strings(rng, samples, self.batch, self.words, self.stretch)
         texts = [[int(digit) for digit in sample.target.split()] for sample in drawn]
         coded = [[k for d in text for k in (_letters(d) if letters else [d + 1])] for text in texts]
         made = dict(self.collate([replace(sample, target=None) for sample in drawn]))
@@ -257,11 +260,11 @@ _OFFSETS = tuple(sum(_SIZES[:i]) for i in range(len(_SIZES)))
 
 
 @lru_cache(maxsize=4)
-def _labelled(samples: tuple[Sample, ...], commands: int) -> list[Sample]:
+def _labelled(samples: tuple[Sample, ...], commands: int, words: int) -> list[Sample]:
     """Commands that have a meaning."""
     speakers = sorted({sample.group for sample in samples})
     own = set(speakers[: max(1, len(speakers) // 2)])
-    found = fixed_strings([sample for sample in samples if sample.group in own], "train", len(_SIZES))
+    found = fixed_strings([sample for sample in samples if sample.group in own], "train", words)
     return [_command(sample) for sample in found[:commands]]
 
 
@@ -282,7 +285,7 @@ def _sentences() -> dict[str, Tensor]:
     from ...models import load_reader
 
     model, tokenizer = load_reader("all-minilm-l6-v2", "cpu", torch.float32)
-    texts = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
+    texts = [*WORDS, *(f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS)]
     read = tokenizer(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
         states, mask = model(**read).last_hidden_state, read["attention_mask"][..., None]
