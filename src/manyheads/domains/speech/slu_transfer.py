@@ -107,13 +107,14 @@ class SluTransfer(Recipe):
     fusion: bool = field(default=False, metadata={"help": "let vectors of transcripts meet the decoder in training"})
 
     def build(self, task: FieldTask, width: int) -> nn.Module:
-        made: Any = super().build(task, width)
+        model = super().build(task, width)
+        made: Any = model
         if self.fusion:
             made.head = GatedFusion(task.dim, self._transcripts(task).text, made.head.out_features)
         if self.multitask < 1:
             self._transcripts(task)
             made.transcriber = nn.Linear(task.dim, _SYMBOLS["digits"])
-        return made
+        return model
 
     def start(self, task: FieldTask, model: nn.Module, fit: "Fit") -> None:
         made: Any = model
