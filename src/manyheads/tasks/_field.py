@@ -84,6 +84,7 @@ class FieldData(Task):
         samples_judged: of the test part, and at most as many of the validation part.
         only: names of the arms that are trained on it; all when empty.
         named: what it is called where an experiment has it several times.
+        gpu_only: not on a CPU, for what would take too long there.
     """
 
     subject: ClassVar[str] = "trainable"
@@ -106,6 +107,7 @@ class FieldData(Task):
     samples_judged: int = 1000
     only: tuple[str, ...] = ()
     named: str = ""
+    gpu_only: bool = False
 
     @property
     def label(self) -> str:
@@ -161,6 +163,8 @@ class FieldData(Task):
         return str(sample.about.get("context", ""))
 
     def unsupported_reason(self, run: RunContext) -> str | None:
+        if self.gpu_only and run.device.type != "cuda":
+            return "trained on a GPU, --device cuda: it would take too long on a CPU"
         try:
             self.samples("train")
         except UserError as error:
