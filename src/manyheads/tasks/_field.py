@@ -200,7 +200,7 @@ class FieldTask(FieldData):
     def score(self, sample: Sample, said: Any) -> Mapping[str, float]:
         """Every metric of :attr:`metrics` for one sample."""
 
-    def scores(self, samples: Sequence[Sample], said: Sequence[Any]) -> list[Mapping[str, float]]:
+    def scores(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Mapping[str, float]]:
         """Metrics of all samples that are judged together, those that apply to each.
 
         A figure of all of them (a threshold that is found on them) becomes a value of each, whose mean it is.

@@ -57,7 +57,7 @@ class UnderstandingTask(FieldTask):
     The reference is that model from scratch. ``width`` is of what reads the encoder, so that the encoder is the same.
     """
 
-    published: ClassVar[str]  # the encoder's name in models/published.toml
+    encoder: ClassVar[str]  # the encoder's name in models/published.toml
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """Refused: a published encoder has its own blocks.
@@ -65,7 +65,7 @@ class UnderstandingTask(FieldTask):
         Raises:
             UserError: always.
         """
-        raise UserError(f"{self.name} has the encoder of {self.published}: no other blocks go into it")
+        raise UserError(f"{self.name} has the encoder of {self.encoder}: no other blocks go into it")
 
     @abstractmethod
     def load_published(self, model: Any) -> None:

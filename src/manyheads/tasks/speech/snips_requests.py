@@ -131,7 +131,7 @@ class SnipsRequests(UnderstandingTask):
     published: ClassVar[tuple[str, ...]] = ("all-minilm-l6-v2",)
     takes: ClassVar[str] = "a folder of train, dev and test, each with seq.in, seq.out (tags B-, I- and O) and label"
     references: ClassVar[tuple[str, ...]] = ("joint_encoder",)
-    published: ClassVar[str] = "all-minilm-l6-v2"
+    encoder: ClassVar[str] = "all-minilm-l6-v2"
 
     dim: int = 384
     layers: int = 6
@@ -169,7 +169,7 @@ class SnipsRequests(UnderstandingTask):
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         try:
-            _tokenizer(self.published)
+            _tokenizer(self.encoder)
         except UserError as error:
             return str(error)
         return super().unsupported_reason(run)
@@ -183,7 +183,7 @@ class SnipsRequests(UnderstandingTask):
         return [samples[i] for i in rng.integers(0, known, self.batch)]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        read = _tokenizer(self.published)(
+        read = _tokenizer(self.encoder)(
             [list(sample.inputs) for sample in samples], is_split_into_words=True, padding=True, truncation=True,
             max_length=_LONGEST, return_tensors="pt",
         )  # fmt: skip
@@ -207,15 +207,15 @@ class SnipsRequests(UnderstandingTask):
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         intents, tags = self.labels()
-        encoder = WordStates(self.dim, self.layers, self.heads, self.dropout, len(_tokenizer(self.published)))
+        encoder = WordStates(self.dim, self.layers, self.heads, self.dropout, len(_tokenizer(self.encoder)))
         return JointModel(encoder, self.dim, width, len(intents), len(tags), self.dropout)
 
     def load_published(self, model: Any) -> None:
         from ...models import load_reader
 
-        found: Any = load_reader(self.published, "cpu", torch.float32)[0]
+        found: Any = load_reader(self.encoder, "cpu", torch.float32)[0]
         has = {"dim": found.config.hidden_size, "heads": found.config.num_attention_heads}
-        take(model.encoder.inside, found, self.published, self.shape(), {**has, "layers": len(found.encoder.layer)})
+        take(model.encoder.inside, found, self.encoder, self.shape(), {**has, "layers": len(found.encoder.layer)})
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         intents, tags = model(batch)

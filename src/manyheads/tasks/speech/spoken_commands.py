@@ -149,7 +149,7 @@ class SpokenCommands(UnderstandingTask):
     files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
     takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
     references: ClassVar[tuple[str, ...]] = ("command_decoder",)
-    published: ClassVar[str] = "whisper-tiny.en"
+    encoder: ClassVar[str] = "whisper-tiny.en"
     text: ClassVar[int] = 384  # features of a text, see :meth:`described`
 
     layers: int = 3
@@ -224,9 +224,9 @@ class SpokenCommands(UnderstandingTask):
     def load_published(self, model: Any) -> None:
         from ...models import load_speech
 
-        found: Any = load_speech(self.published, "cpu", torch.float32)[0].get_encoder()
+        found: Any = load_speech(self.encoder, "cpu", torch.float32)[0].get_encoder()
         has = {"dim": found.config.d_model, "heads": found.config.encoder_attention_heads, "layers": len(found.layers)}
-        take(model.encoder.inside, found, self.published, self.shape(), has)
+        take(model.encoder.inside, found, self.encoder, self.shape(), has)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         made: Any = model
