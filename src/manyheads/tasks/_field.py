@@ -87,6 +87,7 @@ class FieldData(Task):
     files: ClassVar[tuple[str, ...]] = ()  # entries of data/files.toml, of which one will do
     takes: ClassVar[str] = ""  # what a folder of the user's own holds
     references: ClassVar[tuple[str, ...]] = ()  # kinds of reference models, the default first
+    together: ClassVar[int] = 1  # files of the user's that are one sample
 
     folder: str = ""
     dim: int = 96
@@ -124,6 +125,12 @@ class FieldData(Task):
     @abstractmethod
     def open(cls, path: Path) -> Sample:
         """A file of the user's as a sample without a target; UserError where it is none."""
+
+    @classmethod
+    def joined(cls, opened: Sequence[Sample]) -> Sample:
+        """Files that are one sample together, :attr:`together` of them, each as :meth:`open` gives it."""
+        (sample,) = opened
+        return sample
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -165,9 +172,13 @@ class FieldTask(FieldData):
     def reference(self, width: int, kind: str = "") -> nn.Module:
         """The model that papers are compared with."""
 
+    def learner(self, model: nn.Module) -> nn.Module:
+        """What is trained: the model, or a module that holds it beside a layer that is left behind."""
+        return model
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of a batch."""
+        """Mean loss of a batch, of what :meth:`learner` gave."""
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Sequence[Any]:
@@ -176,6 +187,13 @@ class FieldTask(FieldData):
     @abstractmethod
     def score(self, sample: Sample, said: Any) -> Mapping[str, float]:
         """Every metric of :attr:`metrics` for one sample."""
+
+    def scores(self, samples: Sequence[Sample], said: Sequence[Any]) -> list[Mapping[str, float]]:
+        """Metrics of all samples that are judged together, those that apply to each.
+
+        A figure of all of them (a threshold that is found on them) becomes a value of each, whose mean it is.
+        """
+        return [self.score(sample, one) for sample, one in zip(samples, said, strict=True)]
 
     @abstractmethod
     def truth(self, sample: Sample) -> Any:
@@ -229,10 +247,11 @@ class FieldTask(FieldData):
         """Rows of the test part, and of the model."""
         samples = self.judged("test")
         said = self.said(recipe, model, samples, run.device)
-        for sample, one in zip(samples, said, strict=True):
-            for i, (metric, value) in enumerate(self.score(sample, one).items()):
+        for sample, one, found in zip(samples, said, self.scores(samples, said), strict=True):
+            context = str(sample.about.get("context", ""))
+            for i, (metric, value) in enumerate(found.items()):
                 told = {"group": sample.group, "said": str(one)} if i == 0 else {}
-                yield self.row(metric, arm, value, sample.name, seed=seed, about=told)
+                yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=context)
         more: dict[str, Any] = {}
         if seed == run.seeds[0]:
             with torch.no_grad():

@@ -101,13 +101,19 @@ class FieldModel:
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Any]:
-        """What the model says of files of the user's.
+        """What the model says of files of the user's; where ``task.together`` are one sample, of each so many.
 
         Raises:
-            UserError: a file is missing, or none of the kind that the task reads.
+            UserError: a file is missing, or none of the kind that the task reads, or too many for whole samples.
         """
-        device = next(self.model.parameters()).device
-        return self.task.said(self.recipe, self.model, [self.task.open(Path(p)) for p in paths], device)
+        device, many = next(self.model.parameters()).device, self.task.together
+        if len(paths) % many:
+            raise UserError(
+                f"{self.task.name} reads {many} files at a time; give a multiple of {many}, not {len(paths)}"
+            )
+        opened = [self.task.open(Path(p)) for p in paths]
+        samples = [self.task.joined(opened[i : i + many]) for i in range(0, len(opened), many)]
+        return self.task.said(self.recipe, self.model, samples, device)
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class FieldTraining:
         samples = self.task.judged("validation")
         said = self.task.said(made.recipe, made.model, samples, self.run.device)
         name = self.task.metrics[0].name
-        return mean(self.task.score(sample, one)[name] for sample, one in zip(samples, said, strict=True))
+        return mean(found[name] for found in self.task.scores(samples, said) if name in found)
 
     def _fitted(self, seed: int) -> FieldModel:
         rates = self.validation()  # of the first seed this has made the model
@@ -218,9 +224,10 @@ class FieldTraining:
         with torch.random.fork_rng(devices=[run.device] if cuda else []):
             torch.manual_seed(seeding.number(run.seed, weights=seed))
             model = recipe.build(task, width).to(run.device)
+            learner = recipe.learner(task, model, width).to(run.device)
 
             def after(state: TrainState) -> None:
-                recipe.after_step(model, state.progress)
+                recipe.after_step(learner, state.progress)
                 run.advance(1.0)
                 if told is not None:
                     told(state)
@@ -229,9 +236,9 @@ class FieldTraining:
                 return to_device(recipe.batches(task, run.rng(training=seed, step=step), samples), run.device)
 
             state = fit(
-                model, get_batch, lambda made, batch: recipe.loss(task, made, batch),
+                learner, get_batch, lambda made, batch: recipe.loss(task, made, batch),
                 budget=Budget(task.steps, "steps"),
-                optimizers=optimizers_of(model, rate, weight_decay=task.weight_decay),
+                optimizers=optimizers_of(learner, rate, weight_decay=task.weight_decay),
                 schedule=decay("cosine", warmup=0.1, floor=0.02), on_step=after,
                 checkpoint=None if place is None else Checkpoint(place, every=task.steps, seconds=_SAVED),
             )  # fmt: skip
