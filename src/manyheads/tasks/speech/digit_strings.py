@@ -23,7 +23,7 @@ from .._field import parted
 from ._ctc import CTCTask, Transcript, ctc_losses
 from ._encoder import MELS, RATE, log_mel
 
-__all__ = ["DigitStrings"]
+__all__ = ["DigitStrings", "paced", "spoken"]
 
 _GAP = 0.1  # seconds of near silence at most, before, between and behind words
 _NOISE = 0.01  # of the recordings' own deviation: no silence is digital
@@ -88,10 +88,11 @@ class DigitStrings(CTCTask):
         for _ in range(self.batch):
             own = groups[samples[int(rng.integers(len(samples)))].group]
             words = [own[i] for i in rng.integers(0, len(own), rng.integers(1, self.digits + 1))]
-            made.append(
-                _string(rng, [replace(word, inputs=_paced(rng, word.inputs, self.stretch)) for word in words], "drawn")
-            )
+            made.append(_string(rng, [replace(word, inputs=self._paced(rng, word.inputs)) for word in words], "drawn"))
         return made
+
+    def _paced(self, rng: np.random.Generator, sound: Tensor) -> Tensor:
+        return paced(sound, float(rng.uniform(1 - self.stretch, 1 + self.stretch)))
 
     def judged(self, part: Part) -> Sequence[Sample]:
         rng, groups = seeding.generator(0, strings=self.digits, part=part), dict[str, list[Sample]]()
@@ -155,19 +156,24 @@ class DigitStrings(CTCTask):
         )
 
 
-def _paced(rng: np.random.Generator, sound: Tensor, stretch: float) -> Tensor:
-    """A recording read a little faster or slower."""
-    length = max(1, round(len(sound) / float(rng.uniform(1 - stretch, 1 + stretch))))
+def paced(sound: Tensor, pace: float) -> Tensor:
+    """A recording read faster, by a pace above 1, or slower; its pitch follows."""
+    length = max(1, round(len(sound) / pace))
     return interpolate(sound[None, None], length, mode="linear", align_corners=True)[0, 0]
 
 
-def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sample:
-    """Recordings of one speaker with gaps before, between and behind them, all in a little noise."""
+def spoken(rng: np.random.Generator, words: Sequence[Tensor]) -> Tensor:
+    """Recordings with gaps before, between and behind them, all in a little noise."""
     parts = [torch.zeros(int(rng.uniform(0, _GAP) * RATE))]
     for word in words:
-        parts += [word.inputs, torch.zeros(int(rng.uniform(0, _GAP) * RATE))]
+        parts += [word, torch.zeros(int(rng.uniform(0, _GAP) * RATE))]
     sound = torch.cat(parts)
-    sound = sound + _NOISE * torch.from_numpy(rng.standard_normal(len(sound), dtype=np.float32))
+    return sound + _NOISE * torch.from_numpy(rng.standard_normal(len(sound), dtype=np.float32))
+
+
+def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sample:
+    """Recordings of one speaker, put together."""
+    sound = spoken(rng, [word.inputs for word in words])
     return Sample(name, words[0].group, words[0].part, sound, " ".join(word.target for word in words))
 
 
