@@ -98,6 +98,9 @@ class FieldTask(Protocol):
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch of samples; without targets where they have none."""
 
+    def learner(self, model: "nn.Module") -> "nn.Module":
+        """What is trained: the model, or a module that holds it beside a layer that is left behind."""
+
     def loss(self, model: "nn.Module", batch: Batch) -> "Tensor":
         """Mean loss of a batch."""
 
@@ -121,6 +124,13 @@ class Recipe(Strategy, ABC):
     def batches(self, task: FieldTask, rng: "np.random.Generator", samples: Sequence[Sample]) -> Batch:
         """The batch of one training step, drawn by ``rng`` from samples of the training part."""
         return task.collate(task.draw(rng, samples))
+
+    def learner(self, task: FieldTask, model: "nn.Module", width: int) -> "nn.Module":
+        """What is trained: the model, or a module that holds it beside what is left behind, such as a teacher.
+
+        ``loss`` and ``after_step`` are given this; parameters are counted, kept and used of the model alone.
+        """
+        return task.learner(model)
 
     def loss(self, task: FieldTask, model: "nn.Module", batch: Batch) -> "Tensor":
         """Loss of a training batch, a scalar."""

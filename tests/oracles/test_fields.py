@@ -206,8 +206,8 @@ def test_a_recipe_overfits_one_batch(arm):
     recipe = recipe_of(context(arm), arm)
     torch.manual_seed(0)
     model, samples = recipe.build(task, 48), task.draw(np.random.default_rng(5), task.samples("train"))
-    batch, name = task.collate(samples), task.metrics[0].name
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 5e-3), []
+    batch, name, learner = task.collate(samples), task.metrics[0].name, recipe.learner(task, model, 48)
+    optimizer, losses = torch.optim.AdamW(learner.parameters(), 5e-3), []
 
     def found(said):
         return mean(task.score(sample, one)[name] for sample, one in zip(samples, said, strict=True))
@@ -218,7 +218,7 @@ def test_a_recipe_overfits_one_batch(arm):
     best = found([task.truth(sample) for sample in samples])
     start = found(task.said(recipe, model.eval(), samples, torch.device("cpu")))
     while len(losses) < 200 and not (len(losses) % 20 == 19 and losses[-1] < 0.1 * losses[0] and way() >= 0.75):
-        loss = recipe.loss(task, model.train(), batch)
+        loss = recipe.loss(task, learner.train(), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

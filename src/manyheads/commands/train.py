@@ -79,7 +79,10 @@ def train(
 
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a model: RUN/models/ARM/seed-0.")],
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files as the model's task reads them.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Files as the model's task reads them; pairs one after the other."),
+    ],
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -90,10 +93,12 @@ def predict(
     quiet_libraries()
     model = load(folder, device or "cpu")
     said = [str(one) for one in model.predict(paths)]
+    many = model.task.together
+    files = [" ".join(map(str, paths[i : i + many])) for i in range(0, len(paths), many)]
     if as_json:
-        print_json([{"file": str(path), "said": one} for path, one in zip(paths, said, strict=True)])
+        print_json([{"file": file, "said": one} for file, one in zip(files, said, strict=True)])
         return
-    rows = [[str(path), one or "nothing"] for path, one in zip(paths, said, strict=True)]
+    rows = [[file, one or "nothing"] for file, one in zip(files, said, strict=True)]
     title = f"{model.recipe.spec if model.recipe.slug != '_field_training' else 'reference'} on {model.task.name}"
     print_table(Table([Column("file", text=True), Column("said", text=True)], rows, title), console(120))
 

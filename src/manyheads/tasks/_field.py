@@ -92,6 +92,7 @@ class FieldData(Task):
     takes: ClassVar[str] = ""  # what a folder of the user's own holds
     references: ClassVar[tuple[str, ...]] = ()  # kinds of reference models, the default first
     published: ClassVar[tuple[str, ...]] = ()  # entries of models/published.toml that are needed
+    together: ClassVar[int] = 1  # files of the user's that are one sample
 
     folder: str = ""
     dim: int = 96
@@ -136,6 +137,12 @@ class FieldData(Task):
     @abstractmethod
     def open(cls, path: Path) -> Sample:
         """A file of the user's as a sample without a target; UserError where it is none."""
+
+    @classmethod
+    def joined(cls, opened: Sequence[Sample]) -> Sample:
+        """Files that are one sample together, :attr:`together` of them, each as :meth:`open` gives it."""
+        (sample,) = opened
+        return sample
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -188,9 +195,13 @@ class FieldTask(FieldData):
     def reference(self, width: int, kind: str = "") -> nn.Module:
         """The model that papers are compared with."""
 
+    def learner(self, model: nn.Module) -> nn.Module:
+        """What is trained: the model, or a module that holds it beside a layer that is left behind."""
+        return model
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of a batch."""
+        """Mean loss of a batch, of what :meth:`learner` gave."""
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Sequence[Any]:

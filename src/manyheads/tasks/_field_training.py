@@ -102,13 +102,19 @@ class FieldModel:
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Any]:
-        """What the model says of files of the user's.
+        """What the model says of files of the user's; where ``task.together`` are one sample, of each so many.
 
         Raises:
-            UserError: a file is missing, or none of the kind that the task reads.
+            UserError: a file is missing, or none of the kind that the task reads, or too many for whole samples.
         """
-        device = next(self.model.parameters()).device
-        return self.task.said(self.recipe, self.model, [self.task.open(Path(p)) for p in paths], device)
+        device, many = next(self.model.parameters()).device, self.task.together
+        if len(paths) % many:
+            raise UserError(
+                f"{self.task.name} reads {many} files at a time; give a multiple of {many}, not {len(paths)}"
+            )
+        opened = [self.task.open(Path(p)) for p in paths]
+        samples = [self.task.joined(opened[i : i + many]) for i in range(0, len(opened), many)]
+        return self.task.said(self.recipe, self.model, samples, device)
 
 
 @dataclass(frozen=True)
@@ -220,9 +226,10 @@ class FieldTraining:
             torch.manual_seed(seeding.number(run.seed, weights=seed))
             model = recipe.build(task, width).to(run.device)
             recipe.start(task, model, self._before(seed, rate))
+            learner = recipe.learner(task, model, width).to(run.device)
 
             def after(state: TrainState) -> None:
-                recipe.after_step(model, state.progress)
+                recipe.after_step(learner, state.progress)
                 run.advance(1.0)
                 if told is not None:
                     told(state)
@@ -231,9 +238,9 @@ class FieldTraining:
                 return to_device(recipe.batches(task, run.rng(training=seed, step=step), samples), run.device)
 
             state = fit(
-                model, get_batch, lambda made, batch: recipe.loss(task, made, batch),
+                learner, get_batch, lambda made, batch: recipe.loss(task, made, batch),
                 budget=Budget(task.steps, "steps"),
-                optimizers=_optimizers(task, recipe, model, rate), schedule=_schedule(), on_step=after,
+                optimizers=_optimizers(task, recipe, model, learner, rate), schedule=_schedule(), on_step=after,
                 checkpoint=None if place is None else Checkpoint(place, every=task.steps, seconds=_SAVED),
             )  # fmt: skip
         record = {
@@ -280,9 +287,11 @@ def _schedule() -> Schedule:
     return decay("cosine", warmup=0.1, floor=0.02)
 
 
-def _optimizers(task: FieldTask, recipe: Recipe, model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Those of all trainings; groups are parted where the recipe has parameters learn at another rate."""
-    made = optimizers_of(model, rate, weight_decay=task.weight_decay)
+def _optimizers(
+    task: FieldTask, recipe: Recipe, model: nn.Module, learner: nn.Module, rate: float
+) -> list[torch.optim.Optimizer]:
+    """Those of what is trained; groups are parted where the recipe has parameters of the model learn at another rate."""
+    made = optimizers_of(learner, rate, weight_decay=task.weight_decay)
     for start, factor in recipe.rate_factors().items():
         slow = {id(p) for name, p in model.named_parameters() if name.startswith(start)}
         for optimizer in made:

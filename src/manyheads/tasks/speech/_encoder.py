@@ -70,6 +70,13 @@ class SpeechEncoder(nn.Module):
 
     def encode(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, T / 4, dim]`` and mask."""
+        x, mask = self.front(frames, mask)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x), mask
+
+    def front(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first block is given, ``[B, T / 4, dim]``, and mask."""
         x = zero_padding(frames, mask)[:, None]
         for convolution in (self.first, self.second):
             mask = mask[:, ::2]
@@ -77,10 +84,7 @@ class SpeechEncoder(nn.Module):
         x = self.project(x.transpose(1, 2).flatten(2))
         if self.positions:
             x = x + _sinusoids(x.shape[1], x.shape[2], x.device)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.norm(x), mask
+        return self.dropout(x), mask
 
 
 def _sinusoids(length: int, dim: int, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from .._field import parted
 from ._ctc import CTCTask, Transcript, ctc_losses
 from ._encoder import MELS, RATE, log_mel
 
-__all__ = ["DigitStrings", "drawn_strings", "fixed_strings", "paced"]
+__all__ = ["DigitStrings", "at_pace", "drawn_strings", "fixed_strings", "paced", "spoken"]
 
 _GAP = 0.1  # seconds of near silence at most, before, between and behind words
 _NOISE = 0.01  # of the recordings' own deviation: no silence is digital
@@ -169,17 +169,27 @@ def fixed_strings(samples: Sequence[Sample], part: Part, digits: int) -> list[Sa
 
 def paced(rng: np.random.Generator, sound: Tensor, stretch: float) -> Tensor:
     """A recording read a little faster or slower."""
-    length = max(1, round(len(sound) / float(rng.uniform(1 - stretch, 1 + stretch))))
+    return at_pace(sound, float(rng.uniform(1 - stretch, 1 + stretch)))
+
+
+def at_pace(sound: Tensor, pace: float) -> Tensor:
+    """A recording read faster, by a pace above 1, or slower; its pitch follows."""
+    length = max(1, round(len(sound) / pace))
     return interpolate(sound[None, None], length, mode="linear", align_corners=True)[0, 0]
 
 
-def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sample:
-    """Recordings of one speaker with gaps before, between and behind them, all in a little noise."""
+def spoken(rng: np.random.Generator, words: Sequence[Tensor]) -> Tensor:
+    """Recordings with gaps before, between and behind them, all in a little noise."""
     parts = [torch.zeros(int(rng.uniform(0, _GAP) * RATE))]
     for word in words:
-        parts += [word.inputs, torch.zeros(int(rng.uniform(0, _GAP) * RATE))]
+        parts += [word, torch.zeros(int(rng.uniform(0, _GAP) * RATE))]
     sound = torch.cat(parts)
-    sound = sound + _NOISE * torch.from_numpy(rng.standard_normal(len(sound), dtype=np.float32))
+    return sound + _NOISE * torch.from_numpy(rng.standard_normal(len(sound), dtype=np.float32))
+
+
+def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sample:
+    """Recordings of one speaker, put together."""
+    sound = spoken(rng, [word.inputs for word in words])
     return Sample(name, words[0].group, words[0].part, sound, " ".join(word.target for word in words))
 
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders of a whole recording with their poolings, and errors of verification over a whole set of pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from ._encoder import SpeechEncoder
+
+__all__ = [
+    "AttentiveStatistics", "Classified", "CosineClassifier", "MeanPool", "SpeakerEncoder", "detection_cost",
+    "eer_errors",
+]  # fmt: skip
+
+_SCALE = 10.0  # of cosines; with some hundred classes a class can reach a probability of 0.99
+
+
+class MeanPool(nn.Module):
+    """The mean over frames ``[B, T, dim]`` where speech is, ``[B, dim]``."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``[B, dim]``."""
+        there = mask[..., None].to(x.dtype)
+        mean: Tensor = (x * there).sum(1) / there.sum(1)
+        return mean
+
+
+class AttentiveStatistics(nn.Module):
+    """Mean and deviation over frames, weighted by additive attention (Okabe et al., arXiv 1803.10963).
+
+    The last layer has no bias: what all embeddings share tells none apart by their cosine.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.hidden, self.weigh, self.out = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 1, bias=False),
+            nn.Linear(2 * dim, dim, bias=False),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``[B, dim]``."""
+        scores = self.weigh(self.hidden(x).tanh()).masked_fill(~mask[..., None], float("-inf"))
+        weights = scores.softmax(1)
+        mean = (weights * x).sum(1)
+        variance = (weights * x.square()).sum(1) - mean.square()
+        out: Tensor = self.out(torch.cat((mean, variance.clamp(min=1e-6).sqrt()), -1))
+        return out
+
+
+class SpeakerEncoder(SpeechEncoder):
+    """Frames ``[B, T, 40]`` and mask ``[B, T]`` -> states ``[B, n, dim]``, whose mean is the embedding."""
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], dim: int, dropout: float, pool: nn.Module, positions: bool = True
+    ) -> None:
+        super().__init__(blocks, dim, 1, dropout, positions)
+        self.head, self.pool = nn.Identity(), pool  # type: ignore[assignment]
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """States; n is 1 here."""
+        pooled: Tensor = self.pool(*self.encode(frames, mask))
+        return pooled[:, None]
+
+
+class CosineClassifier(nn.Module):
+    """Scaled cosines with a vector of each class (NormFace, arXiv 1704.06369): pairs are judged by cosines too."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, dim) / math.sqrt(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of ``[B, dim]``."""
+        return _SCALE * linear(normalize(x, dim=-1), normalize(self.weight, dim=-1))
+
+
+class Classified(nn.Module):
+    """An encoder and a layer to the classes that it is trained by."""
+
+    def __init__(self, model: nn.Module, dim: int, classes: int) -> None:
+        super().__init__()
+        self.model, self.head = model, CosineClassifier(dim, classes)
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of the first state."""
+        logits: Tensor = self.head(self.model(frames, mask)[:, 0])
+        return logits
+
+
+def eer_errors(scores: Any, right: Any) -> Any:
+    """Which pairs are taken wrongly at the threshold of equal error rates, bool ``[N]``: their share is the EER.
+
+    The threshold is that of these very scores, at which the shares of targets refused and of others accepted are
+    closest; they differ by less than one pair of the smaller kind unless scores are tied.
+
+    Args:
+        scores: ``[N]``, higher for a target.
+        right: bool ``[N]``, of which both kinds occur.
+    """
+    scores, right = np.asarray(scores, float), np.asarray(right, bool)
+    at = _thresholds(scores)
+    missed, accepted = _rates(scores, right, at)
+    return (scores >= at[np.abs(missed - accepted).argmin()]) != right
+
+
+def detection_cost(scores: Any, right: Any, target: float = 0.1) -> Any:
+    """What each pair adds to the least normalised detection cost, ``[N]``: their mean is minDCF.
+
+    Cost of a miss and of a false alarm 1, ``target`` is the prior of a target; 1 is that of a system that says the
+    likelier of the two to all pairs.
+    """
+    scores, right = np.asarray(scores, float), np.asarray(right, bool)
+    at, least = _thresholds(scores), min(target, 1 - target)
+    missed, accepted = _rates(scores, right, at)
+    costs = target * missed + (1 - target) * accepted
+    wrong = (scores >= at[costs.argmin()]) != right
+    each = np.where(right, target / right.sum(), (1 - target) / (~right).sum()) * len(right) / least
+    return wrong * each
+
+
+def _thresholds(scores: Any) -> Any:
+    return np.append(np.unique(scores), np.inf)
+
+
+def _rates(scores: Any, right: Any, at: Any) -> tuple[Any, Any]:
+    """Shares of targets below, and of others at or above, each threshold."""
+    targets, others = np.sort(scores[right]), np.sort(scores[~right])
+    missed = np.searchsorted(targets, at, "left") / len(targets)
+    return missed, 1 - np.searchsorted(others, at, "left") / len(others)

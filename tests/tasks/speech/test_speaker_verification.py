@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification: equal error rates, folds in which every speaker is tested once, pairs, and predictions of two files."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_curve
+
+from manyheads.errors import UserError
+from manyheads.experiment import Arm, Metric, Row, RunContext, Trainable
+from manyheads.experiment.estimates import estimate
+from manyheads.recipe import Sample
+from manyheads.tasks._field_training import FieldTraining, load_model
+from manyheads.tasks.speech._verification import AttentiveStatistics, MeanPool, detection_cost, eer_errors
+from manyheads.tasks.speech.speaker_verification import Match, SpeakerVerification
+from oracles import tasks
+from tiny.recordings import digits, write
+from tolerance import PROJECTED, is_close, is_far
+
+__all__ = ["digits"]
+
+TINY = {
+    "dim": 16, "layers": 1, "heads": 2, "batch": 2, "steps": 2, "rates": (3e-3,), "samples_judged": 16, "phrases": 2,
+    "paces": (1.0, 1.1), "variants": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """A folder of six speakers who say three digits eight times each."""
+    place = tmp_path_factory.mktemp("six")
+    for i, speaker in enumerate(("ann", "bob", "cid", "dot", "eve", "fay")):
+        for digit in range(3):
+            for n in range(8):
+                write(place / f"{digit}_{speaker}_{n}.wav", rate=8000, pitch=200 + 90 * i + 150 * digit + 5 * n)
+    return place
+
+
+def drawn(count, gap, rng):
+    right = rng.random(count) < 0.5
+    return rng.standard_normal(count) + gap * right, right
+
+
+def test_errors_share_is_the_equal_error_rate():
+    rng = np.random.default_rng(0)
+    for gap in (0.5, 1.5, 3.0):
+        scores, right = drawn(2000, gap, rng)
+        accepted, found, _ = roc_curve(right, scores, drop_intermediate=False)
+        at = np.abs(1 - found - accepted).argmin()
+        both = [1 - found[at], accepted[at]]
+        assert min(both) <= eer_errors(scores, right).mean() <= max(both) and max(both) - min(both) <= 2e-3
+        assert abs(eer_errors(scores, right).mean() - 0.5 * math.erfc(gap / 2 / math.sqrt(2))) < 0.03
+    assert eer_errors([0.1, 0.2, 0.8, 0.9], [False, False, True, True]).mean() == 0
+    assert eer_errors([0.1, 0.2, 0.8, 0.9], [True, True, False, False]).mean() == 1
+    same = np.repeat(rng.random(500), 2)
+    assert abs(eer_errors(same, np.tile([True, False], 500)).mean() - 0.5) <= 0.01
+    assert (scores >= 0).mean() != right.mean()  # control: a threshold of 0 is another
+    assert abs(((scores >= 0) != right).mean() - eer_errors(scores, right).mean()) > 0.05
+
+
+def test_an_interval_over_errors_is_that_of_the_rate():
+    """The threshold is found on the same pairs, yet the mean of errors has the spread of an EER that is found anew."""
+    rng = np.random.default_rng(1)
+    rates = [eer_errors(*drawn(400, 1.2, rng)).mean() for _ in range(600)]
+    scores, right = drawn(400, 1.2, rng)
+    errors = eer_errors(scores, right)
+    assert 0.8 < errors.std() / math.sqrt(400) / np.std(rates) < 1.25
+    metric = Metric("eer", "EER", kind="share")
+    rows = [
+        Row(task="t", metric="eer", arm="a", value=float(e), sample=f"{i}", context=f"{i // 4}")
+        for i, e in enumerate(errors)
+    ]
+    found = estimate(rows, metric)
+    assert 0.7 < (found.high - found.low) / (4 * np.std(rates)) < 1.4 and found.groups == 100
+    hard = np.array([eer_errors(*drawn(400, 0.0, rng)).mean() for _ in range(50)])  # control: another rate
+    assert not (found.low < hard.mean() < found.high)
+
+
+def test_the_detection_cost_is_the_least_of_all_thresholds():
+    scores, right = drawn(300, 2.0, np.random.default_rng(2))
+    costs = [(0.1 * (scores[right] < t).mean() + 0.9 * (scores[~right] >= t).mean()) / 0.1 for t in (*scores, math.inf)]
+    assert detection_cost(scores, right).mean() == pytest.approx(min(costs))
+    assert detection_cost(scores, right).mean() < np.mean(costs)
+    assert detection_cost(-scores, right).mean() == pytest.approx(1.0)  # to refuse all
+
+
+def test_every_speaker_is_tested_in_one_fold(six):
+    made = [SpeakerVerification(folder=str(six), fold=fold, **TINY) for fold in range(4)]
+    groups = [{p: {s.group for s in task.samples(p)} for p in ("test", "validation", "train")} for task in made]
+    assert all(set.union(*parts.values()) == {"ann", "bob", "cid", "dot", "eve", "fay"} for parts in groups)
+    assert all([len(parts[p]) for p in ("test", "validation", "train")] == [2, 1, 3] for parts in groups)
+    assert set.union(*(parts["test"] for parts in groups[:3])) == set.union(*groups[0].values())
+    assert groups[3] == groups[0]
+    names = [{sample.name for sample in task.judged("test")} for task in made[:3]]
+    assert not names[0] & names[1] and not names[1] & names[2]
+
+
+def test_pairs_are_what_they_are_called(six):
+    task = SpeakerVerification(folder=str(six), **TINY)
+    judged = task.judged("test")
+    assert [s.about["kind"] for s in judged].count("target") * 2 == len(judged) == 16
+    for sample in judged:
+        speaker, (kind, who) = sample.group, sample.name.split()[3:5]
+        assert (who == speaker) == (kind != "speaker") and sample.target == (kind == "target")
+    same = {id(s.inputs[0]) for s in judged} & {id(s.inputs[1]) for s in judged}
+    assert not same  # what is enrolled is not tested
+    assert {s.about["kind"] for s in task.judged("validation")} == {"target", "phrase"}
+    batch = task.collate(task.draw(np.random.default_rng(0), task.samples("train")))
+    assert batch["inputs"].shape[:2] == batch["mask"].shape[:2] == batch["targets"].shape == (2, 2)
+    (first, second), (third, fourth) = batch["targets"].tolist()
+    assert first == second and third != fourth and task.classes == 3 * 2 * 2
+
+
+def test_a_threshold_is_that_of_all_pairs_of_a_kind():
+    task = SpeakerVerification(**TINY)
+    kinds = ["target", "target", "phrase", "speaker"]
+    samples = [Sample(str(i), "g", "test", None, kind == "target", {"kind": kind}) for i, kind in enumerate(kinds)]
+    found = task.scores(samples, [Match(x) for x in (0.9, 0.5, 0.7, 0.1)])
+    assert [set(one) for one in found] == [{"eer", "phrase_eer", "speaker_eer", "min_dcf"}] * 2 + [
+        {"eer", "phrase_eer", "min_dcf"}, {"eer", "speaker_eer", "min_dcf"}
+    ]  # fmt: skip
+    assert sum(one.get("speaker_eer", 0) for one in found) == 0 < sum(one.get("phrase_eer", 0) for one in found)
+    assert task.scores(samples[:2], [Match(0.1), Match(0.2)]) == [{}, {}]  # nothing to tell targets from
+
+
+def test_a_seed_is_a_fold(six):
+    task = SpeakerVerification(folder=str(six), **TINY)
+    run = RunContext(Trainable(), (Arm("reference"),), seeds=(0, 2), device=torch.device("cpu"))
+    rows = tasks.rows(task, run)
+    heard = {
+        seed: {row.about["group"] for row in rows if row.seed == seed and row.about.get("group")} for seed in (0, 2)
+    }
+    assert len(heard[0]) == len(heard[2]) == 2 and not heard[0] & heard[2]
+    of_pairs = [row for row in rows if row.metric == "eer"]
+    assert len({row.context for row in of_pairs}) * 4 == len(of_pairs) == 32  # what shares an enrolment
+    shown = [row.seed for row in rows if row.about.get("pictures")]
+    assert shown == [0]
+
+
+def test_two_files_are_compared(six, digits, tmp_path):
+    task, arm = SpeakerVerification(folder=str(six), **TINY), Arm("sv_class_token", "sv_class_token")
+    run = RunContext(Trainable(), (Arm("reference"), arm), device=torch.device("cpu"), folder=tmp_path)
+    FieldTraining(task, run, arm).model(0)
+    model = load_model(tmp_path / "models" / "sv_class_token" / "seed-0")
+    one, other = digits / "0_ann_0.wav", digits / "3_cid_1.wav"
+    same, unlike, again = model.predict([one, one, one, other, other, one])
+    assert same.cosine == pytest.approx(1, abs=1e-5) and str(same) == "cosine 1.000"
+    assert unlike.cosine < same.cosine and again.cosine == pytest.approx(unlike.cosine, abs=1e-5)
+    with pytest.raises(UserError, match="2 files at a time"):
+        model.predict([one])
+
+
+def test_three_speakers_are_too_few(digits):
+    with pytest.raises(UserError, match="four are needed"):
+        SpeakerVerification(folder=str(digits), **TINY).samples("train")
+
+
+def test_poolings_are_their_formulas():
+    x, mask = torch.randn(2, 6, 8, dtype=torch.float64), torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    x[1, 4:] = 1e3
+    assert is_close(MeanPool()(x, mask)[1], x[1, :4].mean(0), PROJECTED)
+    assert is_far(MeanPool()(x, mask)[1], x[1].mean(0), PROJECTED)
+    pool = AttentiveStatistics(8).double()
+    alpha = torch.stack([pool.weigh(pool.hidden(x[1, t]).tanh())[0] for t in range(4)]).softmax(0)
+    mean = sum(a * x[1, t] for t, a in enumerate(alpha))
+    deviation = sum(a * (x[1, t] - mean) ** 2 for t, a in enumerate(alpha)).sqrt()
+    assert is_close(pool(x, mask)[1], pool.out(torch.cat((mean, deviation))), 1e-12)
+    assert is_far(pool(x, mask)[1], pool.out(torch.cat((mean, deviation**2))), 1e-12)
