@@ -290,7 +290,7 @@ def _schedule() -> Schedule:
 def _optimizers(
     task: FieldTask, recipe: Recipe, model: nn.Module, learner: nn.Module, rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Those of what is trained; groups are parted where the recipe has parameters of the model learn at another rate."""
+    """Those of what is trained; groups are parted where parameters of the model learn at another rate."""
     made = optimizers_of(learner, rate, weight_decay=task.weight_decay)
     for start, factor in recipe.rate_factors().items():
         slow = {id(p) for name, p in model.named_parameters() if name.startswith(start)}
