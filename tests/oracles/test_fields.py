@@ -3,6 +3,7 @@
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 from statistics import mean
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ import manyheads
 from manyheads import catalog
 from manyheads.errors import UserError
 from manyheads.experiment import Arm, RunContext, Trainable
+from manyheads.models import source
 from manyheads.recipe import Procedure, Recipe
 from manyheads.tasks import _field, _field_training, data_of, load, names
 from manyheads.tasks._field import FieldTask
@@ -41,6 +43,8 @@ def made(name, **fields):
     """A tiny task; skipped where its data are not here, for nothing is fetched."""
     if data_of(name)["absent"]:
         pytest.skip("the data of this task are not on this machine")
+    if not all(Path(source(model)).is_dir() for model in load(name).models):
+        pytest.skip("a published model that this task reads is not on this machine")
     return load(name)(**{**TINY, **fields})
 
 

@@ -85,6 +85,7 @@ class FieldData(Task):
 
     subject: ClassVar[str] = "trainable"
     files: ClassVar[tuple[str, ...]] = ()  # entries of data/files.toml, of which one will do
+    models: ClassVar[tuple[str, ...]] = ()  # published models that features are taken from
     takes: ClassVar[str] = ""  # what a folder of the user's own holds
     references: ClassVar[tuple[str, ...]] = ()  # kinds of reference models, the default first
     together: ClassVar[int] = 1  # files of the user's that are one sample
