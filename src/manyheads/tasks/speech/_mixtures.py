@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -104,11 +105,12 @@ def mixed(rng: np.random.Generator, sound: Any, labels: Any, kind: str, snr: flo
 
 def mfcc(sound: Tensor) -> Tensor:
     """Cepstra of normalised log energies of mel filters by frame of 20 ms, float32 ``[N / 160, 20]``."""
-    from scipy.fft import dct
-
     mel, count = log_mel(sound), len(sound) // FRAME
     frames = mel[: 2 * count].view(count, 2, -1).mean(1)
-    return torch.from_numpy(dct(frames.numpy(), norm="ortho", axis=1)[:, :COEFFICIENTS].copy())
+    wave = (torch.arange(frames.shape[1]) + 0.5) * math.pi / frames.shape[1]
+    basis = (torch.arange(COEFFICIENTS)[:, None] * wave).cos() * math.sqrt(2 / frames.shape[1])
+    basis[0] /= math.sqrt(2)  # a discrete cosine transform of the second kind, orthonormal
+    return frames @ basis.T
 
 
 @cache
