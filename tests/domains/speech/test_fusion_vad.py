@@ -14,7 +14,8 @@ from manyheads.domains.speech.silero_vad import SileroVad
 from manyheads.errors import UserError
 from manyheads.spec import parse
 from manyheads.tasks.speech._mixtures import COEFFICIENTS, stream
-from manyheads.tasks.speech.voice_activity import VadModel, VoiceActivity
+from manyheads.tasks.speech._vad import VadModel
+from manyheads.tasks.speech.voice_activity import VoiceActivity
 from tolerance import DEEP, PROJECTED, error, is_close, is_far
 
 B, T, D, H, STATES = 2, 12, 16, 2, 24

@@ -13,8 +13,8 @@ from manyheads.experiment import Arm, Metric, Row, RunContext, Trainable
 from manyheads.experiment.estimates import estimate
 from manyheads.recipe import Sample
 from manyheads.tasks._field_training import FieldTraining, load_model
-from manyheads.tasks.speech._verification import AttentiveStatistics, MeanPool, detection_cost, eer_errors
-from manyheads.tasks.speech.speaker_verification import Match, SpeakerVerification
+from manyheads.tasks.speech._verification import AttentiveStatistics, Match, MeanPool, detection_cost, eer_errors
+from manyheads.tasks.speech.speaker_verification import SpeakerVerification
 from oracles import tasks
 from tiny.recordings import digits, write
 from tolerance import PROJECTED, is_close, is_far

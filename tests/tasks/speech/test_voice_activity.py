@@ -10,10 +10,11 @@ from scipy.fft import dct
 
 from manyheads.models import source
 from manyheads.recipe import Sample
-from manyheads.tasks.speech import voice_activity
+from manyheads.tasks.speech import _vad, voice_activity
 from manyheads.tasks.speech._encoder import log_mel
 from manyheads.tasks.speech._mixtures import FRAME, NOISES, features, mfcc, mixed, stream
-from manyheads.tasks.speech.voice_activity import Activity, VoiceActivity
+from manyheads.tasks.speech._vad import Activity
+from manyheads.tasks.speech.voice_activity import VoiceActivity
 from tiny.recordings import digits
 
 __all__ = ["digits"]
@@ -31,7 +32,7 @@ def made(monkeypatch):
         return torch.stack((frames.sum(1), frames.abs().sum(1)), 1)
 
     monkeypatch.setattr(voice_activity, "features", sums)
-    monkeypatch.setattr(voice_activity, "width_of", lambda name: 2)
+    monkeypatch.setattr(_vad, "width_of", lambda name: 2)
     voice_activity._read_sound.cache_clear()
     yield
     voice_activity._read_sound.cache_clear()
