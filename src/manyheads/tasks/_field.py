@@ -152,6 +152,10 @@ class FieldData(Task):
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch."""
 
+    @abstractmethod
+    def truth(self, sample: Sample) -> Any:
+        """The prediction that is right: what a metric is best for."""
+
     def judged(self, part: Part) -> Sequence[Sample]:
         """Samples of a part that models are judged on, in an order that says nothing."""
         return self.samples(part)[: self.samples_judged]
@@ -217,10 +221,6 @@ class FieldTask(FieldData):
         A figure of all of them (a threshold that is found on them) becomes a value of each, whose mean it is.
         """
         return [self.score(sample, one) for sample, one in zip(samples, said, strict=True)]
-
-    @abstractmethod
-    def truth(self, sample: Sample) -> Any:
-        """The prediction that is right: what a metric is best for."""
 
     def pictures(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Picture]:
         """What a person of the field would look at."""

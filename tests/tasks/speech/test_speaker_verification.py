@@ -6,15 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_curve
+from torchmetrics.functional.classification import binary_roc
 
 from manyheads.errors import UserError
 from manyheads.experiment import Arm, Metric, Row, RunContext, Trainable
 from manyheads.experiment.estimates import estimate
 from manyheads.recipe import Sample
 from manyheads.tasks._field_training import FieldTraining, load_model
-from manyheads.tasks.speech._verification import AttentiveStatistics, MeanPool, detection_cost, eer_errors
-from manyheads.tasks.speech.speaker_verification import Match, SpeakerVerification
+from manyheads.tasks.speech._verification import AttentiveStatistics, Match, MeanPool, detection_cost, eer_errors
+from manyheads.tasks.speech.speaker_verification import SpeakerVerification
 from oracles import tasks
 from tiny.recordings import digits, write
 from tolerance import PROJECTED, is_close, is_far
@@ -47,7 +47,8 @@ def test_errors_share_is_the_equal_error_rate():
     rng = np.random.default_rng(0)
     for gap in (0.5, 1.5, 3.0):
         scores, right = drawn(2000, gap, rng)
-        accepted, found, _ = roc_curve(right, scores, drop_intermediate=False)
+        of_all = binary_roc(torch.from_numpy(scores).sigmoid(), torch.from_numpy(right).int())
+        accepted, found = (one.double().numpy() for one in of_all[:2])
         at = np.abs(1 - found - accepted).argmin()
         both = [1 - found[at], accepted[at]]
         assert min(both) <= eer_errors(scores, right).mean() <= max(both) and max(both) - min(both) <= 2e-3

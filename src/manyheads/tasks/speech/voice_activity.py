@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where is speech? Frames of unseen speakers in unseen noises: detection error rate and AUROC by recording."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ...errors import UserError
+from ...experiment import RunContext, seeding
+from ...recipe import Batch, Part, Sample
+from ._mixtures import FRAME, features, mfcc, mixed, stream
+from ._vad import FrameTask
+from .digit_strings import DigitStrings
+
+__all__ = ["VoiceActivity"]
+
+_TRAINED, _VALIDATED, _TESTED = ("white", "pink", "hum"), ("white", "pink", "hum"), ("brown", "clatter", "babble")
+_RATIOS = (-5.0, 0.0, 5.0, 10.0, 20.0)  # dB, in turn where models are judged
+_EACH = 6  # recordings of a stream that is judged, of which none is in two streams as long as they last
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoiceActivity(FrameTask):
+    """Recordings of the Free Spoken Digit Dataset between silences of 0.1 to 1.2 s, four seconds in all, in noise.
+
+    Four speakers are trained on, one validates, one tests. A frame of 20 ms is speech if it lies between the first and
+    the last frame of a recording that is less than 35 dB below its loudest. Training draws from ``pool`` streams in
+    white and pink noise and hum at -5 to 20 dB; the test is in brown noise, clatter, and a babble of six reversed
+    voices of the training, at -5, 0, 5, 10 and 20 dB in turn. Whisper's encoder is frozen: a process keeps the features
+    of every stream. Intervals are over streams and trainings, not over speakers or noises, of which there are few.
+
+    Attributes:
+        pool: streams that training draws from.
+        frames: of a stream.
+    """
+
+    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
+    published: ClassVar[tuple[str, ...]] = ("whisper-tiny.en",)
+    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
+
+    pool: int = 400
+    frames: int = 200
+
+    @classmethod
+    def read(cls, folder: Path | None) -> Sequence[Sample]:
+        return DigitStrings.read(folder)
+
+    @classmethod
+    def open(cls, path: Path) -> Sample:
+        return DigitStrings.open(path)
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        if reason := super().unsupported_reason(run):
+            return reason
+        try:
+            features(self.whisper, torch.randn(FRAME))
+        except UserError as error:
+            return str(error)
+        return None
+
+    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
+        words, made = _by_speaker(tuple(samples)), []
+        for number in rng.integers(0, self.pool, self.batch).tolist():
+            own = seeding.generator(0, drawn=number)
+            speaker = sorted(words)[int(own.integers(len(words)))]
+            picked = [words[speaker][int(i)] for i in own.integers(0, len(words[speaker]), 2 * _EACH)]
+            kind, snr = _TRAINED[int(own.integers(len(_TRAINED)))], round(float(own.uniform(-5, 20)), 1)
+            made.append(self._sample("drawn", speaker, "train", tuple(picked), kind, snr, number))
+        return made
+
+    def judged(self, part: Part) -> Sequence[Sample]:
+        words = _by_speaker(tuple(self.samples(part)))
+        rest = {who: seeding.generator(0, part=part, who=who).permutation(len(some)) for who, some in words.items()}
+        kinds = {"train": _TRAINED, "validation": _VALIDATED, "test": _TESTED}[part]
+        most, made = sum(max(1, len(some) // _EACH) for some in words.values()), []
+        for i in range(min(self.samples_judged, most)):
+            who = sorted(words)[i % len(words)]
+            first = i // len(words) * _EACH
+            picked = tuple(words[who][n] for n in np.roll(rest[who], -first)[:_EACH])
+            kind, snr = kinds[i % len(kinds)], _RATIOS[i // len(kinds) % len(_RATIOS)]
+            made.append(self._sample(f"{who} {i} {kind} {snr:g} dB", who, part, picked, kind, snr, i))
+        return made
+
+    def _sample(
+        self, name: str, who: str, part: Part, words: tuple[Tensor, ...], kind: str, snr: float, seed: int
+    ) -> Sample:
+        babble = tuple(sample.inputs for sample in self.samples("train")[:200])
+        sound, labels = _mixture(words, babble, kind, snr, seed, self.frames)
+        return Sample(name, who, part, sound, labels, {"noise": kind, "snr": snr})
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        read = [_read_sound(self.whisper, sample.inputs) for sample in samples]
+        cepstra, states = (pad_sequence(list(some), batch_first=True) for some in zip(*read, strict=True))
+        mask = torch.arange(cepstra.shape[1]) < torch.tensor([len(one) for one, _ in read])[:, None]
+        batch = {"inputs": cepstra, "states": states, "mask": mask}
+        if all(sample.target is not None for sample in samples):
+            batch["targets"] = pad_sequence([sample.target.float() for sample in samples], batch_first=True)
+        return batch
+
+
+@lru_cache(maxsize=16)
+def _by_speaker(samples: tuple[Sample, ...]) -> dict[str, list[Tensor]]:
+    """Recordings by speaker, in order of their names."""
+    found: dict[str, list[Tensor]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.name):
+        found.setdefault(sample.group, []).append(sample.inputs)
+    return found
+
+
+@lru_cache(maxsize=4000)
+def _mixture(
+    words: tuple[Tensor, ...], babble: tuple[Tensor, ...], kind: str, snr: float, seed: int, frames: int
+) -> tuple[Tensor, Tensor]:
+    """A noisy stream ``[frames * 160]`` and its labels ``[frames]``."""
+    rng = seeding.generator(0, mixture=seed, kind=kind)
+    sound, labels = stream(rng, words, frames)
+    return mixed(rng, sound, labels, kind, snr, babble), torch.from_numpy(labels)
+
+
+@lru_cache(maxsize=4000)
+def _read_sound(whisper: str, sound: Tensor) -> tuple[Tensor, Tensor]:
+    """MFCC and Whisper's states of a recording, kept, since neither is trained."""
+    return mfcc(sound), features(whisper, sound)
