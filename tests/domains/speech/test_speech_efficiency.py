@@ -28,10 +28,10 @@ def corpus(count=900):
     return durations.tolist(), np.round(2 + durations * rng.uniform(2, 12, count)).tolist()
 
 
-def test_layers_move_and_the_default_is_one():
+def test_layers_move():
     model = SpeechEfficiency(shift=2).build(DigitDictation(**TINY), 8)
     assert (len(model.encoder.blocks), len(model.decoder)) == (5, 1)
-    plain = SpeechEfficiency(shift=0).build(DigitDictation(**TINY), 8)
+    plain = SpeechEfficiency().build(DigitDictation(**TINY), 8)
     assert (len(plain.encoder.blocks), len(plain.decoder)) == (3, 3)
     assert plain.state_dict().keys() == DigitDictation(**TINY).reference(8).state_dict().keys()
     with pytest.raises(UserError, match="no decoder"):

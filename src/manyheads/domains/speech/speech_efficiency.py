@@ -56,7 +56,7 @@ class SpeechEfficiency(Recipe):
         count: buckets of durations.
         sub: buckets of tokens within each; 1 for durations alone.
         pool: recordings that a step's buckets are made of, by those of the task's batch.
-        shift: layers moved from decoder to encoder.
+        shift: layers moved from decoder to encoder; none where it is not said, for how many there are is the task's.
     """
 
     task: ClassVar[str] = "digit_dictation"
@@ -67,7 +67,7 @@ class SpeechEfficiency(Recipe):
     count: Count = field(default=30, metadata={"help": "buckets of durations"})
     sub: Count = field(default=2, metadata={"help": "buckets of tokens within each; 1 for durations alone"})
     pool: Count = field(default=4, metadata={"help": "recordings that are sorted, by those of a batch"})
-    shift: Annotated[int, Field(ge=0)] = field(default=1, metadata={"help": "layers moved from decoder to encoder"})
+    shift: Annotated[int, Field(ge=0)] = field(default=0, metadata={"help": "layers moved from decoder to encoder"})
 
     def build(self, task: FieldTask, width: int) -> "nn.Module":
         if not isinstance(task, Dictation):
