@@ -83,8 +83,8 @@ claim = Claim(
     caveat=(
         "Commands are digits under a grammar of ours, of one unseen speaker, with 50 or 100 labelled; another alphabet "
         "stands for another language. On the CPU, where there are ten commands, a guess is right in 0.10 of them and "
-        "from scratch no more: what holds there is above chance, and far from use. ATIS could not be had: the public packing that bears its name holds other texts. "
-        "Fusion is shown, not judged: the abstract gives no figure of it. Seconds and steps before fine-tuning are not "
-        "matched."
+        "from scratch no more: what holds there is above chance, and far from use. ATIS could not be had: the public "
+        "packing that bears its name holds other texts. Fusion is shown, not judged: the abstract gives no figure of "
+        "it. Seconds and steps before fine-tuning are not matched."
     ),
 )  # fmt: skip

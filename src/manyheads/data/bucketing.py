@@ -136,7 +136,7 @@ class BucketSampler:
     def members(self) -> tuple[list[list[int]], list[int]]:
         """Recordings of each bucket, and those that fit none."""
         held: list[list[int]] = [[] for _ in self.among]
-        rejected = []
+        rejected: list[int] = []
         for i, (duration, tokens) in enumerate(zip(self.durations, self.tokens, strict=True)):
             at = assign(duration, tokens, self.among, self.how)
             (rejected if at is None else held[at]).append(i)

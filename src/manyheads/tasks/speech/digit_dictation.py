@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,18 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from ...errors import UserError
 from ...experiment import Metric
-from ...recipe import Batch, Part, Sample
-from .._field import FieldTask
+from ...recipe import Batch, Sample
+from ._dictated import LONGEST, DictatedData
 from ._encoder import SpeechEncoder, Transformer
-from .digit_strings import DigitStrings, _aligned, drawn_strings, fixed_strings
+from .digit_strings import _aligned
 
 __all__ = ["Dictated", "DigitDictation", "EncoderDecoder"]
 
 _CLASSES = 11  # the end, which is the beginning too, and ten digits
 _DOUBT = 1e-4  # probability of what was not expected
-_LONGEST = 32  # digits of a string
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +53,7 @@ class EncoderDecoder(nn.Module):
         blocks = [Transformer(dim, heads, width, dropout) for _ in range(encoder)]
         self.encoder = SpeechEncoder(blocks, dim, 1, dropout, positions=True)
         self.encoder.head = nn.Identity()  # type: ignore[assignment]
-        self.symbols, self.places = nn.Embedding(_CLASSES, dim), nn.Embedding(_LONGEST + 1, dim)
+        self.symbols, self.places = nn.Embedding(_CLASSES, dim), nn.Embedding(LONGEST + 1, dim)
         self.decoder = nn.ModuleList(
             nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
             for _ in range(decoder)
@@ -75,14 +72,10 @@ class EncoderDecoder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitDictation(FieldTask):
+class DigitDictation(DictatedData):
     """The strings of :class:`.digit_strings.DigitStrings`, learned by cross-entropy of the next digit.
 
     The reference has as many layers in the decoder as in the encoder, ``layers`` in each.
-
-    Attributes:
-        digits: words of a string.
-        stretch: how much faster or slower a word may be read in training, as a share.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -93,35 +86,6 @@ class DigitDictation(FieldTask):
     files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
     takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
     references: ClassVar[tuple[str, ...]] = ("balanced",)
-
-    digits: int = 4
-    stretch: float = 0.15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.digits <= _LONGEST or not 0 <= self.stretch < 1:
-            raise UserError(f"digits count, 1 to {_LONGEST}; stretch is a share below 1")
-
-    @classmethod
-    def read(cls, folder: Path | None) -> Sequence[Sample]:
-        return DigitStrings.read(folder)
-
-    @classmethod
-    def open(cls, path: Path) -> Sample:
-        return DigitStrings.open(path)
-
-    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return self.drawn(rng, samples, self.batch)
-
-    def drawn(self, rng: np.random.Generator, samples: Sequence[Sample], count: int) -> Sequence[Sample]:
-        """As many strings of one to ``digits`` words."""
-        return drawn_strings(rng, samples, count, self.digits, self.stretch)
-
-    def judged(self, part: Part) -> Sequence[Sample]:
-        return fixed_strings(self.samples(part), part, self.digits)[: self.samples_judged]
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        return DigitStrings().collate(samples)
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """The reference with these blocks in its encoder."""
