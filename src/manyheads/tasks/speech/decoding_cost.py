@@ -40,6 +40,7 @@ class DecodingCost(Task):
     """
 
     subject: ClassVar[str] = "trainable"
+    alone: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("operations", "operations of a token behind the first", "GFLOP/token"),
         Metric("whole", "operations of a recording and its transcript", "GFLOP"),
