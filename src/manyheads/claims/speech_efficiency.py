@@ -8,9 +8,9 @@ with batches in buckets.
 
 Seen before the sizes were set: one epoch of 4,000 strings of one to ten words, drawn evenly: 38 % of inputs were
 padding in random batches, 4 % in buckets, with 4.0 and 6.2 recordings in a batch. Utterances are not spread evenly, so
-strings now end by chance. Of 300 of those 50 % were padding in random batches, a little less than half: the check that more than half is padding,
-which stood in the rule until then, was taken out, since it depends on that draw; all others stood before. After the
-CPU's run "costs less" became "in less time", for fewer operations a token were more a recording.
+strings now end by chance. Of 300 of those a little less than half were padding in random batches. The check that more
+than half is, which stood in the rule until then, was taken out, since it depends on that draw; all others stood before.
+After the CPU's run "costs less" became "in less time", for fewer operations a token were more a recording.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower, no_worse
