@@ -54,6 +54,7 @@ SHARES = {
     "shared_head", "stereotyped", "prefers_stereotype", "solved", "exact", "overlap", "iou",
 }  # fmt: skip
 TIMES = {
+    "decoding_cost.seconds": "s",
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
     "family_times.seconds": "s", "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
     "encoder_speed.token_time": "us/token", "page_cost.token_time": "us/token",
@@ -113,6 +114,7 @@ def test_what_tasks_say_of_themselves():
         "memory",
         "mixer_cost",
         "mixer_speed",
+        "decoding_cost",
         "denoising_cost",
         "latent_decoding",
         "latent_schedules",

@@ -12,7 +12,7 @@ Seen before the sizes were set, all by models of one training and on validation 
 training; with 120 steps on commands of three words all arms were at chance, so that the CPU's have one word; after 100
 steps with transcripts for 300 before, 0.17 of such commands were right and 0.20 from scratch, and transcripts were
 given more steps, since their loss still fell; MiniLM's lowest layer found slots with an F1 of 0.46 and a random one
-with 0.29 after 60 steps on 10 %. The rule was written after that.
+with 0.29 after 60 steps on 10 %. The rule was written after that, and what the caveat says of guesses after the run.
 """
 
 from typing import Any
@@ -82,8 +82,9 @@ claim = Claim(
     report=("spoken.slots", "whisper.slots", *(f"{name}.{metric}" for name in TEXTS for metric in ("intent", "nll"))),
     caveat=(
         "Commands are digits under a grammar of ours, of one unseen speaker, with 50 or 100 labelled; another alphabet "
-        "stands for another language. ATIS could not be had: the public packing that bears its name holds other texts. "
-        "Fusion is shown, not judged: the abstract gives no figure of it. Seconds and steps before fine-tuning are not "
-        "matched."
+        "stands for another language. On the CPU, where there are ten commands, a guess is right in 0.10 of them and "
+        "from scratch no more: what holds there is above chance, and far from use. ATIS could not be had: the public "
+        "packing that bears its name holds other texts. Fusion is shown, not judged: the abstract gives no figure of "
+        "it. Seconds and steps before fine-tuning are not matched."
     ),
 )  # fmt: skip

@@ -225,7 +225,7 @@ class FieldTraining:
         with torch.random.fork_rng(devices=[run.device] if cuda else []):
             torch.manual_seed(seeding.number(run.seed, weights=seed))
             model = recipe.build(task, width).to(run.device)
-            recipe.start(task, model, self._before(seed, rate))
+            recipe.start(task, model, _before(self, seed, rate))
             learner = recipe.learner(task, model, width).to(run.device)
 
             def after(state: TrainState) -> None:
@@ -248,19 +248,6 @@ class FieldTraining:
         }  # fmt: skip
         return FieldModel(task, recipe, model, width, record)
 
-    def _before(self, seed: int, rate: float) -> Callable[..., None]:
-        """What a recipe trains by before its training starts; the same again where a run goes on."""
-
-        def fitted(module: nn.Module, batches: Any, loss: Any, steps: int) -> None:
-            module.to(self.run.device)
-            fit(
-                module, lambda step: to_device(batches(self.run.rng(before=seed, step=step)), self.run.device), loss,
-                budget=Budget(steps, "steps"), schedule=_schedule(),
-                optimizers=optimizers_of(module, rate, weight_decay=self.task.weight_decay),
-            )  # fmt: skip
-
-        return fitted
-
     def _place(self, name: str) -> Path | None:
         return None if self.run.folder is None else arm_folder(self.run.folder, self.arm.key) / name
 
@@ -281,6 +268,21 @@ class FieldTraining:
             for old in place.parent.glob("checkpoint-*"):
                 shutil.rmtree(old, ignore_errors=True)
         return made
+
+
+def _before(training: FieldTraining, seed: int, rate: float) -> Callable[..., None]:
+    """What a recipe trains by before its training starts; the same again where a run goes on."""
+    run, decayed = training.run, training.task.weight_decay
+
+    def fitted(module: nn.Module, batches: Any, loss: Any, steps: int) -> None:
+        module.to(run.device)
+        fit(
+            module, lambda step: to_device(batches(run.rng(before=seed, step=step)), run.device), loss,
+            budget=Budget(steps, "steps"), optimizers=optimizers_of(module, rate, weight_decay=decayed),
+            schedule=_schedule(),
+        )  # fmt: skip
+
+    return fitted
 
 
 def _schedule() -> Schedule:

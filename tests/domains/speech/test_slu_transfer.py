@@ -190,7 +190,8 @@ def test_published_weights_are_the_encoders_to_the_bit(kind, monkeypatch):
         )
         monkeypatch.setattr(models, "load_reader", lambda *_: (found, None))
         monkeypatch.setattr("manyheads.tasks.speech.snips_requests._tokenizer", lambda name: range(50))
-        monkeypatch.setattr(SnipsRequests, "labels", lambda self: (["a"], ["O"]))
+        monkeypatch.setattr(SnipsRequests, "samples", lambda self, part: ())
+        monkeypatch.setattr("manyheads.tasks.speech.snips_requests.labels", lambda samples: (["a"], ["O"]))
         task = SnipsRequests(dim=16, layers=1, heads=2)
         theirs, model = found, task.reference(16)
     size = parameters_of(model)
@@ -207,7 +208,8 @@ def test_published_weights_are_the_encoders_to_the_bit(kind, monkeypatch):
 @pytest.mark.parametrize("fields", ["multitask=0.5", "fusion=true", "transfer=letters"])
 def test_writing_has_no_transcripts(fields, monkeypatch):
     monkeypatch.setattr("manyheads.tasks.speech.snips_requests._tokenizer", lambda name: range(50))
-    monkeypatch.setattr(SnipsRequests, "labels", lambda self: (["a"], ["O"]))
+    monkeypatch.setattr(SnipsRequests, "samples", lambda self, part: ())
+    monkeypatch.setattr("manyheads.tasks.speech.snips_requests.labels", lambda samples: (["a"], ["O"]))
     task, recipe = SnipsRequests(dim=16, layers=1, heads=2), parse(f"slu_transfer:{fields}")
     with pytest.raises(UserError, match="no recordings"):
         recipe.start(task, recipe.build(task, 16), None)

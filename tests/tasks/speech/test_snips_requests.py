@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks.speech import snips_requests
-from manyheads.tasks.speech.snips_requests import Frame, SnipsRequests, spans
+from manyheads.tasks.speech.snips_requests import Frame, SnipsRequests, labels, spans
 
 LINES = {
     "train": [("play jazz", "Play", "O B-genre"), ("weather in new york", "Weather", "O O B-city I-city")] * 2
@@ -51,7 +51,7 @@ def test_a_folder_of_ones_own(folder):
         "train": ["play jazz", "play rock now", "weather in new york"], "validation": ["rain in bonn"],
         "test": ["go home", "play blues"],
     }  # fmt: skip
-    assert task.labels() == (["Play", "Weather"], ["O", "B-city", "I-city", "B-genre", "I-genre"])
+    assert labels(task.samples("train")) == (["Play", "Weather"], ["O", "B-city", "I-city", "B-genre", "I-genre"])
     (york,) = [s for s in task.samples("train") if "york" in s.group]
     (jazz,) = [s for s in task.samples("train") if "jazz" in s.group]
     batch = task.collate([york, jazz])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...experiment import RunContext
 from ...recipe import Picture
 from .._field import FieldTask
 
@@ -66,6 +67,16 @@ class UnderstandingTask(FieldTask):
             UserError: always.
         """
         raise UserError(f"{self.name} has the encoder of {self.encoder}: no other blocks go into it")
+
+    def unsupported_reason(self, run: RunContext) -> str | None:
+        from ...models import tokenizer
+
+        try:
+            for name in self.published:
+                tokenizer(name)
+        except UserError as error:
+            return str(error)
+        return super().unsupported_reason(run)
 
     @abstractmethod
     def load_published(self, model: Any) -> None:

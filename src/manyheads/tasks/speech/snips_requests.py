@@ -18,11 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...data.sentences import requests
 from ...errors import UserError
-from ...experiment import Metric, RunContext
+from ...experiment import Metric
 from ...recipe import Batch, Part, Picture, Sample
 from ._understanding import StandingEncoder, UnderstandingTask, confusion, take
 
-__all__ = ["Frame", "JointModel", "SnipsRequests", "spans"]
+__all__ = ["Frame", "JointModel", "SnipsRequests", "labels", "spans"]
 
 Span = tuple[str, int, int]  # name of a slot, its first word, and that behind its last
 _LONGEST = 128  # tokens of a request
@@ -167,17 +167,6 @@ class SnipsRequests(UnderstandingTask):
             raise UserError(f"{path} is empty; give a file with one request")
         return Sample(path.name, "", "test", tuple(words))
 
-    def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            _tokenizer(self.encoder)
-        except UserError as error:
-            return str(error)
-        return super().unsupported_reason(run)
-
-    def labels(self) -> tuple[list[str], list[str]]:
-        """Intents and tags of the whole training part, sorted."""
-        return _labels(tuple(self.samples("train")))
-
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         known = max(1, round(self.share * len(samples)))
         return [samples[i] for i in rng.integers(0, known, self.batch)]
@@ -201,12 +190,12 @@ class SnipsRequests(UnderstandingTask):
         }  # fmt: skip
         if any(sample.target is None for sample in samples):
             return batch
-        numbers = [self._numbers(sample.target, len(sample.inputs)) for sample in samples]
+        numbers = [_numbers(self.samples("train"), sample.target, len(sample.inputs)) for sample in samples]
         meant = torch.tensor([intent for intent, _ in numbers])
         return {**batch, "intents": meant, "tags": pad_sequence([t for _, t in numbers], True, -100)}
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
-        intents, tags = self.labels()
+        intents, tags = labels(self.samples("train"))
         encoder = WordStates(self.dim, self.layers, self.heads, self.dropout, len(_tokenizer(self.encoder)))
         return JointModel(encoder, self.dim, width, len(intents), len(tags), self.dropout)
 
@@ -222,7 +211,7 @@ class SnipsRequests(UnderstandingTask):
         return cross_entropy(intents.float(), batch["intents"]) + cross_entropy(tags.float().mT, batch["tags"])
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Frame]:
-        intents, tags = self.labels()
+        intents, tags = labels(self.samples("train"))
         first, second = (logits.float().log_softmax(-1).cpu() for logits in model(batch))
         found = []
         for k, each, words in zip(first, second, batch["words"], strict=True):
@@ -236,8 +225,8 @@ class SnipsRequests(UnderstandingTask):
         whole = len(right) + len(found)
         intent = float(sample.target.intent == said.intent)
         f1 = 2 * len(right & found) / whole if whole else 1.0
-        of_intents, of_tags = said.log_probs or self._sure(said, len(sample.inputs))
-        meant, tags = self._numbers(sample.target, len(sample.inputs))
+        of_intents, of_tags = said.log_probs or _sure(self.samples("train"), said, len(sample.inputs))
+        meant, tags = _numbers(self.samples("train"), sample.target, len(sample.inputs))
         nll = nll_loss(of_intents[None], torch.tensor([meant])) + nll_loss(of_tags, tags)
         return {"slot_f1": f1, "intent": intent, "frame": intent * float(right == found), "nll": float(nll)}
 
@@ -245,24 +234,8 @@ class SnipsRequests(UnderstandingTask):
         made: Frame = sample.target
         return made
 
-    def _numbers(self, frame: Frame, words: int) -> tuple[int, Tensor]:
-        """An intent and the tags of words ``[W]`` as numbers; -100 for those that no training request has."""
-        intents, tags = _numbered(tuple(self.samples("train")))
-        found = torch.full((words,), tags["O"])
-        for name, begin, end in frame.slots:
-            for i in range(begin, min(end, words)):
-                found[i] = tags.get(f"{'B' if i == begin else 'I'}-{name}", -100)
-        return intents.get(frame.intent, -100), found
-
-    def _sure(self, frame: Frame, words: int) -> tuple[Tensor, Tensor]:
-        """Log probabilities that leave no doubt."""
-        meant, found = self._numbers(frame, words)
-        intents, tags = (len(names) for names in self.labels())
-        one_hot = torch.eye(max(intents, tags)).clamp(min=1e-4).log()
-        return one_hot[meant, :intents].log_softmax(-1), one_hot[found, :tags].log_softmax(-1)
-
     def pictures(self, samples: Sequence[Sample], said: Sequence[Frame]) -> Sequence[Picture]:
-        names = self.labels()[0]
+        names = labels(self.samples("train"))[0]
         pairs = [(s.target.intent, one.intent) for s, one in zip(samples, said, strict=True)]
         return [confusion("intents", names, [(names.index(a), names.index(b)) for a, b in pairs if a in names])]
 
@@ -275,16 +248,35 @@ def _tokenizer(name: str) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _labels(samples: tuple[Sample, ...]) -> tuple[list[str], list[str]]:
+def labels(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
+    """Intents and tags of training requests, sorted."""
     intents = sorted({sample.target.intent for sample in samples})
     names = sorted({name for sample in samples for name, _, _ in sample.target.slots})
     return intents, ["O", *(f"{mark}-{name}" for name in names for mark in "BI")]
 
 
 @lru_cache(maxsize=4)
-def _numbered(samples: tuple[Sample, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    intents, tags = ({name: i for i, name in enumerate(names)} for names in _labels(samples))
+def _numbered(samples: Sequence[Sample]) -> tuple[dict[str, int], dict[str, int]]:
+    intents, tags = ({name: i for i, name in enumerate(names)} for names in labels(samples))
     return intents, tags
+
+
+def _numbers(known: Sequence[Sample], frame: Frame, words: int) -> tuple[int, Tensor]:
+    """An intent and the tags of words ``[W]`` as numbers; -100 for those that no training request has."""
+    intents, tags = _numbered(known)
+    found = torch.full((words,), tags["O"])
+    for name, begin, end in frame.slots:
+        for i in range(begin, min(end, words)):
+            found[i] = tags.get(f"{'B' if i == begin else 'I'}-{name}", -100)
+    return intents.get(frame.intent, -100), found
+
+
+def _sure(known: Sequence[Sample], frame: Frame, words: int) -> tuple[Tensor, Tensor]:
+    """Log probabilities that leave no doubt."""
+    meant, found = _numbers(known, frame, words)
+    intents, tags = (len(names) for names in labels(known))
+    one_hot = torch.eye(max(intents, tags)).clamp(min=1e-4).log()
+    return one_hot[meant, :intents].log_softmax(-1), one_hot[found, :tags].log_softmax(-1)
 
 
 def _own(folder: Path, part: Part) -> list[tuple[Part, str, str, tuple[str, ...]]]:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strings of spoken digits written down by an attention decoder, one after the other: word error rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from ...experiment import Metric
+from ...recipe import Batch, Sample
+from ._dictated import LONGEST, DictatedData
+from ._encoder import SpeechEncoder, Transformer
+from .digit_strings import _aligned
+
+__all__ = ["Dictated", "DigitDictation", "EncoderDecoder"]
+
+_CLASSES = 11  # the end, which is the beginning too, and ten digits
+_DOUBT = 1e-4  # probability of what was not expected
+
+
+@dataclass(frozen=True, eq=False)
+class Dictated:
+    """What is written.
+
+    Attributes:
+        text: digits with a space between.
+        log_probs: ``[S + 1, 11]`` of the next symbol, given those that are right; None where none are known.
+    """
+
+    text: str
+    log_probs: Tensor | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class EncoderDecoder(nn.Module):
+    """A Transformer that reads frames and writes digits.
+
+    Args:
+        encoder, decoder: layers.
+        dim, heads, width, dropout: of each.
+    """
+
+    def __init__(self, encoder: int, decoder: int, dim: int, heads: int, width: int, dropout: float) -> None:
+        super().__init__()
+        blocks = [Transformer(dim, heads, width, dropout) for _ in range(encoder)]
+        self.encoder = SpeechEncoder(blocks, dim, 1, dropout, positions=True)
+        self.encoder.head = nn.Identity()  # type: ignore[assignment]
+        self.symbols, self.places = nn.Embedding(_CLASSES, dim), nn.Embedding(LONGEST + 1, dim)
+        self.decoder = nn.ModuleList(
+            nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
+            for _ in range(decoder)
+        )
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, _CLASSES)
+
+    def forward(self, x: Tensor, mask: Tensor, before: Tensor) -> Tensor:
+        """Logits ``[B, n + 1, 11]`` behind the beginning and each of ``before`` ``[B, n]``, given encoded frames."""
+        size = before.shape[1] + 1
+        y = self.symbols(pad(before, (1, 0))) + self.places.weight[:size]
+        later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+        for layer in self.decoder:
+            y = layer(y, x, tgt_mask=later, memory_key_padding_mask=~mask)
+        logits: Tensor = self.head(self.norm(y))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitDictation(DictatedData):
+    """The strings of :class:`.digit_strings.DigitStrings`, learned by cross-entropy of the next digit.
+
+    The reference has as many layers in the decoder as in the encoder, ``layers`` in each.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("wer", "word error rate", "errors/word", floor=0.8, what="as of digit_strings"),
+        Metric("exact", "strings without an error", higher=True, kind="share"),
+        Metric("nll", "held-out loss, nats/symbol", "nats/symbol"),
+    )
+    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
+    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
+    references: ClassVar[tuple[str, ...]] = ("balanced",)
+
+    def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
+        """The reference with these blocks in its encoder."""
+        model = self.encoder_decoder(self.layers, self.layers, 2 * self.dim)
+        model.encoder.blocks = nn.ModuleList(blocks)
+        return model
+
+    def encoder_decoder(self, encoder: int, decoder: int, width: int) -> EncoderDecoder:
+        """A model of so many layers."""
+        return EncoderDecoder(encoder, decoder, self.dim, self.heads, width, self.dropout)
+
+    def reference(self, width: int, kind: str = "") -> nn.Module:
+        return self.encoder_decoder(self.layers, self.layers, width)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        made: Any = model
+        x, mask = made.encoder.encode(batch["inputs"], batch["mask"])
+        logits = made(x, mask, batch["targets"])
+        there = torch.arange(logits.shape[1], device=x.device) <= batch["counts"][:, None]
+        wanted = pad(batch["targets"], (0, 1)).masked_fill(~there, -100)
+        return cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Dictated]:
+        made: Any = model
+        x, mask = made.encoder.encode(batch["inputs"], batch["mask"])
+        said = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+        while said.shape[1] < 2 * self.digits and not bool((said == 0).any(1).all() and said.shape[1]):
+            said = torch.cat((said, made(x, mask, said)[:, -1:].argmax(-1)), 1)
+        rows = [row[: row.index(0)] if 0 in row else row for row in said.tolist()]
+        texts = [" ".join(str(k - 1) for k in row) for row in rows]
+        if "targets" not in batch:
+            return [Dictated(text) for text in texts]
+        sure = made(x, mask, batch["targets"]).float().log_softmax(-1).cpu()
+        return [
+            Dictated(text, each[: count + 1])
+            for text, each, count in zip(texts, sure, batch["counts"].tolist(), strict=True)
+        ]
+
+    def score(self, sample: Sample, said: Dictated) -> Mapping[str, float]:
+        wanted = _symbols(sample.target)
+        wrong = float(_aligned([sample.target], [said.text]).wer)
+        found = said.log_probs if said.log_probs is not None else torch.zeros(0, _CLASSES)
+        known = [float(row[k]) for row, k in zip(found, wanted, strict=False)]
+        nll = -(sum(known) + (len(wanted) - len(known)) * float(np.log(_DOUBT))) / len(wanted)
+        return {"wer": wrong, "exact": float(wrong == 0), "nll": nll}
+
+    def truth(self, sample: Sample) -> Dictated:
+        sure = torch.eye(_CLASSES).clamp(min=_DOUBT)[_symbols(sample.target)]
+        return Dictated(sample.target, sure.log().log_softmax(-1))
+
+
+def _symbols(text: str) -> list[int]:
+    """Digits as numbers from 1, and the end."""
+    return [*(int(digit) + 1 for digit in text.split()), 0]
