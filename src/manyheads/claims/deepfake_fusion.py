@@ -16,10 +16,10 @@ from typing import Any
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower
 from manyheads.tasks.speech.speech_deepfakes import SpeechDeepfakes
 
-PRETRAINED = Arm("pretrained", options={"reference": "pretrained features"})
+PRETRAINED = Arm("pretrained", options={"reference": "pretrained_features"})
 RIVALS = (
-    Arm("spectral", options={"reference": "spectral features"}),
-    Arm("score average", options={"reference": "score average"}),
+    Arm("spectral", options={"reference": "spectral_features"}),
+    Arm("score average", options={"reference": "score_average"}),
 )
 FUSIONS = tuple(Arm(kind, f"deepfake_fusion:fusion={kind}") for kind in ("concat", "cross", "mutual", "gate"))
 SMALL: dict[str, Any] = {"layers": 1, "heads": 2, "batch": 16}

@@ -127,7 +127,7 @@ def test_the_encoder_reads_a_second_as_it_reads_thirty(monkeypatch):
 
 def test_the_average_of_scores_trains_each_detector_for_itself():
     task = SpeechDeepfakes(dim=16, heads=2, dropout=0.0)
-    model = task.reference(16, "score average")
+    model = task.reference(16, "score_average")
     batch = {
         "inputs": torch.randn(4, 50, 384),
         "spectral": torch.randn(4, 101, 60),

@@ -95,7 +95,7 @@ class SpeechDeepfakes(FieldTask):
         "a folder of real recordings, WAV files named speaker_anything.wav, of three speakers or more; fakes are made "
         "of them"
     )
-    references: ClassVar[tuple[str, ...]] = ("pretrained features", "spectral features", "score average")
+    references: ClassVar[tuple[str, ...]] = ("pretrained_features", "spectral_features", "score_average")
 
     dim: int = 48
     layers: int = 1
@@ -149,7 +149,7 @@ class SpeechDeepfakes(FieldTask):
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         kind = kind or self.references[0]
-        return ScoreAverage(self, width) if kind == "score average" else Detector(self, width, kind[:8] == "spectral")
+        return ScoreAverage(self, width) if kind == "score_average" else Detector(self, width, kind[:8] == "spectral")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = model(batch["inputs"], batch["spectral"])
