@@ -8,14 +8,15 @@ says of all hidden words at once what they are; every place sees every other.
   ``queries`` learned queries attend to each other and to the window's frames, ``depth`` times, and go on as so many
   embeddings. Windows know nothing of each other here.
 - training: t ~ U(0, 1) for each row, each word is hidden with probability t, and the loss is the cross-entropy of the
-  hidden words alone, without LLaDA's weight 1 / t, as the released code has it. Rows are filled up with ends, which count.
+  hidden words alone, without LLaDA's weight 1 / t, as the released code has it. Rows are filled up with ends, which
+  count.
 - transcription: all words hidden; in each of ``steps`` steps the surest hidden places get their likeliest words, as
   evenly as they go. With ``block`` the row is filled block after block (semi-autoregressive). Behind the first end of a
   filled block all is an end, and decoding stops.
 - deliberation over a first transcript (``deliberate``), whose length it cannot change but by its ends: ``random`` hides
-  a share ``ratio`` of its places, ``confidence`` those whose words the model, reading the whole transcript, thinks least
-  likely, and they are filled in min(steps, hidden) steps; ``semi`` hides one of ``chunks`` pieces after the other, fills
-  it and writes it back. ``ratio=0`` is the first transcript itself.
+  a share ``ratio`` of its places, ``confidence`` those whose words the model, reading the whole transcript, thinks
+  least likely, and they are filled in min(steps, hidden) steps; ``semi`` hides one of ``chunks`` pieces after the
+  other, fills it and writes it back. ``ratio=0`` is the first transcript itself.
 
 ``hear=false`` is the control that reads no sound. The paper's model is LLaDA-8B, frozen but for LoRA, and its Q-Former
 of BERT's layers; here both are small and trained from scratch. Random places are drawn from the transcript itself, so
@@ -96,7 +97,7 @@ def denoised(model: Any, heard: Tensor, words: Tensor, open_: Tensor, steps: int
             count = (left / (turns - turn)).ceil().long()
             chances = model(heard, words).float().softmax(-1)
             sure, likeliest = chances.max(-1)
-            order = sure.masked_fill(~mine, -1.0).argsort(1, descending=True, stable=True).argsort(1)
+            order = sure.masked_fill(~mine, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             now = mine & (order < count[:, None])
             words, mine = torch.where(now, likeliest, words), mine & ~now
         done = torch.arange(room, device=words.device) < first + size
@@ -182,4 +183,4 @@ class LLaDAASR(Recipe):
         else:
             draws = [torch.Generator().manual_seed(hash(tuple(row))) for row in words.tolist()]
             scores = torch.stack([torch.rand(words.shape[1], generator=one) for one in draws]).to(words.device)
-        return scores.argsort(1, stable=True).argsort(1) < count
+        return scores.argsort(dim=1, stable=True).argsort(dim=1) < count

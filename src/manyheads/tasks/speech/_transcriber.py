@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers that read a recording's features and write a short row of words: autoregressive, in any order, by CTC."""
+"""Transformers that read features of speech and write a short row of words: from the left, in any order, or by CTC."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +39,9 @@ class DigitTranscripts(FieldTask):
 
     Four speakers are trained on, one validates, one tests; every recording of the last two is in one string at most. A
     model reads the last hidden states of the encoder of Whisper tiny.en, frozen and made once for each string, and
-    writes words, of which there are ten. A batch has ``hypotheses``, a function that gives what all of Whisper itself
-    says of the strings, greedily and as words ``[B, 6]``, made when it is first asked for: digits that are in it, and no
-    more than there is room for. Intervals are over strings and trainings, not over speakers.
+    writes words, of which there are ten. A batch has ``hypotheses``, a function that gives what Whisper itself, reading
+    30 seconds, says of the strings, greedily: words ``[B, 6]``, the digits that are in it, and no more than there is
+    room for. It is asked when they are first wanted. Intervals are over strings and trainings, not speakers.
 
     References: an autoregressive decoder, and CTC.
     """
@@ -51,6 +52,7 @@ class DigitTranscripts(FieldTask):
             what="wrong, missing and surplus digits by the number of digits spoken (jiwer); guesses have 0.8 to 1",
         ),
         Metric("exact", "strings without an error", higher=True, kind="share"),
+        Metric("length_error", "words too many or too few", "words"),
     )  # fmt: skip
     files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
     published: ClassVar[tuple[str, ...]] = ("whisper-tiny.en",)
@@ -79,7 +81,7 @@ class DigitTranscripts(FieldTask):
                     own, left = [words[i] for i in left[:count]], left[count:]
                 if len(own) == count:
                     found.append(_string(rng, own, f"{speaker} {number}"))
-        return found
+        return sorted(found, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
 
     @classmethod
     def open(cls, path: Path) -> Sample:
@@ -138,7 +140,8 @@ class DigitTranscripts(FieldTask):
         except ImportError as error:
             raise UserError("word error rates need jiwer: pip install 'manyheads[train]'") from error
         wrong = float(jiwer.wer(sample.target, said))
-        return {"wer": wrong, "exact": float(wrong == 0)}
+        surplus = len(said.split()) - len(sample.target.split())
+        return {"wer": wrong, "exact": float(wrong == 0), "length_error": float(abs(surplus))}
 
     def truth(self, sample: Sample) -> str:
         return str(sample.target)
