@@ -5,7 +5,10 @@ Models of one number of parameters read the same frozen features of noisy string
 decoder, CTC, and the diffusion model, which is judged with several numbers of steps, in blocks, and as a corrector of
 what Whisper itself says (``whisper``: nothing hidden). A diffusion model that hears nothing is the control.
 
-PILOT
+Seen before the sizes were set, after 400 steps of one training each, on the validation speaker alone: an autoregressive
+model of 171 thousand parameters had a word error rate of 0.08, a diffusion model 0.18 (0.18 in one step, 0.16 in blocks
+of 3); and what Whisper says of eight strings of that speaker. Nothing was judged on the test speaker. The rule stands
+since before; the size was made a little smaller for its time.
 """
 
 from typing import Any
@@ -46,7 +49,7 @@ claim = Claim(
         seeds=3,
         sizes=Sizes(
             quick={**SMALL, "dim": 16, "batch": 2, "steps": 2, "rates": (2e-3,), "samples_judged": 3},
-            cpu={**SMALL, "dim": 64, "steps": 400, "rates": (2e-3,), "samples_judged": 60},
+            cpu={**SMALL, "dim": 48, "steps": 400, "rates": (2e-3,), "samples_judged": 60},
             cuda={
                 "dim": 192, "layers": 4, "heads": 4, "batch": 48, "steps": 1500, "rates": (5e-4, 1.5e-3), "seeds": 5,
             },
