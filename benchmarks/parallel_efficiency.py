@@ -3,8 +3,9 @@
 
     python benchmarks/parallel_efficiency.py --peak 989 [--backend nccl] [--json benchmarks/parallel_efficiency.json]
 
-One process attends within texts of one length, as many as fill ``--tokens``, forward, by :class:`ContextParallel`. The
-share is the true area's operations over the time's median, over ``--peak`` in TFLOP/s. The file is what
+One process attends within texts of one length, as many as fill ``--tokens``, by :class:`ContextParallel`. The share is
+the true area's operations forward over the time's median, over ``--peak`` in TFLOP/s; ``back`` is what a backward pass
+reaches of it at the longest length. The file is what
 ``manyheads parallel --model-only --efficiency FILE`` takes.
 """
 
@@ -19,27 +20,34 @@ import torch
 
 from manyheads.environment import commit, environment
 from manyheads.parallel import ContextParallel, Processes
+from manyheads.parallel._cost import BACKWARD
 from manyheads.parallel._masks import documents
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 
 
-def rate(world, length: int, tokens: int, rounds: int, cuda: bool) -> float:
-    """Operations per second within texts of a length."""
+def rate(world, length: int, tokens: int, rounds: int, cuda: bool) -> tuple[float, float]:
+    """Operations per second within texts of a length, forward and backward."""
     mask = documents([length] * (tokens // length))
     shared = ContextParallel(world, mask, "contiguous", "all_gather")
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    q, k, v = (torch.randn(1, h, mask.size, WIDTH, device=device, dtype=dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
-    seconds = []
+    sizes = HEADS, KV_HEADS, KV_HEADS
+    leaves = [torch.randn(1, h, mask.size, WIDTH, device=device, dtype=dtype, requires_grad=True) for h in sizes]
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    turns = []
     for _ in range(rounds + 1):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        shared.attend(q, k, v)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 4 * mask.area * HEADS * WIDTH / median(seconds[1:])
+        start = now()
+        out = shared.attend(*leaves)[0]
+        middle = now()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        turns.append((middle - start, now() - middle))
+    forward, back = (median(turn) for turn in zip(*turns[1:], strict=True))
+    return 4 * mask.area * HEADS * WIDTH / forward, BACKWARD * 4 * mask.area * HEADS * WIDTH / back
 
 
 def main() -> None:
@@ -56,11 +64,15 @@ def main() -> None:
     shares = []
     with Processes(1, given.backend) as pool:
         for length in lengths:
-            (found,) = pool.run(rate, length, given.tokens, given.rounds, given.backend == "nccl")
+            ((found, back),) = pool.run(rate, length, given.tokens, given.rounds, given.backend == "nccl")
             shares.append(found / given.peak / 1e12)
-            print(f"{length:6}  {found / 1e12:8.2f} TFLOP/s  {shares[-1]:.3f}", flush=True)
+            print(f"{length:6}  {found / 1e12:8.2f} TFLOP/s  {shares[-1]:.3f}, back {back / found:.3f}", flush=True)
     about = {"date": datetime.date.today().isoformat(), "commit": commit(), "environment": environment()}
-    made = about | {"tokens": given.tokens, "peak": given.peak, "curve": {"lengths": lengths, "shares": shares}}
+    made = about | {
+        "tokens": given.tokens,
+        "peak": given.peak,
+        "curve": {"lengths": lengths, "shares": shares, "back": back / found},
+    }
     if given.json:
         given.json.write_text(json.dumps(made) + "\n", encoding="utf-8")
 

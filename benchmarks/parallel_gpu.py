@@ -352,9 +352,10 @@ class Run:
             told = {"mask": mask, "tokens": tokens}
             for part in ("forward", "both"):
                 name = f"{part}_tokens_s"
-                told[part] = speeds[mask, tokens, way][name] / max(x[name] for x in rings)
+                told[part] = speeds[mask, tokens, way][name] / (best := max(x[name] for x in rings))
                 if (bound := speeds.get((mask, tokens, "halves"))) is not None:
                     told[f"{part}_of_halves"] = speeds[mask, tokens, way][name] / bound[name]
+                    told[f"{part}_bound"] = bound[name] / best  # what it could be at most
             self.keep("ratios", told)
 
 

@@ -3,7 +3,7 @@
 
     python benchmarks/parallel_model.py [--draws 1] [--json benchmarks/parallel_model.json]
 
-Nothing is measured here. Three tables of others:
+Nothing is measured here. Three tables of others, and one of ours:
 
 - ZeCO (arXiv 2507.01004): milliseconds of an all-scan and an all-gather of states of 32 x 128 x 128 numbers in 16 bits
   among 8 to 256 H100. A latency and a bandwidth are fitted, alone and with a start-up and pieces of the scan.
@@ -11,6 +11,8 @@ Nothing is measured here. Three tables of others:
   read off. Nothing is fitted; ``order`` is Kendall's tau of the methods at a number of devices.
 - LoongTrain (arXiv 2406.18485): 32 A100, 131,072 tokens with 32 heads and 8 of keys: sharing heads among 8 is ahead
   of 1 and of 32. Nothing is fitted.
+- Every exchange between two GPUs in ``parallel_gpu.json``, by the curve of a device in ``parallel_efficiency.json``,
+  which is of one process. Nothing else is fitted.
 """
 
 import argparse
@@ -25,19 +27,25 @@ from manyheads.environment import commit, environment
 from manyheads.parallel import pattern
 from manyheads.parallel._cost import ASSUMED, CLUSTERS, Link, all_gather, best_pieces, chain, predict
 from manyheads.parallel._counts import Shape, count
-from manyheads.tasks.parallel._modelled import Setting, modelled
+from manyheads.tasks.parallel._modelled import Setting, modelled, read_efficiency
 
 RANKS = (8, 16, 32, 64, 128, 256)
 STATE = 32 * 128 * 128 * 2
 ZECO = {
     "all-scan": (0.226, 0.297, 0.448, 0.739, 1.272, 2.165), "all-gather": (0.375, 0.658, 1.616, 2.543, 4.350, 8.514),
 }  # fmt: skip
+NEAR = 0.2  # as a share, what a model may be off
 FITTED = 32  # processes from which on the fit counts
 MAGI = {  # by method of ours: TFLOP/s at 8, 16, 32, 64 devices, forward and backward
     "group_cast": ((387, 305, 275, 207), (335, 353, 325, 242)),
     "all_gather": ((288, 292, 240, 180), (179, 155, 104, 55)),
     "usp": ((260, 252, 255, 191), (325, 309, 284, 195)), "loongtrain": ((259, 252, 208, 193), (321, 253, 179, 171)),
     "ulysses": ((278, 198, 186, 163), (332, 294, 276, 248)), "ring": ((89, 68, 48, 28), (97, 86, 57, 29)),
+}  # fmt: skip
+OURS = {  # layout, exchange and processes that share heads, by the name of a row
+    "group_cast": ("greedy", "group_cast", 1), "ring": ("zigzag", "ring", 1),
+    "ring, by document": ("document", "ring", 1), "all_gather": ("greedy", "all_gather", 1),
+    "ulysses": ("contiguous", "ring", 2),
 }  # fmt: skip
 
 
@@ -110,6 +118,27 @@ def loongtrain() -> list[dict[str, object]]:
     return rows
 
 
+def measured(folder: Path) -> list[dict[str, object]]:
+    """Seconds of two GPUs, modelled and measured, of a forward pass and of both."""
+    curve = read_efficiency(folder / "parallel_efficiency.json")
+    given = json.loads((folder / "parallel_gpu.json").read_text("utf-8"))
+    shape, rows = Shape(*(given["shape"][name] for name in ("heads", "kv_heads", "dim"))), []
+    for row in given["rows"]:
+        if (how := OURS.get(row["way"])) is None:
+            continue
+        counts = count(pattern(row["mask"], row["tokens"], 1), given["processes"], how[0], shape, *how[1:])
+        found = predict(counts, CLUSTERS["h100"], curve)
+        told = {name: row[f"{name}_s"]["median"] for name in ("forward", "both")}
+        off = {name: found.slowest(name == "both") / told[name] - 1 for name in told}
+        rows.append(
+            {"tokens": row["tokens"], "mask": row["mask"], "way": row["way"]}
+            | {name: round(1e3 * value, 3) for name, value in told.items()}
+            | {f"{name}_off": round(float(value), 3) for name, value in off.items()}
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     """Model, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,6 +149,9 @@ def main() -> None:
     made = about | {"efficiency": ASSUMED.source, "draws": given.draws, "zeco": zeco(False), "zeco_start": zeco(True)}
     print(made["zeco"], made["zeco_start"], sep="\n", flush=True)
     made |= {"loongtrain": loongtrain(), "magi": magi(given.draws)}
+    rows = measured(Path(__file__).parent)
+    near = {name: sum(abs(row[f"{name}_off"]) <= NEAR for row in rows) for name in ("forward", "both")}
+    made["two_gpus"] = {"rows": rows, "near": near, "of": len(rows)}
     if given.json:
         given.json.write_text(json.dumps(made) + "\n", encoding="utf-8")
 

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "shown", "time_left"]
 
-_KNOWN = 3.0  # seconds after which the time left is said,
-_PIECES, _SHARE = 2, 0.02  # and pieces of work done, or share of it: one piece says little of the others
+_KNOWN, _SHARE = 3.0, 0.02  # seconds, and share of the work, after which the time left is said
 
 
 class Progress(Protocol):
@@ -69,26 +68,22 @@ class _Pace:
     def __init__(self, begun: float) -> None:
         self.begun = begun
         self.first: float | None = None
-        self.last = 0.0
-        self.pieces = 0
 
     def left(self, now: float, done: float, total: float) -> str:
         if self.first is None:
-            self.first = self.last = done
-        self.pieces += done > self.last
-        self.last = max(self.last, done)
+            self.first = done
         rest = total - self.first
-        return time_left(now - self.begun, (done - self.first) / rest if rest > 0 else 1.0, self.pieces)
+        return time_left(now - self.begun, (done - self.first) / rest if rest > 0 else 1.0)
 
 
-def time_left(passed: float, share: float, pieces: int = _PIECES) -> str:
+def time_left(passed: float, share: float) -> str:
     """How long it will take after ``passed`` seconds for a ``share`` of the work; empty where nobody can know.
 
-    That is in the first three seconds, and until two ``pieces`` of the work or a fiftieth of it are done.
+    That is in the first three seconds, and until a fiftieth of the work is done: less says little of the rest.
 
     time_left(30, 0.25)  # "about 1:30 left"
     """
-    if passed < _KNOWN or not 0 < share < 1 or (pieces < _PIECES and share < _SHARE):
+    if passed < _KNOWN or not _SHARE <= share < 1:
         return ""
     seconds = round(passed * (1 - share) / share)
     hours, minutes = seconds // 3600, seconds // 60 % 60

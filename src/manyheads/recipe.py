@@ -7,7 +7,7 @@ task. So two recipes of one task differ in nothing but what their papers say.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -16,6 +16,10 @@ from .strategy import Strategy
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
+
+    Fit = Callable[
+        [nn.Module, Callable[[np.random.Generator], "Batch"], Callable[[nn.Module, "Batch"], Tensor], int], None
+    ]  # a module, batches drawn by a generator, the loss of one, and steps
 
 __all__ = ["Batch", "FieldTask", "Part", "Picture", "Procedure", "Recipe", "Sample"]
 
@@ -51,8 +55,9 @@ class Picture:
     Attributes:
         title: of it, the same for every arm.
         rows, columns: labels.
-        values: ``[rows][columns]``.
+        values: ``[rows][columns]``; NaN where there is none.
         axes: what rows and columns are.
+        kind: ``map`` of cells; ``lines``, one a row, over columns that are numbers.
     """
 
     title: str
@@ -60,6 +65,7 @@ class Picture:
     columns: Sequence[str]
     values: Sequence[Sequence[float]]
     axes: tuple[str, str]
+    kind: Literal["map", "lines"] = "map"
 
 
 class FieldTask(Protocol):
@@ -119,6 +125,15 @@ class Recipe(Strategy, ABC):
     def loss(self, task: FieldTask, model: "nn.Module", batch: Batch) -> "Tensor":
         """Loss of a training batch, a scalar."""
         return task.loss(model, batch)
+
+    def start(self, task: FieldTask, model: "nn.Module", fit: "Fit") -> None:
+        """Called before training: puts weights into ``model``, where those that :meth:`build` drew are not what it
+        starts from. ``fit(module, batches, loss, steps)`` trains a module before, at the rate of the training itself.
+        """
+
+    def rate_factors(self) -> Mapping[str, float]:
+        """Factor of the learning rate of parameters whose names begin so; 1 for all others."""
+        return {}
 
     def after_step(self, model: "nn.Module", progress: float) -> None:
         """Called after each step of the optimiser: moving averages, schedules; ``progress`` runs from 0 to 1."""

@@ -189,9 +189,8 @@ def test_time_left(capsys, monkeypatch):
     assert progress.time_left(7, 0.5) == "about 0:07 left"
     assert progress.time_left(1, 0.5) == progress.time_left(30, 0) == progress.time_left(30, 1) == ""
     assert progress.time_left(2.9, 0.5) == "" != progress.time_left(3, 0.5)
-    # One piece of a thousand says nothing of the rest: it would be "about 1:06:37 left".
-    assert progress.time_left(4, 0.001, pieces=1) == "" != progress.time_left(4, 0.001, pieces=2)
-    assert progress.time_left(4, 0.02, pieces=1) == "about 3:16 left"
+    # A thousandth says nothing of the rest: it would be "about 1:06:36 left".
+    assert progress.time_left(4, 0.001) == "" and progress.time_left(4, 0.02) == "about 3:16 left"
     pace = progress._Pace(100.0)
     assert pace.left(100.0, 50, 100) == "" and pace.left(104.0, 50, 100) == ""  # what an earlier run did is no pace
     assert pace.left(110.0, 60, 100) == "about 0:40 left" != progress.time_left(10, 0.6)

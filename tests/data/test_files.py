@@ -97,4 +97,5 @@ def test_files_on_this_machine_are_those_of_the_entries(name):
     where = files.local(name)
     if where is None:
         pytest.skip("this file is neither in MANYHEADS_DATA nor in the cache")
-    assert where.stat().st_size == files.entry(name).bytes
+    held, stated = where.stat().st_size, files.entry(name)
+    assert held <= stated.bytes if stated.trees else held == stated.bytes  # an archive's own bytes may change

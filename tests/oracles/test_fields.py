@@ -41,7 +41,10 @@ def made(name, **fields):
     """A tiny task; skipped where its data are not here, for nothing is fetched."""
     if data_of(name)["absent"]:
         pytest.skip("the data of this task are not on this machine")
-    return load(name)(**{**TINY, **fields})
+    task = load(name)(**{**TINY, **fields})
+    if task.unsupported_reason(context(Arm("reference"))):
+        pytest.skip("a published model that this task reads is not on this machine")
+    return task
 
 
 def task_of(arm, **fields):
@@ -80,7 +83,7 @@ def planted(monkeypatch):
 @pytest.mark.parametrize("name", TASKS)
 def test_samples_and_batches_are_of_the_stated_shapes(name):
     task = made(name)
-    assert isinstance(task, FieldTask) and task.files and task.takes and task.references and task.metrics
+    assert isinstance(task, FieldTask) and task.takes and task.references and task.metrics
     for part in ("train", "validation", "test"):
         assert {sample.part for sample in task.samples(part)} == {part}
         judged = task.judged(part)
@@ -136,11 +139,18 @@ def test_nothing_of_the_test_part_is_seen_in_training(name, planted):
         return weights(training.model(0).model), training.validation(), [row.value for row in rows]
 
     before = trained()
-    labels = [sample.target for sample in task.samples("test")]
+    other = {}
+    for part in ("train", "test"):
+        some = task.samples(part)
+        other |= {sample.name: some[(i + 7) % len(some)].target for i, sample in enumerate(some)}
+
+    def turned(inputs):
+        return -inputs if isinstance(inputs, torch.Tensor) else inputs[::-1]  # words in a row
 
     def change(sample, part="test"):
-        turned = labels[(labels.index(sample.target) + 7) % len(labels)]
-        return dataclasses.replace(sample, target=turned, inputs=-sample.inputs) if sample.part == part else sample
+        if sample.part != part:
+            return sample
+        return dataclasses.replace(sample, target=other[sample.name], inputs=turned(sample.inputs))
 
     planted(task, change)
     after = trained()

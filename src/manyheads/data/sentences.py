@@ -25,12 +25,13 @@ _PARTS: tuple[tuple[Part, str], ...] = (("train", "train"), ("validation", "dev"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request and its intent."""
+    """A request, its intent, and a tag of each word: ``O``, or ``B-`` and ``I-`` with the name of a slot."""
 
     name: str
     text: str
     intent: str
     part: Part
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,12 @@ def requests() -> list[Request]:
             "train/label"
         )
         for part, folder in _PARTS:
-            texts, intents = (
-                archive.read(f"{home}{folder}/{name}").decode().splitlines() for name in ("seq.in", "label")
+            texts, intents, tags = (
+                archive.read(f"{home}{folder}/{name}").decode().splitlines() for name in ("seq.in", "label", "seq.out")
             )
             found += [
-                Request(f"{part} {i}", text.strip(), intent.strip(), part)
-                for i, (text, intent) in enumerate(zip(texts, intents, strict=True))
+                Request(f"{part} {i}", text.strip(), intent.strip(), part, tuple(said.split()))
+                for i, (text, intent, said) in enumerate(zip(texts, intents, tags, strict=True))
             ]
     return found
 

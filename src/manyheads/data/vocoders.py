@@ -8,7 +8,7 @@ Each takes float64 ``[N]`` at 8 kHz and random draws, and gives ``[N]``. All kee
 ``lpc``          an all-pole filter of order 12 a frame, driven by pulses at the pitch or by noise
                  (Atal and Hanauer, 1971)
 ``phase``        the magnitudes of the spectrum themselves, with random phases
-``harmonic``     harmonics of a smooth pitch under a cepstrally smoothed envelope, noise above 2.5 kHz and without voice:
+``harmonic``     harmonics of a smooth pitch under a cepstrally smoothed envelope, noise above 2.5 kHz or without voice:
                  source and filter in the manner of WORLD (Morise et al., 2016), of which it is no port
 ``sinusoidal``   the strongest twelve peaks of each spectrum as tones (McAulay and Quatieri, IEEE ASSP 34, 1986), phases
                  advanced from frame to frame

@@ -118,11 +118,13 @@ class Efficiency:
         lengths: tokens, rising.
         shares: at each; between them on a line over the logarithm of the length.
         source: where the shares are from.
+        back: what a backward pass reaches of the share of a forward one.
     """
 
     lengths: tuple[int, ...]
     shares: tuple[float, ...]
     source: str
+    back: float = 1.0
 
     def __call__(self, length: Floats) -> Floats:
         """The share at lengths; below one tile of the first length in proportion to it."""
@@ -186,7 +188,7 @@ class _Pass:
         """
         counts, rows = self.counts, np.maximum(self.counts.rows, 1)
         share = np.minimum(self.tiles, self.efficiency(pairs / rows))
-        flops = pairs * counts.flops_of_pair * (BACKWARD if self.back else 1.0)
+        flops = pairs * counts.flops_of_pair * (BACKWARD / self.efficiency.back if self.back else 1.0)
         each: Floats = flops / (self.cluster.flops * share) + self.cluster.launch * (pairs > 0)
         return each[counts.context_of]
 

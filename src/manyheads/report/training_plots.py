@@ -79,6 +79,8 @@ def _title(some: list[tuple[str, dict[str, Any]]]) -> str:
 
 def _drawn(some: list[tuple[str, dict[str, Any]]]) -> Figure:
     first = some[0][1]
+    if first.get("kind") == "lines":
+        return _lined(some)
     rows, columns, axes = first["rows"], first["columns"], first["axes"]
     values = [np.array(picture["values"], float) for _, picture in some]
     low, high = min(float(np.nanmin(v)) for v in values), max(float(np.nanmax(v)) for v in values)
@@ -95,3 +97,17 @@ def _drawn(some: list[tuple[str, dict[str, Any]]]) -> Figure:
         cell=(wide, 17.0) if few else None,
     )  # fmt: skip
     return Figure(svg, "Of the first training of each arm.")
+
+
+def _lined(some: list[tuple[str, dict[str, Any]]]) -> Figure:
+    """One line for a row that is the same for all arms, one of each arm for any other."""
+    first = some[0][1]
+    x, axes, found = [float(column) for column in first["columns"]], first["axes"], list[Series]()
+    for i, name in enumerate(first["rows"]):
+        own = [(arm, picture["values"][i]) for arm, picture in some]
+        shared = all(values == own[0][1] for _, values in own)
+        for arm, values in own[:1] if shared else own:
+            y = [float("nan") if v is None else v for v in values]
+            found.append(Series(name if shared else f"{name}, {arm}", x, y))
+    alt = f"{first['title']}: {', '.join(one.label for one in found)}. {axes[0]} by {axes[1]}."
+    return Figure(lines([Panel(found, "", axes[1], axes[0])], alt, width=760), "Of the first training of each arm.")

@@ -64,7 +64,7 @@ def data_of(name: str) -> dict[str, str] | None:
 
     ``data``, ``licence`` and ``origin`` as ``data/files.toml`` has them; ``folder`` is what a folder of the user's own
     holds, and ``absent`` what to do where the data, or a published model that reads them, are not on this machine,
-    empty where they are.
+    empty where they are. A task without files makes its data.
     """
     from .. import models
     from ..data import files
@@ -77,6 +77,11 @@ def data_of(name: str) -> dict[str, str] | None:
     }  # fmt: skip
     if "files" not in named:
         return None
+    if not named["files"]:
+        return {
+            "data": "made here", "licence": "none needed", "origin": "a simulator of ours", "folder": named["takes"],
+            "absent": "",
+        }  # fmt: skip
     entries = [files.entry(one) for one in named["files"]]
     last, mine = entries[-1], f"give --data DIR, {named['takes']}"
     absent = ""

@@ -33,6 +33,7 @@ MODEL_METRICS = (
     Metric("parameters", "parameters", "parameters"),
     Metric("training_time", "training, s", "s", kind="time"),
 )
+_SAID = 400  # letters of a prediction that are kept with its score
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
@@ -63,7 +64,7 @@ def _read(kind: type[FieldData], folder: str) -> dict[Part, tuple[Sample, ...]]:
             raise UserError(f"the group {sample.group} is in two parts, {home[sample.group]} and {sample.part}")
     made: dict[Part, tuple[Sample, ...]] = {part: tuple(s for s in found if s.part == part) for part in _PARTS}
     if empty := [part for part, some in made.items() if not some]:
-        raise UserError(f"there is nothing to {empty[0]} on in {folder or kind.files[0]}")
+        raise UserError(f"there is nothing to {empty[0]} on in {folder or ', '.join(kind.files)}")
     return made
 
 
@@ -81,6 +82,9 @@ class FieldData(Task):
         rates: learning rates that every arm tries on the first seed.
         weight_decay: on matrices.
         samples_judged: of the test part, and at most as many of the validation part.
+        only: names of the arms that are trained on it; all when empty.
+        named: what it is called where an experiment has it several times.
+        gpu_only: not on a CPU, for what would take too long there.
     """
 
     subject: ClassVar[str] = "trainable"
@@ -101,6 +105,13 @@ class FieldData(Task):
     rates: tuple[float, ...] = (1e-3, 3e-3)
     weight_decay: float = 0.01
     samples_judged: int = 1000
+    only: tuple[str, ...] = ()
+    named: str = ""
+    gpu_only: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.named
 
     def __post_init__(self) -> None:
         if not self.rates or min(self.rates) <= 0:
@@ -140,9 +151,20 @@ class FieldData(Task):
 
     def samples(self, part: Part) -> Sequence[Sample]:
         """Samples of a part."""
-        return _read(type(self), self.folder)[part]
+        return _read(type(self), self.source)[part]
+
+    @property
+    def source(self) -> str:
+        """What :meth:`read` is given; a task of several public sets names the one that is asked for."""
+        return self.folder
+
+    def context(self, sample: Sample) -> str:
+        """What is independent of others and holds this sample (a person): intervals count it; empty for the sample."""
+        return str(sample.about.get("context", ""))
 
     def unsupported_reason(self, run: RunContext) -> str | None:
+        if self.gpu_only and run.device.type != "cuda":
+            return "trained on a GPU, --device cuda: it would take too long on a CPU"
         try:
             self.samples("train")
         except UserError as error:
@@ -178,7 +200,7 @@ class FieldTask(FieldData):
     def score(self, sample: Sample, said: Any) -> Mapping[str, float]:
         """Every metric of :attr:`metrics` for one sample."""
 
-    def scores(self, samples: Sequence[Sample], said: Sequence[Any]) -> list[Mapping[str, float]]:
+    def scores(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Mapping[str, float]]:
         """Metrics of all samples that are judged together, those that apply to each.
 
         A figure of all of them (a threshold that is found on them) becomes a value of each, whose mean it is.
@@ -206,7 +228,7 @@ class FieldTask(FieldData):
         found = []
         for seed in run.seeds:
             for arm in run.arms:
-                if "weights_of" in arm.options:
+                if "weights_of" in arm.options or (self.only and arm.name not in self.only):
                     continue
                 runs = len(self.rates) if seed == run.seeds[0] else 1
                 label = f"{arm.key}: {self.name.replace('_', ' ')}, training {seed + 1}"
@@ -217,8 +239,9 @@ class FieldTask(FieldData):
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
         if isinstance(strategy := strategy_of(run, arm), Procedure):
-            for metric, sample, value in strategy.run(self, run.rng(procedure=seed)):
-                yield self.row(metric, arm, value, sample, seed=seed)
+            contexts = {sample.name: self.context(sample) for sample in self.judged("test")}
+            for metric, name, value in strategy.run(self, run.rng(procedure=seed)):
+                yield self.row(metric, arm, value, name, seed=seed, context=contexts[name])
             return
         training = FieldTraining(self, run, arm)
         trained = training.model(seed)
@@ -238,10 +261,9 @@ class FieldTask(FieldData):
         samples = self.judged("test")
         said = self.said(recipe, model, samples, run.device)
         for sample, one, found in zip(samples, said, self.scores(samples, said), strict=True):
-            context = str(sample.about.get("context", ""))
             for i, (metric, value) in enumerate(found.items()):
-                told = {"group": sample.group, "said": str(one)} if i == 0 else {}
-                yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=context)
+                told = {"group": sample.group, "said": str(one)[:_SAID]} if i == 0 else {}
+                yield self.row(metric, arm, value, sample.name, seed=seed, about=told, context=self.context(sample))
         more: dict[str, Any] = {}
         if seed == run.seeds[0]:
             with torch.no_grad():
@@ -253,8 +275,8 @@ class FieldTask(FieldData):
 
 
 def _plain(picture: Picture) -> dict[str, Any]:
-    values = [[round(float(x), 5) for x in row] for row in picture.values]
+    values = [[None if x != x else round(float(x), 5) for x in row] for row in picture.values]
     return {
         "title": picture.title, "rows": list(picture.rows), "columns": list(picture.columns), "values": values,
-        "axes": list(picture.axes),
+        "axes": list(picture.axes), "kind": picture.kind,
     }  # fmt: skip

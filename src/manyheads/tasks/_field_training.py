@@ -24,6 +24,7 @@ from ..spec import parse
 from ..training import Checkpoint, Diverged, TrainState, decay, fit, matched_width, optimizers_of
 from ..training.budget import Budget
 from ..training.matching import parameters_of
+from ..training.schedules import Schedule
 from . import load as load_task
 from .training._trained import arm_folder, read_json, write_json
 
@@ -218,6 +219,7 @@ class FieldTraining:
         with torch.random.fork_rng(devices=[run.device] if cuda else []):
             torch.manual_seed(seeding.number(run.seed, weights=seed))
             model = recipe.build(task, width).to(run.device)
+            recipe.start(task, model, self._before(seed, rate))
 
             def after(state: TrainState) -> None:
                 recipe.after_step(model, state.progress)
@@ -231,14 +233,26 @@ class FieldTraining:
             state = fit(
                 model, get_batch, lambda made, batch: recipe.loss(task, made, batch),
                 budget=Budget(task.steps, "steps"),
-                optimizers=optimizers_of(model, rate, weight_decay=task.weight_decay),
-                schedule=decay("cosine", warmup=0.1, floor=0.02), on_step=after,
+                optimizers=_optimizers(task, recipe, model, rate), schedule=_schedule(), on_step=after,
                 checkpoint=None if place is None else Checkpoint(place, every=task.steps, seconds=_SAVED),
             )  # fmt: skip
         record = {
             "rate": rate, "losses": state.losses, "seconds": state.seconds, "parameters": parameters_of(model),
         }  # fmt: skip
         return FieldModel(task, recipe, model, width, record)
+
+    def _before(self, seed: int, rate: float) -> Callable[..., None]:
+        """What a recipe trains by before its training starts; the same again where a run goes on."""
+
+        def fitted(module: nn.Module, batches: Any, loss: Any, steps: int) -> None:
+            module.to(self.run.device)
+            fit(
+                module, lambda step: to_device(batches(self.run.rng(before=seed, step=step)), self.run.device), loss,
+                budget=Budget(steps, "steps"), schedule=_schedule(),
+                optimizers=optimizers_of(module, rate, weight_decay=self.task.weight_decay),
+            )  # fmt: skip
+
+        return fitted
 
     def _place(self, name: str) -> Path | None:
         return None if self.run.folder is None else arm_folder(self.run.folder, self.arm.key) / name
@@ -260,6 +274,23 @@ class FieldTraining:
             for old in place.parent.glob("checkpoint-*"):
                 shutil.rmtree(old, ignore_errors=True)
         return made
+
+
+def _schedule() -> Schedule:
+    return decay("cosine", warmup=0.1, floor=0.02)
+
+
+def _optimizers(task: FieldTask, recipe: Recipe, model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Those of all trainings; groups are parted where the recipe has parameters learn at another rate."""
+    made = optimizers_of(model, rate, weight_decay=task.weight_decay)
+    for start, factor in recipe.rate_factors().items():
+        slow = {id(p) for name, p in model.named_parameters() if name.startswith(start)}
+        for optimizer in made:
+            for group in list(optimizer.param_groups):
+                if mine := [p for p in group["params"] if id(p) in slow]:
+                    group["params"] = [p for p in group["params"] if id(p) not in slow]
+                    optimizer.param_groups.append({**group, "params": mine, "lr": factor * group["lr"]})
+    return made
 
 
 def _listed(rates: Mapping[float, float]) -> list[list[float | None]]:

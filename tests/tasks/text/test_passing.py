@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt that hosts share: an arm has the same figures in whichever unit it is measured, and the baseline stays one."""
+"""A prompt that hosts share: an arm has the same figures in whichever unit it is measured; the baseline stays one."""
 
 import dataclasses
 

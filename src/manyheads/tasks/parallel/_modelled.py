@@ -111,8 +111,9 @@ def read_efficiency(path: Path) -> Efficiency:
         data = json.loads(path.read_text(encoding="utf-8"))
         curve = data["curve"]
         return Efficiency(
-            tuple(map(int, curve["lengths"])), tuple(map(float, curve["shares"])), f"measured, {path.name}"
-        )
+            tuple(map(int, curve["lengths"])), tuple(map(float, curve["shares"])), f"measured, {path.name}",
+            float(curve.get("back", 1.0)),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} holds no curve of efficiency ({error}): run benchmarks/parallel_efficiency.py"

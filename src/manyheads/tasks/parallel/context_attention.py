@@ -134,7 +134,9 @@ class ContextAttention(Task):
             yield self.row(name, arm, value, **sample)
         for name, values in _timed(counts, found, self.backward).items():
             for number, value in enumerate(values):
-                yield self.row(name, arm, value, **{**sample, "sample": f"{mask}.{draw}.{number}", "context": mask})
+                yield self.row(
+                    name, arm, value, **{**sample, "sample": f"{mask}.{draw}.{number}", "context": f"{mask}.{draw}"}
+                )
 
     def counts(self, mask: str, draw: int, how: str, given: dict[str, Any]) -> Counts:
         """What a method does, by formulas."""

@@ -23,7 +23,7 @@ from .._field import parted
 from ._ctc import CTCTask, Transcript, ctc_losses
 from ._encoder import MELS, RATE, log_mel
 
-__all__ = ["DigitStrings"]
+__all__ = ["DigitStrings", "drawn_strings", "fixed_strings", "paced"]
 
 _GAP = 0.1  # seconds of near silence at most, before, between and behind words
 _NOISE = 0.01  # of the recordings' own deviation: no silence is digital
@@ -82,30 +82,10 @@ class DigitStrings(CTCTask):
         return Sample(path.name, "", "test", _sound(path))
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        made, groups = [], dict[str, list[Sample]]()
-        for sample in samples:
-            groups.setdefault(sample.group, []).append(sample)
-        for _ in range(self.batch):
-            own = groups[samples[int(rng.integers(len(samples)))].group]
-            words = [own[i] for i in rng.integers(0, len(own), rng.integers(1, self.digits + 1))]
-            made.append(
-                _string(rng, [replace(word, inputs=_paced(rng, word.inputs, self.stretch)) for word in words], "drawn")
-            )
-        return made
+        return drawn_strings(rng, samples, self.batch, self.digits, self.stretch)
 
     def judged(self, part: Part) -> Sequence[Sample]:
-        rng, groups = seeding.generator(0, strings=self.digits, part=part), dict[str, list[Sample]]()
-        samples = self.samples(part)
-        for i in rng.permutation(len(samples)):
-            groups.setdefault(samples[i].group, []).append(samples[i])
-        named = [
-            (f"{group} {at // self.digits}", words[at : at + self.digits])
-            for group, words in groups.items() for at in range(0, len(words) - self.digits + 1, self.digits)
-        ]  # fmt: skip
-        if not named:
-            raise UserError(f"no speaker of the {part} part has {self.digits} recordings; give more, or fewer digits")
-        chosen = [named[i] for i in rng.permutation(len(named))][: self.samples_judged]
-        return [_string(rng, words, name) for name, words in chosen]
+        return fixed_strings(self.samples(part), part, self.digits)[: self.samples_judged]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         frames = [log_mel(sample.inputs) for sample in samples]
@@ -155,7 +135,39 @@ class DigitStrings(CTCTask):
         )
 
 
-def _paced(rng: np.random.Generator, sound: Tensor, stretch: float) -> Tensor:
+def drawn_strings(
+    rng: np.random.Generator, samples: Sequence[Sample], count: int, digits: int, stretch: float
+) -> list[Sample]:
+    """Strings of 1 to ``digits`` words, each word read faster or slower by a share of ``stretch`` at most."""
+    made, groups = [], dict[str, list[Sample]]()
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    for _ in range(count):
+        own = groups[samples[int(rng.integers(len(samples)))].group]
+        words = [own[i] for i in rng.integers(0, len(own), rng.integers(1, digits + 1))]
+        made.append(_string(rng, [replace(word, inputs=paced(rng, word.inputs, stretch)) for word in words], "drawn"))
+    return made
+
+
+def fixed_strings(samples: Sequence[Sample], part: Part, digits: int) -> list[Sample]:
+    """Strings of exactly ``digits`` words, no recording in two of them; the same ones, in the same order, always.
+
+    Raises:
+        UserError: no speaker has enough recordings.
+    """
+    rng, groups = seeding.generator(0, strings=digits, part=part), dict[str, list[Sample]]()
+    for i in rng.permutation(len(samples)):
+        groups.setdefault(samples[i].group, []).append(samples[i])
+    named = [
+        (f"{group} {at // digits}", words[at : at + digits])
+        for group, words in groups.items() for at in range(0, len(words) - digits + 1, digits)
+    ]  # fmt: skip
+    if not named:
+        raise UserError(f"no speaker of the {part} part has {digits} recordings; give more, or fewer digits")
+    return [_string(rng, words, name) for name, words in [named[i] for i in rng.permutation(len(named))]]
+
+
+def paced(rng: np.random.Generator, sound: Tensor, stretch: float) -> Tensor:
     """A recording read a little faster or slower."""
     length = max(1, round(len(sound) / float(rng.uniform(1 - stretch, 1 + stretch))))
     return interpolate(sound[None, None], length, mode="linear", align_corners=True)[0, 0]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Daily prices of shares: two public sets, and files of one's own.
+
+``year``    12 shares of the United States, one year each (eleven from 2018 to 2019, Google's from 2016 to 2017)
+``decade``  8 shares and 2 funds, those of FNSPID in Time-IMM, from 2009 to 2011 on to December 2023
+"""
+
+import csv
+import io
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError
+from . import files
+
+__all__ = ["COLUMNS", "FILES", "TAKES", "Prices", "read_prices", "stock_folder", "stocks"]
+
+COLUMNS = ("open", "high", "low", "close", "adjusted", "volume")
+FILES: Mapping[str, tuple[str, ...]] = {  # entries of files.toml, of which one will do
+    "year": ("stocks", "stock-prediction-models"),
+    "decade": ("time-imm", "time-imm-repository"),
+}
+TAKES = "a folder of CSV files, one a share, with the columns date, open, high, low, close and, if known, volume"
+_FEWEST = 2  # days of a file
+_MONTH = "GOOG"  # a file of the year's archive that has one month of a share of which there is a year
+_DATES = ("date", "date_time", "timestamp", "time")
+_ADJUSTED = ("adjusted", "adj close", "adj_close", "adjusted close")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prices:
+    """One share.
+
+    Attributes:
+        name: its ticker.
+        dates: ``datetime64[D] [T]``, ascending, each once; trading days, so that weekends are missing.
+        values: float64 ``[T, 6]``, the columns of :data:`COLUMNS`. ``adjusted`` is the close made comparable over
+            dividends and splits, the close itself where a file has none; the other prices are as they were quoted.
+    """
+
+    name: str
+    dates: NDArray[Any]
+    values: NDArray[np.float64]
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """One of :data:`COLUMNS`, ``[T]``."""
+        found: NDArray[np.float64] = self.values[:, COLUMNS.index(name)]
+        return found
+
+    def log_returns(self) -> NDArray[np.float64]:
+        """``log(adjusted_t / adjusted_{t-1})``, ``[T - 1]``: what is known at the close of ``dates[1:]``."""
+        found: NDArray[np.float64] = np.diff(np.log(self.column("adjusted")))
+        return found
+
+
+@cache
+def stocks(source: str = "year") -> tuple[Prices, ...]:
+    """Shares of a public set, by name.
+
+    Raises:
+        UserError: there is no such set, or its file cannot be had.
+    """
+    if source not in FILES:
+        raise UserError(f"there are no prices {source!r}; there are {', '.join(FILES)}")
+    packed, published = FILES[source]
+    found = []
+    with zipfile.ZipFile(files.local(packed) or files.path(published)) as archive:
+        for member in archive.namelist():
+            place = Path(member)
+            if source == "decade":
+                wanted, name = "FNSPID/processed/" in member and place.name == "time_series.csv", place.parent.name
+            else:  # the archive has rates of exchange too
+                wanted, name = place.parent.name == "dataset" and place.stem != _MONTH, place.stem
+            if not wanted:
+                continue
+            rows = csv.DictReader(io.StringIO(archive.read(member).decode("utf-8-sig")))
+            if not {"open", "close", "volume"} <= {(column or "").lower() for column in rows.fieldnames or ()}:
+                continue
+            found.append(_prices(name.removesuffix("-year"), rows, member))
+    return tuple(sorted(found, key=lambda one: one.name))
+
+
+def read_prices(path: str | Path) -> Prices:
+    """A share of one's own: a CSV file with a line of headings, in any order of days.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or holds what is no price.
+    """
+    place = Path(path)
+    try:
+        text = place.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place} cannot be read as a CSV file of prices ({error})") from error
+    return _prices(place.stem, csv.DictReader(io.StringIO(text)), str(place))
+
+
+def stock_folder(folder: Path) -> tuple[Prices, ...]:
+    """Shares of a folder, one a file, by name; raises as :func:`read_prices` does, or where there is no file."""
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        raise UserError(f"{folder} holds no file that can be used; it should be {TAKES}")
+    return tuple(read_prices(path) for path in paths)
+
+
+def _prices(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> Prices:
+    """Rows of any order as a share; days without a close are left out, of a day that is there twice the last counts."""
+    found: dict[np.datetime64, list[float]] = {}
+    for number, row in enumerate(rows, 2):
+        cells = {(key or "").strip().lower(): value for key, value in row.items()}
+        date = next((cells[key] for key in _DATES if key in cells), None)
+        if date is None or "close" not in cells:
+            raise UserError(
+                f"{where} has no column date or none called close; it should have {TAKES.partition('with ')[2]}"
+            )
+        try:
+            close = float(cells["close"] or "nan")
+            prices = [float(cells.get(key) or close) for key in ("open", "high", "low")]
+            adjusted = next((float(cells[key]) for key in _ADJUSTED if cells.get(key)), close)
+            volume = float(cells.get("volume") or 0)
+            day = np.datetime64(date.strip()[:10], "D")
+        except ValueError as error:
+            raise UserError(f"{where}, line {number}: {error}; dates are written 2024-01-31, prices as 12.5") from error
+        if np.isfinite([close, adjusted, *prices]).all():
+            found[day] = [*prices, close, adjusted, volume]
+    values = np.array([found[day] for day in sorted(found)])
+    if len(found) < _FEWEST or (values[:, :5] <= 0).any():
+        raise UserError(f"{where} has {len(found)} days; give {_FEWEST} or more, with prices above 0")
+    return Prices(name, np.array(sorted(found), dtype="datetime64[D]"), values)

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spoken commands, few of them labelled, understood without a transcript: action, object and place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from ...attention.masks import zero_padding
+from ...errors import UserError
+from ...experiment import Metric
+from ...recipe import Batch, Part, Picture, Sample
+from ._ctc import ctc_losses
+from ._understanding import StandingEncoder, UnderstandingTask, confusion, take
+from .digit_strings import DigitStrings, drawn_strings, fixed_strings, paced
+
+__all__ = ["Command", "CommandModel", "SpokenCommands", "WhisperStates", "whisper_mel"]
+
+SLOTS = {
+    "action": ("activate", "deactivate", "increase", "decrease"), "object": ("lights", "heat"),
+    "place": ("everywhere", "kitchen", "bedroom", "washroom", "hall"),
+}  # fmt: skip
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_SIZES = tuple(map(len, SLOTS.values()))
+_MELS, _WINDOW, _HOP, _LOUD = 80, 200, 80, 0.1  # Whisper's frames at 8 kHz; its recordings are about so loud
+_FRAMES = 1500  # positions that Whisper has, of 20 ms
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is meant: a number of each slot's values."""
+
+    values: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return " ".join(names[k] for names, k in zip(SLOTS.values(), self.values, strict=True))
+
+    @classmethod
+    def of(cls, digits: str) -> Command:
+        """The grammar: what three digits mean, or one, which is as if it were said three times."""
+        spoken = digits.split() * (3 if len(digits.split()) == 1 else 1)
+        return cls(tuple(int(d) % size for d, size in zip(spoken, _SIZES, strict=True)))
+
+
+@cache
+def _filters() -> Tensor:
+    from transformers.audio_utils import mel_filter_bank
+
+    found = mel_filter_bank(_WINDOW + 1, _MELS, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(found[: _WINDOW // 2 + 1]).float()  # of 40 Hz each; above 4 kHz there is nothing
+
+
+def whisper_mel(sound: Tensor) -> Tensor:
+    """Whisper's features of a recording at 8 kHz: float32 ``[N]`` -> ``[T, 80]`` every 10 ms.
+
+    Its windows of 25 ms have 400 samples at 16 kHz and 200 at 8 kHz: bins are of 40 Hz in both, with half the sum.
+    """
+    padded = nn.functional.pad(_LOUD * sound, (0, max(0, _WINDOW - len(sound))))
+    spectrum = torch.stft(padded, _WINDOW, _HOP, window=torch.hann_window(_WINDOW), return_complex=True)[:, :-1]
+    logs = (4 * spectrum.abs().square().T @ _filters()).clamp(min=1e-10).log10()
+    return (logs.clamp(min=float(logs.max()) - 8) + 4) / 4
+
+
+class WhisperStates(StandingEncoder):
+    """Whisper's encoder, which takes recordings of any length up to 30 s: padding does not reach what was spoken."""
+
+    def __init__(self, dim: int, layers: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        from transformers import WhisperConfig
+        from transformers.models.whisper import modeling_whisper as whisper
+
+        kind: Any = WhisperConfig
+        config = kind(
+            d_model=dim, encoder_layers=layers, encoder_attention_heads=heads, encoder_ffn_dim=4 * dim, dropout=dropout,
+            max_source_positions=_FRAMES, num_mel_bins=_MELS, attn_implementation="sdpa",
+        )  # fmt: skip
+        self.inside = whisper.WhisperEncoder(config)
+
+    def states(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames ``[B, T, 80]`` -> ``[B, T / 2, dim]``."""
+        x = nn.functional.gelu(self.inside.conv1(zero_padding(inputs, mask).mT)) * mask[:, None]
+        x, mask = nn.functional.gelu(self.inside.conv2(x)).mT, mask[:, ::2]
+        x = x + self.inside.embed_positions.weight[: x.shape[1]]
+        x = nn.functional.dropout(x, self.inside.dropout, self.training)
+        seen = mask[:, None, None].expand(-1, 1, x.shape[1], -1)
+        for layer in self.inside.layers:
+            x = layer(x, attention_mask=seen)
+        return self.inside.layer_norm(x), mask
+
+
+class CommandModel(nn.Module):
+    """Encoder, and a decoder of one layer that attends to it and says one slot after the other.
+
+    Args:
+        encoder: its states are attended to.
+        dim, heads, width, dropout: of the decoder's layer.
+    """
+
+    def __init__(self, encoder: StandingEncoder, dim: int, heads: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.symbols = nn.Embedding(1 + sum(_SIZES), dim)  # the beginning, then all values
+        self.places = nn.Embedding(len(_SIZES), dim)
+        self.decoder = nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.head: nn.Module = nn.Linear(dim, sum(_SIZES))
+
+    def decode(self, x: Tensor, mask: Tensor, before: Tensor, text: Tensor | None = None) -> Tensor:
+        """Logits ``[B, n + 1, values]`` of the slots behind ``before`` ``[B, n]``; -inf for values of other slots."""
+        begin = before.new_zeros(len(before), 1)
+        said = self.symbols(torch.cat((begin, before + 1), 1)) + self.places.weight[: before.shape[1] + 1]
+        size = said.shape[1]
+        later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+        states = self.norm(self.decoder(said, x, tgt_mask=later, memory_key_padding_mask=~mask))
+        logits: Tensor = self.head(states) if text is None else self.head(states, text)
+        slot = torch.arange(len(_SIZES), device=x.device).repeat_interleave(torch.tensor(_SIZES, device=x.device))
+        return logits.masked_fill(slot != torch.arange(size, device=x.device)[:, None], float("-inf"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpokenCommands(UnderstandingTask):
+    """Three digits of the Free Spoken Digit Dataset, spoken by one person, are a command, by a grammar of ours.
+
+    No free recordings of spoken requests are published; commands are put together from real single words, and their
+    meaning is ours: the first digit modulo 4 is the action, the second modulo 2 the object, the third modulo 5 the
+    place, so that there are 40 commands and 1,000 wordings. Of a single word all three follow: ten commands. Those that
+    are labelled are of the first half of the speakers that are trained on; every recording of all of these speakers has
+    a transcript. Validation and test have a speaker each. The encoder has the shape of Whisper's, and its features.
+
+    Attributes:
+        words: of a command, 3 or 1.
+        commands: that are labelled; the same for all arms and trainings.
+        stretch: how much faster or slower a word may be read in training, as a share.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("intent", "commands of which all three slots are right", higher=True, kind="share"),
+        Metric("slots", "share of slots that are right", higher=True, kind="share"),
+    )
+    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
+    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
+    references: ClassVar[tuple[str, ...]] = ("command_decoder",)
+    encoder: ClassVar[str] = "whisper-tiny.en"
+    text: ClassVar[int] = 384  # features of a text, see :meth:`described`
+
+    layers: int = 3
+    words: int = 3
+    commands: int = 100
+    stretch: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.words not in (1, 3) or self.commands < 1 or not 0 <= self.stretch < 1:
+            raise UserError("words is 1 or 3, commands count, 1 or more, and stretch is a share below 1")
+
+    @classmethod
+    def read(cls, folder: Path | None) -> Sequence[Sample]:
+        return DigitStrings.read(folder)
+
+    @classmethod
+    def open(cls, path: Path) -> Sample:
+        return DigitStrings.open(path)
+
+    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
+        known = _labelled(tuple(samples), self.commands, self.words)
+        drawn = [known[i] for i in rng.integers(0, len(known), self.batch)]
+        return [replace(sample, inputs=paced(rng, sample.inputs, self.stretch)) for sample in drawn]
+
+    def judged(self, part: Part) -> Sequence[Sample]:
+        return [_command(s) for s in fixed_strings(self.samples(part), part, self.words)][: self.samples_judged]
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        frames = [whisper_mel(sample.inputs) for sample in samples]
+        inputs = pad_sequence(frames, batch_first=True)
+        mask = torch.arange(inputs.shape[1]) < torch.tensor([len(one) for one in frames])[:, None]
+        if any(sample.target is None for sample in samples):
+            return {"inputs": inputs, "mask": mask}
+        return {"inputs": inputs, "mask": mask, "targets": torch.tensor([sample.target for sample in samples])}
+
+    def transcribed(self, rng: np.random.Generator, samples: Sequence[Sample], letters: bool = False) -> Batch:
+        """A batch of strings of as many words as a command at most: ``targets`` from 1 on, and ``counts`` of them.
+
+        ``letters`` are of a language of its own: of no speaker of the labelled commands, if there are others.
+        """
+        if letters:
+            speakers = sorted({sample.group for sample in samples})
+            others = set(speakers[max(1, len(speakers) // 2) :]) or set(speakers)
+            samples = [sample for sample in samples if sample.group in others]
+        drawn = drawn_strings(rng, samples, self.batch, self.words, self.stretch)
+        texts = [[int(digit) for digit in sample.target.split()] for sample in drawn]
+        coded = [[k for d in text for k in (_letters(d) if letters else [d + 1])] for text in texts]
+        made = dict(self.collate([replace(sample, target=None) for sample in drawn]))
+        made["targets"] = pad_sequence([torch.tensor(one) for one in coded], batch_first=True)
+        return {**made, "counts": torch.tensor([len(one) for one in coded])}
+
+    def transcription_loss(self, encoder: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+        """Mean CTC loss a digit or letter of a batch of :meth:`transcribed`."""
+        x, mask = encoder(batch["inputs"], batch["mask"])
+        losses = ctc_losses(head(x), mask, batch["targets"], batch["counts"])
+        mean: Tensor = losses.sum() / batch["counts"].sum()
+        return mean
+
+    def described(self, samples: Sequence[Sample]) -> Tensor:
+        """Sentence vectors ``[B, 384]`` of what is spoken, by MiniLM, which learns nothing here.
+
+        Raises:
+            UserError: MiniLM cannot be had.
+        """
+        return torch.stack([_sentences()[sample.about["spoken"]] for sample in samples])
+
+    def reference(self, width: int, kind: str = "") -> nn.Module:
+        encoder = WhisperStates(self.dim, self.layers, self.heads, self.dropout)
+        return CommandModel(encoder, self.dim, self.heads, width, self.dropout)
+
+    def load_published(self, model: Any) -> None:
+        from ...models import load_speech
+
+        found: Any = load_speech(self.encoder, "cpu", torch.float32)[0].get_encoder()
+        has = {"dim": found.config.d_model, "heads": found.config.encoder_attention_heads, "layers": len(found.layers)}
+        take(model.encoder.inside, found, self.encoder, self.shape(), has)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        made: Any = model
+        x, mask = made.encoder(batch["inputs"], batch["mask"])
+        targets = batch["targets"] + torch.tensor(_OFFSETS, device=x.device)
+        logits = made.decode(x, mask, targets[:, :-1], batch.get("text"))
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Command]:
+        made: Any = model
+        x, mask = made.encoder(batch["inputs"], batch["mask"])
+        said = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+        for _ in _SIZES:
+            said = torch.cat((said, made.decode(x, mask, said)[:, -1:].argmax(-1)), 1)
+        return [Command(tuple(row)) for row in (said.cpu() - torch.tensor(_OFFSETS)).tolist()]
+
+    def score(self, sample: Sample, said: Command) -> Mapping[str, float]:
+        right = [a == b for a, b in zip(sample.target, said.values, strict=True)]
+        return {"intent": float(all(right)), "slots": sum(right) / len(right)}
+
+    def truth(self, sample: Sample) -> Command:
+        return Command(sample.target)
+
+    def pictures(self, samples: Sequence[Sample], said: Sequence[Command]) -> Sequence[Picture]:
+        both = [(sample.target, one.values) for sample, one in zip(samples, said, strict=True)]
+        slots = enumerate(SLOTS.items())
+        return [confusion(name, values, [(a[i], b[i]) for a, b in both]) for i, (name, values) in slots]
+
+
+_OFFSETS = tuple(sum(_SIZES[:i]) for i in range(len(_SIZES)))
+
+
+@lru_cache(maxsize=4)
+def _labelled(samples: tuple[Sample, ...], commands: int, words: int) -> list[Sample]:
+    """Commands that have a meaning."""
+    speakers = sorted({sample.group for sample in samples})
+    own = set(speakers[: max(1, len(speakers) // 2)])
+    found = fixed_strings([sample for sample in samples if sample.group in own], "train", words)
+    return [_command(sample) for sample in found[:commands]]
+
+
+def _command(sample: Sample) -> Sample:
+    """A string of three digits by what it means."""
+    spoken = " ".join(WORDS[int(digit)] for digit in sample.target.split())
+    return replace(sample, target=Command.of(sample.target).values, about={"spoken": spoken})
+
+
+def _letters(digit: int) -> list[int]:
+    """A digit's name in letters, from 1 on."""
+    return [ord(letter) - ord("a") + 1 for letter in WORDS[digit]]
+
+
+@cache
+def _sentences() -> dict[str, Tensor]:
+    """Mean states of MiniLM for all wordings of commands, of length 1."""
+    from ...models import load_reader
+
+    model, tokenizer = load_reader("all-minilm-l6-v2", "cpu", torch.float32)
+    texts = [*WORDS, *(f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS)]
+    read = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        states, mask = model(**read).last_hidden_state, read["attention_mask"][..., None]
+    vectors = nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    return dict(zip(texts, vectors, strict=True))
