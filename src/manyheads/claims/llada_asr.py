@@ -8,7 +8,8 @@ what Whisper itself says (``whisper``: nothing hidden). A diffusion model that h
 Seen before the sizes were set, after 400 steps of one training each, on the validation speaker alone: an autoregressive
 model of 171 thousand parameters had a word error rate of 0.08, a diffusion model 0.18 (0.18 in one step, 0.16 in blocks
 of 3); and what Whisper says of eight strings of that speaker. Nothing was judged on the test speaker. The rule stands
-since before; the size was made a little smaller for its time.
+since before; the size was made a little smaller for its time. The references read stacked frames, the diffusion model
+has the paper's Q-Former: the two differ in more than the order in which words are written.
 """
 
 from typing import Any
