@@ -163,7 +163,7 @@ class LLaDAASR(Recipe):
         if self.deliberate == "none":
             words = torch.full((len(heard), net.room), ends, device=heard.device)
             open_ = torch.ones_like(words, dtype=torch.bool)
-            return net.texts(denoised(model, heard, words, open_, self.steps, self.block, ends))
+            return list(net.texts(denoised(model, heard, words, open_, self.steps, self.block, ends)))
         words = batch["hypotheses"]().to(heard.device)
         if self.deliberate == "semi":
             for piece in torch.arange(net.room, device=heard.device).chunk(self.chunks):
@@ -173,7 +173,7 @@ class LLaDAASR(Recipe):
         else:
             open_ = self.chosen(model, heard, words)
             words = denoised(model, heard, words, open_, self.steps, self.block, ends)
-        return net.texts(words)
+        return list(net.texts(words))
 
     def chosen(self, model: nn.Module, heard: Tensor, words: Tensor) -> Tensor:
         """Which places of transcripts ``[B, R]`` are hidden: bool ``[B, R]``."""
@@ -183,4 +183,5 @@ class LLaDAASR(Recipe):
         else:
             draws = [torch.Generator().manual_seed(hash(tuple(row))) for row in words.tolist()]
             scores = torch.stack([torch.rand(words.shape[1], generator=one) for one in draws]).to(words.device)
-        return scores.argsort(dim=1, stable=True).argsort(dim=1) < count
+        chosen: Tensor = scores.argsort(dim=1, stable=True).argsort(dim=1) < count
+        return chosen

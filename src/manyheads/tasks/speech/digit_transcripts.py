@@ -119,7 +119,9 @@ class DigitTranscripts(FieldTask):
         if model.order == "ctc":
             logits, counts = model(batch["inputs"]).roll(1, -1), (targets != END).sum(1)  # the blank first
             there = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            return ctc_losses(logits, there, torch.where(targets == END, 1, targets + 1), counts).sum() / counts.sum()
+            losses = ctc_losses(logits, there, torch.where(targets == END, 1, targets + 1), counts)
+            mean: Tensor = losses.sum() / counts.sum()
+            return mean
         begun = torch.cat((torch.full_like(targets[:, :1], HIDDEN), targets[:, :-1]), 1)
         return cross_entropy(model(batch["inputs"], begun).float().flatten(0, 1), targets.flatten())
 
