@@ -17,7 +17,7 @@ SLUGS = claims.slugs()
 def unknown(claim, size):
     """What a check of the claim names that the plan at this size has not."""
     plan = claim.experiment.at(size)
-    metrics = {(task.key, metric.name): metric for task in plan.tasks for metric in task.metrics}
+    metrics = {(task.key, metric.name): metric for task in plan.tasks for metric in task.stated}
     for check in claim.checks:
         try:
             find_metric(check.metric, metrics)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strings of spoken digits in noise, written down by a model that reads a frozen encoder: word error rate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ...data.audio import read_wave, resampled
+from ...errors import UserError
+from ...experiment import Metric, seeding
+from ...recipe import Batch, Part, Picture, Sample
+from .._field import FieldTask
+from ._ctc import ctc_losses
+from ._transcriber import END, HIDDEN, ROOM, Transcriber
+from ._whisper import encoder_features, hypotheses
+from .digit_strings import DigitStrings
+
+__all__ = ["DigitTranscripts"]
+
+_RATE, _LENGTH = 8000, 25_600  # samples a second, and of a string
+_STRINGS: dict[Part, int] = {"train": 150, "validation": 60, "test": 90}  # of a speaker
+_GAP = 0.1  # seconds of silence at most between words
+_NOISE = (0.0, 15.0)  # dB of signal over noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitTranscripts(FieldTask):
+    """Strings of two to five digits of the Free Spoken Digit Dataset, put together, in white noise of 0 to 15 dB.
+
+    Four speakers are trained on, one validates, one tests; every recording of the last two is in one string at most. A
+    model reads the last hidden states of the encoder of Whisper tiny.en, frozen and made once for each string, and
+    writes words, of which there are ten. A batch has ``hypotheses``, a function that gives what Whisper itself, reading
+    30 seconds, says of the strings, greedily: words ``[B, 6]``, the digits that are in it, and no more than there is
+    room for. It is asked when they are first wanted. Intervals are over strings and trainings, not speakers.
+
+    References: an autoregressive decoder, and CTC.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            "wer", "word error rate", "errors/word", floor=0.8,
+            what="wrong, missing and surplus digits by the number of digits spoken (jiwer); guesses have 0.8 to 1",
+        ),
+        Metric("exact", "strings without an error", higher=True, kind="share"),
+        Metric("length_error", "words too many or too few", "words"),
+    )  # fmt: skip
+    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
+    published: ClassVar[tuple[str, ...]] = ("whisper-tiny.en",)
+    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
+    references: ClassVar[tuple[str, ...]] = ("autoregressive", "ctc")
+
+    dim: int = 64
+    layers: int = 3
+    frames: ClassVar[int] = 160  # of a string, 50 a second
+
+    @classmethod
+    def read(cls, folder: Path | None) -> Sequence[Sample]:
+        by: dict[str, list[Sample]] = {}
+        for sample in sorted(DigitStrings.read(folder), key=lambda sample: sample.name):
+            by.setdefault(sample.group, []).append(sample)
+        found = []
+        for speaker, words in by.items():
+            part = words[0].part
+            rng = seeding.generator(0, transcripts=speaker)
+            left = list(rng.permutation(len(words)))
+            for number in range(_STRINGS[part]):
+                count = int(rng.integers(2, ROOM))
+                if part == "train":
+                    own = [words[int(i)] for i in rng.integers(0, len(words), count)]
+                else:
+                    own, left = [words[i] for i in left[:count]], left[count:]
+                if len(own) == count:
+                    found.append(_string(rng, own, f"{speaker} {number}"))
+        return sorted(found, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
+
+    @classmethod
+    def open(cls, path: Path) -> Sample:
+        sound, rate = read_wave(path)
+        if not 0 < len(sound) / rate <= _LENGTH / _RATE:
+            raise UserError(f"{path} has {len(sound) / rate:.1f} s; strings have at most {_LENGTH / _RATE:g} s")
+        heard = torch.from_numpy(resampled(sound, rate, _RATE))
+        whole = torch.zeros(_LENGTH)
+        whole[: len(heard)] = heard - heard.mean()
+        return Sample(path.name, "", "test", whole / whole.std().clamp(min=1e-6))
+
+    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
+        return [samples[int(i)] for i in rng.integers(0, len(samples), self.batch)]
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        sounds = [sample.inputs for sample in samples]
+        batch: dict[str, Any] = {
+            "inputs": torch.stack(encoder_features(sounds, _RATE)), "hypotheses": partial(_hypotheses, sounds),
+        }  # fmt: skip
+        if any(sample.target is None for sample in samples):
+            return batch
+        return {**batch, "targets": torch.stack([_row(sample.target) for sample in samples])}
+
+    def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
+        """A decoder that fills in words in any order, with these blocks, ``block(x [B, N, dim], mask)``."""
+        model = Transcriber(self, self.width or 2 * self.dim, "any")
+        model.blocks = nn.ModuleList(blocks)
+        return model
+
+    def reference(self, width: int, kind: str = "") -> nn.Module:
+        return Transcriber(self, width, "ctc" if kind == "ctc" else "left")
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        targets = batch["targets"]
+        if model.order == "ctc":
+            logits, counts = model(batch["inputs"]).roll(1, -1), (targets != END).sum(1)  # the blank first
+            there = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            losses = ctc_losses(logits, there, torch.where(targets == END, 1, targets + 1), counts)
+            mean: Tensor = losses.sum() / counts.sum()
+            return mean
+        begun = torch.cat((torch.full_like(targets[:, :1], HIDDEN), targets[:, :-1]), 1)
+        return cross_entropy(model(batch["inputs"], begun).float().flatten(0, 1), targets.flatten())
+
+    def predict(self, model: Any, batch: Batch) -> list[str]:
+        features = batch["inputs"]
+        if model.order == "ctc":
+            best = [row.unique_consecutive() for row in model(features).argmax(-1).cpu()]
+            return [" ".join(map(str, row[row != END].tolist())) for row in best]
+        words = torch.full((len(features), ROOM + 1), HIDDEN, device=features.device)
+        for i in range(ROOM):
+            words[:, i + 1] = model(features, words[:, :ROOM])[:, i].argmax(-1)
+        found: list[str] = model.texts(words[:, 1:])
+        return found
+
+    def score(self, sample: Sample, said: str) -> Mapping[str, float]:
+        try:
+            import jiwer
+        except ImportError as error:
+            raise UserError("word error rates need jiwer: pip install 'manyheads[train]'") from error
+        wrong = float(jiwer.wer(sample.target, said))
+        surplus = len(said.split()) - len(sample.target.split())
+        return {"wer": wrong, "exact": float(wrong == 0), "length_error": float(abs(surplus))}
+
+    def truth(self, sample: Sample) -> str:
+        return str(sample.target)
+
+    def pictures(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Picture]:
+        """How many words were spoken and written."""
+        counts = np.zeros((ROOM, ROOM + 1))
+        for sample, one in zip(samples, said, strict=True):
+            counts[len(sample.target.split()), min(len(one.split()), ROOM)] += 1
+        rows = [str(i) for i in range(2, ROOM)]
+        values = (counts[2:] / counts[2:].sum(1, keepdims=True).clip(min=1)).tolist()
+        return (Picture("words", rows, [str(i) for i in range(ROOM + 1)], values, ("spoken", "written")),)
+
+
+def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sample:
+    """Recordings of one speaker after each other, as many as there is room for, in noise from the first to the last."""
+    sound, at, said = torch.zeros(_LENGTH), int(rng.uniform(0, _GAP) * _RATE), []
+    for word in words:
+        if at + len(word.inputs) > _LENGTH:
+            break
+        sound[at : at + len(word.inputs)] = word.inputs
+        at += len(word.inputs) + int(rng.uniform(0, _GAP) * _RATE)
+        said.append(word.target)
+    noise = 10 ** (-rng.uniform(*_NOISE) / 20) * rng.standard_normal(_LENGTH, dtype=np.float32)
+    sound = sound + torch.from_numpy(noise)
+    return Sample(name, words[0].group, words[0].part, sound / sound.std(), " ".join(said))
+
+
+def _row(text: str) -> Tensor:
+    """Words of a transcript, filled up with ends, int64 ``[6]``."""
+    words = [int(digit) for digit in text.split()][:ROOM]
+    return torch.tensor(words + [END] * (ROOM - len(words)))
+
+
+def _hypotheses(sounds: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_row(text) for text in hypotheses(sounds, _RATE)])
