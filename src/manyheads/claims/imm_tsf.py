@@ -7,8 +7,9 @@ at as many parameters; the placebo is the same fusion with texts of other times.
 released, whose texts say the same of the whole horizon. Forecasts that need no network have to be beaten as well.
 
 Seen before the sizes were set, on validation parts and one training of each: on the made set the forecaster had a
-squared error of 0.42 and two fusions 0.25 and 0.27 after 300 steps; on EPA-Air the last value had 1.71, the week
-before 0.90, ridge regression 1.26 and boosting 1.32. SEEN. No test part was read.
+squared error of 0.42 and two fusions 0.25 and 0.27 after 300 steps; on EPA-Air the forecaster had 0.81 after 150 steps,
+the last value 1.71, the week before 0.90, ridge regression 1.26 and boosting 1.32. No fusion was seen on EPA-Air, and
+no test part was read.
 """
 
 from typing import Any
@@ -60,7 +61,7 @@ claim = Claim(
         tasks=(IrregularForecast(dataset="EPA-Air"), IrregularForecast(dataset="announced")),
         sizes=Sizes(
             quick={**SMALL, "dim": 16, "batch": 4, "steps": 3, "samples_judged": 6},
-            cpu={**SMALL, "dim": 24, "width": 160, "batch": 12, "steps": 200},
+            cpu={**SMALL, "dim": 24, "width": 160, "batch": 12, "EPA-Air.steps": 150, "announced.steps": 250},
             cuda={"dim": 64, "layers": 2, "width": 384, "batch": 32, "steps": 600, "rates": (1e-3, 3e-3), "seeds": 5},
         ),
     ),
