@@ -132,7 +132,7 @@ def test_a_grid_carries_values_forward():
     there = torch.ones(1, 3, dtype=torch.bool)
     grid = carried_forward(values, mask, times, there, 4)  # ends at -0.75, -0.5, -0.25, 0
     assert grid[0, :, 0].tolist() == [1, 1, 1, 3]
-    assert carried_forward(values, mask, times + 0.5, there, 4)[0, :, 0].tolist() == [0, 0, 1, 3]  # nothing before
+    assert carried_forward(values, mask, times + 0.5, there, 4)[0, :, 0].tolist() == [0, 0, 1, 1]  # nothing before
     assert interpolated(grid, torch.tensor([[0.25, 0.875, 1.0, 2.0]]))[0, :, 0].tolist() == [1, 2, 3, 3]
 
 
@@ -145,9 +145,7 @@ def test_a_level_that_is_added_is_forecast_too(stations, kind):
     seen = batch["mask"].float()
     moved = {**batch, "values": (batch["values"] + 3) * seen}
     assert torch.allclose(model(moved), model(batch) + 3, atol=1e-4)
-    assert (
-        not torch.allclose(model({**batch, "values": batch["values"] * 2}), model(batch) * 2, atol=1e-4) or kind == "x"
-    )
+    assert not torch.allclose(model.backbone(moved["values"], batch["mask"], batch) + 3, model(moved), atol=1e-2)
 
 
 def test_grids_of_the_regular_forecasters():
@@ -160,14 +158,16 @@ def test_a_file_of_ones_own_is_forecast(stations, tmp_path):
     task = task_of(stations)
     sample = task.open(stations / "oak" / "time_series.csv")
     model = task.reference(32).eval()
-    (said,) = task.predict(model, task.collate([sample]))
+    with torch.no_grad():
+        (said,) = task.predict(model, task.collate([sample]))
     record = read_record(stations / "oak" / "time_series.csv")
     assert said.times.min() > record.times[-1] and said.times.max() <= record.times[-1] + 4.001
     text = str(said).splitlines()
     assert text[0] == "date_time,warm,wet" and len(text) == 1 + task.span.steps and text[1].startswith("2024-02-")
     bare = tmp_path / "mine.csv"  # no texts beside it
     bare.write_text((stations / "oak" / "time_series.csv").read_text())
-    assert task.predict(model, task.collate([task.open(bare)]))[0].variables == ("warm", "wet")
+    with torch.no_grad():
+        assert task.predict(model, task.collate([task.open(bare)]))[0].variables == ("warm", "wet")
     bare.write_text("date_time,a\n" + "\n".join(f"2024-01-{d:02},{d}" for d in range(1, 20)))
     with pytest.raises(UserError, match="has 1 variables, the model forecasts 2"):
         task.collate([task.open(bare)])
@@ -194,11 +194,8 @@ def test_observed_truth_and_forecast_are_drawn(stations):
         and list(pictures[0].rows) == ["observed", "truth", "forecast"]
     )
     observed, truth, forecast = np.array(pictures[0].values)
-    assert (
-        np.isnan(truth[np.isfinite(observed)]).all()
-        and np.array_equal(truth, forecast, equal_nan=True) is False
-        or True
-    )
+    assert np.isnan(truth[np.isfinite(observed)]).all() and np.isfinite(truth).any()
+    assert np.array_equal(truth, forecast, equal_nan=True)  # what was said here is the truth
     x = np.array(pictures[0].columns, float)
     assert (x[np.isfinite(observed)] <= 0).all() and (x[np.isfinite(truth)] >= 0).all()
 
@@ -215,8 +212,8 @@ def test_shifts_of_the_made_set_are_announced():
     right = []
     for one in found:
         for at, text in zip(one.note_times, one.notes, strict=True):
-            before = np.nanmean(one.values[(one.times < at + 5) & (one.times > at + 2), 0])
-            after = np.nanmean(one.values[(one.times >= at + 5) & (one.times < at + 8), 0])
+            before = np.nanmean(one.values[(one.times < at + 5) & (one.times > at), 0])
+            after = np.nanmean(one.values[(one.times >= at + 5) & (one.times < at + 10), 0])
             if any(word in text for word in ("rise", "higher", "increase")):
                 right.append(after > before)
             elif any(word in text for word in ("drop", "lower", "decrease")):
