@@ -42,6 +42,7 @@ BETTER = {
     "encoder_cost": ("", "seconds"),
     "saliency": ("overlap correlation patches", ""),
     "scene_segmentation": ("iou", "training_loss"),
+    "order_book": ("macro_f1 balanced_accuracy", "label_nll"),
     "sensor_windows": ("macro_f1 balanced_accuracy", "label_nll"),
     "scene_quality": ("likelihood object", "fd_small"),
     "speed": ("", "prefill decode"),

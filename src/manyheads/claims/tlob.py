@@ -47,8 +47,8 @@ claim = Claim(
                 "arms": tuple(arm for arm in ARMS if arm.name != "no BiN"),
             },
             cuda={
-                "dim": 40, "layers": 4, "frames": 96, "width": 192, "batch": 128, "steps": 1200, "rates": (3e-4, 1e-3),
-                "every": 1, "samples_judged": 4000, "seeds": 5,
+                "dim": 40, "layers": 4, "frames": 96, "width": 192, "batch": 128, "steps": 600, "rates": (3e-4, 1e-3),
+                "every": 1, "samples_judged": 4000, "seeds": 4,
             },
         ),
     ),

@@ -170,6 +170,7 @@ def test_pictures_show_where_attention_lies(x):
     model, batch = made().float(), {"inputs": x.float()}
     cam, shown = Lsfan().pictures(model, batch)
     assert len(cam.values) == F and len(cam.values[0]) == len(cam.columns) == 3 and cam.columns == ["0", "4", "8"]
+    assert cam.rows == shown.columns == Task.channels
     assert len(shown.values) == H and all(abs(sum(row) - 1) < 1e-5 for row in shown.values)
     assert len(Lsfan(pool="sensors").pictures(made("lsfan:pool=sensors").float(), batch)) == 1
 

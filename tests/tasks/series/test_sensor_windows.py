@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sensor windows: a folder of one's own, labels of windows, scores beside scikit-learn's, what a file is said."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -121,8 +123,12 @@ def test_scores_have_the_means_of_scikit_learn(folder):
     assert abs(found["macro_f1"].mean() - np.mean(true == told)) > 0.02  # control: which is another number
     assert found["label_nll"].mean() == pytest.approx(-float(log_probs[np.arange(200), true].mean()))
     picked = [rng.integers(0, 200, 200) for _ in range(400)]  # the values' spread is the bootstrap's of the F1 itself
-    spread = np.std([f1_score(true[i], told[i], average="macro") for i in picked])
-    assert found["macro_f1"].std() / 200**0.5 == pytest.approx(spread, rel=0.15)
+    for name, score in (
+        ("macro_f1", partial(f1_score, average="macro")),
+        ("balanced_accuracy", balanced_accuracy_score),
+    ):
+        spread = np.std([score(true[i], told[i]) for i in picked])
+        assert found[name].std() / 200**0.5 == pytest.approx(spread, rel=0.15)
 
 
 def test_a_model_that_never_says_a_class_has_no_f1_of_it():

@@ -62,6 +62,7 @@ class LSFAN(nn.Module):
     def __init__(self, recipe: "Lsfan", task: Any, width: int) -> None:
         super().__init__()
         dim, channels, self.pool = task.dim, len(task.channels), recipe.pool
+        self.names = tuple(task.channels)
         self.scale = nn.BatchNorm1d(channels, affine=False)
         sizes = [1, *(max(1, dim // 2) for _ in range(task.layers - 1)), dim]
         around = (recipe.kernel // 2, recipe.reach // 2)
@@ -141,7 +142,7 @@ class Lsfan(Recipe):
         """Attention that each channel receives, by head; Grad-CAM of the first window."""
         assert isinstance(model, LSFAN)
         map_, _ = model.grad_cam(batch["inputs"][:1])
-        names = [str(i) for i in range(map_.shape[2])]
+        names = model.names
         times = [str(2 ** len(model.trunk) * i) for i in range(map_.shape[1])]
         found = [Picture("Grad-CAM of the first window", names, times, map_[0].T.tolist(), ("sensors", "frames"))]
         if model.attention is not None and self.pool == "time":

@@ -2,9 +2,9 @@
 """Forecasts of scikit-learn, which every trained network has to beat: ridge regression, or gradient boosting.
 
 Each number that is forecast is a row of a few columns, as the task has them: the last value, that of a season before,
-mean and deviation of the history, how far ahead. Each variable has a model of its own, fitted to the windows of the
-training part. The strength of the ridge is chosen by generalised cross-validation, boosting stops where a tenth of the
-rows that is held out gets no better.
+level and deviation of the history, how far ahead. What is fitted is the difference from that level. Each variable has
+a model of its own, fitted to the windows of the training part. The strength of the ridge is chosen by generalised
+cross-validation, boosting stops where a tenth of the rows that is held out gets no better.
 """
 
 from collections.abc import Iterable
@@ -54,8 +54,8 @@ class TabularForecast(Procedure):
         except ImportError as error:
             raise UserError("tabular_forecast needs scikit-learn: pip install 'manyheads[train]'") from error
         tables = [task.table(sample) for sample in task.judged("train")]
-        features, kinds, targets = (
-            np.concatenate([getattr(one, name) for one in tables]) for name in ("features", "kinds", "targets")
+        features, kinds, level, targets = (
+            np.concatenate([getattr(one, name) for one in tables]) for name in ("features", "kinds", "level", "targets")
         )
         found = {}
         for kind in np.unique(kinds):
@@ -66,15 +66,13 @@ class TabularForecast(Procedure):
                     learning_rate=0.05, max_leaf_nodes=15, min_samples_leaf=40, early_stopping=True, random_state=seed
                 )
             )
-            found[int(kind)] = model.fit(features[kinds == kind], targets[kinds == kind])
+            found[int(kind)] = model.fit(features[kinds == kind], (targets - level)[kinds == kind])
         return found
 
     def forecast(self, fitted: dict[int, Any], table: Any) -> Any:
-        """The numbers of a table ``[n]``; 0, the mean in training, of a variable that was never seen there."""
-        import numpy as np
-
-        found = np.zeros(len(table.kinds))
-        for kind in np.unique(table.kinds):
-            if int(kind) in fitted:
-                found[table.kinds == kind] = fitted[int(kind)].predict(table.features[table.kinds == kind])
+        """The numbers of a table ``[n]``; the level of a variable that was never seen in training."""
+        found = table.level.copy()
+        for kind, model in fitted.items():
+            if (rows := table.kinds == kind).any():
+                found[rows] += model.predict(table.features[rows])
         return found

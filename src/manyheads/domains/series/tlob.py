@@ -173,5 +173,6 @@ class Tlob(Recipe):
             if rows:
                 columns = [str(i) for i in range(len(rows[0]))]
                 labels = [str(i) for i in range(len(rows))]
+                rows = [row + [math.nan] * (len(columns) - len(row)) for row in rows]  # the last has fewer features
                 found.append(Picture(f"attention that {name} receive", labels, columns, rows, ("layers", name)))
         return found

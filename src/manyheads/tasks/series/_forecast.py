@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,19 @@ Array = NDArray[np.float64]
 SHARES = (0.6, 0.8)  # of the time, where training ends, and where validation does
 
 
-def cut_times(times: Array) -> dict[Part, tuple[float, float]]:
+def cut_times(entities: Sequence[Array]) -> dict[Part, tuple[float, float]]:
     """First time and end of each part, the same for all entities: training, then validation, then the test.
 
     Args:
-        times: of all observations of all entities; the parts have shares of these by :data:`SHARES`.
+        entities: times of the observations of each; the parts have shares by :data:`SHARES` of the stretch that all
+            entities have, or of all observations where that is less than half of what an entity has.
     """
-    first, second = np.quantile(times, SHARES)
-    return {
-        "train": (-np.inf, float(first)), "validation": (float(first), float(second)), "test": (float(second), np.inf),
-    }  # fmt: skip
+    first, last = max(times[0] for times in entities), min(times[-1] for times in entities)
+    if last - first >= 0.5 * min(times[-1] - times[0] for times in entities):
+        ends = [first + share * (last - first) for share in SHARES]
+    else:
+        ends = [float(np.quantile(np.concatenate(entities), share)) for share in SHARES]
+    return {"train": (-np.inf, ends[0]), "validation": (ends[0], ends[1]), "test": (ends[1], np.inf)}
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,14 @@ class Table:
             before.
         features: what is known when the forecast is made, ``[n, columns]``.
         kinds: which variable a row is of, int64 ``[n]``: each has a model of its own.
+        level: from where targets are counted ``[n]``: what a model of rows says is added to it.
         targets: what is right ``[n]``, NaN where it is not known.
     """
 
     names: tuple[str, ...]
     features: Array
     kinds: NDArray[np.int64]
+    level: Array
     targets: Array
 
     def column(self, name: str) -> Array:

@@ -44,16 +44,17 @@ def embedded(texts: Sequence[str], encoder: str) -> Tensor:
 def _reader(encoder: str) -> tuple[Any, Any]:
     from ...models import load_reader
 
-    return load_reader(encoder, "cpu", torch.float32)
+    return load_reader(encoder, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 @torch.no_grad()
 def _encoded(texts: Sequence[str], encoder: str) -> Tensor:
     model, tokenizer = _reader(encoder)
     given = tokenizer(list(texts), padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
+    given = given.to(model.device)
     mask = given["attention_mask"][..., None].float()
     states = model(**given).last_hidden_state.float()
-    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu()
 
 
 @cache

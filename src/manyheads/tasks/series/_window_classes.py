@@ -29,7 +29,7 @@ METRICS = (
     ),
     Metric(
         "balanced_accuracy", "recall, mean over classes", higher=True,
-        what="a right window counts by the rarity of its class; guesses have one over the number of classes",
+        what="of all test windows together, as above; guesses have one over the number of classes",
     ),
     Metric("label_nll", "held-out cross-entropy, nats/window", "nats/window"),
 )  # fmt: skip
@@ -196,7 +196,10 @@ class WindowTask(FieldTask):
         return self.scores([sample], [said])[0]
 
     def scores(self, samples: Sequence[Sample], said: Sequence[Judged]) -> Sequence[Mapping[str, float]]:
-        """F1 is a ratio, 2 TP / (true + said): a window's value is F1 and what the window adds to its deviation."""
+        """Recall, TP / true, and F1, 2 TP / (true + said), are ratios, which a window's value has as its mean.
+
+        The value is the ratio and what the window adds to its deviation, so that the spread of values is the ratio's.
+        """
         log_probs = torch.stack([one.log_probs[0] for one in said]).double().numpy()
         eye, n = np.eye(len(self.classes)), len(samples)
         true, told = eye[[self.classes.index(s.target) for s in samples]], eye[log_probs.argmax(1)]
@@ -205,7 +208,8 @@ class WindowTask(FieldTask):
         hits, both, counts = true * told, true + told, true.sum(0)
         f1 = 2 * hits.sum(0) / both.sum(0)
         values = (f1 + (2 * hits - f1 * both) * n / both.sum(0)).mean(1)
-        recalls = (hits * n / counts).mean(1)
+        recall = hits.sum(0) / counts
+        recalls = (recall + (hits - recall * true) * n / counts).mean(1)
         losses = -(log_probs[:, there] * true).sum(1)
         names = [metric.name for metric in METRICS]
         return [dict(zip(names, map(float, row), strict=True)) for row in zip(values, recalls, losses, strict=True)]

@@ -99,7 +99,7 @@ class WindowTask(ForecastTask):
     """
 
     width: int = 256
-    dataset: str = "StudentLife"
+    dataset: str = "EPA-Air"
     days: float = 0.0
     encoder: str = "all-minilm-l6-v2"
 
@@ -143,7 +143,7 @@ class WindowTask(ForecastTask):
     def read(cls, folder: Path | None) -> Sequence[Sample]:
         own = folder is not None and str(folder) not in SETS
         records = record_folder(folder) if own and folder else irregular(str(folder or cls.dataset))
-        parts = cut_times(np.concatenate([record.times for record in records]))
+        parts = cut_times([record.times for record in records])
         found = []
         for record in records:
             trained = record.between(*parts["train"]).values

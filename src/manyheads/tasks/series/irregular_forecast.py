@@ -22,18 +22,19 @@ from ._windows import Forecast, Window, WindowTask, standard
 
 __all__ = ["IrregularForecast"]
 
-_COLUMNS = ("last", "season", "mean", "spread", "ahead", "age", "before", "slope")
+_COLUMNS = ("last", "season", "level", "last change", "season change", "spread", "ahead", "age", "slope")
 
 
 @dataclass(frozen=True, kw_only=True)
 class IrregularForecast(WindowTask):
     """A set of Time-IMM. A history and its texts are read, the values at the times of what comes next are forecast.
 
-    The first 60 % of all observations are trained on, the next 20 % validate, the last 20 % test: parts by time, with
-    the same cuts for all entities, and a window, history and horizon, lies in one part. Scales are the means and
-    deviations of the training part; errors are in those units, over the values that were observed. Windows without an
-    observation or, where the set has texts, without a text in the history are left out, as in the paper. In training,
-    windows begin anywhere. Intervals are over entities where there are eight or more, else over windows.
+    Of the time that all entities have, the first 60 % are trained on, the next 20 % validate, what comes later tests:
+    parts by time, with the same cuts for all entities, and a window, history and horizon, lies in one part. Scales are
+    the means and deviations of the training part; errors are in those units, over the values that were observed.
+    Windows without an observation or, where the set has texts, without a text in the history are left out, as in the
+    paper. In training, windows begin anywhere. Intervals are over entities where there are eight or more, else over
+    windows.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -106,12 +107,14 @@ class IrregularForecast(WindowTask):
         record: Record = window.record
         features, kinds, targets = [], [], []
         for c in range(len(record.variables)):
-            rows = np.isfinite(truth.values[:, c])
-            asked = (truth.times[rows] - window.origin) / window.days
+            seen = np.isfinite(truth.values[:, c])
+            asked = (truth.times[seen] - window.origin) / window.days
             features.append(_features(standard(record, record.values)[:, c].double().numpy(), window, asked))
-            kinds.append(np.full(int(rows.sum()), c))
-            targets.append(standard(record, truth.values)[:, c].double().numpy()[rows])
-        return Table(_COLUMNS, np.concatenate(features), np.concatenate(kinds), np.concatenate(targets))
+            kinds.append(np.full(int(seen.sum()), c))
+            targets.append(standard(record, truth.values)[:, c].double().numpy()[seen])
+        rows = np.concatenate(features)
+        level = rows[:, _COLUMNS.index("level")]
+        return Table(_COLUMNS, rows, np.concatenate(kinds), level, np.concatenate(targets))
 
     def told(self, sample: Sample, values: Array) -> Forecast:
         truth, scale = sample.target, sample.inputs.record.scale
@@ -135,9 +138,10 @@ def _features(values: Array, window: Window, asked: Array) -> Array:
     half = values[times >= -0.5]
     slope = (half.mean() if len(half) else values[-1]) - values.mean()
     same = np.ones(len(asked))
+    level, last = values.mean(), values[-1]
     columns = (
-        values[-1] * same, season, values.mean() * same, values.std() * same, asked, -times[-1] * same,
-        values[max(0, len(values) - 2)] * same, slope * same,
+        last * same, season, level * same, (last - level) * same, season - level, values.std() * same, asked,
+        -times[-1] * same, slope * same,
     )  # fmt: skip
     return np.stack(columns, 1)
 

@@ -24,6 +24,8 @@ __all__ = ["DeepLOB", "OrderBook", "trend"]
 
 _DAYS: tuple[tuple[Part, range], ...] = (("train", range(32)), ("validation", range(32, 36)), ("test", range(36, 44)))
 _SNAPSHOTS = 800  # of a simulated day
+_KEPT = 6  # parts whose windows are kept
+_CUT: dict[tuple[OrderBook, Part], tuple[Sequence[Sample], Sequence[Sample]]] = {}  # days and their windows
 _FIRST = 0.8  # of FI-2010's training file that is trained on; the rest validates
 
 
@@ -103,9 +105,16 @@ class OrderBook(WindowTask):
         return Sample(path.name, "", "test", torch.from_numpy(read_book(path)[-1].values))
 
     def samples(self, part: Part) -> Sequence[Sample]:
-        """Windows of the days of a part that have a label, in an order that says nothing."""
-        days, bound = super().samples(part), None
-        found = []
+        """Windows of the days of a part that have a label, in an order that says nothing; cut once."""
+        days, kept = super().samples(part), _CUT.get((self, part))
+        if kept is None or kept[0] is not days:
+            if len(_CUT) >= _KEPT:
+                _CUT.clear()
+            kept = _CUT[self, part] = days, self._cut(days, part)
+        return kept[1]
+
+    def _cut(self, days: Sequence[Sample], part: Part) -> Sequence[Sample]:
+        found, bound = [], None
         for day in days:
             if day.target is not None:
                 found.append(day)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Irregular forecasts: parts by time, no look ahead, scores by hand, the placebo, files of one's own."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from manyheads.data.irregular import SETS, irregular, read_record
+from manyheads.errors import UserError
+from manyheads.tasks.series._forecast import cut_times
+from manyheads.tasks.series._forecasters import DLinear, PatchTST, carried_forward, interpolated
+from manyheads.tasks.series._notes import embedded
+from manyheads.tasks.series._windows import Forecast
+from manyheads.tasks.series.irregular_forecast import IrregularForecast
+from tiny.series import stations
+
+__all__ = ["stations"]
+
+TINY = {
+    "dim": 16,
+    "layers": 1,
+    "heads": 2,
+    "width": 32,
+    "batch": 4,
+    "samples_judged": 12,
+    "encoder": "words",
+    "days": 4,
+}
+
+
+def task_of(folder, **fields):
+    return IrregularForecast(folder=str(folder), **{**TINY, **fields})
+
+
+def test_parts_come_one_after_another_and_windows_lie_in_one(stations):
+    task = task_of(stations)
+    bounds = {}
+    for part in ("train", "validation", "test"):
+        times = np.concatenate([s.inputs.times for s in task.samples(part)])
+        bounds[part] = times.min(), times.max()
+        for sample in (*task.judged(part), *(task.draw(np.random.default_rng(0), task.samples(part)))):
+            window = sample.inputs
+            assert bounds[part][0] <= window.record.times.min() and window.record.times.max() < window.origin
+            assert window.origin <= window.queries.min() and window.queries.max() <= bounds[part][1]
+            assert (window.record.note_times < window.origin).all() and len(window.record.notes)
+    assert bounds["train"][1] < bounds["validation"][0] and bounds["validation"][1] < bounds["test"][0]
+
+
+def test_horizons_that_are_judged_do_not_overlap(stations):
+    task = task_of(stations)
+    by_record = {}
+    for sample in task.judged("test"):
+        by_record.setdefault(sample.inputs.record.name, []).append(sample.inputs.origin)
+    assert len(by_record) == 3
+    assert all((np.diff(sorted(origins)) >= 4 - 1e-9).all() for origins in by_record.values())
+
+
+def test_cuts_of_entities_that_share_no_time():
+    shared = cut_times([np.arange(0.0, 100), np.arange(20.0, 120)])
+    assert shared["train"][1] == pytest.approx(20 + 0.6 * 79) and shared["test"][0] == pytest.approx(20 + 0.8 * 79)
+    apart = cut_times([np.arange(0.0, 100), np.arange(200.0, 300)])
+    assert apart["train"][1] == pytest.approx(219.4, abs=1)  # of all observations
+
+
+def test_nothing_later_changes_what_is_read(stations):
+    """Values and texts from the origin on are other ones; the batch is the same but for its targets."""
+    task = task_of(stations)
+    block = task.samples("test")[0]
+    origin = float(block.inputs.times[0]) + 5
+
+    def batch_of(sample):
+        return task.collate([task._window(sample, origin, "w")])
+
+    def changed(first):
+        record = block.inputs
+        later = record.times >= first
+        values = np.where(later[:, None], record.values + 9, record.values)
+        notes = tuple("other" if t >= first else n for t, n in zip(record.note_times, record.notes, strict=True))
+        return dataclasses.replace(block, inputs=dataclasses.replace(record, values=values, notes=notes))
+
+    read = ("values", "mask", "times", "there", "queries", "notes", "note_times", "note_mask")
+    plain, later, earlier = batch_of(block), batch_of(changed(origin)), batch_of(changed(origin - 2))
+    assert all(torch.equal(plain[name], later[name]) for name in read)
+    assert not torch.equal(plain["targets"], later["targets"])
+    assert not torch.equal(plain["values"], earlier["values"]) and not torch.equal(plain["notes"], earlier["notes"])
+
+
+def test_scales_are_those_of_training(stations):
+    task = task_of(stations)
+    train, test = (next(s.inputs for s in task.samples(p) if s.inputs.name == "elm") for p in ("train", "test"))
+    assert np.allclose(train.scale[0], np.nanmean(train.values, 0))
+    assert np.allclose(train.scale[1], np.nanstd(train.values, 0))
+    assert np.array_equal(train.scale, test.scale) and not np.allclose(test.scale[0], np.nanmean(test.values, 0))
+
+
+def test_scores_are_those_by_hand(stations):
+    task = task_of(stations)
+    sample = task.judged("test")[0]
+    truth, scale = sample.target, sample.inputs.record.scale
+    known = np.isfinite(truth.values)
+    said = dataclasses.replace(truth, values=np.where(known, truth.values + scale[1] * 2, 1e9))
+    assert task.score(sample, said) == {"mse": pytest.approx(4), "mae": pytest.approx(2)}  # what is missing is no error
+    assert task.score(sample, truth) == {"mse": 0, "mae": 0}
+    table = task.table(sample)
+    assert len(table.targets) == known.sum() and np.isfinite(table.features).all()
+    own = task.told(sample, table.targets)
+    assert (
+        task.score(sample, own)["mse"]
+        < 1e-10
+        < 1e-3
+        < task.score(sample, task.told(sample, table.targets[::-1]))["mse"]
+    )
+    last = [row[np.isfinite(row)][-1] for row in sample.inputs.record.values.T]
+    assert np.allclose(task.told(sample, table.column("last")).values[known], np.broadcast_to(last, known.shape)[known])
+
+
+def test_the_placebo_has_texts_of_other_times_of_the_same_part(stations):
+    task = task_of(stations)
+    for sample in task.judged("test"):
+        own, placebo = sample.inputs.record.notes, sample.inputs.placebo
+        whole = next(s.inputs.notes for s in task.samples("test") if s.name == sample.group)
+        assert len(own) == len(placebo) and own != placebo and set(placebo) <= set(whole)
+    batch = task.collate(task.judged("test"))
+    assert batch["placebo"].shape == batch["notes"].shape and not torch.equal(batch["placebo"], batch["notes"])
+
+
+def test_a_grid_carries_values_forward():
+    values = torch.tensor([[[1.0], [2.0], [3.0]]])
+    mask, times = torch.tensor([[[True], [False], [True]]]), torch.tensor([[-0.9, -0.6, -0.2]])
+    there = torch.ones(1, 3, dtype=torch.bool)
+    grid = carried_forward(values, mask, times, there, 4)  # ends at -0.75, -0.5, -0.25, 0
+    assert grid[0, :, 0].tolist() == [1, 1, 1, 3]
+    assert carried_forward(values, mask, times + 0.5, there, 4)[0, :, 0].tolist() == [0, 0, 1, 1]  # nothing before
+    assert interpolated(grid, torch.tensor([[0.25, 0.875, 1.0, 2.0]]))[0, :, 0].tolist() == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("kind", ["time_attention", "patchtst", "dlinear"])
+def test_a_level_that_is_added_is_forecast_too(stations, kind):
+    task = task_of(stations, dropout=0.0)
+    torch.manual_seed(0)
+    model = task.reference(32, kind).eval()
+    batch = task.collate(task.judged("test")[:2])
+    seen = batch["mask"].float()
+    moved = {**batch, "values": (batch["values"] + 3) * seen}
+    assert torch.allclose(model(moved), model(batch) + 3, atol=1e-4)
+    assert not torch.allclose(model.backbone(moved["values"], batch["mask"], batch) + 3, model(moved), atol=1e-2)
+
+
+def test_grids_of_the_regular_forecasters():
+    with torch.device("meta"):
+        assert PatchTST(36, 2, 16, 1, 2, 32, 0.0).model.config.patch_length == 4
+        assert DLinear(36, 8, 0.0).window % 2 == 1
+
+
+def test_a_file_of_ones_own_is_forecast(stations, tmp_path):
+    task = task_of(stations)
+    sample = task.open(stations / "oak" / "time_series.csv")
+    model = task.reference(32).eval()
+    with torch.no_grad():
+        (said,) = task.predict(model, task.collate([sample]))
+    record = read_record(stations / "oak" / "time_series.csv")
+    assert said.times.min() > record.times[-1] and said.times.max() <= record.times[-1] + 4.001
+    text = str(said).splitlines()
+    assert text[0] == "date_time,warm,wet" and len(text) == 1 + task.span.steps and text[1].startswith("2024-02-")
+    bare = tmp_path / "mine.csv"  # no texts beside it
+    bare.write_text((stations / "oak" / "time_series.csv").read_text())
+    with torch.no_grad():
+        assert task.predict(model, task.collate([task.open(bare)]))[0].variables == ("warm", "wet")
+    bare.write_text("date_time,a\n" + "\n".join(f"2024-01-{d:02},{d}" for d in range(1, 20)))
+    with pytest.raises(UserError, match="has 1 variables, the model forecasts 2"):
+        task.collate([task.open(bare)])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "when,a\n1,2\n", "date_time,a\n" + "2024-01-01,x\n" * 9, "date_time,a\n" + "soon,1\n" * 9]
+)
+def test_files_that_will_not_do(tmp_path, text):
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(UserError, match=r"mine\.csv"):
+        read_record(tmp_path / "mine.csv")
+    with pytest.raises(UserError, match="no series that can be used"):
+        task_of(tmp_path / "none").samples("train")
+
+
+def test_observed_truth_and_forecast_are_drawn(stations):
+    task = task_of(stations)
+    judged = task.judged("test")
+    pictures = task.pictures(judged, [task.truth(sample) for sample in judged])
+    assert (
+        len(pictures) == 2
+        and pictures[0].kind == "lines"
+        and list(pictures[0].rows) == ["observed", "truth", "forecast"]
+    )
+    observed, truth, forecast = np.array(pictures[0].values)
+    assert np.isnan(truth[np.isfinite(observed)]).all() and np.isfinite(truth).any()
+    assert np.array_equal(truth, forecast, equal_nan=True)  # what was said here is the truth
+    x = np.array(pictures[0].columns, float)
+    assert (x[np.isfinite(observed)] <= 0).all() and (x[np.isfinite(truth)] >= 0).all()
+
+
+def test_embeddings_are_made_once():
+    one, two = embedded(("rain tomorrow", "dry"), "words"), embedded(("dry", "rain tomorrow"), "words")
+    assert torch.equal(one, two.flip(0)) and torch.allclose(one.norm(dim=1), torch.ones(2))
+    assert float(one[0] @ embedded(("rain, tomorrow!",), "words")[0]) > 0.99 > 0.5 > float(one[0] @ one[1])
+
+
+def test_shifts_of_the_made_set_are_announced():
+    found = irregular("announced")
+    assert len(found) == 12 and all(set(SETS) and len(one.notes) > 30 for one in found)
+    right = []
+    for one in found:
+        for at, text in zip(one.note_times, one.notes, strict=True):
+            before = np.nanmean(one.values[(one.times < at + 5) & (one.times > at), 0])
+            after = np.nanmean(one.values[(one.times >= at + 5) & (one.times < at + 10), 0])
+            if any(word in text for word in ("rise", "higher", "increase")):
+                right.append(after > before)
+            elif any(word in text for word in ("drop", "lower", "decrease")):
+                right.append(after < before)
+    assert np.mean(right) > 0.85  # of shifts that come close together some cancel
+
+
+def test_forecasts_are_read_at_other_times():
+    said = Forecast(("a",), np.array([1.0, 3.0]), np.array([[0.0], [4.0]]), 0.0)
+    asked = Forecast(("a",), np.array([11.0, 12.0]), np.zeros((2, 1)), 10.0)
+    assert said.at(asked)[:, 0].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("fields", [{"dataset": "GDELT"}, {"days": -1.0}])
+def test_what_cannot_be_is_refused(fields):
+    with pytest.raises(UserError):
+        IrregularForecast(**fields)
