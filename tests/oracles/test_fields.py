@@ -142,7 +142,7 @@ def test_nothing_of_the_test_part_is_seen_in_training(name, planted):
     labels = [sample.target for sample in task.samples("test")]
 
     def change(sample, part="test"):
-        turned = labels[(labels.index(sample.target) + 7) % len(labels)]
+        turned = labels[(labels.index(sample.target) + 7 if sample.target in labels else 0) % len(labels)]
         return dataclasses.replace(sample, target=turned, inputs=-sample.inputs) if sample.part == part else sample
 
     planted(task, change)
