@@ -25,6 +25,7 @@ def test_folds_walk_forward():
         assert train.max() < validation.min() and validation.max() < test.min()
         tests.append(test)
         assert len(task.judged("test")) == len(test)  # no day is left out
+        assert len(StockForecast(**TINY, fold=fold, samples_judged=5).fitting()) == len(train)
     assert tests[1].max() < tests[0].min() and tests[2].max() < tests[1].min()
     assert len(dates(StockForecast(**TINY, fold=2), "train")) < len(dates(StockForecast(**TINY), "train"))
 
