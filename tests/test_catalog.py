@@ -25,7 +25,7 @@ def test_all_papers_are_there():
         "finch", "think", "triattention", "attention_matching", "kvzap", "fastkvzip", "sampling", "green_list",
         "block_diffusion", "vcd", "pai", "structured_pruning", "int4", "kv_merging", "low_rank", "weight_sharing",
         "softmax", "ablate", "head_statistics", "head_temperature", "logit_bias", "token_maps", "tome", "token_pool",
-        "slimcode", "fastv", "feature_pool",
+        "slimcode", "fastv", "feature_pool", "naive_forecast", "tabular_forecast",
     }  # fmt: skip
     assert all(row.baseline for row in catalog.baselines())
     assert len(set(catalog.names())) == len(ROWS)
