@@ -43,7 +43,7 @@ class StockForecast(ReturnTask):
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("mae", "absolute error of the price", "%", what="of the logarithm of the next day's price"),
-        Metric("direction", "right directions", higher=True, kind="share"),
+        Metric("direction", "right directions", higher=True, kind="share", what="a forecast of no change has none"),
         Metric("accuracy", "1 - relative error of the price", higher=True, kind="share"),
     )
     files: ClassVar[tuple[str, ...]] = ("stocks", "stock-prediction-models")
