@@ -51,8 +51,8 @@ claim = Claim(
                 **{f"{task}.steps": 120 for task in REAL},
             },
             cuda={
-                "dim": 64, "width": 128, "layers": 2, "batch": 128, "steps": 600, "rates": (1e-3, 3e-3), "seeds": 3,
-                "samples_judged": 1500,
+                "dim": 64, "width": 128, "layers": 2, "batch": 128, "steps": 400, "rates": (2e-3,),
+                "samples_judged": 1000,
             },
         ),
     ),

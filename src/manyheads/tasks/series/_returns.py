@@ -190,7 +190,7 @@ class ReturnTask(ForecastTask):
         return Recurrent(kind or self.references[0], self.dim, width, self.layers, self.dropout)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        found: Tensor = huber_loss(model(batch["inputs"]), batch["targets"])
+        found: Tensor = huber_loss(model(batch["inputs"]).float(), batch["targets"])
         return found
 
     def predict(self, model: nn.Module, batch: Batch) -> list[ReturnForecast]:

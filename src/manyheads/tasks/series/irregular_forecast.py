@@ -79,7 +79,7 @@ class IrregularForecast(WindowTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         mask = batch["target_mask"]
-        found: Tensor = mse_loss(model(batch)[mask], batch["targets"][mask])
+        found: Tensor = mse_loss(model(batch)[mask].float(), batch["targets"][mask])
         return found
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Forecast]:
