@@ -9,6 +9,7 @@ from manyheads.data.stocks import Prices
 from manyheads.errors import UserError
 from manyheads.tasks.series._returns import ReturnForecast, echoes, features, wealth
 from manyheads.tasks.series.stock_forecast import StockForecast
+from tolerance import DEEP, FORMULA, is_close
 
 TINY = {"dim": 16, "layers": 1, "heads": 2, "batch": 4, "source_of": "echo", "history": 20}
 
@@ -74,14 +75,14 @@ def test_accounts():
     rng = np.random.default_rng(0)
     prices = 100 * np.exp(np.cumsum(rng.standard_normal(50) / 50))
     held = wealth(prices, np.ones(50), 0.0)
-    assert np.allclose(held, prices / prices[0])
-    assert np.allclose(wealth(prices, np.zeros(50), 0.01), 1)
+    assert is_close(held, prices / prices[0], DEEP)
+    assert is_close(wealth(prices, np.zeros(50), 0.01), 1.0, FORMULA)
     turns = (np.arange(50) // 5 % 2).astype(float)
-    assert np.allclose(wealth(np.full(50, 7.0), turns, 0.0), 1)  # a price that stays
+    assert is_close(wealth(np.full(50, 7.0), turns, 0.0), 1.0, FORMULA)  # a price that stays
     switched = np.abs(np.diff(turns, prepend=0.0)).sum()
     assert wealth(np.full(50, 7.0), turns, 0.01)[-1] == pytest.approx(0.99**switched)
     by_hand = np.cumprod([1, *np.where(turns[:-1] == 1, prices[1:] / prices[:-1], 1.0)])
-    assert np.allclose(wealth(prices, turns, 0.0), by_hand)
+    assert is_close(wealth(prices, turns, 0.0), by_hand, DEEP)
     assert (wealth(prices, turns, 0.01) <= by_hand).all()
 
 
