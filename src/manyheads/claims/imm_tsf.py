@@ -62,7 +62,7 @@ claim = Claim(
         sizes=Sizes(
             quick={**SMALL, "dim": 16, "batch": 4, "steps": 3, "samples_judged": 6},
             cpu={**SMALL, "dim": 24, "width": 160, "batch": 12, "EPA-Air.steps": 150, "announced.steps": 250},
-            cuda={"dim": 64, "layers": 2, "width": 384, "batch": 32, "steps": 600, "rates": (1e-3, 3e-3), "seeds": 5},
+            cuda={"dim": 64, "layers": 2, "width": 384, "batch": 24, "steps": 250, "rates": (2e-3,)},
         ),
     ),
     checks=(

@@ -92,7 +92,7 @@ def test_attention_to_texts_is_its_formula(given):
     want = torch.zeros(B, Q, D).double()
 
     def code(t):
-        raw = [float(t * r + p) for r, p in zip(a.times.rates, a.times.phases, strict=True)]
+        raw = [(t * r + p).item() for r, p in zip(a.times.rates, a.times.phases, strict=True)]
         return torch.tensor([raw[0], *map(math.sin, raw[1:])], dtype=torch.float64)
 
     for b in range(2):

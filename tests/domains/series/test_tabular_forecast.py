@@ -14,7 +14,7 @@ class One:
     def __init__(self, of):
         self.of, self.rng = of, np.random.default_rng(1)
 
-    def judged(self, part):
+    def fitting(self):
         return [self.rng.uniform(-2, 2, (40, 1)) for _ in range(30)]
 
     def table(self, rows):
@@ -28,7 +28,7 @@ def test_a_line_is_the_ridges_and_a_bend_is_the_boostings(of, better):
     for model in ("ridge", "boosting"):
         task, procedure = One(of), TabularForecast(model=model)
         fitted = procedure.fitted(task, 0)
-        table = task.table(task.judged("test")[0])
+        table = task.table(task.fitting()[0])
         errors[model] = np.square(procedure.forecast(fitted, table) - table.targets).mean()
     worse = next(name for name in errors if name != better)
     assert errors[better] < 0.1 * errors[worse]

@@ -53,7 +53,7 @@ class TabularForecast(Procedure):
             from sklearn.preprocessing import StandardScaler
         except ImportError as error:
             raise UserError("tabular_forecast needs scikit-learn: pip install 'manyheads[train]'") from error
-        tables = [task.table(sample) for sample in task.judged("train")]
+        tables = [task.table(sample) for sample in task.fitting()]
         features, kinds, level, targets = (
             np.concatenate([getattr(one, name) for one in tables]) for name in ("features", "kinds", "level", "targets")
         )

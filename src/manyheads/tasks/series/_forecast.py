@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,10 @@ class ForecastTask(FieldTask):
     @abstractmethod
     def table(self, sample: Sample) -> Table:
         """The numbers that a sample asks for, one a row."""
+
+    def fitting(self) -> Sequence[Sample]:
+        """All samples of the training part that have a table, for models that are fitted to all at once."""
+        return replace(self, samples_judged=2**31).judged("train")
 
     @abstractmethod
     def told(self, sample: Sample, values: Array) -> Any:

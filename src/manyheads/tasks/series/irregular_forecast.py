@@ -22,6 +22,7 @@ from ._windows import Forecast, Window, WindowTask, standard
 
 __all__ = ["IrregularForecast"]
 
+_GRID = 64  # steps that DLinear reads at most: its size grows with their square
 _COLUMNS = ("last", "season", "level", "last change", "season change", "spread", "ahead", "age", "slope")
 
 
@@ -71,7 +72,7 @@ class IrregularForecast(WindowTask):
     def reference(self, width: int, kind: str = "") -> nn.Module:
         kind, steps, channels = kind or self.references[0], self.span.steps, self.channels
         if kind == "dlinear":
-            return Forecaster(DLinear(steps, width, self.dropout), channels)
+            return Forecaster(DLinear(min(steps, _GRID), width, self.dropout), channels)
         if kind == "patchtst":
             made = PatchTST(steps, channels, self.dim, self.layers, self.heads, width, self.dropout)
             return Forecaster(made, channels)
@@ -79,7 +80,7 @@ class IrregularForecast(WindowTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         mask = batch["target_mask"]
-        found: Tensor = mse_loss(model(batch)[mask], batch["targets"][mask])
+        found: Tensor = mse_loss(model(batch)[mask].float(), batch["targets"][mask])
         return found
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Forecast]:

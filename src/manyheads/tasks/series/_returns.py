@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forecasts of the return of one day: what is read, models of it, and what following a forecast is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import huber_loss
+
+from ...data.stocks import Prices
+from ...errors import UserError
+from ...recipe import Batch, Sample
+from ._forecast import Array, ForecastTask, Table
+
+__all__ = ["FEATURES", "Recurrent", "ReturnForecast", "ReturnTask", "Window", "echoes", "features", "wealth"]
+
+FEATURES = 4  # of a day: return, range, close in its range, change of volume
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """What is known at a close.
+
+    Attributes:
+        rows: days by features, the last day last ``[L, 4]``; returns and ranges in deviations.
+        deviation: of the returns that are read, in per cent.
+        close: the price.
+        date: of the close.
+    """
+
+    rows: Array
+    deviation: float
+    close: float
+    date: str
+
+    def __neg__(self) -> Window:
+        """The window with every feature negated."""
+        return replace(self, rows=-self.rows)
+
+    def last(self, days: int) -> Window:
+        """The window with its last days alone."""
+        return replace(self, rows=self.rows[-days:])
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnForecast:
+    """The next day's return.
+
+    Attributes:
+        close: price that it starts from.
+        percent: 100 times the logarithm of the ratio of the prices.
+    """
+
+    close: float
+    percent: float
+
+    def __str__(self) -> str:
+        return f"{self.close * np.exp(self.percent / 100):.4g} after {self.close:.4g} ({self.percent:+.2f} %)"
+
+
+def features(share: Prices, first: int, day: int) -> tuple[Array, float]:
+    """Features of the days after ``first`` up to ``day``, and the deviation of their returns in per cent.
+
+    Nothing after the close of ``day`` is read.
+    """
+    seen = slice(first, day + 1)
+    high, low, close, volume = (share.column(name)[seen] for name in ("high", "low", "close", "volume"))
+    returns = 100 * np.diff(np.log(share.column("adjusted")[seen]))
+    deviation = float(max(returns.std(), 1e-3))
+    spread = 100 * np.log(high / low)[1:]
+    place = ((close - low) / np.maximum(high - low, 1e-9))[1:] - 0.5
+    traded = np.diff(np.log(volume + 1)).clip(-3, 3)
+    return np.stack((returns / deviation, spread / deviation, place, traded), 1), deviation
+
+
+def wealth(closes: Array, holds: Array, cost: float) -> Array:
+    """Worth of 1 after each day, in shares where ``holds`` is 1 and in cash where it is 0.
+
+    Args:
+        closes: prices ``[T]`` at which is bought and sold.
+        holds: share of the worth that is held from each close to the next ``[T]``; the last is sold nothing of.
+        cost: of what is bought or sold, as a share.
+    """
+    found, held = np.ones(len(closes)), 0.0
+    for t in range(len(closes)):
+        grown = (1 - held) + held * (closes[t] / closes[t - 1]) if t else 1.0
+        before = found[t - 1] * grown if t else 1.0
+        share = held * (closes[t] / closes[t - 1]) / grown if t else 0.0
+        found[t] = before * (1 - cost * abs(holds[t] - share))
+        held = holds[t]
+    return found
+
+
+def echoes(lag: int = 25, days: int = 420) -> tuple[Prices, ...]:
+    """Twelve made shares whose returns are 0.8 times those of 25 days before, and chance."""
+    found = []
+    for number in range(12):
+        rng = np.random.default_rng([number, 41])
+        returns = rng.standard_normal(days)
+        for t in range(lag, days):
+            returns[t] = 0.8 * returns[t - lag] + 0.6 * returns[t]
+        close = 100 * np.exp(np.cumsum(returns) / 100)
+        spread = np.exp(rng.uniform(0.002, 0.02, days))
+        values = np.stack((close, close * spread, close / spread, close, close, rng.uniform(1e5, 2e5, days)), 1)
+        dates = np.arange(np.datetime64("2024-01-01"), np.datetime64("2024-01-01") + days)
+        found.append(Prices(f"echo {number:02}", dates, values))
+    return tuple(found)
+
+
+class Recurrent(nn.Module):
+    """A recurrent network, its last state and a layer, ``[B, L, 4] -> [B]``.
+
+    Args:
+        kind: ``lstm``, ``gru`` or ``bilstm``.
+        dim: features of a day.
+        width: of the states.
+        layers: of the network.
+        dropout: between them, and before the last layer.
+    """
+
+    def __init__(self, kind: str, dim: int, width: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.embed, two = nn.Linear(FEATURES, dim), kind == "bilstm"
+        self.network = (nn.GRU if kind == "gru" else nn.LSTM)(
+            dim, width, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0, bidirectional=two
+        )
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width * (1 + two), 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Forecast ``[B]``, in deviations."""
+        states = self.network(self.embed(x))[0]
+        out: Tensor = self.head(states[:, -1])[:, 0]
+        return out
+
+
+class LastToken(nn.Module):
+    """Days as tokens with learned positions, blocks, and a layer that reads the last one, ``[B, L, 4] -> [B]``."""
+
+    def __init__(self, blocks: Sequence[nn.Module], dim: int, days: int) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Linear(FEATURES, dim), nn.Parameter(torch.randn(days, dim) * 0.1)
+        self.blocks, self.norm, self.head = nn.ModuleList(blocks), nn.LayerNorm(dim), nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Forecast ``[B]``, in deviations."""
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        h = self.embed(x) + self.positions
+        for block in self.blocks:
+            h = block(h, mask)
+        out: Tensor = self.head(self.norm(h[:, -1]))[:, 0]
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReturnTask(ForecastTask):
+    """Base of tasks that forecast returns: models, their loss, what they say, rows of tables.
+
+    Attributes:
+        history: days that are read.
+    """
+
+    references: ClassVar[tuple[str, ...]] = ("lstm", "gru", "bilstm")
+
+    history: int = 30
+
+    @property
+    def features(self) -> int:
+        """Features of a day."""
+        return FEATURES
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        if short := next((s for s in samples if len(s.inputs.rows) < self.history), None):
+            raise UserError(f"{short.name} has {len(short.inputs.rows)} days, the model reads {self.history}")
+        windows = [sample.inputs.last(self.history) for sample in samples]
+        inputs = torch.stack([torch.from_numpy(w.rows.copy()).float() for w in windows])
+        if any(sample.target is None for sample in samples):
+            return {"inputs": inputs, "windows": windows}
+        targets = [s.target[0] / w.deviation for s, w in zip(samples, windows, strict=True)]
+        return {"inputs": inputs, "windows": windows, "targets": torch.tensor(targets, dtype=torch.float32)}
+
+    def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
+        return LastToken(blocks, self.dim, self.history)
+
+    def reference(self, width: int, kind: str = "") -> nn.Module:
+        return Recurrent(kind or self.references[0], self.dim, width, self.layers, self.dropout)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        found: Tensor = huber_loss(model(batch["inputs"]).float(), batch["targets"])
+        return found
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[ReturnForecast]:
+        said = model(batch["inputs"]).float().cpu().tolist()
+        return [ReturnForecast(w.close, x * w.deviation) for x, w in zip(said, batch["windows"], strict=True)]
+
+    def truth(self, sample: Sample) -> ReturnForecast:
+        return ReturnForecast(sample.inputs.close, sample.target[0])
+
+    def table(self, sample: Sample) -> Table:
+        window = sample.inputs
+        returns = window.rows[:, 0] * window.deviation
+        row = [0.0, returns[-5], *returns[-5:], returns[-25:].mean(), returns[-25], window.rows[-1, 1]]
+        names = ("last", "season", *(f"return {i}" for i in range(5, 0, -1)), "drift", "25 days ago", "range")
+        kinds, zero = np.zeros(1, np.int64), np.zeros(1)
+        return Table(names, np.array([row]), kinds, zero, np.array(sample.target, float))
+
+    def told(self, sample: Sample, values: Array) -> ReturnForecast:
+        return ReturnForecast(sample.inputs.close, float(values[0]))
