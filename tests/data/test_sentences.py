@@ -17,10 +17,11 @@ def test_requests_of_either_packing(home, monkeypatch, tmp_path):
         for part in ("train", "dev", "test"):
             archive.writestr(f"{home}{part}/label", "Play\nRate\n")
             archive.writestr(f"{home}{part}/seq.in", f"play it {part} \nfive stars\n")
+            archive.writestr(f"{home}{part}/seq.out", "O O B-what\nB-stars O\n")
     monkeypatch.setattr(files, "local", lambda name: place if home == "snips/" else None)
     monkeypatch.setattr(files, "path", lambda name: place)
     found = requests()
-    assert found[0] == Request("train 0", "play it train", "Play", "train") and len(found) == 6
+    assert found[0] == Request("train 0", "play it train", "Play", "train", ("O", "O", "B-what")) and len(found) == 6
     assert [one.part for one in found] == ["train"] * 2 + ["validation"] * 2 + ["test"] * 2
 
 
