@@ -17,43 +17,48 @@ from parallel import processes_worker as worker
 
 
 def running():
-    return [process for process in multiprocessing.active_children() if process.is_alive()]
+    return {process for process in multiprocessing.active_children() if process.is_alive()}
 
 
-def test_results_by_rank_and_errors_of_the_user():
-    before = set(running())
+@pytest.fixture
+def before():
+    """Processes of other tests."""
+    return running()
+
+
+def test_results_by_rank_and_errors_of_the_user(before):
     with Processes(2, node=1) as pool:
         found = pool.run(worker.answer, 7)
         assert [one["rank"] for one in found] == [0, 1]
         assert all(one == {"rank": r, "size": 2, "node": 1, "sum": 3.0, "given": 7} for r, one in enumerate(found))
         assert [one["given"] for one in pool.run(worker.answer, 8)] == [8, 8]  # it stays up
-        assert len(set(running()) - before) == 2  # the control: they would be seen
+        assert len(running() - before) == 2  # the control: they would be seen
         with pytest.raises(UserError, match=r"^give it something else$"):
             pool.run(worker.refuse)
         with pytest.raises(RuntimeError, match="have ended"):
             pool.run(worker.answer, 7)
-    assert set(running()) == before
+    assert running() == before
 
 
-def test_other_errors_carry_the_traceback_of_their_process():
+def test_other_errors_carry_the_traceback_of_their_process(before):
     with Processes(2) as pool, pytest.raises(RuntimeError, match=r"process 1:\n(?s:.*)in fail(?s:.*)it is zero here"):
         pool.run(worker.fail)
-    assert not running()
+    assert running() == before
 
 
-def test_a_process_that_hangs_ends_at_the_limit():
+def test_a_process_that_hangs_ends_at_the_limit(before):
     with Processes(1, limit=1.0) as pool:
         start = time.monotonic()
         with pytest.raises(RuntimeError, match=r"processes \[0\] did not finish within 1 s"):
             pool.run(worker.hang)
         assert 1.0 <= time.monotonic() - start < 30
-    assert not running()
+    assert running() == before
 
 
-def test_a_process_that_ended_is_told():
+def test_a_process_that_ended_is_told(before):
     with Processes(1) as pool, pytest.raises(RuntimeError, match="process 0 ended"):
         pool.run(worker.die)
-    assert not running()
+    assert running() == before
 
 
 def test_what_cannot_start_is_refused():
