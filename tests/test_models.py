@@ -235,3 +235,26 @@ def test_devices_that_are_not_there(device: str, says: str, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=says):
         models.load_recall(device)
+
+
+def test_a_tokenizer_without_its_merges_is_said_and_refused_where_claims_are_checked(tmp_path, monkeypatch) -> None:
+    """A published model read as single letters lost 9 nats instead of 4 a token, and papers were judged by it."""
+    whole = json.loads((models.default_path() / "tokenizer.json").read_text())
+    whole["model"]["merges"] = []
+    folder = tmp_path / "gemma3-270m"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    (folder / "tokenizer_config.json").write_text((models.default_path() / "tokenizer_config.json").read_text())
+    (folder / "config.json").write_text((models.default_path() / "config.json").read_text())
+    with pytest.warns(UserWarning, match="single letters though it knows 8,192 tokens"):
+        broken = models.tokenizer(folder)
+    assert models.cuts_letters(broken)
+    assert not models.cuts_letters(models.tokenizer("default"))
+    monkeypatch.setenv("MANYHEADS_MODELS", str(tmp_path))
+    with pytest.raises(UserError, match="make its folder again"):
+        models.tokenizer("gemma3-270m")
+    whole["model"]["vocab"] = {k: v for k, v in whole["model"]["vocab"].items() if v < 300}
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < 300]
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    assert not models.cuts_letters(models.tokenizer(folder)), "one of bytes is as it should be"

@@ -6,6 +6,7 @@ Weights are read from safetensors alone, and no code of a checkpoint's own is ev
 
 import os
 import tomllib
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _CACHE = "~/.cache/manyheads/models"
 _DTYPES = ("float32", "bfloat16", "float16")
+_WORDS, _MANY_TOKENS = "the people of the world and what they have made", 2000
 
 
 @cache
@@ -113,7 +115,26 @@ def tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"{name} has no tokenizer that can be read ({_line(error)}); put tokenizer.json beside its weights"
         ) from error
+    if cuts_letters(made):
+        says = (
+            f"the tokenizer of {path_or_name} cuts words into single letters though it knows {len(made):,} tokens: its "
+            "merges are missing, as after some releases of transformers read a GGUF file, and losses mean nothing"
+        )
+        if str(path_or_name) in published():
+            raise UserError(f"{says}; make its folder again, or fetch tokenizer.json")
+        warnings.warn(says, UserWarning, stacklevel=2)
     return made
+
+
+def cuts_letters(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a tokenizer with many tokens has none for common English words, as where its merges were lost.
+
+    True as well for one of a language that is not written in letters; byte-level and character-level ones, which know
+    few tokens, are as they should be.
+    """
+    if len(tokenizer) < _MANY_TOKENS:
+        return False
+    return len(tokenizer(_WORDS, add_special_tokens=False)["input_ids"]) >= len(_WORDS.replace(" ", ""))
 
 
 def load_reader(
