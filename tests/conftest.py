@@ -21,6 +21,19 @@ def pytest_configure(config):
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file is one worker's, so that what its tests share is made once; so are all files that share processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return "tests/parallel" if path.startswith("tests/parallel/") else path
+
+    return ByFile(config, log)
+
+
 def pytest_collection_finish():
     """What imports made stays: collections that tests ask for do not look through it. Nothing is dead any sooner."""
     gc.collect()

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -320,12 +321,16 @@ ALLOWED = [
         "manyheads.tasks.a", "model.eval()\nre.compile('x')\nload('x', trust_remote_code=False, weights_only=True)\n"
     ),
 ]
-SOURCES = [read(path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+@cache
+def sources() -> list[Source]:
+    return [read(path) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_package_keeps_the_rule(rule):
-    assert not [f"{source.module}: {fault}" for source in SOURCES for fault in rule(source)]
+    assert not [f"{source.module}: {fault}" for source in sources() for fault in rule(source)]
 
 
 @pytest.mark.parametrize(
@@ -365,7 +370,7 @@ def circles(sources: list[Source]) -> list[list[str]]:
 
 
 def test_no_imports_run_in_a_circle():
-    assert not circles(SOURCES)
+    assert not circles(sources())
 
 
 def test_a_circle_is_found():
@@ -379,9 +384,9 @@ def test_a_circle_is_found():
 
 def test_exceptions_are_needed():
     """An exception that nothing needs any more goes."""
-    taken = {(s.module, t) for s in SOURCES for _, name in s.imports() for t in (name, name.rpartition(".")[0])}
+    taken = {(s.module, t) for s in sources() for _, name in s.imports() for t in (name, name.rpartition(".")[0])}
     assert taken >= UPWARD and all(FLOOR[a.split(".")[1]] < FLOOR[b.split(".")[1]] for a, b in UPWARD)
-    text = "".join(ast.unparse(source.tree) for source in SOURCES)
+    text = "".join(ast.unparse(source.tree) for source in sources())
     assert not [asked for asked in UNDECLARED if asked.removesuffix(")") not in text]
 
 
@@ -406,7 +411,7 @@ def environment_names(sources: list[Source]) -> set[str]:
 
 
 def test_at_most_three_environment_variables():
-    names = environment_names(SOURCES)
+    names = environment_names(sources())
     assert len(names) <= 3 and "?" not in names, names
     assert environment_names([Source("manyheads.a", "os.environ.setdefault('A', '1')")]) == set()
     text = "import os\nos.environ['A']\nos.environ.get('B')\nos.getenv('C', '')\nos.environ[x] = '1'\n"
@@ -431,7 +436,7 @@ def repeated_share(sources: list[Source], window: int = 6) -> float:
 
 
 def test_little_is_written_twice():
-    assert repeated_share(SOURCES) <= 0.02
+    assert repeated_share(sources()) <= 0.02
     body = "".join(f"x{i} = {i}\n" for i in range(10))
     assert repeated_share([Source("manyheads.a", body), Source("manyheads.b", body)]) == 1
 
@@ -448,10 +453,12 @@ def test_every_strategy_and_claim_has_its_row():
     from manyheads import catalog
 
     rows = {row.module for row in [*catalog.papers(), *catalog.baselines()]}
-    modules = {s.module for s in SOURCES if s.part in CATEGORIES and not s.package and "._" not in s.module}
+    modules = {s.module for s in sources() if s.part in CATEGORIES and not s.package and "._" not in s.module}
     assert {m for m in modules if m not in rows and m.rpartition(".")[0] not in rows} == set()
     slugs = {
-        s.module.split(".")[2] for s in SOURCES if s.part == "claims" and "." in s.module[10:] and "._" not in s.module
+        s.module.split(".")[2]
+        for s in sources()
+        if s.part == "claims" and "." in s.module[10:] and "._" not in s.module
     }
     assert slugs <= set(catalog.names())
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError
+from ..workers import started
 from .task import RunContext
 
 if TYPE_CHECKING:
@@ -166,10 +167,8 @@ class _Worker:
     """A process that does one unit at a time, so that it is known which one it died on."""
 
     def __init__(self, sent: tuple[Any, ...]) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, sent), daemon=True)
-        self._process.start()
+        self.pipe, theirs = multiprocessing.Pipe()
+        self._process = started(_serve, (theirs, sent))
         theirs.close()  # so that the pipe ends when the worker does
 
     def give(self, unit: WorkUnit) -> None:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..workers import started
 from ._context import World
 
 __all__ = ["Processes"]
@@ -63,17 +64,14 @@ class Processes:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
-        start = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name, "meeting").as_uri()
         for rank in range(self.size):
-            mine, theirs = start.Pipe()
+            mine, theirs = multiprocessing.Pipe()
             about = (theirs, rank, self.size, self.backend, self.node, meeting)
-            process = start.Process(target=_work, args=about, daemon=True)
-            process.start()
+            self._processes.append(started(_work, about))
             theirs.close()
             self._pipes.append(mine)
-            self._processes.append(process)
         self._gather(_START + self.limit)  # each says when it is there
         return self
 
