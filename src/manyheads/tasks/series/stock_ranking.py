@@ -105,6 +105,7 @@ class StockRanking(WalkForward):
                what="after costs, over all shares in equal parts without costs"),
         Metric("ic", "rank correlation with returns", higher=True, what="Spearman's, of the shares of a date"),
     )  # fmt: skip
+    files: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[str] = (
         "a folder of CSV files, one a share, with the columns date, open, high, low, close, volume; `predict` reads "
         "such a folder, or a CSV file of several shares with a column ticker"
