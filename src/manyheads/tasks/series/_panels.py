@@ -139,16 +139,18 @@ def _outcome(returns: Array) -> Outcome:
 
 
 def peaks(shares: int = 60, weeks: int = 300) -> tuple[Prices, ...]:
-    """Made shares, a day a week, whose return is 0.4 times that of the week of most volume among the last 20.
+    """Made shares, a day a week, whose return is 0.5 or -0.5 times that of the week of most volume among the last 20.
 
-    Which week that is, the volumes alone tell; that the order of weeks says nothing suits a model without positions.
-    The rest is chance, and a move that all shares have in common.
+    It has the same sign after a week of less than the usual volume, the other sign after one of more, so that returns
+    alone say nothing of the next one. Volumes tell which week it is; the order of weeks says nothing, which suits a
+    model without positions. The rest is chance, and a move that all shares have in common.
     """
     rng = np.random.default_rng([60, 2404])
     volume, own = np.exp(0.6 * rng.standard_normal((weeks, shares))), rng.standard_normal((weeks, shares))
     for t in range(HISTORY, weeks):
         most = volume[t - HISTORY : t].argmax(0) + t - HISTORY
-        own[t] = 0.4 * own[most, np.arange(shares)] + 0.9165 * own[t]
+        sign = np.where(volume[t - 1] < 1, 0.5, -0.5)
+        own[t] = sign * own[most, np.arange(shares)] + 0.75**0.5 * own[t]
     close = 100 * np.exp(np.cumsum(0.03 * own + 0.02 * rng.standard_normal((weeks, 1)), 0))
     dates = np.datetime64("2018-01-05") + 7 * np.arange(weeks)
     return tuple(
