@@ -217,7 +217,8 @@ class StockRanking(WalkForward):
         return Ranking(section.names, scores, self.top)
 
     def score(self, sample: Sample, said: Ranking) -> Mapping[str, float]:
-        return {metric.name: self.scores([sample], [said])[0][metric.name] for metric in self.metrics}
+        found = self.scores([sample], [said])[0]
+        return {metric.name: found[metric.name] for metric in self.metrics}
 
     def scores(self, samples: Sequence[Sample], said: Sequence[Ranking]) -> Sequence[Mapping[str, float]]:
         """Of dates in their order, each with the portfolio that the one before left."""
