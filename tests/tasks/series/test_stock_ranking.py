@@ -14,7 +14,8 @@ from manyheads.errors import UserError
 from manyheads.tasks._statistics import rank_correlation
 from manyheads.tasks.series._panels import HISTORY, cross_sections, peaks, quantile_classes
 from manyheads.tasks.series._portfolio import figures, held, portfolio
-from manyheads.tasks.series.stock_ranking import Ranking, StockRanking
+from manyheads.tasks.series._rankings import Ranking
+from manyheads.tasks.series.stock_ranking import StockRanking
 from tolerance import DEEP, DRAWN, FORMULA, is_close, is_far
 
 TINY = {"dim": 16, "layers": 1, "heads": 2, "batch": 4}

@@ -63,7 +63,7 @@ class QuantTransformer(nn.Module):
             hidden = ~mask[:, None].expand(-1, periods, -1).flatten(0, 1)
             found = self.tokens(every.flatten(0, 1), hidden)
             last = found.view(-1, periods, shares, found.shape[-1])[:, -1][mask]
-        logits = self.head(last)
+        logits: Tensor = self.head(last)
         out = logits.new_zeros(*mask.shape, logits.shape[-1])
         out[mask] = logits
         return out

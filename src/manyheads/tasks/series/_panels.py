@@ -125,7 +125,8 @@ def _z_score(x: Array) -> Array:
     """Mean 0 and variance 1 over the columns of ``[T, S]`` that are not NaN, which become 0; so does what is equal."""
     away = x - np.nanmean(x, 1, keepdims=True)
     spread = np.sqrt(np.nanmean(away**2, 1, keepdims=True))
-    return np.nan_to_num(away / np.where(spread < 1e-9, 1.0, spread))
+    found: Array = np.nan_to_num(away / np.where(spread < 1e-9, 1.0, spread))
+    return found
 
 
 def _outcome(returns: Array) -> Outcome:
