@@ -53,8 +53,9 @@ claim = Claim(
         subject="trainable", arms=(*ARMS, Arm(ZERO, "quantformer:between=zero")), baseline=GRU, equal="parameters",
         seeds=3,
         tasks=(
-            StockRanking(source_of="sectors", only=ON_REAL), StockRanking(source_of="sectors", fold=1, only=ON_REAL),
-            StockRanking(source_of="peaks"),
+            StockRanking(source_of="sectors", classes=3, only=ON_REAL),
+            StockRanking(source_of="sectors", classes=3, fold=1, only=ON_REAL),
+            StockRanking(source_of="peaks", classes=3),
         ),
         sizes=Sizes(
             quick={**SMALL, "batch": 2, "steps": 3, "samples_judged": 8},

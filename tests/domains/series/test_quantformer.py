@@ -147,7 +147,7 @@ def test_the_target_zero_pulls_to_equal_probabilities():
 
 
 class Task:
-    dim, layers, heads, dropout, classes = D, 2, H, 0.0, C
+    dim, layers, heads, dropout, classes, top = D, 2, H, 0.0, C, 0.2
 
 
 @torch.no_grad()
@@ -171,3 +171,8 @@ def test_what_cannot_be_is_refused():
     for spec in ("quantformer:attend=batch", "quantformer:between=both"):
         with pytest.raises(UserError, match="quantformer"):
             parse(spec)
+    fifths = Task()
+    fifths.classes = 5
+    with pytest.raises(UserError, match="leave none"):
+        Quantformer(between="zero").build(fifths, W)
+    assert isinstance(Quantformer(between="zero").build(Task(), W), QuantTransformer)

@@ -197,9 +197,13 @@ def test_scores_are_those_by_hand():
         assert one["excess"] == pytest.approx(100 * net[t] - returns.mean())
         assert one["ic"] == pytest.approx(rank_correlation(said[t].scores, returns))
         assert one["turnover"] == pytest.approx(bought[t])
+        assert one["gross"] == pytest.approx(weights[t] @ returns - returns.mean())
+        best = set(np.argsort(-returns)[:12])  # a fifth
+        assert one["precision"] == pytest.approx(len(best & set(np.flatnonzero(weights[t]))) / 12)
     assert np.mean([one["sharpe"] for one in found]) == pytest.approx(math.sqrt(52) * net.mean() / net.std())
     alone = task.score(dates[1], said[1])
     gains, mean = (weights[1] * dates[1].target.returns).sum() / 100, dates[1].target.returns.mean()
+    assert alone.pop("precision") == found[1]["precision"] and len({one["precision"] for one in found}) > 3
     assert alone == pytest.approx({"excess": 100 * (0.997 * (1 + gains) - 1) - mean, "ic": found[1]["ic"]})
     assert abs(alone["excess"] - found[1]["excess"]) > 0.01  # by itself a date has everything bought
     table = task.table(dates[0])
@@ -237,7 +241,7 @@ def test_some_shares_are_drawn_with_the_labels_of_all():
         every = task.collate([whole])
         assert torch.equal(batch["labels"][b], every["labels"][0, at])
         assert torch.equal(batch["inputs"][b], every["inputs"][0, at])
-    counts = [int((task.collate([sample])["labels"] == k).sum()) for sample in samples[:5] for k in range(3)]
+    counts = [int((task.collate([sample])["labels"] == k).sum()) for sample in samples[:5] for k in range(5)]
     assert set(counts) == {12}
 
 

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, one_hot
 
+from ...errors import UserError
 from ...recipe import Batch, FieldTask, Picture, Recipe
 
 __all__ = ["QuantTransformer", "Quantformer"]
@@ -97,6 +98,11 @@ class Quantformer(Recipe):
     )
 
     def build(self, task: Any, width: int) -> nn.Module:
+        if self.between == "zero" and task.classes * task.top > 1 - 1e-9:
+            raise UserError(
+                f"quantformer: between=zero is about shares between classes, and {task.classes} classes of "
+                f"{task.top:g} leave none; give --task stock_ranking:classes=3"
+            )
         return QuantTransformer(self.attend, task.classes, task.dim, task.layers, task.heads, task.dropout, width)
 
     def loss(self, task: FieldTask, model: nn.Module, batch: Batch) -> Tensor:

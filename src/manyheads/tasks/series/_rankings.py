@@ -76,7 +76,7 @@ class RankingTask(WalkForward):
 
     period: Literal["week", "month", "day"] = "week"
     history: int = HISTORY
-    classes: int = 3
+    classes: int = 5
     top: float = 0.2
 
     def collate(self, samples: Sequence[Sample]) -> Batch:

@@ -17,7 +17,7 @@ from ...recipe import Picture, Sample
 from .._field import MODEL_METRICS
 from .._statistics import rank_correlation
 from ._forecast import Array
-from ._panels import HISTORY, PERIODS, Outcome, cross_sections, peaks
+from ._panels import HISTORY, PERIODS, Outcome, cross_sections, peaks, quantile_classes
 from ._portfolio import figures, held, portfolio
 from ._rankings import SEASON, Ranking, RankingTask
 
@@ -25,6 +25,7 @@ __all__ = ["StockRanking"]
 
 _TOGETHER = 4  # periods of a block that intervals count
 _FIGURES = (
+    Metric("gross", "gain before costs, %", "% a period", higher=True, what="over all shares in equal parts"),
     Metric("turnover", "bought anew", kind="share", what="of the worth, at the start of a period"),
     Metric("annual_return", "annual return, %", "%", higher=True, what="after costs"),
     Metric("sharpe", "Sharpe ratio", higher=True, what="of a year, after costs, without a riskless rate"),
@@ -51,6 +52,8 @@ class StockRanking(RankingTask):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("precision", "held shares of the highest class", higher=True, kind="share",
+               what="of those that are held; chance has as many as are held of all"),
         Metric("excess", "gain over all shares, %", "% a period", higher=True,
                what="after costs, over all shares in equal parts without costs"),
         Metric("ic", "rank correlation with returns", higher=True, what="Spearman's, of the shares of a date"),
@@ -126,15 +129,18 @@ class StockRanking(RankingTask):
     def scores(self, samples: Sequence[Sample], said: Sequence[Ranking]) -> Sequence[Mapping[str, float]]:
         """Of dates in their order, each with the portfolio that the one before left."""
         order = sorted(range(len(samples)), key=lambda i: samples[i].name)
-        net, bought = _course(self, [samples[i] for i in order], [said[i] for i in order])
+        weights, net, bought = _course(self, [samples[i] for i in order], [said[i] for i in order])
         together = figures(net, PERIODS[self.period])
         found: list[dict[str, float]] = [{} for _ in samples]
         for t, i in enumerate(order):
             returns, scores = _known(samples[i], said[i])
             known = np.isfinite(returns)
+            best = quantile_classes(samples[i].target.places, self.classes, self.top) == 0
             correlation = rank_correlation(returns[known], np.nan_to_num(scores[known], nan=-1e9))
+            mean = float(returns[known].mean())
             found[i] = {
-                "excess": 100 * float(net[t]) - float(returns[known].mean()),
+                "precision": float(weights[t][best].sum().clip(max=1)),
+                "excess": 100 * float(net[t]) - mean, "gross": float(weights[t][known] @ returns[known]) - mean,
                 "ic": correlation if np.isfinite(correlation) else 0.0, "turnover": float(bought[t].clip(max=1)),
                 **{name: float(values[t]) for name, values in together.items()},
             }  # fmt: skip
@@ -143,7 +149,7 @@ class StockRanking(RankingTask):
     def pictures(self, samples: Sequence[Sample], said: Sequence[Ranking]) -> Sequence[Picture]:
         order = sorted(range(len(samples)), key=lambda i: samples[i].name)
         dates = [samples[i] for i in order]
-        net, _ = _course(self, dates, [said[i] for i in order])
+        _, net, _ = _course(self, dates, [said[i] for i in order])
         everything = np.array([np.nanmean(sample.target.returns) / 100 for sample in dates])
         rows = {"all shares, without costs": everything, f"the best {100 * self.top:g} %, after costs": net}
         courses = [np.concatenate(([1.0], np.cumprod(1 + values))).tolist() for values in rows.values()]
@@ -158,8 +164,8 @@ def _known(sample: Sample, said: Ranking) -> tuple[Array, Array]:
     return np.where(sample.inputs.there, outcome.returns, np.nan), said.scores
 
 
-def _course(task: StockRanking, samples: Sequence[Sample], said: Sequence[Ranking]) -> tuple[Array, Array]:
-    """What the portfolio earns at each date, and what is bought."""
+def _course(task: StockRanking, samples: Sequence[Sample], said: Sequence[Ranking]) -> tuple[list[Array], Array, Array]:
+    """What is held from each date on, what it earns, and what is bought."""
     pairs = [_known(sample, one) for sample, one in zip(samples, said, strict=True)]
     weights = [held(np.where(np.isfinite(returns), scores, np.nan), task.top) for returns, scores in pairs]
-    return portfolio(weights, [returns / 100 for returns, _ in pairs], task.cost)
+    return weights, *portfolio(weights, [returns / 100 for returns, _ in pairs], task.cost)
