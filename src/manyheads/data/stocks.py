@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Daily prices of shares: two public sets, and files of one's own.
+"""Daily prices of shares: three public sets, and files of one's own.
 
 ``year``    12 shares of the United States, one year each (eleven from 2018 to 2019, Google's from 2016 to 2017)
 ``decade``  8 shares and 2 funds, those of FNSPID in Time-IMM, from 2009 to 2011 on to December 2023
+``sectors`` 88 shares of nine sectors, those of StockNet, September 2012 to September 2017; chosen by their size of a
+            later year than the first ones, so that shares which fell are missing
 """
 
 import csv
@@ -20,18 +22,20 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from . import files
 
-__all__ = ["COLUMNS", "FILES", "TAKES", "Prices", "read_prices", "stock_folder", "stocks"]
+__all__ = ["COLUMNS", "FILES", "TAKES", "Prices", "read_prices", "read_shares", "stock_folder", "stocks"]
 
 COLUMNS = ("open", "high", "low", "close", "adjusted", "volume")
 FILES: Mapping[str, tuple[str, ...]] = {  # entries of files.toml, of which one will do
     "year": ("stocks", "stock-prediction-models"),
     "decade": ("time-imm", "time-imm-repository"),
+    "sectors": ("stocknet-prices", "stocknet-dataset"),
 }
 TAKES = "a folder of CSV files, one a share, with the columns date, open, high, low, close and, if known, volume"
 _FEWEST = 2  # days of a file
 _MONTH = "GOOG"  # a file of the year's archive that has one month of a share of which there is a year
 _DATES = ("date", "date_time", "timestamp", "time")
 _ADJUSTED = ("adjusted", "adj close", "adj_close", "adjusted close")
+_NAMES = ("ticker", "symbol", "share", "name")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +80,8 @@ def stocks(source: str = "year") -> tuple[Prices, ...]:
             place = Path(member)
             if source == "decade":
                 wanted, name = "FNSPID/processed/" in member and place.name == "time_series.csv", place.parent.name
+            elif source == "sectors":
+                wanted, name = "/price/raw/" in member and place.suffix == ".csv", place.stem
             else:  # the archive has rates of exchange too
                 wanted, name = place.parent.name == "dataset" and place.stem != _MONTH, place.stem
             if not wanted:
@@ -94,11 +100,34 @@ def read_prices(path: str | Path) -> Prices:
         UserError: the file cannot be read, lacks a column, or holds what is no price.
     """
     place = Path(path)
+    return _prices(place.stem, _rows(place), str(place))
+
+
+def read_shares(path: str | Path) -> tuple[Prices, ...]:
+    """Shares of one's own, by name: a folder as :func:`stock_folder` reads it, or a CSV file of several.
+
+    Each row of the file names its share, in a column called ticker, symbol, share or name.
+
+    Raises:
+        UserError: as :func:`read_prices` does, or there is no such column.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return stock_folder(place)
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for row in _rows(place):
+        cells = {(key or "").strip().lower(): value for key, value in row.items()}
+        if (name := next((cells[key] for key in _NAMES if cells.get(key)), None)) is None:
+            raise UserError(f"{place} names no share in a column {' or '.join(_NAMES)}; give such a file, or {TAKES}")
+        parts.setdefault(name.strip(), []).append(row)
+    return tuple(_prices(name, parts[name], f"{place}, {name}") for name in sorted(parts))
+
+
+def _rows(place: Path) -> Iterable[Mapping[str, Any]]:
     try:
-        text = place.read_text(encoding="utf-8-sig")
+        return csv.DictReader(io.StringIO(place.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{place} cannot be read as a CSV file of prices ({error})") from error
-    return _prices(place.stem, csv.DictReader(io.StringIO(text)), str(place))
 
 
 def stock_folder(folder: Path) -> tuple[Prices, ...]:
@@ -113,7 +142,7 @@ def _prices(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> Prices:
     """Rows of any order as a share; days without a close are left out, of a day that is there twice the last counts."""
     found: dict[np.datetime64, list[float]] = {}
     for number, row in enumerate(rows, 2):
-        cells = {(key or "").strip().lower(): value for key, value in row.items()}
+        cells = {(key or "").strip().lower(): "" if value == "null" else value for key, value in row.items()}
         date = next((cells[key] for key in _DATES if key in cells), None)
         if date is None or "close" not in cells:
             raise UserError(

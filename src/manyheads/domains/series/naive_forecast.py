@@ -35,7 +35,8 @@ class NaiveForecast(Procedure):
     def run(self, task: Any, rng: "np.random.Generator") -> Iterable[tuple[str, str, float]]:
         if not hasattr(task, "table"):
             raise UserError(f"naive_forecast: {task.name} asks for no forecast: give --task irregular_forecast")
-        for sample in task.judged("test"):
-            said = task.told(sample, task.table(sample).column(self.kind))
-            for metric, value in task.score(sample, said).items():
+        samples = task.judged("test")
+        said = [task.told(sample, task.table(sample).column(self.kind)) for sample in samples]
+        for sample, scored in zip(samples, task.scores(samples, said), strict=True):
+            for metric, value in scored.items():
                 yield metric, sample.name, value

@@ -37,9 +37,10 @@ class TabularForecast(Procedure):
             raise UserError(f"tabular_forecast: {task.name} asks for no forecast: give --task irregular_forecast")
         seed = int(rng.integers(2**31))
         fitted = self.fitted(task, seed)
-        for sample in task.judged("test"):
-            said = task.told(sample, self.forecast(fitted, task.table(sample)))
-            for metric, value in task.score(sample, said).items():
+        samples = task.judged("test")
+        said = [task.told(sample, self.forecast(fitted, task.table(sample))) for sample in samples]
+        for sample, scored in zip(samples, task.scores(samples, said), strict=True):
+            for metric, value in scored.items():
                 yield metric, sample.name, value
 
     def fitted(self, task: Any, seed: int) -> dict[int, Any]:

@@ -6,15 +6,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import UserError
 from ...recipe import Part, Sample
 from .._field import FieldTask
 
-__all__ = ["SHARES", "ForecastTask", "Table", "cut_times"]
+__all__ = ["SHARES", "ForecastTask", "Table", "WalkForward", "cut_times"]
 
 Array = NDArray[np.float64]
 SHARES = (0.6, 0.8)  # of the time, where training ends, and where validation does
@@ -75,3 +76,36 @@ class ForecastTask(FieldTask):
     @abstractmethod
     def told(self, sample: Sample, values: Array) -> Any:
         """The prediction that the numbers ``[n]`` of a sample's table make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkForward(ForecastTask):
+    """Base of forecasts in walk-forward folds: samples lie in blocks of time, each of which is a group, ``block k``.
+
+    Fold 0 tests on the last block, fold 1 on the one before; the block before the test validates, earlier ones are
+    trained on, later ones are left out.
+
+    Attributes:
+        fold: how many blocks before the last one is tested on.
+    """
+
+    blocks: ClassVar[int] = 10
+
+    fold: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.fold <= self.blocks - 3:
+            raise UserError(f"fold is 0 to {self.blocks - 3}")
+
+    @classmethod
+    def part_of(cls, block: int, fold: int = 0) -> Part | None:
+        """The part of a block of time in a fold, None where it comes after the test."""
+        last = cls.blocks - 1 - fold
+        return "train" if block < last - 1 else "validation" if block == last - 1 else "test" if block == last else None
+
+    def samples(self, part: Part) -> Sequence[Sample]:
+        if not self.fold:
+            return super().samples(part)
+        every = [s for one in ("train", "validation", "test") for s in super(WalkForward, self).samples(one)]
+        return [replace(s, part=part) for s in every if self.part_of(int(s.group.split()[1]), self.fold) == part]

@@ -17,7 +17,9 @@ from ...errors import UserError
 from ...recipe import Batch, Sample
 from ._forecast import Array, ForecastTask, Table
 
-__all__ = ["FEATURES", "Recurrent", "ReturnForecast", "ReturnTask", "Window", "echoes", "features", "wealth"]
+__all__ = [
+    "FEATURES", "LastToken", "Recurrent", "ReturnForecast", "ReturnTask", "Window", "echoes", "features", "wealth",
+]  # fmt: skip
 
 FEATURES = 4  # of a day: return, range, close in its range, change of volume
 
@@ -113,7 +115,7 @@ def echoes(lag: int = 25, days: int = 420) -> tuple[Prices, ...]:
 
 
 class Recurrent(nn.Module):
-    """A recurrent network, its last state and a layer, ``[B, L, 4] -> [B]``.
+    """A recurrent network, its last state and a layer, ``[B, L, features] -> [B]``, or ``[B, outputs]`` of several.
 
     Args:
         kind: ``lstm``, ``gru`` or ``bilstm``.
@@ -121,39 +123,47 @@ class Recurrent(nn.Module):
         width: of the states.
         layers: of the network.
         dropout: between them, and before the last layer.
+        features: of a day.
+        outputs: of the last layer.
     """
 
-    def __init__(self, kind: str, dim: int, width: int, layers: int, dropout: float) -> None:
+    def __init__(
+        self, kind: str, dim: int, width: int, layers: int, dropout: float, features: int = FEATURES, outputs: int = 1
+    ) -> None:
         super().__init__()
-        self.embed, two = nn.Linear(FEATURES, dim), kind == "bilstm"
+        self.embed, two = nn.Linear(features, dim), kind == "bilstm"
         self.network = (nn.GRU if kind == "gru" else nn.LSTM)(
             dim, width, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0, bidirectional=two
         )
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width * (1 + two), 1))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width * (1 + two), outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Forecast ``[B]``, in deviations."""
+        """Forecast ``[B]``, in deviations; or ``[B, outputs]``."""
         states = self.network(self.embed(x))[0]
-        out: Tensor = self.head(states[:, -1])[:, 0]
-        return out
+        return _one(self.head(states[:, -1]))
 
 
 class LastToken(nn.Module):
-    """Days as tokens with learned positions, blocks, and a layer that reads the last one, ``[B, L, 4] -> [B]``."""
+    """Days as tokens with learned positions, blocks, a layer that reads the last one; shapes as :class:`Recurrent`."""
 
-    def __init__(self, blocks: Sequence[nn.Module], dim: int, days: int) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], dim: int, days: int, features: int = FEATURES, outputs: int = 1
+    ) -> None:
         super().__init__()
-        self.embed, self.positions = nn.Linear(FEATURES, dim), nn.Parameter(torch.randn(days, dim) * 0.1)
-        self.blocks, self.norm, self.head = nn.ModuleList(blocks), nn.LayerNorm(dim), nn.Linear(dim, 1)
+        self.embed, self.positions = nn.Linear(features, dim), nn.Parameter(torch.randn(days, dim) * 0.1)
+        self.blocks, self.norm, self.head = nn.ModuleList(blocks), nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Forecast ``[B]``, in deviations."""
+        """Forecast ``[B]``, in deviations; or ``[B, outputs]``."""
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         h = self.embed(x) + self.positions
         for block in self.blocks:
             h = block(h, mask)
-        out: Tensor = self.head(self.norm(h[:, -1]))[:, 0]
-        return out
+        return _one(self.head(self.norm(h[:, -1])))
+
+
+def _one(x: Tensor) -> Tensor:
+    return x[:, 0] if x.shape[1] == 1 else x
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,31 +13,29 @@ import numpy as np
 from ...data.stocks import Prices, read_prices, stock_folder, stocks
 from ...errors import UserError
 from ...experiment import Metric, seeding
-from ...recipe import Part, Picture, Sample
+from ...recipe import Picture, Sample
+from ._forecast import WalkForward
 from ._returns import ReturnForecast, ReturnTask, Window, echoes, features, wealth
 
 __all__ = ["StockForecast"]
 
-_BLOCKS = 10  # of time; a fold tests on one, validates on the one before, and trains on all earlier ones
 _LONGEST = 40  # days of a history that are kept
 _COST = 0.001  # of what is bought or sold, in the picture
 
 
 @dataclass(frozen=True, kw_only=True)
-class StockForecast(ReturnTask):
+class StockForecast(WalkForward, ReturnTask):
     """Log returns of the next day, in per cent; walk-forward folds of all shares together.
 
-    All days of all shares are ten blocks of time with the same cuts for every share. Fold 0 tests on the last block,
-    fold 1 on the one before; the block before the test validates, earlier ones are trained on, later ones are left
-    out. What a day is forecast by may lie in an earlier block, what is forecast never does. A feature is a return or
-    a share of a price, divided by the deviation of the returns of the days that are read: no scale is taken from
-    elsewhere. Every day of the test is judged. Intervals are over weeks, in which shares move together.
+    All days of all shares are ten blocks of time with the same cuts for every share, see :class:`WalkForward`. What a
+    day is forecast by may lie in an earlier block, what is forecast never does. A feature is a return or a share of a
+    price, divided by the deviation of the returns of the days that are read: no scale is taken from elsewhere. Every
+    day of the test is judged. Intervals are over weeks, in which shares move together.
 
     ``accuracy`` is the paper's figure, 1 - |forecast - price| / price, on which "as today" has 98 %: compare arms.
 
     Attributes:
         source_of: ``year`` (12 shares), ``decade`` (10), or ``echo``, made here, whose returns repeat after 25 days.
-        fold: how many blocks before the last one is tested on.
         history: days that are read.
     """
 
@@ -55,15 +53,14 @@ class StockForecast(ReturnTask):
     width: int = 96
     samples_judged: int = 10_000
     source_of: str = "year"
-    fold: int = 0
     history: int = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source_of not in ("year", "decade", "echo"):
             raise UserError(f"there are no prices {self.source_of!r}; there are year, decade, echo")
-        if not 0 <= self.fold <= _BLOCKS - 3 or not 2 <= self.history <= _LONGEST:
-            raise UserError(f"fold is 0 to {_BLOCKS - 3}, history 2 to {_LONGEST} days")
+        if not 2 <= self.history <= _LONGEST:
+            raise UserError(f"history is 2 to {_LONGEST} days")
 
     @property
     def label(self) -> str:
@@ -79,17 +76,18 @@ class StockForecast(ReturnTask):
         shares = (
             echoes() if name == "echo" else stocks(name) if name in ("year", "decade") else stock_folder(Path(name))
         )
-        cuts = np.quantile(np.concatenate([one.dates.astype(float) for one in shares]), np.linspace(0, 1, _BLOCKS + 1))
+        days = np.concatenate([one.dates.astype(float) for one in shares])
+        cuts = np.quantile(days, np.linspace(0, 1, cls.blocks + 1))
         found: list[Sample] = []
         for share in shares:
             returns = 100 * share.log_returns()
             for day in range(_LONGEST, len(returns)):
                 date = share.dates[day + 1]
-                block = int(np.clip(np.searchsorted(cuts, float(date.astype(float)), "right") - 1, 0, _BLOCKS - 1))
+                block = int(np.clip(np.searchsorted(cuts, float(date.astype(float)), "right") - 1, 0, cls.blocks - 1))
                 window = _window(share, day)
                 found.append(
                     Sample(
-                        f"{share.name} {date}", f"block {block}", _part(block, 0) or "train", window, (returns[day],)
+                        f"{share.name} {date}", f"block {block}", cls.part_of(block) or "train", window, (returns[day],)
                     )
                 )
         order = seeding.generator(0, shares=name).permutation(len(found))
@@ -99,12 +97,6 @@ class StockForecast(ReturnTask):
     def open(cls, path: Path) -> Sample:
         share = read_prices(path)
         return Sample(path.name, "", "test", _window(share, len(share.dates) - 1))
-
-    def samples(self, part: Part) -> Sequence[Sample]:
-        if not self.fold:
-            return super().samples(part)
-        every = [s for one in ("train", "validation", "test") for s in super(StockForecast, self).samples(one)]
-        return [replace(s, part=part) for s in every if _part(int(s.group.split()[1]), self.fold) == part]
 
     def context(self, sample: Sample) -> str:
         week: str = str(np.datetime64(sample.inputs.date, "W"))
@@ -138,12 +130,6 @@ class StockForecast(ReturnTask):
                 kind="lines",
             )
         ]  # fmt: skip
-
-
-def _part(block: int, fold: int) -> Part | None:
-    """The part of a block of time in a fold, None where it comes after the test."""
-    last = _BLOCKS - 1 - fold
-    return "train" if block < last - 1 else "validation" if block == last - 1 else "test" if block == last else None
 
 
 def _window(share: Prices, day: int) -> Window:
