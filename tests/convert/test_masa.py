@@ -51,6 +51,7 @@ def test_a_dictionary_is_the_truncated_svd_of_the_stacked_weights(normalise):
         got = torch.einsum("ls,soi->loi", coefficients, found)
         assert_close(got.flatten(1), sizes * (u[:, :atoms] * s[:atoms] @ vh[:atoms]), ROUND)
         errors.append(float((got - weights).norm() / weights.norm()))
+        assert_close(found.flatten(1).norm(dim=1), weights.flatten(1).norm(dim=1).mean().expand(atoms), ROUND)
     assert errors == sorted(errors, reverse=True) and errors[-1] < ROUND
     other, numbers = dictionary(weights, 2, not normalise)
     assert is_far(torch.einsum("ls,soi->loi", numbers, other), sum_of(weights, 2, normalise), 1e-3)

@@ -46,12 +46,18 @@ GROUPS = {f"group of {4 // n}": {"num_key_value_heads": n} for n in (4, 2, 1)}
 _models = {}
 
 
-@pytest.fixture(params=GROUPS)
-def grouped(request):
-    """Llama with query groups of 1, 2 and 4."""
-    if request.param not in _models:
-        _models[request.param] = models.build("llama", dtype=torch.float64, **GROUPS[request.param])
-    return _models[request.param]
+def grouped(group):
+    """Llama with query groups of 1, 2 or 4."""
+    if group not in _models:
+        _models[group] = models.build("llama", dtype=torch.float64, **GROUPS[group])
+    return _models[group]
+
+
+def in_groups(every):
+    """All strategies with query groups of one size, and the six with all sizes."""
+    cases = [(group, name) for name in EVICTING for group in GROUPS if group == every or name in FEW]
+    values = [pytest.param(group, EVICTING[name], id=f"{group}-{name}") for group, name in cases]
+    return pytest.mark.parametrize(("group", "strategy"), values)
 
 
 @pytest.fixture
@@ -59,17 +65,20 @@ def llama():
     return models.tiny("llama", torch.float64)
 
 
-@each
-def test_batch_equals_singles_padded_left(grouped, strategy):
-    caches.batch_equals_singles_padded_left(grouped, strategy)
+@in_groups("group of 2")
+def test_batch_equals_singles_padded_left(group, strategy):
+    caches.batch_equals_singles_padded_left(grouped(group), strategy)
 
 
-@each
-def test_batch_equals_singles_padded_right(grouped, strategy):
-    caches.batch_equals_singles_padded_right(grouped, strategy)
+@in_groups("group of 4")
+def test_batch_equals_singles_padded_right(group, strategy):
+    caches.batch_equals_singles_padded_right(grouped(group), strategy)
 
 
-@few
+THREE = ("norm", "snapkv-step", "hashevict")  # once after the prompt by keys, at each step by queries, in place
+
+
+@pytest.mark.parametrize("strategy", [EVICTING[name] for name in THREE], ids=THREE)
 @pytest.mark.parametrize("name", [name for name in models.DECODERS if name != "llama"])
 def test_batch_equals_singles_in_every_architecture(name, strategy, monkeypatch):
     softmax = torch.nn.functional.softmax  # models ask for float32, where the least float64 of their masks is -inf
@@ -94,8 +103,9 @@ def test_every_kept_slot_matters(llama, strategy):
 
 @pytest.mark.parametrize("name", models.DECODERS)
 def test_off_means_off(name):
-    plain = ("full", "random", "streaming_llm", "keydiff", "snapkv", "hashevict")
-    specs = [f"{slug}:budget={budget}" for slug in plain for budget in ((1.0,) if slug == "full" else (1.0, 1000))]
+    plain = ("random", "streaming_llm", "keydiff", "snapkv", "hashevict")
+    budgets = (1.0, 1000) if name == "llama" else (1.0,)
+    specs = ["full:budget=1.0", *(f"{slug}:budget={budget}" for slug in plain for budget in budgets)]
     caches.off_means_off(models.tiny(name), *specs, "snapkv:budget=1.0,schedule=step", "keydiff:budget=1000,schedule=2")
 
 

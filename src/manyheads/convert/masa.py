@@ -50,16 +50,23 @@ _OUTPUT = Statistic(
 def dictionary(weights: Tensor, atoms: int, normalise: bool = True) -> tuple[Tensor, Tensor]:
     """``D [S, out, in]`` and ``c [L, S]``, float64, whose sums are nearest to ``weights [L, out, in]``.
 
+    Each matrix has the norm that weights have in the mean, so that a step of training changes it as it changes them:
+    of components of norm 1 Adam's first steps would leave nothing.
+
     Args:
         weights: of L layers.
         atoms: S, at most L.
         normalise: nearest to weights of norm 1, each times its norm afterwards.
     """
-    flat = weights.double().flatten(1)
-    sizes = flat.norm(dim=1, keepdim=True) if normalise else torch.ones_like(flat[:, :1])
-    flat = flat / sizes.clamp_min(torch.finfo(torch.float64).tiny)
+    flat, tiny = weights.double().flatten(1), torch.finfo(torch.float64).tiny
+    norms = flat.norm(dim=1, keepdim=True)
+    sizes = norms if normalise else torch.ones_like(norms)
+    flat = flat / sizes.clamp_min(tiny)
     vectors = torch.linalg.eigh(flat @ flat.mT).eigenvectors.flip(1)[:, :atoms]
-    return (vectors.mT @ flat).unflatten(1, weights.shape[1:]), sizes * vectors
+    found = vectors.mT @ flat
+    grown = norms.mean() / found.norm(dim=1)
+    grown = torch.where(grown.isfinite() & (grown > 0), grown, 1.0)
+    return (grown[:, None] * found).unflatten(1, weights.shape[1:]), sizes * vectors / grown
 
 
 def cut_groups(distances: Sequence[float], groups: int) -> list[range]:
