@@ -13,7 +13,8 @@ from manyheads.domains.speech.fusion_vad import Addition, Concatenation, CrossAt
 from manyheads.domains.speech.silero_vad import SileroVad
 from manyheads.errors import UserError
 from manyheads.spec import parse
-from manyheads.tasks.speech._mixtures import COEFFICIENTS, stream
+from manyheads.tasks.speech._cepstra import COEFFICIENTS
+from manyheads.tasks.speech._mixtures import stream
 from manyheads.tasks.speech._vad import VadModel
 from manyheads.tasks.speech.voice_activity import VoiceActivity
 from tolerance import DEEP, PROJECTED, error, is_close, is_far

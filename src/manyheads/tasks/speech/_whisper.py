@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a published speech recogniser, frozen, made once for every recording and kept.
+"""Features of a published speech recogniser, Whisper, frozen.
 
-Whisper's encoder reads 30 seconds, whatever is said. Here it reads a recording and no more: the same layers on fewer
-positions, from the first on, which costs a thirtieth for a second of speech and is not what it was trained on.
+Its encoder reads 30 seconds, whatever is said. Here it reads a recording, or a window of one, and no more: the same
+layers on fewer positions, from the first on, which costs a thirtieth for a second of speech and is not what it was
+trained on.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...data.audio import resampled
+from ...errors import UserError
 
-__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "whisper"]
+__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "whisper", "width_of", "windowed"]
 
 WHISPER, WIDTH = "whisper-tiny.en", 384
 _RATE, _FRAME = 16_000, 320  # samples a second that it reads, and samples of a frame of what it says
 _LOUD = 0.1  # deviation of a recording that it is given
 _AT_ONCE = 64
+_WINDOW = 4  # seconds of a window
 
 _kept: dict[bytes, Tensor] = {}
 
 
 @cache
-def whisper() -> tuple[Any, Any, Any]:
+def whisper(name: str = WHISPER) -> tuple[Any, Any, Any]:
     """Model, feature extractor and tokenizer, on a GPU where there is one.
 
     Raises:
@@ -38,11 +41,30 @@ def whisper() -> tuple[Any, Any, Any]:
     """
     from ...models import load_speech
 
-    return load_speech(WHISPER, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    return load_speech(name, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+@cache
+def width_of(name: str) -> int:
+    """Features of the states of a model of Whisper's kind, by its configuration alone.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    from ...models import source
+
+    try:
+        return int(AutoConfig.from_pretrained(source(name), trust_remote_code=False).d_model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be had: put it into $MANYHEADS_MODELS, or be online") from error
 
 
 def encoder_features(sounds: Sequence[Tensor], rate: int) -> list[Tensor]:
     """Last hidden states of the encoder for recordings of one length, each ``[T, 384]`` float32, 50 frames a second.
+
+    They are made once for every recording and kept, in 16 bits.
 
     Args:
         sounds: float32 ``[N]`` each, of variance about 1.
@@ -57,14 +79,32 @@ def encoder_features(sounds: Sequence[Tensor], rate: int) -> list[Tensor]:
     return [_kept[key].float() for key in keys]
 
 
+def windowed(name: str, sound: Tensor, rate: int) -> Tensor:
+    """Last hidden states of a model's encoder by whole frame of 20 ms, float32 ``[T, dim]``; it reads windows of 4 s.
+
+    Args:
+        name: of a published model.
+        sound: float32 ``[N]``, of variance about 1.
+        rate: samples a second.
+
+    Raises:
+        UserError: the model cannot be had, or there is no whole frame.
+    """
+    count, size = len(sound) * _RATE // (_FRAME * rate), _WINDOW * rate
+    if not count:
+        raise UserError("a recording has 0.02 s or more")
+    parts = [torch.nn.functional.pad(part, (0, size - len(part))) for part in sound.split(size)]
+    return torch.cat([_encoded([part], rate, name)[0] for part in parts])[:count]
+
+
 def _key(sound: Tensor) -> bytes:
     return hashlib.sha1(sound.numpy().tobytes(), usedforsecurity=False).digest()
 
 
 @torch.no_grad()
-def _encoded(sounds: Sequence[Tensor], rate: int) -> Tensor:
+def _encoded(sounds: Sequence[Tensor], rate: int, name: str = WHISPER) -> Tensor:
     """``[B, T, 384]`` on the CPU."""
-    model, extractor, _ = whisper()
+    model, extractor, _ = whisper(name)
     encoder = model.get_encoder()
     heard = [_LOUD * resampled(sound.numpy(), rate, _RATE) for sound in sounds]
     length = -(-max(map(len, heard)) // _FRAME) * _FRAME

@@ -17,8 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from ...errors import UserError
 from ...experiment import RunContext, seeding
 from ...recipe import Batch, Part, Sample
-from ._mixtures import FRAME, features, mfcc, mixed, stream
+from ._cepstra import normalised_mfcc
+from ._encoder import RATE
+from ._mixtures import FRAME, mixed, stream
 from ._vad import FrameTask
+from ._whisper import windowed
 from .digit_strings import DigitStrings
 
 __all__ = ["VoiceActivity"]
@@ -62,7 +65,7 @@ class VoiceActivity(FrameTask):
         if reason := super().unsupported_reason(run):
             return reason
         try:
-            features(self.whisper, torch.randn(FRAME))
+            windowed(self.whisper, torch.randn(FRAME), RATE)
         except UserError as error:
             return str(error)
         return None
@@ -129,4 +132,4 @@ def _mixture(
 @lru_cache(maxsize=4000)
 def _read_sound(whisper: str, sound: Tensor) -> tuple[Tensor, Tensor]:
     """MFCC and Whisper's states of a recording, kept, since neither is trained."""
-    return mfcc(sound), features(whisper, sound)
+    return normalised_mfcc(sound), windowed(whisper, sound, RATE)
