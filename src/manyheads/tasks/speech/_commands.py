@@ -6,18 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from ...attention.masks import padded
 from ...errors import UserError
 from ...recipe import Batch, Part, Sample
+from ._digits import SpokenDigits, drawn_strings, fixed_strings, paced
 from ._understanding import UnderstandingTask
-from .digit_strings import DigitStrings, drawn_strings, fixed_strings, paced
 
 __all__ = ["FRAMES", "MELS", "SIZES", "SLOTS", "Command", "CommandData", "whisper_mel"]
 
@@ -67,7 +66,7 @@ def whisper_mel(sound: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandData(UnderstandingTask):
+class CommandData(SpokenDigits, UnderstandingTask):
     """Commands, their features and their transcripts; see :class:`.spoken_commands.SpokenCommands`.
 
     Attributes:
@@ -88,14 +87,6 @@ class CommandData(UnderstandingTask):
         if self.words not in (1, 3) or self.commands < 1 or not 0 <= self.stretch < 1:
             raise UserError("words is 1 or 3, commands count, 1 or more, and stretch is a share below 1")
 
-    @classmethod
-    def read(cls, folder: Path | None) -> Sequence[Sample]:
-        return DigitStrings.read(folder)
-
-    @classmethod
-    def open(cls, path: Path) -> Sample:
-        return DigitStrings.open(path)
-
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         known = _labelled(tuple(samples), self.commands, self.words)
         drawn = [known[i] for i in rng.integers(0, len(known), self.batch)]
@@ -105,9 +96,7 @@ class CommandData(UnderstandingTask):
         return [_command(s) for s in fixed_strings(self.samples(part), part, self.words)][: self.samples_judged]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        frames = [whisper_mel(sample.inputs) for sample in samples]
-        inputs = pad_sequence(frames, batch_first=True)
-        mask = torch.arange(inputs.shape[1]) < torch.tensor([len(one) for one in frames])[:, None]
+        inputs, mask = padded([whisper_mel(sample.inputs) for sample in samples])
         if any(sample.target is None for sample in samples):
             return {"inputs": inputs, "mask": mask}
         return {"inputs": inputs, "mask": mask, "targets": torch.tensor([sample.target for sample in samples])}
@@ -124,9 +113,9 @@ class CommandData(UnderstandingTask):
         drawn = drawn_strings(rng, samples, self.batch, self.words, self.stretch)
         texts = [[int(digit) for digit in sample.target.split()] for sample in drawn]
         coded = [[k for d in text for k in (_letters(d) if letters else [d + 1])] for text in texts]
-        made = dict(self.collate([replace(sample, target=None) for sample in drawn]))
-        made["targets"] = pad_sequence([torch.tensor(one) for one in coded], batch_first=True)
-        return {**made, "counts": torch.tensor([len(one) for one in coded])}
+        targets, there = padded([torch.tensor(one) for one in coded])
+        made = self.collate([replace(sample, target=None) for sample in drawn])
+        return {**made, "targets": targets, "counts": there.sum(1)}
 
     def described(self, samples: Sequence[Sample]) -> Tensor:
         """Sentence vectors ``[B, 384]`` of what is spoken, by MiniLM, which learns nothing here.
