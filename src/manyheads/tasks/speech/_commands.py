@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.masks import padded
+from ...data.digits import DIGITS
 from ...errors import UserError
 from ...recipe import Batch, Part, Sample
 from ._digits import SpokenDigits, drawn_strings, fixed_strings, paced
@@ -24,7 +25,6 @@ SLOTS = {
     "action": ("activate", "deactivate", "increase", "decrease"), "object": ("lights", "heat"),
     "place": ("everywhere", "kitchen", "bedroom", "washroom", "hall"),
 }  # fmt: skip
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = tuple(map(len, SLOTS.values()))
 MELS, _WINDOW, _HOP, _LOUD = 80, 200, 80, 0.1  # Whisper's frames at 8 kHz; its recordings are about so loud
 FRAMES = 1500  # positions that Whisper has, of 20 ms
@@ -137,13 +137,13 @@ def _labelled(samples: tuple[Sample, ...], commands: int, words: int) -> list[Sa
 
 def _command(sample: Sample) -> Sample:
     """A string of three digits by what it means."""
-    spoken = " ".join(WORDS[int(digit)] for digit in sample.target.split())
+    spoken = " ".join(DIGITS[int(digit)] for digit in sample.target.split())
     return replace(sample, target=Command.of(sample.target).values, about={"spoken": spoken})
 
 
 def _letters(digit: int) -> list[int]:
     """A digit's name in letters, from 1 on."""
-    return [ord(letter) - ord("a") + 1 for letter in WORDS[digit]]
+    return [ord(letter) - ord("a") + 1 for letter in DIGITS[digit]]
 
 
 @cache
@@ -152,7 +152,7 @@ def _sentences() -> dict[str, Tensor]:
     from ...models import load_reader
 
     model, tokenizer = load_reader("all-minilm-l6-v2", "cpu", torch.float32)
-    texts = [*WORDS, *(f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS)]
+    texts = [*DIGITS, *(f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS)]
     read = tokenizer(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
         states, mask = model(**read).last_hidden_state, read["attention_mask"][..., None]

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...data.audio import resampled
+from ...data.digits import DIGITS, spelt
 from ...errors import UserError
 
 __all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "whisper", "width_of", "windowed"]
@@ -122,7 +123,6 @@ def _encoded(sounds: Sequence[Tensor], rate: int, name: str = WHISPER) -> Tensor
 
 
 _said: dict[bytes, str] = {}
-_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def hypotheses(sounds: Sequence[Tensor], rate: int) -> list[str]:
@@ -143,5 +143,4 @@ def hypotheses(sounds: Sequence[Tensor], rate: int) -> list[str]:
 
 def digits_of(text: str) -> str:
     """Digits of a transcript, as figures or by name, others left away."""
-    spelt = re.sub(r"\d", lambda digit: f" {_NAMES[int(digit[0])]} ", text.lower())
-    return " ".join(str(_NAMES.index(word)) for word in re.findall(r"[a-z]+", spelt) if word in _NAMES)
+    return " ".join(str(DIGITS.index(word)) for word in re.findall(r"[a-z]+", spelt(text)) if word in DIGITS)

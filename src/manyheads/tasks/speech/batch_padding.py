@@ -9,6 +9,7 @@ from functools import cache
 from typing import ClassVar
 
 from ...data.bucketing import padding
+from ...data.digits import DIGITS
 from ...data.labelled import labelled
 from ...domains.speech.speech_efficiency import SpeechEfficiency
 from ...errors import UserError
@@ -16,7 +17,6 @@ from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 
 __all__ = ["BatchPadding"]
 
-_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _RATE, _END = 8000, 0.25  # chance that a string ends behind a word: most are short, few are long
 
 
@@ -31,7 +31,7 @@ def _corpus(strings: int, digits: int) -> tuple[tuple[float, ...], tuple[float, 
         mine = own[speakers[int(rng.integers(len(speakers)))]]
         words = [mine[i] for i in rng.integers(0, len(mine), min(digits, int(rng.geometric(_END))))]
         durations.append(sum(len(word.values) for word in words) / _RATE)
-        letters.append(float(sum(len(_NAMES[word.label]) + 1 for word in words)))
+        letters.append(float(sum(len(DIGITS[word.label]) + 1 for word in words)))
     return tuple(durations), tuple(letters)
 
 
