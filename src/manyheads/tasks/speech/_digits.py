@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from ...attention.masks import padded
 from ...data.audio import read_recording
+from ...data.digits import DIGITS
 from ...data.labelled import labelled
 from ...errors import UserError
 from ...experiment import Metric, seeding
@@ -23,11 +25,12 @@ from .._field import FieldTask, parted
 from ._encoder import RATE, log_mel
 
 __all__ = [
-    "WER", "DigitStringData", "SpokenDigits", "aligned", "at_pace", "by_speaker", "drawn_strings", "fixed_strings",
-    "paced", "spoken",
+    "WER", "DigitStringData", "SpokenDigits", "aligned", "at_pace", "by_speaker", "corpus", "drawn_strings",
+    "fixed_strings", "paced", "spoken",
 ]  # fmt: skip
 
 _GAP = 0.1  # seconds of near silence at most, before, between and behind words
+_END = 0.25  # chance that a string of a corpus ends behind a word
 _NOISE = 0.01  # of the recordings' own deviation: no silence is digital
 _LONGEST = 30.0  # seconds of a recording of the user's
 
@@ -101,6 +104,24 @@ class DigitStringData(SpokenDigits):
             return {"inputs": inputs, "mask": mask}
         targets, there = padded([torch.tensor([int(d) + 1 for d in sample.target.split()]) for sample in samples])
         return {"inputs": inputs, "mask": mask, "targets": targets, "counts": there.sum(1)}
+
+
+@cache
+def corpus(strings: int, digits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Durations in s and letters of strings of 1 to ``digits`` words by one speaker each, always the same ones.
+
+    A quarter of them ends behind each word, so that most are short and few are long, as utterances are.
+    """
+    rng, items = seeding.generator(0, corpus=strings, digits=digits), labelled("fsdd").items
+    speakers = sorted({item.group for item in items})
+    own = {who: [item for item in items if item.group == who] for who in speakers}
+    durations, letters = [], []
+    for _ in range(strings):
+        mine = own[speakers[int(rng.integers(len(speakers)))]]
+        words = [mine[i] for i in rng.integers(0, len(mine), min(digits, int(rng.geometric(_END))))]
+        durations.append(sum(len(word.values) for word in words) / RATE)
+        letters.append(float(sum(len(DIGITS[word.label]) + 1 for word in words)))
+    return tuple(durations), tuple(letters)
 
 
 def by_speaker(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
