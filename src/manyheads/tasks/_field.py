@@ -83,7 +83,6 @@ class FieldData(Task):
         weight_decay: on matrices.
         samples_judged: of the test part, and at most as many of the validation part.
         only: names of the arms that are trained on it; all when empty.
-        named: what it is called where an experiment has it several times.
         gpu_only: not on a CPU, for what would take too long there.
     """
 
@@ -107,12 +106,7 @@ class FieldData(Task):
     weight_decay: float = 0.01
     samples_judged: int = 1000
     only: tuple[str, ...] = ()
-    named: str = ""
     gpu_only: bool = False
-
-    @property
-    def label(self) -> str:
-        return self.named
 
     def __post_init__(self) -> None:
         if not self.rates or min(self.rates) <= 0:

@@ -33,7 +33,7 @@ class NormalizationMeasures(WindowTask):
     Attributes:
         fewest: keys of the shortest row; others see twice as many, and so on.
         encoder: measured in place of the subject, see :func:`manyheads.models.load_reader`.
-        called: label of the task.
+        label: what it is called where an experiment has it several times.
         every_row: whether the sensitivity is also taken of all rows.
     """
 
@@ -50,12 +50,8 @@ class NormalizationMeasures(WindowTask):
     tokens: int = 8192
     fewest: int = 256
     encoder: str = ""
-    called: str = ""
+    label: str = ""
     every_row: bool = False
-
-    @property
-    def label(self) -> str:
-        return self.called
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         if not self.encoder:

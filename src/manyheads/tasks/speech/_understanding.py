@@ -56,9 +56,14 @@ class UnderstandingTask(FieldTask):
     """Base of tasks of language understanding, whose model has an ``encoder`` of the shape of a published one.
 
     The reference is that model from scratch. ``width`` is of what reads the encoder, so that the encoder is the same.
+
+    Attributes:
+        label: what it is called where an experiment has it several times.
     """
 
     encoder: ClassVar[str]  # the encoder's name in models/published.toml
+
+    label: str = ""
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """Refused: a published encoder has its own blocks.

@@ -43,7 +43,7 @@ class EncoderTuning(Task):
         layers: lowest ones of the model that are kept; 0 for all.
         length: tokens of a text at most.
         only: names of the arms that are measured; all when empty.
-        named: what it is called where an experiment has it several times.
+        label: what it is called where an experiment has it several times.
     """
 
     subject: ClassVar[str] = "causal_lm"
@@ -67,11 +67,7 @@ class EncoderTuning(Task):
     layers: int = 0
     length: int = 128
     only: tuple[str, ...] = ()
-    named: str = ""
-
-    @property
-    def label(self) -> str:
-        return self.named
+    label: str = ""
 
     @property
     def stated(self) -> tuple[Metric, ...]:

@@ -55,7 +55,7 @@ class Ranking(Task):
         looks: times that the tuning queries are ranked.
         encoder: whose embeddings rank, see :func:`manyheads.models.load_reader`.
         only: names of the arms that are measured; all when empty.
-        named: what it is called where an experiment ranks twice.
+        label: what it is called where an experiment ranks twice.
     """
 
     subject: ClassVar[str] = "trainable"
@@ -82,11 +82,7 @@ class Ranking(Task):
     looks: int = 5
     encoder: str = "all-minilm-l6-v2"
     only: tuple[str, ...] = ()
-    named: str = ""
-
-    @property
-    def label(self) -> str:
-        return self.named
+    label: str = ""
 
     def __post_init__(self) -> None:
         if min(self.parts, self.steps, self.batch, self.looks) < 1 or self.folds < 3 or not self.rates:
