@@ -15,8 +15,9 @@ from ...data.irregular import Record
 from ...errors import UserError
 from ...experiment import Metric, RunContext
 from ...recipe import Batch, Picture, Sample
+from .._blocks import Transformer
 from ._forecast import Array, Table
-from ._forecasters import Block, DLinear, Forecaster, PatchTST, TimeAttention
+from ._forecasters import DLinear, Forecaster, PatchTST, TimeAttention
 from ._notes import embedded
 from ._windows import Forecast, Window, WindowTask, standard
 
@@ -76,7 +77,9 @@ class IrregularForecast(WindowTask):
         if kind == "patchtst":
             made = PatchTST(steps, channels, self.dim, self.layers, self.heads, width, self.dropout)
             return Forecaster(made, channels)
-        return self._attending([Block(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)], width)
+        return self._attending(
+            [Transformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)], width
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         mask = batch["target_mask"]

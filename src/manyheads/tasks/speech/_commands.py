@@ -16,6 +16,7 @@ from ...attention.masks import padded
 from ...data.digits import DIGITS
 from ...errors import UserError
 from ...recipe import Batch, Part, Sample
+from .._embedded import embedded_texts
 from ._digits import SpokenDigits, drawn_strings, fixed_strings, paced
 from ._understanding import UnderstandingTask
 
@@ -148,13 +149,9 @@ def _letters(digit: int) -> list[int]:
 
 @cache
 def _sentences() -> dict[str, Tensor]:
-    """Mean states of MiniLM for all wordings of commands, of length 1."""
+    """Vectors of all wordings of commands, by MiniLM."""
     from ...models import load_reader
 
     model, tokenizer = load_reader("all-minilm-l6-v2", "cpu", torch.float32)
     texts = [*DIGITS, *(f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS)]
-    read = tokenizer(texts, return_tensors="pt", padding=True)
-    with torch.no_grad():
-        states, mask = model(**read).last_hidden_state, read["attention_mask"][..., None]
-    vectors = nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-    return dict(zip(texts, vectors, strict=True))
+    return dict(zip(texts, embedded_texts(model, tokenizer, texts, at_once=len(texts)), strict=True))

@@ -17,9 +17,10 @@ from torch.nn.functional import cosine_similarity, cross_entropy, linear, normal
 
 from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...recipe import Batch, Picture, Sample
+from .._blocks import Transformer
 from .._field import FieldTask
 from .._rates import detection_cost, eer_errors
-from ._encoder import SpeechEncoder, Transformer
+from ._encoder import SpeechEncoder
 
 __all__ = [
     "AttentiveStatistics", "Classified", "CosineClassifier", "Match", "MeanPool", "SpeakerEncoder", "VerificationTask",

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy, pad
 from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Sample
+from .._blocks import Transformer
 from ._digits import WER, DigitStringData, aligned
-from ._encoder import SpeechEncoder, Transformer
+from ._encoder import SpeechEncoder
 
 __all__ = ["Dictated", "DigitDictation", "EncoderDecoder"]
 
