@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, refusal
 from ..experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ..recipe import Batch, Part, Picture, Procedure, Recipe, Sample
 from ..training.fit import autocast
@@ -170,11 +170,7 @@ class FieldData(Task):
     def unsupported_reason(self, run: RunContext) -> str | None:
         if self.gpu_only and run.device.type != "cuda":
             return "trained on a GPU, --device cuda: it would take too long on a CPU"
-        try:
-            self.samples("train")
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self.samples("train"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ..text._reader import long_texts, reader, whole
 from ..text._text_task import model_of
@@ -56,11 +56,7 @@ class NormalizationMeasures(WindowTask):
     def unsupported_reason(self, run: RunContext) -> str | None:
         if not self.encoder:
             return super().unsupported_reason(run)
-        try:
-            self._texts(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._texts(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         cost = float(_LARGER * self.windows_of * self.tokens)

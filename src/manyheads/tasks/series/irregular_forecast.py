@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from ...data.irregular import Record
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import Metric, RunContext
 from ...recipe import Batch, Picture, Sample
 from .._blocks import Transformer
@@ -53,13 +53,7 @@ class IrregularForecast(WindowTask):
     references: ClassVar[tuple[str, ...]] = ("time_attention", "patchtst", "dlinear")
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        found = super().unsupported_reason(run)
-        if found is None:
-            try:
-                embedded(("a text",), self.encoder)
-            except UserError as error:
-                return str(error)
-        return found
+        return super().unsupported_reason(run) or refusal(lambda: embedded(("a text",), self.encoder))
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         return self._attending(blocks, 2 * self.dim)

@@ -102,5 +102,5 @@ def cepstra(sound: Tensor, kind: Kind) -> Tensor:
 def normalised_mfcc(sound: Tensor) -> Tensor:
     """MFCC of :func:`.log_mel`, normalised in each filter, by whole frame of 20 ms: float32 ``[N]`` -> ``[T, 20]``."""
     count = len(sound) // (2 * _HOP)
-    frames = log_mel(sound)[: 2 * count].unflatten(0, (count, 2)).mean(1)
+    frames: Tensor = log_mel(sound)[: 2 * count].unflatten(0, (count, 2)).mean(1)
     return frames @ _cosines(frames.shape[1])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import RunContext
 from ...recipe import Picture
 from .._field import FieldTask
@@ -76,12 +76,8 @@ class UnderstandingTask(FieldTask):
     def unsupported_reason(self, run: RunContext) -> str | None:
         from ...models import tokenizer
 
-        try:
-            for name in self.published:
-                tokenizer(name)
-        except UserError as error:
-            return str(error)
-        return super().unsupported_reason(run)
+        missing = refusal(lambda: [tokenizer(name) for name in self.published])
+        return missing or super().unsupported_reason(run)
 
     @abstractmethod
     def load_published(self, model: Any) -> None:

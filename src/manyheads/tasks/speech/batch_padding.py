@@ -10,7 +10,7 @@ from typing import ClassVar
 from ...data.bucketing import padding
 from ...data.labelled import labelled
 from ...domains.speech.speech_efficiency import SpeechEfficiency
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ._digits import corpus
 
@@ -50,11 +50,7 @@ class BatchPadding(Task):
     only: tuple[str, ...] = ()
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            labelled("fsdd")
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: labelled("fsdd"))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...domains.speech.speech_efficiency import SpeechEfficiency
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...training import matched_width
 from ...training.matching import parameters_of
@@ -72,11 +72,7 @@ class DecodingCost(Task):
     def unsupported_reason(self, run: RunContext) -> str | None:
         if self.timed:
             return None if run.device.type == "cuda" else "seconds are of a GPU, --device cuda"
-        try:
-            corpus(self.recordings, self.digits)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: corpus(self.recordings, self.digits))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [

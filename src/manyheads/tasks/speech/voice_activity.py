@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...attention.masks import padded
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import RunContext, seeding
 from ...recipe import Batch, Part, Sample
 from ._cepstra import normalised_mfcc
@@ -51,13 +51,7 @@ class VoiceActivity(SpokenDigits, FrameTask):
     frames: int = 200
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        if reason := super().unsupported_reason(run):
-            return reason
-        try:
-            windowed(self.whisper, torch.randn(FRAME), RATE)
-        except UserError as error:
-            return str(error)
-        return None
+        return super().unsupported_reason(run) or refusal(lambda: windowed(self.whisper, torch.randn(FRAME), RATE))
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         words, made = _sounds(tuple(samples)), []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...data.functions import Function, documented_functions
 from ...data.texts import standard_library
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ...shortening import learn
 from ...text_reducing import TextReducer
@@ -78,12 +78,7 @@ class CodeSearch(Task):
         for arm in self._arms(run):
             if wrong := [one.slug for one in arm.strategies if not isinstance(one, TextReducer)]:
                 return f"{wrong[0]} shortens no texts"
-        try:
-            reader(run, self.model)
-            self._drawn(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: reader(run, self.model), lambda: self._drawn(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [WorkUnit(self.key, "all", float(self.samples), f"{self.key}: search by {self.model}")]

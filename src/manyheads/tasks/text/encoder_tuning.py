@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ...conversion import Drop, EncoderDesign, SurgeryPlan
 from ...data.encoder_tasks import TASKS, EncoderTask, encoder_task
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...models.text_encoder import TextEncoder
 from ...training.encoding import Kind, class_loss, list_loss, score_loss, tune
@@ -80,11 +80,7 @@ class EncoderTuning(Task):
             raise UserError("steps, batch, samples and length are 1 or more, examples and layers 0 or more")
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self._task(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._task(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         arms = [arm for arm in run.arms if not self.only or arm.name in self.only]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...data.ranking import collection
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...models.ranker import PAD, RankingModel
 from ...strategy import Ranker, RankerConfig
@@ -117,11 +117,7 @@ class Ranking(Task):
         return arms
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self._rankings(run, run.seeds[0])
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._rankings(run, run.seeds[0]))
 
     def guard(self, run: RunContext) -> None:
         """Refuse an encoder that cannot be loaded before anything is trained."""
