@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.masks import zero_padding
+from ...attention.positions import interleaved_sinusoids
 
 __all__ = ["MELS", "RATE", "Conformer", "SpeechEncoder", "log_mel"]
 
@@ -83,15 +84,8 @@ class SpeechEncoder(nn.Module):
             x = convolution(x).relu() * mask[:, None, :, None]
         x = self.project(x.transpose(1, 2).flatten(2))
         if self.positions:
-            x = x + _sinusoids(x.shape[1], x.shape[2], x.device)
+            x = x + interleaved_sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2])
         return self.dropout(x), mask
-
-
-def _sinusoids(length: int, dim: int, device: torch.device) -> Tensor:
-    """Positions ``[length, dim]``."""
-    at = torch.arange(length, device=device)[:, None]
-    rates = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10_000.0) / dim))
-    return torch.stack(((at * rates).sin(), (at * rates).cos()), -1).flatten(1)[:, :dim]
 
 
 class Conformer(nn.Module):
