@@ -111,7 +111,7 @@ def sinusoids(positions: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
 
 
 def interleaved_sinusoids(positions: Tensor, dim: int) -> Tensor:
-    """As :func:`sinusoids`, each sine before its cosine, float32 ``[T, dim]``, of wavelengths 2 pi 10000^(2 i / dim)."""
+    """As :func:`sinusoids`, a sine before its cosine, float32 ``[T, dim]``, of wavelengths 2 pi 10000^(2 i / dim)."""
     rates = torch.exp(torch.arange(0, dim, 2, device=positions.device) * (-math.log(10_000.0) / dim))
     angles = positions[:, None] * rates
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :dim]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from manyheads.attention.positions import interleaved_sinusoids
 from manyheads.data import files
 from manyheads.data.labelled import labelled
-from manyheads.attention.positions import interleaved_sinusoids
 from manyheads.domains.speech.fusion_vad import Addition, Concatenation, CrossAttention, FusionVad
 from manyheads.domains.speech.silero_vad import SileroVad
 from manyheads.errors import UserError
