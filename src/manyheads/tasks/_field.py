@@ -138,9 +138,9 @@ class FieldData(Task):
         (sample,) = opened
         return sample
 
-    @abstractmethod
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """Samples of one training step, augmented."""
+        """Samples of one training step, augmented; here as they are, each as likely as another."""
+        return [samples[int(i)] for i in rng.integers(0, len(samples), self.batch)]
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Batch:

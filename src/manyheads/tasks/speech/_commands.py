@@ -89,8 +89,7 @@ class CommandData(SpokenDigits, UnderstandingTask):
             raise UserError("words is 1 or 3, commands count, 1 or more, and stretch is a share below 1")
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        known = _labelled(tuple(samples), self.commands, self.words)
-        drawn = [known[i] for i in rng.integers(0, len(known), self.batch)]
+        drawn = super().draw(rng, _labelled(tuple(samples), self.commands, self.words))
         return [replace(sample, inputs=paced(rng, sample.inputs, self.stretch)) for sample in drawn]
 
     def judged(self, part: Part) -> Sequence[Sample]:

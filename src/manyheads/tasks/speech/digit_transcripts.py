@@ -77,9 +77,6 @@ class DigitTranscripts(SpokenDigits):
         whole[: len(heard)] = heard - heard.mean()
         return Sample(path.name, "", "test", whole / whole.std().clamp(min=1e-6))
 
-    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return [samples[int(i)] for i in rng.integers(0, len(samples), self.batch)]
-
     def collate(self, samples: Sequence[Sample]) -> Batch:
         sounds = [sample.inputs for sample in samples]
         batch: dict[str, Any] = {

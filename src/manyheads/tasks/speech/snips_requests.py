@@ -168,8 +168,7 @@ class SnipsRequests(UnderstandingTask):
         return Sample(path.name, "", "test", tuple(words))
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        known = max(1, round(self.share * len(samples)))
-        return [samples[i] for i in rng.integers(0, known, self.batch)]
+        return super().draw(rng, samples[: max(1, round(self.share * len(samples)))])
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         read = _tokenizer(self.encoder)(
