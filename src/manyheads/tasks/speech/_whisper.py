@@ -75,7 +75,7 @@ def encoder_features(sounds: Sequence[Tensor], rate: int) -> list[Tensor]:
     missing = [i for i in {key: i for i, key in enumerate(keys)}.values() if keys[i] not in _kept]
     for first in range(0, len(missing), _AT_ONCE):
         some = missing[first : first + _AT_ONCE]
-        for i, found in zip(some, _encoded([sounds[i] for i in some], rate), strict=True):
+        for i, found in zip(some, _encoded(_heard([sounds[i] for i in some], rate)), strict=True):
             _kept[keys[i]] = found.half()
     return [_kept[key].float() for key in keys]
 
@@ -95,19 +95,23 @@ def windowed(name: str, sound: Tensor, rate: int) -> Tensor:
     if not count:
         raise UserError("a recording has 0.02 s or more")
     parts = [torch.nn.functional.pad(part, (0, size - len(part))) for part in sound.split(size)]
-    return torch.cat([_encoded([part], rate, name)[0] for part in parts])[:count]
+    heard = [resampled((part / (1 / _LOUD)).double().numpy(), rate, _RATE) for part in parts]
+    return torch.cat([_encoded([one], name)[0] for one in heard])[:count]
 
 
 def _key(sound: Tensor) -> bytes:
     return hashlib.sha1(sound.numpy().tobytes(), usedforsecurity=False).digest()
 
 
+def _heard(sounds: Sequence[Tensor], rate: int) -> list[Any]:
+    return [_LOUD * resampled(sound.numpy(), rate, _RATE) for sound in sounds]
+
+
 @torch.no_grad()
-def _encoded(sounds: Sequence[Tensor], rate: int, name: str = WHISPER) -> Tensor:
-    """``[B, T, 384]`` on the CPU."""
+def _encoded(heard: Sequence[Any], name: str = WHISPER) -> Tensor:
+    """``[B, T, dim]`` on the CPU, of recordings as the model reads them, float32 ``[N]``."""
     model, extractor, _ = whisper(name)
     encoder = model.get_encoder()
-    heard = [_LOUD * resampled(sound.numpy(), rate, _RATE) for sound in sounds]
     length = -(-max(map(len, heard)) // _FRAME) * _FRAME
     mel = extractor(
         heard, sampling_rate=_RATE, return_tensors="pt", padding="max_length", max_length=length, truncation=True
@@ -133,7 +137,7 @@ def hypotheses(sounds: Sequence[Tensor], rate: int) -> list[str]:
     for first in range(0, len(missing), _AT_ONCE // 8):
         some = missing[first : first + _AT_ONCE // 8]
         whole = [torch.nn.functional.pad(sounds[i], (0, 30 * rate - len(sounds[i]))) for i in some]  # as it was trained
-        states = BaseModelOutput(last_hidden_state=_encoded(whole, rate).to(model.device))
+        states = BaseModelOutput(last_hidden_state=_encoded(_heard(whole, rate)).to(model.device))
         with torch.no_grad():
             ids = model.generate(encoder_outputs=states, do_sample=False, num_beams=1, max_new_tokens=24)
         for i, row in zip(some, ids, strict=True):
