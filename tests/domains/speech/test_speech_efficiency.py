@@ -121,6 +121,19 @@ def test_operations_are_those_by_hand_of_each_recording(monkeypatch):
     )
 
 
+def test_seconds_are_of_each_repeat_but_the_first():
+    task, run = (
+        DecodingCost(dim=32, layers=2, heads=2, tokens=2, batch=1, repeats=3, timed=True),
+        tasks.context(Arm("x")),
+    )
+    rows = list(task._seconds(run, Arm("x"), 1, 64))
+    assert [row.sample for row in rows] == ["repeat 1", "repeat 2", "repeat 3"] and min(row.value for row in rows) > 0
+    with pytest.raises(UserError, match="no decoder"):
+        task._shape(Arm("all", "speech_efficiency:shift=2"))
+    with pytest.raises(UserError, match="moves no layers"):
+        task._shape(Arm("other", "snapkv"))
+
+
 @pytest.mark.parametrize("fields", [{"recordings": 0}, {"dim": 50}])
 def test_costs_that_cannot_be_are_refused(fields):
     with pytest.raises(UserError, match=r"count|divide"):

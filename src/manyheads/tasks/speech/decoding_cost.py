@@ -105,15 +105,15 @@ class DecodingCost(Task):
         return found[0], found[1]
 
     def _seconds(self, run: RunContext, arm: Arm, shift: int, width: int) -> Iterator[Row]:
-        with torch.random.fork_rng(devices=[run.device]):
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             torch.manual_seed(seeding.number(run.seed, weights=0))
             model = self._built(shift, width).to(run.device).eval()
             sound = torch.randn(self.batch, 80, 3000, device=run.device)
         for i in range(self.repeats + 1):
-            torch.cuda.synchronize()
+            run.synchronise()
             begun = time.perf_counter()
             _written(model, sound, self.tokens)
-            torch.cuda.synchronize()
+            run.synchronise()
             if i:  # the first warms up
                 yield self.row("seconds", arm, time.perf_counter() - begun, f"repeat {i}")
 
