@@ -3,6 +3,7 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 
 _WITHIN = ("manyheads", "torch", "transformers")  # whose frames are not the user's
 
@@ -12,6 +13,16 @@ class UserError(ValueError):
 
     The command line prints it as ``error: <line>`` and exits with 2.
     """
+
+
+def refusal(*needed: Callable[[], object]) -> str | None:
+    """What the first UserError says where each of ``needed`` is called in turn; None where all can be had."""
+    try:
+        for each in needed:
+            each()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def warn(message: str) -> None:

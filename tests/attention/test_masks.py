@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyheads.attention import masks
-from manyheads.attention.masks import MaskSpec, banded, masked_attention, zero_padding
+from manyheads.attention.masks import MaskSpec, banded, masked_attention, padded, zero_padding
 from manyheads.attention.reference import attention
 from manyheads.errors import UserError
 from tolerance import FORMULA, assert_close, error
@@ -186,3 +186,11 @@ def test_hide():
     mask = torch.zeros(2, 3, dtype=torch.bool)
     mask[0, 0] = True
     assert torch.equal(zero_padding(x, mask), x.nan_to_num(0.0)) and zero_padding(x, None) is x
+
+
+def test_rows_are_filled_up():
+    rows = [torch.arange(1, n + 1) for n in (2, 0, 3)]
+    x, there = padded(rows, -1)
+    assert x.tolist() == [[1, 2, -1], [-1, -1, -1], [1, 2, 3]] and there.tolist() == (x > 0).tolist()
+    frames, _ = padded([torch.ones(n, 4) for n in (2, 3)])
+    assert frames.shape == (2, 3, 4) and frames[0, 2].eq(0).all() and frames.sum() == 5 * 4

@@ -16,7 +16,7 @@ from manyheads.errors import UserError
 from manyheads.experiment import Arm, RunContext, Trainable
 from manyheads.recipe import Procedure, Recipe
 from manyheads.tasks import _field, _field_training, data_of, load, names
-from manyheads.tasks._field import FieldTask
+from manyheads.tasks._field import FieldData, FieldTask
 from manyheads.tasks._field_training import FieldTraining, Reference, load_model, recipe_of
 from manyheads.training.matching import parameters_of
 from oracles import tasks
@@ -78,6 +78,16 @@ def planted(monkeypatch):
     before = _field._read
     yield change_all
     _field._read = before
+
+
+def test_every_task_of_a_field_says_what_its_data_are():
+    """Also where it stands in a base of another file, which is read without an import."""
+    of_fields = [name for field in ("series", "speech") for name in names(field) if issubclass(load(name), FieldData)]
+    assert sorted(of_fields) == TASKS and len(TASKS) > 10
+    for name in TASKS:
+        kind = load(name)
+        assert data_of(name)["folder"] == kind.takes and data_of(name)["data"] in (*kind.files, "made here")
+    assert data_of("batch_padding") is None
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -6,17 +6,20 @@ A :class:`MaskSpec` names a pattern by rules on positions and documents. ``dense
 FlexAttention's ``mask_mod`` for GPUs. :func:`masked_attention` picks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
 from .reference import attention, repeat_kv
 
-__all__ = ["MaskSpec", "banded", "each_text", "masked_attention", "neighbours", "texts_with_state", "zero_padding"]
+__all__ = [
+    "MaskSpec", "banded", "each_text", "masked_attention", "neighbours", "padded", "texts_with_state", "zero_padding",
+]  # fmt: skip
 
 Impl = Literal["auto", "dense", "banded", "flex"]
 S = TypeVar("S")
@@ -210,6 +213,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float, bare: b
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x [B, T, dim]`` with zeros, never NaN, where ``mask [B, T]`` is False."""
     return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+
+
+def padded(rows: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths, filled up with ``value``, and where they are: ``B x [T_i, ...]`` -> ``[B, T, ...]`` and
+    bool ``[B, T]``.
+    """
+    there = torch.arange(max(map(len, rows))) < torch.tensor([len(row) for row in rows])[:, None]
+    return pad_sequence(list(rows), batch_first=True, padding_value=value), there
 
 
 def each_text(

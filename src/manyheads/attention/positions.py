@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from .rope import Rotary
 
 __all__ = [
-    "alibi_bias", "alibi_slopes", "dynamic_ntk", "positions_of", "rope_tables", "rotate_per_head", "sinusoids",
-    "split_heads", "t5_buckets",
+    "alibi_bias", "alibi_slopes", "dynamic_ntk", "interleaved_sinusoids", "positions_of", "rope_tables",
+    "rotate_per_head", "sinusoids", "split_heads", "t5_buckets",
 ]  # fmt: skip
 
 
@@ -108,3 +108,10 @@ def sinusoids(positions: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
     scales = torch.arange(dim // 2, device=positions.device, dtype=torch.float64) / max(1, dim // 2 - 1)
     angles = positions.double()[:, None] * float(longest) ** -scales
     return pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2)).float()
+
+
+def interleaved_sinusoids(positions: Tensor, dim: int) -> Tensor:
+    """As :func:`sinusoids`, a sine before its cosine, float32 ``[T, dim]``, of wavelengths 2 pi 10000^(2 i / dim)."""
+    rates = torch.exp(torch.arange(0, dim, 2, device=positions.device) * (-math.log(10_000.0) / dim))
+    angles = positions[:, None] * rates
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :dim]

@@ -51,7 +51,7 @@ claim = Claim(
         subject="smollm2-135m-instruct", arms=arms(32), baseline=arms(32)[0], equal="parameters",
         tasks=(
             NormalizationMeasures(every_row=True),
-            NormalizationMeasures(called=READER, encoder="all-minilm-l6-v2", text="brown", tokens=512, fewest=64),
+            NormalizationMeasures(label=READER, encoder="all-minilm-l6-v2", text="brown", tokens=512, fewest=64),
             Perplexity(lengths=(2048,), text="prose"),
             RecallInText(text="wikitext", **TRAINING),
         ),

@@ -42,7 +42,7 @@ claim = Claim(
             CodeSearch(label="minilm"),
             CodeSearch(
                 label="smollm2", model="smollm2-135m-instruct",
-                named=("full", *(f"{name}:budget={MOST}" for name in ON_LM)),
+                only=("full", *(f"{name}:budget={MOST}" for name in ON_LM)),
             ),
         ),
         sizes=Sizes(

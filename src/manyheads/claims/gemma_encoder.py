@@ -23,7 +23,7 @@ ARMS = (
     Arm(MINILM, options={"encoder": "all-minilm-l6-v2"}),
 )  # fmt: skip
 MORE = (Arm(LAST, "gemma_encoder:pooler=last"), Arm(KV, "gemma_encoder:pooler=kv,count=64"))
-SNIPS, SICK = EncoderTuning(named="snips"), EncoderTuning(named="sick", data="sick_relatedness")
+SNIPS, SICK = EncoderTuning(label="snips"), EncoderTuning(label="sick", data="sick_relatedness")
 
 claim = Claim(
     slug="gemma_encoder",

@@ -61,7 +61,7 @@ claim = Claim(
         subject="trainable", arms=arms(8, 32, 128), baseline=SOFTMAX, equal="parameters",
         tasks=(
             RecallInText(**TEXT, only=TRAINED), CodebookUse(**TEXT, only=(FEW, MID, MANY, NEAR, FORGETS, RANDOM)),
-            *(SequenceClassification(data=x, called=x, only=CLASSIFIED, layers=2) for x in SETS),
+            *(SequenceClassification(data=x, label=x, only=CLASSIFIED, layers=2) for x in SETS),
             MixerSpeed(only=("softmax", DEFAULTS)),
         ),
         sizes=Sizes(

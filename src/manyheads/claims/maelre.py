@@ -53,7 +53,7 @@ claim = Claim(
     experiment=Experiment(
         subject="trainable", arms=MAIN, baseline=MAIN[0], equal="parameters",
         tasks=(
-            *(SequenceClassification(data=name, called=name) for name in SETS),
+            *(SequenceClassification(data=name, label=name) for name in SETS),
             ClassifierCost(only=(FULL, MAELRE, LINEAR, POOLED, TOME)),
         ),
         sizes=Sizes(

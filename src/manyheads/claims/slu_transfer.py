@@ -50,10 +50,10 @@ claim = Claim(
     experiment=Experiment(
         subject="trainable", arms=ARMS, baseline=SCRATCH, equal="parameters", seeds=3,
         tasks=(
-            SpokenCommands(named="spoken", only=OURS),
-            SpokenCommands(named="whisper", only=("scratch", "published", "frozen"), gpu_only=True, **WHISPER),
+            SpokenCommands(label="spoken", only=OURS),
+            SpokenCommands(label="whisper", only=("scratch", "published", "frozen"), gpu_only=True, **WHISPER),
             *(
-                SnipsRequests(named=name, share=share, only=("scratch", "published"), gpu_only=share == 1)
+                SnipsRequests(label=name, share=share, only=("scratch", "published"), gpu_only=share == 1)
                 for name, share in TEXTS.items()
             ),
         ),

@@ -45,7 +45,7 @@ claim = Claim(
     experiment=Experiment(
         subject="trainable", arms=FEW, baseline=FEW[0], equal="parameters",
         tasks=(
-            Ranking(), Ranking(named=AS_IS, parts=1, edges=(), only=(TKL, WORDS, CHANCE)), RankerCost(only=(TKL, FULL)),
+            Ranking(), Ranking(label=AS_IS, parts=1, edges=(), only=(TKL, WORDS, CHANCE)), RankerCost(only=(TKL, FULL)),
         ),
         sizes=Sizes(
             quick={

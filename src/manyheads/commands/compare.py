@@ -140,10 +140,7 @@ def compare(
     }
     options = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        options = resumed(resume, options, ("compare", "train"), "compare")
-        if out is not None and out.resolve() != resume.resolve():
-            raise UserError("--resume goes on in its own folder; leave --out away")
-        out = resume
+        options, out = resumed(resume, out, options, ("compare", "train"), "compare")
     _refuse(options)
     where = executor(workers, ray)
     passive_threads()

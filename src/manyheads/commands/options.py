@@ -100,10 +100,18 @@ def quiet_libraries() -> None:
         theirs.set_verbosity_error()
 
 
-def resumed(folder: Path, given: dict[str, Any], kinds: tuple[str, ...], verb: str) -> dict[str, Any]:
-    """The options of the run in ``folder``; UserError if it is no run of ``verb``, or others are ``given``."""
+def resumed(
+    folder: Path, out: Path | None, given: dict[str, Any], kinds: tuple[str, ...], verb: str
+) -> tuple[dict[str, Any], Path]:
+    """The options of the run in ``folder``, and that folder.
+
+    Raises:
+        UserError: it is no run of ``verb``, others are ``given``, or ``out`` is another folder.
+    """
     from manyheads.experiment.journal import read_run
 
+    if out is not None and out.resolve() != folder.resolve():
+        raise UserError("--resume goes on in its own folder; leave --out away")
     run = read_run(folder)
     if run.get("kind") not in kinds:
         raise UserError(f"{folder} holds no run of manyheads {verb}; run the command again that made it")
@@ -112,7 +120,7 @@ def resumed(folder: Path, given: dict[str, Any], kinds: tuple[str, ...], verb: s
         raise UserError(
             f"--resume goes on with the options of the run in {folder}; leave --{' and --'.join(other)} away"
         )
-    return options
+    return options, folder
 
 
 def executor(workers: int | None, ray: str | None) -> Executor | None:

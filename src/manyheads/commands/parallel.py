@@ -12,7 +12,7 @@ import typer
 from manyheads.errors import UserError
 from manyheads.progress import shown
 
-from .options import Json, Out, Resume, Seed, console, passive_threads, print_json, typed
+from .options import Json, Out, Resume, Seed, console, passive_threads, print_json, resumed, typed
 
 if TYPE_CHECKING:
     from manyheads.experiment import Results
@@ -86,7 +86,7 @@ def _measure(options: dict[str, Any], out: Path | None, resume: Path | None, as_
     from manyheads.tasks.parallel import _launch
 
     if resume is not None:
-        options, out = _resumed(resume, options, out), resume
+        options, out = resumed(resume, out, options, (_KIND,), "parallel")
     task = _task(options)
     if not _launch.leads(task.backend):
         _launch.serve(task.backend)
@@ -135,21 +135,6 @@ def _task(options: dict[str, Any]) -> ContextAttention:
         ranks=options.get("world", here), masks=tuple(_items(options.get("masks"))), seed=options.get("seed", 0),
         **fields,
     )  # fmt: skip
-
-
-def _resumed(folder: Path, given: dict[str, Any], out: Path | None) -> dict[str, Any]:
-    """The options of the run in ``folder``."""
-    from manyheads.experiment.journal import read_run
-
-    if out is not None and out.resolve() != folder.resolve():
-        raise UserError("--resume goes on in its own folder; leave --out away")
-    run = read_run(folder)
-    if run.get("kind") != _KIND:
-        raise UserError(f"{folder} holds no run of manyheads parallel; run the command again that made it")
-    options: dict[str, Any] = run["options"]
-    if other := [name for name, value in given.items() if options.get(name) != value]:
-        raise UserError(f"--resume goes on with the options of the run in {folder}; leave --{other[0]} away")
-    return options
 
 
 def _show_model(options: dict[str, Any], efficiency: Path | None, out: Path | None, as_json: bool) -> None:

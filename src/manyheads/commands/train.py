@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from manyheads.errors import UserError
 from manyheads.progress import shown
 from manyheads.report.table import Column, Table, print_table
 
@@ -70,10 +69,7 @@ def train(
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        options = resumed(resume, options, ("field",), "train")
-        if out is not None and out.resolve() != resume.resolve():
-            raise UserError("--resume goes on in its own folder; leave --out away")
-        out = resume
+        options, out = resumed(resume, out, options, ("field",), "train")
     _show(_results(options, out, executor(workers, ray), as_json), as_json)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import UserError
 
-__all__ = ["read_wave", "resampled"]
+__all__ = ["read_recording", "read_wave", "resampled"]
 
 
 def read_wave(path: Path) -> tuple[Any, int]:
@@ -33,6 +33,18 @@ def read_wave(path: Path) -> tuple[Any, int]:
         whole[:, 4 - width :] = raw
         sound = whole.view("<i4")[:, 0].astype(np.float64) / 2**31
     return sound.reshape(-1, channels).mean(1), rate
+
+
+def read_recording(path: Path, rate: int, longest: float) -> Any:
+    """A recording of one's own at ``rate`` samples a second, float32 ``[N]``.
+
+    Raises:
+        UserError: it is no WAV file, is empty, or has more than ``longest`` seconds.
+    """
+    sound, own = read_wave(path)
+    if not 0 < len(sound) / own <= longest:
+        raise UserError(f"{path} has {len(sound) / own:.1f} s; recordings have more than 0 and at most {longest:g} s")
+    return resampled(sound, own, rate)
 
 
 def resampled(sound: Any, rate: int, wanted: int) -> Any:

@@ -18,8 +18,8 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ..attention.masks import padded
 from .object_scenes import draw_pictures
 from .scenes import OBJECTS
 from .visual_questions import ANSWERS, Language
@@ -148,7 +148,5 @@ def texts(
         at.append(torch.tensor(places))
         answers.append(torch.tensor([language.answers[int(there[i, thing])] for thing in chosen[i]]))
         rows.append(torch.tensor(row))
-    ids = pad_sequence(rows, batch_first=True, padding_value=language.pad)
-    real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    padded = pad_sequence(answers, batch_first=True, padding_value=_LEFT_OUT)
-    return Texts(ids, real, images, pad_sequence(at, batch_first=True), padded, there)
+    ids, real = padded(rows, language.pad)
+    return Texts(ids, real, images, padded(at)[0], padded(answers, _LEFT_OUT)[0], there)

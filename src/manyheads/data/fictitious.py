@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.nn.utils.rnn import pad_sequence
 
+from ..attention.masks import padded
 from ..errors import UserError
 from .scenes import BACKDROPS, OBJECTS, photographs, sprites
 from .visual_questions import Language
@@ -301,13 +301,9 @@ class Benchmark:
             at.append(torch.arange(len(row) - 1, len(row) - 1 + len(answer)))
             rows.append(torch.tensor([*row, *answer]))
             tokens.append(torch.tensor(answer))
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.language.pad)
-        real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        ids, real = padded(rows, self.language.pad)
         images = torch.stack([self.picture(item) for item in items])
-        return Asked(
-            ids, real, images, pad_sequence(at, batch_first=True),
-            pad_sequence(tokens, batch_first=True, padding_value=-100),
-        )  # fmt: skip
+        return Asked(ids, real, images, padded(at)[0], padded(tokens, -100)[0])
 
 
 def _over(canvas: Tensor, cover: Tensor, top: int, left: int) -> None:

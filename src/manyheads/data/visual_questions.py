@@ -16,8 +16,8 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ..attention.masks import padded
 from .object_scenes import draw_depths, draw_films, draw_pictures
 from .scenes import OBJECTS
 
@@ -150,8 +150,7 @@ def instructed(
             row += language.encode(".")
         rows.append(torch.tensor(row))
         at.append(places)
-    ids = pad_sequence(rows, batch_first=True, padding_value=language.pad)
-    real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    ids, real = padded(rows, language.pad)
     answers = tokens[formats[:, None], truth.long()]
     return Instructed(ids, real, picture.images, torch.tensor(at), truth, formats, answers, tokens)
 
@@ -232,6 +231,5 @@ def _told(
             row += language.encode(ANSWERS[answer])
         rows.append(torch.tensor(row))
         at.append(places)
-    ids = pad_sequence(rows, batch_first=True, padding_value=language.pad)
-    real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    ids, real = padded(rows, language.pad)
     return Questions(ids, real, images, torch.tensor(at), truth, cells)

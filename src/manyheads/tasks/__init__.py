@@ -11,7 +11,7 @@ import ast
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..experiment.task import Task
@@ -48,15 +48,34 @@ def summaries() -> Mapping[str, tuple[str, str]]:
     """Field and first line of the description of every task, by its name; none is imported."""
     found = {}
     for name in names():
-        said = ast.get_docstring(_tree(name)) or ""
+        said = ast.get_docstring(_tree(_path(name))) or ""
         found[name] = (field_of(name), said.partition("\n")[0])
     return found
 
 
+def _path(name: str) -> Path:
+    return _FOLDER.joinpath(*_homes()[name].removeprefix(f"{__name__}.").split(".")).with_suffix(".py")
+
+
 @cache
-def _tree(name: str) -> ast.Module:
-    path = _FOLDER.joinpath(*_homes()[name].removeprefix(f"{__name__}.").split(".")).with_suffix(".py")
+def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What the classes of a file say of their data, or else the bases that they have from files beside it."""
+    classes = [node for node in _tree(path).body if isinstance(node, ast.ClassDef)]
+    bases = {base.id for cls in classes for base in cls.bases if isinstance(base, ast.Name)}
+    found: dict[str, Any] = {}
+    for node in _tree(path).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and bases & {alias.name for alias in node.names}:
+            found |= _said(path.parent / f"{node.module}.py")
+    return found | {
+        node.target.id: ast.literal_eval(node.value)
+        for cls in classes for node in cls.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        and node.target.id in ("files", "takes", "published") and node.value is not None
+    }  # fmt: skip
 
 
 def data_of(name: str) -> dict[str, str] | None:
@@ -69,12 +88,7 @@ def data_of(name: str) -> dict[str, str] | None:
     from .. import models
     from ..data import files
 
-    named = {
-        node.target.id: ast.literal_eval(node.value)
-        for cls in _tree(name).body if isinstance(cls, ast.ClassDef)
-        for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        and node.target.id in ("files", "takes", "published") and node.value is not None
-    }  # fmt: skip
+    named = _said(_path(name))
     if "files" not in named:
         return None
     if not named["files"]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, refusal
 from ..experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ..recipe import Batch, Part, Picture, Procedure, Recipe, Sample
 from ..training.fit import autocast
@@ -83,7 +83,6 @@ class FieldData(Task):
         weight_decay: on matrices.
         samples_judged: of the test part, and at most as many of the validation part.
         only: names of the arms that are trained on it; all when empty.
-        named: what it is called where an experiment has it several times.
         gpu_only: not on a CPU, for what would take too long there.
     """
 
@@ -107,12 +106,7 @@ class FieldData(Task):
     weight_decay: float = 0.01
     samples_judged: int = 1000
     only: tuple[str, ...] = ()
-    named: str = ""
     gpu_only: bool = False
-
-    @property
-    def label(self) -> str:
-        return self.named
 
     def __post_init__(self) -> None:
         if not self.rates or min(self.rates) <= 0:
@@ -144,9 +138,9 @@ class FieldData(Task):
         (sample,) = opened
         return sample
 
-    @abstractmethod
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """Samples of one training step, augmented."""
+        """Samples of one training step, augmented; here as they are, each as likely as another."""
+        return [samples[int(i)] for i in rng.integers(0, len(samples), self.batch)]
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Batch:
@@ -176,11 +170,7 @@ class FieldData(Task):
     def unsupported_reason(self, run: RunContext) -> str | None:
         if self.gpu_only and run.device.type != "cuda":
             return "trained on a GPU, --device cuda: it would take too long on a CPU"
-        try:
-            self.samples("train")
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self.samples("train"))
 
 
 @dataclass(frozen=True, kw_only=True)

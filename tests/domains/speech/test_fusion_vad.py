@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from manyheads.attention.positions import interleaved_sinusoids
 from manyheads.data import files
 from manyheads.data.labelled import labelled
-from manyheads.domains.speech.fusion_vad import Addition, Concatenation, CrossAttention, FusionVad, _sinusoids
+from manyheads.domains.speech.fusion_vad import Addition, Concatenation, CrossAttention, FusionVad
 from manyheads.domains.speech.silero_vad import SileroVad
 from manyheads.errors import UserError
 from manyheads.spec import parse
-from manyheads.tasks.speech._mixtures import COEFFICIENTS, stream
+from manyheads.tasks.speech._cepstra import COEFFICIENTS
+from manyheads.tasks.speech._mixtures import stream
 from manyheads.tasks.speech._vad import VadModel
 from manyheads.tasks.speech.voice_activity import VoiceActivity
 from tolerance import DEEP, PROJECTED, error, is_close, is_far
@@ -91,8 +93,8 @@ def test_cross_attention_is_its_formula(query, positions):
     m, p = torch.randn(B, T, D, dtype=torch.float64), torch.randn(B, T, D, dtype=torch.float64)
     angle = [[t / 10_000 ** (2 * (k // 2) / D) for k in range(D)] for t in range(T)]
     places = torch.tensor([[(math.cos if k % 2 else math.sin)(a) for k, a in enumerate(row)] for row in angle])
-    assert error(_sinusoids(T, D), places) < 1e-6
-    places = _sinusoids(T, D).double() * positions
+    assert error(interleaved_sinusoids(torch.arange(T), D), places) < 1e-6
+    places = interleaved_sinusoids(torch.arange(T), D).double() * positions
     x, y = (p + places, m + places) if query == "whisper" else (m + places, p + places)
     a = fusion.attention
     wq, wk, wv = a.in_proj_weight.chunk(3)

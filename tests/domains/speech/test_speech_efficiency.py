@@ -72,7 +72,7 @@ def test_a_steps_batch_is_of_one_bucket(digits):
 
 def test_rows_of_padding_are_those_of_the_batches(monkeypatch):
     durations, tokens = corpus()
-    monkeypatch.setattr("manyheads.tasks.speech.batch_padding._corpus", lambda strings, digits: (durations, tokens))
+    monkeypatch.setattr("manyheads.tasks.speech.batch_padding.corpus", lambda strings, digits: (durations, tokens))
     two = Arm("two", "speech_efficiency:count=8")
     task, run = BatchPadding(epochs=2), tasks.context(Arm("random"), two)
     rows = tasks.rows(task, run)
@@ -87,19 +87,57 @@ def test_rows_of_padding_are_those_of_the_batches(monkeypatch):
         list(task.measure(tasks.context(Arm("s", "snapkv")), task.units(tasks.context(Arm("s", "snapkv")))[0]))
 
 
-def test_a_token_costs_less_with_fewer_layers_that_write():
-    task = DecodingCost(dim=48, layers=2, heads=2, tokens=4, batch=1)
-    rows = tasks.rows(task, tasks.context(Arm("base"), Arm("shifted", "speech_efficiency:shift=1")))
+def operations(frames, tokens, dim, encoder, decoder, width):
+    """Twice the products of a recording of Whisper's shape, by hand: its own, and those of each token behind the first.
+
+    Legend: a token is projected to queries, keys, values and outputs for itself, to queries and outputs for the frames.
+    """
+    heard = 2 * 3 * dim * (80 * 2 * frames + dim * frames)
+    heard += encoder * frames * (2 * 4 * dim**2 + 4 * frames * dim + 4 * dim * width)
+    heard += decoder * frames * 2 * 2 * dim**2  # keys and values of the frames, once
+    each = [
+        decoder * (2 * 6 * dim**2 + 4 * (t + frames) * dim + 4 * dim * width) + 2 * dim * 51864
+        for t in range(1, tokens + 1)
+    ]
+    return heard + sum(each), sum(each[1:]) / (tokens - 1)
+
+
+def test_operations_are_those_by_hand_of_each_recording(monkeypatch):
+    recordings = ((0.5, 1.13), (2.0, 3.0))
+    monkeypatch.setattr("manyheads.tasks.speech.decoding_cost.corpus", lambda count, digits: recordings)
+    task, moved = DecodingCost(dim=48, layers=2, heads=2, recordings=2), Arm("shifted", "speech_efficiency:shift=1")
+    rows = tasks.rows(task, tasks.context(Arm("base"), moved))
     size = {arm: tasks.values(rows, "parameters", arm)[0] for arm in ("base", "shifted")}
     assert abs(size["shifted"] / size["base"] - 1) <= 0.02
-    each = {arm: tasks.values(rows, "operations", arm)[0] for arm in ("base", "shifted")}
-    assert each["shifted"] < each["base"]
-    # Twice a product's numbers: the vocabulary, and the linear layers of two decoder layers; keys of 1,500 frames add.
-    products = 2 * (48 * 51864 + 2 * (4 * 48**2 + 2 * 48**2 + 2 * 48 * 192))
-    assert products < 1e9 * each["base"] < products * 1.3
-    assert (
-        DecodingCost(timed=True).unsupported_reason(tasks.context(Arm("base"))) == "seconds are of a GPU, --device cuda"
+    _, width = task._shape(moved)
+    for arm, layers in (("base", (2, 2, 192)), ("shifted", (3, 1, width))):
+        want = [operations(frames, tokens, 48, *layers) for frames, tokens in ((25, 2), (57, 3))]
+        assert tasks.values(rows, "whole", arm) == pytest.approx([one[0] / 1e9 for one in want], rel=1e-12)
+        assert tasks.values(rows, "operations", arm) == pytest.approx([one[1] / 1e9 for one in want], rel=1e-12)
+    assert operations(25, 4, 48, 2, 2, 192) != operations(25, 4, 48, 3, 1, 192)
+    assert (tasks.values(rows, "operations", "shifted") < tasks.values(rows, "operations", "base")).all()
+    assert DecodingCost(timed=True).unsupported_reason(tasks.context(Arm("base"))) == (
+        "seconds are of a GPU, --device cuda"
     )
+
+
+def test_seconds_are_of_each_repeat_but_the_first():
+    task, run = (
+        DecodingCost(dim=32, layers=2, heads=2, tokens=2, batch=1, repeats=3, timed=True),
+        tasks.context(Arm("x")),
+    )
+    rows = list(task._seconds(run, Arm("x"), 1, 64))
+    assert [row.sample for row in rows] == ["repeat 1", "repeat 2", "repeat 3"] and min(row.value for row in rows) > 0
+    with pytest.raises(UserError, match="no decoder"):
+        task._shape(Arm("all", "speech_efficiency:shift=2"))
+    with pytest.raises(UserError, match="moves no layers"):
+        task._shape(Arm("other", "snapkv"))
+
+
+@pytest.mark.parametrize("fields", [{"recordings": 0}, {"dim": 50}])
+def test_costs_that_cannot_be_are_refused(fields):
+    with pytest.raises(UserError, match=r"count|divide"):
+        DecodingCost(**fields)
 
 
 def test_what_is_decoded_with_a_cache_is_what_is_decoded_without():

@@ -52,7 +52,7 @@ def test_rows_are_means_over_heads(run):
 
 def test_refusals(run):
     assert "reads" in NormalizationMeasures(tokens=10**6).unsupported_reason(run)
-    missing = NormalizationMeasures(encoder="all-minilm-l6-v2", tokens=10**6, text="brown", called="encoder")
+    missing = NormalizationMeasures(encoder="all-minilm-l6-v2", tokens=10**6, text="brown", label="encoder")
     assert missing.label == missing.key == "encoder" and missing.unsupported_reason(run)
 
 
@@ -73,7 +73,7 @@ def test_an_encoder_reads_the_beginning_of_a_text_at_each_length():
     model.set_attn_implementation("eager")  # returns its maps
     made.data = {"texts": [Text(f"{i}", " ".join(str((7 * i + j) % 90) for j in range(70))) for i in range(3)]}
     made.kept(("reader", "tiny"), lambda: (model, Words()))
-    task = NormalizationMeasures(encoder="tiny", called="encoder", tokens=64, windows_of=2, fewest=16)
+    task = NormalizationMeasures(encoder="tiny", label="encoder", tokens=64, windows_of=2, fewest=16)
     found = rows(task, made)
     ids = task._texts(made)
     assert [x.shape[1] for x in ids[0]] == [16, 32, 64] and ids[0][0][0, :-1].equal(ids[0][2][0, :15])

@@ -10,12 +10,13 @@ import torch
 
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
-from manyheads.tasks._rates import equal_error_rate
+from manyheads.tasks._rates import equal_error_rate_values
 from manyheads.tasks._statistics import auroc
 from manyheads.tasks.speech import _whisper, speech_deepfakes
 from manyheads.tasks.speech._cepstra import cepstra, constant_q, deltas, energies
 from manyheads.tasks.speech.speech_deepfakes import Judgement, SpeechDeepfakes
 from tiny.recordings import digits, write
+from tiny.speech import tiny_whisper
 from tolerance import GRADIENT, is_close, is_far
 
 __all__ = ["digits"]
@@ -70,7 +71,7 @@ def test_rates_are_of_real_speech_with_the_fakes_of_one_kind():
     for metric, fakes in (("eer", kinds[3:]), ("eer_seen", kinds[1:3]), ("eer_harmonic", ["harmonic"])):
         mine = np.isin(kind, ["real", *fakes])
         values = [one[metric] for one, counts in zip(scores, mine, strict=True) if counts]
-        assert np.mean(values) == pytest.approx(equal_error_rate(logits[mine], kind[mine] != "real"))
+        assert np.mean(values) == pytest.approx(equal_error_rate_values(logits[mine], kind[mine] != "real").mean())
         assert not any(metric in one for one, counts in zip(scores, mine, strict=True) if not counts)
     mine = np.isin(kind, ["real", *kinds[3:]])
     assert np.mean([one["auc"] for one in scores if "auc" in one]) == pytest.approx(
@@ -102,15 +103,8 @@ def test_filters_and_bins_are_where_they_should_be():
 
 
 def test_the_encoder_reads_a_second_as_it_reads_thirty(monkeypatch):
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
-
-    small = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2,
-             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 20,
-             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}  # fmt: skip
-    torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(WhisperConfig(**small)).eval()
-    extractor, calls = WhisperFeatureExtractor(), []
-    monkeypatch.setattr(_whisper, "whisper", lambda: (calls.append(1), (model, extractor, None))[1])
+    (model, extractor), calls = tiny_whisper(), []
+    monkeypatch.setattr(_whisper, "whisper", lambda name: (calls.append(1), (model, extractor, None))[1])
     monkeypatch.setattr(_whisper, "_kept", {})
     sound = torch.randn(30 * 8000)
     (whole,) = _whisper.encoder_features([sound], 8000)

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams, noises, labels and frame metrics of voice activity; Whisper's features where the model is here."""
-
-from pathlib import Path
+"""Streams, noises, labels and frame metrics of voice activity, cepstra by frame, and windows of Whisper's encoder."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.fft import dct
 
-from manyheads.models import source
+from manyheads.data.audio import resampled
+from manyheads.errors import UserError
 from manyheads.recipe import Sample
-from manyheads.tasks.speech import _vad, voice_activity
+from manyheads.tasks.speech import _vad, _whisper, voice_activity
+from manyheads.tasks.speech._cepstra import normalised_mfcc
 from manyheads.tasks.speech._encoder import log_mel
-from manyheads.tasks.speech._mixtures import FRAME, NOISES, features, mfcc, mixed, stream
+from manyheads.tasks.speech._mixtures import FRAME, NOISES, mixed, stream
 from manyheads.tasks.speech._vad import Activity
 from manyheads.tasks.speech.voice_activity import VoiceActivity
 from tiny.recordings import digits
+from tiny.speech import tiny_whisper
 
 __all__ = ["digits"]
 
@@ -27,11 +28,11 @@ WORDS = [torch.sin(torch.arange(2400) * 0.1 * (i + 1)) for i in range(4)]
 def made(monkeypatch):
     """Features of our own making in the place of Whisper's: two sums over a frame."""
 
-    def sums(name, sound):
+    def sums(name, sound, rate):
         frames = sound[: len(sound) // FRAME * FRAME].view(-1, FRAME)
         return torch.stack((frames.sum(1), frames.abs().sum(1)), 1)
 
-    monkeypatch.setattr(voice_activity, "features", sums)
+    monkeypatch.setattr(voice_activity, "windowed", sums)
     monkeypatch.setattr(_vad, "width_of", lambda name: 2)
     voice_activity._read_sound.cache_clear()
     yield
@@ -112,15 +113,30 @@ def test_cepstra_are_a_cosine_transform_of_the_filters():
     sound = torch.randn(3200)
     frames = log_mel(sound)[:40].view(20, 2, -1).mean(1)
     want = dct(frames.double().numpy(), norm="ortho", axis=1)[:, :20]
-    assert mfcc(sound).shape == (20, 20) and np.abs(mfcc(sound).numpy() - want).max() < 1e-4
-    assert np.abs(mfcc(sound).numpy() - dct(frames.double().numpy(), axis=1)[:, :20]).max() > 0.1
+    got = normalised_mfcc(sound).numpy()
+    assert got.shape == (20, 20) and np.abs(got - want).max() < 1e-4
+    assert np.abs(got - dct(frames.double().numpy(), axis=1)[:, :20]).max() > 0.1
 
 
-def test_states_of_the_encoder_are_by_frame_and_window():
-    if not Path(source("whisper-tiny.en")).is_dir():
-        pytest.skip("a published model that this task reads is not on this machine")
+def test_states_of_the_encoder_are_by_frame_and_window(monkeypatch):
+    """As of transformers' encoder with the first 200 positions, on four seconds at a time."""
+    model, extractor = tiny_whisper()
+    monkeypatch.setattr(_whisper, "whisper", lambda name: (model, extractor, None))
     sound = torch.randn(45_000)
-    found = features("whisper-tiny.en", sound)
-    assert found.shape == (281, 384) and found.isfinite().all()
-    assert torch.equal(found[:200], features("whisper-tiny.en", sound[: 200 * FRAME]))
-    assert not torch.equal(found[:81], found[200:])
+    found = _whisper.windowed("tiny", sound, 8000)
+    cut = type(model.get_encoder())(type(model.config)(**{**model.config.to_dict(), "max_source_positions": 200}))
+    state = model.get_encoder().state_dict()
+    cut.load_state_dict({**state, "embed_positions.weight": state["embed_positions.weight"][:200]})
+    second = np.concatenate((sound[200 * FRAME :].numpy(), np.zeros(400 * FRAME - len(sound), np.float32)))
+    for part, want in ((sound[: 200 * FRAME].numpy(), found[:200]), (second, found[200:])):
+        heard = extractor(
+            resampled(part / 10, 8000, 16000), sampling_rate=16000, padding="longest", truncation=False,
+            return_tensors="pt",
+        )  # fmt: skip
+        with torch.no_grad():
+            states = cut.eval()(heard["input_features"]).last_hidden_state[0, : len(want)]
+        assert (states - want).abs().max() < 1e-4 < 1e-2 < (states.flip(0) - want).abs().max()
+    assert found.shape == (281, 16)
+    assert torch.equal(found[:200], _whisper.windowed("tiny", sound[: 200 * FRAME], 8000))
+    with pytest.raises(UserError, match=r"0\.02 s"):
+        _whisper.windowed("tiny", sound[:159], 8000)

@@ -153,7 +153,7 @@ def test_passages_are_embedded_as_alone():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed = torch.nn.Embedding(9, 3)
+            self.embed, self.device = torch.nn.Embedding(9, 3), "cpu"
 
         def forward(self, input_ids, attention_mask):
             return type("Out", (), {"last_hidden_state": self.embed(input_ids)})

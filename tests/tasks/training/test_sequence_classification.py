@@ -119,7 +119,7 @@ def test_who_sees_other_sequences_is_refused():
 
 
 def test_arms_are_trained_alike_and_their_floor_is_known(measured):
-    task = SequenceClassification(**TONES, called="tones")
+    task = SequenceClassification(**TONES, label="tones")
     results = measured(task, arms=(SOFTMAX, Arm("mra", "mra:block=4")), seeds=2)
     assert task.metric("accuracy").floor == 0.5 and SequenceClassification(data="brown").metric("accuracy").floor > 0.4
     found = values(results, "accuracy")

@@ -35,6 +35,8 @@ from ...recipe import Batch, Picture, Recipe
 
 __all__ = ["CrossAttentionFusion", "GatedResidualFusion", "ImmTsf", "RecencyPool", "TextAttention", "Time2Vec"]
 
+Backbone = Literal["time_attention", "patchtst", "dlinear"]
+
 
 class Time2Vec(nn.Module):
     """Times ``[...] -> [..., size]``: one linear feature, the others sines."""
@@ -44,17 +46,12 @@ class Time2Vec(nn.Module):
         self.rates, self.phases = nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(size))
 
     def forward(self, times: Tensor) -> Tensor:
-        """Features of times."""
         at = times[..., None] * self.rates + self.phases
         return torch.cat((at[..., :1], at[..., 1:].sin()), -1)
 
 
 class RecencyPool(nn.Module):
-    """Texts averaged by how long ago they were written.
-
-    Attributes:
-        shown: weights ``[B, Q, N]`` of the last forward, which sum to 1.
-    """
+    """Texts averaged by how long ago they were written; ``shown`` are weights ``[B, Q, N]`` of the last forward."""
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
@@ -80,7 +77,7 @@ class TextAttention(nn.Module):
 
     def __init__(self, dim: int, dropout: float, by_time: bool = True) -> None:
         super().__init__()
-        self.times, self.by_time = Time2Vec(dim // 2), by_time
+        self.times = Time2Vec(dim // 2)
         self.embed, self.query = nn.Linear(dim + dim // 2, dim), nn.Parameter(torch.randn(dim) * 0.02)
         self.ask = nn.Linear(dim + dim // 2, dim) if by_time else None
         self.attention = nn.MultiheadAttention(dim, 1, dropout, batch_first=True)
@@ -125,9 +122,9 @@ class CrossAttentionFusion(nn.Module):
         self.residual, self.kappa = _residual(dim, channels, dropout), kappa
 
     def forward(self, y: Tensor, texts: Tensor, asked: Tensor, noted: Tensor) -> Tensor:
-        attended, _ = self.attention(
-            self.q(y), self.k(texts), self.v(texts), key_padding_mask=~asked, need_weights=False
-        )
+        attended = self.attention(self.q(y), self.k(texts), self.v(texts), key_padding_mask=~asked, need_weights=False)[
+            0
+        ]
         fused = (y + self.kappa * self.residual(attended)) / (1 + self.kappa)
         return torch.where(noted[:, None, None], fused, y)
 
@@ -142,20 +139,14 @@ class Fused(nn.Module):
 
     def __init__(self, recipe: "ImmTsf", task: Any, forecaster: nn.Module) -> None:
         super().__init__()
-        dim, channels, dropout = task.dim, task.channels, task.dropout
+        dim, fused, recent = task.dim, (task.channels, task.dim, task.dropout), recipe.ttf == "recency"
         self.forecaster, self.texts = forecaster, "notes" if recipe.notes == "own" else "placebo"
-        self.project = nn.Linear(task.text_width, dim)
-        self.timed: nn.Module = (
-            RecencyPool(dim, dropout) if recipe.ttf == "recency"
-            else TextAttention(dim, dropout, recipe.query == "times")
-        )  # fmt: skip
-        self.fusion: nn.Module = (
-            GatedResidualFusion(channels, dim, dropout) if recipe.mmf == "gated"
-            else CrossAttentionFusion(channels, dim, dropout, recipe.kappa)
-        )  # fmt: skip
+        self.project, given = nn.Linear(task.text_width, dim), (dim, task.dropout)
+        self.timed = RecencyPool(*given) if recent else TextAttention(*given, recipe.query == "times")
+        gated = recipe.mmf == "gated"
+        self.fusion = GatedResidualFusion(*fused) if gated else CrossAttentionFusion(*fused, recipe.kappa)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Forecast ``[B, Q, C]``."""
         y: Tensor = self.forecaster(batch)
         mask = batch["note_mask"]
         if not mask.any():
@@ -180,20 +171,12 @@ class ImmTsf(Recipe):
 
     task: ClassVar[str] = "irregular_forecast"
 
-    ttf: Literal["recency", "attention"] = field(
-        default="recency", metadata={"help": "texts by time: recency or attention"}
-    )
-    mmf: Literal["gated", "cross"] = field(
-        default="gated", metadata={"help": "fusion: gated residual or cross-attention"}
-    )
-    backbone: Literal["time_attention", "patchtst", "dlinear"] = field(
-        default="time_attention", metadata={"help": "the forecaster: time_attention, patchtst or dlinear"}
-    )
-    notes: Literal["own", "shuffled"] = field(
-        default="own", metadata={"help": "own texts, or shuffled ones, a placebo"}
-    )
+    ttf: Literal["recency", "attention"] = field(default="recency", metadata={"help": "how texts get to the times"})
+    mmf: Literal["gated", "cross"] = field(default="gated", metadata={"help": "gated residual or cross-attention"})
+    backbone: Backbone = field(default="time_attention", metadata={"help": "the forecaster, a reference of the task"})
+    notes: Literal["own", "shuffled"] = field(default="own", metadata={"help": "own texts, or shuffled, a placebo"})
     query: Literal["times", "constant"] = field(
-        default="times", metadata={"help": "what attends to texts: the times asked for, or a constant as released"}
+        default="times", metadata={"help": "of attention; constant as released"}
     )
     kappa: float = field(default=0.5, metadata={"help": "weight of the residual of the cross-attention"})
 
@@ -204,16 +187,14 @@ class ImmTsf(Recipe):
     def build(self, task: Any, width: int) -> nn.Module:
         return Fused(self, task, task.reference(width, self.backbone))
 
-    def pictures(self, model: nn.Module, batch: Batch) -> Sequence[Picture]:
+    def pictures(self, model: Any, batch: Batch) -> Sequence[Picture]:
         """Weights of the texts of a test window by the times that are asked for."""
         model(batch)
-        found = [part.shown for part in model.modules() if isinstance(part, RecencyPool | TextAttention)]
-        shown = found[0] if found else None
-        if shown is None:
+        if (shown := model.timed.shown) is None:
             return ()
-        seen = batch["note_mask"].sum(1).argmax()
-        weights = shown[seen][batch["asked"][seen]][:, batch["note_mask"][seen]].float()
-        ahead, ages = batch["queries"][seen][batch["asked"][seen]], batch["note_times"][seen][batch["note_mask"][seen]]
-        days = batch["windows"][int(seen)].days
-        rows, columns = ([f"{days * float(t):.1f}" for t in times] for times in (ahead, ages))
-        return (Picture("weights of texts", rows, columns, weights.tolist(), ("days ahead", "written, in days")),)
+        seen = int(batch["note_mask"].sum(1).argmax())
+        asked, noted, days = batch["asked"][seen], batch["note_mask"][seen], batch["windows"][seen].days
+        times = batch["queries"][seen][asked], batch["note_times"][seen][noted]
+        rows, columns = ([f"{days * float(t):.1f}" for t in some] for some in times)
+        weights = shown[seen][asked][:, noted].float().tolist()
+        return (Picture("weights of texts", rows, columns, weights, ("days ahead", "written, in days")),)

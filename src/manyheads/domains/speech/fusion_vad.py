@@ -17,7 +17,6 @@ one number of parameters. Not known of the paper, and chosen here: which stream 
 attention does not know where a frame lies. Left out: encoders other than Whisper's, smoothing of what is said.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -25,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ...attention.positions import interleaved_sinusoids
 from ...recipe import Batch, FieldTask, Picture, Recipe
 
 __all__ = ["Addition", "Concatenation", "CrossAttention", "FusionVad"]
@@ -62,7 +62,7 @@ class CrossAttention(nn.Module):
     def forward(self, mfcc: Tensor, whisper: Tensor, mask: Tensor) -> Tensor:
         """``[B, T, D]``."""
         if self.positions:
-            places = _sinusoids(*mfcc.shape[1:]).to(mfcc)
+            places = interleaved_sinusoids(torch.arange(mfcc.shape[1]), mfcc.shape[2]).to(mfcc)
             mfcc, whisper = mfcc + places, whisper + places
         asks, answers = (whisper, mfcc) if self.query == "whisper" else (mfcc, whisper)
         out, shown = self.attention(
@@ -70,12 +70,6 @@ class CrossAttention(nn.Module):
         )
         self.shown = None if shown is None else shown.detach()
         return out  # type: ignore[no-any-return]
-
-
-def _sinusoids(length: int, dim: int) -> Tensor:
-    rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
-    angles = torch.arange(length)[:, None] * rates
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :dim]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,12 @@ Averaging over frames forgets in which order they came; a token that attends to 
 
     loss = CE(W_c e_c, y) + weight tau^2 KL(softmax(z / tau) || softmax(W_d e_d / tau)) + CE(z, y)
 
-  where the middle term gives the teacher's z no gradient. The embedding is the mean of both tokens' states, as DeiT
-  averages their predictions.
+  where the middle term gives the teacher's z no gradient. The embedding is the mean of both tokens' states.
 
 Shapes: frames ``[B, T, 40]``, mask ``[B, T]`` True where speech is, states ``[B, 1 or 2, D]``. The abstract alone was
-to be had: the tokens, the sampling and the teacher are its own; n, k, R, weight and tau, what is erased, queries of the
-memory without normalisation, the mean of states and a teacher trained alongside are chosen here. Left out: embeddings
-of a network of phonemes, which stand for positions there; positions are sinusoidal. ``width`` is the size of the
-memory's keys, which is nowhere stated, or that of the feed-forward part.
+to be had: the tokens, the sampling and the teacher are its own; n, k, R, the size of keys (``width``, else that of the
+feed-forward part), weight and tau, what is erased, queries of the memory without normalisation, the mean of states and
+a teacher trained alongside are chosen here. Left out: embeddings of a network of phonemes, for which positions stand.
 """
 
 import math
@@ -41,7 +39,6 @@ from ...recipe import Batch, FieldTask, Picture, Recipe
 __all__ = ["Block", "Distilled", "ProductKeyMemory", "SvClassToken", "TokenEncoder", "distillation", "erased"]
 
 Count = Annotated[int, Field(ge=1)]
-_ERASED = 3  # the most that is erased: this part of the frames, and of the filters
 
 
 class ProductKeyMemory(nn.Module):
@@ -55,7 +52,6 @@ class ProductKeyMemory(nn.Module):
         self.values = nn.Parameter(torch.randn(keys**2, dim) / math.sqrt(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]``."""
         slots, weights = self.found(x)
         flat = slots.flatten(0, -3).flatten(1), weights.flatten(0, -3).flatten(1).to(self.values.dtype)
         return embedding_bag(flat[0], self.values, per_sample_weights=flat[1], mode="sum").view(x.shape).to(x.dtype)
@@ -72,44 +68,28 @@ class ProductKeyMemory(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, ``[B, T, D] -> [B, T, D]``, normalised after each part.
-
-    Attributes:
-        shown: weights of attention ``[B, H, T, T]`` in the last forward outside training.
-    """
+    """A layer, ``[B, T, D] -> [B, T, D]``, normalised after each part; ``shown [B, H, T, T]`` are weights in use."""
 
     def __init__(self, recipe: "SvClassToken", task: FieldTask, width: int) -> None:
         super().__init__()
         dim = task.dim
         self.attention = nn.MultiheadAttention(dim, task.heads, task.dropout, batch_first=True)
         self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)), nn.Dropout(task.dropout)
-        keys = recipe.keys or math.isqrt(2 * dim)
         self.second: nn.Module = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
         if recipe.memory:
-            self.second = ProductKeyMemory(dim, keys, width, recipe.k, recipe.memory_heads)
-        self.shown: Tensor | None = None
+            self.second = ProductKeyMemory(
+                dim, recipe.keys or math.isqrt(2 * dim), width, recipe.k, recipe.memory_heads
+            )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """``[B, T, D]``."""
-        mixed, shown = self.attention(
-            x, x, x, key_padding_mask=~mask, need_weights=not self.training, average_attn_weights=False
-        )
-        self.shown = None if shown is None else shown.detach()
+        mixed, self.shown = self.attention(x, x, x, ~mask, need_weights=not self.training, average_attn_weights=False)
         x = self.norms[0](x + self.dropout(mixed))
         out: Tensor = self.norms[1](x + self.dropout(self.second(x)))
         return out
 
 
 class TokenEncoder(nn.Module):
-    """Frames and mask -> states ``[B, 1 or 2, D]`` of the class token and of the distillation token.
-
-    Args:
-        encoder: of the task, whose front, blocks and last norm are used; its pooling is not.
-        dim: of tokens.
-        count: of class tokens, R.
-        distil: whether there is a distillation token.
-        combine: what is averaged in use: ``tokens``, or ``embeddings``.
-    """
+    """Frames and mask -> states ``[B, 1 or 2, D]`` of tokens, by front, blocks and norm of the task's ``encoder``."""
 
     def __init__(self, encoder: Any, dim: int, count: int, distil: bool, combine: str = "tokens") -> None:
         super().__init__()
@@ -118,21 +98,16 @@ class TokenEncoder(nn.Module):
         self.distillation = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim)) if distil else None
 
     def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """States."""
         x, mask = self.encoder.front(frames, mask)
         if self.training:
-            drawn = self.tokens[torch.randint(len(self.tokens), (len(x),), device=x.device)]
-            return self._states(x, mask, drawn)
-        if self.combine == "embeddings":
-            return torch.stack([self._states(x, mask, token.expand(len(x), -1)) for token in self.tokens]).mean(0)
-        return self._states(x, mask, self.tokens.mean(0).expand(len(x), -1))
+            return self._states(x, mask, self.tokens[torch.randint(len(self.tokens), (len(x),), device=x.device)])
+        used = self.tokens if self.combine == "embeddings" else self.tokens.mean(0, keepdim=True)
+        return torch.stack([self._states(x, mask, token.expand(len(x), -1)) for token in used]).mean(0)
 
     def _states(self, x: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """With a class token for each example ``[B, D]``, in front of the frames; tokens are never masked."""
-        front = tokens[:, None]
-        if self.distillation is not None:
-            front = torch.cat((front, self.distillation.expand(len(x), 1, -1)), 1)
-        x, count = torch.cat((front.to(x.dtype), x), 1), front.shape[1]
+        own = (tokens,) if self.distillation is None else (tokens, self.distillation.expand_as(tokens))
+        x, count = torch.cat((torch.stack(own, 1).to(x.dtype), x), 1), len(own)
         mask = torch.cat((mask.new_ones(len(x), count), mask), 1)
         for block in self.encoder.blocks:
             x = block(x, mask)
@@ -151,36 +126,22 @@ class Distilled(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class SvClassToken(Recipe):
-    """Pools speech by a class token, sampled from several, beside a token that imitates a teacher.
-
-    Attributes:
-        pooling: a class token, or the mean over frames of the same network.
-        tokens: class tokens that training samples from, R.
-        combine: what is averaged over them in use.
-        distil: a second token, trained to imitate a teacher.
-        weight, temperature: of the teacher's term.
-        erase: train on erased inputs, as the teacher is; for a model without one.
-        memory: a memory in place of the feed-forward part.
-        keys: sub-keys of each half, n; 0 for the root of 2 D.
-        k: slots that are read.
-        memory_heads: queries of each frame.
-        positions: sinusoidal ones of frames.
-    """
+    """Pools speech by a class token, sampled from several, beside a token that imitates a teacher."""
 
     task: ClassVar[str] = "speaker_verification"
 
-    pooling: Literal["token", "mean"] = field(default="token", metadata={"help": "token, or mean over frames"})
-    tokens: Count = field(default=10, metadata={"help": "class tokens that training samples from"})
+    pooling: Literal["token", "mean"] = field(default="token", metadata={"help": "a class token, or mean over frames"})
+    tokens: Count = field(default=10, metadata={"help": "class tokens that training samples from, R"})
     combine: Literal["tokens", "embeddings"] = field(default="tokens", metadata={"help": "what is averaged in use"})
     distil: bool = field(default=True, metadata={"help": "a second token that imitates a teacher"})
     weight: float = field(default=1.0, metadata={"help": "of the teacher's term"})
     temperature: Annotated[float, Field(gt=0)] = field(default=1.0, metadata={"help": "of both in the teacher's term"})
-    erase: bool = field(default=False, metadata={"help": "train on erased inputs, without a teacher"})
+    erase: bool = field(default=False, metadata={"help": "train on erased inputs as a teacher is, without one"})
     memory: bool = field(default=True, metadata={"help": "a memory in place of the feed-forward part"})
-    keys: Annotated[int, Field(ge=0)] = field(default=0, metadata={"help": "sub-keys of each half; 0 by size"})
+    keys: Annotated[int, Field(ge=0)] = field(default=0, metadata={"help": "sub-keys of each half; 0: root of 2 D"})
     k: Count = field(default=8, metadata={"help": "slots of the memory that are read"})
     memory_heads: Count = field(default=2, metadata={"help": "queries of each frame to the memory"})
-    positions: bool = field(default=True, metadata={"help": "positions of frames"})
+    positions: bool = field(default=True, metadata={"help": "sinusoidal positions of frames"})
 
     def __post_init__(self) -> None:
         if self.distil and (self.pooling != "token" or self.erase):
@@ -207,8 +168,8 @@ class SvClassToken(Recipe):
         states, student = model.student.model(frames, mask), model.student
         taught = model.teacher(other["inputs"].flatten(0, 1), mask).float()
         said, imitated = student.head(states[:, 0]).float(), model.imitates(states[:, 1]).float()
-        term = distillation(taught, imitated, self.temperature)
-        return cross_entropy(said, classes) + self.weight * term + cross_entropy(taught, classes)
+        term = self.weight * distillation(taught, imitated, self.temperature)
+        return cross_entropy(said, classes) + term + cross_entropy(taught, classes)
 
     def pictures(self, model: nn.Module, batch: Batch) -> tuple[Picture, ...]:
         """Where the class token looks in a recording, by head of the last layer."""
@@ -224,8 +185,7 @@ class SvClassToken(Recipe):
 
 def distillation(taught: Tensor, said: Tensor, temperature: float) -> Tensor:
     """Mean of ``tau^2 KL(teacher || student)`` over logits ``[B, classes]``; the teacher gets no gradient."""
-    wanted = (taught.detach() / temperature).log_softmax(-1)
-    found = (said / temperature).log_softmax(-1)
+    wanted, found = ((each / temperature).log_softmax(-1) for each in (taught.detach(), said))
     return temperature**2 * kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
@@ -233,7 +193,7 @@ def erased(frames: Tensor) -> Tensor:
     """``[..., T, mels]`` with one rectangle of each recording set to 0, the mean: up to a third of both sides."""
     shape, sides = frames.shape[:-2], []
     for length in frames.shape[-2:]:
-        size = torch.rand(*shape, 1, device=frames.device) * length / _ERASED
+        size = torch.rand(*shape, 1, device=frames.device) * length / 3
         start = torch.rand(*shape, 1, device=frames.device) * (length - size)
         at = torch.arange(length, device=frames.device)
         sides.append((at + 1 > start) & (at < start + size))

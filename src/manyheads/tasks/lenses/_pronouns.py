@@ -13,7 +13,7 @@ import torch
 import manyheads
 
 from ...data.gender_bias import Profession, professions
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import Arm, CausalLM, RunContext, seeding
 from ...heads import Head, HeadTable, layer_matched_heads
 from ..text._text_task import model_of
@@ -55,12 +55,7 @@ class PronounTask(WindowTask):
             return reason
         from ...lenses.gender_components.prompts import pronouns
 
-        try:
-            professions()
-            pronouns(cast(CausalLM, run.subject).tokenizer)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(professions, lambda: pronouns(cast(CausalLM, run.subject).tokenizer))
 
     def part(self, run: RunContext, use: str) -> list[Profession]:
         """Professions of a use: ``found`` or ``judged``."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ...data.translations import Language, Pair, pairs
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...lenses.mwe_attention import MEASURES
 from ...lenses.mwe_attention.extraction import Expression, Found, expressions, matches, places, words
@@ -75,11 +75,7 @@ class MatchedExpressions(TranslationTask):
     loose: float = 2.5
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            pairs(self.corpus, self.source, self.target)("train")
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: pairs(self.corpus, self.source, self.target)("train"))
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         seed = unit.params["seed"]

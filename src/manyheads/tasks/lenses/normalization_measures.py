@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ..text._reader import long_texts, reader, whole
 from ..text._text_task import model_of
@@ -33,7 +33,7 @@ class NormalizationMeasures(WindowTask):
     Attributes:
         fewest: keys of the shortest row; others see twice as many, and so on.
         encoder: measured in place of the subject, see :func:`manyheads.models.load_reader`.
-        called: label of the task.
+        label: what it is called where an experiment has it several times.
         every_row: whether the sensitivity is also taken of all rows.
     """
 
@@ -50,21 +50,13 @@ class NormalizationMeasures(WindowTask):
     tokens: int = 8192
     fewest: int = 256
     encoder: str = ""
-    called: str = ""
+    label: str = ""
     every_row: bool = False
-
-    @property
-    def label(self) -> str:
-        return self.called
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         if not self.encoder:
             return super().unsupported_reason(run)
-        try:
-            self._texts(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._texts(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         cost = float(_LARGER * self.windows_of * self.tokens)

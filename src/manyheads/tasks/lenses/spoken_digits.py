@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from ...data.digits import DIGITS, spelt
 from ...data.labelled import labelled
 from ...errors import UserError
 from ...experiment import Metric, Row, RunContext, Task, WorkUnit
@@ -25,15 +26,13 @@ from ._scored import RANKED, by_prompt, judged, score_of
 
 __all__ = ["SpokenDigits", "words_of"]
 
-_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _RATE = 8000  # of the recordings
 _PAUSE = 0.15  # seconds between digits
 
 
 def words_of(text: str) -> list[str]:
     """Words of a transcript in lower case, figures as one word each digit."""
-    spelt = re.sub(r"\d", lambda digit: f" {_NAMES[int(digit[0])]} ", text.lower())
-    return re.findall(r"[a-z']+", spelt)
+    return re.findall(r"[a-z']+", spelt(text))
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class SpokenDigits(Task):
             loud = np.sqrt((sound**2).mean()) * 10 ** (-rng.uniform(*self.noise) / 20)
             sound = sound + loud * rng.standard_normal(len(sound))
             spectrum = np.fft.rfft(sound)
-            yield 0.1 * 2 * np.fft.irfft(spectrum, 2 * len(sound)), [_NAMES[item.label] for item in drawn]
+            yield 0.1 * 2 * np.fft.irfft(spectrum, 2 * len(sound)), [DIGITS[item.label] for item in drawn]
 
     @torch.no_grad()
     def _transcribed(self, run: RunContext, sound: Any, said: list[str]) -> _Heard:

@@ -96,17 +96,6 @@ class TimeAttention(nn.Module):
         return out
 
 
-class Block(nn.TransformerEncoderLayer):
-    """A Transformer's block of torch, normalised before each part."""
-
-    def __init__(self, dim: int, heads: int, width: int, dropout: float) -> None:
-        super().__init__(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """``[B, T, dim]``."""
-        return super().forward(x, src_key_padding_mask=~mask)
-
-
 def carried_forward(values: Tensor, mask: Tensor, times: Tensor, there: Tensor, steps: int) -> Tensor:
     """A regular grid ``[B, steps, C]``: at each step the last value observed up to it, 0 before the first.
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._embedded import embedded_texts
+
 __all__ = ["WORDS", "embedded", "text_width"]
 
 WORDS = "words"  # the stand-in for an encoder
 _WIDTH, _HASHED = 384, 4096
-_TOKENS, _AT_ONCE = 128, 32  # of a text, and texts at once
+_AT_ONCE = 32  # texts
 _KNOWN: dict[tuple[str, str], Tensor] = {}
 
 
@@ -33,7 +35,7 @@ def embedded(texts: Sequence[str], encoder: str) -> Tensor:
     missing = sorted({text for text in texts if (encoder, text) not in _KNOWN}, key=len)
     for first in range(0, len(missing), _AT_ONCE):
         some = missing[first : first + _AT_ONCE]
-        found = _hashed(some) if encoder == WORDS else _encoded(some, encoder)
+        found = _hashed(some) if encoder == WORDS else embedded_texts(*_reader(encoder), some)
         _KNOWN.update({(encoder, text): row for text, row in zip(some, found, strict=True)})
     if not texts:
         return torch.zeros(0, text_width(encoder))
@@ -45,16 +47,6 @@ def _reader(encoder: str) -> tuple[Any, Any]:
     from ...models import load_reader
 
     return load_reader(encoder, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-
-
-@torch.no_grad()
-def _encoded(texts: Sequence[str], encoder: str) -> Tensor:
-    model, tokenizer = _reader(encoder)
-    given = tokenizer(list(texts), padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
-    given = given.to(model.device)
-    mask = given["attention_mask"][..., None].float()
-    states = model(**given).last_hidden_state.float()
-    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu()
 
 
 @cache

@@ -20,7 +20,7 @@ from ...experiment import Metric
 from ...recipe import Batch, Picture, Sample
 from .._field import FieldTask
 
-__all__ = ["METRICS", "Judged", "WindowModel", "WindowTask", "TemporalCNN", "TemporalLSTM", "TemporalTransformer"]
+__all__ = ["METRICS", "Judged", "WindowModel", "WindowTask", "TemporalCNN", "TemporalLSTM"]
 
 METRICS = (
     Metric(
@@ -87,17 +87,6 @@ class WindowModel(nn.Module):
             x = block(x, mask)
         logits: Tensor = self.head(self.norm(x).mean(1))
         return logits
-
-
-class TemporalTransformer(nn.TransformerEncoderLayer):
-    """A Transformer's block of torch over frames, normalised before each part."""
-
-    def __init__(self, dim: int, heads: int, width: int, dropout: float) -> None:
-        super().__init__(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """``[B, T, dim]``."""
-        return super().forward(x, src_key_padding_mask=~mask)
 
 
 class TemporalLSTM(nn.Module):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ...attention.masks import padded
 from ...data.irregular import SETS, Record, Span, irregular, read_record, record_folder
 from ...errors import UserError
 from ...experiment import seeding
@@ -237,21 +237,20 @@ class WindowTask(ForecastTask):
         ]
         notes = [embedded(w.record.notes, self.encoder) for w in windows]
         others = [embedded(w.placebo or w.record.notes, self.encoder) for w in windows]
+        values, there = padded([x.nan_to_num(0.0) for x in scaled])
+        queries, wanted = padded(asked)
+        texts, noted = padded(notes)
         batch = {
-            "values": pad_sequence([x.nan_to_num(0.0) for x in scaled], batch_first=True),
-            "mask": pad_sequence([x.isfinite() for x in scaled], batch_first=True),
-            "times": pad_sequence([w.scaled(w.record.times) for w in windows], batch_first=True),
-            "there": _present([len(x) for x in scaled]),
-            "queries": pad_sequence(asked, batch_first=True), "asked": _present([len(x) for x in asked]),
-            "notes": pad_sequence(notes, batch_first=True), "placebo": pad_sequence(others, batch_first=True),
-            "note_times": pad_sequence([w.scaled(w.record.note_times) for w in windows], batch_first=True),
-            "note_mask": _present([len(x) for x in notes]), "windows": windows,
+            "values": values, "there": there, "mask": padded([x.isfinite() for x in scaled])[0],
+            "times": padded([w.scaled(w.record.times) for w in windows])[0], "queries": queries, "asked": wanted,
+            "notes": texts, "note_mask": noted, "placebo": padded(others)[0],
+            "note_times": padded([w.scaled(w.record.note_times) for w in windows])[0], "windows": windows,
         }  # fmt: skip
         if any(sample.target is None for sample in samples):
             return batch
         targets = [standard(w.record, s.target.values) for w, s in zip(windows, samples, strict=True)]
-        batch["targets"] = pad_sequence([x.nan_to_num(0.0) for x in targets], batch_first=True)
-        batch["target_mask"] = pad_sequence([x.isfinite() for x in targets], batch_first=True)
+        batch["targets"], _ = padded([x.nan_to_num(0.0) for x in targets])
+        batch["target_mask"], _ = padded([x.isfinite() for x in targets])
         return batch
 
 
@@ -265,7 +264,3 @@ def _mean(values: Array) -> Array:
 def standard(record: Record, values: Array) -> Tensor:
     """Values in units of the record's scale, float32 ``[L, C]``."""
     return torch.from_numpy((values - record.scale[0]) / record.scale[1]).float()
-
-
-def _present(lengths: Sequence[int]) -> Tensor:
-    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from ...data.irregular import Record
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import Metric, RunContext
 from ...recipe import Batch, Picture, Sample
+from .._blocks import Transformer
 from ._forecast import Array, Table
-from ._forecasters import Block, DLinear, Forecaster, PatchTST, TimeAttention
+from ._forecasters import DLinear, Forecaster, PatchTST, TimeAttention
 from ._notes import embedded
 from ._windows import Forecast, Window, WindowTask, standard
 
@@ -52,13 +53,7 @@ class IrregularForecast(WindowTask):
     references: ClassVar[tuple[str, ...]] = ("time_attention", "patchtst", "dlinear")
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        found = super().unsupported_reason(run)
-        if found is None:
-            try:
-                embedded(("a text",), self.encoder)
-            except UserError as error:
-                return str(error)
-        return found
+        return super().unsupported_reason(run) or refusal(lambda: embedded(("a text",), self.encoder))
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         return self._attending(blocks, 2 * self.dim)
@@ -76,7 +71,9 @@ class IrregularForecast(WindowTask):
         if kind == "patchtst":
             made = PatchTST(steps, channels, self.dim, self.layers, self.heads, width, self.dropout)
             return Forecaster(made, channels)
-        return self._attending([Block(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)], width)
+        return self._attending(
+            [Transformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)], width
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         mask = batch["target_mask"]

@@ -152,9 +152,6 @@ class OrderBook(WindowTask):
         """The day, where several are tested."""
         return sample.group if _tested(self.folder) > 1 else ""
 
-    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return [samples[int(i)] for i in rng.integers(0, len(samples), self.batch)]
-
     def reference(self, width: int, kind: str = "") -> nn.Module:
         return DeepLOB(self.dim, width, len(self.classes), self.dropout)
 

@@ -18,8 +18,9 @@ from torch import nn
 from ...data.sensors import ACTIVITIES, CHANNELS, Recording, read_csv, recordings
 from ...errors import UserError
 from ...recipe import Part, Sample
+from .._blocks import Transformer
 from .._field import parted
-from ._window_classes import TemporalCNN, TemporalLSTM, TemporalTransformer, WindowTask
+from ._window_classes import TemporalCNN, TemporalLSTM, WindowTask
 
 __all__ = ["SensorWindows"]
 
@@ -131,7 +132,7 @@ class SensorWindows(WindowTask):
     def reference(self, width: int, kind: str = "") -> nn.Module:
         kind = kind or self.references[0]
         if kind == "temporal_transformer":
-            of_frames = [TemporalTransformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)]
+            of_frames = [Transformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)]
             return self.around(of_frames, positions=True)
         block = TemporalLSTM if kind == "temporal_lstm" else TemporalCNN
         return self.around([block(self.dim, width, self.dropout) for _ in range(self.layers)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cepstral coefficients of speech at 8 kHz, 100 frames a second: MFCC, LFCC and CQCC, with deltas.
+"""Cepstral coefficients of speech at 8 kHz: MFCC, LFCC and CQCC with deltas, 100 frames a second; and MFCC by 20 ms.
 
 All are the cosine transform (DCT-II, orthonormal) of log energies, of mel filters, of as many linear ones, or of a
 constant-Q transform with twelve bins an octave from 62.5 Hz, whose windows are Q periods long.
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["COEFFICIENTS", "RATE", "Kind", "cepstra", "constant_q", "deltas", "energies"]
+from ._encoder import RATE, log_mel
+
+__all__ = ["COEFFICIENTS", "Kind", "cepstra", "constant_q", "deltas", "energies", "normalised_mfcc"]
 
 Kind = Literal["mfcc", "lfcc", "cqcc"]
-RATE, COEFFICIENTS = 8000, 20
+COEFFICIENTS = 20
 _WINDOW, _HOP, _FFT, _FILTERS = 200, 80, 256, 40  # 25 ms every 10 ms
 _LOWEST, _OCTAVE, _BINS = 62.5, 12, 71  # of the constant-Q transform: up to 3.6 kHz
 _FLOOR = 1e-4
@@ -95,3 +97,10 @@ def cepstra(sound: Tensor, kind: Kind) -> Tensor:
     found = found @ _cosines(found.shape[1])
     first = deltas(found)
     return torch.cat((found, first, deltas(first)), 1)
+
+
+def normalised_mfcc(sound: Tensor) -> Tensor:
+    """MFCC of :func:`.log_mel`, normalised in each filter, by whole frame of 20 ms: float32 ``[N]`` -> ``[T, 20]``."""
+    count = len(sound) // (2 * _HOP)
+    frames: Tensor = log_mel(sound)[: 2 * count].unflatten(0, (count, 2)).mean(1)
+    return frames @ _cosines(frames.shape[1])

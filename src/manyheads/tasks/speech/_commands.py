@@ -6,18 +6,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from ...attention.masks import padded
+from ...data.digits import DIGITS
 from ...errors import UserError
 from ...recipe import Batch, Part, Sample
+from .._embedded import embedded_texts
+from ._digits import SpokenDigits, drawn_strings, fixed_strings, paced
 from ._understanding import UnderstandingTask
-from .digit_strings import DigitStrings, drawn_strings, fixed_strings, paced
 
 __all__ = ["FRAMES", "MELS", "SIZES", "SLOTS", "Command", "CommandData", "whisper_mel"]
 
@@ -25,7 +26,6 @@ SLOTS = {
     "action": ("activate", "deactivate", "increase", "decrease"), "object": ("lights", "heat"),
     "place": ("everywhere", "kitchen", "bedroom", "washroom", "hall"),
 }  # fmt: skip
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = tuple(map(len, SLOTS.values()))
 MELS, _WINDOW, _HOP, _LOUD = 80, 200, 80, 0.1  # Whisper's frames at 8 kHz; its recordings are about so loud
 FRAMES = 1500  # positions that Whisper has, of 20 ms
@@ -67,7 +67,7 @@ def whisper_mel(sound: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandData(UnderstandingTask):
+class CommandData(SpokenDigits, UnderstandingTask):
     """Commands, their features and their transcripts; see :class:`.spoken_commands.SpokenCommands`.
 
     Attributes:
@@ -88,26 +88,15 @@ class CommandData(UnderstandingTask):
         if self.words not in (1, 3) or self.commands < 1 or not 0 <= self.stretch < 1:
             raise UserError("words is 1 or 3, commands count, 1 or more, and stretch is a share below 1")
 
-    @classmethod
-    def read(cls, folder: Path | None) -> Sequence[Sample]:
-        return DigitStrings.read(folder)
-
-    @classmethod
-    def open(cls, path: Path) -> Sample:
-        return DigitStrings.open(path)
-
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        known = _labelled(tuple(samples), self.commands, self.words)
-        drawn = [known[i] for i in rng.integers(0, len(known), self.batch)]
+        drawn = super().draw(rng, _labelled(tuple(samples), self.commands, self.words))
         return [replace(sample, inputs=paced(rng, sample.inputs, self.stretch)) for sample in drawn]
 
     def judged(self, part: Part) -> Sequence[Sample]:
         return [_command(s) for s in fixed_strings(self.samples(part), part, self.words)][: self.samples_judged]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        frames = [whisper_mel(sample.inputs) for sample in samples]
-        inputs = pad_sequence(frames, batch_first=True)
-        mask = torch.arange(inputs.shape[1]) < torch.tensor([len(one) for one in frames])[:, None]
+        inputs, mask = padded([whisper_mel(sample.inputs) for sample in samples])
         if any(sample.target is None for sample in samples):
             return {"inputs": inputs, "mask": mask}
         return {"inputs": inputs, "mask": mask, "targets": torch.tensor([sample.target for sample in samples])}
@@ -124,9 +113,9 @@ class CommandData(UnderstandingTask):
         drawn = drawn_strings(rng, samples, self.batch, self.words, self.stretch)
         texts = [[int(digit) for digit in sample.target.split()] for sample in drawn]
         coded = [[k for d in text for k in (_letters(d) if letters else [d + 1])] for text in texts]
-        made = dict(self.collate([replace(sample, target=None) for sample in drawn]))
-        made["targets"] = pad_sequence([torch.tensor(one) for one in coded], batch_first=True)
-        return {**made, "counts": torch.tensor([len(one) for one in coded])}
+        targets, there = padded([torch.tensor(one) for one in coded])
+        made = self.collate([replace(sample, target=None) for sample in drawn])
+        return {**made, "targets": targets, "counts": there.sum(1)}
 
     def described(self, samples: Sequence[Sample]) -> Tensor:
         """Sentence vectors ``[B, 384]`` of what is spoken, by MiniLM, which learns nothing here.
@@ -148,24 +137,20 @@ def _labelled(samples: tuple[Sample, ...], commands: int, words: int) -> list[Sa
 
 def _command(sample: Sample) -> Sample:
     """A string of three digits by what it means."""
-    spoken = " ".join(WORDS[int(digit)] for digit in sample.target.split())
+    spoken = " ".join(DIGITS[int(digit)] for digit in sample.target.split())
     return replace(sample, target=Command.of(sample.target).values, about={"spoken": spoken})
 
 
 def _letters(digit: int) -> list[int]:
     """A digit's name in letters, from 1 on."""
-    return [ord(letter) - ord("a") + 1 for letter in WORDS[digit]]
+    return [ord(letter) - ord("a") + 1 for letter in DIGITS[digit]]
 
 
 @cache
 def _sentences() -> dict[str, Tensor]:
-    """Mean states of MiniLM for all wordings of commands, of length 1."""
+    """Vectors of all wordings of commands, by MiniLM."""
     from ...models import load_reader
 
     model, tokenizer = load_reader("all-minilm-l6-v2", "cpu", torch.float32)
-    texts = [*WORDS, *(f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS)]
-    read = tokenizer(texts, return_tensors="pt", padding=True)
-    with torch.no_grad():
-        states, mask = model(**read).last_hidden_state, read["attention_mask"][..., None]
-    vectors = nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-    return dict(zip(texts, vectors, strict=True))
+    texts = [*DIGITS, *(f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS)]
+    return dict(zip(texts, embedded_texts(model, tokenizer, texts, at_once=len(texts)), strict=True))

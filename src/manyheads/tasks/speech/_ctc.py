@@ -12,8 +12,9 @@ from torch.nn.functional import ctc_loss
 
 from ...errors import UserError
 from ...recipe import Batch
+from .._blocks import Transformer
 from .._field import FieldTask
-from ._encoder import Conformer, SpeechEncoder, Transformer
+from ._encoder import Conformer, SpeechEncoder
 
 __all__ = ["CTCTask", "Transcript", "ctc_losses"]
 

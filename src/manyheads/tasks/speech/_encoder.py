@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder that speech tasks share: log-mel frames, a fourfold subsampling, blocks, and a layer to the classes.
 
-The reference blocks are of libraries: a Transformer's of torch, and a Conformer's of transformers (Parakeet's, with
-relative positions). Padding never reaches what stands beside it: it is zeroed before each convolution.
+A reference block is of transformers: a Conformer's (Parakeet's, with relative positions). Padding never reaches what
+stands beside it: it is zeroed before each convolution.
 """
 
 import math
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.masks import zero_padding
+from ...attention.positions import interleaved_sinusoids
 
-__all__ = ["MELS", "RATE", "Conformer", "SpeechEncoder", "Transformer", "log_mel"]
+__all__ = ["MELS", "RATE", "Conformer", "SpeechEncoder", "log_mel"]
 
 RATE = 8000  # samples a second that every recording is brought to
 MELS = 40
@@ -83,26 +84,8 @@ class SpeechEncoder(nn.Module):
             x = convolution(x).relu() * mask[:, None, :, None]
         x = self.project(x.transpose(1, 2).flatten(2))
         if self.positions:
-            x = x + _sinusoids(x.shape[1], x.shape[2], x.device)
+            x = x + interleaved_sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2])
         return self.dropout(x), mask
-
-
-def _sinusoids(length: int, dim: int, device: torch.device) -> Tensor:
-    """Positions ``[length, dim]``."""
-    at = torch.arange(length, device=device)[:, None]
-    rates = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10_000.0) / dim))
-    return torch.stack(((at * rates).sin(), (at * rates).cos()), -1).flatten(1)[:, :dim]
-
-
-class Transformer(nn.TransformerEncoderLayer):
-    """A Transformer's block of torch, normalised before each part."""
-
-    def __init__(self, dim: int, heads: int, width: int, dropout: float) -> None:
-        super().__init__(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """``[B, T, dim]``."""
-        return super().forward(x, src_key_padding_mask=~mask)
 
 
 class Conformer(nn.Module):

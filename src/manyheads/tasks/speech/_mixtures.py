@@ -1,29 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of spoken words between silences, in noise, with exact labels; MFCC and Whisper's features of them."""
+"""Streams of spoken words between silences, in noise, with exact labels."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.audio import resampled
-from ...errors import UserError
-from ._encoder import RATE, log_mel
+from ._encoder import RATE
 
-__all__ = ["COEFFICIENTS", "FRAME", "NOISES", "features", "mfcc", "mixed", "stream", "width_of"]
+__all__ = ["FRAME", "NOISES", "mixed", "stream"]
 
 FRAME = 160  # samples of a frame of 20 ms, Whisper's
-COEFFICIENTS = 20
 _QUIET = 35.0  # dB below the loudest frame of a recording: its ends that are quieter are no speech
 _SILENCE = (0.1, 1.2)  # seconds between words
 _VOICES = 6  # of a babble
-_WINDOW = 200  # frames that Whisper's encoder is given at once
 
 
 def _coloured(power: float) -> Callable[[np.random.Generator, int, Sequence[Tensor]], Any]:
@@ -101,65 +95,3 @@ def mixed(rng: np.random.Generator, sound: Any, labels: Any, kind: str, snr: flo
     speech = np.square(sound)[np.repeat(labels, FRAME)].mean()
     noisy = sound + noise * np.sqrt(speech / np.square(noise).mean() / 10 ** (snr / 10))
     return torch.from_numpy((noisy / noisy.std()).astype(np.float32))
-
-
-def mfcc(sound: Tensor) -> Tensor:
-    """Cepstra of normalised log energies of mel filters by frame of 20 ms, float32 ``[N / 160, 20]``."""
-    mel, count = log_mel(sound), len(sound) // FRAME
-    frames = mel[: 2 * count].view(count, 2, -1).mean(1)
-    wave = (torch.arange(frames.shape[1]) + 0.5) * math.pi / frames.shape[1]
-    basis = (torch.arange(COEFFICIENTS)[:, None] * wave).cos() * math.sqrt(2 / frames.shape[1])
-    basis[0] /= math.sqrt(2)  # a discrete cosine transform of the second kind, orthonormal
-    return frames @ basis.T
-
-
-@cache
-def _encoder(name: str) -> tuple[Any, Any]:
-    """Whisper's encoder for windows of four seconds, with the first of its positions, and what it reads by."""
-    from ...models import load_speech
-
-    model, extractor, _ = load_speech(name)
-    whole: Any = model.get_encoder()
-    config = type(whole.config)(**{**whole.config.to_dict(), "max_source_positions": _WINDOW})
-    cut = type(whole)(config)
-    state = whole.state_dict()
-    state["embed_positions.weight"] = state["embed_positions.weight"][:_WINDOW]
-    cut.load_state_dict(state)
-    return cut.float().eval(), extractor
-
-
-@cache
-def width_of(name: str) -> int:
-    """Features of the states of a model of Whisper's kind, by its configuration alone.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    from transformers import AutoConfig
-
-    from ...models import source
-
-    try:
-        return int(AutoConfig.from_pretrained(source(name), trust_remote_code=False).d_model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be had: put it into $MANYHEADS_MODELS, or be online") from error
-
-
-def features(name: str, sound: Tensor) -> Tensor:
-    """Last states of Whisper's encoder, frozen, by frame of 20 ms, float32 ``[N / 160, dim]``; windows of 4 s.
-
-    Raises:
-        UserError: the model cannot be had.
-    """
-    encoder, extractor = _encoder(name)
-    count, found = len(sound) // FRAME, []
-    if not count:
-        raise UserError("a recording has 0.02 s or more")
-    for first in range(0, count, _WINDOW):
-        part = sound[first * FRAME : (first + _WINDOW) * FRAME]
-        part = torch.nn.functional.pad(part, (0, _WINDOW * FRAME - len(part))) / 10
-        read = extractor(resampled(part.double().numpy(), RATE, 2 * RATE), sampling_rate=2 * RATE, padding="longest",
-                         truncation=False, return_tensors="pt")  # fmt: skip
-        with torch.no_grad():
-            found.append(encoder(read["input_features"]).last_hidden_state[0])
-    return torch.cat(found)[:count]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import RunContext
 from ...recipe import Picture
 from .._field import FieldTask
@@ -56,9 +56,14 @@ class UnderstandingTask(FieldTask):
     """Base of tasks of language understanding, whose model has an ``encoder`` of the shape of a published one.
 
     The reference is that model from scratch. ``width`` is of what reads the encoder, so that the encoder is the same.
+
+    Attributes:
+        label: what it is called where an experiment has it several times.
     """
 
     encoder: ClassVar[str]  # the encoder's name in models/published.toml
+
+    label: str = ""
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """Refused: a published encoder has its own blocks.
@@ -71,12 +76,8 @@ class UnderstandingTask(FieldTask):
     def unsupported_reason(self, run: RunContext) -> str | None:
         from ...models import tokenizer
 
-        try:
-            for name in self.published:
-                tokenizer(name)
-        except UserError as error:
-            return str(error)
-        return super().unsupported_reason(run)
+        missing = refusal(lambda: [tokenizer(name) for name in self.published])
+        return missing or super().unsupported_reason(run)
 
     @abstractmethod
     def load_published(self, model: Any) -> None:

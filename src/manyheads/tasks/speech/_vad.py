@@ -17,7 +17,9 @@ from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Picture, Sample
 from .._field import FieldTask
-from ._mixtures import COEFFICIENTS, FRAME, width_of
+from ._cepstra import COEFFICIENTS
+from ._mixtures import FRAME
+from ._whisper import width_of
 
 __all__ = ["Activity", "FrameTask", "VadModel"]
 

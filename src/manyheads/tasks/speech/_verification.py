@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of a whole recording with their poolings, and errors of verification over a whole set of pairs."""
+"""Encoders of a whole recording with their poolings, and the base of tasks that compare two recordings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from torch.nn.functional import cosine_similarity, cross_entropy, linear, normal
 
 from ...experiment import Metric, Row, RunContext, WorkUnit
 from ...recipe import Batch, Picture, Sample
+from .._blocks import Transformer
 from .._field import FieldTask
-from ._encoder import SpeechEncoder, Transformer
+from .._rates import detection_cost, eer_errors
+from ._encoder import SpeechEncoder
 
 __all__ = [
     "AttentiveStatistics", "Classified", "CosineClassifier", "Match", "MeanPool", "SpeakerEncoder", "VerificationTask",
-    "detection_cost", "eer_errors",
 ]  # fmt: skip
 
 _KINDS = ("target", "phrase", "speaker")  # same of both; the same speaker's other order; the other speaker's same
@@ -102,48 +103,6 @@ class Classified(nn.Module):
         """Logits ``[B, classes]`` of the first state."""
         logits: Tensor = self.head(self.model(frames, mask)[:, 0])
         return logits
-
-
-def eer_errors(scores: Any, right: Any) -> Any:
-    """Which pairs are taken wrongly at the threshold of equal error rates, bool ``[N]``: their share is the EER.
-
-    The threshold is that of these very scores, at which the shares of targets refused and of others accepted are
-    closest; they differ by less than one pair of the smaller kind unless scores are tied.
-
-    Args:
-        scores: ``[N]``, higher for a target.
-        right: bool ``[N]``, of which both kinds occur.
-    """
-    scores, right = np.asarray(scores, float), np.asarray(right, bool)
-    at = _thresholds(scores)
-    missed, accepted = _rates(scores, right, at)
-    return (scores >= at[np.abs(missed - accepted).argmin()]) != right
-
-
-def detection_cost(scores: Any, right: Any, target: float = 0.1) -> Any:
-    """What each pair adds to the least normalised detection cost, ``[N]``: their mean is minDCF.
-
-    Cost of a miss and of a false alarm 1, ``target`` is the prior of a target; 1 is that of a system that says the
-    likelier of the two to all pairs.
-    """
-    scores, right = np.asarray(scores, float), np.asarray(right, bool)
-    at, least = _thresholds(scores), min(target, 1 - target)
-    missed, accepted = _rates(scores, right, at)
-    costs = target * missed + (1 - target) * accepted
-    wrong = (scores >= at[costs.argmin()]) != right
-    each = np.where(right, target / right.sum(), (1 - target) / (~right).sum()) * len(right) / least
-    return wrong * each
-
-
-def _thresholds(scores: Any) -> Any:
-    return np.append(np.unique(scores), np.inf)
-
-
-def _rates(scores: Any, right: Any, at: Any) -> tuple[Any, Any]:
-    """Shares of targets below, and of others at or above, each threshold."""
-    targets, others = np.sort(scores[right]), np.sort(scores[~right])
-    missed = np.searchsorted(targets, at, "left") / len(targets)
-    return missed, 1 - np.searchsorted(others, at, "left") / len(others)
 
 
 @dataclass(frozen=True)

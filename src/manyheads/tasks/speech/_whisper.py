@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a published speech recogniser, frozen, made once for every recording and kept.
+"""Features of a published speech recogniser, Whisper, frozen.
 
-Whisper's encoder reads 30 seconds, whatever is said. Here it reads a recording and no more: the same layers on fewer
-positions, from the first on, which costs a thirtieth for a second of speech and is not what it was trained on.
+Its encoder reads 30 seconds, whatever is said. Here it reads a recording, or a window of one, and no more: the same
+layers on fewer positions, from the first on, which costs a thirtieth for a second of speech and is not what it was
+trained on.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...data.audio import resampled
+from ...data.digits import DIGITS, spelt
+from ...errors import UserError
 
-__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "whisper"]
+__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "whisper", "width_of", "windowed"]
 
 WHISPER, WIDTH = "whisper-tiny.en", 384
 _RATE, _FRAME = 16_000, 320  # samples a second that it reads, and samples of a frame of what it says
 _LOUD = 0.1  # deviation of a recording that it is given
 _AT_ONCE = 64
+_WINDOW = 4  # seconds of a window
 
 _kept: dict[bytes, Tensor] = {}
 
 
 @cache
-def whisper() -> tuple[Any, Any, Any]:
+def whisper(name: str = WHISPER) -> tuple[Any, Any, Any]:
     """Model, feature extractor and tokenizer, on a GPU where there is one.
 
     Raises:
@@ -38,11 +42,30 @@ def whisper() -> tuple[Any, Any, Any]:
     """
     from ...models import load_speech
 
-    return load_speech(WHISPER, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    return load_speech(name, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+@cache
+def width_of(name: str) -> int:
+    """Features of the states of a model of Whisper's kind, by its configuration alone.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    from ...models import source
+
+    try:
+        return int(AutoConfig.from_pretrained(source(name), trust_remote_code=False).d_model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be had: put it into $MANYHEADS_MODELS, or be online") from error
 
 
 def encoder_features(sounds: Sequence[Tensor], rate: int) -> list[Tensor]:
     """Last hidden states of the encoder for recordings of one length, each ``[T, 384]`` float32, 50 frames a second.
+
+    They are made once for every recording and kept, in 16 bits.
 
     Args:
         sounds: float32 ``[N]`` each, of variance about 1.
@@ -52,21 +75,43 @@ def encoder_features(sounds: Sequence[Tensor], rate: int) -> list[Tensor]:
     missing = [i for i in {key: i for i, key in enumerate(keys)}.values() if keys[i] not in _kept]
     for first in range(0, len(missing), _AT_ONCE):
         some = missing[first : first + _AT_ONCE]
-        for i, found in zip(some, _encoded([sounds[i] for i in some], rate), strict=True):
+        for i, found in zip(some, _encoded(_heard([sounds[i] for i in some], rate)), strict=True):
             _kept[keys[i]] = found.half()
     return [_kept[key].float() for key in keys]
+
+
+def windowed(name: str, sound: Tensor, rate: int) -> Tensor:
+    """Last hidden states of a model's encoder by whole frame of 20 ms, float32 ``[T, dim]``; it reads windows of 4 s.
+
+    Args:
+        name: of a published model.
+        sound: float32 ``[N]``, of variance about 1.
+        rate: samples a second.
+
+    Raises:
+        UserError: the model cannot be had, or there is no whole frame.
+    """
+    count, size = len(sound) * _RATE // (_FRAME * rate), _WINDOW * rate
+    if not count:
+        raise UserError("a recording has 0.02 s or more")
+    parts = [torch.nn.functional.pad(part, (0, size - len(part))) for part in sound.split(size)]
+    heard = [resampled((part / (1 / _LOUD)).double().numpy(), rate, _RATE) for part in parts]
+    return torch.cat([_encoded([one], name)[0] for one in heard])[:count]
 
 
 def _key(sound: Tensor) -> bytes:
     return hashlib.sha1(sound.numpy().tobytes(), usedforsecurity=False).digest()
 
 
+def _heard(sounds: Sequence[Tensor], rate: int) -> list[Any]:
+    return [_LOUD * resampled(sound.numpy(), rate, _RATE) for sound in sounds]
+
+
 @torch.no_grad()
-def _encoded(sounds: Sequence[Tensor], rate: int) -> Tensor:
-    """``[B, T, 384]`` on the CPU."""
-    model, extractor, _ = whisper()
+def _encoded(heard: Sequence[Any], name: str = WHISPER) -> Tensor:
+    """``[B, T, dim]`` on the CPU, of recordings as the model reads them, float32 ``[N]``."""
+    model, extractor, _ = whisper(name)
     encoder = model.get_encoder()
-    heard = [_LOUD * resampled(sound.numpy(), rate, _RATE) for sound in sounds]
     length = -(-max(map(len, heard)) // _FRAME) * _FRAME
     mel = extractor(
         heard, sampling_rate=_RATE, return_tensors="pt", padding="max_length", max_length=length, truncation=True
@@ -82,7 +127,6 @@ def _encoded(sounds: Sequence[Tensor], rate: int) -> Tensor:
 
 
 _said: dict[bytes, str] = {}
-_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def hypotheses(sounds: Sequence[Tensor], rate: int) -> list[str]:
@@ -93,7 +137,7 @@ def hypotheses(sounds: Sequence[Tensor], rate: int) -> list[str]:
     for first in range(0, len(missing), _AT_ONCE // 8):
         some = missing[first : first + _AT_ONCE // 8]
         whole = [torch.nn.functional.pad(sounds[i], (0, 30 * rate - len(sounds[i]))) for i in some]  # as it was trained
-        states = BaseModelOutput(last_hidden_state=_encoded(whole, rate).to(model.device))
+        states = BaseModelOutput(last_hidden_state=_encoded(_heard(whole, rate)).to(model.device))
         with torch.no_grad():
             ids = model.generate(encoder_outputs=states, do_sample=False, num_beams=1, max_new_tokens=24)
         for i, row in zip(some, ids, strict=True):
@@ -103,5 +147,4 @@ def hypotheses(sounds: Sequence[Tensor], rate: int) -> list[str]:
 
 def digits_of(text: str) -> str:
     """Digits of a transcript, as figures or by name, others left away."""
-    spelt = re.sub(r"\d", lambda digit: f" {_NAMES[int(digit[0])]} ", text.lower())
-    return " ".join(str(_NAMES.index(word)) for word in re.findall(r"[a-z]+", spelt) if word in _NAMES)
+    return " ".join(str(DIGITS.index(word)) for word in re.findall(r"[a-z]+", spelt(text)) if word in DIGITS)

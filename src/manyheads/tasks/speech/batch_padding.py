@@ -5,42 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 from ...data.bucketing import padding
 from ...data.labelled import labelled
 from ...domains.speech.speech_efficiency import SpeechEfficiency
-from ...errors import UserError
-from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
+from ...errors import UserError, refusal
+from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
+from ._digits import corpus
 
 __all__ = ["BatchPadding"]
-
-_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_RATE, _END = 8000, 0.25  # chance that a string ends behind a word: most are short, few are long
-
-
-@cache
-def _corpus(strings: int, digits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Durations in s and letters of strings of real spoken digits, by one speaker each."""
-    rng, items = seeding.generator(0, corpus=strings, digits=digits), labelled("fsdd").items
-    speakers = sorted({item.group for item in items})
-    own = {who: [item for item in items if item.group == who] for who in speakers}
-    durations, letters = [], []
-    for _ in range(strings):
-        mine = own[speakers[int(rng.integers(len(speakers)))]]
-        words = [mine[i] for i in rng.integers(0, len(mine), min(digits, int(rng.geometric(_END))))]
-        durations.append(sum(len(word.values) for word in words) / _RATE)
-        letters.append(float(sum(len(_NAMES[word.label]) + 1 for word in words)))
-    return tuple(durations), tuple(letters)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPadding(Task):
     """Strings of 1 to ``digits`` recordings of the Free Spoken Digit Dataset, spelled in letters; nothing is trained.
 
-    How many words a string has is drawn: a quarter ends behind each, so that most are short and few long, as utterances
-    are. That draw is ours, and shares of padding depend on it; recordings and their durations are real.
+    How many words a string has is drawn (:func:`._digits.corpus`), and shares of padding depend on that draw, which is
+    ours; recordings and their durations are real.
 
     Every arm has the same room for a batch with its padding: ``room`` times the longest recording and transcript, which
     is what random batches need so that none is too large. An arm without a strategy has random batches.
@@ -68,11 +50,7 @@ class BatchPadding(Task):
     only: tuple[str, ...] = ()
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            labelled("fsdd")
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: labelled("fsdd"))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
@@ -84,7 +62,7 @@ class BatchPadding(Task):
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
         arm, seed = run.arm_of(unit), unit.params["seed"]
-        durations, tokens = _corpus(self.strings, self.digits)
+        durations, tokens = corpus(self.strings, self.digits)
         room = (self.room * max(durations), self.room * max(tokens))
         for i in range(self.epochs):
             batches = _recipe(arm).epoch(durations, tokens, room, run.rng(epoch=i, seed=seed))

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Sample
-from ._dictated import LONGEST, DictatedData
-from ._encoder import SpeechEncoder, Transformer
-from .digit_strings import _aligned
+from .._blocks import Transformer
+from ._digits import WER, DigitStringData, aligned
+from ._encoder import SpeechEncoder
 
 __all__ = ["Dictated", "DigitDictation", "EncoderDecoder"]
 
 _CLASSES = 11  # the end, which is the beginning too, and ten digits
 _DOUBT = 1e-4  # probability of what was not expected
+_LONGEST = 32  # digits of a string
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class EncoderDecoder(nn.Module):
         blocks = [Transformer(dim, heads, width, dropout) for _ in range(encoder)]
         self.encoder = SpeechEncoder(blocks, dim, 1, dropout, positions=True)
         self.encoder.head = nn.Identity()  # type: ignore[assignment]
-        self.symbols, self.places = nn.Embedding(_CLASSES, dim), nn.Embedding(LONGEST + 1, dim)
+        self.symbols, self.places = nn.Embedding(_CLASSES, dim), nn.Embedding(_LONGEST + 1, dim)
         self.decoder = nn.ModuleList(
             nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
             for _ in range(decoder)
@@ -72,20 +74,19 @@ class EncoderDecoder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitDictation(DictatedData):
+class DigitDictation(DigitStringData):
     """The strings of :class:`.digit_strings.DigitStrings`, learned by cross-entropy of the next digit.
 
     The reference has as many layers in the decoder as in the encoder, ``layers`` in each.
     """
 
-    metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("wer", "word error rate", "errors/word", floor=0.8, what="as of digit_strings"),
-        Metric("exact", "strings without an error", higher=True, kind="share"),
-        Metric("nll", "held-out loss, nats/symbol", "nats/symbol"),
-    )
-    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
-    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
+    metrics: ClassVar[tuple[Metric, ...]] = (*WER, Metric("nll", "held-out loss, nats/symbol", "nats/symbol"))
     references: ClassVar[tuple[str, ...]] = ("balanced",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.digits > _LONGEST:
+            raise UserError(f"a string has {_LONGEST} digits at most")
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """The reference with these blocks in its encoder."""
@@ -126,7 +127,7 @@ class DigitDictation(DictatedData):
 
     def score(self, sample: Sample, said: Dictated) -> Mapping[str, float]:
         wanted = _symbols(sample.target)
-        wrong = float(_aligned([sample.target], [said.text]).wer)
+        wrong = float(aligned([sample.target], [said.text]).wer)
         found = said.log_probs if said.log_probs is not None else torch.zeros(0, _CLASSES)
         known = [float(row[k]) for row, k in zip(found, wanted, strict=False)]
         nll = -(sum(known) + (len(wanted) - len(known)) * float(np.log(_DOUBT))) / len(wanted)

@@ -15,26 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ...data.audio import read_wave, resampled
-from ...errors import UserError
+from ...data.audio import read_recording
 from ...experiment import Metric, seeding
 from ...recipe import Batch, Part, Picture, Sample
-from .._field import FieldTask
 from ._ctc import ctc_losses
+from ._digits import WER, SpokenDigits, aligned, by_speaker
+from ._encoder import RATE
 from ._transcriber import END, HIDDEN, ROOM, Transcriber
 from ._whisper import encoder_features, hypotheses
-from .digit_strings import DigitStrings
 
 __all__ = ["DigitTranscripts"]
 
-_RATE, _LENGTH = 8000, 25_600  # samples a second, and of a string
+_LENGTH = 25_600  # samples of a string
 _STRINGS: dict[Part, int] = {"train": 150, "validation": 60, "test": 90}  # of a speaker
 _GAP = 0.1  # seconds of silence at most between words
 _NOISE = (0.0, 15.0)  # dB of signal over noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitTranscripts(FieldTask):
+class DigitTranscripts(SpokenDigits):
     """Strings of two to five digits of the Free Spoken Digit Dataset, put together, in white noise of 0 to 15 dB.
 
     Four speakers are trained on, one validates, one tests; every recording of the last two is in one string at most. A
@@ -46,17 +45,8 @@ class DigitTranscripts(FieldTask):
     References: an autoregressive decoder, and CTC.
     """
 
-    metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            "wer", "word error rate", "errors/word", floor=0.8,
-            what="wrong, missing and surplus digits by the number of digits spoken (jiwer); guesses have 0.8 to 1",
-        ),
-        Metric("exact", "strings without an error", higher=True, kind="share"),
-        Metric("length_error", "words too many or too few", "words"),
-    )  # fmt: skip
-    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
+    metrics: ClassVar[tuple[Metric, ...]] = (*WER, Metric("length_error", "words too many or too few", "words"))
     published: ClassVar[tuple[str, ...]] = ("whisper-tiny.en",)
-    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
     references: ClassVar[tuple[str, ...]] = ("autoregressive", "ctc")
 
     dim: int = 64
@@ -65,11 +55,8 @@ class DigitTranscripts(FieldTask):
 
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
-        by: dict[str, list[Sample]] = {}
-        for sample in sorted(DigitStrings.read(folder), key=lambda sample: sample.name):
-            by.setdefault(sample.group, []).append(sample)
         found = []
-        for speaker, words in by.items():
+        for speaker, words in by_speaker(sorted(super().read(folder), key=lambda sample: sample.name)).items():
             part = words[0].part
             rng = seeding.generator(0, transcripts=speaker)
             left = list(rng.permutation(len(words)))
@@ -85,21 +72,15 @@ class DigitTranscripts(FieldTask):
 
     @classmethod
     def open(cls, path: Path) -> Sample:
-        sound, rate = read_wave(path)
-        if not 0 < len(sound) / rate <= _LENGTH / _RATE:
-            raise UserError(f"{path} has {len(sound) / rate:.1f} s; strings have at most {_LENGTH / _RATE:g} s")
-        heard = torch.from_numpy(resampled(sound, rate, _RATE))
+        heard = torch.from_numpy(read_recording(path, RATE, _LENGTH / RATE))
         whole = torch.zeros(_LENGTH)
         whole[: len(heard)] = heard - heard.mean()
         return Sample(path.name, "", "test", whole / whole.std().clamp(min=1e-6))
 
-    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return [samples[int(i)] for i in rng.integers(0, len(samples), self.batch)]
-
     def collate(self, samples: Sequence[Sample]) -> Batch:
         sounds = [sample.inputs for sample in samples]
         batch: dict[str, Any] = {
-            "inputs": torch.stack(encoder_features(sounds, _RATE)), "hypotheses": partial(_hypotheses, sounds),
+            "inputs": torch.stack(encoder_features(sounds, RATE)), "hypotheses": partial(_hypotheses, sounds),
         }  # fmt: skip
         if any(sample.target is None for sample in samples):
             return batch
@@ -137,11 +118,7 @@ class DigitTranscripts(FieldTask):
         return found
 
     def score(self, sample: Sample, said: str) -> Mapping[str, float]:
-        try:
-            import jiwer
-        except ImportError as error:
-            raise UserError("word error rates need jiwer: pip install 'manyheads[train]'") from error
-        wrong = float(jiwer.wer(sample.target, said))
+        wrong = float(aligned([sample.target], [said]).wer)
         surplus = len(said.split()) - len(sample.target.split())
         return {"wer": wrong, "exact": float(wrong == 0), "length_error": float(abs(surplus))}
 
@@ -160,12 +137,12 @@ class DigitTranscripts(FieldTask):
 
 def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sample:
     """Recordings of one speaker after each other, as many as there is room for, in noise from the first to the last."""
-    sound, at, said = torch.zeros(_LENGTH), int(rng.uniform(0, _GAP) * _RATE), []
+    sound, at, said = torch.zeros(_LENGTH), int(rng.uniform(0, _GAP) * RATE), []
     for word in words:
         if at + len(word.inputs) > _LENGTH:
             break
         sound[at : at + len(word.inputs)] = word.inputs
-        at += len(word.inputs) + int(rng.uniform(0, _GAP) * _RATE)
+        at += len(word.inputs) + int(rng.uniform(0, _GAP) * RATE)
         said.append(word.target)
     noise = 10 ** (-rng.uniform(*_NOISE) / 20) * rng.standard_normal(_LENGTH, dtype=np.float32)
     sound = sound + torch.from_numpy(noise)
@@ -179,4 +156,4 @@ def _row(text: str) -> Tensor:
 
 
 def _hypotheses(sounds: Sequence[Tensor]) -> Tensor:
-    return torch.stack([_row(text) for text in hypotheses(sounds, _RATE)])
+    return torch.stack([_row(text) for text in hypotheses(sounds, RATE)])

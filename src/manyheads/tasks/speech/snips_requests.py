@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
-from torch.nn.utils.rnn import pad_sequence
 
+from ...attention.masks import padded
 from ...data.sentences import requests
 from ...errors import UserError
 from ...experiment import Metric
@@ -168,8 +168,7 @@ class SnipsRequests(UnderstandingTask):
         return Sample(path.name, "", "test", tuple(words))
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        known = max(1, round(self.share * len(samples)))
-        return [samples[i] for i in rng.integers(0, known, self.batch)]
+        return super().draw(rng, samples[: max(1, round(self.share * len(samples)))])
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         read = _tokenizer(self.encoder)(
@@ -182,8 +181,7 @@ class SnipsRequests(UnderstandingTask):
             for place, word in enumerate(read.word_ids(i)):
                 at.setdefault(word, place)
             firsts.append(torch.tensor([at.get(k, 0) for k in range(len(sample.inputs))]))
-        first = pad_sequence(firsts, batch_first=True)
-        there = torch.arange(first.shape[1]) < torch.tensor([len(one) for one in firsts])[:, None]
+        first, there = padded(firsts)
         batch = {
             "inputs": read["input_ids"], "mask": read["attention_mask"].bool(), "first": first, "there": there,
             "words": [sample.inputs for sample in samples],
@@ -192,7 +190,7 @@ class SnipsRequests(UnderstandingTask):
             return batch
         numbers = [_numbers(self.samples("train"), sample.target, len(sample.inputs)) for sample in samples]
         meant = torch.tensor([intent for intent, _ in numbers])
-        return {**batch, "intents": meant, "tags": pad_sequence([t for _, t in numbers], True, -100)}
+        return {**batch, "intents": meant, "tags": padded([t for _, t in numbers], -100)[0]}
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         intents, tags = labels(self.samples("train"))

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ...attention.masks import padded
 from ...errors import UserError
 from ...experiment import seeding
 from ...recipe import Batch, Part, Sample
+from ._digits import SpokenDigits, at_pace, spoken
 from ._encoder import log_mel
 from ._verification import VerificationTask
-from .digit_strings import DigitStrings, at_pace, spoken
 
 __all__ = ["SpeakerVerification"]
 
@@ -29,7 +29,7 @@ _PARTS: tuple[Part, ...] = ("test", "validation", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeakerVerification(VerificationTask):
+class SpeakerVerification(SpokenDigits, VerificationTask):
     """The Free Spoken Digit Dataset, text-dependent: a phrase is two digits in an order, and its reverse another one.
 
     A model is trained to tell classes of voice and phrase apart, and judged by the cosine of two embeddings. Of four
@@ -47,7 +47,6 @@ class SpeakerVerification(VerificationTask):
         variants: recordings of a class that training draws from.
     """
 
-    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
     takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of four speakers or more"
 
     phrases: int = 20
@@ -61,13 +60,13 @@ class SpeakerVerification(VerificationTask):
 
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
-        found = DigitStrings.read(folder)
+        found = super().read(folder)
         home = _homes(sorted({sample.group for sample in found}))
         return [dataclasses.replace(sample, part=home[sample.group]) for sample in found]
 
     @classmethod
     def open(cls, path: Path) -> Sample:
-        return Sample(path.name, "", "test", log_mel(DigitStrings.open(path).inputs))
+        return Sample(path.name, "", "test", log_mel(super().open(path).inputs))
 
     @classmethod
     def joined(cls, opened: Sequence[Sample]) -> Sample:
@@ -151,9 +150,8 @@ class SpeakerVerification(VerificationTask):
         return made
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        frames = [one for sample in samples for one in sample.inputs]
-        inputs = pad_sequence(frames, batch_first=True).unflatten(0, (len(samples), 2))
-        mask = torch.arange(inputs.shape[2]) < torch.tensor([len(one) for one in frames]).view(-1, 2, 1)
+        both = padded([one for sample in samples for one in sample.inputs])
+        inputs, mask = (x.unflatten(0, (len(samples), 2)) for x in both)
         if not all("classes" in sample.about for sample in samples):
             return {"inputs": inputs, "mask": mask}
         return {"inputs": inputs, "mask": mask, "targets": torch.tensor([s.about["classes"] for s in samples])}

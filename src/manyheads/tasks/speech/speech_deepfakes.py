@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ...data.audio import read_wave, resampled
+from ...data.audio import read_recording
 from ...data.labelled import labelled
 from ...data.vocoders import RATE, VOCODERS
 from ...errors import UserError
@@ -225,10 +225,7 @@ def _recordings(folder: Path | None) -> Iterable[tuple[str, str, Part, Any]]:
 
 def _sound(path: Path) -> Any:
     """A recording at 8 kHz, float64 ``[N]``."""
-    found, rate = read_wave(path)
-    if not 0 < len(found) / rate <= _LONGEST:
-        raise UserError(f"{path} has {len(found) / rate:.1f} s; recordings have more than 0 and at most {_LONGEST:g} s")
-    return resampled(found, rate, RATE).astype(np.float64)
+    return read_recording(path, RATE, _LONGEST).astype(np.float64)
 
 
 def _second(sound: Any) -> Any:

@@ -95,8 +95,6 @@ class SpokenCommands(CommandData):
         Metric("intent", "commands of which all three slots are right", higher=True, kind="share"),
         Metric("slots", "share of slots that are right", higher=True, kind="share"),
     )
-    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
-    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
     references: ClassVar[tuple[str, ...]] = ("command_decoder",)
     encoder: ClassVar[str] = "whisper-tiny.en"
 

@@ -6,20 +6,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ...errors import UserError
+from ...attention.masks import padded
+from ...errors import refusal
 from ...experiment import RunContext, seeding
 from ...recipe import Batch, Part, Sample
-from ._mixtures import FRAME, features, mfcc, mixed, stream
+from ._cepstra import normalised_mfcc
+from ._digits import SpokenDigits, by_speaker
+from ._encoder import RATE
+from ._mixtures import FRAME, mixed, stream
 from ._vad import FrameTask
-from .digit_strings import DigitStrings
+from ._whisper import windowed
 
 __all__ = ["VoiceActivity"]
 
@@ -29,7 +31,7 @@ _EACH = 6  # recordings of a stream that is judged, of which none is in two stre
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoiceActivity(FrameTask):
+class VoiceActivity(SpokenDigits, FrameTask):
     """Recordings of the Free Spoken Digit Dataset between silences of 0.1 to 1.2 s, four seconds in all, in noise.
 
     Four speakers are trained on, one validates, one tests. A frame of 20 ms is speech if it lies between the first and
@@ -43,32 +45,16 @@ class VoiceActivity(FrameTask):
         frames: of a stream.
     """
 
-    files: ClassVar[tuple[str, ...]] = ("fsdd", "free-spoken-digit-dataset")
     published: ClassVar[tuple[str, ...]] = ("whisper-tiny.en",)
-    takes: ClassVar[str] = "a folder of WAV files named digit_speaker_number.wav, of three speakers or more"
 
     pool: int = 400
     frames: int = 200
 
-    @classmethod
-    def read(cls, folder: Path | None) -> Sequence[Sample]:
-        return DigitStrings.read(folder)
-
-    @classmethod
-    def open(cls, path: Path) -> Sample:
-        return DigitStrings.open(path)
-
     def unsupported_reason(self, run: RunContext) -> str | None:
-        if reason := super().unsupported_reason(run):
-            return reason
-        try:
-            features(self.whisper, torch.randn(FRAME))
-        except UserError as error:
-            return str(error)
-        return None
+        return super().unsupported_reason(run) or refusal(lambda: windowed(self.whisper, torch.randn(FRAME), RATE))
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        words, made = _by_speaker(tuple(samples)), []
+        words, made = _sounds(tuple(samples)), []
         for number in rng.integers(0, self.pool, self.batch).tolist():
             own = seeding.generator(0, drawn=number)
             speaker = sorted(words)[int(own.integers(len(words)))]
@@ -78,7 +64,7 @@ class VoiceActivity(FrameTask):
         return made
 
     def judged(self, part: Part) -> Sequence[Sample]:
-        words = _by_speaker(tuple(self.samples(part)))
+        words = _sounds(tuple(self.samples(part)))
         rest = {who: seeding.generator(0, part=part, who=who).permutation(len(some)) for who, some in words.items()}
         kinds = {"train": _TRAINED, "validation": _VALIDATED, "test": _TESTED}[part]
         most, made = sum(max(1, len(some) // _EACH) for some in words.values()), []
@@ -99,21 +85,18 @@ class VoiceActivity(FrameTask):
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         read = [_read_sound(self.whisper, sample.inputs) for sample in samples]
-        cepstra, states = (pad_sequence(list(some), batch_first=True) for some in zip(*read, strict=True))
-        mask = torch.arange(cepstra.shape[1]) < torch.tensor([len(one) for one, _ in read])[:, None]
+        (cepstra, mask), (states, _) = (padded(some) for some in zip(*read, strict=True))
         batch = {"inputs": cepstra, "states": states, "mask": mask}
         if all(sample.target is not None for sample in samples):
-            batch["targets"] = pad_sequence([sample.target.float() for sample in samples], batch_first=True)
+            batch["targets"], _ = padded([sample.target.float() for sample in samples])
         return batch
 
 
 @lru_cache(maxsize=16)
-def _by_speaker(samples: tuple[Sample, ...]) -> dict[str, list[Tensor]]:
+def _sounds(samples: tuple[Sample, ...]) -> dict[str, list[Tensor]]:
     """Recordings by speaker, in order of their names."""
-    found: dict[str, list[Tensor]] = {}
-    for sample in sorted(samples, key=lambda sample: sample.name):
-        found.setdefault(sample.group, []).append(sample.inputs)
-    return found
+    found = by_speaker(sorted(samples, key=lambda sample: sample.name))
+    return {who: [sample.inputs for sample in own] for who, own in found.items()}
 
 
 @lru_cache(maxsize=4000)
@@ -129,4 +112,4 @@ def _mixture(
 @lru_cache(maxsize=4000)
 def _read_sound(whisper: str, sound: Tensor) -> tuple[Tensor, Tensor]:
     """MFCC and Whisper's states of a recording, kept, since neither is trained."""
-    return mfcc(sound), features(whisper, sound)
+    return normalised_mfcc(sound), windowed(whisper, sound, RATE)

@@ -12,7 +12,7 @@ import numpy as np
 from ...decoding._cut import Cut
 from ...decoding.lnd import GlobalSampling
 from ...decoding.sampling import Sampling
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task
 
 __all__ = ["METRICS", "Array", "Curve", "FrontierTask", "Rows", "at_level", "cut_of", "pseudo_values", "swept"]
@@ -111,12 +111,7 @@ class FrontierTask(Task):
     masses: tuple[float, ...] = (0.8, 0.9)
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            for arm in run.arms:
-                cut_of(arm)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: [cut_of(arm) for arm in run.arms])
 
     def compared(self, curves: Sequence[Curve], pure: Array, greedy: Array) -> Iterator[Row]:
         """Rows of all curves, given losses ``[C]`` of their common ends: pure sampling and the likeliest token."""

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["cells", "distinct", "embedded_texts", "mauve", "self_bleu"]
+__all__ = ["cells", "distinct", "mauve", "self_bleu"]
 
 _ROUNDS = 12  # of k-means
 _SCALE = 5.0  # of a divergence, as MAUVE has it
-_AT_ONCE = 64  # texts embedded at once
 
 
 def _grams(tokens: Sequence[int], n: int) -> Counter[tuple[int, ...]]:
@@ -51,18 +50,6 @@ def distinct(texts: Sequence[Sequence[int]], n: int = 2) -> float:
     """Different n-grams of all texts over their number, in (0, 1]; 1 where there are none."""
     every = [gram for text in texts for gram in _grams(text, n).elements()]
     return len(set(every)) / len(every) if every else 1.0
-
-
-@torch.no_grad()
-def embedded_texts(model: Any, tokenizer: Any, texts: Sequence[str], most: int = 128) -> Tensor:
-    """Embeddings ``[N, dim]`` of length 1 of texts of any length: the mean of the last hidden states, float32."""
-    found = []
-    for at in range(0, len(texts), _AT_ONCE):
-        given = tokenizer(list(texts[at : at + _AT_ONCE]), padding=True, truncation=True, max_length=most,
-                          return_tensors="pt").to(model.device)  # fmt: skip
-        mask = given["attention_mask"][..., None].float()
-        found.append((model(**given).last_hidden_state.float() * mask).sum(1) / mask.sum(1))
-    return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
 
 def cells(points: Tensor, count: int, seed: int = 0) -> Tensor:

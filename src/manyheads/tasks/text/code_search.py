@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...data.functions import Function, documented_functions
 from ...data.texts import standard_library
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
 from ...shortening import learn
 from ...text_reducing import TextReducer
@@ -48,7 +48,7 @@ class CodeSearch(Task):
         shortest, longest: tokens of a function.
         per_file: functions of a file at most: those of one file are no independent samples.
         batch: functions at once.
-        named: arms that are measured; all when empty.
+        only: keys of the arms that are measured; all when empty.
     """
 
     subject: ClassVar[str] = "trainable"
@@ -68,7 +68,7 @@ class CodeSearch(Task):
     longest: int = 250
     per_file: int = 6
     batch: int = 10
-    named: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.learned < 2:
@@ -78,12 +78,7 @@ class CodeSearch(Task):
         for arm in self._arms(run):
             if wrong := [one.slug for one in arm.strategies if not isinstance(one, TextReducer)]:
                 return f"{wrong[0]} shortens no texts"
-        try:
-            reader(run, self.model)
-            self._drawn(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: reader(run, self.model), lambda: self._drawn(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [WorkUnit(self.key, "all", float(self.samples), f"{self.key}: search by {self.model}")]
@@ -116,7 +111,7 @@ class CodeSearch(Task):
                 yield self.row("reciprocal_rank", arm, value, f"{i}", context=one.module)
 
     def _arms(self, run: RunContext) -> tuple[Arm, ...]:
-        return tuple(arm for arm in run.arms if not self.named or arm.key in self.named)
+        return tuple(arm for arm in run.arms if not self.only or arm.key in self.only)
 
     def _drawn(self, run: RunContext) -> _Drawn:
         """Functions of different files on the two sides."""

@@ -19,11 +19,12 @@ from ...integrations.transformers import new_cache, prefill
 from ...questions import split
 from ...spec import parse
 from ...writing import Decoding, Request
+from .._embedded import embedded_texts
 from ._frontier import Rows, pseudo_values
 from ._prefill import token_nll
 from ._reader import reader
 from ._text_task import TextTask, model_of, tensor
-from ._written import cells, distinct, embedded_texts, mauve, self_bleu
+from ._written import cells, distinct, mauve, self_bleu
 
 __all__ = ["Continuations"]
 

@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Metric, Row, RunContext, Task, WorkUnit
 from ...integrations import use
 from ._reader import embedded, long_texts, reader, whole
@@ -49,11 +49,7 @@ class EmbeddingFidelity(Task):
             raise UserError("ranks of one other text say nothing: give 3 samples or more")
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self._texts(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._texts(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         cost = float(self.samples * self.length)

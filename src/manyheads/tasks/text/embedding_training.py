@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...conversion import EncoderConversion
 from ...data.ranking import collection, words
 from ...data.sentences import PAIRS, pairs
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...models.text_encoder import TextEncoder, made_pooler
 from ...training.encoding import pair_loss, tune
@@ -80,13 +80,7 @@ class EmbeddingTraining(Task):
             raise UserError("give 3 samples, 10 documents or more, and no counts below 0")
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self._triples(run)
-            self._similar(run)
-            self._ranked(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._triples(run), lambda: self._similar(run), lambda: self._ranked(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         found = []

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ...conversion import Drop, EncoderDesign, SurgeryPlan
 from ...data.encoder_tasks import TASKS, EncoderTask, encoder_task
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...models.text_encoder import TextEncoder
 from ...training.encoding import Kind, class_loss, list_loss, score_loss, tune
@@ -43,7 +43,7 @@ class EncoderTuning(Task):
         layers: lowest ones of the model that are kept; 0 for all.
         length: tokens of a text at most.
         only: names of the arms that are measured; all when empty.
-        named: what it is called where an experiment has it several times.
+        label: what it is called where an experiment has it several times.
     """
 
     subject: ClassVar[str] = "causal_lm"
@@ -67,11 +67,7 @@ class EncoderTuning(Task):
     layers: int = 0
     length: int = 128
     only: tuple[str, ...] = ()
-    named: str = ""
-
-    @property
-    def label(self) -> str:
-        return self.named
+    label: str = ""
 
     @property
     def stated(self) -> tuple[Metric, ...]:
@@ -84,11 +80,7 @@ class EncoderTuning(Task):
             raise UserError("steps, batch, samples and length are 1 or more, examples and layers 0 or more")
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self._task(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._task(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         arms = [arm for arm in run.arms if not self.only or arm.name in self.only]

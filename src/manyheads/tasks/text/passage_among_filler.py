@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import catalog
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import Metric, Row, RunContext, Task, WorkUnit
 from ...integrations import use
 from ._reader import embedded, long_texts, reader, whole
@@ -53,12 +53,7 @@ class PassageAmongFiller(Task):
     text: str = "brown"
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self._parts(run)
-            self._texts(run)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._parts(run), lambda: self._texts(run))
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         arms = [arm for arm in run.arms if "reader" in arm.options]

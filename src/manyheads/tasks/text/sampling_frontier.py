@@ -22,12 +22,13 @@ from ...integrations.model_access import Access
 from ...integrations.transformers import new_cache, prefill
 from ...spec import parse
 from ...writing import Request
+from .._embedded import embedded_texts
 from ._contexts import Contexts
 from ._corpus import Corpus
 from ._frontier import METRICS, Array, Curve, FrontierTask, Rows, at_level, cut_of, pseudo_values, swept
 from ._reader import reader
 from ._text_task import model_of, tensor
-from ._written import cells, distinct, embedded_texts, mauve, self_bleu
+from ._written import cells, distinct, mauve, self_bleu
 
 __all__ = ["SamplingFrontier"]
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ...data.ranking import Bundle, Collection, bundled, folds, words
 from ...errors import UserError
+from .._embedded import embedded_texts
 
 __all__ = ["BM25", "Rankings", "Texts", "judged", "passage_vectors"]
 
 _HARD = 50  # documents that BM25 has first, of which those that are not relevant are hard to tell from one that is
 _PASSAGE = 160  # words of a passage that an encoder reads; the usual ones read 256 tokens
-_AT_ONCE = 32  # passages
 _TOP = 10
 
 
@@ -182,7 +182,6 @@ def judged(scores: Sequence[float], chosen: Sequence[int], grades: np.ndarray, a
     }
 
 
-@torch.no_grad()
 def passage_vectors(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Embeddings ``[P, dim]`` of length 1 of the passages of each text: the mean of a passage's last hidden states."""
     cut = [
@@ -192,12 +191,7 @@ def passage_vectors(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str
     ]
     cut.sort(key=lambda one: len(one[1]))
     found: dict[str, list[Tensor]] = {name: [] for name in texts}
-    device = next(model.parameters()).device
-    for start in range(0, len(cut), _AT_ONCE):
-        some = cut[start : start + _AT_ONCE]
-        batch = tokenizer([text for _, text in some], padding=True, truncation=True, return_tensors="pt").to(device)
-        weight = batch["attention_mask"][..., None]
-        means = (model(**batch).last_hidden_state * weight).sum(1) / weight.sum(1)
-        for (name, _), vector in zip(some, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
-            found[name].append(vector)
-    return {name: torch.stack(vectors) for name, vectors in found.items()}
+    vectors = embedded_texts(model, tokenizer, [text for _, text in cut], None, at_once=32)
+    for (name, _), vector in zip(cut, vectors, strict=True):
+        found[name].append(vector)
+    return {name: torch.stack(own) for name, own in found.items()}

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ... import catalog
 from ...data.forms import LABELS, Form
-from ...errors import UserError
+from ...errors import refusal
 from ...experiment import Arm, Metric, Row, RunContext, WorkUnit
 from ...integrations import use
 from ..text._reader import reader
@@ -54,11 +54,7 @@ class FormReader(FormLabels):
     fitted: int = 192
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            reader(run, self.model)
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: reader(run, self.model))
 
     def read_arms(self, run: RunContext) -> list[Arm]:
         """Arms that read: those with a mask of their options, or all where none has."""

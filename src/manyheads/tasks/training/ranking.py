@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...data.ranking import collection
-from ...errors import UserError
+from ...errors import UserError, refusal
 from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit, seeding
 from ...models.ranker import PAD, RankingModel
 from ...strategy import Ranker, RankerConfig
@@ -55,7 +55,7 @@ class Ranking(Task):
         looks: times that the tuning queries are ranked.
         encoder: whose embeddings rank, see :func:`manyheads.models.load_reader`.
         only: names of the arms that are measured; all when empty.
-        named: what it is called where an experiment ranks twice.
+        label: what it is called where an experiment ranks twice.
     """
 
     subject: ClassVar[str] = "trainable"
@@ -82,11 +82,7 @@ class Ranking(Task):
     looks: int = 5
     encoder: str = "all-minilm-l6-v2"
     only: tuple[str, ...] = ()
-    named: str = ""
-
-    @property
-    def label(self) -> str:
-        return self.named
+    label: str = ""
 
     def __post_init__(self) -> None:
         if min(self.parts, self.steps, self.batch, self.looks) < 1 or self.folds < 3 or not self.rates:
@@ -121,11 +117,7 @@ class Ranking(Task):
         return arms
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        try:
-            self._rankings(run, run.seeds[0])
-        except UserError as error:
-            return str(error)
-        return None
+        return refusal(lambda: self._rankings(run, run.seeds[0]))
 
     def guard(self, run: RunContext) -> None:
         """Refuse an encoder that cannot be loaded before anything is trained."""

@@ -46,7 +46,7 @@ class SequenceClassification(TrainingTask):
         stride: values of a token, for waveforms and series.
         stretch: how much slower or faster a waveform may be read in training, as a share; a shorter one then begins
             anywhere. Speakers differ by more than that: with few of them it is what tells words from voices.
-        called: name of this task in an experiment that has it several times.
+        label: name of this task in an experiment that has it several times.
     """
 
     stored: ClassVar[str] = "classes-"
@@ -61,7 +61,7 @@ class SequenceClassification(TrainingTask):
     data: str = "fsdd"
     stride: int = 1
     stretch: float = 0.0
-    called: str = ""
+    label: str = ""
     samples: int = 256
 
     def __post_init__(self) -> None:
@@ -74,10 +74,6 @@ class SequenceClassification(TrainingTask):
             raise UserError("stretch is a share below 1, of waveforms")
         if self.batch < 2:
             raise UserError("whether sequences see each other is tried on two of a batch: give a batch of 2 or more")
-
-    @property
-    def label(self) -> str:
-        return self.called
 
     @property
     def stated(self) -> tuple[Metric, ...]:
