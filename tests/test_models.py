@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from manyheads import UserError, models
 from manyheads.models import packed
+from manyheads.models.merges import cuts_letters
 from manyheads.recipes import recall as recall_recipe
 from manyheads.recipes._evaluate import context_curve, losses, recall, stdlib_tokens
 from manyheads.recipes._planted import Planter
@@ -249,12 +250,12 @@ def test_a_tokenizer_without_its_merges_is_said_and_refused_where_claims_are_che
     (folder / "config.json").write_text((models.default_path() / "config.json").read_text())
     with pytest.warns(UserWarning, match="single letters though it knows 8,192 tokens"):
         broken = models.tokenizer(folder)
-    assert models.cuts_letters(broken)
-    assert not models.cuts_letters(models.tokenizer("default"))
+    assert cuts_letters(broken)
+    assert not cuts_letters(models.tokenizer("default"))
     monkeypatch.setenv("MANYHEADS_MODELS", str(tmp_path))
     with pytest.raises(UserError, match="make its folder again"):
         models.tokenizer("gemma3-270m")
     whole["model"]["vocab"] = {k: v for k, v in whole["model"]["vocab"].items() if v < 300}
     whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < 300]
     (folder / "tokenizer.json").write_text(json.dumps(whole))
-    assert not models.cuts_letters(models.tokenizer(folder)), "one of bytes is as it should be"
+    assert not cuts_letters(models.tokenizer(folder)), "one of bytes is as it should be"

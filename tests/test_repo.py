@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "manyheads"
 CATEGORIES = {"mixers", "caches", "lenses", "diffusion", "decoding", "convert", "tokens", "parallel", "domains"}
 # The parts of the package by floor, from the ground up; those of the design that are not there yet stand here too.
 FLOORS = (
-    {"errors", "environment", "files", "formatting", "html", "kernels", "progress"},
+    {"errors", "environment", "files", "formatting", "html", "kernels", "progress", "workers"},
     {"attention"},
     {
         "call",

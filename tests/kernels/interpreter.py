@@ -32,6 +32,6 @@ def run_interpreted(*names: str) -> None:
         cwd=here.parents[1],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that are started once for all tests, by how many there are."""
-
-import contextlib
+"""Processes that are started once for all tests of this folder, by how many there are."""
 
 import pytest
+
+_pools = {}
 
 
 @pytest.fixture(scope="session")
 def processes():
-    """Asked with a number, a pool of so many; one that a failure has ended is started again.
-
-    What takes long where other programs run too is to import transformers, once for each process.
-    """
+    """Asked with a number, a pool of so many; one that a failure has ended is started again."""
     from manyheads.parallel import Processes
     from parallel import shared_worker
 
-    with contextlib.ExitStack() as stack:
-        pools = {}
+    def pool(size):
+        if size not in _pools or not _pools[size]._pipes:
+            made = _pools[size] = Processes(size, limit=300).__enter__()
+            made.run(shared_worker.warm)
+            made.limit = 60
+        return _pools[size]
 
-        def pool(size):
-            if size not in pools or not pools[size]._pipes:
-                made = pools[size] = stack.enter_context(Processes(size, limit=300))
-                made.run(shared_worker.warm)
-                made.limit = 60
-            return pools[size]
+    return pool
 
-        yield pool
+
+def pytest_runtest_teardown(nextitem):
+    """Processes end with the folder's last test: groups of gloo that wait take time of tests elsewhere."""
+    if nextitem is None or "tests/parallel/" not in nextitem.path.as_posix():
+        while _pools:
+            _pools.popitem()[1].__exit__(None, None, None)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from manyheads.errors import UserError
-from manyheads.parallel import ContextParallel, pattern
+from manyheads.parallel import ContextParallel, World, pattern
 from manyheads.parallel._methods import METHODS
 
 
@@ -38,6 +38,12 @@ def hang(world):
 def die(world):
     if world.rank == world.size - 1:
         os._exit(3)
+
+
+def pairs_asked_for(world, times):
+    """Names of the groups that pairs of processes get, asked for by worlds that are made again and again."""
+    pairs = [[first, first + 1] for first in range(0, world.size, 2)]
+    return [World().peers(pairs).group.group_name for _ in range(times)]
 
 
 def sent(world, cases, size, heads, kv_heads, width):

@@ -40,6 +40,14 @@ def test_results_by_rank_and_errors_of_the_user(before):
     assert running() == before
 
 
+def test_groups_are_made_once_for_all_worlds(processes):
+    """Each has threads that wait; a model that is used again and again had more of them every time."""
+    for names in processes(4).run(worker.pairs_asked_for, 3):
+        assert len(set(names)) == 1
+    first, second, third, fourth = (names[0] for names in processes(4).run(worker.pairs_asked_for, 1))
+    assert first == second != third == fourth  # the control: other pairs have others
+
+
 def test_other_errors_carry_the_traceback_of_their_process(before):
     with Processes(2) as pool, pytest.raises(RuntimeError, match=r"process 1:\n(?s:.*)in fail(?s:.*)it is zero here"):
         pool.run(worker.fail)

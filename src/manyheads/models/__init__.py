@@ -6,22 +6,20 @@ Weights are read from safetensors alone, and no code of a checkpoint's own is ev
 
 import os
 import tomllib
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyheads.errors import UserError
 from manyheads.formatting import first_line as _line
+from manyheads.models.merges import check_merges
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 _CACHE = "~/.cache/manyheads/models"
 _DTYPES = ("float32", "bfloat16", "float16")
-_WORDS, _MANY_TOKENS = "the people of the world and what they have made", 2000
 
 
 @cache
@@ -110,31 +108,12 @@ def tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
 
     name = source(path_or_name)
     try:
-        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        made = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{name} has no tokenizer that can be read ({_line(error)}); put tokenizer.json beside its weights"
         ) from error
-    if cuts_letters(made):
-        says = (
-            f"the tokenizer of {path_or_name} cuts words into single letters though it knows {len(made):,} tokens: its "
-            "merges are missing, as after some releases of transformers read a GGUF file, and losses mean nothing"
-        )
-        if str(path_or_name) in published():
-            raise UserError(f"{says}; make its folder again, or fetch tokenizer.json")
-        warnings.warn(says, UserWarning, stacklevel=2)
-    return made
-
-
-def cuts_letters(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a tokenizer with many tokens has none for common English words, as where its merges were lost.
-
-    True as well for one of a language that is not written in letters; byte-level and character-level ones, which know
-    few tokens, are as they should be.
-    """
-    if len(tokenizer) < _MANY_TOKENS:
-        return False
-    return len(tokenizer(_WORDS, add_special_tokens=False)["input_ids"]) >= len(_WORDS.replace(" ", ""))
+    return check_merges(made, str(path_or_name), str(path_or_name) in published())
 
 
 def load_reader(

@@ -39,7 +39,7 @@ EXCHANGES: dict[str, type[Exchange]] = {"ring": Ring, "all_gather": AllGather, "
 
 
 class World:
-    """Processes that share tokens, and groups of them, each made once.
+    """Processes that share tokens.
 
     Attributes:
         group: of torch; None for all processes.
@@ -66,15 +66,30 @@ class World:
             raise UserError(f"process {dist.get_rank()} is not one of the group that is to share tokens; give its own")
         self.ranks = tuple(range(self.size) if group is None else dist.get_process_group_ranks(group))
         self.ledger = Ledger(self.ranks[self.rank], node)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(self.size)): group}
 
     def peers(self, groups: Sequence[Sequence[int]] | None = None) -> Peers:
         """All, or the one of these groups that this process is in; every process has to ask for them, in one order."""
         mine = next(tuple(ranks) for ranks in groups or [range(self.size)] if self.rank in ranks)
         ranks = [self.ranks[rank] for rank in mine]
-        if mine not in self._groups:
-            self._groups[mine] = dist.new_group(ranks, use_local_synchronization=True)
-        return Peers(ranks, self._groups[mine], self.ledger)
+        group = self.group if len(mine) == self.size else _group(tuple(ranks))
+        return Peers(ranks, group, self.ledger)
+
+
+_made: dict[tuple[int, ...], Any] = {}  # by ranks among all processes
+_made_for: list[Any] = []  # the group of all processes at that time
+
+
+def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """The group of these processes, made once for all worlds since ``init_process_group``: each has threads of its own.
+
+    Only those that are in it have to ask, so that all of them have it or none has.
+    """
+    if _made_for != [dist.group.WORLD]:
+        _made.clear()
+        _made_for[:] = [dist.group.WORLD]
+    if ranks not in _made:
+        _made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _made[ranks]
 
 
 class ContextParallel:
