@@ -75,7 +75,7 @@ class World:
         return Peers(ranks, group, self.ledger)
 
 
-_made: dict[tuple[int, ...], Any] = {}  # by ranks among all processes
+_made: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by ranks among all processes
 _made_for: list[Any] = []  # the group of all processes at that time
 
 

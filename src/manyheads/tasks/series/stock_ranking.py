@@ -86,7 +86,7 @@ class StockRanking(RankingTask):
 
     @property
     def label(self) -> str:
-        return self.named or f"{Path(self.folder).name if self.folder else self.source_of}, fold {self.fold}"
+        return f"{Path(self.folder).name if self.folder else self.source_of}, fold {self.fold}"
 
     @property
     def source(self) -> str:
