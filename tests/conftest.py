@@ -10,6 +10,7 @@ import pytest
 from skips import checked
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is on no machine is told at once, not after a minute of tries
 
 
 def pytest_configure(config):
