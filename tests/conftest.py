@@ -24,13 +24,16 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file is one worker's, so that what its tests share is made once; so are all files that share processes."""
+    """A file is one worker's, so that what its tests share is made once; so are those that share processes.
+
+    The latter, which take longest, come first with the kernels: files are given out by how many tests they have.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path = nodeid.partition("::")[0]
-            return "tests/parallel" if path.startswith("tests/parallel/") else path
+            return "processes" if path.startswith(("tests/parallel/", "tests/kernels/")) else path
 
     return ByFile(config, log)
 

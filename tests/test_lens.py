@@ -166,6 +166,7 @@ def test_looking_changes_no_bit(name):
     assert torch.equal(models.forward(name, model), plain)
 
 
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     model = models.build("llama")

@@ -68,7 +68,7 @@ def test_the_commands_of_ci_are_those_of_the_readme():
         ["python3 -m venv .venv && .venv/bin/pip install -c constraints.txt .", ".venv/bin/manyheads compare"],
         [
             'python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ".[test]"',
-            '.venv/bin/pytest -n 2 -m "not gpu"',
+            '.venv/bin/pytest -n 2 -m "not gpu and not slow"',
         ],
     ]
 

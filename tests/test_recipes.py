@@ -68,6 +68,7 @@ def tokenizer() -> Tokenizer:
     return _corpus.train_tokenizer([CODE * 5, " ".join(w.upper() for w in WORDS) * 5], 512)
 
 
+@pytest.mark.slow
 def test_default_model_from_end_to_end(made: tuple[Path, list[tuple[int, str]]]) -> None:
     folder, (first, after, again, _) = made
     out = folder / "model"
@@ -95,6 +96,7 @@ def test_recall_from_end_to_end(made: tuple[Path, list[tuple[int, str]]]) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not scenes.available(), reason="CIFAR-10 and Noto Emoji are not on this machine")
 def test_scenes_and_their_judge_from_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs the extra [diffusion]")

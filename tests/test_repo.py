@@ -86,6 +86,7 @@ class Source:
 
     def __post_init__(self):
         self.tree = ast.parse(self.text)
+        self.found: dict[bool, list[tuple[int, str]]] = {}
         self.part = [*self.module.split("."), ""][1]
 
     def nodes(self, node: ast.AST, typing: bool = True) -> Iterator[ast.AST]:
@@ -95,8 +96,13 @@ class Source:
             if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")) or typing:
                 yield from self.nodes(child, typing)
 
-    def imports(self, typing: bool = True) -> Iterator[tuple[int, str]]:
-        """Yield line and full dotted name of everything imported; `from a import b` gives `a.b`."""
+    def imports(self, typing: bool = True) -> list[tuple[int, str]]:
+        """Line and full dotted name of everything imported; `from a import b` gives `a.b`."""
+        if typing not in self.found:
+            self.found[typing] = list(self.all_imports(typing))
+        return self.found[typing]
+
+    def all_imports(self, typing: bool) -> Iterator[tuple[int, str]]:
         for node in self.nodes(self.tree, typing):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -157,7 +163,8 @@ def safety(source: Source) -> Iterator[str]:
             continue
         if isinstance(node.func, ast.Name) and node.func.id in UNSAFE_CALLS:
             yield f"{node.lineno}: calls {node.func.id}"
-        if ast.unparse(node.func) in ("torch.load", "torch.save", "np.load", "numpy.load"):
+        loads = isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "save")
+        if loads and ast.unparse(node.func) in ("torch.load", "torch.save", "np.load", "numpy.load"):
             yield f"{node.lineno}: calls {ast.unparse(node.func)}, which pickles; use safetensors"
         for keyword in node.keywords:
             refused = {"trust_remote_code": False, "weights_only": True, "allow_pickle": False}

@@ -228,6 +228,8 @@ def test_models_that_read_text(cli, framed, tmp_path, name):
     assert ("reasoning_rhythm" in document["findings"]) == (name == "Llama Model")
     notes = document["findings"]["attention"]["notes"]
     assert ("reasoning_rhythm finds nothing to look at here." in notes) == (name != "Llama Model")
+    if name not in ("Bert Model", "Llama Model"):  # what follows is alike for all
+        return
     code, out, err = cli("inspect", "--model", place, "--samples", "1", "--out", "y")
     assert code == 0 and "loss" not in out
     asks = (["--lens", "gender_components"], "asks for the next token")

@@ -100,6 +100,7 @@ def test_output_projection_mixes_the_heads(name):
         assert error(outs[site.name].flip(2).flatten(2) @ weight.T, want) > 1e-2
 
 
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     model = models.build("llama")

@@ -244,7 +244,9 @@ def test_other_backends(name):
         registry._supported_arg_names[name_], registry._constraints[name_] = names, limits
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize(
+    "name", [n if n in ("unet", "flux") else pytest.param(n, marks=pytest.mark.slow) for n in tiny.ALL]
+)
 def test_compiled_equals_eager(name):
     torch._dynamo.reset()
     model = tiny.build(name)

@@ -95,6 +95,7 @@ def test_a_function_in_the_place_of_forward_is_lost_and_that_raises(spec, monkey
     assert torch.equal(made[0], want) and error(made[1], want) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["module", "call"])
 def test_compiled_before(way):
     """Compiled and run before the port opens; the port's code is compiled in, and out again when it closes."""

@@ -308,6 +308,7 @@ def test_values_are_a_control_of_their_own():
         assert constant == (call.site.kind == "self")
 
 
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     model, ids = models.build("llama"), models.tokens(2, 12)

@@ -40,6 +40,7 @@ def test_one_process_reports_for_all(tmp_path):
     assert all(row["error"] < 1e-4 and row["formula_gap"] == 0 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(tmp_path):
     done = torchrun(tmp_path, "--world", "3")
     assert done.returncode != 0 and "torchrun has started 2 processes: give --world 2" in done.stderr

@@ -223,6 +223,7 @@ def test_a_leak_is_the_overlap_with_the_system_prompt(reader):
     assert asked.queries[1].judges[0].value(prompt) == 1 and asked.queries[1].judges[0].value("I may not.") < 0.1
 
 
+@pytest.mark.slow
 def test_a_baseline_that_fails_is_said_not_to_discriminate(reader, tmp_path):
     """Nothing is answered, and most of the system prompt is given away: neither tells anything of an arm."""
     parts = ["You are the assistant of", *system_prompt._PLACES, *system_prompt._TASKS, *system_prompt._SECRETS]
