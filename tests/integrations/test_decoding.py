@@ -55,7 +55,7 @@ def test_fixed_storage_decodes_what_growing_storage_does(llama, spec):
 
 
 @each
-@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow), 9])
 def test_generate_compiles_it_in_one_graph(llama, spec, padding):
     """What runs as a CUDA graph on a GPU: no break, no recompilation from token to token."""
     ids = models.tokens(2, 40)
