@@ -213,7 +213,10 @@ def framed(texts):
     return made
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("Bert ForMaskedLM", "Roberta Model") else n for n in READERS],
+)
 def test_models_that_read_text(cli, framed, tmp_path, name):
     """Text encoders, that of an encoder-decoder model, and decoders without a head: no loss, every layer."""
     sizes, count = READERS[name]

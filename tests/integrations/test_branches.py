@@ -39,6 +39,10 @@ ON = ("pab:spatial=2,temporal=3,cross=4,upper=999,lower=0.5", "headhunter:heads=
       HarmonPaint(canvas=Canvas(HOLE.double()), where="all"))  # fmt: skip
 _models = {}
 
+# Cross attention, joint attention, videos of both kinds; pipelines that are like them are slow.
+KINDS = ("unet", "flux", "latte", "hunyuan", "pixart")
+each = pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in tiny.ALL])
+
 
 class Loop:
     """As much of a pipeline as the port looks at. Two rows of each branch, a source and its target."""
@@ -146,7 +150,7 @@ def only(strategy, site):
     return One(**{f.name: getattr(strategy, f.name) for f in fields(strategy)})
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@each
 def test_off_is_bit_exact(name):
     for way in ("batch", "guider"):
         plain = Loop(name, way)()
@@ -154,7 +158,7 @@ def test_off_is_bit_exact(name):
             assert torch.equal(run(name, way, spec)[0], plain), (way, spec)
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@each
 def test_all_ways_are_one(name):
     assert split(name) < PICTURES
     plain = Loop(name, "batch")()
@@ -165,7 +169,7 @@ def test_all_ways_are_one(name):
         assert all(error(each, last) < PICTURES for each in made), spec
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@each
 def test_rows_are_known_in_any_order(name):
     for spec in ON:
         assert error(run(name, "batch", spec, kind=Backwards)[0], run(name, "batch", spec)[0]) < PICTURES
@@ -192,7 +196,7 @@ def test_masks_are_those_of_the_conditional_rows(name):
     assert error(run(name, "batch", spec)[0], run(name, "batch", ON[3])[0]) > 1e-9
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@each
 def test_several_at_once(name):
     sag, hunter, pab = "sag:scale=2", "headhunter:heads=0.0+1.1,strength=1", ON[0]
     assert split(name, hunter, pab) < PICTURES and split(name, sag, hunter) < PICTURES
@@ -201,7 +205,7 @@ def test_several_at_once(name):
     assert error(both, run(name, "batch", hunter, sag)[0]) < PICTURES  # what guides adds up, in any order
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@each
 def test_every_selected_site_counts(name):
     """Each site alone makes a difference, and the same one in every way of running."""
     plain = Loop(name, "batch")()
