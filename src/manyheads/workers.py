@@ -18,7 +18,8 @@ def started(target: Callable[..., Any], args: tuple[Any, ...]) -> BaseProcess:
     """A process that runs ``target(*args)`` with the environment variables of now and ends with this one.
 
     It is forked from a server that has done nothing but load libraries; with a GPU, or on systems that have no such
-    server, it begins from nothing and loads them itself.
+    server, it begins from nothing and loads them itself. What libraries read from the environment as they are loaded is
+    what it said when the first such process began.
 
     Args:
         target: a function of a module.

@@ -32,8 +32,9 @@ def check_merges(tokenizer: "PreTrainedTokenizerBase", name: str, english: bool)
     if not cuts_letters(tokenizer):
         return tokenizer
     says = (
-        f"the tokenizer of {name} cuts words into single letters though it knows {len(tokenizer):,} tokens: its merges "
-        "are missing, as after some releases of transformers read a GGUF file, and losses mean nothing"
+        f"the tokenizer of {name} cuts words into single letters though it knows {len(tokenizer):,} tokens: unless its "
+        "language has no letters, its merges are missing, as after some releases of transformers read a GGUF file, and "
+        "losses mean nothing"
     )
     if english:
         raise UserError(f"{says}; make its folder again, or fetch tokenizer.json")
