@@ -18,6 +18,7 @@ from manyheads.models.merges import cuts_letters
 from manyheads.recipes import recall as recall_recipe
 from manyheads.recipes._evaluate import context_curve, losses, recall, stdlib_tokens
 from manyheads.recipes._planted import Planter
+from tiers import spread
 from tolerance import assert_close
 
 NAMES = ("alpha", "budget", "depth", "gamma", "limit", "needle", "ratio", "secret", "timeout", "window")
@@ -120,9 +121,7 @@ def test_packed_weights_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
             models._load_model(str(tmp_path), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("kind", "length", "least"), [("one", 1024, 0.95), ("several", 512, 0.9), ("chained", 512, 0.6)]
-)
+@spread(("kind", "length", "least"), [("several", 512, 0.9), ("one", 1024, 0.95), ("chained", 512, 0.6)], 2)
 def test_planted_constants_are_recalled(
     default: tuple[Any, Any], text: dict[str, Any], kind: str, length: int, least: float
 ) -> None:
@@ -132,6 +131,7 @@ def test_planted_constants_are_recalled(
     assert measured.value >= least
 
 
+@pytest.mark.slow
 def test_loss_is_the_cards_and_falls_with_context(default: tuple[Any, Any], text: dict[str, Any]) -> None:
     rows = context_curve(default[0], text, (256, 1024), 1, np.random.default_rng(0))
     for row in rows[:2]:

@@ -88,6 +88,7 @@ def test_default_model_from_end_to_end(made: tuple[Path, list[tuple[int, str]]])
     assert "name a new folder" in again[1]
 
 
+@pytest.mark.slow
 def test_recall_from_end_to_end(made: tuple[Path, list[tuple[int, str]]]) -> None:
     folder, (*_, (status, said)) = made
     assert status == 0, said

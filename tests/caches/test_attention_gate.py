@@ -427,6 +427,7 @@ def test_the_loss_of_text_decides_who_stays():
     assert any(error(with_text.gate(n).out.weight, blind.gate(n).out.weight) > 1e-3 for n in with_text.kv_heads)
 
 
+@pytest.mark.slow
 def test_recipe_from_end_to_end(tmp_path, capsys):
     out = tmp_path / "gates"
     assert main(["--out", str(out), "--budget", "2 steps", "--length", "32", "--batch", "1", "--text", "code"]) == 0

@@ -237,7 +237,7 @@ def test_training_learns_the_scores(kind, examples):
     assert right["thresholds"]["0.5"] < right["thresholds"]["0.25"] < right["thresholds"]["0.1"]
 
 
-@pytest.mark.parametrize("slug", ["kvzap", "fastkvzip"])
+@pytest.mark.parametrize("slug", ["kvzap", pytest.param("fastkvzip", marks=pytest.mark.slow)])
 def test_recipe_from_end_to_end(slug, tmp_path, capsys):
     out, text = tmp_path / slug, tmp_path / "text.py"
     text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(60)))

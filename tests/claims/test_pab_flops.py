@@ -12,6 +12,7 @@ from manyheads import claims
 from manyheads.models.scenes import load_scenes
 
 
+@pytest.mark.slow
 def test_uniform_costs_no_more_than_the_pyramid_and_the_reversed_as_much():
     plan, pipe = claims.load("pab").experiment.at("quick"), load_scenes("moving")
     noise = pipe.noise(1, torch.Generator().manual_seed(0))

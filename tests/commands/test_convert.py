@@ -157,6 +157,7 @@ def test_what_is_wrong_is_said_in_a_line(text, tmp_path, capsys, arguments, said
     assert code == 2 and said in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_encoder_is_made_and_trained_from_the_command_line(text, tmp_path, capsys):
     made, trained, examples = tmp_path / "made", tmp_path / "trained", tmp_path / "examples.tsv"
     code, said, _ = run(capsys, "convert", "gemma_encoder", "--out", made, "--json")

@@ -189,6 +189,9 @@ READERS = {
 }  # fmt: skip
 
 
+ALIKE = ("Albert Model", "Bert ForMaskedLM", "Roberta Model")  # encoders read like "Bert Model"
+
+
 def saved(name, sizes, tokenizer, place):
     import torch
     import transformers
@@ -215,7 +218,10 @@ def framed(texts):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("Bert ForMaskedLM", "Roberta Model") else n for n in READERS],
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("Bert ForMaskedLM", "Roberta Model", "Albert Model") else n
+        for n in READERS
+    ],
 )
 def test_models_that_read_text(cli, framed, tmp_path, name):
     """Text encoders, that of an encoder-decoder model, and decoders without a head: no loss, every layer."""

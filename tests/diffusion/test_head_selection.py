@@ -35,6 +35,7 @@ def made(pipe, strategy, prompts, steps=4):
         return pipe(prompts, latents=noise, num_inference_steps=steps, guidance_scale=1.0, output_type="pt").images
 
 
+@pytest.mark.slow
 def test_heads_for_a_style_give_it_on_other_images(pipe):
     """More than no guidance, than random heads, and than heads for another style: each of the two is the other's."""
     candidates = [f"{layer}.{head}" for layer in (1, 4) for head in range(6)]

@@ -18,6 +18,7 @@ from kernels.cases import agrees, build, errors, mass_truth, poisoned
 from manyheads import UserError
 from manyheads.kernels.accumulated_attention import accumulated_attention, lse
 from manyheads.kernels.decode import decode_attention
+from tiers import spread
 
 CODECS = ["plain", "int4", "k8v4", "fp8"]
 HALVES = [torch.float32, torch.float16]
@@ -66,26 +67,26 @@ def _mended():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("lengths", [[[0]], [[1]], [[63]], [[64]], [[65]], [[200]], [[0, 200], [65, 1], [64, 130]]])
+@spread("lengths", [[[0]], [[1]], [[63]], [[64]], [[65]], [[200]], [[0, 200], [65, 1], [64, 130]]], 3)
 def test_ragged_lengths(codec, dtype, lengths):
     assert agrees(build(codec, dtype, lengths))
 
 
-@pytest.mark.parametrize("pairs", [1, 5, 33])
+@spread("pairs", [1, 33, 5], 2)
 def test_a_long_head_is_shared_by_more_programs(pairs):
     """Lengths as uneven as they can be: nearly all tokens are those of one head, and some have none."""
     assert agrees(build("int4", torch.float16, [[700 if i == pairs // 2 else i % 3 for i in range(pairs)]], dim=32))
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize(("group", "dim"), [(1, 32), (2, 128), (3, 32), (4, 64), (8, 128), (20, 32)])
+@spread(("group", "dim"), [(1, 32), (2, 128), (3, 32), (4, 64), (8, 128), (20, 32)], 3)
 def test_groups_and_dims(codec, group, dim):
     assert agrees(build(codec, torch.float16, [[70, 5]], group=group, dim=dim))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("recent", [[0], [7], [12, 0]])
+@spread("recent", [[0], [7], [12, 0]], 2)
 def test_recent_tokens(codec, dtype, recent):
     assert agrees(build(codec, dtype, [[70, 0], [0, 130]], recent=recent))
 
@@ -164,7 +165,7 @@ def test_strangers_are_refused():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
+@spread(
     ("length", "size", "group", "dim"),
     [
         (1, 1, 1, 32),
@@ -175,6 +176,7 @@ def test_strangers_are_refused():
         (40, 170, 3, 128),
         (3, 1, 2, 32),
     ],
+    4,
 )
 def test_mass(dtype, length, size, group, dim):
     q = torch.randn(2, length, 2 * group, dim).to(dtype).transpose(1, 2)

@@ -13,6 +13,7 @@ from manyheads.attention import patterns
 from manyheads.attention.block_pattern import BlockPattern
 from manyheads.attention.sparse import block_sparse_attention
 from manyheads.kernels import block_sparse_hopper
+from tiers import spread
 
 CASES = [
     {"length": 1},
@@ -30,7 +31,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("given", CASES, ids=str)
+@spread("given", CASES, 8, ids=str)
 def test_both_ways(given):
     """Kernel and torch in the dtype of the case, within the same limits of the formula in float64."""
     case = build(**given)

@@ -11,13 +11,15 @@ from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the
 from manyheads import UserError
 from manyheads.attention import int4_fp8
 from manyheads.kernels.int4_fp8 import _e4m3_bits, _rounded, int4_fp8_matmul
+from tiers import spread
 
 
 @pytest.mark.parametrize("table", ["fp8", "exact"])
 @pytest.mark.parametrize("scale", [torch.float8_e4m3fn, torch.bfloat16])
-@pytest.mark.parametrize(
+@spread(
     ("tokens", "outputs", "width", "group"),
     [(1, 70, 576, 128), (5, 64, 200, 64), (17, 33, 96, 32), (70, 130, 1100, 128)],
+    2,
 )
 def test_reference_torch_and_kernel_agree(tokens, outputs, width, group, scale, table):
     case = build(tokens, outputs, width, group=group, scale=scale, table=table)

@@ -17,6 +17,7 @@ from manyheads.calls import weights
 from manyheads.calls.statistics import Entropy, Pooled
 from manyheads.calls.weights import measure
 from manyheads.kernels import probe
+from tiers import spread
 from tolerance import CLOSE, SAME, is_close
 
 CALLS = ((1, 1, 1, 32), (5, 5, 2, 24), (40, 130, 2, 32), (70, 70, 1, 64), (40, 90, 3, 128), (30, 12, 2, 32))
@@ -32,7 +33,7 @@ def agree(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", CALLS)
+@spread("shape", CALLS, 3)
 def test_causal(shape, dtype):
     case = build(dtype, *shape)
     got = agree(case)
@@ -41,7 +42,7 @@ def test_causal(shape, dtype):
         assert min(wrong.values()) > 10 * SAME, wrong
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@spread("kind", KINDS, 3)
 def test_what_is_seen(kind):
     """Padding on either side, windows, no mask, rows that see nothing; and none of them is another."""
     case = build(torch.float16, 70, 90, 2, 32, kind)
@@ -51,7 +52,7 @@ def test_what_is_seen(kind):
         assert max(wrong["found"], wrong["entropy"]) > 10 * SAME, other
 
 
-@pytest.mark.parametrize(("features", "rows", "width"), [(2, 3, 1), (17, 16, 50), (40, 33, 300)])
+@spread(("features", "rows", "width"), [(2, 3, 1), (40, 33, 300), (17, 16, 50)], 2)
 def test_many_features_weights_and_wide_bands(features, rows, width):
     case = build(torch.float32, 40, 70, 2, 32, features=features, rows=rows, width=width)
     got = agree(case)

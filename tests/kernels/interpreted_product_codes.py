@@ -14,9 +14,10 @@ from manyheads import UserError
 from manyheads.attention import product_codes as twin
 from manyheads.attention.codec import INT4
 from manyheads.kernels import product_codes
+from tiers import spread
 
 
-@pytest.mark.parametrize("given", CASES, ids=str)
+@spread("given", CASES, 5, ids=str)
 def test_kernel_twin_and_formula(given):
     case = build(**given)
     assert agrees(case, product_codes)

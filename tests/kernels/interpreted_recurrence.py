@@ -12,6 +12,7 @@ from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the
 from manyheads import UserError
 from manyheads.attention.recurrence import DecayState, decay_attention
 from manyheads.kernels import _passes, recurrence
+from tiers import spread
 from tolerance import SAME, assert_close, is_close, is_far
 
 CASES = [
@@ -30,7 +31,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("given", CASES, ids=str)
+@spread("given", CASES, 7, ids=str)
 def test_four_ways(given):
     """The definition in float64, torch in chunks and the kernels; both within the limits of the definition."""
     case = build(**given)
@@ -53,13 +54,14 @@ def test_segments(processors, segments, monkeypatch):
     assert worst(case, got) <= 1, errors(case, got)
 
 
-@pytest.mark.parametrize(
+@spread(
     "given",
     [
         {"norm": "mlstm", "heads": 4, "kv_heads": 2, "columns": 48},
         {"norm": "sum", "gate": "head", "width": 40, "columns": 72, "dtype": torch.float16},
         {"gate": "none", "heads": 3, "kv_heads": 3, "start": False},
     ],
+    2,
     ids=str,
 )
 def test_whole_sequences(given, monkeypatch):
@@ -138,7 +140,7 @@ def test_strangers_are_refused():
             decay_attention(x, x, x, impl="triton")
 
 
-@pytest.mark.parametrize(
+@spread(
     ("given", "overlap"),
     [
         ({"length": 70, "batch": 2, "gate": "token"}, True),
@@ -148,6 +150,7 @@ def test_strangers_are_refused():
         ({"length": 60, "norm": "sum", "gate": "head"}, False),
         ({"length": 70, "norm": "mlstm"}, False),
     ],
+    3,
     ids=str,
 )
 def test_shares_of_a_sequence(given, overlap, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from kernels.interpreted import _mended  # noqa: F401 - a fixture that mends the interpreter
 from kernels.tile_cases import build, flipped, kernel, worst
 from manyheads.parallel import PATTERNS, AttnMask, AttnSlice
+from tiers import spread
 
 EXACT = (1e-12, 1e-12)  # float64: the same numbers, added in another order
 # Rows 200 to 219 see nothing, and neither does any row see keys 128 to 255, a block of the contiguous layout.
@@ -35,7 +36,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("given", [*CASES, *SHAPES], ids=str)
+@spread("given", [*CASES, *SHAPES], 17, ids=str)
 def test_three_ways(given):
     """The formula in float64, torch in float64 and in the dtype of the case, and the kernels."""
     case = build(**given)

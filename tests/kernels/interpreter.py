@@ -12,8 +12,11 @@ import pytest
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def run_interpreted(*names: str) -> None:
-    """Run the tests in ``names``, files beside this one, in one process, which imports Triton once."""
+def run_interpreted(*names: str, marked: str) -> None:
+    """Run the tests in ``names``, files beside this one, in one process, which imports Triton once.
+
+    ``marked`` is the expression of marks by which they are taken.
+    """
     here = Path(__file__).parent
     run = subprocess.run(
         [
@@ -22,6 +25,8 @@ def run_interpreted(*names: str) -> None:
             "pytest",
             "-q",
             "-x",
+            "-m",
+            marked,
             "-p",
             "no:cacheprovider",
             "-p",

@@ -360,6 +360,7 @@ def test_importance_is_the_slope_in_a_heads_output(fresh):
     assert abs(float(shares.sum())) < 1e-9 and float(abs(shares).max()) > 1e-3
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_recipe_says_what_is_known_before_and_after(capsys):
     given = ["--people", "3", "--events", "3", "--forget", "1+1", "--learn", "1", "--steps", "1", "--views", "1"]

@@ -40,7 +40,13 @@ def test_compiled_before_inside_and_after(compiled):
     assert [site["calls"] for site in port.state(watch).values()] == [3, 3]
 
 
-@pytest.mark.parametrize("spec", ["keydiff:budget=6,schedule=step", "hashevict:budget=6,num_global=1,num_recent=2"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "keydiff:budget=6,schedule=step",
+        pytest.param("hashevict:budget=6,num_global=1,num_recent=2", marks=pytest.mark.slow),
+    ],
+)
 def test_stores_under_compile(compiled, spec):
     """Prefill and decoding of a compiled model with a cache of ours give what the plain model gives."""
     model, fast = compiled

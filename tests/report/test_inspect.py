@@ -232,6 +232,7 @@ def test_a_browser_draws_it_and_answers(seen, tmp_path):
     assert not [host for host in asked if not re.search(r"(^|\.)(google|gstatic|googleapis|gvt1)\.com$", host)]
 
 
+@pytest.mark.slow
 def test_the_same_map_is_drawn_once(seen):
     """Several scores may be the attention to the first token: the page draws it once and names it then."""
     spec = next(spec for spec in seen.found if spec.startswith("active_dormant"))

@@ -29,6 +29,7 @@ def measured(subject, task, arms, folder):
     return run(experiment.at("cpu"), folder).rows
 
 
+@pytest.mark.slow
 def test_fidelity_is_of_the_same_noise(moving, tmp_path):
     task = Fidelity(samples=2, steps=8, batch=1)
     rows = measured(moving, task, (PAB, Arm("nothing", "pab:upper=1,lower=0")), tmp_path)

@@ -53,6 +53,7 @@ def test_attention_on_what_is_read(wan, tmp_path):
     assert "no arm" in AttentionKept().unsupported_reason(RunContext(wan, (PLAIN,)))
 
 
+@pytest.mark.slow
 def test_ways_cost_no_more_than_the_arm(wan, tmp_path):
     found = measured(
         wan,

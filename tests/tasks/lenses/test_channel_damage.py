@@ -52,6 +52,7 @@ def test_prompts_hold_what_is_asked_for_or_do_not(lm):
         ChannelDamage(tokens=40, windows_of=2, questions=2, text="code")._prompts(run)
 
 
+@pytest.mark.slow
 def test_damage_of_nothing_keeps_all_and_answers_are_the_models(lm):
     run = context(Arm("full"), Arm("none", f"{SPEC}0"), Arm("top", f"{SPEC}6"), subject=lm)
     assert TASK.unsupported_reason(run) is None

@@ -69,6 +69,7 @@ def test_a_reply_that_gains_most_is_right(lm, monkeypatch):
     assert [each["accuracy"] for each in found] == [0, 0, 1, 1]
 
 
+@pytest.mark.slow
 def test_layouts_at_the_greatest_length(lm):
     found = rows(TASK, context(*ARMS, subject=lm))
     assert {row.at["turns"] for row in found if row.arm == "c1_hf"} == {3}

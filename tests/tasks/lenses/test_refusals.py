@@ -26,6 +26,7 @@ def lm():
     return CausalLM("tiny", tiny.tiny(), tiny.tokenizer())
 
 
+@pytest.mark.slow
 def test_a_unit_gives_the_same_rows_in_any_order_and_arms_differ(lm):
     run, other = context(*ARMS, subject=lm), context(*ARMS, subject=lm)
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}

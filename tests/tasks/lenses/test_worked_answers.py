@@ -23,6 +23,7 @@ def lm():
     return subject
 
 
+@pytest.mark.slow
 def test_rows_of_both_answers(lm):
     found = rows(TASK, context(*ARMS, subject=lm))
     for kind in ("own", "given"):

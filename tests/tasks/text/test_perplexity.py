@@ -9,6 +9,7 @@ from manyheads.experiment import Arm, CausalLM, Experiment, run
 from manyheads.models import load_default
 from manyheads.tasks.text._contexts import PASSAGE
 from manyheads.tasks.text.perplexity import Perplexity
+from tiers import spread
 
 LENGTH, TARGET = 64, 24
 
@@ -42,7 +43,7 @@ def plain(subject, task):
     return nats.mean(1).tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"piece": 5}, {"start": 32, "piece": 8}, {"repeat": 0.76}], ids=str)
+@spread("options", [{}, {"piece": 5}, {"repeat": 0.76}, {"start": 32, "piece": 8}], 2, ids=str)
 def test_the_full_cache_loses_nothing_and_a_small_one_does(subject, tmp_path, options):
     task = Perplexity(lengths=(LENGTH,), samples=2, target=TARGET, **options)
     found = losses(subject, tmp_path, task, Arm("small", "streaming_llm:schedule=step", 8))
@@ -73,6 +74,7 @@ def test_a_factor_that_rounds_is_refused(subject, tmp_path, planted):
         losses(subject, tmp_path, Perplexity(lengths=(LENGTH,), samples=1, **planted))
 
 
+@pytest.mark.slow
 def test_planted_inputs_leave_the_model_and_break_int4_weights(subject, tmp_path):
     """Beside that, only the arms that are named are measured."""
     whole = "activations=whole,group=128"

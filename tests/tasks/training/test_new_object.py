@@ -42,6 +42,7 @@ def test_errors_by_hand():
         assert_close(got, want, SAME)
 
 
+@pytest.mark.slow
 @HERE
 def test_every_seed_learns_its_object_at_the_better_rate(tmp_path, monkeypatch):
     seen = []

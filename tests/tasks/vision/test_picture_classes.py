@@ -29,6 +29,7 @@ def context(*arms):
     return RunContext(Trainable(), (Arm("full"), *arms))
 
 
+@pytest.mark.slow
 def test_what_is_drawn():
     photographs, films = PictureClasses(**TINY), PictureClasses(**TINY, of="films")
     for task, shape, classes in ((photographs, (3, 32, 32), 10), (films, (8, 3, 16, 16), 32)):
