@@ -13,6 +13,8 @@ training; with 120 steps on commands of three words all arms were at chance, so 
 steps with transcripts for 300 before, 0.17 of such commands were right and 0.20 from scratch, and transcripts were
 given more steps, since their loss still fell; MiniLM's lowest layer found slots with an F1 of 0.46 and a random one
 with 0.29 after 60 steps on 10 %. The rule was written after that, and what the caveat says of guesses after the run.
+The CPU's first run had three seeds, of which two checks wanted seven and eight: it was given eight, and all was run
+again.
 """
 
 from typing import Any
@@ -64,7 +66,7 @@ claim = Claim(
             },
             cpu={
                 "spoken.dim": 48, "spoken.layers": 2, "spoken.heads": 2, "spoken.width": 512, "spoken.words": 1,
-                "spoken.commands": 50, "spoken.batch": 12, "spoken.steps": 100, "spoken.rates": (3e-3,),
+                "spoken.commands": 50, "spoken.batch": 12, "spoken.steps": 100, "spoken.rates": (3e-3,), "seeds": 8,
                 **{f"{name}.{key}": value for name in TEXTS for key, value in SMALL.items()},
             },
             cuda={
