@@ -165,10 +165,12 @@ def test_who_knows_none_of_it_is_told_what_is_compared():
     from manyheads.report.compare import explained
 
     of_texts = explained(made({"full": [1.0] * 4, "a": [1.0] * 4}, budget=0.5))
-    assert of_texts[0].startswith("Full: the model as it is") and of_texts[1].startswith("Budget: how much")
+    assert of_texts[0].startswith("All others are compared with full, the model as it is") and of_texts[1].startswith(
+        "Budget: how much"
+    )
     assert of_texts[2].startswith("One of several: several facts are planted")
     of_images = explained(made({"full": [1.0] * 4, "pab": [1.0] * 4}, "none", None, "fidelity", "psnr"))
-    assert of_images[0] == "Full: all others are compared with it on the same samples." and len(of_images) == 1
+    assert of_images[0] == "All others are compared with full on the same samples." and len(of_images) == 1
     from manyheads.comparison import TASKS
     from manyheads.tasks import load
 

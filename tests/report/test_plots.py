@@ -109,3 +109,27 @@ def _keys(picture):
 
 def _height(picture):
     return float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', picture)[1])
+
+
+def test_labels_of_rows_have_room():
+    """A label ends beside its row and begins within the picture, as wide as its letters are; an endless one is cut."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(family="DejaVu Sans", size=8)
+    for label in ("0", "sitting down, slowly", "a label of so many letters that it leaves no room for its map"):
+        made = heat([Heat(np.eye(2))], [label, "b"], ["c", "d"], scale=scale_of(np.eye(2)), alt="n", axes=("r", "c"))
+        (said, *_) = [one for one in re.findall(r"<text[^>]*>[^<]*</text>", made) if f">{label[:30]}" in one]
+        end = float(re.search(r'x="([\d.]+)"', said)[1])
+        text = re.search(r">([^<]*)<", said)[1]
+        assert "text-anchor: end" in said and end - TextPath((0, 0), text, prop=font).get_extents().width >= 0
+        assert end < 0.75 * 260 and (text == label or text.endswith("…"))
+
+
+def test_captions_say_what_is_drawn():
+    from manyheads.report.compare_plots import _read
+    from report.test_compare import made as summary_of
+
+    summary = summary_of({"full": [1.0] * 4, "a": [1.0] * 4})
+    said = _read(summary, [one for one in summary.measured if not one.cost])
+    assert "×" not in said and "Times" not in said and "Thin lines are 95 % intervals." in said

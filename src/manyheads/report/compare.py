@@ -65,8 +65,8 @@ def explained(summary: Summary) -> list[str]:
     """What the baseline, a budget and each metric are, for a reader who knows none of them."""
     base, equal = summary.base, summary.experiment["equal"]
     budgets = any(arm.budget is not None for arm in summary.arms)
-    what = "the model as it is, which keeps all that it has read; " if budgets and base.name == BASELINE else ""
-    said = [f"{_capital(base.name)}: {what}all others are compared with it on the same samples."]
+    what = ", the model as it is, which keeps all that it has read," if budgets and base.name == BASELINE else ""
+    said = [f"All others are compared with {base.name}{what} on the same samples."]
     if budgets:
         said.append(
             f"Budget: how much a strategy may keep of that{'' if equal == 'none' else f', equal {equal} for all'}."

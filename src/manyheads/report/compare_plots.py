@@ -52,14 +52,26 @@ def pictures(summary: Summary) -> list[Section]:
             for one in summary.measured
             if one.metric.kind == "time" and len(one.conditions) == 1 and _sizes(one)
         ),
-        Section("Costs" if by_budget else "All figures as bars", [Figure(
-            _bars(summary, barred[i : i + _ACROSS]),
-            f"× is the ratio to {summary.base.name}, the dashed line is {summary.base.name}. Times are medians with "
-            "quartiles as thin lines; others have 95 % intervals.",
-        ) for i in range(0, len(barred), _ACROSS)]),
+        Section("Costs" if by_budget else "All figures as bars", [
+            Figure(_bars(summary, some), _read(summary, some))
+            for some in (barred[i : i + _ACROSS] for i in range(0, len(barred), _ACROSS))
+        ]),
         *training_pictures(summary),
     ]  # fmt: skip
     return [section for section in found if section.shown]
+
+
+def _read(summary: Summary, some: list[Measured]) -> str:
+    """How bars are read: only of what is among them."""
+    times = any(one.metric.kind == "time" for one in some)
+    said = [f"The dashed line is {summary.base.name}."]
+    if any(one.cost for one in some):
+        said.append(f"× is the ratio to {summary.base.name}.")
+    if times:
+        said.append("Times are medians with quartiles as thin lines.")
+    if any(one.metric.kind != "time" for one in some):
+        said.append(f"{'Others' if times else 'Thin lines'} {'have' if times else 'are'} 95 % intervals.")
+    return " ".join(said)
 
 
 def _against_bytes(summary: Summary, judged: list[Measured]) -> str:
@@ -206,7 +218,8 @@ def _bars(summary: Summary, shown: list[Measured]) -> str:
             notes.append("" if value is None else f"{formatting.number(value.value)}{times}")
         unit = "MB" if one.metric.unit == "bytes" else "%" if one.metric.kind == "share" else one.metric.unit
         base = values[0]
-        panels.append(Bars(f"{one.name}, {unit}".removesuffix(", "), values, notes, base.value if base else None))
+        named = f"{one.name}, {unit}" if unit and unit != one.name else one.name
+        panels.append(Bars(named, values, notes, base.value if base else None))
     if not panels:
         return ""
     names = list(dict.fromkeys(arm.name for arm in summary.arms[1:]))

@@ -34,6 +34,7 @@ _ROOM = 1000  # CSS pixels that a picture may be wide
 _TITLE = 34  # letters of a title above bars
 _APART = 1.25  # ratio of labels on a log axis that do not touch
 _LETTER, _KEY = 6.4, 44  # CSS pixels of a letter of a legend, and of what stands before a label
+_LABEL = 36  # letters of a label beside a row
 _BARS = 24  # points at most whose intervals are bars; of more they are a band
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "manyheads", "font.family": "sans-serif",
@@ -275,7 +276,9 @@ def heat(
     high, wide = len(rows), len(columns)
     width = cell[0] if cell else min(26.0, max(212.0 / wide, 2.6 if wide < 200 else 1.5))
     height = cell[1] if cell else min(26.0, max(7.0 if high < 60 else 3.0, min(width, 300.0 / high)))
-    left, gap, above = 46.0, 24.0, 22.0 if any(one.title for one in maps) else 6.0
+    rows = [_clipped(label) for label in rows]
+    left = max(46.0, _LETTER * max(map(len, rows), default=0) + 10)
+    gap, above = 24.0, 22.0 if any(one.title for one in maps) else 6.0
     w, h = width * wide, height * high
     slot = max(w, 100, *(6.6 * len(one.title) for one in maps)) + gap
     across = min(len(maps), max(1, int((_ROOM - left) // slot)))
@@ -307,6 +310,10 @@ def heat(
             axis.tick_params(labelsize=8, pad=2)
 
     return _svg(draw, total_w, total_h, alt, layout="none")
+
+
+def _clipped(label: str) -> str:
+    return label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
 
 
 def scale_strip(scale: Scale) -> Array:
