@@ -91,7 +91,7 @@ def _drawn(some: list[tuple[str, dict[str, Any]]]) -> Figure:
         for v, title in zip(values, titles, strict=True)
     ]
     scale = Scale(min(0.0, low), high if high > min(0.0, low) else min(0.0, low) + 1)
-    wide = max(34.0, 6.0 * max(map(len, columns)))
+    wide = max(34.0, 6.4 * max(map(len, columns)) + 6)
     svg = heat(
         maps, rows, columns, scale=scale, axes=(axes[0], axes[1]), alt=f"{'; '.join(titles)}. {axes[0]} by {axes[1]}.",
         cell=(wide, 17.0) if few else None,
