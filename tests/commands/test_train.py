@@ -73,7 +73,8 @@ def test_train_then_predict(cli, digits, tmp_path, monkeypatch):
 
     for wrong, hint in (
         (("predict", "run", "mine.wav"), "run/models/"),
-        (("predict", str(model), "none.wav"), "no WAV file"),
+        (("predict", str(model), "none.wav"), "none.wav does not exist"),
+        (("predict", str(model), str(model / "training.json")), "no WAV file"),
         (("train", "--resume", "run", "--seeds", "3"), "leave --seeds away"),
         (("compare", "--resume", "run"), "no run of manyheads compare"),
     ):

@@ -112,6 +112,8 @@ class FieldModel:
             raise UserError(
                 f"{self.task.name} reads {many} files at a time; give a multiple of {many}, not {len(paths)}"
             )
+        if missing := [path for path in paths if not Path(path).exists()]:
+            raise UserError(f"{missing[0]} does not exist")
         opened = [self.task.open(Path(p)) for p in paths]
         samples = [self.task.joined(opened[i : i + many]) for i in range(0, len(opened), many)]
         return self.task.said(self.recipe, self.model, samples, device)
