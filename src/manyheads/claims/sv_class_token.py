@@ -52,7 +52,7 @@ claim = Claim(
                 "variants": 2, "samples_judged": 16,
             },
             cpu={
-                "dim": 48, "layers": 2, "heads": 2, "batch": 16, "steps": 1000, "rates": (2e-3,), "phrases": 10,
+                "dim": 32, "layers": 2, "heads": 2, "batch": 8, "steps": 1200, "rates": (4e-3,), "phrases": 10,
                 "variants": 16,
             },
             cuda={
