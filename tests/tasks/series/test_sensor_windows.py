@@ -14,7 +14,7 @@ from manyheads.recipe import Sample
 from manyheads.tasks.series._window_classes import Judged
 from manyheads.tasks.series.sensor_windows import SensorWindows
 
-TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 12, "frames": 10, "hop": 5}
+TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 12, "frames": 10, "every": 5}
 
 
 def write(path, labels, columns=3, pitch=0.1, head="label"):

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -24,8 +22,6 @@ __all__ = ["DeepLOB", "OrderBook", "trend"]
 
 _DAYS: tuple[tuple[Part, range], ...] = (("train", range(32)), ("validation", range(32, 36)), ("test", range(36, 44)))
 _SNAPSHOTS = 800  # of a simulated day
-_KEPT = 6  # parts whose windows are kept
-_CUT: dict[tuple[OrderBook, Part], tuple[Sequence[Sample], Sequence[Sample]]] = {}  # days and their windows
 _FIRST = 0.8  # of FI-2010's training file that is trained on; the rest validates
 
 
@@ -58,7 +54,6 @@ class OrderBook(WindowTask):
         smooth: snapshots of the means that are compared.
         threshold: ``balanced``, half the mean size of a trend; or ``spread``, the mean spread by the mean price, below
             which a trend does not pay for the two sides of a trade.
-        every: snapshots between two windows.
     """
 
     files: ClassVar[tuple[str, ...]] = ()
@@ -81,8 +76,8 @@ class OrderBook(WindowTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.frames, self.horizon, self.smooth, self.every) < 1:
-            raise UserError("frames, horizon, smooth and every count snapshots, 1 or more")
+        if min(self.horizon, self.smooth) < 1:
+            raise UserError("horizon and smooth count snapshots, 1 or more")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -104,35 +99,20 @@ class OrderBook(WindowTask):
     def open(cls, path: Path) -> Sample:
         return Sample(path.name, "", "test", torch.from_numpy(read_book(path)[-1].values))
 
-    def samples(self, part: Part) -> Sequence[Sample]:
-        """Windows of the days of a part that have a label, in an order that says nothing; cut once."""
-        days, kept = super().samples(part), _CUT.get((self, part))
-        if kept is None or kept[0] is not days:
-            if len(_CUT) >= _KEPT:
-                _CUT.clear()
-            kept = _CUT[self, part] = days, self._cut(days, part)
-        return kept[1]
-
-    def _cut(self, days: Sequence[Sample], part: Part) -> Sequence[Sample]:
-        found, bound = [], None
-        for day in days:
-            if day.target is not None:
-                found.append(day)
-                continue
-            bound = self.bound() if bound is None else bound
-            values = trend(_mid(day), self.horizon, self.smooth)
-            for t in range(self.frames - 1, len(values), self.every):
-                if np.isfinite(values[t]):
-                    inputs = _seen(day.inputs[t - self.frames + 1 : t + 1])
-                    label = self.classes[1 + int(values[t] < -bound) - int(values[t] > bound)]
-                    found.append(replace(day, name=f"{day.name} {t}", inputs=inputs, target=label))
-        if not found:
-            raise UserError(f"no day of the {part} part has {self.frames + self.horizon} snapshots; give longer ones")
-        return sorted(found, key=lambda window: hashlib.sha256(window.name.encode()).digest())
+    def cut(self, recording: Sample) -> Sequence[Sample]:
+        """Windows of a day that have a trend."""
+        found, bound, values = [], self.bound(), trend(_mid(recording), self.horizon, self.smooth)
+        for start in self.starts(recording):
+            t = start + self.frames - 1
+            if np.isfinite(values[t]):
+                label = self.classes[1 + int(values[t] < -bound) - int(values[t] > bound)]
+                window = self.window(recording, start)
+                found.append(replace(recording, name=f"{recording.name} {t}", inputs=window, target=label))
+        return found
 
     def bound(self) -> float:
         """The threshold of trends, of the training part."""
-        days = [day for day in super().samples("train") if day.target is None]
+        days = self.recordings("train")
         if self.threshold == "spread":
             spreads = np.concatenate([(day.inputs[:, 0] - day.inputs[:, 2]).numpy() for day in days])
             return float(spreads.mean() / np.concatenate([_mid(day) for day in days]).mean())
@@ -141,16 +121,8 @@ class OrderBook(WindowTask):
             raise UserError(f"no day to train on has {self.horizon + self.smooth} snapshots; give longer ones")
         return float(np.nanmean(np.abs(trends)) / 2)
 
-    def starts(self, sample: Sample) -> tuple[int, ...]:
-        return tuple(range(0, len(sample.inputs) - self.frames + 1, self.every)) if sample.target is None else (0,)
-
     def window(self, sample: Sample, start: int) -> Tensor:
-        found = super().window(sample, start)
-        return _seen(found) if sample.target is None else found
-
-    def context(self, sample: Sample) -> str:
-        """The day, where several are tested."""
-        return sample.group if _tested(self.folder) > 1 else ""
+        return _seen(super().window(sample, start))
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         return DeepLOB(self.dim, width, len(self.classes), self.dropout)
@@ -221,9 +193,3 @@ def _own(days: Sequence[BookDay]) -> list[tuple[Part, BookDay]]:
         parts: tuple[tuple[Part, np.ndarray], ...] = (("train", day.values[:cut]), ("validation", day.values[cut:]))
         made += [(part, BookDay(f"{day.name} {part}", f"{day.day} {part}", values)) for part, values in parts]
     return made
-
-
-@cache
-def _tested(folder: str) -> int:
-    """Days of the test part."""
-    return len({day.day for part, day in _own(book_days(Path(folder))) if part == "test"}) if folder else 8
