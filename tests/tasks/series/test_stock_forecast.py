@@ -7,7 +7,8 @@ import torch
 
 from manyheads.data.stocks import Prices
 from manyheads.errors import UserError
-from manyheads.tasks.series._returns import ReturnForecast, echoes, features, wealth
+from manyheads.tasks.series._portfolio import wealth
+from manyheads.tasks.series._returns import ReturnForecast, echoes, features
 from manyheads.tasks.series.stock_forecast import StockForecast
 from tolerance import DEEP, FORMULA, is_close
 
