@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from manyheads.data.order_books import COLUMNS, _Book, read_book, simulated_day
-from manyheads.domains.series.tabular_classes import TabularClasses
+from manyheads.domains.series.tabular_classes import TabularClasses, _row
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks.series.order_book import DeepLOB, OrderBook, trend
-from tolerance import PASSES, WRONG
+from tolerance import DEEP, PASSES, WRONG, is_close
 
 TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 8, "frames": 12, "horizon": 6, "smooth": 4, "every": 2, "width": 8}
 
@@ -86,6 +86,27 @@ def test_the_threshold_is_of_the_training_part_alone(folder, tmp_path):
     assert OrderBook(folder=str(with_other), **TINY).bound() != pytest.approx(mean / 2, rel=1e-3)
 
 
+def test_intervals_are_over_days_where_several_are_tested(folder, tmp_path):
+    task = OrderBook(folder=str(folder), **TINY)
+    assert {task.context(one) for one in task.samples("test")} == {""}
+    for i in range(10):
+        lobster(tmp_path / f"ABC_2024-01-{i + 1:02}_34200000_57600000_orderbook_10.csv", simulated_day(i, 30))
+    task = OrderBook(folder=str(tmp_path), **TINY)
+    assert {task.context(one) for one in task.samples("test")} == {"2024-01-09", "2024-01-10"}
+
+
+@pytest.mark.parametrize("names", [
+    ("Train_Dst_NoAuction_DecPre_CF_7", "Test_Dst_NoAuction_DecPre_CF_1"),
+    ("Train_Dst_NoAuction_DecPre_CF_7", "Train_Dst_NoAuction_DecPre_CF_8", "Test_Dst_NoAuction_DecPre_CF_8"),
+])  # fmt: skip
+def test_days_that_fi_2010_has_in_two_files_are_refused(tmp_path, names):
+    """Train_..._CF_7 holds days 1 to 7, Test_..._CF_k day k + 1."""
+    for i, name in enumerate(names):
+        np.savetxt(tmp_path / f"{name}.txt", simulated_day(i, 60).values.T / 1e4)
+    with pytest.raises(UserError, match="one training file"):
+        OrderBook(folder=str(tmp_path), **TINY).samples("train")
+
+
 def test_days_are_in_one_part_and_fi_2010_keeps_its_own(folder, tmp_path):
     task = OrderBook(folder=str(folder), **TINY)
     assert [{s.group for s in task.samples(p)} for p in ("train", "validation", "test")] == [
@@ -158,6 +179,32 @@ def test_prices_follow_the_hidden_flow_and_without_a_signal_they_do_not():
     assert abs(nothing) < PASSES / n**0.5 < WRONG / n**0.5 < told
 
 
+def test_orders_behind_the_best_prices_follow_the_hidden_pressure():
+    """Bids where it is high, asks where it is low; orders at the best prices do not."""
+    came = {True: [], False: []}
+    for seed in range(4):
+        book = _Book(np.random.default_rng(seed), 0.0)
+        own = book._limit
+
+        def limit(buys, deep, book=book, own=own):
+            came[deep].append((book.z, buys))
+            own(buys, deep)
+
+        book._limit = limit
+        for _ in range(300):
+            book.step()
+    behind, best = (np.corrcoef(np.array(some, float).T)[0, 1] for some in (came[True], came[False]))
+    assert abs(best) < PASSES / len(came[False]) ** 0.5 and behind > WRONG / len(came[True]) ** 0.5
+
+
+def test_deeplob_forgets_the_scale_of_a_column():
+    torch.manual_seed(0)
+    model, x = DeepLOB(4, 6, 3, 0.0).double(), torch.randn(8, 20, 40, dtype=torch.float64)
+    scales = torch.rand(40, dtype=torch.float64) + 1
+    before = model(x)
+    assert (model(x * scales + 3) - before).abs().max() < 1e-4 < 1e-2 < (model(x.flip(2)) - before).abs().max()
+
+
 def test_deeplob_reads_all_snapshots_and_levels():
     model = DeepLOB(4, 6, 3, 0.0).double().eval()
     x = torch.randn(1, 20, 40, dtype=torch.float64)
@@ -166,6 +213,12 @@ def test_deeplob_reads_all_snapshots_and_levels():
         moved = x.clone()
         moved[0, t, column] += 1
         assert (model(moved) != before).any()
+
+
+def test_a_window_is_a_row_of_four_numbers_a_column():
+    x = np.random.default_rng(0).standard_normal((12, 40))
+    row = _row(Sample("a", "g", "test", torch.from_numpy(x)))
+    assert is_close(row, np.concatenate((x[-1], x.mean(0), x.std(0), x[-1] - x[0])), DEEP)
 
 
 def test_classifiers_without_a_network_learn_what_is_there_and_no_more():
@@ -187,4 +240,7 @@ def test_classifiers_without_a_network_learn_what_is_there_and_no_more():
             seen, judged = windows(600, "train", told), windows(300, "test", told)
             said = TabularClasses(model=model).said(task, judged, seen, 0)
             found.append(np.mean([row["balanced_accuracy"] for row in task.scores(judged, said)]))
+        few = TabularClasses(model=model).said(task, judged, [one for one in seen if one.target != "flat"], 0)
+        assert all(int(one.log_probs[0].argmax()) != 1 for one in few)  # a class that was never seen
+        assert {int(one.log_probs[0].argmax()) for one in few} == {0, 2}
         assert found[0] > 0.8 and abs(found[1] - 1 / 3) < 2 * (2 / 9 / 300) ** 0.5 + 0.02

@@ -245,6 +245,16 @@ def test_some_shares_are_drawn_with_the_labels_of_all():
     assert set(counts) == {12}
 
 
+def test_the_last_periods_are_read_and_tables_have_gains_over_the_mean():
+    task = StockRanking(**TINY, history=13)
+    one = task.judged("test")[0]
+    batch, table = task.collate([one]), task.table(one)
+    assert is_close(batch["inputs"][0], torch.from_numpy(one.inputs.rows[:, -13:]).float())
+    assert table.features.shape == (60, 26) and np.array_equal(table.column("season"), one.inputs.rows[:, -13, 0])
+    assert is_close(table.targets, one.target.returns - one.target.returns.mean(), DEEP, unit=100.0)
+    assert np.array_equal(table.column("turnover 2"), one.inputs.rows[:, -3, 1])
+
+
 def test_the_week_of_most_volume_tells_the_next_return():
     task, found = StockRanking(**TINY), {"planted": [], "no sign": [], "last": [], "mean": []}
     for one in task.samples("train"):

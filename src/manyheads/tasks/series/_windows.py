@@ -34,7 +34,7 @@ class Window:
         origin: days since 1970; the history ends there, and the forecast begins.
         days: of the history and of the horizon.
         queries: times that are asked for ``[Q]``, days since 1970, later than ``origin``.
-        placebo: texts of other times, as many as the record has.
+        placebo: as many texts as the record has, of all of that entity and part in a random order; by chance its own.
     """
 
     record: Record

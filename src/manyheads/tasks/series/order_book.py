@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,10 +181,21 @@ def _seen(window: Tensor) -> Tensor:
 
 
 def _own(days: Sequence[BookDay]) -> list[tuple[Part, BookDay]]:
-    """Parts of the user's days: FI-2010's as its files say, others by day."""
-    if not any(day.day.startswith("Train_") for day in days):
+    """Parts of the user's days: FI-2010's as its files say, others by day.
+
+    Raises:
+        UserError: of FI-2010 a day would be in two parts: ``Train_..._CF_7`` holds days 1 to 7, ``Test_..._CF_k`` the
+            day after k.
+    """
+    folds: dict[bool, set[int]] = {True: set(), False: set()}  # k of training files, and of test files
+    for day in days:
+        fold = re.search(r"CF_(\d+)", day.day)
+        folds[day.day.startswith("Train_")].add(int(fold[1]) if fold else 0)
+    if not folds[True]:
         home = parted([day.day for day in days])
         return [(home[day.day], day) for day in days]
+    if len(folds[True]) > 1 or min(folds[False], default=0) < min(folds[True]):
+        raise UserError("of FI-2010 give one training file, Train_..._CF_k, and test files from Test_..._CF_k on")
     made: list[tuple[Part, BookDay]] = []
     for day in days:
         if not day.day.startswith("Train_"):
