@@ -19,6 +19,14 @@ def lobster(path, day):
     np.savetxt(path, day.values, delimiter=",", fmt="%d")
 
 
+def mid(day):
+    return (day.values[:, 0] + day.values[:, 2]) / 2
+
+
+def spread(day):
+    return day.values[:, 0] - day.values[:, 2]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("books")
@@ -54,7 +62,7 @@ def test_a_label_sees_nothing_behind_its_horizon_and_a_line_has_one_slope():
 def test_a_window_ends_where_its_label_is_taken(folder):
     task = OrderBook(folder=str(folder), **TINY)
     day = simulated_day(4, 60)
-    values, bound = trend(day.mid, 6, 4), task.bound()
+    values, bound = trend(mid(day), 6, 4), task.bound()
     found = {s.name: s for s in task.samples("test")}
     assert set(found) == {f"ABC_2024-01-05_34200000_57600000_orderbook_10 {t}" for t in range(11, 54, 2)}
     for name, sample in found.items():
@@ -62,18 +70,18 @@ def test_a_window_ends_where_its_label_is_taken(folder):
         assert sample.target == ("up" if values[t] > bound else "down" if values[t] < -bound else "flat")
         raw = day.values[t - 11 : t + 1]
         assert sample.inputs.shape == (12, 40) and sample.inputs.dtype == torch.float32
-        assert sample.inputs[3, 4] == pytest.approx((raw[3, 4] / day.mid[t] - 1) * 1e4, rel=1e-5, abs=1e-5)
+        assert sample.inputs[3, 4] == pytest.approx((raw[3, 4] / mid(day)[t] - 1) * 1e4, rel=1e-5, abs=1e-5)
         assert sample.inputs[5, 7] == pytest.approx(np.log1p(raw[5, 7]), rel=1e-6)
         assert abs(sample.inputs[-1, 0] + sample.inputs[-1, 2]) < 1e-4  # about the last mid price
 
 
 def test_the_threshold_is_of_the_training_part_alone(folder, tmp_path):
     days = [simulated_day(i, 60) for i in range(5)]
-    mean = np.nanmean(np.abs(np.concatenate([trend(day.mid, 6, 4) for day in days[:3]])))
+    mean = np.nanmean(np.abs(np.concatenate([trend(mid(day), 6, 4) for day in days[:3]])))
     assert OrderBook(folder=str(folder), **TINY).bound() == pytest.approx(mean / 2, rel=1e-9)
-    spread = OrderBook(folder=str(folder), threshold="spread", **TINY).bound()
-    mids, spreads = (np.concatenate([getattr(day, name) for day in days[:3]]) for name in ("mid", "spread"))
-    assert spread == pytest.approx(spreads.mean() / mids.mean(), rel=1e-9)
+    bound = OrderBook(folder=str(folder), threshold="spread", **TINY).bound()
+    mids, spreads = (np.concatenate([of(day) for day in days[:3]]) for of in (mid, spread))
+    assert bound == pytest.approx(spreads.mean() / mids.mean(), rel=1e-9)
     for path in folder.glob("*.csv"):  # control: other test days change nothing, other training days do
         (tmp_path / path.name).write_bytes(path.read_bytes())
     lobster(tmp_path / "ABC_2024-01-05_34200000_57600000_orderbook_10.csv", simulated_day(9, 60))
@@ -152,7 +160,7 @@ def test_a_file_of_ones_own_is_judged_window_by_window(folder):
 def test_the_simulated_book_keeps_the_rules_of_one():
     day = simulated_day(3, 300)
     asks, bids = day.values[:, 0::4], day.values[:, 2::4]
-    assert (np.diff(asks) > 0).all() and (np.diff(bids) < 0).all() and (day.spread >= 1).all()
+    assert (np.diff(asks) > 0).all() and (np.diff(bids) < 0).all() and (spread(day) >= 1).all()
     assert (day.values == np.round(day.values)).all() and (day.values[:, 1::2] >= 0).all()
     assert (day.values[:, [1, 3]] > 0).all()
     assert len(COLUMNS) == 40 and COLUMNS[:4] == ("ask price 1", "ask size 1", "bid price 1", "bid size 1")

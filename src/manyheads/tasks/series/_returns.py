@@ -28,7 +28,7 @@ class Window:
 
     Attributes:
         rows: days by features, the last day last ``[L, 4]``; returns and ranges in deviations.
-        deviation: of the returns that are read, in per cent.
+        deviation: of the returns of all days that are kept, in per cent.
         close: the price.
         date: of the close.
     """

@@ -102,7 +102,8 @@ class OrderBook(WindowTask):
 
     def cut(self, recording: Sample) -> Sequence[Sample]:
         """Windows of a day that have a trend."""
-        found, bound, values = [], self.bound(), trend(_mid(recording), self.horizon, self.smooth)
+        values = trend(_mid(recording), self.horizon, self.smooth)
+        bound, found = self.bound(), []
         for start in self.starts(recording):
             t = start + self.frames - 1
             if np.isfinite(values[t]):

@@ -30,9 +30,9 @@ class StockForecast(ReturnTask):
     """Log returns of the next day, in per cent; walk-forward folds of all shares together.
 
     All days of all shares are ten blocks of time with the same cuts for every share, see :class:`WalkForward`. What a
-    day is forecast by may lie in an earlier block, what is forecast never does. A feature is a return or a share of a
-    price, divided by the deviation of the returns of the days that are read: no scale is taken from elsewhere. Every
-    day of the test is judged. Intervals are over weeks, in which shares move together.
+    day is forecast by may lie in an earlier block, what is forecast never does. Returns and
+    ranges are divided by the deviation of the returns of the last 40 days: no scale is taken from elsewhere. Every day
+    of the test is judged. Intervals are over weeks, in which shares move together.
 
     ``accuracy`` is the paper's figure, 1 - |forecast - price| / price, on which "as today" has 98 %: compare arms.
 

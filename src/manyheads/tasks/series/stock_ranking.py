@@ -41,7 +41,8 @@ class StockRanking(RankingTask):
     A model reads the last periods of each share, return and turnover, as z-scores over all shares of the date, so that
     what the market does is not seen. It says a class of the next return: each of ``classes`` has ``top`` of the shares,
     those between classes have none (Quantformer's labels). Shares are ranked by the probability of the highest class,
-    the ``top`` of them are held in equal parts, and every period the portfolio is put together anew. Intervals are over
+    the ``top`` of them are held in equal parts, and every period the portfolio is put together anew. A share whose next
+    return is not known is not held. Intervals are over
     blocks of four periods. ``turnover``, ``annual_return``, ``sharpe`` and ``drawdown`` are of all dates together: a
     date's value is its part in the figure, see :func:`._portfolio.figures`.
 
