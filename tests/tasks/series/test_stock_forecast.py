@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from manyheads.data.stocks import Prices
+from manyheads.data.stocks import Prices, echoes
 from manyheads.errors import UserError
 from manyheads.tasks.series._portfolio import wealth
-from manyheads.tasks.series._returns import LastToken, Recurrent, ReturnForecast, echoes, features
+from manyheads.tasks.series._returns import LastToken, Recurrent, ReturnForecast, features
 from manyheads.tasks.series.stock_forecast import StockForecast
 from tolerance import DEEP, FORMULA, is_close, is_far
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from manyheads.data.stocks import Prices
+from manyheads.data.stocks import Prices, peaks
 from manyheads.domains.series.naive_forecast import NaiveForecast
 from manyheads.errors import UserError
 from manyheads.tasks._statistics import rank_correlation
-from manyheads.tasks.series._panels import HISTORY, cross_sections, peaks, quantile_classes
+from manyheads.tasks.series._panels import HISTORY, cross_sections, quantile_classes
 from manyheads.tasks.series._portfolio import figures, held, portfolio
 from manyheads.tasks.series._rankings import Ranking
 from manyheads.tasks.series.stock_ranking import StockRanking

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...data.stocks import Prices, stock_folder
+from ...data.stocks import Prices, stock_folder, stocks
 from ...errors import UserError
 from ...recipe import Part, Sample
 from .._field import FieldTask
 
-__all__ = ["SHARES", "ForecastTask", "Sets", "Table", "WalkForward", "cut_times"]
+__all__ = ["SHARES", "ForecastTask", "Table", "WalkForward", "cut_times"]
 
 Array = NDArray[np.float64]
-Sets = Mapping[str, Callable[[], Sequence[Prices]]]  # of shares, public ones and made ones
 SHARES = (0.6, 0.8)  # of the time, where training ends, and where validation does
 
 
@@ -94,7 +93,7 @@ class WalkForward(ForecastTask):
     """
 
     blocks: ClassVar[int] = 10
-    sets: ClassVar[Sets]
+    sets: ClassVar[tuple[str, ...]]  # those of :mod:`manyheads.data.stocks` that will do
 
     source_of: str = ""
     fold: int = 0
@@ -117,7 +116,7 @@ class WalkForward(ForecastTask):
     @classmethod
     def shares(cls, source: str) -> Sequence[Prices]:
         """Those of a set, or of a folder of the user's."""
-        return cls.sets[source]() if source in cls.sets else stock_folder(Path(source))
+        return stocks(source) if source in cls.sets else stock_folder(Path(source))
 
     @classmethod
     def part_of(cls, block: int, fold: int = 0) -> Part | None:

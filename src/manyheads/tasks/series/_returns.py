@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...recipe import Batch, Sample
 from ._forecast import Array, Table, WalkForward
 
-__all__ = ["FEATURES", "LastToken", "Recurrent", "ReturnForecast", "ReturnTask", "Window", "echoes", "features"]
+__all__ = ["FEATURES", "LastToken", "Recurrent", "ReturnForecast", "ReturnTask", "Window", "features"]
 
 FEATURES = 4  # of a day: return, range, close in its range, change of volume
 
@@ -76,22 +76,6 @@ def features(share: Prices, first: int, day: int) -> tuple[Array, float]:
     place = ((close - low) / np.maximum(high - low, 1e-9))[1:] - 0.5
     traded = np.diff(np.log(volume + 1)).clip(-3, 3)
     return np.stack((returns / deviation, spread / deviation, place, traded), 1), deviation
-
-
-def echoes(lag: int = 25, days: int = 420) -> tuple[Prices, ...]:
-    """Twelve made shares whose returns are 0.8 times those of 25 days before, and chance."""
-    found = []
-    for number in range(12):
-        rng = np.random.default_rng([number, 41])
-        returns = rng.standard_normal(days)
-        for t in range(lag, days):
-            returns[t] = 0.8 * returns[t - lag] + 0.6 * returns[t]
-        close = 100 * np.exp(np.cumsum(returns) / 100)
-        spread = np.exp(rng.uniform(0.002, 0.02, days))
-        values = np.stack((close, close * spread, close / spread, close, close, rng.uniform(1e5, 2e5, days)), 1)
-        dates = np.arange(np.datetime64("2024-01-01"), np.datetime64("2024-01-01") + days)
-        found.append(Prices(f"echo {number:02}", dates, values))
-    return tuple(found)
 
 
 class Recurrent(nn.Module):

@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from ...data.stocks import Prices, read_prices, stocks
+from ...data.stocks import Prices, read_prices
 from ...errors import UserError
 from ...experiment import Metric, seeding
 from ...recipe import Picture, Sample
-from ._forecast import Sets
 from ._portfolio import wealth, worth_picture
-from ._returns import ReturnForecast, ReturnTask, Window, echoes, features
+from ._returns import ReturnForecast, ReturnTask, Window, features
 
 __all__ = ["StockForecast"]
 
@@ -47,7 +45,7 @@ class StockForecast(ReturnTask):
     )
     files: ClassVar[tuple[str, ...]] = ("stocks", "stock-prediction-models")
     takes: ClassVar[str] = "a folder of CSV files, one a share, with the columns date, open, high, low, close, volume"
-    sets: ClassVar[Sets] = {"year": partial(stocks, "year"), "decade": partial(stocks, "decade"), "echo": echoes}
+    sets: ClassVar[tuple[str, ...]] = ("year", "decade", "echo")
 
     dim: int = 32
     layers: int = 1

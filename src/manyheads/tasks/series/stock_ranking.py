@@ -5,20 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from ...data.stocks import read_shares, stocks
+from ...data.stocks import read_shares
 from ...errors import UserError
 from ...experiment import Metric, seeding
 from ...recipe import Picture, Sample
 from .._field import MODEL_METRICS
 from .._statistics import rank_correlation
-from ._forecast import Array, Sets
-from ._panels import HISTORY, PERIODS, Outcome, cross_sections, peaks, quantile_classes
+from ._forecast import Array
+from ._panels import HISTORY, PERIODS, Outcome, cross_sections, quantile_classes
 from ._portfolio import figures, held, portfolio, worth_picture
 from ._rankings import SEASON, Ranking, RankingTask
 
@@ -67,7 +66,7 @@ class StockRanking(RankingTask):
     )
     references: ClassVar[tuple[str, ...]] = ("gru_of_quantiles",)
     blocks: ClassVar[int] = 6
-    sets: ClassVar[Sets] = {"sectors": partial(stocks, "sectors"), "decade": partial(stocks, "decade"), "peaks": peaks}
+    sets: ClassVar[tuple[str, ...]] = ("sectors", "decade", "peaks")
 
     dim: int = 16
     layers: int = 2
