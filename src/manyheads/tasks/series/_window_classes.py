@@ -126,7 +126,7 @@ def _mlp(dim: int, width: int, dropout: float) -> nn.Sequential:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowTask(FieldTask):
+class Windows(FieldTask):
     """Recordings are cut into windows: ``inputs [frames, channels]`` float32, ``target`` the name of a class.
 
     Intervals are over groups of recordings, where several are tested.
@@ -135,8 +135,6 @@ class WindowTask(FieldTask):
         frames: of a window.
         every: frames between two windows of a recording.
     """
-
-    metrics: ClassVar[tuple[Metric, ...]] = METRICS
 
     frames: int = 30
     every: int = 10
@@ -175,9 +173,6 @@ class WindowTask(FieldTask):
     def context(self, sample: Sample) -> str:
         return sample.group if len({one.group for one in self.recordings("test")}) > 1 else ""
 
-    def around(self, blocks: Sequence[nn.Module], positions: bool = False) -> nn.Module:
-        return WindowModel(blocks, len(self.channels), self.dim, len(self.classes), self.dropout, positions)
-
     def collate(self, samples: Sequence[Sample]) -> Batch:
         if short := [sample.name for sample in samples if len(sample.inputs) < self.frames]:
             raise UserError(f"{short[0]} has fewer than the {self.frames} frames of a window")
@@ -201,6 +196,16 @@ class WindowTask(FieldTask):
         """``[frames, channels]`` of a recording as models read them."""
         inputs: Tensor = sample.inputs[start : start + self.frames]
         return inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowTask(Windows):
+    """Base of tasks that give windows their classes: the model around blocks, loss and scores."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = METRICS
+
+    def around(self, blocks: Sequence[nn.Module], positions: bool = False) -> nn.Module:
+        return WindowModel(blocks, len(self.channels), self.dim, len(self.classes), self.dropout, positions)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model(batch["inputs"]).float(), batch["targets"])
@@ -257,7 +262,7 @@ class WindowTask(FieldTask):
 
 
 @lru_cache(maxsize=6)
-def _windows(task: WindowTask, recordings: tuple[Sample, ...]) -> Sequence[Sample]:
+def _windows(task: Windows, recordings: tuple[Sample, ...]) -> Sequence[Sample]:
     """Windows of recordings; one that has a class as a whole is a window already."""
     found = [window for one in recordings for window in ([one] if isinstance(one.target, str) else task.cut(one))]
     return sorted(found, key=lambda window: hashlib.sha256(window.name.encode()).digest())
