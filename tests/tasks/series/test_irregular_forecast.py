@@ -54,6 +54,21 @@ def test_parts_come_one_after_another_and_windows_lie_in_one(stations):
     assert bounds["train"][1] < bounds["validation"][0] and bounds["validation"][1] < bounds["test"][0]
 
 
+def test_windows_of_training_begin_anywhere(stations):
+    task = task_of(stations)
+    rng, samples = np.random.default_rng(0), task.samples("train")
+    origins = [one.inputs.origin for _ in range(40) for one in task.draw(rng, samples)]
+    assert len(set(origins)) == len(origins)
+    first, last = min(s.inputs.times[0] for s in samples), max(s.inputs.times[-1] for s in samples)
+    assert np.ptp(origins) > 0.9 * (last - first - 8)  # less a history and a horizon
+
+
+def test_a_time_that_is_there_twice_has_what_is_known_later(tmp_path):
+    rows = ["2024-01-01,1,5", "2024-01-01,2,", *(f"2024-01-{day:02},{day},{day}" for day in range(2, 12))]
+    (tmp_path / "mine.csv").write_text("\n".join(["date,a,b", *rows]))
+    assert read_record(tmp_path / "mine.csv").values[0].tolist() == [2, 5]
+
+
 def test_horizons_that_are_judged_do_not_overlap(stations):
     task = task_of(stations)
     by_record = {}

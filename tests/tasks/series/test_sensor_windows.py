@@ -13,7 +13,7 @@ from manyheads.data.sensors import _binned, read_csv
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks.series._window_classes import Judged, TemporalCNN, TemporalLSTM, WindowModel
-from manyheads.tasks.series.sensor_windows import SensorWindows
+from manyheads.tasks.series.sensor_windows import SensorWindows, _part
 from tolerance import DEEP, is_close
 
 TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 12, "frames": 10, "every": 5}
@@ -191,6 +191,11 @@ def test_frames_are_means_of_what_was_measured():
     times, values = np.array([0.0, 10, 19, 21, 70]), np.array([[1.0], [2], [3], [10], [5]])
     edges = np.array([0.0, 20, 40, 60, 80])
     assert _binned(times, values, edges)[:, 0].tolist() == [2, 10, 7.5, 5]
+
+
+def test_people_of_the_public_set_are_parted_by_number():
+    found = [_part(f"s{number:02}") for number in range(1, 24)]
+    assert found == ["train"] * 11 + ["validation"] * 4 + ["test"] * 8
 
 
 def test_a_recording_of_ones_own_is_read():

@@ -47,6 +47,20 @@ def test_nothing_later_changes_what_is_read():
         assert np.datetime64(sample.inputs.date) < np.datetime64(sample.name.rpartition(" ")[2])
 
 
+def test_features_are_those_by_hand():
+    share = echoes()[2]
+    volume = share.column("volume") * np.exp(np.random.default_rng(0).uniform(-3, 3, len(share.dates)))
+    values = np.concatenate((share.values[:, :5], volume[:, None]), 1)
+    values[:, 3] = values[:, 2] + 0.25 * (values[:, 1] - values[:, 2])  # closes a quarter up from the low
+    rows, deviation = features(Prices("x", share.dates, values), 60, 100)
+    returns = 100 * np.diff(np.log(values[60:101, 4]))
+    ranges = 100 * np.log(values[61:101, 1] / values[61:101, 2])
+    assert rows.shape == (40, 4) and deviation == pytest.approx(np.std(returns))
+    assert is_close(rows[:, 0], returns / deviation, DEEP) and is_close(rows[:, 1], ranges / deviation, DEEP)
+    assert is_close(rows[:, 2], -0.25, DEEP, unit=250.0)  # a range is 0.4 % of the prices that it is the difference of
+    assert is_close(rows[:, 3], np.diff(np.log(volume[60:101] + 1)).clip(-3, 3), DEEP)
+
+
 def test_a_target_is_the_next_days_return():
     share = echoes()[3]
     sample = next(s for s in StockForecast(**TINY).samples("train") if s.name == f"echo 03 {share.dates[200]}")

@@ -107,6 +107,7 @@ def test_equal_returns_share_a_place_and_what_is_equal_is_0():
 def test_the_best_are_held():
     scores = np.array([0.1, np.nan, 0.9, 0.5, 0.9, 0.2])
     assert held(scores, 0.4).tolist() == [0, 0, 0.5, 0, 0.5, 0] and held(scores, 0.01).tolist() == [0, 0, 1, 0, 0, 0]
+    assert (held(scores, 0.6) > 0).sum() == 3  # of five that can be bought
     assert held(scores, 1.0).tolist() == [0.2, 0, 0.2, 0.2, 0.2, 0.2]
 
 
@@ -253,6 +254,15 @@ def test_the_last_periods_are_read_and_tables_have_gains_over_the_mean():
     assert table.features.shape == (60, 26) and np.array_equal(table.column("season"), one.inputs.rows[:, -13, 0])
     assert is_close(table.targets, one.target.returns - one.target.returns.mean(), DEEP, unit=100.0)
     assert np.array_equal(table.column("turnover 2"), one.inputs.rows[:, -3, 1])
+
+
+def test_the_loss_of_the_reference_is_of_shares_in_a_class():
+    task = StockRanking(**TINY, classes=3)
+    batch = task.collate(task.judged("test")[:2])
+    logits = torch.randn(*batch["labels"].shape, 3, generator=torch.Generator().manual_seed(0))
+    at = batch["labels"] >= 0
+    want = -logits.log_softmax(-1)[at].gather(1, batch["labels"][at][:, None]).mean()
+    assert not at.all() and is_close(task.loss(lambda inputs, mask: logits, batch), want)
 
 
 def test_the_week_of_most_volume_tells_the_next_return():
