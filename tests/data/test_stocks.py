@@ -90,5 +90,5 @@ def test_several_shares_of_one_file(tmp_path):
 def test_an_empty_folder_and_an_unknown_set(tmp_path):
     with pytest.raises(UserError, match="one a share"):
         stock_folder(tmp_path)
-    with pytest.raises(UserError, match="there are year, decade, sectors"):
+    with pytest.raises(UserError, match="there are year, decade, sectors, echo, peaks"):
         stocks("hours")

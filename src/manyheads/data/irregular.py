@@ -17,7 +17,7 @@ import datetime
 import io
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,23 +84,16 @@ class Record:
 
     def __neg__(self) -> "Record":
         """The record with every value negated."""
-        return self.with_values(-self.values)
-
-    def with_values(self, values: NDArray[np.float64]) -> "Record":
-        """The record with other values."""
-        return Record(self.name, self.variables, self.times, values, self.note_times, self.notes, self.scale)
-
-    def with_scale(self, scale: NDArray[np.float64]) -> "Record":
-        """The record with another scale."""
-        return Record(self.name, self.variables, self.times, self.values, self.note_times, self.notes, scale)
+        return replace(self, values=-self.values)
 
     def between(self, first: float, last: float) -> "Record":
         """What is known from ``first`` on, up to ``last``, which is no part of it."""
         rows = (self.times >= first) & (self.times < last)
         texts = (self.note_times >= first) & (self.note_times < last)
-        notes = tuple(note for note, there in zip(self.notes, texts, strict=True) if there)
-        times, values = self.times[rows], self.values[rows]
-        return Record(self.name, self.variables, times, values, self.note_times[texts], notes, self.scale)
+        return replace(
+            self, times=self.times[rows], values=self.values[rows], note_times=self.note_times[texts],
+            notes=tuple(note for note, there in zip(self.notes, texts, strict=True) if there),
+        )  # fmt: skip
 
 
 @cache

@@ -68,18 +68,6 @@ class BookDay:
     day: str
     values: np.ndarray
 
-    @property
-    def mid(self) -> np.ndarray:
-        """``[T]`` prices halfway between the best ask and the best bid."""
-        found: np.ndarray = (self.values[:, 0] + self.values[:, 2]) / 2
-        return found
-
-    @property
-    def spread(self) -> np.ndarray:
-        """``[T]`` best ask less best bid."""
-        found: np.ndarray = self.values[:, 0] - self.values[:, 2]
-        return found
-
 
 def simulated_day(seed: int, snapshots: int = 1000, signal: float = 0.8) -> BookDay:
     """A day of the simulator, after a burn-in; prices start at 10,000 ticks."""
@@ -98,15 +86,16 @@ class _Book:
     """Lots by price on each side, as lists, for one event touches few of them."""
 
     def __init__(self, rng: np.random.Generator, signal: float) -> None:
-        self.rng, self.signal, self.x, self.z, self.push, self.lean = rng, signal, 0.0, 0.0, 1.0, 1.0
+        self.rng, self.signal, self.x, self.z = rng, signal, 0.0, 0.0
         self.base, middle = 10_000 - _EDGE // 2, _EDGE // 2
         self.bids, self.asks = [0] * _EDGE, [0] * _EDGE
         for i in range(1, _REACH + 1):
             self.bids[middle - i], self.asks[middle + i] = 8, 8
         self.bid, self.ask = middle - 1, middle + 1
-        self.falls = [(1.0 + 0.15 * (i - 1)) ** -1.2 for i in range(1, _REACH + 1)]
-        self.near, self.deep = sum(self.falls[:2]), sum(self.falls[2:])
-        self.cumulated = list(accumulate(self.falls))
+        falls = [(1.0 + 0.15 * (i - 1)) ** -1.2 for i in range(1, _REACH + 1)]
+        self.near, self.deep = _LIMIT * sum(falls[:2]), _LIMIT * sum(falls[2:])
+        self.cumulated = list(accumulate(falls))
+        self.rates: tuple[float, ...] = ()  # of limit orders at the best prices and behind them, and of market orders
         self.left: list[float] = []
 
     def uniform(self) -> float:
@@ -122,18 +111,17 @@ class _Book:
         keep = math.exp(-_EVERY / _MEMORY)
         away = math.sqrt(1 - keep**2) * self.rng.standard_normal(2)
         self.x, self.z = keep * self.x + float(away[0]), keep * self.z + float(away[1])
-        self.push, self.lean = math.exp(self.signal * (self.x + self.z) / math.sqrt(2)), math.exp(0.6 * self.z)
+        push, lean = math.exp(self.signal * (self.x + self.z) / math.sqrt(2)), math.exp(0.6 * self.z)
+        self.rates = (
+            self.near, self.near, self.deep * lean, self.deep / lean, _MARKET * push, _MARKET / push,
+        )  # fmt: skip
         for _ in range(_EVERY):
             self.event()
 
     def event(self) -> None:
         """One event."""
-        push, lean = self.push, self.lean
-        lots = [sum(self.bids[self.bid - _REACH + 1 : self.bid + 1]), sum(self.asks[self.ask : self.ask + _REACH])]
-        rates = (
-            _LIMIT * self.near, _LIMIT * self.near, _LIMIT * self.deep * lean, _LIMIT * self.deep / lean,
-            _MARKET * push, _MARKET / push, *(_CANCEL * some * (some > _FEW) for some in lots),
-        )  # fmt: skip
+        lots = sum(self.bids[self.bid - _REACH + 1 : self.bid + 1]), sum(self.asks[self.ask : self.ask + _REACH])
+        rates = (*self.rates, _CANCEL * lots[0] * (lots[0] > _FEW), _CANCEL * lots[1] * (lots[1] > _FEW))
         at, kind = self.uniform() * sum(rates), 0
         while kind < 7 and at >= rates[kind]:
             at -= rates[kind]
@@ -174,11 +162,15 @@ class _Book:
 
     def _settle(self) -> None:
         """Best prices again; no ask lies at or below what the best bid was, and no bid at or above the best ask."""
-        self.ask = next((p for p in range(self.bid + 1, _EDGE) if self.asks[p]), 0)
-        best = next((p for p in range(self.ask - 1, 0, -1) if self.bids[p]), 0)
-        if not (0 < best < self.ask < _EDGE):
+        ask = self.bid + 1
+        while ask < _EDGE and not self.asks[ask]:
+            ask += 1
+        bid = ask - 1
+        while bid and not self.bids[bid]:
+            bid -= 1
+        if not bid or ask == _EDGE:
             raise RuntimeError("a side of the simulated book is empty: its rates do not hold together")
-        self.bid = best
+        self.ask, self.bid = ask, bid
 
     def snapshot(self) -> list[float]:
         """Ten levels that hold something, or, where fewer do, empty prices behind them."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Daily prices of shares: three public sets, and files of one's own.
+"""Prices of shares: three public sets, two that are made here, and files of one's own.
 
 ``year``    12 shares of the United States, one year each (eleven from 2018 to 2019, Google's from 2016 to 2017)
 ``decade``  8 shares and 2 funds, those of FNSPID in Time-IMM, from 2009 to 2011 on to December 2023
 ``sectors`` 88 shares of nine sectors, those of StockNet, September 2012 to September 2017; chosen by their size of a
             later year than the first ones, so that shares which fell are missing
+``echo``    made here, see :func:`echoes`
+``peaks``   made here, see :func:`peaks`
 """
 
 import csv
@@ -22,7 +24,18 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from . import files
 
-__all__ = ["COLUMNS", "FILES", "TAKES", "Prices", "read_prices", "read_shares", "stock_folder", "stocks"]
+__all__ = [
+    "COLUMNS",
+    "FILES",
+    "TAKES",
+    "Prices",
+    "echoes",
+    "peaks",
+    "read_prices",
+    "read_shares",
+    "stock_folder",
+    "stocks",
+]
 
 COLUMNS = ("open", "high", "low", "close", "adjusted", "volume")
 FILES: Mapping[str, tuple[str, ...]] = {  # entries of files.toml, of which one will do
@@ -32,6 +45,7 @@ FILES: Mapping[str, tuple[str, ...]] = {  # entries of files.toml, of which one 
 }
 TAKES = "a folder of CSV files, one a share, with the columns date, open, high, low, close and, if known, volume"
 _FEWEST = 2  # days of a file
+_SEEN = 20  # weeks in which `peaks` has the one of most volume
 _MONTH = "GOOG"  # a file of the year's archive that has one month of a share of which there is a year
 _DATES = ("date", "date_time", "timestamp", "time")
 _ADJUSTED = ("adjusted", "adj close", "adj_close", "adjusted close")
@@ -66,13 +80,15 @@ class Prices:
 
 @cache
 def stocks(source: str = "year") -> tuple[Prices, ...]:
-    """Shares of a public set, by name.
+    """Shares of a set, by name.
 
     Raises:
         UserError: there is no such set, or its file cannot be had.
     """
+    if source in _MADE:
+        return _MADE[source]()
     if source not in FILES:
-        raise UserError(f"there are no prices {source!r}; there are {', '.join(FILES)}")
+        raise UserError(f"there are no prices {source!r}; there are {', '.join((*FILES, *_MADE))}")
     packed, published = FILES[source]
     found = []
     with zipfile.ZipFile(files.local(packed) or files.path(published)) as archive:
@@ -162,3 +178,42 @@ def _prices(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> Prices:
     if len(found) < _FEWEST or (values[:, :5] <= 0).any():
         raise UserError(f"{where} has {len(found)} days; give {_FEWEST} or more, with prices above 0")
     return Prices(name, np.array(sorted(found), dtype="datetime64[D]"), values)
+
+
+def echoes(lag: int = 25, days: int = 420) -> tuple[Prices, ...]:
+    """Twelve made shares whose returns are 0.8 times those of 25 days before, and chance."""
+    found = []
+    for number in range(12):
+        rng = np.random.default_rng([number, 41])
+        returns = rng.standard_normal(days)
+        for t in range(lag, days):
+            returns[t] = 0.8 * returns[t - lag] + 0.6 * returns[t]
+        close = 100 * np.exp(np.cumsum(returns) / 100)
+        spread = np.exp(rng.uniform(0.002, 0.02, days))
+        values = np.stack((close, close * spread, close / spread, close, close, rng.uniform(1e5, 2e5, days)), 1)
+        dates = np.arange(np.datetime64("2024-01-01"), np.datetime64("2024-01-01") + days)
+        found.append(Prices(f"echo {number:02}", dates, values))
+    return tuple(found)
+
+
+def peaks(shares: int = 60, weeks: int = 300) -> tuple[Prices, ...]:
+    """Made shares, a day a week, whose return is 0.5 or -0.5 times that of the week of most volume among the last 20.
+
+    It has the same sign after a week of less than the usual volume, the other sign after one of more, so that returns
+    alone say nothing of the next one. Volumes tell which week it is; the order of weeks says nothing, which suits a
+    model without positions. The rest is chance, and a move that all shares have in common.
+    """
+    rng = np.random.default_rng([60, 2404])
+    volume, own = np.exp(0.6 * rng.standard_normal((weeks, shares))), rng.standard_normal((weeks, shares))
+    for t in range(_SEEN, weeks):
+        most = volume[t - _SEEN : t].argmax(0) + t - _SEEN
+        sign = np.where(volume[t - 1] < 1, 0.5, -0.5)
+        own[t] = sign * own[most, np.arange(shares)] + 0.75**0.5 * own[t]
+    close = 100 * np.exp(np.cumsum(0.03 * own + 0.02 * rng.standard_normal((weeks, 1)), 0))
+    dates = np.datetime64("2018-01-05") + 7 * np.arange(weeks)
+    return tuple(
+        Prices(f"peak {s:02}", dates, np.stack((*[close[:, s]] * 5, 1e6 * volume[:, s]), 1)) for s in range(shares)
+    )
+
+
+_MADE = {"echo": echoes, "peaks": peaks}

@@ -2,6 +2,7 @@
 """IMM-TSF against its formulas in float64, one text and one time at a time."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,8 @@ def randomised(module):
 
 def test_recency_is_its_formula(given):
     texts, times, mask, queries = given
+    times = times + 0.5  # some are later than times that are asked for
+    assert (times[:, None] > queries[..., None]).any()
     pool = randomised(RecencyPool(D, 0.0)).requires_grad_(False)
     want = torch.zeros(B, Q, D).double()
     for b in range(B):
@@ -59,8 +62,8 @@ def test_recency_is_its_formula(given):
                     want[b, q] += weight * texts[b, n]
                     total += weight
             want[b, q] /= max(total, 1e-6)
-    assert is_close(pool.pooled(*given), want, FORMULA)
-    assert is_close(pool(*given), pool.out(want), PROJECTED)
+    assert is_close(pool.pooled(texts, times, mask, queries), want, FORMULA)
+    assert is_close(pool(texts, times, mask, queries), pool.out(want), PROJECTED)
     assert is_far(
         pool.pooled(texts, times, torch.ones_like(mask), queries)[:2], want[:2], FORMULA
     )  # padding would count
@@ -175,8 +178,15 @@ def test_one_variable_keeps_its_residual():
 class Task:
     dim, dropout, channels, text_width = D, 0.0, C, 6
 
+    def reference(self, width, kind):
+        return Same(kind)
+
 
 class Same(torch.nn.Module):
+    def __init__(self, kind=""):
+        super().__init__()
+        self.kind = kind
+
     def forward(self, batch):
         return batch["y"]
 
@@ -194,10 +204,31 @@ def test_own_texts_and_the_placebo(spec, y, given):
     other.double().eval().load_state_dict(model.state_dict())
     assert is_far(model(batch)[:2], y[:2], DEEP) and torch.equal(model(batch)[2], y[2])
     assert is_far(other(batch)[:2], model(batch)[:2], DEEP)
+    if recipe.query == "times":
+        assert is_far(model({**batch, "queries": queries + 0.3})[:2], model(batch)[:2], DEEP)
     assert torch.equal(other({**batch, "placebo": notes}), model(batch))
     nothing = {**batch, "note_mask": torch.zeros(B, 0, dtype=torch.bool), "notes": notes[:, :0],
                "placebo": notes[:, :0], "note_times": times[:, :0]}  # fmt: skip
     assert torch.equal(model(nothing), y)
+
+
+@pytest.mark.parametrize("ttf", ["recency", "attention"])
+@torch.no_grad()
+def test_weights_of_a_windows_texts_are_shown(ttf, y, given):
+    """Of the window with most texts; and none where a batch has no text, though one before had some."""
+    recipe = ImmTsf(ttf=ttf, backbone="dlinear")
+    model = recipe.build(Task(), 16).double().eval()
+    assert model.forecaster.kind == "dlinear"
+    _, times, mask, queries = (one.flip(0) for one in given)  # the first window has no text
+    batch = {"y": y, "notes": torch.randn(B, N, 6).double(), "note_times": times, "note_mask": mask,
+             "queries": queries, "asked": ASKED, "windows": [SimpleNamespace(days=10)] * B}  # fmt: skip
+    (picture,) = recipe.pictures(model, batch)
+    assert picture.columns == [f"{10 * float(t):.1f}" for t in times[2]]
+    assert picture.rows == [f"{10 * float(t):.1f}" for t in queries[2]]
+    assert is_close(torch.tensor(picture.values), model.timed.shown[2].float(), PROJECTED)
+    assert is_far(torch.tensor(picture.values).std(1), torch.zeros(Q), PROJECTED)
+    nothing = {**batch, "note_mask": mask[:, :0], "notes": batch["notes"][:, :0], "note_times": times[:, :0]}
+    assert recipe.pictures(model, nothing) == ()
 
 
 def test_time2vec_has_one_linear_feature():

@@ -3,6 +3,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,6 +172,8 @@ def test_pictures_show_where_attention_lies(x):
     cam, shown = Lsfan().pictures(model, batch)
     assert len(cam.values) == F and len(cam.values[0]) == len(cam.columns) == 3 and cam.columns == ["0", "4", "8"]
     assert cam.rows == shown.columns == Task.channels
+    assert all(np.std(row) > 1e-4 for row in shown.values)  # what is paid adds to 1 each
+    assert is_close(torch.tensor(shown.values), model.attention.shown.mean((0, 2)), PROJECTED)
     assert len(shown.values) == H and all(abs(sum(row) - 1) < 1e-5 for row in shown.values)
     assert len(Lsfan(pool="sensors").pictures(made("lsfan:pool=sensors").float(), batch)) == 1
 

@@ -180,6 +180,7 @@ def test_pictures_show_both_attentions(x):
     time, features = Tlob().pictures(made().float(), {"inputs": x.float()})
     assert len(time.values) == 2 and len(time.values[0]) == S and len(features.values[0]) == D
     assert all(abs(np.nansum(row) - 1) < 1e-5 for row in [*time.values, *features.values])
+    assert all(np.nanstd(row) > 1e-4 for row in [*time.values, *features.values])  # what is paid adds to 1 each
     assert {len(row) for row in features.values} == {D} and np.isnan(features.values[1]).sum() == D - D // 4
     (only,) = Tlob(axes="time").pictures(made("tlob:axes=time").float(), {"inputs": x.float()})
     assert only.title.startswith("attention that snapshots") and isinstance(made(), TLOB)

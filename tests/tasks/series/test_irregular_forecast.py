@@ -47,7 +47,26 @@ def test_parts_come_one_after_another_and_windows_lie_in_one(stations):
             assert bounds[part][0] <= window.record.times.min() and window.record.times.max() < window.origin
             assert window.origin <= window.queries.min() and window.queries.max() <= bounds[part][1]
             assert (window.record.note_times < window.origin).all() and len(window.record.notes)
+            whole = next(s.inputs for s in task.samples(part) if s.inputs.name == window.record.name)
+            assert whole.times[0] <= window.origin - 4 and window.origin + 4 <= whole.times[-1] + 1e-9
+            later = (whole.times >= window.origin) & (whole.times < window.origin + 4)
+            assert np.array_equal(window.queries, whole.times[later & np.isfinite(whole.values).any(1)])
     assert bounds["train"][1] < bounds["validation"][0] and bounds["validation"][1] < bounds["test"][0]
+
+
+def test_windows_of_training_begin_anywhere(stations):
+    task = task_of(stations)
+    rng, samples = np.random.default_rng(0), task.samples("train")
+    origins = [one.inputs.origin for _ in range(40) for one in task.draw(rng, samples)]
+    assert len(set(origins)) == len(origins)
+    first, last = min(s.inputs.times[0] for s in samples), max(s.inputs.times[-1] for s in samples)
+    assert np.ptp(origins) > 0.9 * (last - first - 8)  # less a history and a horizon
+
+
+def test_a_time_that_is_there_twice_has_what_is_known_later(tmp_path):
+    rows = ["2024-01-01,1,5", "2024-01-01,2,", *(f"2024-01-{day:02},{day},{day}" for day in range(2, 12))]
+    (tmp_path / "mine.csv").write_text("\n".join(["date,a,b", *rows]))
+    assert read_record(tmp_path / "mine.csv").values[0].tolist() == [2, 5]
 
 
 def test_horizons_that_are_judged_do_not_overlap(stations):
@@ -95,6 +114,78 @@ def test_scales_are_those_of_training(stations):
     assert error(train.scale[0], np.nanmean(train.values, 0)) < EXACT
     assert error(train.scale[1], np.nanstd(train.values, 0)) < EXACT
     assert np.array_equal(train.scale, test.scale) and error(test.scale[0], np.nanmean(test.values, 0)) > 1e-4
+
+
+def test_windows_without_a_text_are_left_out_where_there_are_texts(stations):
+    task = task_of(stations)
+    block = task.samples("test")[0]
+    origin = float(block.inputs.times[0]) + 5
+    late = block.inputs.note_times >= origin
+    later = dataclasses.replace(block.inputs, note_times=block.inputs.note_times[late],
+                                notes=tuple(np.array(block.inputs.notes)[late]))  # fmt: skip
+    bare = dataclasses.replace(block.inputs, note_times=np.zeros(0), notes=())
+    found = [task._window(dataclasses.replace(block, inputs=one), origin, "w") for one in (block.inputs, later, bare)]
+    assert found[0] is not None and found[1] is None and found[2] is not None
+
+
+class Said(torch.nn.Module):
+    """Says what it was made with, in deviations."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.said = said
+
+    def forward(self, batch):
+        return self.said
+
+
+def test_the_loss_is_of_what_was_observed_and_forecasts_are_in_the_units_of_the_series(stations):
+    task = task_of(stations)
+    batch = task.collate(judged := task.judged("test")[:3])
+    there, right = batch["target_mask"], batch["targets"]
+    assert not there.all() and (right[~there] == 0).all()
+    said = torch.where(there, right + 2, 50.0)
+    assert float(task.loss(Said(said), batch)) == pytest.approx(4, rel=1e-5)
+    for sample, one in zip(judged, task.predict(Said(said), batch), strict=True):
+        known = np.isfinite(sample.target.values)
+        off = (one.values - sample.target.values) / sample.inputs.record.scale[1]
+        assert np.allclose(off[known], 2, atol=1e-4)
+        assert np.allclose(one.times, sample.target.times, atol=1e-5)
+        assert task.score(sample, one)["mse"] == pytest.approx(4, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["time_attention", "patchtst", "dlinear"])
+@torch.no_grad()
+def test_what_fills_up_a_batch_changes_no_forecast(stations, kind):
+    task = task_of(stations, dropout=0.0)
+    torch.manual_seed(0)
+    model, judged = task.reference(32, kind).eval(), task.judged("test")[:3]
+    sizes = {len(sample.inputs.record.times) for sample in judged}
+    together = task.predict(model, task.collate(judged))
+    assert len(sizes) > 1
+    for sample, one in zip(judged, together, strict=True):
+        (alone,) = task.predict(model, task.collate([sample]))
+        assert error(one.values, alone.values) < SAME
+
+
+def test_a_season_before_is_what_was_nearest_a_horizon_before(stations):
+    task = task_of(stations)
+    for sample in task.judged("test")[:4]:
+        table, record, row = task.table(sample), sample.inputs.record, 0
+        for c, values in enumerate(record.values.T):
+            seen = np.isfinite(values)
+            for time in sample.target.times[np.isfinite(sample.target.values[:, c])]:
+                nearest = np.abs(record.times[seen] - (time - 4)).argmin()
+                want = (values[seen][nearest] - record.scale[0, c]) / record.scale[1, c]
+                assert table.column("season")[row] == pytest.approx(want, rel=1e-5, abs=1e-5)
+                row += 1
+        assert row == len(table.targets)
+
+
+def test_intervals_are_over_entities_where_there_are_many(stations):
+    for task, many in ((IrregularForecast(**TINY, dataset="announced"), True), (task_of(stations), False)):
+        judged = task.judged("test")
+        assert {task.context(one) for one in judged} == {one.inputs.record.name if many else one.name for one in judged}
 
 
 def test_scores_are_those_by_hand(stations):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+from manyheads.attention.positions import sinusoids
 from manyheads.data.sensors import _binned, read_csv
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
-from manyheads.tasks.series._window_classes import Judged
-from manyheads.tasks.series.sensor_windows import SensorWindows
+from manyheads.tasks.series._window_classes import Judged, TemporalCNN, TemporalLSTM, WindowModel
+from manyheads.tasks.series.sensor_windows import SensorWindows, _part
+from tolerance import DEEP, is_close
 
-TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 12, "frames": 10, "hop": 5}
+TINY = {"dim": 8, "layers": 1, "heads": 2, "batch": 12, "frames": 10, "every": 5}
 
 
 def write(path, labels, columns=3, pitch=0.1, head="label"):
@@ -47,6 +49,8 @@ def test_a_folder_of_ones_own(folder):
     assert all(s.inputs.shape == (10, 3) for s in task.samples("train")) and task.context(task.samples("test")[0]) == ""
     drawn = task.draw(np.random.default_rng(0), task.samples("train"))
     many = [s.target for seed in range(40) for s in task.draw(np.random.default_rng(seed), task.samples("train"))]
+    names = {s.name for seed in range(40) for s in task.draw(np.random.default_rng(seed), task.samples("train"))}
+    assert names == {s.name for s in task.samples("train")}
     assert len(drawn) == 12 and abs(np.mean([t == "rest" for t in many]) - 0.5) < 2 * 0.5 / len(many) ** 0.5
     assert abs(np.mean([s.target == "rest" for s in task.samples("train")]) - 0.4) < 1e-9  # control: as they come
 
@@ -131,6 +135,40 @@ def test_scores_have_the_means_of_scikit_learn(folder):
         assert found[name].std() / 200**0.5 == pytest.approx(spread, rel=0.15)
 
 
+def test_a_windows_value_is_the_mean_and_what_it_adds_to_its_deviation():
+    """The derivative of the score by how much the window counts, by differences."""
+    task, rng, n, step = SensorWindows(**TINY), np.random.default_rng(4), 30, 1e-6
+    true, told = rng.integers(0, 3, n), rng.integers(0, 3, n)
+    samples = [Sample(str(i), "g", "test", None, task.classes[k]) for i, k in enumerate(true)]
+    rows = task.scores(samples, [Judged(torch.eye(5)[k : k + 1], task.classes) for k in told])
+    for name, score in (
+        ("macro_f1", partial(f1_score, average="macro")),
+        ("balanced_accuracy", balanced_accuracy_score),
+    ):
+        for i in range(n):
+            more, less = (score(true, told, sample_weight=1 + d * np.eye(n)[i]) for d in (step, -step))
+            slope = n * (more - less) / (2 * step)
+            assert rows[i][name] - score(true, told) == pytest.approx(slope, abs=1e-6)
+
+
+def test_the_reference_models_are_their_formulas():
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 6, 4, dtype=torch.float64), torch.ones(2, 6, dtype=torch.bool)
+    lstm, cnn = TemporalLSTM(4, 5, 0.0).double().eval(), TemporalCNN(4, 5, 0.0).double().eval()
+    h = x + lstm.lstm(lstm.norm(x))[0]
+    assert is_close(lstm(x, mask), h + lstm.mlp(h), DEEP)
+    want = torch.zeros_like(x)
+    for t in range(6):
+        for s in range(max(0, t - 3), min(6, t + 4)):
+            want[:, t] += cnn.conv.weight[:, 0, s - t + 3] * x[:, s]
+    assert is_close(cnn(x, mask), x + cnn.mlp(want + cnn.conv.bias), DEEP)
+    for positions in (True, False):
+        model = WindowModel([lstm], 3, 4, 5, 0.0, positions).double().eval()
+        frames = torch.randn(2, 6, 3, dtype=torch.float64)
+        read = model.project(frames / (1 + model.scale.eps) ** 0.5) + positions * sinusoids(torch.arange(6), 4).double()
+        assert is_close(model(frames), model.head(model.norm(lstm(read, mask)).mean(1)), DEEP)
+
+
 def test_a_model_that_never_says_a_class_has_no_f1_of_it():
     task = SensorWindows(**TINY)
     samples = [Sample(str(i), "g", "test", None, task.classes[i % 2]) for i in range(6)]
@@ -153,6 +191,11 @@ def test_frames_are_means_of_what_was_measured():
     times, values = np.array([0.0, 10, 19, 21, 70]), np.array([[1.0], [2], [3], [10], [5]])
     edges = np.array([0.0, 20, 40, 60, 80])
     assert _binned(times, values, edges)[:, 0].tolist() == [2, 10, 7.5, 5]
+
+
+def test_people_of_the_public_set_are_parted_by_number():
+    found = [_part(f"s{number:02}") for number in range(1, 24)]
+    assert found == ["train"] * 11 + ["validation"] * 4 + ["test"] * 8
 
 
 def test_a_recording_of_ones_own_is_read():

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from manyheads.data.stocks import Prices
+from manyheads.data.stocks import Prices, echoes
 from manyheads.errors import UserError
-from manyheads.tasks.series._returns import ReturnForecast, echoes, features, wealth
+from manyheads.tasks.series._portfolio import wealth
+from manyheads.tasks.series._returns import LastToken, Recurrent, ReturnForecast, features
 from manyheads.tasks.series.stock_forecast import StockForecast
-from tolerance import DEEP, FORMULA, is_close
+from tolerance import DEEP, FORMULA, is_close, is_far
 
 TINY = {"dim": 16, "layers": 1, "heads": 2, "batch": 4, "source_of": "echo", "history": 20}
 
@@ -46,6 +47,20 @@ def test_nothing_later_changes_what_is_read():
         assert np.datetime64(sample.inputs.date) < np.datetime64(sample.name.rpartition(" ")[2])
 
 
+def test_features_are_those_by_hand():
+    share = echoes()[2]
+    volume = share.column("volume") * np.exp(np.random.default_rng(0).uniform(-3, 3, len(share.dates)))
+    values = np.concatenate((share.values[:, :5], volume[:, None]), 1)
+    values[:, 3] = values[:, 2] + 0.25 * (values[:, 1] - values[:, 2])  # closes a quarter up from the low
+    rows, deviation = features(Prices("x", share.dates, values), 60, 100)
+    returns = 100 * np.diff(np.log(values[60:101, 4]))
+    ranges = 100 * np.log(values[61:101, 1] / values[61:101, 2])
+    assert rows.shape == (40, 4) and deviation == pytest.approx(np.std(returns))
+    assert is_close(rows[:, 0], returns / deviation, DEEP) and is_close(rows[:, 1], ranges / deviation, DEEP)
+    assert is_close(rows[:, 2], -0.25, DEEP, unit=250.0)  # a range is 0.4 % of the prices that it is the difference of
+    assert is_close(rows[:, 3], np.diff(np.log(volume[60:101] + 1)).clip(-3, 3), DEEP)
+
+
 def test_a_target_is_the_next_days_return():
     share = echoes()[3]
     sample = next(s for s in StockForecast(**TINY).samples("train") if s.name == f"echo 03 {share.dates[200]}")
@@ -69,6 +84,45 @@ def test_scores_are_those_by_hand():
     assert table.column("last")[0] == 0 and table.column("season")[0] == pytest.approx(
         sample.inputs.rows[-5, 0] * sample.inputs.deviation
     )
+
+
+def test_a_model_reads_the_last_days_and_forecasts_in_per_cent():
+    task = StockForecast(**{**TINY, "history": 12})
+    judged = task.judged("test")[:5]
+    batch = task.collate(judged)
+    for b, one in enumerate(judged):
+        assert is_close(batch["inputs"][b], torch.from_numpy(one.inputs.rows[-12:]).float())
+        assert float(batch["targets"][b]) == pytest.approx(one.target[0] / one.inputs.deviation, rel=1e-6)
+    said = task.predict(lambda inputs: batch["targets"], batch)
+    assert [one.percent for one in said] == pytest.approx([one.target[0] for one in judged], rel=1e-5)
+    returns = judged[0].inputs.rows[:, 0] * judged[0].inputs.deviation
+    assert task.table(judged[0]).column("25 days ago")[0] == pytest.approx(returns[-25])
+    weeks = [task.context(one) for one in judged]
+    assert weeks == [str(np.datetime64(one.inputs.date, "W")) for one in judged]
+
+
+@pytest.mark.parametrize("kind", ["lstm", "last token"])
+def test_the_last_day_is_read_and_earlier_ones_by_it(kind):
+    torch.manual_seed(0)
+    model = (Recurrent("lstm", 8, 6, 1, 0.0) if kind == "lstm" else LastToken([Still()], 8, 5)).double().eval()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    before = model(x)
+    last, first = x.clone(), x.clone()
+    last[:, -1] += 1
+    first[:, 0] += 1
+    assert before.shape == (2,) and is_far(model(last), before, DEEP)
+    assert is_far(model(first), before, DEEP) is (kind == "lstm")  # tokens that blocks leave alone know no other day
+    if kind == "lstm":  # one day after the other
+        state = model.network(model.embed(x))[1][0][-1]
+        assert is_close(before, model.head(state)[:, 0], DEEP)
+    else:
+        own = model.embed(x[:, -1]) + model.positions[-1]
+        assert is_close(before, model.head(model.norm(own))[:, 0], DEEP)
+
+
+class Still(torch.nn.Module):
+    def forward(self, x, mask):
+        return x
 
 
 def test_accounts():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from manyheads.data.stocks import Prices
+from manyheads.data.stocks import Prices, peaks
 from manyheads.domains.series.naive_forecast import NaiveForecast
 from manyheads.errors import UserError
 from manyheads.tasks._statistics import rank_correlation
-from manyheads.tasks.series._panels import HISTORY, cross_sections, peaks, quantile_classes
+from manyheads.tasks.series._panels import HISTORY, cross_sections, quantile_classes
 from manyheads.tasks.series._portfolio import figures, held, portfolio
 from manyheads.tasks.series._rankings import Ranking
 from manyheads.tasks.series.stock_ranking import StockRanking
@@ -107,6 +107,7 @@ def test_equal_returns_share_a_place_and_what_is_equal_is_0():
 def test_the_best_are_held():
     scores = np.array([0.1, np.nan, 0.9, 0.5, 0.9, 0.2])
     assert held(scores, 0.4).tolist() == [0, 0, 0.5, 0, 0.5, 0] and held(scores, 0.01).tolist() == [0, 0, 1, 0, 0, 0]
+    assert (held(scores, 0.6) > 0).sum() == 3  # of five that can be bought
     assert held(scores, 1.0).tolist() == [0.2, 0, 0.2, 0.2, 0.2, 0.2]
 
 
@@ -243,6 +244,25 @@ def test_some_shares_are_drawn_with_the_labels_of_all():
         assert torch.equal(batch["inputs"][b], every["inputs"][0, at])
     counts = [int((task.collate([sample])["labels"] == k).sum()) for sample in samples[:5] for k in range(5)]
     assert set(counts) == {12}
+
+
+def test_the_last_periods_are_read_and_tables_have_gains_over_the_mean():
+    task = StockRanking(**TINY, history=13)
+    one = task.judged("test")[0]
+    batch, table = task.collate([one]), task.table(one)
+    assert is_close(batch["inputs"][0], torch.from_numpy(one.inputs.rows[:, -13:]).float())
+    assert table.features.shape == (60, 26) and np.array_equal(table.column("season"), one.inputs.rows[:, -13, 0])
+    assert is_close(table.targets, one.target.returns - one.target.returns.mean(), DEEP, unit=100.0)
+    assert np.array_equal(table.column("turnover 2"), one.inputs.rows[:, -3, 1])
+
+
+def test_the_loss_of_the_reference_is_of_shares_in_a_class():
+    task = StockRanking(**TINY, classes=3)
+    batch = task.collate(task.judged("test")[:2])
+    logits = torch.randn(*batch["labels"].shape, 3, generator=torch.Generator().manual_seed(0))
+    at = batch["labels"] >= 0
+    want = -logits.log_softmax(-1)[at].gather(1, batch["labels"][at][:, None]).mean()
+    assert not at.all() and is_close(task.loss(lambda inputs, mask: logits, batch), want)
 
 
 def test_the_week_of_most_volume_tells_the_next_return():

@@ -17,8 +17,8 @@ Where paper and released code differ this follows the paper: there the attention
 that the texts say the same of the whole horizon (``query=constant`` here), forecasts without a text are shrunk by
 1 / (1 + kappa), texts and series have clocks of different origins, and series are scaled by what the test part holds.
 With one variable the LayerNorm of D would leave nothing of it and is left out. Choices of ours: texts are brought to
-the forecaster's own number of features, not 768, and times are in horizons. ``notes=shuffled`` is the placebo: every
-text is one of another time of that entity and part.
+the forecaster's own number of features, not 768, and times are in horizons. ``notes=shuffled`` is the placebo: the
+texts of that entity and part in a random order, at the times of its own.
 
 Shapes: ``Y [B, Q, C]``, ``E [B, Q, D]``, texts ``[B, N, D]``, their times ``[B, N]``, masks True where something is.
 """
@@ -73,7 +73,7 @@ class RecencyPool(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Times that are asked for attend to texts and when they were written; attribute as :class:`RecencyPool` has."""
+    """Times that are asked for attend to texts and when they were written; ``shown`` as :class:`RecencyPool` has."""
 
     def __init__(self, dim: int, dropout: float, by_time: bool = True) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class ImmTsf(Recipe):
         ttf: how texts are brought to the times that are asked for.
         mmf: how they change the forecast.
         backbone: the forecaster, a reference model of the task.
-        notes: an entity's own texts, or those of other times, the placebo.
+        notes: an entity's own texts, or the same in a random order, the placebo.
         query: of the attention to texts: the times that are asked for, or a constant, as released.
         kappa: weight of the residual where ``mmf=cross``.
     """
@@ -189,12 +189,12 @@ class ImmTsf(Recipe):
 
     def pictures(self, model: Any, batch: Batch) -> Sequence[Picture]:
         """Weights of the texts of a test window by the times that are asked for."""
-        model(batch)
-        if (shown := model.timed.shown) is None:
+        if not batch["note_mask"].any():
             return ()
+        model(batch)
         seen = int(batch["note_mask"].sum(1).argmax())
         asked, noted, days = batch["asked"][seen], batch["note_mask"][seen], batch["windows"][seen].days
         times = batch["queries"][seen][asked], batch["note_times"][seen][noted]
         rows, columns = ([f"{days * float(t):.1f}" for t in some] for some in times)
-        weights = shown[seen][asked][:, noted].float().tolist()
+        weights = model.timed.shown[seen][asked][:, noted].float().tolist()
         return (Picture("weights of texts", rows, columns, weights, ("days ahead", "written, in days")),)

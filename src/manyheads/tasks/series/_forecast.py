@@ -6,11 +6,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...data.stocks import Prices, stock_folder, stocks
 from ...errors import UserError
 from ...recipe import Part, Sample
 from .._field import FieldTask
@@ -80,23 +82,41 @@ class ForecastTask(FieldTask):
 
 @dataclass(frozen=True, kw_only=True)
 class WalkForward(ForecastTask):
-    """Base of forecasts in walk-forward folds: samples lie in blocks of time, each of which is a group, ``block k``.
+    """Base of forecasts of shares in walk-forward folds: blocks of time, each of which is a group, ``block k``.
 
     Fold 0 tests on the last block, fold 1 on the one before; the block before the test validates, earlier ones are
     trained on, later ones are left out.
 
     Attributes:
+        source_of: one of :attr:`sets`.
         fold: how many blocks before the last one is tested on.
     """
 
     blocks: ClassVar[int] = 10
+    sets: ClassVar[tuple[str, ...]]  # those of :mod:`manyheads.data.stocks` that will do
 
+    source_of: str = ""
     fold: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.source_of not in self.sets:
+            raise UserError(f"there are no shares {self.source_of!r}; there are {', '.join(self.sets)}")
         if not 0 <= self.fold <= self.blocks - 3:
             raise UserError(f"fold is 0 to {self.blocks - 3}")
+
+    @property
+    def label(self) -> str:
+        return f"{Path(self.folder).name if self.folder else self.source_of}, fold {self.fold}"
+
+    @property
+    def source(self) -> str:
+        return self.folder or self.source_of
+
+    @classmethod
+    def shares(cls, source: str) -> Sequence[Prices]:
+        """Those of a set, or of a folder of the user's."""
+        return stocks(source) if source in cls.sets else stock_folder(Path(source))
 
     @classmethod
     def part_of(cls, block: int, fold: int = 0) -> Part | None:

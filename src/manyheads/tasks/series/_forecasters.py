@@ -42,13 +42,13 @@ class Forecaster(nn.Module):
 
 
 class TimeCode(nn.Module):
-    """Features of times, ``[B, T] -> [B, T, dim]``: sines of learned rates, of which the slowest begins at once a
-    history, the fastest at as many times as there are steps, and the time itself; then a layer.
+    """Features of times, ``[B, T] -> [B, T, dim]``: sines of learned rates, of which the slowest begins at half a wave
+    a history, the fastest at half a wave a step, and the time itself; then a layer.
     """
 
     def __init__(self, dim: int, steps: int) -> None:
         super().__init__()
-        rates = torch.logspace(0, math.log10(max(2, steps)), dim - 1) * 2 * math.pi / 2
+        rates = torch.logspace(0, math.log10(max(2, steps)), dim - 1) * math.pi
         self.rates, self.phases = nn.Parameter(rates), nn.Parameter(torch.arange(dim - 1) % 2 * (math.pi / 2))
         self.layer = nn.Linear(dim, dim)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...data.stocks import Prices
 from ...errors import UserError
 
-__all__ = ["HISTORY", "PERIODS", "CrossSection", "Outcome", "cross_sections", "peaks", "quantile_classes"]
+__all__ = ["HISTORY", "PERIODS", "CrossSection", "Outcome", "cross_sections", "quantile_classes"]
 
 Array = NDArray[np.float64]
 HISTORY = 20  # periods that are kept of each share
@@ -137,23 +137,3 @@ def _outcome(returns: Array) -> Outcome:
         through = np.searchsorted(np.sort(returns[known]), returns[known], "right") - 1
         places[known] = (below + through) / (2 * (len(known) - 1))
     return Outcome(returns, places)
-
-
-def peaks(shares: int = 60, weeks: int = 300) -> tuple[Prices, ...]:
-    """Made shares, a day a week, whose return is 0.5 or -0.5 times that of the week of most volume among the last 20.
-
-    It has the same sign after a week of less than the usual volume, the other sign after one of more, so that returns
-    alone say nothing of the next one. Volumes tell which week it is; the order of weeks says nothing, which suits a
-    model without positions. The rest is chance, and a move that all shares have in common.
-    """
-    rng = np.random.default_rng([60, 2404])
-    volume, own = np.exp(0.6 * rng.standard_normal((weeks, shares))), rng.standard_normal((weeks, shares))
-    for t in range(HISTORY, weeks):
-        most = volume[t - HISTORY : t].argmax(0) + t - HISTORY
-        sign = np.where(volume[t - 1] < 1, 0.5, -0.5)
-        own[t] = sign * own[most, np.arange(shares)] + 0.75**0.5 * own[t]
-    close = 100 * np.exp(np.cumsum(0.03 * own + 0.02 * rng.standard_normal((weeks, 1)), 0))
-    dates = np.datetime64("2018-01-05") + 7 * np.arange(weeks)
-    return tuple(
-        Prices(f"peak {s:02}", dates, np.stack((*[close[:, s]] * 5, 1e6 * volume[:, s]), 1)) for s in range(shares)
-    )

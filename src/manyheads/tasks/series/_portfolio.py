@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["figures", "held", "portfolio"]
+from ...recipe import Picture
+
+__all__ = ["figures", "held", "portfolio", "wealth", "worth_picture"]
 
 Array = NDArray[np.float64]
 
@@ -48,6 +50,25 @@ def portfolio(weights: Sequence[Array], returns: Sequence[Array], cost: float) -
         net[t] = (1 - cost * np.abs(change).sum()) * worth.sum() - 1
         before = worth / worth.sum()
     return net, bought
+
+
+def wealth(closes: Array, holds: Array, cost: float) -> Array:
+    """Worth of 1 after each close ``[T]``, all of it in one share where ``holds [T]`` is 1, in cash where it is 0.
+
+    At each close it is bought or sold at ``closes [T]`` for a ``cost``, a share of the worth.
+    """
+    grown = 1 + holds[:-1] * (closes[1:] / closes[:-1] - 1)
+    kept = 1 - cost * np.abs(np.diff(holds, prepend=0.0))
+    return np.asarray(np.cumprod(np.append(1.0, grown) * kept), np.float64)
+
+
+def worth_picture(courses: Mapping[str, Array], cost: float, times: str, of: str = "") -> Picture:
+    """Lines of what 1 became, ``[T]`` by name, at numbered times."""
+    columns = [str(k) for k in range(len(next(iter(courses.values()))))]
+    return Picture(
+        f"{of}worth of 1, {100 * cost:g} % for each purchase and sale", list(courses), columns,
+        [values.tolist() for values in courses.values()], ("worth", times), kind="lines",
+    )  # fmt: skip
 
 
 def figures(net: Array, per_year: int) -> Mapping[str, Array]:

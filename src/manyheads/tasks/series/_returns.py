@@ -15,11 +15,9 @@ from torch.nn.functional import huber_loss
 from ...data.stocks import Prices
 from ...errors import UserError
 from ...recipe import Batch, Sample
-from ._forecast import Array, ForecastTask, Table
+from ._forecast import Array, Table, WalkForward
 
-__all__ = [
-    "FEATURES", "LastToken", "Recurrent", "ReturnForecast", "ReturnTask", "Window", "echoes", "features", "wealth",
-]  # fmt: skip
+__all__ = ["FEATURES", "LastToken", "Recurrent", "ReturnForecast", "ReturnTask", "Window", "features"]
 
 FEATURES = 4  # of a day: return, range, close in its range, change of volume
 
@@ -30,7 +28,7 @@ class Window:
 
     Attributes:
         rows: days by features, the last day last ``[L, 4]``; returns and ranges in deviations.
-        deviation: of the returns that are read, in per cent.
+        deviation: of the returns of all days that are kept, in per cent.
         close: the price.
         date: of the close.
     """
@@ -78,40 +76,6 @@ def features(share: Prices, first: int, day: int) -> tuple[Array, float]:
     place = ((close - low) / np.maximum(high - low, 1e-9))[1:] - 0.5
     traded = np.diff(np.log(volume + 1)).clip(-3, 3)
     return np.stack((returns / deviation, spread / deviation, place, traded), 1), deviation
-
-
-def wealth(closes: Array, holds: Array, cost: float) -> Array:
-    """Worth of 1 after each day, in shares where ``holds`` is 1 and in cash where it is 0.
-
-    Args:
-        closes: prices ``[T]`` at which is bought and sold.
-        holds: share of the worth that is held from each close to the next ``[T]``; the last is sold nothing of.
-        cost: of what is bought or sold, as a share.
-    """
-    found, held = np.ones(len(closes)), 0.0
-    for t in range(len(closes)):
-        grown = (1 - held) + held * (closes[t] / closes[t - 1]) if t else 1.0
-        before = found[t - 1] * grown if t else 1.0
-        share = held * (closes[t] / closes[t - 1]) / grown if t else 0.0
-        found[t] = before * (1 - cost * abs(holds[t] - share))
-        held = holds[t]
-    return found
-
-
-def echoes(lag: int = 25, days: int = 420) -> tuple[Prices, ...]:
-    """Twelve made shares whose returns are 0.8 times those of 25 days before, and chance."""
-    found = []
-    for number in range(12):
-        rng = np.random.default_rng([number, 41])
-        returns = rng.standard_normal(days)
-        for t in range(lag, days):
-            returns[t] = 0.8 * returns[t - lag] + 0.6 * returns[t]
-        close = 100 * np.exp(np.cumsum(returns) / 100)
-        spread = np.exp(rng.uniform(0.002, 0.02, days))
-        values = np.stack((close, close * spread, close / spread, close, close, rng.uniform(1e5, 2e5, days)), 1)
-        dates = np.arange(np.datetime64("2024-01-01"), np.datetime64("2024-01-01") + days)
-        found.append(Prices(f"echo {number:02}", dates, values))
-    return tuple(found)
 
 
 class Recurrent(nn.Module):
@@ -167,7 +131,7 @@ def _one(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReturnTask(ForecastTask):
+class ReturnTask(WalkForward):
     """Base of tasks that forecast returns: models, their loss, what they say, rows of tables.
 
     Attributes:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import ClassVar
 
@@ -17,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from ...attention.positions import sinusoids
 from ...errors import UserError
 from ...experiment import Metric
-from ...recipe import Batch, Picture, Sample
+from ...recipe import Batch, Part, Picture, Sample
 from .._field import FieldTask
 
 __all__ = ["METRICS", "Judged", "WindowModel", "WindowTask", "TemporalCNN", "TemporalLSTM"]
@@ -124,16 +126,23 @@ def _mlp(dim: int, width: int, dropout: float) -> nn.Sequential:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowTask(FieldTask):
-    """Windows are ``inputs [frames, channels]`` float32, their ``target`` is the name of a class.
+class Windows(FieldTask):
+    """Recordings are cut into windows: ``inputs [frames, channels]`` float32, ``target`` the name of a class.
+
+    Intervals are over groups of recordings, where several are tested.
 
     Attributes:
         frames: of a window.
+        every: frames between two windows of a recording.
     """
 
-    metrics: ClassVar[tuple[Metric, ...]] = METRICS
-
     frames: int = 30
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.frames, self.every) < 1:
+            raise UserError("frames and every count frames, 1 or more")
 
     @property
     @abstractmethod
@@ -145,29 +154,58 @@ class WindowTask(FieldTask):
     def channels(self) -> tuple[str, ...]:
         """Names of the columns of a window."""
 
-    def around(self, blocks: Sequence[nn.Module], positions: bool = False) -> nn.Module:
-        return WindowModel(blocks, len(self.channels), self.dim, len(self.classes), self.dropout, positions)
+    @abstractmethod
+    def cut(self, recording: Sample) -> Sequence[Sample]:
+        """The windows of a recording, each with its class."""
+
+    def recordings(self, part: Part) -> tuple[Sample, ...]:
+        """What windows of a part are cut from."""
+        return tuple(super().samples(part))
+
+    def samples(self, part: Part) -> Sequence[Sample]:
+        """Windows of the recordings of a part, in an order that says nothing."""
+        if found := _windows(self, self.recordings(part)):
+            return found
+        raise UserError(
+            f"no recording of the {part} part has {self.frames} frames and a class; give longer ones, or fewer frames"
+        )
+
+    def context(self, sample: Sample) -> str:
+        return sample.group if len({one.group for one in self.recordings("test")}) > 1 else ""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         if short := [sample.name for sample in samples if len(sample.inputs) < self.frames]:
             raise UserError(f"{short[0]} has fewer than the {self.frames} frames of a window")
         if wrong := [sample.name for sample in samples if sample.inputs.shape[1] != len(self.channels)]:
             raise UserError(f"{wrong[0]} has other columns than {', '.join(self.channels[:6])}, ...")
-        starts = [self.starts(sample) for sample in samples]
-        inputs = [self.window(sample, start) for sample, at in zip(samples, starts, strict=True) for start in at]
-        batch = {"inputs": torch.stack(inputs), "starts": starts}
-        if any(sample.target is None for sample in samples):
-            return batch
-        return {**batch, "targets": torch.tensor([self.classes.index(sample.target) for sample in samples])}
+        if any(sample.target is None for sample in samples):  # recordings of the user's
+            starts = [self.starts(sample) for sample in samples]
+            inputs = [self.window(sample, start) for sample, at in zip(samples, starts, strict=True) for start in at]
+            return {"inputs": torch.stack(inputs), "starts": starts}
+        targets = torch.tensor([self.classes.index(sample.target) for sample in samples])
+        return {
+            "inputs": torch.stack([sample.inputs for sample in samples]), "starts": [(0,)] * len(samples),
+            "targets": targets,
+        }  # fmt: skip
 
     def starts(self, sample: Sample) -> tuple[int, ...]:
-        """First frames of what is judged of a sample: of a recording of the user's every window."""
-        return (0,)
+        """First frames of the windows of a recording."""
+        return tuple(range(0, len(sample.inputs) - self.frames + 1, self.every))
 
     def window(self, sample: Sample, start: int) -> Tensor:
-        """``[frames, channels]`` as models read them."""
+        """``[frames, channels]`` of a recording as models read them."""
         inputs: Tensor = sample.inputs[start : start + self.frames]
         return inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowTask(Windows):
+    """Base of tasks that give windows their classes: the model around blocks, loss and scores."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = METRICS
+
+    def around(self, blocks: Sequence[nn.Module], positions: bool = False) -> nn.Module:
+        return WindowModel(blocks, len(self.channels), self.dim, len(self.classes), self.dropout, positions)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model(batch["inputs"]).float(), batch["targets"])
@@ -221,3 +259,10 @@ class WindowTask(FieldTask):
                 "scores of classes", self.classes, ("precision", "recall", "F1"), scores.tolist(), ("classes", "scores")
             ),
         )
+
+
+@lru_cache(maxsize=6)
+def _windows(task: Windows, recordings: tuple[Sample, ...]) -> Sequence[Sample]:
+    """Windows of recordings; one that has a class as a whole is a window already."""
+    found = [window for one in recordings for window in ([one] if isinstance(one.target, str) else task.cut(one))]
+    return sorted(found, key=lambda window: hashlib.sha256(window.name.encode()).digest())

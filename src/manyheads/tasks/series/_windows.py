@@ -34,7 +34,7 @@ class Window:
         origin: days since 1970; the history ends there, and the forecast begins.
         days: of the history and of the horizon.
         queries: times that are asked for ``[Q]``, days since 1970, later than ``origin``.
-        placebo: texts of other times, as many as the record has.
+        placebo: as many texts as the record has, of all of that entity and part in a random order; by chance its own.
     """
 
     record: Record
@@ -146,12 +146,9 @@ class WindowTask(ForecastTask):
         parts = cut_times([record.times for record in records])
         found = []
         for record in records:
-            trained = record.between(*parts["train"]).values
-            with np.errstate(all="ignore"):
-                scale = np.stack((_mean(trained), np.sqrt(_mean((trained - _mean(trained)) ** 2))))
-            scale[1] = np.where(scale[1] > 1e-9, scale[1], 1.0)
+            scaled = _scaled(record, record.between(*parts["train"]).values)
             for part, (first, last) in parts.items():
-                cut = record.between(first, last).with_scale(scale)
+                cut = scaled.between(first, last)
                 if len(cut.times) > 1:
                     name = f"{record.name} {part}"
                     found.append(Sample(name, name, part, cut))
@@ -160,9 +157,7 @@ class WindowTask(ForecastTask):
     @classmethod
     def open(cls, path: Path) -> Sample:
         record = read_record(path)
-        scale = np.stack((_mean(record.values), np.sqrt(_mean((record.values - _mean(record.values)) ** 2))))
-        scale[1] = np.where(scale[1] > 1e-9, scale[1], 1.0)
-        return Sample(path.name, "", "test", record.with_scale(scale))
+        return Sample(path.name, "", "test", _scaled(record, record.values))
 
     def context(self, sample: Sample) -> str:
         names = {one.inputs.name for one in self.samples("test")}
@@ -208,9 +203,7 @@ class WindowTask(ForecastTask):
         placebo = tuple(whole.notes[others[first + i]] for i in range(len(history.notes)))
         queries = future.times[asked]
         target = Forecast(whole.variables, queries, future.values[asked], origin)
-        return replace(
-            sample, name=name, inputs=Window(history, origin, days, queries, placebo), target=target
-        )  # fmt: skip
+        return replace(sample, name=name, inputs=Window(history, origin, days, queries, placebo), target=target)
 
     def _asked(self, sample: Sample) -> Sample:
         """A whole record, as :meth:`open` gives it, as the window that begins at its end."""
@@ -254,11 +247,13 @@ class WindowTask(ForecastTask):
         return batch
 
 
-def _mean(values: Array) -> Array:
-    """Means of what is observed ``[C]``, 0 where nothing is."""
+def _scaled(record: Record, values: Array) -> Record:
+    """The record with the means and deviations of ``values [L, C]``; 0 and 1 where nothing is observed or varies."""
     known = np.isfinite(values)
-    found: Array = np.where(known, values, 0.0).sum(0) / known.sum(0).clip(min=1)
-    return found
+    seen, counts = np.where(known, values, 0.0), known.sum(0).clip(min=1)
+    mean = seen.sum(0) / counts
+    deviation = np.sqrt(((seen - mean) ** 2 * known).sum(0) / counts)
+    return replace(record, scale=np.stack((mean, np.where(deviation > 1e-9, deviation, 1.0))))
 
 
 def standard(record: Record, values: Array) -> Tensor:

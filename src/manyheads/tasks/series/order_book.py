@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -24,8 +23,6 @@ __all__ = ["DeepLOB", "OrderBook", "trend"]
 
 _DAYS: tuple[tuple[Part, range], ...] = (("train", range(32)), ("validation", range(32, 36)), ("test", range(36, 44)))
 _SNAPSHOTS = 800  # of a simulated day
-_KEPT = 6  # parts whose windows are kept
-_CUT: dict[tuple[OrderBook, Part], tuple[Sequence[Sample], Sequence[Sample]]] = {}  # days and their windows
 _FIRST = 0.8  # of FI-2010's training file that is trained on; the rest validates
 
 
@@ -58,7 +55,6 @@ class OrderBook(WindowTask):
         smooth: snapshots of the means that are compared.
         threshold: ``balanced``, half the mean size of a trend; or ``spread``, the mean spread by the mean price, below
             which a trend does not pay for the two sides of a trade.
-        every: snapshots between two windows.
     """
 
     files: ClassVar[tuple[str, ...]] = ()
@@ -81,8 +77,8 @@ class OrderBook(WindowTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.frames, self.horizon, self.smooth, self.every) < 1:
-            raise UserError("frames, horizon, smooth and every count snapshots, 1 or more")
+        if min(self.horizon, self.smooth) < 1:
+            raise UserError("horizon and smooth count snapshots, 1 or more")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -104,35 +100,21 @@ class OrderBook(WindowTask):
     def open(cls, path: Path) -> Sample:
         return Sample(path.name, "", "test", torch.from_numpy(read_book(path)[-1].values))
 
-    def samples(self, part: Part) -> Sequence[Sample]:
-        """Windows of the days of a part that have a label, in an order that says nothing; cut once."""
-        days, kept = super().samples(part), _CUT.get((self, part))
-        if kept is None or kept[0] is not days:
-            if len(_CUT) >= _KEPT:
-                _CUT.clear()
-            kept = _CUT[self, part] = days, self._cut(days, part)
-        return kept[1]
-
-    def _cut(self, days: Sequence[Sample], part: Part) -> Sequence[Sample]:
-        found, bound = [], None
-        for day in days:
-            if day.target is not None:
-                found.append(day)
-                continue
-            bound = self.bound() if bound is None else bound
-            values = trend(_mid(day), self.horizon, self.smooth)
-            for t in range(self.frames - 1, len(values), self.every):
-                if np.isfinite(values[t]):
-                    inputs = _seen(day.inputs[t - self.frames + 1 : t + 1])
-                    label = self.classes[1 + int(values[t] < -bound) - int(values[t] > bound)]
-                    found.append(replace(day, name=f"{day.name} {t}", inputs=inputs, target=label))
-        if not found:
-            raise UserError(f"no day of the {part} part has {self.frames + self.horizon} snapshots; give longer ones")
-        return sorted(found, key=lambda window: hashlib.sha256(window.name.encode()).digest())
+    def cut(self, recording: Sample) -> Sequence[Sample]:
+        """Windows of a day that have a trend."""
+        values = trend(_mid(recording), self.horizon, self.smooth)
+        bound, found = self.bound(), []
+        for start in self.starts(recording):
+            t = start + self.frames - 1
+            if np.isfinite(values[t]):
+                label = self.classes[1 + int(values[t] < -bound) - int(values[t] > bound)]
+                window = self.window(recording, start)
+                found.append(replace(recording, name=f"{recording.name} {t}", inputs=window, target=label))
+        return found
 
     def bound(self) -> float:
         """The threshold of trends, of the training part."""
-        days = [day for day in super().samples("train") if day.target is None]
+        days = self.recordings("train")
         if self.threshold == "spread":
             spreads = np.concatenate([(day.inputs[:, 0] - day.inputs[:, 2]).numpy() for day in days])
             return float(spreads.mean() / np.concatenate([_mid(day) for day in days]).mean())
@@ -141,16 +123,8 @@ class OrderBook(WindowTask):
             raise UserError(f"no day to train on has {self.horizon + self.smooth} snapshots; give longer ones")
         return float(np.nanmean(np.abs(trends)) / 2)
 
-    def starts(self, sample: Sample) -> tuple[int, ...]:
-        return tuple(range(0, len(sample.inputs) - self.frames + 1, self.every)) if sample.target is None else (0,)
-
     def window(self, sample: Sample, start: int) -> Tensor:
-        found = super().window(sample, start)
-        return _seen(found) if sample.target is None else found
-
-    def context(self, sample: Sample) -> str:
-        """The day, where several are tested."""
-        return sample.group if _tested(self.folder) > 1 else ""
+        return _seen(super().window(sample, start))
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         return DeepLOB(self.dim, width, len(self.classes), self.dropout)
@@ -208,10 +182,21 @@ def _seen(window: Tensor) -> Tensor:
 
 
 def _own(days: Sequence[BookDay]) -> list[tuple[Part, BookDay]]:
-    """Parts of the user's days: FI-2010's as its files say, others by day."""
-    if not any(day.day.startswith("Train_") for day in days):
+    """Parts of the user's days: FI-2010's as its files say, others by day.
+
+    Raises:
+        UserError: of FI-2010 a day would be in two parts: ``Train_..._CF_7`` holds days 1 to 7, ``Test_..._CF_k`` the
+            day after k.
+    """
+    folds: dict[bool, set[int]] = {True: set(), False: set()}  # k of training files, and of test files
+    for day in days:
+        fold = re.search(r"CF_(\d+)", day.day)
+        folds[day.day.startswith("Train_")].add(int(fold[1]) if fold else 0)
+    if not folds[True]:
         home = parted([day.day for day in days])
         return [(home[day.day], day) for day in days]
+    if len(folds[True]) > 1 or min(folds[False], default=0) < min(folds[True]):
+        raise UserError("of FI-2010 give one training file, Train_..._CF_k, and test files from Test_..._CF_k on")
     made: list[tuple[Part, BookDay]] = []
     for day in days:
         if not day.day.startswith("Train_"):
@@ -221,9 +206,3 @@ def _own(days: Sequence[BookDay]) -> list[tuple[Part, BookDay]]:
         parts: tuple[tuple[Part, np.ndarray], ...] = (("train", day.values[:cut]), ("validation", day.values[cut:]))
         made += [(part, BookDay(f"{day.name} {part}", f"{day.day} {part}", values)) for part, values in parts]
     return made
-
-
-@cache
-def _tested(folder: str) -> int:
-    """Days of the test part."""
-    return len({day.day for part, day in _own(book_days(Path(folder))) if part == "test"}) if folder else 8

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,9 +32,6 @@ class SensorWindows(WindowTask):
 
     Eleven people are trained on, four validate, eight test; intervals are over people. A window has the label that most
     of its frames have. Training draws all classes alike, for two thirds of the frames walk or turn.
-
-    Attributes:
-        hop: frames between two windows of a recording.
     """
 
     files: ClassVar[tuple[str, ...]] = ("sp-sw-har",)
@@ -49,20 +45,14 @@ class SensorWindows(WindowTask):
     layers: int = 3
     batch: int = 32
     samples_judged: int = 2000
-    hop: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.frames, self.hop) < 1:
-            raise UserError("frames and hop count, 1 or more")
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return _told(self.folder)[0] if self.folder else ACTIVITIES
+        return _said(self.folder)[0] if self.folder else ACTIVITIES
 
     @property
     def channels(self) -> tuple[str, ...]:
-        return _told(self.folder)[1] if self.folder else CHANNELS
+        return _said(self.folder)[1] if self.folder else CHANNELS
 
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
@@ -92,34 +82,13 @@ class SensorWindows(WindowTask):
         one = _recording(path)
         return Sample(path.name, "", "test", torch.from_numpy(one.values))
 
-    def samples(self, part: Part) -> Sequence[Sample]:
-        """Windows of the recordings of a part, in an order that says nothing."""
-        found = [window for sample in super().samples(part) for window in self._windows(sample)]
-        if not found:
-            raise UserError(
-                f"no recording of the {part} part has {self.frames} frames; give longer ones, or fewer frames"
-            )
-        return sorted(found, key=lambda window: hashlib.sha256(window.name.encode()).digest())
-
-    def _windows(self, sample: Sample) -> list[Sample]:
-        if isinstance(sample.target, str):
-            return [sample]
+    def cut(self, recording: Sample) -> Sequence[Sample]:
         found = []
-        for start in self._starts(len(sample.inputs)):
-            (label, _), *_ = Counter(sample.target[start : start + self.frames]).most_common(1)
-            inputs = sample.inputs[start : start + self.frames]
-            found.append(replace(sample, name=f"{sample.name} {start}", inputs=inputs, target=label))
+        for start in self.starts(recording):
+            (label, _), *_ = Counter(recording.target[start : start + self.frames]).most_common(1)
+            inputs = self.window(recording, start)
+            found.append(replace(recording, name=f"{recording.name} {start}", inputs=inputs, target=label))
         return found
-
-    def _starts(self, length: int) -> tuple[int, ...]:
-        return tuple(range(0, length - self.frames + 1, self.hop))
-
-    def starts(self, sample: Sample) -> tuple[int, ...]:
-        return self._starts(len(sample.inputs)) if sample.target is None else (0,)
-
-    def context(self, sample: Sample) -> str:
-        """The person, where several are tested."""
-        return sample.group if _tested(self.folder) > 1 else ""
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         classes = dict[str, list[Sample]]()
@@ -151,14 +120,7 @@ def _recording(path: Path) -> Recording:
 
 
 @cache
-def _told(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _said(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Classes and channels of the user's folder."""
     found = SensorWindows.read(Path(folder))
     return tuple(sorted({label for one in found for label in one.target})), found[0].about["channels"]
-
-
-@cache
-def _tested(folder: str) -> int:
-    """People of the test part."""
-    found = SensorWindows.read(Path(folder)) if folder else ()
-    return len({one.group for one in found if one.part == "test"}) if folder else 8

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...data.stocks import Prices, read_prices, stock_folder, stocks
+from ...data.stocks import Prices, read_prices
 from ...errors import UserError
 from ...experiment import Metric, seeding
 from ...recipe import Picture, Sample
-from ._forecast import WalkForward
-from ._returns import ReturnForecast, ReturnTask, Window, echoes, features, wealth
+from ._portfolio import wealth, worth_picture
+from ._returns import ReturnForecast, ReturnTask, Window, features
 
 __all__ = ["StockForecast"]
 
@@ -24,19 +24,18 @@ _COST = 0.001  # of what is bought or sold, in the picture
 
 
 @dataclass(frozen=True, kw_only=True)
-class StockForecast(WalkForward, ReturnTask):
+class StockForecast(ReturnTask):
     """Log returns of the next day, in per cent; walk-forward folds of all shares together.
 
     All days of all shares are ten blocks of time with the same cuts for every share, see :class:`WalkForward`. What a
-    day is forecast by may lie in an earlier block, what is forecast never does. A feature is a return or a share of a
-    price, divided by the deviation of the returns of the days that are read: no scale is taken from elsewhere. Every
-    day of the test is judged. Intervals are over weeks, in which shares move together.
+    day is forecast by may lie in an earlier block, what is forecast never does. Returns and
+    ranges are divided by the deviation of the returns of the last 40 days: no scale is taken from elsewhere. Every day
+    of the test is judged. Intervals are over weeks, in which shares move together.
 
     ``accuracy`` is the paper's figure, 1 - |forecast - price| / price, on which "as today" has 98 %: compare arms.
 
     Attributes:
         source_of: ``year`` (12 shares), ``decade`` (10), or ``echo``, made here, whose returns repeat after 25 days.
-        history: days that are read.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -46,36 +45,23 @@ class StockForecast(WalkForward, ReturnTask):
     )
     files: ClassVar[tuple[str, ...]] = ("stocks", "stock-prediction-models")
     takes: ClassVar[str] = "a folder of CSV files, one a share, with the columns date, open, high, low, close, volume"
-    references: ClassVar[tuple[str, ...]] = ("lstm", "gru", "bilstm")
+    sets: ClassVar[tuple[str, ...]] = ("year", "decade", "echo")
 
     dim: int = 32
     layers: int = 1
     width: int = 96
     samples_judged: int = 10_000
     source_of: str = "year"
-    history: int = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.source_of not in ("year", "decade", "echo"):
-            raise UserError(f"there are no prices {self.source_of!r}; there are year, decade, echo")
         if not 2 <= self.history <= _LONGEST:
             raise UserError(f"history is 2 to {_LONGEST} days")
-
-    @property
-    def label(self) -> str:
-        return f"{Path(self.folder).name if self.folder else self.source_of}, fold {self.fold}"
-
-    @property
-    def source(self) -> str:
-        return self.folder or self.source_of
 
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
         name = str(folder or cls.source_of)
-        shares = (
-            echoes() if name == "echo" else stocks(name) if name in ("year", "decade") else stock_folder(Path(name))
-        )
+        shares = cls.shares(name)
         days = np.concatenate([one.dates.astype(float) for one in shares])
         cuts = np.quantile(days, np.linspace(0, 1, cls.blocks + 1))
         found: list[Sample] = []
@@ -102,9 +88,6 @@ class StockForecast(WalkForward, ReturnTask):
         week: str = str(np.datetime64(sample.inputs.date, "W"))
         return week
 
-    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return [samples[int(i)] for i in rng.integers(0, len(samples), self.batch)]
-
     def score(self, sample: Sample, said: ReturnForecast) -> Mapping[str, float]:
         (right,) = sample.target
         relative = abs(np.expm1((said.percent - right) / 100))
@@ -113,23 +96,14 @@ class StockForecast(WalkForward, ReturnTask):
             "accuracy": max(0.0, 1 - relative),
         }  # fmt: skip
 
-    def truth(self, sample: Sample) -> ReturnForecast:
-        return ReturnForecast(sample.inputs.close, sample.target[0])
-
     def pictures(self, samples: Sequence[Sample], said: Sequence[ReturnForecast]) -> Sequence[Picture]:
         share = min(sample.name for sample in samples).rpartition(" ")[0]
         days = sorted((s.inputs.date, i) for i, s in enumerate(samples) if s.name.rpartition(" ")[0] == share)
         closes = np.array([samples[i].inputs.close for _, i in days])
         held = wealth(closes, np.ones(len(days)), 0.0)
         own = wealth(closes, np.array([float(said[i].percent > 0) for _, i in days]), _COST)
-        rows = {"held throughout": held, "held where a rise is forecast": own}
-        return [
-            Picture(
-                f"{share}: worth of 1, {100 * _COST:g} % for each purchase and sale", list(rows),
-                [str(k) for k in range(len(days))], [list(v) for v in rows.values()], ("worth", "days that are judged"),
-                kind="lines",
-            )
-        ]  # fmt: skip
+        courses = {"held throughout": held, "held where a rise is forecast": own}
+        return [worth_picture(courses, _COST, "days that are judged", of=f"{share}: ")]
 
 
 def _window(share: Prices, day: int) -> Window:

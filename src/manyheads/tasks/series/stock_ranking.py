@@ -10,15 +10,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...data.stocks import read_shares, stock_folder, stocks
+from ...data.stocks import read_shares
 from ...errors import UserError
 from ...experiment import Metric, seeding
 from ...recipe import Picture, Sample
 from .._field import MODEL_METRICS
 from .._statistics import rank_correlation
 from ._forecast import Array
-from ._panels import HISTORY, PERIODS, Outcome, cross_sections, peaks, quantile_classes
-from ._portfolio import figures, held, portfolio
+from ._panels import HISTORY, PERIODS, Outcome, cross_sections, quantile_classes
+from ._portfolio import figures, held, portfolio, worth_picture
 from ._rankings import SEASON, Ranking, RankingTask
 
 __all__ = ["StockRanking"]
@@ -40,7 +40,8 @@ class StockRanking(RankingTask):
     A model reads the last periods of each share, return and turnover, as z-scores over all shares of the date, so that
     what the market does is not seen. It says a class of the next return: each of ``classes`` has ``top`` of the shares,
     those between classes have none (Quantformer's labels). Shares are ranked by the probability of the highest class,
-    the ``top`` of them are held in equal parts, and every period the portfolio is put together anew. Intervals are over
+    the ``top`` of them are held in equal parts, and every period the portfolio is put together anew. A share whose next
+    return is not known is not held. Intervals are over
     blocks of four periods. ``turnover``, ``annual_return``, ``sharpe`` and ``drawdown`` are of all dates together: a
     date's value is its part in the figure, see :func:`._portfolio.figures`.
 
@@ -65,6 +66,7 @@ class StockRanking(RankingTask):
     )
     references: ClassVar[tuple[str, ...]] = ("gru_of_quantiles",)
     blocks: ClassVar[int] = 6
+    sets: ClassVar[tuple[str, ...]] = ("sectors", "decade", "peaks")
 
     dim: int = 16
     layers: int = 2
@@ -77,20 +79,14 @@ class StockRanking(RankingTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.source_of not in ("sectors", "decade", "peaks"):
-            raise UserError(f"there are no shares {self.source_of!r}; there are sectors, decade, peaks")
         if self.period not in PERIODS or not SEASON < self.history <= HISTORY:
             raise UserError(f"period is {', '.join(PERIODS)}, history {SEASON + 1} to {HISTORY} periods")
         if self.classes < 2 or not 0 < self.top * self.classes <= 1 + 1e-9 or not 0 <= self.cost < 1 or self.drawn < 2:
             raise UserError("classes are 2 or more of which each has a share top, 1 together at most; cost is a share")
 
     @property
-    def label(self) -> str:
-        return f"{Path(self.folder).name if self.folder else self.source_of}, fold {self.fold}"
-
-    @property
     def source(self) -> str:
-        return f"{self.folder or self.source_of} by {self.period}"
+        return f"{super().source} by {self.period}"
 
     @property
     def stated(self) -> tuple[Metric, ...]:
@@ -99,10 +95,8 @@ class StockRanking(RankingTask):
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
         name, _, period = str(folder or f"{cls.source_of} by {cls.period}").rpartition(" by ")
-        shares = (
-            peaks() if name == "peaks" else stocks(name) if name in ("sectors", "decade") else stock_folder(Path(name))
-        )
-        dates = [(section, outcome) for section, outcome in cross_sections(shares, period) if outcome is not None]
+        every = cross_sections(cls.shares(name), period)
+        dates = [(section, outcome) for section, outcome in every if outcome is not None]
         found = []
         for i, (section, outcome) in enumerate(dates):
             block, first = i * cls.blocks // len(dates), dates[i - i % _TOGETHER][0].date
@@ -152,10 +146,8 @@ class StockRanking(RankingTask):
         _, net, _ = _course(self, dates, [said[i] for i in order])
         everything = np.array([np.nanmean(sample.target.returns) / 100 for sample in dates])
         rows = {"all shares, without costs": everything, f"the best {100 * self.top:g} %, after costs": net}
-        courses = [np.concatenate(([1.0], np.cumprod(1 + values))).tolist() for values in rows.values()]
-        title = f"worth of 1, {100 * self.cost:g} % for each purchase and sale"
-        columns = [str(k) for k in range(len(dates) + 1)]
-        return [Picture(title, list(rows), columns, courses, ("worth", f"{self.period}s of the test"), kind="lines")]
+        courses = {name: np.append(1.0, np.cumprod(1 + values)) for name, values in rows.items()}
+        return [worth_picture(courses, self.cost, f"{self.period}s of the test")]
 
 
 def _known(sample: Sample, said: Ranking) -> tuple[Array, Array]:
