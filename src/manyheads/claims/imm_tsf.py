@@ -3,7 +3,7 @@
 
 On the air of eight counties (EPA-Air of Time-IMM, histories and horizons of a week) and on a made set, whose texts
 foretell shifts of the level, so that there is surely something to gain. The baseline is the forecaster without texts at
-as many parameters; the placebo is the same fusion with texts of other times. ``constant`` is the fusion as released,
+as many parameters; the placebo is the same fusion with texts in a random order. ``constant`` is the fusion as released,
 whose texts say the same of the whole horizon. Forecasts that need no network have to be beaten as well.
 
 Seen before the sizes were set, on validation parts and one training of each: on the made set the forecaster had a
