@@ -10,6 +10,7 @@ import torch
 from manyheads.attention.positions import interleaved_sinusoids
 from manyheads.data import files
 from manyheads.data.labelled import labelled
+from manyheads.domains.speech import silero_vad
 from manyheads.domains.speech.fusion_vad import Addition, Concatenation, CrossAttention, FusionVad
 from manyheads.domains.speech.silero_vad import SileroVad
 from manyheads.errors import UserError
@@ -18,7 +19,7 @@ from manyheads.tasks.speech._cepstra import COEFFICIENTS
 from manyheads.tasks.speech._mixtures import stream
 from manyheads.tasks.speech._vad import VadModel
 from manyheads.tasks.speech.voice_activity import VoiceActivity
-from tolerance import DEEP, PROJECTED, error, is_close, is_far
+from tolerance import DEEP, PROJECTED, SAME, error, is_close, is_far
 
 B, T, D, H, STATES = 2, 12, 16, 2, 24
 MASK = torch.ones(B, T, dtype=torch.bool)
@@ -138,9 +139,22 @@ def test_padding_reaches_no_frame(batch, fusion):
     assert is_far(model(*filled, torch.ones_like(mask))[1:, :7], alone, DEEP)  # the LSTM reads backwards too
 
 
+def test_padding_is_no_part_of_the_loss(batch):
+    model, (cepstra, states, mask) = built(), batch
+    given = {"inputs": cepstra, "states": states, "mask": mask, "targets": (torch.rand(B, T) < 0.5).double()}
+    said, right = model(*batch).float().sigmoid()[mask], given["targets"][mask].bool()
+    want = -torch.where(right, said, 1 - said).log().mean()
+    assert error(_tiny().loss(model, given), want) <= SAME
+    filled = {**given, "targets": torch.where(mask, given["targets"], 1 - given["targets"])}
+    assert torch.equal(_tiny().loss(model, filled), _tiny().loss(model, given))
+
+
 def test_what_cross_attention_looks_at_is_shown(batch):
     cepstra, states, mask = batch
     given = {"inputs": cepstra, "states": states, "mask": mask}
+    short = {name: x[1:] for name, x in given.items()}
+    (one,) = FusionVad(fusion="cross").pictures(built(fusion="cross"), short)
+    assert (len(one.values), one.rows, one.columns) == (2, ["0.00", "0.08"], ["0.00"])  # no frame of padding asks
     (picture,) = FusionVad(fusion="cross").pictures(built(fusion="cross"), given)
     assert picture.rows == picture.columns == ["0.00", "0.08", "0.16"]
     assert all(abs(sum(row) - 1) < 1e-6 for row in picture.values)
@@ -159,6 +173,24 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="fusion_vad"):
         parse("fusion_vad:fusion=product")
     assert parse("fusion_vad:fusion=cross,query=mfcc").query == "mfcc"
+
+
+def test_a_frame_has_the_probability_of_the_chunk_that_holds_its_middle(monkeypatch):
+    heard = []
+
+    class Numbered:
+        """A detector that says of each chunk its number."""
+
+        def audio_forward(self, sound, sr):
+            heard.append(sound[0])
+            return torch.arange(-(-sound.shape[1] // 256), dtype=torch.float32)[None]
+
+    monkeypatch.setattr(silero_vad, "_model", Numbered)
+    sound = torch.randn(1700)
+    want = [(160 * i + 80) // 256 for i in range(10)]
+    assert SileroVad().speech(sound).tolist() == SileroVad().speech(9 * sound).tolist() == want
+    assert want != [160 * i // 256 for i in range(10)]  # of its beginning
+    assert error(heard[0], heard[1]) < 1e-6 and heard[0].abs().max() == pytest.approx(0.5)
 
 
 def test_the_published_detector_tells_words_from_silence():

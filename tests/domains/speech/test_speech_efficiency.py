@@ -171,6 +171,23 @@ def test_dictation_by_hand(digits):
     assert task.predict(model, {k: batch[k] for k in ("inputs", "mask")})[0].log_probs is None
 
 
+def test_what_never_ends_is_written_until_there_is_no_more_place():
+    torch.manual_seed(0)
+    task = DigitDictation(**{**TINY, "digits": 32})
+    model = task.reference(16).eval()
+    with torch.no_grad():
+        model.head.bias[0] = -1e9
+        said = task.predict(model, {"inputs": torch.randn(2, 40, 40), "mask": torch.ones(2, 40, dtype=torch.bool)})
+        model.head.bias[0] = 1e9
+        assert [
+            one.text
+            for one in task.predict(
+                model, {"inputs": torch.randn(1, 40, 40), "mask": torch.ones(1, 40, dtype=torch.bool)}
+            )
+        ] == [""]
+    assert [len(one.text.split()) for one in said] == [32, 32]
+
+
 @pytest.mark.parametrize("spec", ["count=0", "shift=-1", "batching=any", "sub=0"])
 def test_what_cannot_be_is_refused(spec):
     with pytest.raises(UserError, match="speech_efficiency"):

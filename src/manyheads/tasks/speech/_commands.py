@@ -73,7 +73,7 @@ class CommandData(SpokenDigits, UnderstandingTask):
     Attributes:
         words: of a command, 3 or 1.
         commands: that are labelled; the same for all arms and trainings.
-        stretch: how much faster or slower a word may be read in training, as a share.
+        stretch: how much faster or slower a command, or a word to transcribe, may be read in training, as a share.
     """
 
     text: ClassVar[int] = 384  # features of a text, see :meth:`described`

@@ -32,7 +32,7 @@ class Transcriber(nn.Module):
     """Features ``[B, T, 384]`` and words ``[B, 6]`` -> logits ``[B, 6, 11]``; of CTC, ``[B, T / 4, 11]``.
 
     Attributes:
-        size: features of a frame.
+        size, frames: features of a frame, and frames of a recording.
         front: features -> ``[B, N, dim]``; a paper may put its own here.
         order: ``left`` (a word sees those before it), ``any`` (all), ``ctc`` (there are none).
         room, ends: words of a row, and the one that ends it.
@@ -40,7 +40,7 @@ class Transcriber(nn.Module):
 
     def __init__(self, task: Any, width: int, order: str) -> None:
         super().__init__()
-        dim, self.size, self.order = task.dim, WIDTH, order
+        dim, self.size, self.frames, self.order = task.dim, WIDTH, task.frames, order
         self.room, self.ends = ROOM, END
         self.front: nn.Module = Stacked(dim)
         self.places = nn.Parameter(0.02 * torch.randn(task.frames // 4 + ROOM, dim))

@@ -113,7 +113,7 @@ class DigitDictation(DigitStringData):
         made: Any = model
         x, mask = made.encoder.encode(batch["inputs"], batch["mask"])
         said = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-        while said.shape[1] < 2 * self.digits and not bool((said == 0).any(1).all() and said.shape[1]):
+        while said.shape[1] < min(2 * self.digits, _LONGEST) and not bool((said == 0).any(1).all()):
             said = torch.cat((said, made(x, mask, said)[:, -1:].argmax(-1)), 1)
         rows = [row[: row.index(0)] if 0 in row else row for row in said.tolist()]
         texts = [" ".join(str(k - 1) for k in row) for row in rows]

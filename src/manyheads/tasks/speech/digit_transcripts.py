@@ -40,7 +40,8 @@ class DigitTranscripts(SpokenDigits):
     model reads the last hidden states of the encoder of Whisper tiny.en, frozen and made once for each string, and
     writes words, of which there are ten. A batch has ``hypotheses``, a function that gives what Whisper itself, reading
     30 seconds, says of the strings, greedily: words ``[B, 6]``, the digits that are in it, and no more than there is
-    room for. It is asked when they are first wanted. Intervals are over strings and trainings, not speakers.
+    room for. It is asked when they are first wanted. The word error rate is a mean over strings, a short one as much as
+    a long one. Intervals are over strings and trainings, not speakers.
 
     References: an autoregressive decoder, and CTC.
     """
