@@ -8,7 +8,8 @@ import torch
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks._field import parted
-from manyheads.tasks.speech._ctc import Transcript, ctc_losses
+from manyheads.tasks.speech._ctc import ctc_losses
+from manyheads.tasks.speech._digits import Transcript
 from manyheads.tasks.speech._encoder import SpeechEncoder, log_mel
 from manyheads.tasks.speech.digit_strings import DigitStrings
 from tiny.recordings import digits, write

@@ -9,7 +9,7 @@ from scipy.fft import dct
 from manyheads.data.audio import resampled
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
-from manyheads.tasks.speech import _vad, _whisper, voice_activity
+from manyheads.tasks.speech import _whisper, voice_activity
 from manyheads.tasks.speech._cepstra import normalised_mfcc
 from manyheads.tasks.speech._encoder import log_mel
 from manyheads.tasks.speech._mixtures import FRAME, NOISES, mixed, stream
@@ -33,7 +33,7 @@ def made(monkeypatch):
         return torch.stack((frames.sum(1), frames.abs().sum(1)), 1)
 
     monkeypatch.setattr(voice_activity, "windowed", sums)
-    monkeypatch.setattr(_vad, "width_of", lambda name: 2)
+    monkeypatch.setattr(voice_activity, "width_of", lambda name: 2)
     voice_activity._read_sound.cache_clear()
     yield
     voice_activity._read_sound.cache_clear()

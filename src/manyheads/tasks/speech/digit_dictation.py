@@ -16,30 +16,14 @@ from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Sample
 from .._blocks import Transformer
-from ._digits import WER, DigitStringData, aligned
+from ._digits import WER, DigitStringData, Transcript, word_errors
 from ._encoder import SpeechEncoder
 
-__all__ = ["Dictated", "DigitDictation", "EncoderDecoder"]
+__all__ = ["DigitDictation", "EncoderDecoder"]
 
 _CLASSES = 11  # the end, which is the beginning too, and ten digits
 _DOUBT = 1e-4  # probability of what was not expected
 _LONGEST = 32  # digits of a string
-
-
-@dataclass(frozen=True, eq=False)
-class Dictated:
-    """What is written.
-
-    Attributes:
-        text: digits with a space between.
-        log_probs: ``[S + 1, 11]`` of the next symbol, given those that are right; None where none are known.
-    """
-
-    text: str
-    log_probs: Tensor | None = None
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class EncoderDecoder(nn.Module):
@@ -109,7 +93,7 @@ class DigitDictation(DigitStringData):
         wanted = pad(batch["targets"], (0, 1)).masked_fill(~there, -100)
         return cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
 
-    def predict(self, model: nn.Module, batch: Batch) -> list[Dictated]:
+    def predict(self, model: nn.Module, batch: Batch) -> list[Transcript]:
         made: Any = model
         x, mask = made.encoder.encode(batch["inputs"], batch["mask"])
         said = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
@@ -118,24 +102,22 @@ class DigitDictation(DigitStringData):
         rows = [row[: row.index(0)] if 0 in row else row for row in said.tolist()]
         texts = [" ".join(str(k - 1) for k in row) for row in rows]
         if "targets" not in batch:
-            return [Dictated(text) for text in texts]
+            return [Transcript(text) for text in texts]
         sure = made(x, mask, batch["targets"]).float().log_softmax(-1).cpu()
         return [
-            Dictated(text, each[: count + 1])
+            Transcript(text, each[: count + 1])
             for text, each, count in zip(texts, sure, batch["counts"].tolist(), strict=True)
         ]
 
-    def score(self, sample: Sample, said: Dictated) -> Mapping[str, float]:
+    def score(self, sample: Sample, said: Transcript) -> Mapping[str, float]:
         wanted = _symbols(sample.target)
-        wrong = float(aligned([sample.target], [said.text]).wer)
-        found = said.log_probs if said.log_probs is not None else torch.zeros(0, _CLASSES)
-        known = [float(row[k]) for row, k in zip(found, wanted, strict=False)]
+        known = [float(row[k]) for row, k in zip(said.log_probs, wanted, strict=False)]
         nll = -(sum(known) + (len(wanted) - len(known)) * float(np.log(_DOUBT))) / len(wanted)
-        return {"wer": wrong, "exact": float(wrong == 0), "nll": nll}
+        return {**word_errors(sample.target, said.text), "nll": nll}
 
-    def truth(self, sample: Sample) -> Dictated:
+    def truth(self, sample: Sample) -> Transcript:
         sure = torch.eye(_CLASSES).clamp(min=_DOUBT)[_symbols(sample.target)]
-        return Dictated(sample.target, sure.log().log_softmax(-1))
+        return Transcript(sample.target, sure.log().log_softmax(-1))
 
 
 def _symbols(text: str) -> list[int]:

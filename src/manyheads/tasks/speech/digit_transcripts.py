@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from ...data.audio import read_recording
 from ...experiment import Metric, seeding
 from ...recipe import Batch, Part, Picture, Sample
-from ._ctc import ctc_losses
-from ._digits import WER, SpokenDigits, aligned, by_speaker
+from ._ctc import best_paths, ctc_mean
+from ._digits import WER, SpokenDigits, by_speaker, word_errors
 from ._encoder import RATE
 from ._transcriber import END, HIDDEN, ROOM, Transcriber
 from ._whisper import encoder_features, hypotheses
@@ -99,19 +99,15 @@ class DigitTranscripts(SpokenDigits):
     def loss(self, model: Any, batch: Batch) -> Tensor:
         targets = batch["targets"]
         if model.order == "ctc":
-            logits, counts = model(batch["inputs"]).roll(1, -1), (targets != END).sum(1)  # the blank first
-            there = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            losses = ctc_losses(logits, there, torch.where(targets == END, 1, targets + 1), counts)
-            mean: Tensor = losses.sum() / counts.sum()
-            return mean
+            words = torch.where(targets == END, 1, targets + 1)  # behind the blank
+            return ctc_mean(*_blank_first(model(batch["inputs"])), words, (targets != END).sum(1))
         begun = torch.cat((torch.full_like(targets[:, :1], HIDDEN), targets[:, :-1]), 1)
         return cross_entropy(model(batch["inputs"], begun).float().flatten(0, 1), targets.flatten())
 
     def predict(self, model: Any, batch: Batch) -> list[str]:
         features = batch["inputs"]
         if model.order == "ctc":
-            best = [row.unique_consecutive() for row in model(features).argmax(-1).cpu()]
-            return [" ".join(map(str, row[row != END].tolist())) for row in best]
+            return best_paths(*_blank_first(model(features)))
         words = torch.full((len(features), ROOM + 1), HIDDEN, device=features.device)
         for i in range(ROOM):
             words[:, i + 1] = model(features, words[:, :ROOM])[:, i].argmax(-1)
@@ -119,9 +115,8 @@ class DigitTranscripts(SpokenDigits):
         return found
 
     def score(self, sample: Sample, said: str) -> Mapping[str, float]:
-        wrong = float(aligned([sample.target], [said]).wer)
         surplus = len(said.split()) - len(sample.target.split())
-        return {"wer": wrong, "exact": float(wrong == 0), "length_error": float(abs(surplus))}
+        return {**word_errors(sample.target, said), "length_error": float(abs(surplus))}
 
     def truth(self, sample: Sample) -> str:
         return str(sample.target)
@@ -148,6 +143,11 @@ def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sam
     noise = 10 ** (-rng.uniform(*_NOISE) / 20) * rng.standard_normal(_LENGTH, dtype=np.float32)
     sound = sound + torch.from_numpy(noise)
     return Sample(name, words[0].group, words[0].part, sound / sound.std(), " ".join(said))
+
+
+def _blank_first(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits whose last class is the blank, and a mask of all frames, as CTC's functions take them."""
+    return logits.roll(1, -1), torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
 
 
 def _row(text: str) -> Tensor:

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ...attention.masks import zero_padding
+from ...attention.masks import padded, zero_padding
+from ...data.digits import DIGITS
+from ...errors import UserError
 from ...experiment import Metric
-from ...recipe import Batch, Picture, Sample
-from ._commands import FRAMES, MELS, SIZES, SLOTS, Command, CommandData
-from ._ctc import ctc_losses
-from ._understanding import StandingEncoder, confusion, take
+from ...recipe import Batch, Part, Picture, Sample
+from ._commands import FRAMES, MELS, SIZES, SLOTS, Command, command, labelled, sentences, whisper_mel
+from ._ctc import ctc_mean
+from ._digits import SpokenDigits, drawn_strings, fixed_strings, paced
+from ._understanding import StandingEncoder, UnderstandingTask, confusion, take
 
 __all__ = ["CommandModel", "SpokenCommands", "WhisperStates"]
 
@@ -80,7 +84,7 @@ class CommandModel(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpokenCommands(CommandData):
+class SpokenCommands(SpokenDigits, UnderstandingTask):
     """Three digits of the Free Spoken Digit Dataset, spoken by one person, are a command, by a grammar of ours.
 
     No free recordings of spoken requests are published; commands are put together from real single words, and their
@@ -89,6 +93,10 @@ class SpokenCommands(CommandData):
     are labelled are of the first half of the speakers that are trained on; every recording of all of these speakers has
     a transcript. Validation and test have a speaker each. The encoder has the shape of Whisper's, and its features.
 
+    Attributes:
+        words: of a command, 3 or 1.
+        commands: that are labelled; the same for all arms and trainings.
+        stretch: how much faster or slower a command, or a word to transcribe, may be read in training, as a share.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -97,13 +105,62 @@ class SpokenCommands(CommandData):
     )
     references: ClassVar[tuple[str, ...]] = ("command_decoder",)
     encoder: ClassVar[str] = "whisper-tiny.en"
+    text: ClassVar[int] = 384  # features of a text, see :meth:`described`
+
+    layers: int = 3
+    words: int = 3
+    commands: int = 100
+    stretch: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.words not in (1, 3) or self.commands < 1 or not 0 <= self.stretch < 1:
+            raise UserError("words is 1 or 3, commands count, 1 or more, and stretch is a share below 1")
+
+    def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
+        drawn = super().draw(rng, labelled(tuple(samples), self.commands, self.words))
+        return [replace(sample, inputs=paced(rng, sample.inputs, self.stretch)) for sample in drawn]
+
+    def judged(self, part: Part) -> Sequence[Sample]:
+        return [command(s) for s in fixed_strings(self.samples(part), part, self.words)][: self.samples_judged]
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        inputs, mask = padded([whisper_mel(sample.inputs) for sample in samples])
+        if any(sample.target is None for sample in samples):
+            return {"inputs": inputs, "mask": mask}
+        return {"inputs": inputs, "mask": mask, "targets": torch.tensor([sample.target for sample in samples])}
+
+    def transcribed(self, rng: np.random.Generator, samples: Sequence[Sample], letters: bool = False) -> Batch:
+        """A batch of strings of as many words as a command at most: ``targets`` from 1 on, and ``counts`` of them.
+
+        ``letters`` are of a language of its own: of no speaker of the labelled commands, if there are others.
+        """
+        if letters:
+            speakers = sorted({sample.group for sample in samples})
+            others = set(speakers[max(1, len(speakers) // 2) :]) or set(speakers)
+            samples = [sample for sample in samples if sample.group in others]
+        drawn = drawn_strings(rng, samples, self.batch, self.words, self.stretch)
+        texts = [[int(digit) for digit in sample.target.split()] for sample in drawn]
+        if letters:
+            coded = [[ord(letter) - ord("a") + 1 for digit in text for letter in DIGITS[digit]] for text in texts]
+        else:
+            coded = [[digit + 1 for digit in text] for text in texts]
+        targets, there = padded([torch.tensor(one) for one in coded])
+        made = self.collate([replace(sample, target=None) for sample in drawn])
+        return {**made, "targets": targets, "counts": there.sum(1)}
+
+    def described(self, samples: Sequence[Sample]) -> Tensor:
+        """Sentence vectors ``[B, 384]`` of what is spoken, by MiniLM, which learns nothing here.
+
+        Raises:
+            UserError: MiniLM cannot be had.
+        """
+        return torch.stack([sentences()[sample.about["spoken"]] for sample in samples])
 
     def transcription_loss(self, encoder: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
         """Mean CTC loss a digit or letter of a batch of :meth:`transcribed`."""
         x, mask = encoder(batch["inputs"], batch["mask"])
-        losses = ctc_losses(head(x), mask, batch["targets"], batch["counts"])
-        mean: Tensor = losses.sum() / batch["counts"].sum()
-        return mean
+        return ctc_mean(head(x), mask, batch["targets"], batch["counts"])
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         encoder = WhisperStates(self.dim, self.layers, self.heads, self.dropout)
