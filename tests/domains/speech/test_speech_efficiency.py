@@ -31,9 +31,9 @@ def corpus(count=900):
 
 def test_layers_move():
     model = SpeechEfficiency(shift=2).build(DigitDictation(**TINY), 8)
-    assert (len(model.encoder.blocks), len(model.decoder)) == (5, 1)
+    assert (len(model.encoder.blocks), len(model.decoder.layers)) == (5, 1)
     plain = SpeechEfficiency().build(DigitDictation(**TINY), 8)
-    assert (len(plain.encoder.blocks), len(plain.decoder)) == (3, 3)
+    assert (len(plain.encoder.blocks), len(plain.decoder.layers)) == (3, 3)
     assert plain.state_dict().keys() == DigitDictation(**TINY).reference(8).state_dict().keys()
     with pytest.raises(UserError, match="no decoder"):
         SpeechEfficiency(shift=3).build(DigitDictation(**TINY), 8)
@@ -69,6 +69,24 @@ def test_a_steps_batch_is_of_one_bucket(digits):
         for i in range(20)
     }
     assert len(sizes) > 1 and max(sizes) > task.batch  # short ones are more at a time
+
+
+def test_a_bucket_is_as_likely_as_it_has_recordings_and_counts_the_end(digits, monkeypatch):
+    task, seen = DigitDictation(folder=str(digits), **TINY), []
+
+    def epoch(self, durations, tokens, room, rng):
+        seen.append((durations, tokens, room))
+        return [[0], list(range(1, 10))]
+
+    monkeypatch.setattr(SpeechEfficiency, "epoch", epoch)
+    recipe = SpeechEfficiency()
+    sizes = [len(recipe.batches(task, np.random.default_rng(i), task.samples("train"))["mask"]) for i in range(100)]
+    assert 0.8 < np.mean([size == 9 for size in sizes]) < 0.98
+    durations, tokens, room = seen[0]
+    drawn = task.drawn(np.random.default_rng(0), task.samples("train"), 4 * task.batch)
+    assert tokens == [len(sample.target.split()) + 1 for sample in drawn]
+    assert durations == [len(sample.inputs) / 8000 for sample in drawn]
+    assert room == (6 * max(durations), 6 * max(tokens))
 
 
 def test_rows_of_padding_are_those_of_the_batches(monkeypatch):

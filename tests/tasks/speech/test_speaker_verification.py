@@ -112,8 +112,16 @@ def test_poolings_are_their_formulas():
     assert is_close(MeanPool()(x, mask)[1], x[1, :4].mean(0), PROJECTED)
     assert is_far(MeanPool()(x, mask)[1], x[1].mean(0), PROJECTED)
     pool = AttentiveStatistics(8).double()
-    alpha = torch.stack([pool.weigh(pool.hidden(x[1, t]).tanh())[0] for t in range(4)]).softmax(0)
+    hidden, _, weigh = pool.score
+    alpha = torch.stack([weigh(hidden(x[1, t]).tanh())[0] for t in range(4)]).softmax(0)
     mean = sum(a * x[1, t] for t, a in enumerate(alpha))
     deviation = sum(a * (x[1, t] - mean) ** 2 for t, a in enumerate(alpha)).sqrt()
-    assert is_close(pool(x, mask)[1], pool.out(torch.cat((mean, deviation))), 1e-12)
-    assert is_far(pool(x, mask)[1], pool.out(torch.cat((mean, deviation**2))), 1e-12)
+    assert is_close(pool(x, mask)[1], torch.cat((mean, deviation)), PROJECTED)
+    assert is_close(pool(x[1:, :4])[0], pool(x, mask)[1], PROJECTED)  # without a mask all are there
+    assert is_far(pool(x, mask)[1], torch.cat((mean, deviation**2)), PROJECTED)
+    task = SpeakerVerification(**TINY)
+    plain, weighed = (task.reference(16, kind).eval() for kind in task.references)
+    frames, there = torch.randn(1, 20, 40), torch.ones(1, 20, dtype=torch.bool)
+    states, short = weighed.encode(frames, there)
+    want = weighed.pool(states, short) @ weighed.head.weight.T
+    assert torch.allclose(weighed(frames, there)[:, 0], want, atol=1e-6) and plain(frames, there).shape == (1, 1, 16)

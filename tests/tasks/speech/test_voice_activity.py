@@ -28,12 +28,12 @@ WORDS = [torch.sin(torch.arange(2400) * 0.1 * (i + 1)) for i in range(4)]
 def made(monkeypatch):
     """Features of our own making in the place of Whisper's: two sums over a frame."""
 
-    def sums(name, sound, rate):
+    def sums(sound, rate):
         frames = sound[: len(sound) // FRAME * FRAME].view(-1, FRAME)
         return torch.stack((frames.sum(1), frames.abs().sum(1)), 1)
 
     monkeypatch.setattr(voice_activity, "windowed", sums)
-    monkeypatch.setattr(voice_activity, "width_of", lambda name: 2)
+    monkeypatch.setattr(voice_activity, "WIDTH", 2)
     voice_activity._read_sound.cache_clear()
     yield
     voice_activity._read_sound.cache_clear()
@@ -121,9 +121,9 @@ def test_cepstra_are_a_cosine_transform_of_the_filters():
 def test_states_of_the_encoder_are_by_frame_and_window(monkeypatch):
     """As of transformers' encoder with the first 200 positions, on four seconds at a time."""
     model, extractor = tiny_whisper()
-    monkeypatch.setattr(_whisper, "whisper", lambda name: (model, extractor, None))
+    monkeypatch.setattr(_whisper, "whisper", lambda: (model, extractor, None))
     sound = torch.randn(45_000)
-    found = _whisper.windowed("tiny", sound, 8000)
+    found = _whisper.windowed(sound, 8000)
     cut = type(model.get_encoder())(type(model.config)(**{**model.config.to_dict(), "max_source_positions": 200}))
     state = model.get_encoder().state_dict()
     cut.load_state_dict({**state, "embed_positions.weight": state["embed_positions.weight"][:200]})
@@ -137,6 +137,6 @@ def test_states_of_the_encoder_are_by_frame_and_window(monkeypatch):
             states = cut.eval()(heard["input_features"]).last_hidden_state[0, : len(want)]
         assert (states - want).abs().max() < 1e-4 < 1e-2 < (states.flip(0) - want).abs().max()
     assert found.shape == (281, 16)
-    assert torch.equal(found[:200], _whisper.windowed("tiny", sound[: 200 * FRAME], 8000))
+    assert torch.equal(found[:200], _whisper.windowed(sound[: 200 * FRAME], 8000))
     with pytest.raises(UserError, match=r"0\.02 s"):
-        _whisper.windowed("tiny", sound[:159], 8000)
+        _whisper.windowed(sound[:159], 8000)

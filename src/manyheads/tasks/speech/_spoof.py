@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._cepstra import COEFFICIENTS
+from ._verification import AttentiveStatistics
 from ._whisper import WIDTH
 
 __all__ = ["Detector", "OneView", "ScoreAverage"]
@@ -24,20 +25,6 @@ class OneView(nn.Module):
     def forward(self, s: Tensor, c: Tensor) -> Tensor:
         found: Tensor = self.project(c if self.spectral else s)
         return found
-
-
-class AttentiveStatistics(nn.Module):
-    """Mean and deviation over time, weighted by attention to each frame: ``[B, T, D]`` -> ``[B, 2 D]``."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.score = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.score(x).softmax(1)
-        mean = (weights * x).sum(1)
-        spread = (weights * (x - mean[:, None]).square()).sum(1).clamp(min=1e-6).sqrt()
-        return torch.cat((mean, spread), -1)
 
 
 class Convolution(nn.Module):
@@ -67,7 +54,10 @@ class Detector(nn.Module):
         self.sizes = (WIDTH, 3 * COEFFICIENTS)
         self.fuse: nn.Module = OneView(self.sizes[spectral], dim, spectral)
         self.blocks = nn.ModuleList(Convolution(dim, width, task.dropout) for _ in range(task.layers))
-        self.pool, self.head = AttentiveStatistics(dim), nn.Sequential(nn.LayerNorm(2 * dim), nn.Linear(2 * dim, 1))
+        self.pool, self.head = (
+            AttentiveStatistics(dim, bias=True),
+            nn.Sequential(nn.LayerNorm(2 * dim), nn.Linear(2 * dim, 1)),
+        )
 
     def forward(self, s: Tensor, c: Tensor) -> Tensor:
         x = self.fuse(s, c)

@@ -17,7 +17,7 @@ from ...experiment import Metric
 from ...recipe import Batch, Sample
 from .._blocks import Transformer
 from ._digits import WER, DigitStringData, Transcript, word_errors
-from ._encoder import SpeechEncoder
+from ._encoder import SpeechEncoder, TokenDecoder
 
 __all__ = ["DigitDictation", "EncoderDecoder"]
 
@@ -39,21 +39,12 @@ class EncoderDecoder(nn.Module):
         blocks = [Transformer(dim, heads, width, dropout) for _ in range(encoder)]
         self.encoder = SpeechEncoder(blocks, dim, 1, dropout, positions=True)
         self.encoder.head = nn.Identity()  # type: ignore[assignment]
-        self.symbols, self.places = nn.Embedding(_CLASSES, dim), nn.Embedding(_LONGEST + 1, dim)
-        self.decoder = nn.ModuleList(
-            nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
-            for _ in range(decoder)
-        )
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, _CLASSES)
+        self.decoder = TokenDecoder(_CLASSES, _LONGEST + 1, decoder, dim, heads, width, dropout)
+        self.head = nn.Linear(dim, _CLASSES)
 
     def forward(self, x: Tensor, mask: Tensor, before: Tensor) -> Tensor:
         """Logits ``[B, n + 1, 11]`` behind the beginning and each of ``before`` ``[B, n]``, given encoded frames."""
-        size = before.shape[1] + 1
-        y = self.symbols(pad(before, (1, 0))) + self.places.weight[:size]
-        later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-        for layer in self.decoder:
-            y = layer(y, x, tgt_mask=later, memory_key_padding_mask=~mask)
-        logits: Tensor = self.head(self.norm(y))
+        logits: Tensor = self.head(self.decoder(x, mask, before))
         return logits
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,7 +147,7 @@ class SpeakerVerification(SpokenDigits):
         for (speaker, digit), some in held.items():
             mixed = [some[i].inputs for i in seeding.generator(0, digit=digit, speaker=speaker).permutation(len(some))]
             for side in (0, 1):  # no recording is enrolled and tested
-                words[speaker, digit, side] = _again(mixed[side::2] or mixed)
+                words[speaker, digit, side] = cycle(mixed[side::2] or mixed)
         uses = max(sum(digit in phrase for phrase in phrases) for digit in digits)
         rounds = max(1, min(len(held[s, d]) // 2 for s in speakers for p in phrases for d in p) // uses)
         said = {
@@ -185,10 +186,10 @@ class SpeakerVerification(SpokenDigits):
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         blocks = [Transformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)]
-        statistics = (kind or self.references[0]) == "attentive_statistics"
-        return SpeakerEncoder(
-            blocks, self.dim, self.dropout, AttentiveStatistics(self.dim) if statistics else MeanPool()
-        )
+        if (kind or self.references[0]) == "mean_pooling":
+            return self.around(blocks)
+        pool = AttentiveStatistics(self.dim)  # no bias behind it: what all embeddings share tells none apart
+        return SpeakerEncoder(blocks, self.dim, self.dropout, pool, nn.Linear(2 * self.dim, self.dim, bias=False))
 
     def learner(self, model: nn.Module) -> Classified:
         return Classified(model, self.dim, self.classes)
@@ -225,10 +226,8 @@ class SpeakerVerification(SpokenDigits):
 
     def pictures(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Picture]:
         """Shares of cosines by kind of pair."""
-        names, edges = (
-            {"target": "same", "phrase": "reversed phrase", "speaker": "other speaker"},
-            np.linspace(-1, 1, _BINS + 1),
-        )
+        names = {"target": "same", "phrase": "reversed phrase", "speaker": "other speaker"}
+        edges = np.linspace(-1, 1, _BINS + 1)
         kinds = np.array([sample.about["kind"] for sample in samples])
         cosines = np.array([one.cosine for one in said]).clip(-1, 1)
         rows = [kind for kind in _KINDS if (kinds == kind).any()]
@@ -289,12 +288,6 @@ def _said(held: Mapping[tuple[str, str], Sequence[Sample]]) -> list[str]:
     """Digits that all speakers have said, sorted."""
     speakers = {speaker for speaker, _ in held}
     return sorted({digit for _, digit in held if all((speaker, digit) in held for speaker in speakers)})
-
-
-def _again(some: Sequence[Tensor]) -> Iterator[Tensor]:
-    """One after the other, and from the first again."""
-    while True:
-        yield from some
 
 
 @lru_cache(maxsize=20_000)

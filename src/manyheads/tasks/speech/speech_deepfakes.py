@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,8 +112,7 @@ class SpeechDeepfakes(FieldTask):
     def read(cls, folder: Path | None) -> Sequence[Sample]:
         found = []
         for name, speaker, part, sound in _recordings(folder):
-            made = ("real", *_SEEN, *(_UNSEEN if part == "test" else ()))
-            for kind in made:
+            for kind in ("real", *_SEEN, *(_UNSEEN if part == "test" else ())):
                 rng = seeding.generator(0, deepfake=name, kind=kind)
                 heard = sound if kind == "real" else VOCODERS[kind](sound, rng)
                 about = {"context": name, "vocoder": kind}
@@ -192,15 +192,7 @@ class SpeechDeepfakes(FieldTask):
         return (Picture("probability of being fake", rows, columns, shares, ("kind of speech", "probability, from")),)
 
 
-_kept: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-
-
-def _coefficients(sound: Tensor, kind: Kind) -> Tensor:
-    """Cepstra, made once for each tensor and kept with it."""
-    key = (id(sound), kind)
-    if key not in _kept:
-        _kept[key] = (sound, cepstra(sound, kind))
-    return _kept[key][1]
+_coefficients = cache(cepstra)  # of a recording, kept with it
 
 
 def _recordings(folder: Path | None) -> Iterable[tuple[str, str, Part, Any]]:

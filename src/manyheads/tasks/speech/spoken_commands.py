@@ -20,6 +20,7 @@ from ...recipe import Batch, Part, Picture, Sample
 from ._commands import FRAMES, MELS, SIZES, SLOTS, Command, command, labelled, sentences, whisper_mel
 from ._ctc import ctc_mean
 from ._digits import SpokenDigits, drawn_strings, fixed_strings, paced
+from ._encoder import TokenDecoder
 from ._understanding import StandingEncoder, UnderstandingTask, confusion, take
 
 __all__ = ["CommandModel", "SpokenCommands", "WhisperStates"]
@@ -65,22 +66,15 @@ class CommandModel(nn.Module):
     def __init__(self, encoder: StandingEncoder, dim: int, heads: int, width: int, dropout: float) -> None:
         super().__init__()
         self.encoder = encoder
-        self.symbols = nn.Embedding(1 + sum(SIZES), dim)  # the beginning, then all values
-        self.places = nn.Embedding(len(SIZES), dim)
-        self.decoder = nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
-        self.norm = nn.LayerNorm(dim)
+        self.decoder = TokenDecoder(1 + sum(SIZES), len(SIZES), 1, dim, heads, width, dropout)
         self.head: nn.Module = nn.Linear(dim, sum(SIZES))
 
     def decode(self, x: Tensor, mask: Tensor, before: Tensor, text: Tensor | None = None) -> Tensor:
         """Logits ``[B, n + 1, values]`` of the slots behind ``before`` ``[B, n]``; -inf for values of other slots."""
-        begin = before.new_zeros(len(before), 1)
-        said = self.symbols(torch.cat((begin, before + 1), 1)) + self.places.weight[: before.shape[1] + 1]
-        size = said.shape[1]
-        later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-        states = self.norm(self.decoder(said, x, tgt_mask=later, memory_key_padding_mask=~mask))
+        states = self.decoder(x, mask, before + 1)
         logits: Tensor = self.head(states) if text is None else self.head(states, text)
         slot = torch.arange(len(SIZES), device=x.device).repeat_interleave(torch.tensor(SIZES, device=x.device))
-        return logits.masked_fill(slot != torch.arange(size, device=x.device)[:, None], float("-inf"))
+        return logits.masked_fill(slot != torch.arange(states.shape[1], device=x.device)[:, None], float("-inf"))
 
 
 @dataclass(frozen=True, kw_only=True)

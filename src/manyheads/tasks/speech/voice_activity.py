@@ -22,7 +22,7 @@ from ._digits import SpokenDigits, by_speaker
 from ._encoder import RATE
 from ._mixtures import FRAME, mixed, stream
 from ._vad import SECONDS, Activity, OneStream, VadModel
-from ._whisper import width_of, windowed
+from ._whisper import WIDTH, windowed
 
 __all__ = ["VoiceActivity"]
 
@@ -42,7 +42,6 @@ class VoiceActivity(SpokenDigits):
     of every stream. Intervals are over streams and trainings, not over speakers or noises, of which there are few.
 
     Attributes:
-        whisper: a published model of Whisper's kind.
         pool: streams that training draws from.
         frames: of a stream.
     """
@@ -59,12 +58,11 @@ class VoiceActivity(SpokenDigits):
     references: ClassVar[tuple[str, ...]] = ("whisper", "mfcc")
     published: ClassVar[tuple[str, ...]] = ("whisper-tiny.en",)
 
-    whisper: str = "whisper-tiny.en"
     pool: int = 400
     frames: int = 200
 
     def unsupported_reason(self, run: RunContext) -> str | None:
-        return super().unsupported_reason(run) or refusal(lambda: windowed(self.whisper, torch.randn(FRAME), RATE))
+        return super().unsupported_reason(run) or refusal(lambda: windowed(torch.randn(FRAME), RATE))
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         words, made = _sounds(tuple(samples)), []
@@ -97,7 +95,7 @@ class VoiceActivity(SpokenDigits):
         return Sample(name, who, part, sound, labels, {"noise": kind, "snr": snr})
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        read = [_read_sound(self.whisper, sample.inputs) for sample in samples]
+        read = [_read_sound(sample.inputs) for sample in samples]
         (cepstra, mask), (states, _) = (padded(some) for some in zip(*read, strict=True))
         batch = {"inputs": cepstra, "states": states, "mask": mask}
         if all(sample.target is not None for sample in samples):
@@ -107,12 +105,7 @@ class VoiceActivity(SpokenDigits):
     def around(self, blocks: Sequence[nn.Module], size: int = 0, width: int = 0) -> nn.Module:
         """A fusion, the one block, in the task's model; ``size`` is of what it gives, ``width`` the LSTM's."""
         (fusion,) = blocks
-        return VadModel(fusion, size or self.dim, self.dim, self.states, width or self.dim, self.layers, self.dropout)
-
-    @property
-    def states(self) -> int:
-        """Features of Whisper's states."""
-        return width_of(self.whisper)
+        return VadModel(fusion, size or self.dim, self.dim, WIDTH, width or self.dim, self.layers, self.dropout)
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         return self.around([OneStream(int((kind or self.references[0]) == "whisper"))], width=width)
@@ -172,6 +165,6 @@ def _mixture(
 
 
 @lru_cache(maxsize=4000)
-def _read_sound(whisper: str, sound: Tensor) -> tuple[Tensor, Tensor]:
+def _read_sound(sound: Tensor) -> tuple[Tensor, Tensor]:
     """MFCC and Whisper's states of a recording, kept, since neither is trained."""
-    return normalised_mfcc(sound), windowed(whisper, sound, RATE)
+    return normalised_mfcc(sound), windowed(sound, RATE)
