@@ -17,8 +17,7 @@ from manyheads.errors import UserError
 from manyheads.spec import parse
 from manyheads.tasks.speech._cepstra import COEFFICIENTS
 from manyheads.tasks.speech._mixtures import stream
-from manyheads.tasks.speech._vad import VadModel
-from manyheads.tasks.speech.voice_activity import VoiceActivity
+from manyheads.tasks.speech.voice_activity import VadModel, VoiceActivity
 from tolerance import DEEP, PROJECTED, SAME, error, is_close, is_far
 
 B, T, D, H, STATES = 2, 12, 16, 2, 384

@@ -10,7 +10,6 @@ from manyheads.domains.speech.speech_efficiency import SpeechEfficiency
 from manyheads.errors import UserError
 from manyheads.experiment import Arm
 from manyheads.spec import parse
-from manyheads.tasks.speech._digits import Transcript
 from manyheads.tasks.speech.batch_padding import BatchPadding
 from manyheads.tasks.speech.decoding_cost import DecodingCost, _written
 from manyheads.tasks.speech.digit_dictation import DigitDictation
@@ -186,7 +185,6 @@ def test_dictation_by_hand(digits):
         said = task.predict(model, batch)
     scores = [task.score(s, one)["nll"] for s, one in zip(judged, said, strict=True)]
     assert error(torch.tensor(scores).mean(), want) <= SAME
-    assert task.score(judged[0], Transcript("9"))["nll"] == pytest.approx(-np.log(1e-4))
     assert task.predict(model, {k: batch[k] for k in ("inputs", "mask")})[0].log_probs.shape == (0, 11)
 
 

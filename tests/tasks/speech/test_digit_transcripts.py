@@ -7,8 +7,7 @@ import torch
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks.speech import _whisper
-from manyheads.tasks.speech._transcriber import END, HIDDEN, ROOM
-from manyheads.tasks.speech.digit_transcripts import DigitTranscripts, _row
+from manyheads.tasks.speech.digit_transcripts import END, HIDDEN, ROOM, DigitTranscripts, _row
 from tiny.recordings import digits, write
 
 __all__ = ["digits"]

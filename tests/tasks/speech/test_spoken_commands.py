@@ -7,8 +7,7 @@ import torch
 
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
-from manyheads.tasks.speech._commands import SLOTS, Command, whisper_mel
-from manyheads.tasks.speech.spoken_commands import SpokenCommands, WhisperStates
+from manyheads.tasks.speech.spoken_commands import SLOTS, Command, SpokenCommands, WhisperStates, whisper_mel
 from tiny.recordings import digits
 from tolerance import SAME, error
 

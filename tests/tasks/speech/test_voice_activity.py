@@ -13,8 +13,7 @@ from manyheads.tasks.speech import _whisper, voice_activity
 from manyheads.tasks.speech._cepstra import normalised_mfcc
 from manyheads.tasks.speech._encoder import log_mel
 from manyheads.tasks.speech._mixtures import FRAME, NOISES, mixed, stream
-from manyheads.tasks.speech._vad import Activity
-from manyheads.tasks.speech.voice_activity import VoiceActivity
+from manyheads.tasks.speech.voice_activity import Activity, VoiceActivity
 from tiny.recordings import digits
 from tiny.speech import tiny_whisper
 

@@ -22,7 +22,7 @@ from ...data.audio import resampled
 from ...data.digits import DIGITS, spelt
 from ...errors import UserError
 
-__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "whisper", "windowed"]
+__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "states", "whisper", "windowed"]
 
 WHISPER, WIDTH = "whisper-tiny.en", 384
 _RATE, _FRAME = 16_000, 320  # samples a second that it reads, and samples of a frame of what it says
@@ -93,18 +93,28 @@ def _heard(sounds: Sequence[Tensor], rate: int) -> list[Any]:
 def _encoded(heard: Sequence[Any]) -> Tensor:
     """``[B, T, 384]`` on the CPU, of recordings as the model reads them, float32 ``[N]``."""
     model, extractor, _ = whisper()
-    encoder = model.get_encoder()
     length = -(-max(map(len, heard)) // _FRAME) * _FRAME
     mel = extractor(
         heard, sampling_rate=_RATE, return_tensors="pt", padding="max_length", max_length=length, truncation=True
     )["input_features"]
-    x = torch.nn.functional.gelu(encoder.conv1(mel.to(model.device)))
-    x = torch.nn.functional.gelu(encoder.conv2(x)).mT
+    found: Tensor = states(model.get_encoder(), mel.to(model.device)).cpu()
+    return found
+
+
+def states(encoder: Any, mel: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What Whisper's encoder makes of fewer frames than 3,000, ``[B, 80, T]`` -> ``[B, T / 2, dim]``.
+
+    Where ``mask [B, T]`` is False is padding, of zeros, which does not reach what stands before it.
+    """
+    x = torch.nn.functional.gelu(encoder.conv1(mel))
+    x = torch.nn.functional.gelu(encoder.conv2(x if mask is None else x * mask[:, None])).mT
     x = x + encoder.embed_positions.weight[: x.shape[1]]
+    x = torch.nn.functional.dropout(x, encoder.dropout, encoder.training)
+    seen = None if mask is None else mask[:, None, None, ::2].expand(-1, 1, x.shape[1], -1)
     for layer in encoder.layers:
-        out = layer(x, None)
+        out = layer(x, attention_mask=seen)
         x = out[0] if isinstance(out, tuple) else out
-    found: Tensor = encoder.layer_norm(x).cpu()
+    found: Tensor = encoder.layer_norm(x)
     return found
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
@@ -102,8 +101,7 @@ class DigitDictation(DigitStringData):
 
     def score(self, sample: Sample, said: Transcript) -> Mapping[str, float]:
         wanted = _symbols(sample.target)
-        known = [float(row[k]) for row, k in zip(said.log_probs, wanted, strict=False)]
-        nll = -(sum(known) + (len(wanted) - len(known)) * float(np.log(_DOUBT))) / len(wanted)
+        nll = -float(said.log_probs[range(len(wanted)), wanted].double().mean())
         return {**word_errors(sample.target, said.text), "nll": nll}
 
     def truth(self, sample: Sample) -> Transcript:
