@@ -133,6 +133,12 @@ def test_padding_reaches_no_frame(batch, fusion):
     assert is_far(model(*filled, torch.ones_like(mask))[1:, :7], alone, DEEP)  # the LSTM reads backwards too
 
 
+def test_dropout_is_between_the_layers_of_the_lstm():
+    for layers, want in ((1, 0.0), (2, 0.4)):
+        task = VoiceActivity(dim=D, layers=layers, heads=H, dropout=0.4)
+        assert task.reference(8).recurrent.dropout == want
+
+
 def test_padding_is_no_part_of_the_loss(batch):
     model, (cepstra, states, mask) = built(), batch
     given = {"inputs": cepstra, "states": states, "mask": mask, "targets": (torch.rand(B, T) < 0.5).double()}

@@ -46,6 +46,11 @@ def test_labels_are_where_words_are():
     assert not (labels[::-1] <= loud).all()
 
 
+def test_a_stream_begins_anywhere():
+    first = [stream(np.random.default_rng(i), WORDS, 200)[1][0] for i in range(60)]
+    assert 0.05 < np.mean(first) < 0.95  # in a word or in silence
+
+
 def test_quiet_ends_of_a_recording_are_no_speech():
     word = torch.cat((1e-3 * torch.randn(1600), torch.randn(1600), 1e-3 * torch.randn(1600)))
     sound, labels = stream(np.random.default_rng(1), [word], 200)

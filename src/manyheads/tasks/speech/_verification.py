@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of a whole recording with their poolings, and how alike two recordings are."""
+"""Encoders of a whole recording with their poolings, and the base of a task that compares two recordings."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy, linear, normalize
 
+from ...experiment import Metric, Row, RunContext, WorkUnit
+from ...recipe import Batch, Picture, Sample
+from .._blocks import Transformer
+from .._field import FieldTask
+from .._rates import detection_cost, eer_errors
 from ._encoder import SpeechEncoder
 
 __all__ = [
-    "AttentiveStatistics", "Classified", "CosineClassifier", "Match", "MeanPool", "SpeakerEncoder",
+    "AttentiveStatistics", "Classified", "CosineClassifier", "Match", "MeanPool", "SpeakerEncoder", "VerificationTask",
 ]  # fmt: skip
 
+_KINDS = ("target", "phrase", "speaker")  # same of both; the same speaker's other order; the other speaker's same
+_BINS = 20
 _SCALE = 10.0  # of cosines; with some hundred classes a class can reach a probability of 0.99
 
 
@@ -100,3 +111,100 @@ class Match:
 
     def __str__(self) -> str:
         return f"cosine {self.cosine:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationTask(FieldTask):
+    """Pairs are judged by the cosine of two embeddings. A seed is a fold, in which the rate is chosen too.
+
+    Attributes:
+        fold: which speakers are tested; a seed sets it.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("eer", "equal error rate", kind="share", floor=0.5,
+               what="pairs taken wrongly at the threshold at which as many targets are refused as others accepted"),
+        Metric("phrase_eer", "EER against the reversed phrase", kind="share", floor=0.5,
+               what="targets against the same speaker's same digits in the other order"),
+        Metric("min_dcf", "minDCF", "cost", what="least detection cost, prior of a target 0.1; 1 is to refuse all"),
+        Metric("speaker_eer", "EER against another speaker", kind="share", floor=0.5,
+               what="targets against the other unseen speaker's same phrase"),
+    )  # fmt: skip
+    references: ClassVar[tuple[str, ...]] = ("mean_pooling", "attentive_statistics")
+    together: ClassVar[int] = 2
+
+    fold: int = 0
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """Classes that are trained on."""
+
+    def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
+        return SpeakerEncoder(blocks, self.dim, self.dropout, MeanPool())
+
+    def reference(self, width: int, kind: str = "") -> nn.Module:
+        blocks = [Transformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)]
+        if (kind or self.references[0]) == "mean_pooling":
+            return self.around(blocks)
+        pool = AttentiveStatistics(self.dim)  # no bias behind it: what all embeddings share tells none apart
+        return SpeakerEncoder(blocks, self.dim, self.dropout, pool, nn.Linear(2 * self.dim, self.dim, bias=False))
+
+    def learner(self, model: nn.Module) -> Classified:
+        return Classified(model, self.dim, self.classes)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch["inputs"].flatten(0, 1), batch["mask"].flatten(0, 1))
+        return cross_entropy(logits.float(), batch["targets"].flatten())
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Match]:
+        states = model(batch["inputs"].flatten(0, 1), batch["mask"].flatten(0, 1))
+        one, other = states.float().mean(1).unflatten(0, (-1, 2)).unbind(1)
+        return [Match(cosine) for cosine in cosine_similarity(one, other, dim=-1).tolist()]
+
+    def score(self, sample: Sample, said: Match) -> Mapping[str, float]:
+        """Of one pair alone there is no threshold: how far its cosine, 0 at least, is from 1 or 0."""
+        far = abs(float(sample.target) - min(1.0, max(0.0, said.cosine)))
+        return {metric.name: far for metric in self.metrics}
+
+    def scores(self, samples: Sequence[Sample], said: Sequence[Match]) -> list[Mapping[str, float]]:
+        found: list[dict[str, float]] = [{} for _ in samples]
+        all_scores, right = np.array([one.cosine for one in said]), np.array([bool(s.target) for s in samples])
+        kinds = np.array([sample.about["kind"] for sample in samples])
+        for name, others in (("eer", _KINDS[1:]), ("phrase_eer", _KINDS[1:2]), ("min_dcf", _KINDS[1:]),
+                             ("speaker_eer", _KINDS[2:])):  # fmt: skip
+            which = np.flatnonzero(right | np.isin(kinds, others))
+            if 0 < right[which].sum() < len(which):
+                values = (detection_cost if name == "min_dcf" else eer_errors)(all_scores[which], right[which])
+                for i, value in zip(which, values, strict=True):
+                    found[i][name] = float(value)
+        return list(found)
+
+    def truth(self, sample: Sample) -> Match:
+        return Match(float(sample.target))
+
+    def pictures(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Picture]:
+        """Shares of cosines by kind of pair."""
+        names = {"target": "same", "phrase": "reversed phrase", "speaker": "other speaker"}
+        edges = np.linspace(-1, 1, _BINS + 1)
+        kinds = np.array([sample.about["kind"] for sample in samples])
+        cosines = np.array([one.cosine for one in said]).clip(-1, 1)
+        rows = [kind for kind in _KINDS if (kinds == kind).any()]
+        shares = [np.histogram(cosines[kinds == kind], edges)[0] / (kinds == kind).sum() for kind in rows]
+        columns = [f"{left:.1f}" for left in edges[:-1]]
+        return (
+            Picture("cosines of pairs", [names[kind] for kind in rows], columns, shares, ("pairs", "cosine, from")),
+        )
+
+    def units(self, run: RunContext) -> list[WorkUnit]:
+        tried = float(len(self.rates) * self.steps)
+        return [dataclasses.replace(unit, cost=tried) for unit in super().units(run)]
+
+    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
+        """As one run of its own fold, in which the rate is chosen too."""
+        alone = run.among(run.arms, run.advance)
+        alone.seeds = (unit.params["seed"],)
+        for row in FieldTask.measure(dataclasses.replace(self, fold=self.fold + unit.params["seed"]), alone, unit):
+            first = unit.params["seed"] == run.seeds[0]  # of whose fold pictures are kept
+            about = {name: x for name, x in row.about.items() if first or name != "pictures"}
+            yield dataclasses.replace(row, about=about)
