@@ -55,7 +55,8 @@ class DigitStrings(DigitStringData):
         return self.around([Conformer(*size, self.kernel) for _ in range(self.layers)])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return ctc_mean(*model(batch["inputs"], batch["mask"]), batch["targets"], batch["counts"])
+        logits, mask = model(batch["inputs"], batch["mask"])
+        return ctc_mean(logits, mask, batch["targets"], batch["counts"])
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Transcript]:
         logits, mask = model(batch["inputs"], batch["mask"])
