@@ -174,6 +174,27 @@ def test_a_concatenation_that_ignores_the_mlp_is_attention(x):
     assert is_close(block(x, MASK), block.norms[2](x + alone), PROJECTED)
 
 
+@pytest.mark.parametrize("fields", [{"drop": 1.0}, {"skip": (0,)}])
+def test_attention_alone_is_never_left_out(x, fields):
+    block = randomised(Block(Branchformer(merge="fixed", share=0.0, **fields), Task(), 8, 0)).train()
+    assert is_close(block(x, MASK), block.norms[2](x + block.merge.out(block.attention(block.norms[0](x), MASK))), DEEP)
+    assert block.shown.tolist() == [[1, 0], [1, 0]]
+
+
+def test_all_that_a_layer_adds_is_dropped_out(x):
+    class Dropping(Task):
+        dropout = 1.0
+
+    block = randomised(Block(Branchformer(), Dropping(), 8, 0)).train()
+    assert is_close(block(x, MASK), block.norms[2](x), FORMULA) and is_far(
+        block.eval()(x, MASK), block.norms[2](x), DEEP
+    )
+    m, branch = block.local.train(), block.attention.train()
+    assert is_close(m(x, MASK), m.down.bias.expand_as(x), FORMULA) and is_far(
+        branch(x, MASK), torch.zeros_like(x), DEEP
+    )
+
+
 @pytest.mark.parametrize("recipe", [Branchformer(merge="learned", drop=1.0), Branchformer(merge="fixed", drop=1.0)])
 def test_branch_dropout_leaves_attention_out_of_training_alone(x, recipe):
     block = randomised(Block(recipe, Task(), 8, 0))

@@ -10,7 +10,7 @@ import torch
 from manyheads.domains.speech.deepfake_fusion import CrossAttention, DeepfakeFusion, Fusion, aligned
 from manyheads.errors import UserError
 from manyheads.spec import parse
-from manyheads.tasks.speech._spoof import Detector
+from manyheads.tasks.speech.speech_deepfakes import Detector
 from tolerance import DEEP, FORMULA, PROJECTED, is_close, is_far
 
 B, T, F, D, H, SIZES = 2, 6, 11, 8, 2, (12, 5)

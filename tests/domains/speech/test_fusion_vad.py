@@ -10,17 +10,17 @@ import torch
 from manyheads.attention.positions import interleaved_sinusoids
 from manyheads.data import files
 from manyheads.data.labelled import labelled
+from manyheads.domains.speech import silero_vad
 from manyheads.domains.speech.fusion_vad import Addition, Concatenation, CrossAttention, FusionVad
 from manyheads.domains.speech.silero_vad import SileroVad
 from manyheads.errors import UserError
 from manyheads.spec import parse
 from manyheads.tasks.speech._cepstra import COEFFICIENTS
 from manyheads.tasks.speech._mixtures import stream
-from manyheads.tasks.speech._vad import VadModel
-from manyheads.tasks.speech.voice_activity import VoiceActivity
-from tolerance import DEEP, PROJECTED, error, is_close, is_far
+from manyheads.tasks.speech.voice_activity import VadModel, VoiceActivity
+from tolerance import DEEP, PROJECTED, SAME, error, is_close, is_far
 
-B, T, D, H, STATES = 2, 12, 16, 2, 24
+B, T, D, H, STATES = 2, 12, 16, 2, 384
 MASK = torch.ones(B, T, dtype=torch.bool)
 MASK[1, 7:] = False
 
@@ -64,7 +64,7 @@ def test_a_concatenation_with_tied_weights_is_an_addition(batch):
 @pytest.mark.parametrize("fusion", ["addition", "concat"])
 @pytest.mark.parametrize("left", ["mfcc", "whisper"])
 def test_a_fusion_that_ignores_a_stream_is_the_other_alone(batch, fusion, left):
-    alone = VoiceActivity.reference(_tiny(), 8, "whisper" if left == "mfcc" else "mfcc").double().eval()
+    alone = _tiny().reference(8, "whisper" if left == "mfcc" else "mfcc").double().eval()
     weight = alone.before[0].weight
     zero = torch.zeros_like(weight)
     whole = weight if fusion == "addition" else torch.cat((zero, weight) if left == "mfcc" else (weight, zero), 1)
@@ -78,12 +78,7 @@ def test_a_fusion_that_ignores_a_stream_is_the_other_alone(batch, fusion, left):
 
 
 def _tiny():
-    """A task whose encoder is never asked for."""
-
-    class Tiny(VoiceActivity):
-        states = STATES
-
-    return Tiny(dim=D, layers=2, heads=H, dropout=0.0)
+    return VoiceActivity(dim=D, layers=2, heads=H, dropout=0.0)
 
 
 @pytest.mark.parametrize("query", ["whisper", "mfcc"])
@@ -138,9 +133,28 @@ def test_padding_reaches_no_frame(batch, fusion):
     assert is_far(model(*filled, torch.ones_like(mask))[1:, :7], alone, DEEP)  # the LSTM reads backwards too
 
 
+def test_dropout_is_between_the_layers_of_the_lstm():
+    for layers, want in ((1, 0.0), (2, 0.4)):
+        task = VoiceActivity(dim=D, layers=layers, heads=H, dropout=0.4)
+        assert task.reference(8).recurrent.dropout == want
+
+
+def test_padding_is_no_part_of_the_loss(batch):
+    model, (cepstra, states, mask) = built(), batch
+    given = {"inputs": cepstra, "states": states, "mask": mask, "targets": (torch.rand(B, T) < 0.5).double()}
+    said, right = model(*batch).float().sigmoid()[mask], given["targets"][mask].bool()
+    want = -torch.where(right, said, 1 - said).log().mean()
+    assert error(_tiny().loss(model, given), want) <= SAME
+    filled = {**given, "targets": torch.where(mask, given["targets"], 1 - given["targets"])}
+    assert torch.equal(_tiny().loss(model, filled), _tiny().loss(model, given))
+
+
 def test_what_cross_attention_looks_at_is_shown(batch):
     cepstra, states, mask = batch
     given = {"inputs": cepstra, "states": states, "mask": mask}
+    short = {name: x[1:] for name, x in given.items()}
+    (one,) = FusionVad(fusion="cross").pictures(built(fusion="cross"), short)
+    assert (len(one.values), one.rows, one.columns) == (2, ["0.00", "0.08"], ["0.00"])  # no frame of padding asks
     (picture,) = FusionVad(fusion="cross").pictures(built(fusion="cross"), given)
     assert picture.rows == picture.columns == ["0.00", "0.08", "0.16"]
     assert all(abs(sum(row) - 1) < 1e-6 for row in picture.values)
@@ -159,6 +173,24 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="fusion_vad"):
         parse("fusion_vad:fusion=product")
     assert parse("fusion_vad:fusion=cross,query=mfcc").query == "mfcc"
+
+
+def test_a_frame_has_the_probability_of_the_chunk_that_holds_its_middle(monkeypatch):
+    heard = []
+
+    class Numbered:
+        """A detector that says of each chunk its number."""
+
+        def audio_forward(self, sound, sr):
+            heard.append(sound[0])
+            return torch.arange(-(-sound.shape[1] // 256), dtype=torch.float32)[None]
+
+    monkeypatch.setattr(silero_vad, "_model", Numbered)
+    sound = torch.randn(1700)
+    want = [(160 * i + 80) // 256 for i in range(10)]
+    assert SileroVad().speech(sound).tolist() == SileroVad().speech(9 * sound).tolist() == want
+    assert want != [160 * i // 256 for i in range(10)]  # of its beginning
+    assert error(heard[0], heard[1]) < 1e-6 and heard[0].abs().max() == pytest.approx(0.5)
 
 
 def test_the_published_detector_tells_words_from_silence():

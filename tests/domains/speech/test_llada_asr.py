@@ -9,6 +9,7 @@ import torch
 from manyheads.domains.speech.llada_asr import LLaDAASR, WindowQFormer, denoised, hidden_loss
 from manyheads.errors import UserError
 from manyheads.spec import parse
+from manyheads.tasks.speech.digit_transcripts import DigitTranscripts
 from tolerance import DEEP, FORMULA, PROJECTED, is_close, is_far
 
 B, R, ENDS = 5, 6, 10
@@ -114,6 +115,39 @@ def test_steps_are_counted(case):
             assert torch.equal(got, likeliest.masked_fill(ends, ENDS))
 
 
+def test_decoding_stops_at_an_end_and_leaves_what_is_not_open(case):
+    heard, words = case
+    early, everything = Table(), torch.ones(B, R, dtype=torch.bool)
+    early.own[1, ENDS] += 1e3
+    got = denoised(early, heard, words, everything, 0, 2, ENDS)
+    assert early.calls == 2 and (got[:, 1:] == ENDS).all() and (got[:, 0] != ENDS).all()
+    open_ = torch.tensor([[True, True, True, False, False, True]] * B)
+    got = denoised(early, heard, words, open_, 0, 0, ENDS)
+    assert (got[:, [1, 2, 5]] == ENDS).all() and torch.equal(got[~open_], words[~open_])
+
+
+def test_a_row_is_hidden_by_a_share_of_its_own_and_what_is_not_heard_changes_nothing():
+    class Kept(torch.nn.Module):
+        ends = ENDS
+
+        def forward(self, heard, words):
+            self.heard, self.words = heard, words
+            return torch.zeros(*words.shape, ENDS + 1)
+
+    torch.manual_seed(0)
+    model, targets = Kept(), torch.randint(0, 10, (2000, R))
+    batch = {"inputs": torch.randn(2000, 3), "targets": targets}
+    LLaDAASR().loss(None, model, batch)
+    hidden = model.words == ENDS + 1
+    assert torch.equal(model.words[~hidden], targets[~hidden]) and torch.equal(model.heard, batch["inputs"])
+    counts = hidden.sum(1).bincount(minlength=R + 1) / 2000
+    assert (counts - 1 / (R + 1)).abs().max() < 0.03  # of t ~ U(0, 1) any number of words is as likely
+    one = (torch.rand(2000, R) < 0.5).sum(1).bincount(minlength=R + 1) / 2000  # control: of one share
+    assert (one - 1 / (R + 1)).abs().max() > 0.1
+    LLaDAASR(hear=False).loss(None, model, batch)
+    assert model.heard.abs().max() == 0
+
+
 def test_the_loss_is_of_hidden_words_alone():
     logits = torch.randn(B, R, 11, dtype=torch.float64, requires_grad=True)
     targets, hidden = torch.randint(0, 11, (B, R)), torch.rand(B, R) < 0.5
@@ -164,6 +198,11 @@ def test_chunks_are_written_back_one_after_the_other(case):
         run(LLaDAASR(deliberate="semi", chunks=1), model, heard, words), run(LLaDAASR(), model, heard, words)
     )
     assert not torch.equal(got, run(LLaDAASR(), model, heard, words))
+    assert torch.equal(
+        got, run(LLaDAASR(deliberate="semi", chunks=3, block=1), model, heard, words)
+    )  # pieces are blocks
+    deaf = LLaDAASR(deliberate="semi", hear=False)
+    assert torch.equal(run(deaf, model, heard, words), run(LLaDAASR(deliberate="semi"), model, 0 * heard, words))
 
 
 def attention(layer, x, y, heads, absent=None):
@@ -204,6 +243,15 @@ def test_the_q_former_is_its_formula_and_windows_are_apart():
     padded = torch.cat((x, torch.zeros(2, 3, 7, dtype=torch.float64)), 1)
     assert is_far(q(padded), got, PROJECTED)  # control: silence that is there is heard, what fills up is not
     assert is_close(q(x[:1]), got[:1], FORMULA * 8)
+
+
+def test_there_are_places_for_all_that_was_heard():
+    task = DigitTranscripts(dim=8, layers=1, heads=2)
+    for fields in ({}, {"window": 40, "queries": 8}, {"window": 160, "queries": 40}):
+        model = LLaDAASR(**fields).build(task, 8)
+        assert model(torch.randn(1, 160, 384), torch.zeros(1, R, dtype=torch.long)).shape == (1, R, ENDS + 1)
+    with pytest.raises(UserError, match="5 queries in windows of 17 frames are 50 embeddings"):
+        LLaDAASR(queries=5).build(task, 8)
 
 
 @pytest.mark.parametrize("spec", ["llada_asr:steps=-1", "llada_asr:ratio=2", "llada_asr:deliberate=all",

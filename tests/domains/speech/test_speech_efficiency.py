@@ -12,7 +12,7 @@ from manyheads.experiment import Arm
 from manyheads.spec import parse
 from manyheads.tasks.speech.batch_padding import BatchPadding
 from manyheads.tasks.speech.decoding_cost import DecodingCost, _written
-from manyheads.tasks.speech.digit_dictation import Dictated, DigitDictation
+from manyheads.tasks.speech.digit_dictation import DigitDictation
 from oracles import tasks
 from tiny.recordings import digits
 from tolerance import SAME, error
@@ -30,9 +30,9 @@ def corpus(count=900):
 
 def test_layers_move():
     model = SpeechEfficiency(shift=2).build(DigitDictation(**TINY), 8)
-    assert (len(model.encoder.blocks), len(model.decoder)) == (5, 1)
+    assert (len(model.encoder.blocks), len(model.decoder.layers)) == (5, 1)
     plain = SpeechEfficiency().build(DigitDictation(**TINY), 8)
-    assert (len(plain.encoder.blocks), len(plain.decoder)) == (3, 3)
+    assert (len(plain.encoder.blocks), len(plain.decoder.layers)) == (3, 3)
     assert plain.state_dict().keys() == DigitDictation(**TINY).reference(8).state_dict().keys()
     with pytest.raises(UserError, match="no decoder"):
         SpeechEfficiency(shift=3).build(DigitDictation(**TINY), 8)
@@ -68,6 +68,24 @@ def test_a_steps_batch_is_of_one_bucket(digits):
         for i in range(20)
     }
     assert len(sizes) > 1 and max(sizes) > task.batch  # short ones are more at a time
+
+
+def test_a_bucket_is_as_likely_as_it_has_recordings_and_counts_the_end(digits, monkeypatch):
+    task, seen = DigitDictation(folder=str(digits), **TINY), []
+
+    def epoch(self, durations, tokens, room, rng):
+        seen.append((durations, tokens, room))
+        return [[0], list(range(1, 10))]
+
+    monkeypatch.setattr(SpeechEfficiency, "epoch", epoch)
+    recipe = SpeechEfficiency()
+    sizes = [len(recipe.batches(task, np.random.default_rng(i), task.samples("train"))["mask"]) for i in range(100)]
+    assert 0.8 < np.mean([size == 9 for size in sizes]) < 0.98
+    durations, tokens, room = seen[0]
+    drawn = task.drawn(np.random.default_rng(0), task.samples("train"), 4 * task.batch)
+    assert tokens == [len(sample.target.split()) + 1 for sample in drawn]
+    assert durations == [len(sample.inputs) / 8000 for sample in drawn]
+    assert room == (6 * max(durations), 6 * max(tokens))
 
 
 def test_rows_of_padding_are_those_of_the_batches(monkeypatch):
@@ -167,8 +185,24 @@ def test_dictation_by_hand(digits):
         said = task.predict(model, batch)
     scores = [task.score(s, one)["nll"] for s, one in zip(judged, said, strict=True)]
     assert error(torch.tensor(scores).mean(), want) <= SAME
-    assert task.score(judged[0], Dictated("9"))["nll"] == pytest.approx(-np.log(1e-4))
-    assert task.predict(model, {k: batch[k] for k in ("inputs", "mask")})[0].log_probs is None
+    assert task.predict(model, {k: batch[k] for k in ("inputs", "mask")})[0].log_probs.shape == (0, 11)
+
+
+def test_what_never_ends_is_written_until_there_is_no_more_place():
+    torch.manual_seed(0)
+    task = DigitDictation(**{**TINY, "digits": 32})
+    model = task.reference(16).eval()
+    with torch.no_grad():
+        model.head.bias[0] = -1e9
+        said = task.predict(model, {"inputs": torch.randn(2, 40, 40), "mask": torch.ones(2, 40, dtype=torch.bool)})
+        model.head.bias[0] = 1e9
+        assert [
+            one.text
+            for one in task.predict(
+                model, {"inputs": torch.randn(1, 40, 40), "mask": torch.ones(1, 40, dtype=torch.bool)}
+            )
+        ] == [""]
+    assert [len(one.text.split()) for one in said] == [32, 32]
 
 
 @pytest.mark.parametrize("spec", ["count=0", "shift=-1", "batching=any", "sub=0"])

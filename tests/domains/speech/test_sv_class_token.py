@@ -117,6 +117,17 @@ def test_a_block_is_its_formula(x, memory):
     assert is_far(block(x, MASK), before + block.second(layer_norm(before, (D,))), DEEP)
 
 
+def test_all_that_a_layer_adds_is_dropped_out(x):
+    class Dropping(Task):
+        dropout = 1.0
+
+    block = Block(SvClassToken(), Dropping(), 8).double().train()
+    first, second = block.norms
+    assert is_close(block(x, MASK), second(first(x)), PROJECTED) and is_far(
+        block.eval()(x, MASK), second(first(x)), DEEP
+    )
+
+
 def test_a_token_that_looks_at_all_alike_is_a_mean(x):
     attention = Block(SvClassToken(), Task(), 8).double().eval().attention
     with torch.no_grad():
@@ -235,6 +246,10 @@ def test_a_teacher_is_trained_alongside_and_left_behind(speech):
     ce = [-z.log_softmax(-1)[range(2), y].mean() for z in (learner.student.head(states[:, 0]), taught)]
     term = (p * (p.log() - q.log())).sum(-1).mean()
     assert error(loss, ce[0] + ce[1] + term) < 1e-6 < 0.01 < error(loss, ce[0] + ce[1])
+    torch.manual_seed(0)
+    weighed = SvClassToken(tokens=3, weight=0.3, temperature=2.0).loss(task, learner, batch)
+    p, q = (taught / 2).softmax(-1), (learner.imitates(states[:, 1]) / 2).softmax(-1)
+    assert error(weighed, ce[0] + ce[1] + 0.3 * 4 * (p * (p.log() - q.log())).sum(-1).mean()) < 1e-6
     loss.backward()
     own = [w.grad.clone() for w in learner.teacher.parameters()]
     learner.zero_grad()
@@ -272,9 +287,12 @@ def test_a_model_without_a_teacher_can_be_trained_on_erased_inputs(speech):
 def test_attention_of_the_token_is_shown(speech):
     frames, mask = speech
     batch = {"inputs": frames[None], "mask": mask[None]}
-    (picture,) = SvClassToken().pictures(built(), batch)
+    model = built()
+    (picture,) = SvClassToken().pictures(model, batch)
     assert picture.rows == ["head 0", "head 1"] and len(picture.columns) == 10
     assert all(0.3 < sum(row) <= 1 for row in picture.values)  # the rest is on the tokens themselves
+    shown = model.encoder.blocks[-1].shown[0, :, 0]
+    assert [sum(row) for row in picture.values] == pytest.approx((1 - shown[:, :2].sum(1)).tolist(), rel=1e-6)
     assert SvClassToken(pooling="mean", distil=False).pictures(built(pooling="mean", distil=False), batch) == ()
 
 

@@ -8,8 +8,9 @@ import torch
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks._field import parted
-from manyheads.tasks.speech._ctc import Transcript, ctc_losses
-from manyheads.tasks.speech._encoder import SpeechEncoder, log_mel
+from manyheads.tasks.speech._ctc import best_paths, ctc_losses, ctc_mean
+from manyheads.tasks.speech._digits import Transcript, at_pace, paced
+from manyheads.tasks.speech._encoder import Conformer, SpeechEncoder, log_mel
 from manyheads.tasks.speech.digit_strings import DigitStrings
 from tiny.recordings import digits, write
 
@@ -69,9 +70,11 @@ def test_confusions_are_counted():
     assert np.array(seen.values).shape == (len(seen.rows), len(seen.columns)) == (51, 12)
 
 
-def test_padding_does_not_reach_speech():
-    model = SpeechEncoder([], 16, 11).eval()
-    frames = log_mel(torch.randn(3000))
+@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.parametrize("samples", [3000, 3050])  # an even and an odd number of frames
+def test_padding_does_not_reach_speech(samples, blocks):
+    model = SpeechEncoder([Conformer(16, 2, 32, 0.0, 5) for _ in range(blocks)], 16, 11).eval()
+    frames = log_mel(torch.randn(samples))
     alone, _ = model(frames[None], torch.ones(1, len(frames), dtype=torch.bool))
     garbage = torch.full((1, len(frames) + 13, 40), 1e3)
     garbage[0, : len(frames)] = frames
@@ -87,3 +90,31 @@ def test_frames_are_normalised_and_short_recordings_have_one():
     frames = log_mel(torch.randn(8000))
     assert frames.shape == (101, 40) and frames.mean(0).abs().max() < 1e-4
     assert log_mel(torch.zeros(10)).isfinite().all()
+
+
+def test_paths_and_losses_are_of_what_is_there_and_of_words():
+    logits = torch.randn(2, 9, 11)
+    logits[0, :6] = 9 * torch.nn.functional.one_hot(torch.tensor([0, 4, 4, 0, 4, 8]), 11)
+    logits[0, 6:, 2] += 99
+    mask = torch.arange(9) < torch.tensor([[6], [9]])
+    assert best_paths(logits, mask)[0] == "3 3 7"
+    targets, counts = torch.tensor([[4, 4, 8], [1, 0, 0]]), torch.tensor([3, 1])
+    each = ctc_losses(logits, mask, targets, counts)
+    assert ctc_mean(logits, mask, targets, counts) == pytest.approx(float(each.sum()) / 4)
+
+    class Said(torch.nn.Module):
+        def forward(self, frames, there):
+            return logits, mask
+
+    found = DigitStrings(**TINY).predict(Said(), {"inputs": None, "mask": None})
+    assert [len(one.log_probs) for one in found] == [6, 9] and found[0].text == "3 3 7"
+    assert torch.allclose(found[0].log_probs, logits[0, :6].log_softmax(-1))
+
+
+def test_words_are_read_faster_and_slower_alike():
+    sound = torch.sin(torch.arange(800) * 0.1)
+    assert len(at_pace(sound, 2.0)) == 400 and len(at_pace(sound, 0.5)) == 1600
+    assert (at_pace(sound, 2.0)[1:-1] - sound[2:-2:2]).abs().max() < 0.2
+    rng = np.random.default_rng(0)
+    paces = [800 / len(paced(rng, sound, 0.2)) for _ in range(300)]
+    assert 0.79 < min(paces) < 0.82 and 1.18 < max(paces) < 1.21 and abs(np.mean(paces) - 1) < 0.02

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transcripts of digits: strings, who sees whom in the references, digits of a transcript, scores, hypotheses."""
 
+import numpy as np
 import pytest
 import torch
 
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks.speech import _whisper
-from manyheads.tasks.speech._transcriber import END, HIDDEN, ROOM
-from manyheads.tasks.speech.digit_transcripts import DigitTranscripts, _row
+from manyheads.tasks.speech.digit_transcripts import END, HIDDEN, ROOM, DigitTranscripts, _row, _string
 from tiny.recordings import digits, write
 
 __all__ = ["digits"]
@@ -64,6 +64,27 @@ def test_who_sees_whom():
     far[:, 80] = torch.randn(384)
     model.order = "left"
     assert (model(far, words) != model(heard, words)).any(-1).all()
+
+
+def test_words_know_the_order_of_what_is_heard():
+    torch.manual_seed(0)
+    model = DigitTranscripts(**TINY).reference(16).eval()
+    heard, words = torch.randn(1, 40, 4, 384), torch.full((1, ROOM), HIDDEN)
+    said, turned = (model(x.flatten(1, 2), words) for x in (heard, heard.flip(1)))
+    assert (said - turned).abs().max() > 1e-4
+    with torch.no_grad():
+        model.places[ROOM:] = 0  # control: without places it is a set
+    said, turned = (model(x.flatten(1, 2), words) for x in (heard, heard.flip(1)))
+    assert (said - turned).abs().max() < 1e-5
+
+
+def test_noise_is_0_to_15_db_below_words():
+    found, words = [], [Sample("w", "g", "train", torch.sin(torch.arange(3200) * 0.1) * 2**0.5, "1")] * 2
+    for i in range(40):
+        sound = _string(np.random.default_rng(i), words, "x").inputs
+        tail, share = float(sound[-12_000:].square().mean()), 2 * 3200 / 25_600
+        found.append(-10 * np.log10(tail * share / (1 - tail)))  # of the noise alone, and of both
+    assert -0.5 < min(found) < 4 and 11 < max(found) < 15.5
 
 
 def test_autoregressive_writing_is_by_its_own_words():

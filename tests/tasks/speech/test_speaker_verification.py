@@ -9,7 +9,7 @@ from manyheads.errors import UserError
 from manyheads.experiment import Arm, RunContext, Trainable
 from manyheads.recipe import Sample
 from manyheads.tasks._field_training import FieldTraining, load_model
-from manyheads.tasks.speech._verification import AttentiveStatistics, Match, MeanPool
+from manyheads.tasks.speech._verification import AttentiveStatistics, Classified, Match, MeanPool
 from manyheads.tasks.speech.speaker_verification import SpeakerVerification
 from oracles import tasks
 from tiny.recordings import digits, write
@@ -59,6 +59,42 @@ def test_pairs_are_what_they_are_called(six):
     assert batch["inputs"].shape[:2] == batch["mask"].shape[:2] == batch["targets"].shape == (2, 2)
     (first, second), (third, fourth) = batch["targets"].tolist()
     assert first == second and third != fourth and task.classes == 3 * 2 * 2
+
+
+def test_pairs_that_are_drawn_differ_in_order_or_voice(six):
+    task, kinds = SpeakerVerification(folder=str(six), **{**TINY, "batch": 40}), set()
+    for same, other in task.collate(task.draw(np.random.default_rng(0), task.samples("train")))["targets"].view(
+        -1, 2, 2
+    ):
+        assert same[0] == same[1]
+        (voice, phrase), (far, reverse) = ((int(k) // 2, int(k) % 2) for k in other)  # of two phrases
+        assert (voice == far) != (phrase == reverse)
+        kinds.add(voice == far)
+    assert kinds == {True, False}
+
+
+def test_a_reversed_phrase_is_the_other_phrases_target(six):
+    judged = SpeakerVerification(folder=str(six), **{**TINY, "samples_judged": 64}).judged("test")
+    named = {tuple(s.name.split()): s.inputs[1] for s in judged}
+    targets = {(who, phrase, j): x for (_, phrase, _, kind, who, j), x in named.items() if kind == "target"}
+    reverses = {(who, phrase[::-1], j): x for (_, phrase, _, kind, who, j), x in named.items() if kind == "phrase"}
+    assert reverses and all(targets[key] is x for key, x in reverses.items())
+
+
+def test_embeddings_are_the_mean_of_states_and_classes_are_told_by_the_first():
+    class States(torch.nn.Module):
+        def forward(self, frames, mask):
+            return frames[:, :2]
+
+    batch = {"inputs": torch.randn(3, 2, 4, 8), "mask": torch.ones(3, 2, 4, dtype=torch.bool)}
+    said = SpeakerVerification(**TINY).predict(States(), batch)
+    one, other = batch["inputs"][:, :, :2].mean(2).unbind(1)
+    want = (one * other).sum(-1) / one.norm(dim=-1) / other.norm(dim=-1)
+    assert [match.cosine for match in said] == pytest.approx(want.tolist(), abs=1e-6)
+    classified, frames = Classified(States(), 8, 5), batch["inputs"][:, 0]
+    logits, weight = classified(frames, None), classified.head.weight
+    assert torch.allclose(logits, 10 * torch.cosine_similarity(frames[:, 0, None], weight[None], dim=-1), atol=1e-5)
+    assert not torch.allclose(logits, frames[:, 0] @ weight.T, atol=1e-1)
 
 
 def test_a_threshold_is_that_of_all_pairs_of_a_kind():
@@ -112,8 +148,16 @@ def test_poolings_are_their_formulas():
     assert is_close(MeanPool()(x, mask)[1], x[1, :4].mean(0), PROJECTED)
     assert is_far(MeanPool()(x, mask)[1], x[1].mean(0), PROJECTED)
     pool = AttentiveStatistics(8).double()
-    alpha = torch.stack([pool.weigh(pool.hidden(x[1, t]).tanh())[0] for t in range(4)]).softmax(0)
+    hidden, _, weigh = pool.score
+    alpha = torch.stack([weigh(hidden(x[1, t]).tanh())[0] for t in range(4)]).softmax(0)
     mean = sum(a * x[1, t] for t, a in enumerate(alpha))
     deviation = sum(a * (x[1, t] - mean) ** 2 for t, a in enumerate(alpha)).sqrt()
-    assert is_close(pool(x, mask)[1], pool.out(torch.cat((mean, deviation))), 1e-12)
-    assert is_far(pool(x, mask)[1], pool.out(torch.cat((mean, deviation**2))), 1e-12)
+    assert is_close(pool(x, mask)[1], torch.cat((mean, deviation)), PROJECTED)
+    assert is_close(pool(x[1:, :4])[0], pool(x, mask)[1], PROJECTED)  # without a mask all are there
+    assert is_far(pool(x, mask)[1], torch.cat((mean, deviation**2)), PROJECTED)
+    task = SpeakerVerification(**TINY)
+    plain, weighed = (task.reference(16, kind).eval() for kind in task.references)
+    frames, there = torch.randn(1, 20, 40), torch.ones(1, 20, dtype=torch.bool)
+    states, short = weighed.encode(frames, there)
+    want = weighed.pool(states, short) @ weighed.head.weight.T
+    assert torch.allclose(weighed(frames, there)[:, 0], want, atol=1e-6) and plain(frames, there).shape == (1, 1, 16)

@@ -81,6 +81,24 @@ def test_rates_are_of_real_speech_with_the_fakes_of_one_kind():
     assert set(task.scores(samples[1:5], said[1:5])[0]) == {"nll"}  # without real speech there is no rate
 
 
+@pytest.mark.parametrize("loud", [1.0, 30.0])
+def test_noise_is_20_to_40_db_below_whatever_is_heard(loud):
+    tone, shares = loud * np.sin(np.arange(8000.0)), []
+    for i in range(8):
+        noisy = speech_deepfakes._noisy(np.random.default_rng(i), tone).double().numpy()
+        own = (noisy @ tone) / (tone @ tone) * tone
+        shares.append(10 * np.log10((own**2).sum() / ((noisy - own) ** 2).sum()))
+    assert 19.5 < min(shares) < 28 and 32 < max(shares) < 40.5
+
+
+def test_a_detector_is_the_sum_of_its_blocks():
+    task = SpeechDeepfakes(dim=16, heads=2, layers=2, dropout=0.0)
+    model, s, c = task.reference(16).eval(), torch.randn(2, 50, 384), torch.randn(2, 101, 60)
+    x = model.fuse(s, c)
+    first = x + model.blocks[0](x)
+    assert torch.equal(model(s, c), model.head(model.pool(first + model.blocks[1](first))))
+
+
 def test_filters_and_bins_are_where_they_should_be():
     at = torch.arange(8000) / 8000
     for rate in (500.0, 1000.0, 2500.0):
@@ -94,6 +112,8 @@ def test_filters_and_bins_are_where_they_should_be():
     assert deltas(torch.ones(9, 3)).abs().max() == 0
     assert deltas(torch.arange(9.0)[:, None])[2:-2] == pytest.approx(torch.ones(5, 1))
     x = torch.randn(8000)
+    first = cepstra(x, "lfcc")[:, :20]
+    assert torch.equal(cepstra(x, "lfcc")[:, 20:], torch.cat((deltas(first), deltas(deltas(first))), 1))
     for kind in ("lfcc", "mfcc", "cqcc"):
         logs = energies(x, kind).clamp(min=1e-4).log().double().numpy()
         from scipy.fft import dct
@@ -104,7 +124,7 @@ def test_filters_and_bins_are_where_they_should_be():
 
 def test_the_encoder_reads_a_second_as_it_reads_thirty(monkeypatch):
     (model, extractor), calls = tiny_whisper(), []
-    monkeypatch.setattr(_whisper, "whisper", lambda name: (calls.append(1), (model, extractor, None))[1])
+    monkeypatch.setattr(_whisper, "whisper", lambda: (calls.append(1), (model, extractor, None))[1])
     monkeypatch.setattr(_whisper, "_kept", {})
     sound = torch.randn(30 * 8000)
     (whole,) = _whisper.encoder_features([sound], 8000)

@@ -101,6 +101,24 @@ def test_slots_are_said_one_after_the_other():
     assert torch.equal(changed[:, 0], logits[:, 0]) and (changed[:, 2] != logits[:, 2])[:, 6:].any()
 
 
+def test_the_loss_is_of_each_slot_given_those_before_and_padding_is_not_attended_to(digits):
+    task = SpokenCommands(folder=str(digits), words=1, commands=4, **{**TINY, "dropout": 0.0})
+    torch.manual_seed(0)
+    model = task.reference(16).eval()
+    batch = task.collate(task.draw(np.random.default_rng(0), task.samples("train")))
+    x, mask = model.encoder(batch["inputs"], batch["mask"])
+    targets = batch["targets"] + torch.tensor([0, 4, 6])
+    said = [model.decode(x, mask, targets[:, :i])[:, -1].log_softmax(-1) for i in range(3)]
+    want = -torch.stack([row.gather(1, targets[:, i : i + 1]) for i, row in enumerate(said)]).mean()
+    assert error(task.loss(model, batch), want) <= SAME
+    garbage = torch.where(mask[..., None], x, 1e3)
+    mask[:, -3:], garbage[:, -3:] = False, 1e3
+    allowed = targets[:, :2]
+    alone = model.decode(x[:, :-3], mask[:, :-3], allowed)
+    assert error(model.decode(garbage, mask, allowed).exp(), alone.exp()) <= SAME
+    assert error(model.decode(garbage, torch.ones_like(mask), allowed).exp(), alone.exp()) > 0.01
+
+
 def test_scores_are_those_by_hand():
     task = SpokenCommands(**TINY)
     sample = Sample("x", "g", "test", None, (1, 0, 3))

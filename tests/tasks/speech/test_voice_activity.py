@@ -9,12 +9,11 @@ from scipy.fft import dct
 from manyheads.data.audio import resampled
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
-from manyheads.tasks.speech import _vad, _whisper, voice_activity
+from manyheads.tasks.speech import _whisper, voice_activity
 from manyheads.tasks.speech._cepstra import normalised_mfcc
 from manyheads.tasks.speech._encoder import log_mel
 from manyheads.tasks.speech._mixtures import FRAME, NOISES, mixed, stream
-from manyheads.tasks.speech._vad import Activity
-from manyheads.tasks.speech.voice_activity import VoiceActivity
+from manyheads.tasks.speech.voice_activity import Activity, VoiceActivity
 from tiny.recordings import digits
 from tiny.speech import tiny_whisper
 
@@ -28,12 +27,12 @@ WORDS = [torch.sin(torch.arange(2400) * 0.1 * (i + 1)) for i in range(4)]
 def made(monkeypatch):
     """Features of our own making in the place of Whisper's: two sums over a frame."""
 
-    def sums(name, sound, rate):
+    def sums(sound, rate):
         frames = sound[: len(sound) // FRAME * FRAME].view(-1, FRAME)
         return torch.stack((frames.sum(1), frames.abs().sum(1)), 1)
 
     monkeypatch.setattr(voice_activity, "windowed", sums)
-    monkeypatch.setattr(_vad, "width_of", lambda name: 2)
+    monkeypatch.setattr(voice_activity, "WIDTH", 2)
     voice_activity._read_sound.cache_clear()
     yield
     voice_activity._read_sound.cache_clear()
@@ -45,6 +44,11 @@ def test_labels_are_where_words_are():
     assert sound.shape == (200 * FRAME,) and 0.1 < labels.mean() < 0.7
     assert (labels <= loud).all() and (labels != loud).mean() < 0.1  # a frame is one or the other by its greater part
     assert not (labels[::-1] <= loud).all()
+
+
+def test_a_stream_begins_anywhere():
+    first = [stream(np.random.default_rng(i), WORDS, 200)[1][0] for i in range(60)]
+    assert 0.05 < np.mean(first) < 0.95  # in a word or in silence
 
 
 def test_quiet_ends_of_a_recording_are_no_speech():
@@ -121,9 +125,9 @@ def test_cepstra_are_a_cosine_transform_of_the_filters():
 def test_states_of_the_encoder_are_by_frame_and_window(monkeypatch):
     """As of transformers' encoder with the first 200 positions, on four seconds at a time."""
     model, extractor = tiny_whisper()
-    monkeypatch.setattr(_whisper, "whisper", lambda name: (model, extractor, None))
+    monkeypatch.setattr(_whisper, "whisper", lambda: (model, extractor, None))
     sound = torch.randn(45_000)
-    found = _whisper.windowed("tiny", sound, 8000)
+    found = _whisper.windowed(sound, 8000)
     cut = type(model.get_encoder())(type(model.config)(**{**model.config.to_dict(), "max_source_positions": 200}))
     state = model.get_encoder().state_dict()
     cut.load_state_dict({**state, "embed_positions.weight": state["embed_positions.weight"][:200]})
@@ -137,6 +141,6 @@ def test_states_of_the_encoder_are_by_frame_and_window(monkeypatch):
             states = cut.eval()(heard["input_features"]).last_hidden_state[0, : len(want)]
         assert (states - want).abs().max() < 1e-4 < 1e-2 < (states.flip(0) - want).abs().max()
     assert found.shape == (281, 16)
-    assert torch.equal(found[:200], _whisper.windowed("tiny", sound[: 200 * FRAME], 8000))
+    assert torch.equal(found[:200], _whisper.windowed(sound[: 200 * FRAME], 8000))
     with pytest.raises(UserError, match=r"0\.02 s"):
-        _whisper.windowed("tiny", sound[:159], 8000)
+        _whisper.windowed(sound[:159], 8000)

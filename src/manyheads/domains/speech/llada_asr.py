@@ -11,7 +11,8 @@ says of all hidden words at once what they are; every place sees every other.
   hidden words alone, without LLaDA's weight 1 / t, as the released code has it. Rows are filled up with ends, which
   count.
 - transcription: all words hidden; in each of ``steps`` steps the surest hidden places get their likeliest words, as
-  evenly as they go. With ``block`` the row is filled block after block (semi-autoregressive). Behind the first end of a
+  evenly as they go. With ``block`` the row is filled block after block (semi-autoregressive), each in so many steps,
+  where LLaDA parts the steps among the blocks. Behind the first end of a
   filled block all is an end, and decoding stops.
 - deliberation over a first transcript (``deliberate``), whose length it cannot change but by its ends: ``random`` hides
   a share ``ratio`` of its places, ``confidence`` those whose words the model, reading the whole transcript, thinks
@@ -75,7 +76,7 @@ def hidden_loss(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
 
 
 def denoised(model: Any, heard: Tensor, words: Tensor, open_: Tensor, steps: int, block: int, ends: int) -> Tensor:
-    """``words [B, R]`` with its ``open_`` places filled; others never change, but behind an end that is written.
+    """``words [B, R]`` with its ``open_`` places filled, with ends behind the first end; others never change.
 
     Args:
         model: ``(features, words) -> logits [B, R, V]``; ``ends`` is the last of V, and what hides a word is V.
@@ -111,7 +112,7 @@ class LLaDAASR(Recipe):
     """A masked diffusion model that transcribes speech, or mends a transcript.
 
     Attributes:
-        steps: of decoding; 0 for one a word.
+        steps: of decoding, for each block or piece; 0 for one a word.
         block: words that are decoded before the next; 0 for all at once.
         deliberate: how a first transcript is mended; ``none`` to write from nothing.
         ratio: share of places that are hidden by ``random`` and ``confidence``.
@@ -122,7 +123,7 @@ class LLaDAASR(Recipe):
 
     task: ClassVar[str] = "digit_transcripts"
 
-    steps: int = field(default=0, metadata={"help": "steps of decoding; 0 for one a word"})
+    steps: int = field(default=0, metadata={"help": "steps of decoding a block; 0 for one a word"})
     block: int = field(default=0, metadata={"help": "words decoded before the next ones; 0 for all at once"})
     deliberate: Mode = field(default="none", metadata={"help": "mend a transcript: random, confidence or semi"})
     ratio: Annotated[float, Field(ge=0, le=1)] = field(default=0.3, metadata={"help": "share of places hidden"})
@@ -138,6 +139,12 @@ class LLaDAASR(Recipe):
 
     def build(self, task: FieldTask, width: int) -> nn.Module:
         model: Any = task.reference(width)
+        heard, room = self.queries * math.ceil(model.frames / self.window), len(model.places) - model.room
+        if heard > room:
+            raise UserError(
+                f"llada_asr: {self.queries} queries in windows of {self.window} frames are {heard} embeddings, and "
+                f"{room} have places: write fewer queries or a longer window"
+            )
         model.front = WindowQFormer(
             model.size, task.dim, task.heads, self.window, self.queries, self.depth, task.dropout
         )
@@ -149,8 +156,8 @@ class LLaDAASR(Recipe):
         targets = batch["targets"]
         share = torch.rand(len(targets), 1, device=targets.device)
         hidden = torch.rand(targets.shape, device=targets.device) < share
-        ends = int(targets.max())  # each row ends
-        logits = model(self._heard(batch), targets.masked_fill(hidden, ends + 1))
+        net: Any = model
+        logits = net(self._heard(batch), targets.masked_fill(hidden, net.ends + 1))
         return hidden_loss(logits, targets, hidden)
 
     def _heard(self, batch: Batch) -> Tensor:

@@ -13,27 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._encoder import RATE, log_mel
+from ._encoder import MELS, RATE, log_mel, mel_filters
 
 __all__ = ["COEFFICIENTS", "Kind", "cepstra", "constant_q", "deltas", "energies", "normalised_mfcc"]
 
 Kind = Literal["mfcc", "lfcc", "cqcc"]
 COEFFICIENTS = 20
-_WINDOW, _HOP, _FFT, _FILTERS = 200, 80, 256, 40  # 25 ms every 10 ms
+_WINDOW, _HOP, _FFT = 200, 80, 256  # 25 ms every 10 ms
 _LOWEST, _OCTAVE, _BINS = 62.5, 12, 71  # of the constant-Q transform: up to 3.6 kHz
 _FLOOR = 1e-4
 _REACH = 2  # frames on either side that a delta reads
 
 
 @cache
-def _filters(kind: Kind) -> Tensor:
-    """``[129, 40]`` triangles, as far apart on the mel scale or in Hz."""
-    from transformers.audio_utils import mel_filter_bank
-
-    if kind == "mfcc":
-        found = mel_filter_bank(_FFT // 2 + 1, _FILTERS, 0.0, RATE / 2, RATE, norm=None, mel_scale="htk")
-        return torch.from_numpy(found).float()
-    at, edges = torch.linspace(0, RATE / 2, _FFT // 2 + 1), torch.linspace(0, RATE / 2, _FILTERS + 2)
+def _linear_filters() -> Tensor:
+    """Triangles ``[129, 40]``, as far apart in Hz."""
+    at, edges = torch.linspace(0, RATE / 2, _FFT // 2 + 1), torch.linspace(0, RATE / 2, MELS + 2)
     rising = (at[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - at[:, None]) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp(min=0)
@@ -70,7 +65,7 @@ def energies(sound: Tensor, kind: Kind) -> Tensor:
     spectrum = torch.stft(
         sound, _FFT, _HOP, _WINDOW, torch.hann_window(_WINDOW), return_complex=True, pad_mode="constant"
     )
-    return (spectrum.abs().square() / _WINDOW).T @ _filters(kind)
+    return (spectrum.abs().square() / _WINDOW).T @ (mel_filters("htk", None) if kind == "mfcc" else _linear_filters())
 
 
 @cache

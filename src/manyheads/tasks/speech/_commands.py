@@ -18,7 +18,6 @@ from ...errors import UserError
 from ...recipe import Batch, Part, Sample
 from .._embedded import embedded_texts
 from ._digits import SpokenDigits, drawn_strings, fixed_strings, paced
-from ._understanding import UnderstandingTask
 
 __all__ = ["FRAMES", "MELS", "SIZES", "SLOTS", "Command", "CommandData", "whisper_mel"]
 
@@ -66,14 +65,39 @@ def whisper_mel(sound: Tensor) -> Tensor:
     return (logs.clamp(min=float(logs.max()) - 8) + 4) / 4
 
 
+@lru_cache(maxsize=4)
+def _labelled(samples: tuple[Sample, ...], commands: int, words: int) -> list[Sample]:
+    """Commands that have a meaning."""
+    speakers = sorted({sample.group for sample in samples})
+    own = set(speakers[: max(1, len(speakers) // 2)])
+    found = fixed_strings([sample for sample in samples if sample.group in own], "train", words)
+    return [_command(sample) for sample in found[:commands]]
+
+
+def _command(sample: Sample) -> Sample:
+    """A string of three digits by what it means."""
+    spoken = " ".join(DIGITS[int(digit)] for digit in sample.target.split())
+    return replace(sample, target=Command.of(sample.target).values, about={"spoken": spoken})
+
+
+@cache
+def _sentences() -> dict[str, Tensor]:
+    """Vectors of all wordings of commands, by MiniLM."""
+    from ...models import load_reader
+
+    model, tokenizer = load_reader("all-minilm-l6-v2", "cpu", torch.float32)
+    texts = [*DIGITS, *(f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS)]
+    return dict(zip(texts, embedded_texts(model, tokenizer, texts, at_once=len(texts)), strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
-class CommandData(SpokenDigits, UnderstandingTask):
+class CommandData(SpokenDigits):
     """Commands, their features and their transcripts; see :class:`.spoken_commands.SpokenCommands`.
 
     Attributes:
         words: of a command, 3 or 1.
         commands: that are labelled; the same for all arms and trainings.
-        stretch: how much faster or slower a word may be read in training, as a share.
+        stretch: how much faster or slower a command, or a word to transcribe, may be read in training, as a share.
     """
 
     text: ClassVar[int] = 384  # features of a text, see :meth:`described`
@@ -112,7 +136,10 @@ class CommandData(SpokenDigits, UnderstandingTask):
             samples = [sample for sample in samples if sample.group in others]
         drawn = drawn_strings(rng, samples, self.batch, self.words, self.stretch)
         texts = [[int(digit) for digit in sample.target.split()] for sample in drawn]
-        coded = [[k for d in text for k in (_letters(d) if letters else [d + 1])] for text in texts]
+        if letters:
+            coded = [[ord(letter) - ord("a") + 1 for digit in text for letter in DIGITS[digit]] for text in texts]
+        else:
+            coded = [[digit + 1 for digit in text] for text in texts]
         targets, there = padded([torch.tensor(one) for one in coded])
         made = self.collate([replace(sample, target=None) for sample in drawn])
         return {**made, "targets": targets, "counts": there.sum(1)}
@@ -124,33 +151,3 @@ class CommandData(SpokenDigits, UnderstandingTask):
             UserError: MiniLM cannot be had.
         """
         return torch.stack([_sentences()[sample.about["spoken"]] for sample in samples])
-
-
-@lru_cache(maxsize=4)
-def _labelled(samples: tuple[Sample, ...], commands: int, words: int) -> list[Sample]:
-    """Commands that have a meaning."""
-    speakers = sorted({sample.group for sample in samples})
-    own = set(speakers[: max(1, len(speakers) // 2)])
-    found = fixed_strings([sample for sample in samples if sample.group in own], "train", words)
-    return [_command(sample) for sample in found[:commands]]
-
-
-def _command(sample: Sample) -> Sample:
-    """A string of three digits by what it means."""
-    spoken = " ".join(DIGITS[int(digit)] for digit in sample.target.split())
-    return replace(sample, target=Command.of(sample.target).values, about={"spoken": spoken})
-
-
-def _letters(digit: int) -> list[int]:
-    """A digit's name in letters, from 1 on."""
-    return [ord(letter) - ord("a") + 1 for letter in DIGITS[digit]]
-
-
-@cache
-def _sentences() -> dict[str, Tensor]:
-    """Vectors of all wordings of commands, by MiniLM."""
-    from ...models import load_reader
-
-    model, tokenizer = load_reader("all-minilm-l6-v2", "cpu", torch.float32)
-    texts = [*DIGITS, *(f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS)]
-    return dict(zip(texts, embedded_texts(model, tokenizer, texts, at_once=len(texts)), strict=True))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,8 +25,8 @@ from .._field import FieldTask, parted
 from ._encoder import RATE, log_mel
 
 __all__ = [
-    "WER", "DigitStringData", "SpokenDigits", "aligned", "at_pace", "by_speaker", "corpus", "drawn_strings",
-    "fixed_strings", "paced", "spoken",
+    "WER", "DigitStringData", "SpokenDigits", "Transcript", "aligned", "at_pace", "by_speaker", "corpus",
+    "drawn_strings", "fixed_strings", "paced", "spoken", "word_errors",
 ]  # fmt: skip
 
 _GAP = 0.1  # seconds of near silence at most, before, between and behind words
@@ -41,6 +41,22 @@ WER = (
     ),
     Metric("exact", "strings without an error", higher=True, kind="share"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Transcript:
+    """What is recognised.
+
+    Attributes:
+        text: digits with a space between.
+        log_probs: ``[T, classes]`` of each frame or of each next symbol, as a task says; empty where none are known.
+    """
+
+    text: str
+    log_probs: Tensor = field(default_factory=lambda: torch.zeros(0, 11))
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,3 +220,9 @@ def aligned(spoken: Sequence[str], recognised: Sequence[str]) -> Any:
     except ImportError as error:
         raise UserError("word error rates need jiwer: pip install 'manyheads[train]'") from error
     return jiwer.process_words(list(spoken), list(recognised))
+
+
+def word_errors(spoken: str, recognised: str) -> dict[str, float]:
+    """The metrics of :data:`WER` for one string."""
+    wrong = float(aligned([spoken], [recognised]).wer)
+    return {"wer": wrong, "exact": float(wrong == 0)}

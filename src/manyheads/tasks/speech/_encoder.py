@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...attention.masks import zero_padding
 from ...attention.positions import interleaved_sinusoids
 
-__all__ = ["MELS", "RATE", "Conformer", "SpeechEncoder", "log_mel"]
+__all__ = ["MELS", "RATE", "Conformer", "SpeechEncoder", "TokenDecoder", "log_mel", "mel_filters"]
 
 RATE = 8000  # samples a second that every recording is brought to
 MELS = 40
@@ -25,11 +25,11 @@ _FLOOR = 1e-3  # of the energy in a filter; what is quieter is silence
 
 
 @cache
-def _filters() -> Tensor:
+def mel_filters(scale: str = "slaney", norm: str | None = "slaney") -> Tensor:
+    """Triangles ``[129, 40]`` on bins of a spectrum of 256 samples at 8 kHz."""
     from transformers.audio_utils import mel_filter_bank
 
-    found = mel_filter_bank(_FFT // 2 + 1, MELS, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
-    return torch.from_numpy(found).float()
+    return torch.from_numpy(mel_filter_bank(_FFT // 2 + 1, MELS, 0.0, RATE / 2, RATE, norm, scale)).float()
 
 
 def log_mel(sound: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def log_mel(sound: Tensor) -> Tensor:
     padded = nn.functional.pad(sound, (0, room - len(sound)))
     window = torch.hann_window(_WINDOW)
     spectrum = torch.stft(padded, _FFT, _HOP, _WINDOW, window, return_complex=True).abs().square()
-    energies = (spectrum.T @ _filters()).clamp(min=_FLOOR).log()
+    energies = (spectrum.T @ mel_filters()).clamp(min=_FLOOR).log()
     return (energies - energies.mean(0)) / energies.std(0).clamp(min=1e-3)
 
 
@@ -86,6 +86,37 @@ class SpeechEncoder(nn.Module):
         if self.positions:
             x = x + interleaved_sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2])
         return self.dropout(x), mask
+
+
+class TokenDecoder(nn.Module):
+    """States ``[B, n + 1, dim]`` behind the beginning and each of n symbols, which attend to frames.
+
+    Args:
+        symbols, places: how many there are; symbol 0 is the beginning.
+        layers: of it.
+        dim, heads, width, dropout: of each.
+    """
+
+    def __init__(
+        self, symbols: int, places: int, layers: int, dim: int, heads: int, width: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.symbols, self.places = nn.Embedding(symbols, dim), nn.Embedding(places, dim)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor, before: Tensor) -> Tensor:
+        """Of frames ``[B, T, dim]``, where speech is ``[B, T]``, and symbols from the left ``[B, n]``."""
+        size = before.shape[1] + 1
+        y = self.symbols(nn.functional.pad(before, (1, 0))) + self.places.weight[:size]
+        later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+        for layer in self.layers:
+            y = layer(y, x, tgt_mask=later, memory_key_padding_mask=~mask)
+        states: Tensor = self.norm(y)
+        return states
 
 
 class Conformer(nn.Module):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of a whole recording with their poolings, and the base of tasks that compare two recordings."""
+"""Encoders of a whole recording with their poolings, and the base of a task that compares two recordings."""
 
 from __future__ import annotations
 
@@ -42,41 +42,35 @@ class MeanPool(nn.Module):
 
 
 class AttentiveStatistics(nn.Module):
-    """Mean and deviation over frames, weighted by additive attention (Okabe et al., arXiv 1803.10963).
+    """Mean and deviation over frames, weighted by additive attention (Okabe et al., arXiv 1803.10963)."""
 
-    The last layer has no bias: what all embeddings share tells none apart by their cosine.
-    """
-
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = False) -> None:
         super().__init__()
-        self.hidden, self.weigh, self.out = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 1, bias=False),
-            nn.Linear(2 * dim, dim, bias=False),
-        )
+        self.score = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1, bias))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """``[B, dim]``."""
-        scores = self.weigh(self.hidden(x).tanh()).masked_fill(~mask[..., None], float("-inf"))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``[B, T, dim]`` -> ``[B, 2 dim]``; all frames are there where no mask is given."""
+        scores = self.score(x)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., None], float("-inf"))
         weights = scores.softmax(1)
         mean = (weights * x).sum(1)
-        variance = (weights * x.square()).sum(1) - mean.square()
-        out: Tensor = self.out(torch.cat((mean, variance.clamp(min=1e-6).sqrt()), -1))
-        return out
+        variance = (weights * (x - mean[:, None]).square()).sum(1)
+        return torch.cat((mean, variance.clamp(min=1e-6).sqrt()), -1)
 
 
 class SpeakerEncoder(SpeechEncoder):
     """Frames ``[B, T, 40]`` and mask ``[B, T]`` -> states ``[B, n, dim]``, whose mean is the embedding."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], dim: int, dropout: float, pool: nn.Module, positions: bool = True
+        self, blocks: Sequence[nn.Module], dim: int, dropout: float, pool: nn.Module, head: nn.Module | None = None
     ) -> None:
-        super().__init__(blocks, dim, 1, dropout, positions)
-        self.head, self.pool = nn.Identity(), pool  # type: ignore[assignment]
+        super().__init__(blocks, dim, 1, dropout, positions=True)
+        self.pool, self.head = pool, head or nn.Identity()  # type: ignore[assignment]
 
     def forward(self, frames: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """States; n is 1 here."""
-        pooled: Tensor = self.pool(*self.encode(frames, mask))
+        pooled: Tensor = self.head(self.pool(*self.encode(frames, mask)))
         return pooled[:, None]
 
 
@@ -151,10 +145,10 @@ class VerificationTask(FieldTask):
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         blocks = [Transformer(self.dim, self.heads, width, self.dropout) for _ in range(self.layers)]
-        statistics = (kind or self.references[0]) == "attentive_statistics"
-        return SpeakerEncoder(
-            blocks, self.dim, self.dropout, AttentiveStatistics(self.dim) if statistics else MeanPool()
-        )
+        if (kind or self.references[0]) == "mean_pooling":
+            return self.around(blocks)
+        pool = AttentiveStatistics(self.dim)  # no bias behind it: what all embeddings share tells none apart
+        return SpeakerEncoder(blocks, self.dim, self.dropout, pool, nn.Linear(2 * self.dim, self.dim, bias=False))
 
     def learner(self, model: nn.Module) -> Classified:
         return Classified(model, self.dim, self.classes)
@@ -191,10 +185,8 @@ class VerificationTask(FieldTask):
 
     def pictures(self, samples: Sequence[Sample], said: Sequence[Any]) -> Sequence[Picture]:
         """Shares of cosines by kind of pair."""
-        names, edges = (
-            {"target": "same", "phrase": "reversed phrase", "speaker": "other speaker"},
-            np.linspace(-1, 1, _BINS + 1),
-        )
+        names = {"target": "same", "phrase": "reversed phrase", "speaker": "other speaker"}
+        edges = np.linspace(-1, 1, _BINS + 1)
         kinds = np.array([sample.about["kind"] for sample in samples])
         cosines = np.array([one.cosine for one in said]).clip(-1, 1)
         rows = [kind for kind in _KINDS if (kinds == kind).any()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...data.audio import resampled
 from ...data.digits import DIGITS, spelt
 from ...errors import UserError
 
-__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "whisper", "width_of", "windowed"]
+__all__ = ["WHISPER", "WIDTH", "digits_of", "encoder_features", "hypotheses", "states", "whisper", "windowed"]
 
 WHISPER, WIDTH = "whisper-tiny.en", 384
 _RATE, _FRAME = 16_000, 320  # samples a second that it reads, and samples of a frame of what it says
@@ -34,7 +34,7 @@ _kept: dict[bytes, Tensor] = {}
 
 
 @cache
-def whisper(name: str = WHISPER) -> tuple[Any, Any, Any]:
+def whisper() -> tuple[Any, Any, Any]:
     """Model, feature extractor and tokenizer, on a GPU where there is one.
 
     Raises:
@@ -42,24 +42,7 @@ def whisper(name: str = WHISPER) -> tuple[Any, Any, Any]:
     """
     from ...models import load_speech
 
-    return load_speech(name, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-
-
-@cache
-def width_of(name: str) -> int:
-    """Features of the states of a model of Whisper's kind, by its configuration alone.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    from transformers import AutoConfig
-
-    from ...models import source
-
-    try:
-        return int(AutoConfig.from_pretrained(source(name), trust_remote_code=False).d_model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be had: put it into $MANYHEADS_MODELS, or be online") from error
+    return load_speech(WHISPER, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 def encoder_features(sounds: Sequence[Tensor], rate: int) -> list[Tensor]:
@@ -71,20 +54,23 @@ def encoder_features(sounds: Sequence[Tensor], rate: int) -> list[Tensor]:
         sounds: float32 ``[N]`` each, of variance about 1.
         rate: samples a second.
     """
-    keys = [_key(sound) for sound in sounds]
-    missing = [i for i in {key: i for i, key in enumerate(keys)}.values() if keys[i] not in _kept]
-    for first in range(0, len(missing), _AT_ONCE):
-        some = missing[first : first + _AT_ONCE]
-        for i, found in zip(some, _encoded(_heard([sounds[i] for i in some], rate)), strict=True):
-            _kept[keys[i]] = found.half()
-    return [_kept[key].float() for key in keys]
+    return [x.float() for x in _once(_kept, sounds, _AT_ONCE, lambda some: _encoded(_heard(some, rate)).half())]
 
 
-def windowed(name: str, sound: Tensor, rate: int) -> Tensor:
-    """Last hidden states of a model's encoder by whole frame of 20 ms, float32 ``[T, dim]``; it reads windows of 4 s.
+def _once(kept: dict[bytes, Any], sounds: Sequence[Tensor], at_once: int, made: Callable[..., Any]) -> list[Any]:
+    """What is kept of each sound; what is not there is ``made``, of as many sounds at once."""
+    keys = [hashlib.sha1(sound.numpy().tobytes(), usedforsecurity=False).digest() for sound in sounds]
+    missing = list({key: sound for key, sound in zip(keys, sounds, strict=True) if key not in kept}.items())
+    for first in range(0, len(missing), at_once):
+        some = dict(missing[first : first + at_once])
+        kept.update(zip(some, made(list(some.values())), strict=True))
+    return [kept[key] for key in keys]
+
+
+def windowed(sound: Tensor, rate: int) -> Tensor:
+    """Last hidden states of the encoder by whole frame of 20 ms, float32 ``[T, 384]``; it reads windows of 4 s.
 
     Args:
-        name: of a published model.
         sound: float32 ``[N]``, of variance about 1.
         rate: samples a second.
 
@@ -96,11 +82,7 @@ def windowed(name: str, sound: Tensor, rate: int) -> Tensor:
         raise UserError("a recording has 0.02 s or more")
     parts = [torch.nn.functional.pad(part, (0, size - len(part))) for part in sound.split(size)]
     heard = [resampled((part / (1 / _LOUD)).double().numpy(), rate, _RATE) for part in parts]
-    return torch.cat([_encoded([one], name)[0] for one in heard])[:count]
-
-
-def _key(sound: Tensor) -> bytes:
-    return hashlib.sha1(sound.numpy().tobytes(), usedforsecurity=False).digest()
+    return torch.cat([_encoded([one])[0] for one in heard])[:count]
 
 
 def _heard(sounds: Sequence[Tensor], rate: int) -> list[Any]:
@@ -108,21 +90,31 @@ def _heard(sounds: Sequence[Tensor], rate: int) -> list[Any]:
 
 
 @torch.no_grad()
-def _encoded(heard: Sequence[Any], name: str = WHISPER) -> Tensor:
-    """``[B, T, dim]`` on the CPU, of recordings as the model reads them, float32 ``[N]``."""
-    model, extractor, _ = whisper(name)
-    encoder = model.get_encoder()
+def _encoded(heard: Sequence[Any]) -> Tensor:
+    """``[B, T, 384]`` on the CPU, of recordings as the model reads them, float32 ``[N]``."""
+    model, extractor, _ = whisper()
     length = -(-max(map(len, heard)) // _FRAME) * _FRAME
     mel = extractor(
         heard, sampling_rate=_RATE, return_tensors="pt", padding="max_length", max_length=length, truncation=True
     )["input_features"]
-    x = torch.nn.functional.gelu(encoder.conv1(mel.to(model.device)))
-    x = torch.nn.functional.gelu(encoder.conv2(x)).mT
+    found: Tensor = states(model.get_encoder(), mel.to(model.device)).cpu()
+    return found
+
+
+def states(encoder: Any, mel: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What Whisper's encoder makes of fewer frames than 3,000, ``[B, 80, T]`` -> ``[B, T / 2, dim]``.
+
+    Where ``mask [B, T]`` is False is padding, of zeros, which does not reach what stands before it.
+    """
+    x = torch.nn.functional.gelu(encoder.conv1(mel))
+    x = torch.nn.functional.gelu(encoder.conv2(x if mask is None else x * mask[:, None])).mT
     x = x + encoder.embed_positions.weight[: x.shape[1]]
+    x = torch.nn.functional.dropout(x, encoder.dropout, encoder.training)
+    seen = None if mask is None else mask[:, None, None, ::2].expand(-1, 1, x.shape[1], -1)
     for layer in encoder.layers:
-        out = layer(x, None)
+        out = layer(x, attention_mask=seen)
         x = out[0] if isinstance(out, tuple) else out
-    found: Tensor = encoder.layer_norm(x).cpu()
+    found: Tensor = encoder.layer_norm(x)
     return found
 
 
@@ -132,17 +124,15 @@ _said: dict[bytes, str] = {}
 def hypotheses(sounds: Sequence[Tensor], rate: int) -> list[str]:
     """What Whisper says of recordings, greedily, of which digits alone are kept: ``"3 1 4"``."""
     model, _, tokenizer = whisper()
-    keys = [_key(sound) for sound in sounds]
-    missing = [i for i in {key: i for i, key in enumerate(keys)}.values() if keys[i] not in _said]
-    for first in range(0, len(missing), _AT_ONCE // 8):
-        some = missing[first : first + _AT_ONCE // 8]
-        whole = [torch.nn.functional.pad(sounds[i], (0, 30 * rate - len(sounds[i]))) for i in some]  # as it was trained
+
+    def made(some: Sequence[Tensor]) -> list[str]:
+        whole = [torch.nn.functional.pad(sound, (0, 30 * rate - len(sound))) for sound in some]  # as it was trained
         states = BaseModelOutput(last_hidden_state=_encoded(_heard(whole, rate)).to(model.device))
         with torch.no_grad():
             ids = model.generate(encoder_outputs=states, do_sample=False, num_beams=1, max_new_tokens=24)
-        for i, row in zip(some, ids, strict=True):
-            _said[keys[i]] = digits_of(tokenizer.decode(row, skip_special_tokens=True))
-    return [_said[key] for key in keys]
+        return [digits_of(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+
+    return _once(_said, sounds, _AT_ONCE // 8, made)
 
 
 def digits_of(text: str) -> str:

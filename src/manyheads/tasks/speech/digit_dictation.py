@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
@@ -16,30 +15,14 @@ from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Sample
 from .._blocks import Transformer
-from ._digits import WER, DigitStringData, aligned
-from ._encoder import SpeechEncoder
+from ._digits import WER, DigitStringData, Transcript, word_errors
+from ._encoder import SpeechEncoder, TokenDecoder
 
-__all__ = ["Dictated", "DigitDictation", "EncoderDecoder"]
+__all__ = ["DigitDictation", "EncoderDecoder"]
 
 _CLASSES = 11  # the end, which is the beginning too, and ten digits
 _DOUBT = 1e-4  # probability of what was not expected
 _LONGEST = 32  # digits of a string
-
-
-@dataclass(frozen=True, eq=False)
-class Dictated:
-    """What is written.
-
-    Attributes:
-        text: digits with a space between.
-        log_probs: ``[S + 1, 11]`` of the next symbol, given those that are right; None where none are known.
-    """
-
-    text: str
-    log_probs: Tensor | None = None
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class EncoderDecoder(nn.Module):
@@ -55,21 +38,12 @@ class EncoderDecoder(nn.Module):
         blocks = [Transformer(dim, heads, width, dropout) for _ in range(encoder)]
         self.encoder = SpeechEncoder(blocks, dim, 1, dropout, positions=True)
         self.encoder.head = nn.Identity()  # type: ignore[assignment]
-        self.symbols, self.places = nn.Embedding(_CLASSES, dim), nn.Embedding(_LONGEST + 1, dim)
-        self.decoder = nn.ModuleList(
-            nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
-            for _ in range(decoder)
-        )
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, _CLASSES)
+        self.decoder = TokenDecoder(_CLASSES, _LONGEST + 1, decoder, dim, heads, width, dropout)
+        self.head = nn.Linear(dim, _CLASSES)
 
     def forward(self, x: Tensor, mask: Tensor, before: Tensor) -> Tensor:
         """Logits ``[B, n + 1, 11]`` behind the beginning and each of ``before`` ``[B, n]``, given encoded frames."""
-        size = before.shape[1] + 1
-        y = self.symbols(pad(before, (1, 0))) + self.places.weight[:size]
-        later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-        for layer in self.decoder:
-            y = layer(y, x, tgt_mask=later, memory_key_padding_mask=~mask)
-        logits: Tensor = self.head(self.norm(y))
+        logits: Tensor = self.head(self.decoder(x, mask, before))
         return logits
 
 
@@ -109,33 +83,30 @@ class DigitDictation(DigitStringData):
         wanted = pad(batch["targets"], (0, 1)).masked_fill(~there, -100)
         return cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
 
-    def predict(self, model: nn.Module, batch: Batch) -> list[Dictated]:
+    def predict(self, model: nn.Module, batch: Batch) -> list[Transcript]:
         made: Any = model
         x, mask = made.encoder.encode(batch["inputs"], batch["mask"])
         said = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-        while said.shape[1] < 2 * self.digits and not bool((said == 0).any(1).all() and said.shape[1]):
+        while said.shape[1] < min(2 * self.digits, _LONGEST) and not bool((said == 0).any(1).all()):
             said = torch.cat((said, made(x, mask, said)[:, -1:].argmax(-1)), 1)
         rows = [row[: row.index(0)] if 0 in row else row for row in said.tolist()]
         texts = [" ".join(str(k - 1) for k in row) for row in rows]
         if "targets" not in batch:
-            return [Dictated(text) for text in texts]
+            return [Transcript(text) for text in texts]
         sure = made(x, mask, batch["targets"]).float().log_softmax(-1).cpu()
         return [
-            Dictated(text, each[: count + 1])
+            Transcript(text, each[: count + 1])
             for text, each, count in zip(texts, sure, batch["counts"].tolist(), strict=True)
         ]
 
-    def score(self, sample: Sample, said: Dictated) -> Mapping[str, float]:
+    def score(self, sample: Sample, said: Transcript) -> Mapping[str, float]:
         wanted = _symbols(sample.target)
-        wrong = float(aligned([sample.target], [said.text]).wer)
-        found = said.log_probs if said.log_probs is not None else torch.zeros(0, _CLASSES)
-        known = [float(row[k]) for row, k in zip(found, wanted, strict=False)]
-        nll = -(sum(known) + (len(wanted) - len(known)) * float(np.log(_DOUBT))) / len(wanted)
-        return {"wer": wrong, "exact": float(wrong == 0), "nll": nll}
+        nll = -float(said.log_probs[range(len(wanted)), wanted].double().mean())
+        return {**word_errors(sample.target, said.text), "nll": nll}
 
-    def truth(self, sample: Sample) -> Dictated:
+    def truth(self, sample: Sample) -> Transcript:
         sure = torch.eye(_CLASSES).clamp(min=_DOUBT)[_symbols(sample.target)]
-        return Dictated(sample.target, sure.log().log_softmax(-1))
+        return Transcript(sample.target, sure.log().log_softmax(-1))
 
 
 def _symbols(text: str) -> list[int]:

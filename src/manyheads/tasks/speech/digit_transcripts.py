@@ -18,13 +18,75 @@ from torch.nn.functional import cross_entropy
 from ...data.audio import read_recording
 from ...experiment import Metric, seeding
 from ...recipe import Batch, Part, Picture, Sample
-from ._ctc import ctc_losses
-from ._digits import WER, SpokenDigits, aligned, by_speaker
+from ._ctc import best_paths, ctc_mean
+from ._digits import WER, SpokenDigits, by_speaker, word_errors
 from ._encoder import RATE
-from ._transcriber import END, HIDDEN, ROOM, Transcriber
-from ._whisper import encoder_features, hypotheses
+from ._whisper import WIDTH, encoder_features, hypotheses
 
-__all__ = ["DigitTranscripts"]
+__all__ = ["END", "HIDDEN", "ROOM", "DigitTranscripts", "Stacked", "Transcriber"]
+
+ROOM = 6  # words of a transcript, with the end
+END, HIDDEN = 10, 11  # after the ten digits; the second begins a row and hides words. 10 is CTC's blank too
+
+
+class Stacked(nn.Module):
+    """Four frames side by side, projected: ``[B, T, 384]`` -> ``[B, T / 4, dim]``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.project = nn.LayerNorm(WIDTH), nn.Linear(4 * WIDTH, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = self.project(self.norm(features).unflatten(1, (-1, 4)).flatten(2))
+        return found
+
+
+class Transcriber(nn.Module):
+    """Features ``[B, T, 384]`` and words ``[B, 6]`` -> logits ``[B, 6, 11]``; of CTC, ``[B, T / 4, 11]``.
+
+    Attributes:
+        size, frames: features of a frame, and frames of a recording.
+        front: features -> ``[B, N, dim]``; a paper may put its own here.
+        order: ``left`` (a word sees those before it), ``any`` (all), ``ctc`` (there are none).
+        room, ends: words of a row, and the one that ends it.
+    """
+
+    def __init__(self, task: Any, width: int, order: str) -> None:
+        super().__init__()
+        dim, self.size, self.frames, self.order = task.dim, WIDTH, task.frames, order
+        self.room, self.ends = ROOM, END
+        self.front: nn.Module = Stacked(dim)
+        self.places = nn.Parameter(0.02 * torch.randn(task.frames // 4 + ROOM, dim))
+        self.words = nn.Embedding(HIDDEN + 1, dim)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, task.heads, width, task.dropout, "gelu", batch_first=True, norm_first=True)
+            for _ in range(task.layers)
+        )
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, END + 1)
+
+    def forward(self, features: Tensor, words: Tensor | None = None) -> Tensor:
+        x = self.front(features)
+        heard, mask = x.shape[1], None
+        x = x + self.places[ROOM : ROOM + heard]
+        if words is not None:
+            x = torch.cat((x, self.words(words) + self.places[:ROOM]), 1)
+            at = torch.arange(x.shape[1], device=x.device)
+            if self.order == "left":  # what was heard sees itself, words see it and those before them
+                mask = (at >= heard) & (at > at[:, None])
+        for block in self.blocks:
+            x = block(x, mask)
+        found: Tensor = self.head(self.norm(x if words is None else x[:, heard:]))
+        return found
+
+    @staticmethod
+    def texts(words: Tensor) -> list[str]:
+        """Transcripts of rows ``[B, 6]``, each up to its first end."""
+        found = []
+        for row in words.tolist():
+            upto = next((i for i, word in enumerate(row) if word >= END), len(row))
+            found.append(" ".join(map(str, row[:upto])))
+        return found
+
 
 _LENGTH = 25_600  # samples of a string
 _STRINGS: dict[Part, int] = {"train": 150, "validation": 60, "test": 90}  # of a speaker
@@ -40,7 +102,8 @@ class DigitTranscripts(SpokenDigits):
     model reads the last hidden states of the encoder of Whisper tiny.en, frozen and made once for each string, and
     writes words, of which there are ten. A batch has ``hypotheses``, a function that gives what Whisper itself, reading
     30 seconds, says of the strings, greedily: words ``[B, 6]``, the digits that are in it, and no more than there is
-    room for. It is asked when they are first wanted. Intervals are over strings and trainings, not speakers.
+    room for. It is asked when they are first wanted. The word error rate is a mean over strings, a short one as much as
+    a long one. Intervals are over strings and trainings, not speakers.
 
     References: an autoregressive decoder, and CTC.
     """
@@ -98,19 +161,15 @@ class DigitTranscripts(SpokenDigits):
     def loss(self, model: Any, batch: Batch) -> Tensor:
         targets = batch["targets"]
         if model.order == "ctc":
-            logits, counts = model(batch["inputs"]).roll(1, -1), (targets != END).sum(1)  # the blank first
-            there = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            losses = ctc_losses(logits, there, torch.where(targets == END, 1, targets + 1), counts)
-            mean: Tensor = losses.sum() / counts.sum()
-            return mean
+            words = torch.where(targets == END, 1, targets + 1)  # behind the blank
+            return ctc_mean(*_blank_first(model(batch["inputs"])), words, (targets != END).sum(1))
         begun = torch.cat((torch.full_like(targets[:, :1], HIDDEN), targets[:, :-1]), 1)
         return cross_entropy(model(batch["inputs"], begun).float().flatten(0, 1), targets.flatten())
 
     def predict(self, model: Any, batch: Batch) -> list[str]:
         features = batch["inputs"]
         if model.order == "ctc":
-            best = [row.unique_consecutive() for row in model(features).argmax(-1).cpu()]
-            return [" ".join(map(str, row[row != END].tolist())) for row in best]
+            return best_paths(*_blank_first(model(features)))
         words = torch.full((len(features), ROOM + 1), HIDDEN, device=features.device)
         for i in range(ROOM):
             words[:, i + 1] = model(features, words[:, :ROOM])[:, i].argmax(-1)
@@ -118,9 +177,8 @@ class DigitTranscripts(SpokenDigits):
         return found
 
     def score(self, sample: Sample, said: str) -> Mapping[str, float]:
-        wrong = float(aligned([sample.target], [said]).wer)
         surplus = len(said.split()) - len(sample.target.split())
-        return {"wer": wrong, "exact": float(wrong == 0), "length_error": float(abs(surplus))}
+        return {**word_errors(sample.target, said), "length_error": float(abs(surplus))}
 
     def truth(self, sample: Sample) -> str:
         return str(sample.target)
@@ -147,6 +205,11 @@ def _string(rng: np.random.Generator, words: Sequence[Sample], name: str) -> Sam
     noise = 10 ** (-rng.uniform(*_NOISE) / 20) * rng.standard_normal(_LENGTH, dtype=np.float32)
     sound = sound + torch.from_numpy(noise)
     return Sample(name, words[0].group, words[0].part, sound / sound.std(), " ".join(said))
+
+
+def _blank_first(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits whose last class is the blank, and a mask of all frames, as CTC's functions take them."""
+    return logits.roll(1, -1), torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
 
 
 def _row(text: str) -> Tensor:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,7 +128,7 @@ class SpeakerVerification(SpokenDigits, VerificationTask):
         for (speaker, digit), some in held.items():
             mixed = [some[i].inputs for i in seeding.generator(0, digit=digit, speaker=speaker).permutation(len(some))]
             for side in (0, 1):  # no recording is enrolled and tested
-                words[speaker, digit, side] = _again(mixed[side::2] or mixed)
+                words[speaker, digit, side] = cycle(mixed[side::2] or mixed)
         uses = max(sum(digit in phrase for phrase in phrases) for digit in digits)
         rounds = max(1, min(len(held[s, d]) // 2 for s in speakers for p in phrases for d in p) // uses)
         said = {
@@ -199,12 +200,6 @@ def _said(held: Mapping[tuple[str, str], Sequence[Sample]]) -> list[str]:
     """Digits that all speakers have said, sorted."""
     speakers = {speaker for speaker, _ in held}
     return sorted({digit for _, digit in held if all((speaker, digit) in held for speaker in speakers)})
-
-
-def _again(some: Sequence[Tensor]) -> Iterator[Tensor]:
-    """One after the other, and from the first again."""
-    while True:
-        yield from some
 
 
 @lru_cache(maxsize=20_000)

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,11 +25,75 @@ from ...recipe import Batch, Part, Picture, Sample
 from .._field import MODEL_METRICS, FieldTask, parted
 from .._rates import equal_error_rate_values
 from .._statistics import auroc_values
-from ._cepstra import Kind, cepstra
-from ._spoof import Detector, ScoreAverage
-from ._whisper import encoder_features
+from ._cepstra import COEFFICIENTS, Kind, cepstra
+from ._verification import AttentiveStatistics
+from ._whisper import WIDTH, encoder_features
 
-__all__ = ["Judgement", "SpeechDeepfakes"]
+__all__ = ["Detector", "Judgement", "OneView", "ScoreAverage", "SpeechDeepfakes"]
+
+
+class OneView(nn.Module):
+    """One of two views, normalised and projected: ``s [B, T, 384]``, ``c [B, F, 60]`` -> ``[B, T or F, dim]``."""
+
+    def __init__(self, features: int, dim: int, spectral: bool) -> None:
+        super().__init__()
+        self.spectral, self.project = spectral, nn.Sequential(nn.LayerNorm(features), nn.Linear(features, dim))
+
+    def forward(self, s: Tensor, c: Tensor) -> Tensor:
+        found: Tensor = self.project(c if self.spectral else s)
+        return found
+
+
+class Convolution(nn.Module):
+    """What is added to frames ``[B, T, D]``: a convolution over five of them to ``width`` features, and back."""
+
+    def __init__(self, dim: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Conv1d(dim, width, 5, padding=2), nn.Linear(width, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.dropout(nn.functional.gelu(self.up(self.norm(x).mT).mT)))
+        return found
+
+
+class Detector(nn.Module):
+    """Views of a recording ``s [B, T, 384]`` and ``c [B, F, 60]`` -> logits ``[B, 1]`` of its being fake.
+
+    Attributes:
+        sizes: features of the two views.
+        fuse: ``(s, c) -> [B, T, dim]``; a paper on fusion puts its own here.
+    """
+
+    def __init__(self, task: Any, width: int, spectral: bool = False) -> None:
+        super().__init__()
+        dim = task.dim
+        self.sizes = (WIDTH, 3 * COEFFICIENTS)
+        self.fuse: nn.Module = OneView(self.sizes[spectral], dim, spectral)
+        self.blocks = nn.ModuleList(Convolution(dim, width, task.dropout) for _ in range(task.layers))
+        self.pool, self.head = (
+            AttentiveStatistics(dim, bias=True),
+            nn.Sequential(nn.LayerNorm(2 * dim), nn.Linear(2 * dim, 1)),
+        )
+
+    def forward(self, s: Tensor, c: Tensor) -> Tensor:
+        x = self.fuse(s, c)
+        for block in self.blocks:
+            x = x + block(x)
+        found: Tensor = self.head(self.pool(x))
+        return found
+
+
+class ScoreAverage(nn.Module):
+    """Two detectors, each with a view of its own and each trained for itself: logits ``[B, 2]``."""
+
+    def __init__(self, task: Any, width: int) -> None:
+        super().__init__()
+        self.detectors = nn.ModuleList(Detector(task, width, spectral) for spectral in (False, True))
+
+    def forward(self, s: Tensor, c: Tensor) -> Tensor:
+        return torch.cat([detector(s, c) for detector in self.detectors], -1)
+
 
 _SEEN, _UNSEEN = ("griffin_lim", "lpc", "phase"), ("harmonic", "sinusoidal")
 _EACH: dict[Part, int] = {"train": 8, "validation": 5, "test": 10}  # recordings of a speaker and digit
@@ -111,8 +176,7 @@ class SpeechDeepfakes(FieldTask):
     def read(cls, folder: Path | None) -> Sequence[Sample]:
         found = []
         for name, speaker, part, sound in _recordings(folder):
-            made = ("real", *_SEEN, *(_UNSEEN if part == "test" else ()))
-            for kind in made:
+            for kind in ("real", *_SEEN, *(_UNSEEN if part == "test" else ())):
                 rng = seeding.generator(0, deepfake=name, kind=kind)
                 heard = sound if kind == "real" else VOCODERS[kind](sound, rng)
                 about = {"context": name, "vocoder": kind}
@@ -192,15 +256,7 @@ class SpeechDeepfakes(FieldTask):
         return (Picture("probability of being fake", rows, columns, shares, ("kind of speech", "probability, from")),)
 
 
-_kept: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-
-
-def _coefficients(sound: Tensor, kind: Kind) -> Tensor:
-    """Cepstra, made once for each tensor and kept with it."""
-    key = (id(sound), kind)
-    if key not in _kept:
-        _kept[key] = (sound, cepstra(sound, kind))
-    return _kept[key][1]
+_coefficients = cache(cepstra)  # of a recording, kept with it
 
 
 def _recordings(folder: Path | None) -> Iterable[tuple[str, str, Part, Any]]:

@@ -15,8 +15,10 @@ from ...attention.masks import zero_padding
 from ...experiment import Metric
 from ...recipe import Batch, Picture, Sample
 from ._commands import FRAMES, MELS, SIZES, SLOTS, Command, CommandData
-from ._ctc import ctc_losses
-from ._understanding import StandingEncoder, confusion, take
+from ._ctc import ctc_mean
+from ._encoder import TokenDecoder
+from ._understanding import StandingEncoder, UnderstandingTask, confusion, take
+from ._whisper import states
 
 __all__ = ["CommandModel", "SpokenCommands", "WhisperStates"]
 
@@ -40,14 +42,7 @@ class WhisperStates(StandingEncoder):
 
     def states(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Frames ``[B, T, 80]`` -> ``[B, T / 2, dim]``."""
-        x = nn.functional.gelu(self.inside.conv1(zero_padding(inputs, mask).mT)) * mask[:, None]
-        x, mask = nn.functional.gelu(self.inside.conv2(x)).mT, mask[:, ::2]
-        x = x + self.inside.embed_positions.weight[: x.shape[1]]
-        x = nn.functional.dropout(x, self.inside.dropout, self.training)
-        seen = mask[:, None, None].expand(-1, 1, x.shape[1], -1)
-        for layer in self.inside.layers:
-            x = layer(x, attention_mask=seen)
-        return self.inside.layer_norm(x), mask
+        return states(self.inside, zero_padding(inputs, mask).mT, mask), mask[:, ::2]
 
 
 class CommandModel(nn.Module):
@@ -61,26 +56,19 @@ class CommandModel(nn.Module):
     def __init__(self, encoder: StandingEncoder, dim: int, heads: int, width: int, dropout: float) -> None:
         super().__init__()
         self.encoder = encoder
-        self.symbols = nn.Embedding(1 + sum(SIZES), dim)  # the beginning, then all values
-        self.places = nn.Embedding(len(SIZES), dim)
-        self.decoder = nn.TransformerDecoderLayer(dim, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
-        self.norm = nn.LayerNorm(dim)
+        self.decoder = TokenDecoder(1 + sum(SIZES), len(SIZES), 1, dim, heads, width, dropout)
         self.head: nn.Module = nn.Linear(dim, sum(SIZES))
 
     def decode(self, x: Tensor, mask: Tensor, before: Tensor, text: Tensor | None = None) -> Tensor:
         """Logits ``[B, n + 1, values]`` of the slots behind ``before`` ``[B, n]``; -inf for values of other slots."""
-        begin = before.new_zeros(len(before), 1)
-        said = self.symbols(torch.cat((begin, before + 1), 1)) + self.places.weight[: before.shape[1] + 1]
-        size = said.shape[1]
-        later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-        states = self.norm(self.decoder(said, x, tgt_mask=later, memory_key_padding_mask=~mask))
+        states = self.decoder(x, mask, before + 1)
         logits: Tensor = self.head(states) if text is None else self.head(states, text)
         slot = torch.arange(len(SIZES), device=x.device).repeat_interleave(torch.tensor(SIZES, device=x.device))
-        return logits.masked_fill(slot != torch.arange(size, device=x.device)[:, None], float("-inf"))
+        return logits.masked_fill(slot != torch.arange(states.shape[1], device=x.device)[:, None], float("-inf"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpokenCommands(CommandData):
+class SpokenCommands(CommandData, UnderstandingTask):
     """Three digits of the Free Spoken Digit Dataset, spoken by one person, are a command, by a grammar of ours.
 
     No free recordings of spoken requests are published; commands are put together from real single words, and their
@@ -88,7 +76,6 @@ class SpokenCommands(CommandData):
     place, so that there are 40 commands and 1,000 wordings. Of a single word all three follow: ten commands. Those that
     are labelled are of the first half of the speakers that are trained on; every recording of all of these speakers has
     a transcript. Validation and test have a speaker each. The encoder has the shape of Whisper's, and its features.
-
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -101,9 +88,7 @@ class SpokenCommands(CommandData):
     def transcription_loss(self, encoder: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
         """Mean CTC loss a digit or letter of a batch of :meth:`transcribed`."""
         x, mask = encoder(batch["inputs"], batch["mask"])
-        losses = ctc_losses(head(x), mask, batch["targets"], batch["counts"])
-        mean: Tensor = losses.sum() / batch["counts"].sum()
-        return mean
+        return ctc_mean(head(x), mask, batch["targets"], batch["counts"])
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
         encoder = WhisperStates(self.dim, self.layers, self.heads, self.dropout)
