@@ -21,7 +21,7 @@ encoder and are one unless the task says ``tied=false``; the paper's are two. No
 Wikipedia and books or on Reddit. The published encoder takes its place; it has seen Reddit, among others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -72,7 +72,7 @@ class PolyAttention(nn.Module):
         count = mask.sum(1, keepdim=True)
         if self.kind == "last":
             places = places + (count - self.m).clamp(min=0)
-        there, kept = places < count, mask.to(torch.uint8).argsort(1, descending=True, stable=True)
+        there, kept = places < count, mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         rows = kept.gather(1, places.clamp(max=mask.shape[1] - 1))  # the columns of outputs that are there
         return states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1])), there
 
@@ -91,6 +91,7 @@ class Polyencoder(Recipe):
         m: vectors.
         codes: what they are: ``learned`` or ``fixed`` codes, or outputs, the ``first`` or ``last``.
         pool: of candidates.
+        rate: of the codes' learning, by that of all else: they are new where the encoder is published.
     """
 
     task: ClassVar[str] = "response_selection"
@@ -98,6 +99,9 @@ class Polyencoder(Recipe):
     m: Annotated[int, Field(ge=1)] = field(default=64, metadata={"help": "vectors of a context"})
     codes: Codes = field(default="learned", metadata={"help": "learned or fixed codes, or first or last outputs"})
     pool: Literal["mean", "first"] = field(default="mean", metadata={"help": "the vector of a candidate"})
+    rate: Annotated[float, Field(gt=0)] = field(
+        default=1.0, metadata={"help": "learning rate of codes, by that of all else"}
+    )
 
     def build(self, task: FieldTask, width: int) -> nn.Module:
         model: Any = super().build(task, width)
@@ -106,6 +110,9 @@ class Polyencoder(Recipe):
         model.match, model.pool = PolyAttention(self.m, task.dim, self.codes), self.pool
         made: nn.Module = model
         return made
+
+    def rate_factors(self) -> Mapping[str, float]:
+        return {} if self.rate == 1 else {"match.": self.rate}
 
     def pictures(self, model: nn.Module, batch: Batch) -> Sequence[Picture]:
         """Where the first codes look in the first context; none where outputs are taken for them."""

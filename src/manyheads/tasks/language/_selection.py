@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from ...recipe import Batch
 from ..speech._understanding import take
 
-__all__ = ["CrossEncoder", "DualEncoder", "Pooled", "TextEncoder", "context_tokens", "pooled", "reply_tokens", "tokens"]
+__all__ = [
+    "CrossEncoder",
+    "DualEncoder",
+    "Pooled",
+    "TextEncoder",
+    "context_tokens",
+    "pooled",
+    "published",
+    "reply_tokens",
+    "tokens",
+]
 
 Pool = Literal["mean", "first"]
 _LONGEST = 512  # tokens that have a position
@@ -102,7 +112,7 @@ class TextEncoder(nn.Module):
         Raises:
             UserError: it cannot be had, or has another shape.
         """
-        found = _published(name)
+        found = published(name)
         has = {"dim": found.config.hidden_size, "heads": found.config.num_attention_heads}
         take(self.inside, found, name, shape, {**has, "layers": len(found.encoder.layer)})
 
@@ -120,7 +130,7 @@ class TextEncoder(nn.Module):
 
 
 @lru_cache(maxsize=1)
-def _published(name: str) -> Any:
+def published(name: str) -> Any:
     from ...models import load_reader
 
     return load_reader(name, "cpu", torch.float32)[0]

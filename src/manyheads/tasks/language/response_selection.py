@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ...attention.masks import padded
+from ...data.ranking import words
 from ...data.support_dialogues import dialogues
 from ...errors import UserError, refusal
 from ...experiment import Metric, RunContext
 from ...recipe import Batch, Part, Recipe, Sample
+from .._embedded import embedded_texts
 from .._field import MODEL_METRICS, FieldTask, parted
+from ..training._rankings import BM25
 from ._selection import (
     CrossEncoder,
     DualEncoder,
@@ -28,6 +31,7 @@ from ._selection import (
     Pooled,
     TextEncoder,
     context_tokens,
+    published,
     reply_tokens,
     tokens,
 )  # fmt: skip
@@ -193,10 +197,10 @@ class ResponseSelection(FieldTask):
         inputs, mask = padded([context_tokens(self.encoder, s.inputs, self.context_tokens) for s in samples])
         replies, reply_mask = padded([reply_tokens(self.encoder, text, self.reply_tokens) for text in numbers])
         candidates, offered = padded([torch.tensor([numbers[text] for text in some]) for some in texts])
-        words = tokens(self.encoder).convert_ids_to_tokens(inputs[0][mask[0]].tolist())
+        shown = tokens(self.encoder).convert_ids_to_tokens(inputs[0][mask[0]].tolist())
         batch = {
             "inputs": inputs, "mask": mask, "replies": replies, "reply_mask": reply_mask, "candidates": candidates,
-            "offered": offered, "texts": texts, "words": words,
+            "offered": offered, "texts": texts, "words": shown,
         }  # fmt: skip
         if any(one.target is None for one in samples):
             return batch
@@ -247,6 +251,21 @@ class ResponseSelection(FieldTask):
     def truth(self, sample: Sample) -> Ranked:
         others = tuple(text for text in sample.about.get("others", ()) if text != sample.target)
         return Ranked((sample.target, *others), torch.tensor([20.0, *[0.0] * len(others)]))
+
+    def matched(self, samples: Sequence[Sample], by: str) -> list[Ranked]:
+        """Replies as BM25 scores them for the ``words`` of the context, or the encoder as published for its meaning."""
+        texts = [(*one.about.get("others", ()), one.target) for one in samples]
+        every = list(dict.fromkeys(text for some in texts for text in some))
+        contexts = [" ".join(one.inputs) for one in samples]
+        if by == "words":
+            index = BM25([words(text) for text in every])
+            scores = [torch.from_numpy(index.scores(words(text))) for text in contexts]
+        else:
+            model, tokenizer = published(self.encoder), tokens(self.encoder)
+            known = embedded_texts(model, tokenizer, every)
+            scores = list(embedded_texts(model, tokenizer, contexts) @ known.T)
+        place = {text: i for i, text in enumerate(every)}
+        return [Ranked(some, row[[place[text] for text in some]]) for some, row in zip(texts, scores, strict=True)]
 
     def unsupported_reason(self, run: RunContext) -> str | None:
         return refusal(lambda: tokens(self.encoder)) or super().unsupported_reason(run)
