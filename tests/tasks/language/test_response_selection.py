@@ -13,6 +13,7 @@ from manyheads.errors import UserError
 from manyheads.experiment import Arm
 from manyheads.recipe import Sample
 from manyheads.tasks.language import _selection, response_selection
+from manyheads.tasks.language._dialogues import _others
 from manyheads.tasks.language._selection import TextEncoder, context_tokens, reply_tokens
 from manyheads.tasks.language.response_selection import Ranked, ResponseSelection, fewer
 from manyheads.tasks.language.scoring_cost import ScoringCost
@@ -57,10 +58,9 @@ def test_a_file_to_predict_and_what_will_not_do(selection, tmp_path):
 
 def test_other_replies_are_of_other_dialogues_and_words():
     rows = [Sample(f"{g} {i}", g, "test", ("hi",), text) for g in "abc" for i, text in enumerate(("Yes!", f"{g} two"))]
-    task = ResponseSelection(candidates=4)
-    others = task._others(rows[0], rows)  # of a: "Yes!" of b and c are the same words
-    assert sorted(others) == ["b two", "c two"] and others == task._others(rows[0], rows)
-    assert set(task._others(rows[1], rows)) == {"Yes!", "b two", "c two"}
+    others = _others(rows[0], rows, 3)  # of a: "Yes!" of b and c are the same words
+    assert sorted(others) == ["b two", "c two"] and others == _others(rows[0], rows, 3)
+    assert set(_others(rows[1], rows, 3)) == {"Yes!", "b two", "c two"} and len(_others(rows[1], rows, 2)) == 2
 
 
 def test_a_batch_draws_replies_that_differ(selection):
