@@ -24,8 +24,8 @@ ARMS = (
     *(
         Arm(name, f"polyencoder:{fields}")
         for name, fields in {
-            POLY: "m=16,rate=10", "poly 64": "m=64,rate=10", "one code": "m=1,rate=10", "fixed codes": "m=16,codes=fixed",
-            "first 16": "m=16,codes=first",
+            POLY: "m=16,rate=10", "poly 64": "m=64,rate=10", "one code": "m=1,rate=10",
+            "fixed codes": "m=16,codes=fixed", "first 16": "m=16,codes=first",
         }.items()
     ),
     *(
