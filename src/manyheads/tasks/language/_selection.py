@@ -69,8 +69,8 @@ class TextEncoder(nn.Module):
 
     That part adds nothing before it has learned; it is there so that models of several kinds can have as many
     parameters as each other. Padding may stand anywhere: positions count what is there. Of random weights the last
-    normalisation gives states of the length ``dim ** 0.25``, about that of MiniLM's, so that products of two of them
-    are small enough for a softmax.
+    normalisation gives states of the length ``dim ** 0.25``, about that of a mean of MiniLM's, so that products of two
+    of them are small enough for a softmax.
 
     Args:
         dim, layers, heads, dropout, width: sizes.
@@ -90,12 +90,13 @@ class TextEncoder(nn.Module):
             intermediate_size=4 * dim, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
             max_position_embeddings=_LONGEST,
         )  # fmt: skip
-        self.inside: Any = BertModel(config, add_pooling_layer=False)
+        inside: Any = BertModel(config, add_pooling_layer=False)
+        self.inside = inside
         self.up, self.down = nn.Linear(dim, width), nn.Linear(width, dim)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
-        nn.init.constant_(self.inside.encoder.layer[-1].output.LayerNorm.weight, dim**-0.25)
-        self._still = [self.inside.embeddings, *self.inside.encoder.layer[:still]] if still else []
+        nn.init.constant_(inside.encoder.layer[-1].output.LayerNorm.weight, dim**-0.25)
+        self._still = [inside.embeddings, *inside.encoder.layer[:still]] if still else []
         for part in self._still:
             part.requires_grad_(False)
 

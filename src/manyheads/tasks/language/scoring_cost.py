@@ -109,7 +109,7 @@ class ScoringCost(Task):
         yield self.row("reading", arm, reading / 1e9, name)
         for count in self.candidates:
             kept = torch.zeros(count, self.dim)
-            done = _operations(lambda kept=kept: _scored(model, batch, kept))  # type: ignore[misc]
+            done = _operations(lambda kept=kept: _scored(model, batch, kept))
             yield self.row("operations", arm, done / 1e9, name, at={"candidates": count})
 
     def _seconds(self, run: RunContext, arm: Arm, model: Any, batch: Batch, name: str) -> Iterator[Row]:
