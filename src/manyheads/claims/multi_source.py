@@ -39,13 +39,14 @@ MARGIN = 0.02  # nats a token by which a rival may be ahead
 claim = Claim(
     slug="multi_source",
     statement=(
-        "A decoder that attends to two sources translates better than with one, in each of four ways; flat is the worst "
-        "of them; each makes use of the second source, and they are ahead of averaged models and of one row of tokens."
+        "A decoder that attends to two sources translates better than with one, in each of four ways, of which flat is "
+        "the worst; each makes use of the second source, and they are ahead of averaged models and of one row of "
+        "tokens."
     ),
     tier="scaled",
     reported=Reported(
         value="BLEU of four languages into Czech: 16.5 of one, 20.5 serial and parallel, 20.4 flat, 19.4 hierarchical.",
-        setting="Europarl, Transformer of 6 layers and 512 features; captions with images: flat is worst, others gain 0.4",
+        setting="Europarl, Transformer of 6 layers and 512 features; of captions with images flat is the worst",
         where="W18-6326, tables of results, as remembered; not read again",
     ),
     experiment=Experiment(
