@@ -58,7 +58,7 @@ claim = Claim(
             },
             cpu={
                 "dim": 48, "layers": 1, "heads": 4, "width": 512, "batch": 32, "steps": 300, "rates": (4e-3,),
-                "samples_judged": 192, "vocabulary": 2000,
+                "samples_judged": 192, "vocabulary": 1200,
             },
             cuda={
                 "dim": 256, "layers": 3, "heads": 8, "width": 1536, "batch": 128, "steps": 1500, "rates": (1e-3,),
