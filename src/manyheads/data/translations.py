@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of sentences: Multi30k, captions in English and German; and a language made up, with idioms.
+"""Sentences in several languages: Multi30k, captions in four; and a language made up, with idioms.
 
 The language made up is for where nothing is to be downloaded. A sentence has 5 to 11 words of 60; each has one word of
 the target language, and a word of the second half of the vocabulary changes places with the one after it. Sometimes an
@@ -9,17 +9,17 @@ idiom stands in it, three words in a row of which each is met alone too, whose t
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
 from . import files
 
-__all__ = ["IDIOMS", "Pair", "made_up", "multi30k", "pairs"]
+__all__ = ["IDIOMS", "Pair", "captions", "made_up", "multi30k", "pairs"]
 
 Pair = tuple[str, str]
-Language = Literal["en", "de"]
+Language = Literal["en", "de", "fr", "cs"]
 Part = Literal["train", "val", "test"]
 _WORDS = 60
 _SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru")
@@ -27,17 +27,22 @@ _SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru")
 IDIOMS = {(3, 17, 41): ("zaxo", "quve"), (8, 52, 29): ("wyze", "jaxi"), (22, 5, 36): ("xuja", "vozy")}
 
 
-def multi30k(part: Part, source: Language = "de", target: Language = "en") -> list[Pair]:
-    """Captions of a part and their translations, in its order: 29,000, 1,014, 1,000 (the test set of 2016).
+def captions(part: Part, languages: Sequence[Language]) -> list[tuple[str, ...]]:
+    """Multi30k's captions of a part in several languages, in its order: 29,000, 1,014, 1,000 (the test set of 2016).
 
     Raises:
         UserError: the files cannot be had.
     """
     sides = []
-    for language in (source, target):
+    for language in languages:
         with gzip.open(files.path(f"multi30k-{part}-{language}"), "rt", encoding="utf-8") as lines:
             sides.append([line.strip() for line in lines])
     return list(zip(*sides, strict=True))
+
+
+def multi30k(part: Part, source: Language = "de", target: Language = "en") -> list[Pair]:
+    """Captions of a part and their translations; as :func:`captions`."""
+    return [(first, second) for first, second in captions(part, (source, target))]
 
 
 def made_up(count: int, rng: np.random.Generator, idioms: float = 0.3) -> list[Pair]:

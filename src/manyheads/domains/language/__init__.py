@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Papers of the field language."""
+"""Papers on language: choosing replies, translation."""

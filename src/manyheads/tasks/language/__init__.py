@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of the field language: which of several replies fits a dialogue."""
+"""Tasks of models that read and write text: choosing replies, translation."""
