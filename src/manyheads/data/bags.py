@@ -32,8 +32,8 @@ CLASSES: Mapping[str, tuple[str, str]] = {  # the second one is the positive
 _MEMBERS = {"ucsb": "ucsb_breast_cancer", "musk1": "musk1", "musk2": "musk2", "elephant": "elephant"}
 _SIZE, _NOISE = 60, 0.1  # instances of a bag of digits, deviation of what is added to pixels from 0 to 1
 _HARD, _EASY = 5, 0  # digits that only positive bags hold
-_HARD_ONES, _EASY_ONES, _WITH_EASY = 2, 3, 0.8  # of them in a positive bag, and share of those that hold easy ones
-_MADE, _EXTRA = 40, 16  # bags of a fold, and positive ones more that are judged alone, without easy instances
+_HARD_ONES, _EASY_ONES, _WITH_EASY = 2, 3, 0.9  # of them in a positive bag, and share of those that hold easy ones
+_MADE, _EXTRA = 20, 16  # bags of a fold, and positive ones more that are judged alone, without easy instances
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,8 +87,8 @@ def bags(name: str) -> tuple[Bag, ...]:
 def digit_bags() -> tuple[Bag, ...]:
     """Bags of 60 digits of 8 x 8 pixels from 0 to 1, in noise; no image is in bags of two folds.
 
-    A positive bag holds two fives, its hard instances, and four of five hold three zeros too, its easy ones; others
-    hold neither. Of each fold come 40 bags, half of them positive, and 16 positive ones more without easy instances.
+    A positive bag holds two fives, its hard instances, and nine of ten hold three zeros too, its easy ones; others
+    hold neither. Of each fold come 20 bags, half of them positive, and 16 positive ones more without easy instances.
     """
     from sklearn.datasets import load_digits
 

@@ -12,18 +12,18 @@ instances that it attends to most are hidden from the student, which has to tell
     loss       = CE(student(rest), y) + weight KL(softmax(z_t / T) || softmax(z_s))
     teacher    = m teacher + (1 - m) student, after each step
 
-z_t and z_s are the bag's vectors before the classifier, ``[B, S]``, the teacher's without gradient. The paper writes the
-cross-entropy of the two, which has the same gradient; KL is 0 where both agree. Both are in training mode, with dropout,
-as in the released code. First the base model is trained for ``before`` times the steps: it becomes the teacher, and the
-student starts with its layer over instances (``initial``); this costs what a training costs, for which an arm with
-nothing hidden can be named. ``random=0,high=0,weight=0,before=0,initial=all`` is the base model's training.
+z_t and z_s are the bag's vectors before the classifier, ``[B, S]``, the teacher's without gradient. The paper writes
+the cross-entropy of the two, which has the same gradient; KL is 0 where both agree. Both are in training mode, with
+dropout, as in the released code. First the base model is trained for ``before`` times the steps: it becomes the
+teacher, and the student starts with its layer over instances (``initial``). That costs another training; an arm with
+nothing hidden has the same steps. ``random=0,high=0,weight=0,before=0,initial=all`` is the base model's training.
 
-Defaults are those of CAMELYON-16 with ABMIL, for 10^4 instances a bag and 5 10^4 steps: with few steps a ``momentum``
-of 0.999 or less lets the teacher move, and ``high`` times N should stay below the number of positive instances. A bag of
-which nothing would be left is not masked. The student reads the rest alone, packed, which is what makes a step cheaper.
-It is what is used afterwards, or the teacher (``use``). What takes the base model's place is any model with
-``read(inputs [B, N, F], mask [B, N]) -> (logits, state, scores [B, H, N])``. Left out: the second version's (2509.11526)
-scores by class and its global queries that stand for hidden instances.
+Defaults are those of CAMELYON-16 with ABMIL, for 10^4 instances a bag and 5 10^4 steps: with few steps the teacher
+moves only with a ``momentum`` below them, and ``high`` times N should stay below the number of positive instances. A
+bag of which nothing would be left is not masked. The student reads the rest alone, packed, which is what makes a step
+cheaper. It is what is used afterwards, or the teacher (``use``). What takes the base model's place is any model with
+``read(inputs [B, N, F], mask [B, N]) -> (logits, state, scores [B, H, N])``. Left out: the second version's
+(2509.11526) scores by class and its global queries that stand for hidden instances.
 """
 
 import copy
@@ -69,6 +69,9 @@ class Mhim(Recipe):
     share: Annotated[float, Field(gt=0, le=1)] = field(
         default=0.5, metadata={"help": "of the most attended, the share that is hidden, at random"}
     )
+    by: Literal["teacher", "random"] = field(
+        default="teacher", metadata={"help": "what high and low go by: the teacher's scores, or none, as a control"}
+    )
     decay: bool = field(default=True, metadata={"help": "high falls to 0 in the course of the training"})
     low: Share = field(default=0.0, metadata={"help": "share of the least attended instances that is hidden, l"})
     random: Share = field(default=0.5, metadata={"help": "share of instances that is hidden at random, r"})
@@ -96,7 +99,9 @@ class Mhim(Recipe):
         teacher = copy.deepcopy(model)
         if self.initial == "features":
             held, fresh = model.state_dict(), self.build(task, width).state_dict()
-            model.load_state_dict({name: held[name] if name.startswith("features.") else x for name, x in fresh.items()})
+            model.load_state_dict(
+                {name: held[name] if name.startswith("features.") else x for name, x in fresh.items()}
+            )
         return Taught(model, teacher)
 
     def loss(self, task: FieldTask, model: nn.Module, batch: Batch) -> Tensor:
@@ -107,6 +112,8 @@ class Mhim(Recipe):
         if self.high or self.low or self.weight:
             with torch.no_grad():
                 _, state, scores = teacher.read(inputs, mask)
+            if self.by == "random":
+                scores = torch.rand_like(scores)
         high = self.high * (1 + (math.pi * model.progress).cos()) / 2 if self.decay else self.high
         rest = kept(scores, mask, high=high, share=self.share, low=self.low, random=self.random)
         read = student.read(*packed(inputs, rest))

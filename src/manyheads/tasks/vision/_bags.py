@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AttentionPool", "BagModel", "BagReading", "BagTransformer", "BlockPool", "DualStream", "MaxPool", "MeanPool"]
+__all__ = [
+    "AttentionPool",
+    "BagModel",
+    "BagReading",
+    "BagTransformer",
+    "BlockPool",
+    "DualStream",
+    "MaxPool",
+    "MeanPool",
+]
 
 
 class BagReading(NamedTuple):
@@ -143,9 +152,7 @@ class BagTransformer(nn.Module):
         super().__init__()
         self.enter, self.token = nn.Linear(width, dim), nn.Parameter(torch.randn(dim) / math.sqrt(dim))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers + 1))
-        self.layers = nn.ModuleList(
-            nn.MultiheadAttention(dim, heads, dropout, batch_first=True) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(nn.MultiheadAttention(dim, heads, dropout, batch_first=True) for _ in range(layers))
         self.head = nn.Linear(dim, 2)
 
     def forward(self, h: Tensor, mask: Tensor) -> BagReading:

@@ -99,11 +99,17 @@ class BagLabels(FieldTask):
         return self.folder or _PUBLIC + self.dataset
 
     @property
+    def label(self) -> str:
+        return "" if self.folder else self.dataset
+
+    @property
     def classes(self) -> tuple[str, str]:
         """Names; the second one is the positive."""
         if not self.folder:
             return CLASSES[self.dataset]
-        first, last = sorted({sample.about["label"] for part in _TURNS for sample in super(BagLabels, self).samples(part)})
+        first, last = sorted(
+            {sample.about["label"] for part in _TURNS for sample in super(BagLabels, self).samples(part)}
+        )
         return first, last
 
     @classmethod
@@ -130,7 +136,7 @@ class BagLabels(FieldTask):
     def samples(self, part: Part) -> Sequence[Sample]:
         """Bags of a part of the fold, in an order that says nothing."""
         found = _turned(tuple(tuple(super(BagLabels, self).samples(one)) for one in _TURNS), self.fold)[part]
-        return [sample for sample in found if part == "test" or not sample.about["extra"]]
+        return [sample for sample in found if part != "train" or not sample.about["extra"]]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         inputs, mask = padded([sample.inputs for sample in samples])
@@ -212,9 +218,7 @@ class BagLabels(FieldTask):
         rows = [name for name in self.classes if (labels == name).any()]
         shares = [(np.histogram(chance[labels == name], edges)[0] / (labels == name).sum()).tolist() for name in rows]
         columns = [f"{low:.1f}" for low in edges[:-1]]
-        return (
-            Picture(f"probability of {self.classes[1]}", rows, columns, shares, ("label", "probability, from")),
-        )
+        return (Picture(f"probability of {self.classes[1]}", rows, columns, shares, ("label", "probability, from")),)
 
     def units(self, run: RunContext) -> list[WorkUnit]:
         tried = float(len(self.rates) * self.steps)
