@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this bag of instances positive, such as tissue of which patches are seen? AUC, accuracy and F1 of unseen patients."""
+"""Is this bag of instances positive, such as tissue seen by its patches? AUC, accuracy and F1 of unseen patients."""
 
 from __future__ import annotations
 
@@ -107,9 +107,8 @@ class BagLabels(FieldTask):
         """Names; the second one is the positive."""
         if not self.folder:
             return CLASSES[self.dataset]
-        first, last = sorted(
-            {sample.about["label"] for part in _TURNS for sample in super(BagLabels, self).samples(part)}
-        )
+        held = [sample for part in _TURNS for sample in super(BagLabels, self).samples(part)]
+        first, last = sorted({sample.about["label"] for sample in held})
         return first, last
 
     @classmethod
