@@ -100,7 +100,7 @@ class MeanPool(nn.Module):
         self.head = nn.Linear(width, 2)
 
     def forward(self, h: Tensor, mask: Tensor) -> BagReading:
-        weights = (mask / mask.sum(1, keepdim=True)).to(h.dtype)[:, None]
+        weights = (mask.to(h.dtype) / mask.sum(1, keepdim=True))[:, None]
         state = (weights @ h).squeeze(1)
         return BagReading(self.head(state), state, _hidden(weights, mask))
 
