@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from ..errors import UserError
 
@@ -118,21 +120,23 @@ def _some(rng: np.random.Generator, images: np.ndarray, count: int) -> np.ndarra
 
 
 def read_bag(path: Path) -> np.ndarray:
-    """Instances of a file of the user's, float32 ``[N, F]``: an array of numpy, or CSV with or without a header.
+    """Instances of a file of the user's, float32 ``[N, F]``: safetensors with one tensor, or CSV with a header or none.
 
     Raises:
         UserError: it is neither, or holds what is no finite number.
     """
     try:
-        if path.suffix == ".npy":
-            values = np.asarray(np.load(path, allow_pickle=False), np.float32)
+        if path.suffix == ".safetensors":
+            (values,) = (np.asarray(x, np.float32) for x in load_file(path).values())
         else:
             rows = [row for row in csv.reader(io.StringIO(path.read_text("utf-8"))) if row]
             if rows and not _numbers(rows[0]):
                 rows = rows[1:]
             values = np.array(rows, np.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no bag ({error}): give .npy or .csv of numbers, a row an instance") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is no bag ({error}): give .safetensors or .csv of numbers, a row an instance"
+        ) from error
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise UserError(f"{path} is no bag: it should have rows of finite numbers, one for each instance, as many each")
     return values
@@ -159,9 +163,9 @@ def read_folder(folder: Path) -> tuple[Bag, ...]:
         raise UserError(f"{folder / 'bags.csv'} has no rows under a header with bag, patient and label")
     found = []
     for row in rows:
-        paths = [path for end in ("npy", "csv") if (path := folder / f"{row['bag']}.{end}").is_file()]
+        paths = [path for end in ("safetensors", "csv") if (path := folder / f"{row['bag']}.{end}").is_file()]
         if not paths:
-            raise UserError(f"{folder} has no {row['bag']}.npy or {row['bag']}.csv, which bags.csv names")
+            raise UserError(f"{folder} has no {row['bag']}.safetensors or {row['bag']}.csv, which bags.csv names")
         found.append(Bag(row["bag"], row["patient"], read_bag(paths[0]), row["label"]))
     if len({bag.name for bag in found}) < len(found):
         raise UserError(f"{folder / 'bags.csv'} names a bag twice")

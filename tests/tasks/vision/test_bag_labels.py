@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
+from manyheads.tasks.vision._bag_task import Diagnosis
 from manyheads.tasks.vision._bags import (
     AttentionPool,
     BagModel,
@@ -19,7 +21,7 @@ from manyheads.tasks.vision._bags import (
     MaxPool,
     MeanPool,
 )  # fmt: skip
-from manyheads.tasks.vision.bag_labels import BagLabels, Diagnosis
+from manyheads.tasks.vision.bag_labels import BagLabels
 from tolerance import DEEP, is_close, is_far
 
 F, W, A = 5, 8, 6
@@ -138,7 +140,7 @@ def folder_of(path, patients=8, bags=2, labels=("0", "1")):
     for i in range(patients):
         for n in range(bags):
             rows.append(f"b{i}{n},p{i},{labels[i % 2]}")
-            np.save(path / f"b{i}{n}.npy", rng.normal(i % 2, 1, (3 + n, 4)).astype(np.float32))
+            save_file({"features": rng.normal(i % 2, 1, (3 + n, 4))}, path / f"b{i}{n}.safetensors")
     (path / "bags.csv").write_text("\n".join(rows))
     return path
 
@@ -219,8 +221,8 @@ def test_one_label_alone_has_no_area(tmp_path):
 def test_what_is_said_names_instances(tmp_path):
     task = BagLabels(folder=str(folder_of(tmp_path)), dropout=0.0)
     model = task.reference(8).eval()
-    np.save(tmp_path / "mine.npy", np.random.default_rng(5).normal(size=(6, 4)))
-    sample = task.open(tmp_path / "mine.npy")
+    save_file({"x": np.random.default_rng(5).normal(size=(6, 4))}, tmp_path / "mine.safetensors")
+    sample = task.open(tmp_path / "mine.safetensors")
     with torch.no_grad():
         (said,) = task.predict(model, task.collate([sample]))
         read = model.read(sample.inputs[None], torch.ones(1, 6, dtype=torch.bool))
@@ -228,9 +230,9 @@ def test_what_is_said_names_instances(tmp_path):
     first = read.scores[0, 0].argsort(descending=True)[:3].tolist()
     assert str(said).endswith(f"by instances {', '.join(map(str, first))} first")
     assert f"probability {float(said.log_probs.max().exp()):.3f}" in str(said)
-    np.save(tmp_path / "wide.npy", np.ones((2, 5)))
+    save_file({"x": np.ones((2, 5))}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match="other features"):
-        task.collate([task.open(tmp_path / "wide.npy")])
+        task.collate([task.open(tmp_path / "wide.safetensors")])
 
 
 def test_what_cannot_be_parted_is_refused(tmp_path):
