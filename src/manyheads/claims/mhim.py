@@ -8,11 +8,15 @@ same two stages with nothing hidden, "at random" hides as many instances, drawn 
 of MHIM-MIL, the single models half of them. "the paper's shares" are those for slides of 10^4 patches: half of the
 instances at random, and one or two of the most attended.
 
-Shares of the other arms follow from how the bags of digits are made, three easy instances of sixty. The teacher
-remembers 50 steps, a fourth or a sixth of the training, where the paper's remembers about a fifth. Seen before the
+Shares of the other arms follow from how the bags of digits are made, three easy instances of sixty. Seen before the
 sizes were set, of the validation part and of ABMIL alone: the share of bags without easy instances and the number of
 bags of digits were set so that it is right on most bags and not on the hard ones (areas of 1.00 and 0.90); on UCSB its
 area was 0.80 to 0.89. No other arm was trained, and nothing of the test parts was read.
+
+The first run, with a teacher that remembered 50 steps and 300 steps on digits, left all nine checks open, MHIM-MIL 0.08
+above ABMIL on hard bags and level with "unmasked". Its losses in training had not come down, and on bags of digits of
+another draw such a teacher failed together with its student. The momentum and the 500 steps were then set on bags of
+that draw, where "unmasked" was as good as MHIM-MIL; checks and all else were left, and all was run again.
 """
 
 from typing import Any
@@ -24,12 +28,12 @@ ABMIL, MEAN, MAX = (
     Arm(name, options={"reference": kind})
     for name, kind in (("ABMIL", "abmil"), ("mean pooling", "mean_of_bag"), ("max pooling", "max_of_bag"))
 )
-SHARES = "high=0.05,share=1,random=0,momentum=0.98"
+SHARES = "high=0.05,share=1,random=0,momentum=0.999"
 OWN = "MHIM-MIL"
 ARMS = (
     Arm(OWN, f"mhim:{SHARES}"), Arm("unmasked", "mhim:high=0,random=0,weight=0"),
     Arm("at random", f"mhim:{SHARES},by=random"), Arm("no consistency", f"mhim:{SHARES},weight=0"),
-    Arm("the paper's shares", "mhim:momentum=0.98"), MEAN, MAX,
+    Arm("the paper's shares", "mhim:momentum=0.999"), MEAN, MAX,
 )  # fmt: skip
 MORE = (
     Arm("transformer", options={"reference": "bag_transformer"}),
@@ -56,9 +60,9 @@ claim = Claim(
         tasks=(BagLabels(dataset="ucsb"), BagLabels(dataset="digits")),
         sizes=Sizes(
             quick={**SMALL, "dim": 16, "batch": 4, "steps": 3, "seeds": 1},
-            cpu={**SMALL, "dim": 32, "width": 64, "ucsb.steps": 200, "digits.steps": 300},
+            cpu={**SMALL, "dim": 32, "width": 64, "ucsb.steps": 200, "digits.steps": 500},
             cuda={
-                **SMALL, "dim": 64, "width": 128, "batch": 16, "ucsb.steps": 200, "digits.steps": 300,
+                **SMALL, "dim": 64, "width": 128, "batch": 16, "ucsb.steps": 200, "digits.steps": 500,
                 "arms": (*ARMS, *MORE),
             },
         ),
