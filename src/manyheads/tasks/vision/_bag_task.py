@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -99,7 +99,7 @@ class BagTask(FieldTask):
         return self._around(BlockPool(blocks, 2 * self.dim, self.dim), 2 * self.dim)
 
     def reference(self, width: int, kind: str = "") -> nn.Module:
-        pools = {
+        pools: dict[str, Callable[[], nn.Module]] = {
             "abmil": lambda: AttentionPool(width, self.dim),
             "gated_abmil": lambda: AttentionPool(width, self.dim, gated=True),
             "dsmil": lambda: DualStream(width, self.dim),
