@@ -255,7 +255,7 @@ def test_the_base_model_is_trained_before_for_the_steps_that_are_asked_for(task)
     asked = []
 
     def fit(module, batches, loss, steps):
-        asked.append((module, steps, float(loss(module, batches(np.random.default_rng(0)))) > 0))
+        asked.append((module, steps, float(loss(module, batches(np.random.default_rng(0))).detach()) > 0))
 
     model = parse("mhim").build(task, 12)
     for spec in ("mhim", "mhim:before=0.4", "mhim:before=0"):
