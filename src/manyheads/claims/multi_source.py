@@ -7,7 +7,9 @@ probabilities are averaged. The control of the paper: where the second source is
 translates worse.
 
 Seen before the sizes were set: the loss of training batches of each combination over thirty steps, for the time of a
-step. Nothing was judged, on no part.
+step. A first CPU run trained every arm for 300 steps on the CPU: models that translated nothing (chrF++ of 0.10, 4.1 to
+4.4 nats a token), among which two sources were worse than one, which tells nothing of the claim. The CPU's size has had
+fewer arms and more steps since, for all alike, the tier is a proxy, and what needs the other arms is left to a GPU.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower, no_worse
@@ -28,6 +30,8 @@ ARMS = (
         for kind in KINDS
     ),
 )
+TWO = ("parallel", "flat")  # trained on a CPU too
+CORE = (ONE.name, "French alone", *TWO)
 MORE = (  # where there is time for it
     Arm("sources left out", "multi_source:source_dropout=0.2"),
     Arm("sources left out, no French", "multi_source:source_dropout=0.2,missing=2",
@@ -43,21 +47,22 @@ claim = Claim(
         "the worst; each makes use of the second source, and they are ahead of averaged models and of one row of "
         "tokens."
     ),
-    tier="scaled",
+    tier="proxy",
     reported=Reported(
         value="BLEU of four languages into Czech: 16.5 of one, 20.5 serial and parallel, 20.4 flat, 19.4 hierarchical.",
         setting="Europarl, Transformer of 6 layers and 512 features; of captions with images flat is the worst",
         where="W18-6326, tables of results, as remembered; not read again",
     ),
     experiment=Experiment(
-        subject="trainable", arms=ARMS, baseline=ONE, equal="parameters", tasks=(CaptionTranslation(),), seeds=3,
+        subject="trainable", arms=ARMS, baseline=ONE, equal="parameters", seeds=3,
+        tasks=(CaptionTranslation(label="captions", only=CORE), CaptionTranslation(label="all", gpu_only=True)),
         sizes=Sizes(
             quick={
                 "dim": 16, "layers": 1, "heads": 2, "width": 512, "batch": 4, "steps": 3, "rates": (3e-3,),
                 "samples_judged": 8, "vocabulary": 400,
             },
             cpu={
-                "dim": 48, "layers": 1, "heads": 4, "width": 512, "batch": 32, "steps": 300, "rates": (4e-3,),
+                "dim": 64, "layers": 1, "heads": 4, "width": 512, "batch": 32, "steps": 900, "rates": (4e-3,),
                 "samples_judged": 192, "vocabulary": 1200,
             },
             cuda={
@@ -67,16 +72,20 @@ claim = Claim(
         ),
     ),
     checks=(
-        *(lower("nll", kind, than="English alone") for kind in KINDS),
-        *(lower("nll", kind, than="flat") for kind in KINDS if kind != "flat"),
-        *(lower("nll", kind, than=f"{kind}, other French") for kind in KINDS),
-        *(lower("nll", "parallel", than=rival.name) for rival in RIVALS),
-        no_worse("nll", "parallel", than="serial", margin=MARGIN, better="lower"),
-        no_worse("nll", "parallel", than="hierarchical", margin=MARGIN, better="lower"),
+        *(lower("captions.nll", kind, than="English alone") for kind in TWO),
+        lower("captions.nll", "parallel", than="French alone"),
+        lower("captions.nll", "parallel", than="flat"),
+        *(lower("captions.nll", kind, than=f"{kind}, other French") for kind in TWO),
+        *(lower("all.nll", kind, than="English alone") for kind in KINDS),
+        *(lower("all.nll", kind, than="flat") for kind in KINDS if kind != "flat"),
+        *(lower("all.nll", kind, than=f"{kind}, other French") for kind in KINDS),
+        *(lower("all.nll", "parallel", than=rival.name) for rival in RIVALS),
+        no_worse("all.nll", "parallel", than="serial", margin=MARGIN, better="lower"),
+        no_worse("all.nll", "parallel", than="hierarchical", margin=MARGIN, better="lower"),
     ),
-    report=("nll", "chrf", "parameters"),
+    report=tuple(f"{name}.{metric}" for name in ("captions", "all") for metric in ("nll", "chrf", "parameters")),
     caveat=(
-        "Small models of few steps, far from a finished translator; French and Czech were both translated from the "
+        "Small models of few steps, on a CPU far from a finished translator; French and Czech were both translated from the "
         "English, so that the second source tells little that the first does not. No images. The loss is judged, where "
         "the paper has BLEU; chrF++ is shown."
     ),

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import files
 
-__all__ = ["IDIOMS", "Pair", "captions", "made_up", "multi30k", "pairs"]
+__all__ = ["IDIOMS", "Language", "Pair", "captions", "made_up", "multi30k", "pairs"]
 
 Pair = tuple[str, str]
 Language = Literal["en", "de", "fr", "cs"]

@@ -68,12 +68,12 @@ class Combination(nn.Module):
             return self._told(q, contexts)
         asked = self.norms[0](q)
         if self.kind == "flat":
-            attend = self.attend[0]
-            attend.show = self.show
+            one: Any = self.attend[0]
+            one.show = self.show
             every = torch.cat([project(h) for project, h in zip(self.project, states, strict=True)], 1)
-            q = q + self._drop(attend(asked, every, torch.cat(list(masks), 1)))
+            q = q + self._drop(one(asked, every, torch.cat(list(masks), 1)))
             if self.show:
-                parts = attend.shown.split([mask.shape[1] for mask in masks], -1)
+                parts = one.shown.split([mask.shape[1] for mask in masks], -1)
                 self.shares = torch.stack([part.sum(-1) for part in parts], -1)
             return q
         contexts = [

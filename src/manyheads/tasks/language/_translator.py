@@ -120,7 +120,8 @@ class Translator(nn.Module):
         x = self._embedded(words)
         for layer in self.decoder:
             x = layer(x, states, masks)
-        return (self.norm(x) @ self.words.weight.T).float().log_softmax(-1)
+        found: Tensor = (self.norm(x) @ self.words.weight.T).float().log_softmax(-1)
+        return found
 
     def forward(self, batch: Any, words: Tensor) -> Tensor:
         return self.write(*self.read(batch), words)
@@ -135,12 +136,14 @@ class Several(nn.Module):
 
     def read(self, batch: Any) -> list[Any]:
         """What each reads."""
-        return [model.read(batch) for model in self.models]
+        models: Any = self.models
+        return [model.read(batch) for model in models]
 
     def write(self, *read_and_words: Any) -> Tensor:
         """Log probabilities of the words that follow."""
         *read, words = read_and_words
-        each = [model.write(*one, words) for model, one in zip(self.models, read, strict=True)]
+        models: Any = self.models
+        each = [model.write(*one, words) for model, one in zip(models, read, strict=True)]
         return torch.stack(each).logsumexp(0) - torch.tensor(float(len(each))).log()
 
     def forward(self, batch: Any, words: Tensor) -> Tensor:

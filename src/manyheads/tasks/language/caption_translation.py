@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 from ...attention.masks import padded
-from ...data.translations import captions
+from ...data.translations import Language, captions
 from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Part, Sample
@@ -24,7 +24,7 @@ from ._translator import BEGIN, END, ROOM, OneSource, Several, Translator
 
 __all__ = ["CaptionTranslation", "Said"]
 
-_LANGUAGES = ("en", "fr", "cs")  # sources, and the target
+_LANGUAGES: tuple[Language, ...] = ("en", "fr", "cs")  # sources, and the target
 _FILES = ("first.txt", "second.txt", "target.txt")
 _PARTS: dict[Part, Any] = {"train": "train", "validation": "val", "test": "test"}
 _LEARNED = 10_000  # captions of the training part from which the vocabulary is made
@@ -178,7 +178,7 @@ class CaptionTranslation(FieldTask):
         ]
 
     def score(self, sample: Sample, said: Said) -> Mapping[str, float]:
-        from sacrebleu.metrics import CHRF
+        from sacrebleu.metrics.chrf import CHRF
 
         if said.target == sample.target:
             nll = -sum(said.log_probs) / max(len(said.log_probs), 1)
