@@ -85,8 +85,8 @@ claim = Claim(
     ),
     report=tuple(f"{name}.{metric}" for name in ("captions", "all") for metric in ("nll", "chrf", "parameters")),
     caveat=(
-        "Small models of few steps, on a CPU far from a finished translator; French and Czech were both translated from the "
-        "English, so that the second source tells little that the first does not. No images. The loss is judged, where "
-        "the paper has BLEU; chrF++ is shown."
+        "Small models of few steps, on a CPU far from a finished translator; French and Czech were both translated from "
+        "the English, so that the second source tells little that the first does not. No images. The loss is judged, "
+        "where the paper has BLEU; chrF++ is shown."
     ),
 )  # fmt: skip

@@ -62,6 +62,7 @@ class CaptionTranslation(FieldTask):
     one encoder, and the mean of the probabilities of two models of one source each.
 
     Attributes:
+        label: what it is called where an experiment has it several times.
         vocabulary: tokens.
     """
 
@@ -78,6 +79,7 @@ class CaptionTranslation(FieldTask):
     together: ClassVar[int] = 2
     sources: ClassVar[int] = 2
 
+    label: str = ""
     dim: int = 128
     layers: int = 2
     heads: int = 4
