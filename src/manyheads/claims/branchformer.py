@@ -9,8 +9,7 @@ learned weights are also judged without the attention of their upper half: one w
 Seen before the sizes were set: one Conformer of 87 thousand parameters, trained 500 steps on strings of three, had a
 word error rate of 0.16 on the validation speaker. No other model was judged, none on the test speaker. The cuda size
 was cut to half its steps, for its time, when the confusions of the CPU's first trainings had been seen, and was given
-six seeds after the CPU's run, whose three could not tell most arms apart; later the CPU's was given five, and all was
-run again. The rule has stayed as it was.
+six seeds after the CPU's run, whose three could not tell most arms apart. Rule and CPU size have stayed as they were.
 """
 
 from typing import Any
@@ -60,7 +59,7 @@ claim = Claim(
                 **SMALL, "dim": 16, "batch": 4, "steps": 3, "rates": (3e-3,), "samples_judged": 8, "arms": arms("1"),
             },
             cpu={
-                **SMALL, "dim": 32, "batch": 8, "steps": 600, "rates": (4e-3,), "seeds": 5,
+                **SMALL, "dim": 32, "batch": 8, "steps": 600, "rates": (4e-3,),
                 "arms": tuple(arm for arm in arms("1") if arm.name not in SHOWN),
             },
             cuda={
