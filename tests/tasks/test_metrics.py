@@ -55,7 +55,7 @@ SHARES = {
     "shared_head", "stereotyped", "prefers_stereotype", "solved", "exact", "overlap", "iou",
 }  # fmt: skip
 TIMES = {
-    "decoding_cost.seconds": "s",
+    "decoding_cost.seconds": "s", "scoring_cost.seconds": "s/context",
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
     "family_times.seconds": "s", "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
     "encoder_speed.token_time": "us/token", "page_cost.token_time": "us/token",
@@ -100,9 +100,9 @@ def test_kinds_units_and_floors():
             assert tail in (metric.title, metric.unit) or "/" not in tail, name  # a title with a unit has the metric's
             assert metric.kind != "time" or not metric.higher
             assert metric.kind != "share" or metric.unit == ""
-            floor = metric.floor  # of a share what guessing reaches; of an error what a constant has
+            floor = metric.floor  # of a share or an area what guessing reaches; of an error what a constant has
             assert floor is None or 0 < floor < 1 or (metric.kind == "mean" and not metric.higher and floor == 1), name
-            assert floor is None or metric.kind == "share" or not metric.higher, name
+            assert floor is None or metric.kind == "share" or not metric.higher or metric.name.endswith("auc"), name
             assert not metric.name.endswith(("_nll", "_loss")) or not metric.higher, name
 
 

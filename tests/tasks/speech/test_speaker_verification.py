@@ -93,8 +93,8 @@ def test_embeddings_are_the_mean_of_states_and_classes_are_told_by_the_first():
     assert [match.cosine for match in said] == pytest.approx(want.tolist(), abs=1e-6)
     classified, frames = Classified(States(), 8, 5), batch["inputs"][:, 0]
     logits, weight = classified(frames, None), classified.head.weight
-    assert torch.allclose(logits, 10 * torch.cosine_similarity(frames[:, 0, None], weight[None], dim=-1), atol=1e-5)
-    assert not torch.allclose(logits, frames[:, 0] @ weight.T, atol=1e-1)
+    assert is_close(logits, 10 * torch.cosine_similarity(frames[:, 0, None], weight[None], dim=-1))
+    assert is_far(logits, frames[:, 0] @ weight.T)
 
 
 def test_a_threshold_is_that_of_all_pairs_of_a_kind():
@@ -160,4 +160,4 @@ def test_poolings_are_their_formulas():
     frames, there = torch.randn(1, 20, 40), torch.ones(1, 20, dtype=torch.bool)
     states, short = weighed.encode(frames, there)
     want = weighed.pool(states, short) @ weighed.head.weight.T
-    assert torch.allclose(weighed(frames, there)[:, 0], want, atol=1e-6) and plain(frames, there).shape == (1, 1, 16)
+    assert is_close(weighed(frames, there)[:, 0], want) and plain(frames, there).shape == (1, 1, 16)
