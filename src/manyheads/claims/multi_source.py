@@ -8,8 +8,9 @@ translates worse.
 
 Seen before the sizes were set: the loss of training batches of each combination over thirty steps, for the time of a
 step. A first CPU run trained every arm for 300 steps on the CPU: models that translated nothing (chrF++ of 0.10, 4.1 to
-4.4 nats a token), among which two sources were worse than one, which tells nothing of the claim. The CPU's size has had
-fewer arms and more steps since, for all alike, the tier is a proxy, and what needs the other arms is left to a GPU.
+4.4 nats a token), among which two sources were worse than one, which tells nothing of the claim. After that run the
+CPU's size got fewer arms and more steps, for all alike, the tier, which had been "scaled", became a proxy, and checks
+of the other arms were left to a GPU; which arm each check compares with which has stayed as it was.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower, no_worse
