@@ -20,7 +20,7 @@ What is shown of each word is the share of each source: of the weights of ``flat
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ class MultiSource(Recipe):
     missing: int = field(default=0, metadata={"help": "source that is left out when judged"})
 
     def __post_init__(self) -> None:
-        if self.combination not in Kind.__args__:  # type: ignore[attr-defined]
+        if self.combination not in get_args(Kind):
             raise UserError(f"no combination {self.combination!r}: give serial, parallel, flat or hierarchical")
         if not 0 <= self.source_dropout < 1 or min(self.shuffled, self.missing) < 0:
             raise UserError("source_dropout is a share below 1; shuffled and missing number a source, from 1")

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, linear, normalize
 
-from ...experiment import Metric, Row, RunContext, WorkUnit
+from ...experiment import Metric
 from ...recipe import Batch, Picture, Sample
 from .._blocks import Transformer
-from .._field import FieldTask
+from .._folds import FoldedTask
 from .._rates import detection_cost, eer_errors
 from ._encoder import SpeechEncoder
 
@@ -114,12 +113,8 @@ class Match:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerificationTask(FieldTask):
-    """Pairs are judged by the cosine of two embeddings. A seed is a fold, in which the rate is chosen too.
-
-    Attributes:
-        fold: which speakers are tested; a seed sets it.
-    """
+class VerificationTask(FoldedTask):
+    """Pairs are judged by the cosine of two embeddings; a fold is of the speakers that are tested."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("eer", "equal error rate", kind="share", floor=0.5,
@@ -132,8 +127,6 @@ class VerificationTask(FieldTask):
     )  # fmt: skip
     references: ClassVar[tuple[str, ...]] = ("mean_pooling", "attentive_statistics")
     together: ClassVar[int] = 2
-
-    fold: int = 0
 
     @property
     @abstractmethod
@@ -195,16 +188,3 @@ class VerificationTask(FieldTask):
         return (
             Picture("cosines of pairs", [names[kind] for kind in rows], columns, shares, ("pairs", "cosine, from")),
         )
-
-    def units(self, run: RunContext) -> list[WorkUnit]:
-        tried = float(len(self.rates) * self.steps)
-        return [dataclasses.replace(unit, cost=tried) for unit in super().units(run)]
-
-    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        """As one run of its own fold, in which the rate is chosen too."""
-        alone = run.among(run.arms, run.advance)
-        alone.seeds = (unit.params["seed"],)
-        for row in FieldTask.measure(dataclasses.replace(self, fold=self.fold + unit.params["seed"]), alone, unit):
-            first = unit.params["seed"] == run.seeds[0]  # of whose fold pictures are kept
-            about = {name: x for name, x in row.about.items() if first or name != "pictures"}
-            yield dataclasses.replace(row, about=about)

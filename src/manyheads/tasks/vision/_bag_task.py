@@ -19,7 +19,7 @@ from ...attention.masks import padded
 from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Picture, Sample
-from .._field import FieldTask
+from .._folds import FoldedTask
 from .._statistics import auroc_values
 from ._bags import AttentionPool, BagModel, BagTransformer, BlockPool, DualStream, MaxPool, MeanPool
 
@@ -50,7 +50,7 @@ class Diagnosis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BagTask(FieldTask):
+class BagTask(FoldedTask):
     """Bags are ``inputs [N, F]`` float32, their ``target`` is one of two classes. Features are brought to mean 0 and
     deviation 1 of the training part.
     """

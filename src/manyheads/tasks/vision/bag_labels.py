@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 
 from ...data.bags import CLASSES, FOLDS, Bag, bags, read_bag, read_folder
 from ...errors import UserError
-from ...experiment import Row, RunContext, WorkUnit
 from ...recipe import Part, Sample
 from ._bag_task import BagTask
 
@@ -36,7 +35,6 @@ class BagLabels(BagTask):
 
     Attributes:
         dataset: public set, where there is no folder.
-        fold: which part is tested; a seed is added to it.
     """
 
     files: ClassVar[tuple[str, ...]] = ("mil",)
@@ -46,7 +44,6 @@ class BagLabels(BagTask):
         "is the positive one, each of three patients or more"
     )
     dataset: Literal["ucsb", "musk1", "musk2", "elephant", "digits"] = field(default="ucsb")
-    fold: int = 0
 
     @property
     def source(self) -> str:
@@ -90,19 +87,6 @@ class BagLabels(BagTask):
         """Bags of a part of the fold, in an order that says nothing."""
         found = _turned(tuple(tuple(super(BagLabels, self).samples(one)) for one in _TURNS), self.fold)[part]
         return [sample for sample in found if part != "train" or not sample.about["extra"]]
-
-    def units(self, run: RunContext) -> list[WorkUnit]:
-        tried = float(len(self.rates) * self.steps)
-        return [dataclasses.replace(unit, cost=tried) for unit in super().units(run)]
-
-    def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
-        """As one run of its own fold, in which the rate is chosen too."""
-        alone = run.among(run.arms, run.advance)
-        alone.seeds = (unit.params["seed"],)
-        for row in BagTask.measure(dataclasses.replace(self, fold=self.fold + unit.params["seed"]), alone, unit):
-            first = unit.params["seed"] == run.seeds[0]  # of whose fold pictures are kept
-            about = {name: x for name, x in row.about.items() if first or name != "pictures"}
-            yield dataclasses.replace(row, about=about)
 
 
 _TURNS: tuple[Part, ...] = ("test", "validation", "train")
