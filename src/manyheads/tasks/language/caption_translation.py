@@ -53,10 +53,9 @@ class CaptionTranslation(FieldTask):
     """Multi30k: captions in English and French, translated into Czech; 29,000 to train on, 1,014 and 1,000 others.
 
     The French and the Czech are translations of the English. What is to be judged is not trained on: captions whose
-    translation is in another part too are left out. Tokens are pieces of
-    bytes (BPE) of all three languages together, learned on 10,000 captions of the training part; sentences are cut at
-    47 tokens. Models write greedily, 47 tokens at most, and are trained without label smoothing, so that the loss is
-    the likelihood. The photographs are not used: their features cannot be had here.
+    translation is in another part too are left out. Tokens are pieces of bytes (BPE) of all three languages together,
+    learned on 10,000 captions of the training part; sentences are cut at 47 tokens. Models write greedily, 47 tokens at
+    most, and are trained without label smoothing, so that the loss is the likelihood. The photographs are not used.
 
     References, all with embeddings that languages share: one source (the first), the second, both in one row read by
     one encoder, and the mean of the probabilities of two models of one source each.
