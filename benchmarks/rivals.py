@@ -43,7 +43,9 @@ TOKENS = (
 PROTECTED = ("random", "streaming_llm", "snapkv", "keydiff", "attention_matching", "kvzip", "hedge")
 OF_PROMPT = ("preferred", "obeyed", "known", "followed", "leak", "spilled", "told")
 CHANNELS = 0.6  # of the keys of ThinK
-ROOM = 1.25  # times its share is what an arm may hold to be a rival: positions and uneven heads count, too
+# Times its share, or what hedge holds where layers with a window are whole, is what an arm may hold to be a rival:
+# positions and uneven heads count, too.
+ROOM = 1.25
 
 
 def strategies(share: float, networks: Path | None, gates: Path | None) -> list[str]:
@@ -103,6 +105,7 @@ def beside_hedge(summary: Any, share: float) -> tuple[dict[str, dict[str, Any]],
     """What each arm has more than ``hedge``, paired by context, and where ``hedge`` stands among its rivals."""
     ours = next((arm for arm in summary.arms if arm.name == "hedge"), None)
     more: dict[str, dict[str, Any]] = {arm.key: {} for arm in summary.arms}
+    room = ROOM * max(share, held(summary, ours)) if ours is not None else 0.0
     stands: dict[str, Any] = {}
     for name in ("loss", "needle_unseen", "needle_seen"):
         one = next((one for one in summary.measured if one.key == FIGURES[name]), None)
@@ -114,7 +117,7 @@ def beside_hedge(summary: Any, share: float) -> tuple[dict[str, dict[str, Any]],
             if apart is None:
                 continue
             more[arm.key][name] = apart.plain()
-            if arm is not summary.base and not arm.name.startswith("hedge") and held(summary, arm) <= ROOM * share:
+            if arm is not summary.base and not arm.name.startswith("hedge") and held(summary, arm) <= room:
                 rivals.append((better * apart.value, short(arm.name), apart))
         if not rivals:
             continue
