@@ -15,17 +15,16 @@ from typing import Any
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, lower, no_worse
 from manyheads.tasks.language.peptide_binders import PeptideBinders
 
-OWN = "PepMLM"
+OWN, LEARNED = "PepMLM", "after proteins"
 OTHER = Arm("with another protein", "pepmlm:receptor=other", options={"weights_of": OWN})
 CONTINUED = Arm("left to right", options={"reference": "continued"})
 ARMS = (
     Arm(OWN, "pepmlm"), OTHER, Arm("no protein", "pepmlm:receptor=none"),
     Arm("masks anywhere", "pepmlm:masks=anywhere"), Arm("counts", "peptide_counts:of=all"),
-    Arm("counts, near proteins", "peptide_counts"),
+    Arm("counts, near proteins", "peptide_counts"), Arm(LEARNED, "pepmlm:before=1"),
 )  # fmt: skip
-LEARNED = Arm("after proteins", "pepmlm:before=1")
 MARGIN = 0.02  # nats a residue that a rival may be ahead
-SMALL: dict[str, Any] = {"samples_judged": 203, "arms": ARMS}
+SMALL: dict[str, Any] = {"samples_judged": 203}
 
 claim = Claim(
     slug="pepmlm",
@@ -44,7 +43,7 @@ claim = Claim(
         where="arXiv 2310.03842, abstract; perplexities as the authors' repository has them",
     ),
     experiment=Experiment(
-        subject="trainable", arms=(*ARMS, LEARNED), baseline=CONTINUED, equal="parameters", seeds=2,
+        subject="trainable", arms=ARMS, baseline=CONTINUED, equal="parameters", seeds=2,
         tasks=(PeptideBinders(),),
         sizes=Sizes(
             quick={
@@ -52,11 +51,10 @@ claim = Claim(
                 "samples_judged": 8, "seeds": 1,
             },
             cpu={
-                **SMALL, "dim": 64, "layers": 2, "heads": 4, "batch": 16, "steps": 150, "rates": (2e-3,), "room": 256,
+                **SMALL, "dim": 64, "layers": 2, "heads": 4, "batch": 16, "steps": 100, "rates": (2e-3,), "room": 256,
             },
             cuda={
                 **SMALL, "dim": 256, "layers": 6, "heads": 8, "batch": 64, "steps": 600, "rates": (3e-4, 1e-3),
-                "arms": (*ARMS, LEARNED),
             },
         ),
     ),
@@ -65,7 +63,7 @@ claim = Claim(
         lower("far_nll", OWN, than=OTHER.name),
         *(lower("nll", OWN, than=name) for name in ("no protein", "masks anywhere", "counts", "counts, near proteins")),
         no_worse("nll", OWN, than=CONTINUED.name, margin=MARGIN, better="lower"),
-        lower("nll", LEARNED.name, than=OWN),
+        lower("nll", LEARNED, than=OWN),
     ),
     report=("nll", "far_nll", "parameters"),
     caveat=(
