@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a protein language model that fills in masked peptides behind a protein learn which peptides bind it?
 
-The paper's own test pairs, of which two in three proteins are like one that is trained on; "new" are the others. "with
-another protein" is the same weights, each peptide behind the protein of another one: what the model has learned of
-proteins is what it loses by that. Counts of amino acids need no network. ESM-2's 650 million parameters and what they
-have learned before are not here; "after proteins" learns proteins alone for as many steps before.
+The paper's own test pairs, more than half of whose proteins are like one that is trained on; "new" are the others.
+"with another protein" is the same weights, each peptide behind the protein of another one: what the model has learned
+of proteins is what it loses by that. Counts of amino acids need no network. ESM-2's 650 million parameters and what
+they have learned before are not here; "after proteins" learns proteins alone for as many steps before.
 
 Sizes, arms and checks were set before the first run; of the CPU's size it was known that a step takes half a second
 on a busy machine.

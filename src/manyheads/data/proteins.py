@@ -12,10 +12,15 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from . import files
 
-__all__ = ["ALPHABET", "RESIDUES", "Binding", "likeness", "read_pairs", "read_protein", "test_pairs", "training_pairs"]
+__all__ = [
+    "ALPHABET", "BEGIN", "END", "FIRST", "MASK", "RESIDUES", "VOCABULARY", "Binding", "likeness", "read_pairs",
+    "read_protein", "test_pairs", "training_pairs",
+]  # fmt: skip
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 ALPHABET = RESIDUES + "X"  # X: any that is not one of the twenty
+BEGIN, END, MASK, FIRST = 1, 2, 3, 4  # tokens: 0 fills up, and from FIRST on are the letters of the alphabet
+VOCABULARY = FIRST + len(ALPHABET)
 _WORD = 4  # residues in a row, by which two proteins are compared
 
 

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from manyheads.data.proteins import ALPHABET
+from manyheads.data.proteins import ALPHABET, BEGIN, END, FIRST, MASK
 from manyheads.domains.language.pepmlm import PepMLM, corrupted, exchanged
 from manyheads.domains.language.peptide_counts import PeptideCounts
 from manyheads.errors import UserError
 from manyheads.experiment import Arm, RunContext, Trainable
 from manyheads.recipe import Sample
 from manyheads.tasks._field_training import FieldTraining
-from manyheads.tasks.language._residues import BEGIN, END, FIRST, MASK
 from manyheads.tasks.language.peptide_binders import PeptideBinders
 from tolerance import SAME, is_close, is_far
 
@@ -41,8 +40,8 @@ def built(task, **fields):
 def test_the_whole_peptide_is_masked_and_nothing_else(task, monkeypatch):
     recipe, model = built(task)
     batch, seen = batch_of(task, ("ACDEF", "WYV"), ("MN", "KL")), []
-    read = model.read
-    monkeypatch.setattr(model, "read", lambda tokens, mask: seen.append(tokens) or read(tokens, mask))
+    read = model.read.forward
+    monkeypatch.setattr(model.read, "forward", lambda tokens, mask: seen.append(tokens) or read(tokens, mask))
     loss = recipe.loss(task, model, batch)
     (tokens,) = seen
     assert torch.equal(tokens == MASK, batch["binder"])

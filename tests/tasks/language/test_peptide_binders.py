@@ -6,12 +6,23 @@ import math
 import pytest
 import torch
 
-from manyheads.data.proteins import ALPHABET, likeness, read_pairs, read_protein
+from manyheads.data.proteins import (
+    ALPHABET,
+    BEGIN,
+    END,
+    FIRST,
+    MASK,
+    VOCABULARY,
+    likeness,
+    read_pairs,
+    read_protein,
+)  # fmt: skip
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks._blocks import Transformer
-from manyheads.tasks.language._residues import BEGIN, END, FIRST, MASK, VOCABULARY, Continued, Masked, MaskedResidues
-from manyheads.tasks.language.peptide_binders import Binders, PeptideBinders, residue_log_probs
+from manyheads.tasks.language._binding_task import Binders, residue_log_probs
+from manyheads.tasks.language._residues import Continued, Masked, MaskedResidues
+from manyheads.tasks.language.peptide_binders import PeptideBinders
 from tolerance import SAME, error, is_close, is_far
 
 PAIRS = """receptor,peptide,cluster
@@ -96,7 +107,7 @@ def test_a_batch_is_protein_peptide_end(own):
 
 def models():
     torch.manual_seed(0)
-    masked = MaskedResidues([Transformer(16, 2, 32, 0.0)], 16)
+    masked = Masked(MaskedResidues([Transformer(16, 2, 32, 0.0)], 16))
     return {"masked": masked.double().eval(), "continued": Continued(16, 2, 2, 32, 0.0).double().eval()}
 
 
@@ -137,14 +148,14 @@ def test_the_loss_is_the_formula():
         assert is_far(task.loss(model, {**batch, "binder": batch["mask"]}), torch.tensor(-sum(found) / 6), 1e-3)
 
 
-class Counted(Masked):
+class Counted(torch.nn.Module):
     """Says the same of every token, or what is right."""
 
     def __init__(self, right=None):
         super().__init__()
         self.right, self.seen = right, []
 
-    def read(self, tokens, mask):
+    def forward(self, tokens, mask):
         self.seen.append(tokens.clone())
         logits = torch.zeros(*tokens.shape, VOCABULARY, dtype=torch.float64)
         if self.right is not None:
@@ -156,7 +167,8 @@ class Counted(Masked):
 def test_perplexity_masks_one_residue_at_a_time():
     batch = some()
     even, sure = Counted(), Counted(batch["tokens"])
-    assert even.perplexity(batch) == pytest.approx(VOCABULARY) and sure.perplexity(batch) == pytest.approx(1.0)
+    assert Masked(even).perplexity(batch) == pytest.approx(VOCABULARY)
+    assert Masked(sure).perplexity(batch) == pytest.approx(1.0)
     (seen,) = even.seen
     assert [(row == MASK).nonzero()[:, 0].tolist() for row in seen] == [[9], [10], [11], [12], [13]]
     model = models()["masked"]

@@ -22,36 +22,27 @@ trained with its own.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ...data.proteins import FIRST, MASK, VOCABULARY
 from ...recipe import Batch, FieldTask, Recipe
-from ...tasks.language._residues import FIRST, MASK, VOCABULARY, Masked
 
 __all__ = ["PepMLM", "corrupted"]
 
 _SHARE = 0.15  # of residues that are asked for where masks are anywhere
 
 
-class _Sized(Protocol):
-    steps: int
+class Esm(nn.Module):
+    """An encoder of ESM-2's kind: ``[B, T, VOCABULARY]`` of ``tokens [B, T]``, where ``mask``."""
 
-
-class Esm(Masked):
-    """An encoder of ESM-2's kind.
-
-    Attributes:
-        top: residues among which one is drawn.
-    """
-
-    def __init__(self, dim: int, layers: int, heads: int, width: int, dropout: float, top: int) -> None:
+    def __init__(self, dim: int, layers: int, heads: int, width: int, dropout: float) -> None:
         from transformers import EsmConfig, EsmForMaskedLM
 
         super().__init__()
-        self.top = top
         self.model = EsmForMaskedLM(
             EsmConfig(
                 vocab_size=VOCABULARY, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
@@ -61,7 +52,7 @@ class Esm(Masked):
             )
         )  # fmt: skip
 
-    def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return cast(Tensor, self.model(tokens, attention_mask=mask.long()).logits)
 
 
@@ -84,11 +75,12 @@ class PepMLM(Recipe):
         default=0.0, metadata={"help": "steps in which proteins alone are learned before, in those of the training"}
     )
 
-    def build(self, task: FieldTask, width: int) -> nn.Module:
-        return Esm(task.dim, task.layers, task.heads, width, task.dropout, self.top)
+    def build(self, task: Any, width: int) -> nn.Module:
+        made: nn.Module = task.masked(Esm(task.dim, task.layers, task.heads, width, task.dropout), self.top)
+        return made
 
-    def start(self, task: FieldTask, model: nn.Module, fit: Any) -> None:
-        if steps := round(self.before * cast(_Sized, task).steps):
+    def start(self, task: Any, model: nn.Module, fit: Any) -> None:
+        if steps := round(self.before * task.steps):
             samples = task.samples("train")
 
             def proteins(rng: Any) -> Batch:

@@ -38,10 +38,8 @@ class PeptideCounts(Procedure):
     )
 
     def run(self, task: Any, rng: "np.random.Generator") -> Iterable[tuple[str, str, float]]:
-        if not hasattr(task, "designed"):
+        if not hasattr(task, "said_of"):
             raise UserError(f"peptide_counts: {task.name} has no peptides: give --task peptide_binders")
-        from ...tasks.language.peptide_binders import Binders
-
         trained, samples = task.samples("train"), task.judged("test")
         overall = _shares("".join(sample.target for sample in trained), 1.0)
         proteins = sorted({sample.inputs[0] for sample in trained})
@@ -58,8 +56,7 @@ class PeptideCounts(Procedure):
             if first:
                 own = _shares("".join(bound[proteins[i]] for i in first), 0.0)
                 shares = {a: (1 - _OF_THEM) * overall[a] + _OF_THEM * own[a] for a in ALPHABET}
-            logs = tuple(math.log(shares[letter]) for letter in sample.target)
-            said.append(Binders(peptide=sample.target, log_probs=logs))
+            said.append(task.said_of(sample, [math.log(shares[letter]) for letter in sample.target]))
         for sample, scored in zip(samples, task.scores(samples, said), strict=True):
             for metric, value in scored.items():
                 yield metric, sample.name, value

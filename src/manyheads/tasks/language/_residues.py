@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.positions import sinusoids
+from ...data.proteins import FIRST, MASK, VOCABULARY
 from ...recipe import Batch
 from .._blocks import Transformer
 
-__all__ = ["BEGIN", "END", "FIRST", "MASK", "VOCABULARY", "Continued", "Masked", "MaskedResidues", "drawn"]
-
-BEGIN, END, MASK, FIRST = 1, 2, 3, 4  # 0 fills up; from FIRST on the letters of the alphabet
-VOCABULARY = FIRST + 21
+__all__ = ["Continued", "Masked", "MaskedResidues", "drawn"]
 
 
 def drawn(logits: Tensor, top: int, generator: torch.Generator) -> Tensor:
@@ -32,16 +30,16 @@ def drawn(logits: Tensor, top: int, generator: torch.Generator) -> Tensor:
 
 
 class Masked(nn.Module):
-    """Base of models that read masks: ``read(tokens, mask) -> [B, T, VOCABULARY]``."""
+    """A model that reads masks, ``read(tokens, mask) -> [B, T, VOCABULARY]``; ``top`` residues are drawn among."""
 
-    top: int = 3  # residues among which one is drawn
-
-    def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        raise NotImplementedError
+    def __init__(self, read: nn.Module, top: int = 3) -> None:
+        super().__init__()
+        self.read, self.top = read, top
 
     def logits(self, batch: Batch) -> Tensor:
         """Of all residues of a peptide, of which none is seen."""
-        return self.read(batch["tokens"].masked_fill(batch["binder"], MASK), batch["mask"])
+        found: Tensor = self.read(batch["tokens"].masked_fill(batch["binder"], MASK), batch["mask"])
+        return found
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """All residues at once, each by itself."""
@@ -60,7 +58,7 @@ class Masked(nn.Module):
         return math.exp(-float(logs.gather(1, right[:, None]).mean()))
 
 
-class MaskedResidues(Masked):
+class MaskedResidues(nn.Module):
     """Embeddings of residues and places, blocks, and a head."""
 
     def __init__(self, blocks: Sequence[nn.Module], dim: int) -> None:
@@ -68,7 +66,7 @@ class MaskedResidues(Masked):
         self.embedding = nn.Embedding(VOCABULARY, dim, padding_idx=0)
         self.blocks, self.norm, self.head = nn.ModuleList(blocks), nn.LayerNorm(dim), nn.Linear(dim, VOCABULARY)
 
-    def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         x = self.embedding(tokens)
         x = x + sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2]).to(x)
         for block in self.blocks:
