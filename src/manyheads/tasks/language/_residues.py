@@ -43,7 +43,8 @@ class Masked(nn.Module):
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """All residues at once, each by itself."""
-        there, tokens = batch["binder"], batch["tokens"].clone()
+        there: Tensor = batch["binder"]
+        tokens: Tensor = batch["tokens"].clone()
         tokens[there] = drawn(self.logits(batch)[there], self.top, generator).to(tokens.device)
         return tokens
 
@@ -108,7 +109,7 @@ class Continued(nn.Module):
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """One residue after the other."""
-        tokens = batch["tokens"].clone()
+        tokens: Tensor = batch["tokens"].clone()
         for place in batch["binder"][0].nonzero()[:, 0].tolist():
             following = self.logits({**batch, "tokens": tokens})[:, place]
             tokens[:, place] = drawn(following, self.top, generator).to(tokens.device)
