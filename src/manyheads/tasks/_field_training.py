@@ -14,7 +14,8 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -264,8 +265,7 @@ class FieldTraining:
         made = dataclasses.replace(made, record={**made.record, "validation": _listed(rates)})
         if (place := self._place(f"seed-{seed}")) is not None:
             place.mkdir(parents=True, exist_ok=True)
-            state = {name: x.detach().cpu().contiguous() for name, x in made.model.state_dict().items()}
-            save_file(state, place / _WEIGHTS)
+            save_weights(made.model, str(place / _WEIGHTS))  # weights that two modules share are kept once
             write_json(place / _RECORD, self.settings(seed), **made.record)
             for old in place.parent.glob("checkpoint-*"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -333,7 +333,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", recipe: A
         raise UserError(f"{folder} was trained by {settings['own']} of your own: manyheads.load(folder, recipe=...)")
     recipe = recipe or (parse(settings["spec"]) if settings["spec"] else Reference(kind=kind))
     model = recipe.build(made, settings["width"]).to(device)
-    model.load_state_dict(load_file(place / _WEIGHTS, device=str(device)))
+    load_weights(model, str(place / _WEIGHTS), device=str(device))
     return FieldModel(made, recipe, model.eval(), settings["width"], record)
 
 
