@@ -127,6 +127,20 @@ class ResistingStrategies(TurnTask):
             return nn.Embedding(len(_turns.vocabulary(tuple(self.samples("train")))) + 1, self.dim)
         return _turns.Published(self.words, self.dim)
 
+    def meanings(self, samples: Sequence[Sample]) -> Tensor:
+        """Mean state of the words of each own turn ``[turns, D]``, of the published encoder where words are learned."""
+        encoder = self.published[0] if self.words == LEARNED else self.words
+        return torch.stack(
+            [
+                state.float().mean(0)
+                for sample in samples
+                for state, own in zip(
+                    _turns.word_states(encoder, tuple(sample.inputs), self.most), sample.about["own"], strict=True
+                )
+                if own
+            ]
+        )
+
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """Refused: other blocks would see what comes after a turn.
 
