@@ -36,7 +36,7 @@ from ...attention.reference import causal_mask, softmax
 from ...errors import UserError
 from ...recipe import Batch, FieldTask, Picture, Recipe
 
-__all__ = ["DialogueModel", "Resper", "UtteranceEncoder", "self_attention"]
+__all__ = ["DialogueModel", "Resper", "UtteranceEncoder", "self_attention", "start_linear"]
 
 Variant = Literal["base", "f", "sf"]
 
@@ -45,6 +45,12 @@ def self_attention(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """``softmax(h h^T) h [B, T, D]`` of states, and the weights ``[B, T, T]``; ``mask``, broadcast to those: seen."""
     weights = softmax(states @ states.mT, mask)
     return weights @ states, weights
+
+
+def start_linear(layer: nn.Linear) -> None:
+    """Xavier's weights: with torch's own, the scores behind four layers begin so small that they take long to grow."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class UtteranceEncoder(nn.Module):
@@ -61,6 +67,7 @@ class UtteranceEncoder(nn.Module):
         self.gru = nn.GRU(dim, hidden, batch_first=True, bidirectional=True)
         wide = {"base": 2 * hidden, "f": 2 * hidden + dim, "sf": 4 * hidden + dim}[variant]
         self.out = nn.Linear(wide, hidden)
+        start_linear(self.out)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
         packed = pack_padded_sequence(words, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
@@ -102,6 +109,8 @@ class DialogueModel(nn.Module):
         self.first, self.last, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, classes), nn.Dropout(rate)
         # Columns of the first layer that the last own turn's scores meet, apart: the others are the same for all turns.
         self.told = nn.Linear(classes, hidden, bias=False) if feedback else None
+        for layer in (self.join, self.first, self.last):
+            start_linear(layer)
         self.show, self.shown = False, torch.empty(0)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.ranking import words
-from ...domains.language.resper import UtteranceEncoder
+from ...domains.language.resper import UtteranceEncoder, start_linear
 from ...recipe import Batch, Sample
 
 __all__ = [
@@ -102,6 +102,7 @@ class FlatModel(nn.Module):
         super().__init__()
         self.words, self.encoder = words, encoder
         self.last, self.drop = nn.Linear(made, classes), nn.Dropout(rate)
+        start_linear(self.last)
 
     def forward(self, batch: Batch) -> Tensor:
         own = batch["own"] & batch["mask"]

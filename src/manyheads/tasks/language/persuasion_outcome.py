@@ -79,18 +79,17 @@ class PersuasionOutcome(Task):
 
     def odds(self, seen: str, train: Sequence[Dialogue], right: Any, test: Sequence[Dialogue]) -> Any:
         """Log-odds of a donation in ``test [N]``, by a model of ``train`` and whether there was one in those."""
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import GridSearchCV
+        from sklearn.linear_model import LogisticRegressionCV
         from sklearn.pipeline import make_pipeline, make_union
 
         parts = {
             "text": [_words(True), _words(False)], "strategies": [_numbers(_strategies)], "length": [_numbers(_length)],
         }  # fmt: skip
         parts["both"] = [*parts["text"], *parts["strategies"]]
-        model = GridSearchCV(
-            make_pipeline(make_union(*parts[seen]), LogisticRegression(max_iter=500)),
-            {"logisticregression__C": [0.1, 1.0, 10.0]}, cv=3, scoring="neg_log_loss",
-        )  # fmt: skip
+        chosen = LogisticRegressionCV(
+            Cs=(0.1, 1.0, 10.0), cv=3, scoring="neg_log_loss", max_iter=500, l1_ratios=(0,), use_legacy_attributes=False
+        )
+        model = make_pipeline(make_union(*parts[seen]), chosen)
         read, asked = ([self.beginning(one) for one in some] for some in (train, test))
         return model.fit(read, right).decision_function(asked)
 
