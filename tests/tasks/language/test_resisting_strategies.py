@@ -232,8 +232,8 @@ def test_files_of_ones_own(dialogues, tmp_path):
         dialogues.around([])
 
 
-def outcome_of(monkeypatch, gave):
-    """Forty dialogues in which who is hesitant gives nothing, if ``gave`` says so; the fourth turn tells all."""
+def test_outcome_by_what_is_seen_of_a_dialogue():
+    """Half of forty dialogues: the second turn has a label that says who gives, the last one says so in words."""
     made = [
         Dialogue(f"d{n}", (
             Turn("please give", False), Turn("hello there", True, "self-pity" if n % 2 else NONE), Turn("well", False),
@@ -241,24 +241,18 @@ def outcome_of(monkeypatch, gave):
         ))
         for n in range(40)
     ]  # fmt: skip
-    monkeypatch.setattr(persuasion_outcome, "persuasions", lambda: tuple(made))
-    monkeypatch.setattr(persuasion_outcome, "donated", lambda: {one.name: gave(n) for n, one in enumerate(made)})
+    order = np.random.default_rng(0).permutation(40)
+    train, test = ([made[i] for i in some] for some in (order[:20], order[20:]))
+    gave = order % 2 == 1
 
+    def area(seen, share, gave=gave):
+        return roc_auc_score(gave[20:], PersuasionOutcome(share=share).odds(seen, train, gave[:20], test))
 
-def test_outcome_by_what_is_seen_of_a_dialogue(monkeypatch):
-    outcome_of(monkeypatch, lambda n: n % 2 == 1)
-
-    def area(seen, share):
-        arm = Arm(seen, options={"seen": seen})
-        return float(tasks.values(tasks.rows(PersuasionOutcome(share=share), tasks.context(arm)), "auc").mean())
-
-    assert area("strategies", 0.5) == area("both", 0.5) == 1
-    assert area("text", 0.5) < 0.7 and area("length", 0.5) < 0.7  # the end is not seen
-    assert area("text", 1.0) == 1
+    assert area("strategies", 0.5) == area("both", 0.5) == area("text", 1.0) == 1
+    assert area("text", 0.5) == area("length", 0.5) == 0.5  # the end is not seen
+    assert area("length", 1.0) == 1 and area("strategies", 1.0, order % 4 < 2) < 0.9
     one = PersuasionOutcome(share=0.01).beginning(Dialogue("d", (Turn("a", True), Turn("b", True))))
     assert [turn.text for turn in one.turns] == ["a"]
-    outcome_of(monkeypatch, lambda n: n % 4 < 2)  # the outcome is another
-    assert area("strategies", 0.5) < 0.8
     with pytest.raises(UserError, match="seen"):
         tasks.rows(PersuasionOutcome(), tasks.context(Arm("x")))
 
