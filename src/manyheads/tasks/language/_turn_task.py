@@ -87,7 +87,8 @@ class TurnTask(FoldedTask):
         return [Labelled(said[i, :n], self.classes, own[i][:n]) for i, n in enumerate(counts)]
 
     def score(self, sample: Sample, said: Labelled) -> Mapping[str, float]:
-        return self.scores([sample], [said])[0]
+        found = self.scores([sample], [said])[0]
+        return {metric.name: found[metric.name] for metric in self.metrics}
 
     def scores(self, samples: Sequence[Sample], said: Sequence[Labelled]) -> Sequence[Mapping[str, float]]:
         """A ratio's value for a dialogue is the ratio and what the dialogue adds to its deviation, see above."""
