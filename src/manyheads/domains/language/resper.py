@@ -12,15 +12,15 @@ words and by what was said before. With word vectors ``w_1 .. w_T`` of turn n, a
     SA(h)    = softmax(h h^T) h, unscaled: of words where there are words, of turns up to n
 
 Own turns are those of who resists; the loss is the mean negative log-likelihood of them alone. ``p`` is the feedback of
-``sent-conn-mask``. ``variant=f`` leaves out both SA, ``base`` the raw inputs w and u too. Dropout before the second GRU
-and before the classifier.
+``sent-conn-mask``. ``variant=f`` leaves out both SA, ``base`` the raw inputs w and u too. There is dropout before the
+second GRU, before the classifier and in it.
 
 Two differences from the released code, whose intention is followed: its causal mask multiplies scores by -1e10, so that
 a negative score of a later turn takes all attention; and its maximum over words has padding among the words. Not here:
 features of lexicons (affect, emotion, LIWC, sentiment), joined to x in some of its runs. The word vectors are the
 task's: states of a published encoder that learn nothing, where the paper has BERT's, or embeddings that are learned;
 brought to the task's ``dim`` by a layer that the paper does not have. d_h2 is ``dim`` and d_h1 the width that matches
-parameters (paper: 300 each), a batch has several dialogues (paper: one).
+parameters (paper: 300 each), a batch has several dialogues (paper: one), and linear layers start at Xavier's weights.
 """
 
 from collections.abc import Sequence

@@ -58,9 +58,9 @@ class TurnTask(FoldedTask):
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("macro_f1", "F1, mean over classes", higher=True,
-               what="of the turns of a fold; a dialogue's value is its part in it, as the text above says"),
+               what="of the turns of a fold; a dialogue's value is the figure and what it adds to its deviation"),
         Metric("accuracy", "turns labelled rightly", higher=True,
-               what="of the turns of a fold; a dialogue's value is its part in it"),
+               what="of the turns of a fold; a dialogue's value is the figure and what it adds to its deviation"),
     )  # fmt: skip
 
     @property
