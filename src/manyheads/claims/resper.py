@@ -13,6 +13,11 @@ linear layers the paper's model learned nothing but the commonest labels in 300 
 had 0.18 at a rate of 4e-3 and 0.27 at 8e-3, filters 0.36 after 300 steps of 8. A dropout of 0.5, the paper's, was
 slower than 0.2. The outcome's areas had been computed once when its code was tried (0.59 by words, 0.59 by
 strategies, 0.60 by both, 0.57 by length), and nothing was changed after. The rule was written after that.
+
+The first CPU run ended with losses in training of 0.59 for the hierarchical model, 0.53 with attention, 0.47 for the
+BiGRU and 0.29 for filters: 120 steps are eight epochs, and the paper's models have up to a hundred. What is
+contradicted is so at these steps, equal for all, in which models of several layers learn less; nothing was changed
+after the run. The cuda size has not run.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, above, higher, no_worse

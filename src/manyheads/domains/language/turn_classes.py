@@ -72,7 +72,7 @@ class TurnClasses(Procedure):
         name, given = task.metrics[0].name, rows(held)
 
         def score(model: Any) -> float:
-            return mean(one[name] for one in task.scores(held, _told(task, model, held, given)))
+            return mean(float(one[name]) for one in task.scores(held, _told(task, model, held, given)))
 
         return _told(task, max(fitted, key=score), samples, rows(samples))
 

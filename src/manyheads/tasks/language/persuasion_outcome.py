@@ -127,8 +127,8 @@ def _strategies(dialogue: Dialogue) -> dict[str, float]:
 
 def _length(dialogue: Dialogue) -> dict[str, float]:
     """Turns of each side, and their words."""
-    return {
-        f"{name} {own}": float(sum(count(turn.text) for turn in dialogue.turns if turn.own == own))
-        for own in (True, False)
-        for name, count in (("turns", lambda text: 1), ("words", lambda text: len(text.split())))
-    }
+    found: dict[str, float] = {}
+    for name, own in (("own", True), ("other", False)):
+        texts = [turn.text for turn in dialogue.turns if turn.own == own]
+        found |= {f"{name} turns": float(len(texts)), f"{name} words": float(len(" ".join(texts).split()))}
+    return found
