@@ -75,7 +75,8 @@ class FirstPriceAuctions(Task):
         arm = run.arm_of(unit)
         if not isinstance(bidder := strategy_of(run, arm), Procedure):
             raise UserError(f"{arm.key} does not bid: give a procedure, such as fpabudget")
-        for metric, name, value in bidder.run(self, run.rng(auctions=0)):
+        mine: Any = self  # a procedure of this task asks for auctions alone
+        for metric, name, value in bidder.run(mine, run.rng(auctions=0)):
             yield self.row(metric, arm, value, name)
         run.advance(unit.cost)
 
