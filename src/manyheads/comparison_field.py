@@ -21,6 +21,7 @@ from .strategy import Strategy
 
 if TYPE_CHECKING:
     from .experiment.executors import Executor
+    from .experiment.task import Task
     from .progress import Progress
     from .tasks._field import FieldTask
 
@@ -73,6 +74,10 @@ def plan_field(
             raise UserError(f"{strategy.slug} is no recipe of a field: `manyheads show {strategy.slug}` says its use")
     first: Any = made[0]
     on, _ = given(task or first.task)
+    if on.procedures and all(isinstance(one, Procedure) for one in made):
+        if folder or steps:
+            raise UserError(f"nothing is trained on {on.name}: leave --data and --budget away")
+        return _plan_procedures(made, on)
     if not isinstance(on, FieldTask):
         raise UserError(f"{on.name} is no task of a field: `manyheads tasks --field {_field(first.task)}` shows those")
     for strategy in made:
@@ -86,6 +91,15 @@ def plan_field(
     return Experiment(
         subject="trainable", arms=arms, baseline=base, tasks=(on,), equal="parameters", seeds=seeds or 3
     )  # fmt: skip
+
+
+def _plan_procedures(made: Sequence[Any], on: Task) -> Experiment:
+    """The experiment of procedures where nothing is trained: the first one is what others are compared with."""
+    for one in made:
+        if _field(one.task) != _field(on.name):
+            raise UserError(f"{one.slug} is of the field {_field(one.task)}, {on.name} is not")
+    base, *arms = {one.spec: Arm(one.spec, one.spec if told_by_spec(one) else "") for one in made}.values()
+    return Experiment(subject="trainable", arms=tuple(arms), baseline=base, tasks=(on,))
 
 
 def _field(task: str) -> str:
@@ -131,6 +145,8 @@ def train(
     own = {"strategies": {one.spec: one for one in specs if not told_by_spec(one)}}
     plan = plan_field(specs, task, data, seeds)
     if budget is not None:
+        if plan.tasks[0].procedures:
+            raise UserError(f"nothing is trained on {plan.tasks[0].name}: leave --budget away")
         given, batch = Budget.of(budget), plan.tasks[0].batch  # type: ignore[attr-defined]
         if given.unit == "seconds":
             steps = _earlier_steps(Path(out), options)

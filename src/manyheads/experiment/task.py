@@ -112,6 +112,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[Metric, ...]] = ()
     subject: ClassVar[str] = "causal_lm"  # kind of subject that it measures on
     alone: ClassVar[bool] = False  # times something: units run by themselves, in one process
+    procedures: ClassVar[bool] = False  # of a field, and nothing is trained: its arms are procedures alone
 
     @property
     def name(self) -> str:

@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,6 +14,7 @@ import torch
 from ...data.bags import CLASSES, FOLDS, Bag, bags, read_bag, read_folder
 from ...errors import UserError
 from ...recipe import Part, Sample
+from .._folds import PARTS, by_hash, part_of, turned
 from ._bag_task import BagTask
 
 __all__ = ["BagLabels"]
@@ -58,7 +56,7 @@ class BagLabels(BagTask):
         """Names; the second one is the positive."""
         if not self.folder:
             return CLASSES[self.dataset]
-        held = [sample for part in _TURNS for sample in super(BagLabels, self).samples(part)]
+        held = [sample for part in PARTS for sample in super(BagLabels, self).samples(part)]
         first, last = sorted({sample.about["label"] for sample in held})
         return first, last
 
@@ -70,7 +68,7 @@ class BagLabels(BagTask):
         home, count = _folds(found)
         return [
             Sample(
-                bag.name, bag.patient, _part(home[bag.patient], 0, count), torch.from_numpy(bag.values), bag.label,
+                bag.name, bag.patient, part_of(home[bag.patient], 0, count), torch.from_numpy(bag.values), bag.label,
                 {
                     "fold": home[bag.patient], "folds": count, "kind": bag.kind, "extra": bag.extra,
                     "label": bag.label,
@@ -85,11 +83,8 @@ class BagLabels(BagTask):
 
     def samples(self, part: Part) -> Sequence[Sample]:
         """Bags of a part of the fold, in an order that says nothing."""
-        found = _turned(tuple(tuple(super(BagLabels, self).samples(one)) for one in _TURNS), self.fold)[part]
+        found = turned(tuple(tuple(super(BagLabels, self).samples(one)) for one in PARTS), self.fold)[part]
         return [sample for sample in found if part != "train" or not sample.about["extra"]]
-
-
-_TURNS: tuple[Part, ...] = ("test", "validation", "train")
 
 
 def _folds(found: Sequence[Bag]) -> tuple[dict[str, int], int]:
@@ -113,24 +108,5 @@ def _folds(found: Sequence[Bag]) -> tuple[dict[str, int], int]:
             "three of each are needed: to train on, to choose the learning rate by, and to test"
         )
     count = min(FOLDS, *held.values())
-    order = sorted(of_patient, key=lambda patient: (of_patient[patient], _hash(patient)))
+    order = sorted(of_patient, key=lambda patient: (of_patient[patient], by_hash(patient)))
     return {patient: i % count for i, patient in enumerate(order)}, count
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
-
-
-def _part(home: int, fold: int, count: int) -> Part:
-    return {0: "test", 1: "validation"}.get((home - fold) % count, "train")  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=32)
-def _turned(parts: tuple[tuple[Sample, ...], ...], fold: int) -> dict[Part, tuple[Sample, ...]]:
-    """Samples by part where folds have moved on; ``parts`` are those of the first fold."""
-    moved = [
-        dataclasses.replace(s, part=_part(s.about["fold"], fold, s.about["folds"])) if fold else s
-        for some in parts for s in some
-    ]  # fmt: skip
-    moved.sort(key=lambda sample: _hash(sample.name))
-    return {part: tuple(s for s in moved if s.part == part) for part in _TURNS}
