@@ -85,7 +85,7 @@ class SimultaneousTranslation(TranslationTask):
         Metric("dal", "differentiable average lagging", "words"),
         Metric("ap", "average proportion", what="mean share of the source that had been read"),
         Metric(
-            "misplaced", "misplaced alignment", kind="share",
+            "misplaced", "misplaced alignment",
             what="mass of alignments that training has in wrong places, beside the recursion in float64",
         ),
         Metric("chrf", "chrF++ of greedy translations", higher=True, what="mean over sentences, from 0 to 1"),

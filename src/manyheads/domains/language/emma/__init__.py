@@ -66,6 +66,7 @@ class Emma(Recipe):
         before: steps of learning to translate whole sentences before, by those of the training.
         freeze: whether the encoder's layers stand still after that.
         threshold: of writing; 0 writes at once, above 1 all is read first.
+        by: what reading goes by; ``random``, as a control, reads on with a chance of ``threshold``.
         aggregate: of probabilities over layers and heads.
         first_layer: of those that are asked.
         wait: pieces that are read before the first is written.
@@ -86,6 +87,9 @@ class Emma(Recipe):
     )
     freeze: bool = field(default=True, metadata={"help": "leave the encoder's layers as they are after that"})
     threshold: Annotated[float, Field(ge=0)] = field(default=0.5, metadata={"help": "of writing"})
+    by: Literal["policy", "random"] = field(
+        default="policy", metadata={"help": "what reading goes by: policy or random"}
+    )
     aggregate: Literal["min", "mean", "median"] = field(
         default="min", metadata={"help": "of probabilities over layers and heads: min, mean or median"}
     )
@@ -118,6 +122,10 @@ class Emma(Recipe):
         lags, variances = zip(*(latency_losses(block.alpha, source, target) for block in _blocks(model)), strict=True)
         return loss + self.latency * torch.stack(lags).mean() + self.variance * torch.stack(variances).mean()
 
+    def expected(self, p: Tensor) -> Tensor:
+        """The alignment ``[.., T, S]`` that training expects of probabilities of writing ``p [.., T, S]``."""
+        return expected_alignment(p, self.alignment)
+
     def predict(self, task: Any, model: nn.Module, batch: Batch) -> Sequence[Any]:
         said: Sequence[Any] = task.streamed(model, batch, self.reading(model))
         if "words" not in batch:
@@ -131,13 +139,15 @@ class Emma(Recipe):
         Of what had been read before each piece ``[B, T]``, the next one last, and lengths of sources ``[B]``; to be
         asked right after the model was.
         """
-        blocks = _blocks(model)[self.first_layer :]
+        blocks, coin = _blocks(model)[self.first_layer :], torch.Generator().manual_seed(0)
         if not blocks:
             raise UserError(f"first_layer={self.first_layer}: the model has fewer decoder layers")
 
         def wanted(seen: Tensor, length: Tensor) -> Tensor:
             p, read = torch.cat([block.last for block in blocks], 1), seen[:, -1]  # p: [B, L H]
             agreed = {"min": p.amin(1), "mean": p.mean(1), "median": p.median(1).values}[self.aggregate]
+            if self.by == "random":
+                agreed = torch.rand(len(read), generator=coin).to(read.device)
             in_a_row = (seen[:, :-1] == read[:, None]).sum(1)
             return read + ((agreed < self.threshold) | (read < self.wait) | (in_a_row >= self.writes)).long()
 

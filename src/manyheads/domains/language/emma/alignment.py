@@ -34,14 +34,14 @@ def _scan(p: Tensor) -> Tensor:
     rows, columns = p.shape[-2:]
     place = torch.arange(rows, device=p.device)[:, None] + torch.arange(columns, device=p.device)
     place = place.expand(p.shape)
-    steps = p.new_zeros(*p.shape[:-1], rows + columns - 1).scatter(-1, place, p).unbind(-1)  # of each i + j, [.., T]
-    q, stopped, found = p.new_zeros(p.shape[:-1]), p.new_zeros(p.shape[:-1]), []
-    before = p.new_zeros(*p.shape[:-2], 1)
-    for d, now in enumerate(steps):
-        came = torch.cat((before + 1 if d == 0 else before, stopped[..., :-1]), -1)  # alpha_i-1,j; alpha_0 is e_1
-        q = came if d == 0 else (1 - steps[d - 1]) * q + came
-        stopped = now * q
-        found.append(stopped)
+    steps = p.new_zeros(*p.shape[:-1], rows + columns - 1).scatter(-1, place, p)  # of each i + j, [.., T]
+    goes_on, edge = (1 - steps).unbind(-1), p.new_zeros(*p.shape[:-2], 1)
+    q = torch.cat((edge + 1, p.new_zeros(*p.shape[:-2], rows - 1)), -1)  # alpha_0 is e_1
+    found = []
+    for d, now in enumerate(steps.unbind(-1)):
+        if d:
+            q = torch.addcmul(torch.cat((edge, found[-1][..., :-1]), -1), goes_on[d - 1], q)
+        found.append(now * q)
     return torch.stack(found, -1).gather(-1, place)
 
 
