@@ -147,12 +147,15 @@ class SimultaneousTranslation(TranslationTask):
         sources = [self._words(row) for row in batch["source_0"].tolist()]
         found = []
         for (words, begun), row, seen in zip(sources, free.words.tolist(), free.seen.tolist(), strict=True):
-            end = row.index(END) if END in row else len(row)
-            numbers = word_numbers([tokens.id_to_token(piece) for piece in row[:end]])
-            last = [i for i in range(end) if numbers[i : i + 2] != [numbers[i]] * 2]  # pieces that end a word
-            written = [tokens.decode([p for p, n in zip(row, numbers, strict=False) if n == k + 1]).strip()
-                       for k in range(len(last))]  # fmt: skip
-            found.append((tuple(written), tuple(begun[min(seen[i], len(begun)) - 1] for i in last), words))
+            pieces = [(p, n) for p, n in zip(row[: row.index(END)] if END in row else row, seen, strict=False)
+                      if p > END and tokens.id_to_token(p)]  # fmt: skip
+            numbers = word_numbers([tokens.id_to_token(piece) for piece, _ in pieces])
+            written, read = [], []
+            for word in range(1, 1 + max(numbers, default=0)):
+                own = [pieces[i] for i, number in enumerate(numbers) if number == word]
+                written.append(tokens.decode([piece for piece, _ in own]).strip())
+                read.append(begun[min(own[-1][1], len(begun)) - 1])  # when its last piece was written
+            found.append((tuple(written), tuple(read), words))
         if "words" not in batch:
             return [Simultaneous(*one) for one in found]
         right = batch["next"]
