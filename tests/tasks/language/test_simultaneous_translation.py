@@ -139,10 +139,9 @@ def test_delays_are_of_words(task, monkeypatch):
         ends = [max(i for i, n in enumerate(own) if n == word) for word in (1, 2)]
         assert said.words == ("v1", "n23") and said.source == ("w1", "n23")
         assert said.read == tuple(begun[min(seen[i], len(begun)) - 1] for i in ends)
-    made = Streamed(
-        torch.tensor([[BEGIN, 999, *row]]), torch.ones(1, len(row) + 2).long(), torch.zeros(1, len(row) + 2)
-    )
-    made.seen[:] = len(pieces)
+    row, seen = [BEGIN, 999, *row], [len(pieces)] * (len(row) + 2)
+    made = Streamed(torch.tensor([row]), torch.tensor([seen]), torch.zeros(1, len(row)))
+    monkeypatch.setattr(module, "stream", lambda *_: made)
     (said,) = task.streamed(None, batch, None)
     assert said.words == ("v1", "n23")  # what stands for no text is none
 
