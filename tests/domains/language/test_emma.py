@@ -237,6 +237,19 @@ def test_what_mma_misplaces_is_said(task):
     assert torch.equal(Emma(alignment="mma").expected(p), expected_alignment(p, "mma"))
 
 
+@pytest.mark.parametrize("by", ["scan", "matrix"])
+def test_alignments_stay_in_float32_where_a_model_does_not(task, by):
+    """As on a GPU: states are in bfloat16, p and what follows of it are not rounded to that."""
+    model, batch = built(task, Emma(alignment=by)), task.collate(task.judged("test")[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task.loss(model, batch)
+    block = model.decoder[0].sources
+    exact = preserve_mass(expected_alignment(block.p.double()), batch["mask_0"].sum(1, keepdim=True))
+    assert block.alpha.dtype == torch.float32 and is_close(block.alpha, exact, SAME) and loss.isfinite()
+    rounded = preserve_mass(expected_alignment(block.p.bfloat16()), batch["mask_0"].sum(1, keepdim=True))
+    assert is_far(rounded, exact, SAME)
+
+
 def test_pictures_show_what_heads_expect_to_read(task):
     recipe, batch = Emma(), task.collate(task.judged("test"))
     model = built(task, recipe)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...recipe import Batch, FieldTask, Recipe
+from ...recipe import Batch, Recipe
 
 __all__ = ["WaitK"]
 
@@ -49,10 +49,11 @@ class WaitK(Recipe):
         found: Tensor = task.loss(model, batch, _ahead(k, batch))
         return found
 
-    def predict(self, task: FieldTask, model: nn.Module, batch: Batch) -> Sequence[Any]:
-        found: Sequence[Any] = task.streamed(  # type: ignore[attr-defined]
-            model, batch, lambda seen, length: torch.full_like(length, self.k + seen.shape[1] - 1) if self.k else length
-        )
+    def predict(self, task: Any, model: nn.Module, batch: Batch) -> Sequence[Any]:
+        def reading(seen: Tensor, length: Tensor) -> Tensor:
+            return torch.full_like(length, self.k + seen.shape[1] - 1) if self.k else length
+
+        found: Sequence[Any] = task.streamed(model, batch, reading)
         return found
 
 

@@ -124,7 +124,8 @@ def chrf(text: str, target: str) -> float:
     """chrF++ of a sentence, from 0 to 1."""
     from sacrebleu.metrics.chrf import CHRF
 
-    return CHRF(word_order=2).sentence_score(text, [target]).score / 100
+    score: float = CHRF(word_order=2).sentence_score(text, [target]).score
+    return score / 100
 
 
 @cache

@@ -174,4 +174,5 @@ def _misplaced(model: Any, batch: Batch) -> Tensor:
     for block in _blocks(model):
         exact = preserve_mass(expected_alignment(block.p.double()), source)
         found.append((block.alpha - exact).abs().sum(-1) / 2)  # [B, H, T]
-    return (torch.stack(found).mean((0, 2)) * there).sum(-1) / there.sum(-1)
+    mean: Tensor = (torch.stack(found).mean((0, 2)) * there).sum(-1) / there.sum(-1)
+    return mean

@@ -26,7 +26,8 @@ def expected_alignment(p: Tensor, by: Estimator = "scan", eps: float = _EPS) -> 
             with a division by what may be 0, for which it is clamped.
         eps: of that clamp.
     """
-    return {"scan": _scan, "matrix": _matrix, "mma": lambda given: _mma(given, eps)}[by](p)
+    with torch.autocast(p.device.type, enabled=False):  # in the dtype of p
+        return _mma(p, eps) if by == "mma" else _matrix(p) if by == "matrix" else _scan(p)
 
 
 def _scan(p: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def _scan(p: Tensor) -> Tensor:
     steps = p.new_zeros(*p.shape[:-1], rows + columns - 1).scatter(-1, place, p)  # of each i + j, [.., T]
     goes_on, edge = (1 - steps).unbind(-1), p.new_zeros(*p.shape[:-2], 1)
     q = torch.cat((edge + 1, p.new_zeros(*p.shape[:-2], rows - 1)), -1)  # alpha_0 is e_1
-    found = []
+    found: list[Tensor] = []
     for d, now in enumerate(steps.unbind(-1)):
         if d:
             q = torch.addcmul(torch.cat((edge, found[-1][..., :-1]), -1), goes_on[d - 1], q)

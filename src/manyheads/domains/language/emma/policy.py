@@ -44,11 +44,13 @@ class StepwisePolicy(nn.Module):
         queries, keys = (
             made.unflatten(-1, (self.heads, -1)).transpose(1, 2).float() for made in (self.q(q), self.k(x))
         )
-        energies = queries @ keys.mT * queries.shape[-1] ** -0.5 + self.bias
+        with torch.autocast(q.device.type, enabled=False):
+            energies = queries @ keys.mT * queries.shape[-1] ** -0.5 + self.bias
         p = (energies / self.temperature).sigmoid()[..., blocks]
         place = torch.arange(1, length + 1, device=mask.device)
         ends = (place % self.ratio == 0) | (place == mask.sum(1, keepdim=True))
-        return p * (ends & mask)[:, None, None]
+        made: Tensor = p * (ends & mask)[:, None, None]
+        return made
 
 
 class MonotonicAttention(nn.Module):
