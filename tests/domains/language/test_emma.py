@@ -144,10 +144,10 @@ def test_the_loss_is_of_all_layers_and_heads(task):
     terms = [latency_losses(layer.sources.alpha, source, target) for layer in model.decoder]
     lag, variance = (sum(float(x.detach()) for x in term) / 2 for term in zip(*terms, strict=True))
     assert lag > 0.1 and variance > 0.1
-    assert float(recipe.loss(task, model, batch)) == nearly(
-        float(plain) + 0.7 * lag + 0.3 * variance, torch.float32, 512
+    assert recipe.loss(task, model, batch).item() == nearly(
+        plain.item() + 0.7 * lag + 0.3 * variance, torch.float32, 512
     )
-    assert float(Emma(latency=0, variance=0).loss(task, model, batch)) == nearly(float(plain), torch.float32, 512)
+    assert Emma(latency=0, variance=0).loss(task, model, batch).item() == nearly(plain.item(), torch.float32, 512)
 
 
 def test_it_starts_from_whole_sentences_and_the_encoder_stands_still(task):

@@ -126,8 +126,8 @@ def test_reading_and_writing_by_chance():
             moving = going & alive
         counts = np.bincount(place[alive], minlength=6)
         spread = math.sqrt(2 / 6)  # of a chi-square of six, by its degrees
-        assert chi_square(counts, many * got[i]) < 1 + DRAWN * 2 * spread
-        assert chi_square(counts, many * wrong[i]) > 1 + WRONG * 2 * spread
+        assert chi_square(counts, many * got[i]) < 1 + DRAWN * spread
+        assert chi_square(counts, many * wrong[i]) > 1 + WRONG * spread
 
 
 @given(st.integers(0, 50))
