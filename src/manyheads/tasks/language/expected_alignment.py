@@ -5,22 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...experiment import Arm, Metric, Row, RunContext, Task, WorkUnit
+from ...experiment import Metric, Row, RunContext, Task, WorkUnit
 
-__all__ = ["ExpectedAlignment", "recursion"]
+__all__ = ["Aligned", "ExpectedAlignment", "recursion"]
+
+
+@runtime_checkable
+class Aligned(Protocol):
+    """A strategy that expects an alignment ``[.., T, S]`` of probabilities of writing."""
+
+    def expected(self, p: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAlignment(Task):
     """Probabilities of writing, uniform from 0 to 1, of sources as long as those of speech, five positions to a word.
 
-    Arms are strategies with a method ``expected(p [.., T, S])``. What they say in float32 is compared with the
+    Arms are those that are :class:`Aligned`. What they say in float32 is compared with the
     definition in float64.
 
     Attributes:
@@ -47,7 +54,8 @@ class ExpectedAlignment(Task):
     def units(self, run: RunContext) -> list[WorkUnit]:
         return [
             WorkUnit(self.key, arm.key, 1.0, f"{arm.key}: expected alignment", {"arm": arm.key})
-            for arm in run.arms if _asked(arm) and (not self.only or arm.name in self.only)
+            for arm in run.arms
+            if arm.spec and isinstance(arm.strategy, Aligned) and (not self.only or arm.name in self.only)
         ]  # fmt: skip
 
     def measure(self, run: RunContext, unit: WorkUnit) -> Iterator[Row]:
@@ -60,10 +68,6 @@ class ExpectedAlignment(Task):
                 at, name = {"length": length}, f"{length} positions, draw {i}"
                 yield self.row("mass", arm, float(found[i, -1].sum()), name, at=at)
                 yield self.row("error", arm, float((found[i] - exact[i]).abs().max()), name, at=at)
-
-
-def _asked(arm: Arm) -> bool:
-    return bool(arm.spec) and hasattr(arm.strategy, "expected")
 
 
 def recursion(p: Tensor) -> Tensor:
