@@ -11,7 +11,9 @@ EMMA's policies, "MMA" is trained by it.
 Seen before the sizes were set, on 200 sentences of the validation part, of one training each: the loss of the right
 words and LAAL were 0.14 and 2.9 for wait-3, 0.30 and 1.9 for wait-2, 1.45 and 0.9 for wait-1; for EMMA 0.42 and 1.7 at
 latency=0.2 with the encoder standing still, as in the paper, 0.31 and 1.4 with a learning one, 0.16 and 2.0 at
-latency=0.1 and depth=2, which was taken. 400 steps were too few. The rules were written then.
+latency=0.1 and depth=2, which was taken. The rules were written then. In the first run "at random" read nearly all, for
+whoever had read enough was asked anew while others of its batch read on. That was mended and EMMA's models, as trained,
+were judged again; no rule was changed. The cuda size has not run.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, above, below, higher, lower, no_worse
@@ -28,10 +30,9 @@ ARMS = (
     Arm("matrices", f"emma:{OWN},alignment=matrix"),
     *(Arm(name, f"emma:{OWN},{field}", options={"weights_of": "EMMA"}) for name, field in SAME.items()),
 )  # fmt: skip
-BOTH = ("made", "captions")
 MADE = ("offline", "wait-1", "wait-2", "wait-3", "EMMA", "EMMA, sooner")
 CAPTIONS = ("offline", "wait-3", "wait-5", "EMMA", "MMA")
-QUALITY, LAG = 0.03, 0.2  # of chrF++ and words by which a rival may be ahead
+BOTH, QUALITY, LAG = ("made", "captions"), 0.03, 0.2  # margins: chrF++ and words
 
 claim = Claim(
     slug="emma",
@@ -57,14 +58,14 @@ claim = Claim(
                 "vocabulary": 400, "draws": 2,
             },
             cpu={
-                "dim": 64, "layers": 1, "heads": 4, "width": 512, "batch": 32, "steps": 500, "rates": (4e-3,),
-                "samples_judged": 250, "vocabulary": 600,
+                "dim": 64, "layers": 1, "batch": 32, "steps": 500, "rates": (4e-3,), "samples_judged": 250,
+                "vocabulary": 600,
             },
             cuda={
-                "made.only": MADE, "made.dim": 64, "made.layers": 1, "made.heads": 4, "made.batch": 64,
-                "made.steps": 300, "made.rates": (4e-3,), "made.vocabulary": 600, "samples_judged": 500,
-                "captions.dim": 256, "captions.heads": 8, "captions.width": 1536, "captions.batch": 256,
-                "captions.steps": 200, "captions.rates": (1e-3,), "captions.vocabulary": 6000,
+                "made.only": MADE, "made.dim": 64, "made.layers": 1, "made.batch": 64, "made.steps": 300,
+                "made.rates": (4e-3,), "made.vocabulary": 600, "samples_judged": 500, "captions.dim": 256,
+                "captions.heads": 8, "captions.width": 1536, "captions.batch": 256, "captions.steps": 200,
+                "captions.rates": (1e-3,), "captions.vocabulary": 6000,
             },
         ),
     ),
@@ -81,8 +82,7 @@ claim = Claim(
         lower("made.laal", "EMMA", than="wait-3"),
         no_worse("made.chrf", "EMMA", than="wait-3", margin=QUALITY, better="higher"),
         lower("made.laal", "EMMA, sooner", than="EMMA"),
-        higher("captions.chrf", "EMMA", than="wait-3"),
-        lower("captions.laal", "EMMA", than="wait-5"),
+        higher("captions.chrf", "EMMA", than="wait-3"), lower("captions.laal", "EMMA", than="wait-5"),
         lower("captions.nll", "EMMA", than="MMA"),
         *(lower(f"{name}.misplaced", "EMMA", than="MMA's estimate") for name in BOTH),
         *(lower(f"{name}.laal", "EMMA", than="offline") for name in BOTH),
@@ -94,7 +94,7 @@ claim = Claim(
         *(f"{name}.{metric}" for name in BOTH for metric in ("nll", "chrf", "al", "laal", "dal", "ap")),
     ),
     caveat=(
-        "A language of sixty words on a CPU, captions on a GPU: no speech. Small models from scratch; one choice of "
-        "each weight; the encoder learns on. chrF++ is of sentences."
+        "A language of sixty words on a CPU, captions on a GPU: no speech. Small models from scratch, whose encoder "
+        "learns on; one choice of each weight. chrF++ is of sentences."
     ),
 )  # fmt: skip

@@ -115,6 +115,20 @@ def test_a_policy_is_never_undone(task, model):
     assert torch.equal(high.seen, length.expand_as(high.seen))
 
 
+def test_who_has_read_enough_is_not_asked_again(task, model):
+    """While others of the batch read on: a policy that tosses a coin would read all of it."""
+    batch = task.collate(task.judged("test")[:2])
+    asked = []
+
+    def reading(seen, length):
+        asked.append(seen.shape[1])
+        times = asked.count(seen.shape[1])  # of this piece: the first reads three times, the second wants to later
+        return seen[:, -1] + torch.tensor([int(times <= 3), int(times > 1)])
+
+    right = torch.full((2, 2), END + 1)
+    assert stream(model, batch, reading, right).seen[:, 0].tolist() == [4, 1]
+
+
 def test_pieces_are_of_words():
     assert word_numbers(["Ġa", "b", "Ġc", ".", "Ġ", "d"]) == [1, 1, 2, 2, 3, 3]
     assert word_numbers(["x", "Ġa"]) == [1, 2] and word_numbers([]) == []

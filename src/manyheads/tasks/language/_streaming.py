@@ -59,14 +59,16 @@ def stream(model: Any, batch: Any, reading: Reading, right: Tensor | None = None
     for t in range(ROOM - 1 if right is None else right.shape[1]):
         if right is not None:
             done = right[:, t] < 0
+        settled = done  # who has read enough for this piece is not asked again while others of the batch read
         while True:
             log_probs = model.write(states, [prefix(mask, seen)], words)[:, -1]
             piece = log_probs.argmax(-1) if right is None else right[:, t].clamp(min=PAD)
             now = seen[:, -1]
             wanted = torch.maximum(reading(seen, length), now + (piece == END).long()).minimum(length)
-            wanted = torch.where(done, now, torch.maximum(wanted, now))
-            if torch.equal(wanted, now):
+            settled = settled | (wanted <= now)
+            if settled.all():
                 break
+            wanted = torch.where(settled, now, wanted)
             seen = torch.cat((seen[:, :-1], wanted[:, None]), 1)
         found.append(log_probs.gather(1, piece[:, None]))
         words, seen = torch.cat((words, piece[:, None]), 1), torch.cat((seen, seen[:, -1:]), 1)
