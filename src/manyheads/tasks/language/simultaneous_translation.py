@@ -34,7 +34,7 @@ class Simultaneous:
 
     Attributes:
         words: that were written.
-        read: how many words of the source had been read when each was written, the last one being in part enough.
+        read: how many words of the source had been read when each was written, one that had begun among them.
         source: words of it.
         target: the right translation, as it was given; None where there is none.
         log_probs: of the right pieces, each after the right ones before it and what had been read by then.

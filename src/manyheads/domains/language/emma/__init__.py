@@ -24,8 +24,8 @@ inference code (seamless_communication) and fairseq's MMA; the paper was not rea
 ``ratio=2`` frames to a decision: 1 here, for pieces of words. Its weights of losses are not known for certain. Chosen
 here: the encoder reads from first to last, so that what follows tells a policy nothing in training, and reading on
 changes no state (the release encodes all again with both directions); a word keeps the context that it was written with
-(there, all are seen anew). Embeddings are the decoder's too, and go on learning. Not here: blocking of repeated
-n-grams.
+(there, all are seen anew). Losses are means over layers and heads. Embeddings are the decoder's too, and go on
+learning. Not here: speech, and blocking of repeated n-grams.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from .alignment import (
     expected_delays,
     latency_losses,
     preserve_mass,
-)  # fmt: skip
+)
 from .policy import MonotonicAttention, StepwisePolicy
 
 __all__ = [
