@@ -26,7 +26,7 @@ def test_all_papers_are_there():
         "block_diffusion", "vcd", "pai", "structured_pruning", "int4", "kv_merging", "low_rank", "weight_sharing",
         "softmax", "ablate", "head_statistics", "head_temperature", "logit_bias", "token_maps", "tome", "token_pool",
         "slimcode", "fastv", "feature_pool", "silero_vad", "naive_forecast", "tabular_forecast", "tabular_classes",
-        "text_match", "peptide_counts", "turn_classes",
+        "text_match", "peptide_counts", "turn_classes", "wait_k",
     }  # fmt: skip
     assert all(row.baseline for row in catalog.baselines())
     assert len(set(catalog.names())) == len(ROWS)

@@ -23,12 +23,15 @@ class MultiHead(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.show, self.shown = False, torch.empty(0)
 
+    def projected(self, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, H, T, D/H]``, keys and values ``[B, H, S, D/H]``."""
+        rows = [project(y) for project, y in ((self.q, q), (self.k, x), (self.v, x))]
+        queries, keys, values = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in rows)
+        return queries, keys, values
+
     def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         mask = mask[:, None] if mask.dim() == 2 else mask
-        q, k, v = (
-            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project, y in ((self.q, q), (self.k, x), (self.v, x))
-        )
+        q, k, v = self.projected(q, x)
         sees = mask.any(-1)
         seen = (mask | ~sees[..., None])[:, None]  # what sees nothing looks at all, and is set to 0 below
         if self.show:

@@ -10,8 +10,9 @@ import torch
 from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.spec import parse
+from manyheads.tasks.language._translation import vocabulary
 from manyheads.tasks.language._translator import BEGIN, END, ROOM
-from manyheads.tasks.language.caption_translation import CaptionTranslation, Said, vocabulary
+from manyheads.tasks.language.caption_translation import CaptionTranslation, Said
 from tolerance import SAME, assert_close, is_close, is_far, nearly
 
 WORDS = {"dog": ("chien", "pes"), "cat": ("chat", "kočka"), "bird": ("oiseau", "pták"), "runs": ("court", "běží")}

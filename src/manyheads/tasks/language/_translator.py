@@ -32,10 +32,11 @@ class OneSource(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """Rows ``[B, S, D]`` with masks, as they are read by those who attend to them."""
+    """Rows ``[B, S, D]`` with masks, as they are read by those who attend to them; ``causal``: from first to last."""
 
-    def __init__(self, task: Any, width: int) -> None:
+    def __init__(self, task: Any, width: int, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 task.dim, task.heads, width, task.dropout, "gelu", batch_first=True, norm_first=True
@@ -45,8 +46,9 @@ class _Encoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         unseen = ~(mask | ~mask.any(1, keepdim=True))  # a source that is not there is read, and attended to by none
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1) if self.causal else None
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=unseen)
+            x = layer(x, later, unseen)
         found: Tensor = self.norm(x)
         return found
 
@@ -83,11 +85,13 @@ class Translator(nn.Module):
         sources: makes the attention to sources of a decoder's layer.
         reads: the numbers of the sources that are encoded, each by an encoder of its own.
         joined: all are one row of tokens, read by one encoder.
+        causal: encoders read from first to last, so that what follows changes no state.
     """
 
     def __init__(
-        self, task: Any, width: int, sources: Callable[[], nn.Module], reads: Sequence[int], joined: bool = False
-    ) -> None:
+        self, task: Any, width: int, sources: Callable[[], nn.Module], reads: Sequence[int], joined: bool = False,
+        causal: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, self.reads, self.joined = task.dim, tuple(reads), joined
         self.words, self.places = (
@@ -95,7 +99,7 @@ class Translator(nn.Module):
             nn.Embedding(ROOM * (len(self.reads) if joined else 1), dim),
         )
         nn.init.normal_(self.words.weight, std=dim**-0.5)
-        self.encoders = nn.ModuleList(_Encoder(task, width) for _ in range(1 if joined else len(self.reads)))
+        self.encoders = nn.ModuleList(_Encoder(task, width, causal) for _ in range(1 if joined else len(self.reads)))
         self.decoder = nn.ModuleList(
             _Decoder(dim, task.heads, width, task.dropout, sources()) for _ in range(task.layers)
         )
