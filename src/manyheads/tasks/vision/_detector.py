@@ -45,6 +45,10 @@ class Maps:
     there: Tensor
     shapes: Shapes
 
+    def encoded(self, x: Tensor, kept: Tensor) -> Encoded:
+        """What an encoder gives that made ``x`` of these."""
+        return Encoded(x, kept)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
@@ -159,7 +163,7 @@ class Encoder(nn.Module):
         x = maps.x
         for layer in self.layers:
             x = layer(x, maps.positions, maps.points, x, maps)
-        return Encoded(x, maps.there)
+        return maps.encoded(x, maps.there)
 
 
 class BlockEncoder(nn.Module):
@@ -173,7 +177,7 @@ class BlockEncoder(nn.Module):
         x = maps.x + maps.positions
         for block in self.blocks:
             x = block(x, maps.there)
-        return Encoded(x, maps.there)
+        return maps.encoded(x, maps.there)
 
 
 class DecoderLayer(nn.Module):
@@ -215,7 +219,6 @@ class Detector(nn.Module):
         self.stride, self.queries = stride, queries
         sizes = (dim, heads, width, levels, dropout)
         self.stem, self.level = _Stem(dim, stride, levels), nn.Parameter(0.1 * torch.randn(levels, dim))
-        self.norm = nn.LayerNorm(dim)
         self.encoder: nn.Module = Encoder([EncoderLayer(*sizes) for _ in range(layers)])
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.content, self.place = nn.Parameter(torch.randn(queries, dim)), _perceptron(2 * dim, dim, dim)
@@ -236,7 +239,7 @@ class Detector(nn.Module):
         points = cells(shapes, images.device)
         waves = _waves(points, self.level.shape[1] // 2)
         own = torch.cat([self.level[i].expand(h * w, -1) for i, (h, w) in enumerate(shapes)])
-        x = self.norm(torch.cat([x.flatten(2).mT for x in found], 1))
+        x = torch.cat([x.flatten(2).mT for x in found], 1)
         places = points.expand(len(images), -1, -1)
         return Maps(x, (waves + own).expand_as(x), places, (places < extent[:, None]).all(-1), shapes)
 
@@ -271,6 +274,6 @@ class Detector(nn.Module):
     def _anchors(self, maps: Maps) -> Tensor:
         """The box that each token starts from, ``[B, N, 4]``."""
         height, width = maps.shapes[0]
-        sides = maps.points.new_tensor([(_ANCHOR * 2**i / width, _ANCHOR * 2**i / height) for i in range(len(maps.shapes))])
-        each = torch.cat([sides[i].expand(h * w, 2) for i, (h, w) in enumerate(maps.shapes)])
-        return torch.cat((maps.points, each.clamp(max=0.9).expand_as(maps.points)), -1)
+        side = maps.points.new_tensor((_ANCHOR / width, _ANCHOR / height))
+        sides = torch.cat([(side * 2**i).expand(h * w, 2) for i, (h, w) in enumerate(maps.shapes)])
+        return torch.cat((maps.points, sides.clamp(max=0.9).expand_as(maps.points)), -1)

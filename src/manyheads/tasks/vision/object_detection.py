@@ -21,7 +21,7 @@ from ...errors import UserError
 from ...experiment import Metric
 from ...recipe import Batch, Part, Picture, Sample
 from .._field import FieldTask, parted
-from ._boxes import average_precision, edges, intersection_over_union, set_loss
+from ._boxes import average_precision, edges, focal, intersection_over_union, set_loss
 from ._detector import BlockEncoder, Detector, Found, cells, shapes_of
 
 if TYPE_CHECKING:
@@ -193,6 +193,11 @@ class ObjectDetection(FieldTask):
         """Loss of what a detector said of a batch, summed over its stages."""
         losses = [set_loss(*stage, batch["labels"], batch["boxes"]) for stage in found.stages]
         return torch.stack(losses).sum()
+
+    def token_loss(self, logits: Tensor, wanted: Tensor, there: Tensor) -> Tensor:
+        """Focal loss of tokens ``[B, N]`` that are ``there``, over those that are ``wanted`` in an image; the mean."""
+        each = focal(logits.float(), wanted.float()).masked_fill(~there, 0.0).sum(1)
+        return (each / (wanted & there).sum(1).clamp(min=1)).mean()
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Detections]:
         found: Found = model(batch["images"], batch["extent"])
