@@ -6,7 +6,7 @@ fewer from layer to layer, and leaves the others as they are:
 
     s_L = P(x_L),   s_l = P(x_l (1 + a_l up(s_l+1))),   P: LayerNorm, linear, GELU, half of the channels replaced by
                     their mean over the map, and three linear layers down to one number; a_l is learned
-    kept_i      = the c_i (floor(share N) + 1) tokens of highest s, N tokens of the image, c = 1, 0.8, 0.6, 0.6, 0.4, 0.2
+    kept_i      = the c_i (floor(share N) + 1) tokens of highest s, of N of an image; c = 1, 0.8, 0.6, 0.6, 0.4, 0.2
     objects     = of those, the tokens of highest sigmoid(s) max_c p(c | token): they attend to each other in full
     layer       = norm(objects + attention(objects)), put back; deformable attention of the kept tokens to all; FFN
     loss        = that of the detector + weight focal(s, label), over the positive tokens of an image
@@ -60,7 +60,8 @@ class FocusDetr(Recipe):
     )
     top_down: bool = field(default=True, metadata={"help": "scores of a map go into those of the next finer one"})
     values: Literal["features", "tokens"] = field(
-        default="features", metadata={"help": "what layers read: the backbone's features, or tokens as they are by then"}
+        default="features",
+        metadata={"help": "what layers read: the backbone's features, or tokens as they are"},
     )
     weight: float = field(default=1.5, metadata={"help": "of the loss of foreground scores"})
     reach: Annotated[float, Field(gt=0)] = field(

@@ -33,8 +33,9 @@ def edges(centres: Tensor) -> Tensor:
 
 def _overlap(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Areas of intersection and union of all pairs ``[..., n, m]``."""
-    low, high = torch.maximum(one[..., :, None, :2], other[..., None, :, :2]), torch.minimum(
-        one[..., :, None, 2:], other[..., None, :, 2:]
+    low, high = (
+        torch.maximum(one[..., :, None, :2], other[..., None, :, :2]),
+        torch.minimum(one[..., :, None, 2:], other[..., None, :, 2:]),
     )
     both = (high - low).clamp(min=0).prod(-1)
     areas = [(boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (one, other)]
@@ -50,8 +51,9 @@ def intersection_over_union(one: Tensor, other: Tensor) -> Tensor:
 def generalised_iou(one: Tensor, other: Tensor) -> Tensor:
     """GIoU (arXiv 1902.09630) of all pairs, from -1 to 1: IoU less the share of the hull that neither covers."""
     both, either = _overlap(one, other)
-    low, high = torch.minimum(one[..., :, None, :2], other[..., None, :, :2]), torch.maximum(
-        one[..., :, None, 2:], other[..., None, :, 2:]
+    low, high = (
+        torch.minimum(one[..., :, None, :2], other[..., None, :, :2]),
+        torch.maximum(one[..., :, None, 2:], other[..., None, :, 2:]),
     )
     hull = (high - low).prod(-1).clamp(min=_SMALLEST)
     return both / either.clamp(min=_SMALLEST) - (hull - either) / hull

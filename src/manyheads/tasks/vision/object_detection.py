@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where are the objects of a photograph, such as blood cells, and which are they? Average precision of unseen images."""
+"""Where objects are in a photograph, such as blood cells, and which they are: average precision on unseen images."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ class ObjectDetection(FieldTask):
         "already, ImageSets/Main/train.txt, val.txt and test.txt; three images or more"
     )
 
+    label: str = ""
     dataset: Literal["bccd", "planted"] = "bccd"
     height: int = 120
     across: int = 160
@@ -120,10 +121,6 @@ class ObjectDetection(FieldTask):
     @property
     def source(self) -> str:
         return f"{self.height}x{self.across}:{self.folder or _PUBLIC + self.dataset}"
-
-    @property
-    def label(self) -> str:
-        return "" if self.folder or self.dataset == "bccd" else self.dataset
 
     @property
     def classes(self) -> tuple[str, ...]:
