@@ -5,95 +5,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch import Tensor
 
 from ...data.boxed_photographs import CLASSES, Boxed, blood_cells, planted, read_folder, read_image
-from ...errors import UserError
-from ...experiment import Metric
-from ...recipe import Batch, Part, Picture, Sample
-from .._field import FieldTask, parted
-from ._boxes import average_precision, edges, focal, intersection_over_union, set_loss
-from ._detector import BlockEncoder, Detector, Found, cells, shapes_of
+from ...recipe import Part, Picture, Sample
+from .._field import parted
+from ._boxes import intersection_over_union
+from ._detection_task import SURE, Detections, DetectionTask, Objects, fitted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Detections", "ObjectDetection", "Objects"]
+__all__ = ["ObjectDetection"]
 
 _PUBLIC = "public:"  # before the name of a set, so that it is no folder's
-_BEST = 100  # predictions of an image
-_SURE = 0.5  # score of what is named and drawn
-_MEAN, _DEVIATION = 0.5, 0.25  # of the values of pixels, roughly
-
-
-@dataclass(frozen=True, eq=False)
-class Objects:
-    """Objects of an image: left, upper, right and lower edges in its pixels, ``[n, 4]``, and their classes."""
-
-    boxes: Tensor
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Detections:
-    """What a model says of an image, the surest first.
-
-    Attributes:
-        boxes: edges in pixels of the image, ``[k, 4]``.
-        labels, scores: of them; scores are probabilities, ``[k]``.
-        kept: tokens that its encoder refined, bool ``[N]``; empty where it is not said.
-    """
-
-    boxes: Tensor
-    labels: tuple[str, ...]
-    scores: Tensor
-    kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-
-    def __str__(self) -> str:
-        sure = [i for i, score in enumerate(self.scores.tolist()) if score >= _SURE]
-        many = ", ".join(f"{n} {name}" for name, n in Counter(self.labels[i] for i in sure).most_common())
-        each = (
-            f"{self.labels[i]} {float(self.scores[i]):.2f} ({', '.join(f'{x:.0f}' for x in self.boxes[i].tolist())})"
-            for i in sure
-        )
-        return f"{many}: {'; '.join(each)}" if sure else "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectDetection(FieldTask):
+class ObjectDetection(DetectionTask):
     """``dataset`` is ``bccd`` (blood cells, in the parts that were published with them) or ``planted`` (made here).
 
-    Images are brought to a canvas without changing their proportions, and judged in their own pixels. A training image
-    is seen as it is or mirrored. Precisions are those of COCO, of all images together; an image's value is the
-    precision and what it adds to its jackknife deviation. The tokens of a model are judged by their centres: those
-    that lie in a box, on any level, are foreground.
+    A training image is seen as it is or mirrored. See :class:`DetectionTask`.
 
     Attributes:
         dataset: public set, where there is no folder.
-        height, across: of the canvas, in pixels.
-        stride: of the finest map, in pixels, a power of two.
-        levels: maps, each of half the size of the one before.
-        queries: predictions of a model; there should be more than objects in an image.
     """
 
-    metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("ap50", "average precision at an overlap of 0.5", higher=True, what="mean over classes, as COCO has it"),
-        Metric("map", "average precision, mean over overlaps from 0.5 to 0.95", higher=True, what="as COCO has it"),
-        Metric("foreground_recall", "foreground tokens that are refined", kind="share", higher=True,
-               what="of tokens whose centres lie in a box, those that the encoder refines at least once"),
-        Metric("best_overlap", "average best overlap", kind="share", higher=True,
-               what="of each object the overlap of the prediction that fits best, of whatever class and score"),
-    )  # fmt: skip
-    references: ClassVar[tuple[str, ...]] = ("deformable_detr",)
     files: ClassVar[tuple[str, ...]] = ("bccd",)
     takes: ClassVar[str] = (
         "a folder as PASCAL VOC has it: Annotations/NAME.xml, JPEGImages/NAME.jpg or .png and, if images are parted "
@@ -102,21 +47,6 @@ class ObjectDetection(FieldTask):
 
     label: str = ""
     dataset: Literal["bccd", "planted"] = "bccd"
-    height: int = 120
-    across: int = 160
-    stride: int = 8
-    levels: int = 4
-    queries: int = 40
-    dim: int = 64
-    layers: int = 2
-    batch: int = 8
-    steps: int = 1000
-    rates: tuple[float, ...] = (1e-3,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stride < 2 or self.stride & (self.stride - 1) or min(self.levels, self.queries) < 1 or self.dim % 8:
-            raise UserError("stride is a power of two, levels and queries count, 1 or more, and dim is a multiple of 8")
 
     @property
     def source(self) -> str:
@@ -151,102 +81,6 @@ class ObjectDetection(FieldTask):
         """As they are or mirrored."""
         return [_mirrored(sample) if rng.random() < 0.5 else sample for sample in super().draw(rng, samples)]
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        images = torch.zeros(len(samples), 3, self.height, self.across)
-        extent, pixels = torch.zeros(len(samples), 2), torch.zeros(len(samples), 2)
-        for i, sample in enumerate(samples):
-            image = _fitted(sample.inputs, self.height, self.across)
-            _, height, width = image.shape
-            images[i, :, :height, :width] = (image / 255 - _MEAN) / _DEVIATION
-            extent[i] = torch.tensor([width / self.across, height / self.height])
-            pixels[i] = torch.tensor(sample.about["size"][::-1])
-        batch = {"images": images, "extent": extent, "pixels": pixels}
-        if any(sample.target is None for sample in samples):
-            return batch
-        most = max(1, *(len(sample.target.labels) for sample in samples), 1)
-        labels, boxes = torch.full((len(samples), most), -1), torch.zeros(len(samples), most, 4)
-        for i, sample in enumerate(samples):
-            n = len(sample.target.labels)
-            labels[i, :n] = torch.tensor([self.classes.index(name) for name in sample.target.labels], dtype=torch.long)
-            placed = sample.target.boxes * (extent[i] / pixels[i]).repeat(2)
-            boxes[i, :n] = torch.cat(((placed[:, :2] + placed[:, 2:]) / 2, placed[:, 2:] - placed[:, :2]), 1)
-        return {**batch, "labels": labels, "boxes": boxes}
-
-    def reference(self, width: int, kind: str = "") -> Detector:
-        return Detector(
-            self.dim, self.layers, self.heads, width, classes=len(self.classes), queries=self.queries,
-            stride=self.stride, levels=self.levels, dropout=self.dropout,
-        )  # fmt: skip
-
-    def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
-        model = self.reference(2 * self.dim)
-        model.encoder = BlockEncoder(blocks)
-        return model
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.criterion(model(batch["images"], batch["extent"]), batch)
-
-    def criterion(self, found: Found, batch: Batch) -> Tensor:
-        """Loss of what a detector said of a batch, summed over its stages."""
-        losses = [set_loss(*stage, batch["labels"], batch["boxes"]) for stage in found.stages]
-        return torch.stack(losses).sum()
-
-    def token_loss(self, logits: Tensor, wanted: Tensor, there: Tensor) -> Tensor:
-        """Focal loss of tokens ``[B, N]`` that are ``there``, over those that are ``wanted`` in an image; the mean."""
-        each = focal(logits.float(), wanted.float()).masked_fill(~there, 0.0).sum(1)
-        return (each / (wanted & there).sum(1).clamp(min=1)).mean()
-
-    def predict(self, model: nn.Module, batch: Batch) -> list[Detections]:
-        found: Found = model(batch["images"], batch["extent"])
-        logits, boxes = found.stages[-1]
-        scores, at = logits.sigmoid().flatten(1).topk(min(_BEST, logits[0].numel()))
-        scale = (batch["pixels"] / batch["extent"]).repeat(1, 2)[:, None]
-        own = edges(boxes).gather(1, (at // logits.shape[2])[..., None].expand(-1, -1, 4)) * scale
-        own = torch.minimum(own.clamp(min=0), batch["pixels"].repeat(1, 2)[:, None]).cpu()
-        names = [tuple(self.classes[c] for c in row) for row in (at % logits.shape[2]).tolist()]
-        return [Detections(own[i], names[i], scores[i].cpu(), found.kept[i].cpu()) for i in range(len(own))]
-
-    def _foreground(self, sample: Sample) -> Tensor:
-        """Which tokens have their centres in a box, bool ``[N]``."""
-        canvas = torch.tensor([self.across, self.height])
-        _, height, width = _fitted(sample.inputs, self.height, self.across).shape
-        scale = torch.tensor(sample.about["size"][::-1]) / torch.tensor([width, height])
-        points = cells(shapes_of(self.height, self.across, self.stride, self.levels)) * canvas * scale
-        boxes = sample.target.boxes
-        inside = (points[:, None] > boxes[:, :2]) & (points[:, None] < boxes[:, 2:])
-        return inside.all(-1).any(-1)
-
-    def score(self, sample: Sample, said: Detections) -> Mapping[str, float]:
-        """Precisions of one image alone."""
-        (found,) = self.scores([sample], [said])
-        return found
-
-    def scores(self, samples: Sequence[Sample], said: Sequence[Detections]) -> list[Mapping[str, float]]:
-        number = {name: i for i, name in enumerate(self.classes)}
-
-        def numbers(labels: Sequence[str]) -> Tensor:
-            return torch.tensor([number[name] for name in labels], dtype=torch.long)
-
-        precision = average_precision(
-            [(sample.target.boxes, numbers(sample.target.labels)) for sample in samples],
-            [(one.boxes, numbers(one.labels), one.scores) for one in said], len(number),
-        )  # fmt: skip
-        found: list[Mapping[str, float]] = []
-        for i, (sample, one) in enumerate(zip(samples, said, strict=True)):
-            values = {name: float(value[i]) for name, value in precision.items() if np.isfinite(value[i])}
-            if len(sample.target.labels):
-                inside = self._foreground(sample)
-                if len(one.kept) and inside.any():
-                    values["foreground_recall"] = float(one.kept[inside].float().mean())
-                overlap = intersection_over_union(sample.target.boxes, one.boxes)
-                values["best_overlap"] = float(overlap.max(1).values.mean()) if len(one.boxes) else 0.0
-            found.append(values)
-        return found
-
-    def truth(self, sample: Sample) -> Detections:
-        objects = sample.target
-        return Detections(objects.boxes, objects.labels, torch.ones(len(objects.labels)), self._foreground(sample))
-
     def illustrated(self, path: Path, said: Detections) -> Image:
         return _drawn(read_image(path), said, self.classes)
 
@@ -254,7 +88,7 @@ class ObjectDetection(FieldTask):
         """What objects are taken for: of those of a class, the shares that a sure prediction overlaps by half."""
         counts = {name: Counter[str]() for name in self.classes}
         for sample, one in zip(samples, said, strict=True):
-            sure = [i for i, score in enumerate(one.scores.tolist()) if score >= _SURE]
+            sure = [i for i, score in enumerate(one.scores.tolist()) if score >= SURE]
             overlap = intersection_over_union(sample.target.boxes, one.boxes[sure])
             for name, row in zip(sample.target.labels, overlap, strict=True):
                 best = int(row.argmax()) if len(sure) else 0
@@ -271,17 +105,7 @@ def _tensor(image: Any) -> Tensor:
 def _sample(one: Boxed, height: int, across: int) -> Sample:
     about = {"size": one.image.shape[:2]}
     objects = Objects(torch.from_numpy(one.boxes), one.labels)
-    return Sample(one.name, one.name, one.part, _fitted(_tensor(one.image), height, across), objects, about)  # type: ignore[arg-type]
-
-
-def _fitted(image: Tensor, height: int, across: int) -> Tensor:
-    """An image uint8 ``[3, h, w]`` as large as fits on the canvas, in its own proportions."""
-    scale = min(height / image.shape[1], across / image.shape[2])
-    size = [max(1, round(side * scale)) for side in image.shape[1:]]
-    if size == list(image.shape[1:]):
-        return image
-    small = interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
-    return small.round().clamp(0, 255).to(torch.uint8)
+    return Sample(one.name, one.name, one.part, fitted(_tensor(one.image), height, across), objects, about)  # type: ignore[arg-type]
 
 
 def _mirrored(sample: Sample) -> Sample:
@@ -308,7 +132,7 @@ def _drawn(image: Any, said: Detections, classes: Sequence[str]) -> Image:
     made = Image.fromarray(image)
     pen = ImageDraw.Draw(made)
     for box, name, score in zip(said.boxes.tolist(), said.labels, said.scores.tolist(), strict=True):
-        if score >= _SURE:
+        if score >= SURE:
             colour = _colours()[classes.index(name) % len(_colours())]
             pen.rectangle(box, outline=colour, width=max(1, min(made.size) // 240))
             words, corner = f"{name} {score:.2f}", (box[0] + 1, max(0.0, box[1] - 11))
