@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection: canvases, mirrors, boxes there and back, stages of the detector, scores, folders, what is said and drawn."""
+"""Detection: canvases, mirrors, boxes there and back, stages of the detector, scores, folders, what is said, drawn."""
 
 import dataclasses
 
@@ -133,7 +133,7 @@ def test_what_lies_beside_an_image_changes_nothing(task):
     whole = model(inside, torch.ones(2, 2))  # control
     assert is_far(whole.stages[-1][1], a.stages[-1][1])
     beside = ~model.maps(batch["images"], batch["extent"]).there
-    assert beside.any() and (a.stages[0][0][beside] == -torch.inf).all() and not a.kept[beside].any()
+    assert beside.any() and (a.stages[0][0][beside] == -torch.inf).all() and not a.encoded.kept[beside].any()
 
 
 def test_blocks_take_the_place_of_the_encoder(task):
@@ -144,7 +144,7 @@ def test_blocks_take_the_place_of_the_encoder(task):
 
     batch = task.collate(task.samples("test")[:2])
     found = task.around([Doubled()]).eval()(batch["images"], batch["extent"])
-    assert found.kept.all() and not any(
+    assert found.encoded.kept.all() and not any(
         isinstance(part, DeformableAttention) for part in task.around([Doubled()]).encoder.modules()
     )
 

@@ -80,8 +80,9 @@ class FocusDetr(Recipe):
 
     def loss(self, task: FieldTask, model: Any, batch: Batch) -> Tensor:
         own: Any = task
-        loss: Tensor = own.criterion(model(batch["images"], batch["extent"]), batch)
-        encoder, maps = model.encoder, model.encoder.maps
+        found = model(batch["images"], batch["extent"])
+        loss: Tensor = own.criterion(found, batch)
+        scores, maps = found.encoded.scores, found.maps
         if self.by == "foreground":
             height, width = batch["images"].shape[2:]
             points = maps.points * maps.points.new_tensor((width, height))
@@ -89,11 +90,11 @@ class FocusDetr(Recipe):
                 points, maps.shapes, pixels(batch, width, height), stride=model.stride, reach=self.reach,
                 overlap=self.overlap,
             )  # fmt: skip
-            return loss + self.weight * own.token_loss(encoder.scores, labels, maps.there)
+            return loss + self.weight * own.token_loss(scores, labels, maps.there)
         if self.by == "decoder":
             attended = torch.stack([layer.attention.shown for layer in model.layers]).sum(0)
-            wanted = _first(attended, maps.there, counts(maps.there, self.share)).to(encoder.scores.dtype)
-            each = binary_cross_entropy_with_logits(encoder.scores, wanted, reduction="none")
+            wanted = _first(attended, maps.there, counts(maps.there, self.share)).to(scores.dtype)
+            each = binary_cross_entropy_with_logits(scores, wanted, reduction="none")
             return loss + self.weight * each[maps.there].mean()
         return loss
 
@@ -101,9 +102,9 @@ class FocusDetr(Recipe):
         """How likely the tokens of the finest map are foreground, of the first image; where they are kept by that."""
         if self.by != "foreground":
             return ()
-        model(batch["images"][:1], batch["extent"][:1])
-        height, width = model.encoder.maps.shapes[0]
-        values = model.encoder.scores[0, : height * width].float().sigmoid().unflatten(0, (height, width)).cpu()
+        found = model(batch["images"][:1], batch["extent"][:1])
+        height, width = found.maps.shapes[0]
+        values = found.encoded.scores[0, : height * width].float().sigmoid().unflatten(0, (height, width)).cpu()
         rows, columns = ([str(i * model.stride) for i in range(n)] for n in (height, width))
         return (Picture("foreground, as tokens are scored", rows, columns, values.tolist(), ("pixels", "pixels")),)
 
@@ -133,7 +134,6 @@ class FocusEncoder(nn.Module):
 
     Attributes:
         layers: as they are in an encoder that refines all.
-        scores, maps: of the last forward: scores ``[B, N]``, and what they are of.
     """
 
     def __init__(
@@ -148,12 +148,10 @@ class FocusEncoder(nn.Module):
         self.among = nn.ModuleList(nn.MultiheadAttention(dim, heads, dropout, batch_first=True) for _ in range(deep))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(deep))
         self.dropout = nn.Dropout(dropout)
-        self.scores, self.maps = torch.empty(0), None
 
     def forward(self, maps: Any, embed: Any) -> Any:
         """Tokens ``maps.x [B, N, D]``, some of them refined: what the encoder of the task gives."""
         scores = self.score(maps, embed)
-        self.scores, self.maps = scores, maps
         order = scores.detach().masked_fill(~maps.there, -torch.inf).argsort(dim=1, descending=True, stable=True)
         count, x, kept = counts(maps.there, self.focus.share), maps.x, torch.zeros_like(maps.there)
         for i, layer in enumerate(self.layers):
@@ -168,7 +166,7 @@ class FocusEncoder(nn.Module):
             here = layer(here, positions, points, values, maps)
             x = _put(x, at, here, real)
             kept = kept.scatter(1, at, real | kept.gather(1, at))
-        return maps.encoded(x, kept)
+        return maps.encoded(x, kept, scores)
 
     def score(self, maps: Any, embed: Any) -> Tensor:
         """Of each token, ``[B, N]``; the highest are kept."""

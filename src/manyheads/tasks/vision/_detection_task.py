@@ -161,7 +161,7 @@ class DetectionTask(FieldTask):
         own = edges(boxes).gather(1, (at // logits.shape[2])[..., None].expand(-1, -1, 4)) * scale
         own = torch.minimum(own.clamp(min=0), batch["pixels"].repeat(1, 2)[:, None]).cpu()
         names = [tuple(self.classes[c] for c in row) for row in (at % logits.shape[2]).tolist()]
-        return [Detections(own[i], names[i], scores[i].cpu(), found.kept[i].cpu()) for i in range(len(own))]
+        return [Detections(own[i], names[i], scores[i].cpu(), found.encoded.kept[i].cpu()) for i in range(len(own))]
 
     def foreground(self, sample: Sample) -> Tensor:
         """Which tokens have their centres in a box, bool ``[N]``."""

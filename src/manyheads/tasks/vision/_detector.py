@@ -45,27 +45,33 @@ class Maps:
     there: Tensor
     shapes: Shapes
 
-    def encoded(self, x: Tensor, kept: Tensor) -> Encoded:
+    def encoded(self, x: Tensor, kept: Tensor, scores: Tensor | None = None) -> Encoded:
         """What an encoder gives that made ``x`` of these."""
-        return Encoded(x, kept)
+        return Encoded(x, kept, scores)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """What an encoder gives: tokens ``[B, N, D]``, and which of them it has refined, ``[B, N]``."""
+    """What an encoder gives: tokens ``[B, N, D]``, which of them it has refined, and by what scores, ``[B, N]``."""
 
     x: Tensor
     kept: Tensor
+    scores: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """What a detector says: logits ``[B, Q, C]`` and boxes by their centres ``[B, Q, 4]``, of proposals and of each
-    layer of the decoder, the last one last; and which tokens were refined.
+    """What a detector says.
+
+    Attributes:
+        stages: logits ``[B, Q, C]`` and boxes by their centres ``[B, Q, 4]``, of proposals and of each layer of the
+            decoder, the last one last.
+        encoded, maps: what the encoder gave, and of what.
     """
 
     stages: Sequence[tuple[Tensor, Tensor]]
-    kept: Tensor
+    encoded: Encoded
+    maps: Maps
 
 
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]  # tokens to what proposals are made of, and logits of classes
@@ -251,7 +257,7 @@ class Detector(nn.Module):
     def forward(self, images: Tensor, extent: Tensor) -> Found:
         maps = self.maps(images, extent)
         encoded = self.encoder(maps, self.embed)
-        maps = replace(maps, x=encoded.x)
+        given, maps = maps, replace(maps, x=encoded.x)
         made, logits = self.embed(encoded.x)
         logits = logits.float().masked_fill(~maps.there[..., None], -math.inf)
         boxes = self._moved(self.locate[0](made), self._anchors(maps))
@@ -264,7 +270,7 @@ class Detector(nn.Module):
             boxes = self._moved(self.locate[i](x), now)
             stages.append((self.classify[i](x).float(), boxes))
             now = boxes.detach()
-        return Found(stages, encoded.kept)
+        return Found(stages, encoded, given)
 
     @staticmethod
     def _moved(by: Tensor, boxes: Tensor) -> Tensor:
