@@ -41,7 +41,8 @@ def sampled(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> T
         found.append(grid_sample(cells.to(grid.dtype), grid, padding_mode="zeros", align_corners=False))
     points = torch.stack(found, -2).flatten(-2)  # [B H, d, Q, L P]
     shares = weights.transpose(1, 2).flatten(0, 1).flatten(2)[:, None]
-    return (points * shares).sum(-1).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
+    made: Tensor = (points * shares).sum(-1).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
+    return made
 
 
 def _hats(at: Tensor, count: int) -> Tensor:

@@ -90,7 +90,7 @@ class FocusDetr(Recipe):
                 points, maps.shapes, pixels(batch, width, height), stride=model.stride, reach=self.reach,
                 overlap=self.overlap,
             )  # fmt: skip
-            return loss + self.weight * own.token_loss(scores, labels, maps.there)
+            loss = loss + self.weight * own.token_loss(scores, labels, maps.there)
         if self.by == "decoder":
             attended = torch.stack([layer.attention.shown for layer in model.layers]).sum(0)
             wanted = _first(attended, maps.there, counts(maps.there, self.share)).to(scores.dtype)
@@ -114,7 +114,7 @@ class Scorer(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.half = dim // 2
+        self.own = dim // 2
         self.first = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.rest = nn.Sequential(
             nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 1)
@@ -122,7 +122,7 @@ class Scorer(nn.Module):
 
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
         """``[B, T]`` of the tokens ``x [B, T, D]`` of a map, of which those ``there`` count for the mean."""
-        own, of_all = self.first(x).split((self.half, x.shape[-1] - self.half), -1)
+        own, of_all = self.first(x).split((self.own, x.shape[-1] - self.own), -1)
         number = there.sum(1).clamp(min=1)[:, None, None]
         mean = (of_all * there[..., None]).sum(1, keepdim=True) / number
         scores: Tensor = self.rest(torch.cat((own, mean.expand_as(of_all)), -1))[..., 0]

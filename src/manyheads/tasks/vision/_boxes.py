@@ -131,7 +131,8 @@ def average_precision(
     count = len(wanted)
 
     def table(kind: Sequence[Any]) -> COCO:
-        held, rows = COCO(), []
+        held = COCO()
+        rows: list[dict[str, Any]] = []
         for image, (boxes, labels, *scores) in enumerate(kind):
             for at, (x, y, right, lower) in enumerate(boxes.double().tolist()):
                 rows.append({

@@ -170,7 +170,7 @@ class DetectionTask(FieldTask):
         scale = torch.tensor(sample.about["size"][::-1]) / torch.tensor([width, height])
         points = cells(shapes_of(self.height, self.across, self.stride, self.levels)) * canvas * scale
         boxes = sample.target.boxes
-        inside = (points[:, None] > boxes[:, :2]) & (points[:, None] < boxes[:, 2:])
+        inside: Tensor = (points[:, None] > boxes[:, :2]) & (points[:, None] < boxes[:, 2:])
         return inside.all(-1).any(-1)
 
     def score(self, sample: Sample, said: Detections) -> Mapping[str, float]:

@@ -96,7 +96,8 @@ def cells(shapes: Shapes, device: torch.device | str = "cpu") -> Tensor:
 
 def _waves(places: Tensor, dim: int) -> Tensor:
     """Sines and cosines of shares ``[..., k]``: ``[..., k * dim]``."""
-    return sinusoids(places.flatten() * _WAVES, dim, _WAVES).unflatten(0, places.shape).flatten(-2)
+    made: Tensor = sinusoids(places.flatten() * _WAVES, dim, _WAVES).unflatten(0, places.shape).flatten(-2)
+    return made
 
 
 class _Convolved(nn.Sequential):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,7 +115,10 @@ class DetectorCost(Task):
 def _operations(model: Any, image: Tensor, extent: Tensor) -> dict[str, float]:
     """GFLOP of the matrix products and convolutions, by the metric of what they are of."""
     maps = model.maps(image, extent)
-    calls = {"encoder": lambda: model.encoder(maps, model.embed), "detector": lambda: model(image, extent)}
+    calls: dict[str, Callable[[], Any]] = {
+        "encoder": lambda: model.encoder(maps, model.embed),
+        "detector": lambda: model(image, extent),
+    }
     found = {}
     for name, call in calls.items():
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
