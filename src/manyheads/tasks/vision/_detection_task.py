@@ -23,7 +23,7 @@ from ._detector import BlockEncoder, Detector, Found, cells, shapes_of
 
 __all__ = ["SURE", "DetectionTask", "Detections", "Objects", "fitted"]
 
-SURE = 0.5  # score of what is named and drawn
+SURE = 0.3  # score of what is named and drawn; those that are trained by focal loss are low
 _BEST = 100  # predictions of an image
 _MEAN, _DEVIATION = 0.5, 0.25  # of the values of pixels, roughly
 
@@ -78,8 +78,8 @@ class DetectionTask(FieldTask):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("ap50", "average precision at an overlap of 0.5", higher=True, what="mean over classes, as COCO has it"),
-        Metric("map", "average precision, mean over overlaps from 0.5 to 0.95", higher=True, what="as COCO has it"),
+        Metric("ap50", "AP at an overlap of 0.5", higher=True, what="average precision, mean over classes"),
+        Metric("map", "mAP", higher=True, what="mean of the same at overlaps of 0.5, 0.55, ... 0.95"),
         Metric("foreground_recall", "foreground tokens that are refined", kind="share", higher=True,
                what="of tokens whose centres lie in a box, those that the encoder refines at least once"),
         Metric("best_overlap", "average best overlap", kind="share", higher=True,
