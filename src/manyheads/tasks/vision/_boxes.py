@@ -59,11 +59,13 @@ def generalised_iou(one: Tensor, other: Tensor) -> Tensor:
     return both / either.clamp(min=_SMALLEST) - (hull - either) / hull
 
 
-def focal(logits: Tensor, wanted: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """Focal loss (arXiv 1708.02002) of each logit, for ``wanted`` from 0 to 1."""
+def focal(
+    logits: Tensor, wanted: Tensor, gamma: float = 2.0, alpha: float = 0.25, weight: Tensor | float = 1.0
+) -> Tensor:
+    """Focal loss (arXiv 1708.02002) of each logit, for ``wanted`` from 0 to 1, of which 1 counts ``weight`` times."""
     p = logits.sigmoid()
     log_p, log_rest = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
-    return -(alpha * (1 - p) ** gamma * wanted * log_p + (1 - alpha) * p**gamma * (1 - wanted) * log_rest)
+    return -(weight * alpha * (1 - p) ** gamma * wanted * log_p + (1 - alpha) * p**gamma * (1 - wanted) * log_rest)
 
 
 @torch.no_grad()
@@ -86,13 +88,14 @@ def matched(logits: Tensor, centres: Tensor, labels: Tensor, wanted: Tensor) -> 
     return torch.as_tensor(rows, device=logits.device), torch.as_tensor(columns, device=logits.device)
 
 
-def set_loss(logits: Tensor, centres: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+def set_loss(logits: Tensor, centres: Tensor, labels: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
     """Focal loss of classes, distance and GIoU of matched boxes, over the number of objects in the batch.
 
     Args:
         logits, centres: ``[B, Q, C]`` and ``[B, Q, 4]``; a prediction whose logits are -inf is none.
         labels: ``[B, n]``, -1 where there is no object.
         wanted: centres, ``[B, n, 4]``.
+        weights: of the loss of classes where they are there, ``[C]``; 1 without.
     """
     logits, centres = logits.float(), centres.float()
     real, said, meant, target = labels >= 0, [], [], torch.zeros_like(logits)
@@ -103,7 +106,11 @@ def set_loss(logits: Tensor, centres: Tensor, labels: Tensor, wanted: Tensor) ->
         meant.append(wanted[i][there][columns])
     boxes, objects = torch.cat(said), torch.cat(meant)
     known = logits.isfinite()
-    loss = focal(logits.masked_fill(~known, 0.0), target).masked_fill(~known, 0.0).sum()
+    loss = (
+        focal(logits.masked_fill(~known, 0.0), target, weight=1.0 if weights is None else weights)
+        .masked_fill(~known, 0.0)
+        .sum()
+    )
     loss = loss + _DISTANCE * l1_loss(boxes, objects, reduction="sum")
     apart = 1 - generalised_iou(edges(boxes)[:, None], edges(objects)[:, None]).flatten()
     return (loss + _OVERLAP * apart.sum()) / real.sum().clamp(min=1)
@@ -124,6 +131,7 @@ def average_precision(
 
     Returns:
         ``ap50``, at an overlap of 0.5, and ``map``, the mean at 0.5, 0.55, ... 0.95; ``[N]`` each. NaN without objects.
+        ``of_class``, the first of each class, ``[N, C]``; NaN where no image has an object of it.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -155,15 +163,16 @@ def average_precision(
         held = judge.evalImgs  # of each class all images in their order
 
         def found(left: int) -> NDArray[Any]:
-            """AP at 0.5, and the mean over overlaps, of all images but one; of all with -1."""
+            """AP at 0.5, the mean over overlaps, and AP of classes, of all images but one; of all with -1."""
             judge.evalImgs = [None if i % count == left else one for i, one in enumerate(held)]
             judge.accumulate()
             each = judge.eval["precision"][:, :, :, 0, 0]  # overlaps, recalls, classes; -1 where a class has no object
             each = np.where(each > -1, each, np.nan).mean(1)
             known = ~np.isnan(each[0])
-            return np.array([each[0, known].mean(), each[:, known].mean()]) if known.any() else np.full(2, np.nan)
+            means = [each[0, known].mean(), each[:, known].mean()] if known.any() else [np.nan, np.nan]
+            return np.array([*means, *each[0]])
 
         whole, without = found(-1), np.array([found(i) for i in range(count)])
     without = np.where(np.isnan(without), whole, without)  # of one image alone nothing is left
     values = whole + (count - 1) * (without.mean(0) - without)
-    return {"ap50": values[:, 0], "map": values[:, 1]}
+    return {"ap50": values[:, 0], "map": values[:, 1], "of_class": values[:, 2:]}

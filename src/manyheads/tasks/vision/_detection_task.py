@@ -80,6 +80,8 @@ class DetectionTask(FieldTask):
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("ap50", "AP at an overlap of 0.5", higher=True, what="average precision, mean over classes"),
         Metric("map", "mAP", higher=True, what="mean of the same at overlaps of 0.5, 0.55, ... 0.95"),
+        Metric("rare_ap50", "AP of the rarest class", higher=True,
+               what="at an overlap of 0.5, of the class with the fewest objects to train on"),
         Metric("foreground_recall", "foreground tokens that are refined", kind="share", higher=True,
                what="of tokens whose centres lie in a box, those that the encoder refines at least once"),
         Metric("best_overlap", "average best overlap", kind="share", higher=True,
@@ -107,6 +109,12 @@ class DetectionTask(FieldTask):
     @abstractmethod
     def classes(self) -> tuple[str, ...]:
         """Names, in the order of a model's logits."""
+
+    @property
+    def rarest(self) -> str:
+        """The class of the fewest objects to train on."""
+        counts = Counter(name for sample in self.samples("train") for name in sample.target.labels)
+        return min(self.classes, key=lambda name: counts[name])
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         images = torch.zeros(len(samples), 3, self.height, self.across)
@@ -143,9 +151,9 @@ class DetectionTask(FieldTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.criterion(model(batch["images"], batch["extent"]), batch)
 
-    def criterion(self, found: Found, batch: Batch) -> Tensor:
-        """Loss of what a detector said of a batch, summed over its stages."""
-        losses = [set_loss(*stage, batch["labels"], batch["boxes"]) for stage in found.stages]
+    def criterion(self, found: Found, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        """Loss of what a detector said of a batch, summed over its stages; ``weights [C]`` are of classes."""
+        losses = [set_loss(*stage, batch["labels"], batch["boxes"], weights) for stage in found.stages]
         return torch.stack(losses).sum()
 
     def token_loss(self, logits: Tensor, wanted: Tensor, there: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ class DetectionTask(FieldTask):
         return found
 
     def scores(self, samples: Sequence[Sample], said: Sequence[Detections]) -> list[Mapping[str, float]]:
-        number = {name: i for i, name in enumerate(self.classes)}
+        number, rarest = {name: i for i, name in enumerate(self.classes)}, self.rarest
 
         def numbers(labels: Sequence[str]) -> Tensor:
             return torch.tensor([number[name] for name in labels], dtype=torch.long)
@@ -190,7 +198,12 @@ class DetectionTask(FieldTask):
         )  # fmt: skip
         found: list[Mapping[str, float]] = []
         for i, (sample, one) in enumerate(zip(samples, said, strict=True)):
-            values = {name: float(value[i]) for name, value in precision.items() if np.isfinite(value[i])}
+            values = {name: float(precision[name][i]) for name in ("ap50", "map") if np.isfinite(precision[name][i])}
+            if np.isfinite(value := float(precision["of_class"][i, number[rarest]])):
+                values["rare_ap50"] = value
+            elif len(said) == 1:  # an image without one: whether none is said to be there
+                sure = [name for name, score in zip(one.labels, one.scores.tolist(), strict=True) if score >= SURE]
+                values["rare_ap50"] = float(rarest not in sure)
             if len(sample.target.labels):
                 inside = self.foreground(sample)
                 if len(one.kept) and inside.any():

@@ -79,7 +79,16 @@ class ObjectDetection(DetectionTask):
 
     def draw(self, rng: np.random.Generator, samples: Sequence[Sample]) -> Sequence[Sample]:
         """As they are or mirrored."""
-        return [_mirrored(sample) if rng.random() < 0.5 else sample for sample in super().draw(rng, samples)]
+        return [self.mirrored(sample) if rng.random() < 0.5 else sample for sample in super().draw(rng, samples)]
+
+    @staticmethod
+    def mirrored(sample: Sample) -> Sample:
+        """Left for right, with its objects."""
+        width = sample.about["size"][1]
+        left, upper, right, lower = sample.target.boxes.unbind(1)
+        boxes = torch.stack((width - right, upper, width - left, lower), 1)
+        objects = dataclasses.replace(sample.target, boxes=boxes)
+        return dataclasses.replace(sample, inputs=sample.inputs.flip(2), target=objects)
 
     def illustrated(self, path: Path, said: Detections) -> Image:
         return _drawn(read_image(path), said, self.classes)
@@ -106,15 +115,6 @@ def _sample(one: Boxed, height: int, across: int) -> Sample:
     about = {"size": one.image.shape[:2]}
     objects = Objects(torch.from_numpy(one.boxes), one.labels)
     return Sample(one.name, one.name, one.part, fitted(_tensor(one.image), height, across), objects, about)  # type: ignore[arg-type]
-
-
-def _mirrored(sample: Sample) -> Sample:
-    width = sample.about["size"][1]
-    left, upper, right, lower = sample.target.boxes.unbind(1)
-    boxes = torch.stack((width - right, upper, width - left, lower), 1)
-    return dataclasses.replace(
-        sample, inputs=sample.inputs.flip(2), target=dataclasses.replace(sample.target, boxes=boxes)
-    )
 
 
 @lru_cache(maxsize=1)
