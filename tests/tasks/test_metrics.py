@@ -29,7 +29,7 @@ BETTER = {
     "memory": ("", "cache peak"),
     "mixer_cost": ("", "state decode"),
     "mixer_speed": ("", "token_time"),
-    "object_detection": ("ap50 map foreground_recall best_overlap", ""),
+    "object_detection": ("ap50 map rare_ap50 foreground_recall best_overlap", ""),
     "niah_multikey": ("multikey", ""),
     "niah_single": ("query_agnostic query_aware", ""),
     "offset_scores": ("score", ""),
