@@ -53,7 +53,7 @@ def test_generalised_iou_is_that_of_transformers_and_has_a_gradient_apart():
     assert is_close(generalised_iou(one, other), generalized_box_iou(one, other), FORMULA)
     a, b = torch.tensor([[0.0, 0, 1, 1]], requires_grad=True), torch.tensor([[3.0, 0, 4, 1]])
     generalised_iou(a, b).sum().backward()
-    assert a.grad is not None and float(a.grad[0, 2]) > 0 and float(intersection_over_union(a, b)) == 0
+    assert a.grad is not None and float(a.grad[0, 2]) > 0 and float(intersection_over_union(a, b).detach()) == 0
     same = intersection_over_union(one, one).diagonal()
     assert is_close(same, torch.ones(7, dtype=torch.float64)) and is_close(generalised_iou(one, one).diagonal(), same)
 

@@ -21,7 +21,7 @@ very negative; the class of a token is read off the same projection as that of a
 no part of the mean, of the counts or of the loss. Of six factors of the cascade, layers beyond the sixth have the last.
 
 ``by`` says what tokens are kept by, so that the scoring can be judged alone: ``decoder`` has the same network learn
-which tokens the decoder attends to most (Sparse DETR, arXiv 2111.14330; of each map alone), ``norm`` takes the
+which tokens the decoder attends to most (as Sparse DETR, arXiv 2111.14330; of each map alone), ``norm`` takes the
 longest features, ``random`` any. Then objects are chosen by their class, with ``decoder`` by both.
 """
 

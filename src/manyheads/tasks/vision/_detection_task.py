@@ -128,11 +128,12 @@ class DetectionTask(FieldTask):
         batch = {"images": images, "extent": extent, "pixels": pixels}
         if any(sample.target is None for sample in samples):
             return batch
-        most = max(1, *(len(sample.target.labels) for sample in samples), 1)
+        most = max(1, *(len(sample.target.labels) for sample in samples))
+        number = {name: i for i, name in enumerate(self.classes)}
         labels, boxes = torch.full((len(samples), most), -1), torch.zeros(len(samples), most, 4)
         for i, sample in enumerate(samples):
             n = len(sample.target.labels)
-            labels[i, :n] = torch.tensor([self.classes.index(name) for name in sample.target.labels], dtype=torch.long)
+            labels[i, :n] = torch.tensor([number[name] for name in sample.target.labels], dtype=torch.long)
             placed = sample.target.boxes * (extent[i] / pixels[i]).repeat(2)
             boxes[i, :n] = torch.cat(((placed[:, :2] + placed[:, 2:]) / 2, placed[:, 2:] - placed[:, :2]), 1)
         return {**batch, "labels": labels, "boxes": boxes}
@@ -168,7 +169,8 @@ class DetectionTask(FieldTask):
         scale = (batch["pixels"] / batch["extent"]).repeat(1, 2)[:, None]
         own = edges(boxes).gather(1, (at // logits.shape[2])[..., None].expand(-1, -1, 4)) * scale
         own = torch.minimum(own.clamp(min=0), batch["pixels"].repeat(1, 2)[:, None]).cpu()
-        names = [tuple(self.classes[c] for c in row) for row in (at % logits.shape[2]).tolist()]
+        classes = self.classes
+        names = [tuple(classes[c] for c in row) for row in (at % logits.shape[2]).tolist()]
         return [Detections(own[i], names[i], scores[i].cpu(), found.encoded.kept[i].cpu()) for i in range(len(own))]
 
     def foreground(self, sample: Sample) -> Tensor:

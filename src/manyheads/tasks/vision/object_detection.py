@@ -58,7 +58,7 @@ class ObjectDetection(DetectionTask):
         if not self.folder:
             return CLASSES[self.dataset]
         parts: tuple[Part, ...] = ("train", "validation", "test")
-        return tuple(sorted({name for part in parts for s in self.samples(part) for name in s.target.labels}))
+        return _named(tuple(tuple(self.samples(part)) for part in parts))
 
     @classmethod
     def read(cls, folder: Path | None) -> Sequence[Sample]:
@@ -115,6 +115,12 @@ def _sample(one: Boxed, height: int, across: int) -> Sample:
     about = {"size": one.image.shape[:2]}
     objects = Objects(torch.from_numpy(one.boxes), one.labels)
     return Sample(one.name, one.name, one.part, fitted(_tensor(one.image), height, across), objects, about)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=8)
+def _named(parts: tuple[tuple[Sample, ...], ...]) -> tuple[str, ...]:
+    """Classes of the objects of samples, sorted."""
+    return tuple(sorted({name for some in parts for sample in some for name in sample.target.labels}))
 
 
 @lru_cache(maxsize=1)
