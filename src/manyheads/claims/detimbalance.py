@@ -11,6 +11,11 @@ Seen before the sizes were set, on the validation part and of single trainings o
 single images 0.65, of platelets 0.40, seen through windows 0.38 and 0.06; of mosaics 0.40 and 0.09, through windows
 0.27 and 0.00. No sampler and no weights were trained with, and no test part was read but for the six images of a quick
 run. The rule was written after that. The cuda size has not run.
+
+The first run had three seeds and mosaics without windows beside (AP 0.40, of the rarest class 0.11), and left all six
+checks of the short training open: AP was 0.49 uniformly, 0.55 class-aware, 0.52 by repeat factors, 0.57 with weights,
+but of the rarest class alone a seed moved it by 0.2. The CPU has six seeds since, without mosaics; checks, steps and
+test images are those of the first run.
 """
 
 from manyheads.experiment import Arm, Claim, Experiment, Reported, Sizes, higher, lower, no_worse
@@ -55,7 +60,10 @@ claim = Claim(
         ),
         sizes=Sizes(
             quick={"rates": (2e-3,), "dim": 16, "layers": 1, "batch": 2, "steps": 2, "seeds": 1, "samples_judged": 6},
-            cpu={"rates": (2e-3,), "dim": 48, "batch": 4, "steps": 250},
+            cpu={
+                "rates": (2e-3,), "dim": 48, "batch": 4, "steps": 250, "seeds": 6,
+                "early.only": tuple(name for name in SHORT if name != "mosaic alone"),
+            },
             cuda={"dim": 64, "batch": 8, "rates": (1e-3,), "early.steps": 130, "late.steps": 500},
         ),
     ),
