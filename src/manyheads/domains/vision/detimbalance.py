@@ -118,7 +118,8 @@ class Detimbalance(Recipe):
 @lru_cache(maxsize=8)
 def _odds(samples: tuple[Sample, ...], threshold: float, frequency: str, reduce: str) -> NDArray[np.float64]:
     factors = repeat_factors([sample.target.labels for sample in samples], threshold, frequency, reduce)
-    return factors / factors.sum()
+    shares: NDArray[np.float64] = factors / factors.sum()
+    return shares
 
 
 @lru_cache(maxsize=8)
