@@ -3,13 +3,17 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import manyheads
 from manyheads import catalog, comparison_field
 from manyheads.cli import main
 from manyheads.errors import UserError
 from manyheads.tasks._field import FieldTask
+from manyheads.tasks.vision._detection_task import Detections, DetectionTask
 from tiny.recordings import digits, write
 
 __all__ = ["digits"]
@@ -72,6 +76,7 @@ def test_train_then_predict(cli, digits, tmp_path, monkeypatch):
     assert code == 0 and "reference on digit_strings" in " ".join(out.split())
 
     for wrong, hint in (
+        (("predict", "run/models/conformer/seed-0", "mine.wav", "--pictures", "drawn"), "draws nothing"),
         (("predict", "run", "mine.wav"), "run/models/"),
         (("predict", str(model), "none.wav"), "none.wav does not exist"),
         (("predict", str(model), str(model / "training.json")), "no WAV file"),
@@ -80,6 +85,26 @@ def test_train_then_predict(cli, digits, tmp_path, monkeypatch):
     ):
         code, out, err = cli(*wrong)
         assert code == 2 and out == "" and hint in err and err.count("\n") == 1, err
+
+
+def test_predictions_are_drawn_on_photographs(cli, tmp_path, monkeypatch):
+    fields = "dataset=planted,dim=16,layers=1,heads=2,batch=2,steps=1,samples_judged=2,rates=0.003"
+    assert (
+        cli("train", "detimbalance:mosaic=0", "--task", f"object_detection:{fields}", "--seeds", "1", "--out", "run")[0]
+        == 0
+    )
+    for i, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (80, 60), (0, 0, 90 * i)).save(tmp_path / folder / "same.png")
+    (model,) = (tmp_path / "run" / "models").glob("detimbalance*/seed-0")
+    said = Detections(torch.tensor([[5.0, 30, 40, 50]]), ("disc",), torch.tensor([0.9]))
+    monkeypatch.setattr(DetectionTask, "predict", lambda self, model, batch: [said] * len(batch["images"]))
+    code, out, _ = cli("predict", str(model), "one/same.png", "two/same.png", "--pictures", "drawn", "--json")
+    assert code == 0 and [one["said"] for one in json.loads(out)] == ["1 disc: disc 0.90 (5, 30, 40, 50)"] * 2
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["same-2.png", "same.png"]
+    first, second = (np.array(Image.open(tmp_path / "drawn" / name)) for name in ("same.png", "same-2.png"))
+    assert first.shape == (60, 80, 3) and first[40, 5].any() and not first[40, 20].any()
+    assert tuple(second[40, 20]) == (0, 0, 90) and tuple(second[40, 5]) == tuple(first[40, 5])
 
 
 @pytest.mark.parametrize(

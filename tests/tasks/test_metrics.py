@@ -29,6 +29,7 @@ BETTER = {
     "memory": ("", "cache peak"),
     "mixer_cost": ("", "state decode"),
     "mixer_speed": ("", "token_time"),
+    "object_detection": ("ap50 map rare_ap50 foreground_recall best_overlap", ""),
     "niah_multikey": ("multikey", ""),
     "niah_single": ("query_agnostic query_aware", ""),
     "offset_scores": ("score", ""),
@@ -52,10 +53,11 @@ SHARES = {
     "recalled", "grammatical", "new_token", "known_token", "place", "object", "agrees", "multikey", "query_agnostic",
     "query_aware", "definitions_found", "completed", "answered", "accuracy", "refused", "wrongly_refused", "copied",
     "answered_ok", "swapped", "rule_lifted", "tracked", "shared_pair", "dormant", "follows_waad", "recall",
-    "shared_head", "stereotyped", "prefers_stereotype", "solved", "exact", "overlap", "iou",
+    "shared_head", "stereotyped", "prefers_stereotype", "solved", "exact", "overlap", "iou", "foreground_recall",
+    "best_overlap",
 }  # fmt: skip
 TIMES = {
-    "decoding_cost.seconds": "s", "scoring_cost.seconds": "s/context",
+    "decoding_cost.seconds": "s", "scoring_cost.seconds": "s/context", "detector_cost.seconds": "s/image",
     "denoising_cost.seconds": "s", "latent_decoding.step": "s", "latent_schedules.attention": "s", "speed.prefill": "s",
     "family_times.seconds": "s", "speed.decode": "ms", "mixer_cost.decode": "ms", "mixer_speed.token_time": "us/token",
     "encoder_speed.token_time": "us/token", "page_cost.token_time": "us/token",

@@ -79,6 +79,10 @@ def predict(
         list[Path],
         typer.Argument(metavar="FILE...", help="Files as the model's task reads them; pairs one after the other."),
     ],
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder for images with what is said drawn on them, of tasks that see images."),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -88,8 +92,11 @@ def predict(
 
     quiet_libraries()
     model = load(folder, device or "cpu")
-    said = [str(one) for one in model.predict(paths)]
+    found = model.predict(paths)
     many = model.task.together
+    if pictures is not None:
+        _illustrate(model.task, paths[::many], found, pictures)
+    said = [str(one) for one in found]
     files = [" ".join(map(str, paths[i : i + many])) for i in range(0, len(paths), many)]
     if as_json:
         print_json([{"file": file, "said": one} for file, one in zip(files, said, strict=True)])
@@ -97,6 +104,23 @@ def predict(
     rows = [[file, one or "nothing"] for file, one in zip(files, said, strict=True)]
     title = f"{model.recipe.spec if model.recipe.slug != '_field_training' else 'reference'} on {model.task.name}"
     print_table(Table([Column("file", text=True), Column("said", text=True)], rows, title), console(120))
+
+
+def _illustrate(task: Any, paths: list[Path], said: list[Any], folder: Path) -> None:
+    """``NAME.png`` of each file in the folder; of files of one name the later ones have a number."""
+    from manyheads.errors import UserError
+
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    for path, one in zip(paths, said, strict=True):
+        if (image := task.illustrated(path, one)) is None:
+            raise UserError(f"{task.name} draws nothing on its files: leave out --pictures")
+        name, number = path.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{path.stem}-{number}"
+        taken.add(name)
+        image.save(folder / f"{name}.png")
 
 
 def _results(options: dict[str, Any], out: Path | None, where: Any, as_json: bool) -> Any:

@@ -150,6 +150,10 @@ class FieldData(Task):
     def truth(self, sample: Sample) -> Any:
         """The prediction that is right: what a metric is best for."""
 
+    def illustrated(self, path: Path, said: Any) -> Any:
+        """A file of the user's as an image of PIL with what was said drawn on it; None where there is no such."""
+        return None
+
     def judged(self, part: Part) -> Sequence[Sample]:
         """Samples of a part that models are judged on, in an order that says nothing."""
         return self.samples(part)[: self.samples_judged]
