@@ -53,7 +53,7 @@ def by_formula(values, others, rho, step, one_sided=False, optimism=0.0, late=Fa
 @pytest.mark.parametrize("fields", [{}, {"feedback": "one_sided"}, {"feedback": "one_sided", "optimism": 0.3}])
 def test_bids_are_the_formula(fields):
     values, others = auctions()
-    found = bids_of(values, others, step=2.0, **fields)
+    found = bids_of(values, others, step=2.0, relative=False, **fields)
     one_sided, optimism = "feedback" in fields, fields.get("optimism", 0.0)
     want = [by_formula(v, d, 0.08, 2.0, one_sided, optimism) for v, d in zip(values, others, strict=True)]
     assert is_close(found, want, FORMULA) and found.max() > 0.2

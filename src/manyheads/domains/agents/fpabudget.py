@@ -18,7 +18,8 @@ optimism are a reading of the specification's: the paper's second algorithm was 
 ``levels`` steps from 0 to 1, the lowest of those that are equally good.
 
 ``relative`` divides the step by rho: payments are a few hundredths where budgets are tight, and with C = 1 lambda does
-not get to where it should be in some ten thousand auctions. ``step=0`` spends without a price of the budget, and
+not get to where it should be in some ten thousand auctions. The paper says of C no more than that it is a constant; by
+default it is ``0.1 / rho``. ``step=0`` spends without a price of the budget, and
 ``rule=shading`` bids ``v / (1 + lambda)``, as is right in second-price auctions, with the same lambda: controls, beside
 ``rule=random``, a bid drawn between 0 and v.
 """
@@ -69,8 +70,8 @@ class Fpabudget(Procedure):
     feedback: Literal["full", "one_sided"] = field(
         default="full", metadata={"help": "full: all other bids are told; one_sided: the winning bid alone"}
     )
-    step: Annotated[float, Field(ge=0)] = field(default=1.0, metadata={"help": "C, of steps of the budget's price"})
-    relative: bool = field(default=False, metadata={"help": "the step is divided by the budget of a round"})
+    step: Annotated[float, Field(ge=0)] = field(default=0.1, metadata={"help": "C, of steps of the budget's price"})
+    relative: bool = field(default=True, metadata={"help": "the step is divided by the budget of a round"})
     optimism: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "for chances that are little known"})
     levels: Annotated[int, Field(ge=2)] = field(default=200, metadata={"help": "bids above 0"})
     rule: Literal["first_price", "shading", "random"] = field(
