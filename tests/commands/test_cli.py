@@ -62,7 +62,7 @@ def test_tasks_are_listed_and_found(cli):
     assert all(load(row["task"])().name == row["task"] and row["summary"][-1] in ".?" for row in rows)
     assert {row["field"] for row in json.loads(cli("tasks", "--field", "text", "--json")[1])} == {"text"}
     code, _, err = cli("tasks", "--field", "nothing")
-    assert code == 2 and "there are diffusion" in err
+    assert code == 2 and "there are agents, diffusion" in err
     for words, task in (("needle in a haystack", "niah_single"), ("variable tracking", "ruler.vt"), ("vt", "ruler.vt")):
         found = [row["slug"] for row in json.loads(cli("find", words, "--json")[1]) if row["category"] == "tasks"]
         assert task in found and "memory" not in found
