@@ -182,12 +182,14 @@ class SGA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stage > 2:
-            out: Tensor = self.norm(x + self.inner(x))
-            return out
-        values, at = _pooled(x)
-        if self.stage == 2:
-            return x + _unpooled(self.norm(self.inner(values)), at, x)
-        out = self.norm(x + _unpooled(self.inner(values), at, x))
+            seen = self.inner(x)
+        else:
+            values, at = _pooled(x)
+            seen = self.inner(values)
+            if self.stage == 2:
+                return x + _unpooled(self.norm(seen), at, x)
+            seen = _unpooled(seen, at, x)
+        out: Tensor = self.norm(x + seen)
         return out
 
 
