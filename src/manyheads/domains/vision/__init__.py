@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Papers on images: bags of patches."""
+"""Papers on images: bags of patches, a light backbone."""
