@@ -39,7 +39,7 @@ from torch.nn.functional import conv2d, interpolate, max_pool2d, pad, scaled_dot
 from ...errors import UserError
 from ...recipe import Batch, FieldTask, Picture, Recipe
 
-__all__ = ["GPA", "RLA", "SGA", "SIZES", "SMA", "LWGANet", "Lwganet", "network", "shear", "unshear"]
+__all__ = ["DRFD", "GPA", "RLA", "SGA", "SIZES", "SMA", "LWGANet", "Lwganet", "network", "shear", "unshear"]
 
 Range = Literal["point", "local", "medium", "global"]
 RANGES: tuple[Range, ...] = ("point", "local", "medium", "global")
@@ -55,13 +55,15 @@ _STRIP = 11
 def shear(x: Tensor) -> Tensor:
     """``[..., H, W] -> [..., H, W + H - 1]``: row i moved right by i, zeros elsewhere."""
     h, w = x.shape[-2:]
-    return pad(x, (0, h)).flatten(-2)[..., :-h].unflatten(-1, (h, w + h - 1))
+    moved: Tensor = pad(x, (0, h)).flatten(-2)[..., :-h].unflatten(-1, (h, w + h - 1))
+    return moved
 
 
 def unshear(x: Tensor) -> Tensor:
     """The inverse of :func:`shear`, ``[..., H, W + H - 1] -> [..., H, W]``; what was outside is dropped."""
     h, wide = x.shape[-2:]
-    return pad(x.flatten(-2), (0, h)).unflatten(-1, (h, wide + 1))[..., : wide + 1 - h]
+    back: Tensor = pad(x.flatten(-2), (0, h)).unflatten(-1, (h, wide + 1))[..., : wide + 1 - h]
+    return back
 
 
 def _pooled(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +326,7 @@ class Lwganet(Recipe):
     only: Literal["all", "point", "local", "medium", "global"] = field(
         default="all", metadata={"help": "one range for all four groups"}
     )
-    features: int = field(default=1280, metadata={"help": "of the head"})
+    features: int = field(default=1280, metadata={"help": "of the head; fewer where dim is below 16"})
 
     def __post_init__(self) -> None:
         if self.without != "none" and self.only != "all":

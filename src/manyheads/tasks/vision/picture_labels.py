@@ -108,19 +108,13 @@ class PictureLabels(FieldTask):
         return [dataclasses.replace(one, inputs=_moved(one.inputs, rng)) for one in drawn] if self.augment else drawn
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        images = [self._sized(sample.inputs.float() / 127.5 - 1) for sample in samples]
+        images = [_sized(sample.inputs.float() / 127.5 - 1, self.pixels) for sample in samples]
         if other := [s.name for s, x in zip(samples, images, strict=True) if x.shape != images[0].shape]:
             raise UserError(f"{other[0]} has another size than {samples[0].name}: give pixels=64, say, or batch=1")
         batch: Batch = {"inputs": torch.stack(images)}
         if any(sample.target is None for sample in samples):
             return batch
         return {**batch, "targets": torch.tensor([self.classes.index(sample.target) for sample in samples])}
-
-    def _sized(self, image: Tensor) -> Tensor:
-        side = self.pixels
-        if not side or image.shape[1:] == (side, side):
-            return image
-        return interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
 
     def around(self, blocks: Sequence[nn.Module]) -> nn.Module:
         return PatchModel(blocks, self.patch, self.dim, len(self.classes))
@@ -153,6 +147,13 @@ class PictureLabels(FieldTask):
         return (Picture("confusion of classes", self.classes, self.classes, shares.tolist(), ("true", "said")),)
 
 
+def _sized(image: Tensor, side: int) -> Tensor:
+    """``[3, H, W]`` with sides of ``side`` pixels; 0 leaves it."""
+    if not side or image.shape[1:] == (side, side):
+        return image
+    return interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
+
+
 def _moved(image: Tensor, rng: np.random.Generator) -> Tensor:
     """``[3, H, W]`` mirrored or not, and moved; what comes in repeats the edge."""
     rows, columns = (
@@ -165,7 +166,7 @@ def _moved(image: Tensor, rng: np.random.Generator) -> Tensor:
 def _photographs() -> list[Sample]:
     found, classes = [], photograph_classes.CLASSES
     for split in ("train", "test"):
-        images, labels = photograph_classes.photographs(split)  # type: ignore[arg-type]
+        images, labels = photograph_classes.photographs(split)
         seen = dict.fromkeys(range(len(classes)), 0)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             part: Part = "test" if split == "test" else "validation" if seen[label] < _VALIDATION else "train"
