@@ -49,7 +49,7 @@ def test_a_folder_is_parted_class_by_class(task):
 @pytest.mark.slow
 def test_photographs_are_parted_by_their_own_split():
     if not photograph_classes.available():
-        pytest.skip("the photographs are not on this machine")
+        pytest.skip("the data of this task are not on this machine")
     task = PictureLabels()
     sizes = {part: len(task.samples(part)) for part in ("train", "validation", "test")}
     assert sizes == {"train": 18_000, "validation": 2_000, "test": 5_000}
