@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Papers on images: bags of patches, objects and their boxes."""
+"""Papers on images: bags of patches, objects and their boxes, a light backbone."""

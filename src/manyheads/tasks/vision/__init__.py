@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of models that read images among text."""
+"""Tasks of models that read images, alone or among text."""
