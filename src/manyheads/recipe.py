@@ -169,3 +169,10 @@ class Procedure(Strategy, ABC):
     @abstractmethod
     def run(self, task: FieldTask, rng: "np.random.Generator") -> Iterable[tuple[str, str, float]]:
         """Rows: metric of the task, name of a test sample, value. May read the training and validation parts."""
+
+    @staticmethod
+    def scored(task: Any, samples: Sequence[Sample], said: Sequence[Any]) -> Iterable[tuple[str, str, float]]:
+        """Rows of what is said of samples, each of the task's kind: all metrics that the task has of them."""
+        for sample, found in zip(samples, task.scores(samples, said), strict=True):
+            for metric, value in found.items():
+                yield metric, sample.name, value

@@ -57,9 +57,7 @@ class PeptideCounts(Procedure):
                 own = _shares("".join(bound[proteins[i]] for i in first), 0.0)
                 shares = {a: (1 - _OF_THEM) * overall[a] + _OF_THEM * own[a] for a in ALPHABET}
             said.append(task.said_of(sample, [math.log(shares[letter]) for letter in sample.target]))
-        for sample, scored in zip(samples, task.scores(samples, said), strict=True):
-            for metric, value in scored.items():
-                yield metric, sample.name, value
+        return self.scored(task, samples, said)
 
 
 def _shares(letters: str, more: float) -> dict[str, float]:

@@ -37,6 +37,5 @@ class TextMatch(Procedure):
             raise UserError(f"text_match: {task.name} has no replies: give --task response_selection")
         samples = task.judged("test")
         said = task.matched(samples, self.by)
-        for sample, scored in zip(samples, task.scores(samples, said), strict=True):
-            for metric in ("recall", "mrr"):  # the scores are no logits: a loss of them would say nothing
-                yield metric, sample.name, scored[metric]
+        rows = self.scored(task, samples, said)
+        return (row for row in rows if row[0] in ("recall", "mrr"))  # no logits: a loss of them would say nothing

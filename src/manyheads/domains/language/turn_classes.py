@@ -40,9 +40,7 @@ class TurnClasses(Procedure):
         if not hasattr(task, "judgement") or not hasattr(task, "meanings"):
             raise UserError(f"turn_classes: {task.name} has no turns: give --task resisting_strategies")
         samples = task.judged("test")
-        for sample, scored in zip(samples, task.scores(samples, self.said(task, samples)), strict=True):
-            for metric, value in scored.items():
-                yield metric, sample.name, value
+        return self.scored(task, samples, self.said(task, samples))
 
     def said(self, task: Any, samples: Sequence[Sample]) -> list[Any]:
         """What the best classifier on the validation part says of ``samples``."""

@@ -37,6 +37,4 @@ class NaiveForecast(Procedure):
             raise UserError(f"naive_forecast: {task.name} asks for no forecast: give --task irregular_forecast")
         samples = task.judged("test")
         said = [task.told(sample, task.table(sample).column(self.kind)) for sample in samples]
-        for sample, scored in zip(samples, task.scores(samples, said), strict=True):
-            for metric, value in scored.items():
-                yield metric, sample.name, value
+        return self.scored(task, samples, said)

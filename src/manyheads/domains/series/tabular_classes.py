@@ -36,9 +36,7 @@ class TabularClasses(Procedure):
             raise UserError(f"tabular_classes: {task.name} asks for no class: give --task order_book")
         samples, seed = task.judged("test"), int(rng.integers(2**31))
         said = self.said(task, samples, task.samples("train")[:_WINDOWS], seed)
-        for sample, scored in zip(samples, task.scores(samples, said), strict=True):
-            for metric, value in scored.items():
-                yield metric, sample.name, value
+        return self.scored(task, samples, said)
 
     def said(self, task: Any, samples: Sequence[Sample], seen: Sequence[Sample], seed: int) -> list[Any]:
         """What a model that is fitted to ``seen`` says of ``samples``."""

@@ -39,9 +39,7 @@ class TabularForecast(Procedure):
         fitted = self.fitted(task, seed)
         samples = task.judged("test")
         said = [task.told(sample, self.forecast(fitted, task.table(sample))) for sample in samples]
-        for sample, scored in zip(samples, task.scores(samples, said), strict=True):
-            for metric, value in scored.items():
-                yield metric, sample.name, value
+        return self.scored(task, samples, said)
 
     def fitted(self, task: Any, seed: int) -> dict[int, Any]:
         """A model of each variable, fitted to the training part."""
