@@ -11,11 +11,11 @@ over windows. With ``--seconds`` each is trained afterwards for as long, as it s
 needles found (niah_single_1) by greedy decoding; ``dijiang`` leaves no attention to ask through. Nothing is chosen by
 what was measured.
 
-Rows are written to ``--out`` as they come, each with its commit and date, so that a call that was cut off goes on, and
-with ``--limit`` it stops by itself after so many seconds; give each model a GPU of its own. Under the clock a row and
-the whole model take turns; on a CPU nothing is timed. What refuses a model says why. Of others' tools torch-pruning
-takes part where it is installed (``pip install torch-pruning``, or its folder on PYTHONPATH); modelopt prunes language
-models of Megatron-Core alone, and none of transformers.
+Rows are written to ``--out`` as they come, each with its commit, date and machine, so that a call that was cut off goes
+on, and with ``--limit`` it stops by itself after so many seconds; give each model a GPU of its own. Under the clock a
+row and the whole model take turns; on a CPU nothing is timed. What refuses a model says why. Of others' tools torch-
+pruning takes part where it is installed (``pip install torch-pruning``, or its folder on PYTHONPATH); modelopt prunes
+language models of Megatron-Core alone, and none of transformers.
 """
 
 import argparse
@@ -258,7 +258,7 @@ def measure(given: argparse.Namespace, name: str, until: float) -> list[dict[str
     place = given.out / f"{Path(name).name.lower()}.jsonl"
     found = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
     done = {(row["way"], row.get("keep")) for row in found}
-    from manyheads.environment import commit
+    from manyheads.environment import commit, environment
 
     table = Table(given, name, next((row["losses"] for row in found if "losses" in row), []))
     with place.open("a") as journal:
@@ -269,7 +269,7 @@ def measure(given: argparse.Namespace, name: str, until: float) -> list[dict[str
                 print(f"{name}: time is up; the same call goes on from --out")
                 break
             work(row)
-            row |= {"commit": commit(), "date": datetime.date.today().isoformat()}
+            row |= {"commit": commit(), "date": datetime.date.today().isoformat(), "environment": environment()}
             found.append(row)
             journal.write(json.dumps(row) + "\n")
             journal.flush()
