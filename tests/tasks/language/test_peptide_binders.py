@@ -22,7 +22,7 @@ from manyheads.errors import UserError
 from manyheads.recipe import Sample
 from manyheads.tasks._blocks import Transformer
 from manyheads.tasks.language._binding_task import Binders, residue_log_probs
-from manyheads.tasks.language._residues import Continued, Masked, MaskedResidues
+from manyheads.tasks.language._residues import Continued, Masked, MaskedResidues, drawn
 from manyheads.tasks.language.peptide_binders import PeptideBinders
 from tolerance import SAME, error, is_close, is_far
 
@@ -212,3 +212,19 @@ def test_scores_and_new_proteins(own):
 def test_sizes_count(field):
     with pytest.raises(UserError, match="1 or more"):
         PeptideBinders(**{field: 0})
+
+
+def test_residues_are_drawn_among_the_likeliest_by_their_probability():
+    logits = torch.zeros(VOCABULARY, dtype=torch.float64)
+    logits[FIRST + 2], logits[FIRST + 5], logits[FIRST + 7] = 3.0, 3.0 - math.log(3), 1.0
+    logits[MASK], logits[-1] = 9.0, 9.0  # neither a mask nor X is a residue
+    found = drawn(logits.expand(4000, -1), 2, torch.Generator().manual_seed(0)) - FIRST
+    assert set(found.tolist()) == {2, 5} and abs((found == 2).double().mean() - 0.75) < 0.03
+    assert 7 in drawn(logits.expand(4000, -1), 3, torch.Generator().manual_seed(0)) - FIRST
+
+
+@torch.no_grad()
+def test_perplexity_from_left_to_right_is_that_of_the_loss():
+    model, batch, task = models()["continued"], some(), PeptideBinders()
+    assert model.perplexity(batch) == pytest.approx(math.exp(float(task.loss(model, batch))), rel=1e-5)
+    assert model.perplexity(some(peptide="WYAKL")) != pytest.approx(model.perplexity(batch), rel=1e-4)

@@ -71,6 +71,8 @@ def test_what_is_no_such_folder_is_refused(tmp_path):
         PictureLabels.open(tmp_path / "text.png")
     with pytest.raises(UserError, match="patch counts pixels"):
         PictureLabels(patch=0)
+    with pytest.raises(UserError, match="batch is 2"):
+        PictureLabels(batch=1)
 
 
 def test_pictures_are_brought_to_one_size_or_left(task):

@@ -84,6 +84,8 @@ class PictureLabels(FieldTask):
         super().__post_init__()
         if self.patch < 1 or (self.pixels and self.pixels < self.patch):
             raise UserError("patch counts pixels, 1 or more, and pixels is no less, or 0")
+        if self.batch < 2:
+            raise UserError("batch is 2 pictures or more: models are normalised over a batch")
 
     @property
     def stated(self) -> tuple[Metric, ...]:
