@@ -25,7 +25,8 @@ may be smaller. On other images the result is the same (compared once, with one 
 to rounding of float64). Sides that are no multiple of the stem's lose the rest there.
 
 In training, ``size`` gives depths, activation and drop path, the task the channels (``dim``; L0 has 32) and the stem
-(``patch``), and the MLP's width makes parameters equal. Left out: RandAugment (pictures of the task are mirrored and moved), the wrappers of transformers' backbones.
+(``patch``), and the MLP's width makes parameters equal. Left out: RandAugment (pictures of the task are mirrored and
+moved), and the wrappers of transformers' backbones.
 """
 
 from collections.abc import Callable, Sequence
